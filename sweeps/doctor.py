@@ -113,8 +113,7 @@ def check_accelerator(facts: Mapping[str, Any]) -> Check:
     if "torch" not in facts:
         return Check("accelerator", "fail", "torch does not import", "Mend the packages first.")
     torch, there = facts["torch"], gpus_here()
-    build = f"torch {torch['version']}, " + (f"CUDA {torch['cuda']}" if torch["cuda"] else "a CPU build")
-    cards = [f"{card['name']}, {decimal(card['bytes'])} each" for card in torch["cards"]]
+    build, cards = torch["build"], torch["cards"]
     if there and not cards:
         advice = "Install a torch for the driver's CUDA version (pytorch.org names the index), or update the driver."
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
@@ -122,7 +121,7 @@ def check_accelerator(facts: Mapping[str, Any]) -> Check:
         return Check("accelerator", "fail", f"{len(there)} x {there[0][0]}, which torch does not see ({build})", advice)
     if not cards:
         return Check("accelerator", "ok", f"no card; training runs on the CPU ({build})")
-    found = f"{len(cards)} x {cards[0]} ({build})"
+    found = f"{len(cards)} x {cards[0]} each ({build})"
     if torch["card_error"]:
         advice = "Install a torch whose build covers this card (pytorch.org names the index)."
         return Check("accelerator", "fail", f"{found}: {torch['card_error']}", advice)
@@ -203,21 +202,20 @@ def command(
 
 
 def torch_facts() -> dict[str, Any]:
-    """Build and cards of torch; `card_error` when a kernel does not run on the first card."""
+    """Build and cards of torch, in words; `card_error` when a kernel does not run on the first card."""
     import torch
 
-    cards: list[dict[str, Any]] = []
-    card_error, bf16 = None, False
+    cards, card_error, bf16 = [], None, False
     if torch.cuda.is_available():
         try:
             found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-            cards = [{"name": card.name, "bytes": card.total_memory} for card in found]
+            cards = [f"{card.name}, {decimal(card.total_memory)}" for card in found]
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
         except RuntimeError as error:
             card_error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    version, cuda = str(torch.__version__), torch.version.cuda
-    return {"version": version, "cuda": cuda, "cards": cards, "card_error": card_error, "bf16": bf16}
+    build = f"torch {torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'a CPU build'}"
+    return {"build": build, "cards": cards, "card_error": card_error, "bf16": bf16}
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
     console = console or new_console()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(f"[bold]{sweep.name}[/]: {sweep.file.description}")
-    notes = list(dict.fromkeys(each.words for card in cards for each in card.cautions))
+    notes = list(dict.fromkeys(note for card in cards for note in card.cautions))
     table = fitted_table(_plan_columns(cards, notes), cards, console.width)
     console.print(table, highlight=False)
     total = totals(cards)
@@ -95,7 +95,7 @@ def _plan_columns(cards: Sequence[CostCard], notes: list[str]) -> list[Column]:
         Column(header="limit", cell=lambda card: card.limit, rank=5, right=False),
         Column(header="time", cell=lambda card: duration(card.wall_s)),
         Column(header="device-h", cell=lambda card: number(card.device_hours)),
-        Column(header="!", cell=lambda card: ",".join(str(1 + notes.index(c.words)) for c in card.cautions)),
+        Column(header="!", cell=lambda card: ",".join(str(1 + notes.index(note)) for note in card.cautions)),
     ]
 
 

@@ -39,15 +39,6 @@ MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Caution:
-    """One thing to look at."""
-
-    kind: Literal["epochs", "stream", "loader", "idle", "unopened"]
-    words: str
-    """One sentence."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class BudgetCost:
     """One row that a run will give."""
 
@@ -103,8 +94,8 @@ class CostCard:
     wall_s: float
     """Both."""
     device_hours: float
-    cautions: tuple[Caution, ...]
-    """What should be looked at before launching."""
+    cautions: tuple[str, ...]
+    """What should be looked at before launching, a sentence each."""
 
 
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
@@ -219,37 +210,33 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     )
 
 
-def _cautions(run: Run, unique: int | None, rates: Rates, look: Look) -> Iterator[Caution]:
+def _cautions(run: Run, unique: int | None, rates: Rates, look: Look) -> Iterator[str]:
     """What one run's data and schedule give; `unique` is U, None where it is unknown."""
     training, budgets = run.config.training, run.config.evaluation.budgets
     epochs = budgets[-1] / unique if unique else 0.0
     if epochs > FAR_TOO_MANY_EPOCHS:
-        words = f"{epochs:,.0f} EPOCHS of {unique} images are learnt by heart; take more images or smaller budgets"
-        yield Caution(kind="epochs", words=words)
+        yield f"{epochs:,.0f} EPOCHS of {unique} images are learnt by heart; take more images or smaller budgets"
     elif epochs > MAX_EPOCHS:
-        yield Caution(kind="epochs", words=f"{epochs:.1f} epochs of {unique} images (more than {MAX_EPOCHS})")
+        yield f"{epochs:.1f} epochs of {unique} images (more than {MAX_EPOCHS})"
     if rates.is_ahead and rates.loaded_per_s < rates.compute_per_s:
-        words = (
+        yield (
             f"{training.model.size} is limited by its loader: it would train on {rates.compute_per_s:,.0f} images/s, "
             f"is given {rates.loaded_per_s:,.0f}; more runtime.num_workers (slurm.cpus_per_task), or smaller files"
         )
-        yield Caution(kind="loader", words=words)
     if (batch_size := training.optimiser.batch_size) < 2 * run.devices:
         words = f"optimiser.batch_size {batch_size} is less than two images for each of {run.devices} devices"
-        yield Caution(kind="idle", words=f"{words}: some stand idle")
+        yield f"{words}: some stand idle"
     if training.data.is_unindexed:
-        words = (
+        yield (
             "a wds:// stream has no index: a resumed run sees other images than an uninterrupted one, epochs are not "
             "counted, the number of ranks and workers changes what is seen, and validation images in it are not found"
         )
-        yield Caution(kind="stream", words=words)
     probes = run.config.evaluation.probes
     paths = [*(source.path for source in training.data.sources), run.config.evaluation.validation.path]
     for path in dict.fromkeys([*paths, *(side for probe in probes for side in (probe.train, probe.test))]):
         info = look(path)
         if info and info.num_samples > max_opened(path):
-            words = f"{path} has {info.num_samples:,} images: its index was not opened, the trainers check it"
-            yield Caution(kind="unopened", words=words)
+            yield f"{path} has {info.num_samples:,} images: its index was not opened, the trainers check it"
 
 
 MAX_OPENED, MAX_FETCHED = 50_000_000, 1_000_000

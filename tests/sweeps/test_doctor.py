@@ -16,7 +16,6 @@ from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.doctor import Check
 
 GCC = shutil.which("gcc")
-CARD = {"name": "NVIDIA H100", "bytes": 85_000_000_000}
 
 
 def program(folder: Path, name: str, text: str) -> Path:
@@ -27,9 +26,7 @@ def program(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def with_torch(**changes: Any) -> dict[str, Any]:
-    facts = {"version": "2.13.0", "cuda": "13.0", "cards": [], "card_error": None, "bf16": False}
-    return {"torch": facts | changes}
+WITH_TORCH = {"torch": {"build": "torch 2.13.0, CUDA 13.0", "cards": [], "card_error": None, "bf16": False}}
 
 
 @pytest.mark.slow
@@ -85,7 +82,7 @@ def test_an_old_package_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch
     old.mkdir()
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: submitit\nVersion: 1.2.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    check = doctor.check_packages(with_torch())
+    check = doctor.check_packages(WITH_TORCH)
     assert (check.level, check.found) == ("fail", "submitit is 1.2.0, wanted >=1.5.2")
 
 
@@ -93,12 +90,12 @@ def test_cards_that_torch_does_not_see_fail(tmp_path: Path, monkeypatch: pytest.
     program(tmp_path, "nvidia-smi", "printf 'NVIDIA H100 80GB HBM3, 81559\\nNVIDIA H100 80GB HBM3, 81559\\n'")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    check = doctor.check_accelerator(with_torch(cuda=None))
+    check = doctor.check_accelerator(WITH_TORCH)
     assert (check.level, check.found.startswith("2 x NVIDIA H100 80GB HBM3")) == ("fail", True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES" in doctor.check_accelerator(with_torch()).advice
+    assert "CUDA_VISIBLE_DEVICES" in doctor.check_accelerator(WITH_TORCH).advice
     program(tmp_path, "nvidia-smi", "echo 'could not communicate with the NVIDIA driver'; exit 9")
-    assert doctor.check_accelerator(with_torch(cuda=None)).level == "ok"
+    assert doctor.check_accelerator(WITH_TORCH).level == "ok"
 
 
 def checks_of_storage(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:

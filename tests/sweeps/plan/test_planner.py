@@ -188,7 +188,7 @@ def test_many_epochs_are_shouted(write_sweep: Any) -> None:
         sweep = write_sweep(sizes=["rung-32"], unique_images=[unique])
         cards, console = cost_cards(sweep, plan(sweep)), Console(width=200, file=io.StringIO())
         print_plan(sweep, cards, console)
-        assert [caution.kind for caution in cards[0].cautions] == ["epochs"]
+        assert len(cards[0].cautions) == 1
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     assert "12.8 epochs of 100 images" in said(100)
@@ -230,7 +230,7 @@ def test_the_loader_is_part_of_the_time_and_named_where_it_is_the_limit(write_sw
         return cost_cards(sweep, plan(sweep))[0]
 
     two, eight, bound = card(2), card(8), card(8, cpus_per_task=2)
-    assert (two.limit, [each.kind for each in two.cautions]) == ("loader", ["loader"])
+    assert (two.limit, ["limited by its loader" in each for each in two.cautions]) == ("loader", [True])
     assert two.training_s == pytest.approx(two.images_executed / two.rates.loaded_per_s)
     assert two.training_s == pytest.approx(4 * eight.training_s) == pytest.approx(bound.training_s)
     # with no worker the trainer loads between its steps
