@@ -25,7 +25,7 @@ PACKAGES = ("aimscale", "torch", "torchvision", "deepspeed", "numpy", "safetenso
 def git_commit() -> tuple[str | None, bool | None]:
     """Commit of the source tree this code runs from and whether it has uncommitted changes; nulls outside git.
 
-    A launcher that copied the code (`sweeps.state.snapshot`) says in the environment what it copied.
+    A launcher that copied the code (`harness.run.snapshot`) says in the environment what it copied.
     """
     if "AIMSCALE_GIT_COMMIT" in os.environ:
         return os.environ["AIMSCALE_GIT_COMMIT"], os.environ.get("AIMSCALE_GIT_DIRTY") == "1"

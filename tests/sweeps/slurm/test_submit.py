@@ -16,13 +16,13 @@ from rich.console import Console
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.lock import holding
+from aimscale.harness.run.snapshot import find_snapshot, make_snapshot
 from aimscale.sweeps.cli.plan import print_plan
 from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, stop_seconds
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.submit import Shape, Submission, elements, shape_of, submit
-from aimscale.sweeps.state.snapshot import find_snapshot, make_snapshot
 from aimscale.sweeps.state.sweep_dir import prepare
 from aimscale.sweeps.table.views import duration
 

@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from aimscale.sweeps.plan.sweepfile import SweepError
+from aimscale.aim.errors import UserError
 
 ROOT = "src/aimscale"
 """Folder of the top package in a source tree; there the rooms are links to the folders beside it."""
@@ -34,7 +34,7 @@ def find_snapshot(sweep_dir: Path, *, allow_dirty: bool, source: Path = SOURCE) 
     """Name the snapshot that a launch from `source` would use; none for an installed release. Nothing is written.
 
     Raises:
-        SweepError: there are uncommitted changes, and `allow_dirty` is not set.
+        UserError: there are uncommitted changes, and `allow_dirty` is not set.
     """
     if not (source / ".git").exists():
         return None
@@ -42,7 +42,7 @@ def find_snapshot(sweep_dir: Path, *, allow_dirty: bool, source: Path = SOURCE) 
     changes = _git(source, "status", "--porcelain", "--", *PACKAGES)
     if changes and not allow_dirty:
         num = len(changes.splitlines())
-        raise SweepError(
+        raise UserError(
             f"{source} has {num} uncommitted changes ({changes.splitlines()[0].strip()}, ...); commit them, or use "
             f"--allow-dirty, which copies them and records that"
         )
@@ -82,6 +82,6 @@ def _git(source: Path, *words: str) -> str:
     try:
         return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise SweepError(
+        raise UserError(
             f"cannot ask git about {source} ({error}); the code of queued jobs could not be pinned"
         ) from error
