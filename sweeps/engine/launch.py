@@ -15,7 +15,7 @@ from rich.live import Live
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import parse, read_yaml
 from aimscale.harness.run.files import write_text
-from aimscale.harness.run.lock import Lock, read_holder
+from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.devices import this_machine
 from aimscale.sweeps.engine.queue import Command, LaunchResult, Queue, print_events, run_queue
 from aimscale.sweeps.plan.checks import refuse
@@ -158,9 +158,7 @@ def left_alone(left: Sequence[Decision]) -> list[str]:
         if decision.verdict == "damaged":
             sentences.append(f"skipped {decision.record.name}: {decision.why}")
         elif decision.verdict == "failed":
-            sentences.append(
-                f"not tried again: {decision.record.name} ({decision.why}); `aimscale launch --retry` clears it"
-            )
+            sentences.append(f"not tried again without --retry: {decision.record.name} ({decision.why})")
     return sentences
 
 
@@ -214,10 +212,9 @@ def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
         return [], []
     done: list[str] = []
     failed: list[str] = []
-    chosen = {run.run_id for run in runs}
     for found in found_all:
         record = found.record
-        if record.name not in chosen or not (found.startable or found.verdict == "running"):
+        if found.run not in runs or not (found.startable or found.verdict == "running"):
             continue
         write_text(record.cancelled, "")
         if found.verdict != "running":
@@ -225,9 +222,7 @@ def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
         elif record.is_claimed():
             done.append(f"{record.name}: told to save and end")
         else:
-            who = read_holder(record.path / "lock")
-            where = f"process {who.pid} on {who.host}" if who else "its process"
-            failed.append(f"{record.name}: its worker is gone; end {where} by hand")
+            failed.append(f"{record.name}: its worker is gone; end its process by hand ({found.why})")
     if waiting and all(found.record.cancelled.exists() for found in found_all if found.startable):
         slurm.command("scancel", "--quiet", *waiting)
     return done, failed
