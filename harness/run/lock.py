@@ -23,7 +23,6 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.files import process_started
 
 LOOK_S = 1.0
 """A look at a lock (`is_held`) holds it for microseconds; who wants it tries again for so long."""
@@ -41,10 +40,6 @@ class Holder:
 
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
-    process_started: str | None = field(default_factory=lambda: process_started(os.getpid()))
-    """Start time of that process, which makes the pid unique."""
-    since: float = field(default_factory=time.time)
-    """Unix time at which it took the lock."""
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Names this holding of the lock."""
     facts: dict[str, Any] = field(default_factory=dict)
