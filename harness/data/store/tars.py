@@ -32,17 +32,22 @@ class Member(tarfile.TarInfo):
     """Refuses what tarfile would take for the end of the archive, read for ever, or read into any amount of memory."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
         """As tarfile's; ReadError for all that is no header, but the mark of the end."""
         try:
-            member = super().frombuf(buf, encoding, errors)
+            member = super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the stubs lack it
+            raise
         except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the end
-                raise
-            raise tarfile.ReadError(f"{error}" if buf else "it lacks the end-of-archive mark") from error
-        if member.size < 0 or (member.size > _MAX_HEADER_BYTES and member.type in b"xgXLK"):
+            raise tarfile.ReadError(f"no end-of-archive mark, or a damaged header ({error})") from error
+        if member.size < 0:
             raise tarfile.ReadError(f"a header says {member.size} bytes")
         return member
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Self:
+        if self.size < 0 or (self.size > _MAX_HEADER_BYTES and self.type in b"xgXLK"):
+            raise tarfile.ReadError(f"a header says {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]  # the stubs lack it
 
     def _refuse(self, *args: object) -> NoReturn:
         """A sparse member of 10 kB may stand for 1 TB, and its bytes do not lie in one piece."""
