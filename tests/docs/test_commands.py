@@ -188,7 +188,8 @@ def reader(tmp_path: Path) -> Reader:
     wrapper = tmp_path / "bin" / "aimscale"
     # The reader's checkout is clean; the one under test may hold changes, which a launch on Slurm would refuse.
     wrapper.write_text(
-        f'#!/bin/sh\ncase "$*" in launch*slurm*) set -- "$@" --allow-dirty;; esac\nexec {sys.executable} -m aimscale "$@"\n'
+        '#!/bin/sh\ncase "$*" in launch*slurm*) set -- "$@" --allow-dirty;; esac\n'
+        f'exec {sys.executable} -m aimscale "$@"\n'
     )
     wrapper.chmod(0o755)
     environment = os.environ | {
