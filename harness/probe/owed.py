@@ -56,15 +56,15 @@ def lacking(run: RunDir, config: RunConfig) -> list[Lacking]:
         UserError: `results.json` is damaged.
     """
     found = [Lacking(what="training", images_seen=budget) for budget in missing_budgets(run, config)]
+    rows = {row["images_seen"]: row for row in run.read_rows()}
     for budget in saved_budgets(run):
         if budget in config.evaluation.budgets:
-            found += lacking_at(run, config, budget)
+            found += lacking_at(run, config, budget, rows.get(budget, {}))
     return found
 
 
-def lacking_at(run: RunDir, config: RunConfig, images_seen: int) -> Iterator[Lacking]:
-    """What is to be measured at a budget whose weights are there."""
-    row: dict[str, Any] = next((row for row in run.read_rows() if row["images_seen"] == images_seen), {})
+def lacking_at(run: RunDir, config: RunConfig, images_seen: int, row: dict[str, Any]) -> Iterator[Lacking]:
+    """What is to be measured at a budget whose weights are there, and whose row this is."""
     name = validation_name(run, config, images_seen)
     is_named = row.get("val_loss") is not None and fnmatch.fnmatch(str(row.get("validation")), name)
     if not is_named or not run.validation_file(images_seen).exists():
@@ -76,8 +76,10 @@ def lacking_at(run: RunDir, config: RunConfig, images_seen: int) -> Iterator[Lac
             yield Lacking(what="probe", images_seen=images_seen, section=section)
 
 
-def enter_row(run: RunDir, config: RunConfig, images_seen: int) -> None:
+def enter_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, Any]:
     """Bring a saved budget's row up to its files: what training knew, the validation, and the probes; hold the run.
+
+    Returns the row.
 
     Files of other weights do not count. Probes replace those of the same evaluation and kind; other entries (of
     imported rows, say) stay.
@@ -93,6 +95,7 @@ def enter_row(run: RunDir, config: RunConfig, images_seen: int) -> None:
     if row != before:
         finished_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         run.record_row(row | {"finished_at": finished_at})
+    return row
 
 
 def _place(entry: dict[str, Any]) -> tuple[str, str, str | None]:

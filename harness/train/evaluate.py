@@ -59,8 +59,7 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job) -> None:
 
 def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Lacking]:
     """What a budget lacks when its row says all that is there."""
-    enter_row(run, config, budget)
-    return list(lacking_at(run, config, budget))
+    return list(lacking_at(run, config, budget, enter_row(run, config, budget)))
 
 
 def _open_held_out(config: RunConfig, group: Group) -> ShardDataset:

@@ -32,6 +32,14 @@ def wait_for(condition: Any, what: str) -> None:
     pytest.fail(f"{what} never happened")
 
 
+def both_at_work(sweep: Any, start: Any) -> tuple[list[RunRecord], Any]:
+    """A launch of the sweep in a process of its own that executes its two runs, and their records."""
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    first = start(2, "wait")
+    wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
+    return records, first
+
+
 def test_longest_runs_first_and_a_second_launch_starts_nothing(
     write_sweep: Any, capsys: Any, stand_in: Any, launch: Any
 ) -> None:
@@ -52,9 +60,7 @@ def test_interrupting_saves_and_launching_again_goes_on(
     write_sweep: Any, start: Any, stand_in: Any, launch: Any
 ) -> None:
     sweep = write_sweep()
-    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    first = start(2, "wait")
-    wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
+    records, first = both_at_work(sweep, start)
     first.send_signal(signal.SIGINT)
     assert first.communicate(timeout=200)[0].splitlines()[-1] == "stopped 0"
     assert {record.read_status().state for record in records} == {"preempted"}
@@ -68,9 +74,7 @@ def test_a_killed_queue_leaves_live_runs_alone_and_dead_ones_resumable(
     write_sweep: Any, start: Any, stand_in: Any, launch: Any
 ) -> None:
     sweep = write_sweep()
-    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    first = start(2, "wait")
-    wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
+    records, first = both_at_work(sweep, start)
     first.kill()
     first.wait()
     live, dead = records
