@@ -21,7 +21,7 @@ from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_json
 
-PROTOCOL = 3
+PROTOCOL = 4
 """How probes are trained and scored; what another version left is not taken for this one's."""
 _PIECE = 1 << 16
 
@@ -133,7 +133,7 @@ def probe_head(run: RunDir, images_seen: int, probe: str) -> Path:
 
 def as_entry(detail: dict[str, Any]) -> dict[str, Any]:
     """The part of a task file's probe that goes into a results row."""
-    return {name: value for name, value in detail.items() if name not in ("per_class", "grid")}
+    return {name: value for name, value in detail.items() if name not in ("per_class", "grid", "hits")}
 
 
 def entries_of(document: dict[str, Any]) -> list[dict[str, Any]]:

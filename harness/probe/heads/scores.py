@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,8 @@ def together(own: Sequence[int], parts: Sequence[Answers], num_images: int, grou
 def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
     """Top-1 with its interval, top-5 where there are more than five classes, mean over classes, chance, per class.
 
-    Chance is the share of the commonest class: what always naming it scores.
+    Chance is the share of the commonest class: what always naming it scores. `hits`, base64 of `np.packbits`, has one
+    bit per image in the data set's order, set where the answer is right: models can be compared image by image.
 
     Args:
         labels: (n,).
@@ -95,6 +97,7 @@ def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
         "top5": float(given.in_top5.float().mean()) if len(classes) > 5 else None,
         "mean_class": float((rights[present] / totals[present]).mean()),
         "chance": float(totals.max() / n),
+        "hits": base64.b64encode(np.packbits(correct.numpy()).tobytes()).decode("ascii"),
         "per_class": [
             {"class": name, "n": int(total), "correct": int(right)}
             for name, total, right in zip(classes, totals, rights, strict=True)

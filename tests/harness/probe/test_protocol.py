@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,11 @@ from torch import Tensor
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_probe
 from aimscale.harness.probe.features.tasks import block_sets
+
+
+def hits_of(detail: dict[str, Any], num_images: int) -> np.ndarray:
+    """Whether a probe of a task's file was right about each test image, (num_images,)."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(detail["hits"]), np.uint8), count=num_images).astype(bool)
 
 
 def test_probes_read_digits_repeatably_and_say_how(task: Any, model: AIM, tmp_path: Path) -> None:
@@ -29,6 +36,8 @@ def test_probes_read_digits_repeatably_and_say_how(task: Any, model: AIM, tmp_pa
     document = json.loads(next(tmp_path.glob("digits-*.json")).read_text())
     for entry, detail in zip(entries, document["probes"], strict=True):
         assert sum(row["correct"] for row in detail["per_class"]) == round(entry["top1"] * 400)
+        assert hits_of(detail, 400).sum() == round(entry["top1"] * 400)
+        assert "hits" not in entry
         assert max(row["holdout_top1"] for row in detail["grid"]) == entry["holdout_top1"]
     sets, _ = block_sets(model.config.depth)
     assert len(document["probes"][1]["grid"]) == 2 * len(sets)
@@ -40,7 +49,10 @@ def test_saved_heads_are_released_probe_files_that_score_the_same(task: Any, mod
     _, test = task.open()
     with torch.no_grad():
         logits = probe(model.features(test.images(range(len(test))), entry["blocks"]).mean(0))
-    assert float((logits.argmax(1) == test.labels).float().mean()) == pytest.approx(entry["top1"], abs=0.003)
+    right = (logits.argmax(1) == test.labels).numpy()
+    assert right.mean() == pytest.approx(entry["top1"], abs=0.003)
+    (detail,) = json.loads(next(tmp_path.glob("digits-*.json")).read_text())["probes"]
+    assert (hits_of(detail, 400) == right).mean() > 0.99  # image by image
 
 
 def test_shuffled_labels_are_not_learnt(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
