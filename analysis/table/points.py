@@ -26,10 +26,13 @@ class Usable:
 
 
 def complete(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows that count: those whose `status` is complete, or that do not say (a foreign table)."""
+    """The rows that count: those whose `status` is complete, or that do not say (a foreign table).
+
+    Points during training count, too; they stand in a table of their own, `curves.parquet`.
+    """
     if "status" not in frame.columns:
         return frame
-    return frame[frame["status"].isna() | (frame["status"] == "complete")]
+    return frame[frame["status"].isna() | frame["status"].isin(("complete", "during"))]
 
 
 def usable_rows(

@@ -72,6 +72,22 @@ def read_tables(
     return best_of(chosen, best, y) if best else chosen
 
 
+def read_curves(paths: Sequence[str | Path]) -> pd.DataFrame:
+    """The points during training of sweeps: `curves.parquet` of the folders that these tables are, or lie in.
+
+    Returns:
+        A row per run and point, as `read_table` gives it; empty where nothing was measured during training.
+
+    Raises:
+        AnalysisError: a file that cannot be read.
+    """
+    folders = dict.fromkeys(path if path.is_dir() else path.parent for path in map(Path, paths))
+    frames = [read_table(file) for folder in folders if (file := folder / "curves.parquet").is_file()]
+    if not frames:
+        return pd.DataFrame(columns=[*KNOWN, "lr"])
+    return frames[0] if len(frames) == 1 else _each_run_once(frames)
+
+
 def _each_run_once(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     frame = joined(frames)
     if "probes" in frame:  # some of the tables may have none

@@ -78,7 +78,7 @@ COLUMNS = tuple(
         ("schema_version", "int64", "", "Version of this schema"),
         ("sweep", "string", "", "Name of the sweep"),
         ("run_id", "string", "", "Identity of the run: readable slug and hash of what defines its result"),
-        ("status", "string", "", "Of this budget: complete, unfinished, diverged or failed"),
+        ("status", "string", "", "Of this budget: complete, unfinished, diverged, failed; during: of a point"),
         ("size", "string", "", "Named model size"),
         ("seed", "int64", "", "Seed of the initial weights and of the stream"),
         ("images_seen", "int64", "images", "D: training images seen, repeats included"),
@@ -129,6 +129,8 @@ COLUMNS = tuple(
 )
 """The schema, in the order in which columns are written."""
 
+OF_CURVES = (Column("lr", "float64", "", "Learning rate at that point"),)
+"""Further columns of points during training; a foreign table's `lr` is a setting."""
 KNOWN = {column.name: column for column in COLUMNS}
 MFU = {"mfu_published": "published/nominal", "mfu": "executed/measured"}
 """Columns of model FLOPs utilisation: which FLOPs over which peak."""
@@ -147,23 +149,27 @@ def _arrow_field(column: Column) -> pa.Field:
 
 
 @functools.cache
-def arrow_schema() -> pa.Schema:
+def arrow_schema(columns: Sequence[Column] = COLUMNS) -> pa.Schema:
     """The schema as pyarrow states it, with unit and meaning on every field and the version on the table."""
-    fields = [_arrow_field(column) for column in COLUMNS]
+    fields = [_arrow_field(column) for column in columns]
     return pa.schema(fields, metadata={"aimscale_schema_version": str(SCHEMA_VERSION)})
 
 
-def results_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = ()) -> pa.Table:
     """Build the typed table from row dictionaries, as in `results.json`.
 
     A missing key becomes null; an unknown one goes to `extra`.
 
+    Args:
+        more: columns beside those of the schema.
+
     Raises:
         AnalysisError: a value does not fit its column.
     """
-    typed = [_typed_row(row, COLUMNS) for row in rows]
-    columns = [_column([row[field.name] for row in typed], field) for field in arrow_schema()]
-    return pa.Table.from_arrays(columns, schema=arrow_schema())
+    schema = arrow_schema(COLUMNS + more)
+    typed = [_typed_row(row, COLUMNS + more) for row in rows]
+    columns = [_column([row[field.name] for row in typed], field) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _column(values: Sequence[Any], field: pa.Field) -> pa.Array:

@@ -24,7 +24,7 @@ from aimscale.harness.probe.files import (
     weights_name,
 )
 from aimscale.harness.run.config import ProbeSection, RunConfig
-from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.directory import RunDir, probe_place
 from aimscale.harness.run.trunk import missing_budgets, saved_budgets
 
 VALIDATION_COLUMNS = ("val_loss", "val_loss_se", "val_num_images")
@@ -89,17 +89,13 @@ def enter_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, Any
     row = row | _validation_columns(run, images_seen)
     name, folder = weights_name(run, config, images_seen), run.probes_dir(images_seen)
     entries = [entry for each in task_files(folder) if each.get("backbone") == name for entry in entries_of(each)]
-    measured = {_place(entry) for entry in entries}
-    others = [entry for entry in row.get("probes") or () if _place(entry) not in measured]
+    measured = {probe_place(entry) for entry in entries}
+    others = [entry for entry in row.get("probes") or () if probe_place(entry) not in measured]
     row["probes"] = sorted([*entries, *others], key=lambda entry: str(entry["task"]))
     if row != before:
         finished_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         run.record_row(row | {"finished_at": finished_at})
     return row
-
-
-def _place(entry: dict[str, Any]) -> tuple[str, str, str | None]:
-    return entry["task"], entry["kind"], entry.get("evaluation")
 
 
 def _validation_columns(run: RunDir, images_seen: int) -> dict[str, Any]:

@@ -120,6 +120,12 @@ class _Results(BaseModel, extra="allow", strict=True):
 
 
 _RESULTS = TypeAdapter(_Results)
+_ROW = TypeAdapter(_Row)
+
+
+def probe_place(entry: dict[str, Any]) -> tuple[str, str, str | None]:
+    """What is measured once in a row: task, kind and evaluation."""
+    return entry["task"], entry["kind"], entry.get("evaluation")
 
 
 class RunDir:
@@ -130,6 +136,7 @@ class RunDir:
         self.config = self.path / "config.yaml"
         self.status = self.path / "status.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.curve = self.path / "curve.jsonl"
         self.results = self.path / "results.json"
         self.lock = self.path / "lock"
         self.checkpoints = self.path / "checkpoints"
@@ -238,6 +245,22 @@ class RunDir:
     def _read_results(self) -> dict[str, list[dict[str, Any]]]:
         found = read_as(self.results, _RESULTS)
         return {"starts": [], "rows": []} | (found.model_dump(exclude_unset=True) if found else {})
+
+    def read_curve(self) -> list[dict[str, Any]]:
+        """What was measured during training: a point per position of the trunk, ascending.
+
+        What was measured later at a position (by other settings, say) stands over what was there. Lines that a kill
+        cut off are none.
+        """
+        points: dict[int, dict[str, Any]] = {}
+        for text in self.curve.read_bytes().splitlines() if self.curve.exists() else ():
+            with contextlib.suppress(ValueError):
+                line = _ROW.validate_json(text).model_dump(exclude_unset=True)
+                point = points.setdefault(line["images_seen"], {})
+                entries = [*(point.get("probes") or ()), *(line.get("probes") or ())]
+                point |= {key: value for key, value in line.items() if value is not None}
+                point["probes"] = list({probe_place(entry): entry for entry in entries}.values())
+        return [points[position] for position in sorted(points)]
 
     def record_row(self, row: dict[str, Any]) -> None:
         """Add a budget's row, or replace the one it has; whoever does holds the run."""

@@ -1,5 +1,7 @@
 """From run directories to one typed table: `results.parquet`, `results.csv` and `collect.json`.
 
+Points during training go to `curves.parquet` by the same columns, so that no law takes them for budgets.
+
 Partial sweeps collect: a budget without a row is a row without results, marked `unfinished`, `diverged` or `failed`.
 Baselines probed like a run (`aimscale baseline NAME --like RUN`) go to `baselines.parquet` by the same columns:
 they are no runs, and no law should take them for some. The files depend on the run directories alone, so collecting
@@ -18,7 +20,7 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.schema import results_table, write_table
+from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.probe.files import entries_of
 from aimscale.harness.run.files import write_json
@@ -69,8 +71,11 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         )
     damaged: dict[str, str] = {}
     rows: list[Values] = []
+    points: list[Values] = []
     for run, card in zip(runs, cards, strict=True):
         rows += _readable(run.run_id, functools.partial(_rows, sweep, run, card), damaged)
+        if run.run_id not in damaged:
+            points += _readable(run.run_id, functools.partial(_points, sweep, run, card), damaged)
     for record in imported_runs(sweep, runs):
         rows += _readable(record.name, functools.partial(_imported_rows, sweep, record), damaged)
     baselines: list[Values] = []
@@ -78,6 +83,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         name = str(folder.relative_to(sweep.runs_dir))
         baselines += _readable(name, functools.partial(_baseline_rows, sweep, folder), damaged)
     _write(sweep, "results", _with_task_names(rows, runs))
+    _write(sweep, "curves", _with_task_names(points, runs))
     _write(sweep, "baselines", _with_task_names(baselines, runs))
     whole = [run for run in runs if run.run_id not in damaged]
     summary = {
@@ -97,10 +103,10 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
 
 
 def _write(sweep: Sweep, name: str, rows: list[Values]) -> None:
-    """The table in both formats; none of no baselines."""
+    """The table in both formats; of curves and baselines none where there are none."""
     for path in (sweep.directory / f"{name}.csv", sweep.directory / f"{name}.parquet"):
         if rows or name == "results":
-            write_table(results_table(rows), path)
+            write_table(results_table(rows, OF_CURVES if name == "curves" else ()), path)
         else:
             path.unlink(missing_ok=True)
 
@@ -156,9 +162,21 @@ def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
             row = {**planned, "images_seen": budget.images_seen, "epochs": budget.epochs}
             row |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
         row["status"] = missing if row.get("val_loss") is None else "complete"
-        executed = card.flops_executed / card.images_executed * budget.images_seen
-        rows.append({**row, "sweep": sweep.name, "flops_executed": executed})
+        rows.append({**row, "sweep": sweep.name, "flops_executed": card.rates.flops_per_image * budget.images_seen})
     return rows
+
+
+def _points(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
+    """What was measured on a run's trunk, with the columns that a budget there would have."""
+    planned = {**configured_columns(run.config), "setup": setup_of(run.config.training)}
+    last, points = card.budgets[-1], []
+    for found in RunRecord(sweep.run_dir(run.run_id)).read_curve():
+        share = found["images_seen"] / last.images_seen
+        point = {**planned, "status": "during", "sweep": sweep.name, **_as_planned(run, found)}
+        point["epochs"] = None if last.epochs is None else share * last.epochs
+        point |= {"flops_train": share * last.flops, "flops_6nd": share * last.flops_6nd}
+        points.append(point | {"flops_executed": card.rates.flops_per_image * found["images_seen"]})
+    return points
 
 
 def _as_planned(run: Run, row: Values) -> Values:

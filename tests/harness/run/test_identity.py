@@ -24,7 +24,7 @@ def run(**changes: Any) -> RunConfig:
 
 def test_the_name_of_a_run_never_changes_by_itself() -> None:
     assert run().run_id == "w16-d2_uall_s0_861c1e87"
-    assert ValidationSection(path="v").digest == "152a37f7"
+    assert ValidationSection(path="v").digest == ValidationSection(path="v", every_images=9).digest == "152a37f7"
 
 
 def test_a_field_that_a_later_version_adds_renames_nothing_until_it_is_set() -> None:
@@ -43,8 +43,8 @@ def test_a_field_that_a_later_version_adds_renames_nothing_until_it_is_set() -> 
     "changes",
     [
         {"budgets": [4096, 8192]},
-        {"validation": {"path": "elsewhere", "num_prefixes": 2}},
-        {"probes": [{"task": "two", "train": "a", "test": "b"}]},
+        {"validation": {"path": "elsewhere", "num_prefixes": 2, "every_images": 64}},
+        {"probes": [{"task": "two", "train": "a", "test": "b", "every_images": 64}]},
         {"data": {"sources": [{"path": "/another/mount", "fingerprint": "0123456789abcdef"}]}},
         {"model": {"size": "w16-d2", "image_size": 16, "patch_size": 4, "head_rule": "proportional"}},
     ],
@@ -73,7 +73,7 @@ def test_an_evaluation_is_named_by_its_settings_and_the_content_of_its_data() ->
         section = parse(ProbeSection, {"task": "two", "train": "a", "test": "b", **changes}, "the test")
         return section.evaluation(data, "2")
 
-    assert name(train="/mnt/a") == name(batch_size=256) == name(kinds=["knn"]) == name()
+    assert name(train="/mnt/a") == name(batch_size=256) == name(kinds=["knn"], every_images=9) == name()
     assert len({name(), name(epochs=30), name(task="three"), name(batch_size=128), name("3")}) == 5
     assert name(None) == f"{name().partition('-')[0]}-*"
 

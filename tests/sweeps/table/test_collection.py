@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
-from aimscale.analysis.table.read import read_table
+from aimscale.analysis.table.points import complete
+from aimscale.analysis.table.read import read_curves, read_table
 from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
@@ -43,6 +44,39 @@ def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: A
     before = {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
     collect(sweep, runs, cards)
     assert before == {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
+
+
+def test_points_during_training_are_a_table_of_their_own(write_sweep: Any, stand_in: Any, launch: Any) -> None:
+    task = {"task": "pets", "train": "data/train", "test": "data/test", "kinds": ["knn"], "every_images": 192}
+    sweep = write_sweep(sizes=["rung-32"], base=write_sweep().file.base | {"probes": [task]})
+    launch(sweep, devices=1, command=stand_in())
+    runs, cards = plan(sweep), cost_cards(sweep, plan(sweep))
+    (run,), (card,) = runs, cards
+    assert read_curves([sweep.directory]).empty
+    evaluation = run.config.evaluation
+    validation = f"{evaluation.validation.digest}.*"
+    entry = {"task": "pets", "kind": "knn", "evaluation": evaluation.probes[0].evaluation(None, None), "top1": 0.5}
+    losses = {"val_loss": 0.25, "val_loss_se": 0.01, "val_num_images": 9, "validation": validation}
+    lines = [
+        {"images_seen": 192, "lr": 1e-3, **losses, "val_loss": 0.5},
+        {"images_seen": 128, "lr": 1e-3, **losses, "validation": "deadbeef.*"},
+        {"images_seen": 192, "lr": 1e-3, "probes": [entry | {"top1": 0.4}]},
+        {"images_seen": 192, "lr": 1e-3, "val_loss": None, "probes": [entry]},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    RunRecord(sweep.run_dir(run.run_id)).curve.write_text(text + '{"images_seen": 25')
+    table = collect(sweep, runs, cards).table
+    assert set(read_table(table)["status"]) == {"complete"}
+    curves = read_curves([table, sweep.directory])
+    assert list(curves["images_seen"]) == [128, 192]
+    assert curves["val_loss"].isna().tolist() == [True, False], "measured by other settings than the plan's"
+    (point,) = curves[curves["images_seen"] == 192].to_dict("records")
+    budget = card.budgets[0]
+    expected = {"status": "during", "lr": 1e-3, "val_loss": 0.5, "run_id": run.run_id, "size": "rung-32"}
+    assert {key: point[key] for key in expected} == expected
+    assert point["flops_train"] == pytest.approx(budget.flops * 192 / budget.images_seen)
+    assert [(probe["task"], probe["top1"]) for probe in point["probes"]] == [("pets", 0.5)]
+    assert len(complete(read_table(table.with_name("curves.csv")))) == 2, "for `fit curves.csv`"
 
 
 def test_rows_carry_what_the_sweep_varied(write_sweep: Any, stand_in: Any, launch: Any) -> None:
