@@ -51,9 +51,10 @@ FLAGS = {
     "no_minimum": "the {subject} law has no minimum along C = {number:.3g} within {more[0]:.3g} times the sizes",
     "no_law": "the {subject} law was not fitted: {more[0]}",
     "other_unit": "Losses at different {subject} are of other targets or pictures, so they are not compared.",
-    "absent": "{more[0]}: no value at {subject}.",
-    "unpaired": "{more[0]}: nothing is paired between {more[1]} and {more[2]}, which differ in {subject}; run both "
+    "absent": "{more[0]}: no value at {more[3]} = {subject}.",
+    "unpaired": "{more[0]}: nothing is paired between {more[1]} and {subject}, which differ in {more[2]}; run both "
     "with the same, or --ignore that column.",
+    "one_pair": "From one pair: the interval covers which images were tested, not seeds; run more seeds.",
     "unseen_prefix": "The validation loss gives every model a bidirectional prefix; one trained without never saw any.",
     "other_patches": "Orders score other patches after the same prefix, so their losses differ in what is asked.",
     "equal_images": "Equal images, not equal compute: a deeper or larger head costs more per image.",

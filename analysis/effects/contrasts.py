@@ -3,20 +3,23 @@
 Two rows are a pair when they agree in every other column of the design and stand at two levels of the one in question.
 Budgets of the same two runs share a trunk, so their differences are averaged first: a pair of runs counts once, and the
 interval is over pairs of runs (sizes x seeds), whose errors a size may share. With three pairs it is wide, and says so.
+It covers runs, on the test images that they share. What other test images would change is told beside it, and is all
+that the interval of a single pair of runs covers (`effects.paired`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from aimscale.analysis.display import Result
+from aimscale.analysis.display import Result, plain_fields
+from aimscale.analysis.effects.paired import POWER, Paired, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.errors import sandwich
 from aimscale.analysis.fitting.result import CONFIDENCE
@@ -31,10 +34,11 @@ from aimscale.analysis.table.design import (
     varies,
     with_size,
 )
+from aimscale.analysis.table.hits import hits_of
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.table.names import column_words, our_name, their_name
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.words import Flag, flag_words
+from aimscale.analysis.words import Flag, flag_words, p_value, some
 
 HEAD = ("head_rule", "head_depth", "head_width", "model.head_depth", "model.head_width")
 FOLLOWS = {
@@ -52,8 +56,6 @@ OTHER_UNIT = ("target", "patch_size", "image_size")
 """Columns whose levels have losses that cannot be subtracted."""
 CAUTION = {"prefix": "unseen_prefix", "patch_order": "other_patches", **dict.fromkeys(HEAD[:2], "equal_images")}
 """Column -> kind of the flag about its losses."""
-POWER = 0.8
-"""Power of the minimum detectable effect."""
 BETTER, WORSE, ALIKE = "better", "worse", "no significant difference"
 """Verdicts."""
 
@@ -75,15 +77,17 @@ class Contrast(Result):
     difference: float
     """Mean of level minus baseline."""
     low: float
-    """Lower end of its interval; NaN with a single pair of runs."""
+    """Lower end of its interval: over pairs of runs, on the same test images; with a single pair over test images,
+    for these very runs; NaN with a single pair where hits are missing."""
     high: float
     ratio: float
     """Geometric mean of level over baseline; NaN where a value is not positive."""
     ratio_low: float
     ratio_high: float
     detectable: float
-    """Minimum detectable effect: the true difference that is found significant with probability 0.8; NaN with a single
-    pair."""
+    """Minimum detectable effect: the true difference that this interval leaves zero out for with probability 0.8."""
+    images: Paired | None
+    """The difference over test images, for these very runs; None without hits, or where test images differ."""
     verdict: str
     """`better`, `worse`, or `no significant difference`."""
     pairs: pd.DataFrame = field(repr=False)
@@ -97,27 +101,43 @@ class Contrast(Result):
     @property
     def table(self) -> pd.DataFrame:
         """One row: the measure, the levels, their difference and ratio with intervals, the verdict."""
-        skip = {"measure", "pairs"}
-        return pd.DataFrame([{"measure": self.measure.name, **{k: v for k, v in vars(self).items() if k not in skip}}])
+        own = {k: v for k, v in vars(self).items() if k not in ("measure", "pairs", "images")}
+        images = {} if self.images is None else {f"images_{k}": v for k, v in plain_fields(self.images).items()}
+        return pd.DataFrame([{"measure": self.measure.name, **own, "over": self.over, **images}])
+
+    @property
+    def over(self) -> str:
+        """What the interval covers: `runs`, `test images`, or nothing."""
+        return "runs" if self.num_run_pairs > 1 else "test images" if self.images else ""
 
     def sentence(self) -> str:
         """Difference, interval, pairs, and the minimum detectable effect where it is not significant."""
         m = self.measure
         values = f"{m.shown(self.level_mean)} against {m.shown(self.baseline_mean)}"
         head = f"{m.title}: {self.level} {values}, difference {m.shown_difference(self.difference)}"
-        if self.num_run_pairs < 2:
+        if not self.over:
             return f"{head}, from one pair of runs, so without an interval."
         text = f"{head} [{m.shown_difference(self.low)}, {m.shown_difference(self.high)}]"
-        if np.isfinite(self.ratio):
+        if np.isfinite(self.ratio_low):
             text += f", ratio {self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
-        rows = f" ({self.num_pairs} of rows)" if self.num_pairs > self.num_run_pairs else ""
-        text += f", over {self.num_run_pairs} pairs of runs{rows}: "
+        text += f", {self._basis()}: "
         if self.is_significant:
             return f"{text}{self.level} is {self.verdict}."
         effect = f"minimum detectable effect {m.shown_size(self.detectable)} at {100 * POWER:.0f} % power"
         return f"{text}{self.verdict} ({effect})."
 
     headline = sentence
+
+    def _basis(self) -> str:
+        """What the interval is over, and what it leaves out."""
+        if self.num_run_pairs < 2 and self.images is not None:
+            test = f", McNemar {p_value(self.images.p)}" if np.isfinite(self.images.p) else ""
+            return f"over the {self.images.num_images:,} test images of one pair of runs{test}"
+        rows = f" ({self.num_pairs} of rows)" if self.num_pairs > self.num_run_pairs else ""
+        more = (
+            self.images and f", on these test images (others: {self.measure.shown_size(self.images.half)} more or less)"
+        )
+        return f"over {self.num_run_pairs} pairs of runs{rows}{more or ''}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -183,20 +203,22 @@ def contrast(
     asked, flags = _comparable(wanted_measures(rows, measures, by), by)
     keys = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in asked})
     long = long_format(rows, asked, by)
+    long = long.assign(hits=hits_of(long).where(long["measure"].str.startswith("top1:"), None))
     levels = _levels(long, by, asked)
     baseline = _baseline(long, by, levels, baseline)
     found: list[Contrast] = []
-    why: dict[Flag, list[str]] = {}  # every reason why there is none, with the measures that have it
+    why: dict[str, dict[Flag, None]] = {}  # measure -> every reason why there is none
     for m, level in itertools.product(asked, [each for each in levels if each != baseline]):
         one = _one(long[long["measure"] == m.name], m, by, keys, baseline, level)
         if isinstance(one, Contrast):
             found.append(one)
         else:
-            why.setdefault(one, []).append(m.title)
-    flags += [replace(flag, more=(", ".join(titles), *flag.more)) for flag, titles in why.items()]
+            why.setdefault(m.title, {})[one] = None
+    flags += _reasons(why, by, baseline)
     if not found:
         raise AnalysisError(" ".join(flag_words(flags)))
     flags += [Flag(kind=CAUTION[by], subject=by)] if by in CAUTION else []
+    flags += [Flag(kind="one_pair")] if any(each.over == "test images" for each in found) else []
     equal = tuple(their_name(rows, name) for name in keys if varies(rows[name]))
     return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags))
 
@@ -254,7 +276,7 @@ def level_name(value: Any) -> str:
 def _baseline(long: pd.DataFrame, by: str, levels: list[str], wish: str | None) -> str:
     if wish is not None:
         if wish not in levels:
-            raise AnalysisError(f"{by} takes {', '.join(levels)}, not {wish!r}; choose the baseline from these.")
+            raise AnalysisError(f"{by} takes {some(levels)}, not {wish!r}; choose the baseline from these.")
         return wish
     if USUAL.get(by) in levels:
         return USUAL[by]
@@ -263,30 +285,35 @@ def _baseline(long: pd.DataFrame, by: str, levels: list[str], wish: str | None) 
 
 
 def _one(long: pd.DataFrame, measure: Measure, by: str, keys: list[str], baseline: str, level: str) -> Contrast | Flag:
-    """One contrast, or a flag why there is none."""
+    """One contrast, or why there is none: the level as the flag's subject, and what differs."""
     names = long[by].map(level_name, na_action="ignore")
     sides = [long[names == each] for each in (baseline, level)]
     if min(map(len, sides)) == 0:
-        return Flag(kind="absent", subject=f"{by} = {baseline if sides[0].empty else level}")
-    means = [side.groupby(keys, dropna=False)["value"].mean().reset_index() for side in sides]
+        return Flag(kind="absent", subject=baseline if sides[0].empty else level)
+    means = [_means(side, keys) for side in sides]
     words = dict.fromkeys(keys, object)  # a column may hold words on one side and numbers on the other
     pairs = means[0].astype(words).merge(means[1].astype(words), on=keys, suffixes=("_baseline", "_level"))
     pairs = pairs.rename(columns={"value_baseline": "baseline_value", "value_level": "level_value"})
     if pairs.empty:
-        return Flag(kind="unpaired", subject=_differs(sides, keys), more=(f"{by} = {baseline}", level))
+        return Flag(kind="unpaired", subject=level, more=_differs(sides, keys))
     pairs["difference"] = pairs["level_value"] - pairs["baseline_value"]
     runs = [name for name in keys if name != "images_seen"]
     pairs["run_pair"] = pairs.groupby(runs, dropna=False).ngroup() if runs else 0
     groups = pairs.groupby("run_pair")
     means_of = groups[["baseline_value", "level_value", "difference"]].mean()
     size_of = groups["size"].first() if "size" in pairs else None
+    weights = 1 / (len(means_of) * groups["difference"].transform("size"))
+    images = paired(pairs.pop("hits_baseline").tolist(), pairs.pop("hits_level").tolist(), weights.tolist())
     centre, half, se, spare = mean_of(means_of["difference"], size_of)
+    needed = student.ppf(0.5 + CONFIDENCE / 2, spare) + student.ppf(POWER, spare)
+    low, high, detectable = centre - half, centre + half, float(needed * se)
+    if len(means_of) == 1 and images is not None:
+        low, high, detectable = images.low, images.high, images.detectable
     ratio: tuple[float, ...] = (np.nan, np.nan, np.nan)
     if not measure.is_accuracy and (pairs[["baseline_value", "level_value"]] > 0).all(axis=None):
         logs = pairs["level_value"].div(pairs["baseline_value"]).map(np.log).groupby(pairs["run_pair"]).mean()
         middle, width, *_ = mean_of(logs, size_of)
         ratio = tuple(float(np.exp(v)) for v in (middle, middle - width, middle + width))
-    needed = student.ppf(0.5 + CONFIDENCE / 2, spare) + student.ppf(POWER, spare)
     is_better = (centre < 0) == measure.lower_is_better
     return Contrast(
         measure=measure,
@@ -297,15 +324,23 @@ def _one(long: pd.DataFrame, measure: Measure, by: str, keys: list[str], baselin
         baseline_mean=float(means_of["baseline_value"].mean()),
         level_mean=float(means_of["level_value"].mean()),
         difference=centre,
-        low=centre - half,
-        high=centre + half,
+        low=low,
+        high=high,
         ratio=ratio[0],
         ratio_low=ratio[1],
         ratio_high=ratio[2],
-        detectable=float(needed * se),
-        verdict=ALIKE if not abs(centre) > half else BETTER if is_better else WORSE,
+        detectable=detectable,
+        images=images,
+        verdict=ALIKE if not (low > 0 or high < 0) else BETTER if is_better else WORSE,
         pairs=pairs,
     )
+
+
+def _means(side: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """The mean value of every cell, and its hits where it is of one row."""
+    cells = side.groupby(keys, dropna=False)
+    hits = cells["hits"].first().where(cells.size() == 1, None)
+    return cells["value"].mean().to_frame().assign(hits=hits).reset_index()
 
 
 def mean_of(values: pd.Series, groups: pd.Series | None = None) -> tuple[float, float, float, float]:
@@ -325,13 +360,28 @@ def mean_of(values: pd.Series, groups: pd.Series | None = None) -> tuple[float, 
     return centre, float(student.ppf(0.5 + CONFIDENCE / 2, degrees) * se), float(se), float(degrees)
 
 
-def _differs(sides: list[pd.DataFrame], keys: list[str]) -> str:
+def _differs(sides: list[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:
     """Columns in which the two levels never agree, with their values; else all in which rows differ."""
     apart = []
     for name in keys:
         values = [set(side[name].dropna().unique()) for side in sides]
         if any(values) and not set.intersection(*values):
             shown = [sorted(map(level_name, each)) for each in values]
-            words = (", ".join(each[:4]) + ", ..." * (len(each) > 4) for each in shown)
-            apart.append(f"{name} ({' against '.join(words)})")
-    return ", ".join(apart or [name for name in keys if varies(pd.concat([side[name] for side in sides]))])
+            apart.append(f"{name} ({' against '.join(map(some, shown))})")
+    return tuple(apart or [name for name in keys if varies(pd.concat([side[name] for side in sides]))])
+
+
+def _reasons(why: Mapping[str, Collection[Flag]], by: str, baseline: str) -> Iterator[Flag]:
+    """Why there is no contrast: a flag for all levels of the measures that share a kind of reason."""
+    alike: dict[tuple[Flag, ...], list[str]] = {}
+    for title, flags in why.items():
+        for kind in ("absent", "unpaired"):
+            if same := tuple(flag for flag in flags if flag.kind == kind):
+                alike.setdefault(same, []).append(title)
+    for flags, titles in alike.items():
+        levels, apart = [flag.subject for flag in flags], dict.fromkeys(each for flag in flags for each in flag.more)
+        if len(flags) > 1:  # the columns alone
+            apart = dict.fromkeys(str(each).split(" (")[0] for each in apart)
+            levels = [f"{len(levels)} levels ({some(levels)})"]
+        more = (some(titles), f"{by} = {baseline}", some([*map(str, apart)]), by)
+        yield Flag(kind=flags[0].kind, subject=levels[0], number=len(flags), more=more)

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import linregress
+from scipy.stats import linregress, norm
 from scipy.stats import t as student
 
 from aimscale.analysis.display import Result
+from aimscale.analysis.effects.paired import POWER, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS, best_frozen, published_frame, table6
+from aimscale.analysis.table.hits import hits_of
 from aimscale.analysis.table.names import FOLDER, joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import probe_frame, read_table
@@ -106,10 +108,10 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
 def read_baselines(frame: pd.DataFrame) -> pd.DataFrame:
     """Probes of the baselines that lie beside the tables of a frame from `read_tables`; empty where there are none."""
     folders = sorted(set(frame[FOLDER].dropna())) if FOLDER in frame else []
-    paths = [path for folder in folders if (path := Path(folder) / BASELINES_FILE).exists()]
+    paths = {folder: path for folder in folders if (path := Path(folder) / BASELINES_FILE).exists()}
     if not paths:
         return probe_frame(pd.DataFrame({"probes": []}))
-    return probe_frame(joined([read_table(path) for path in paths]))
+    return probe_frame(joined([read_table(path).assign(**{FOLDER: folder}) for folder, path in paths.items()]))
 
 
 def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
@@ -121,25 +123,33 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         task, kind, size, params_total and images_seen of the run, n, baseline, top1, baseline_top1, gap (ours minus
-        the baseline's) with gap_lo95 and gap_hi95, and verdict: above, below, or not told apart.
+        the baseline's) with gap_lo95 and gap_hi95, is_paired, p (McNemar's), detectable (the gap that would be seen
+        with probability 0.8), and verdict: above, below, or not told apart.
 
-    The interval is Newcombe's for two independent proportions (Statistics in Medicine 17:873, 1998, method 10). Both
-    were measured on the same images, which usually makes the true one narrower.
+    Where the tables' folders say which test images both got right, the interval is that of `effects.paired`. Else it is
+    Newcombe's for two independent proportions (Statistics in Medicine 17:873, 1998, method 10), which is wider: both
+    were measured on the same images. Neither covers seeds.
     """
     columns = ["task", "kind", "size", "params_total", "images_seen", "n", "baseline", "top1", "baseline_top1", "gap"]
-    columns += ["gap_lo95", "gap_hi95", "verdict"]
-    theirs = baselines.drop_duplicates(["size", "task", "kind", "n", "top1"]) if len(baselines) else baselines
+    columns += ["gap_lo95", "gap_hi95", "is_paired", "p", "detectable", "verdict"]
+    theirs = baselines.assign(theirs=hits_of(baselines)).drop_duplicates(["size", "task", "kind", "n", "top1"])
     if theirs.empty or probes.empty:
         return pd.DataFrame(columns=columns)
     names = {"size": "baseline", "top1": "baseline_top1", "top1_lo95": "baseline_lo95", "top1_hi95": "baseline_hi95"}
-    theirs = theirs.rename(columns=names)[["task", "kind", "n", *names.values()]]
-    both = probes.merge(theirs, on=["task", "kind", "n"])
+    theirs = theirs.rename(columns=names)[["task", "kind", "n", "theirs", *names.values()]]
+    both = probes.assign(ours=hits_of(probes)).merge(theirs, on=["task", "kind", "n"])
     gap = both["top1"] - both["baseline_top1"]
     below = np.hypot(both["top1"] - both["top1_lo95"], both["baseline_hi95"] - both["baseline_top1"])
     above = np.hypot(both["top1_hi95"] - both["top1"], both["baseline_top1"] - both["baseline_lo95"])
-    verdict = np.select([gap - below > 0, gap + above < 0], ["above", "below"], "not told apart")
-    both = both.assign(gap=gap, gap_lo95=gap - below, gap_hi95=gap + above, verdict=verdict)
-    return both.reindex(columns=columns)
+    factor = (1 + norm.ppf(POWER) / norm.ppf(0.975)) / 2
+    both = both.assign(gap=gap, gap_lo95=gap - below, gap_hi95=gap + above, detectable=factor * (below + above))
+    found = [paired([a], [b]) for a, b in zip(both["theirs"], both["ours"], strict=True)]
+    both = both.assign(is_paired=[each is not None for each in found], p=[each.p if each else np.nan for each in found])
+    for column, name in (("gap_lo95", "low"), ("gap_hi95", "high"), ("detectable", "detectable")):
+        values = [getattr(each, name) if each else np.nan for each in found]
+        both[column] = pd.Series(values, both.index).fillna(both[column])
+    verdict = np.select([both["gap_lo95"] > 0, both["gap_hi95"] < 0], ["above", "below"], "not told apart")
+    return both.assign(verdict=verdict).reindex(columns=columns)
 
 
 def _shared(probes: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:

@@ -309,15 +309,17 @@ def baseline_table(comparison: Comparison) -> PageTable | None:
     frame = comparison.baselines.copy()
     frame["kind"] = frame["kind"].map(kind_name)
     frame["interval"] = _spans(frame["gap_lo95"], frame["gap_hi95"], percent)
+    frame["detectable"] = frame["detectable"].map(percent)
     return page_table(
         "baselines",
         "Beside baselines on the same probes",
         "The largest budget of each run; same tasks, probes, images and seed for the baseline. Gap: ours minus the "
-        "baseline's, with Newcombe's 95 % interval, which takes the two as independent.",
+        "baseline's, with its 95 % interval over test images, paired where both sides' hits were kept (p: McNemar's "
+        "exact test); seeds are not covered. Detectable: the gap that would be seen with 80 % power.",
         frame,
         (
             *("task", "kind", "size", "params_total", "images_seen", "top1", "baseline", "baseline_top1", "gap"),
-            *("interval", "verdict", "n"),
+            *("interval", "p", "detectable", "verdict", "n"),
         ),
         {"top1": "ours (%)", "verdict": "ours is"},
     )

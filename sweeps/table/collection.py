@@ -4,25 +4,28 @@ Points during training go to `curves.parquet` by the same columns, so that no la
 
 Partial sweeps collect: a budget without a row is a row without results, marked `unfinished`, `diverged` or `failed`.
 Baselines probed like a run (`aimscale baseline NAME --like RUN`) go to `baselines.parquet` by the same columns:
-they are no runs, and no law should take them for some. The files depend on the run directories alone, so collecting
-twice writes the same bytes.
+they are no runs, and no law should take them for some. Which test images a probe got right goes to `hits.parquet`,
+where the files of its task say so. The files depend on the run directories alone, so collecting twice writes the same
+bytes.
 """
 
 from __future__ import annotations
 
+import base64
 import fnmatch
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.hits import HITS_FILE, hits_table
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.harness.data.store.card import fingerprint
-from aimscale.harness.probe.files import entries_of
+from aimscale.harness.probe.files import as_entry, entries_of, task_files
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.row import configured_columns, setup_of
 from aimscale.sweeps.plan.costs import CostCard
@@ -82,9 +85,13 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
         name = str(folder.relative_to(sweep.runs_dir))
         baselines += _readable(name, functools.partial(_baseline_rows, sweep, folder), damaged)
-    _write(sweep, "results", _with_task_names(rows, runs))
-    _write(sweep, "curves", _with_task_names(points, runs))
-    _write(sweep, "baselines", _with_task_names(baselines, runs))
+    rows, hits = _with_task_names(rows, runs)
+    points, _ = _with_task_names(points, runs)
+    baselines, their_hits = _with_task_names(baselines, runs)
+    _write(sweep, "results", rows)
+    _write(sweep, "curves", points)
+    _write(sweep, "baselines", baselines)
+    _write_hits(sweep, [*hits, *their_hits])
     whole = [run for run in runs if run.run_id not in damaged]
     summary = {
         "description": sweep.file.description,
@@ -111,6 +118,29 @@ def _write(sweep: Sweep, name: str, rows: list[Values]) -> None:
             path.unlink(missing_ok=True)
 
 
+def _write_hits(sweep: Sweep, hits: list[Values]) -> None:
+    """The hits of runs and baselines; no file where no probe's were kept."""
+    path = sweep.directory / HITS_FILE
+    if hits:
+        write_table(hits_table(hits), path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _hits(row: Values, documents: Iterable[Values]) -> list[Values]:
+    """Hits of a row's probes, from the tasks' files that have the very same entries."""
+    details = [detail for document in documents for detail in document["probes"] if "hits" in detail]
+    of_row = {name: row.get(name) for name in ("run_id", "size", "images_seen")}
+    return [
+        of_row
+        | {name: entry.get(name) for name in ("task", "kind", "evaluation")}
+        | {"num_test": entry["n"], "hits": base64.b64decode(detail["hits"])}
+        for entry in row.get("probes") or ()
+        for detail in details
+        if as_entry(detail) == entry
+    ]
+
+
 def _readable(name: str, rows: Callable[[], list[Values]], damaged: dict[str, str]) -> list[Values]:
     """Rows that fit into a table; where they cannot be read, none, and the sentence why in `damaged`."""
     try:
@@ -123,7 +153,8 @@ def _readable(name: str, rows: Callable[[], list[Values]], damaged: dict[str, st
 
 
 def _imported_rows(sweep: Sweep, record: RunRecord) -> list[Values]:
-    return [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
+    rows = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
+    return [{**row, "hits": _hits(row, task_files(record.probes_dir(row["images_seen"])))} for row in rows]
 
 
 def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
@@ -131,12 +162,15 @@ def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
     by_name: dict[str, list[Values]] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
-        entries = entries_of(document)
-        if not all(isinstance(entry["task"], str) for entry in entries):
+        if not all(isinstance(entry["task"], str) for entry in entries_of(document)):
             raise ValueError(f"{path.name} names no task")
-        by_name.setdefault(document["backbone"], []).extend(entries)
-    shared = {"sweep": sweep.name, "run_id": folder.parent.parent.name}
-    return [{**shared, "size": name, "probes": entries} for name, entries in by_name.items()]
+        by_name.setdefault(document["backbone"], []).append(document)
+    rows = []
+    for name, documents in by_name.items():
+        row: Values = {"sweep": sweep.name, "run_id": folder.parent.parent.name, "size": name}
+        row["probes"] = [entry for document in documents for entry in entries_of(document)]
+        rows.append({**row, "hits": _hits(row, documents)})
+    return rows
 
 
 def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
@@ -162,7 +196,9 @@ def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
             row = {**planned, "images_seen": budget.images_seen, "epochs": budget.epochs}
             row |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
         row["status"] = missing if row.get("val_loss") is None else "complete"
-        rows.append({**row, "sweep": sweep.name, "flops_executed": card.rates.flops_per_image * budget.images_seen})
+        row["flops_executed"] = card.rates.flops_per_image * budget.images_seen
+        hits = _hits(row, task_files(record.probes_dir(budget.images_seen)))
+        rows.append({**row, "sweep": sweep.name, "hits": hits})
     return rows
 
 
@@ -187,8 +223,8 @@ def _as_planned(run: Run, row: Values) -> Values:
     return {key: value for key, value in row.items() if key not in ("val_loss", "val_loss_se", "val_num_images")}
 
 
-def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> list[Values]:
-    """The rows with every probe's task named.
+def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> tuple[list[Values], list[Values]]:
+    """The rows with every probe's task named, and the hits of all rows under the same names.
 
     The bare name is for the evaluation that the plan asks for (the first of that task), or for the only one that there
     is of a task that it does not name; others are `task@evaluation`. So a table keeps apart what was measured with
@@ -207,7 +243,9 @@ def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> list[Values
             return entry
         return {**entry, "task": f"{task}@{evaluation}"}
 
-    return [{**row, "probes": [named(entry) for entry in row["probes"]]} if row.get("probes") else row for row in rows]
+    hits = [named(each) for row in rows for each in row.get("hits", ())]
+    rows = [{name: value for name, value in row.items() if name != "hits"} for row in rows]
+    return [row | {"probes": [*map(named, row["probes"])]} if row.get("probes") else row for row in rows], hits
 
 
 def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:

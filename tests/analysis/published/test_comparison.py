@@ -9,8 +9,11 @@ from typer.testing import CliRunner
 
 from aimscale.analysis.published.comparison import beside_runs, compare
 from aimscale.analysis.published.published import TASKS
+from aimscale.analysis.table.hits import HITS_FILE, hits_table
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.sweeps.cli.main import verb
+
+PROBE = {"task": "dtd", "kind": "attentive", "evaluation": "a-b", "chance": 0.1}
 
 
 def rows(tasks, kinds=("attentive",)):
@@ -20,7 +23,7 @@ def rows(tasks, kinds=("attentive",)):
         for d in (1e4, 4e4, 1.6e5, 6.4e5):
             loss = 0.2 + 20 * n**-0.4 + 30 * d**-0.5
             top1 = 0.1 + 0.89 / (1 + np.exp(9 * (loss - 0.42)))
-            probes = [{"task": t, "kind": k, "n": 1000, "chance": 0.1, "top1": top1} for t in tasks for k in kinds]
+            probes = [PROBE | {"task": t, "kind": k, "n": 1000, "top1": top1} for t in tasks for k in kinds]
             run = {"run_id": f"n{n:g}", "size": f"n{n:g}", "status": "complete", "image_size": 32, "val_loss": loss}
             counts = {"params_total": n, "params_trunk": 0.6 * n, "images_seen": d, "flops_train": 6 * n * d}
             out.append(run | counts | {"probes": probes})
@@ -117,11 +120,22 @@ def test_exponents_stand_beside_the_papers():
 def test_the_command_shows_our_own_baselines(tmp_path):
     table = rows(["dtd"])
     write_table(results_table(table), tmp_path / "results.parquet")
-    baseline = [{**table[0], "size": "raw-pixels", "run_id": "like"}]
-    write_table(results_table(baseline), tmp_path / "baselines.parquet")
+    baseline = {"size": "raw-pixels", "run_id": "like", "probes": table[0]["probes"]}
+    write_table(results_table([baseline]), tmp_path / "baselines.parquet")
     arguments = [str(tmp_path), "--resamples", "30"]
     assert CliRunner().invoke(verb("compare"), arguments).exit_code == 0
     text = CliRunner().invoke(verb("compare"), [*arguments, "--json"]).output
     shown = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert len(shown["tasks"]) == 4
-    assert {row["baseline"] for row in shown["baselines"]} == {"raw-pixels"}
+    assert {(row["baseline"], row["is_paired"]) for row in shown["baselines"]} == {("raw-pixels", False)}
+    about = [{name: row.get(name) for name in ("run_id", "size", "images_seen")} for row in [*table, baseline]]
+    right = [np.packbits(np.arange(1000) < 1000 * row["probes"][0]["top1"]).tobytes() for row in [*table, baseline]]
+    hits = [row | PROBE | {"num_test": 1000, "hits": bits} for row, bits in zip(about, right, strict=True)]
+    write_table(hits_table(hits), tmp_path / HITS_FILE)
+    paired = json.loads(CliRunner().invoke(verb("compare"), [*arguments, "--json"]).output)["baselines"]
+    for row in paired:  # all images that are not right on both sides are right for ours
+        assert row["is_paired"]
+        n = 1002
+        half = 1.96 * np.sqrt((row["gap"] * 1000 + 2) / n - (row["gap"] * 1000 / n) ** 2) / n**0.5
+        assert (row["gap_hi95"] - row["gap_lo95"]) / 2 == pytest.approx(half, rel=0.01)
+        assert row["p"] == pytest.approx(0.5 ** (1000 * row["gap"] - 1), abs=1e-6)
