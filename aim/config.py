@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from aimscale.aim.errors import UserError, did_you_mean
 
 HeadRule = Literal["released", "proportional", "none"]
+HeadKind = Literal["mlp", "transformer"]
 PatchOrder = Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "fixed_random", "hashed"]
 QkvInit = Literal["fused", "separate"]
 Target = Literal["normalised", "raw"]
@@ -47,12 +48,14 @@ class ModelConfigError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelHeadConfig:
-    """The MLP that turns a trunk token into the pixels of the next patch."""
+    """What turns trunk tokens into the pixels of patches."""
 
     width: int
-    """Channels of the residual MLP blocks; with `is_linear`, unused and equal to the trunk's width."""
+    """Channels of the blocks; with `is_linear`, unused and equal to the trunk's width."""
     depth: int
-    """Number of residual MLP blocks."""
+    """Number of blocks: residual MLPs, or with `num_heads` transformer blocks like the trunk's."""
+    num_heads: int | None = None
+    """Attention heads of a transformer head (Table 5): the widest that divide its width and the trunk's heads."""
     ln_residual: bool = False
     """Each block first adds LayerNorm(x), as the authors' trainer does where attention used to be."""
     is_linear: bool = False
@@ -80,6 +83,8 @@ class ModelConfig:
     """Order in which patches are read and predicted."""
     target: Target = "normalised"
     """`normalised`: pixels standardised per patch; `raw`: pixels as given."""
+    masked: float | None = None
+    """Share of the patches that a masked model predicts behind mask tokens; None: autoregressive."""
     parametrisation: Parametrisation = "standard"
     """`standard`, or `mup`: learning rates and scales that follow the width."""
     norm_eps: float = 1e-6
@@ -96,6 +101,11 @@ class ModelConfig:
     def num_tokens(self) -> int:
         """N: patches of an image."""
         return self.grid**2
+
+    @property
+    def num_masked(self) -> int:
+        """Patches of an image that a masked model predicts, one at least and not all; 0 if autoregressive."""
+        return 0 if self.masked is None else min(max(1, round(self.masked * self.num_tokens)), self.num_tokens - 1)
 
     @property
     def patch_dim(self) -> int:
@@ -144,9 +154,11 @@ def model_config(
     head_rule: HeadRule = "proportional",
     head_width: int | None = None,
     head_depth: int | None = None,
+    head_kind: HeadKind = "mlp",
     ln_residual: bool = False,
     patch_order: PatchOrder = "raster",
     target: Target = "normalised",
+    masked: float | None = None,
     parametrisation: Parametrisation = "standard",
     norm_eps: float = 1e-6,
     qkv_init: QkvInit = "fused",
@@ -162,11 +174,14 @@ def model_config(
       ratio, so that every size spends the same share of its FLOPs on the head;
     - `none`: one linear layer.
 
+    `head_kind` says what its blocks are.
+
     Raises:
         ModelConfigError: an unknown size or option (names the nearest known one), or parts that do not divide.
     """
     for option, value, known in (
         ("head_rule", head_rule, get_args(HeadRule)),
+        ("head_kind", head_kind, get_args(HeadKind)),
         ("patch_order", patch_order, get_args(PatchOrder)),
         ("target", target, get_args(Target)),
         ("parametrisation", parametrisation, get_args(Parametrisation)),
@@ -183,9 +198,12 @@ def model_config(
         width=width,
         depth=depth,
         num_heads=num_heads,
-        head=_pixel_head(width, depth, head_rule, head_width, head_depth, ln_residual),
+        head=_pixel_head(
+            (width, depth, num_heads), head_rule, head_width, head_depth, ln_residual=ln_residual, kind=head_kind
+        ),
         patch_order=patch_order,
         target=target,
+        masked=masked,
         parametrisation=parametrisation,
         norm_eps=norm_eps,
         qkv_init=qkv_init,
@@ -226,20 +244,31 @@ def _head_dim(width: int) -> int:
 
 
 def _pixel_head(
-    width: int, depth: int, rule: HeadRule, head_width: int | None, head_depth: int | None, ln_residual: bool
+    trunk: tuple[int, int, int],
+    rule: HeadRule,
+    head_width: int | None,
+    head_depth: int | None,
+    *,
+    ln_residual: bool,
+    kind: HeadKind,
 ) -> PixelHeadConfig:
+    width, depth, num_heads = trunk
     if rule == "none":
-        if head_width is not None or head_depth is not None or ln_residual:
+        if head_width is not None or head_depth is not None or ln_residual or kind != "mlp":
             raise ModelConfigError(
-                "head_rule 'none' is one linear layer; leave head_width, head_depth and ln_residual out"
+                "head_rule 'none' is one linear layer; leave head_width, head_depth, head_kind and ln_residual out"
             )
         return PixelHeadConfig(width=width, depth=0, is_linear=True)
     if rule == "released":
         rule_width, rule_depth = RELEASED_HEAD_WIDTH, RELEASED_HEAD_DEPTH
     else:
         rule_width, rule_depth = 16 * max(1, round(width / 12)), max(1, depth // 2)
-    return PixelHeadConfig(
-        width=rule_width if head_width is None else head_width,
-        depth=rule_depth if head_depth is None else head_depth,
-        ln_residual=ln_residual,
-    )
+    chosen_width = rule_width if head_width is None else head_width
+    chosen_depth = rule_depth if head_depth is None else head_depth
+    if kind == "mlp":
+        return PixelHeadConfig(width=chosen_width, depth=chosen_depth, ln_residual=ln_residual)
+    if ln_residual or not chosen_depth:
+        raise ModelConfigError("a transformer head needs a block and has no ln_residual, which is of MLP heads alone")
+    # Assumption (the paper does not say): heads as wide as the trunk's where they divide the width.
+    head_dim = math.gcd(chosen_width, width // num_heads)
+    return PixelHeadConfig(width=chosen_width, depth=chosen_depth, num_heads=chosen_width // head_dim)

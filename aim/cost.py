@@ -8,7 +8,7 @@ and depth. A multiply-add counts as two FLOPs; norms, activations and softmax co
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aimscale.aim.config import ModelConfig
 
@@ -29,6 +29,7 @@ class ParamCount:
     trunk: int
     """Blocks and the last norm."""
     head: int
+    """Pixel head, and the mask token of a masked model: all that is thrown away after pre-training."""
 
     @property
     def total(self) -> int:
@@ -63,9 +64,11 @@ def param_count(config: ModelConfig) -> ParamCount:
     if head.is_linear:
         head_params = d * o + o
     else:
-        norms_per_block = 2 if head.ln_residual else 1
-        block = 8 * head.width**2 + norms_per_block * 2 * head.width
+        norms_per_block = 2 if head.ln_residual or head.num_heads else 1
+        block = (12 if head.num_heads else 8) * head.width**2 + norms_per_block * 2 * head.width
         head_params = (d + 1) * head.width + head.depth * block + 2 * head.width + (head.width + 1) * o
+    if config.masked is not None:
+        head_params += d
     return ParamCount(preprocessor=d * (o + 3), trunk=config.depth * (12 * d**2 + 4 * d) + 2 * d, head=head_params)
 
 
@@ -74,39 +77,41 @@ def flops_per_image(config: ModelConfig) -> FlopCount:
 
     This is the C of the scaling laws, comparable between implementations.
     """
-    num_tokens, d = config.num_tokens, config.width
+    num_tokens, d, o, head = config.num_tokens, config.width, config.patch_dim, config.head
+    if head.is_linear:
+        head_flops = 2 * num_tokens * d * o
+    else:
+        block = _block_flops(num_tokens, head.width) if head.num_heads else 16 * num_tokens * head.width**2
+        head_flops = 2 * num_tokens * head.width * (d + o) + head.depth * block
     return FlopCount(
-        patch_embed=2 * num_tokens * config.patch_dim * d,
-        trunk=2 * config.depth * (12 * num_tokens * d**2 + 2 * num_tokens**2 * d),
-        head=num_tokens * _head_flops_per_token(config),
+        patch_embed=2 * num_tokens * o * d, trunk=config.depth * _block_flops(num_tokens, d), head=head_flops
     )
 
 
 def executed_flops_per_image(config: ModelConfig, scored_tokens: float) -> FlopCount:
     """Count the FLOPs that `AIM.forward` executes, the numerator of MFU.
 
-    Only the `scored_tokens` of an image (`mean_scored_tokens`) pass through the pixel head and through the MLP of the
-    last block.
+    Behind the last attention only the `scored_tokens` of an image (`mean_scored_tokens`) go on: through the MLP of that
+    block and what follows it.
     """
-    published = flops_per_image(config)
+    published, head = flops_per_image(config), config.head
     skipped = config.num_tokens - scored_tokens
-    return FlopCount(
-        patch_embed=published.patch_embed,
-        trunk=published.trunk - skipped * 2 * 8 * config.width**2,
-        head=scored_tokens * _head_flops_per_token(config),
-    )
+    if head.num_heads:
+        return replace(published, head=published.head - skipped * 2 * head.width * (8 * head.width + config.patch_dim))
+    trunk = published.trunk - skipped * 2 * 8 * config.width**2
+    return replace(published, trunk=trunk, head=published.head * scored_tokens / config.num_tokens)
 
 
-def mean_scored_tokens(num_tokens: int, prefix: str) -> float:
-    """Scored tokens of an image on average, by `objective.prefix`: half of them, or without prefixes all but one."""
-    return num_tokens - 1 if prefix == "none" else num_tokens / 2
+def mean_scored_tokens(config: ModelConfig, prefix: str) -> float:
+    """Scored tokens of an image on average: the masked ones, or by `objective.prefix` half or all but one of them."""
+    if config.masked is not None:
+        return config.num_masked
+    return config.num_tokens - 1 if prefix == "none" else config.num_tokens / 2
 
 
-def _head_flops_per_token(config: ModelConfig) -> int:
-    d, o, head = config.width, config.patch_dim, config.head
-    if head.is_linear:
-        return 2 * d * o
-    return 2 * (d * head.width + 8 * head.depth * head.width**2 + head.width * o)
+def _block_flops(num_tokens: int, width: int) -> int:
+    """Of a transformer block."""
+    return 2 * (12 * num_tokens * width**2 + 2 * num_tokens**2 * width)
 
 
 def num_queries(width: int) -> int:

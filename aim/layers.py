@@ -50,6 +50,18 @@ class Patchifier(nn.Module):
         return tokens
 
 
+class MaskToken(nn.Module):
+    """The learned token that stands for every hidden patch; it starts at 0, and decays no more than a bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor, is_given: Tensor) -> Tensor:
+        """Tokens (B, N, d) with those that are not given, bool (B, N), replaced."""
+        return torch.where(is_given[:, :, None], x, self.token)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention without biases; rows of `qkv` are queries, keys, values."""
 

@@ -7,6 +7,7 @@ was never released.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aimscale.aim.config import ModelConfig, ModelConfigError
-from aimscale.aim.layers import Block, HeadBlock, Patchifier, sincos_positions
+from aimscale.aim.layers import Block, HeadBlock, MaskToken, Patchifier, sincos_positions
 from aimscale.aim.mup import MatrixScale, attention_scale, matrix_scale
 from aimscale.aim.objective import (
+    in_prefix,
     normalise_patches,
     patch_statistics,
     patchify,
     prefix_causal_mask,
-    scored_positions,
     unpatchify,
 )
 from aimscale.aim.orders import patch_order
@@ -52,10 +53,10 @@ class Preprocessor(nn.Module):
         raster = patchify(images, self.config.patch_size)
         return raster if self.config.patch_order == "raster" else raster.index_select(1, self.order)
 
-    def embed(self, patches: Tensor) -> Tensor:
-        """Patches (B, N, o) in sequence order -> tokens; who needs them as targets, too, cuts them once."""
+    def embed(self, patches: Tensor, hide: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Patches (B, N, o) in sequence order -> tokens, some of which `hide` may replace before they are placed."""
         tokens: Tensor = self.patchifier(patches)
-        return tokens + self.positions
+        return (hide(tokens) if hide else tokens) + self.positions
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed the patches of images."""
@@ -76,10 +77,8 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
         """Tokens (B, N, d) -> normed tokens (B, N, d), or only those at flat indices `keep`, (M, d).
 
-        `mask` is bool, True = attend; None lets every token see all.
+        `mask` is added to the scores of attention; None lets every token see all.
         """
-        if mask is not None:  # once, instead of in every block
-            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         *blocks, last = self.blocks
         for block in blocks:
             x = _run(block, x, mask, recompute=self.recompute)
@@ -88,7 +87,7 @@ class Trunk(nn.Module):
 
 
 class PixelHead(nn.Module):
-    """Token-wise MLP from the trunk's tokens to the pixels of the next patch."""
+    """From the trunk's tokens to the pixels of patches: token by token, or by transformer blocks over all tokens."""
 
     positions: Tensor
 
@@ -97,7 +96,12 @@ class PixelHead(nn.Module):
         self.config = config
         head = config.head
         self.proj_in = None if head.is_linear else nn.Linear(config.width, head.width)
-        self.blocks = nn.ModuleList(HeadBlock(head.width, head.ln_residual, config.norm_eps) for _ in range(head.depth))
+        self.blocks = nn.ModuleList(
+            Block(head.width, head.num_heads, attention_scale(config, in_head=True), config.norm_eps)
+            if head.num_heads
+            else HeadBlock(head.width, head.ln_residual, config.norm_eps)
+            for _ in range(head.depth)
+        )
         self.norm = None if head.is_linear else nn.LayerNorm(head.width, eps=config.norm_eps)
         self.proj_out = nn.Linear(head.width, config.patch_dim)
         self.register_buffer("positions", torch.empty(config.num_tokens, head.width), persistent=False)
@@ -107,12 +111,23 @@ class PixelHead(nn.Module):
         """Compute the buffer, which no state dict holds."""
         self.positions.copy_(_positions(self.config, self.config.head.width))
 
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """Tokens (..., d) at sequence positions (...) -> predicted patches (..., o)."""
+    def forward(self, x: Tensor, keep: Tensor, mask: Tensor | None) -> Tensor:
+        """Predicted patches (M, o) at flat indices `keep` (M,), from their tokens (M, d) alone.
+
+        A transformer head takes all tokens (B, N, d) and the trunk's `mask`.
+        """
         if self.proj_in is not None and self.norm is not None:
-            x = self.proj_in(x) + self.positions[position]
-            for block in self.blocks:
-                x = _run(block, x, recompute=self.recompute)
+            x = self.proj_in(x)
+            if self.config.head.num_heads:
+                x = x + self.positions
+                *blocks, last = self.blocks
+                for block in blocks:
+                    x = _run(block, x, mask, recompute=self.recompute)
+                x = _run(last, x, mask, keep, recompute=self.recompute)
+            else:
+                x = x + self.positions[keep % self.config.num_tokens]
+                for block in self.blocks:
+                    x = _run(block, x, recompute=self.recompute)
             x = self.norm(x)
         out: Tensor = self.proj_out(x)
         return out
@@ -121,10 +136,11 @@ class PixelHead(nn.Module):
 class AIM(nn.Module):
     """An autoregressive image model.
 
-    Images are float32 (B, C, H, W), already normalised by the data's mean and standard deviation. Prefix lengths are
-    int64 (B,) in 1..N-1; kept on the CPU, they cost no device synchronisation. Weights may be bfloat16; the loss is
-    computed in float32. `AIM(config)` starts from `init_weights(0)`; made under `torch.device("meta")` it has no values
-    until `to_empty` and `init_weights`, or `aim.weights`, give it some.
+    Images are float32 (B, C, H, W), already normalised by the data's mean and standard deviation. What is `given` of
+    them are prefixes, as lengths int64 (B,) in 1..N-1, or to a masked model any patches, as bool (B, N); kept on the
+    CPU, it costs no device synchronisation. Weights may be bfloat16; the loss is computed in float32. `AIM(config)`
+    starts from `init_weights(0)`; made under `torch.device("meta")` it has no values until `to_empty` and
+    `init_weights`, or `aim.weights`, give it some.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -133,6 +149,7 @@ class AIM(nn.Module):
         self.preprocessor = Preprocessor(config)
         self.trunk = Trunk(config)
         self.pixel_head = PixelHead(config)
+        self.mask = None if config.masked is None else MaskToken(config.width)
         self.shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
         if not self.preprocessor.order.is_meta:
             self.init_weights(0)
@@ -194,55 +211,55 @@ class AIM(nn.Module):
         for block in (*self.trunk.blocks, *self.pixel_head.blocks):
             block.compile()
 
-    def forward(self, images: Tensor, prefix_len: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a batch as a sum and a count, so that any split of a batch adds up exactly.
 
         Returns:
             loss_sum: float32 scalar, the sum over scored targets of each target's mean squared error.
-            num_targets: float32 scalar, how many targets were scored: the sum of N - S.
+            num_targets: float32 scalar, how many targets were scored: the patches that were not given.
         """
-        losses, _ = self._scored_losses(images, prefix_len)
+        losses, _ = self._scored_losses(images, given)
         return losses.sum(), losses.new_full((), losses.numel())
 
-    def per_image_loss(self, images: Tensor, prefix_len: Tensor) -> tuple[Tensor, Tensor]:
+    def per_image_loss(self, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, but image by image: float32 (B,) sums and float32 (B,) counts."""
-        losses, scored = self._scored_losses(images, prefix_len)
-        num_tokens = self.config.num_tokens
-        by_token = losses.new_zeros(len(images) * num_tokens).index_copy(0, scored, losses)
-        num_targets = (num_tokens - prefix_len).to(losses.device, torch.float32)
-        return by_token.view(len(images), num_tokens).sum(1), num_targets
+        losses, targets = self._scored_losses(images, given)
+        by_patch = losses.new_zeros(2, len(images) * self.config.num_tokens)
+        by_patch[:, targets] = torch.stack([losses, torch.ones_like(losses)])
+        loss_sum, num_targets = by_patch.view(2, len(images), -1).sum(2)
+        return loss_sum, num_targets
 
-    def predict(self, images: Tensor, prefix_len: Tensor) -> Tensor:
+    def predict(self, images: Tensor, given: Tensor) -> Tensor:
         """Predicted patches, float32 (B, N, o) in sequence order, in the scale of the targets.
 
-        Entry j is the prediction of patch j, made at position j - 1. Patches of the prefix, which are never scored,
-        are NaN.
+        Entry j is the prediction of patch j, made at position j - 1, or of a masked model at j. Given patches, which
+        are never scored, are NaN.
         """
-        mask = prefix_causal_mask(prefix_len.to(images.device), self.config.num_tokens)
-        position = torch.arange(self.config.num_tokens, device=images.device)
-        out = self.pixel_head(self.trunk(self.preprocessor(images), mask), position).float()
-        return out.roll(1, dims=1).masked_fill(self._in_prefix(prefix_len.to(images.device)), torch.nan)
+        is_given = self._is_given(given).to(images.device)
+        everything = torch.arange(is_given.numel(), device=images.device)
+        out = self._predicted(self.preprocessor.patches(images), is_given, everything).unflatten(0, is_given.shape)
+        return (out.roll(1, dims=1) if self.mask is None else out).masked_fill(is_given[:, :, None], torch.nan)
 
-    def complete(self, images: Tensor, prefix_len: Tensor) -> Tensor:
-        """Images (B, C, H, W) whose patches outside the prefix are replaced by their next-patch predictions.
+    def complete(self, images: Tensor, given: Tensor) -> Tensor:
+        """Images (B, C, H, W) whose patches that are not given are replaced by their predictions.
 
-        Each prediction sees the true patches before it. Normalised predictions are brought back to pixels with the
-        true patch's own mean and standard deviation.
+        Each prediction of an autoregressive model sees the true patches before it. Normalised predictions are brought
+        back to pixels with the true patch's own mean and standard deviation.
         """
         truth = self.preprocessor.patches(images)
-        predicted = self.predict(images, prefix_len)
+        predicted = self.predict(images, given)
         if self.config.target == "normalised":
             mean, std = patch_statistics(truth)
             predicted = predicted * std + mean
-        sequence = torch.where(self._in_prefix(prefix_len.to(images.device)), truth, predicted)
+        sequence = torch.where(self._is_given(given).to(images.device)[:, :, None], truth, predicted)
         raster = torch.empty_like(sequence).index_copy(1, self.preprocessor.order, sequence)
         return unpatchify(raster, self.config.patch_size, self.config.channels)
 
-    def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
+    def features(self, images: Tensor, blocks: Sequence[int], *, is_causal: bool = False) -> Tensor:
         """Raw outputs of the named blocks (0-based; negative numbers count from the last), (len(blocks), B, N, d).
 
-        As in the released models, attention is bidirectional and the last norm is not applied. Tokens are in sequence
-        order.
+        As in the released models, attention is bidirectional, unless `is_causal`, and the last norm is not applied.
+        Tokens are in sequence order.
 
         Raises:
             ModelConfigError: a block that the model does not have.
@@ -254,8 +271,10 @@ class AIM(nn.Module):
         wanted = [block % depth for block in blocks]
         outputs: dict[int, Tensor] = {}
         x = self.preprocessor(images)
+        first = torch.ones(1, dtype=torch.int64, device=x.device)  # a prefix of one patch
+        mask = prefix_causal_mask(in_prefix(first, self.config.num_tokens), x.dtype) if is_causal else None
         for index in range(max(wanted) + 1):
-            x = _run(self.trunk.blocks[index], x, None, recompute=self.trunk.recompute)
+            x = _run(self.trunk.blocks[index], x, mask, recompute=self.trunk.recompute)
             if index in wanted:
                 outputs[index] = x
         return torch.stack([outputs[index] for index in wanted])
@@ -264,28 +283,42 @@ class AIM(nn.Module):
         parts = 3 if name.endswith("attn.qkv") and self.config.qkv_init == "separate" else 1
         return matrix_scale(self.config, name, fan_in=shape[1:].numel(), fan_out=shape[0] // parts)
 
-    def _in_prefix(self, prefix_len: Tensor) -> Tensor:
-        """Which patches belong to the prefix, bool (B, N, 1)."""
-        position = torch.arange(self.config.num_tokens, device=prefix_len.device)
-        return (position[None, :] < prefix_len[:, None])[:, :, None]
+    def _is_given(self, given: Tensor) -> Tensor:
+        """Which patches are given, bool (B, N), on the device of `given`."""
+        num_tokens = self.config.num_tokens
+        if self.mask is not None:
+            if given.dtype != torch.bool or given.shape[1:] != (num_tokens,):
+                raise ValueError(f"a masked model is given bool (B, {num_tokens}), not {given.dtype} {given.shape}")
+            return given
+        # On a card, looking would wait for the device.
+        if not given.is_cuda and ((given < 1) | (given >= num_tokens)).any():
+            raise ValueError(f"prefix lengths run from 1 to {num_tokens - 1}")
+        return in_prefix(given, num_tokens)
 
-    def _scored_losses(self, images: Tensor, prefix_len: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared error of every scored target, float32 (M,), and the flat index b * N + k that predicted it.
+    def _predicted(self, patches: Tensor, is_given: Tensor, keep: Tensor) -> Tensor:
+        """Float32 predictions (M, o) made at flat indices `keep`, b * N + k, from patches (B, N, o)."""
+        mask = None
+        if self.mask is None:
+            tokens = self.preprocessor.embed(patches)
+            mask = prefix_causal_mask(is_given, tokens.dtype)
+        else:
+            tokens = self.preprocessor.embed(patches, functools.partial(self.mask, is_given=is_given))
+        tokens = self.trunk(tokens, mask, None if self.config.head.num_heads else keep)
+        return self.pixel_head(tokens, keep, mask).float()
 
-        The head works token by token, so it sees scored tokens alone: the same loss for about half of its work.
+    def _scored_losses(self, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error of every scored target, float32 (M,), and the flat index b * N + j of its patch.
+
+        An MLP head works token by token, so it sees scored tokens alone: the same loss for about half of its work.
         """
         if images.dtype != torch.float32:
             raise ValueError(f"targets are computed from float32 pixels, not {images.dtype}")
-        num_tokens = self.config.num_tokens
-        # On a card, looking would wait for the device.
-        if not prefix_len.is_cuda and ((prefix_len < 1) | (prefix_len >= num_tokens)).any():
-            raise ValueError(f"prefix lengths run from 1 to {num_tokens - 1}")
-        scored = copy_to(scored_positions(prefix_len, num_tokens), images.device)
+        is_given = self._is_given(given)
+        scored = copy_to((~is_given).flatten().nonzero().squeeze(1), images.device)
         patches = self.preprocessor.patches(images)
-        mask = prefix_causal_mask(copy_to(prefix_len, images.device), num_tokens)
-        tokens = self.trunk(self.preprocessor.embed(patches), mask, scored)
-        predicted = self.pixel_head(tokens, scored % num_tokens).float()
-        targets = patches.flatten(0, 1).index_select(0, scored + 1)
+        made_at = scored - 1 if self.mask is None else scored
+        predicted = self._predicted(patches, copy_to(is_given, images.device), made_at)
+        targets = patches.flatten(0, 1).index_select(0, scored)
         if self.config.target == "normalised":
             targets = normalise_patches(targets)
         return (predicted - targets).square().mean(dim=1), scored

@@ -29,6 +29,8 @@ BASE_HEAD_WIDTH = 336
 """Pixel-head width at which they agree: rung-256's under the `proportional` rule."""
 BASE_HEAD_DIM = 64
 """Attention head dimension at which they agree: that of every rung from rung-128 on."""
+BASE_DIM_IN_HEAD = 16
+"""The same in a transformer head: rung-256's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,12 @@ class MatrixScale:
     lr_scale: float
 
 
-def attention_scale(config: ModelConfig) -> float:
-    """Factor on the product of query and key."""
-    if config.parametrisation == "mup":
-        return math.sqrt(BASE_HEAD_DIM) / config.head_dim
-    return 1 / math.sqrt(config.head_dim)
+def attention_scale(config: ModelConfig, *, in_head: bool = False) -> float:
+    """Factor on the product of query and key, in the trunk or in a transformer head."""
+    dim, base = config.head_dim, BASE_HEAD_DIM
+    if in_head:
+        dim, base = config.head.width // (config.head.num_heads or 1), BASE_DIM_IN_HEAD
+    return math.sqrt(base) / dim if config.parametrisation == "mup" else 1 / math.sqrt(dim)
 
 
 def matrix_scale(config: ModelConfig, name: str, fan_in: int, fan_out: int) -> MatrixScale:

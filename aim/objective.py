@@ -1,8 +1,12 @@
 """What is predicted, from what, and which predictions are scored (paper, sections 3.1 and 3.2).
 
-An image is a sequence of N patches in the model's order. The first S patches are its prefix, 1 <= S <= N - 1: they see
-each other both ways, later patches see what is before them. The token at position k predicts patch k + 1, and only
-patches outside the prefix are scored, so the scored positions are S - 1 .. N - 2: N - S of them.
+An image is a sequence of N patches in the model's order, some of them given; the others are predicted and scored.
+
+Autoregressive: the first S patches are given, 1 <= S <= N - 1. They see each other both ways, later patches see what is
+before them, and the token at position k predicts patch k + 1.
+
+Masked (the paper's comparison, section 5.2): patches anywhere are hidden behind a learned mask token, all see each
+other, and the token at position k predicts patch k.
 """
 
 from __future__ import annotations
@@ -14,30 +18,23 @@ VARIANCE_EPS = 1e-6
 """Added to a patch's variance, so that a flat patch has the target 0."""
 
 
-def prefix_causal_mask(prefix_len: Tensor, num_tokens: int) -> Tensor:
-    """Which key each query may see: all of the prefix, and everything up to itself.
+def in_prefix(prefix_len: Tensor, num_tokens: int) -> Tensor:
+    """Which patches are given by prefixes of these lengths, int64 (B,): bool (B, N)."""
+    return torch.arange(num_tokens, device=prefix_len.device) < prefix_len[:, None]
+
+
+def prefix_causal_mask(is_given: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of queries and keys: every query sees all of the prefix, and all up to itself.
 
     Args:
-        prefix_len: int64 (B,), S of each image.
-        num_tokens: N.
+        is_given: bool (B, N), the prefix of each image.
 
     Returns:
-        bool (B, 1, N, N), indexed by image, head (broadcast), query, key; True means "attend".
+        (B, 1, N, N), indexed by image, head (broadcast), query, key: 0 where it sees, else minus infinity.
     """
-    position = torch.arange(num_tokens, device=prefix_len.device)
-    causal = position[None, :] <= position[:, None]
-    in_prefix = position[None, :] < prefix_len[:, None]
-    return (causal[None] | in_prefix[:, None, :])[:, None]
-
-
-def scored_positions(prefix_len: Tensor, num_tokens: int) -> Tensor:
-    """Flat indices b * N + k of the tokens whose prediction is scored, int64 (sum of N - S,).
-
-    The target of such a token is the patch at flat index b * N + k + 1.
-    """
-    position = torch.arange(num_tokens, device=prefix_len.device)
-    scored = (position[None, :] >= prefix_len[:, None] - 1) & (position[None, :] < num_tokens - 1)
-    return scored.flatten().nonzero().squeeze(1)
+    position = torch.arange(is_given.shape[1], device=is_given.device)
+    sees = ((position <= position[:, None]) | is_given[:, None, :])[:, None]
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -torch.inf)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -229,7 +229,7 @@ def load_model(path: Path, config: ModelConfig, *, device: str | torch.device = 
 
 
 def load_backbone(path: Path, config: ModelConfig, *, device: str | torch.device = "cpu") -> AIM:
-    """Build a float32 AIM from a released backbone file; the pixel head, which it lacks, keeps `init_weights(0)`.
+    """Build a float32 AIM from a released backbone file; all that it lacks, as the pixel head, is `init_weights(0)`'s.
 
     Probe tensors `head.*` in the same file are left alone, see `load_probe`.
 
@@ -241,7 +241,8 @@ def load_backbone(path: Path, config: ModelConfig, *, device: str | torch.device
         raise WeightsError(f"{path} holds {_some(others)}, which an AIM backbone does not have")
     with torch.device("meta"):
         model = AIM(config)
-    model.pixel_head.to_empty(device=device)
+    for lacking in filter(None, (model.pixel_head, model.mask)):
+        lacking.to_empty(device=device)
     model.init_weights(0)
     for prefix in BACKBONE:
         _fill(model.get_submodule(prefix[:-1]), state, path, device, prefix)

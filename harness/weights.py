@@ -40,7 +40,7 @@ from aimscale.harness.run.config import ModelSection, RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_text, written_dir_aside
 from aimscale.harness.run.provenance import record_start
-from aimscale.harness.run.row import describe
+from aimscale.harness.run.row import describe, model_of
 
 PUBLISHED_IMAGES_SEEN = {
     "aim-600M": 500_000 * 4096,
@@ -234,7 +234,7 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
     if out.exists():
         raise WeightsError(f"{out} exists already; choose another folder for the export")
     config = run.load_config()
-    model = model_config(**dict(config.training.model), target=config.training.objective.target)
+    model = model_of(config.training)
     state = backbone_state(read_weights(run.model_file(images_seen)), model)
     if probe_file is not None:
         state |= probe_state(read_weights(probe_file), model, probe_file)
@@ -252,6 +252,9 @@ def model_card(config: RunConfig, model: ModelConfig, images_seen: int, row: Map
     """Markdown: what the model is, how it was trained, what was measured, and what it must not be taken for."""
     training, optimiser, params = config.training, config.training.optimiser, param_count(model)
     loss = row.get("val_loss")
+    objective = f"next patch, prefix {training.objective.prefix}"
+    if model.masked is not None:
+        objective = f"{model.num_masked} of {model.num_tokens} patches masked"
     lines = [
         f"# {model.name}, {images_seen:,} images",
         "",
@@ -263,8 +266,7 @@ def model_card(config: RunConfig, model: ModelConfig, images_seen: int, row: Map
         "ImageNet mean and standard deviation.",
         f"- Data: {', '.join(f'{source.path} ({source.probability:g})' for source in training.data.sources)}; "
         f"unique images: {training.data.unique_images or 'all'}.",
-        f"- Objective: next patch, {model.patch_order} order, {model.target} pixels, prefix "
-        f"{training.objective.prefix}.",
+        f"- Objective: {objective}, {model.patch_order} order, {model.target} pixels.",
         f"- Optimiser: AdamW, batch {optimiser.batch_size}, peak rate {optimiser.lr_peak:g}, weight decay "
         f"{optimiser.weight_decay:g}, schedule {training.schedule.kind}, {optimiser.precision}.",
         f"- Validation loss: {f'{loss:.4f}' if loss is not None else 'not measured'}.",

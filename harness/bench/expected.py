@@ -52,7 +52,7 @@ def expected_rates(
     training, runtime = config.training, config.runtime
     model = model_of(training)
     precision = training.optimiser.precision
-    flops = executed_flops_per_image(model, mean_scored_tokens(model.num_tokens, training.objective.prefix)).train
+    flops = executed_flops_per_image(model, mean_scored_tokens(model, training.objective.prefix)).train
     guesses_core = not device.is_gpu and mfu is None
     mfu = mfu or (CORE_MFU if guesses_core else GPU_MFU)
     threads = 1 if device.is_gpu else runtime.num_threads

@@ -16,7 +16,7 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.reference import ReferenceEngine
-from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.draws import Batch, masks
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import ExecutionPlan, execution_plan
 from aimscale.harness.device.peak import Peak, device_name, measure_peak, utilisation
@@ -165,12 +165,14 @@ def _time(
 
 
 def random_batches(config: ModelConfig, batch_size: int, micro_batch: int) -> list[Batch]:
-    """A step of random images with paired prefixes."""
+    """A step of random images with paired prefixes, or masks."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, config.channels, config.image_size, config.image_size)
     images = torch.randn(shape, generator=generator)
     first = torch.randint(1, config.num_tokens, (batch_size // 2,), generator=generator)
-    prefix_len = torch.stack([first, config.num_tokens - first], dim=1).reshape(-1)
+    given = torch.stack([first, config.num_tokens - first], dim=1).reshape(-1)
     positions = torch.arange(batch_size)
-    parts = (torch.split(part, micro_batch) for part in (images, prefix_len, positions))
-    return [Batch(images=i, prefix_len=s, positions=p) for i, s, p in zip(*parts, strict=True)]
+    if config.masked is not None:
+        given = torch.from_numpy(masks(0, positions.numpy(), config))
+    parts = (torch.split(part, micro_batch) for part in (images, given, positions))
+    return [Batch(images=i, given=g, positions=p) for i, g, p in zip(*parts, strict=True)]

@@ -184,7 +184,7 @@ class Recorder:
         self.book()
         took = self.metrics.total
         images_per_s = took.num_images / took.wall_s
-        scored = mean_scored_tokens(self._model_config.num_tokens, self._config.training.objective.prefix)
+        scored = mean_scored_tokens(self._model_config, self._config.training.objective.prefix)
         return {
             "train_loss": self.metrics.train_loss(),
             "wall_s": took.wall_s,

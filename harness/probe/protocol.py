@@ -1,10 +1,11 @@
 """Frozen-feature probes of one model: linear, attentive, efficient and k-NN, chosen on a hold-out, tested once.
 
-Protocol. The backbone is frozen and used with bidirectional attention; a probe reads the average of raw block outputs.
-The training split is cut once, stratified and seeded, into a fit part and a hold-out. Every head of the grid (learning
-rate x block set) is trained twice in the same pass, on the fit part and on the whole split; the hold-out chooses among
-the former, and the latter of the chosen setting is scored once on the test split, as is that of the best setting on the
-last six blocks (half of the blocks of a shallow model), which is the paper's default and has no choice of blocks in it.
+Protocol. The backbone is frozen and used with the task's `attention`, bidirectional as a rule; a probe reads the
+average of raw block outputs. The training split is cut once, stratified and seeded, into a fit part and a hold-out.
+Every head of the grid (learning rate x block set) is trained twice in the same pass, on the fit part and on the whole
+split; the hold-out chooses among the former, and the latter of the chosen setting is scored once on the test split, as
+is that of the best setting on the last six blocks (half of the blocks of a shallow model), which is the paper's default
+and has no choice of blocks in it.
 
 The batch norm uses the exact statistics of what its head was trained on instead of a running estimate, which makes
 results independent of batch and world size.
@@ -72,6 +73,10 @@ def probe_backbone(
     Raises:
         ProbeError: unlabelled or unmatched data, too few images, features that are not finite or have no room.
     """
+    is_causal = section.attention == "causal"
+    if is_causal and not isinstance(backbone, AimBackbone):
+        raise ProbeError(f"{backbone.name} has no causal attention; leave task '{section.task}' out")
+    backbone.is_causal = is_causal
     if impossible := [kind for kind in section.kinds if kind in backbone.impossible]:
         raise ProbeError(f"{backbone.name} cannot have probes of kind '{impossible[0]}'; leave that kind out")
     train, test = open_task(section, model_section, runtime)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aimscale.aim.config import model_config
+from aimscale.aim.config import PixelHeadConfig
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_backbone, load_model, read_weights
 from aimscale.harness.data.store.decoding import kernel_threads
@@ -24,6 +25,7 @@ from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.row import model_of
 from aimscale.harness.run.trunk import saved_budgets
 
 
@@ -35,12 +37,11 @@ def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | 
         WeightsError: the file is damaged or holds another model's weights.
     """
     path = _saved_file(run, images_seen)
-    shape = dict(config.training.model)
+    model = model_of(config.training)
     if any(name.startswith("pixel_head.") for name in read_weights(path)):
-        model = model_config(**shape, target=config.training.objective.target)
         return load_model(path, model, device=device).eval()
-    shape |= {"head_rule": "none", "head_width": None, "head_depth": None, "ln_residual": False}
-    return load_backbone(path, model_config(**shape), device=device).eval()
+    linear = PixelHeadConfig(width=model.width, depth=0, is_linear=True)
+    return load_backbone(path, replace(model, head=linear), device=device).eval()
 
 
 def _saved_file(run: RunDir, images_seen: int) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from aimscale.harness.run.identity import digest_of, probe_evaluation, training_digest
 from aimscale.harness.run.strict import ConfigError, Section, parse, read_yaml, refuse_unknown
@@ -36,6 +36,8 @@ class ModelSection(Section):
     """Overrides the width that `head_rule` gives."""
     head_depth: int | None = Field(None, ge=0)
     """Overrides the number of blocks that `head_rule` gives."""
+    head_kind: Literal["mlp", "transformer"] = "mlp"
+    """Blocks of the pixel head: MLPs, token by token (paper's choice), or transformer blocks under the trunk's mask."""
     ln_residual: bool = False
     """Head blocks add LN(x) before the MLP residual, as the authors' trainer does."""
     patch_order: Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "fixed_random", "hashed"] = (
@@ -120,9 +122,18 @@ class ObjectiveSection(Section):
 
     target: Literal["normalised", "raw"] = "normalised"
     """Regress pixels normalised per patch (paper) or the image-normalised pixels themselves."""
+    masked: float | None = Field(None, gt=0, lt=1)
+    """Instead of next patches: this share of the patches, drawn anew for every image seen, is hidden behind a learned
+    mask token and predicted, with bidirectional attention (paper, section 5.2: 0.5 and 0.75). `prefix` means nothing
+    then and is kept at its default."""
     prefix: Literal["paired", "uniform", "none"] = "paired"
     """How prefix lengths S are drawn. `paired`: positions 2i and 2i+1 get S and N - S, each uniform on 1..N-1, so that
     every pair scores exactly N targets; `uniform`: independently; `none`: S = 1, plain causal attention."""
+
+    @field_validator("prefix")
+    @classmethod
+    def _means_nothing_if_masked(cls, prefix: str, others: ValidationInfo) -> str:
+        return prefix if others.data.get("masked") is None else "paired"
 
 
 class OptimiserSection(Section):
@@ -167,7 +178,8 @@ class ValidationSection(Section):
     num_images: int | None = Field(None, gt=0)
     """Use the first images of the folder only; null uses all."""
     num_prefixes: int = Field(4, gt=0, le=4096)
-    """Prefix lengths per image, stratified over 1..N-1 and a function of the image's position alone."""
+    """Prefix lengths per image, stratified over 1..N-1 and a function of the image's position alone; or so many masks
+    of a masked model."""
     centre_crop: float = Field(0.875, ge=0.1, le=1)
     """Share of the shorter side that the centre crop keeps: images are resized to ceil(image_size / centre_crop) first.
     0.875 is the authors' (224 of 256); 1 keeps the whole shorter side, which suits tiny pictures."""
@@ -208,6 +220,8 @@ class ProbeSection(Section):
     RandAugment m9 mstd0.5 inc1), from which attentive and linear heads learn; k-NN sees centre crops alone."""
     centre_crop: float = Field(0.875, ge=0.1, le=1)
     """As for `validation`: share of the shorter side that the centre crop keeps."""
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """What the backbone's tokens see of each other; the paper drops the causal mask after pre-training."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """What the backbone computes in and features are kept in; the heads train in fp32. How far bf16 features are from
     fp32 ones is measured on a few images, printed, and written beside the results."""
@@ -378,7 +392,7 @@ def check_budgets(training: TrainingConfig, evaluation: EvaluationConfig) -> Non
             raise ValueError(f"budget {budget} is not a multiple of the batch size {batch}; use {near}")
     if training.schedule.kind == "cosine" and len(budgets) > 1:
         raise ValueError("a cosine run decays to one budget; give each budget its own run, or use wsd")
-    if training.objective.prefix == "paired" and batch % 2:
+    if training.objective.prefix == "paired" and training.objective.masked is None and batch % 2:
         raise ValueError(f"paired prefixes need an even batch size, not {batch}")
 
 

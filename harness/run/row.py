@@ -11,7 +11,7 @@ from typing import Any
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.cost import flops_per_image, param_count
-from aimscale.harness.run.config import RunConfig, Section, TrainingConfig
+from aimscale.harness.run.config import ModelSection, ObjectiveSection, RunConfig, Section, TrainingConfig
 from aimscale.harness.run.provenance import git_commit
 
 ROW_VERSION = 1
@@ -23,13 +23,13 @@ def model_of(training: TrainingConfig) -> ModelConfig:
     Raises:
         ModelConfigError: no such model.
     """
-    return cached_model(tuple(training.model.__dict__.items()), training.objective.target)
+    return cached_model(training.model, training.objective)
 
 
 @functools.cache
-def cached_model(fields: tuple[tuple[str, Any], ...], target: Any) -> ModelConfig:
-    """The model of a configuration's `model` section, as pairs, and its target; planners ask for few models often."""
-    return model_config(**dict(fields), target=target)
+def cached_model(section: ModelSection, objective: ObjectiveSection) -> ModelConfig:
+    """The model of these parts of a configuration; planners ask for few models often."""
+    return model_config(**dict(section), target=objective.target, masked=objective.masked)
 
 
 def configured_columns(config: RunConfig) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def configured_columns(config: RunConfig) -> dict[str, Any]:
         "schedule": training.schedule.kind,
         "precision": training.optimiser.precision,
         "patch_order": training.model.patch_order,
-        "prefix": training.objective.prefix,
+        "prefix": training.objective.prefix if training.objective.masked is None else None,
         "target": training.objective.target,
         "head_rule": training.model.head_rule,
         "head_width": None if model.head.is_linear else model.head.width,

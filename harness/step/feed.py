@@ -207,8 +207,8 @@ def run_on_all_ranks(group: Group, action: Callable[[], T]) -> T:
 
 
 def count_targets(micro_batches: Sequence[Batch], num_tokens: int) -> int:
-    """Scored targets of these images: patches S..N-1 of each."""
-    return sum(num_tokens * len(batch.prefix_len) - int(batch.prefix_len.sum()) for batch in micro_batches)
+    """Scored targets of these images: the patches that are not given; prefix lengths and masks sum to the others."""
+    return sum(num_tokens * len(batch.given) - int(batch.given.sum()) for batch in micro_batches)
 
 
 def _raise_on_all_ranks(group: Group, error: Exception | None) -> NoReturn:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from aimscale.aim.model import AIM
-from aimscale.aim.objective import unpatchify
+from aimscale.aim.objective import in_prefix, unpatchify
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import denormalise
-from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths, usable_indices
+from aimscale.harness.data.stream.held_out import eval_images, fixed_given, usable_indices
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.images import Pause
 from aimscale.harness.probe.owed import VALIDATION_COLUMNS
@@ -42,7 +42,7 @@ class ValidationLosses:
     num_targets: np.ndarray
     """float64: scored targets."""
     prefix_len: np.ndarray
-    """int64 (images, prefixes): patches given."""
+    """int64 (images, prefixes): how many patches are given."""
     prefix_loss_sum: np.ndarray
     """float64 (images, prefixes): `loss_sum` by prefix, from which the noise of the drawn prefixes can be told."""
 
@@ -87,7 +87,7 @@ def validate(
         DataError: an image cannot be read, or there are fewer than asked for.
     """
     indices = usable_indices(dataset, section.num_images)
-    prefixes = prefix_lengths(len(indices), section.num_prefixes, model.config.num_tokens)
+    given = fixed_given(len(indices), section.num_prefixes, model.config)
     own = np.arange(len(indices))[group.rank :: group.world_size]
     per_pass = max(1, EVAL_TOKENS // (model.config.num_tokens * section.num_prefixes))
     sums, counts = [], []
@@ -98,7 +98,7 @@ def validate(
             continue
         images = eval_images(dataset, indices[rows], model_section, section.centre_crop).to(group.device)
         repeated = images.repeat_interleave(section.num_prefixes, dim=0)
-        loss_sum, num_targets = model.per_image_loss(repeated, prefixes[rows].reshape(-1))
+        loss_sum, num_targets = model.per_image_loss(repeated, given[rows].flatten(0, 1))
         shape = (len(rows), section.num_prefixes)
         sums.append(loss_sum.double().view(shape))
         counts.append(num_targets.double().view(shape).sum(1))
@@ -113,7 +113,7 @@ def validate(
         index=indices,
         loss_sum=losses[order].sum(1),
         num_targets=targets[order],
-        prefix_len=prefixes.numpy(),
+        prefix_len=(given if model.config.masked is None else given.sum(2)).numpy(),
         prefix_loss_sum=losses[order],
     )
 
@@ -122,27 +122,28 @@ def validate(
 def completions(
     model: AIM, dataset: ShardDataset, section: ValidationSection, model_section: ModelSection, device: torch.device
 ) -> dict[str, np.ndarray]:
-    """Pictures of a few validation images, spread over the folder, seen to their middle.
+    """Pictures of a few validation images, spread over the folder: seen to their middle, or masked.
 
     Returns:
         uint8 (n, H, W, C) arrays `truth`, `prefix` (mid-grey where the model must predict) and `prediction`, and int64
-        `picture_index` (n,), sample numbers; half of the patches are given.
+        `picture_index` (n,), sample numbers.
     """
     usable = usable_indices(dataset, section.num_images)
     chosen = usable[np.linspace(0, len(usable) - 1, min(NUM_COMPLETIONS, len(usable))).round().astype(int)]
     config = model.config
     images = eval_images(dataset, chosen, model_section, section.centre_crop).to(device)
-    prefix_len = torch.full((len(chosen),), config.num_tokens // 2)
-    sequence = torch.zeros(len(chosen), config.num_tokens, config.patch_dim, device=device)
-    sequence[:, : config.num_tokens // 2] = 1
+    half = torch.full((len(chosen),), config.num_tokens // 2)
+    given = half if config.masked is None else fixed_given(len(chosen), 1, config)[:, 0]
+    is_given = in_prefix(half, config.num_tokens) if config.masked is None else given
+    sequence = is_given[:, :, None].expand(-1, -1, config.patch_dim).to(device)
     raster = torch.empty_like(sequence).index_copy(1, model.preprocessor.order, sequence)
-    is_prefix = unpatchify(raster, config.patch_size, config.channels).bool().cpu()
+    is_prefix = unpatchify(raster, config.patch_size, config.channels).cpu()
     truth = denormalise(images.cpu())
     return {
         "picture_index": chosen,
         "truth": _channels_last(truth),
         "prefix": _channels_last(torch.where(is_prefix, truth, torch.full_like(truth, 128))),
-        "prediction": _channels_last(denormalise(model.complete(images, prefix_len).float().cpu())),
+        "prediction": _channels_last(denormalise(model.complete(images, given).float().cpu())),
     }
 
 

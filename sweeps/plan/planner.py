@@ -18,6 +18,7 @@ from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.run.config import (
     EvaluationConfig,
     ModelSection,
+    ObjectiveSection,
     OptimiserSection,
     RunConfig,
     RuntimeConfig,
@@ -199,10 +200,9 @@ def _factor(value: Any, sweep: Sweep) -> float:
 
 
 def _model_from(section: Fields, changes: Fields, sweep: Sweep) -> ModelConfig:
-    """The model that raw `model` fields describe."""
+    """The model that raw `model` fields describe, with the objective of all the fields."""
     checked = parse(ModelSection, section, f"{sweep.source}: model")
-    target = changes.get("objective", {}).get("target", "normalised")
-    return cached_model(tuple(dict(checked).items()), str(target))
+    return cached_model(checked, parse(ObjectiveSection, changes.get("objective", {}), f"{sweep.source}: objective"))
 
 
 def _nested(fields: Mapping[str, Any]) -> Fields:

@@ -12,6 +12,9 @@ CASES = [
     ("rung-32", {"head_rule": "released", "ln_residual": True}),
     ("rung-32", {"head_rule": "none"}),
     ("rung-32", {"head_depth": 0, "channels": 1}),
+    ("rung-32", {"head_kind": "transformer", "head_depth": 2}),
+    ("rung-24", {"masked": 0.75}),
+    ("rung-32", {"masked": 0.5, "head_kind": "transformer"}),
 ]
 
 
@@ -31,7 +34,7 @@ def test_parameters_equal_the_modules(size: str, options: dict) -> None:
     count = param_count(config)
     assert count.preprocessor == _numel(model.preprocessor)
     assert count.trunk == _numel(model.trunk)
-    assert count.head == _numel(model.pixel_head)
+    assert count.head == _numel(model.pixel_head) + (_numel(model.mask) if model.mask else 0)
     assert count.total == _numel(model)
 
 
@@ -41,15 +44,19 @@ def test_flops_equal_pytorchs_counter(size: str, options: dict) -> None:
     config, model = _on_meta(size, options)
     # with a gradient for the images, the backward pass is exactly twice the forward pass
     images = torch.empty(2, config.channels, config.image_size, config.image_size, device="meta", requires_grad=True)
-    prefix_len = torch.tensor([3, config.num_tokens - 7])
-    scored_tokens = (2 * config.num_tokens - prefix_len.sum().item()) / 2
+    given = torch.tensor([3, config.num_tokens - 7])
+    scored_tokens = (2 * config.num_tokens - given.sum().item()) / 2
+    without = torch.ones_like(given)
+    if config.masked is not None:
+        given = without = torch.arange(config.num_tokens).expand(2, -1) >= config.masked * config.num_tokens
+        scored_tokens = config.masked * config.num_tokens
 
-    assert _count(lambda: model.predict(images, prefix_len)) == 2 * flops_per_image(config).forward
+    assert _count(lambda: model.predict(images, given)) == 2 * flops_per_image(config).forward
     executed = executed_flops_per_image(config, scored_tokens)
-    assert _count(lambda: model(images, prefix_len)) == 2 * executed.forward
-    assert _count(lambda: model(images, prefix_len)[0].backward()) == 2 * executed.train
-    causal = executed_flops_per_image(config, mean_scored_tokens(config.num_tokens, "none"))
-    assert _count(lambda: model(images, torch.ones_like(prefix_len))) == 2 * causal.forward
+    assert _count(lambda: model(images, given)) == 2 * executed.forward
+    assert _count(lambda: model(images, given)[0].backward()) == 2 * executed.train
+    without_prefix = executed_flops_per_image(config, mean_scored_tokens(config, "none"))
+    assert _count(lambda: model(images, without)) == 2 * without_prefix.forward
 
 
 def _on_meta(size: str, options: dict) -> tuple[ModelConfig, AIM]:

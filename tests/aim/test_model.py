@@ -27,11 +27,14 @@ def make(config: ModelConfig, seed: int = 0) -> AIM:
 
 
 def batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """One image for every prefix length."""
-    prefix_len = torch.arange(1, config.num_tokens)
+    """One image for every prefix length, or as many masks."""
+    given = torch.arange(1, config.num_tokens)
     generator = torch.Generator().manual_seed(2)
-    shape = (len(prefix_len), config.channels, config.image_size, config.image_size)
-    return torch.randn(shape, generator=generator), prefix_len
+    shape = (len(given), config.channels, config.image_size, config.image_size)
+    images = torch.randn(shape, generator=generator)
+    if config.masked is not None:
+        given = torch.rand(len(given), config.num_tokens, generator=generator).argsort(1) >= config.num_masked
+    return images, given
 
 
 ORDERS_3_BY_3 = {
@@ -74,17 +77,16 @@ class Reference:
         row, column = divmod(raster_index, self.config.grid)
         return image[:, row * p : (row + 1) * p, column * p : (column + 1) * p].double().numpy()  # (C, p, p)
 
-    def tokens(self, image):
+    def tokens(self, image, given):
         weight, bias = (self.weights[f"preprocessor.patchifier.proj.{part}"] for part in ("weight", "bias"))
         embedded = [(weight * self.patch(image, index)).sum((1, 2, 3)) + bias for index in self.order]
-        return [
-            self.norm(x, "preprocessor.patchifier.norm") + self.position(index, self.config.width)
-            for x, index in zip(embedded, self.order, strict=True)
-        ]
+        embedded = [self.norm(x, "preprocessor.patchifier.norm") for x in embedded]
+        if self.config.masked is not None:
+            embedded = [x if is_given else self.weights["mask.token"] for x, is_given in zip(embedded, given)]
+        return [x + self.position(index, self.config.width) for x, index in zip(embedded, self.order, strict=True)]
 
-    def block(self, xs, index, may_see):
-        name = f"trunk.blocks.{index}"
-        d, heads = self.config.width, self.config.num_heads
+    def block(self, xs, name, may_see, heads):
+        d = len(xs[0])
         qkv = [self.weights[f"{name}.attn.qkv.weight"] @ self.norm(x, f"{name}.norm_1") for x in xs]
         out = []
         for query, x in enumerate(xs):
@@ -99,24 +101,27 @@ class Reference:
             out.append(y + self.mlp(self.norm(y, f"{name}.norm_2"), f"{name}.mlp"))
         return out
 
-    def features(self, image, block):
-        xs = self.tokens(image)
+    def features(self, image, block, num_tokens, may_see):
+        xs = self.tokens(image, [True] * self.config.num_tokens)[:num_tokens]
         for index in range(block + 1):
-            xs = self.block(xs, index, lambda query, key: True)
+            xs = self.block(xs, f"trunk.blocks.{index}", may_see, self.config.num_heads)
         return np.stack(xs)
 
-    def head(self, x, raster_index):
+    def head(self, xs, may_see):
         head, w = self.config.head, self.weights
         if not head.is_linear:
-            x = w["pixel_head.proj_in.weight"] @ x + w["pixel_head.proj_in.bias"]
-            x = x + self.position(raster_index, head.width)
+            xs = [w["pixel_head.proj_in.weight"] @ x + w["pixel_head.proj_in.bias"] for x in xs]
+            xs = [x + self.position(index, head.width) for x, index in zip(xs, self.order, strict=True)]
             for index in range(head.depth):
                 name = f"pixel_head.blocks.{index}"
+                if head.num_heads:
+                    xs = self.block(xs, name, may_see, head.num_heads)
+                    continue
                 if head.ln_residual:
-                    x = x + self.norm(x, f"{name}.norm_1")
-                x = x + self.mlp(self.norm(x, f"{name}.norm_2"), f"{name}.mlp")
-            x = self.norm(x, "pixel_head.norm")
-        return w["pixel_head.proj_out.weight"] @ x + w["pixel_head.proj_out.bias"]
+                    xs = [x + self.norm(x, f"{name}.norm_1") for x in xs]
+                xs = [x + self.mlp(self.norm(x, f"{name}.norm_2"), f"{name}.mlp") for x in xs]
+            xs = [self.norm(x, "pixel_head.norm") for x in xs]
+        return [w["pixel_head.proj_out.weight"] @ x + w["pixel_head.proj_out.bias"] for x in xs]
 
     def target(self, image, raster_index):
         values = self.patch(image, raster_index).transpose(1, 2, 0).reshape(-1)  # row, column, channel
@@ -124,15 +129,22 @@ class Reference:
             return values
         return (values - values.mean()) / math.sqrt(values.var(ddof=1) + 1e-6)
 
-    def scored(self, image, prefix):
-        """Patch -> (prediction, its mean squared error) for every patch outside the prefix."""
-        xs = self.tokens(image)
+    def scored(self, image, given):
+        """Patch -> (prediction, its mean squared error) for every patch that is not given."""
+        masked = self.config.masked is not None
+        if not masked:
+            given = [position < given for position in range(self.config.num_tokens)]
+
+        def may_see(query, key):
+            return masked or given[key] or key <= query
+
+        xs = self.tokens(image, given)
         for index in range(self.config.depth):
-            xs = self.block(xs, index, lambda query, key: key < prefix or key <= query)
+            xs = self.block(xs, f"trunk.blocks.{index}", may_see, self.config.num_heads)
+        predictions = self.head([self.norm(x, "trunk.post_trunk_norm") for x in xs], may_see)
         out = {}
-        for patch in range(prefix, self.config.num_tokens):
-            x = self.norm(xs[patch - 1], "trunk.post_trunk_norm")
-            prediction = self.head(x, self.order[patch - 1])
+        for patch in (patch for patch, is_given in enumerate(given) if not is_given):
+            prediction = predictions[patch if masked else patch - 1]
             out[patch] = prediction, ((prediction - self.target(image, self.order[patch])) ** 2).mean()
         return out
 
@@ -143,6 +155,9 @@ class Reference:
         *({"patch_order": order} for order in ORDERS),
         {"ln_residual": True, "target": "raw", "channels": 1},
         {"head_rule": "none", "head_width": None, "head_depth": None},
+        {"head_kind": "transformer", "patch_order": "outward_spiral"},
+        {"masked": 0.75, "patch_order": "checkerboard"},
+        {"masked": 0.5, "head_kind": "transformer", "head_depth": 1},
     ],
     ids=str,
 )
@@ -150,16 +165,16 @@ def test_losses_and_predictions_equal_the_reference(options: dict) -> None:
     config = small(**options)
     model = make(config)
     reference = Reference(model)
-    images, prefix_len = batch(config)
+    images, given = batch(config)
     with torch.no_grad():
-        loss_sum, num_targets = model(images, prefix_len)
-        sums, counts = model.per_image_loss(images, prefix_len)
-        predictions = model.predict(images, prefix_len)
-    for index, (image, prefix) in enumerate(zip(images, prefix_len.tolist(), strict=True)):
-        scored = reference.scored(image, prefix)
-        assert counts[index] == len(scored) == config.num_tokens - prefix
+        loss_sum, num_targets = model(images, given)
+        sums, counts = model.per_image_loss(images, given)
+        predictions = model.predict(images, given)
+    for index, (image, its) in enumerate(zip(images, given.tolist(), strict=True)):
+        scored = reference.scored(image, its)
+        assert counts[index] == len(scored) == (config.num_masked or config.num_tokens - its)
         assert sums[index].item() == pytest.approx(sum(loss for _, loss in scored.values()), rel=1e-5)
-        assert predictions[index, :prefix].isnan().all()
+        assert predictions[index].isnan().all(1).sum() == config.num_tokens - len(scored)
         for patch, (prediction, _) in scored.items():
             np.testing.assert_allclose(predictions[index, patch], prediction, atol=1e-5)
     torch.testing.assert_close(loss_sum, sums.sum())
@@ -174,8 +189,12 @@ def test_features_equal_the_reference() -> None:
         features = model.features(images, [1, 0, -1])
     assert features.shape == (3, 2, config.num_tokens, config.width)
     for index, block in enumerate([1, 0, 1]):
-        expected = Reference(model).features(images[1], block)
+        expected = Reference(model).features(images[1], block, 9, lambda query, key: True)
         np.testing.assert_allclose(features[index, 1], expected, atol=1e-5)
+    causal = model.features(images, [0, 1], is_causal=True).detach()
+    for cut in (1, 4, 9):  # later patches are not there at all
+        expected = Reference(model).features(images[1], 1, cut, lambda query, key: key <= query)
+        np.testing.assert_allclose(causal[1, 1, :cut], expected, atol=1e-5)
 
 
 def leaks(model: AIM, image: torch.Tensor, prefix: int) -> list[tuple[int, int]]:
@@ -193,18 +212,34 @@ def leaks(model: AIM, image: torch.Tensor, prefix: int) -> list[tuple[int, int]]
     return [(k, j) for k in range(num_tokens) for j in range(prefix, k + 1) if not difference[k, j] <= 1e-6]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_no_target_leaks_for_every_prefix_length(order: str) -> None:
-    config = small(patch_order=order)
+@pytest.mark.parametrize(
+    "options", [*({"patch_order": order} for order in ORDERS), {"head_kind": "transformer"}], ids=str
+)
+def test_no_target_leaks_for_every_prefix_length(options: dict) -> None:
+    config = small(**options)
     model = make(config)
     images, prefix_lens = batch(config)
     for prefix in prefix_lens.tolist():
         assert leaks(model, images[0], prefix) == []
 
 
+def test_gradients_of_a_masked_model_come_from_masked_patches_alone() -> None:
+    config = small(masked=0.75, patch_order="hashed")
+    model = make(config)
+    images, given = batch(config)
+    shown = images.clone().requires_grad_()
+    model.predict(shown, given).nan_to_num().sum().backward()
+    patches = model.preprocessor.patches(shown.grad).abs().sum(2)
+    assert (patches[given] > 0).all() and (patches[~given] == 0).all()  # nothing reads what is hidden
+    assert model.mask is not None and model.mask.token.grad.abs().min() > 0
+    with pytest.raises(ValueError, match="bool"):
+        model(images, torch.arange(1, 9))
+
+
 @pytest.mark.parametrize("way", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_other_ways_to_compute_change_neither_loss_nor_gradients(way: str) -> None:
-    config = small(ln_residual=True)
+@pytest.mark.parametrize("options", [{"ln_residual": True}, {"masked": 0.5, "head_kind": "transformer"}], ids=str)
+def test_other_ways_to_compute_change_neither_loss_nor_gradients(way: str, options: dict) -> None:
+    config = small(**options)
     model = make(config)
     images, prefix_len = batch(config)
 

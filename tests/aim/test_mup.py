@@ -12,6 +12,7 @@ WIDTHS = (32, 64, 128)
 PROPORTIONAL = {"head_depth": 2}
 CONSTANT = {"head_rule": "released", "head_width": 256, "head_depth": 2}
 LINEAR = {"head_rule": "none"}
+TRANSFORMER = {"head_depth": 1, "head_kind": "transformer"}
 
 
 def movement(parametrisation: str, width: int, head: dict) -> torch.Tensor:
@@ -44,7 +45,7 @@ def exponents(parametrisation: str, head: dict) -> list[float]:
     return ((x @ moved) / (x @ x)).tolist()
 
 
-@pytest.mark.parametrize("head", [PROPORTIONAL, CONSTANT, LINEAR], ids=["proportional", "constant", "linear"])
+@pytest.mark.parametrize("head", [PROPORTIONAL, CONSTANT, LINEAR, TRANSFORMER], ids=str)
 def test_mup_moves_activations_alike_at_every_width(head: dict) -> None:
     assert exponents("mup", head) == pytest.approx([0, 0, 0], abs=0.15)
 
@@ -74,7 +75,11 @@ def test_groups_cover_every_parameter_once_and_decay_only_matrices() -> None:
 
 def test_both_agree_at_the_base_widths_but_for_the_outputs_start() -> None:
     standard, mup = (
-        AIM(model_config("w256-d2", image_size=12, patch_size=4, parametrisation=parametrisation))
+        AIM(
+            model_config(
+                "w256-d2", image_size=12, patch_size=4, parametrisation=parametrisation, head_kind="transformer"
+            )
+        )
         for parametrisation in ("standard", "mup")
     )
     for name, value in standard.state_dict().items():
@@ -84,3 +89,4 @@ def test_both_agree_at_the_base_widths_but_for_the_outputs_start() -> None:
             torch.testing.assert_close(mup.state_dict()[name], value)
     assert all(group["lr_scale"] == 1 for group in mup.param_groups(0.05))
     assert mup.trunk.blocks[0].attn.scale == standard.trunk.blocks[0].attn.scale == 1 / math.sqrt(64)
+    assert mup.pixel_head.blocks[0].attn.scale == standard.pixel_head.blocks[0].attn.scale == 1 / math.sqrt(16)

@@ -47,7 +47,7 @@ def measure(rank: int, world_size: int, port: int) -> None:
 
     def batches() -> Iterator[list[Batch]]:
         for _ in range(NUM_STEPS + 1):
-            yield [Batch(images=torch.zeros(1), prefix_len=torch.ones(1, dtype=torch.int64), positions=torch.zeros(1))]
+            yield [Batch(images=torch.zeros(1), given=torch.ones(1, dtype=torch.int64), positions=torch.zeros(1))]
 
     feed = Feed(group, num_tokens=16, max_bad_fraction=0.5, has_workers=True)
     before = held_up(group, lambda: group.sum_counts(15, 0, 0, 0, 0))

@@ -1,5 +1,5 @@
-"""A training stream whatever it reads from: the crop, flip, jitter and prefix length at position p, as pure functions
-of (seed, p); the kinds of stream add which image stands there.
+"""A training stream whatever it reads from: the crop, flip, jitter and prefix length (or mask) at position p, as pure
+functions of (seed, p); the kinds of stream add which image stands there.
 
 Nothing is stored between positions, so any rank, worker or restarted process computes any position in O(1).
 """
@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from aimscale.aim.config import ModelConfig
 from aimscale.harness.data.random_access import I64, make_key, random_uniform
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, draw_boxes, normalise
 from aimscale.harness.data.stream.jitter import jitter_colours
+from aimscale.harness.run.row import model_of
 
 if TYPE_CHECKING:
     from aimscale.harness.run.config import RunConfig
@@ -37,8 +39,8 @@ class Batch:
 
     images: torch.Tensor
     """(B, C, H, W): uint8, a quarter of the bytes to move to a device, or float32, normalised already."""
-    prefix_len: torch.Tensor
-    """int64 (B,), 1..N-1."""
+    given: torch.Tensor
+    """What `AIM.forward` is given: prefix lengths int64 (B,), 1..N-1, or of a masked model patches, bool (B, N)."""
     positions: torch.Tensor
     """int64 (B,)."""
     bad_samples: tuple[str, ...] = ()
@@ -81,15 +83,22 @@ class Stretch:
         return tuple(column[rows] for column in columns)
 
 
+def masks(key: int, numbers: I64, model: ModelConfig) -> npt.NDArray[np.bool_]:
+    """Which patches a masked model is given, bool (len(numbers), N), each a function of its number alone."""
+    num_tokens = model.num_tokens
+    draw = random_uniform(key, numbers[:, None] * num_tokens + np.arange(num_tokens))
+    return draw > np.partition(draw, model.num_masked - 1, axis=1)[:, model.num_masked - 1, None]
+
+
 class Stream(abc.ABC):
     """The stream of one run; safe to pickle."""
 
     def __init__(self, config: RunConfig) -> None:
         training = config.training
-        self._data, self._prefix, self._seed = training.data, training.objective.prefix, training.seed
+        self._data, self._objective, self._seed = training.data, training.objective, training.seed
         self._size, self._channels = training.model.image_size, training.model.channels
-        self.num_tokens = (training.model.image_size // training.model.patch_size) ** 2
-        self._prefixes = Stretch(self._draw_prefixes)
+        self._model = model_of(training)
+        self._given = Stretch(self._draw_given)
         require_channels(self._channels)
 
     @property
@@ -122,12 +131,12 @@ class Stream(abc.ABC):
     def prefix_lengths(self, positions: npt.ArrayLike) -> I64:
         """S at every position, 1..N-1; see `ObjectiveSection.prefix`."""
         where = np.asarray(positions, dtype=np.int64).reshape(-1)
-        if self._prefix == "none":
+        if self._objective.prefix == "none":
             return np.ones_like(where)
-        paired = self._prefix == "paired"
+        paired, num_tokens = self._objective.prefix == "paired", self._model.num_tokens
         draw = random_uniform(make_key("prefix", self._seed), where // 2 if paired else where)
-        lengths = 1 + np.floor(draw * (self.num_tokens - 1)).astype(np.int64)
-        return np.where(where % 2 == 1, self.num_tokens - lengths, lengths) if paired else lengths
+        lengths = 1 + np.floor(draw * (num_tokens - 1)).astype(np.int64)
+        return np.where(where % 2 == 1, num_tokens - lengths, lengths) if paired else lengths
 
     def batch(self, positions: Sequence[int] | I64) -> Batch:
         """Samples at any positions, in that order; whatever else is in the batch, each is the same bit for bit.
@@ -161,7 +170,7 @@ class Stream(abc.ABC):
         """The batch at positions `where`, whose pixels `fill` has written, here or elsewhere."""
         return Batch(
             images=self._images(flat, len(where)),
-            prefix_len=torch.from_numpy(self._prefixes(where)[0].copy()),
+            given=torch.from_numpy(self._given(where)[0].copy()),
             positions=torch.arange(where.start, where.stop) if isinstance(where, range) else torch.from_numpy(where),
             bad_samples=bad,
         )
@@ -174,8 +183,10 @@ class Stream(abc.ABC):
             uniforms, height, width, scale=self._data.crop_scale, horizontal_flip=self._data.horizontal_flip
         )
 
-    def _draw_prefixes(self, where: I64) -> Columns:
-        return (self.prefix_lengths(where),)
+    def _draw_given(self, where: I64) -> Columns:
+        if self._model.masked is None:
+            return (self.prefix_lengths(where),)
+        return (masks(make_key("mask", self._seed), where, self._model),)
 
     def _images(self, flat: torch.Tensor, num_images: int) -> torch.Tensor:
         """uint8 (B, C, H, W) at the front of a flat buffer."""

@@ -19,8 +19,10 @@ from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import normalise
+from aimscale.harness.data.stream.draws import masks
 
 if TYPE_CHECKING:
+    from aimscale.aim.config import ModelConfig
     from aimscale.harness.data.store.card import DatasetInfo
     from aimscale.harness.run.config import ModelSection
 
@@ -97,6 +99,15 @@ def eval_images(
         image = dataset.decode(index, model.channels)
         pixels[row] = crop_centre(image, model.image_size, math.ceil(model.image_size / centre_crop))
     return normalise(pixels)
+
+
+def fixed_given(num_images: int, num_prefixes: int, model: ModelConfig) -> torch.Tensor:
+    """What a model is given of validation images: (images, prefixes) lengths, or (images, prefixes, N) masks."""
+    if model.masked is None:
+        return prefix_lengths(num_images, num_prefixes, model.num_tokens)
+    numbers = np.arange(num_images)[:, None] * 4096 + np.arange(num_prefixes)
+    drawn = masks(make_key("validation mask"), numbers.reshape(-1), model)
+    return torch.from_numpy(drawn).unflatten(0, numbers.shape)
 
 
 def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch.Tensor:

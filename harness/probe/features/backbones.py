@@ -49,6 +49,8 @@ class Backbone(Protocol):
     """Heads of the attentive probe: those of the trunk."""
     impossible: Sequence[str]
     """Kinds of probe that it cannot have."""
+    is_causal: bool
+    """Whether tokens see those before them alone; only AIM can, where it is set."""
 
     def use(self, dtype: torch.dtype) -> None:
         """Compute in this type from now on; fp32 is what the weights were given in."""
@@ -60,12 +62,14 @@ class Backbone(Protocol):
 
 
 class AimBackbone:
-    """An AIM with bidirectional attention; raw block outputs, no final norm (as the released probe reads them).
+    """An AIM with bidirectional attention, unless `is_causal`; raw block outputs, no final norm, as the released probe
+    reads them.
 
     Only one copy of the weights is held: for bf16 they are rounded in place, and loaded again when fp32 is asked for.
     """
 
     impossible: Sequence[str] = ()
+    is_causal = False
 
     def __init__(self, load: Callable[[], AIM], name: str = "aim"):
         """`load` gives the float32 model on its device, a fresh one at each call."""
@@ -89,7 +93,7 @@ class AimBackbone:
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
         """Outputs (len(blocks), B, N, d); moves the images to the model's device and type."""
         weight = next(self.model.trunk.parameters())
-        return self.model.features(images.to(weight.device, weight.dtype), blocks)
+        return self.model.features(images.to(weight.device, weight.dtype), blocks, is_causal=self.is_causal)
 
 
 class PixelBackbone:
@@ -99,6 +103,7 @@ class PixelBackbone:
     num_blocks = 1
     num_heads = 1
     impossible: Sequence[str] = ("attentive", "efficient", "lora")  # one token an image: nothing to attend over
+    is_causal = False
 
     def __init__(self) -> None:
         self._dtype = torch.float32
@@ -123,6 +128,7 @@ class TimmBackbone:
     """
 
     impossible: Sequence[str] = ("lora",)
+    is_causal = False
 
     def __init__(self, model: Any, name: str, device: torch.device):
         self.name = name

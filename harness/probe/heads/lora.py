@@ -130,4 +130,5 @@ class _Adaptation:
 
     def _tokens(self, images: Tensor) -> Tensor:
         """Averaged tokens (1, B, N, d)."""
-        return self._model.features(images.to(self._device), self._blocks).mean(0, keepdim=True)
+        is_causal = self._task.section.attention == "causal"
+        return self._model.features(images.to(self._device), self._blocks, is_causal=is_causal).mean(0, keepdim=True)

@@ -55,7 +55,7 @@ def split(images: torch.Tensor, prefix_len: torch.Tensor, rank: int, world_size:
     parts = [torch.tensor_split(each, world_size * num_micro) for each in (images, prefix_len, torch.arange(BATCH))]
     mine = slice(rank * num_micro, (rank + 1) * num_micro)
     return [
-        Batch(images=image, prefix_len=prefix, positions=position)
+        Batch(images=image, given=prefix, positions=position)
         for image, prefix, position in zip(*(part[mine] for part in parts), strict=True)
     ]
 

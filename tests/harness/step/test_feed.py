@@ -74,7 +74,7 @@ def take_steps(rank: int, has_workers: bool) -> None:
             if loaded == 4 and rank == 1:
                 raise DataError("shard 7 is gone")
             ones = torch.ones(loaded, dtype=torch.int64)
-            yield [Batch(images=ones, prefix_len=ones, positions=ones)]
+            yield [Batch(images=ones, given=ones, positions=ones)]
 
     with feed.over(batches(), lambda: Wishes(save=loaded == 2 and rank == 0)):
         for number in (1, 2, 3):

@@ -64,7 +64,7 @@ def test_batches_stay_what_they_are_however_many_are_held(stream: TrainStream, w
     for batch in held:
         expected = stream.batch(batch.positions.numpy())
         assert torch.equal(batch.images, expected.images)
-        assert torch.equal(batch.prefix_len, expected.prefix_len)
+        assert torch.equal(batch.given, expected.given)
     assert torch.cat([batch.positions for batch in held]).tolist() == list(range(240))
 
 

@@ -46,7 +46,7 @@ def whole(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     positions = torch.cat([batch.positions for batch in parts])
     order = positions.argsort()
     images = torch.cat([batch.images for batch in parts])[order]
-    return images, torch.cat([batch.prefix_len for batch in parts])[order], positions[order]
+    return images, torch.cat([batch.given for batch in parts])[order], positions[order]
 
 
 def run(stream: TrainStream, start: int, stop: int, *, micro: int, world: int = 1, workers: int = 0, batch: int = 16):
@@ -93,7 +93,7 @@ def test_stream_is_the_same_for_any_split(
     assert max(len(part) for part in parts) <= micro
     restarted = TrainStream(configure(color_jitter=True)).batch([170])
     assert torch.equal(restarted.images_on("cpu")[0], normalise(expected[0][70]))
-    assert restarted.prefix_len[0] == expected[1][70]
+    assert restarted.given[0] == expected[1][70]
     if micro > 1:
         assert all((part.positions[0::2] + 1 == part.positions[1::2]).all() for part in parts), "a pair was split"
 
