@@ -93,20 +93,22 @@ def activation_bytes_per_image(config: ModelConfig, precision: Precision, activa
 
 
 def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
-    """Bytes that one image's forward pass keeps for the backward pass; half of its tokens are scored."""
+    """Bytes that one image's forward pass keeps for the backward pass; half of the tokens are scored, or the masked."""
     element = 4 if precision == "fp32" else 2
-    tokens, scored = config.num_tokens, config.num_tokens // 2
+    tokens, scored = config.num_tokens, _scored(config)
     head_width = 0 if config.head.is_linear else config.head.width
+    # An MLP head sees scored tokens only, and so do the MLP of the block before it or, in a transformer head, the last.
+    into_head, last_width = (tokens, head_width) if config.head.num_heads else (scored, config.width)
     pixels = config.channels * config.image_size**2
     # The image and the mask in the weights' precision, the embedding before and after its norm, the trunk's and the
     # head's last norms before and after, and the prediction's error in float32.
-    ends = (pixels + tokens**2 + 2 * tokens * config.width) * element
-    ends += scored * (2 * (config.width + head_width) * element + 4 * config.patch_dim)
+    ends = (pixels + (tokens**2 if config.masked is None else 0) + 2 * tokens * config.width) * element
+    ends += 2 * (into_head * config.width + scored * head_width) * element + 4 * scored * config.patch_dim
     if activation_checkpointing:
-        inputs = config.depth * tokens * config.width + config.head.depth * scored * head_width
+        inputs = config.depth * tokens * config.width + config.head.depth * into_head * head_width
         return inputs * element + ends
     block, head_block = _block_bytes(config, precision)
-    skipped = (tokens - scored) * 10 * config.width * element  # the last block's MLP sees scored tokens only
+    skipped = (tokens - scored) * 10 * last_width * element
     return config.depth * block - skipped + config.head.depth * head_block + ends
 
 
@@ -114,13 +116,18 @@ def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
     """What a block of the trunk and a block of the head keep.
 
     The trunk's: its input, the first norm's output, q, k, v, and the attention's output (6 d); the sum, the second
-    norm's output, and the MLP before and after GELU (10 d); the attention's row sums in float32. The head's: the MLP's
-    part.
+    norm's output, and the MLP before and after GELU (10 d); the attention's row sums in float32. The head's: the same,
+    or the MLP's part alone.
     """
-    element = 4 if precision == "fp32" else 2
+    element, head = 4 if precision == "fp32" else 2, config.head
     trunk = config.num_tokens * (16 * config.width * element + 4 * config.num_heads)
-    head = config.num_tokens // 2 * 10 * config.head.width * element if config.head.depth else 0
-    return trunk, head
+    if head.num_heads:
+        return trunk, config.num_tokens * (16 * head.width * element + 4 * head.num_heads)
+    return trunk, _scored(config) * 10 * head.width * element if head.depth else 0
+
+
+def _scored(config: ModelConfig) -> int:
+    return config.num_masked or config.num_tokens // 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -67,15 +67,22 @@ def held_out_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def configure(small_set: Path, large_set: Path, held_out_set: Path) -> Callable[..., RunConfig]:
-    """Configuration of a mixed stream; keywords override the data section, `seed`, `prefix` and `validation`."""
+    """Configuration of a mixed stream; keywords override the data section, `seed`, the objective and `validation`."""
 
-    def make(*, seed: int = 0, prefix: str = "paired", validation: Path | None = None, **data: Any) -> RunConfig:
+    def make(
+        *,
+        seed: int = 0,
+        prefix: str = "paired",
+        masked: float | None = None,
+        validation: Path | None = None,
+        **data: Any,
+    ) -> RunConfig:
         sources = [{"path": str(small_set), "probability": 0.8}, {"path": str(large_set), "probability": 0.2}]
         return run_config(
             {
                 "model": {"size": "rung-32", "image_size": 32, "patch_size": 4},
                 "data": {"sources": sources} | data,
-                "objective": {"prefix": prefix},
+                "objective": {"prefix": prefix, "masked": masked},
                 "optimiser": {"batch_size": 16},
                 "budgets": [16],
                 "seed": seed,

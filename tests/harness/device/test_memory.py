@@ -52,11 +52,12 @@ def kept_bytes(config: ModelConfig, precision: str, activation_checkpointing: bo
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("options", [{}, {"masked": 0.75, "head_kind": "transformer"}], ids=str)
 @pytest.mark.parametrize(("size", "side", "patch"), [("rung-64", 32, 4), ("rung-128", 112, 14)])
 def test_kept_activations_are_within_ten_percent(
-    size: str, side: int, patch: int, precision: str, activation_checkpointing: bool
+    size: str, side: int, patch: int, precision: str, activation_checkpointing: bool, options: dict
 ) -> None:
-    config = model_config(size, image_size=side, patch_size=patch)
+    config = model_config(size, image_size=side, patch_size=patch, **options)
     measured = kept_bytes(config, precision, activation_checkpointing)
     estimate = kept_bytes_per_image(config, precision, activation_checkpointing)  # type: ignore[arg-type]
     assert estimate == pytest.approx(measured, rel=0.1)

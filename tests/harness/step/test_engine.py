@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aimscale.aim.config import model_config
+from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
@@ -23,25 +23,28 @@ from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import save_weights
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
+MASKED = model_config("w32-d2", image_size=16, patch_size=4, masked=0.75, head_kind="transformer")
 BATCH, NUM_STEPS, LR = 8, 12, 3e-3
 Run = Callable[..., list[int]]
 
 
-def step_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and prefixes of unequal length."""
+def step_batch(step: int, config: ModelConfig = CONFIG) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and prefixes of unequal length, or masks."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(BATCH, 3, 16, 16, generator=generator)
+    if config.masked is not None:
+        return images, torch.rand(BATCH, config.num_tokens, generator=generator).argsort(1) >= config.num_masked
     return images, torch.randint(1, CONFIG.num_tokens, (BATCH,), generator=generator)
 
 
-def plain_losses(optimiser: OptimiserSection) -> tuple[list[float], list[float]]:
+def plain_losses(config: ModelConfig, optimiser: OptimiserSection) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of a loop without DeepSpeed, ranks or micro-batches."""
-    model = AIM(CONFIG)
+    model = AIM(config)
     groups = model.param_groups(optimiser.weight_decay)
     adamw = torch.optim.AdamW(groups, lr=LR, betas=optimiser.betas, eps=optimiser.eps)
     losses, norms = [], []
     for step in range(NUM_STEPS):
-        loss_sum, num_targets = model(*step_batch(step))
+        loss_sum, num_targets = model(*step_batch(step, config))
         (loss_sum / num_targets).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optimiser.clip_norm).item())
         adamw.step()
@@ -50,29 +53,29 @@ def plain_losses(optimiser: OptimiserSection) -> tuple[list[float], list[float]]
     return losses, norms
 
 
-def split(images: torch.Tensor, prefix_len: torch.Tensor, rank: int, world_size: int, num_micro: int) -> list[Batch]:
+def split(images: torch.Tensor, given: torch.Tensor, rank: int, world_size: int, num_micro: int) -> list[Batch]:
     """This rank's micro-batches, of unequal sizes where the batch does not divide."""
-    parts = [torch.tensor_split(each, world_size * num_micro) for each in (images, prefix_len, torch.arange(BATCH))]
+    parts = [torch.tensor_split(each, world_size * num_micro) for each in (images, given, torch.arange(BATCH))]
     mine = slice(rank * num_micro, (rank + 1) * num_micro)
     return [
-        Batch(images=image, given=prefix, positions=position)
-        for image, prefix, position in zip(*(part[mine] for part in parts), strict=True)
+        Batch(images=image, given=its, positions=position)
+        for image, its, position in zip(*(part[mine] for part in parts), strict=True)
     ]
 
 
-def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int]]) -> None:
-    """Run every (precision, stage, micro-batches) in this process group and write losses and norms."""
+def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int, ModelConfig]]) -> None:
+    """Run every (precision, stage, micro-batches, model) in this process group and write losses and norms."""
     torch.set_num_threads(1)
     group = start_group(find_placement(), "cpu")
     results = []
-    for precision, stage, num_micro in cases:
+    for precision, stage, num_micro, config in cases:
         optimiser = OptimiserSection(batch_size=BATCH, precision=precision, clip_norm=0.5)  # type: ignore[arg-type]
-        engine = Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage), group)
+        engine = Engine(config, optimiser, EngineOptions(zero_stage=stage), group)
         losses, norms = [], []
         for step in range(NUM_STEPS):
-            images, prefix_len = step_batch(step)
-            num_targets = int((CONFIG.num_tokens - prefix_len).sum())
-            micro_batches = split(images, prefix_len, rank, group.world_size, num_micro)
+            images, given = step_batch(step, config)
+            num_targets = BATCH * config.num_tokens - int(given.sum())
+            micro_batches = split(images, given, rank, group.world_size, num_micro)
             outcome = engine.step(micro_batches, num_targets=num_targets, lr=LR)
             losses.append(group.sum_tensor(outcome.loss_sum.clone()).item() / num_targets)
             norms.append(float(outcome.grad_norm))
@@ -86,13 +89,15 @@ def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int]]) -> No
 def test_losses_and_norms_equal_a_plain_loop(world_size: int, tmp_path: Path, in_processes: Run) -> None:
     stages = (0, 1, 2, 3) if world_size == 2 else (0, 1, 2)
     micro = (1, 3)  # 8 images in 3 or 6 parts: unequal sizes
-    cases = [("fp32", stage, num_micro) for stage, num_micro in product(stages, micro)]
-    cases += [("bf16", stage, 2) for stage in stages if stage]
+    cases = [("fp32", stage, num_micro, CONFIG) for stage, num_micro in product(stages, micro)]
+    cases += [("bf16", stage, 2, CONFIG) for stage in stages if stage]
+    cases += [("fp32", stage, 3, MASKED) for stage in (0, 3)]
     out = tmp_path / "losses.json"
     assert in_processes(engine_losses, out, cases, world_size=world_size) == [0] * world_size
-    losses, norms = plain_losses(OptimiserSection(batch_size=BATCH, clip_norm=0.5))
-    assert min(norms) < 0.5 < max(norms), "some steps are clipped and some are not"
+    plain = {each: plain_losses(each, OptimiserSection(batch_size=BATCH, clip_norm=0.5)) for each in (CONFIG, MASKED)}
+    assert min(plain[CONFIG][1]) < 0.5 < max(plain[CONFIG][1]), "some steps are clipped and some are not"
     for case, (our_losses, our_norms) in zip(cases, json.loads(out.read_text()), strict=True):
+        losses, norms = plain[case[3]]
         tolerance = 1e-5 if case[0] == "fp32" else 1e-2
         assert our_losses == pytest.approx(losses, rel=tolerance), case
         assert our_norms == pytest.approx(norms, rel=10 * tolerance), case

@@ -13,8 +13,9 @@ import aimscale.harness.train.validation
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths
+from aimscale.harness.data.stream.held_out import eval_images, fixed_given, prefix_lengths
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.train.validation import ValidationLosses, completions, validate
 
@@ -52,6 +53,22 @@ def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, tmp_path: Path
             assert losses["prefix_loss_sum"].sum(1) == pytest.approx(losses["loss_sum"])
 
 
+def test_a_masked_model_is_validated_on_fixed_masks(tiny_data: Path) -> None:
+    config = model_config("w16-d2", image_size=16, patch_size=4, masked=0.75)
+    section = ValidationSection(path=str(tiny_data / "validation"), num_prefixes=3, num_images=13, centre_crop=1.0)
+    losses = validate(AIM(config), open_dataset(section.path), section, MODEL, ALONE)
+    masks, more = fixed_given(13, 3, config), fixed_given(500, 3, config)
+    assert torch.equal(more[:13], masks)
+    assert torch.equal(masks.sum(2), torch.full((13, 3), 4))
+    assert len(set(map(tuple, masks.flatten(0, 1).tolist()))) > 35
+    assert more.float().mean((0, 1)) == pytest.approx(torch.full((16,), 0.25), abs=0.06)  # four standard errors
+    images = eval_images(open_dataset(section.path), range(13), MODEL, 1.0)
+    with torch.no_grad():
+        loss_sum, num_targets = AIM(config)(images.repeat_interleave(3, dim=0), masks.flatten(0, 1))
+    assert losses.loss == pytest.approx((loss_sum / num_targets).item(), rel=1e-5)
+    assert losses.prefix_len.tolist() == [[4, 4, 4]] * 13
+
+
 def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     deviations = []
@@ -69,8 +86,9 @@ def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
     assert np.mean(np.abs(deviations) < 1.96) == pytest.approx(0.94, abs=0.02)
 
 
-def test_completions_show_the_prefix_and_predict_the_rest(tiny_data: Path) -> None:
-    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral"))
+@pytest.mark.parametrize("options", [{}, {"masked": 0.5}], ids=str)
+def test_completions_show_the_prefix_and_predict_the_rest(tiny_data: Path, options: dict) -> None:
+    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral", **options))
     section = ValidationSection(path=str(tiny_data / "validation"))
     pictures = completions(model, open_dataset(section.path), section, MODEL, torch.device("cpu"))
     assert all(pictures[key].shape == (8, 16, 16, 3) for key in ("truth", "prefix", "prediction"))

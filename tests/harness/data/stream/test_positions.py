@@ -164,6 +164,19 @@ def test_prefixes_are_uniform_and_paired(configure: Configure) -> None:
     assert (TrainStream(configure(prefix="none")).prefix_lengths(range(9)) == 1).all()
 
 
+def test_masks_hide_as_many_patches_of_every_image_alike_on_any_ranks(configure: Configure) -> None:
+    stream = TrainStream(configure(masked=0.75, prefix="none"))
+    _, given, _ = whole([*itertools.chain(*run(stream, 0, 4096, micro=16))])
+    assert given.shape == (4096, 64)
+    assert given.dtype == torch.bool
+    assert (given.sum(1) == 16).all()
+    assert (given.float().mean(0) - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4096) ** 0.5
+    _, elsewhere, _ = whole([*itertools.chain(*run(stream, 160, 224, micro=3, world=2, workers=1))])
+    assert torch.equal(elsewhere, given[160:224])
+    other = TrainStream(configure(masked=0.75, seed=1)).batch(range(9)).given
+    assert not torch.equal(other, given[:9])
+
+
 def test_validation_prefixes_are_stratified_and_fixed() -> None:
     lengths = prefix_lengths(2000, 4, 64)
     assert torch.equal(lengths[:7], prefix_lengths(7, 4, 64))
