@@ -24,6 +24,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.errors import sandwich
 from aimscale.analysis.fitting.result import CONFIDENCE
 from aimscale.analysis.table.design import (
+    DEFAULT,
     DESIGN,
     MEASURED_ON,
     SCALE,
@@ -47,14 +48,18 @@ FOLLOWS = {
     "image_size": ("patch_size", *MEASURED_ON),
     "patch_size": ("image_size",),
     "size": ("head_depth", "head_width", "lr_peak", "batch_size"),
+    "objective.masked": ("prefix",),
 }
 """Column in question -> columns that change with it and so cannot be held equal."""
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
          KIND: "attentive"}  # fmt: skip
 """Column -> the level that the paper uses, the baseline unless another is named."""
-OTHER_UNIT = ("target", "patch_size", "image_size")
+OTHER_UNIT = ("target", "patch_size", "image_size", "objective.masked")
 """Columns whose levels have losses that cannot be subtracted."""
-CAUTION = {"prefix": "unseen_prefix", "patch_order": "other_patches", **dict.fromkeys(HEAD[:2], "equal_images")}
+CAUTION = {
+    **{"prefix": "unseen_prefix", "patch_order": "other_patches"},
+    **dict.fromkeys((*HEAD[:2], "model.head_kind"), "equal_images"),
+}
 """Column -> kind of the flag about its losses."""
 BETTER, WORSE, ALIKE = "better", "worse", "no significant difference"
 """Verdicts."""
@@ -278,8 +283,8 @@ def _baseline(long: pd.DataFrame, by: str, levels: list[str], wish: str | None) 
         if wish not in levels:
             raise AnalysisError(f"{by} takes {some(levels)}, not {wish!r}; choose the baseline from these.")
         return wish
-    if USUAL.get(by) in levels:
-        return USUAL[by]
+    if (usual := USUAL.get(by, DEFAULT)) in levels:
+        return usual
     counts = long[by].dropna().map(level_name).value_counts()
     return max(levels, key=lambda level: (counts[level], -levels.index(level)))
 

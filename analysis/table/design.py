@@ -24,6 +24,8 @@ DESIGN = (
 """Columns of the results table that make runs another experiment, not another scale of the same."""
 SECTIONS = ("model", "data", "objective", "optimiser", "schedule")
 """Parts of a run's configuration whose fields `read_tables` makes into columns."""
+DEFAULT = "default"
+"""What a column of the set-up holds where a run left the field at its default."""
 IDENTITIES = ("run_id", "config_hash", "git_commit", "finished_at", "probes", "extra", "setup", FOLDER)
 """Columns of words that tell runs apart without being settings."""
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.accuracies import is_accuracy, with_accuracies
-from aimscale.analysis.table.design import DESIGN, SECTIONS, varies
+from aimscale.analysis.table.design import DEFAULT, DESIGN, SECTIONS, varies
 from aimscale.analysis.table.names import (
     CANONICAL,
     FOLDER,
@@ -36,8 +36,6 @@ _NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
 """Whole numbers of a formula (the group), and the names that hold digits: powers of integers have no end."""
 MAX_BYTES = 10**9
 """A table is held in memory, and several times over."""
-DEFAULT = "default"
-"""What a column of the set-up holds where a run left the field at its default."""
 
 
 def read_tables(
