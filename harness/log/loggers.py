@@ -1,26 +1,38 @@
-"""TensorBoard and Weights & Biases beside `metrics.jsonl`, under the run's id across restarts.
+"""TensorBoard and Weights & Biases beside `metrics.jsonl`, under the same names, by images seen (docs/wandb.md).
 
-What is trained again after an interruption is logged again: the same values at the same images.
+`train/...` is the trunk as it trains, `decay/...` the decays to all budgets, and `val/...`, `probe/...` and
+`pictures/...` hold one point for each budget. So a panel takes however many budgets a run has, and never goes back.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.row import configured_columns
+from aimscale.harness.run.failures import PreemptedError
+from aimscale.harness.run.row import configured_columns, setup_of
 
 NOT_PLOTTED = ("images_seen", "step", "branch", "time", "attempt")
+DECAYING = ("loss", "loss_max", "grad_norm", "lr", "images_done")
+"""What is plotted of a decay: speeds and counts go on from the trunk's."""
+FINISH_S = 60
+"""W&B may take so long at the end of a job to send what is left, unless WANDB_FINISH_TIMEOUT says otherwise."""
+Ending = Literal["finished", "preempted", "failed"]
 
 
 def refuse_missing(config: RunConfig) -> None:
     """Raise ConfigError where a logger is asked for that is not installed."""
     if "wandb" in config.runtime.loggers and "wandb" not in sys.modules and find_spec("wandb") is None:
-        raise ConfigError("runtime.loggers names wandb, which is not installed; pip install wandb")
+        raise ConfigError("runtime.loggers names wandb, which is not installed; pip install 'aimscale[wandb]'")
 
 
 class TensorBoardLogger:
@@ -30,70 +42,166 @@ class TensorBoardLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run.path / "tensorboard"))
+        self.told = run.read_status().images_done
+        """Images done up to which earlier starts told it everything."""
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Record a line."""
-        for name, value in scalars(line).items():
-            self._writer.add_scalar(name, value, line["images_seen"], walltime=line["time"])
+    def measured(
+        self, images_seen: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Plot numbers, and show pictures (uint8, height x width x channels), at their images seen."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, images_seen)
+        for name, picture in (pictures or {}).items():
+            self._writer.add_image(name, picture, images_seen, dataformats="HWC")
+        self._writer.flush()  # what was told is not told again
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         """Write what is buffered."""
         self._writer.close()
 
 
 class WandbLogger:
-    """Weights & Biases; WANDB_MODE=offline keeps everything in `wandb/` of the run directory.
+    """Weights & Biases, one run for a run of ours; WANDB_MODE=offline keeps everything in `wandb/` of its directory.
 
-    Runs are grouped by sweep and tagged with their size and budgets; the columns of their rows that are known before
-    training (parameters, FLOPs per image) are in the configuration too, to be plotted against.
+    The configuration has the columns of the run's rows that are known before training at its top, to plot against and
+    to be read back. Trouble with W&B never ends the training: without the service, a start is kept offline.
+
+    Raises:
+        ConfigError: W&B is not installed, has no login, or refuses its settings.
     """
 
     def __init__(self, run: RunDir, config: RunConfig) -> None:
         refuse_missing(config)
         import wandb
 
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "aimscale"),
-            id=config.run_id,
-            name=config.run_id,
-            resume="allow",
-            dir=str(run.path),
-            group=run.path.parent.parent.name if run.path.parent.name == "runs" else None,
-            tags=[config.training.model.size, *(f"D={budget}" for budget in config.evaluation.budgets)],
-            config=config.model_dump(mode="json") | {"columns": configured_columns(config)},
-        )
-        # Branches go back in images_seen, which W&B's own step may not.
-        self._run.define_metric("images_seen")
-        self._run.define_metric("*", step_metric="images_seen")
+        sweep = run.path.parent.parent.name if run.path.parent.name == "runs" else None
+        about: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", "aimscale"),
+            "id": config.run_id,
+            "name": config.run_id,
+            "resume": "allow",
+            "dir": str(run.path),
+            "group": os.environ.get("WANDB_RUN_GROUP", sweep),
+            "job_type": "train",
+            "tags": [config.training.model.size, *(f"D={budget}" for budget in config.evaluation.budgets)],
+            "config": config.model_dump(mode="json")
+            | configured_columns(config)
+            | {"setup": json.dumps(setup_of(config.training))},
+            "allow_val_change": True,  # budgets may be added
+            "settings": {"finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_S))},
+        }
+        self._run: Any = None
+        self.told = 0
+        """Images done up to which the service has everything; 0 offline, where nobody knows what will be sent."""
+        try:
+            self._run = wandb.init(**about)
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError, ValueError) as error:
+            raise ConfigError(
+                f"runtime.loggers names wandb, which refuses to start ({_brief(error)}); run `wandb login` or set "
+                "WANDB_API_KEY, or keep runs on this machine with WANDB_MODE=offline"
+            ) from error
+        except wandb.errors.Error as error:
+            later = f"send this start later with `wandb sync` from {run.path}"
+            print(f"W&B cannot be reached ({_brief(error)}); {later}", flush=True)
+            wandb.teardown()  # else the run counts as in use
+        with self._surviving():
+            self._run = self._run or wandb.init(**about, mode="offline")
+            # Decays and budgets go back in images_seen, which W&B's own step may not.
+            self._run.define_metric("images_seen", hidden=True)
+            self._run.define_metric("val/images_seen", hidden=True)
+            self._run.define_metric("*", step_metric="images_seen")
+            known = [self._run.summary.get(f"{part}/images_done", 0) for part in ("train", "decay")]
+            self.told = int(max(known))
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Record a line."""
-        self._run.log({**scalars(line), "images_seen": line["images_seen"]})
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """What goes wrong with W&B in the block is said once, and ends what W&B gets, not the run."""
+        try:
+            yield
+        except Exception as error:
+            print(f"W&B gets no more of this run ({_brief(error)}); its directory holds everything", flush=True)
+            self._run = None
 
-    def close(self) -> None:
-        """Write what is buffered."""
-        self._run.finish()
+    def measured(
+        self, images_seen: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Plot numbers, and show pictures (uint8, height x width x channels), at their images seen."""
+        if self._run is None:
+            return
+        import wandb
+
+        line: dict[str, Any] = {**values, "images_seen": images_seen}
+        if "val/loss" in values:  # the runs table has the last of each name, and training may have gone on
+            line["val/images_seen"] = images_seen
+        with self._surviving():
+            self._run.log(line | {name: wandb.Image(each) for name, each in (pictures or {}).items()})
+
+    def close(self, ending: Ending) -> None:
+        """Send what is left, for `FINISH_S` at most, and how the job ended."""
+        if self._run is None:
+            return
+        with self._surviving():
+            if ending == "preempted":
+                self._run.mark_preempting()
+            self._run.finish(exit_code=0 if ending == "finished" else 1)
 
 
 Logger = TensorBoardLogger | WandbLogger
-"""Where lines of `metrics.jsonl` go, too, by `images_seen`."""
+"""Where a run's numbers and pictures go, too, by `images_seen`."""
 
 
-def open_loggers(run: RunDir, config: RunConfig) -> list[Logger]:
-    """The loggers of `runtime.loggers`.
+@contextlib.contextmanager
+def logging_to(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
+    """The loggers of `runtime.loggers` for the block, which are told how it ended.
 
     Raises:
-        ConfigError: a logger's package is not installed.
+        ConfigError: a logger's package is not installed, or W&B has no login.
     """
     names = dict.fromkeys(config.runtime.loggers)
-    return [TensorBoardLogger(run) if name == "tensorboard" else WandbLogger(run, config) for name in names]
+    ending: Ending = "failed"
+    loggers = [TensorBoardLogger(run) if name == "tensorboard" else WandbLogger(run, config) for name in names]
+    try:
+        yield loggers
+        ending = "finished"
+    except PreemptedError:
+        ending = "preempted"
+        raise
+    finally:
+        for logger in loggers:
+            logger.close(ending)
 
 
-def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line, named by the part of the walk they belong to: `trunk/loss`, `decay-4096/loss`."""
-    part = "trunk" if line["branch"] is None else f"decay-{line['branch']}"
-    return {
-        f"{part}/{key}": float(value)
-        for key, value in line.items()
-        if key not in NOT_PLOTTED and isinstance(value, int | float)
-    }
+def of_line(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:
+    """What is plotted of a line of `metrics.jsonl`: `train/loss`, or `decay/loss` where the trunk was left.
+
+    Under cosine there is no trunk: the way to a budget is all of its training.
+    """
+    is_trunk = line["branch"] is None or is_cosine
+    names = [name for name in line if name not in NOT_PLOTTED] if is_trunk else DECAYING
+    part = "train" if is_trunk else "decay"
+    return {f"{part}/{name}": float(line[name]) for name in names if isinstance(line[name], int | float)}
+
+
+def of_row(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
+    """What is plotted of a budget's row: `val/loss`, its standard error, and top-1 accuracies as `probe/TASK/KIND`.
+
+    Args:
+        row: of the results, or a line of `curve.jsonl`.
+        during: it was measured on the trunk, in the middle of training: `train/val_loss`, `train/probe/TASK/KIND`.
+    """
+    val, probe = ("train/val_loss", "train/probe") if during else ("val/loss", "probe")
+    values = {val: row.get("val_loss"), f"{val}_se": row.get("val_loss_se")}
+    values |= {f"{probe}/{each['task']}/{each['kind']}": each.get("top1") for each in row.get("probes") or ()}
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def side_by_side(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One picture of the next-patch pictures in a validation file: a row for each image; truth, prefix, prediction."""
+    parts = ("truth", "prefix", "prediction")
+    if not all(name in arrays for name in parts):
+        return {}
+    return {"pictures/truth-prefix-prediction": np.concatenate(np.concatenate([arrays[p] for p in parts], axis=2))}
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

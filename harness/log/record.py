@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import mean_scored_tokens
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.peak import Peak, utilisation
-from aimscale.harness.log.loggers import Logger, open_loggers
+from aimscale.harness.log.loggers import Logger, of_line
 from aimscale.harness.log.metrics import Metrics
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -54,8 +55,16 @@ class Recent:
 class Recorder:
     """Takes every line to where it is read: `metrics.jsonl`, `status.json`, the loggers and the log."""
 
-    def __init__(self, run: RunDir, config: RunConfig, group: Group, model_config: ModelConfig, peak: Peak) -> None:
-        self._run, self._config, self._group = run, config, group
+    def __init__(
+        self,
+        run: RunDir,
+        config: RunConfig,
+        group: Group,
+        model_config: ModelConfig,
+        peak: Peak,
+        loggers: Sequence[Logger] = (),
+    ) -> None:
+        self._run, self._config, self._group, self.loggers = run, config, group, loggers
         self._model_config, self._peak = model_config, peak
         self._batch_size = config.training.optimiser.batch_size
         self.metrics = Metrics(group, self._batch_size)
@@ -69,7 +78,6 @@ class Recorder:
         self._begin_interval()
         self._recent = Recent()
         self._attempt = run.read_status().attempt
-        self._loggers: list[Logger] = open_loggers(run, config) if group.is_first else []
 
     def enter(self, segment: Segment, *, from_its_start: bool) -> None:
         """A segment begins, or goes on after a restart."""
@@ -132,6 +140,7 @@ class Recorder:
             return
         images_per_s = num_images / wall_s
         line |= {
+            "images_done": self.metrics.images_done,
             "images_per_s": images_per_s,
             "ms_per_step": 1000 * wall_s * self._batch_size / num_images,
             **self._utilisation(images_per_s, num_targets / num_images),
@@ -146,14 +155,18 @@ class Recorder:
         self._run.write_status(
             durable=False,
             phase="train" if branch is None else "decay",
-            images_done=self.metrics.images_done,
             heartbeat=line["time"],
             images_per_s=self._recent.num_images / self._recent.wall_s,
             data_wait=self._recent.wait_s / self._recent.wall_s,
-            **{key: line[key] for key in ("images_seen", "step", "loss", "num_skipped_steps", "mfu_published", "mfu")},
+            **{
+                key: line[key]
+                for key in ("images_seen", "images_done", "step", "loss", "num_skipped_steps", "mfu_published", "mfu")
+            },
         )
-        for logger in self._loggers:
-            logger.log(line)
+        for logger in self.loggers:
+            if self.metrics.images_done > logger.told:  # else it is trained again
+                is_cosine = self._config.training.schedule.kind == "cosine"
+                logger.measured(line["images_seen"], of_line(line, is_cosine=is_cosine))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         self.say(
             f"{line['images_seen']:>10} images  {'trunk' if branch is None else f'decay to {branch}':<20} loss {loss}  "
@@ -196,11 +209,6 @@ class Recorder:
             "num_loss_spikes": took.num_loss_spikes,
             "world_size": self._group.world_size,
         }
-
-    def close(self) -> None:
-        """Leave the loggers."""
-        for logger in self._loggers:
-            logger.close()
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:

@@ -317,7 +317,7 @@ class RuntimeConfig(Section):
     log_every_steps: int = Field(10, gt=0)
     """Distance of metric lines."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Besides `metrics.jsonl`, which is always written; W&B groups by sweep and tags with size and budgets."""
+    """Besides `metrics.jsonl`, which is always written; docs/wandb.md says what they show."""
 
 
 class RunConfig(Section):

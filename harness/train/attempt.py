@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from aimscale.harness.data.stream.loader import start_server
 from aimscale.harness.device.distributed import find_placement
 from aimscale.harness.device.job import Job, execute_job
+from aimscale.harness.log.loggers import Logger, logging_to
 from aimscale.harness.probe.owed import lacking
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
 from aimscale.harness.run.failures import run_worker
@@ -36,14 +38,16 @@ def train(path: Path) -> int:
         torch.set_num_threads(config.runtime.num_threads)
         if config.runtime.num_workers:
             start_server()  # it imports PyTorch while the engine is built
-        group = job.group
-        if group.from_first(lambda: missing_budgets(run, config)):
-            trainer = Trainer(run, config, group, job.watch, job.flag)
-            try:
-                trainer.walk()
-            finally:
-                trainer.close()  # frees the device: what comes next needs the memory of the training state
-        evaluate_run(run, config, job)
+        with contextlib.ExitStack() as stack:
+            loggers: list[Logger] = []
+            job.group.from_first(lambda: loggers.extend(stack.enter_context(logging_to(run, config))))
+            if job.group.from_first(lambda: missing_budgets(run, config)):
+                trainer = Trainer(run, config, job, loggers)
+                try:
+                    trainer.walk()
+                finally:
+                    trainer.close()  # frees the device: what comes next needs the memory of the training state
+            evaluate_run(run, config, job, loggers)
 
     return execute_job(run, config.runtime.device, work)
 

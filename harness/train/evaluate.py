@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
 from aimscale.harness.data.stream.held_out import refuse_overlap
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.job import Job
+from aimscale.harness.log.loggers import Logger, of_row, side_by_side
 from aimscale.harness.probe.features.images import Pause
 from aimscale.harness.probe.files import validation_name
 from aimscale.harness.probe.owed import Lacking, enter_row, lacking_at
@@ -27,13 +30,14 @@ from aimscale.harness.run.trunk import saved_budgets
 from aimscale.harness.train.validation import completions, validate
 
 
-def evaluate_run(run: RunDir, config: RunConfig, job: Job) -> None:
+def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = ()) -> None:
     """Measure what a configuration of the run asks for and its budgets lack; all ranks call this together.
 
     Args:
         config: of the run, with what is to be measured now.
         job: whose ranks share the images, whose `status.json` tells how far it is, and which may be asked to stop
             wherever work is saved.
+        loggers: of the first rank; they get each budget whole, from the first at which something was measured.
 
     Raises:
         UserError: data that cannot be used.
@@ -42,6 +46,7 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job) -> None:
     """
     group, pause = job.group, job.pausing()
     held_out: ShardDataset | None = None
+    is_new = False
     budgets = group.from_first(lambda: [each for each in saved_budgets(run) if each in config.evaluation.budgets])
     for budget in budgets:
         pause()
@@ -55,6 +60,13 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job) -> None:
             for _, entries in probe_run(run.path, budget, tasks, group=group, pause=pause):
                 for entry in entries if group.is_first else ():
                     print(f"{budget} {entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %", flush=True)
+        is_new = is_new or bool(owed)
+        if is_new and loggers:
+            row = enter_row(run, config, budget)
+            with np.load(run.validation_file(budget)) as arrays:
+                pictures = side_by_side(arrays)
+            for logger in loggers:
+                logger.measured(budget, of_row(row), pictures)
 
 
 def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Lacking]:

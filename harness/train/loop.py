@@ -11,20 +11,21 @@ import dataclasses
 import gc
 import json
 import time
+from collections.abc import Sequence
 
 import torch
 
 from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.device.job import Job
 from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak
-from aimscale.harness.device.ranks import RankWatch
+from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import PreemptedError, StopFlag
+from aimscale.harness.run.failures import PreemptedError
 from aimscale.harness.run.fence import earlier_folders
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
@@ -41,8 +42,9 @@ from aimscale.harness.step.saving import CheckpointWriter, salvage, save_weights
 class Trainer:
     """One run in this process: everything it needs, and the walk."""
 
-    def __init__(self, run: RunDir, config: RunConfig, group: Group, watch: RankWatch, flag: StopFlag) -> None:
-        self.run, self.config, self.group, self.watch, self.flag = run, config, group, watch, flag
+    def __init__(self, run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = ()) -> None:
+        group = job.group
+        self.run, self.config, self.group, self.watch, self.flag = run, config, group, job.watch, job.flag
         training, runtime = config.training, config.runtime
         self.batch_size = training.optimiser.batch_size
         self.schedule = schedule_of(config)
@@ -71,7 +73,7 @@ class Trainer:
         )
         self.saved_at = time.monotonic()
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
-        self.recorder = Recorder(run, config, group, self.model_config, self.peak)
+        self.recorder = Recorder(run, config, group, self.model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
 
     def walk(self) -> None:
@@ -111,8 +113,7 @@ class Trainer:
             self._keep_end_of_trunk()
 
     def close(self) -> None:
-        """Leave the loggers, and give back the memory of weights, gradients and optimiser states."""
-        self.recorder.close()
+        """Give back the memory of weights, gradients and optimiser states."""
         self.writer.close()
         self.engine.close()
         del self.engine, self.writer

@@ -1,45 +1,78 @@
-"""TensorBoard and W&B hold every line, also across a kill, under the run's id."""
+"""TensorBoard and W&B hold every line and budget, also across a kill, under the run's id."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import aimscale.harness.device.peak
 import aimscale.harness.log.record
-from aimscale.harness.log.loggers import open_loggers
-from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import RunDir
+from aimscale.harness.log.loggers import logging_to
+from aimscale.harness.run.config import ConfigError, RunConfig
+from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.row import configured_columns
 from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
 
 
-def points(run: RunDir) -> dict[str, set[tuple[int, float]]]:
-    """Tag -> (step, value) of every event in the run's files."""
+def points(run: RunDir) -> dict[str, list[tuple[int, float | bytes]]]:
+    """Tag -> (step, number or picture) of every event in the run's files, in order."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util import tensor_util
 
-    found: dict[str, set[tuple[int, float]]] = {}
-    for file in sorted((run.path / "tensorboard").glob("events*")):
+    found: dict[str, list[tuple[int, float | bytes]]] = {}
+    for file in sorted((run.path / "tensorboard").glob("events*"), key=lambda path: path.stat().st_mtime):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                number = round(float(tensor_util.make_ndarray(value.tensor)), 5)
-                found.setdefault(value.tag, set()).add((event.step, number))
+                array = tensor_util.make_ndarray(value.tensor)
+                number = array[2] if value.tag.startswith("pictures/") else round(float(array), 5)
+                found.setdefault(value.tag, []).append((event.step, number))
     return found
 
 
-def train_and_die(rank: int, path: Path, num_images: int) -> None:
-    """Train and die of SIGKILL once `num_images` are done (0: never)."""
+def records(run: RunDir) -> dict[str, list[Any]]:
+    """Kind -> records of the run's files of W&B, oldest first: a log of LevelDB's form after seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found: dict[str, list[Any]] = {}
+    for path in sorted((run.path / "wandb").glob("offline-run-*/*.wandb")):
+        data, at, record = path.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if (room := 32768 - at % 32768) < 7:
+                at += room
+                continue
+            stop, kind = at + 7 + int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+            record = (record if kind in (3, 4) else b"") + data[at + 7 : stop]
+            at = stop
+            if kind in (1, 4):
+                whole = Record.FromString(record)
+                name = whole.WhichOneof("record_type")
+                found.setdefault(name, []).append(getattr(whole, name))
+    return found
+
+
+def history(run: RunDir) -> list[dict[str, Any]]:
+    """Every line that W&B was told."""
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in line.item}
+        for line in records(run)["history"]
+    ]
+
+
+def train_and_die(rank: int, path: Path, num_images: int, of: int = signal.SIGKILL) -> None:
+    """Train and die of a signal once `num_images` are done (0: never)."""
     aimscale.harness.device.peak.GEMM_SIDE = {"cpu": 128, "cuda": 1024}
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     real = aimscale.harness.log.record.Recorder.step
@@ -47,48 +80,110 @@ def train_and_die(rank: int, path: Path, num_images: int) -> None:
     def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
         if self.metrics.images_done == num_images:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), of)
 
     aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
     sys.exit(train(path))
 
 
-def test_tensorboard_holds_the_last_lines_of_a_run_that_was_killed(
-    tmp_path: Path, tiny_config: Config, in_processes: Run
+@pytest.fixture
+def probed(tiny_data: Path, tiny_config: Config) -> Callable[[str], RunConfig]:
+    """Two budgets and a task, told to a logger with every step."""
+    task = {"task": "two", "train": str(tiny_data / "two"), "test": str(tiny_data / "other"), "kinds": ["knn"]}
+    return lambda logger: tiny_config({"loggers": [logger], "log_every_steps": 1}, probes=[task])
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B without a network, and nothing of the user's."""
+    pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name, value in (("HOME", str(tmp_path)), ("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
+
+
+def told(run: RunDir) -> dict[str, list[tuple[int, float]]]:
+    """What both loggers must hold: each line of training once, and each budget."""
+    expected: dict[str, list[tuple[int, float]]] = {}
+    lines = {(line["branch"], line["images_seen"]): line for line in map(json.loads, run.metrics.open())}
+    for (branch, images_seen), line in lines.items():
+        name = "train/loss" if branch is None else "decay/loss"
+        expected.setdefault(name, []).append((images_seen, round(line["loss"], 5)))
+    for row in run.read_rows():
+        (probe,) = row["probes"]
+        numbers = {"val/loss": row["val_loss"], "val/loss_se": row["val_loss_se"], "probe/two/knn": probe["top1"]}
+        for name, value in numbers.items():
+            expected.setdefault(name, []).append((row["images_seen"], round(value, 5)))
+    return expected
+
+
+def test_tensorboard_holds_every_line_of_a_killed_run_once_and_its_budgets_on_the_same_panels(
+    tmp_path: Path, probed: Callable[[str], RunConfig], in_processes: Run
 ) -> None:
-    runtime = {"loggers": ["tensorboard"], "checkpoint_every_images": 24, "log_every_steps": 1}
-    run = RunDir.create(tmp_path / "run", tiny_config(runtime))
+    run = RunDir.create(tmp_path / "run", probed("tensorboard"))
     assert in_processes(train_and_die, run.path, 72) == [-signal.SIGKILL]
     assert in_processes(train_and_die, run.path, 0) == [0]
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert {line["attempt"] for line in lines} == {1, 2}
-    places = [(line["branch"], line["images_seen"], line["loss"]) for line in lines]
-    assert len(places) > len(set(places)), "what was trained twice was told twice, with the same numbers"
-    assert len(set(places)) == len({place[:2] for place in places})
-    again = [line for line in lines if line["attempt"] == 2]
-    found = points(run)
-    for tag, branch in (("trunk/loss", None), ("decay-64/loss", 64), ("decay-128/loss", 128)):
-        assert found[tag] >= {(it["images_seen"], round(it["loss"], 5)) for it in again if it["branch"] == branch}
+    assert len(lines) > len({(line["branch"], line["images_seen"]) for line in lines}), "some was trained twice"
+    found, expected = points(run), told(run)
+    assert {name: found[name] for name in expected} == expected
+    assert not [name for name in found if any(str(budget) in name for budget in (64, 128))], "no panel for a budget"
+    (_, png), _ = found["pictures/truth-prefix-prediction"]
+    picture = np.asarray(Image.open(io.BytesIO(png)))
+    with np.load(run.validation_file(64)) as arrays:
+        assert np.array_equal(
+            picture[:16], np.concatenate([arrays[k][0] for k in ("truth", "prefix", "prediction")], 1)
+        )
 
 
-def test_wandb_is_told_of_the_sweep_and_goes_on_under_the_runs_id(
-    tmp_path: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("offline")
+def test_wandb_holds_a_run_as_one_run_across_starts_with_what_reads_it_back(
+    tmp_path: Path, probed: Callable[[str], RunConfig], in_processes: Run
 ) -> None:
-    """A recorder in place of the service."""
-    settings: list[dict[str, Any]] = []
-    logged: list[dict[str, Any]] = []
-
-    def init(**values: Any) -> SimpleNamespace:
-        settings.append(values)
-        return SimpleNamespace(log=logged.append, define_metric=lambda *_, **__: None, finish=lambda: None)
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))  # type: ignore[arg-type]
-    config = tiny_config({"loggers": ["wandb"]})
+    config = probed("wandb")
     run = RunDir.create(tmp_path / "my-sweep" / "runs" / "run", config)
-    (logger,) = open_loggers(run, config)
-    logger.log({"images_seen": 16, "step": 2, "branch": 16, "loss": 0.2, "time": 1.0})
-    assert logged == [{"decay-16/loss": 0.2, "images_seen": 16}]
-    (said,) = settings
-    assert (said["id"], said["resume"], said["group"]) == (config.run_id, "allow", "my-sweep")
-    assert said["tags"] == [config.training.model.size, "D=64", "D=128"]
-    assert said["config"]["columns"]["params_total"] > 0
+    assert in_processes(train_and_die, run.path, 72, signal.SIGTERM) == [EXIT_PREEMPTED]
+    assert in_processes(train_and_die, run.path, 0) == [0]
+    lines, expected = history(run), told(run)
+    found = {name: [(line["images_seen"], round(line[name], 5)) for line in lines if name in line] for name in expected}
+    assert found == expected
+    assert [line["val/images_seen"] for line in lines if "val/loss" in line] == [64, 128]
+    assert {line["pictures/truth-prefix-prediction/height"] for line in lines if "val/loss" in line} == {8 * 16}
+    kept = records(run)
+    starts = kept["run"]
+    assert {(each.run_id, each.run_group, each.project) for each in starts} == {(config.run_id, "my-sweep", "aimscale")}
+    assert set(starts[0].tags) == {"w16-d2", "D=64", "D=128"}
+    values = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
+    assert values["params_total"] == configured_columns(config)["params_total"]
+    assert [each.exit_code for each in kept["exit"]] == [1, 0]
+    assert len(kept["preempting"]) == 1
+
+
+@pytest.mark.usefixtures("offline")
+def test_trouble_with_wandb_is_said_before_training_or_survived(
+    tmp_path: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No login is a mistake of the user's; no network keeps the start here; what fails later ends the logging only."""
+    wandb = pytest.importorskip("wandb")
+    run = RunDir.create(tmp_path / "run", tiny_config({"loggers": ["wandb"]}))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ConfigError, match="wandb login"), logging_to(run, run.load_config()):
+        pass
+    for name, value in (
+        ("API_KEY", "a" * 40),
+        ("BASE_URL", "http://127.0.0.1:9"),
+        ("INIT_TIMEOUT", "1"),
+        ("X_GRAPHQL_RETRY_MAX", "0"),
+    ):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # it has read its settings
+    with logging_to(run, run.load_config()) as (logger,):
+        logger.measured(8, {"val/loss": 0.5})
+        logger.measured(16, {"val/loss": object()})  # type: ignore[dict-item]
+        logger.measured(24, {"val/loss": 0.4})
+    wandb.teardown()  # as at the end of the process
+    assert [line["val/loss"] for line in history(run)] == [0.5]
+    said = capsys.readouterr().out
+    assert "cannot be reached" in said
+    assert "gets no more" in said
