@@ -39,6 +39,12 @@ FLAGS = {
     "pattern": f"The points lie {{number:.2g}} % off the law, along {{subject}} {TEST}.",
     "off": "{more[0]} {subject} lies {number:+.2g} % off the law without it ({more[1]:.2g} standard deviations).",
     "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one by --where.",
+    "in_plateau": "{number:.0f} rows of {subject} lie inside the first plateau of their size, which is over at "
+    "{more[0]:,.0f} images at the latest: there losses follow no power law.",
+    "during": "The rows are points during training: their learning rate has not decayed, so their losses lie above "
+    "those of budgets.",
+    "during_mixed": "{number:.0f} rows are points during training, which lie above budgets because their learning rate "
+    "has not decayed; leave them out by --where status=complete.",
     "few_sizes": "C = {number:.3g}: too few sizes near the lowest loss for a parabola",
     "edge": "C = {number:.3g}: the {subject} size has the lowest loss, so the minimum is not interior",
     "not_convex": "C = {number:.3g}: the parabola is not convex",

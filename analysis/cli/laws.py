@@ -51,8 +51,10 @@ def fit(
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
     from aimscale.analysis.display import plain_types
+    from aimscale.analysis.effects.plateau import plateau_flags
     from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.forecasts.points import with_compute
+    from aimscale.analysis.table.read import read_curves
 
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     found = several(law, df, y)
@@ -70,6 +72,8 @@ def fit(
         resamples=resamples,
     )
     result = tested(result, df, hold_out or [])
+    inside = plateau_flags(df.loc[result.data.index], read_curves(tables))
+    result = replace(result, flags=(*result.flags, *inside))
     if found and json:
         if figure is not None:
             draw(result.plot(), figure)

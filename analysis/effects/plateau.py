@@ -9,9 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import isotonic_regression
 
 from aimscale.analysis.laws.base import Array
+from aimscale.analysis.table.design import DESIGN
+from aimscale.analysis.table.points import complete
+from aimscale.analysis.words import Flag, some
 
 LEAST_HEIGHT = 0.03
 """Share of the loss by which the end of a plateau lies above a straight line in log-log past it."""
@@ -23,6 +27,8 @@ NOISE_SHARE = 5.0
 """A plateau is higher than so many times the root mean square of what losses do besides falling steadily."""
 LEAST_POINTS, MOST_POINTS = 5, 40
 """Points that are needed, and that are looked at; of longer curves means over equal factors of images."""
+SAME = ("size", "params_total", "batch_size", "lr_peak", *DESIGN, "setup")
+"""Columns in which runs agree that leave the plateau at one place, but for chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,3 +85,34 @@ def _thinned(log_x: Array, log_y: Array) -> tuple[Array, Array]:
         cell = np.unique(np.searchsorted(edges, log_x), return_inverse=True)[1]
     count = np.bincount(cell)
     return np.bincount(cell, log_x) / count, np.bincount(cell, log_y) / count
+
+
+def plateau_flags(rows: pd.DataFrame, curves: pd.DataFrame) -> tuple[Flag, ...]:
+    """The rows of a table that lie inside the first plateau of their size: of any run of the same set-up.
+
+    Args:
+        rows: budgets, or points during training, complete or planned.
+        curves: points during training, as `read_curves` gives them.
+    """
+    if curves.empty or not {"size", "images_seen"} <= set(rows):
+        return ()
+    names = [name for name in SAME if name in rows and curves[name].notna().any() and rows[name].notna().any()]
+    ends: dict[str, float] = {}
+    for _, points in curves.groupby("run_id"):
+        found = first_plateau(points["images_seen"], points["val_loss"])
+        key = _keys(points, names).iloc[0]
+        ends[key] = max(ends.get(key, 0.0), found.settled if found else 0.0)
+    used = complete(rows)
+    settled = _keys(used, names).map(ends)
+    inside = used[(used["images_seen"] < settled) & (settled > 0)]
+    if inside.empty:
+        return ()
+    sizes = inside["size"] if "size" in inside else inside["params_total"]
+    return (
+        Flag(kind="in_plateau", subject=some([*map(str, sizes.unique())]), number=len(inside), more=(settled.max(),)),
+    )
+
+
+def _keys(frame: pd.DataFrame, names: list[str]) -> pd.Series:
+    """One word a row for its values in some columns."""
+    return frame[names].astype(str).agg(" ".join, axis=1) if names else pd.Series("", index=frame.index)

@@ -12,7 +12,7 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.design import SCALE_OF_RUNS, design_columns, held_equal, varies
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
-from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.words import MAX_NAMED, Flag
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
@@ -186,9 +186,13 @@ def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataF
 
 
 def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[Flag, ...]:
-    """Columns of the design and of scale in which the rows differ and which a law of these variables does not know."""
+    """Columns of the design and of scale in which the rows differ and which a law of these variables does not know, and
+    points during training."""
     known = {*variables, *(CANONICAL.get(v, v) for v in variables)}
     names = [*design_columns(frame), "unique_images"]
     names += ["images_seen"] * ("params_total" in known) + ["params_total"] * ("images_seen" in known)
     mixed = [name for name in names if name in frame and name not in known and varies(frame[name])]
-    return tuple(Flag(kind="mixed", subject=their_name(frame, n), number=frame[n].nunique()) for n in mixed)
+    flags = [Flag(kind="mixed", subject=their_name(frame, n), number=frame[n].nunique()) for n in mixed]
+    if "status" in frame and (number := int((frame["status"] == "during").sum())):
+        flags.append(Flag(kind="during" if number == len(complete(frame)) else "during_mixed", number=number))
+    return tuple(flags)

@@ -13,10 +13,13 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from aimscale.analysis.laws.catalogue import CHINCHILLA
+from aimscale.analysis.words import Flag
 from aimscale.harness.device.sheets import DECODED_PER_S
+from aimscale.harness.run.row import configured_columns, setup_of
 from aimscale.sweeps.cli.options import AsJson, Root, SweepName
 from aimscale.sweeps.plan.checks import check, refuse
 from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
+from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.table.views import Column, axis_columns, duration, fitted_table, new_console, number
@@ -27,12 +30,28 @@ def plan(sweep: SweepName, root: Root = Path("aimscale-runs"), as_json: AsJson =
     loaded = load_sweep(sweep, root)
     runs = plan_runs(loaded)
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
+    flags = [str(flag) for flag in in_plateau(loaded, runs)]
     if as_json:
-        found = to_json(cards) | {"problems": [asdict(problem) for problem in problems]}
+        found = to_json(cards) | {"problems": [asdict(problem) for problem in problems], "flags": flags}
         typer.echo(json.dumps(found, indent=1))
     else:
         print_plan(loaded, cards)
+        for flag in flags:
+            new_console().print(f"[yellow]! plateau[/] {flag}", highlight=False, soft_wrap=True)
     refuse(loaded, runs, problems)
+
+
+def in_plateau(sweep: Sweep, runs: Sequence[Run]) -> tuple[Flag, ...]:
+    """Which planned budgets the curves that were collected so far show to lie inside a first plateau."""
+    if not (sweep.directory / "curves.parquet").is_file():
+        return ()
+    from aimscale.analysis.effects.plateau import plateau_flags
+    from aimscale.analysis.table.read import read_curves
+    from aimscale.analysis.table.schema import results_table
+
+    same = [configured_columns(run.config) | {"setup": setup_of(run.config.training)} for run in runs]
+    rows = [row | {"images_seen": each} for row, run in zip(same, runs, strict=True) for each in run.budgets]
+    return plateau_flags(results_table(rows).to_pandas(), read_curves([sweep.directory]))
 
 
 def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None = None) -> None:

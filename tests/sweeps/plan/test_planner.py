@@ -11,12 +11,13 @@ from rich.console import Console
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
+from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.harness.device import sheets
 from aimscale.harness.probe.cost import probe_costs
 from aimscale.harness.run.config import EvaluationConfig
 from aimscale.harness.run.provenance import cpu_name
-from aimscale.harness.run.row import model_of
-from aimscale.sweeps.cli.plan import print_plan
+from aimscale.harness.run.row import configured_columns, model_of, setup_of
+from aimscale.sweeps.cli.plan import in_plateau, print_plan
 from aimscale.sweeps.plan.checks import check
 from aimscale.sweeps.plan.costs import cost_cards, to_json
 from aimscale.sweeps.plan.planner import counts_of, plan
@@ -298,3 +299,21 @@ def test_a_plan_says_what_its_grid_cannot_identify(write_sweep: Any, sizes: list
     console = Console(width=200, file=io.StringIO())
     print_plan(sweep, cards, console)
     assert ("! fit" in console.file.getvalue()) == bool(lost)  # type: ignore[attr-defined]
+
+
+def test_a_plan_flags_budgets_that_collected_curves_show_inside_the_first_plateau(write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32", "rung-48"], budgets=[640, 1280, 5120])
+    runs = plan(sweep)
+    assert in_plateau(sweep, runs) == ()
+    images = [round(160 * 1.25**k) for k in range(16)]
+    losses = [0.7 * 0.99**k if k < 8 else max(0.5, 0.65 * 0.9 ** (k - 7)) for k in range(16)]
+    points = [
+        {**configured_columns(run.config), "setup": setup_of(run.config.training), "status": "during"}
+        | {"images_seen": seen, "val_loss": loss if run.cell["size"] == "rung-32" else 60 / (seen + 60)}
+        for run in runs
+        for seen, loss in zip(images, losses, strict=True)
+    ]
+    sweep.directory.mkdir(parents=True)
+    write_table(results_table(points), sweep.directory / "curves.parquet")
+    [flag] = in_plateau(sweep, runs)
+    assert (flag.kind, flag.subject, flag.number) == ("in_plateau", "rung-32", 2)
