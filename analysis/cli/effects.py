@@ -40,19 +40,26 @@ def contrast(
     from aimscale.analysis.display import plain_types
     from aimscale.analysis.effects.contrasts import contrast
     from aimscale.analysis.effects.gains import Gain, gains
+    from aimscale.analysis.published.ablations import beside_paper
 
     df = table_of(tables, columns, where)
     name, _, baseline = by.partition("=")
     found = contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
-    worth = gains(found, df)
+    worth, paper = gains(found, df), beside_paper(found, df)
     if not json:
-        show(found, json, figure, after=[f"- {each}" for each in worth])
+        show(found, json, figure, after=list(dict.fromkeys(f"- {each}" for each in (*worth, *paper))))
         return
     if figure is not None:
         draw(found.plot(), figure)
     typer.echo(
         json_module.dumps(
-            plain_types(found.to_dict() | {"gains": [each for each in worth if isinstance(each, Gain)]}),
+            plain_types(
+                found.to_dict()
+                | {
+                    "gains": [each for each in worth if isinstance(each, Gain)],
+                    "published": [each.row for each in paper],
+                }
+            ),
             indent=2,
             allow_nan=False,
         )

@@ -53,7 +53,7 @@ FOLLOWS = {
 """Column in question -> columns that change with it and so cannot be held equal."""
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
          KIND: "attentive"}  # fmt: skip
-"""Column -> the level that the paper uses, the baseline unless another is named."""
+"""Column -> the level that the paper uses, the baseline unless another is named; fields of the set-up default to it."""
 OTHER_UNIT = ("target", "patch_size", "image_size", "objective.masked")
 """Columns whose levels have losses that cannot be subtracted."""
 CAUTION = {

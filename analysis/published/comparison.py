@@ -18,6 +18,7 @@ from aimscale.analysis.display import Result
 from aimscale.analysis.effects.paired import POWER, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.published.ablations import all_beside_paper
 from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS, best_frozen, published_frame, table6
 from aimscale.analysis.table.hits import hits_of
 from aimscale.analysis.table.names import FOLDER, joined, their_name
@@ -51,6 +52,9 @@ class Comparison(Result):
     gap_to_aim_7b (ours minus theirs), best_frozen, best_frozen_top1, gap_to_best_frozen."""
     baselines: pd.DataFrame
     """The runs' largest budgets beside the project's own baselines, on all tasks and frozen probes: `beside_runs`."""
+    ablations: pd.DataFrame
+    """Changes that the paper tried and the table holds in pairs: change, kind, published (the paper's difference in
+    top-1), published_on, task, difference (ours), low, high, over (what the interval covers), N (of our runs)."""
     exponents: pd.DataFrame
     """Exponents: whose, N counts, exponent, low, high, n_low, n_high."""
     left_out: tuple[Flag, ...]
@@ -74,6 +78,9 @@ class Comparison(Result):
         parts = {
             "Task by task, attentive probe on frozen features, top-1 in per cent": _percent_table(self.tasks),
             "The largest run beside baselines on the same probes, top-1 in per cent": _percent_table(largest),
+            "The paper's ablations (AIM-0.6B) and the same changes here, points of top-1": _percent_table(
+                self.ablations
+            ),
             "Scaling exponents, L ~ N^-a": self.exponents.to_string(index=False, float_format="%.4g"),
             "Not comparable, and left out": "\n".join(f"- {line}" for line in self.left_out),
         }
@@ -82,8 +89,10 @@ class Comparison(Result):
 
 def _percent_table(frame: pd.DataFrame) -> str:
     """Fractions in per cent; empty without rows."""
-    parts = ("top1", "aim", "gap")
-    names = [name for name in map(str, frame.columns) if name.startswith(parts) or name.endswith("_top1")]
+    parts = ("top1", "aim", "gap", "detectable", "published", "difference", "low", "high")
+    names = [
+        name for name in map(str, frame.select_dtypes("number")) if name.startswith(parts) or name.endswith("_top1")
+    ]
     shown = frame.assign(**{name: 100 * frame[name] for name in names})
     return "" if frame.empty else shown.to_string(index=False, float_format="%.1f")
 
@@ -100,6 +109,7 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
     return Comparison(
         tasks=_task_rows(shared),
         baselines=beside_runs(_last_budgets(probes[probes["kind"] != ADAPTED]), read_baselines(frame)),
+        ablations=pd.DataFrame([each.row for each in all_beside_paper(frame)]),
         exponents=_exponents(found.rows, left_out, resamples),
         left_out=tuple(left_out),
     )

@@ -1,0 +1,61 @@
+"""The paper's ablations beside ours: only settings that mean the same, with the paper's own difference."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis.effects.contrasts import contrast
+from aimscale.analysis.published.ablations import ablations, all_beside_paper, beside_paper
+from aimscale.analysis.published.comparison import compare
+from aimscale.analysis.table.read import with_setup
+
+PART = {"sizes": ["s3", "s4"], "budgets": [8000]}
+
+
+def probed(frame: pd.DataFrame, setups: dict[str, dict[str, object]] | None = None) -> pd.DataFrame:
+    """Linear and attentive probes on every row, and the set-up of each seed's prefix, head or objective."""
+    kinds = ("linear", "attentive", "knn")
+    wobble = 0.01 * np.arange(len(frame)) ** 0.5
+    entries = [[{"task": "t", "kind": kind, "n": 100, "top1": 0.5 + each} for kind in kinds] for each in wobble]
+    setup = [json.dumps((setups or {}).get(run.rsplit("_")[-1], {})) for run in frame["run_id"]]
+    return with_setup(frame.assign(probes=entries, setup=setup))
+
+
+def test_cells_of_one_setting_agree_between_ablations():
+    cells = ablations().set_index(["ablation", "setting"])
+    default = cells.loc[[("crop scale", "from 0.4"), ("head", "MLP"), ("head width", "2048"), ("head depth", "12")]]
+    assert (default[["linear", "attentive"]] == [0.700, 0.782]).all(axis=None)
+    assert cells.loc[("objective", "autoregressive"), "attentive"] == 0.782
+    assert len(cells) == 22
+    assert not cells.index.has_duplicates
+
+
+def test_the_papers_difference_stands_beside_ours_with_its_interval(known_study):
+    df = probed(known_study(PART, PART | {"patch_order": "outward_spiral"}, PART | {"patch_order": "inward_spiral"}))
+    found = contrast(df, by="patch_order")
+    beside = {(each.ours.level, each.kind): each for each in beside_paper(found, df)}
+    assert set(beside) == {("outward_spiral", "linear"), ("outward_spiral", "attentive")}  # inward is not the authors'
+    each = beside["outward_spiral", "linear"]
+    assert each.published == pytest.approx(0.677 - 0.695)
+    ours = next(c for c in found.contrasts if c.measure.name == "top1:t:linear" and c.level == "outward_spiral")
+    assert (each.ours, each.sizes) == (ours, "120k to 360k")
+    assert f"[{100 * ours.low:+.1f}, {100 * ours.high:+.1f}]" in str(each)
+    assert compare(df, resamples=20).ablations["published"].tolist() == pytest.approx([-0.018, -0.011])
+
+
+def test_heads_are_put_beside_by_their_rule_and_never_by_blocks_of_another_size(known_study):
+    heads = {"1": {}, "0": {"model.head_depth": 0}, "6": {"model.head_depth": 6}, "12": {"model.head_depth": 12}}
+    parts = [PART | {"head_depth": int(depth)} for depth in heads]
+    df = probed(known_study(*parts), heads)
+    for baseline, expected in (("1", {("0", -0.06)}), ("12", {("6", -0.047)})):
+        beside = beside_paper(contrast(df, by="head_depth", baseline=baseline), df)
+        assert {(each.ours.level, round(each.published, 4)) for each in beside if each.kind == "linear"} == expected
+
+
+def test_masked_models_are_paired_with_the_autoregressive_one_by_accuracy_alone(known_study):
+    df = probed(known_study(PART, PART | {"prefix": None}), {"None": {"objective.masked": 0.75}})
+    (each,) = (each for each in all_beside_paper(df) if each.ours.level == "0.75")
+    assert (each.kind, each.published) == ("attentive", pytest.approx(-0.004))
+    assert {c.measure.column for c in contrast(df, by="objective.masked").contrasts} == {"top1"}
