@@ -19,8 +19,8 @@ _LOOKS = re.compile(r"(?<![a-z])acc(?:uracy)?(?![a-z])|top[-_ @]?[15](?!\d)", re
 
 
 def is_accuracy(ours: str) -> bool:
-    """Whether our side of `--columns` names an accuracy or a level of a task, TASK:KIND, instead of a column."""
-    return ":" in ours
+    """Whether our side of `--columns` means an accuracy or a level of a task, TASK:KIND, instead of a column."""
+    return ":" in ours or ours in ("top1", "last_top1")
 
 
 def with_accuracies(
@@ -88,9 +88,14 @@ def unnamed(frame: pd.DataFrame) -> tuple[Flag, ...]:
     return (Flag(kind="accuracies_unnamed", subject=some(names), more=(typed,)),)
 
 
+def named_like_accuracy(name: str) -> bool:
+    """Whether a column of the file bears such a name: more of it is better."""
+    return name not in KNOWN and bool(_LOOKS.search(name))
+
+
 def looks_like_accuracy(frame: pd.DataFrame, name: str) -> bool:
     """A column of such a name whose numbers lie from 0 to 1, or to 100, and are not all whole (steps, counts)."""
-    if name in KNOWN or not _LOOKS.search(name) or not pd.api.types.is_numeric_dtype(frame[name]):
+    if not named_like_accuracy(name) or not pd.api.types.is_numeric_dtype(frame[name]):
         return False
     values = frame[name].dropna().astype(float)
     return bool(len(values) and values.between(0, 100).all() and (values % 1 != 0).any())

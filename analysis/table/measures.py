@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.accuracies import named_like_accuracy
 from aimscale.analysis.table.names import column_words, no_column, our_name, remember
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
@@ -42,12 +43,13 @@ class Measure:
     @property
     def lower_is_better(self) -> bool:
         """Losses, times and costs."""
-        return not self.is_accuracy and self.column not in (*MFU, "images_per_s")
+        is_more_better = self.is_accuracy or named_like_accuracy(self.column)
+        return not is_more_better and self.column not in (*MFU, "images_per_s")
 
     @property
     def title(self) -> str:
         """For a reader."""
-        if not self.is_accuracy:
+        if not self.task:
             return {"val_loss": "validation loss"}.get(self.column, self.column)
         last = " on the last blocks" if self.column == "last_top1" else ""
         return f"{self.task} {measured_by(self.kind)}{last}"

@@ -201,7 +201,7 @@ def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.D
     columns = _with_letters(frame, {ours: theirs for ours, theirs in columns.items() if ours not in accuracies})
     named = {ours: theirs for ours, theirs in columns.items() if theirs in frame.columns}
     taken = {ours: frame[theirs] for ours, theirs in named.items()}
-    gone = {*columns, *named.values(), *accuracies.values()} - {"probes"}
+    gone = ({*columns, *named.values()} - {"probes"}) | {*accuracies.values()}
     renamed = frame.drop(columns=[name for name in frame.columns if name in gone]).assign(**taken)
     for ours in [ours for ours in columns if ours not in named]:
         renamed[ours] = _computed(columns[ours], frame, renamed, path)
@@ -273,7 +273,10 @@ def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return []
     try:
-        entries = [dict(entry) for entry in (json.loads(value) if isinstance(value, str) else value)]
+        listed = json.loads(value) if isinstance(value, str) else value
+        if np.isscalar(listed):
+            raise TypeError(f"{listed!r:.60} is a number; name an accuracy with --columns TASK:KIND=THEIRS")
+        entries = [dict(entry) for entry in listed]
         return [{**entry, **_typed(entry)} for entry in entries]
     except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise AnalysisError(f"{path}: 'probes' of row {row + 1} is no list of probes ({error}); correct it") from error

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.analysis.accuracy.links import ideal_loss, link
+from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table, read_tables
@@ -99,6 +100,8 @@ def test_their_names_and_what_was_left_out_come_along(theirs, tmp_path):
         (":linear=pets", "TASK:KIND"),
         ("a:b:c=pets", "TASK:KIND"),
         ("pets:linear=petz", "petz.*pets"),
+        ("top1=pets", "TASK:KIND.*top1"),
+        ("probes=pets", "number.*TASK:KIND"),
     ],
 )
 def test_what_is_no_accuracy_is_refused(theirs, tmp_path, columns, subject):
@@ -123,6 +126,17 @@ def test_what_nobody_named_is_said_once(theirs, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "Loss against zero-shot accuracy" in page
     assert "frozen" not in page
+
+
+def test_more_of_a_column_called_accuracy_is_better_and_one_called_probes_can_be_named(theirs, tmp_path):
+    both = [theirs.assign(opt="adam"), theirs.assign(opt="muon", pets_acc=0.01)]
+    both[0]["pets_acc"] = 0.02 * theirs["pets"]
+    table = pd.concat(both).rename(columns={"pets": "probes"})
+    table.to_csv(tmp_path / "theirs.csv", index=False)
+    frame = read_table(tmp_path / "theirs.csv", {"N": "n", "D": "d", "L": "loss", "pets:linear": "probes"})
+    (plain,) = contrast(frame, by="opt", baseline="adam", measures=["pets_acc"]).contrasts
+    assert (plain.difference > 0, plain.verdict) == (True, "better")
+    assert len(probe_frame(frame)) == 2 * theirs["pets"].notna().sum()
 
 
 def read_as(frame: pd.DataFrame, folder) -> pd.DataFrame:
