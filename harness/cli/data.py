@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from aimscale.harness.data.store.pack import Listing, Packed
 
 app = typer.Typer(help="Images to indexed shards: pack, index, info.", no_args_is_help=True, add_completion=False)
 
 _LISTED_BAD = 5
+_PARTS = ("train", "validation", "test")  # of a source that is split
 ClassesOption = Annotated[
     Path | None, typer.Option("--classes", help="Text file of class names, one per line, in the order of the labels.")
 ]
@@ -20,12 +27,20 @@ ClassesOption = Annotated[
 @app.command()
 def pack(
     source: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            help="Image folder (sub-folders are classes), idx file of images, or CIFAR's archive; with --bundled, OUT."
+            help="Image folder (sub-folders are classes), idx file of images, or a benchmark; with --bundled, OUT."
         ),
-    ],
+    ] = None,
     out: Annotated[Path | None, typer.Argument(help="New folder for the shards and their index.")] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="SOURCE is one of the paper's fifteen, as its owners publish it; without SOURCE, what to download and "
+            "the commands, of all: --benchmark all.",
+        ),
+    ] = None,
     bundled: Annotated[
         bool, typer.Option("--bundled", help="Pack the photographs and digits that ship inside installed packages.")
     ] = False,
@@ -36,48 +51,97 @@ def pack(
         str | None,
         typer.Option(
             metavar="START:STOP",
-            help="Take these positions of the fixed shuffled order only; ranges that do not overlap are disjoint "
-            "random splits.",
+            help="Take these positions of the fixed shuffled order only, or per cent of it (80%:90%); ranges that do "
+            "not overlap are disjoint random splits.",
         ),
     ] = None,
     classes: ClassesOption = None,
-    split: Annotated[str | None, typer.Option(metavar="train|test", help="Which part of a CIFAR archive.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|A/B/C",
+            help="Of a benchmark: train, val, test. Else shares in per cent: 80/10/10 makes OUT/train, OUT/validation "
+            "and OUT/test, disjoint.",
+        ),
+    ] = None,
 ) -> None:
     """Pack images into webdataset shards with an index."""
     from aimscale.harness.data import DataError
-    from aimscale.harness.data.store.benchmarks import SPLITS, is_cifar, is_idx, pack_cifar, pack_idx
-    from aimscale.harness.data.store.bundled import FOLDERS, write_bundled
-    from aimscale.harness.data.store.pack import pack_folder
 
-    if bundled:
+    if benchmark and source is None:
+        from aimscale.harness.data.store.benchmarks import describe
+
+        print(describe(benchmark))
+    elif source is None or (out is None and not bundled):
+        raise DataError("data pack needs a source and an output folder: aimscale data pack SOURCE OUT")
+    elif bundled:
+        from aimscale.harness.data.store.bundled import FOLDERS, write_bundled
+
         if out is not None:
             raise DataError("data pack --bundled takes one folder, the output")
         write_bundled(source)
         print(f"wrote {len(FOLDERS)} data sets under {source}: {', '.join(FOLDERS)}")
-        return
-    if out is None:
-        raise DataError(f"data pack needs an output folder: aimscale data pack {source} OUT")
-    skipped: list[Path] = []
-    num_transparent = 0
-    part = _read_part(images)
-    if is_cifar(source) and not is_idx(source):
-        if split not in SPLITS:
-            raise DataError(f"{source} holds two data sets; choose one with --split train or --split test")
-        info = pack_cifar(source, out, split=split, classes=_read_classes(classes), part=part)
-    elif is_idx(source):
-        info = pack_idx(source, out, classes=_read_classes(classes), part=part)
     else:
-        if classes is not None:
-            raise DataError("--classes is for idx files, CIFAR and data index; a folder's classes are its sub-folders")
-        info, skipped, num_transparent = pack_folder(
-            source, out, resize=resize, skip_bad=skip_bad, part=part, max_shard_bytes=shard_mb * 1e6
-        )
-    for path in skipped:
-        print(f"left out, cannot be decoded: {os.fsencode(path).decode(errors='backslashreplace')}")
-    if num_transparent:
-        have = "image has" if num_transparent == 1 else "images have"
-        print(f"{num_transparent:,} {have} transparent pixels, which are read as white")
+        from aimscale.harness.data.store.pack import pack_images
+
+        assert out is not None
+        listing = _list(source, benchmark, split, _read_classes(classes))
+        to = functools.partial(pack_images, listing, resize=resize, skip_bad=skip_bad, max_shard_bytes=shard_mb * 1e6)
+        _pack(to, out, images, shares=None if benchmark else split)
+
+
+def _pack(to: Callable[..., Packed], out: Path, images: str | None, *, shares: str | None) -> None:
+    """Pack a source to a folder, or, cut into shares, to folders within it; and say what came of it."""
+    from aimscale.harness.data import DataError
+    from aimscale.harness.data.store.pack import new_folder
+
+    if shares is None:
+        _tell(out, to(out, part=images))
+        return
+    if images is not None:
+        raise DataError("--split cuts all of a source; give it or --images")
+    parts = _read_shares(shares)
+    with new_folder(out) as folder:
+        packed = {name: to(folder / name, part=part) for name, part in parts.items()}
+    for name, each in packed.items():
+        _tell(out / name, each)
+
+
+def _list(source: Path, benchmark: str | None, split: str | None, classes: tuple[str, ...] | None) -> Listing:
+    """The images of a source."""
+    from aimscale.harness.data import DataError
+    from aimscale.harness.data.store.arrays import list_idx
+    from aimscale.harness.data.store.layouts import list_benchmark
+    from aimscale.harness.data.store.pack import list_folder
+
+    if "images-idx3-ubyte" in source.name and not benchmark:
+        return list_idx(source, classes)
+    if classes is not None:
+        raise DataError("--classes is for idx files and data index; folders and benchmarks have names of their own")
+    return list_benchmark(benchmark, source, split) if benchmark else list_folder(source)
+
+
+def _tell(out: Path, packed: Packed) -> None:
+    """Print what was packed, and what of it a user should know."""
+    for name in packed.skipped:
+        print(f"left out, cannot be decoded: {os.fsencode(name).decode(errors='backslashreplace')}")
+    if packed.num_transparent:
+        have = "image has" if packed.num_transparent == 1 else "images have"
+        print(f"{packed.num_transparent:,} {have} transparent pixels, which are read as white")
+    info = packed.info
     print(f"wrote {out}: {info.num_samples:,} images, {len(info.classes or ())} classes, {info.num_shards} shards")
+
+
+def _read_shares(text: str) -> dict[str, str]:
+    """`80/10/10` as a range for each of the folders, those of 0 left out."""
+    from aimscale.harness.data import DataError
+
+    shares = [int(share) if share.isdecimal() else -1 for share in text.split("/")]
+    if len(shares) != 3 or min(shares) < 0 or sum(shares) != 100:
+        raise DataError(f"--split {text}: give per cent of train, validation and test that add up to 100, as 80/10/10")
+    stops = list(itertools.accumulate(shares))
+    ranges = (f"{stop - share}%:{stop}%" for share, stop in zip(shares, stops, strict=True))
+    return {name: part for name, part, share in zip(_PARTS, ranges, shares, strict=True) if share}
 
 
 @app.command()
@@ -141,18 +205,6 @@ def info(folder: Annotated[str, typer.Argument(help="Folder or URL with an index
     print(f"{facts.name}  ({folder})")
     for name, text in [*lines, ("fingerprint", facts.fingerprint)]:
         print(f"  {name:<14} {text}")
-
-
-def _read_part(text: str | None) -> tuple[int, int] | None:
-    from aimscale.harness.data import DataError
-
-    if text is None:
-        return None
-    try:
-        start, stop = (int(number) for number in text.split(":"))
-    except ValueError as error:
-        raise DataError(f"--images {text} is no range; write START:STOP, as in 0:50000") from error
-    return start, stop
 
 
 def _read_classes(path: Path | None) -> tuple[str, ...] | None:

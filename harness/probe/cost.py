@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount, num_queries
+from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.card import Look
 from aimscale.harness.probe.features.tasks import (
-    CARDS,
     COPIES,
     HOLDOUT_FRACTION,
     block_sets,
@@ -87,12 +87,12 @@ def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> f
 
 
 def _task_size(section: ProbeSection, look: Look) -> tuple[int, int, int]:
-    """Training images, test images and classes: as counted where the data are here, else by the benchmark's card."""
-    card, train, test = CARDS.get(section.task), look(section.train), look(section.test)
+    """Training images, test images and classes: as counted where the data are here, else as published."""
+    known, train, test = BENCHMARKS.get(section.task), look(section.train), look(section.test)
     return (
-        train.num_usable if train else card.num_train if card else 0,
-        test.num_usable if test else (card.num_test or 0) if card else 0,
-        len(train.classes) if train and train.classes else card.num_classes if card else 0,
+        train.num_usable if train else known.num_train if known else 0,
+        test.num_usable if test else (known.num_test or 0) if known else 0,
+        len(train.classes) if train and train.classes else known.num_classes if known else 0,
     )
 
 

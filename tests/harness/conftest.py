@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.harness.run.config import RunConfig, RuntimeConfig, parse, run_config
 
 
@@ -35,10 +35,10 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seeds in (("two", (2, 3)), ("other", (4, 5))):
         for label, seed in zip(("left", "right"), seeds, strict=True):
             write_pictures(root / "images" / name / label, 12, seed)
-        pack_folder(root / "images" / name, root / name)
+        pack_images(list_folder(root / "images" / name), root / name)
     for name, number, seed in (("train", 64, 0), ("validation", 16, 1)):
         write_pictures(root / "images" / name, number, seed)
-        pack_folder(root / "images" / name, root / name)
+        pack_images(list_folder(root / "images" / name), root / name)
     return root
 
 

@@ -21,7 +21,7 @@ from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
 from aimscale.aim.weights import BACKBONE, WeightsError, known_heads, load_backbone
 from aimscale.analysis.table.schema import results_table
-from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.harness.probe.features.images import open_labelled
 from aimscale.harness.probe.run import load_budget
 from aimscale.harness.run.config import ProbeSection
@@ -183,7 +183,7 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
         for index in range(7):
             pixels = np.random.default_rng([number, index]).integers(0, 256, (20, 24, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(pictures / name / f"{index}.png")
-    pack_folder(pictures, tmp_path / "test")
+    pack_images(list_folder(pictures), tmp_path / "test")
     probe = AttentiveProbe(CONFIG.width, CONFIG.num_heads, 3)
     head = {f"head.{name}": torch.rand(tensor.shape) for name, tensor in probe.state_dict().items()}
     head["head.bn.num_batches_tracked"] = torch.tensor(3)
@@ -223,7 +223,7 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
         return capsys.readouterr().err
 
     shutil.rmtree(pictures / "dog")
-    pack_folder(pictures, tmp_path / "two")
+    pack_images(list_folder(pictures), tmp_path / "two")
     error = refused("probe", str(run.path), "--kind", "released", *tasks_of("pairs", tmp_path / "two"))
     assert "has 2 classes and the released head 3" in error
     weights(capsys, "import", str(path), str(tmp_path / "bare"), *options)

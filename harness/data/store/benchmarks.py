@@ -1,138 +1,88 @@
-"""The files of CIFAR-10 and CIFAR-100 (read by torchvision) and of the MNIST family, as downloaded or unpacked."""
+"""The paper's fifteen benchmarks: names, sizes, splits, what to download; `layouts` reads them as they are published.
+
+`benchmarks.csv` has them in the order of the paper's Table 6. Sizes and classes: AIMv2 (arXiv 2411.14402), Table B1;
+iWildCam from WILDS (arXiv 2012.07421), because that table leaves it out. How splits follow from a WILDS set's metadata
+is what the loaders of the `wilds` package (2.0) do. Torch is not imported.
+"""
 
 from __future__ import annotations
 
-import gzip
-import math
-import re
-import struct
-import tarfile
-import tempfile
-import zlib
-from collections.abc import Iterator, Sequence
+import csv
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torchvision.datasets import CIFAR10, CIFAR100
-
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import DatasetInfo, open_local
-from aimscale.harness.data.store.decoding import MAX_IMAGE_SIDE
-from aimscale.harness.data.store.pack import PackedImage, encode, shuffled_order, write_dataset
-from aimscale.harness.data.store.tars import Member
-
-SPLITS = ("train", "test")
-"""Of CIFAR."""
-_UNSIGNED_BYTES = 8  # idx's code of the type
-_MAX_UNPACKED_BYTES = 2**31  # 2.7 million images of 28 px
-_MAX_CIFAR_BYTES = 400_000_000  # the archives hold 186 MB
-_CHUNK_BYTES = 2**20
 
 
-def is_cifar(path: Path) -> bool:
-    """Whether a file or folder is named like the archives: `cifar-10-python.tar.gz`, `cifar-10-batches-py`, ..."""
-    return re.match(r"cifar-100?-", path.name) is not None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One benchmark."""
+
+    name: str
+    """The task's name in configurations and tables."""
+    title: str
+    """The paper's column heading (Table 6)."""
+    num_classes: int
+    counts: Mapping[str, int]
+    """Images by split, under the owners' names; `train` is what probes train on."""
+    scored: str | None
+    """The split that is scored; None where the paper does not say which it is."""
+    origin: str
+    """Who publishes it, and what to download."""
+    layout: str
+    """What to give to `aimscale data pack`."""
+
+    @property
+    def num_train(self) -> int:
+        """Images of the training split."""
+        return self.counts["train"]
+
+    @property
+    def num_test(self) -> int | None:
+        """Images of the split that is scored."""
+        return self.counts[self.scored] if self.scored else None
+
+    def require_split(self, split: str | None) -> str:
+        """The split; DataError where it is none of them."""
+        if split is None or split not in self.counts:
+            raise DataError(f"say which split of {self.name}: --split {' or --split '.join(self.counts)}")
+        return split
 
 
-def is_idx(path: Path) -> bool:
-    """Whether a file is named like the images of an MNIST-like split: `...-images-idx3-ubyte` or `.gz`."""
-    return "images-idx3-ubyte" in path.name
+def _read() -> dict[str, Benchmark]:
+    found = {}
+    with Path(__file__).with_suffix(".csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            words = row.pop("splits").split()
+            counts = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+            num_classes, scored = int(row.pop("num_classes")), row.pop("scored") or None
+            found[row["name"]] = Benchmark(num_classes=num_classes, counts=counts, scored=scored, **row)
+    return found
 
 
-def pack_cifar(
-    source: Path, out: Path, *, split: str, classes: tuple[str, ...] | None = None, part: tuple[int, int] | None = None
-) -> DatasetInfo:
-    """Pack one split of the python archive, or of the folder that it unpacks to; classes are the 10, or the 100 fine.
-
-    torchvision compares the files with their published checksums before it reads them. Images are stored as PNG,
-    without loss. The sample's key is its number in the split; samples are written in a fixed shuffled order, or, with
-    `part`, positions start..stop-1 of that order.
-
-    Raises:
-        DataError: files are missing or damaged, or the part does not exist.
-    """
-    kind = CIFAR100 if source.name.startswith("cifar-100") else CIFAR10
-    with tempfile.TemporaryDirectory() as root:
-        try:
-            if source.is_dir():
-                (Path(root) / kind.base_folder).symlink_to(source.resolve())
-            else:
-                with open_local(source) as file, tarfile.open(fileobj=file, tarinfo=Member) as tar:
-                    _extract(tar, Path(root))
-            found = kind(root, train=split == "train")
-        except (OSError, EOFError, zlib.error, tarfile.TarError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"{source} is not CIFAR's python version as published ({reason}); download it") from error
-    samples = _samples(found.data.transpose(0, 3, 1, 2), found.targets, part)
-    return write_dataset(out, samples, name=out.name, classes=classes or tuple(found.classes))
+BENCHMARKS = _read()
+"""By name."""
 
 
-def _extract(tar: tarfile.TarFile, root: Path) -> None:
-    """Unpack an archive that is no larger than CIFAR's."""
-    left = _MAX_CIFAR_BYTES
-    for member in tar:
-        left -= member.size
-        if left < 0:
-            raise tarfile.ReadError(f"it holds more than {_MAX_CIFAR_BYTES:,} bytes")
-        tar.extract(member, root, filter="data")
+def find_benchmark(name: str) -> Benchmark:
+    """One of them; DataError where there is none of that name."""
+    if name not in BENCHMARKS:
+        raise DataError(f"'{name}' is none of the benchmarks: {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
 
 
-def pack_idx(
-    images_path: Path, out: Path, *, classes: tuple[str, ...] | None = None, part: tuple[int, int] | None = None
-) -> DatasetInfo:
-    """Pack one split: its `...-images-idx3-ubyte[.gz]`, and the `...-labels-idx1-ubyte[.gz]` beside it.
-
-    Keys and order as in `pack_cifar`.
+def describe(name: str) -> str:
+    """What to download of one benchmark, or of `all`, and how to pack it: some lines each.
 
     Raises:
-        DataError: a file is missing, damaged or no idx file, the counts differ, or the part does not exist.
+        DataError: no such benchmark.
     """
-    labels_path = images_path.with_name(images_path.name.replace("images-idx3", "labels-idx1"))
-    images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
-    if len(images) != len(labels):
-        raise DataError(f"{images_path} holds {len(images)} images and {labels_path} {len(labels)} labels; copy both")
-    if max(images.shape[1:]) > MAX_IMAGE_SIDE:
-        raise DataError(f"images of {images_path} are {images.shape[1:]}; the limit is {MAX_IMAGE_SIDE:,} on a side")
-    classes = classes or tuple(str(number) for number in range(int(labels.max()) + 1))
-    return write_dataset(out, _samples(images[:, None], labels, part), name=out.name, classes=classes)
-
-
-def _read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:
-    """The array of one idx file of unsigned bytes, mapped; what is compressed is unpacked into a temporary file."""
-    if not path.is_file():
-        raise DataError(f"idx file {path} does not exist; images need the labels file of the same split beside them")
-    is_packed = path.suffix == ".gz"
-    try:
-        with gzip.open(path) if is_packed else path.open("rb") as file:
-            head = file.read(4 + 4 * num_dims)
-            if len(head) < 4 + 4 * num_dims or head[:4] != bytes([0, 0, _UNSIGNED_BYTES, num_dims]):
-                raise DataError(f"{path} is no idx file of unsigned bytes in {num_dims} dimensions; copy it again")
-            shape = struct.unpack(f">{num_dims}I", head[4:])
-            size = math.prod(shape)
-            if is_packed and size > _MAX_UNPACKED_BYTES:
-                raise DataError(f"{path} unpacks to {size:,} bytes; give the unpacked file, which needs no memory")
-            where = tempfile.TemporaryFile() if is_packed else path  # noqa: SIM115 (mapped below, and gone with that)
-            if isinstance(where, Path):
-                length = path.stat().st_size - len(head)
-            else:
-                while where.tell() <= size and (chunk := file.read(_CHUNK_BYTES)):
-                    where.write(chunk)
-                length = where.tell()
-                where.flush()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); copy it again") from error
-    if length != size or not size:
-        raise DataError(f"{path} is damaged: its header says {shape}, and its values are {length} bytes; copy it again")
-    offset = len(head) if isinstance(where, Path) else 0
-    return np.memmap(where, np.uint8, "r", offset=offset, shape=shape)
-
-
-def _samples(
-    images: npt.NDArray[np.uint8], labels: Sequence[int] | npt.NDArray[np.uint8], part: tuple[int, int] | None
-) -> Iterator[PackedImage]:
-    """Of images (n, C, H, W)."""
-    for number in shuffled_order(len(images), part):
-        extension, data = encode(torch.from_numpy(np.array(images[number])))
-        yield PackedImage(f"{number:09d}", extension, data, int(labels[number]), images.shape[-2:])
+    lines = []
+    for each in BENCHMARKS.values() if name == "all" else [find_benchmark(name)]:
+        lines += [f"{each.name}: {each.origin}", f"  SOURCE is {each.layout}"]
+        for split, number in each.counts.items():
+            lines.append(
+                f"  aimscale data pack SOURCE OUT --benchmark {each.name} --split {split}  # {number:,} images"
+            )
+    return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Write data sets: images in, webdataset's shards with an index out; nothing half-written is ever left behind.
 
-A folder of image files is packed in parallel, each file decoded once.
+Image files are packed in parallel, each decoded once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, permute
-from aimscale.harness.data.store.card import DatasetInfo, image_checksum
+from aimscale.harness.data.store.card import DatasetInfo, image_checksum, open_local
 from aimscale.harness.data.store.decoding import (
     IMAGE_EXTENSIONS,
     UndecodableImageError,
@@ -34,7 +34,7 @@ from aimscale.harness.data.store.decoding import (
     resize_shorter_side,
 )
 from aimscale.harness.data.store.indexing import SCAN_SCHEMA, ShardScan, write_scans
-from aimscale.harness.data.store.tars import MAX_IMAGE_BYTES
+from aimscale.harness.data.store.tars import MAX_IMAGE_BYTES, Slice
 from aimscale.harness.run.files import written_dir_aside
 
 MAX_SHARD_BYTES = 500e6
@@ -58,12 +58,33 @@ class PackedImage(NamedTuple):
     """Whether pixels were laid on white."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Images that can be packed, in an order that is always the same."""
+
+    source: Path
+    """Where they come from, for messages."""
+    images: Sequence[Path | Slice] | npt.NDArray[np.uint8]
+    """Image files; or pixels, (n, H, W) or (n, H, W, C), numpy's or a mapped file's."""
+    labels: Sequence[int] | None = None
+    """Class numbers; None where there are no classes."""
+    classes: tuple[str, ...] | None = None
+    """Class names by label."""
+
+    def name_of(self, number: int) -> str:
+        """An image, for messages."""
+        image = self.images[number]
+        if isinstance(image, Slice):
+            return f"{image.name} of {image.tar}"
+        return str(image) if isinstance(image, Path) else f"{number} of {self.source}"
+
+
 class Packed(NamedTuple):
-    """An image folder that was packed."""
+    """What was packed."""
 
     info: DatasetInfo
-    skipped: list[Path]
-    """Files that were left out, since they do not decode."""
+    skipped: list[str]
+    """Images that were left out, since they do not decode."""
     num_transparent: int
     """Images whose transparent pixels are read as white."""
 
@@ -133,13 +154,22 @@ def _write_shards(folder: Path, images: Iterable[PackedImage], max_shard_bytes: 
     return scans
 
 
-def shuffled_order(number: int, part: tuple[int, int] | None = None) -> npt.NDArray[np.int64]:
-    """The fixed order in which `number` images are packed, or positions start..stop-1 of it.
+def shuffled_order(number: int, part: str | None = None) -> npt.NDArray[np.int64]:
+    """The fixed order in which `number` images are packed, or a part of it.
+
+    Args:
+        part: `START:STOP`, positions or per cent (`0:45000`, `80%:90%`).
 
     Raises:
-        DataError: the part is empty or reaches beyond the images.
+        DataError: the part is no such range, is empty, or reaches beyond the images.
     """
-    start, stop = part or (0, number)
+    try:
+        start, stop = (
+            number * int(bound[:-1]) // 100 if bound.endswith("%") else int(bound)
+            for bound in (part or f"0:{number}").split(":")
+        )
+    except ValueError as error:
+        raise DataError(f"--images {part} is no range; write START:STOP, as in 0:50000 or 0:80%") from error
     if not 0 <= start < stop <= number:
         raise DataError(f"images {start}:{stop} cannot be taken from {number}; give a range within 0:{number}")
     return permute(np.arange(start, stop), number, make_key("pack order"))
@@ -158,109 +188,133 @@ def encode(image: torch.Tensor) -> tuple[str, bytes]:
     return ("png" if lossless else "jpg"), buffer.getvalue()
 
 
-def pack_folder(
-    folder: Path,
+def pack_images(
+    listing: Listing,
     out: Path,
     *,
     resize: int | None = None,
     skip_bad: bool = False,
-    part: tuple[int, int] | None = None,
+    part: str | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
     num_workers: int | None = None,
 ) -> Packed:
-    """Pack an image folder; sub-folders, sorted, become classes.
+    """Pack what is listed.
 
-    Images are written in a fixed shuffled order, so that the first n are a random subset. With `resize`, shorter sides
-    above it are shrunk to it once, which spares every epoch the decoding of pixels that no crop keeps. With `part`,
-    only positions start..stop-1 of the shuffled order: ranges that do not overlap are disjoint random subsets. The
-    result is the same for any `num_workers` (processes; by default every core, where there are thousands of images).
+    Images are written in a fixed shuffled order, so that the first n are a random subset; their files' bytes as they
+    are. With `resize`, shorter sides above it are shrunk to it once, which spares every epoch the decoding of pixels
+    that no crop keeps. With `part` (see `shuffled_order`), only these positions of the shuffled order: ranges that do
+    not overlap are disjoint random subsets. The result is the same for any `num_workers` (processes; by default every
+    core, where there are thousands of image files).
 
     Raises:
-        DataError: no images, images both in `folder` and in sub-folders, `out` exists, an undecodable image
-            (unless `skip_bad`), or a part beyond the images that are there.
+        DataError: `out` exists, an undecodable image (unless `skip_bad`), or a part beyond the images that are there.
     """
-    files, classes = list_images(folder)
-    files = [files[number] for number in shuffled_order(len(files), part)]
+    order = shuffled_order(len(listing.images), part)
     if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if len(files) >= _WORTH_PROCESSES else 1
-    images = _ImageFolder(folder=folder, files=files, classes=classes, resize=resize)
-    skipped: list[Path] = []
-    transparent: list[Path] = []
+        is_many = len(order) >= _WORTH_PROCESSES and isinstance(listing.images, list)
+        num_workers = len(os.sched_getaffinity(0)) if is_many else 1
+    skipped: list[str] = []
+    num_transparent = 0
 
     def good_ones(prepared: Iterator[PackedImage | str]) -> Iterator[PackedImage]:
-        for file, image in zip(files, prepared, strict=True):
+        nonlocal num_transparent
+        for number, image in zip(order.tolist(), prepared, strict=True):
             if isinstance(image, PackedImage):
-                if image.is_transparent:
-                    transparent.append(file)
+                num_transparent += image.is_transparent
                 yield image
             elif skip_bad:
-                skipped.append(file)
+                skipped.append(listing.name_of(number))
             else:
-                raise DataError(f"image {file} cannot be decoded ({image}); repair or remove it, or pass --skip-bad")
-        if len(skipped) == len(files):
-            raise DataError(f"none of the {len(files)} images of {folder} can be decoded")
+                raise DataError(
+                    f"image {listing.name_of(number)} cannot be decoded ({image}); repair or remove it, or pass "
+                    "--skip-bad"
+                )
+        if len(skipped) == len(order):
+            raise DataError(f"none of the {len(order)} images of {listing.source} can be decoded")
 
+    images = _Images(listing=listing, order=order, resize=resize)
     with contextlib.closing(_prepared(images, num_workers)) as prepared:
-        info = write_dataset(out, good_ones(prepared), classes=classes, max_shard_bytes=max_shard_bytes)
-    return Packed(info, skipped, len(transparent))
+        info = write_dataset(out, good_ones(prepared), classes=listing.classes, max_shard_bytes=max_shard_bytes)
+    return Packed(info, skipped, num_transparent)
 
 
-def list_images(folder: Path) -> tuple[list[Path], tuple[str, ...] | None]:
-    """Image files, sorted, and class names: the sub-folders that hold images, or None when there are none.
+def list_folder(folder: Path) -> Listing:
+    """Image files of a folder, sorted; the sub-folders that hold images, sorted, are the classes.
 
     Raises:
         DataError: no folder, no images, or images both beside and inside of sub-folders.
     """
     if not folder.is_dir():
-        raise DataError(f"image folder {folder} does not exist")
+        raise DataError(f"{folder} is no folder of images; an archive of a benchmark needs --benchmark")
     named = (path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
     files = sorted(path for path in named if path.is_file() or not path.exists())  # the latter: a link to nothing
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
-    classes = sorted({path.relative_to(folder).parts[0] for path in files if path.parent != folder})
-    loose = sum(path.parent == folder for path in files)
-    if classes and loose:
+    names = [path.relative_to(folder).parts[0] for path in files if path.parent != folder]
+    if not names:
+        return Listing(source=folder, images=files)
+    if loose := len(files) - len(names):
         raise DataError(
             f"{folder} holds {loose} images beside its sub-folders, so their class is unknown; "
             "move them into a sub-folder, or pack a folder without any"
         )
-    return files, tuple(classes) or None
+    return list_by_class(folder, files, names)
+
+
+def list_by_class(source: Path, images: Sequence[Path | Slice], names: Sequence[str]) -> Listing:
+    """Images and the name of each one's class; classes are sorted."""
+    number_of = {name: number for number, name in enumerate(sorted(set(names)))}
+    return Listing(source=source, images=images, labels=[number_of[name] for name in names], classes=tuple(number_of))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _ImageFolder(Dataset[PackedImage | str]):
-    """Files in the order in which they are packed."""
+class _Images(Dataset[PackedImage | str]):
+    """What is listed, in the order in which it is packed."""
 
-    folder: Path
-    files: Sequence[Path]
-    classes: tuple[str, ...] | None
+    listing: Listing
+    order: npt.NDArray[np.int64]
     resize: int | None
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.order)
 
-    def __getitem__(self, number: int) -> PackedImage | str:
-        """The image to write for a file, or why there is none."""
-        path = self.files[number]
+    def __getitem__(self, position: int) -> PackedImage | str:
+        """The image to write, or why there is none."""
+        number, labels = int(self.order[position]), self.listing.labels
         try:
-            if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
-                return f"it has {size:,} bytes; the limit is {MAX_IMAGE_BYTES:,}"
-            data = path.read_bytes()
+            name, data = _read(self.listing.images[number], number)
             image, on_white = decode(data), is_transparent(data)
-        except (UndecodableImageError, OSError) as error:
+        except (UndecodableImageError, DataError, OSError) as error:
             return str(error)
-        extension = path.suffix[1:].lower()
+        stem, _, extension = name.rpartition(".")
+        if extension.lower() not in IMAGE_EXTENSIONS:
+            return f"its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"
         if self.resize is not None and min(image.shape[-2:]) > self.resize:
             image = resize_shorter_side(image, self.resize)
             extension, data = encode(image)
-        label = self.classes.index(path.relative_to(self.folder).parts[0]) if self.classes else None
-        stem = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)  # a dot would end the key
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)  # a dot would end the key
+        label = None if labels is None else int(labels[number])
         height, width = image.shape[-2:]
-        return PackedImage(f"{number:09d}-{stem}", extension, data, label, (height, width), on_white)
+        return PackedImage(f"{position:09d}-{stem}", extension.lower(), data, label, (height, width), on_white)
 
 
-def _prepared(images: _ImageFolder, num_workers: int) -> Generator[PackedImage | str]:
-    """`_ImageFolder[...]` of each file, in order, a few chunks ahead."""
+def _read(image: Path | Slice | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
+    """(file name, bytes) of an image that is a file, or becomes one."""
+    if isinstance(image, np.ndarray):
+        pixels = np.array(image if image.ndim == 3 else image[..., None])
+        extension, data = encode(torch.from_numpy(pixels).permute(2, 0, 1))
+        return f"{number}.{extension}", data
+    path, offset = (image.tar, image.offset) if isinstance(image, Slice) else (image, 0)
+    size = image.size if isinstance(image, Slice) else path.stat().st_size
+    if size > MAX_IMAGE_BYTES:
+        raise DataError(f"it has {size:,} bytes; the limit is {MAX_IMAGE_BYTES:,}")
+    with open_local(path) as file:
+        file.seek(offset)
+        return image.name.rpartition("/")[2], file.read(size)
+
+
+def _prepared(images: _Images, num_workers: int) -> Generator[PackedImage | str]:
+    """`_Images[...]` of each position, in order, a few chunks ahead."""
     others = num_workers if num_workers > 1 else 0
     context = "forkserver" if others else None
     for chunk in DataLoader(

@@ -10,11 +10,13 @@ import math
 import re
 import tarfile
 from collections.abc import Collection, Iterator
-from typing import IO, Literal, NoReturn, Self
+from pathlib import Path
+from typing import IO, Literal, NamedTuple, NoReturn, Self
 
 import webdataset
 
 from aimscale.harness.data import DataError
+from aimscale.harness.data.store.card import open_local
 
 MAX_IMAGE_BYTES = 1 << 30
 """Of an image file: the pixels that are decoded at most (`decoding.MAX_IMAGE_PIXELS`) take less in any format."""
@@ -54,6 +56,37 @@ class Member(tarfile.TarInfo):
         raise tarfile.ReadError("a member is stored as a sparse file")
 
     _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse
+
+
+class Slice(NamedTuple):
+    """A file inside of an uncompressed tar."""
+
+    tar: Path
+    name: str
+    """Within the tar; of a tar inside of it, `INNER/NAME`."""
+    offset: int
+    """Of the first byte."""
+    size: int
+    """Bytes."""
+
+
+def list_slices(path: Path) -> Iterator[Slice]:
+    """The files of an uncompressed tar; in the place of a tar inside of it, its files.
+
+    Raises:
+        tarfile.TarError: it is damaged, cut off, or no tar file.
+        OSError: it cannot be read.
+    """
+    with open_local(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as tar:
+        for outer in filter(tarfile.TarInfo.isfile, tar):
+            stem, _, extension = outer.name.rpartition(".")
+            if extension != "tar":
+                yield Slice(path, outer.name, outer.offset_data, outer.size)
+                continue
+            with tarfile.open(fileobj=tar.extractfile(outer), mode="r:", tarinfo=Member) as inner:
+                for member in filter(tarfile.TarInfo.isfile, inner):
+                    offset = outer.offset_data + member.offset_data
+                    yield Slice(path, f"{stem}/{member.name}", offset, member.size)
 
 
 def read_samples(

@@ -27,7 +27,7 @@ from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_draws, crop_resize, draw_boxes, normalise
 from aimscale.harness.data.stream.held_out import count_shared, eval_images
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.tasks import ProbeError, check_against_card
+from aimscale.harness.probe.features.tasks import ProbeError, check_benchmark
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
 CROP_SCALE = (0.08, 1.0)
@@ -260,7 +260,7 @@ def open_task(
             f"task '{section.task}': {len(train)} training images for {len(train.classes)} classes in {section.train} "
             "are too few to hold some out; give at least two a class"
         )
-    check_against_card(section.task, num_classes=len(train.classes), num_train=len(train), num_test=len(test))
+    check_benchmark(section.task, num_classes=len(train.classes), num_train=len(train), num_test=len(test))
     if not len(test):
         raise ProbeError(f"task '{section.task}': {section.test} has no images")
     if (shared := count_shared([train.dataset], test.dataset)) > MAX_SHARED * len(test):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from aimscale.harness.data.store import index
-from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.harness.run.config import RunConfig, run_config
 
 
@@ -35,7 +35,7 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "images" / label).mkdir(parents=True)
         for number in range(20):
             picture(rng, 32, 32).save(root / "images" / label / f"{number}.png")
-    pack_folder(root / "images", root / "packed", max_shard_bytes=60_000)
+    pack_images(list_folder(root / "images"), root / "packed", max_shard_bytes=60_000)
     return root / "packed"
 
 
@@ -49,7 +49,7 @@ def large_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
         height, width = rng.integers(70, 200, 2)
         picture(rng, int(height), int(width)).save(root / "images" / f"{number}.jpg", quality=90)
     picture(rng, 40, 56).save(root / "images" / "small.png")
-    pack_folder(root / "images", root / "packed")
+    pack_images(list_folder(root / "images"), root / "packed")
     return root / "packed"
 
 
@@ -61,7 +61,7 @@ def held_out_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "images").mkdir()
     for number in range(10):
         picture(rng, 32, 32).save(root / "images" / f"{number}.png")
-    pack_folder(root / "images", root / "packed")
+    pack_images(list_folder(root / "images"), root / "packed")
     return root / "packed"
 
 

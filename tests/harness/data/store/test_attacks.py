@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
@@ -12,6 +13,7 @@ import shutil
 import struct
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ import torch
 from PIL import Image
 
 from aimscale.harness.data import DataError
+from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.card import data_set, fingerprint
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
-from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.store.layouts import list_benchmark
+from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.harness.data.store.tars import expand_braces
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.stream.unindexed import open_stream
@@ -136,7 +140,9 @@ def test_what_is_no_file_is_not_waited_for(
     assert "a.tar" in refused(capsys, "index", tmp_path / "in")
     assert "idx3" in refused(capsys, "pack", tmp_path / "in" / "t-images-idx3-ubyte", tmp_path / "out")
     archive = tmp_path / "in" / "cifar-10-python.tar.gz"
-    assert "cifar" in refused(capsys, "pack", archive, tmp_path / "out", "--split", "test")
+    assert str(archive) in refused(
+        capsys, "pack", archive, tmp_path / "out", "--benchmark", "cifar10", "--split", "test"
+    )
     with pytest.raises(DataError, match=r"a\.tar"):
         open_stream(configure(sources=[{"path": f"wds://{tmp_path}/in/a.tar"}])).batch(range(4))
 
@@ -286,7 +292,7 @@ def test_names_that_are_no_text_are_kept_apart(tmp_path: Path) -> None:
     for name in ("\udce9", "\udcff"):
         (tmp_path / "in" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), "red").save(tmp_path / "in" / name / f"{name}.png")
-    info = pack_folder(tmp_path / "in", tmp_path / "out").info
+    info = pack_images(list_folder(tmp_path / "in"), tmp_path / "out").info
     assert len(set(info.classes or ())) == 2
     (tmp_path / "out" / "shard-000000.tar").rename(tmp_path / "out" / "\udce9.tar")
     again = index_shards(str(tmp_path / "out"), tmp_path / "out", classes=info.classes)
@@ -329,3 +335,90 @@ def test_a_damaged_idx_file_is_refused(images: bytes, tmp_path: Path, capsys: py
     labels.unlink()
     source.write_bytes(GZIP)
     assert str(labels) in refused(capsys, "pack", source, tmp_path / "out")
+
+
+def matlab(content: bytes) -> bytes:
+    """A MATLAB file of one compressed element."""
+    packed = zlib.compress(content)
+    return b"MATLAB 5.0".ljust(124) + b"\x00\x01IM" + struct.pack("<II", 15, len(packed)) + packed
+
+
+TRAIN = "ILSVRC2012_img_train.tar"
+JSON = b'{"images": [], "annotations": [{"image_id": 1, "category_id": 0}], "categories": []}'
+UNDER = (
+    b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "category_id": -1}], "categories": '
+)
+BENCHMARK_FILES: list[tuple[str, dict[str, bytes]]] = [
+    ("pets", {"annotations/trainval.txt": b"../../secret_1 1 1 1"}),
+    ("pets", {"annotations/trainval.txt": b"a_1 2 1 1"}),
+    ("pets", {"annotations/trainval.txt": b"a_1 1 1 1\n\n"}),
+    ("pets", {"annotations/trainval.txt": b""}),
+    ("food101", {"meta/train.txt": b"/etc/secret"}),
+    ("food101", {"meta/train.txt": b"a/\0"}),
+    ("food101", {"meta/train.txt": b"\xff\xfe"}),
+    ("dtd", {"labels/train1.txt": b"a/b.jpg"}),
+    ("inat18", {"train2018.json": JSON}),
+    ("inat18", {"train2018.json": JSON[:-9]}),
+    ("inat18", {"train2018.json": b"[" * 100_000}),
+    ("inat18", {"train2018.json": UNDER + b"[0]}"}),
+    ("iwildcam", {"metadata.csv": b"split,filename\ntrain,a.jpg"}),
+    ("iwildcam", {"metadata.csv": b"split,filename,y\ntrain,a.jpg"}),
+    ("iwildcam", {"metadata.csv": b"split,filename,y\ntrain,a.jpg," + b"9" * 5000}),
+    ("camelyon17", {"metadata.csv": b'"' + b"a" * 200_000}),
+    ("fmow", {"rgb_metadata.csv": b"split,category,timestamp\ntrain,a,soon"}),
+    ("infographic", {"infograph_train.txt": b"infograph/a/b.jpg 1", "infograph_test.txt": b""}),
+    ("cars", {"devkit/cars_train_annos.mat": matlab(bytes(10**9))}),
+    ("cars", {"devkit/cars_train_annos.mat": matlab(b"\xff" * 999)}),
+    ("cars", {"devkit/cars_train_annos.mat": b"\xff" * 999}),
+    ("cars", {"devkit/cars_train_annos.mat": b""}),
+    *(("imagenet-1k", {TRAIN: tar}) for name, tar in TARS.items() if name != "text"),
+    ("imagenet-1k", {TRAIN: member("n1.tar", TARS["cut in a member"]) + END}),
+    ("imagenet-1k", {"train/a.JPEG": PNG}),
+    ("pcam", {"camelyonpatch_level_2_split_train_x.h5": b"\x89HDF\r\n\x1a\n" + bytes(99)}),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BENCHMARK_FILES)))
+def test_a_damaged_benchmark_is_refused(
+    case: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it has as many images and classes as published."""
+    (tmp_path / "secret_1.jpg").write_bytes(PNG)
+    name, files = BENCHMARK_FILES[case]
+    one = dataclasses.replace(BENCHMARKS[name], counts={"train": 1}, num_classes=1)
+    monkeypatch.setitem(BENCHMARKS, name, one)
+    for path, content in files.items():
+        (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / path).write_bytes(content)
+    if name == "pcam":
+        pytest.importorskip("h5py")
+    message = refused(capsys, "pack", tmp_path / "in", tmp_path / "out", "--benchmark", name, "--split", "train")
+    assert f"{tmp_path}/in is not {name} as published (" in message or f"{tmp_path}/in has labels" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "secret_1.jpg"]
+
+
+@pytest.mark.parametrize("damage", ["link", "virtual", "shape", "kind", "chunk"])
+def test_a_file_of_arrays_that_reads_elsewhere_or_holds_something_else_is_refused(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h5py = pytest.importorskip("h5py")
+    monkeypatch.setitem(BENCHMARKS, "pcam", dataclasses.replace(BENCHMARKS["pcam"], counts={"train": 1}))
+    names = {letter: tmp_path / f"camelyonpatch_level_2_split_train_{letter}.h5" for letter in "xy"}
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["x"] = np.zeros((1, 96, 96, 3), np.uint8)
+    with h5py.File(names["y"], "w") as file:
+        file["y"] = np.zeros((1, 1, 1, 1), np.uint8)
+    with h5py.File(names["x"], "w") as file:
+        if damage == "link":
+            file["x"] = h5py.ExternalLink(tmp_path / "secret.h5", "x")
+        elif damage == "virtual":
+            layout = h5py.VirtualLayout((1, 96, 96, 3), np.uint8)
+            layout[:] = h5py.VirtualSource(tmp_path / "secret.h5", "x", (1, 96, 96, 3))
+            file.create_virtual_dataset("x", layout)
+        elif damage == "chunk":
+            chunks = (1, 10**4, 10**4, 3)
+            file.create_dataset("x", chunks, np.uint8, maxshape=chunks, chunks=chunks, compression="gzip")
+        else:
+            file["x"] = np.zeros((1, 96, 96, 4 if damage == "shape" else 3), np.uint8 if damage == "shape" else float)
+    with pytest.raises(DataError, match="as published"):
+        list_benchmark("pcam", tmp_path, "train")

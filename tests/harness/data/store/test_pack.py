@@ -20,7 +20,7 @@ from aimscale.harness.data.store.decoding import (
     decode_into,
 )
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.store.pack import pack_folder
+from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.sweeps.cli.main import main
 
 
@@ -38,7 +38,7 @@ def test_pack_keeps_bytes_and_labels(small_set: Path) -> None:
     assert {dataset.read(i): labels[i] for i in range(60)} == originals
     assert len(set(labels[:12].tolist())) == 3, "the first samples are not a random subset"
     assert dataset.decode(5).shape == (3, 32, 32)
-    repeat = pack_folder(small_set.parent / "images", small_set.parent / "again")[0]
+    repeat = pack_images(list_folder(small_set.parent / "images"), small_set.parent / "again")[0]
     assert repeat.fingerprint == dataset.fingerprint
 
 
@@ -46,7 +46,7 @@ def test_any_number_of_processes_writes_the_same_bytes(small_set: Path, tmp_path
     source = small_set.parent / "images"
     (tmp_path / "one").mkdir()
     for where, workers in ((tmp_path / "one" / "packed", 1), (tmp_path / "packed", 3)):
-        pack_folder(source, where, max_shard_bytes=30_000, num_workers=workers)
+        pack_images(list_folder(source), where, max_shard_bytes=30_000, num_workers=workers)
     one, many = (
         {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for folder in (tmp_path / "one" / "packed", tmp_path / "packed")
@@ -69,7 +69,7 @@ def test_ranges_are_disjoint_splits_of_the_whole(
 ) -> None:
     source, whole = small_set.parent / "images", open_dataset(small_set)
     parts = []
-    for bounds in ("0:45", "45:60"):
+    for bounds in ("0:45", "75%:100%"):
         with pytest.raises(SystemExit) as end:
             main(["data", "pack", str(source), str(tmp_path / bounds.replace(":", "-")), "--images", bounds])
         assert end.value.code == 0
@@ -77,16 +77,30 @@ def test_ranges_are_disjoint_splits_of_the_whole(
     read = [dataset.read(i) for dataset in parts for i in range(len(dataset))]
     assert read == [whole.read(i) for i in range(60)]
     assert parts[1].classes == whole.classes
-    for bad, why in (("50:61", "0:60"), ("5:5", "0:60"), ("5", "START:STOP")):
+    for shares, sizes in (("70/19/11", [42, 11, 7]), ("90/0/10", [54, 6])):
+        out = tmp_path / shares.replace("/", "-")
         with pytest.raises(SystemExit) as end:
-            main(["data", "pack", str(source), str(tmp_path / "bad"), "--images", bad])
+            main(["data", "pack", str(source), str(out), "--split", shares])
+        assert end.value.code == 0
+        folders = [out / name for name in ("train", "validation", "test") if (out / name).exists()]
+        parts = [open_dataset(folder) for folder in folders]
+        assert [len(part) for part in parts] == sizes
+        assert [part.read(i) for part in parts for i in range(len(part))] == read
+    for option, bad, why in (
+        *(("--images", bad, "0:60") for bad in ("50:61", "5:5", "50%:120%")),
+        *(("--images", bad, "START:STOP") for bad in ("5", "a%:5")),
+        *(("--split", bad, "add up") for bad in ("80/10", "80/10/20", "train", "-10/10/100")),
+        ("--split", "1/98/1", "0:60"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["data", "pack", str(source), str(tmp_path / "bad"), option, bad])
         assert end.value.code == 2
         assert why in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
 
 
 def test_pack_resizes_once(large_set: Path, tmp_path: Path) -> None:
-    pack_folder(large_set.parent / "images", tmp_path / "out", resize=64)
+    pack_images(list_folder(large_set.parent / "images"), tmp_path / "out", resize=64)
     dataset = open_dataset(tmp_path / "out")
     assert np.minimum(dataset.height, dataset.width).max() == 64
     assert np.minimum(dataset.height, dataset.width).min() == 40

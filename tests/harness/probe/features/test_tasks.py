@@ -1,26 +1,27 @@
-"""The cards of published benchmarks, and which averages of blocks are tried."""
+"""The published benchmarks, and which averages of blocks are tried."""
 
 from __future__ import annotations
 
 import pytest
 
 from aimscale.analysis.published.published import TASK_TITLES, TASKS
-from aimscale.harness.probe.features.tasks import CARDS, ProbeError, block_sets, check_against_card
+from aimscale.harness.data.store.benchmarks import BENCHMARKS
+from aimscale.harness.probe.features.tasks import ProbeError, block_sets, check_benchmark
 
 
-def test_cards_are_the_papers_fifteen_in_its_order_and_under_the_names_that_compare_knows() -> None:
-    assert tuple(CARDS) == TASKS
-    assert {name: card.title for name, card in CARDS.items()} == TASK_TITLES
+def test_benchmarks_are_the_papers_fifteen_in_its_order_and_under_the_names_that_compare_knows() -> None:
+    assert tuple(BENCHMARKS) == TASKS
+    assert {name: benchmark.title for name, benchmark in BENCHMARKS.items()} == TASK_TITLES
 
 
 def test_a_subset_cannot_pass_for_the_benchmark() -> None:
-    check_against_card("cifar10", num_classes=10, num_train=50_000, num_test=10_000)
-    check_against_card("my-cifar10", num_classes=10, num_train=500, num_test=100)
-    check_against_card("iwildcam", num_classes=182, num_train=129_809, num_test=8_154)
+    check_benchmark("cifar10", num_classes=10, num_train=50_000, num_test=10_000)
+    check_benchmark("my-cifar10", num_classes=10, num_train=500, num_test=100)
+    check_benchmark("iwildcam", num_classes=182, num_train=129_809, num_test=8_154)
     with pytest.raises(ProbeError, match=r"cifar10.*50,000.*49,999"):
-        check_against_card("cifar10", num_classes=10, num_train=49_999, num_test=10_000)
+        check_benchmark("cifar10", num_classes=10, num_train=49_999, num_test=10_000)
     with pytest.raises(ProbeError, match=r"cifar10.* 10 .*100"):
-        check_against_card("cifar10", num_classes=100, num_train=50_000, num_test=10_000)
+        check_benchmark("cifar10", num_classes=100, num_train=50_000, num_test=10_000)
 
 
 def test_block_sets_hold_the_fixed_one_singles_and_the_published_best() -> None:
