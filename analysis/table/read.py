@@ -30,6 +30,7 @@ from aimscale.analysis.table.names import (
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, Column
 from aimscale.analysis.table.select import best_of, select
+from aimscale.analysis.table.wandb import from_wandb
 
 _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")
 _NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
@@ -121,8 +122,8 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
     """Read a results table, or anybody's table of results, as a data frame with our names.
 
     Args:
-        path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, or a sweep's folder that holds
-            `results.parquet`.
+        path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, an export of Weights & Biases among them
+            (`from_wandb`), or a sweep's folder that holds `results.parquet`.
         columns: our name (or letter) -> the name in the file, or a formula of columns such as `6 * N * D` or
             `1 - accuracy` (a name with other characters in backticks); a file's own N, D, U, C and L are taken for the
             laws' letters, other columns that are not named keep their names. TASK:KIND -> an accuracy from 0 to 1,
@@ -141,7 +142,8 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
     frame = _read_file(path)
     if frame.empty:
         raise AnalysisError(f"{path} has no rows; collect the sweep's results first")
-    frame = _rename(frame, {CANONICAL.get(o, o): t for o, t in (columns or {}).items()}, path)
+    frame, known = from_wandb(frame, path)
+    frame = _rename(frame, known | {CANONICAL.get(o, o): t for o, t in (columns or {}).items()}, path)
     for name in [name for name in frame.columns if name in KNOWN]:
         frame[name] = _coerce(frame[name], KNOWN[name], path, their_name(frame, name))
     return frame

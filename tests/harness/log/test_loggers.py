@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 import aimscale.harness.device.peak
 import aimscale.harness.log.record
+from aimscale.analysis import read_table
+from aimscale.analysis.table.schema import results_table
 from aimscale.harness.log.loggers import logging_to
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
-from aimscale.harness.run.row import configured_columns
+from aimscale.harness.run.row import configured_columns, setup_of
 from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
@@ -155,7 +158,21 @@ def test_wandb_holds_a_run_as_one_run_across_starts_with_what_reads_it_back(
     assert {(each.run_id, each.run_group, each.project) for each in starts} == {(config.run_id, "my-sweep", "aimscale")}
     assert set(starts[0].tags) == {"w16-d2", "D=64", "D=128"}
     values = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
-    assert values["params_total"] == configured_columns(config)["params_total"]
+    every = pd.DataFrame([values | line for line in lines])  # as docs/wandb.md writes it
+    every.to_json(tmp_path / "history.jsonl", orient="records", lines=True)
+    last = {name: value for line in lines for name, value in line.items()}
+    last |= {"Name": "of a person's", "State": "running", "images_seen": 999}  # training goes on
+    pd.json_normalize(values | last).to_csv(tmp_path / "wandb-export.csv", index=False)
+    rows = results_table(
+        [row | {"setup": json.dumps(setup_of(config.training))} for row in run.read_rows()]
+    ).to_pandas()
+    for name, budgets in (("history.jsonl", rows), ("wandb-export.csv", rows[1:].reset_index(drop=True))):
+        table = read_table(tmp_path / name)
+        columns = [*configured_columns(config), "images_seen", "val_loss", "val_loss_se", "flops_train", "setup"]
+        columns.remove("unique_images")  # of a whole pool the configuration does not know it
+        pd.testing.assert_frame_equal(table[columns], budgets[columns], check_dtype=False)
+        accuracies = [entry["top1"] for (entry,) in budgets["probes"]]
+        assert [entry["top1"] for (entry,) in table["probes"]] == pytest.approx(accuracies)
     assert [each.exit_code for each in kept["exit"]] == [1, 0]
     assert len(kept["preempting"]) == 1
 
