@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,17 @@ class Recorder:
         self.metrics.current.wall_s += wall_s
         self.metrics.current.device_s += wall_s * self._group.world_size
         return self._wall_s
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done in the block is no training: its time stands in no line and in no row."""
+        if self._group.device.type == "cuda":
+            torch.cuda.synchronize(self._group.device)
+        self.book()
+        try:
+            yield
+        finally:
+            self._booked = time.perf_counter()
 
     def _tell(self) -> None:
         """Make a line of the steps since the last; the only place in the loop that waits for the device."""

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aimscale.aim.config import ModelConfig
-from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount, num_queries
+from aimscale.aim.cost import (
+    TRAIN_OVER_FORWARD,
+    FlopCount,
+    executed_flops_per_image,
+    flops_per_image,
+    mean_scored_tokens,
+    num_queries,
+)
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.card import Look
 from aimscale.harness.probe.features.tasks import (
@@ -18,10 +25,14 @@ from aimscale.harness.probe.features.tasks import (
     number_of_steps,
     sets_per_round,
 )
-from aimscale.harness.run.config import EvaluationConfig, ProbeSection, ValidationSection
+from aimscale.harness.run.config import EvaluationConfig, ProbeSection, RunConfig, ValidationSection
+from aimscale.harness.run.row import model_of
+from aimscale.harness.run.schedule import unchecked_schedule
 
 HEADS = ("linear", "attentive", "efficient")
 """Kinds that are trained on frozen features."""
+SHARE_DURING, MAX_POINTS = 0.03, 100
+"""Of the FLOPs of training, what `validation.every_images: auto` may take; and its points, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,49 @@ def validation_images(section: ValidationSection, look: Look) -> int:
     info = look(section.path)
     images = info.num_usable if info else 0
     return section.num_prefixes * min(section.num_images or images, images)
+
+
+def validation_distance(config: RunConfig, look: Look) -> int | None:
+    """Images between validations during training, as `validation.every_images` says; None where there are none.
+
+    `auto` depends on the configuration and the number of validation images alone, never on where it is executed, and
+    only for its bound on the budgets.
+    """
+    section, training = config.evaluation.validation, config.training
+    if section.every_images != "auto":
+        return section.every_images
+    model, schedule = model_of(training), unchecked_schedule(config)
+    scored = mean_scored_tokens(model, training.objective.prefix)
+    trained = executed_flops_per_image(model, scored).train
+    measured = validation_images(section, look) * flops_per_image(model).forward
+    images = max(measured / (SHARE_DURING * trained), schedule.last_point / MAX_POINTS)
+    return math.ceil(images / schedule.batch_size) * schedule.batch_size if measured else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuringCost:
+    """What is measured during training, all points together."""
+
+    points: int
+    """Validations."""
+    images: float
+    """Images read; those of validation once, since they are kept."""
+    flops: float
+
+
+def during_cost(
+    config: RunConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, look: Look
+) -> DuringCost:
+    """Validation and probes of a run during its training; see `probe_costs`."""
+    schedule, evaluation = unchecked_schedule(config), config.evaluation
+    points = schedule.num_points(validation_distance(config, look))
+    passes = validation_images(evaluation.validation, look)
+    images, products = passes / evaluation.validation.num_prefixes, points * passes * flops.forward
+    for section in filter(None, (each.during for each in evaluation.probes)):
+        times = schedule.num_points(section.every_images)
+        cost = _probe_cost(section, model, flops, ranks, memory_bytes, look)
+        images, products = images + times * cost.images, products + times * cost.flops
+    return DuringCost(points=points, images=images if products else 0.0, flops=products)
 
 
 def probe_costs(

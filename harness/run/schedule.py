@@ -63,6 +63,21 @@ class Schedule:
             walk.append(Segment(start=point, stop=budget, branch=budget))
         return walk
 
+    @property
+    def last_point(self) -> int:
+        """Images seen up to which something may be measured during training: the trunk's end; under cosine a step
+        before the budget."""
+        last = self.budgets[-1]
+        return last - self.batch_size if self.section.kind == "cosine" else self.branch_point(last)
+
+    def is_point(self, images_seen: int, every: int | None) -> bool:
+        """Whether a position of the trunk is a point at this distance: the first step at or past a multiple of it."""
+        return every is not None and 0 < images_seen <= self.last_point and images_seen % every < self.batch_size
+
+    def num_points(self, every: int | None) -> int:
+        """Points at this distance; none at None."""
+        return self.last_point // max(every, self.batch_size) if every else 0
+
     def images_planned(self) -> int:
         """Images the whole run trains on: the trunk once and every branch."""
         return sum(segment.stop - segment.start for segment in self.segments())

@@ -82,6 +82,7 @@ class Engine:
             raise ConfigError("zero_stage 0 cannot keep float32 master weights for bf16; use zero_stage 1, 2 or 3")
         deepspeed = import_deepspeed()
         self.group = group
+        self.config = config
         self.options = options
         with torch.device("meta"):
             model = AIM(config)

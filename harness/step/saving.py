@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_safetensors
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.directory import RunDir
@@ -302,29 +303,50 @@ def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], m
     return manifest
 
 
+def copied_model(engine: Engine, group: Group, dtype: torch.dtype) -> AIM:
+    """A model of the engine's float32 weights, rounded to this type, whole on every rank's device.
+
+    All ranks call this together. It takes the bytes of its weights and those of the largest in float32, and shares
+    nothing with what is trained: what is measured on it cannot change that.
+    """
+    with torch.device("meta"):
+        model = AIM(engine.config)
+    model = model.to(dtype).to_empty(device=group.device).requires_grad_(False).eval()
+    model.fill_constants()
+    for fragment, whole in zip(engine.fragments(), _whole_weights(engine, group, everywhere=True), strict=True):
+        model.get_parameter(fragment.name).copy_(whole.view(fragment.shape))
+    return model
+
+
+def _whole_weights(engine: Engine, group: Group, *, everywhere: bool = False) -> Iterator[Tensor]:
+    """The float32 weights one after the other, flat, on the device: whole on the first rank, or on every rank."""
+    for fragment in engine.fragments():
+        if group.world_size == 1 or engine.options.zero_stage == 0:
+            yield fragment_of(fragment.flat, fragment)
+            continue
+        whole = torch.zeros(fragment.shape.numel(), device=group.device)
+        if fragment.numel:
+            part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
+        bits = whole.view(torch.int32)
+        if everywhere:
+            torch.distributed.all_reduce(bits)
+        else:
+            torch.distributed.reduce(bits, dst=0)
+        yield whole
+
+
 def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, str] | None = None) -> None:
     """Write the float32 weights alone, under the model's own names, into one file; all ranks call this together.
 
     Rank 0 gathers and writes them one by one, aside first.
     """
-    fragments = engine.fragments()
-    layout = {fragment.name: (torch.float32, tuple(fragment.shape)) for fragment in fragments}
-
-    def gathered() -> Iterator[Tensor]:
-        for fragment in fragments:
-            if group.world_size == 1 or engine.options.zero_stage == 0:
-                whole = fragment_of(fragment.flat, fragment)
-            else:
-                whole = torch.zeros(fragment.shape.numel(), device=group.device)
-                if fragment.numel:
-                    part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
-                torch.distributed.reduce(whole.view(torch.int32), dst=0)
-            yield whole.to("cpu", copy=True)  # a tensor that numpy saw cannot give its memory back
-
+    layout = {fragment.name: (torch.float32, tuple(fragment.shape)) for fragment in engine.fragments()}
+    # a tensor that numpy saw cannot give its memory back
+    gathered = (whole.to("cpu", copy=True) for whole in _whole_weights(engine, group))
     if group.is_first:
         with written_aside(path) as aside:
-            write_safetensors(aside, layout, gathered(), metadata)
+            write_safetensors(aside, layout, gathered, metadata)
     else:
-        for _ in gathered():
+        for _ in gathered:
             pass
     group.wait()

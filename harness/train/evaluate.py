@@ -53,7 +53,7 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
         owed = group.from_first(functools.partial(_entered, run, config, budget))
         if any(each.what == "validation" for each in owed):
             job.tell(durable=False, phase=f"validate at {budget:,}", heartbeat=time.time())
-            held_out = held_out or _open_held_out(config, group)
+            held_out = held_out or open_held_out(config, group)
             _validate(run, config, group, budget, held_out, pause)
         if tasks := [each.section for each in owed if each.section]:
             job.tell(durable=False, phase=f"probe at {budget:,}", heartbeat=time.time())
@@ -74,7 +74,7 @@ def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Lacking]:
     return list(lacking_at(run, config, budget, enter_row(run, config, budget)))
 
 
-def _open_held_out(config: RunConfig, group: Group) -> ShardDataset:
+def open_held_out(config: RunConfig, group: Group) -> ShardDataset:
     """The validation images; refused where some are among the training images, as far as those are available."""
     cache_dir, cache_gb = config.runtime.cache_dir, config.runtime.cache_gb
     held_out = open_dataset(config.evaluation.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)

@@ -37,6 +37,7 @@ from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, compiles
 from aimscale.harness.step.feed import Wishes, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter, salvage, save_weights
+from aimscale.harness.train.points import Points
 
 
 class Trainer:
@@ -75,6 +76,7 @@ class Trainer:
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
         self.recorder = Recorder(run, config, group, self.model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
+        self.points = Points(run, config, job, self.schedule, self.engine, loggers)
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""
@@ -116,7 +118,7 @@ class Trainer:
         """Give back the memory of weights, gradients and optimiser states."""
         self.writer.close()
         self.engine.close()
-        del self.engine, self.writer
+        del self.engine, self.writer, self.points
         gc.collect()
         if self.group.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -181,6 +183,7 @@ class Trainer:
         with self.recorder.feed.over(batches, self._wishes):
             while position < segment.stop:
                 self.watch.check()
+                self._measure(position, segment)
                 step = self.recorder.next_step()
                 if step.must_stop:
                     self._save(position, segment.branch)
@@ -196,6 +199,20 @@ class Trainer:
                     gc.collect()  # what came since the start; the step waits for its line anyway
                 if position < segment.stop and (step.must_save or position % every < self.batch_size):
                     self._save(position, segment.branch)
+
+    def _measure(self, position: int, segment: Segment) -> None:
+        """Measure what is due at a position of the trunk, where a decay begins, or anywhere under cosine."""
+        is_cosine = self.config.training.schedule.kind == "cosine"
+        if not self.points.is_at(position) or not (is_cosine or segment.branch is None or position == segment.start):
+            return
+        lr = self.schedule.lr(position - self.batch_size, segment.branch if is_cosine else None)
+        try:
+            with self.recorder.aside():
+                self.points.measure(position, lr)
+        except PreemptedError:
+            self._save(position, segment.branch)
+            self.writer.finish()
+            raise
 
     def _wishes(self) -> Wishes:
         """What this rank has to say before a step, asked once for each."""

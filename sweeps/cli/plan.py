@@ -65,7 +65,8 @@ def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None 
     total = totals(cards)
     say(
         "{num_runs} runs, {num_rows} rows; {images_executed:,} images and {flops_executed:.3g} FLOPs executed (decay "
-        "branches included), {flops_evaluation:.3g} more in validation and probes; {device_hours:,.4g} device-hours; "
+        "branches included), {flops_evaluation:.3g} more in validation and probes, of which during training "
+        "{flops_during:.3g} ({share_during:.1%} of the time); {device_hours:,.4g} device-hours; "
         "longest run ".format(**total)
         + f"{duration(total['longest_wall_s'])}; run directories {decimal(total['disk_bytes'])}; told to stop, a run "
         f"gets up to {duration(max(card.stop_s for card in cards))} to save"

@@ -18,7 +18,7 @@ from aimscale.harness.bench.expected import Rates, expected_rates
 from aimscale.harness.data.store.card import Look, data_set
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.sheets import Device, device_here, nominal_flops_per_s
-from aimscale.harness.probe.cost import ProbeCost, probe_costs, validation_images
+from aimscale.harness.probe.cost import ProbeCost, during_cost, probe_costs, validation_images
 from aimscale.harness.run.config import OptimiserSection, RunConfig, RuntimeConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
@@ -34,6 +34,8 @@ STEP_S = 30
 SAVE_BYTES_PER_S = 0.5e9
 """Assumption: the rate at which a checkpoint reaches a shared disk."""
 
+MAX_SHARE_DURING = 0.1
+"""Points during training that take a larger share of a run's time are named."""
 ASSUMED = "H100"
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
 
@@ -83,14 +85,20 @@ class CostCard:
     probes: tuple[ProbeCost, ...]
     """The tasks, each at one budget."""
     flops_evaluation: float
-    """Of validation and probes, all budgets together, as `harness.probe.cost` counts them."""
+    """Of validation and probes, all budgets and points together, as `harness.probe.cost` counts them."""
+    points: int
+    """Validations during training."""
+    flops_during: float
+    """Of `flops_evaluation`, that of points during training."""
+    share_during: float
+    """Of `wall_s` that points take, 0..1."""
     limit: Literal["compute", "loader"]
     """What takes more of the time of training."""
     training_s: float
     """Time of training, loading included."""
     evaluation_s: float
-    """Time of validation and probes of all budgets: their FLOPs at the pace of training, or their images at the
-    loader's."""
+    """Time of validation and probes of all budgets and points: their FLOPs at the pace of training, or their images
+    at the loader's."""
     wall_s: float
     """Both."""
     device_hours: float
@@ -131,11 +139,13 @@ def device_of(sweep: Sweep, runs: Sequence[Run]) -> Device:
 
 def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
     """Sums over the cards, and the time of the longest run: the sweep's with enough devices."""
-    added = ("images_executed", "flops_executed", "flops_evaluation", "device_hours", "disk_bytes")
+    added = ("images_executed", "flops_executed", "flops_evaluation", "flops_during", "device_hours", "disk_bytes")
+    sums = {name: sum(getattr(card, name) for card in cards) for name in added}
     return {
         "num_runs": len(cards),
         "num_rows": sum(len(card.budgets) for card in cards),
-        **{name: sum(getattr(card, name) for card in cards) for name in added},
+        **sums,
+        "share_during": sum(card.share_during * card.device_hours for card in cards) / sums["device_hours"],
         "longest_wall_s": max(card.wall_s for card in cards),
     }
 
@@ -170,10 +180,13 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
     compute_s, loading_s = executed / rates.compute_per_s + steps * rates.step_s, executed / rates.loaded_per_s
     training_s = max(compute_s, loading_s) if rates.is_ahead else compute_s + loading_s
+    during = during_cost(run.config, model, flops, run.devices, device.memory_bytes, look)
     passed = num_budgets * (validated + sum(probe.images for probe in probes))
     flops_evaluation = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
-    forward_s = flops_evaluation / (rates.flops_per_image * rates.compute_per_s)
-    evaluation_s = max(forward_s, passed / rates.loaded_per_s)
+    flops_per_s = rates.flops_per_image * rates.compute_per_s
+    during_s = max(during.flops / flops_per_s, during.images / rates.loaded_per_s)
+    evaluation_s = during_s + max(flops_evaluation / flops_per_s, passed / rates.loaded_per_s)
+    wall_s = training_s + evaluation_s
     return CostCard(
         run_id=run.run_id,
         cell=run.cell,
@@ -200,18 +213,26 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
         stop_s=stop_seconds(sweep, run),
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + num_budgets * WEIGHTS_BYTES_PER_PARAM) * params.total,
         probes=probes,
-        flops_evaluation=flops_evaluation,
+        flops_evaluation=flops_evaluation + during.flops,
+        points=during.points,
+        flops_during=during.flops,
+        share_during=during_s / wall_s,
         limit="loader" if loading_s > compute_s else "compute",
         training_s=training_s,
         evaluation_s=evaluation_s,
-        wall_s=training_s + evaluation_s,
-        device_hours=(training_s + evaluation_s) * run.devices / 3600,
-        cautions=tuple(_cautions(run, unique, rates, look)),
+        wall_s=wall_s,
+        device_hours=wall_s * run.devices / 3600,
+        cautions=tuple(_cautions(run, unique, rates, during_s / wall_s, look)),
     )
 
 
-def _cautions(run: Run, unique: int | None, rates: Rates, look: Look) -> Iterator[str]:
+def _cautions(run: Run, unique: int | None, rates: Rates, share_during: float, look: Look) -> Iterator[str]:
     """What one run's data and schedule give; `unique` is U, None where it is unknown."""
+    if share_during > MAX_SHARE_DURING:
+        yield (
+            f"points during training take {100 * share_during:.0f} % of the time of {run.config.training.model.size}: "
+            "raise `every_images` of validation or probes"
+        )
     training, budgets = run.config.training, run.config.evaluation.budgets
     epochs = budgets[-1] / unique if unique else 0.0
     if epochs > FAR_TOO_MANY_EPOCHS:

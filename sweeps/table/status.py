@@ -48,7 +48,7 @@ class RunStatus:
     progress: float = 0.0
     """Share of the planned images trained on, 0..1."""
     val_loss: float | None = None
-    """Validation loss of the last budget recorded."""
+    """Validation loss of the last budget recorded, or of a running run the last that was measured on its way."""
     eta_s: float | None = None
     """To its end once it runs, evaluation included."""
     place: str = ""
@@ -150,7 +150,8 @@ def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | N
         place = f"job {job_id}" if job_id else (worker.host if worker else status.host) or ""
     rows, starts, attempts = record.read_rows(), record.read_starts(), record.read_attempts()
     hours = sum(each.get("device_hours", 0.0) for each in attempts)
-    losses = [row["val_loss"] for row in sorted(rows, key=lambda row: row["images_seen"]) if row.get("val_loss")]
+    points = record.read_curve() if is_held else []
+    losses = {row["images_seen"]: row["val_loss"] for row in [*points, *rows] if row.get("val_loss")}
     unprobed = Counter(each.what for each in owed)
     is_trained, is_finished = not unprobed["training"], state == "finished"
     to_evaluate = len(run.budgets) * len(card.probes)
@@ -162,7 +163,7 @@ def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | N
         log=_log(record) if state != "not started" else None,
         to_evaluate=to_evaluate,
         progress=1.0 if is_trained else min(1.0, status.images_done / card.images_executed),
-        val_loss=losses[-1] if losses else None,
+        val_loss=losses[max(losses)] if losses else None,
         place=place,
         evaluated=to_evaluate - unprobed["probe"] - unprobed["training"] * len(card.probes),
         device_hours=hours + (record.hours_since_start(now) if is_held else 0.0),
@@ -171,7 +172,7 @@ def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | N
         is_running=is_held or is_claimed,
         is_over=state in OVER,
         images_done=card.images_executed if is_trained else status.images_done,
-        flops_to_evaluate=_flops_to_evaluate(card, owed),
+        flops_to_evaluate=_flops_to_evaluate(card, owed) + (1 - line.progress) * card.flops_during,
         # the mean over all of its steps says more than the last seconds
         images_per_s=rows[-1].get("images_per_s") if is_finished and rows else status.images_per_s,
         mfu=status.mfu,
@@ -183,7 +184,7 @@ def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | N
 
 def _flops_to_evaluate(card: CostCard, owed: Sequence[Lacking]) -> float:
     probes = {probe.task: probe.flops for probe in card.probes}
-    whole = card.flops_evaluation / len(card.budgets)
+    whole = (card.flops_evaluation - card.flops_during) / len(card.budgets)
     validation = whole - sum(probes.values())
     return sum(
         probes[each.section.task] if each.section else whole if each.what == "training" else validation for each in owed

@@ -19,7 +19,7 @@ from aimscale.harness.run.provenance import cpu_name
 from aimscale.harness.run.row import configured_columns, model_of, setup_of
 from aimscale.sweeps.cli.plan import in_plateau, print_plan
 from aimscale.sweeps.plan.checks import check
-from aimscale.sweeps.plan.costs import cost_cards, to_json
+from aimscale.sweeps.plan.costs import CostCard, cost_cards, to_json
 from aimscale.sweeps.plan.planner import counts_of, plan
 from aimscale.sweeps.plan.recipes import RECIPES
 from aimscale.sweeps.plan.sweepfile import load_sweep, preset_names
@@ -182,6 +182,33 @@ def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, write_images:
     assert passes(kinds=["lora"], lrs=[0.1, 0.2]) == pytest.approx(lora)
     assert passes(kinds=["linear"], train="not-made-yet") == pytest.approx(3_680 + 40)  # by the card of Pets
     assert passes(kinds=["linear"], train="not-made-yet", task="mine") == pytest.approx(40)
+
+
+def test_points_during_training_are_counted_and_a_large_share_is_named(
+    write_sweep: Any, write_images: Any, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("val", "fit", "test")):
+        write_images(tmp_path / name, 40, seed=seed)
+
+    def card(every: Any, probes: list[dict[str, Any]]) -> CostCard:
+        validation = {"path": "val", "num_prefixes": 2, "every_images": every}
+        base = write_sweep().file.base | {"validation": validation, "probes": probes}
+        sweep = write_sweep(sizes=["rung-32"], base=base, budgets=[1280, 128_000])
+        return cost_cards(sweep, plan(sweep))[0]
+
+    task = {"task": "pets", "train": "fit", "test": "test", "kinds": ["attentive", "knn"]}
+    none, auto = card(None, [task]), card("auto", [task])
+    assert (none.points, none.flops_during, none.share_during) == (0, 0, 0)
+    trunk = 0.8 * 128_000 * none.rates.flops_per_image
+    assert 0.029 * trunk < auto.flops_during <= 0.03 * trunk
+    assert auto.flops_evaluation - none.flops_evaluation == pytest.approx(auto.flops_during)
+    assert auto.wall_s == pytest.approx(none.wall_s / (1 - auto.share_during))
+    assert not auto.cautions
+    often = card(64, [task | {"every_images": 25_600}])
+    assert often.points == 1600
+    cheap = often.flops_during - often.points / auto.points * auto.flops_during
+    assert 0 < cheap < 4 * none.probes[0].flops, "k-NN alone, at 25,600, 51,200, 76,800 and 102,400"
+    assert any(f"{100 * often.share_during:.0f} %" in caution for caution in often.cautions)
 
 
 def test_many_epochs_are_shouted(write_sweep: Any) -> None:

@@ -100,6 +100,7 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     other_version.write_status(version=99)
     running.record_row({"images_seen": 640, "val_loss": 0.4321})
     running.record_row({"images_seen": 1280, "val_loss": None})  # trained, and not evaluated yet
+    by_hand.curve.write_text('{"images_seen": 320, "val_loss": 0.625}\n{"images_seen": 384, "val_loss": null}\n')
     (sweep.runs_dir / "old-run").mkdir()
     jobs = {each: JobInfo(job_id=each, state="PENDING", reason="Priority") for each in ("8_0", "9_0", "11_0")}
     array = {"number": 2, "shape": {"nodes": 1, "devices": 1, "per_device": 1}}
@@ -124,6 +125,7 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     console.print(status_table(alone, console.width))
     said = capsys.readouterr().out
     assert "0.4321" in said
+    assert alone.runs[8].val_loss == 0.625, "the last that was measured on its way"
     assert "76 %" in said, "the run that waits for images is named"
     assert "29 %" not in said
     assert "1 of them wait for images" in said

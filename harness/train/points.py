@@ -1,0 +1,145 @@
+"""Points during training: validation loss and cheap probes on the trunk, on the images and by the code of budgets.
+
+Each is measured on a copy of the weights and written once, as a line of `curve.jsonl`; a run that is taken up from
+before it finds the line there. No row follows from it, and a run that lacks a point lacks nothing: its weights are
+gone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aimscale.harness.data.store.card import data_set, fingerprint
+from aimscale.harness.data.store.index import ShardDataset
+from aimscale.harness.device.job import Job
+from aimscale.harness.log.loggers import Logger, of_row
+from aimscale.harness.log.record import append_line
+from aimscale.harness.probe.cost import validation_distance
+from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone
+from aimscale.harness.probe.owed import VALIDATION_COLUMNS
+from aimscale.harness.probe.protocol import probe_backbone
+from aimscale.harness.run.config import ProbeSection, RunConfig
+from aimscale.harness.run.directory import RunDir, probe_place
+from aimscale.harness.run.failures import DivergedError
+from aimscale.harness.run.files import remove_dir
+from aimscale.harness.run.schedule import Schedule
+from aimscale.harness.step.engine import Engine
+from aimscale.harness.step.saving import copied_model
+from aimscale.harness.train.evaluate import open_held_out
+from aimscale.harness.train.validation import validate
+
+
+class Points:
+    """What a run measures on its way; all ranks call it together."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        config: RunConfig,
+        job: Job,
+        schedule: Schedule,
+        engine: Engine,
+        loggers: Sequence[Logger] = (),
+    ) -> None:
+        """Find out where the points are; `loggers` are of the first rank."""
+        self._run, self._config, self._job, self._schedule = run, config, job, schedule
+        self._engine, self._loggers = engine, loggers
+        self._distance = job.group.from_first(lambda: validation_distance(config, data_set))
+        self._probes = [section for each in config.evaluation.probes if (section := each.during)]
+        self._held_out: ShardDataset | None = None
+
+    def is_at(self, images_seen: int) -> bool:
+        """Whether something may be due at a position of the trunk."""
+        distances = [self._distance, *(section.every_images for section in self._probes)]
+        return any(self._schedule.is_point(images_seen, every) for every in distances)
+
+    def measure(self, images_seen: int, lr: float) -> None:
+        """Measure what is due here and is not in `curve.jsonl`, and write the line.
+
+        Args:
+            lr: of the step before.
+
+        Raises:
+            UserError: data that cannot be used.
+            DivergedError: the loss is not finite.
+            PreemptedError: a signal asked to stop; nothing was written, and kinds of probe that were done are kept.
+        """
+        started, group = time.monotonic(), self._job.group
+        validation, probes = group.from_first(functools.partial(self._lacking, images_seen))
+        if not validation and not probes:
+            return
+        self._job.tell(durable=False, phase=f"measure at {images_seen:,}", heartbeat=time.time())
+        line: dict[str, Any] = {"images_seen": images_seen, "lr": lr}
+        if validation:
+            line |= {"validation": validation} | self._loss(images_seen)
+        line["probes"] = [entry for section in probes for entry in self._entries(images_seen, section)]
+        if group.device.type == "cuda":
+            torch.cuda.empty_cache()  # what else lives on the device needs the room
+        if group.is_first:
+            append_line(self._run.curve, line | {"measured_s": time.monotonic() - started})
+            remove_dir(self._folder)
+            for logger in self._loggers:
+                logger.measured(images_seen, of_row(line, during=True))
+            said = [f"validation loss {line['val_loss']:.4f}"] if validation else []
+            said += [f"{entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %" for entry in line["probes"]]
+            print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
+
+    @property
+    def _folder(self) -> Path:
+        """Of the probes under way."""
+        return self._run.path / "probes" / "during"
+
+    def _lacking(self, images_seen: int) -> tuple[str | None, Sequence[ProbeSection]]:
+        """Name of the validation, None where none is due, and the probes that are."""
+        there = next((point for point in self._run.read_curve() if point["images_seen"] == images_seen), {})
+        section = self._config.evaluation.validation
+        name = f"{section.digest}.{fingerprint(section.path) or '*'}"
+        is_due = self._schedule.is_point(images_seen, self._distance) and there.get("validation") != name
+        places = {probe_place(entry) for entry in there.get("probes", ())}
+        probes = [
+            probe
+            for probe in self._probes
+            if self._schedule.is_point(images_seen, probe.every_images)
+            and not {(probe.task, kind, _evaluation(probe)) for kind in probe.kinds} <= places
+        ]
+        return name if is_due else None, probes
+
+    def _loss(self, images_seen: int) -> dict[str, float | None]:
+        """The validation columns of a row."""
+        config, group = self._config, self._job.group
+        self._held_out = self._held_out or open_held_out(config, group)
+        dtype = DTYPES[config.training.optimiser.precision]
+        section, model_section = config.evaluation.validation, config.training.model
+        model = copied_model(self._engine, group, dtype)
+        losses = validate(model, self._held_out, section, model_section, group, self._job.pausing())
+        if not math.isfinite(losses.loss):
+            raise DivergedError(f"the validation loss at image {images_seen} is {losses.loss}; the weights diverged")
+        values = (losses.loss, losses.standard_error, len(losses.index))
+        found = zip(VALIDATION_COLUMNS, values, strict=True)
+        return {column: value if math.isfinite(value) else None for column, value in found}
+
+    def _entries(self, images_seen: int, section: ProbeSection) -> list[dict[str, Any]]:
+        """Entries of a row's probes."""
+        config = self._config
+        copied = functools.partial(copied_model, self._engine, self._job.group, DTYPES[section.precision])
+        return probe_backbone(
+            AimBackbone(copied, f"{config.run_id}@{images_seen} trunk"),
+            section,
+            model_section=config.training.model,
+            seed=config.training.seed,
+            runtime=config.runtime,
+            out=self._folder,
+            group=self._job.group,
+            pause=self._job.pausing(),
+        )
+
+
+def _evaluation(section: ProbeSection) -> str:
+    return section.evaluation(fingerprint(section.train), fingerprint(section.test))

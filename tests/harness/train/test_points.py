@@ -1,0 +1,147 @@
+"""Points during training: they change no bit of it, are written once, and are what a budget there would be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aimscale.harness.device.peak
+import aimscale.harness.train.points
+from aimscale.aim.cost import executed_flops_per_image, flops_per_image
+from aimscale.aim.errors import UserError
+from aimscale.harness.data.store.card import data_set
+from aimscale.harness.probe.cost import validation_distance
+from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.row import model_of
+from aimscale.harness.run.schedule import schedule_of
+from aimscale.harness.train.attempt import train
+
+Run = Callable[..., list[int]]
+Config = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_peak() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
+        yield
+
+
+def train_in(rank: int, path: Path, signum: int = 0, at: tuple[str, int] = ("", 0)) -> None:
+    """A launcher's process; it sends itself a signal at a call of what is measured, by name and number of the call."""
+    name, number = at
+    if name:
+        owner = aimscale.harness.train.points
+        real, calls = getattr(owner, name), iter(range(1, number))
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if next(calls, None) is None:
+                os.kill(os.getpid(), signum)
+            return real(*args, **kwargs)
+
+        setattr(owner, name, watched)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        sys.exit(train(path))
+    except UserError as error:
+        sys.exit(error.exit_code)
+
+
+@pytest.fixture
+def measured(tiny_data: Path, tiny_config: Config) -> Callable[..., RunConfig]:
+    """A run of `tiny_config` that validates every 16 images and probes every 32, with loader processes ahead."""
+
+    def make(runtime: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
+        validation = {"path": str(tiny_data / "validation"), "num_prefixes": 2, "centre_crop": 1.0, "every_images": 16}
+        task = {"task": "two", "train": str(tiny_data / "two"), "test": str(tiny_data / "other"), "epochs": 1}
+        probes = [{**task, "kinds": ["linear", "knn"], "every_images": 32}]
+        values = {"validation": validation, "probes": probes} | changes
+        return tiny_config({"num_workers": 1, **(runtime or {})}, **values)
+
+    return make
+
+
+def learnt(run: RunDir) -> list[tuple[Any, ...]]:
+    keys = ("branch", "images_seen", "loss", "grad_norm", "lr")
+    return [tuple(json.loads(line)[key] for key in keys) for line in run.metrics.read_text().splitlines()]
+
+
+def curve(run: RunDir) -> list[dict[str, Any]]:
+    """Its lines, each once, without times."""
+    lines = [json.loads(line) for line in run.curve.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "measured_s"} for line in lines]
+
+
+def test_points_change_no_bit_and_a_stopped_or_killed_run_has_them_once(
+    tmp_path: Path, measured: Config, in_processes: Run, tiny_config: Config
+) -> None:
+    whole, without, broken = (tmp_path / name for name in ("whole", "without", "broken"))
+    RunDir.create(without, measured(validation=tiny_config().evaluation.validation.model_dump(), probes=[]))
+    assert in_processes(train_in, without) == [0]
+    assert not RunDir(without).curve.exists(), "16 validation images are worth no point of so short a run"
+    RunDir.create(whole, measured())
+    assert in_processes(train_in, whole) == [0]
+    assert learnt(RunDir(whole)) == learnt(RunDir(without))
+    lines = curve(RunDir(whole))
+    assert [line["images_seen"] for line in lines] == [16, 32, 48, 64, 80, 96], "the trunk ends at 104"
+    probed = {line["images_seen"]: [probe["kind"] for probe in line["probes"]] for line in lines}
+    assert probed == {position: ["linear", "knn"] if position % 32 == 0 else [] for position in probed}
+
+    run = RunDir.create(broken, measured({"checkpoint_every_images": 24}))
+    for signum, at, end in (
+        (signal.SIGTERM, ("validate", 2), EXIT_PREEMPTED),  # at 32
+        (signal.SIGTERM, ("probe_backbone", 1), EXIT_PREEMPTED),  # at 32 again, after its validation
+        (signal.SIGKILL, ("validate", 3), -signal.SIGKILL),  # at 64, which is measured after 48, from where it goes on
+    ):
+        assert in_processes(train_in, broken, signum, at) == [end]
+    assert in_processes(train_in, broken) == [0]
+    assert curve(run) == lines
+    assert not (run.path / "probes" / "during").exists()
+    rows = [{k: row[k] for k in ("images_seen", "val_loss", "train_loss")} for row in run.read_rows()]
+    assert rows == [{k: row[k] for k in rows[0]} for row in RunDir(whole).read_rows()]
+
+
+@pytest.mark.parametrize(("stage", "world_size", "precision"), [(0, 2, "fp32"), (1, 1, "bf16"), (3, 2, "bf16")])
+def test_a_point_says_what_a_budget_of_its_weights_says(
+    tmp_path: Path, measured: Config, in_processes: Run, stage: int, world_size: int, precision: str
+) -> None:
+    """A decay to the peak rate is none, so the trunk at 64 images has the weights of that budget."""
+    config = measured(
+        {"zero_stage": stage, "micro_batch": 2},
+        schedule={"warmup_images": 16, "lr_end": 1e-3},
+        optimiser={"batch_size": 8, "precision": precision},
+    )
+    run = RunDir.create(tmp_path / "run", config)
+    assert in_processes(train_in, run.path, world_size=world_size) == [0] * world_size
+    (point,) = (line for line in curve(run) if line["images_seen"] == 64)
+    row = run.read_rows()[0]
+    names = ("images_seen", "val_loss", "val_loss_se", "val_num_images", "probes")
+    assert {name: point[name] for name in names} == {name: row[name] for name in names}
+    assert row["validation"].rpartition(".")[0] == point["validation"]
+    assert point["lr"] == 1e-3
+
+
+def test_automatic_points_take_three_percent_whatever_the_budgets(measured: Config, tiny_config: Config) -> None:
+    config = tiny_config(budgets=[4000])
+    model = model_of(config.training)
+    validation = 16 * 2 * flops_per_image(model).forward
+    trained = executed_flops_per_image(model, model.num_tokens / 2).train
+    found = validation_distance(config, data_set)
+    assert found
+    assert found % 8 == 0
+    assert found - 8 < validation / (0.03 * trained) <= found
+    assert validation_distance(tiny_config(budgets=[4000, 8000]), data_set) == found
+    assert validation_distance(tiny_config(budgets=[10**7]), data_set) == 80_000, "100 points at most"
+    assert validation_distance(config, lambda path: None) is None
+    assert validation_distance(measured(), data_set) == 16
+    schedule = schedule_of(config)
+    points = [position for position in range(0, schedule.last_point + 1, 8) if schedule.is_point(position, found)]
+    assert len(points) == schedule.num_points(found) == 3200 // found
