@@ -94,6 +94,9 @@ def _percent_table(frame: pd.DataFrame) -> str:
         name for name in map(str, frame.select_dtypes("number")) if name.startswith(parts) or name.endswith("_top1")
     ]
     shown = frame.assign(**{name: 100 * frame[name] for name in names})
+    for name, form in (("p", "{:.2g}"), ("n", "{:.0f}")):
+        if name in shown:
+            shown[name] = shown[name].map(form.format, na_action="ignore").fillna("–")
     return "" if frame.empty else shown.to_string(index=False, float_format="%.1f")
 
 
