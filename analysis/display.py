@@ -54,9 +54,9 @@ class Result:
         words = {name: getattr(self, name)() for name in ("sentence", "sentences") if hasattr(self, name)}
         return plain_fields(self) | words
 
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """`to_dict` as JSON; numbers that JSON cannot hold become null."""
-        return json.dumps(plain_types(self.to_dict()), indent=indent, allow_nan=False)
+    def to_json(self, *, indent: int | None = 2, **also: Any) -> str:
+        """`to_dict`, and what there is `also`, as JSON; numbers that JSON cannot hold become null."""
+        return json.dumps(plain_types(self.to_dict() | also), indent=indent, allow_nan=False)
 
     def __repr__(self) -> str:
         return f"{self.headline()}\n{_text(self.table, MAX_ROWS)}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import draw, show, table_of
+from aimscale.analysis.cli.options import show, table_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,33 +37,17 @@ def contrast(
     json: options.AsJson = False,
 ) -> None:
     """Pair rows over size, data, seed and all else; differences and ratios with intervals, and the worth in compute."""
-    from aimscale.analysis.display import plain_types
     from aimscale.analysis.effects.contrasts import contrast
     from aimscale.analysis.effects.gains import Gain, gains
-    from aimscale.analysis.published.ablations import beside_paper
+    from aimscale.analysis.published.ablations import beside_paper, in_words
 
     df = table_of(tables, columns, where)
     name, _, baseline = by.partition("=")
     found = contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
     worth, paper = gains(found, df), beside_paper(found, df)
-    if not json:
-        show(found, json, figure, after=list(dict.fromkeys(f"- {each}" for each in (*worth, *paper))))
-        return
-    if figure is not None:
-        draw(found.plot(), figure)
-    typer.echo(
-        json_module.dumps(
-            plain_types(
-                found.to_dict()
-                | {
-                    "gains": [each for each in worth if isinstance(each, Gain)],
-                    "published": [each.row for each in paper],
-                }
-            ),
-            indent=2,
-            allow_nan=False,
-        )
-    )
+    after = dict.fromkeys(f"- {each}" for each in (*worth, *in_words(paper)))
+    also = {"gains": [each for each in worth if isinstance(each, Gain)], "published": paper}
+    show(found, json, figure, after=list(after), also=also)
 
 
 def correlate(

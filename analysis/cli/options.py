@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -86,11 +86,20 @@ def table_to_minimise(
     return (best_of(df, best, y) if best else df), y
 
 
-def show(result: Result, json: bool, figure: Path | None = None, *, after: Sequence[str] = ()) -> None:
-    """Draw a result where a figure is asked for, and print it as JSON or in words, with the lines of `after`."""
+def show(
+    result: Result,
+    json: bool,
+    figure: Path | None = None,
+    *,
+    after: Sequence[str] = (),
+    also: Mapping[str, Any] | None = None,
+) -> None:
+    """Draw a result where a figure is asked for, and print it in words with the lines of `after`, or as JSON with what
+    there is `also`.
+    """
     if figure is not None:
         draw(result.plot(), figure)
-    typer.echo(result.to_json() if json else "\n".join([result.summary(), *after]))
+    typer.echo(result.to_json(**(also or {})) if json else "\n".join([result.summary(), *after]))
 
 
 def draw(figure: Figure, path: Path) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from aimscale.analysis.effects.contrasts import Contrast, Contrasts, contrast, factors, level_name
+from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors, level_name
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.published import DATA
@@ -21,52 +20,8 @@ from aimscale.analysis.table.design import DEFAULT, with_size
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.words import measured_by
 
-KINDS = ("linear", "attentive")
+KINDS = ["linear", "attentive"]
 """Probes of the paper's ablations."""
-MODEL = "AIM-0.6B"
-"""What was ablated."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Beside:
-    """A published difference beside the same one here."""
-
-    kind: str
-    """Of the probe."""
-    settings: tuple[str, str]
-    """The paper's words for level and baseline."""
-    published: float
-    """The paper's level minus baseline in top-1, as a fraction; it has no interval."""
-    published_on: str
-    """Its task."""
-    ours: Contrast
-    sizes: str
-    """Parameters of the smallest and the largest of our runs: of the trunk, where the table counts them."""
-
-    def __str__(self) -> str:
-        c, level, baseline = self.ours, *self.settings
-        here = f"{100 * c.difference:+.1f}" + (f" [{100 * c.low:+.1f}, {100 * c.high:+.1f}]" if c.over else "")
-        return (
-            f"Paper: {level} over {baseline} {100 * self.published:+.1f} ({measured_by(self.kind)} on "
-            f"{self.published_on}, {MODEL}); here {here} ({c.measure.task}, N = {self.sizes})."
-        )
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """Of `Comparison.ablations`."""
-        c, (level, baseline) = self.ours, self.settings
-        return {
-            "change": f"{level} over {baseline}",
-            "kind": self.kind,
-            "published": self.published,
-            "published_on": self.published_on,
-            "task": c.measure.task,
-            "difference": c.difference,
-            "low": c.low,
-            "high": c.high,
-            "over": c.over,
-            "N": self.sizes,
-        }
 
 
 @functools.cache
@@ -75,7 +30,7 @@ def ablations() -> pd.DataFrame:
     has no column for it), linear and attentive (top-1 as fractions), task, source.
     """
     cells = pd.read_csv(DATA / "ablations.csv").fillna({"ours": ""})
-    cells[list(KINDS)] = (cells[list(KINDS)] / 100).round(4)
+    cells[KINDS] = (cells[KINDS] / 100).round(4)
     return cells
 
 
@@ -86,42 +41,54 @@ def _cells() -> dict[tuple[str, str], pd.Series]:
     return {(name.partition("=")[0], name.partition("=")[2]): cell for name, cell in named}
 
 
-def beside_paper(found: Contrasts, frame: pd.DataFrame) -> list[Beside]:
+def beside_paper(found: Contrasts, frame: pd.DataFrame) -> pd.DataFrame:
     """The paper's difference beside each of a contrast, where it has both settings and that kind of probe.
 
     Args:
         frame: the table that was compared.
+
+    Returns:
+        change (level over baseline, in the paper's words), kind, published (its difference in top-1, a fraction without
+        an interval), published_on, task, difference (ours), low, high, over (what the interval covers), N (parameters
+        of our smallest and largest run: of the trunk, where the table counts them).
     """
     rows = complete(with_size(frame))
-    if found.by not in rows:
-        return []
-    names = rows[found.by].map(level_name, na_action="ignore")
-    out = []
-    for each in found.contrasts:
-        m, sides = (
-            each.measure,
-            [_settings(rows[names == name], found.by, name) for name in (each.level, each.baseline)],
-        )
-        columns = [column for column in sides[0] if column in sides[1]]
-        if m.column != "top1" or m.kind not in KINDS or not columns:
+    count = "params_trunk" if "params_trunk" in rows else "params_total"
+    out: list[dict[str, Any]] = []
+    for each in [c for c in found.contrasts if c.measure.column == "top1" and c.measure.kind in KINDS]:
+        names, kind = rows[found.by].map(level_name, na_action="ignore"), each.measure.kind
+        ours, theirs = (_settings(rows[names == name], found.by, name) for name in (each.level, each.baseline))
+        shared = [(ours[column], theirs[column]) for column in ours if column in theirs]
+        if not shared or shared[0][0]["setting"] == shared[0][1]["setting"] or pd.isna(shared[0][0][kind]):
             continue
-        level, baseline = (side[columns[0]] for side in sides)
-        published = level[m.kind] - baseline[m.kind]
-        if level["setting"] == baseline["setting"] or pd.isna(published):
-            continue
-        size = "params_trunk" if "params_trunk" in rows and rows["params_trunk"].notna().all() else "params_total"
-        ours = rows[rows["size"].isin(each.pairs["size"])] if "size" in each.pairs else rows
+        level, baseline = shared[0]
+        counts = rows.loc[rows["size"].isin(each.pairs["size"]), count] if "size" in each.pairs else rows[count]
         out.append(
-            Beside(
-                kind=m.kind,
-                settings=(level["setting"], baseline["setting"]),
-                published=float(published),
-                published_on=level["task"],
-                ours=each,
-                sizes=" to ".join(dict.fromkeys(map(human, (ours[size].min(), ours[size].max())))),
-            )
+            {
+                "change": f"{level['setting']} over {baseline['setting']}",
+                "kind": kind,
+                "published": level[kind] - baseline[kind],
+                "published_on": level["task"],
+                "task": each.measure.task,
+                "difference": each.difference,
+                "low": each.low,
+                "high": each.high,
+                "over": each.over,
+                "N": " to ".join(dict.fromkeys(map(human, (counts.min(), counts.max())))),
+            }
         )
-    return out
+    return pd.DataFrame(out)
+
+
+def in_words(beside: pd.DataFrame) -> Iterator[str]:
+    """A sentence per row of `beside_paper`."""
+    for row in beside.to_dict("records"):
+        interval = f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" if row["over"] else ""
+        yield (
+            f"Paper: {row['change']} {100 * row['published']:+.1f} ({measured_by(row['kind'])} on "
+            f"{row['published_on']}, AIM-0.6B); here {100 * row['difference']:+.1f}{interval} "
+            f"({row['task']}, N = {row['N']})."
+        )
 
 
 def _settings(rows: pd.DataFrame, by: str, level: str) -> dict[str, pd.Series]:
@@ -132,16 +99,16 @@ def _settings(rows: pd.DataFrame, by: str, level: str) -> dict[str, pd.Series]:
     names = {by: level}
     if by == "head_depth" and "head_rule" in rows:
         own = [name for name in ("model.head_depth", "model.head_width", "model.head_kind") if name in rows]
-        by_rule = bool((rows[own] == DEFAULT).all(axis=None))
-        rules = ["none"] if level == "0" else rows["head_rule"].unique().tolist() if by_rule else []
-        names |= {"head_rule": rules[0]} if len(rules) == 1 else {}
+        rules = rows["head_rule"].unique().tolist() if (rows[own] == DEFAULT).all(axis=None) else []
+        names |= {"head_rule": "none"} if level == "0" else {"head_rule": rules[0]} if len(rules) == 1 else {}
     return {column: _cells()[column, word] for column, word in names.items() if (column, word) in _cells()}
 
 
-def all_beside_paper(frame: pd.DataFrame) -> Iterator[Beside]:
-    """Every change of a table that the paper tried, too, where rows are paired over it."""
-    rows = complete(frame)
-    for name in factors(rows):
-        if name in {"head_depth", *(column for column, _ in _cells())}:
-            with contextlib.suppress(AnalysisError):  # nothing was probed, or nothing is paired
-                yield from beside_paper(contrast(rows, by=name, measures=["top1"]), rows)
+def all_beside_paper(frame: pd.DataFrame) -> pd.DataFrame:
+    """`beside_paper` of every column of a table that the paper varied, too, and over which rows are paired."""
+    rows, found = complete(frame), [pd.DataFrame()]
+    columns = {"head_depth", *(column for column, _ in _cells())}
+    for name in filter(columns.__contains__, factors(rows)):
+        with contextlib.suppress(AnalysisError):  # nothing was probed, or nothing is paired
+            found.append(beside_paper(contrast(rows, by=name, measures=["top1"]), rows))
+    return pd.concat(found, ignore_index=True)

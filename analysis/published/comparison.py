@@ -53,8 +53,7 @@ class Comparison(Result):
     baselines: pd.DataFrame
     """The runs' largest budgets beside the project's own baselines, on all tasks and frozen probes: `beside_runs`."""
     ablations: pd.DataFrame
-    """Changes that the paper tried and the table holds in pairs: change, kind, published (the paper's difference in
-    top-1), published_on, task, difference (ours), low, high, over (what the interval covers), N (of our runs)."""
+    """Changes that the paper tried and the table holds in pairs: `all_beside_paper`."""
     exponents: pd.DataFrame
     """Exponents: whose, N counts, exponent, low, high, n_low, n_high."""
     left_out: tuple[Flag, ...]
@@ -112,7 +111,7 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
     return Comparison(
         tasks=_task_rows(shared),
         baselines=beside_runs(_last_budgets(probes[probes["kind"] != ADAPTED]), read_baselines(frame)),
-        ablations=pd.DataFrame([each.row for each in all_beside_paper(frame)]),
+        ablations=all_beside_paper(frame),
         exponents=_exponents(found.rows, left_out, resamples),
         left_out=tuple(left_out),
     )

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis.effects.contrasts import contrast
-from aimscale.analysis.published.ablations import ablations, all_beside_paper, beside_paper
+from aimscale.analysis.published.ablations import ablations, all_beside_paper, beside_paper, in_words
 from aimscale.analysis.published.comparison import compare
 from aimscale.analysis.table.read import with_setup
 
@@ -35,27 +35,30 @@ def test_cells_of_one_setting_agree_between_ablations():
 def test_the_papers_difference_stands_beside_ours_with_its_interval(known_study):
     df = probed(known_study(PART, PART | {"patch_order": "outward_spiral"}, PART | {"patch_order": "inward_spiral"}))
     found = contrast(df, by="patch_order")
-    beside = {(each.ours.level, each.kind): each for each in beside_paper(found, df)}
-    assert set(beside) == {("outward_spiral", "linear"), ("outward_spiral", "attentive")}  # inward is not the authors'
-    each = beside["outward_spiral", "linear"]
-    assert each.published == pytest.approx(0.677 - 0.695)
+    beside = beside_paper(found, df)
+    assert beside["change"].tolist() == ["spiral over raster"] * 2  # inward is not the authors'
+    assert dict(zip(beside["kind"], beside["published"], strict=True)) == pytest.approx(
+        {"linear": 0.677 - 0.695, "attentive": 0.763 - 0.774}
+    )
     ours = next(c for c in found.contrasts if c.measure.name == "top1:t:linear" and c.level == "outward_spiral")
-    assert (each.ours, each.sizes) == (ours, "120k to 360k")
-    assert f"[{100 * ours.low:+.1f}, {100 * ours.high:+.1f}]" in str(each)
-    assert compare(df, resamples=20).ablations["published"].tolist() == pytest.approx([-0.018, -0.011])
+    assert beside.loc[0, ["difference", "low", "high", "N"]].tolist() == [
+        *(ours.difference, ours.low, ours.high),
+        "120k to 360k",
+    ]
+    assert f"[{100 * ours.low:+.1f}, {100 * ours.high:+.1f}]" in next(in_words(beside))
+    pd.testing.assert_frame_equal(compare(df, resamples=20).ablations, beside)
 
 
 def test_heads_are_put_beside_by_their_rule_and_never_by_blocks_of_another_size(known_study):
     heads = {"1": {}, "0": {"model.head_depth": 0}, "6": {"model.head_depth": 6}, "12": {"model.head_depth": 12}}
-    parts = [PART | {"head_depth": int(depth)} for depth in heads]
-    df = probed(known_study(*parts), heads)
-    for baseline, expected in (("1", {("0", -0.06)}), ("12", {("6", -0.047)})):
-        beside = beside_paper(contrast(df, by="head_depth", baseline=baseline), df)
-        assert {(each.ours.level, round(each.published, 4)) for each in beside if each.kind == "linear"} == expected
+    df = probed(known_study(*(PART | {"head_depth": int(depth)} for depth in heads)), heads)
+    for baseline, expected in (("1", {"none over MLP": -0.06}), ("12", {"6 over 12": -0.047})):
+        beside = beside_paper(contrast(df, by="head_depth", baseline=baseline), df).query("kind == 'linear'")
+        assert dict(zip(beside["change"], beside["published"], strict=True)) == pytest.approx(expected)
 
 
-def test_masked_models_are_paired_with_the_autoregressive_one_by_accuracy_alone(known_study):
+def test_masked_models_are_paired_with_the_autoregressive_one(known_study):
     df = probed(known_study(PART, PART | {"prefix": None}), {"None": {"objective.masked": 0.75}})
-    (each,) = (each for each in all_beside_paper(df) if each.ours.level == "0.75")
-    assert (each.kind, each.published) == ("attentive", pytest.approx(-0.004))
-    assert {c.measure.column for c in contrast(df, by="objective.masked").contrasts} == {"top1"}
+    beside = all_beside_paper(df).query("change == '75 % masked over autoregressive'")
+    assert beside["kind"].tolist() == ["attentive"]
+    assert beside["published"].tolist() == pytest.approx([-0.004])
