@@ -29,8 +29,8 @@ from aimscale.harness.run.config import (
 )
 from aimscale.harness.run.row import cached_model
 from aimscale.harness.run.strict import count
-from aimscale.sweeps.plan.recipes import Fields, Recipe, Scale, merge, recipe
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.plan.recipes import Recipe, Scale, recipe
+from aimscale.sweeps.plan.sweepfile import Fields, Sweep, SweepError, merge
 
 MAX_CELLS, MAX_DEVICES = 100_000, 1_000_000
 """The most that a plan takes."""

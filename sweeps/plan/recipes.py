@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from aimscale.aim.errors import did_you_mean
-from aimscale.sweeps.plan.sweepfile import SweepError
-
-Fields = dict[str, Any]
+from aimscale.sweeps.plan.sweepfile import Fields, SweepError, merge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +48,6 @@ class Recipe:
         """The recipe's part of a run's training fields, with `runtime` and `devices` beside them."""
         fixed = {"optimiser": {"precision": self.precision}, "schedule": {"kind": self.schedule}}
         return merge(merge(self.settings, fixed), self.scaled(scale))
-
-
-def merge(base: Fields, changes: Fields) -> Fields:
-    """Nested mappings united, `changes` winning; lists are replaced whole. Neither argument is altered."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
-    return merged
 
 
 def _paper(scale: Scale) -> Fields:

@@ -14,7 +14,10 @@
     exclude: [{size: rung-128, unique_images: 1k}]
     override: [{when: {size: rung-128}, set: {optimiser.lr_peak: 0.0005}}]
 
-Relative paths are relative to the file; those of a preset, to the sweep root.
+Relative paths are relative to the file; those of a preset, to the sweep root. A file may start from a preset:
+
+    preset: ablation-orders             # keys that stand here replace the preset's, but `base` adds to its `base`
+    sizes: [rung-64]
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from aimscale.aim.errors import UserError, did_you_mean
@@ -35,6 +39,7 @@ from aimscale.harness.run.config import Section, parse, read_yaml
 from aimscale.harness.run.files import read_object
 from aimscale.harness.run.strict import count
 
+Fields = dict[str, Any]
 PRESETS = Path(__file__).parent / "presets"
 SWEEP_FILE = "sweep.yaml"
 SWEEP_RECORD = "sweep.json"
@@ -157,6 +162,9 @@ class SlurmSection(Section):
 class SweepFile(Section):
     """One experiment."""
 
+    preset: str | None = None
+    """Name of a preset whose keys hold where this file has none of its own; `base` adds to the preset's. What is
+    launched is written out whole."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the sweep's directory."""
     description: str = ""
@@ -294,8 +302,34 @@ def load_sweep(name: str | Path, root: Path) -> Sweep:
 
 
 def _read(path: Path, *, base_dir: Path, root: Path) -> Sweep:
-    file = parse(SweepFile, read_yaml(path), str(path))
-    return Sweep(file=file, text=path.read_text(), source=path, base_dir=base_dir, root=root)
+    values = read_yaml(path)
+    is_whole = not isinstance(values, dict) or values.get("preset") is None
+    values = values if is_whole else _on_preset(values, path)
+    text = path.read_text() if is_whole else yaml.safe_dump(values, sort_keys=False)
+    return Sweep(file=parse(SweepFile, values, str(path)), text=text, source=path, base_dir=base_dir, root=root)
+
+
+def _on_preset(values: Fields, where: Path) -> Fields:
+    """A file's keys upon those of the preset that it names, if it does, which may itself name one."""
+    if (name := values.get("preset")) is None:
+        return values
+    if name not in preset_names():
+        raise SweepError(f"{where}: no preset '{name}'; {did_you_mean(str(name), preset_names(), 'presets:')}")
+    path = PRESETS / f"{name}.yaml"
+    start = _on_preset(read_yaml(path), path)
+    whole = {**start, **{key: value for key, value in values.items() if key != "preset"}}
+    if isinstance(base := values.get("base"), dict):
+        whole["base"] = merge(start.get("base", {}), base)
+    return whole
+
+
+def merge(base: Fields, changes: Fields) -> Fields:
+    """Nested mappings united, `changes` winning; lists are replaced whole. Neither argument is altered."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
+    return merged
 
 
 def _read_directory(directory: Path) -> Sweep:

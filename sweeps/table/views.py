@@ -97,7 +97,7 @@ def axis_columns(rows: Sequence[CostCard] | Sequence[RunStatus]) -> list[Column]
 def _axis_value(axis: str, row: CostCard | RunStatus) -> str:
     value = row.cell[axis]
     if value is None:
-        return "all"
+        return "all" if axis == "unique_images" else "none"
     return number(value) if type(value) is int and value >= 10_000 else str(value)
 
 

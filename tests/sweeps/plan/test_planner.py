@@ -121,7 +121,7 @@ def test_presets_plan_cleanly(name: str, tmp_path: Path) -> None:
     sweep = load_sweep(name, tmp_path)
     runs = plan(sweep)
     cards = to_json(cost_cards(sweep, runs))
-    assert json.loads(json.dumps(cards))["totals"]["num_runs"] == len(runs) >= 4
+    assert json.loads(json.dumps(cards))["totals"]["num_runs"] == len(runs) >= 1
     of_data = ("data.sources", "validation.path", "probes.")
     assert all(problem.key.startswith(of_data) for problem in check(sweep, runs))
     assert not list(tmp_path.iterdir())
