@@ -89,7 +89,7 @@ COLUMNS = tuple(
         ("schedule", "string", "", "wsd or cosine"),
         ("precision", "string", "", "fp32 or bf16"),
         ("patch_order", "string", "", "Order in which patches are predicted"),
-        ("prefix", "string", "", "How prefix lengths are drawn"),
+        ("prefix", "string", "", "How prefix lengths are drawn; null for a masked model"),
         ("target", "string", "", "normalised (per patch, as in the paper) or raw pixels"),
         ("head_rule", "string", "", "How the pixel head follows the trunk"),
         ("head_width", "int64", "channels", "Width of the pixel head's blocks; null for a linear head"),

@@ -12,13 +12,13 @@ import typer.cli
 import typer.main
 
 from aimscale.sweeps.cli.main import app
+from aimscale.sweeps.plan.sweepfile import preset_names
 
 INTRODUCTION = """\
 # Commands
 
 Every verb and option; `aimscale VERB --help` prints the same.
-SWEEP is a sweep file, a preset (`demo`, `aim-paper`, `data-scaling`, `isoflop`) or the name of a launched
-sweep.
+SWEEP is a sweep file, a preset or the name of a launched sweep. Presets: PRESETS.
 
 A user's mistake is one sentence on stderr and exit code 2. `train` exits with 0 when finished, 3 when training
 diverged, 75 when it saved after a signal and wants to be started again, 1 on a crash; `launch` with 1 when a run failed
@@ -40,4 +40,5 @@ def markdown() -> str:
     ):
         page = re.sub(needless, "", page)
     page = page.replace("```console\n$ ", "```text\n")
-    return f"{INTRODUCTION}{page.rstrip()}\n"
+    presets = ", ".join(f"`{name}`" for name in preset_names())
+    return f"{INTRODUCTION.replace('PRESETS', presets)}{page.rstrip()}\n"

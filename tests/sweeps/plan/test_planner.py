@@ -22,7 +22,7 @@ from aimscale.sweeps.plan.checks import check
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, to_json
 from aimscale.sweeps.plan.planner import counts_of, plan
 from aimscale.sweeps.plan.recipes import RECIPES
-from aimscale.sweeps.plan.sweepfile import load_sweep, preset_names
+from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep, preset_names
 
 
 def test_axes_multiply_and_one_wsd_run_serves_all_budgets(write_sweep: Any, tmp_path: Path) -> None:
@@ -125,6 +125,26 @@ def test_presets_plan_cleanly(name: str, tmp_path: Path) -> None:
     of_data = ("data.sources", "validation.path", "probes.")
     assert all(problem.key.startswith(of_data) for problem in check(sweep, runs))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_starts_from_a_preset_and_is_written_out_whole(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "preset: ablation-masking\nname: mine\nrecipe: small\nsizes: [rung-32]\nbudgets: [1024]\n"
+        "base: {model.patch_size: 28, objective: {target: raw}, data: {sources: [{path: here}]}}\n"
+    )
+    sweep = load_sweep(path, tmp_path)
+    runs = plan(sweep)
+    models = [model_of(run.config.training) for run in runs]
+    assert [(model.masked, model.num_masked) for model in models] == [(None, 0), (0.5, 32), (0.75, 48)]
+    assert {(model.target, model.patch_size, model.head.width) for model in models} == {("raw", 28, 2048)}
+    assert {run.config.training.data.sources[0].path for run in runs} == {str(tmp_path / "here")}
+    path.write_text(sweep.text)  # as launching keeps it
+    assert "preset" not in sweep.text
+    assert [run.run_id for run in plan(load_sweep(path, tmp_path))] == [run.run_id for run in runs]
+    path.write_text("preset: ablation-maskin\n")
+    with pytest.raises(SweepError, match="ablation-masking"):
+        load_sweep(path, tmp_path)
 
 
 def test_decay_branches_are_paid_for(write_sweep: Any) -> None:
