@@ -19,7 +19,7 @@ from aimscale.analysis.effects.paired import POWER, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.published.ablations import all_beside_paper
-from aimscale.analysis.published.published import PAPER_EXPONENTS, TASKS, best_frozen, published_frame, table6
+from aimscale.analysis.published.published import TASKS, best_frozen, published_frame, table6
 from aimscale.analysis.table.hits import hits_of
 from aimscale.analysis.table.names import FOLDER, joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
@@ -32,6 +32,8 @@ PROTOCOL = "attentive"
 ADAPTED = "lora"
 """The kind of probe that is none: it adapts the trunk, and its accuracy is that of no frozen feature."""
 PAPER_SIDE = 224
+COUNTS = ("params_trunk", "params_total")
+"""N of the exponents, without and with the pixel head."""
 LAST, CHOSEN, UNSAID = "last", "chosen", "not said"
 """Blocks that a probe averages: the last six (the protocol's default), those that a hold-out chose, or a foreign table
 that does not say which."""
@@ -217,10 +219,10 @@ def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
 def _exponents(usable: pd.DataFrame, left_out: list[Flag], resamples: int) -> pd.DataFrame:
     """The paper's slopes and ours: a pure power law, as theirs, over sizes at one budget."""
     rows: list[dict[str, Any]] = [
-        {"whose": "AIM, four published points", "N": count} | _paper_exponent(count) for count in PAPER_EXPONENTS
+        {"whose": "AIM, four published points", "N": count} | _paper_exponent(count) for count in COUNTS
     ]
     seen = their_name(usable, "images_seen", "images seen")
-    for count in PAPER_EXPONENTS:
+    for count in COUNTS:
         if count not in usable or usable[count].isna().all() or usable.empty:
             continue
         subset, words = widest_slice(usable, count, "images_seen") if "images_seen" in usable else (usable, "all")

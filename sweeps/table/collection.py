@@ -22,7 +22,7 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.hits import HITS_FILE, hits_table
+from aimscale.analysis.table.hits import hits_table
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.probe.files import as_entry, entries_of, task_files
@@ -91,7 +91,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     _write(sweep, "results", rows)
     _write(sweep, "curves", points)
     _write(sweep, "baselines", baselines)
-    _write_hits(sweep, [*hits, *their_hits])
+    _write(sweep, "hits", [*hits, *their_hits])
     whole = [run for run in runs if run.run_id not in damaged]
     summary = {
         "description": sweep.file.description,
@@ -110,21 +110,15 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
 
 
 def _write(sweep: Sweep, name: str, rows: list[Values]) -> None:
-    """The table in both formats; of curves and baselines none where there are none."""
-    for path in (sweep.directory / f"{name}.csv", sweep.directory / f"{name}.parquet"):
+    """The table in both formats, and hits in Parquet alone; but for results, no file where there are no rows."""
+    table = hits_table(rows) if name == "hits" else results_table(rows, OF_CURVES if name == "curves" else ())
+    for path in (sweep.directory / f"{name}{suffix}" for suffix in (".csv", ".parquet")):
+        if name == "hits" and path.suffix == ".csv":
+            continue
         if rows or name == "results":
-            write_table(results_table(rows, OF_CURVES if name == "curves" else ()), path)
+            write_table(table, path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _write_hits(sweep: Sweep, hits: list[Values]) -> None:
-    """The hits of runs and baselines; no file where no probe's were kept."""
-    path = sweep.directory / HITS_FILE
-    if hits:
-        write_table(hits_table(hits), path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _hits(row: Values, documents: Iterable[Values]) -> list[Values]:
