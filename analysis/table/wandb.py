@@ -36,7 +36,8 @@ def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str,
     if any(f"{name}__MIN" in there for name in there):
         frame = _points_of_panel(frame)
     elif there >= _API:
-        frame = _runs_of_api(frame, path)
+        cells = {name: frame[name].map(lambda cell: _parsed(cell, path)) for name in ("config", "summary")}
+        frame = frame.rename(columns={"name": "Name"}).assign(**cells)
     elif not (there >= {"Name", "State"} or "_step" in there):
         return frame, {}
     frame = _flat(frame)
@@ -69,32 +70,22 @@ def _points_of_panel(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(points, ignore_index=True)
 
 
-def _runs_of_api(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """A row for each run with a column for each key of its configuration and its summary, which a CSV has as text."""
-
-    def parsed(cell: Any) -> Any:
-        return ast.literal_eval(cell) if isinstance(cell, str) else cell
-
+def _parsed(cell: Any, path: Path) -> Any:
+    """A dictionary, which a CSV has as text."""
     try:
-        parts = [
-            pd.DataFrame([parsed(cell) for cell in frame[name]], index=frame.index) for name in ("config", "summary")
-        ]
+        return ast.literal_eval(cell) if isinstance(cell, str) else cell
     except (ValueError, SyntaxError) as error:
         raise AnalysisError(
-            f"{path}: 'config' and 'summary' are no dictionaries ({error}); write the runs to a .jsonl or .parquet file"
+            f"{path}: 'config' or 'summary' is no dictionary ({error}); write the runs to a .jsonl or .parquet file"
         ) from error
-    fresh = [name for name in parts[1] if name not in parts[0]]
-    return parts[0].assign(**parts[1][fresh], Name=frame["name"])
 
 
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:
-    """Nested parts of a configuration as columns such as `model.width`; pictures and tables of W&B are left out."""
+    """Nested parts of a configuration as columns such as `model.width`."""
     for name in [name for name in frame if frame[name].map(lambda cell: isinstance(cell, dict)).any()]:
         cells = [cell if isinstance(cell, dict) else {} for cell in frame[name]]
         inner = pd.json_normalize(cells).set_index(frame.index).add_prefix(f"{name}.")
-        frame = frame.drop(columns=name)
-        if not any("_type" in cell for cell in cells):
-            frame = frame.join(inner[[each for each in inner if each not in frame]])
+        frame = frame.drop(columns=name).join(inner[[each for each in inner if each not in frame]])
     return frame
 
 

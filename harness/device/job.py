@@ -34,6 +34,8 @@ class Job:
     group: Group
     watch: RankWatch
     flag: StopFlag
+    exits: contextlib.ExitStack
+    """Of this rank, left when the status says how the job ended: what is slow there keeps no other rank waiting."""
 
     def tell(self, **changes: Any) -> None:
         """Change `status.json`, if this is the first rank."""
@@ -77,7 +79,7 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
         stack.callback(stop_group)
         flag = stack.enter_context(stop_signals())
         watch = stack.enter_context(holding_run(folder, group))
-        job = Job(folder=folder, group=group, watch=watch, flag=flag)
+        job = Job(folder=folder, group=group, watch=watch, flag=flag, exits=stack)
         stack.enter_context(watch.watching())
         try:
             if group.is_first:

@@ -12,13 +12,12 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from aimscale.harness.run.config import ConfigError, RunConfig
-from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import PreemptedError
+from aimscale.harness.run.directory import RunDir, State
 from aimscale.harness.run.row import configured_columns, setup_of
 
 NOT_PLOTTED = ("images_seen", "step", "branch", "time", "attempt")
@@ -26,7 +25,6 @@ DECAYING = ("loss", "loss_max", "grad_norm", "lr", "images_done")
 """What is plotted of a decay: speeds and counts go on from the trunk's."""
 FINISH_S = 60
 """W&B may take so long at the end of a job to send what is left, unless WANDB_FINISH_TIMEOUT says otherwise."""
-Ending = Literal["finished", "preempted", "failed"]
 
 
 def refuse_missing(config: RunConfig) -> None:
@@ -55,7 +53,7 @@ class TensorBoardLogger:
             self._writer.add_image(name, picture, images_seen, dataformats="HWC")
         self._writer.flush()  # what was told is not told again
 
-    def close(self, ending: Ending) -> None:
+    def close(self, state: State) -> None:
         """Write what is buffered."""
         self._writer.close()
 
@@ -136,14 +134,14 @@ class WandbLogger:
         with self._surviving():
             self._run.log(line | {name: wandb.Image(each) for name, each in (pictures or {}).items()})
 
-    def close(self, ending: Ending) -> None:
+    def close(self, state: State) -> None:
         """Send what is left, for `FINISH_S` at most, and how the job ended."""
         if self._run is None:
             return
         with self._surviving():
-            if ending == "preempted":
+            if state == "preempted":
                 self._run.mark_preempting()
-            self._run.finish(exit_code=0 if ending == "finished" else 1)
+            self._run.finish(exit_code=0 if state == "finished" else 1)
 
 
 Logger = TensorBoardLogger | WandbLogger
@@ -152,23 +150,18 @@ Logger = TensorBoardLogger | WandbLogger
 
 @contextlib.contextmanager
 def logging_to(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
-    """The loggers of `runtime.loggers` for the block, which are told how it ended.
+    """The loggers of `runtime.loggers` for the block, after which `status.json` says how the job ended.
 
     Raises:
         ConfigError: a logger's package is not installed, or W&B has no login.
     """
     names = dict.fromkeys(config.runtime.loggers)
-    ending: Ending = "failed"
     loggers = [TensorBoardLogger(run) if name == "tensorboard" else WandbLogger(run, config) for name in names]
     try:
         yield loggers
-        ending = "finished"
-    except PreemptedError:
-        ending = "preempted"
-        raise
     finally:
         for logger in loggers:
-            logger.close(ending)
+            logger.close(run.read_status().state)
 
 
 def of_line(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:

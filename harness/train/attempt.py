@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import torch
@@ -38,16 +37,16 @@ def train(path: Path) -> int:
         torch.set_num_threads(config.runtime.num_threads)
         if config.runtime.num_workers:
             start_server()  # it imports PyTorch while the engine is built
-        with contextlib.ExitStack() as stack:
-            loggers: list[Logger] = []
-            job.group.from_first(lambda: loggers.extend(stack.enter_context(logging_to(run, config))))
-            if job.group.from_first(lambda: missing_budgets(run, config)):
-                trainer = Trainer(run, config, job, loggers)
-                try:
-                    trainer.walk()
-                finally:
-                    trainer.close()  # frees the device: what comes next needs the memory of the training state
-            evaluate_run(run, config, job, loggers)
+        group = job.group
+        loggers: list[Logger] = []
+        group.from_first(lambda: loggers.extend(job.exits.enter_context(logging_to(run, config))))
+        if group.from_first(lambda: missing_budgets(run, config)):
+            trainer = Trainer(run, config, job, loggers)
+            try:
+                trainer.walk()
+            finally:
+                trainer.close()  # frees the device: what comes next needs the memory of the training state
+        evaluate_run(run, config, job, loggers)
 
     return execute_job(run, config.runtime.device, work)
 
