@@ -53,7 +53,9 @@ Minimised = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
-FigurePath = Annotated[Path | None, typer.Option(help="Also draw FIGURE.svg and FIGURE.png.")]
+FigurePath = Annotated[
+    Path | None, typer.Option(help="Also draw FIGURE.svg, .pdf and .png, with what is drawn as .csv.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Resamples = Annotated[int, typer.Option(min=20, max=MAX_RESAMPLES, help="Draws that every interval is read from.")]
 
@@ -103,7 +105,7 @@ def show(
 
 
 def draw(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG and PNG."""
+    """Write a figure in every format."""
     from aimscale.analysis.plots.style import save
 
     save(figure, path)

@@ -17,6 +17,10 @@ def report(
     where: options.Where = None,
     best_of: options.BestOf = None,
     resamples: options.Resamples = 1000,
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="Also write each figure into this folder: SVG, PDF, PNG at a paper's width, and its CSV."),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page: summary, figures, laws, single changes, noise, pictures, methods.
 
@@ -26,9 +30,17 @@ def report(
     from aimscale.analysis.table.read import parse_columns
 
     page = write_report(
-        tables, out, columns=parse_columns(columns or []), where=where or [], best=best_of or [], resamples=resamples
+        tables,
+        out,
+        columns=parse_columns(columns or []),
+        where=where or [],
+        best=best_of or [],
+        resamples=resamples,
+        figures=figures,
     )
     typer.echo(f"Report: {page.resolve()}")
+    if figures is not None:
+        typer.echo(f"Figures: {figures.resolve()}")
 
 
 def compare(

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from aimscale.analysis.plots.style import (
+    ACCENT,
     DASHES,
     MARKERS,
     MAX_SERIES,
-    MUTED,
     PAPER,
-    RASTERISE_ABOVE,
+    ShownFigure,
+    figure_of,
     human,
     ordered_colours,
     power_of_ten,
@@ -26,7 +27,7 @@ from aimscale.analysis.table.names import LETTERS
 from aimscale.analysis.table.schema import KNOWN
 
 AXIS_LABELS = {
-    "params_total": "N: parameters (trunk, patch embedding, pixel head)",
+    "params_total": "N: parameters, pixel head included",
     "params_trunk": "N: trunk parameters",
     "params_head": "N: pixel-head parameters",
     "images_seen": "D: training images seen",
@@ -58,7 +59,7 @@ def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None
         letter = LETTERS.get(column, "L")
         return plain(names[column]) if letter in ("L", names[column]) else f"{letter}: {plain(names[column])}"
     if column in ("val_loss", "train_loss") and loss_unit:
-        return f"{AXIS_LABELS[column]} ({loss_unit})"
+        return f"{AXIS_LABELS[column]}\n({loss_unit})"
     if not loss_unit and column in FOREIGN_LABELS:
         return FOREIGN_LABELS[column]
     if column in AXIS_LABELS:
@@ -74,22 +75,14 @@ def short(column: str, names: Mapping[str, str] | None = None) -> str:
 
 
 def few_values(values: pd.Series) -> list[float] | None:
-    """The values themselves as ticks, if they are few and far enough apart for their labels."""
-    distinct = np.sort(values.unique())
-    if not 2 <= len(distinct) <= 6 or np.min(np.diff(np.log(distinct))) < 0.09 * np.log(distinct[-1] / distinct[0]):
-        return None
-    return [float(value) for value in distinct]
+    """The values themselves as ticks, if they are few."""
+    distinct = np.sort(values.dropna().unique())
+    return [float(value) for value in distinct] if 2 <= len(distinct) <= 8 else None
 
 
 def tick_label(column: str) -> Callable[[float], str]:
     """FLOPs as powers of ten, counts as people say them."""
     return power_of_ten if column.startswith("flops") or column == "C" else human
-
-
-def below(num: int) -> dict[str, Any]:
-    """Options of a legend of `num` entries below the axes, where it hides no point."""
-    columns = num if num <= 5 else -(-num // 2)
-    return {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": columns, "columnspacing": 1.2}
 
 
 def series_of(data: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, float]]:
@@ -109,29 +102,83 @@ def series_of(data: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, float]]
     return labels, dict(zip(names, map(float, distinct), strict=True))
 
 
-def scatter(ax: Axes, x: Any, y: Any, labels: pd.Series | None = None, *, size: float = 34, **options: Any) -> None:
-    """Markers with a thin edge; above `RASTERISE_ABOVE` points small, faint and stored as an image.
+MAX_POINTS = 300
+"""Points that one panel draws at most."""
+
+
+def thinned(points: pd.DataFrame, most: int = MAX_POINTS) -> pd.DataFrame:
+    """At most about `most` points, the same ones every time: the ends of every series in x and in y, and evenly of the
+    others in order of series, x and y.
+
+    Args:
+        points: columns x, y and series.
+    """
+    if len(points) <= most:
+        return points
+    ordered = points.sort_values(["series", "x", "y"], kind="stable").reset_index(drop=True)
+    groups = ordered.groupby("series", observed=True)
+    ends = [getattr(groups[name], which)() for name in ("x", "y") for which in ("idxmin", "idxmax")]
+    kept = {int(place) for each in ends for place in each.dropna()}
+    kept |= set(np.linspace(0, len(ordered) - 1, max(1, most - len(kept))).round().astype(int).tolist())
+    return ordered.loc[sorted(kept)]
+
+
+def record(ax: Axes, what: str, frame: pd.DataFrame) -> None:
+    """Keep the numbers of what is drawn with the figure, which writes them beside it."""
+    figure = figure_of(ax)
+    if isinstance(figure, ShownFigure):
+        figure.parts.append((ax, frame.assign(what=what)))
+
+
+def scatter(
+    ax: Axes,
+    x: Any,
+    y: Any,
+    labels: pd.Series | None = None,
+    *,
+    ends: tuple[Any, Any] | None = None,
+    size: float = 14,
+    color: str = ACCENT,
+    marker: str = "o",
+    what: str = "measured",
+    most: int = MAX_POINTS,
+) -> None:
+    """Markers with a thin edge and, where `ends` are given, bars of their intervals; thinned where there are many.
 
     Args:
         labels: series of each point (categorical), drawn in a colour and a marker each.
+        ends: lower and upper ends of the intervals.
+        what: they are, in the numbers written beside the figure.
     """
-    many = len(x) > RASTERISE_ABOVE
-    look: dict[str, Any] = {
-        "s": 6 if many else size,
-        "alpha": 0.25 if many else 1.0,
-        "linewidth": 0 if many else 0.6,
-        "zorder": 3,
-    }
-    look |= {"edgecolor": PAPER, "rasterized": many, "legend": labels is not None}
-    if labels is not None:
-        names = list(labels.cat.categories)
-        look |= {"hue": labels, "hue_order": names, "palette": ordered_colours(len(names))}
-        look |= {"style": labels, "style_order": names, "markers": list(MARKERS[: len(names)])}
-    sns.scatterplot(x=np.asarray(x), y=np.asarray(y), ax=ax, **{**look, **options})
+    names = list(labels.cat.categories) if labels is not None else [""]
+    points = pd.DataFrame({"x": np.asarray(x, float), "y": np.asarray(y, float)})
+    points["series"] = pd.Categorical(labels if labels is not None else [""] * len(points), names)
+    points[["low", "high"]] = np.column_stack(ends) if ends else np.nan
+    points = points.dropna(subset=["x", "y", "series"])
+    shown = thinned(points, most)
+    record(ax, what, shown)
+    if isinstance(figure := figure_of(ax), ShownFigure):
+        figure.num_left_out += len(points) - len(shown)
+    looks = (
+        zip(names, ordered_colours(len(names)), MARKERS, strict=False) if labels is not None else [("", color, marker)]
+    )
+    for name, colour, each in looks:
+        rows = shown[shown["series"] == name]
+        if rows["low"].notna().any():  # one broken line for all bars: a page holds hundreds
+            bars = np.column_stack([rows["low"], rows["high"], np.full(len(rows), np.nan)]).ravel()
+            ax.plot(np.repeat(rows["x"], 3), bars, color=colour, linewidth=0.7, alpha=0.55, zorder=2, marker="")
+        look: dict[str, Any] = {"s": size, "color": colour, "marker": each, "edgecolor": PAPER, "linewidth": 0.4}
+        ax.scatter(rows["x"], rows["y"], zorder=3, label=name or None, **look)
 
 
 def curve(
-    ax: Axes, frame: pd.DataFrame, x: str, y: str = "value", ends: tuple[str, str] = ("ci_lo", "ci_hi"), **options: Any
+    ax: Axes,
+    frame: pd.DataFrame,
+    x: str,
+    y: str = "value",
+    ends: tuple[str, str] = ("ci_lo", "ci_hi"),
+    what: str = "law",
+    **options: Any,
 ) -> None:
     """Lines with bands: `x`, `y` and the ends of the band in columns; a column `series` (categorical) makes several."""
     parts = [rows for _, rows in frame.groupby("series", observed=True)] if "series" in frame else [frame]
@@ -139,19 +186,46 @@ def curve(
         look = {"color": colour, "linestyle": dashes, "zorder": 2, **options}
         ax.plot(rows[x], rows[y], **look)
         ax.fill_between(rows[x], rows[ends[0]], rows[ends[1]], color=look["color"], alpha=0.16, linewidth=0)
+        names = {x: "x", y: "y", ends[0]: "low", ends[1]: "high"}
+        kept = rows[[name for name in (*names, "series") if name in rows]].rename(columns=names)
+        record(ax, what, kept if "series" in kept else kept.assign(series=options.get("label", "")))
 
 
-def legend(ax: Axes, title: str) -> None:
-    """The legend of a scatter of series, below the axes."""
-    made = ax.get_legend()
-    if made is not None:
-        sns.move_legend(ax, title=title, **below(len(made.get_texts())))
+MAX_LINES = 60
+"""Lines that join measurements in one panel at most."""
 
 
-def error_bars(ax: Axes, x: pd.Series, y: pd.Series, half: Any) -> None:
-    """Grey bars of half widths (n,) or (2, n), unless there are too many points."""
-    if len(x) <= RASTERISE_ABOVE and np.isfinite(half).any():
-        ax.errorbar(x, y, yerr=np.nan_to_num(half), fmt="none", ecolor=MUTED, elinewidth=0.9, alpha=0.7, zorder=2)
+def joined(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, labels: pd.Series) -> None:
+    """A thin line through the measurements of each value of a column, seeds averaged, in the colour of its series."""
+    colours = dict(zip(labels.cat.categories, ordered_colours(len(labels.cat.categories)), strict=True))
+    values = np.sort(rows[by].dropna().unique())
+    values = values[np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_LINES)).round().astype(int))]
+    for value in values:
+        mine = rows[rows[by] == value]
+        line = mine.groupby(x)[y].mean().dropna()
+        if len(line) > 1:
+            name = labels[mine.index[0]]
+            ax.plot(line.index, line.to_numpy(), color=colours[name], linewidth=0.8, alpha=0.8, zorder=1.5)
+            record(ax, "mean", pd.DataFrame({"x": line.index, "y": line.to_numpy(), "series": name}))
+
+
+def legend(ax: Axes, title: str, columns: int = 4) -> None:
+    """The legend of a scatter of series: below the axes, where it hides no point, unless others share their figure."""
+    figure = figure_of(ax)
+    if isinstance(figure, ShownFigure) and len(figure.axes) == 1:
+        shared_legend(figure, [ax], title, columns)
+    elif ax.get_legend_handles_labels()[0]:
+        ax.legend(title=title)
+
+
+def shared_legend(
+    figure: Figure, panels: Sequence[Axes], title: str, columns: int = 8, place: str = "outside lower center"
+) -> None:
+    """One legend below panels that have the same series."""
+    found = {name: handle for ax in panels for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if found:
+        look: dict[str, Any] = {"columnspacing": 0.9, "handletextpad": 0.3, "title": title, "loc": place}
+        figure.legend(list(found.values()), list(found), ncols=min(columns, len(found)), **look)
 
 
 def plain(text: object, longest: int = 32) -> str:

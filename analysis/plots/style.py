@@ -1,7 +1,8 @@
-"""How every figure looks, and how it leaves: SVG or PNG for a paper, themed SVG for the report.
+"""How every figure looks, and how it leaves: SVG, PDF and PNG with its numbers for a paper, themed SVG for the report.
 
-Colours are colour-blind safe and differ in lightness, so that figures survive a grey printer; series differ in
-marker and line style too. The themed SVG replaces each colour by a CSS variable: one figure serves light and dark.
+A figure has the width of a paper's column or of two, and the report shows the same one larger. Colours are colour-blind
+safe and differ in lightness, so that figures survive a grey printer; series differ in marker and line style too. The
+themed SVG replaces each colour by a CSS variable: one figure serves light and dark.
 """
 
 from __future__ import annotations
@@ -16,13 +17,23 @@ from xml.sax.saxutils import quoteattr
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backend_bases import RendererBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
 from aimscale.analysis.errors import AnalysisError
+
+SINGLE, DOUBLE = 3.3, 6.75
+"""Widths of one column of a paper and of two, in inches."""
+ON_SCREEN = 2.3
+"""By how much a page shows a figure larger than paper does, at most."""
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6470", "#d9dde3", "#ffffff"
 ACCENT, SECOND = "#0b62a8", "#c8590a"
@@ -34,8 +45,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (6, 2)), (0, (5, 1, 1, 1, 1, 1)),
                            (0, (2, 2)), (0, (8, 1, 2, 1)))  # fmt: skip
 MAX_SERIES = len(MARKERS)
-RASTERISE_ABOVE = 3000
-"""Points above which a scatter is stored as an image inside the vector figure."""
 
 DARK = {
     INK: "#e8ebef",
@@ -49,17 +58,17 @@ DARK = {
 
 _RC = {
     "figure.dpi": 100,
-    "figure.constrained_layout.w_pad": 0.09,  # inches; the default cuts the first letter of long labels
     "figure.facecolor": PAPER,
     "savefig.facecolor": PAPER,
     "axes.facecolor": PAPER,
     "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.7,
     "axes.labelcolor": INK,
     "axes.titlecolor": INK,
-    "axes.titlesize": 11,
+    "axes.titlesize": 8,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.labelsize": 10.5,
+    "axes.labelsize": 7.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.color": INK,
@@ -67,17 +76,22 @@ _RC = {
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
     "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "legend.fontsize": 9,
-    "legend.title_fontsize": 9,
+    "grid.linewidth": 0.5,
+    "legend.fontsize": 6.5,
+    "legend.title_fontsize": 6.5,
     "legend.frameon": False,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "svg.fonttype": "path",
-    "lines.linewidth": 1.7,
+    "pdf.fonttype": 42,
+    "lines.linewidth": 1.1,
 }
 
 
@@ -90,17 +104,41 @@ def styled() -> Iterator[None]:
 
 
 class ShownFigure(Figure):
-    """A figure that no global state keeps alive, and that a notebook shows when it is a cell's last value."""
+    """A figure that no global state keeps alive, that a notebook shows when it is a cell's last value, and that knows
+    the numbers it draws."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.parts: list[tuple[Axes, pd.DataFrame]] = []
+        """What was drawn: the axes, and rows of `drawn` without what the axes say."""
+        self.num_left_out = 0
+        """Points that are not drawn, because there are too many for a page."""
 
     def _repr_png_(self) -> bytes:
         return png_bytes(self)
 
+    @property
+    def drawn(self) -> pd.DataFrame:
+        """Exactly what is drawn, a row per point: panel, x_axis, y_axis, what, series, x, y, low, high."""
+        frames = [
+            frame.assign(panel=_panel(ax), x_axis=ax.get_xlabel(), y_axis=ax.get_ylabel().replace("\n", " "))
+            for ax, frame in self.parts
+        ]
+        columns = ["panel", "x_axis", "y_axis", "what", "series", "x", "y", "low", "high"]
+        return (
+            pd.concat(frames, ignore_index=True).reindex(columns=columns) if frames else pd.DataFrame(columns=columns)
+        )
+
+
+def _panel(ax: Axes) -> str:
+    return ax.get_title(loc="left") or ax.get_title()
+
 
 def new_figure(
-    width: float = 5.4, height: float = 3.7, num_rows: int = 1, num_columns: int = 1, **options: Any
-) -> tuple[Figure, list[Axes]]:
+    width: float = SINGLE, height: float = 2.5, num_rows: int = 1, num_columns: int = 1, **options: Any
+) -> tuple[ShownFigure, list[Axes]]:
     """A figure and its axes, row by row; sizes in inches, options as for `Figure.subplots`."""
-    figure = ShownFigure(figsize=(width, height), layout="constrained")
+    figure = ShownFigure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.06, w_pad=0.06))
     axes = figure.subplots(num_rows, num_columns, squeeze=False, **options)
     return figure, list(axes.ravel())
 
@@ -159,7 +197,15 @@ def log_axis(
         low, high = finite.min() / pad, finite.max() * pad
         (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
         decades = np.log10(high / low)
-        subs = (1,) if decades > 3.3 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 0.8 else tuple(range(1, 10))
+        subs = (
+            (1,)
+            if decades > (1.8 if label is power_of_ten else 3.3)
+            else (1, 3)
+            if decades > 2
+            else (1, 2, 5)
+            if decades > 0.8
+            else tuple(range(1, 10))
+        )
         round_numbers = MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]) if decades < 0.5 else LogLocator(subs=subs, numticks=8)
         axis.set_major_locator(FixedLocator(ticks) if ticks else round_numbers)
     axis.set_minor_locator(NullLocator())
@@ -183,17 +229,13 @@ def themed_svg(figure: Figure, key: str, label: str) -> str:
     for light in DARK:
         text = re.sub(light, f"var({css_variable(light)})", text, flags=re.IGNORECASE)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
-    width = round(1.45 * 72 * figure.get_figwidth())
+    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # a hundredth of a point is seen by nobody
+    width = round(ON_SCREEN * 72 * figure.get_figwidth())
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     attributes = f'{spaces} role="img" aria-label={quoteattr(label)} style="max-width: {width}px"'
     opening = re.search(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', text)
     assert opening is not None
     return f"<svg {opening[1]} {attributes}>{text[opening.end() :]}"
-
-
-def alone(themed: str) -> str:
-    """A themed SVG as a file of its own, in light colours."""
-    return re.sub(r"var\(--fig-(\w+)\)", r"#\1", themed).replace("<svg ", '<svg font-family="DejaVu Sans" ', 1)
 
 
 def css_variable(colour: str) -> str:
@@ -206,7 +248,7 @@ def css_variables(dark: bool) -> str:
     return " ".join(f"{css_variable(light)}: {DARK[light] if dark else light};" for light in DARK)
 
 
-def png_bytes(figure: Figure, dpi: int = 160) -> bytes:
+def png_bytes(figure: Figure, dpi: int = 300) -> bytes:
     """The figure as PNG."""
     return _savefig(figure, "png", dpi=dpi)
 
@@ -215,21 +257,66 @@ def _savefig(figure: Figure, kind: str, **options: Any) -> bytes:
     if figure.get_layout_engine() is not None:  # lay out once, so that every format is the same picture
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
+        part_ticks(figure)
     buffer = io.BytesIO()
-    metadata = {"Date": None, "Creator": "aimscale"} if kind == "svg" else {"Software": "aimscale"}
-    figure.savefig(buffer, format=kind, metadata=metadata, **options)
+    metadata = {"svg": {"Date": None, "Creator": "aimscale"}, "pdf": {"CreationDate": None, "Creator": "aimscale"}}
+    figure.savefig(buffer, format=kind, metadata=metadata.get(kind, {"Software": "aimscale"}), **options)
     return buffer.getvalue()
 
 
+def part_ticks(figure: Figure) -> None:
+    """Take the label off every tick whose label would touch the one before it; the last one stays."""
+    canvas = figure.canvas
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.set_canvas(canvas)
+    for ax in figure.axes:
+        for axis, side in ((ax.xaxis, 0), (ax.yaxis, 1)):
+            _part(axis, side, renderer)
+
+
+def _part(axis: Axis, side: int, renderer: RendererBase) -> None:
+    low, high = sorted(axis.get_view_interval())
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_visible()]
+    room = None
+    kept = {}
+    for tick in sorted(ticks, key=lambda tick: tick.get_loc(), reverse=True):
+        box = tick.label1.get_window_extent(renderer)
+        start, end = (box.x0, box.x1) if side == 0 else (box.y0, box.y1)
+        if room is None or end + GAP < room:
+            kept[tick.get_loc()], room = tick.label1.get_text(), start
+    if len(kept) < len(ticks):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: kept.get(value, "")))
+
+
+GAP = 5.0
+"""Pixels, of a hundred to the inch, between the labels of two ticks at least."""
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem`.svg and `stem`.png; returns their paths.
+    """Write `stem`.svg, `stem`.pdf and `stem`.png at a paper's width, and `stem`.csv with exactly what is drawn.
+
+    Returns:
+        The paths; without the CSV where the figure was made elsewhere and only some of its axes were drawn here.
 
     Raises:
-        AnalysisError: the path names no file.
+        AnalysisError: the path names no file, or the folder cannot be written.
     """
     if stem.name in ("", ".."):
         raise AnalysisError(f"'{stem}' names no figure; give a path such as figures/loss")
-    paths = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
-    paths[0].write_text(svg_text(figure), encoding="utf-8")
-    paths[1].write_bytes(png_bytes(figure))
-    return paths
+    stem = stem.with_suffix("") if stem.suffix in FORMATS else stem
+    contents = {".svg": svg_text(figure).encode(), ".pdf": _savefig(figure, "pdf"), ".png": png_bytes(figure)}
+    if isinstance(figure, ShownFigure):
+        contents[".csv"] = figure.drawn.to_csv(index=False).encode()
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, content in contents.items():
+            stem.with_name(stem.name + suffix).write_bytes(content)
+    except OSError as error:
+        raise AnalysisError(
+            f"cannot write {stem}: {error.strerror}; choose a folder that exists and is yours"
+        ) from error
+    return [stem.with_name(stem.name + suffix) for suffix in contents]
+
+
+FORMATS = (".svg", ".pdf", ".png", ".csv")
+"""What a figure is written as."""

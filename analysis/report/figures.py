@@ -1,62 +1,87 @@
-"""The figures of a report, each with a caption, its data and its files, and what changes, repeats and noise come to."""
+"""The figures of a report, each with a caption and its numbers, and what changes, repeats and noise come to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.effects.noise_sources import Noise
 from aimscale.analysis.effects.repetition import Repeats
 from aimscale.analysis.frontier.approaches import Approaches
-from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_loss_accuracy, plot_points
-from aimscale.analysis.plots.style import alone, png_bytes, themed_svg
+from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, plot_published
+from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
+from aimscale.analysis.plots.style import ShownFigure, human, save, themed_svg
+from aimscale.analysis.plots.training import plot_curves
+from aimscale.analysis.published.comparison import ADAPTED, CHOSEN, LAST, PROTOCOL, Comparison
+from aimscale.analysis.published.published import TASKS, best_frozen, published_frame, table6
 from aimscale.analysis.report.study import Study, probe_kinds
-from aimscale.analysis.report.tables import PageTable, data_uri, page_table
+from aimscale.analysis.report.tables import PageTable, page_table
+from aimscale.analysis.table.points import complete
+from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.words import accuracy_of, flag_words
+
+MAX_TASKS = 5
+"""Tasks in one figure of accuracies; more make further figures, each of which fits a page."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PageFigure:
-    """One figure of the page."""
+    """One figure of the page and of a paper."""
 
     key: str
-    """HTML id and file name of the downloads."""
+    """HTML id, and name of its files."""
     title: str
     """Heading: what the figure shows."""
     caption: str
     """What is drawn, with the formula and its interval where a law is."""
+    figure: Figure
     svg: str
     """Inline SVG whose colours follow the page's theme."""
-    svg_uri: str
-    png_uri: str
+    is_wide: bool
+    """Whether it takes two columns of a paper."""
 
 
 def page_figure(key: str, title: str, caption: str, figure: Figure) -> PageFigure:
-    """Render a figure in every format the page offers."""
+    """Render a figure for the page, and say how many points it leaves out."""
+    if isinstance(figure, ShownFigure) and figure.num_left_out:
+        caption += f" Thinned: {figure.num_left_out:,} points are not drawn; the ends of every series are."
     svg = themed_svg(figure, key, f"{title}. {caption}")
-    return PageFigure(
-        key=key,
-        title=title,
-        caption=caption,
-        svg=svg,
-        svg_uri=data_uri("image/svg+xml", alone(svg).encode()),
-        png_uri=data_uri("image/png", png_bytes(figure)),
-    )
+    is_wide = figure.get_figwidth() > 5
+    return PageFigure(key=key, title=title, caption=caption, figure=figure, svg=svg, is_wide=is_wide)
 
 
 def page_figures(study: Study) -> dict[str, list[PageFigure]]:
-    """Every figure that the table allows, by section of the page, in reading order."""
-    checks = [_frontiers(study.approaches)] if study.approaches is not None else []
-    return {"scaling": [*_scaling(study)], "accuracy": [*_accuracy(study)], "checks": checks}
+    """Every figure that the table allows, by section of the page, in reading order; of accuracies the headline kind of
+    probe comes first."""
+    sections: dict[str, Callable[[Study], Iterator[PageFigure]]] = {
+        "scaling": _scaling,
+        "accuracy": _accuracy,
+        "linked": _loss_accuracy,
+        "training": _training,
+        "frontier": _frontiers,
+        "published": _published,
+    }
+    return {section: list(draw(study)) for section, draw in sections.items()}
+
+
+def save_figures(figures: dict[str, list[PageFigure]], folder: Path) -> list[Path]:
+    """Write every figure into a folder as SVG, PDF, PNG and CSV, at a paper's width.
+
+    Raises:
+        AnalysisError: the folder cannot be written.
+    """
+    return [path for each in figures.values() for made in each for path in save(made.figure, folder / made.key)]
 
 
 def _law_caption(study: Study, key: str) -> str:
     """Formula, parameters with intervals, points and rows of a fit."""
     fit = study.fits[key]
-    values = "; ".join(f"{p.name} = {fit.shown(p.name)}" for p in fit.law.parameters)
+    values = "; ".join(f"{p.name} = {fit.shown(p.name, 3)}" for p in fit.law.parameters)
     return f"{fit.law.formula}: {values}. Brackets: 95 % intervals, shaded for the curve. {fit.num_points} points."
 
 
@@ -65,24 +90,53 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
     for key, x, by, title in (
         ("N", "params_total", "images_seen", "Loss against parameters"),
         ("D", "images_seen", "params_total", f"Loss against {study.samples} seen"),
-        ("C", "flops_train", None, "Loss against compute"),
+        ("C", "flops_train", "params_total", "Loss against compute"),
     ):
         if usable.empty or x not in usable or usable[x].isna().all():
             continue
-        if key == "C" and key in fits:
-            rows = usable[[x, "val_loss"]].dropna()
-            figure = plot_fit(fits["C"], background=rows.set_axis(["x", "y"], axis=1))
-            caption = f"Grey: all measurements; blue: the envelope. {_law_caption(study, 'C')}"
-        elif key != "C" and "ND" in fits:
+        others = by if by in usable and usable[by].notna().all() else None
+        if key != "C" and "ND" in fits:
             figure = plot_fit(fits["ND"], x=key)
             caption = _law_caption(study, "ND") if key == "N" else "The same law, a line for each size."
         else:
-            figure = plot_points(usable, x, by=by if by in usable and usable[by].notna().all() else None)
-            caption = "No law could be fitted; see what is missing."
+            figure = plot_points(usable, x, by=others, envelope=fits.get("C") if key == "C" else None)
+            caption = "Lines join a size's budgets." if key == "C" else "No law could be fitted; see what is missing."
+            if key == "C" and "C" in fits:
+                caption += f" Broken: the envelope, {_law_caption(study, 'C')}"
         yield page_figure(f"loss-{key}", title, caption, figure)
 
 
 def _accuracy(study: Study) -> Iterator[PageFigure]:
+    """Against size, data and compute, a row of panels per task."""
+    for kind in probe_kinds(study.probes):
+        rows = study.probes[(study.probes["kind"] == kind) & study.probes["top1"].notna()]
+        tasks = list(dict.fromkeys(rows["task"]))
+        bars = "" if rows["top1_lo95"].isna().all() else " Bars: 95 % intervals over test images."
+        for number, first in enumerate(range(0, len(tasks), MAX_TASKS), start=1):
+            some = rows[rows["task"].isin(tasks[first : first + MAX_TASKS])]
+            figure = plot_accuracy(some, _levels(study, kind, some))
+            caption = f"A point per run and budget; lines join those of a size, in the first panel those of a D.{bars}"
+            key, more = _key("accuracy", kind), "" if number == 1 else f"-{number}"
+            yield page_figure(f"{key}{more}", accuracy_of(kind).capitalize(), caption, figure)
+
+
+def _levels(study: Study, kind: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """What accuracies of a kind may be compared with: the table's own baselines, and on its tasks the paper."""
+    same = rows[["task", "n"]].drop_duplicates()
+    theirs = study.baselines[study.baselines["kind"].eq(kind) & (kind != ADAPTED)].rename(columns={"size": "name"})
+    own = (
+        theirs.merge(same, on=["task", "n"]).reindex(columns=["task", "name", "top1"]).drop_duplicates(["task", "name"])
+    )
+    shared = [task for task in same["task"].unique() if task in TASKS] if kind == PROTOCOL and study.is_ours else []
+    paper = [
+        {"task": task, "name": f"{key}, published", "top1": table6().loc[key, task]}
+        for task in shared
+        for key in dict.fromkeys(("aim-7B", best_frozen(task)))
+    ]
+    return pd.concat([own.sort_values("top1"), pd.DataFrame(paper, columns=own.columns)], ignore_index=True)
+
+
+def _loss_accuracy(study: Study) -> Iterator[PageFigure]:
     probes = study.probes
     if probes.empty or "val_loss" not in probes or probes["val_loss"].isna().all():
         return
@@ -90,13 +144,12 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
         rows = probes[probes["kind"] == kind]
         found = {task: study.correlations.get((kind, task), ()) for task in dict.fromkeys(rows["task"])}
         links = {task: link for (each, task), link in study.links.items() if each == kind}
-        bars = "" if rows["top1_lo95"].isna().all() else " Bars: 95 % intervals over test images."
         caption = (
-            f"Each point is one run at one budget.{bars} Brackets: 95 % intervals of "
-            f"the correlation of {accuracy_of(kind)} with validation loss. Line: sigmoid above chance, its 95 % band."
+            f"Brackets: 95 % intervals of the correlation of {accuracy_of(kind)} with validation loss. Line: sigmoid "
+            "above chance, its 95 % band."
         )
         figure = plot_loss_accuracy(rows, found, links)
-        yield page_figure(_key("accuracy", kind), f"Loss against {accuracy_of(kind)}", caption, figure)
+        yield page_figure(_key("loss-accuracy", kind), f"Loss against {accuracy_of(kind)}", caption, figure)
 
 
 def _key(what: str, name: str) -> str:
@@ -104,11 +157,53 @@ def _key(what: str, name: str) -> str:
     return f"{what}-{''.join(c if c.isalnum() else '-' for c in name)}"
 
 
-def _frontiers(approaches: Approaches) -> PageFigure:
+def _training(study: Study) -> Iterator[PageFigure]:
+    curves = study.curves.dropna(subset=["val_loss", "params_total"])
+    if curves.empty:
+        return
+    probes = probe_frame(study.curves)
+    kinds = probe_kinds(probes)
+    budgets = complete(study.main).dropna(subset=["val_loss", "params_total"])
+    figure = plot_curves(curves, budgets, probes[probes["kind"] == kinds[0]] if kinds else probes, study.plateaus)
+    told = " Markers: budgets, joined to where their decay branched off."
+    if study.plateaus:
+        ends = [(each.start, each.stop) for each in study.plateaus.values()]
+        low, high = human(min(start for start, _ in ends)), human(max(stop for _, stop in ends))
+        told += f" Broad: the first plateau of {len(ends)} runs, {low} to {high} {study.samples}."
+    yield page_figure("curves", "Training curves", f"Validation loss on the trunk between budgets.{told}", figure)
+
+
+def _frontiers(study: Study) -> Iterator[PageFigure]:
     """N*(C) by every approach that the table allows."""
-    failed = "".join(f" Approach {number} is not possible here." for number in approaches.failures)
+    found: Approaches | None = study.approaches
+    if found is None or not found.frontiers:
+        return
+    whys = {number: "; ".join(flag_words(flags)).rstrip(".") for number, flags in found.failures.items()}
+    failed = "".join(f" Approach {number} is not possible here: {why}." for number, why in whys.items())
     caption = f"Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals.{failed}"
-    return page_figure("frontier", "Compute-optimal size", caption, plot_approaches(approaches))
+    yield page_figure("frontier", "Compute-optimal size", caption, plot_approaches(found))
+
+
+def _published(study: Study) -> Iterator[PageFigure]:
+    """The released AIMs and these runs, where a task is one of the paper's and was read by its protocol."""
+    comparison: Comparison | None = study.comparison
+    if comparison is None or comparison.tasks.empty or "params_total" not in comparison.tasks:
+        return
+    ours = comparison.tasks
+    blocks = LAST if (ours["blocks"] == LAST).any() else ours["blocks"].iloc[0]
+    sizes = published_frame().set_index("size")["params_total"]
+    rows = [
+        {"task": task, "params_total": num, "top1": table6().loc[name, task]}
+        for name, num in zip(sizes.index.str.replace("600M", "0.6B"), sizes, strict=True)
+        for task in ours["task"].unique()
+        if name in table6().index
+    ]
+    caption = (
+        f"Attentive probe on frozen features; {'chosen' if blocks == CHOSEN else 'last'} blocks of these runs at their "
+        "largest budgets, the last six of AIM."
+    )
+    figure = plot_published(ours[ours["blocks"] == blocks], pd.DataFrame(rows))
+    yield page_figure("published-models", "Beside the published AIM models", caption, figure)
 
 
 def findings(study: Study) -> dict[str, list[PageTable]]:

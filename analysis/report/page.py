@@ -18,9 +18,8 @@ import markupsafe
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import css_variables
-from aimscale.analysis.published.comparison import compare
 from aimscale.analysis.report import tables, words
-from aimscale.analysis.report.figures import findings, page_figures
+from aimscale.analysis.report.figures import PageFigure, findings, page_figures, save_figures
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Study, study_tables
 from aimscale.analysis.report.verdict import symbol, verdict
@@ -39,6 +38,7 @@ def write_report(
     where: Sequence[str] = (),
     best: Sequence[str] = (),
     resamples: int = 1000,
+    figures: Path | None = None,
 ) -> Path:
     """Analyse tables and write the page.
 
@@ -48,6 +48,7 @@ def write_report(
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet, see `table.select.select`.
         best: tuned columns of which only the best value counts, see `table.select.best_of`.
+        figures: folder for the page's figures as SVG, PDF and PNG of a paper's width, each with a CSV of what it draws.
 
     Returns:
         Path of the page.
@@ -60,7 +61,11 @@ def write_report(
     frame = read_tables(paths, columns, where=where, best=best)
     if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
         raise no_column(frame, "val_loss")
-    page = render(study_tables(paths, frame, _read_collects(paths), resamples))
+    study = study_tables(paths, frame, _read_collects(paths), resamples)
+    drawn = page_figures(study)
+    page = render(study, drawn)
+    if figures is not None:
+        save_figures(drawn, figures)
     out = out or paths[0].with_name("report.html")
     out = out / "report.html" if out.is_dir() else out
     try:
@@ -88,7 +93,7 @@ def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:
     return {"completions": completions, "machines": machines, "description": "; ".join(descriptions)}
 
 
-def render(study: Study) -> str:
+def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
     """The page's HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -98,7 +103,7 @@ def render(study: Study) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["maths"] = maths
-    comparison = compare(study.main, resamples=study.resamples) if study.is_ours else None
+    comparison = study.comparison
     return environment.get_template("report.html").render(
         title=page_title(study),
         description=study.collect.get("description") or "",
@@ -110,8 +115,9 @@ def render(study: Study) -> str:
         verdict=verdict(study),
         runs=words.runs_in_words(study),
         accuracy_words=list(words.accuracy_in_words(study)),
+        frontier_words=study.approaches.sentences() if study.approaches else (),
         is_ours=study.is_ours,
-        figures=page_figures(study),
+        figures=figures,
         pictures=picture_rows(study),
         findings=findings(study),
         results=tables.results_page_table(study),

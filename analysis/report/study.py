@@ -20,6 +20,7 @@ from aimscale.analysis.accuracy.correlation import Correlation, correlate
 from aimscale.analysis.accuracy.links import chance_level, ideal_loss, link
 from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
+from aimscale.analysis.effects.plateau import Plateau, first_plateau
 from aimscale.analysis.effects.repetition import Repeats, repeats
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
@@ -31,11 +32,12 @@ from aimscale.analysis.frontier.approaches import Approaches, Gap, all_approache
 from aimscale.analysis.frontier.budgets import isoflop_budgets, with_budgets
 from aimscale.analysis.frontier.optimum import points_of
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
+from aimscale.analysis.published.comparison import Comparison, compare, read_baselines
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND, to_minimise
 from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.table.read import probe_frame, read_curves
 from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part
 
 ResultT = TypeVar("ResultT")
@@ -89,6 +91,14 @@ class Study:
     noise: Noise | None = None
     """Where the spread of the main experiment's loss comes from."""
     repeats: Repeats | None = None
+    baselines: pd.DataFrame = field(default_factory=lambda: probe_frame(pd.DataFrame({"probes": []})))
+    """`published.comparison.read_baselines` of the tables' folders."""
+    comparison: Comparison | None = None
+    """The runs beside published models and baselines, of a table that is ours."""
+    curves: pd.DataFrame = field(default_factory=lambda: read_curves(()))
+    """Points during training of the main experiment's runs."""
+    plateaus: dict[str, Plateau] = field(default_factory=dict)
+    """run_id -> the first plateau of its curve."""
     missing: list[str] = field(default_factory=list)
     """What the table did not allow, in sentences."""
 
@@ -148,12 +158,27 @@ def study_tables(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, 
         study.missing.append("No row has a validation loss, so no law is fitted.")
     else:
         _fit_laws(study)
+    if study.is_ours:
+        study.baselines = read_baselines(frame)
+        study.comparison = compare(study.main, resamples=resamples)
+    _training(study)
     correlate_probes(study)
     _features(study)
     _contrast(study)
     if not study.usable.empty:
         _explain(study)
     return study
+
+
+def _training(study: Study) -> None:
+    """Points during training of the main experiment's runs, and the first plateaus of their losses."""
+    if not study.paths or "run_id" not in study.main:
+        return
+    curves = read_curves(study.paths)
+    study.curves = curves[curves["run_id"].isin(study.main["run_id"])]
+    for run, rows in study.curves.groupby("run_id"):
+        if found := first_plateau(rows["images_seen"].to_numpy(float), rows["val_loss"].to_numpy(float)):
+            study.plateaus[str(run)] = found
 
 
 def _contrast(study: Study) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,10 @@ from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.schema import MFU
 from aimscale.analysis.words import accuracy_of, kind_name
 
-MAX_ROWS = 400
+MAX_ROWS = 100
 """Rows shown on the page; the CSV beside the table has all."""
+CSV_DIGITS = "%.7g"
+"""Digits of the numbers in a page's CSV."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes text that begins so for a formula."""
 PROSE = ("note",)
@@ -113,6 +116,8 @@ class PageTable:
     """Cells, at most `MAX_ROWS` rows."""
     num_rows: int
     """Rows of the whole table."""
+    csv_name: str
+    """File name of the download: of a table that is cut it is compressed."""
     csv_uri: str
     """The whole table as a data URI."""
     sentences: tuple[str, ...]
@@ -147,6 +152,7 @@ def page_table(
         headers=tuple((heads or {}).get(name, known[name][0]) for name in shown),
         rows=tuple(rows),
         num_rows=len(frame),
+        csv_name=f"{key}.csv{'.gz' if len(frame) > MAX_ROWS else ''}",
         csv_uri=csv_uri(frame[shown]),
         sentences=tuple(sentences),
     )
@@ -161,9 +167,19 @@ def _cell(value: Any, form: Form, is_prose: bool) -> Cell:
 
 
 def csv_uri(frame: pd.DataFrame) -> str:
-    """A data frame as a `data:` URI of CSV; cells that a spreadsheet would run as a formula are quoted with '."""
-    safe = frame.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
-    return data_uri("text/csv", safe.to_csv(index=False).encode())
+    """A data frame as a `data:` URI of CSV, compressed beyond `MAX_ROWS` rows; cells that a spreadsheet would run as a
+    formula are quoted with '."""
+    texts = frame.select_dtypes(exclude="number")
+    safe = texts.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
+    whole = {
+        name: "Int64"
+        for name, values in frame.select_dtypes("float").items()
+        if (values.dropna() % 1 == 0).all() and values.abs().max() < 2**53
+    }
+    content = frame.assign(**safe).astype(whole).to_csv(index=False, float_format=CSV_DIGITS).encode()
+    if len(frame) <= MAX_ROWS:
+        return data_uri("text/csv", content)
+    return data_uri("application/gzip", gzip.compress(content, mtime=0))
 
 
 def data_uri(mime: str, content: bytes) -> str:

@@ -126,8 +126,6 @@ def methods(study: Study) -> Iterator[str]:
     """How the numbers were made; the (mis)fitting checklist, filled in by the fits themselves."""
     frame = study.frame
     yield from (" ".join(fit.sentences()) for fit in study.fits.values())
-    if study.approaches is not None:
-        yield from study.approaches.sentences()
     yield from (gap.sentence() for gap in study.features.values())
     yield from (f"{_label(name)}: {_values(frame, name)}." for name in SETTINGS if _has(frame, name))
     said = {f"{each}." for fit in study.fits.values() for each in fit.exclusions}

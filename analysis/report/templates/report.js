@@ -15,6 +15,18 @@ for (const table of document.querySelectorAll("table.sortable")) {
     table.tBodies[0].append(...[...table.tBodies[0].rows].sort((a, b) => compare(key(a), key(b))));
   }));
 }
+// A figure leaves the page as a file in the colours that it has here.
+for (const button of document.querySelectorAll("button[data-figure]")) {
+  button.addEventListener("click", () => {
+    const svg = document.querySelector(`#${CSS.escape(button.dataset.figure)} svg`);
+    const colours = getComputedStyle(document.documentElement);
+    const text = svg.outerHTML.replace(/var\((--fig-\w+)\)/g, (_, name) => colours.getPropertyValue(name).trim());
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" }));
+    link.download = `${button.dataset.figure}.svg`;
+    link.click();
+  });
+}
 // Printing shows every table, and puts them back as they were.
 let opened = [];
 addEventListener("beforeprint", () => {

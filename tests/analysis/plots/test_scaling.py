@@ -1,15 +1,19 @@
 """Figures draw what they are given: the points, the law, its interval; readable in grey; safe with hostile names."""
 
 import dataclasses
+import itertools
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from aimscale.analysis import correlate, fit
 from aimscale.analysis.frontier.approaches import all_approaches
-from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_loss_accuracy, plot_points
+from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, spread
+from aimscale.analysis.plots.parts import MAX_POINTS
+from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
 from aimscale.analysis.plots.style import DARK, human, log_axis, new_figure, save, svg_text, themed_svg
 
 
@@ -25,10 +29,10 @@ def drawn_lines(ax):
 
 def test_units_are_named_for_our_tables_only(grid):
     (ours,) = plot_points(grid.assign(target="normalised"), "params_total").axes
-    assert ours.get_ylabel() == "validation loss (normalised MSE)"
+    assert ours.get_ylabel() == "validation loss\n(normalised MSE)"
     assert "pixel head" in ours.get_xlabel()
     (raw,) = plot_fit(fit("chinchilla", grid.assign(target="raw"), resamples=0), x="D").axes
-    assert (raw.get_ylabel(), raw.get_xlabel()) == ("validation loss (MSE)", "D: training images seen")
+    assert (raw.get_ylabel(), raw.get_xlabel()) == ("validation loss\n(MSE)", "D: training images seen")
     (theirs,) = plot_fit(fit("chinchilla", grid, resamples=0), x="D").axes
     assert (theirs.get_ylabel(), theirs.get_xlabel()) == ("validation loss", "D: samples seen")
 
@@ -50,7 +54,7 @@ def test_the_law_is_drawn_where_it_predicts(joint):
     assert "loss" in ax.get_ylabel()
 
 
-def test_every_figure_renders_to_svg_and_png(joint, grid, tmp_path):
+def test_every_figure_leaves_in_every_format_with_its_numbers(joint, grid, tmp_path):
     approaches = all_approaches(grid, resamples=40)
     probes = grid.assign(task="dig$its", kind="linear", top1=0.9 - 0.5 * grid["val_loss"], chance=0.1)
     probes = probes.assign(top1_lo95=probes["top1"] - 0.02, top1_hi95=probes["top1"] + 0.02)
@@ -62,9 +66,11 @@ def test_every_figure_renders_to_svg_and_png(joint, grid, tmp_path):
         "frontier": plot_approaches(approaches),
     }
     for name, figure in figures.items():
-        svg, png = save(figure, tmp_path / name)
+        svg, pdf, png, csv = save(figure, tmp_path / name)
         assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+        assert pdf.read_bytes().startswith(b"%PDF")
         assert png.read_bytes().startswith(b"\x89PNG")
+        assert len(pd.read_csv(csv)) == len(figure.drawn)
     assert svg_text(plot_fit(joint)) == svg_text(plot_fit(joint))
 
 
@@ -97,13 +103,30 @@ def test_log_axes_have_a_few_ticks_inside(span):
     assert (1 if span == (5, 5) else 3) <= len(ticks) <= 10
 
 
-def test_a_hundred_thousand_points_become_an_image_in_the_figure(joint):
+def test_many_points_are_thinned_and_keep_the_ends_of_every_series():
     rng = np.random.default_rng(0)
-    many = pd.DataFrame({"params_total": rng.lognormal(14, 2, 100_000)})
-    many["val_loss"] = 0.2 + 30 * many["params_total"] ** -0.4
-    svg = svg_text(plot_points(many, "params_total"))
-    assert len(svg) < 1_500_000
-    assert "<image" in svg
+    n, d = np.exp(rng.uniform(10, 18, (2, 100_000))).round(-3) + 1
+    many = pd.DataFrame({"params_total": n, "images_seen": rng.choice([1e4, 1e5, 1e6], len(n))})
+    many["val_loss"] = 0.2 + 30 * n**-0.4 + 3 / np.sqrt(d)
+    figure = plot_points(many, "params_total", by="images_seen")
+    drawn = figure.drawn[figure.drawn["what"] == "measured"]
+    assert len(drawn) + figure.num_left_out == len(many)
+    assert len(drawn) <= MAX_POINTS
+    ends = ["min", "max"]
+    of_all = many.groupby("images_seen")[["params_total", "val_loss"]].agg(ends).to_numpy()
+    np.testing.assert_array_equal(drawn.groupby("series", sort=False)[["x", "y"]].agg(ends).to_numpy(), of_all)
+    assert len(svg_text(figure)) < 300_000
+
+
+def test_labels_of_ticks_never_touch(grid):
+    sizes = np.array([1e5, 1.1e5, 1.2e5, 1.3e5, 1e7, 1.05e7])
+    figure = plot_points(pd.DataFrame({"params_total": sizes, "val_loss": sizes**-0.1}), "params_total")
+    svg_text(figure)
+    axis = figure.axes[0].xaxis
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [each.get_window_extent(renderer) for each in axis.get_ticklabels() if each.get_text()]
+    assert 2 <= len(boxes) < len(sizes)
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_accuracy_axes_start_where_the_data_are(grid):
@@ -116,3 +139,34 @@ def test_accuracy_axes_start_where_the_data_are(grid):
 def test_unidentified_laws_still_draw(joint):
     bare = dataclasses.replace(joint, draws={}, intervals={})
     assert len(drawn_lines(plot_fit(bare).axes[0])) == joint.data["D"].nunique()
+
+
+def test_accuracy_against_each_scale_has_points_intervals_lines_and_levels(grid):
+    probes = pd.concat(
+        grid.assign(task=task, kind="linear", top1=0.7 - 0.1 * grid["val_loss"], chance=0.01 + number)
+        for number, task in enumerate(["digits", "pets"])
+    )
+    probes = probes.assign(top1_lo95=probes["top1"] - 0.02, top1_hi95=probes["top1"] + 0.03)
+    levels = pd.DataFrame({"task": ["digits", "pets", "pets"], "name": ["raw-pixels", "random", "aim-7B"]})
+    figure = plot_accuracy(probes, levels.assign(top1=[0.6, 0.61, 0.99]))
+    drawn = figure.drawn
+    points = drawn[drawn["what"] == "measured"]
+    assert len(points) == 2 * 3 * len(grid)
+    np.testing.assert_allclose(points["high"] - points["low"], 0.05)
+    by_axis = points.groupby(points["x_axis"].str[0])["series"].nunique()
+    assert by_axis.to_dict() == {"N": grid["images_seen"].nunique(), "D": 6, "C": 6}
+    lines = drawn[(drawn["what"] == "mean") & (drawn["x_axis"].str[0] == "C")].groupby(["panel", "series"])["x"].count()
+    assert (lines == grid["images_seen"].nunique()).all()
+    near, far = (set(drawn.loc[drawn["what"] == what, "series"]) for what in ("level", "level, beyond the axis"))
+    assert {"raw-pixels", "random"} <= near
+    assert "aim-7B" in far
+    assert {ax.get_ylim()[1] < 0.95 for ax in figure.axes} == {True}
+
+
+def test_names_at_a_margin_are_moved_apart_within_it():
+    places = spread([0.5, 0.52, -3.0, 0.51, 4.0, 1.0], 0.1)
+    assert np.argsort(places).tolist() == [2, 0, 3, 1, 5, 4]
+    assert np.diff(sorted(places)).min() > 0.0999
+    assert min(places) >= 0
+    assert max(places) <= 1
+    assert spread([], 0.1) == []

@@ -33,7 +33,7 @@ def sweep_rows(name: str = "known", probes: bool = True) -> list[dict[str, Any]]
             entries = [
                 {"task": task, "kind": kind, "blocks": [0, 1], "num_classes": 10, "chance": 0.1, "n": 500, "lr": 1e-3}
                 | {"top1": 1.1 - loss, "top1_lo95": 1.08 - loss, "top1_hi95": 1.12 - loss}
-                for task in ("photographs", "digits")
+                for task in ("pets", "digits")
                 for kind in ("attentive", "linear")
             ]
             row = {"sweep": name, "run_id": f"{size}_s0", "size": size, "status": "complete", "seed": 0}
@@ -106,8 +106,20 @@ def test_the_cost_counts_what_the_budgets_of_a_run_share_once(page):
 
 
 def test_every_section_figure_and_table_is_there(page):
-    sections = {"summary", "runs", "scaling", "laws", "accuracy", "pictures", "published", "methods", "provenance"}
-    figures = {f"loss-{v}" for v in "NDC"} | {"accuracy-attentive", "accuracy-linear", "frontier"}
+    sections = {
+        "summary",
+        "runs",
+        "scaling",
+        "accuracy",
+        "linked",
+        "laws",
+        "pictures",
+        "published",
+        "methods",
+        "provenance",
+    }
+    kinds = {f"{what}-{kind}" for what in ("accuracy", "loss-accuracy") for kind in ("attentive", "linear")}
+    figures = {f"loss-{v}" for v in "NDC"} | kinds | {"frontier", "published-models"}
     tables = {"results", "law-ND", "law-C", "heldout", "probes"}
     assert sections | figures | tables <= page.ids()
     assert sum(tag == "svg" for tag, _ in page.tags) >= len(figures)
@@ -133,7 +145,7 @@ def test_the_page_asks_nobody_for_anything(page):
             value = attrs.get(name) or ""
             assert value == "" or value.startswith(("data:", "#")), (tag, name, value[:80])
     downloads = [attrs["download"] for tag, attrs in page.tags if tag == "a" and "download" in attrs]
-    assert {"loss-N.svg", "loss-N.png", "results.csv"} <= set(downloads)
+    assert {"results.csv", "probes.csv"} <= set(downloads)
 
 
 def test_it_opens_with_five_lines(page):
