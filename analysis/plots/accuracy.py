@@ -203,12 +203,8 @@ def _loss_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Sequence[
         for c in correlations
         if c.partial_on is None and c.within is None
     ]
-    place = {
-        "transform": ax.transAxes,
-        "ha": "right",
-        "va": "top",
-    }  # where few points are: accuracy falls with the loss
-    ax.text(0.98, 0.98, "\n".join(lines), fontsize=5.5, color=INK, bbox=BOX, **place)
+    text = "\n".join(lines)  # where few points are: accuracy falls with the loss
+    ax.text(0.98, 0.98, text, transform=ax.transAxes, ha="right", va="top", fontsize=5.5, color=INK, bbox=BOX)
 
 
 BOX: dict[str, Any] = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 1.5}

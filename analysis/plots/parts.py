@@ -198,15 +198,14 @@ MAX_LINES = 60
 def joined(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, labels: pd.Series) -> None:
     """A thin line through the measurements of each value of a column, seeds averaged, in the colour of its series."""
     colours = dict(zip(labels.cat.categories, ordered_colours(len(labels.cat.categories)), strict=True))
-    values = np.sort(rows[by].dropna().unique())
-    values = values[np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_LINES)).round().astype(int))]
-    for value in values:
-        mine = rows[rows[by] == value]
-        line = mine.groupby(x)[y].mean().dropna()
+    means = rows.groupby([by, x])[y].mean().dropna().reset_index()
+    names = dict(zip(rows[by], labels[rows.index], strict=True))
+    values = means[by].unique()
+    for value in values[np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_LINES)).round().astype(int))]:
+        line = means.loc[means[by] == value, [x, y]].set_axis(["x", "y"], axis=1)
         if len(line) > 1:
-            name = labels[mine.index[0]]
-            ax.plot(line.index, line.to_numpy(), color=colours[name], linewidth=0.8, alpha=0.8, zorder=1.5)
-            record(ax, "mean", pd.DataFrame({"x": line.index, "y": line.to_numpy(), "series": name}))
+            ax.plot(line["x"], line["y"], color=colours[names[value]], linewidth=0.8, alpha=0.8, zorder=1.5)
+            record(ax, "mean", line.assign(series=names[value]))
 
 
 def legend(ax: Axes, title: str, columns: int = 4) -> None:

@@ -254,8 +254,8 @@ def png_bytes(figure: Figure, dpi: int = 300) -> bytes:
 
 
 def _savefig(figure: Figure, kind: str, **options: Any) -> bytes:
-    if figure.get_layout_engine() is not None:  # lay out once, so that every format is the same picture
-        figure.draw_without_rendering()
+    if (engine := figure.get_layout_engine()) is not None:  # once, so that every format is the same picture
+        engine.execute(figure)
         figure.set_layout_engine("none")
         part_ticks(figure)
     buffer = io.BytesIO()

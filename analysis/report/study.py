@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import Correlation, correlate
@@ -126,6 +127,19 @@ class Study:
             return None
 
 
+MAX_FITTED = 300
+"""Rows beyond which what is fitted many times over, for every probe and scale, is fitted to so many of them."""
+
+
+def evenly(rows: pd.DataFrame, most: int = MAX_FITTED) -> pd.DataFrame:
+    """At most so many rows, the same ones every time: evenly in order of compute, the ends among them."""
+    by = [name for name in ("flops_train", "images_seen", "params_total") if name in rows]
+    if len(rows) <= most or not by:
+        return rows
+    order = np.lexsort([rows[name].to_numpy() for name in reversed(by)])
+    return rows.iloc[np.sort(order[np.linspace(0, len(rows) - 1, most).round().astype(int)])]
+
+
 def study_tables(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], resamples: int = 1000) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
     everything = usable_rows(frame)
@@ -152,6 +166,10 @@ def study_tables(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, 
     if fresh.num_others:
         study.exclusions.append(
             f"Laws use the rows with {fresh.words}; the other {fresh.num_others} are in what repeats are worth."
+        )
+    if len(study.usable) > MAX_FITTED:
+        study.exclusions.append(
+            f"Forecasts, links to accuracy and best sizes for features are from {MAX_FITTED} rows, evenly over compute."
         )
     study.missing += map(str, unnamed(frame))
     if study.usable.empty:
@@ -204,7 +222,7 @@ def _explain(study: Study) -> None:
 
 
 def _fit_laws(study: Study) -> None:
-    usable, resamples = study.usable, study.resamples
+    usable, resamples, some = study.usable, study.resamples, evenly(study.usable)
     rows = {"ND": ("chinchilla", usable)}
     if "flops_train" in usable and usable["flops_train"].notna().any():
         rows["C"] = ("power_offset:C", lower_envelope(usable))
@@ -217,20 +235,29 @@ def _fit_laws(study: Study) -> None:
     if "C" in rows:
         study.budgets = isoflop_budgets(points_of(usable, "val_loss"))
     study.fits["ND"] = _with_tests(study, study.fits["ND"])
-    study.forecaster = study.attempt("Forecast", partial(forecaster, usable))
+    study.forecaster = study.attempt("Forecast", partial(forecaster, some))
     study.law = study.fits["ND"]
     if study.forecaster is not None and study.forecaster.law.name != study.law.law.name:
         best = study.attempt(
-            "The law that forecasts best", partial(fit, study.forecaster.law, with_compute(usable), resamples=resamples)
+            "The law that forecasts best", partial(fit, study.forecaster.law, with_compute(some), resamples=resamples)
         )
         study.law = best or study.law
     if "C" in rows:
         work = partial(all_approaches, usable, law=study.law, resamples=study.few)
         study.approaches = study.attempt("Compute-optimal frontier", work)
     if study.forecaster is not None:
-        study.ahead = study.attempt("Forecast", partial(forecast, usable, next_scales(study), law=study.forecaster))
+        work = partial(forecast, _headline(some), next_scales(study), law=study.forecaster)
+        study.ahead = study.attempt("Forecast", work)
     with contextlib.suppress(AnalysisError):  # nothing on offer is affordable
         study.proposal = _proposal(study, study.fits["ND"])
+
+
+def _headline(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the entries of the first kind of probe alone, which is forecast for every task."""
+    if "probes" not in rows:
+        return rows
+    kinds = probe_kinds(pd.DataFrame([entry for entries in rows["probes"] for entry in entries]))
+    return rows.assign(probes=[[entry for entry in each if entry["kind"] == kinds[0]] for each in rows["probes"]])
 
 
 def _proposal(study: Study, joint: Fit) -> Proposal:
@@ -239,7 +266,7 @@ def _proposal(study: Study, joint: Fit) -> Proposal:
     offer = grid_offer(joint.data, target, steps=1)
     offer["price"] = 6 * offer["N"] * offer["D"]
     budget = 3 * target["N"] * target["D"]
-    return propose(study.usable, target, offer, budget=budget, unit="FLOP", law=study.forecaster or AUTO)
+    return propose(evenly(study.usable), target, offer, budget=budget, unit="FLOP", law=study.forecaster or AUTO)
 
 
 def _with_tests(study: Study, joint: Fit) -> Fit:
@@ -268,7 +295,7 @@ def _features(study: Study) -> None:
     for name in names if by_loss else ():
 
         def work(name: str = name) -> Gap | None:
-            rows, y = to_minimise(study.usable, name)
+            rows, y = to_minimise(evenly(study.usable), name)
             found, is_whole = all_approaches(rows, y=y, **options), rows[y].notna().all()
             return gap(found, by_loss) if is_whole and by_loss else gap_to_loss(found, rows, y, **options)
 
@@ -289,7 +316,7 @@ def correlate_probes(study: Study) -> None:
     kinds = probe_kinds(probes)
     groups = {(str(kind), str(task)): rows for (kind, task), rows in probes.groupby(["kind", "task"], sort=False)}
     for kind, task in sorted(groups, key=lambda group: kinds.index(group[0])):
-        rows = groups[kind, task]
+        rows = evenly(groups[kind, task])
         found = study.attempt(
             f"Correlation of loss with {kind} accuracy on {task}", partial(_correlations, rows.reset_index(drop=True))
         )

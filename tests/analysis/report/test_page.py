@@ -165,8 +165,8 @@ def test_it_opens_with_five_lines(page):
 
 def test_loss_and_accuracies_are_forecast(page):
     table = page.text[page.text.index("of a run at") : page.text.index("Does the law extrapolate?")]
-    assert len(re.findall(r"N = \S+, D = \S+", table)) == 2 * 5  # the loss and two tasks by two probes
-    assert re.search(r"linear-probe accuracy on digitsN = 40M, D = 320k0\.\d{4}0\.\d+ to 0\.\d+100", table)
+    assert len(re.findall(r"N = \S+, D = \S+", table)) == 2 * 3  # the loss and two tasks by the first kind of probe
+    assert re.search(r"attentive-probe accuracy on digitsN = 40M, D = 320k0\.\d{4}0\.\d+ to 0\.\d+100", table)
 
 
 def test_formulas_are_set_wherever_they_stand(page):
