@@ -241,7 +241,7 @@ def plot_published(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
         for ax in panels[len(tasks) :]:
             ax.set_visible(False)
         for name, colour, marker in (("this table", ACCENT, "o"), ("AIM, published", SECOND, "s")):
-            panels[0].scatter([], [], color=colour, marker=marker, s=14, label=name)
+            panels[0].plot([], [], color=colour, marker=marker, markersize=3.7, linestyle="none", label=name)
         panels[0].plot([], [], color=MUTED, linestyle="--", label="best frozen model, published")
         shared_legend(figure, panels[:1], "", 2 if columns == 1 else 3)
     return figure

@@ -167,8 +167,9 @@ def scatter(
         if rows["low"].notna().any():  # one broken line for all bars: a page holds hundreds
             bars = np.column_stack([rows["low"], rows["high"], np.full(len(rows), np.nan)]).ravel()
             ax.plot(np.repeat(rows["x"], 3), bars, color=colour, linewidth=0.7, alpha=0.55, zorder=2, marker="")
-        look: dict[str, Any] = {"s": size, "color": colour, "marker": each, "edgecolor": PAPER, "linewidth": 0.4}
-        ax.scatter(rows["x"], rows["y"], zorder=3, label=name or None, **look)
+        look: dict[str, Any] = {"color": colour, "marker": each, "markersize": size**0.5, "linestyle": "none"}
+        look |= {"markeredgecolor": PAPER, "markeredgewidth": 0.4}
+        ax.plot(rows["x"], rows["y"], zorder=3, label=name or None, **look)
 
 
 def curve(
@@ -201,11 +202,14 @@ def joined(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, labels: pd.Ser
     means = rows.groupby([by, x])[y].mean().dropna().reset_index()
     names = dict(zip(rows[by], labels[rows.index], strict=True))
     values = means[by].unique()
-    for value in values[np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_LINES)).round().astype(int))]:
-        line = means.loc[means[by] == value, [x, y]].set_axis(["x", "y"], axis=1)
-        if len(line) > 1:
-            ax.plot(line["x"], line["y"], color=colours[names[value]], linewidth=0.8, alpha=0.8, zorder=1.5)
-            record(ax, "mean", line.assign(series=names[value]))
+    kept = values[np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_LINES)).round().astype(int))]
+    means = means[means[by].isin(kept)].assign(series=means[by].map(names))
+    for name, lines in means.groupby("series", sort=False):  # one broken line for each series
+        ends = lines.groupby(by)[x].idxmax()
+        breaks = pd.DataFrame({by: lines.loc[ends, by]}, index=ends + 0.5)
+        broken = pd.concat([lines, breaks]).sort_index()
+        ax.plot(broken[x], broken[y], color=colours[name], linewidth=0.8, alpha=0.8, zorder=1.5)
+    record(ax, "mean", means.rename(columns={x: "x", y: "y"})[["x", "y", "series"]])
 
 
 def legend(ax: Axes, title: str, columns: int = 4) -> None:

@@ -246,8 +246,8 @@ def _fit_laws(study: Study) -> None:
         work = partial(all_approaches, usable, law=study.law, resamples=study.few)
         study.approaches = study.attempt("Compute-optimal frontier", work)
     if study.forecaster is not None:
-        work = partial(forecast, _headline(some), next_scales(study), law=study.forecaster)
-        study.ahead = study.attempt("Forecast", work)
+        ahead = partial(forecast, _headline(some), next_scales(study), law=study.forecaster)
+        study.ahead = study.attempt("Forecast", ahead)
     with contextlib.suppress(AnalysisError):  # nothing on offer is affordable
         study.proposal = _proposal(study, study.fits["ND"])
 
@@ -257,7 +257,8 @@ def _headline(rows: pd.DataFrame) -> pd.DataFrame:
     if "probes" not in rows:
         return rows
     kinds = probe_kinds(pd.DataFrame([entry for entries in rows["probes"] for entry in entries]))
-    return rows.assign(probes=[[entry for entry in each if entry["kind"] == kinds[0]] for each in rows["probes"]])
+    chosen = [[entry for entry in each if entry["kind"] == kinds[0]] for each in rows["probes"]]
+    return rows.assign(probes=pd.Series(chosen, index=rows.index, dtype=object))
 
 
 def _proposal(study: Study, joint: Fit) -> Proposal:

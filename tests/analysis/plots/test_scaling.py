@@ -22,9 +22,9 @@ def joint(grid):
     return fit("chinchilla", grid, resamples=60)
 
 
-def drawn_lines(ax):
-    """Lines that have points: those of a legend have none."""
-    return [line for line in ax.lines if len(line.get_xdata())]
+def law_lines(ax):
+    """The lines of a law: without those of points, and without those of a legend."""
+    return [line for line in ax.lines if len(line.get_xdata()) and line.get_linestyle() != "None"]
 
 
 def test_units_are_named_for_our_tables_only(grid):
@@ -40,13 +40,13 @@ def test_units_are_named_for_our_tables_only(grid):
 def test_the_law_is_drawn_where_it_predicts(joint):
     (ax,) = plot_fit(joint, x="N").axes
     budgets = np.sort(joint.data["D"].unique())
-    lines = drawn_lines(ax)
+    lines = law_lines(ax)
     assert len(lines) == len(budgets)
     for line, budget in zip(lines, budgets, strict=True):
         n, loss = line.get_data()
         expected = joint.predict({"N": n, "D": np.full(len(n), budget)})["value"]
         np.testing.assert_allclose(loss, expected)
-    drawn = np.concatenate([points.get_offsets() for points in ax.collections if len(points.get_offsets()) > 0])
+    drawn = np.concatenate([line.get_xydata() for line in ax.lines if line.get_linestyle() == "None"])
     measured = joint.data[["N", "y"]].to_numpy()
     assert {tuple(point) for point in measured} <= {tuple(point) for point in drawn}
     assert len({str(line._dash_pattern) for line in lines}) >= 4
@@ -138,7 +138,7 @@ def test_accuracy_axes_start_where_the_data_are(grid):
 
 def test_unidentified_laws_still_draw(joint):
     bare = dataclasses.replace(joint, draws={}, intervals={})
-    assert len(drawn_lines(plot_fit(bare).axes[0])) == joint.data["D"].nunique()
+    assert len(law_lines(plot_fit(bare).axes[0])) == joint.data["D"].nunique()
 
 
 def test_accuracy_against_each_scale_has_points_intervals_lines_and_levels(grid):
