@@ -43,12 +43,6 @@ class Benchmark:
         """Images of the split that is scored."""
         return self.counts[self.scored] if self.scored else None
 
-    def require_split(self, split: str | None) -> str:
-        """The split; DataError where it is none of them."""
-        if split is None or split not in self.counts:
-            raise DataError(f"say which split of {self.name}: --split {' or --split '.join(self.counts)}")
-        return split
-
 
 def _read() -> dict[str, Benchmark]:
     found = {}

@@ -138,7 +138,6 @@ def index_shards(
     out: Path,
     *,
     names: Sequence[str] | None = None,
-    name: str | None = None,
     classes: tuple[str, ...] | None = None,
     num_workers: int = 1,
     progress: Progress | None = None,
@@ -149,7 +148,6 @@ def index_shards(
         location: folder or URL; all `*.tar` in it, unless `names` lists the shards.
         out: local folder for `index.parquet` and `dataset.json`.
         names: shard names relative to `location`.
-        name: of the data set; the folder's name by default.
         num_workers: processes, each reading one shard at a time.
 
     Raises:
@@ -171,11 +169,7 @@ def index_shards(
             yield scan
 
     return write_scans(
-        out,
-        scans(),
-        name=name or Path(location).name,
-        classes=classes,
-        shards_at=None if same_place else _absolute(location),
+        out, scans(), name=Path(location).name, classes=classes, shards_at=None if same_place else _absolute(location)
     )
 
 

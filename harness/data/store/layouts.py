@@ -38,7 +38,8 @@ def list_benchmark(name: str, source: Path, split: str | None) -> Listing:
         DataError: no such benchmark or split, files that are not as published, or another number of images or classes.
     """
     benchmark = find_benchmark(name)
-    split = benchmark.require_split(split)
+    if split is None or split not in benchmark.counts:
+        raise DataError(f"say which split of {name}: --split {' or --split '.join(benchmark.counts)}")
     try:
         found = _READERS[name](source, split)
     except Exception as error:  # readers of csv, json, tar, HDF5 and MATLAB raise many kinds on what is damaged
@@ -196,7 +197,7 @@ def _matlab(path: Path) -> dict[str, Any]:
     with open_local(path) as file:
         data = file.read(_MAX_MATLAB_BYTES)
     at, total = 128, 0
-    while at + 8 <= len(data):
+    while at + 8 <= len(data) and total < _MAX_MATLAB_BYTES:
         kind, size = struct.unpack("<II", data[at : at + 8])
         if kind == 15:  # compressed
             total += len(zlib.decompressobj().decompress(data[at + 8 : at + 8 + size], _MAX_MATLAB_BYTES))

@@ -110,7 +110,6 @@ def write_dataset(
     out: Path,
     images: Iterable[PackedImage],
     *,
-    name: str | None = None,
     classes: tuple[str, ...] | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> DatasetInfo:
@@ -121,7 +120,7 @@ def write_dataset(
     """
     with new_folder(out) as folder:
         scans = _write_shards(folder, images, max_shard_bytes)
-        return write_scans(folder, scans, name=name or out.name, classes=classes)
+        return write_scans(folder, scans, name=out.name, classes=classes)
 
 
 def _write_shards(folder: Path, images: Iterable[PackedImage], max_shard_bytes: float) -> list[ShardScan]:

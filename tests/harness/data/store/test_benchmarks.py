@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
-import json
 import os
 import pickle
 import re
 import struct
 import tarfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,188 +38,68 @@ def aimscale(*words: object) -> None:
     assert ended.value.code == 0
 
 
-class Maker:
-    """Writes files in a folder; no two pictures are alike."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self._number = root, 0
-
-    def text(self, name: str, *lines: str) -> None:
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        (self.root / name).write_text("\n".join([*lines, ""]))
-
-    def picture(self, name: str) -> bytes:
-        self._number += 1
-        buffer = io.BytesIO()
-        kind = "png" if name.endswith("png") else "jpeg"
-        Image.new("RGB", (9, 8), (9 * self._number % 256, 90, 5 * self._number % 256)).save(buffer, kind)
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        (self.root / name).write_bytes(buffer.getvalue())
-        return buffer.getvalue()
-
-    def tar(self, name: str, members: dict[str, bytes]) -> bytes:
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        write_archive(self.root / name, "", members, "w")
-        return (self.root / name).read_bytes()
+def picture(kind: str = "jpeg") -> bytes:
+    """A file of an image that no other call gives."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.frombuffer(os.urandom(9 * 8 * 3), np.uint8).reshape(9, 8, 3)).save(buffer, kind)
+    return buffer.getvalue()
 
 
-def imagenet(make: Maker) -> Made:
+def write(root: Path, files: Mapping[str, str | bytes]) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def imagenet(root: Path) -> Made:
     """The tars as downloaded; the kit's numbers are not in the order of the ids, and go beyond the classes."""
-    wnids = ["n01440764", "n02084071", "n02085620"]
-    made: dict[str, dict[bytes, str]] = {"train": {}, "val": {}}
-    inner = {}
+    wnids, inner = ["n01440764", "n02084071", "n02085620"], {}
+    made: dict[str, dict[bytes, str]] = {"train": {}}
     for wnid in wnids:
-        pictures = {f"{wnid}_{n}.JPEG": make.picture("aside/a.jpg") for n in (18, 7)}
+        pictures = {f"{wnid}_{n}.JPEG": picture() for n in (18, 7)}
         made["train"] |= dict.fromkeys(pictures.values(), wnid)
-        inner[f"{wnid}.tar"] = make.tar("aside/a.tar", pictures)
-    make.tar("ILSVRC2012_img_train.tar", inner)
-    truth = [3, 1, 2, 3]
-    pictures = {f"ILSVRC2012_val_{n + 1:08d}.JPEG": make.picture("aside/a.jpg") for n in range(4)}
+        write_archive(root / "a.tar", "", pictures, "w")
+        inner[f"{wnid}.tar"] = (root / "a.tar").read_bytes()
+    write_archive(root / "ILSVRC2012_img_train.tar", "", inner, "w")
     numbered = {1: wnids[1], 2: wnids[2], 3: wnids[0], 4: "n00001740"}
-    made["val"] = dict(zip(pictures.values(), [numbered[number] for number in truth], strict=True))
-    make.tar("ILSVRC2012_img_val.tar", dict(reversed(pictures.items())))
+    pictures = {f"ILSVRC2012_val_{n + 1:08d}.JPEG": picture() for n in range(4)}
+    made["val"] = dict(zip(pictures.values(), [numbered[number] for number in (3, 1, 2, 3)], strict=True))
+    write_archive(root / "ILSVRC2012_img_val.tar", "", dict(reversed(pictures.items())), "w")
     kit = "ILSVRC2012_devkit_t12/data"
-    make.text(f"{kit}/ILSVRC2012_validation_ground_truth.txt", *map(str, truth))
+    write(root, {f"{kit}/ILSVRC2012_validation_ground_truth.txt": "3\n1\n2\n3\n"})
     synsets = np.array([*numbered.items()], dtype=[("ILSVRC2012_ID", object), ("WNID", object)])
-    scipy.io.savemat(make.root / kit / "meta.mat", {"synsets": synsets.reshape(-1, 1)}, do_compression=True)
+    scipy.io.savemat(root / kit / "meta.mat", {"synsets": synsets.reshape(-1, 1)}, do_compression=True)
     return wnids, made
 
 
-def inat18(make: Maker) -> Made:
-    made = {}
-    for split in ("train", "val"):
-        files = {n: f"train_val2018/Aves/{n % 3}/{split}{n}.jpg" for n in range(5)}
-        record = {
-            "images": [{"id": n, "file_name": file} for n, file in reversed(files.items())],
-            "annotations": [{"image_id": n, "category_id": n % 3} for n in files],
-            "categories": [{"id": n, "name": f"taxon {n}"} for n in range(3)],
-        }
-        make.text(f"{split}2018.json", json.dumps(record))
-        made[split] = {make.picture(file): f"{n % 3:04d}" for n, file in files.items()}
-    return ["0000", "0001", "0002"], made
-
-
-def food101(make: Maker) -> Made:
-    made = {}
-    for split in ("train", "test"):
-        names = [f"{food}/{split == 'test'}{n}" for food in ("waffles", "apple_pie") for n in (22, 11)]
-        make.text(f"meta/{split}.txt", *names)
-        made[split] = {make.picture(f"images/{name}.jpg"): name.partition("/")[0] for name in names}
-    return ["apple_pie", "waffles"], made
-
-
-def dtd(make: Maker) -> Made:
-    made: dict[str, dict[bytes, str]] = {"train": {}, "test": {}}
-    for each in ("train1", "val1", "test1", "train2"):
-        names = [f"{texture}/{texture}_{each}.jpg" for texture in ("zigzagged", "banded")]
-        make.text(f"labels/{each}.txt", *names)
-        pictures = {make.picture(f"images/{name}"): name.partition("/")[0] for name in names}
-        made.get("test" if each == "test1" else "" if each == "train2" else "train", {}).update(pictures)
-    return ["banded", "zigzagged"], made
-
-
-def pets(make: Maker) -> Made:
-    breeds, made = ["Abyssinian", "american_bulldog", "Bengal"], {}
-    for split, each in (("train", "trainval"), ("test", "test")):
-        names = [(f"{breed}_{split == 'test'}{n}", label) for label, breed in enumerate(breeds) for n in (1, 100)]
-        make.text(f"annotations/{each}.txt", *(f"{name} {label + 1} 1 {label + 1}" for name, label in names))
-        made[split] = {make.picture(f"images/{name}.jpg"): breeds[label] for name, label in names}
-    return breeds, made
-
-
-def cars(make: Maker) -> Made:
+def cars(root: Path) -> Made:
     names, made = ["Ram C/V Cargo Van Minivan 2012", "AM General Hummer SUV 2000"], {}
-    (make.root / "devkit").mkdir(parents=True)
+    (root / "devkit").mkdir()
     for split, table in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
         rows = [(40, n % 2 + 1, f"{n + 1:05d}.jpg") for n in range(4)]
         cells = np.array(rows, dtype=[("bbox_x1", object), ("class", object), ("fname", object)])
-        scipy.io.savemat(make.root / table, {"annotations": cells.reshape(1, -1)}, do_compression=split == "test")
-        made[split] = {make.picture(f"cars_{split}/{file}"): names[label - 1] for _, label, file in rows}
-    cell = np.array(names, dtype=object).reshape(1, -1)
-    scipy.io.savemat(make.root / "devkit" / "cars_meta.mat", {"class_names": cell})
+        scipy.io.savemat(root / table, {"annotations": cells.reshape(1, -1)}, do_compression=split == "test")
+        files = {f"cars_{split}/{file}": picture() for _, _, file in rows}
+        write(root, files)
+        made[split] = dict(zip(files.values(), [names[label - 1] for _, label, _ in rows], strict=True))
+    scipy.io.savemat(root / "devkit" / "cars_meta.mat", {"class_names": np.array([names], dtype=object)})
     return names, made
 
 
-def iwildcam(make: Maker) -> Made:
-    rows = [("train", 2), ("id_test", 0), ("train", 0), ("val", 1), ("test", 2), ("test", 2)]
-    lines = [f"{split},{n},{n}.jpg,{y}" for n, (split, y) in enumerate(rows)]
-    make.text("metadata.csv", "split,location_remapped,filename,y", *lines)
-    made: dict[str, dict[bytes, str]] = {"train": {}, "test": {}, "id_test": {}}
-    for n, (split, y) in enumerate(rows):
-        made.get(split, {})[make.picture(f"train/{n}.jpg")] = f"{y:03d}"
-    return ["000", "001", "002"], made
+LAYOUTS = yaml.safe_load(Path(__file__).with_name("layouts.yaml").read_text())
 
 
-def camelyon17(make: Maker) -> Made:
-    made: dict[str, dict[bytes, str]] = {"train": {}, "val": {}}
-    lines = []
-    for n, (center, drawn, split) in enumerate(
-        [(0, 0, "train"), (3, 1, ""), (4, 0, "train"), (1, 0, "val"), (2, 0, "")]
-    ):
-        lines.append(f"{n},004,4,{32 * n},{n},{n % 2},20,{center},{drawn}")
-        picture = make.picture(f"patches/patient_004_node_4/patch_patient_004_node_4_x_{32 * n}_y_{n}.png")
-        made.get(split, {})[picture] = ("normal", "tumor")[n % 2]
-    make.text("metadata.csv", ",patient,node,x_coord,y_coord,tumor,slide,center,split", *lines)
-    return ["normal", "tumor"], made
-
-
-def rxrx1(make: Maker) -> Made:
-    made: dict[str, dict[bytes, str]] = {"train": {}, "val": {}}
-    lines = []
-    for dataset, experiment, label in (("train", "HEPG2-01", 1), ("val", "U2OS-04", 0), ("test", "RPE-08", 2)):
-        for site in (1, 2):
-            lines.append(f"{dataset},{experiment},3,B02,{site},s2{label},{label}")
-            picture = make.picture(f"images/{experiment}/Plate3/B02_s{site}.png")
-            if dataset == "val" or (dataset, site) == ("train", 1):
-                made[dataset][picture] = f"{label:04d}"
-    make.text("metadata.csv", "dataset,experiment,plate,well,site,sirna,sirna_id", *lines)
-    return ["0000", "0001", "0002"], made
-
-
-def eurosat(make: Maker) -> Made:
-    made = {}
-    for split in ("train", "test"):
-        names = [f"{place}_{split == 'test'}{n}.jpg" for place in ("SeaLake", "Forest") for n in (2, 1)]
-        make.text(f"eurosat-{split}.txt", *names)
-        made[split] = {make.picture(f"2750/{name.partition('_')[0]}/{name}"): name.partition("_")[0] for name in names}
-    return ["Forest", "SeaLake"], made
-
-
-def fmow(make: Maker) -> Made:
-    rows = [
-        ("train", 2012),
-        ("seq", 2011),
-        ("val", 2012),
-        ("val", 2013),
-        ("train", 2013),
-        ("val", 2016),
-        ("test", 2016),
-    ]
-    made: dict[str, dict[bytes, str]] = {"train": {}, "val": {}}
-    for n, (split, _) in enumerate(rows):
-        picture = make.picture(f"images/rgb_img_{n}.png")
-        if n in (0, 3):
-            made[split][picture] = ("zoo", "airport")[n % 2]
-    lines = [f"{split},{('zoo', 'airport')[n % 2]},{year}-01-01T00:00:00Z" for n, (split, year) in enumerate(rows)]
-    make.text("rgb_metadata.csv", "split,category,timestamp", *lines)
-    return ["airport", "zoo"], made
-
-
-def infographic(make: Maker) -> Made:
-    """The published order is not that of the names, and a class may lack test images."""
-    names, made = ["tent", "The_Eiffel_Tower", "tiger"], {}
-    for split, labels in (("train", [0, 1, 2]), ("test", [2, 0])):
-        files = {f"infograph/{names[label]}/infograph_{label:03d}_{split}.jpg": label for label in labels}
-        make.text(f"infograph_{split}.txt", *(f"{file} {label}" for file, label in files.items()))
-        made[split] = {make.picture(file): names[label] for file, label in files.items()}
-    return names, made
-
-
-FILES: dict[str, Callable[[Maker], Made]] = {
-    "imagenet-1k": imagenet,
-    **{each.__name__: each for each in (inat18, food101, dtd, pets, cars, iwildcam, camelyon17, rxrx1, eurosat, fmow)},
-    "infographic": infographic,
-}
+def make(name: str, root: Path) -> Made:
+    root.mkdir()
+    if name in ("imagenet-1k", "cars"):
+        return imagenet(root) if name == "imagenet-1k" else cars(root)
+    layout, made = LAYOUTS[name], {}
+    write(root, layout["texts"])
+    for split, classes in layout["images"].items():
+        files = {file: picture("png" if file.endswith("png") else "jpeg") for file in classes}
+        write(root, files)
+        made[split] = dict(zip(files.values(), classes.values(), strict=True))
+    return layout["classes"], {split: images for split, images in made.items() if split != "none"}
 
 
 def make_small(name: str, counts: dict[str, int], num_classes: int, patch: pytest.MonkeyPatch) -> None:
@@ -228,12 +107,12 @@ def make_small(name: str, counts: dict[str, int], num_classes: int, patch: pytes
     patch.setitem(BENCHMARKS, name, dataclasses.replace(BENCHMARKS[name], counts=counts, num_classes=num_classes))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["imagenet-1k", "cars", *LAYOUTS])
 def test_images_and_classes_are_those_of_the_published_lists(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "source"
-    classes, made = FILES[name](Maker(source))
+    classes, made = make(name, source)
     assert [*made] == [*BENCHMARKS[name].counts]
     with pytest.raises(DataError, match=f"{BENCHMARKS[name].num_train:,}"):
         list_benchmark(name, source, "train")
@@ -261,7 +140,7 @@ def test_the_pages_table_6_names_every_benchmark_and_the_split_that_is_scored() 
 
 
 def test_imagenet_is_the_same_from_tars_and_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    classes, made = imagenet(Maker(tmp_path))
+    classes, made = imagenet(tmp_path)
     make_small("imagenet-1k", {"train": 6, "val": 4}, 3, monkeypatch)
     unpacked = tmp_path / "unpacked"
     unpacked.mkdir()

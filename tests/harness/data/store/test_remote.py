@@ -30,7 +30,7 @@ def test_http_gives_the_same_stream_as_files(
 ) -> None:
     monkeypatch.setattr(index, "MAX_KEPT_BYTES", 0)  # images decoded before would not be read
     url, handler = serve(small_set)
-    index_shards(url, tmp_path / "index", name="remote", classes=("ant", "bee", "cat"))
+    index_shards(url, tmp_path / "index", classes=("ant", "bee", "cat"))
     assert open_dataset(tmp_path / "index").fingerprint == open_dataset(small_set).fingerprint
     expected = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(40))
     for path in (str(tmp_path / "index"), url):
