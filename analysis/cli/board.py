@@ -28,8 +28,18 @@ def board(
     import pandas as pd
 
     from aimscale.analysis.errors import AnalysisError
-    from aimscale.analysis.forecasts.board import MIN_RANGE, MIN_ROWS, MIN_SIZES, left_out, play, read_board, scores
-    from aimscale.analysis.forecasts.judgement import page, record_table, summary
+    from aimscale.analysis.forecasts.board import (
+        MIN_RANGE,
+        MIN_ROWS,
+        MIN_SIZES,
+        left_out,
+        page,
+        play,
+        read_board,
+        record_table,
+        scores,
+        summary,
+    )  # fmt: skip
 
     found = read_board(tables)
     parts = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import draw, show, table_of, table_to_minimise
+from aimscale.analysis.cli.options import show, table_of, table_to_minimise
 from aimscale.analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ def fit(
     json: options.AsJson = False,
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
-    from aimscale.analysis.display import plain_types
     from aimscale.analysis.effects.plateau import plateau_flags
     from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.forecasts.points import with_compute
@@ -74,13 +72,11 @@ def fit(
     result = tested(result, df, hold_out or [])
     inside = plateau_flags(df.loc[result.data.index], read_curves(tables))
     result = replace(result, flags=(*result.flags, *inside))
-    if found and json:
-        if figure is not None:
-            draw(result.plot(), figure)
-        typer.echo(json_module.dumps(plain_types(result.to_dict() | {"laws": found.stack.table}), indent=2))
-        return
-    ranking = ["", f"Chosen of several: {found.stack.headline()}.", *found.stack.lines()] if found else []
-    show(result, json, figure, after=ranking)
+    if found is None:
+        show(result, json, figure)
+    else:
+        ranking = ["", f"Chosen of several: {found.stack.headline()}.", *found.stack.lines()]
+        show(result, json, figure, after=ranking, also={"laws": found.stack.table})
 
 
 def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
@@ -94,7 +90,7 @@ def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
 def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
     """The fit with held-out tests, and flags of the table."""
     from aimscale.analysis.fitting.holdout import held_out
-    from aimscale.analysis.frontier.budgets import with_budgets
+    from aimscale.analysis.frontier.measured import with_budgets
     from aimscale.analysis.table.names import our_name
     from aimscale.analysis.table.select import mixture_flags
 
@@ -181,7 +177,6 @@ def frontier(
 ) -> None:
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree; of a probe, how far its optimum lies from
     that of the loss."""
-    from aimscale.analysis.display import plain_types
     from aimscale.analysis.frontier.approaches import all_approaches, gap_to_loss
     from aimscale.analysis.table.select import mixture_flags
 
@@ -194,12 +189,12 @@ def frontier(
     found = all_approaches(df, y=y, law=by_law)
     gap = gap_to_loss(found, df, y, law=by_law)
     flags = [str(flag) for flag in mixture_flags(df, ["N", "D", "C"])]
-    if figure is not None:
-        draw(found.plot(), figure)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
-    if json:
-        data = found.to_dict() | {"optima": found.at(shown).to_dict("records"), "flags": flags, "against_loss": gap}
-        typer.echo(json_module.dumps(plain_types(data), indent=2, allow_nan=False))
-        return
-    lines = [*flags, found.summary(shown), *(["", gap.sentence()] if gap else [])]
-    typer.echo("\n".join(lines))
+    show(
+        found,
+        json,
+        figure,
+        words="\n".join([*flags, found.summary(shown)]),
+        after=["", gap.sentence()] if gap else [],
+        also={"optima": found.at(shown), "flags": flags, "against_loss": gap},
+    )

@@ -93,15 +93,16 @@ def show(
     json: bool,
     figure: Path | None = None,
     *,
+    words: str = "",
     after: Sequence[str] = (),
     also: Mapping[str, Any] | None = None,
 ) -> None:
-    """Draw a result where a figure is asked for, and print it in words with the lines of `after`, or as JSON with what
-    there is `also`.
+    """Draw a result where a figure is asked for, and print it in `words` (by default its summary) with the lines of
+    `after`, or as JSON with what there is `also`.
     """
     if figure is not None:
         draw(result.plot(), figure)
-    typer.echo(result.to_json(**(also or {})) if json else "\n".join([result.summary(), *after]))
+    typer.echo(result.to_json(**(also or {})) if json else "\n".join([words or result.summary(), *after]))
 
 
 def draw(figure: Figure, path: Path) -> None:

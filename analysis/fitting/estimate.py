@@ -16,9 +16,8 @@ from aimscale.analysis.fitting.groups import Groups, groups_of, with_spread
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.fitting.lackoffit import lack_of_fit
 from aimscale.analysis.fitting.objectives import HUBER_LOG, LOG_LSQ, LSQ, ROBUST, Objective, find_objective
-from aimscale.analysis.fitting.optimise import Minimum, global_minimum, minimise
+from aimscale.analysis.fitting.optimise import MAX_STARTS, Minimum, design, global_minimum, minimise, project
 from aimscale.analysis.fitting.problem import Problem, make_problem
-from aimscale.analysis.fitting.projection import MAX_STARTS, design, project
 from aimscale.analysis.fitting.result import Fit, interval
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import find_law

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,6 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.points import AUTO, Forecaster, accuracy_forecaster, forecaster
-from aimscale.analysis.forecasts.record import Record, record
 from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.laws.base import Law
 from aimscale.analysis.table.names import Exclusion, names_of
@@ -21,7 +22,43 @@ from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.words import Flag
 
 ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
+RECORD = Path(__file__).with_name("record.csv")
+"""How forecasts at a distance fared on public tables, as `aimscale board` writes it."""
+BINS = (1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
+"""Distances, in factors beyond the table, between which forecasts are counted together."""
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Forecasts of one range of distances; every table counts alike."""
+
+    low: float
+    high: float
+    """Factors beyond the largest compute."""
+    num_tables: int
+    inside: float
+    """Share of losses inside their 95 % intervals."""
+    error: float
+    """Mean absolute error of ln loss."""
+    accuracy_inside: float
+    """Share of accuracies inside their intervals."""
+    accuracy_error: float
+    """Mean absolute error of accuracies, as fractions."""
+
+
+@cache
+def records() -> tuple[Record, ...]:
+    """The record that comes with the package, nearest first."""
+    rows = pd.read_csv(RECORD, comment="#").to_dict("records")
+    return tuple(Record(**{str(k): v for k, v in row.items()}) for row in rows)
+
+
+def record(distance: float) -> Record | None:
+    """The record at a distance; of the farthest range beyond it, None inside the table."""
+    if distance <= BINS[0]:
+        return None
+    return next((each for each in records() if distance <= each.high), records()[-1])
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

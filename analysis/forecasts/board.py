@@ -2,7 +2,8 @@
 
 A table is a CSV with columns N, D, C and loss under three lines of provenance (`# source:`, `# licence:`, `# rows:`).
 `# family:` names tables that share runs: what is calibrated on the others leaves the whole family out. `# columns:`
-says which columns are accuracies, as `--columns` does.
+says which columns are accuracies, as `--columns` does. `during/` beside a table may hold a file of its name with points
+during training and the compute of their run (`C_run`): whether they forecast better than budgets alone is judged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from scipy.stats import t as student
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import LOG_LSQ
+from aimscale.analysis.forecasts.ahead import BINS
 from aimscale.analysis.forecasts.points import JOINT, Forecaster, accuracy_forecaster, forecaster
 from aimscale.analysis.forecasts.stack import CONFIDENCE, DOF, MISFIT, TERMS
 from aimscale.analysis.laws.base import Array
@@ -32,12 +33,11 @@ MIN_ROWS, MIN_SIZES, MIN_RANGE = 12, 4, 8.0
 """Rows, sizes and factor in compute that must be left below a cut."""
 DRAWS = 200
 """Of the fits that the stack is compared with."""
-RULE = ("chinchilla", "coupled", "overtrained")
-RULE_CONSTANTS, RULE_DOF = (1.1, 1.1, 0.6), 4
-"""The rule of three constants: the mean of three unweighted laws, and a variance of their least residual, of their
-spread, and of that residual times the logarithm of the distance."""
-STACK, STRAIGHT, RULE_NAME = "stack", "straight line", "rule of three constants"
+STACK, STRAIGHT = "stack", "straight line"
+WITH_POINTS = "stack, points during training too"
 LOSS = "val_loss"
+MANY_POINTS = 10
+"""Cuts with fewer points are left out of the lowest share inside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ class BoardTable:
     rows: str
     """What was kept and how it was derived."""
     frame: pd.DataFrame
+    during: pd.DataFrame
+    """Points during training of the same runs, if there are any."""
 
 
 def read_board(folders: Sequence[Path]) -> list[BoardTable]:
@@ -80,6 +82,7 @@ def _board_table(path: Path) -> BoardTable:
         raise AnalysisError(f"{path} does not say its {lost[0]}; begin it with a line '# {lost[0]}: ...'.")
     if "columns" in notes:
         frame = read_table(path, {"L": "loss", **parse_columns([notes["columns"]])})
+    points = path.parent / "during" / path.name
     return BoardTable(
         name=path.stem,
         family=notes.get("family", path.stem),
@@ -87,6 +90,7 @@ def _board_table(path: Path) -> BoardTable:
         licence=notes["licence"],
         rows=notes["rows"],
         frame=frame,
+        during=read_table(points, {"L": "loss"}) if points.is_file() else frame.iloc[:0],
     )
 
 
@@ -105,14 +109,14 @@ def forecast_cuts(table: BoardTable) -> pd.DataFrame:
     """
     rows = []
     for cut in CUTS:
-        for quantity, method, part in _methods(table.frame, cut):
+        for quantity, method, part in _methods(table.frame, table.during, cut):
             rows.append(part.assign(cut=cut, quantity=quantity, method=method))
     if not rows:
         return pd.DataFrame(columns=["table", "family", "cut", "quantity", "method"])
     return pd.concat(rows, ignore_index=True).assign(table=table.name, family=table.family)
 
 
-def _methods(frame: pd.DataFrame, cut: float) -> Iterator[tuple[str, str, pd.DataFrame]]:
+def _methods(frame: pd.DataFrame, during: pd.DataFrame, cut: float) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Quantity, method and its forecasts of the points above a cut."""
     top = float(frame["flops_train"].max())
     below = frame["flops_train"] <= top / cut * (1 + 1e-6)
@@ -122,10 +126,13 @@ def _methods(frame: pd.DataFrame, cut: float) -> Iterator[tuple[str, str, pd.Dat
         return
     shared = {"distance": test["flops_train"] / scale.max(), "measured": test[LOSS]}
     yield LOSS, STACK, _of_stack(forecaster(train), test).assign(**shared)
+    if len(during):
+        known = during[during["C_run"] <= top / cut * (1 + 1e-6)]
+        together = pd.concat([train, known], ignore_index=True)
+        yield LOSS, WITH_POINTS, _of_stack(forecaster(together), test).assign(**shared)
     rivals: dict[str, Callable[[pd.DataFrame, pd.DataFrame], pd.DataFrame]] = {
         **{law: partial(_by_fit, law) for law in JOINT},
         STRAIGHT: _by_line,
-        RULE_NAME: _by_rule,
     }
     for name, method in rivals.items():
         try:
@@ -176,18 +183,6 @@ def _by_line(train: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
     spare = len(y) - x.shape[1]
     spread = np.sqrt(np.sum((y - x @ inverse @ y) ** 2) / spare * (1 + np.sum((z @ inverse) ** 2, axis=1)))
     return _ends(z @ inverse @ y, spread, spare)
-
-
-def _by_rule(train: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
-    """The rule of three constants."""
-    fits = [fit(law, train, y=LOSS, objective=LOG_LSQ, resamples=0) for law in RULE]
-    logs = np.array([np.log(each.predict(test)["value"].to_numpy()) for each in fits])
-    residual = min(
-        float(np.sqrt(np.sum(f.data["residual"] ** 2) / (f.num_points - len(f.law.parameters)))) for f in fits
-    )
-    far = np.log(test["flops_train"].to_numpy(float) / train["flops_train"].max())
-    terms = np.array([np.full(len(far), residual), logs.std(axis=0), residual * far])
-    return _ends(logs.mean(axis=0), np.sqrt(np.square(RULE_CONSTANTS) @ terms**2), RULE_DOF)
 
 
 def _ends(log_value: Array, spread: Array, dof: float) -> pd.DataFrame:
@@ -252,3 +247,83 @@ def scores(points: pd.DataFrame) -> pd.DataFrame:
     )
     keys = [points[name] for name in ("family", "table", "cut", "quantity", "method")]
     return each.groupby(keys).mean().assign(num_points=each.groupby(keys).size()).reset_index()
+
+
+def summary(scored: pd.DataFrame) -> pd.DataFrame:
+    """Means over tables of the losses: one row a method and cut, in per cent of the loss; the best score first."""
+    losses = scored[scored["quantity"] == LOSS]
+    order = np.log(losses["score"]).groupby(losses["method"]).mean().sort_values().index
+    rows = []
+    for method in order:
+        for cut, group in losses[losses["method"] == method].groupby("cut"):
+            many = group[group["num_points"] >= MANY_POINTS]
+            rows.append(
+                {
+                    "method": method,
+                    "cut": f"1/{cut:.0f}",
+                    "tables": len(group),
+                    "inside": f"{100 * group['inside'].mean():.1f}",
+                    "lowest": f"{100 * many['inside'].min():.0f}" if len(many) else "",
+                    "error": f"{100 * group['error'].mean():.2f}",
+                    "half width": f"{100 * group['half_width'].mean():.1f}",
+                    "score": f"{100 * np.exp(np.log(group['score']).mean()):.1f}",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def record_table(points: pd.DataFrame) -> pd.DataFrame:
+    """The stack's forecasts by distance (`record.Record`), every table counting alike in each range."""
+    own = points[points["method"] == STACK]
+    is_loss = own["quantity"] == LOSS
+    predicted, measured = own["predicted"].to_numpy(float), own["measured"].to_numpy(float)
+    off = np.abs(np.where(is_loss, np.log(predicted / measured), predicted - measured))
+    each = own.assign(off=off, held=own["measured"].between(own["low"], own["high"]), is_loss=is_loss)
+    each["bin"] = np.clip(np.searchsorted(BINS, each["distance"]), 1, len(BINS) - 1)
+    means = each.groupby(["is_loss", "bin", "table"])[["held", "off"]].mean().groupby(["is_loss", "bin"]).mean()
+    tables = each[is_loss].groupby("bin")["table"].nunique()
+    losses, accuracies = means.loc[True], means.loc[False].reindex(tables.index)
+    return pd.DataFrame(
+        {
+            "low": [BINS[k - 1] for k in tables.index],
+            "high": [BINS[k] for k in tables.index],
+            "num_tables": tables,
+            "inside": losses["held"],
+            "error": losses["off"],
+            "accuracy_inside": accuracies["held"],
+            "accuracy_error": accuracies["off"],
+        }
+    )
+
+
+def page(tables: Sequence[BoardTable], points: pd.DataFrame, scored: pd.DataFrame) -> str:
+    """The board as Markdown; the scores of every table go beside it as CSV."""
+    families = [calibrated(points[points["family"] != family]) for family in points["family"].unique()]
+    used = {table.family: table for table in reversed(tables) if table.name in set(points["table"])}
+    num = int(((points["method"] == STACK) & (points["quantity"] == LOSS)).sum())
+    parts = [
+        f"{points['table'].nunique()} tables of {len(used)} families, {num:,} forecasts of a loss. Inside, lowest, "
+        "error and half width are in per cent; the score is Winkler's, of ln loss, times 100 (smaller is better).",
+        _markdown(summary(scored)),
+        f"The constant of the misfit is {calibrated(points):.2f}; without one family or another it is "
+        f"{min(families):.2f} to {max(families):.2f}, and each is judged without its own.",
+        "### Accuracies",
+        _markdown(_accuracies(scored)),
+        "### Where the tables come from",
+        "\n".join(f"- **{each}**: {used[each].source}. Licence: {used[each].licence}." for each in sorted(used)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _accuracies(scored: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for cut, group in scored[scored["quantity"] != LOSS].groupby("cut"):
+        means = 100 * group[["inside", "error", "half_width"]].mean()
+        told = {"inside": f"{means['inside']:.1f}", "error, points": f"{means['error']:.1f}"}
+        rows.append({"cut": f"1/{cut:.0f}", "probes": len(group), **told, "half width": f"{means['half_width']:.1f}"})
+    return pd.DataFrame(rows)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    rows = [list(map(str, table.columns)), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -16,9 +16,8 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.errors import Components, components_of
 from aimscale.analysis.fitting.groups import Groups, with_spread
 from aimscale.analysis.fitting.objectives import LOG_LSQ, LSQ
-from aimscale.analysis.fitting.optimise import global_minimum
+from aimscale.analysis.fitting.optimise import MAX_STARTS, global_minimum
 from aimscale.analysis.fitting.problem import Problem, make_problem
-from aimscale.analysis.fitting.projection import MAX_STARTS
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import LINK_SIGMOID
 

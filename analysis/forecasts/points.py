@@ -13,7 +13,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.forecasts.curves import THROUGH, Curve, Measured, law_curve, link_curves
 from aimscale.analysis.forecasts.stack import Fitter, Stack, stacked
-from aimscale.analysis.frontier.optimum import Cost, cost_of
+from aimscale.analysis.frontier.result import Cost, cost_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.design import varies

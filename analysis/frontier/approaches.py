@@ -14,9 +14,8 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, Interval, interval
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
-from aimscale.analysis.frontier.optimum import points_of
 from aimscale.analysis.frontier.parametric import parametric_frontier
-from aimscale.analysis.frontier.result import Frontier, NoFrontier
+from aimscale.analysis.frontier.result import Frontier, NoFrontier, points_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.names import their_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -10,9 +11,8 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit, interval
-from aimscale.analysis.frontier.optimum import REACH, Cost, cost_of, optimum_of, points_of, sizes_along
-from aimscale.analysis.frontier.result import Frontier, NoFrontier
-from aimscale.analysis.laws.base import Array
+from aimscale.analysis.frontier.result import Cost, Frontier, NoFrontier, cost_of, points_of
+from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.words import Flag
 
 CLOSED = ("chinchilla", "coupled")
@@ -25,6 +25,10 @@ STRAIGHT = 1e-3
 """ln N* that is further off a straight line in ln C than this makes a curve."""
 FORM_ALONE = 1e-4
 """An exponent whose draws differ by less than this is set by the law's form, not by the data."""
+REACH = 100.0
+"""A law is minimised within this factor of the measured sizes."""
+GRID = 61
+"""Sizes at which a law is evaluated; four times, each about the last lowest."""
 MAX_DRAWS = 300
 """Draws of a law that are minimised one by one."""
 MIN_WITH_MINIMUM = 0.5
@@ -101,3 +105,39 @@ def _line_of(fit: Fit, curve: partial[tuple[Array, Array]], span: tuple[float, f
     slope = (point[2] - point[0]) / (high - low)
     is_straight = abs(point[1] - (point[0] + point[2]) / 2) < STRAIGHT
     return np.array([point[2] - slope * high, slope]), lines, bool(is_straight)
+
+
+def optimum_of(p: Mapping[str, Array], cost: Cost) -> tuple[Array, Array]:
+    """(ln k, a) of N*(C): set to zero the derivative of A N^-alpha + B (C / kappa)^-beta N^((1+s) beta)."""
+    grow = (1 + cost.s) * p["beta"]
+    a = p["beta"] / (p["alpha"] + grow)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_g = (np.log(p["alpha"] * p["A"]) - np.log(grow * p["B"])) / (p["alpha"] + grow)
+    return log_g - a * np.log(cost.kappa), a
+
+
+def sizes_along(law: Law, params: Mapping[str, Array], cost: Cost, flops: Array, sizes: tuple[float, float]) -> Array:
+    """ln N* (num, m) at budgets (m,) by any law of N, D, C, U (new data: U = D), for parameters (num,).
+
+    Args:
+        sizes: the smallest and largest measured N. Only an interior minimum within `REACH` of them counts: the lowest
+            of several, NaN without one.
+    """
+    low, high = np.log(sizes[0] / REACH), np.log(sizes[1] * REACH)
+    num = max(np.size(value) for value in params.values())
+    out = np.empty((num, len(flops)))
+    for k, c in enumerate(flops):
+        x = np.broadcast_to(np.linspace(low, high, GRID), (num, GRID))
+        lost = np.zeros(num, bool)
+        for _ in range(4):
+            n, step = np.exp(x), x[:, 1] - x[:, 0]
+            d = cost.samples(c, n)
+            with np.errstate(all="ignore"):
+                loss = law.value(Columns({"N": n, "D": d, "U": d, "C": np.full_like(n, c)}), params)
+            inner = loss[:, 1:-1]
+            bottom = np.where((inner < loss[:, :-2]) & (inner <= loss[:, 2:]), inner, np.inf)
+            lost |= ~np.isfinite(bottom).any(axis=1)
+            centre = x[np.arange(num), 1 + bottom.argmin(axis=1)]
+            x = centre[:, None] + step[:, None] * np.linspace(-1, 1, GRID)
+        out[:, k] = np.where(lost, np.nan, centre)
+    return out

@@ -1,8 +1,12 @@
-"""What an approach finds: N*(C) = k C^a with intervals."""
+"""What an approach finds: N*(C) = k C^a with intervals, and the cost of training as a table has it.
+
+The cost is C = kappa N^(1+s) D, so that 6ND (s = 0, kappa = 6) and counted FLOPs (attention, head and patches included;
+kappa holds the tokens per image) go through the same algebra; so do the three meanings of N.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +16,57 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import CONFIDENCE, TAILS, Fit, Interval
-from aimscale.analysis.frontier.optimum import Cost
 from aimscale.analysis.laws.base import Array
+from aimscale.analysis.laws.catalogue import CHINCHILLA
+from aimscale.analysis.table.names import no_column
+from aimscale.analysis.table.points import resolve_columns, usable_rows
 from aimscale.analysis.words import Flag, flag_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Training FLOPs as C = kappa N^(1 + s) D."""
+
+    kappa: float
+    """FLOPs per parameter and sample at N = 1."""
+    s: float
+    """How much faster than N the FLOPs of a sample grow; 0 for 6ND."""
+
+    def samples(self, flops: Array, num_params: Array) -> Array:
+        """D that the budget buys at a size."""
+        return flops / (self.kappa * num_params ** (1 + self.s))
+
+    def flops(self, num_params: Array, samples: Array) -> Array:
+        """C of training a size on so many samples."""
+        return self.kappa * num_params ** (1 + self.s) * samples
+
+
+def cost_of(num_params: Array, samples: Array, flops: Array) -> Cost:
+    """Fit kappa and s to a table's N, D and C."""
+    per_sample = np.log(flops / (num_params * samples))
+    if np.ptp(np.log(num_params)) == 0 or np.ptp(per_sample) < 1e-9:
+        s, intercept = 0.0, float(np.mean(per_sample))
+    else:
+        s, intercept = (float(v) for v in np.polyfit(np.log(num_params), per_sample, 1))
+    return Cost(kappa=float(np.exp(intercept)), s=s)
+
+
+def points_of(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """N, D, C and loss of the usable rows, under these names, with what tells sizes and runs apart (index kept).
+
+    Raises:
+        AnalysisError: a column is missing or no row is left.
+    """
+    given = {v: name for v, name in (columns or {}).items() if v in ("N", "D")}
+    found = resolve_columns(CHINCHILLA, df, given)
+    found["C"] = (columns or {}).get("C", "C" if "C" in df.columns else "flops_train")
+    for name in (found["C"], y):
+        if name not in df.columns:
+            raise no_column(df, name)
+    used = usable_rows(df, {**found, "loss": y})
+    if used.numbers.empty:
+        raise AnalysisError("No row of the table has positive N, D, C and loss, so there is no frontier to draw.")
+    return used.numbers.assign(**{name: used.rows[name] for name in ("size", "run_id", "seed") if name in df.columns})
 
 
 class NoFrontier(AnalysisError):
@@ -48,8 +100,6 @@ class Frontier(Result):
     """Budgets left out and why; their number is C."""
     range: tuple[float, float]
     """Smallest and largest C used."""
-    left_out: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """Approach 2: exponents without some of its budgets, see `measured.without_budgets`."""
     curve: Callable[[Array], tuple[Array, Array]] | None = field(default=None, repr=False)
     """Approach 3 by a law whose N* is no power of C: budgets (m,) -> ln N* (m,) and draws of it (num_draws, m)."""
     law: Fit | None = field(default=None, repr=False)
@@ -93,25 +143,7 @@ class Frontier(Result):
             f"Approach {self.approach} ({self.method}): N*(C) ~ C^{self.exponent:.3f} {interval}, "
             f"C from {self.range[0]:.3g} to {self.range[1]:.3g} FLOPs."
         )
-        text = f"{text} {words}" if (words := self.moving_words()) else text
         return f"{text} Refused: {'; '.join(flag_words(self.refusals))}." if self.refusals else text
-
-    def moving_words(self) -> str:
-        """What the exponent is without its ends, and which budget moves it most; nothing where that is not known."""
-        if self.left_out.empty:
-            return ""
-        rows = self.left_out.to_dict("records")
-        ones = [row for row in rows if row["which"] == "one"]
-        most = max(ones, key=lambda row: abs(row["exponent"] - self.exponent))
-        one = f"{most['exponent']:.3f} without C = {most['budgets'][0]:.3g}, the budget that moves it most"
-        ends = [f"{row['exponent']:.3f} without the {row['which']}" for row in rows if row["which"] != "one"]
-        return f"The exponent is {', '.join([one, *ends])}."
-
-    @property
-    def moves(self) -> bool:
-        """Whether leaving budgets out moves the exponent out of its interval."""
-        i = self.exponent_interval
-        return i.is_known and any(not i.low <= a <= i.high for a in self.left_out.get("exponent", ()))
 
     @property
     def table(self) -> pd.DataFrame:

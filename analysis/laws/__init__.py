@@ -16,5 +16,4 @@ from aimscale.analysis.laws.catalogue import (  # noqa: F401
     find_law,
     power,
     saturating,
-    sigmoidal,
 )

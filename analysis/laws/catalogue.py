@@ -54,53 +54,6 @@ def _sigmoid(z: Array) -> Array:
     return np.exp(-_softplus(-z))
 
 
-def _m4_logit(v: Columns, t: Params, x: str) -> Array:
-    """Logit of z with ln z - a ln(1 - z) = -c ln(x / x0): Newton's method on a monotone function."""
-    s = -t["c"] * (v.log(x) - np.log(t[f"{x}0"]))
-    z = np.where(s < 0, s, s / t["a"])
-    for _ in range(12):
-        error = -_softplus(-z) + t["a"] * _softplus(z) - s
-        z = z - error / (_sigmoid(-z) + t["a"] * _sigmoid(z))
-    return z
-
-
-def _m4_gradient(v: Columns, t: Params, g: Parts, x: str) -> tuple[Parts, ...]:
-    z = _m4_logit(v, t, x)
-    slope = g[1] * (1 - g[1]) / (_sigmoid(-z) + t["a"] * _sigmoid(z))
-    by_c = -slope * (v.log(x) - np.log(t[f"{x}0"]))
-    return (0.0, -slope * _softplus(z)), (0.0, by_c), (0.0, slope * t["c"] / t[f"{x}0"])
-
-
-def sigmoidal(x: str = "x") -> Law:
-    """M4: from a random-guess level to a limit, a power law in between.
-
-    The published (y - e_inf) / (e_0 - y)^a = b x^-c reads, with z = (y - e_inf) / (e_0 - e_inf), as
-    z / (1 - z)^a = (x / x0)^-c.
-    """
-
-    def report(p: Params) -> dict[str, Array]:
-        span = p["span"]
-        return {
-            "e_inf": p["e_inf"],
-            "e_0": p["e_inf"] + span,
-            "a": p["a"],
-            "c": p["c"],
-            "b": p[f"{x}0"] ** p["c"] * span ** (1 - p["a"]),
-        }
-
-    return Law(
-        name="sigmoidal",
-        formula=f"(L - e_inf) / (e_0 - L)^a = b {x}^-c",
-        variables=(x,),
-        linear=(coefficient("e_inf"), coefficient("span")),
-        nonlinear=(exponent("a", 0.05, 5.0), exponent("c"), scale_of(f"{x}0", x, below=1e-3, above=1e2)),
-        basis=lambda v, t: (1.0, _sigmoid(_m4_logit(v, t, x))),
-        gradient=lambda v, t, g: _m4_gradient(v, t, g, x),
-        report=report,
-        source="M4 of Alabdulmohsin et al. 2022",
-    )
-
-
 def _chinchilla_basis(x: Columns, t: Params) -> Parts:
     return 1.0, np.exp(-t["alpha"] * x.log("N")), np.exp(-t["beta"] * x.log("D"))
 
@@ -253,12 +206,7 @@ LINK_EXPONENTIAL = Law(
 
 COUPLED, FARSEER, OVERFITTING = coupled(), farseer(), overfitting()
 
-_ONE_VARIABLE = {
-    "power": lambda x: power(x, offset=False),
-    "power_offset": power,
-    "saturating": saturating,
-    "sigmoidal": sigmoidal,
-}
+_ONE_VARIABLE = {"power": lambda x: power(x, offset=False), "power_offset": power, "saturating": saturating}
 """Laws in one variable, as functions of its name."""
 
 LAWS: dict[str, Law] = {name: make("x") for name, make in _ONE_VARIABLE.items()} | {

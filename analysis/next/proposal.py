@@ -19,9 +19,8 @@ from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.ahead import record_words
+from aimscale.analysis.forecasts.ahead import record, record_words
 from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster, with_compute
-from aimscale.analysis.forecasts.record import record
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.table.select import mixture_flags
 from aimscale.analysis.words import Flag

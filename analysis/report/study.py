@@ -30,8 +30,8 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.ahead import Ahead, forecast
 from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster, with_compute
 from aimscale.analysis.frontier.approaches import Approaches, Gap, all_approaches, gap, gap_to_loss
-from aimscale.analysis.frontier.budgets import isoflop_budgets, with_budgets
-from aimscale.analysis.frontier.optimum import points_of
+from aimscale.analysis.frontier.measured import isoflop_budgets, with_budgets
+from aimscale.analysis.frontier.result import points_of
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
 from aimscale.analysis.published.comparison import Comparison, compare, read_baselines
 from aimscale.analysis.table.accuracies import unnamed

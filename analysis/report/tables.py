@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.forecasts.ahead import record_words
-from aimscale.analysis.forecasts.record import record
+from aimscale.analysis.forecasts.ahead import record, record_words
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.comparison import Comparison
 from aimscale.analysis.report.study import Study

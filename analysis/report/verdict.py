@@ -134,11 +134,10 @@ def _split(study: Study) -> str:
     law = f" on the {best.law.law.name} law" if best.approach == 3 and best.law is not None else ""
     exponents = ", ".join(f"{f.exponent_words()} by approach {f.approach}" for f in found.frontiers)
     apart = f" Their N* differ by a factor of {found.disagreement(top):.2g} there." if len(found.frontiers) > 1 else ""
-    moved = "".join(f" Of approach {f.approach}: {f.moving_words()}" for f in found.frontiers if f.moves)
     return (
         f"At {human(top)} FLOP, N = {human(at['N'])} [{human(at['N_lo'])}, {human(at['N_hi'])}] and "
         f"D = {human(at['D'])} by approach {best.approach}{law}; N grows as C to the {exponents}."
-        f"{apart}{moved}{_for_features(study)}"
+        f"{apart}{_for_features(study)}"
     )
 
 

@@ -21,9 +21,8 @@ from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws
 from aimscale.analysis.effects.gains import Gain, gains
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
-from aimscale.analysis.frontier.optimum import Cost, optimum_of
-from aimscale.analysis.frontier.parametric import parametric_frontier
-from aimscale.analysis.frontier.result import Frontier
+from aimscale.analysis.frontier.parametric import optimum_of, parametric_frontier
+from aimscale.analysis.frontier.result import Cost, Frontier
 
 TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.38, "beta": 0.40}
 POINT_SD, GROUP_SD, ACCURACY_SD, EFFECT, R_D = 0.003, 0.005, 0.01, 0.004, 6.0

@@ -8,8 +8,8 @@ import pytest
 
 from aimscale.analysis.cli.board import board
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.forecasts.ahead import record, records
 from aimscale.analysis.forecasts.board import LOSS, STACK, calibrated, forecast_cuts, left_out, play, read_board, scores
-from aimscale.analysis.forecasts.record import record, records
 
 BOARD = Path(__file__).parents[2] / "board"
 FEW = ("steplaw", "olmo-piqa", "olmo-csqa", "gadre-c4-trained-c4")

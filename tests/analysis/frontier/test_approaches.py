@@ -10,11 +10,9 @@ import pytest
 from aimscale.analysis import all_approaches, fit, laws
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.frontier.approaches import Approaches
-from aimscale.analysis.frontier.budgets import Budget, isoflop_points
-from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
-from aimscale.analysis.frontier.optimum import cost_of
+from aimscale.analysis.frontier.measured import Budget, envelope_frontier, isoflop_frontier, isoflop_points
 from aimscale.analysis.frontier.parametric import parametric_frontier
-from aimscale.analysis.frontier.result import NoFrontier
+from aimscale.analysis.frontier.result import NoFrontier, cost_of
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
 EXPONENT = 0.36 / 0.70

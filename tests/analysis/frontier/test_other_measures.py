@@ -11,9 +11,8 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.frontier.approaches import all_approaches, gap, gap_to_loss
 from aimscale.analysis.frontier.measured import envelope_frontier
-from aimscale.analysis.frontier.optimum import Cost, optimum_of, sizes_along
-from aimscale.analysis.frontier.parametric import parametric_frontier
-from aimscale.analysis.frontier.result import NoFrontier
+from aimscale.analysis.frontier.parametric import optimum_of, parametric_frontier, sizes_along
+from aimscale.analysis.frontier.result import Cost, NoFrontier
 from aimscale.analysis.table.measures import to_minimise
 from aimscale.analysis.words import Flag
 
