@@ -207,6 +207,8 @@ def contrast(
         raise AnalysisError(f"{by} takes {values} alone among the complete rows, so nothing can be compared; vary it.")
     asked, flags = _comparable(wanted_measures(rows, measures, by), by)
     keys = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in asked})
+    # What else there is of a head may differ within a pair only where it has to.
+    others = [n for n in HEAD if by in HEAD and n in rows and n not in keys and n.split(".")[-1] != by.split(".")[-1]]
     long = long_format(rows, asked, by)
     long = long.assign(hits=hits_of(long).where(long["measure"].str.startswith("top1:"), None))
     levels = _levels(long, by, asked)
@@ -214,7 +216,10 @@ def contrast(
     found: list[Contrast] = []
     why: dict[str, dict[Flag, None]] = {}  # measure -> every reason why there is none
     for m, level in itertools.product(asked, [each for each in levels if each != baseline]):
-        one = _one(long[long["measure"] == m.name], m, by, keys, baseline, level)
+        of_measure = long[long["measure"] == m.name]
+        one = _one(of_measure, m, by, [*keys, *others], baseline, level)
+        if others and isinstance(one, Flag):
+            one = _one(of_measure, m, by, keys, baseline, level)
         if isinstance(one, Contrast):
             found.append(one)
         else:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from aimscale.aim.config import HeadKind, HeadRule, Parametrisation, PatchOrder, QkvInit, Target
 from aimscale.harness.run.identity import digest_of, probe_evaluation, training_digest
 from aimscale.harness.run.strict import ConfigError, Section, parse, read_yaml, refuse_unknown
 
@@ -29,27 +30,25 @@ class ModelSection(Section):
     """Side of a square patch, pixels; must divide `image_size`."""
     channels: int = Field(3, gt=0)
     """Colour channels of the input."""
-    head_rule: Literal["released", "proportional", "none"] = "proportional"
+    head_rule: HeadRule = "proportional"
     """How the pixel head follows the trunk: 12 blocks of width 2048 as published; the same share of the trunk as
     in aim-600M (width 4/3 d, half of the blocks); or a linear head alone."""
     head_width: int | None = Field(None, gt=0)
     """Overrides the width that `head_rule` gives."""
     head_depth: int | None = Field(None, ge=0)
     """Overrides the number of blocks that `head_rule` gives."""
-    head_kind: Literal["mlp", "transformer"] = "mlp"
+    head_kind: HeadKind = "mlp"
     """Blocks of the pixel head: MLPs, token by token (paper's choice), or transformer blocks under the trunk's mask."""
     ln_residual: bool = False
     """Head blocks add LN(x) before the MLP residual, as the authors' trainer does."""
-    patch_order: Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "fixed_random", "hashed"] = (
-        "raster"
-    )
+    patch_order: PatchOrder = "raster"
     """Order in which patches are predicted (`aim.orders`); `outward_spiral`, `checkerboard` and `fixed_random` (a
     list in their trainer, which must be installed) are the authors'."""
-    parametrisation: Literal["standard", "mup"] = "standard"
+    parametrisation: Parametrisation = "standard"
     """`standard`: the paper's constant learning rate and xavier init; `mup`: width-aware rates and scales."""
     norm_eps: float = Field(1e-6, gt=0)
     """Epsilon of every LayerNorm: 1e-6 in the authors' inference code, 1e-5 in their trainer."""
-    qkv_init: Literal["fused", "separate"] = "fused"
+    qkv_init: QkvInit = "fused"
     """Initial query, key and value: drawn as one (3 d, d) matrix, or, as in the authors' trainer, as three of (d, d),
     whose values are sqrt(2) times as wide."""
 
@@ -120,7 +119,7 @@ class DataSection(Section):
 class ObjectiveSection(Section):
     """What is predicted and from which prefix."""
 
-    target: Literal["normalised", "raw"] = "normalised"
+    target: Target = "normalised"
     """Regress pixels normalised per patch (paper) or the image-normalised pixels themselves."""
     masked: float | None = Field(None, gt=0, lt=1)
     """Instead of next patches: this share of the patches, drawn anew for every image seen, is hidden behind a learned

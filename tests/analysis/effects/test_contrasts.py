@@ -146,12 +146,15 @@ def test_losses_on_another_target_are_not_subtracted_but_accuracies_are(known_st
 
 def test_heads_are_told_apart_though_rule_and_depth_change_together(known_study):
     parts = [
-        DIRECTION | {"head_depth": 6, "head_rule": "proportional"},
-        DIRECTION | {"head_depth": 0, "head_rule": "none", "effect": 0.03},
-        DIRECTION | {"head_depth": 12, "head_rule": "proportional", "effect": -0.01},
+        DIRECTION | {"head_depth": 6, "head_width": 64},
+        DIRECTION | {"head_depth": 0, "head_width": None, "head_rule": "none", "effect": 0.03},
+        DIRECTION | {"head_depth": 12, "head_width": 64, "effect": -0.01},
     ]
     found = contrast(known_study(*parts), by="head_depth", baseline="6")
     assert {each.level: each.verdict for each in found.contrasts} == {"0": "worse", "12": "better"}
+    narrow = DIRECTION | {"head_depth": 6, "head_width": 16, "effect": 0.5}  # no part of what depth does
+    depth = contrast(known_study(*parts, narrow), by="head_depth", baseline="6").contrasts
+    assert [each.ratio for each in depth if each.level == "12"] == [found.contrasts[1].ratio]
     assert "head_depth" in factors(known_study(*parts))
 
 
