@@ -239,6 +239,7 @@ def factors(frame: pd.DataFrame) -> list[str]:
     varied = [name for name in names if name in frame and varies(frame[name])]
     if set(HEAD) & set(varied):  # the actual depth tells the heads apart; it varies with size alone otherwise
         head = "head_depth" if "head_depth" in frame and varies(frame["head_depth"]) else "head_rule"
+        head = "model.head_width" if set(HEAD) & set(varied) == {"model.head_width"} else head
         varied = [head, *[name for name in varied if name not in HEAD]]
     return [*varied, KIND]
 

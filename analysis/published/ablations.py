@@ -56,13 +56,16 @@ def beside_paper(found: Contrasts, frame: pd.DataFrame) -> pd.DataFrame:
     count = "params_trunk" if "params_trunk" in rows else "params_total"
     out: list[dict[str, Any]] = []
     for each in [c for c in found.contrasts if c.measure.column == "top1" and c.measure.kind in KINDS]:
-        names, kind = rows[found.by].map(level_name, na_action="ignore"), each.measure.kind
-        ours, theirs = (_settings(rows[names == name], found.by, name) for name in (each.level, each.baseline))
+        keys, kind = [name for name in each.pairs if name in rows], each.measure.kind
+        own = rows.astype(dict.fromkeys(keys, object)).merge(
+            each.pairs[keys].drop_duplicates()
+        )  # those that are paired
+        names = own[found.by].map(level_name, na_action="ignore")
+        ours, theirs = (_settings(own[names == name], found.by, name) for name in (each.level, each.baseline))
         shared = [(ours[column], theirs[column]) for column in ours if column in theirs]
         if not shared or shared[0][0]["setting"] == shared[0][1]["setting"] or pd.isna(shared[0][0][kind]):
             continue
         level, baseline = shared[0]
-        counts = rows.loc[rows["size"].isin(each.pairs["size"]), count] if "size" in each.pairs else rows[count]
         out.append(
             {
                 "change": f"{level['setting']} over {baseline['setting']}",
@@ -74,7 +77,7 @@ def beside_paper(found: Contrasts, frame: pd.DataFrame) -> pd.DataFrame:
                 "low": each.low,
                 "high": each.high,
                 "over": each.over,
-                "N": " to ".join(dict.fromkeys(map(human, (counts.min(), counts.max())))),
+                "N": " to ".join(dict.fromkeys(map(human, (own[count].min(), own[count].max())))),
             }
         )
     return pd.DataFrame(out)

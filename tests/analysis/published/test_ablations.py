@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aimscale.analysis.effects.contrasts import contrast
+from aimscale.analysis.effects.contrasts import contrast, factors
 from aimscale.analysis.published.ablations import ablations, all_beside_paper, beside_paper, in_words
 from aimscale.analysis.published.comparison import compare
 from aimscale.analysis.table.read import with_setup
@@ -24,12 +24,11 @@ def probed(frame: pd.DataFrame, setups: dict[str, dict[str, object]] | None = No
 
 
 def test_cells_of_one_setting_agree_between_ablations():
-    cells = ablations().set_index(["ablation", "setting"])
-    default = cells.loc[[("crop scale", "from 0.4"), ("head", "MLP"), ("head width", "2048"), ("head depth", "12")]]
-    assert (default[["linear", "attentive"]] == [0.700, 0.782]).all(axis=None)
-    assert cells.loc[("objective", "autoregressive"), "attentive"] == 0.782
+    cells = ablations().set_index("setting")
+    default = cells.loc[["crops from 0.4", "MLP head", "head of width 2048", "12 head blocks"], ["linear", "attentive"]]
+    assert (default == [0.700, 0.782]).all(axis=None)
+    assert cells.loc["autoregressive", "attentive"] == 0.782
     assert len(cells) == 22
-    assert not cells.index.has_duplicates
 
 
 def test_the_papers_difference_stands_beside_ours_with_its_interval(known_study):
@@ -51,10 +50,23 @@ def test_the_papers_difference_stands_beside_ours_with_its_interval(known_study)
 
 def test_heads_are_put_beside_by_their_rule_and_never_by_blocks_of_another_size(known_study):
     heads = {"1": {}, "0": {"model.head_depth": 0}, "6": {"model.head_depth": 6}, "12": {"model.head_depth": 12}}
-    df = probed(known_study(*(PART | {"head_depth": int(depth)} for depth in heads)), heads)
-    for baseline, expected in (("1", {"none over MLP": -0.06}), ("12", {"6 over 12": -0.047})):
+    parts = [PART | {"head_depth": int(depth)} for depth in heads] + [PART | {"head_depth": 1, "device": "tf"}]
+    df = probed(known_study(*parts), heads | {"tf": {"model.head_kind": "transformer"}})
+    changes = all_beside_paper(df)["change"]
+    assert set(changes) == {"no head over MLP head", "transformer head over MLP head"}
+    for baseline, expected in (
+        ("1", {"no head over MLP head": -0.06}),
+        ("12", {"6 head blocks over 12 head blocks": -0.047}),
+    ):
         beside = beside_paper(contrast(df, by="head_depth", baseline=baseline), df).query("kind == 'linear'")
         assert dict(zip(beside["change"], beside["published"], strict=True)) == pytest.approx(expected)
+
+
+def test_the_width_of_a_head_is_a_change_where_nothing_else_of_it_is(known_study):
+    df = probed(known_study(PART | {"head_width": 512}, PART | {"head_width": 2048, "device": "wide"}))
+    df = df.assign(**{"model.head_width": df["head_width"].astype(int).astype(str)})
+    assert "model.head_width" in factors(df)
+    assert set(all_beside_paper(df)["change"]) == {"head of width 2048 over head of width 512"}
 
 
 def test_masked_models_are_paired_with_the_autoregressive_one(known_study):
