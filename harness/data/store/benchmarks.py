@@ -1,14 +1,14 @@
 """The paper's fifteen benchmarks: names, sizes, splits, what to download; `layouts` reads them as they are published.
 
-`benchmarks.csv` has them in the order of the paper's Table 6. Sizes and classes: AIMv2 (arXiv 2411.14402), Table B1;
+`benchmarks.json` has them in the order of the paper's Table 6. Sizes and classes: AIMv2 (arXiv 2411.14402), Table B1;
 iWildCam from WILDS (arXiv 2012.07421), because that table leaves it out. How splits follow from a WILDS set's metadata
 is what the loaders of the `wilds` package (2.0) do. Torch is not imported.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,8 +21,6 @@ class Benchmark:
 
     name: str
     """The task's name in configurations and tables."""
-    title: str
-    """The paper's column heading (Table 6)."""
     num_classes: int
     counts: Mapping[str, int]
     """Images by split, under the owners' names; `train` is what probes train on."""
@@ -44,18 +42,8 @@ class Benchmark:
         return self.counts[self.scored] if self.scored else None
 
 
-def _read() -> dict[str, Benchmark]:
-    found = {}
-    with Path(__file__).with_suffix(".csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            words = row.pop("splits").split()
-            counts = dict(zip(words[::2], map(int, words[1::2]), strict=True))
-            num_classes, scored = int(row.pop("num_classes")), row.pop("scored") or None
-            found[row["name"]] = Benchmark(num_classes=num_classes, counts=counts, scored=scored, **row)
-    return found
-
-
-BENCHMARKS = _read()
+_FILE = Path(__file__).with_suffix(".json")
+BENCHMARKS = {name: Benchmark(name=name, **fields) for name, fields in json.loads(_FILE.read_text()).items()}
 """By name."""
 
 
@@ -75,8 +63,6 @@ def describe(name: str) -> str:
     lines = []
     for each in BENCHMARKS.values() if name == "all" else [find_benchmark(name)]:
         lines += [f"{each.name}: {each.origin}", f"  SOURCE is {each.layout}"]
-        for split, number in each.counts.items():
-            lines.append(
-                f"  aimscale data pack SOURCE OUT --benchmark {each.name} --split {split}  # {number:,} images"
-            )
+        command = f"  aimscale data pack SOURCE OUT --benchmark {each.name} --split"
+        lines += [f"{command} {split}  # {number:,} images" for split, number in each.counts.items()]
     return "\n".join(lines)

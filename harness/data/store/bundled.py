@@ -56,13 +56,8 @@ def write_bundled(out: Path) -> None:
             write_dataset(folder / f"photographs-{split}", photograph_crops(split), classes=classes)
             write_dataset(folder / f"digits-{split}", _digits(split), classes=tuple("0123456789"))
         write_dataset(folder / "validation", _mixed_validation(folder))
-    _read_photographs.cache_clear()
+    photographs.cache_clear()
     _mnist.cache_clear()
-
-
-def photographs() -> dict[str, torch.Tensor]:
-    """Name -> uint8 (3, H, W), sorted by name."""
-    return dict(_read_photographs())
 
 
 def region(image: torch.Tensor, split: str) -> torch.Tensor:
@@ -72,7 +67,8 @@ def region(image: torch.Tensor, split: str) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def _read_photographs() -> dict[str, torch.Tensor]:
+def photographs() -> dict[str, torch.Tensor]:
+    """Name -> uint8 (3, H, W), sorted by name."""
     found = {}
     for package, sub_folder, names in (
         ("skimage", "data", _SCIKIT_IMAGE),

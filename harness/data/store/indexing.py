@@ -154,7 +154,7 @@ def index_shards(
         DataError: no shards, no images, or a shard that is missing, truncated or malformed.
     """
     shards = sorted(set(names)) if names is not None else list_shards(location)
-    same_place = not is_url(location) and Path(location).resolve() == out.resolve()
+    where = location if is_url(location) else str(Path(location).resolve())
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -169,7 +169,11 @@ def index_shards(
             yield scan
 
     return write_scans(
-        out, scans(), name=Path(location).name, classes=classes, shards_at=None if same_place else _absolute(location)
+        out,
+        scans(),
+        name=Path(location).name,
+        classes=classes,
+        shards_at=None if where == str(out.resolve()) else where,
     )
 
 
@@ -263,10 +267,6 @@ def _require_names(scan: ShardScan, classes: tuple[str, ...] | None) -> None:
     largest = pc.max(scan.rows["label"]).as_py()
     if classes is not None and largest is not None and largest >= len(classes):
         raise DataError(f"label {largest} has no name: {len(classes)} class names were given; give one per label")
-
-
-def _absolute(location: str) -> str:
-    return location if is_url(location) else str(Path(location).resolve())
 
 
 def _scans(location: str, names: Sequence[str], num_workers: int) -> Iterator[ShardScan]:

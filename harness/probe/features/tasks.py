@@ -36,7 +36,7 @@ def check_benchmark(task: str, *, num_classes: int, num_train: int, num_test: in
     ):
         if expected is not None and found != expected:
             raise ProbeError(
-                f"task '{task}' is {benchmark.title} with {expected:,} {what}, but this data set has {found:,}; "
+                f"task '{task}' is published with {expected:,} {what}, but this data set has {found:,}; "
                 "complete it, or give the task another name so that it is not taken for the benchmark"
             )
 
