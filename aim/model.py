@@ -1,6 +1,6 @@
 """AIM: an autoregressive image model as El-Nouby et al. (arXiv 2401.08541) describe it, section 3.
 
-`AIM.forward` is the training objective; `per_image_loss`, `predict` and `complete` look at the same predictions in
+`AIM.forward` is the training objective; `per_patch_loss`, `predict` and `complete` look at the same predictions in
 other ways; `features` is what probes see. Parameter names are those of the released models, plus `pixel_head.*`, which
 was never released.
 """
@@ -221,13 +221,14 @@ class AIM(nn.Module):
         losses, _ = self._scored_losses(images, given)
         return losses.sum(), losses.new_full((), losses.numel())
 
-    def per_image_loss(self, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, but image by image: float32 (B,) sums and float32 (B,) counts."""
+    def per_patch_loss(self, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, but patch by patch in sequence order: float32 (B, N) losses, 0 of what is not scored, and
+        float32 (B, N), 1 where a patch is scored and 0 where it is given."""
         losses, targets = self._scored_losses(images, given)
         by_patch = losses.new_zeros(2, len(images) * self.config.num_tokens)
         by_patch[:, targets] = torch.stack([losses, torch.ones_like(losses)])
-        loss_sum, num_targets = by_patch.view(2, len(images), -1).sum(2)
-        return loss_sum, num_targets
+        losses, is_scored = by_patch.view(2, len(images), -1)
+        return losses, is_scored
 
     def predict(self, images: Tensor, given: Tensor) -> Tensor:
         """Predicted patches, float32 (B, N, o) in sequence order, in the scale of the targets.

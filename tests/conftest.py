@@ -67,7 +67,7 @@ def evaluations(
     from aimscale.harness.run.config import run_config
     from aimscale.harness.run.directory import RunDir
     from aimscale.harness.run.row import model_of
-    from aimscale.harness.train.validation import completions, validate
+    from aimscale.harness.train.validation import HeldOut, completions, validate
 
     def evaluate(places: list[tuple[Any, float]], *, num_images: int, epochs: int) -> list[list[float]]:
         fit, test = (
@@ -90,10 +90,10 @@ def evaluations(
             monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", share)
             run = RunDir.create(tmp_path / f"run-{number}", config)
             write_weights(AIM(model_of(config.training)).state_dict(), run.model_file(64))
-            model, images = load_budget(run, config, 64, group.device), open_dataset(test)
-            section, shape = config.evaluation.validation, config.training.model
-            loss = validate(model, images, section, shape, group).loss
-            completions(model, images, section, shape, group.device)
+            model, section = load_budget(run, config, 64, group.device), config.evaluation.validation
+            images = HeldOut(open_dataset(test), section, config.training.model, group)
+            loss = validate(model, images, group).loss
+            completions(model, images, group.device)
             ((_, entries),) = probe_run(run.path, group=group)
             assert [entry["kind"] for entry in entries] == kinds
             found.append([loss, *(entry["top1"] for entry in entries)])

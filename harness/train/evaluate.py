@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
+from aimscale.harness.data.store.index import DataError, open_dataset
 from aimscale.harness.data.stream.held_out import refuse_overlap
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.job import Job
@@ -27,7 +27,7 @@ from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.trunk import saved_budgets
-from aimscale.harness.train.validation import completions, validate
+from aimscale.harness.train.validation import HeldOut, completions, validate
 
 
 def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = ()) -> None:
@@ -45,7 +45,7 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
         PreemptedError: a signal asked to stop.
     """
     group, pause = job.group, job.pausing()
-    held_out: ShardDataset | None = None
+    held_out: HeldOut | None = None
     is_new = False
     budgets = group.from_first(lambda: [each for each in saved_budgets(run) if each in config.evaluation.budgets])
     for budget in budgets:
@@ -74,10 +74,10 @@ def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Lacking]:
     return list(lacking_at(run, config, budget, enter_row(run, config, budget)))
 
 
-def open_held_out(config: RunConfig, group: Group) -> ShardDataset:
+def open_held_out(config: RunConfig, group: Group) -> HeldOut:
     """The validation images; refused where some are among the training images, as far as those are available."""
-    cache_dir, cache_gb = config.runtime.cache_dir, config.runtime.cache_gb
-    held_out = open_dataset(config.evaluation.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
+    cache_dir, cache_gb, section = config.runtime.cache_dir, config.runtime.cache_gb, config.evaluation.validation
+    held_out = open_dataset(section.path, cache_dir=cache_dir, cache_gb=cache_gb)
 
     def compare() -> None:
         try:
@@ -89,20 +89,19 @@ def open_held_out(config: RunConfig, group: Group) -> ShardDataset:
             refuse_overlap(pools, held_out)
 
     group.from_first(compare)
-    return held_out
+    return HeldOut(held_out, section, config.training.model, group)
 
 
-def _validate(run: RunDir, config: RunConfig, group: Group, budget: int, held_out: ShardDataset, pause: Pause) -> None:
-    training, section = config.training, config.evaluation.validation
+def _validate(run: RunDir, config: RunConfig, group: Group, budget: int, held_out: HeldOut, pause: Pause) -> None:
     model = load_budget(run, config, budget, group.device)
-    if training.optimiser.precision == "bf16":
+    if config.training.optimiser.precision == "bf16":
         model.to(torch.bfloat16)  # as it trained
-    losses = validate(model, held_out, section, training.model, group, pause)
+    losses = validate(model, held_out, group, pause)
     if not math.isfinite(losses.loss):
         raise DivergedError(f"the validation loss at {budget} images is {losses.loss}; its weights diverged")
 
     def keep() -> None:
-        pictures = completions(model, held_out, section, training.model, group.device)
+        pictures = completions(model, held_out, group.device)
         losses.save(run.validation_file(budget), validation_name(run, config, budget), pictures)
         enter_row(run, config, budget)
         print(f"budget {budget}: validation loss {losses.loss:.4f} +- {losses.standard_error:.4f}", flush=True)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from aimscale.harness.data.store.card import data_set, fingerprint
-from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.device.job import Job
 from aimscale.harness.log.loggers import Logger, of_row
 from aimscale.harness.log.record import append_line
@@ -33,7 +32,7 @@ from aimscale.harness.run.schedule import Schedule
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import copied_model
 from aimscale.harness.train.evaluate import open_held_out
-from aimscale.harness.train.validation import validate
+from aimscale.harness.train.validation import HeldOut, validate
 
 
 class Points:
@@ -53,7 +52,7 @@ class Points:
         self._engine, self._loggers = engine, loggers
         self._distance = job.group.from_first(lambda: validation_distance(config, data_set))
         self._probes = [section for each in config.evaluation.probes if (section := each.during)]
-        self._held_out: ShardDataset | None = None
+        self._held_out: HeldOut | None = None
 
     def is_at(self, images_seen: int) -> bool:
         """Whether something may be due at a position of the trunk."""
@@ -116,9 +115,8 @@ class Points:
         config, group = self._config, self._job.group
         self._held_out = self._held_out or open_held_out(config, group)
         dtype = DTYPES[config.training.optimiser.precision]
-        section, model_section = config.evaluation.validation, config.training.model
         model = copied_model(self._engine, group, dtype)
-        losses = validate(model, self._held_out, section, model_section, group, self._job.pausing())
+        losses = validate(model, self._held_out, group, self._job.pausing())
         if not math.isfinite(losses.loss):
             raise DivergedError(f"the validation loss at image {images_seen} is {losses.loss}; the weights diverged")
         values = (losses.loss, losses.standard_error, len(losses.index))

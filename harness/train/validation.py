@@ -7,6 +7,7 @@ be compared image by image: the published losses of 0.6B to 7B differ by 0.013 i
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor
 from aimscale.aim.model import AIM
 from aimscale.aim.objective import in_prefix, unpatchify
 from aimscale.harness.data.store.index import ShardDataset
-from aimscale.harness.data.stream.augment import denormalise
-from aimscale.harness.data.stream.held_out import eval_images, fixed_given, usable_indices
+from aimscale.harness.data.stream.augment import denormalise, normalise
+from aimscale.harness.data.stream.held_out import eval_images, eval_pixels, fixed_given, usable_indices
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.images import Pause
+from aimscale.harness.probe.features.images import Pause, decoded_ahead
 from aimscale.harness.probe.owed import VALIDATION_COLUMNS
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.run.files import written_aside
@@ -29,6 +30,64 @@ EVAL_TOKENS = 16_384
 """Tokens per forward pass."""
 NUM_COMPLETIONS = 8
 """Images whose predictions are kept as pictures."""
+KEPT_SHARE = 0.05
+"""Of its share of the host's memory, what a rank gives to decoded images that will be looked at again."""
+
+
+class HeldOut:
+    """The validation images of a model geometry, shared by ranks: decoded by threads ahead of the model, and kept where
+    they take little memory, for a run looks at them many times."""
+
+    def __init__(
+        self, dataset: ShardDataset, section: ValidationSection, model_section: ModelSection, group: Group
+    ) -> None:
+        """Decode nothing yet.
+
+        Raises:
+            DataError: there are fewer images than asked for.
+        """
+        self.section = section
+        self.indices = usable_indices(dataset, section.num_images)
+        """Sample numbers, int64 (images,)."""
+        self.own = np.arange(len(self.indices))[group.rank :: group.world_size]
+        """Rows of `indices` that are this rank's."""
+        self._dataset, self._model_section, self._group = dataset, model_section, group
+        shape = (len(self.own), model_section.channels, model_section.image_size, model_section.image_size)
+        has_room = np.prod(shape, dtype=float) <= KEPT_SHARE * group.host_memory_bytes()
+        self._kept = torch.empty(shape, dtype=torch.uint8) if has_room else None
+        self._is_filled = False
+
+    def images(self, rows: np.ndarray) -> Tensor:
+        """Normalised float32 images (len(rows), C, H, W) of some rows, on the host.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        return eval_images(self._dataset, self.indices[rows], self._model_section, self.section.centre_crop)
+
+    def passes(self, num_images: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Rows and normalised images of this rank, on its device, so many at a time; none where other ranks have more.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        most = -(-len(self.indices) // self._group.world_size)
+        parts = [slice(first, first + num_images) for first in range(0, most, num_images)]
+        pixels: Iterable[tuple[slice, Tensor]]
+        if self._is_filled and self._kept is not None:
+            pixels = ((part, self._kept[part]) for part in parts)
+        else:
+            pixels = decoded_ahead(self._decoded, parts)
+        for part, values in pixels:
+            yield self.own[part], normalise(values).to(self._group.device)
+        self._is_filled = True
+
+    def _decoded(self, part: slice) -> Tensor:
+        rows = self.indices[self.own[part]]
+        pixels = eval_pixels(self._dataset, rows, self._model_section, self.section.centre_crop)
+        if self._kept is not None:
+            self._kept[part] = pixels
+        return pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +104,10 @@ class ValidationLosses:
     """int64 (images, prefixes): how many patches are given."""
     prefix_loss_sum: np.ndarray
     """float64 (images, prefixes): `loss_sum` by prefix, from which the noise of the drawn prefixes can be told."""
+    position_loss_sum: np.ndarray
+    """float64 (N,): sum of the losses of the patch at each place of the sequence, over images and prefixes."""
+    position_num_targets: np.ndarray
+    """float64 (N,): how often it was scored; the first patch, which is always given, never."""
 
     @property
     def loss(self) -> float:
@@ -70,68 +133,54 @@ class ValidationLosses:
 
 
 @torch.no_grad()
-def validate(
-    model: AIM,
-    dataset: ShardDataset,
-    section: ValidationSection,
-    model_section: ModelSection,
-    group: Group,
-    pause: Pause = lambda: None,
-) -> ValidationLosses:
+def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = lambda: None) -> ValidationLosses:
     """Per-image losses; ranks share the images, and every rank returns all of them.
 
     Args:
-        pause: called by all ranks together after each pass; raises to stop there.
+        pause: called by all ranks together before each pass; raises to stop there.
 
     Raises:
-        DataError: an image cannot be read, or there are fewer than asked for.
+        DataError: an image cannot be read.
     """
-    indices = usable_indices(dataset, section.num_images)
-    given = fixed_given(len(indices), section.num_prefixes, model.config)
-    own = np.arange(len(indices))[group.rank :: group.world_size]
-    per_pass = max(1, EVAL_TOKENS // (model.config.num_tokens * section.num_prefixes))
-    sums, counts = [], []
-    for start in range(0, -(-len(indices) // group.world_size), per_pass):
+    num_tokens, num_prefixes = model.config.num_tokens, held_out.section.num_prefixes
+    given = fixed_given(len(held_out.indices), num_prefixes, model.config)
+    # Of each pass: losses and counts by image and prefix; and their sums so far by position.
+    passes = [torch.zeros(2, 0, num_prefixes, dtype=torch.float64, device=group.device)]
+    by_position = torch.zeros(2, num_tokens, dtype=torch.float64, device=group.device)
+    for rows, images in held_out.passes(max(1, EVAL_TOKENS // (num_tokens * num_prefixes))):
         pause()
-        rows = own[start : start + per_pass]
-        if not len(rows):
-            continue
-        images = eval_images(dataset, indices[rows], model_section, section.centre_crop).to(group.device)
-        repeated = images.repeat_interleave(section.num_prefixes, dim=0)
-        loss_sum, num_targets = model.per_image_loss(repeated, given[rows].flatten(0, 1))
-        shape = (len(rows), section.num_prefixes)
-        sums.append(loss_sum.double().view(shape))
-        counts.append(num_targets.double().view(shape).sum(1))
-    mine = (
-        own,
-        torch.cat(sums).cpu().numpy() if sums else np.zeros((0, section.num_prefixes)),
-        torch.cat(counts).cpu().numpy() if counts else np.zeros(0),
-    )
+        if len(rows):
+            repeated = images.repeat_interleave(num_prefixes, dim=0)
+            found = torch.stack(model.per_patch_loss(repeated, given[rows].flatten(0, 1)))
+            passes.append(found.sum(2).double().view(2, len(rows), num_prefixes))
+            by_position += found.sum(1, dtype=torch.float64)
+    mine = (held_out.own, *torch.cat(passes, dim=1).cpu().numpy())
     rows, losses, targets = (np.concatenate(part) for part in zip(*group.gather(mine), strict=True))
     order = np.argsort(rows)
+    position_loss_sum, position_num_targets = group.sum_tensor(by_position).cpu().numpy()
     return ValidationLosses(
-        index=indices,
+        index=held_out.indices,
         loss_sum=losses[order].sum(1),
-        num_targets=targets[order],
+        num_targets=targets[order].sum(1),
         prefix_len=(given if model.config.masked is None else given.sum(2)).numpy(),
         prefix_loss_sum=losses[order],
+        position_loss_sum=position_loss_sum,
+        position_num_targets=position_num_targets,
     )
 
 
 @torch.no_grad()
-def completions(
-    model: AIM, dataset: ShardDataset, section: ValidationSection, model_section: ModelSection, device: torch.device
-) -> dict[str, np.ndarray]:
+def completions(model: AIM, held_out: HeldOut, device: torch.device) -> dict[str, np.ndarray]:
     """Pictures of a few validation images, spread over the folder: seen to their middle, or masked.
 
     Returns:
         uint8 (n, H, W, C) arrays `truth`, `prefix` (mid-grey where the model must predict) and `prediction`, and int64
         `picture_index` (n,), sample numbers.
     """
-    usable = usable_indices(dataset, section.num_images)
-    chosen = usable[np.linspace(0, len(usable) - 1, min(NUM_COMPLETIONS, len(usable))).round().astype(int)]
+    num_images = len(held_out.indices)
+    chosen = np.linspace(0, num_images - 1, min(NUM_COMPLETIONS, num_images)).round().astype(int)
     config = model.config
-    images = eval_images(dataset, chosen, model_section, section.centre_crop).to(device)
+    images = held_out.images(chosen).to(device)
     half = torch.full((len(chosen),), config.num_tokens // 2)
     given = half if config.masked is None else fixed_given(len(chosen), 1, config)[:, 0]
     is_given = in_prefix(half, config.num_tokens) if config.masked is None else given
@@ -140,7 +189,7 @@ def completions(
     is_prefix = unpatchify(raster, config.patch_size, config.channels).cpu()
     truth = denormalise(images.cpu())
     return {
-        "picture_index": chosen,
+        "picture_index": held_out.indices[chosen],
         "truth": _channels_last(truth),
         "prefix": _channels_last(torch.where(is_prefix, truth, torch.full_like(truth, 128))),
         "prediction": _channels_last(denormalise(model.complete(images, given).float().cpu())),

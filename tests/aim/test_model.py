@@ -169,17 +169,18 @@ def test_losses_and_predictions_equal_the_reference(options: dict) -> None:
     images, given = batch(config)
     with torch.no_grad():
         loss_sum, num_targets = model(images, given)
-        sums, counts = model.per_image_loss(images, given)
+        losses, is_scored = model.per_patch_loss(images, given)
         predictions = model.predict(images, given)
     for index, (image, its) in enumerate(zip(images, given.tolist(), strict=True)):
         scored = reference.scored(image, its)
-        assert counts[index] == len(scored) == (config.num_masked or config.num_tokens - its)
-        assert sums[index].item() == pytest.approx(sum(loss for _, loss in scored.values()), rel=1e-5)
+        assert is_scored[index].sum() == len(scored) == (config.num_masked or config.num_tokens - its)
         assert predictions[index].isnan().all(1).sum() == config.num_tokens - len(scored)
-        for patch, (prediction, _) in scored.items():
+        assert losses[index][is_scored[index] == 0].sum() == 0
+        for patch, (prediction, loss) in scored.items():
+            assert losses[index, patch].item() == pytest.approx(loss, rel=1e-5)
             np.testing.assert_allclose(predictions[index, patch], prediction, atol=1e-5)
-    torch.testing.assert_close(loss_sum, sums.sum())
-    assert num_targets == counts.sum()
+    torch.testing.assert_close(loss_sum, losses.sum())
+    assert num_targets == is_scored.sum()
 
 
 def test_features_equal_the_reference() -> None:

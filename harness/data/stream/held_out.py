@@ -91,6 +91,17 @@ def eval_images(
         float32 (B, C, image_size, image_size).
 
     Raises:
+        DataError: as `eval_pixels` says.
+    """
+    return normalise(eval_pixels(dataset, indices, model, centre_crop))
+
+
+def eval_pixels(
+    dataset: ShardDataset, indices: Sequence[int] | npt.NDArray[np.int64], model: ModelSection, centre_crop: float
+) -> torch.Tensor:
+    """`eval_images` before they are normalised, uint8.
+
+    Raises:
         DataError: an image cannot be read or decoded; an evaluation never replaces one.
     """
     require_channels(model.channels)
@@ -98,7 +109,7 @@ def eval_images(
     for row, index in enumerate(np.asarray(indices, dtype=np.int64).tolist()):
         image = dataset.decode(index, model.channels)
         pixels[row] = crop_centre(image, model.image_size, math.ceil(model.image_size / centre_crop))
-    return normalise(pixels)
+    return pixels
 
 
 def fixed_given(num_images: int, num_prefixes: int, model: ModelConfig) -> torch.Tensor:

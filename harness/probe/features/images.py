@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -155,21 +155,29 @@ class LabelledImages:
     def ahead(
         self, chunks: Iterable[Sequence[int]], epoch: int | None = None
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Each chunk of indices with its images, in order, decoded by threads while the caller works on earlier ones.
+        """Each chunk of indices with its images, as `decoded_ahead` gives them."""
+        return decoded_ahead(functools.partial(self.images, epoch=epoch), chunks)
 
-        Memory: one chunk a thread and one more. An error comes out where its chunk would have.
-        """
-        num_threads = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
-        pool = ThreadPoolExecutor(num_threads, "decode")
-        try:
-            under_way = ((chunk, pool.submit(self.images, chunk, epoch)) for chunk in chunks)
-            pending = deque(itertools.islice(under_way, num_threads))
-            while pending:
-                pending.extend(itertools.islice(under_way, 1))
-                chunk, images = pending.popleft()
-                yield chunk, images.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+Chunk = TypeVar("Chunk")
+
+
+def decoded_ahead(images: Callable[[Chunk], Tensor], chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Tensor]]:
+    """Each chunk with its images, in order, decoded by threads while the caller works on earlier ones.
+
+    Memory: one chunk a thread and one more. An error comes out where its chunk would have.
+    """
+    num_threads = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(num_threads, "decode")
+    try:
+        under_way = ((chunk, pool.submit(images, chunk)) for chunk in chunks)
+        pending = deque(itertools.islice(under_way, num_threads))
+        while pending:
+            pending.extend(itertools.islice(under_way, 1))
+            chunk, future = pending.popleft()
+            yield chunk, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from aimscale.harness.data.stream.held_out import eval_images, fixed_given, pref
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.run.config import ModelSection, ValidationSection
-from aimscale.harness.train.validation import ValidationLosses, completions, validate
+from aimscale.harness.train.validation import HeldOut, ValidationLosses, completions, validate
 
 Run = Callable[..., list[int]]
 MODEL = ModelSection(size="w16-d2", image_size=16, patch_size=4)
@@ -28,7 +28,9 @@ def write_losses(rank: int, data: Path, out: Path) -> None:
     aimscale.harness.train.validation.EVAL_TOKENS = 150  # passes of three images, the last one shorter
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral"))
     section = ValidationSection(path=str(data / "validation"), num_prefixes=3, num_images=13, centre_crop=1.0)
-    losses = validate(model, open_dataset(section.path), section, MODEL, group)
+    held_out = HeldOut(open_dataset(section.path), section, MODEL, group)
+    losses, again = validate(model, held_out, group), validate(model, held_out, group)
+    assert all(np.array_equal(getattr(losses, each), getattr(again, each)) for each in vars(losses)), "kept images"
     losses.save(out / f"{group.world_size}-{rank}.npz")
     stop_group()
 
@@ -43,6 +45,8 @@ def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, tmp_path: Path
             sum(model(image[None], prefix[None])[0].item() for prefix in prefixes)
             for image, prefixes in zip(images, prefix_lengths(13, 3, 16), strict=True)
         ]
+        each = zip(images.repeat_interleave(3, dim=0), prefix_lengths(13, 3, 16).flatten(), strict=True)
+        by_place = sum(model.per_patch_loss(image[None], prefix[None])[0][0] for image, prefix in each)
     for name in ("1-0", "2-0", "2-1"):
         with np.load(tmp_path / f"{name}.npz") as losses:
             assert losses["index"].tolist() == list(range(13))
@@ -51,12 +55,15 @@ def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, tmp_path: Path
             assert losses["prefix_len"].tolist() == prefix_lengths(13, 3, 16).tolist()
             assert losses["prefix_loss_sum"].shape == (13, 3)
             assert losses["prefix_loss_sum"].sum(1) == pytest.approx(losses["loss_sum"])
+            given = prefix_lengths(13, 3, 16).numpy()
+            assert losses["position_num_targets"].tolist() == [(given <= place).sum() for place in range(16)]
+            assert losses["position_loss_sum"] == pytest.approx(by_place, rel=1e-5)
 
 
 def test_a_masked_model_is_validated_on_fixed_masks(tiny_data: Path) -> None:
     config = model_config("w16-d2", image_size=16, patch_size=4, masked=0.75)
     section = ValidationSection(path=str(tiny_data / "validation"), num_prefixes=3, num_images=13, centre_crop=1.0)
-    losses = validate(AIM(config), open_dataset(section.path), section, MODEL, ALONE)
+    losses = validate(AIM(config), HeldOut(open_dataset(section.path), section, MODEL, ALONE), ALONE)
     masks, more = fixed_given(13, 3, config), fixed_given(500, 3, config)
     assert torch.equal(more[:13], masks)
     assert torch.equal(masks.sum(2), torch.full((13, 3), 4))
@@ -81,6 +88,8 @@ def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
             num_targets=num_targets,
             prefix_len=np.ones((50, 1), np.int64),
             prefix_loss_sum=loss_sum[:, None],
+            position_loss_sum=loss_sum,
+            position_num_targets=num_targets,
         )
         deviations.append((losses.loss - 0.4) / losses.standard_error)
     assert np.mean(np.abs(deviations) < 1.96) == pytest.approx(0.94, abs=0.02)
@@ -90,7 +99,8 @@ def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
 def test_completions_show_the_prefix_and_predict_the_rest(tiny_data: Path, options: dict) -> None:
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral", **options))
     section = ValidationSection(path=str(tiny_data / "validation"))
-    pictures = completions(model, open_dataset(section.path), section, MODEL, torch.device("cpu"))
+    held_out = HeldOut(open_dataset(section.path), section, MODEL, ALONE)
+    pictures = completions(model, held_out, torch.device("cpu"))
     assert all(pictures[key].shape == (8, 16, 16, 3) for key in ("truth", "prefix", "prediction"))
     given = (pictures["prefix"] != 128).any(axis=-1)
     assert given.mean() == pytest.approx(0.5, abs=0.01)
