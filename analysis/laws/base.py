@@ -2,7 +2,7 @@
 
 Every form in use is linear in some of its parameters once the others are fixed, and that is what makes a global
 optimum cheap (`analysis.fitting.optimise`). A new law is ten lines: names, bounds, and the basis functions g_j
-in numpy. Its gradient is taken by the complex step, exact to rounding, unless the law brings its own.
+in numpy, of real and complex parameters: gradients are taken by the complex step, exact to rounding.
 
     from aimscale.analysis.laws import Law, coefficient
     LOG_LINEAR = Law(
@@ -75,7 +75,6 @@ def scale_of(name: str, variable: str, below: float = 1e-4, above: float = 1e4) 
 
 Params = Mapping[str, Array]
 Basis = Callable[[Columns, Params], tuple[Any, ...]]
-BasisGradient = Callable[[Columns, Params, tuple[Any, ...]], tuple[tuple[Any, ...], ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +93,6 @@ class Law:
     """Parameters t inside the basis functions."""
     basis: Basis
     """(x, t) -> the g_j, each broadcastable to (..., n); t holds arrays (..., 1)."""
-    gradient: BasisGradient | None = None
-    """(x, t, g) -> for each non-linear parameter, the derivative of every g_j; None: complex step."""
     report: Callable[[Params], dict[str, Array]] | None = None
     """Turns the parameters into the published ones where those differ (Kaplan's Nc, Dc)."""
     centred: Callable[[Columns], Law] | None = None
@@ -125,8 +122,6 @@ class Law:
     def basis_and_gradient(self, x: Columns, t: Params) -> tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]:
         """The g_j and, for every non-linear parameter, their derivatives."""
         parts = self.basis(x, t)
-        if self.gradient is not None:
-            return parts, self.gradient(x, t, parts)
         step = 1e-30
         derivatives = []
         for p in self.nonlinear:
