@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from aimscale.analysis.effects.contrasts import Contrast
     from aimscale.analysis.fitting.result import Fit, HeldOut
+
+POWER = 0.8
+"""Power of a minimum detectable effect."""
 
 NOT_IDENTIFIED = "not identified"
 UNITS = {
@@ -219,3 +224,26 @@ def held_out_sentence(test: HeldOut) -> str:
         f"in log-log ({test.naive_mean_abs_relative_error:.2%}); {test.num_inside} of {test.num_test} lie inside their "
         f"prediction interval.{unknown}"
     )
+
+
+def contrast_sentence(c: Contrast) -> str:
+    """A difference with its interval, what that is over and what it leaves out."""
+    m = c.measure
+    text = f"{m.title}: {c.level} {m.shown(c.level_mean)} against {m.shown(c.baseline_mean)}"
+    text += f", difference {m.shown_difference(c.difference)}"
+    if not c.over:
+        return f"{text}, from one pair of runs, so without an interval."
+    text += f" [{m.shown_difference(c.low)}, {m.shown_difference(c.high)}]"
+    if c.num_run_pairs == 1 and c.images is not None:
+        text += f", over the {c.images.num_images:,} test images of one pair of runs"
+        text += f", McNemar {p_value(c.images.p)}" if not math.isnan(c.images.p) else ""
+    else:
+        text += f", ratio {c.ratio:.4f} [{c.ratio_low:.4f}, {c.ratio_high:.4f}]" if not math.isnan(c.ratio) else ""
+        text += f", over {c.num_run_pairs} pairs of runs" + (
+            f" ({c.num_pairs} of rows)" if c.num_pairs > c.num_run_pairs else ""
+        )
+        text += f", on these test images (others: {m.shown_size(c.images.half)} more or less)" if c.images else ""
+    if c.is_significant:
+        return f"{text}: {c.level} is {c.verdict}."
+    effect = f"minimum detectable effect {m.shown_size(c.detectable)} at {100 * POWER:.0f} % power"
+    return f"{text}: {c.verdict} ({effect})."

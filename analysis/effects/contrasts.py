@@ -19,13 +19,14 @@ import pandas as pd
 from scipy.stats import t as student
 
 from aimscale.analysis.display import Result, plain_fields
-from aimscale.analysis.effects.paired import POWER, Paired, paired
+from aimscale.analysis.effects.paired import Paired, mean_of, paired
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.errors import sandwich
 from aimscale.analysis.fitting.result import CONFIDENCE
 from aimscale.analysis.table.design import (
     DEFAULT,
     DESIGN,
+    FOLLOWS,
+    HEAD,
     MEASURED_ON,
     SCALE,
     foreign_settings,
@@ -39,18 +40,8 @@ from aimscale.analysis.table.hits import hits_of
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.table.names import column_words, our_name, their_name
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.words import Flag, flag_words, p_value, some
+from aimscale.analysis.words import POWER, Flag, contrast_sentence, flag_words, some
 
-HEAD = ("head_rule", "head_depth", "head_width", "model.head_depth", "model.head_width")
-FOLLOWS = {
-    **dict.fromkeys(HEAD, HEAD),
-    "schedule": ("schedule.decay_fraction", "schedule.lr_end"),
-    "image_size": ("patch_size", *MEASURED_ON),
-    "patch_size": ("image_size",),
-    "size": ("head_depth", "head_width", "lr_peak", "batch_size"),
-    "objective.masked": ("prefix",),
-}
-"""Column in question -> columns that change with it and so cannot be held equal."""
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
          KIND: "attentive"}  # fmt: skip
 """Column -> the level that the paper uses, the baseline unless another is named; fields of the set-up default to it."""
@@ -116,33 +107,10 @@ class Contrast(Result):
         return "runs" if self.num_run_pairs > 1 else "test images" if self.images else ""
 
     def sentence(self) -> str:
-        """Difference, interval, pairs, and the minimum detectable effect where it is not significant."""
-        m = self.measure
-        values = f"{m.shown(self.level_mean)} against {m.shown(self.baseline_mean)}"
-        head = f"{m.title}: {self.level} {values}, difference {m.shown_difference(self.difference)}"
-        if not self.over:
-            return f"{head}, from one pair of runs, so without an interval."
-        text = f"{head} [{m.shown_difference(self.low)}, {m.shown_difference(self.high)}]"
-        if np.isfinite(self.ratio_low):
-            text += f", ratio {self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
-        text += f", {self._basis()}: "
-        if self.is_significant:
-            return f"{text}{self.level} is {self.verdict}."
-        effect = f"minimum detectable effect {m.shown_size(self.detectable)} at {100 * POWER:.0f} % power"
-        return f"{text}{self.verdict} ({effect})."
+        """Difference, interval, what it is over, and the minimum detectable effect where it is not significant."""
+        return contrast_sentence(self)
 
     headline = sentence
-
-    def _basis(self) -> str:
-        """What the interval is over, and what it leaves out."""
-        if self.num_run_pairs < 2 and self.images is not None:
-            test = f", McNemar {p_value(self.images.p)}" if np.isfinite(self.images.p) else ""
-            return f"over the {self.images.num_images:,} test images of one pair of runs{test}"
-        rows = f" ({self.num_pairs} of rows)" if self.num_pairs > self.num_run_pairs else ""
-        more = (
-            self.images and f", on these test images (others: {self.measure.shown_size(self.images.half)} more or less)"
-        )
-        return f"over {self.num_run_pairs} pairs of runs{rows}{more or ''}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -352,23 +320,6 @@ def _means(side: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     cells = side.groupby(keys, dropna=False)
     hits = cells["hits"].first().where(cells.size() == 1, None)
     return cells["value"].mean().to_frame().assign(hits=hits).reset_index()
-
-
-def mean_of(values: pd.Series, groups: pd.Series | None = None) -> tuple[float, float, float, float]:
-    """Mean, half of its interval, standard error and degrees of freedom; NaN but for the mean of a single value.
-
-    The interval is cluster-robust (`fitting.errors.sandwich`) over groups (sizes), which may share what suits one level
-    better; with fewer than three groups, or groups of one value each, it is Student's over the values.
-    """
-    y, n = values.to_numpy(float), len(values)
-    centre = float(y.mean())
-    if n < 2:
-        return centre, np.nan, np.nan, np.nan
-    codes = np.arange(n) if groups is None else np.unique(groups.map(str), return_inverse=True)[1]
-    codes = codes if codes.max() + 1 >= 3 else np.arange(n)
-    found = sandwich(np.ones((n, 1)), y - centre, np.ones(n), codes)
-    (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))
-    return centre, float(student.ppf(0.5 + CONFIDENCE / 2, degrees) * se), float(se), float(degrees)
 
 
 def _differs(sides: list[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:

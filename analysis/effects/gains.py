@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from aimscale.analysis.effects.contrasts import Contrast, Contrasts, level_name, mean_of
+from aimscale.analysis.effects.contrasts import Contrast, Contrasts, level_name
+from aimscale.analysis.effects.paired import mean_of
 from aimscale.analysis.table.design import with_size
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.words import Flag

@@ -1,6 +1,6 @@
-"""Two models on the same test images: what only one of them gets right tells them apart.
+"""The error of a difference: over pairs of runs, and over test images that two models share.
 
-All errors here are those of drawing test images, for the very runs that were compared. Another seed is no part of them.
+What is over test images holds for the very runs that were compared. Another seed is no part of it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student
 
+from aimscale.analysis.fitting.errors import sandwich
 from aimscale.analysis.fitting.result import CONFIDENCE
 from aimscale.analysis.table.hits import Hits
-
-POWER = 0.8
-"""Power of a minimum detectable effect."""
+from aimscale.analysis.words import POWER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,3 +80,20 @@ def paired(
         detectable=float(np.sqrt(square) * (z * np.sqrt(n) + power * np.sqrt(n + power**2 - z**2)) / (n + power**2)),
         p=p if len(sides) == 1 else np.nan,
     )
+
+
+def mean_of(values: pd.Series, groups: pd.Series | None = None) -> tuple[float, float, float, float]:
+    """Mean, half of its interval, standard error and degrees of freedom; NaN but for the mean of a single value.
+
+    The interval is cluster-robust (`fitting.errors.sandwich`) over groups (sizes), which may share what suits one level
+    better; with fewer than three groups, or groups of one value each, it is Student's over the values.
+    """
+    y, n = values.to_numpy(float), len(values)
+    centre = float(y.mean())
+    if n < 2:
+        return centre, np.nan, np.nan, np.nan
+    codes = np.arange(n) if groups is None else np.unique(groups.map(str), return_inverse=True)[1]
+    codes = codes if codes.max() + 1 >= 3 else np.arange(n)
+    found = sandwich(np.ones((n, 1)), y - centre, np.ones(n), codes)
+    (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))
+    return centre, float(student.ppf(0.5 + CONFIDENCE / 2, degrees) * se), float(se), float(degrees)

@@ -15,7 +15,7 @@ from scipy.stats import linregress, norm
 from scipy.stats import t as student
 
 from aimscale.analysis.display import Result
-from aimscale.analysis.effects.paired import POWER, paired
+from aimscale.analysis.effects.paired import paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.published.ablations import all_beside_paper
@@ -25,7 +25,7 @@ from aimscale.analysis.table.names import FOLDER, joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import probe_frame, read_table
 from aimscale.analysis.table.select import widest_slice
-from aimscale.analysis.words import Flag
+from aimscale.analysis.words import POWER, Flag
 
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""

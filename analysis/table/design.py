@@ -22,6 +22,16 @@ DESIGN = (
     "prefix", "target", "patch_order", "head_rule", "schedule", "precision", "image_size", "patch_size", *MEASURED_ON,
 )  # fmt: skip
 """Columns of the results table that make runs another experiment, not another scale of the same."""
+HEAD = ("head_rule", "head_depth", "head_width", "model.head_depth", "model.head_width")
+FOLLOWS = {
+    **dict.fromkeys(HEAD, HEAD),
+    "schedule": ("schedule.decay_fraction", "schedule.lr_end"),
+    "image_size": ("patch_size", *MEASURED_ON),
+    "patch_size": ("image_size",),
+    "size": ("head_depth", "head_width", "lr_peak", "batch_size"),
+    "objective.masked": ("prefix",),
+}
+"""Column in question -> columns that change with it and so cannot be held equal."""
 SECTIONS = ("model", "data", "objective", "optimiser", "schedule")
 """Parts of a run's configuration whose fields `read_tables` makes into columns."""
 DEFAULT = "default"
