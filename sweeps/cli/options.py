@@ -31,6 +31,11 @@ def some_runs(sweep: Sweep, parts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-SweepName = Annotated[str, typer.Argument(help="A sweep file, a preset's name, or the name of a launched sweep.")]
+SweepName = Annotated[
+    str,
+    typer.Argument(
+        help="A sweep file, a preset's name (isoflop, ablation-orders, ...), or the name of a launched sweep."
+    ),
+]
 Root = Annotated[Path, typer.Option(help="Folder that holds the sweep directories.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
