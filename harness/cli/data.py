@@ -77,8 +77,8 @@ def pack(
     elif bundled:
         from aimscale.harness.data.store.bundled import FOLDERS, write_bundled
 
-        if out is not None:
-            raise DataError("data pack --bundled takes one folder, the output")
+        if out is not None or benchmark or split or images or classes or resize or skip_bad:
+            raise DataError(f"data pack --bundled {source} takes one folder, the output, and no other option")
         write_bundled(source)
         print(f"wrote {len(FOLDERS)} data sets under {source}: {', '.join(FOLDERS)}")
     else:
@@ -138,7 +138,7 @@ def _read_shares(text: str) -> dict[str, str]:
 
     shares = [int(share) if share.isdecimal() else -1 for share in text.split("/")]
     if len(shares) != 3 or min(shares) < 0 or sum(shares) != 100:
-        raise DataError(f"--split {text}: give per cent of train, validation and test that add up to 100, as 80/10/10")
+        raise DataError(f"--split {text}: without --benchmark, give per cent that add up to 100, as 80/10/10")
     stops = list(itertools.accumulate(shares))
     ranges = (f"{stop - share}%:{stop}%" for share, stop in zip(shares, stops, strict=True))
     return {name: part for name, part, share in zip(_PARTS, ranges, shares, strict=True) if share}

@@ -68,15 +68,16 @@ def _imagenet(root: Path, split: str) -> Listing:
     if folder.is_dir() and any(path.is_dir() for path in folder.iterdir()):
         return list_folder(folder)
     is_packed = tar.exists() or split == "train"
-    images: list[Path | Slice] = list(list_slices(tar)) if is_packed else sorted(folder.iterdir())
+    images: list[str | Slice] = list(list_slices(tar)) if is_packed else sorted(map(str, folder.iterdir()))
+    names = [image.name if isinstance(image, Slice) else image for image in images]
     if split == "train":
-        wnids = [image.name.partition("/")[0] for image in images]
+        wnids = [name.partition("/")[0] for name in names]
     else:
         kit = root / "ILSVRC2012_devkit_t12" / "data"
         synsets = _matlab(kit / "meta.mat")["synsets"]
         wnid_of = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
         truth = _read(kit / "ILSVRC2012_validation_ground_truth.txt").split()
-        numbers = [int(PurePosixPath(image.name).stem.rpartition("_")[2]) for image in images]
+        numbers = [int(PurePosixPath(name).stem.rpartition("_")[2]) for name in names]
         wnids = [wnid_of[int(truth[number - 1])] for number in numbers]
     return list_by_class(root, images, wnids)
 
@@ -177,12 +178,12 @@ def _listing(root: Path, pairs: Iterable[tuple[str, int]], classes: Sequence[str
     return Listing(source=root, images=_inside(root, names), labels=labels, classes=tuple(classes))
 
 
-def _inside(root: Path, names: Iterable[str]) -> list[Path]:
+def _inside(root: Path, names: Iterable[str]) -> list[str]:
     """Files that lie in a folder; ValueError where a name leads out of it."""
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name:
             raise ValueError(f"{name!r} leads out of {root}")
-    return [root / name for name in names]
+    return [f"{root}/{name}" for name in names]
 
 
 def _read(path: Path) -> str:

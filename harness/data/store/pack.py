@@ -64,8 +64,9 @@ class Listing:
 
     source: Path
     """Where they come from, for messages."""
-    images: Sequence[Path | Slice] | npt.NDArray[np.uint8]
-    """Image files; or pixels, (n, H, W) or (n, H, W, C), numpy's or a mapped file's."""
+    images: Sequence[str | Slice] | npt.NDArray[np.uint8]
+    """Image files, as text: a process gets a million paths ten times faster so. Or pixels, (n, H, W) or (n, H, W, C),
+    numpy's or a mapped file's."""
     labels: Sequence[int] | None = None
     """Class numbers; None where there are no classes."""
     classes: tuple[str, ...] | None = None
@@ -76,7 +77,7 @@ class Listing:
         image = self.images[number]
         if isinstance(image, Slice):
             return f"{image.name} of {image.tar}"
-        return str(image) if isinstance(image, Path) else f"{number} of {self.source}"
+        return image if isinstance(image, str) else f"{number} of {self.source}"
 
 
 class Packed(NamedTuple):
@@ -251,16 +252,16 @@ def list_folder(folder: Path) -> Listing:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
     names = [path.relative_to(folder).parts[0] for path in files if path.parent != folder]
     if not names:
-        return Listing(source=folder, images=files)
+        return Listing(source=folder, images=[*map(str, files)])
     if loose := len(files) - len(names):
         raise DataError(
             f"{folder} holds {loose} images beside its sub-folders, so their class is unknown; "
             "move them into a sub-folder, or pack a folder without any"
         )
-    return list_by_class(folder, files, names)
+    return list_by_class(folder, [*map(str, files)], names)
 
 
-def list_by_class(source: Path, images: Sequence[Path | Slice], names: Sequence[str]) -> Listing:
+def list_by_class(source: Path, images: Sequence[str | Slice], names: Sequence[str]) -> Listing:
     """Images and the name of each one's class; classes are sorted."""
     number_of = {name: number for number, name in enumerate(sorted(set(names)))}
     return Listing(source=source, images=images, labels=[number_of[name] for name in names], classes=tuple(number_of))
@@ -297,19 +298,19 @@ class _Images(Dataset[PackedImage | str]):
         return PackedImage(f"{position:09d}-{stem}", extension.lower(), data, label, (height, width), on_white)
 
 
-def _read(image: Path | Slice | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
+def _read(image: str | Slice | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
     """(file name, bytes) of an image that is a file, or becomes one."""
     if isinstance(image, np.ndarray):
         pixels = np.array(image if image.ndim == 3 else image[..., None])
         extension, data = encode(torch.from_numpy(pixels).permute(2, 0, 1))
         return f"{number}.{extension}", data
-    path, offset = (image.tar, image.offset) if isinstance(image, Slice) else (image, 0)
-    size = image.size if isinstance(image, Slice) else path.stat().st_size
-    if size > MAX_IMAGE_BYTES:
-        raise DataError(f"it has {size:,} bytes; the limit is {MAX_IMAGE_BYTES:,}")
-    with open_local(path) as file:
-        file.seek(offset)
-        return image.name.rpartition("/")[2], file.read(size)
+    if isinstance(image, str):
+        image = Slice(Path(image), image, 0, os.stat(image).st_size)
+    if image.size > MAX_IMAGE_BYTES:
+        raise DataError(f"it has {image.size:,} bytes; the limit is {MAX_IMAGE_BYTES:,}")
+    with open_local(image.tar) as file:
+        file.seek(image.offset)
+        return image.name.rpartition("/")[2], file.read(image.size)
 
 
 def _prepared(images: _Images, num_workers: int) -> Generator[PackedImage | str]:

@@ -59,7 +59,7 @@ class Member(tarfile.TarInfo):
 
 
 class Slice(NamedTuple):
-    """A file inside of an uncompressed tar."""
+    """A file inside of an uncompressed tar, or one by itself."""
 
     tar: Path
     name: str

@@ -138,6 +138,7 @@ PACK = ["pack", "{}/in", "{}/out"]
         ({"in/a.png": PNG, "in/cat/b.png": PNG}, PACK, "in "),
         ({"in/a.png": PNG, "in/b.jpg": CUT_JPEG}, PACK, "in/b.jpg"),
         ({"out/x": b""}, ["pack", "--bundled", "{}/out"], "out "),
+        ({}, ["pack", "--bundled", "{}/out", "--resize", "9"], "out "),
         ({"in/notes.txt": b"hello"}, ["info", "{}/in"], "in "),
     ],
 )
