@@ -139,6 +139,8 @@ class ModelConfig:
                 raise ModelConfigError(
                     f"{self.name}: {part} {width} must be a multiple of 4, which the 2-D sin-cos positions need"
                 )
+        if self.masked is not None and not 0 < self.masked < 1:
+            raise ModelConfigError(f"{self.name}: masked is a share of the patches between 0 and 1, not {self.masked}")
         if self.target == "normalised" and self.patch_dim < 2:
             raise ModelConfigError(
                 f"{self.name}: a patch of one value cannot be normalised; use a larger patch_size or target 'raw'"

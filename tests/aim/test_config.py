@@ -44,6 +44,8 @@ def test_head_rules() -> None:
         ({"size": "rung-32", "image_size": 14}, "patch"),
         ({"size": "rung-32", "head_rule": "big"}, "big"),
         ({"size": "rung-32", "head_rule": "none", "head_depth": 3}, "head_depth"),
+        ({"size": "rung-32", "head_kind": "transformer", "head_depth": 0}, "needs a block"),
+        ({"size": "rung-32", "masked": 1.0}, "masked"),
         ({"size": "rung-32", "image_size": 4, "patch_size": 1, "channels": 1}, "patch_size"),
     ],
 )
