@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -29,7 +28,7 @@ FINISH_S = 60
 
 def refuse_missing(config: RunConfig) -> None:
     """Raise ConfigError where a logger is asked for that is not installed."""
-    if "wandb" in config.runtime.loggers and "wandb" not in sys.modules and find_spec("wandb") is None:
+    if "wandb" in config.runtime.loggers and find_spec("wandb") is None:
         raise ConfigError("runtime.loggers names wandb, which is not installed; pip install 'aimscale[wandb]'")
 
 
@@ -105,8 +104,8 @@ class WandbLogger:
         with self._surviving():
             self._run = self._run or wandb.init(**about, mode="offline")
             # Decays and budgets go back in images_seen, which W&B's own step may not.
-            self._run.define_metric("images_seen", hidden=True)
-            self._run.define_metric("val/images_seen", hidden=True)
+            for name in ("images_seen", "val/images_seen", "train/images_done", "decay/images_done"):
+                self._run.define_metric(name, hidden=True)
             self._run.define_metric("*", step_metric="images_seen")
             known = [self._run.summary.get(f"{part}/images_done", 0) for part in ("train", "decay")]
             self.told = int(max(known))
