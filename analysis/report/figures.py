@@ -17,6 +17,7 @@ from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, 
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
 from aimscale.analysis.plots.style import ShownFigure, human, save, themed_svg
 from aimscale.analysis.plots.training import plot_curves
+from aimscale.analysis.published.ablations import beside_paper, in_words
 from aimscale.analysis.published.comparison import ADAPTED, CHOSEN, LAST, PROTOCOL, Comparison
 from aimscale.analysis.published.published import TASKS, best_frozen, published_frame, table6
 from aimscale.analysis.report.study import Study, probe_kinds
@@ -210,12 +211,12 @@ def findings(study: Study) -> dict[str, list[PageTable]]:
     """What repeats, single changes and noise come to, by section of the page."""
     return {
         "laws": [] if study.repeats is None else [_repeats(study.repeats)],
-        "changes": [_change(name, found) for name, found in study.contrasts.items()],
+        "changes": [_change(name, found, study) for name, found in study.contrasts.items()],
         "noise": [] if study.noise is None else [_noise(study.noise)],
     }
 
 
-def _change(name: str, found: Contrasts) -> PageTable:
+def _change(name: str, found: Contrasts, study: Study) -> PageTable:
     note = (
         f"Against {found.baseline}; equal within pairs: {', '.join(found.equal) or 'all else'}. Losses in their unit, "
         "accuracies as fractions."
@@ -224,8 +225,8 @@ def _change(name: str, found: Contrasts) -> PageTable:
         *("measure", "level", "num_run_pairs", "num_pairs", "baseline_mean", "level_mean", "difference", "low", "high"),
         *("detectable", "verdict"),
     )
-    title = f"Effect of {name}"
-    return page_table(_key("contrast", name), title, note, found.table, columns, sentences=change_words(found))
+    title, said = f"Effect of {name}", [*change_words(found), *in_words(beside_paper(found, study.frame))]
+    return page_table(_key("contrast", name), title, note, found.table, columns, sentences=said)
 
 
 def change_words(found: Contrasts) -> Iterator[str]:
