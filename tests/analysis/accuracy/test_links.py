@@ -21,14 +21,6 @@ def scores() -> pd.DataFrame:
     return pd.DataFrame({"val_loss": loss, "top1": accuracy.clip(0, 1), "run_id": [f"r{i // 4}" for i in range(80)]})
 
 
-def test_a_known_sigmoid_is_recovered_with_chance_as_its_floor(scores):
-    result = link(scores, chance=0.1, resamples=300)
-    assert result.params["floor"] == pytest.approx(0.1)
-    for name, value in {"ceiling": 0.9, "k": 25, "L0": 0.35}.items():
-        i = result.intervals[name]
-        assert i.low - 0.1 * value < value < i.high + 0.1 * value
-
-
 @pytest.mark.parametrize("scale", [100, np.array([100, 1] * 40)])
 def test_percents_are_refused(scores, scale):
     with pytest.raises(AnalysisError, match="top1"):

@@ -1,6 +1,5 @@
 """What a fit says about itself: parameters that are not known, lack of fit, the scale or the size that bends a law."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -50,12 +49,6 @@ def test_one_flag_a_parameter_and_it_lies_beside_it(grid):
         assert len(about) == len(set(about))
         kinds += [flag.kind for flag in result.flags]
     assert kinds.count("from_above") > 1
-    flag = Flag(kind="factor", subject="A", number=200.0)
-    result = dataclasses.replace(result, flags=(Flag(kind="rival", number=1.0), flag))
-    notes = result.table.set_index("parameter")["note"]
-    assert notes["A"] == str(flag)
-    assert set(notes.drop("A")) == {""}
-    assert [each["kind"] for each in json.loads(result.to_json())["flags"]] == ["rival", "factor"]
 
 
 def test_variables_that_move_together_are_flagged(grid):
@@ -91,19 +84,6 @@ def test_the_f_test_is_fishers_for_independent_errors_and_holds_for_shared_ones(
     many = [ratio_test(root @ rng.standard_normal(24), above, below, covariance)[1] for _ in range(1000)]
     assert np.mean(np.array(many) < 0.1) == pytest.approx(0.1, abs=0.03)
     assert positive_probability(np.array([1.0, -1.0])) == pytest.approx(0.5)
-
-
-def test_lack_of_fit_depends_on_the_data_alone():
-    rng, told = np.random.default_rng(5), set()
-    df = noisy_grid(rng)
-    df["val_loss"] *= np.exp(0.01 * np.log(df["N"] / 1e6) * np.log(df["D"] / 5e5) / 4)
-    for resamples in (20, 300, 50):
-        flags = fit("chinchilla", df, resamples=resamples).flags
-        told.add(tuple((f.kind, f.p, f.number) for f in flags if f.kind == "pattern"))
-    (((kind, p, size),),) = told
-    assert kind == "pattern"
-    assert 1e-10 < p < 0.01
-    assert 0.1 < size < 1  # per cent
 
 
 def test_rows_that_differ_in_rate_are_no_replicates():

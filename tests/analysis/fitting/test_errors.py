@@ -103,10 +103,3 @@ def test_too_few_sizes_are_said(grid):
     result = fit(laws.CHINCHILLA, small.assign(run_id=small["size"]), fixed={"E": 0.2}, resamples=50)
     assert ("unseen", "sizes") in [(flag.kind, flag.subject) for flag in result.flags]
     assert result.groups.counts == {}
-
-
-def test_groups_of_which_the_law_leaves_nothing_have_no_spread_to_tell():
-    sizes = np.repeat([0, 1, 2], 4)
-    found = components_of(np.eye(3)[sizes], np.tile([1e-3, -1e-3], 6), np.ones(12), Groups(sizes=sizes))
-    assert found.size == 0
-    assert found.point == pytest.approx(1e-3 * np.sqrt(12 / 9))

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aimscale.analysis import fit, held_out, laws
+from aimscale.analysis import fit, laws
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.base import Columns
 
@@ -58,36 +58,19 @@ def test_the_design_says_what_no_loss_could_identify(law, design, held, lost):
         assert set(unidentified(found, x, held)) & set(found.reported(dict.fromkeys(found.names, 0.5))) == lost
 
 
-@pytest.mark.parametrize(
-    ("design", "lost"), [((3, 2, 2), OF_D), ((5, 2, 2), OF_D), ((2, 4, 1), OF_N), ((2, 4, 2), OF_N), ((5, 4, 1), set())]
-)
+@pytest.mark.parametrize(("design", "lost"), [((3, 2, 2), OF_D), ((2, 4, 1), OF_N), ((5, 4, 1), set())])
 def test_exponents_of_two_values_are_never_digits(design, lost):
-    """Whatever the noise, the order of the rows and the unit; 5 x 4 tables identify both, and hold them."""
-    rng, exponents = np.random.default_rng(1), {"alpha", "beta", "a", "b"}
-    for noise in (0.001, 0.003, 0.01, 0.03)[: 4 if lost else 2]:
-        df = table(*design, rng, noise)
-        mixed = df.sample(frac=1, random_state=3, ignore_index=True).assign(D=lambda d: d["D"] * 196)
-        known = set()
-        for each in (df, mixed):
-            result = fit("chinchilla", each, resamples=200)
-            known.add(frozenset(exponents - result.not_identified))
-            if lost:
-                assert lost <= result.not_identified
-                assert not any(result.intervals[name].is_known for name in lost)
-                assert [f.subject.split(", ") for f in result.flags if f.kind == "few_values"] == [
-                    [name for name in result.params if name in lost]
-                ]
-                assert fit("chinchilla", each, resamples=0).not_identified >= lost
-                beyond = {"N": np.array([3e7]), "D": each["D"].max() * np.array([3.0])}
-                row = result.predict(beyond).iloc[0]  # of what any exponent does there
-                assert (
-                    row["ci_lo"] < laws.CHINCHILLA.value({"N": beyond["N"], "D": np.array([9e6])}, TRUTH) < row["ci_hi"]
-                )
-            else:
-                assert not exponents & result.not_identified
-                for name in ("E", "alpha", "beta"):
-                    assert result.intervals[name].low < TRUTH[name] < result.intervals[name].high
-        assert len(known) == 1
+    """Whatever the order of the rows and the unit; a 5 x 4 table identifies both, and holds them."""
+    df = table(*design, np.random.default_rng(1))
+    mixed = df.sample(frac=1, random_state=3, ignore_index=True).assign(D=lambda d: d["D"] * 196)
+    for each in (df, mixed):
+        result = fit("chinchilla", each, resamples=200)
+        assert {"alpha", "beta", "a", "b"} & result.not_identified == lost & {"alpha", "beta", "a", "b"}
+        assert not any(result.intervals[name].is_known for name in lost)
+        told = [flag.subject.split(", ") for flag in result.flags if flag.kind == "few_values"]
+        assert told == ([[name for name in result.params if name in lost]] if lost else [])
+        for name in {"E", "alpha", "beta"} - lost:
+            assert result.intervals[name].low < TRUTH[name] < result.intervals[name].high
 
 
 def test_a_small_ladder_has_useful_intervals_about_its_estimate():
@@ -104,11 +87,3 @@ def test_a_small_ladder_has_useful_intervals_about_its_estimate():
     assert 0.4 < np.median(place) < 0.6
     assert min(place) > 0.15
     assert np.median(width) < 0.35
-
-
-def test_a_refit_that_is_not_identified_tests_nothing():
-    df = table(3, 5, 2, np.random.default_rng(3))
-    result = fit("chinchilla", df, resamples=200)
-    by_size, by_budget = (held_out(result, df, by=v, resamples=200) for v in ("N", "D"))
-    assert by_size.not_identified >= OF_N
-    assert not by_budget.not_identified & {"alpha", "beta"}

@@ -1,18 +1,15 @@
 """Approaches 1, 2 and 3 on a surface whose optimum is known, and on Porian's measurements."""
 
-import warnings
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from aimscale.analysis import all_approaches, fit, laws
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis import all_approaches, laws
 from aimscale.analysis.frontier.approaches import Approaches
-from aimscale.analysis.frontier.measured import Budget, envelope_frontier, isoflop_frontier, isoflop_points
-from aimscale.analysis.frontier.parametric import parametric_frontier
-from aimscale.analysis.frontier.result import NoFrontier, cost_of
+from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier, isoflop_points
+from aimscale.analysis.frontier.result import NoFrontier
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
 EXPONENT = 0.36 / 0.70
@@ -44,30 +41,6 @@ def test_few_sizes_do_not_bias_the_envelope():
     loss = laws.CHINCHILLA.value({"N": n, "D": d}, truth)
     found = envelope_frontier(pd.DataFrame({"N": n, "D": d, "C": 6 * n * d, "val_loss": loss}), resamples=0)
     assert found.exponent == pytest.approx(0.40 / 0.78, abs=0.01)
-
-
-def test_the_minimum_about_the_lowest_of_uneven_sizes():
-    x = np.array([0.0, 1.0, 3.0, 4.0])
-    tops = np.array([1.3, 2.9, 9.0, -1.0])
-    budget = Budget(flops=1.0, num_params=np.exp(x), rows=np.arange(4))
-    at, least, _ = budget.minima(2.0 + 0.7 * (x - tops[:, None]) ** 2, 1)
-    np.testing.assert_allclose(at[:2], tops[:2])
-    np.testing.assert_allclose(np.log(least[:2]), 2.0)
-    assert np.isnan(at[2:]).all()
-
-
-def test_closed_form_optimum_is_the_numerical_one_also_with_counted_flops(surface):
-    cost = cost_of(*(surface[v].to_numpy() for v in ("N", "D", "C")))
-    assert (cost.kappa, cost.s) == (pytest.approx(6), 0.0)
-    surface["C"] = 9.0 * surface["N"] ** 1.1 * surface["D"]
-    result = fit(laws.CHINCHILLA, surface, resamples=0)
-    line = parametric_frontier(result, surface)
-    assert (line.cost.kappa, line.cost.s) == (pytest.approx(9), pytest.approx(0.1))
-    best = line.at(1e20).iloc[0]
-    assert 9.0 * best["N"] ** 1.1 * best["D"] == pytest.approx(1e20)
-    n = np.geomspace(best["N"] / 3, best["N"] * 3, 20001)
-    loss = result.law.value({"N": n, "D": line.cost.samples(1e20, n)}, result.law_params)
-    assert n[np.argmin(loss)] == pytest.approx(best["N"], rel=1e-3)
 
 
 def test_budgets_without_an_interior_convex_minimum_are_refused_by_name():
@@ -126,11 +99,6 @@ def test_budgets_are_shared_rows_not_chains_of_neighbours(known_study):
     assert (refused.value.flags[0].kind, refused.value.flags[0].number) == ("few_minima", 0)
 
 
-def test_every_approach_that_fails_says_why(known_study):
-    with pytest.raises(AnalysisError, match=r"1: .* 2: .* 3: "):
-        all_approaches(known_study({"sizes": ["s1"], "budgets": [4000, 8000], "seeds": [0]}))
-
-
 def test_approaches_that_disagree_are_named(grid):
     found = all_approaches(grid, resamples=40)
     first, *_, last = found.frontiers
@@ -141,11 +109,3 @@ def test_approaches_that_disagree_are_named(grid):
     apart = Approaches(frontiers=tuple(narrow), failures={})
     assert apart.apart() == [(1, 3), (2, 3)]
     assert Approaches(frontiers=tuple(narrow[:2]), failures={}).apart() == []
-    # Of two that have no interval it cannot be said whether they overlap, nor of one beside the others.
-    ends = replace(first.exponent_interval, low=np.nan, high=np.nan)
-    unknown = replace(first, approach=2, draws=np.full((1, 2), np.nan), exponent_interval=ends)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        half = Approaches(frontiers=(narrow[0], unknown), failures={})
-        assert half.apart() == []
-        assert "overlap" not in half.summary()

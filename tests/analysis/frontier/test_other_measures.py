@@ -8,7 +8,6 @@ import pytest
 
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.frontier.approaches import all_approaches, gap, gap_to_loss
 from aimscale.analysis.frontier.measured import envelope_frontier
 from aimscale.analysis.frontier.parametric import optimum_of, parametric_frontier, sizes_along
@@ -118,15 +117,6 @@ def test_a_law_without_an_optimum_says_so(probed):
     assert (flag.kind, flag.subject, flag.number) == ("no_minimum", "overtrained", pytest.approx(probed["C"].min()))
     with pytest.raises(AnalysisError, match="N and D"):
         all_approaches(probed, law="power_offset:C", resamples=20)
-
-
-def test_runs_of_a_size_that_share_an_error_are_clustered_as_in_a_fit(known_study):
-    df = known_study({"sizes": ["s1", "s2", "s3", "s4", "s5"]})
-    found = all_approaches(df, resamples=100)
-    own = fit("chinchilla", df, resamples=100)
-    assert found.frontiers[-1].law.groups.counts == own.groups.counts
-    assert set(groups_of(df, {"N": df["params_total"].to_numpy()}).named) == {"sizes", "runs"}
-    assert found.frontiers[-1].exponent_interval.low == pytest.approx(own.intervals["a"].low, rel=1e-6)
 
 
 def test_failures_are_data(known_study):

@@ -54,12 +54,3 @@ def test_what_is_measured_is_not_offered_again(grid):
     axes = [offer[v].nunique() for v in "ND"]
     assert axes == [points[v].nunique() + 4 for v in "ND"]
     assert len(offer) == axes[0] * axes[1] - (len(points) - 1)
-
-
-def test_sizes_of_their_own_in_every_row_are_offered_as_a_grid(grid):
-    """A hundred sizes by a hundred budgets would be ten thousand runs, each beside every other."""
-    rng = np.random.default_rng(0)
-    points = pd.DataFrame({"N": 10 ** rng.uniform(5, 7, 100), "D": 10 ** rng.uniform(6, 8, 100)})
-    offer = grid_offer(points, {"N": 1e8, "D": 1e9})
-    assert offer["N"].nunique() == offer["D"].nunique() == 19
-    assert (offer["N"].min(), offer["D"].min()) == pytest.approx((points["N"].min(), points["D"].min()))
