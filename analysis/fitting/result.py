@@ -200,7 +200,8 @@ class Fit(Result):
         """One row a parameter: parameter, value, low, high, method, note."""
         rows = []
         for name, value in self.params.items():
-            i = self.intervals.get(name, Interval(low=np.nan, high=np.nan))
+            unknown = Interval(low=np.nan, high=np.nan)
+            i = unknown if name in self.not_identified else self.intervals.get(name, unknown)
             notes = ["held"] * (name in self.fixed) + [str(flag) for flag in self.flags if flag.subject == name]
             shown = NOT_IDENTIFIED if name in self.not_identified else value
             rows.append({"parameter": name, "value": shown, **vars(i), "note": " ".join(notes)})
@@ -223,7 +224,10 @@ class Fit(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the data and the draws, in plain types."""
-        known = {k: None if k in self.not_identified else v for k, v in self.params.items()}
+        known, intervals = (
+            {k: None if k in self.not_identified else plain_types(v) for k, v in each.items()}
+            for each in (self.params, {k: plain_fields(i) for k, i in self.intervals.items()})
+        )
         law = {"law": self.law.name, "formula": self.law.formula, "source": self.law.source}
         flags = [{**plain_fields(flag), "words": str(flag)} for flag in self.flags]
-        return {**super().to_dict(), **law, "params": plain_types(known), "flags": flags}
+        return {**super().to_dict(), **law, "params": known, "intervals": intervals, "flags": flags}

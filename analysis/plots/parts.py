@@ -192,7 +192,7 @@ def curve(
         record(ax, what, kept if "series" in kept else kept.assign(series=options.get("label", "")))
 
 
-MAX_LINES = 60
+MAX_LINES = 24
 """Lines that join measurements in one panel at most."""
 
 

@@ -25,7 +25,7 @@ from aimscale.analysis.table.names import FOLDER, joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import probe_frame, read_table
 from aimscale.analysis.table.select import widest_slice
-from aimscale.analysis.words import POWER, Flag
+from aimscale.analysis.words import NOT_IDENTIFIED, POWER, Flag
 
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""
@@ -230,6 +230,9 @@ def _exponents(usable: pd.DataFrame, left_out: list[Flag], resamples: int) -> pd
             ours = fit("power:N", subset, columns={"N": count}, resamples=resamples)
         except AnalysisError as error:
             left_out.append(Flag(kind="no_result", subject=f"Our exponent on {count}", more=(str(error),)))
+            continue
+        if "a" in ours.not_identified:
+            left_out.append(Flag(kind="no_result", subject=f"Our exponent on {count}", more=(NOT_IDENTIFIED,)))
             continue
         interval = ours.intervals["a"]
         low, high = ours.ranges["N"]

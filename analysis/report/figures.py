@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +28,9 @@ from aimscale.analysis.words import accuracy_of, flag_words
 
 MAX_TASKS = 5
 """Tasks in one figure of accuracies; more make further figures, each of which fits a page."""
+
+LEAST_NOISE = 5e-6
+"""Fraction of the loss below which a source of spread would be printed as zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +182,7 @@ def _frontiers(study: Study) -> Iterator[PageFigure]:
     found: Approaches | None = study.approaches
     if found is None or not found.frontiers:
         return
-    whys = {number: "; ".join(flag_words(flags)).rstrip(".") for number, flags in found.failures.items()}
-    failed = "".join(f" Approach {number} is not possible here: {why}." for number, why in whys.items())
-    caption = f"Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals.{failed}"
+    caption = "Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals."
     yield page_figure("frontier", "Compute-optimal size", caption, plot_approaches(found))
 
 
@@ -209,10 +210,14 @@ def _published(study: Study) -> Iterator[PageFigure]:
 
 def findings(study: Study) -> dict[str, list[PageTable]]:
     """What repeats, single changes and noise come to, by section of the page."""
+    noise = study.noise
+    if noise is not None:  # sources that come to nothing are none
+        seen = tuple(each for each in noise.components if each.value > LEAST_NOISE)
+        noise = replace(noise, components=seen) if seen else None
     return {
         "laws": [] if study.repeats is None else [_repeats(study.repeats)],
         "changes": [_change(name, found, study) for name, found in study.contrasts.items()],
-        "noise": [] if study.noise is None else [_noise(study.noise)],
+        "noise": [] if noise is None else [_noise(noise)],
     }
 
 

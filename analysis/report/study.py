@@ -292,17 +292,18 @@ def _features(study: Study) -> None:
     """The best size by a probe's error beside that by the loss, both by the law that forecasts the loss."""
     options: dict[str, Any] = {"law": study.law.law if study.law else "chinchilla", "resamples": FEATURE_DRAWS}
     by_loss = study.approaches
-    names = [f"{task}:{kind}" for kind, task in study.correlations][:MAX_FEATURES]
-    for name in names if by_loss else ():
-
-        def work(name: str = name) -> Gap | None:
+    failed: dict[str, str] = {}
+    for name in [f"{task}:{kind}" for kind, task in study.correlations][:MAX_FEATURES] if by_loss else ():
+        try:
             rows, y = to_minimise(evenly(study.usable), name)
             found, is_whole = all_approaches(rows, y=y, **options), rows[y].notna().all()
-            return gap(found, by_loss) if is_whole and by_loss else gap_to_loss(found, rows, y, **options)
-
-        differs = study.attempt(f"The best size by the error of {name}", work)
-        if differs is not None:
-            study.features[name] = differs
+            differs = gap(found, by_loss) if is_whole and by_loss else gap_to_loss(found, rows, y, **options)
+        except AnalysisError as error:
+            failed[name] = str(error)
+        else:
+            study.features |= {name: differs} if differs is not None else {}
+    if failed:
+        study.missing.append(f"The best size by the error of {', '.join(failed)}: {next(iter(failed.values()))}")
 
 
 def correlate_probes(study: Study) -> None:

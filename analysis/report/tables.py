@@ -22,7 +22,7 @@ from aimscale.analysis.words import accuracy_of, kind_name
 
 MAX_ROWS = 100
 """Rows shown on the page; the CSV beside the table has all."""
-CSV_DIGITS = "%.7g"
+CSV_DIGITS = "%.6g"
 """Digits of the numbers in a page's CSV."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes text that begins so for a formula."""
@@ -286,6 +286,8 @@ def probe_table(study: Study) -> PageTable | None:
     frame["kind"] = frame["kind"].map(kind_name)
     frame["interval"] = _spans(frame["top1_lo95"], frame["top1_hi95"], percent)
     frame["blocks"] = frame["blocks"].map(lambda blocks: ", ".join(map(str, blocks)), na_action="ignore")
+    if len(known := set(frame["blocks"].dropna())) == 1 and "," not in known.pop():  # there was nothing to choose
+        frame = frame.drop(columns=["blocks", "last_top1"])
     return page_table(
         "probes",
         "Frozen-feature accuracy" if study.is_ours else "Accuracy",
@@ -321,7 +323,7 @@ def baseline_table(comparison: Comparison) -> PageTable | None:
     """Ours beside raw pixels, random weights and other models that were probed on the same tasks."""
     if comparison.baselines.empty:
         return None
-    frame = comparison.baselines.copy()
+    frame = comparison.baselines.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
     frame["kind"] = frame["kind"].map(kind_name)
     frame["interval"] = _spans(frame["gap_lo95"], frame["gap_hi95"], percent)
     frame["detectable"] = frame["detectable"].map(percent)
