@@ -316,10 +316,10 @@ def _one(long: pd.DataFrame, measure: Measure, by: str, keys: list[str], baselin
 
 
 def _means(side: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """The mean value of every cell, and its hits where it is of one row."""
-    cells = side.groupby(keys, dropna=False)
-    hits = cells["hits"].first().where(cells.size() == 1, None)
-    return cells["value"].mean().to_frame().assign(hits=hits).reset_index()
+    """The mean value of every cell, and its hits where every cell is one row."""
+    if not side.duplicated(keys).any():
+        return side[[*keys, "value", "hits"]]
+    return side.groupby(keys, dropna=False)["value"].mean().reset_index().assign(hits=None)
 
 
 def _differs(sides: list[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:

@@ -189,15 +189,6 @@ def test_what_is_not_paired_is_refused_with_the_reason(known_study):
             contrast(known_study(DIRECTION, DIRECTION | {"prefix": "none"}), **options)
 
 
-def test_unfinished_rows_are_not_compared(known_study):
-    df = known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05})
-    failed = df.assign(status=np.where(df["seed"] == 2, "diverged", "complete"), val_loss=df["val_loss"])
-    failed.loc[failed["seed"] == 2, "val_loss"] = 99.0
-    (found,) = contrast(failed, by="prefix").contrasts
-    assert found.num_run_pairs == 2
-    assert found.level_mean < 1
-
-
 def test_the_verb_prints_sentences_json_and_a_figure(known_study, tmp_path):
     table = with_probes(known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05}))
     table["probes"] = table["probes"].map(json.dumps)
