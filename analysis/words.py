@@ -57,7 +57,6 @@ FLAGS = {
     "few_curves": "three sizes measured at two budgets or more are needed, and the table has {number:.0f}",
     "one_size": "one size is lowest at every budget where curves overlap",
     "few_minima": "{number:.0f} budgets have an interior, convex minimum, and two are needed",
-    "no_curve": "no size has two budgets, so its loss cannot be interpolated to a common one",
     "no_exponents": "the exponents of the {subject} law are not identified",
     "no_minimum": "the {subject} law has no minimum along C = {number:.3g} within {more[0]:.3g} times the sizes",
     "no_law": "the {subject} law was not fitted: {more[0]}",

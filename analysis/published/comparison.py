@@ -6,7 +6,6 @@ Nothing is averaged over tasks, and no loss level is put beside the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.published.ablations import all_beside_paper
 from aimscale.analysis.published.published import TASKS, best_frozen, published_frame, table6
 from aimscale.analysis.table.hits import hits_of
-from aimscale.analysis.table.names import FOLDER, joined, their_name
+from aimscale.analysis.table.names import joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.table.read import probe_frame, read_table
+from aimscale.analysis.table.read import beside, probe_frame
 from aimscale.analysis.table.select import widest_slice
 from aimscale.analysis.words import NOT_IDENTIFIED, POWER, Flag
 
@@ -121,11 +120,8 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
 
 def read_baselines(frame: pd.DataFrame) -> pd.DataFrame:
     """Probes of the baselines that lie beside the tables of a frame from `read_tables`; empty where there are none."""
-    folders = sorted(set(frame[FOLDER].dropna())) if FOLDER in frame else []
-    paths = {folder: path for folder in folders if (path := Path(folder) / BASELINES_FILE).exists()}
-    if not paths:
-        return probe_frame(pd.DataFrame({"probes": []}))
-    return probe_frame(joined([read_table(path).assign(**{FOLDER: folder}) for folder, path in paths.items()]))
+    found = beside(frame, BASELINES_FILE)
+    return probe_frame(joined(found) if found else pd.DataFrame({"probes": []}))
 
 
 def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,6 @@ image by image. A foreign table has no such file, and is compared by its accurac
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from aimscale.analysis.table.names import FOLDER
-from aimscale.analysis.table.read import read_table
+from aimscale.analysis.table.read import beside
 
 HITS_FILE = "hits.parquet"
 KEY = ("run_id", "size", "images_seen", "task", "kind", "evaluation")
@@ -54,11 +53,8 @@ def hits_of(probes: pd.DataFrame) -> pd.Series:
     Raises:
         AnalysisError: a file that cannot be read.
     """
-    folders = sorted(set(probes[FOLDER].dropna())) if {FOLDER, *KEY} <= set(probes) else []
-    found = [
-        read_table(path).assign(**{FOLDER: folder}) for folder in folders if (path := Path(folder) / HITS_FILE).exists()
-    ]
-    if not found:
+    found = beside(probes, HITS_FILE)
+    if not found or not set(KEY) <= set(probes):
         return pd.Series([None] * len(probes), probes.index, object)
     on = [FOLDER, *KEY]
     known = pd.concat(found, ignore_index=True).drop_duplicates(on)

@@ -87,6 +87,13 @@ def read_curves(paths: Sequence[str | Path]) -> pd.DataFrame:
     return frames[0] if len(frames) == 1 else _each_run_once(frames)
 
 
+def beside(frame: pd.DataFrame, name: str) -> list[pd.DataFrame]:
+    """The tables of that name in the folders that a frame by `read_tables` came from, each with its folder."""
+    folders = sorted(set(frame[FOLDER].dropna())) if FOLDER in frame else []
+    files = {folder: file for folder in folders if (file := Path(folder) / name).exists()}
+    return [read_table(file).assign(**{FOLDER: folder}) for folder, file in files.items()]
+
+
 def _each_run_once(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     frame = joined(frames)
     if "probes" in frame:  # some of the tables may have none
