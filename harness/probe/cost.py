@@ -18,9 +18,12 @@ from aimscale.aim.cost import (
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.card import Look
 from aimscale.harness.probe.features.tasks import (
+    CACHE_SHARE,
     COPIES,
     HOLDOUT_FRACTION,
+    L2S,
     block_sets,
+    bytes_per_set,
     head_params,
     number_of_steps,
     sets_per_round,
@@ -29,6 +32,9 @@ from aimscale.harness.run.config import EvaluationConfig, ProbeSection, RunConfi
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 
+PASSES = 25
+"""Over pooled features until linear heads are solved."""
+TOKEN_BYTES = {"fp32": 4, "bf16": 2}
 HEADS = ("linear", "attentive", "efficient")
 """Kinds that are trained on frozen features."""
 SHARE_DURING, MAX_POINTS = 0.03, 100
@@ -112,17 +118,24 @@ def _probe_cost(
     on_views = section.augmentation == "published"
     with_tokens = [kind for kind in HEADS if kind in frozen and (kind != "linear" or on_views)]
     sets = len(block_sets(model.depth)[0])
-    at_once = min(sets, sets_per_round(section, with_tokens, model.width, num_classes, ranks, memory_bytes))
-    rounds = -(-sets // at_once) if with_tokens else 0
     fit, held = train * (1 - HOLDOUT_FRACTION), train * HOLDOUT_FRACTION
+    values = TOKEN_BYTES[section.precision] * model.depth * model.num_tokens * model.width
+    is_kept = not on_views and train * values <= CACHE_SHARE * memory_bytes * ranks
+    copies = 1 if is_kept else COPIES
+    one_set = bytes_per_set(with_tokens, copies * len(section.lrs), model.width, num_classes, is_solved=False)
+    rounds = 0 if is_kept or not with_tokens else -(-sets // sets_per_round(one_set, ranks, memory_bytes))
     trained = _images_trained(section, train)
     images = float(train + test) if frozen else 0.0
-    if with_tokens:
+    if rounds:
         images += rounds * (trained + held) + test * (with_tokens != ["linear"])
     if "lora" in section.kinds:
         points = len(section.lrs)
         images += TRAIN_OVER_FORWARD * (points * _images_trained(section, fit) + trained) + points * held + test
-    products = COPIES * sets * len(section.lrs) * trained * _head_flops(frozen, model, num_classes)
+    # where tokens are kept, one copy of each head learns from the fit part, and the two that are chosen from everything
+    heads = sets * len(section.lrs) * (1 - HOLDOUT_FRACTION) + 2 if is_kept else COPIES * sets * len(section.lrs)
+    products = heads * trained * _head_flops(with_tokens, model, num_classes)
+    if "linear" in frozen and not on_views:
+        products += PASSES * (sets * len(L2S) * fit + 2 * train) * _head_flops(["linear"], model, num_classes)
     if "knn" in frozen:  # the held-out images against the others, for every set; the test split against all, twice
         products += 2.0 * model.width * (sets * fit * held + 2 * train * test)
     passes = images * (flops.patch_embed + flops.trunk)

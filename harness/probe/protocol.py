@@ -2,17 +2,17 @@
 
 Protocol. The backbone is frozen and used with the task's `attention`, bidirectional as a rule; a probe reads the
 average of raw block outputs. The training split is cut once, stratified and seeded, into a fit part and a hold-out.
-Every head of the grid (learning rate x block set) is trained twice in the same pass, on the fit part and on the whole
-split; the hold-out chooses among the former, and the latter of the chosen setting is scored once on the test split, as
-is that of the best setting on the last six blocks (half of the blocks of a shallow model), which is the paper's default
-and has no choice of blocks in it.
+The hold-out chooses among heads that learn from the fit part (block set x learning rate or L2; the grid grows where the
+choice lies at its end); one that learns from the whole split with the chosen setting is scored once on the test split,
+as is that of the best setting on the last six blocks (half of the blocks of a shallow model), the paper's default.
 
-The batch norm uses the exact statistics of what its head was trained on instead of a running estimate, which makes
-results independent of batch and world size.
+Trained and solved heads standardise channels by the exact statistics of what they learn from, instead of a running
+estimate, which makes results independent of batch and world size; k-NN compares raw features.
 
 Work. One backbone pass over both splits gives the pooled features of every block and all statistics; linear and k-NN
-probes need nothing else. The attentive heads of the whole grid train on one further backbone pass per batch. Kinds that
-train together are done together, and kept in the task's file: a killed probe repeats those under way.
+probes need nothing else, and tasks in a row on the same images share it. The attentive heads of the whole grid train on
+one further backbone pass per batch where tokens are not kept. Kinds that train together are done together, and kept in
+the task's file: a killed probe repeats those under way.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 
 from aimscale.aim.weights import write_weights
 from aimscale.harness.device.distributed import Group
+from aimscale.harness.device.memory import keep_freed_memory
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
 from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, SplitFeatures
 from aimscale.harness.probe.features.images import Pause, PublishedViews, Task, holdout_split, open_task
@@ -37,7 +38,7 @@ from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, fi
 from aimscale.harness.probe.heads.fit import GridFit, answers_of_heads
 from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
-from aimscale.harness.probe.heads.scores import Answers, Candidate, best, score
+from aimscale.harness.probe.heads.scores import Answers, Candidate, best, score, tried
 from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
@@ -90,6 +91,7 @@ def probe_backbone(
     if not kinds:
         return [as_entry(found[kind]) for kind in section.kinds]
     started = time.monotonic()
+    keep_freed_memory()
     fit, held = holdout_split(train.labels, HOLDOUT_FRACTION, seed)
     task = Task(section=section, train=train, test=test, fit=fit, held=held, seed=seed, group=group, pause=pause)
     with matmul_precision(section.precision):
@@ -169,10 +171,11 @@ def _adapted(task: Task, backbone: AimBackbone) -> Detail:
     _, last = block_sets(backbone.num_blocks)
     backbone.use(torch.float32)
     candidates, given, num_trained = adapt(backbone.model, task, last)
-    return _entry(task, best(candidates, "lora"), given) | {
+    chosen = best(candidates, "lora")
+    return _entry(task, chosen, given, candidates) | {
         "lora_rank": RANK,
         "num_trained": num_trained,
-        "grid": [{"lr": each.lr, "holdout_top1": each.holdout_top1} for each in candidates],
+        "grid": _grid(task, candidates, chosen),
     }
 
 
@@ -182,28 +185,44 @@ def _detail(
     """A frozen probe's: the chosen one, the best on the last blocks, and the whole grid."""
     top, fixed = chosen
     last = score(given[1], task.test.labels, task.test.classes)
-    names = ("blocks", "lr", "num_neighbours", "holdout_top1", "holdout_loss")
-    return _entry(task, top, given[0]) | {
-        "num_neighbours": top.num_neighbours,
+    return _entry(task, top, given[0], candidates) | {
         "last_blocks": list(fixed.blocks),
         **{f"last_{name}": last[name] for name in ("top1", "top1_lo95", "top1_hi95")},
         "precision": task.section.precision,
-        "grid": [{name: getattr(each, name) for name in names} for each in candidates if each.kind == top.kind],
+        "grid": _grid(task, candidates, top),
     }
 
 
-def _entry(task: Task, chosen: Candidate, given: Answers) -> Detail:
-    """Any probe's: what it read, how it scored, and its learning rate."""
-    lr, lrs = chosen.lr, task.section.lrs
+def _grid(task: Task, candidates: Sequence[Candidate], chosen: Candidate) -> list[dict[str, Any]]:
+    """All candidates of a kind, as its task's file has them."""
+    return [
+        {"blocks": list(each.blocks), **_value(task, each)}
+        | {"holdout_top1": each.holdout_top1, "holdout_loss": each.holdout_loss}
+        for each in candidates
+        if each.kind == chosen.kind
+    ]
+
+
+def _value(task: Task, candidate: Candidate) -> dict[str, float | int | None]:
+    """The value that was chosen, under the name of what it is; the others are None."""
+    is_solved = candidate.kind == "linear" and task.train.views is None
+    name = "num_neighbours" if candidate.kind == "knn" else "l2" if is_solved else "lr"
+    value = int(candidate.value) if candidate.kind == "knn" else candidate.value
+    return dict.fromkeys(("lr", "l2", "num_neighbours")) | {name: value}
+
+
+def _entry(task: Task, chosen: Candidate, given: Answers, candidates: Sequence[Candidate]) -> Detail:
+    """Any probe's: what it read, how it scored, and what was chosen."""
+    values = tried(candidates, chosen)
     return {
         "task": task.section.task,
         "kind": chosen.kind,
         "blocks": list(chosen.blocks),
         "num_classes": len(task.test.classes),
         **score(given, task.test.labels, task.test.classes),
-        "lr": lr,
-        # the best rate at the end of the grid says that the grid should go on there
-        "lr_at_edge": lr is not None and len(lrs) > 1 and lr in (min(lrs), max(lrs)),
+        **_value(task, chosen),
+        # of a rate or L2: the grid would go on there, and has grown as far as it may
+        "lr_at_edge": chosen.kind != "knn" and min(values) < max(values) and chosen.value in (min(values), max(values)),
         "holdout_top1": chosen.holdout_top1,
         "num_fit": len(task.fit),
         "num_holdout": len(task.held),

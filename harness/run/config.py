@@ -232,7 +232,8 @@ class ProbeSection(Section):
     batch_size: int = Field(256, gt=0, le=10**9)
     """Images per step of the probe's optimiser."""
     lrs: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3, 1e-2)
-    """Learning rates tried; chosen on a fifth of the training split, held out. What is chosen has learned from all."""
+    """Learning rates of heads that are trained (linear ones only with `augmentation: published`), chosen on a fifth of
+    the training split, held out. The grid grows by its own ratio where the choice lies at its end."""
     every_images: int | None = Field(None, gt=0)
     """Distance of points during training at which its `linear` and `knn` are measured, too; null: at budgets alone."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from aimscale.harness.device.distributed import Group, Placement
 from aimscale.harness.probe.features.backbones import DTYPES, Backbone
 from aimscale.harness.probe.features.images import LabelledImages, Pause
-from aimscale.harness.probe.features.tasks import BlockSet, ProbeError
+from aimscale.harness.probe.features.tasks import CACHE_SHARE, BlockSet, ProbeError
 
 NOT_FINITE = "the features are not finite: the weights diverged, or are damaged"
 CHUNK_VALUES = 25_000_000
@@ -118,8 +118,6 @@ class Moments:
         return (mean + weights @ self.centre.double()).float(), variance.float()
 
 
-CACHE_SHARE = 0.1
-"""Of the memory that a rank may plan for, on its device for tokens, and of its host for pooled features."""
 EXTRACT_BATCH = 64
 """Images per backbone pass."""
 CENTRE_IMAGES = 16

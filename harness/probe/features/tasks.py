@@ -44,15 +44,21 @@ def check_benchmark(task: str, *, num_classes: int, num_train: int, num_test: in
 BlockSet = tuple[int, ...]
 """Blocks, counted from 0, whose outputs are averaged."""
 
+CACHE_SHARE = 0.1
+"""Of the memory that a rank may plan for, on its device for tokens, and of its host for pooled features."""
 HEADS_SHARE = 0.5
 """Of a rank's memory: for heads that train together, with gradients and optimiser state; more block sets train in
 rounds."""
 BYTES_PER_HEAD_PARAM = 16
 """A value, its gradient and two moments in fp32."""
+BYTES_PER_SOLVED_PARAM = 96
+"""Eight pairs of steps, and eight vectors more."""
+L2S = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+"""Strengths of L2 of linear heads that are solved, before the grid grows."""
 HOLDOUT_FRACTION = 0.2
 """Share of the training split held out to choose blocks and rates by."""
 COPIES = 2
-"""Of every head: one that the hold-out judges, and one that learns from all images."""
+"""Of a head on tokens that are not kept: one that the hold-out judges, and one that learns from all images."""
 MOST_EPOCHS, MOST_IMAGES = 20, 6_500_000
 """Training of the heads where a task says nothing: so many passes, or as many as make so many images (5 of
 ImageNet-1k). That keeps all frozen probes of ImageNet-1k below 3 % of training aim-600M to 128M images."""
@@ -88,15 +94,12 @@ def number_of_steps(section: ProbeSection, num_images: int) -> int:
     return epochs * math.ceil(num_images / section.batch_size)
 
 
-def bytes_per_set(section: ProbeSection, kinds: Sequence[str], width: int, num_classes: int) -> int:
-    """Memory of all heads on one block set, with gradients and moments."""
-    num_heads = COPIES * len(section.lrs)
-    return BYTES_PER_HEAD_PARAM * num_heads * sum(head_params(kind, width, num_classes) for kind in kinds)
+def bytes_per_set(kinds: Sequence[str], num_heads: int, width: int, num_classes: int, is_solved: bool) -> int:
+    """Memory of so many heads of each kind on one block set, with gradients and moments, or all that L-BFGS keeps."""
+    params = num_heads * sum(head_params(kind, width, num_classes) for kind in kinds)
+    return BYTES_PER_SOLVED_PARAM * params + 16 * width**2 if is_solved else BYTES_PER_HEAD_PARAM * params
 
 
-def sets_per_round(
-    section: ProbeSection, kinds: Sequence[str], width: int, num_classes: int, ranks: int, memory_bytes: float
-) -> int:
+def sets_per_round(one_set_bytes: int, ranks: int, memory_bytes: float) -> int:
     """Block sets whose heads fit into `HEADS_SHARE` of every rank's memory; at least one per rank."""
-    one = max(1, bytes_per_set(section, kinds, width, num_classes))
-    return ranks * max(1, int(HEADS_SHARE * memory_bytes / one))
+    return ranks * max(1, int(HEADS_SHARE * memory_bytes / max(1, one_set_bytes)))

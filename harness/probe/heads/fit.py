@@ -1,8 +1,8 @@
 """Train every candidate head of one task and measure each on the hold-out; nothing here sees the test split.
 
-One training over the whole split does both. Every head is there twice: one copy learns from the images that are
-not held out, and the hold-out judges it; the other learns from all images, as if alone, and is kept if its setting
-wins. So nothing is trained again after the choice.
+The hold-out judges heads that learn from the other images; of the chosen settings, heads are kept that learn from all,
+as if trained alone. On tokens that the backbone must compute again, both train in one go, as two copies of each head;
+on features that are kept, only the chosen ones train again.
 
 Heads are divided among ranks by block set. Every rank computes the tokens of its images and gets those of the others,
 so that no head, gradient or moment stands on two ranks and no gradient travels.
@@ -19,11 +19,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aimscale.harness.probe.features.extraction import Features, SplitFeatures, averages, batched, share
+from aimscale.harness.probe.features.extraction import (
+    Features,
+    PooledFeatures,
+    SplitFeatures,
+    StreamedTokens,
+    averages,
+    batched,
+    share,
+)
 from aimscale.harness.probe.features.images import Task
-from aimscale.harness.probe.features.tasks import COPIES, BlockSet, number_of_steps, sets_per_round
-from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, best, together
-from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, StackedAdamW
+from aimscale.harness.probe.features.tasks import L2S, BlockSet, bytes_per_set, number_of_steps, sets_per_round
+from aimscale.harness.probe.heads.logistic import WIDEST, solve
+from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, best, beyond, together, tried
+from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, LinearStack, StackedAdamW
 
 WORKING_GB = 1.0
 """Of a rank, for the tokens that heads train on at a time, where these are more than `MICRO_BATCH` images."""
@@ -38,12 +47,26 @@ class Micro(NamedTuple):
 
     images: list[int]
     """Of all ranks."""
-    batch_size: int
-    """Images of the whole batch."""
-    num_fit: int
-    """Those of the whole batch that are not held out."""
-    ends_batch: bool
+    counts: tuple[int, ...]
+    """Images of the whole batch that each copy of the heads learns from."""
+    ends_batch: bool = False
     """Whether the optimiser steps after them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """Heads that train together."""
+
+    source: Features
+    """What they read."""
+    own: list[BlockSet]
+    """Block sets of this rank."""
+    learns: tuple[np.ndarray, ...]
+    """Of each copy of the heads, whether it learns from an image (n,)."""
+    micro_size: int
+    """Images of all ranks at a time."""
+    stacks: dict[str, HeadStack]
+    """Kind -> heads on this rank's block sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,27 +82,61 @@ class GridFit:
     def candidates(
         self, source: Features, kinds: Sequence[str], sets: Sequence[BlockSet], last: BlockSet
     ) -> list[Candidate]:
-        """Every kind x block set x learning rate, judged by the hold-out, all from one stream of batches.
+        """Every kind x block set x value of the grid, judged by the hold-out; where a choice lies at an end, it grows.
 
-        The best of each kind, and the best on the block set `last`, come with their heads. Where the heads of all sets
-        do not fit the ranks together, they train in rounds.
+        The best of each kind, and the best on the block set `last`, come with their heads. Where a pass costs the
+        backbone's work, the copies that are kept train beside those that are judged; else only the chosen ones do.
         """
+        is_costly = isinstance(source, StreamedTokens)
+        learns = (self.task.is_fit, np.ones_like(self.task.is_fit))
+        asked = self.asked(source)
+        found: list[Candidate] = []
+        more = list(kinds), list(sets), list(asked)
+        while more[1]:
+            found = self._search(source, *more, learns if is_costly else learns[:1], found, last)
+            more = _grown(found, kinds, last, asked)
+        for number in () if is_costly else sorted(_best_numbers(found, kinds, last)):
+            each = found[number]
+            kept = self._trained(source, [each.kind], [each.blocks], [each.value], learns[1:])
+            heads = self.task.group.gather(_head_of(each, kept))
+            found[number] = replace(each, head=next(head.to(self._device) for head in heads if head is not None))
+        return found
+
+    def asked(self, source: Features) -> tuple[float, ...]:
+        """The grid before it grows: strengths of L2 of what is solved, learning rates of what is trained."""
+        return L2S if isinstance(source, PooledFeatures) else self.task.section.lrs
+
+    def _search(
+        self,
+        source: Features,
+        kinds: Sequence[str],
+        sets: Sequence[BlockSet],
+        grid: Sequence[float],
+        learns: tuple[np.ndarray, ...],
+        found: list[Candidate],
+        last: BlockSet,
+    ) -> list[Candidate]:
+        """What was found and what these settings give; in rounds where the heads of all sets do not fit the ranks."""
         group = self.task.group
         memory_bytes = group.from_first(group.memory_bytes)
         at_once = sets_per_round(
-            self.task.section, kinds, source.width, self.task.num_classes, group.world_size, memory_bytes
+            bytes_per_set(
+                kinds, len(grid) * len(learns), source.width, self.task.num_classes, self.asked(source) == L2S
+            ),
+            group.world_size,
+            memory_bytes,
         )
-        found: list[Candidate] = []
         for some in batched(range(len(sets)), at_once):
-            own = [sets[i] for i in np.array_split(some, group.world_size)[group.rank]]
-            stacks = self.heads(source, kinds, own)
-            self._train(source, stacks, own)
-            found += self._measure(source, stacks, own)
+            done = self._trained(source, kinds, [sets[i] for i in some], grid, learns)
+            known = {(each.kind, each.blocks, each.value) for each in found}
+            found = found + [each for each in self._measure(done) if (each.kind, each.blocks, each.value) not in known]
+            if len(learns) == 1:
+                continue
             wanted = _best_numbers(found, kinds, last)
-            mine = {number: head for number in wanted if (head := _head_of(found[number], stacks, own)) is not None}
+            mine = {number: head for number in wanted if (head := _head_of(found[number], done)) is not None}
             heads = {number: head.to(self._device) for each in group.gather(mine) for number, head in each.items()}
             found = [
-                replace(each, head=heads.get(number, each.head) if number in wanted else None)
+                replace(each, head=heads.get(number, each.head) if each.kind not in kinds or number in wanted else None)
                 for number, each in enumerate(found)
             ]
         return found
@@ -88,14 +145,48 @@ class GridFit:
     def _device(self) -> torch.device:
         return self.features.of_pooled[0].centre.device
 
-    def heads(self, source: Features, kinds: Sequence[str], own: Sequence[BlockSet]) -> dict[str, HeadStack]:
+    def _trained(
+        self,
+        source: Features,
+        kinds: Sequence[str],
+        sets: Sequence[BlockSet],
+        grid: Sequence[float],
+        learns: tuple[np.ndarray, ...],
+    ) -> Round:
+        """Heads of these kinds and values on block sets, which the ranks divide; one copy for each of `learns`."""
+        group, num_values = self.task.group, len(kinds) * len(grid) * len(learns)
+        shares = np.array_split(range(len(sets)), group.world_size)
+        logits = len(shares[0]) * num_values * self.task.num_classes
+        one = 4 * max(source.num_blocks * source.num_tokens * source.width, logits)
+        own = [sets[i] for i in shares[group.rank]]
+        this = Round(
+            source=source,
+            own=own,
+            learns=learns,
+            micro_size=max(MICRO_BATCH, int(WORKING_GB * 1e9 / 4 / one)),
+            stacks=self.heads(source, kinds, own, grid, learns),
+        )
+        if isinstance(source, PooledFeatures):
+            self._solve(this)
+        else:
+            self._train(this)
+        return this
+
+    def heads(
+        self,
+        source: Features,
+        kinds: Sequence[str],
+        own: Sequence[BlockSet],
+        grid: Sequence[float],
+        learns: Sequence[np.ndarray],
+    ) -> dict[str, HeadStack]:
         """Kind -> untrained heads on some block sets, standardised by the statistics of what they will learn from."""
         stacks: dict[str, HeadStack] = {}
-        for kind in kinds if own else ():
+        for kind in kinds:
             stacks[kind] = STACKS[kind](
                 num_sets=len(own),
-                lrs=self.task.section.lrs,
-                num_copies=COPIES,
+                grid=tuple(grid),
+                num_copies=len(learns),
                 width=source.width,
                 num_classes=self.task.num_classes,
                 num_heads=self.num_heads,
@@ -103,49 +194,68 @@ class GridFit:
                 device=self._device,
             )
             fit, held = self.features.of_pooled if kind == "linear" else self.features.of_tokens
-            judged, kept = fit.of_sets(own), (fit + held).of_sets(own)
-            stacks[kind].standardise_by(*(torch.stack(pair, dim=1) for pair in zip(judged, kept, strict=True)))
+            statistics = [(fit + held if copy.all() else fit).of_sets(own) for copy in learns]
+            stacks[kind].standardise_by(*(torch.stack(each, dim=1) for each in zip(*statistics, strict=True)))
         return stacks
 
-    def _train(self, source: Features, stacks: dict[str, HeadStack], own: Sequence[BlockSet]) -> None:
+    def _train(self, this: Round) -> None:
         """All steps on the training split."""
         num_steps = number_of_steps(self.task.section, len(self.task.train.labels))
-        optimisers = [StackedAdamW(stack, num_steps=num_steps) for stack in stacks.values()]
-        for micro, outputs in self._batches(source, num_steps):
-            tokens = self._tokens(outputs, micro.images, own)
-            labels, weights = self._labels(micro), self._weights(micro)
-            for stack in stacks.values():
-                stack.loss(tokens, labels, weights).backward()
+        optimisers = [StackedAdamW(stack, num_steps=num_steps) for stack in this.stacks.values()]
+        for micro, outputs in self._batches(this, num_steps):
+            tokens = self._tokens(outputs, micro.images, this.own)
+            labels, weights = self._labels(micro), self._weights(this, micro)
+            for stack in this.stacks.values():
+                stack.losses(tokens, labels, weights).sum().backward()
             if micro.ends_batch:
                 for optimiser in optimisers:
                     optimiser.step()
                 self.task.pause()
 
-    def _batches(self, source: Features, num_steps: int) -> Iterator[tuple[Micro, Tensor]]:
-        """This rank's outputs of each micro-batch of that many batches."""
-        size, left, epoch = self._micro_size(source), num_steps, 0
+    def _batches(self, this: Round, num_steps: int) -> Iterator[tuple[Micro, Tensor]]:
+        """This rank's outputs of each micro-batch of that many batches, without images that no copy learns from."""
+        is_read, left, epoch = np.any(this.learns, axis=0), num_steps, 0
         while left:
             order = np.random.default_rng([self.task.seed, 1, epoch]).permutation(self.task.everything)
-            batches = list(batched(order, self.task.section.batch_size))[:left]
-            plan = [
-                Micro(micro, len(batch), int(self.task.is_fit[batch].sum()), number == len(parts))
-                for batch in batches
-                for parts in [list(batched(batch, size))]
-                for number, micro in enumerate(parts, start=1)
-            ]
-            yield from self._outputs(source, plan, epoch)
+            plan, batches = [], list(batched(order, self.task.section.batch_size))[:left]
+            for batch in batches:
+                counts = tuple(int(copy[batch].sum()) for copy in this.learns)
+                # a batch of none but held-out images: its step moves the heads by their momentum alone
+                parts = list(batched([image for image in batch if is_read[image]] or batch[:1], this.micro_size))
+                plan += [Micro(part, counts, number == len(parts)) for number, part in enumerate(parts, start=1)]
+            yield from self._outputs(this.source, plan, epoch)
             left, epoch = left - len(batches), epoch + 1
+
+    def _solve(self, this: Round) -> None:
+        """The optimum on the images that the heads, one copy of each, learn from."""
+        (stack,), (learns,) = this.stacks.values(), this.learns
+        assert isinstance(stack, LinearStack)
+        images = np.flatnonzero(learns)
+        plan = [Micro(part, (len(images),)) for part in batched(images, this.micro_size)]
+
+        def losses() -> Tensor:
+            total = stack.mean.new_zeros(len(this.own), len(stack.grid), dtype=torch.float64)
+            for micro, outputs in self._outputs(this.source, plan):
+                tokens = self._tokens(outputs, micro.images, this.own)
+                found = stack.losses(tokens, self._labels(micro), self._weights(this, micro))
+                found.sum().backward()
+                total += found.detach()
+            self.task.pause()
+            return total
+
+        covariance = None
+        if stack.mean.shape[2] <= WIDEST:
+            covariance = stack.mean.new_zeros(len(this.own), *2 * stack.mean.shape[2:])
+            for micro, outputs in self._outputs(this.source, plan):
+                vectors = (self._tokens(outputs, micro.images, this.own)[:, :, 0] - stack.mean) * stack.rstd
+                covariance += vectors.mT @ vectors / len(images)
+        solve(stack, covariance, losses, lambda is_done: not any(self.task.group.sum_counts(int(not is_done))))
 
     def _outputs(
         self, source: Features, plan: Sequence[Micro], epoch: int | None = None
     ) -> Iterator[tuple[Micro, Tensor]]:
         own = (share(micro.images, self.task.group) for micro in plan)
         return zip(plan, source.parts(own, epoch), strict=True)
-
-    def _micro_size(self, source: Features) -> int:
-        """Images of all ranks at a time: what the working memory takes, or `MICRO_BATCH` where that is less."""
-        one = 4 * source.num_blocks * source.num_tokens * source.width
-        return max(MICRO_BATCH, int(WORKING_GB * 1e9 / 4 / one))
 
     def _tokens(self, outputs: Tensor, images: Sequence[int], own: Sequence[BlockSet]) -> Tensor:
         """Averages (S, B, N, d) over this rank's block sets for images of all ranks, in their order.
@@ -168,35 +278,36 @@ class GridFit:
     def _labels(self, micro: Micro) -> Tensor:
         return self.task.train.labels[torch.as_tensor(micro.images)].to(self._device)
 
-    def _weights(self, micro: Micro) -> Tensor:
-        """(2, B): of images in the loss of heads that the hold-out judges, and of those that are kept."""
-        is_fit = torch.from_numpy(self.task.is_fit[micro.images]).float()
-        # no image but held-out ones: such a step moves the judged heads by their momentum alone
-        judged = is_fit / max(1, micro.num_fit)
-        return torch.stack([judged, torch.full_like(judged, 1 / micro.batch_size)]).to(self._device)
+    def _weights(self, this: Round, micro: Micro) -> Tensor:
+        """(C, B): of images in the loss of each copy."""
+        shares = [copy[micro.images] / max(1, count) for copy, count in zip(this.learns, micro.counts, strict=True)]
+        return torch.from_numpy(np.array(shares, dtype=np.float32)).to(self._device)
 
     @torch.no_grad()
-    def _measure(self, source: Features, stacks: dict[str, HeadStack], own: Sequence[BlockSet]) -> list[Candidate]:
-        """Hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and learning rates."""
-        held, lrs = self.task.held, self.task.section.lrs
+    def _measure(self, this: Round) -> list[Candidate]:
+        """Hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and the grid."""
+        held = self.task.held
         totals = {
-            kind: stack.mean.new_zeros(2, len(own), len(lrs), dtype=torch.float64) for kind, stack in stacks.items()
+            kind: stack.mean.new_zeros(2, len(this.own), len(stack.grid), dtype=torch.float64)
+            for kind, stack in this.stacks.items()
         }
-        plan = [Micro(images, len(held), 0, False) for images in batched(held, self._micro_size(source))]
-        for micro, outputs in self._outputs(source, plan):
-            labels, tokens = self._labels(micro), self._tokens(outputs, micro.images, own)
-            for kind, stack in stacks.items():
-                logits = stack(tokens)[:, :, : len(lrs)]  # of the first copy
+        plan = [Micro(images, ()) for images in batched(held, this.micro_size)]
+        for micro, outputs in self._outputs(this.source, plan):
+            labels, tokens = self._labels(micro), self._tokens(outputs, micro.images, this.own)
+            for kind, stack in this.stacks.items():
+                logits = stack(tokens)[:, :, : len(stack.grid)]  # of the first copy
                 targets = labels[None, :, None].expand(logits.shape[:3])
                 losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
                 totals[kind][0] += (logits.argmax(3) == targets).sum(1)
                 totals[kind][1] += losses.double().sum(1)
             self.task.pause()
         mine = [
-            Candidate(kind=kind, blocks=blocks, lr=lr, holdout_top1=top1 / len(held), holdout_loss=loss / len(held))
+            Candidate(
+                kind=kind, blocks=blocks, value=value, holdout_top1=top1 / len(held), holdout_loss=loss / len(held)
+            )
             for kind, (right, losses) in ((kind, total.tolist()) for kind, total in totals.items())
-            for blocks, *of_set in zip(own, right, losses, strict=True)
-            for lr, top1, loss in zip(lrs, *of_set, strict=True)
+            for blocks, *of_set in zip(this.own, right, losses, strict=True)
+            for value, top1, loss in zip(this.stacks[kind].grid, *of_set, strict=True)
         ]
         everyone = [each for part in self.task.group.gather(mine) for each in part]
         return sorted(everyone, key=lambda each: list(STACKS).index(each.kind))  # stable: ranks hold neighbouring sets
@@ -209,12 +320,26 @@ def _best_numbers(candidates: Sequence[Candidate], kinds: Sequence[str], last: B
     return {number for number, candidate in enumerate(candidates) if any(candidate is each for each in wanted)}
 
 
-def _head_of(candidate: Candidate, stacks: dict[str, HeadStack], own: Sequence[BlockSet]) -> HeadStack | None:
-    """A candidate's head on the host, if it is in these stacks."""
-    stack = stacks.get(candidate.kind)
-    if stack is None or candidate.blocks not in own or candidate.lr is None:
+def _grown(
+    found: Sequence[Candidate], kinds: Sequence[str], last: BlockSet, asked: Sequence[float]
+) -> tuple[list[str], list[BlockSet], list[float]]:
+    """Kinds, block sets and values with which the grid grows: where what is chosen lies at its end."""
+    chosen = [found[number] for number in sorted(_best_numbers(found, kinds, last))]
+    more = [(each, value) for each in chosen for value in beyond(asked, tried(found, each), each.value)]
+    sets = dict.fromkeys(each.blocks for each, _ in more)
+    return (
+        [kind for kind in kinds if any(each.kind == kind for each, _ in more)],
+        list(sets),
+        sorted({v for _, v in more}),
+    )
+
+
+def _head_of(candidate: Candidate, this: Round) -> HeadStack | None:
+    """A candidate's head on the host, if it is one of these."""
+    stack = this.stacks.get(candidate.kind)
+    if stack is None or candidate.blocks not in this.own or candidate.value not in stack.grid:
         return None
-    return stack.select(own.index(candidate.blocks), stack.lrs.index(candidate.lr)).to("cpu")
+    return stack.select(this.own.index(candidate.blocks), stack.grid.index(candidate.value)).to("cpu")
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """k nearest neighbours on mean-pooled frozen features: no training, one choice (k and blocks) on the hold-out.
 
-Votes are weighted by exp(cosine / 0.07), as in DINO's evaluation (Caron et al., arXiv 2104.14294, appendix). The search
-is exact and goes block by block: each rank compares all queries with its own images, and only the nearest of each rank
-are put together, so that no rank ever holds the features of another. Which of equally near images counts is chance.
+The field's definition (Caron et al., arXiv 2104.14294, appendix): cosines of the raw vectors, nothing centred or
+standardised, and votes weighted by exp(cosine / 0.07). The search is exact and goes block by block: each rank compares
+all queries with its own images, and only the nearest of each rank are put together, so that no rank ever holds the
+features of another. Which of equally near images counts is chance.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, tog
 
 TEMPERATURE = 0.07
 """Of the votes' weights."""
-NUM_NEIGHBOURS = (1, 5, 10, 20, 50)
+NUM_NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 """k tried; those above the number of images are left out."""
 QUERIES = 1024
 """Queries of all ranks at a time."""
@@ -103,11 +104,7 @@ class Neighbours:
                 right = [total + int(count) for total, count in zip(right, named.sum(1), strict=True)]
             found += [
                 Candidate(
-                    kind="knn",
-                    blocks=blocks,
-                    num_neighbours=k,
-                    holdout_top1=total / len(self.task.held),
-                    holdout_loss=0.0,
+                    kind="knn", blocks=blocks, value=k, holdout_top1=total / len(self.task.held), holdout_loss=0.0
                 )
                 for k, total in zip(ks, self.task.group.sum_counts(*right), strict=True)
             ]
@@ -117,8 +114,7 @@ class Neighbours:
     @torch.no_grad()
     def answers(self, chosen: Candidate, pooled: PooledFeatures) -> Answers:
         """What a candidate says about the test split, with the whole training split as the bank."""
-        assert chosen.num_neighbours is not None
-        images, ks = self.task.test, (chosen.num_neighbours,)
+        images, ks = self.task.test, (int(chosen.value),)
         own = share(range(len(images)), self.task.group)
         parts = [
             answers(votes[0], images.labels[own][rows])
@@ -129,16 +125,14 @@ class Neighbours:
     def _votes(
         self, blocks: BlockSet, bank: np.ndarray, pooled: PooledFeatures, queries: Sequence[int], ks: tuple[int, ...]
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Of training images for this rank's queries, both standardised by the mean and deviation of the former."""
-        fit, held = self.features.of_pooled
-        (mean,), (variance,) = (fit if bank is self.task.fit else fit + held).of_sets([blocks])
+        """Of training images for this rank's queries."""
 
         def units(of: PooledFeatures, images: Sequence[int]) -> Tensor:
             rows = torch.as_tensor(images, dtype=torch.int64) // self.task.group.world_size
             vectors = torch.cat([averages(of.rows(part), [blocks])[0] for part in rows.split(BANK_BLOCK)])
-            return functional.normalize((vectors - mean) * (variance + 1e-6).rsqrt(), dim=1)
+            return functional.normalize(vectors, dim=1)
 
         own = share(bank.tolist(), self.task.group)
-        labels = self.task.train.labels[own].to(mean.device)
         vectors = units(self.features.pooled, own)
+        labels = self.task.train.labels[own].to(vectors.device)
         return neighbour_votes(vectors, labels, units(pooled, queries), ks, self.task.num_classes, self.task.group)

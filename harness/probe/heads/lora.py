@@ -1,7 +1,8 @@
 """LoRA adaptation (rank 8; AIM paper, Table 8): the third protocol on a probe's tasks, and not a frozen feature.
 
 Low-rank updates of the trunk's query, value and output projections (`aim.lora`) train together with an attentive head
-on the fixed block set (the last six), once for every learning rate; the hold-out chooses, the chosen one trains
+on the fixed block set (the last six), once for every learning rate; the hold-out chooses (a rate at the end of the grid
+makes it grow), the chosen one trains
 once more on the whole training split, and the test split is scored once. Optimiser, schedule and views are those of the
 probes. The head standardises by the statistics of the unadapted features.
 """
@@ -20,7 +21,7 @@ from aimscale.aim.model import AIM
 from aimscale.harness.probe.features.extraction import Moments, batched, share
 from aimscale.harness.probe.features.images import LabelledImages, Task
 from aimscale.harness.probe.features.tasks import BlockSet, number_of_steps
-from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, best, together
+from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, best, beyond, together
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, WEIGHT_DECAY, AttentiveStack, learning_rate
 
 RANK = 8
@@ -42,12 +43,14 @@ def adapt(model: AIM, task: Task, blocks: BlockSet) -> tuple[list[Candidate], An
         return one
 
     labels, candidates = task.train.labels[task.held], []
-    for lr in task.section.lrs:
-        predicted = adapted(lr, task.fit).answers(task.train, task.held).predicted[task.held]
-        top1 = float((predicted == labels).float().mean())
-        candidates.append(Candidate(kind="lora", blocks=blocks, lr=lr, holdout_top1=top1, holdout_loss=0.0))
-    chosen_lr = best(candidates, "lora").lr
-    assert chosen_lr is not None
+    more: list[float] = list(task.section.lrs)
+    while more:
+        for lr in more:
+            predicted = adapted(lr, task.fit).answers(task.train, task.held).predicted[task.held]
+            top1 = float((predicted == labels).float().mean())
+            candidates.append(Candidate(kind="lora", blocks=blocks, value=lr, holdout_top1=top1, holdout_loss=0.0))
+        chosen_lr = best(candidates, "lora").value
+        more = beyond(task.section.lrs, [each.value for each in candidates], chosen_lr)
     chosen = adapted(chosen_lr, task.everything)
     given = chosen.answers(task.test, np.arange(len(task.test)))
     return candidates, given, sum(parameter.numel() for parameter in chosen.trained)
@@ -64,7 +67,7 @@ class _Adaptation:
         self._device = updates[0].device
         self._head = AttentiveStack(
             num_sets=1,
-            lrs=task.section.lrs[:1],  # one head
+            grid=task.section.lrs[:1],  # one head
             width=model.config.width,
             num_classes=task.num_classes,
             num_heads=model.config.num_heads,
@@ -112,7 +115,7 @@ class _Adaptation:
                 chunk, images = next(decoded)
                 labels = self._task.train.labels[torch.as_tensor(chunk)].to(self._device)
                 weights = torch.full((1, len(chunk)), 1 / len(part), device=self._device)
-                self._head.loss(self._tokens(images), labels, weights).backward()
+                self._head.losses(self._tokens(images), labels, weights).sum().backward()
             for parameter in self.trained:
                 assert parameter.grad is not None
                 self._task.group.sum_tensor(parameter.grad)

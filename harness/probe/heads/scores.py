@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.tasks import BlockSet
 from aimscale.harness.probe.heads.stacks import HeadStack
+
+MOST_GROWN = 4
+"""Values that a grid may grow by at either end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +28,8 @@ class Candidate:
     """A key of `STACKS`, `knn` or `lora`."""
     blocks: BlockSet
     """Blocks whose outputs it averages."""
-    lr: float | None = None
-    """Its peak learning rate; None for k-NN."""
-    num_neighbours: int | None = None
-    """k of k-NN."""
+    value: float
+    """What tells it from others of its kind: peak learning rate, strength of L2, or k."""
     holdout_top1: float
     holdout_loss: float
     """Cross-entropy on the hold-out (0 for k-NN and LoRA, which are chosen without)."""
@@ -37,9 +38,30 @@ class Candidate:
 
 
 def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = None) -> Candidate:
-    """The highest hold-out accuracy of a kind, ties by hold-out loss, then by order; optionally for one block set."""
+    """The highest hold-out accuracy of a kind, ties by hold-out loss, then by order; optionally for one block set.
+
+    Linear heads are chosen by the hold-out loss alone: theirs follows the accuracy, with less noise.
+    """
     pool = [c for c in candidates if c.kind == kind and blocks in (None, c.blocks)]
-    return max(pool, key=lambda c: (c.holdout_top1, -c.holdout_loss))
+    return max(pool, key=lambda c: (c.holdout_top1 if kind != "linear" else 0, -c.holdout_loss))
+
+
+def tried(candidates: Sequence[Candidate], like: Candidate) -> list[float]:
+    """Values of a candidate's kind on its block set."""
+    return [each.value for each in candidates if (each.kind, each.blocks) == (like.kind, like.blocks)]
+
+
+def beyond(asked: Sequence[float], values: Sequence[float], chosen: float) -> list[float]:
+    """The next value, by the mean ratio of the grid asked for, where the chosen one lies at an end of those tried.
+
+    None inside, where one value was asked for, or `MOST_GROWN` steps from what was asked for.
+    """
+    low, high = min(asked), max(asked)
+    if low == high or min(values) < chosen < max(values):
+        return []
+    ratio = (high / low) ** (1 / (len(set(asked)) - 1))
+    steps = round(math.log(chosen / high if chosen > low else low / chosen, ratio))
+    return [chosen * (ratio if chosen > low else 1 / ratio)] if steps < MOST_GROWN else []
 
 
 @dataclass(frozen=True)
@@ -73,6 +95,13 @@ def together(own: Sequence[int], parts: Sequence[Answers], num_images: int, grou
     return whole
 
 
+def _wilson(num_correct: int, n: int) -> tuple[float, float]:
+    """Wilson's interval at 95 %: inside [0, 1] and honest near both ends (scipy takes a second to import)."""
+    z2 = 1.959963984540054**2
+    middle, half = num_correct + z2 / 2, math.sqrt(z2 * (num_correct * (n - num_correct) / n + z2 / 4))
+    return max(0.0, (middle - half) / (n + z2)), min(1.0, (middle + half) / (n + z2))
+
+
 def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
     """Top-1 with its interval, top-5 where there are more than five classes, mean over classes, chance, per class.
 
@@ -85,15 +114,15 @@ def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
     """
     correct = given.predicted == labels
     n, num_correct = len(labels), int(correct.sum())
-    interval = binomtest(num_correct, n).proportion_ci(method="wilson")  # inside [0, 1] and honest near both ends
+    low, high = _wilson(num_correct, n)
     totals = np.bincount(labels.numpy(), minlength=len(classes))
     rights = np.bincount(labels[correct].numpy(), minlength=len(classes))
     present = totals > 0
     return {
         "n": n,
         "top1": num_correct / n,
-        "top1_lo95": interval.low,
-        "top1_hi95": interval.high,
+        "top1_lo95": low,
+        "top1_hi95": high,
         "top5": float(given.in_top5.float().mean()) if len(classes) > 5 else None,
         "mean_class": float((rights[present] / totals[present]).mean()),
         "chance": float(totals.max() / n),

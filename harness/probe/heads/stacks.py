@@ -1,11 +1,11 @@
-"""Many probe heads at once: S feature sets x G learning rates, stacked in every tensor.
+"""Many probe heads at once: S feature sets x G learning rates (or strengths of L2), stacked in every tensor.
 
 One matrix product trains all of them on the same features, each as if it were alone: its loss, gradient clipping and
 learning rate are its own. Every one may have C copies, which learn from images and standardise by statistics of their
 own: one that the hold-out judges, and one that has seen the hold-out, too. Two exact rearrangements keep that cheap.
 
 - The batch norm of the heads has no affine part, so with the statistics of the training split it is a fixed
-  standardisation. It is folded into the query and into the pooled vector: tokens are never copied.
+  standardisation. It is folded into the query and into the values: tokens are never copied.
 - Queries are the same for all images, so the score of token x in head h is (W_k,h^T q_h) x and the pooled value is
   W_v,h (sum_n a_n x_n): keys and values of single tokens are never formed. That is N d H work per token where the
   written-out head needs 2 N d^2, with the same parameters and the same gradients.
@@ -46,7 +46,7 @@ class HeadStack(nn.Module):
         self,
         *,
         num_sets: int,
-        lrs: tuple[float, ...],
+        grid: tuple[float, ...],
         num_copies: int = 1,
         width: int,
         num_classes: int,
@@ -55,14 +55,14 @@ class HeadStack(nn.Module):
         device: torch.device,
     ):
         super().__init__()
-        self.lrs = lrs
+        self.grid = grid
         self.num_copies = num_copies
         self.num_classes = num_classes
         self.register_buffer("mean", torch.zeros(num_sets, num_copies, width, device=device))
         self.register_buffer("var", torch.ones(num_sets, num_copies, width, device=device))
         # every head of the grid starts from the same draw: they differ by what is compared, not by luck
         for name, draw in self._start(num_heads, generator).items():
-            parameter = draw.expand(num_sets, num_copies * len(lrs), *draw.shape).to(device).contiguous()
+            parameter = draw.expand(num_sets, num_copies * len(grid), *draw.shape).to(device).contiguous()
             self.register_parameter(name, nn.Parameter(parameter))
 
     def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -79,23 +79,23 @@ class HeadStack(nn.Module):
         """1 / standard deviation, (S, C, d)."""
         return (self.var + BATCH_NORM_EPS).rsqrt()
 
-    def loss(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Sum over heads and images (S, B, N, d) of cross-entropies with labels (B,), weighted (C, B) by copies."""
+    def losses(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """(S, H): sums over images (S, B, N, d) of cross-entropies with labels (B,), weighted (C, B) by copies."""
         logits = self(tokens)
         targets = labels[None, :, None].expand(logits.shape[:3])
         losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
-        return (losses.unflatten(2, (self.num_copies, -1)) * weights.mT[..., None]).sum()
+        return (losses.unflatten(2, (self.num_copies, -1)) * weights.mT[..., None]).sum(1).flatten(1)
 
-    def select(self, set_index: int, lr_index: int) -> HeadStack:
+    def select(self, set_index: int, grid_index: int) -> HeadStack:
         """A stack that holds one head of this one, of its last copy, for scoring."""
         alone = object.__new__(type(self))
         nn.Module.__init__(alone)
-        alone.lrs = (self.lrs[lr_index],)
+        alone.grid = (self.grid[grid_index],)
         alone.num_copies = 1
         alone.num_classes = self.num_classes
         for name, buffer in self.named_buffers():
             alone.register_buffer(name, buffer[set_index : set_index + 1, -1:].clone())
-        head = (self.num_copies - 1) * len(self.lrs) + lr_index
+        head = (self.num_copies - 1) * len(self.grid) + grid_index
         for name, parameter in self.named_parameters():
             part = parameter[set_index : set_index + 1, head : head + 1].detach().clone()
             alone.register_parameter(name, nn.Parameter(part))
@@ -150,20 +150,20 @@ class AttentiveStack(HeadStack):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (S, B, N, d) -> logits (S, B, H, K)."""
-        num_sets, batch, _, width = tokens.shape
+        num_sets, batch, num_tokens, width = tokens.shape
         per_head, per_query = self.query.shape[2:]
-        mean, rstd = (each.repeat_interleave(len(self.lrs), dim=1) for each in (self.mean, self.rstd))
+        mean, rstd = (each.repeat_interleave(len(self.grid), dim=1) for each in (self.mean, self.rstd))
         # the mean shifts all scores of a query alike and drops out of the softmax
-        direction = (self.scoring() * per_query**-0.5 * rstd[:, :, None]).flatten(1, 2)
-        # one small product an image: in the backward pass it is several times faster than one tall one
-        per_image = direction[:, None].expand(-1, batch, -1, -1).flatten(0, 1).to(tokens.dtype)
-        images = tokens.flatten(0, 1)  # bf16 tokens are multiplied as such, all else is fp32
-        attention = (per_image @ images.mT).float().softmax(dim=2)
-        pooled = (attention.to(tokens.dtype) @ images).float()
-        pooled = pooled.view(num_sets, batch, -1, per_head, width)
-        pooled = (pooled - mean[:, None, :, None]) * rstd[:, None, :, None]
-        vectors = torch.einsum("sbhqd,shqcd->sbhqc", pooled, self.value).flatten(3)
-        return torch.einsum("sbhd,shkd->sbhk", vectors, self.weight)
+        direction = (self.scoring() * per_query**-0.5 * rstd[:, :, None]).flatten(1, 2).to(tokens.dtype)
+        scores = tokens.flatten(1, 2) @ direction.mT  # bf16 tokens are multiplied as such, all else is fp32
+        attention = scores.float().view(num_sets * batch, num_tokens, -1).softmax(dim=1)
+        pooled = (attention.mT.to(tokens.dtype) @ tokens.flatten(0, 1)).float()
+        pooled = pooled.view(num_sets, batch, -1, width).transpose(1, 2).contiguous()
+        value = self.value * rstd[:, :, None, None]
+        shift = torch.einsum("shqcd,shd->shqc", value, mean).flatten(2)
+        vectors = (pooled @ value.flatten(1, 2).mT).unflatten(1, (-1, per_head))  # (S, H, Q, B, c)
+        vectors = vectors.transpose(2, 3).flatten(3) - shift[:, :, None]
+        return (vectors @ self.weight.mT).transpose(1, 2)
 
     def state_of_one(self) -> dict[str, Tensor]:
         """Names of the released head, as `aim.probes.AttentiveProbe` loads them."""
@@ -231,7 +231,7 @@ class StackedAdamW:
     def __init__(self, stack: HeadStack, *, num_steps: int):
         self._parameters = list(stack.parameters())
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters]
-        self._peaks = stack.lrs * stack.num_copies
+        self._peaks = stack.grid * stack.num_copies
         self._num_steps, self._step = num_steps, 0
 
     @torch.no_grad()

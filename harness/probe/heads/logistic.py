@@ -1,0 +1,115 @@
+"""Logistic regression on pooled features, solved and not trained: a whole grid of L2 at once, by L-BFGS.
+
+The problem is convex, so its solution depends on no rate, order of images, batch or seed. Directions of the features
+differ in variance by orders of magnitude, and a step that suits one crawls along another: heads move in coordinates in
+which the features have unit covariance (damped by the L2), which takes some thirty passes instead of a thousand.
+Zhu et al. 1997 (L-BFGS); Kornblith et al. 2019, arXiv 1805.08974 (this probe).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from aimscale.harness.probe.heads.stacks import LinearStack
+
+MOST_PASSES = 200
+"""Over the images."""
+ENOUGH = 1e-6
+"""Nats: a head is done when another step promises less of its loss."""
+NUM_PAIRS = 8
+"""Steps that the curvature is guessed from."""
+SUFFICIENT = 1e-4
+"""Share of the promised descent that a step must make, else it is halved (Armijo)."""
+WIDEST = 4096
+"""Channels up to which the covariance is taken apart; of wider features (raw pixels) only variances are made equal."""
+
+
+def solve(
+    stack: LinearStack, covariance: Tensor | None, losses: Callable[[], Tensor], agreed: Callable[[bool], bool]
+) -> None:
+    """Give every head of a stack, which starts from zeros, the weights that minimise cross-entropy + L2 / 2 |weight|^2.
+
+    Args:
+        stack: its `grid` are the strengths of L2; one copy.
+        covariance: float32 (S, d, d) of the standardised features; None takes it to be the identity.
+        losses: one pass over the images: adds the gradients of all heads to the parameters', returns float64 (S, H).
+        agreed: whether all ranks say so; those whose heads are done pass over the images as long as others need theirs.
+    """
+    view = _Coordinates(stack, covariance)
+    at = torch.zeros(*stack.weight.shape[:2], stack.weight[0, 0].numel() + stack.num_classes, device=stack.mean.device)
+    value, gradient = view.evaluate(at, losses)
+    step = torch.ones_like(at[..., :1])
+    scale = torch.full_like(step, stack.num_classes)  # the curvature is p (1 - p), with p about 1 / K
+    pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=NUM_PAIRS)
+    for _ in range(MOST_PASSES):
+        direction = -_inverse_curvature(gradient, scale, pairs)
+        promised = _dot(gradient, direction)
+        is_done = promised > -2 * ENOUGH
+        if agreed(bool(is_done.all())):
+            break
+        trial = torch.where(is_done, at, at + step * direction)
+        found, slope = view.evaluate(trial, losses)
+        is_better = found <= value + SUFFICIENT * step * promised + ENOUGH
+        moved, bent = trial - at, slope - gradient
+        bend = _dot(moved, bent)
+        counts = is_better & (bend > 1e-12)
+        pairs.append((moved, bent, torch.where(counts, 1 / bend, 0)))
+        scale = torch.where(counts, bend / _dot(bent, bent), scale)
+        step = torch.where(is_better, 1, step / 2)
+        at, gradient = torch.where(is_better, trial, at), torch.where(is_better, slope, gradient)
+        value = torch.where(is_better, found, value)
+    view.set(at)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(2, keepdim=True)
+
+
+def _inverse_curvature(gradient: Tensor, scale: Tensor, pairs: deque[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The two loops of L-BFGS (Nocedal 1980), for every head by itself; a pair of weight 0 does not count."""
+    out, shares = gradient.clone(), []
+    for moved, bent, weight in reversed(pairs):
+        shares.append(weight * _dot(moved, out))
+        out -= shares[-1] * bent
+    out *= scale
+    for (moved, bent, weight), share in zip(pairs, reversed(shares), strict=True):
+        out += moved * (share - weight * _dot(bent, out))
+    return out
+
+
+class _Coordinates:
+    """(S, H, K d + K) values in which all heads have about the same curvature everywhere, and the heads they mean."""
+
+    def __init__(self, stack: LinearStack, covariance: Tensor | None):
+        self._stack = stack
+        self._l2 = torch.tensor(stack.grid, device=stack.mean.device)[:, None, None]
+        if covariance is None:
+            self._turn, spread = None, torch.ones_like(stack.mean)
+        else:
+            values, self._turn = torch.linalg.eigh(covariance)
+            spread = values.clamp_min(0)[:, None]
+        self._scale = (spread[:, :, None] + stack.num_classes * self._l2).rsqrt()  # (S, H, 1, d)
+
+    def set(self, at: Tensor) -> Tensor:
+        """Give the heads these values; returns their L2 penalty (S, H)."""
+        stack = self._stack
+        scaled = at[..., : -stack.num_classes].view_as(stack.weight) * self._scale
+        with torch.no_grad():
+            stack.weight.copy_(scaled if self._turn is None else scaled @ self._turn.mT[:, None])
+            stack.bias.copy_(at[..., -stack.num_classes :])
+        return (self._l2 / 2 * scaled.square()).double().sum((2, 3))
+
+    def evaluate(self, at: Tensor, losses: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """Value float64 (S, H, 1) and gradient (S, H, K d + K)."""
+        stack = self._stack
+        value = self.set(at) + losses()
+        assert stack.weight.grad is not None and stack.bias.grad is not None  # noqa: PT018
+        along = stack.weight.grad if self._turn is None else stack.weight.grad @ self._turn[:, None]
+        along = along + self._l2 * (at[..., : -stack.num_classes].view_as(along) * self._scale)
+        gradient = torch.cat([(along * self._scale).flatten(2), stack.bias.grad], dim=2)
+        stack.weight.grad = stack.bias.grad = None
+        return value[..., None], gradient
