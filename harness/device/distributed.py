@@ -6,6 +6,7 @@ set here before DeepSpeed looks for them (without them it would look for MPI).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import logging
@@ -118,6 +119,7 @@ class Group:
         self.world_size = placement.world_size
         self.device = device
         self._host_group, self._beside_group = host_group, beside_group
+        self._taken_bytes = 0
 
     @property
     def is_first(self) -> bool:
@@ -129,8 +131,14 @@ class Group:
         if self.device.type == "cuda":
             # A launcher that starts several runs on a card says which share of it each may plan for.
             share = float(os.environ.get("AIMSCALE_DEVICE_SHARE", "1"))
-            return int(share * torch.cuda.get_device_properties(self.device).total_memory)
+            return int(share * torch.cuda.get_device_properties(self.device).total_memory) - self._taken_bytes
         return self.host_memory_bytes()
+
+    def beside(self, taken_bytes: int) -> Group:
+        """The same ranks for work beside what holds so much of each card's memory."""
+        group = copy.copy(self)
+        group._taken_bytes = taken_bytes
+        return group
 
     def host_memory_bytes(self) -> int:
         """This rank's share of what its host has free."""

@@ -60,6 +60,8 @@ MAX_MICRO_BATCH_TOKENS = 65_536
 """More tokens in one forward pass than this gain no speed."""
 MIN_MICRO_BATCH = 8
 """A micro-batch smaller than this wastes the device; rather recompute activations or go one ZeRO stage up."""
+EVAL_TOKENS = 16_384
+"""Tokens of a forward pass that measures."""
 WORKSPACE_BYTES = 256 * 2**20
 """Kernels' workspaces and the allocator's slack."""
 
@@ -113,6 +115,20 @@ def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_c
     return config.depth * block - skipped + config.head.depth * head_block + ends
 
 
+def measuring_bytes(config: ModelConfig, precision: Precision, *, is_probed: bool) -> int:
+    """Bytes on one rank, beside what training holds, where something is measured during training.
+
+    A copy of the weights, the largest of them in float32, and a forward pass; for probes the outputs of all blocks, as
+    they come, together, and in float32.
+    """
+    element = 4 if precision == "fp32" else 2
+    tokens, width = config.num_tokens, config.width
+    sequence = max(_block_bytes(config, precision)) + 8 * config.channels * config.image_size**2 + element * tokens**2
+    outputs = config.depth * tokens * width * (2 * element + 4) if is_probed else 0
+    passes = max(1, EVAL_TOKENS // tokens) * (sequence + outputs)
+    return param_count(config).total * element + 16 * width**2 + passes
+
+
 def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
     """What a block of the trunk and a block of the head keep.
 
@@ -142,7 +158,11 @@ class ExecutionPlan:
     copies_checkpoints: bool
     """Write checkpoints from a copy in host memory, beside training; else training waits."""
     memory_bytes: int
-    """Peak of one rank, by `memory_bytes`."""
+    """Peak of one rank, by `memory_bytes`, or where it measures during training."""
+    held_bytes: int
+    """Of that, what is held between steps."""
+    measures: bool
+    """Whether there is room to measure during training; otherwise nothing is."""
 
 
 def execution_plan(
@@ -153,6 +173,7 @@ def execution_plan(
     world_size: int,
     device_bytes: int,
     host_bytes: int | None = None,
+    measuring: int = 0,
 ) -> ExecutionPlan:
     """Choose what `runtime` leaves open.
 
@@ -164,6 +185,7 @@ def execution_plan(
     Args:
         device_bytes: memory that a rank may plan for.
         host_bytes: its share of the host's memory, for the copy of a checkpoint; None where the device is the host.
+        measuring: `measuring_bytes`; 0 where nothing is measured during training. It changes no other choice.
 
     Raises:
         DoesNotFitError: nothing fits.
@@ -189,7 +211,8 @@ def execution_plan(
             else:
                 chosen, fits = runtime.micro_batch, runtime.micro_batch <= room
             if fits:
-                total = fixed + chosen * per_image
+                has_room = fixed + measuring <= USABLE_FRACTION * device_bytes
+                total = fixed + max(chosen * per_image, measuring if has_room else 0)
                 left = USABLE_FRACTION * device_bytes - total if host_bytes is None else USABLE_FRACTION * host_bytes
                 return ExecutionPlan(
                     zero_stage=stage,
@@ -197,6 +220,8 @@ def execution_plan(
                     activation_checkpointing=recompute,
                     copies_checkpoints=copy <= left,
                     memory_bytes=total,
+                    held_bytes=fixed,
+                    measures=measuring > 0 and has_room,
                 )
     raise DoesNotFitError(
         f"{config.name} does not fit {device_bytes / 2**30:.3g} GiB per rank with {world_size} ranks and this setting; "

@@ -17,6 +17,7 @@ from aimscale.aim.cost import (
 )
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.card import Look
+from aimscale.harness.device.memory import measuring_bytes
 from aimscale.harness.probe.features.tasks import (
     CACHE_SHARE,
     COPIES,
@@ -100,6 +101,16 @@ def during_cost(
         cost = _probe_cost(section, model, flops, ranks, memory_bytes, look)
         images, products = images + times * cost.images, products + times * cost.flops
     return DuringCost(points=points, images=images if products else 0.0, flops=products)
+
+
+def bytes_during(config: RunConfig, look: Look) -> int:
+    """Bytes on a rank, beside what training holds, where it measures; 0 where it has no points."""
+    schedule = unchecked_schedule(config)
+    probes = [each for each in config.evaluation.probes if schedule.num_points(each.every_images)]
+    if not probes and not schedule.num_points(validation_distance(config, look)):
+        return 0
+    in_fp32 = "fp32" in (config.training.optimiser.precision, *(each.precision for each in probes))
+    return measuring_bytes(model_of(config.training), "fp32" if in_fp32 else "bf16", is_probed=bool(probes))
 
 
 def probe_costs(

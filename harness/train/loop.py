@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from aimscale.harness.data.store.card import data_set
 from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.job import Job
@@ -22,6 +23,7 @@ from aimscale.harness.device.memory import execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.record import Recorder
+from aimscale.harness.probe.cost import bytes_during
 from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -60,7 +62,10 @@ class Trainer:
             world_size=group.world_size,
             device_bytes=group.from_first(group.memory_bytes),
             host_bytes=group.from_first(group.host_memory_bytes) if group.device.type == "cuda" else None,
+            measuring=(measuring := group.from_first(lambda: bytes_during(config, data_set))),
         )
+        if measuring and not self.plan.measures and group.is_first:
+            print("the device has no room beside training to measure during it: nothing is", flush=True)
         self.engine = Engine(
             self.model_config,
             training.optimiser,
@@ -76,7 +81,8 @@ class Trainer:
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
         self.recorder = Recorder(run, config, group, self.model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
-        self.points = Points(run, config, job, self.schedule, self.engine, loggers)
+        beside = dataclasses.replace(job, group=group.beside(self.plan.held_bytes))
+        self.points = Points(run, config, beside, self.schedule, self.engine, loggers)
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""
@@ -203,7 +209,11 @@ class Trainer:
     def _measure(self, position: int, segment: Segment) -> None:
         """Measure what is due at a position of the trunk, where a decay begins, or anywhere under cosine."""
         is_cosine = self.config.training.schedule.kind == "cosine"
-        if not self.points.is_at(position) or not (is_cosine or segment.branch is None or position == segment.start):
+        if (
+            not self.plan.measures
+            or not self.points.is_at(position)
+            or not (is_cosine or segment.branch is None or position == segment.start)
+        ):
             return
         lr = self.schedule.lr(position - self.batch_size, segment.branch if is_cosine else None)
         try:

@@ -21,13 +21,12 @@ from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import denormalise, normalise
 from aimscale.harness.data.stream.held_out import eval_images, eval_pixels, fixed_given, usable_indices
 from aimscale.harness.device.distributed import Group
+from aimscale.harness.device.memory import EVAL_TOKENS
 from aimscale.harness.probe.features.images import Pause, decoded_ahead
 from aimscale.harness.probe.owed import VALIDATION_COLUMNS
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.run.files import written_aside
 
-EVAL_TOKENS = 16_384
-"""Tokens per forward pass."""
 NUM_COMPLETIONS = 8
 """Images whose predictions are kept as pictures."""
 KEPT_SHARE = 0.05

@@ -18,7 +18,7 @@ from aimscale.harness.bench.expected import Rates, expected_rates
 from aimscale.harness.data.store.card import Look, data_set
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.sheets import Device, device_here, nominal_flops_per_s
-from aimscale.harness.probe.cost import ProbeCost, during_cost, probe_costs, validation_images
+from aimscale.harness.probe.cost import DuringCost, ProbeCost, bytes_during, during_cost, probe_costs, validation_images
 from aimscale.harness.run.config import OptimiserSection, RunConfig, RuntimeConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
@@ -173,14 +173,17 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     executed, batch_size = unchecked_schedule(run.config).images_planned(), training.optimiser.batch_size
     unique = training.data.unique_images or _pool(sweep, run.config, look)
     probes = probe_costs(evaluation, model, flops, run.devices, device.memory_bytes, look)
-    fit = device_fit(model, training.optimiser, run.config.runtime, run.devices, device.memory_bytes)
+    measuring = bytes_during(run.config, look)
+    fit = device_fit(model, training.optimiser, run.config.runtime, run.devices, device.memory_bytes, measuring)
     cost = sweep.file.cost
     rates = expected_rates(run.config, run.devices, device, mfu=cost.mfu, step_ms=cost.step_ms, look=look)
     validated = validation_images(evaluation.validation, look)
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
     compute_s, loading_s = executed / rates.compute_per_s + steps * rates.step_s, executed / rates.loaded_per_s
     training_s = max(compute_s, loading_s) if rates.is_ahead else compute_s + loading_s
-    during = during_cost(run.config, model, flops, run.devices, device.memory_bytes, look)
+    during = DuringCost(points=0, images=0.0, flops=0.0)
+    if fit is None or fit.measures:
+        during = during_cost(run.config, model, flops, run.devices, device.memory_bytes, look)
     passed = num_budgets * (validated + sum(probe.images for probe in probes))
     flops_evaluation = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
     flops_per_s = rates.flops_per_image * rates.compute_per_s
@@ -222,17 +225,26 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
         evaluation_s=evaluation_s,
         wall_s=wall_s,
         device_hours=wall_s * run.devices / 3600,
-        cautions=tuple(_cautions(run, unique, rates, during_s / wall_s, look)),
+        cautions=(
+            *_cautions(run, unique, rates, look),
+            *_cautions_during(
+                training.model.size, during_s / wall_s, measuring > 0 and fit is not None and not fit.measures
+            ),
+        ),
     )
 
 
-def _cautions(run: Run, unique: int | None, rates: Rates, share_during: float, look: Look) -> Iterator[str]:
+def _cautions_during(size: str, share: float, has_no_room: bool) -> Iterator[str]:
+    """What points during training give, which take this share of the time, or for which a device has no room."""
+    if share > MAX_SHARE_DURING:
+        words = "raise `every_images` of validation or probes"
+        yield f"points during training take {100 * share:.0f} % of the time of {size}; {words}"
+    if has_no_room:
+        yield f"{size} leaves a device no room for a copy of its weights: nothing is measured during training"
+
+
+def _cautions(run: Run, unique: int | None, rates: Rates, look: Look) -> Iterator[str]:
     """What one run's data and schedule give; `unique` is U, None where it is unknown."""
-    if share_during > MAX_SHARE_DURING:
-        yield (
-            f"points during training take {100 * share_during:.0f} % of the time of {run.config.training.model.size}: "
-            "raise `every_images` of validation or probes"
-        )
     training, budgets = run.config.training, run.config.evaluation.budgets
     epochs = budgets[-1] / unique if unique else 0.0
     if epochs > FAR_TOO_MANY_EPOCHS:
@@ -280,11 +292,18 @@ def _pool(sweep: Sweep, config: RunConfig, look: Look) -> int | None:
 
 @functools.cache
 def device_fit(
-    model: ModelConfig, optimiser: OptimiserSection, runtime: RuntimeConfig, devices: int, device_bytes: int
+    model: ModelConfig,
+    optimiser: OptimiserSection,
+    runtime: RuntimeConfig,
+    devices: int,
+    device_bytes: int,
+    measuring: int = 0,
 ) -> ExecutionPlan | None:
     """The execution plan of a run on devices of this memory; None where nothing fits."""
     with contextlib.suppress(DoesNotFitError):
-        return execution_plan(model, optimiser, runtime, world_size=devices, device_bytes=device_bytes)
+        return execution_plan(
+            model, optimiser, runtime, world_size=devices, device_bytes=device_bytes, measuring=measuring
+        )
     return None
 
 

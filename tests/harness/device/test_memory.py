@@ -13,15 +13,18 @@ import pytest
 import torch
 
 from aimscale.aim.config import ModelConfig, model_config
+from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.device.memory import (
     WORKSPACE_BYTES,
     DoesNotFitError,
+    ExecutionPlan,
     execution_plan,
     free_host_bytes,
     kept_bytes_per_image,
+    measuring_bytes,
     memory_bytes,
 )
 from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
@@ -165,6 +168,24 @@ def test_the_rule_takes_the_lowest_stage_that_fits_with_enough_images() -> None:
         plan("aim-7B", 1, gib=16)
     with pytest.raises(DoesNotFitError, match="zero_stage 0"):
         plan("aim-600M", 8, zero_stage=0)
+
+
+def test_measuring_during_training_has_its_room_and_changes_no_plan() -> None:
+    def plan(world_size: int, measuring: int, gib: float = 80) -> ExecutionPlan:
+        training = model_config("aim-7B", head_rule="released"), OptimiserSection(batch_size=4096), RuntimeConfig()
+        memory = {"world_size": world_size, "device_bytes": int(gib * GIB), "measuring": measuring}
+        return execution_plan(*training, **memory)  # type: ignore[arg-type]
+
+    model = model_config("aim-7B", head_rule="released")
+    params = param_count(model).total
+    needed, probed = (measuring_bytes(model, "bf16", is_probed=is_probed) for is_probed in (False, True))
+    assert 2 * params < needed < 2.5 * params < probed
+    roomy, tight = plan(8, needed), plan(2, needed)
+    assert (roomy.measures, tight.measures) == (True, False), "at ZeRO 3 on two cards a copy of 14 GB is too much"
+    for chosen, usual in ((roomy, plan(8, 0)), (tight, plan(2, 0))):
+        assert (chosen.zero_stage, chosen.micro_batch) == (usual.zero_stage, usual.micro_batch)
+        assert usual.memory_bytes <= chosen.memory_bytes <= 0.9 * 80 * GIB
+    assert roomy.memory_bytes >= roomy.held_bytes + needed
 
 
 def test_checkpoints_are_copied_where_the_host_has_room() -> None:
