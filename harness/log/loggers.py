@@ -189,10 +189,8 @@ def of_row(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
 
 def side_by_side(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One picture of the next-patch pictures in a validation file: a row for each image; truth, prefix, prediction."""
-    parts = ("truth", "prefix", "prediction")
-    if not all(name in arrays for name in parts):
-        return {}
-    return {"pictures/truth-prefix-prediction": np.concatenate(np.concatenate([arrays[p] for p in parts], axis=2))}
+    parts = [arrays[name] for name in ("truth", "prefix", "prediction")]
+    return {"pictures/truth-prefix-prediction": np.concatenate(np.concatenate(parts, axis=2))}
 
 
 def _brief(error: Exception) -> str:
