@@ -28,17 +28,14 @@ ClassesOption = Annotated[
 def pack(
     source: Annotated[
         Path | None,
-        typer.Argument(
-            help="Image folder (sub-folders are classes), idx file of images, or a benchmark; with --bundled, OUT."
-        ),
+        typer.Argument(help="Image folder (sub-folders are classes), idx file or benchmark; with --bundled, OUT."),
     ] = None,
     out: Annotated[Path | None, typer.Argument(help="New folder for the shards and their index.")] = None,
     benchmark: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="SOURCE is one of the paper's fifteen, as its owners publish it; without SOURCE, what to download and "
-            "the commands, of all: --benchmark all.",
+            help="One of the paper's fifteen, as its owners publish it. Without SOURCE: what to download (`all`).",
         ),
     ] = None,
     bundled: Annotated[
