@@ -45,6 +45,20 @@ def test_bf16_features_are_near_those_of_fp32_which_come_back(task: Any, model: 
         assert one["top1"] == pytest.approx(other["top1"], abs=0.03)
 
 
+def test_a_causal_task_is_another_evaluation_on_causal_features(task: Any, model: AIM) -> None:
+    train, _ = task.open()
+    backbone, images = AimBackbone(lambda: copy.deepcopy(model)), train.images(range(4))
+    names = set()
+    for attention in ("causal", "bidirectional", "causal"):  # one task leaves the next one's attention alone
+        wanted = task.section(kinds=("knn",), attention=attention)
+        names.add(task.probe(wanted, backbone, seed=0, out=None)[0]["evaluation"])
+        expected = model.features(images, [1], is_causal=attention == "causal")
+        assert torch.equal(backbone.features(images, [1]), expected)
+    assert len(names) == 2
+    with pytest.raises(ProbeError, match="raw-pixels has no causal"):
+        task.probe(wanted, PixelBackbone(), seed=0, out=None)
+
+
 def test_raw_pixels_have_no_tokens_and_no_trunk(task: Any) -> None:
     for kinds in (("linear", "attentive"), ("lora",)):
         with pytest.raises(ProbeError, match=kinds[-1]):
