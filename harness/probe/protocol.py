@@ -31,7 +31,7 @@ from aimscale.aim.weights import write_weights
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import keep_freed_memory
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
-from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, SplitFeatures
+from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, KeptFeatures, SplitFeatures
 from aimscale.harness.probe.features.images import Pause, PublishedViews, Task, holdout_split, open_task
 from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, block_sets
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
@@ -54,6 +54,7 @@ def probe_backbone(
     seed: int,
     runtime: RuntimeConfig,
     out: Path | None,
+    kept: KeptFeatures | None = None,
     group: Group = ALONE,
     pause: Pause = lambda: None,
 ) -> list[dict[str, Any]]:
@@ -65,6 +66,7 @@ def probe_backbone(
         out: folder of the evaluation's file, the same with per-class counts and the whole grid: kinds that it has of
             the same weights, settings, data and seed are not done again; None reads and writes nothing.
         runtime: of the run, which says where shards at a URL, and their index, are kept.
+        kept: this backbone's features of the task before, which are taken where images, crop and precision agree.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
         pause: called by all ranks together, often; raises to stop there, and the next call repeats the kinds under way.
 
@@ -95,7 +97,7 @@ def probe_backbone(
     fit, held = holdout_split(train.labels, HOLDOUT_FRACTION, seed)
     task = Task(section=section, train=train, test=test, fit=fit, held=held, seed=seed, group=group, pause=pause)
     with matmul_precision(section.precision):
-        for details in _details(task, backbone, kinds, out, key):
+        for details in _details(task, backbone, kinds, kept or KeptFeatures(), out, key):
             about = {"evaluation": key["evaluation"], "protocol": PROTOCOL, "seed": seed}
             done = {detail["kind"]: detail | about for detail in details}
             found |= done
@@ -107,7 +109,7 @@ def probe_backbone(
 
 
 def _details(
-    task: Task, backbone: Backbone, kinds: Sequence[str], out: Path | None, key: Key
+    task: Task, backbone: Backbone, kinds: Sequence[str], kept: KeptFeatures, out: Path | None, key: Key
 ) -> Iterator[list[Detail]]:
     """What is found about some kinds of probe, those together that are done together; heads go to `out`."""
     frozen = [kind for kind in kinds if kind != "lora"]
@@ -122,7 +124,8 @@ def _details(
             folder=out,
             pause=task.pause,
         )
-        fitted, tested = features.split(task.train, task.fit), features.split(task.test)
+        splits = (task.train, task.fit), (task.test, None)
+        fitted, tested = kept.of(features, task.section.attention, *splits)
         for some in _together(frozen, has_views):
             if some == ["knn"]:
                 yield [_neighbours(task, backbone, fitted, tested)]

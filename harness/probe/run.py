@@ -17,7 +17,7 @@ from aimscale.aim.weights import load_backbone, load_model, read_weights
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.device.distributed import Group, choose_device, find_placement, start_group, stop_group
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
-from aimscale.harness.probe.features.extraction import ALONE
+from aimscale.harness.probe.features.extraction import ALONE, KeptFeatures
 from aimscale.harness.probe.features.images import Pause
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import finished_entries, weights_name
@@ -121,6 +121,7 @@ def probe_run(
     for budget in budgets:
         _saved_file(run, budget)
         backbone: AimBackbone | None = None
+        kept = KeptFeatures()
         for section in sections:
             pause()
             entries = group.from_first(functools.partial(finished_entries, run, config, budget, section))
@@ -134,6 +135,7 @@ def probe_run(
                     seed=config.training.seed,
                     runtime=config.runtime,
                     out=run.probes_dir(budget),
+                    kept=kept,
                     group=group,
                     pause=pause,
                 )
@@ -164,6 +166,7 @@ def probe_baseline(
     """
     config = like.load_config()
     backbone, model_section = baseline(target, config, weights=weights, device=group.device)
+    kept = KeptFeatures()
     for section in sections:
         kinds = tuple(kind for kind in section.kinds if kind not in backbone.impossible)
         if not kinds:
@@ -177,6 +180,7 @@ def probe_baseline(
                 seed=config.training.seed,
                 runtime=config.runtime,
                 out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
+                kept=kept,
                 group=group,
             ),
         )

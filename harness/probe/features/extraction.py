@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +320,32 @@ class FeaturePass:
         if not fits and self.folder is None:
             raise ProbeError(f"pooled features take {size / 1e9:.3g} GB on a rank, which has no room; use more ranks")
         return PooledFeatures(num_rows, centre, dtype, self.group, None if fits else self.folder)
+
+
+@dataclass
+class KeptFeatures:
+    """Of a backbone: those of the last task, for the next one on the same images."""
+
+    _found: dict[tuple[object, ...], tuple[bool, SplitFeatures]] = field(default_factory=dict)
+
+    def of(
+        self, features: FeaturePass, attention: str, *splits: tuple[LabelledImages, np.ndarray | None]
+    ) -> list[SplitFeatures]:
+        """Those of splits and images to fit, as `FeaturePass.split` gives them; all others are forgotten before."""
+        wanted: list[tuple[object, ...]] = [
+            (images.views is None, features.precision, attention, images.dataset.fingerprint, images.centre_crop, part)
+            for images, fit in splits
+            for part in [None if fit is None else fit.tobytes()]
+        ]
+        self._found = {
+            key: found
+            for key, found in self._found.items()
+            if key in wanted and key[0] and found[0] >= features.for_tokens
+        }
+        for key, (images, fit) in zip(wanted, splits, strict=True):
+            if key not in self._found:
+                self._found[key] = features.for_tokens, features.split(images, fit)
+        return [self._found[key][1] for key in wanted]
 
 
 def share(indices: Sequence[int], group: Group) -> list[int]:

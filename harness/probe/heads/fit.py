@@ -182,7 +182,8 @@ class GridFit:
     ) -> dict[str, HeadStack]:
         """Kind -> untrained heads on some block sets, standardised by the statistics of what they will learn from."""
         stacks: dict[str, HeadStack] = {}
-        for kind in kinds:
+        # a rank without sets has no heads; of those that are solved it has none in a stack, and counts the passes
+        for kind in kinds if own or isinstance(source, PooledFeatures) else ():
             stacks[kind] = STACKS[kind](
                 num_sets=len(own),
                 grid=tuple(grid),

@@ -40,7 +40,7 @@ def solve(
         agreed: whether all ranks say so; those whose heads are done pass over the images as long as others need theirs.
     """
     view = _Coordinates(stack, covariance)
-    at = torch.zeros(*stack.weight.shape[:2], stack.weight[0, 0].numel() + stack.num_classes, device=stack.mean.device)
+    at = torch.zeros(*stack.weight.shape[:2], stack.num_classes * (stack.weight.shape[3] + 1), device=stack.mean.device)
     value, gradient = view.evaluate(at, losses)
     step = torch.ones_like(at[..., :1])
     scale = torch.full_like(step, stack.num_classes)  # the curvature is p (1 - p), with p about 1 / K

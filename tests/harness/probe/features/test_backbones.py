@@ -42,7 +42,7 @@ def test_bf16_features_are_near_those_of_fp32_which_come_back(task: Any, model: 
     wanted = task.section(epochs=4)
     rounded = task.probe(wanted.model_copy(update={"precision": "bf16"}), seed=0, out=None)
     for one, other in zip(task.probe(wanted, seed=0, out=None), rounded, strict=True):
-        assert one["top1"] == pytest.approx(other["top1"], abs=0.03)
+        assert one["last_top1"] == pytest.approx(other["last_top1"], abs=0.03)  # on given blocks
 
 
 def test_a_causal_task_is_another_evaluation_on_causal_features(task: Any, model: AIM) -> None:
