@@ -173,12 +173,17 @@ def forecaster(df: pd.DataFrame, *, law: Sequence[Law | str] | str = AUTO, y: st
 
 
 def accuracy_forecaster(
-    probed: pd.DataFrame, *, law: Sequence[Law | str] | str = AUTO, loss: str = "val_loss"
+    probed: pd.DataFrame,
+    *,
+    law: Sequence[Law | str] | str = AUTO,
+    loss: str = "val_loss",
+    shared: dict[bytes, dict[str, Curve | str]] | None = None,
 ) -> Forecaster:
     """Laws of an accuracy's error rate, and links to it from the loss, weighted alike.
 
     Args:
         probed: rows of one probe on one task, as `probe_frame` gives them.
+        shared: fits of the loss that other probes of the same runs made, and where this one leaves its own.
 
     Raises:
         AnalysisError: as `forecaster`.
@@ -190,7 +195,7 @@ def accuracy_forecaster(
     usable = losses is not None and bool(np.all(losses > 0))
     level, ideal = chance_level(rows), ideal_loss(rows)
     points = replace(found.points, loss=losses if usable else None, chance=level, ideal=ideal)
-    stack = stacked(points, fitter(found.laws, found.laws))
+    stack = stacked(points, fitter(found.laws, found.laws, shared))
     return Forecaster(basis=replace(found, points=points), stack=stack, is_accuracy=True)
 
 
@@ -201,14 +206,20 @@ def as_accuracy(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(value=(1 - rows["value"]).clip(0, 1), **swapped)
 
 
-def fitter(laws: Sequence[Law], losses: Sequence[Law] = ()) -> Fitter:
-    """Fits laws to y, and `losses` to the loss with a link from there."""
+def fitter(
+    laws: Sequence[Law], losses: Sequence[Law] = (), shared: dict[bytes, dict[str, Curve | str]] | None = None
+) -> Fitter:
+    """Fits laws to y, and `losses` to the loss with a link from there; fits of the same losses are made once."""
+    made = {} if shared is None else shared
 
     def curves(points: Measured) -> dict[str, Curve | str]:
         found = {law.name: _tried(law, points) for law in laws}
         if losses and points.loss is not None:
             of_loss = replace(points, y=points.loss, loss=None)
-            first = {law.name: _tried(law, of_loss) for law in losses}
+            key = np.concatenate([of_loss.y, of_loss.compute]).tobytes()
+            if key not in made:
+                made[key] = {law.name: _tried(law, of_loss) for law in losses}
+            first = made[key]
             known = {name: curve for name, curve in first.items() if isinstance(curve, Curve)}
             try:
                 found |= link_curves(known, points)

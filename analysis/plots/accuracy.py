@@ -236,8 +236,9 @@ def plot_published(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
             log_axis(ax, "x", [*mine["params_total"], *aim["params_total"]])
             ax.set_title(plain(task))
             ax.set_xlabel("N: parameters")
-            ax.set_ylabel("top-1 accuracy (%)")
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+        for ax in panels[::columns]:
+            ax.set_ylabel("top-1 accuracy (%)")
         for ax in panels[len(tasks) :]:
             ax.set_visible(False)
         for name, colour, marker in (("this table", ACCENT, "o"), ("AIM, published", SECOND, "s")):

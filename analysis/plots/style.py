@@ -8,6 +8,7 @@ themed SVG replaces each colour by a CSS variable: one figure serves light and d
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -277,15 +278,25 @@ def part_ticks(figure: Figure) -> None:
 def _part(axis: Axis, side: int, renderer: RendererBase) -> None:
     low, high = sorted(axis.get_view_interval())
     ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_visible()]
-    room = None
-    kept = {}
+    ends = []
     for tick in sorted(ticks, key=lambda tick: tick.get_loc(), reverse=True):
         box = tick.label1.get_window_extent(renderer)
-        start, end = (box.x0, box.x1) if side == 0 else (box.y0, box.y1)
-        if room is None or end + GAP < room:
-            kept[tick.get_loc()], room = tick.label1.get_text(), start
-    if len(kept) < len(ticks):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: kept.get(value, "")))
+        ends.append((*((box.x0, box.x1) if side == 0 else (box.y0, box.y1)), tick.get_loc(), tick.label1.get_text()))
+    steps = np.diff([start for start, *_ in ends])
+    is_even = len(steps) > 1 and np.ptp(steps) < 0.3 * np.abs(steps).max()
+    kept: list[tuple[float, float, float, str]] = []
+    if is_even:
+        kept = next(ends[::step] for step in range(1, len(ends) + 1) if is_apart(ends[::step]))
+    for end in ends if not is_even else ():  # as many as there is room for, from the last
+        kept += [end] if is_apart([*kept[-1:], end]) else []
+    if len(kept) < len(ends):
+        texts = {place: text for *_, place, text in kept}
+        axis.set_major_formatter(FuncFormatter(lambda value, _: texts.get(value, "")))
+
+
+def is_apart(ends: Sequence[tuple[float, float, float, str]]) -> bool:
+    """Whether labels from the last to the first leave a gap between each other: start, end, and what else."""
+    return all(low[1] + GAP < high[0] for high, low in itertools.pairwise(ends))
 
 
 GAP = 5.0

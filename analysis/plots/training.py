@@ -85,7 +85,8 @@ def plot_curves(
             log_axis(ax, "x", [*curves["images_seen"], *budgets["images_seen"]], None, tick_label("images_seen"))
             ax.set_xlabel(axis_label("images_seen", loss_unit(budgets)))
         if plateaus:
-            panels[0].plot([], [], color=MUTED, linewidth=6.0, alpha=0.25, label="first plateau")
+            look = {"color": MUTED, "linewidth": 5.0, "alpha": 0.25, "solid_capstyle": "butt"}
+            panels[0].plot([], [], label=" first plateau", **look)
         shared_legend(figure, panels[:1], short("params_total"), 8 if tasks else 4)
     return figure
 

@@ -196,13 +196,13 @@ def _published(study: Study) -> Iterator[PageFigure]:
     sizes = published_frame().set_index("size")["params_total"]
     rows = [
         {"task": task, "params_total": num, "top1": table6().loc[name, task]}
-        for name, num in zip(sizes.index.str.replace("600M", "0.6B"), sizes, strict=True)
+        for name, num in zip(map(str, sizes.index), sizes, strict=True)
         for task in ours["task"].unique()
-        if name in table6().index
     ]
+    words = {CHOSEN: ", on chosen blocks", LAST: ", on the last blocks"}
     caption = (
-        f"Attentive probe on frozen features; {'chosen' if blocks == CHOSEN else 'last'} blocks of these runs at their "
-        "largest budgets, the last six of AIM."
+        f"Attentive probe, frozen features: these runs at their largest budgets{words.get(blocks, '')}, AIM on its "
+        "last six blocks."
     )
     figure = plot_published(ours[ours["blocks"] == blocks], pd.DataFrame(rows))
     yield page_figure("published-models", "Beside the published AIM models", caption, figure)

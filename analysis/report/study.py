@@ -127,7 +127,7 @@ class Study:
             return None
 
 
-MAX_FITTED = 300
+MAX_FITTED = 200
 """Rows beyond which what is fitted many times over, for every probe and scale, is fitted to so many of them."""
 
 
@@ -285,7 +285,7 @@ def _with_tests(study: Study, joint: Fit) -> Fit:
 
 
 MAX_FEATURES, FEATURE_DRAWS = 3, 150
-"""Probes whose best size the page tells, in the order of kinds; `frontier --y` tells any. Draws of each."""
+"""Tasks whose best size by the first kind of probe the page tells; `frontier --y` tells any. Draws of each."""
 
 
 def _features(study: Study) -> None:
@@ -293,7 +293,9 @@ def _features(study: Study) -> None:
     options: dict[str, Any] = {"law": study.law.law if study.law else "chinchilla", "resamples": FEATURE_DRAWS}
     by_loss = study.approaches
     failed: dict[str, str] = {}
-    for name in [f"{task}:{kind}" for kind, task in study.correlations][:MAX_FEATURES] if by_loss else ():
+    first = next(iter(study.correlations), (None,))[0]
+    names = [f"{task}:{kind}" for kind, task in study.correlations if kind == first]
+    for name in names[:MAX_FEATURES] if by_loss else ():
         try:
             rows, y = to_minimise(evenly(study.usable), name)
             found, is_whole = all_approaches(rows, y=y, **options), rows[y].notna().all()

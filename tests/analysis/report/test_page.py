@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.page import maths, write_report
-from aimscale.analysis.table.schema import results_table, write_table
+from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.sweeps.cli.main import verb
 
 E, A, ALPHA, B, BETA = 0.3, 5.0, 0.35, 20.0, 0.5
@@ -95,9 +95,23 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Page:
+def folder(tmp_path_factory) -> Path:
+    """A sweep with points during training: each run's losses stand still up to 1,000 images and then follow its law."""
     folder = write_sweep(tmp_path_factory.mktemp("sweep"), sweep_rows())
-    return Page(write_report(folder, resamples=200).read_text())
+    points = []
+    for size, n in SIZES.items():
+        for d in np.geomspace(200, 30_000, 24).round().astype(int):
+            loss = 1.1 * (E + A * n**-ALPHA + B * max(d, 2000) ** -BETA) + 0.4 / (1 + (d / 1500) ** 6)
+            points.append({"run_id": f"{size}_s0", "size": size, "params_total": int(n), "images_seen": int(d)})
+            points[-1] |= {"status": "during", "val_loss": float(loss), "lr": 1e-3}
+    write_table(results_table(points, OF_CURVES), folder / "curves.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder) -> Page:
+    write_report(folder, resamples=200, figures=folder / "figures")
+    return Page((folder / "report.html").read_text())
 
 
 def test_the_cost_counts_what_the_budgets_of_a_run_share_once(page):
@@ -119,12 +133,30 @@ def test_every_section_figure_and_table_is_there(page):
         "provenance",
     }
     kinds = {f"{what}-{kind}" for what in ("accuracy", "loss-accuracy") for kind in ("attentive", "linear")}
-    figures = {f"loss-{v}" for v in "NDC"} | kinds | {"frontier", "published-models"}
+    figures = {f"loss-{v}" for v in "NDC"} | kinds | {"frontier", "curves", "published-models"}
     tables = {"results", "law-ND", "law-C", "heldout", "probes"}
     assert sections | figures | tables <= page.ids()
     assert sum(tag == "svg" for tag, _ in page.tags) >= len(figures)
     assert sum(tag == "img" for tag, _ in page.tags) == 3 * (2 + 3)  # truth, prefix and three models of three images
     assert "What is missing" not in page.text
+
+
+def test_each_figure_leaves_for_a_paper_with_what_it_draws(page, folder):
+    figures = {attrs["id"] for tag, attrs in page.tags if tag == "figure"}
+    names = {path.name for path in (folder / "figures").iterdir()}
+    assert names == {f"{key}.{suffix}" for key in figures for suffix in ("svg", "pdf", "png", "csv")}
+    drawn = pd.read_csv(folder / "figures" / "loss-C.csv")
+    losses = sorted(drawn.loc[drawn["what"] == "measured", "y"])
+    assert losses == pytest.approx(sorted(row["val_loss"] for row in sweep_rows()))
+    aims = pd.read_csv(folder / "figures" / "published-models.csv").query("what == 'AIM'")
+    assert aims["y"].tolist() == [0.93, 0.934, 0.941, 0.938]
+    curves = pd.read_csv(folder / "figures" / "curves.csv")
+    assert (curves["what"] == "during training").sum() == 4 * 24
+    still = curves[curves["what"] == "first plateau"].groupby("series")["x"].max()
+    assert len(still) == 4
+    assert still.between(600, 1600).all()
+    starts = curves[curves["what"] == "decay"].groupby("series")["x"].min()
+    assert starts.tolist() == pytest.approx([0.8 * 4000] * 4)
 
 
 def test_the_summary_tells_the_known_law(page):
