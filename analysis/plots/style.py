@@ -230,13 +230,22 @@ def themed_svg(figure: Figure, key: str, label: str) -> str:
     for light in DARK:
         text = re.sub(light, f"var({css_variable(light)})", text, flags=re.IGNORECASE)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"; font-family: [^;\"]*", "", text)  # that of the whole
+    looks: dict[str, str] = {}  # of markers: thousands share a few
+
+    def named(found: re.Match[str]) -> str:
+        return f'{found[1]} class="{looks.setdefault(found[2], f"{key}-look-{len(looks)}")}"'
+
+    text = re.sub(r'(<use [^>]*?) style="([^"]*)"', named, text)
+    rules = "".join(f".{name} {{{look}}}" for look, name in looks.items())
     text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # a hundredth of a point is seen by nobody
     width = round(ON_SCREEN * 72 * figure.get_figwidth())
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    attributes = f'{spaces} role="img" aria-label={quoteattr(label)} style="max-width: {width}px"'
+    font = 'font-family="DejaVu Sans, Verdana, sans-serif"'
+    attributes = f'{spaces} {font} role="img" aria-label={quoteattr(label)} style="max-width: {width}px"'
     opening = re.search(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', text)
     assert opening is not None
-    return f"<svg {opening[1]} {attributes}>{text[opening.end() :]}"
+    return f"<svg {opening[1]} {attributes}><style>{rules}</style>{text[opening.end() :]}"
 
 
 def css_variable(colour: str) -> str:

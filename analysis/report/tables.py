@@ -22,7 +22,7 @@ from aimscale.analysis.words import accuracy_of, kind_name
 
 MAX_ROWS = 100
 """Rows shown on the page; the CSV beside the table has all."""
-CSV_DIGITS = "%.6g"
+CSV_DIGITS = "%.5g"
 """Digits of the numbers in a page's CSV."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes text that begins so for a formula."""
