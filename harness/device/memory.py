@@ -70,23 +70,14 @@ class DoesNotFitError(UserError):
     """A model that fits no device of this size."""
 
 
-def memory_bytes(
-    config: ModelConfig,
-    *,
-    zero_stage: int,
-    world_size: int,
-    micro_batch: int,
-    precision: Precision,
-    activation_checkpointing: bool,
-) -> int:
-    """Peak bytes on one rank during a step."""
+def held_bytes(config: ModelConfig, precision: Precision, *, zero_stage: int, world_size: int) -> int:
+    """Bytes that one rank holds during a step, beside the activations of its micro-batch."""
     num_params = param_count(config).total
     held = HELD[precision, zero_stage]
     states = num_params * held.on_every_rank + num_params * held.shared // world_size
     buffers = held.buffers[world_size > 1] * min(num_params, MAX_BUFFER_VALUES)
     buffers += held.bucket * min(num_params, MAX_BUCKET_VALUES)
-    per_image = activation_bytes_per_image(config, precision, activation_checkpointing)
-    return states + buffers + micro_batch * per_image + WORKSPACE_BYTES
+    return states + buffers + WORKSPACE_BYTES
 
 
 def activation_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
@@ -158,7 +149,7 @@ class ExecutionPlan:
     copies_checkpoints: bool
     """Write checkpoints from a copy in host memory, beside training; else training waits."""
     memory_bytes: int
-    """Peak of one rank, by `memory_bytes`, or where it measures during training."""
+    """Peak of one rank during a step, or where it measures during training."""
     held_bytes: int
     """Of that, what is held between steps."""
     measures: bool
@@ -196,14 +187,7 @@ def execution_plan(
     most = min(per_rank, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens))
     for enough in (min(MIN_MICRO_BATCH, per_rank), 1):
         for stage, recompute in _settings(precision, runtime):
-            fixed = memory_bytes(
-                config,
-                zero_stage=stage,
-                world_size=world_size,
-                micro_batch=0,
-                precision=precision,
-                activation_checkpointing=recompute,
-            )
+            fixed = held_bytes(config, precision, zero_stage=stage, world_size=world_size)
             per_image = activation_bytes_per_image(config, precision, recompute)
             room = int((USABLE_FRACTION * device_bytes - fixed) // per_image)
             if runtime.micro_batch == "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -66,7 +67,8 @@ class Recorder:
         loggers: Sequence[Logger] = (),
     ) -> None:
         self._run, self._config, self._group, self.loggers = run, config, group, loggers
-        self._model_config, self._peak = model_config, peak
+        self._model_config = model_config
+        self._utilisation = functools.partial(utilisation, model_config, peak, world_size=group.world_size)
         self._batch_size = config.training.optimiser.batch_size
         self.metrics = Metrics(group, self._batch_size)
         self.feed = Feed(
@@ -155,7 +157,7 @@ class Recorder:
             "images_done": self.metrics.images_done,
             "images_per_s": images_per_s,
             "ms_per_step": 1000 * wall_s * self._batch_size / num_images,
-            **self._utilisation(images_per_s, num_targets / num_images),
+            **self._utilisation(images_per_s=images_per_s, scored_tokens=num_targets / num_images),
             "data_wait": data_wait_s / wall_s,
             "device_memory_gb": device_memory_bytes(self._group) / 1e9,
             "time": time.time(),
@@ -190,15 +192,6 @@ class Recorder:
         if self._group.is_first:
             print(text, flush=True)
 
-    def _utilisation(self, images_per_s: float, scored_tokens: float) -> dict[str, float | None]:
-        return utilisation(
-            self._model_config,
-            self._peak,
-            images_per_s=images_per_s,
-            scored_tokens=scored_tokens,
-            world_size=self._group.world_size,
-        )
-
     def progress(self) -> dict[str, Any]:
         """What makes a checkpoint a point of the walk."""
         self.book()
@@ -215,7 +208,7 @@ class Recorder:
             "wall_s": took.wall_s,
             "device_hours": took.device_s / 3600,
             "images_per_s": images_per_s,
-            **self._utilisation(images_per_s, scored),
+            **self._utilisation(images_per_s=images_per_s, scored_tokens=scored),
             "num_skipped_steps": took.num_skipped_steps,
             "num_bad_samples": took.num_bad_samples,
             "num_loss_spikes": took.num_loss_spikes,

@@ -51,11 +51,7 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: no UTF-8, a number of thousands of digits
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, or thousands of digits, are ValueErrors
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
 
 

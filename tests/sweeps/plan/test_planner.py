@@ -147,15 +147,6 @@ def test_a_file_starts_from_a_preset_and_is_written_out_whole(tmp_path: Path) ->
         load_sweep(path, tmp_path)
 
 
-def test_decay_branches_are_paid_for(write_sweep: Any) -> None:
-    sweep = write_sweep(
-        sizes=["rung-32"], budgets=[640, 1280], base={**write_sweep().file.base, "schedule": {"decay_fraction": 0.2}}
-    )
-    card = cost_cards(sweep, plan(sweep))[0]
-    assert card.images_executed == 1280 + 128
-    assert card.steps == 22
-
-
 def test_all_frozen_probes_of_imagenet_cost_a_few_percent_of_training() -> None:
     """For one budget of 128M images, as a task is measured that says nothing but where its data are."""
 
