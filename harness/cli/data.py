@@ -189,7 +189,7 @@ def info(folder: Annotated[str, typer.Argument(help="Folder or URL with an index
         ("shards", f"{facts.num_shards:,} at {dataset.location}, {facts.total_bytes / 1e6:,.1f} MB"),
     ]
     if dataset.num_usable:
-        shorter = np.minimum(dataset.width, dataset.height)[dataset.ok]
+        shorter = np.minimum(*dataset.sides(dataset.usable()))
         spread = f"median {int(np.median(shorter)):,} px, within {shorter.min():,}..{shorter.max():,}"
         lines.append(("shorter side", spread))
     if dataset.labels is None:

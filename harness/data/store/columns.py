@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,57 +23,30 @@ BLOCK_ROWS = 1 << 16
 """Rows of a column that are read at once when it is walked from front to back."""
 
 
-class Column:
-    """Rows of one dtype, of an .npy file; safe to fork, and pickled by the file's name."""
-
-    def __init__(self, path: Path, dtype: npt.DTypeLike | None = None) -> None:
-        """Map it; ValueError where it holds something else than rows of `dtype`."""
-        open_local(path).close()  # numpy would wait for a pipe
-        self._path = path
-        self._values: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-        if self._values.ndim != 1 or (dtype is not None and self._values.dtype != np.dtype(dtype)):
-            raise ValueError(f"{path.name} holds {self._values.dtype} of shape {self._values.shape}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Column, (self._path, self._values.dtype)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    @property
-    def values(self) -> npt.NDArray[Any]:
-        """The whole column, not copied; walking it maps all of it."""
-        return self._values
-
-    def take(self, rows: I64) -> npt.NDArray[Any]:
-        """Copies of some rows."""
-        return self._values[rows]
-
-    def blocks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """(first row, copy of up to BLOCK_ROWS rows), from front to back."""
-        for first in range(0, len(self), BLOCK_ROWS):
-            yield first, np.array(self._values[first : first + BLOCK_ROWS])
-
-
 class Index:
-    """The columns of one data set, in a folder of .npy files."""
+    """The columns of one data set, mapped from a folder of .npy files; safe to fork; pickled by its name."""
 
-    samples: Column
+    samples: npt.NDArray[Any]
     """Of SAMPLE."""
-    checksum: Column
-    """uint64: 64-bit hashes of the image files."""
-    label: Column | None
+    checksum: npt.NDArray[np.uint64]
+    """64-bit hashes of the image files."""
+    label: npt.NDArray[np.int32] | None
     """Class numbers, NO_LABEL where one is missing; None when no sample has one."""
+    shards: npt.NDArray[Any]
+    """(num_shards,) of name (bytes), size (bytes of the file) and first (number of its first sample)."""
+    bad: I64
+    """Numbers of the undecodable samples, ascending."""
+    bad_before: I64
+    """For each of them, how many usable samples stand before it."""
 
     def __init__(self, folder: Path, info: DatasetInfo) -> None:
         """Map the files; ValueError where they are not those of the data set."""
-        self.samples = Column(folder / "samples.npy", SAMPLE)
-        self.checksum = Column(folder / "checksum.npy", "<u8")
-        self.label = Column(folder / "label.npy", "<i4") if (folder / "label.npy").exists() else None
-        self._shards, self._bad, self._bad_before = (
-            Column(folder / f"{name}.npy", dtype)
-            for name, dtype in (("shards", None), ("bad", "<i8"), ("bad_before", "<i8"))
-        )
+        self._made_of = folder, info
+        self.samples = _mapped(folder / "samples.npy", SAMPLE)
+        self.checksum = _mapped(folder / "checksum.npy", "<u8")
+        self.label = _mapped(folder / "label.npy", "<i4") if (folder / "label.npy").exists() else None
+        self.shards = _mapped(folder / "shards.npy")
+        self.bad, self.bad_before = (_mapped(folder / f"{name}.npy", "<i8") for name in ("bad", "bad_before"))
         if (self.shards.dtype.names or ()) != ("name", "size", "first"):
             raise ValueError("shards.npy holds no table of shards")
         of_samples = [column for column in (self.samples, self.checksum, self.label) if column is not None]
@@ -85,20 +57,17 @@ class Index:
         if len(first) and (first[0] != 0 or (np.diff(first) < 0).any() or first[-1] > info.num_samples):
             raise ValueError("its shards do not follow each other")
 
-    @property
-    def shards(self) -> npt.NDArray[Any]:
-        """(num_shards,) of name (bytes), size (bytes of the file) and first (number of its first sample)."""
-        return self._shards.values
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Index, self._made_of
 
-    @property
-    def bad(self) -> I64:
-        """Numbers of the undecodable samples, ascending."""
-        return self._bad.values
 
-    @property
-    def bad_before(self) -> I64:
-        """For each of them, how many usable samples stand before it."""
-        return self._bad_before.values
+def _mapped(path: Path, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
+    """The rows of an .npy file; ValueError where it holds something else than rows of `dtype`."""
+    open_local(path).close()  # numpy would wait for a pipe
+    values = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    if values.ndim != 1 or (dtype is not None and values.dtype != np.dtype(dtype)):
+        raise ValueError(f"{path.name} holds {values.dtype} of shape {values.shape}")
+    return values
 
 
 def shard_table(names: list[str], sizes: list[int], counts: list[int]) -> npt.NDArray[Any]:

@@ -44,10 +44,16 @@ _CHECKED_SHARE = 64  # of so many reads one is compared with the index: 0.2 % of
 class ShardDataset:
     """Random access to the images of one indexed data set; safe to fork and to pickle."""
 
+    path: str
+    """Folder or URL of the index."""
+    info: DatasetInfo
+    index: Index
+    """The columns, one row per sample; walking over one maps all of it."""
+
     def __init__(self, path: str, info: DatasetInfo, index: Index, reader: Reader) -> None:
         self.path = path
         self.info = info
-        self._index = index
+        self.index = index
         self._reader = reader
         self._first = np.ascontiguousarray(index.shards["first"])
         self._seen, self._num_reads = np.zeros(info.num_shards, dtype=bool), 0
@@ -58,56 +64,32 @@ class ShardDataset:
     @property
     def shards(self) -> list[ShardInfo]:
         """The tar files."""
-        return _shard_infos(self._index.shards)
-
-    @property
-    def index(self) -> Index:
-        """The columns, for walking over all samples."""
-        return self._index
+        return _shard_infos(self.index.shards)
 
     @property
     def num_usable(self) -> int:
         """Number of decodable images."""
         return self.info.num_usable
 
-    def usable(self, numbers: npt.ArrayLike) -> I64:
-        """Sample numbers of the decodable images at `numbers` (0..num_usable-1), counted in index order; O(1)."""
-        wanted = np.asarray(numbers, dtype=np.int64)
-        return wanted + np.searchsorted(self._index.bad_before, wanted, side="right")
+    def usable(self, numbers: npt.ArrayLike | None = None) -> I64:
+        """Sample numbers of the decodable images at `numbers` (0..num_usable-1), counted in index order; O(1).
+
+        Of all of them by default, where they fit into memory.
+        """
+        wanted = np.asarray(np.arange(self.num_usable) if numbers is None else numbers, dtype=np.int64)
+        return wanted + np.searchsorted(self.index.bad_before, wanted, side="right")
 
     def sides(self, samples: I64) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """(heights, widths) of some samples, pixels."""
-        rows = self._index.samples.take(samples)
+        rows = self.index.samples[samples]
         return rows["height"].astype(np.int32), rows["width"].astype(np.int32)
-
-    @property
-    def ok(self) -> npt.NDArray[np.bool_]:
-        """(num_samples,): which samples decode. Only for data sets whose columns fit into memory, as the next ones."""
-        ok = np.ones(len(self), dtype=bool)
-        ok[self._index.bad] = False
-        return ok
-
-    @property
-    def width(self) -> npt.NDArray[np.unsignedinteger]:
-        """(num_samples,) pixels; 0 where a sample does not decode."""
-        return self._index.samples.values["width"]
-
-    @property
-    def height(self) -> npt.NDArray[np.unsignedinteger]:
-        """(num_samples,) pixels; 0 where a sample does not decode."""
-        return self._index.samples.values["height"]
-
-    @property
-    def checksum(self) -> npt.NDArray[np.uint64]:
-        """(num_samples,) 64-bit hashes of the image files."""
-        return self._index.checksum.values
 
     @functools.cached_property
     def labels(self) -> npt.NDArray[np.int64] | None:
         """(num_samples,) class numbers, -1 where one is missing; None when no sample has one."""
-        if self._index.label is None:
+        if self.index.label is None:
             return None
-        labels = self._index.label.values.astype(np.int64)
+        labels = self.index.label.astype(np.int64)
         if labels.min(initial=NO_LABEL) < NO_LABEL or labels.max(initial=NO_LABEL) > MAX_LABEL:
             raise DataError(f"labels of {self.path} lie outside of {NO_LABEL}..{MAX_LABEL}; index it again")
         return labels
@@ -160,7 +142,7 @@ class ShardDataset:
             raise DataError(
                 f"{self.path} has no labels; pack an image folder with one sub-folder per class, or add .cls"
             )
-        missing = int((self.labels[self.ok] < 0).sum())
+        missing = int((self.labels[self.usable()] < 0).sum())
         if missing:
             raise DataError(f"{self.path}: {missing} of {len(self)} images have no label; label or remove them")
         return self.labels
@@ -181,8 +163,8 @@ class ShardDataset:
     def places(self, samples: Sequence[int] | I64) -> list[Place]:
         """Where some image files are."""
         numbers = np.asarray(samples, dtype=np.int64)
-        rows = self._index.samples.take(numbers)
-        names = self._index.shards["name"][self._first.searchsorted(numbers, side="right") - 1].tolist()
+        rows = self.index.samples[numbers]
+        names = self.index.shards["name"][self._first.searchsorted(numbers, side="right") - 1].tolist()
         return list(zip(map(os.fsdecode, names), rows["offset"].tolist(), rows["size"].tolist(), strict=True))
 
     def read(self, i: int) -> bytes:
@@ -215,11 +197,8 @@ class ShardDataset:
                 )
         return found
 
-    def decode(self, i: int, channels: int = 3, data: bytes | None = None) -> torch.Tensor:
-        """Image i as uint8 (channels, height, width), from its bytes where they were read before.
-
-        The first image of each shard, and one in 64 after it, is compared with the index's checksum, so that a
-        shard that was written anew does not pass for the old one.
+    def decode(self, i: int, channels: int = 3) -> torch.Tensor:
+        """Image i as uint8 (channels, height, width).
 
         Raises:
             DataError: the bytes are no image, or the shard is missing, shorter than the index says, or holds another.
@@ -227,16 +206,10 @@ class ShardDataset:
         kept = self._kept(channels)
         if kept is not None and kept.known[i]:
             return kept.pixels[i]
-        data = self.read(i) if data is None else data
-        try:
-            image = decode(data, channels)
-        except UndecodableImageError as error:
-            raise DataError(f"{self.describe(i)} cannot be decoded ({error}); remove it and index again") from error
-        self.check(np.array([i]), [data], [image.shape[-2:]])
-        if kept is not None:
-            kept.pixels[i] = image
-            kept.known[i] = True  # after the pixels: another thread may look at any moment
-        return image
+        images, good = self.decode_many(np.array([i]), [self.read(i)], channels)
+        if not good[0]:
+            raise DataError(f"{self.describe(i)} cannot be decoded; remove it and index again")
+        return images[0]
 
     def read_unless_kept(self, samples: I64, channels: int) -> list[bytes]:
         """`read_many` of those whose decoded pixels are not in memory, nothing of the others."""
@@ -268,7 +241,7 @@ class ShardDataset:
             return torch.stack([*decoded.values()]) if decoded else empty, good
         for i, image in decoded.items():
             kept.pixels[samples[i]] = image
-            kept.known[samples[i]] = True
+            kept.known[samples[i]] = True  # after the pixels: another thread may look at any moment
         return kept.pixels[torch.from_numpy(samples[good])], good
 
     def _kept(self, channels: int) -> _Kept | None:
@@ -282,14 +255,17 @@ class ShardDataset:
             room = MAX_KEPT_BYTES - sum(kept.pixels.nbytes for kept in _KEPT.values())
             if not self.info.one_size or math.prod(shape) > room:
                 return None
-            height, width = self.sides(self.usable(np.arange(self.num_usable)))
+            height, width = self.sides(self.usable())
             if (height != shape[2]).any() or (width != shape[3]).any():
                 raise DataError(f"the index of {self.path} does not match its {DATASET_FILE}; index it again")
             _KEPT.setdefault(key, _Kept(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), dtype=bool)))
         return _KEPT[key]
 
     def check(self, samples: I64, data: Sequence[bytes], sides: Sequence[Sequence[int]]) -> None:
-        """Compare some of these image files with the index, see `decode`, and the (height, width) of all.
+        """Compare some of these image files with the index, and the (height, width) of all.
+
+        The first image of each shard, and one in 64 after it, is compared by its checksum, so that a shard that was
+        written anew does not pass for the old one.
 
         Raises:
             DataError: a shard holds another image.
@@ -299,10 +275,10 @@ class ShardDataset:
         chosen = np.flatnonzero(~self._seen[shards] | (turns % _CHECKED_SHARE == 0))
         self._seen[shards] = True
         self._num_reads += len(samples)
-        rows = self._index.samples.take(samples)
+        rows = self.index.samples[samples]
         known = zip(rows["height"].tolist(), rows["width"].tolist(), strict=True)
         changed = [i for i, (own, wanted) in enumerate(zip(sides, known, strict=True)) if tuple(own) != wanted]
-        checksums = self._index.checksum.take(samples[chosen])
+        checksums = self.index.checksum[samples[chosen]]
         changed += [i for i, known in zip(chosen.tolist(), checksums, strict=True) if image_checksum(data[i]) != known]
         if changed:
             i = changed[0]
@@ -313,7 +289,7 @@ class ShardDataset:
             )
 
     def _shard_path(self, number: int) -> str:
-        return join(self.location, os.fsdecode(self._index.shards["name"][number]))
+        return join(self.location, os.fsdecode(self.index.shards["name"][number]))
 
 
 def _shard_infos(table: npt.NDArray[Any]) -> list[ShardInfo]:
@@ -355,14 +331,10 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
     try:
         index = open_index(where, info, cache_dir)
         shards = _shard_infos(index.shards)
-    except FileNotFoundError as error:
-        raise DataError(f"{where} has no index; run `aimscale data index {where}` or `aimscale data pack`") from error
-    except OSError as error:
-        raise DataError(f"cannot read the index of {where}: {error}") from error
     except DataError:
         raise
     except Exception as error:  # numpy raises many kinds on damaged files
         reason = " ".join(str(error).split())
-        raise DataError(f"the index of {where} is damaged ({reason}); run `aimscale data index` again") from error
+        raise DataError(f"the index of {where} cannot be read ({reason}); run `aimscale data index` again") from error
     reader = open_reader(info.shards_at or where, shards, cache_dir, cache_gb)
     return ShardDataset(where, info, index, reader)

@@ -16,6 +16,7 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, random_uniform
+from aimscale.harness.data.store.columns import BLOCK_ROWS
 from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import normalise
@@ -53,7 +54,7 @@ def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Non
 def count_shared(pools: Sequence[ShardDataset], held_out: ShardDataset) -> int:
     """Usable held-out images that some pool holds too, byte for byte."""
     is_shared = np.zeros(len(held_out), dtype=bool)
-    checksums = np.asarray(held_out.checksum)
+    checksums = held_out.index.checksum
     found = [checksums[partners] for _, _, partners in twins(pools, held_out)]
     if found:
         is_shared = np.isin(checksums, np.concatenate(found))
@@ -63,12 +64,13 @@ def count_shared(pools: Sequence[ShardDataset], held_out: ShardDataset) -> int:
 
 def twins(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[Twins]:
     """Usable pool images that are held out too; reads no image, holds a block of the index in memory at a time."""
-    order = np.argsort(held_out.checksum)
-    wanted = np.asarray(held_out.checksum)[order]
+    order = np.argsort(held_out.index.checksum)
+    wanted = held_out.index.checksum[order]
     table = np.zeros(1 << _TABLE_BITS, dtype=bool)
     table[_low_bits(wanted)] = True
     for pool in pools if len(wanted) else ():
-        for first, checksums in pool.index.checksum.blocks():
+        for first in range(0, len(pool), BLOCK_ROWS):
+            checksums = pool.index.checksum[first : first + BLOCK_ROWS]
             likely = np.flatnonzero(table[_low_bits(checksums)])
             nearest = np.minimum(np.searchsorted(wanted, checksums[likely]), len(wanted) - 1)
             same = wanted[nearest] == checksums[likely]
@@ -149,4 +151,4 @@ def usable_indices(dataset: ShardDataset, num_images: int | None = None) -> npt.
         DataError: fewer are there than asked for.
     """
     refuse_fewer(dataset.path, dataset.info, num_images)
-    return dataset.usable(np.arange(dataset.num_usable if num_images is None else num_images))
+    return dataset.usable(None if num_images is None else np.arange(num_images))

@@ -228,7 +228,7 @@ def open_labelled(
         raise ProbeError(
             f"task '{section.task}': {path} has no labels, so nothing can be probed; pack it from one folder per class"
         )
-    rows = np.flatnonzero(dataset.ok)
+    rows = dataset.usable()
     labels = torch.as_tensor(dataset.require_labels()[rows])
     classes = dataset.classes or tuple(str(label) for label in range(dataset.num_classes))
     if len(labels) and int(labels.max()) >= len(classes):

@@ -220,7 +220,8 @@ def test_a_damaged_index_is_refused_or_does_no_harm(
         copy = tmp_path / str(number)
         shutil.copytree(small_set, copy)
         (copy / folder.name / f"{name}.npy").write_bytes(damaged)
-        with contextlib.suppress(DataError):
+        may_be_read = contextlib.suppress(DataError) if number >= 4 else pytest.raises(DataError, match="data index")
+        with may_be_read:
             stream = TrainStream(configure(sources=[{"path": str(copy)}]))
             assert stream.batch(range(60)).images.shape == (60, 3, 32, 32)
             labels = open_dataset(copy).labels

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import io
+import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
@@ -12,6 +14,7 @@ from PIL import Image
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import bundled
+from aimscale.harness.data.store.columns import SAMPLE
 from aimscale.harness.data.store.decoding import (
     UndecodableImageError,
     crop_centre,
@@ -40,6 +43,20 @@ def test_pack_keeps_bytes_and_labels(small_set: Path) -> None:
     assert dataset.decode(5).shape == (3, 32, 32)
     repeat = pack_images(list_folder(small_set.parent / "images"), small_set.parent / "again")[0]
     assert repeat.fingerprint == dataset.fingerprint
+
+
+def test_the_mapped_columns_equal_the_table(small_set: Path) -> None:
+    dataset = open_dataset(small_set)
+    table = pq.read_table(small_set / "index.parquet")
+    for name in SAMPLE.names or ():
+        assert (dataset.index.samples[name] == table[name].to_numpy()).all()
+    assert (dataset.index.checksum == table["checksum"].to_numpy()).all()
+    assert dataset.require_labels().tolist() == table["label"].to_pylist()
+    assert [dataset.shard_of(i) for i in range(60)] == table["shard"].to_pylist()
+    assert [dataset.key(i) for i in (0, 59)] == [table["key"][i].as_py() for i in (0, 59)]
+    again = pickle.loads(pickle.dumps(dataset))
+    assert again.read(17) == dataset.read(17)
+    assert len(pickle.dumps(dataset)) < 10_000, "a mapped column was pickled by its content"
 
 
 def test_any_number_of_processes_writes_the_same_bytes(small_set: Path, tmp_path: Path) -> None:
@@ -102,8 +119,8 @@ def test_ranges_are_disjoint_splits_of_the_whole(
 def test_pack_resizes_once(large_set: Path, tmp_path: Path) -> None:
     pack_images(list_folder(large_set.parent / "images"), tmp_path / "out", resize=64)
     dataset = open_dataset(tmp_path / "out")
-    assert np.minimum(dataset.height, dataset.width).max() == 64
-    assert np.minimum(dataset.height, dataset.width).min() == 40
+    shorter = np.minimum(*dataset.sides(dataset.usable()))
+    assert (shorter.min(), shorter.max()) == (40, 64)
     assert dataset.labels is None
 
 
@@ -177,18 +194,18 @@ def test_bundled_splits_share_no_pixel(tmp_path: Path, monkeypatch: pytest.Monke
     bundled.write_bundled(tmp_path / "out")
     sets = {name: open_dataset(tmp_path / "out" / name) for name in bundled.FOLDERS}
     for kind, classes in (("photographs", 17), ("digits", 10)):
-        checksums = [set(sets[f"{kind}-{split}"].checksum) for split in ("pretrain", "validation", "test")]
+        checksums = [set(sets[f"{kind}-{split}"].index.checksum) for split in ("pretrain", "validation", "test")]
         assert not checksums[0] & checksums[1]
         assert not (checksums[0] | checksums[1]) & checksums[2]
         assert sets[f"{kind}-train"].num_classes == classes
-        assert (sets[f"{kind}-train"].width == 32).all()
+        assert (sets[f"{kind}-train"].index.samples["width"] == 32).all()
     assert set(np.bincount(sets["photographs-test"].require_labels())) == {3}
     for name, image in bundled.photographs().items():
         regions = [bundled.region(image, split) for split in ("pretrain", "validation", "test")]
         assert torch.equal(torch.cat(regions, dim=2), image), name
         assert min(part.shape[-1] for part in regions) >= 32, name
     mixed = sets["validation"]
-    digits = np.isin(mixed.checksum, sets["digits-validation"].checksum)
+    digits = np.isin(mixed.index.checksum, sets["digits-validation"].index.checksum)
     assert digits.reshape(-1, 5).sum(1).tolist() == [1] * 17
 
 
