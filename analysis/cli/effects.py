@@ -39,12 +39,12 @@ def contrast(
     """Pair rows over size, data, seed and all else; differences and ratios with intervals, and the worth in compute."""
     from aimscale.analysis.effects.contrasts import contrast
     from aimscale.analysis.effects.gains import Gain, gains
-    from aimscale.analysis.published.ablations import beside_paper, in_words
+    from aimscale.analysis.published.published import beside_paper, in_words
 
     df = table_of(tables, columns, where)
     name, _, baseline = by.partition("=")
     found = contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
-    worth, paper = gains(found, df), beside_paper(found, df)
+    worth, paper = gains(found), beside_paper(found)
     after = dict.fromkeys(f"- {each}" for each in (*worth, *in_words(paper)))
     also = {"gains": [each for each in worth if isinstance(each, Gain)], "published": paper}
     show(found, json, figure, after=list(after), also=also)

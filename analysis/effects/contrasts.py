@@ -125,6 +125,8 @@ class Contrasts(Result):
     """One per measure and level."""
     flags: tuple[Flag, ...]
     """What was not compared and why, and what to know about this column's losses."""
+    rows: pd.DataFrame = field(repr=False)
+    """The complete rows of the table, with sizes."""
 
     def sentences(self) -> list[str]:
         """In words."""
@@ -198,7 +200,7 @@ def contrast(
     flags += [Flag(kind=CAUTION[by], subject=by)] if by in CAUTION else []
     flags += [Flag(kind="one_pair")] if any(each.over == "test images" for each in found) else []
     equal = tuple(their_name(rows, name) for name in keys if varies(rows[name]))
-    return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags))
+    return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags), rows=rows)
 
 
 def factors(frame: pd.DataFrame) -> list[str]:

@@ -14,8 +14,6 @@ from scipy.interpolate import PchipInterpolator
 
 from aimscale.analysis.effects.contrasts import Contrast, Contrasts, level_name
 from aimscale.analysis.effects.paired import mean_of
-from aimscale.analysis.table.design import with_size
-from aimscale.analysis.table.points import complete
 from aimscale.analysis.words import Flag
 
 ASKS_OTHERWISE = ("patch_order",)
@@ -48,32 +46,24 @@ class Gain:
         )
 
 
-def gains(found: Contrasts, frame: pd.DataFrame) -> tuple[Gain | Flag, ...]:
+def gains(found: Contrasts) -> tuple[Gain | Flag, ...]:
     """What every level of a contrast is worth by its validation losses, or why that is not known."""
-    frame = with_size(frame)
     asked = [c for c in found.contrasts if c.measure.column == "val_loss" and c.num_run_pairs > 1]
-    worth = (gain_of(each, frame, found.by) for each in asked if found.by in frame.columns)
-    return tuple(each for each in worth if each is not None)
+    return tuple(each for each in (_gain(c, found) for c in asked) if each is not None)
 
 
-def gain_of(contrast: Contrast, frame: pd.DataFrame, by: str) -> Gain | Flag | None:
-    """The gain read off the baseline's own curves, or why there is none; None where it has no curves.
-
-    Args:
-        contrast: one of the validation loss.
-        frame: the table that it was made of, with sizes (`with_size`).
-        by: the column that was compared.
-    """
-    if by in ASKS_OTHERWISE:
-        return Flag(kind="no_gain_asks", subject=by)
+def _gain(contrast: Contrast, found: Contrasts) -> Gain | Flag | None:
+    """The gain read off the baseline's own curves, or why there is none; None where it has no curves."""
+    if found.by in ASKS_OTHERWISE:
+        return Flag(kind="no_gain_asks", subject=found.by)
     pairs, own = contrast.pairs, ("run_pair", "baseline_value", "level_value", "difference")
     keys = [name for name in pairs.columns if name not in own]
     if "images_seen" not in keys:
         return None
-    rows = complete(frame).dropna(subset=["val_loss"])
+    rows = found.rows.dropna(subset=["val_loss"])
     has_flops = "flops_train" in rows and bool(rows["flops_train"].notna().all())
     rows = rows.assign(cost=rows["flops_train" if has_flops else "images_seen"])
-    names = rows[by].map(level_name, na_action="ignore")
+    names = rows[found.by].map(level_name, na_action="ignore")
     base, level = (
         rows[names == each].groupby(keys, dropna=False)[["val_loss", "cost"]].mean().reset_index()
         for each in (contrast.baseline, contrast.level)

@@ -17,8 +17,7 @@ from aimscale.analysis.display import Result
 from aimscale.analysis.effects.paired import paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.published.ablations import all_beside_paper
-from aimscale.analysis.published.published import TASKS, best_frozen, published_frame, table6
+from aimscale.analysis.published.published import TASKS, all_beside_paper, best_frozen, published_frame, table6
 from aimscale.analysis.table.hits import hits_of
 from aimscale.analysis.table.names import joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows

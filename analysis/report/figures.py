@@ -17,9 +17,8 @@ from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, 
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
 from aimscale.analysis.plots.style import ShownFigure, human, save, themed_svg
 from aimscale.analysis.plots.training import plot_curves
-from aimscale.analysis.published.ablations import beside_paper, in_words
 from aimscale.analysis.published.comparison import ADAPTED, CHOSEN, LAST, PROTOCOL, Comparison
-from aimscale.analysis.published.published import TASKS, best_frozen, published_frame, table6
+from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, published_frame, table6
 from aimscale.analysis.report.study import Study, probe_kinds
 from aimscale.analysis.report.tables import PageTable, page_table
 from aimscale.analysis.table.points import complete
@@ -230,7 +229,7 @@ def _change(name: str, found: Contrasts, study: Study) -> PageTable:
         *("measure", "level", "num_run_pairs", "num_pairs", "baseline_mean", "level_mean", "difference", "low", "high"),
         *("detectable", "verdict"),
     )
-    title, said = f"Effect of {name}", [*change_words(found), *in_words(beside_paper(found, study.frame))]
+    title, said = f"Effect of {name}", [*change_words(found), *in_words(beside_paper(found))]
     return page_table(_key("contrast", name), title, note, found.table, columns, sentences=said)
 
 

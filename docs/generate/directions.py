@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from aimscale.analysis.effects.contrasts import Contrast, contrast
-from aimscale.analysis.effects.gains import ASKS_OTHERWISE, Gain, gain_of
+from aimscale.analysis.effects.contrasts import Contrast, Contrasts, contrast
+from aimscale.analysis.effects.gains import ASKS_OTHERWISE, Gain, gains
 from aimscale.analysis.table.read import read_tables
 
 PAGE = Path(__file__).parents[1] / "study/cifar.md"
@@ -45,14 +45,14 @@ def _lines(rows: pd.DataFrame) -> Iterator[str]:
     yield "| change | validation loss, % | worth in compute | linear, points | attentive | k-NN |"
     yield "|---|---|---|---|---|---|"
     ignored = {"data_fingerprint": ["unique_images"]}
-    contrasts = {by: contrast(rows, by=by, ignore=ignored.get(by, [])).contrasts for _, by, _ in CHANGES}
+    contrasts = {by: contrast(rows, by=by, ignore=ignored.get(by, [])) for _, by, _ in CHANGES}
     for words, by, level in CHANGES:
-        found = {each.measure.name: each for each in contrasts[by] if each.level == level}
+        found = {each.measure.name: each for each in contrasts[by].contrasts if each.level == level}
         by_kind = {name.rsplit(":", 1)[-1]: each for name, each in found.items() if name != "val_loss"}
         loss = found.get("val_loss")
         cells = [
             "another question" if by in ASKS_OTHERWISE else _ratio(loss),
-            _worth(loss, rows, by),
+            _worth(contrasts[by], level),
             *(_points(by_kind[kind]) for kind in KINDS),
         ]
         yield f"| {words} | {' | '.join(cells)} |"
@@ -74,12 +74,10 @@ def _bold(found: Contrast, value: float, low: float, high: float) -> str:
     return text if not found.is_significant else f"**{text}**"
 
 
-def _worth(loss: Contrast | None, rows: pd.DataFrame, by: str) -> str:
-    if loss is None or by in ASKS_OTHERWISE:
+def _worth(found: Contrasts, level: str) -> str:
+    gain = next((each for each in gains(found) if isinstance(each, Gain) and each.level == level), None)
+    if gain is None:
         return "–"
-    gain = gain_of(loss, rows, by)
-    if not isinstance(gain, Gain):
-        return "outside the budgets"
     text = f"{gain.factor:.2f} [{gain.low:.2f}, {gain.high:.2f}]"
     return f"**{text}**" if gain.low > 1 or gain.high < 1 else text
 

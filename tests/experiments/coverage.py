@@ -154,7 +154,7 @@ def effects(design: Design, scales: pd.DataFrame, rng: np.random.Generator, reco
     inner = other[other["D"].between(1.01 * other["D"].min(), 0.99 * other["D"].max())]
     faster = [design.measured(plain, rng), design.measured(inner.assign(D=GAIN * inner["D"]), rng)]
     table = pd.concat(faster, ignore_index=True).drop(columns=["N", "D", "C"]).rename(columns={"loss": "val_loss"})
-    for each in gains(contrast(table, by="prefix", measures=["val_loss"]), table):
+    for each in gains(contrast(table, by="prefix", measures=["val_loss"])):
         if isinstance(each, Gain):
             record.add("gain", *np.log([each.low, each.high, each.factor, GAIN]))
 

@@ -28,7 +28,7 @@ def faster(gain: float, cost: float = 1.0, noise: float = 0.0005, seed: int = 0,
 
 
 def gains_in(df: pd.DataFrame, by: str = "prefix"):
-    return gains(contrast(df, by=by, measures=["val_loss"]), df)
+    return gains(contrast(df, by=by, measures=["val_loss"]))
 
 
 def test_a_constant_gain_comes_back_with_an_interval():

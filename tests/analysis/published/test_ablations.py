@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis.effects.contrasts import contrast, factors
-from aimscale.analysis.published.ablations import ablations, all_beside_paper, beside_paper, in_words
 from aimscale.analysis.published.comparison import compare
+from aimscale.analysis.published.published import ablations, all_beside_paper, beside_paper, in_words
 from aimscale.analysis.table.read import with_setup
 
 PART = {"sizes": ["s3", "s4"], "budgets": [8000]}
@@ -34,7 +34,7 @@ def test_cells_of_one_setting_agree_between_ablations():
 def test_the_papers_difference_stands_beside_ours_with_its_interval(known_study):
     df = probed(known_study(PART, PART | {"patch_order": "outward_spiral"}, PART | {"patch_order": "inward_spiral"}))
     found = contrast(df, by="patch_order")
-    beside = beside_paper(found, df)
+    beside = beside_paper(found)
     assert beside["change"].tolist() == ["spiral over raster"] * 2  # inward is not the authors'
     assert dict(zip(beside["kind"], beside["published"], strict=True)) == pytest.approx(
         {"linear": 0.677 - 0.695, "attentive": 0.763 - 0.774}
@@ -58,7 +58,7 @@ def test_heads_are_put_beside_by_their_rule_and_never_by_blocks_of_another_size(
         ("1", {"no head over MLP head": -0.06}),
         ("12", {"6 head blocks over 12 head blocks": -0.047}),
     ):
-        beside = beside_paper(contrast(df, by="head_depth", baseline=baseline), df).query("kind == 'linear'")
+        beside = beside_paper(contrast(df, by="head_depth", baseline=baseline)).query("kind == 'linear'")
         assert dict(zip(beside["change"], beside["published"], strict=True)) == pytest.approx(expected)
 
 
