@@ -48,7 +48,7 @@ class Status:
     state: State = "created"
     """Where the run stands."""
     phase: str = ""
-    """What a running run does: start, train, decay, validate, probe."""
+    """What a running run does: start, train, decay, measure (on the way), validate, probe."""
     images_seen: int = 0
     """Position in the stream of the step last logged."""
     images_done: int = 0

@@ -82,7 +82,7 @@ class Trainer:
         self.recorder = Recorder(run, config, group, self.model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
         beside = dataclasses.replace(job, group=group.beside(self.plan.held_bytes))
-        self.points = Points(run, config, beside, self.schedule, self.engine, loggers)
+        self.points = Points(run, config, beside, self.engine, loggers)
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""
@@ -209,11 +209,8 @@ class Trainer:
     def _measure(self, position: int, segment: Segment) -> None:
         """Measure what is due at a position of the trunk, where a decay begins, or anywhere under cosine."""
         is_cosine = self.config.training.schedule.kind == "cosine"
-        if (
-            not self.plan.measures
-            or not self.points.is_at(position)
-            or not (is_cosine or segment.branch is None or position == segment.start)
-        ):
+        is_trunk = is_cosine or segment.branch is None or position == segment.start
+        if not (self.plan.measures and is_trunk and self.points.is_at(position)):
             return
         lr = self.schedule.lr(position - self.batch_size, segment.branch if is_cosine else None)
         try:

@@ -11,7 +11,6 @@ import functools
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +21,12 @@ from aimscale.harness.log.loggers import Logger, of_row
 from aimscale.harness.log.record import append_line
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone
-from aimscale.harness.probe.owed import VALIDATION_COLUMNS
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, probe_place
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.files import remove_dir
-from aimscale.harness.run.schedule import Schedule
+from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import copied_model
 from aimscale.harness.train.evaluate import open_held_out
@@ -39,20 +37,15 @@ class Points:
     """What a run measures on its way; all ranks call it together."""
 
     def __init__(
-        self,
-        run: RunDir,
-        config: RunConfig,
-        job: Job,
-        schedule: Schedule,
-        engine: Engine,
-        loggers: Sequence[Logger] = (),
+        self, run: RunDir, config: RunConfig, job: Job, engine: Engine, loggers: Sequence[Logger] = ()
     ) -> None:
         """Find out where the points are; `loggers` are of the first rank."""
-        self._run, self._config, self._job, self._schedule = run, config, job, schedule
+        self._run, self._config, self._job, self._schedule = run, config, job, unchecked_schedule(config)
         self._engine, self._loggers = engine, loggers
         self._distance = job.group.from_first(lambda: validation_distance(config, data_set))
         self._probes = [section for each in config.evaluation.probes if (section := each.during)]
         self._held_out: HeldOut | None = None
+        self._folder = run.path / "probes" / "during"  # of the probes under way
 
     def is_at(self, images_seen: int) -> bool:
         """Whether something may be due at a position of the trunk."""
@@ -90,38 +83,30 @@ class Points:
             said += [f"{entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %" for entry in line["probes"]]
             print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
 
-    @property
-    def _folder(self) -> Path:
-        """Of the probes under way."""
-        return self._run.path / "probes" / "during"
-
     def _lacking(self, images_seen: int) -> tuple[str | None, Sequence[ProbeSection]]:
         """Name of the validation, None where none is due, and the probes that are."""
-        there = next((point for point in self._run.read_curve() if point["images_seen"] == images_seen), {})
+        there: dict[str, Any] = {point["images_seen"]: point for point in self._run.read_curve()}.get(images_seen, {})
         section = self._config.evaluation.validation
         name = f"{section.digest}.{fingerprint(section.path) or '*'}"
         is_due = self._schedule.is_point(images_seen, self._distance) and there.get("validation") != name
         places = {probe_place(entry) for entry in there.get("probes", ())}
-        probes = [
-            probe
-            for probe in self._probes
-            if self._schedule.is_point(images_seen, probe.every_images)
-            and not {(probe.task, kind, _evaluation(probe)) for kind in probe.kinds} <= places
-        ]
+        probes = []
+        for probe in self._probes:
+            evaluation = probe.evaluation(fingerprint(probe.train), fingerprint(probe.test))
+            is_there = {(probe.task, kind, evaluation) for kind in probe.kinds} <= places
+            if self._schedule.is_point(images_seen, probe.every_images) and not is_there:
+                probes.append(probe)
         return name if is_due else None, probes
 
     def _loss(self, images_seen: int) -> dict[str, float | None]:
         """The validation columns of a row."""
         config, group = self._config, self._job.group
         self._held_out = self._held_out or open_held_out(config, group)
-        dtype = DTYPES[config.training.optimiser.precision]
-        model = copied_model(self._engine, group, dtype)
+        model = copied_model(self._engine, group, DTYPES[config.training.optimiser.precision])
         losses = validate(model, self._held_out, group, self._job.pausing())
         if not math.isfinite(losses.loss):
             raise DivergedError(f"the validation loss at image {images_seen} is {losses.loss}; the weights diverged")
-        values = (losses.loss, losses.standard_error, len(losses.index))
-        found = zip(VALIDATION_COLUMNS, values, strict=True)
-        return {column: value if math.isfinite(value) else None for column, value in found}
+        return {column: value if math.isfinite(value) else None for column, value in losses.columns.items()}
 
     def _entries(self, images_seen: int, section: ProbeSection) -> list[dict[str, Any]]:
         """Entries of a row's probes."""
@@ -137,7 +122,3 @@ class Points:
             group=self._job.group,
             pause=self._job.pausing(),
         )
-
-
-def _evaluation(section: ProbeSection) -> str:
-    return section.evaluation(fingerprint(section.train), fingerprint(section.test))

@@ -122,11 +122,14 @@ class ValidationLosses:
             return float("inf")
         return float(np.sqrt((residual**2).sum() / (num_images - 1) / num_images) / self.num_targets.mean())
 
+    @property
+    def columns(self) -> dict[str, float]:
+        """What a row says of them."""
+        return dict(zip(VALIDATION_COLUMNS, (self.loss, self.standard_error, len(self.index)), strict=True))
+
     def save(self, path: Path, name: str = "", pictures: dict[str, np.ndarray] | None = None) -> None:
         """Write them to an npz file in one step: what they are of, a row's columns, and the model's `completions`."""
-        columns = (self.loss, self.standard_error, len(self.index))
-        arrays: dict[str, Any] = {"name": name, **dict(zip(VALIDATION_COLUMNS, columns, strict=True))}
-        arrays |= dataclasses.asdict(self) | (pictures or {})
+        arrays: dict[str, Any] = {"name": name, **self.columns, **dataclasses.asdict(self), **(pictures or {})}
         with written_aside(path) as aside, aside.open("wb") as file:
             np.savez_compressed(file, **arrays)
 

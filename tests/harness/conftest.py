@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import aimscale.harness.device.peak
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.harness.run.config import RunConfig, RuntimeConfig, parse, run_config
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _small_peak() -> Iterator[None]:
+    """Measure the peak on a small product; forks inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
+        yield
 
 
 def write_pictures(folder: Path, number: int, seed: int) -> None:

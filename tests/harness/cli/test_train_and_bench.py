@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 import aimscale.harness.bench.train
 import aimscale.harness.device.memory
-import aimscale.harness.device.peak
 import aimscale.harness.train.attempt
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
@@ -30,7 +29,6 @@ Config = Callable[..., RunConfig]
 
 def invoke(rank: int, app: object, arguments: list[str], out: Path) -> None:
     del os.environ["RANK"], os.environ["WORLD_SIZE"]
-    aimscale.harness.device.peak.GEMM_SIDE = {"cpu": 128, "cuda": 1024}
     result = CliRunner().invoke(app, arguments)  # type: ignore[arg-type]
     out.write_text(result.output)
     assert result.exit_code == 0, result.exception

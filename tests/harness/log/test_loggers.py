@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-import aimscale.harness.device.peak
 import aimscale.harness.log.record
 from aimscale.analysis import read_table
 from aimscale.analysis.table.schema import results_table
@@ -76,7 +75,6 @@ def history(run: RunDir) -> list[dict[str, Any]]:
 
 def train_and_die(rank: int, path: Path, num_images: int, of: int = signal.SIGKILL) -> None:
     """Train and die of a signal once `num_images` are done (0: never)."""
-    aimscale.harness.device.peak.GEMM_SIDE = {"cpu": 128, "cuda": 1024}
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     real = aimscale.harness.log.record.Recorder.step
 

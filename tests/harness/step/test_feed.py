@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-import aimscale.harness.device.peak
 import aimscale.harness.log.record
 import aimscale.harness.step.feed
 import aimscale.harness.step.saving
@@ -36,8 +35,7 @@ Config = Callable[..., RunConfig]
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure the peak on a small product, and take shares over few images; forks inherit it."""
-    monkeypatch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
+    """Take shares over few images; forks inherit it."""
     monkeypatch.setattr(aimscale.harness.step.feed, "MIN_IMAGES", 40)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import aimscale.harness.device.peak
 from aimscale.harness.probe.owed import lacking
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -19,11 +18,6 @@ from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
-
-
-@pytest.fixture(autouse=True)
-def _short_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
 
 
 @pytest.fixture

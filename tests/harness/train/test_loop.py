@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import aimscale.harness.device.peak
 import aimscale.harness.log.record
 import aimscale.harness.step.engine
 import aimscale.harness.step.saving
@@ -32,14 +31,6 @@ from aimscale.harness.train.attempt import train
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
 Whole = Callable[..., RunDir]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_peak() -> Iterator[None]:
-    """Measure the peak on a small product; forks inherit it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
-        yield
 
 
 def train_in(rank: int, path: Path) -> None:

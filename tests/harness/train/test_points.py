@@ -6,13 +6,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import aimscale.harness.device.peak
 import aimscale.harness.train.points
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
@@ -26,13 +25,6 @@ from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_peak() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
-        yield
 
 
 def train_in(rank: int, path: Path, signum: int = 0, at: tuple[str, int] = ("", 0)) -> None:

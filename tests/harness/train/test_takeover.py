@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import aimscale.harness.device.peak
 import aimscale.harness.device.ranks
 import aimscale.harness.log.record
 import aimscale.harness.step.saving
@@ -43,7 +42,6 @@ PLACES: dict[str, tuple[Any, str]] = {
 def _scaled_times() -> Iterator[None]:
     """Minutes become seconds; forks inherit it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
         for name, seconds in (("BEAT_S", 0.2), ("SILENCE_S", 6.0), ("GRACE_S", 1.0), ("STEP_S", 12.0)):
             patch.setattr(aimscale.harness.device.ranks, name, seconds)
         yield
