@@ -18,7 +18,7 @@ from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_USE
 from aimscale.harness.run.fence import LockLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
-"""Slurm's end of a job, submitit's preemption warning, a terminal that is closed, and Ctrl-C."""
+"""Slurm's end of a job, its warning before a time limit or a preemption, a terminal that is closed, and Ctrl-C."""
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """What gloo and NCCL say when the process at the other end died."""
@@ -55,23 +55,29 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """A flag that `STOP_SIGNALS` raise during the block; the handlers of before come back after it.
-
-    What is ignored stays ignored: `nohup` ignores SIGHUP.
-    """
+    """A flag that `STOP_SIGNALS` raise during the block."""
     flag = StopFlag()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag  # only a main thread may handle signals
-        return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, flag)
-    try:
+    with calling(flag):
         yield flag
+
+
+@contextlib.contextmanager
+def calling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have `STOP_SIGNALS` call this handler during the block; the handlers of before come back after it.
+
+    What is ignored stays ignored: `nohup` ignores SIGHUP. Outside the main thread, which alone may handle signals,
+    nothing is changed.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (STOP_SIGNALS if is_main else ())}
+    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def disk_sentence(error: OSError) -> str | None:

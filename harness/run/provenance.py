@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import platform
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import process_started
+from aimscale.harness.run.snapshot import SOURCE, git
 
 PACKAGES = ("aimscale", "torch", "torchvision", "deepspeed", "numpy", "safetensors", "webdataset", "pandas")
 
@@ -29,15 +29,10 @@ def git_commit() -> tuple[str | None, bool | None]:
     """
     if "AIMSCALE_GIT_COMMIT" in os.environ:
         return os.environ["AIMSCALE_GIT_COMMIT"], os.environ.get("AIMSCALE_GIT_DIRTY") == "1"
-    here = Path(__file__).resolve().parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True).stdout
-
     try:
-        commit = git("rev-parse", "HEAD").strip()
-        return commit, bool(git("status", "--porcelain", "--untracked-files=no").strip())
-    except (OSError, subprocess.CalledProcessError):
+        commit = git(SOURCE, "rev-parse", "HEAD").strip()
+        return commit, bool(git(SOURCE, "status", "--porcelain", "--untracked-files=no").strip())
+    except UserError:
         return None, None
 
 

@@ -38,8 +38,8 @@ def find_snapshot(sweep_dir: Path, *, allow_dirty: bool, source: Path = SOURCE) 
     """
     if not (source / ".git").exists():
         return None
-    commit = _git(source, "rev-parse", "HEAD").strip()
-    changes = _git(source, "status", "--porcelain", "--", *PACKAGES)
+    commit = git(source, "rev-parse", "HEAD").strip()
+    changes = git(source, "status", "--porcelain", "--", *PACKAGES)
     if changes and not allow_dirty:
         num = len(changes.splitlines())
         raise UserError(
@@ -67,7 +67,7 @@ def make_snapshot(snapshot: Snapshot, source: Path = SOURCE) -> None:
 
 def _files(source: Path) -> list[str]:
     """Tracked files and untracked ones that git does not ignore, of the packages."""
-    listed = _git(source, "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *PACKAGES)
+    listed = git(source, "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *PACKAGES)
     return sorted(name for name in listed.split("\0") if name and (source / name).is_file())
 
 
@@ -78,7 +78,12 @@ def _content_hash(source: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-def _git(source: Path, *words: str) -> str:
+def git(source: Path, *words: str) -> str:
+    """What a command of git prints in a folder.
+
+    Raises:
+        UserError: it fails, or there is no git.
+    """
     try:
         return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:

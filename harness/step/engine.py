@@ -155,34 +155,26 @@ class Engine:
 
     def fragments(self) -> list[Fragment]:
         """Every parameter's part on this rank, in the model's order, the same list of names on every rank."""
-        names, optimizer = self._names, self._optimizer
-        found: dict[str, Fragment] = {}
-        if self.options.zero_stage == 3:
-            rank = self.group.rank
-            for param in list[Any](self.module.parameters()):
-                sub_group, start, numel = optimizer.grad_position[optimizer.get_param_id(param)]
-                offset = rank * numel
-                found[names[id(param)]] = Fragment(
-                    name=names[id(param)],
-                    shape=param.ds_shape,
-                    flat=optimizer.fp32_partitioned_groups_flat[sub_group],
-                    flat_start=start,
-                    param_start=offset,
-                    # The last rank's part is padded.
-                    numel=max(0, min(numel, param.ds_numel - offset)),
-                )
-        else:
-            for param in self.module.parameters():
-                found[names[id(param)]] = self._whole_or_mapped(param)
-        return list(found.values())
+        return [self._fragment(param) for param in self.module.parameters()]
 
-    def _whole_or_mapped(self, param: nn.Parameter) -> Fragment:
-        name = self._names[id(param)]
-        if self.options.zero_stage == 0:
-            return Fragment(name=name, shape=param.shape, flat=param, flat_start=0, param_start=0, numel=param.numel())
-        mapping = param._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:
-            return Fragment(name=name, shape=param.shape, flat=param, flat_start=0, param_start=0, numel=0)
+    def _fragment(self, param: Any) -> Fragment:
+        name, stage, optimizer = self._names[id(param)], self.options.zero_stage, self._optimizer
+        if stage == 3:
+            sub_group, start, numel = optimizer.grad_position[optimizer.get_param_id(param)]
+            offset = self.group.rank * numel
+            return Fragment(
+                name=name,
+                shape=param.ds_shape,
+                flat=optimizer.fp32_partitioned_groups_flat[sub_group],
+                flat_start=start,
+                param_start=offset,
+                # The last rank's part is padded.
+                numel=max(0, min(numel, param.ds_numel - offset)),
+            )
+        mapping = param._hp_mapping if stage else None
+        if mapping is None:  # whole on every rank at stage 0, else another rank's
+            numel = 0 if stage else param.numel()
+            return Fragment(name=name, shape=param.shape, flat=param, flat_start=0, param_start=0, numel=numel)
         return Fragment(
             name=name,
             shape=param.shape,

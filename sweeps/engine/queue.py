@@ -10,18 +10,19 @@ whose directory is damaged, or whose end cannot be written down, is named and le
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.failures import calling
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.devices import Devices, Machine
 from aimscale.sweeps.plan.costs import stop_seconds
@@ -41,8 +42,6 @@ DOUBT_S, GIVE_UP_S = 60.0, 900.0
 """A run elsewhere that was not heard of for so long may come free, and is waited for up to the second."""
 MIN_TIME_S = 60.0
 """With less time than this left, no run is started."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-"""Ctrl-C, the end of a machine or a job, a terminal that closes, and Slurm's warning before a time limit."""
 
 Command = Callable[[Path, int], list[str]]
 """(run directory, devices) -> the program that executes the run."""
@@ -135,7 +134,7 @@ class LaunchResult:
 
 def run_queue(queue: Queue, report: Report) -> LaunchResult:
     """Execute the runs that wait until none is left to start; `report` is called every few moments."""
-    with _stop_requests(queue):
+    with calling(functools.partial(_on_signal, queue)):
         try:
             _work_through(queue, report)
         except BaseException:
@@ -332,29 +331,14 @@ def _sentence(job: Job, outcome: Outcome) -> str:
     return f"failed {job.record.name} ({status.reason_class}: {status.reason}); {what}"
 
 
-@contextlib.contextmanager
-def _stop_requests(queue: Queue) -> Iterator[None]:
-    """Turn `STOP_SIGNALS` into a polite stop; a second Ctrl-C kills. Outside the main thread, nothing is changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if queue.stopping and number == signal.SIGINT:
-            for job in queue.active:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(job.process.pid, signal.SIGKILL)
-        queue.stopped_by = queue.stopped_by or number
-        _stop(queue)
-
-    # Under nohup a closing terminal is to be ignored.
-    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _on_signal(queue: Queue, number: int, frame: FrameType | None) -> None:
+    """A polite stop; a second Ctrl-C kills."""
+    if queue.stopping and number == signal.SIGINT:
+        for job in queue.active:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.process.pid, signal.SIGKILL)
+    queue.stopped_by = queue.stopped_by or number
+    _stop(queue)
 
 
 def _stop(queue: Queue) -> None:
