@@ -15,7 +15,8 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from aimscale.aim.config import HeadKind, HeadRule, Parametrisation, PatchOrder, QkvInit, Target
 from aimscale.harness.run.identity import digest_of, probe_evaluation, training_digest
-from aimscale.harness.run.strict import ConfigError, Section, parse, read_yaml, refuse_unknown
+from aimscale.harness.run.strict import ConfigError as ConfigError
+from aimscale.harness.run.strict import Section, parse, read_yaml, refuse_unknown
 
 
 class ModelSection(Section):
@@ -334,7 +335,18 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:
-        check_budgets(self.training, self.evaluation)
+        batch, budgets = self.training.optimiser.batch_size, self.evaluation.budgets
+        if list(budgets) != sorted(set(budgets)):
+            raise ValueError(f"budgets {list(budgets)} must increase")
+        for budget in budgets:
+            if budget <= 0 or budget % batch:
+                near = max(1, round(budget / batch)) * batch
+                raise ValueError(f"budget {budget} is not a multiple of the batch size {batch}; use {near}")
+        if self.training.schedule.kind == "cosine" and len(budgets) > 1:
+            raise ValueError("a cosine run decays to one budget; give each budget its own run, or use wsd")
+        objective = self.training.objective
+        if objective.prefix == "paired" and objective.masked is None and batch % 2:
+            raise ValueError(f"paired prefixes need an even batch size, not {batch}")
         return self
 
     @property
@@ -371,29 +383,8 @@ def run_config(fields: dict[str, Any], where: str, runtime: RuntimeConfig | None
     refuse_unknown(fields, known, where)
     first, second = split_fields(fields)
     training, evaluation = parse(TrainingConfig, first, where), parse(EvaluationConfig, second, where)
-    runtime = runtime or RuntimeConfig()
-    try:
-        check_budgets(training, evaluation)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    return RunConfig.model_construct(  # its parts are validated
-        version=1, training=training, evaluation=evaluation, runtime=runtime
-    )
-
-
-def check_budgets(training: TrainingConfig, evaluation: EvaluationConfig) -> None:
-    """Raise ValueError where budgets, batch and schedule do not fit together."""
-    batch, budgets = training.optimiser.batch_size, evaluation.budgets
-    if list(budgets) != sorted(set(budgets)):
-        raise ValueError(f"budgets {list(budgets)} must increase")
-    for budget in budgets:
-        if budget <= 0 or budget % batch:
-            near = max(1, round(budget / batch)) * batch
-            raise ValueError(f"budget {budget} is not a multiple of the batch size {batch}; use {near}")
-    if training.schedule.kind == "cosine" and len(budgets) > 1:
-        raise ValueError("a cosine run decays to one budget; give each budget its own run, or use wsd")
-    if training.objective.prefix == "paired" and training.objective.masked is None and batch % 2:
-        raise ValueError(f"paired prefixes need an even batch size, not {batch}")
+    parts = {"training": training, "evaluation": evaluation, "runtime": runtime or RuntimeConfig()}
+    return parse(RunConfig, parts, where)
 
 
 def load_run_config(path: Path) -> RunConfig:

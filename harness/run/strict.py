@@ -80,12 +80,12 @@ def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
             [said, *(each["msg"].removeprefix("Input should be ") for each in others if each["loc"][:-1] == place)]
         )
         others = [each for each in others if each["loc"][:-1] != place]
-    key = ".".join(str(part) for part in place) or "the file"
+    key = ".".join(str(part) for part in place)
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(kind, first["loc"][:-1])
         return f"unknown key '{key}'; {did_you_mean(str(first['loc'][-1]), known, 'known keys:')}{more}"
-    return f"{key}: {said}{more}"
+    return f"{key}: {said}{more}" if key else f"{said}{more}"
 
 
 def refuse_unknown(fields: Iterable[str], known: Iterable[str], where: str) -> None:
