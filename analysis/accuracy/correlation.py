@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -88,47 +88,45 @@ def correlate(
     methods: Sequence[str] = tuple(METHODS),
     partial: str | None = None,
     within: str | None = None,
-    cluster: str | None = "auto",
 ) -> tuple[Correlation, ...]:
     """Correlations of two columns with intervals on Fisher's scale.
 
     Their variance is the mean of two, by degrees of freedom: Fisher's (Bonett and Wright's for ranks) with as many rows
-    as tell something of their own, and that of leaving out each cluster (row) in turn.
+    as tell something of their own, and that of leaving out each cluster (row) in turn. Clusters are sizes, else runs,
+    where there are four or more and some have several rows (runs where means of `within` take sizes out).
 
     Args:
         methods: any of pearson, spearman, kendall.
         partial: positive column (usually flops_train) that is held equal: rows are compared within groups that share
             it, else about a smooth function of it.
         within: column (such as size) whose groups' means are taken out of both first.
-        cluster: column whose rows are not independent; "auto" takes sizes, else runs, where there are four or more and
-            some have several rows (runs where means of `within` take sizes out); None: rows are independent.
 
     Raises:
         AnalysisError: missing or constant column, one column twice, unknown method, or fewer than 4 usable rows.
     """
-    _check_names(df, methods, x, y, partial, within, None if cluster == "auto" else cluster)
+    _check_names(df, methods, x, y, partial, within)
     numeric = [name for name in (x, y, partial) if name]
     used = usable_rows(df, {name: name for name in numeric}, signed={x, y} - {partial})
-    cluster = _clusters(used.rows, within) if cluster == "auto" else cluster
+    cluster = _clusters(used.rows, within)
     pair = _pair(used.rows, used.numbers, x, y, partial, within, cluster)
-    same = Correlation(
-        method="",
-        x=their_name(df, x),
-        y=their_name(df, y),
-        value=np.nan,
-        low=np.nan,
-        high=np.nan,
-        num_points=len(pair.a),
-        cluster=cluster and their_name(df, cluster),
-        num_clusters=int(pair.member.max()) + 1,
-        partial_on=partial and their_name(df, partial),
-        num_groups=pair.num_groups,
-        within=within and their_name(df, within),
-        exclusions=used.exclusions,
-    )
-    found = {method: pair.interval(method) for method in methods}
     return tuple(
-        replace(same, method=method, value=value, low=low, high=high) for method, (value, low, high) in found.items()
+        Correlation(
+            method=method,
+            x=their_name(df, x),
+            y=their_name(df, y),
+            value=value,
+            low=low,
+            high=high,
+            num_points=len(pair.a),
+            cluster=cluster and their_name(df, cluster),
+            num_clusters=int(pair.member.max()) + 1,
+            partial_on=partial and their_name(df, partial),
+            num_groups=pair.num_groups,
+            within=within and their_name(df, within),
+            exclusions=used.exclusions,
+        )
+        for method in methods
+        for value, low, high in [pair.interval(method)]
     )
 
 
@@ -263,8 +261,6 @@ def _pair(
             raise AnalysisError(f"{name} is the same in all {len(rows)} rows, so it correlates with nothing.")
     columns, lost, spent = numbers[[x, y]], 0, 0
     member = np.unique(rows[cluster].astype(str), return_inverse=True)[1] if cluster else np.arange(len(rows))
-    if member.max() + 1 < MIN_ROWS:
-        raise AnalysisError(f"A correlation over {member.max() + 1} groups has no interval; give at least {MIN_ROWS}.")
     if within is not None:
         groups = rows[within].astype(str)
         if groups.is_unique:

@@ -10,7 +10,6 @@ import typer
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from aimscale.analysis.display import Result
 
@@ -101,12 +100,7 @@ def show(
     `after`, or as JSON with what there is `also`.
     """
     if figure is not None:
-        draw(result.plot(), figure)
+        from aimscale.analysis.plots.style import save
+
+        save(result.plot(), figure)
     typer.echo(result.to_json(**(also or {})) if json else "\n".join([words or result.summary(), *after]))
-
-
-def draw(figure: Figure, path: Path) -> None:
-    """Write a figure in every format."""
-    from aimscale.analysis.plots.style import save
-
-    save(figure, path)

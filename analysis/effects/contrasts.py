@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from aimscale.analysis.display import Result, plain_fields
-from aimscale.analysis.effects.paired import Paired, mean_of, paired
+from aimscale.analysis.effects.paired import Paired, hits_of, mean_of, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import CONFIDENCE
 from aimscale.analysis.table.design import (
@@ -36,7 +36,6 @@ from aimscale.analysis.table.design import (
     varies,
     with_size,
 )
-from aimscale.analysis.table.hits import hits_of
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.table.names import column_words, our_name, their_name
 from aimscale.analysis.table.points import complete

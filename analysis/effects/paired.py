@@ -7,16 +7,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
 from aimscale.analysis.fitting.errors import sandwich
 from aimscale.analysis.fitting.result import CONFIDENCE
-from aimscale.analysis.table.hits import Hits
+from aimscale.analysis.table.names import FOLDER
+from aimscale.analysis.table.read import beside
+from aimscale.analysis.table.schema import HITS_KEY
 from aimscale.analysis.words import POWER
+
+
+class Hits(NamedTuple):
+    """What a probe got right."""
+
+    evaluation: str
+    """Tells the test images: equal evaluations have the same."""
+    num_test: int
+    """Test images."""
+    bits: bytes
+    """`np.packbits` of one bit per image, in the data set's order."""
+
+    @property
+    def right(self) -> npt.NDArray[np.int8]:
+        """1 per image (num_test,) that it got right, 0 elsewhere."""
+        return np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.num_test).astype(np.int8)
+
+
+def hits_of(probes: pd.DataFrame) -> pd.Series:
+    """`Hits` of every row of a `probe_frame` by `read_tables`; None where its table's folder has none of it.
+
+    Raises:
+        AnalysisError: a file that cannot be read.
+    """
+    found = beside(probes, "hits.parquet")
+    if not found or not set(HITS_KEY) <= set(probes):
+        return pd.Series([None] * len(probes), probes.index, object)
+    on = [FOLDER, *HITS_KEY]
+    known = pd.concat(found, ignore_index=True).drop_duplicates(on)
+    both = probes[[*on, "n"]].astype({"images_seen": float}).merge(known.astype({"images_seen": float}), "left", on)
+    whole = (both["n"] == both["num_test"]).tolist()
+    columns = zip(whole, both["evaluation"], both["num_test"], both["hits"], strict=True)
+    return pd.Series([Hits(e, int(n), bits) if same else None for same, e, n, bits in columns], probes.index, object)
 
 
 @dataclass(frozen=True, kw_only=True)

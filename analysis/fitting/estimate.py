@@ -41,7 +41,6 @@ def fit(
     y: str = "val_loss",
     objective: Objective | str = ROBUST,
     columns: Mapping[str, str] | None = None,
-    weights: Array | None = None,
     fixed: Mapping[str, float] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     resamples: int = 1000,
@@ -55,7 +54,6 @@ def fit(
         y: column to fit.
         objective: an objective or its name; the default is least squares of logarithms for all but outliers.
         columns: variable of the law -> column; default: the variable's own name, else the results table's column.
-        weights: one a row.
         fixed: parameters held at a value.
         bounds: parameters kept between two values.
         resamples: draws of the parameters that intervals are read from; 0 for no intervals.
@@ -70,12 +68,11 @@ def fit(
     _check_names(law, fixed, bounds)
     free = len(law.parameters) - len(fixed)
     points = observe(
-        law, df, y=y, columns=columns, weights=weights, positive_y=objective.log, num_free=free,
-        zero_allowed=zero_allowed,
+        law, df, y=y, columns=columns, positive_y=objective.log, num_free=free, zero_allowed=zero_allowed,
     )  # fmt: skip
     if law.centred is not None:
         law = law.centred(Columns(points.x))
-    problem = make_problem(law, points.x, points.y, objective, weights=points.weights, fixed=fixed, bounds=bounds)
+    problem = make_problem(law, points.x, points.y, objective, fixed=fixed, bounds=bounds)
     problem, minima = best_minima(problem)
     if not minima:
         raise AnalysisError(f"{law.formula} has no finite value of {objective.name} on these {len(points.y)} points.")
@@ -197,7 +194,7 @@ def _result(
     intervals = {name: interval(nothing if name in hidden else v) for name, v in free.items()}
     flags, not_identified = diagnose(problem, minima, params, draws, intervals, points, hidden)
     fitted = problem.predict(best.vector[None])[0]
-    data = pd.DataFrame(points.x, index=points.index).assign(y=points.y, weight=points.weights, fitted=fitted)
+    data = pd.DataFrame(points.x, index=points.index).assign(y=points.y, fitted=fitted)
     return Fit(
         law=law,
         objective=problem.objective,

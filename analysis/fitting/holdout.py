@@ -37,7 +37,6 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         y=result.columns["y"],
         objective=result.objective,
         columns={k: v for k, v in result.columns.items() if k in result.law.variables},
-        weights=data["weight"].to_numpy()[~test],
         fixed=result.fixed,
         bounds=result.bounds,
         resamples=resamples,

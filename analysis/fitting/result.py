@@ -116,7 +116,7 @@ class Fit(Result):
     columns: dict[str, str]
     """Variable and 'y' -> column of the table."""
     data: pd.DataFrame = field(repr=False)
-    """The fitted points: variables, y, weight, fitted, residual (of T(y)); index as in the table."""
+    """The fitted points: variables, y, fitted, residual (of T(y)); index as in the table."""
     law_params: dict[str, float] = field(repr=False)
     """The law's own parameters."""
     draws: dict[str, Array] = field(repr=False)
@@ -162,7 +162,7 @@ class Fit(Result):
         beyond_range: the largest factor by which a variable lies outside the fitted range (1 inside).
 
         The confidence interval covers the uncertainty of the curve, the prediction interval also the scatter of a
-        measurement of the fit's median weight around it. Both are NaN without draws.
+        measurement around it. Both are NaN without draws.
         """
         x = self.variables(df)
         value = np.broadcast_to(self.law.value(x, self.law_params), (len(x[self.law.variables[0]]),))
@@ -172,8 +172,7 @@ class Fit(Result):
             curves = np.broadcast_to(self.law.value(x, self.draws), (self.num_draws, len(value)))
             out["ci_lo"], out["ci_hi"] = np.nanpercentile(curves, TAILS, axis=0)
             assert self.errors is not None
-            weights = np.full(len(value), self.data["weight"].median())
-            noise = self.errors.scatter(weights, self.num_draws, np.random.default_rng([0, 2]))
+            noise = self.errors.scatter(np.ones(len(value)), self.num_draws, np.random.default_rng([0, 2]))
             with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
                 measured = self.objective.inverse(self.objective.transform(curves) + noise)
             out["pi_lo"], out["pi_hi"] = np.nanpercentile(measured, TAILS, axis=0)

@@ -56,8 +56,6 @@ class Basket:
 
     rows: Array
     """Positions among the candidates, in the order of choice."""
-    price: float
-    """Their price together."""
     sd_before: float
     """Standard deviation of the log forecast at the target (root mean square over targets) before."""
     sd_after: float
@@ -105,7 +103,7 @@ def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float
         joint -= column[:, :, None] * column[:, None, :]
         rows.append(best)
         unsold[best], left = False, left - prices[best]
-    return Basket(rows=np.array(rows), price=float(prices[rows].sum()), sd_before=before, sd_after=_spread(joint, n))
+    return Basket(rows=np.array(rows), sd_before=before, sd_after=_spread(joint, n))
 
 
 def _spread(joint: Array, n: int) -> float:

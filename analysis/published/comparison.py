@@ -14,11 +14,10 @@ from scipy.stats import linregress, norm
 from scipy.stats import t as student
 
 from aimscale.analysis.display import Result
-from aimscale.analysis.effects.paired import paired
+from aimscale.analysis.effects.paired import hits_of, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.published.published import TASKS, all_beside_paper, best_frozen, published_frame, table6
-from aimscale.analysis.table.hits import hits_of
 from aimscale.analysis.table.names import joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import beside, probe_frame

@@ -143,30 +143,30 @@ def evenly(rows: pd.DataFrame, most: int = MAX_FITTED) -> pd.DataFrame:
 def study_tables(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], resamples: int = 1000) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
     everything = usable_rows(frame)
-    part = main_part(frame)
-    fresh = fresh_part(usable_rows(part.rows).rows)
-    whose = ["of the main experiment"] * bool(part.num_others) + [f"with {fresh.words}"] * bool(fresh.num_others)
+    main, design = main_part(frame)
+    usable = usable_rows(main).rows
+    fresh, pool = fresh_part(usable)
+    num_others, num_worn = len(frame) - len(main), len(usable) - len(fresh)
+    whose = ["of the main experiment"] * bool(num_others) + [f"with {pool}"] * bool(num_worn)
     study = Study(
         paths=tuple(paths),
         frame=frame,
-        main=part.rows,
-        usable=fresh.rows,
+        main=main,
+        usable=fresh,
         whose=" ".join(whose),
         num_usable=len(everything.rows),
-        probes=probe_frame(complete(part.rows)),
+        probes=probe_frame(complete(main)),
         collect=collect,
         exclusions=[f"{each}." for each in everything.exclusions],
         resamples=resamples,
     )
-    if part.num_others:
+    if num_others:
         study.exclusions.append(
-            f"Laws and correlations use the experiment with most sizes and budgets ({part.words}); the other "
-            f"{part.num_others} rows are in the contrasts."
+            f"Laws and correlations use the experiment with most sizes and budgets ({design}); the other "
+            f"{num_others} rows are in the contrasts."
         )
-    if fresh.num_others:
-        study.exclusions.append(
-            f"Laws use the rows with {fresh.words}; the other {fresh.num_others} are in what repeats are worth."
-        )
+    if num_worn:
+        study.exclusions.append(f"Laws use the rows with {pool}; the other {num_worn} are in what repeats are worth.")
     if len(study.usable) > MAX_FITTED:
         study.exclusions.append(
             f"Forecasts, links to accuracy and best sizes for features are from {MAX_FITTED} rows, evenly over compute."

@@ -14,8 +14,6 @@ SCALE = (
     "size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak", "head_depth", "head_width",
 )  # fmt: skip
 """Columns of scale and chance, in which runs of one experiment may differ."""
-SCALE_OF_RUNS = ("size", "params_total", "N", "images_seen", "D", "unique_images", "U", "seed")
-"""Columns that a scaling table varies on purpose, so that nobody tunes them."""
 MEASURED_ON = ("data_fingerprint", "val_num_images")
 """Other training data or another validation set: losses that cannot share a law."""
 DESIGN = (

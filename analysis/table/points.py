@@ -91,8 +91,6 @@ class Observations:
     """Variable -> values (n,)."""
     y: Array
     """Measurements (n,)."""
-    weights: Array
-    """Weights (n,)."""
     index: pd.Index
     """Labels of the table's rows (n,)."""
     columns: dict[str, str]
@@ -124,7 +122,6 @@ def observe(
     *,
     y: str,
     columns: Mapping[str, str] | None = None,
-    weights: Array | None = None,
     positive_y: bool = True,
     num_free: int | None = None,
     zero_allowed: bool = False,
@@ -138,12 +135,7 @@ def observe(
     if y not in df.columns:
         raise no_column(df, y, " to fit (--y)")
     columns_of = {**names, "y": y}
-    if weights is not None and len(weights) != len(df):
-        raise AnalysisError(f"There are {len(weights)} weights for {len(df)} rows; give one weight per row.")
-    rows, wanted = (
-        (df, columns_of) if weights is None else (df.assign(weight=weights), columns_of | {"weight": "weight"})
-    )
-    found = usable_rows(rows, wanted, signed=() if positive_y else ("y",), may_be_zero=names if zero_allowed else ())
+    found = usable_rows(df, columns_of, signed=() if positive_y else ("y",), may_be_zero=names if zero_allowed else ())
     points = found.numbers
     free = len(law.parameters) if num_free is None else num_free
     if len(points) <= free:
@@ -161,7 +153,6 @@ def observe(
     return Observations(
         x={v: points[v].to_numpy() for v in law.variables},
         y=points["y"].to_numpy(),
-        weights=np.ones(len(points)) if weights is None else points["weight"].to_numpy(),
         index=points.index,
         columns=columns_of,
         exclusions=found.exclusions,

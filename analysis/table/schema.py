@@ -131,6 +131,8 @@ COLUMNS = tuple(
 
 OF_CURVES = (Column("lr", "float64", "", "Learning rate at that point"),)
 """Further columns of points during training; a foreign table's `lr` is a setting."""
+HITS_KEY = ("run_id", "size", "images_seen", "task", "kind", "evaluation")
+"""Columns of `hits.parquet` that say whose hits they are; of a baseline as in its own table: `size` names it."""
 KNOWN = {column.name: column for column in COLUMNS}
 MFU = {"mfu_published": "published/nominal", "mfu": "executed/measured"}
 """Columns of model FLOPs utilisation: which FLOPs over which peak."""
@@ -170,6 +172,16 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
     typed = [_typed_row(row, COLUMNS + more) for row in rows]
     columns = [_column([row[field.name] for row in typed], field) for field in schema]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def hits_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Which test images every probe got right, as it lies beside a results table: `num_test`, and a bit per image.
+
+    Probes of equal evaluation were scored on the same test images in the same order. `hits` is `np.packbits` of one bit
+    per image.
+    """
+    key = [(name, pa.int64() if name == "images_seen" else pa.string()) for name in HITS_KEY]
+    return pa.Table.from_pylist(list(rows), pa.schema([*key, ("num_test", pa.int64()), ("hits", pa.binary())]))
 
 
 def _column(values: Sequence[Any], field: pa.Field) -> pa.Array:

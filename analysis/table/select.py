@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.design import SCALE_OF_RUNS, design_columns, held_equal, varies
+from aimscale.analysis.table.design import design_columns, held_equal, varies
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.words import MAX_NAMED, Flag
+from aimscale.analysis.words import Flag
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
 
@@ -85,60 +84,44 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     equal = held_equal(rows, free={"L", "val_loss", y, *tuned})
     kept = rows.loc[np.sort(rows.groupby(equal, dropna=False)[y].idxmin().to_numpy())]
     if len(kept) == len(rows):
-        also = [their_name(rows, name) for name in equal if name not in SCALE_OF_RUNS and _parts(rows, equal, name)]
-        why = f"; what was tuned with it goes there, too: {', '.join(also[:MAX_NAMED])}" if also else ""
         raise AnalysisError(
-            f"--best-of {', '.join(names)}: no two rows differ in nothing else, so there is no choice{why}"
+            f"--best-of {', '.join(names)}: no two rows differ in nothing else, so there is no choice; name what was "
+            "tuned with it, too"
         )
     left_out = Exclusion(kind="best of", subject=", ".join(names), number=len(rows) - len(kept))
     return remember(kept.reset_index(drop=True), left_out=(*unusable, left_out))
 
 
-def _parts(rows: pd.DataFrame, equal: Sequence[str], name: str) -> bool:
-    """Whether rows would be of one cell but for a column."""
-    others = [each for each in equal if each != name]
-    return rows.groupby(others, dropna=False).ngroups < len(rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """The rows of one experiment out of a table that holds several."""
-
-    rows: pd.DataFrame
-    words: str
-    """What they have in common that others do not, or an empty string when there are no others."""
-    num_others: int
-    """Rows of other experiments."""
-
-
-def main_part(frame: pd.DataFrame) -> Part:
+def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """The experiment with most (size, images seen) cells; with most rows among equals.
 
     A table that mixes, say, attention kinds and head depths holds several; a law fitted to all of them would take their
     differences for scatter.
+
+    Returns:
+        The rows, and what they have in common that others do not; an empty text where there are no others.
     """
     names = design_columns(frame)
     if not names or frame.empty:
-        return Part(rows=frame, words="", num_others=0)
+        return frame, ""
     groups = [rows for _, rows in frame.groupby(names, dropna=False, sort=True)]
     best = max(groups, key=lambda rows: (_num_cells(rows), len(rows)))
-    words = ", ".join(f"{name} {best[name].iloc[0]}" for name in names)
-    return Part(rows=best, words=words, num_others=len(frame) - len(best))
+    return best, ", ".join(f"{name} {best[name].iloc[0]}" for name in names)
 
 
 FEW_PASSES = 4.0
 """Passes over a pool that are worth nearly as much as new data (Muennighoff et al. 2023)."""
 
 
-def fresh_part(frame: pd.DataFrame) -> Part:
+def fresh_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """The rows at the number of unique images that has most cells, the largest among equals: data hardly repeated.
 
     Where half of these see their pool more than `FEW_PASSES` times, the rows of any pool that do not, if they make as
-    many as a third of the cells.
+    many as a third of the cells. Returned as of `main_part`.
     """
     name = "unique_images"
     if name not in frame or not varies(frame[name]):
-        return Part(rows=frame, words="", num_others=0)
+        return frame, ""
     groups = [rows for _, rows in frame.groupby(name, sort=True)]
     best = max(groups, key=lambda rows: (_num_cells(rows), rows[name].iloc[0]))
     words = f"{best[name].iloc[0]:,.0f} {their_name(frame, name, 'unique images')}"
@@ -146,7 +129,7 @@ def fresh_part(frame: pd.DataFrame) -> Part:
         few = frame[frame["images_seen"] <= FEW_PASSES * frame[name]]
         if (best["images_seen"] / best[name]).median() > FEW_PASSES and 3 * _num_cells(few) >= _num_cells(best):
             best, words = few, f"at most {FEW_PASSES:g} passes over their pool"
-    return Part(rows=best, words=words, num_others=len(frame) - len(best))
+    return best, words
 
 
 def _num_cells(rows: pd.DataFrame) -> int:
@@ -169,8 +152,8 @@ def lower_envelope(frame: pd.DataFrame, x: str = "flops_train", y: str = "val_lo
 
 
 PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
-    "main": lambda frame: main_part(frame).rows,
-    "fresh": lambda frame: fresh_part(frame).rows,
+    "main": lambda frame: main_part(frame)[0],
+    "fresh": lambda frame: fresh_part(frame)[0],
     "envelope": lower_envelope,
 }
 """What `--where` knows by name."""

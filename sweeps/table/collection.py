@@ -22,8 +22,7 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.hits import hits_table
-from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
+from aimscale.analysis.table.schema import OF_CURVES, hits_table, results_table, write_table
 from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.probe.files import as_entry, entries_of, task_files
 from aimscale.harness.run.files import write_json

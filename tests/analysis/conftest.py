@@ -102,13 +102,7 @@ def study_frame(*parts: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame([row for part in parts or ({},) for row in study_rows(**part)])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def known_study():
     """Maker of known studies."""
-    return study_frame
-
-
-@pytest.fixture(scope="module")
-def known_study_module():
-    """The same for fixtures that a module shares."""
     return study_frame

@@ -6,7 +6,6 @@ import pytest
 from scipy import stats
 
 from aimscale.analysis import correlate
-from aimscale.analysis.errors import AnalysisError
 
 
 @pytest.fixture
@@ -25,14 +24,6 @@ def test_coefficients_equal_scipys_with_ties(frame):
     assert pearson.low < pearson.value < pearson.high
 
 
-def test_what_comes_from_compute_alone_vanishes_when_compute_is_regressed_out(frame):
-    plain = correlate(frame, x="x", y="y", methods=["pearson"])[0]
-    partial = correlate(frame, x="x", y="y", methods=["pearson"], partial="c")[0]
-    assert plain.low > 0.15
-    assert partial.low < 0 < partial.high
-    assert (partial.partial_on, partial.num_groups) == ("c", None)
-
-
 def test_what_differs_only_between_groups_vanishes_within_them():
     rng = np.random.default_rng(0)
     level = np.repeat(np.arange(6.0), 10)
@@ -40,13 +31,6 @@ def test_what_differs_only_between_groups_vanishes_within_them():
     assert correlate(df, x="x", y="y", methods=["pearson"])[0].low > 0.3  # six sizes tell it
     inside = correlate(df, x="x", y="y", methods=["pearson"], within="size")[0]
     assert inside.low < 0 < inside.high
-
-
-def test_useless_columns_are_refused(frame):
-    with pytest.raises(AnalysisError, match="y"):
-        correlate(frame.assign(y=1.0), x="x", y="y")
-    with pytest.raises(AnalysisError, match="'z'"):
-        correlate(frame, x="x", y="z")
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.0003, 0.003])

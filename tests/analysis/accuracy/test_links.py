@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis import fit, laws
-from aimscale.analysis.accuracy.links import chance_level, ideal_loss, link
+from aimscale.analysis.accuracy.links import link
 from aimscale.analysis.errors import AnalysisError
 
 BOARD = Path(__file__).parents[2] / "board"
@@ -81,13 +81,6 @@ def test_floor_and_ideal_point_halve_the_error_at_the_ladders_target():
             value = found.predict({"L": [targets["loss"][task]]})["value"].iloc[0]
             misses[name].append(abs(value / targets["accuracy"][task] - 1))
     assert np.mean(misses["anchored"]) < 0.05 < 0.09 < np.mean(misses["free"])
-
-
-def test_chance_and_ideal_are_told_by_the_rows_where_they_agree():
-    probed = pd.DataFrame({"chance": [0.1, 0.1, np.nan], "ideal": [0.0, np.nan, 0.2]})
-    assert (chance_level(probed), ideal_loss(probed)) == (0.1, None)
-    assert ideal_loss(probed[:2]) == 0.0
-    assert ideal_loss(probed[["chance"]]) is None
 
 
 def test_a_link_stays_between_chance_and_one(scores):

@@ -32,13 +32,6 @@ def table(grid, tmp_path):
     return path
 
 
-def test_fit_prints_parameters_and_the_sentence(table):
-    out = run(verb("fit"), table, "--hold-out", "N", "--law", "chinchilla,kaplan", "--resamples", 100)
-    assert "alpha" in out
-    assert "Held out N >=" in out
-    assert "weight 100%" in out
-
-
 def test_fit_chooses_its_law_by_what_it_predicts(table):
     out = json.loads(run(verb("fit"), table, "--law", "auto", "--resamples", 0, "--json"))
     assert out["law"] == out["laws"][0]["curve"] == "chinchilla"

@@ -13,11 +13,10 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from aimscale.analysis.effects.contrasts import contrast, factors
-from aimscale.analysis.effects.paired import paired
+from aimscale.analysis.effects.paired import Hits, paired
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.hits import HITS_FILE, Hits, hits_table
 from aimscale.analysis.table.read import read_tables, with_setup
-from aimscale.analysis.table.schema import results_table, write_table
+from aimscale.analysis.table.schema import hits_table, results_table, write_table
 from aimscale.sweeps.cli.main import verb
 
 DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}
@@ -69,7 +68,7 @@ def with_hits(frame: pd.DataFrame, folder: Path, right: Callable[[dict[str, Any]
     write_table(results_table(rows), folder / "results.parquet")
     about = [{name: row[name] for name in ("run_id", "size", "images_seen")} for row in rows]
     bits = [{"num_test": len(right(row)), "hits": np.packbits(right(row)).tobytes()} for row in rows]
-    write_table(hits_table(map(operator.or_, map(operator.or_, about, each), bits)), folder / HITS_FILE)
+    write_table(hits_table(map(operator.or_, map(operator.or_, about, each), bits)), folder / "hits.parquet")
     return read_tables([folder])
 
 
@@ -85,7 +84,7 @@ def test_one_pair_of_runs_is_compared_over_its_test_images(known_study, tmp_path
     assert each.images.p == pytest.approx(2 * 9 / 2**8)
     assert "one_pair" in {flag.kind for flag in found.flags}
     assert {"images_p", "over"} <= set(each.table)
-    (tmp_path / HITS_FILE).unlink()
+    (tmp_path / "hits.parquet").unlink()
     (without,) = contrast(read_tables([tmp_path]), by="prefix", measures=["top1"]).contrasts
     assert (without.difference, without.over, without.is_significant) == (each.difference, "", False)
 
@@ -116,14 +115,6 @@ def test_the_detectable_difference_is_seen_four_times_in_five():
     ours, theirs, _ = rng.multinomial(n, [(discordant + effect) / 2, (discordant - effect) / 2, 0.9], size=20_000).T
     half = 1.96 * np.sqrt(ours + theirs + 2 - (ours - theirs) ** 2 / (n + 2))
     assert np.mean(np.abs(ours - theirs) > half) == pytest.approx(0.8, abs=0.015)
-
-
-def test_many_levels_without_a_pair_are_counted_and_five_of_them_named(known_study):
-    levels = [DIRECTION | {"patch_order": f"order-{i:02}", "lr_peak": 1e-3 * (i + 2)} for i in range(20)]
-    with pytest.raises(AnalysisError) as error:
-        contrast(known_study(DIRECTION, *levels), by="patch_order")
-    assert "20 levels (order-00, order-01, order-02, order-03, order-04 and 15 more)" in str(error.value)
-    assert len(str(error.value)) < 300
 
 
 def test_kinds_of_probes_are_compared_within_a_row(known_study):

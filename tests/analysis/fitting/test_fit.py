@@ -126,7 +126,6 @@ def test_what_cannot_be_fitted_is_refused(grid, change, subject):
         ({"fixed": {"alpha": -1.0}}, "alpha"),
         ({"fixed": {"gamma": 1.0}}, "gamma"),
         ({"bounds": {"alpha": (0.5, 0.1)}}, "alpha"),
-        ({"weights": np.ones(3)}, "30"),
         ({"objective": "mse"}, "mse"),
         ({"objective": "huber_log:wide"}, "wide"),
     ],

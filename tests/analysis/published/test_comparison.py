@@ -8,8 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.analysis.published.comparison import beside_runs, compare
-from aimscale.analysis.table.hits import HITS_FILE, hits_table
-from aimscale.analysis.table.schema import results_table, write_table
+from aimscale.analysis.table.schema import hits_table, results_table, write_table
 from aimscale.sweeps.cli.main import verb
 
 PROBE = {"task": "dtd", "kind": "attentive", "evaluation": "a-b", "chance": 0.1}
@@ -85,14 +84,6 @@ def test_gaps_to_baselines_have_newcombes_interval():
     assert beside_runs(probes, baselines.assign(n=99)).empty  # other test images
 
 
-def test_imported_models_without_a_loss_are_compared_by_task_alone():
-    imported = [row | {"val_loss": None, "size": "timm:some"} for row in rows(["cifar10"])[:1]]
-    found = compare(results_table(imported).to_pandas(), resamples=30)
-    assert found.tasks["size"].tolist() == ["timm:some"]
-    assert len(found.exponents) == 2
-    assert "timm:some" in found.summary()
-
-
 def test_exponents_stand_beside_the_papers_where_they_are_identified():
     frame = table(["dtd"])
     bent = compare(frame, resamples=50)  # four sizes on a law with an offset
@@ -117,7 +108,7 @@ def test_the_command_shows_our_own_baselines(tmp_path):
     about = [{name: row.get(name) for name in ("run_id", "size", "images_seen")} for row in [*table, baseline]]
     right = [np.packbits(np.arange(1000) < 1000 * row["probes"][0]["top1"]).tobytes() for row in [*table, baseline]]
     hits = [row | PROBE | {"num_test": 1000, "hits": bits} for row, bits in zip(about, right, strict=True)]
-    write_table(hits_table(hits), tmp_path / HITS_FILE)
+    write_table(hits_table(hits), tmp_path / "hits.parquet")
     paired = json.loads(CliRunner().invoke(verb("compare"), [*arguments, "--json"]).output)["baselines"]
     for row in paired:  # all images that are not right on both sides are right for ours
         assert row["is_paired"]

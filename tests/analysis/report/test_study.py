@@ -33,8 +33,7 @@ def rows_of(known_study, *parts):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory, request):
-    known_study = request.getfixturevalue("known_study_module")
+def page(tmp_path_factory, known_study):
     folders = []
     for name, parts in (
         ("main", [{"sizes": ["s1", "s2", "s3", "s4"]}, {"sizes": ["s5"], "seeds": [0]}]),

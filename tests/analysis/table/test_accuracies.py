@@ -33,7 +33,7 @@ def say(name: str, *options: str) -> str:
     return CliRunner().invoke(verb(name), [*options], catch_exceptions=False).stdout
 
 
-def test_every_verb_takes_them_as_it_takes_ours(theirs, tmp_path):
+def test_they_are_probes_as_ours_are(theirs, tmp_path):
     theirs.to_csv(tmp_path / "theirs.csv", index=False)
     ours = []
     for row in theirs.to_dict("records"):
@@ -49,28 +49,6 @@ def test_every_verb_takes_them_as_it_takes_ours(theirs, tmp_path):
     ]
     names = ["task", "kind", "top1", "chance", "ideal"]
     pd.testing.assert_frame_equal(frames[0][names], frames[1][names])
-    for verb_of in (
-        ["correlate"],
-        ["correlate", "--y", "pets:linear"],
-        ["contrast", "--by", "run_id", "--measure", "dtd:linear", "--ignore", "N"],
-        ["forecast", "--at", "N=2e7,D=1e7", "--law", "chinchilla"],
-    ):
-        said = [
-            json.loads(say(verb_of[0], str(tmp_path / table), *columns, *verb_of[1:], "--json"))
-            for table, columns in (("ours.parquet", []), ("theirs.csv", ["--columns", ACCURACIES]))
-        ]
-        numbers = [[*_numbers(each)] for each in said]
-        assert len(numbers[0]) > 5
-        assert numbers[0] == pytest.approx(numbers[1], rel=1e-6)
-
-
-def _numbers(data):
-    if isinstance(data, dict):
-        yield from (number for key in sorted(data) for number in _numbers(data[key]))
-    elif isinstance(data, list):
-        yield from (number for each in data for number in _numbers(each))
-    elif isinstance(data, float):
-        yield data
 
 
 def test_their_names_and_what_was_left_out_come_along(theirs, tmp_path):

@@ -1,6 +1,5 @@
 """Tables of others: their formats, their names, columns that can be computed, and the best of what they tuned."""
 
-import json
 import re
 
 import numpy as np
@@ -42,10 +41,6 @@ def test_json_lines_and_computed_columns(theirs, tmp_path):
     np.testing.assert_allclose(df["images_seen"], theirs["tokens"])
     with pytest.raises(AnalysisError, match="'N' is not defined"):
         read_table(tmp_path / "theirs.csv", {"C": "flops", "D": "C/(6*N)"})
-    theirs.drop(columns="flops").to_csv(tmp_path / "no_flops.csv", index=False)
-    args = [str(tmp_path / "no_flops.csv"), "--columns", COLUMNS + ",C=6*N*D", "--best-of", "lr", "--json"]
-    out = CliRunner().invoke(verb("frontier"), args, catch_exceptions=False)
-    assert json.loads(out.output)["frontiers"][-1]["exponent"] == pytest.approx(0.37 / 0.71, abs=0.05)
 
 
 def test_a_computed_column_may_need_an_earlier_one_take_odd_names_and_outgrow_int64(tmp_path):
@@ -143,7 +138,7 @@ def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
         read_tables([tmp_path / "theirs.csv"], NAMES, best=["note"])
     together = theirs.assign(batch=(1e4 * theirs["lr"]).round())
     together.to_csv(tmp_path / "together.csv", index=False)
-    with pytest.raises(AnalysisError, match=r"too: batch$"):
+    with pytest.raises(AnalysisError, match="lr: no two rows"):
         read_tables([tmp_path / "together.csv"], NAMES, best=["lr"])
     assert len(read_tables([tmp_path / "together.csv"], NAMES, best=["lr", "batch"])) == 20
     with pytest.raises(AnalysisError, match="no column 'rate'"):

@@ -53,27 +53,25 @@ def test_the_main_experiment_is_the_one_with_most_cells(known_study):
     grid, direction = {"sizes": ["s1", "s2", "s3"], "seeds": [0]}, {"sizes": ["s1"], "seeds": list(range(20))}
     df = known_study(grid, direction | {"prefix": "none"}, {"sizes": ["s1"], "uniques": [1000]})
     assert design_columns(df) == ["prefix"]
-    part = main_part(df)
-    assert set(part.rows["prefix"]) == {"paired"}
-    assert part.words == "prefix paired"
-    assert part.num_others == 100
-    fresh = fresh_part(part.rows)
-    assert (set(fresh.rows["unique_images"]), fresh.words) == ({64000}, "64,000 unique images")
+    part, words = main_part(df)
+    assert (set(part["prefix"]), words, len(df) - len(part)) == ({"paired"}, "prefix paired", 100)
+    fresh, words = fresh_part(part)
+    assert (set(fresh["unique_images"]), words) == ({64000}, "64,000 unique images")
     assert mixed(df, "ND") == [("prefix", 2), ("unique_images", 2)]
     assert mixed(known_study(grid), "ND") == []
     assert mixed(known_study(grid), "N") == [("images_seen", 5)]
     assert mixed(known_study(grid), "D") == [("params_total", 3)]
     assert mixed(known_study(grid), "C") == []
-    assert mixed(part.rows, "NDU") == []
+    assert mixed(part, "NDU") == []
 
 
 def test_a_pool_seen_many_times_gives_way_to_rows_that_see_theirs_few_times(known_study):
     worn = {"seeds": [0], "uniques": [1000]}
     fresh = [{"seeds": [0], "budgets": [seen], "uniques": [seen]} for seen in (4000, 8000, 16000, 32000)]
-    part = fresh_part(known_study(worn, *fresh))
-    assert (part.words, part.num_others) == ("at most 4 passes over their pool", 24)
-    assert part.rows["epochs"].max() == 4
-    assert set(fresh_part(known_study(worn, *fresh[:1])).rows["unique_images"]) == {1000}
+    part, words = fresh_part(known_study(worn, *fresh))
+    assert (words, len(part)) == ("at most 4 passes over their pool", 30)
+    assert part["epochs"].max() == 4
+    assert set(fresh_part(known_study(worn, *fresh[:1]))[0]["unique_images"]) == {1000}
 
 
 def test_sizes_that_print_alike_stay_two():

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.aim.errors import UserError
+from aimscale.analysis.effects.paired import hits_of
 from aimscale.analysis.published.comparison import read_baselines
-from aimscale.analysis.table.hits import HITS_FILE, hits_of
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame, read_curves, read_table, read_tables
 from aimscale.sweeps.cli.main import verb
@@ -165,7 +165,7 @@ def test_hits_of_runs_and_baselines_lie_beside_the_table_under_its_tasks_names(w
     shutil.rmtree(record.path / "probes")
     shutil.rmtree(record.path / "baselines")
     collect(sweep, [run], cost_cards(sweep, [run]))
-    assert not (sweep.directory / HITS_FILE).exists()
+    assert not (sweep.directory / "hits.parquet").exists()
 
 
 def test_a_damaged_record_of_the_sweep_is_named(write_sweep: Any) -> None:
