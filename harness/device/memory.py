@@ -80,12 +80,6 @@ def held_bytes(config: ModelConfig, precision: Precision, *, zero_stage: int, wo
     return states + buffers + WORKSPACE_BYTES
 
 
-def activation_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
-    """Peak bytes of one image between its forward and its backward pass: what is kept, and one recomputed block."""
-    kept = kept_bytes_per_image(config, precision, activation_checkpointing)
-    return kept + max(_block_bytes(config, precision)) if activation_checkpointing else kept
-
-
 def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
     """Bytes that one image's forward pass keeps for the backward pass; half of the tokens are scored, or the masked."""
     element = 4 if precision == "fp32" else 2
@@ -188,7 +182,8 @@ def execution_plan(
     for enough in (min(MIN_MICRO_BATCH, per_rank), 1):
         for stage, recompute in _settings(precision, runtime):
             fixed = held_bytes(config, precision, zero_stage=stage, world_size=world_size)
-            per_image = activation_bytes_per_image(config, precision, recompute)
+            per_image = kept_bytes_per_image(config, precision, recompute)
+            per_image += max(_block_bytes(config, precision)) if recompute else 0  # one block is there again
             room = int((USABLE_FRACTION * device_bytes - fixed) // per_image)
             if runtime.micro_batch == "auto":
                 chosen, fits = even_share(per_rank, min(room, most)), min(room, most) >= enough

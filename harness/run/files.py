@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, locks that die with their process, and the name of a process for good.
+"""Files that are never seen half-written, and locks that die with their process.
 
 What a process writes into a run that it holds passes through the run's fence (`harness.run.fence`).
 """
@@ -50,7 +50,7 @@ def written_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
             error.filename = str(path)  # a full disk names no file
         raise
     if durable:
-        fsync_dir(path.parent)
+        _fsync(path.parent)
 
 
 def _make_parent(path: Path) -> None:
@@ -154,7 +154,7 @@ def publish_dir(aside: Path, final: Path) -> None:
         remove_dir(final)
     with keeping_fence(final):
         aside.rename(final)
-    fsync_dir(final.parent)
+    _fsync(final.parent)
 
 
 def remove_dir(path: Path) -> None:
@@ -169,12 +169,8 @@ def remove_dir(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def fsync_dir(path: Path) -> None:
-    """Make renames inside a folder durable."""
-    _fsync(path)
-
-
 def _fsync(path: Path) -> None:
+    """Make a file durable, or the renames inside a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -221,15 +217,3 @@ def _is_file(path: Path, descriptor: int) -> bool:
         return found.st_nlink > 0 and os.path.samestat(found, path.stat())
     except OSError:
         return False
-
-
-def process_started(pid: int) -> str | None:
-    """Start time of a live process in clock ticks since boot (field 22 of /proc/PID/stat); None for none or a zombie.
-
-    Together with the pid it names a process for good: pids are used again.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == "Z" else fields[19]

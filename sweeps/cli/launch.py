@@ -22,13 +22,6 @@ from aimscale.sweeps.state.sweep_dir import unplanned
 Runs = Annotated[list[str] | None, typer.Argument(help="Run ids or parts of them; all runs by default.")]
 Place = Literal["local", "here", "slurm"]
 
-ONLY_ON: dict[str, tuple[Place, ...]] = {
-    "--devices": ("local", "here"),
-    "--for": ("here",),
-    "--allow-dirty": ("slurm",),
-}
-"""Options that not every place can honour."""
-
 
 def launch(
     sweep: SweepName,
@@ -56,8 +49,12 @@ def launch(
 
     Launch as often and on as many machines as you like: each run is executed once.
     """
-    for option, value in {"--devices": devices, "--for": hours, "--allow-dirty": allow_dirty}.items():
-        if value and on not in (places := ONLY_ON[option]):
+    for option, value, *places in (
+        ("--devices", devices, "local", "here"),
+        ("--for", hours, "here"),
+        ("--allow-dirty", allow_dirty, "slurm"),
+    ):
+        if value and on not in places:
             raise SweepError(f"{option} has no meaning with --on {on}; it is for --on {' or '.join(places)}")
     again = f"{sweep} --root {root}"
     if on == "slurm":

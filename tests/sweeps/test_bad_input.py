@@ -231,7 +231,6 @@ def test_what_makes_no_sense_is_refused_by_name(line: str, subject: str, tmp_pat
     frame.to_csv(tmp_path / "semicolons.csv", index=False, sep=";", decimal=",")
     (tmp_path / "utf16.csv").write_text(table.read_text(), encoding="utf-16")
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 10)
-    (tmp_path / "empty.pth").touch()
     (tmp_path / "names.jsonl").write_text('{"\x0b": null}')
     (tmp_path / "flag.yaml").write_text(yaml.safe_dump(PLAIN | {"budgets": [True]}))
     base = PLAIN["base"] | {"probes": [{"task": "../x", "train": "a", "test": "b"}]}

@@ -1,4 +1,4 @@
-"""Files that are seen whole or not at all, locks that no forked child keeps, and names of processes."""
+"""Files that are seen whole or not at all, and locks that no forked child keeps."""
 
 from __future__ import annotations
 

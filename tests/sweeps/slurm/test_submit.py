@@ -16,7 +16,7 @@ from rich.console import Console
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.lock import holding
-from aimscale.harness.run.snapshot import find_snapshot, make_snapshot
+from aimscale.harness.run.provenance import find_snapshot, make_snapshot
 from aimscale.sweeps.cli.plan import print_plan
 from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, stop_seconds
 from aimscale.sweeps.plan.planner import plan
