@@ -186,26 +186,19 @@ def _last_budgets(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["images_seen"] == rows.groupby(key)["images_seen"].transform("max")] if key else rows
 
 
-def _by_blocks(shared: pd.DataFrame) -> pd.DataFrame:
-    """A row per probe and choice of blocks; `top1` and its interval are those of the choice named in `blocks`."""
-    says = shared["last_top1"].notna()
-    names = ("top1", "top1_lo95", "top1_hi95")
-    last = shared[says].assign(blocks=LAST, **{name: shared.loc[says, f"last_{name}"] for name in names})
-    own = shared.assign(blocks=np.where(says, CHOSEN, UNSAID))
-    return pd.concat([last, own]).sort_index(kind="stable")
-
-
 def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
-    rows = _by_blocks(_last_budgets(shared))
+    """A row per probe and choice of blocks; `top1` and its interval are those of the choice named in `blocks`."""
+    rows = _last_budgets(shared)
+    says, names = rows["last_top1"].notna(), ("top1", "top1_lo95", "top1_hi95")
+    last = rows[says].assign(blocks=LAST, **{name: rows.loc[says, f"last_{name}"] for name in names})
+    own = rows.assign(blocks=np.where(says, CHOSEN, UNSAID))
     keep = [name for name in ("size", "params_total", "images_seen") if name in rows]
-    out = rows[[*keep, "task", "blocks", "top1", "top1_lo95", "top1_hi95"]].reset_index(drop=True)
-    references = out["blocks"].map(REFERENCE)
+    out = pd.concat([last, own]).sort_index(kind="stable")[[*keep, "task", "blocks", *names]].reset_index(drop=True)
+    best, references = out["task"].map(best_frozen), out["blocks"].map(REFERENCE)
     out["aim_7b"] = [table6().loc[key, task] for key, task in zip(references, out["task"], strict=True)]
     out["gap_to_aim_7b"] = out["top1"] - out["aim_7b"]
-    out["best_frozen"] = out["task"].map(best_frozen)
-    out["best_frozen_top1"] = [
-        table6().loc[key, task] for key, task in zip(out["best_frozen"], out["task"], strict=True)
-    ]
+    out["best_frozen"] = best
+    out["best_frozen_top1"] = [table6().loc[key, task] for key, task in zip(best, out["task"], strict=True)]
     out["gap_to_best_frozen"] = out["top1"] - out["best_frozen_top1"]
     return out
 

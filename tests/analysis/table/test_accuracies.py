@@ -93,7 +93,8 @@ def test_what_nobody_named_is_said_once(theirs, tmp_path):
     many["top1"] = many["top5"] = many["pets"]
     for i in range(4):
         many[f"task{i}_accuracy"] = many["pets"]
-    named = read_as(many, tmp_path)
+    many.to_csv(tmp_path / "theirs.csv", index=False)
+    named = read_table(tmp_path / "theirs.csv", {"N": "n", "D": "d", "C": "6*n*d", "L": "loss"})
     flags = {flag.kind: flag for flag in unnamed(named)}
     found = ["dtd_acc", "top1", "top5", "acc, b", "task0_accuracy"]
     assert flags["accuracies_unnamed"].subject == f"{', '.join(found)} and 3 more"
@@ -115,8 +116,3 @@ def test_more_of_a_column_called_accuracy_is_better_and_one_called_probes_can_be
     (plain,) = contrast(frame, by="opt", baseline="adam", measures=["pets_acc"]).contrasts
     assert (plain.difference > 0, plain.verdict) == (True, "better")
     assert len(probe_frame(frame)) == 2 * theirs["pets"].notna().sum()
-
-
-def read_as(frame: pd.DataFrame, folder) -> pd.DataFrame:
-    frame.to_csv(folder / "theirs.csv", index=False)
-    return read_table(folder / "theirs.csv", {"N": "n", "D": "d", "C": "6*n*d", "L": "loss"})
