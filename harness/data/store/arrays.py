@@ -21,10 +21,9 @@ from aimscale.harness.data.store.pack import Listing
 from aimscale.harness.data.store.tars import Member
 
 _UNSIGNED_BYTES = 8  # idx's code of the type
-_MAX_UNPACKED_BYTES = 2**31  # 2.7 million images of 28 px
+_MAX_UNPACKED_BYTES = 2**30  # 1.3 million images of 28 px
 _MAX_CIFAR_BYTES = 400_000_000  # the archives hold 186 MB
 _MAX_CHUNK_BYTES = 2**26  # of an HDF5 file, which are unpacked as a whole
-_CHUNK_BYTES = 2**20
 
 
 def list_cifar(source: Path, split: str, kind: type[CIFAR10]) -> Listing:
@@ -73,7 +72,7 @@ def list_idx(images_path: Path, classes: tuple[str, ...] | None = None) -> Listi
 
 
 def _read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:
-    """The array of one idx file of unsigned bytes, mapped; what is compressed is unpacked into a temporary file."""
+    """The array of one idx file of unsigned bytes, mapped; what is compressed is unpacked into memory."""
     if not path.is_file():
         raise DataError(f"idx file {path} does not exist; images need the labels file of the same split beside them")
     is_packed = path.suffix == ".gz"
@@ -86,20 +85,15 @@ def _read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:
             size = math.prod(shape)
             if is_packed and size > _MAX_UNPACKED_BYTES:
                 raise DataError(f"{path} unpacks to {size:,} bytes; give the unpacked file, which needs no memory")
-            where = tempfile.TemporaryFile() if is_packed else path  # noqa: SIM115 (mapped below, and gone with that)
-            if isinstance(where, Path):
-                length = path.stat().st_size - len(head)
+            if is_packed:
+                values = np.frombuffer(file.read(size + 1), np.uint8)
             else:
-                while where.tell() <= size and (chunk := file.read(_CHUNK_BYTES)):
-                    where.write(chunk)
-                length = where.tell()
-                where.flush()
+                values = np.memmap(path, np.uint8, "r")[len(head) :]
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error}); copy it again") from error
-    if length != size or not size:
-        raise DataError(f"{path} is damaged: its header says {shape}, and its values are {length} bytes; copy it again")
-    offset = len(head) if isinstance(where, Path) else 0
-    return np.memmap(where, np.uint8, "r", offset=offset, shape=shape)
+    if len(values) != size or not size:
+        raise DataError(f"{path} is damaged: {shape} in its header, {len(values)} bytes of values; copy it again")
+    return values.reshape(shape)
 
 
 def list_pcam(source: Path, split: str) -> Listing:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.card import NO_LABEL, DatasetInfo, open_local
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SAMPLE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2")])
 """What every read needs: where the image file starts in its shard and its length, bytes; its pixels, 0 x 0 if bad."""
@@ -89,12 +92,16 @@ class IndexWriter:
         for name in self._dtypes:
             self._write_header(name, "wb")
 
-    def append(self, samples: npt.NDArray[Any], checksums: npt.NDArray[np.uint64], labels: I64) -> None:
-        """Add samples; `labels` holds NO_LABEL where one is missing."""
-        for name, values in (("samples", samples), ("checksum", checksums), ("label", labels)):
+    def append(self, rows: pa.Table) -> None:
+        """Add samples, as `indexing.SCAN_SCHEMA` has them."""
+        samples = np.empty(len(rows), SAMPLE)
+        for field in SAMPLE.names or ():
+            samples[field] = rows[field].to_numpy()
+        labels = rows["label"].fill_null(NO_LABEL).to_numpy()
+        for name, values in (("samples", samples), ("checksum", rows["checksum"].to_numpy()), ("label", labels)):
             with (self._folder / f"{name}.npy").open("ab") as file:
                 file.write(values.astype(self._dtypes[name]).tobytes())
-        self._num_samples += len(samples)
+        self._num_samples += len(rows)
 
     def finish(
         self, shards: npt.NDArray[Any], *, name: str, classes: tuple[str, ...] | None, shards_at: str | None

@@ -51,7 +51,7 @@ class UndecodableImageError(Exception):
 
 
 def decode(data: bytes, channels: int = 3) -> torch.Tensor:
-    """Decode JPEG with simplejpeg, PNG and WebP with torchvision, the others with Pillow; the first frame of many.
+    """Decode JPEG with simplejpeg, PNG with torchvision, the others with Pillow; the first frame of many.
 
     Returns:
         uint8 (channels, height, width); grey images are repeated over three channels, what is transparent lies on
@@ -102,29 +102,18 @@ def _decode_other(data: bytes, channels: int) -> torch.Tensor:
     mode = _MODES[channels]
     if data[:8] == _PNG_START and len(data) > 33 and data[25] in _NO_ALPHA and b"tRNS" not in data:
         _refuse_large(*struct.unpack(">II", data[16:24]))  # Pillow takes long to find as much
-        if (image := _by_torchvision(data, mode)) is not None:
-            return image
+        with contextlib.suppress(RuntimeError, ValueError):  # damaged, or a variant that torchvision does not know
+            image: torch.Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode.torchvision)
+            if image.dtype == torch.uint8:
+                return image
     try:
         with _opened(data) as picture:
-            is_plain = picture.format != "GIF" and not picture.has_transparency_data
-            if is_plain and (image := _by_torchvision(data, mode)) is not None:
-                return image
             pixels = np.array(_on_white(picture).convert(mode.pillow))
     except UndecodableImageError:
         raise
     except Exception as error:  # Pillow raises many types on broken bytes, SyntaxError and struct.error among them
         raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
     return torch.from_numpy(pixels.reshape(pixels.shape[0], pixels.shape[1], channels)).permute(2, 0, 1)
-
-
-def _by_torchvision(data: bytes, mode: _Mode) -> torch.Tensor | None:
-    """None: a variant that torchvision does not know."""
-    try:
-        image: torch.Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode.torchvision)
-    except (RuntimeError, ValueError):
-        return None
-    is_right = image.dim() == 3 and len(image) == len(mode.pillow) and image.dtype == torch.uint8
-    return image if is_right else None
 
 
 @contextlib.contextmanager

@@ -6,9 +6,8 @@ A sample (`tars`) has one image and, for its label, `cls` (a number) or `json` w
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
-import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -24,8 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import DATASET_FILE, INDEX_FILE, MAX_LABEL, NO_LABEL, DatasetInfo, image_checksum
-from aimscale.harness.data.store.columns import SAMPLE, IndexWriter, shard_table
+from aimscale.harness.data.store.card import DATASET_FILE, INDEX_FILE, MAX_LABEL, DatasetInfo, image_checksum
+from aimscale.harness.data.store.columns import IndexWriter, shard_table
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
 from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join, open_file, with_retries
 from aimscale.harness.data.store.tars import Members, expand_braces, read_samples
@@ -48,7 +47,6 @@ SCHEMA = pa.schema(
 SCAN_SCHEMA = pa.schema([field for field in SCHEMA if field.name != "shard"])
 _LABEL_KEYS = ("label", "cls")
 _READ = {*IMAGE_EXTENSIONS, "cls", "json"}
-_AHEAD = 4  # shards that a process may be ahead
 Progress = Callable[[int, int, int], None]
 """Called with shards done, shards in all, and images so far."""
 
@@ -235,7 +233,9 @@ def write_scans(
             for number, scan in enumerate(scans):
                 shards.append((scan.name, scan.size, len(scan.rows)))
                 _require_names(scan, classes)
-                _append(writer, table, number, scan.rows)
+                writer.append(scan.rows)
+                shard = pa.array(np.full(len(scan.rows), number, dtype=np.int32))
+                table.write_table(scan.rows.add_column(1, SCHEMA.field("shard"), shard))
         if not any(count for _, _, count in shards):
             raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
         table_of_shards = shard_table(*map(list, zip(*shards, strict=True)))
@@ -252,17 +252,6 @@ def write_scans(
     return info
 
 
-def _append(writer: IndexWriter, table: pq.ParquetWriter, number: int, rows: pa.Table) -> None:
-    samples = np.empty(len(rows), SAMPLE)
-    for field in SAMPLE.names or ():
-        samples[field] = rows[field].to_numpy()
-    labels = rows["label"].fill_null(NO_LABEL).to_numpy()
-    writer.append(samples, rows["checksum"].to_numpy(), labels)
-    columns = {column: rows[column] for column in rows.column_names}
-    columns["shard"] = pa.array(np.full(len(rows), number, dtype=np.int32))
-    table.write_table(pa.table({field.name: columns[field.name] for field in SCHEMA}, schema=SCHEMA))
-
-
 def _require_names(scan: ShardScan, classes: tuple[str, ...] | None) -> None:
     largest = pc.max(scan.rows["label"]).as_py()
     if classes is not None and largest is not None and largest >= len(classes):
@@ -270,20 +259,11 @@ def _require_names(scan: ShardScan, classes: tuple[str, ...] | None) -> None:
 
 
 def _scans(location: str, names: Sequence[str], num_workers: int) -> Iterator[ShardScan]:
-    """Of each shard, in order; by processes, which are not far ahead of the slowest."""
+    """Of each shard, in order."""
+    scan = functools.partial(scan_shard, location)
     if num_workers == 1 or len(names) <= 1:
-        yield from (scan_shard(location, name) for name in names)
+        yield from map(scan, names)
         return
     context = multiprocessing.get_context("forkserver")
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(
-            concurrent.futures.ProcessPoolExecutor(min(num_workers, len(names)), mp_context=context)
-        )
-        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        under_way: collections.deque[concurrent.futures.Future[ShardScan]] = collections.deque()
-        for name in names:
-            under_way.append(pool.submit(scan_shard, location, name))
-            if len(under_way) > _AHEAD * num_workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+    with concurrent.futures.ProcessPoolExecutor(min(num_workers, len(names)), mp_context=context) as pool:
+        yield from pool.map(scan, names)

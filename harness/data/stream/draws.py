@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,8 +91,20 @@ def masks(key: int, numbers: I64, model: ModelConfig) -> npt.NDArray[np.bool_]:
     return draw > np.partition(draw, model.num_masked - 1, axis=1)[:, model.num_masked - 1, None]
 
 
+def content_digest(parts: Iterable[str]) -> str:
+    """16 hex digits of what identifies a stream's sources."""
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
+
+
 class Stream(abc.ABC):
     """The stream of one run; safe to pickle."""
+
+    unique_images: int
+    """U: how many different images the stream can give; 0 where they are not counted."""
+    datasets: tuple[ShardDataset, ...]
+    """The sources' data sets, in the order of the configuration; none where there is no index."""
+    fingerprint: str
+    """16 hex digits of what the stream reads from."""
 
     def __init__(self, config: RunConfig) -> None:
         training = config.training
@@ -101,32 +114,12 @@ class Stream(abc.ABC):
         self._given = Stretch(self._draw_given)
         require_channels(self._channels)
 
-    @property
-    @abc.abstractmethod
-    def unique_images(self) -> int:
-        """U: how many different images the stream can give; 0 where they are not counted."""
-
-    @property
-    @abc.abstractmethod
-    def datasets(self) -> tuple[ShardDataset, ...]:
-        """The sources' data sets, in the order of the configuration; none where there is no index."""
-
-    @property
-    @abc.abstractmethod
-    def fingerprint(self) -> str:
-        """16 hex digits of what the stream reads from."""
-
     @abc.abstractmethod
     def _decode(self, images: torch.Tensor, where: range | I64) -> tuple[str, ...]:
         """Fill uint8 (B, C, size, size) with the positions' images, cropped, resized and flipped.
 
         Returns the samples that were replaced.
         """
-
-    @property
-    def max_bad_fraction(self) -> float:
-        """Share of undecodable images above which a run stops."""
-        return self._data.max_bad_fraction
 
     def prefix_lengths(self, positions: npt.ArrayLike) -> I64:
         """S at every position, 1..N-1; see `ObjectiveSection.prefix`."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +20,7 @@ from aimscale.harness.data.random_access import I64, make_key, permute, random_b
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode_into
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, box_draws, crop_resize_into, crop_resize_small
-from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, Stretch
+from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, Stretch, content_digest
 from aimscale.harness.data.stream.held_out import refuse_overlap
 
 if TYPE_CHECKING:
@@ -129,23 +128,10 @@ class TrainStream(Stream):
         super().__init__(config)
         self._mixture = Mixture([source.probability for source in config.training.data.sources])
         self._sources = _open_sources(config, cache_dir, cache_gb)
+        self.unique_images = sum(source.num_unique for source in self._sources)
+        self.datasets = tuple(source.dataset for source in self._sources)
+        self.fingerprint = content_digest(dataset.fingerprint for dataset in self.datasets)
         self._drawn = Stretch(self._draw)
-
-    @property
-    def unique_images(self) -> int:
-        """U: how many different images the stream can give."""
-        return sum(source.num_unique for source in self._sources)
-
-    @property
-    def datasets(self) -> tuple[ShardDataset, ...]:
-        """The sources' data sets, in the order of the configuration."""
-        return tuple(source.dataset for source in self._sources)
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits of the sources' content."""
-        text = " ".join(dataset.fingerprint for dataset in self.datasets)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def locate(self, positions: npt.ArrayLike) -> tuple[I64, I64]:
         """(source number, sample number) at every position: the stream's order, without reading an image."""

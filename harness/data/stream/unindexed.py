@@ -7,7 +7,6 @@ prefixes are those of the positions, as in an indexed stream; the images are tho
 from __future__ import annotations
 
 import functools
-import hashlib
 import random
 import sys
 import tarfile
@@ -22,11 +21,10 @@ import webdataset
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64, make_key
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode_interleaved
-from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.store.shards import is_url, open_file, with_retries
 from aimscale.harness.data.store.tars import expand_braces, read_samples
 from aimscale.harness.data.stream.augment import box_draws, crop_resize_into
-from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream
+from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, content_digest
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 
@@ -64,18 +62,14 @@ class UnindexedStream(Stream):
     """
 
     unique_images = 0
-    datasets: tuple[ShardDataset, ...] = ()
+    datasets = ()
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         (source,) = config.training.data.sources
         self._urls = shard_urls(source.path)
+        self.fingerprint = content_digest(self._urls)
         self._reading: Iterator[tuple[str, bytes]] | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits of the shards' names."""
-        return hashlib.blake2b(" ".join(self._urls).encode(), digest_size=8).hexdigest()
 
     def _decode(self, images: torch.Tensor, where: range | I64) -> tuple[str, ...]:
         bad: list[str] = []
