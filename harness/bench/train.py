@@ -18,8 +18,8 @@ from aimscale.aim.model import AIM
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.data.stream.draws import Batch, masks
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
-from aimscale.harness.device.memory import ExecutionPlan, execution_plan
-from aimscale.harness.device.peak import Peak, device_name, measure_peak, utilisation
+from aimscale.harness.device.memory import execution_plan
+from aimscale.harness.device.peak import device_name, measure_peak, utilisation
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.provenance import process_age_s
@@ -63,27 +63,9 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True)
         peak = measure_peak(group.device, optimiser.precision)
     finally:
         stop_group()
-    return _facts(config, options, group, plan, peak, times, num_targets) | {
-        "memory_bytes": memory_bytes,
-        "startup_s": startup_s,
-    }
-
-
-def _facts(
-    config: RunConfig,
-    options: EngineOptions,
-    group: Group,
-    plan: ExecutionPlan,
-    peak: Peak,
-    times: dict[str, list[float]],
-    num_targets: int,
-) -> dict[str, Any]:
-    """The setting, and rates from the times of steps."""
-    model, optimiser = model_of(config.training), config.training.optimiser
     ours_s = statistics.median(times["ours"])
     images_per_s = optimiser.batch_size / ours_s
     scored = num_targets / optimiser.batch_size
-    shares = utilisation(model, peak, images_per_s=images_per_s, scored_tokens=scored, world_size=group.world_size)
     return {
         "size": model.name,
         "params": param_count(model).total,
@@ -98,11 +80,13 @@ def _facts(
         "num_threads": torch.get_num_threads(),
         "ms_per_step": 1000 * ours_s,
         "images_per_s": images_per_s,
-        **shares,
+        **utilisation(model, peak, images_per_s=images_per_s, scored_tokens=scored, world_size=group.world_size),
         "peak_flops_per_s": peak.flops_per_s,
         "nominal_flops_per_s": peak.nominal_flops_per_s,
         "others": {name: _beside(times["ours"], its) for name, its in times.items() if name != "ours"},
         "memory_estimate_bytes": plan.memory_bytes,
+        "memory_bytes": memory_bytes,
+        "startup_s": startup_s,
     }
 
 

@@ -184,12 +184,11 @@ class ShardDataset:
         places = self.places(samples)
         try:
             found = self._reader.read_many(places)
-        except FileNotFoundError as error:
-            name = getattr(error, "shard", places[0][0])
-            raise DataError(f"shard {join(self.location, name)} is missing; restore it or index again") from error
         except OSError as error:
             name = getattr(error, "shard", places[0][0])
-            raise DataError(f"cannot read shard {join(self.location, name)}: {error}") from error
+            raise DataError(
+                f"cannot read shard {join(self.location, name)} ({error}); restore it or index again"
+            ) from error
         for i, (name, _, size), data in zip(samples, places, found, strict=True):
             if len(data) != size:
                 raise DataError(

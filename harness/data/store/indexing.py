@@ -26,7 +26,7 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store.card import DATASET_FILE, INDEX_FILE, MAX_LABEL, DatasetInfo, image_checksum
 from aimscale.harness.data.store.columns import IndexWriter, shard_table
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
-from aimscale.harness.data.store.shards import REMOTE_ERRORS, filesystem_of, is_url, join, open_file, with_retries
+from aimscale.harness.data.store.shards import filesystem_of, is_url, join, open_file, with_retries
 from aimscale.harness.data.store.tars import Members, expand_braces, read_samples
 from aimscale.harness.run.files import publish_dir, write_text
 
@@ -73,7 +73,7 @@ def scan_shard(location: str, name: str) -> ShardScan:
         size = shard_size(path)
     except FileNotFoundError as error:
         raise DataError(f"shard {path} is missing; restore it or leave it out") from error
-    except (tarfile.TarError, *REMOTE_ERRORS) as error:
+    except (tarfile.TarError, OSError) as error:
         raise DataError(f"shard {path} is truncated or no tar file ({error}); copy or write it again") from error
     rows = pa.Table.from_pylist([entry for entry in entries if entry is not None], schema=SCAN_SCHEMA)
     return ShardScan(name, size, rows)
@@ -186,7 +186,7 @@ def list_shards(location: str) -> list[str]:
             filesystem, inner = filesystem_of(location)
             listed = with_retries(lambda: filesystem.ls(inner, detail=False))
             found = [path.rstrip("/").rpartition("/")[2] for path in listed]
-        except REMOTE_ERRORS as error:
+        except OSError as error:
             raise DataError(
                 f"cannot list {location} ({error}); name the shards: {location}/NAME-{{000..123}}.tar"
             ) from error

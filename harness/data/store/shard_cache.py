@@ -130,17 +130,12 @@ def open_reader(location: str, shards: Sequence[ShardInfo], cache_dir: str | Non
 
 
 def _check_shards(folder: Path, shards: Sequence[ShardInfo]) -> None:
-    for shard in shards[:_CHECKED_AT_OPEN]:
-        try:
-            size = (folder / shard.name).stat().st_size
-        except FileNotFoundError:
-            raise DataError(f"shard {folder / shard.name} is missing; restore it or index the folder again") from None
-        if size != shard.size:
-            word = "truncated" if size < shard.size else "longer than indexed"
-            raise DataError(
-                f"shard {folder / shard.name} is {word}: {size} bytes, the index says {shard.size}; "
-                "restore it or index the folder again"
-            )
+    for name, size in shards[:_CHECKED_AT_OPEN]:
+        path = folder / name
+        there = path.stat().st_size if path.exists() else None
+        if there != size:
+            what = "is missing" if there is None else f"has {there} bytes, the index says {size}"
+            raise DataError(f"shard {path} {what}; restore it or index the folder again")
 
 
 def open_cache(cache_dir: Path) -> Path:

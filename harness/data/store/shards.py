@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
-import aiohttp
 import fsspec
 import fsspec.asyn
 
@@ -23,8 +22,6 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store.card import open_local
 
 T = TypeVar("T")
-REMOTE_ERRORS = (OSError, aiohttp.ClientError, asyncio.TimeoutError)
-"""What fsspec's file systems raise when the network or the server fails."""
 _MAX_OPEN_FILES = 256  # of a process: `ulimit -n` is often 1024
 _NUM_TRIES = 6  # of a remote read: some 6 s of pauses in all
 _MAX_REQUESTS = 64  # under way at once, per process

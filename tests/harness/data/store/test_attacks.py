@@ -253,14 +253,14 @@ def test_a_header_that_claims_what_is_not_there_is_refused(side: int, kind: str,
         decode(claiming(kind, side, **options))
 
 
-def test_only_formats_that_the_page_names_are_read() -> None:
+def test_only_formats_that_the_page_names_and_eight_bits_are_read() -> None:
     for kind in ("eps", "ico", "icns", "pcx", "sgi", "jpeg2000", "tga"):
         with pytest.raises(UndecodableImageError):
             decode(saved(Image.new("RGB", (32, 32)), kind))
-    for photometric in (0, 1):
-        grey = Image.fromarray(np.full((4, 4), 60_000, np.uint16))
+    grey = np.linspace(0, 65535, 35).astype(np.uint16).reshape(5, 7)
+    for values, kind in ((grey, "png"), (grey, "ppm"), (grey, "tiff"), (grey.astype(np.float32), "tiff")):
         with pytest.raises(UndecodableImageError, match="8 bits"):
-            decode(saved(grey, "tiff", tiffinfo={262: photometric}))
+            decode(saved(Image.fromarray(values), kind))
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "gif", "tiff"])
