@@ -97,7 +97,9 @@ def import_weights(
     wanted = {name: shape for name, shape in shapes.items() if is_whole or name.startswith(BACKBONE)}
     check_shapes(body, wanted, source)
     run_config = _published_recipe(section, images_seen)
-    origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": _sha256(source)}
+    with source.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": sha256}
     with written_dir_aside(run_path) as folder:
         run = RunDir(folder)
         if kept_head:
@@ -212,11 +214,6 @@ def _row(config: RunConfig, images_seen: int) -> dict[str, Any]:
     row["flops_train"] = row["flops_per_image"] * images_seen
     row["flops_6nd"] = 6 * row["params_total"] * num_tokens * images_seen
     return row
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 assert set(PUBLISHED_IMAGES_SEEN) == set(RELEASED_SIZES)

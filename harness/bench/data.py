@@ -96,12 +96,6 @@ def bare_reader(data: bytes, box: Box) -> torch.Tensor:
     return resized.flip(-1) if flip else resized
 
 
-def _bare_turn(work: Sequence[tuple[bytes, Box]], first: int) -> None:
-    """Read the next images from `first` on, over and over the same ones."""
-    for i in range(first, first + TURN):
-        bare_reader(*work[i % len(work)])
-
-
 def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
     """Image files in memory with a crop each, drawn as the stream draws them."""
     dataset = stream.datasets[0]
@@ -126,7 +120,8 @@ def _turn_times(
         start = time.thread_time()
         stream.batch(range(first, first + TURN))
         between = time.thread_time()
-        _bare_turn(work, first)
+        for i in range(first, first + TURN):  # over and over the same images
+            bare_reader(*work[i % len(work)])
         ours.append(between - start)
         limit.append(time.thread_time() - between)
         first += TURN

@@ -188,7 +188,7 @@ def info(folder: Annotated[str, typer.Argument(help="Folder or URL with an index
         ("images", f"{facts.num_samples:,}, {facts.num_bad:,} undecodable"),
         ("shards", f"{facts.num_shards:,} at {dataset.location}, {facts.total_bytes / 1e6:,.1f} MB"),
     ]
-    if dataset.num_usable:
+    if facts.num_usable:
         shorter = np.minimum(*dataset.sides(dataset.usable()))
         spread = f"median {int(np.median(shorter)):,} px, within {shorter.min():,}..{shorter.max():,}"
         lines.append(("shorter side", spread))

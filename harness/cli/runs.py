@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
+import yaml
 
 app = typer.Typer(help="Import, export and describe official AIM weights.", no_args_is_help=True, add_completion=False)
 
@@ -121,15 +122,5 @@ def info(
     """Describe a weight file from its names and shapes."""
     from aimscale.harness.weights import describe_weights
 
-    facts: dict[str, Any] = describe_weights(file)
-    if as_json:
-        typer.echo(json.dumps(facts, indent=1))
-        return
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{part} {count:,}" for part, count in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        elif isinstance(value, int) and not isinstance(value, bool):
-            value = f"{value:,}"
-        typer.echo(f"{name.replace('_', ' '):<22}{value}")
+    facts = describe_weights(file)
+    typer.echo(json.dumps(facts, indent=1) if as_json else yaml.safe_dump(facts, sort_keys=False), nl=as_json)

@@ -11,7 +11,6 @@ import io
 import struct
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +28,8 @@ MAX_IMAGE_SIDE = 65_535
 """Longest side, pixels: JPEG's own bound."""
 
 
-class _Mode(NamedTuple):
-    """What libraries call a number of channels."""
-
-    torchvision: ImageReadMode
-    pillow: str
-    simplejpeg: str
-
-
-_MODES = {1: _Mode(ImageReadMode.GRAY, "L", "GRAY"), 3: _Mode(ImageReadMode.RGB, "RGB", "RGB")}
+_MODES = {1: "GRAY", 3: "RGB"}
+"""What simplejpeg and torchvision call a number of channels."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 """Pillow's names of what is read: it knows others, and starts a program for one of them."""
 _JPEG_START = b"\xff\xd8"
@@ -71,25 +63,13 @@ def decode_interleaved(data: bytes, channels: int = 3) -> npt.NDArray[np.uint8]:
     return _decode_other(data, channels).permute(1, 2, 0).contiguous().numpy() if pixels is None else pixels
 
 
-def decode_into(buffer: npt.NDArray[np.uint8], data: bytes, channels: int = 3) -> npt.NDArray[np.uint8]:
-    """`decode_interleaved` to the front of a flat buffer, if it is a JPEG that the buffer holds; else to new memory.
-
-    simplejpeg decodes nothing that is larger than its buffer, so that a JPEG needs no look at its header before.
-    """
-    try:
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, _MODES[channels].simplejpeg, buffer=buffer)
-    except ValueError:
-        return decode_interleaved(data, channels)
-    return pixels
-
-
 def _decode_jpeg(data: bytes, channels: int) -> npt.NDArray[np.uint8] | None:
     """None: no JPEG, or a variant that simplejpeg does not know, CMYK for one; other decoders fill what is cut off."""
     if data[:2] != _JPEG_START:
         return None
     try:
         _refuse_large(*simplejpeg.decode_jpeg_header(data)[:2])
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, _MODES[channels].simplejpeg)
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, _MODES[channels])
     except ValueError as error:
         if "premature end" in str(error).lower():
             raise UndecodableImageError(str(error)) from error
@@ -99,16 +79,17 @@ def _decode_jpeg(data: bytes, channels: int) -> npt.NDArray[np.uint8] | None:
 
 def _decode_other(data: bytes, channels: int) -> torch.Tensor:
     """`decode` of what is no JPEG, or a rare one."""
-    mode = _MODES[channels]
     if data[:8] == _PNG_START and len(data) > 33 and data[25] in _NO_ALPHA and b"tRNS" not in data:
         _refuse_large(*struct.unpack(">II", data[16:24]))  # Pillow takes long to find as much
         with contextlib.suppress(RuntimeError, ValueError):  # damaged, or a variant that torchvision does not know
-            image: torch.Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode.torchvision)
+            image: torch.Tensor = decode_image(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode[_MODES[channels]]
+            )
             if image.dtype == torch.uint8:
                 return image
     try:
         with _opened(data) as picture:
-            pixels = np.array(_on_white(picture).convert(mode.pillow))
+            pixels = np.array(_on_white(picture).convert("L" if channels == 1 else "RGB"))
     except UndecodableImageError:
         raise
     except Exception as error:  # Pillow raises many types on broken bytes, SyntaxError and struct.error among them

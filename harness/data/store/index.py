@@ -66,17 +66,12 @@ class ShardDataset:
         """The tar files."""
         return _shard_infos(self.index.shards)
 
-    @property
-    def num_usable(self) -> int:
-        """Number of decodable images."""
-        return self.info.num_usable
-
     def usable(self, numbers: npt.ArrayLike | None = None) -> I64:
-        """Sample numbers of the decodable images at `numbers` (0..num_usable-1), counted in index order; O(1).
+        """Sample numbers of the decodable images at `numbers` (0..info.num_usable-1), counted in index order; O(1).
 
         Of all of them by default, where they fit into memory.
         """
-        wanted = np.asarray(np.arange(self.num_usable) if numbers is None else numbers, dtype=np.int64)
+        wanted = np.asarray(np.arange(self.info.num_usable) if numbers is None else numbers, dtype=np.int64)
         return wanted + np.searchsorted(self.index.bad_before, wanted, side="right")
 
     def sides(self, samples: I64) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:

@@ -7,8 +7,7 @@ quota (after p positions a source of probability q has given p q images, within 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64, make_key, permute, random_bits
-from aimscale.harness.data.store.decoding import UndecodableImageError, decode_into
+from aimscale.harness.data.store.decoding import UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, box_draws, crop_resize_into, crop_resize_small
 from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, Stretch, content_digest
@@ -83,7 +82,7 @@ class _Source:
     def sample_numbers(self, slots: I64, epochs: I64) -> I64:
         """Sample numbers at `slots` (0..U-1) of `epochs`."""
         within = permute(slots, self.num_unique, random_bits(self.key, epochs))
-        return self.dataset.usable(permute(within, self.dataset.num_usable, make_key("subset")))
+        return self.dataset.usable(permute(within, self.dataset.info.num_usable, make_key("subset")))
 
 
 class _Drawn(NamedTuple):
@@ -192,13 +191,11 @@ class TrainStream(Stream):
             boxes = Boxes(*(values[group] for values in drawn.boxes))
             images[rows[group]] = crop_resize_small(whole, boxes, self._size)
         box_of = list(zip(*(values.tolist() for values in drawn.boxes), strict=True))
-        buffer = np.empty(int((height.astype(np.int64) * width)[large].max(initial=0)) * self._channels, dtype=np.uint8)
-        decode: Callable[[bytes, int], npt.NDArray[np.uint8]] = functools.partial(decode_into, buffer)
         decoded: list[int] = []
         sides: list[tuple[int, ...]] = []
         for i in large:
             try:
-                pixels = decode(data[i], self._channels)
+                pixels = decode_interleaved(data[i], self._channels)
             except UndecodableImageError:
                 failed.append(i)
                 continue

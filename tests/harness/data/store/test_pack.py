@@ -15,7 +15,7 @@ from PIL import Image
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import bundled
 from aimscale.harness.data.store.columns import SAMPLE
-from aimscale.harness.data.store.decoding import crop_centre, decode, decode_interleaved, decode_into
+from aimscale.harness.data.store.decoding import crop_centre, decode
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.sweeps.cli.main import main
@@ -196,18 +196,6 @@ def test_bundled_splits_share_no_pixel(tmp_path: Path, monkeypatch: pytest.Monke
     mixed = sets["validation"]
     digits = np.isin(mixed.index.checksum, sets["digits-validation"].index.checksum)
     assert digits.reshape(-1, 5).sum(1).tolist() == [1] * 17
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", ["jpeg", "png"])
-def test_an_image_is_decoded_to_a_buffer_that_holds_it_and_else_to_memory_of_its_own(kind: str, channels: int) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8))
-    data, size = saved(image, kind), 30 * 41 * channels
-    for room in (size, size + 1, size - 1, 0):
-        buffer = np.zeros(room, dtype=np.uint8)
-        pixels = decode_into(buffer, data, channels)
-        assert np.array_equal(pixels, decode_interleaved(data, channels))
-        assert np.shares_memory(pixels, buffer) == buffer.any() == (kind == "jpeg" and room >= size)
 
 
 def test_a_strip_is_cropped_before_it_is_enlarged() -> None:

@@ -116,7 +116,7 @@ def test_index_records_undecodable_images(tmp_path: Path) -> None:
     index_shards(str(tmp_path), tmp_path)
     dataset = open_dataset(tmp_path)
     assert dataset.usable().tolist() == dataset.usable(np.arange(2)).tolist() == [0, 3]
-    assert dataset.info.num_bad == dataset.num_usable == 2
+    assert dataset.info.num_bad == dataset.info.num_usable == 2
     command = [sys.executable, "-m", "aimscale", "data", "info", f"file://{tmp_path}"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, "a thread of Arrow's that outlives the last line would abort it (134)"

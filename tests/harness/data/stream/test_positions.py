@@ -340,15 +340,10 @@ def test_small_images_are_decoded_once_and_others_each_time(
 
 def test_eval_images_are_centre_crops(large_set: Path, configure: Configure) -> None:
     dataset = open_dataset(large_set)
-    images = eval_images(dataset, [3, 0], configure().training.model, 1.0)
-    assert images.shape == (2, 3, 32, 32)
-    raw = dataset.decode(3).float()
-    assert abs(denormalise(images[0]).float().mean() - raw.mean()) < 25
-    assert torch.equal(images[1], eval_images(dataset, [0], configure().training.model, 1.0)[0])
     # the authors' way: the shorter side to ceil(32 / 0.875), then the middle 32 px of both sides
     resized = resize_shorter_side(dataset.decode(3), 37)
     top, left = ((side - 32) // 2 for side in resized.shape[-2:])
-    (cropped,) = denormalise(eval_images(dataset, [3], configure().training.model, 0.875))
+    _, cropped = denormalise(eval_images(dataset, [0, 3], configure().training.model, 0.875))
     assert torch.equal(cropped, resized[:, top : top + 32, left : left + 32])
 
 
