@@ -44,7 +44,6 @@ def launch(
     retry: bool = False,
     shows: bool = True,
     command: Command | None = None,
-    check: Callable[[Sweep, Sequence[Run]], None] = refuse,
 ) -> LaunchResult:
     """Execute here what is missing, resume what died, skip what is done; returns when nothing is left to start.
 
@@ -59,7 +58,6 @@ def launch(
         retry: clear failures first.
         shows: whether to show progress, on a terminal as a live table; else events alone are printed.
         command: replaces the program that executes a run.
-        check: looks at what the runs that would start need.
 
     Raises:
         SweepError, ConfigError: the sweep cannot be planned, its runs would fail on something that is known before
@@ -68,7 +66,7 @@ def launch(
     started = time.time()
     loaded, runs, cards = planned(sweep, root)
     machine = this_machine(runs, devices=devices, per_device=per_device)
-    begin(loaded, runs, retry=retry, check=check)
+    begin(loaded, runs, retry=retry)
     until = float("inf")
     if hours is not None:
         # What runs must have saved when the time is up; of a short time, half is for that.
@@ -79,15 +77,13 @@ def launch(
     return replace(result, unplanned=unplanned(loaded, runs))
 
 
-def begin(
-    sweep: Sweep, runs: Sequence[Run], *, retry: bool, check: Callable[[Sweep, Sequence[Run]], None] = refuse
-) -> None:
+def begin(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
     """Check what a launch would start, make the sweep's directory, and free what was cancelled.
 
     Raises:
         SweepError, ConfigError: as `launch`.
     """
-    check(sweep, [run for run in runs if to_start(sweep, run, retry=retry)])
+    refuse(sweep, [run for run in runs if to_start(sweep, run, retry=retry)])
     prepare(sweep, runs)
     for run in runs:
         record = RunRecord(sweep.run_dir(run.run_id))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 import textwrap
@@ -43,9 +42,10 @@ def write_sweep(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def launch() -> Any:
+def launch(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A local launch of workers that read no data."""
-    return functools.partial(aimscale.sweeps.engine.launch.launch, check=lambda sweep, runs: None)
+    monkeypatch.setattr(aimscale.sweeps.engine.launch, "refuse", lambda *_: None)
+    return aimscale.sweeps.engine.launch.launch
 
 
 @pytest.fixture
@@ -61,11 +61,10 @@ def stand_in() -> Any:
 PROGRAM = """
     import sys
     from pathlib import Path
-    from aimscale.sweeps.engine.launch import launch
+    from aimscale.sweeps.engine import launch
+    launch.refuse = lambda *_: None
     command = lambda path, _: [sys.executable, {stand_in!r}, str(path), {behaviour!r}]
-    did = launch(
-        {path!r}, Path({root!r}), devices={devices}, shows=False, command=command, check=lambda *_: None
-    )
+    did = launch.launch({path!r}, Path({root!r}), devices={devices}, shows=False, command=command)
     print("stopped" if did.interrupted else "done", len(did.finished))
 """
 

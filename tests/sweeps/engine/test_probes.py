@@ -18,7 +18,6 @@ from aimscale.harness.probe.run import probe_baseline, probe_run
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import model_of
-from aimscale.sweeps.engine.launch import launch
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -109,9 +108,9 @@ def test_baselines_reach_a_table_of_their_own_and_the_comparison(trained: Any) -
     assert not (sweep.directory / "baselines.parquet").exists()
 
 
-def test_a_launch_evaluates_what_is_trained_and_not_evaluated(trained: Any, capsys: Any) -> None:
+def test_a_launch_evaluates_what_is_trained_and_not_evaluated(trained: Any, launch: Any, capsys: Any) -> None:
     sweep, runs = trained()
-    did = launch(sweep, devices=2, shows=False, check=lambda *_: None)
+    did = launch(sweep, devices=2, shows=False)
     assert (did.interrupted, sorted(did.evaluated)) == (False, sorted(run.run_id for run in runs))
     for run in runs:
         assert [len(row["probes"]) for row in RunDir(sweep.run_dir(run.run_id)).read_rows()] == [1, 1]

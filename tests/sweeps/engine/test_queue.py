@@ -133,14 +133,16 @@ def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_queue(
     assert "SLURM_STEP_NUM_TASKS" not in told
 
 
-def test_what_cannot_start_makes_nothing(write_sweep: Any, tmp_path: Path, stand_in: Any, launch: Any) -> None:
+def test_what_cannot_start_makes_nothing(
+    write_sweep: Any, tmp_path: Path, stand_in: Any, request: pytest.FixtureRequest
+) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     with pytest.raises(UserError, match="data/train"):
         aimscale.sweeps.engine.launch.launch(sweep, devices=1)
     assert not sweep.root.exists()
     (tmp_path / "root").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="--root"):
-        launch(sweep, devices=1, command=stand_in())
+        request.getfixturevalue("launch")(sweep, devices=1, command=stand_in())
 
 
 def test_three_workers_and_a_launch_execute_each_run_once(write_sweep: Any, start: Any) -> None:
@@ -171,7 +173,7 @@ def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
     assert (did.interrupted, did.stopped_by) == (True, None)
     assert next(jumps, None) is None, "not before that"
     assert [record.read_status().state for record in records] == ["preempted", "preempted"]
-    monkeypatch.undo()
+    monkeypatch.setattr(queue, "time", time)
     did = launch(sweep, devices=1, command=stand_in())
     assert (did.interrupted, sorted(did.finished)) == (False, sorted(record.path.name for record in records))
 
