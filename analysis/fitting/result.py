@@ -186,9 +186,11 @@ class Fit(Result):
         return pd.DataFrame({**out, "beyond_range": factor}, index=df.index if isinstance(df, pd.DataFrame) else None)
 
     def shown(self, name: str, digits: int = 4) -> str:
-        """A parameter as text: digits with its interval, or the words "not identified"."""
+        """A parameter as text: digits with its interval, a bound, or the words "not identified"."""
         if name in self.not_identified:
             return NOT_IDENTIFIED
+        if any(flag.kind == "from_above" and flag.subject == name for flag in self.flags):
+            return f"at most {self.intervals[name].high:.{digits}g}"
         text = f"{self.params[name]:.{digits}g}"
         if name in self.fixed:
             return f"{text} (held)"

@@ -12,7 +12,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.design import design_columns, held_equal, varies
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.words import Flag
+from aimscale.analysis.words import MAX_NAMED, Flag
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
 
@@ -84,12 +84,23 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     equal = held_equal(rows, free={"L", "val_loss", y, *tuned})
     kept = rows.loc[np.sort(rows.groupby(equal, dropna=False)[y].idxmin().to_numpy())]
     if len(kept) == len(rows):
+        also = [their_name(rows, name) for name in equal if _parts(rows, equal, name)]
+        why = f"; name what was tuned with it, too: {', '.join(also[:MAX_NAMED])}" if also else ""
         raise AnalysisError(
-            f"--best-of {', '.join(names)}: no two rows differ in nothing else, so there is no choice; name what was "
-            "tuned with it, too"
+            f"--best-of {', '.join(names)}: no two rows differ in nothing else, so there is no choice{why}"
         )
     left_out = Exclusion(kind="best of", subject=", ".join(names), number=len(rows) - len(kept))
     return remember(kept.reset_index(drop=True), left_out=(*unusable, left_out))
+
+
+SCALE_OF_RUNS = ("size", "params_total", "N", "images_seen", "D", "unique_images", "U", "seed")
+"""Columns that a scaling table varies on purpose, so that nobody tunes them."""
+
+
+def _parts(rows: pd.DataFrame, equal: Sequence[str], name: str) -> bool:
+    """Whether rows would be of one cell but for a column, which is no scale."""
+    others = [each for each in equal if each != name]
+    return name not in SCALE_OF_RUNS and rows.groupby(others, dropna=False).ngroups < len(rows)
 
 
 def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:

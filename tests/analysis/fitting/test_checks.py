@@ -47,6 +47,8 @@ def test_one_flag_a_parameter_and_it_lies_beside_it(grid):
         result = fit("chinchilla", each, resamples=200)
         about = [flag.subject for flag in result.flags if flag.subject in result.params]
         assert len(about) == len(set(about))
+        bounded = {flag.subject for flag in result.flags if flag.kind == "from_above"} - result.not_identified
+        assert all(result.shown(name).startswith("at most ") for name in bounded)
         kinds += [flag.kind for flag in result.flags]
     assert kinds.count("from_above") > 1
 
