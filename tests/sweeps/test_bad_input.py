@@ -203,7 +203,7 @@ TABLE = {
 @pytest.mark.parametrize(
     ("line", "subject"),
     [
-        ("fit {table} --law power:D --resamples 0 --figure {folder}/nowhere/a", "nowhere/a.svg"),
+        ("fit {table} --law power:D --resamples 0 --figure {table}/a", "table.csv"),
         ("fit {table} --law power:D --hold-out D:-1", "--hold-out"),
         ("fit {folder}/utf16.csv", "utf16.csv"),
         ("fit {folder}/semicolons.csv", "semicolons.csv"),
