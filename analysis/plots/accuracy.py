@@ -203,7 +203,9 @@ def _loss_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Sequence[
         for c in correlations
         if c.partial_on is None and c.within is None
     ]
-    text = "\n".join(lines)  # where few points are: accuracy falls with the loss
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + (0.02 + 0.055 * len(lines)) * (high - low))  # room for the words above the points
+    text = "\n".join(lines)
     ax.text(0.98, 0.98, text, transform=ax.transAxes, ha="right", va="top", fontsize=5.5, color=INK, bbox=BOX)
 
 
