@@ -164,7 +164,8 @@ class LocalReader:
 
     def _read(self, name: str, offset: int, size: int) -> bytes:
         try:
-            return os.pread(_opened(self._number, self._folder / name).fileno(), size, offset)
+            file = _opened(self._number, self._folder / name)  # held while it is read: it closes with its last holder
+            return os.pread(file.fileno(), size, offset)
         except OSError as error:
             raise _of_shard(error, name) from error
 

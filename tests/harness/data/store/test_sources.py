@@ -16,9 +16,11 @@ import pytest
 from PIL import Image
 
 from aimscale.harness.data import DataError
+from aimscale.harness.data.store import shards
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.store.shard_cache import CACHE_FOLDER, CachedReader
+from aimscale.harness.data.store.shards import LocalReader
 from aimscale.harness.data.stream.held_out import count_shared
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
@@ -40,6 +42,13 @@ def aimscale(*arguments: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*arguments])
     assert stopped.value.code == 0
+
+
+def test_a_file_stays_open_while_it_is_read_whoever_else_opens_it(tmp_path, monkeypatch):
+    (tmp_path / "a.tar").write_bytes(b"0123456789")
+    # of two threads that open a file at once, the cache keeps one's: the other's closes with its last holder
+    monkeypatch.setattr(shards, "_opened", lambda reader, path: path.open("rb", buffering=0))
+    assert LocalReader(tmp_path).read_many([("a.tar", 2, 3)]) == [b"234"]
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
