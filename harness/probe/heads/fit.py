@@ -30,7 +30,7 @@ from aimscale.harness.probe.features.extraction import (
 )
 from aimscale.harness.probe.features.images import Task
 from aimscale.harness.probe.features.tasks import L2S, BlockSet, bytes_per_set, number_of_steps, sets_per_round
-from aimscale.harness.probe.heads.logistic import WIDEST, solve
+from aimscale.harness.probe.heads.logistic import LEAST_PER_CHANNEL, WIDEST, solve
 from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, best, beyond, together, tried
 from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, LinearStack, StackedAdamW
 
@@ -245,7 +245,7 @@ class GridFit:
             return total
 
         covariance = None
-        if stack.mean.shape[2] <= WIDEST:
+        if stack.mean.shape[2] <= min(WIDEST, len(images) / LEAST_PER_CHANNEL):
             covariance = stack.mean.new_zeros(len(this.own), *2 * stack.mean.shape[2:])
             for micro, outputs in self._outputs(this.source, plan):
                 vectors = (self._tokens(outputs, micro.images, this.own)[:, :, 0] - stack.mean) * stack.rstd

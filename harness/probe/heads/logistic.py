@@ -16,16 +16,17 @@ from torch import Tensor
 
 from aimscale.harness.probe.heads.stacks import LinearStack
 
-MOST_PASSES = 200
+MOST_PASSES = 60
 """Over the images."""
-ENOUGH = 1e-6
+ENOUGH = 1e-5
 """Nats: a head is done when another step promises less of its loss."""
 NUM_PAIRS = 8
 """Steps that the curvature is guessed from."""
 SUFFICIENT = 1e-4
 """Share of the promised descent that a step must make, else it is halved (Armijo)."""
-WIDEST = 4096
-"""Channels up to which the covariance is taken apart; of wider features (raw pixels) only variances are made equal."""
+WIDEST, LEAST_PER_CHANNEL = 4096, 2
+"""The covariance is taken apart up to so many channels, and from so many images a channel on. Of wider features, or
+fewer images (raw pixels), only variances are made equal: eigenvectors would cost more than the passes they save."""
 
 
 def solve(
