@@ -119,6 +119,6 @@ def list_pcam(source: Path, split: str) -> Listing:
             raise ValueError(f"{path.name} holds something else than {name}, four-dimensional, of bytes")
         found.append(values)
     images, labels = found
-    if images.shape[3] != 3 or images.shape[1:3] > (MAX_IMAGE_SIDE,) * 2 or labels.shape != (len(images), 1, 1, 1):
+    if images.shape[3] != 3 or max(images.shape[1:3]) > MAX_IMAGE_SIDE or labels.shape != (len(images), 1, 1, 1):
         raise ValueError(f"its arrays are {images.shape} and {labels.shape}")
     return Listing(source=source, images=images, labels=labels[:, 0, 0, 0].tolist(), classes=("normal", "tumor"))

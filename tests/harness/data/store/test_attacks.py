@@ -398,7 +398,7 @@ def test_a_damaged_benchmark_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "secret_1.jpg"]
 
 
-@pytest.mark.parametrize("damage", ["link", "virtual", "kind", "chunk"])
+@pytest.mark.parametrize("damage", ["link", "virtual", "kind", "chunk", "wide"])
 def test_a_file_of_arrays_that_reads_elsewhere_or_holds_something_else_is_refused(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +419,8 @@ def test_a_file_of_arrays_that_reads_elsewhere_or_holds_something_else_is_refuse
         elif damage == "chunk":
             chunks = (1, 10**4, 10**4, 3)
             file.create_dataset("x", chunks, np.uint8, maxshape=chunks, chunks=chunks, compression="gzip")
+        elif damage == "wide":
+            file.create_dataset("x", (1, 96, 10**6, 3), np.uint8, chunks=(1, 96, 96, 3))
         else:
             file["x"] = np.zeros((1, 96, 96, 3))
     with pytest.raises(DataError, match="as published"):
