@@ -21,6 +21,7 @@ from aimscale.harness.log.loggers import Logger, of_row
 from aimscale.harness.log.record import append_line
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone
+from aimscale.harness.probe.features.extraction import KeptFeatures
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, probe_place
@@ -71,7 +72,8 @@ class Points:
         line: dict[str, Any] = {"images_seen": images_seen, "lr": lr}
         if validation:
             line |= {"validation": validation} | self._loss(images_seen)
-        line["probes"] = [entry for section in probes for entry in self._entries(images_seen, section)]
+        kept = KeptFeatures()
+        line["probes"] = [entry for section in probes for entry in self._entries(images_seen, section, kept)]
         if group.device.type == "cuda":
             torch.cuda.empty_cache()  # what else lives on the device needs the room
         if group.is_first:
@@ -108,8 +110,8 @@ class Points:
             raise DivergedError(f"the validation loss at image {images_seen} is {losses.loss}; the weights diverged")
         return {column: value if math.isfinite(value) else None for column, value in losses.columns.items()}
 
-    def _entries(self, images_seen: int, section: ProbeSection) -> list[dict[str, Any]]:
-        """Entries of a row's probes."""
+    def _entries(self, images_seen: int, section: ProbeSection, kept: KeptFeatures) -> list[dict[str, Any]]:
+        """Entries of a row's probes; `kept` has the features of the task before, at these weights."""
         config = self._config
         copied = functools.partial(copied_model, self._engine, self._job.group, DTYPES[section.precision])
         return probe_backbone(
@@ -119,6 +121,7 @@ class Points:
             seed=config.training.seed,
             runtime=config.runtime,
             out=self._folder,
+            kept=kept,
             group=self._job.group,
             pause=self._job.pausing(),
         )
