@@ -208,9 +208,10 @@ def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
         return [], []
     done: list[str] = []
     failed: list[str] = []
+    chosen = {run.run_id for run in runs}
     for found in found_all:
         record = found.record
-        if found.run not in runs or not (found.startable or found.verdict == "running"):
+        if found.run.run_id not in chosen or not (found.startable or found.verdict == "running"):
             continue
         write_text(record.cancelled, "")
         if found.verdict != "running":
