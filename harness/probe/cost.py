@@ -17,7 +17,7 @@ from aimscale.aim.cost import (
 )
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.card import Look
-from aimscale.harness.device.memory import measuring_bytes
+from aimscale.harness.device.memory import ELEMENT_BYTES, measuring_bytes
 from aimscale.harness.probe.features.tasks import (
     CACHE_SHARE,
     COPIES,
@@ -35,7 +35,6 @@ from aimscale.harness.run.schedule import unchecked_schedule
 
 PASSES = 25
 """Over pooled features until linear heads are solved."""
-TOKEN_BYTES = {"fp32": 4, "bf16": 2}
 HEADS = ("linear", "attentive", "efficient")
 """Kinds that are trained on frozen features."""
 SHARE_DURING, MAX_POINTS = 0.03, 100
@@ -130,7 +129,7 @@ def _probe_cost(
     with_tokens = [kind for kind in HEADS if kind in frozen and (kind != "linear" or on_views)]
     sets = len(block_sets(model.depth)[0])
     fit, held = train * (1 - HOLDOUT_FRACTION), train * HOLDOUT_FRACTION
-    values = TOKEN_BYTES[section.precision] * model.depth * model.num_tokens * model.width
+    values = ELEMENT_BYTES[section.precision] * model.depth * model.num_tokens * model.width
     is_kept = not on_views and train * values <= CACHE_SHARE * memory_bytes * ranks
     copies = 1 if is_kept else COPIES
     one_set = bytes_per_set(with_tokens, copies * len(section.lrs), model.width, num_classes, is_solved=False)

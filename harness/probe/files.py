@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.harness.data.store.card import fingerprint
-from aimscale.harness.run.config import ProbeSection, RunConfig
+from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_json
 
@@ -56,10 +56,14 @@ def _content(path: Path, size: int, mtime_ns: int) -> str:
     return digest.hexdigest()
 
 
+def validation_settings(section: ValidationSection) -> str:
+    """Settings and images (`*` where they cannot be looked at) of a validation, with a dot between."""
+    return f"{section.digest}.{fingerprint(section.path) or '*'}"
+
+
 def validation_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
-    """Settings, images (`*` where they cannot be looked at) and weights of a budget's validation, with dots between."""
-    section = config.evaluation.validation
-    return f"{section.digest}.{fingerprint(section.path) or '*'}.{weights_content(run, images_seen)}"
+    """`validation_settings` and the weights of a budget's validation."""
+    return f"{validation_settings(config.evaluation.validation)}.{weights_content(run, images_seen)}"
 
 
 def task_key(backbone: str, section: ProbeSection, train: str | None, test: str | None, seed: int) -> Key:

@@ -76,10 +76,10 @@ def probe_backbone(
     Raises:
         ProbeError: unlabelled or unmatched data, too few images, features that are not finite or have no room.
     """
-    is_causal = section.attention == "causal"
-    if is_causal and not isinstance(backbone, AimBackbone):
+    if isinstance(backbone, AimBackbone):
+        backbone.is_causal = section.attention == "causal"
+    elif section.attention == "causal":
         raise ProbeError(f"{backbone.name} has no causal attention; leave task '{section.task}' out")
-    backbone.is_causal = is_causal
     if impossible := [kind for kind in section.kinds if kind in backbone.impossible]:
         raise ProbeError(f"{backbone.name} cannot have probes of kind '{impossible[0]}'; leave that kind out")
     train, test = open_task(section, model_section, runtime)

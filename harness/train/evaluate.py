@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from aimscale.harness.data.store.index import DataError, open_dataset
+from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
 from aimscale.harness.data.stream.held_out import refuse_overlap
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.job import Job
@@ -53,7 +53,9 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
         owed = group.from_first(functools.partial(_entered, run, config, budget))
         if any(each.what == "validation" for each in owed):
             job.tell(durable=False, phase=f"validate at {budget:,}", heartbeat=time.time())
-            held_out = held_out or open_held_out(config, group)
+            if held_out is None:
+                held_out = open_held_out(config, group)
+                group.from_first(functools.partial(_compare, config, held_out.dataset))
             _validate(run, config, group, budget, held_out, pause)
         if tasks := [each.section for each in owed if each.section]:
             job.tell(durable=False, phase=f"probe at {budget:,}", heartbeat=time.time())
@@ -75,21 +77,21 @@ def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Lacking]:
 
 
 def open_held_out(config: RunConfig, group: Group) -> HeldOut:
-    """The validation images; refused where some are among the training images, as far as those are available."""
-    cache_dir, cache_gb, section = config.runtime.cache_dir, config.runtime.cache_gb, config.evaluation.validation
-    held_out = open_dataset(section.path, cache_dir=cache_dir, cache_gb=cache_gb)
+    """The validation images."""
+    runtime, section = config.runtime, config.evaluation.validation
+    dataset = open_dataset(section.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
+    return HeldOut(dataset, section, config.training.model, group)
 
-    def compare() -> None:
-        try:
-            sources = config.training.data.sources
-            pools = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in sources]
-        except DataError as error:
-            print(f"validation images were not compared with training images: {error}", flush=True)
-        else:
-            refuse_overlap(pools, held_out)
 
-    group.from_first(compare)
-    return HeldOut(held_out, section, config.training.model, group)
+def _compare(config: RunConfig, held_out: ShardDataset) -> None:
+    """Refuse validation images that are among the training images, as far as those are available."""
+    runtime, sources = config.runtime, config.training.data.sources
+    try:
+        pools = [open_dataset(each.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb) for each in sources]
+    except DataError as error:
+        print(f"validation images were not compared with training images: {error}", flush=True)
+    else:
+        refuse_overlap(pools, held_out)
 
 
 def _validate(run: RunDir, config: RunConfig, group: Group, budget: int, held_out: HeldOut, pause: Pause) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import time
@@ -55,6 +56,7 @@ class Trainer:
         self.stream = run_on_all_ranks(
             group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
+        look = functools.cache(data_set)
         self.plan = execution_plan(
             self.model_config,
             training.optimiser,
@@ -62,7 +64,7 @@ class Trainer:
             world_size=group.world_size,
             device_bytes=group.from_first(group.memory_bytes),
             host_bytes=group.from_first(group.host_memory_bytes) if group.device.type == "cuda" else None,
-            measuring=(measuring := group.from_first(lambda: bytes_during(config, data_set))),
+            measuring=(measuring := group.from_first(lambda: bytes_during(config, look))),
         )
         if measuring and not self.plan.measures and group.is_first:
             print("the device has no room beside training to measure during it: nothing is", flush=True)
@@ -82,7 +84,7 @@ class Trainer:
         self.recorder = Recorder(run, config, group, self.model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
         beside = dataclasses.replace(job, group=group.beside(self.plan.held_bytes))
-        self.points = Points(run, config, beside, self.engine, loggers)
+        self.points = Points(run, config, beside, self.engine, look=look, loggers=loggers)
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""
@@ -189,12 +191,15 @@ class Trainer:
         with self.recorder.feed.over(batches, self._wishes):
             while position < segment.stop:
                 self.watch.check()
-                self._measure(position, segment)
-                step = self.recorder.next_step()
-                if step.must_stop:
+                try:
+                    self._measure(position, segment)
+                    step = self.recorder.next_step()
+                    if step.must_stop:
+                        raise PreemptedError
+                except PreemptedError:
                     self._save(position, segment.branch)
                     self.writer.finish()
-                    raise PreemptedError
+                    raise
                 lr = self.schedule.lr(position, segment.branch)
                 with self.watch.step():
                     outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
@@ -213,13 +218,8 @@ class Trainer:
         if not (self.plan.measures and is_trunk and self.points.is_at(position)):
             return
         lr = self.schedule.lr(position - self.batch_size, segment.branch if is_cosine else None)
-        try:
-            with self.recorder.aside():
-                self.points.measure(position, lr)
-        except PreemptedError:
-            self._save(position, segment.branch)
-            self.writer.finish()
-            raise
+        with self.recorder.aside():
+            self.points.measure(position, lr)
 
     def _wishes(self) -> Wishes:
         """What this rank has to say before a step, asked once for each."""

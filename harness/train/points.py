@@ -7,6 +7,7 @@ gone.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import math
 import time
@@ -15,13 +16,14 @@ from typing import Any
 
 import torch
 
-from aimscale.harness.data.store.card import data_set, fingerprint
+from aimscale.harness.data.store.card import Look, data_set, fingerprint
 from aimscale.harness.device.job import Job
 from aimscale.harness.log.loggers import Logger, of_row
 from aimscale.harness.log.record import append_line
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone
 from aimscale.harness.probe.features.extraction import KeptFeatures
+from aimscale.harness.probe.files import validation_settings
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, probe_place
@@ -38,12 +40,19 @@ class Points:
     """What a run measures on its way; all ranks call it together."""
 
     def __init__(
-        self, run: RunDir, config: RunConfig, job: Job, engine: Engine, loggers: Sequence[Logger] = ()
+        self,
+        run: RunDir,
+        config: RunConfig,
+        job: Job,
+        engine: Engine,
+        *,
+        look: Look = data_set,
+        loggers: Sequence[Logger] = (),
     ) -> None:
         """Find out where the points are; `loggers` are of the first rank."""
         self._run, self._config, self._job, self._schedule = run, config, job, unchecked_schedule(config)
         self._engine, self._loggers = engine, loggers
-        self._distance = job.group.from_first(lambda: validation_distance(config, data_set))
+        self._distance = job.group.from_first(lambda: validation_distance(config, look))
         self._probes = [section for each in config.evaluation.probes if (section := each.during)]
         self._held_out: HeldOut | None = None
         self._folder = run.path / "probes" / "during"  # of the probes under way
@@ -72,8 +81,7 @@ class Points:
         line: dict[str, Any] = {"images_seen": images_seen, "lr": lr}
         if validation:
             line |= {"validation": validation} | self._loss(images_seen)
-        kept = KeptFeatures()
-        line["probes"] = [entry for section in probes for entry in self._entries(images_seen, section, kept)]
+        line["probes"] = [entry for each in DTYPES for entry in self._entries(images_seen, each, probes)]
         if group.device.type == "cuda":
             torch.cuda.empty_cache()  # what else lives on the device needs the room
         if group.is_first:
@@ -88,15 +96,17 @@ class Points:
     def _lacking(self, images_seen: int) -> tuple[str | None, Sequence[ProbeSection]]:
         """Name of the validation, None where none is due, and the probes that are."""
         there: dict[str, Any] = {point["images_seen"]: point for point in self._run.read_curve()}.get(images_seen, {})
-        section = self._config.evaluation.validation
-        name = f"{section.digest}.{fingerprint(section.path) or '*'}"
-        is_due = self._schedule.is_point(images_seen, self._distance) and there.get("validation") != name
+        name = validation_settings(self._config.evaluation.validation)
+        is_due = self._schedule.is_point(images_seen, self._distance)
+        is_due = is_due and not fnmatch.fnmatch(str(there.get("validation")), name)
         places = {probe_place(entry) for entry in there.get("probes", ())}
         probes = []
         for probe in self._probes:
             evaluation = probe.evaluation(fingerprint(probe.train), fingerprint(probe.test))
-            is_there = {(probe.task, kind, evaluation) for kind in probe.kinds} <= places
-            if self._schedule.is_point(images_seen, probe.every_images) and not is_there:
+            found = {
+                kind for task, kind, known in places if task == probe.task and fnmatch.fnmatch(str(known), evaluation)
+            }
+            if self._schedule.is_point(images_seen, probe.every_images) and not found >= set(probe.kinds):
                 probes.append(probe)
         return name if is_due else None, probes
 
@@ -110,18 +120,22 @@ class Points:
             raise DivergedError(f"the validation loss at image {images_seen} is {losses.loss}; the weights diverged")
         return {column: value if math.isfinite(value) else None for column, value in losses.columns.items()}
 
-    def _entries(self, images_seen: int, section: ProbeSection, kept: KeptFeatures) -> list[dict[str, Any]]:
-        """Entries of a row's probes; `kept` has the features of the task before, at these weights."""
-        config = self._config
-        copied = functools.partial(copied_model, self._engine, self._job.group, DTYPES[section.precision])
-        return probe_backbone(
-            AimBackbone(copied, f"{config.run_id}@{images_seen} trunk"),
-            section,
-            model_section=config.training.model,
-            seed=config.training.seed,
-            runtime=config.runtime,
-            out=self._folder,
-            kept=kept,
-            group=self._job.group,
-            pause=self._job.pausing(),
-        )
+    def _entries(self, images_seen: int, precision: str, probes: Sequence[ProbeSection]) -> list[dict[str, Any]]:
+        """Entries of a row's probes of one precision, from one copy of the weights."""
+        config, found = self._config, []
+        if some := [section for section in probes if section.precision == precision]:
+            copied = functools.partial(copied_model, self._engine, self._job.group, DTYPES[precision])
+            backbone, kept = AimBackbone(copied, f"{config.run_id}@{images_seen} trunk"), KeptFeatures()
+            for section in some:
+                found += probe_backbone(
+                    backbone,
+                    section,
+                    model_section=config.training.model,
+                    seed=config.training.seed,
+                    runtime=config.runtime,
+                    out=self._folder,
+                    kept=kept,
+                    group=self._job.group,
+                    pause=self._job.pausing(),
+                )
+        return found

@@ -50,7 +50,7 @@ class HeldOut:
         """Sample numbers, int64 (images,)."""
         self.own = np.arange(len(self.indices))[group.rank :: group.world_size]
         """Rows of `indices` that are this rank's."""
-        self._dataset, self._model_section, self._group = dataset, model_section, group
+        self.dataset, self._model_section, self._group = dataset, model_section, group
         shape = (len(self.own), model_section.channels, model_section.image_size, model_section.image_size)
         has_room = np.prod(shape, dtype=float) <= KEPT_SHARE * group.host_memory_bytes()
         self._kept = torch.empty(shape, dtype=torch.uint8) if has_room else None
@@ -62,7 +62,7 @@ class HeldOut:
         Raises:
             DataError: one cannot be read.
         """
-        return eval_images(self._dataset, self.indices[rows], self._model_section, self.section.centre_crop)
+        return eval_images(self.dataset, self.indices[rows], self._model_section, self.section.centre_crop)
 
     def passes(self, num_images: int) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Rows and normalised images of this rank, on its device, so many at a time; none where other ranks have more.
@@ -83,7 +83,7 @@ class HeldOut:
 
     def _decoded(self, part: slice) -> Tensor:
         rows = self.indices[self.own[part]]
-        pixels = eval_pixels(self._dataset, rows, self._model_section, self.section.centre_crop)
+        pixels = eval_pixels(self.dataset, rows, self._model_section, self.section.centre_crop)
         if self._kept is not None:
             self._kept[part] = pixels
         return pixels

@@ -49,8 +49,6 @@ class Backbone(Protocol):
     """Heads of the attentive probe: those of the trunk."""
     impossible: Sequence[str]
     """Kinds of probe that it cannot have."""
-    is_causal: bool
-    """Whether tokens see those before them alone; only AIM can, where it is set."""
 
     def use(self, dtype: torch.dtype) -> None:
         """Compute in this type from now on; fp32 is what the weights were given in."""
@@ -70,6 +68,7 @@ class AimBackbone:
 
     impossible: Sequence[str] = ()
     is_causal = False
+    """Whether tokens see those before them alone."""
 
     def __init__(self, load: Callable[[], AIM], name: str = "aim"):
         """`load` gives the float32 model on its device, a fresh one at each call."""
@@ -103,7 +102,6 @@ class PixelBackbone:
     num_blocks = 1
     num_heads = 1
     impossible: Sequence[str] = ("attentive", "efficient", "lora")  # one token an image: nothing to attend over
-    is_causal = False
 
     def __init__(self) -> None:
         self._dtype = torch.float32
@@ -128,7 +126,6 @@ class TimmBackbone:
     """
 
     impossible: Sequence[str] = ("lora",)
-    is_causal = False
 
     def __init__(self, model: Any, name: str, device: torch.device):
         self.name = name

@@ -89,7 +89,8 @@ class GridFit:
         """
         is_costly = isinstance(source, StreamedTokens)
         learns = (self.task.is_fit, np.ones_like(self.task.is_fit))
-        asked = self.asked(source)
+        # before it grows: strengths of L2 of what is solved, learning rates of what is trained
+        asked = L2S if isinstance(source, PooledFeatures) else self.task.section.lrs
         found: list[Candidate] = []
         more = list(kinds), list(sets), list(asked)
         while more[1]:
@@ -101,10 +102,6 @@ class GridFit:
             heads = self.task.group.gather(_head_of(each, kept))
             found[number] = replace(each, head=next(head.to(self._device) for head in heads if head is not None))
         return found
-
-    def asked(self, source: Features) -> tuple[float, ...]:
-        """The grid before it grows: strengths of L2 of what is solved, learning rates of what is trained."""
-        return L2S if isinstance(source, PooledFeatures) else self.task.section.lrs
 
     def _search(
         self,
@@ -119,13 +116,9 @@ class GridFit:
         """What was found and what these settings give; in rounds where the heads of all sets do not fit the ranks."""
         group = self.task.group
         memory_bytes = group.from_first(group.memory_bytes)
-        at_once = sets_per_round(
-            bytes_per_set(
-                kinds, len(grid) * len(learns), source.width, self.task.num_classes, self.asked(source) == L2S
-            ),
-            group.world_size,
-            memory_bytes,
-        )
+        num_values, is_solved = len(grid) * len(learns), isinstance(source, PooledFeatures)
+        one_set = bytes_per_set(kinds, num_values, source.width, self.task.num_classes, is_solved=is_solved)
+        at_once = sets_per_round(one_set, group.world_size, memory_bytes)
         for some in batched(range(len(sets)), at_once):
             done = self._trained(source, kinds, [sets[i] for i in some], grid, learns)
             known = {(each.kind, each.blocks, each.value) for each in found}
