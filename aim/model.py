@@ -79,10 +79,7 @@ class Trunk(nn.Module):
 
         `mask` is added to the scores of attention; None lets every token see all.
         """
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = _run(block, x, mask, recompute=self.recompute)
-        out: Tensor = self.post_trunk_norm(_run(last, x, mask, keep, recompute=self.recompute))
+        out: Tensor = self.post_trunk_norm(_run_all(self.blocks, x, mask, keep, recompute=self.recompute))
         return out
 
 
@@ -119,11 +116,7 @@ class PixelHead(nn.Module):
         if self.proj_in is not None and self.norm is not None:
             x = self.proj_in(x)
             if self.config.head.num_heads:
-                x = x + self.positions
-                *blocks, last = self.blocks
-                for block in blocks:
-                    x = _run(block, x, mask, recompute=self.recompute)
-                x = _run(last, x, mask, keep, recompute=self.recompute)
+                x = _run_all(self.blocks, x + self.positions, mask, keep, recompute=self.recompute)
             else:
                 x = x + self.positions[keep % self.config.num_tokens]
                 for block in self.blocks:
@@ -298,12 +291,8 @@ class AIM(nn.Module):
 
     def _predicted(self, patches: Tensor, is_given: Tensor, keep: Tensor) -> Tensor:
         """Float32 predictions (M, o) made at flat indices `keep`, b * N + k, from patches (B, N, o)."""
-        mask = None
-        if self.mask is None:
-            tokens = self.preprocessor.embed(patches)
-            mask = prefix_causal_mask(is_given, tokens.dtype)
-        else:
-            tokens = self.preprocessor.embed(patches, functools.partial(self.mask, is_given=is_given))
+        tokens = self.preprocessor.embed(patches, self.mask and functools.partial(self.mask, is_given=is_given))
+        mask = None if self.mask else prefix_causal_mask(is_given, tokens.dtype)
         tokens = self.trunk(tokens, mask, None if self.config.head.num_heads else keep)
         return self.pixel_head(tokens, keep, mask).float()
 
@@ -345,6 +334,14 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     """A CPU generator that depends on the seed and the name alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _run_all(blocks: nn.ModuleList, x: Tensor, mask: Tensor | None, keep: Tensor | None, *, recompute: bool) -> Tensor:
+    """Transformer blocks in a row, (B, N, d) to (B, N, d); or, of flat indices `keep` (M,) alone, to (M, d)."""
+    *first, last = blocks
+    for block in first:
+        x = _run(block, x, mask, recompute=recompute)
+    return _run(last, x, mask, keep, recompute=recompute)
 
 
 def _run(module: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:

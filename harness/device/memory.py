@@ -60,6 +60,8 @@ MAX_MICRO_BATCH_TOKENS = 65_536
 """More tokens in one forward pass than this gain no speed."""
 MIN_MICRO_BATCH = 8
 """A micro-batch smaller than this wastes the device; rather recompute activations or go one ZeRO stage up."""
+ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+"""Of a value."""
 EVAL_TOKENS = 16_384
 """Tokens of a forward pass that measures."""
 WORKSPACE_BYTES = 256 * 2**20
@@ -82,7 +84,7 @@ def held_bytes(config: ModelConfig, precision: Precision, *, zero_stage: int, wo
 
 def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
     """Bytes that one image's forward pass keeps for the backward pass; half of the tokens are scored, or the masked."""
-    element = 4 if precision == "fp32" else 2
+    element = ELEMENT_BYTES[precision]
     tokens, scored = config.num_tokens, _scored(config)
     head_width = 0 if config.head.is_linear else config.head.width
     # An MLP head sees scored tokens only, and so do the MLP of the block before it or, in a transformer head, the last.
@@ -106,7 +108,7 @@ def measuring_bytes(config: ModelConfig, precision: Precision, *, is_probed: boo
     A copy of the weights, the largest of them in float32, and a forward pass; for probes the outputs of all blocks, as
     they come, together, and in float32.
     """
-    element = 4 if precision == "fp32" else 2
+    element = ELEMENT_BYTES[precision]
     tokens, width = config.num_tokens, config.width
     sequence = max(_block_bytes(config, precision)) + 8 * config.channels * config.image_size**2 + element * tokens**2
     outputs = config.depth * tokens * width * (2 * element + 4) if is_probed else 0
@@ -121,7 +123,7 @@ def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
     norm's output, and the MLP before and after GELU (10 d); the attention's row sums in float32. The head's: the same,
     or the MLP's part alone.
     """
-    element, head = 4 if precision == "fp32" else 2, config.head
+    element, head = ELEMENT_BYTES[precision], config.head
     trunk = config.num_tokens * (16 * config.width * element + 4 * config.num_heads)
     if head.num_heads:
         return trunk, config.num_tokens * (16 * head.width * element + 4 * head.num_heads)
@@ -170,7 +172,7 @@ def execution_plan(
     Args:
         device_bytes: memory that a rank may plan for.
         host_bytes: its share of the host's memory, for the copy of a checkpoint; None where the device is the host.
-        measuring: `measuring_bytes`; 0 where nothing is measured during training. It changes no other choice.
+        measuring: `measuring_bytes`; 0 where nothing is measured during training. It changes no choice of the steps.
 
     Raises:
         DoesNotFitError: nothing fits.

@@ -17,7 +17,7 @@ import numpy as np
 
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir, State
-from aimscale.harness.run.row import configured_columns, setup_of
+from aimscale.harness.run.row import planned_columns
 
 NOT_PLOTTED = ("images_seen", "step", "branch", "time", "attempt")
 DECAYING = ("loss", "loss_max", "grad_norm", "lr", "images_done")
@@ -72,6 +72,7 @@ class WandbLogger:
         import wandb
 
         sweep = run.path.parent.parent.name if run.path.parent.name == "runs" else None
+        columns = planned_columns(config)
         about: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", "aimscale"),
             "id": config.run_id,
@@ -81,9 +82,7 @@ class WandbLogger:
             "group": os.environ.get("WANDB_RUN_GROUP", sweep),
             "job_type": "train",
             "tags": [config.training.model.size, *(f"D={budget}" for budget in config.evaluation.budgets)],
-            "config": config.model_dump(mode="json")
-            | configured_columns(config)
-            | {"setup": json.dumps(setup_of(config.training))},
+            "config": config.model_dump(mode="json") | columns | {"setup": json.dumps(columns["setup"])},
             "allow_val_change": True,  # budgets may be added
             "settings": {"finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_S))},
         }
@@ -154,13 +153,12 @@ def logging_to(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
     Raises:
         ConfigError: a logger's package is not installed, or W&B has no login.
     """
-    names = dict.fromkeys(config.runtime.loggers)
-    loggers = [TensorBoardLogger(run) if name == "tensorboard" else WandbLogger(run, config) for name in names]
-    try:
+    with contextlib.ExitStack() as stack:
+        loggers: list[Logger] = []
+        for name in dict.fromkeys(config.runtime.loggers):
+            loggers.append(TensorBoardLogger(run) if name == "tensorboard" else WandbLogger(run, config))
+            stack.callback(lambda logger: logger.close(run.read_status().state), loggers[-1])
         yield loggers
-    finally:
-        for logger in loggers:
-            logger.close(run.read_status().state)
 
 
 def of_line(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:

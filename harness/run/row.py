@@ -100,3 +100,8 @@ def setup_of(training: TrainingConfig) -> dict[str, Any]:
             if dotted not in SCALE_FIELDS and getattr(value, key) != field.get_default(call_default_factory=True):
                 setup[dotted] = getattr(value, key)
     return setup
+
+
+def planned_columns(config: RunConfig) -> dict[str, Any]:
+    """Everything about a run that its rows say, and was known before training: `configured_columns` and the set-up."""
+    return configured_columns(config) | {"setup": setup_of(config.training)}

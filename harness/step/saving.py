@@ -30,7 +30,7 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.fence import keeping_fence
 from aimscale.harness.run.files import aside_dir, new_dir_aside, publish_dir, remove_dir, write_json, written_aside
 from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, read_manifest, read_parts
-from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, fragment_of, part_of
+from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 from aimscale.harness.step.feed import run_on_all_ranks
 
 LOOK_S = 0.5
@@ -313,16 +313,16 @@ def copied_model(engine: Engine, group: Group, dtype: torch.dtype) -> AIM:
         model = AIM(engine.config)
     model = model.to(dtype).to_empty(device=group.device).requires_grad_(False).eval()
     model.fill_constants()
-    for fragment, whole in zip(engine.fragments(), _whole_weights(engine, group, everywhere=True), strict=True):
+    for fragment, whole in _whole_weights(engine, group, everywhere=True):
         model.get_parameter(fragment.name).copy_(whole.view(fragment.shape))
     return model
 
 
-def _whole_weights(engine: Engine, group: Group, *, everywhere: bool = False) -> Iterator[Tensor]:
+def _whole_weights(engine: Engine, group: Group, *, everywhere: bool = False) -> Iterator[tuple[Fragment, Tensor]]:
     """The float32 weights one after the other, flat, on the device: whole on the first rank, or on every rank."""
     for fragment in engine.fragments():
         if group.world_size == 1 or engine.options.zero_stage == 0:
-            yield fragment_of(fragment.flat, fragment)
+            yield fragment, fragment_of(fragment.flat, fragment)
             continue
         whole = torch.zeros(fragment.shape.numel(), device=group.device)
         if fragment.numel:
@@ -332,7 +332,7 @@ def _whole_weights(engine: Engine, group: Group, *, everywhere: bool = False) ->
             torch.distributed.all_reduce(bits)
         else:
             torch.distributed.reduce(bits, dst=0)
-        yield whole
+        yield fragment, whole
 
 
 def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, str] | None = None) -> None:
@@ -342,7 +342,7 @@ def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, s
     """
     layout = {fragment.name: (torch.float32, tuple(fragment.shape)) for fragment in engine.fragments()}
     # a tensor that numpy saw cannot give its memory back
-    gathered = (whole.to("cpu", copy=True) for whole in _whole_weights(engine, group))
+    gathered = (whole.to("cpu", copy=True) for _, whole in _whole_weights(engine, group))
     if group.is_first:
         with written_aside(path) as aside:
             write_safetensors(aside, layout, gathered, metadata)

@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.words import Flag
 from aimscale.harness.device.sheets import DECODED_PER_S
-from aimscale.harness.run.row import configured_columns, setup_of
+from aimscale.harness.run.row import planned_columns
 from aimscale.sweeps.cli.options import AsJson, Root, SweepName
 from aimscale.sweeps.plan.checks import check, refuse
 from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
@@ -49,7 +49,7 @@ def in_plateau(sweep: Sweep, runs: Sequence[Run]) -> tuple[Flag, ...]:
     from aimscale.analysis.table.read import read_curves
     from aimscale.analysis.table.schema import results_table
 
-    same = [configured_columns(run.config) | {"setup": setup_of(run.config.training)} for run in runs]
+    same = [planned_columns(run.config) for run in runs]
     rows = [row | {"images_seen": each} for row, run in zip(same, runs, strict=True) for each in run.budgets]
     return plateau_flags(results_table(rows).to_pandas(), read_curves([sweep.directory]))
 

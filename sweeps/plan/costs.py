@@ -181,8 +181,9 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
     compute_s, loading_s = executed / rates.compute_per_s + steps * rates.step_s, executed / rates.loaded_per_s
     training_s = max(compute_s, loading_s) if rates.is_ahead else compute_s + loading_s
+    has_no_room = measuring > 0 and fit is not None and not fit.measures
     during = DuringCost(points=0, images=0.0, flops=0.0)
-    if fit is None or fit.measures:
+    if not has_no_room:
         during = during_cost(run.config, model, flops, run.devices, device.memory_bytes, look)
     passed = num_budgets * (validated + sum(probe.images for probe in probes))
     flops_evaluation = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
@@ -190,6 +191,7 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     during_s = max(during.flops / flops_per_s, during.images / rates.loaded_per_s)
     evaluation_s = during_s + max(flops_evaluation / flops_per_s, passed / rates.loaded_per_s)
     wall_s = training_s + evaluation_s
+    share_during = during_s / wall_s
     return CostCard(
         run_id=run.run_id,
         cell=run.cell,
@@ -219,32 +221,26 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
         flops_evaluation=flops_evaluation + during.flops,
         points=during.points,
         flops_during=during.flops,
-        share_during=during_s / wall_s,
+        share_during=share_during,
         limit="loader" if loading_s > compute_s else "compute",
         training_s=training_s,
         evaluation_s=evaluation_s,
         wall_s=wall_s,
         device_hours=wall_s * run.devices / 3600,
-        cautions=(
-            *_cautions(run, unique, rates, look),
-            *_cautions_during(
-                training.model.size, during_s / wall_s, measuring > 0 and fit is not None and not fit.measures
-            ),
-        ),
+        cautions=tuple(_cautions(run, unique, rates, look, share_during=share_during, has_no_room=has_no_room)),
     )
 
 
-def _cautions_during(size: str, share: float, has_no_room: bool) -> Iterator[str]:
-    """What points during training give, which take this share of the time, or for which a device has no room."""
-    if share > MAX_SHARE_DURING:
-        words = "raise `every_images` of validation or probes"
-        yield f"points during training take {100 * share:.0f} % of the time of {size}; {words}"
-    if has_no_room:
-        yield f"{size} leaves a device no room for a copy of its weights: nothing is measured during training"
+def _cautions(
+    run: Run, unique: int | None, rates: Rates, look: Look, *, share_during: float, has_no_room: bool
+) -> Iterator[str]:
+    """What one run's data, schedule and points during training give.
 
-
-def _cautions(run: Run, unique: int | None, rates: Rates, look: Look) -> Iterator[str]:
-    """What one run's data and schedule give; `unique` is U, None where it is unknown."""
+    Args:
+        unique: U; None where it is unknown.
+        share_during: of the time, for points during training.
+        has_no_room: whether a device has no room for them.
+    """
     training, budgets = run.config.training, run.config.evaluation.budgets
     epochs = budgets[-1] / unique if unique else 0.0
     if epochs > FAR_TOO_MANY_EPOCHS:
@@ -270,6 +266,12 @@ def _cautions(run: Run, unique: int | None, rates: Rates, look: Look) -> Iterato
         info = look(path)
         if info and info.num_samples > max_opened(path):
             yield f"{path} has {info.num_samples:,} images: its index was not opened, the trainers check it"
+    if share_during > MAX_SHARE_DURING:
+        share, words = f"{100 * share_during:.0f} %", "raise `every_images` of validation or probes"
+        yield f"points during training take {share} of the time of {training.model.size}; {words}"
+    if has_no_room:
+        words = "leaves a device no room for a copy of its weights: nothing is measured during training"
+        yield f"{training.model.size} {words}"
 
 
 MAX_OPENED, MAX_FETCHED = 50_000_000, 1_000_000

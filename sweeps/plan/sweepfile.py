@@ -302,10 +302,10 @@ def load_sweep(name: str | Path, root: Path) -> Sweep:
 
 
 def _read(path: Path, *, base_dir: Path, root: Path) -> Sweep:
-    values = read_yaml(path)
-    is_whole = not isinstance(values, dict) or values.get("preset") is None
-    values = values if is_whole else _on_preset(values, path)
-    text = path.read_text() if is_whole else yaml.safe_dump(values, sort_keys=False)
+    values, text = read_yaml(path), path.read_text()
+    if isinstance(values, dict) and values.get("preset") is not None:
+        values = _on_preset(values, path)
+        text = yaml.safe_dump(values, sort_keys=False)
     return Sweep(file=parse(SweepFile, values, str(path)), text=text, source=path, base_dir=base_dir, root=root)
 
 

@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from aimscale.aim.errors import UserError
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.schema import OF_CURVES, hits_table, results_table, write_table
 from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.probe.files import as_entry, entries_of, task_files
 from aimscale.harness.run.files import write_json
-from aimscale.harness.run.row import configured_columns, setup_of
+from aimscale.harness.run.row import planned_columns
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
@@ -87,10 +89,10 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     rows, hits = _with_task_names(rows, runs)
     points, _ = _with_task_names(points, runs)
     baselines, their_hits = _with_task_names(baselines, runs)
-    _write(sweep, "results", rows)
-    _write(sweep, "curves", points)
-    _write(sweep, "baselines", baselines)
-    _write(sweep, "hits", [*hits, *their_hits])
+    _write(sweep, "results", results_table(rows))
+    _write(sweep, "curves", results_table(points, OF_CURVES))
+    _write(sweep, "baselines", results_table(baselines))
+    _write(sweep, "hits", hits_table([*hits, *their_hits]), (".parquet",))
     whole = [run for run in runs if run.run_id not in damaged]
     summary = {
         "description": sweep.file.description,
@@ -108,13 +110,10 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     )
 
 
-def _write(sweep: Sweep, name: str, rows: list[Values]) -> None:
-    """The table in both formats, and hits in Parquet alone; but for results, no file where there are no rows."""
-    table = hits_table(rows) if name == "hits" else results_table(rows, OF_CURVES if name == "curves" else ())
-    for path in (sweep.directory / f"{name}{suffix}" for suffix in (".csv", ".parquet")):
-        if name == "hits" and path.suffix == ".csv":
-            continue
-        if rows or name == "results":
+def _write(sweep: Sweep, name: str, table: pa.Table, suffixes: Sequence[str] = (".csv", ".parquet")) -> None:
+    """The table in its formats; but for results, no file where there are no rows."""
+    for path in (sweep.directory / f"{name}{suffix}" for suffix in suffixes):
+        if table.num_rows or name == "results":
             write_table(table, path)
         else:
             path.unlink(missing_ok=True)
@@ -138,7 +137,7 @@ def _readable(name: str, rows: Callable[[], list[Values]], damaged: dict[str, st
     """Rows that fit into a table; where they cannot be read, none, and the sentence why in `damaged`."""
     try:
         found = rows()
-        results_table(found)
+        results_table([row | {"hits": None} for row in found])
     except (UserError, OSError, ValueError, TypeError, KeyError, AnalysisError) as error:
         damaged[name] = f"the files of {name} are damaged ({error}); move them away or make them again"
         return []
@@ -179,7 +178,7 @@ def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
     if strangers:
         raise SweepError(f"{record.results} holds rows of {', '.join(map(str, strangers))}; move the directory away")
     missing = status.state if status.state in ("diverged", "failed") else "unfinished"
-    planned = {**configured_columns(run.config), "setup": setup_of(run.config.training)}
+    planned = planned_columns(run.config)
     rows = []
     for budget in card.budgets:
         if budget.images_seen in found:
@@ -197,7 +196,7 @@ def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
 
 def _points(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
     """What was measured on a run's trunk, with the columns that a budget there would have."""
-    planned = {**configured_columns(run.config), "setup": setup_of(run.config.training)}
+    planned = planned_columns(run.config)
     last, points = card.budgets[-1], []
     for found in RunRecord(sweep.run_dir(run.run_id)).read_curve():
         share = found["images_seen"] / last.images_seen
