@@ -123,6 +123,31 @@ class Flag:
         return FLAGS[self.kind].format(subject=self.subject, number=self.number, more=self.more, p=p_value(self.p))
 
 
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SI = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def human(value: float, digits: int = 3) -> str:
+    """A count as people say it: 27.6k, 1.21M, 6.44B; beyond that, and below 0.001, a power of ten."""
+    if not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size >= 1e12 or 0 < size < 1e-3:
+        return power_of_ten(value, digits)
+    for scale, letter in _SI:
+        if size >= scale * 0.9995:
+            return f"{float(f'{value / scale:.{digits}g}'):.{max(digits, 6)}g}{letter}"
+    return f"{float(f'{value:.{digits}g}'):.{max(digits, 6)}g}"
+
+
+def power_of_ten(value: float, digits: int = 2) -> str:
+    """A number of FLOPs: 3×10¹³."""
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
+    return power if mantissa == "1" else f"{mantissa}×{power}"
+
+
 def p_value(p: float) -> str:
     """A probability of chance; digits of a tiny one say nothing."""
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.1g}"

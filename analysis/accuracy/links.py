@@ -27,6 +27,7 @@ def link(
     chance: float | None = None,
     ideal: float | None = None,
     resamples: int = 1000,
+    is_tested: bool = True,
 ) -> Fit:
     """Accuracy as a sigmoid of loss, by least squares.
 
@@ -34,6 +35,7 @@ def link(
         accuracy: column of the accuracy, 0 to 1.
         chance: accuracy of guessing, which holds the floor; None fits it.
         ideal: loss at which the accuracy is 1: (ideal, 1) is one more point, as in the OLMo ladder.
+        is_tested: as of `fit`.
 
     Raises:
         AnalysisError: accuracies that are no fractions, an ideal loss that is not below every measured one, or too few
@@ -54,6 +56,7 @@ def link(
         bounds={"floor": (0.0, 1.0)} if chance is None else {},
         resamples=resamples,
         zero_allowed=True,
+        is_tested=is_tested,
     )
     return replace(result if ideal is None else _measured(result), limits=(chance or 0.0, 1.0))
 

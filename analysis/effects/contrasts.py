@@ -86,7 +86,7 @@ class Contrast(Result):
     verdict: str
     """`better`, `worse`, or `no significant difference`."""
     pairs: pd.DataFrame = field(repr=False)
-    """One row per pair of rows: the columns held equal, baseline and level value, difference, run_pair."""
+    """One row per pair of rows: the columns held equal that vary, baseline and level value, difference, run_pair."""
 
     @property
     def is_significant(self) -> bool:
@@ -178,14 +178,18 @@ def contrast(
     keys = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in asked})
     # What else there is of a head may differ within a pair only where it has to.
     others = [n for n in HEAD if by in HEAD and n in rows and n not in keys and n.split(".")[-1] != by.split(".")[-1]]
+    several = {n for n in (*keys, *others) if len(pd.unique(rows[n])) > 1}  # the others tell no pair from another
+    keys, others = [n for n in keys if n in several] or keys[:1], [n for n in others if n in several]
     long = long_format(rows, asked, by)
     long = long.assign(hits=hits_of(long).where(long["measure"].str.startswith("top1:"), None))
+    long = long[[by, *keys, *others, "measure", "value", "hits"]]
     levels = _levels(long, by, asked)
     baseline = _baseline(long, by, levels, baseline)
     found: list[Contrast] = []
     why: dict[str, dict[Flag, None]] = {}  # measure -> every reason why there is none
+    rows_of = {m: long[long["measure"] == m.name] for m in asked}
     for m, level in itertools.product(asked, [each for each in levels if each != baseline]):
-        of_measure = long[long["measure"] == m.name]
+        of_measure = rows_of[m]
         one = _one(of_measure, m, by, [*keys, *others], baseline, level)
         if others and isinstance(one, Flag):
             one = _one(of_measure, m, by, keys, baseline, level)

@@ -15,6 +15,7 @@ from scipy.stats import chi2
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.table.design import foreign_settings, held_equal, varies, with_size
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.words import NOISE, Flag, flag_words
@@ -70,11 +71,12 @@ class Noise(Result):
         return "\n".join([f"{self.headline()}:", *self.sentences()])
 
 
-def noise(df: pd.DataFrame, *, y: str = "val_loss") -> Noise:
+def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> Noise:
     """Variance components of a loss.
 
     Args:
         df: a results table.
+        law: a law fitted to it already, which saves a fit where it is the one that tells the scatter.
 
     Raises:
         AnalysisError: no usable loss, or neither seeds nor standard errors to tell noise from.
@@ -89,7 +91,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss") -> Noise:
     if len(rows) < 2 or not components:
         why = " ".join(map(str, flags))
         raise AnalysisError(f"{len(rows)} complete rows with a positive {y} cannot tell noise from anything. {why}")
-    return Noise(components=(*components, *_law(rows, y)), flags=flags)
+    return Noise(components=(*components, *_law(rows, y, law)), flags=flags)
 
 
 def _seeds(rows: pd.DataFrame, y: str) -> Iterator[Component]:
@@ -111,11 +113,12 @@ def _seeds(rows: pd.DataFrame, y: str) -> Iterator[Component]:
     yield Component(kind="seeds", value=variance**0.5, low=low, high=high, number=spare)
 
 
-def _law(rows: pd.DataFrame, y: str) -> Iterator[Component]:
+def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[Component]:
     """Scatter about the joint law, where one can be fitted: what is more than seeds is the form or the tuning."""
-    repeated = "unique_images" in rows and varies(rows["unique_images"])
+    name = "repeated" if "unique_images" in rows and varies(rows["unique_images"]) else "chinchilla"
     try:
-        law = fit("repeated" if repeated else "chinchilla", rows, y=y, resamples=1)
+        if law is None or law.errors is None or law.law.name != name:
+            law = fit(name, rows, y=y, resamples=1, is_tested=False)
     except AnalysisError:
         return
     if law.errors is not None:

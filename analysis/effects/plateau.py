@@ -100,7 +100,7 @@ def plateau_flags(rows: pd.DataFrame, curves: pd.DataFrame) -> tuple[Flag, ...]:
     ends: dict[str, float] = {}
     for _, points in curves.groupby("run_id"):
         found = first_plateau(points["images_seen"], points["val_loss"])
-        key = _keys(points, names).iloc[0]
+        key = _keys(points.iloc[:1], names).iloc[0]
         ends[key] = max(ends.get(key, 0.0), found.settled if found else 0.0)
     used = complete(rows)
     settled = _keys(used, names).map(ends)

@@ -45,6 +45,7 @@ def fit(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     resamples: int = 1000,
     zero_allowed: bool = False,
+    is_tested: bool = True,
 ) -> Fit:
     """Fit a law to a table.
 
@@ -58,6 +59,8 @@ def fit(
         bounds: parameters kept between two values.
         resamples: draws of the parameters that intervals are read from; 0 for no intervals.
         zero_allowed: let variables be zero (an ideal loss), where the law takes no logarithm of them.
+        is_tested: whether to look for what speaks against the law (`lack_of_fit`): for flags that nobody reads it takes
+            too long.
 
     Raises:
         AnalysisError: missing column, unknown name, too few points, or a variable without variation.
@@ -77,7 +80,7 @@ def fit(
     if not minima:
         raise AnalysisError(f"{law.formula} has no finite value of {objective.name} on these {len(points.y)} points.")
     hidden = unidentified(law, points.x, fixed)
-    drawn = _drawn(problem, minima[0].vector, points, df.loc[points.index], resamples, hidden)
+    drawn = _drawn(problem, minima[0].vector, points, df.loc[points.index], resamples, hidden, is_tested)
     result = _result(problem, minima, points, drawn, hidden)
     return replace(result, fixed=fixed, bounds=bounds, loss_unit=loss_unit(df), names=names_of(df))
 
@@ -120,7 +123,13 @@ def _pull_and_slope(delta: float, residual: Array, free: int) -> tuple[Array, Ar
 
 
 def _drawn(
-    problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame, num: int, hidden: frozenset[str]
+    problem: Problem,
+    vector: Array,
+    points: Observations,
+    rows: pd.DataFrame,
+    num: int,
+    hidden: frozenset[str],
+    is_tested: bool,
 ) -> tuple[dict[str, Array], Groups, Components | None, tuple[Flag, ...]]:
     """Draws of the law's own parameters (num,), points that share errors, their components, flags about both."""
     jacobian = problem.linearised(vector)
@@ -137,7 +146,7 @@ def _drawn(
     shift[:, problem.movable] = found.draws(num, rng)
     params = problem.params_of(_followed(problem, vector, shift, hidden, rng))
     flags = [Flag(kind="unseen", subject=name) for name in unseen]
-    against = lack_of_fit(problem, vector, residual, groups, errors, points, rows)
+    against = lack_of_fit(problem, vector, residual, groups, errors, points, rows) if is_tested else ()
     return params, groups, errors, (*flags, *against)
 
 

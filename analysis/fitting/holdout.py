@@ -40,6 +40,7 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         fixed=result.fixed,
         bounds=result.bounds,
         resamples=resamples,
+        is_tested=False,
     )
     predicted, y = refit.predict(points[test]), data["y"].to_numpy()
     others = [data[v].to_numpy(float) for v in result.law.variables if v != by]

@@ -13,7 +13,6 @@ import pandas as pd
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.curves import Curve
 from aimscale.analysis.forecasts.points import AUTO, Forecaster, accuracy_forecaster, forecaster
 from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.laws.base import Law
@@ -150,13 +149,12 @@ def forecast(
     loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y)
     by = {y: loss}
     flags = []
-    shared: dict[bytes, dict[str, Curve | str]] = {}
     probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
     for key, probed in probes.groupby(["task", "kind"], sort=True) if len(probes) else ():
         name = ":".join(map(str, key))
         try:
             known = probed.dropna(subset=["top1", y])
-            by[name] = accuracy_forecaster(known, law=loss.basis.laws, loss=y, shared=shared)
+            by[name] = accuracy_forecaster(known, law=loss.basis.laws, loss=y, made=loss.made)
         except AnalysisError as error:
             flags.append(Flag(kind="not_forecast", subject=name, more=(str(error),)))
     rows = [_row(name, found, number, each) for number, each in enumerate(scales) for name, found in by.items()]

@@ -22,7 +22,7 @@ from scipy.stats import t as student
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.forecasts.ahead import BINS
-from aimscale.analysis.forecasts.points import JOINT, Forecaster, accuracy_forecaster, forecaster
+from aimscale.analysis.forecasts.points import JOINT, Forecaster, Made, accuracy_forecaster, forecaster
 from aimscale.analysis.forecasts.stack import CONFIDENCE, DOF, MISFIT, TERMS
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
@@ -146,12 +146,13 @@ def _methods(frame: pd.DataFrame, during: pd.DataFrame, cut: float) -> Iterator[
 def _of_probes(train: pd.DataFrame, test: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """TASK:KIND and the forecasts of its error rates above a cut."""
     below, above = (probe_frame(part).dropna(subset=["top1"]) for part in (train, test))
+    made: Made = {}
     for key, probed in below.groupby(["task", "kind"]):
         asked = above[(above["task"] == key[0]) & (above["kind"] == key[1])].reset_index(drop=True)
         if asked.empty:
             continue
         try:
-            rows = _of_stack(accuracy_forecaster(probed), asked)
+            rows = _of_stack(accuracy_forecaster(probed, made=made), asked)
         except AnalysisError:
             continue
         far = asked["flops_train"] / train["flops_train"].max()
@@ -170,7 +171,7 @@ def _of_stack(found: Forecaster, test: pd.DataFrame) -> pd.DataFrame:
 
 def _by_fit(law: str, train: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
     """A law as `aimscale fit` fits it, with its own prediction intervals."""
-    found = fit(law, train, y=LOSS, resamples=DRAWS).predict(test)
+    found = fit(law, train, y=LOSS, resamples=DRAWS, is_tested=False).predict(test)
     return pd.DataFrame({"predicted": found["value"], "low": found["pi_lo"], "high": found["pi_hi"]})
 
 

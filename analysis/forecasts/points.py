@@ -30,6 +30,8 @@ ERROR = "error rate"
 """Column of 1 - accuracy."""
 LEAST_ERROR = 1e-4
 """An error rate counts as at least this."""
+Made = dict[tuple[str, bytes], Curve | str]
+"""Fits made so far, or why one could not be: a law's name, and the points that it was fitted to."""
 REPEATS_FROM = 1.01
 """Sights of an image on average above which repeats may matter."""
 
@@ -137,6 +139,8 @@ class Forecaster:
     stack: Stack
     is_accuracy: bool = False
     """Whether error rates are forecast, and shown as accuracies."""
+    made: Made = field(default_factory=dict, repr=False)
+    """Its laws' fits, which accuracies of the same runs need again."""
 
     def predict(self, at: Mapping[str, Array | float]) -> pd.DataFrame:
         """The forecast at scales (see `Stack.predict`), accuracies between 0 and 1.
@@ -168,22 +172,18 @@ def forecaster(df: pd.DataFrame, *, law: Sequence[Law | str] | str = AUTO, y: st
     Raises:
         AnalysisError: a column is missing, or no law can be fitted.
     """
-    found = basis(df, law, y)
-    return Forecaster(basis=found, stack=stacked(found.points, fitter(found.laws)))
+    found, made = basis(df, law, y), Made()
+    return Forecaster(basis=found, stack=stacked(found.points, fitter(found.laws, made)), made=made)
 
 
 def accuracy_forecaster(
-    probed: pd.DataFrame,
-    *,
-    law: Sequence[Law | str] | str = AUTO,
-    loss: str = "val_loss",
-    shared: dict[bytes, dict[str, Curve | str]] | None = None,
+    probed: pd.DataFrame, *, law: Sequence[Law | str] | str = AUTO, loss: str = "val_loss", made: Made | None = None
 ) -> Forecaster:
     """Laws of an accuracy's error rate, and links to it from the loss, weighted alike.
 
     Args:
         probed: rows of one probe on one task, as `probe_frame` gives them.
-        shared: fits of the loss that other probes of the same runs made, and where this one leaves its own.
+        made: fits of the loss, and of other probes of the same runs; this one leaves its own there.
 
     Raises:
         AnalysisError: as `forecaster`.
@@ -195,8 +195,9 @@ def accuracy_forecaster(
     usable = losses is not None and bool(np.all(losses > 0))
     level, ideal = chance_level(rows), ideal_loss(rows)
     points = replace(found.points, loss=losses if usable else None, chance=level, ideal=ideal)
-    stack = stacked(points, fitter(found.laws, found.laws, shared))
-    return Forecaster(basis=replace(found, points=points), stack=stack, is_accuracy=True)
+    made = Made() if made is None else made
+    stack = stacked(points, fitter(found.laws, made))
+    return Forecaster(basis=replace(found, points=points), stack=stack, is_accuracy=True, made=made)
 
 
 def as_accuracy(rows: pd.DataFrame) -> pd.DataFrame:
@@ -206,20 +207,20 @@ def as_accuracy(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(value=(1 - rows["value"]).clip(0, 1), **swapped)
 
 
-def fitter(
-    laws: Sequence[Law], losses: Sequence[Law] = (), shared: dict[bytes, dict[str, Curve | str]] | None = None
-) -> Fitter:
-    """Fits laws to y, and `losses` to the loss with a link from there; fits of the same losses are made once."""
-    made = {} if shared is None else shared
+def fitter(laws: Sequence[Law], made: Made) -> Fitter:
+    """Fits laws to y, and where there are losses to these, with a link from there; each law once to the same points."""
+
+    def fitted(points: Measured) -> dict[str, Curve | str]:
+        key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.named.values()]).tobytes()
+        for law in laws:
+            if (law.name, key) not in made:
+                made[law.name, key] = _tried(law, points)
+        return {law.name: made[law.name, key] for law in laws}
 
     def curves(points: Measured) -> dict[str, Curve | str]:
-        found = {law.name: _tried(law, points) for law in laws}
-        if losses and points.loss is not None:
-            of_loss = replace(points, y=points.loss, loss=None)
-            key = np.concatenate([of_loss.y, of_loss.compute]).tobytes()
-            if key not in made:
-                made[key] = {law.name: _tried(law, of_loss) for law in losses}
-            first = made[key]
+        found = fitted(points)
+        if points.loss is not None:
+            first = fitted(replace(points, y=points.loss, loss=None))
             known = {name: curve for name, curve in first.items() if isinstance(curve, Curve)}
             try:
                 found |= link_curves(known, points)

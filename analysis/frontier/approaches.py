@@ -86,13 +86,19 @@ class Approaches(Result):
 
 
 def all_approaches(
-    df: pd.DataFrame, *, y: str = "val_loss", law: Law | Fit | str = "chinchilla", resamples: int = 500
+    df: pd.DataFrame,
+    *,
+    y: str = "val_loss",
+    law: Law | Fit | str = "chinchilla",
+    resamples: int = 500,
+    is_tested: bool = True,
 ) -> Approaches:
     """Approaches 1, 2 and 3 on one table; an approach that the table does not allow is named with its reason.
 
     Args:
         y: what is lowest at the optimum: a loss, or the error rate of a probe (`table.measures.to_minimise`).
         law: that of approach 3, or a fit of it to this table.
+        is_tested: as of `fit`, for that of approach 3.
 
     Raises:
         AnalysisError: a column is missing, no row is usable, or no approach is possible.
@@ -105,7 +111,7 @@ def all_approaches(
         if isinstance(law, Fit):
             return parametric_frontier(law, df)
         try:
-            found = fit(law, df, **options)
+            found = fit(law, df, **options, is_tested=is_tested)
         except AnalysisError as error:
             raise NoFrontier(Flag(kind="no_law", subject=law.name, more=(str(error),))) from None
         return parametric_frontier(found, df)

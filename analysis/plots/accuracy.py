@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from aimscale.analysis.plots.parts import (
     MAX_POINTS,
@@ -17,6 +16,7 @@ from aimscale.analysis.plots.parts import (
     curve,
     few_values,
     joined,
+    percent_axis,
     plain,
     record,
     scatter,
@@ -80,8 +80,8 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
             line = panels[number * len(scales) : (number + 1) * len(scales)]
             mine = rows[rows["task"] == task]
             _level_lines(line, mine, None if levels is None else levels[levels["task"] == task])
-            line[0].set_ylabel("top-1 accuracy (%)")
             for ax in line:
+                percent_axis(ax, label=ax is line[0])
                 ax.set_title(plain(task) if ax is line[0] else "")
         _legends(figure, scales, places, rows)
     return figure
@@ -119,7 +119,6 @@ def _level_lines(panels: Sequence[Axes], rows: pd.DataFrame, levels: pd.DataFram
     low, high = (float(f([each, *near["top1"]])) for f, each in ((min, low), (max, high)))
     for ax in panels:
         ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
         for (name, value), dashes in zip(near.itertuples(index=False, name=None), LEVEL_DASHES * 9, strict=False):
             ax.axhline(value, color=MUTED, linewidth=0.9, linestyle=dashes, zorder=1)
             record(ax, "level", pd.DataFrame({"series": [name], "y": [value]}))
@@ -161,14 +160,11 @@ def plot_loss_accuracy(
     with styled():
         probes = probes[probes["val_loss"].notna() & probes["top1"].notna()].reset_index(drop=True)
         tasks = list(dict.fromkeys(probes["task"]))
-        columns = max(1, min(3, len(tasks)))
-        num_rows = max(1, -(-len(tasks) // columns))
-        height = (2.1 if columns > 1 else 2.4) * num_rows + 0.5
-        figure, panels = new_figure(SINGLE if columns == 1 else DOUBLE, height, num_rows, columns)
+        figure, panels, columns = _task_panels(tasks, 2.1 if len(tasks) > 1 else 2.4)
         by = next((n for n in ("params_total", "images_seen") if n in probes and probes[n].notna().any()), None)
         labels = series_of(probes, by)[0] if by else None
         most = max(60, MAX_POINTS * 3 // max(1, len(tasks)))
-        for ax, task in zip(panels, tasks, strict=False):
+        for ax, task in zip(panels, tasks, strict=True):
             mine = probes[probes["task"] == task]
             ends = (mine["top1_lo95"], mine["top1_hi95"])
             named = None if labels is None else labels[mine.index]
@@ -177,19 +173,26 @@ def plot_loss_accuracy(
                 grid = pd.DataFrame({"L": np.linspace(*links[task].ranges["L"], NUM_GRID)})
                 drawn = pd.concat([grid, links[task].predict(grid)], axis=1)
                 curve(ax, drawn, "L", what="link", color=MUTED, zorder=2.5)
-            _loss_panel(ax, task, mine, correlations.get(task, ()))
-        for ax in panels[::columns]:
-            ax.set_ylabel("top-1 accuracy (%)")
-        for ax in panels[len(tasks) :]:
-            ax.set_visible(False)
-        shared_legend(figure, panels[: len(tasks)], short(by) if by else "", 4 if columns == 1 else 8)
+            _loss_panel(ax, mine, correlations.get(task, ()))
+        shared_legend(figure, panels, short(by) if by else "", 4 if columns == 1 else 8)
     return figure
 
 
-def _loss_panel(ax: Axes, task: str, rows: pd.DataFrame, correlations: Sequence[Correlation]) -> None:
-    ax.set_title(plain(task))
+def _task_panels(tasks: Sequence[str], height: float) -> tuple[Figure, list[Axes], int]:
+    """A figure with a panel (of a height in inches) of accuracies per task, and how many stand in a row."""
+    columns = max(1, min(3, len(tasks)))
+    num_rows = max(1, -(-len(tasks) // columns))
+    figure, panels = new_figure(SINGLE if columns == 1 else DOUBLE, height * num_rows + 0.5, num_rows, columns)
+    for number, ax in enumerate(panels):
+        percent_axis(ax, label=number % columns == 0)
+        ax.set_visible(number < len(tasks))
+    for ax, task in zip(panels, tasks, strict=False):
+        ax.set_title(plain(task))
+    return figure, panels[: len(tasks)], columns
+
+
+def _loss_panel(ax: Axes, rows: pd.DataFrame, correlations: Sequence[Correlation]) -> None:
     ax.set_xlabel(axis_label("val_loss", loss_unit(rows)).replace("\n", " "))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
     chance = rows["chance"].dropna()
     low, high = ax.get_ylim()
     if len(chance) and chance.iloc[0] > low - 0.5 * (high - low):  # the axis starts where the data are
@@ -218,16 +221,13 @@ def plot_published(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
     best frozen model of Table 6 as a line.
 
     Args:
-        ours: `Comparison.tasks`: task, params_total, blocks, top1, top1_lo95, top1_hi95, best_frozen,
-            best_frozen_top1.
-        theirs: the released AIMs: task, params_total, blocks, top1.
+        ours: `Comparison.tasks`: task, params_total, top1, top1_lo95, top1_hi95, best_frozen, best_frozen_top1.
+        theirs: the released AIMs: task, params_total, top1.
     """
     with styled():
         tasks = list(dict.fromkeys(ours["task"]))
-        columns = min(3, len(tasks))
-        num_rows = -(-len(tasks) // columns)
-        figure, panels = new_figure(SINGLE if columns == 1 else DOUBLE, 2.0 * num_rows + 0.5, num_rows, columns)
-        for ax, task in zip(panels, tasks, strict=False):
+        figure, panels, columns = _task_panels(tasks, 2.0)
+        for ax, task in zip(panels, tasks, strict=True):
             mine, aim = ours[ours["task"] == task], theirs[theirs["task"] == task].sort_values("params_total")
             scatter(ax, mine["params_total"], mine["top1"], ends=(mine["top1_lo95"], mine["top1_hi95"]), what="ours")
             scatter(ax, aim["params_total"], aim["top1"], color=SECOND, marker="s", what="AIM")
@@ -236,13 +236,7 @@ def plot_published(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
             ax.axhline(best["best_frozen_top1"], color=MUTED, linewidth=0.9, linestyle="--")
             record(ax, "level", pd.DataFrame({"series": [best["best_frozen"]], "y": [best["best_frozen_top1"]]}))
             log_axis(ax, "x", [*mine["params_total"], *aim["params_total"]])
-            ax.set_title(plain(task))
             ax.set_xlabel("N: parameters")
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
-        for ax in panels[::columns]:
-            ax.set_ylabel("top-1 accuracy (%)")
-        for ax in panels[len(tasks) :]:
-            ax.set_visible(False)
         for name, colour, marker in (("this table", ACCENT, "o"), ("AIM, published", SECOND, "s")):
             panels[0].plot([], [], color=colour, marker=marker, markersize=3.7, linestyle="none", label=name)
         panels[0].plot([], [], color=MUTED, linestyle="--", label="best frozen model, published")

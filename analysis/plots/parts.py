@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from aimscale.analysis.plots.style import (
     ACCENT,
@@ -18,13 +19,13 @@ from aimscale.analysis.plots.style import (
     PAPER,
     ShownFigure,
     figure_of,
-    human,
     ordered_colours,
-    power_of_ten,
 )
 from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.table.names import LETTERS
 from aimscale.analysis.table.schema import KNOWN
+from aimscale.analysis.table.select import spaced
+from aimscale.analysis.words import human, power_of_ten
 
 AXIS_LABELS = {
     "params_total": "N: parameters, pixel head included",
@@ -74,6 +75,13 @@ def short(column: str, names: Mapping[str, str] | None = None) -> str:
     return plain(names[column]) if names and column in names else known.get(column, column)
 
 
+def percent_axis(ax: Axes, label: bool = True) -> None:
+    """Accuracies as per cent, which the axis says where there is room for it."""
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    if label:
+        ax.set_ylabel("top-1 accuracy (%)")
+
+
 def few_values(values: pd.Series) -> list[float] | None:
     """The values themselves as ticks, if they are few."""
     distinct = np.sort(values.dropna().unique())
@@ -119,7 +127,7 @@ def thinned(points: pd.DataFrame, most: int = MAX_POINTS) -> pd.DataFrame:
     groups = ordered.groupby("series", observed=True)
     ends = [getattr(groups[name], which)() for name in ("x", "y") for which in ("idxmin", "idxmax")]
     kept = {int(place) for each in ends for place in each.dropna()}
-    kept |= set(np.linspace(0, len(ordered) - 1, max(1, most - len(kept))).round().astype(int).tolist())
+    kept |= {*spaced(len(ordered), max(1, most - len(kept))).tolist()}
     return ordered.loc[sorted(kept)]
 
 
@@ -202,8 +210,7 @@ def joined(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, labels: pd.Ser
     means = rows.groupby([by, x])[y].mean().dropna().reset_index()
     names = dict(zip(rows[by], labels[rows.index], strict=True))
     values = means[by].unique()
-    kept = values[np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_LINES)).round().astype(int))]
-    means = means[means[by].isin(kept)].assign(series=means[by].map(names))
+    means = means[means[by].isin(values[spaced(len(values), MAX_LINES)])].assign(series=means[by].map(names))
     for name, lines in means.groupby("series", sort=False):  # one broken line for each series
         ends = lines.groupby(by)[x].idxmax()
         breaks = pd.DataFrame({by: lines.loc[ends, by]}, index=ends + 0.5)

@@ -21,19 +21,10 @@ from aimscale.analysis.plots.parts import (
     short,
     tick_label,
 )
-from aimscale.analysis.plots.style import (
-    ACCENT,
-    INK,
-    MARKERS,
-    SECOND,
-    figure_of,
-    log_axis,
-    new_figure,
-    power_of_ten,
-    styled,
-)
+from aimscale.analysis.plots.style import ACCENT, INK, MARKERS, SECOND, figure_of, log_axis, new_figure, styled
 from aimscale.analysis.table.names import names_of
 from aimscale.analysis.table.read import loss_unit
+from aimscale.analysis.words import power_of_ten
 
 if TYPE_CHECKING:
     from aimscale.analysis.fitting.result import Fit

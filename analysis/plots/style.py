@@ -30,6 +30,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from numpy.typing import ArrayLike
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.words import human, power_of_ten
 
 SINGLE, DOUBLE = 3.3, 6.75
 """Widths of one column of a paper and of two, in inches."""
@@ -157,31 +158,6 @@ def ordered_colours(num: int) -> list[str]:
     return [_ORDERED_LIGHT[i] for i in picks]
 
 
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_SI = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
-
-
-def human(value: float, digits: int = 3) -> str:
-    """A count as people say it: 27.6k, 1.21M, 6.44B; beyond that, and below 0.001, a power of ten."""
-    if not np.isfinite(value):
-        return "–"
-    size = abs(value)
-    if size >= 1e12 or 0 < size < 1e-3:
-        return power_of_ten(value, digits)
-    for scale, letter in _SI:
-        if size >= scale * 0.9995:
-            return f"{float(f'{value / scale:.{digits}g}'):.{max(digits, 6)}g}{letter}"
-    return f"{float(f'{value:.{digits}g}'):.{max(digits, 6)}g}"
-
-
-def power_of_ten(value: float, digits: int = 2) -> str:
-    """A number of FLOPs: 3×10¹³."""
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
-    return power if mantissa == "1" else f"{mantissa}×{power}"
-
-
 def log_axis(
     axes: Axes,
     which: str,
@@ -228,7 +204,7 @@ def themed_svg(figure: Figure, key: str, label: str) -> str:
     text = re.sub(r'\bid="', f'id="{key}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", text)
     for light in DARK:
-        text = re.sub(light, f"var({css_variable(light)})", text, flags=re.IGNORECASE)
+        text = text.replace(light, f"var({css_variable(light)})")
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
     text = re.sub(r"; font-family: [^;\"]*", "", text)  # that of the whole
     looks: dict[str, str] = {}  # of markers: thousands share a few
@@ -238,7 +214,8 @@ def themed_svg(figure: Figure, key: str, label: str) -> str:
 
     text = re.sub(r'(<use [^>]*?) style="([^"]*)"', named, text)
     rules = "".join(f".{name} {{{look}}}" for look, name in looks.items())
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # a hundredth of a point is seen by nobody
+    # a hundredth of a point is seen by nobody, unlike the digits of a text
+    text = re.sub(r">[^<]+<|(\d\.\d\d)\d+", lambda found: found[1] or found[0], text)
     width = round(ON_SCREEN * 72 * figure.get_figwidth())
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     font = 'font-family="DejaVu Sans, Verdana, sans-serif"'
@@ -266,7 +243,8 @@ def png_bytes(figure: Figure, dpi: int = 300) -> bytes:
 def _savefig(figure: Figure, kind: str, **options: Any) -> bytes:
     if (engine := figure.get_layout_engine()) is not None:  # once, so that every format is the same picture
         engine.execute(figure)
-        figure.set_layout_engine("none")
+        with mpl.rc_context({"figure.autolayout": False, "figure.constrained_layout.use": False}):
+            figure.set_layout_engine(None)  # "none" leaves a placeholder, which the next format would find
         part_ticks(figure)
     buffer = io.BytesIO()
     metadata = {"svg": {"Date": None, "Creator": "aimscale"}, "pdf": {"CreationDate": None, "Creator": "aimscale"}}

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from aimscale.analysis.plots.parts import (
     axis_label,
+    percent_axis,
     plain,
     record,
     scatter,
@@ -24,6 +24,7 @@ from aimscale.analysis.plots.parts import (
 )
 from aimscale.analysis.plots.style import DOUBLE, MUTED, SINGLE, log_axis, new_figure, ordered_colours, styled
 from aimscale.analysis.table.read import loss_unit
+from aimscale.analysis.table.select import spaced
 
 if TYPE_CHECKING:
     from aimscale.analysis.effects.plateau import Plateau
@@ -49,7 +50,7 @@ def plot_curves(
     """
     with styled():
         order = curves.groupby("run_id")["params_total"].first().sort_values(kind="stable").index
-        order = order[np.unique(np.linspace(0, len(order) - 1, min(len(order), MAX_RUNS)).round().astype(int))]
+        order = order[spaced(len(order), MAX_RUNS)]
         curves, budgets, probes = (
             each[each["run_id"].isin(order)].sort_values("images_seen").reset_index(drop=True)
             for each in (curves, budgets, probes)
@@ -79,8 +80,7 @@ def plot_curves(
             for run, mine in probes[probes["task"] == task].groupby("run_id"):
                 _line(ax, mine, "top1", str(names[run]), colours[names[run]])
             ax.set_title(plain(task))
-            ax.set_ylabel("top-1 accuracy (%)")
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+            percent_axis(ax)
         for ax in panels:
             log_axis(ax, "x", [*curves["images_seen"], *budgets["images_seen"]], None, tick_label("images_seen"))
             ax.set_xlabel(axis_label("images_seen", loss_unit(budgets)))

@@ -214,7 +214,7 @@ def _exponents(usable: pd.DataFrame, left_out: list[Flag], resamples: int) -> pd
             continue
         subset, words = widest_slice(usable, count, "images_seen") if "images_seen" in usable else (usable, "all")
         try:
-            ours = fit("power:N", subset, columns={"N": count}, resamples=resamples)
+            ours = fit("power:N", subset, columns={"N": count}, resamples=resamples, is_tested=False)
         except AnalysisError as error:
             left_out.append(Flag(kind="no_result", subject=f"Our exponent on {count}", more=(str(error),)))
             continue

@@ -18,10 +18,9 @@ import pandas as pd
 
 from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors, level_name
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.plots.style import human
 from aimscale.analysis.table.design import DEFAULT
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.words import measured_by
+from aimscale.analysis.words import human, measured_by
 
 DATA = Path(__file__).parent / "data"
 TASKS = (
@@ -91,6 +90,11 @@ def _cells() -> dict[tuple[str, str], pd.Series]:
     return {(name.partition("=")[0], name.partition("=")[2]): cell for name, cell in named}
 
 
+def _varied() -> set[str]:
+    """Columns that the paper varied, too."""
+    return {"head_depth", *(column for column, _ in _cells())}
+
+
 def beside_paper(found: Contrasts) -> pd.DataFrame:
     """The paper's difference beside each of a contrast, where it has both settings and that kind of probe.
 
@@ -99,6 +103,8 @@ def beside_paper(found: Contrasts) -> pd.DataFrame:
         an interval), published_on, task, difference (ours), low, high, over (what the interval covers), N (parameters
         of our smallest and largest run: of the trunk, where the table counts them).
     """
+    if found.by not in _varied():
+        return pd.DataFrame()
     rows = found.rows
     count = "params_trunk" if "params_trunk" in rows else "params_total"
     out: list[dict[str, Any]] = []
@@ -157,8 +163,7 @@ def _settings(rows: pd.DataFrame, by: str, level: str) -> dict[str, pd.Series]:
 def all_beside_paper(frame: pd.DataFrame) -> pd.DataFrame:
     """`beside_paper` of every column of a table that the paper varied, too, and over which rows are paired."""
     rows, found = complete(frame), [pd.DataFrame()]
-    columns = {"head_depth", *(column for column, _ in _cells())}
-    for name in filter(columns.__contains__, factors(rows)):
+    for name in filter(_varied().__contains__, factors(rows)):
         with contextlib.suppress(AnalysisError):  # nothing was probed, or nothing is paired
             found.append(beside_paper(contrast(rows, by=name, measures=["top1"])))
     return pd.concat(found, ignore_index=True)

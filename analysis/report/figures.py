@@ -12,18 +12,17 @@ from matplotlib.figure import Figure
 from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.effects.noise_sources import Noise
 from aimscale.analysis.effects.repetition import Repeats
-from aimscale.analysis.frontier.approaches import Approaches
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, plot_published
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
-from aimscale.analysis.plots.style import ShownFigure, human, save, themed_svg
+from aimscale.analysis.plots.style import ShownFigure, save, themed_svg
 from aimscale.analysis.plots.training import plot_curves
-from aimscale.analysis.published.comparison import ADAPTED, CHOSEN, LAST, PROTOCOL, Comparison
+from aimscale.analysis.published.comparison import ADAPTED, CHOSEN, LAST, PROTOCOL
 from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, published_frame, table6
 from aimscale.analysis.report.study import Study, probe_kinds
 from aimscale.analysis.report.tables import PageTable, page_table
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
-from aimscale.analysis.words import accuracy_of, flag_words
+from aimscale.analysis.words import accuracy_of, flag_words, human
 
 MAX_TASKS = 5
 """Tasks in one figure of accuracies; more make further figures, each of which fits a page."""
@@ -178,7 +177,7 @@ def _training(study: Study) -> Iterator[PageFigure]:
 
 def _frontiers(study: Study) -> Iterator[PageFigure]:
     """N*(C) by every approach that the table allows."""
-    found: Approaches | None = study.approaches
+    found = study.approaches
     if found is None or not found.frontiers:
         return
     caption = "Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals."
@@ -187,7 +186,7 @@ def _frontiers(study: Study) -> Iterator[PageFigure]:
 
 def _published(study: Study) -> Iterator[PageFigure]:
     """The released AIMs and these runs, where a task is one of the paper's and was read by its protocol."""
-    comparison: Comparison | None = study.comparison
+    comparison = study.comparison
     if comparison is None or comparison.tasks.empty or "params_total" not in comparison.tasks:
         return
     ours = comparison.tasks
@@ -215,12 +214,12 @@ def findings(study: Study) -> dict[str, list[PageTable]]:
         noise = replace(noise, components=seen) if seen else None
     return {
         "laws": [] if study.repeats is None else [_repeats(study.repeats)],
-        "changes": [_change(name, found, study) for name, found in study.contrasts.items()],
+        "changes": [_change(name, found) for name, found in study.contrasts.items()],
         "noise": [] if noise is None else [_noise(noise)],
     }
 
 
-def _change(name: str, found: Contrasts, study: Study) -> PageTable:
+def _change(name: str, found: Contrasts) -> PageTable:
     note = (
         f"Against {found.baseline}; equal within pairs: {', '.join(found.equal) or 'all else'}. Losses in their unit, "
         "accuracies as fractions."

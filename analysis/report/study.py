@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND, to_minimise
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import probe_frame, read_curves
-from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part
+from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, spaced
 
 ResultT = TypeVar("ResultT")
 
@@ -103,6 +103,11 @@ class Study:
     missing: list[str] = field(default_factory=list)
     """What the table did not allow, in sentences."""
 
+    @cached_property
+    def with_loss(self) -> pd.DataFrame:
+        """Complete rows of the main experiment, with a loss."""
+        return usable_rows(self.main).rows
+
     @property
     def few(self) -> int:
         """Resamples of the intervals that cost most."""
@@ -137,7 +142,7 @@ def evenly(rows: pd.DataFrame, most: int = MAX_FITTED) -> pd.DataFrame:
     if len(rows) <= most or not by:
         return rows
     order = np.lexsort([rows[name].to_numpy() for name in reversed(by)])
-    return rows.iloc[np.sort(order[np.linspace(0, len(rows) - 1, most).round().astype(int)])]
+    return rows.iloc[np.sort(order[spaced(len(rows), most)])]
 
 
 def study_tables(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], resamples: int = 1000) -> Study:
@@ -167,10 +172,11 @@ def study_tables(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, 
         )
     if num_worn:
         study.exclusions.append(f"Laws use the rows with {pool}; the other {num_worn} are in what repeats are worth.")
-    if len(study.usable) > MAX_FITTED:
-        study.exclusions.append(
-            f"Forecasts, links to accuracy and best sizes for features are from {MAX_FITTED} rows, evenly over compute."
-        )
+    thinned = ["forecasts", "best sizes for features"] if len(study.usable) > MAX_FITTED else []
+    if study.probes.groupby(["kind", "task"]).size().max() > MAX_FITTED:
+        thinned += ["correlations of loss with accuracy", "links from one to the other"]
+    if thinned:
+        study.exclusions.append(f"From {MAX_FITTED} rows each, evenly over compute: {', '.join(thinned)}.")
     study.missing += map(str, unnamed(frame))
     if study.usable.empty:
         study.missing.append("No row has a validation loss, so no law is fitted.")
@@ -190,7 +196,7 @@ def study_tables(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, 
 
 def _training(study: Study) -> None:
     """Points during training of the main experiment's runs, and the first plateaus of their losses."""
-    if not study.paths or "run_id" not in study.main:
+    if "run_id" not in study.main:
         return
     curves = read_curves(study.paths)
     study.curves = curves[curves["run_id"].isin(study.main["run_id"])]
@@ -215,8 +221,8 @@ def _contrast(study: Study) -> None:
 def _explain(study: Study) -> None:
     """Noise and repeats, where the tables hold what they need."""
     with contextlib.suppress(AnalysisError):  # neither seeds nor standard errors
-        study.noise = noise(study.usable)
-    main = usable_rows(study.main).rows
+        study.noise = noise(study.usable, law=study.fits.get("ND"))
+    main = study.with_loss
     if "unique_images" in main and varies(main["unique_images"]):
         study.repeats = study.attempt("What repeats are worth", partial(repeats, main, resamples=study.few))
 
@@ -290,7 +296,8 @@ MAX_FEATURES, FEATURE_DRAWS = 3, 150
 
 def _features(study: Study) -> None:
     """The best size by a probe's error beside that by the loss, both by the law that forecasts the loss."""
-    options: dict[str, Any] = {"law": study.law.law if study.law else "chinchilla", "resamples": FEATURE_DRAWS}
+    options: dict[str, Any] = {"resamples": FEATURE_DRAWS, "is_tested": False}
+    options["law"] = study.law.law if study.law else "chinchilla"
     by_loss = study.approaches
     failed: dict[str, str] = {}
     first = next(iter(study.correlations), (None,))[0]
@@ -327,7 +334,9 @@ def correlate_probes(study: Study) -> None:
         if found:
             study.correlations[kind, task] = found
         known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
-        work = partial(link, known, chance=chance_level(known), ideal=ideal_loss(known), resamples=study.resamples)
+        work = partial(
+            link, known, chance=chance_level(known), ideal=ideal_loss(known), resamples=study.resamples, is_tested=False
+        )
         linked = study.attempt(f"Link from loss to {kind} accuracy on {task}", work)
         if linked is not None:
             study.links[kind, task] = linked

@@ -12,13 +12,12 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.forecasts.ahead import record, record_words
-from aimscale.analysis.plots.style import human
 from aimscale.analysis.published.comparison import Comparison
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import DESIGN, design_columns, told_apart
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.schema import MFU
-from aimscale.analysis.words import accuracy_of, kind_name
+from aimscale.analysis.words import accuracy_of, human, kind_name
 
 MAX_ROWS = 100
 """Rows shown on the page; the CSV beside the table has all."""

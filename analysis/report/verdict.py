@@ -10,10 +10,9 @@ from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.next.proposal import Proposal
-from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import varies
-from aimscale.analysis.words import Flag
+from aimscale.analysis.words import Flag, human
 
 Colour = Literal["green", "amber", "red"]
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}

@@ -9,11 +9,9 @@ from collections.abc import Iterator
 import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import Correlation
-from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import told_apart
-from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.words import accuracy_of
+from aimscale.analysis.words import accuracy_of, human
 
 
 def runs_in_words(study: Study) -> list[str]:
@@ -68,7 +66,7 @@ def _what_came_out(study: Study) -> Iterator[str]:
     usable = study.usable
     if usable.empty:
         return
-    main = usable_rows(study.main).rows
+    main = study.with_loss
     best = main.iloc[int(main["val_loss"].argmin())]
     error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(main, "val_loss_se") and best["val_loss_se"] > 0 else ""
     name = f" by {best['size']}" if _has(main, "size") else ""

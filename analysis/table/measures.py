@@ -74,9 +74,9 @@ def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[M
         AnalysisError: a name that is neither a numeric column nor a probe of the table.
     """
     within_row = by == KIND
-    probes = probe_frame(rows)
-    entries = {(str(task), "" if within_row else str(kind)): None for task, kind in probes[["task", "kind"]].to_numpy()}
-    of_probes = [Measure(column="top1", task=task, kind=kind) for task, kind in entries]
+    entries = [entry for each in rows["probes"] for entry in each] if "probes" in rows else []
+    names_of = dict.fromkeys((str(each["task"]), "" if within_row else str(each["kind"])) for each in entries)
+    of_probes = [Measure(column="top1", task=task, kind=kind) for task, kind in names_of]
     if within_row and not of_probes:
         raise AnalysisError(f"The table has no probes to compare by {by}; probe its runs first.")
     if names:
@@ -127,7 +127,7 @@ def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
         AnalysisError: a table with probes has no such column or probe, or several; or accuracies are no fractions.
     """
     ours = our_name(frame, name)
-    if ours in frame or "probes" not in frame or probe_frame(complete(frame)).empty:
+    if ours in frame or "probes" not in frame or not any(map(len, complete(frame)["probes"])):
         return frame, ours
     found = wanted_measures(complete(frame), [name], by="")
     if len(found) > 1:

@@ -30,9 +30,13 @@ def complete(frame: pd.DataFrame) -> pd.DataFrame:
 
     Points during training count, too; they stand in a table of their own, `curves.parquet`.
     """
+    return frame[_is_complete(frame)] if "status" in frame.columns else frame
+
+
+def _is_complete(frame: pd.DataFrame) -> pd.Series:
     if "status" not in frame.columns:
-        return frame
-    return frame[frame["status"].isna() | frame["status"].isin(("complete", "during"))]
+        return pd.Series(True, index=frame.index)
+    return frame["status"].isna() | frame["status"].isin(("complete", "during"))
 
 
 def usable_rows(
@@ -59,7 +63,7 @@ def usable_rows(
         raise no_column(frame, absent[0])
     values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").astype(float)
     values.columns = pd.Index(list(columns))
-    bad: list[tuple[str, str, pd.Series]] = [("status", "", ~frame.index.to_series().isin(complete(frame).index))]
+    bad: list[tuple[str, str, pd.Series]] = [("status", "", ~_is_complete(frame))]
     for name, column in columns.items():
         called, number = their_name(frame, column), values[name]
         if name in signed:
@@ -79,6 +83,8 @@ def usable_rows(
 def _repeats(frame: pd.DataFrame, values: pd.DataFrame) -> pd.Series:
     """Rows equal to an earlier one in every column of the table, not in the used ones alone."""
     alike = values.duplicated(keep=False) & values.notna().all(axis=1)
+    if not alike.any():
+        return pd.Series(False, index=frame.index)
     repeats = frame[alike].astype(str).duplicated()  # as text: cells may be lists
     return repeats.reindex(frame.index, fill_value=False)
 

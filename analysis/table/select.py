@@ -17,6 +17,11 @@ from aimscale.analysis.words import MAX_NAMED, Flag
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
 
 
+def spaced(num: int, most: int) -> np.ndarray:
+    """At most so many of the numbers below `num`, evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, num - 1, min(num, most)).round().astype(int))
+
+
 def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
     """Rows that meet every condition `column SIGN value`, SIGN one of = != <= >= < >; `a|b` after = or != is a choice.
 

@@ -20,7 +20,8 @@ for (const button of document.querySelectorAll("button[data-figure]")) {
   button.addEventListener("click", () => {
     const svg = document.querySelector(`#${CSS.escape(button.dataset.figure)} svg`);
     const colours = getComputedStyle(document.documentElement);
-    const text = svg.outerHTML.replace(/var\((--fig-\w+)\)/g, (_, name) => colours.getPropertyValue(name).trim());
+    const drawn = new XMLSerializer().serializeToString(svg); // outerHTML is no XML
+    const text = drawn.replace(/var\((--fig-\w+)\)/g, (_, name) => colours.getPropertyValue(name).trim());
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" }));
     link.download = `${button.dataset.figure}.svg`;

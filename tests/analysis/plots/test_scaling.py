@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -11,10 +12,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from aimscale.analysis import correlate, fit
 from aimscale.analysis.frontier.approaches import all_approaches
+from aimscale.analysis.plots import style
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, spread
 from aimscale.analysis.plots.parts import MAX_POINTS
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
-from aimscale.analysis.plots.style import DARK, human, log_axis, new_figure, save, svg_text, themed_svg
+from aimscale.analysis.plots.style import DARK, log_axis, new_figure, part_ticks, save, svg_text, themed_svg
+from aimscale.analysis.words import human
 
 
 @pytest.fixture
@@ -54,7 +57,9 @@ def test_the_law_is_drawn_where_it_predicts(joint):
     assert "loss" in ax.get_ylabel()
 
 
-def test_every_figure_leaves_in_every_format_with_its_numbers(joint, grid, tmp_path):
+def test_every_figure_leaves_in_every_format_with_its_numbers(joint, grid, tmp_path, monkeypatch):
+    laid_out = []
+    monkeypatch.setattr(style, "part_ticks", lambda figure: (laid_out.append(figure), part_ticks(figure)))
     approaches = all_approaches(grid, resamples=40)
     probes = grid.assign(task="dig$its", kind="linear", top1=0.9 - 0.5 * grid["val_loss"], chance=0.1)
     probes = probes.assign(top1_lo95=probes["top1"] - 0.02, top1_hi95=probes["top1"] + 0.02)
@@ -71,7 +76,20 @@ def test_every_figure_leaves_in_every_format_with_its_numbers(joint, grid, tmp_p
         assert pdf.read_bytes().startswith(b"%PDF")
         assert png.read_bytes().startswith(b"\x89PNG")
         assert len(pd.read_csv(csv)) == len(figure.drawn)
+    assert laid_out == list(figures.values())  # once for all formats
     assert svg_text(plot_fit(joint)) == svg_text(plot_fit(joint))
+
+
+def test_the_page_rounds_places_and_no_texts(grid):
+    figure = plot_points(grid.assign(val_loss=np.linspace(0.30, 0.31, len(grid))), "params_total")
+    svg = themed_svg(figure, "close", "losses")
+    texts = {each.text for each in ElementTree.fromstring(svg.replace("xlink:", "")).iter() if each.text}
+    ticks = {
+        label.get_text() for label in figure.axes[0].get_yticklabels() if re.fullmatch(r"0\.30\d", label.get_text())
+    }
+    assert len(ticks) >= 3
+    assert ticks <= texts
+    assert not re.search(r"\d\.\d{3}[^<>]*>", svg)
 
 
 def test_themed_svg_has_no_fixed_colour_and_unique_ids(joint):

@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.plots.style import human
 from aimscale.analysis.report.page import maths, write_report
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
+from aimscale.analysis.words import human
 from aimscale.sweeps.cli.main import verb
 
 E, A, ALPHA, B, BETA = 0.3, 5.0, 0.35, 20.0, 0.5

@@ -6,11 +6,11 @@ import pytest
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.parts import series_of
-from aimscale.analysis.plots.style import human
 from aimscale.analysis.table.design import design_columns, told_apart, with_size
 from aimscale.analysis.table.names import FOLDER
 from aimscale.analysis.table.read import read_tables
 from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, select
+from aimscale.analysis.words import human
 
 
 def write(folder, frame):
