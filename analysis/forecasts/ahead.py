@@ -23,7 +23,7 @@ from aimscale.analysis.words import Flag
 
 ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
 RECORD = Path(__file__).with_name("record.csv")
-"""How forecasts at a distance fared on public tables, as `aimscale board` writes it."""
+"""How forecasts at a distance fared on public tables, as `tests/experiments/board.py` writes it."""
 BINS = (1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
 """Distances, in factors beyond the table, between which forecasts are counted together."""
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}

@@ -4,7 +4,7 @@ Each law is fitted to the runs below a half, a quarter ... of the table's comput
 the laws is weighted by how well. Its error is a sum of variances: of the noise of one run, of the parameters, of the
 laws about their mean, and of a misfit that all of them share, which is what the backtests missed by and grows as a
 random walk does with the logarithm of the distance. One constant (`MISFIT`) is not the table's own but found on public
-tables, leaving each out in turn (`forecasts.board`).
+tables, leaving each out in turn (`tests/experiments/board.py`).
 """
 
 from __future__ import annotations

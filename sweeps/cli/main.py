@@ -31,7 +31,6 @@ VERBS: dict[str, tuple[str, str]] = {
     "fit": ("aimscale.analysis.cli.laws:fit", "Fit a scaling law to a table, with intervals and a held-out test."),
     "next": ("aimscale.sweeps.cli.next", "Which runs to buy next for the least error of a forecast per price."),
     "forecast": ("aimscale.analysis.cli.laws:forecast", "Forecast loss and accuracies, and register the forecast."),
-    "board": ("aimscale.analysis.cli.board:board", "Judge forecasts on public tables of real runs, cut and forecast."),
     "frontier": ("aimscale.analysis.cli.laws:frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
     "correlate": ("aimscale.analysis.cli.effects:correlate", "Correlate loss with accuracy, and forecast it."),
     "contrast": ("aimscale.analysis.cli.effects:contrast", "Compare the levels of one column, all else equal."),

@@ -22,7 +22,6 @@ VERBS = (
     "contrast {} --by kind",
     "compare {} --resamples 20",
     "next {} --law chinchilla --target N=1e7,D=1e7 --budget 1e-3",
-    "board {} --to board.md",
 )
 REPORT = "report {} --out page.html --resamples 20"
 PROBE = {"task": "pets", "kind": "linear", "top1": 0.5}

@@ -1,5 +1,8 @@
 """The board: public tables cut at a fraction of their compute, forecast from what is left, and scored on the rest.
 
+`python tests/experiments/board.py tests/board MY_TABLES --to docs/board.md` takes minutes. `--record FILE` also writes
+the record by distance that forecasts are told with (`analysis/forecasts/record.csv`).
+
 A table is a CSV with columns N, D, C and loss under three lines of provenance (`# source:`, `# licence:`, `# rows:`).
 `# family:` names tables that share runs: what is calibrated on the others leaves the whole family out. `# columns:`
 says which columns are accuracies, as `--columns` does. `during/` beside a table may hold a file of its name with points
@@ -8,6 +11,8 @@ during training and the compute of their run (`C_run`): whether they forecast be
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -328,3 +333,29 @@ def _accuracies(scored: pd.DataFrame) -> pd.DataFrame:
 def _markdown(table: pd.DataFrame) -> str:
     rows = [list(map(str, table.columns)), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    """Judge forecasts on the tables, and write the page, its scores as CSV, and the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", type=Path, nargs="+", help="tables with their provenance (CSV), or folders of them")
+    parser.add_argument("--to", type=Path, default=Path("board.md"), help="page; the scores go beside it as CSV")
+    parser.add_argument("--record", type=Path, help="record by distance (CSV)")
+    asked = parser.parse_args()
+    found, parts = read_board(asked.tables), []
+    for name, rows in play(found, os.cpu_count() or 1):
+        print(name, *(f"1/{cut:.0f}" for cut in sorted(rows["cut"].unique())), flush=True)
+        parts.append(rows)
+    points = left_out(pd.concat(parts, ignore_index=True))
+    if points.empty:
+        parser.error(f"no table leaves {MIN_ROWS} rows, {MIN_SIZES} sizes and a range of {MIN_RANGE:g} in compute")
+    scored = scores(points)
+    asked.to.write_text(page(found, points, scored))
+    scored.to_csv(asked.to.with_suffix(".csv"), index=False, float_format="%.5g")
+    if asked.record:
+        record_table(points).to_csv(asked.record, index=False, float_format="%.4g")
+    print(summary(scored).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
