@@ -12,21 +12,15 @@ import ctypes
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import psutil
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
 from aimscale.aim.errors import UserError
+from aimscale.harness.device.communication import ELEMENT_BYTES, MAX_BUCKET_VALUES, MAX_BUFFER_VALUES, Precision
 from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
-
-Precision = Literal["fp32", "bf16"]
-
-MAX_BUCKET_VALUES = 50_000_000
-"""Largest reduction bucket (`harness.step.engine`): 200 MB messages are long enough for any network."""
-MAX_BUFFER_VALUES = 500_000_000
-"""DeepSpeed flattens gradients and gathers weights in pieces of at most this many values."""
 
 
 class _Held(NamedTuple):
@@ -60,8 +54,6 @@ MAX_MICRO_BATCH_TOKENS = 65_536
 """More tokens in one forward pass than this gain no speed."""
 MIN_MICRO_BATCH = 8
 """A micro-batch smaller than this wastes the device; rather recompute activations or go one ZeRO stage up."""
-ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
-"""Of a value."""
 EVAL_TOKENS = 16_384
 """Tokens of a forward pass that measures."""
 WORKSPACE_BYTES = 256 * 2**20
