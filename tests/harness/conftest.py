@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -17,6 +20,7 @@ from PIL import Image
 import aimscale.harness.device.peak
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import list_folder, pack_images
+from aimscale.harness.device.distributed import import_deepspeed
 from aimscale.harness.run.config import RunConfig, RuntimeConfig, parse, run_config
 
 
@@ -94,6 +98,7 @@ def in_processes() -> Callable[..., list[int]]:
 
 def run_in_processes(function: Callable[..., None], *args: Any, world_size: int = 1) -> list[int]:
     """Run `function(rank, *args)` in forks that form one group; returns their exit codes (-9: killed)."""
+    _import_for_forks()
     context = multiprocessing.get_context("fork")
     with socket.socket() as free:  # several test processes may run on a machine
         free.bind(("127.0.0.1", 0))
@@ -112,3 +117,11 @@ def run_in_processes(function: Callable[..., None], *args: Any, world_size: int 
     for process in children:
         process.join()
     return [process.exitcode or 0 for process in children]
+
+
+@functools.cache
+def _import_for_forks() -> None:
+    """Import what every fork would (DeepSpeed's ZeRO decorates a function with `torch.compile`: seconds a rank)."""
+    import_deepspeed()
+    importlib.import_module("torch._inductor.compile_fx")
+    gc.freeze()  # a collection in a fork would copy all of it

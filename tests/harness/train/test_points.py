@@ -49,14 +49,14 @@ def train_in(rank: int, path: Path, signum: int = 0, at: tuple[str, int] = ("", 
 
 @pytest.fixture
 def measured(tiny_data: Path, tiny_config: Config) -> Callable[..., RunConfig]:
-    """A run of `tiny_config` that validates every 16 images and probes every 32, with loader processes ahead."""
+    """A run of `tiny_config` that validates every 16 images and probes every 32."""
 
     def make(runtime: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
         validation = {"path": str(tiny_data / "validation"), "num_prefixes": 2, "centre_crop": 1.0, "every_images": 16}
         task = {"task": "two", "train": str(tiny_data / "two"), "test": str(tiny_data / "other"), "epochs": 1}
         probes = [{**task, "kinds": ["linear", "knn"], "every_images": 32}]
         values = {"validation": validation, "probes": probes} | changes
-        return tiny_config({"num_workers": 1, **(runtime or {})}, **values)
+        return tiny_config(runtime, **values)
 
     return make
 
@@ -79,7 +79,7 @@ def test_points_change_no_bit_and_a_stopped_or_killed_run_has_them_once(
     RunDir.create(without, measured(validation=tiny_config().evaluation.validation.model_dump(), probes=[]))
     assert in_processes(train_in, without) == [0]
     assert not RunDir(without).curve.exists(), "16 validation images are worth no point of so short a run"
-    RunDir.create(whole, measured())
+    RunDir.create(whole, measured({"num_workers": 1}))  # which loads ahead while a point is measured
     assert in_processes(train_in, whole) == [0]
     assert learnt(RunDir(whole)) == learnt(RunDir(without))
     lines = curve(RunDir(whole))
@@ -87,7 +87,7 @@ def test_points_change_no_bit_and_a_stopped_or_killed_run_has_them_once(
     probed = {line["images_seen"]: [probe["kind"] for probe in line["probes"]] for line in lines}
     assert probed == {position: ["linear", "knn"] if position % 32 == 0 else [] for position in probed}
 
-    run = RunDir.create(broken, measured({"checkpoint_every_images": 24}))
+    run = RunDir.create(broken, measured())
     for signum, at, end in (
         (signal.SIGTERM, ("validate", 2), EXIT_PREEMPTED),  # at 32
         (signal.SIGTERM, ("probe_backbone", 1), EXIT_PREEMPTED),  # at 32 again, after its validation
