@@ -18,13 +18,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.directory import EXIT_CRASHED, ReasonClass, RunDir
-from aimscale.harness.run.failures import classify, tells_of_another
+from aimscale.harness.run.failures import TooLargeError, classify, tells_of_another
 from aimscale.harness.run.fence import LockLost, check_fence, fenced
 
 BEAT_S = 5.0
@@ -126,10 +127,11 @@ class RankWatch:
         if self._others and tells_of_another(reason):
             self._wakes.set()
             self._knows.wait(BEAT_S + GRACE_S)
-        self._note(self._group.rank, f"failed: {reason}", reason_class, reason)
+        changes = {"too_large": error.executed} if isinstance(error, TooLargeError) else {}
+        self._note(self._group.rank, f"failed: {reason}", reason_class, reason=reason, **changes)
 
-    def _note(self, rank: int, what: str, reason_class: ReasonClass = "node", reason: str | None = None) -> str:
-        """Note what befell a rank; returns the words of the first failure."""
+    def _note(self, rank: int, what: str, reason_class: ReasonClass = "node", **changes: Any) -> str:
+        """Note what befell a rank, and other `changes` of the status; returns the words of the first failure."""
         node = self._nodes[rank]
         words = f"rank {rank} on {node} {what}"
         failure = {"rank": rank, "node": node, "reason": words, "reason_class": reason_class}
@@ -137,9 +139,8 @@ class RankWatch:
             check_fence(self._run.status)
             with self._failure_file.open("x") as file:
                 json.dump(failure, file)
-            self._run.write_status(
-                state="failed", phase="", reason=reason or words, reason_class=reason_class, failed_on=node
-            )
+            about = {"reason": words, "reason_class": reason_class, "failed_on": node}
+            self._run.write_status(state="failed", phase="", **about | changes)
         return self._first_failure(words)
 
     def _first_failure(self, otherwise: str) -> str:

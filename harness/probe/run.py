@@ -25,6 +25,7 @@ from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.failures import saying_what_gives_memory
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.trunk import saved_budgets
 
@@ -77,9 +78,10 @@ def by_hand(run: RunDir, device: str) -> Iterator[Group]:
     Raises:
         LaunchError: a device that does not exist, or variables that name half of a group.
         LockHeld: another process executes or probes the run.
+        NoMemoryError: memory ran out.
     """
     placement, config = find_placement(), run.load_config()
-    with kernel_threads(config.runtime.num_threads), contextlib.ExitStack() as stack:
+    with kernel_threads(config.runtime.num_threads), saying_what_gives_memory(), contextlib.ExitStack() as stack:
         if placement.world_size > 1:
             stack.callback(stop_group)
             group = start_group(placement, device)

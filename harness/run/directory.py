@@ -85,6 +85,8 @@ class Status:
     """Node of the rank that failed first or fell silent, where a rank said so."""
     attempt: int = 0
     """Starts so far."""
+    too_large: dict[str, Any] | None = None
+    """How a start was executed that ran out of memory in its first step: the same again takes half its micro-batch."""
     job_id: str | None = None
     """Slurm's job, where there is one."""
     claim: str | None = None

@@ -11,10 +11,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_USER_ERROR, ReasonClass
+from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, ReasonClass
 from aimscale.harness.run.fence import LockLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
@@ -38,6 +38,49 @@ class DivergedError(UserError):
     """Too many steps in a row were not finite."""
 
     exit_code = EXIT_DIVERGED
+
+
+class NoMemoryError(UserError):
+    """There is not the memory that something took."""
+
+    exit_code = EXIT_CRASHED
+
+
+class TooLargeError(NoMemoryError):
+    """A micro-batch for which memory ran out in the first step of a start; the next start takes half of it."""
+
+    def __init__(self, sentence: str, executed: dict[str, Any]) -> None:
+        """`executed` says how, see `Status.too_large`."""
+        super().__init__(sentence)
+        self.executed = executed
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""What CUDA, torch's allocator on a CPU, and cuBLAS say where memory is short."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something failed for want of memory."""
+    is_kind = isinstance(error, MemoryError | NoMemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_kind or any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+@contextlib.contextmanager
+def saying_what_gives_memory(advice: str = "use more ranks, each of which then holds less") -> Iterator[None]:
+    """Raise NoMemoryError, with what to do, where memory runs out in the block."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, NoMemoryError) or not is_out_of_memory(error):
+            raise
+        raise NoMemoryError(f"{said_of_memory(error)}; {advice}") from error
+
+
+def said_of_memory(error: BaseException) -> str:
+    """The part of an allocator's words that says how much was asked for."""
+    text = " ".join(str(error).split()) or "out of memory"
+    asked = re.search(r"[Tt]ried to allocate [\d.]+ \w+", text)
+    return f"out of memory ({asked[0] if asked else text[:200]})"
 
 
 class StopFlag:
@@ -93,7 +136,7 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
     text = " ".join(str(error).split())
     name = type(error).__name__
     sentence = text if isinstance(error, UserError) else f"{name}: {text}"
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "out of memory" in text.lower():
+    if is_out_of_memory(error):
         return "oom", sentence
     if isinstance(error, UserError):
         kinds: dict[str, ReasonClass] = {"CheckpointError": "node"}
@@ -128,4 +171,4 @@ def run_worker(work: Callable[[Path], int], usage: str) -> NoReturn:
         if sentence is None:
             raise
         print(f"aimscale: {sentence}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASHED)
+        sys.exit(error.exit_code if isinstance(error, UserError) else EXIT_CRASHED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -12,10 +13,12 @@ from aimscale.harness.device.job import Job, execute_job
 from aimscale.harness.log.loggers import Logger, logging_to
 from aimscale.harness.probe.owed import lacking
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
-from aimscale.harness.run.failures import run_worker
+from aimscale.harness.run.failures import TooLargeError, run_worker, saying_what_gives_memory
 from aimscale.harness.run.trunk import missing_budgets
 from aimscale.harness.train.evaluate import evaluate_run
 from aimscale.harness.train.loop import Trainer
+
+SAVES_MEMORY = "lower runtime.micro_batch, use more ranks, or set runtime.activation_checkpointing to true"
 
 
 def train(path: Path) -> int:
@@ -41,13 +44,22 @@ def train(path: Path) -> int:
         loggers: list[Logger] = []
         group.from_first(lambda: loggers.extend(job.exits.enter_context(logging_to(run, config))))
         if group.from_first(lambda: missing_budgets(run, config)):
-            trainer = Trainer(run, config, job, loggers)
-            try:
-                trainer.walk()
-            finally:
-                trainer.close()  # frees the device: what comes next needs the memory of the training state
-        evaluate_run(run, config, job, loggers)
+            with saying_what_gives_memory(SAVES_MEMORY):
+                trainer = Trainer(run, config, job, loggers)
+                try:
+                    trainer.walk()
+                finally:
+                    trainer.close()  # frees the device: what comes next needs the memory of the training state
+        with saying_what_gives_memory():
+            evaluate_run(run, config, job, loggers)
 
+    try:
+        return execute_job(run, config.runtime.device, work)
+    except TooLargeError as error:
+        if find_placement().world_size > 1:  # who started these ranks starts them again
+            raise
+        print(f"aimscale: {error}", flush=True)
+    gc.collect()  # frames of the step that failed
     return execute_job(run, config.runtime.device, work)
 
 

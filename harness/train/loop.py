@@ -12,7 +12,8 @@ import functools
 import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -20,15 +21,15 @@ from aimscale.harness.data.store.card import data_set
 from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.job import Job
-from aimscale.harness.device.memory import execution_plan
+from aimscale.harness.device.memory import ExecutionPlan, even_share, execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.probe.cost import bytes_during
 from aimscale.harness.probe.owed import enter_row
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import RunConfig, RuntimeConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import PreemptedError
+from aimscale.harness.run.failures import PreemptedError, TooLargeError, is_out_of_memory, said_of_memory
 from aimscale.harness.run.fence import earlier_folders
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
@@ -37,8 +38,8 @@ from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.run.trunk import ABOUT, check_branch, saved_budgets, trunk_position
 from aimscale.harness.step.checkpoint import CheckpointError, Manifest, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, compiles
-from aimscale.harness.step.feed import Wishes, run_on_all_ranks
+from aimscale.harness.step.engine import Engine, StepOutcome, compiles
+from aimscale.harness.step.feed import Step, Wishes, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter, salvage, save_weights
 from aimscale.harness.train.points import Points
 
@@ -57,15 +58,19 @@ class Trainer:
             group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
         look = functools.cache(data_set)
-        self.plan = execution_plan(
+        measuring = group.from_first(lambda: bytes_during(config, look))
+        plan_of = functools.partial(
+            execution_plan,
             self.model_config,
             training.optimiser,
-            runtime,
             world_size=group.world_size,
             device_bytes=group.from_first(group.memory_bytes),
             host_bytes=group.from_first(group.host_memory_bytes) if group.device.type == "cuda" else None,
-            measuring=(measuring := group.from_first(lambda: bytes_during(config, look))),
+            measuring=measuring,
         )
+        planned = plan_of(runtime)
+        self.plan = self._lowered(planned, plan_of)
+        self.is_lowered, self.has_stepped = self.plan is not planned, False
         if measuring and not self.plan.measures and group.is_first:
             print("the device has no room beside training to measure during it: nothing is", flush=True)
         self.engine = Engine(
@@ -85,6 +90,24 @@ class Trainer:
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
         beside = dataclasses.replace(job, group=group.beside(self.plan.held_bytes))
         self.points = Points(run, config, beside, self.engine, look=look, loggers=loggers)
+
+    def _executed(self, plan: ExecutionPlan) -> dict[str, Any]:
+        """What the memory of a step depends on, beside the run itself."""
+        names = ("zero_stage", "micro_batch", "activation_checkpointing")
+        about = {"device": device_name(self.group.device), "world_size": self.group.world_size}
+        return {name: getattr(plan, name) for name in names} | about
+
+    def _lowered(self, plan: ExecutionPlan, plan_of: Callable[[RuntimeConfig], ExecutionPlan]) -> ExecutionPlan:
+        """The plan, or the same with half the micro-batch for which memory ran out before."""
+        known = self.group.from_first(lambda: self.run.read_status().too_large)
+        largest = known["micro_batch"] if known else plan.micro_batch + 1
+        if plan.micro_batch < largest or known != self._executed(plan) | {"micro_batch": largest}:
+            return plan
+        fixed = {"zero_stage": plan.zero_stage, "activation_checkpointing": plan.activation_checkpointing}
+        return plan_of(self.config.runtime.model_copy(update=fixed | {"micro_batch": self._half(largest)}))
+
+    def _half(self, micro_batch: int) -> int:
+        return even_share(-(-self.batch_size // self.group.world_size), micro_batch // 2)
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""
@@ -202,14 +225,35 @@ class Trainer:
                     raise
                 lr = self.schedule.lr(position, segment.branch)
                 with self.watch.step():
-                    outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
-                    step.micro_batches.clear()
+                    outcome = self._step(step, lr)
                     position += self.batch_size
                     self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=step.num_targets)
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
                     gc.collect()  # what came since the start; the step waits for its line anyway
                 if position < segment.stop and (step.must_save or position % every < self.batch_size):
                     self._save(position, segment.branch)
+
+    def _step(self, step: Step, lr: float) -> StepOutcome:
+        """One step.
+
+        Raises:
+            TooLargeError: memory ran out in the first one, for the first time. Others may wait in a collective that
+                this rank never enters, so none goes on; the next start knows it from `status.json`.
+        """
+        try:
+            outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
+        except Exception as error:
+            half = self._half(self.plan.micro_batch)
+            if self.has_stepped or self.is_lowered or not half or not is_out_of_memory(error):
+                raise
+            raise TooLargeError(
+                f"{said_of_memory(error)} in the first step with a micro-batch of {self.plan.micro_batch}; the next "
+                f"start takes {half}",
+                self._executed(self.plan),
+            ) from error
+        self.has_stepped = True
+        step.micro_batches.clear()
+        return outcome
 
     def _measure(self, position: int, segment: Segment) -> None:
         """Measure what is due at a position of the trunk, where a decay begins, or anywhere under cosine."""
@@ -288,6 +332,7 @@ class Trainer:
         self.run.write_status(images_planned=planned, images_done=done, heartbeat=time.time())
         self.recorder.say(
             f"{self.config.run_id}: {done} of {planned} images done, ZeRO {self.plan.zero_stage}, micro-batch "
-            f"{self.plan.micro_batch}, {self.group.world_size} rank(s), matrix-multiplication peak "
+            f"{self.plan.micro_batch}{' (lowered)' * self.is_lowered}, {self.group.world_size} rank(s), "
+            f"matrix-multiplication peak "
             f"{self.peak.flops_per_s / 1e9:.0f} GFLOP/s (n = {self.peak.gemm_side}), ready after {startup_s:.1f} s"
         )

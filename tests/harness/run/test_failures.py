@@ -14,7 +14,7 @@ import torch
 
 from aimscale.aim.config import ModelConfigError
 from aimscale.harness.data import DataError
-from aimscale.harness.run.failures import STOP_SIGNALS, classify, disk_sentence, run_worker, stop_signals
+from aimscale.harness.run.failures import STOP_SIGNALS, NoMemoryError, classify, disk_sentence, run_worker, stop_signals
 from aimscale.harness.run.fence import LockLost
 from aimscale.harness.step.checkpoint import CheckpointError
 
@@ -25,8 +25,9 @@ Run = Callable[..., list[int]]
     ("error", "reason_class", "words"),
     [
         (MemoryError(), "oom", "MemoryError"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: out of memory"), "oom", "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "oom", "CUBLAS"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "oom", "CUDA"),
+        (NoMemoryError("out of memory (tried to allocate 2 GiB); use more ranks"), "oom", "use more ranks"),
         (DataError("shard 3 is broken; mend it"), "data", "shard 3 is broken; mend it"),
         (CheckpointError("no space; make room"), "node", "no space; make room"),
         (ModelConfigError("unknown size"), "config", "unknown size"),
@@ -74,7 +75,10 @@ def test_a_second_ctrl_c_waits_for_no_save_and_nohup_is_obeyed() -> None:
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/status.json")
 
 
-@pytest.mark.parametrize(("error", "code"), [(DataError("no images"), 2), (LockLost("taken over"), 1), (FULL, 1)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(DataError("no images"), 2), (NoMemoryError("too little"), 1), (LockLost("taken over"), 1), (FULL, 1)],
+)
 def test_a_worker_says_what_is_wrong_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int
 ) -> None:

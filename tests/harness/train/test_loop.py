@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -375,6 +376,50 @@ def test_bad_steps_are_skipped_counted_and_stop_a_run_when_too_many(
     status = lost.read_status()
     assert (status.state, status.reason_class) == ("diverged", "nan")
     assert "3 steps in a row were not finite, up to image 40" in str(status.reason)
+
+
+def train_in_little_memory(rank: int, path: Path, most: int, victim: int) -> None:
+    """Train where one rank's allocator refuses what a pass over more than `most` images takes.
+
+    No GPU is here: what it refuses is far more than any machine has, so that the error is the allocator's own.
+    """
+    real = aimscale.harness.step.engine.AIM.forward
+
+    def forward(self: Any, images: torch.Tensor, given: torch.Tensor) -> Any:
+        if rank == victim and len(images) > most:
+            torch.empty(len(images) << 50, dtype=torch.uint8)
+        return real(self, images, given)
+
+    aimscale.harness.step.engine.AIM.forward = forward  # type: ignore[method-assign]
+    train_in(rank, path)
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_memory_that_runs_out_in_the_first_step_halves_the_micro_batch_once(
+    tmp_path: Path, tiny_config: Config, in_processes: Run, world_size: int, stage: int
+) -> None:
+    def run_of(name: str, **runtime: int) -> RunDir:
+        return RunDir.create(tmp_path / name, tiny_config({"zero_stage": stage, **runtime}, budgets=[64]))
+
+    whole = 8 // world_size  # images of a rank
+    short, lower = run_of("short"), run_of("lower", micro_batch=whole // 2)
+    start = functools.partial(in_processes, train_in_little_memory, world_size=world_size)
+    if world_size > 1:  # the other waits in a collective: this start ends for both, and the next one knows
+        assert start(short.path, whole // 2, 1) == [1, 1]
+        status = short.read_status()
+        assert (status.state, status.reason_class) == ("failed", "oom")
+        assert status.too_large is not None
+        assert status.too_large["micro_batch"] == whole
+    for run in (short, lower):
+        assert start(run.path, whole // 2, world_size - 1) == [0] * world_size
+    assert [each["micro_batch"] for each in short.read_starts()] == [whole, whole // 2]
+    assert results(short.path) == results(lower.path)
+    if world_size == 1:  # a second time it is said what to do
+        short = run_of("hopeless")
+        assert start(short.path, 0, 0) == [1]
+        assert [each["micro_batch"] for each in short.read_starts()] == [whole, whole // 2]
+        assert (short.read_status().state, short.read_status().reason_class) == ("failed", "oom")
+        assert "runtime.micro_batch" in str(short.read_status().reason)
 
 
 def test_one_run_never_runs_twice_at_once(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
