@@ -91,7 +91,7 @@ def deepspeed_config(
             "stage": options.zero_stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "overlap_comm": group.device.type == "cuda" and group.world_size > 1,
+            "overlap_comm": group.world_size > 1,
         },
     }
     if section.precision == "bf16":

@@ -1,0 +1,162 @@
+"""A step sends what `step_communication` counts, and nothing stands between backward and update but DeepSpeed's own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import aimscale.harness.device.communication
+import aimscale.harness.step.deepspeed_setup
+import aimscale.harness.step.engine
+from aimscale.aim.config import model_config
+from aimscale.aim.cost import param_count
+from aimscale.harness.bench.train import random_batches
+from aimscale.harness.device.communication import step_communication
+from aimscale.harness.device.distributed import find_placement, import_deepspeed, start_group, stop_group
+from aimscale.harness.log.metrics import Metrics
+from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import Engine
+from aimscale.harness.step.feed import Feed
+
+CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
+BATCH, NUM_MICRO, NUM_STEPS, BUCKET = 8, 2, 3, 30_000
+CASES = [("fp32", 0), ("bf16", 1), ("fp32", 1), ("bf16", 2), ("bf16", 3)]
+TIMES_SENT = {"c10d::allreduce_": 2, "c10d::_reduce_scatter_base_": 1, "c10d::_allgather_base_": 1}
+"""How often a ring sends the payload, less the part of a rank."""
+WAIT = "aten::_local_scalar_dense"
+Run = Callable[..., list[int]]
+
+
+class Counting(TorchDispatchMode):
+    """Notes collectives, and values that the host waits for, with whose they are: `deepspeed`, or a file of ours."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.calls: list[dict[str, Any]] = []
+        self.num_gradients, self.is_in_step = 0, False
+        self.parameters = list(engine.module.parameters())
+        for parameter in self.parameters:  # behind DeepSpeed's own hooks
+            parameter.register_post_accumulate_grad_hook(self._note)
+
+    def _note(self, _: Tensor) -> None:
+        self.num_gradients += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" or func._schema.name == WAIT:
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.calls.append(
+                {
+                    "name": func._schema.name,
+                    "numel": max(each.numel() for each in tensors),
+                    "bytes": max(each.nbytes for each in tensors),
+                    "is_late": self.num_gradients == NUM_MICRO * len(self.parameters),
+                    "is_in_step": self.is_in_step,
+                    "owner": owner(),
+                }
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def owner() -> str:
+    """Whose code asks for the operation that is dispatched now."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if "deepspeed" in path.parts:
+            return "deepspeed"
+        if "aimscale" in path.parts:
+            return path.name
+        frame = frame.f_back  # type: ignore[assignment]
+    return "nobody"
+
+
+def count_a_step(rank: int, out: Path, cases: list[tuple[str, int]]) -> None:
+    """Train as the loop does, and write what the last step sends and waits for."""
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    found = []
+    for precision, stage in cases:
+        optimiser = OptimiserSection(batch_size=BATCH * group.world_size, precision=precision)  # type: ignore[arg-type]
+        engine = Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage), group)
+        counting, metrics = Counting(engine), Metrics(group, optimiser.batch_size)
+        feed = Feed(group, num_tokens=CONFIG.num_tokens, max_bad_fraction=0.5, has_workers=False)
+        loaded = (random_batches(CONFIG, BATCH, BATCH // NUM_MICRO) for _ in range(NUM_STEPS + 1))
+        with feed.over(loaded), contextlib.ExitStack() as last:
+            for position in range(NUM_STEPS):
+                if position == NUM_STEPS - 1:  # ZeRO 3 knows by now what is used when
+                    counting.num_gradients = 0
+                    last.enter_context(counting)
+                step = feed.next(num_images=position, num_bad=0)
+                counting.is_in_step = True
+                outcome = engine.step(step.micro_batches, num_targets=step.num_targets, lr=1e-3)
+                counting.is_in_step = False
+                metrics.add(outcome, images_seen=position, lr=1e-3, num_targets=step.num_targets)
+        found.append(counting.calls)
+        engine.close()
+    stop_group()
+    if rank == 0:
+        out.write_text(json.dumps(found))
+
+
+@pytest.fixture
+def _as_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several buckets, and no weight so small that ZeRO 3 keeps it whole; forks inherit both."""
+    real = aimscale.harness.step.deepspeed_setup.deepspeed_config
+
+    def config(*args: Any) -> dict[str, Any]:
+        made = real(*args)
+        made["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": BUCKET}
+        return made
+
+    monkeypatch.setattr(aimscale.harness.step.engine, "deepspeed_config", config)
+    for module in (aimscale.harness.step.deepspeed_setup, aimscale.harness.device.communication):
+        monkeypatch.setattr(module, "MAX_BUCKET_VALUES", BUCKET)
+
+
+@pytest.mark.usefixtures("_as_a_large_model")
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_step_sends_what_the_formula_counts(world_size: int, tmp_path: Path, in_processes: Run) -> None:
+    import_deepspeed()  # once, for all forks
+    out = tmp_path / "calls.json"
+    cases = CASES[:2] if world_size == 1 else CASES
+    assert in_processes(count_a_step, out, cases, world_size=world_size) == [0] * world_size
+    others = (world_size - 1) / world_size
+    for (precision, stage), calls in zip(cases, json.loads(out.read_text()), strict=True):
+        case = (world_size, precision, stage)
+        expected = step_communication(
+            param_count(CONFIG).total,
+            precision=precision,  # type: ignore[arg-type]
+            zero_stage=stage,
+            world_size=world_size,
+            micro_batches=NUM_MICRO,
+        )
+        before, inside = ([call for call in calls if call["is_in_step"] == is_in_step] for is_in_step in (False, True))
+        sent = [call for call in inside if call["name"] != WAIT]
+        assert len(sent) == expected.num_calls, case
+        large = [call for call in sent if call["numel"] > 1]
+        assert sum(call["bytes"] for call in large) == expected.payload_bytes, case
+        assert sum(map(ring_bytes, large)) * others == pytest.approx(expected.sent_bytes, abs=1), case
+        late = sum(ring_bytes(call) for call in large if call["is_late"]) * others
+        bucket = 0 if (precision, stage) in CASES[:2] else 2 * others * 4 * BUCKET  # the last is rarely full
+        assert expected.exposed_bytes - bucket <= late <= expected.exposed_bytes + 1, case
+        # The counts of the step after the next travel while this one is computed, and are all that is ours.
+        assert [call["bytes"] for call in before if call["name"] != WAIT] == [40] * (world_size > 1), case
+        ours = Counter(call["owner"] for call in inside if call["is_late"] and call["owner"] != "deepspeed")
+        assert ours == ({"deepspeed_setup.py": 1} if stage == 0 else {}), (case, "the norm of `GuardedAdamW` alone")
+
+
+def ring_bytes(call: dict[str, Any]) -> int:
+    """What all ranks send, over their number less one."""
+    return TIMES_SENT[call["name"]] * call["bytes"]
