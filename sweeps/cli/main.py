@@ -14,30 +14,50 @@ import typer.main
 
 from aimscale.aim.errors import UserError, did_you_mean, printable
 
-VERBS: dict[str, tuple[str, str]] = {
-    "demo": ("aimscale.sweeps.cli.demo", "Run the whole loop on bundled real images; ends at a report."),
-    "data": ("aimscale.harness.cli.data", "Images to indexed shards: pack, index, info."),
-    "plan": ("aimscale.sweeps.cli.plan:plan", "List the runs of a sweep with a cost card each; no side effect."),
-    "launch": ("aimscale.sweeps.cli.launch:launch", "Start what is missing, resume what died, skip what is done."),
-    "status": ("aimscale.sweeps.cli.sweep:status", "One line per run: state, step, loss, speed, ETA, why it failed."),
-    "logs": ("aimscale.sweeps.cli.sweep:logs", "Print or follow the log of one run."),
-    "cancel": ("aimscale.sweeps.cli.launch:cancel", "Stop the runs of a sweep; each saves first."),
-    "collect": ("aimscale.sweeps.cli.sweep:collect", "Gather every run's rows into one typed table."),
-    "probe": ("aimscale.harness.cli.probe:probe", "Probe frozen features of one run."),
-    "baseline": ("aimscale.harness.cli.probe:baseline", "Probe a timm model, random weights or raw pixels."),
-    "weights": ("aimscale.harness.cli.runs", "Import, export and describe official AIM weights."),
-    "bench": ("aimscale.harness.cli.bench", "Measure training and loading against named limits, or a whole card."),
-    "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),
-    "fit": ("aimscale.analysis.cli.laws:fit", "Fit a scaling law to a table, with intervals and a held-out test."),
-    "next": ("aimscale.sweeps.cli.next", "Which runs to buy next for the least error of a forecast per price."),
-    "forecast": ("aimscale.analysis.cli.laws:forecast", "Forecast loss and accuracies, and register the forecast."),
-    "frontier": ("aimscale.analysis.cli.laws:frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
-    "correlate": ("aimscale.analysis.cli.effects:correlate", "Correlate loss with accuracy, and forecast it."),
-    "contrast": ("aimscale.analysis.cli.effects:contrast", "Compare the levels of one column, all else equal."),
-    "compare": ("aimscale.analysis.cli.report:compare", "Put runs beside the published baselines."),
-    "report": ("aimscale.analysis.cli.report:report", "Write one self-contained HTML page from a table."),
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "Start": {
+        "demo": ("aimscale.sweeps.cli.demo", "Run the whole loop on bundled real images; ends at a report."),
+        "data": ("aimscale.harness.cli.data", "Images to indexed shards: pack, index, info."),
+        "plan": ("aimscale.sweeps.cli.plan:plan", "List the runs of a sweep with a cost card each; no side effect."),
+    },
+    "Run": {
+        "launch": ("aimscale.sweeps.cli.launch:launch", "Start what is missing, resume what died, skip what is done."),
+        "cancel": ("aimscale.sweeps.cli.launch:cancel", "Stop the runs of a sweep; each saves first."),
+        "probe": ("aimscale.harness.cli.probe:probe", "Probe frozen features of one run."),
+        "baseline": ("aimscale.harness.cli.probe:baseline", "Probe a timm model, random weights or raw pixels."),
+    },
+    "Look": {
+        "status": (
+            "aimscale.sweeps.cli.sweep:status",
+            "One line per run: state, step, loss, speed, ETA, why it failed.",
+        ),
+        "logs": ("aimscale.sweeps.cli.sweep:logs", "Print or follow the log of one run."),
+        "collect": ("aimscale.sweeps.cli.sweep:collect", "Gather every run's rows into one typed table."),
+    },
+    "Analyse": {
+        "fit": ("aimscale.analysis.cli.laws:fit", "Fit a scaling law to a table, with intervals and a held-out test."),
+        "forecast": ("aimscale.analysis.cli.laws:forecast", "Forecast loss and accuracies, and register the forecast."),
+        "next": ("aimscale.sweeps.cli.next", "Which runs to buy next for the least error of a forecast per price."),
+        "frontier": ("aimscale.analysis.cli.laws:frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
+        "correlate": ("aimscale.analysis.cli.effects:correlate", "Correlate loss with accuracy, and forecast it."),
+        "contrast": ("aimscale.analysis.cli.effects:contrast", "Compare the levels of one column, all else equal."),
+        "compare": ("aimscale.analysis.cli.report:compare", "Put runs beside the published baselines."),
+        "report": ("aimscale.analysis.cli.report:report", "Write one self-contained HTML page from a table."),
+    },
+    "Machine": {
+        "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),
+        "bench": ("aimscale.harness.cli.bench", "Measure training and loading against named limits, or a whole card."),
+        "weights": ("aimscale.harness.cli.runs", "Import, export and describe official AIM weights."),
+    },
 }
-"""Verb -> (module, of which it is the app `app`, or the function `command` or one named after a colon; its line)."""
+"""Verbs by what they are for: name -> (module, of which it is the app `app`, or the function `command` or one named
+after a colon; its line)."""
+VERBS = {name: where for group in GROUPS.values() for name, where in group.items()}
+EXAMPLES = (
+    ("aimscale demo", "the whole loop on bundled images, to a report"),
+    ("aimscale launch mysweep.yaml --on slurm", "train what a sweep lacks"),
+    ("aimscale fit losses.csv --columns N=params,D=images,L=loss", "a law from anybody's table"),
+)
 HIDDEN = {"train": "aimscale.harness.cli.runs:train"}
 """What launches call, and a person hardly ever."""
 
@@ -94,8 +114,11 @@ class LazyGroup(typer.core.TyperGroup):
         formatter.write_usage("aimscale", "VERB [OPTIONS] [ARGS]...")
         formatter.write_paragraph()
         formatter.write_text(self.help or "")
-        with formatter.section("Verbs"):
-            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+        for name, verbs in GROUPS.items():
+            with formatter.section(name):
+                formatter.write_dl([(verb, line) for verb, (_, line) in verbs.items()])
+        with formatter.section("Examples"):
+            formatter.write_dl(EXAMPLES)
         with formatter.section("Options"):
             formatter.write_dl([record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))])
 
