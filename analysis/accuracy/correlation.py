@@ -22,7 +22,7 @@ METHODS = {"pearson": pearsonr, "spearman": spearmanr, "kendall": kendalltau}
 MIN_ROWS = 4
 """Rows, and clusters of rows, that a correlation with an interval needs."""
 FISHERS_WEIGHT = 4
-"""Fisher's variance counts as much as so many degrees of freedom between clusters (how chosen: docs/analysis.md)."""
+"""Fisher's variance counts as much as so many degrees of freedom between clusters (how chosen: docs/evidence.md)."""
 MOST_CLUSTERS = 1000
 """More clusters than this are not left out in turn: Fisher's standard error is enough."""
 TOLERANCE = 0.02
