@@ -1,8 +1,9 @@
-"""README's section about the demo and its figure, from the tables that the demo left.
+"""What README and docs/demo.md say about the demo, and its figures, from the tables that the demo left.
 
-    python docs/generate/demo.py aimscale-runs/demo    # takes its tables over, draws the figure, rewrites the section
+    python docs/generate/demo.py aimscale-runs/demo    # takes its tables over, draws the figures, rewrites both pages
 
-The tables are kept in `docs/figures/demo/`; a test compares the README with `section()` of them.
+The tables are kept in `docs/figures/demo/`; a test compares the pages with them. README has the first lines of the
+report itself, so the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import pandas as pd
 
 from aimscale.analysis import all_approaches, correlate, fit, held_out, laws, plot_fit, probe_frame, read_table
 from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.plots.accuracy import plot_loss_accuracy
 from aimscale.analysis.plots.style import png_bytes
+from aimscale.analysis.report.study import study_tables
+from aimscale.analysis.report.verdict import verdict
+from aimscale.analysis.table.read import read_tables
 
 ROOT = Path(__file__).parents[2]
 TABLES = ROOT / "docs/figures/demo"
-FIGURE = ROOT / "docs/figures/demo.png"
+FIGURES = ROOT / "docs/figures/demo.png", ROOT / "docs/figures/demo-accuracy.png"
 MARKS = "<!-- demo: written by docs/generate/demo.py -->", "<!-- demo: end -->"
 TASK = "photographs"
 
@@ -32,8 +37,15 @@ def law(table: pd.DataFrame) -> Fit:
     return fit(laws.CHINCHILLA, table)
 
 
+def first_lines(folder: Path = TABLES) -> str:
+    """What README says about a run of the demo: the report's own first lines, but for what to run next."""
+    tables = [folder / "results.parquet"]
+    lines = verdict(study_tables(tables, read_tables(tables), {}))
+    return "\n".join([*(f"- **{line.question.rstrip('?')}**: {line.answer}" for line in lines[:-1]), ""])
+
+
 def section(folder: Path = TABLES) -> str:
-    """What README says about a run of the demo, in Markdown."""
+    """What docs/demo.md says about a run of the demo, in Markdown."""
     table = read_table(folder / "results.parquet")
     return "\n".join([*_law(table), *_accuracy(table, folder), ""])
 
@@ -87,15 +99,24 @@ def _of_task(table: pd.DataFrame) -> pd.DataFrame:
     return probes[probes["task"] == TASK]
 
 
-def draw(table: pd.DataFrame, path: Path = FIGURE) -> None:
-    """README's first figure: validation loss against parameters by images seen, with the law."""
-    path.write_bytes(png_bytes(plot_fit(law(table), x="N")))
+def draw(table: pd.DataFrame) -> None:
+    """README's figures: loss against parameters with the law, and the task's accuracy against loss."""
+    probes = _of_task(table)
+    probes = probes[probes["kind"] == "linear"].assign(task=f"{TASK}, linear probe")
+    pearson = correlate(probes, x="val_loss", y="top1", methods=("pearson",))
+    figures = plot_fit(law(table), x="N"), plot_loss_accuracy(probes, {probes["task"].iloc[0]: pearson})
+    for path, figure in zip(FIGURES, figures, strict=True):
+        path.write_bytes(png_bytes(figure))
 
 
-def rewrite(readme: str, text: str) -> str:
-    """README with the text between the marks."""
+def rewrite(page: str, text: str) -> str:
+    """A page with the text between the marks."""
     before, after = (re.escape(mark) for mark in MARKS)
-    return re.sub(f"(?<={before}\n).*?(?={after})", lambda _: text, readme, flags=re.DOTALL)
+    return re.sub(f"(?<={before}\n).*?(?={after})", lambda _: text, page, flags=re.DOTALL)
+
+
+PAGES = {ROOT / "README.md": first_lines, ROOT / "docs/demo.md": section}
+"""Page -> what stands between its marks."""
 
 
 def main(demo: Path) -> None:
@@ -105,8 +126,8 @@ def main(demo: Path) -> None:
         if demo.resolve() != TABLES:
             shutil.copyfile(demo / name, TABLES / name)
     draw(read_table(TABLES / "results.parquet"))
-    readme = ROOT / "README.md"
-    readme.write_text(rewrite(readme.read_text(), section()))
+    for page, write in PAGES.items():
+        page.write_text(rewrite(page.read_text(), write()))
 
 
 if __name__ == "__main__":
