@@ -18,7 +18,7 @@ from aimscale.aim.model import AIM
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.data.stream.draws import Batch, masks
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
-from aimscale.harness.device.memory import execution_plan
+from aimscale.harness.device.execution import execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import RunConfig
@@ -48,7 +48,10 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True)
     """
     model, optimiser, runtime = model_of(config.training), config.training.optimiser, config.runtime
     group = start_group(find_placement(), runtime.device)
-    plan = execution_plan(model, optimiser, runtime, world_size=group.world_size, device_bytes=group.memory_bytes())
+    peak = group.from_first(lambda: measure_peak(group.device, optimiser.precision))
+    world_size, pace = group.world_size, group.from_first(lambda: group.pace(peak))
+    device_bytes = group.from_first(group.memory_bytes)
+    plan = execution_plan(model, optimiser, runtime, pace=pace, world_size=world_size, device_bytes=device_bytes)
     options = EngineOptions(
         zero_stage=plan.zero_stage,
         activation_checkpointing=plan.activation_checkpointing,
@@ -60,7 +63,6 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True)
     try:
         makers = _engines(config, options, group, with_references=with_references)
         times, memory_bytes, startup_s = _time(makers, step, num_targets, num_steps, group)
-        peak = measure_peak(group.device, optimiser.precision)
     finally:
         stop_group()
     ours_s = statistics.median(times["ours"])

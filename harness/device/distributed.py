@@ -20,7 +20,9 @@ from typing import Any, TypeVar
 import torch
 
 from aimscale.aim.errors import UserError
+from aimscale.harness.device.execution import Pace, pace_of
 from aimscale.harness.device.memory import free_host_bytes
+from aimscale.harness.device.peak import Peak
 
 T = TypeVar("T")
 
@@ -142,7 +144,20 @@ class Group:
 
     def host_memory_bytes(self) -> int:
         """This rank's share of what its host has free."""
-        return free_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        return free_host_bytes() // self.ranks_per_node
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks on a host as torchrun or Slurm's step says, such as `8(x15),4`; all where neither does."""
+        said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+        found = re.match(r"\d+", said)
+        return min(self.world_size, int(found[0])) if found else self.world_size
+
+    def pace(self, peak: Peak) -> Pace:
+        """How fast a rank trains whose device has this peak; by the data sheet where it is known, as in a plan."""
+        cores = None if self.device.type == "cuda" else peak.num_threads
+        rate = peak.nominal_flops_per_s or peak.flops_per_s
+        return pace_of(rate, cores=cores, ranks_per_node=self.ranks_per_node)
 
     def any(self, flag: bool) -> bool:
         """Whether any rank raised its flag."""
@@ -231,6 +246,8 @@ def choose_device(placement: Placement, name: str) -> torch.device:
         raise LaunchError("the device cuda was asked for but torch sees no CUDA device; use cpu or auto")
     if name == "cpu" or not has_cuda:
         return torch.device("cpu")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # read when the first tensor is allocated
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device = torch.device("cuda", card_index(placement, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # tensor cores (TF32)

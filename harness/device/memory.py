@@ -1,4 +1,4 @@
-"""Memory of one rank, and the rule that chooses ZeRO stage, micro-batch and activation checkpointing from it.
+"""Memory of one rank: what its model and a step hold, and what its host has free.
 
 Torch is not imported here: the planner prints these numbers before anything runs. Bytes per parameter are those that
 DeepSpeed 0.19 was measured to hold (tests/harness/device/test_memory.py measures again); activations are counted from
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +17,7 @@ import psutil
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
-from aimscale.aim.errors import UserError
 from aimscale.harness.device.communication import ELEMENT_BYTES, MAX_BUCKET_VALUES, MAX_BUFFER_VALUES, Precision
-from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
 
 
 class _Held(NamedTuple):
@@ -48,20 +45,10 @@ HELD = {
 """By precision and ZeRO stage. bf16 gradients of one backward pass are held beside their float32 accumulation."""
 CHECKPOINT_BYTES_PER_PARAM = 12
 """float32 master weights and two moments."""
-USABLE_FRACTION = 0.9
-"""Share of a device that may be planned for; the rest is context, workspaces and fragmentation."""
-MAX_MICRO_BATCH_TOKENS = 65_536
-"""More tokens in one forward pass than this gain no speed."""
-MIN_MICRO_BATCH = 8
-"""A micro-batch smaller than this wastes the device; rather recompute activations or go one ZeRO stage up."""
 EVAL_TOKENS = 16_384
 """Tokens of a forward pass that measures."""
 WORKSPACE_BYTES = 256 * 2**20
 """Kernels' workspaces and the allocator's slack."""
-
-
-class DoesNotFitError(UserError):
-    """A model that fits no device of this size."""
 
 
 def held_bytes(config: ModelConfig, precision: Precision, *, zero_stage: int, world_size: int) -> int:
@@ -92,6 +79,12 @@ def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_c
     block, head_block = _block_bytes(config, precision)
     skipped = (tokens - scored) * 10 * last_width * element
     return config.depth * block - skipped + config.head.depth * head_block + ends
+
+
+def peak_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
+    """Bytes of one image in the backward pass: what is kept, and one block that is there again if it is recomputed."""
+    kept = kept_bytes_per_image(config, precision, activation_checkpointing)
+    return kept + (max(_block_bytes(config, precision)) if activation_checkpointing else 0)
 
 
 def measuring_bytes(config: ModelConfig, precision: Precision, *, is_probed: bool) -> int:
@@ -126,97 +119,6 @@ def _scored(config: ModelConfig) -> int:
     return config.num_masked or config.num_tokens // 2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExecutionPlan:
-    """How a run uses its devices."""
-
-    zero_stage: int
-    micro_batch: int
-    """Most images per forward pass and rank."""
-    activation_checkpointing: bool
-    copies_checkpoints: bool
-    """Write checkpoints from a copy in host memory, beside training; else training waits."""
-    memory_bytes: int
-    """Peak of one rank during a step, or where it measures during training."""
-    held_bytes: int
-    """Of that, what is held between steps."""
-    measures: bool
-    """Whether there is room to measure during training; otherwise nothing is."""
-
-
-def execution_plan(
-    config: ModelConfig,
-    optimiser: OptimiserSection,
-    runtime: RuntimeConfig,
-    *,
-    world_size: int,
-    device_bytes: int,
-    host_bytes: int | None = None,
-    measuring: int = 0,
-) -> ExecutionPlan:
-    """Choose what `runtime` leaves open.
-
-    The rule: take the first setting that fits, each with its largest micro-batch. Stored activations come before
-    recomputed ones (a third more FLOPs), and among each the lower ZeRO stage (less communication; 0 for fp32, 1 for
-    bf16, whose master weights need it, and 2); stage 3, slower, comes last. A micro-batch below 8 counts as not fitting
-    while there is something left to try.
-
-    Args:
-        device_bytes: memory that a rank may plan for.
-        host_bytes: its share of the host's memory, for the copy of a checkpoint; None where the device is the host.
-        measuring: `measuring_bytes`; 0 where nothing is measured during training. It changes no choice of the steps.
-
-    Raises:
-        DoesNotFitError: nothing fits.
-    """
-    precision = optimiser.precision
-    copy = CHECKPOINT_BYTES_PER_PARAM * param_count(config).total // world_size
-    per_rank = -(-optimiser.batch_size // world_size)
-    most = min(per_rank, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens))
-    for enough in (min(MIN_MICRO_BATCH, per_rank), 1):
-        for stage, recompute in _settings(precision, runtime):
-            fixed = held_bytes(config, precision, zero_stage=stage, world_size=world_size)
-            per_image = kept_bytes_per_image(config, precision, recompute)
-            per_image += max(_block_bytes(config, precision)) if recompute else 0  # one block is there again
-            room = int((USABLE_FRACTION * device_bytes - fixed) // per_image)
-            if runtime.micro_batch == "auto":
-                chosen, fits = even_share(per_rank, min(room, most)), min(room, most) >= enough
-            else:
-                chosen, fits = runtime.micro_batch, runtime.micro_batch <= room
-            if fits:
-                has_room = fixed + measuring <= USABLE_FRACTION * device_bytes
-                total = fixed + max(chosen * per_image, measuring if has_room else 0)
-                left = USABLE_FRACTION * device_bytes - total if host_bytes is None else USABLE_FRACTION * host_bytes
-                return ExecutionPlan(
-                    zero_stage=stage,
-                    micro_batch=chosen,
-                    activation_checkpointing=recompute,
-                    copies_checkpoints=copy <= left,
-                    memory_bytes=total,
-                    held_bytes=fixed,
-                    measures=measuring > 0 and has_room,
-                )
-    raise DoesNotFitError(
-        f"{config.name} does not fit {device_bytes / 2**30:.3g} GiB per rank with {world_size} ranks and this setting; "
-        "use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
-    )
-
-
-def _settings(precision: Precision, runtime: RuntimeConfig) -> list[tuple[int, bool]]:
-    """ZeRO stage and whether to recompute activations, the best first."""
-    first = 0 if precision == "fp32" else 1
-    found = [
-        (stage, recompute)
-        for stages in (range(first, 3), (3,))
-        for recompute in (False, True)
-        for stage in stages
-        if runtime.zero_stage in ("auto", stage) and runtime.activation_checkpointing in ("auto", recompute)
-    ]
-    if not found:
-        raise DoesNotFitError(f"zero_stage {runtime.zero_stage} cannot train in {precision}; use 1, 2 or 3")
-    return found
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next use, in pieces of up to 32 MB (its bound) and 256 MB in all.
 
@@ -227,16 +129,6 @@ def keep_freed_memory() -> None:
     if mallopt is not None:  # another C library has other habits
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
         mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-
-
-def even_share(per_rank: int, most: int) -> int:
-    """Images per pass when a rank's images go in the fewest equal passes of at most `most`; even, so pairs stay."""
-    if most < 2:
-        return max(0, most)
-    num_passes = -(-per_rank // most)
-    while (share := 2 * -(-per_rank // (2 * num_passes))) > most:
-        num_passes += 1
-    return share
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:

@@ -9,9 +9,9 @@ import re
 import subprocess
 from dataclasses import dataclass
 
-import psutil
-
 from aimscale.aim.errors import UserError
+from aimscale.harness.device.execution import CORE_MFU, GPU_MFU, Pace, pace_of
+from aimscale.harness.device.memory import free_host_bytes
 from aimscale.harness.run.files import cache_folder, read_object, write_json
 from aimscale.harness.run.provenance import cpu_name
 
@@ -39,7 +39,8 @@ class Device:
     is_gpu: bool
     why: str
     """Why this one, for the reader."""
-    memory_bytes: int = 80 * 10**9
+    memory_bytes: int = 85 * 10**9
+    """Unless it is given or measured, of an H100 or A100 of 80 GB (79 GiB)."""
     peak_tflops: float | None = None
     """As given, for every precision; null: the data sheet's, or of a processor what is measured."""
     cores: int | None = None
@@ -54,12 +55,24 @@ class Device:
             return self.peak_tflops * 1e12
         return nominal_flops_per_s(self.name, precision) or _measured_flops_per_s(precision)
 
+    @property
+    def mfu(self) -> float:
+        """The share of its peak that training is assumed to execute in large passes."""
+        return GPU_MFU if self.is_gpu else CORE_MFU
+
+    def pace(self, precision: str, *, num_threads: int, ranks_per_node: int) -> Pace:
+        """How fast a rank of so many threads trains on it."""
+        peak = self.flops_per_s(precision)
+        if self.is_gpu:
+            return pace_of(peak, cores=None, ranks_per_node=ranks_per_node)
+        return pace_of(num_threads * peak, cores=num_threads, ranks_per_node=ranks_per_node)
+
 
 def device_here(*, wants_cpu: bool) -> Device:
     """This machine's GPU, or one core of it where it has none, or where none is wanted or visible."""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     gpus = [] if wants_cpu or is_hidden else gpus_here()
-    name, num_bytes = gpus[0] if gpus else (cpu_name(), psutil.virtual_memory().total)
+    name, num_bytes = gpus[0] if gpus else (cpu_name(), free_host_bytes())
     return Device(
         name=name,
         is_gpu=bool(gpus),

@@ -295,9 +295,10 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a card."""
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
-    """DeepSpeed ZeRO stage; `auto` follows `harness.device.memory`'s rule."""
+    """DeepSpeed ZeRO stage; `auto` takes what fits with the shortest step by estimate (`harness.device.execution`)."""
     micro_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    """Images per forward pass and rank."""
+    """Images per forward pass and rank, at most; `auto` takes a divisor of a rank's, so that all passes are of one size
+    and blocks are compiled once."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute block activations in the backward pass."""
     compile: Literal["auto"] | bool = "auto"

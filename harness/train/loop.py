@@ -20,8 +20,8 @@ import torch
 from aimscale.harness.data.store.card import data_set
 from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
+from aimscale.harness.device.execution import ExecutionPlan, execution_plan, images_per_rank, pass_size
 from aimscale.harness.device.job import Job
-from aimscale.harness.device.memory import ExecutionPlan, even_share, execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.record import Recorder
@@ -59,10 +59,12 @@ class Trainer:
         )
         look = functools.cache(data_set)
         measuring = group.from_first(lambda: bytes_during(config, look))
+        self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
         plan_of = functools.partial(
             execution_plan,
             self.model_config,
             training.optimiser,
+            pace=group.from_first(lambda: group.pace(self.peak)),
             world_size=group.world_size,
             device_bytes=group.from_first(group.memory_bytes),
             host_bytes=group.from_first(group.host_memory_bytes) if group.device.type == "cuda" else None,
@@ -85,7 +87,6 @@ class Trainer:
             seed=training.seed,
         )
         self.saved_at = time.monotonic()
-        self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
         self.recorder = Recorder(run, config, group, self.model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
         beside = dataclasses.replace(job, group=group.beside(self.plan.held_bytes))
@@ -107,7 +108,7 @@ class Trainer:
         return plan_of(self.config.runtime.model_copy(update=fixed | {"micro_batch": self._half(largest)}))
 
     def _half(self, micro_batch: int) -> int:
-        return even_share(-(-self.batch_size // self.group.world_size), micro_batch // 2)
+        return pass_size(images_per_rank(self.batch_size, self.group.world_size), micro_batch // 2)
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""

@@ -14,6 +14,7 @@ from rich.filesize import decimal
 
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.words import Flag
+from aimscale.harness.device.execution import NETWORK_BYTES_PER_S, NVLINK_BYTES_PER_S
 from aimscale.harness.device.sheets import DECODED_PER_S
 from aimscale.harness.run.row import planned_columns
 from aimscale.sweeps.cli.options import AsJson, Root, SweepName
@@ -89,10 +90,13 @@ def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> str:
     beside = f" and {cost.step_ms:g} ms a step" if cost.step_ms else ""
     loading = f"{device.decoded_per_s or DECODED_PER_S:,.0f} photographs/s of a loader process"
     known = "measured here" if device.decoded_per_s else "assumed; `aimscale bench data` measures"
+    network = f"{NVLINK_BYTES_PER_S / 1e9:g} GB/s within a node, {NETWORK_BYTES_PER_S / 1e9:g} a rank between nodes"
+    sending = f"{network} (assumed); " if device.is_gpu and any(card.devices > 1 for card in cards) else ""
     limits = " and ".join(sorted({card.limit for card in cards}))
     return (
         f"on {device.name} ({device.why}) of {decimal(device.memory_bytes)}, {rates}, at MFU "
-        f"{100 * cards[0].rates.mfu:g} %{beside}; {loading} ({known}); limited by {limits}"
+        f"{100 * cards[0].rates.mfu:g} %{beside}; {loading} ({known}); {sending}step: computing + exposed "
+        f"communication | loading; limited by {limits}"
     )
 
 
@@ -112,11 +116,19 @@ def _plan_columns(cards: Sequence[CostCard], notes: list[str]) -> list[Column]:
         Column(header="devices", cell=lambda card: str(card.devices), rank=3),
         Column(header="memory", cell=_memory, rank=4),
         Column(header="disk", cell=lambda card: decimal(card.disk_bytes), rank=8),
+        Column(header="step, ms", cell=_step, rank=4),
         Column(header="limit", cell=lambda card: card.limit, rank=5, right=False),
         Column(header="time", cell=lambda card: duration(card.wall_s)),
         Column(header="device-h", cell=lambda card: number(card.device_hours)),
         Column(header="!", cell=lambda card: ",".join(str(1 + notes.index(note)) for note in card.cautions)),
     ]
+
+
+def _step(card: CostCard) -> str:
+    """Compute, exposed communication where there is any, and loading."""
+    times = card.step_compute_s, card.step_communication_s, card.step_loading_s
+    compute, communication, loading = (f"{1000 * each:,.{0 if each >= 0.01 else 1}f}" for each in times)
+    return f"{compute} + {communication} | {loading}" if card.step_communication_s else f"{compute} | {loading}"
 
 
 def _span(values: Sequence[str]) -> str:

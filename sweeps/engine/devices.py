@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -9,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aimscale.harness.device.execution import DoesNotFitError, fitting_settings
 from aimscale.harness.device.sheets import gpus_here
 from aimscale.harness.run.row import model_of
-from aimscale.sweeps.plan.costs import device_fit
 from aimscale.sweeps.plan.planner import Run
 
 WORKER = ("-m", "aimscale.harness.train")
@@ -50,8 +51,10 @@ class Machine:
         if run.devices <= self.devices or not self.is_only or self.memory_bytes is None:
             return run.devices <= self.devices or self.is_only
         training, runtime = run.config.training, run.config.runtime
-        model = model_of(training)
-        return device_fit(model, training.optimiser, runtime, self.devices, self.memory_bytes) is not None
+        room = {"world_size": self.devices, "device_bytes": self.memory_bytes}
+        with contextlib.suppress(DoesNotFitError):
+            return bool(fitting_settings(model_of(training), training.optimiser, runtime, **room))
+        return False
 
     def command(self, run_dir: Path, num_devices: int) -> list[str]:
         """The program that executes a run: python, torchrun for several devices, srun for several nodes."""

@@ -11,15 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aimscale.aim.config import ModelConfig
+from aimscale.aim.cost import mean_scored_tokens
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.bench.expected import Rates, expected_rates
 from aimscale.harness.data.store.card import Look, data_set
-from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, DoesNotFitError, ExecutionPlan, execution_plan
+from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
+from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
 from aimscale.harness.device.sheets import Device, device_here, nominal_flops_per_s
 from aimscale.harness.probe.cost import DuringCost, ProbeCost, bytes_during, during_cost, probe_costs, validation_images
-from aimscale.harness.run.config import OptimiserSection, RunConfig, RuntimeConfig
+from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.sweeps.plan.planner import Run, counts_of
@@ -92,8 +93,14 @@ class CostCard:
     """Of `flops_evaluation`, that of points during training."""
     share_during: float
     """Of `wall_s` that points take, 0..1."""
-    limit: Literal["compute", "loader"]
-    """What takes more of the time of training."""
+    step_compute_s: float
+    """Estimate of a step of all devices: its passes."""
+    step_communication_s: float
+    """Communication that they do not hide."""
+    step_loading_s: float
+    """Reading its images: while the step before is computed, or on a core before it."""
+    limit: Literal["compute", "communication", "loader"]
+    """What takes most of the time of training."""
     training_s: float
     """Time of training, loading included."""
     evaluation_s: float
@@ -174,13 +181,14 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     unique = training.data.unique_images or _pool(sweep, run.config, look)
     probes = probe_costs(evaluation, model, flops, run.devices, device.memory_bytes, look)
     measuring = bytes_during(run.config, look)
-    fit = device_fit(model, training.optimiser, run.config.runtime, run.devices, device.memory_bytes, measuring)
+    fit = _plan_of(run.config, run.devices, device, sweep.file.slurm.devices_per_node, measuring)
     cost = sweep.file.cost
-    rates = expected_rates(run.config, run.devices, device, mfu=cost.mfu, step_ms=cost.step_ms, look=look)
+    rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, step_ms=cost.step_ms, look=look)
     validated = validation_images(evaluation.validation, look)
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
-    compute_s, loading_s = executed / rates.compute_per_s + steps * rates.step_s, executed / rates.loaded_per_s
-    training_s = max(compute_s, loading_s) if rates.is_ahead else compute_s + loading_s
+    step_s, loading_s = rates.step_s(batch_size), batch_size / rates.loaded_per_s
+    training_s = steps * (max(step_s, loading_s) if rates.is_ahead else step_s + loading_s)
+    communication_s = rates.exposed_s
     has_no_room = measuring > 0 and fit is not None and not fit.measures
     during = DuringCost(points=0, images=0.0, flops=0.0)
     if not has_no_room:
@@ -222,22 +230,43 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
         points=during.points,
         flops_during=during.flops,
         share_during=share_during,
-        limit="loader" if loading_s > compute_s else "compute",
+        step_compute_s=step_s - communication_s,
+        step_communication_s=communication_s,
+        step_loading_s=loading_s,
+        limit=("loader" if loading_s > step_s else "communication" if 2 * communication_s > step_s else "compute"),
         training_s=training_s,
         evaluation_s=evaluation_s,
         wall_s=wall_s,
         device_hours=wall_s * run.devices / 3600,
-        cautions=tuple(_cautions(run, unique, rates, look, share_during=share_during, has_no_room=has_no_room)),
+        cautions=tuple(
+            _cautions(
+                run,
+                unique,
+                rates,
+                look,
+                micro_batch=fit.micro_batch if fit and device.is_gpu else None,
+                share_during=share_during,
+                has_no_room=has_no_room,
+            )
+        ),
     )
 
 
 def _cautions(
-    run: Run, unique: int | None, rates: Rates, look: Look, *, share_during: float, has_no_room: bool
+    run: Run,
+    unique: int | None,
+    rates: Rates,
+    look: Look,
+    *,
+    micro_batch: int | None,
+    share_during: float,
+    has_no_room: bool,
 ) -> Iterator[str]:
     """What one run's data, schedule and points during training give.
 
     Args:
         unique: U; None where it is unknown.
+        micro_batch: images of a pass whose size matters; None on a CPU, which compiles nothing, or where none fits.
         share_during: of the time, for points during training.
         has_no_room: whether a device has no room for them.
     """
@@ -247,12 +276,16 @@ def _cautions(
         yield f"{epochs:,.0f} EPOCHS of {unique} images are learnt by heart; take more images or smaller budgets"
     elif epochs > MAX_EPOCHS:
         yield f"{epochs:.1f} epochs of {unique} images (more than {MAX_EPOCHS})"
-    if rates.is_ahead and rates.loaded_per_s < rates.compute_per_s:
+    batch_size = training.optimiser.batch_size
+    if rates.is_ahead and rates.loaded_per_s < (trained_per_s := batch_size / rates.step_s(batch_size)):
         yield (
-            f"{training.model.size} is limited by its loader: it would train on {rates.compute_per_s:,.0f} images/s, "
+            f"{training.model.size} is limited by its loader: it would train on {trained_per_s:,.0f} images/s, "
             f"is given {rates.loaded_per_s:,.0f}; more runtime.num_workers (slurm.cpus_per_task), or smaller files"
         )
-    if (batch_size := training.optimiser.batch_size) < 2 * run.devices:
+    if micro_batch is not None and batch_size % (micro_batch * run.devices):
+        words = f"optimiser.batch_size {batch_size} is not shared equally by {run.devices} devices in passes of"
+        yield f"{words} {micro_batch}: blocks are compiled for every size"
+    if batch_size < 2 * run.devices:
         words = f"optimiser.batch_size {batch_size} is less than two images for each of {run.devices} devices"
         yield f"{words}: some stand idle"
     if training.data.is_unindexed:
@@ -292,19 +325,22 @@ def _pool(sweep: Sweep, config: RunConfig, look: Look) -> int | None:
     return None if None in infos else sum(info.num_samples for info in infos if info)
 
 
-@functools.cache
-def device_fit(
-    model: ModelConfig,
-    optimiser: OptimiserSection,
-    runtime: RuntimeConfig,
-    devices: int,
-    device_bytes: int,
-    measuring: int = 0,
+def _plan_of(
+    config: RunConfig, devices: int, device: Device, devices_per_node: int, measuring: int
 ) -> ExecutionPlan | None:
-    """The execution plan of a run on devices of this memory; None where nothing fits."""
+    """How a run uses its devices; None where it does not fit them."""
+    training, runtime, model = config.training, config.runtime, model_of(config.training)
+    precision = training.optimiser.precision
     with contextlib.suppress(DoesNotFitError):
         return execution_plan(
-            model, optimiser, runtime, world_size=devices, device_bytes=device_bytes, measuring=measuring
+            model,
+            training.optimiser,
+            runtime,
+            pace=device.pace(precision, num_threads=runtime.num_threads, ranks_per_node=devices_per_node),
+            world_size=devices,
+            device_bytes=device.memory_bytes,
+            measuring=measuring,
+            scored_tokens=mean_scored_tokens(model, training.objective.prefix),
         )
     return None
 

@@ -185,7 +185,7 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
         fields["optimiser"]["lr_peak"] = float(f"{lr_peak:.6g}")
     batch = optimiser.batch_size
     fields["budgets"] = tuple(sorted({max(1, round(budget / batch)) * batch for budget in requested}))
-    runtime = parse(RuntimeConfig, fields.pop("runtime"), f"{sweep.source}: runtime")
+    runtime = parse(RuntimeConfig, fields.pop("runtime", {}), f"{sweep.source}: runtime")
     devices = fields.pop("devices")
     if not isinstance(devices, int) or isinstance(devices, bool) or not 0 < devices <= MAX_DEVICES:
         raise SweepError(f"{sweep.source}: devices must be a whole number from 1 to {MAX_DEVICES:,}, not {devices!r}")

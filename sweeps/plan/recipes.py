@@ -1,4 +1,4 @@
-"""Recipes: how batch, learning rate, schedule, ZeRO stage and device count follow from size and budget.
+"""Recipes: how batch, learning rate, schedule and device count follow from size and budget.
 
 A sweep names one recipe; its `base`, axes and overrides replace single fields. A number without a source is marked
 as an assumption.
@@ -51,15 +51,12 @@ class Recipe:
 
 
 def _paper(scale: Scale) -> Fields:
-    large = scale.params_total > 4e9
     return {
         "optimiser": {"batch_size": 4096, "lr_peak": 1e-3},
         # 31,250 of 1.25M iterations. Assumption: the same share of shorter budgets.
         "schedule": {"warmup_images": scale.budget // 40},
-        # bytes per parameter at W = 8: stage 1 fits 80 GB up to 3B, at 7B stage 2 takes 27 GB where stage 1 takes 51-65
-        "runtime": {"zero_stage": 2 if large else 1},
         # Assumption (the paper does not say): one node up to 1B, then enough cards for weeks, not months.
-        "devices": 64 if large else 32 if scale.params_total > 2e9 else 8,
+        "devices": 64 if scale.params_total > 4e9 else 32 if scale.params_total > 2e9 else 8,
     }
 
 
@@ -93,7 +90,6 @@ def _small(scale: Scale) -> Fields:
         "optimiser": {"batch_size": batch_size, "lr_peak": float(f"{2e-3 * (64 / scale.width) ** 0.75:.1e}")},
         # Assumption: a tenth of the smallest budget, so that its stable phase exists.
         "schedule": {"warmup_images": scale.budget // 10},
-        "runtime": {"zero_stage": "auto"},
         "devices": 1,
     }
 

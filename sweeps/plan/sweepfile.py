@@ -1,7 +1,7 @@
 """The sweep file: a whole experiment as one strict YAML document.
 
     name: width-and-data
-    recipe: small                       # how batch, rate, schedule, ZeRO stage and devices follow from size
+    recipe: small                       # how batch, rate, schedule and devices follow from size
     sizes: [rung-32, rung-64, rung-128]
     budgets: [4k, 8k, 16k]              # images seen; counts may be written 4k, 500M, 2B, 1e6
     unique_images: [1k, null]           # null: the whole pool
@@ -86,12 +86,12 @@ class CostSection(Section):
     """Dense peak of one device, TFLOP/s; null: the data sheet's at the run's precision (TF32 for fp32), or of a core
     what is measured here."""
     mfu: float | None = Field(None, ge=1e-6, le=1)
-    """Share of that peak that training executes (`aimscale bench train` measures it). Null: 0.40 on a GPU; a core works
-    at 0.35 and moves its activations beside that."""
+    """Share of that peak that training executes (`aimscale bench train` measures it). Null: 0.40 in large passes on a
+    GPU, and launches beside that; a core works at 0.35 and moves its activations beside that."""
     step_ms: float | None = Field(None, ge=0, le=1e6)
-    """Time of a step beyond that, ms; null: none on a GPU, 2 on a core."""
+    """Time of a step beyond that, ms; null: the communication that is not hidden, as estimated."""
     memory_gb: float | None = Field(None, ge=1e-3, le=1e6)
-    """Memory of one device, GB; null: 80, or this machine's."""
+    """Memory of one device, GB; null: 85 (an 80 GB card has 79 GiB), or this machine's."""
     pool_images: Count | None = None
     """Size of the image pool, where the data sets are not available to be counted."""
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import aimscale.harness.bench.train
-import aimscale.harness.device.memory
+import aimscale.harness.device.execution
 import aimscale.harness.train.attempt
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
@@ -63,7 +63,7 @@ def test_train_refuses_what_is_no_run(tmp_path: Path) -> None:
 
 def invoke_in_little_memory(rank: int, arguments: list[str], out: Path, sizes: Path) -> None:
     """As on a device that holds two images, of 16 tokens each, at a time; writes down the sizes of micro-batches."""
-    aimscale.harness.device.memory.MAX_MICRO_BATCH_TOKENS = 32
+    aimscale.harness.device.execution.MAX_MICRO_BATCH_TOKENS = 32
     step, seen = Engine.step, set()
 
     def watched(self: Engine, micro_batches: list[Batch], **words: Any) -> StepOutcome:

@@ -84,14 +84,24 @@ def test_a_process_alone_multiplies_on_its_card_as_ranks_do(
 def test_deepspeed_is_told_the_card_and_not_the_number_of_the_task(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the card of LOCAL_RANK; a task that Slurm gave one card of its own has card 0, whichever task it is."""
     monkeypatch.setattr(os, "environ", os.environ | {"SLURM_LOCALID": "3"})
-    os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    for name in ("TORCHELASTIC_RUN_ID", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)
     placement = Placement(rank=7, world_size=8, local_rank=3, address="n1", port=1)
     assert start_group(placement, "cuda").device == torch.device("cuda", 0)
     assert (os.environ["LOCAL_RANK"], os.environ["RANK"]) == ("0", "7")
-    start_group(placement, "cpu")
+    assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True"
+    os.environ["PYTORCH_ALLOC_CONF"] = "max_split_size_mb:512"
+    start_group(placement, "cuda")
+    group = start_group(placement, "cpu")
     assert os.environ["LOCAL_RANK"] == "3"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ, "the user's own settings stand"
+    assert group.ranks_per_node == 8, "nothing says otherwise"
+    os.environ["SLURM_STEP_TASKS_PER_NODE"] = "2(x3),1"
+    assert group.ranks_per_node == 2
+    os.environ["LOCAL_WORLD_SIZE"] = "4"
+    assert group.ranks_per_node == 4
 
 
 def test_a_card_that_is_not_there_and_half_an_environment_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,275 @@
+"""How a run uses its devices: the rule that chooses ZeRO stage, micro-batch and activation checkpointing by the time
+that a step is estimated to take, among what fits the memory. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from aimscale.aim.config import ModelConfig
+from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens, param_count
+from aimscale.aim.errors import UserError
+from aimscale.harness.device.communication import Communication, Precision, step_communication
+from aimscale.harness.device.memory import (
+    CHECKPOINT_BYTES_PER_PARAM,
+    HELD,
+    held_bytes,
+    kept_bytes_per_image,
+    peak_bytes_per_image,
+)
+from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
+
+USABLE_FRACTION = 0.8
+"""Share of a device that may be planned for, 68 of the 85 GB of a card of 80 GB. The rest is for the context and NCCL's
+buffers (2 to 3 GB), activations beyond their estimate (a tenth of them, by the tests), and fragments: a smaller
+micro-batch costs a per cent of a step, running out of memory costs a run."""
+MAX_MICRO_BATCH_TOKENS = 65_536
+"""More tokens in one forward pass than this gain no speed."""
+GPU_MFU = 0.40
+"""Assumption: the share of its peak at which a GPU executes large passes."""
+BLOCK_S = 0.3e-3
+"""Assumption: what a block takes of a GPU in each pass, forwards and backwards, however few images there are: some
+fifty kernels are launched, its weights read and their gradients written."""
+CORE_MFU, CORE_BYTES_PER_S, CORE_STEP_S = 0.35, 0.5e9, 0.002
+"""Of one core: the share of its peak, the rate at which it moves what a forward pass keeps, and a pass's time beside
+both. Assumption: within 15 % (24 % once) of the fastest steps of seven models from w24-d1 to rung-128 on a core of a
+busy AMD EPYC; the processor time of four of them was .5 to .9 of it."""
+STAGE_3_FACTOR = 1.2
+"""Assumption: at ZeRO 3 nothing is compiled, and hooks gather the weights of every layer."""
+NVLINK_BYTES_PER_S, NETWORK_BYTES_PER_S, HOST_BYTES_PER_S = 300e9, 25e9, 1e9
+"""Assumption: what a rank sends in large collectives within a node (two thirds of an H100's NVLink); what a node sends
+for each of its ranks (half of a 400 Gb/s card each; a ring enters and leaves a node once, by all of them); and what a
+rank on a CPU sends."""
+CALL_S = 50e-6
+"""Assumption: the start of one collective."""
+BACKWARD_SHARE, HIDDEN_COST = 2 / 3, 0.1
+"""Of a pass, in which gradients are reduced; and the part of communication beside it that slows it down all the same,
+since it takes some of a GPU's processors. Assumption."""
+
+EVEN = 1.01
+"""Estimates that differ by less are the same."""
+
+
+class DoesNotFitError(UserError):
+    """A model that fits no device of this size."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast a rank computes, and where its neighbours are."""
+
+    flops_per_s: float
+    """That it executes in large passes."""
+    cores: int | None
+    """Of a CPU; None of a GPU, which reduces gradients beside the backward pass."""
+    ranks_per_node: int
+    """Of a node that all ranks fill."""
+
+
+def pace_of(peak_flops_per_s: float, *, cores: int | None, ranks_per_node: int) -> Pace:
+    """The pace of a rank of this peak, all its cores together, at the assumed share of it."""
+    share = GPU_MFU if cores is None else CORE_MFU
+    return Pace(flops_per_s=share * peak_flops_per_s, cores=cores, ranks_per_node=ranks_per_node)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """What a step is estimated to take a rank, s."""
+
+    images_s: float
+    """Its images, recomputed activations included."""
+    passes_s: float
+    """What its passes take beside their images."""
+    exposed_communication_s: float
+    """What is sent while nothing is computed, and by how much computing slows down beside the rest."""
+
+    @property
+    def compute_s(self) -> float:
+        """Images and passes."""
+        return self.images_s + self.passes_s
+
+    @property
+    def total_s(self) -> float:
+        """All of it, but for waiting for images."""
+        return self.compute_s + self.exposed_communication_s
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutionPlan:
+    """How a run uses its devices."""
+
+    zero_stage: int
+    micro_batch: int
+    """Most images per forward pass and rank."""
+    activation_checkpointing: bool
+    copies_checkpoints: bool
+    """Write checkpoints from a copy in host memory, beside training; else training waits."""
+    memory_bytes: int
+    """Peak of one rank during a step, or where it measures during training."""
+    held_bytes: int
+    """Of that, what is held between steps."""
+    measures: bool
+    """Whether there is room to measure during training; otherwise nothing is."""
+    step: StepTime
+    """By estimate."""
+
+
+class Setting(NamedTuple):
+    """One way to execute a run that fits a device."""
+
+    zero_stage: int
+    activation_checkpointing: bool
+    micro_batch: int
+    held_bytes: int
+    """Beside activations."""
+    image_bytes: int
+    """Of activations, for each image of a pass."""
+
+
+def execution_plan(
+    config: ModelConfig,
+    optimiser: OptimiserSection,
+    runtime: RuntimeConfig,
+    *,
+    pace: Pace,
+    world_size: int,
+    device_bytes: int,
+    host_bytes: int | None = None,
+    measuring: int = 0,
+    scored_tokens: float | None = None,
+) -> ExecutionPlan:
+    """Choose what `runtime` leaves open: among what fits, the shortest step by estimate; none of it changes a result.
+
+    Of steps within a per cent of the shortest, the lowest ZeRO stage: an estimate is no finer.
+
+    Args:
+        device_bytes: memory that a rank may plan for.
+        host_bytes: its share of the host's memory, for the copy of a checkpoint; None where the device is the host.
+        measuring: `measuring_bytes`; 0 where nothing is measured during training. It changes no choice of the steps.
+        scored_tokens: of an image on average; None: half of them, or the masked.
+
+    Raises:
+        DoesNotFitError: nothing fits.
+    """
+    ranks = {"num_images": images_per_rank(optimiser.batch_size, world_size), "world_size": world_size}
+    fitting = fitting_settings(config, optimiser, runtime, world_size=world_size, device_bytes=device_bytes)
+    times = [
+        _step_time(config, optimiser.precision, pace, each, **ranks, scored_tokens=scored_tokens) for each in fitting
+    ]
+    shortest_s = min(time.total_s for time in times)
+    step, chosen = next(pair for pair in zip(times, fitting, strict=True) if pair[0].total_s <= EVEN * shortest_s)
+    usable = USABLE_FRACTION * device_bytes
+    has_room = chosen.held_bytes + measuring <= usable
+    total = chosen.held_bytes + max(chosen.micro_batch * chosen.image_bytes, measuring if has_room else 0)
+    copy = CHECKPOINT_BYTES_PER_PARAM * param_count(config).total // world_size
+    return ExecutionPlan(
+        zero_stage=chosen.zero_stage,
+        micro_batch=chosen.micro_batch,
+        activation_checkpointing=chosen.activation_checkpointing,
+        copies_checkpoints=copy <= (usable - total if host_bytes is None else USABLE_FRACTION * host_bytes),
+        memory_bytes=total,
+        held_bytes=chosen.held_bytes,
+        measures=measuring > 0 and has_room,
+        step=step,
+    )
+
+
+def fitting_settings(
+    config: ModelConfig, optimiser: OptimiserSection, runtime: RuntimeConfig, *, world_size: int, device_bytes: int
+) -> list[Setting]:
+    """What `runtime` allows and a device holds, by ZeRO stage and checkpointing, each with its largest micro-batch.
+
+    Raises:
+        DoesNotFitError: nothing fits.
+    """
+    precision, num_images = optimiser.precision, images_per_rank(optimiser.batch_size, world_size)
+    found = []
+    stages = [each for each in range(4) if (precision, each) in HELD and runtime.zero_stage in ("auto", each)]
+    if not stages:
+        raise DoesNotFitError(f"zero_stage {runtime.zero_stage} cannot train in {precision}; use 1, 2 or 3")
+    for stage in stages:
+        for recompute in (False, True):
+            if runtime.activation_checkpointing not in ("auto", recompute):
+                continue
+            held = held_bytes(config, precision, zero_stage=stage, world_size=world_size)
+            per_image = peak_bytes_per_image(config, precision, recompute)
+            room = int((USABLE_FRACTION * device_bytes - held) // per_image)
+            if runtime.micro_batch == "auto":
+                size = pass_size(num_images, min(room, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens)))
+            else:
+                size = min(runtime.micro_batch, num_images)
+            if 0 < size <= room:
+                found.append(Setting(stage, recompute, size, held, per_image))
+    if found:
+        return found
+    raise DoesNotFitError(
+        f"{config.name} does not fit {device_bytes / 2**30:.3g} GiB per rank with {world_size} ranks and this setting; "
+        "use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
+    )
+
+
+def _step_time(
+    config: ModelConfig,
+    precision: Precision,
+    pace: Pace,
+    setting: Setting,
+    *,
+    num_images: int,
+    world_size: int,
+    scored_tokens: float | None,
+) -> StepTime:
+    """Estimate a step of so many images of a rank."""
+    scored = mean_scored_tokens(config, "paired") if scored_tokens is None else scored_tokens
+    flops, num_passes = executed_flops_per_image(config, scored), -(-num_images // setting.micro_batch)
+    again = flops.forward - flops.patch_embed if setting.activation_checkpointing else 0.0
+    image_s, passes_s = (flops.train + again) / pace.flops_per_s, num_passes * CORE_STEP_S
+    if pace.cores is None:
+        passes_s = num_passes * BLOCK_S * (config.depth + config.head.depth)
+    else:
+        image_s += kept_bytes_per_image(config, precision, False) / (pace.cores * CORE_BYTES_PER_S)
+    images_s = num_images * image_s * (STAGE_3_FACTOR if setting.zero_stage == 3 else 1)
+    sent = step_communication(
+        param_count(config).total,
+        precision=precision,
+        zero_stage=setting.zero_stage,
+        world_size=world_size,
+        micro_batches=num_passes,
+    )
+    exposed_s = _exposed_s(sent, pace, world_size, images_s)
+    return StepTime(images_s=images_s, passes_s=passes_s, exposed_communication_s=exposed_s)
+
+
+def _exposed_s(sent: Communication, pace: Pace, world_size: int, images_s: float) -> float:
+    """Time that communication adds to a step."""
+    rate = HOST_BYTES_PER_S if pace.cores else NVLINK_BYTES_PER_S
+    if world_size > pace.ranks_per_node:
+        rate = min(rate, NETWORK_BYTES_PER_S * pace.ranks_per_node)
+    total_s = sent.sent_bytes / rate + CALL_S * sent.num_calls
+    beside_s = total_s * (1 - sent.exposed_bytes / max(1, sent.sent_bytes))
+    hidden_s = 0.0 if pace.cores else min(beside_s, BACKWARD_SHARE * images_s)
+    return total_s - (1 - HIDDEN_COST) * hidden_s
+
+
+def images_per_rank(batch_size: int, world_size: int) -> int:
+    """Images of the rank that has most of a step's; pairs of an even batch stay on one rank."""
+    unit = 2 - batch_size % 2
+    return unit * -(-batch_size // (unit * world_size))
+
+
+def pass_size(num_images: int, most: int) -> int:
+    """Images of a pass: the largest divisor of a rank's up to `most`, so that all passes of a step are of one size.
+
+    Even where a rank's are, so that pairs stay together. Where the divisor is less than half of `most`, the fewest
+    passes whose sizes differ by a pair. 0 where `most` is none.
+    """
+    unit, most = 2 - num_images % 2, min(most, num_images)
+    if most < unit:
+        return max(0, most)
+    size = max(each for each in range(unit, most + 1, unit) if num_images % each == 0)
+    if 2 * size >= most:
+        return size
+    num_passes = -(-num_images // most)
+    while (size := unit * -(-num_images // (unit * num_passes))) > most:
+        num_passes += 1
+    return size
