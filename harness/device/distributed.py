@@ -144,7 +144,13 @@ class Group:
 
     def host_memory_bytes(self) -> int:
         """This rank's share of what its host has free."""
-        return free_host_bytes() // self.ranks_per_node
+        # A launcher of several runs on a host says which share of it each may plan for.
+        share = float(os.environ.get("AIMSCALE_HOST_SHARE", "1"))
+        return int(share * free_host_bytes()) // self.ranks_per_node
+
+    def least(self, number: int) -> int:
+        """The smallest of every rank's numbers, such as of what their hosts have free: ranks must decide as one."""
+        return int(min(self.gather(number)))
 
     @property
     def ranks_per_node(self) -> int:

@@ -118,7 +118,8 @@ class Devices:
         gpus, per_device = self._machine.gpus, self._machine.per_device
         if not gpus or self._machine.nodes > 1:
             return {}
-        told = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i] for i in taken)}
+        share = sum(self._shares(len(taken)) for _ in taken) / (per_device * self._machine.devices)
+        told = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i] for i in taken), "AIMSCALE_HOST_SHARE": f"{share:.6f}"}
         if len(taken) == 1 and per_device > 1:
             told["AIMSCALE_DEVICE_SHARE"] = f"{1 / per_device:.6f}"
         return told

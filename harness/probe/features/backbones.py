@@ -50,6 +50,11 @@ class Backbone(Protocol):
     impossible: Sequence[str]
     """Kinds of probe that it cannot have."""
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of its weights."""
+        ...
+
     def use(self, dtype: torch.dtype) -> None:
         """Compute in this type from now on; fp32 is what the weights were given in."""
         ...
@@ -80,6 +85,11 @@ class AimBackbone:
         self.num_heads = self.config.num_heads
         self._dtype = torch.float32
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the only copy."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
     def use(self, dtype: torch.dtype) -> None:
         """Round the weights to bf16, or load them again in fp32."""
         if dtype != self._dtype and dtype == torch.float32:
@@ -102,6 +112,7 @@ class PixelBackbone:
     num_blocks = 1
     num_heads = 1
     impossible: Sequence[str] = ("attentive", "efficient", "lora")  # one token an image: nothing to attend over
+    weight_bytes = 0
 
     def __init__(self) -> None:
         self._dtype = torch.float32
@@ -137,6 +148,11 @@ class TimmBackbone:
         # images arrive with ImageNet's mean and deviation
         self._scale = (torch.tensor(IMAGE_STD) / std).view(3, 1, 1).to(device)
         self._shift = ((torch.tensor(IMAGE_MEAN) - mean) / std).view(3, 1, 1).to(device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of both copies, as if they were in fp32."""
+        return 2 * sum(parameter.nbytes for parameter in self._in_fp32.parameters())
 
     def use(self, dtype: torch.dtype) -> None:
         """Compute by the model as it was given, or by a rounded copy."""

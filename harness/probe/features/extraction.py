@@ -1,7 +1,8 @@
 """Frozen features of a task's images: one backbone pass gives pooled vectors, statistics and, if they fit, all tokens.
 
 Linear and k-NN probes then never run the backbone again. Attentive heads need tokens: kept in memory where they fit
-(small tasks), computed batch by batch otherwise. Pooled vectors that memory does not hold lie in a mapped file.
+(small tasks), computed batch by batch otherwise. Pooled vectors lie on the card, in the host's memory where they leave
+no room there for the heads, or else in a mapped file. All ranks decide alike, by the one that has least.
 
 The batch norm of a probe standardises the average of some blocks. Its variance needs the products between blocks, so
 these are summed once for all pairs; any average of blocks then has exact statistics without seeing the images again.
@@ -22,7 +23,7 @@ from torch import Tensor
 from aimscale.harness.device.distributed import Group, Placement
 from aimscale.harness.probe.features.backbones import DTYPES, Backbone
 from aimscale.harness.probe.features.images import LabelledImages, Pause
-from aimscale.harness.probe.features.tasks import CACHE_SHARE, BlockSet, ProbeError
+from aimscale.harness.probe.features.tasks import CACHE_SHARE, HOST_SHARE, BlockSet, ProbeError, card_room
 
 NOT_FINITE = "the features are not finite: the weights diverged, or are damaged"
 CHUNK_VALUES = 25_000_000
@@ -139,10 +140,13 @@ class StreamedTokens:
     def _compute(self, images: Tensor) -> Tensor:
         return self._backbone.features(images, range(self.num_blocks))
 
-    def room(self, num_images: int, max_bytes: float) -> Tensor | None:
-        """An empty (L, num_images, N, d) of the tokens' type on their device; None where it is larger than that."""
-        if num_images * self._first.nbytes > max_bytes:
-            return None
+    @property
+    def image_bytes(self) -> int:
+        """Of the tokens of an image."""
+        return self._first.nbytes
+
+    def room(self, num_images: int) -> Tensor:
+        """An empty (L, num_images, N, d) of the tokens' type on their device."""
         return self._first.new_empty((self.num_blocks, num_images, self.num_tokens, self.width))
 
     def centre(self) -> Tensor:
@@ -183,14 +187,14 @@ class CachedTokens:
 class PooledFeatures:
     """Means over tokens of all blocks for this rank's images: image i is row i // world_size of rank i mod world_size.
 
-    Kept as deviations from a centre, so that bf16 rounds what distinguishes images and not a common offset; in memory,
-    or in a mapped file without a name, whose disk comes back with the end of the process, whatever ends it.
+    Kept as deviations from a centre, so that bf16 rounds what distinguishes images and not a common offset. A mapped
+    file has no name, so that its disk comes back with the end of the process, whatever ends it.
     """
 
     num_tokens = 1
 
-    def __init__(self, num_rows: int, centre: Tensor, dtype: torch.dtype, group: Group, folder: Path | None):
-        """Rows of (L, d) values about `centre` (L, d), in memory or, with `folder`, on its disk.
+    def __init__(self, num_rows: int, centre: Tensor, dtype: torch.dtype, group: Group, place: torch.device | Path):
+        """Rows of (L, d) values about `centre` (L, d), on a device or on the disk of a folder.
 
         Raises:
             ProbeError: the disk has no room.
@@ -198,20 +202,27 @@ class PooledFeatures:
         self.group = group
         self.num_blocks, self.width = centre.shape
         self._centre = centre
-        if folder is None or not num_rows:
-            self._values = torch.empty(num_rows, *centre.shape, dtype=dtype)
+        if isinstance(place, torch.device) or not num_rows:
+            at = place if isinstance(place, torch.device) else None
+            # filled, so that what is asked for next, by any process, sees that the host has less
+            self._values = torch.empty(num_rows, *centre.shape, dtype=dtype, device=at).zero_()
         else:
-            self._values = (
-                _mapped(folder, num_rows * centre.numel() * dtype.itemsize).view(dtype).view(-1, *centre.shape)
-            )
+            values = _mapped(place, num_rows * centre.numel() * dtype.itemsize)
+            self._values = values.view(dtype).view(-1, *centre.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of this rank's rows."""
+        return self._values.nbytes
 
     def put(self, first_row: int, vectors: Tensor) -> None:
         """Write rows from `first_row` on: float32 (L, n, d)."""
         rows = (vectors - self._centre[:, None]).transpose(0, 1)
-        self._values[first_row : first_row + len(rows)] = rows.to("cpu", self._values.dtype)
+        self._values[first_row : first_row + len(rows)] = rows.to(self._values)
 
     def rows(self, numbers: Tensor | slice) -> Tensor:
         """Vectors float32 (L, n, d) of these rows, on the device."""
+        numbers = numbers if isinstance(numbers, slice) else numbers.to(self._values.device)
         stored = self._values[numbers].to(self._centre.device)
         return stored.float().transpose(0, 1) + self._centre[:, None]
 
@@ -271,11 +282,12 @@ class FeaturePass:
     pause: Pause = lambda: None
 
     @torch.no_grad()
-    def split(self, images: LabelledImages, fit: np.ndarray | None = None) -> SplitFeatures:
+    def split(self, images: LabelledImages, fit: np.ndarray | None = None, beside_bytes: int = 0) -> SplitFeatures:
         """One pass over the images of a split.
 
         Args:
             fit: images whose statistics are summed, apart from those of all others; None sums none.
+            beside_bytes: of pooled features that the card may hold already.
 
         Raises:
             ProbeError: neither memory nor disk holds the pooled features.
@@ -284,11 +296,13 @@ class FeaturePass:
         centre = stream.centre()
         own = share(range(len(images)), self.group)
         most = -(-len(images) // self.group.world_size)  # of any rank: all take as many turns
-        pooled = self._store(len(own), most, centre)
+        num_bytes = most * centre.numel() * DTYPES[self.precision].itemsize
+        place = self._place(num_bytes, beside_bytes, EXTRACT_BATCH * stream.image_bytes)
+        pooled = PooledFeatures(len(own), centre, DTYPES[self.precision], self.group, place)
         kept = None
         if self.for_tokens and images.views is None:  # views change by epoch
-            room = stream.room(most, CACHE_SHARE * self.group.memory_bytes())
-            kept = None if room is None else room[:, : len(own)]
+            fits = most * stream.image_bytes <= CACHE_SHARE * self.group.least(self.group.memory_bytes())
+            kept = stream.room(most)[:, : len(own)] if fits else None
         sums = [Moments.about(centre) for _ in range(4)]  # tokens: to fit, held out; pooled: to fit, held out
         is_fit = np.isin(np.arange(len(images)), [] if fit is None else fit)
         chunks = [own[first : first + EXTRACT_BATCH] for first in range(0, most, EXTRACT_BATCH)]
@@ -312,14 +326,20 @@ class FeaturePass:
             of_pooled=(sums[2], sums[3]),
         )
 
-    def _store(self, num_rows: int, most_rows: int, centre: Tensor) -> PooledFeatures:
-        """Where the pooled features of a split go."""
-        dtype = DTYPES[self.precision]
-        size = most_rows * centre.numel() * dtype.itemsize
-        fits = size <= CACHE_SHARE * self.group.host_memory_bytes()
-        if not fits and self.folder is None:
-            raise ProbeError(f"pooled features take {size / 1e9:.3g} GB on a rank, which has no room; use more ranks")
-        return PooledFeatures(num_rows, centre, dtype, self.group, None if fits else self.folder)
+    def _place(self, num_bytes: int, beside_bytes: int, pass_bytes: int) -> torch.device | Path:
+        """Where so many bytes of a rank's pooled features go."""
+        group, room = self.group, 0.0
+        if group.device.type == "cuda":
+            room = card_room(group.least(group.memory_bytes()), self.backbone.weight_bytes, pass_bytes)
+        if num_bytes + beside_bytes <= room:
+            return group.device
+        if num_bytes <= HOST_SHARE * group.least(group.host_memory_bytes()):
+            return torch.device("cpu")
+        if self.folder is None:
+            raise ProbeError(
+                f"pooled features take {num_bytes / 1e9:.3g} GB on a rank, which has no room; use more ranks"
+            )
+        return self.folder
 
 
 @dataclass
@@ -344,7 +364,8 @@ class KeptFeatures:
         }
         for key, (images, fit) in zip(wanted, splits, strict=True):
             if key not in self._found:
-                self._found[key] = features.for_tokens, features.split(images, fit)
+                beside = sum(found.pooled.num_bytes for _, found in self._found.values())
+                self._found[key] = features.for_tokens, features.split(images, fit, beside)
         return [self._found[key][1] for key in wanted]
 
 

@@ -45,7 +45,9 @@ BlockSet = tuple[int, ...]
 """Blocks, counted from 0, whose outputs are averaged."""
 
 CACHE_SHARE = 0.1
-"""Of the memory that a rank may plan for, on its device for tokens, and of its host for pooled features."""
+"""Of the memory that a rank may plan for, for tokens that are kept."""
+HOST_SHARE = 0.4
+"""Of a rank's share of what its host has free, for the pooled features of a split."""
 HEADS_SHARE = 0.5
 """Of a rank's memory: for heads that train together, with gradients and optimiser state; more block sets train in
 rounds."""
@@ -92,6 +94,12 @@ def number_of_steps(section: ProbeSection, num_images: int) -> int:
         return section.iterations
     epochs = section.epochs or max(1, min(MOST_EPOCHS, MOST_IMAGES // max(1, num_images)))
     return epochs * math.ceil(num_images / section.batch_size)
+
+
+def card_room(memory_bytes: float, weight_bytes: float, pass_bytes: float) -> float:
+    """What a card of a rank has for kept features: beside the backbone's weights, four copies of what a pass gives (the
+    ranks' outputs, gathered and put in order), the heads, and a tenth."""
+    return (1 - HEADS_SHARE - 0.1) * memory_bytes - weight_bytes - 4 * pass_bytes
 
 
 def bytes_per_set(kinds: Sequence[str], num_heads: int, width: int, num_classes: int, is_solved: bool) -> int:

@@ -115,7 +115,7 @@ class GridFit:
     ) -> list[Candidate]:
         """What was found and what these settings give; in rounds where the heads of all sets do not fit the ranks."""
         group = self.task.group
-        memory_bytes = group.from_first(group.memory_bytes)
+        memory_bytes = group.least(group.memory_bytes())
         num_values, is_solved = len(grid) * len(learns), isinstance(source, PooledFeatures)
         one_set = bytes_per_set(kinds, num_values, source.width, self.task.num_classes, is_solved=is_solved)
         at_once = sets_per_round(one_set, group.world_size, memory_bytes)

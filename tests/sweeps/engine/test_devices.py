@@ -17,8 +17,9 @@ def test_runs_share_a_device_until_it_is_full_and_never_one_that_needs_several(w
         devices.give_back((i,))
     assert devices.take(three) == (0, 1), "the only machine executes it on what it has"
     assert devices.take(one) is None
-    assert devices.environment((0, 1)) == {"CUDA_VISIBLE_DEVICES": "3,5"}
-    assert devices.environment((1,)) == {"CUDA_VISIBLE_DEVICES": "5", "AIMSCALE_DEVICE_SHARE": "0.500000"}
+    assert devices.environment((0, 1)) == {"CUDA_VISIBLE_DEVICES": "3,5", "AIMSCALE_HOST_SHARE": "1.000000"}
+    shares = {"AIMSCALE_DEVICE_SHARE": "0.500000", "AIMSCALE_HOST_SHARE": "0.250000"}
+    assert devices.environment((1,)) == {"CUDA_VISIBLE_DEVICES": "5", **shares}
     assert machine.serves(three)
     assert not Machine(devices=2, is_only=False).serves(three)
     assert [Machine(devices=1, nodes=2, is_only=False).serves(run) for run in (one, two)] == [False, True]
