@@ -198,6 +198,7 @@ def reader(tmp_path: Path) -> Reader:
         "PYTHONPATH": str(ROOT / "src"),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        "PYTHONOPTIMIZE": "1",  # as `python -O`: no assert of the product does work
     }
     return Reader(folder=tmp_path, environment=environment)
 
