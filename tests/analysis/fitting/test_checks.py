@@ -13,8 +13,8 @@ from aimscale.analysis.words import FLAGS, Flag
 
 
 def flags_of(df: pd.DataFrame, y: str = "val_loss") -> set[tuple[str, str]]:
-    """(kind, subject) of every flag."""
-    return {(flag.kind, flag.subject) for flag in fit("chinchilla", df, y=y, resamples=300).flags}
+    """(kind, subject) of every flag; those of lack of fit need no draws."""
+    return {(flag.kind, flag.subject) for flag in fit("chinchilla", df, y=y, resamples=2).flags}
 
 
 def noisy_grid(rng: np.random.Generator, sizes: int = 6, budgets: int = 5) -> pd.DataFrame:
@@ -61,16 +61,16 @@ def test_variables_that_move_together_are_flagged(grid):
     assert {"alpha", "beta"} & result.not_identified
 
 
-@pytest.mark.parametrize(("sizes", "budgets"), [(5, 4), (6, 5)])
-def test_a_size_ten_percent_off_is_named_and_none_of_a_sound_table(sizes, budgets):
+def test_a_size_ten_percent_off_is_named_and_none_of_a_sound_table():
     rng, named, falsely = np.random.default_rng(0), 0, 0
-    for k in range(25):
+    for k in range(24):
+        sizes, budgets = [(5, 4), (6, 5)][k % 2]
         df = noisy_grid(rng, sizes, budgets)
         falsely += any(kind == "off" for kind, _ in flags_of(df))
         bad = df["size"].unique()[k % sizes]
         df.loc[df["size"] == bad, "val_loss"] *= 1.1
         named += ("off", bad) in flags_of(df)
-    assert named >= 23
+    assert named >= 22
     assert falsely <= 2
 
 

@@ -25,7 +25,7 @@ def table(law=laws.CHINCHILLA, params=TRUTH, noise=0.002, seed=0) -> pd.DataFram
 def test_the_true_law_gets_the_weight_and_its_intervals_hold_what_comes():
     far = {"N": 1e8, "D": 3e7}
     held, widths = [], []
-    for seed in range(20):
+    for seed in range(10):
         found = forecaster(table(seed=seed), y="loss")
         row = found.predict(far).iloc[0]
         truth = laws.CHINCHILLA.value({k: np.array([v]) for k, v in far.items()}, TRUTH)[0]
