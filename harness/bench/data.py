@@ -16,7 +16,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,19 @@ Box = tuple[int, int, int, int, bool]
 """A crop: top, left, height, width, pixels, and whether it is flipped."""
 
 
-def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_images: int = NUM_IMAGES) -> dict[str, Any]:
+def run(
+    *,
+    seconds: float = 10.0,
+    workers: Sequence[int] | None = None,
+    num_images: int = NUM_IMAGES,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Measure for about `seconds` per table (two tables); plans on this machine reckon with the stream's rate then.
 
     Args:
         seconds: wall time of the single-thread comparison, and of all loader runs together.
         workers: numbers of loader processes; none, one and every core by default.
+        report: called with a line as soon as a number is known.
 
     Returns:
         `stream`, `limit`: images/s of one thread; `share`: their ratio, median of turns; `loader`: rows with workers,
@@ -67,13 +74,19 @@ def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_imag
         work = _work(stream, num_images)
         ours, limit = _turn_times(stream, work, seconds)
         numbers = workers if workers is not None else sorted({0, 1, cores})
-        limit_per_s = TURN / statistics.median(limit)
-        remember("decoded_per_s", TURN / statistics.median(ours))
-        loader = [_loader_row(stream, number, seconds / len(numbers), limit_per_s) for number in numbers]
+        stream_per_s, limit_per_s = (TURN / statistics.median(each) for each in (ours, limit))
+        share = statistics.median(bare / stream for stream, bare in zip(ours, limit, strict=True))
+        report(f"one thread: {stream_per_s:,.0f} images/s, {share:.2f} of the limit of {limit_per_s:,.0f}")
+        remember("decoded_per_s", stream_per_s)
+        loader = []
+        for number in numbers:
+            row = _loader_row(stream, number, seconds / len(numbers), limit_per_s)
+            report(f"{number} worker(s): {row['images_per_s']:,.0f} images/s, {row['cpu_share']:.2f} of it a core")
+            loader.append(row)
     return {
-        "stream": TURN / statistics.median(ours),
+        "stream": stream_per_s,
         "limit": limit_per_s,
-        "share": statistics.median(bare / stream for stream, bare in zip(ours, limit, strict=True)),
+        "share": share,
         "loader": loader,
         "setting": {
             "image_px": [HEIGHT, WIDTH],

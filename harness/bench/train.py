@@ -29,7 +29,9 @@ from aimscale.harness.step.engine import Engine, compiles
 from aimscale.harness.step.feed import count_targets
 
 
-def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True) -> dict[str, Any]:
+def run(
+    config: RunConfig, *, num_steps: int = 20, with_references: bool = True, report: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
 
     On a CPU all take turns, since other processes slow them. A card is ours alone and holds one model at a time.
@@ -37,6 +39,7 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True)
     Args:
         config: what is trained, and how, on random images; its data, budgets and evaluations do not matter.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
+        report: called on the first rank with a line as soon as an engine is timed.
 
     Returns:
         `ms_per_step` is the median with images ready, `images_per_s` the rate at it; `mfu_published` and `mfu` as in
@@ -62,7 +65,7 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True)
     num_targets = group.world_size * count_targets(step, model.num_tokens)
     try:
         makers = _engines(config, options, group, with_references=with_references)
-        times, memory_bytes, startup_s = _time(makers, step, num_targets, num_steps, group)
+        times, memory_bytes, startup_s = _time(makers, step, num_targets, num_steps, group, report)
     finally:
         stop_group()
     ours_s = statistics.median(times["ours"])
@@ -122,6 +125,7 @@ def _time(
     num_targets: int,
     num_steps: int,
     group: Group,
+    report: Callable[[str], None],
 ) -> tuple[dict[str, list[float]], int, float]:
     """Seconds of every engine's steps; memory before the second is made; seconds to the end of the first step."""
 
@@ -143,6 +147,8 @@ def _time(
             memory_bytes = memory_bytes or device_memory_bytes(group)
         rounds = [{name: step_s(engine) for name, engine in engines.items()} for _ in range(num_steps)]
         times |= {name: [each[name] for each in rounds] for name in engines}
+        for name in engines if group.is_first else ():
+            report(f"{name}: {1000 * statistics.median(times[name]):,.1f} ms/step")
         while engines:
             engines.popitem()[1].close()
         if not is_on_cpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
+
+_row = functools.partial(typer.echo, err=True)
+"""Says a row as soon as it is known; the standard output is JSON alone."""
 
 
 @app.command()
@@ -47,7 +51,7 @@ def train(
     changes = {"model.size": size, "optimiser.batch_size": batch, "optimiser.precision": precision}
     chosen = _config(config, {key: value for key, value in changes.items() if value is not None}, settings or [])
     torch.set_num_threads(chosen.runtime.num_threads)
-    facts = run(chosen, num_steps=steps, with_references=not alone)
+    facts = run(chosen, num_steps=steps, with_references=not alone, report=_row)
     if int(os.environ["RANK"]) == 0:
         typer.echo(json.dumps(facts, indent=1))
 
@@ -98,7 +102,7 @@ def data(
     """Images/s of the training stream against the fastest decode-and-crop of this machine, as JSON."""
     from aimscale.harness.bench.data import run
 
-    typer.echo(json.dumps(run(seconds=seconds, workers=workers), indent=1))
+    typer.echo(json.dumps(run(seconds=seconds, workers=workers, report=_row), indent=1))
 
 
 @app.command()

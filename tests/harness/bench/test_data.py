@@ -20,7 +20,9 @@ def test_the_limit_makes_the_streams_pixels() -> None:
 def test_bench_reports_every_number_and_remembers_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIMSCALE_CACHE", str(tmp_path))
     threads = torch.get_num_threads()
-    result = bench_data.run(seconds=0.3, workers=[0, 1], num_images=32)
+    rows: list[str] = []
+    result = bench_data.run(seconds=0.3, workers=[0, 1], num_images=32, report=rows.append)
+    assert [row.partition(":")[0] for row in rows] == ["one thread", "0 worker(s)", "1 worker(s)"]
     assert torch.get_num_threads() == threads
     assert min(result["stream"], result["limit"]) > 0
     assert 0 < result["share"] < 2

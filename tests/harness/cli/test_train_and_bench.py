@@ -30,7 +30,8 @@ Config = Callable[..., RunConfig]
 def invoke(rank: int, app: object, arguments: list[str], out: Path) -> None:
     del os.environ["RANK"], os.environ["WORLD_SIZE"]
     result = CliRunner().invoke(app, arguments)  # type: ignore[arg-type]
-    out.write_text(result.output)
+    out.write_text(result.stdout)
+    out.with_suffix(".rows").write_text(result.stderr)
     assert result.exit_code == 0, result.exception
 
 
@@ -92,6 +93,8 @@ def test_bench_train_measures_what_it_names(precision: str, tmp_path: Path, in_p
     arguments += [word for setting in settings for word in ("--set", setting)]
     assert in_processes(invoke, cli_bench.app, arguments, out) == [0]
     measured = json.loads(out.read_text())
+    rows = [line.partition(": ")[0] for line in out.with_suffix(".rows").read_text().splitlines()]
+    assert [row for row in rows if row in ("ours", "fsdp2", "bare")] == ["ours", "fsdp2", "bare"]
     assert (measured["micro_batch"], measured["zero_stage"]) == (4, 0 if precision == "fp32" else 1)
     assert measured["images_per_s"] == pytest.approx(8000 / measured["ms_per_step"])
     assert measured["mfu"] > 0
