@@ -12,6 +12,7 @@ import datetime
 import logging
 import os
 import re
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -164,6 +165,10 @@ class Group:
         cores = None if self.device.type == "cuda" else peak.num_threads
         rate = peak.nominal_flops_per_s or peak.flops_per_s
         return pace_of(rate, cores=cores, ranks_per_node=self.ranks_per_node)
+
+    def num_machines(self) -> int:
+        """On how many hosts the ranks are."""
+        return len({*self.gather(socket.gethostname())})
 
     def any(self, flag: bool) -> bool:
         """Whether any rank raised its flag."""

@@ -54,8 +54,10 @@ class Trainer:
         self.batch_size = training.optimiser.batch_size
         self.schedule = schedule_of(config)
         self.model_config = model_of(training)
+        machines = group.num_machines()
         self.stream = run_on_all_ranks(
-            group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
+            group,
+            lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, machines=machines),
         )
         look = functools.cache(data_set)
         measuring = group.from_first(lambda: bytes_during(config, look))

@@ -170,6 +170,15 @@ class ShardDataset:
         """
         return self.read_many([i])[0]
 
+    def read_ahead(self, samples: Sequence[int] | I64, whole: Sequence[int] | I64 = ()) -> None:
+        """Start to read what this process will ask `read_many` for next, in that order; returns at once.
+
+        What goes wrong is told there. Where there is a cache, it fetches the whole shards of the samples `whole`.
+        """
+        numbers = np.asarray(whole, dtype=np.int64)
+        shards = dict.fromkeys((self._first.searchsorted(numbers, side="right") - 1).tolist())
+        self._reader.read_ahead(self.places(samples), [os.fsdecode(self.index.shards["name"][i]) for i in shards])
+
     def read_many(self, samples: Sequence[int] | I64) -> list[bytes]:
         """Bytes of some image files, in that order; from a remote store all at once.
 
@@ -207,11 +216,15 @@ class ShardDataset:
 
     def read_unless_kept(self, samples: I64, channels: int) -> list[bytes]:
         """`read_many` of those whose decoded pixels are not in memory, nothing of the others."""
-        kept, data = self._kept(channels), [b""] * len(samples)
-        fresh = np.flatnonzero(~kept.known[samples]) if kept is not None else np.arange(len(samples))
+        data, fresh = [b""] * len(samples), np.flatnonzero(self.is_fresh(samples, channels))
         for i, read in zip(fresh.tolist(), self.read_many(samples[fresh]) if fresh.size else (), strict=True):
             data[i] = read
         return data
+
+    def is_fresh(self, samples: I64, channels: int) -> npt.NDArray[np.bool_]:
+        """Of each, whether its decoded pixels are not in memory."""
+        kept = self._kept(channels)
+        return np.ones(len(samples), dtype=bool) if kept is None else ~kept.known[samples]
 
     def decode_many(
         self, samples: I64, data: Sequence[bytes], channels: int

@@ -1,23 +1,28 @@
 """Where the files of a data set are read: in its folder, at its URL, or in a cache of this machine.
 
 The cache of shards is a bounded folder of whole ones, `aimscale-shards` within the one that the user names, shared by
-the processes of a machine and by data sets. Shards are downloaded once, aside, and renamed. What does not fit is read
-by byte ranges; nothing makes room but the user, who may remove the folder.
+the processes of a machine and by data sets. Shards are fetched once, in the background, aside, and renamed; meanwhile,
+and where there is no room, reading goes on by byte ranges. The time of a file says when a process used it last.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import os
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.card import DatasetInfo
 from aimscale.harness.data.store.columns import Index
-from aimscale.harness.data.store.shards import LocalReader, Place, RemoteReader, ShardInfo, download, is_url, join
+from aimscale.harness.data.store.remote import IgnoredRangeError, RemoteReader
+from aimscale.harness.data.store.shards import LocalReader, Place, ShardInfo, download, is_url, join
 from aimscale.harness.run.files import cache_folder, locked, written_aside
 
 CACHE_FOLDER = "aimscale-shards"
@@ -26,68 +31,151 @@ CACHE_FOLDER = "aimscale-shards"
 _CHECKED_AT_OPEN = 2000  # shards whose presence and size are looked at when a data set is opened
 _MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy", "bad_before.npy")
 _PARTIAL = ".partial"
-_RETRY_S = 60.0  # a shard that had no room, or is being fetched elsewhere, is asked for again after this
+_IN_USE_S = 30.0  # after its last use a shard may be evicted
+_RETRY_S = 15.0  # a shard that had no room, or is being fetched elsewhere, is asked for again after this
+_PART_BYTES, _PARTS_AT_ONCE = 4 * 2**20, 4  # of a shard that is fetched
 
 
 class CachedReader:
-    """Reads shards of one data set through a cache in `cache_dir`, which never holds more than `max_bytes`.
+    """Reads shards of one data set from a cache in `cache_dir`, and what is not there by byte ranges.
+
+    Whole shards come in the background, where `read_ahead` names them and the cache can stay within `max_bytes`: those
+    that nobody has used for half a minute make room, the longest unused first.
 
     Raises:
         DataError: the cache cannot be made.
     """
 
     def __init__(self, location: str, sizes: Mapping[str, int], cache_dir: Path, max_bytes: int) -> None:
+        self._made_of = location, sizes, cache_dir, max_bytes
         self._location, self._sizes, self._max_bytes = location, sizes, max_bytes
         self._root = open_cache(cache_dir)
         self._folder = self._root / hashlib.blake2b(location.encode(), digest_size=8).hexdigest()
-        self._local, self._remote = LocalReader(self._folder), RemoteReader(location)
-        self._present: set[str] = set()
-        self._not_before: dict[str, float] = {}
+        self._remote, self._copied = RemoteReader(location), RemoteReader(location)
+        self._used_at: dict[str, float] = {}
+        self._tried_at: dict[str, float] = {}
+        self._wanted: collections.deque[str] = collections.deque()
+        self._fetching: threading.Thread | None = None
+        self._paused_until, self._has_told = 0.0, False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CachedReader, self._made_of
+
+    def read_ahead(self, places: Sequence[Place], shards: Collection[str] = ()) -> None:
+        """As `RemoteReader.read_ahead`; and fetch whole `shards`, in this order."""
+        self._remote.read_ahead([place for place in places if not self._path(place[0]).exists()])
+        now = time.monotonic()
+        for name in shards:
+            if self._path(name).exists():
+                self._use(name)
+            elif now > max(self._paused_until, self._tried_at.get(name, -_RETRY_S) + _RETRY_S):
+                self._tried_at[name] = now
+                self._wanted.append(name)
+        if self._wanted and (self._fetching is None or not self._fetching.is_alive()):
+            self._fetching = threading.Thread(target=self._fetch_wanted, name="shards", daemon=True)
+            self._fetching.start()
 
     def read_many(self, places: Sequence[Place]) -> list[bytes]:
         """As `LocalReader.read_many`."""
-        found: dict[int, bytes] = {}
-        for number, (name, offset, size) in enumerate(places):
-            if name in self._present or self._obtain(name):
-                try:
-                    (found[number],) = self._local.read_many([(_file_name(name), offset, size)])
-                except FileNotFoundError:  # somebody made room
-                    self._present.discard(name)
-        missing = [number for number in range(len(places)) if number not in found]
-        if missing:
-            found |= zip(missing, self._remote.read_many([places[number] for number in missing]), strict=True)
-        return [found[number] for number in range(len(places))]
+        found = [None if self._remote.is_ahead(place) else self._read(*place) for place in places]
+        missing = [place for place, data in zip(places, found, strict=True) if data is None]
+        try:
+            others = iter(self._remote.read_many(missing) if missing else ())
+        except OSError as error:
+            if not isinstance(error.__cause__, IgnoredRangeError):
+                raise
+            for name in {place[0] for place in missing}:
+                self._fetch(name, wait=True)
+            if None in (read := [self._read(*place) for place in missing]):
+                raise
+            others = iter([data for data in read if data is not None])
+        return [next(others) if data is None else data for data in found]
 
-    def _obtain(self, name: str) -> bool:
-        """Whether the shard is in the cache, after trying to put it there."""
-        target = self._folder / _file_name(name)
-        if target.exists():
-            self._present.add(name)
-            return True
+    def _read(self, name: str, offset: int, size: int) -> bytes | None:
+        """From the cache; None where it has not got the shard."""
+        try:  # a file that stayed open would take its room after it was evicted
+            with self._path(name).open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), size, offset)
+        except OSError:  # evicted, or on a broken disk: the source has it, too
+            return None
+        self._use(name)
+        return data
+
+    def _use(self, name: str) -> None:
+        """Tell the machine's processes that a shard is in use."""
         now = time.monotonic()
-        if now < self._not_before.get(name, 0.0):
-            return False
-        self._not_before[name] = now + _RETRY_S
-        aside = self._folder / f"{_file_name(name)}{_PARTIAL}"
-        with locked(aside, wait=False) as mine:
-            if not mine:  # another process is fetching it
-                return False
+        if now - self._used_at.get(name, -_IN_USE_S) > _IN_USE_S / 4:
+            self._used_at[name] = now
+            with contextlib.suppress(OSError):
+                os.utime(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self._folder / name.replace("/", "%")
+
+    def _fetch_wanted(self) -> None:
+        while self._wanted:
             try:
-                if not target.exists():
-                    if not self._reserve(aside, self._sizes[name]):
-                        return False
-                    download(join(self._location, name), aside, self._sizes[name])
-                    aside.rename(target)
+                has_room, problem = self._fetch(self._wanted.popleft()), ""
+            except OSError as error:
+                has_room, problem = False, str(error)
+            if not has_room:
+                self._paused_until = time.monotonic() + _RETRY_S
+                self._wanted.clear()
+            if problem and not self._has_told:
+                self._has_told = True
+                print(f"the cache {self._root} takes no shards ({problem}); reading by ranges", file=sys.stderr)
+
+    def _fetch(self, name: str, *, wait: bool = False) -> bool:
+        """Put a shard into the cache, unless it is there or another process does that; False where there is no room.
+
+        Raises:
+            OSError: it cannot be fetched or written.
+        """
+        target, size = self._path(name), self._sizes[name]
+        aside = target.with_name(f"{target.name}{_PARTIAL}")
+        with locked(aside, wait=wait) as mine:
+            if not mine or target.exists():
+                return True
+            try:
+                if not self._make_room(aside, size):
+                    return False
+                self._copy(name, size, aside)
+                aside.rename(target)
             finally:
                 aside.unlink(missing_ok=True)
-        self._present.add(name)
         return True
 
-    def _reserve(self, aside: Path, size: int) -> bool:
-        """Claim the room for a shard by the length of its file; False when it cannot fit."""
+    def _copy(self, name: str, size: int, to: Path) -> None:
+        """A few parts at a time; the whole at once from a server that ignores ranges."""
+        parts = [(name, first, min(_PART_BYTES, size - first)) for first in range(0, size, _PART_BYTES)]
+        try:
+            with to.open("r+b") as file:
+                for at in range(0, len(parts), _PARTS_AT_ONCE):
+                    file.writelines(self._copied.read_many(parts[at : at + _PARTS_AT_ONCE]))
+                if file.tell() != size:
+                    raise OSError(f"{join(self._location, name)} has fewer bytes than the index says, {size}")
+        except OSError as error:
+            if not isinstance(error.__cause__, IgnoredRangeError):
+                raise
+            download(join(self._location, name), to, size)
+
+    def _make_room(self, aside: Path, size: int) -> bool:
+        """Claim the room for a shard by the length of its file, evicting what nobody uses; False when it cannot fit."""
         with locked(self._root / ".lock"):
-            if _bytes_in(self._root, but=aside) + size > self._max_bytes:
+            files = []
+            for path in self._root.glob("*/*"):
+                with contextlib.suppress(FileNotFoundError):  # a download that has just ended
+                    if path != aside and path.is_file():
+                        files.append((path.stat().st_mtime, path.stat().st_size, path))
+            excess, evicted = sum(length for _, length, _ in files) + size - self._max_bytes, []
+            for used_at, length, path in sorted(files):
+                if excess > 0 and used_at < time.time() - _IN_USE_S:
+                    excess -= length
+                    evicted.append(path)
+            if excess > 0:
                 return False
+            for path in evicted:
+                path.unlink(missing_ok=True)
             os.truncate(aside, size)
         return True
 
@@ -150,16 +238,3 @@ def open_cache(cache_dir: Path) -> Path:
     except OSError as error:
         raise DataError(f"cannot make a cache in {cache_dir} ({error}); choose another runtime.cache_dir") from error
     return root
-
-
-def _bytes_in(root: Path, *, but: Path) -> int:
-    """Of the files of the cache's data sets, without one."""
-    total = 0
-    for path in root.glob("*/*"):
-        with contextlib.suppress(FileNotFoundError):  # a download that has just ended
-            total += path.stat().st_size if path != but and path.is_file() else 0
-    return total
-
-
-def _file_name(name: str) -> str:
-    return name.replace("/", "%")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import functools
 import io
 import itertools
@@ -11,24 +11,22 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 import fsspec
-import fsspec.asyn
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.card import open_local
 
 T = TypeVar("T")
 _MAX_OPEN_FILES = 256  # of a process: `ulimit -n` is often 1024
-_NUM_TRIES = 6  # of a remote read: some 6 s of pauses in all
-_MAX_REQUESTS = 64  # under way at once, per process
-_STALLED_S = 60.0  # without an answer a read has stalled and is tried again
+NUM_TRIES = 6  # of a remote read: some 6 s of pauses in all
+MAX_REQUESTS = 64  # under way at once, of a data set in a process
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, by protocol
 _CHUNK_BYTES = 4 * 2**20  # of a download
-_FIRST_PAUSE_S = 0.2  # before the second try; doubles
+FIRST_PAUSE_S = 0.2  # before the second try; doubles
 
 
 class ShardInfo(NamedTuple):
@@ -107,7 +105,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     protocol, options = url.partition("://")[0], {}
     if protocol in ("s3", "s3a"):  # botocore opens ten connections, behind which other reads of a batch would wait
         chosen = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
-        options["config_kwargs"] = {"max_pool_connections": _MAX_REQUESTS, **chosen}
+        options["config_kwargs"] = {"max_pool_connections": MAX_REQUESTS, **chosen}
     try:
         filesystem, inner = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
@@ -125,15 +123,15 @@ def with_retries(action: Callable[[], T]) -> T:
     Raises:
         OSError: the last failure, whatever type the file system gave it.
     """
-    for attempt in range(_NUM_TRIES):
+    for attempt in range(NUM_TRIES):
         try:
             return action()
         except (FileNotFoundError, DataError):
             raise
         except Exception as error:  # each file system raises its own, botocore's among them
-            if attempt == _NUM_TRIES - 1:
+            if attempt == NUM_TRIES - 1:
                 raise OSError(f"{type(error).__name__} {error}".strip()) from error
-            _pause(attempt)
+            time.sleep(pause_before(attempt))
     raise AssertionError("unreachable")
 
 
@@ -162,84 +160,24 @@ class LocalReader:
         """
         return [self._read(*place) for place in places]
 
+    def read_ahead(self, places: Sequence[Place], shards: Collection[str] = ()) -> None:
+        """Have the kernel read these meanwhile, from a disk or over a network file system; returns at once."""
+        for name, offset, size in places:
+            with contextlib.suppress(OSError):  # it is told where the bytes are needed
+                os.posix_fadvise(self._open(name).fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+
     def _read(self, name: str, offset: int, size: int) -> bytes:
         try:
-            file = _opened(self._number, self._folder / name)  # held while it is read: it closes with its last holder
+            file = self._open(name)  # held while it is read: it closes with its last holder
             return os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise _of_shard(error, name) from error
+            raise of_shard(error, name) from error
+
+    def _open(self, name: str) -> io.FileIO:
+        return _opened(self._number, self._folder / name)
 
 
-class RemoteReader:
-    """Range requests, those of a batch at once; what fails or stalls is asked for again, alone."""
-
-    def __init__(self, location: str) -> None:
-        self._location = location
-
-    def read_many(self, places: Sequence[Place]) -> list[bytes]:
-        """As `LocalReader.read_many`."""
-        found: list[bytes | Exception] = [OSError("not asked for yet")] * len(places)
-        for attempt in range(_NUM_TRIES):
-            pending = [number for number, data in enumerate(found) if isinstance(data, Exception)]
-            for number, data in zip(pending, self._fetch([places[number] for number in pending]), strict=True):
-                found[number] = data
-            if not (failed := [number for number in pending if isinstance(found[number], Exception)]):
-                return [data for data in found if isinstance(data, bytes)]
-            for number in failed:
-                error = found[number]
-                if isinstance(error, _FINAL_ERRORS) or attempt == _NUM_TRIES - 1:
-                    assert isinstance(error, Exception)
-                    raise _of_shard(error, places[number][0]) from error
-            _pause(attempt)
-        raise AssertionError("unreachable")
-
-    def _fetch(self, places: Sequence[Place]) -> list[bytes | Exception]:
-        """One try of each."""
-        # looked up every time: fsspec keeps one file system per process, so that each worker has its own
-        filesystem, _ = filesystem_of(self._location)
-        paths = [filesystem._strip_protocol(join(self._location, name)) for name, _, _ in places]
-        starts, ends = [start for _, start, _ in places], [start + size for _, start, size in places]
-        if isinstance(filesystem, fsspec.asyn.AsyncFileSystem):
-            found = fsspec.asyn.sync(filesystem.loop, _fetch_together, filesystem, paths, starts, ends)
-        else:
-            found = filesystem.cat_ranges(paths, starts, ends, on_error="return")
-        return [
-            IgnoredRangeError(_IGNORED_RANGE) if isinstance(data, bytes) and len(data) > size else data
-            for data, (_, _, size) in zip(found, places, strict=True)
-        ]
-
-
-class IgnoredRangeError(OSError):
-    """A server that answers a request for a part with the whole file."""
-
-
-_IGNORED_RANGE = "the server ignores byte ranges; set cache_dir and a cache_gb that holds the whole data set"
-_FINAL_ERRORS = (FileNotFoundError, PermissionError, IgnoredRangeError)  # trying again cannot help
-
-
-async def _fetch_together(
-    filesystem: Any, paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]
-) -> list[bytes | Exception]:
-    """All ranges at once, up to a bound, each with a time limit of its own."""
-    room = asyncio.Semaphore(_MAX_REQUESTS)
-
-    async def fetch(path: str, start: int, end: int) -> bytes:
-        async with room:
-            try:
-                data: bytes = await asyncio.wait_for(filesystem._cat_file(path, start=start, end=end), _STALLED_S)
-            except TimeoutError as error:
-                raise TimeoutError(f"stalled: {end - start} bytes did not come within {_STALLED_S:g} s") from error
-            return data
-
-    ranges = zip(paths, starts, ends, strict=True)
-    found = await asyncio.gather(*(fetch(*each) for each in ranges), return_exceptions=True)
-    for data in found:
-        if isinstance(data, BaseException) and not isinstance(data, Exception):
-            raise data
-    return [data for data in found if isinstance(data, bytes | Exception)]
-
-
-def _of_shard(error: Exception, name: str) -> OSError:
+def of_shard(error: Exception, name: str) -> OSError:
     """The same failure as an OSError that knows its shard."""
     kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
     text = str(error) if isinstance(error, OSError) else f"{type(error).__name__} {error}".strip()
@@ -248,6 +186,6 @@ def _of_shard(error: Exception, name: str) -> OSError:
     return told
 
 
-def _pause(attempt: int) -> None:
-    """Wait before the next try: twice as long each time, and not in step with other processes."""
-    time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
+def pause_before(attempt: int) -> float:
+    """Seconds until the next try: twice as long each time, and not in step with other processes."""
+    return FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5)

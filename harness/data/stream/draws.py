@@ -121,6 +121,9 @@ class Stream(abc.ABC):
         Returns the samples that were replaced.
         """
 
+    def read_ahead(self, where: range) -> None:  # noqa: B027  # a stream without an index reads its shards in a row
+        """Start to read what `fill` will be called for next in this process, in that order; returns at once."""
+
     def prefix_lengths(self, positions: npt.ArrayLike) -> I64:
         """S at every position, 1..N-1; see `ObjectiveSection.prefix`."""
         where = np.asarray(positions, dtype=np.int64).reshape(-1)

@@ -108,7 +108,9 @@ def eval_pixels(
     """
     require_channels(model.channels)
     pixels = torch.empty(len(indices), model.channels, model.image_size, model.image_size, dtype=torch.uint8)
-    for row, index in enumerate(np.asarray(indices, dtype=np.int64).tolist()):
+    samples = np.asarray(indices, dtype=np.int64)
+    dataset.read_ahead(fresh := samples[dataset.is_fresh(samples, model.channels)], whole=fresh)
+    for row, index in enumerate(samples.tolist()):
         image = dataset.decode(index, model.channels)
         pixels[row] = crop_centre(image, model.image_size, math.ceil(model.image_size / centre_crop))
     return pixels

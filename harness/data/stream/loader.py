@@ -12,6 +12,7 @@ import atexit
 import collections
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from aimscale.harness.device.distributed import Group
 
 _MAX_BYTES = 2 << 30  # of the ring; what does not fit is loaded less far ahead, or in memory of its own
+_IMAGES_AHEAD = 256  # that a worker asks for before it decodes them; `remote.MAX_AHEAD_BYTES` bounds large ones
 _SHARED_MEMORY = "/dev/shm"
 _PRELOAD = ("aimscale.harness.data.stream.loader", "aimscale.harness.data.stream.unindexed")
 
@@ -120,6 +122,17 @@ def train_batches(
                 step = []
 
 
+class _Task(NamedTuple):
+    """What a worker is told to do."""
+
+    slot: int
+    """Of the ring; -1 where none is free."""
+    part: range
+    """Positions of a micro-batch."""
+    coming: tuple[range, ...]
+    """Those that the same worker fills later, as far as it has not been told of them: to be read ahead."""
+
+
 class _Filled(NamedTuple):
     """What is told of a micro-batch that was loaded."""
 
@@ -137,10 +150,12 @@ class _Slots(Dataset[_Filled]):
     def __init__(self, stream: Stream, slots: torch.Tensor) -> None:
         self._stream, self._slots = stream, slots
 
-    def __getitem__(self, task: tuple[int, range]) -> _Filled:
-        slot, where = task
+    def __getitem__(self, task: _Task) -> _Filled:
+        slot, where, coming = task
         own = None if slot >= 0 else torch.empty(self._slots.shape[1], dtype=torch.uint8)
         try:
+            for each in coming:
+                self._stream.read_ahead(each)
             with kernel_threads(1):
                 return _Filled(self._stream.fill(self._slots[slot] if own is None else own, where), own)
         except Exception as error:
@@ -154,6 +169,7 @@ class _Ring:
 
     def __init__(self, stream: Stream, micro_batch: int, num_micro: int, num_workers: int) -> None:
         self._stream, self._num_workers = stream, num_workers
+        self._parts_ahead = -(-_IMAGES_AHEAD // micro_batch)
         slot_bytes = max(1, stream.num_bytes(micro_batch))
         most = _MAX_BYTES // slot_bytes
         self._per_worker = max(1, min(2 + -(-num_micro // max(1, num_workers)), most // max(1, num_workers)))
@@ -173,11 +189,11 @@ class _Ring:
     def load(self, parts: Iterable[range]) -> Generator[Batch]:
         """The batch of each of `parts`, in order."""
         free = collections.deque(range(len(self.slots)))
-        under_way: collections.deque[tuple[int, range]] = collections.deque()
+        under_way: collections.deque[_Task] = collections.deque()
 
-        def tasks() -> Iterator[tuple[int, range]]:
-            for part in parts:
-                under_way.append((free.pop() if free else -1, part))
+        def tasks() -> Iterator[_Task]:
+            for part, coming in self._told_ahead(iter(parts)):
+                under_way.append(_Task(free.pop() if free else -1, part, coming))
                 yield under_way[-1]
 
         others = multiprocessing.active_children()
@@ -186,7 +202,7 @@ class _Ring:
         atexit.register(kill)  # a program that ends meanwhile would wait for processes that hold its SIGTERM back
         try:
             while (filled := _next(loaded)) is not None:
-                slot, part = under_way.popleft()
+                slot, part, _ = under_way.popleft()
                 if filled.error is not None:
                     raise filled.error
                 pixels = _lent(self.slots[slot], slot, free) if filled.pixels is None else filled.pixels
@@ -195,13 +211,28 @@ class _Ring:
             del loaded  # ends the workers
             atexit.unregister(kill)
 
+    def _told_ahead(self, parts: Iterator[range]) -> Iterator[tuple[range, tuple[range, ...]]]:
+        """Each part and those that its worker will fill: as workers take turns, every so-manieth after it."""
+        turn = max(1, self._num_workers)
+        reach = turn * self._parts_ahead
+        coming = collections.deque(itertools.islice(parts, reach))
+        for number in itertools.count():
+            if not coming:
+                return
+            part = coming.popleft()
+            coming.extend(itertools.islice(parts, 1))
+            if number < turn:
+                yield part, (part, *itertools.islice(coming, turn - 1, None, turn))
+            else:
+                yield part, (coming[-1],) if len(coming) == reach else ()
+
 
 def _kill(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         process.kill()
 
 
-def _start(slots: _Slots, tasks: Iterator[tuple[int, range]], num_workers: int, per_worker: int) -> Iterator[_Filled]:
+def _start(slots: _Slots, tasks: Iterator[_Task], num_workers: int, per_worker: int) -> Iterator[_Filled]:
     """The workers' answers, in the order of the tasks."""
     loader = DataLoader(
         slots,

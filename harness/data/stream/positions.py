@@ -18,6 +18,7 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64, make_key, permute, random_bits
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
+from aimscale.harness.data.store.shards import is_url
 from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, box_draws, crop_resize_into, crop_resize_small
 from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, Stretch, content_digest
 from aimscale.harness.data.stream.held_out import refuse_overlap
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from aimscale.harness.data.store.card import DatasetInfo
     from aimscale.harness.run.config import DataSection, RunConfig, SourceSection
 
+_SHARDS_AHEAD = 1 << 14  # positions after which a shard is needed that is fetched now
 _UNITS = 1 << 20  # probabilities are rounded to multiples of 2^-20, so that positions may reach 2^42
 
 
@@ -78,6 +80,8 @@ class _Source:
     """U of this source: the first of the one fixed permutation of its usable images, the same for every seed."""
     key: int
     """Of its epochs; depends on the run's seed."""
+    fetches_shards: bool
+    """Whether this machine will read half of a shard's images or more while the shard is in its cache."""
 
     def sample_numbers(self, slots: I64, epochs: I64) -> I64:
         """Sample numbers at `slots` (0..U-1) of `epochs`."""
@@ -123,14 +127,18 @@ class TrainStream(Stream):
             too many undecodable ones, or has fewer images than `unique_images` asks of it.
     """
 
-    def __init__(self, config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> None:
+    def __init__(
+        self, config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0, machines: int = 1
+    ) -> None:
+        """`machines` share the reading, each with a cache of its own."""
         super().__init__(config)
         self._mixture = Mixture([source.probability for source in config.training.data.sources])
-        self._sources = _open_sources(config, cache_dir, cache_gb)
+        self._sources = _open_sources(config, cache_dir, cache_gb, machines)
         self.unique_images = sum(source.num_unique for source in self._sources)
         self.datasets = tuple(source.dataset for source in self._sources)
         self.fingerprint = content_digest(dataset.fingerprint for dataset in self.datasets)
         self._drawn = Stretch(self._draw)
+        self._coming, self._later = Stretch(self.locate), Stretch(self.locate)
 
     def locate(self, positions: npt.ArrayLike) -> tuple[I64, I64]:
         """(source number, sample number) at every position: the stream's order, without reading an image."""
@@ -143,6 +151,16 @@ class TrainStream(Stream):
                 epochs, slots = np.divmod(rank[mine], source.num_unique)
                 sample_of[mine] = source.sample_numbers(slots, epochs)
         return source_of, sample_of
+
+    def read_ahead(self, where: range) -> None:
+        """As `Stream.read_ahead`; also fetch the shards of positions further on into the cache, where that pays."""
+        source_of, sample_of = self._coming(where)
+        for number, source in enumerate(self._sources):
+            samples, whole = sample_of[source_of == number], sample_of[:0]
+            if source.fetches_shards:
+                later_source_of, later = self._later(range(where.start + _SHARDS_AHEAD, where.stop + _SHARDS_AHEAD))
+                whole = np.concatenate([samples, later[later_source_of == number]])
+            source.dataset.read_ahead(samples[source.dataset.is_fresh(samples, self._channels)], whole)
 
     def _draw(self, where: I64) -> _Drawn:
         return self._with_boxes(*self.locate(where), box_draws(make_key("crop", self._seed), where))
@@ -218,7 +236,7 @@ class TrainStream(Stream):
         return self._with_boxes(drawn.source, sample_of, drawn.uniforms)
 
 
-def _open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float) -> list[_Source]:
+def _open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float, machines: int) -> list[_Source]:
     """The sources of a run, in the order of its configuration; see `TrainStream` for what is refused."""
     training = config.training
     datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in training.data.sources]
@@ -227,10 +245,14 @@ def _open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float) -> 
     held_out = open_dataset(config.evaluation.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
     refuse_overlap(datasets, held_out)
     counts = unique_per_source(training.data, [dataset.info for dataset in datasets])
-    return [
-        _Source(dataset=dataset, num_unique=num_unique, key=make_key("epoch", training.seed, number))
-        for number, (dataset, num_unique) in enumerate(zip(datasets, counts, strict=True))
-    ]
+    found: list[_Source] = []
+    for number, (source, dataset, num_unique) in enumerate(zip(training.data.sources, datasets, counts, strict=True)):
+        fits = dataset.index.shards["size"].sum() <= cache_gb * 1e9
+        num_reads = max(num_unique, max(config.evaluation.budgets) * source.probability if fits else 0)
+        pays = cache_dir is not None and is_url(dataset.location) and num_reads / machines >= len(dataset) / 2
+        key = make_key("epoch", training.seed, number)
+        found.append(_Source(dataset=dataset, num_unique=num_unique, key=key, fetches_shards=pays))
+    return found
 
 
 def refuse_other_images(source: SourceSection, info: DatasetInfo) -> None:

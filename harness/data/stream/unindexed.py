@@ -32,11 +32,13 @@ MAX_FAILURES = 6
 """Shards in a row that cannot be read, after which the stream gives up; before, it says so and goes on."""
 
 
-def open_stream(config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> Stream:
+def open_stream(
+    config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0, machines: int = 1
+) -> Stream:
     """The stream of a run, by its sources; raises as `TrainStream` and `UnindexedStream` do."""
     if any(source.path.startswith(UNINDEXED) for source in config.training.data.sources):
         return UnindexedStream(config)
-    return TrainStream(config, cache_dir=cache_dir, cache_gb=cache_gb)
+    return TrainStream(config, cache_dir=cache_dir, cache_gb=cache_gb, machines=machines)
 
 
 def shard_urls(path: str) -> list[str]:

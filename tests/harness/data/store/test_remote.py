@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store import index, shards
+from aimscale.harness.data.store import index, remote, shards
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import expand_shards, index_shards
 from aimscale.harness.data.stream.loader import train_batches
@@ -63,7 +63,7 @@ def test_remote_mistakes_are_named(
         dataset.read(0)
     with pytest.raises(DataError, match="nowhere"):
         open_dataset(f"{url}/nowhere")
-    monkeypatch.setattr(shards, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(shards, "FIRST_PAUSE_S", 0.0)
     with pytest.raises(DataError, match=r"127\.0\.0\.1:9"):
         open_dataset("http://127.0.0.1:9")
     assert expand_shards("gs://b/x-{008..010}.tar") == ("gs://b", ["x-008.tar", "x-009.tar", "x-010.tar"])
@@ -77,9 +77,9 @@ def test_faults_that_pass_leave_no_trace(
     serve: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shards, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(shards, "FIRST_PAUSE_S", 0.001)
     if kind == "stall":
-        monkeypatch.setattr(shards, "_STALLED_S", 0.7)
+        monkeypatch.setattr(remote, "_STALLED_S", 0.7)
     expected = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(32))
     url, handler = serve(small_set, lambda path, turn: kind if turn <= 2 and path.endswith("0.tar") else None)
     stream = TrainStream(configure(sources=[{"path": url}]))
@@ -98,8 +98,8 @@ def test_faults_that_pass_leave_no_trace(
 def test_faults_of_s3_that_stay_name_shard_and_url(
     kind: str, configure: Callable[..., RunConfig], faulty_bucket: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_STALLED_S", 1.0 if kind == "stall" else 60.0)
-    monkeypatch.setattr(shards, "_NUM_TRIES", 1)
+    monkeypatch.setattr(remote, "_STALLED_S", 1.0 if kind == "stall" else 60.0)
+    monkeypatch.setattr(remote, "NUM_TRIES", 1)
     url = faulty_bucket(lambda path, turn: kind if path.endswith("1.tar") else None, tries=1)
     stream = TrainStream(configure(sources=[{"path": url}]))
     shard = "." if kind == "stall" else "1"  # on a busy machine a good read may seem to have stalled, too
@@ -115,7 +115,7 @@ def test_s3_gives_the_same_stream_as_files_whatever_faults_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(index, "MAX_KEPT_BYTES", 0)  # images decoded before would not be read
-    monkeypatch.setattr(shards, "_STALLED_S", 2.0)
+    monkeypatch.setattr(remote, "_STALLED_S", 2.0)
     kinds: dict[str, str] = {}
     url = faulty_bucket(lambda path, turn: kinds.get(path[-5:]) if turn == 1 else None, tries=2)
     classes = ("ant", "bee", "cat")

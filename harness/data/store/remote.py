@@ -1,0 +1,161 @@
+"""Byte ranges of shards in object stores and on web servers: many requests at once, and ahead of their use."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import fsspec.asyn
+
+from aimscale.harness.data.store.shards import (
+    MAX_REQUESTS,
+    NUM_TRIES,
+    Place,
+    filesystem_of,
+    join,
+    of_shard,
+    pause_before,
+)
+
+MAX_AHEAD_BYTES = 64 * 2**20
+"""Answers that a reader keeps, or waits for, before they are read."""
+_STALLED_S = 60.0  # without an answer a read has stalled and is tried again
+
+
+class IgnoredRangeError(OSError):
+    """A server that answers a request for a part with the whole file."""
+
+
+_IGNORED_RANGE = "the server ignores byte ranges; set cache_dir and a cache_gb that holds the whole data set"
+_FINAL_ERRORS = (FileNotFoundError, PermissionError, IgnoredRangeError)  # trying again cannot help
+
+
+class RemoteReader:
+    """Range requests of any number of threads; what fails or stalls is asked for again, alone.
+
+    They run in the thread that fsspec keeps in each process.
+    """
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+        self._lock, self._process = threading.Lock(), os.getpid()
+        self._filesystem: Any = None
+        self._is_async = False
+        self._room = asyncio.Semaphore(1)  # the first answer tells whether the server knows ranges
+        self._knows_ranges: bool | None = None
+        self._wanted: dict[Place, None] = {}  # ahead, in the order of their use
+        self._asked: dict[Place, tuple[Future[bytes], int]] = {}  # ahead; and how many bytes had been read then
+        self._asked_bytes = self._read_bytes = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteReader, (self._location,)
+
+    def read_ahead(self, places: Sequence[Place], shards: Collection[str] = ()) -> None:
+        """Ask for what `read_many` will be called for next, as far as there is room; returns at once.
+
+        An error comes out where the bytes are read.
+        """
+        with self._locked():
+            self._wanted.update(dict.fromkeys(place for place in places if place not in self._asked))
+            self._ask_ahead()
+
+    def is_ahead(self, place: Place) -> bool:
+        """Whether it was asked for ahead, and not read yet."""
+        return place in self._asked
+
+    def read_many(self, places: Sequence[Place]) -> list[bytes]:
+        """As `LocalReader.read_many`."""
+        with self._locked():
+            answers = [self._taken(place) for place in places]
+            self._ask_ahead()
+        found: list[bytes] = []
+        try:
+            for answer in answers:
+                found.append(answer.result())
+        except Exception as error:  # each file system raises its own
+            raise of_shard(error, places[len(found)][0]) from error
+        finally:
+            for answer in answers[len(found) :]:
+                answer.cancel()
+        return found
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if self._process != os.getpid():  # forked: nothing of what the parent asked for comes here
+            RemoteReader.__init__(self, self._location)
+        with self._lock:
+            if self._filesystem is None:
+                self._filesystem, _ = filesystem_of(self._location)
+                self._is_async = isinstance(self._filesystem, fsspec.asyn.AsyncFileSystem)
+            yield
+
+    def _taken(self, place: Place) -> Future[bytes]:
+        self._wanted.pop(place, None)
+        self._read_bytes += place[2]
+        if place not in self._asked:
+            return self._ask(place)
+        self._asked_bytes -= place[2]
+        return self._asked.pop(place)[0]
+
+    def _ask_ahead(self) -> None:
+        """Ask for more of what is wanted; what was passed over long ago gives its room."""
+        while self._wanted:
+            place = next(iter(self._wanted))
+            if self._asked and self._asked_bytes + place[2] > MAX_AHEAD_BYTES:
+                oldest, (answer, read_before) = next(iter(self._asked.items()))
+                if self._read_bytes - read_before <= 2 * MAX_AHEAD_BYTES:
+                    return
+                answer.cancel()
+                del self._asked[oldest]
+                self._asked_bytes -= oldest[2]
+                continue
+            del self._wanted[place]
+            self._asked[place] = self._ask(place), self._read_bytes
+            self._asked_bytes += place[2]
+
+    def _ask(self, place: Place) -> Future[bytes]:
+        return asyncio.run_coroutine_threadsafe(self._answer(*place), fsspec.asyn.get_loop())
+
+    async def _answer(self, name: str, start: int, size: int) -> bytes:
+        """The bytes at a place, after as many tries as it takes."""
+        for attempt in range(NUM_TRIES):
+            try:
+                async with self._room, asyncio.timeout(_STALLED_S):
+                    data = b"" if self._knows_ranges is False else await self._cat(name, start, start + size)
+                    self._look_at(len(data), size)
+                    return data
+            except _FINAL_ERRORS:
+                raise
+            except TimeoutError as error:
+                problem: Exception = TimeoutError(f"stalled: {size} bytes did not come within {_STALLED_S:g} s")
+                problem.__cause__ = error
+            except Exception as error:  # each file system raises its own
+                problem = error
+            if attempt < NUM_TRIES - 1:
+                await asyncio.sleep(pause_before(attempt))
+        raise problem
+
+    def _look_at(self, found: int, size: int) -> None:
+        """Learn from the first answer: whether more may be asked for at once, and none of a server without ranges."""
+        if self._knows_ranges is None and found <= size:
+            self._knows_ranges = True
+            for _ in range(MAX_REQUESTS - 1 if self._is_async else 0):
+                self._room.release()
+        elif found > size:
+            self._knows_ranges = False
+        if not self._knows_ranges:
+            raise IgnoredRangeError(_IGNORED_RANGE)
+
+    async def _cat(self, name: str, start: int, end: int) -> bytes:
+        filesystem = self._filesystem
+        path = filesystem._strip_protocol(join(self._location, name))
+        if self._is_async:
+            data: bytes = await filesystem._cat_file(path, start=start, end=end)
+        else:
+            data = await asyncio.to_thread(filesystem.cat_file, path, start=start, end=end)
+        return data
