@@ -38,15 +38,39 @@ def test_http_gives_the_same_stream_as_files(
         assert torch.equal(stream.batch(range(40)).images, expected.images)
     assert all("bytes=" in request for request in handler.asked)
 
-    size = sum(shard.size for shard in open_dataset(small_set).shards)
-    handler.asked.clear()
+    for start, workers in ((0, 0), (16, 2)):
+        handler.asked.clear()
+        stream = TrainStream(configure(sources=[{"path": url}]))
+        steps = train_batches(stream, start=start, stop=40, batch_size=8, micro_batch=4, num_workers=workers)
+        assert torch.equal(torch.cat([batch.images for step in steps for batch in step]), expected.images[start:])
+        assert {*handler.asked.values()} == {1}, "an image was read twice"
+
     cached = configure(sources=[{"path": url}])
-    for workers in (0, 2):
-        stream = TrainStream(cached, cache_dir=str(tmp_path / "cache"), cache_gb=size / 1e9)
+    shards_asked = [f"/{shard.name} bytes=0-{shard.size - 1}" for shard in open_dataset(small_set).shards]
+    for workers in (2, 0):
+        handler.asked.clear()
+        stream = TrainStream(cached, cache_dir=str(tmp_path / "cache"))
         steps = train_batches(stream, start=0, stop=40, batch_size=8, micro_batch=8, num_workers=workers)
         assert torch.equal(torch.cat([batch.images for step in steps for batch in step]), expected.images)
-    fetched = [request.split()[0] for request in handler.asked.elements()]
-    assert sorted(fetched) == sorted({*fetched}), "a shard was fetched twice"
+        assert max(handler.asked[each] for each in shards_asked) <= 1, "a shard was fetched twice"
+
+
+def test_what_fails_ahead_is_told_where_it_is_needed(
+    small_set: Path, configure: Callable[..., RunConfig], serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(shards, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(remote, "MAX_AHEAD_BYTES", 20_000)
+    url, _ = serve(small_set, lambda path, turn: "503" if path.endswith("1.tar") else None)
+    stream = TrainStream(configure(sources=[{"path": url}]))
+    of_shard = [stream.datasets[0].shard_of(int(i)) for i in stream.locate(range(60))[1]]
+    found = 0
+    with pytest.raises(DataError, match=f"{url}/shard-000001.tar"):  # noqa: PT012  # what is counted comes before
+        for (batch,) in train_batches(stream, start=0, stop=60, batch_size=1, micro_batch=1):
+            found += len(batch)
+    assert found == of_shard.index(1), "an error ahead ended the images before it"
+    reader = stream.datasets[0]._reader
+    assert reader._asked_bytes <= 20_000 + max(size for _, _, size in reader._asked)
 
 
 def test_remote_mistakes_are_named(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ import pytest
 from PIL import Image
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store import shards
+from aimscale.harness.data.store import shard_cache, shards
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.store.shard_cache import CACHE_FOLDER, CachedReader
@@ -143,28 +147,82 @@ def test_index_records_undecodable_images(tmp_path: Path) -> None:
             index_shards(str(tmp_path), tmp_path)
 
 
+def read_through(url: str, local: Path, cache_dir: Path, bound: int) -> None:
+    """In a process of its own: read a data set twice through a cache that asks for every shard of it."""
+    dataset = open_dataset(local)
+    reader = CachedReader(url, dict(dataset.shards), cache_dir, bound)
+    for i in 2 * [*range(len(dataset))]:
+        places = dataset.places([i])
+        reader.read_ahead(places, [places[0][0]])
+        time.sleep(0.01)
+        assert reader.read_many(places) == [dataset.read(i)]
+
+
 def test_cache_keeps_its_bound_and_touches_nothing_else(
-    small_set: Path, tmp_path: Path, serve: Callable[..., Any]
+    small_set: Path, tmp_path: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(shard_cache, "_IN_USE_S", 0.1)
+    monkeypatch.setattr(shard_cache, "_RETRY_S", 0.05)
     theirs = tmp_path / "cache" / "0123456789abcdef" / "c.raw"
     theirs.parent.mkdir(parents=True)
     theirs.write_bytes(bytes(200_000))
-    dataset = open_dataset(small_set)
-    sizes = {shard.name: shard.size for shard in dataset.shards}
-    bound = sum(sorted(sizes.values())[:2]) + 1000
-    cached = tmp_path / "cache" / CACHE_FOLDER
-    for _ in range(2):  # the second data set finds less room, and reads by ranges
-        url, _ = serve(small_set)
-        reader = CachedReader(url, sizes, tmp_path / "cache", bound)
-        for i in range(len(dataset)):
-            assert reader.read_many(dataset.places([i])) == [dataset.read(i)]
-        assert 0 < sum(path.stat().st_size for path in cached.glob("*/*")) <= bound
+    bound = sum(sorted(shard.size for shard in open_dataset(small_set).shards)[:2]) + 1000
+    cached, seen = tmp_path / "cache" / CACHE_FOLDER, set()
+    with multiprocessing.get_context("fork").Pool(2) as pool:  # knows the short times
+        others = [(serve(small_set)[0], small_set, tmp_path / "cache", bound) for _ in range(2)]
+        reading = pool.starmap_async(read_through, others)
+        while not reading.ready():
+            reading.wait(0.02)
+            sizes = {}
+            for path in cached.glob("*/*"):
+                with contextlib.suppress(FileNotFoundError):
+                    sizes[path] = path.stat().st_size
+            seen |= {path for path in sizes if path.suffix == ".tar"}
+            assert sum(sizes.values()) <= bound
+        reading.get()
+    assert len({path.parent for path in seen}) == 2, "one data set never made room for the other"
+    assert len(seen) > 2, "nothing was evicted"
+    assert not [*cached.rglob("*.partial")]
     assert theirs.stat().st_size == 200_000
-    name = next(iter(sizes))
-    wrong = CachedReader(url, sizes | {name: sizes[name] + 1}, tmp_path / "other", 10**9)
-    with pytest.raises(OSError, match=name):
-        wrong.read_many([(name, 0, 10)])
-    assert not [*(tmp_path / "other").glob("*/*/*")]
+
+
+def test_a_cache_that_loses_shards_or_cannot_be_written_costs_no_image(
+    small_set: Path,
+    tmp_path: Path,
+    serve: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dataset = open_dataset(small_set)
+    sizes, (url, handler) = dict(dataset.shards), serve(small_set)
+    places = dataset.places(range(len(dataset)))
+    reader = CachedReader(url, sizes, tmp_path / "cache", 10**9)
+    reader.read_ahead([], [*sizes])
+    cached = tmp_path / "cache" / CACHE_FOLDER
+    for _ in range(1000):
+        if len(kept := [*cached.rglob("*.tar")]) == len(sizes):
+            break
+        time.sleep(0.01)
+    handler.asked.clear()
+    assert reader.read_many(places) == dataset.read_many(range(len(dataset)))
+    assert not handler.asked, "what lies in the cache was asked for"
+    kept[0].unlink()
+    assert reader.read_many(places) == dataset.read_many(range(len(dataset)))
+    assert {request.split()[0] for request in handler.asked} == {f"/{kept[0].name}"}
+
+    handler.ranges = False  # whole shards alone can be read
+    assert CachedReader(url, sizes, tmp_path / "second", 10**9).read_many(places) == dataset.read_many(range(60))
+    handler.ranges = True
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(CachedReader, "_copy", full)
+    reader = CachedReader(url, sizes, tmp_path / "third", 10**9)
+    reader.read_ahead(places[:9], [*sizes])
+    assert reader.read_many(places) == dataset.read_many(range(len(dataset)))
+    assert "No space left" in capsys.readouterr().err
+    assert not [*(tmp_path / "third").rglob("*.[tp]ar*")]
 
 
 def test_validation_images_can_never_enter_training(
