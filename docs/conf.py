@@ -1,6 +1,7 @@
 """How the pages are built: `sphinx-build -W --keep-going -n docs site`. Warnings are errors, a dead link among them.
 
-Two pages, every command and every field of a configuration, are written from the code by the modules in `generate`.
+Four pages (commands, fields of a configuration, the Python API, figures) and the sample reports are written from the
+code by the modules in `generate`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generate import command_reference, config_reference
+from generate import api_reference, command_reference, config_reference, gallery
 
 project = "aimscale"
 copyright = "the aimscale maintainers, Apache-2.0"
 release = importlib.metadata.version("aimscale")
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures have no page
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "board.md"]  # a part of forecasts.md
 myst_heading_anchors = 4
@@ -27,19 +29,26 @@ html_theme = "furo"
 html_title = f"aimscale {release}"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
+html_extra_path = ["_reports"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
 pygments_style = "friendly"
 pygments_dark_style = "native"
 
-GENERATED = {"configuration": config_reference.markdown, "commands": command_reference.markdown}
+GENERATED = {
+    "configuration": config_reference.markdown,
+    "commands": command_reference.markdown,
+    "api": api_reference.markdown,
+}
 
 
 def write_generated(app: Any) -> None:
     """Put the pages that the code tells beside the others."""
     for page, markdown in GENERATED.items():
         Path(app.srcdir, f"{page}.md").write_text(markdown())
+    Path(app.srcdir, "gallery.md").write_text(gallery.markdown(Path(app.srcdir, "_gallery")))
+    gallery.write_reports(Path(app.srcdir, "_reports"))
 
 
 def without_study(app: Any, page: str, source: list[str]) -> None:

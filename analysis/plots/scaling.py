@@ -130,6 +130,6 @@ def plot_approaches(found: Approaches) -> Figure:
         log_axis(ax, "x", xy[:, 0], None, power_of_ten)
         log_axis(ax, "y", xy[:, 1])
         ax.set_xlabel(axis_label("flops_train"))
-        ax.set_ylabel("N*: compute-optimal parameters")
+        ax.set_ylabel("N*: compute-optimal\nparameters")
         legend(ax, "", columns=1)
     return figure

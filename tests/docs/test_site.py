@@ -10,7 +10,7 @@ import pytest
 import typer
 import typer.main
 import yaml
-from generate import command_reference, config_reference
+from generate import api_reference, command_reference, config_reference
 
 from aimscale.sweeps.cli.main import HIDDEN, VERBS, app
 
@@ -18,9 +18,12 @@ ROOT = Path(__file__).parents[2]
 GENERATED = {
     ROOT / "docs/commands.md": command_reference.markdown,
     ROOT / "docs/configuration.md": config_reference.markdown,
+    ROOT / "docs/api.md": api_reference.markdown,
 }
 """Pages that the site's build writes."""
-WRITTEN = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path not in GENERATED]
+GALLERY = ROOT / "docs/gallery.md"
+"""Written by the site's build, too, which draws its figures."""
+WRITTEN = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path not in (*GENERATED, GALLERY)]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *WRITTEN]
 
 

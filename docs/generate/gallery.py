@@ -1,0 +1,76 @@
+"""The gallery: every figure of the analysis with the call that makes it, drawn when the site is built; and two sample
+reports."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+from aimscale.analysis.plots.style import png_bytes
+from aimscale.analysis.report.page import write_report
+
+ROOT = Path(__file__).parents[2]
+FIRST = """\
+from aimscale.analysis import all_approaches, contrast, correlate, fit, laws, read_table, read_tables
+from aimscale.analysis import plot_accuracy, plot_loss_accuracy, plot_points, probe_frame
+
+demo = read_table("docs/figures/demo/results.parquet")
+cifar = read_tables(["docs/study/results/cifar.parquet", "docs/study/results/cifar-next.parquet"])
+isoflop = read_table("docs/study/results/cifar-isoflop.parquet")
+directions = read_tables(["docs/study/results/cifar.parquet", "docs/study/results/cifar-directions.parquet"])
+"""
+CALLS = {
+    "law": ("A law and its points, a line per budget", 'figure = fit(laws.CHINCHILLA, demo).plot(x="N")'),
+    "compute": (
+        "Loss against compute, with the law of the envelope",
+        'lowest = read_tables(["docs/study/results/cifar.parquet"], where=["envelope"])\n'
+        'figure = plot_points(cifar, "flops_train", by="params_total", envelope=fit("power_offset:C", lowest))',
+    ),
+    "frontier": (
+        "The best size for a budget of compute, by three approaches",
+        "figure = all_approaches(isoflop).plot()",
+    ),
+    "accuracy": (
+        "Accuracy against size, data and compute",
+        'probes = probe_frame(cifar)\nfigure = plot_accuracy(probes[probes["kind"] == "linear"])',
+    ),
+    "loss-accuracy": (
+        "Accuracy against loss, with its correlation",
+        'knn = probes[probes["kind"] == "knn"]\n'
+        'figure = plot_loss_accuracy(knn, {"cifar10-10k": correlate(knn, x="val_loss", y="top1")})',
+    ),
+    "contrast": ("One change, all else equal", 'figure = contrast(directions, by="prefix").plot()'),
+}
+"""Name -> what the figure shows, and the call."""
+REPORTS = {
+    "demo-report": ["docs/figures/demo/results.parquet"],
+    "cifar-report": [f"docs/study/results/cifar{part}.parquet" for part in ("", "-next", "-isoflop", "-directions")],
+}
+"""Sample reports of the site, and the tables that each is written from."""
+
+
+def markdown(folder: Path) -> str:
+    """Draw every figure into a folder beside the page, and write the page."""
+    folder.mkdir(exist_ok=True)
+    known: dict[str, Any] = {}
+    parts = [f"# Gallery\n\nEvery figure of the analysis, and the call that makes it.\n\n```python\n{FIRST}```\n"]
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):
+        exec(FIRST, known)
+        for name, (title, call) in CALLS.items():
+            exec(call, known)
+            (folder / f"{name}.png").write_bytes(png_bytes(known["figure"], dpi=150))
+            parts.append(f"## {title}\n\n```python\n{call}\n```\n\n![{title}]({folder.name}/{name}.png)\n")
+    links = "".join(f'<li><a href="{name}.html">{name}.html</a></li>' for name in REPORTS)
+    parts.append(f"## Whole reports\n\n<ul>{links}</ul>\n")
+    return "\n".join(parts)
+
+
+def write_reports(folder: Path) -> None:
+    """Write the sample reports into a folder that the site takes over as it is."""
+    folder.mkdir(exist_ok=True)
+    for name, tables in REPORTS.items():
+        page = folder / f"{name}.html"
+        if not page.exists():
+            write_report([ROOT / table for table in tables], page, resamples=300)
