@@ -269,7 +269,7 @@ def probe_state(state: Mapping[str, Tensor], config: ModelConfig, where: Path) -
         WeightsError: there is none, or one that does not fit the model.
     """
     own = {name: tensor for name, tensor in state.items() if name.startswith(PROBE)}
-    check_shapes(own, _shapes_of(_probe_on_meta(own, config, where), PROBE), where)
+    check_tensors(own, _shapes_of(_probe_on_meta(own, config, where), PROBE), where)
     return own
 
 
@@ -299,8 +299,8 @@ def backbone_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
     return backbone
 
 
-def check_shapes(state: Mapping[str, Tensor], wanted: Shapes, where: Path) -> None:
-    """Raise WeightsError unless names and shapes are exactly those wanted."""
+def check_tensors(state: Mapping[str, Tensor], wanted: Shapes, where: Path) -> None:
+    """Raise WeightsError unless names and shapes are exactly those wanted, and all values finite."""
     if missing := wanted.keys() - state.keys():
         raise WeightsError(f"{where} lacks {_some(missing)}; is it a whole file of this model?")
     if extra := state.keys() - wanted.keys():
@@ -311,6 +311,8 @@ def check_shapes(state: Mapping[str, Tensor], wanted: Shapes, where: Path) -> No
                 f"{where}: {name} has the shape {tuple(tensor.shape)} and this model needs {wanted[name]}; choose the "
                 "size that the file was saved from"
             )
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise WeightsError(f"{where}: {name} has values that are not finite; use weights from before they diverged")
 
 
 def _shapes_of(module: nn.Module, prefix: str = "") -> Shapes:
@@ -322,7 +324,7 @@ def _fill(
 ) -> None:
     """Give a meta `module` the values of `state` under `prefix`; constants, which no file holds, stay undefined."""
     own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
-    check_shapes(own, _shapes_of(module, prefix), where)
+    check_tensors(own, _shapes_of(module, prefix), where)
     module.to_empty(device=device)
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in own.items()})
 

@@ -25,7 +25,7 @@ from aimscale.aim.weights import (
     TRAINER_NORM_EPS,
     WeightsError,
     backbone_state,
-    check_shapes,
+    check_tensors,
     identify,
     is_of_trainer,
     known_heads,
@@ -95,7 +95,7 @@ def import_weights(
     is_whole = any(name.startswith("pixel_head.") for name in body)
     shapes = model_shapes(config)
     wanted = {name: shape for name, shape in shapes.items() if is_whole or name.startswith(BACKBONE)}
-    check_shapes(body, wanted, source)
+    check_tensors(body, wanted, source)
     run_config = _published_recipe(section, images_seen)
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

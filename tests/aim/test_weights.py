@@ -139,6 +139,7 @@ def test_pickled_code_is_never_executed(tmp_path: Path) -> None:
         (lambda state: state.update({"trunk.x": torch.ones(2)}), "trunk.x"),
         (lambda state: state.update({"cls": torch.ones(2)}), "cls"),
         (lambda state: state.update({"trunk.blocks.0.attn.qkv.weight": torch.ones(48, 8)}), "(48, 8)"),
+        (lambda state: state["trunk.blocks.1.norm_2.bias"][3:4].fill_(torch.nan), "trunk.blocks.1.norm_2.bias"),
     ],
 )
 def test_wrong_contents_are_refused_by_name(tmp_path: Path, state: dict, edit, subject: str) -> None:

@@ -82,6 +82,7 @@ def test_wrong_files_are_refused_and_leave_nothing(
     save_file({k: v for k, v in state.items() if "blocks.1.mlp.fc2" not in k}, tmp_path / "short.safetensors")
     torch.save({"w": Path("x")}, tmp_path / "pickle.pth")
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pth")
+    torch.save({k: v * torch.nan if "blocks.1.mlp.fc2" in k else v for k, v in state.items()}, tmp_path / "nan.pth")
     before = sorted(tmp_path.iterdir())
     few = "--images-seen 8 --num-heads 2"
     for arguments, message in (
@@ -96,6 +97,7 @@ def test_wrong_files_are_refused_and_leave_nothing(
         (["import", str(tmp_path / "none.pth"), str(tmp_path / "r")], "no weight file"),
         (["export", str(tmp_path), str(tmp_path / "o")], "no run directory"),
         (["import", str(tmp_path / "other.pth"), str(tmp_path / "r"), *few.split()], "other.pth"),
+        (["import", str(tmp_path / "nan.pth"), str(tmp_path / "r"), *few.split()], "blocks.1.mlp.fc2"),
         (["info", str(tmp_path / "none.pth")], "no weight file"),
     ):
         code, _, err = weights(capsys, *arguments)
