@@ -18,7 +18,9 @@ I64 = npt.NDArray[np.int64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiples of it spread over all 64 bits
 _MASK = (1 << 64) - 1
 _HIGH_HALF = np.uint64(32)  # a hash is shifted down by this, so that adding a half cannot overflow
-_NUM_FEISTEL_ROUNDS = 6
+_ROUND_KEYS = [np.uint64(number * int(_GOLDEN) & _MASK) for number in range(1, 7)]
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def make_key(*words: int | str) -> int:
@@ -31,7 +33,9 @@ def random_bits(key: int | U64, counter: npt.ArrayLike) -> U64:
     """64 random bits for every counter; `key` may be an array that broadcasts with `counter`."""
     keys = np.asarray(key, dtype=np.uint64)
     counters = np.atleast_1d(np.asarray(counter, dtype=np.uint64))  # arrays wrap around silently, scalars would warn
-    return _mix(_mix(counters * _GOLDEN + keys) + keys)
+    mixed = _mix(counters * _GOLDEN + keys)
+    mixed += keys
+    return _mix(mixed)
 
 
 def random_uniform(key: int | U64, counter: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -48,8 +52,10 @@ def permute(values: npt.ArrayLike, size: int, key: int | U64) -> I64:
     `key` may be an array: one permutation per value.
     """
     out = np.array(values, dtype=np.uint64, ndmin=1)
-    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), out.shape)
     assert (out < size).all(), "permute: a value lies outside of range(size)"
+    if size == 1:
+        return out.astype(np.int64)
+    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), out.shape)
     num_columns = math.isqrt(size - 1) + 1
     num_rows = -(-size // num_columns)
     out = _feistel(out, num_rows, num_columns, keys)
@@ -61,17 +67,23 @@ def permute(values: npt.ArrayLike, size: int, key: int | U64) -> I64:
 def _feistel(values: U64, num_rows: int, num_columns: int, keys: U64) -> U64:
     """One pass of a Feistel network over the cells of a grid: each half is shifted by a hash of the other in turn."""
     row, column = np.divmod(values, np.uint64(num_columns))
-    for round_ in range(_NUM_FEISTEL_ROUNDS):
-        round_keys = keys + np.uint64((round_ + 1) * int(_GOLDEN) & _MASK)
-        if round_ % 2 == 0:
-            row = (row + (_mix(column * _GOLDEN + round_keys) >> _HIGH_HALF)) % np.uint64(num_rows)
-        else:
-            column = (column + (_mix(row * _GOLDEN + round_keys) >> _HIGH_HALF)) % np.uint64(num_columns)
+    (changed, size), (other, other_size) = (row, np.uint64(num_rows)), (column, np.uint64(num_columns))
+    for round_key in _ROUND_KEYS:
+        hashed = other * _GOLDEN
+        hashed += keys
+        hashed += round_key
+        changed += np.right_shift(_mix(hashed), _HIGH_HALF, out=hashed)
+        changed %= size
+        changed, size, other, other_size = other, other_size, changed, size
     return row * np.uint64(num_columns) + column
 
 
 def _mix(x: U64) -> U64:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): each input bit flips each output bit half of the time."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014), in place: each input bit flips each output bit half of the
+    time."""
+    x ^= x >> _SHIFTS[0]
+    x *= _FACTORS[0]
+    x ^= x >> _SHIFTS[1]
+    x *= _FACTORS[1]
+    x ^= x >> _SHIFTS[2]
+    return x

@@ -83,7 +83,11 @@ class DataSection(Section):
     sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
     """Where the images come from."""
     unique_images: int | None = Field(None, gt=0)
-    """U: train on the first U images of one fixed permutation of the pool; null takes the whole pool."""
+    """U: train on the first U images of one fixed order of the pool, equally many of every shard; null takes the whole
+    pool."""
+    shuffle_shards: int = Field(100, gt=0, le=10**6)
+    """Shards that are read side by side, over all sources: each image comes from any of them, and in an epoch a shard
+    is read once. A source that has no more is shuffled as a whole."""
     crop_scale: Annotated[tuple[float, float], AfterValidator(_area_range)] = (0.4, 1.0)
     """Area range of the random resized crop (paper, section 3)."""
     horizontal_flip: bool = True
@@ -94,6 +98,13 @@ class DataSection(Section):
     """Share of undecodable samples above which the run stops."""
     shuffle_buffer: int = Field(1000, gt=0)
     """Images among which a loader process of a `wds://` stream draws the next one, kept as files in memory."""
+
+    @field_validator("shuffle_shards", "shuffle_buffer")
+    @classmethod
+    def _means_nothing_of_the_other_kind(cls, number: int, others: ValidationInfo) -> int:
+        name = str(others.field_name)
+        is_unindexed = any(source.path.startswith(UNINDEXED) for source in others.data.get("sources", ()))
+        return number if is_unindexed == (name == "shuffle_buffer") else int(cls.model_fields[name].default)
 
     @model_validator(mode="after")
     def _unindexed_stands_alone(self) -> DataSection:

@@ -1,12 +1,9 @@
-"""Which image stands at position p of an indexed stream: a pure function of (seed, p).
-
-Each source is walked epoch by epoch, every epoch a fresh permutation of the same U images; sources are interleaved by
-quota (after p positions a source of probability q has given p q images, within one), so their epochs stay exact too.
-"""
+"""The stream of indexed data sets: which image stands at position p is a pure function of (seed, p); see `order`."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,60 +12,20 @@ import numpy.typing as npt
 import torch
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.random_access import I64, make_key, permute, random_bits
+from aimscale.harness.data.random_access import I64, make_key, random_bits
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.shards import is_url
 from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, box_draws, crop_resize_into, crop_resize_small
 from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, Stretch, content_digest
 from aimscale.harness.data.stream.held_out import refuse_overlap
+from aimscale.harness.data.stream.order import Mixture, SourceOrder
 
 if TYPE_CHECKING:
     from aimscale.harness.data.store.card import DatasetInfo
     from aimscale.harness.run.config import DataSection, RunConfig, SourceSection
 
 _SHARDS_AHEAD = 1 << 14  # positions after which a shard is needed that is fetched now
-_UNITS = 1 << 20  # probabilities are rounded to multiples of 2^-20, so that positions may reach 2^42
-
-
-class Mixture:
-    """The order of some sources with given probabilities, which add up to 1: by quota, not by independent draws.
-
-    The first source takes position p when floor(p q + 1/2) steps up there; the positions it leaves, renumbered, are
-    dealt among the others in the same way. So after p positions a source of probability q has given p q images, within
-    one for every source before it, and how often it came up before p is known at once: what O(1) resuming and exact
-    epochs need.
-    """
-
-    def __init__(self, probabilities: Sequence[float]) -> None:
-        units = [max(1, round(probability * _UNITS)) for probability in probabilities]
-        self._quotas = [(units[number], sum(units[number:])) for number in range(len(units))]
-
-    def locate(self, positions: I64) -> tuple[I64, I64]:
-        """(source number, how many earlier positions have the same source) at every position."""
-        source_of, rank = np.full_like(positions, len(self._quotas) - 1), positions.copy()
-        left = np.arange(len(positions))
-        for number, (units, total) in enumerate(self._quotas[:-1]):
-            before = _taken(rank[left], units, total)
-            takes = _taken(rank[left] + 1, units, total) > before
-            source_of[left[takes]] = number
-            rank[left[~takes]] -= before[~takes]
-            rank[left[takes]] = before[takes]
-            left = left[~takes]
-        return source_of, rank
-
-    def counts(self, num_positions: int) -> list[int]:
-        """How many of the first positions each source has."""
-        counts, left = [], num_positions
-        for units, total in self._quotas:
-            counts.append((left * units + total // 2) // total)
-            left -= counts[-1]
-        return counts
-
-
-def _taken(positions: I64, units: int, total: int) -> I64:
-    """How many of the first positions a source with `units` of `total` takes."""
-    return (positions * units + total // 2) // total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,17 +33,14 @@ class _Source:
     """One data set of the mixture."""
 
     dataset: ShardDataset
-    num_unique: int
-    """U of this source: the first of the one fixed permutation of its usable images, the same for every seed."""
-    key: int
-    """Of its epochs; depends on the run's seed."""
+    order: SourceOrder
+    """Of its usable images."""
     fetches_shards: bool
     """Whether this machine will read half of a shard's images or more while the shard is in its cache."""
 
     def sample_numbers(self, slots: I64, epochs: I64) -> I64:
         """Sample numbers at `slots` (0..U-1) of `epochs`."""
-        within = permute(slots, self.num_unique, random_bits(self.key, epochs))
-        return self.dataset.usable(permute(within, self.dataset.info.num_usable, make_key("subset")))
+        return self.dataset.usable(self.order.numbers(slots, epochs))
 
 
 class _Drawn(NamedTuple):
@@ -134,7 +88,7 @@ class TrainStream(Stream):
         super().__init__(config)
         self._mixture = Mixture([source.probability for source in config.training.data.sources])
         self._sources = _open_sources(config, cache_dir, cache_gb, machines)
-        self.unique_images = sum(source.num_unique for source in self._sources)
+        self.unique_images = sum(source.order.num_unique for source in self._sources)
         self.datasets = tuple(source.dataset for source in self._sources)
         self.fingerprint = content_digest(dataset.fingerprint for dataset in self.datasets)
         self._drawn = Stretch(self._draw)
@@ -148,7 +102,7 @@ class TrainStream(Stream):
         for number, source in enumerate(self._sources):
             mine = np.flatnonzero(source_of == number)
             if mine.size:
-                epochs, slots = np.divmod(rank[mine], source.num_unique)
+                epochs, slots = np.divmod(rank[mine], source.order.num_unique)
                 sample_of[mine] = source.sample_numbers(slots, epochs)
         return source_of, sample_of
 
@@ -231,7 +185,7 @@ class TrainStream(Stream):
         draws = random_bits(make_key("replacement", self._seed), positions * MAX_REPLACEMENTS + attempt)
         for row, (number, draw) in enumerate(zip(drawn.source, draws, strict=True)):
             source = self._sources[number]
-            slot = np.array([draw % np.uint64(source.num_unique)], dtype=np.int64)
+            slot = np.array([draw % np.uint64(source.order.num_unique)], dtype=np.int64)
             sample_of[row] = source.sample_numbers(slot, np.zeros_like(slot))[0]
         return self._with_boxes(drawn.source, sample_of, drawn.uniforms)
 
@@ -250,8 +204,14 @@ def _open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float, mac
         fits = dataset.index.shards["size"].sum() <= cache_gb * 1e9
         num_reads = max(num_unique, max(config.evaluation.budgets) * source.probability if fits else 0)
         pays = cache_dir is not None and is_url(dataset.location) and num_reads / machines >= len(dataset) / 2
-        key = make_key("epoch", training.seed, number)
-        found.append(_Source(dataset=dataset, num_unique=num_unique, key=key, fetches_shards=pays))
+        order = SourceOrder(
+            num_images=dataset.info.num_usable,
+            num_shards=dataset.info.num_shards,
+            num_unique=num_unique,
+            num_lanes=math.ceil(training.data.shuffle_shards * source.probability),
+            key=make_key("epoch", training.seed, number),
+        )
+        found.append(_Source(dataset=dataset, order=order, fetches_shards=pays))
     return found
 
 

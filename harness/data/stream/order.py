@@ -1,0 +1,131 @@
+"""The order of a stream's images, in closed form: which source stands at a position, and which of its images.
+
+Sources are interleaved by quota (after p positions a source of probability q has given p q images, within one). Each is
+walked epoch by epoch, every epoch a fresh shuffle of the same U images that reads shards one after another, some of
+them side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from aimscale.harness.data.random_access import I64, U64, make_key, permute, random_bits
+
+_HALF = np.uint64(32)
+_UNITS = 1 << 20  # probabilities are rounded to multiples of 2^-20, so that positions may reach 2^42
+
+
+class Mixture:
+    """The order of some sources with given probabilities, which add up to 1: by quota, not by independent draws.
+
+    The first source takes position p when floor(p q + 1/2) steps up there; the positions it leaves, renumbered, are
+    dealt among the others in the same way. So after p positions a source of probability q has given p q images, within
+    one for every source before it, and how often it came up before p is known at once: what O(1) resuming and exact
+    epochs need.
+    """
+
+    def __init__(self, probabilities: Sequence[float]) -> None:
+        units = [max(1, round(probability * _UNITS)) for probability in probabilities]
+        self._quotas = [(units[number], sum(units[number:])) for number in range(len(units))]
+
+    def locate(self, positions: I64) -> tuple[I64, I64]:
+        """(source number, how many earlier positions have the same source) at every position."""
+        source_of, rank = np.full_like(positions, len(self._quotas) - 1), positions.copy()
+        left = np.arange(len(positions))
+        for number, (units, total) in enumerate(self._quotas[:-1]):
+            before = _taken(rank[left], units, total)
+            takes = _taken(rank[left] + 1, units, total) > before
+            source_of[left[takes]] = number
+            rank[left[~takes]] -= before[~takes]
+            rank[left[takes]] = before[takes]
+            left = left[~takes]
+        return source_of, rank
+
+    def counts(self, num_positions: int) -> list[int]:
+        """How many of the first positions each source has."""
+        counts, left = [], num_positions
+        for units, total in self._quotas:
+            counts.append((left * units + total // 2) // total)
+            left -= counts[-1]
+        return counts
+
+
+def _taken(positions: I64, units: int, total: int) -> I64:
+    """How many of the first positions a source with `units` of `total` takes."""
+    return (positions * units + total // 2) // total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceOrder:
+    """The order of one source's images, numbered as they lie in its shards.
+
+    The pool is cut into blocks of as many consecutive images as a shard has on average, so that one touches two shards
+    or so; a rest of less than a block belongs to none. One fixed order, the same for every seed, deals an image of each
+    block in turn, and the rest last: the first U of it hold `U // num_blocks` of every block, or one more.
+
+    An epoch reads `num_lanes` lanes side by side, one image of each in a round that begins with any of them. Laid end
+    to end, the lanes hold the blocks in an order drawn for the epoch, and each block's images are shuffled. They start
+    at points spread evenly over a block: after every block's worth of images one lane comes to its next block, and the
+    others stay in theirs.
+    """
+
+    num_images: int
+    """Of the pool."""
+    num_shards: int
+    """Of the pool."""
+    num_unique: int
+    """U: the images that an epoch has, the first of the fixed order."""
+    num_lanes: int
+    """Blocks that are read side by side; a source that has no more of them is shuffled as a whole."""
+    key: int
+    """Of the epochs; depends on the run's seed."""
+
+    def numbers(self, slots: I64, epochs: I64) -> I64:
+        """Numbers (0..num_images-1) of the images at `slots` (0..U-1) of `epochs`."""
+        num_blocks, size = self._blocks
+        keys = random_bits(self.key, epochs)
+        each = self.num_unique // num_blocks
+        if num_blocks <= self.num_lanes or not each:
+            return self._dealt(permute(slots, self.num_unique, keys))
+        along = self._along_lanes(slots, keys, each)
+        turns, within = np.divmod(along, each)
+        blocks = permute(turns % num_blocks, num_blocks, ~keys)
+        within = permute(within, each, _keys(keys, blocks))
+        found = blocks * size + within if each == size else self._image(blocks, within)
+        if (rest := np.flatnonzero(turns >= num_blocks)).size:  # one more image of some blocks, or of none
+            found[rest] = self._dealt(along[rest])
+        return found
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        """Their number, and the images in each."""
+        size = max(1, self.num_images // self.num_shards)
+        return self.num_images // size, size
+
+    def _dealt(self, ranks: I64) -> I64:
+        """The images at `ranks` of the fixed order."""
+        num_blocks, size = self._blocks
+        rounds, columns = np.divmod(ranks, num_blocks)
+        dealt = self._image(permute(columns, num_blocks, make_key("blocks")), rounds % size)
+        return np.where(rounds < size, dealt, ranks)
+
+    def _image(self, blocks: I64, rounds: I64) -> I64:
+        """The image that each block gives in a round of the fixed order."""
+        _, size = self._blocks
+        return blocks * size + permute(rounds, size, _keys(make_key("subset"), blocks))
+
+    def _along_lanes(self, slots: I64, keys: U64, each: int) -> I64:
+        """Places (0..U-1) along the lanes, laid end to end, with `each` images of every block."""
+        length = self.num_unique // self.num_lanes
+        rounds, turns = np.divmod(slots, self.num_lanes)
+        lanes = (turns + (random_bits(keys, rounds) >> _HALF).astype(np.int64)) % self.num_lanes
+        start = (lanes * each // self.num_lanes - lanes * length) % each
+        return np.where(rounds < length, lanes * length + (rounds + start) % length, slots)
+
+
+def _keys(key: int | U64, numbers: I64) -> U64:
+    """A key for each number, that of 0 as it is."""
+    return np.uint64(key) ^ numbers.astype(np.uint64)
