@@ -96,7 +96,8 @@ class SourceOrder:
         within = permute(within, each, _keys(keys, blocks))
         found = blocks * size + within if each == size else self._image(blocks, within)
         if (rest := np.flatnonzero(turns >= num_blocks)).size:  # one more image of some blocks, or of none
-            found[rest] = self._dealt(along[rest])
+            first = num_blocks * each
+            found[rest] = self._dealt(first + permute(along[rest] - first, self.num_unique - first, keys[rest]))
         return found
 
     @property

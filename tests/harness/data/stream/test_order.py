@@ -48,8 +48,12 @@ def test_two_billion_images_are_read_shard_by_shard_and_shards_come_one_at_a_tim
     assert (np.diff(first[100:]) > 8000).all(), "shards begin together"
     assert np.ptp(np.bincount(shards[:10_000])[np.unique(shards[:10_000])]) <= 200
     assert all(len(np.unique(shards[a : a + 100])) >= 99 for a in range(0, 300_000, 5000))
+    assert len(np.unique(shards[::100])) >= 100, "rounds begin with the same shard"
     fewer = order(2 * 10**9 + 7, 200_000, unique=10**8 + 1)
     assert len(np.unique(fewer.numbers(np.arange(10_000), np.full(10_000, 5)) // 10_000)) <= 121
+    shards, within = np.divmod(epoch(order(2 * 10**9 + 7, 200_000, unique=50)), 10_000)
+    assert np.ptp(shards) > 150_000
+    assert np.ptp(within) > 7500
 
 
 def test_epochs_and_seeds_differ_in_the_order_of_shards_and_within_them() -> None:
@@ -58,6 +62,9 @@ def test_epochs_and_seeds_differ_in_the_order_of_shards_and_within_them() -> Non
     assert len({*sequences}) == 3
     within = [tuple(each[each // 50 == 7]) for each in orders]
     assert len({*within}) == 3
+    few = order(4000, 200, unique=390, lanes=10)  # one image of each shard, two of most
+    first, second = (np.argsort(epoch(few, number)) for number in (0, 1))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.2
     spans = [np.ptp(np.flatnonzero(orders[0] // 50 == shard)) for shard in range(60)]
     assert np.sort(spans)[:48].max() < 51 * 6, "more shards are read twice than lie at the ends of lanes"
 
