@@ -28,7 +28,7 @@ from aimscale.harness.log.metrics import Metrics
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.feed import Feed
+from aimscale.harness.step.feed import Feed, count_targets
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 BATCH, NUM_MICRO, NUM_STEPS, BUCKET = 8, 2, 3, 30_000
@@ -160,3 +160,28 @@ def test_a_step_sends_what_the_formula_counts(world_size: int, tmp_path: Path, i
 def ring_bytes(call: dict[str, Any]) -> int:
     """What all ranks send, over their number less one."""
     return TIMES_SENT[call["name"]] * call["bytes"]
+
+
+def first_norms(rank: int, out: Path) -> None:
+    """The first gradient's norm in bf16 at stages 1 to 3."""
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    step = random_batches(CONFIG, BATCH, BATCH)
+    num_targets = group.world_size * count_targets(step, CONFIG.num_tokens)
+    norms = []
+    for stage in (1, 2, 3):
+        engine = Engine(CONFIG, OptimiserSection(precision="bf16"), EngineOptions(zero_stage=stage), group)
+        norms.append(float(engine.step(step, num_targets=num_targets, lr=1e-3).grad_norm))
+    stop_group()
+    if rank == 0:
+        out.write_text(json.dumps(norms))
+
+
+def test_gradients_are_averaged_in_float32(tmp_path: Path, in_processes: Run) -> None:
+    """Ranks that all have the same images have one gradient; a third of it in bf16 would be another."""
+    import_deepspeed()
+    for world_size in (1, 3):
+        out = tmp_path / f"{world_size}.json"
+        assert in_processes(first_norms, out, world_size=world_size) == [0] * world_size
+    alone, three = (json.loads((tmp_path / f"{world_size}.json").read_text()) for world_size in (1, 3))
+    assert three == pytest.approx([alone[0]] * 3, rel=1e-6)
