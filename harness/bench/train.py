@@ -5,21 +5,26 @@ FSDP2 and the bare loop (`harness.bench.reference`) step our own model: their ra
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
+from aimscale.harness.bench.expected import expected_rates
 from aimscale.harness.bench.reference import ReferenceEngine
+from aimscale.harness.bench.split import image_wait_s, step_shares
+from aimscale.harness.data.store.card import data_set
 from aimscale.harness.data.stream.draws import Batch, masks
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
-from aimscale.harness.device.execution import execution_plan
+from aimscale.harness.device.execution import ExecutionPlan, execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation
+from aimscale.harness.device.sheets import device_here
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.provenance import process_age_s
@@ -28,23 +33,33 @@ from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, compiles
 from aimscale.harness.step.feed import count_targets
 
+T = TypeVar("T")
+
 
 def run(
-    config: RunConfig, *, num_steps: int = 20, with_references: bool = True, report: Callable[[str], None] = print
+    config: RunConfig,
+    *,
+    num_steps: int = 20,
+    with_references: bool = True,
+    loads: bool = False,
+    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
 
     On a CPU all take turns, since other processes slow them. A card is ours alone and holds one model at a time.
 
     Args:
-        config: what is trained, and how, on random images; its data, budgets and evaluations do not matter.
+        config: what is trained, and how, on random images; its budgets and evaluations do not matter.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
+        loads: then read the configuration's data, too, and measure how long steps wait for them.
         report: called on the first rank with a line as soon as an engine is timed.
 
     Returns:
         `ms_per_step` is the median with images ready, `images_per_s` the rate at it; `mfu_published` and `mfu` as in
         `device.peak.utilisation`, with their peaks; `memory_bytes` is the device's, or on a CPU the process's, before
         the bare loop exists, `memory_estimate_bytes` that of `device.memory`; `startup_s` ends with the first step.
+        `split_ms` is a step of ours, see `bench.split`: `compute`, `exposed_communication` and `other` add up to
+        `ms_per_step`, and `loader` comes on top (null without `loads`); `split_estimate_ms` is the plan's, without `other`.
         `others`: of `fsdp2` (PyTorch's own sharding) and `bare` (a plain loop on one rank, bf16 by autocast) the median
         `ms_per_step` and `ours_over_it`, the median ratio of neighbouring steps, or on a card of steps one after the
         other.
@@ -65,7 +80,18 @@ def run(
     num_targets = group.world_size * count_targets(step, model.num_tokens)
     try:
         makers = _engines(config, options, group, with_references=with_references)
-        times, memory_bytes, startup_s = _time(makers, step, num_targets, num_steps, group, report)
+
+        def look(
+            engine: Engine | ReferenceEngine, take_step: Callable[[], float]
+        ) -> tuple[dict[str, float], float | None]:
+            shares = step_shares(take_step, group.device)
+            if not loads:
+                return shares, None
+            return shares, image_wait_s(config, engine, group, micro_batch=plan.micro_batch, num_steps=num_steps)
+
+        times, memory_bytes, startup_s, (shares, wait_s) = _time(
+            makers, step, num_targets, num_steps, group, look, report
+        )
     finally:
         stop_group()
     ours_s = statistics.median(times["ours"])
@@ -88,11 +114,29 @@ def run(
         **utilisation(model, peak, images_per_s=images_per_s, scored_tokens=scored, world_size=group.world_size),
         "peak_flops_per_s": peak.flops_per_s,
         "nominal_flops_per_s": peak.nominal_flops_per_s,
+        "split_ms": {
+            **{name: 1000 * share * ours_s for name, share in shares.items()},
+            "loader": None if wait_s is None else 1000 * wait_s,
+        },
+        "split_estimate_ms": {
+            "compute": 1000 * plan.step.compute_s,
+            "exposed_communication": 1000 * plan.step.exposed_communication_s,
+            "loader": 1000 * _image_wait_s(config, plan, group) if loads else None,
+        },
         "others": {name: _beside(times["ours"], its) for name, its in times.items() if name != "ours"},
         "memory_estimate_bytes": plan.memory_bytes,
         "memory_bytes": memory_bytes,
         "startup_s": startup_s,
     }
+
+
+def _image_wait_s(config: RunConfig, plan: ExecutionPlan, group: Group) -> float:
+    """For how long a step is expected to wait for its images."""
+    device = device_here(wants_cpu=group.device.type == "cpu")
+    rates = expected_rates(config, group.world_size, device, plan, mfu=None, step_ms=None, look=data_set)
+    batch_size = config.training.optimiser.batch_size
+    loading_s = batch_size / rates.loaded_per_s
+    return max(0.0, loading_s - rates.step_s(batch_size)) if rates.is_ahead else loading_s
 
 
 def _beside(ours: list[float], its: list[float]) -> dict[str, float]:
@@ -125,9 +169,11 @@ def _time(
     num_targets: int,
     num_steps: int,
     group: Group,
+    look: Callable[[Engine | ReferenceEngine, Callable[[], float]], T],
     report: Callable[[str], None],
-) -> tuple[dict[str, list[float]], int, float]:
-    """Seconds of every engine's steps; memory before the second is made; seconds to the end of the first step."""
+) -> tuple[dict[str, list[float]], int, float, T]:
+    """Seconds of every engine's steps; memory before the second is made; seconds to the end of the first step; and
+    what `look` returns of the first engine and its step, when that was timed."""
 
     def step_s(engine: Engine | ReferenceEngine) -> float:
         started = time.perf_counter()
@@ -137,6 +183,7 @@ def _time(
     is_on_cpu = group.device.type == "cpu"
     times: dict[str, list[float]] = {}
     memory_bytes, startup_s = 0, 0.0
+    seen: list[T] = []
     for together in [list(makers)] if is_on_cpu else [[name] for name in makers]:
         engines = {}
         for name in together:
@@ -149,11 +196,14 @@ def _time(
         times |= {name: [each[name] for each in rounds] for name in engines}
         for name in engines if group.is_first else ():
             report(f"{name}: {1000 * statistics.median(times[name]):,.1f} ms/step")
+        if not seen:
+            first = engines[together[0]]
+            seen.append(look(first, functools.partial(step_s, first)))
         while engines:
             engines.popitem()[1].close()
         if not is_on_cpu:
             torch.cuda.empty_cache()
-    return times, memory_bytes, startup_s
+    return times, memory_bytes, startup_s, seen[0]
 
 
 def random_batches(config: ModelConfig, batch_size: int, micro_batch: int) -> list[Batch]:

@@ -25,7 +25,9 @@ _row = functools.partial(typer.echo, err=True)
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Argument(help="A run's configuration, stepped on random images.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="A run's configuration: its model on random images, then on its own.")
+    ] = None,
     size: Annotated[
         str | None, typer.Option(help="Model size: a name, or w<width>-d<depth>; default: rung-128.")
     ] = None,
@@ -43,7 +45,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 20,
     alone: Annotated[bool, typer.Option("--alone", help="Leave FSDP2 and the bare loop out.")] = False,
 ) -> None:
-    """ms/step, images/s, MFU, peak memory, and the ratios to PyTorch's FSDP2 and a bare loop, as JSON."""
+    """ms/step and its split, images/s, MFU, peak memory, and the ratios to PyTorch's FSDP2 and a bare loop, as JSON."""
     import torch
 
     from aimscale.harness.bench.train import run
@@ -51,7 +53,7 @@ def train(
     changes = {"model.size": size, "optimiser.batch_size": batch, "optimiser.precision": precision}
     chosen = _config(config, {key: value for key, value in changes.items() if value is not None}, settings or [])
     torch.set_num_threads(chosen.runtime.num_threads)
-    facts = run(chosen, num_steps=steps, with_references=not alone, report=_row)
+    facts = run(chosen, num_steps=steps, with_references=not alone, loads=config is not None, report=_row)
     if int(os.environ["RANK"]) == 0:
         typer.echo(json.dumps(facts, indent=1))
 

@@ -83,6 +83,7 @@ def test_bench_train_steps_as_the_run_does(tmp_path: Path, tiny_config: Config, 
     out, sizes = tmp_path / "bench.json", tmp_path / "sizes.json"
     assert in_processes(invoke_in_little_memory, arguments, out, sizes) == [0]
     assert json.loads(sizes.read_text()) == [2]
+    assert json.loads(out.read_text())["split_ms"]["loader"] > 0, "its own images were read, too"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -98,6 +99,9 @@ def test_bench_train_measures_what_it_names(precision: str, tmp_path: Path, in_p
     assert (measured["micro_batch"], measured["zero_stage"]) == (4, 0 if precision == "fp32" else 1)
     assert measured["images_per_s"] == pytest.approx(8000 / measured["ms_per_step"])
     assert measured["mfu"] > 0
+    assert measured["split_ms"].pop("loader") is None
+    assert sum(measured["split_ms"].values()) == pytest.approx(measured["ms_per_step"])
+    assert measured["split_ms"]["compute"] > measured["split_ms"]["exposed_communication"] == 0
     assert measured["others"].keys() == {"fsdp2", "bare"}
     assert all(other["ours_over_it"] > 0 for other in measured["others"].values())
     assert measured["mfu_published"] is None, "a CPU has no nominal peak"

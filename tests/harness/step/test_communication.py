@@ -23,7 +23,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.device.communication import step_communication
-from aimscale.harness.device.distributed import find_placement, import_deepspeed, start_group, stop_group
+from aimscale.harness.device.distributed import find_placement, start_group, stop_group
 from aimscale.harness.log.metrics import Metrics
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
@@ -128,7 +128,6 @@ def _as_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_as_a_large_model")
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_step_sends_what_the_formula_counts(world_size: int, tmp_path: Path, in_processes: Run) -> None:
-    import_deepspeed()  # once, for all forks
     out = tmp_path / "calls.json"
     cases = CASES[:2] if world_size == 1 else CASES
     assert in_processes(count_a_step, out, cases, world_size=world_size) == [0] * world_size
@@ -179,7 +178,6 @@ def first_norms(rank: int, out: Path) -> None:
 
 def test_gradients_are_averaged_in_float32(tmp_path: Path, in_processes: Run) -> None:
     """Ranks that all have the same images have one gradient; a third of it in bf16 would be another."""
-    import_deepspeed()
     for world_size in (1, 3):
         out = tmp_path / f"{world_size}.json"
         assert in_processes(first_norms, out, world_size=world_size) == [0] * world_size
