@@ -59,7 +59,8 @@ def run(
         `device.peak.utilisation`, with their peaks; `memory_bytes` is the device's, or on a CPU the process's, before
         the bare loop exists, `memory_estimate_bytes` that of `device.memory`; `startup_s` ends with the first step.
         `split_ms` is a step of ours, see `bench.split`: `compute`, `exposed_communication` and `other` add up to
-        `ms_per_step`, and `loader` comes on top (null without `loads`); `split_estimate_ms` is the plan's, without `other`.
+        `ms_per_step`, and `loader`, the wait for images, comes on top (null without `loads`); `split_estimate_ms` is
+        the plan's, without `other`.
         `others`: of `fsdp2` (PyTorch's own sharding) and `bare` (a plain loop on one rank, bf16 by autocast) the median
         `ms_per_step` and `ours_over_it`, the median ratio of neighbouring steps, or on a card of steps one after the
         other.
