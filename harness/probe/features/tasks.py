@@ -97,9 +97,9 @@ def number_of_steps(section: ProbeSection, num_images: int) -> int:
 
 
 def card_room(memory_bytes: float, weight_bytes: float, pass_bytes: float) -> float:
-    """What a card of a rank has for kept features: beside the backbone's weights, four copies of what a pass gives (the
-    ranks' outputs, gathered and put in order), the heads, and a tenth."""
-    return (1 - HEADS_SHARE - 0.1) * memory_bytes - weight_bytes - 4 * pass_bytes
+    """What a card of a rank has for kept features: beside the backbone's weights, three copies of what a pass gives (as
+    it comes, and gathered or in float32), the heads, and a tenth."""
+    return (1 - HEADS_SHARE - 0.1) * memory_bytes - weight_bytes - 3 * pass_bytes
 
 
 def bytes_per_set(kinds: Sequence[str], num_heads: int, width: int, num_classes: int, is_solved: bool) -> int:

@@ -265,8 +265,9 @@ class GridFit:
             # as bytes: not every backend moves bfloat16
             parts = self.task.group.concatenate(padded.view(torch.uint8)).view(outputs.dtype)
             by_rank = torch.cat([part[:, :count] for part, count in zip(parts, per_rank, strict=True)], dim=1)
+            del parts  # of a large model, each copy is gigabytes
             order = torch.from_numpy(np.argsort(np.argsort(rank_of, kind="stable"), kind="stable"))
-            outputs = by_rank.index_select(1, order.to(outputs.device))
+            outputs = by_rank.index_select(1, order.to(by_rank.device))
         return averages(outputs, own)
 
     def _labels(self, micro: Micro) -> Tensor:

@@ -182,7 +182,9 @@ def test_two_ranks_get_the_numbers_of_one(run: RunDir, capsys: pytest.CaptureFix
         port = free.getsockname()[1]
     # without a cache also one block set in each round, and few images at a time
     rounds = "pass" if share else "tasks.HEADS_SHARE = 1e-12; fit.WORKING_GB = 1e-4"
-    program = LEAVES_GROUP.replace("main()", f"extraction.CACHE_SHARE = {share}; {rounds}; main()")
+    program = LEAVES_GROUP.replace(
+        "main()", f"extraction.CACHE_SHARE = extraction.HOST_SHARE = {share}; {rounds}; main()"
+    )
     command = [sys.executable, "-c", program, "probe", str(run.path), "--device", "cpu", "--json"]
     processes = [
         subprocess.Popen(

@@ -90,7 +90,7 @@ def test_features_of_imagenet_lie_on_cards_or_in_the_memory_of_a_node(
 ) -> None:
     """By plan: no card is here."""
     config = model_config(size)
-    backbone: Any = SimpleNamespace(weight_bytes=2 * param_count(config).total)
+    backbone: Any = SimpleNamespace(weight_bytes=2 * param_count(config).trunk)
     group = Group(dataclasses.replace(find_placement({}), world_size=ranks), torch.device("cuda"), None)
     monkeypatch.setattr(Group, "least", lambda self, number: number)
     monkeypatch.setattr(Group, "memory_bytes", lambda self: 80 * 10**9)
