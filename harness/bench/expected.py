@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.harness.data.store.card import Look
@@ -16,28 +17,36 @@ PHOTOGRAPH_BYTES, LEAST_SHARE = 51_000, 1 / 12
 Assumption: between, the time follows the bytes."""
 
 
+Limit = Literal["compute", "communication", "loader"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What the devices of a run do in a second, all together."""
+    """What the devices of a run do, all together."""
 
     mfu: float
     """Taken."""
     flops_per_image: float
     """Executed, of training."""
     compute_per_s: float
-    """Images trained on."""
+    """Images trained on in a second, were a step nothing but its images."""
     loaded_per_s: float
-    """Images read."""
-    passes_s: float
-    """Of a step, beside its images: what passes take however small, or what was given."""
-    exposed_s: float
+    """Images read in a second."""
+    compute_s: float
+    """Of a step: its images, and what its passes take beside them, or what was given for that."""
+    exposed_communication_s: float
     """Of a step: communication that no computing hides."""
+    loading_s: float
+    """Of a step: reading its images."""
     is_ahead: bool
     """Images are loaded while others are trained on; else in turns."""
 
-    def step_s(self, batch_size: int) -> float:
-        """Time of a step whose images are there."""
-        return batch_size / self.compute_per_s + self.passes_s + self.exposed_s
+    @property
+    def limit(self) -> Limit:
+        """What takes most of a step."""
+        if self.loading_s > self.compute_s + self.exposed_communication_s:
+            return "loader"
+        return "communication" if self.exposed_communication_s > self.compute_s else "compute"
 
 
 def expected_rates(
@@ -58,27 +67,26 @@ def expected_rates(
         step_ms: time of a step beside that of its images; likewise.
         look: tells how large the image files are.
     """
-    training, runtime = config.training, config.runtime
-    model = model_of(training)
+    training, workers, batch_size = config.training, config.runtime.num_workers, config.training.optimiser.batch_size
+    model, pace = model_of(training), device.pace(config, ranks_per_node=num_devices)
     flops = executed_flops_per_image(model, mean_scored_tokens(model, training.objective.prefix)).train
-    threads = 1 if device.is_gpu else runtime.num_threads
-    peak = num_devices * threads * device.flops_per_s(training.optimiser.precision)
-    image_s, passes_s, exposed_s = flops / (peak * (mfu or device.mfu)), 0.0, 0.0
-    if plan is not None:
-        exposed_s = plan.step.exposed_communication_s
-        if mfu is None:
-            image_s, passes_s = plan.step.images_s / training.optimiser.batch_size, plan.step.passes_s
+    images_s = batch_size * flops / (num_devices * pace.flops_per_s * (mfu / device.mfu if mfu else 1))
+    passes_s, exposed_s = 0.0, plan.step.exposed_communication_s if plan else 0.0
+    if plan and mfu is None:
+        images_s, passes_s = plan.step.images_s, plan.step.passes_s
     if step_ms is not None:
         passes_s, exposed_s = step_ms / 1000, 0.0
+    workers = min(workers, device.cores or workers)
     one = (device.decoded_per_s or DECODED_PER_S) / _loading_share(config, look)
-    workers = min(runtime.num_workers, device.cores or runtime.num_workers)
+    loaded_per_s = num_devices * one * (max(1, workers) if device.is_gpu else 1)
     return Rates(
         mfu=mfu or device.mfu,
         flops_per_image=flops,
-        compute_per_s=1 / image_s,
-        loaded_per_s=num_devices * one * (max(1, workers) if device.is_gpu else 1),
-        passes_s=passes_s,
-        exposed_s=exposed_s,
+        compute_per_s=batch_size / images_s,
+        loaded_per_s=loaded_per_s,
+        compute_s=images_s + passes_s,
+        exposed_communication_s=exposed_s,
+        loading_s=batch_size / loaded_per_s,
         is_ahead=device.is_gpu and workers > 0,  # the workers of a core take its time
     )
 

@@ -70,7 +70,7 @@ def run(
     peak = group.from_first(lambda: measure_peak(group.device, optimiser.precision))
     world_size, pace = group.world_size, group.from_first(lambda: group.pace(peak))
     device_bytes = group.from_first(group.memory_bytes)
-    plan = execution_plan(model, optimiser, runtime, pace=pace, world_size=world_size, device_bytes=device_bytes)
+    plan = execution_plan(config.training, runtime, pace=pace, world_size=world_size, device_bytes=device_bytes)
     options = EngineOptions(
         zero_stage=plan.zero_stage,
         activation_checkpointing=plan.activation_checkpointing,

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.execution import Pace, pace_of
+from aimscale.harness.device.execution import CORE_MFU, GPU_MFU, Pace
 from aimscale.harness.device.memory import free_host_bytes
 from aimscale.harness.device.peak import Peak
 
@@ -162,9 +162,9 @@ class Group:
 
     def pace(self, peak: Peak) -> Pace:
         """How fast a rank trains whose device has this peak; by the data sheet where it is known, as in a plan."""
-        cores = None if self.device.type == "cuda" else peak.num_threads
-        rate = peak.nominal_flops_per_s or peak.flops_per_s
-        return pace_of(rate, cores=cores, ranks_per_node=self.ranks_per_node)
+        share, cores = (GPU_MFU, None) if self.device.type == "cuda" else (CORE_MFU, peak.num_threads)
+        rate = share * (peak.nominal_flops_per_s or peak.flops_per_s)
+        return Pace(flops_per_s=rate, cores=cores, ranks_per_node=self.ranks_per_node)
 
     def num_machines(self) -> int:
         """On how many hosts the ranks are."""

@@ -5,9 +5,7 @@ that a step is estimated to take, among what fits the memory. Torch is not impor
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
-from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens, param_count
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.communication import Communication, Precision, step_communication
@@ -18,7 +16,8 @@ from aimscale.harness.device.memory import (
     kept_bytes_per_image,
     peak_bytes_per_image,
 )
-from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
+from aimscale.harness.run.config import RuntimeConfig, TrainingConfig
+from aimscale.harness.run.row import model_of
 
 USABLE_FRACTION = 0.8
 """Share of a device that may be planned for, 68 of the 85 GB of a card of 80 GB. The rest is for the context and NCCL's
@@ -67,12 +66,6 @@ class Pace:
     """Of a node that all ranks fill."""
 
 
-def pace_of(peak_flops_per_s: float, *, cores: int | None, ranks_per_node: int) -> Pace:
-    """The pace of a rank of this peak, all its cores together, at the assumed share of it."""
-    share = GPU_MFU if cores is None else CORE_MFU
-    return Pace(flops_per_s=share * peak_flops_per_s, cores=cores, ranks_per_node=ranks_per_node)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTime:
     """What a step is estimated to take a rank, s."""
@@ -115,21 +108,8 @@ class ExecutionPlan:
     """By estimate."""
 
 
-class Setting(NamedTuple):
-    """One way to execute a run that fits a device."""
-
-    zero_stage: int
-    activation_checkpointing: bool
-    micro_batch: int
-    held_bytes: int
-    """Beside activations."""
-    image_bytes: int
-    """Of activations, for each image of a pass."""
-
-
 def execution_plan(
-    config: ModelConfig,
-    optimiser: OptimiserSection,
+    training: TrainingConfig,
     runtime: RuntimeConfig,
     *,
     pace: Pace,
@@ -137,7 +117,6 @@ def execution_plan(
     device_bytes: int,
     host_bytes: int | None = None,
     measuring: int = 0,
-    scored_tokens: float | None = None,
 ) -> ExecutionPlan:
     """Choose what `runtime` leaves open: among what fits, the shortest step by estimate; none of it changes a result.
 
@@ -147,97 +126,87 @@ def execution_plan(
         device_bytes: memory that a rank may plan for.
         host_bytes: its share of the host's memory, for the copy of a checkpoint; None where the device is the host.
         measuring: `measuring_bytes`; 0 where nothing is measured during training. It changes no choice of the steps.
-        scored_tokens: of an image on average; None: half of them, or the masked.
 
     Raises:
-        DoesNotFitError: nothing fits.
+        DoesNotFitError: nothing fits, whatever the pace.
     """
-    ranks = {"num_images": images_per_rank(optimiser.batch_size, world_size), "world_size": world_size}
-    fitting = fitting_settings(config, optimiser, runtime, world_size=world_size, device_bytes=device_bytes)
-    times = [
-        _step_time(config, optimiser.precision, pace, each, **ranks, scored_tokens=scored_tokens) for each in fitting
-    ]
-    shortest_s = min(time.total_s for time in times)
-    step, chosen = next(pair for pair in zip(times, fitting, strict=True) if pair[0].total_s <= EVEN * shortest_s)
-    usable = USABLE_FRACTION * device_bytes
-    has_room = chosen.held_bytes + measuring <= usable
-    total = chosen.held_bytes + max(chosen.micro_batch * chosen.image_bytes, measuring if has_room else 0)
+    config, precision = model_of(training), training.optimiser.precision
+    num_images, usable = images_per_rank(training.optimiser.batch_size, world_size), USABLE_FRACTION * device_bytes
     copy = CHECKPOINT_BYTES_PER_PARAM * param_count(config).total // world_size
-    return ExecutionPlan(
-        zero_stage=chosen.zero_stage,
-        micro_batch=chosen.micro_batch,
-        activation_checkpointing=chosen.activation_checkpointing,
-        copies_checkpoints=copy <= (usable - total if host_bytes is None else USABLE_FRACTION * host_bytes),
-        memory_bytes=total,
-        held_bytes=chosen.held_bytes,
-        measures=measuring > 0 and has_room,
-        step=step,
-    )
+    plans = []
+    for stage, recompute in _settings(precision, runtime):
+        held = held_bytes(config, precision, zero_stage=stage, world_size=world_size)
+        per_image = peak_bytes_per_image(config, precision, recompute)
+        room = int((usable - held) // per_image)
+        if runtime.micro_batch == "auto":
+            size = pass_size(num_images, min(room, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens)))
+        else:
+            size = min(runtime.micro_batch, num_images)
+        if 0 < size <= room:
+            has_room = held + measuring <= usable
+            total = held + max(size * per_image, measuring if has_room else 0)
+            plan = ExecutionPlan(
+                zero_stage=stage,
+                micro_batch=size,
+                activation_checkpointing=recompute,
+                copies_checkpoints=copy <= (usable - total if host_bytes is None else USABLE_FRACTION * host_bytes),
+                memory_bytes=total,
+                held_bytes=held,
+                measures=measuring > 0 and has_room,
+                step=_step_time(training, pace, stage, recompute, num_images, -(-num_images // size), world_size),
+            )
+            plans.append(plan)
+    if not plans:
+        raise DoesNotFitError(
+            f"{config.name} does not fit {device_bytes / 2**30:.3g} GiB per rank with {world_size} ranks and this "
+            "setting; use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
+        )
+    shortest_s = min(plan.step.total_s for plan in plans)
+    return next(plan for plan in plans if plan.step.total_s <= EVEN * shortest_s)
 
 
-def fitting_settings(
-    config: ModelConfig, optimiser: OptimiserSection, runtime: RuntimeConfig, *, world_size: int, device_bytes: int
-) -> list[Setting]:
-    """What `runtime` allows and a device holds, by ZeRO stage and checkpointing, each with its largest micro-batch.
-
-    Raises:
-        DoesNotFitError: nothing fits.
-    """
-    precision, num_images = optimiser.precision, images_per_rank(optimiser.batch_size, world_size)
-    found = []
-    stages = [each for each in range(4) if (precision, each) in HELD and runtime.zero_stage in ("auto", each)]
-    if not stages:
+def _settings(precision: Precision, runtime: RuntimeConfig) -> list[tuple[int, bool]]:
+    """ZeRO stages, each without and with recomputing activations."""
+    found = [
+        (stage, recompute)
+        for stage in range(4)
+        for recompute in (False, True)
+        if (precision, stage) in HELD
+        if runtime.zero_stage in ("auto", stage) and runtime.activation_checkpointing in ("auto", recompute)
+    ]
+    if not found:
         raise DoesNotFitError(f"zero_stage {runtime.zero_stage} cannot train in {precision}; use 1, 2 or 3")
-    for stage in stages:
-        for recompute in (False, True):
-            if runtime.activation_checkpointing not in ("auto", recompute):
-                continue
-            held = held_bytes(config, precision, zero_stage=stage, world_size=world_size)
-            per_image = peak_bytes_per_image(config, precision, recompute)
-            room = int((USABLE_FRACTION * device_bytes - held) // per_image)
-            if runtime.micro_batch == "auto":
-                size = pass_size(num_images, min(room, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens)))
-            else:
-                size = min(runtime.micro_batch, num_images)
-            if 0 < size <= room:
-                found.append(Setting(stage, recompute, size, held, per_image))
-    if found:
-        return found
-    raise DoesNotFitError(
-        f"{config.name} does not fit {device_bytes / 2**30:.3g} GiB per rank with {world_size} ranks and this setting; "
-        "use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
-    )
+    return found
 
 
 def _step_time(
-    config: ModelConfig,
-    precision: Precision,
+    training: TrainingConfig,
     pace: Pace,
-    setting: Setting,
-    *,
+    zero_stage: int,
+    recompute: bool,
     num_images: int,
+    num_passes: int,
     world_size: int,
-    scored_tokens: float | None,
 ) -> StepTime:
     """Estimate a step of so many images of a rank."""
-    scored = mean_scored_tokens(config, "paired") if scored_tokens is None else scored_tokens
-    flops, num_passes = executed_flops_per_image(config, scored), -(-num_images // setting.micro_batch)
-    again = flops.forward - flops.patch_embed if setting.activation_checkpointing else 0.0
-    image_s, passes_s = (flops.train + again) / pace.flops_per_s, num_passes * CORE_STEP_S
+    config, precision = model_of(training), training.optimiser.precision
+    flops = executed_flops_per_image(config, mean_scored_tokens(config, training.objective.prefix))
+    again = flops.forward - flops.patch_embed if recompute else 0.0
+    image_s, pass_s = (flops.train + again) / pace.flops_per_s, CORE_STEP_S
     if pace.cores is None:
-        passes_s = num_passes * BLOCK_S * (config.depth + config.head.depth)
+        pass_s = BLOCK_S * (config.depth + config.head.depth)
     else:
         image_s += kept_bytes_per_image(config, precision, False) / (pace.cores * CORE_BYTES_PER_S)
-    images_s = num_images * image_s * (STAGE_3_FACTOR if setting.zero_stage == 3 else 1)
+    images_s = num_images * image_s * (STAGE_3_FACTOR if zero_stage == 3 else 1)
     sent = step_communication(
         param_count(config).total,
         precision=precision,
-        zero_stage=setting.zero_stage,
+        zero_stage=zero_stage,
         world_size=world_size,
         micro_batches=num_passes,
     )
     exposed_s = _exposed_s(sent, pace, world_size, images_s)
-    return StepTime(images_s=images_s, passes_s=passes_s, exposed_communication_s=exposed_s)
+    return StepTime(images_s=images_s, passes_s=num_passes * pass_s, exposed_communication_s=exposed_s)
 
 
 def _exposed_s(sent: Communication, pace: Pace, world_size: int, images_s: float) -> float:

@@ -10,8 +10,9 @@ import subprocess
 from dataclasses import dataclass
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.execution import CORE_MFU, GPU_MFU, Pace, pace_of
+from aimscale.harness.device.execution import CORE_MFU, GPU_MFU, Pace
 from aimscale.harness.device.memory import free_host_bytes
+from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.files import cache_folder, read_object, write_json
 from aimscale.harness.run.provenance import cpu_name
 
@@ -60,12 +61,11 @@ class Device:
         """The share of its peak that training is assumed to execute in large passes."""
         return GPU_MFU if self.is_gpu else CORE_MFU
 
-    def pace(self, precision: str, *, num_threads: int, ranks_per_node: int) -> Pace:
-        """How fast a rank of so many threads trains on it."""
-        peak = self.flops_per_s(precision)
-        if self.is_gpu:
-            return pace_of(peak, cores=None, ranks_per_node=ranks_per_node)
-        return pace_of(num_threads * peak, cores=num_threads, ranks_per_node=ranks_per_node)
+    def pace(self, config: RunConfig, *, ranks_per_node: int) -> Pace:
+        """How fast a rank of a run trains on it."""
+        cores = None if self.is_gpu else config.runtime.num_threads
+        peak = (cores or 1) * self.flops_per_s(config.training.optimiser.precision)
+        return Pace(flops_per_s=self.mfu * peak, cores=cores, ranks_per_node=ranks_per_node)
 
 
 def device_here(*, wants_cpu: bool) -> Device:

@@ -64,8 +64,7 @@ class Trainer:
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
         plan_of = functools.partial(
             execution_plan,
-            self.model_config,
-            training.optimiser,
+            training,
             pace=group.from_first(lambda: group.pace(self.peak)),
             world_size=group.world_size,
             device_bytes=group.least(group.memory_bytes()),

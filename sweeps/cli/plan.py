@@ -126,9 +126,9 @@ def _plan_columns(cards: Sequence[CostCard], notes: list[str]) -> list[Column]:
 
 def _step(card: CostCard) -> str:
     """Compute, exposed communication where there is any, and loading."""
-    times = card.step_compute_s, card.step_communication_s, card.step_loading_s
+    times = card.rates.compute_s, card.rates.exposed_communication_s, card.rates.loading_s
     compute, communication, loading = (f"{1000 * each:,.{0 if each >= 0.01 else 1}f}" for each in times)
-    return f"{compute} + {communication} | {loading}" if card.step_communication_s else f"{compute} | {loading}"
+    return f"{compute} + {communication} | {loading}" if times[1] else f"{compute} | {loading}"
 
 
 def _span(values: Sequence[str]) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aimscale.harness.device.execution import DoesNotFitError, fitting_settings
-from aimscale.harness.device.sheets import gpus_here
-from aimscale.harness.run.row import model_of
+from aimscale.harness.device.execution import DoesNotFitError
+from aimscale.harness.device.sheets import Device, gpus_here
+from aimscale.sweeps.plan.costs import plan_of
 from aimscale.sweeps.plan.planner import Run
 
 WORKER = ("-m", "aimscale.harness.train")
@@ -50,10 +50,9 @@ class Machine:
             return run.devices == self.nodes * self.devices
         if run.devices <= self.devices or not self.is_only or self.memory_bytes is None:
             return run.devices <= self.devices or self.is_only
-        training, runtime = run.config.training, run.config.runtime
-        room = {"world_size": self.devices, "device_bytes": self.memory_bytes}
+        gpu = Device(name="", is_gpu=True, why="", memory_bytes=self.memory_bytes, peak_tflops=1)
         with contextlib.suppress(DoesNotFitError):
-            return bool(fitting_settings(model_of(training), training.optimiser, runtime, **room))
+            return bool(plan_of(run.config, self.devices, gpu, self.devices, 0))
         return False
 
     def command(self, run_dir: Path, num_devices: int) -> list[str]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.card import read_info
-from aimscale.harness.device.execution import fitting_settings
 from aimscale.harness.device.sheets import Device
 from aimscale.harness.log.loggers import refuse_missing
 from aimscale.harness.run.config import (
@@ -24,9 +23,8 @@ from aimscale.harness.run.config import (
     RuntimeConfig,
     ValidationSection,
 )
-from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.sweeps.plan.costs import device_of, max_opened, stop_seconds
+from aimscale.sweeps.plan.costs import device_of, max_opened, plan_of, stop_seconds
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
@@ -80,10 +78,9 @@ def _said(key: str, function: Callable[..., Any], *arguments: Any) -> list[Found
 
 def _by_numbers(sweep: Sweep, run: Run, device: Device) -> Iterator[Found]:
     """What the configuration alone tells."""
-    training, runtime = run.config.training, run.config.runtime
+    runtime = run.config.runtime
     yield from _said("schedule.warmup_images", schedule_of, run.config)
-    fits = functools.partial(fitting_settings, world_size=run.devices, device_bytes=device.memory_bytes)
-    yield from _said("cost.memory_gb", fits, model_of(training), training.optimiser, runtime)
+    yield from _said("cost.memory_gb", plan_of, run.config, run.devices, device, sweep.file.slurm.devices_per_node, 0)
     stop_s, limit_s = stop_seconds(sweep, run), 60 * sweep.file.slurm.time_min
     if stop_s >= limit_s:
         told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"

@@ -7,14 +7,13 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from aimscale.aim.cost import mean_scored_tokens
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.harness.bench.expected import Rates, expected_rates
+from aimscale.harness.bench.expected import Limit, Rates, expected_rates
 from aimscale.harness.data.store.card import Look, data_set
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
@@ -93,13 +92,7 @@ class CostCard:
     """Of `flops_evaluation`, that of points during training."""
     share_during: float
     """Of `wall_s` that points take, 0..1."""
-    step_compute_s: float
-    """Estimate of a step of all devices: its passes."""
-    step_communication_s: float
-    """Communication that they do not hide."""
-    step_loading_s: float
-    """Reading its images: while the step before is computed, or on a core before it."""
-    limit: Literal["compute", "communication", "loader"]
+    limit: Limit
     """What takes most of the time of training."""
     training_s: float
     """Time of training, loading included."""
@@ -181,14 +174,14 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     unique = training.data.unique_images or _pool(sweep, run.config, look)
     probes = probe_costs(evaluation, model, flops, run.devices, device.memory_bytes, look)
     measuring = bytes_during(run.config, look)
-    fit = _plan_of(run.config, run.devices, device, sweep.file.slurm.devices_per_node, measuring)
-    cost = sweep.file.cost
+    cost, fit = sweep.file.cost, None
+    with contextlib.suppress(DoesNotFitError):
+        fit = plan_of(run.config, run.devices, device, sweep.file.slurm.devices_per_node, measuring)
     rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, step_ms=cost.step_ms, look=look)
     validated = validation_images(evaluation.validation, look)
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
-    step_s, loading_s = rates.step_s(batch_size), batch_size / rates.loaded_per_s
+    step_s, loading_s = rates.compute_s + rates.exposed_communication_s, rates.loading_s
     training_s = steps * (max(step_s, loading_s) if rates.is_ahead else step_s + loading_s)
-    communication_s = rates.exposed_s
     has_no_room = measuring > 0 and fit is not None and not fit.measures
     during = DuringCost(points=0, images=0.0, flops=0.0)
     if not has_no_room:
@@ -199,8 +192,7 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     during_s = max(during.flops / flops_per_s, during.images / rates.loaded_per_s)
     evaluation_s = during_s + max(flops_evaluation / flops_per_s, passed / rates.loaded_per_s)
     wall_s = training_s + evaluation_s
-    share_during = during_s / wall_s
-    return CostCard(
+    card = CostCard(
         run_id=run.run_id,
         cell=run.cell,
         params_total=params.total,
@@ -229,64 +221,41 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
         flops_evaluation=flops_evaluation + during.flops,
         points=during.points,
         flops_during=during.flops,
-        share_during=share_during,
-        step_compute_s=step_s - communication_s,
-        step_communication_s=communication_s,
-        step_loading_s=loading_s,
-        limit=("loader" if loading_s > step_s else "communication" if 2 * communication_s > step_s else "compute"),
+        share_during=during_s / wall_s,
+        limit=rates.limit,
         training_s=training_s,
         evaluation_s=evaluation_s,
         wall_s=wall_s,
         device_hours=wall_s * run.devices / 3600,
-        cautions=tuple(
-            _cautions(
-                run,
-                unique,
-                rates,
-                look,
-                micro_batch=fit.micro_batch if fit and device.is_gpu else None,
-                share_during=share_during,
-                has_no_room=has_no_room,
-            )
-        ),
+        cautions=(),
     )
+    return replace(card, cautions=tuple(_cautions(run, card, unique, look, has_no_room=has_no_room)))
 
 
-def _cautions(
-    run: Run,
-    unique: int | None,
-    rates: Rates,
-    look: Look,
-    *,
-    micro_batch: int | None,
-    share_during: float,
-    has_no_room: bool,
-) -> Iterator[str]:
+def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, has_no_room: bool) -> Iterator[str]:
     """What one run's data, schedule and points during training give.
 
     Args:
         unique: U; None where it is unknown.
-        micro_batch: images of a pass whose size matters; None on a CPU, which compiles nothing, or where none fits.
-        share_during: of the time, for points during training.
-        has_no_room: whether a device has no room for them.
+        has_no_room: whether a device has no room for points during training.
     """
-    training, budgets = run.config.training, run.config.evaluation.budgets
-    epochs = budgets[-1] / unique if unique else 0.0
+    training, size, rates = run.config.training, run.config.training.model.size, card.rates
+    epochs = card.budgets[-1].epochs or 0.0
     if epochs > FAR_TOO_MANY_EPOCHS:
         yield f"{epochs:,.0f} EPOCHS of {unique} images are learnt by heart; take more images or smaller budgets"
     elif epochs > MAX_EPOCHS:
         yield f"{epochs:.1f} epochs of {unique} images (more than {MAX_EPOCHS})"
-    batch_size = training.optimiser.batch_size
-    if rates.is_ahead and rates.loaded_per_s < (trained_per_s := batch_size / rates.step_s(batch_size)):
+    if rates.is_ahead and card.limit == "loader":
+        trained_per_s = card.batch_size / (rates.compute_s + rates.exposed_communication_s)
         yield (
-            f"{training.model.size} is limited by its loader: it would train on {trained_per_s:,.0f} images/s, "
-            f"is given {rates.loaded_per_s:,.0f}; more runtime.num_workers (slurm.cpus_per_task), or smaller files"
+            f"{size} is limited by its loader: it would train on {trained_per_s:,.0f} images/s, is given "
+            f"{rates.loaded_per_s:,.0f}; more runtime.num_workers (slurm.cpus_per_task), or smaller files"
         )
-    if micro_batch is not None and batch_size % (micro_batch * run.devices):
-        words = f"optimiser.batch_size {batch_size} is not shared equally by {run.devices} devices in passes of"
-        yield f"{words} {micro_batch}: blocks are compiled for every size"
-    if batch_size < 2 * run.devices:
-        words = f"optimiser.batch_size {batch_size} is less than two images for each of {run.devices} devices"
+    if card.fit and card.device.is_gpu and card.batch_size % (card.fit.micro_batch * card.devices):
+        words = f"optimiser.batch_size {card.batch_size} is not shared equally by {card.devices} devices in passes of"
+        yield f"{words} {card.fit.micro_batch}: blocks are compiled for every size"
+    if card.batch_size < 2 * card.devices:
+        words = f"optimiser.batch_size {card.batch_size} is less than two images for each of {card.devices} devices"
         yield f"{words}: some stand idle"
     if training.data.is_unindexed:
         yield (
@@ -299,12 +268,11 @@ def _cautions(
         info = look(path)
         if info and info.num_samples > max_opened(path):
             yield f"{path} has {info.num_samples:,} images: its index was not opened, the trainers check it"
-    if share_during > MAX_SHARE_DURING:
-        share, words = f"{100 * share_during:.0f} %", "raise `every_images` of validation or probes"
-        yield f"points during training take {share} of the time of {training.model.size}; {words}"
+    if card.share_during > MAX_SHARE_DURING:
+        share, words = f"{100 * card.share_during:.0f} %", "raise `every_images` of validation or probes"
+        yield f"points during training take {share} of the time of {size}; {words}"
     if has_no_room:
-        words = "leaves a device no room for a copy of its weights: nothing is measured during training"
-        yield f"{training.model.size} {words}"
+        yield f"{size} leaves a device no room for a copy of its weights: nothing is measured during training"
 
 
 MAX_OPENED, MAX_FETCHED = 50_000_000, 1_000_000
@@ -325,24 +293,20 @@ def _pool(sweep: Sweep, config: RunConfig, look: Look) -> int | None:
     return None if None in infos else sum(info.num_samples for info in infos if info)
 
 
-def _plan_of(
-    config: RunConfig, devices: int, device: Device, devices_per_node: int, measuring: int
-) -> ExecutionPlan | None:
-    """How a run uses its devices; None where it does not fit them."""
-    training, runtime, model = config.training, config.runtime, model_of(config.training)
-    precision = training.optimiser.precision
-    with contextlib.suppress(DoesNotFitError):
-        return execution_plan(
-            model,
-            training.optimiser,
-            runtime,
-            pace=device.pace(precision, num_threads=runtime.num_threads, ranks_per_node=devices_per_node),
-            world_size=devices,
-            device_bytes=device.memory_bytes,
-            measuring=measuring,
-            scored_tokens=mean_scored_tokens(model, training.objective.prefix),
-        )
-    return None
+def plan_of(config: RunConfig, devices: int, device: Device, devices_per_node: int, measuring: int) -> ExecutionPlan:
+    """How a run uses its devices.
+
+    Raises:
+        DoesNotFitError: it is too large for them.
+    """
+    return execution_plan(
+        config.training,
+        config.runtime,
+        pace=device.pace(config, ranks_per_node=devices_per_node),
+        world_size=devices,
+        device_bytes=device.memory_bytes,
+        measuring=measuring,
+    )
 
 
 def stop_seconds(sweep: Sweep, run: Run) -> int:

@@ -14,32 +14,31 @@ from aimscale.harness.data.stream.loader import split_step
 from aimscale.harness.device.execution import (
     DoesNotFitError,
     ExecutionPlan,
+    Pace,
     execution_plan,
     images_per_rank,
-    pace_of,
     pass_size,
 )
 from aimscale.harness.device.memory import measuring_bytes
-from aimscale.harness.run.config import OptimiserSection, RuntimeConfig
+from aimscale.harness.run.config import RuntimeConfig, TrainingConfig
 
 GB = 10**9
-H100 = pace_of(989.5e12, cores=None, ranks_per_node=8)
-CORE = pace_of(1e11, cores=1, ranks_per_node=8)
+H100 = Pace(flops_per_s=0.40 * 989.5e12, cores=None, ranks_per_node=8)
+CORE = Pace(flops_per_s=0.35 * 1e11, cores=1, ranks_per_node=8)
 
 
 def execute(
     size: str, world_size: int, *, precision: str = "bf16", batch: int = 4096, gb: float = 85, **given: Any
 ) -> ExecutionPlan:
-    """The plan of a published size on cards of 85 GB; `given` are fields of `runtime`, and arguments."""
+    """The plan of a size on cards of 85 GB; `given` are fields of `runtime`, and arguments."""
     fields = {name: given.pop(name) for name in list(given) if name in RuntimeConfig.model_fields}
-    return execution_plan(
-        model_config(size, head_rule="released" if size.startswith("aim") else "proportional"),
-        OptimiserSection(batch_size=batch, precision=precision),  # type: ignore[arg-type]
-        RuntimeConfig(**fields),
-        world_size=world_size,
-        device_bytes=int(gb * GB),
-        **{"pace": H100} | given,
+    head = "released" if size.startswith("aim") else "proportional"
+    training = TrainingConfig.model_validate(
+        {"model": {"size": size, "head_rule": head}, "data": {"sources": [{"path": "none"}]}}
+        | {"optimiser": {"batch_size": batch, "precision": precision}}
     )
+    memory = {"world_size": world_size, "device_bytes": int(gb * GB)}
+    return execution_plan(training, RuntimeConfig(**fields), **memory, **{"pace": H100} | given)
 
 
 @pytest.mark.parametrize("batch", [2, 64, 96, 512, 1000, 4096, 6144, 15])
@@ -145,15 +144,9 @@ def test_measuring_during_training_has_its_room_and_changes_no_plan() -> None:
 
 def test_checkpoints_are_copied_where_the_host_has_room() -> None:
     def copies(device_mib: int, host_mib: int | None) -> bool:
-        return execution_plan(
-            model_config("w640-d4", image_size=32, patch_size=8),
-            OptimiserSection(batch_size=16, precision="fp32"),
-            RuntimeConfig(),
-            pace=CORE,
-            world_size=1,
-            device_bytes=device_mib * 2**20,
-            host_bytes=None if host_mib is None else host_mib * 2**20,
-        ).copies_checkpoints
+        host_bytes = None if host_mib is None else host_mib * 2**20
+        given = {"precision": "fp32", "batch": 16, "gb": device_mib * 2**20 / GB, "host_bytes": host_bytes}
+        return execute("w640-d4", 1, pace=CORE, **given).copies_checkpoints
 
     # 32 million parameters are 512 MiB during a step, activations not counted, and 384 in a checkpoint's copy
     assert [copies(4000, host) for host in (4000, 490, 450)] == [True, True, False]

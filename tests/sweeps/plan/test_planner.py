@@ -276,11 +276,11 @@ def test_the_loader_is_part_of_the_time_and_named_where_it_is_the_limit(write_sw
     assert two.training_s == pytest.approx(4 * eight.training_s) == pytest.approx(bound.training_s)
     # with no worker the trainer loads between its steps
     alone = card(0)
-    step_s = alone.step_compute_s + alone.step_loading_s
+    step_s = alone.rates.compute_s + alone.rates.loading_s
     assert (
         alone.training_s
         == pytest.approx(alone.steps * step_s)
-        == pytest.approx(alone.steps * alone.step_compute_s + 2 * two.training_s)
+        == pytest.approx(alone.steps * alone.rates.compute_s + 2 * two.training_s)
     )
 
 
@@ -292,19 +292,19 @@ def test_hours_hold_the_communication_that_a_step_does_not_hide(write_sweep: Any
         return cost_cards(sweep, plan(sweep))[0]
 
     one, eight, far = card(1), card(8), card(128)
-    assert (one.step_communication_s, one.limit) == (0, "compute")
-    assert 0 < eight.step_communication_s < far.step_communication_s
+    assert (one.rates.exposed_communication_s, one.limit) == (0, "compute")
+    assert 0 < eight.rates.exposed_communication_s < far.rates.exposed_communication_s
     for each in (one, eight, far):
         assert each.fit
         times = each.fit.step.compute_s, each.fit.step.exposed_communication_s
-        assert (each.step_compute_s, each.step_communication_s) == pytest.approx(times)
+        assert (each.rates.compute_s, each.rates.exposed_communication_s) == pytest.approx(times)
         assert each.training_s == pytest.approx(each.steps * sum(times))
     # what was measured on a card replaces its estimate, the time beside it that of communication
     step_s = 4096 * far.rates.flops_per_image / (128 * 494.75e12)
     measured, both = card(128, mfu=0.5), card(128, mfu=0.5, step_ms=7)
-    assert measured.training_s == pytest.approx(100 * (2 * step_s + far.step_communication_s))
+    assert measured.training_s == pytest.approx(100 * (2 * step_s + far.rates.exposed_communication_s))
     assert both.training_s == pytest.approx(100 * (2 * step_s + 0.007))
-    assert both.step_communication_s == 0
+    assert both.rates.exposed_communication_s == 0
     assert (card(128, peak_tflops=1e6).limit, card(24).cautions[-1].split()[1]) == ("communication", "4096")
 
 
