@@ -8,7 +8,7 @@ import dataclasses
 
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens, param_count
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.communication import Communication, Precision, step_communication
+from aimscale.harness.device.communication import Precision, step_communication
 from aimscale.harness.device.memory import (
     CHECKPOINT_BYTES_PER_PARAM,
     HELD,
@@ -205,19 +205,15 @@ def _step_time(
         world_size=world_size,
         micro_batches=num_passes,
     )
-    exposed_s = _exposed_s(sent, pace, world_size, images_s)
-    return StepTime(images_s=images_s, passes_s=num_passes * pass_s, exposed_communication_s=exposed_s)
-
-
-def _exposed_s(sent: Communication, pace: Pace, world_size: int, images_s: float) -> float:
-    """Time that communication adds to a step."""
     rate = HOST_BYTES_PER_S if pace.cores else NVLINK_BYTES_PER_S
     if world_size > pace.ranks_per_node:
         rate = min(rate, NETWORK_BYTES_PER_S * pace.ranks_per_node)
-    total_s = sent.sent_bytes / rate + CALL_S * sent.num_calls
-    beside_s = total_s * (1 - sent.exposed_bytes / max(1, sent.sent_bytes))
-    hidden_s = 0.0 if pace.cores else min(beside_s, BACKWARD_SHARE * images_s)
-    return total_s - (1 - HIDDEN_COST) * hidden_s
+    exposed_s = sent.sent_bytes / rate + CALL_S * sent.num_calls
+    if pace.cores is None:
+        beside_s = exposed_s * (1 - sent.exposed_bytes / max(1, sent.sent_bytes))
+        hiding_s = BACKWARD_SHARE * images_s / (num_passes if zero_stage < 2 else 1)  # in the last pass, or in all
+        exposed_s -= (1 - HIDDEN_COST) * min(beside_s, hiding_s)
+    return StepTime(images_s=images_s, passes_s=num_passes * pass_s, exposed_communication_s=exposed_s)
 
 
 def images_per_rank(batch_size: int, world_size: int) -> int:
