@@ -42,9 +42,14 @@ class Rates:
     """Images are loaded while others are trained on; else in turns."""
 
     @property
+    def step_s(self) -> float:
+        """Of a step whose images are there."""
+        return self.compute_s + self.exposed_communication_s
+
+    @property
     def limit(self) -> Limit:
         """What takes most of a step."""
-        if self.loading_s > self.compute_s + self.exposed_communication_s:
+        if self.loading_s > self.step_s:
             return "loader"
         return "communication" if self.exposed_communication_s > self.compute_s else "compute"
 

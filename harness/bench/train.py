@@ -135,9 +135,7 @@ def _image_wait_s(config: RunConfig, plan: ExecutionPlan, group: Group) -> float
     """For how long a step is expected to wait for its images."""
     device = device_here(wants_cpu=group.device.type == "cpu")
     rates = expected_rates(config, group.world_size, device, plan, mfu=None, step_ms=None, look=data_set)
-    batch_size = config.training.optimiser.batch_size
-    loading_s = batch_size / rates.loaded_per_s
-    return max(0.0, loading_s - rates.step_s(batch_size)) if rates.is_ahead else loading_s
+    return max(0.0, rates.loading_s - rates.step_s) if rates.is_ahead else rates.loading_s
 
 
 def _beside(ours: list[float], its: list[float]) -> dict[str, float]:

@@ -180,8 +180,7 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, step_ms=cost.step_ms, look=look)
     validated = validation_images(evaluation.validation, look)
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
-    step_s, loading_s = rates.compute_s + rates.exposed_communication_s, rates.loading_s
-    training_s = steps * (max(step_s, loading_s) if rates.is_ahead else step_s + loading_s)
+    step_s = max(rates.step_s, rates.loading_s) if rates.is_ahead else rates.step_s + rates.loading_s
     has_no_room = measuring > 0 and fit is not None and not fit.measures
     during = DuringCost(points=0, images=0.0, flops=0.0)
     if not has_no_room:
@@ -191,6 +190,7 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     flops_per_s = rates.flops_per_image * rates.compute_per_s
     during_s = max(during.flops / flops_per_s, during.images / rates.loaded_per_s)
     evaluation_s = during_s + max(flops_evaluation / flops_per_s, passed / rates.loaded_per_s)
+    training_s = steps * step_s
     wall_s = training_s + evaluation_s
     card = CostCard(
         run_id=run.run_id,
@@ -246,10 +246,9 @@ def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, has_n
     elif epochs > MAX_EPOCHS:
         yield f"{epochs:.1f} epochs of {unique} images (more than {MAX_EPOCHS})"
     if rates.is_ahead and card.limit == "loader":
-        trained_per_s = card.batch_size / (rates.compute_s + rates.exposed_communication_s)
         yield (
-            f"{size} is limited by its loader: it would train on {trained_per_s:,.0f} images/s, is given "
-            f"{rates.loaded_per_s:,.0f}; more runtime.num_workers (slurm.cpus_per_task), or smaller files"
+            f"{size} is limited by its loader: it would train on {card.batch_size / rates.step_s:,.0f} images/s, is "
+            f"given {rates.loaded_per_s:,.0f}; more runtime.num_workers (slurm.cpus_per_task), or smaller files"
         )
     if card.fit and card.device.is_gpu and card.batch_size % (card.fit.micro_batch * card.devices):
         words = f"optimiser.batch_size {card.batch_size} is not shared equally by {card.devices} devices in passes of"
