@@ -31,7 +31,6 @@ class IgnoredRangeError(OSError):
     """A server that answers a request for a part with the whole file."""
 
 
-_IGNORED_RANGE = "the server ignores byte ranges; set cache_dir and a cache_gb that holds the whole data set"
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IgnoredRangeError)  # trying again cannot help
 
 
@@ -45,9 +44,7 @@ class RemoteReader:
         self._location = location
         self._lock, self._process = threading.Lock(), os.getpid()
         self._filesystem: Any = None
-        self._is_async = False
-        self._room = asyncio.Semaphore(1)  # the first answer tells whether the server knows ranges
-        self._knows_ranges: bool | None = None
+        self._is_async, self._room = False, asyncio.Semaphore(1)
         self._wanted: dict[Place, None] = {}  # ahead, in the order of their use
         self._asked: dict[Place, tuple[Future[bytes], int]] = {}  # ahead; and how many bytes had been read then
         self._asked_bytes = self._read_bytes = 0
@@ -91,7 +88,8 @@ class RemoteReader:
         with self._lock:
             if self._filesystem is None:
                 self._filesystem, _ = filesystem_of(self._location)
-                self._is_async = isinstance(self._filesystem, fsspec.asyn.AsyncFileSystem)
+                if isinstance(self._filesystem, fsspec.asyn.AsyncFileSystem):
+                    self._is_async, self._room = True, asyncio.Semaphore(MAX_REQUESTS)
             yield
 
     def _taken(self, place: Place) -> Future[bytes]:
@@ -126,9 +124,12 @@ class RemoteReader:
         for attempt in range(NUM_TRIES):
             try:
                 async with self._room, asyncio.timeout(_STALLED_S):
-                    data = b"" if self._knows_ranges is False else await self._cat(name, start, start + size)
-                    self._look_at(len(data), size)
-                    return data
+                    data = await self._cat(name, start, start + size)
+                if len(data) > size:
+                    raise IgnoredRangeError(
+                        "the server ignores byte ranges; use one that knows them, or copy the shards"
+                    )
+                return data
             except _FINAL_ERRORS:
                 raise
             except TimeoutError as error:
@@ -139,17 +140,6 @@ class RemoteReader:
             if attempt < NUM_TRIES - 1:
                 await asyncio.sleep(pause_before(attempt))
         raise problem
-
-    def _look_at(self, found: int, size: int) -> None:
-        """Learn from the first answer: whether more may be asked for at once, and none of a server without ranges."""
-        if self._knows_ranges is None and found <= size:
-            self._knows_ranges = True
-            for _ in range(MAX_REQUESTS - 1 if self._is_async else 0):
-                self._room.release()
-        elif found > size:
-            self._knows_ranges = False
-        if not self._knows_ranges:
-            raise IgnoredRangeError(_IGNORED_RANGE)
 
     async def _cat(self, name: str, start: int, end: int) -> bytes:
         filesystem = self._filesystem

@@ -21,7 +21,7 @@ from typing import Any
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.card import DatasetInfo
 from aimscale.harness.data.store.columns import Index
-from aimscale.harness.data.store.remote import IgnoredRangeError, RemoteReader
+from aimscale.harness.data.store.remote import RemoteReader
 from aimscale.harness.data.store.shards import LocalReader, Place, ShardInfo, download, is_url, join
 from aimscale.harness.run.files import cache_folder, locked, written_aside
 
@@ -79,16 +79,7 @@ class CachedReader:
         """As `LocalReader.read_many`."""
         found = [None if self._remote.is_ahead(place) else self._read(*place) for place in places]
         missing = [place for place, data in zip(places, found, strict=True) if data is None]
-        try:
-            others = iter(self._remote.read_many(missing) if missing else ())
-        except OSError as error:
-            if not isinstance(error.__cause__, IgnoredRangeError):
-                raise
-            for name in {place[0] for place in missing}:
-                self._fetch(name, wait=True)
-            if None in (read := [self._read(*place) for place in missing]):
-                raise
-            others = iter([data for data in read if data is not None])
+        others = iter(self._remote.read_many(missing) if missing else ())
         return [next(others) if data is None else data for data in found]
 
     def _read(self, name: str, offset: int, size: int) -> bytes | None:
@@ -125,7 +116,7 @@ class CachedReader:
                 self._has_told = True
                 print(f"the cache {self._root} takes no shards ({problem}); reading by ranges", file=sys.stderr)
 
-    def _fetch(self, name: str, *, wait: bool = False) -> bool:
+    def _fetch(self, name: str) -> bool:
         """Put a shard into the cache, unless it is there or another process does that; False where there is no room.
 
         Raises:
@@ -133,31 +124,22 @@ class CachedReader:
         """
         target, size = self._path(name), self._sizes[name]
         aside = target.with_name(f"{target.name}{_PARTIAL}")
-        with locked(aside, wait=wait) as mine:
+        with locked(aside, wait=False) as mine:
             if not mine or target.exists():
                 return True
             try:
                 if not self._make_room(aside, size):
                     return False
-                self._copy(name, size, aside)
+                parts = [(name, first, min(_PART_BYTES, size - first)) for first in range(0, size, _PART_BYTES)]
+                with aside.open("r+b") as file:
+                    for at in range(0, len(parts), _PARTS_AT_ONCE):
+                        file.writelines(self._copied.read_many(parts[at : at + _PARTS_AT_ONCE]))
+                    if file.tell() != size:
+                        raise OSError(f"{join(self._location, name)} has fewer bytes than the index says, {size}")
                 aside.rename(target)
             finally:
                 aside.unlink(missing_ok=True)
         return True
-
-    def _copy(self, name: str, size: int, to: Path) -> None:
-        """A few parts at a time; the whole at once from a server that ignores ranges."""
-        parts = [(name, first, min(_PART_BYTES, size - first)) for first in range(0, size, _PART_BYTES)]
-        try:
-            with to.open("r+b") as file:
-                for at in range(0, len(parts), _PARTS_AT_ONCE):
-                    file.writelines(self._copied.read_many(parts[at : at + _PARTS_AT_ONCE]))
-                if file.tell() != size:
-                    raise OSError(f"{join(self._location, name)} has fewer bytes than the index says, {size}")
-        except OSError as error:
-            if not isinstance(error.__cause__, IgnoredRangeError):
-                raise
-            download(join(self._location, name), to, size)
 
     def _make_room(self, aside: Path, size: int) -> bool:
         """Claim the room for a shard by the length of its file, evicting what nobody uses; False when it cannot fit."""

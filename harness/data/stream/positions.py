@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aimscale.harness.data.store.card import DatasetInfo
     from aimscale.harness.run.config import DataSection, RunConfig, SourceSection
 
-_SHARDS_AHEAD = 1 << 14  # positions after which a shard is needed that is fetched now
+_SHARDS_AHEAD = 8  # so many shards are fetched before they are needed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,9 @@ class _Source:
     dataset: ShardDataset
     order: SourceOrder
     """Of its usable images."""
-    fetches_shards: bool
-    """Whether this machine will read half of a shard's images or more while the shard is in its cache."""
+    positions_ahead: int
+    """How far from here whole shards are fetched; 0 where this machine will not read half of a shard's images while
+    the shard is in its cache."""
 
     def sample_numbers(self, slots: I64, epochs: I64) -> I64:
         """Sample numbers at `slots` (0..U-1) of `epochs`."""
@@ -109,10 +110,11 @@ class TrainStream(Stream):
     def read_ahead(self, where: range) -> None:
         """As `Stream.read_ahead`; also fetch the shards of positions further on into the cache, where that pays."""
         source_of, sample_of = self._coming(where)
+        ahead = max((source.positions_ahead for source in self._sources), default=0)
+        later_source_of, later = self._later(range(where.start + ahead, where.stop + ahead)) if ahead else ((), ())
         for number, source in enumerate(self._sources):
             samples, whole = sample_of[source_of == number], sample_of[:0]
-            if source.fetches_shards:
-                later_source_of, later = self._later(range(where.start + _SHARDS_AHEAD, where.stop + _SHARDS_AHEAD))
+            if source.positions_ahead:
                 whole = np.concatenate([samples, later[later_source_of == number]])
             source.dataset.read_ahead(samples[source.dataset.is_fresh(samples, self._channels)], whole)
 
@@ -211,7 +213,8 @@ def _open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float, mac
             num_lanes=math.ceil(training.data.shuffle_shards * source.probability),
             key=make_key("epoch", training.seed, number),
         )
-        found.append(_Source(dataset=dataset, order=order, fetches_shards=pays))
+        ahead = math.ceil(_SHARDS_AHEAD * dataset.info.num_usable / dataset.info.num_shards / source.probability)
+        found.append(_Source(dataset=dataset, order=order, positions_ahead=ahead if pays else 0))
     return found
 
 
