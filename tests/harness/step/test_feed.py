@@ -220,10 +220,10 @@ def signal_the_group(rank: int, path: Path, num_images: int, signum: int) -> Non
 def test_a_signal_to_every_process_of_a_step_leaves_the_workers_alone(
     tmp_path: Path, tiny_config: Config, in_processes: Run
 ) -> None:
-    config = tiny_config({"num_workers": 2, "checkpoint_every_images": None})
-    run = RunDir.create(tmp_path / "run", config)
+    run = RunDir.create(tmp_path / "run", tiny_config({"num_workers": 1, "checkpoint_every_images": None}))
     for num_images, signum in ((24, signal.SIGUSR2), (72, signal.SIGTERM)):
         assert in_processes(signal_the_group, run.path, num_images, signum) == [EXIT_PREEMPTED]
         assert run.read_status().state == "preempted"
+    run.config.write_text(tiny_config().to_yaml())
     assert in_processes(train_in, run.path) == [0]
     assert [row["images_seen"] for row in run.read_rows()] == [64, 128]
