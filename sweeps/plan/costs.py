@@ -292,14 +292,18 @@ def _pool(sweep: Sweep, config: RunConfig, look: Look) -> int | None:
     return None if None in infos else sum(info.num_samples for info in infos if info)
 
 
+_cached_plan = functools.cache(execution_plan)
+"""Of many runs that differ by their seeds."""
+
+
 def plan_of(config: RunConfig, devices: int, device: Device, devices_per_node: int, measuring: int) -> ExecutionPlan:
     """How a run uses its devices.
 
     Raises:
         DoesNotFitError: it is too large for them.
     """
-    return execution_plan(
-        config.training,
+    return _cached_plan(
+        config.training.model_copy(update={"seed": 0}),
         config.runtime,
         pace=device.pace(config, ranks_per_node=devices_per_node),
         world_size=devices,
