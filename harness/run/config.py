@@ -86,8 +86,9 @@ class DataSection(Section):
     """U: train on the first U images of one fixed order of the pool, equally many of every shard; null takes the whole
     pool."""
     shuffle_shards: int = Field(100, gt=0, le=10**6)
-    """Shards that are read side by side, over all sources: each image comes from any of them, and in an epoch a shard
-    is read once. A source that has no more is shuffled as a whole."""
+    """Shards that are read side by side, over all sources: each image comes from any of them, an epoch reads a shard
+    once. A source that has no more is shuffled as a whole. A batch holds the classes of as many shards, which matters
+    where those are sorted by class; a cache of remote shards (`runtime.cache_gb`) should hold them all."""
     crop_scale: Annotated[tuple[float, float], AfterValidator(_area_range)] = (0.4, 1.0)
     """Area range of the random resized crop (paper, section 3)."""
     horizontal_flip: bool = True
