@@ -22,7 +22,7 @@ import torch
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.execution import CORE_MFU, GPU_MFU, Pace
-from aimscale.harness.device.memory import free_host_bytes
+from aimscale.harness.device.memory import free_host_bytes, keep_freed_memory
 from aimscale.harness.device.peak import Peak
 
 T = TypeVar("T")
@@ -252,6 +252,7 @@ def choose_device(placement: Placement, name: str) -> torch.device:
     Raises:
         LaunchError: CUDA was asked for and there is none, or fewer devices than ranks on this host.
     """
+    keep_freed_memory()
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise LaunchError("the device cuda was asked for but torch sees no CUDA device; use cpu or auto")

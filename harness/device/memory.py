@@ -122,8 +122,8 @@ def _scored(config: ModelConfig) -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next use, in pieces of up to 32 MB (its bound) and 256 MB in all.
 
-    It gives large pieces back to the kernel at once, and every step of a head's training took its tensors anew: page
-    faults were a third to a half of a probe's CPU time.
+    It gives large pieces back to the kernel at once, and every step took its tensors anew: page faults were a third to a
+    half of a probe's CPU time, and a sixth of a training step's.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # another C library has other habits

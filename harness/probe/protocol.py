@@ -29,7 +29,6 @@ import torch
 
 from aimscale.aim.weights import write_weights
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.device.memory import keep_freed_memory
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
 from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, KeptFeatures, SplitFeatures
 from aimscale.harness.probe.features.images import Pause, PublishedViews, Task, holdout_split, open_task
@@ -93,7 +92,6 @@ def probe_backbone(
     if not kinds:
         return [as_entry(found[kind]) for kind in section.kinds]
     started = time.monotonic()
-    keep_freed_memory()
     fit, held = holdout_split(train.labels, HOLDOUT_FRACTION, seed)
     task = Task(section=section, train=train, test=test, fit=fit, held=held, seed=seed, group=group, pause=pause)
     with matmul_precision(section.precision):
