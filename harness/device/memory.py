@@ -106,7 +106,7 @@ def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
 
     The trunk's: its input, the first norm's output, q, k, v, and the attention's output (6 d); the sum, the second
     norm's output, and the MLP before and after GELU (10 d); the attention's row sums in float32. The head's: the same,
-    or the MLP's part alone.
+    or the MLP's part alone. The score matrices that a CPU keeps in bfloat16 are not counted: a card keeps none.
     """
     element, head = ELEMENT_BYTES[precision], config.head
     trunk = config.num_tokens * (16 * config.width * element + 4 * config.num_heads)
@@ -122,8 +122,8 @@ def _scored(config: ModelConfig) -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next use, in pieces of up to 32 MB (its bound) and 256 MB in all.
 
-    It gives large pieces back to the kernel at once, and every step took its tensors anew: page faults were a third to a
-    half of a probe's CPU time, and a sixth of a training step's.
+    It gives large pieces back to the kernel at once, and every step took its tensors anew: page faults were a third to
+    a half of a probe's CPU time, and a sixth of a training step's.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # another C library has other habits

@@ -51,6 +51,9 @@ def test_kept_activations_are_within_ten_percent(
     config = model_config(size, image_size=side, patch_size=patch, **options)
     measured = kept_bytes(config, precision, activation_checkpointing)
     estimate = kept_bytes_per_image(config, precision, activation_checkpointing)  # type: ignore[arg-type]
+    if precision == "bf16" and not activation_checkpointing:  # whole score matrices, on a CPU alone
+        num_heads = config.depth * config.num_heads + config.head.depth * (config.head.num_heads or 0)
+        estimate += 2 * num_heads * config.num_tokens**2
     assert estimate == pytest.approx(measured, rel=0.1)
 
 
