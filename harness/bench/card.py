@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import aimscale
@@ -27,6 +28,7 @@ TOTAL_S = 520
 """All parts together end by then."""
 GRACE_S = 20
 """What a part has to end its own processes when it is late."""
+AIMSCALE = [sys.executable, "-m", "aimscale"]
 TESTS = Path(aimscale.__file__).resolve().parents[2] / "tests" / "cuda"
 MAX_LINES = 40
 """Of what a part printed that is no JSON."""
@@ -57,35 +59,50 @@ class Part:
 
 def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
     """What is to be run, the most important first; `rehearse` takes small sizes and the CPU."""
-    aimscale_command = [sys.executable, "-m", "aimscale"]
-    yield Part(name="doctor", words=[*aimscale_command, "doctor", "--root", str(folder), "--json"], limit_s=60)
+    yield Part(name="doctor", words=[*AIMSCALE, "doctor", "--root", str(folder), "--json"], limit_s=60)
     # No options of pyproject: xdist and the like may be missing there.
     pytest = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-o", "addopts=", "--import-mode=importlib", "-m", "cuda"]
     yield Part(name="tests", words=[*pytest, *(["-k", "bytes or cpu"] if rehearse else []), str(TESTS)], limit_s=200)
-    training = [
-        Part(name=f"train {size} {how}", words=[*aimscale_command, *words], limit_s=200 if index < 2 else 120)
-        for index, (size, how, words) in enumerate(_training(rehearse=rehearse))
-    ]
-    yield from training[:4]
+    training = list(_training(rehearse=rehearse))
+    yield training[0]
+    num_cards = 2 if rehearse else torch.cuda.device_count()
+    yield from _stages(num_cards, rehearse=rehearse) if num_cards > 1 else ()
+    yield from training[1:4]
     sweep = _write_sweep(folder, rehearse=rehearse)
-    yield Part(name="sweep", words=[*aimscale_command, "launch", str(sweep), "--root", str(folder)], limit_s=120)
-    words = [*aimscale_command, "status", str(sweep), "--root", str(folder), "--json"]
+    yield Part(name="sweep", words=[*AIMSCALE, "launch", str(sweep), "--root", str(folder)], limit_s=120)
+    words = [*AIMSCALE, "status", str(sweep), "--root", str(folder), "--json"]
     yield Part(name="status", words=words, limit_s=30)
-    words = [*aimscale_command, "bench", "data", "--seconds", "0.5" if rehearse else "4", "--workers", "1"]
+    words = [*AIMSCALE, "bench", "data", "--seconds", "0.5" if rehearse else "4", "--workers", "1"]
     yield Part(name="loader", words=words, limit_s=60)
     yield from training[4:]
 
 
-def _training(*, rehearse: bool) -> Iterator[tuple[str, str, list[str]]]:
-    """Size, `runtime.compile` and the words of `aimscale` of every training step to be timed."""
-    settings = {"runtime.device": "cpu", "model.image_size": 16} if rehearse else {"runtime.device": "cuda"}
-    settings |= {} if rehearse else {f"model.{key}": value for key, value in SHAPE.items()}
-    rest = ["--precision", "fp32", "--steps", "2"] if rehearse else ["--precision", "bf16", "--steps", "10"]
+def _training(*, rehearse: bool) -> Iterator[Part]:
+    """Every training step to be timed on one card."""
     for index, (size, batch, how) in enumerate([("w16-d2", 8, "auto")] if rehearse else TRAINING):
-        words = ["bench", "train", "--size", size, "--batch", str(batch), *rest]
-        for key, value in (settings | {"runtime.compile": how}).items():
-            words += ["--set", f"{key}={value}"]
-        yield size, how, [*words, *([] if index < 2 else ["--alone"])]
+        words = _step_of(size, batch, "fp32" if rehearse else "bf16", rehearse=rehearse, compile=how)
+        words += [] if index < 2 else ["--alone"]
+        yield Part(name=f"train {size} {how}", words=AIMSCALE + words, limit_s=200 if index < 2 else 120)
+
+
+def _stages(num_cards: int, *, rehearse: bool) -> Iterator[Part]:
+    """A step on all cards of this machine, its gradients reduced beside the backward pass (ZeRO 2) and after it (1)."""
+    size, batch = ("w16-d2", 4) if rehearse else ("aim-600M", 128)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_cards)]
+    for stage, rest in ((2, []), (1, ["--alone"])):
+        words = _step_of(size, num_cards * batch, "bf16", rehearse=rehearse, zero_stage=stage)
+        words = [*launcher, *AIMSCALE[1:], *words, *rest]
+        yield Part(name=f"train {size} on {num_cards}, ZeRO {stage}", words=words, limit_s=150)
+
+
+def _step_of(size: str, batch: int, precision: str, *, rehearse: bool, **runtime: object) -> list[str]:
+    """The words of `aimscale` that time a training step."""
+    settings: dict[str, object] = {"runtime.device": "cpu" if rehearse else "cuda"}
+    settings |= {"model.image_size": 16} if rehearse else {f"model.{key}": value for key, value in SHAPE.items()}
+    settings |= {f"runtime.{key}": value for key, value in runtime.items()}
+    words = ["bench", "train", "--size", size, "--batch", str(batch), "--precision", precision]
+    words += ["--steps", "2" if rehearse else "10"]
+    return [*words, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
 
 
 def run(out: Path, *, rehearse: bool = False, report: Callable[[str], None] = print) -> dict[str, Any]:

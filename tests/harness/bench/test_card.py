@@ -18,8 +18,12 @@ def test_a_rehearsal_ends_in_a_file(tmp_path: Path) -> None:
     done = card.run(tmp_path, rehearse=True)
     assert done == json.loads((tmp_path / "card.json").read_text())
     assert {name: part["problem"] for name, part in done["parts"].items()} == dict.fromkeys(done["parts"], "")
-    names = {"doctor", "tests", "train w16-d2 auto", "sweep", "status", "loader"}
-    assert done["parts"].keys() == names
+    stages = [f"train w16-d2 on 2, ZeRO {stage}" for stage in (1, 2)]
+    assert done["parts"].keys() == {"doctor", "tests", "train w16-d2 auto", *stages, "sweep", "status", "loader"}
+    for name in stages:
+        step = done["parts"][name]["result"]
+        assert (step["world_size"], f"ZeRO {step['zero_stage']}") == (2, name[-6:])
+        assert step["split_ms"]["exposed_communication"] > 0 < step["split_estimate_ms"]["exposed_communication"]
     assert re.search(r"[1-9]\d* passed", done["parts"]["tests"]["result"][-1])  # those that need no card
     assert [run["state"] for run in done["parts"]["status"]["result"]["runs"]] == ["finished"]
 
