@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
@@ -50,11 +50,6 @@ class Backbone(Protocol):
     impossible: Sequence[str]
     """Kinds of probe that it cannot have."""
 
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of its weights."""
-        ...
-
     def use(self, dtype: torch.dtype) -> None:
         """Compute in this type from now on; fp32 is what the weights were given in."""
         ...
@@ -62,6 +57,12 @@ class Backbone(Protocol):
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
         """Outputs (len(blocks), B, N, d) for normalised images (B, C, H, W)."""
         ...
+
+
+def weight_bytes(backbone: Backbone) -> int:
+    """Memory of the models that a backbone holds."""
+    models = {each for each in vars(backbone).values() if isinstance(each, nn.Module)}
+    return sum(weight.nbytes for model in models for weight in model.parameters() if not weight.is_meta)
 
 
 class AimBackbone:
@@ -90,11 +91,6 @@ class AimBackbone:
         model.pixel_head.to("meta")  # which no probe reads: a third of the weights of aim-7B
         return model
 
-    @property
-    def weight_bytes(self) -> int:
-        """Of the only copy."""
-        return sum(parameter.nbytes for parameter in self.model.parameters() if not parameter.is_meta)
-
     def use(self, dtype: torch.dtype) -> None:
         """Round the weights to bf16, or load them again in fp32."""
         if dtype != self._dtype and dtype == torch.float32:
@@ -117,7 +113,6 @@ class PixelBackbone:
     num_blocks = 1
     num_heads = 1
     impossible: Sequence[str] = ("attentive", "efficient", "lora")  # one token an image: nothing to attend over
-    weight_bytes = 0
 
     def __init__(self) -> None:
         self._dtype = torch.float32
@@ -153,11 +148,6 @@ class TimmBackbone:
         # images arrive with ImageNet's mean and deviation
         self._scale = (torch.tensor(IMAGE_STD) / std).view(3, 1, 1).to(device)
         self._shift = ((torch.tensor(IMAGE_MEAN) - mean) / std).view(3, 1, 1).to(device)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of both copies, as if they were in fp32."""
-        return 2 * sum(parameter.nbytes for parameter in self._in_fp32.parameters())
 
     def use(self, dtype: torch.dtype) -> None:
         """Compute by the model as it was given, or by a rounded copy."""

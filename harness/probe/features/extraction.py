@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from aimscale.harness.device.distributed import Group, Placement
-from aimscale.harness.probe.features.backbones import DTYPES, Backbone
+from aimscale.harness.probe.features.backbones import DTYPES, Backbone, weight_bytes
 from aimscale.harness.probe.features.images import LabelledImages, Pause
 from aimscale.harness.probe.features.tasks import CACHE_SHARE, HOST_SHARE, BlockSet, ProbeError, card_room
 
@@ -330,7 +330,7 @@ class FeaturePass:
         """Where so many bytes of a rank's pooled features go."""
         group, room = self.group, 0.0
         if group.device.type == "cuda":
-            room = card_room(group.least(group.memory_bytes()), self.backbone.weight_bytes, pass_bytes)
+            room = card_room(group.least(group.memory_bytes()), weight_bytes(self.backbone), pass_bytes)
         if num_bytes + beside_bytes <= room:
             return group.device
         if num_bytes <= HOST_SHARE * group.least(group.host_memory_bytes()):

@@ -8,7 +8,6 @@ import json
 import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,7 +89,9 @@ def test_features_of_imagenet_lie_on_cards_or_in_the_memory_of_a_node(
 ) -> None:
     """By plan: no card is here."""
     config = model_config(size)
-    backbone: Any = SimpleNamespace(weight_bytes=2 * param_count(config).trunk)
+    trunk = 2 * param_count(config).trunk
+    monkeypatch.setattr("aimscale.harness.probe.features.extraction.weight_bytes", lambda backbone: trunk)
+    backbone: Any = None
     group = Group(dataclasses.replace(find_placement({}), world_size=ranks), torch.device("cuda"), None)
     monkeypatch.setattr(Group, "least", lambda self, number: number)
     monkeypatch.setattr(Group, "memory_bytes", lambda self: 80 * 10**9)
