@@ -2,16 +2,21 @@
 
 An order is a tuple whose t-th entry is the raster index (row * grid + column) of the patch at sequence position t. The
 paper names raster, spiral, checkerboard and a fixed random order without defining them. `outward_spiral` and
-`checkerboard` are those of the authors' trainer. Its random order, `fixed_random`, is a published list of numbers,
-read from that trainer where it is installed, since the list is theirs; `hashed` is ours.
+`checkerboard` are those of the authors' trainer. Its random order, `fixed_random`, is a published list of numbers, read
+from the source file of that trainer where it is installed, since the list is theirs; `hashed` is ours.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import importlib
+import importlib.util
+from pathlib import Path
 
 from aimscale.aim.config import ModelConfigError, PatchOrder
+
+_TRAINER, _LISTS_FILE = "l3m", "helpers/vision/ar_patterns.py"  # a package, and a file in it
+_TRAINER_SOURCE = "git+https://github.com/apple/ml-l3m"
 
 
 def patch_order(order: PatchOrder, grid: int) -> tuple[int, ...]:
@@ -52,13 +57,27 @@ def _inward_spiral(grid: int) -> tuple[int, ...]:
 
 
 def _published_random_order(grid: int) -> tuple[int, ...]:
-    try:
-        lists = importlib.import_module("l3m.helpers.vision.ar_patterns").FIXED_RANDOM_PATTERNS
-    except ImportError:
-        lists = {}
-    if grid**2 not in lists:
-        raise ModelConfigError(
-            f"patch_order fixed_random of {grid**2} patches is no list of the authors' trainer, or that is not "
-            "installed (git+https://github.com/apple/ml-l3m); use hashed, a fixed order of ours"
-        )
-    return tuple(int(index) for index in lists[grid**2])
+    spec = importlib.util.find_spec(_TRAINER)
+    files = [Path(folder, _LISTS_FILE) for folder in (spec and spec.submodule_search_locations) or ()]
+    file = next((file for file in files if file.is_file()), None)
+    order = _published_lists(file).get(grid**2) if file else None
+    if order is None or sorted(order) != list(range(grid**2)):
+        where = file or f"{_TRAINER}/{_LISTS_FILE} of the authors' trainer, which is not installed ({_TRAINER_SOURCE})"
+        why = f"patch_order fixed_random of {grid**2} patches is not in {where}"
+        raise ModelConfigError(f"{why}; use hashed, a fixed order of ours")
+    return tuple(order)
+
+
+def _published_lists(file: Path) -> dict[int, list[int]]:
+    """Lists by their length, from a file that is not executed: `FIXED_RANDOM_PATTERNS = {4: torch.tensor([...]), ...}`.
+
+    To import the trainer takes 20 s, and packages that nothing here needs.
+    """
+    lists: dict[int, list[int]] = {}
+    for statement in ast.parse(file.read_text()).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="FIXED_RANDOM_PATTERNS")], value=ast.Dict(keys=keys, values=values)):
+                for key, value in zip(keys, values, strict=True):
+                    if isinstance(key, ast.Constant) and isinstance(value, ast.Call) and value.args:
+                        lists[ast.literal_eval(key)] = ast.literal_eval(value.args[0])
+    return lists
