@@ -1,5 +1,65 @@
-"""`python -m aimscale.harness.train RUN_DIR`: what launchers start, alone, by torchrun or in Slurm."""
+"""`python -m aimscale.harness.train RUN_DIR`: what launchers start, alone, by torchrun or in Slurm.
 
+`python -m aimscale.harness.train --warm` is the warm parent of runs that a queue starts one after the other
+(`sweeps.engine.processes`): for a small run, the imports would cost more than all else.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+
+import torch
+
+from aimscale.harness.device.distributed import import_deepspeed
+from aimscale.harness.run.provenance import git_commit
 from aimscale.harness.train.attempt import main
 
+
+def serve_forks() -> None:
+    """Fork a process for each request on the standard input, and return in that alone, as if it had been started cold.
+
+    A request is a line of JSON: `arguments`, `environment` and `log`, the file that gets the output. The answer is a
+    line with the process id, given by the process itself once its parent has ended and the launcher, the nearest
+    subreaper, has become its parent. What is imported here starts no thread (but OpenBLAS, which ends its own before a
+    fork) and does not touch CUDA; DeepSpeed is imported ahead where no GPU can change for which device.
+    """
+    if torch.version.cuda is None and torch.version.hip is None:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import_deepspeed()
+    git_commit()  # of the code that is imported now, whatever becomes of the files
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        between = os.fork()
+        if between == 0:
+            between = os.getpid()
+            if os.fork():
+                os._exit(0)
+            while os.getppid() == between:
+                time.sleep(0.001)
+            _become(**json.loads(line))
+            return
+        if os.waitpid(between, 0)[1]:
+            break
+    os._exit(0)
+
+
+def _become(arguments: list[str], environment: dict[str, str], log: str) -> None:
+    """Make this process what a launcher would have started."""
+    os.setsid()
+    os.write(1, f"{os.getpid()}\n".encode())
+    for path, flags, descriptors in ((os.devnull, os.O_RDONLY, [0]), (log, os.O_WRONLY | os.O_APPEND, [1, 2])):
+        opened = os.open(path, flags)
+        for descriptor in descriptors:
+            os.dup2(opened, descriptor)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv[1:] = arguments
+
+
+if sys.argv[1:] == ["--warm"]:
+    serve_forks()
 main()

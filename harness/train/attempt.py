@@ -44,12 +44,14 @@ def train(path: Path) -> int:
         loggers: list[Logger] = []
         group.from_first(lambda: loggers.extend(job.exits.enter_context(logging_to(run, config))))
         if group.from_first(lambda: missing_budgets(run, config)):
+            gc.freeze()  # collections from here on need not look through all that was imported
             with saying_what_gives_memory(SAVES_MEMORY):
                 trainer = Trainer(run, config, job, loggers)
                 try:
                     trainer.walk()
                 finally:
                     trainer.close()  # frees the device: what comes next needs the memory of the training state
+                    gc.unfreeze()
         with saying_what_gives_memory():
             evaluate_run(run, config, job, loggers)
 

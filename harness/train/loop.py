@@ -113,8 +113,6 @@ class Trainer:
 
     def walk(self) -> None:
         """Train from wherever the run stands to its last budget."""
-        gc.collect()
-        gc.freeze()
         gc.disable()  # ranks that collect at different steps would wait for each other; see `_train_segment`
         try:
             self._walk()
@@ -125,7 +123,6 @@ class Trainer:
             raise
         finally:
             gc.enable()
-            gc.unfreeze()
 
     def _walk(self) -> None:
         segments, position, is_start = self._resume()

@@ -17,7 +17,8 @@ from aimscale.harness.run.config import parse, read_yaml
 from aimscale.harness.run.files import write_text
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.devices import this_machine
-from aimscale.sweeps.engine.queue import Command, LaunchResult, Queue, print_events, run_queue
+from aimscale.sweeps.engine.processes import Command
+from aimscale.sweeps.engine.queue import LaunchResult, Queue, print_events, run_queue
 from aimscale.sweeps.plan.checks import refuse
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, stop_seconds
 from aimscale.sweeps.plan.planner import Run, plan

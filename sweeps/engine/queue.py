@@ -13,11 +13,9 @@ import contextlib
 import functools
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
 from aimscale.aim.errors import UserError
@@ -25,6 +23,7 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import calling
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.devices import Devices, Machine
+from aimscale.sweeps.engine.processes import Command, Process, Processes
 from aimscale.sweeps.plan.costs import stop_seconds
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -43,8 +42,6 @@ DOUBT_S, GIVE_UP_S = 60.0, 900.0
 MIN_TIME_S = 60.0
 """With less time than this left, no run is started."""
 
-Command = Callable[[Path, int], list[str]]
-"""(run directory, devices) -> the program that executes the run."""
 Report = Callable[["Queue"], None]
 """Called every few moments with the queue, to show where it stands."""
 
@@ -64,7 +61,7 @@ class Job:
     measured: list[int]
     """What evaluation had written when it started."""
     devices: tuple[int, ...]
-    process: subprocess.Popen[bytes]
+    process: Process
     """The trainer, or what starts its ranks: leader of its own process group."""
     started: float = field(default_factory=time.time)
     """Unix time."""
@@ -89,6 +86,7 @@ class Queue:
     avoided_on: Sequence[str] = ()
     """Names of this machine's nodes: runs that failed on one of them are left to others."""
     devices: Devices = field(init=False)
+    processes: Processes = field(init=False)
     active: list[Job] = field(default_factory=list)
     ended: dict[str, Outcome] = field(default_factory=dict)
     """Run -> how its last attempt here ended."""
@@ -104,6 +102,7 @@ class Queue:
 
     def __post_init__(self) -> None:
         self.devices = Devices(self.machine)
+        self.processes = Processes(self.machine, self.command, self.events.append)
         if self.job_id:  # what this job had before comes first
             self.waiting.sort(key=lambda run: _worker_of(self.sweep, run) != self.job_id)
 
@@ -134,7 +133,7 @@ class LaunchResult:
 
 def run_queue(queue: Queue, report: Report) -> LaunchResult:
     """Execute the runs that wait until none is left to start; `report` is called every few moments."""
-    with calling(functools.partial(_on_signal, queue)):
+    with contextlib.closing(queue.processes), calling(functools.partial(_on_signal, queue)):
         try:
             _work_through(queue, report)
         except BaseException:
@@ -260,22 +259,14 @@ def _start(
     queue: Queue, run: Run, record: RunRecord, claim: Lock, claims: tuple[str, str | None], taken: tuple[int, ...]
 ) -> Job:
     attempt = record.next_attempt()
-    threads = str(run.config.runtime.num_threads)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "AIMSCALE_CLAIM": claims[0]}
-    environment |= queue.devices.environment(taken)
+    environment = os.environ | queue.devices.environment(taken) | {"AIMSCALE_CLAIM": claims[0]}
+    environment["OMP_NUM_THREADS"] = str(run.config.runtime.num_threads)
     environment.pop("SLURM_STEP_NUM_TASKS", None)  # srun may have started several queues; no run is a rank of theirs
     if len(taken) > 1:  # torchrun kills its workers so long after it was told to stop; by default after 30 s
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(stop_seconds(queue.sweep, run))
     record.logs.mkdir(parents=True, exist_ok=True)
-    with record.log_file(attempt).open("ab") as log:
-        process = subprocess.Popen(
-            (queue.command or queue.machine.command)(record.path, len(taken)),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C on the terminal reaches the queue alone, which then asks politely
-        )
+    log, are_more = record.log_file(attempt), len(queue.waiting) > 1
+    process = queue.processes.start(record.path, len(taken), environment, log, are_more=are_more)
     return Job(
         run=run,
         record=record,
@@ -289,11 +280,13 @@ def _start(
 
 
 def _gather(queue: Queue) -> None:
-    for job in [job for job in queue.active if job.process.poll() is not None]:
+    for job in list(queue.active):
+        if (exit_code := job.process.poll()) is None:
+            continue
         queue.active.remove(job)
         queue.devices.give_back(job.devices)
         try:
-            outcome = _conclude(queue, job)
+            outcome = _conclude(queue, job, exit_code)
             queue.events.append(_sentence(job, outcome))
             if job.record.measured() != job.measured:
                 queue.evaluated[job.run.run_id] = None
@@ -306,10 +299,10 @@ def _gather(queue: Queue) -> None:
             queue.waiting.insert(0, job.run)
 
 
-def _conclude(queue: Queue, job: Job) -> Outcome:
+def _conclude(queue: Queue, job: Job, exit_code: int) -> Outcome:
     # Slurm's limits are nobody's wish: a run that they stop again and again before it saves has failed.
     asked = (queue.stopping and not queue.job_id) or job.record.cancelled.exists()
-    return conclude(job.record, job.attempt, job.process.returncode, claims=job.claims, asked=asked)
+    return conclude(job.record, job.attempt, exit_code, claims=job.claims, asked=asked)
 
 
 def print_events(queue: Queue) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.profiler import profile
 
 from aimscale.aim.config import model_config
@@ -29,6 +30,8 @@ from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, fragment_of
 from aimscale.harness.step.feed import count_targets
 from aimscale.harness.step.saving import CheckpointWriter
+from aimscale.sweeps.engine.launch import launch
+from aimscale.sweeps.plan.sweepfile import load_sweep
 
 DEVICE = os.environ.get("AIMSCALE_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -218,3 +221,19 @@ def test_compiled_steps_are_the_others(precision: str, stage: int, engine: Calla
     expected = losses(engine(precision=precision, stage=stage))
     found = losses(engine(precision=precision, stage=stage, compile=True))
     assert found == pytest.approx(expected, rel=2e-3 if precision == "fp32" else 1e-2)
+
+
+def test_a_queue_forks_runs_that_take_the_card(write_images: Callable[..., str], tmp_path: Path) -> None:
+    """What forks them must not have touched CUDA."""
+    train, validation = (write_images(tmp_path / name, 64, seed=seed) for seed, name in enumerate(("train", "held")))
+    base = {
+        "model": {"image_size": 16, "patch_size": 4},
+        "data": {"sources": [{"path": train}]},
+        "optimiser": {"batch_size": 16},
+        "validation": {"path": validation},
+        "runtime": {"device": DEVICE},
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "sizes": ["w64-d2"], "budgets": [64], "seeds": [0, 1], "base": base}))
+    result = launch(load_sweep(path, tmp_path / "root"), devices=1, shows=False)
+    assert len(result.finished) == 2

@@ -17,15 +17,16 @@ from typing import Any
 num_steps = 0
 hoard: list[bytes] = []
 
-if "aimscale.harness.train" in sys.orig_argv[2:4]:  # neither torchrun nor a loader's process
+if "aimscale.harness.train" in sys.orig_argv[2:4]:  # a run or what forks runs; neither torchrun nor a loader's process
     from aimscale.harness.run.directory import RunDir
     from aimscale.harness.step.engine import Engine
 
-    run, fault, step = RunDir(sys.orig_argv[-1]), os.environ.get("FAULT"), Engine.step
+    fault, step = os.environ.get("FAULT"), Engine.step
 
     def slow_step(self: Engine, *args: Any, **kwargs: Any) -> Any:
         global num_steps
         num_steps += 1
+        run = RunDir(sys.argv[-1])
         if run.read_status().attempt == 1:
             time.sleep(float(os.environ["STEP_S"]))
             if fault == "stop" and os.environ["RANK"] == "1" and num_steps == 6:
