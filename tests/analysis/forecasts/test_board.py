@@ -25,15 +25,10 @@ BOARD = Path(__file__).parents[2] / "board"
 FEW = ("steplaw", "olmo-piqa", "olmo-csqa", "gadre-c4-trained-c4")
 
 
-@pytest.fixture(scope="module")
-def points() -> pd.DataFrame:
-    """Forecasts of a tenth of the board."""
-    tables = [table for table in read_board([BOARD]) if table.name in FEW]
-    return pd.concat([rows for _, rows in play(tables, 1)], ignore_index=True)
-
-
 @pytest.mark.slow
-def test_a_tenth_of_the_board_stands_as_on_the_page(points):
+def test_a_tenth_of_the_board_stands_as_on_the_page_by_a_constant_of_other_families():
+    tables = [table for table in read_board([BOARD]) if table.name in FEW]
+    points = pd.concat([rows for _, rows in play(tables, 1)], ignore_index=True)
     keys = ["table", "cut", "quantity", "method"]
     page = pd.read_csv(BOARD.parents[1] / "docs" / "board.csv").set_index(keys)
     found = scores(points).set_index(keys)
@@ -46,9 +41,6 @@ def test_a_tenth_of_the_board_stands_as_on_the_page(points):
     np.testing.assert_allclose(ratio[~is_drawn], 1, rtol=0.15)  # there without its own family
     np.testing.assert_array_less(np.abs(np.log(ratio[is_drawn])), np.log(2))  # draws in flat valleys: rounding tells
 
-
-@pytest.mark.slow
-def test_the_constant_is_found_on_the_other_families(points):
     whole = calibrated(points)
     noisy = points.copy()
     own = (noisy["method"] == STACK) & (noisy["family"] == "olmo") & (noisy["quantity"] == LOSS)

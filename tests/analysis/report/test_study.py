@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,15 +33,15 @@ def rows_of(known_study, *parts):
     return rows
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory, known_study):
+def written(known_study, tmp_path: Path) -> str:
+    """The page of a main grid, repeats and single changes."""
     folders = []
     for name, parts in (
         ("main", [{"sizes": ["s1", "s2", "s3", "s4"]}, {"sizes": ["s5"], "seeds": [0]}]),
         ("repeats", [{"sizes": ["s2", "s4"], "uniques": [1000, 4000], "seeds": [0, 1]}]),
         ("changes", [DIRECTION | {"prefix": "none", "effect": 0.04}, DIRECTION | {"target": "raw", "effect": 0.5}]),
     ):
-        folder = tmp_path_factory.mktemp("study") / name
+        folder = tmp_path / name
         folder.mkdir()
         rows = [row | {"sweep": name} for row in rows_of(known_study, *parts)]
         write_table(results_table(rows), folder / "results.parquet")
@@ -70,7 +71,8 @@ def test_the_page_and_the_verbs_have_one_interval(known_study):
 
 
 @pytest.mark.slow
-def test_laws_are_of_the_main_grid_alone(page):
+def test_laws_are_of_the_main_grid_alone_and_every_answer_has_its_section(known_study, tmp_path):
+    page = written(known_study, tmp_path)
     text = words(page)
     assert "<h1>main, repeats, changes</h1>" in page
     assert "The 3 tables hold 117 rows" in text
@@ -82,11 +84,6 @@ def test_laws_are_of_the_main_grid_alone(page):
     assert beta == pytest.approx(0.5, abs=0.05)
     assert "prefix paired, target normalised" in text
     assert "The main.; The repeats.; The changes." in text
-
-
-@pytest.mark.slow
-def test_every_answer_has_its_section(page):
-    text = words(page)
     assert "none is worse" in text
     assert "a repeat is worth half of a new image" in text
     assert "between seeds" in text
