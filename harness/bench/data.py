@@ -99,6 +99,31 @@ def run(
     }
 
 
+def run_on(
+    dataset: str,
+    *,
+    seconds: float = 10.0,
+    workers: Sequence[int] | None = None,
+    cache_dir: str | None = None,
+    report: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """How fast the loader reads a data set, a folder or URL, in about `seconds`, with crops of 224 px.
+
+    Returns rows with workers, images/s, and images in a second of all processes' time.
+    """
+    numbers = workers if workers is not None else sorted({0, 1, len(os.sched_getaffinity(0))})
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, kernel_threads(1):
+        config = _config(Path(folder) / "images", _photographs(8), CROP_SIZE, dataset)
+        for number in numbers:
+            stream = TrainStream(config, cache_dir=cache_dir)
+            row = _loader_row(stream, number, seconds / len(numbers), 1.0)
+            row["images_per_cpu_s"] = row.pop("cpu_share")
+            report(f"{number} worker(s): {row['images_per_s']:,.0f} images/s, {row['images_per_cpu_s']:,.0f} a core")
+            rows.append(row)
+    return rows
+
+
 def bare_reader(data: bytes, box: Box) -> torch.Tensor:
     """Decode, crop, resize and flip one image; uint8 (3, CROP_SIZE, CROP_SIZE)."""
     top, left, height, width, flip = box
@@ -180,7 +205,7 @@ def _photographs(number: int) -> Iterator[PackedImage]:
         yield PackedImage(f"{i:06d}", "jpg", buffer.getvalue(), None)
 
 
-def _config(folder: Path, images: Iterator[PackedImage], image_size: int) -> RunConfig:
+def _config(folder: Path, images: Iterator[PackedImage], image_size: int, dataset: str | None = None) -> RunConfig:
     folder.mkdir()
     write_dataset(folder / "train", images)
     held_out = (image for image, _ in zip(photograph_crops("test"), range(8), strict=False))
@@ -188,7 +213,7 @@ def _config(folder: Path, images: Iterator[PackedImage], image_size: int) -> Run
     return run_config(
         {
             "model": {"size": "rung-32", "image_size": image_size, "patch_size": image_size // 8},
-            "data": {"sources": [{"path": str(folder / "train")}]},
+            "data": {"sources": [{"path": dataset or str(folder / "train")}]},
             "optimiser": {"batch_size": TURN},
             "budgets": [TURN],
             "validation": {"path": str(folder / "validation")},

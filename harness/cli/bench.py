@@ -96,14 +96,24 @@ def _config(file: Path | None, changes: dict[str, Any], settings: list[str]) -> 
 
 @app.command()
 def data(
+    dataset: Annotated[
+        str | None, typer.Argument(help="A data set of yours, a folder or URL, to read in place of photographs.")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Wall time of each of the two comparisons.")] = 10.0,
     workers: Annotated[
         list[int] | None, typer.Option(min=0, help="Numbers of loader processes; default: 0, 1 and every core.")
     ] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Cache of its shards, as `runtime.cache_dir`.")] = None,
 ) -> None:
-    """Images/s of the training stream against the fastest decode-and-crop of this machine, as JSON."""
-    from aimscale.harness.bench.data import run
+    """Images/s of the training stream against the fastest decode-and-crop of this machine, as JSON.
 
+    Of a data set: what the loader reads there.
+    """
+    from aimscale.harness.bench.data import run, run_on
+
+    if dataset is not None:
+        rows = run_on(dataset, seconds=seconds, workers=workers, cache_dir=cache_dir, report=_row)
+        return typer.echo(json.dumps(rows, indent=1))
     typer.echo(json.dumps(run(seconds=seconds, workers=workers, report=_row), indent=1))
 
 

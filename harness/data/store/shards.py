@@ -136,7 +136,7 @@ def with_retries(action: Callable[[], T]) -> T:
 
 
 @functools.lru_cache(_MAX_OPEN_FILES)
-def _opened(reader: int, path: Path) -> io.FileIO:
+def _opened(reader: int, path: str) -> io.FileIO:
     """A file of a reader; closed when it was not read for long and nobody reads it."""
     return open(path, "rb", buffering=0)
 
@@ -174,7 +174,7 @@ class LocalReader:
             raise of_shard(error, name) from error
 
     def _open(self, name: str) -> io.FileIO:
-        return _opened(self._number, self._folder / name)
+        return _opened(self._number, f"{self._folder}/{name}")  # as text: a path takes as long to make as to read
 
 
 def of_shard(error: Exception, name: str) -> OSError:

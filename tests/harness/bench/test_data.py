@@ -7,6 +7,7 @@ import torch
 
 from aimscale.harness.bench import data as bench_data
 from aimscale.harness.data.store.decoding import decode
+from aimscale.harness.data.store.pack import write_dataset
 from aimscale.harness.data.stream.augment import crop_resize
 from aimscale.harness.device.sheets import remember, remembered
 
@@ -32,3 +33,12 @@ def test_bench_reports_every_number_and_remembers_the_rate(tmp_path: Path, monke
     assert remembered("decoded_per_s") == result["stream"]
     remember("decoded_per_s", result["stream"] / 2)  # of a busier hour
     assert remembered("decoded_per_s") == result["stream"]
+
+
+def test_bench_reads_a_data_set_of_the_users(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "mine", bench_data._photographs(40))
+    said: list[str] = []
+    rows = bench_data.run_on(f"file://{tmp_path}/mine", seconds=0.2, workers=[0], report=said.append)
+    assert [row["workers"] for row in rows] == [0]
+    assert min(rows[0]["images_per_s"], rows[0]["images_per_cpu_s"]) > 0
+    assert len(said) == 1

@@ -51,7 +51,7 @@ def aimscale(*arguments: str) -> None:
 def test_a_file_stays_open_while_it_is_read_whoever_else_opens_it(tmp_path, monkeypatch):
     (tmp_path / "a.tar").write_bytes(b"0123456789")
     # of two threads that open a file at once, the cache keeps one's: the other's closes with its last holder
-    monkeypatch.setattr(shards, "_opened", lambda reader, path: path.open("rb", buffering=0))
+    monkeypatch.setattr(shards, "_opened", lambda reader, path: io.FileIO(path))
     assert LocalReader(tmp_path).read_many([("a.tar", 2, 3)]) == [b"234"]
 
 
