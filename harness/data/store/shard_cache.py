@@ -56,6 +56,7 @@ class CachedReader:
         self._tried_at: dict[str, float] = {}
         self._wanted: collections.deque[str] = collections.deque()
         self._fetching: threading.Thread | None = None
+        self._starting = threading.Lock()
         self._paused_until, self._has_told = 0.0, False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -71,9 +72,10 @@ class CachedReader:
             elif now > max(self._paused_until, self._tried_at.get(name, -_RETRY_S) + _RETRY_S):
                 self._tried_at[name] = now
                 self._wanted.append(name)
-        if self._wanted and (self._fetching is None or not self._fetching.is_alive()):
-            self._fetching = threading.Thread(target=self._fetch_wanted, name="shards", daemon=True)
-            self._fetching.start()
+        with self._starting:  # one thread fetches, however many read
+            if self._wanted and (self._fetching is None or not self._fetching.is_alive()):
+                self._fetching = threading.Thread(target=self._fetch_wanted, name="shards", daemon=True)
+                self._fetching.start()
 
     def read_many(self, places: Sequence[Place]) -> list[bytes]:
         """As `LocalReader.read_many`."""
