@@ -29,7 +29,9 @@ html_theme = "furo"
 html_title = f"aimscale {release}"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
-html_extra_path = ["_reports"]
+REPORTS = Path(__file__).with_name("_reports")
+REPORTS.mkdir(exist_ok=True)  # Sphinx looks for it before it is filled
+html_extra_path = [REPORTS.name]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
@@ -48,7 +50,7 @@ def write_generated(app: Any) -> None:
     for page, markdown in GENERATED.items():
         Path(app.srcdir, f"{page}.md").write_text(markdown())
     Path(app.srcdir, "gallery.md").write_text(gallery.markdown(Path(app.srcdir, "_gallery")))
-    gallery.write_reports(Path(app.srcdir, "_reports"))
+    gallery.write_reports(REPORTS)
 
 
 def without_study(app: Any, page: str, source: list[str]) -> None:
