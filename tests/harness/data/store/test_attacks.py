@@ -171,7 +171,7 @@ def test_braces_stand_for_names() -> None:
 def test_urls_that_nothing_can_use_are_one_sentence(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aimscale.harness.data.store.shards._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("aimscale.harness.data.store.shards.FIRST_PAUSE_S", 0.0)
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     for arguments in (["info", url], ["index", url, "--out", tmp_path], ["index", f"{url}/a.tar", "--out", tmp_path]):
