@@ -43,14 +43,16 @@ def written_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
             yield aside
             if durable:
                 _fsync(aside)
-            aside.replace(path)
+            # Opened before: whoever waits for this file may rename the folder that it completes.
+            with _opened(path.parent) as folder:
+                aside.replace(path)
+                if durable:
+                    os.fsync(folder)
     except BaseException as error:
         aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)  # a full disk names no file
         raise
-    if durable:
-        _fsync(path.parent)
 
 
 def _make_parent(path: Path) -> None:
@@ -171,9 +173,16 @@ def remove_dir(path: Path) -> None:
 
 def _fsync(path: Path) -> None:
     """Make a file durable, or the renames inside a folder."""
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -30,6 +30,22 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
+def test_a_folder_may_be_renamed_as_soon_as_its_last_file_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a checkpoint is by the first rank, which waits for the parts of the others."""
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        found = real(self, target)
+        (tmp_path / "writing").rename(tmp_path / "published")
+        return found
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write_json(tmp_path / "writing/part.json", {"a": 1})
+    assert (tmp_path / "published/part.json").read_text() == '{\n "a": 1\n}\n'
+
+
 def test_a_lock_excludes_and_ends_with_its_block_although_a_child_was_forked_inside(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
     with locked(path):
