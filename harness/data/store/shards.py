@@ -77,21 +77,12 @@ def open_file(path: str) -> IO[bytes]:
     return opened
 
 
-def download(url: str, to: Path, size: int | None = None) -> None:
-    """Copy a remote file, again where that failed, in bounded memory.
-
-    Raises:
-        OSError: it cannot be read, or has not `size` bytes.
-    """
+def download(url: str, to: Path) -> None:
+    """Copy a remote file, again where that failed, in bounded memory; OSError when it cannot be read."""
 
     def fetch() -> None:
-        to.touch()
-        with open_file(url) as source, to.open("r+b") as target:
+        with open_file(url) as source, to.open("wb") as target:
             shutil.copyfileobj(source, target, _CHUNK_BYTES)
-            length = target.tell()
-            target.truncate()
-        if size not in (None, length):
-            raise OSError(f"{url} has {length} bytes, the index says {size}")
 
     with_retries(fetch)
 
