@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from aimscale.harness.run.config import RunConfig
 
 app = typer.Typer(
-    help="Measure training and loading against named limits, or all that a card can show.",
+    help="Measure training and loading against named limits, or a whole GPU.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -118,17 +118,17 @@ def data(
 
 
 @app.command()
-def card(
-    out: Annotated[Path, typer.Argument(help="Folder of card.json.")] = Path("card"),
+def gpu(
+    out: Annotated[Path, typer.Argument(help="Folder of gpu.json.")] = Path("gpu"),
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Small sizes on the CPU.")] = False,
 ) -> None:
-    """What only a card can show, in less than nine minutes: tests, peaks, training, a sweep, loading.
+    """Everything that needs a GPU, in less than nine minutes: tests, peaks, training, a sweep, loading.
 
     Exits with 1 if a part failed; what the others found is written.
     """
-    from aimscale.harness.bench.card import run
+    from aimscale.harness.bench.gpu import run
 
     done = run(out, rehearse=rehearse, report=typer.echo)
-    typer.echo(f"wrote {out / 'card.json'}")
+    typer.echo(f"wrote {out / 'gpu.json'}")
     if any(part["problem"] for part in done["parts"].values()):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""The first half hour with a card, in one command: what a card alone can show, as one JSON file.
+"""All that must be measured on a GPU, in one command and one JSON file.
 
 Every part is a command of its own in a process of its own, with a limit. One that fails or finds no time left is named
 in it, and the next goes on.
@@ -33,7 +33,7 @@ TESTS = Path(aimscale.__file__).resolve().parents[2] / "tests" / "cuda"
 MAX_LINES = 40
 """Of what a part printed that is no JSON."""
 SHAPE = {"image_size": 224, "patch_size": 14, "head_rule": "released"}
-"""Of the models trained on a card."""
+"""Of the models trained on a GPU."""
 TRAINING = (
     ("aim-600M", 128, "auto"),
     ("rung-384", 256, "auto"),
@@ -65,8 +65,8 @@ def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
     yield Part(name="tests", words=[*pytest, *(["-k", "bytes or cpu"] if rehearse else []), str(TESTS)], limit_s=200)
     training = list(_training(rehearse=rehearse))
     yield training[0]
-    num_cards = 2 if rehearse else torch.cuda.device_count()
-    yield from _stages(num_cards, rehearse=rehearse) if num_cards > 1 else ()
+    num_gpus = 2 if rehearse else torch.cuda.device_count()
+    yield from _stages(num_gpus, rehearse=rehearse) if num_gpus > 1 else ()
     yield from training[1:4]
     sweep = _write_sweep(folder, rehearse=rehearse)
     yield Part(name="sweep", words=[*AIMSCALE, "launch", str(sweep), "--root", str(folder)], limit_s=120)
@@ -78,21 +78,21 @@ def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
 
 
 def _training(*, rehearse: bool) -> Iterator[Part]:
-    """Every training step to be timed on one card."""
+    """Every training step to be timed on one GPU."""
     for index, (size, batch, how) in enumerate([("w16-d2", 8, "auto")] if rehearse else TRAINING):
         words = _step_of(size, batch, "fp32" if rehearse else "bf16", rehearse=rehearse, compile=how)
         words += [] if index < 2 else ["--alone"]
         yield Part(name=f"train {size} {how}", words=AIMSCALE + words, limit_s=200 if index < 2 else 120)
 
 
-def _stages(num_cards: int, *, rehearse: bool) -> Iterator[Part]:
-    """A step on all cards of this machine, its gradients reduced beside the backward pass (ZeRO 2) and after it (1)."""
+def _stages(num_gpus: int, *, rehearse: bool) -> Iterator[Part]:
+    """A step on all GPUs of this machine, its gradients reduced beside the backward pass (ZeRO 2) and after it (1)."""
     size, batch = ("w16-d2", 4) if rehearse else ("aim-600M", 128)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_cards)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_gpus)]
     for stage, rest in ((2, []), (1, ["--alone"])):
-        words = _step_of(size, num_cards * batch, "bf16", rehearse=rehearse, zero_stage=stage)
+        words = _step_of(size, num_gpus * batch, "bf16", rehearse=rehearse, zero_stage=stage)
         words = [*launcher, *AIMSCALE[1:], *words, *rest]
-        yield Part(name=f"train {size} on {num_cards}, ZeRO {stage}", words=words, limit_s=150)
+        yield Part(name=f"train {size} on {num_gpus}, ZeRO {stage}", words=words, limit_s=150)
 
 
 def _step_of(size: str, batch: int, precision: str, *, rehearse: bool, **runtime: object) -> list[str]:
@@ -106,14 +106,14 @@ def _step_of(size: str, batch: int, precision: str, *, rehearse: bool, **runtime
 
 
 def run(out: Path, *, rehearse: bool = False, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run all parts and write `card.json` into `out`.
+    """Run all parts and write `gpu.json` into `out`.
 
     Args:
         out: folder, made if need be.
         report: called with a line after each part.
 
     Returns:
-        What `card.json` holds: `setting`, and of every part its command, seconds, result and problem.
+        What `gpu.json` holds: `setting`, and of every part its command, seconds, result and problem.
     """
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -128,7 +128,7 @@ def run(out: Path, *, rehearse: bool = False, report: Callable[[str], None] = pr
             done["parts"][part.name] = found
             report(f"{part.name}: {found['problem'] or 'done'}, {found['seconds']:.0f} s")
             done["seconds"] = time.monotonic() - started
-            (out / "card.json").write_text(json.dumps(done, indent=1))  # after every part: an end without warning
+            (out / "gpu.json").write_text(json.dumps(done, indent=1))  # after every part: an end without warning
     return done
 
 
@@ -144,7 +144,7 @@ def _execute(part: Part, limit_s: float, rehearse: bool) -> dict[str, Any]:
         out, err = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         is_late = True
-        process.terminate()  # a launch then ends its runs, which would hold the card
+        process.terminate()  # a launch then ends its runs, which would hold the GPU
         try:
             out, err = process.communicate(timeout=GRACE_S)
         except subprocess.TimeoutExpired:
@@ -167,9 +167,9 @@ def _write_sweep(folder: Path, *, rehearse: bool) -> Path:
     """One size by two budgets on the bundled images."""
     write_bundled(folder / "data")
     size, batch, budgets = ("w16-d2", 16, [64, 128]) if rehearse else ("rung-128", 256, [25_600, 51_200])
-    path = folder / "card.yaml"
+    path = folder / "gpu.yaml"
     values = {
-        "name": "card",
+        "name": "gpu",
         "sizes": [size],
         "budgets": budgets,
         "base": {

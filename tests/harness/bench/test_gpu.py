@@ -1,4 +1,4 @@
-"""`aimscale bench card`, rehearsed on a CPU with small sizes: its parts run, and one that fails stops no other."""
+"""`aimscale bench gpu`, rehearsed on a CPU with small sizes: its parts run, and one that fails stops no other."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from aimscale.harness.bench import card
+from aimscale.harness.bench import gpu
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_rehearsal_ends_in_a_file(tmp_path: Path) -> None:
-    done = card.run(tmp_path, rehearse=True)
-    assert done == json.loads((tmp_path / "card.json").read_text())
+    done = gpu.run(tmp_path, rehearse=True)
+    assert done == json.loads((tmp_path / "gpu.json").read_text())
     assert {name: part["problem"] for name, part in done["parts"].items()} == dict.fromkeys(done["parts"], "")
     stages = [f"train w16-d2 on 2, ZeRO {stage}" for stage in (1, 2)]
     assert done["parts"].keys() == {"doctor", "tests", "train w16-d2 auto", *stages, "sweep", "status", "loader"}
@@ -24,7 +24,7 @@ def test_a_rehearsal_ends_in_a_file(tmp_path: Path) -> None:
         step = done["parts"][name]["result"]
         assert (step["world_size"], f"ZeRO {step['zero_stage']}") == (2, name[-6:])
         assert step["split_ms"]["exposed_communication"] > 0 < step["split_estimate_ms"]["exposed_communication"]
-    assert re.search(r"[1-9]\d* passed", done["parts"]["tests"]["result"][-1])  # those that need no card
+    assert re.search(r"[1-9]\d* passed", done["parts"]["tests"]["result"][-1])  # those that need no GPU
     assert [run["state"] for run in done["parts"]["status"]["result"]["runs"]] == ["finished"]
 
 
@@ -35,12 +35,12 @@ def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatc
         "slow": "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('in order')))"
         "; time.sleep(60)",
     }
-    parts = [card.Part(name=name, words=[sys.executable, "-c", code], limit_s=5) for name, code in programs.items()]
-    monkeypatch.setattr(card, "parts", lambda *_, **__: parts)
-    found = card.run(tmp_path)["parts"]
+    parts = [gpu.Part(name=name, words=[sys.executable, "-c", code], limit_s=5) for name, code in programs.items()]
+    monkeypatch.setattr(gpu, "parts", lambda *_, **__: parts)
+    found = gpu.run(tmp_path)["parts"]
     assert found["good"]["result"] == {"a": 1}
     assert found["bad"]["problem"] == "exit code 1: no driver"
     assert found["slow"]["problem"] == "not done after 5 s"
     assert found["slow"]["result"] == ["in order"], "it could end its own processes"
-    monkeypatch.setattr(card, "TOTAL_S", 0)
-    assert card.run(tmp_path)["parts"]["good"]["problem"] == "no time was left"
+    monkeypatch.setattr(gpu, "TOTAL_S", 0)
+    assert gpu.run(tmp_path)["parts"]["good"]["problem"] == "no time was left"
