@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -102,6 +103,11 @@ def test_commands_that_are_mentioned_exist(page: Path) -> None:
     assert mistakes_in_commands(page.read_text()) == []
 
 
-def test_the_citation_is_of_this_version() -> None:
+def test_changelog_citation_and_package_say_one_release() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert f'version = "{cited["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert cited["version"] == project["version"]
+    assert f"\n## {cited['version']} ({cited['date-released']})" in changes
+    assert cited["repository-code"] == project["urls"]["Repository"]
+    assert len(changes.splitlines()) <= 30
