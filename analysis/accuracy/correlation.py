@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau, pearsonr, rankdata, spearmanr
 from scipy.stats import t as student
 
-from aimscale.analysis.display import Result
+from aimscale.analysis.accuracy.result import Correlation, Correlations
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import SIZE_COLUMNS
 from aimscale.analysis.fitting.result import CONFIDENCE
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.table.names import Exclusion, no_column, their_name
-from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.table.measures import wanted_measures
+from aimscale.analysis.table.names import no_column, our_name, their_name
+from aimscale.analysis.table.points import complete, usable_rows
+from aimscale.analysis.table.read import probe_frame
 
 METHODS = {"pearson": pearsonr, "spearman": spearmanr, "kendall": kendalltau}
 MIN_ROWS = 4
@@ -33,62 +35,15 @@ NOTHING_LEFT = 3e-4
 """A column of which less than this share of its spread is left does not vary at equal compute."""
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Correlation(Result):
-    """How two columns go together."""
-
-    method: str
-    """pearson, spearman or kendall."""
-    x: str
-    y: str
-    value: float
-    """Coefficient, -1 to 1."""
-    low: float
-    high: float
-    num_points: int
-    cluster: str | None
-    """Column whose rows were left out together; None for single rows."""
-    num_clusters: int
-    partial_on: str | None = None
-    """Column that was held equal, if any."""
-    num_groups: int | None = None
-    """Groups of rows that share it, within which rows were compared; None: about a smooth function of it."""
-    within: str | None = None
-    """Column whose groups' means were taken out of both, if any."""
-    exclusions: tuple[Exclusion, ...] = ()
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row: method, x, y, value, low, high, num_points."""
-        names = ("method", "x", "y", "value", "low", "high", "num_points")
-        return pd.DataFrame([{name: getattr(self, name) for name in names}])
-
-    def sentence(self) -> str:
-        """Coefficient, interval, n and what was held equal."""
-        groups = f"within {self.num_groups} groups of equal" if self.num_groups else "about a smooth function of"
-        held = f", {groups} {self.partial_on}" if self.partial_on else ""
-        held += f", within {self.within}" if self.within else ""
-        left = f" Left out: {'; '.join(map(str, self.exclusions))}." if self.exclusions else ""
-        nothing = "" if self.low > 0 or self.high < 0 else ", not significant"
-        unit = f"{self.num_points} rows" if self.cluster is None else f"{self.num_clusters} clusters by {self.cluster}"
-        return (
-            f"{self.method.capitalize()} correlation of {self.x} and {self.y}{held}: {self.value:.3f}{nothing} "
-            f"({CONFIDENCE:.0%} interval {self.low:.3f} to {self.high:.3f}; n = {self.num_points}; "
-            f"Fisher's z, standard error over {unit}).{left}"
-        )
-
-    headline = sentence
-
-
 def correlate(
     df: pd.DataFrame,
     *,
-    x: str,
-    y: str,
+    x: str = "val_loss",
+    y: str = "top1",
     methods: Sequence[str] = tuple(METHODS),
     partial: str | None = None,
     within: str | None = None,
-) -> tuple[Correlation, ...]:
+) -> Correlations:
     """Correlations of two columns with intervals on Fisher's scale.
 
     Their variance is the mean of two, by degrees of freedom: Fisher's (Bonett and Wright's for ranks) with as many rows
@@ -96,21 +51,52 @@ def correlate(
     where there are four or more and some have several rows (runs where means of `within` take sizes out).
 
     Args:
+        df: a results table, or rows of `probe_frame`.
+        x: a column, or a law's letter.
+        y: a column, or accuracies: TASK:KIND, TASK, or top1 for all of the table.
         methods: any of pearson, spearman, kendall.
         partial: positive column (usually flops_train) that is held equal: rows are compared within groups that share
             it, else about a smooth function of it.
         within: column (such as size) whose groups' means are taken out of both first.
 
+    Returns:
+        One coefficient per accuracy and method, each with its interval.
+
     Raises:
         AnalysisError: missing or constant column, one column twice, unknown method, or fewer than 4 usable rows.
     """
-    _check_names(df, methods, x, y, partial, within)
+    x = our_name(df, x)
+    partial, within = (name and our_name(df, name) for name in (partial, within))
+    y, groups = _by_accuracy(df, our_name(df, y))
+    found = []
+    for (task, kind), rows in groups.items():
+        _check_names(rows, methods, x, y, partial, within)
+        each = _coefficients(rows, methods, x, y, partial, within)
+        found += [replace(c, task=task, kind=kind) for c in each]
+    return Correlations(correlations=tuple(found))
+
+
+def _by_accuracy(df: pd.DataFrame, y: str) -> tuple[str, dict[tuple[str, str], pd.DataFrame]]:
+    """The column that y means, and (task, kind) -> the rows that have it; ("", "") for a column of the table."""
+    if y in df.columns:
+        return y, {("", ""): df}
+    rows = complete(df)
+    asked, probes = wanted_measures(rows, [y], by=""), probe_frame(rows)
+    groups = {(m.task, m.kind): probes[(probes["task"] == m.task) & (probes["kind"] == m.kind)] for m in asked}
+    return asked[0].column, dict(sorted(groups.items()))
+
+
+def _coefficients(
+    df: pd.DataFrame, methods: Sequence[str], x: str, y: str, partial: str | None, within: str | None
+) -> Iterator[Correlation]:
+    """One per method."""
     numeric = [name for name in (x, y, partial) if name]
     used = usable_rows(df, {name: name for name in numeric}, signed={x, y} - {partial})
     cluster = _clusters(used.rows, within)
     pair = _pair(used.rows, used.numbers, x, y, partial, within, cluster)
-    return tuple(
-        Correlation(
+    for method in methods:
+        value, low, high = pair.interval(method)
+        yield Correlation(
             method=method,
             x=their_name(df, x),
             y=their_name(df, y),
@@ -125,9 +111,6 @@ def correlate(
             within=within and their_name(df, within),
             exclusions=used.exclusions,
         )
-        for method in methods
-        for value, low, high in [pair.interval(method)]
-    )
 
 
 def _check_names(df: pd.DataFrame, methods: Sequence[str], x: str, y: str, *others: str | None) -> None:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_module
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-Probe = tuple[str, str]
-"""Task and kind of probe."""
 
 
 def contrast(
@@ -66,36 +59,5 @@ def correlate(
 ) -> None:
     """Pearson, Spearman and Kendall with intervals."""
     from aimscale.analysis.accuracy.correlation import correlate
-    from aimscale.analysis.table.names import our_name
-    from aimscale.analysis.words import measured_by
 
-    df = table_of(tables, columns, where)
-    x, y = our_name(df, x), our_name(df, y)
-    partial, within = (our_name(df, name) if name else None for name in (partial, within))
-    y, groups = groups_by_probe(df, y)
-    found = {probe: correlate(rows, x=x, y=y, partial=partial, within=within) for probe, rows in groups.items()}
-    if json:
-        rows = [{"task": task, "kind": kind} | c.to_dict() for (task, kind), group in found.items() for c in group]
-        typer.echo(json_module.dumps(rows, indent=2, allow_nan=False))
-        return
-    for (task, kind), group in found.items():
-        lines = [f"{task}, {measured_by(kind)}:"] if task else []
-        typer.echo("\n".join([*lines, *(f"  {c.sentence()}" for c in group)]))
-
-
-def groups_by_probe(df: pd.DataFrame, y: str) -> tuple[str, dict[Probe, pd.DataFrame]]:
-    """The column that `y` means, and (task, kind) -> its rows over the finished runs; ("", "") for a plain column.
-
-    Raises:
-        AnalysisError: no such column or accuracy.
-    """
-    from aimscale.analysis.table.measures import wanted_measures
-    from aimscale.analysis.table.points import complete
-    from aimscale.analysis.table.read import probe_frame
-
-    rows = complete(df)
-    if y in df.columns:
-        return y, {("", ""): rows}
-    asked, probes = wanted_measures(rows, [y], by=""), probe_frame(rows)
-    groups = {(m.task, m.kind): probes[(probes["task"] == m.task) & (probes["kind"] == m.kind)] for m in asked}
-    return asked[0].column, dict(sorted(groups.items()))
+    show(correlate(table_of(tables, columns, where), x=x, y=y, partial=partial, within=within), json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +42,7 @@ from aimscale.analysis.table.names import names_of
 from aimscale.analysis.table.read import loss_unit
 
 if TYPE_CHECKING:
-    from aimscale.analysis.accuracy.correlation import Correlation
+    from aimscale.analysis.accuracy.result import Correlation
     from aimscale.analysis.fitting.result import Fit
 
 SCALES = (("params_total", "images_seen"), ("images_seen", "params_total"), ("flops_train", "params_total"))
@@ -148,7 +148,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def plot_loss_accuracy(
-    probes: pd.DataFrame, correlations: Mapping[str, Sequence[Correlation]], links: Mapping[str, Fit] | None = None
+    probes: pd.DataFrame, correlations: Mapping[str, Iterable[Correlation]], links: Mapping[str, Fit] | None = None
 ) -> Figure:
     """Validation loss against probe accuracy, a panel per task, one marker per size (or images seen).
 
@@ -191,7 +191,7 @@ def _task_panels(tasks: Sequence[str], height: float) -> tuple[Figure, list[Axes
     return figure, panels[: len(tasks)], columns
 
 
-def _loss_panel(ax: Axes, rows: pd.DataFrame, correlations: Sequence[Correlation]) -> None:
+def _loss_panel(ax: Axes, rows: pd.DataFrame, correlations: Iterable[Correlation]) -> None:
     ax.set_xlabel(axis_label("val_loss", loss_unit(rows)).replace("\n", " "))
     chance = rows["chance"].dropna()
     low, high = ax.get_ylim()

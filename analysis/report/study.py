@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.accuracy.correlation import Correlation, correlate
+from aimscale.analysis.accuracy.correlation import correlate
 from aimscale.analysis.accuracy.links import chance_level, ideal_loss, link
+from aimscale.analysis.accuracy.result import Correlation
 from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
 from aimscale.analysis.effects.plateau import Plateau, first_plateau
@@ -344,7 +345,7 @@ def correlate_probes(study: Study) -> None:
 
 def _correlations(rows: pd.DataFrame) -> tuple[Correlation, ...]:
     """Pearson, Spearman, Kendall, and Pearson at equal compute and within a size."""
-    found = correlate(rows, x="val_loss", y="top1")
+    found = [*correlate(rows)]
     more: list[dict[str, Any]] = []
     if "flops_train" in rows and rows["flops_train"].nunique() > 2:
         more.append({"partial": "flops_train"})
@@ -354,8 +355,8 @@ def _correlations(rows: pd.DataFrame) -> tuple[Correlation, ...]:
     for options in more:
         # compute or size may explain one of the two completely, so that nothing is left to correlate
         with contextlib.suppress(AnalysisError):
-            found += correlate(rows, x="val_loss", y="top1", methods=("pearson",), **options)
-    return found
+            found += correlate(rows, methods=("pearson",), **options)
+    return tuple(found)
 
 
 FORECAST_SCALES = (2.0, 10.0)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from aimscale.analysis.accuracy.correlation import Correlation
+from aimscale.analysis.accuracy.result import Correlation
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.words import accuracy_of, human

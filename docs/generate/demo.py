@@ -79,9 +79,7 @@ def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:
     baselines = _of_task(read_table(folder / "baselines.parquet")).set_index(["kind", "size"])["top1"]
     gains, contests = [], []
     for kind, rows in probes.groupby("kind", sort=False):
-        pearson, within = (
-            correlate(rows, x="val_loss", y="top1", methods=("pearson",), within=by)[0] for by in (None, "size")
-        )
+        (pearson,), (within,) = (correlate(rows, methods=("pearson",), within=by) for by in (None, "size"))
         first, last = rows["top1"].iloc[[0, -1]]
         gains.append(
             f"{kind} probe {first:.0%} to {last:.0%} from the cheapest to the most expensive point, Pearson "
@@ -103,7 +101,7 @@ def draw(table: pd.DataFrame) -> None:
     """README's figures: loss against parameters with the law, and the task's accuracy against loss."""
     probes = _of_task(table)
     probes = probes[probes["kind"] == "linear"].assign(task=f"{TASK}, linear probe")
-    pearson = correlate(probes, x="val_loss", y="top1", methods=("pearson",))
+    pearson = correlate(probes, methods=("pearson",))
     figures = plot_fit(law(table), x="N"), plot_loss_accuracy(probes, {probes["task"].iloc[0]: pearson})
     for path, figure in zip(FIGURES, figures, strict=True):
         path.write_bytes(png_bytes(figure))

@@ -38,8 +38,7 @@ CALLS = {
     ),
     "loss-accuracy": (
         "Accuracy against loss, with its correlation",
-        'knn = probes[probes["kind"] == "knn"]\n'
-        'figure = plot_loss_accuracy(knn, {"cifar10-10k": correlate(knn, x="val_loss", y="top1")})',
+        'knn = probes[probes["kind"] == "knn"]\nfigure = plot_loss_accuracy(knn, {"cifar10-10k": correlate(knn)})',
     ),
     "contrast": ("One change, all else equal", 'figure = contrast(directions, by="prefix").plot()'),
 }

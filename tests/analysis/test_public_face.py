@@ -36,10 +36,7 @@ def test_results_show_and_draw_themselves(grid):
     result = analysis.fit("chinchilla", grid, resamples=40)
     approaches = analysis.all_approaches(grid, resamples=40)
     results = [result, approaches, approaches.frontiers[-1]]
-    results += [
-        analysis.held_out(result, grid, by="N", resamples=40),
-        *analysis.correlate(grid, x="images_seen", y="val_loss"),
-    ]
+    results += [analysis.held_out(result, grid, by="N", resamples=40), analysis.correlate(grid, x="D", y="L")]
     for each in results:
         first, *rest = repr(each).splitlines()
         assert each.headline() == first

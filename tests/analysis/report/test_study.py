@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis import correlate, link
-from aimscale.analysis.cli.effects import groups_by_probe
 from aimscale.analysis.report.page import write_report
 from aimscale.analysis.report.study import Study, correlate_probes
 from aimscale.analysis.table.read import probe_frame
@@ -63,9 +62,10 @@ def test_the_page_and_the_verbs_have_one_interval(known_study):
         exclusions=[], resamples=100,
     )  # fmt: skip
     correlate_probes(found)
-    for (task, kind), group in groups_by_probe(frame, "top1")[1].items():
-        by_verb = correlate(group, x="val_loss", y="top1")
-        assert found.correlations[kind, task][: len(by_verb)] == by_verb
+    for (task, kind), group in found.probes.groupby(["task", "kind"]):
+        by_verb = correlate(frame, y=f"{task}:{kind}")
+        assert [c.value for c in found.correlations[kind, task]][: len(by_verb.table)] == [c.value for c in by_verb]
+        group = group.reset_index(drop=True)
         alone = link(group, chance=0.1, ideal=0.0, resamples=100)
         assert found.links[kind, task].intervals == alone.intervals
 

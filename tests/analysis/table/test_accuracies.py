@@ -59,7 +59,8 @@ def test_their_names_and_what_was_left_out_come_along(theirs, tmp_path):
         part.to_csv(tmp_path / f"{name}.csv", index=False)
     both = [str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]
     columns = "N=n,L=loss,run_id=run,dtd:linear=dtd_acc/100"
-    (first, *_) = json.loads(say("correlate", *both, "--columns", columns, "--where", "n>2e5", "--json"))
+    found = json.loads(say("correlate", *both, "--columns", columns, "--where", "n>2e5", "--json"))
+    first = found["correlations"][0]
     dropped = 2 * int((theirs["n"] <= 2e5).sum())
     assert (first["x"], first["num_points"]) == ("loss", 2 * len(theirs) - dropped)
     assert first["exclusions"] == [{"kind": "where", "subject": "n>2e5", "number": dropped}]
