@@ -1,7 +1,7 @@
 """How the pages are built: `sphinx-build -W --keep-going -n docs site`. Warnings are errors, a dead link among them.
 
-Four pages (commands, fields of a configuration, the Python API, figures) and the sample reports are written from the
-code by the modules in `generate`.
+Five pages (commands, fields of a configuration, columns of a table, the Python API, figures) and the sample reports are
+written from the code by the modules in `generate`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generate import api_reference, command_reference, config_reference, gallery
+from generate import api_reference, command_reference, config_reference, gallery, table_reference
 
 project = "aimscale"
 copyright = "the aimscale maintainers, Apache-2.0"
@@ -42,6 +42,7 @@ GENERATED = {
     "configuration": config_reference.markdown,
     "commands": command_reference.markdown,
     "api": api_reference.markdown,
+    "columns": table_reference.markdown,
 }
 
 

@@ -149,7 +149,7 @@ def _sizes() -> Iterator[str]:
     )
     rules = get_args(HeadRule)
     heads = " | ".join(f"N, {rule} head" for rule in rules)
-    yield f"| size | width | depth | heads | N, trunk | {heads} |\n|---|---|---|---|---|{'---|' * len(rules)}"
+    yield f"| size | width | depth | heads | N, backbone | {heads} |\n|---|---|---|---|---|{'---|' * len(rules)}"
     for name in known_sizes():
         shape = model_config(name)
         counts = [param_count(model_config(name, head_rule=rule)) for rule in rules]

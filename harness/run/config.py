@@ -32,14 +32,14 @@ class ModelSection(Section):
     channels: int = Field(3, gt=0)
     """Colour channels of the input."""
     head_rule: HeadRule = "proportional"
-    """How the pixel head follows the trunk: 12 blocks of width 2048 as published; the same share of the trunk as
+    """How the pixel head follows the backbone: 12 blocks of width 2048 as published; the same share of it as
     in aim-600M (width 4/3 d, half of the blocks); or a linear head alone."""
     head_width: int | None = Field(None, gt=0)
     """Overrides the width that `head_rule` gives."""
     head_depth: int | None = Field(None, ge=0)
     """Overrides the number of blocks that `head_rule` gives."""
     head_kind: HeadKind = "mlp"
-    """Blocks of the pixel head: MLPs, token by token (paper's choice), or transformer blocks under the trunk's mask."""
+    """Blocks of the pixel head: MLPs, token by token (the paper's), or transformer blocks under the backbone's mask."""
     ln_residual: bool = False
     """Head blocks add LN(x) before the MLP residual, as the authors' trainer does."""
     patch_order: PatchOrder = "raster"
@@ -226,7 +226,7 @@ class ProbeSection(Section):
         "attentive",
     )
     """Which probes to fit. `efficient`: 32 queries over whole tokens (arXiv 2506.10178). `lora` is not frozen: it
-    adapts the trunk (rank 8; paper, Table 8) under an attentive head."""
+    adapts the backbone (rank 8; paper, Table 8) under an attentive head."""
     augmentation: Literal["none", "published"] = "none"
     """Training views: one centre crop, or the published recipe (random resized crops of scale 0.08 to 1, flips,
     RandAugment m9 mstd0.5 inc1), from which attentive and linear heads learn; k-NN sees centre crops alone."""
@@ -305,7 +305,7 @@ class RuntimeConfig(Section):
     """How and where a run is executed; none of this may change its result."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where there is a card."""
+    """`auto` takes CUDA where there is a GPU."""
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage; `auto` takes what fits with the shortest step by estimate (`harness.device.execution`)."""
     micro_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
@@ -314,7 +314,7 @@ class RuntimeConfig(Section):
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute block activations in the backward pass."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile the blocks; `auto` does on a card, but not at ZeRO 3. It is refused on a CPU, being slower."""
+    """torch.compile the blocks; `auto` does on a GPU, but not at ZeRO 3. It is refused on a CPU, being slower."""
     num_workers: int = Field(0, ge=0, le=4096)
     """Loader processes per rank; 0 loads in the trainer itself, between its steps."""
     num_threads: int = Field(1, ge=1, le=4096)

@@ -91,7 +91,7 @@ class CostSection(Section):
     step_ms: float | None = Field(None, ge=0, le=1e6)
     """Time of a step beyond that, ms; null: the communication that is not hidden, as estimated."""
     memory_gb: float | None = Field(None, ge=1e-3, le=1e6)
-    """Memory of one device, GB; null: 85 (an 80 GB card has 79 GiB), or this machine's."""
+    """Memory of one device, GB; null: 85 (an 80 GB GPU has 79 GiB), or this machine's."""
     pool_images: Count | None = None
     """Size of the image pool, where the data sets are not available to be counted."""
 
@@ -133,7 +133,7 @@ class SlurmSection(Section):
     """Seconds between the signal to save and the end, before a time limit and after Ctrl-C; auto: two saves at 0.5 GB/s
     and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
-    """Tasks (and cards) of one node."""
+    """Tasks (and GPUs) of one node."""
     gpus: bool | Line = True
     """Ask for a GPU per device, of a type where one is named, e.g. a100; false for CPU nodes."""
     cpus_per_task: int = Field(8, gt=0)

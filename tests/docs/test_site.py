@@ -11,7 +11,7 @@ import pytest
 import typer
 import typer.main
 import yaml
-from generate import api_reference, command_reference, config_reference
+from generate import api_reference, command_reference, config_reference, table_reference
 
 from aimscale.sweeps.cli.main import HIDDEN, VERBS, app
 
@@ -20,6 +20,7 @@ GENERATED = {
     ROOT / "docs/commands.md": command_reference.markdown,
     ROOT / "docs/configuration.md": config_reference.markdown,
     ROOT / "docs/api.md": api_reference.markdown,
+    ROOT / "docs/columns.md": table_reference.markdown,
 }
 """Pages that the site's build writes."""
 GALLERY = ROOT / "docs/gallery.md"

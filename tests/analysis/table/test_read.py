@@ -1,7 +1,6 @@
 """The results table: a round trip keeps every value, foreign tables map, and bad ones are refused in one sentence."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,7 +8,7 @@ import pytest
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
-from aimscale.analysis.table.schema import COLUMNS, PROBE_FIELDS, results_table, write_table
+from aimscale.analysis.table.schema import COLUMNS, results_table, write_table
 
 PROBE = {"task": "digits", "kind": "linear", "blocks": [1, 2], "num_classes": 10, "n": 100, "top1": 0.5, "margin": 3}
 ROWS = [
@@ -86,10 +85,3 @@ def test_a_newer_schema_is_refused(tmp_path):
     write_table(newer, path)
     with pytest.raises(AnalysisError, match="99"):
         read_table(path)
-
-
-def test_the_documented_schema_is_the_schema():
-    documented = (Path(__file__).parents[3] / "docs" / "results-table.md").read_text()
-    for columns in (COLUMNS, PROBE_FIELDS):
-        lines = [f"| {c.name} | {c.dtype} | {c.unit} | {c.meaning} |" for c in columns]
-        assert "\n".join(["| name | type | unit | meaning |", "|---|---|---|---|", *lines, ""]) in documented
