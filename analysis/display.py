@@ -6,9 +6,14 @@ import dataclasses
 import html
 import importlib
 import json
+import re
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.words import human
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 20
 """Rows that a shell and a notebook show of a longer table."""
+WIDE = 1000
+"""Columns where there is no terminal, and lines are as long as they are."""
 
 
 class Result:
@@ -31,10 +38,19 @@ class Result:
         """One line: what this is."""
         raise NotImplementedError
 
+    def facts(self) -> list[tuple[str, str]]:
+        """What stands above the table as key and value, what to be careful about first."""
+        return []
+
+    def cells(self) -> list[dict[str, str]]:
+        """The table as a reader sees it."""
+        return [{str(k): _cell(v) for k, v in row.items()} for row in self.table.to_dict("records")]
+
     def summary(self) -> str:
         """All there is to say, as the command prints it."""
-        said = getattr(self, "sentences", lambda: [self.headline()])()
-        return "\n".join([*said, "", _text(self.table, len(self.table))])
+        said = getattr(self, "sentences", lambda: [self.headline()])
+        above = fact_lines(facts) if (facts := self.facts()) else "\n".join(said())
+        return f"{above}\n\n{text_table(self.cells())}"
 
     def plot(self, **options: Any) -> Figure:
         """Its figure, by the public function of the same name, such as `plot_fit`, which says what options there are.
@@ -65,6 +81,34 @@ class Result:
         """What a notebook shows."""
         table = self.table.to_html(index=False, max_rows=MAX_ROWS, float_format=_number, border=0)
         return f"<p>{html.escape(self.headline())}</p>{table}"
+
+
+def fact_lines(facts: Sequence[tuple[str, str]]) -> str:
+    """Keys and values in two columns; a value that the terminal is too narrow for goes on below itself."""
+    edge = max((len(key) for key, _ in facts), default=0) + 2
+    width = max(shutil.get_terminal_size((WIDE, 0)).columns, edge + 30)
+    lines = (f"{key:<{edge}}{value}" for key, value in facts)
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * edge, break_long_words=False) for line in lines)
+
+
+def as_sentences(facts: Sequence[tuple[str, str]]) -> list[str]:
+    """Facts for running text."""
+    return [f"{key[0].upper()}{key[1:]}: {value.rstrip('.')}." for key, value in facts]
+
+
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Cells in columns under their heads, numbers to the right; a column without a word is left out."""
+    columns = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        cells = [row.get(name, "") for row in rows]
+        width = max(map(len, (name, *cells)))
+        to_the_right = all(re.match(r"[-+–\d]|$", cell) for cell in cells)
+        columns += [[f"{each:{'>' if to_the_right else '<'}{width}}" for each in (name, *cells)]] if any(cells) else []
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def _cell(value: Any) -> str:
+    return human(value, 4) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def _text(table: pd.DataFrame, max_rows: int) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,15 +51,17 @@ FLAGS = {
     "those of budgets.",
     "during_mixed": "{number:.0f} rows are points during training, which lie above budgets because their learning rate "
     "has not decayed; leave them out by --where status=complete.",
-    "few_sizes": "C = {number:.3g}: too few sizes near the lowest loss for a parabola",
-    "edge": "C = {number:.3g}: the {subject} size has the lowest loss, so the minimum is not interior",
-    "not_convex": "C = {number:.3g}: the parabola is not convex",
-    "outside": "C = {number:.3g}: the vertex of the parabola lies outside the measured sizes",
-    "few_curves": "three sizes measured at two budgets or more are needed, and the table has {number:.0f}",
-    "one_size": "one size is lowest at every budget where curves overlap",
-    "few_minima": "{number:.0f} budgets have an interior, convex minimum, and two are needed",
+    "few_sizes": "too few sizes lie near the lowest loss",
+    "edge": "the {subject} size has the lowest loss",
+    "not_convex": "the losses have no minimum over size",
+    "outside": "the minimum lies outside the measured sizes",
+    "few_curves": "it needs three sizes with two budgets each, and the table has {number:.0f}",
+    "one_size": "one size has the lowest loss wherever training curves overlap",
+    "few_minima": "{number:.0f} of {more[0]:.0f} amounts of compute have a best size between smaller and larger ones, "
+    "and 2 are needed",
     "no_exponents": "the exponents of the {subject} law are not identified",
-    "no_minimum": "the {subject} law has no minimum along C = {number:.3g} within {more[0]:.3g} times the sizes",
+    "no_minimum": "the {subject} law has no best size at {number:.3g} FLOP within {more[0]:.3g} times the measured "
+    "sizes",
     "no_law": "the {subject} law was not fitted: {more[0]}",
     "other_unit": "Losses at different {subject} are of other targets or pictures, so they are not compared.",
     "absent": "{more[0]}: no value at {more[3]} = {subject}.",
@@ -148,6 +151,11 @@ def power_of_ten(value: float, digits: int = 2) -> str:
     return power if mantissa == "1" else f"{mantissa}×{power}"
 
 
+def percent(share: float, digits: int = 2) -> str:
+    """A fraction as per cent."""
+    return f"{human(100 * share, digits)} %"
+
+
 def p_value(p: float) -> str:
     """A probability of chance; digits of a tiny one say nothing."""
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.1g}"
@@ -170,6 +178,12 @@ def some(names: Sequence[str]) -> str:
     """`MAX_NAMED` of the names at most, and how many more there are."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return f"{', '.join(names[:MAX_NAMED])}{more}"
+
+
+def refusal_words(flags: Sequence[Flag]) -> str:
+    """Why amounts of compute were refused, and how many for each reason."""
+    counts = Counter(map(str, flags))
+    return ", ".join(f"{why} ({num})" for why, num in counts.items())
 
 
 def flag_words(flags: Sequence[Flag]) -> list[str]:
@@ -210,24 +224,24 @@ def interval_words(fit: Fit) -> str:
     return f"cluster-robust (CR2, Bell-McCaffrey) over {counts[0] if counts else f'{fit.num_points} points'}"
 
 
-def fit_sentences(fit: Fit) -> list[str]:
-    """All but the parameters: what the variables count, n, range, objective, exclusions, intervals, held-out errors,
-    flags; the checklist is that of (Mis)fitting (Li et al. 2025).
+def fit_facts(fit: Fit) -> Iterator[tuple[str, str]]:
+    """All but the parameters: flags, the law, what its variables count, rows, ranges, objective, intervals, held-out
+    errors; the checklist is that of (Mis)fitting (Li et al. 2025).
     """
+    yield from (("with care", each) for each in (*flag_words(fit.flags), *held_out_cautions(fit.heldout)))
+    yield "law", fit.law.formula
     names = {"L": variable_words(fit, "y"), **{v: variable_words(fit, v) for v in fit.law.variables}}
-    where = ", ".join(f"{letter} = {name}" for letter, name in names.items() if letter != name)
-    ranges = ", ".join(f"{v} from {low:.3g} to {high:.3g}" for v, (low, high) in fit.ranges.items())
-    residuals = f"{'log ' if fit.objective.log else ''}residuals"
-    least = f"Huber losses of {residuals}, delta {fit.objective.delta:.3g}" if fit.objective.robust else residuals
-    return [
-        f"{fit.law.formula}{f', where {where}' if where else ''}.",
-        f"{fit.num_points} of {fit.num_rows} points, {ranges}; least {'' if fit.objective.robust else 'squares of '}"
-        f"{least}: {fit.objective_value:.6g}.",
-        *([f"Left out: {'; '.join(map(str, fit.exclusions))}."] if fit.exclusions else []),
-        f"Intervals: 95 %, {interval_words(fit)}." if fit.intervals else "No intervals were computed.",
-        *([test.sentence() for test in fit.heldout] or ["Not tested on a held-out scale."]),
-        *flag_words(fit.flags),
-    ]
+    if other := [f"{letter} = {name}" for letter, name in names.items() if letter != name]:
+        yield "columns", ", ".join(other)
+    yield "rows", f"{fit.num_points} of {fit.num_rows}"
+    yield from [("left out", "; ".join(map(str, fit.exclusions)))] if fit.exclusions else []
+    yield from ((f"range {v}", f"{human(low)} to {human(high)}") for v, (low, high) in fit.ranges.items())
+    delta = f" with delta {human(fit.objective.delta)}" if fit.objective.robust else ""
+    residuals = f"{'Huber losses' if delta else 'squares'} of {'log ' if fit.objective.log else ''}residuals"
+    yield "objective", f"{fit.objective.name}: sum of {residuals}{delta}, {human(fit.objective_value, 4)}"
+    yield "intervals", f"95 %, {interval_words(fit)}" if fit.intervals else "none"
+    yield from ((f"held out {test.variable}", held_out_words(test)) for test in fit.heldout)
+    yield from [] if fit.heldout else [("held out", "nothing")]
 
 
 def variable_words(fit: Fit, variable: str) -> str:
@@ -237,17 +251,34 @@ def variable_words(fit: Fit, variable: str) -> str:
     return f"{name} ({UNITS[column]})" if fit.loss_unit and name == column and column in UNITS else name
 
 
-def held_out_sentence(test: HeldOut) -> str:
+def held_out_words(test: HeldOut) -> str:
     """Error on the held-out scale beside the naive baseline."""
     names = ", ".join(sorted(test.not_identified))
-    unknown = f" Those {test.num_train} do not identify {names}." if names else ""
+    unknown = f"; not identified without them: {names}" if names else ""
     verdict = "better" if test.is_better else "no better"
     return (
-        f"Held out {test.variable} >= {min(test.values):.3g}: fitted on {test.num_train} points, the law predicts "
-        f"the other {test.num_test} with mean error {test.mean_abs_relative_error:.2%}, {verdict} than a straight line "
-        f"in log-log ({test.naive_mean_abs_relative_error:.2%}); {test.num_inside} of {test.num_test} lie inside their "
-        f"prediction interval.{unknown}"
+        f"mean error {percent(test.mean_abs_relative_error, 3)} on {test.num_test} points, {verdict} than a straight "
+        f"line in log-log ({percent(test.naive_mean_abs_relative_error, 3)}); {test.num_inside} of {test.num_test} "
+        f"inside their prediction intervals; fitted to the {test.num_train} below {test.variable} = "
+        f"{human(min(test.values))}{unknown}"
     )
+
+
+INSIDE = 0.8
+"""Share of the left-out points that prediction intervals of 95 % must hold."""
+
+
+def held_out_cautions(tests: Sequence[HeldOut]) -> Iterator[str]:
+    """What held-out scales say against a law."""
+    for test in tests:
+        errors = [percent(each) for each in (test.mean_abs_relative_error, test.naive_mean_abs_relative_error)]
+        if test.not_identified & {"alpha", "beta"}:
+            yield f"The largest {test.variable} is no test: without it the exponents are not identified."
+        elif not test.is_better:
+            yield f"The largest {test.variable}, left out, is missed by {errors[0]}, by a straight line {errors[1]}."
+        elif test.num_inside < INSIDE * test.num_test:
+            inside = f"{test.num_inside} of {test.num_test} points of the largest {test.variable}"
+            yield f"Only {inside} lie inside their prediction intervals."
 
 
 def contrast_sentence(c: Contrast) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, plain_fields, plain_types
+from aimscale.analysis.display import Result, as_sentences, plain_fields, plain_types
 from aimscale.analysis.fitting.errors import Components
 from aimscale.analysis.fitting.groups import Groups
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.table.names import CANONICAL, Exclusion
-from aimscale.analysis.words import NOT_IDENTIFIED, Flag, fit_sentences, held_out_sentence, interval_words
+from aimscale.analysis.words import NOT_IDENTIFIED, Flag, fit_facts, held_out_words, human, interval_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,10 @@ class Interval:
     def is_known(self) -> bool:
         """Whether both ends are numbers."""
         return bool(np.isfinite([self.low, self.high]).all())
+
+    def shown(self, digits: int = 4) -> str:
+        """The same with so many digits, as counts are written: "[84.1k, 154k]"."""
+        return f"[{human(self.low, digits)}, {human(self.high, digits)}]" if self.is_known else "(no interval)"
 
     def words(self, form: str = ".3f") -> str:
         """E.g. "[0.31, 0.38]", or that there is no interval."""
@@ -86,7 +90,7 @@ class HeldOut(Result):
 
     def sentence(self) -> str:
         """Error on the held-out scale beside the naive baseline."""
-        return held_out_sentence(self)
+        return f"Held out {self.variable}: {held_out_words(self)}."
 
     headline = sentence
 
@@ -190,11 +194,11 @@ class Fit(Result):
         if name in self.not_identified:
             return NOT_IDENTIFIED
         if any(flag.kind == "from_above" and flag.subject == name for flag in self.flags):
-            return f"at most {self.intervals[name].high:.{digits}g}"
-        text = f"{self.params[name]:.{digits}g}"
+            return f"at most {human(self.intervals[name].high, digits)}"
+        text = human(self.params[name], digits)
         if name in self.fixed:
             return f"{text} (held)"
-        return f"{text} {self.intervals[name].words(f'.{digits}g')}" if name in self.intervals else text
+        return f"{text} {self.intervals[name].shown(digits)}" if name in self.intervals else text
 
     @property
     def table(self) -> pd.DataFrame:
@@ -213,15 +217,21 @@ class Fit(Result):
         flags = f"; {len(self.flags)} flag{'s' * (len(self.flags) > 1)}, see summary()" if self.flags else ""
         return f"{self.law.formula}, {self.columns['y']} of {self.num_points} points{flags}"
 
-    def summary(self) -> str:
-        """The parameters with their intervals, then what else there is to say, a sentence a line."""
-        width = max(map(len, self.params))
-        lines = [f"  {name:<{width}}  {self.shown(name)}" for name in self.params]
-        return "\n".join([*lines, "", *self.sentences()])
+    def cells(self) -> list[dict[str, str]]:
+        """The parameters with their intervals."""
+        parts = {name: self.shown(name).partition(" [") for name in self.params}
+        return [
+            {"parameter": name, "value": value, "95 % interval": f"[{interval}" if interval else ""}
+            for name, (value, _, interval) in parts.items()
+        ]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Flags, law, columns, rows, ranges, objective, intervals, held-out errors."""
+        return list(fit_facts(self))
 
     def sentences(self) -> list[str]:
-        """Variables, objective, n, exclusions, range, intervals, held-out errors, flags."""
-        return fit_sentences(self)
+        """The facts, each as a sentence."""
+        return as_sentences(self.facts())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the data and the draws, in plain types."""

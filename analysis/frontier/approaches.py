@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result
+from aimscale.analysis.display import Result, as_sentences, text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, Interval, interval
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
 from aimscale.analysis.frontier.parametric import parametric_frontier
-from aimscale.analysis.frontier.result import Frontier, NoFrontier, points_of
+from aimscale.analysis.frontier.result import Frontier, NoFrontier, points_of, why_not
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.names import their_name
-from aimscale.analysis.words import Flag, flag_words
+from aimscale.analysis.words import Flag, human, power_of_ten, refusal_words
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -61,28 +63,51 @@ class Approaches(Result):
         """Which approaches, and how far they disagree."""
         names = ", ".join(str(f.approach) for f in self.frontiers)
         return (
-            f"Compute-optimal size for {self.measure} by approach {names}; at {self.largest_budget:.3g} FLOPs their N* "
-            f"differ by a factor of {self.disagreement(self.largest_budget):.2f}"
+            f"Compute-optimal size for {self.measure} by approach {names}; at {power_of_ten(self.largest_budget, 3)} "
+            f"FLOP their N* differ by a factor of {self.disagreement(self.largest_budget):.2f}"
         )
 
+    def cells(self) -> list[dict[str, str]]:
+        """A row an approach."""
+        return [row for f in self.frontiers for row in f.cells()]
+
+    def cautions(self) -> list[str]:
+        """Approaches that were not possible, and those that disagree."""
+        failed = [f"Approach {k} is not possible: {why_not(flags).rstrip('.')}." for k, flags in self.failures.items()]
+        pairs = " and of ".join(f"{a} and {b}" for a, b in self.apart())
+        return [*failed, *([f"The intervals of approaches {pairs} do not overlap."] if pairs else [])]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Cautions, what is lowest, how far the approaches differ, how the intervals were found."""
+        found = [*(("with care", each) for each in self.cautions()), ("lowest", self.measure)]
+        if len(self.frontiers) > 1:
+            top = self.largest_budget
+            near, far = (f"{self.disagreement(c):.2f} times at {power_of_ten(c, 3)} FLOP" for c in (top, 100 * top))
+            found.append(("N* apart", f"{near}, {far}"))
+        how = {f"approach {f.approach}": f.exponent_interval.method for f in self.frontiers}
+        left = {f"approach {f.approach}": refusal_words(f.refusals) for f in self.frontiers if f.refusals}
+        parts = (("intervals", how), ("left out", left))
+        return [*found, *((key, "; ".join(map(": ".join, of.items()))) for key, of in parts if of)]
+
     def summary(self, flops: Array = None) -> str:
-        """All approaches as prose, and the optimum at budgets: by default the largest, and ten times it."""
+        """All approaches, and the optimum at amounts of compute: by default the largest, and ten times it."""
         optima = self.at([self.largest_budget, 10 * self.largest_budget] if flops is None else flops)
-        lines = "\n".join(self.sentences())
-        return f"{lines}\n\n{optima.to_string(index=False, float_format=lambda v: f'{v:.4g}')}"
+        return f"{super().summary()}\n\n{text_table([_optimum(row) for row in optima.to_dict('records')])}"
 
     def sentences(self) -> list[str]:
         """All approaches, their disagreement at the largest budget and beyond, and what failed."""
-        lines = [f.sentence() for f in self.frontiers]
-        if len(self.frontiers) > 1:
-            top, pairs = self.largest_budget, " and of ".join(f"{a} and {b}" for a, b in self.apart())
-            apart = f"; the intervals of {pairs} do not overlap" if pairs else ""
-            lines.append(
-                f"Their N* differ by a factor of {self.disagreement(top):.2f} at the largest budget {top:.3g} and of "
-                f"{self.disagreement(100 * top):.2f} at a hundred times it{apart}."
-            )
-        failed = [(k, "; ".join(flag_words(flags))) for k, flags in self.failures.items()]
-        return lines + [f"Approach {k} was not possible: {why.rstrip('.')}." for k, why in failed]
+        told = [fact for fact in self.facts() if fact[0] == "N* apart"]
+        return [*(f.sentence() for f in self.frontiers), *as_sentences(told), *self.cautions()]
+
+
+def _optimum(row: Mapping[Any, Any]) -> dict[str, str]:
+    """A row of `Approaches.at` as a reader sees it."""
+    out = {"approach": str(row["approach"]), "C (FLOP)": power_of_ten(row["C"], 3)}
+    for name, digits in (("N", 3), ("D", 3), ("loss", 4)):
+        if math.isfinite(row.get(name, math.nan)):
+            ends = Interval(low=row[f"{name}_lo"], high=row[f"{name}_hi"])
+            out |= {f"{name}*": human(row[name], digits), f"{name}* interval": ends.shown(digits)}
+    return {**out, "beyond": f"{row['beyond_range']:.3g}x" if row["beyond_range"] > 1 else ""}
 
 
 def all_approaches(
@@ -124,7 +149,7 @@ def all_approaches(
         except NoFrontier as error:
             failures[number] = error.flags
     if not frontiers:
-        reasons = [f"{number}: {'; '.join(flag_words(flags))}." for number, flags in failures.items()]
+        reasons = [f"Approach {number}: {why_not(flags).rstrip('.')}." for number, flags in failures.items()]
         raise AnalysisError(f"No approach is possible. {' '.join(reasons)}")
     return Approaches(frontiers=tuple(frontiers), failures=failures, measure=their_name(df, y))
 
@@ -146,11 +171,11 @@ class Gap:
     def sentence(self) -> str:
         """Both exponents and the ratio of sizes, and whether it is more than chance."""
         ratio = self.ratio_interval
-        larger = ", not significantly" if ratio.low <= 1 <= ratio.high else ""
+        larger = ", no significant difference" if ratio.low <= 1 <= ratio.high else ""
         return (
-            f"By {self.measures[0]} N grows as C^{self.exponents[0]}, by {self.measures[1]} as C^{self.exponents[1]} "
-            f"(approach {self.approach}); at {self.flops:.3g} FLOPs the best size "
-            f"by the first is {self.ratio:.2g} {ratio.words('.2g')} times that by the second{larger}."
+            f"N* grows as C^{self.exponents[0]} by {self.measures[0]}, as C^{self.exponents[1]} by {self.measures[1]} "
+            f"(approach {self.approach}). At {power_of_ten(self.flops, 3)} FLOP the first is {self.ratio:.2g} "
+            f"{ratio.words('.2g')} times the second{larger}."
         )
 
 

@@ -72,7 +72,7 @@ def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss", resamples: int =
     nearest = np.abs(np.log(found.pairs["N"].to_numpy())[:, None] - sizes).argmin(axis=1)
     if len(np.unique(nearest)) < 2:
         raise NoFrontier(Flag(kind="one_size"))
-    method = f"lower envelope of {num_curves} training curves at {len(found.pairs)} budgets"
+    method = f"lower envelope of {num_curves} training curves"
     return replace(found, method=method, refusals=())
 
 
@@ -86,7 +86,7 @@ def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss", resamples: int = 
     points = points_of(df, y)
     found = _frontier(points, shared_budgets(points), 2, resamples)
     num = len(found.pairs) + len(found.refusals)
-    method = f"parabolas in ln N at {len(found.pairs)} of {num} budgets, then a plain line"
+    method = f"line through parabolas at {len(found.pairs)} of {num} amounts of compute"
     return replace(found, method=method)
 
 
@@ -103,7 +103,7 @@ def _frontier(points: pd.DataFrame, budgets: list[Budget], approach: int, num: i
             kind, subject = REFUSED[int(why)]
             refusals.append(Flag(kind=kind, subject=subject, number=budget.flops))
     if len(rows) < 2:
-        raise NoFrontier(Flag(kind="few_minima", number=len(rows)), *refusals)
+        raise NoFrontier(Flag(kind="few_minima", number=len(rows), more=(len(rows) + len(refusals),)), *refusals)
     pairs = pd.DataFrame(rows)
     cost = cost_of(*(points[c].to_numpy() for c in ("N", "D", "C")))
     pairs.insert(2, "D", cost.samples(pairs["C"].to_numpy(), pairs["N"].to_numpy()))

@@ -70,7 +70,7 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame) -> Frontier:
     how = "the law's form alone sets this exponent" if is_form else fit.interval_method
     return Frontier(
         approach=3,
-        method=f"minimum of {fit.law.formula} on C = {cost.kappa:.3g} N^{1 + cost.s:.3g} D",
+        method=f"minimum of the {fit.law.name} law on C = {cost.kappa:.3g} N^{1 + cost.s:.3g} D",
         exponent=float(line[1]),
         exponent_interval=replace(ends, method=how),
         log_k=float(line[0]),

@@ -6,7 +6,7 @@ kappa holds the tokens per image) go through the same algebra; so do the three m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,12 @@ import pandas as pd
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.result import CONFIDENCE, TAILS, Fit, Interval
+from aimscale.analysis.fitting.result import TAILS, Fit, Interval
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.points import resolve_columns, usable_rows
-from aimscale.analysis.words import Flag, flag_words
+from aimscale.analysis.words import Flag, power_of_ten, refusal_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +73,14 @@ class NoFrontier(AnalysisError):
     """An approach that a table does not allow."""
 
     def __init__(self, *flags: Flag) -> None:
-        super().__init__("; ".join(flag_words(flags)))
+        super().__init__(why_not(flags))
         self.flags = flags
-        """Why: the reason first, then the budgets that were refused."""
+        """Why: the reason first, then the amounts of compute that were refused."""
+
+
+def why_not(flags: Sequence[Flag]) -> str:
+    """Why an approach was not possible."""
+    return f"{flags[0]}; {refusal_words(flags[1:])}" if flags[1:] else str(flags[0])
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -137,13 +142,19 @@ class Frontier(Result):
 
     def sentence(self) -> str:
         """The exponent with its interval, method, range and refusals."""
-        i = self.exponent_interval
-        interval = f"{i.words()} ({CONFIDENCE:.0%}, {i.method})" if i.is_known else f"({i.method})"
-        text = (
-            f"Approach {self.approach} ({self.method}): N*(C) ~ C^{self.exponent:.3f} {interval}, "
-            f"C from {self.range[0]:.3g} to {self.range[1]:.3g} FLOPs."
+        low, high = (power_of_ten(c, 3) for c in self.range)
+        left = f" Left out: {refusal_words(self.refusals)}." if self.refusals else ""
+        return (
+            f"{self.headline()}, the {self.method}, C from {low} to {high} FLOP. "
+            f"Interval: {self.exponent_interval.method}.{left}"
         )
-        return f"{text} Refused: {'; '.join(flag_words(self.refusals))}." if self.refusals else text
+
+    def cells(self) -> list[dict[str, str]]:
+        """One row: the exponent with its interval, the range of C, how."""
+        low, high = (power_of_ten(c, 3) for c in self.range)
+        row = {"approach": str(self.approach), "N* ~ C^a": f"{self.exponent:.3f}"}
+        row |= {"95 % interval": self.exponent_interval.words(), "C (FLOP)": f"{low} to {high}"}
+        return [{**row, "method": self.method}]
 
     @property
     def table(self) -> pd.DataFrame:

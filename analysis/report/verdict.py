@@ -12,7 +12,7 @@ from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import varies
-from aimscale.analysis.words import Flag, human
+from aimscale.analysis.words import Flag, held_out_cautions, human
 
 Colour = Literal["green", "amber", "red"]
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
@@ -22,8 +22,6 @@ SMALL, SIZED = 1.0, ("scatter", "pattern", "off")
 """Per cent below which flags of these kinds change no decision where left-out scales are predicted."""
 HARMLESS = ("factor", "outliers")
 """Kinds of flags that never do: a coefficient that its exponent makes up for, points that the objective sets aside."""
-INSIDE = 0.8
-"""Share of the left-out points that prediction intervals of 95 % must hold."""
 HEADS = {"green": "Yes", "amber": "With care", "red": "No"}
 
 
@@ -84,15 +82,7 @@ def _is_small(flag: Flag) -> bool:
 
 def _of_tests(joint: Fit) -> Iterator[str]:
     """What held-out scales say against the law."""
-    for test in joint.heldout:
-        errors = [f"{100 * each:.2g} %" for each in (test.mean_abs_relative_error, test.naive_mean_abs_relative_error)]
-        if test.not_identified & {"alpha", "beta"}:
-            yield f"the largest {test.variable} is no test: without it the exponents are not identified"
-        elif not test.is_better:
-            yield f"the largest {test.variable}, left out, is missed by {errors[0]}, by a straight line {errors[1]}"
-        elif test.num_inside < INSIDE * test.num_test:
-            inside = f"{test.num_inside} of {test.num_test} points of the largest {test.variable}"
-            yield f"only {inside} lie inside their prediction intervals"
+    yield from (f"{each[0].lower()}{each[1:].rstrip('.')}" for each in held_out_cautions(joint.heldout))
     if not joint.heldout:
         yield "no scale could be left out to test it"
 

@@ -59,4 +59,4 @@ def test_a_sentence_compares_the_numbers_that_it_prints(joint):
     (test, _) = joint.heldout
     errors = {"mean_abs_relative_error": 0.301, "naive_mean_abs_relative_error": 0.286}
     test = dataclasses.replace(test, **errors)
-    assert "30.10%, no better than" in test.sentence()
+    assert "30.1 % on 6 points, no better than a straight line in log-log (28.6 %)" in test.sentence()

@@ -116,7 +116,7 @@ def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
     assert (left_out.kind, left_out.subject, left_out.number) == ("best of", "lr", 40)
     args = [str(tmp_path / "theirs.csv"), "--columns", COLUMNS, "--best-of", "lr", "--resamples", "20"]
     out = CliRunner().invoke(verb("fit"), args, catch_exceptions=False).output
-    assert "20 of 20 points" in out
+    assert "20 of 20\n" in out
     assert "40 rows not the best lr" in out
     theirs.assign(loss=theirs["loss"].where(theirs.index > 0)).to_csv(tmp_path / "missing.csv", index=False)
     left_out = left_out_of(read_tables([tmp_path / "missing.csv"], NAMES, where=["lr<1e-3"], best=["lr"]))
@@ -141,7 +141,7 @@ def test_their_names_are_kept_in_words_figures_and_conditions(theirs, tmp_path):
     df = select(read_table(tmp_path / "theirs.csv", NAMES), ["num_params<9e8", "lr=3e-4"])
     result = fit("chinchilla", df, resamples=0)
     words = " ".join(result.sentences())
-    assert "where L = loss, N = num_params, D = tokens." in words
+    assert "L = loss, N = num_params, D = tokens." in words
     assert not any(ours in words for ours in ("head included", "images", "params_total", "val_loss"))
     (ax,) = plot_fit(result).axes
     (legend,) = ax.figure.legends
