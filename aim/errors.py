@@ -3,11 +3,14 @@
 import difflib
 from collections.abc import Collection
 
+MAX_NAMED = 5
+"""Names that a sentence lists at most."""
+
 
 class UserError(Exception):
     """A mistake in the input; the message says what, where and what to do about it.
 
-    Every room that imports `aim` raises this class or a subclass; `sweeps.cli.main` prints the message and exits
+    Every package that imports `aim` raises this class or a subclass; `sweeps.cli.main` prints the message and exits
     with `exit_code`.
     """
 
@@ -15,9 +18,12 @@ class UserError(Exception):
 
 
 def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
-    """What to say of a mistyped name: the nearest known one, or else all of them behind `otherwise`."""
+    """What to say of a mistyped name: the nearest known one, or else, behind `otherwise`, the `MAX_NAMED` nearest."""
+    known = list(dict.fromkeys(known))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {', '.join(known)}"
+    named = difflib.get_close_matches(name, known, n=MAX_NAMED, cutoff=0.0)
+    more = f" and {len(known) - len(named)} more" if len(known) > len(named) else ""
+    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {', '.join(named)}{more}"
 
 
 def printable(text: str) -> str:

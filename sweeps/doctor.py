@@ -198,6 +198,8 @@ def command(
         typer.echo(json.dumps({"version": 1, "ok": not counts["fail"], "checks": plain}, indent=1))
     else:
         typer.echo(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
+        if not counts["fail"]:
+            typer.echo("next: aimscale demo")
     raise typer.Exit(1 if counts["fail"] else 0)
 
 

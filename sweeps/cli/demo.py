@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.options import EXIT_INTERRUPTED
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, say_next
 
 BASELINES = ("random", "raw-pixels")
 """What features have to beat, probed as the runs are: the largest model untrained, and the pixels themselves."""
 
 
 def command(
-    root: Annotated[Path, typer.Option(help="Where the data, the runs and the report go.")] = Path("aimscale-runs"),
+    root: Annotated[Path, typer.Option(help="Where the data, the runs and the report go.")] = ROOT,
     devices: Annotated[
         int | None, typer.Option(min=1, help="GPUs to use, or processes where there is none; by default all.")
     ] = None,
@@ -28,7 +28,8 @@ def command(
     from aimscale.harness.data.store.bundled import write_bundled
     from aimscale.harness.probe.run import by_hand, probe_baseline
     from aimscale.harness.run.directory import RunDir
-    from aimscale.sweeps.engine.launch import launch, left_alone
+    from aimscale.sweeps.cli.launch import failed_runs, print_end
+    from aimscale.sweeps.engine.launch import launch
     from aimscale.sweeps.plan.costs import cost_cards
     from aimscale.sweeps.plan.planner import plan
     from aimscale.sweeps.plan.sweepfile import load_sweep
@@ -41,22 +42,23 @@ def command(
         typer.echo(f"packing photographs and digits from installed packages into {data}")
         write_bundled(data)
     result = launch(sweep, root, devices=devices)
-    for line in left_alone(result.left):
-        typer.echo(line)
+    print_end(result)
     if result.interrupted:
-        typer.echo("stopped; `aimscale demo` goes on from here")
+        typer.echo("next: aimscale demo")
         raise typer.Exit(EXIT_INTERRUPTED)
+    failed = failed_runs(result)
     runs = plan(sweep)
     largest = runs[-1]
     like = RunDir(sweep.run_dir(largest.run_id))
     with by_hand(like, largest.config.runtime.device) as group:
-        for name in BASELINES if not result.failed else ():
+        for name in BASELINES if not failed else ():
             for _ in probe_baseline(name, like, largest.config.evaluation.probes, group=group):
                 pass
     collected = collect(sweep, runs, cost_cards(sweep, runs))
     typer.echo(f"{collected.num_complete} of {collected.num_rows} rows have results: {collected.table}")
     report = write_report(collected.table)
-    typer.echo(f"report after {(time.monotonic() - started) / 60:.1f} minutes: {report.resolve()}")
-    if result.failed:
-        typer.echo("some runs failed, see `aimscale status demo`")
+    typer.echo(f"report after {(time.monotonic() - started) / 60:.1f} minutes")
+    if failed:
+        say_next("logs", "demo", root, failed[0])
         raise typer.Exit(1)
+    typer.echo(f"next: open {report.resolve()}")

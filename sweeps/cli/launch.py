@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, Root, SweepName, some_runs
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, Root, SweepName, say_next, some_runs
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.devices import this_machine
 from aimscale.sweeps.engine.queue import LaunchResult
@@ -18,6 +19,7 @@ from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned
+from aimscale.sweeps.table.views import Line, keyed, new_console
 
 Runs = Annotated[list[str] | None, typer.Argument(help="Run ids or parts of them; all runs by default.")]
 Place = Literal["local", "here", "slurm"]
@@ -25,7 +27,7 @@ Place = Literal["local", "here", "slurm"]
 
 def launch(
     sweep: SweepName,
-    root: Root = Path("aimscale-runs"),
+    root: Root = ROOT,
     on: Annotated[
         Place,
         typer.Option(
@@ -56,36 +58,52 @@ def launch(
     ):
         if value and on not in places:
             raise SweepError(f"{option} has no meaning with --on {on}; it is for --on {' or '.join(places)}")
-    again = f"{sweep} --root {root}"
     if on == "slurm":
         _launch_slurm(sweep, root, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
-        if not dry_run:
-            typer.echo(f"watch with `aimscale status {again} --watch`; launching again resumes what died")
-        return
-    if dry_run:
+    elif dry_run:
         _print_local(sweep, root, devices, per_device)
+    if dry_run:
+        say_next("launch", sweep, root, *(["--on", on] if on != "local" else []))
+        return
+    if on == "slurm":
+        say_next("status", sweep, root, "--watch")
         return
     did = engine.launch(
         sweep, root, devices=devices, per_device=per_device, hours=hours, retry=retry, shows=on == "local"
     )
-    _print_untouched(did.left, did.unplanned)
-    _end(did, again)
-
-
-def _end(did: LaunchResult, again: str) -> None:
-    """Say what a launch did, and exit as it ended."""
-    why = "stopped: " if did.stopped_by else "time is up: " if did.interrupted else ""
-    typer.echo(f"{why}{len(did.finished)} runs finished now, {len(did.evaluated)} evaluated, {len(did.failed)} failed")
+    print_end(did)
     if did.interrupted:
-        typer.echo(f"`aimscale launch {again}` goes on from here")
+        say_next("launch", sweep, root, *(["--on", on] if on != "local" else []))
+    elif failed := failed_runs(did):
+        say_next("logs", sweep, root, failed[0])
+    else:
+        is_over = all(decision.verdict in ("finished", "cancelled") for decision in did.left)
+        say_next("collect" if is_over else "status", sweep, root)
     if did.stopped_by:
         raise typer.Exit(EXIT_INTERRUPTED)
-    if did.failed or any(decision.verdict in ("failed", "damaged") for decision in did.left):
-        typer.echo(f"see `aimscale status {again}`")
+    if failed_runs(did):
         raise typer.Exit(1)
 
 
-def cancel(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs")) -> None:
+def failed_runs(did: LaunchResult) -> list[str]:
+    """Runs that a launch tried in vain, or left alone since they had failed or are damaged."""
+    return [*did.failed, *(each.record.name for each in did.left if each.verdict in ("failed", "damaged"))]
+
+
+def print_end(did: LaunchResult) -> None:
+    """What a launch did, and which runs it left alone."""
+    why = "stopped: " if did.stopped_by else "time is up: " if did.interrupted else ""
+    counts = f"{len(did.finished)} finished, {len(did.evaluated)} evaluated, {len(did.failed)} failed"
+    _print_left(did.left, did.unplanned, Line(key="launched", value=f"{why}{counts}"))
+
+
+def _print(lines: Sequence[Line]) -> None:
+    if lines:
+        console = new_console()
+        console.print(keyed(lines, console.width), highlight=False, soft_wrap=True)
+
+
+def cancel(sweep: SweepName, runs: Runs = None, root: Root = ROOT) -> None:
     """Stop the runs of a sweep (or those named), wherever they run; each saves first, and the next launch goes on."""
     loaded = load_sweep(sweep, root)
     names = some_runs(loaded, runs or [])
@@ -93,16 +111,22 @@ def cancel(sweep: SweepName, runs: Runs = None, root: Root = Path("aimscale-runs
     for line in [*done, *failed]:
         typer.echo(line)
     typer.echo(f"{len(done)} runs stopped" if done or failed else "nothing was waiting or running")
+    say_next("launch" if done else "status", sweep, root)
     if failed:
         raise typer.Exit(1)
 
 
-def _print_untouched(left: Sequence[Decision], unplanned: Sequence[str]) -> None:
-    for line in engine.left_alone(left):
-        typer.echo(line)
-    if unplanned:
-        what = f"{len(unplanned)} run directories, such as {unplanned[0]}; what they trained differs"
-        typer.echo(f"not in this plan and left as they are: {what}")
+def _print_left(left: Sequence[Decision], others: Sequence[str], *more: Line) -> None:
+    """Failed and damaged runs one by one, others counted; then more lines."""
+    named = [each for each in left if each.verdict in ("failed", "damaged")]
+    words = {"failed": "; --retry tries it again", "damaged": ""}
+    _print([Line(level=e.verdict, key=e.record.name, value=f"{e.why}{words[e.verdict]}") for e in named])
+    counts = Counter(each.verdict for each in left if each not in named)
+    lines = [Line(key="left alone", value=", ".join(f"{num} {verdict}" for verdict, num in counts.items()))]
+    if others:
+        value = f"{len(others)} run directories of an earlier sweep file, such as {others[0]}; they stay as they are"
+        lines.append(Line(key="beside", value=value))
+    _print([line for line in (*lines, *more) if line.value])
 
 
 def _print_local(sweep: str, root: Path, devices: int | None, per_device: int) -> None:
@@ -114,7 +138,7 @@ def _print_local(sweep: str, root: Path, devices: int | None, per_device: int) -
         decision = decide(run, RunRecord(loaded.run_dir(run.run_id)))
         words = machine.command(decision.record.path, min(run.devices, machine.devices))
         what = " ".join(words) if decision.startable else decision.why
-        typer.echo(f"{decision.verdict}: {what or run.run_id}")
+        typer.echo(f"{decision.verdict:<9} {what or run.run_id}")
 
 
 def _launch_slurm(sweep: str, root: Path, *, per_device: int, retry: bool, dry_run: bool, allow_dirty: bool) -> None:
@@ -123,14 +147,14 @@ def _launch_slurm(sweep: str, root: Path, *, per_device: int, retry: bool, dry_r
     loaded, runs, _ = engine.planned(sweep, root)
     submitted = launch_slurm(loaded, runs, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     for part in submitted:
-        shape = f"{part.shape.nodes} x {part.shape.devices} (nodes x devices)"
+        shape = f"{part.shape.nodes} nodes x {part.shape.devices} devices"
         if dry_run:
-            typer.echo(f"# {part.num_runs} runs of {shape}, {part.number} jobs that execute them\n{part.script}")
+            typer.echo(f"# {part.num_runs} runs on {shape}: {part.number} jobs that execute them\n{part.script}")
             continue
         typer.echo(f"submitted {part.number} jobs of {shape} for {part.num_runs} runs as {part.job_id}")
         if part.excluded:
-            typer.echo(f"without {', '.join(part.excluded)}, where some of these runs failed")
+            typer.echo(f"excluded  {', '.join(part.excluded)}: some of these runs failed there")
     if not submitted:
-        typer.echo("no job is lacking")
+        typer.echo("submitted nothing: jobs for all runs wait or run already, or no run is left")
     found = [decide(run, RunRecord(loaded.run_dir(run.run_id))) for run in runs]
-    _print_untouched([each for each in found if not each.startable], unplanned(loaded, runs))
+    _print_left([each for each in found if not each.startable], unplanned(loaded, runs))

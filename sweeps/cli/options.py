@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from aimscale.aim.errors import did_you_mean
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
@@ -26,9 +28,20 @@ def some_runs(sweep: Sweep, parts: Sequence[str]) -> list[str]:
     for part in parts:
         named = [run_id for run_id in planned if part in run_id] or [run_id for run_id in there if part in run_id]
         if not named:
-            raise SweepError(f"no run of sweep '{sweep.name}' has '{part}' in its id; `aimscale status` lists them")
+            hint = did_you_mean(part, [*planned, *there], "its runs are")
+            raise SweepError(f"no run of sweep '{sweep.name}' has '{part}' in its id; {hint}")
         chosen += named
     return list(dict.fromkeys(chosen))
+
+
+ROOT = Path("aimscale-runs")
+"""Where sweeps are kept by default."""
+
+
+def say_next(verb: str, sweep: str, root: Path = ROOT, *more: str) -> None:
+    """Say what to run next, with what the user gave this verb."""
+    where = [] if root == ROOT else ["--root", str(root)]
+    typer.echo(f"next: {shlex.join(['aimscale', verb, sweep, *more, *where])}")
 
 
 SweepName = Annotated[

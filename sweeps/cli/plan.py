@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -17,29 +16,30 @@ from aimscale.analysis.words import Flag
 from aimscale.harness.device.execution import NETWORK_BYTES_PER_S, NVLINK_BYTES_PER_S
 from aimscale.harness.device.sheets import DECODED_PER_S
 from aimscale.harness.run.row import planned_columns
-from aimscale.sweeps.cli.options import AsJson, Root, SweepName
-from aimscale.sweeps.plan.checks import check, refuse
+from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, say_next
+from aimscale.sweeps.plan.checks import Problem, check, refuse, together, whose
 from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.planner import plan as plan_runs
-from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
-from aimscale.sweeps.table.views import Column, axis_columns, duration, fitted_table, new_console, number
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
+from aimscale.sweeps.table.views import Column, Line, axis_columns, duration, fitted_table, keyed, new_console, number
 
 
-def plan(sweep: SweepName, root: Root = Path("aimscale-runs"), as_json: AsJson = False) -> None:
+def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
     """List the runs of a sweep with a cost card each, and whatever would stop them; no side effect."""
     loaded = load_sweep(sweep, root)
     runs = plan_runs(loaded)
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
-    flags = [str(flag) for flag in in_plateau(loaded, runs)]
+    plateau = in_plateau(loaded, runs)
     if as_json:
-        found = to_json(cards) | {"problems": [asdict(problem) for problem in problems], "flags": flags}
+        found = to_json(cards) | {"problems": [asdict(each) for each in problems], "flags": [*map(str, plateau)]}
         typer.echo(json.dumps(found, indent=1))
-    else:
-        print_plan(loaded, cards)
-        for flag in flags:
-            new_console().print(f"[yellow]! plateau[/] {flag}", highlight=False, soft_wrap=True)
-    refuse(loaded, runs, problems)
+        refuse(loaded, runs, problems)
+        return
+    print_plan(loaded, cards, problems=problems, plateau=plateau)
+    if problems:
+        raise SweepError(f"{loaded.source}: its runs would fail; mend the {len(problems)} lines that open with 'fail'")
+    say_next("launch", sweep, root)
 
 
 def in_plateau(sweep: Sweep, runs: Sequence[Run]) -> tuple[Flag, ...]:
@@ -55,52 +55,76 @@ def in_plateau(sweep: Sweep, runs: Sequence[Run]) -> tuple[Flag, ...]:
     return plateau_flags(results_table(rows).to_pandas(), read_curves([sweep.directory]))
 
 
-def print_plan(sweep: Sweep, cards: Sequence[CostCard], console: Console | None = None) -> None:
-    """The cost cards as a table, with totals, assumptions and what should be looked at."""
+def print_plan(
+    sweep: Sweep,
+    cards: Sequence[CostCard],
+    console: Console | None = None,
+    *,
+    problems: Sequence[Problem] = (),
+    plateau: Sequence[Flag] = (),
+) -> None:
+    """What is in the way or needs care, the cost cards as a table, totals and assumptions."""
     console = console or new_console()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(f"[bold]{sweep.name}[/]: {sweep.file.description}")
-    notes = list(dict.fromkeys(note for card in cards for note in card.cautions))
-    table = fitted_table(_plan_columns(cards, notes), cards, console.width)
-    console.print(table, highlight=False)
-    total = totals(cards)
-    say(
-        "{num_runs} runs, {num_rows} rows; {images_executed:,} images and {flops_executed:.3g} FLOPs executed (decay "
-        "branches included), {flops_evaluation:.3g} more in validation and probes, of which during training "
-        "{flops_during:.3g} ({share_during:.1%} of the time); {device_hours:,.4g} device-hours; "
-        "longest run ".format(**total)
-        + f"{duration(total['longest_wall_s'])}; run directories {decimal(total['disk_bytes'])}; told to stop, a run "
-        f"gets up to {duration(max(card.stop_s for card in cards))} to save"
-    )
-    say(f"{_assumptions(sweep, cards)}; start-up is not counted; recipe {sweep.file.recipe}", style="dim")
-    for i, note in enumerate(notes, 1):
-        say(f"[yellow]! {i}[/] {note}")
+    if flags := [*_flags(cards, problems), *(Line(level="warn", key="budgets", value=str(each)) for each in plateau)]:
+        say(keyed(flags, console.width))
+    say(fitted_table(_plan_columns(cards), cards, console.width))
+    say(keyed(_facts(sweep, cards), console.width))
+
+
+def _flags(cards: Sequence[CostCard], problems: Sequence[Problem]) -> Iterator[Line]:
+    cautions = together((card.run_id, card.cautions) for card in cards)
+    for level, found in (("fail", problems), ("warn", cautions)):
+        for each in found:
+            yield Line(level=level, key=each.key, value=f"{each.why} ({whose(each.run_ids, len(cards))})")
     if lost := not_identified(cards):
-        say(
-            f"[yellow]! fit[/] however small the noise, these sizes and budgets do not identify {', '.join(lost)} of "
-            f"{CHINCHILLA.formula}; it takes three values each of N and D (sweeps read together count together)"
+        words = f"this grid cannot identify {', '.join(lost)} of {CHINCHILLA.formula}"
+        yield Line(
+            level="warn", key="fit", value=f"{words}; it takes three values each of N and D, in all tables together"
         )
 
 
-def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> str:
-    """What the times stand on: the device, its speed and what loads for it."""
+def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[Line]:
+    """Sums, and what the times stand on."""
+    total = totals(cards)
+    images, during = number(total["images_executed"]), total["flops_during"]
+    limits = " and ".join(sorted({card.limit for card in cards}))
+    beside = (
+        f"; {during:.3g} of them during training, {100 * total['share_during']:.1f} % of the time" if during else ""
+    )
+    stop = f"up to {duration(max(card.stop_s for card in cards))} for a last save"
+    facts = [
+        ("runs", f"{total['num_runs']} with {total['num_rows']} rows; recipe {sweep.file.recipe}"),
+        ("training", f"{images} images, {total['flops_executed']:.3g} FLOPs with decay branches; limited by {limits}"),
+        ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}"),
+        (
+            "time",
+            f"{number(total['device_hours'])} device-hours; longest run {duration(total['longest_wall_s'])}; {stop}",
+        ),
+        ("disk", f"{decimal(total['disk_bytes'])} of run directories"),
+        *zip(("assumed", *[""] * 9), _assumptions(sweep, cards), strict=False),
+    ]
+    return [Line(key=key, value=value) for key, value in facts]
+
+
+def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> Iterator[str]:
+    """The device, its speed, what loads for it, and how a step's time adds up."""
     device, cost = cards[0].device, sweep.file.cost
     peaks = {card.precision: device.flops_per_s(card.precision) for card in cards}
     rates = " and ".join(f"{peak / 1e12:.4g} TFLOP/s in {precision}" for precision, peak in peaks.items())
     beside = f" and {cost.step_ms:g} ms a step" if cost.step_ms else ""
-    loading = f"{device.decoded_per_s or DECODED_PER_S:,.0f} photographs/s of a loader process"
-    known = "measured here" if device.decoded_per_s else "assumed; `aimscale bench data` measures"
-    network = f"{NVLINK_BYTES_PER_S / 1e9:g} GB/s within a node, {NETWORK_BYTES_PER_S / 1e9:g} a rank between nodes"
-    sending = f"{network} (assumed); " if device.is_gpu and any(card.devices > 1 for card in cards) else ""
-    limits = " and ".join(sorted({card.limit for card in cards}))
-    return (
-        f"on {device.name} ({device.why}) of {decimal(device.memory_bytes)}, {rates}, at MFU "
-        f"{100 * cards[0].rates.mfu:g} %{beside}; {loading} ({known}); {sending}step: computing + exposed "
-        f"communication | loading; limited by {limits}"
-    )
+    known = "measured here" if device.decoded_per_s else "see `aimscale bench data`"
+    yield f"{device.name} ({device.why}), {decimal(device.memory_bytes)}"
+    yield f"{rates}, MFU {100 * cards[0].rates.mfu:g} %{beside}"
+    yield f"{device.decoded_per_s or DECODED_PER_S:,.0f} photographs/s a loader process ({known})"
+    if device.is_gpu and any(card.devices > 1 for card in cards):
+        within, between = NVLINK_BYTES_PER_S / 1e9, NETWORK_BYTES_PER_S / 1e9
+        yield f"{within:g} GB/s within a node, {between:g} GB/s a rank between nodes"
+    yield "step, ms: compute + exposed communication | loading; start-up not counted"
 
 
-def _plan_columns(cards: Sequence[CostCard], notes: list[str]) -> list[Column]:
+def _plan_columns(cards: Sequence[CostCard]) -> list[Column]:
     def span(header: str, text: Callable[[BudgetCost], str], rank: int) -> Column:
         return Column(header=header, cell=lambda card: _span([text(each) for each in card.budgets]), rank=rank)
 
@@ -120,7 +144,6 @@ def _plan_columns(cards: Sequence[CostCard], notes: list[str]) -> list[Column]:
         Column(header="limit", cell=lambda card: card.limit, rank=5, right=False),
         Column(header="time", cell=lambda card: duration(card.wall_s)),
         Column(header="device-h", cell=lambda card: number(card.device_hours)),
-        Column(header="!", cell=lambda card: ",".join(str(1 + notes.index(note)) for note in card.cautions)),
     ]
 
 

@@ -7,11 +7,11 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from aimscale.sweeps.cli.options import AsJson, Root, SweepName, some_runs
+from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, say_next, some_runs
 from aimscale.sweeps.plan import costs
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
@@ -25,7 +25,7 @@ ENDED = ("finished", "failed", "diverged")
 
 def status(
     sweep: SweepName,
-    root: Root = Path("aimscale-runs"),
+    root: Root = ROOT,
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
 ) -> None:
@@ -45,14 +45,28 @@ def status(
     elif watch:
         views.watch(look)
     else:
-        console = views.new_console()
-        console.print(views.status_table(look(), console.width), highlight=False, soft_wrap=True)
+        console, found = views.new_console(), look()
+        console.print(views.status_table(found, console.width), highlight=False, soft_wrap=True)
+        say_next(*_after(found, sweep, root))
+
+
+def _after(found: SweepStatus, sweep: str, root: Path) -> tuple[Any, ...]:
+    """What to run next: where runs failed, their logs; else what starts those that nobody executes."""
+    in_vain = [line.run_id for line in found.runs if line.state in ("failed", "diverged") and line.log]
+    if in_vain:
+        return "logs", sweep, root, in_vain[0]
+    states = {line.state for line in found.runs}
+    if states <= {"finished", "damaged"}:
+        return "collect", sweep, root
+    if states & {"running", "starting", "queued"}:
+        return "status", sweep, root, "--watch"
+    return "launch", sweep, root
 
 
 def logs(
     sweep: SweepName,
     run: Annotated[str, typer.Argument(help="A run's id, or any part that no other id has.")],
-    root: Root = Path("aimscale-runs"),
+    root: Root = ROOT,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends or Ctrl-C.")] = False,
 ) -> None:
     """Print or follow the log of one run's last attempt."""
@@ -79,7 +93,7 @@ def logs(
             return
 
 
-def collect(sweep: SweepName, root: Root = Path("aimscale-runs")) -> None:
+def collect(sweep: SweepName, root: Root = ROOT) -> None:
     """Gather every run's rows into one typed table (Parquet and CSV)."""
     from aimscale.sweeps.table import collection
 
@@ -96,6 +110,7 @@ def collect(sweep: SweepName, root: Root = Path("aimscale-runs")) -> None:
     for line in _scored_forecasts(found.table):
         typer.echo(line)
     typer.echo(f"{found.num_complete} of {found.num_rows} rows have results, from {len(runs)} runs: {found.table}")
+    say_next("report", sweep if root == ROOT else str(found.table))
 
 
 def _scored_forecasts(table: Path) -> list[str]:

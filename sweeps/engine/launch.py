@@ -1,10 +1,9 @@
-"""Launching a sweep on this machine, what is said of the runs left alone, and cancelling."""
+"""Launching a sweep on this machine, and cancelling."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,11 +24,11 @@ from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.attempts import forgive, note_lost
-from aimscale.sweeps.state.decision import Decision, decide
+from aimscale.sweeps.state.decision import decide
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare, unplanned
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
-from aimscale.sweeps.table.views import new_console, status_summary, status_table
+from aimscale.sweeps.table.views import new_console, progress_bar, progress_words, status_table
 
 PLAIN_EVERY_S = 30.0
 LIVE_EVERY_S = 0.5
@@ -147,18 +146,6 @@ def _refuse_renaming(sweep: Sweep, runs: Sequence[Run]) -> None:
         )
 
 
-def left_alone(left: Sequence[Decision]) -> list[str]:
-    """What a launch did not touch: finished and running ones counted, failed and damaged ones named."""
-    counts = Counter(decision.verdict for decision in left if decision.verdict not in ("damaged", "failed"))
-    sentences = [f"left alone: {', '.join(f'{num} {verdict}' for verdict, num in counts.items())}"] if counts else []
-    for decision in left:
-        if decision.verdict == "damaged":
-            sentences.append(f"skipped {decision.record.name}: {decision.why}")
-        elif decision.verdict == "failed":
-            sentences.append(f"not tried again without --retry: {decision.record.name} ({decision.why})")
-    return sentences
-
-
 @contextmanager
 def _display(look: Callable[[], SweepStatus], shows: bool) -> Iterator[Callable[[Queue], None]]:
     """What `run_queue` calls: a live table of the active runs on a terminal, lines otherwise, or events alone."""
@@ -173,14 +160,12 @@ def _display(look: Callable[[], SweepStatus], shows: bool) -> Iterator[Callable[
             return
         shown = time.time()
         status = look()
-        summary = status_summary(status)
         if live is None:
-            print(summary, flush=True)
+            print(progress_words(status), flush=True)
             return
         active = {job.run.run_id for job in queue.active}
-        lines = tuple(line for line in status.runs if line.run_id in active)
-        table = status_table(replace(status, runs=lines), console.width, summary) if lines else summary
-        live.update(table, refresh=True)
+        lines, bar = tuple(line for line in status.runs if line.run_id in active), progress_bar(status)
+        live.update(status_table(replace(status, runs=lines), console.width, bar) if lines else bar, refresh=True)
 
     with live or contextlib.nullcontext():
         yield report

@@ -7,7 +7,7 @@ of it at once. Nothing is written. Torch is imported where data sets are there t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +24,14 @@ from aimscale.harness.run.config import (
     ValidationSection,
 )
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.sweeps.plan.costs import device_of, max_opened, plan_of, stop_seconds
+from aimscale.sweeps.plan.costs import Found, device_of, max_opened, plan_of, stop_seconds
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
-
-Found = tuple[str, str]
-"""Key of the sweep file, and sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that some runs would fail on."""
+    """One thing that some runs would fail on, or that needs care."""
 
     key: str
     """Of the sweep file: what to change."""
@@ -46,21 +43,35 @@ class Problem:
 def check(sweep: Sweep, runs: Sequence[Run]) -> tuple[Problem, ...]:
     """What would stop these runs, each thing once; data sets above `max_opened` are left to the trainers."""
     device, data = device_of(sweep, runs), _Data()
-    found: dict[Found, dict[str, None]] = {}
-    for run in runs:
-        for problem in (*_by_numbers(sweep, run, device), *data.problems(run.config)):
-            found.setdefault(problem, {})[run.run_id] = None
-    return tuple(Problem(key=key, why=why, run_ids=tuple(names)) for (key, why), names in found.items())
+    return together((run.run_id, (*_by_numbers(sweep, run, device), *data.problems(run.config))) for run in runs)
+
+
+def together(found: Iterable[tuple[str, Iterable[Found]]]) -> tuple[Problem, ...]:
+    """What was found of each run, equal things once."""
+    names: dict[Found, dict[str, None]] = {}
+    for run_id, things in found:
+        for thing in things:
+            names.setdefault(thing, {})[run_id] = None
+    return tuple(Problem(key=key, why=why, run_ids=tuple(run_ids)) for (key, why), run_ids in names.items())
+
+
+def whose(run_ids: Sequence[str], num_runs: int) -> str:
+    """Some runs of so many, in words."""
+    if len(run_ids) == 1:
+        return run_ids[0]
+    return (
+        f"all {num_runs} runs"
+        if len(run_ids) == num_runs
+        else f"{len(run_ids)} of {num_runs} runs, such as {run_ids[0]}"
+    )
 
 
 def refuse(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem] | None = None) -> None:
     """Raise SweepError that names every problem of these runs, if there is one."""
     lines = []
     for problem in check(sweep, runs) if problems is None else problems:
-        names = problem.run_ids
-        whose = names[0] if len(names) == 1 else f"{len(names)} of {len(runs)} runs, such as {names[0]}"
         key = "" if problem.why.startswith(problem.key) else f"{problem.key}: "
-        lines.append(f"{whose}: {key}{problem.why}")
+        lines.append(f"{whose(problem.run_ids, len(runs))}: {key}{problem.why}")
     if len(lines) == 1:
         raise SweepError(f"{sweep.source}: {lines[0]}")
     if lines:

@@ -40,6 +40,10 @@ ASSUMED = "H100"
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
 
 
+Found = tuple[str, str]
+"""Key of the sweep file, and what is said of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BudgetCost:
     """One row that a run will give."""
@@ -50,7 +54,7 @@ class BudgetCost:
     flops: float
     """C: training FLOPs to this budget by the published formula."""
     flops_6nd: float
-    """6 N D with N trunk, head and preprocessor and D in images x tokens."""
+    """6 N D with N backbone, head and preprocessor and D in images x tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,7 @@ class CostCard:
     params_total: int
     budgets: tuple[BudgetCost, ...]
     images_executed: int
-    """Images trained on: the stable trunk, and the decay branch of every budget beside it."""
+    """Images trained on: the stable phase, and the decay branch of every budget beside it."""
     flops_executed: float
     """FLOPs the devices execute: fewer per image than the formula (only scored tokens enter the head), more images."""
     steps: int
@@ -81,7 +85,7 @@ class CostCard:
     stop_s: int
     """Time from being told to stop to being killed."""
     disk_bytes: int
-    """Of the run directory: the last checkpoint, the trunk's, one under way, and the final weights of all budgets."""
+    """Of the run directory: the last checkpoint, the stable phase's, one under way, and the weights of all budgets."""
     probes: tuple[ProbeCost, ...]
     """The tasks, each at one budget."""
     flops_evaluation: float
@@ -102,8 +106,8 @@ class CostCard:
     wall_s: float
     """Both."""
     device_hours: float
-    cautions: tuple[str, ...]
-    """What should be looked at before launching, a sentence each."""
+    cautions: tuple[Found, ...]
+    """What should be looked at before launching."""
 
 
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
@@ -181,9 +185,9 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     validated = validation_images(evaluation.validation, look)
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
     step_s = max(rates.step_s, rates.loading_s) if rates.is_ahead else rates.step_s + rates.loading_s
-    has_no_room = measuring > 0 and fit is not None and not fit.measures
+    lacks_memory = measuring > 0 and fit is not None and not fit.measures
     during = DuringCost(points=0, images=0.0, flops=0.0)
-    if not has_no_room:
+    if not lacks_memory:
         during = during_cost(run.config, model, flops, run.devices, device.memory_bytes, look)
     passed = num_budgets * (validated + sum(probe.images for probe in probes))
     flops_evaluation = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
@@ -229,49 +233,52 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
         device_hours=wall_s * run.devices / 3600,
         cautions=(),
     )
-    return replace(card, cautions=tuple(_cautions(run, card, unique, look, has_no_room=has_no_room)))
+    return replace(card, cautions=tuple(_cautions(run, card, unique, look, lacks_memory=lacks_memory)))
 
 
-def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, has_no_room: bool) -> Iterator[str]:
+def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks_memory: bool) -> Iterator[Found]:
     """What one run's data, schedule and points during training give.
 
     Args:
         unique: U; None where it is unknown.
-        has_no_room: whether a device has no room for points during training.
+        lacks_memory: whether a device has no memory for points during training.
     """
-    training, size, rates = run.config.training, run.config.training.model.size, card.rates
+    training, rates = run.config.training, card.rates
     epochs = card.budgets[-1].epochs or 0.0
     if epochs > FAR_TOO_MANY_EPOCHS:
-        yield f"{epochs:,.0f} EPOCHS of {unique} images are learnt by heart; take more images or smaller budgets"
+        yield (
+            "budgets",
+            f"{epochs:,.0f} EPOCHS of {unique:,} images: learnt by heart; take more images or smaller budgets",
+        )
     elif epochs > MAX_EPOCHS:
-        yield f"{epochs:.1f} epochs of {unique} images (more than {MAX_EPOCHS})"
+        yield "budgets", f"{epochs:.1f} epochs of {unique:,} images, more than {MAX_EPOCHS}"
     if rates.is_ahead and card.limit == "loader":
-        yield (
-            f"{size} is limited by its loader: it would train on {card.batch_size / rates.step_s:,.0f} images/s, is "
-            f"given {rates.loaded_per_s:,.0f}; more runtime.num_workers (slurm.cpus_per_task), or smaller files"
-        )
+        given, wanted = rates.loaded_per_s, card.batch_size / rates.step_s
+        words = f"the loader gives {given:,.0f} of the {wanted:,.0f} images/s that training could take"
+        yield "runtime.num_workers", f"{words}; raise it (and slurm.cpus_per_task), or pack smaller files"
     if card.fit and card.device.is_gpu and card.batch_size % (card.fit.micro_batch * card.devices):
-        words = f"optimiser.batch_size {card.batch_size} is not shared equally by {card.devices} devices in passes of"
-        yield f"{words} {card.fit.micro_batch}: blocks are compiled for every size"
+        words = f"{card.batch_size} images do not divide into {card.devices} devices and passes of"
+        yield "optimiser.batch_size", f"{words} {card.fit.micro_batch}; blocks are compiled for every size"
     if card.batch_size < 2 * card.devices:
-        words = f"optimiser.batch_size {card.batch_size} is less than two images for each of {card.devices} devices"
-        yield f"{words}: some stand idle"
+        words = f"{card.batch_size} is less than two images for each of {card.devices} devices; some are idle"
+        yield "optimiser.batch_size", words
     if training.data.is_unindexed:
-        yield (
-            "a wds:// stream has no index: a resumed run sees other images than an uninterrupted one, epochs are not "
-            "counted, the number of ranks and workers changes what is seen, and validation images in it are not found"
-        )
+        words = "wds:// has no index: what a run sees depends on restarts, ranks and workers"
+        yield "data.sources", f"{words}; epochs are not counted, validation images in it are not found"
     probes = run.config.evaluation.probes
     paths = [*(source.path for source in training.data.sources), run.config.evaluation.validation.path]
     for path in dict.fromkeys([*paths, *(side for probe in probes for side in (probe.train, probe.test))]):
         info = look(path)
         if info and info.num_samples > max_opened(path):
-            yield f"{path} has {info.num_samples:,} images: its index was not opened, the trainers check it"
+            yield (
+                "data",
+                f"{path} has {info.num_samples:,} images; its index was not opened here, the trainers check it",
+            )
     if card.share_during > MAX_SHARE_DURING:
-        share, words = f"{100 * card.share_during:.0f} %", "raise `every_images` of validation or probes"
-        yield f"points during training take {share} of the time of {size}; {words}"
-    if has_no_room:
-        yield f"{size} leaves a device no room for a copy of its weights: nothing is measured during training"
+        words = f"validation and probes during training take {100 * card.share_during:.0f} % of the time; raise it"
+        yield "every_images", words
+    if lacks_memory:
+        yield "every_images", "a device has no memory for a copy of the weights; nothing is measured during training"
 
 
 MAX_OPENED, MAX_FETCHED = 50_000_000, 1_000_000

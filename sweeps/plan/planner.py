@@ -14,6 +14,7 @@ from typing import Any
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
+from aimscale.aim.errors import did_you_mean
 from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.run.config import (
     EvaluationConfig,
@@ -228,9 +229,9 @@ def _conditions(cell: Mapping[str, Any], sweep: Sweep) -> dict[str, tuple[Any, .
         conditions[key] = tuple(listed)
         for value in listed:
             if value not in known[key] and not (key == "budget" and file.isoflop):
+                hint = did_you_mean(str(value), [*map(str, known[key])], "the sweep's are")
                 raise SweepError(
-                    f"{sweep.source}: exclude or override names {key} {value!r}, which no cell has; the sweep's are "
-                    f"{', '.join(map(repr, known[key]))}"
+                    f"{sweep.source}: exclude or override names {key} {value!r}, which no cell has; {hint}"
                 )
     return conditions
 

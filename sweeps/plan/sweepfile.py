@@ -290,6 +290,8 @@ def load_sweep(name: str | Path, root: Path) -> Sweep:
     """
     root, path = Path(os.path.abspath(root)), Path(name)
     if path.suffix in (".yaml", ".yml"):
+        if not path.exists() and (files := [str(each) for each in path.parent.glob("*.yaml")]):
+            raise SweepError(f"there is no file {path}; {did_you_mean(str(path), files, 'there are')}")
         return _read(path, base_dir=Path(os.path.abspath(path)).parent, root=root)
     if (path / SWEEP_FILE).is_file():
         return _read_directory(Path(os.path.abspath(path)))
@@ -297,7 +299,8 @@ def load_sweep(name: str | Path, root: Path) -> Sweep:
         return _read_directory(root / path)
     if str(name) in preset_names():
         return _read(PRESETS / f"{name}.yaml", base_dir=root, root=root)
-    hint = did_you_mean(str(name), preset_names(), "presets:")
+    names = [each.parent.name for each in root.glob(f"*/{SWEEP_FILE}")]
+    hint = did_you_mean(str(name), [*names, *preset_names()], "there are")
     raise SweepError(f"no sweep '{name}': it is no YAML file, no preset and no sweep under {root}; {hint}")
 
 

@@ -1,27 +1,29 @@
-"""How tables of runs look, and that of `aimscale status`: rich on a terminal, plain lines in a log."""
+"""How tables, lines of a key and a value, and the progress of a sweep look: rich on a terminal, plain in a log."""
 
 from __future__ import annotations
 
 import functools
 import operator
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from aimscale.aim.errors import printable
 from aimscale.analysis.table.schema import MFU
 from aimscale.sweeps.plan.costs import CostCard
-from aimscale.sweeps.table.status import RunStatus, SweepStatus
+from aimscale.sweeps.table.status import OVER, RunStatus, SweepStatus
 
-LOG_WIDTH = 250
+LOG_WIDTH = 1000
 REFRESH_S = 2.0
 DATA_WAIT = 0.3
 """A run that waits for images for a larger share of its time is named."""
@@ -31,9 +33,10 @@ STYLE = {
     "queued": "blue",
     "not started": "dim",
     **dict.fromkeys(("running", "starting"), "cyan"),
-    **dict.fromkeys(("dead", "unfinished", "cancelled"), "yellow"),
-    **dict.fromkeys(("failed", "diverged", "damaged"), "bold red"),
+    **dict.fromkeys(("dead", "unfinished", "cancelled", "waits", "warn"), "yellow"),
+    **dict.fromkeys(("failed", "diverged", "damaged", "fail"), "bold red"),
 }
+"""Of states of runs, and of other words that lines open with."""
 
 
 def number(value: float | None) -> str:
@@ -58,6 +61,31 @@ def duration(seconds: float | None) -> str:
         if seconds >= size:
             return f"{seconds // size}{unit} {seconds % size // smaller}{small}"
     return f"{seconds}s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of a key and a value."""
+
+    key: str
+    """Blank where the line above goes on."""
+    value: str
+    level: str = ""
+    """A word of `STYLE` that stands before the key: this line says what to look at."""
+
+
+def keyed(lines: Sequence[Line], width: int) -> Text:
+    """Keys below each other, and values, broken between words where they are wider."""
+    widest, level = (max(len(getattr(line, name)) for line in lines) for name in ("key", "level"))
+    indent = widest + 2 + (level + 2 if level else 0)
+    text = Text()
+    for i, line in enumerate(lines):
+        if level:
+            text.append(f"{line.level:<{level}}  ", style=STYLE[line.level])
+        text.append(f"{line.key:<{widest}}  ", style="" if level else "bold")
+        parts = textwrap.wrap(line.value, max(width - indent, 30), break_long_words=False, break_on_hyphens=False)
+        text.append(f"\n{' ' * indent}".join(parts) + ("\n" if i + 1 < len(lines) else ""))
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +135,8 @@ def new_console() -> Console:
     return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
-def status_table(status: SweepStatus, width: int, summary: str = "") -> Group:
-    """`aimscale status` on a terminal of this width; the summary is that of these runs by default."""
+def status_table(status: SweepStatus, width: int, bar: Table | None = None) -> Group:
+    """`aimscale status` on a terminal of this width: what to look at, the runs, and the sweep or else a bar of it."""
 
     def column(header: str, value: Callable[[RunStatus], Any], text: Callable[[Any], str], rank: int = 0) -> Column:
         """Blank where there is no value yet."""
@@ -129,9 +157,10 @@ def status_table(status: SweepStatus, width: int, summary: str = "") -> Group:
         Column(header="on", cell=lambda line: line.place, right=False, rank=6),
         column("beat", _since_heartbeat, duration, 7),
     ]
-    notes = [Text(f"{line.run_id}: {why}", style=STYLE[line.state]) for line in status.runs if (why := _why(line))]
+    flags = [Line(level=level, key=run, value=why) for level, why, run in _whys(status.runs)]
     table = fitted_table(columns, status.runs, width)
-    return Group(table, *notes, Text(summary or status_summary(status), style="bold"))
+    below = bar or keyed(status_facts(status), width)
+    return Group(*([keyed(flags, width)] if flags else ()), table, below)
 
 
 def _state(line: RunStatus) -> Text:
@@ -158,32 +187,60 @@ def _waits(line: RunStatus) -> bool:
     return trains and (line.status.data_wait or 0.0) > DATA_WAIT
 
 
-def _why(line: RunStatus) -> str:
-    """What a reader must know of a run besides its numbers: what it waits for, why it stands, where its log is."""
-    status = line.status
-    if _waits(line):
-        return (
-            f"waits for images {100 * (status.data_wait or 0.0):.0f} % of the time; raise runtime.num_workers, or pack "
-            f"the images smaller (`aimscale bench data` measures the loader)"
-        )
-    if line.state in ("finished", "not started", "running", "starting"):
-        return ""
-    log = line.log if line.state in ("failed", "diverged", "dead", "damaged") else None
-    reason = ": ".join(part for part in (status.reason_class, status.reason) if part)
-    return printable("; ".join(part for part in (reason, log) if part)).replace("\n", " ")
+def _whys(lines: Iterable[RunStatus]) -> list[tuple[str, str, str]]:
+    """What to know of runs beside their numbers: its kind, a sentence, and the run, or how many have it in common."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        if _waits(line):
+            share = f"for images {100 * (line.status.data_wait or 0.0):.0f} % of the time"
+            why = ("waits", f"{share}; raise runtime.num_workers, or pack smaller images")
+        elif line.state in ("finished", "not started", "running", "starting"):
+            continue
+        else:
+            log = line.log if line.state in ("failed", "diverged", "dead", "damaged") else None
+            reason = ": ".join(part for part in (line.status.reason_class, line.status.reason) if part)
+            why = (line.state, printable("; ".join(part for part in (reason, log) if part)).replace("\n", " "))
+        found.setdefault(why, []).append(line.run_id)
+    return [(*why, runs[0] if len(runs) == 1 else f"{len(runs)} runs") for why, runs in found.items()]
 
 
-def status_summary(status: SweepStatus) -> str:
-    """The last line of `aimscale status`."""
-    counts = ", ".join(f"{num} {state}" for state, num in sorted(status.counts.items(), key=lambda item: -item[1]))
-    basis = "" if status.eta_is_measured else " by the plan (nothing is measured yet)"
-    eta = f", about {duration(status.eta_s)} left{basis}" if status.eta_s is not None else ""
-    old = f"; {len(status.unplanned)} run directories are of an earlier sweep file" if status.unplanned else ""
-    waiting = sum(map(_waits, status.runs))
-    data = f"; {waiting} of them wait for images more than {100 * DATA_WAIT:.0f} % of their time" if waiting else ""
-    hours = f"; {status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours spent"
-    done = f"{100 * status.progress:.0f} % of the FLOPs{eta}{hours}{old}"
-    return f"{status.sweep}: {len(status.runs)} runs: {counts}{data}; {done}"
+def status_facts(status: SweepStatus) -> list[Line]:
+    """The sweep as a whole."""
+    facts = [("runs", f"{len(status.runs)}: {_counts(status)}"), ("done", _done(status))]
+    if status.eta_s is not None:
+        basis = "" if status.eta_is_measured else " by the plan; nothing is measured yet"
+        facts.append(("left", f"about {duration(status.eta_s)}{basis}"))
+    facts.append(("spent", f"{status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours"))
+    if status.unplanned:
+        facts.append(("beside", f"{len(status.unplanned)} run directories of an earlier sweep file"))
+    return [Line(key=key, value=value) for key, value in facts]
+
+
+def _counts(status: SweepStatus) -> str:
+    return ", ".join(f"{num} {state}" for state, num in sorted(status.counts.items(), key=lambda item: -item[1]))
+
+
+def _done(status: SweepStatus) -> str:
+    """The share of the work, and the pace of the runs that train now."""
+    pace = sum(line.status.images_per_s or 0.0 for line in status.runs if line.state == "running")
+    return f"{100 * status.progress:.0f} % of the FLOPs" + (f", {number(pace)} images/s" if pace else "")
+
+
+def progress_words(status: SweepStatus) -> str:
+    """The progress of a sweep in one line of a log."""
+    left = f", about {duration(status.eta_s)} left" if status.eta_s is not None else ""
+    return f"{_done(status)}{left}; {_counts(status)}"
+
+
+def progress_bar(status: SweepStatus) -> Table:
+    """The progress of a sweep in one line of a terminal."""
+    grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    grid.add_column(ratio=1)
+    grid.add_column(no_wrap=True)
+    over, left = sum(status.counts.get(state, 0) for state in OVER), duration(status.eta_s)
+    words = f"{_done(status)}, {left} left, {over} of {len(status.runs)} runs over"
+    grid.add_row(ProgressBar(total=1.0, completed=status.progress), words)
+    return grid
 
 
 def watch(look: Callable[[], SweepStatus]) -> None:

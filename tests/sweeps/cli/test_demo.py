@@ -40,4 +40,4 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
     baselines = pd.read_parquet(tmp_path / "demo/baselines.parquet")
     assert sorted(baselines["size"]) == ["random-w24-d2", "raw-pixels"]
     again = CliRunner().invoke(verb("demo"), ["--root", str(tmp_path)], catch_exceptions=False)
-    assert "left alone: 2 finished" in again.output
+    assert "left alone  2 finished" in again.output

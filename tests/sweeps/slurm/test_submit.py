@@ -212,5 +212,5 @@ def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
     assert card.stop_s == stop_seconds(large, run) == math.ceil(2 * 12 * card.params_total / SAVE_BYTES_PER_S) + 30
     console = Console(width=200, file=io.StringIO())
     print_plan(large, [card], console)
-    assert f"a run gets up to {duration(card.stop_s)} to save" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"up to {duration(card.stop_s)} for a last save" in console.file.getvalue()  # type: ignore[attr-defined]
     assert stop_seconds(large.with_fields(slurm={"signal_delay_s": 60}), run) == 60

@@ -1,0 +1,75 @@
+"""What the verbs of a sweep print: what to look at first, keys and values, and what to run next."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from aimscale.sweeps.cli.main import main
+from aimscale.sweeps.cli.plan import print_plan
+from aimscale.sweeps.engine import launch as engine
+from aimscale.sweeps.plan.checks import Problem
+from aimscale.sweeps.plan.costs import cost_cards
+from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.plan.sweepfile import PRESETS, load_sweep
+
+
+@pytest.fixture
+def say(capsys: Any, write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a verb on a sweep whose runs end at once, and return what it prints."""
+    sweep = write_sweep(sizes=["rung-32"])
+    monkeypatch.setattr("aimscale.sweeps.cli.plan.check", lambda *_: ())
+
+    def run(verb: str, *options: str, behaviour: str = "finish") -> list[str]:
+        monkeypatch.setattr(engine, "launch", functools.partial(launch, command=stand_in(behaviour)))
+        with pytest.raises(SystemExit):
+            main([verb, str(sweep.source), "--root", str(sweep.root), *options])
+        return str(capsys.readouterr().out).splitlines()
+
+    return run
+
+
+def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    (run,) = plan(sweep)
+    file, root = sweep.source, sweep.root
+
+    def follows(*call: str, **options: str) -> str:
+        last = say(*call, **options)[-1]
+        assert last.startswith("next: aimscale "), last
+        return str(last.removeprefix("next: aimscale "))
+
+    assert follows("plan") == f"launch {file} --root {root}" == follows("status")
+    assert follows("launch", behaviour="crash") == f"logs {file} {run.run_id} --root {root}" == follows("status")
+    assert follows("launch") == f"logs {file} {run.run_id} --root {root}", "it was not tried again"
+    assert follows("launch", "--retry") == f"collect {file} --root {root}"
+    assert follows("collect") == f"report {sweep.directory / 'results.parquet'}"
+    for verb in ("plan", "status"):
+        json.loads("\n".join(say(verb, "--json")))
+
+
+def test_a_failed_run_is_named_before_the_table(say: Any) -> None:
+    say("launch", behaviour="crash")
+    said = say("status")
+    assert [line.split()[0] for line in (*said[:2], *said[3:])] == ["failed", "run", "runs", "done", "spent", "next:"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", ["demo", "aim-paper", "isoflop"])
+def test_a_plan_fits_a_terminal_with_its_flags_first(name: str, width: int, tmp_path: Any) -> None:
+    sweep = load_sweep(PRESETS / f"{name}.yaml", tmp_path)
+    runs = plan(sweep)
+    console = Console(width=width, file=io.StringIO())
+    problem = Problem(key="data.sources", why="some folder does not exist", run_ids=(runs[0].run_id,))
+    print_plan(sweep, cost_cards(sweep, runs), console, problems=[problem])
+    _, *said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    keys = [line.split()[0] for line in said if not line.startswith(" ")]
+    assert keys[0] == "fail"
+    assert next(key for key in keys if key not in ("fail", "warn")) == "size"
+    assert keys[-6:] == ["runs", "training", "evaluation", "time", "disk", "assumed"]
+    assert max(map(len, said)) <= width
