@@ -21,9 +21,14 @@ def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
     """What to say of a mistyped name: the nearest known one, or else, behind `otherwise`, the `MAX_NAMED` nearest."""
     known = list(dict.fromkeys(known))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    named = difflib.get_close_matches(name, known, n=MAX_NAMED, cutoff=0.0)
-    more = f" and {len(known) - len(named)} more" if len(known) > len(named) else ""
-    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {', '.join(named)}{more}"
+    ranked = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=0.0)
+    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {some(ranked)}"
+
+
+def some(names: Collection[object]) -> str:
+    """`MAX_NAMED` of the names at most, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{', '.join(map(str, list(names)[:MAX_NAMED]))}{more}"
 
 
 def printable(text: str) -> str:

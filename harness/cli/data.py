@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
-import sys
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
+
+from aimscale.harness.log.progress import Bar
 
 if TYPE_CHECKING:
     from aimscale.harness.data.store.pack import Listing, Packed
@@ -83,25 +87,28 @@ def pack(
 
         assert out is not None
         listing = _list(source, benchmark, split, _read_classes(classes))
-        to = functools.partial(pack_images, listing, resize=resize, skip_bad=skip_bad, max_shard_bytes=shard_mb * 1e6)
-        _pack(to, out, images, shares=None if benchmark else split)
+        with Bar() as bar:
+            to = functools.partial(
+                pack_images, listing, resize=resize, skip_bad=skip_bad, max_shard_bytes=shard_mb * 1e6, progress=bar
+            )
+            packed = _pack(to, out, images, shares=None if benchmark else split)
+        for folder, each in packed.items():
+            _tell(folder, each)
+        _say_next(*packed)
 
 
-def _pack(to: Callable[..., Packed], out: Path, images: str | None, *, shares: str | None) -> None:
-    """Pack a source to a folder, or, cut into shares, to folders within it; and say what came of it."""
+def _pack(to: Callable[..., Packed], out: Path, images: str | None, *, shares: str | None) -> dict[Path, Packed]:
+    """Pack a source to a folder, or, cut into shares, to folders within it."""
     from aimscale.harness.data import DataError
     from aimscale.harness.data.store.pack import new_folder
 
     if shares is None:
-        _tell(out, to(out, part=images))
-        return
+        return {out: to(out, part=images)}
     if images is not None:
         raise DataError("--split cuts all of a source; give it or --images")
     parts = _read_shares(shares)
     with new_folder(out) as folder:
-        packed = {name: to(folder / name, part=part) for name, part in parts.items()}
-    for name, each in packed.items():
-        _tell(out / name, each)
+        return {out / name: to(folder / name, part=part) for name, part in parts.items()}
 
 
 def _list(source: Path, benchmark: str | None, split: str | None, classes: tuple[str, ...] | None) -> Listing:
@@ -127,6 +134,16 @@ def _tell(out: Path, packed: Packed) -> None:
         print(f"{packed.num_transparent:,} {have} transparent pixels, which are read as white")
     info = packed.info
     print(f"wrote {out}: {info.num_samples:,} images, {len(info.classes or ())} classes, {info.num_shards} shards")
+
+
+def _say_next(*folders: Path | str) -> None:
+    """What to do with packed or indexed data: look at it, and name it in a sweep file."""
+    first, *others = map(str, folders)
+    base: dict[str, Any] = {"data": {"sources": [{"path": first}]}}
+    for held_out in (other for other in others if Path(other).name == "validation"):
+        base["validation"] = {"path": held_out}
+    print(f"next: aimscale data info {shlex.quote(first)}")
+    print(f"in a sweep file: {yaml.safe_dump({'base': base}, default_flow_style=True, width=math.inf)[1:-2]}")
 
 
 def _read_shares(text: str) -> dict[str, str]:
@@ -164,15 +181,17 @@ def index(
         raise DataError(f"the index of {location} needs a local folder: add --out FOLDER")
     if out is None and not Path(location).is_dir():
         raise DataError(f"shard folder {location} does not exist")
-    info = index_shards(
-        location,
-        out or Path(location),
-        names=names,
-        classes=_read_classes(classes),
-        num_workers=workers,
-        progress=_show_progress,
-    )
+    with Bar() as bar:
+        info = index_shards(
+            location,
+            out or Path(location),
+            names=names,
+            classes=_read_classes(classes),
+            num_workers=workers,
+            progress=bar,
+        )
     print(f"wrote the index of {out or location}: {info.num_samples:,} images, {info.num_bad:,} undecodable")
+    _say_next(out or location)
 
 
 @app.command()
@@ -213,8 +232,3 @@ def _read_classes(path: Path | None) -> tuple[str, ...] | None:
         return tuple(path.read_text().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read class names from {path}: {error}") from error
-
-
-def _show_progress(num_done: int, num_shards: int, num_images: int) -> None:
-    end = "\r" if sys.stderr.isatty() and num_done < num_shards else "\n"
-    print(f"indexed {num_done}/{num_shards} shards, {num_images:,} images", end=end, file=sys.stderr, flush=True)

@@ -42,14 +42,14 @@ class Job:
         if self.group.is_first:
             self.folder.write_status(**changes)
 
-    def pausing(self) -> Callable[[], None]:
+    def pausing(self) -> Callable[..., None]:
         """What all ranks call together, often: obeys a signal and a lost lock, and beats now and then.
 
         The call raises PreemptedError where a signal asked to stop, and LockLost.
         """
         told = 0.0
 
-        def pause() -> None:
+        def pause(*_: object) -> None:
             nonlocal told
             self.watch.check()
             is_asked = self.group.any(self.flag.is_raised)

@@ -31,7 +31,7 @@ from aimscale.aim.weights import write_weights
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
 from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, KeptFeatures, SplitFeatures
-from aimscale.harness.probe.features.images import Pause, PublishedViews, Task, holdout_split, open_task
+from aimscale.harness.probe.features.images import Pause, PublishedViews, Task, go_on, holdout_split, open_task
 from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, block_sets
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
 from aimscale.harness.probe.heads.fit import GridFit, answers_of_heads
@@ -55,7 +55,7 @@ def probe_backbone(
     out: Path | None,
     kept: KeptFeatures | None = None,
     group: Group = ALONE,
-    pause: Pause = lambda: None,
+    pause: Pause = go_on,
 ) -> list[dict[str, Any]]:
     """Probe a frozen backbone on one task.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.device.distributed import Group, choose_device, find_placement, start_group, stop_group
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
 from aimscale.harness.probe.features.extraction import ALONE, KeptFeatures
-from aimscale.harness.probe.features.images import Pause
+from aimscale.harness.probe.features.images import Pause, go_on, numbered
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import finished_entries, weights_name
 from aimscale.harness.probe.owed import enter_row
@@ -98,7 +99,7 @@ def probe_run(
     sections: Sequence[ProbeSection] | None = None,
     *,
     group: Group = ALONE,
-    pause: Pause = lambda: None,
+    pause: Pause = go_on,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Probe saved budgets; yields (images seen, entries) after each task and writes files and rows as it goes.
 
@@ -120,11 +121,13 @@ def probe_run(
     budgets = group.from_first(lambda: [*saved_budgets(run)] if images_seen is None else [images_seen])
     if not budgets:
         raise ProbeError(f"{run_dir} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
+    numbers = itertools.count(1)
     for budget in budgets:
         _saved_file(run, budget)
         backbone: AimBackbone | None = None
         kept = KeptFeatures()
         for section in sections:
+            number = next(numbers)
             pause()
             entries = group.from_first(functools.partial(finished_entries, run, config, budget, section))
             if entries is None:
@@ -139,7 +142,7 @@ def probe_run(
                     out=run.probes_dir(budget),
                     kept=kept,
                     group=group,
-                    pause=pause,
+                    pause=numbered(pause, number, len(budgets) * len(sections)),
                 )
             if group.is_first:
                 enter_row(run, config, budget)
@@ -153,7 +156,13 @@ def backbone_of(run: RunDir, config: RunConfig, images_seen: int, group: Group) 
 
 
 def probe_baseline(
-    target: str, like: RunDir, sections: Sequence[ProbeSection], *, weights: str | None = None, group: Group = ALONE
+    target: str,
+    like: RunDir,
+    sections: Sequence[ProbeSection],
+    *,
+    weights: str | None = None,
+    group: Group = ALONE,
+    pause: Pause = go_on,
 ) -> Iterator[tuple[None, list[dict[str, Any]]]]:
     """Probe a baseline on tasks; yields entries after each task and writes files into `baselines/<target>` of the run.
 
@@ -162,6 +171,7 @@ def probe_baseline(
         like: the run whose images and seed it gets.
         sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
         weights: of a timm model: a file, or `hub`.
+        group, pause: as of `probe_run`.
 
     Raises:
         ProbeError: an unknown baseline, or a task that cannot be probed.
@@ -169,7 +179,7 @@ def probe_baseline(
     config = like.load_config()
     backbone, model_section = baseline(target, config, weights=weights, device=group.device)
     kept = KeptFeatures()
-    for section in sections:
+    for number, section in enumerate(sections, start=1):
         kinds = tuple(kind for kind in section.kinds if kind not in backbone.impossible)
         if not kinds:
             raise ProbeError(f"{target} has none of the probes {', '.join(section.kinds)} of task '{section.task}'")
@@ -184,5 +194,6 @@ def probe_baseline(
                 out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
                 kept=kept,
                 group=group,
+                pause=numbered(pause, number, len(sections)),
             ),
         )

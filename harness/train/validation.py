@@ -22,7 +22,7 @@ from aimscale.harness.data.stream.augment import denormalise, normalise
 from aimscale.harness.data.stream.held_out import eval_images, eval_pixels, fixed_given, usable_indices
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import EVAL_TOKENS
-from aimscale.harness.probe.features.images import Pause, decoded_ahead
+from aimscale.harness.probe.features.images import Pause, decoded_ahead, go_on
 from aimscale.harness.probe.owed import VALIDATION_COLUMNS
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.run.files import written_aside
@@ -135,7 +135,7 @@ class ValidationLosses:
 
 
 @torch.no_grad()
-def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = lambda: None) -> ValidationLosses:
+def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = go_on) -> ValidationLosses:
     """Per-image losses; ranks share the images, and every rank returns all of them.
 
     Args:

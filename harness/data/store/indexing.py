@@ -47,8 +47,8 @@ SCHEMA = pa.schema(
 SCAN_SCHEMA = pa.schema([field for field in SCHEMA if field.name != "shard"])
 _LABEL_KEYS = ("label", "cls")
 _READ = {*IMAGE_EXTENSIONS, "cls", "json"}
-Progress = Callable[[int, int, int], None]
-"""Called with shards done, shards in all, and images so far."""
+Progress = Callable[[str, int, int, str], None]
+"""Called with the name of the work, how much of it is done, out of how much, and the unit."""
 
 
 class ShardScan(NamedTuple):
@@ -159,11 +159,9 @@ def index_shards(
         raise DataError(f"cannot write to {out}: {error.strerror}; give another folder with --out") from error
 
     def scans() -> Iterator[ShardScan]:
-        num_samples = 0
         for done, scan in enumerate(_scans(location, shards, num_workers), start=1):
-            num_samples += len(scan.rows)
             if progress is not None:
-                progress(done, len(shards), num_samples)
+                progress(f"indexing {Path(location).name}", done, len(shards), "shards")
             yield scan
 
     return write_scans(

@@ -33,7 +33,7 @@ from aimscale.harness.data.store.decoding import (
     is_transparent,
     resize_shorter_side,
 )
-from aimscale.harness.data.store.indexing import SCAN_SCHEMA, ShardScan, write_scans
+from aimscale.harness.data.store.indexing import SCAN_SCHEMA, Progress, ShardScan, write_scans
 from aimscale.harness.data.store.tars import MAX_IMAGE_BYTES, Slice
 from aimscale.harness.run.files import written_dir_aside
 
@@ -197,6 +197,7 @@ def pack_images(
     part: str | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
     num_workers: int | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Packed:
     """Pack what is listed.
 
@@ -218,7 +219,8 @@ def pack_images(
 
     def good_ones(prepared: Iterator[PackedImage | str]) -> Iterator[PackedImage]:
         nonlocal num_transparent
-        for number, image in zip(order.tolist(), prepared, strict=True):
+        for done, (number, image) in enumerate(zip(order.tolist(), prepared, strict=True)):
+            progress(f"packing {out.name}", done, len(order), "images")
             if isinstance(image, PackedImage):
                 num_transparent += image.is_transparent
                 yield image

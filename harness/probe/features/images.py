@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -114,8 +114,22 @@ def _changed(picture: Any, draw: np.random.Generator) -> Any:
     return picture
 
 
-Pause = Callable[[], None]
-"""Called by all ranks together, often; raises to stop there."""
+class Pause(Protocol):
+    """Called by all ranks together, often; raises to stop there."""
+
+    def __call__(self, what: str = "", done: int = 0, total: int | None = None, unit: str = "images", /) -> None:
+        """`done` of `total` units of the work named `what`; no name says nothing of where the work stands."""
+
+
+def go_on(*_: object) -> None:
+    """The pause that stops nothing and shows nothing."""
+
+
+def numbered(pause: Pause, number: int, count: int) -> Pause:
+    """The same for one of several pieces of work: what it names begins with `number/count`."""
+    return lambda what="", *standing: pause(what and f"{number}/{count} {what}", *standing)
+
+
 MAX_SHARED = 0.01
 """Share of the test images that may be training images too: some benchmarks have a few in both of their splits."""
 MAX_DECODERS = 8
@@ -196,7 +210,7 @@ class Task:
     """Draws the heads' start and the order of images."""
     group: Group
     """The ranks that share the work; the result does not depend on them but for rounding."""
-    pause: Pause = lambda: None
+    pause: Pause = go_on
 
     @property
     def num_classes(self) -> int:

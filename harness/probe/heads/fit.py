@@ -10,6 +10,7 @@ so that no head, gradient or moment stands on two ranks and no gradient travels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -196,6 +197,7 @@ class GridFit:
         """All steps on the training split."""
         num_steps = number_of_steps(self.task.section, len(self.task.train.labels))
         optimisers = [StackedAdamW(stack, num_steps=num_steps) for stack in this.stacks.values()]
+        what, done = f"{' and '.join(this.stacks)} heads", 0
         for micro, outputs in self._batches(this, num_steps):
             tokens = self._tokens(outputs, micro.images, this.own)
             labels, weights = self._labels(micro), self._weights(this, micro)
@@ -204,7 +206,8 @@ class GridFit:
             if micro.ends_batch:
                 for optimiser in optimisers:
                     optimiser.step()
-                self.task.pause()
+                done += 1
+                self.task.pause(what, done, num_steps, "steps")
 
     def _batches(self, this: Round, num_steps: int) -> Iterator[tuple[Micro, Tensor]]:
         """This rank's outputs of each micro-batch of that many batches, without images that no copy learns from."""
@@ -226,6 +229,7 @@ class GridFit:
         assert isinstance(stack, LinearStack)
         images = np.flatnonzero(learns)
         plan = [Micro(part, (len(images),)) for part in batched(images, this.micro_size)]
+        num_passes = itertools.count(1)
 
         def losses() -> Tensor:
             total = stack.mean.new_zeros(len(this.own), len(stack.grid), dtype=torch.float64)
@@ -234,7 +238,7 @@ class GridFit:
                 found = stack.losses(tokens, self._labels(micro), self._weights(this, micro))
                 found.sum().backward()
                 total += found.detach()
-            self.task.pause()
+            self.task.pause("linear heads", next(num_passes), None, "passes")
             return total
 
         covariance = None

@@ -97,7 +97,7 @@ class Neighbours:
         held = share(self.task.held.tolist(), self.task.group)
         ks = tuple(k for k in NUM_NEIGHBOURS if k <= len(self.task.fit))
         found = []
-        for blocks in sets:
+        for number, blocks in enumerate(sets, start=1):
             right = [0] * len(ks)
             for rows, votes in self._votes(blocks, self.task.fit, self.features.pooled, held, ks):
                 named = votes.argmax(2).cpu() == self.task.train.labels[held][rows]
@@ -108,7 +108,7 @@ class Neighbours:
                 )
                 for k, total in zip(ks, self.task.group.sum_counts(*right), strict=True)
             ]
-            self.task.pause()
+            self.task.pause("k-NN", number, len(sets), "block sets")
         return found
 
     @torch.no_grad()

@@ -125,10 +125,10 @@ def test_a_killed_probe_repeats_the_kinds_under_way_and_no_others(
 
 
 def test_a_probe_stops_within_a_step_of_being_asked_to(task: Any, tmp_path: Path) -> None:
-    pauses = []
+    pauses: list[tuple[object, ...]] = []
 
-    def pause() -> None:
-        pauses.append(None)
+    def pause(*standing: object) -> None:
+        pauses.append(standing)
         if len(pauses) == stop:
             raise Interrupted
 
@@ -136,6 +136,8 @@ def test_a_probe_stops_within_a_step_of_being_asked_to(task: Any, tmp_path: Path
     stop = 0
     task.probe(wanted, seed=0, out=tmp_path, pause=pause)
     assert len(pauses) > 2 * 6  # of the two splits' features, the steps, the hold-out and the end
+    steps = [each[1:] for each in pauses if each[-1:] == ("steps",) and each[0] == "attentive heads"]
+    assert (6, 6, "steps") in steps  # what a bar shows
     for stop in (1, len(pauses) // 2):
         pauses.clear()
         with pytest.raises(Interrupted):
