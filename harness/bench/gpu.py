@@ -22,6 +22,7 @@ import yaml
 
 import aimscale
 from aimscale.harness.data.store.bundled import write_bundled
+from aimscale.harness.data.store.indexing import Progress
 from aimscale.harness.run.provenance import git_commit, package_versions
 
 TOTAL_S = 520
@@ -105,12 +106,14 @@ def _step_of(size: str, batch: int, precision: str, *, rehearse: bool, **runtime
     return [*words, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
 
 
-def run(out: Path, *, rehearse: bool = False, report: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    out: Path, *, rehearse: bool = False, report: Callable[[str], None] = print, progress: Progress = lambda *_: None
+) -> dict[str, Any]:
     """Run all parts and write `gpu.json` into `out`.
 
     Args:
         out: folder, made if need be.
-        report: called with a line after each part.
+        report, progress: called with a line after each part, and with the parts done.
 
     Returns:
         What `gpu.json` holds: `setting`, and of every part its command, seconds, result and problem.
@@ -122,7 +125,9 @@ def run(out: Path, *, rehearse: bool = False, report: Callable[[str], None] = pr
     done: dict[str, Any] = {"setting": setting, "parts": {}}
     patience = 10 if rehearse else 1  # a rehearsal may meet a busy machine
     with tempfile.TemporaryDirectory() as folder:
-        for part in parts(Path(folder), rehearse=rehearse):
+        planned = list(parts(Path(folder), rehearse=rehearse))
+        for number, part in enumerate(planned):
+            progress(part.name, number, len(planned), "parts")
             left_s = patience * TOTAL_S - (time.monotonic() - started)
             found = _execute(part, min(patience * part.limit_s, left_s), rehearse)
             done["parts"][part.name] = found

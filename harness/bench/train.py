@@ -20,6 +20,7 @@ from aimscale.harness.bench.expected import expected_rates
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.split import image_wait_s, step_shares
 from aimscale.harness.data.store.card import data_set
+from aimscale.harness.data.store.indexing import Progress
 from aimscale.harness.data.stream.draws import Batch, masks
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.execution import ExecutionPlan, execution_plan
@@ -43,6 +44,7 @@ def run(
     with_references: bool = True,
     loads: bool = False,
     report: Callable[[str], None] = print,
+    progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
 
@@ -52,7 +54,7 @@ def run(
         config: what is trained, and how, on random images; its budgets and evaluations do not matter.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
         loads: then read the configuration's data, too, and measure how long steps wait for them.
-        report: called on the first rank with a line as soon as an engine is timed.
+        report, progress: called on the first rank with a line as soon as an engine is timed, and with its steps.
 
     Returns:
         `ms_per_step` is the median with images ready, `images_per_s` the rate at it; `mfu_published` and `mfu` as in
@@ -91,7 +93,7 @@ def run(
             return shares, image_wait_s(config, engine, group, micro_batch=plan.micro_batch, num_steps=num_steps)
 
         times, memory_bytes, startup_s, (shares, wait_s) = _time(
-            makers, step, num_targets, num_steps, group, look, report
+            makers, step, num_targets, num_steps, group, look, report, progress
         )
     finally:
         stop_group()
@@ -170,6 +172,7 @@ def _time(
     group: Group,
     look: Callable[[Engine | ReferenceEngine, Callable[[], float]], T],
     report: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[dict[str, list[float]], int, float, T]:
     """Seconds of every engine's steps; memory before the second is made; seconds to the end of the first step; and
     what `look` returns of the first engine and its step, when that was timed."""
@@ -191,7 +194,11 @@ def _time(
                 step_s(engines[name])
                 startup_s = startup_s or process_age_s()
             memory_bytes = memory_bytes or device_memory_bytes(group)
-        rounds = [{name: step_s(engine) for name, engine in engines.items()} for _ in range(num_steps)]
+        rounds = []
+        for number in range(num_steps):
+            if group.is_first:
+                progress(f"timing {', '.join(engines)}", number, num_steps, "steps")
+            rounds.append({name: step_s(engine) for name, engine in engines.items()})
         times |= {name: [each[name] for each in rounds] for name in engines}
         for name in engines if group.is_first else ():
             report(f"{name}: {1000 * statistics.median(times[name]):,.1f} ms/step")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aimscale.harness.log.progress import Bar
+
 if TYPE_CHECKING:
     from aimscale.harness.run.config import RunConfig
 
@@ -18,9 +20,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-
-_row = functools.partial(typer.echo, err=True)
-"""Says a row as soon as it is known; the standard output is JSON alone."""
 
 
 @app.command()
@@ -53,7 +52,15 @@ def train(
     changes = {"model.size": size, "optimiser.batch_size": batch, "optimiser.precision": precision}
     chosen = _config(config, {key: value for key, value in changes.items() if value is not None}, settings or [])
     torch.set_num_threads(chosen.runtime.num_threads)
-    facts = run(chosen, num_steps=steps, with_references=not alone, loads=config is not None, report=_row)
+    with Bar() as bar:
+        facts = run(
+            chosen,
+            num_steps=steps,
+            with_references=not alone,
+            loads=config is not None,
+            report=functools.partial(bar.say, err=True),
+            progress=bar,
+        )
     if int(os.environ["RANK"]) == 0:
         typer.echo(json.dumps(facts, indent=1))
 
@@ -111,10 +118,11 @@ def data(
     """
     from aimscale.harness.bench.data import run, run_on
 
-    if dataset is not None:
-        rows = run_on(dataset, seconds=seconds, workers=workers, cache_dir=cache_dir, report=_row)
-        return typer.echo(json.dumps(rows, indent=1))
-    typer.echo(json.dumps(run(seconds=seconds, workers=workers, report=_row), indent=1))
+    with Bar() as bar:
+        told: Any = {"seconds": seconds, "workers": workers, "progress": bar}
+        told["report"] = functools.partial(bar.say, err=True)  # the standard output is JSON alone
+        found = run(**told) if dataset is None else run_on(dataset, cache_dir=cache_dir, **told)
+    typer.echo(json.dumps(found, indent=1))
 
 
 @app.command()
@@ -128,7 +136,8 @@ def gpu(
     """
     from aimscale.harness.bench.gpu import run
 
-    done = run(out, rehearse=rehearse, report=typer.echo)
+    with Bar() as bar:
+        done = run(out, rehearse=rehearse, report=bar.say, progress=bar)
     typer.echo(f"wrote {out / 'gpu.json'}")
     if any(part["problem"] for part in done["parts"].values()):
         raise typer.Exit(1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from aimscale.harness.log.progress import Bar
 from aimscale.harness.run.config import ConfigError, ProbeSection, RunConfig, parse, read_yaml
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the backbone runs.")]
@@ -21,6 +23,10 @@ TaskFile = Annotated[
     Path | None,
     typer.Option("--tasks", help="YAML list of tasks, as under `probes` in a sweep file, instead of the run's."),
 ]
+
+
+_ROW = "{:>11}  {:<13} {:<9} {:>7} {:>12} {:>8} {:>6} {:>6}"
+_HEADER = _ROW.format("images", "task", "kind", "top-1 %", "95 %", "chance %", "n", "blocks")
 
 
 def probe(
@@ -52,12 +58,14 @@ def probe(
     config = RunDir(run).load_config()
     is_released = kind == [RELEASED]
     sections = _sections(config, task, tasks, None if is_released else kind)
-    with by_hand(RunDir(run), device) as group:
+    with by_hand(RunDir(run), device) as group, Bar(shows=group.is_first) as bar:
         if is_released:
             results = score_released(run, sections, group=group)
         else:
-            results = probe_run(run, images_seen, sections, group=group)
-        _print_entries(results, is_first=group.is_first, as_json=as_json)
+            results = probe_run(run, images_seen, sections, group=group, pause=bar)
+        _print_entries(results, bar, is_first=group.is_first, as_json=as_json)
+        if group.is_first and not as_json:
+            _say_next(run)
 
 
 def baseline(
@@ -86,9 +94,11 @@ def baseline(
 
     run = RunDir(like)
     sections = _sections(run.load_config(), task, tasks, kind)
-    with by_hand(run, device) as group:
-        results = probe_baseline(name, run, sections, weights=weights, group=group)
-        _print_entries(results, is_first=group.is_first, as_json=as_json)
+    with by_hand(run, device) as group, Bar(shows=group.is_first) as bar:
+        results = probe_baseline(name, run, sections, weights=weights, group=group, pause=bar)
+        _print_entries(results, bar, is_first=group.is_first, as_json=as_json)
+        if group.is_first and not as_json:
+            _say_next(like)
 
 
 def _sections(
@@ -128,7 +138,7 @@ def _absolute(path: str) -> str:
 
 
 def _print_entries(
-    results: Iterable[tuple[int | None, list[dict[str, Any]]]], *, is_first: bool, as_json: bool
+    results: Iterable[tuple[int | None, list[dict[str, Any]]]], bar: Bar, *, is_first: bool, as_json: bool
 ) -> None:
     """Print each entry when it is there, or all as JSON at the end; only rank 0 prints.
 
@@ -139,17 +149,23 @@ def _print_entries(
     for budget, entries in results:
         found += [{"images_seen": budget, **entry} for entry in entries]
         for entry in entries if is_first and not as_json else ():
-            typer.echo(_line(budget, entry))
+            if len(found) == len(entries) and entry is entries[0]:
+                bar.say(_HEADER)
+            bar.say(_line(budget, entry))
     if is_first and as_json:
         typer.echo(json.dumps(found, indent=1))
 
 
+def _say_next(run: Path) -> None:
+    """What gathers the entries of a sweep's run; a run by itself has no table."""
+    sweep = run.resolve().parent.parent
+    if (sweep / "sweep.yaml").is_file():
+        typer.echo(f"next: aimscale collect {shlex.quote(os.path.relpath(sweep))}")
+
+
 def _line(budget: int | None, entry: dict[str, Any]) -> str:
-    low, high = 100 * entry["top1_lo95"], 100 * entry["top1_hi95"]
+    top1, low, high, chance = (f"{100 * entry[name]:.1f}" for name in ("top1", "top1_lo95", "top1_hi95", "chance"))
     blocks = entry["blocks"]
-    span = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
-    who = "baseline" if budget is None else f"{budget:,} images"
-    return (
-        f"{who:>18}  {entry['task']:<16} {entry['kind']:<10} top-1 {100 * entry['top1']:.1f} % "
-        f"(95 %: {low:.1f} to {high:.1f}, n {entry['n']}, chance {100 * entry['chance']:.1f}), {span}"
-    )
+    span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"
+    seen = "" if budget is None else f"{budget:,}"
+    return _ROW.format(seen, entry["task"], entry["kind"], top1, f"{low} to {high}", chance, f"{entry['n']:,}", span)

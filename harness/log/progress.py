@@ -57,14 +57,19 @@ class Bar:
                 console=self._console,
                 transient=True,
                 refresh_per_second=4,
-                redirect_stdout=sys.stdout.isatty(),  # else what is piped would go to the terminal
+                redirect_stdout=False,  # what is piped would go to the terminal
             )
             self._live.add_task(what, text=text)
             self._live.start()
         self._live.update(self._live.task_ids[0], description=what, completed=done, total=total, text=text)
 
+    def say(self, line: str, *, err: bool = False) -> None:
+        """Print a line of results above the bar."""
+        self.clear()
+        print(line, file=sys.stderr if err else sys.stdout, flush=True)
+
     def clear(self) -> None:
-        """Take the bar off the terminal, so that something else can be printed; the next call shows it again."""
+        """Take the bar off the terminal; the next call shows it again."""
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -127,6 +127,8 @@ def go_on(*_: object) -> None:
 
 def numbered(pause: Pause, number: int, count: int) -> Pause:
     """The same for one of several pieces of work: what it names begins with `number/count`."""
+    if count == 1:
+        return pause
     return lambda what="", *standing: pause(what and f"{number}/{count} {what}", *standing)
 
 
