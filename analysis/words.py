@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aimscale.analysis.errors import option
+
 if TYPE_CHECKING:
     from aimscale.analysis.effects.contrasts import Contrast
     from aimscale.analysis.fitting.result import Fit, HeldOut
@@ -32,7 +34,8 @@ FLAGS = {
     "lower_bound": "{subject} lies on its lower bound {number:g}.",
     "upper_bound": "{subject} lies on its upper bound {number:g}.",
     "reaches_bound": "{subject} is not identified: its interval reaches the bound {number:g}.",
-    "few_values": "Not identified by {more[0]}, whatever the noise: {subject}. Measure more, or hold one by --fix.",
+    "few_values": "Not identified by {more[0]}, whatever the noise: {subject}. Measure more, or hold one by "
+    "{option:fix}.",
     "from_above": "{subject} is known from above only: the data allow any value from 0 to {number:.4g}.",
     "factor": "{subject} is known only within a factor of {number:.2g}.",
     "rival": "A rival minimum lies within the noise: its log-likelihood is {number:.2g} lower.",
@@ -44,13 +47,14 @@ FLAGS = {
     "scatter": f"The points lie {{number:.2g}} % off the law, more than replicates differ {TEST}.",
     "pattern": f"The points lie {{number:.2g}} % off the law, along {{subject}} {TEST}.",
     "off": "{more[0]} {subject} lies {number:+.2g} % off the law without it ({more[1]:.2g} standard deviations).",
-    "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one by --where.",
+    "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one by "
+    "{option:where}.",
     "in_plateau": "{number:.0f} rows of {subject} lie inside the first plateau of their size, which is over at "
     "{more[0]:,.0f} images at the latest: there losses follow no power law.",
     "during": "The rows are points during training: their learning rate has not decayed, so their losses lie above "
     "those of budgets.",
     "during_mixed": "{number:.0f} rows are points during training, which lie above budgets because their learning rate "
-    "has not decayed; leave them out by --where status=complete.",
+    "has not decayed; leave them out by {option:where status=complete}.",
     "few_sizes": "too few sizes lie near the lowest loss",
     "edge": "the {subject} size has the lowest loss",
     "not_convex": "the losses have no minimum over size",
@@ -66,7 +70,7 @@ FLAGS = {
     "other_unit": "Losses at different {subject} are of other targets or pictures, so they are not compared.",
     "absent": "{more[0]}: no value at {more[3]} = {subject}.",
     "unpaired": "{more[0]}: nothing is paired between {more[1]} and {subject}, which differ in {more[2]}; run both "
-    "with the same, or --ignore that column.",
+    "with the same, or {option:ignore} that column.",
     "one_pair": "From one pair: the interval covers which images were tested, not seeds; run more seeds.",
     "unseen_prefix": "The validation loss gives every model a bidirectional prefix; one trained without never saw any.",
     "other_patches": "Orders score other patches after the same prefix, so their losses differ in what is asked.",
@@ -82,7 +86,7 @@ FLAGS = {
     "no_result": "{subject}: {more[0]}",
     "not_forecast": "{subject} is not forecast: {more[0]}",
     "buys_little": "These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget.",
-    "accuracies_unnamed": "{subject} look like accuracies: read them with --columns {more[0]}.",
+    "accuracies_unnamed": "{subject} look like accuracies: read them with {option:columns {more[0]}}.",
     "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
 }
 """Kind of a flag -> its sentence."""
@@ -91,7 +95,7 @@ EXCLUSIONS = {
     "not positive": "with a missing or non-positive {}",
     "not finite": "with a missing or infinite {}",
     "repeat": "that repeat another row exactly",
-    "where": "not chosen by --where {}",
+    "where": "not chosen by {option:where {}}",
     "best of": "not the best {} of their cell",
 }
 """Kind of an exclusion -> what is said of its rows; {} is the subject."""
@@ -105,6 +109,15 @@ NOISE = {
     "law": ("scatter about the joint law", "{} points; more than seeds and images explain is its form or the tuning"),
 }
 """Kind of a component of noise -> what it is, and what it was estimated from."""
+
+
+class _Option:
+    def __format__(self, words: str) -> str:
+        return option(*words.split(" ", 1))
+
+
+OPTION = _Option()
+"""Names an option in a template: `{option:where status=complete}`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +136,8 @@ class Flag:
     """Probability that a sound law shows as much, where that was tested."""
 
     def __str__(self) -> str:
-        return FLAGS[self.kind].format(subject=self.subject, number=self.number, more=self.more, p=p_value(self.p))
+        told = {"subject": self.subject, "number": self.number, "more": self.more, "p": p_value(self.p)}
+        return FLAGS[self.kind].format(**told, option=OPTION)
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -161,13 +175,17 @@ def p_value(p: float) -> str:
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.1g}"
 
 
+NEAR = 0.55
+"""Likeness from which a name may be the one that was meant."""
+
+
 def did_you_mean(typed: str, names: Iterable[str], otherwise: str) -> str:
-    """The names that resemble one that does not exist; else the first of all."""
-    known = list(names)
-    near = [*difflib.get_close_matches(typed, known), *(name for name in known if typed and typed in name)]
-    if near:
-        return f"did you mean {' or '.join(dict.fromkeys(near[:3]))}?"
-    return f"{otherwise} {some(known)}."
+    """The names that resemble one that does not exist, the nearest first; else some of all."""
+    lower = typed.lower()
+    score = {n: difflib.SequenceMatcher(None, lower, n.lower()).ratio() for n in names}
+    known = sorted(score, key=lambda n: -score[n])
+    near = [n for n in known if score[n] >= NEAR or (len(lower) > 2 and lower in n.lower())]
+    return f"did you mean {' or '.join(near[:3])}?" if near else f"{otherwise} {some(known)}."
 
 
 MAX_NAMED = 5

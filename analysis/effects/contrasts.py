@@ -246,7 +246,7 @@ def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure]) -> list[str]:
     levels = list(dict.fromkeys(level_name(present[i]) for i in order))
     if len(levels) < 2:
         alone = f"{by} = {levels[0]} alone has" if levels else "no row has"
-        raise AnalysisError(f"Nothing can be compared: {alone} values of {', '.join(m.title for m in asked)}.")
+        raise AnalysisError(f"Nothing can be compared: {alone} values of {some([m.title for m in asked])}.")
     return levels
 
 

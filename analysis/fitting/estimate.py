@@ -24,7 +24,7 @@ from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.names import names_of
 from aimscale.analysis.table.points import Observations, observe
 from aimscale.analysis.table.read import loss_unit
-from aimscale.analysis.words import Flag
+from aimscale.analysis.words import Flag, did_you_mean
 
 LEAST_SLOPE = 1e-6
 """Of a point outside the quadratic zone."""
@@ -65,7 +65,7 @@ def fit(
     Raises:
         AnalysisError: missing column, unknown name, too few points, or a variable without variation.
     """
-    law = find_law(law) if isinstance(law, str) else law
+    law = find_law(law)
     objective = find_objective(objective)
     fixed, bounds = dict(fixed or {}), dict(bounds or {})
     _check_names(law, fixed, bounds)
@@ -178,7 +178,7 @@ def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[floa
     positive = {p.name for p in law.parameters if p.log}
     for name, (low, high) in ({name: (v, v) for name, v in fixed.items()} | bounds).items():
         if name not in law.names:
-            raise AnalysisError(f"{law.formula} has no parameter {name!r}; its parameters are {', '.join(law.names)}.")
+            raise AnalysisError(f"{law.formula} has no parameter {name!r}; {did_you_mean(name, law.names, 'it has')}")
         if not np.isfinite([low, high]).all() or (low <= 0 and name in positive):
             what = "positive, finite" if name in positive else "finite"
             raise AnalysisError(f"{name} of {law.formula} needs {what} numbers, so it cannot be {low:g}.")

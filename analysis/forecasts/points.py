@@ -84,7 +84,7 @@ def candidates(laws: Sequence[Law | str] | str, df: pd.DataFrame) -> list[Law]:
         AnalysisError: an unknown name.
     """
     if not isinstance(laws, str):
-        return [find_law(each) if isinstance(each, str) else each for each in laws]
+        return [find_law(each) for each in laws]
     base, _, variable = laws.partition(":")
     if base != AUTO:
         return [find_law(name.strip()) for name in laws.split(",")]

@@ -65,7 +65,9 @@ def register(found: Ahead, df: pd.DataFrame, path: Path) -> None:
         with path.open("a") as file:
             file.write("".join(entries))
     except OSError as error:
-        raise AnalysisError(f"Cannot write the register {path} ({error.strerror}); name another by --to.") from None
+        raise AnalysisError(
+            f"Cannot write the register {path} ({error.strerror}); choose a folder that exists and is yours."
+        ) from None
 
 
 def read_register(path: Path) -> list[dict[str, Any]]:

@@ -130,7 +130,7 @@ def all_approaches(
     """
     points_of(df, y)  # raises before an approach is blamed for a missing column
     options: dict[str, Any] = {"y": y, "resamples": resamples}
-    law = find_law(law) if isinstance(law, str) else law
+    law = law if isinstance(law, Fit) else find_law(law)
 
     def parametric() -> Frontier:
         if isinstance(law, Fit):

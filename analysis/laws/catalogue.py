@@ -327,12 +327,16 @@ LAWS: dict[str, Law] = {name: make("x") for name, make in _ONE_VARIABLE.items()}
 """Name -> law; those in x go on any variable: `power_offset:N`."""
 
 
-def find_law(name: str) -> Law:
-    """A law by name; `power_offset:N` puts a one-variable law on a named variable or column.
+def find_law(name: str | Law) -> Law:
+    """A law by name, or the law itself; `power_offset:N` puts a one-variable law on a named variable or column.
 
     Raises:
-        AnalysisError: the name is unknown.
+        AnalysisError: the name is unknown, or something else stands in the law's place.
     """
+    if isinstance(name, Law):
+        return name
+    if not isinstance(name, str):
+        raise AnalysisError(f"A {type(name).__name__} is no law; give the law first, as in fit('chinchilla', table).")
     base, _, variable = name.partition(":")
     if base in _ONE_VARIABLE and variable:
         return _ONE_VARIABLE[base](variable)

@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.plots.style import css_variables
 from aimscale.analysis.report import tables, words
 from aimscale.analysis.report.figures import PageFigure, findings, page_figures, save_figures
@@ -72,7 +72,7 @@ def write_report(
         with written_aside(out) as aside:
             aside.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise AnalysisError(f"cannot write {out}: {error.strerror}; give another path with --out") from error
+        raise AnalysisError(f"cannot write {out}: {error.strerror}; give another path with {option('out')}") from error
     return out
 
 

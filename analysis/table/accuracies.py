@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.schema import KNOWN
 from aimscale.analysis.words import Flag, some
 
@@ -40,9 +40,10 @@ def with_accuracies(
     tasks = {key[0] for key in keys.values() if key[-1] not in LEVELS}
     for ours, key in keys.items():
         if len(key) != 2 or not all(key):
-            raise AnalysisError(f"--columns names an accuracy as TASK:KIND, such as dtd:linear, not '{ours}'")
+            raise AnalysisError(f"{option('columns')} names an accuracy as TASK:KIND, such as dtd:linear, not '{ours}'")
         if key[0] not in tasks:
-            raise AnalysisError(f"--columns {ours}: no accuracy of {key[0]} is named; add {key[0]}:KIND=THEIRS")
+            typed = option("columns", f"{key[0]}:KIND=THEIRS")
+            raise AnalysisError(f"{ours}: no accuracy of {key[0]} is named; add {typed}")
     numbers = {keys[ours]: _checked(each, ours, theirs[ours], path) for ours, each in values.items()}
     entries = [list(row) for row in frame["probes"]] if "probes" in frame else [[] for _ in range(len(frame))]
     for task, kind in [key for key in numbers if key[1] not in LEVELS]:
@@ -62,7 +63,8 @@ def _checked(values: pd.Series, ours: str, theirs: str, path: Path) -> pd.Series
         bad |= (numbers < 0) | (numbers > 1)
     if bad.any():
         row = int(np.flatnonzero(bad.to_numpy())[0])
-        percent = f"; per cent is read by --columns '{ours}={quoted(theirs)}/100'" if 1 < numbers.max() <= 100 else ""
+        typed = option("columns", f"{ours}={quoted(theirs)}/100")
+        percent = f"; per cent is read by {typed}" if 1 < numbers.max() <= 100 else ""
         what = "number" if ours.endswith(":ideal") else "fraction from 0 to 1"
         raise AnalysisError(
             f"{path}: '{theirs}' for {ours} is {values.iloc[row]} in row {row + 1}, which is no {what}{percent}"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.accuracies import named_like_accuracy
-from aimscale.analysis.table.names import column_words, no_column, our_name, remember
+from aimscale.analysis.table.names import no_column, our_name, remember
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.schema import MFU
-from aimscale.analysis.words import MAX_NAMED, accuracy_of, measured_by
+from aimscale.analysis.words import MAX_NAMED, accuracy_of, did_you_mean, measured_by
 
 KIND = "kind"
 """Compares kinds of probes within a row."""
@@ -86,7 +86,7 @@ def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[M
     has_loss = not within_row and "val_loss" in rows and bool(rows["val_loss"].notna().any())
     found = [Measure(column="val_loss")] * has_loss + of_probes
     if not found:
-        raise AnalysisError("The table has neither val_loss nor probes; name a column with --measure.")
+        raise AnalysisError(f"The table has neither val_loss nor probes; name a column with {option('measure')}.")
     return found
 
 
@@ -100,21 +100,22 @@ def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_r
     if column in ACCURACIES and column not in rows:
         matching = [m for m in of_probes if task in ("", m.task) and kind in ("", m.kind)]
         if not matching:
-            raise AnalysisError(f"The table has no accuracy {name!r}{_accuracy_names(of_probes)}.")
+            raise _no_measure(f"accuracy {name!r}", task or kind, of_probes, ())
         return [replace(m, column=column) for m in matching]
     if within_row:
         raise AnalysisError(f"Within a row only accuracies are compared; {name!r} is none.")
     if name not in rows or not pd.api.types.is_numeric_dtype(rows[name]):
-        raise AnalysisError(
-            f"The table has no column of numbers {name!r}{_accuracy_names(of_probes)}; {column_words(rows, name)}"
-        )
+        columns = rows.select_dtypes("number").columns
+        raise _no_measure(f"column of numbers and no accuracy {name!r}", name, of_probes, map(str, columns))
     return [Measure(column=name)]
 
 
-def _accuracy_names(of_probes: Sequence[Measure]) -> str:
-    names = [f"{m.task}:{m.kind}".strip(":") for m in of_probes[:MAX_NAMED]]
-    none = "; no finished run was probed, and no accuracy named by --columns TASK:KIND=THEIRS"
-    return f"; accuracies that it has: {', '.join(names)}" if names else none
+def _no_measure(what: str, typed: str, of_probes: Sequence[Measure], columns: Iterable[str]) -> AnalysisError:
+    """The error about a measure that a table lacks: the nearest that it has, or how accuracies are named."""
+    names = [*(f"{m.task}:{m.kind}".strip(":") for m in of_probes), *columns]
+    unnamed = f"; accuracies are named by {option('columns', 'TASK:KIND=THEIRS')}" if not of_probes else ""
+    near = f"; {did_you_mean(typed, names, 'it has')}" if names else ""
+    return AnalysisError(f"The table has no {what}{unnamed}{near}")
 
 
 def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import EXCLUSIONS, did_you_mean
+from aimscale.analysis.errors import AnalysisError, option
+from aimscale.analysis.words import EXCLUSIONS, OPTION, did_you_mean
 
 CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
 """Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
@@ -35,7 +35,8 @@ class Exclusion:
     """Rows."""
 
     def __str__(self) -> str:
-        return f"{self.number} row{'s' if self.number != 1 else ''} {EXCLUSIONS[self.kind].format(self.subject)}"
+        why = EXCLUSIONS[self.kind].format(self.subject, option=OPTION)
+        return f"{self.number} row{'s' if self.number != 1 else ''} {why}"
 
 
 def names_of(frame: pd.DataFrame) -> dict[str, str]:
@@ -90,5 +91,5 @@ def column_words(frame: pd.DataFrame, like: str) -> str:
 def no_column(frame: pd.DataFrame, name: str, why: str = "") -> AnalysisError:
     """The error about a column that a table lacks: what for, the option that names it, what there is."""
     letter = LETTERS.get(CANONICAL.get(name, name), name if len(name) == 1 else "")
-    option = f"; name yours with --columns {letter}=THEIRS" if letter else ""
-    return AnalysisError(f"The table has no column {name!r}{why}{option}; {column_words(frame, name)}")
+    named = f"; name yours with {option('columns', f'{letter}=THEIRS')}" if letter else ""
+    return AnalysisError(f"The table has no column {name!r}{why}{named}; {column_words(frame, name)}")

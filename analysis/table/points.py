@@ -116,7 +116,7 @@ def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | Non
     for variable in law.variables:
         name = (columns or {}).get(variable) or our_name(df, variable)
         if name not in df.columns:
-            of_one = f" (say of what the law is: --law {law.name}:N)" if variable == "x" else ""
+            of_one = f" (say of what the law is: {law.name}:N)" if variable == "x" else ""
             raise no_column(df, name, f" for {variable} of {law.formula}{of_one}")
         found[variable] = name
     return found
@@ -139,7 +139,7 @@ def observe(
     """
     names = resolve_columns(law, df, columns)
     if y not in df.columns:
-        raise no_column(df, y, " to fit (--y)")
+        raise no_column(df, y, " to fit")
     columns_of = {**names, "y": y}
     found = usable_rows(df, columns_of, signed=() if positive_y else ("y",), may_be_zero=names if zero_allowed else ())
     points = found.numbers

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.accuracies import is_accuracy, with_accuracies
 from aimscale.analysis.table.design import DEFAULT, DESIGN, SECTIONS, varies
 from aimscale.analysis.table.names import (
@@ -40,7 +40,7 @@ MAX_BYTES = 10**9
 
 
 def read_tables(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     columns: Mapping[str, str] | None = None,
     *,
     where: Sequence[str] = (),
@@ -60,10 +60,11 @@ def read_tables(
     Raises:
         AnalysisError: no table, one that cannot be read, or conditions that no row meets.
     """
-    if not paths:
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not given:
         raise AnalysisError("name at least one table")
     frames = []
-    for path in map(Path, paths):
+    for path in map(Path, given):
         frame = read_table(path, columns)
         frames.append(frame.assign(**{FOLDER: str(path if path.is_dir() else path.parent)}))
     frame = frames[0] if len(frames) == 1 else _each_run_once(frames)
@@ -250,9 +251,9 @@ def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path
             raise ValueError("it has a '='")
         return pd.Series(found, index=theirs.index)
     except Exception as error:  # whatever the formula makes Python raise
+        why = "" if formula.isidentifier() else f", and it is no formula of columns ({error})"
         raise AnalysisError(
-            f"{path} has no column {formula:.80} that --columns names, and it is no formula of columns ({error}); "
-            f"{column_words(theirs, formula)}"
+            f"{path} has no column {formula:.80} that {option('columns')} names{why}; {column_words(theirs, formula)}"
         ) from error
 
 
@@ -284,7 +285,8 @@ def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
     try:
         listed = json.loads(value) if isinstance(value, str) else value
         if np.isscalar(listed):
-            raise TypeError(f"{listed!r:.60} is a number; name an accuracy with --columns TASK:KIND=THEIRS")
+            typed = option("columns", "TASK:KIND=THEIRS")
+            raise TypeError(f"{listed!r:.60} is a number; name an accuracy with {typed}")
         entries = [dict(entry) for entry in listed]
         return [{**entry, **_typed(entry)} for entry in entries]
     except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:

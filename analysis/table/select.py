@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.design import design_columns, held_equal, varies
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.words import MAX_NAMED, Flag
+from aimscale.analysis.words import MAX_NAMED, Flag, some
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
 
@@ -38,14 +38,14 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
             continue
         found = _CONDITION.fullmatch(text.strip())
         if found is None:
-            raise AnalysisError(f"--where needs a condition such as prefix=paired or D>=8000, not '{text}'")
+            raise AnalysisError(f"{option('where')} needs a condition such as prefix=paired or D>=8000, not '{text}'")
         name = our_name(frame, found["name"].strip())
         if name not in frame:
-            raise no_column(frame, name, f" for --where {text}")
+            raise no_column(frame, name, f" for {option('where', text)}")
         meets = _meets(frame[name], found["sign"], found["value"].strip(), text)
         if not meets.any():
-            values = ", ".join(f"{each:.40}" for each in frame[name].dropna().astype(str).unique()[:8])
-            raise AnalysisError(f"--where {text}: no row is left; {name} takes {values}")
+            values = some([f"{each:.40}" for each in frame[name].dropna().astype(str).unique()])
+            raise AnalysisError(f"{option('where', text)}: no row is left; {name} takes {values}")
         if number := int((~meets).sum()):
             left_out = Exclusion(kind="where", subject=text.strip(), number=number)
             frame = remember(frame[meets], left_out=(left_out,))
@@ -59,7 +59,7 @@ def _meets(values: pd.Series, sign: str, value: str, text: str) -> np.ndarray:
     numbers = pd.to_numeric(values, errors="coerce").to_numpy(float)
     limit = pd.to_numeric(value, errors="coerce")
     if np.isnan(limit) or np.isnan(numbers).all():
-        raise AnalysisError(f"--where {text}: only numbers can be compared by {sign}")
+        raise AnalysisError(f"{option('where', text)}: only numbers can be compared by {sign}")
     with np.errstate(invalid="ignore"):
         return {"<=": numbers <= limit, ">=": numbers >= limit, "<": numbers < limit, ">": numbers > limit}[sign]
 
@@ -83,7 +83,7 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     tuned, y = [our_name(frame, name) for name in names], our_name(frame, y)
     for name in (*tuned, y):
         if name not in frame:
-            raise no_column(frame, name, " for --best-of")
+            raise no_column(frame, name, f" for {option('best-of')}")
     found = usable_rows(frame, y)
     rows, unusable = found.rows, found.exclusions[len(left_out_of(frame)) :]
     equal = held_equal(rows, free={"L", "val_loss", y, *tuned})
@@ -92,7 +92,7 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
         also = [their_name(rows, name) for name in equal if _parts(rows, equal, name)]
         why = f"; name what was tuned with it, too: {', '.join(also[:MAX_NAMED])}" if also else ""
         raise AnalysisError(
-            f"--best-of {', '.join(names)}: no two rows differ in nothing else, so there is no choice{why}"
+            f"{option('best-of', ', '.join(names))}: no two rows differ in nothing else, so there is no choice{why}"
         )
     left_out = Exclusion(kind="best of", subject=", ".join(names), number=len(rows) - len(kept))
     return remember(kept.reset_index(drop=True), left_out=(*unusable, left_out))

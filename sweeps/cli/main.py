@@ -13,6 +13,7 @@ import typer.core
 import typer.main
 
 from aimscale.aim.errors import UserError, did_you_mean, printable
+from aimscale.analysis.errors import in_command
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start": {
@@ -144,7 +145,8 @@ def _top(
 def main(argv: list[str] | None = None) -> Any:
     """Entry point: a user's mistake, or a disk's, prints one sentence and exits with its code, never a traceback."""
     try:
-        return typer.main.get_command(app)(args=argv, prog_name="aimscale")
+        with in_command():
+            return typer.main.get_command(app)(args=argv, prog_name="aimscale")
     except Exception as error:
         code, sentence = getattr(error, "exit_code", None), str(error)
         if isinstance(error, OSError):

@@ -34,7 +34,7 @@ def replay(df: pd.DataFrame, law: Law | str, *, share: float = 0.1, draws: int =
         One row a strategy, best first: strategy, num_runs, r2, r2_median, log_error (mean |ln forecast - ln measured|);
         means over draws.
     """
-    law = find_law(law) if isinstance(law, str) else law
+    law = find_law(law)
     held = df["C"].rank(method="first") > 0.9 * len(df)
     pool, test = df[~held].reset_index(drop=True), df[held]
     budget = share * float(pool["C"].sum())

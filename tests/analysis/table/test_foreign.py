@@ -1,15 +1,18 @@
 """Tables of others: their formats, their names, columns that can be computed, and the best of what they tuned."""
 
+import contextlib
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.analysis import fit, plot_fit, read_table, read_tables
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis import contrast, correlate, fit, plot_fit, read_table, read_tables
+from aimscale.analysis.errors import AnalysisError, in_command
 from aimscale.analysis.table.names import left_out_of
 from aimscale.analysis.table.read import parse_columns
-from aimscale.analysis.table.select import select
+from aimscale.analysis.table.select import best_of, select
 from aimscale.sweeps.cli.main import verb
 
 NAMES = {"N": "num_params", "D": "tokens", "L": "loss"}
@@ -93,7 +96,7 @@ def test_everything_else_equal_counts_their_sizes_and_settings(lettered, tmp_pat
     assert "over 12 pairs of runs" in words
     one = both[both["seed"] == both["data"].map({"a": 0, "b": 1})]
     one.to_json(tmp_path / "both.jsonl", orient="records", lines=True)
-    with pytest.raises(AnalysisError, match=r"seed \(0 against 1\).*--ignore"):
+    with pytest.raises(AnalysisError, match=r"seed \(0 against 1\).*ignore"):
         said("contrast", "--by", "data")
 
 
@@ -165,9 +168,9 @@ def test_what_is_said_of_their_rows_has_their_names(theirs, tmp_path):
     for options, subject in (
         (["fit", "--hold-out", "N:0"], "N:0"),
         (["fit", "--law", "power_offset"], "power_offset:N"),
-        (["fit", "--law", "power_offset:C", "--where", "envelope"], "--columns C=THEIRS"),
+        (["fit", "--law", "power_offset:C", "--where", "envelope"], r'columns=.*"C": "THEIRS"'),
         (["correlate", "--x", "loss", "--y", "L"], "val_loss"),
-        (["correlate"], "TASK:KIND=THEIRS"),
+        (["correlate"], "TASK:KIND.*THEIRS"),
     ):
         with pytest.raises(AnalysisError, match=subject):
             said(*options)
@@ -180,3 +183,36 @@ def test_rows_that_differ_in_any_column_are_no_repeats():
     result = fit("power:N", df, y="y", resamples=0)
     assert [str(e) for e in result.exclusions] == ["1 row that repeat another row exactly"]
     assert result.num_points == 5
+
+
+@pytest.mark.parametrize(
+    ("mistake", "in_python", "typed"),
+    [
+        (lambda df: fit("chinchilla", df.drop(columns="N")), 'columns={"N": "THEIRS"}', "--columns N=THEIRS"),
+        (lambda df: select(df, ["lr>1"]), 'where=["lr>1"]', "--where 'lr>1'"),
+        (lambda df: best_of(df, ["rate"]), "best", "--best-of"),
+        (lambda df: correlate(df), 'columns={"TASK:KIND": "THEIRS"}', "--columns TASK:KIND=THEIRS"),
+        (lambda df: contrast(df, by="lr", measures=["los"]), 'columns={"TASK:KIND": "THEIRS"}', "loss"),
+    ],
+)
+def test_an_error_names_options_as_its_reader_types_them(theirs, mistake, in_python, typed):
+    df = theirs.rename(columns={"num_params": "N"})
+    said = []
+    for context in (contextlib.nullcontext(), in_command()):
+        with context, pytest.raises(AnalysisError) as error:
+            mistake(df)
+        said.append(str(error.value))
+    assert in_python in said[0]
+    assert "--" not in said[0]
+    assert typed in said[1]
+
+
+def test_at_most_five_names_stand_in_an_error_the_nearest_first():
+    df = pd.DataFrame({f"column_{k:02}": [1.0, 2.0] for k in range(40)} | {"learning_rate": [1.0, 2.0]})
+    with pytest.raises(AnalysisError) as error:
+        correlate(df, x="zz", y="column_01")
+    assert len(re.findall(r"column_\d\d", str(error.value))) <= 5
+    with pytest.raises(AnalysisError, match=r"Lerning_rate'.*did you mean learning_rate"):
+        correlate(df, x="Lerning_rate", y="column_01")
+    with pytest.raises(AnalysisError, match="law first"):
+        fit(df, "chinchilla")
