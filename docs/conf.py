@@ -1,7 +1,7 @@
 """How the pages are built: `sphinx-build -W --keep-going -n docs site`. Warnings are errors, a dead link among them.
 
-Five pages (commands, fields of a configuration, columns of a table, the Python API, figures) and the sample reports are
-written from the code by the modules in `generate`.
+Six pages (commands, fields of a configuration, columns of a table, the Python API, figures, the forecasts' record) and
+the sample reports are written by the modules in `generate`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generate import api_reference, command_reference, config_reference, gallery, table_reference
+from generate import api_reference, board, command_reference, config_reference, gallery, table_reference
 
 project = "aimscale"
 copyright = "the aimscale maintainers, Apache-2.0"
@@ -43,6 +43,7 @@ GENERATED = {
     "commands": command_reference.markdown,
     "api": api_reference.markdown,
     "columns": table_reference.markdown,
+    "board": board.markdown,
 }
 
 

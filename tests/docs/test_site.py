@@ -11,7 +11,7 @@ import pytest
 import typer
 import typer.main
 import yaml
-from generate import api_reference, command_reference, config_reference, table_reference
+from generate import api_reference, board, command_reference, config_reference, table_reference
 
 from aimscale.sweeps.cli.main import HIDDEN, VERBS, app
 
@@ -21,6 +21,7 @@ GENERATED = {
     ROOT / "docs/configuration.md": config_reference.markdown,
     ROOT / "docs/api.md": api_reference.markdown,
     ROOT / "docs/columns.md": table_reference.markdown,
+    ROOT / "docs/board.md": board.markdown,
 }
 """Pages that the site's build writes."""
 GALLERY = ROOT / "docs/gallery.md"

@@ -1,7 +1,7 @@
 """The board: public tables cut at a fraction of their compute, forecast from what is left, and scored on the rest.
 
-`python tests/experiments/board.py tests/board MY_TABLES --to docs/board.md` takes minutes. `--record FILE` also writes
-the record by distance that forecasts are told with (`analysis/forecasts/record.csv`).
+`python tests/experiments/board.py tests/board MY_TABLES --to docs/board.csv` takes minutes; the site's build shows
+it. `--record FILE` also writes the record by distance that forecasts are told with (`analysis/forecasts/record.csv`).
 
 A table is a CSV with columns N, D, C and loss under three lines of provenance (`# source:`, `# licence:`, `# rows:`).
 `# family:` names tables that share runs: what is calibrated on the others leaves the whole family out. `# columns:`
@@ -41,8 +41,6 @@ DRAWS = 200
 STACK, STRAIGHT = "stack", "straight line"
 WITH_POINTS = "stack, points during training too"
 LOSS = "val_loss"
-MANY_POINTS = 10
-"""Cuts with fewer points are left out of the lowest share inside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,29 +253,6 @@ def scores(points: pd.DataFrame) -> pd.DataFrame:
     return each.groupby(keys).mean().assign(num_points=each.groupby(keys).size()).reset_index()
 
 
-def summary(scored: pd.DataFrame) -> pd.DataFrame:
-    """Means over tables of the losses: one row a method and cut, in per cent of the loss; the best score first."""
-    losses = scored[scored["quantity"] == LOSS]
-    order = np.log(losses["score"]).groupby(losses["method"]).mean().sort_values().index
-    rows = []
-    for method in order:
-        for cut, group in losses[losses["method"] == method].groupby("cut"):
-            many = group[group["num_points"] >= MANY_POINTS]
-            rows.append(
-                {
-                    "method": method,
-                    "cut": f"1/{cut:.0f}",
-                    "tables": len(group),
-                    "inside": f"{100 * group['inside'].mean():.1f}",
-                    "lowest": f"{100 * many['inside'].min():.0f}" if len(many) else "",
-                    "error": f"{100 * group['error'].mean():.2f}",
-                    "half width": f"{100 * group['half_width'].mean():.1f}",
-                    "score": f"{100 * np.exp(np.log(group['score']).mean()):.1f}",
-                }
-            )
-    return pd.DataFrame(rows)
-
-
 def record_table(points: pd.DataFrame) -> pd.DataFrame:
     """The stack's forecasts by distance (`record.Record`), every table counting alike in each range."""
     own = points[points["method"] == STACK]
@@ -302,44 +277,11 @@ def record_table(points: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def page(tables: Sequence[BoardTable], points: pd.DataFrame, scored: pd.DataFrame) -> str:
-    """The board as Markdown; the scores of every table go beside it as CSV."""
-    families = [calibrated(points[points["family"] != family]) for family in points["family"].unique()]
-    used = {table.family: table for table in reversed(tables) if table.name in set(points["table"])}
-    num = int(((points["method"] == STACK) & (points["quantity"] == LOSS)).sum())
-    parts = [
-        f"{points['table'].nunique()} tables of {len(used)} families, {num:,} forecasts of a loss. Inside, lowest, "
-        "error and half width are in per cent; the score is Winkler's, of ln loss, times 100 (smaller is better).",
-        _markdown(summary(scored)),
-        f"The constant of the misfit is {calibrated(points):.2f}; without one family or another it is "
-        f"{min(families):.2f} to {max(families):.2f}, and each is judged without its own.",
-        "### Accuracies",
-        _markdown(_accuracies(scored)),
-        "### Where the tables come from",
-        "\n".join(f"- **{each}**: {used[each].source}. Licence: {used[each].licence}." for each in sorted(used)),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _accuracies(scored: pd.DataFrame) -> pd.DataFrame:
-    rows = []
-    for cut, group in scored[scored["quantity"] != LOSS].groupby("cut"):
-        means = 100 * group[["inside", "error", "half_width"]].mean()
-        told = {"inside": f"{means['inside']:.1f}", "error, points": f"{means['error']:.1f}"}
-        rows.append({"cut": f"1/{cut:.0f}", "probes": len(group), **told, "half width": f"{means['half_width']:.1f}"})
-    return pd.DataFrame(rows)
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    rows = [list(map(str, table.columns)), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def main() -> None:
-    """Judge forecasts on the tables, and write the page, its scores as CSV, and the record."""
+    """Judge forecasts on the tables, and write their scores and the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", type=Path, nargs="+", help="tables with their provenance (CSV), or folders of them")
-    parser.add_argument("--to", type=Path, default=Path("board.md"), help="page; the scores go beside it as CSV")
+    parser.add_argument("--to", type=Path, default=Path("board.csv"), help="scores (CSV)")
     parser.add_argument("--record", type=Path, help="record by distance (CSV)")
     asked = parser.parse_args()
     found, parts = read_board(asked.tables), []
@@ -349,12 +291,13 @@ def main() -> None:
     points = left_out(pd.concat(parts, ignore_index=True))
     if points.empty:
         parser.error(f"no table leaves {MIN_ROWS} rows, {MIN_SIZES} sizes and a range of {MIN_RANGE:g} in compute")
-    scored = scores(points)
-    asked.to.write_text(page(found, points, scored))
-    scored.to_csv(asked.to.with_suffix(".csv"), index=False, float_format="%.5g")
+    scores(points).to_csv(asked.to, index=False, float_format="%.5g")
     if asked.record:
         record_table(points).to_csv(asked.record, index=False, float_format="%.4g")
-    print(summary(scored).to_string(index=False))
+    families = [calibrated(points[points["family"] != family]) for family in points["family"].unique()]
+    print(
+        f"constant of the misfit: {calibrated(points):.2f}, without a family {min(families):.2f} to {max(families):.2f}"
+    )
 
 
 if __name__ == "__main__":

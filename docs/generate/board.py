@@ -1,0 +1,106 @@
+"""The forecasts' record, `docs/board.md`, which docs/forecasts.md includes: from `docs/board.csv` and tests/board.
+
+`tests/experiments/board.py` writes the scores; the page is made when the site is built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.forecasts.ahead import records
+
+ROOT = Path(__file__).parents[2]
+SCORES = ROOT / "docs/board.csv"
+TABLES = ROOT / "tests/board"
+LOSS, STACK = "val_loss", "stack"
+MANY_POINTS = 10
+"""Cuts with fewer points are left out of the lowest share inside."""
+
+
+def markdown() -> str:
+    """The record by distance, by method and of accuracies, and where the tables come from."""
+    scored = pd.read_csv(SCORES)
+    of_stack = scored[(scored["method"] == STACK) & (scored["quantity"] == LOSS)]
+    parts = [
+        f"{scored['table'].nunique()} tables of {scored['family'].nunique()} families, "
+        f"{of_stack['num_points'].sum():,} forecasts of a loss. Tables count alike. `stack` is what `forecast` does.",
+        "### By distance",
+        _table(_by_distance()),
+        "### By method and cut",
+        "Inside, lowest (of the tables with ten points or more), error and half width are per cent of the loss. The "
+        "score is Winkler's, of ln loss, times 100; smaller is better.",
+        _table(summary(scored)),
+        "### Accuracies",
+        _table(_accuracies(scored)),
+        "### Where the tables come from",
+        "\n".join(_sources(set(scored["table"]))),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_distance() -> pd.DataFrame:
+    """What `aimscale forecast` tells beside a forecast."""
+    rows = [
+        {
+            "times beyond the table": f"{each.low:g} to {each.high:g}",
+            "tables": each.num_tables,
+            "losses inside, %": f"{100 * each.inside:.0f}",
+            "error, %": f"{100 * each.error:.1f}",
+            "accuracies inside, %": f"{100 * each.accuracy_inside:.0f}",
+            "error, points": f"{100 * each.accuracy_error:.1f}",
+        }
+        for each in records()
+    ]
+    return pd.DataFrame(rows)
+
+
+def summary(scored: pd.DataFrame) -> pd.DataFrame:
+    """Means over tables of the losses: one row a method and cut; the best score first."""
+    losses = scored[scored["quantity"] == LOSS]
+    order = np.log(losses["score"]).groupby(losses["method"]).mean().sort_values().index
+    rows = []
+    for method in order:
+        for cut, group in losses[losses["method"] == method].groupby("cut"):
+            many = group[group["num_points"] >= MANY_POINTS]
+            rows.append(
+                {
+                    "method": method,
+                    "cut": f"1/{cut:.0f}",
+                    "tables": len(group),
+                    "inside": f"{100 * group['inside'].mean():.1f}",
+                    "lowest": f"{100 * many['inside'].min():.0f}" if len(many) else "",
+                    "error": f"{100 * group['error'].mean():.2f}",
+                    "half width": f"{100 * group['half_width'].mean():.1f}",
+                    "score": f"{100 * np.exp(np.log(group['score']).mean()):.1f}",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _accuracies(scored: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for cut, group in scored[scored["quantity"] != LOSS].groupby("cut"):
+        means = 100 * group[["inside", "error", "half_width"]].mean()
+        told = {"inside, %": f"{means['inside']:.1f}", "error, points": f"{means['error']:.1f}"}
+        rows.append({"cut": f"1/{cut:.0f}", "probes": len(group), **told, "half width": f"{means['half_width']:.1f}"})
+    return pd.DataFrame(rows)
+
+
+def _sources(used: set[str]) -> list[str]:
+    """A line per family: source and licence of its first table."""
+    found: dict[str, str] = {}
+    for path in sorted(TABLES.glob("*.csv")):
+        lines = [line[2:].partition(": ") for line in path.read_text().splitlines() if line.startswith("# ")]
+        notes = {key: value.strip() for key, _, value in lines}
+        if path.stem in used:
+            told = f"{notes['source']}. Licence: {notes['licence']}."
+            found.setdefault(notes.get("family", path.stem), told)
+    return [f"- **{family}**: {found[family]}" for family in sorted(found)]
+
+
+def _table(frame: pd.DataFrame) -> str:
+    rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *frame.astype(str).to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
