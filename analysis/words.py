@@ -299,6 +299,23 @@ def held_out_cautions(tests: Sequence[HeldOut]) -> Iterator[str]:
             yield f"Only {inside} lie inside their prediction intervals."
 
 
+def contrast_cells(c: Contrast, by: str) -> dict[str, str]:
+    """A contrast as a row of a table."""
+    m, unknown = c.measure, not c.over
+    over = "1 pair" if c.num_run_pairs == 1 else f"{c.num_run_pairs} pairs"
+    return {
+        "measure": m.title,
+        by: c.level,
+        "mean": m.shown(c.level_mean),
+        "baseline": m.shown(c.baseline_mean),
+        "difference": m.shown_difference(c.difference),
+        "95 % interval": "" if unknown else f"[{m.shown_difference(c.low)}, {m.shown_difference(c.high)}]",
+        "over": f"{over}, {c.images.num_images:,} images" if c.over == "test images" and c.images else over,
+        "verdict": "no interval" if unknown else c.verdict,
+        "detectable": "" if unknown or c.is_significant else m.shown_size(c.detectable),
+    }
+
+
 def contrast_sentence(c: Contrast) -> str:
     """A difference with its interval, what that is over and what it leaves out."""
     m = c.measure
@@ -315,7 +332,7 @@ def contrast_sentence(c: Contrast) -> str:
         text += f", over {c.num_run_pairs} pairs of runs" + (
             f" ({c.num_pairs} of rows)" if c.num_pairs > c.num_run_pairs else ""
         )
-        text += f", on these test images (others: {m.shown_size(c.images.half)} more or less)" if c.images else ""
+        text += f", on these test images (others: ±{m.shown_size(c.images.half)})" if c.images else ""
     if c.is_significant:
         return f"{text}: {c.level} is {c.verdict}."
     effect = f"minimum detectable effect {m.shown_size(c.detectable)} at {100 * POWER:.0f} % power"

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import show, table_of
+from aimscale.analysis.cli.options import show, table_of, then
 
 
 def contrast(
@@ -30,6 +30,7 @@ def contrast(
     json: options.AsJson = False,
 ) -> None:
     """Pair rows over size, data, seed and all else; differences and ratios with intervals, and the worth in compute."""
+    from aimscale.analysis.display import fact_lines
     from aimscale.analysis.effects.contrasts import contrast
     from aimscale.analysis.effects.gains import Gain, gains
     from aimscale.analysis.published.published import beside_paper, in_words
@@ -38,9 +39,11 @@ def contrast(
     name, _, baseline = by.partition("=")
     found = contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
     worth, paper = gains(found), beside_paper(found)
-    after = dict.fromkeys(f"- {each}" for each in (*worth, *in_words(paper)))
+    lines = {"worth": map(str, worth), "paper": in_words(paper)}
+    after = [(key, text) for key, texts in lines.items() for text in dict.fromkeys(texts)]
     also = {"gains": [each for each in worth if isinstance(each, Gain)], "published": paper}
-    show(found, json, figure, after=list(after), also=also)
+    words = [f"\n{fact_lines(after)}"] if after else []
+    show(found, json, figure, after=words, also=also, following=then(["report"], tables, columns, where))
 
 
 def correlate(

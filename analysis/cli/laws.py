@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import show, table_of, table_to_minimise
+from aimscale.analysis.cli.options import show, table_of, table_to_minimise, then
 from aimscale.analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
@@ -72,11 +72,10 @@ def fit(
     result = tested(result, df, hold_out or [])
     inside = plateau_flags(df.loc[result.data.index], read_curves(tables))
     result = replace(result, flags=(*result.flags, *inside))
-    if found is None:
-        show(result, json, figure)
-    else:
-        ranking = ["", f"Chosen of several: {found.stack.headline()}.", *found.stack.lines()]
-        show(result, json, figure, after=ranking, also={"laws": found.stack.table})
+    after, also = ([], {}) if found is None else (["", found.stack.summary()], {"laws": found.stack.table})
+    both = {"N", "D"} <= {*result.law.variables}
+    following = then([*(["frontier"] if both else []), "report"], tables, columns, where)
+    show(result, json, figure, after=after, also=also, following=following)
 
 
 def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
@@ -154,12 +153,15 @@ def forecast(
     df = table_of(tables, columns, where, best_of, y)
     y = our_name(df, y)
     found = forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
-    after = [str(flag) for flag in mixture_flags(df, found.loss.basis.variables)]
+    found = replace(found, flags=(*mixture_flags(df, found.loss.basis.variables), *found.flags))
+    after = []
     if register:
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
         after += ["", f"registered in {path}"]
-    show(found, json, after=after)
+    show(
+        found, json, after=after, following=then([f"next --target {at[-1]} --budget GPU_HOURS"], tables, columns, where)
+    )
 
 
 def frontier(
@@ -190,11 +192,13 @@ def frontier(
     gap = gap_to_loss(found, df, y, law=by_law)
     flags = [str(flag) for flag in mixture_flags(df, ["N", "D", "C"])]
     shown = at or [found.largest_budget, 10 * found.largest_budget]
+    best = found.at(shown).iloc[-1]
     show(
         found,
         json,
         figure,
-        words="\n".join([*flags, found.summary(shown)]),
+        words="\n".join([*(f"with care  {flag}" for flag in flags), found.summary(shown)]),
         after=["", gap.sentence()] if gap else [],
         also={"optima": found.at(shown), "flags": flags, "against_loss": gap},
+        following=then([f"forecast --at N={best['N']:.3g},D={best['D']:.3g}", "report"], tables, columns, where),
     )

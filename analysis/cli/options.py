@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from aimscale.analysis.display import Result
 
 MAX_RESAMPLES = 100_000
+NAMES: dict[Path, str] = {}
+"""A sweep's table -> the name or file that was typed for it."""
 PANEL = "Table"
 """Help panel of the options that say what a table holds and which of its rows count."""
 Tables = Annotated[
@@ -87,6 +90,20 @@ def table_to_minimise(
     return (best_of(df, best, y) if best else df), y
 
 
+def then(verbs: Sequence[str], tables: Sequence[Path], columns: list[str] | None, where: list[str] | None) -> str:
+    """What to run next on the same tables: verbs, each with further options behind it."""
+    words = [NAMES.get(each, str(each)) for each in tables]
+    for option, texts in (("--columns", columns), ("--where", where)):
+        words += [word for text in texts or [] for word in (option, text)]
+    given = shlex.join(words)
+    return "; ".join(f"aimscale {verb} {given} {rest}".strip() for verb, _, rest in (v.partition(" ") for v in verbs))
+
+
+def say_next(commands: str) -> None:
+    """The last line of a verb, beside its output."""
+    typer.echo(f"next: {commands}", err=True)
+
+
 def show(
     result: Result,
     json: bool,
@@ -95,12 +112,15 @@ def show(
     words: str = "",
     after: Sequence[str] = (),
     also: Mapping[str, Any] | None = None,
+    following: str = "",
 ) -> None:
     """Draw a result where a figure is asked for, and print it in `words` (by default its summary) with the lines of
-    `after`, or as JSON with what there is `also`.
+    `after` and what to run next, or as JSON with what there is `also`.
     """
     if figure is not None:
         from aimscale.analysis.plots.style import save
 
         save(result.plot(), figure)
     typer.echo(result.to_json(**(also or {})) if json else "\n".join([words or result.summary(), *after]))
+    if following and not json:
+        say_next(following)

@@ -41,6 +41,7 @@ def report(
     typer.echo(f"Report: {page.resolve()}")
     if figures is not None:
         typer.echo(f"Figures: {figures.resolve()}")
+    options.say_next(options.then(["forecast --at N=SIZE,D=IMAGES"], tables, columns, where))
 
 
 def compare(
@@ -53,4 +54,4 @@ def compare(
     from aimscale.analysis.published.comparison import compare as compare_frame
 
     comparison = compare_frame(options.table_of([table], columns, None), resamples=resamples)
-    typer.echo(comparison.to_json() if json else comparison.summary())
+    options.show(comparison, json, following=options.then(["report"], [table], columns, None))

@@ -39,7 +39,7 @@ from aimscale.analysis.table.design import (
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.table.names import column_words, our_name, their_name
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.words import POWER, Flag, contrast_sentence, flag_words, some
+from aimscale.analysis.words import POWER, Flag, contrast_cells, contrast_sentence, flag_words, some
 
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
          KIND: "attentive"}  # fmt: skip
@@ -127,11 +127,18 @@ class Contrasts(Result):
     rows: pd.DataFrame = field(repr=False)
     """The complete rows of the table, with sizes."""
 
-    def sentences(self) -> list[str]:
-        """In words."""
-        equal = ", ".join(self.equal) or "no other column varies"
-        lines = [f"{self.by}, against {self.baseline}, with everything else equal ({equal}):"]
-        return [*lines, *(f"- {each.sentence()}" for each in self.contrasts), *flag_words(self.flags)]
+    def facts(self) -> list[tuple[str, str]]:
+        """Flags, what is compared, what is equal within a pair."""
+        return [
+            *(("with care", each) for each in flag_words(self.flags)),
+            ("compared", self.headline()),
+            ("equal", ", ".join(self.equal) or "no other column varies"),
+            ("intervals", "95 %, over pairs of runs; of a single pair over its test images"),
+        ]
+
+    def cells(self) -> list[dict[str, str]]:
+        """One row per measure and level."""
+        return [contrast_cells(each, self.by) for each in self.contrasts]
 
     @property
     def table(self) -> pd.DataFrame:
@@ -140,11 +147,7 @@ class Contrasts(Result):
 
     def headline(self) -> str:
         """Column and baseline."""
-        return f"{self.by} against {self.baseline}, everything else equal"
-
-    def summary(self) -> str:
-        """The sentences, one a line."""
-        return "\n".join(self.sentences())
+        return f"{self.by}, against {self.baseline}"
 
 
 def contrast(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result
+from aimscale.analysis.display import Result, fact_lines, text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.points import AUTO, Forecaster, accuracy_forecaster, forecaster
 from aimscale.analysis.forecasts.stack import CONFIDENCE
@@ -19,7 +19,7 @@ from aimscale.analysis.laws.base import Law
 from aimscale.analysis.table.names import Exclusion, names_of
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
-from aimscale.analysis.words import Flag
+from aimscale.analysis.words import Flag, human, percent
 
 ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
 RECORD = Path(__file__).with_name("record.csv")
@@ -89,37 +89,52 @@ class Ahead(Result):
         where = "1 scale" if len(self.scales) == 1 else f"{len(self.scales)} scales"
         return f"Forecast of {len(self.forecasters)} quantities at {where} from {len(self.loss.basis.index)} rows"
 
+    def facts(self) -> list[tuple[str, str]]:
+        """Flags, the laws and their backtests, what intervals cover, what was left out."""
+        parts = "its noise, the parameters, the laws' spread and their misfit"
+        return [
+            *(("with care", str(flag)) for flag in self.flags),
+            *self.loss.stack.facts(),
+            ("intervals", f"{CONFIDENCE:.0%} of one new run: {parts}".replace("%", " %")),
+            *([("left out", "; ".join(map(str, self.exclusions)))] if self.exclusions else []),
+        ]
+
     def summary(self) -> str:
-        """A block a scale, with what the intervals are, what rival laws say and how such forecasts fared."""
-        lines = []
+        """The facts, then a block a scale, with how forecasts at its distance fared."""
+        blocks = [fact_lines(self.facts())]
         for number, place in enumerate(self.scales):
             rows = self.table[self.table["at"] == number]
             far = float(rows["distance"].iloc[0])
-            reach = f"{far:.3g} times beyond the table" if far > 1 else "inside the table"
-            lines.append(f"{scale_words(place)}, {reach}")
-            lines += [self._line(row) for row in rows.to_dict("records")]
+            reach = f"{human(far)} times beyond the table" if far > 1 else "inside the table"
             fared = record(far) if self.loss.is_usual else None
-            lines += [f"  {words}" for words in record_words(fared, accuracies=len(self.forecasters) > 1)]
-            lines.append("")
-        gone = [f"Left out: {'; '.join(map(str, self.exclusions))}."] if self.exclusions else []
-        parts = "its noise, the parameters, the laws' spread and their misfit"
-        note = f"Intervals are {CONFIDENCE:.0%}, of one new run: {parts}."
-        return "\n".join([*lines, f"{self.loss.stack.headline()}.", note, *gone, *map(str, self.flags)])
+            said = [("at", f"{scale_words(place)}, {reach}")]
+            said += [("record", words) for words in record_words(fared, accuracies=len(self.forecasters) > 1)]
+            cells = [self._cells(row) for row in rows.to_dict("records")]
+            blocks.append(f"{fact_lines(said)}\n{text_table(cells)}")
+        return "\n\n".join(blocks)
 
-    def _line(self, row: Mapping[Any, Any]) -> str:
-        name = self.names.get(row["quantity"], row["quantity"])
+    def _cells(self, row: Mapping[Any, Any]) -> dict[str, str]:
         several = len(self.forecasters[row["quantity"]].stack.curves) > 1
-        rivals = f"; laws from {row['rival_lo']:.4g} to {row['rival_hi']:.4g}" if several else ""
-        return f"  {name}: {row['value']:.4g} [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]{rivals}"
+        return {
+            "quantity": self.names.get(row["quantity"], row["quantity"]),
+            "forecast": human(row["value"], 4),
+            "95 % interval": f"[{human(row['pi_lo'], 4)}, {human(row['pi_hi'], 4)}]",
+            "single laws": f"{human(row['rival_lo'], 4)} to {human(row['rival_hi'], 4)}" if several else "",
+        }
 
 
 def record_words(found: Record | None, *, accuracies: bool = False) -> list[str]:
     """How forecasts at a distance fared on public tables, in a line."""
     if found is None:
         return []
-    share = f"held {found.inside:.0%} of losses, mean error {found.error:.1%}"
-    more = f"; {found.accuracy_inside:.0%} of accuracies, {100 * found.accuracy_error:.1f} points" if accuracies else ""
-    return [f"Record {found.low:g} to {found.high:g} times beyond {found.num_tables} public tables: {share}{more}."]
+    inside, error = f"{percent(found.inside)} of losses", f"{percent(found.error)}"
+    if accuracies:
+        inside += f" and {percent(found.accuracy_inside)} of accuracies"
+        error += f" and {100 * found.accuracy_error:.1f} points"
+    return [
+        f"{inside} inside their intervals, mean error {error}, on {found.num_tables} public tables forecast "
+        f"{found.low:g} to {found.high:g} times beyond"
+    ]
 
 
 def forecast(
@@ -195,4 +210,4 @@ def parse_scale(text: str, option: str) -> dict[str, float]:
 
 def scale_words(at: Mapping[str, float]) -> str:
     """A scale in words."""
-    return ", ".join(f"{v} = {value:.4g}" for v, value in at.items())
+    return ", ".join(f"{v} = {human(value, 4)}" for v, value in at.items())

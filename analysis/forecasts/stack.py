@@ -21,6 +21,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import CONFIDENCE
 from aimscale.analysis.forecasts.curves import Curve, Measured
 from aimscale.analysis.laws.base import Array
+from aimscale.analysis.words import percent
 
 CUTS = (2.0, 4.0, 8.0, 16.0, 32.0)
 """Backtests are fitted below the largest compute over these, and predict the rest."""
@@ -123,24 +124,30 @@ class Stack(Result):
         out = {"value": np.exp(centre), **{name: np.exp(centre + by) for name, by in ends.items()}}
         return pd.DataFrame({**out, "distance": far, **rivals, **parts})
 
-    def headline(self) -> str:
+    def facts(self) -> list[tuple[str, str]]:
         """Which curves, and what they missed by in backtests."""
         shown = self.table[self.table["weight"] > 0.005]
-        mean = ", ".join(f"{name} {weight:.0%}" for name, weight in zip(shown["curve"], shown["weight"], strict=True))
+        pairs = zip(shown["curve"], shown["weight"], strict=True)
+        laws = ("laws", ", ".join(f"{name} {percent(weight)}" for name, weight in pairs))
         if not self.is_tested:
-            return f"Mean of {mean}; the table is too small to test them on its own larger runs"
-        cuts = self.backtests["times"]
-        return (
-            f"Mean of {mean}, weighted by predicting the table's own larger runs from {cuts.nunique()} cuts down to "
-            f"1/{cuts.max():.0f} of its compute: {self.misfit:.2%} off"
-        )
+            return [laws, ("backtests", "none: the table is too small to test laws on its own larger runs")]
+        cuts = " and ".join(f"1/{times:.0f}" for times in sorted(self.backtests["times"].unique()))
+        off = f"{percent(self.misfit)} off on the table's larger runs, fitted below {cuts} of its compute"
+        return [laws, ("backtests", off)]
 
-    def lines(self) -> list[str]:
-        """A line a curve: its weight and what it missed by, or why it takes no part."""
+    def headline(self) -> str:
+        """Which curves, and what they missed by in backtests."""
+        return "; ".join(map(": ".join, self.facts()))
+
+    def cells(self) -> list[dict[str, str]]:
+        """A row a curve: its weight and what it missed by, or why it takes no part."""
         return [
-            f"  {row['curve']}: {row['reason']}"
-            if row["reason"]
-            else f"  {row['curve']}: weight {row['weight']:.0%}, {row['backtest_error']:.2%} off in backtests"
+            {
+                "law": row["curve"],
+                "weight": percent(row["weight"]),
+                "off in backtests": "" if np.isnan(row["backtest_error"]) else percent(row["backtest_error"], 3),
+                "left out because": row["reason"],
+            }
             for row in self.table.to_dict("records")
         ]
 

@@ -19,11 +19,11 @@ from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.ahead import record, record_words
+from aimscale.analysis.forecasts.ahead import record, record_words, scale_words
 from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster, with_compute
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.table.select import mixture_flags
-from aimscale.analysis.words import Flag
+from aimscale.analysis.words import Flag, flag_words, human, percent, power_of_ten
 
 Points = pd.DataFrame | Mapping[str, Array]
 """Variables of a law by name, one value a point."""
@@ -182,21 +182,40 @@ class Proposal(Result):
 
     def headline(self) -> str:
         """What the runs cost and are worth."""
-        return self.sentences()[0]
+        return "; ".join(map(": ".join, self._worth()))
 
-    def sentences(self) -> list[str]:
-        """What the runs cost and are worth, the forecast and how such fared, the law, warnings."""
-        before, after = (f"{100 * sd:.2g} %" for sd in (self.sd_before, self.sd_after))
-        (low, high), (least, most) = self.interval, self.rivals
-        lines = [
-            f"{len(self.table)} runs for {self.price:.3g} of {self.budget:.3g} {self.unit} bring the standard "
-            f"deviation of the forecast at {_words(self.target)} from {before} to {after}.",
-            f"Forecast there now: {self.forecast:.4g} [{low:.4g}, {high:.4g}], {self.distance:.3g} times beyond the "
-            f"table; laws from {least:.4g} to {most:.4g}.",
-            *record_words(record(self.distance)),
-            f"The worth of runs is by {self.law.law.formula} on {self.law.num_points} points.",
+    def _worth(self) -> list[tuple[str, str]]:
+        before, after = map(percent, (self.sd_before, self.sd_after))
+        return [
+            ("target", f"{scale_words(self.target)}, {human(self.distance)} times beyond the table"),
+            ("runs", f"{len(self.table)}, for {human(self.price)} of {human(self.budget)} {self.unit}"),
+            ("standard deviation", f"{before} of the forecast now, {after} with these runs"),
         ]
-        return [*lines, *(f"Warning: {flag}" for flag in self.flags)]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Flags, what the runs cost and are worth, the forecast and how such fared, the law."""
+        low, high, least, most = (human(v, 4) for v in (*self.interval, *self.rivals))
+        return [
+            *(("with care", each) for each in flag_words(self.flags)),
+            *self._worth(),
+            ("forecast now", f"{human(self.forecast, 4)} [{low}, {high}], single laws {least} to {most}"),
+            *(("record", words) for words in record_words(record(self.distance))),
+            ("worth by", f"{self.law.law.formula} on {self.law.num_points} points"),
+        ]
+
+    def cells(self) -> list[dict[str, str]]:
+        """One row per run, in the order of choice; U only where a run repeats its data."""
+        repeats = "U" in self.table and bool((self.table["U"] < self.table["D"]).any())
+        names = ["size", "N", "D", *(["U"] if repeats else []), "C", "price", "D/N"]
+        rows = self.table[[name for name in names if name in self.table]].to_dict("records")
+        heads = {"price": self.unit, "C": "C (FLOP)"}
+        return [
+            {
+                heads.get(str(k), str(k)): power_of_ten(v, 3) if k == "C" else v if k == "size" else human(v)
+                for k, v in row.items()
+            }
+            for row in rows
+        ]
 
 
 def propose(
@@ -280,11 +299,7 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
     new = offer[~(near[0] & near[1]).any(axis=1)].reset_index(drop=True)
     if new.empty:
         raise AnalysisError(
-            f"No run smaller than {_words(target)} is left to buy: all that the table's sizes and budgets make are "
-            "measured."
+            f"No run smaller than {scale_words(target)} is left to buy: every size of the table is measured at every "
+            "budget."
         )
     return new
-
-
-def _words(target: Mapping[str, float]) -> str:
-    return ", ".join(f"{k} = {v:.3g}" for k, v in target.items())

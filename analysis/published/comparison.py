@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import linregress, norm
 from scipy.stats import t as student
 
-from aimscale.analysis.display import Result
+from aimscale.analysis.display import Result, fact_lines, text_table
 from aimscale.analysis.effects.paired import hits_of, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
@@ -22,7 +22,7 @@ from aimscale.analysis.table.names import joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import beside, probe_frame
 from aimscale.analysis.table.select import widest_slice
-from aimscale.analysis.words import NOT_IDENTIFIED, POWER, Flag
+from aimscale.analysis.words import NOT_IDENTIFIED, POWER, Flag, flag_words, human, p_value
 
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""
@@ -68,34 +68,59 @@ class Comparison(Result):
         num = self.tasks["task"].nunique()
         return f"{num} of the paper's {len(TASKS)} tasks beside AIM, {len(self.left_out)} things not comparable"
 
+    def facts(self) -> list[tuple[str, str]]:
+        """What is not comparable, and how much is."""
+        return [*(("left out", line) for line in flag_words(self.left_out)), ("compared", self.headline())]
+
     def summary(self) -> str:
         """For a terminal."""
         largest = self.baselines
         if largest["params_total"].notna().any():
             largest = largest[largest["params_total"] == largest["params_total"].max()]
+        largest = largest.drop(columns=["params_total", "images_seen"])
         parts = {
-            "Task by task, attentive probe on frozen features, top-1 in per cent": _percent_table(self.tasks),
-            "The largest run beside baselines on the same probes, top-1 in per cent": _percent_table(largest),
-            "The paper's ablations (AIM-0.6B) and the same changes here, points of top-1": _percent_table(
-                self.ablations
-            ),
-            "Scaling exponents, L ~ N^-a": self.exponents.to_string(index=False, float_format="%.4g"),
-            "Not comparable, and left out": "\n".join(f"- {line}" for line in self.left_out),
+            "Task by task, attentive probe on frozen features, top-1 in per cent": self.tasks,
+            "The largest run beside baselines on the same probes, top-1 in per cent": largest,
+            "The paper's ablations (AIM-0.6B) and the same changes here, points of top-1": self.ablations,
+            "Scaling exponents, L ~ N^-a": self.exponents,
         }
-        return "\n\n".join(f"{title}\n{text}" for title, text in parts.items() if text)
+        tables = [f"{title}\n{text_table(_cells(frame))}" for title, frame in parts.items() if len(frame)]
+        return "\n\n".join([fact_lines(self.facts()), *tables])
 
 
-def _percent_table(frame: pd.DataFrame) -> str:
-    """Fractions in per cent; empty without rows."""
-    parts = ("top1", "aim", "gap", "detectable", "published", "difference", "low", "high")
-    names = [
-        name for name in map(str, frame.select_dtypes("number")) if name.startswith(parts) or name.endswith("_top1")
-    ]
-    shown = frame.assign(**{name: 100 * frame[name] for name in names})
-    for name, form in (("p", "{:.2g}"), ("n", "{:.0f}")):
-        if name in shown:
-            shown[name] = shown[name].map(form.format, na_action="ignore").fillna("–")
-    return "" if frame.empty else shown.to_string(index=False, float_format="%.1f")
+INTERVALS = {
+    "top1_lo95": ("top1_hi95", "top1 interval"),
+    "gap_lo95": ("gap_hi95", "gap interval"),
+    "low": ("high", "95 % interval"),
+    "n_low": ("n_high", "range of N"),
+}
+"""Column of a lower end -> that of the upper end, and the head of both in one."""
+
+
+def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
+    """Rows as a reader sees them: shares in per cent, intervals in one column."""
+    shares = ("top1", "aim", "gap", "best_frozen_top1", "baseline_top1", "detectable", "published", "difference")
+    of_shares = ("low", "high") if "difference" in frame else ()
+    hidden = {"is_paired", *(high for high, _ in INTERVALS.values())}
+
+    def number(name: str, value: Any) -> str:
+        if pd.isna(value):
+            return "–"
+        if name in ("n", "p"):
+            return f"{value:,.0f}" if name == "n" else p_value(value).removeprefix("p ").removeprefix("= ")
+        return f"{100 * value:.1f}" if name.startswith(shares) or name in of_shares else human(value)
+
+    rows = []
+    for row in frame.to_dict("records"):
+        cells = {}
+        for name, value in row.items():
+            if name in INTERVALS:
+                high, head = INTERVALS[name]
+                cells[head] = f"[{number(name, value)}, {number(high, row[high])}]"
+            elif name not in hidden:
+                cells[str(name)] = value if isinstance(value, str) else number(str(name), value)
+        rows.append(cells)
+    return rows
 
 
 def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:

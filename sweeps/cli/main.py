@@ -81,6 +81,7 @@ def _collected(ctx: Any, param: Any, given: Any) -> Any:
     path = Path(given)
     if path.exists() and path.suffix not in (".yaml", ".yml"):
         return path
+    from aimscale.analysis.cli.options import NAMES
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
     try:
@@ -89,6 +90,7 @@ def _collected(ctx: Any, param: Any, given: Any) -> Any:
         return path
     if not table.is_file():
         raise SweepError(f"{table} does not exist; `aimscale collect {path}` makes it once runs are complete")
+    NAMES[table] = str(given)
     return table
 
 

@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import table_to_minimise
+from aimscale.analysis.cli.options import show, table_to_minimise, then
 from aimscale.sweeps.cli.options import AsJson, Root
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def command(
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
         df, y = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, None, y)
         found = propose(df, place, _offer_of_table(df, place, y), budget=budget, law=law, y=y)
+        following = then([f"forecast --register --at {target}"], list(map(Path, sweep_or_tables)), columns, where)
     else:
         sweep = load_sweep(sweep_or_tables[0], root)
         if write is not None and write.absolute().parent != sweep.base_dir:
@@ -68,11 +69,15 @@ def command(
             raise SweepError(f"{table} does not exist; `aimscale collect {sweep.name}` makes it of complete runs")
         df, y = table_to_minimise([table], columns, where, None, y)
         found = propose(df, place, _offer_of_sweep(sweep, df), budget=budget, law=law, y=y)
+        again = (
+            f"next {sweep.name} --target {target} --budget {budget:g} --write {sweep.base_dir / sweep.name}-next.yaml"
+        )
+        following = f"aimscale {f'plan {write}' if write else again}"
         if write is not None:
             write.write_text(_sweep_file(sweep, found.table))
-    typer.echo(found.to_json() if as_json else found.summary())
     if write is not None and not as_json:
-        typer.echo(f"\nwrote {write}; next: aimscale plan {write}")
+        typer.echo(f"wrote {write}", err=True)
+    show(found, as_json, following=following)
 
 
 def _offer_of_table(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from aimscale.analysis.display import fact_lines
 from aimscale.analysis.errors import AnalysisError
 from aimscale.sweeps.cli.main import verb
 
@@ -89,3 +90,31 @@ def test_laws_of_compute_are_fitted_to_the_envelope(table):
     assert 5 < out["num_points"] < 30
     law = json.loads(run(verb("fit"), table, "--law", "power_offset:N", "--resamples", 0, "--json"))
     assert ("mixed", "images_seen", 5) in [(flag["kind"], flag["subject"], flag["number"]) for flag in law["flags"]]
+
+
+def test_a_fit_is_keys_and_a_table_and_says_what_to_run_next_in_the_users_words(table):
+    """Flags first, one line each; no line of prose; the next command has the same table and names."""
+    named = ["--columns", "N=params_trunk", "--where", "D>=1"]
+    done = RUNNER.invoke(verb("fit"), [str(table), *named, "--fix", "E=0.2", "--hold-out", "D", "--resamples", "50"])
+    above, below = done.stdout.strip().split("\n\n")
+    keys = [line.split("  ")[0] for line in above.splitlines()]
+    assert keys[: keys.count("with care")] == ["with care"] * keys.count("with care")
+    assert [key for key in keys if key not in ("with care", "columns")] == [
+        "law",
+        "rows",
+        "range N",
+        "range D",
+        "objective",
+        "intervals",
+        "held out D",
+    ]
+    assert [line.split()[0] for line in below.splitlines()] == ["parameter", "E", "A", "B", "alpha", "beta", "a", "b"]
+    same = f"{table} --columns N=params_trunk --where 'D>=1'"
+    assert done.stderr == f"next: aimscale frontier {same}; aimscale report {same}\n"
+
+
+def test_a_narrow_terminal_breaks_no_key_from_its_value(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    words = fact_lines([("with care", "six words that go on below " * 4), ("rows", "20 of 20")]).splitlines()
+    assert [line[:9].strip() for line in words] == ["with care", "", "", "rows"]
+    assert max(map(len, words)) <= 60

@@ -180,13 +180,14 @@ def test_what_is_not_paired_is_refused_with_the_reason(known_study):
             contrast(known_study(DIRECTION, DIRECTION | {"prefix": "none"}), **options)
 
 
-def test_the_verb_prints_sentences_json_and_a_figure(known_study, tmp_path):
+def test_the_verb_prints_a_table_json_and_a_figure(known_study, tmp_path):
     table = with_probes(known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05}))
     table["probes"] = table["probes"].map(json.dumps)
     table.to_csv(tmp_path / "results.csv", index=False)
     arguments = [str(tmp_path / "results.csv"), "--by", "prefix=paired", "--figure", str(tmp_path / "prefix")]
     out = CliRunner().invoke(verb("contrast"), arguments, catch_exceptions=False)
-    assert "none is worse" in out.output
+    assert out.stdout.count("worse") == 3
+    assert out.stderr == f"next: aimscale report {arguments[0]}\n"
     assert (tmp_path / "prefix.svg").exists()
     found = json.loads(CliRunner().invoke(verb("contrast"), [*arguments, "--json"]).output)
     assert len(found["contrasts"]) == 3

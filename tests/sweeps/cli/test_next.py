@@ -50,7 +50,7 @@ def test_the_runs_are_priced_by_their_cards_and_written_as_a_sweep(collected: An
     budget = sum(row["price"] for row in offered["table"]) / 3
     out = tmp_path / "more.yaml"
     text = run(*args, "--budget", budget, "--write", out)
-    assert "runs for" in text
+    assert "GPU-hours" in text
     assert f"aimscale plan {out}" in text
     again = load_sweep(out, collected.root)
     runs = plan(again)
