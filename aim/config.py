@@ -190,7 +190,7 @@ def model_config(
         ("qkv_init", qkv_init, get_args(QkvInit)),
     ):
         if value not in known:
-            raise ModelConfigError(f"unknown {option} '{value}'; use one of {', '.join(known)}")
+            raise ModelConfigError(f"unknown {option} '{value}'; {did_you_mean(value, known, 'use')}")
     width, depth, num_heads = _shape(size)
     return ModelConfig(
         name=size,

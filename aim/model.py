@@ -284,7 +284,7 @@ class AIM(nn.Module):
             if given.dtype != torch.bool or given.shape[1:] != (num_tokens,):
                 raise ValueError(f"a masked model is given bool (B, {num_tokens}), not {given.dtype} {given.shape}")
             return given
-        # On a card, looking would wait for the device.
+        # On a GPU, looking would wait for the device.
         if not given.is_cuda and ((given < 1) | (given >= num_tokens)).any():
             raise ValueError(f"prefix lengths run from 1 to {num_tokens - 1}")
         return in_prefix(given, num_tokens)

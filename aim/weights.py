@@ -14,7 +14,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from aimscale.aim.config import RELEASED_SIZES, ModelConfig, known_sizes, model_config
-from aimscale.aim.errors import UserError
+from aimscale.aim.errors import UserError, some
 from aimscale.aim.model import AIM
 from aimscale.aim.mup import attention_scale
 from aimscale.aim.probes import AttentiveProbe
@@ -179,13 +179,13 @@ def identify(path: Path, *, image_size: int = 224, num_heads: int | None = None)
     depth = len({name.split(".")[2] for name in state if name.startswith("trunk.blocks.")})
     shape = () if patch_embedding is None else patch_embedding.shape
     if len(shape) != 4 or 0 in shape or not 0 < depth <= _MAX_DEPTH:
-        raise WeightsError(f"{path} is not an AIM backbone: it has no patch embedding or no trunk blocks")
+        raise WeightsError(f"{path} is not an AIM backbone: it has no patch embedding or no blocks")
     width, channels, patch_size, _ = shape
     heads = num_heads or known_heads(path, width, depth)
     if heads is None:
         raise WeightsError(
             f"{path} (width {width}, {depth} blocks) is no published size and does not tell its number of attention "
-            "heads; say --num-heads"
+            "heads; add --num-heads N"
         )
     known = [size for size in known_sizes() if _shape_of(size) == (width, depth, heads)]
     free = f"w{width}-d{depth}"
@@ -238,7 +238,7 @@ def load_backbone(path: Path, config: ModelConfig, *, device: str | torch.device
     """
     state = {name: tensor for name, tensor in read_weights(path).items() if not name.startswith(PROBE)}
     if others := [name for name in state if not name.startswith(BACKBONE)]:
-        raise WeightsError(f"{path} holds {_some(others)}, which an AIM backbone does not have")
+        raise WeightsError(f"{path} holds {some(sorted(others))}, which an AIM backbone does not have")
     with torch.device("meta"):
         model = AIM(config)
     for lacking in filter(None, (model.pixel_head, model.mask)):
@@ -302,9 +302,9 @@ def backbone_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 def check_tensors(state: Mapping[str, Tensor], wanted: Shapes, where: Path) -> None:
     """Raise WeightsError unless names and shapes are exactly those wanted, and all values finite."""
     if missing := wanted.keys() - state.keys():
-        raise WeightsError(f"{where} lacks {_some(missing)}; is it a whole file of this model?")
+        raise WeightsError(f"{where} lacks {some(sorted(missing))}; give a complete file of this model")
     if extra := state.keys() - wanted.keys():
-        raise WeightsError(f"{where} holds {_some(extra)}, which this model does not have")
+        raise WeightsError(f"{where} holds {some(sorted(extra))}, which this model does not have")
     for name, tensor in state.items():
         if tuple(tensor.shape) != wanted[name]:
             raise WeightsError(
@@ -327,12 +327,6 @@ def _fill(
     check_tensors(own, _shapes_of(module, prefix), where)
     module.to_empty(device=device)
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in own.items()})
-
-
-def _some(names: Collection[str]) -> str:
-    """The first of some names, and how many more there are."""
-    first, *more = sorted(names)
-    return first + (f" and {len(more)} more" if more else "")
 
 
 def is_of_trainer(state: Mapping[str, Tensor]) -> bool:

@@ -86,7 +86,9 @@ def import_weights(
     section, config = _model_of(source, state, size=size, image_size=image_size, num_heads=num_heads)
     images_seen = PUBLISHED_IMAGES_SEEN.get(section.size) if images_seen is None else images_seen
     if images_seen is None:
-        raise WeightsError(f"{source} is no published size ({section.size}); say --images-seen, its training images")
+        raise WeightsError(
+            f"{source} is no published size ({section.size}); add --images-seen N, the images it was trained on"
+        )
     if head is None:
         kept_head = probe_state(state, config, source) if f"{PROBE}linear.weight" in state else {}
     else:
@@ -257,7 +259,7 @@ def model_card(config: RunConfig, model: ModelConfig, images_seen: int, row: Map
         "",
         f"An autoregressive image model (AIM, arXiv 2401.08541) trained by aimscale; run `{config.run_id}`.",
         "",
-        f"- Trunk: width {model.width}, {model.depth} blocks, {model.num_heads} heads, {params.trunk:,} parameters "
+        f"- Backbone: width {model.width}, {model.depth} blocks, {model.num_heads} heads, {params.trunk:,} parameters "
         f"(+ {params.preprocessor:,} in the patch embedding). The pixel head ({params.head:,}) is not in the file.",
         f"- Input: {model.channels} x {model.image_size} x {model.image_size} pixels, patches of {model.patch_size}, "
         "ImageNet mean and standard deviation.",

@@ -34,33 +34,33 @@ def step_shares(take_step: Callable[[], object], device: torch.device) -> dict[s
     `exposed_communication`, where something is sent or awaited and nothing is computed; and `other`, where the device
     has nothing to do, since the host prepares, launches or waits.
 
-    By torch's profiler, which slows small steps: only shares are true. On a card kernels count, NCCL's as sending; they
+    By torch's profiler, which slows small steps: only shares are true. On a GPU kernels count, NCCL's as sending; they
     last until the slowest rank is there. On a CPU operators count, and gloo's collectives.
 
     Args:
         take_step: returns when the step is done on the device.
     """
-    on_card = device.type == "cuda"
+    on_gpu = device.type == "cuda"
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes to stderr when it starts and stops
-    with profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
         started = time.perf_counter()
         for _ in range(NUM_STEPS):
             take_step()
         wall_us = 1e6 * (time.perf_counter() - started)
-    return shares_of(recorded.events() or (), wall_us, on_card=on_card)
+    return shares_of(recorded.events() or (), wall_us, on_gpu=on_gpu)
 
 
-def shares_of(events: Iterable[Any], wall_us: float, *, on_card: bool) -> dict[str, float]:
+def shares_of(events: Iterable[Any], wall_us: float, *, on_gpu: bool) -> dict[str, float]:
     """Those shares by the profiler's events of so much time."""
     computed: list[Span] = []
     sent: list[Span] = []
     for event in events:
         span = event.time_range.start, event.time_range.end
-        if on_card and event.is_user_annotation:  # it spans kernels, and the time between them
+        if on_gpu and event.is_user_annotation:  # it spans kernels, and the time between them
             continue
-        if event.name.startswith("gloo:") or (on_card and "nccl" in event.name.lower()):
+        if event.name.startswith("gloo:") or (on_gpu and "nccl" in event.name.lower()):
             sent.append(span)
-        elif event.device_type == DeviceType.CUDA if on_card else event.name.startswith("aten::"):
+        elif event.device_type == DeviceType.CUDA if on_gpu else event.name.startswith("aten::"):
             computed.append(span)
     compute = covered(computed) / wall_us
     exposed = covered([*computed, *sent]) / wall_us - compute

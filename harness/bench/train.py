@@ -48,7 +48,7 @@ def run(
 ) -> dict[str, Any]:
     """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
 
-    On a CPU all take turns, since other processes slow them. A card is ours alone and holds one model at a time.
+    On a CPU all take turns, since other processes slow them. A GPU is ours alone and holds one model at a time.
 
     Args:
         config: what is trained, and how, on random images; its budgets and evaluations do not matter.
@@ -64,7 +64,7 @@ def run(
         `ms_per_step`, and `loader`, the wait for images, comes on top (null without `loads`); `split_estimate_ms` is
         the plan's, without `other`.
         `others`: of `fsdp2` (PyTorch's own sharding) and `bare` (a plain loop on one rank, bf16 by autocast) the median
-        `ms_per_step` and `ours_over_it`, the median ratio of neighbouring steps, or on a card of steps one after the
+        `ms_per_step` and `ours_over_it`, the median ratio of neighbouring steps, or on a GPU of steps one after the
         other.
     """
     model, optimiser, runtime = model_of(config.training), config.training.optimiser, config.runtime

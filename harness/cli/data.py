@@ -45,7 +45,9 @@ def pack(
     bundled: Annotated[
         bool, typer.Option("--bundled", help="Pack the photographs and digits that ship inside installed packages.")
     ] = False,
-    resize: Annotated[int | None, typer.Option(min=1, help="Shrink larger shorter sides to this, pixels.")] = None,
+    resize: Annotated[
+        int | None, typer.Option(min=1, help="Shrink images whose shorter side is longer than this, pixels.")
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave undecodable images out and list them.")] = False,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="Size at which a new shard begins, MB.")] = 500.0,
     images: Annotated[

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 import yaml
+
+from aimscale.aim.errors import some
 
 app = typer.Typer(help="Import, export and describe official AIM weights.", no_args_is_help=True, add_completion=False)
 
@@ -78,8 +81,8 @@ def import_(
     )
     config = run.load_config()
     typer.echo(
-        f"wrote {run.path}: {config.training.model.size}, {config.evaluation.budgets[0]:,} images; probe it with "
-        f"`aimscale probe {run.path} --task NAME --train DIR --test DIR`"
+        f"wrote {run.path}: {config.training.model.size}, {config.evaluation.budgets[0]:,} images\n"
+        f"next: aimscale probe {shlex.quote(str(run.path))} --tasks TASKS.yaml"
     )
 
 
@@ -108,7 +111,7 @@ def export(
         raise RunDirError(f"{run_dir} has no finished budget yet; nothing to export")
     budget = budgets[-1] if images_seen is None else images_seen
     if budget not in budgets:
-        raise RunDirError(f"{run_dir} has no saved budget of {budget} images; it has {', '.join(map(str, budgets))}")
+        raise RunDirError(f"{run_dir} has no saved budget of {budget} images; it has {some(budgets)}")
     probe_file = None if probe is None else probe_head(run, budget, probe)
     for path in export_weights(run, budget, out, probe_file=probe_file):
         typer.echo(f"wrote {path} ({path.stat().st_size:,} bytes)")

@@ -95,10 +95,10 @@ def first_host(node_list: str) -> str:
 
 
 def card_index(placement: Placement, num_visible: int) -> int:
-    """Which of the cards that this process sees is its own: the only one, where Slurm binds one to each task.
+    """Which of the GPUs that this process sees is its own: the only one, where Slurm binds one to each task.
 
     Raises:
-        LaunchError: there are fewer cards than processes.
+        LaunchError: there are fewer GPUs than processes.
     """
     by_slurm = "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if num_visible == 1 and by_slurm:
@@ -130,15 +130,15 @@ class Group:
         return self.rank == 0
 
     def memory_bytes(self) -> int:
-        """Memory that this rank may plan for: its card's, or its share of what the host has free."""
+        """Memory that this rank may plan for: its GPU's, or its share of what the host has free."""
         if self.device.type == "cuda":
-            # A launcher that starts several runs on a card says which share of it each may plan for.
+            # A launcher that starts several runs on a GPU says which share of it each may plan for.
             share = float(os.environ.get("AIMSCALE_DEVICE_SHARE", "1"))
             return int(share * torch.cuda.get_device_properties(self.device).total_memory) - self._taken_bytes
         return self.host_memory_bytes()
 
     def beside(self, taken_bytes: int) -> Group:
-        """The same ranks for work beside what holds so much of each card's memory."""
+        """The same ranks for work beside what holds so much of each GPU's memory."""
         group = copy.copy(self)
         group._taken_bytes = taken_bytes
         return group
@@ -276,7 +276,7 @@ def start_group(placement: Placement, device_name: str) -> Group:
     os.environ.update(
         RANK=str(placement.rank),
         WORLD_SIZE=str(placement.world_size),
-        LOCAL_RANK=str(placement.local_rank if device.index is None else device.index),  # DeepSpeed takes that card
+        LOCAL_RANK=str(placement.local_rank if device.index is None else device.index),  # DeepSpeed takes that GPU
         MASTER_ADDR=placement.address,
         MASTER_PORT=str(placement.port),
     )

@@ -20,7 +20,7 @@ from aimscale.harness.run.config import RuntimeConfig, TrainingConfig
 from aimscale.harness.run.row import model_of
 
 USABLE_FRACTION = 0.8
-"""Share of a device that may be planned for, 68 of the 85 GB of a card of 80 GB. The rest is for the context and NCCL's
+"""Share of a device that may be planned for, 68 of the 85 GB of a GPU of 80 GB. The rest is for the context and NCCL's
 buffers (2 to 3 GB), activations beyond their estimate (a tenth of them, by the tests), and fragments: a smaller
 micro-batch costs a per cent of a step, running out of memory costs a run."""
 MAX_MICRO_BATCH_TOKENS = 65_536
@@ -103,7 +103,7 @@ class ExecutionPlan:
     held_bytes: int
     """Of that, what is held between steps."""
     measures: bool
-    """Whether there is room to measure during training; otherwise nothing is."""
+    """Whether there is memory to measure during training; otherwise nothing is."""
     step: StepTime
     """By estimate."""
 

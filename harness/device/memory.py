@@ -106,7 +106,7 @@ def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
 
     The trunk's: its input, the first norm's output, q, k, v, and the attention's output (6 d); the sum, the second
     norm's output, and the MLP before and after GELU (10 d); the attention's row sums in float32. The head's: the same,
-    or the MLP's part alone. The score matrices that a CPU keeps in bfloat16 are not counted: a card keeps none.
+    or the MLP's part alone. The score matrices that a CPU keeps in bfloat16 are not counted: a GPU keeps none.
     """
     element, head = ELEMENT_BYTES[precision], config.head
     trunk = config.num_tokens * (16 * config.width * element + 4 * config.num_heads)

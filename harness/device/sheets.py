@@ -21,9 +21,9 @@ NOMINAL_TFLOPS = {
     **{"H100 PCIe": 756.5, "H100 NVL": 835.5, "H100": 989.5, "GH200": 989.5, "H200 NVL": 835.5, "H200": 989.5},
     **{"L40S": 362.05, "L40": 181.05, "L4": 121, "GB200": 2500, "B200": 2250},
 }
-"""Dense bf16 TFLOP/s of cards whose name holds the key, the longest key first, from NVIDIA's data sheets of 2021 to
-2024, which print twice as much, with sparsity, from the H100 on. SXM cards bear the plain name. TF32, which float32
-products take on a card (`start_group`), is half of it on all of them."""
+"""Dense bf16 TFLOP/s of GPUs whose name holds the key, the longest key first, from NVIDIA's data sheets of 2021 to
+2024, which print twice as much, with sparsity, from the H100 on. SXM modules bear the plain name. TF32, which float32
+products take on a GPU (`start_group`), is half of it on all of them."""
 DECODED_PER_S = 1100.0
 """Assumption: JPEGs of 500 x 375 px that a loader process decodes and crops to 224 px a second; measured on one core of
 an AMD EPYC of 2022 (docs/benchmarks.md)."""

@@ -31,7 +31,7 @@ from aimscale.harness.step.feed import Feed, Step
 MAX_SKIPPED_STEPS = 20
 """More consecutive steps than this that are not finite, and the run has diverged."""
 SMOOTHED_S = 30.0
-"""`status.json` gives the rate of about so many seconds: forecasts hang on it, and that of a few short steps jumps."""
+"""`status.json` gives the rate of about so many seconds. The time left follows from it; that of single steps jumps."""
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aimscale.aim.errors import some
 from aimscale.harness.data.store.card import fingerprint
 from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
 from aimscale.harness.run.directory import RunDir, RunDirError
@@ -120,7 +121,7 @@ def add_probes(folder: Path, section: ProbeSection, key: Key, found: dict[str, d
 
 
 def probe_head(run: RunDir, images_seen: int, probe: str) -> Path:
-    """The attentive head of a task, or of `<task>-<evaluation>` where there are several cards.
+    """The attentive head of a task, or of `<task>-<evaluation>` where there are several evaluations.
 
     Raises:
         RunDirError: none, or several.
@@ -129,9 +130,7 @@ def probe_head(run: RunDir, images_seen: int, probe: str) -> Path:
     names = [path.name.removesuffix(end) for path in sorted(folder.glob(f"*{end}"))]
     found = [name for name in names if name == probe or re.fullmatch(re.escape(probe) + r"-\w{8}-\w{8}", name)]
     if len(found) != 1:
-        raise RunDirError(
-            f"{folder} has {len(found)} attentive heads of '{probe}'; it has {', '.join(names) or 'none'}"
-        )
+        raise RunDirError(f"{folder} has {len(found)} attentive heads of '{probe}'; it has {some(names) or 'none'}")
     return folder / f"{found[0]}{end}"
 
 

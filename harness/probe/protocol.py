@@ -73,7 +73,7 @@ def probe_backbone(
         One entry per kind for the `probes` list of a results row.
 
     Raises:
-        ProbeError: unlabelled or unmatched data, too few images, features that are not finite or have no room.
+        ProbeError: unlabelled or unmatched data, too few images, features that are not finite or fit nowhere.
     """
     if isinstance(backbone, AimBackbone):
         backbone.is_causal = section.attention == "causal"
@@ -168,7 +168,7 @@ def _neighbours(task: Task, backbone: Backbone, fitted: SplitFeatures, tested: S
 
 
 def _adapted(task: Task, backbone: AimBackbone) -> Detail:
-    """Adapt the trunk on the last blocks, choose the learning rate, and score it."""
+    """Adapt the backbone on the last blocks, choose the learning rate, and score it."""
     _, last = block_sets(backbone.num_blocks)
     backbone.use(torch.float32)
     candidates, given, num_trained = adapt(backbone.model, task, last)

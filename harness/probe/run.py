@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from aimscale.aim.config import PixelHeadConfig
+from aimscale.aim.errors import did_you_mean, some
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_backbone, load_model, read_weights
 from aimscale.harness.data.store.decoding import kernel_threads
@@ -49,7 +50,7 @@ def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | 
 def _saved_file(run: RunDir, images_seen: int) -> Path:
     path = run.model_file(images_seen)
     if not path.exists():
-        saved = ", ".join(str(budget) for budget in saved_budgets(run)) or "none yet"
+        saved = some(saved_budgets(run)) or "none yet"
         raise ProbeError(f"{run.path} has no saved budget of {images_seen} images; it has {saved}")
     return path
 
@@ -65,7 +66,7 @@ def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) 
     known = {section.task: section for section in sections}
     for task in tasks or ():
         if task not in known:
-            raise ProbeError(f"the run has no task '{task}'; its tasks: {', '.join(known)}")
+            raise ProbeError(f"the run has no task '{task}'; {did_you_mean(task, known, 'its tasks:')}")
     return [section for section in sections if tasks is None or section.task in tasks]
 
 
@@ -150,7 +151,7 @@ def probe_run(
 
 
 def backbone_of(run: RunDir, config: RunConfig, images_seen: int, group: Group) -> AimBackbone:
-    """A budget's trunk."""
+    """A budget's backbone."""
     load = functools.partial(load_budget, run, config, images_seen, group.device)
     return AimBackbone(load, weights_name(run, config, images_seen))
 

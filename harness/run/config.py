@@ -327,7 +327,7 @@ class RuntimeConfig(Section):
     """Checkpoints at this distance, beside those at branch points; null leaves them to the time."""
     checkpoint_every_min: float | None = Field(30, gt=0)
     """Checkpoints this many minutes after the last, too. They are written while training goes on, from a copy in host
-    memory (12 bytes per parameter over all ranks); where the host has no room for it, training waits."""
+    memory (12 bytes per parameter over all ranks); where the host has no memory for it, training waits."""
     log_every_steps: int = Field(10, gt=0)
     """Distance of metric lines."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()

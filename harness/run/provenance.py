@@ -26,7 +26,7 @@ from aimscale.harness.run.directory import RunDir
 
 PACKAGES = ("aimscale", "torch", "torchvision", "deepspeed", "numpy", "safetensors", "webdataset", "pandas")
 ROOT = "src/aimscale"
-"""Folder of the top package in a source tree; there the rooms are links to the folders beside it."""
+"""Folder of the top package in a source tree; there the packages are links to the folders beside it."""
 ROOMS = ("aim", "harness", "sweeps", "analysis", ROOT)
 SOURCE = Path(__file__).resolve().parents[2]
 """The source tree, where this is one."""

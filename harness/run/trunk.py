@@ -61,8 +61,8 @@ def missing_budgets(run: RunDir, config: RunConfig) -> list[int]:
         in_branch = any(run.checkpoints.glob("[0-9]*-decay-*/manifest.json"))
         if not in_branch:
             raise RunDirError(
-                f"{run.path} cannot be extended to {missing[-1]} images: the end of its trunk, checkpoints/{position}, "
-                f"is not there; train longer budgets in another --root"
+                f"{run.path} cannot be extended to {missing[-1]} images: its last checkpoint before the decay, "
+                f"checkpoints/{position}, is missing; train longer budgets in another --root"
             )
     return missing
 
@@ -72,6 +72,6 @@ def check_branch(run: RunDir, schedule: Schedule, budget: int, position: int) ->
     point = schedule.branch_point(budget)
     if point < position:
         raise RunDirError(
-            f"budget {budget} of {run.path} leaves the trunk at image {point}, which has gone on to image {position}; "
-            f"leave that budget out, or train it in another --root"
+            f"budget {budget} of {run.path} needs a checkpoint at {point} images, and the earliest one kept is at "
+            f"{position}; leave that budget out, or train it in another --root"
         )

@@ -95,7 +95,7 @@ class Engine:
         if num_params != (counted := param_count(config).total):
             raise ModelConfigError(
                 f"{config.name} has {num_params} parameters, and aim.cost.param_count counts {counted}; laws would be "
-                "fitted to a wrong N: bring the formula up to the model"
+                "fitted to a wrong N; correct the formula"
             )
         settings = deepspeed_config(optimiser, options, num_params, group)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory statistics
@@ -229,7 +229,7 @@ class Engine:
 
 
 def compiles(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: int) -> bool:
-    """What `runtime.compile` means: `auto` compiles the blocks on a card, but not at ZeRO 3, whose hooks break graphs.
+    """What `runtime.compile` means: `auto` compiles the blocks on a GPU, but not at ZeRO 3, whose hooks break graphs.
 
     Raises:
         ConfigError: it was asked for on a CPU, where it makes steps slower.

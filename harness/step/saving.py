@@ -1,8 +1,8 @@
 """Saving: the state is copied aside, and written, checked and published while training goes on.
 
 A rank stops for the copy alone, its own share of the state, into host memory that is allocated once, beside the start
-(page-locked where there is a card). A thread writes the copy, makes it durable, reads it again, and then leaves the
-part's manifest beside it. Where the host has no room for a copy, the same thread writes the state from where it is,
+(page-locked where there is a GPU). A thread writes the copy, makes it durable, reads it again, and then leaves the
+part's manifest beside it. Where the host has no memory for a copy, the same thread writes the state from where it is,
 piece by piece, and the rank waits for it. The first rank's thread publishes the checkpoint, by renaming its folder,
 when the manifests of all parts are there: what carries the final name is complete. At most one is under way. Whoever
 takes a run over publishes what its ranks wrote wholly and did not come to publish (`salvage`).
@@ -246,7 +246,7 @@ def _naming(final: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise CheckpointError(
-            f"cannot write checkpoint {final}: {error}; make room, then start the run again "
+            f"cannot write checkpoint {final}: {error}; free space, then start the run again "
             "(`aimscale launch --retry` where its sweep has given it up)"
         ) from error
 
@@ -296,7 +296,7 @@ def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], m
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
         if file_crc32(path) != crc:
-            raise OSError(f"{path.name} reads otherwise than it was written")
+            raise OSError(f"{path.name} does not read back as it was written")
         entry = {"size": path.stat().st_size, "crc32": crc}
         manifest = dataclasses.replace(manifest, files={path.name: entry})
     write_json(path.with_suffix(".json"), dataclasses.asdict(manifest))  # and the folder with it

@@ -61,7 +61,10 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
             job.tell(durable=False, phase=f"probe at {budget:,}", heartbeat=time.time())
             for _, entries in probe_run(run.path, budget, tasks, group=group, pause=pause):
                 for entry in entries if group.is_first else ():
-                    print(f"{budget} {entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %", flush=True)
+                    print(
+                        f"budget {budget}: {entry['task']}, {entry['kind']} top-1 {100 * entry['top1']:.1f} %",
+                        flush=True,
+                    )
         is_new = is_new or bool(owed)
         if is_new and loggers:
             row = enter_row(run, config, budget)

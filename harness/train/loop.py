@@ -75,7 +75,7 @@ class Trainer:
         self.plan = self._lowered(planned, plan_of)
         self.is_lowered, self.has_stepped = self.plan is not planned, False
         if measuring and not self.plan.measures and group.is_first:
-            print("the device has no room beside training to measure during it: nothing is", flush=True)
+            print("nothing is measured during training: the device has no memory left for it", flush=True)
         self.engine = Engine(
             self.model_config,
             training.optimiser,

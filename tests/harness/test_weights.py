@@ -92,7 +92,7 @@ def test_wrong_files_are_refused_and_leave_nothing(
             "holds w48-d2, not rung-64",
         ),
         (["import", str(path), str(tmp_path / "r"), "--num-heads", "3"], "--images-seen"),
-        (["import", str(path), str(tmp_path / "r"), "--images-seen", "8"], "say --num-heads"),
+        (["import", str(path), str(tmp_path / "r"), "--images-seen", "8"], "add --num-heads"),
         (["import", str(tmp_path / "pickle.pth"), str(tmp_path / "r")], "not a plain PyTorch state dict"),
         (["import", str(tmp_path / "none.pth"), str(tmp_path / "r")], "no weight file"),
         (["export", str(tmp_path), str(tmp_path / "o")], "no run directory"),

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from aimscale.aim.errors import did_you_mean
 from aimscale.harness.data import DataError
 
 
@@ -50,7 +51,7 @@ BENCHMARKS = {name: Benchmark(name=name, **fields) for name, fields in json.load
 def find_benchmark(name: str) -> Benchmark:
     """One of them; DataError where there is none of that name."""
     if name not in BENCHMARKS:
-        raise DataError(f"'{name}' is none of the benchmarks: {', '.join(BENCHMARKS)}")
+        raise DataError(f"'{name}' is none of the benchmarks; {did_you_mean(name, BENCHMARKS, 'they are')}")
     return BENCHMARKS[name]
 
 

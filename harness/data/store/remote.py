@@ -53,7 +53,7 @@ class RemoteReader:
         return RemoteReader, (self._location,)
 
     def read_ahead(self, places: Sequence[Place], shards: Collection[str] = ()) -> None:
-        """Ask for what `read_many` will be called for next, as far as there is room; returns at once.
+        """Ask for what `read_many` will be called for next, as far as there is memory; returns at once.
 
         An error comes out where the bytes are read.
         """
@@ -101,7 +101,7 @@ class RemoteReader:
         return self._asked.pop(place)[0]
 
     def _ask_ahead(self) -> None:
-        """Ask for more of what is wanted; what was passed over long ago gives its room."""
+        """Ask for more of what is wanted; what was passed over long ago gives its place."""
         while self._wanted:
             place = next(iter(self._wanted))
             if self._asked and self._asked_bytes + place[2] > MAX_AHEAD_BYTES:
@@ -127,7 +127,7 @@ class RemoteReader:
                     data = await self._cat(name, start, start + size)
                 if len(data) > size:
                     raise IgnoredRangeError(
-                        "the server ignores byte ranges; use one that knows them, or copy the shards"
+                        "the server ignores byte ranges; use one that supports them, or copy the shards"
                     )
                 return data
             except _FINAL_ERRORS:

@@ -116,7 +116,10 @@ class CachedReader:
                 self._wanted.clear()
             if problem and not self._has_told:
                 self._has_told = True
-                print(f"the cache {self._root} takes no shards ({problem}); reading by ranges", file=sys.stderr)
+                print(
+                    f"the cache {self._root} cannot be used ({problem}); shards are read by byte ranges",
+                    file=sys.stderr,
+                )
 
     def _fetch(self, name: str) -> bool:
         """Put a shard into the cache, unless it is there or another process does that; False where there is no room.

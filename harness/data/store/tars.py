@@ -150,7 +150,7 @@ def expand_braces(pattern: str) -> list[str]:
         elif character == "}" and len(open_) > 1:
             bound *= open_.pop()
         if len(open_) > _MAX_NESTED:
-            raise DataError(f"{pattern[:80]}: braces within braces within braces; list the shards by one range")
+            raise DataError(f"{pattern[:80]}: braces are nested three deep; list the shards by one range")
     ends = [(first, last) for first, last in _RANGE.findall(pattern)]
     is_long = any(len(end) > len(str(MAX_SHARDS)) + 10 for pair in ends for end in pair)
     if is_long or bound * math.prod(abs(int(last) - int(first)) + 1 for first, last in ends) > MAX_SHARDS:

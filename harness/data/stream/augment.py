@@ -154,7 +154,7 @@ def denormalise(images: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _moments(device: torch.device, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(C, 1, 1) mean and standard deviation of pixels in 0..1; made once, since a card waits for such copies."""
+    """(C, 1, 1) mean and standard deviation of pixels in 0..1; made once, since a GPU waits for such copies."""
     mean, std = torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
     if channels == 1:
         mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)

@@ -91,7 +91,7 @@ def train_batches(
         batch_size: images per step, over all ranks.
         micro_batch: most images per item of the list.
         num_workers: loader processes; 0 loads in this one.
-        pin_memory: page-lock the ring (needs CUDA), so that a card copies from it while it computes.
+        pin_memory: page-lock the ring (needs CUDA), so that a GPU copies from it while it computes.
 
     Raises:
         DataError: a shard cannot be read, or sixteen replacements of an undecodable sample are undecodable too.
@@ -324,8 +324,8 @@ def _page_locked(slots: torch.Tensor, is_wanted: bool) -> Iterator[None]:
 def rank_batches(
     stream: Stream, *, group: Group, start: int, stop: int, batch_size: int, micro_batch: int, num_workers: int
 ) -> Generator[list[Batch]]:
-    """`train_batches` of a rank, moved a step ahead where it has a card."""
-    has_card = group.device.type == "cuda"
+    """`train_batches` of a rank, moved a step ahead where it has a GPU."""
+    has_gpu = group.device.type == "cuda"
     batches = train_batches(
         stream,
         start=start,
@@ -335,9 +335,9 @@ def rank_batches(
         rank=group.rank,
         world_size=group.world_size,
         num_workers=num_workers,
-        pin_memory=has_card,
+        pin_memory=has_gpu,
     )
-    return on_device_ahead(batches, group.device) if has_card else batches
+    return on_device_ahead(batches, group.device) if has_gpu else batches
 
 
 def on_device_ahead(batches: Generator[list[Batch]], device: torch.device) -> Generator[list[Batch]]:

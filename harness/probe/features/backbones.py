@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from aimscale.aim.config import model_config
+from aimscale.aim.errors import did_you_mean
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.augment import IMAGE_MEAN, IMAGE_STD
 from aimscale.harness.probe.features.tasks import ProbeError
@@ -29,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Let cards multiply fp32 matrices (of heads and neighbours) in TF32 where features are bf16; exactly otherwise."""
+    """Let GPUs multiply fp32 matrices (of heads and neighbours) in TF32 where features are bf16; exactly otherwise."""
     before = torch.get_float32_matmul_precision()  # set by its name throughout: torch refuses to read a mix of names
     torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
     try:
@@ -179,14 +180,15 @@ def baseline(
     """
     section = like.training.model
     if target.startswith(TIMM) != (weights is not None):
-        raise ProbeError(f"--weights (a file, or hub) belongs to {TIMM}NAME, and to no other baseline")
+        raise ProbeError(f"--weights (a file, or hub) is needed for {TIMM}NAME, and for no other baseline")
     if target == "raw-pixels":
         return PixelBackbone(), section
     if target == "random":
         config = model_config(**dict(section))
         return AimBackbone(lambda: AIM(config).to(device), f"random-{section.size}"), section
     if weights is None:
-        raise ProbeError(f"'{target}' is no baseline; use {TIMM}NAME, random or raw-pixels")
+        hint = did_you_mean(target, (f"{TIMM}NAME", "random", "raw-pixels"), "use")
+        raise ProbeError(f"there is no baseline '{target}'; {hint}")
     if section.channels != 3:
         raise ProbeError(f"timm models take 3 channels, the tasks of this run have {section.channels}")
     model = _create(target.removeprefix(TIMM), weights)
@@ -199,17 +201,20 @@ def _create(name: str, weights: str) -> Any:
     import timm
     from timm.models import load_state_dict
 
+    if ":" not in name and not timm.is_model(name):
+        hint = did_you_mean(name, timm.list_models(), "timm has")
+        raise ProbeError(f"timm has no model '{name}'; {hint}")
     try:
         model = timm.create_model(name, pretrained=weights == "hub", num_classes=0)
         # plain tensors only (no pickled code); timm unwraps 'model', 'state_dict' and 'module.' prefixes
         loaded = {} if weights == "hub" else load_state_dict(weights, weights_only=True)
         missing = model.load_state_dict(loaded, strict=False).missing_keys if loaded else []
-    except Exception as error:  # of many kinds: no such model, a hub out of reach, no file of weights
+    except Exception as error:  # of many kinds: a hub out of reach, no file of weights
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ProbeError(f"timm cannot make {name} with weights {weights} ({reason})") from error
     if missing:
         raise ProbeError(f"{weights} lacks {missing[0]} and {len(missing) - 1} more of {name}; give its own file")
     blocks: Any = getattr(model, "blocks", None)
     if blocks is None or not hasattr(blocks[0], "attn"):
-        raise ProbeError(f"{name} of timm is no vision transformer, whose blocks the probes read")
+        raise ProbeError(f"{name} of timm is no vision transformer; probes read a transformer's blocks")
     return model

@@ -1,8 +1,8 @@
 """Frozen features of a task's images: one backbone pass gives pooled vectors, statistics and, if they fit, all tokens.
 
 Linear and k-NN probes then never run the backbone again. Attentive heads need tokens: kept in memory where they fit
-(small tasks), computed batch by batch otherwise. Pooled vectors lie on the card, in the host's memory where they leave
-no room there for the heads, or else in a mapped file. All ranks decide alike, by the one that has least.
+(small tasks), computed batch by batch otherwise. Pooled vectors lie on the GPU, in the host's memory where they leave
+no memory there for the heads, or else in a mapped file. All ranks decide alike, by the one that has least.
 
 The batch norm of a probe standardises the average of some blocks. Its variance needs the products between blocks, so
 these are summed once for all pairs; any average of blocks then has exact statistics without seeing the images again.
@@ -23,7 +23,7 @@ from torch import Tensor
 from aimscale.harness.device.distributed import Group, Placement
 from aimscale.harness.probe.features.backbones import DTYPES, Backbone, weight_bytes
 from aimscale.harness.probe.features.images import LabelledImages, Pause, go_on
-from aimscale.harness.probe.features.tasks import CACHE_SHARE, HOST_SHARE, BlockSet, ProbeError, card_room
+from aimscale.harness.probe.features.tasks import CACHE_SHARE, HOST_SHARE, BlockSet, ProbeError, gpu_bytes_left
 
 NOT_FINITE = "the features are not finite: the weights diverged, or are damaged"
 CHUNK_VALUES = 25_000_000
@@ -197,7 +197,7 @@ class PooledFeatures:
         """Rows of (L, d) values about `centre` (L, d), on a device or on the disk of a folder.
 
         Raises:
-            ProbeError: the disk has no room.
+            ProbeError: the disk has no space.
         """
         self.group = group
         self.num_blocks, self.width = centre.shape
@@ -246,7 +246,7 @@ def _mapped(folder: Path, num_bytes: int) -> Tensor:
             return torch.from_numpy(np.memmap(file, mode="r+", shape=num_bytes))
     except OSError as error:
         raise ProbeError(
-            f"{folder} needs {num_bytes / 1e9:.3g} GB for pooled features and cannot have them ({error.strerror}); "
+            f"pooled features need {num_bytes / 1e9:.3g} GB in {folder}, which cannot hold them ({error.strerror}); "
             "free space there, or use more ranks or memory"
         ) from error
 
@@ -287,7 +287,7 @@ class FeaturePass:
 
         Args:
             fit: images whose statistics are summed, apart from those of all others; None sums none.
-            beside_bytes: of pooled features that the card may hold already.
+            beside_bytes: of pooled features that the GPU may hold already.
 
         Raises:
             ProbeError: neither memory nor disk holds the pooled features.
@@ -331,14 +331,14 @@ class FeaturePass:
         """Where so many bytes of a rank's pooled features go."""
         group, room = self.group, 0.0
         if group.device.type == "cuda":
-            room = card_room(group.least(group.memory_bytes()), weight_bytes(self.backbone), pass_bytes)
+            room = gpu_bytes_left(group.least(group.memory_bytes()), weight_bytes(self.backbone), pass_bytes)
         if num_bytes + beside_bytes <= room:
             return group.device
         if num_bytes <= HOST_SHARE * group.least(group.host_memory_bytes()):
             return torch.device("cpu")
         if self.folder is None:
             raise ProbeError(
-                f"pooled features take {num_bytes / 1e9:.3g} GB on a rank, which has no room; use more ranks"
+                f"pooled features need {num_bytes / 1e9:.3g} GB on a rank, more than its memory; use more ranks"
             )
         return self.folder
 

@@ -290,7 +290,7 @@ def open_task(
     if (shared := count_shared([train.dataset], test.dataset)) > MAX_SHARED * len(test):
         raise ProbeError(
             f"task '{section.task}': {shared} of the {len(test)} images of {section.test} are images of "
-            f"{section.train} too, so the test would score what was learned by heart; give it images of its own"
+            f"{section.train} too, so the score would count images seen in training; give the test images of its own"
         )
     return train, test
 

@@ -96,8 +96,8 @@ def number_of_steps(section: ProbeSection, num_images: int) -> int:
     return epochs * math.ceil(num_images / section.batch_size)
 
 
-def card_room(memory_bytes: float, weight_bytes: float, pass_bytes: float) -> float:
-    """What a card of a rank has for kept features: beside the backbone's weights, three copies of what a pass gives (as
+def gpu_bytes_left(memory_bytes: float, weight_bytes: float, pass_bytes: float) -> float:
+    """What a rank's GPU has for kept features: beside the backbone's weights, three copies of what a pass gives (as
     it comes, and gathered or in float32), the heads, and a tenth."""
     return (1 - HEADS_SHARE - 0.1) * memory_bytes - weight_bytes - 3 * pass_bytes
 

@@ -17,8 +17,8 @@ from aimscale.harness.device.distributed import find_placement, start_group, sto
 
 
 def test_kernels_of_a_card_are_told_apart() -> None:
-    def event(name: str, start: float, end: float, *, is_on_card: bool = True, is_annotation: bool = False) -> object:
-        device = DeviceType.CUDA if is_on_card else DeviceType.CPU
+    def event(name: str, start: float, end: float, *, is_on_gpu: bool = True, is_annotation: bool = False) -> object:
+        device = DeviceType.CUDA if is_on_gpu else DeviceType.CPU
         span = SimpleNamespace(start=start, end=end)
         return SimpleNamespace(name=name, time_range=span, device_type=device, is_user_annotation=is_annotation)
 
@@ -30,9 +30,9 @@ def test_kernels_of_a_card_are_told_apart() -> None:
         event("ncclDevKernel_AllGather_RING_LL", 50, 60),
         event("nccl:all_gather", 48, 60, is_annotation=True),
         event("Optimizer.step#AdamW.step", 0, 100, is_annotation=True),
-        event("cudaLaunchKernel", 0, 100, is_on_card=False),
+        event("cudaLaunchKernel", 0, 100, is_on_gpu=False),
     ]
-    found = shares_of(events, 100.0, on_card=True)
+    found = shares_of(events, 100.0, on_gpu=True)
     assert found == pytest.approx({"compute": 0.2, "exposed_communication": 0.2, "other": 0.6})
 
 
