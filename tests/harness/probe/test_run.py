@@ -150,6 +150,7 @@ def test_imported_weights_are_probed_like_any_run(
     [
         (["--images-seen", "7"], "no saved budget of 7 images; it has 64"),
         (["--task", "cats"], "no task 'cats'; its tasks: digits"),
+        (["--task", "digit"], "did you mean 'digits'?"),
         (["--kind", "svm"], "kinds.0"),
     ],
 )

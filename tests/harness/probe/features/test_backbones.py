@@ -99,7 +99,7 @@ def test_timm_blocks_are_raw_patch_tokens_of_images_in_the_models_own_normalisat
 @pytest.mark.parametrize(
     ("target", "weights", "subject"),
     [
-        ("timm:vit_tiny_patch16_22", "gone.pth", "vit_tiny_patch16_22"),
+        ("timm:vit_tiny_patch16_22", "gone.pth", "did you mean 'vit_tiny_patch16_224'?"),
         (VIT, None, "--weights"),
         (VIT, "gone.pth", "gone.pth"),
         ("random", "file.pth", "--weights"),
