@@ -1,4 +1,4 @@
-"""Whether this machine works: python, packages, cards, memory, the disk where runs are kept, its locks, and Slurm.
+"""Whether this machine works: python, packages, GPUs, memory, the disk where runs are kept, its locks, and Slurm.
 
 A check looks at one thing and never raises. Whatever may take its process down with it (a broken torch, a driver that
 does not fit) is imported by a child process, `python -m aimscale.sweeps.doctor`: a line of JSON before each import.
@@ -109,28 +109,28 @@ def check_packages(facts: Mapping[str, Any]) -> Check:
 
 
 def check_accelerator(facts: Mapping[str, Any]) -> Check:
-    """Cards that torch can compute on, beside those that the driver lists."""
+    """GPUs that torch can compute on, beside those that the driver lists."""
     if "torch" not in facts:
-        return Check("accelerator", "fail", "torch does not import", "Mend the packages first.")
+        return Check("accelerator", "fail", "torch does not import", "Fix the packages first.")
     torch, there = facts["torch"], gpus_here()
-    build, cards = torch["build"], torch["cards"]
-    if there and not cards:
+    build, gpus = torch["build"], torch["gpus"]
+    if there and not gpus:
         advice = "Install a torch for the driver's CUDA version (pytorch.org names the index), or update the driver."
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-            advice = "CUDA_VISIBLE_DEVICES is empty and hides the cards; unset it."
+            advice = "CUDA_VISIBLE_DEVICES is empty and hides the GPUs; unset it."
         return Check("accelerator", "fail", f"{len(there)} x {there[0][0]}, which torch does not see ({build})", advice)
-    if not cards:
-        return Check("accelerator", "ok", f"no card; training runs on the CPU ({build})")
-    found = f"{len(cards)} x {cards[0]} each ({build})"
-    if torch["card_error"]:
-        advice = "Install a torch whose build covers this card (pytorch.org names the index)."
-        return Check("accelerator", "fail", f"{found}: {torch['card_error']}", advice)
-    advice = "Set `optimiser.precision: fp32`: this card computes bf16 slowly or not at all."
+    if not gpus:
+        return Check("accelerator", "ok", f"no GPU; training runs on the CPU ({build})")
+    found = f"{len(gpus)} x {gpus[0]} each ({build})"
+    if torch["gpu_error"]:
+        advice = "Install a torch whose build covers this GPU (pytorch.org names the index)."
+        return Check("accelerator", "fail", f"{found}: {torch['gpu_error']}", advice)
+    advice = "Set `optimiser.precision: fp32`: this GPU computes bf16 slowly or not at all."
     return Check("accelerator", "ok" if torch["bf16"] else "warn", f"{found}, bf16: {torch['bf16']}", advice)
 
 
 def check_disk(root: Path, folder: Path) -> Check:
-    """Whether a file can be made where the runs are to be kept, and how much room there is."""
+    """Whether a file can be made where the runs are to be kept, and how much space is free."""
     advice = "Choose another --root, or ask for write access."
     if root.exists() and not root.is_dir():
         return Check("disk", "fail", f"{root} is no folder", advice)
@@ -204,20 +204,20 @@ def command(
 
 
 def torch_facts() -> dict[str, Any]:
-    """Build and cards of torch, in words; `card_error` when a kernel does not run on the first card."""
+    """Build and GPUs of torch, in words; `gpu_error` when a kernel does not run on the first."""
     import torch
 
-    cards, card_error, bf16 = [], None, False
+    gpus, gpu_error, bf16 = [], None, False
     if torch.cuda.is_available():
         try:
             found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-            cards = [f"{card.name}, {decimal(card.total_memory)}" for card in found]
+            gpus = [f"{gpu.name}, {decimal(gpu.total_memory)}" for gpu in found]
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
         except RuntimeError as error:
-            card_error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            gpu_error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     build = f"torch {torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'a CPU build'}"
-    return {"build": build, "cards": cards, "card_error": card_error, "bf16": bf16}
+    return {"build": build, "gpus": gpus, "gpu_error": gpu_error, "bf16": bf16}
 
 
 if __name__ == "__main__":

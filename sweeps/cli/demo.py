@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Pack the bundled images, train and probe the grid, fit the laws, write the report.
 
-    Five to eight minutes on two cores. Interrupt it at any time; the same command goes on where it was.
+    Five to eight minutes on two cores. Interrupt it at any time; the same command continues.
     """
     from aimscale.analysis.report.page import write_report
     from aimscale.harness.data.store.bundled import write_bundled
@@ -50,12 +50,15 @@ def command(
     runs = plan(sweep)
     largest = runs[-1]
     like = RunDir(sweep.run_dir(largest.run_id))
+    if not failed:
+        typer.echo(f"probing the baselines {' and '.join(BASELINES)}")
     with by_hand(like, largest.config.runtime.device) as group:
         for name in BASELINES if not failed else ():
             for _ in probe_baseline(name, like, largest.config.evaluation.probes, group=group):
                 pass
     collected = collect(sweep, runs, cost_cards(sweep, runs))
     typer.echo(f"{collected.num_complete} of {collected.num_rows} rows have results: {collected.table}")
+    typer.echo("fitting laws and writing the report")
     report = write_report(collected.table)
     typer.echo(f"report after {(time.monotonic() - started) / 60:.1f} minutes")
     if failed:

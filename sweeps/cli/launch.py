@@ -31,7 +31,7 @@ def launch(
     on: Annotated[
         Place,
         typer.Option(
-            help="This machine, with a live table; here, the same as one worker of many under any scheduler; or Slurm."
+            help="This machine, with a live table; `here`: one worker of many, under any scheduler; or Slurm."
         ),
     ] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
@@ -92,8 +92,9 @@ def failed_runs(did: LaunchResult) -> list[str]:
 
 def print_end(did: LaunchResult) -> None:
     """What a launch did, and which runs it left alone."""
-    why = "stopped: " if did.stopped_by else "time is up: " if did.interrupted else ""
-    counts = f"{len(did.finished)} finished, {len(did.evaluated)} evaluated, {len(did.failed)} failed"
+    why = "time is up: " if did.interrupted and not did.stopped_by else ""
+    ended = {"finished": did.finished, "evaluated": did.evaluated, "failed": did.failed, "stopped": did.stopped}
+    counts = ", ".join(f"{len(runs)} {how}" for how, runs in ended.items() if runs or how == "finished")
     _print_left(did.left, did.unplanned, Line(key="launched", value=f"{why}{counts}"))
 
 

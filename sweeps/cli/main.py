@@ -19,7 +19,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start": {
         "demo": ("aimscale.sweeps.cli.demo", "Run the whole loop on bundled real images; ends at a report."),
         "data": ("aimscale.harness.cli.data", "Images to indexed shards: pack, index, info."),
-        "plan": ("aimscale.sweeps.cli.plan:plan", "List the runs of a sweep with a cost card each; no side effect."),
+        "plan": ("aimscale.sweeps.cli.plan:plan", "List the runs of a sweep, their cost, and what would stop them."),
     },
     "Run": {
         "launch": ("aimscale.sweeps.cli.launch:launch", "Start what is missing, resume what died, skip what is done."),
@@ -30,7 +30,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Look": {
         "status": (
             "aimscale.sweeps.cli.sweep:status",
-            "One line per run: state, step, loss, speed, ETA, why it failed.",
+            "One line per run: state, loss, pace, time left, why it failed.",
         ),
         "logs": ("aimscale.sweeps.cli.sweep:logs", "Print or follow the log of one run."),
         "collect": ("aimscale.sweeps.cli.sweep:collect", "Gather every run's rows into one typed table."),
@@ -38,7 +38,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Analyse": {
         "fit": ("aimscale.analysis.cli.laws:fit", "Fit a scaling law to a table, with intervals and a held-out test."),
         "forecast": ("aimscale.analysis.cli.laws:forecast", "Forecast loss and accuracies, and register the forecast."),
-        "next": ("aimscale.sweeps.cli.next", "Which runs to buy next for the least error of a forecast per price."),
+        "next": ("aimscale.sweeps.cli.next", "Choose the runs that make a forecast most certain for their price."),
         "frontier": ("aimscale.analysis.cli.laws:frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
         "correlate": ("aimscale.analysis.cli.effects:correlate", "Correlate loss with accuracy, and forecast it."),
         "contrast": ("aimscale.analysis.cli.effects:contrast", "Compare the levels of one column, all else equal."),

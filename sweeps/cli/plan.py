@@ -26,7 +26,7 @@ from aimscale.sweeps.table.views import Column, Line, axis_columns, duration, fi
 
 
 def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
-    """List the runs of a sweep with a cost card each, and whatever would stop them; no side effect."""
+    """List the runs of a sweep, what each costs, and what would stop it; nothing is written."""
     loaded = load_sweep(sweep, root)
     runs = plan_runs(loaded)
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
@@ -38,7 +38,7 @@ def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
         return
     print_plan(loaded, cards, problems=problems, plateau=plateau)
     if problems:
-        raise SweepError(f"{loaded.source}: its runs would fail; mend the {len(problems)} lines that open with 'fail'")
+        raise SweepError(f"{loaded.source}: its runs would fail; fix what the {len(problems)} lines marked 'fail' name")
     say_next("launch", sweep, root)
 
 

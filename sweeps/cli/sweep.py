@@ -29,7 +29,7 @@ def status(
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
 ) -> None:
-    """One line per run: state, step, loss, images/s, MFU, ETA, why it failed."""
+    """One line per run: state, loss, images/s, MFU, time left, why it failed."""
     loaded = load_sweep(sweep, root)
     runs = plan_runs(loaded)
     cards = costs.cost_cards(loaded, runs)

@@ -93,7 +93,7 @@ class Devices:
         self._free = [machine.per_device] * machine.devices
 
     def take(self, run: Run) -> tuple[int, ...] | None:
-        """Devices for a run, the emptiest last; None while there is no room for it."""
+        """Devices for a run, the emptiest last; None while too few are free."""
         num = min(run.devices, self._machine.devices)
         fits = sorted((free, i) for i, free in enumerate(self._free) if free >= self._shares(num))
         if len(fits) < num:

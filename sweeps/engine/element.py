@@ -103,7 +103,7 @@ def _follow(did: LaunchResult, exclude: Sequence[str]) -> str:
     job_id = slurm.own_job_id()
     if did.to_do and did.stopped_by in (None, signal.SIGUSR2) and job_id:
         if not (did.stopped_by or did.finished or did.stopped or exclude):
-            raise ElementError("no run can be started that could save in this job's time; raise slurm.time_min")
+            raise ElementError("this job is too short for any run to save; raise slurm.time_min")
         try:
             job = slurm.jobs().get(job_id)
             if job and job.state == "RUNNING":  # else it was cancelled, or is requeued already
@@ -115,7 +115,7 @@ def _follow(did: LaunchResult, exclude: Sequence[str]) -> str:
             raise ElementError(f"could not requeue ({error}); `aimscale launch` goes on") from error
     if did.failed:
         raise ElementError(f"failed: {', '.join(did.failed)}")
-    return "nothing is left" if not did.to_do else "to be gone on with"
+    return "nothing is left" if not did.to_do else "to be continued"
 
 
 def launch_slurm(

@@ -140,9 +140,8 @@ def _refuse_renaming(sweep: Sweep, runs: Sequence[Run]) -> None:
     there = {path.parent.name for path in sweep.runs_dir.glob("*/config.yaml")} - names
     if again := sorted(there & {run.run_id for run in plan(sweep.with_fields(recipe_budget=budget))}):
         raise SweepError(
-            f"{sweep.source}: recipe '{sweep.file.recipe}' follows the smallest budget, so {len(again)} runs that are "
-            f"there, such as {again[0]}, would be trained again under other names; write `recipe_budget: {budget}` to "
-            f"keep them, or give this sweep another name"
+            f"{sweep.source}: the new smallest budget changes what recipe '{sweep.file.recipe}' trains in "
+            f"{len(again)} runs, such as {again[0]}; write `recipe_budget: {budget}` to keep them, or rename the sweep"
         )
 
 
@@ -164,7 +163,7 @@ def _display(look: Callable[[], SweepStatus], shows: bool) -> Iterator[Callable[
             print(progress_words(status), flush=True)
             return
         active = {job.run.run_id for job in queue.active}
-        lines, bar = tuple(line for line in status.runs if line.run_id in active), progress_bar(status)
+        lines, bar = tuple(line for line in status.runs if line.run_id in active), progress_bar(status, console.width)
         live.update(status_table(replace(status, runs=lines), console.width, bar) if lines else bar, refresh=True)
 
     with live or contextlib.nullcontext():
@@ -201,7 +200,7 @@ def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
             continue
         write_text(record.cancelled, "")
         if found.verdict != "running":
-            done.append(f"{record.name}: not to be started before the next launch")
+            done.append(f"{record.name}: will not start before the next launch")
         elif record.is_claimed():
             done.append(f"{record.name}: told to save and end")
         else:

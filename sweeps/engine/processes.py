@@ -130,7 +130,7 @@ class Processes:
         process = parent.fork([str(run_dir)], environment, log) if parent else None
         if parent and not process:
             self._parents[threads] = None
-            self._say(f"runs start cold: the process that forked them ended (exit code {parent.close()})")
+            self._say(f"runs start slower now: the process that forked them ended (exit code {parent.close()})")
         return process
 
     def close(self) -> None:

@@ -161,8 +161,8 @@ def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]
         nearest = sorted(distance, key=distance.__getitem__)[: isoflop.sizes_per_budget]
         if len(nearest) < 3:
             raise SweepError(
-                f"{sweep.source}: {flops:.3g} FLOPs reach min_images with {len(nearest)} of the sizes, and a minimum "
-                f"needs three; raise the budget, lower min_images or add smaller sizes"
+                f"{sweep.source}: at {flops:.3g} FLOPs {len(nearest)} sizes reach min_images, and a minimum needs "
+                f"three; raise the FLOPs, lower min_images or add smaller sizes"
             )
         for size in nearest:
             budgets[size].append(round(flops / counts[size][1].train))

@@ -20,7 +20,7 @@ class Scale:
     """What a recipe may depend on."""
 
     width: int
-    """d of the trunk."""
+    """d of the backbone."""
     params_total: int
     """N with the pixel head."""
     budget: int
@@ -55,7 +55,7 @@ def _paper(scale: Scale) -> Fields:
         "optimiser": {"batch_size": 4096, "lr_peak": 1e-3},
         # 31,250 of 1.25M iterations. Assumption: the same share of shorter budgets.
         "schedule": {"warmup_images": scale.budget // 40},
-        # Assumption (the paper does not say): one node up to 1B, then enough cards for weeks, not months.
+        # Assumption (the paper does not say): one node up to 1B, then enough GPUs for weeks, not months.
         "devices": 64 if scale.params_total > 4e9 else 32 if scale.params_total > 2e9 else 8,
     }
 

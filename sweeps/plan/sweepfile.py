@@ -77,7 +77,7 @@ class IsoflopSection(Section):
 
 
 class CostSection(Section):
-    """What a device is taken to be worth on the cost card; all of it is stated beside the numbers."""
+    """What the cost card assumes of a device; `plan` prints it beside the numbers."""
 
     device: str | None = None
     """Name of the device, such as A100. Null: where there is a `slurm` section the GPU that it asks for, or an H100;
@@ -109,9 +109,9 @@ LAUNCHERS_OPTIONS = ("array", "error", "gres", "nodes", "ntasks-per-node", "outp
 def _sbatch_options(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name in LAUNCHERS_OPTIONS or name.startswith("gpus"):
-            raise ValueError(f"{name} is the launcher's; GPUs and their type are asked for by slurm.gpus")
+            raise ValueError(f"aimscale sets {name}; ask for GPUs and their type by slurm.gpus")
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", name) or not isinstance(value, str | int | float):
-            raise ValueError(f"{name}: {value!r} is no long name of an sbatch option with text, a number or true")
+            raise ValueError(f"{name}: {value!r} needs the long name of an sbatch option, and text, a number or true")
         _one_line(str(value))
     return options
 
@@ -139,7 +139,7 @@ class SlurmSection(Section):
     cpus_per_task: int = Field(8, gt=0)
     """Cores per task."""
     devices_per_job: int = Field(1, gt=0)
-    """Cards of a job that executes runs of one device as a queue of its own."""
+    """GPUs of a job that executes runs of one device as a queue of its own."""
     max_parallel: int = Field(256, gt=0)
     """Jobs of the sweep running at the same time, however many arrays they are."""
     srun: tuple[Line, ...] = ()
@@ -204,7 +204,7 @@ class SweepFile(Section):
     @classmethod
     def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
-            raise ValueError("the same value stands twice")
+            raise ValueError("a value is listed twice")
         return values
 
     @model_validator(mode="after")

@@ -140,13 +140,13 @@ def submit(
         lock.release()
 
 
-def shares(room: int, wanted: Sequence[int]) -> list[int]:
+def shares(free: int, wanted: Sequence[int]) -> list[int]:
     """How many elements each array gets of those it wants, one after the other, where so many may still run."""
     given = [0] * len(wanted)
-    while room > 0 and (short := [i for i, num in enumerate(wanted) if given[i] < num][:room]):
+    while free > 0 and (short := [i for i, num in enumerate(wanted) if given[i] < num][:free]):
         for i in short:
             given[i] += 1
-        room -= len(short)
+        free -= len(short)
     return given
 
 

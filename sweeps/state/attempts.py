@@ -105,7 +105,7 @@ def explain(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, ReasonCl
     """Why a process failed: in its own words where it had any."""
     status = run.read_status()
     if exit_code == -signal.SIGKILL:
-        return "killed by the system (SIGKILL), most often for want of memory; use a smaller micro-batch", "oom"
+        return "killed by the system (SIGKILL), usually out of memory; use a smaller micro-batch", "oom"
     if status.state in ("failed", "diverged") and status.reason and status.reason_class:
         return status.reason, status.reason_class
     reason = _last_words(run, attempt) or (
@@ -146,7 +146,7 @@ def explain_job(
     state = (job_state or "").split(" ")[0]
     last_start = _text(log).rpartition("Starting with")[2]  # in which slurmstepd says why it killed something
     if state == "OUT_OF_MEMORY" or (state == "FAILED" and _MEMORY_WORDS.search(last_start)):
-        return "Slurm killed the job for want of memory; raise mem in slurm.extra", "oom", "failed"
+        return "Slurm killed the job: out of memory; raise mem in slurm.extra", "oom", "failed"
     match state:
         case "NODE_FAIL" | "BOOT_FAIL":
             return f"node {nodes or '(unknown)'} failed", "node", "failed"
@@ -155,9 +155,9 @@ def explain_job(
         case "CANCELLED":
             return "cancelled before it could save", None, "preempted"
         case "FAILED":
-            return f"the job failed without a word; see {log}", "code", "failed"
+            return f"the job failed and gave no reason; see {log}", "code", "failed"
         case "":
-            return "the job is gone (Slurm does not know it any more)", "node", "failed"
+            return "Slurm no longer knows the job", "node", "failed"
         case _:  # the same job is there again, or something else became of it
             return f"its job lost its node, or was started again before it could save ({state})", "node", "failed"
 

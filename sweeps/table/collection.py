@@ -195,7 +195,7 @@ def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
 
 
 def _points(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
-    """What was measured on a run's trunk, with the columns that a budget there would have."""
+    """What was measured in a run's stable phase, with the columns that a budget there would have."""
     planned = planned_columns(run.config)
     last, points = card.budgets[-1], []
     for found in RunRecord(sweep.run_dir(run.run_id)).read_curve():

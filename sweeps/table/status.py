@@ -28,7 +28,7 @@ Shown = Literal[
 process does; `unfinished`: what is there is saved, and nobody goes on with it. The next worker resumes the last two."""
 OVER = ("finished", "cancelled", "failed", "diverged", "damaged")
 """Nothing more is executed before a person does something."""
-LAUNCH = "`aimscale launch` goes on with it"
+LAUNCH = "`aimscale launch` resumes it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def _look(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) 
     except UserError as error:
         why = str(error)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"{record.path} holds what no run writes or cannot be read ({error!r}); repair it or move it away"
+        why = f"{record.path} is damaged ({error!r}); repair it or move it away"
     line = RunStatus(run_id=run.run_id, cell=run.cell, state="damaged", status=Status(reason=why), log=_log(record))
     return line, Progress(is_over=True)
 

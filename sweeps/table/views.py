@@ -131,8 +131,8 @@ def _axis_value(axis: str, row: CostCard | RunStatus) -> str:
 
 def new_console() -> Console:
     """A console as wide as the terminal; a log file takes any width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=LOG_WIDTH)
+    # Asked of the file itself: variables such as FORCE_COLOR make rich take any file for a terminal.
+    return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH, force_terminal=False)
 
 
 def status_table(status: SweepStatus, width: int, bar: Table | None = None) -> Group:
@@ -193,7 +193,7 @@ def _whys(lines: Iterable[RunStatus]) -> list[tuple[str, str, str]]:
     for line in lines:
         if _waits(line):
             share = f"for images {100 * (line.status.data_wait or 0.0):.0f} % of the time"
-            why = ("waits", f"{share}; raise runtime.num_workers, or pack smaller images")
+            why = ("waits", f"{share}: raise runtime.num_workers or pack smaller images")
         elif line.state in ("finished", "not started", "running", "starting"):
             continue
         else:
@@ -232,9 +232,10 @@ def progress_words(status: SweepStatus) -> str:
     return f"{_done(status)}{left}; {_counts(status)}"
 
 
-def progress_bar(status: SweepStatus) -> Table:
-    """The progress of a sweep in one line of a terminal."""
+def progress_bar(status: SweepStatus, width: int) -> Table:
+    """The progress of a sweep in one line of a terminal, which leaves it room to echo a Ctrl-C."""
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    grid.width = width - len("^C ")
     grid.add_column(ratio=1)
     grid.add_column(no_wrap=True)
     over, left = sum(status.counts.get(state, 0) for state in OVER), duration(status.eta_s)

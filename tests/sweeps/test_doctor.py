@@ -26,7 +26,7 @@ def program(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-WITH_TORCH = {"torch": {"build": "torch 2.13.0, CUDA 13.0", "cards": [], "card_error": None, "bf16": False}}
+WITH_TORCH = {"torch": {"build": "torch 2.13.0, CUDA 13.0", "gpus": [], "gpu_error": None, "bf16": False}}
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_an_old_package_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch
     assert (check.level, check.found) == ("fail", "submitit is 1.2.0, wanted >=1.5.2")
 
 
-def test_cards_that_torch_does_not_see_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_torch_does_not_see_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path, "nvidia-smi", "printf 'NVIDIA H100 80GB HBM3, 81559\\nNVIDIA H100 80GB HBM3, 81559\\n'")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -75,7 +75,7 @@ def test_a_forked_run_lives_and_dies_alone_and_is_told_what_a_cold_one_is(
     assert [record.read_status().state for record in records] == ["finished"] * 4 + ["preempted"] + ["finished"] * 3
     assert records[4].read_status().reason == "cancelled"
     assert (len(result.finished), result.failed) == (7, ())
-    assert out.count("runs start cold") == 1
+    assert out.count("runs start slower now") == 1
     traceback = records[3].log_file(1).read_text()
     assert traceback.splitlines()[-1] == "RuntimeError: the user's own code is wrong"
     assert "Traceback" in traceback
