@@ -7,15 +7,39 @@ import types
 
 from aimscale import analysis
 
+INTRODUCTION = """\
+# Python API
+
+`from aimscale.analysis import ...` imports neither torch nor the trainer. Every result has `headline()`, `table`,
+`summary()` and `to_json()`. [The gallery](gallery.md) shows the figures with their calls.
+"""
+GROUPS = {
+    "Tables": ("table",),
+    "Laws": ("fitting",),
+    "Compute-optimal frontiers": ("frontier",),
+    "Loss and accuracy": ("accuracy",),
+    "What a change does": ("effects",),
+    "Forecasts and what to run next": ("forecasts", "next"),
+    "Figures": ("plots",),
+    "Published models and the report": ("published", "report"),
+    "Errors": ("errors",),
+}
+"""Heading -> packages of `analysis` whose public names stand under it."""
+
 
 def markdown() -> str:
-    """The page; functions first, then the module of laws."""
-    parts = ["# Python API\n\n`from aimscale.analysis import ...`; imports neither torch nor the trainer.\n"]
-    for name in dir(analysis):
-        value = getattr(analysis, name)
-        if isinstance(value, types.ModuleType):
-            continue
-        kind = "autoclass" if inspect.isclass(value) else "autofunction"
-        parts.append(f"```{{eval-rst}}\n.. {kind}:: {value.__module__}.{name}\n```\n")
-    laws = "".join(f"- `{name}`: {law.formula} ({law.source})\n" for name, law in analysis.laws.LAWS.items())
-    return "\n".join([*parts, f"## Laws\n\n{laws}"])
+    """The page; the list of laws stands with their fit."""
+    public = {name: getattr(analysis, name) for name in dir(analysis)}
+    names = {name: each for name, each in public.items() if not isinstance(each, types.ModuleType)}
+    laws = "".join(f"- `{name}`: `{law.formula}` ({law.source})\n" for name, law in analysis.laws.LAWS.items())
+    parts = [INTRODUCTION]
+    for heading, packages in GROUPS.items():
+        parts.append(f"## {heading}\n")
+        for name in [name for name, each in names.items() if each.__module__.split(".")[2] in packages]:
+            kind = "autoclass" if inspect.isclass(names.pop(name)) else "autofunction"
+            parts.append(f"```{{eval-rst}}\n.. {kind}:: aimscale.analysis.{name}\n```\n")
+        if heading == "Laws":
+            parts.append(f"The laws, by name:\n\n{laws}")
+    if names:
+        raise ValueError(f"no heading for {', '.join(names)}")
+    return "\n".join(parts)

@@ -11,7 +11,7 @@ import typer
 import typer.cli
 import typer.main
 
-from aimscale.sweeps.cli.main import app
+from aimscale.sweeps.cli.main import GROUPS, app
 from aimscale.sweeps.plan.sweepfile import preset_names
 
 INTRODUCTION = """\
@@ -20,9 +20,9 @@ INTRODUCTION = """\
 Every verb and option; `aimscale VERB --help` prints the same.
 SWEEP is a sweep file, a preset or the name of a launched sweep. Presets: PRESETS.
 
-A user's mistake is one sentence on stderr and exit code 2. `train` exits with 0 when finished, 3 when training
-diverged, 75 when it saved after a signal and wants to be started again, 1 on a crash; `launch` with 1 when a run failed
-and 130 when it was interrupted; `doctor` with 1 when something needed fails.
+A user's mistake is one sentence on stderr and exit code 2. `launch` exits with 1 when a run failed and 130 when it was
+interrupted, `doctor` with 1 when something needed fails. [Those of `train`](run-directory.md#interruptions) are for
+schedulers.
 """
 
 
@@ -31,7 +31,11 @@ def markdown() -> str:
     group = typer.main.get_command(app)
     context = typer.Context(group, info_name="aimscale")
     page = typer.cli.get_docs_for_click(obj=group, ctx=context, name="aimscale")
-    page = page[page.index("\n## ") :]  # the list of verbs before it is `aimscale --help`
+    page = re.sub(r"^(##+) `", r"#\1 `", page[page.index("\n## ") :], flags=re.MULTILINE)  # before: `aimscale --help`
+    for heading, verbs in GROUPS.items():
+        page = page.replace(
+            f"### `aimscale {next(iter(verbs))}`\n", f"## {heading}\n\n### `aimscale {next(iter(verbs))}`\n"
+        )
     for needless in (
         r"\* `(-h, )?--help`: .*\n",
         r"\*\*Options\*\*:\n\n\n",

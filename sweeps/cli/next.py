@@ -26,7 +26,7 @@ def command(
     sweep_or_tables: Annotated[
         list[str],
         typer.Argument(
-            help="A launched and collected sweep (runs are priced by their cost cards), or any tables, read as one."
+            help="A launched and collected sweep (runs are priced as `plan` does), or any tables, read as one."
         ),
     ],
     target: Annotated[str, typer.Option(help="The scale to forecast: N=1e9,D=2B (and U= where images repeat).")],

@@ -77,7 +77,7 @@ class IsoflopSection(Section):
 
 
 class CostSection(Section):
-    """What the cost card assumes of a device; `plan` prints it beside the numbers."""
+    """What a plan assumes of a device; it is printed beside the numbers."""
 
     device: str | None = None
     """Name of the device, such as A100. Null: where there is a `slurm` section the GPU that it asks for, or an H100;
@@ -170,7 +170,7 @@ class SweepFile(Section):
     description: str = ""
     """What the sweep is for, one line."""
     recipe: str = "small"
-    """A recipe of `sweeps.plan.recipes`."""
+    """How batch, rate, schedule and devices follow from size: `small`, `aim-paper` or `aim-l3m`."""
     recipe_budget: Count | None = None
     """D that the recipe fits batch, rate and warm-up to; null: the smallest of a run. Set it where a smaller budget
     joins existing runs, so that they stay the same runs."""
@@ -196,7 +196,7 @@ class SweepFile(Section):
     override: tuple[OverrideSection, ...] = ()
     """Cells changed."""
     cost: CostSection = CostSection()
-    """Assumptions of the cost card."""
+    """What the plan assumes."""
     slurm: SlurmSection = SlurmSection()
     """For `launch --on slurm`."""
 
