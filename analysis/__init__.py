@@ -1,4 +1,4 @@
-"""Tables in, laws and figures out. Imports neither torch nor the other rooms.
+"""Tables in, laws and figures out. Imports neither torch nor the other packages.
 
     from aimscale.analysis import fit, laws, read_table
 

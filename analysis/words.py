@@ -21,7 +21,7 @@ POWER = 0.8
 NOT_IDENTIFIED = "not identified"
 UNITS = {
     "params_total": "all parameters, head included",
-    "params_trunk": "parameters of the trunk",
+    "params_trunk": "parameters of the backbone",
     "params_head": "parameters of the pixel head",
     "images_seen": "images seen, repeats counted",
     "unique_images": "different images in the training pool",
@@ -29,32 +29,32 @@ UNITS = {
     "flops_6nd": "training FLOPs as 6 N D",
 }
 """What a column of the results table counts."""
-TEST = "({p}, F = {more[0]:.3g} with {more[1]:.0f} and {more[2]:.0f} degrees of freedom)"
+TEST = "({p}, F({more[1]:.0f}, {more[2]:.0f}) = {more[0]:.3g})"
 FLAGS = {
     "lower_bound": "{subject} lies on its lower bound {number:g}.",
     "upper_bound": "{subject} lies on its upper bound {number:g}.",
     "reaches_bound": "{subject} is not identified: its interval reaches the bound {number:g}.",
-    "few_values": "Not identified by {more[0]}, whatever the noise: {subject}. Measure more, or hold one by "
-    "{option:fix}.",
+    "few_values": "{more[0]} do not identify {subject}, whatever the noise; measure more, or hold one by {option:fix}.",
     "from_above": "{subject} is known from above only: the data allow any value from 0 to {number:.4g}.",
     "factor": "{subject} is known only within a factor of {number:.2g}.",
-    "rival": "A rival minimum lies within the noise: its log-likelihood is {number:.2g} lower.",
-    "narrow": "{subject} varies by a factor of {number:.3g} only, so its part of the law is hardly seen.",
-    "one_variable": "{subject} move together, in one proportion, so no exponent of theirs is identified.",
-    "collinear": "{subject} move together (correlation of logarithms {number:.3f}), so their exponents trade off.",
+    "rival": "Other parameters fit as well within the noise: their log-likelihood is {number:.2g} lower.",
+    "narrow": "{subject} varies only by a factor of {number:.3g}, so its exponent is hardly tested.",
+    "one_variable": "{subject} grow in one proportion, so neither exponent is identified.",
+    "collinear": "{subject} grow together (correlation of logarithms {number:.3f}), so their exponents trade off.",
     "outliers": "{number:.0f} points lie beyond {more[0]:g} robust standard deviations (farthest: row {subject}).",
-    "unseen": "There are too few {subject} to see the errors that all points of one share; the intervals assume none.",
+    "unseen": "Too few {subject} to estimate the error that all points of one share; the intervals assume none.",
     "scatter": f"The points lie {{number:.2g}} % off the law, more than replicates differ {TEST}.",
     "pattern": f"The points lie {{number:.2g}} % off the law, along {{subject}} {TEST}.",
-    "off": "{more[0]} {subject} lies {number:+.2g} % off the law without it ({more[1]:.2g} standard deviations).",
+    "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
+    "deviations).",
     "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one by "
     "{option:where}.",
-    "in_plateau": "{number:.0f} rows of {subject} lie inside the first plateau of their size, which is over at "
-    "{more[0]:,.0f} images at the latest: there losses follow no power law.",
-    "during": "The rows are points during training: their learning rate has not decayed, so their losses lie above "
-    "those of budgets.",
-    "during_mixed": "{number:.0f} rows are points during training, which lie above budgets because their learning rate "
-    "has not decayed; leave them out by {option:where status=complete}.",
+    "in_plateau": "{number:.0f} rows of {subject} lie in the first plateau of their size, up to {more[0]:,.0f} images, "
+    "where losses follow no power law.",
+    "during": "The rows are points during training: before the learning rate decays, losses are higher than at "
+    "budgets.",
+    "during_mixed": "{number:.0f} rows are points during training, where losses are higher than at budgets; leave them "
+    "out by {option:where status=complete}.",
     "few_sizes": "too few sizes lie near the lowest loss",
     "edge": "the {subject} size has the lowest loss",
     "not_convex": "the losses have no minimum over size",
@@ -67,25 +67,25 @@ FLAGS = {
     "no_minimum": "the {subject} law has no best size at {number:.3g} FLOP within {more[0]:.3g} times the measured "
     "sizes",
     "no_law": "the {subject} law was not fitted: {more[0]}",
-    "other_unit": "Losses at different {subject} are of other targets or pictures, so they are not compared.",
+    "other_unit": "Losses at different {subject} have different targets or images, so they are not compared.",
     "absent": "{more[0]}: no value at {more[3]} = {subject}.",
     "unpaired": "{more[0]}: nothing is paired between {more[1]} and {subject}, which differ in {more[2]}; run both "
     "with the same, or {option:ignore} that column.",
-    "one_pair": "From one pair: the interval covers which images were tested, not seeds; run more seeds.",
-    "unseen_prefix": "The validation loss gives every model a bidirectional prefix; one trained without never saw any.",
-    "other_patches": "Orders score other patches after the same prefix, so their losses differ in what is asked.",
+    "one_pair": "One pair of runs: the interval covers the test images, not seeds; run more seeds.",
+    "unseen_prefix": "Validation gives every model a bidirectional prefix; a model trained without one never saw any.",
+    "other_patches": "Each order scores other patches after the prefix, so their losses measure different tasks.",
     "equal_images": "Equal images, not equal compute: a deeper or larger head costs more per image.",
-    "no_gain_asks": "No worth in compute: losses at other {subject} differ in what is asked.",
-    "no_gain_outside": "No worth of {subject} in compute: {number:.0f} of {more[1]} losses lie outside those of the "
-    "budgets of {more[0]}, or these do not fall from budget to budget.",
+    "no_gain_asks": "No worth in compute: losses at different {subject} measure different tasks.",
+    "no_gain_outside": "No worth of {subject} in compute: {number:.0f} of its {more[1]} losses lie outside those of "
+    "{more[0]}, or the losses of {more[0]} do not fall with every budget.",
     "rows_left_out": "{subject}.",
     "other_tasks": "Tasks that the paper does not have: {subject}.",
     "other_probes": "Probes of another kind than Table 6's attentive one: {subject}.",
-    "other_sides": "Resolution: these runs see {subject} px, AIM {number} px: a part of every gap.",
-    "loss_levels": "Loss levels: the paper's are on IN-1k at 224 px, prefixes unstated, ours on this table's images.",
+    "other_sides": "Resolution: these runs see {subject} px, AIM {number} px, which is part of every gap.",
+    "loss_levels": "Losses: the paper's are on IN-1k at 224 px, these on the table's own images.",
     "no_result": "{subject}: {more[0]}",
     "not_forecast": "{subject} is not forecast: {more[0]}",
-    "buys_little": "These runs hardly narrow the forecast; larger ones, nearer to the target, take a larger budget.",
+    "buys_little": "These runs hardly narrow the forecast; more GPU-hours buy larger ones, nearer to the target.",
     "accuracies_unnamed": "{subject} look like accuracies: read them with {option:columns {more[0]}}.",
     "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
 }
@@ -106,7 +106,10 @@ NOISE = {
         "validation images, shared by all runs scored on them",
         "median and range over {} rows' standard errors",
     ),
-    "law": ("scatter about the joint law", "{} points; more than seeds and images explain is its form or the tuning"),
+    "law": (
+        "scatter about the joint law",
+        "{} points; what seeds and images do not explain is the law's form or the tuning",
+    ),
 }
 """Kind of a component of noise -> what it is, and what it was estimated from."""
 
@@ -214,7 +217,7 @@ def flag_words(flags: Sequence[Flag]) -> list[str]:
 
 
 def kind_name(kind: str) -> str:
-    """A kind of probe in a table: LoRA is none, because it adapts the trunk."""
+    """A kind of probe in a table: LoRA is none, because it adapts the backbone."""
     return "LoRA (not frozen)" if kind == "lora" else kind
 
 
@@ -310,6 +313,7 @@ def contrast_cells(c: Contrast, by: str) -> dict[str, str]:
         "baseline": m.shown(c.baseline_mean),
         "difference": m.shown_difference(c.difference),
         "95 % interval": "" if unknown else f"[{m.shown_difference(c.low)}, {m.shown_difference(c.high)}]",
+        "ratio": "" if math.isnan(c.ratio) or unknown else f"{c.ratio:.4f} [{c.ratio_low:.4f}, {c.ratio_high:.4f}]",
         "over": f"{over}, {c.images.num_images:,} images" if c.over == "test images" and c.images else over,
         "verdict": "no interval" if unknown else c.verdict,
         "detectable": "" if unknown or c.is_significant else m.shown_size(c.detectable),

@@ -39,7 +39,7 @@ def contrast(
     name, _, baseline = by.partition("=")
     found = contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
     worth, paper = gains(found), beside_paper(found)
-    lines = {"worth": map(str, worth), "paper": in_words(paper)}
+    lines = {"worth": map(str, worth), "paper": (each.removeprefix("Paper: ") for each in in_words(paper))}
     after = [(key, text) for key, texts in lines.items() for text in dict.fromkeys(texts)]
     also = {"gains": [each for each in worth if isinstance(each, Gain)], "published": paper}
     words = [f"\n{fact_lines(after)}"] if after else []

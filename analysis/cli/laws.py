@@ -184,7 +184,7 @@ def frontier(
 
     for flops in at or []:
         if not 0 < flops < math.inf:
-            raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}")
+            raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}.")
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     several_laws = several(law, df, y)
     by_law = several_laws.law if several_laws else law

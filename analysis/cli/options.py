@@ -49,11 +49,7 @@ BestOf = Annotated[
 ]
 LossColumn = Annotated[str, typer.Option(help="Loss column.", rich_help_panel=PANEL)]
 Minimised = Annotated[
-    str,
-    typer.Option(
-        help="Loss column; or a probe, TASK:KIND, for its error rate (1 - top1, with a floor that is fitted).",
-        rich_help_panel=PANEL,
-    ),
+    str, typer.Option(help="Loss column; or a probe, TASK:KIND, for its error rate (1 - top1).", rich_help_panel=PANEL)
 ]
 FigurePath = Annotated[
     Path | None, typer.Option(help="Also draw FIGURE.svg, .pdf and .png, with what is drawn as .csv.")
@@ -100,8 +96,8 @@ def then(verbs: Sequence[str], tables: Sequence[Path], columns: list[str] | None
 
 
 def say_next(commands: str) -> None:
-    """The last line of a verb, beside its output."""
-    typer.echo(f"next: {commands}", err=True)
+    """The last line of a verb."""
+    typer.echo(f"next: {commands}")
 
 
 def show(

@@ -50,7 +50,7 @@ def compare(
     resamples: options.Resamples = 1000,
     json: options.AsJson = False,
 ) -> None:
-    """Task by task and by exponents; what is not comparable is named and left out."""
+    """Compare runs with published models, by task and by exponents; what is not comparable is named."""
     from aimscale.analysis.published.comparison import compare as compare_frame
 
     comparison = compare_frame(options.table_of([table], columns, None), resamples=resamples)

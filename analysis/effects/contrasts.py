@@ -1,10 +1,10 @@
 """What one change does with everything else equal: levels of a column, paired over size, data, seed and the rest.
 
 Two rows are a pair when they agree in every other column of the design and stand at two levels of the one in question.
-Budgets of the same two runs share a trunk, so their differences are averaged first: a pair of runs counts once, and the
-interval is over pairs of runs (sizes x seeds), whose errors a size may share. With three pairs it is wide, and says so.
-It covers runs, on the test images that they share. What other test images would change is told beside it, and is all
-that the interval of a single pair of runs covers (`effects.paired`).
+Budgets of the same two runs share most of their training, so their differences are averaged first: a pair of runs
+counts once, and the interval is over pairs of runs (sizes x seeds), whose errors a size may share. It covers runs, on
+the test images that they share. What other test images would change is told beside it, and is all that the interval of
+a single pair of runs covers (`effects.paired`).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def contrast(
         raise AnalysisError(f"{by} holds lists, which cannot be compared; name a column of numbers or words.")
     if by in rows and not varies(rows[by]):
         values = ", ".join(map(level_name, rows[by].dropna().unique())) or "no value"
-        raise AnalysisError(f"{by} takes {values} alone among the complete rows, so nothing can be compared; vary it.")
+        raise AnalysisError(f"All complete rows have {by} = {values}; a contrast needs two levels of it.")
     asked, flags = _comparable(wanted_measures(rows, measures, by), by)
     keys = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in asked})
     # What else there is of a head may differ within a pair only where it has to.

@@ -39,7 +39,7 @@ class Gain:
 
     def __str__(self) -> str:
         if not self.high / self.low < UNKNOWN:
-            return f"What {self.level} is worth in compute cannot be told from {self.num_run_pairs} pairs of runs."
+            return f"The worth of {self.level} in compute is not known from {self.num_run_pairs} pairs of runs."
         return (
             f"{self.level} is worth {self.factor:.2f} times the compute of {self.baseline} at the same size "
             f"[{self.low:.2f}, {self.high:.2f}] over {self.num_run_pairs} pairs of runs."

@@ -163,7 +163,7 @@ def stacked(points: Measured, fitter: Fitter) -> Stack:
     missing = {name: why for name, why in found.items() if isinstance(why, str)}
     if not curves:
         name, why = next(iter(missing.items()))
-        raise AnalysisError(f"No law can be fitted to forecast with: {name}: {why}")
+        raise AnalysisError(f"No law can be fitted to forecast with; {name}: {why}")
     rows, misses = [], []
     for times in CUTS:
         below = points.compute <= points.compute.max() / times

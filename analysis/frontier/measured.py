@@ -60,7 +60,7 @@ def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss", resamples: int =
         resamples: simulated tables, from which the interval is read.
 
     Raises:
-        NoFrontier: fewer than three sizes were measured at two budgets or more, or the envelope never changes hands.
+        NoFrontier: fewer than three sizes were measured at two budgets or more, or one size is lowest throughout.
         AnalysisError: a column is missing.
     """
     points = points_of(df, y)

@@ -27,7 +27,7 @@ from aimscale.analysis.words import NOT_IDENTIFIED, POWER, Flag, flag_words, hum
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""
 ADAPTED = "lora"
-"""The kind of probe that is none: it adapts the trunk, and its accuracy is that of no frozen feature."""
+"""The kind of probe that is none: it adapts the backbone, and its accuracy is that of no frozen feature."""
 PAPER_SIDE = 224
 COUNTS = ("params_trunk", "params_total")
 """N of the exponents, without and with the pixel head."""

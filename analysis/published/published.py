@@ -39,7 +39,7 @@ def _fractions(percent: pd.DataFrame) -> pd.DataFrame:
 
 @functools.cache
 def table6() -> pd.DataFrame:
-    """Table 6, all eleven rows: a frozen trunk under an attentive probe on the test split of fifteen benchmarks.
+    """Table 6, all eleven rows: a frozen backbone under an attentive probe on the test split of fifteen benchmarks.
 
     Returns:
         By our short name (`aim-7B`): method, arch, data, layers (whose outputs the probe averages: `last 6`, `best 6`,
@@ -101,7 +101,7 @@ def beside_paper(found: Contrasts) -> pd.DataFrame:
     Returns:
         change (level over baseline, in the paper's words), kind, published (its difference in top-1, a fraction without
         an interval), published_on, task, difference (ours), low, high, over (what the interval covers), N (parameters
-        of our smallest and largest run: of the trunk, where the table counts them).
+        of our smallest and largest run: of the backbone, where the table counts them).
     """
     if found.by not in _varied():
         return pd.DataFrame()

@@ -187,7 +187,7 @@ def test_the_verb_prints_a_table_json_and_a_figure(known_study, tmp_path):
     arguments = [str(tmp_path / "results.csv"), "--by", "prefix=paired", "--figure", str(tmp_path / "prefix")]
     out = CliRunner().invoke(verb("contrast"), arguments, catch_exceptions=False)
     assert out.stdout.count("worse") == 3
-    assert out.stderr == f"next: aimscale report {arguments[0]}\n"
+    assert out.stdout.endswith(f"\nnext: aimscale report {arguments[0]}\n")
     assert (tmp_path / "prefix.svg").exists()
     found = json.loads(CliRunner().invoke(verb("contrast"), [*arguments, "--json"]).output)
     assert len(found["contrasts"]) == 3
