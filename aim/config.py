@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from aimscale.aim.errors import UserError, did_you_mean
 
@@ -37,6 +38,9 @@ LARGEST = {
     **{"head.width": 2**17, "head.depth": 2**12},
 }
 """Field of a `ModelConfig` -> its largest value: far beyond any model, near enough for numbers to stay finite."""
+
+MLP_RATIO = 4
+"""Channels inside an MLP over those of its block."""
 
 RELEASED_HEAD_WIDTH, RELEASED_HEAD_DEPTH = 2048, 12
 """The pixel head of every published size (paper, section 3.2)."""
@@ -118,6 +122,7 @@ class ModelConfig:
         return self.width // self.num_heads
 
     def __post_init__(self) -> None:
+        _check_choices(get_type_hints(ModelConfig), vars(self))
         for part, most in LARGEST.items():
             if (value := operator.attrgetter(part)(self)) > most:
                 raise ModelConfigError(f"{self.name}: {part} {value} is more than {most}, the most that is planned for")
@@ -158,12 +163,7 @@ def model_config(
     head_depth: int | None = None,
     head_kind: HeadKind = "mlp",
     ln_residual: bool = False,
-    patch_order: PatchOrder = "raster",
-    target: Target = "normalised",
-    masked: float | None = None,
-    parametrisation: Parametrisation = "standard",
-    norm_eps: float = 1e-6,
-    qkv_init: QkvInit = "fused",
+    **variant: Any,
 ) -> ModelConfig:
     """Look a size up and attach its pixel head.
 
@@ -176,21 +176,12 @@ def model_config(
       ratio, so that every size spends the same share of its FLOPs on the head;
     - `none`: one linear layer.
 
-    `head_kind` says what its blocks are.
+    `head_kind` says what its blocks are. `variant` holds fields of `ModelConfig` that have a default there.
 
     Raises:
         ModelConfigError: an unknown size or option (names the nearest known one), or parts that do not divide.
     """
-    for option, value, known in (
-        ("head_rule", head_rule, get_args(HeadRule)),
-        ("head_kind", head_kind, get_args(HeadKind)),
-        ("patch_order", patch_order, get_args(PatchOrder)),
-        ("target", target, get_args(Target)),
-        ("parametrisation", parametrisation, get_args(Parametrisation)),
-        ("qkv_init", qkv_init, get_args(QkvInit)),
-    ):
-        if value not in known:
-            raise ModelConfigError(f"unknown {option} '{value}'; {did_you_mean(value, known, 'use')}")
+    _check_choices(get_type_hints(model_config), {"head_rule": head_rule, "head_kind": head_kind})
     width, depth, num_heads = _shape(size)
     return ModelConfig(
         name=size,
@@ -203,13 +194,15 @@ def model_config(
         head=_pixel_head(
             (width, depth, num_heads), head_rule, head_width, head_depth, ln_residual=ln_residual, kind=head_kind
         ),
-        patch_order=patch_order,
-        target=target,
-        masked=masked,
-        parametrisation=parametrisation,
-        norm_eps=norm_eps,
-        qkv_init=qkv_init,
+        **variant,
     )
+
+
+def _check_choices(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise ModelConfigError where a value is none of those that its annotation lists."""
+    for name, value in values.items():
+        if get_origin(hints[name]) is Literal and value not in (known := get_args(hints[name])):
+            raise ModelConfigError(f"unknown {name} '{value}'; {did_you_mean(value, known, 'use')}")
 
 
 def known_sizes() -> tuple[str, ...]:

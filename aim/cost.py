@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from aimscale.aim.config import ModelConfig
+from aimscale.aim.config import MLP_RATIO, ModelConfig
 
 TRAIN_OVER_FORWARD = 3
 """A backward pass multiplies twice as often as the forward pass: gradients of inputs and of weights. (Images need no
@@ -65,11 +65,12 @@ def param_count(config: ModelConfig) -> ParamCount:
         head_params = d * o + o
     else:
         norms_per_block = 2 if head.ln_residual or head.num_heads else 1
-        block = (12 if head.num_heads else 8) * head.width**2 + norms_per_block * 2 * head.width
+        block = _matrix_params(head.width, has_attention=bool(head.num_heads)) + norms_per_block * 2 * head.width
         head_params = (d + 1) * head.width + head.depth * block + 2 * head.width + (head.width + 1) * o
     if config.masked is not None:
         head_params += d
-    return ParamCount(preprocessor=d * (o + 3), trunk=config.depth * (12 * d**2 + 4 * d) + 2 * d, head=head_params)
+    trunk = config.depth * (_matrix_params(d, has_attention=True) + 4 * d) + 2 * d
+    return ParamCount(preprocessor=d * (o + 3), trunk=trunk, head=head_params)
 
 
 def flops_per_image(config: ModelConfig) -> FlopCount:
@@ -81,11 +82,10 @@ def flops_per_image(config: ModelConfig) -> FlopCount:
     if head.is_linear:
         head_flops = 2 * num_tokens * d * o
     else:
-        block = _block_flops(num_tokens, head.width) if head.num_heads else 16 * num_tokens * head.width**2
+        block = _block_flops(num_tokens, head.width, has_attention=bool(head.num_heads))
         head_flops = 2 * num_tokens * head.width * (d + o) + head.depth * block
-    return FlopCount(
-        patch_embed=2 * num_tokens * o * d, trunk=config.depth * _block_flops(num_tokens, d), head=head_flops
-    )
+    trunk = config.depth * _block_flops(num_tokens, d, has_attention=True)
+    return FlopCount(patch_embed=2 * num_tokens * o * d, trunk=trunk, head=head_flops)
 
 
 def executed_flops_per_image(config: ModelConfig, scored_tokens: float) -> FlopCount:
@@ -97,8 +97,9 @@ def executed_flops_per_image(config: ModelConfig, scored_tokens: float) -> FlopC
     published, head = flops_per_image(config), config.head
     skipped = config.num_tokens - scored_tokens
     if head.num_heads:
-        return replace(published, head=published.head - skipped * 2 * head.width * (8 * head.width + config.patch_dim))
-    trunk = published.trunk - skipped * 2 * 8 * config.width**2
+        skipped_params = mlp_params(head.width) + head.width * config.patch_dim
+        return replace(published, head=published.head - skipped * 2 * skipped_params)
+    trunk = published.trunk - skipped * 2 * mlp_params(config.width)
     return replace(published, trunk=trunk, head=published.head * scored_tokens / config.num_tokens)
 
 
@@ -109,9 +110,20 @@ def mean_scored_tokens(config: ModelConfig, prefix: str) -> float:
     return config.num_tokens - 1 if prefix == "none" else config.num_tokens / 2
 
 
-def _block_flops(num_tokens: int, width: int) -> int:
-    """Of a transformer block."""
-    return 2 * (12 * num_tokens * width**2 + 2 * num_tokens**2 * width)
+def mlp_params(width: int) -> int:
+    """Of the matrices of an MLP (`aim.layers.MLP`): each is multiplied with every token once."""
+    return 2 * MLP_RATIO * width**2
+
+
+def _matrix_params(width: int, *, has_attention: bool) -> int:
+    """Of the matrices of a block: query, key, value and output, where it has them, and its MLP."""
+    return (4 * width**2 if has_attention else 0) + mlp_params(width)
+
+
+def _block_flops(num_tokens: int, width: int, *, has_attention: bool) -> int:
+    """Of a block: its matrices with every token, and the scores and mixtures of its attention."""
+    products = num_tokens * _matrix_params(width, has_attention=has_attention)
+    return 2 * (products + (2 * num_tokens**2 * width if has_attention else 0))
 
 
 def num_queries(width: int) -> int:

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aimscale.aim.config import MLP_RATIO, ModelConfig
+from aimscale.aim.mup import attention_scale
+
 
 def sincos_positions(grid: int, width: int) -> Tensor:
     """Fixed 2-D sin-cos positions, float32 (grid * grid, width), in raster order.
@@ -99,12 +102,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, exact-erf GELU, linear; four times as wide inside, no biases."""
+    """Linear, exact-erf GELU, linear, without biases; its parameters and FLOPs are counted in `aim.cost`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width, bias=False)
-        self.fc2 = nn.Linear(4 * width, width, bias=False)
+        self.fc1 = nn.Linear(width, MLP_RATIO * width, bias=False)
+        self.fc2 = nn.Linear(MLP_RATIO * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d) to (..., d)."""
@@ -113,13 +116,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block, of the backbone or of a transformer head."""
 
-    def __init__(self, width: int, num_heads: int, attention_scale: float, norm_eps: float) -> None:
+    def __init__(self, config: ModelConfig, *, in_head: bool = False) -> None:
         super().__init__()
-        self.norm_1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, num_heads, attention_scale)
-        self.norm_2 = nn.LayerNorm(width, eps=norm_eps)
+        width, num_heads = config.width, config.num_heads
+        if in_head:
+            width, num_heads = config.head.width, config.head.num_heads or 1
+        self.norm_1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.attn = Attention(width, num_heads, attention_scale(config, in_head=in_head))
+        self.norm_2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width)
 
     def forward(self, x: Tensor, mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
@@ -138,10 +144,11 @@ class Block(nn.Module):
 class HeadBlock(nn.Module):
     """Residual MLP block of the pixel head; the authors' trainer also adds LayerNorm(x), see `ln_residual`."""
 
-    def __init__(self, width: int, ln_residual: bool, norm_eps: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm_1 = nn.LayerNorm(width, eps=norm_eps) if ln_residual else None
-        self.norm_2 = nn.LayerNorm(width, eps=norm_eps)
+        width = config.head.width
+        self.norm_1 = nn.LayerNorm(width, eps=config.norm_eps) if config.head.ln_residual else None
+        self.norm_2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aimscale.aim.config import ModelConfig, ModelConfigError
 from aimscale.aim.layers import Block, HeadBlock, MaskToken, Patchifier, sincos_positions
-from aimscale.aim.mup import MatrixScale, attention_scale, matrix_scale
+from aimscale.aim.mup import MatrixScale, matrix_scale
 from aimscale.aim.objective import (
     in_prefix,
     normalise_patches,
@@ -68,9 +68,7 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(config.width, config.num_heads, attention_scale(config), config.norm_eps) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.post_trunk_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.recompute = False
 
@@ -94,10 +92,7 @@ class PixelHead(nn.Module):
         head = config.head
         self.proj_in = None if head.is_linear else nn.Linear(config.width, head.width)
         self.blocks = nn.ModuleList(
-            Block(head.width, head.num_heads, attention_scale(config, in_head=True), config.norm_eps)
-            if head.num_heads
-            else HeadBlock(head.width, head.ln_residual, config.norm_eps)
-            for _ in range(head.depth)
+            Block(config, in_head=True) if head.num_heads else HeadBlock(config) for _ in range(head.depth)
         )
         self.norm = None if head.is_linear else nn.LayerNorm(head.width, eps=config.norm_eps)
         self.proj_out = nn.Linear(head.width, config.patch_dim)

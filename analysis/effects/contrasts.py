@@ -44,8 +44,8 @@ from aimscale.analysis.words import POWER, Flag, contrast_cells, contrast_senten
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
          KIND: "attentive"}  # fmt: skip
 """Column -> the level that the paper uses, the baseline unless another is named; fields of the set-up default to it."""
-OTHER_UNIT = ("target", "patch_size", "image_size", "objective.masked")
-"""Columns whose levels have losses that cannot be subtracted."""
+OTHER_UNIT = ("target", "patch_size", "image_size")
+"""Columns whose levels have losses that cannot be subtracted, beside all fields of the objective."""
 CAUTION = {
     **{"prefix": "unseen_prefix", "patch_order": "other_patches"},
     **dict.fromkeys((*HEAD[:2], "model.head_kind"), "equal_images"),
@@ -222,7 +222,8 @@ def factors(frame: pd.DataFrame) -> list[str]:
 
 def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag]]:
     """The measures whose levels can be subtracted, and a flag about the loss where it is left out."""
-    kept = [m for m in asked if not (by in OTHER_UNIT and m.column == "val_loss")]
+    is_other = by in OTHER_UNIT or by.startswith("objective.")  # `objective.prefix` has a column of its own
+    kept = [m for m in asked if not (is_other and m.column == "val_loss")]
     flags = [Flag(kind="other_unit", subject=by)] if len(kept) < len(asked) else []
     if not kept:
         raise AnalysisError(f"Nothing can be compared over {by}. {' '.join(map(str, flags))}".rstrip())

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 
-from aimscale.aim.config import ModelConfig
+from aimscale.aim.config import MLP_RATIO, ModelConfig
 from aimscale.aim.cost import param_count
 from aimscale.harness.device.communication import ELEMENT_BYTES, MAX_BUCKET_VALUES, MAX_BUFFER_VALUES, Precision
 
@@ -77,7 +77,7 @@ def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_c
         inputs = config.depth * tokens * config.width + config.head.depth * into_head * head_width
         return inputs * element + ends
     block, head_block = _block_bytes(config, precision)
-    skipped = (tokens - scored) * 10 * last_width * element
+    skipped = (tokens - scored) * _kept_by_mlp(last_width) * element
     return config.depth * block - skipped + config.head.depth * head_block + ends
 
 
@@ -104,15 +104,21 @@ def measuring_bytes(config: ModelConfig, precision: Precision, *, is_probed: boo
 def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
     """What a block of the trunk and a block of the head keep.
 
-    The trunk's: its input, the first norm's output, q, k, v, and the attention's output (6 d); the sum, the second
-    norm's output, and the MLP before and after GELU (10 d); the attention's row sums in float32. The head's: the same,
-    or the MLP's part alone. The score matrices that a CPU keeps in bfloat16 are not counted: a GPU keeps none.
+    The backbone's: its input, the first norm's output, q, k, v, and the attention's output (6 d); its MLP's part; the
+    attention's row sums in float32. The head's: the same, or the MLP's part alone. The score matrices that a CPU keeps
+    in bfloat16 are not counted: a GPU keeps none.
     """
     element, head = ELEMENT_BYTES[precision], config.head
-    trunk = config.num_tokens * (16 * config.width * element + 4 * config.num_heads)
+    own, in_head = (6 * width + _kept_by_mlp(width) for width in (config.width, head.width))
+    backbone = config.num_tokens * (own * element + 4 * config.num_heads)
     if head.num_heads:
-        return trunk, config.num_tokens * (16 * head.width * element + 4 * head.num_heads)
-    return trunk, _scored(config) * 10 * head.width * element if head.depth else 0
+        return backbone, config.num_tokens * (in_head * element + 4 * head.num_heads)
+    return backbone, _scored(config) * _kept_by_mlp(head.width) * element if head.depth else 0
+
+
+def _kept_by_mlp(width: int) -> int:
+    """Values of a token: the block's sum, the second norm's output, and the MLP before and after GELU."""
+    return 2 * width + 2 * MLP_RATIO * width
 
 
 def _scored(config: ModelConfig) -> int:

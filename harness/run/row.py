@@ -29,7 +29,7 @@ def model_of(training: TrainingConfig) -> ModelConfig:
 @functools.cache
 def cached_model(section: ModelSection, objective: ObjectiveSection) -> ModelConfig:
     """The model of these parts of a configuration; planners ask for few models often."""
-    return model_config(**dict(section), target=objective.target, masked=objective.masked)
+    return model_config(**dict(section), **objective.model_dump(exclude={"prefix"}))
 
 
 def configured_columns(config: RunConfig) -> dict[str, Any]:

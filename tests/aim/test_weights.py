@@ -2,16 +2,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from variants import VARIANTS
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
 from aimscale.aim.weights import (
+    BACKBONE,
     PROBE,
     WeightsError,
     backbone_state,
     load_backbone,
     load_probe,
+    model_shapes,
     read_weights,
     write_weights,
 )
@@ -84,6 +87,13 @@ def test_released_names_and_shapes_are_exactly_ours(size: str, num_keys: int) ->
         ours = released_state(AIM(config), AttentiveProbe(config.width, config.num_heads, 1000))
     assert len(described) == num_keys
     assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == described
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_so_are_those_of_every_variant_as_the_card_of_an_export_says(variant: dict) -> None:
+    config = model_config("w16-d2", image_size=12, patch_size=4, **variant)
+    ours = {name: shape for name, shape in model_shapes(config).items() if name.startswith(BACKBONE)}
+    assert ours == released_shapes(config)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -126,13 +126,15 @@ def test_kinds_of_probes_are_compared_within_a_row(known_study):
     assert kinds.num_pairs == 45
 
 
-def test_losses_on_another_target_are_not_subtracted_but_accuracies_are(known_study):
+@pytest.mark.parametrize("by", ["target", "objective.loss"])  # the second is of a field that a user added
+def test_losses_on_another_target_are_not_subtracted_but_accuracies_are(known_study, by):
     df = with_probes(known_study(DIRECTION, DIRECTION | {"target": "raw", "effect": 0.3}))
-    found = contrast(df, by="target")
+    df = df.assign(**{"target": "normalised", by: df["target"]})
+    found = contrast(df, by=by)
     assert {each.measure.column for each in found.contrasts} == {"top1"}
-    assert ("other_unit", "target") in {(flag.kind, flag.subject) for flag in found.flags}
-    with pytest.raises(AnalysisError, match="target"):
-        contrast(df, by="target", measures=["val_loss"])
+    assert ("other_unit", by) in {(flag.kind, flag.subject) for flag in found.flags}
+    with pytest.raises(AnalysisError, match=by):
+        contrast(df, by=by, measures=["val_loss"])
 
 
 def test_heads_are_told_apart_though_rule_and_depth_change_together(known_study):

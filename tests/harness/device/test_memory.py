@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from variants import VARIANTS
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
@@ -46,6 +47,17 @@ def kept_bytes(config: ModelConfig, precision: str, activation_checkpointing: bo
 @pytest.mark.parametrize("options", [{}, {"masked": 0.75, "head_kind": "transformer"}], ids=str)
 @pytest.mark.parametrize(("size", "side", "patch"), [("rung-64", 32, 4), ("rung-128", 112, 14)])
 def test_kept_activations_are_within_ten_percent(
+    size: str, side: int, patch: int, precision: str, activation_checkpointing: bool, options: dict
+) -> None:
+    check_kept_bytes(size, side, patch, precision, activation_checkpointing, options)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_so_are_those_of_every_variant(options: dict) -> None:
+    check_kept_bytes("w64-d3", 32, 4, "fp32", False, options)
+
+
+def check_kept_bytes(
     size: str, side: int, patch: int, precision: str, activation_checkpointing: bool, options: dict
 ) -> None:
     config = model_config(size, image_size=side, patch_size=patch, **options)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 
-from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.row import configured_columns
+from aimscale.aim.config import ModelConfig
+from aimscale.harness.run.config import ModelSection, ObjectiveSection, RunConfig
+from aimscale.harness.run.row import configured_columns, model_of
 
 Config = Callable[..., RunConfig]
 
@@ -21,3 +23,16 @@ def test_the_heads_shape_is_that_of_the_model(
     model = {"size": "w16-d2", "image_size": 16, "patch_size": 4, **options}
     row = configured_columns(tiny_config(model=model))
     assert (row["head_width"], row["head_depth"]) == (width, depth)
+
+
+def test_what_a_run_says_of_its_model_reaches_the_model(tiny_config: Config) -> None:
+    sections = ModelSection.model_fields | ObjectiveSection.model_fields
+    for field in dataclasses.fields(ModelConfig):
+        if field.default is not dataclasses.MISSING:
+            assert sections[field.name].default == field.default, field.name
+    objective = {"target": "raw", "masked": 0.5}
+    config = tiny_config(
+        model={"size": "w16-d2", "image_size": 16, "patch_size": 4, "norm_eps": 1e-3}, objective=objective
+    )
+    model = model_of(config.training)
+    assert (model.norm_eps, model.target, model.masked) == (1e-3, "raw", 0.5)
