@@ -1,5 +1,7 @@
-"""Choices that the fields of a model offer, as options of `model_config`: a new one is in the tests of parameters, FLOPs,
-memory and muP as soon as it is a field."""
+"""Choices that the fields of a model offer, as options of `model_config`.
+
+A new choice is in the tests of parameters, FLOPs, memory and released names as soon as it is a field.
+"""
 
 from __future__ import annotations
 
