@@ -172,7 +172,7 @@ def _training(study: Study) -> Iterator[PageFigure]:
         ends = [(each.start, each.stop) for each in study.plateaus.values()]
         low, high = human(min(start for start, _ in ends)), human(max(stop for _, stop in ends))
         told += f" Broad: the first plateau of {len(ends)} runs, {low} to {high} {study.samples}."
-    yield page_figure("curves", "Training curves", f"Validation loss on the trunk between budgets.{told}", figure)
+    yield page_figure("curves", "Training curves", f"Validation loss during training, before decays.{told}", figure)
 
 
 def _frontiers(study: Study) -> Iterator[PageFigure]:

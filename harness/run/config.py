@@ -196,7 +196,7 @@ class ValidationSection(Section):
     """Share of the shorter side that the centre crop keeps: images are resized to ceil(image_size / centre_crop) first.
     0.875 is the authors' (224 of 256); 1 keeps the whole shorter side, which suits tiny pictures."""
     every_images: Literal["auto"] | Annotated[int, Field(gt=0)] | None = "auto"
-    """Distance of points during training at which the loss is measured, too, on the trunk (under cosine on the run);
+    """Distance of points during training at which the loss is measured, too, in the stable phase (under cosine: all);
     `auto` takes 3 % of the FLOPs of training, for 100 points at most, and null measures at budgets alone."""
 
     @property

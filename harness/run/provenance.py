@@ -36,10 +36,10 @@ SOURCE = Path(__file__).resolve().parents[2]
 def git_commit() -> tuple[str | None, bool | None]:
     """Commit of the source tree this code runs from and whether it has uncommitted changes; nulls outside git.
 
-    A launcher that copied the code (`Snapshot`) says in the environment what it copied.
+    A launcher that copied the code (`Snapshot`), or an image, says in the environment what it copied.
     """
-    if "AIMSCALE_GIT_COMMIT" in os.environ:
-        return os.environ["AIMSCALE_GIT_COMMIT"], os.environ.get("AIMSCALE_GIT_DIRTY") == "1"
+    if commit := os.environ.get("AIMSCALE_GIT_COMMIT"):  # empty in an image that was built without one
+        return commit, os.environ.get("AIMSCALE_GIT_DIRTY") == "1"
     try:
         commit = git(SOURCE, "rev-parse", "HEAD").strip()
         return commit, bool(git(SOURCE, "status", "--porcelain", "--untracked-files=no").strip())

@@ -82,6 +82,14 @@ def test_the_yaml_of_the_pages_is_read_and_says_what_exists() -> None:
         assert (given["sweep"], given["on"]) == ("/shared/mysweep.yaml", "here")
 
 
+def test_the_image_is_built_from_all_packages() -> None:
+    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Containerfile").read_text(), re.MULTILINE)
+    sources = {source for line in copied for source in line.split()}
+    linked = {link.readlink().name for link in (ROOT / "src/aimscale").iterdir() if link.is_symlink()}
+    assert all((ROOT / source).exists() for source in sources)
+    assert {"src", "pyproject.toml", "README.md", *linked} <= sources  # README is the package's long description
+
+
 def test_every_verb_and_option_is_listed_with_its_values() -> None:
     page = command_reference.markdown()
     group = typer.main.get_command(app)
