@@ -182,8 +182,9 @@ class Recorder:
                 is_cosine = self._config.training.schedule.kind == "cosine"
                 logger.measured(line["images_seen"], of_line(line, is_cosine=is_cosine))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        part = "stable" if branch is None else f"decay to {branch}"
         self.say(
-            f"{line['images_seen']:>10} images  {'stable' if branch is None else f'decay to {branch}':<20} loss {loss}  "
+            f"{line['images_seen']:>10} images  {part:<20} loss {loss}  "
             f"{images_per_s:.0f} images/s  MFU {100 * line['mfu']:.1f} % of the measured peak  lr {line['lr']:.2e}"
         )
 
