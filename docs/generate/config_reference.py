@@ -23,17 +23,16 @@ Schema = dict[str, Any]
 INTRODUCTION = """\
 # Configuration
 
-Every field of a sweep file and of a run. Keys are strict: one that is not listed
-here is an error that names the nearest known one. A *count* is above 0 and may be written `4096`, `4k`, `500M`,
-`2B` or `1e6`.
+Every field of a sweep file and of a run. A key that is not listed here is an error, which names the nearest known
+one. A *count* is above 0 and may be written `4096`, `4k`, `500M`, `2B` or `1e6`.
 
-A [sweep file](#the-sweep-file) holds the fields that make the grid. What all runs share is under `base`: a run's
-[training](#a-run-what-is-trained) and [evaluation](#a-run-what-is-measured) fields, `runtime` (the
-[runtime fields](#a-run-how-it-is-executed)), `devices` (data-parallel ranks, instead of the recipe's) and
-`lr_multiplier` (a factor of the recipe's learning rate). A run directory's `config.yaml` has `version`,
-`training`, `evaluation` and `runtime`. The *training* fields name the run: a changed one is another
-run. The *evaluation* fields say what is measured on it: more of them never trains it again. The *runtime* fields do
-not change a result, so a run moved to other hardware stays the same run.
+A [sweep file](#the-sweep-file) makes a grid of runs. What they share is under `base`: fields of a run, `devices`
+(data-parallel ranks, instead of the recipe's) and `lr_multiplier` (a factor of the recipe's learning rate). A run's
+`config.yaml` has `version` and three kinds of fields:
+
+- [`training`](#a-run-what-is-trained) names the run: a changed field is another run.
+- [`evaluation`](#a-run-what-is-measured) says what is measured: more of it never trains a run again.
+- [`runtime`](#a-run-how-it-is-executed) changes no result: a run moved to other hardware stays the same run.
 """
 
 
@@ -142,10 +141,9 @@ def _recipes() -> Iterator[str]:
 def _sizes() -> Iterator[str]:
     yield (
         "## Sizes\n\n`size` is one of these, or `w<width>-d<depth>` for any other shape. N at 224 px and patch 14 with "
-        "the pixel head of each `head_rule`.\n\nOther shapes have the widest attention heads of 2 to 64 channels, a "
-        "power of two, that divide their width and are at least two: 2 heads of 16 at width 32, but 13 of 4 at width "
-        "52. Loss and attentive probes follow that, so `aimscale plan` names sizes where it jumps; `w52-d2-h4` has "
-        "four. The rule stays, because names of runs stand for it.\n"
+        "the pixel head of each `head_rule`.\n\nAttention heads of other shapes are as wide as possible: a power of "
+        "two from 2 to 64 channels that gives at least two heads. Width 32 has 2 heads of 16, width 52 has 13 of 4. "
+        "Loss depends on that, so `aimscale plan` names sizes where the number jumps. `w52-d2-h4` sets it to four.\n"
     )
     rules = get_args(HeadRule)
     heads = " | ".join(f"N, {rule} head" for rule in rules)
