@@ -21,7 +21,7 @@ from aimscale.analysis.plots.style import css_variables
 from aimscale.analysis.report import tables, words
 from aimscale.analysis.report.figures import PageFigure, findings, page_figures, save_figures
 from aimscale.analysis.report.pictures import picture_rows
-from aimscale.analysis.report.study import Study, study_tables
+from aimscale.analysis.report.study import Progress, Study, study_tables
 from aimscale.analysis.report.verdict import symbol, verdict
 from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.read import read_tables
@@ -39,6 +39,7 @@ def write_report(
     best: Sequence[str] = (),
     resamples: int = 1000,
     figures: Path | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Path:
     """Analyse tables and write the page.
 
@@ -49,6 +50,7 @@ def write_report(
         where: conditions that rows must meet, see `table.select.select`.
         best: tuned columns of which only the best value counts, see `table.select.best_of`.
         figures: folder for the page's figures as SVG, PDF and PNG of a paper's width, each with a CSV of what it draws.
+        progress: called with what begins and the share of the time that went before it.
 
     Returns:
         Path of the page.
@@ -61,8 +63,10 @@ def write_report(
     frame = read_tables(paths, columns, where=where, best=best)
     if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
         raise no_column(frame, "val_loss")
-    study = study_tables(paths, frame, _read_collects(paths), resamples)
+    study = study_tables(paths, frame, _read_collects(paths), resamples, progress)
+    progress("figures", 0.75)
     drawn = page_figures(study)
+    progress("page", 0.95)
     page = render(study, drawn)
     if figures is not None:
         save_figures(drawn, figures)

@@ -146,8 +146,19 @@ def evenly(rows: pd.DataFrame, most: int = MAX_FITTED) -> pd.DataFrame:
     return rows.iloc[np.sort(order[spaced(len(rows), most)])]
 
 
-def study_tables(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], resamples: int = 1000) -> Study:
+Progress = Callable[[str, float], None]
+"""Called with what begins and the share of the time that went before it, as a report of some thirty rows takes it."""
+
+
+def study_tables(
+    paths: Sequence[Path],
+    frame: pd.DataFrame,
+    collect: dict[str, Any],
+    resamples: int = 1000,
+    progress: Progress = lambda *_: None,
+) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
+    progress("laws", 0)
     everything = usable_rows(frame)
     main, design = main_part(frame)
     usable = usable_rows(main).rows
@@ -183,12 +194,15 @@ def study_tables(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, 
         study.missing.append("No row has a validation loss, so no law is fitted.")
     else:
         _fit_laws(study)
+    progress("correlations", 0.45)
     if study.is_ours:
         study.baselines = read_baselines(frame)
         study.comparison = compare(study.main, resamples=resamples)
     _training(study)
     correlate_probes(study)
+    progress("best sizes", 0.55)
     _features(study)
+    progress("contrasts", 0.65)
     _contrast(study)
     if not study.usable.empty:
         _explain(study)
