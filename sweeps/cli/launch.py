@@ -81,13 +81,13 @@ def launch(
         say_next("collect" if is_over else "status", sweep, root)
     if did.stopped_by:
         raise typer.Exit(EXIT_INTERRUPTED)
-    if failed_runs(did):
+    if failed_runs(did) or any(each.verdict == "damaged" for each in did.left):
         raise typer.Exit(1)
 
 
 def failed_runs(did: LaunchResult) -> list[str]:
-    """Runs that a launch tried in vain, or left alone since they had failed or are damaged."""
-    return [*did.failed, *(each.record.name for each in did.left if each.verdict in ("failed", "damaged"))]
+    """Runs that a launch tried in vain, or left alone since they had failed."""
+    return [*did.failed, *(each.record.name for each in did.left if each.verdict == "failed")]
 
 
 def print_end(did: LaunchResult) -> None:
@@ -148,9 +148,9 @@ def _launch_slurm(sweep: str, root: Path, *, per_device: int, retry: bool, dry_r
     loaded, runs, _ = engine.planned(sweep, root)
     submitted = launch_slurm(loaded, runs, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     for part in submitted:
-        shape = f"{part.shape.nodes} nodes x {part.shape.devices} devices"
+        shape = f"{part.shape.nodes} x {part.shape.devices} (nodes x devices)"
         if dry_run:
-            typer.echo(f"# {part.num_runs} runs on {shape}: {part.number} jobs that execute them\n{part.script}")
+            typer.echo(f"# {part.num_runs} runs of {shape}, {part.number} jobs that execute them\n{part.script}")
             continue
         typer.echo(f"submitted {part.number} jobs of {shape} for {part.num_runs} runs as {part.job_id}")
         if part.excluded:

@@ -79,10 +79,8 @@ def _flags(cards: Sequence[CostCard], problems: Sequence[Problem]) -> Iterator[L
         for each in found:
             yield Line(level=level, key=each.key, value=f"{each.why} ({whose(each.run_ids, len(cards))})")
     if lost := not_identified(cards):
-        words = f"this grid cannot identify {', '.join(lost)} of {CHINCHILLA.formula}"
-        yield Line(
-            level="warn", key="fit", value=f"{words}; it takes three values each of N and D, in all tables together"
-        )
+        words = f"{', '.join(lost)} of {CHINCHILLA.formula} are not identified"
+        yield Line(level="warn", key="fit", value=f"{words}: take three values each of N and D, in all tables together")
 
 
 def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[Line]:
@@ -90,18 +88,15 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[Line]:
     total = totals(cards)
     images, during = number(total["images_executed"]), total["flops_during"]
     limits = " and ".join(sorted({card.limit for card in cards}))
-    beside = (
-        f"; {during:.3g} of them during training, {100 * total['share_during']:.1f} % of the time" if during else ""
-    )
+    share = f"{100 * total['share_during']:.1f} % of the time"
+    beside = f"; {during:.3g} of them during training, {share}" if during else ""
     stop = f"up to {duration(max(card.stop_s for card in cards))} for a last save"
+    longest = duration(total["longest_wall_s"])
     facts = [
         ("runs", f"{total['num_runs']} with {total['num_rows']} rows; recipe {sweep.file.recipe}"),
         ("training", f"{images} images, {total['flops_executed']:.3g} FLOPs with decay branches; limited by {limits}"),
         ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}"),
-        (
-            "time",
-            f"{number(total['device_hours'])} device-hours; longest run {duration(total['longest_wall_s'])}; {stop}",
-        ),
+        ("time", f"{number(total['device_hours'])} device-hours; longest run {longest}; {stop}"),
         ("disk", f"{decimal(total['disk_bytes'])} of run directories"),
         *zip(("assumed", *[""] * 9), _assumptions(sweep, cards), strict=False),
     ]
@@ -121,7 +116,7 @@ def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> Iterator[str]:
     if device.is_gpu and any(card.devices > 1 for card in cards):
         within, between = NVLINK_BYTES_PER_S / 1e9, NETWORK_BYTES_PER_S / 1e9
         yield f"{within:g} GB/s within a node, {between:g} GB/s a rank between nodes"
-    yield "step, ms: compute + exposed communication | loading; start-up not counted"
+    yield "step, ms: compute + exposed communication | loading; no start-up"
 
 
 def _plan_columns(cards: Sequence[CostCard]) -> list[Column]:

@@ -197,9 +197,8 @@ def _whys(lines: Iterable[RunStatus]) -> list[tuple[str, str, str]]:
         elif line.state in ("finished", "not started", "running", "starting"):
             continue
         else:
-            log = line.log if line.state in ("failed", "diverged", "dead", "damaged") else None
             reason = ": ".join(part for part in (line.status.reason_class, line.status.reason) if part)
-            why = (line.state, printable("; ".join(part for part in (reason, log) if part)).replace("\n", " "))
+            why = (line.state, printable(reason).replace("\n", " "))
         found.setdefault(why, []).append(line.run_id)
     return [(*why, runs[0] if len(runs) == 1 else f"{len(runs)} runs") for why, runs in found.items()]
 
