@@ -87,8 +87,8 @@ def fact_lines(facts: Sequence[tuple[str, str]]) -> str:
     """Keys and values in two columns; a value that the terminal is too narrow for goes on below itself."""
     edge = max((len(key) for key, _ in facts), default=0) + 2
     width = max(shutil.get_terminal_size((WIDE, 0)).columns, edge + 30)
-    lines = (f"{key:<{edge}}{value}" for key, value in facts)
-    return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * edge, break_long_words=False) for line in lines)
+    fold = textwrap.TextWrapper(width, subsequent_indent=" " * edge, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(fold.fill(f"{key:<{edge}}{value}") for key, value in facts)
 
 
 def as_sentences(facts: Sequence[tuple[str, str]]) -> list[str]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from aimscale.analysis.display import Result
-from aimscale.analysis.fitting.result import CONFIDENCE
+from aimscale.analysis.display import Result, as_sentences
 from aimscale.analysis.table.names import Exclusion
 
 
@@ -71,15 +70,32 @@ class Correlations(Result):
         held = f", at equal {first.partial_on}" if first.partial_on else ""
         return f"Correlation of {first.x} and {first.y}{held}{f', within {first.within}' if first.within else ''}"
 
-    def sentences(self) -> list[str]:
+    def facts(self) -> list[tuple[str, str]]:
         """What was correlated, how intervals were found and what was left out."""
-        lines = []
+        found = [("correlated", self.headline().removeprefix("Correlation of "))]
         for c in self:
             over = f"{c.num_points} rows" if c.cluster is None else f"{c.num_clusters} clusters by {c.cluster}"
-            groups = f", within {c.num_groups} groups of equal" if c.num_groups else ", about a smooth function of"
-            lines.append(
-                f"Intervals: {CONFIDENCE:.0%}, Fisher's z, standard error over {over}"
-                f"{f'{groups} {c.partial_on}' if c.partial_on else ''}."
-            )
-            lines += [f"Left out: {'; '.join(map(str, c.exclusions))}."] if c.exclusions else []
-        return list(dict.fromkeys([f"{self.headline()}.", *lines]))
+            found.append(("intervals", f"95 %, Fisher's z, standard error over {over}"))
+            groups = f"within {c.num_groups} groups of equal" if c.num_groups else "about a smooth function of"
+            found += [("held equal", f"{groups} {c.partial_on}")] if c.partial_on else []
+            found += [("left out", "; ".join(map(str, c.exclusions)))] if c.exclusions else []
+        return list(dict.fromkeys(found))
+
+    def cells(self) -> list[dict[str, str]]:
+        """One row per accuracy and method."""
+        return [
+            {
+                "task": c.task,
+                "probe": c.kind,
+                "coefficient": c.method,
+                "value": f"{c.value:.3f}",
+                "95 % interval": f"[{c.low:.3f}, {c.high:.3f}]",
+                "n": str(c.num_points),
+                "significance": "significant" if c.is_significant else "not significant",
+            }
+            for c in self
+        ]
+
+    def sentences(self) -> list[str]:
+        """The facts, each as a sentence."""
+        return as_sentences(self.facts())

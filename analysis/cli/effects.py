@@ -63,4 +63,5 @@ def correlate(
     """Pearson, Spearman and Kendall with intervals."""
     from aimscale.analysis.accuracy.correlation import correlate
 
-    show(correlate(table_of(tables, columns, where), x=x, y=y, partial=partial, within=within), json)
+    found = correlate(table_of(tables, columns, where), x=x, y=y, partial=partial, within=within)
+    show(found, json, following=then(["report"], tables, columns, where))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of, table_to_minimise, then
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.words import human
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,5 +202,12 @@ def frontier(
         words="\n".join([*(f"with care  {flag}" for flag in flags), found.summary(shown)]),
         after=["", gap.sentence()] if gap else [],
         also={"optima": found.at(shown), "flags": flags, "against_loss": gap},
-        following=then([f"forecast --at N={best['N']:.3g},D={best['D']:.3g}", "report"], tables, columns, where),
+        following=then(
+            [f"forecast --at {typed_scale({v: best[v] for v in ('N', 'D')})}", "report"], tables, columns, where
+        ),
     )
+
+
+def typed_scale(at: Mapping[str, float]) -> str:
+    """A scale as `--at` takes it."""
+    return ",".join(f"{name}={human(v) if 1e-3 < v < 1e12 else f'{v:.3g}'}" for name, v in at.items())

@@ -21,7 +21,7 @@ from aimscale.analysis.frontier.result import Frontier, NoFrontier, points_of, w
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.names import their_name
-from aimscale.analysis.words import Flag, human, power_of_ten, refusal_words
+from aimscale.analysis.words import Flag, human, power_of_ten
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -84,10 +84,7 @@ class Approaches(Result):
             top = self.largest_budget
             near, far = (f"{self.disagreement(c):.2f} times at {power_of_ten(c, 3)} FLOP" for c in (top, 100 * top))
             found.append(("N* apart", f"{near}, {far}"))
-        how = {f"approach {f.approach}": f.exponent_interval.method for f in self.frontiers}
-        left = {f"approach {f.approach}": refusal_words(f.refusals) for f in self.frontiers if f.refusals}
-        parts = (("intervals", how), ("left out", left))
-        return [*found, *((key, "; ".join(map(": ".join, of.items()))) for key, of in parts if of)]
+        return [*found, *(fact for f in self.frontiers for fact in f.facts())]
 
     def summary(self, flops: Array = None) -> str:
         """All approaches, and the optimum at amounts of compute: by default the largest, and ten times it."""
@@ -106,7 +103,7 @@ def _optimum(row: Mapping[Any, Any]) -> dict[str, str]:
     for name, digits in (("N", 3), ("D", 3), ("loss", 4)):
         if math.isfinite(row.get(name, math.nan)):
             ends = Interval(low=row[f"{name}_lo"], high=row[f"{name}_hi"])
-            out |= {f"{name}*": human(row[name], digits), f"{name}* interval": ends.shown(digits)}
+            out[f"{name}*"] = f"{human(row[name], digits)} {ends.shown(digits)}"
     return {**out, "beyond": f"{row['beyond_range']:.3g}x" if row["beyond_range"] > 1 else ""}
 
 

@@ -149,12 +149,16 @@ class Frontier(Result):
             f"Interval: {self.exponent_interval.method}.{left}"
         )
 
+    def facts(self) -> list[tuple[str, str]]:
+        """How the exponent and its interval were found, and what was left out."""
+        left = f"; left out: {refusal_words(self.refusals)}" if self.refusals else ""
+        return [(f"approach {self.approach}", f"{self.method}; interval: {self.exponent_interval.method}{left}")]
+
     def cells(self) -> list[dict[str, str]]:
-        """One row: the exponent with its interval, the range of C, how."""
+        """One row: the exponent with its interval, the range of C."""
         low, high = (power_of_ten(c, 3) for c in self.range)
         row = {"approach": str(self.approach), "N* ~ C^a": f"{self.exponent:.3f}"}
-        row |= {"95 % interval": self.exponent_interval.words(), "C (FLOP)": f"{low} to {high}"}
-        return [{**row, "method": self.method}]
+        return [{**row, "95 % interval": self.exponent_interval.words(), "C (FLOP)": f"{low} to {high}"}]
 
     @property
     def table(self) -> pd.DataFrame:
