@@ -47,7 +47,7 @@ def first_lines(folder: Path = TABLES) -> str:
 def section(folder: Path = TABLES) -> str:
     """What docs/demo.md says about a run of the demo, in Markdown."""
     table = read_table(folder / "results.parquet")
-    return "\n".join([*_law(table), *_accuracy(table, folder), ""])
+    return "\n".join([*_law(table), "", *_accuracy(table, folder), ""])
 
 
 def _law(table: pd.DataFrame) -> Iterator[str]:
@@ -55,41 +55,39 @@ def _law(table: pd.DataFrame) -> Iterator[str]:
     predicted = joint.predict({"N": table["params_total"].to_numpy(), "D": table["images_seen"].to_numpy()})["value"]
     residual = np.median(np.abs(predicted.to_numpy() / table["val_loss"].to_numpy() - 1))
     yield (
-        f"- **loss follows a joint law of size and data**: L = E + A N^-α + B D^-β with α = {joint.shown('alpha', 3)}, "
-        f"β = {joint.shown('beta', 3)} and E = {joint.shown('E', 3)}; its {joint.num_points} points lie "
-        f"{residual:.1%} off it (median);"
+        f"- **Loss follows a joint law**: L = E + A N^-α + B D^-β with α = {joint.shown('alpha', 3)}, "
+        f"β = {joint.shown('beta', 3)}, E = {joint.shown('E', 3)}."
     )
+    yield f"  Its {joint.num_points} points lie {100 * residual:.1f} % off it (median)."
     model, budget = (held_out(joint, table, by=by) for by in ("N", "D"))
     yield (
-        "- **it forecasts what it has not seen**: fitted without the largest model it errs by "
-        f"{model.mean_abs_relative_error:.1%} on that model's losses (a straight line in log-log by "
-        f"{model.naive_mean_abs_relative_error:.1%}), without the largest budget by "
-        f"{budget.mean_abs_relative_error:.1%} (a straight line by {budget.naive_mean_abs_relative_error:.1%});"
+        "- **It predicts what it has not seen**: the largest model within "
+        f"{100 * model.mean_abs_relative_error:.1f} % (a straight line in log-log: "
+        f"{100 * model.naive_mean_abs_relative_error:.1f} %), the largest budget within "
+        f"{100 * budget.mean_abs_relative_error:.1f} % ({100 * budget.naive_mean_abs_relative_error:.1f} %)."
     )
+    if unknown := model.not_identified & {"alpha", "beta"}:
+        yield f"  Without the largest model {' and '.join(sorted(unknown))} cannot be identified."
     exponents = [
         f"C^{each.exponent:.2f} [{each.exponent_interval.low:.2f}, {each.exponent_interval.high:.2f}] by approach "
         f"{each.approach}"
         for each in all_approaches(table).frontiers
     ]
-    yield f"- **the best size for a budget of compute grows** as {', '.join(exponents)};"
+    yield f"- **The best size for a budget of compute grows** as {', '.join(exponents)}."
 
 
 def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:
-    probes = _of_task(table).sort_values("flops_train")
-    baselines = _of_task(read_table(folder / "baselines.parquet")).set_index(["kind", "size"])["top1"]
-    gains, contests = [], []
-    for kind, rows in probes.groupby("kind", sort=False):
-        (pearson,), (within,) = (correlate(rows, methods=("pearson",), within=by) for by in (None, "size"))
-        first, last = rows["top1"].iloc[[0, -1]]
-        gains.append(
-            f"{kind} probe {first:.0%} to {last:.0%} from the cheapest to the most expensive point, Pearson "
-            f"{pearson.value:.2f} [{pearson.low:.2f}, {pearson.high:.2f}], within a size {within.value:.2f} "
-            f"[{within.low:.2f}, {within.high:.2f}]"
-        )
-        against = " and ".join(f"{top1:.0%} of {name}" for name, top1 in baselines[kind].items())
-        contests.append(f"{kind} probe {last:.0%} against {against}")
-    yield f"- **lower loss goes with higher accuracy** on {TASK}: {'; '.join(gains)};"
-    yield f"- **features against pixels and an untrained model** there: {'; '.join(contests)}."
+    """A row per task and kind of probe: accuracies with least and most compute and of baselines, and correlations."""
+    probes = probe_frame(table).sort_values("flops_train")
+    baselines = probe_frame(read_table(folder / "baselines.parquet")).set_index(["task", "kind", "size"])["top1"]
+    names = list(dict.fromkeys(baselines.index.get_level_values("size")))
+    yield f"| task, probe | least compute | most compute | {' | '.join(names)} | Pearson with loss | within a size |"
+    yield "|---|---|---|" + "---|" * (len(names) + 2)
+    for (task, kind), rows in probes.groupby(["task", "kind"], sort=False):
+        found = [correlate(rows, methods=("pearson",), within=by) for by in (None, "size")]
+        top1 = [*rows["top1"].iloc[[0, -1]], *(baselines[task, kind, name] for name in names)]
+        told = [f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for (r,) in found]
+        yield f"| {task}, {kind} | {' | '.join([*(f'{100 * each:.0f} %' for each in top1), *told])} |"
 
 
 def _of_task(table: pd.DataFrame) -> pd.DataFrame:
