@@ -83,7 +83,8 @@ def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:
     names = list(dict.fromkeys(baselines.index.get_level_values("size")))
     yield f"| task, probe | least compute | most compute | {' | '.join(names)} | Pearson with loss | within a size |"
     yield "|---|---|---|" + "---|" * (len(names) + 2)
-    for (task, kind), rows in probes.groupby(["task", "kind"], sort=False):
+    for task, kind in probes[["task", "kind"]].drop_duplicates().to_numpy():
+        rows = probes[(probes["task"] == task) & (probes["kind"] == kind)]
         found = [correlate(rows, methods=("pearson",), within=by) for by in (None, "size")]
         top1 = [*rows["top1"].iloc[[0, -1]], *(baselines[task, kind, name] for name in names)]
         told = [f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for (r,) in found]
