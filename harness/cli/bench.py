@@ -123,6 +123,8 @@ def data(
         told["report"] = functools.partial(bar.say, err=True)  # the standard output is JSON alone
         found = run(**told) if dataset is None else run_on(dataset, cache_dir=cache_dir, **told)
     typer.echo(json.dumps(found, indent=1))
+    if dataset is None:
+        typer.echo("next: aimscale plan SWEEP.yaml, which now plans with this machine's rate", err=True)
 
 
 @app.command()
@@ -138,6 +140,7 @@ def gpu(
 
     with Bar() as bar:
         done = run(out, rehearse=rehearse, report=bar.say, progress=bar)
-    typer.echo(f"wrote {out / 'gpu.json'}")
-    if any(part["problem"] for part in done["parts"].values()):
+    failed = [name for name, part in done["parts"].items() if part["problem"]]
+    typer.echo(f"wrote {out / 'gpu.json'}: {len(done['parts'])} parts, {len(failed)} failed")
+    if failed:
         raise typer.Exit(1)

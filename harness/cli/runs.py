@@ -113,8 +113,11 @@ def export(
     if budget not in budgets:
         raise RunDirError(f"{run_dir} has no saved budget of {budget} images; it has {some(budgets)}")
     probe_file = None if probe is None else probe_head(run, budget, probe)
-    for path in export_weights(run, budget, out, probe_file=probe_file):
+    paths = export_weights(run, budget, out, probe_file=probe_file)
+    for path in paths:
         typer.echo(f"wrote {path} ({path.stat().st_size:,} bytes)")
+    weights = next(path for path in paths if path.suffix == ".safetensors")
+    typer.echo(f"next: aimscale weights info {shlex.quote(str(weights))}")
 
 
 @app.command("info")
