@@ -29,7 +29,6 @@ UNITS = {
     "flops_6nd": "training FLOPs as 6 N D",
 }
 """What a column of the results table counts."""
-TEST = "({p}, F({more[1]:.0f}, {more[2]:.0f}) = {more[0]:.3g})"
 FLAGS = {
     "lower_bound": "{subject} lies on its lower bound {number:g}.",
     "upper_bound": "{subject} lies on its upper bound {number:g}.",
@@ -43,8 +42,8 @@ FLAGS = {
     "collinear": "{subject} grow together (correlation of logarithms {number:.3f}), so their exponents trade off.",
     "outliers": "{number:.0f} points lie beyond {more[0]:g} robust standard deviations (farthest: row {subject}).",
     "unseen": "Too few {subject} to estimate the error that all points of one share; the intervals assume none.",
-    "scatter": f"The points lie {{number:.2g}} % off the law, more than replicates differ {TEST}.",
-    "pattern": f"The points lie {{number:.2g}} % off the law, along {{subject}} {TEST}.",
+    "scatter": "The points lie {number:.2g} % off the law, more than repeated runs differ ({p}).",
+    "pattern": "The points lie {number:.2g} % off the law, and the misfit follows {subject} ({p}).",
     "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
     "deviations).",
     "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one by "
@@ -102,14 +101,8 @@ EXCLUSIONS = {
 
 NOISE = {
     "seeds": ("between seeds", "{} degrees of freedom of runs"),
-    "images": (
-        "validation images, shared by all runs scored on them",
-        "median and range over {} rows' standard errors",
-    ),
-    "law": (
-        "scatter about the joint law",
-        "{} points; what seeds and images do not explain is the law's form or the tuning",
-    ),
+    "images": ("validation images, which all runs share", "median and range of {} rows' standard errors"),
+    "law": ("scatter about the joint law", "{} points"),
 }
 """Kind of a component of noise -> what it is, and what it was estimated from."""
 
@@ -234,7 +227,7 @@ def accuracy_of(kind: str, of: str = "accuracy") -> str:
     """What a kind of accuracy (or of error) is, in prose."""
     if kind == "lora":
         return f"{of} after LoRA adaptation (not frozen)"
-    return f"{kind}-probe {of}" if kind in PROBES else f"{kind} {of}"
+    return f"{'k-NN' if kind == 'knn' else kind}-probe {of}" if kind in PROBES else f"{kind} {of}"
 
 
 def interval_words(fit: Fit) -> str:
@@ -250,6 +243,11 @@ def fit_facts(fit: Fit) -> Iterator[tuple[str, str]]:
     errors; the checklist is that of (Mis)fitting (Li et al. 2025).
     """
     yield from (("with care", each) for each in (*flag_words(fit.flags), *held_out_cautions(fit.heldout)))
+    yield from (
+        ("test", f"F = {f.more[0]:.3g} with {f.more[1]:.0f} and {f.more[2]:.0f} degrees of freedom ({p_value(f.p)})")
+        for f in fit.flags
+        if f.kind in ("scatter", "pattern")
+    )
     yield "law", fit.law.formula
     names = {"L": variable_words(fit, "y"), **{v: variable_words(fit, v) for v in fit.law.variables}}
     if other := [f"{letter} = {name}" for letter, name in names.items() if letter != name]:
@@ -294,9 +292,10 @@ def held_out_cautions(tests: Sequence[HeldOut]) -> Iterator[str]:
     for test in tests:
         errors = [percent(each) for each in (test.mean_abs_relative_error, test.naive_mean_abs_relative_error)]
         if test.not_identified & {"alpha", "beta"}:
-            yield f"The largest {test.variable} is no test: without it the exponents are not identified."
+            yield f"The largest {test.variable} cannot test the law: without it the exponents are not identified."
         elif not test.is_better:
-            yield f"The largest {test.variable}, left out, is missed by {errors[0]}, by a straight line {errors[1]}."
+            v = test.variable
+            yield f"Fitted without the largest {v}, the law misses it by {errors[0]}, a straight line by {errors[1]}."
         elif test.num_inside < INSIDE * test.num_test:
             inside = f"{test.num_inside} of {test.num_test} points of the largest {test.variable}"
             yield f"Only {inside} lie inside their prediction intervals."
@@ -323,7 +322,7 @@ def contrast_cells(c: Contrast, by: str) -> dict[str, str]:
 def contrast_sentence(c: Contrast) -> str:
     """A difference with its interval, what that is over and what it leaves out."""
     m = c.measure
-    text = f"{m.title}: {c.level} {m.shown(c.level_mean)} against {m.shown(c.baseline_mean)}"
+    text = f"{m.title}: {m.shown(c.level_mean)} with {c.level}, {m.shown(c.baseline_mean)} with {c.baseline}"
     text += f", difference {m.shown_difference(c.difference)}"
     if not c.over:
         return f"{text}, from one pair of runs, so without an interval."

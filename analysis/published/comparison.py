@@ -157,7 +157,7 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     Returns:
         task, kind, size, params_total and images_seen of the run, n, baseline, top1, baseline_top1, gap (ours minus
         the baseline's) with gap_lo95 and gap_hi95, is_paired, p (McNemar's), detectable (the gap that would be seen
-        with probability 0.8), and verdict: above, below, or not told apart.
+        with probability 0.8), and verdict: above, below, or no significant difference.
 
     Where the tables' folders say which test images both got right, the interval is that of `effects.paired`. Else it is
     Newcombe's for two independent proportions (Statistics in Medicine 17:873, 1998, method 10), which is wider: both
@@ -181,7 +181,7 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     for column, name in (("gap_lo95", "low"), ("gap_hi95", "high"), ("detectable", "detectable")):
         values = [getattr(each, name) if each else np.nan for each in found]
         both[column] = pd.Series(values, both.index).fillna(both[column])
-    verdict = np.select([both["gap_lo95"] > 0, both["gap_hi95"] < 0], ["above", "below"], "not told apart")
+    verdict = np.select([both["gap_lo95"] > 0, both["gap_hi95"] < 0], ["above", "below"], "no significant difference")
     return both.assign(verdict=verdict).reindex(columns=columns)
 
 

@@ -84,7 +84,7 @@ def _law_caption(study: Study, key: str) -> str:
     """Formula, parameters with intervals, points and rows of a fit."""
     fit = study.fits[key]
     values = "; ".join(f"{p.name} = {fit.shown(p.name, 3)}" for p in fit.law.parameters)
-    return f"{fit.law.formula}: {values}. Brackets: 95 % intervals, shaded for the curve. {fit.num_points} points."
+    return f"{fit.law.formula}: {values}. {fit.num_points} points. Brackets and shading: 95 % intervals."
 
 
 def _scaling(study: Study) -> Iterator[PageFigure]:
@@ -104,7 +104,7 @@ def _scaling(study: Study) -> Iterator[PageFigure]:
             figure = plot_points(usable, x, by=others, envelope=fits.get("C") if key == "C" else None)
             caption = "Lines join a size's budgets." if key == "C" else "No law could be fitted; see what is missing."
             if key == "C" and "C" in fits:
-                caption += f" Broken: the envelope, {_law_caption(study, 'C')}"
+                caption += f" Dashed: the law of the envelope, {_law_caption(study, 'C')}"
         yield page_figure(f"loss-{key}", title, caption, figure)
 
 
@@ -117,9 +117,9 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
         for number, first in enumerate(range(0, len(tasks), MAX_TASKS), start=1):
             some = rows[rows["task"].isin(tasks[first : first + MAX_TASKS])]
             figure = plot_accuracy(some, _levels(study, kind, some))
-            caption = f"A point per run and budget; lines join those of a size, in the first panel those of a D.{bars}"
+            caption = f"One point per run and budget. Lines join points of one size, in the first panel of one D.{bars}"
             key, more = _key("accuracy", kind), "" if number == 1 else f"-{number}"
-            yield page_figure(f"{key}{more}", accuracy_of(kind).capitalize(), caption, figure)
+            yield page_figure(f"{key}{more}", _capital(accuracy_of(kind)), caption, figure)
 
 
 def _levels(study: Study, kind: str, rows: pd.DataFrame) -> pd.DataFrame:
@@ -147,11 +147,15 @@ def _loss_accuracy(study: Study) -> Iterator[PageFigure]:
         found = {task: study.correlations.get((kind, task), ()) for task in dict.fromkeys(rows["task"])}
         links = {task: link for (each, task), link in study.links.items() if each == kind}
         caption = (
-            f"Brackets: 95 % intervals of the correlation of {accuracy_of(kind)} with validation loss. Line: sigmoid "
-            "above chance, its 95 % band."
+            f"{_capital(accuracy_of(kind))} and validation loss. Brackets: 95 % intervals of the correlations. "
+            "Line and band: a sigmoid above chance with its 95 % interval."
         )
         figure = plot_loss_accuracy(rows, found, links)
         yield page_figure(_key("loss-accuracy", kind), f"Loss against {accuracy_of(kind)}", caption, figure)
+
+
+def _capital(words: str) -> str:
+    return words[0].upper() + words[1:]
 
 
 def _key(what: str, name: str) -> str:
@@ -167,11 +171,11 @@ def _training(study: Study) -> Iterator[PageFigure]:
     kinds = probe_kinds(probes)
     budgets = complete(study.main).dropna(subset=["val_loss", "params_total"])
     figure = plot_curves(curves, budgets, probes[probes["kind"] == kinds[0]] if kinds else probes, study.plateaus)
-    told = " Markers: budgets, joined to where their decay branched off."
+    told = " Markers: budgets, each joined to the point where its decay began."
     if study.plateaus:
         ends = [(each.start, each.stop) for each in study.plateaus.values()]
         low, high = human(min(start for start, _ in ends)), human(max(stop for _, stop in ends))
-        told += f" Broad: the first plateau of {len(ends)} runs, {low} to {high} {study.samples}."
+        told += f" Thick: the first plateau of {len(ends)} runs, {low} to {high} {study.samples}."
     yield page_figure("curves", "Training curves", f"Validation loss during training, before decays.{told}", figure)
 
 
@@ -180,7 +184,7 @@ def _frontiers(study: Study) -> Iterator[PageFigure]:
     found = study.approaches
     if found is None or not found.frontiers:
         return
-    caption = "Lines: N* ~ C to the exponent, dotted beyond the measured budgets; shaded: 95 % intervals."
+    caption = "Lines: N* as a power of C, dotted beyond the measured compute. Shading: 95 % intervals."
     yield page_figure("frontier", "Compute-optimal size", caption, plot_approaches(found))
 
 
@@ -220,10 +224,7 @@ def findings(study: Study) -> dict[str, list[PageTable]]:
 
 
 def _change(name: str, found: Contrasts) -> PageTable:
-    note = (
-        f"Against {found.baseline}; equal within pairs: {', '.join(found.equal) or 'all else'}. Losses in their unit, "
-        "accuracies as fractions."
-    )
+    note = f"Against {found.baseline}. Equal within pairs: {', '.join(found.equal) or 'all else'}."
     columns = (
         *("measure", "level", "num_run_pairs", "num_pairs", "baseline_mean", "level_mean", "difference", "low", "high"),
         *("detectable", "verdict"),
@@ -237,14 +238,17 @@ def change_words(found: Contrasts) -> Iterator[str]:
     told = [each for each in found.contrasts if not each.measure.is_accuracy or each.is_significant]
     yield from (each.sentence() for each in told)
     if rest := len(found.contrasts) - len(told):
-        yield f"{rest} of {len(found.contrasts)} differences in accuracy are not significant: see the table."
+        yield f"Not significant: {rest} of {len(found.contrasts)} differences; the table has all."
     yield from flag_words(found.flags)
 
 
 def _noise(found: Noise) -> PageTable:
     frame = found.table
     frame[["value", "low", "high"]] *= 100
-    note = "Standard deviation of the loss by source, per cent of the loss, with 95 % intervals or ranges."
+    note = (
+        "Standard deviation of the loss by source, per cent of the loss, with 95 % intervals or ranges. Scatter beyond "
+        "that of seeds and images comes from the law's form or from tuning."
+    )
     return page_table("noise-parts", "Sources of spread", note, frame, frame.columns, sentences=found.sentences())
 
 

@@ -314,7 +314,7 @@ def _features(study: Study) -> None:
     options: dict[str, Any] = {"resamples": FEATURE_DRAWS, "is_tested": False}
     options["law"] = study.law.law if study.law else "chinchilla"
     by_loss = study.approaches
-    failed: dict[str, str] = {}
+    failed: list[str] = []
     first = next(iter(study.correlations), (None,))[0]
     names = [f"{task}:{kind}" for kind, task in study.correlations if kind == first]
     for name in names[:MAX_FEATURES] if by_loss else ():
@@ -322,12 +322,13 @@ def _features(study: Study) -> None:
             rows, y = to_minimise(evenly(study.usable), name)
             found, is_whole = all_approaches(rows, y=y, **options), rows[y].notna().all()
             differs = gap(found, by_loss) if is_whole and by_loss else gap_to_loss(found, rows, y, **options)
-        except AnalysisError as error:
-            failed[name] = str(error)
+        except AnalysisError:
+            failed.append(name)
         else:
             study.features |= {name: differs} if differs is not None else {}
     if failed:
-        study.missing.append(f"The best size by the error of {', '.join(failed)}: {next(iter(failed.values()))}")
+        asked = f"aimscale frontier --y {failed[0]} says why"
+        study.missing.append(f"The best size by the error of {' and '.join(failed)} is not known; {asked}.")
 
 
 def correlate_probes(study: Study) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.forecasts.ahead import record, record_words
-from aimscale.analysis.published.comparison import Comparison
+from aimscale.analysis.published.comparison import ADAPTED, Comparison
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.table.design import DESIGN, design_columns, told_apart
+from aimscale.analysis.table.design import DESIGN, design_columns, told_apart, varies
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.schema import MFU
 from aimscale.analysis.words import accuracy_of, human, kind_name
@@ -64,8 +64,8 @@ COLUMNS: dict[str, tuple[str, Form]] = {
     "lr": ("rate", human),
     "num_train": ("fitted", whole),
     "num_test": ("predicted", whole),
-    "error": ("mean error of the law (%)", lambda v: f"{100 * v:.2f}"),
-    "naive": ("of the baseline (%)", lambda v: f"{100 * v:.2f}"),
+    "error": ("mean error of the law (%)", lambda v: f"{100 * v:.2g}"),
+    "naive": ("of a straight line (%)", lambda v: f"{100 * v:.2g}"),
     "inside": ("inside their 95 % interval", ""),
     "low": ("low", _LOSS),
     "high": ("high", _LOSS),
@@ -193,13 +193,16 @@ def _spans(lows: Iterable[float], highs: Iterable[float], form: Callable[[float]
 
 def results_page_table(study: Study) -> PageTable:
     """Every row of the table."""
+    frame = study.frame
+    if "num_skipped_steps" in frame and not frame["num_skipped_steps"].any():
+        frame = frame.drop(columns="num_skipped_steps")
     unit = loss_unit(study.usable)
     words = f" Loss: {unit} per scored target on held-out images." if unit else ""
     return page_table(
         "results",
         "Every measurement",
         f"One row per run and data budget.{words}",
-        study.frame,
+        frame,
         (
             *("size", "params_total", "images_seen", "unique_images", "flops_train", "val_loss", "val_loss_se"),
             *("train_loss", "status", "seed", *[name for name in design_columns(study.frame) if name in DESIGN]),
@@ -216,8 +219,8 @@ def law_tables(study: Study) -> list[PageTable]:
         page_table(
             f"law-{key}",
             f"{fit.law.formula}, fitted to {fit.num_points} points",
-            f"{'Rows that no cheaper one beats' if key == 'C' else 'Rows'}{whose}. Intervals: {fit.interval_method}.",
-            fit.table.assign(shown=[fit.shown(name) for name in fit.params]),
+            f"Rows{whose}{' that no cheaper row beats' * (key == 'C')}. Intervals: {fit.interval_method}.",
+            fit.table.replace({"note": {"": None}}).assign(shown=[fit.shown(name) for name in fit.params]),
             ("parameter", "shown", "note"),
             {"shown": "value [95 % interval]"},
         )
@@ -241,7 +244,7 @@ def heldout_table(study: Study) -> PageTable | None:
         }
         for test in joint.heldout
     )
-    note = "Fitted without the largest scale, then compared with it. The baseline is a straight line in log-log."
+    note = "Fitted without the largest scale, then compared with it; so is a straight line in log-log."
     return page_table("heldout", "Does the law extrapolate?", note, frame, frame.columns)
 
 
@@ -272,9 +275,9 @@ def forecast_table(study: Study) -> PageTable | None:
 
 
 PROBE_NOTE = (
-    "Top-1 on the test split, scored once; blocks and rates were chosen on a hold-out of the training split. LoRA "
-    "adapts the trunk and uses the last blocks; all other kinds read frozen features."
+    "Top-1 on the test split, scored once. Blocks and learning rates were chosen on a hold-out of the training split."
 )
+LORA_NOTE = " LoRA adapts the backbone and uses the last blocks; all other kinds read frozen features."
 
 
 def probe_table(study: Study) -> PageTable | None:
@@ -282,6 +285,7 @@ def probe_table(study: Study) -> PageTable | None:
     if study.probes.empty:
         return None
     frame = study.probes.copy()
+    is_adapted = frame["kind"].eq(ADAPTED).any()
     frame["kind"] = frame["kind"].map(kind_name)
     frame["interval"] = _spans(frame["top1_lo95"], frame["top1_hi95"], percent)
     frame["blocks"] = frame["blocks"].map(lambda blocks: ", ".join(map(str, blocks)), na_action="ignore")
@@ -290,7 +294,7 @@ def probe_table(study: Study) -> PageTable | None:
     return page_table(
         "probes",
         "Frozen-feature accuracy" if study.is_ours else "Accuracy",
-        PROBE_NOTE if study.is_ours else "As the table has it.",
+        f"{PROBE_NOTE}{LORA_NOTE if is_adapted else ''}" if study.is_ours else "As the table has it.",
         frame,
         (
             *("task", "kind", "size", "params_total", "images_seen", "val_loss", "top1", "interval", "last_top1"),
@@ -323,19 +327,20 @@ def baseline_table(comparison: Comparison) -> PageTable | None:
     if comparison.baselines.empty:
         return None
     frame = comparison.baselines.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
+    seen = ["images_seen"] if varies(frame["images_seen"]) else []
     frame["kind"] = frame["kind"].map(kind_name)
     frame["interval"] = _spans(frame["gap_lo95"], frame["gap_hi95"], percent)
     frame["detectable"] = frame["detectable"].map(percent)
     return page_table(
         "baselines",
         "Beside baselines on the same probes",
-        "The largest budget of each run; same tasks, probes, images and seed for the baseline. Gap: ours minus the "
-        "baseline's, with its 95 % interval over test images, paired where both sides' hits were kept (p: McNemar's "
-        "exact test); seeds are not covered. Detectable: the gap that would be seen with 80 % power.",
+        "Each run at its largest budget and every baseline, on the same images. Gap: ours minus the baseline's, with a "
+        "95 % interval over test images, not over seeds. It is paired where hits were kept (p: McNemar's exact test). "
+        "Detectable: the minimum detectable gap at 80 % power.",
         frame,
         (
-            *("task", "kind", "size", "params_total", "images_seen", "top1", "baseline", "baseline_top1", "gap"),
-            *("interval", "p", "detectable", "verdict", "n"),
+            *("task", "kind", "size", "params_total", *seen, "n", "top1", "baseline", "baseline_top1", "gap"),
+            *("interval", "p", "detectable", "verdict"),
         ),
-        {"top1": "ours (%)", "verdict": "ours is"},
+        {"top1": "ours (%)", "verdict": "verdict"},
     )

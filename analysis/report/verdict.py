@@ -38,11 +38,11 @@ class Line:
 def verdict(study: Study) -> tuple[Line, ...]:
     """The five lines, whatever the table allows; each says so where it has no answer."""
     colour, reasons = trust(study)
-    more = [f"and {len(reasons) - MAX_REASONS} more below"] if len(reasons) > MAX_REASONS else []
+    more = [f"{len(reasons) - MAX_REASONS} more stand below, under methods."] if len(reasons) > MAX_REASONS else []
     return (
         Line(
             question="Can it be trusted?",
-            answer=f"{HEADS[colour]}: {'; '.join([*reasons[:MAX_REASONS], *more])}.",
+            answer=f"{HEADS[colour]}. {' '.join([*reasons[:MAX_REASONS], *more])}",
             colour=colour,
         ),
         Line(question="The law", answer=" ".join(_law(study))),
@@ -57,22 +57,23 @@ def trust(study: Study) -> tuple[Colour, list[str]]:
     what was left out; what else is known of it is small, and said as what it is."""
     joint = study.fits.get("ND")
     if joint is None:
-        return "red", ["no joint law of parameters and data could be fitted"]
+        return "red", ["No joint law of parameters and data could be fitted."]
     unknown = [p for p in ("alpha", "beta") if p in joint.not_identified]
-    fatal = [f"{symbol(p)} is not identified" for p in unknown]
+    fatal = [f"{symbol(p)} is not identified." for p in unknown]
     failures = list(_of_tests(joint))
     if joint.heldout and not any(test.is_better for test in joint.heldout):
-        fatal.append("a straight line in log-log predicts the left-out scales as well")
+        fatal.append("A straight line in log-log predicts the left-out scales as well.")
     flags = [f for f in joint.flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
     small = [flag for flag in flags if not failures and _is_small(flag)]
-    cautions = [*failures, *_of_approaches(study), *(str(flag).rstrip(".") for flag in flags if flag not in small)]
-    notes = [str(flag).rstrip(".") for flag in small]
+    cautions = [*failures, *_of_approaches(study), *(str(flag) for flag in flags if flag not in small)]
+    notes = [str(flag) for flag in small]
     if fatal or cautions:
         return "red" if fatal else "amber", [*fatal, *cautions, *notes]
     largest = " and ".join(test.variable for test in joint.heldout)
     errors = " and ".join(f"{100 * test.mean_abs_relative_error:.2g} %" for test in joint.heldout)
-    known = f"the largest {largest}, left out, {'is' if len(joint.heldout) == 1 else 'are'} predicted to {errors}"
-    return "green", ["α and β are identified", known, *notes]
+    points = sum(test.num_test for test in joint.heldout)
+    known = f"Left out, the largest {largest} {'is' if len(joint.heldout) == 1 else 'are'} predicted to {errors}"
+    return "green", ["α and β are identified.", f"{known} ({points} point{'s' * (points > 1)}).", *notes]
 
 
 def _is_small(flag: Flag) -> bool:
@@ -82,15 +83,15 @@ def _is_small(flag: Flag) -> bool:
 
 def _of_tests(joint: Fit) -> Iterator[str]:
     """What held-out scales say against the law."""
-    yield from (f"{each[0].lower()}{each[1:].rstrip('.')}" for each in held_out_cautions(joint.heldout))
+    yield from held_out_cautions(joint.heldout)
     if not joint.heldout:
-        yield "no scale could be left out to test it"
+        yield "No scale could be left out to test it."
 
 
 def _of_approaches(study: Study) -> Iterator[str]:
     if study.approaches is not None and study.approaches.apart():
         pairs = ", ".join(f"{a} and {b}" for a, b in study.approaches.apart())
-        yield f"the exponents of approaches {pairs} do not overlap"
+        yield f"The exponents of approaches {pairs} do not overlap."
 
 
 def symbol(name: str) -> str:
@@ -105,11 +106,11 @@ def _law(study: Study) -> Iterator[str]:
         return
     values = ", ".join(f"{symbol(name)} = {joint.shown(name, 3)}" for name in ("alpha", "beta", "E"))
     whose = f" {study.whose}" if study.whose else ""
-    yield f"{joint.law.formula} with {values}, on {joint.num_points} of {joint.num_rows} rows{whose}."
+    yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{whose}: {values}."
     if study.law is not None and study.law.law.name != joint.law.name:
         yield (
-            f"The {study.law.law.name} law, {study.law.law.formula}, predicts the table's own larger runs better; the "
-            "best split is by it."
+            f"The {study.law.law.name} law, {study.law.law.formula}, predicts this table's larger runs better, so the "
+            "best split uses it."
         )
 
 
@@ -121,12 +122,12 @@ def _split(study: Study) -> str:
     top, best = found.largest_budget, found.frontiers[-1]
     at = best.at(top).iloc[0]
     law = f" on the {best.law.law.name} law" if best.approach == 3 and best.law is not None else ""
-    exponents = ", ".join(f"{f.exponent_words()} by approach {f.approach}" for f in found.frontiers)
-    apart = f" Their N* differ by a factor of {found.disagreement(top):.2g} there." if len(found.frontiers) > 1 else ""
+    several = len(found.frontiers) > 1
+    exponents = [f"C^{f.exponent_words()}{f' (approach {f.approach})' * several}" for f in found.frontiers]
+    apart = f" There they differ by a factor of {found.disagreement(top):.2g} in N." if several else ""
     return (
-        f"At {human(top)} FLOP, N = {human(at['N'])} [{human(at['N_lo'])}, {human(at['N_hi'])}] and "
-        f"D = {human(at['D'])} by approach {best.approach}{law}; N grows as C to the {exponents}."
-        f"{apart}{_for_features(study)}"
+        f"At {human(top)} FLOP: N = {human(at['N'])} [{human(at['N_lo'])}, {human(at['N_hi'])}], D = {human(at['D'])}, "
+        f"by approach {best.approach}{law}. N grows as {', '.join(exponents)}.{apart}{_for_features(study)}"
     )
 
 
@@ -141,7 +142,7 @@ def _for_features(study: Study) -> str:
         for gap in gaps
     )
     differs = any(not gap.ratio_interval.low <= 1 <= gap.ratio_interval.high for gap in gaps)
-    return f" For features the best size is {told}{'' if differs else ', not shown to be another'}."
+    return f" For features the best size is {told}{'' if differs else ': no significant difference'}."
 
 
 def _forecast(study: Study) -> str:
@@ -149,11 +150,11 @@ def _forecast(study: Study) -> str:
         return "None without a law."
     rows = study.ahead.table[study.ahead.table["quantity"] == "val_loss"].to_dict("records")
     parts = [
-        f"{row['value']:.4g} [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}] at N = {human(row['N'])}, D = {human(row['D'])} "
-        f"({row['distance']:.3g} times beyond)"
+        f"At N = {human(row['N'])}, D = {human(row['D'])} ({row['distance']:.3g} times beyond the table) a loss of "
+        f"{row['value']:.4g} [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]."
         for row in rows
     ]
-    return f"A loss of {' and '.join(parts)}; {100 * CONFIDENCE:.0f} % intervals of one run."
+    return f"{' '.join(parts)} Intervals: {100 * CONFIDENCE:.0f} %, of one run."
 
 
 def _next(study: Study) -> str:
@@ -171,19 +172,19 @@ def _next(study: Study) -> str:
     seeds = ""
     if "seed" in usable and not varies(usable["seed"]):
         smallest = human(joint.ranges["N"][0])
-        seeds = f" And a second seed of the cheapest size ({smallest} parameters), to tell noise from misfit."
+        seeds = f" Add a second seed of the cheapest size ({smallest} parameters), to tell noise from misfit."
     if study.proposal is None:
-        return f"A run beyond the largest one: nothing smaller narrows its forecast for less.{seeds}"
+        return f"A run beyond the largest one: no smaller run narrows its forecast for less.{seeds}"
     return _proposal_words(study.proposal) + seeds
 
 
 def _proposal_words(proposal: Proposal) -> str:
     places = proposal.table[["N", "D"]].to_numpy(float)
-    runs = [f"N = {human(n)} with D = {human(d)}" for n, d in places]
+    runs = [f"N = {human(n)} on D = {human(d)}" for n, d in places]
     more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
     at = ", ".join(f"{v} = {human(value)}" for v, value in proposal.target.items())
     share = proposal.price / (2 * proposal.budget)
     return (
-        f"{'; '.join(runs[:4])}{more}: for {100 * share:.0f} % of what a run at {at} costs they bring its forecast "
+        f"{'; '.join(runs[:4])}{more}. For {100 * share:.0f} % of the cost of a run at {at}, they narrow its forecast "
         f"from ±{100 * proposal.sd_before:.2g} % to ±{100 * proposal.sd_after:.2g} %."
     )

@@ -11,7 +11,7 @@ import pandas as pd
 from aimscale.analysis.accuracy.result import Correlation
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import told_apart
-from aimscale.analysis.words import accuracy_of, human
+from aimscale.analysis.words import accuracy_of, fit_facts, human
 
 
 def runs_in_words(study: Study) -> list[str]:
@@ -120,19 +120,20 @@ def _label(column: str) -> str:
     return column.replace("_", " ").capitalize()
 
 
-def methods(study: Study) -> Iterator[str]:
-    """How the numbers were made; the (mis)fitting checklist, filled in by the fits themselves."""
+def methods(study: Study) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """How the numbers were made: a heading with labels and values each; of a fit the (mis)fitting checklist."""
     frame = study.frame
-    yield from (" ".join(fit.sentences()) for fit in study.fits.values())
-    yield from (gap.sentence() for gap in study.features.values())
-    yield from (f"{_label(name)}: {_values(frame, name)}." for name in SETTINGS if _has(frame, name))
+    for fit in study.fits.values():
+        yield fit.law.formula, [(name.capitalize(), fact) for name, fact in fit_facts(fit) if name != "law"]
+    if study.features:
+        yield "Best size for features", [("Against the loss", gap.sentence()) for gap in study.features.values()]
     said = {f"{each}." for fit in study.fits.values() for each in fit.exclusions}
-    if not study.exclusions and not said:
-        yield "Nothing was left out of the fits."
-    yield from (line for line in study.exclusions if line not in said)
-    for name, words in COUNTED.items():
-        if _has(frame, name) and frame[name].sum():
-            yield f"{int(frame[name].sum())} {words} over all rows."
+    left = [line for line in study.exclusions if line not in said]
+    settings = [(_label(name), _values(frame, name)) for name in SETTINGS if _has(frame, name)]
+    counted = [(words.capitalize(), int(frame[name].sum())) for name, words in COUNTED.items() if _has(frame, name)]
+    settings += [(words, f"{number} over all rows") for words, number in counted if number]
+    nothing = [] if left or said else [("Left out", "nothing")]
+    yield "Settings and rows", [*settings, *(("Left out", line) for line in left), *nothing]
 
 
 def provenance(study: Study) -> Iterator[tuple[str, str]]:

@@ -72,4 +72,4 @@ def write_reports(folder: Path) -> None:
     for name, tables in REPORTS.items():
         page = folder / f"{name}.html"
         if not page.exists():
-            write_report([ROOT / table for table in tables], page, resamples=300)
+            write_report([ROOT / table for table in tables], page)

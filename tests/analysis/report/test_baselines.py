@@ -37,7 +37,7 @@ def test_the_report_has_baselines_and_keeps_lora_apart(tmp_path: Path) -> None:
     assert "Beside baselines on the same probes" in text
     assert "raw-pixels 40.0 20.0" in text
     assert "random-<w2000>" in text
-    assert "not told apart" in text
+    assert "no significant difference" in text
     assert "99.0" not in text  # LoRA is no frozen probe: it stands beside no baseline
     assert "LoRA (not frozen)" in text
     (tmp_path / "baselines.parquet").unlink()

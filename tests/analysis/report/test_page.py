@@ -187,16 +187,16 @@ def test_it_opens_with_five_lines(page):
     assert places == sorted(places)
     assert re.search(r"(green|amber) ?Can it be trusted\?", opening)
     assert re.search(
-        r"At 5.12×10¹³ FLOP, N = \S+ \[\S+, \S+\] and D = \S+ by approach 3 on the \w+ law; N grows as C to", opening
+        r"At 5.12×10¹³ FLOP: N = \S+ \[\S+, \S+\], D = \S+, by approach 3 on the \w+ law. N grows as C", opening
     )
-    assert re.search(r"A loss of 0\.\d+ \[0\.\d+, 0\.\d+\] at N = 8M, D = 64k \(4 times beyond\) and", opening)
-    assert re.search(r"% of what a run at N = 8M, D = 64k costs they bring its forecast from ±", opening)
+    assert re.search(r"At N = 8M, D = 64k \(4 times beyond the table\) a loss of 0\.\d+ \[0\.\d+, 0\.\d+\]\.", opening)
+    assert re.search(r"% of the cost of a run at N = 8M, D = 64k, they narrow its forecast from ±", opening)
     assert "a second seed of the cheapest size (30k parameters)" in opening
     assert len(opening) < 1800
 
 
 def test_loss_and_accuracies_are_forecast(page):
-    table = page.text[page.text.index("of a run at") : page.text.index("Does the law extrapolate?")]
+    table = page.text[page.text.index("of a run atvalue") : page.text.index("Does the law extrapolate?")]
     assert len(re.findall(r"N = \S+, D = \S+", table)) == 2 * 3  # the loss and two tasks by the first kind of probe
     assert re.search(r"attentive-probe accuracy on digitsN = 40M, D = 320k0\.\d{4}0\.\d+ to 0\.\d+100", table)
 
@@ -232,7 +232,7 @@ def test_partial_tables_say_what_is_missing(tmp_path):
     text = Page(few.read_text()).text
     assert "What is missing" in text
     assert "no probe results" in text
-    assert "Can it be trusted? No: no joint law of parameters and data could be fitted." in text
+    assert "Can it be trusted? No. No joint law of parameters and data could be fitted." in text
 
     imported = [row | {"val_loss": None} for row in sweep_rows()[:3]]
     text = Page(write_report(write_sweep(tmp_path / "imported", imported), resamples=40).read_text()).text
@@ -250,7 +250,7 @@ def test_an_unidentified_law_prints_words_not_digits(tmp_path):
     for row in rows:  # the loss does not depend on N at all
         row["val_loss"] = (0.5 + 2.0 * row["images_seen"] ** -0.5) * (1 + 1e-3 * rng.standard_normal())
     page = Page(write_report(write_sweep(tmp_path, rows, pictures=False), resamples=60).read_text())
-    assert re.search(r"red ?Can it be trusted\? No: .*α is not identified", page.text)
+    assert re.search(r"red ?Can it be trusted\? No\. .*α is not identified", page.text)
     assert "More sizes: α is not identified by 4 of them" in page.text
     assert "α = not identified" in page.text
 
@@ -268,7 +268,7 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
     assert "N = size_m, D = tokens" in page.text
     with pytest.raises(AnalysisError, match=r"absent\.csv"):
         write_report(tmp_path / "absent.csv")
-    with pytest.raises(AnalysisError, match="L=THEIRS"):
+    with pytest.raises(AnalysisError, match="L.*THEIRS"):
         write_report(tmp_path / "theirs.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "theirs.csv"]
 
@@ -284,13 +284,13 @@ def test_a_lettered_table_with_repeats_and_a_law_of_its_own(tmp_path):
     write_report(tmp_path / "theirs.csv", columns={"C": "6*N*D"}, out=tmp_path / "page.html", resamples=40)
     text = Page((tmp_path / "page.html").read_text()).text
     assert "8 model sizes (10M to 3B parameters), 6 data budgets" in text
-    assert "on 48 of 48 rows with at most 4 passes over their pool" in text
+    assert "fitted to 48 of 48 rows with at most 4 passes over their pool" in text
     assert f"The lowest validation loss is {clean.min():.4f}" in text
     truth = 0.3 + np.sqrt(60 * 3e10**-0.4 + 300 * 1e12**-0.5)
     loss = re.search(r"and (0\.\d+) \[(0\.\d+), (0\.\d+)\] at N = 30B, D = \S+ \(100 times beyond\)", text)
     assert 0.999 * float(loss[2]) < truth < 1.001 * float(loss[3])
     assert "1 row that repeat another row exactly" in text
-    assert "Nothing was left out" not in text
+    assert "Left out nothing" not in text
     assert "What repeated samples are worth" in text
     assert not any(ours in text for ours in ("image", "all parameters", "val_loss", "params_total"))
 

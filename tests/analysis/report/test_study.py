@@ -76,7 +76,7 @@ def test_laws_are_of_the_main_grid_alone_and_every_answer_has_its_section(known_
     text = words(page)
     assert "<h1>main, repeats, changes</h1>" in page
     assert "The 3 tables hold 117 rows" in text
-    assert re.search(r"on 65 of \d+ rows of the main experiment", text)
+    assert re.search(r"fitted to 65 of \d+ rows of the main experiment", text)
     found = re.search(r"α = ([\d.]+) \[([\d.]+), ([\d.]+)\], β = ([\d.]+) \[([\d.]+), ([\d.]+)\]", text)
     assert found is not None
     alpha, beta = float(found[1]), float(found[4])
