@@ -220,7 +220,10 @@ def law_tables(study: Study) -> list[PageTable]:
             f"law-{key}",
             f"{fit.law.formula}, fitted to {fit.num_points} points",
             f"Rows{whose}{' that no cheaper row beats' * (key == 'C')}. Intervals: {fit.interval_method}.",
-            fit.table.replace({"note": {"": None}}).assign(shown=[fit.shown(name) for name in fit.params]),
+            fit.table.assign(
+                shown=[fit.shown(name) for name in fit.params],
+                note=fit.table["note"].where(fit.table["note"] != "", None),
+            ),
             ("parameter", "shown", "note"),
             {"shown": "value [95 % interval]"},
         )

@@ -196,7 +196,7 @@ def test_it_opens_with_five_lines(page):
 
 
 def test_loss_and_accuracies_are_forecast(page):
-    table = page.text[page.text.index("of a run atvalue") : page.text.index("Does the law extrapolate?")]
+    table = page.text[page.text.index("Fitted laws") : page.text.index("Does the law extrapolate?")]
     assert len(re.findall(r"N = \S+, D = \S+", table)) == 2 * 3  # the loss and two tasks by the first kind of probe
     assert re.search(r"attentive-probe accuracy on digitsN = 40M, D = 320k0\.\d{4}0\.\d+ to 0\.\d+100", table)
 
@@ -268,7 +268,7 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
     assert "N = size_m, D = tokens" in page.text
     with pytest.raises(AnalysisError, match=r"absent\.csv"):
         write_report(tmp_path / "absent.csv")
-    with pytest.raises(AnalysisError, match="L.*THEIRS"):
+    with pytest.raises(AnalysisError, match=r"L.*THEIRS"):
         write_report(tmp_path / "theirs.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "theirs.csv"]
 
@@ -287,7 +287,7 @@ def test_a_lettered_table_with_repeats_and_a_law_of_its_own(tmp_path):
     assert "fitted to 48 of 48 rows with at most 4 passes over their pool" in text
     assert f"The lowest validation loss is {clean.min():.4f}" in text
     truth = 0.3 + np.sqrt(60 * 3e10**-0.4 + 300 * 1e12**-0.5)
-    loss = re.search(r"and (0\.\d+) \[(0\.\d+), (0\.\d+)\] at N = 30B, D = \S+ \(100 times beyond\)", text)
+    loss = re.search(r"30B, D = \S+ \(100 times beyond the table\) a loss of (0\.\d+) \[(0\.\d+), (0\.\d+)\]", text)
     assert 0.999 * float(loss[2]) < truth < 1.001 * float(loss[3])
     assert "1 row that repeat another row exactly" in text
     assert "Left out nothing" not in text
