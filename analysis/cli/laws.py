@@ -192,16 +192,16 @@ def frontier(
     by_law = several_laws.law if several_laws else law
     found = all_approaches(df, y=y, law=by_law)
     gap = gap_to_loss(found, df, y, law=by_law)
-    flags = [str(flag) for flag in mixture_flags(df, ["N", "D", "C"])]
+    found = replace(found, flags=mixture_flags(df, ["N", "D", "C"]))
     shown = at or [found.largest_budget, 10 * found.largest_budget]
     best = found.at(shown).iloc[-1]
     show(
         found,
         json,
         figure,
-        words="\n".join([*(f"with care  {flag}" for flag in flags), found.summary(shown)]),
+        words=found.summary(shown),
         after=["", gap.sentence()] if gap else [],
-        also={"optima": found.at(shown), "flags": flags, "against_loss": gap},
+        also={"optima": found.at(shown), "flags": [*map(str, found.flags)], "against_loss": gap},
         following=then(
             [f"forecast --at {typed_scale({v: best[v] for v in ('N', 'D')})}", "report"], tables, columns, where
         ),

@@ -34,6 +34,8 @@ class Approaches(Result):
     """Approach -> why it was not possible; budgets that were refused follow the reason."""
     measure: str = "val_loss"
     """What is lowest at the optimum, as the table's file calls it."""
+    flags: tuple[Flag, ...] = ()
+    """What to be careful about in the table."""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -72,10 +74,14 @@ class Approaches(Result):
         return [row for f in self.frontiers for row in f.cells()]
 
     def cautions(self) -> list[str]:
-        """Approaches that were not possible, and those that disagree."""
+        """Flags of the table, approaches that were not possible, and those that disagree."""
         failed = [f"Approach {k} is not possible: {why_not(flags).rstrip('.')}." for k, flags in self.failures.items()]
         pairs = " and of ".join(f"{a} and {b}" for a, b in self.apart())
-        return [*failed, *([f"The intervals of approaches {pairs} do not overlap."] if pairs else [])]
+        return [
+            *map(str, self.flags),
+            *failed,
+            *([f"The intervals of approaches {pairs} do not overlap."] if pairs else []),
+        ]
 
     def facts(self) -> list[tuple[str, str]]:
         """Cautions, what is lowest, how far the approaches differ, how the intervals were found."""
