@@ -85,7 +85,9 @@ def run(
         for done, number in enumerate(numbers, start=1):
             progress(f"{number} workers", done, 1 + len(numbers), "comparisons")
             row = _loader_row(stream, number, seconds / len(numbers), limit_per_s)
-            report(f"{number} worker(s): {row['images_per_s']:,.0f} images/s, {row['cpu_share']:.2f} of it a core")
+            report(
+                f"{number} workers: {row['images_per_s']:,.0f} images/s, {row['cpu_share']:.2f} of the limit per core"
+            )
             loader.append(row)
     return {
         "stream": stream_per_s,
@@ -125,7 +127,7 @@ def run_on(
             stream = TrainStream(config, cache_dir=cache_dir)
             row = _loader_row(stream, number, seconds / len(numbers), 1.0)
             row["images_per_cpu_s"] = row.pop("cpu_share")
-            report(f"{number} worker(s): {row['images_per_s']:,.0f} images/s, {row['images_per_cpu_s']:,.0f} a core")
+            report(f"{number} workers: {row['images_per_s']:,.0f} images/s, {row['images_per_cpu_s']:,.0f} per core")
             rows.append(row)
     return rows
 

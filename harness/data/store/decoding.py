@@ -17,7 +17,7 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff")
@@ -92,6 +92,8 @@ def _decode_other(data: bytes, channels: int) -> torch.Tensor:
             pixels = np.array(_on_white(picture).convert("L" if channels == 1 else "RGB"))
     except UndecodableImageError:
         raise
+    except UnidentifiedImageError as error:  # Pillow's own words name an object in memory
+        raise UndecodableImageError("its format is not recognised") from error
     except Exception as error:  # Pillow raises many types on broken bytes, SyntaxError and struct.error among them
         raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
     return torch.from_numpy(pixels.reshape(pixels.shape[0], pixels.shape[1], channels)).permute(2, 0, 1)

@@ -23,7 +23,7 @@ def test_bench_reports_every_number_and_remembers_the_rate(tmp_path: Path, monke
     threads = torch.get_num_threads()
     rows: list[str] = []
     result = bench_data.run(seconds=0.3, workers=[0, 1], num_images=32, report=rows.append)
-    assert [row.partition(":")[0] for row in rows] == ["one thread", "0 worker(s)", "1 worker(s)"]
+    assert [row.partition(":")[0] for row in rows] == ["one thread", "0 workers", "1 workers"]
     assert torch.get_num_threads() == threads
     assert min(result["stream"], result["limit"]) > 0
     assert 0 < result["share"] < 2
