@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from aimscale.aim.errors import MAX_NAMED
 from aimscale.sweeps.cli.main import main
+from aimscale.sweeps.plan.sweepfile import preset_names
 
 ROOT = Path(__file__).parents[3]
 
@@ -21,10 +23,25 @@ def test_light_modules_do_not_import_torch() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_an_unknown_verb_is_one_sentence_with_the_nearest() -> None:
-    out = subprocess.run([sys.executable, "-m", "aimscale", "lanch"], capture_output=True, text=True, check=False)
-    assert out.returncode == 2
-    assert out.stderr == "aimscale: there is no verb 'lanch'; did you mean 'launch'?\n"
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("lanch", "there is no verb 'lanch'; did you mean 'launch'?"),
+        ("plan isoflob", "did you mean 'isoflop'?"),
+        ("plan mysweep.yml", "did you mean 'mysweeps.yaml'?"),
+        ("plan ?", f"and {len(preset_names()) - MAX_NAMED} more"),
+    ],
+)
+def test_an_unknown_name_is_one_sentence_with_the_nearest(
+    line: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mysweeps.yaml").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    said = capsys.readouterr().err
+    assert said.endswith(f"{words}\n")
+    assert said.count("\n") == 1
 
 
 def test_an_analysis_verb_takes_a_sweep_by_its_name_or_file(
@@ -42,5 +59,5 @@ def test_an_analysis_verb_takes_a_sweep_by_its_name_or_file(
     for name in (*names, "aimscale-runs/demo"):
         with pytest.raises(SystemExit, match="0"):
             main(["compare", name])
-        said.add(capsys.readouterr().out)
+        said.add(capsys.readouterr().out.rpartition("next:")[0])
     assert len(said) == 1
