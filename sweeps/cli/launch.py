@@ -126,7 +126,7 @@ def _print_left(left: Sequence[Decision], others: Sequence[str], *more: Line) ->
     lines = [Line(key="left alone", value=", ".join(f"{num} {verdict}" for verdict, num in counts.items()))]
     if others:
         value = f"{len(others)} run directories of an earlier sweep file, such as {others[0]}; they stay as they are"
-        lines.append(Line(key="beside", value=value))
+        lines.append(Line(key="unplanned", value=value))
     _print([line for line in (*lines, *more) if line.value])
 
 

@@ -211,7 +211,7 @@ def status_facts(status: SweepStatus) -> list[Line]:
         facts.append(("left", f"about {duration(status.eta_s)}{basis}"))
     facts.append(("spent", f"{status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours"))
     if status.unplanned:
-        facts.append(("beside", f"{len(status.unplanned)} run directories of an earlier sweep file"))
+        facts.append(("unplanned", f"{len(status.unplanned)} run directories of an earlier sweep file"))
     return [Line(key=key, value=value) for key, value in facts]
 
 
