@@ -39,7 +39,7 @@ from aimscale.analysis.table.design import (
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.table.names import column_words, our_name, their_name
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.words import POWER, Flag, contrast_cells, contrast_sentence, flag_words, some
+from aimscale.analysis.words import POWER, Flag, contrast_cells, contrast_sentence, did_you_mean, flag_words, some
 
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
          KIND: "attentive"}  # fmt: skip
@@ -264,7 +264,7 @@ def level_name(value: Any) -> str:
 def _baseline(long: pd.DataFrame, by: str, levels: list[str], wish: str | None) -> str:
     if wish is not None:
         if wish not in levels:
-            raise AnalysisError(f"{by} takes {some(levels)}, not {wish!r}; choose the baseline from these.")
+            raise AnalysisError(f"{by} has no level {wish!r}; {did_you_mean(wish, levels, 'its levels are')}")
         return wish
     if (usual := USUAL.get(by, DEFAULT)) in levels:
         return usual

@@ -341,5 +341,5 @@ def find_law(name: str | Law) -> Law:
     if base in _ONE_VARIABLE and variable:
         return _ONE_VARIABLE[base](variable)
     if name not in LAWS:
-        raise AnalysisError(f"There is no law named {name!r}; {did_you_mean(base, LAWS, 'such as')}")
+        raise AnalysisError(f"There is no law named {name!r}; {did_you_mean(base, LAWS, 'the laws are')}")
     return LAWS[name]

@@ -119,3 +119,12 @@ def test_a_narrow_terminal_breaks_no_key_from_its_value(monkeypatch):
     words = fact_lines([("with care", "six words that go on below " * 4), ("rows", "20 of 20")]).splitlines()
     assert [line[:9].strip() for line in words] == ["with care", "", "", "rows"]
     assert max(map(len, words)) <= 60
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "meant"),
+    [("--law", "chinchila", "chinchilla"), ("--objective", "hubr_log", "huber_log"), ("--fix", "alfa=1", "alpha")],
+)
+def test_a_mistyped_name_is_answered_with_the_nearest(table, option, typed, meant):
+    with pytest.raises(AnalysisError, match=f"did you mean {meant}"):
+        run(verb("fit"), table, option, typed, "--resamples", 0)
