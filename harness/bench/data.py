@@ -16,7 +16,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ from PIL import Image
 from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import photograph_crops, photographs
 from aimscale.harness.data.store.decoding import kernel_threads
-from aimscale.harness.data.store.indexing import Progress
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.data.stream.augment import box_draws, draw_boxes
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.sheets import remember
+from aimscale.harness.log.progress import Bar
 from aimscale.harness.run.config import RunConfig, run_config
 
 CROP_SIZE = 224
@@ -50,20 +50,12 @@ Box = tuple[int, int, int, int, bool]
 """A crop: top, left, height, width, pixels, and whether it is flipped."""
 
 
-def run(
-    *,
-    seconds: float = 10.0,
-    workers: Sequence[int] | None = None,
-    num_images: int = NUM_IMAGES,
-    report: Callable[[str], None] = print,
-    progress: Progress = lambda *_: None,
-) -> dict[str, Any]:
+def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_images: int = NUM_IMAGES) -> dict[str, Any]:
     """Measure for about `seconds` per table (two tables); plans on this machine reckon with the stream's rate then.
 
     Args:
         seconds: wall time of the single-thread comparison, and of all loader runs together.
         workers: numbers of loader processes; none, one and every core by default.
-        report, progress: called with a line as soon as a number is known, and with the comparisons made.
 
     Returns:
         `stream`, `limit`: images/s of one thread; `share`: their ratio, median of turns; `loader`: rows with workers,
@@ -71,23 +63,22 @@ def run(
         little; `setting`.
     """
     cores = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder, kernel_threads(1):
+    with tempfile.TemporaryDirectory() as folder, kernel_threads(1), Bar() as bar:
         stream = TrainStream(_config(Path(folder) / "images", _photographs(num_images), CROP_SIZE))
         work = _work(stream, num_images)
         numbers = workers if workers is not None else sorted({0, 1, cores})
-        progress("one thread", 0, 1 + len(numbers), "comparisons")
+        bar("one thread", 0, 1 + len(numbers), "comparisons")
         ours, limit = _turn_times(stream, work, seconds)
         stream_per_s, limit_per_s = (TURN / statistics.median(each) for each in (ours, limit))
         share = statistics.median(bare / stream for stream, bare in zip(ours, limit, strict=True))
-        report(f"one thread: {stream_per_s:,.0f} images/s, {share:.2f} of the limit of {limit_per_s:,.0f}")
+        bar.say(f"one thread: {stream_per_s:,.0f} images/s, {share:.2f} of the limit of {limit_per_s:,.0f}", err=True)
         remember("decoded_per_s", stream_per_s)
         loader = []
         for done, number in enumerate(numbers, start=1):
-            progress(f"{number} workers", done, 1 + len(numbers), "comparisons")
+            bar(f"{number} workers", done, 1 + len(numbers), "comparisons")
             row = _loader_row(stream, number, seconds / len(numbers), limit_per_s)
-            report(
-                f"{number} workers: {row['images_per_s']:,.0f} images/s, {row['cpu_share']:.2f} of the limit per core"
-            )
+            rate = f"{row['images_per_s']:,.0f} images/s, {row['cpu_share']:.2f} of the limit per core"
+            bar.say(f"{number} workers: {rate}", err=True)
             loader.append(row)
     return {
         "stream": stream_per_s,
@@ -106,13 +97,7 @@ def run(
 
 
 def run_on(
-    dataset: str,
-    *,
-    seconds: float = 10.0,
-    workers: Sequence[int] | None = None,
-    cache_dir: str | None = None,
-    report: Callable[[str], None] = print,
-    progress: Progress = lambda *_: None,
+    dataset: str, *, seconds: float = 10.0, workers: Sequence[int] | None = None, cache_dir: str | None = None
 ) -> list[dict[str, Any]]:
     """How fast the loader reads a data set, a folder or URL, in about `seconds`, with crops of 224 px.
 
@@ -120,14 +105,15 @@ def run_on(
     """
     numbers = workers if workers is not None else sorted({0, 1, len(os.sched_getaffinity(0))})
     rows = []
-    with tempfile.TemporaryDirectory() as folder, kernel_threads(1):
+    with tempfile.TemporaryDirectory() as folder, kernel_threads(1), Bar() as bar:
         config = _config(Path(folder) / "images", _photographs(8), CROP_SIZE, dataset)
         for done, number in enumerate(numbers):
-            progress(f"{number} workers", done, len(numbers), "comparisons")
+            bar(f"{number} workers", done, len(numbers), "comparisons")
             stream = TrainStream(config, cache_dir=cache_dir)
             row = _loader_row(stream, number, seconds / len(numbers), 1.0)
             row["images_per_cpu_s"] = row.pop("cpu_share")
-            report(f"{number} workers: {row['images_per_s']:,.0f} images/s, {row['images_per_cpu_s']:,.0f} per core")
+            rate = f"{row['images_per_s']:,.0f} images/s, {row['images_per_cpu_s']:,.0f} per core"
+            bar.say(f"{number} workers: {rate}", err=True)
             rows.append(row)
     return rows
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import yaml
 
 import aimscale
 from aimscale.harness.data.store.bundled import write_bundled
-from aimscale.harness.data.store.indexing import Progress
+from aimscale.harness.log.progress import Bar
 from aimscale.harness.run.provenance import git_commit, package_versions
 
 TOTAL_S = 520
@@ -106,14 +106,11 @@ def _step_of(size: str, batch: int, precision: str, *, rehearse: bool, **runtime
     return [*words, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
 
 
-def run(
-    out: Path, *, rehearse: bool = False, report: Callable[[str], None] = print, progress: Progress = lambda *_: None
-) -> dict[str, Any]:
+def run(out: Path, *, rehearse: bool = False) -> dict[str, Any]:
     """Run all parts and write `gpu.json` into `out`.
 
     Args:
         out: folder, made if need be.
-        report, progress: called with a line after each part, and with the parts done.
 
     Returns:
         What `gpu.json` holds: `setting`, and of every part its command, seconds, result and problem.
@@ -124,14 +121,14 @@ def run(
     setting = {"git_commit": commit, "git_dirty": is_dirty, "packages": package_versions(), "rehearsal": rehearse}
     done: dict[str, Any] = {"setting": setting, "parts": {}}
     patience = 10 if rehearse else 1  # a rehearsal may meet a busy machine
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Bar() as bar:
         planned = list(parts(Path(folder), rehearse=rehearse))
         for number, part in enumerate(planned):
-            progress(part.name, number, len(planned), "parts")
+            bar(part.name, number, len(planned), "parts")
             left_s = patience * TOTAL_S - (time.monotonic() - started)
             found = _execute(part, min(patience * part.limit_s, left_s), rehearse)
             done["parts"][part.name] = found
-            report(f"{part.name}: {found['problem'] or 'done'}, {found['seconds']:.0f} s")
+            bar.say(f"{part.name}: {found['problem'] or 'done'}, {found['seconds']:.0f} s")
             done["seconds"] = time.monotonic() - started
             (out / "gpu.json").write_text(json.dumps(done, indent=1))  # after every part: an end without warning
     return done

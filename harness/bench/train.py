@@ -20,12 +20,12 @@ from aimscale.harness.bench.expected import expected_rates
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.split import image_wait_s, step_shares
 from aimscale.harness.data.store.card import data_set
-from aimscale.harness.data.store.indexing import Progress
 from aimscale.harness.data.stream.draws import Batch, masks
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.execution import ExecutionPlan, execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation
 from aimscale.harness.device.sheets import device_here
+from aimscale.harness.log.progress import Bar
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.provenance import process_age_s
@@ -37,15 +37,7 @@ from aimscale.harness.step.feed import count_targets
 T = TypeVar("T")
 
 
-def run(
-    config: RunConfig,
-    *,
-    num_steps: int = 20,
-    with_references: bool = True,
-    loads: bool = False,
-    report: Callable[[str], None] = print,
-    progress: Progress = lambda *_: None,
-) -> dict[str, Any]:
+def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True, loads: bool = False) -> dict[str, Any]:
     """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
 
     On a CPU all take turns, since other processes slow them. A GPU is ours alone and holds one model at a time.
@@ -54,7 +46,6 @@ def run(
         config: what is trained, and how, on random images; its budgets and evaluations do not matter.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
         loads: then read the configuration's data, too, and measure how long steps wait for them.
-        report, progress: called on the first rank with a line as soon as an engine is timed, and with its steps.
 
     Returns:
         `ms_per_step` is the median with images ready, `images_per_s` the rate at it; `mfu_published` and `mfu` as in
@@ -92,9 +83,7 @@ def run(
                 return shares, None
             return shares, image_wait_s(config, engine, group, micro_batch=plan.micro_batch, num_steps=num_steps)
 
-        times, memory_bytes, startup_s, (shares, wait_s) = _time(
-            makers, step, num_targets, num_steps, group, look, report, progress
-        )
+        times, memory_bytes, startup_s, (shares, wait_s) = _time(makers, step, num_targets, num_steps, group, look)
     finally:
         stop_group()
     ours_s = statistics.median(times["ours"])
@@ -171,8 +160,6 @@ def _time(
     num_steps: int,
     group: Group,
     look: Callable[[Engine | ReferenceEngine, Callable[[], float]], T],
-    report: Callable[[str], None],
-    progress: Progress,
 ) -> tuple[dict[str, list[float]], int, float, T]:
     """Seconds of every engine's steps; memory before the second is made; seconds to the end of the first step; and
     what `look` returns of the first engine and its step, when that was timed."""
@@ -195,13 +182,13 @@ def _time(
                 startup_s = startup_s or process_age_s()
             memory_bytes = memory_bytes or device_memory_bytes(group)
         rounds = []
-        for number in range(num_steps):
-            if group.is_first:
-                progress(f"timing {', '.join(engines)}", number, num_steps, "steps")
-            rounds.append({name: step_s(engine) for name, engine in engines.items()})
-        times |= {name: [each[name] for each in rounds] for name in engines}
-        for name in engines if group.is_first else ():
-            report(f"{name}: {1000 * statistics.median(times[name]):,.1f} ms/step")
+        with Bar(shows=group.is_first) as bar:
+            for number in range(num_steps):
+                bar(f"timing {', '.join(engines)}", number, num_steps, "steps")
+                rounds.append({name: step_s(engine) for name, engine in engines.items()})
+            times |= {name: [each[name] for each in rounds] for name in engines}
+            for name in engines:  # the standard output is JSON alone
+                bar.say(f"{name}: {1000 * statistics.median(times[name]):,.1f} ms/step", err=True)
         if not seen:
             first = engines[together[0]]
             seen.append(look(first, functools.partial(step_s, first)))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from aimscale.harness.log.progress import Bar
 
 if TYPE_CHECKING:
     from aimscale.harness.run.config import RunConfig
@@ -52,15 +49,7 @@ def train(
     changes = {"model.size": size, "optimiser.batch_size": batch, "optimiser.precision": precision}
     chosen = _config(config, {key: value for key, value in changes.items() if value is not None}, settings or [])
     torch.set_num_threads(chosen.runtime.num_threads)
-    with Bar() as bar:
-        facts = run(
-            chosen,
-            num_steps=steps,
-            with_references=not alone,
-            loads=config is not None,
-            report=functools.partial(bar.say, err=True),
-            progress=bar,
-        )
+    facts = run(chosen, num_steps=steps, with_references=not alone, loads=config is not None)
     if int(os.environ["RANK"]) == 0:
         typer.echo(json.dumps(facts, indent=1))
 
@@ -118,12 +107,11 @@ def data(
     """
     from aimscale.harness.bench.data import run, run_on
 
-    with Bar() as bar:
-        told: Any = {"seconds": seconds, "workers": workers, "progress": bar}
-        told["report"] = functools.partial(bar.say, err=True)  # the standard output is JSON alone
-        found = run(**told) if dataset is None else run_on(dataset, cache_dir=cache_dir, **told)
-    typer.echo(json.dumps(found, indent=1))
-    if dataset is None:
+    if dataset is not None:
+        found = run_on(dataset, seconds=seconds, workers=workers, cache_dir=cache_dir)
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        typer.echo(json.dumps(run(seconds=seconds, workers=workers), indent=1))
         typer.echo("next: aimscale plan SWEEP.yaml, which now plans with this machine's rate", err=True)
 
 
@@ -138,8 +126,7 @@ def gpu(
     """
     from aimscale.harness.bench.gpu import run
 
-    with Bar() as bar:
-        done = run(out, rehearse=rehearse, report=bar.say, progress=bar)
+    done = run(out, rehearse=rehearse)
     failed = [name for name, part in done["parts"].items() if part["problem"]]
     typer.echo(f"wrote {out / 'gpu.json'}: {len(done['parts'])} parts, {len(failed)} failed")
     if failed:

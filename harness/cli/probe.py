@@ -63,9 +63,7 @@ def probe(
             results = score_released(run, sections, group=group)
         else:
             results = probe_run(run, images_seen, sections, group=group, pause=bar)
-        _print_entries(results, bar, is_first=group.is_first, as_json=as_json)
-        if group.is_first and not as_json:
-            _say_next(run)
+        _print_entries(results, bar, run, as_json=as_json)
 
 
 def baseline(
@@ -96,9 +94,7 @@ def baseline(
     sections = _sections(run.load_config(), task, tasks, kind)
     with by_hand(run, device) as group, Bar(shows=group.is_first) as bar:
         results = probe_baseline(name, run, sections, weights=weights, group=group, pause=bar)
-        _print_entries(results, bar, is_first=group.is_first, as_json=as_json)
-        if group.is_first and not as_json:
-            _say_next(like)
+        _print_entries(results, bar, like, as_json=as_json)
 
 
 def _sections(
@@ -138,9 +134,9 @@ def _absolute(path: str) -> str:
 
 
 def _print_entries(
-    results: Iterable[tuple[int | None, list[dict[str, Any]]]], bar: Bar, *, is_first: bool, as_json: bool
+    results: Iterable[tuple[int | None, list[dict[str, Any]]]], bar: Bar, run: Path, *, as_json: bool
 ) -> None:
-    """Print each entry when it is there, or all as JSON at the end; only rank 0 prints.
+    """Print each entry when it is there and then what gathers them, or all as JSON at the end.
 
     Args:
         results: (images seen, or None for a baseline; entries) after each task; reading them does the probing.
@@ -148,19 +144,15 @@ def _print_entries(
     found: list[dict[str, Any]] = []
     for budget, entries in results:
         found += [{"images_seen": budget, **entry} for entry in entries]
-        for entry in entries if is_first and not as_json else ():
+        for entry in entries if not as_json else ():
             if len(found) == len(entries) and entry is entries[0]:
                 bar.say(_HEADER)
             bar.say(_line(budget, entry))
-    if is_first and as_json:
-        typer.echo(json.dumps(found, indent=1))
-
-
-def _say_next(run: Path) -> None:
-    """What gathers the entries of a sweep's run; a run by itself has no table."""
     sweep = run.resolve().parent.parent
-    if (sweep / "sweep.yaml").is_file():
-        typer.echo(f"next: aimscale collect {shlex.quote(os.path.relpath(sweep))}")
+    if as_json:
+        bar.say(json.dumps(found, indent=1))
+    elif (sweep / "sweep.yaml").is_file():  # a run by itself is in no table
+        bar.say(f"next: aimscale collect {shlex.quote(os.path.relpath(sweep))}")
 
 
 def _line(budget: int | None, entry: dict[str, Any]) -> str:

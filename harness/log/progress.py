@@ -65,8 +65,9 @@ class Bar:
 
     def say(self, line: str, *, err: bool = False) -> None:
         """Print a line of results above the bar."""
-        self.clear()
-        print(line, file=sys.stderr if err else sys.stdout, flush=True)
+        if self._shows:
+            self.clear()
+            print(line, file=sys.stderr if err else sys.stdout, flush=True)
 
     def clear(self) -> None:
         """Take the bar off the terminal; the next call shows it again."""

@@ -18,11 +18,13 @@ def test_the_limit_makes_the_streams_pixels() -> None:
     assert torch.equal(bench_data.bare_reader(data, box), crop_resize(decode(data), box, 224))
 
 
-def test_bench_reports_every_number_and_remembers_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_reports_every_number_and_remembers_the_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("AIMSCALE_CACHE", str(tmp_path))
     threads = torch.get_num_threads()
-    rows: list[str] = []
-    result = bench_data.run(seconds=0.3, workers=[0, 1], num_images=32, report=rows.append)
+    result = bench_data.run(seconds=0.3, workers=[0, 1], num_images=32)
+    rows = capsys.readouterr().err.splitlines()
     assert [row.partition(":")[0] for row in rows] == ["one thread", "0 workers", "1 workers"]
     assert torch.get_num_threads() == threads
     assert min(result["stream"], result["limit"]) > 0
@@ -35,10 +37,9 @@ def test_bench_reports_every_number_and_remembers_the_rate(tmp_path: Path, monke
     assert remembered("decoded_per_s") == result["stream"]
 
 
-def test_bench_reads_a_data_set_of_the_users(tmp_path: Path) -> None:
+def test_bench_reads_a_data_set_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_dataset(tmp_path / "mine", bench_data._photographs(40))
-    said: list[str] = []
-    rows = bench_data.run_on(f"file://{tmp_path}/mine", seconds=0.2, workers=[0], report=said.append)
+    rows = bench_data.run_on(f"file://{tmp_path}/mine", seconds=0.2, workers=[0])
     assert [row["workers"] for row in rows] == [0]
     assert min(rows[0]["images_per_s"], rows[0]["images_per_cpu_s"]) > 0
-    assert len(said) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
