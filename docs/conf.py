@@ -18,9 +18,12 @@ from generate import api_reference, board, command_reference, config_reference, 
 project = "aimscale"
 copyright = "the aimscale maintainers, Apache-2.0"
 release = importlib.metadata.version("aimscale")
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures have no page
-source_suffix = {".md": "markdown"}
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
+nb_execution_mode = "force"  # the notebook is kept without outputs: building the site runs it
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
 exclude_patterns = ["_build", "board.md"]  # a part of forecasts.md
 myst_heading_anchors = 4
 smartquotes = False  # it would make a dash of the two hyphens of an option

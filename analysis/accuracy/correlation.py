@@ -64,6 +64,10 @@ def correlate(
 
     Raises:
         AnalysisError: missing or constant column, one column twice, unknown method, or fewer than 4 usable rows.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> correlate(table, y="photographs:linear", within="size").table
     """
     x = our_name(df, x)
     partial, within = (name and our_name(df, name) for name in (partial, within))

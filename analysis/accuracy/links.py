@@ -37,9 +37,17 @@ def link(
         ideal: loss at which the accuracy is 1: (ideal, 1) is one more point, as in the OLMo ladder.
         is_tested: as of `fit`.
 
+    Returns:
+        The sigmoid as a fit, whose variable is L.
+
     Raises:
         AnalysisError: accuracies that are no fractions, an ideal loss that is not below every measured one, or too few
             points.
+
+    Example:
+        >>> probes = probe_frame(read_table("results.parquet"))
+        >>> photographs = probes[(probes["task"] == "photographs") & (probes["kind"] == "knn")]
+        >>> link(photographs, resamples=20).predict({"L": [0.33]})
     """
     if accuracy not in df.columns:
         raise no_column(df, accuracy)

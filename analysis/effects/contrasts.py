@@ -167,8 +167,15 @@ def contrast(
             validation loss and every probe.
         ignore: columns that may differ within a pair.
 
+    Returns:
+        A difference per measure and level, with its interval and its minimum detectable effect.
+
     Raises:
         AnalysisError: no such column, fewer than two levels, or nothing is paired; the sentence says what differs.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> contrast(table, by="kind").table
     """
     by = by if by == KIND else our_name(frame, by)
     rows = complete(frame if by == "params_total" else with_size(frame))

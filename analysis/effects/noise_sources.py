@@ -78,8 +78,15 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> N
         df: a results table.
         law: a law fitted to it already, which saves a fit where it is the one that tells the scatter.
 
+    Returns:
+        A standard deviation per source, as a fraction of the loss.
+
     Raises:
         AnalysisError: no usable loss, or neither seeds nor standard errors to tell noise from.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> noise(table).table
     """
     rows = usable_rows(with_size(df), y).rows
     components = list(_seeds(rows, y))

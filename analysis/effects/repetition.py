@@ -96,8 +96,14 @@ def repeats(df: pd.DataFrame, *, y: str = "val_loss", resamples: int = 1000) -> 
     Args:
         df: a table with images seen D, different images U and, where it varies, N.
 
+    Returns:
+        The law, and what each pass over the same data is worth.
+
     Raises:
         AnalysisError: no repeats in the table, a single pool size, or too few points.
+
+    Example:
+        >>> repeats(read_table("repeats.parquet"), resamples=20).table
     """
     names = resolve_columns(REPEATED_DATA, df)
     rows = complete(df)

@@ -62,8 +62,17 @@ def fit(
         is_tested: whether to look for what speaks against the law (`lack_of_fit`): for flags that nobody reads it takes
             too long.
 
+    Returns:
+        Parameters with intervals and flags; `predict`, `plot` and `summary` are its methods.
+
     Raises:
         AnalysisError: missing column, unknown name, too few points, or a variable without variation.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> law = fit("chinchilla", table)
+        >>> law.params["alpha"], law.intervals["alpha"]
+        >>> law.predict({"N": 1e6, "D": 1e6})
     """
     law = find_law(law)
     objective = find_objective(objective)

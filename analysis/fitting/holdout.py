@@ -25,8 +25,15 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         num_values: how many of the largest distinct values to hold out.
         resamples: draws for the prediction intervals.
 
+    Returns:
+        Error of the law on what was left out, and that of a straight line.
+
     Raises:
         AnalysisError: unknown `by`, or too few values or points remain.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> held_out(fit("chinchilla", table), table, by="D", resamples=20).mean_abs_relative_error
     """
     points, data = df.loc[result.data.index], result.data
     scale = data[by].to_numpy(float) if by in data else _scale(points, by)

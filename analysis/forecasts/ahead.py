@@ -152,6 +152,9 @@ def forecast(
         law: "auto", or the laws to try (`forecaster`), or what forecasts the loss.
         y: column of the loss.
 
+    Returns:
+        A forecast per scale and quantity, with intervals of the curve and of one run.
+
     Raises:
         AnalysisError: a variable is missing or unknown, or no law can be fitted.
 

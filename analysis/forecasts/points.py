@@ -169,8 +169,15 @@ def forecaster(df: pd.DataFrame, *, law: Sequence[Law | str] | str = AUTO, y: st
         law: laws to try: "auto", "auto:C" for those of C alone, names with commas, or laws.
         y: column to forecast, a loss or another positive quantity that falls with scale.
 
+    Returns:
+        The laws with their weights; `forecast` takes it in the place of `law`.
+
     Raises:
         AnalysisError: a column is missing, or no law can be fitted.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> forecaster(table, law="chinchilla,coupled").predict({"N": 1e6, "D": 1e6})
     """
     found, made = basis(df, law, y), Made()
     return Forecaster(basis=found, stack=stacked(found.points, fitter(found.laws, made)), made=made)

@@ -128,8 +128,15 @@ def all_approaches(
         law: that of approach 3, or a fit of it to this table.
         is_tested: as of `fit`, for that of approach 3.
 
+    Returns:
+        A frontier per approach, or the flags that say why there is none.
+
     Raises:
         AnalysisError: a column is missing, no row is usable, or no approach is possible.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> all_approaches(table, resamples=20).at(1e13)
     """
     points_of(df, y)  # raises before an approach is blamed for a missing column
     options: dict[str, Any] = {"y": y, "resamples": resamples}

@@ -237,9 +237,17 @@ def propose(
         unit: its name.
         law: laws to forecast by, as `forecaster` takes them; the worth of runs is by the best of them.
 
+    Returns:
+        The runs in the order of choice, and the forecast's spread before and after.
+
     Raises:
         AnalysisError: the target lacks a variable or names an unknown one, nothing is affordable, or the law cannot be
             fitted.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> offer = pd.DataFrame({"N": [3e5, 6e5], "D": [5e5, 3e5], "price": [1.0, 2.0]})
+        >>> propose(table, {"N": 1e6, "D": 1e6}, offer, budget=3).table
     """
     df = with_compute(df)
     forecast = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y)

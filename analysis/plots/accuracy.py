@@ -60,6 +60,13 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
             flops_train as far as they are known.
         levels: what to compare with, drawn as horizontal lines: task, name, top1. Those far off the points are named
             at the panel's edge.
+
+    Returns:
+        A matplotlib figure; `save` writes it.
+
+    Example:
+        >>> probes = probe_frame(read_table("results.parquet"))
+        >>> plot_accuracy(probes[probes["kind"] == "linear"])
     """
     with styled():
         rows = probes[probes["top1"].notna()].reset_index(drop=True)
@@ -148,7 +155,9 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def plot_loss_accuracy(
-    probes: pd.DataFrame, correlations: Mapping[str, Iterable[Correlation]], links: Mapping[str, Fit] | None = None
+    probes: pd.DataFrame,
+    correlations: Mapping[str, Iterable[Correlation]] | None = None,
+    links: Mapping[str, Fit] | None = None,
 ) -> Figure:
     """Validation loss against probe accuracy, a panel per task, one marker per size (or images seen).
 
@@ -156,6 +165,13 @@ def plot_loss_accuracy(
         probes: rows of `probe_frame`: val_loss, task, top1, top1_lo95, top1_hi95, chance, and params_total or size.
         correlations: task -> its correlation coefficients, written into the panel.
         links: task -> fitted link from loss to accuracy, drawn with its confidence band.
+
+    Returns:
+        A matplotlib figure; `save` writes it.
+
+    Example:
+        >>> probes = probe_frame(read_table("results.parquet"))
+        >>> plot_loss_accuracy(probes[probes["kind"] == "linear"])
     """
     with styled():
         probes = probes[probes["val_loss"].notna() & probes["top1"].notna()].reset_index(drop=True)
@@ -173,7 +189,7 @@ def plot_loss_accuracy(
                 grid = pd.DataFrame({"L": np.linspace(*links[task].ranges["L"], NUM_GRID)})
                 drawn = pd.concat([grid, links[task].predict(grid)], axis=1)
                 curve(ax, drawn, "L", what="link", color=MUTED, zorder=2.5)
-            _loss_panel(ax, mine, correlations.get(task, ()))
+            _loss_panel(ax, mine, (correlations or {}).get(task, ()))
         shared_legend(figure, panels, short(by) if by else "", 4 if columns == 1 else 8)
     return figure
 

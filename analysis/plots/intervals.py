@@ -22,6 +22,13 @@ def plot_contrasts(found: Contrasts) -> Figure:
 
     Losses are drawn as per cent of the baseline, accuracies in points, each unit on its own axes. A marker is filled
     where its interval leaves zero out.
+
+    Returns:
+        A matplotlib figure; `save` writes it.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> plot_contrasts(contrast(table, by="kind"))
     """
     with styled():
         levels = list(dict.fromkeys(each.level for each in found.contrasts))

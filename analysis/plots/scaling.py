@@ -39,6 +39,13 @@ def plot_fit(fit: Fit, ax: Axes | None = None, *, x: str | None = None) -> Figur
     Args:
         ax: where to draw; None makes a figure.
         x: the law's variable on the horizontal axis; None takes the first.
+
+    Returns:
+        A matplotlib figure; `save` writes it.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> plot_fit(fit("chinchilla", table), x="N")
     """
     with styled():
         ax = ax or new_figure()[1][0]
@@ -89,6 +96,13 @@ def plot_points(
     Args:
         by: the other column, such as the size's parameters.
         envelope: a law of `x` alone to draw along the best of them.
+
+    Returns:
+        A matplotlib figure; `save` writes it.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> plot_points(table, "flops_train", by="params_total")
     """
     with styled():
         ax = ax or new_figure()[1][0]
@@ -112,7 +126,15 @@ def plot_points(
 
 
 def plot_approaches(found: Approaches) -> Figure:
-    """N*(C) of all approaches: their optima and lines with intervals, dotted beyond the budgets used."""
+    """N*(C) of all approaches: their optima and lines with intervals, dotted beyond the budgets used.
+
+    Returns:
+        A matplotlib figure; `save` writes it.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> plot_approaches(all_approaches(table, resamples=20))
+    """
     with styled():
         figure, (ax,) = new_figure()
         for number, frontier in enumerate(found.frontiers):

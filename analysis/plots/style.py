@@ -290,7 +290,7 @@ GAP = 5.0
 """Pixels, of a hundred to the inch, between the labels of two ticks at least."""
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
+def save(figure: Figure, stem: str | Path) -> list[Path]:
     """Write `stem`.svg, `stem`.pdf and `stem`.png at a paper's width, and `stem`.csv with exactly what is drawn.
 
     Returns:
@@ -298,7 +298,11 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
     Raises:
         AnalysisError: the path names no file, or the folder cannot be written.
+
+    Example:
+        >>> save(fit("chinchilla", read_table("results.parquet")).plot(), "law")
     """
+    stem = Path(stem)
     if stem.name in ("", ".."):
         raise AnalysisError(f"'{stem}' names no figure; give a path such as figures/loss")
     stem = stem.with_suffix("") if stem.suffix in FORMATS else stem

@@ -23,7 +23,7 @@ from aimscale.analysis.plots.parts import (
     tick_label,
 )
 from aimscale.analysis.plots.style import DOUBLE, MUTED, SINGLE, log_axis, new_figure, ordered_colours, styled
-from aimscale.analysis.table.read import loss_unit
+from aimscale.analysis.table.read import loss_unit, probe_frame
 from aimscale.analysis.table.select import spaced
 
 if TYPE_CHECKING:
@@ -36,7 +36,10 @@ MAX_RUNS = 40
 
 
 def plot_curves(
-    curves: pd.DataFrame, budgets: pd.DataFrame, probes: pd.DataFrame, plateaus: Mapping[str, Plateau]
+    curves: pd.DataFrame,
+    budgets: pd.DataFrame,
+    probes: pd.DataFrame | None = None,
+    plateaus: Mapping[str, Plateau] | None = None,
 ) -> Figure:
     """Validation loss against images seen, a line per run in the colour of its size; accuracies beside it.
 
@@ -47,7 +50,15 @@ def plot_curves(
         budgets: rows of budgets of the same runs, with the same columns and setup.
         probes: `probe_frame` of the curves, of one kind of probe: a further panel per task.
         plateaus: run_id -> its first plateau.
+
+    Returns:
+        A matplotlib figure; `save` writes it.
+
+    Example:
+        >>> curves = read_tables("curves.parquet")
+        >>> plot_curves(curves, read_table("results.parquet"))
     """
+    probes, plateaus = probe_frame(curves[:0]) if probes is None else probes, plateaus or {}
     with styled():
         order = curves.groupby("run_id")["params_total"].first().sort_values(kind="stable").index
         order = order[spaced(len(order), MAX_RUNS)]

@@ -126,6 +126,13 @@ def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
 def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
     """Put the runs of a results table beside the published models, and beside the project's own baselines where the
     table's folder has some; what the table lacks is named in `left_out`.
+
+    Returns:
+        Tables of tasks, baselines, ablations and exponents, with flags of what is not comparable.
+
+    Example:
+        >>> table = read_table("results.parquet")
+        >>> compare(table, resamples=20).exponents
     """
     found = usable_rows(frame)
     probes = probe_frame(complete(frame))

@@ -31,14 +31,14 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(
-    tables: Path | Sequence[Path],
-    out: Path | None = None,
+    tables: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
     *,
     columns: Mapping[str, str] | None = None,
     where: Sequence[str] = (),
     best: Sequence[str] = (),
     resamples: int = 1000,
-    figures: Path | None = None,
+    figures: str | Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Path:
     """Analyse tables and write the page.
@@ -57,8 +57,11 @@ def write_report(
 
     Raises:
         AnalysisError: the table cannot be read, or holds neither losses nor probes; or the page cannot be written.
+
+    Example:
+        >>> write_report("results.parquet", "report.html", resamples=20)
     """
-    given = [tables] if isinstance(tables, Path) else list(tables)
+    given = [Path(each) for each in ([tables] if isinstance(tables, str | Path) else tables)]
     paths = [path / "results.parquet" if path.is_dir() else path for path in given]
     frame = read_tables(paths, columns, where=where, best=best)
     if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
@@ -69,15 +72,17 @@ def write_report(
     progress("page", 0.95)
     page = render(study, drawn)
     if figures is not None:
-        save_figures(drawn, figures)
-    out = out or paths[0].with_name("report.html")
-    out = out / "report.html" if out.is_dir() else out
+        save_figures(drawn, Path(figures))
+    page_path = Path(out or paths[0].with_name("report.html"))
+    page_path = page_path / "report.html" if page_path.is_dir() else page_path
     try:
-        with written_aside(out) as aside:
+        with written_aside(page_path) as aside:
             aside.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise AnalysisError(f"cannot write {out}: {error.strerror}; give another path with {option('out')}") from error
-    return out
+        raise AnalysisError(
+            f"cannot write {page_path}: {error.strerror}; give another path with {option('out')}"
+        ) from error
+    return page_path
 
 
 def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:

@@ -57,8 +57,14 @@ def read_tables(
         best: tuned columns, of which only the best value in each cell is kept; see `best_of`.
         y: loss column that says what is best.
 
+    Returns:
+        One frame, a row per run and budget.
+
     Raises:
         AnalysisError: no table, one that cannot be read, or conditions that no row meets.
+
+    Example:
+        >>> read_tables(["results.parquet", "more.parquet"], where=["D>=100000"])
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
@@ -143,6 +149,9 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
 
     Raises:
         AnalysisError: no such file, an unreadable or empty table, a missing column, or a text where a number should be.
+
+    Example:
+        >>> read_table("losses.csv", {"N": "params", "D": "images", "L": "loss"})
     """
     path = Path(path)
     if path.is_dir():
@@ -318,6 +327,9 @@ def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         An empty frame with these columns where nothing was probed.
+
+    Example:
+        >>> probe_frame(read_table("results.parquet"))[["size", "task", "kind", "top1"]]
     """
     names = [field.name for field in PROBE_FIELDS]
     entries = list(frame["probes"]) if "probes" in frame else [[] for _ in range(len(frame))]

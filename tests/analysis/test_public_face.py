@@ -1,19 +1,24 @@
 """What a user of `aimscale.analysis` sees: names that complete, results that show themselves, figures in a notebook."""
 
+import doctest
 import inspect
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-import nbformat
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from nbclient import NotebookClient
 
 from aimscale import analysis
 from aimscale.analysis import display
 from aimscale.analysis.plots.style import new_figure
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_names_complete_and_are_what_they_say():
@@ -59,24 +64,26 @@ def test_ones_own_axes_stand_in_ones_own_figure(grid):
     assert np.size(axes[0].lines) == 0
 
 
-def test_a_notebook_shows_tables_and_figures(grid, tmp_path):
-    grid.to_csv(tmp_path / "results.csv", index=False)
-    cells = [
-        "from aimscale.analysis import fit, laws, read_table, noise, all_approaches\ncallable(noise)",
-        "result = fit(laws.CHINCHILLA, read_table('results.csv'), resamples=40)\nresult",
-        "result.plot()",
-        "all_approaches(read_table('results.csv'), resamples=40)",
-        "get_ipython().kernel.do_complete('result.su', 9)['matches']",
-        "from aimscale import analysis\nget_ipython().kernel.do_complete('analysis.held', 13)['matches']",
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=250, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
-    callable_, table, figure, frontier, method, name = (cell.outputs[-1].data for cell in notebook.cells)
-    assert callable_["text/plain"] == "True"
-    assert "<table" in table["text/html"]
-    assert "E + A N^-alpha" in table["text/plain"]
-    assert len(figure["image/png"]) > 5000
-    assert sum(len(cell.outputs) for cell in notebook.cells) == len(cells)  # one picture, not two
-    assert "<table" in frontier["text/html"]
-    assert "summary" in method["text/plain"]
-    assert "held_out" in name["text/plain"]
+def test_figures_are_drawn_once_in_a_notebook(grid):
+    result = analysis.fit("chinchilla", grid, resamples=0)
+    assert {"summary", "plot", "table", "headline"} <= set(dir(result))
+    result.plot()
+    assert pyplot.get_fignums() == []  # else a notebook draws it a second time
+
+
+def test_every_public_function_says_what_it_returns_and_has_an_example_that_runs(grid, tmp_path, monkeypatch):
+    for name, table in {"results": "figures/demo/results", "more": "figures/demo/results",
+                        "curves": "figures/demo/results", "repeats": "study/results/repeats"}.items():  # fmt: skip
+        shutil.copyfile(DOCS / f"{table}.parquet", tmp_path / f"{name}.parquet")
+    names = {"params_total": "params", "images_seen": "images", "val_loss": "loss"}
+    grid.rename(columns=names)[[*names.values()]].to_csv(tmp_path / "losses.csv")
+    monkeypatch.chdir(tmp_path)
+    public = {name: getattr(analysis, name) for name in dir(analysis)} | {"pd": pd}
+    for name in [name for name, value in public.items() if inspect.isfunction(value)]:
+        text = inspect.getdoc(public[name])
+        examples = doctest.DocTestParser().get_examples(text)
+        assert examples, name
+        assert "Returns:" in text, name
+        known = dict(public)
+        for each in examples:
+            exec(each.source, known)
