@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
+import yaml
 from PIL import Image
 
 from aimscale.harness.data import DataError
@@ -91,6 +93,13 @@ def test_ranges_are_disjoint_splits_of_the_whole(
         folders = [out / name for name in ("train", "validation", "test") if (out / name).exists()]
         parts = [open_dataset(folder) for folder in folders]
         assert [len(part) for part in parts] == sizes
+        says = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+        with pytest.raises(SystemExit) as end:
+            main(shlex.split(says["next"])[1:])
+        assert (end.value.code, capsys.readouterr().out.split()[0]) == (0, "train")
+        base = yaml.safe_load(says["in a sweep file"])["base"]
+        assert base["data"]["sources"] == [{"path": str(folders[0])}]
+        assert base.get("validation") == ({"path": str(folders[1])} if len(folders) == 3 else None)
         assert [part.read(i) for part in parts for i in range(len(part))] == read
     for option, bad, why in (
         *(("--images", bad, "0:60") for bad in ("50:61", "5:5", "50%:120%")),
