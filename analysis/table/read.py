@@ -341,7 +341,10 @@ def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def loss_unit(frame: pd.DataFrame) -> str:
-    """Unit of a table's losses: ours by their target; a foreign table, which has none, does not say."""
+    """Unit of a table's losses: ours by their target; a foreign table, or an objective that is not ours, has none."""
+    setups = " ".join(frame["setup"].dropna().astype(str)) if "setup" in frame else ""
+    if set(re.findall(r'"objective\.(\w+)"', setups)) - {"target", "prefix", "masked"}:
+        return ""
     targets = set(frame["target"].dropna()) if "target" in frame else set()
     return {"normalised": "normalised MSE", "raw": "MSE"}.get(targets.pop(), "") if len(targets) == 1 else ""
 

@@ -1,0 +1,103 @@
+"""The pages stay short, and keep to one word for one thing: how much there is to read, and what a verb asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+from generate import command_reference, config_reference
+
+from aimscale.sweeps.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+WRITTEN_BY_THE_BUILD = {"api.md", "commands.md", "configuration.md", "gallery.md"}
+PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in WRITTEN_BY_THE_BUILD]
+OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+MOST_WORDS = 18_000
+"""Of all pages in `docs`: an hour and a quarter."""
+MOST_LINES = {ROOT / "README.md": 130, ROOT / "CHANGELOG.md": 30}
+"""Of a page, where it is not 250."""
+MOST_WORDS_PER_SENTENCE, MOST_ON_AVERAGE = 40, 18
+MOST_OPTIONS, MOST_OPTIONS_OF_A_VERB = 140, 12
+NOT_OUR_WORDS = {
+    r"(?<!model )cards?": "GPU, cost, task or file",
+    r"trunk": "backbone, or stable phase",
+    r"(room|floor)s? of (the )?(packages?|harness|sweeps|analysis|imports)|import floors": "package, layer",
+    r"(is|are) not shown to": "no significant difference",
+    r"hangs on": "depends on",
+    r"would have been seen": "minimum detectable effect",
+}
+"""What is not said -> what is."""
+
+
+def is_word(text: str) -> bool:
+    return re.search(r"\w", text) is not None
+
+
+def text_of(page: str) -> str:
+    """What is read: blocks and comments are not, and of a link its words."""
+    page = re.sub(r"^( *)(`{3,}|:{3,}).*?^\1\2", "", page, flags=re.S | re.M)
+    page = re.sub(r"<!--.*?-->", "", page, flags=re.S)
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", page)
+
+
+def sentences(page: str) -> Iterator[list[str]]:
+    """The sentences of paragraphs and lists, as words; a code span is one, and headings and tables have none."""
+    lines = [" " if re.match(r"\s*(#|\||!|\$\$|    )", line) else line for line in text_of(page).splitlines()]
+    prose = re.sub(r"`[^`]*`", "code", "\n".join(lines))
+    for paragraph in re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) ", prose):
+        for sentence in re.split(r"(?<=[.!?:])\s+", " ".join(paragraph.split())):
+            if len(words := [word for word in sentence.split() if is_word(word)]) > 1:
+                yield words
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=lambda page: page.stem)
+def test_a_page_is_short_and_so_are_its_sentences(page: Path) -> None:
+    text = page.read_text()
+    assert len(text.splitlines()) <= MOST_LINES.get(page, 250)
+    found = list(sentences(text))
+    for words in found:
+        assert len(words) <= MOST_WORDS_PER_SENTENCE, " ".join(words)
+    assert sum(map(len, found)) <= MOST_ON_AVERAGE * max(1, len(found))
+
+
+def test_all_pages_can_be_read_in_an_hour_and_a_quarter() -> None:
+    counts = {page: sum(map(is_word, re.split(r"[\s|#]+", text_of(page.read_text())))) for page in PAGES}
+    assert sum(counts.values()) <= MOST_WORDS, sorted(counts.items(), key=lambda item: -item[1])[:5]
+
+
+def uses(text: str) -> list[str]:
+    """Words of the text that are not ours, each with ours."""
+    plain = re.sub(r"`[^`\n]*`", "", text_of(text))
+    found = [(said, ours) for said, ours in NOT_OUR_WORDS.items() if re.search(rf"\b({said})\b", plain, flags=re.I)]
+    return [f"{said}: say {ours}" for said, ours in found]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=lambda page: page.stem)
+def test_a_page_uses_the_words_of_the_glossary(page: Path) -> None:
+    assert uses(page.read_text()) == []
+
+
+def test_so_do_help_and_fields() -> None:
+    assert uses(command_reference.markdown()) == []
+    assert uses(config_reference.markdown()) == []
+
+
+def test_no_verb_asks_for_too_much() -> None:
+    group = typer.main.get_command(app)
+    context = group.make_context("aimscale", [], resilient_parsing=True)
+    verbs = {name: group.get_command(context, name) for name in group.list_commands(context)}  # type: ignore[attr-defined]
+    commands = [
+        (f"{name} {inner}", each)
+        for name, verb in verbs.items()
+        for inner, each in (getattr(verb, "commands", None) or {"": verb}).items()
+    ]
+    options = {
+        name: sum(param.param_type_name == "option" and "--help" not in param.opts for param in each.params)
+        for name, each in commands
+    }
+    assert max(options.values()) <= MOST_OPTIONS_OF_A_VERB, options
+    assert 100 < sum(options.values()) <= MOST_OPTIONS, options
