@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -34,6 +35,9 @@ def test_units_are_named_for_our_tables_only(grid):
     (ours,) = plot_points(grid.assign(target="normalised"), "params_total").axes
     assert ours.get_ylabel() == "validation loss\n(normalised MSE)"
     assert "pixel head" in ours.get_xlabel()
+    setup = json.dumps({"objective.penalty": "smooth_l1"})  # a field that a user added
+    (changed,) = plot_points(grid.assign(target="normalised", setup=setup), "params_total").axes
+    assert changed.get_ylabel() == "validation loss"
     (raw,) = plot_fit(fit("chinchilla", grid.assign(target="raw"), resamples=0), x="D").axes
     assert (raw.get_ylabel(), raw.get_xlabel()) == ("validation loss\n(MSE)", "D: training images seen")
     (theirs,) = plot_fit(fit("chinchilla", grid, resamples=0), x="D").axes
