@@ -23,7 +23,7 @@ def test_parameters_equal_the_released_models(size: str, trunk: int) -> None:
     assert param_count(model_config(size)).trunk == trunk
 
 
-@pytest.mark.parametrize(("size", "options"), CASES)
+@pytest.mark.parametrize(("size", "options"), CASES, ids=str)
 def test_parameters_equal_the_modules(size: str, options: dict) -> None:
     config, model = _on_meta(size, options)
     count = param_count(config)
@@ -34,7 +34,7 @@ def test_parameters_equal_the_modules(size: str, options: dict) -> None:
 
 
 # every size obeys one formula, and counting operators takes seconds for a large one
-@pytest.mark.parametrize(("size", "options"), [case for case in CASES if case[0] in (SMALL, "rung-32")])
+@pytest.mark.parametrize(("size", "options"), [case for case in CASES if case[0] in (SMALL, "rung-32")], ids=str)
 def test_flops_equal_pytorchs_counter(size: str, options: dict) -> None:
     config, model = _on_meta(size, options)
     # with a gradient for the images, the backward pass is exactly twice the forward pass
