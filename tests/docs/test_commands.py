@@ -26,11 +26,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pages import PAGES, ROOT
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = [page for page in PAGES if page.name not in ("api.md", "gallery.md")]  # of the site's build
 MARK = re.compile(r"<!-- (run|not run|file|given|shows|page)(?:: (.*?))? -->")
 FENCE = re.compile(r"(`{3,})([^\s`]*)(?: .*)?")
 TIMEOUT_S = 900

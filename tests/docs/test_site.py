@@ -12,10 +12,10 @@ import typer
 import typer.main
 import yaml
 from generate import api_reference, board, command_reference, config_reference, table_reference
+from pages import PAGES, ROOT
 
 from aimscale.sweeps.cli.main import HIDDEN, VERBS, app
 
-ROOT = Path(__file__).parents[2]
 GENERATED = {
     ROOT / "docs/commands.md": command_reference.markdown,
     ROOT / "docs/configuration.md": config_reference.markdown,
@@ -23,11 +23,7 @@ GENERATED = {
     ROOT / "docs/columns.md": table_reference.markdown,
     ROOT / "docs/board.md": board.markdown,
 }
-"""Pages that the site's build writes."""
-GALLERY = ROOT / "docs/gallery.md"
-"""Written by the site's build, too, which draws its figures."""
-WRITTEN = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path not in (*GENERATED, GALLERY)]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *WRITTEN]
+"""Pages that the site's build writes, but the gallery."""
 
 
 def without_blocks(text: str) -> str:
