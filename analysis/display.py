@@ -23,6 +23,8 @@ MAX_ROWS = 20
 """Rows that a shell and a notebook show of a longer table."""
 WIDE = 1000
 """Columns where there is no terminal, and lines are as long as they are."""
+MAX_WIDTH = 120
+"""Columns that a table takes at most, with and without a terminal."""
 
 
 class Result:
@@ -97,14 +99,24 @@ def as_sentences(facts: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Cells in columns under their heads, numbers to the right; a column without a word is left out."""
+    """Cells in columns under their heads, numbers to the right; a column without a word is left out. Columns that the
+    terminal is too narrow for follow in a second block, beside the first columns that tell the rows apart.
+    """
     columns = []
     for name in dict.fromkeys(name for row in rows for name in row):
         cells = [row.get(name, "") for row in rows]
         width = max(map(len, (name, *cells)))
         to_the_right = all(re.match(r"[-+–\d]|$", cell) for cell in cells)
         columns += [[f"{each:{'>' if to_the_right else '<'}{width}}" for each in (name, *cells)]] if any(cells) else []
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+    num_keys = next((n for n in range(1, len(columns)) if len({*zip(*columns[:n], strict=True)}) > len(rows)), 0)
+    keys = columns[:num_keys]
+    room = min(shutil.get_terminal_size((MAX_WIDTH, 0)).columns, MAX_WIDTH)
+    blocks = [[*keys]]
+    for column in columns[num_keys:]:
+        if len(blocks[-1]) > num_keys and sum(len(each[0]) + 2 for each in (*blocks[-1], column)) - 2 > room:
+            blocks.append([*keys])
+        blocks[-1].append(column)
+    return "\n\n".join("\n".join("  ".join(row).rstrip() for row in zip(*block, strict=True)) for block in blocks)
 
 
 def _cell(value: Any) -> str:

@@ -308,14 +308,14 @@ def contrast_cells(c: Contrast, by: str) -> dict[str, str]:
     return {
         "measure": m.title,
         by: c.level,
-        "mean": m.shown(c.level_mean),
-        "baseline": m.shown(c.baseline_mean),
         "difference": m.shown_difference(c.difference),
         "95 % interval": "" if unknown else f"[{m.shown_difference(c.low)}, {m.shown_difference(c.high)}]",
-        "ratio": "" if math.isnan(c.ratio) or unknown else f"{c.ratio:.4f} [{c.ratio_low:.4f}, {c.ratio_high:.4f}]",
         "over": f"{over}, {c.images.num_images:,} images" if c.over == "test images" and c.images else over,
         "verdict": "no interval" if unknown else c.verdict,
         "detectable": "" if unknown or c.is_significant else m.shown_size(c.detectable),
+        "mean": m.shown(c.level_mean),
+        "baseline": m.shown(c.baseline_mean),
+        "ratio": "" if math.isnan(c.ratio) or unknown else f"{c.ratio:.4f} [{c.ratio_low:.4f}, {c.ratio_high:.4f}]",
     }
 
 

@@ -181,6 +181,7 @@ def frontier(
 ) -> None:
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree; of a probe, how far its optimum lies from
     that of the loss."""
+    from aimscale.analysis.display import fact_lines
     from aimscale.analysis.frontier.approaches import all_approaches, gap_to_loss
     from aimscale.analysis.table.select import mixture_flags
 
@@ -200,7 +201,7 @@ def frontier(
         json,
         figure,
         words=found.summary(shown),
-        after=["", gap.sentence()] if gap else [],
+        after=["", fact_lines([("probe and loss", gap.sentence())])] if gap else [],
         also={"optima": found.at(shown), "flags": [*map(str, found.flags)], "against_loss": gap},
         following=then(
             [f"forecast --at {typed_scale({v: best[v] for v in ('N', 'D')})}", "report"], tables, columns, where

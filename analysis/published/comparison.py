@@ -118,7 +118,9 @@ def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
                 high, head = INTERVALS[name]
                 cells[head] = f"[{number(name, value)}, {number(high, row[high])}]"
             elif name not in hidden:
-                cells[str(name)] = value if isinstance(value, str) else number(str(name), value)
+                cells[str(name).replace("baseline_", "its ")] = (
+                    value if isinstance(value, str) else number(str(name), value)
+                )
         rows.append(cells)
     return rows
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.analysis.display import fact_lines
+from aimscale.analysis.display import fact_lines, text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.sweeps.cli.main import verb
 
@@ -119,6 +119,19 @@ def test_a_narrow_terminal_breaks_no_key_from_its_value(monkeypatch):
     words = fact_lines([("with care", "six words that go on below " * 4), ("rows", "20 of 20")]).splitlines()
     assert [line[:9].strip() for line in words] == ["with care", "", "", "rows"]
     assert max(map(len, words)) <= 60
+
+
+@pytest.mark.parametrize("width", [40, None])
+def test_a_table_too_wide_goes_on_in_a_block_below_beside_what_tells_its_rows_apart(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width or 0))
+    rows = [{"task": "digits", "kind": kind, **{f"share of {i}": f"0.{i:02}" for i in range(20)}} for kind in "ab"]
+    blocks = [block.splitlines() for block in text_table(rows).split("\n\n")]
+    assert max(len(line) for block in blocks for line in block) <= (width or 120)
+    assert len(blocks) == (10 if width else 3)
+    assert all(
+        [line.split()[:2] for line in block] == [["task", "kind"], ["digits", "a"], ["digits", "b"]] for block in blocks
+    )
+    assert [word for block in blocks for word in block[2].split()[2:]] == [f"0.{i:02}" for i in range(20)]
 
 
 @pytest.mark.parametrize(
