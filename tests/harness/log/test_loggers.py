@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from trainers import stop_after, train_in
 
-import aimscale.harness.log.record
 from aimscale.analysis import read_table
 from aimscale.analysis.table.schema import results_table
 from aimscale.harness.log.loggers import logging_to
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.row import configured_columns, setup_of
-from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
@@ -73,20 +71,6 @@ def history(run: RunDir) -> list[dict[str, Any]]:
     ]
 
 
-def train_and_die(rank: int, path: Path, num_images: int, of: int = signal.SIGKILL) -> None:
-    """Train and die of a signal once `num_images` are done (0: never)."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    real = aimscale.harness.log.record.Recorder.step
-
-    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
-        real(self, *args, **kwargs)
-        if self.metrics.images_done == num_images:
-            os.kill(os.getpid(), of)
-
-    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
-    sys.exit(train(path))
-
-
 @pytest.fixture
 def probed(tiny_data: Path, tiny_config: Config) -> Callable[[str], RunConfig]:
     """Two budgets and a task, told to a logger with every step."""
@@ -123,8 +107,8 @@ def test_tensorboard_holds_every_line_of_a_killed_run_once_and_its_budgets_on_th
     tmp_path: Path, probed: Callable[[str], RunConfig], in_processes: Run
 ) -> None:
     run = RunDir.create(tmp_path / "run", probed("tensorboard"))
-    assert in_processes(train_and_die, run.path, 72) == [-signal.SIGKILL]
-    assert in_processes(train_and_die, run.path, 0) == [0]
+    assert in_processes(stop_after, run.path, 72, signal.SIGKILL) == [-signal.SIGKILL]
+    assert in_processes(train_in, run.path) == [0]
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert len(lines) > len({(line["branch"], line["images_seen"]) for line in lines}), "some was trained twice"
     found, expected = points(run), told(run)
@@ -144,8 +128,8 @@ def test_wandb_holds_a_run_as_one_run_across_starts_with_what_reads_it_back(
 ) -> None:
     config = probed("wandb")
     run = RunDir.create(tmp_path / "my-sweep" / "runs" / "run", config)
-    assert in_processes(train_and_die, run.path, 72, signal.SIGTERM) == [EXIT_PREEMPTED]
-    assert in_processes(train_and_die, run.path, 0) == [0]
+    assert in_processes(stop_after, run.path, 72) == [EXIT_PREEMPTED]
+    assert in_processes(train_in, run.path) == [0]
     lines, expected = history(run), told(run)
     found = {name: [(line["images_seen"], round(line[name], 5)) for line in lines if name in line] for name in expected}
     assert found == expected

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trainers import until
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.log.record import append_line
@@ -42,13 +43,6 @@ def in_fork(action: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
     process = multiprocessing.get_context("fork").Process(target=action)
     process.start()
     return process
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_lock_excludes_others_until_its_holder_is_dead_whatever_it_forked(tmp_path: Path) -> None:

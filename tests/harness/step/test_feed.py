@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from trainers import after_steps, stop_after, train_in
 
-import aimscale.harness.log.record
 import aimscale.harness.step.feed
 import aimscale.harness.step.saving
-from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
 from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.data.stream.positions import TrainStream
@@ -26,7 +25,6 @@ from aimscale.harness.device.distributed import find_placement, start_group, sto
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
 from aimscale.harness.step.feed import Feed, Wishes
-from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Spoil = Callable[..., Path]
@@ -37,26 +35,6 @@ Config = Callable[..., RunConfig]
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take shares over few images; forks inherit it."""
     monkeypatch.setattr(aimscale.harness.step.feed, "MIN_IMAGES", 40)
-
-
-def train_in(rank: int, path: Path) -> None:
-    """A launcher's process."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    try:
-        sys.exit(train(path))
-    except UserError as error:
-        sys.exit(error.exit_code)
-
-
-def after_steps(act: Callable[[int], None]) -> None:
-    """Call `act(images done)` after every step that this process records."""
-    real = aimscale.harness.log.record.Recorder.step
-
-    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
-        real(self, *args, **kwargs)
-        act(self.metrics.images_done)
-
-    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
 
 
 def take_steps(rank: int, has_workers: bool) -> None:
@@ -158,17 +136,6 @@ def test_a_crash_of_one_rank_is_told_and_keeps_the_checkpoint_under_way(
     assert [path.name for path in run.checkpoints.iterdir()] == ["24"]
 
 
-def stop_at(rank: int, path: Path, num_images: int) -> None:
-    """Train and be asked to stop once `num_images` are done."""
-
-    def act(images_done: int) -> None:
-        if images_done == num_images and rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    after_steps(act)
-    train_in(rank, path)
-
-
 def test_undecodable_samples_are_counted_once_over_ranks_branches_and_restarts(
     tmp_path: Path, spoil: Spoil, tiny_data: Path, tiny_config: Config, in_processes: Run
 ) -> None:
@@ -179,7 +146,7 @@ def test_undecodable_samples_are_counted_once_over_ranks_branches_and_restarts(
     assert expected[128] >= 2 * 6, "two epochs"
     run = RunDir.create(tmp_path / "run", config)
     for num_images in (24, 72):
-        assert in_processes(stop_at, run.path, num_images, world_size=2) == [EXIT_PREEMPTED] * 2
+        assert in_processes(stop_after, run.path, num_images, world_size=2) == [EXIT_PREEMPTED] * 2
         run.metrics.write_bytes(bytes(64))  # as a machine that crashed leaves it: nobody relies on it
     assert in_processes(train_in, run.path) == [0]
     assert {row["images_seen"]: row["num_bad_samples"] for row in run.read_rows()} == expected
@@ -195,7 +162,8 @@ def test_too_many_undecodable_samples_stop_a_run_wherever_it_was_restarted(
     for name, stops, world_size in (("whole", (), 1), ("broken", (8,), 2)):
         run = RunDir.create(tmp_path / name, config)
         for num_images in stops:
-            assert in_processes(stop_at, run.path, num_images, world_size=world_size) == [EXIT_PREEMPTED] * world_size
+            stopped = in_processes(stop_after, run.path, num_images, world_size=world_size)
+            assert stopped == [EXIT_PREEMPTED] * world_size
         assert in_processes(train_in, run.path, world_size=world_size) == [2] * world_size
         assert run.read_status().reason_class == "data"
         reasons.append(str(run.read_status().reason))

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trainers import rows, train_in
 
 from aimscale.harness.probe.owed import lacking
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
@@ -27,10 +27,6 @@ def asked(tiny_data: Path, tiny_config: Config) -> RunConfig:
     kinds = {"sides": ["attentive", "knn"], "again": ["knn"]}
     probes = [{**task, "task": name, "kinds": some} for name, some in kinds.items()]
     return tiny_config(budgets=[64], probes=probes)
-
-
-def train_in(rank: int, path: Path) -> None:
-    train(path)
 
 
 def train_and_die_after_a_result(rank: int, path: Path) -> None:
@@ -46,7 +42,7 @@ def train_and_die_after_a_result(rank: int, path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = replace
-    train(path)
+    train_in(rank, path)
 
 
 def result_files(run: RunDir) -> dict[str, Any]:
@@ -56,8 +52,7 @@ def result_files(run: RunDir) -> dict[str, Any]:
         for folder in ("budgets", "validation")
         for path in (run.path / folder).rglob("*.*")
     }
-    timing = {"wall_s", "device_hours", "images_per_s", "mfu", "finished_at", "git_commit"}
-    return found | {"rows": [{k: v for k, v in row.items() if k not in timing} for row in run.read_rows()]}
+    return found | {"rows": rows(run)}
 
 
 def test_kills_after_every_result_lose_none_and_double_none(

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from trainers import before_call, rows, stop_after, train_in, weights
 
 import aimscale.harness.log.record
 import aimscale.harness.step.engine
 import aimscale.harness.step.saving
-from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir, RunDirError
 from aimscale.harness.train.attempt import train
@@ -32,15 +31,6 @@ from aimscale.harness.train.attempt import train
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
 Whole = Callable[..., RunDir]
-
-
-def train_in(rank: int, path: Path) -> None:
-    """A launcher's process."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    try:
-        sys.exit(train(path))
-    except UserError as error:
-        sys.exit(error.exit_code)
 
 
 LEARNT = ("loss", "loss_max", "grad_norm", "lr", "num_skipped_steps", "loss_spikes")
@@ -56,23 +46,18 @@ def lines(run: RunDir) -> dict[Any, dict[str, Any]]:
     return found
 
 
-def weights(run: RunDir, budget: int) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(run.model_file(budget)).items()}
-
-
 def results(path: Path) -> dict[str, Any]:
     """What must be equal between runs: metric lines, rows without times, weights, losses and pictures."""
     run = RunDir(path)
-    timing = {"wall_s", "device_hours", "images_per_s", "mfu", "finished_at", "run_id", "config_hash", "git_commit"}
-    rows = [{k: v for k, v in row.items() if k not in timing} for row in run.read_rows()]
+    budgets = [row["images_seen"] for row in rows(run)]
     arrays = {}
-    for row in rows:
-        with np.load(run.validation_file(row["images_seen"])) as stored:
-            arrays[row["images_seen"]] = {name: stored[name].tobytes() for name in stored}
+    for budget in budgets:
+        with np.load(run.validation_file(budget)) as stored:
+            arrays[budget] = {name: stored[name].tobytes() for name in stored}
     return {
         "lines": lines(run),
-        "rows": rows,
-        "weights": {row["images_seen"]: weights(run, row["images_seen"]) for row in rows},
+        "rows": rows(run),
+        "weights": {budget: weights(run, budget) for budget in budgets},
         "validation": arrays,
     }
 
@@ -180,20 +165,6 @@ def test_killed_anywhere_a_run_ends_like_an_uninterrupted_one(
         assert start_until_finished(f"stride-{stride}", train_until_change, itertools.count(stride))
 
 
-def stop_after(rank: int, path: Path, num_images: int, signum: int) -> None:
-    """Train and send this process a signal once `num_images` are done."""
-    real = aimscale.harness.log.record.Recorder.step
-
-    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
-        real(self, *args, **kwargs)
-        # One rank of a group gets it: all must agree to stop.
-        if self.metrics.images_done == num_images and rank == int(os.environ["WORLD_SIZE"]) - 1:
-            os.kill(os.getpid(), signum)
-
-    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
-    train_in(rank, path)
-
-
 def test_a_signal_saves_and_the_next_start_goes_on(
     tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
 ) -> None:
@@ -282,14 +253,8 @@ def train_and_lose_a_rank(rank: int, path: Path, victim: int, number: int, place
         "part": (aimscale.harness.step.saving, "_write_part"),
         "publication": (aimscale.harness.step.saving, "publish_parts"),
     }[place]
-    real, calls = getattr(owner, name), iter(range(1, number))
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        if rank == victim and next(calls, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-
-    setattr(owner, name, watched)
+    if rank == victim:
+        before_call(owner, name, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
     train_in(rank, path)
 
 
@@ -420,16 +385,6 @@ def test_memory_that_runs_out_in_the_first_step_halves_the_micro_batch_once(
         assert [each["micro_batch"] for each in short.read_starts()] == [whole, whole // 2]
         assert (short.read_status().state, short.read_status().reason_class) == ("failed", "oom")
         assert "runtime.micro_batch" in str(short.read_status().reason)
-
-
-def test_one_run_never_runs_twice_at_once(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
-    run = RunDir.create(tmp_path / "run", tiny_config(budgets=[64]))
-    with run.hold():
-        assert in_processes(train_in, run.path) == [2]
-        assert run.read_status().state == "created"
-    assert in_processes(train_in, run.path) == [0]
-    assert in_processes(train_in, run.path) == [0], "a finished run has nothing left to do"
-    assert run.read_status().attempt == 1
 
 
 def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(

@@ -5,46 +5,30 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from trainers import before_call, train_in
 
 import aimscale.harness.train.points
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
-from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.card import data_set
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
 
 
-def train_in(rank: int, path: Path, signum: int = 0, at: tuple[str, int] = ("", 0)) -> None:
-    """A launcher's process; it sends itself a signal at a call of what is measured, by name and number of the call."""
-    name, number = at
-    if name:
-        owner = aimscale.harness.train.points
-        real, calls = getattr(owner, name), iter(range(1, number))
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if next(calls, None) is None:
-                os.kill(os.getpid(), signum)
-            return real(*args, **kwargs)
-
-        setattr(owner, name, watched)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    try:
-        sys.exit(train(path))
-    except UserError as error:
-        sys.exit(error.exit_code)
+def signalled(rank: int, path: Path, signum: int, name: str, number: int) -> None:
+    """Train, and get a signal at a call of what is measured, by its name and number."""
+    before_call(aimscale.harness.train.points, name, number, lambda: os.kill(os.getpid(), signum))
+    train_in(rank, path)
 
 
 @pytest.fixture
@@ -93,7 +77,7 @@ def test_points_change_no_bit_and_a_stopped_or_killed_run_has_them_once(
         (signal.SIGTERM, ("probe_backbone", 1), EXIT_PREEMPTED),  # at 32 again, after its validation
         (signal.SIGKILL, ("validate", 3), -signal.SIGKILL),  # at 64, which is measured after 48, from where it goes on
     ):
-        assert in_processes(train_in, broken, signum, at) == [end]
+        assert in_processes(signalled, broken, signum, *at) == [end]
     assert in_processes(train_in, broken) == [0]
     assert curve(run) == lines
     assert not (run.path / "probes" / "during").exists()

@@ -1,0 +1,82 @@
+"""Trainers as a launcher starts them, which a test may signal at a place, and what must be equal between their runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+import aimscale.harness.log.record
+from aimscale.aim.errors import UserError
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.train.attempt import train
+
+OF_ONE_RUN = {*("wall_s", "device_hours", "images_per_s", "mfu", "finished_at", "git_commit", "run_id", "config_hash")}
+"""Fields of a row that no two runs share."""
+
+
+def train_in(rank: int, path: Path) -> None:
+    """A launcher's process, which ends as a trainer does."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        sys.exit(train(path))
+    except UserError as error:
+        sys.exit(error.exit_code)
+
+
+def before_call(owner: Any, name: str, number: int, act: Callable[[], None]) -> None:
+    """Do something before the `number`-th call of a function of a module or class, and before all later ones."""
+    real, earlier = getattr(owner, name), iter(range(1, number))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(earlier, None) is None:
+            act()
+        return real(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def after_steps(act: Callable[[int], None]) -> None:
+    """Call `act(images done)` after every step that this process records."""
+    real = aimscale.harness.log.record.Recorder.step
+
+    def step(self: aimscale.harness.log.record.Recorder, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        act(self.metrics.images_done)
+
+    aimscale.harness.log.record.Recorder.step = step  # type: ignore[method-assign]
+
+
+def stop_after(rank: int, path: Path, num_images: int, signum: int = signal.SIGTERM) -> None:
+    """Train, and send the last rank a signal once `num_images` are done: all must agree to stop."""
+
+    def act(images_done: int) -> None:
+        if images_done == num_images and rank == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signum)
+
+    after_steps(act)
+    train_in(rank, path)
+
+
+def rows(run: RunDir) -> list[dict[str, Any]]:
+    """Rows without `OF_ONE_RUN`."""
+    return [{name: value for name, value in row.items() if name not in OF_ONE_RUN} for row in run.read_rows()]
+
+
+def weights(run: RunDir, budget: int) -> dict[str, bytes]:
+    """The bytes of a budget's tensors."""
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(run.model_file(budget)).items()}
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait for what must come; a busy machine needs minutes for what takes seconds."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
