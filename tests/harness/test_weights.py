@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import answer, refused, say
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +27,6 @@ from aimscale.harness.probe.run import load_budget
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import model_of
-from aimscale.sweeps.cli.main import main
 
 CONFIG = model_config("w48-d2", image_size=28)
 
@@ -41,19 +40,10 @@ def released(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     return path, state
 
 
-def weights(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(["weights", *arguments])
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
-
-
-def test_import_gives_a_finished_run_with_a_row_and_export_gives_the_values_back(
-    released: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_import_gives_a_finished_run_with_a_row_and_export_gives_the_values_back(released: Any, tmp_path: Path) -> None:
     path, state = released
     options = ["--image-size", "28", "--images-seen", "8192", "--num-heads", "2"]
-    assert weights(capsys, "import", str(path), str(tmp_path / "run"), *options)[0] == 0
+    say("weights", "import", path, tmp_path / "run", *options)
     run = RunDir(tmp_path / "run")
     config = run.load_config()
     assert config.training.model.patch_size == 14
@@ -62,7 +52,7 @@ def test_import_gives_a_finished_run_with_a_row_and_export_gives_the_values_back
     table = results_table([row | {"sweep": "s", "status": "complete"}]).to_pylist()
     assert (table[0]["run_id"], table[0]["val_loss"], table[0]["images_seen"]) == (config.run_id, None, 8192)
     assert run.read_starts()[0]["imported"]["bytes"] == path.stat().st_size
-    assert weights(capsys, "export", str(run.path), str(tmp_path / "out"))[0] == 0
+    say("weights", "export", run.path, tmp_path / "out")
     for held in (
         load_file(run.model_file(8192)),
         load_file(tmp_path / "out" / "model.safetensors"),
@@ -70,14 +60,12 @@ def test_import_gives_a_finished_run_with_a_row_and_export_gives_the_values_back
     ):
         assert held.keys() == state.keys()
         assert all(torch.equal(held[name], state[name]) for name in state)
-    facts = json.loads(weights(capsys, "info", str(path), "--json")[1])
+    facts = answer("weights", "info", path)
     assert (facts["size"], facts["width"], facts["depth"], facts["is_complete_backbone"]) == ("w48-d2", 48, 2, True)
     assert sum(facts["params"].values()) == sum(tensor.numel() for tensor in state.values())
 
 
-def test_wrong_files_are_refused_and_leave_nothing(
-    released: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_files_are_refused_and_leave_nothing(released: Any, tmp_path: Path) -> None:
     path, state = released
     save_file({k: v for k, v in state.items() if "blocks.1.mlp.fc2" not in k}, tmp_path / "short.safetensors")
     torch.save({"w": Path("x")}, tmp_path / "pickle.pth")
@@ -86,40 +74,38 @@ def test_wrong_files_are_refused_and_leave_nothing(
     before = sorted(tmp_path.iterdir())
     few = "--images-seen 8 --num-heads 2"
     for arguments, message in (
-        (["import", str(tmp_path / "short.safetensors"), str(tmp_path / "r"), *few.split()], "fc2"),
+        (["import", tmp_path / "short.safetensors", tmp_path / "r", *few.split()], "fc2"),
         (
-            ["import", str(path), str(tmp_path / "r"), "--size", "rung-64", "--images-seen", "8", "--num-heads", "3"],
+            ["import", path, tmp_path / "r", "--size", "rung-64", "--images-seen", "8", "--num-heads", "3"],
             "holds w48-d2, not rung-64",
         ),
-        (["import", str(path), str(tmp_path / "r"), "--num-heads", "3"], "--images-seen"),
-        (["import", str(path), str(tmp_path / "r"), "--images-seen", "8"], "add --num-heads"),
-        (["import", str(tmp_path / "pickle.pth"), str(tmp_path / "r")], "not a plain PyTorch state dict"),
-        (["import", str(tmp_path / "none.pth"), str(tmp_path / "r")], "no weight file"),
-        (["export", str(tmp_path), str(tmp_path / "o")], "no run directory"),
-        (["import", str(tmp_path / "other.pth"), str(tmp_path / "r"), *few.split()], "other.pth"),
-        (["import", str(tmp_path / "nan.pth"), str(tmp_path / "r"), *few.split()], "blocks.1.mlp.fc2"),
-        (["info", str(tmp_path / "none.pth")], "no weight file"),
+        (["import", path, tmp_path / "r", "--num-heads", "3"], "--images-seen"),
+        (["import", path, tmp_path / "r", "--images-seen", "8"], "add --num-heads"),
+        (["import", tmp_path / "pickle.pth", tmp_path / "r"], "not a plain PyTorch state dict"),
+        (["import", tmp_path / "none.pth", tmp_path / "r"], "no weight file"),
+        (["export", tmp_path, tmp_path / "o"], "no run directory"),
+        (["import", tmp_path / "other.pth", tmp_path / "r", *few.split()], "other.pth"),
+        (["import", tmp_path / "nan.pth", tmp_path / "r", *few.split()], "blocks.1.mlp.fc2"),
+        (["info", tmp_path / "none.pth"], "no weight file"),
     ):
-        code, _, err = weights(capsys, *arguments)
-        assert (code, err.count("\n")) == (2, 1), arguments
-        assert message in err
+        assert message in refused("weights", *arguments)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_attention_heads_are_told_by_a_published_size_by_our_own_export_or_by_the_user_alone(
-    released: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    released: Any, tmp_path: Path
 ) -> None:
     path, _ = released
     options = ["--image-size", "28", "--images-seen", "8192"]
-    weights(capsys, "import", str(path), str(tmp_path / "run"), *options, "--num-heads", "6")
+    say("weights", "import", path, tmp_path / "run", *options, "--num-heads", "6")
     config = RunDir(tmp_path / "run").load_config()
     assert config.training.model.size == "w48-d2-h6"
     assert model_of(config.training).num_heads == 6
-    weights(capsys, "export", str(tmp_path / "run"), str(tmp_path / "out"))
-    again = str(tmp_path / "out" / "model.safetensors")
-    assert weights(capsys, "import", again, str(tmp_path / "again"), *options)[0] == 0
+    say("weights", "export", tmp_path / "run", tmp_path / "out")
+    again = tmp_path / "out" / "model.safetensors"
+    say("weights", "import", again, tmp_path / "again", *options)
     assert RunDir(tmp_path / "again").load_config().training.model.size == "w48-d2-h6"
-    facts = json.loads(weights(capsys, "info", again, "--json")[1])
+    facts = answer("weights", "info", again)
     assert (facts["size"], facts["num_heads"]) == ("w48-d2-h6", 6)
     assert known_heads(path, 1536, 24) == 12
     assert known_heads(path, 768, 16) is None  # rung-768's shape, and perhaps another's heads
@@ -146,17 +132,14 @@ def trainer_state(config: ModelConfig) -> tuple[dict[str, Tensor], AIM]:
     return state, model
 
 
-def test_a_checkpoint_of_the_authors_trainer_comes_with_its_pixel_head(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_of_the_authors_trainer_comes_with_its_pixel_head(tmp_path: Path) -> None:
     config = model_config(
         "w48-d2", image_size=28, head_rule="released", head_width=32, head_depth=3, ln_residual=True, norm_eps=1e-5
     )
     state, model = trainer_state(config)
     torch.save({"model": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}}, tmp_path / "l3m.pth")
-    arguments = [str(tmp_path / "l3m.pth"), str(tmp_path / "run"), "--image-size", "28", "--images-seen", "8192"]
-    code, _, err = weights(capsys, "import", *arguments, "--num-heads", str(config.num_heads))
-    assert (code, err) == (0, "")
+    arguments = [tmp_path / "l3m.pth", tmp_path / "run", "--image-size", "28", "--images-seen", "8192"]
+    say("weights", "import", *arguments, "--num-heads", config.num_heads)
     run = RunDir(tmp_path / "run")
     section = run.load_config().training.model
     assert (section.head_width, section.head_depth, section.ln_residual, section.norm_eps) == (32, 3, True, 1e-5)
@@ -168,16 +151,11 @@ def test_a_checkpoint_of_the_authors_trainer_comes_with_its_pixel_head(
     torch.testing.assert_close(loaded(images, prefixes)[0], model(images, prefixes)[0])  # the pixel head's losses
     del state["head.decoder_blocks.1.mlp.fc1.weight"]
     torch.save(state, tmp_path / "l3m.pth")
-    code, _, err = weights(
-        capsys, "import", str(tmp_path / "l3m.pth"), str(tmp_path / "r"), *arguments[2:], "--num-heads", "1"
-    )
-    assert (code, err.count("\n")) == (2, 1)
-    assert "pixel_head.blocks.1.mlp.fc1.weight" in err
+    said = refused("weights", "import", tmp_path / "l3m.pth", tmp_path / "r", *arguments[2:], "--num-heads", 1)
+    assert "pixel_head.blocks.1.mlp.fc1.weight" in said
 
 
-def test_a_released_head_is_kept_and_scored_on_its_task(
-    released: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_released_head_is_kept_and_scored_on_its_task(released: Any, tmp_path: Path) -> None:
     path, _ = released
     pictures = tmp_path / "pictures"
     for number, name in enumerate(("bird", "cat", "dog")):
@@ -191,7 +169,7 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
     head["head.bn.num_batches_tracked"] = torch.tensor(3)
     save_file(head, tmp_path / "head.safetensors")
     options = ["--image-size", "28", "--images-seen", "8192", "--num-heads", str(CONFIG.num_heads)]
-    weights(capsys, "import", str(path), str(tmp_path / "run"), *options, "--head", str(tmp_path / "head.safetensors"))
+    say("weights", "import", path, tmp_path / "run", *options, "--head", tmp_path / "head.safetensors")
     run = RunDir(tmp_path / "run")
 
     def tasks_of(name: str, folder: Path) -> list[str]:
@@ -200,10 +178,7 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
         return ["--tasks", str(tasks)]
 
     task = tasks_of("animals", tmp_path / "test")
-    with pytest.raises(SystemExit) as ended:
-        main(["probe", str(run.path), "--kind", "released", *task, "--device", "cpu", "--json"])
-    assert ended.value.code == 0
-    (entry,) = json.loads(capsys.readouterr().out)
+    (entry,) = answer("probe", run.path, "--kind", "released", *task, "--device", "cpu")
     assert (entry["kind"], entry["blocks"], entry["n"]) == ("released", [0, 1], 21)
     assert run.read_rows()[0]["probes"] == [{k: v for k, v in entry.items() if k != "images_seen"}]
     # the same by the written-out modules
@@ -218,22 +193,14 @@ def test_a_released_head_is_kept_and_scored_on_its_task(
         right = (probe.eval()(tokens).argmax(1) == test.labels).float().mean()
     assert entry["top1"] == pytest.approx(float(right))
 
-    def refused(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            main(list(arguments))
-        assert ended.value.code == 2
-        return capsys.readouterr().err
-
     shutil.rmtree(pictures / "dog")
     pack_images(list_folder(pictures), tmp_path / "two")
-    error = refused("probe", str(run.path), "--kind", "released", *tasks_of("pairs", tmp_path / "two"))
+    error = refused("probe", run.path, "--kind", "released", *tasks_of("pairs", tmp_path / "two"))
     assert "has 2 classes and the released head 3" in error
-    weights(capsys, "import", str(path), str(tmp_path / "bare"), *options)
-    assert "has no released head" in refused("probe", str(tmp_path / "bare"), "--kind", "released", *task)
+    say("weights", "import", path, tmp_path / "bare", *options)
+    assert "has no released head" in refused("probe", tmp_path / "bare", "--kind", "released", *task)
     wide = {f"head.{name}": tensor for name, tensor in AttentiveProbe(64, 4, 3).state_dict().items()}
     save_file(wide, tmp_path / "wide.safetensors")
-    _, _, error = weights(
-        capsys, "import", str(path), str(tmp_path / "r"), *options, "--head", str(tmp_path / "wide.safetensors")
-    )
+    error = refused("weights", "import", path, tmp_path / "r", *options, "--head", tmp_path / "wide.safetensors")
     assert "head.bn.running_mean has the shape (64,)" in error
     assert not (tmp_path / "r").exists()

@@ -8,10 +8,9 @@ import textwrap
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from commands import say
 
 from aimscale.aim.errors import UserError
-from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.submit import elements
 from aimscale.sweeps.state.record import RunRecord
@@ -49,8 +48,7 @@ def test_one_element_at_a_time_over_arrays_of_two_shapes(fault: Any) -> None:
     earlier = case.runs[0].config
     earlier = earlier.model_copy(update={"training": earlier.training.model_copy(update={"seed": 7})})
     RunRecord.create(case.sweep.run_dir(earlier.run_id), earlier)
-    words = [str(case.sweep.source), "--root", str(case.sweep.root), "--on", "slurm", "--allow-dirty"]
-    told = CliRunner().invoke(verb("launch"), words).output
+    told = say("launch", case.sweep.source, "--root", case.sweep.root, "--on", "slurm", "--allow-dirty")
     assert told.count("submitted 1 jobs of") == 2, told
     assert f"not in this plan and left as they are: 1 run directories, such as {earlier.run_id}" in told
 
@@ -70,8 +68,7 @@ def test_a_node_on_which_a_run_failed_is_left_out_and_named(fault: Any) -> None:
     record.write_status(state="failed", reason="node node1 failed", reason_class="node")
     ended = {"exit_code": None, "saved": record.saved_progress(), "reason_class": "node"}
     record.append_attempt(attempt=1, ended=1.0, device_hours=0.0, reason="", failed_nodes=["node1"], **ended)
-    where = ["--root", str(case.sweep.root), "--on", "slurm", "--allow-dirty"]
-    told = CliRunner().invoke(verb("launch"), [str(case.sweep.source), *where]).output
+    told = say("launch", case.sweep.source, "--root", case.sweep.root, "--on", "slurm", "--allow-dirty")
     assert "without node1, where some of these runs failed" in told
     case.wait_state("finished")
     case.wait_empty_queue()

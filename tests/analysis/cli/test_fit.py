@@ -6,19 +6,10 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from commands import answer, say
 
 from aimscale.analysis.display import fact_lines, text_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.sweeps.cli.main import verb
-
-RUNNER = CliRunner()
-
-
-def run(app, *args: object) -> str:
-    result = RUNNER.invoke(app, [str(a) for a in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.fixture
@@ -34,19 +25,19 @@ def table(grid, tmp_path):
 
 
 def test_fit_chooses_its_law_by_what_it_predicts(table):
-    out = json.loads(run(verb("fit"), table, "--law", "auto", "--resamples", 0, "--json"))
+    out = answer("fit", table, "--law", "auto", "--resamples", 0)
     assert out["law"] == out["laws"][0]["curve"] == "chinchilla"
     assert {law["curve"] for law in out["laws"]} == {"overtrained", "chinchilla", "kaplan", "coupled"}
-    one = json.loads(run(verb("fit"), table, "--law", "auto:C", "--where", "envelope", "--resamples", 0, "--json"))
+    one = answer("fit", table, "--law", "auto:C", "--where", "envelope", "--resamples", 0)
     assert list(one["columns"]) == ["C", "y"]
     with pytest.raises(AnalysisError, match="--fix"):
-        run(verb("fit"), table, "--law", "auto", "--fix", "E=0")
+        say("fit", table, "--law", "auto", "--fix", "E=0")
 
 
 def test_a_law_of_compute_is_taken_from_a_table_that_counts_none(table):
     """Over-trained's variables are C and D / N; C is 6 N D where no column says it."""
     pd.read_csv(table).drop(columns=["flops_train", "flops_6nd"], errors="ignore").to_csv(table, index=False)
-    out = json.loads(run(verb("fit"), table, "--law", "overtrained,kaplan", "--resamples", 0, "--json"))
+    out = answer("fit", table, "--law", "overtrained,kaplan", "--resamples", 0)
     assert out["law"] == "overtrained"
     assert out["columns"]["C"] == "C"
 
@@ -55,48 +46,41 @@ def test_a_law_is_chosen_and_tested_in_seconds(epoch, tmp_path):
     """Epoch's 240 points; 3 s of CPU, where laws were once fitted for 172 s."""
     epoch.to_csv(tmp_path / "epoch.csv", index=False)
     began = time.process_time()
-    out = json.loads(
-        run(verb("fit"), tmp_path / "epoch.csv", "--columns", "L=loss", "--law", "auto", "--hold-out", "C:19", "--json")
-    )
+    out = answer("fit", tmp_path / "epoch.csv", "--columns", "L=loss", "--law", "auto", "--hold-out", "C:19")
     assert time.process_time() - began < 10
     assert out["num_points"] == 240
     assert out["heldout"][0]["mean_abs_relative_error"] < 0.02
 
 
 def test_fit_json_with_foreign_columns_and_another_n(table):
-    out = json.loads(
-        run(verb("fit"), table, "--columns", "N=params_trunk", "--fix", "E=0.2", "--resamples", 50, "--json")
-    )
+    out = answer("fit", table, "--columns", "N=params_trunk", "--fix", "E=0.2", "--resamples", 50)
     assert out["ranges"]["N"][1] == pytest.approx(0.6e7)
     assert out["fixed"] == {"E": 0.2}
     assert out["params"]["alpha"] == pytest.approx(0.4, abs=0.05)
 
 
 def test_a_probes_error_takes_the_place_of_the_loss(table):
-    fitted = json.loads(run(verb("fit"), table, "--y", "digits:linear", "--resamples", 0, "--json"))
+    fitted = answer("fit", table, "--y", "digits:linear", "--resamples", 0)
     assert fitted["params"]["E"] == pytest.approx(0.3, abs=0.02)  # 1 - (0.9 - loss), so 0.1 above the loss's floor
-    out = json.loads(run(verb("frontier"), table, "--y", "digits:linear", "--law", "coupled,chinchilla", "--json"))
+    out = answer("frontier", table, "--y", "digits:linear", "--law", "coupled,chinchilla")
     assert out["measure"] == "linear-probe error on digits"
     gap = out["against_loss"]
     assert gap["ratio_interval"]["low"] < 1 < gap["ratio_interval"]["high"]
     assert gap["ratio"] == pytest.approx(1, abs=0.1)  # the error is the loss and a constant
-    assert json.loads(run(verb("frontier"), table, "--json"))["against_loss"] is None
+    assert answer("frontier", table)["against_loss"] is None
 
 
 def test_laws_of_compute_are_fitted_to_the_envelope(table):
-    out = json.loads(
-        run(verb("fit"), table, "--law", "power_offset:C", "--where", "envelope", "--resamples", 0, "--json")
-    )
+    out = answer("fit", table, "--law", "power_offset:C", "--where", "envelope", "--resamples", 0)
     assert 5 < out["num_points"] < 30
-    law = json.loads(run(verb("fit"), table, "--law", "power_offset:N", "--resamples", 0, "--json"))
+    law = answer("fit", table, "--law", "power_offset:N", "--resamples", 0)
     assert ("mixed", "images_seen", 5) in [(flag["kind"], flag["subject"], flag["number"]) for flag in law["flags"]]
 
 
 def test_a_fit_is_keys_and_a_table_and_says_what_to_run_next_in_the_users_words(table):
     """Flags first, one line each; no line of prose; the next command has the same table and names."""
     named = ["--columns", "N=params_trunk", "--where", "D>=1"]
-    done = RUNNER.invoke(verb("fit"), [str(table), *named, "--fix", "E=0.2", "--hold-out", "D", "--resamples", "50"])
-    above, below = done.stdout.split("\n\n")
+    above, below = say("fit", table, *named, "--fix", "E=0.2", "--hold-out", "D", "--resamples", 50).split("\n\n")
     *below, last = below.splitlines()
     keys = [line.split("  ")[0] for line in above.splitlines()]
     assert keys[: keys.count("with care")] == ["with care"] * keys.count("with care")
@@ -132,12 +116,3 @@ def test_a_table_too_wide_goes_on_in_a_block_below_beside_what_tells_its_rows_ap
         [line.split()[:2] for line in block] == [["task", "kind"], ["digits", "a"], ["digits", "b"]] for block in blocks
     )
     assert [word for block in blocks for word in block[2].split()[2:]] == [f"0.{i:02}" for i in range(20)]
-
-
-@pytest.mark.parametrize(
-    ("option", "typed", "meant"),
-    [("--law", "chinchila", "chinchilla"), ("--objective", "hubr_log", "huber_log"), ("--fix", "alfa=1", "alpha")],
-)
-def test_a_mistyped_name_is_answered_with_the_nearest(table, option, typed, meant):
-    with pytest.raises(AnalysisError, match=f"did you mean {meant}"):
-        run(verb("fit"), table, option, typed, "--resamples", 0)

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from commands import answer, say
 from scipy import stats
-from typer.testing import CliRunner
 
 from aimscale.analysis.effects.contrasts import contrast, factors
 from aimscale.analysis.effects.paired import Hits, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.read import read_tables, with_setup
 from aimscale.analysis.table.schema import hits_table, results_table, write_table
-from aimscale.sweeps.cli.main import verb
 
 DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}
 
@@ -186,11 +185,11 @@ def test_the_verb_prints_a_table_json_and_a_figure(known_study, tmp_path):
     table = with_probes(known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05}))
     table["probes"] = table["probes"].map(json.dumps)
     table.to_csv(tmp_path / "results.csv", index=False)
-    arguments = [str(tmp_path / "results.csv"), "--by", "prefix=paired", "--figure", str(tmp_path / "prefix")]
-    out = CliRunner().invoke(verb("contrast"), arguments, catch_exceptions=False)
-    assert out.stdout.count("worse") == 3
-    assert out.stdout.endswith(f"\nnext: aimscale report {arguments[0]}\n")
+    arguments = [tmp_path / "results.csv", "--by", "prefix=paired", "--figure", tmp_path / "prefix"]
+    out = say("contrast", *arguments)
+    assert out.count("worse") == 3
+    assert out.endswith(f"\nnext: aimscale report {arguments[0]}\n")
     assert (tmp_path / "prefix.svg").exists()
-    found = json.loads(CliRunner().invoke(verb("contrast"), [*arguments, "--json"]).output)
+    found = answer("contrast", *arguments)
     assert len(found["contrasts"]) == 3
     assert found["contrasts"][0]["verdict"] == "worse"

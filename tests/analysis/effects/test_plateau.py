@@ -1,15 +1,12 @@
 """The first plateau of a training curve: found on a measured one, and never on what only falls."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from commands import answer
 
 from aimscale.analysis.effects.plateau import first_plateau
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
-from aimscale.sweeps.cli.main import verb
 
 # w48-d1 on CIFAR-10 (batch 32): training losses, means over equal factors of images
 IMAGES = np.array([
@@ -68,23 +65,18 @@ def sweep(known_study, tmp_path):
     return tmp_path
 
 
-def fitted(*args: object) -> dict:
-    result = CliRunner().invoke(verb("fit"), [*map(str, args), "--json"], catch_exceptions=False)
-    return json.loads(result.stdout)
-
-
 def test_budgets_inside_the_plateau_of_their_size_are_flagged(sweep):
-    [flag] = [flag for flag in fitted(sweep)["flags"] if flag["kind"] == "in_plateau"]
+    [flag] = [flag for flag in answer("fit", sweep)["flags"] if flag["kind"] == "in_plateau"]
     smallest = pd.read_parquet(sweep / "results.parquet")["size"].iloc[0]
     assert (flag["number"], flag["subject"]) == (3, smallest)  # 4,000, 8,000 and 16,000
-    chosen = fitted(sweep, "--where", "D>=32000")["flags"]
+    chosen = answer("fit", sweep, "--where", "D>=32000")["flags"]
     assert not any(flag["kind"] == "in_plateau" for flag in chosen)
 
 
 def test_points_during_training_are_fitted_by_themselves_and_never_mixed_without_a_word(sweep):
-    alone = fitted(sweep / "curves.csv", "--where", "D>=32000")
+    alone = answer("fit", sweep / "curves.csv", "--where", "D>=32000")
     assert [flag["kind"] for flag in alone["flags"] if "during" in flag["kind"]] == ["during"]
     assert any("over 6 sizes" in sentence for sentence in alone["sentences"])  # points of a run are one cluster
-    both = fitted(sweep / "curves.csv", sweep / "results.csv")["flags"]
+    both = answer("fit", sweep / "curves.csv", sweep / "results.csv")["flags"]
     assert [flag["number"] for flag in both if flag["kind"] == "during_mixed"] == [6 * len(IMAGES)]
-    assert not any("during" in flag["kind"] for flag in fitted(sweep)["flags"])
+    assert not any("during" in flag["kind"] for flag in answer("fit", sweep)["flags"])

@@ -5,21 +5,14 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from commands import answer, say
 
 from aimscale.analysis import read_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.registry import read_register, score_words, scores
-from aimscale.sweeps.cli.main import verb
 
 AT = {"N": 3e7, "D": 1e7}
 TRUE_LOSS = 0.2 + 30 * AT["N"] ** -0.4 + 40 * AT["D"] ** -0.5
-
-
-def run(*args: object) -> str:
-    result = CliRunner().invoke(verb("forecast"), [str(a) for a in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def accuracy(loss):
@@ -50,7 +43,7 @@ def table(grid, tmp_path):
 
 
 def test_loss_and_accuracy_are_forecast_with_intervals_that_hold_the_truth(table):
-    out = json.loads(run(table, "--at", "N=3e7,D=10M", "--json"))
+    out = answer("forecast", table, "--at", "N=3e7,D=10M")
     found = {row["quantity"]: row for row in out["table"]}
     assert out["scales"] == [AT]
     assert found["val_loss"]["pi_lo"] < TRUE_LOSS < found["val_loss"]["pi_hi"]
@@ -60,7 +53,7 @@ def test_loss_and_accuracy_are_forecast_with_intervals_that_hold_the_truth(table
 
 
 def test_a_registered_forecast_is_scored_once_the_run_is_there(table, grid):
-    out = run(table, "--at", "N=3e7,D=1e7", "--law", "chinchilla", "--register")
+    out = say("forecast", table, "--at", "N=3e7,D=1e7", "--law", "chinchilla", "--register")
     register = table.with_name("forecasts.jsonl")
     assert f"registered in {register}" in out
     loss, top1 = read_register(register)
@@ -85,10 +78,10 @@ def test_a_registered_forecast_is_scored_once_the_run_is_there(table, grid):
 def test_what_is_measured_already_is_no_forecast(table, grid):
     at = f"N={grid['params_total'].iloc[-1]},D={grid['images_seen'].iloc[-1]}"
     with pytest.raises(AnalysisError, match="already holds 1 measurements"):
-        run(table, "--at", at, "--law", "chinchilla", "--register")
+        say("forecast", table, "--at", at, "--law", "chinchilla", "--register")
     assert not table.with_name("forecasts.jsonl").exists()
     with pytest.raises(AnalysisError, match="needs D"):
-        run(table, "--at", "N=1e9")
+        say("forecast", table, "--at", "N=1e9")
     register = table.with_name("forecasts.jsonl")
     register.write_text("nothing\n{}\n")
     with pytest.raises(AnalysisError, match="Line 1"):

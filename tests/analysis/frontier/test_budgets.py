@@ -1,16 +1,14 @@
 """Which tables are planned by budgets of compute."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from commands import answer
 
 from aimscale.analysis import laws
 from aimscale.analysis.frontier.measured import isoflop_budgets, isoflop_frontier
-from aimscale.sweeps.cli.main import verb
 
 BOARD = Path(__file__).parents[2] / "board"
 TRUTH = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
@@ -43,9 +41,8 @@ def test_the_largest_budget_is_held_out_whole_though_its_runs_differ_a_little_in
     d = c / 6 / n * np.exp(0.01 * np.random.default_rng(0).standard_normal(n.size))
     df = pd.DataFrame({"N": n, "D": d, "C": 6 * n * d, "val_loss": laws.CHINCHILLA.value({"N": n, "D": d}, TRUTH)})
     df.to_csv(tmp_path / "runs.csv", index=False)
-    args = [str(tmp_path / "runs.csv"), "--columns", "L=val_loss", "--hold-out", "C", "--resamples", "50", "--json"]
-    out = CliRunner().invoke(verb("fit"), args, catch_exceptions=False)
-    [test] = json.loads(out.output)["heldout"]
+    args = ["--columns", "L=val_loss", "--hold-out", "C", "--resamples", 50]
+    [test] = answer("fit", tmp_path / "runs.csv", *args)["heldout"]
     assert (test["variable"], test["num_train"], test["num_test"]) == ("C", 35, 7)
 
 

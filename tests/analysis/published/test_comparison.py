@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from commands import answer, say
 
 from aimscale.analysis.published.comparison import beside_runs, compare
 from aimscale.analysis.table.schema import hits_table, results_table, write_table
-from aimscale.sweeps.cli.main import verb
 
 PROBE = {"task": "dtd", "kind": "attentive", "evaluation": "a-b", "chance": 0.1}
 
@@ -99,9 +98,9 @@ def test_the_command_shows_our_own_baselines(tmp_path):
     write_table(results_table(table), tmp_path / "results.parquet")
     baseline = {"size": "raw-pixels", "run_id": "like", "probes": table[0]["probes"]}
     write_table(results_table([baseline]), tmp_path / "baselines.parquet")
-    arguments = [str(tmp_path), "--resamples", "30"]
-    assert CliRunner().invoke(verb("compare"), arguments).exit_code == 0
-    text = CliRunner().invoke(verb("compare"), [*arguments, "--json"]).output
+    arguments = ["compare", tmp_path, "--resamples", 30]
+    say(*arguments)
+    text = say(*arguments, "--json")
     shown = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert len(shown["tasks"]) == 4
     assert {(row["baseline"], row["is_paired"]) for row in shown["baselines"]} == {("raw-pixels", False)}
@@ -109,7 +108,7 @@ def test_the_command_shows_our_own_baselines(tmp_path):
     right = [np.packbits(np.arange(1000) < 1000 * row["probes"][0]["top1"]).tobytes() for row in [*table, baseline]]
     hits = [row | PROBE | {"num_test": 1000, "hits": bits} for row, bits in zip(about, right, strict=True)]
     write_table(hits_table(hits), tmp_path / "hits.parquet")
-    paired = json.loads(CliRunner().invoke(verb("compare"), [*arguments, "--json"]).output)["baselines"]
+    paired = answer(*arguments)["baselines"]
     for row in paired:  # all images that are not right on both sides are right for ours
         assert row["is_paired"]
         n = 1002

@@ -1,10 +1,9 @@
 """Accuracies of a foreign table, by --columns: the same to every verb as probes of ours, and never dropped unsaid."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
+from commands import answer, say
 from typer.testing import CliRunner
 
 from aimscale.analysis.accuracy.links import ideal_loss, link
@@ -27,10 +26,6 @@ def theirs(grid) -> pd.DataFrame:
     out = out.assign(loss=grid["val_loss"], dtd_acc=100 * (0.1 + 0.9 * better), pets=0.02 + 0.6 * better, guess=0.02)
     out.loc[[3, 7], "pets"] = np.nan
     return out
-
-
-def say(name: str, *options: str) -> str:
-    return CliRunner().invoke(verb(name), [*options], catch_exceptions=False).stdout
 
 
 def test_they_are_probes_as_ours_are(theirs, tmp_path):
@@ -57,9 +52,9 @@ def test_their_names_and_what_was_left_out_come_along(theirs, tmp_path):
         ("b", theirs.assign(run=theirs["run"] + "b").rename(columns={"d": "images_seen"})),
     ):
         part.to_csv(tmp_path / f"{name}.csv", index=False)
-    both = [str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]
+    both = [tmp_path / "a.csv", tmp_path / "b.csv"]
     columns = "N=n,L=loss,run_id=run,dtd:linear=dtd_acc/100"
-    found = json.loads(say("correlate", *both, "--columns", columns, "--where", "n>2e5", "--json"))
+    found = answer("correlate", *both, "--columns", columns, "--where", "n>2e5")
     first = found["correlations"][0]
     dropped = 2 * int((theirs["n"] <= 2e5).sum())
     assert (first["x"], first["num_points"]) == ("loss", 2 * len(theirs) - dropped)
@@ -102,7 +97,7 @@ def test_what_nobody_named_is_said_once(theirs, tmp_path):
     assert flags["accuracies_unnamed"].more == ("TASK:KIND=dtd_acc/100",)
     result = CliRunner().invoke(verb("correlate"), [str(tmp_path / "theirs.csv"), "--columns", ACCURACIES])
     assert "Note" not in result.stderr
-    say("report", str(tmp_path / "theirs.csv"), "--columns", "N=n,D=d,L=loss,pets:zero-shot=pets", "--resamples", "20")
+    say("report", tmp_path / "theirs.csv", "--columns", "N=n,D=d,L=loss,pets:zero-shot=pets", "--resamples", 20)
     page = (tmp_path / "report.html").read_text()
     assert "Loss against zero-shot accuracy" in page
     assert "frozen" not in page

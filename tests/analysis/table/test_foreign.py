@@ -6,14 +6,13 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from commands import say
 
 from aimscale.analysis import contrast, correlate, fit, plot_fit, read_table, read_tables
 from aimscale.analysis.errors import AnalysisError, in_command
 from aimscale.analysis.table.names import left_out_of
 from aimscale.analysis.table.read import parse_columns
 from aimscale.analysis.table.select import best_of, select
-from aimscale.sweeps.cli.main import verb
 
 NAMES = {"N": "num_params", "D": "tokens", "L": "loss"}
 COLUMNS = "N=num_params,D=tokens,L=loss"
@@ -85,19 +84,14 @@ def test_everything_else_equal_counts_their_sizes_and_settings(lettered, tmp_pat
     both = pd.concat([named.assign(data="a"), named.assign(data="b", L=1.02 * named["L"])])
     both["tags"] = both["data"].map(lambda data: [data])
     both.to_json(tmp_path / "both.jsonl", orient="records", lines=True)
-
-    def said(name: str, *options: str) -> str:
-        return CliRunner().invoke(verb(name), [str(tmp_path / "both.jsonl"), *options], catch_exceptions=False).output
-
-    words = said("contrast", "--by", "data")
+    words = say("contrast", tmp_path / "both.jsonl", "--by", "data")
     assert "equal      N, seed, D, lr\n" in words
     assert "1.0200 [1.0200, 1.0200]  30 pairs" in words
-    words = said("contrast", "--by", "N")
-    assert "12 pairs" in words
+    assert "12 pairs" in say("contrast", tmp_path / "both.jsonl", "--by", "N")
     one = both[both["seed"] == both["data"].map({"a": 0, "b": 1})]
     one.to_json(tmp_path / "both.jsonl", orient="records", lines=True)
     with pytest.raises(AnalysisError, match=r"seed \(0 against 1\).*ignore"):
-        said("contrast", "--by", "data")
+        say("contrast", tmp_path / "both.jsonl", "--by", "data")
 
 
 def test_a_column_of_a_letter_gives_way_to_the_one_that_was_named(lettered, tmp_path):
@@ -117,8 +111,7 @@ def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
     assert set(df.loc[df["params_total"] < 9e8, "lr"]) == {3e-4}
     (left_out,) = left_out_of(df)
     assert (left_out.kind, left_out.subject, left_out.number) == ("best of", "lr", 40)
-    args = [str(tmp_path / "theirs.csv"), "--columns", COLUMNS, "--best-of", "lr", "--resamples", "20"]
-    out = CliRunner().invoke(verb("fit"), args, catch_exceptions=False).output
+    out = say("fit", tmp_path / "theirs.csv", "--columns", COLUMNS, "--best-of", "lr", "--resamples", 20)
     assert "20 of 20\n" in out
     assert "40 rows not the best lr" in out
     theirs.assign(loss=theirs["loss"].where(theirs.index > 0)).to_csv(tmp_path / "missing.csv", index=False)
@@ -157,12 +150,8 @@ def test_what_is_said_of_their_rows_has_their_names(theirs, tmp_path):
     some = theirs.drop(columns="flops")
     some.loc[0, "num_params"], some.loc[1, "loss"] = np.nan, np.inf
     some.assign(pool=np.where(some["lr"] > 5e-4, some["tokens"], some["tokens"] / 2)).to_csv(tmp_path / "theirs.csv")
-    args = [str(tmp_path / "theirs.csv"), "--columns", COLUMNS + ",U=pool"]
-
-    def said(name: str, *options: str) -> str:
-        return CliRunner().invoke(verb(name), [*args, *options], catch_exceptions=False).output
-
-    words = said("fit", "--y", "loss", "--hold-out", "tokens", "--resamples", "20")
+    args = [tmp_path / "theirs.csv", "--columns", COLUMNS + ",U=pool"]
+    words = say("fit", *args, "--y", "loss", "--hold-out", "tokens", "--resamples", 20)
     assert "1 row with a missing or non-positive num_params; 1 row with a missing or non-positive loss" in words
     assert "pool" in words
     for options, subject in (
@@ -173,7 +162,7 @@ def test_what_is_said_of_their_rows_has_their_names(theirs, tmp_path):
         (["correlate"], "TASK:KIND.*THEIRS"),
     ):
         with pytest.raises(AnalysisError, match=subject):
-            said(*options)
+            say(options[0], *args, *options[1:])
 
 
 def test_rows_that_differ_in_any_column_are_no_repeats():

@@ -5,11 +5,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from commands import say
 
 from aimscale.analysis import fit, read_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.sweeps.cli.main import verb
 
 SIZES, TOKENS = np.geomspace(1e7, 1e9, 5), np.geomspace(1e8, 1e10, 4)
 
@@ -31,8 +30,8 @@ def test_the_runs_table_leaves_out_what_crashed_and_is_fitted(tmp_path: Path) ->
     result = fit("chinchilla", table, resamples=0)
     assert result.params["alpha"] == pytest.approx(0.34, abs=1e-3)
     assert [(each.kind, each.number) for each in result.exclusions] == [("status", 1)]
-    args = [str(path), "--columns", "N=model.params,D=tokens,L=val/loss", "--resamples", "20"]
-    assert "20 of 21 points" in CliRunner().invoke(verb("fit"), args, catch_exceptions=False).output
+    columns = "N=model.params,D=tokens,L=val/loss"
+    assert "20 of 21 points" in say("fit", path, "--columns", columns, "--resamples", 20)
 
 
 def test_a_panel_gives_a_row_for_each_run_and_point(tmp_path: Path) -> None:

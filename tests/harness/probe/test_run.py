@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import answer, refused, say
 from sklearn.datasets import load_digits
 
 from aimscale.aim.config import model_config
@@ -22,7 +23,6 @@ from aimscale.harness.data.store.pack import PackedImage, encode, write_dataset
 from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.run.config import run_config
 from aimscale.harness.run.directory import RunDir
-from aimscale.sweeps.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +65,15 @@ def run(digits: Path, tmp_path: Path) -> RunDir:
     return run
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--json"])
-    captured = capsys.readouterr()
-    return json.loads(captured.out) if ended.value.code == 0 else captured.err
-
-
-def test_probing_writes_files_and_its_part_of_the_row(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    entries = call(capsys, "probe", str(run.path), "--device", "cpu")
+def test_probing_writes_files_and_its_part_of_the_row(run: RunDir) -> None:
+    entries = answer("probe", run.path, "--device", "cpu")
     assert [entry["kind"] for entry in entries] == ["linear", "attentive", "knn"]
     (row,) = run.read_rows()
     assert [probe["task"] for probe in row["probes"]] == ["digits", "digits", "digits", "other"]
     assert row["val_loss"] == 1.0
     (path,) = run.probes_dir(64).glob("digits-*.json")
     written = path.stat().st_mtime_ns
-    assert call(capsys, "probe", str(run.path), "--device", "cpu") == entries
+    assert answer("probe", run.path, "--device", "cpu") == entries
     assert path.stat().st_mtime_ns == written  # done once, not again
     assert len(list(run.probes_dir(64).iterdir())) == 2  # and the attentive head
 
@@ -90,15 +83,11 @@ def in_row(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in entry.items() if name != "images_seen"} for entry in entries]
 
 
-def test_a_run_that_is_held_is_neither_probed_nor_given_baselines(
-    run: RunDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_is_held_is_neither_probed_nor_given_baselines(run: RunDir) -> None:
     before = run.read_rows()
     with run.hold():  # as its trainer, or another probe, does
-        for words in (["probe", str(run.path)], ["baseline", "raw-pixels", "--like", str(run.path)]):
-            error = call(capsys, *words, "--device", "cpu", "--kind", "knn")
-            assert str(run.path) in error
-            assert error.count("\n") == 1
+        for words in (["probe", run.path], ["baseline", "raw-pixels", "--like", run.path]):
+            assert str(run.path) in refused(*words, "--device", "cpu", "--kind", "knn")
     assert not (run.path / "probes").exists()
     assert not (run.path / "baselines").exists()
     assert run.read_rows() == before
@@ -106,7 +95,7 @@ def test_a_run_that_is_held_is_neither_probed_nor_given_baselines(
 
 def test_what_was_found_on_other_weights_is_not_theirs(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     config, (row,) = run.load_config(), run.read_rows()
-    entries = call(capsys, "probe", str(run.path), "--device", "cpu", "--kind", "knn")
+    entries = answer("probe", run.path, "--device", "cpu", "--kind", "knn")
     run.results.unlink()
     enter_row(run, config, 64)  # all of a row that is lost and is not in the weights' file is in the others
     assert run.read_rows()[0]["probes"] == in_row(entries)
@@ -121,28 +110,23 @@ def test_what_was_found_on_other_weights_is_not_theirs(run: RunDir, capsys: pyte
     assert "damaged" in capsys.readouterr().err
 
 
-def test_imported_weights_are_probed_like_any_run(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_imported_weights_are_probed_like_any_run(digits: Path, tmp_path: Path) -> None:
     released = AIM(model_config("rung-24", image_size=8, patch_size=2)).state_dict()
     write_weights({name: t for name, t in released.items() if "pixel_head" not in name}, tmp_path / "aim.pth")
     files = [str(tmp_path / "aim.pth"), str(tmp_path / "imported")]
-    with pytest.raises(SystemExit) as ended:
-        main(["weights", "import", *files, "--image-size", "8", "--images-seen", "4096", "--num-heads", "3"])
-    assert ended.value.code == 0
-    capsys.readouterr()
+    say("weights", "import", *files, "--image-size", 8, "--images-seen", 4096, "--num-heads", 3)
     tasks = tmp_path / "tasks.yaml"
     task = {"task": "digits", "train": str(digits / "train"), "test": str(digits / "test"), "kinds": ["knn", "linear"]}
     tasks.write_text(json.dumps([task | {"lrs": [0.01], "epochs": 4}]))  # JSON is YAML
     imported = str(tmp_path / "imported")
-    entries = call(capsys, "probe", imported, "--device", "cpu", "--tasks", str(tasks))
-    baseline = call(capsys, "baseline", "random", "--like", imported, "--device", "cpu", "--tasks", str(tasks))
+    entries = answer("probe", imported, "--device", "cpu", "--tasks", str(tasks))
+    baseline = answer("baseline", "random", "--like", imported, "--device", "cpu", "--tasks", str(tasks))
     # the same seed's weights either way
     assert [entry["top1"] for entry in entries] == [entry["top1"] for entry in baseline]
     (row,) = RunDir(imported).read_rows()
     assert [probe["kind"] for probe in row["probes"]] == [entry["kind"] for entry in entries]
     tasks.write_text("task: digits")
-    assert str(tasks) in call(capsys, "probe", imported, "--tasks", str(tasks))
+    assert str(tasks) in refused("probe", imported, "--tasks", str(tasks))
 
 
 @pytest.mark.parametrize(
@@ -154,12 +138,8 @@ def test_imported_weights_are_probed_like_any_run(
         (["--kind", "svm"], "kinds.0"),
     ],
 )
-def test_mistakes_are_one_sentence(
-    run: RunDir, capsys: pytest.CaptureFixture[str], arguments: list[str], subject: str
-) -> None:
-    error = call(capsys, "probe", str(run.path), "--device", "cpu", *arguments)
-    assert subject in error
-    assert error.count("\n") == 1
+def test_mistakes_are_one_sentence(run: RunDir, arguments: list[str], subject: str) -> None:
+    assert subject in refused("probe", run.path, "--device", "cpu", *arguments)
 
 
 LEAVES_GROUP = """
@@ -175,8 +155,8 @@ main()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.0])
-def test_two_ranks_get_the_numbers_of_one(run: RunDir, capsys: pytest.CaptureFixture[str], share: float) -> None:
-    alone = call(capsys, "probe", str(run.path), "--device", "cpu")
+def test_two_ranks_get_the_numbers_of_one(run: RunDir, share: float) -> None:
+    alone = answer("probe", run.path, "--device", "cpu")
     shutil.rmtree(run.path / "probes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -8,11 +8,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from commands import say
 
 from aimscale.analysis import probe_frame, read_table
 from aimscale.analysis.report import page
-from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan import sweepfile
 
 
@@ -29,9 +28,7 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
 
     monkeypatch.setattr(sweepfile, "load_sweep", small)
     monkeypatch.setattr(page, "write_report", functools.partial(page.write_report, resamples=20))
-    first = CliRunner().invoke(verb("demo"), ["--root", str(tmp_path)], catch_exceptions=False)
-    assert first.exit_code == 0, first.output
-    assert "4 of 4 rows have results" in first.output
+    assert "4 of 4 rows have results" in say("demo", "--root", tmp_path)
     assert (tmp_path / "demo/report.html").exists()
     probes = probe_frame(read_table(tmp_path / "demo/results.parquet"))
     expected = {(task, kind) for task in ("photographs", "digits") for kind in ("linear", "knn")}
@@ -39,5 +36,4 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
     assert len(probes) == 4 * len(expected)
     baselines = pd.read_parquet(tmp_path / "demo/baselines.parquet")
     assert sorted(baselines["size"]) == ["random-w24-d2", "raw-pixels"]
-    again = CliRunner().invoke(verb("demo"), ["--root", str(tmp_path)], catch_exceptions=False)
-    assert "left alone  2 finished" in again.output
+    assert "left alone  2 finished" in say("demo", "--root", tmp_path)

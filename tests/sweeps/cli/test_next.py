@@ -7,19 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from typer.testing import CliRunner
+from commands import answer, say
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.sweeps.cli.main import verb
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
-
-
-def run(*args: object) -> str:
-    result = CliRunner().invoke(verb("next"), [str(a) for a in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.fixture
@@ -44,12 +37,12 @@ def collected(write_sweep: Any) -> Any:
 
 def test_the_runs_are_priced_by_their_cards_and_written_as_a_sweep(collected: Any, tmp_path: Any) -> None:
     args = [collected.source, "--root", collected.root, "--target", "N=1e7,D=100k"]
-    offered = json.loads(run(*args, "--budget", 1e9, "--json"))
+    offered = answer("next", *args, "--budget", 1e9)
     assert {row["D"] for row in offered["table"]} == {10240.0, 20480.0}  # 5120 is measured at every size
     assert len(offered["table"]) == 8
     budget = sum(row["price"] for row in offered["table"]) / 3
     out = tmp_path / "more.yaml"
-    text = run(*args, "--budget", budget, "--write", out)
+    text = say("next", *args, "--budget", budget, "--write", out)
     assert "GPU-hours" in text
     assert f"aimscale plan {out}" in text
     again = load_sweep(out, collected.root)
@@ -66,22 +59,22 @@ def test_mistakes_are_told_by_name(collected: Any, tmp_path: Any) -> None:
     table = [collected.directory / "results.parquet", "--budget", 1, "--law", "chinchilla", "--target"]
     for args, target in ((sweep, "N=1e9"), (table, "N=10,D=10"), (table, "N=1e7,D=1T,Q=3"), (table, "N=1e7,D=1X")):
         with pytest.raises(AnalysisError):
-            run(*args, target)
+            say("next", *args, target)
     elsewhere = tmp_path / "elsewhere" / "more.yaml"
     with pytest.raises(SweepError, match=r"more\.yaml"):
-        run(*sweep, "N=1e7,D=1e5", "--write", elsewhere)
+        say("next", *sweep, "N=1e7,D=1e5", "--write", elsewhere)
     with pytest.raises(SweepError, match="--write"):
-        run(*table, "N=1e7,D=1e5", "--write", elsewhere)
+        say("next", *table, "N=1e7,D=1e5", "--write", elsewhere)
     (collected.directory / "results.parquet").unlink()
     with pytest.raises(SweepError, match="aimscale collect tiny"):
-        run(*sweep, "N=1e7,D=1e5")
+        say("next", *sweep, "N=1e7,D=1e5")
 
 
 def test_runs_are_bought_for_a_probes_error_too(collected: Any, tmp_path: Any) -> None:
     df = pd.read_parquet(collected.directory / "results.parquet")
     df["probes"] = [json.dumps([{"task": "pets", "kind": "knn", "top1": 1 - loss / 2}]) for loss in df["val_loss"]]
     df.to_csv(tmp_path / "probed.csv", index=False)
-    args = [tmp_path / "probed.csv", "--target", "N=1e7,D=100k", "--budget", 1, "--law", "chinchilla", "--json"]
-    by_loss, by_error = (json.loads(run(*args, *more)) for more in ([], ["--y", "pets:knn"]))
+    args = [tmp_path / "probed.csv", "--target", "N=1e7,D=100k", "--budget", 1, "--law", "chinchilla"]
+    by_loss, by_error = (answer("next", *args, *more) for more in ([], ["--y", "pets:knn"]))
     assert by_error["forecast"] == pytest.approx(by_loss["forecast"] / 2, rel=1e-3)
     assert by_error["law"]["columns"]["y"] == "1 - top1:pets:knn"

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import refused, say
 from PIL import Image
 
 from aimscale.harness.data import DataError
@@ -35,7 +36,6 @@ from aimscale.harness.data.store.tars import expand_braces
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.run.config import RunConfig
-from aimscale.sweeps.cli.main import main
 
 END = bytes(2 * tarfile.BLOCKSIZE)
 TERABYTE = 10**12
@@ -105,22 +105,13 @@ def bounded() -> Any:
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one sentence with which a verb of `data` refuses its arguments."""
-    with pytest.raises(SystemExit) as ended:
-        main(["data", *map(str, arguments)])
-    message = capsys.readouterr().err
-    assert (ended.value.code, message.count("\n")) == (2, 1), message
-    return message
-
-
 @pytest.mark.parametrize("damage", TARS)
 def test_a_damaged_tar_is_refused_with_and_without_an_index(
-    damage: str, tmp_path: Path, configure: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+    damage: str, tmp_path: Path, configure: Callable[..., RunConfig]
 ) -> None:
     shard = tmp_path / "a.tar"
     shard.write_bytes(TARS[damage])
-    assert str(shard) in refused(capsys, "index", tmp_path)
+    assert str(shard) in refused("data", "index", tmp_path)
     assert [*tmp_path.iterdir()] == [shard]
     if b"0.png" not in TARS[damage]:  # else there is an image to train on
         with pytest.raises(DataError, match=str(shard)):
@@ -128,7 +119,7 @@ def test_a_damaged_tar_is_refused_with_and_without_an_index(
 
 
 def test_what_is_no_file_is_not_waited_for(
-    tmp_path: Path, small_set: Path, configure: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, small_set: Path, configure: Callable[..., RunConfig]
 ) -> None:
     shutil.copytree(small_set, tmp_path / "set")
     for name in ("set/dataset.json", "in/a.tar", "in/t-images-idx3-ubyte", "in/cifar-10-python.tar.gz"):
@@ -136,12 +127,12 @@ def test_what_is_no_file_is_not_waited_for(
         (tmp_path / name).unlink(missing_ok=True)
         os.mkfifo(tmp_path / name)
     assert data_set(str(tmp_path / "set")) is None
-    assert "dataset.json" in refused(capsys, "info", tmp_path / "set")
-    assert "a.tar" in refused(capsys, "index", tmp_path / "in")
-    assert "idx3" in refused(capsys, "pack", tmp_path / "in" / "t-images-idx3-ubyte", tmp_path / "out")
+    assert "dataset.json" in refused("data", "info", tmp_path / "set")
+    assert "a.tar" in refused("data", "index", tmp_path / "in")
+    assert "idx3" in refused("data", "pack", tmp_path / "in" / "t-images-idx3-ubyte", tmp_path / "out")
     archive = tmp_path / "in" / "cifar-10-python.tar.gz"
     assert str(archive) in refused(
-        capsys, "pack", archive, tmp_path / "out", "--benchmark", "cifar10", "--split", "test"
+        "data", "pack", archive, tmp_path / "out", "--benchmark", "cifar10", "--split", "test"
     )
     with pytest.raises(DataError, match=r"a\.tar"):
         open_stream(configure(sources=[{"path": f"wds://{tmp_path}/in/a.tar"}])).batch(range(4))
@@ -168,14 +159,12 @@ def test_braces_stand_for_names() -> None:
 @pytest.mark.parametrize(
     "url", ["reference://x", "dir://x", "nosuch://x", "data://x", "http://[", "file:///none", "s3://x"]
 )
-def test_urls_that_nothing_can_use_are_one_sentence(
-    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_urls_that_nothing_can_use_are_one_sentence(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aimscale.harness.data.store.shards.FIRST_PAUSE_S", 0.0)
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     for arguments in (["info", url], ["index", url, "--out", tmp_path], ["index", f"{url}/a.tar", "--out", tmp_path]):
-        said = refused(capsys, *arguments)
+        said = refused("data", *arguments)
         assert url in said
         assert ("aimscale[s3]" in said) == url.startswith("s3:")
     assert not [*tmp_path.iterdir()]
@@ -264,9 +253,7 @@ def test_only_formats_that_the_page_names_and_eight_bits_are_read() -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "gif", "tiff"])
-def test_transparent_pixels_are_white_and_counted(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_transparent_pixels_are_white_and_counted(kind: str, tmp_path: Path) -> None:
     pixels = np.zeros((6, 8, 4), dtype=np.uint8)
     pixels[:3] = (200, 10, 30, 255)
     options = {"lossless": True} if kind == "webp" else {}
@@ -282,10 +269,7 @@ def test_transparent_pixels_are_white_and_counted(
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / f"a.{kind}").write_bytes(data)
     (tmp_path / "in" / f"b.{kind}").write_bytes(saved(opaque, kind, **options))
-    with pytest.raises(SystemExit) as ended:
-        main(["data", "pack", str(tmp_path / "in"), str(tmp_path / "out")])
-    assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith("1 image has transparent pixels")
+    assert say("data", "pack", tmp_path / "in", tmp_path / "out").startswith("1 image has transparent pixels")
     assert (open_dataset(tmp_path / "out").read(0) == data) or (open_dataset(tmp_path / "out").read(1) == data)
 
 
@@ -301,11 +285,11 @@ def test_names_that_are_no_text_are_kept_apart(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "out").decode(1).shape == (3, 8, 8)
 
 
-def test_a_link_to_nothing_is_an_image_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_link_to_nothing_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(PNG)
     (tmp_path / "in" / "b.png").symlink_to(tmp_path / "nowhere.png")
-    assert "b.png" in refused(capsys, "pack", tmp_path / "in", tmp_path / "out")
+    assert "b.png" in refused("data", "pack", tmp_path / "in", tmp_path / "out")
 
 
 def idx(shape: tuple[int, ...], num_bytes: int, kind: int = 8) -> bytes:
@@ -327,15 +311,15 @@ GZIP = zipped(idx((5, 4, 4), 80))
     + [zipped(idx((5, 2, 2), 80, kind=12)), zipped(idx((4, 4, 4), 64))]
     + [zipped(idx((5, 1, 70_000), 350_000)), zipped(idx((5000, 1000, 1000), 10))],
 )
-def test_a_damaged_idx_file_is_refused(images: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_idx_file_is_refused(images: bytes, tmp_path: Path) -> None:
     source, labels = tmp_path / "t-images-idx3-ubyte.gz", tmp_path / "t-labels-idx1-ubyte.gz"
     source.write_bytes(images)
     labels.write_bytes(zipped(idx((5,), 5)))
-    assert str(source) in refused(capsys, "pack", source, tmp_path / "out")
+    assert str(source) in refused("data", "pack", source, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == [source, labels]
     labels.unlink()
     source.write_bytes(GZIP)
-    assert str(labels) in refused(capsys, "pack", source, tmp_path / "out")
+    assert str(labels) in refused("data", "pack", source, tmp_path / "out")
 
 
 def matlab(content: bytes) -> bytes:
@@ -379,9 +363,7 @@ BENCHMARK_FILES: list[tuple[str, dict[str, bytes]]] = [
 
 
 @pytest.mark.parametrize("case", range(len(BENCHMARK_FILES)))
-def test_a_damaged_benchmark_is_refused(
-    case: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_benchmark_is_refused(case: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though it has as many images and classes as published."""
     (tmp_path / "secret_1.jpg").write_bytes(PNG)
     name, files = BENCHMARK_FILES[case]
@@ -392,7 +374,7 @@ def test_a_damaged_benchmark_is_refused(
         (tmp_path / "in" / path).write_bytes(content)
     if name == "pcam":
         pytest.importorskip("h5py")
-    message = refused(capsys, "pack", tmp_path / "in", tmp_path / "out", "--benchmark", name, "--split", "train")
+    message = refused("data", "pack", tmp_path / "in", tmp_path / "out", "--benchmark", name, "--split", "train")
     assert f"{tmp_path}/in is not {name} as published (" in message or f"{tmp_path}/in has labels" in message
     assert ("unpacks to more" in message) == (files.get(CARS) == BOMB)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "secret_1.jpg"]

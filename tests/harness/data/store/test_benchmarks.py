@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import scipy.io
 import yaml
+from commands import say
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -26,16 +27,9 @@ from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.layouts import list_benchmark
 from aimscale.harness.data.store.pack import pack_images
-from aimscale.sweeps.cli.main import main
 
 Made = tuple[list[str], dict[str, dict[bytes, str]]]
 """Classes by label, and for each split the class of each image."""
-
-
-def aimscale(*words: object) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, words)])
-    assert ended.value.code == 0
 
 
 def picture(kind: str = "jpeg") -> bytes:
@@ -109,7 +103,7 @@ def make_small(name: str, counts: dict[str, int], num_classes: int, patch: pytes
 
 @pytest.mark.parametrize("name", ["imagenet-1k", "cars", *LAYOUTS])
 def test_images_and_classes_are_those_of_the_published_lists(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "source"
     classes, made = make(name, source)
@@ -118,16 +112,14 @@ def test_images_and_classes_are_those_of_the_published_lists(
         list_benchmark(name, source, "train")
     make_small(name, {split: len(images) for split, images in made.items()}, len(classes), monkeypatch)
     for split, images in made.items():
-        aimscale("data", "pack", source, tmp_path / split, "--benchmark", name, "--split", split)
+        say("data", "pack", source, tmp_path / split, "--benchmark", name, "--split", split)
         dataset = open_dataset(tmp_path / split)
         assert dataset.classes == tuple(classes)
         assert {dataset.read(i): classes[label] for i, label in enumerate(dataset.require_labels())} == images
         assert len(dataset) == len(images)
     with pytest.raises(DataError, match="--split train or --split"):
         list_benchmark(name, source, "seq")
-    capsys.readouterr()
-    aimscale("data", "pack", "--benchmark", name)
-    printed = capsys.readouterr().out
+    printed = say("data", "pack", "--benchmark", name)
     assert all(f"--benchmark {name} --split {split}" in printed for split in made)
 
 
@@ -166,7 +158,7 @@ def test_patch_camelyon_is_packed_without_loss(tmp_path: Path, monkeypatch: pyte
     for letter, values in (("x", images), ("y", labels.astype(np.uint8))):
         with h5py.File(tmp_path / f"camelyonpatch_level_2_split_test_{letter}.h5", "w") as file:
             file.create_dataset(letter, data=values)
-    aimscale("data", "pack", tmp_path, tmp_path / "out", "--benchmark", "pcam", "--split", "test")
+    say("data", "pack", tmp_path, tmp_path / "out", "--benchmark", "pcam", "--split", "test")
     dataset = open_dataset(tmp_path / "out")
     assert dataset.classes == ("normal", "tumor")
     for i in range(7):
@@ -220,7 +212,7 @@ def test_archives_and_folders_of_cifar_are_packed(
     for name, data in files.items():
         (folder / name).write_bytes(data)
     for split, (images, labels) in expected.items():
-        aimscale("data", "pack", archive, tmp_path / split, "--benchmark", benchmark, "--split", split)
+        say("data", "pack", archive, tmp_path / split, "--benchmark", benchmark, "--split", split)
         dataset = open_dataset(tmp_path / split)
         assert dataset.classes == tuple(f"class{n}" for n in range(100))
         assert len(dataset) == len(images)
@@ -259,7 +251,7 @@ def test_idx_files_are_packed(tmp_path: Path) -> None:
         source = tmp_path / f"train-images-idx3-ubyte{suffix}"
         write_idx(source, images)
         write_idx(tmp_path / f"train-labels-idx1-ubyte{suffix}", labels)
-        aimscale("data", "pack", source, tmp_path / f"out{suffix}")
+        say("data", "pack", source, tmp_path / f"out{suffix}")
         dataset = open_dataset(tmp_path / f"out{suffix}")
         for i in range(30):
             number = number_of(dataset.key(i))

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import say
 from PIL import Image
 
 from aimscale.harness.data import DataError
@@ -28,7 +29,6 @@ from aimscale.harness.data.store.shards import LocalReader
 from aimscale.harness.data.stream.held_out import count_shared
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
-from aimscale.sweeps.cli.main import main
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:
@@ -40,12 +40,6 @@ def encoded(rng: np.random.Generator, height: int, width: int, kind: str = "jpeg
     buffer = io.BytesIO()
     picture(rng, height, width).save(buffer, kind, quality=90)
     return buffer.getvalue()
-
-
-def aimscale(*arguments: str) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([*arguments])
-    assert stopped.value.code == 0
 
 
 def test_a_file_stays_open_while_it_is_read_whoever_else_opens_it(tmp_path, monkeypatch):
@@ -236,7 +230,7 @@ def test_validation_images_can_never_enter_training(
     for number in range(5):
         picture(rng, 32, 32).save(tmp_path / "in" / f"{number}.png")
     (tmp_path / "in" / "leak.png").write_bytes(open_dataset(small_set).read(33))
-    aimscale("data", "pack", str(tmp_path / "in"), str(tmp_path / "validation"))
+    say("data", "pack", tmp_path / "in", tmp_path / "validation")
     with pytest.raises(DataError, match="leak"):
         TrainStream(configure(validation=tmp_path / "validation", unique_images=5))
     pools, held_out = [open_dataset(small_set)], open_dataset(tmp_path / "validation")
