@@ -7,6 +7,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import pickle
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -15,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import aimscale.harness.device.peak
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import list_folder, pack_images
-from aimscale.harness.device.distributed import import_deepspeed
+from aimscale.harness.device.distributed import find_placement, import_deepspeed, start_group, stop_group
 from aimscale.harness.run.config import RunConfig, RuntimeConfig, parse, run_config
 
 
@@ -117,6 +119,26 @@ def run_in_processes(function: Callable[..., None], *args: Any, world_size: int 
     for process in children:
         process.join()
     return [process.exitcode or 0 for process in children]
+
+
+@pytest.fixture(scope="session")
+def in_group(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """Call `function(group, *args)` on every rank of a process group; returns what each of them gives."""
+
+    def run(function: Callable[..., Any], *args: Any, world_size: int = 1) -> list[Any]:
+        folder = tmp_path_factory.mktemp("group")
+        assert run_in_processes(_call_in_group, function, args, folder, world_size=world_size) == [0] * world_size
+        return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(world_size)]
+
+    return run
+
+
+def _call_in_group(rank: int, function: Callable[..., Any], args: tuple[Any, ...], folder: Path) -> None:
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    found = function(group, *args)
+    stop_group()
+    (folder / str(rank)).write_bytes(pickle.dumps(found))
 
 
 @functools.cache

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, compiles
@@ -22,11 +21,9 @@ from aimscale.harness.step.feed import count_targets
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 
 
-def losses(rank: int, out: Path) -> None:
+def losses(group: Group) -> dict[str, dict[str, list[float]]]:
     """Losses and gradient norms of ten steps on the same images, by precision and engine."""
-    torch.set_num_threads(1)
-    group = start_group(find_placement(), "cpu")
-    step = random_batches(CONFIG, 16, 4)[rank :: group.world_size]
+    step = random_batches(CONFIG, 16, 4)[group.rank :: group.world_size]
     num_targets = group.sum_counts(count_targets(step, CONFIG.num_tokens))[0]
     found: dict[str, dict[str, list[float]]] = {}
     for precision in ("fp32", "bf16"):
@@ -42,19 +39,14 @@ def losses(rank: int, out: Path) -> None:
                 outcome = engine.step(step, num_targets=num_targets, lr=3e-3)
                 values += [group.sum_tensor(outcome.loss_sum.clone()).item(), float(outcome.grad_norm)]
             engine.close()
-    stop_group()
-    if rank == 0:
-        out.write_text(json.dumps(found))
+    return found
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_engines_take_the_same_steps(
-    world_size: int, tmp_path: Path, in_processes: Callable[..., list[int]]
-) -> None:
-    out = tmp_path / "losses.json"
-    assert in_processes(losses, out, world_size=world_size) == [0] * world_size
+def test_the_engines_take_the_same_steps(world_size: int, in_group: Callable[..., list[Any]]) -> None:
+    found, *_ = in_group(losses, world_size=world_size)
     for precision, tolerance in (("fp32", 2e-5), ("bf16", 2e-2)):
-        ours, *others = json.loads(out.read_text())[precision].values()
+        ours, *others = found[precision].values()
         assert ours[-2] < 0.95 * ours[0], "the loss falls"
         assert len(others) == (2 if world_size == 1 else 1)
         for theirs in others:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.autograd import DeviceType
 
 from aimscale.harness.bench.split import NUM_STEPS, shares_of, step_shares
-from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.device.distributed import Group
 
 
 def test_kernels_of_a_card_are_told_apart() -> None:
@@ -39,19 +38,17 @@ def test_kernels_of_a_card_are_told_apart() -> None:
 LATE_S = 0.25
 
 
-def split_steps(rank: int, out: Path) -> None:
+def split_steps(group: Group) -> list[dict[str, float]]:
     """The second rank is late at one all-reduce; the first waits for it, or computes meanwhile."""
-    torch.set_num_threads(1)
-    group = start_group(find_placement(), "cpu")
     left, values = torch.randn(256, 256), torch.ones(1000)
     found = []
 
     def take_step(*, hides: bool) -> None:
-        if rank == 1:
+        if group.rank == 1:
             time.sleep(LATE_S)
         work = torch.distributed.all_reduce(values, async_op=True)
         until = time.perf_counter() + 1.5 * LATE_S
-        while hides and rank == 0 and time.perf_counter() < until:
+        while hides and group.rank == 0 and time.perf_counter() < until:
             left @ left
         work.wait()
 
@@ -60,15 +57,13 @@ def split_steps(rank: int, out: Path) -> None:
         shares = step_shares(lambda hides=hides: take_step(hides=hides), group.device)
         step_s = (time.perf_counter() - started) / NUM_STEPS
         found.append({name: share * step_s for name, share in shares.items()})
-    (out / str(rank)).write_text(json.dumps(found))
-    stop_group()
+    return found
 
 
 def test_a_wait_for_another_rank_is_communication_unless_something_is_computed(
-    tmp_path: Path, in_processes: Callable[..., list[int]]
+    in_group: Callable[..., list[Any]],
 ) -> None:
-    assert in_processes(split_steps, tmp_path, world_size=2) == [0, 0]
-    (waits, hides), (late, _) = (json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1))
+    (waits, hides), (late, _) = in_group(split_steps, world_size=2)
     assert waits["exposed_communication"] > 0.8 * LATE_S > 5 * waits["compute"]
     assert late["other"] > 0.8 * LATE_S > 2 * late["exposed_communication"]
     assert hides["exposed_communication"] < 0.2 * LATE_S < hides["compute"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +21,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.device.communication import step_communication
-from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.log.metrics import Metrics
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
@@ -36,7 +34,7 @@ CASES = [("fp32", 0), ("bf16", 1), ("fp32", 1), ("bf16", 2), ("bf16", 3)]
 TIMES_SENT = {"c10d::allreduce_": 2, "c10d::_reduce_scatter_base_": 1, "c10d::_allgather_base_": 1}
 """How often a ring sends the payload, less the part of a rank."""
 WAIT = "aten::_local_scalar_dense"
-Run = Callable[..., list[int]]
+Ranks = Callable[..., list[Any]]
 
 
 class Counting(TorchDispatchMode):
@@ -82,10 +80,8 @@ def owner() -> str:
     return "nobody"
 
 
-def count_a_step(rank: int, out: Path, cases: list[tuple[str, int]]) -> None:
-    """Train as the loop does, and write what the last step sends and waits for."""
-    torch.set_num_threads(1)
-    group = start_group(find_placement(), "cpu")
+def count_a_step(group: Group, cases: list[tuple[str, int]]) -> list[list[dict[str, Any]]]:
+    """Train as the loop does, and give what the last step sends and waits for."""
     found = []
     for precision, stage in cases:
         optimiser = OptimiserSection(batch_size=BATCH * group.world_size, precision=precision)  # type: ignore[arg-type]
@@ -105,9 +101,7 @@ def count_a_step(rank: int, out: Path, cases: list[tuple[str, int]]) -> None:
                 metrics.add(outcome, images_seen=position, lr=1e-3, num_targets=step.num_targets)
         found.append(counting.calls)
         engine.close()
-    stop_group()
-    if rank == 0:
-        out.write_text(json.dumps(found))
+    return found
 
 
 @pytest.fixture
@@ -127,12 +121,11 @@ def _as_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_as_a_large_model")
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_step_sends_what_the_formula_counts(world_size: int, tmp_path: Path, in_processes: Run) -> None:
-    out = tmp_path / "calls.json"
+def test_a_step_sends_what_the_formula_counts(world_size: int, in_group: Ranks) -> None:
     cases = CASES[:2] if world_size == 1 else CASES
-    assert in_processes(count_a_step, out, cases, world_size=world_size) == [0] * world_size
+    found, *_ = in_group(count_a_step, cases, world_size=world_size)
     others = (world_size - 1) / world_size
-    for (precision, stage), calls in zip(cases, json.loads(out.read_text()), strict=True):
+    for (precision, stage), calls in zip(cases, found, strict=True):
         case = (world_size, precision, stage)
         expected = step_communication(
             param_count(CONFIG).total,
@@ -161,25 +154,18 @@ def ring_bytes(call: dict[str, Any]) -> int:
     return TIMES_SENT[call["name"]] * call["bytes"]
 
 
-def first_norms(rank: int, out: Path) -> None:
+def first_norms(group: Group) -> list[float]:
     """The first gradient's norm in bf16 at stages 1 to 3."""
-    torch.set_num_threads(1)
-    group = start_group(find_placement(), "cpu")
     step = random_batches(CONFIG, BATCH, BATCH)
     num_targets = group.world_size * count_targets(step, CONFIG.num_tokens)
     norms = []
     for stage in (1, 2, 3):
         engine = Engine(CONFIG, OptimiserSection(precision="bf16"), EngineOptions(zero_stage=stage), group)
         norms.append(float(engine.step(step, num_targets=num_targets, lr=1e-3).grad_norm))
-    stop_group()
-    if rank == 0:
-        out.write_text(json.dumps(norms))
+    return norms
 
 
-def test_gradients_are_averaged_in_float32(tmp_path: Path, in_processes: Run) -> None:
+def test_gradients_are_averaged_in_float32(in_group: Ranks) -> None:
     """Ranks that all have the same images have one gradient; a third of it in bf16 would be another."""
-    for world_size in (1, 3):
-        out = tmp_path / f"{world_size}.json"
-        assert in_processes(first_norms, out, world_size=world_size) == [0] * world_size
-    alone, three = (json.loads((tmp_path / f"{world_size}.json").read_text()) for world_size in (1, 3))
+    alone, three = (in_group(first_norms, world_size=world_size)[0] for world_size in (1, 3))
     assert three == pytest.approx([alone[0]] * 3, rel=1e-6)

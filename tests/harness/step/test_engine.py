@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.draws import Batch
-from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.deepspeed_setup import DeepSpeedError, EngineOptions
 from aimscale.harness.step.engine import Engine
@@ -25,7 +25,7 @@ from aimscale.harness.step.saving import save_weights
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 MASKED = model_config("w32-d2", image_size=16, patch_size=4, masked=0.75, head_kind="transformer")
 BATCH, NUM_STEPS, LR, CLIP = 8, 8, 3e-3, 0.6
-Run = Callable[..., list[int]]
+Ranks = Callable[..., list[Any]]
 
 
 def step_batch(step: int, config: ModelConfig = CONFIG) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,11 +63,9 @@ def split(images: torch.Tensor, given: torch.Tensor, rank: int, world_size: int,
     ]
 
 
-def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int, ModelConfig]]) -> None:
-    """Run every (precision, stage, micro-batches, model) in this process group and write losses and norms."""
-    torch.set_num_threads(1)
-    group = start_group(find_placement(), "cpu")
-    results = []
+def engine_losses(group: Group, cases: list[tuple[str, int, int, ModelConfig]]) -> list[tuple[list[float], ...]]:
+    """Losses and norms of every (precision, stage, micro-batches, model)."""
+    results: list[tuple[list[float], ...]] = []
     for precision, stage, num_micro, config in cases:
         optimiser = OptimiserSection(batch_size=BATCH, precision=precision, clip_norm=CLIP)  # type: ignore[arg-type]
         engine = Engine(config, optimiser, EngineOptions(zero_stage=stage), group)
@@ -75,37 +73,33 @@ def engine_losses(rank: int, out: Path, cases: list[tuple[str, int, int, ModelCo
         for step in range(NUM_STEPS):
             images, given = step_batch(step, config)
             num_targets = BATCH * config.num_tokens - int(given.sum())
-            micro_batches = split(images, given, rank, group.world_size, num_micro)
+            micro_batches = split(images, given, group.rank, group.world_size, num_micro)
             outcome = engine.step(micro_batches, num_targets=num_targets, lr=LR)
             losses.append(group.sum_tensor(outcome.loss_sum.clone()).item() / num_targets)
             norms.append(float(outcome.grad_norm))
         results.append((losses, norms))
-    stop_group()
-    if rank == 0:
-        out.write_text(json.dumps(results))
+    return results
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_losses_and_norms_equal_a_plain_loop(world_size: int, tmp_path: Path, in_processes: Run) -> None:
+def test_losses_and_norms_equal_a_plain_loop(world_size: int, in_group: Ranks) -> None:
     stages = (0, 1, 2, 3) if world_size == 2 else (0, 1, 2)
     micro = (1, 3)  # 8 images in 3 or 6 parts: unequal sizes
     cases = [("fp32", stage, num_micro, CONFIG) for stage, num_micro in product(stages, micro)]
     cases += [("bf16", stage, 2, CONFIG) for stage in stages if stage]
     cases += [("fp32", stage, 3, MASKED) for stage in (0, 3)]
-    out = tmp_path / "losses.json"
-    assert in_processes(engine_losses, out, cases, world_size=world_size) == [0] * world_size
+    found, *_ = in_group(engine_losses, cases, world_size=world_size)
     plain = {each: plain_losses(each, OptimiserSection(batch_size=BATCH, clip_norm=CLIP)) for each in (CONFIG, MASKED)}
     assert min(plain[CONFIG][1]) < CLIP < max(plain[CONFIG][1]), "some steps are clipped and some are not"
-    for case, (our_losses, our_norms) in zip(cases, json.loads(out.read_text()), strict=True):
+    for case, (our_losses, our_norms) in zip(cases, found, strict=True):
         losses, norms = plain[case[3]]
         tolerance = 1e-5 if case[0] == "fp32" else 1e-2
         assert our_losses == pytest.approx(losses, rel=tolerance), case
         assert our_norms == pytest.approx(norms, rel=10 * tolerance), case
 
 
-def bad_steps(rank: int, out: Path, stages: list[tuple[str, int]]) -> None:
-    """Take one good step, one with an infinite pixel, one good; note weights and what was applied."""
-    group = start_group(find_placement(), "cpu")
+def bad_steps(group: Group, stages: list[tuple[str, int]]) -> list[tuple[list[bool], list[tuple[float, ...]]]]:
+    """Take one good step, one with an infinite pixel, one good; give weights and what was applied."""
     results = []
     for precision, stage in stages:
         optimiser = OptimiserSection(batch_size=BATCH, precision=precision)  # type: ignore[arg-type]
@@ -121,23 +115,20 @@ def bad_steps(rank: int, out: Path, stages: list[tuple[str, int]]) -> None:
             state = engine.adam_state(flat)
             weights.append((float(flat.detach().double().sum()), float(state["step"]), float(state["exp_avg"].sum())))
         results.append((applied, weights))
-    stop_group()
-    out.write_text(json.dumps(results))
+    return results
 
 
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, in_processes: Run) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(in_group: Ranks) -> None:
     stages = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
-    assert in_processes(bad_steps, tmp_path / "steps.json", stages) == [0]
-    for stage, (applied, weights) in zip(stages, json.loads((tmp_path / "steps.json").read_text()), strict=True):
+    (found,) = in_group(bad_steps, stages)
+    for stage, (applied, weights) in zip(stages, found, strict=True):
         assert applied == [True, False, True], stage
         assert weights[1] == weights[0], stage
         assert weights[2] != weights[1], stage
 
 
-def start_all(rank: int, folder: Path, cases: list[tuple[int, str]]) -> None:
+def start_all(group: Group, folder: Path, cases: list[tuple[int, str]]) -> None:
     """Write the first masters of every (stage, precision), and compare the weights in use."""
-    torch.set_num_threads(1)
-    group = start_group(find_placement(), "cpu")
     exact = dict(drawn_as_ever(seed=3))
     for stage, precision in cases:
         optimiser = OptimiserSection(precision=precision)  # type: ignore[arg-type]
@@ -145,7 +136,6 @@ def start_all(rank: int, folder: Path, cases: list[tuple[int, str]]) -> None:
         save_weights(folder / f"{stage}-{precision}.safetensors", engine, group)
         for name, parameter in engine.module.named_parameters() if stage < 3 else ():
             assert torch.equal(parameter, exact[name].to(parameter.dtype)), (stage, precision, name)
-    stop_group()
 
 
 def drawn_as_ever(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -167,9 +157,9 @@ def drawn_as_ever(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{name}.bias", torch.zeros(module.bias.shape)
 
 
-def test_weights_start_with_the_same_bits_at_every_stage(tmp_path: Path, in_processes: Run) -> None:
+def test_weights_start_with_the_same_bits_at_every_stage(tmp_path: Path, in_group: Ranks) -> None:
     cases = [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
-    assert in_processes(start_all, tmp_path, cases, world_size=2) == [0, 0]
+    in_group(start_all, tmp_path, cases, world_size=2)
     exact = dict(drawn_as_ever(seed=3))
     for path in tmp_path.iterdir():
         started = load_file(path)
@@ -177,8 +167,7 @@ def test_weights_start_with_the_same_bits_at_every_stage(tmp_path: Path, in_proc
         assert all(torch.equal(started[name], exact[name]) for name in exact), path.name
 
 
-def lack(rank: int) -> None:
-    group = start_group(find_placement(), "cpu")
+def lack(group: Group) -> None:
     with pytest.raises(ConfigError, match="zero_stage"):
         Engine(CONFIG, OptimiserSection(precision="bf16"), EngineOptions(zero_stage=0), group)
     import deepspeed.runtime.zero.stage_1_and_2 as theirs
@@ -188,5 +177,5 @@ def lack(rank: int) -> None:
         Engine(CONFIG, OptimiserSection(precision="fp32"), EngineOptions(zero_stage=2), group)
 
 
-def test_what_deepspeed_gets_wrong_or_lacks_is_refused(in_processes: Run) -> None:
-    assert in_processes(lack) == [0]
+def test_what_deepspeed_gets_wrong_or_lacks_is_refused(in_group: Ranks) -> None:
+    in_group(lack)

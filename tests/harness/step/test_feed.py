@@ -21,7 +21,7 @@ import aimscale.harness.step.saving
 from aimscale.harness.data import DataError
 from aimscale.harness.data.stream.draws import Batch
 from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.device.distributed import find_placement, start_group, stop_group
+from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
 from aimscale.harness.step.feed import Feed, Wishes
@@ -37,9 +37,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aimscale.harness.step.feed, "MIN_IMAGES", 40)
 
 
-def take_steps(rank: int, has_workers: bool) -> None:
+def take_steps(group: Group, has_workers: bool) -> None:
     """Ranks ask for a stop, a checkpoint and an end at different steps, and hear of them together."""
-    group = start_group(find_placement(), "cpu")
     feed = Feed(group, num_tokens=4, max_bad_fraction=0.5, has_workers=has_workers)
     loaded, may_load = 0, threading.Semaphore(1)
 
@@ -47,12 +46,12 @@ def take_steps(rank: int, has_workers: bool) -> None:
         nonlocal loaded
         for loaded in range(1, 6):
             assert may_load.acquire(timeout=60)
-            if loaded == 4 and rank == 1:
+            if loaded == 4 and group.rank == 1:
                 raise DataError("shard 7 is gone")
             ones = torch.ones(loaded, dtype=torch.int64)
             yield [Batch(images=ones, given=ones, positions=ones)]
 
-    with feed.over(batches(), lambda: Wishes(save=loaded == 2 and rank == 0)):
+    with feed.over(batches(), lambda: Wishes(save=loaded == 2 and group.rank == 0)):
         for number in (1, 2, 3):
             if not has_workers:
                 may_load.release()
@@ -63,14 +62,15 @@ def take_steps(rank: int, has_workers: bool) -> None:
                 may_load.release()
         with pytest.raises(DataError, match="shard 7 is gone"):
             feed.next(num_images=8, num_bad=0)
-    with feed.over((step for step in ([], [])), lambda: Wishes(stop=rank == 1)):
+    with feed.over((step for step in ([], [])), lambda: Wishes(stop=group.rank == 1)):
         assert feed.next(num_images=8, num_bad=0).must_stop
-    stop_group()
 
 
 @pytest.mark.parametrize("has_workers", [False, True])
-def test_a_step_is_agreed_on_while_the_one_before_is_computed(has_workers: bool, in_processes: Run) -> None:
-    assert in_processes(take_steps, has_workers, world_size=2) == [0, 0]
+def test_a_step_is_agreed_on_while_the_one_before_is_computed(
+    has_workers: bool, in_group: Callable[..., list[Any]]
+) -> None:
+    in_group(take_steps, has_workers, world_size=2)
 
 
 def train_elsewhere(rank: int, path: Path, folders: Path, truncate_at: int | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from aimscale.aim.config import model_config
-from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
-from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
-from aimscale.harness.probe.features.extraction import EXTRACT_BATCH, CachedTokens, FeaturePass, Moments, StreamedTokens
+from aimscale.harness.device.distributed import Group
+from aimscale.harness.probe.features.extraction import CachedTokens, Moments, StreamedTokens
 from aimscale.harness.probe.features.tasks import ProbeError
 
 
@@ -45,22 +42,21 @@ def test_features_that_memory_does_not_hold_are_computed_again_or_lie_in_a_file_
         task.feature_pass().split(train)
 
 
-def split_on(rank: int, task: Any, folder: Path, free: dict[str, tuple[int, int]]) -> None:
+def split_on(group: Group, task: Any, folder: Path, free: dict[str, tuple[int, int]]) -> dict[str, tuple[int, bool]]:
     """One of two ranks of a host, which finds so much free there: by case and rank, where do its features go?"""
-    group, (train, _) = start_group(find_placement(), "cpu"), task.open()
+    train, _ = task.open()
     found = {}
     for case, of_ranks in free.items():
-        with unittest.mock.patch(f"{Group.__module__}.free_host_bytes", return_value=of_ranks[rank]):
+        with unittest.mock.patch(f"{Group.__module__}.free_host_bytes", return_value=of_ranks[group.rank]):
             split = dataclasses.replace(task.feature_pass(folder=folder), group=group).split(train)
         is_mapped = str(folder) in Path("/proc/self/maps").read_text()
         found[case] = 0 if is_mapped else split.pooled.num_bytes, isinstance(split.tokens, CachedTokens)
         del split
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    stop_group()
+    return found
 
 
 def test_ranks_of_a_host_decide_as_one_and_take_no_more_than_it_has_free(
-    task: Any, model: AIM, tmp_path: Path, in_processes: Callable[..., list[int]]
+    task: Any, model: AIM, tmp_path: Path, in_group: Callable[..., list[Any]]
 ) -> None:
     pooled = 600 * model.config.depth * model.config.width * 4
     free = {
@@ -69,37 +65,9 @@ def test_ranks_of_a_host_decide_as_one_and_take_no_more_than_it_has_free(
         "short": (round(2.4 * pooled), round(2.4 * pooled)),
         "unlike": (10**6 * pooled, 0),
     }
-    assert in_processes(split_on, task, tmp_path, free, world_size=2) == [0, 0]
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    ranks = in_group(split_on, task, tmp_path, free, world_size=2)
     assert ranks[0] == ranks[1]
-    assert ranks[0] == {case: [pooled // 2 * (case in ("roomy", "tight")), case == "roomy"] for case in free}
-
-
-@pytest.mark.parametrize(
-    ("size", "ranks", "host_gb", "place"),
-    [
-        ("aim-600M", 8, 1000, "cuda"),
-        ("aim-7B", 8, 1000, "cpu"),
-        ("aim-7B", 8, 500, "file"),
-        ("aim-1B", 8, 1000, "cuda"),
-    ],
-)
-def test_features_of_imagenet_lie_on_cards_or_in_the_memory_of_a_node(
-    size: str, ranks: int, host_gb: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By plan: no card is here."""
-    config = model_config(size)
-    trunk = 2 * param_count(config).trunk
-    monkeypatch.setattr("aimscale.harness.probe.features.extraction.weight_bytes", lambda backbone: trunk)
-    backbone: Any = None
-    group = Group(dataclasses.replace(find_placement({}), world_size=ranks), torch.device("cuda"), None)
-    monkeypatch.setattr(Group, "least", lambda self, number: number)
-    monkeypatch.setattr(Group, "memory_bytes", lambda self: 80 * 10**9)
-    monkeypatch.setattr(Group, "host_memory_bytes", lambda self: host_gb * 10**9 // 8)
-    blocks = config.depth * config.width * 2
-    features = FeaturePass(backbone=backbone, group=group, precision="bf16", folder=tmp_path)
-    found = features._place(1_281_167 // ranks * blocks, 0, EXTRACT_BATCH * config.num_tokens * blocks)
-    assert (found.type if isinstance(found, torch.device) else "file") == place
+    assert ranks[0] == {case: (pooled // 2 * (case in ("roomy", "tight")), case == "roomy") for case in free}
 
 
 def test_a_full_disk_is_one_sentence(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
