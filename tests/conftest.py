@@ -4,7 +4,6 @@ On small tensors, threads that wait for each other make two busy cores ten times
 """
 
 import atexit
-import io
 import multiprocessing.forkserver
 import os
 import shutil
@@ -35,6 +34,7 @@ atexit.register(lambda: shutil.rmtree(_cache, ignore_errors=True) if os.getpid()
 def write_images() -> Callable[..., str]:
     """Packs PNGs of noise; the two classes, where there are any, take turns, one redder and one bluer."""
     import numpy as np
+    from pictures import saved
     from PIL import Image
 
     from aimscale.harness.data.store.pack import PackedImage, write_dataset
@@ -46,9 +46,7 @@ def write_images() -> Callable[..., str]:
             pixels = rng.integers(0, 120, (side, side, 3), dtype=np.uint8)
             if classes:
                 pixels[:, :, 2 * (i % 2)] += 100
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, format="PNG")
-            images.append(PackedImage(f"{i:04d}", "png", file.getvalue(), i % 2 if classes else None))
+            images.append(PackedImage(f"{i:04d}", "png", saved(Image.fromarray(pixels)), i % 2 if classes else None))
         write_dataset(folder, images, classes=classes or None)
         return str(folder)
 

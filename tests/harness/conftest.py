@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pictures import smooth
 
 import aimscale.harness.device.peak
 from aimscale.harness.data.store.index import open_dataset
@@ -39,8 +39,7 @@ def write_pictures(folder: Path, number: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for index in range(number):
-        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize((16, 16), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+        smooth(rng, 16, 16, coarse=4).save(folder / f"{index}.png")
 
 
 @pytest.fixture(scope="session")

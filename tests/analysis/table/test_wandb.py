@@ -31,7 +31,7 @@ def test_the_runs_table_leaves_out_what_crashed_and_is_fitted(tmp_path: Path) ->
     assert result.params["alpha"] == pytest.approx(0.34, abs=1e-3)
     assert [(each.kind, each.number) for each in result.exclusions] == [("status", 1)]
     columns = "N=model.params,D=tokens,L=val/loss"
-    assert "20 of 21 points" in say("fit", path, "--columns", columns, "--resamples", 20)
+    assert "20 of 21\n" in say("fit", path, "--columns", columns, "--resamples", 20)
 
 
 def test_a_panel_gives_a_row_for_each_run_and_point(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from pictures import smooth
 
 from aimscale.harness.data.store import index
 from aimscale.harness.data.store.pack import list_folder, pack_images
@@ -26,11 +26,6 @@ def nothing_decoded_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "_KEPT", {})
 
 
-def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    return coarse.resize((width, height), Image.Resampling.BICUBIC)
-
-
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 labelled PNGs of 32 px, three classes, in several shards."""
@@ -39,7 +34,7 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label in ("ant", "bee", "cat"):
         (root / "images" / label).mkdir(parents=True)
         for number in range(20):
-            picture(rng, 32, 32).save(root / "images" / label / f"{number}.png")
+            smooth(rng, 32, 32).save(root / "images" / label / f"{number}.png")
     pack_images(list_folder(root / "images"), root / "packed", max_shard_bytes=60_000)
     return root / "packed"
 
@@ -52,8 +47,8 @@ def large_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "images").mkdir()
     for number in range(23):
         height, width = rng.integers(70, 200, 2)
-        picture(rng, int(height), int(width)).save(root / "images" / f"{number}.jpg", quality=90)
-    picture(rng, 40, 56).save(root / "images" / "small.png")
+        smooth(rng, int(height), int(width)).save(root / "images" / f"{number}.jpg", quality=90)
+    smooth(rng, 40, 56).save(root / "images" / "small.png")
     pack_images(list_folder(root / "images"), root / "packed")
     return root / "packed"
 
@@ -65,7 +60,7 @@ def held_out_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(3)
     (root / "images").mkdir()
     for number in range(10):
-        picture(rng, 32, 32).save(root / "images" / f"{number}.png")
+        smooth(rng, 32, 32).save(root / "images" / f"{number}.png")
     pack_images(list_folder(root / "images"), root / "packed")
     return root / "packed"
 

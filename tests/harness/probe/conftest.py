@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pictures import saved
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -94,8 +94,7 @@ def _write_digits(out: Path, rows: slice, classes: tuple[str, ...] | None = DIGI
             label = digits.find(str(bunch.target[i]))
             if label < 0:
                 continue
-            buffer = io.BytesIO()
-            Image.fromarray((bunch.images[i] * 15).astype(np.uint8)).resize((16, 16)).save(buffer, "png")
-            yield PackedImage(f"{i:06d}", "png", buffer.getvalue(), label if classes else None)
+            image = Image.fromarray((bunch.images[i] * 15).astype(np.uint8)).resize((16, 16))
+            yield PackedImage(f"{i:06d}", "png", saved(image), label if classes else None)
 
     write_dataset(out, images(), classes=classes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
-import io
 import json
 import os
 import resource
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from commands import refused, say
+from pictures import saved
 from PIL import Image
 
 from aimscale.harness.data import DataError
@@ -41,13 +41,7 @@ END = bytes(2 * tarfile.BLOCKSIZE)
 TERABYTE = 10**12
 
 
-def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-PNG = saved(Image.new("RGB", (8, 8)), "png")
+PNG = saved(Image.new("RGB", (8, 8)))
 
 
 def padded(data: bytes) -> bytes:

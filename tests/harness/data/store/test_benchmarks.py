@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import io
 import os
 import pickle
 import re
@@ -12,13 +11,14 @@ import struct
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.io
 import yaml
 from commands import say
+from pictures import saved, write_tar
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -34,9 +34,7 @@ Made = tuple[list[str], dict[str, dict[bytes, str]]]
 
 def picture(kind: str = "jpeg") -> bytes:
     """A file of an image that no other call gives."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.frombuffer(os.urandom(9 * 8 * 3), np.uint8).reshape(9, 8, 3)).save(buffer, kind)
-    return buffer.getvalue()
+    return saved(Image.fromarray(np.frombuffer(os.urandom(9 * 8 * 3), np.uint8).reshape(9, 8, 3)), kind)
 
 
 def write(root: Path, files: Mapping[str, str | bytes]) -> None:
@@ -52,13 +50,13 @@ def imagenet(root: Path) -> Made:
     for wnid in wnids:
         pictures = {f"{wnid}_{n}.JPEG": picture() for n in (18, 7)}
         made["train"] |= dict.fromkeys(pictures.values(), wnid)
-        write_archive(root / "a.tar", "", pictures, "w")
+        write_tar(root / "a.tar", pictures)
         inner[f"{wnid}.tar"] = (root / "a.tar").read_bytes()
-    write_archive(root / "ILSVRC2012_img_train.tar", "", inner, "w")
+    write_tar(root / "ILSVRC2012_img_train.tar", inner)
     numbered = {1: wnids[1], 2: wnids[2], 3: wnids[0], 4: "n00001740"}
     pictures = {f"ILSVRC2012_val_{n + 1:08d}.JPEG": picture() for n in range(4)}
     made["val"] = dict(zip(pictures.values(), [numbered[number] for number in (3, 1, 2, 3)], strict=True))
-    write_archive(root / "ILSVRC2012_img_val.tar", "", dict(reversed(pictures.items())), "w")
+    write_tar(root / "ILSVRC2012_img_val.tar", dict(reversed(pictures.items())))
     kit = "ILSVRC2012_devkit_t12/data"
     write(root, {f"{kit}/ILSVRC2012_validation_ground_truth.txt": "3\n1\n2\n3\n"})
     synsets = np.array([*numbered.items()], dtype=[("ILSVRC2012_ID", object), ("WNID", object)])
@@ -188,14 +186,6 @@ def made_cifar(kind: type[CIFAR10]) -> tuple[dict[str, bytes], dict[str, tuple[n
     return files, expected
 
 
-def write_archive(path: Path, folder: str, files: dict[str, bytes], mode: Literal["w", "w:gz"] = "w:gz") -> None:
-    with tarfile.open(path, mode) as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(f"{folder}/{name}".lstrip("/"))
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
 @pytest.mark.parametrize("kind", [CIFAR10, CIFAR100])
 def test_archives_and_folders_of_cifar_are_packed(
     kind: type[CIFAR10], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -207,7 +197,7 @@ def test_archives_and_folders_of_cifar_are_packed(
     benchmark = "cifar100" if kind is CIFAR100 else "cifar10"
     make_small(benchmark, {split: len(images) for split, (images, _) in expected.items()}, 100, monkeypatch)
     archive, folder = tmp_path / kind.filename, tmp_path / kind.base_folder
-    write_archive(archive, kind.base_folder, files)
+    write_tar(archive, {f"{kind.base_folder}/{name}": data for name, data in files.items()}, "w:gz")
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -230,7 +220,8 @@ def test_what_is_not_cifar_as_published_is_refused_before_it_is_unpickled(tmp_pa
             return os.mkdir, (str(tmp_path / "pwned"),)
 
     archive = tmp_path / CIFAR10.filename
-    write_archive(archive, CIFAR10.base_folder, made_cifar(CIFAR10)[0] | {"test_batch": pickle.dumps(Evil())})
+    files = made_cifar(CIFAR10)[0] | {"test_batch": pickle.dumps(Evil())}
+    write_tar(archive, {f"{CIFAR10.base_folder}/{name}": data for name, data in files.items()}, "w:gz")
     for damage in (lambda: None, lambda: archive.write_bytes(archive.read_bytes()[:200]), archive.unlink):
         damage()
         with pytest.raises(DataError, match=str(archive)):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import pickle
 import shlex
 import shutil
@@ -13,6 +12,7 @@ import torch
 import webdataset
 import yaml
 from commands import refused, say
+from pictures import saved
 from PIL import Image
 
 from aimscale.harness.data import DataError
@@ -122,13 +122,7 @@ def test_decode_reads_odd_formats() -> None:
         assert decode(data, channels=1).shape == (1, 5, 7)
 
 
-def saved(picture: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind)
-    return buffer.getvalue()
-
-
-PNG = saved(Image.new("RGB", (8, 8)), "png")
+PNG = saved(Image.new("RGB", (8, 8)))
 CUT_JPEG = saved(Image.effect_noise((64, 64), 90), "jpeg")[:900]
 PACK = ["pack", "{}/in", "{}/out"]
 

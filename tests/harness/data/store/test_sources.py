@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import say
-from PIL import Image
+from pictures import saved, smooth, write_tar
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import shard_cache, shards
@@ -31,15 +30,8 @@ from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
 
 
-def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    return coarse.resize((width, height), Image.Resampling.BICUBIC)
-
-
 def encoded(rng: np.random.Generator, height: int, width: int, kind: str = "jpeg") -> bytes:
-    buffer = io.BytesIO()
-    picture(rng, height, width).save(buffer, kind, quality=90)
-    return buffer.getvalue()
+    return saved(smooth(rng, height, width), kind, quality=90)
 
 
 def test_a_file_stays_open_while_it_is_read_whoever_else_opens_it(tmp_path, monkeypatch):
@@ -49,24 +41,16 @@ def test_a_file_stays_open_while_it_is_read_whoever_else_opens_it(tmp_path, monk
     assert LocalReader(tmp_path).read_many([("a.tar", 2, 3)]) == [b"234"]
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
 def write_imagenet_wds(folder: Path) -> None:
     """The layout of timm/imagenet-1k-wds: jpg, cls and json under one key."""
     rng = np.random.default_rng(5)
     folder.mkdir()
     for shard in range(3):
-        members = []
+        members: dict[str, bytes] = {}
         for number in range(6):
             key, label = f"n0144{label_of(shard, number)}_{number}", label_of(shard, number)
             record = json.dumps({"label": label, "filename": f"{key}.JPEG", "width": 90, "height": 80}).encode()
-            members += [(f"{key}.jpg", encoded(rng, 80, 90)), (f"{key}.cls", b"%d" % label), (f"{key}.json", record)]
+            members |= {f"{key}.jpg": encoded(rng, 80, 90), f"{key}.cls": b"%d" % label, f"{key}.json": record}
         write_tar(folder / f"imagenet1k-train-{shard:04d}.tar", members)
 
 
@@ -79,14 +63,14 @@ def write_img2dataset(folder: Path) -> None:
     rng = np.random.default_rng(6)
     folder.mkdir()
     for shard in range(2):
-        members = []
+        members: dict[str, bytes] = {}
         for number in range(5):
             key = f"{shard:05d}{number:04d}"
             if number != 2:
                 side, kind, extension = (70, "jpeg", "jpg") if number % 2 else (50, "webp", "webp")
-                members += [(f"{key}.{extension}", encoded(rng, side, side + 5, kind))]
+                members[f"{key}.{extension}"] = encoded(rng, side, side + 5, kind)
             record = {"url": "https://x.test/a.b.jpg", "caption": "7", "key": key, "status": "success"}
-            members += [(f"{key}.txt", b"7"), (f"{key}.json", json.dumps(record).encode())]
+            members |= {f"{key}.txt": b"7", f"{key}.json": json.dumps(record).encode()}
         write_tar(folder / f"{shard:05d}.tar", members)
         (folder / f"{shard:05d}_stats.json").write_text("{}")
         (folder / f"{shard:05d}.parquet").write_bytes(b"")
@@ -119,7 +103,7 @@ def test_public_layouts_are_read_as_they_are(tmp_path: Path) -> None:
 def test_index_records_undecodable_images(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     good, cut = encoded(rng, 60, 60), encoded(rng, 60, 60)[:-200]
-    write_tar(tmp_path / "a.tar", [("0.jpg", good), ("1.jpg", cut), ("2.jpg", b""), ("3.jpg", encoded(rng, 64, 64))])
+    write_tar(tmp_path / "a.tar", {"0.jpg": good, "1.jpg": cut, "2.jpg": b"", "3.jpg": encoded(rng, 64, 64)})
     index_shards(str(tmp_path), tmp_path)
     dataset = open_dataset(tmp_path)
     assert dataset.usable().tolist() == dataset.usable(np.arange(2)).tolist() == [0, 3]
@@ -136,7 +120,7 @@ def test_index_records_undecodable_images(tmp_path: Path) -> None:
         (b"[" * 100_000, "json"),
         (b'{"label": "\xff"}', "json"),
     ):
-        write_tar(tmp_path / "b.tar", [("0.jpg", good), (f"0.{extension}", broken)])
+        write_tar(tmp_path / "b.tar", {"0.jpg": good, f"0.{extension}": broken})
         with pytest.raises(DataError, match=r"'0' of .*b\.tar"):
             index_shards(str(tmp_path), tmp_path)
 
@@ -228,7 +212,7 @@ def test_validation_images_can_never_enter_training(
     (tmp_path / "in").mkdir()
     rng = np.random.default_rng(9)
     for number in range(5):
-        picture(rng, 32, 32).save(tmp_path / "in" / f"{number}.png")
+        smooth(rng, 32, 32).save(tmp_path / "in" / f"{number}.png")
     (tmp_path / "in" / "leak.png").write_bytes(open_dataset(small_set).read(33))
     say("data", "pack", tmp_path / "in", tmp_path / "validation")
     with pytest.raises(DataError, match="leak"):

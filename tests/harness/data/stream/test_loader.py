@@ -12,13 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from trainers import until
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.stream.draws import Batch
@@ -47,14 +47,6 @@ def is_gone(pid: int) -> bool:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return True
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(300):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError("not within 30 s")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -104,7 +96,7 @@ def test_a_dead_worker_is_an_error_and_ends_the_others(stream: TrainStream) -> N
     os.kill(workers[0].pid or 0, signal.SIGKILL)
     with pytest.raises(WorkerDiedError):
         list(batches)
-    wait_until(lambda: all(is_gone(process.pid or 0) for process in workers))
+    until(lambda: all(is_gone(process.pid or 0) for process in workers))
 
 
 @pytest.mark.parametrize("kind", [TypeError, DataError])
@@ -156,4 +148,4 @@ def test_workers_end_with_a_program_that_forgets_them_or_is_killed(stream: Train
             program.kill()
         assert program.wait(60) == (-signal.SIGKILL if is_killed else 0)
     assert len(workers) == 2
-    wait_until(lambda: all(is_gone(pid) for pid in workers))
+    until(lambda: all(is_gone(pid) for pid in workers))

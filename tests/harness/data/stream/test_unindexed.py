@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pictures import write_tar
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
@@ -99,14 +100,7 @@ def test_a_broken_shard_is_named_and_left_and_broken_shards_alone_end_the_stream
 
 
 def test_undecodable_images_are_counted(tmp_path: Path, shards: Path, configure: Callable[..., RunConfig]) -> None:
-    import io
-    import tarfile
-
-    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-        for number in range(3):
-            entry = tarfile.TarInfo(f"{number}.png")
-            entry.size = 4
-            tar.addfile(entry, io.BytesIO(b"nope"))
+    write_tar(tmp_path / "bad.tar", {f"{number}.png": b"nope" for number in range(3)})
     path = f"wds://{tmp_path}/bad.tar::{shards}/shard-000000.tar"
     config = configure(sources=[{"path": path}], shuffle_buffer=10, **WHOLE)
     stream = open_stream(config)
