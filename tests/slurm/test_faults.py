@@ -15,7 +15,6 @@ import pytest
 
 from aimscale.sweeps.engine.launch import cancel
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.decision import decide
 
 Losses = dict[str, list[tuple[int, float]]]
 
@@ -128,20 +127,6 @@ def test_out_of_memory_is_named_bounded_and_curable(fault: Any, undisturbed: Los
     (case.records[0].path / "healthy").touch()
     assert len(case.launch(retry=True)) == 1
     assert_as_undisturbed(case, undisturbed)
-
-
-def test_a_crash_in_user_code_is_tried_once_more_and_then_left(fault: Any) -> None:
-    case = fault(fault="crash")
-    case.launch()
-    case.wait_state("failed")
-    status = case.records[0].read_status()
-    assert (status.reason_class, status.reason) == ("code", "RuntimeError: the user's own code is wrong")
-    assert "user's own code" in case.records[0].last_log().read_text()
-    case.wait_empty_queue()
-    assert case.ends() == [[1, 1]]
-    assert slurm.jobs()[case.job()].state == "FAILED"
-    assert not case.launch()
-    assert decide(case.runs[0], case.records[0]).verdict == "failed"
 
 
 def test_two_nodes_are_preempted_and_come_back(fault: Any, undisturbed: Losses) -> None:

@@ -76,19 +76,6 @@ def test_a_node_on_which_a_run_failed_is_left_out_and_named(fault: Any) -> None:
     assert " NodeList=node2" in slurm.command("scontrol", "show", "job", job)
 
 
-def test_a_dry_run_prints_what_is_submitted_and_writes_nothing(fault: Any) -> None:
-    case = fault(seeds=[0, 1], budgets=[32], slurm={"extra": {"comment": "night shift", "mem": "1G"}})
-    (dry,) = case.launch(dry_run=True)
-    assert not case.sweep.root.exists()
-    for line in ("--array=0-1%2", "--requeue", "--signal=B:USR2@10", "--comment='night shift'"):
-        assert f"#SBATCH {line}" in dry.script
-    case.launch()
-    (submitted,) = (case.sweep.directory / "slurm").glob("*_submission.sh")
-    assert submitted.read_text() == dry.script
-    case.wait_state("finished")
-    case.wait_empty_queue()
-
-
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -1,8 +1,7 @@
 """On the PYTHONPATH, it makes steps of first attempts slow enough for a fault to hit one, and adds faults of its own.
 
-STEP_S is the time a step takes longer, in seconds. FAULT=crash raises at the first step, FAULT=hog takes two gigabytes
-then; both only while the run directory has no file `healthy`. FAULT=stop stops rank 1 of the first attempt at its sixth
-step, as a node that hangs does.
+STEP_S is the time a step takes longer, in seconds. FAULT=hog takes two gigabytes at the first step while the run
+directory has no file `healthy`. FAULT=stop stops rank 1 of the first attempt at its sixth step, as a hung node does.
 """
 
 from __future__ import annotations
@@ -31,12 +30,9 @@ if "aimscale.harness.train" in sys.orig_argv[2:4]:  # a run or what forks runs; 
             time.sleep(float(os.environ["STEP_S"]))
             if fault == "stop" and os.environ["RANK"] == "1" and num_steps == 6:
                 os.kill(os.getpid(), signal.SIGSTOP)
-        if num_steps == 1 and not (Path(run.path) / "healthy").exists():
-            if fault == "crash":
-                raise RuntimeError("the user's own code is wrong")
-            if fault == "hog":
-                hoard.append(b"x" * 2_000_000_000)
-                time.sleep(20)
+        if fault == "hog" and num_steps == 1 and not (Path(run.path) / "healthy").exists():
+            hoard.append(b"x" * 2_000_000_000)
+            time.sleep(20)
         return step(self, *args, **kwargs)
 
     Engine.step = slow_step  # type: ignore[method-assign]

@@ -123,9 +123,15 @@ def test_elements_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
     assert submitted("array")[6:] == [None] * 6
 
 
-def test_several_runs_share_an_element_and_its_gpus_have_a_type(write_sweep: Any, submitted: Any) -> None:
-    section = {"devices_per_job": 4, "gpus": "a100", "cpus_per_task": 6}
-    (part,) = submit_for(write_sweep(seeds=list(range(9)), slurm=section), per_device=2)
+def test_several_runs_share_an_element_and_its_gpus_have_a_type(
+    write_sweep: Any, submitted: Any, tmp_path: Path
+) -> None:
+    section = {"devices_per_job": 4, "gpus": "a100", "cpus_per_task": 6, "extra": {"comment": "night shift"}}
+    sweep = write_sweep(seeds=list(range(9)), slurm=section)
+    (dry,) = submit_for(sweep, per_device=2, dry_run=True)
+    (part,) = submit_for(sweep, per_device=2)
+    assert (tmp_path / "jobs" / "0").read_text() == dry.script == part.script
+    assert [submitted(name) for name in ("signal", "comment")] == [["B:USR2@120"], ["'night shift'"]]
     assert (part.number, part.shape) == (3, Shape(nodes=1, devices=4, per_device=2))
     assert [submitted(name) for name in ("gpus-per-node", "cpus-per-task")] == [["a100:4"], ["6"]]
 
