@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -149,8 +150,22 @@ ALL = "--fix E=0 --fix A=1 --fix B=1 --fix alpha=0.3 --fix beta=0.3"
         ("forecast t.csv --law power:C --at N=1e9", "C=1e9"),
         ("forecast t.csv --at D=1e9", "N=1e9"),
         ("next t.csv --target N=1e9 --budget 1", "D=1e9"),
+        ("fit t.csv --law power:D --resamples 0 --figure t.csv/a", "t.csv"),
+        ("fit t.csv --law power:D --hold-out D:-1", "--hold-out"),
+        ("frontier t.csv --at nan", "--at"),
+        ("correlate t.csv --x L --y odd", "odd"),
+        ("fit utf16.csv", "utf16.csv"),
+        ("fit semicolons.csv", "semicolons.csv"),
+        ("report binary.csv", "binary.csv"),
+        ("compare probes.csv", "'x'"),
+        ("frontier names.jsonl", r"\x0b"),
     ],
 )
 def test_what_makes_no_sense_is_named(line, subject, table, capsys):
     table.to_csv("t.csv", index=False)
+    table.to_csv("semicolons.csv", index=False, sep=";", decimal=",")
+    table.to_csv("utf16.csv", encoding="utf-16")
+    table.assign(probes='[{"task": "t", "kind": "knn", "top1": "x"}]').to_csv("probes.csv", index=False)
+    Path("binary.csv").write_bytes(bytes(range(256)) * 10)
+    Path("names.jsonl").write_text('{"\x0b": null}')
     assert subject in said(line, capsys)

@@ -29,13 +29,12 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture
 def write_sweep(tmp_path: Path) -> Any:
-    """Write `TINY` with changes as a sweep file, and load it."""
+    """Write `TINY` with changes, of `base` section by section, as a sweep file, and load it."""
 
-    def write(*, devices: int | None = None, **changes: Any) -> Sweep:
+    def write(*, devices: int | None = None, base: dict[str, Any] | None = None, **changes: Any) -> Sweep:
         path = tmp_path / "sweep.yaml"
-        values = {**TINY, **changes}
-        values["base"] = values["base"] | ({"devices": devices} if devices else {})
-        path.write_text(yaml.safe_dump(values))
+        changed = TINY["base"] | (base or {}) | ({"devices": devices} if devices else {})
+        path.write_text(yaml.safe_dump(TINY | changes | {"base": changed}))
         return load_sweep(path, tmp_path / "root")
 
     return write

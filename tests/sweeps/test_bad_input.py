@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import yaml
+from commands import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,15 +136,6 @@ def test_any_content_of_a_runs_files(finished: tuple[Path, Path], capsys: Any) -
                 path.write_bytes(before)
 
 
-def test_any_content_of_a_sweep_file(tmp_path: Path, capsys: Any) -> None:
-    path = tmp_path / "any.yaml"
-
-    @trying(80, content=odd_bytes | values.map(lambda value: yaml.safe_dump(value).encode()))
-    def _(content: bytes) -> None:
-        path.write_bytes(content)
-        call("plan {sweep}", capsys, sweep=path, root=tmp_path)
-
-
 PLAIN: dict[str, Any] = {
     "name": "any",
     "sizes": ["rung-32"],
@@ -173,72 +163,30 @@ def places(values: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [above, *(place for key, value in inner for place in places(value, (*above, key)))]
 
 
-def test_any_value_at_any_place_of_a_sweep_file(tmp_path: Path, capsys: Any) -> None:
-    path = tmp_path / "any.yaml"
+def placed(place: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    """`PLAIN` with another value at one place."""
+    document = copy.deepcopy(PLAIN)
+    holder: Any = document
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    return document
 
-    @trying(80, place=st.sampled_from(places(PLAIN)[1:]), value=values)
-    def _(place: tuple[Any, ...], value: Any) -> None:
-        document = copy.deepcopy(PLAIN)
-        holder: Any = document
-        for key in place[:-1]:
-            holder = holder[key]
-        holder[place[-1]] = value
-        path.write_text(yaml.safe_dump(document))
+
+def test_any_content_of_a_sweep_file_and_any_value_at_any_place_of_one(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "any.yaml"
+    documents = values | st.builds(placed, st.sampled_from(places(PLAIN)[1:]), values)
+
+    @trying(160, content=odd_bytes | documents.map(lambda value: yaml.safe_dump(value).encode()))
+    def _(content: bytes) -> None:
+        path.write_bytes(content)
         call("plan {sweep}", capsys, sweep=path, root=tmp_path)
 
 
-TABLE = {
-    "run_id": ["a", "b", "c", "d"],
-    "size": ["rung-32", "rung-32", "rung-48", "rung-48"],
-    "seed": [0, 1, 0, 1],
-    "params_total": [1e5, 1e5, 2e5, 2e5],
-    "images_seen": [640, 1280, 640, 1280],
-    "val_loss": [0.5, 0.4, 0.45, 0.35],
-    "unique_images": [None, 100, None, 100],
-    "probes": ["[]", '[{"task": "t", "kind": "linear", "top1": 0.5}]', "", "[]"],
-    "extra": ["{}", "{}", "", "{}"],
-}
-
-
-@pytest.mark.parametrize(
-    ("line", "subject"),
-    [
-        ("fit {table} --law power:D --resamples 0 --figure {table}/a", "table.csv"),
-        ("fit {table} --law power:D --hold-out D:-1", "--hold-out"),
-        ("fit {folder}/utf16.csv", "utf16.csv"),
-        ("fit {folder}/semicolons.csv", "semicolons.csv"),
-        ("report {folder}/binary.csv", "binary.csv"),
-        ("compare {folder}/probes.csv", "'x'"),
-        ("frontier {folder}/names.jsonl", r"\x0b"),
-        ("frontier {table} --at nan", "--at"),
-        ("correlate {table} --x L --y odd", "odd"),
-        ("data index odd://place --out {folder}/index", "odd"),
-        ("plan {folder}/flag.yaml", "budgets.0"),
-        ("plan {folder}/task.yaml", "probes.0.task"),
-        ("launch {folder}/flag.yaml", "budgets.0"),
-        ("train {folder}/nowhere", "nowhere"),
-        ("baseline raw-pixels --like {folder}", "{folder}"),
-        ("demo --root {table}", "table.csv"),
-        ("bench train --set runtime.device=tpu", "device"),
-        ("bench data --seconds 0", "--seconds"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_by_name(line: str, subject: str, tmp_path: Path, capsys: Any) -> None:
-    frame = pd.DataFrame({**TABLE, "flops_train": [1.0, 2.0, 3.0, 4.0]}).drop(columns=["probes", "extra"])
-    table = tmp_path / "table.csv"
-    frame.to_csv(table, index=False)
-    frame.assign(probes='[{"task": "t", "kind": "knn", "top1": "x"}]').to_csv(tmp_path / "probes.csv", index=False)
-    frame.to_csv(tmp_path / "semicolons.csv", index=False, sep=";", decimal=",")
-    (tmp_path / "utf16.csv").write_text(table.read_text(), encoding="utf-16")
-    (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 10)
-    (tmp_path / "names.jsonl").write_text('{"\x0b": null}')
-    (tmp_path / "flag.yaml").write_text(yaml.safe_dump(PLAIN | {"budgets": [True]}))
-    base = PLAIN["base"] | {"probes": [{"task": "../x", "train": "a", "test": "b"}]}
-    (tmp_path / "task.yaml").write_text(yaml.safe_dump(PLAIN | {"base": base}))
-    with pytest.raises(SystemExit) as end:
-        main([word.format(table=table, folder=tmp_path) for word in line.split()])
-    said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)
-    assert (end.value.code, subject.format(folder=tmp_path) in said.replace("\n", "")) == (2, True), said
+def test_a_folder_that_is_no_run_and_a_file_that_is_no_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert str(tmp_path) in refused("baseline", "raw-pixels", "--like", tmp_path)
+    assert str(tmp_path / "file") in refused("demo", "--root", tmp_path / "file")
 
 
 @pytest.fixture

@@ -36,14 +36,7 @@ def trained(write_sweep: Any, write_images: Any, tmp_path: Path) -> Callable[...
             sizes=["w16-d2"],
             budgets=[64, 128],
             seeds=[0, 1],
-            base={
-                "model": {"image_size": 16, "patch_size": 4},
-                "data": {"sources": [{"path": "data/train"}]},
-                "optimiser": {"batch_size": 64},
-                "schedule": {"warmup_images": 0},
-                "validation": {"path": "data/test"},
-                "probes": [own],
-            },
+            base={"schedule": {"warmup_images": 0}, "validation": {"path": "data/test"}, "probes": [own]},
         )
         runs = plan(sweep)
         for run in runs:
@@ -52,15 +45,8 @@ def trained(write_sweep: Any, write_images: Any, tmp_path: Path) -> Callable[...
             for budget in run.budgets:
                 torch.manual_seed(budget)
                 write_weights(AIM(model_of(run.config.training)).state_dict(), record.model_file(budget))
-                record.record_row(
-                    {
-                        "run_id": run.run_id,
-                        "images_seen": budget,
-                        "val_loss": 0.5,
-                        "finished_at": "2026-01-01",
-                        "probes": [],
-                    }
-                )
+                row = {"run_id": run.run_id, "images_seen": budget, "val_loss": 0.5, "finished_at": "2026-01-01"}
+                record.record_row(row | {"probes": []})
         return sweep, runs
 
     return make
@@ -106,12 +92,3 @@ def test_baselines_reach_a_table_of_their_own_and_the_comparison(trained: Any) -
     assert again.num_baselines == 0
     assert list(again.damaged) == [f"{first.path.name}/baselines/raw-pixels"]
     assert not (sweep.directory / "baselines.parquet").exists()
-
-
-def test_a_launch_evaluates_what_is_trained_and_not_evaluated(trained: Any, launch: Any, capsys: Any) -> None:
-    sweep, runs = trained()
-    did = launch(sweep, devices=2, shows=False)
-    assert (did.interrupted, sorted(did.evaluated)) == (False, sorted(run.run_id for run in runs))
-    for run in runs:
-        assert [len(row["probes"]) for row in RunDir(sweep.run_dir(run.run_id)).read_rows()] == [1, 1]
-    assert "finished" in capsys.readouterr().out

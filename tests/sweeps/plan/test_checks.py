@@ -18,9 +18,7 @@ def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
     for seed, name in enumerate(("fit", "test", "strange")):
         write_images(tmp_path / name, 12, seed=seed, classes=("a", "c" if name == "strange" else "b"))
     base: dict[str, Any] = {
-        "model": {"image_size": 16, "patch_size": 4},
         "data": {"sources": [{"path": "train"}]},
-        "optimiser": {"batch_size": 64},
         "validation": {"path": "validation", "centre_crop": 1.0},
         "probes": [{"task": "mine", "train": "fit", "test": "test"}],
     }

@@ -172,7 +172,7 @@ def test_all_frozen_probes_of_imagenet_cost_a_few_percent_of_training() -> None:
 def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, write_images: Any, tmp_path: Path) -> None:
     for seed, (name, number) in enumerate((("val", 100), ("fit", 60), ("test", 40))):
         write_images(tmp_path / name, number, seed=seed)
-    base = write_sweep().file.base | {"validation": {"path": "val", "num_images": 50, "num_prefixes": 2}}
+    base = {"validation": {"path": "val", "num_images": 50, "num_prefixes": 2}}
     task = {"task": "pets", "train": "fit", "test": "test", "epochs": 10}
 
     def passes(**probe: Any) -> float:
@@ -205,7 +205,7 @@ def test_points_during_training_are_counted_and_a_large_share_is_named(
 
     def card(every: Any, probes: list[dict[str, Any]]) -> CostCard:
         validation = {"path": "val", "num_prefixes": 2, "every_images": every}
-        base = write_sweep().file.base | {"validation": validation, "probes": probes}
+        base = {"validation": validation, "probes": probes}
         sweep = write_sweep(sizes=["rung-32"], base=base, budgets=[1280, 128_000])
         return cost_cards(sweep, plan(sweep))[0]
 
@@ -246,8 +246,7 @@ def test_a_run_is_priced_at_its_precision_on_the_device_that_is_meant(
     def peak(card: Any) -> float:
         return float(card.device.flops_per_s(card.precision))
 
-    base = write_sweep().file.base
-    bf16 = {**base, "optimiser": {**base["optimiser"], "precision": "bf16"}}
+    bf16 = {"optimiser": {"batch_size": 64, "precision": "bf16"}}
     single, half = card(slurm={}), card(slurm={}, base=bf16)
     assert (single.device.name, peak(single), peak(half)) == ("H100", 494.75e12, 989.5e12)
     assert peak(card(slurm={"gpus": "a100"}, base=bf16)) == 312e12
@@ -266,8 +265,7 @@ def test_a_run_is_priced_at_its_precision_on_the_device_that_is_meant(
 
 def test_the_loader_is_part_of_the_time_and_named_where_it_is_the_limit(write_sweep: Any) -> None:
     def card(workers: int, **slurm: Any) -> Any:
-        base = write_sweep().file.base | {"runtime": {"num_workers": workers}}
-        sweep = write_sweep(sizes=["rung-32"], base=base, slurm=slurm)
+        sweep = write_sweep(sizes=["rung-32"], base={"runtime": {"num_workers": workers}}, slurm=slurm)
         return cost_cards(sweep, plan(sweep))[0]
 
     two, eight, bound = card(2), card(8), card(8, cpus_per_task=2)
@@ -286,7 +284,7 @@ def test_the_loader_is_part_of_the_time_and_named_where_it_is_the_limit(write_sw
 
 def test_hours_hold_the_communication_that_a_step_does_not_hide(write_sweep: Any) -> None:
     def card(devices: int, **cost: Any) -> CostCard:
-        base = write_sweep().file.base | {"runtime": {"num_workers": 100}, "optimiser": {"batch_size": 4096}}
+        base = {"runtime": {"num_workers": 100}, "optimiser": {"batch_size": 4096}}
         slurm = {"cpus_per_task": 100, "devices_per_node": 8}
         sweep = write_sweep(sizes=["rung-768"], base=base, slurm=slurm, cost=cost, budgets=[409_600], devices=devices)
         return cost_cards(sweep, plan(sweep))[0]
@@ -315,6 +313,8 @@ def test_hours_hold_the_communication_that_a_step_does_not_hide(write_sweep: Any
         ({"sizes": ["rung-33"]}, "rung-32"),
         ({"sizes": ["rung-32", "rung-32"]}, "sizes"),
         ({"budgets": ["4 thousand"]}, "budgets.0"),
+        ({"budgets": [True]}, "budgets.0"),
+        ({"base": {"probes": [{"task": "../x", "train": "a", "test": "b"}]}}, "probes.0.task"),
         ({"budgets": []}, "isoflop"),
         ({"exclude": [{"sise": "rung-32"}]}, "'size'"),
         ({"exclude": [{"budget": True}]}, "budget True"),
@@ -328,10 +328,7 @@ def test_hours_hold_the_communication_that_a_step_does_not_hide(write_sweep: Any
         ({"axes": {"runtime.num_workers": [0, 1]}}, "num_workers': 1"),
         ({"variants": {"one": {}, "same": {}}}, "'variant': 'same'"),
         ({"override": [{"when": {"seed": 0}, "set": {"devices": "two"}}]}, "devices"),
-        (
-            {"base": {"model": {"image_size": 30, "patch_size": 4}, "data": {"sources": [{"path": "x"}]}}},
-            "patches of 4",
-        ),
+        ({"base": {"model": {"image_size": 30, "patch_size": 4}}}, "patches of 4"),
     ],
 )
 def test_bad_sweeps_are_refused_in_one_sentence(write_sweep: Any, changes: dict[str, Any], words: str) -> None:
@@ -343,10 +340,13 @@ def test_bad_sweeps_are_refused_in_one_sentence(write_sweep: Any, changes: dict[
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_makes_other_runs_of_a_larger_budget(write_sweep: Any, name: str) -> None:
-    base = {**write_sweep().file.base, "schedule": {"kind": "wsd"}}
-
     def names(*budgets: int, **fields: Any) -> list[str]:
-        return [run.run_id for run in plan(write_sweep(recipe=name, budgets=list(budgets), base=base, **fields))]
+        return [
+            run.run_id
+            for run in plan(
+                write_sweep(recipe=name, budgets=list(budgets), base={"schedule": {"kind": "wsd"}}, **fields)
+            )
+        ]
 
     assert names(64_000, 128_000) == names(64_000) == names(64_000, 10**7)
     assert names(4_000, 64_000) != names(64_000) == names(4_000, 64_000, recipe_budget="64k")

@@ -19,11 +19,16 @@ from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame, read_curves, read_table, read_tables
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import load_sweep
+from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare
-from aimscale.sweeps.table.collection import collect
+from aimscale.sweeps.table.collection import Collected, collect
 from aimscale.sweeps.table.status import sweep_status
+
+
+def gather(sweep: Sweep) -> Collected:
+    """Collect all that is planned."""
+    return collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
 
 
 def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: Any, launch: Any) -> None:
@@ -34,7 +39,7 @@ def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: A
     done, damaged, diverged, missing = (RunRecord(sweep.run_dir(run.run_id)) for run in runs)
     damaged.results.write_text("{ half")
     diverged.write_status(state="diverged", reason="loss is NaN", reason_class="nan")
-    found = collect(sweep, runs, cards)
+    found = gather(sweep)
     assert (found.num_rows, found.num_complete) == (6, 2)
     assert list(found.damaged) == [damaged.path.name]
     table = read_table(found.table)
@@ -46,13 +51,13 @@ def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: A
     assert "val_loss" in read_table(found.table.with_suffix(".csv"))
 
     before = {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
-    collect(sweep, runs, cards)
+    gather(sweep)
     assert before == {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
 
 
 def test_points_during_training_are_a_table_of_their_own(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     task = {"task": "pets", "train": "data/train", "test": "data/test", "kinds": ["knn"], "every_images": 192}
-    sweep = write_sweep(sizes=["rung-32"], base=write_sweep().file.base | {"probes": [task]})
+    sweep = write_sweep(sizes=["rung-32"], base={"probes": [task]})
     launch(sweep, devices=1, command=stand_in())
     runs, cards = plan(sweep), cost_cards(sweep, plan(sweep))
     (run,), (card,) = runs, cards
@@ -69,7 +74,7 @@ def test_points_during_training_are_a_table_of_their_own(write_sweep: Any, stand
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     RunRecord(sweep.run_dir(run.run_id)).curve.write_text(text + '{"images_seen": 25')
-    table = collect(sweep, runs, cards).table
+    table = gather(sweep).table
     assert set(read_table(table)["status"]) == {"complete"}
     curves = read_curves([table, sweep.directory])
     assert list(curves["images_seen"]) == [128, 192]
@@ -88,7 +93,7 @@ def test_rows_carry_what_the_sweep_varied(write_sweep: Any, stand_in: Any, launc
     sweep = write_sweep(sizes=["rung-32"], axes=varied)
     launch(sweep, devices=2, command=stand_in())
     cards = cost_cards(sweep, plan(sweep))
-    table = read_table(collect(sweep, plan(sweep), cards).table)
+    table = read_table(gather(sweep).table)
     setups = [json.loads(text) for text in table["setup"]]
     assert list(table["head_depth"]) == [setup["model.head_depth"] for setup in setups]
     assert {setup.get("objective.target", "normalised") for setup in setups} == {"normalised", "raw"}
@@ -126,7 +131,7 @@ def test_values_of_wrong_types_cost_their_run_alone(write_sweep: Any) -> None:
     killed = sweep.directory / ".results.csv.1.part"
     killed.write_text("half a table")
     os.utime(killed, (0, 0))
-    found = collect(sweep, runs, cost_cards(sweep, runs))
+    found = gather(sweep)
     names = [run.run_id for run in runs]
     folder = str(baseline.parent.relative_to(sweep.runs_dir))
     assert (list(found.damaged), found.num_complete) == ([*names[:-1], folder], 1)
@@ -153,7 +158,7 @@ def test_hits_of_runs_and_baselines_lie_beside_the_table_under_its_tasks_names(w
     row = {"images_seen": 640, "run_id": run.run_id, "size": "rung-32", "val_loss": 0.5, "probes": [own, other]}
     record.write_status(state="preempted")
     record.results.write_text(json.dumps({"version": 1, "starts": [], "rows": [row]}))
-    collect(sweep, [run], cost_cards(sweep, [run]))
+    gather(sweep)
     frame = read_tables([sweep.directory])
     hits = hits_of(probe_frame(frame))
     assert (hits.iloc[0].right == right).all()
@@ -163,7 +168,7 @@ def test_hits_of_runs_and_baselines_lie_beside_the_table_under_its_tasks_names(w
     assert [(each.right == right).all() for each in hits_of(baselines)] == [True, True]
     shutil.rmtree(record.path / "probes")
     shutil.rmtree(record.path / "baselines")
-    collect(sweep, [run], cost_cards(sweep, [run]))
+    gather(sweep)
     assert not (sweep.directory / "hits.parquet").exists()
 
 
@@ -190,7 +195,7 @@ def test_imported_runs_are_collected_and_strays_are_not(write_sweep: Any, stand_
         record = RunRecord(sweep.runs_dir / name)
         record.record_row({"run_id": name, "size": "aim-600M", "images_seen": 2_048_000_000})
         record.record_start(start)
-    found = collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+    found = gather(sweep)
     assert found.num_complete == 3
     assert list(read_table(found.table)["run_id"])[2:] == ["imported-aim"]
 
@@ -200,7 +205,7 @@ def test_rows_of_another_run_are_not_mixed_in(write_sweep: Any, stand_in: Any, l
     launch(sweep, devices=2, command=stand_in())
     first, second = (RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep))
     second.results.write_bytes(first.results.read_bytes())
-    found = collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+    found = gather(sweep)
     assert found.num_complete == 2
     assert first.path.name in found.damaged[second.path.name]
 
@@ -210,23 +215,23 @@ def test_runs_of_another_plan_are_named_and_never_empty_the_table(
 ) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, devices=1, command=stand_in())
-    collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+    gather(sweep)
     before = (sweep.directory / "results.parquet").read_bytes()
     edited = write_sweep(sizes=["rung-32"], seeds=[7])
     with pytest.raises(UserError, match=str(sweep.runs_dir)):
-        collect(edited, plan(edited), cost_cards(edited, plan(edited)))
+        gather(edited)
     assert (sweep.directory / "results.parquet").read_bytes() == before
     both = write_sweep(sizes=["rung-32"], seeds=[0, 7])
     launch(both, devices=1, command=stand_in())
     again = write_sweep(sizes=["rung-32"], seeds=[7])
-    found = collect(again, plan(again), cost_cards(again, plan(again)))
+    found = gather(again)
     assert (found.num_complete, len(found.unplanned)) == (2, 1)
 
 
 def test_collecting_what_was_never_launched_is_refused(write_sweep: Any) -> None:
     sweep = write_sweep()
     with pytest.raises(UserError, match="tiny"):
-        collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+        gather(sweep)
 
 
 def test_registered_forecasts_are_scored(write_sweep: Any, stand_in: Any, launch: Any) -> None:

@@ -21,13 +21,7 @@ from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.time_left import Progress, time_left
 from aimscale.sweeps.table.views import new_console, status_table
 
-PROBED: dict[str, Any] = {
-    "model": {"image_size": 16, "patch_size": 4},
-    "data": {"sources": [{"path": "data/train"}]},
-    "optimiser": {"batch_size": 64},
-    "validation": {"path": "data/validation"},
-    "probes": [{"task": name, "train": f"data/{name}", "test": f"data/{name}-test"} for name in ("pets", "cars")],
-}
+PROBED = {"probes": [{"task": name, "train": f"data/{name}", "test": f"data/{name}-test"} for name in ("pets", "cars")]}
 
 
 @pytest.fixture(autouse=True)
