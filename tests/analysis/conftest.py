@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from tables import law_grid
 
 from aimscale.analysis.laws.catalogue import effective
 
@@ -39,20 +40,10 @@ def epoch(measurements) -> pd.DataFrame:
 @pytest.fixture
 def grid() -> pd.DataFrame:
     """6 sizes x 5 budgets of a known Chinchilla law with 0.3 % noise, as a results table."""
-    rng = np.random.default_rng(3)
-    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e7, 6), np.geomspace(1e5, 3e6, 5)))
-    loss = (0.2 + 30 * n**-0.4 + 40 * d**-0.5) * np.exp(0.003 * rng.standard_normal(n.size))
-    return pd.DataFrame(
-        {
-            "run_id": [f"r{i}" for i in range(n.size)],
-            "size": [f"s{v:.0f}" for v in n],
-            "params_total": n,
-            "images_seen": d,
-            "flops_train": 6 * n * d,
-            "val_loss": loss,
-            "status": "complete",
-        }
-    )
+    rows = law_grid(noise=0.003, rng=3).rename(columns={"N": "params_total", "D": "images_seen", "C": "flops_train"})
+    rows.insert(0, "run_id", [f"r{i}" for i in range(len(rows))])
+    rows.insert(1, "size", [f"s{n:.0f}" for n in rows["params_total"]])
+    return rows.assign(status="complete")
 
 
 TRUTH = {"E": 0.2, "A": 8.0, "B": 12.0, "alpha": 0.4, "beta": 0.5, "R_D": 6.0}

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import f as fisher
+from tables import law_grid
 
 from aimscale.analysis import fit, laws
 from aimscale.analysis.fitting.lackoffit import positive_probability, ratio_test
@@ -18,9 +19,8 @@ def flags_of(df: pd.DataFrame, y: str = "val_loss") -> set[tuple[str, str]]:
 
 
 def noisy_grid(rng: np.random.Generator, sizes: int = 6, budgets: int = 5) -> pd.DataFrame:
-    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e7, sizes), np.geomspace(1e5, 3e6, budgets)))
-    loss = (0.2 + 30 * n**-0.4 + 40 * d**-0.5) * np.exp(0.003 * rng.standard_normal(n.size))
-    return pd.DataFrame({"size": [f"s{v:.0f}" for v in n], "N": n, "D": d, "val_loss": loss})
+    rows = law_grid(sizes=(1e5, 1e7, sizes), budgets=(1e5, 3e6, budgets), noise=0.003, rng=rng).drop(columns="C")
+    return rows.assign(size=[f"s{n:.0f}" for n in rows["N"]])
 
 
 def test_every_kind_of_flag_has_words():

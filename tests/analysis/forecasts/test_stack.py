@@ -5,28 +5,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from tables import KNOWN, law_grid
 
 from aimscale.analysis import forecast, forecaster, laws, read_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.stack import TERMS
 
 BOARD = Path(__file__).parents[2] / "board"
-TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.38, "beta": 0.40}
+TRUTH = KNOWN | {"alpha": 0.38, "beta": 0.40}
 CHANCE = {"hellaswag": 0.25, "piqa": 0.5, "arc-easy": 0.25, "arc-challenge": 0.25, "csqa": 0.2, "socialiqa": 1 / 3}
 CHANCE |= {"openbookqa": 0.25}
 
 
-def table(law=laws.CHINCHILLA, params=TRUTH, noise=0.002, seed=0) -> pd.DataFrame:
-    n, d = (v.ravel() for v in np.meshgrid(np.geomspace(1e5, 1e7, 6), np.geomspace(1e5, 3e6, 5)))
-    loss = law.value({"N": n, "D": d}, params) * np.exp(noise * np.random.default_rng(seed).standard_normal(len(n)))
-    return pd.DataFrame({"N": n, "D": d, "loss": loss})
+def table(seed: int = 0) -> pd.DataFrame:
+    return law_grid(TRUTH, noise=0.002, rng=seed).drop(columns="C")
 
 
 def test_the_true_law_gets_the_weight_and_its_intervals_hold_what_comes():
     far = {"N": 1e8, "D": 3e7}
     held, widths = [], []
     for seed in range(10):
-        found = forecaster(table(seed=seed), y="loss")
+        found = forecaster(table(seed))
         row = found.predict(far).iloc[0]
         truth = laws.CHINCHILLA.value({k: np.array([v]) for k, v in far.items()}, TRUTH)[0]
         held.append(row["pi_lo"] < truth < row["pi_hi"])
@@ -38,7 +37,7 @@ def test_the_true_law_gets_the_weight_and_its_intervals_hold_what_comes():
 
 
 def test_errors_grow_with_distance_and_are_the_sum_of_their_parts():
-    found = forecaster(table(), y="loss")
+    found = forecaster(table())
     rows = found.predict({"N": np.array([1e7, 3e7, 1e8, 1e9]), "D": np.array([3e6, 1e7, 3e7, 3e8])})
     assert rows["distance"].tolist() == pytest.approx([1, 10, 100, 1e4])
     assert rows["misfit"].iloc[0] == 0
@@ -52,9 +51,9 @@ def test_errors_grow_with_distance_and_are_the_sum_of_their_parts():
 
 def test_a_forecast_does_not_depend_on_units_or_the_order_of_rows():
     df = table()
-    plain = forecaster(df, y="loss").predict({"N": 1e8, "D": 3e7})
+    plain = forecaster(df).predict({"N": 1e8, "D": 3e7})
     other = df.sample(frac=1, random_state=1).assign(N=lambda x: x["N"] / 1e6)
-    moved = forecaster(other, y="loss").predict({"N": 1e2, "D": 3e7})
+    moved = forecaster(other).predict({"N": 1e2, "D": 3e7})
     for name in ("value", "pi_lo", "pi_hi", "distance"):
         assert moved[name].iloc[0] == pytest.approx(plain[name].iloc[0], rel=1e-6)
 
@@ -68,12 +67,12 @@ def test_one_law_of_one_variable_forecasts_too():
     with pytest.raises(AnalysisError, match="needs N"):
         forecaster(df, law="power_offset:N", y="loss").predict({})
     with pytest.raises(AnalysisError, match="names Q"):
-        forecaster(table(), y="loss").predict({"N": 1e8, "D": 1e8, "Q": 1.0})
+        forecaster(table()).predict({"N": 1e8, "D": 1e8, "Q": 1.0})
 
 
 def test_too_few_rows_say_which_law_and_why():
     with pytest.raises(AnalysisError, match="chinchilla: 5 points"):
-        forecaster(table().iloc[::6], y="loss")
+        forecaster(table().iloc[::6])
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from tables import KNOWN, law_grid
 
-from aimscale.analysis import all_approaches, laws
+from aimscale.analysis import all_approaches
 from aimscale.analysis.frontier.approaches import Approaches
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier, isoflop_points
 from aimscale.analysis.frontier.result import NoFrontier
@@ -17,10 +18,7 @@ EXPONENT = 0.36 / 0.70
 
 @pytest.fixture
 def surface() -> pd.DataFrame:
-    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e10, 17), np.geomspace(1e8, 1e12, 17)))
-    loss = laws.CHINCHILLA.value({"N": n, "D": d}, TRUTH)
-    loss = loss * np.exp(0.001 * np.random.default_rng(0).standard_normal(n.size))
-    return pd.DataFrame({"N": n, "D": d, "C": 6 * n * d, "val_loss": loss})
+    return law_grid(TRUTH, sizes=(1e6, 1e10, 17), budgets=(1e8, 1e12, 17), noise=0.001)
 
 
 def test_three_approaches_find_the_known_exponent(surface):
@@ -36,10 +34,8 @@ def test_three_approaches_find_the_known_exponent(surface):
 
 def test_few_sizes_do_not_bias_the_envelope():
     """The lowest of five sizes at each budget are a staircase of three steps, steeper than the frontier by 0.24."""
-    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e7, 5), np.geomspace(1e5, 3e6, 4)))
-    truth = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.38, "beta": 0.40}
-    loss = laws.CHINCHILLA.value({"N": n, "D": d}, truth)
-    found = envelope_frontier(pd.DataFrame({"N": n, "D": d, "C": 6 * n * d, "val_loss": loss}), resamples=0)
+    few = law_grid(KNOWN | {"alpha": 0.38, "beta": 0.40}, sizes=(1e5, 1e7, 5), budgets=(1e5, 3e6, 4))
+    found = envelope_frontier(few, resamples=0)
     assert found.exponent == pytest.approx(0.40 / 0.78, abs=0.01)
 
 

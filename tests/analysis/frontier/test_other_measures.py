@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from tables import law_grid
 
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
@@ -23,14 +24,10 @@ OF_ERROR = {"E": 0.1, "A": 40.0, "B": 5.0, "alpha": 0.40, "beta": 0.30}
 @pytest.fixture
 def probed() -> pd.DataFrame:
     """A grid whose loss wants N ~ C^0.50 and whose probe wants N ~ C^0.43, from larger sizes."""
-    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e8, 9), np.geomspace(1e5, 1e8, 9)))
-    rng = np.random.default_rng(0)
-    loss, error = (
-        laws.CHINCHILLA.value({"N": n, "D": d}, truth) * np.exp(0.002 * rng.standard_normal(n.size))
-        for truth in (OF_LOSS, OF_ERROR)
-    )
-    probes = [[{"task": "pets", "kind": "linear", "top1": 1 - e, "chance": 0.03}] for e in error]
-    return pd.DataFrame({"N": n, "D": d, "C": 6 * n * d, "val_loss": loss, "probes": probes})
+    rng, axis = np.random.default_rng(0), (1e5, 1e8, 9)
+    rows, errors = (law_grid(truth, sizes=axis, budgets=axis, noise=0.002, rng=rng) for truth in (OF_LOSS, OF_ERROR))
+    probe = {"task": "pets", "kind": "linear", "chance": 0.03}
+    return rows.assign(probes=[[probe | {"top1": 1 - error}] for error in errors["val_loss"]])
 
 
 def test_a_probe_has_an_optimum_of_its_own(probed):
@@ -62,10 +59,7 @@ def test_what_y_may_be(probed):
 
 
 def grid_of(law: laws.Law, params: dict[str, float]) -> pd.DataFrame:
-    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e10, 9), np.geomspace(1e8, 1e12, 9)))
-    x = {"N": n, "D": d, "C": 6 * n * d}
-    noise = np.exp(1e-3 * np.random.default_rng(1).standard_normal(n.size))
-    return pd.DataFrame({**x, "val_loss": law.value(x, params) * noise})
+    return law_grid(params, law, sizes=(1e6, 1e10, 9), budgets=(1e8, 1e12, 9), noise=1e-3, rng=1)
 
 
 def test_coupled_has_the_closed_form_and_others_are_minimised():

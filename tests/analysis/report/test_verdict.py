@@ -3,9 +3,8 @@
 import dataclasses
 from types import SimpleNamespace
 
-import numpy as np
-import pandas as pd
 import pytest
+from tables import law_grid
 
 from aimscale.analysis import fit, held_out
 from aimscale.analysis.report.verdict import trust
@@ -15,9 +14,7 @@ from aimscale.analysis.words import Flag
 @pytest.fixture(scope="module")
 def joint():
     """A law of 7 x 6 points, tested on the largest size and budget."""
-    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e7, 7), np.geomspace(1e5, 3e6, 6)))
-    noise = 0.002 * np.random.default_rng(0).standard_normal(n.size)
-    df = pd.DataFrame({"N": n, "D": d, "val_loss": (0.2 + 30 * n**-0.4 + 40 * d**-0.5) * np.exp(noise)})
+    df = law_grid(sizes=(1e5, 1e7, 7), budgets=(1e5, 3e6, 6), noise=0.002).drop(columns="C")
     result = fit("chinchilla", df, resamples=200)
     tests = tuple(held_out(result, df, by=v, resamples=200) for v in ("N", "D"))
     return dataclasses.replace(result, heldout=tests, flags=())
