@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -80,3 +82,18 @@ def until(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def free_port() -> int:
+    """A port that nobody has: several test processes may run on a machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def start_ranks(command: list[str], world_size: int) -> list[subprocess.Popen[str]]:
+    """Start a command as every rank of a group, with what is said by each to be read."""
+    here = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environments = [os.environ | here | group | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(world_size)]
+    return [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=each) for each in environments]

@@ -3,8 +3,6 @@
 import doctest
 import inspect
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +27,6 @@ def test_names_complete_and_are_what_they_say():
         assert inspect.ismodule(value) == (name == "laws"), name
     with pytest.raises(AttributeError, match="attribute fitt"):
         _ = analysis.fitt
-
-
-def test_importing_it_stays_light():
-    code = "import sys, aimscale.analysis; print([m for m in ('pandas', 'scipy', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_results_show_and_draw_themselves(grid):

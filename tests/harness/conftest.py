@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import smooth
+from trainers import free_port
 
 import aimscale.harness.device.peak
 from aimscale.harness.data.store.index import open_dataset
@@ -101,9 +101,7 @@ def run_in_processes(function: Callable[..., None], *args: Any, world_size: int 
     """Run `function(rank, *args)` in forks that form one group; returns their exit codes (-9: killed)."""
     _import_for_forks()
     context = multiprocessing.get_context("fork")
-    with socket.socket() as free:  # several test processes may run on a machine
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def child(rank: int) -> None:
         os.environ.update(

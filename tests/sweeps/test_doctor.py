@@ -18,14 +18,6 @@ from aimscale.sweeps.doctor import Check
 GCC = shutil.which("gcc")
 
 
-def program(folder: Path, name: str, text: str) -> Path:
-    """An executable shell script."""
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
 WITH_TORCH = {"torch": {"build": "torch 2.13.0, CUDA 13.0", "gpus": [], "gpu_error": None, "bf16": False}}
 
 
@@ -86,15 +78,14 @@ def test_an_old_package_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch
     assert (check.level, check.found) == ("fail", "submitit is 1.2.0, wanted >=1.5.2")
 
 
-def test_gpus_that_torch_does_not_see_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(tmp_path, "nvidia-smi", "printf 'NVIDIA H100 80GB HBM3, 81559\\nNVIDIA H100 80GB HBM3, 81559\\n'")
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def test_gpus_that_torch_does_not_see_fail(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    program("nvidia-smi", "printf 'NVIDIA H100 80GB HBM3, 81559\\nNVIDIA H100 80GB HBM3, 81559\\n'")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     check = doctor.check_accelerator(WITH_TORCH)
     assert (check.level, check.found.startswith("2 x NVIDIA H100 80GB HBM3")) == ("fail", True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES" in doctor.check_accelerator(WITH_TORCH).advice
-    program(tmp_path, "nvidia-smi", "echo 'could not communicate with the NVIDIA driver'; exit 9")
+    program("nvidia-smi", "echo 'could not communicate with the NVIDIA driver'; exit 9")
     assert doctor.check_accelerator(WITH_TORCH).level == "ok"
 
 
@@ -125,28 +116,24 @@ def test_a_file_system_without_working_flock_fails(tmp_path: Path, body: str) ->
     assert subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout == "fail\n"
 
 
-def slurm_at(folder: Path, monkeypatch: pytest.MonkeyPatch, sinfo: str) -> None:
-    for name in doctor.SLURM_COMMANDS:
-        program(folder, name, sinfo if name == "sinfo" else "exit 0")
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-
 def test_no_slurm_is_fine_and_half_a_slurm_names_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "commands"))
     assert doctor.check_slurm().level == "ok"
-    program(tmp_path, "sinfo", "exit 0")
+    program("sinfo", "exit 0")
     check = doctor.check_slurm()
     assert (check.level, check.found) == ("warn", "sbatch, squeue, scontrol, scancel, srun not on the PATH")
 
 
-def test_a_slurm_answers_or_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slurm_at(tmp_path, monkeypatch, "echo slurm 23.11.4")
+def test_a_slurm_answers_or_does_not(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in doctor.SLURM_COMMANDS:
+        program(name, "exit 0")
+    program("sinfo", "echo slurm 23.11.4")
     assert (doctor.check_slurm().level, doctor.check_slurm().found) == ("ok", "23.11.4 answers")
-    slurm_at(tmp_path, monkeypatch, "echo 'Unable to contact slurm controller' >&2; exit 1")
+    program("sinfo", "echo 'Unable to contact slurm controller' >&2; exit 1")
     check = doctor.check_slurm()
     assert (check.level, "Unable to contact slurm controller" in check.found) == ("warn", True)
     monkeypatch.setattr(doctor, "SLURM_TIMEOUT_S", 0.2)
-    program(tmp_path, "sinfo", "exec sleep 20")
+    program("sinfo", "exec sleep 20")
     assert doctor.check_slurm().level == "warn"

@@ -16,13 +16,6 @@ PAPER = {"A": 482.01, "B": 2085.43, "E": 1.8169, "alpha": 0.3478, "beta": 0.3659
 """Besiroglu et al. 2024, table 1: a Huber likelihood whose scale is fitted too; its limit is least absolute values."""
 
 
-def test_known_law_is_recovered_exactly_without_noise(grid):
-    grid["val_loss"] = 0.2 + 30 * grid["params_total"] ** -0.4 + 40 * grid["images_seen"] ** -0.5
-    result = fit("chinchilla", grid, resamples=0)
-    expected = {"E": 0.2, "A": 30, "B": 40, "alpha": 0.4, "beta": 0.5, "a": 0.5 / 0.9, "b": 0.4 / 0.9}
-    assert result.params == pytest.approx(expected, rel=1e-5)
-
-
 def test_epoch_huber_optimum_is_at_or_below_the_published_one(epoch):
     result = fit(laws.CHINCHILLA, epoch, y="loss", objective="huber_log")
     assert result.objective_value <= 1.0182740346e-3

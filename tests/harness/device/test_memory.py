@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from trainers import start_ranks
 from variants import VARIANTS
 
 from aimscale.aim.config import ModelConfig, model_config
@@ -42,28 +42,24 @@ def kept_bytes(config: ModelConfig, precision: str, activation_checkpointing: bo
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 8
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
-@pytest.mark.parametrize("options", [{}, {"masked": 0.75, "head_kind": "transformer"}], ids=str)
-@pytest.mark.parametrize(("size", "side", "patch"), [("rung-64", 32, 4), ("rung-128", 112, 14)])
+CASES = [
+    *itertools.product(
+        [("rung-64", 32, 4), ("rung-128", 112, 14)], ["fp32", "bf16"], [False, True],
+        [{}, {"masked": 0.75, "head_kind": "transformer"}],
+    ),
+    *((("w64-d3", 32, 4), "fp32", False, options) for options in VARIANTS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("geometry", "precision", "recomputes", "options"), CASES, ids=str)
 def test_kept_activations_are_within_ten_percent(
-    size: str, side: int, patch: int, precision: str, activation_checkpointing: bool, options: dict
+    geometry: tuple[str, int, int], precision: str, recomputes: bool, options: dict
 ) -> None:
-    check_kept_bytes(size, side, patch, precision, activation_checkpointing, options)
-
-
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_so_are_those_of_every_variant(options: dict) -> None:
-    check_kept_bytes("w64-d3", 32, 4, "fp32", False, options)
-
-
-def check_kept_bytes(
-    size: str, side: int, patch: int, precision: str, activation_checkpointing: bool, options: dict
-) -> None:
+    size, side, patch = geometry
     config = model_config(size, image_size=side, patch_size=patch, **options)
-    measured = kept_bytes(config, precision, activation_checkpointing)
-    estimate = kept_bytes_per_image(config, precision, activation_checkpointing)  # type: ignore[arg-type]
-    if precision == "bf16" and not activation_checkpointing:  # whole score matrices, on a CPU alone
+    measured = kept_bytes(config, precision, recomputes)
+    estimate = kept_bytes_per_image(config, precision, recomputes)  # type: ignore[arg-type]
+    if precision == "bf16" and not recomputes:  # whole score matrices, on a CPU alone
         num_heads = config.depth * config.num_heads + config.head.depth * (config.head.num_heads or 0)
         estimate += 2 * num_heads * config.num_tokens**2
     assert estimate == pytest.approx(measured, rel=0.1)
@@ -85,12 +81,6 @@ def peak_bytes(reset: bool = False) -> int:
     return status_bytes("VmHWM") - status_bytes("RssFile")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def measure_step(rank: int, out: Path, precision: str, stage: int) -> None:
     torch.set_num_threads(1)
     group = start_group(find_placement(), "cpu")
@@ -110,14 +100,7 @@ def measure_step(rank: int, out: Path, precision: str, stage: int) -> None:
 
 def measured_peak(out: Path, precision: str, stage: int, world_size: int) -> int:
     """Bytes of `measure_step` in processes of its own."""
-    place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(out), precision, str(stage)],
-            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world_size)
-    ]
+    ranks = start_ranks([sys.executable, __file__, str(out), precision, str(stage)], world_size)
     assert [process.wait() for process in ranks] == [0] * world_size
     return int(json.loads(out.read_text()))
 

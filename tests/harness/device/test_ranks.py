@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trainers import free_port
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.device import ranks
@@ -79,7 +79,7 @@ def stand_still() -> None:
     if os.fork() == 0:
         while RunDir(run).read_status().state != "failed":
             time.sleep(0.1)
-        time.sleep(10)
+        time.sleep(4)
         os.kill(stopped, signal.SIGKILL)
         os._exit(0)
     os.kill(stopped, signal.SIGSTOP)
@@ -93,9 +93,7 @@ def test_ranks_may_come_early_or_late_after_a_holder_that_died_under_the_same_ad
     run: RunDir, in_processes: Run
 ) -> None:
     """And while they work, no rank opens a file of the run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def look(job: Job) -> None:
         opened: list[str] = []

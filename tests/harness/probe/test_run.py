@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 from commands import answer, refused, say
 from sklearn.datasets import load_digits
+from trainers import start_ranks
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
@@ -158,26 +156,13 @@ main()
 def test_two_ranks_get_the_numbers_of_one(run: RunDir, share: float) -> None:
     alone = answer("probe", run.path, "--device", "cpu")
     shutil.rmtree(run.path / "probes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # without a cache also one block set in each round, and few images at a time
     rounds = "pass" if share else "tasks.HEADS_SHARE = 1e-12; fit.WORKING_GB = 1e-4"
     program = LEAVES_GROUP.replace(
         "main()", f"extraction.CACHE_SHARE = extraction.HOST_SHARE = {share}; {rounds}; main()"
     )
     command = [sys.executable, "-c", program, "probe", str(run.path), "--device", "cpu", "--json"]
-    processes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        )
-        for rank in range(2)
-    ]
+    processes = start_ranks(command, 2)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     together = json.loads(outputs[0])
