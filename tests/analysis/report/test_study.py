@@ -92,15 +92,3 @@ def test_laws_are_of_the_main_grid_alone_and_every_answer_has_its_section(known_
         assert f'id="{key}"' in page, key
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-
-
-@pytest.mark.slow
-def test_a_table_without_variants_has_no_such_sections(known_study, tmp_path):
-    rows = [row | {"probes": []} for row in rows_of(known_study, {"sizes": ["s1", "s2", "s3"], "seeds": [0]})]
-    for row in rows:
-        del row["val_loss_se"]
-    write_table(results_table(rows), tmp_path / "results.parquet")
-    page = write_report(tmp_path, resamples=30).read_text()
-    assert 'id="changes"' not in page
-    assert 'id="noise"' not in page
-    assert "Contrast by" not in page

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import http.client
 import http.server
 import json
@@ -26,19 +25,17 @@ PAUSES = {"stall": 3.0, "far": 0.02}
 """Seconds before an answer; `far` is a network's latency."""
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Takes a whole batch's connections at once."""
-
-    request_queue_size = 128
-
-
 class FaultyHandler(http.server.SimpleHTTPRequestHandler):
     """A file server with byte ranges; `fault` says what is wrong with the n-th request for the same range."""
 
+    folder: str
     fault: Fault
     asked: Counter[str]
     under_way: list[int]
     ranges = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args, directory=self.folder)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -74,22 +71,34 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
             self.close_connection = True
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[..., tuple[str, type[FaultyHandler]]]]:
-    servers: list[http.server.ThreadingHTTPServer] = []
+class Server(http.server.ThreadingHTTPServer):
+    """Takes a whole batch's connections at once."""
 
-    def start(folder: Path, fault: Fault = lambda path, turn: None) -> tuple[str, type[FaultyHandler]]:
-        attributes = {"fault": staticmethod(fault), "asked": Counter(), "under_way": [0, 0]}
-        handler = type("Handler", (FaultyHandler,), attributes)
-        server = Server(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_address[1]}", handler
+    request_queue_size = 128
+
+
+@pytest.fixture
+def listen() -> Iterator[Callable[..., tuple[str, Any]]]:
+    """Start a server of a kind, with attributes, and return its address and its handler."""
+    servers: list[Server] = []
+
+    def start(kind: type[FaultyHandler], fault: Fault, **attributes: Any) -> tuple[str, Any]:
+        attributes |= {"fault": staticmethod(fault), "asked": Counter(), "under_way": [0, 0]}
+        handler = type("Handler", (kind,), attributes)
+        servers.append(Server(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_address[1]}", handler
 
     yield start
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def serve(listen: Callable[..., tuple[str, Any]]) -> Callable[..., tuple[str, Any]]:
+    """A web server of a folder."""
+    return lambda folder, fault=lambda path, turn: None: listen(FaultyHandler, fault, folder=str(folder))
 
 
 def tell_fsspec(patch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
@@ -134,19 +143,15 @@ class S3Proxy(FaultyHandler):
 
 
 @pytest.fixture
-def faulty_bucket(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+def faulty_bucket(small_set: Path, listen: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """URL of the small set in a bucket behind moto's S3 server, whose faults a function says."""
     server_module = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
     store = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     store.start()
-    proxies: list[Server] = []
 
     def start(fault: Fault, tries: int) -> str:
-        attributes = {"fault": staticmethod(fault), "asked": Counter(), "upstream": store.get_host_and_port()}
-        proxies.append(Server(("127.0.0.1", 0), type("Handler", (S3Proxy,), attributes)))
-        threading.Thread(target=proxies[0].serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{proxies[0].server_address[1]}"
+        address, _ = listen(S3Proxy, fault, folder="", upstream=store.get_host_and_port())
         settings = {"endpoint_url": address, "key": "test", "secret": "test"}
         tell_fsspec(monkeypatch, {**settings, "config_kwargs": {"retries": {"total_max_attempts": tries}}})
         filesystem = fsspec.filesystem("s3")
@@ -157,7 +162,4 @@ def faulty_bucket(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         return "s3://faulty"
 
     yield start
-    for server in proxies:
-        server.shutdown()
-        server.server_close()
     store.stop()
