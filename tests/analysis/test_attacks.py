@@ -155,7 +155,7 @@ ALL = "--fix E=0 --fix A=1 --fix B=1 --fix alpha=0.3 --fix beta=0.3"
         ("frontier t.csv --at nan", "--at"),
         ("correlate t.csv --x L --y odd", "odd"),
         ("fit utf16.csv", "utf16.csv"),
-        ("fit semicolons.csv", "semicolons.csv"),
+        ("fit semicolons.csv", "run_id;size"),
         ("report binary.csv", "binary.csv"),
         ("compare probes.csv", "'x'"),
         ("frontier names.jsonl", r"\x0b"),

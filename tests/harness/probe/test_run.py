@@ -100,13 +100,8 @@ def test_imported_weights_are_probed_like_any_run(task: Any, tmp_path: Path) -> 
     files = [str(tmp_path / "aim.pth"), str(tmp_path / "imported")]
     say("weights", "import", *files, "--image-size", 8, "--images-seen", 4096, "--num-heads", 3)
     tasks = tmp_path / "tasks.yaml"
-    digits = {
-        "task": "digits",
-        "train": str(task.root / "some"),
-        "test": str(task.root / "test"),
-        "kinds": ["knn", "linear"],
-    }
-    tasks.write_text(json.dumps([digits | {"lrs": [0.01], "epochs": 4}]))  # JSON is YAML
+    digits = {"task": "digits", "train": str(task.root / "some"), "test": str(task.root / "test")}
+    tasks.write_text(json.dumps([digits | {"kinds": ["knn", "linear"], "lrs": [0.01], "epochs": 4}]))  # JSON is YAML
     imported = str(tmp_path / "imported")
     entries = answer("probe", imported, "--device", "cpu", "--tasks", str(tasks))
     baseline = answer("baseline", "random", "--like", imported, "--device", "cpu", "--tasks", str(tasks))
