@@ -26,7 +26,7 @@ Tables = Annotated[
 Columns = Annotated[
     list[str] | None,
     typer.Option(
-        help="Columns as ours=theirs: N=num_params, N=params_trunk; or as a formula: C=6*N*D, L=1-acc. Accuracies as "
+        help="Columns as ours=theirs: N=num_params, N=params_total; or as a formula: C=6*N*D, L=1-acc. Accuracies as "
         "TASK:KIND=theirs, and what the task has: TASK:chance=0.25, TASK:ideal=0 (the loss at which it is 1).",
         rich_help_panel=PANEL,
     ),

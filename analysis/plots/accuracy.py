@@ -82,7 +82,7 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
             for ax, task in zip(places[x], tasks, strict=True):
                 _against_scale(ax, rows[rows["task"] == task], x, series, labels, most)
             log_axis(places[x][0], "x", rows[x], None if x == "flops_train" else few_values(rows[x]), tick_label(x))
-            places[x][-1].set_xlabel(axis_label(x, loss_unit(rows), names_of(rows)).split(" (trunk")[0])
+            places[x][-1].set_xlabel(axis_label(x, loss_unit(rows), names_of(rows)))
         for number, task in enumerate(tasks):
             line = panels[number * len(scales) : (number + 1) * len(scales)]
             mine = rows[rows["task"] == task]
@@ -233,7 +233,7 @@ BOX: dict[str, Any] = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "
 
 
 def plot_published(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
-    """Attentive accuracy against trunk parameters on the tasks of the paper: these runs, the released AIMs, and the
+    """Attentive accuracy against backbone parameters on the tasks of the paper: these runs, the released AIMs, and the
     best frozen model of Table 6 as a line.
 
     Args:

@@ -29,7 +29,7 @@ from aimscale.analysis.words import human, power_of_ten
 
 AXIS_LABELS = {
     "params_total": "N: parameters, pixel head included",
-    "params_trunk": "N: trunk parameters",
+    "params_trunk": "N: backbone parameters",
     "params_head": "N: pixel-head parameters",
     "images_seen": "D: training images seen",
     "unique_images": "U: different training images",
@@ -71,7 +71,7 @@ def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None
 
 def short(column: str, names: Mapping[str, str] | None = None) -> str:
     """A legend heading: the letter and a word or two."""
-    known = {"params_total": "N, parameters", "params_trunk": "N, trunk", "images_seen": "D, seen"}
+    known = {"params_total": "N, parameters", "params_trunk": "N, backbone", "images_seen": "D, seen"}
     return plain(names[column]) if names and column in names else known.get(column, column)
 
 

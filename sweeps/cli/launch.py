@@ -16,8 +16,7 @@ from aimscale.sweeps.engine.queue import LaunchResult
 from aimscale.sweeps.plan.checks import refuse
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
-from aimscale.sweeps.state.decision import Decision, decide
-from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.decision import Decision
 from aimscale.sweeps.state.sweep_dir import unplanned
 from aimscale.sweeps.table.views import Line, keyed, new_console
 
@@ -59,11 +58,11 @@ def launch(
         if value and on not in places:
             raise SweepError(f"{option} has no meaning with --on {on}; it is for --on {' or '.join(places)}")
     if on == "slurm":
-        _launch_slurm(sweep, root, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
+        left = _launch_slurm(sweep, root, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     elif dry_run:
-        _print_local(sweep, root, devices, per_device)
+        left = _print_local(sweep, root, devices, per_device, retry=retry)
     if dry_run:
-        say_next("launch", sweep, root, *(["--on", on] if on != "local" else []))
+        _say_after(LaunchResult(left=left), sweep, root, on)
         return
     if on == "slurm":
         say_next("status", sweep, root, "--watch")
@@ -72,17 +71,22 @@ def launch(
         sweep, root, devices=devices, per_device=per_device, hours=hours, retry=retry, shows=on == "local"
     )
     print_end(did)
-    if did.interrupted:
+    _say_after(did, sweep, root, on)
+    if did.stopped_by:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if failed_runs(did) or any(each.verdict == "damaged" for each in did.left):
+        raise typer.Exit(1)
+
+
+def _say_after(did: LaunchResult, sweep: str, root: Path, on: Place) -> None:
+    """What to run next: the launch where it has something to do, the log of a run that failed, else the table."""
+    if did.interrupted or any(each.startable for each in did.left):
         say_next("launch", sweep, root, *(["--on", on] if on != "local" else []))
     elif failed := failed_runs(did):
         say_next("logs", sweep, root, failed[0])
     else:
         is_over = all(decision.verdict in ("finished", "cancelled") for decision in did.left)
         say_next("collect" if is_over else "status", sweep, root)
-    if did.stopped_by:
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if failed_runs(did) or any(each.verdict == "damaged" for each in did.left):
-        raise typer.Exit(1)
 
 
 def failed_runs(did: LaunchResult) -> list[str]:
@@ -130,19 +134,21 @@ def _print_left(left: Sequence[Decision], others: Sequence[str], *more: Line) ->
     _print([line for line in (*lines, *more) if line.value])
 
 
-def _print_local(sweep: str, root: Path, devices: int | None, per_device: int) -> None:
+def _print_local(sweep: str, root: Path, devices: int | None, per_device: int, *, retry: bool) -> tuple[Decision, ...]:
     """The commands that a launch here would run, after the checks that it would make."""
     loaded, runs, _ = engine.planned(sweep, root)
     machine = this_machine(runs, devices=devices, per_device=per_device)
-    refuse(loaded, [run for run in runs if engine.to_start(loaded, run)])
-    for run in runs:
-        decision = decide(run, RunRecord(loaded.run_dir(run.run_id)))
-        words = machine.command(decision.record.path, min(run.devices, machine.devices))
-        what = " ".join(words) if decision.startable else decision.why
-        typer.echo(f"{decision.verdict:<9} {what or run.run_id}")
+    found = tuple(engine.foreseen(loaded, run, retry=retry) for run in runs)
+    refuse(loaded, [each.run for each in found if each.startable])
+    for each in found:
+        words = machine.command(each.record.path, min(each.run.devices, machine.devices))
+        typer.echo(f"{each.verdict:<9} {' '.join(words) if each.startable else each.why or each.run.run_id}")
+    return found
 
 
-def _launch_slurm(sweep: str, root: Path, *, per_device: int, retry: bool, dry_run: bool, allow_dirty: bool) -> None:
+def _launch_slurm(
+    sweep: str, root: Path, *, per_device: int, retry: bool, dry_run: bool, allow_dirty: bool
+) -> tuple[Decision, ...]:
     from aimscale.sweeps.engine.element import launch_slurm  # submitit is slow to import
 
     loaded, runs, _ = engine.planned(sweep, root)
@@ -156,6 +162,7 @@ def _launch_slurm(sweep: str, root: Path, *, per_device: int, retry: bool, dry_r
         if part.excluded:
             typer.echo(f"excluded  {', '.join(part.excluded)}: some of these runs failed there")
     if not submitted:
-        typer.echo("submitted nothing: jobs for all runs wait or run already, or no run is left")
-    found = [decide(run, RunRecord(loaded.run_dir(run.run_id))) for run in runs]
+        typer.echo("nothing to submit: jobs for all runs wait or run already, or no run is left")
+    found = tuple(engine.foreseen(loaded, run, retry=retry and dry_run) for run in runs)
     _print_left([each for each in found if not each.startable], unplanned(loaded, runs))
+    return found

@@ -38,7 +38,7 @@ def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
         return
     print_plan(loaded, cards, problems=problems, plateau=plateau)
     if problems:
-        raise SweepError(f"{loaded.source}: its runs would fail; fix what the {len(problems)} lines marked 'fail' name")
+        raise SweepError(f"{loaded.source}: its runs would fail; fix what the lines marked 'fail' name")
     say_next("launch", sweep, root)
 
 
@@ -66,7 +66,7 @@ def print_plan(
     """What is in the way or needs care, the cost cards as a table, totals and assumptions."""
     console = console or new_console()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
-    say(f"[bold]{sweep.name}[/]: {sweep.file.description}")
+    say(": ".join(part for part in (f"[bold]{sweep.name}[/]", sweep.file.description) if part))
     if flags := [*_flags(cards, problems), *(Line(level="warn", key="budgets", value=str(each)) for each in plateau)]:
         say(keyed(flags, console.width))
     say(fitted_table(_plan_columns(cards), cards, console.width))

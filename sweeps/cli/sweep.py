@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -35,8 +34,9 @@ def status(
     cards = costs.cost_cards(loaded, runs)
 
     def look() -> SweepStatus:
-        jobs = slurm.known_jobs()
-        if jobs is None and shutil.which("squeue") and not watch:
+        is_submitted = (loaded.directory / "slurm").is_dir()
+        jobs = slurm.known_jobs() if is_submitted else None
+        if is_submitted and jobs is None and not watch:
             typer.echo("Slurm does not answer; runs that wait there are shown as unfinished or dead", err=True)
         return sweep_status(loaded, runs, cards, jobs)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.sweeps.engine.devices import Machine, visible_gpus
-from aimscale.sweeps.engine.launch import begin, planned, to_start
+from aimscale.sweeps.engine.launch import begin, foreseen, planned
 from aimscale.sweeps.engine.queue import LaunchResult, Queue, print_events, run_queue
 from aimscale.sweeps.plan.checks import refuse
 from aimscale.sweeps.plan.costs import stop_seconds
@@ -133,12 +133,12 @@ def launch_slurm(
         SweepError, DataError: as `launch` and `submit`.
     """
     if dry_run:
-        refuse(sweep, [run for run in runs if to_start(sweep, run, retry=retry)])
+        refuse(sweep, [run for run in runs if foreseen(sweep, run, retry=retry).startable])
     else:
         begin(sweep, runs, retry=retry)
     return submit(
         sweep,
-        lambda: [run for run in runs if to_start(sweep, run, retry=retry and dry_run)],
+        lambda: [run for run in runs if foreseen(sweep, run, retry=retry and dry_run).startable],
         lambda shape: Element(directory=sweep.directory, shape=shape),
         per_device=per_device,
         allow_dirty=allow_dirty,

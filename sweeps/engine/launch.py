@@ -24,7 +24,7 @@ from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.attempts import forgive, note_lost
-from aimscale.sweeps.state.decision import decide
+from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare, unplanned
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
@@ -83,7 +83,7 @@ def begin(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
     Raises:
         SweepError, ConfigError: as `launch`.
     """
-    refuse(sweep, [run for run in runs if to_start(sweep, run, retry=retry)])
+    refuse(sweep, [run for run in runs if foreseen(sweep, run, retry=retry).startable])
     prepare(sweep, runs)
     for run in runs:
         record = RunRecord(sweep.run_dir(run.run_id))
@@ -91,10 +91,11 @@ def begin(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
         _settle(record, retry=retry)
 
 
-def to_start(sweep: Sweep, run: Run, *, retry: bool = True) -> bool:
-    """Whether a launch would start a run; `retry` clears its failure."""
+def foreseen(sweep: Sweep, run: Run, *, retry: bool) -> Decision:
+    """The verdict of a launch on a run, once it has freed what was cancelled, and with `retry` what failed."""
     found = decide(run, RunRecord(sweep.run_dir(run.run_id)))
-    return found.startable or found.verdict == "cancelled" or (retry and found.verdict == "failed")
+    is_freed = found.verdict == "cancelled" or (retry and found.verdict == "failed")
+    return replace(found, verdict="resume") if is_freed else found
 
 
 def _settle(record: RunRecord, *, retry: bool) -> None:

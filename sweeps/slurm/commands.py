@@ -70,9 +70,10 @@ def command(*words: str, timeout_s: float = TIMEOUT_S) -> str:
 
 
 def plain(message: str) -> str:
-    """Slurm's complaint in one line."""
+    """Slurm's complaint in one line: what was fatal alone, else all of it."""
     lines = [printable(line.split("error: ", 1)[-1].strip()) for line in message.splitlines() if line.strip()]
-    return "; ".join(dict.fromkeys(lines)) or "it gave no reason"
+    fatal = [line.split("fatal: ", 1)[1] for line in lines if "fatal: " in line]
+    return "; ".join(dict.fromkeys(fatal or lines)) or "it gave no reason"
 
 
 def jobs() -> dict[str, JobInfo]:

@@ -70,6 +70,8 @@ class SweepStatus:
     """Runs by state."""
     progress: float
     """Share of the sweep's FLOPs executed, 0..1."""
+    given_up: float
+    """Share of its FLOPs that are left in runs which failed or were cancelled, 0..1."""
     eta_s: float | None
     """To the end of all that is not over, on the devices that work now; None where none does."""
     eta_is_measured: bool
@@ -102,6 +104,7 @@ def sweep_status(
         runs=lines,
         counts=dict(Counter(line.state for line in lines)),
         progress=sum(f * line.progress for f, line in zip(flops, lines, strict=True)) / sum(flops),
+        given_up=sum(f * (1 - e.progress) for f, e in zip(flops, lines, strict=True) if e.state in OVER) / sum(flops),
         eta_s=eta_s,
         eta_is_measured=is_measured,
         device_hours=sum(line.device_hours for line in lines),

@@ -220,9 +220,10 @@ def _counts(status: SweepStatus) -> str:
 
 
 def _done(status: SweepStatus) -> str:
-    """The share of the work, and the pace of the runs that train now."""
+    """The share of the work done, that of runs which failed or were cancelled, and the pace of those that train now."""
     pace = sum(line.status.images_per_s or 0.0 for line in status.runs if line.state == "running")
-    return f"{100 * status.progress:.0f} % of the FLOPs" + (f", {number(pace)} images/s" if pace else "")
+    given_up = f", {100 * status.given_up:.0f} % given up" if status.given_up else ""
+    return f"{100 * status.progress:.0f} % of the FLOPs{given_up}" + (f", {number(pace)} images/s" if pace else "")
 
 
 def progress_words(status: SweepStatus) -> str:
@@ -239,7 +240,7 @@ def progress_bar(status: SweepStatus, width: int) -> Table:
     grid.add_column(no_wrap=True)
     over, left = sum(status.counts.get(state, 0) for state in OVER), duration(status.eta_s)
     words = f"{_done(status)}, {left} left, {over} of {len(status.runs)} runs over"
-    grid.add_row(ProgressBar(total=1.0, completed=status.progress), words)
+    grid.add_row(ProgressBar(total=(1.0 - status.given_up) or 1.0, completed=status.progress), words)
     return grid
 
 

@@ -131,6 +131,8 @@ def test_a_slurm_answers_or_does_not(program: Any, monkeypatch: pytest.MonkeyPat
         program(name, "exit 0")
     program("sinfo", "echo slurm 23.11.4")
     assert (doctor.check_slurm().level, doctor.check_slurm().found) == ("ok", "23.11.4 answers")
+    program("sinfo", "echo 'sinfo: error: DNS failed\nsinfo: fatal: No configuration' >&2; exit 1")
+    assert doctor.check_slurm().found == "sinfo failed: No configuration"
     program("sinfo", "echo 'Unable to contact slurm controller' >&2; exit 1")
     check = doctor.check_slurm()
     assert (check.level, "Unable to contact slurm controller" in check.found) == ("warn", True)

@@ -24,6 +24,7 @@ def say(capsys: Any, write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: 
     """Run a verb on a sweep whose runs end at once, and return what it prints."""
     sweep = write_sweep(sizes=["rung-32"])
     monkeypatch.setattr("aimscale.sweeps.cli.plan.check", lambda *_: ())
+    monkeypatch.setattr("aimscale.sweeps.cli.launch.refuse", lambda *_: None)
 
     def run(verb: str, *options: str, behaviour: str = "finish") -> list[str]:
         monkeypatch.setattr(engine, "launch", functools.partial(launch, command=stand_in(behaviour)))
@@ -44,10 +45,13 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
         assert last.startswith("next: aimscale "), last
         return str(last.removeprefix("next: aimscale "))
 
-    assert follows("plan") == f"launch {file} --root {root}" == follows("status")
+    assert follows("plan") == f"launch {file} --root {root}" == follows("status") == follows("launch", "--dry-run")
     assert follows("launch", behaviour="crash") == f"logs {file} {run.run_id} --root {root}" == follows("status")
     assert follows("launch") == f"logs {file} {run.run_id} --root {root}", "it was not tried again"
-    assert follows("launch", "--retry") == f"collect {file} --root {root}"
+    assert follows("launch", "--dry-run") == f"logs {file} {run.run_id} --root {root}"
+    assert follows("launch", "--dry-run", "--retry") == f"launch {file} --root {root}"
+    assert follows("launch", "--retry") == f"collect {file} --root {root}" == follows("launch", "--dry-run")
+    assert follows("launch", "--dry-run", "--on", "slurm", "--allow-dirty") == f"collect {file} --root {root}"
     assert follows("collect") == f"report {sweep.directory / 'results.parquet'}"
     for verb in ("plan", "status"):
         json.loads("\n".join(say(verb, "--json")))
@@ -57,6 +61,20 @@ def test_a_failed_run_is_named_before_the_table(say: Any) -> None:
     say("launch", behaviour="crash")
     said = say("status")
     assert [line.split()[0] for line in (*said[:2], *said[3:])] == ["failed", "run", "runs", "done", "spent", "next:"]
+    assert "100 % given up" in said[4]
+
+
+def test_slurm_is_asked_about_sweeps_that_were_submitted_alone(
+    say: Any, write_sweep: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("aimscale.sweeps.cli.sweep.slurm.known_jobs", lambda: asked.append(1))
+    say("launch")
+    say("status")
+    assert not asked
+    (write_sweep(sizes=["rung-32"]).directory / "slurm").mkdir()
+    say("status")
+    assert asked
 
 
 @pytest.mark.parametrize("width", [80, 120])
