@@ -1,6 +1,6 @@
-"""What runs on a card, run without one: tensors that say they are there and compute on the CPU.
+"""What runs on a GPU, run without one: tensors that say they are there and compute on the CPU.
 
-A mix of devices raises, as there, and what would wait for the card is noted. What a card alone computes otherwise
+A mix of devices raises, as there, and what would wait for the GPU is noted. What a GPU alone computes otherwise
 (kernels, streams, compiled graphs, DeepSpeed) is left to `tests/cuda`.
 """
 
@@ -29,10 +29,10 @@ from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions, make_optimiser
 
-CARD = torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 CONFIG = model_config("w64-d2", image_size=32, patch_size=4)
 WAITS: Counter[str] = Counter()
-"""Operations that wait for the card, since it was cleared."""
+"""Operations that wait for the GPU, since it was cleared."""
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
 """The host needs what they give."""
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
@@ -41,13 +41,13 @@ FROM_EVERYWHERE = {"aten::copy_", "aten::_to_copy", "aten::lift_fresh"}
 """They take tensors of two devices."""
 
 
-class OnCard(Tensor):
-    """Says that it is on the card; `values` are on the CPU."""
+class OnGpu(Tensor):
+    """Says that it is on the GPU; `values` are on the CPU."""
 
     values: Tensor
 
     @staticmethod
-    def __new__(cls, values: Tensor) -> OnCard:
+    def __new__(cls, values: Tensor) -> OnGpu:
         made = Tensor._make_wrapper_subclass(
             cls, values.size(), strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype
         )
@@ -58,11 +58,11 @@ class OnCard(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func == Tensor.device.__get__:
-            return CARD
+            return GPU
         if func == Tensor.is_cuda.__get__:
             return True
         if func in (Tensor.numpy, Tensor.__array__):
-            raise AssertionError("numpy reads no memory of a card")
+            raise AssertionError("numpy reads no memory of a GPU")
         if func == Tensor.tolist:
             return moved(args[0], "cpu").tolist()
         if func in (Tensor.to, Tensor.cpu):
@@ -75,10 +75,10 @@ class OnCard(Tensor):
 
 
 def moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`Tensor.to`, of or after a tensor on the card."""
+    """`Tensor.to`, of or after a tensor on the GPU."""
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype)
-    if not isinstance(tensor, OnCard):
+    if not isinstance(tensor, OnGpu):
         return tensor.to(*args, **kwargs)
     device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
     if device is not None and device.type == "cpu":
@@ -92,29 +92,29 @@ def moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation on tensors of which some are on the card, or that is to give one there."""
+    """An operation on tensors of which some are on the GPU, or that is to give one there."""
     name = func._schema.name
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    cards = [tensor for tensor in tensors if isinstance(tensor, OnCard)]
-    hosts = [tensor for tensor in tensors if not isinstance(tensor, OnCard) and tensor.dim()]
+    on_gpu = [tensor for tensor in tensors if isinstance(tensor, OnGpu)]
+    hosts = [tensor for tensor in tensors if not isinstance(tensor, OnGpu) and tensor.dim()]
     indices = [each for each in args[1] if each is not None] if name in INDEXING else []
-    if cards and hosts and not indices and name not in FROM_EVERYWHERE:
+    if on_gpu and hosts and not indices and name not in FROM_EVERYWHERE:
         raise AssertionError(f"{name} of tensors on two devices")
-    if cards and (name in WAITING or any(each.dtype == torch.bool or not isinstance(each, OnCard) for each in indices)):
+    if on_gpu and (name in WAITING or any(each.dtype == torch.bool or not isinstance(each, OnGpu) for each in indices)):
         WAITS[name] += 1
-    moves_in = hosts and (is_there(kwargs.get("device")) or (name == "aten::copy_" and cards))
+    moves_in = hosts and (is_there(kwargs.get("device")) or (name == "aten::copy_" and on_gpu))
     is_prompt = kwargs.get("non_blocking") or (name == "aten::copy_" and args[2:] == (True,))
     if moves_in and not (is_prompt and all(each.is_pinned() for each in hosts)):
         WAITS["from the host"] += 1
-    is_result_there = is_there(kwargs.get("device")) or bool(cards)
+    is_result_there = is_there(kwargs.get("device")) or bool(on_gpu)
     inner = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     if "device" in inner:
         inner["device"] = torch.device("cpu")
-    known = {id(card.values): card for card in cards}
-    bare_args, bare_kwargs = tree_map(lambda leaf: getattr(leaf, "values", leaf) if isinstance(leaf, OnCard) else leaf,
+    known = {id(gpu.values): gpu for gpu in on_gpu}
+    bare_args, bare_kwargs = tree_map(lambda leaf: getattr(leaf, "values", leaf) if isinstance(leaf, OnGpu) else leaf,
                                       (args, inner))  # fmt: skip
     result = func(*bare_args, **bare_kwargs)
-    if name == "aten::copy_" and not isinstance(args[0], OnCard):
+    if name == "aten::copy_" and not isinstance(args[0], OnGpu):
         return result
     return tree_map(lambda leaf: there(leaf, known) if is_result_there else leaf, result)
 
@@ -123,28 +123,28 @@ def is_there(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
-def there(leaf: Any, known: dict[int, OnCard]) -> Any:
-    if not isinstance(leaf, Tensor) or isinstance(leaf, OnCard):
+def there(leaf: Any, known: dict[int, OnGpu]) -> Any:
+    if not isinstance(leaf, Tensor) or isinstance(leaf, OnGpu):
         return leaf
-    return known.get(id(leaf)) if id(leaf) in known else OnCard(leaf)
+    return known.get(id(leaf)) if id(leaf) in known else OnGpu(leaf)
 
 
-class Card(TorchDispatchMode):
-    """Makes tensors on the card where that is asked for."""
+class Gpu(TorchDispatchMode):
+    """Makes tensors on the GPU where that is asked for."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        touches = any(isinstance(leaf, OnCard) for leaf in tree_leaves((args, kwargs)))
+        touches = any(isinstance(leaf, OnGpu) for leaf in tree_leaves((args, kwargs)))
         return computed(func, args, kwargs) if touches or is_there(kwargs.get("device")) else func(*args, **kwargs)
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
-    """The group of one rank on a card that is not there."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
+    """The group of one rank on a GPU that is not there."""
 
     def on_the_host_first(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-            values = data if isinstance(data, OnCard) else make(data, *args, **kwargs)
+            values = data if isinstance(data, OnGpu) else make(data, *args, **kwargs)
             return values if device is None else values.to(device)
 
         return made
@@ -154,7 +154,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
         copy._pinned = True  # type: ignore[attr-defined]
         return copy
 
-    copied = types.SimpleNamespace(synchronize=lambda: None)  # long before, while the card computed
+    copied = types.SimpleNamespace(synchronize=lambda: None)  # long before, while the GPU computed
     stream = types.SimpleNamespace(record_event=lambda: copied, wait_event=lambda event: None)
     for name, value in {
         "_lazy_init": lambda: None,
@@ -174,64 +174,64 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     augment._moments.cache_clear()
     WAITS.clear()
-    with Card():
-        yield Group(find_placement({}), CARD, None)
+    with Gpu():
+        yield Group(find_placement({}), GPU, None)
     augment._moments.cache_clear()
     torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
-def test_a_mix_of_devices_and_a_wait_are_seen(card: Group) -> None:
-    there = torch.ones(3, device=CARD)
-    assert (there.device, there.is_cuda, (2 * there).device) == (CARD, True, CARD)
+def test_a_mix_of_devices_and_a_wait_are_seen(gpu: Group) -> None:
+    there = torch.ones(3, device=GPU)
+    assert (there.device, there.is_cuda, (2 * there).device) == (GPU, True, GPU)
     with pytest.raises(AssertionError, match="two devices"):
         there + torch.ones(3)
     assert not WAITS
     assert there.sum().item() == 3
     assert there[there > 0].cpu().tolist() == [1, 1, 1]
-    torch.ones(3).to(CARD, non_blocking=True)
+    torch.ones(3).to(GPU, non_blocking=True)
     assert set(WAITS) == {"aten::_local_scalar_dense", "aten::index", "to the host", "from the host"}
     WAITS.clear()
-    torch.ones(3).pin_memory().to(CARD, non_blocking=True)
+    torch.ones(3).pin_memory().to(GPU, non_blocking=True)
     assert not WAITS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_forward_and_a_backward_pass_stay_on_the_card_and_wait_for_nothing(card: Group, dtype: torch.dtype) -> None:
+def test_a_forward_and_a_backward_pass_stay_on_the_gpu_and_wait_for_nothing(gpu: Group, dtype: torch.dtype) -> None:
     (batch,) = random_batches(CONFIG, 8, 8)
     expected, _ = AIM(CONFIG).to(dtype)(batch.images_on("cpu"), batch.given)
-    model, batch = AIM(CONFIG).to(CARD, dtype), batch.on(CARD)
+    model, batch = AIM(CONFIG).to(GPU, dtype), batch.on(GPU)
     WAITS.clear()
-    loss_sum, _ = model(batch.images_on(CARD), batch.given)
+    loss_sum, _ = model(batch.images_on(GPU), batch.given)
     loss_sum.backward()
     assert not WAITS
     assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-6 if dtype == torch.float32 else 1e-3)
-    assert all(isinstance(parameter.grad, OnCard) for parameter in model.parameters())
+    assert all(isinstance(parameter.grad, OnGpu) for parameter in model.parameters())
 
 
-def test_a_step_waits_for_its_norm_alone(card: Group) -> None:
-    model = AIM(CONFIG).to(CARD)
+def test_a_step_waits_for_its_norm_alone(gpu: Group) -> None:
+    model = AIM(CONFIG).to(GPU)
     adamw = make_optimiser(model, OptimiserSection(batch_size=8, precision="fp32"), EngineOptions(zero_stage=0))
     (batch,) = random_batches(CONFIG, 8, 8)
-    model(batch.images_on(CARD), batch.given)[0].backward()
+    model(batch.images_on(GPU), batch.given)[0].backward()
     WAITS.clear()
     adamw.step()
     assert dict(WAITS) == {"aten::_local_scalar_dense": 1}
 
 
-def test_moving_a_step_ahead_makes_nothing_of_ours_wait(card: Group) -> None:
+def test_moving_a_step_ahead_makes_nothing_of_ours_wait(gpu: Group) -> None:
     expected = [random_batches(CONFIG, number, number)[0].images for number in (8, 40, 4)]
     steps = [
         [Batch(images=images.pin_memory(), given=torch.ones(len(images)), positions=torch.arange(len(images)))]
         for images in expected
     ]
-    found = [step[0].images for step in on_device_ahead((step for step in steps), CARD)]
+    found = [step[0].images for step in on_device_ahead((step for step in steps), GPU)]
     assert not WAITS
     for images, values in zip(found, expected, strict=True):
-        assert isinstance(images, OnCard)
+        assert isinstance(images, OnGpu)
         assert torch.equal(images.values, values)
 
 
-def test_an_evaluation_has_the_cpus_numbers(evaluations: Callable[..., list[list[float]]], card: Group) -> None:
+def test_an_evaluation_has_the_cpus_numbers(evaluations: Callable[..., list[list[float]]], gpu: Group) -> None:
     """Validation, completions and every kind of probe, tokens kept and computed again."""
-    expected, *found = evaluations([(ALONE, 0.1), (card, 0.1), (card, 0.0)], num_images=48, epochs=1)
+    expected, *found = evaluations([(ALONE, 0.1), (gpu, 0.1), (gpu, 0.0)], num_images=48, epochs=1)
     assert found[0] == found[1] == pytest.approx(expected, rel=1e-6)
