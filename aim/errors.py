@@ -18,11 +18,9 @@ class UserError(Exception):
 
 
 def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
-    """What to say of a mistyped name: the nearest known one, or else, behind `otherwise`, the `MAX_NAMED` nearest."""
-    known = list(dict.fromkeys(known))
+    """What to say of a mistyped name: the nearest known one, or else, behind `otherwise`, the first `MAX_NAMED`."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    ranked = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=0.0)
-    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {some(ranked)}"
+    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {some(list(dict.fromkeys(known)))}"
 
 
 def some(names: Collection[object]) -> str:
