@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from aimscale.aim.config import HeadKind, HeadRule, Parametrisation, PatchOrder, QkvInit, Target
-from aimscale.harness.run.identity import digest_of, probe_evaluation, training_digest
+from aimscale.harness.run.identity import content_of, digest_of, training_digest
 from aimscale.harness.run.strict import ConfigError as ConfigError
 from aimscale.harness.run.strict import Section, parse, read_yaml, refuse_unknown
 
@@ -269,7 +269,8 @@ class ProbeSection(Section):
         """
         no_settings = {"train", "test", "kinds", "every_images"}
         settings = self.model_dump(mode="json", exclude_defaults=True, exclude=no_settings)
-        return probe_evaluation(digest_of("probe", settings), train, test)
+        data = content_of(f"{train} {test}") if train and test else "*"
+        return f"{digest_of('probe', settings)}-{data}"
 
 
 class TrainingConfig(Section):
@@ -380,24 +381,17 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def split_fields(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of `training` and of `evaluation` that stand together, as under `base` of a sweep file."""
-    evaluation = {key: value for key, value in fields.items() if key in EvaluationConfig.model_fields}
-    return {key: value for key, value in fields.items() if key not in evaluation}, evaluation
-
-
 def run_config(fields: dict[str, Any], where: str, runtime: RuntimeConfig | None = None) -> RunConfig:
     """A run from the fields of `training` and `evaluation` standing together.
 
     Raises:
         ConfigError: a key that neither part has, or a value that cannot be used; the sentence starts with `where`.
     """
-    known = {**TrainingConfig.model_fields, **EvaluationConfig.model_fields}
-    refuse_unknown(fields, known, where)
-    first, second = split_fields(fields)
-    training, evaluation = parse(TrainingConfig, first, where), parse(EvaluationConfig, second, where)
-    parts = {"training": training, "evaluation": evaluation, "runtime": runtime or RuntimeConfig()}
-    return parse(RunConfig, parts, where)
+    refuse_unknown(fields, {**TrainingConfig.model_fields, **EvaluationConfig.model_fields}, where)
+    parts = {}
+    for name, kind in (("training", TrainingConfig), ("evaluation", EvaluationConfig)):
+        parts[name] = parse(kind, {key: value for key, value in fields.items() if key in kind.model_fields}, where)
+    return parse(RunConfig, parts | {"runtime": runtime or RuntimeConfig()}, where)
 
 
 def load_run_config(path: Path) -> RunConfig:

@@ -21,7 +21,7 @@ def training_digest(training: Values, horizon: int | None) -> str:
         training: `TrainingConfig` as JSON values, without those that are defaults.
         horizon: images after which a cosine schedule ends; None under `wsd`, where budgets branch off one trunk.
     """
-    fields = _flat(training)
+    fields = flat(training)
     fields["data.sources"] = [
         {
             "content": source.get("fingerprint") or f"unknown: {source['path']}",
@@ -32,21 +32,12 @@ def training_digest(training: Values, horizon: int | None) -> str:
     return digest_of("training", fields | ({} if horizon is None else {"schedule.images": horizon}))
 
 
-def probe_evaluation(digest: str, train: str | None, test: str | None) -> str:
-    """What names a task's evaluation in files and tables: its settings, and its data by their fingerprints.
-
-    Data that cannot be looked at now are `*`.
-    """
-    data = hashlib.sha256(f"{train} {test}".encode()).hexdigest()[:8] if train and test else "*"
-    return f"{digest}-{data}"
-
-
-def _flat(values: Values, prefix: str = "") -> dict[str, Any]:
+def flat(values: Values, prefix: str = "") -> dict[str, Any]:
     """Nested sections by dotted names."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def digest_of(kind: Literal["training", "validation", "probe"], fields: Values) -> str:
@@ -56,4 +47,9 @@ def digest_of(kind: Literal["training", "validation", "probe"], fields: Values) 
         fields: as JSON values, without those that are defaults, and without what changes no number.
     """
     text = json.dumps({"schema": 1, "kind": kind, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return content_of(text)
+
+
+def content_of(text: str) -> str:
+    """Eight hex digits of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]

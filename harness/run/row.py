@@ -11,7 +11,8 @@ from typing import Any
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.cost import flops_per_image, param_count
-from aimscale.harness.run.config import ModelSection, ObjectiveSection, RunConfig, Section, TrainingConfig
+from aimscale.harness.run.config import ModelSection, ObjectiveSection, RunConfig, TrainingConfig
+from aimscale.harness.run.identity import flat
 from aimscale.harness.run.provenance import git_commit
 
 ROW_VERSION = 1
@@ -90,16 +91,8 @@ def setup_of(training: TrainingConfig) -> dict[str, Any]:
 
     Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
     """
-    setup: dict[str, Any] = {}
-    for name in TrainingConfig.model_fields:
-        value = getattr(training, name)
-        if name in SCALE_FIELDS or not isinstance(value, Section):
-            continue
-        for key, field in type(value).model_fields.items():
-            dotted = f"{name}.{key}"
-            if dotted not in SCALE_FIELDS and getattr(value, key) != field.get_default(call_default_factory=True):
-                setup[dotted] = getattr(value, key)
-    return setup
+    fields = flat(training.model_dump(mode="json", exclude_defaults=True))
+    return {name: value for name, value in fields.items() if name not in SCALE_FIELDS}
 
 
 def planned_columns(config: RunConfig) -> dict[str, Any]:
