@@ -10,8 +10,6 @@ from typing import Annotated, Literal
 import typer
 import yaml
 
-from aimscale.aim.errors import some
-
 app = typer.Typer(help="Import, export and describe official AIM weights.", no_args_is_help=True, add_completion=False)
 
 
@@ -100,18 +98,13 @@ def export(
 ) -> None:
     """Write a budget's backbone under the released names, as safetensors and .pth, with a model card."""
     from aimscale.harness.probe.files import probe_head
-    from aimscale.harness.run.directory import RunDir, RunDirError
-    from aimscale.harness.run.trunk import saved_budgets
+    from aimscale.harness.run.directory import RunDir
+    from aimscale.harness.run.trunk import chosen_budgets
     from aimscale.harness.weights import export_weights
 
     run = RunDir(run_dir)
     run.load_config()
-    budgets = list(saved_budgets(run))
-    if not budgets:
-        raise RunDirError(f"{run_dir} has no finished budget yet; nothing to export")
-    budget = budgets[-1] if images_seen is None else images_seen
-    if budget not in budgets:
-        raise RunDirError(f"{run_dir} has no saved budget of {budget} images; it has {some(budgets)}")
+    budget = chosen_budgets(run, images_seen)[-1]
     probe_file = None if probe is None else probe_head(run, budget, probe)
     paths = export_weights(run, budget, out, probe_file=probe_file)
     for path in paths:

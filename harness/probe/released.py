@@ -24,7 +24,7 @@ from aimscale.harness.probe.owed import enter_row
 from aimscale.harness.probe.run import backbone_of
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.trunk import saved_budgets
+from aimscale.harness.run.trunk import chosen_budgets
 
 RELEASED = "released"
 """The kind of such a probe."""
@@ -72,7 +72,7 @@ def score_released(
         raise ProbeError(
             f"{run_dir} has no released head; import one with `aimscale weights import FILE RUN_DIR --head HEAD_FILE`"
         )
-    (budget,) = saved_budgets(run)
+    (budget,) = chosen_budgets(run, None)
     backbone = backbone_of(run, config, budget, group)
     head = load_probe(path, backbone.config).to(group.device).eval()
     with safe_open(path, framework="pt") as file:

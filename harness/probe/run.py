@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from aimscale.aim.config import PixelHeadConfig
-from aimscale.aim.errors import did_you_mean, some
+from aimscale.aim.errors import did_you_mean
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_backbone, load_model, read_weights
 from aimscale.harness.data.store.decoding import kernel_threads
@@ -29,30 +29,20 @@ from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import saying_what_gives_memory
 from aimscale.harness.run.row import model_of
-from aimscale.harness.run.trunk import saved_budgets
+from aimscale.harness.run.trunk import chosen_budgets
 
 
 def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:
     """The float32 model of a budget; an imported backbone, whose pixel head was not released, has a mere linear one.
 
     Raises:
-        ProbeError: that budget is not saved.
-        WeightsError: the file is damaged or holds another model's weights.
+        WeightsError: the file is missing or damaged, or holds another model's weights.
     """
-    path = _saved_file(run, images_seen)
-    model = model_of(config.training)
+    path, model = run.model_file(images_seen), model_of(config.training)
     if any(name.startswith("pixel_head.") for name in read_weights(path)):
         return load_model(path, model, device=device).eval()
     linear = PixelHeadConfig(width=model.width, depth=0, is_linear=True)
     return load_backbone(path, replace(model, head=linear), device=device).eval()
-
-
-def _saved_file(run: RunDir, images_seen: int) -> Path:
-    path = run.model_file(images_seen)
-    if not path.exists():
-        saved = some(saved_budgets(run)) or "none yet"
-        raise ProbeError(f"{run.path} has no saved budget of {images_seen} images; it has {saved}")
-    return path
 
 
 def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) -> list[ProbeSection]:
@@ -114,17 +104,15 @@ def probe_run(
         pause: called by all ranks together, often; raises to stop there.
 
     Raises:
-        ProbeError: no saved budget, or a task that cannot be probed.
+        RunDirError: no such budget is saved.
+        ProbeError: a task that cannot be probed.
     """
     run = RunDir(run_dir)
     config = run.load_config()
     sections = wanted_tasks(config.evaluation.probes, None) if sections is None else sections
-    budgets = group.from_first(lambda: [*saved_budgets(run)] if images_seen is None else [images_seen])
-    if not budgets:
-        raise ProbeError(f"{run_dir} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
+    budgets = group.from_first(lambda: chosen_budgets(run, images_seen))
     numbers = itertools.count(1)
     for budget in budgets:
-        _saved_file(run, budget)
         backbone: AimBackbone | None = None
         kept = KeptFeatures()
         for section in sections:

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from aimscale.aim.errors import some
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.schedule import Schedule, unchecked_schedule
@@ -31,6 +32,20 @@ def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
             about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
         found[int(path.parent.name)] = about if isinstance(about, dict) else {}
     return dict(sorted(found.items()))
+
+
+def chosen_budgets(run: RunDir, images_seen: int | None) -> list[int]:
+    """The saved budget of so many images, or all that are saved, ascending.
+
+    Raises:
+        RunDirError: there is none.
+    """
+    saved = list(saved_budgets(run))
+    if not saved:
+        raise RunDirError(f"{run.path} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
+    if images_seen not in (None, *saved):
+        raise RunDirError(f"{run.path} has no saved budget of {images_seen} images; it has {some(saved)}")
+    return saved if images_seen is None else [images_seen]
 
 
 def trunk_position(run: RunDir, schedule: Schedule) -> int:
