@@ -221,7 +221,10 @@ def _shape(size: str) -> tuple[int, int, int]:
     if free:
         width, depth = int(free[1]), int(free[2])
         return width, depth, int(free[3]) if free[3] else width // _head_dim(width)
-    hint = did_you_mean(size, known_sizes(), "known sizes:")
+    wanted = re.fullmatch(r"rung-(\d+)", size)
+    nearest = sorted(RUNG_WIDTHS, key=lambda width: abs(width - int(wanted[1])))[:2] if wanted else ()
+    near = " or ".join(f"'rung-{width}'" for width in sorted(nearest))
+    hint = f"did you mean {near}?" if near else did_you_mean(size, known_sizes(), "known sizes:")
     raise ModelConfigError(
         f"unknown size '{size}'; {hint} (any other shape is w<width>-d<depth> or w<width>-d<depth>-h<heads>)"
     )

@@ -35,7 +35,7 @@ FLAGS = {
     "reaches_bound": "{subject} is not identified: its interval reaches the bound {number:g}.",
     "few_values": "{more[0]} do not identify {subject}, whatever the noise; measure more, or hold one by {option:fix}.",
     "from_above": "{subject} is known from above only: the data allow any value from 0 to {number:.4g}.",
-    "factor": "{subject} is known only within a factor of {number:.2g}.",
+    "factor": "{subject} is known only within a factor of {number:.3g}.",
     "rival": "Other parameters fit as well within the noise: their log-likelihood is {number:.2g} lower.",
     "narrow": "{subject} varies only by a factor of {number:.3g}, so its exponent is hardly tested.",
     "one_variable": "{subject} grow in one proportion, so neither exponent is identified.",

@@ -75,7 +75,7 @@ def fit(
     inside = plateau_flags(df.loc[result.data.index], read_curves(tables))
     result = replace(result, flags=(*result.flags, *inside))
     after, also = ([], {}) if found is None else (["", found.stack.summary()], {"laws": found.stack.table})
-    both = {"N", "D"} <= {*result.law.variables}
+    both = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     following = then([*(["frontier"] if both else []), "report"], tables, columns, where)
     show(result, json, figure, after=after, also=also, following=following)
 

@@ -139,7 +139,7 @@ def record_words(found: Record | None, *, accuracies: bool = False) -> list[str]
 
 def forecast(
     df: pd.DataFrame,
-    at: Mapping[str, float] | Sequence[Mapping[str, float]],
+    at: str | Mapping[str, float] | Sequence[Mapping[str, float]],
     *,
     law: Forecaster | Sequence[Law | str] | str = AUTO,
     y: str = "val_loss",
@@ -148,7 +148,7 @@ def forecast(
 
     Args:
         df: one row per point, with `probes` for accuracies.
-        at: N and D of a run (C, or U of repeated data, where the laws have them), or several.
+        at: N and D of a run (C, or U of repeated data, where the laws have them), or several; or "N=7e9,D=2B".
         law: "auto", or the laws to try (`forecaster`), or what forecasts the loss.
         y: column of the loss.
 
@@ -161,6 +161,8 @@ def forecast(
     Example:
         >>> forecast(read_table("results.parquet"), {"N": 7e9, "D": 2e9})
     """
+    if isinstance(at, str):
+        at = parse_scale(at, "at")
     scales = [dict(at)] if isinstance(at, Mapping) else [dict(each) for each in at]
     if not scales:
         raise AnalysisError("There is no scale to forecast at; give N and D.")

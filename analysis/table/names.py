@@ -91,5 +91,6 @@ def column_words(frame: pd.DataFrame, like: str) -> str:
 def no_column(frame: pd.DataFrame, name: str, why: str = "") -> AnalysisError:
     """The error about a column that a table lacks: what for, the option that names it, what there is."""
     letter = LETTERS.get(CANONICAL.get(name, name), name if len(name) == 1 else "")
-    named = f"; name yours with {option('columns', f'{letter}=THEIRS')}" if letter else ""
+    formula = f", or count it: {option('columns', 'C=6*N*D')}" if letter == "C" else ""
+    named = f"; name yours with {option('columns', f'{letter}=THEIRS')}{formula}" if letter else ""
     return AnalysisError(f"The table has no column {name!r}{why}{named}; {column_words(frame, name)}")

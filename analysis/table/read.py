@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import re
@@ -168,9 +169,10 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
 
 def _read_file(path: Path) -> pd.DataFrame:
     if not path.is_file():  # a pipe or a device would be waited for, or read without end
-        raise AnalysisError(
-            f"there is no table, no file, at {path}; `aimscale collect` writes one, or give another path"
-        )
+        there = [each.name for each in path.parent.glob("*") if each.suffix in _READERS]
+        near = difflib.get_close_matches(path.name, there, n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give another path, or `aimscale collect` a sweep"
+        raise AnalysisError(f"there is no table {path}; {hint}")
     if path.suffix not in _READERS:
         raise AnalysisError(f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     if path.stat().st_size > MAX_BYTES:

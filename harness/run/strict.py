@@ -70,9 +70,9 @@ def parse(kind: type[SectionT], values: Any, where: str) -> SectionT:
 
 
 def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
-    # A misspelt key also leaves its place empty: say the spelling first, and do not count what is missing.
+    # A misspelt key or word also leaves its place empty: say the spelling first, and do not count what is missing.
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    first, others = errors[0], [each for each in errors[1:] if each["type"] != "missing"]
+    first, others = errors[0], [each for each in errors[1:] if each["type"] not in ("missing", "too_short")]
     place, said = first["loc"], first["msg"].removeprefix("Value error, ")
     if place and str(place[-1]).startswith("literal["):  # each alternative of a field gives an error of its own
         place = place[:-1]
@@ -81,6 +81,9 @@ def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
         )
         others = [each for each in others if each["loc"][:-1] != place]
     key = ".".join(str(part) for part in place)
+    if first["type"] == "literal_error" and place == first["loc"] and isinstance(typed := first["input"], str):
+        known = re.findall("'([^']+)'", first["ctx"]["expected"])
+        said = f"unknown '{typed}'; {did_you_mean(typed, known, 'use')}"
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(kind, first["loc"][:-1])

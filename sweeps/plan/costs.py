@@ -38,6 +38,8 @@ MAX_SHARE_DURING = 0.1
 """Points during training that take a larger share of a run's time are named."""
 ASSUMED = "H100"
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
+MIN_VALIDATION = 100
+"""Images, of which fewer give a loss that is uncertain by several per cent."""
 
 
 Found = tuple[str, str]
@@ -265,8 +267,12 @@ def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks
     if training.data.is_unindexed:
         words = "wds:// has no index: what a run sees depends on restarts, ranks and workers"
         yield "data.sources", f"{words}; epochs are not counted, validation images in it are not found"
+    validation = run.config.evaluation.validation.path
+    if (held_out := look(validation)) and held_out.num_samples < MIN_VALIDATION:
+        words = f"{held_out.num_samples} images leave the loss uncertain by several per cent; hold out more"
+        yield "validation.path", words
     probes = run.config.evaluation.probes
-    paths = [*(source.path for source in training.data.sources), run.config.evaluation.validation.path]
+    paths = [*(source.path for source in training.data.sources), validation]
     for path in dict.fromkeys([*paths, *(side for probe in probes for side in (probe.train, probe.test))]):
         info = look(path)
         if info and info.num_samples > max_opened(path):

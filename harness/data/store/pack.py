@@ -247,7 +247,8 @@ def list_folder(folder: Path) -> Listing:
         DataError: no folder, no images, or images both beside and inside of sub-folders.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder of images; an archive of a benchmark needs --benchmark")
+        what = "is no folder of images" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} {what}; an archive of a benchmark needs --benchmark")
     named = (path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
     files = sorted(path for path in named if path.is_file() or not path.exists())  # the latter: a link to nothing
     if not files:

@@ -95,6 +95,12 @@ def test_a_fit_is_keys_and_a_table_and_says_what_to_run_next_in_the_users_words(
     assert [line.split()[0] for line in below] == ["parameter", "E", "A", "B", "alpha", "beta", "a", "b"]
     same = f"{table} --columns N=params_trunk --where 'D>=1'"
     assert last == f"next: aimscale frontier {same}; aimscale report {same}"
+    pd.read_csv(table).drop(columns=["flops_train", "flops_6nd"], errors="ignore").to_csv(table, index=False)
+    assert "frontier" not in say("fit", table, "--resamples", 0), "it would ask for compute"
+    with pytest.raises(AnalysisError, match=r"6\*N\*D"):
+        say("frontier", table)
+    with pytest.raises(AnalysisError, match=f"{table}\\?"):
+        say("fit", table.with_name("result.csv"))
 
 
 def test_a_narrow_terminal_breaks_no_key_from_its_value(monkeypatch):

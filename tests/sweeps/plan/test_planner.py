@@ -216,7 +216,7 @@ def test_points_during_training_are_counted_and_a_large_share_is_named(
     assert 0.029 * trunk < auto.flops_during <= 0.03 * trunk
     assert auto.flops_evaluation - none.flops_evaluation == pytest.approx(auto.flops_during)
     assert auto.wall_s == pytest.approx(none.wall_s / (1 - auto.share_during))
-    assert not auto.cautions
+    assert [key for key, _ in auto.cautions] == ["validation.path"], "40 images are few"
     often = card(64, [task | {"every_images": 25_600}])
     assert often.points == 1600
     cheap = often.flops_during - often.points / auto.points * auto.flops_during
@@ -310,7 +310,8 @@ def test_hours_hold_the_communication_that_a_step_does_not_hide(write_sweep: Any
     ("changes", "words"),
     [
         ({"sizs": ["rung-32"]}, "did you mean 'sizes'"),
-        ({"sizes": ["rung-33"]}, "rung-32"),
+        ({"sizes": ["rung-40"]}, "'rung-32' or 'rung-48'?"),
+        ({"base": {"probes": [{"task": "x", "train": "a", "test": "b", "kinds": ["lineer"]}]}}, "'linear'?"),
         ({"sizes": ["rung-32", "rung-32"]}, "sizes"),
         ({"budgets": ["4 thousand"]}, "budgets.0"),
         ({"budgets": [True]}, "budgets.0"),

@@ -17,6 +17,7 @@ from PIL import Image
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import bundled
+from aimscale.harness.data.store.card import read_info
 from aimscale.harness.data.store.columns import SAMPLE
 from aimscale.harness.data.store.decoding import crop_centre, decode
 from aimscale.harness.data.store.index import open_dataset
@@ -43,6 +44,13 @@ def test_pack_keeps_bytes_and_labels_and_webdataset_reads_them(small_set: Path) 
     assert [sample["png"] for sample in samples] == dataset.read_many(range(60))
     repeat = pack_images(list_folder(small_set.parent / "images"), small_set.parent / "again")[0]
     assert repeat.fingerprint == dataset.fingerprint
+
+
+def test_a_path_that_is_no_data_set_names_the_nearest(small_set: Path) -> None:
+    with pytest.raises(DataError, match=f"did you mean {small_set}\\?"):
+        read_info(f"{small_set}s")
+    with pytest.raises(DataError, match=f"name one of them: .*{small_set}"):
+        read_info(str(small_set.parent))
 
 
 def test_the_mapped_columns_equal_the_table(small_set: Path) -> None:
