@@ -85,7 +85,7 @@ FLAGS = {
     "no_result": "{subject}: {more[0]}",
     "not_forecast": "{subject} is not forecast: {more[0]}",
     "buys_little": "These runs hardly narrow the forecast; more GPU-hours buy larger ones, nearer to the target.",
-    "accuracies_unnamed": "{subject} look like accuracies: read them with {option:columns {more[0]}}.",
+    "accuracies_unnamed": "Not read as accuracies: {subject}. Name them with {option:columns {more[0]}}.",
     "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
 }
 """Kind of a flag -> its sentence."""

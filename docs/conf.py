@@ -7,9 +7,12 @@ the sample reports are written by the modules in `generate`.
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from docutils import nodes
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -31,7 +34,7 @@ smartquotes = False  # it would make a dash of the two hyphens of an option
 html_theme = "furo"
 html_title = f"aimscale {release}"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["site.css"]
 REPORTS = Path(__file__).with_name("_reports")
 REPORTS.mkdir(exist_ok=True)  # Sphinx looks for it before it is filled
 html_extra_path = [REPORTS.name]
@@ -64,7 +67,15 @@ def without_study(app: Any, page: str, source: list[str]) -> None:
         source[0] = source[0].replace("study/*\n", "")
 
 
+def keep_intervals_whole(app: Any, document: Any) -> None:
+    """Let no interval, as [0.1, 0.2], break over two lines of a table's cell."""
+    for text in [text for entry in document.findall(nodes.entry) for text in entry.findall(nodes.Text)]:
+        whole = re.sub(r"\[[-+\d., ]+\]", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+        text.parent.replace(text, nodes.Text(whole))
+
+
 def setup(app: Any) -> None:
     """Register what changes pages."""
     app.connect("builder-inited", write_generated)
+    app.connect("doctree-read", keep_intervals_whole)
     app.connect("source-read", without_study)

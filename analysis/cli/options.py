@@ -21,7 +21,7 @@ PANEL = "Table"
 """Help panel of the options that say what a table holds and which of its rows count."""
 Tables = Annotated[
     list[Path],
-    typer.Argument(help="CSV, TSV, Parquet or JSON-lines tables, or sweeps' folders; several are read as one."),
+    typer.Argument(help="CSV, TSV, Parquet or JSON-lines tables, or sweeps (file or folder); several are read as one."),
 ]
 Columns = Annotated[
     list[str] | None,

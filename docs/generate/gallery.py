@@ -13,20 +13,22 @@ from aimscale.analysis.report.page import write_report
 
 ROOT = Path(__file__).parents[2]
 FIRST = """\
-from aimscale.analysis import all_approaches, contrast, correlate, fit, laws, read_table, read_tables
-from aimscale.analysis import plot_accuracy, plot_loss_accuracy, plot_points, probe_frame
+from aimscale.analysis import all_approaches, contrast, correlate, fit, laws
+from aimscale.analysis import plot_accuracy, plot_loss_accuracy, plot_points
+from aimscale.analysis import probe_frame, read_table, read_tables
 
 demo = read_table("docs/figures/demo/results.parquet")
-cifar = read_tables(["docs/study/results/cifar.parquet", "docs/study/results/cifar-next.parquet"])
-isoflop = read_table("docs/study/results/cifar-isoflop.parquet")
-directions = read_tables(["docs/study/results/cifar.parquet", "docs/study/results/cifar-directions.parquet"])
+study = "docs/study/results"
+cifar = read_tables([f"{study}/cifar.parquet", f"{study}/cifar-next.parquet"])
+isoflop = read_table(f"{study}/cifar-isoflop.parquet")
+directions = read_tables([f"{study}/cifar.parquet", f"{study}/cifar-directions.parquet"])
 """
 CALLS = {
     "law": ("A law and its points, a line per budget", 'figure = fit(laws.CHINCHILLA, demo).plot(x="N")'),
     "compute": (
         "Loss against compute, with the law of the envelope",
-        'lowest = read_tables(["docs/study/results/cifar.parquet"], where=["envelope"])\n'
-        'figure = plot_points(cifar, "flops_train", by="params_total", envelope=fit("power_offset:C", lowest))',
+        'lowest = fit("power_offset:C", read_tables([f"{study}/cifar.parquet"], where=["envelope"]))\n'
+        'figure = plot_points(cifar, "flops_train", by="params_total", envelope=lowest)',
     ),
     "frontier": (
         "The best size for a budget of compute, by three approaches",
@@ -54,7 +56,8 @@ def markdown(folder: Path) -> str:
     """Draw every figure into a folder beside the page, and write the page."""
     folder.mkdir(exist_ok=True)
     known: dict[str, Any] = {}
-    parts = [f"# Gallery\n\nEvery figure of the analysis, and the call that makes it.\n\n```python\n{FIRST}```\n"]
+    said = "Every figure of the analysis, and the call that makes it. Run it in a clone of the repository."
+    parts = [f"# Gallery\n\n{said}\n\n```python\n{FIRST}```\n"]
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):
         exec(FIRST, known)
         for name, (title, call) in CALLS.items():
