@@ -67,7 +67,8 @@ def held_out_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def configure(small_set: Path, large_set: Path, held_out_set: Path) -> Callable[..., RunConfig]:
-    """Configuration of a mixed stream; keywords override the data section, `seed`, the objective and `validation`."""
+    """Configuration of a mixed stream, or of one at `path`; keywords override the data section, `seed`, the objective
+    and `validation`."""
 
     def make(
         *,
@@ -75,9 +76,11 @@ def configure(small_set: Path, large_set: Path, held_out_set: Path) -> Callable[
         prefix: str = "paired",
         masked: float | None = None,
         validation: Path | None = None,
+        path: Path | str | None = None,
         **data: Any,
     ) -> RunConfig:
         sources = [{"path": str(small_set), "probability": 0.8}, {"path": str(large_set), "probability": 0.2}]
+        sources = sources if path is None else [{"path": str(path)}]
         return run_config(
             {
                 "model": {"size": "rung-32", "image_size": 32, "patch_size": 4},

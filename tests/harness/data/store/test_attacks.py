@@ -109,7 +109,7 @@ def test_a_damaged_tar_is_refused_with_and_without_an_index(
     assert [*tmp_path.iterdir()] == [shard]
     if b"0.png" not in TARS[damage]:  # else there is an image to train on
         with pytest.raises(DataError, match=str(shard)):
-            open_stream(configure(sources=[{"path": f"wds://{shard}"}])).batch(range(4))
+            open_stream(configure(path=f"wds://{shard}")).batch(range(4))
 
 
 def test_what_is_no_file_is_not_waited_for(
@@ -129,7 +129,7 @@ def test_what_is_no_file_is_not_waited_for(
         "data", "pack", archive, tmp_path / "out", "--benchmark", "cifar10", "--split", "test"
     )
     with pytest.raises(DataError, match=r"a\.tar"):
-        open_stream(configure(sources=[{"path": f"wds://{tmp_path}/in/a.tar"}])).batch(range(4))
+        open_stream(configure(path=f"wds://{tmp_path}/in/a.tar")).batch(range(4))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_damaged_index_is_refused_or_does_no_harm(
         (copy / folder.name / f"{name}.npy").write_bytes(damaged)
         may_be_read = contextlib.suppress(DataError) if number >= 4 else pytest.raises(DataError, match="data index")
         with may_be_read:
-            stream = TrainStream(configure(sources=[{"path": str(copy)}]))
+            stream = TrainStream(configure(path=copy))
             assert stream.batch(range(60)).images.shape == (60, 3, 32, 32)
             labels = open_dataset(copy).labels
             assert labels is None or labels.max() < 2**24

@@ -20,32 +20,31 @@ from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
 
+Configure = Callable[..., RunConfig]
+Serve = Callable[..., Any]
+
 
 def test_http_gives_the_same_stream_as_files(
-    small_set: Path,
-    tmp_path: Path,
-    configure: Callable[..., RunConfig],
-    serve: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    small_set: Path, tmp_path: Path, configure: Configure, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "MAX_KEPT_BYTES", 0)  # images decoded before would not be read
     url, handler = serve(small_set)
     index_shards(url, tmp_path / "index", classes=("ant", "bee", "cat"))
     assert open_dataset(tmp_path / "index").fingerprint == open_dataset(small_set).fingerprint
-    expected = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(40))
+    expected = TrainStream(configure(path=small_set)).batch(range(40))
     for path in (str(tmp_path / "index"), url):
-        stream = TrainStream(configure(sources=[{"path": path}]))
+        stream = TrainStream(configure(path=path))
         assert torch.equal(stream.batch(range(40)).images, expected.images)
     assert all("bytes=" in request for request in handler.asked)
 
     for start, workers in ((0, 0), (16, 2)):
         handler.asked.clear()
-        stream = TrainStream(configure(sources=[{"path": url}]))
+        stream = TrainStream(configure(path=url))
         steps = train_batches(stream, start=start, stop=40, batch_size=8, micro_batch=4, num_workers=workers)
         assert torch.equal(torch.cat([batch.images for step in steps for batch in step]), expected.images[start:])
         assert {*handler.asked.values()} == {1}, "an image was read twice"
 
-    cached = configure(sources=[{"path": url}])
+    cached = configure(path=url)
     shards_asked = [f"/{shard.name} bytes=0-{shard.size - 1}" for shard in open_dataset(small_set).shards]
     for workers in (2, 0):
         handler.asked.clear()
@@ -56,13 +55,13 @@ def test_http_gives_the_same_stream_as_files(
 
 
 def test_what_fails_ahead_is_told_where_it_is_needed(
-    small_set: Path, configure: Callable[..., RunConfig], serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    small_set: Path, configure: Configure, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "MAX_KEPT_BYTES", 0)
     monkeypatch.setattr(shards, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(remote, "MAX_AHEAD_BYTES", 20_000)
     url, _ = serve(small_set, lambda path, turn: "503" if path.endswith("1.tar") else None)
-    stream = TrainStream(configure(sources=[{"path": url}]))
+    stream = TrainStream(configure(path=url))
     of_shard = [stream.datasets[0].shard_of(int(i)) for i in stream.locate(range(60))[1]]
     found = 0
     with pytest.raises(DataError, match=f"{url}/shard-000001.tar"):  # noqa: PT012  # what is counted comes before
@@ -75,7 +74,7 @@ def test_what_fails_ahead_is_told_where_it_is_needed(
 
 
 def test_remote_mistakes_are_named(
-    small_set: Path, tmp_path: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    small_set: Path, tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(small_set, tmp_path / "copy")
     url, handler = serve(tmp_path / "copy")
@@ -96,18 +95,14 @@ def test_remote_mistakes_are_named(
 
 @pytest.mark.parametrize("kind", ["503", "cut", "stall"])
 def test_faults_that_pass_leave_no_trace(
-    kind: str,
-    small_set: Path,
-    configure: Callable[..., RunConfig],
-    serve: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, small_set: Path, configure: Configure, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "FIRST_PAUSE_S", 0.001)
     if kind == "stall":
         monkeypatch.setattr(remote, "_STALLED_S", 0.7)
-    expected = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(32))
+    expected = TrainStream(configure(path=small_set)).batch(range(32))
     url, handler = serve(small_set, lambda path, turn: kind if turn <= 2 and path.endswith("0.tar") else None)
-    stream = TrainStream(configure(sources=[{"path": url}]))
+    stream = TrainStream(configure(path=url))
     assert torch.equal(stream.batch(range(32)).images, expected.images)
     assert stream.batch(range(32)).bad_samples == ()
     assert handler.under_way[1] > 4, "the reads of a batch did not go out together"
@@ -121,23 +116,19 @@ def test_faults_that_pass_leave_no_trace(
 
 @pytest.mark.parametrize("kind", ["500", "cut", "stall"])
 def test_faults_of_s3_that_stay_name_shard_and_url(
-    kind: str, configure: Callable[..., RunConfig], faulty_bucket: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    kind: str, configure: Configure, faulty_bucket: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "_STALLED_S", 1.0 if kind == "stall" else 60.0)
     monkeypatch.setattr(remote, "NUM_TRIES", 1)
     url = faulty_bucket(lambda path, turn: kind if path.endswith("1.tar") else None, tries=1)
-    stream = TrainStream(configure(sources=[{"path": url}]))
+    stream = TrainStream(configure(path=url))
     shard = "." if kind == "stall" else "1"  # on a busy machine a good read may seem to have stalled, too
     with pytest.raises(DataError, match=f"{url}/shard-00000{shard}.tar"):
         stream.batch(range(60))
 
 
 def test_s3_gives_the_same_stream_as_files_whatever_faults_pass(
-    small_set: Path,
-    tmp_path: Path,
-    faulty_bucket: Callable[..., str],
-    configure: Callable[..., RunConfig],
-    monkeypatch: pytest.MonkeyPatch,
+    small_set: Path, tmp_path: Path, faulty_bucket: Serve, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "MAX_KEPT_BYTES", 0)  # images decoded before would not be read
     monkeypatch.setattr(remote, "_STALLED_S", 2.0)
@@ -147,9 +138,9 @@ def test_s3_gives_the_same_stream_as_files_whatever_faults_pass(
     index_shards(url, tmp_path / "index", classes=classes)
     assert open_dataset(tmp_path / "index").fingerprint == open_dataset(small_set).fingerprint
     kinds |= {"0.tar": "500", "1.tar": "cut", "2.tar": "stall"}
-    expected = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(40))
+    expected = TrainStream(configure(path=small_set)).batch(range(40))
     for path, cache in ((str(tmp_path / "index"), None), (url, None), (url, str(tmp_path / "cache"))):
-        stream = TrainStream(configure(sources=[{"path": path}]), cache_dir=cache)
+        stream = TrainStream(configure(path=path), cache_dir=cache)
         for workers in (0, 2):
             steps = train_batches(stream, start=0, stop=40, batch_size=8, micro_batch=8, num_workers=workers)
             assert torch.equal(torch.cat([batch.images for step in steps for batch in step]), expected.images)
@@ -158,4 +149,4 @@ def test_s3_gives_the_same_stream_as_files_whatever_faults_pass(
         open_dataset(f"{url}/nowhere")
     fsspec.filesystem("s3").rm(f"faulty/{open_dataset(small_set).shards[0].name}")
     with pytest.raises(DataError, match=f"{url}/shard-000000.tar"):
-        TrainStream(configure(sources=[{"path": str(tmp_path / "index")}])).batch(range(60))
+        TrainStream(configure(path=tmp_path / "index")).batch(range(60))

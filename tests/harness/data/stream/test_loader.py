@@ -104,7 +104,7 @@ def test_an_error_in_a_worker_keeps_its_type_and_says_where(
     configure: Configure, small_set: Path, tmp_path: Path, kind: type[Exception]
 ) -> None:
     shutil.copytree(small_set, tmp_path / "data")
-    stream = TrainStream(configure(sources=[{"path": str(tmp_path / "data")}]))
+    stream = TrainStream(configure(path=tmp_path / "data"))
     if kind is DataError:
         (tmp_path / "data" / stream.datasets[0].shards[0].name).unlink()
     else:

@@ -313,7 +313,7 @@ def test_small_images_are_decoded_once_and_others_each_time(
         return read_many(self, samples)
 
     monkeypatch.setattr(ShardDataset, "read_many", watched)
-    model, stream = configure().training.model, TrainStream(configure(sources=[{"path": str(small_set)}]))
+    model, stream = configure().training.model, TrainStream(configure(path=small_set))
     first = eval_images(stream.datasets[0], [3, 0], model, 1.0)
     assert torch.equal(eval_images(open_dataset(small_set), [0, 3], model, 1.0), first[[1, 0]])
     assert decoded == ([3, 0] if bound else [3, 0, 0, 3])
@@ -344,18 +344,18 @@ def test_a_shard_that_was_written_anew_is_refused(
                 shard.seek(offset)
                 shard.write(smallest.ljust(size, b"\0"))
         with pytest.raises(DataError, match=r"sample '.*shard-"):
-            TrainStream(configure(sources=[{"path": str(path)}])).batch(np.arange(24))
+            TrainStream(configure(path=path)).batch(np.arange(24))
 
 
 def test_bad_samples_are_replaced_alike_and_counted(
     small_set: Path, tmp_path: Path, spoil: Spoil, configure: Configure
 ) -> None:
     path = spoil(small_set, tmp_path / "spoilt", [7, 30])
-    config = configure(sources=[{"path": str(path)}])
+    config = configure(path=path)
     expected = TrainStream(config).batch(np.arange(60))
     assert len(expected.bad_samples) >= 2
     assert all("sample '" in text and "shard-" in text for text in expected.bad_samples)
-    clean = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(np.arange(60))
+    clean = TrainStream(configure(path=small_set)).batch(np.arange(60))
     changed = (expected.images != clean.images).flatten(1).any(1)
     assert changed.sum() == 2
     again = TrainStream(config)
@@ -372,7 +372,7 @@ def test_sixteen_undecodable_samples_in_a_row_are_an_error_that_names_one(
     small_set: Path, tmp_path: Path, spoil: Spoil, configure: Configure, workers: int
 ) -> None:
     path = spoil(small_set, tmp_path / "spoilt", list(range(60)))
-    stream = TrainStream(configure(sources=[{"path": str(path)}]))
+    stream = TrainStream(configure(path=path))
     with pytest.raises(DataError, match=r"position 0\b.*'[\w-]+'"):
         list(run(stream, 0, 64, micro=16, workers=workers))
 

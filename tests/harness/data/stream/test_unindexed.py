@@ -54,22 +54,20 @@ def seen(config: RunConfig, num_images: int, workers: int = 0) -> list[bytes]:
 def test_all_images_come_in_another_order_and_with_the_prefixes_of_their_positions(
     shards: Path, small_set: Path, configure: Callable[..., RunConfig], workers: int
 ) -> None:
-    config = configure(sources=[{"path": braces(shards)}], shuffle_buffer=30, **WHOLE)
+    config = configure(path=braces(shards), shuffle_buffer=30, **WHOLE)
     dataset = open_dataset(small_set)
     known = [bytes(dataset.decode(number).contiguous().numpy()) for number in range(60)]
     found = seen(config, 400, workers)
     assert set(found) == set(known)
     order = [known.index(image) for image in found[:40]]
     assert order != sorted(order)
-    indexed = TrainStream(configure(sources=[{"path": str(small_set)}])).batch(range(40))
+    indexed = TrainStream(configure(path=small_set)).batch(range(40))
     assert torch.equal(open_stream(config).batch(range(40)).given, indexed.given)
-    assert seen(configure(sources=[{"path": braces(shards)}], seed=1, **WHOLE), 40) != found[:40]
+    assert seen(configure(path=braces(shards), seed=1, **WHOLE), 40) != found[:40]
 
 
 def test_crops_and_flips_are_those_of_the_positions(shards: Path, configure: Callable[..., RunConfig]) -> None:
-    whole, cut = (
-        open_stream(configure(sources=[{"path": braces(shards)}], **crops)).batch(range(20)) for crops in (WHOLE, {})
-    )
+    whole, cut = (open_stream(configure(path=braces(shards), **crops)).batch(range(20)) for crops in (WHOLE, {}))
     boxes = draw_boxes(
         box_draws(make_key("crop", 0), np.arange(20)),
         *np.full((2, 20), 32, dtype=np.int32),
@@ -87,7 +85,7 @@ def test_a_broken_shard_is_named_and_left_and_broken_shards_alone_end_the_stream
     first, second, *others = sorted(shards.glob("*.tar"))
     first.unlink()
     second.write_bytes(second.read_bytes()[:5000])
-    config = configure(sources=[{"path": braces(shards)}], shuffle_buffer=20, **WHOLE)
+    config = configure(path=braces(shards), shuffle_buffer=20, **WHOLE)
     assert len(set(seen(config, 100))) >= 4
     told = capsys.readouterr().err
     assert str(first) in told
@@ -102,7 +100,7 @@ def test_a_broken_shard_is_named_and_left_and_broken_shards_alone_end_the_stream
 def test_undecodable_images_are_counted(tmp_path: Path, shards: Path, configure: Callable[..., RunConfig]) -> None:
     write_tar(tmp_path / "bad.tar", {f"{number}.png": b"nope" for number in range(3)})
     path = f"wds://{tmp_path}/bad.tar::{shards}/shard-000000.tar"
-    config = configure(sources=[{"path": path}], shuffle_buffer=10, **WHOLE)
+    config = configure(path=path, shuffle_buffer=10, **WHOLE)
     stream = open_stream(config)
     bad = [stream.batch(range(first, first + 10)).bad_samples for first in range(0, 60, 10)]
     assert {name for names in bad for name in names} == {f"{tmp_path}/bad.tar: {number}" for number in range(3)}
