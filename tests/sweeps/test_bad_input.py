@@ -24,20 +24,9 @@ from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare
 
 FILES = (
-    "config.yaml",
-    "status.json",
-    "results.json",
-    "lock",
-    "claim",
-    "attempts.jsonl",
-    "metrics.jsonl",
-    "budgets/640/model.safetensors",
-    "../../sweep.yaml",
-    "../../sweep.json",
-    "../../collect.json",
-    "../../forecasts.jsonl",
-    "../../../../set/dataset.json",
-    "../../../../set/index.parquet",
+    *("config.yaml", "status.json", "results.json", "lock", "claim", "attempts.jsonl", "metrics.jsonl"),
+    *("budgets/640/model.safetensors", "../../sweep.yaml", "../../sweep.json", "../../collect.json"),
+    *("../../forecasts.jsonl", "../../../../set/dataset.json", "../../../../set/index.parquet"),
 )
 OF_SWEEP = (
     "plan {sweep}",

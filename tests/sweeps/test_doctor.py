@@ -28,15 +28,8 @@ def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
     assert out.returncode == 0, out.stdout + out.stderr
     found = json.loads(out.stdout)
     assert found["ok"]
-    assert [check["name"] for check in found["checks"]] == [
-        "python",
-        "packages",
-        "accelerator",
-        "memory",
-        "disk",
-        "locks",
-        "slurm",
-    ]
+    names = ["python", "packages", "accelerator", "memory", "disk", "locks", "slurm"]
+    assert [check["name"] for check in found["checks"]] == names
     assert all(check["advice"] for check in found["checks"] if check["level"] != "ok")
     assert list(tmp_path.iterdir()) == []
 

@@ -83,15 +83,8 @@ def test_a_fit_is_keys_and_a_table_and_says_what_to_run_next_in_the_users_words(
     *below, last = below.splitlines()
     keys = [line.split("  ")[0] for line in above.splitlines()]
     assert keys[: keys.count("with care")] == ["with care"] * keys.count("with care")
-    assert [key for key in keys if key not in ("with care", "columns")] == [
-        "law",
-        "rows",
-        "range N",
-        "range D",
-        "objective",
-        "intervals",
-        "held out D",
-    ]
+    told = ["law", "rows", "range N", "range D", "objective", "intervals", "held out D"]
+    assert [key for key in keys if key not in ("with care", "columns")] == told
     assert [line.split()[0] for line in below] == ["parameter", "E", "A", "B", "alpha", "beta", "a", "b"]
     same = f"{table} --columns N=params_trunk --where 'D>=1'"
     assert last == f"next: aimscale frontier {same}; aimscale report {same}"

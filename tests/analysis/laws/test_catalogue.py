@@ -12,6 +12,9 @@ X = {"x": np.geomspace(1e3, 1e8, 40)}
 N, D = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e9, 7), np.geomspace(1e8, 1e11, 6)))
 U = np.array([1e8, 1e9, 1e10])[np.arange(N.size) % 3]
 CHINCHILLA = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
+FARSEER = {"E": 1.9, "B": 0.4, "d": 0.3, "s1": -0.18, "alpha": -0.15, "s2": -0.2, "beta": -0.17}
+FARSEER |= {"s3": 0.11, "gamma": 0.1}
+OVERFITTING = {"E": 1.7, "K": 0.7, "w": 0.8, "G": 0.3, "alpha": 0.34, "beta": 0.36, "c": 0.9, "p": 1.2, "R0": 40.0}
 TRUTHS = [
     ("power_offset", X, {"E": 0.1, "A": 3, "a": 0.3}),
     ("power", X, {"A": 3, "a": 0.3}),
@@ -19,26 +22,8 @@ TRUTHS = [
     ("chinchilla", {"N": N, "D": D}, CHINCHILLA),
     ("kaplan", {"N": N, "D": D}, {"K": 2.0, "aN": 0.2, "aD": 0.25, "w": 0.8}),
     ("coupled", {"N": N, "D": D}, {"E": 1.5, "K": 0.9, "alpha": 0.4, "beta": 0.45, "c": 0.6, "w": 1.3}),
-    (
-        "farseer",
-        {"N": N, "D": D},
-        {
-            "E": 1.9,
-            "B": 0.4,
-            "d": 0.3,
-            "s1": -0.18,
-            "alpha": -0.15,
-            "s2": -0.2,
-            "beta": -0.17,
-            "s3": 0.11,
-            "gamma": 0.1,
-        },
-    ),
-    (
-        "overfitting",
-        {"N": N, "D": D, "U": U},
-        {"E": 1.7, "K": 0.7, "w": 0.8, "G": 0.3, "alpha": 0.34, "beta": 0.36, "c": 0.9, "p": 1.2, "R0": 40.0},
-    ),
+    ("farseer", {"N": N, "D": D}, FARSEER),
+    ("overfitting", {"N": N, "D": D, "U": U}, OVERFITTING),
     ("overtrained", {"N": N, "D": D, "C": 6 * N * D}, {"E": 1.8, "a": 100.0, "b": 200.0, "h": 0.15}),
     ("repeated", {"N": N, "D": D, "U": U}, CHINCHILLA | {"R_D": 15.0}),
     ("link_sigmoid", {"L": np.linspace(2, 4, 30)}, {"floor": 0.25, "height": 0.6, "k": 4.0, "L0": 2.8}),

@@ -119,18 +119,8 @@ def test_the_cost_counts_what_the_budgets_of_a_run_share_once(page):
 
 
 def test_every_section_figure_and_table_is_there(page):
-    sections = {
-        "summary",
-        "runs",
-        "scaling",
-        "accuracy",
-        "linked",
-        "laws",
-        "pictures",
-        "published",
-        "methods",
-        "provenance",
-    }
+    sections = {"summary", "runs", "scaling", "accuracy", "linked", "laws", "pictures"}
+    sections |= {"published", "methods", "provenance"}
     kinds = {f"{what}-{kind}" for what in ("accuracy", "loss-accuracy") for kind in ("attentive", "linear")}
     figures = {f"loss-{v}" for v in "NDC"} | kinds | {"frontier", "curves", "published-models"}
     tables = {"results", "law-ND", "law-C", "heldout", "probes"}

@@ -58,14 +58,8 @@ def save(path: Path, engine: Engine, group: Group, images_seen: int = 40) -> Non
 
 
 def begin(writer: CheckpointWriter, path: Path, images_seen: int = 40) -> None:
-    writer.save(
-        path,
-        run_id="r",
-        images_seen=images_seen,
-        branch=None,
-        progress={"images_done": images_seen},
-        keep=path.parent.iterdir(),
-    )
+    told = {"run_id": "r", "images_seen": images_seen, "branch": None, "progress": {"images_done": images_seen}}
+    writer.save(path, **told, keep=path.parent.iterdir())
 
 
 def write_all(group: Group, folder: Path, cases: list[tuple[int, str]]) -> dict[str, list[float]]:

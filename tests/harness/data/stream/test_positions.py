@@ -51,19 +51,8 @@ def whole(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def run(stream: TrainStream, start: int, stop: int, *, micro: int, world: int = 1, workers: int = 0, batch: int = 16):
     """Every rank's batches of a stretch, step by step."""
-    ranks = [
-        train_batches(
-            stream,
-            start=start,
-            stop=stop,
-            batch_size=batch,
-            micro_batch=micro,
-            rank=rank,
-            world_size=world,
-            num_workers=workers,
-        )
-        for rank in range(world)
-    ]
+    sizes = {"batch_size": batch, "micro_batch": micro, "world_size": world, "num_workers": workers}
+    ranks = [train_batches(stream, start=start, stop=stop, rank=rank, **sizes) for rank in range(world)]
     for step in zip(*ranks, strict=True):
         assert len({len(micro_batches) for micro_batches in step}) == 1, "ranks differ in their number of micro-batches"
         yield [batch for micro_batches in step for batch in micro_batches]
@@ -176,22 +165,11 @@ def test_validation_prefixes_are_stratified_and_fixed() -> None:
 def test_boxes_follow_random_resized_crop() -> None:
     torch.manual_seed(0)
     number, height, width = 4000, 120, 200
-    boxes = draw_boxes(
-        box_draws(7, np.arange(number)),
-        np.full(number, height),
-        np.full(number, width),
-        scale=(0.4, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        horizontal_flip=True,
-    )
-    reference = np.array(
-        [
-            torchvision.transforms.RandomResizedCrop.get_params(
-                torch.empty(3, height, width), [0.4, 1.0], [3 / 4, 4 / 3]
-            )
-            for _ in range(number)
-        ]
-    )
+    scale, ratio, image = (0.4, 1.0), (3 / 4, 4 / 3), torch.empty(3, height, width)
+    sides = np.full((number, 2), (height, width)).T
+    boxes = draw_boxes(box_draws(7, np.arange(number)), *sides, scale=scale, ratio=ratio, horizontal_flip=True)
+    theirs = torchvision.transforms.RandomResizedCrop.get_params
+    reference = np.array([theirs(image, [*scale], [*ratio]) for _ in range(number)])
     ours = np.stack(boxes[:4], axis=1)
     assert (ours[:, 0] + ours[:, 2] <= height).all()
     assert (ours[:, 1] + ours[:, 3] <= width).all()
@@ -206,14 +184,9 @@ def test_boxes_follow_random_resized_crop() -> None:
 def test_batched_crop_equals_the_single_one(data: st.DataObject, height: int, width: int, size: int) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     images = torch.from_numpy(rng.integers(0, 256, (5, 3, height, width), dtype=np.uint8))
-    boxes = draw_boxes(
-        box_draws(1, rng.integers(0, 2**40, 5)),
-        np.full(5, height),
-        np.full(5, width),
-        scale=(0.1, 1.0),
-        ratio=(0.5, 2.0),
-        horizontal_flip=True,
-    )
+    sides = np.full((5, 2), (height, width)).T
+    draws = box_draws(1, rng.integers(0, 2**40, 5))
+    boxes = draw_boxes(draws, *sides, scale=(0.1, 1.0), ratio=(0.5, 2.0), horizontal_flip=True)
     batch = crop_resize_small(images, boxes, size)
     for row in range(5):
         top, left, rows, columns, flip = (values[row].item() for values in boxes)
