@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from slurm_cluster import running_slurm
 
 from aimscale.sweeps.engine.element import launch_slurm
 from aimscale.sweeps.engine.launch import launch
@@ -37,20 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Path]:
-    """A running Slurm of two nodes; its folder."""
-    if shutil.which("slurmctld") is None or shutil.which("munged") is None or os.geteuid() != 0:
-        pytest.skip("needs slurm-wlm and munge, and root")
-    folder = Path(tempfile.mkdtemp(prefix="aimscale-slurm-", dir="/var/tmp"))
-    try:
-        # each test process has a cluster of its own
-        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-        environment = os.environ | {"SLURM_TEST_PORT": str(27000 + 400 * worker)}
-        subprocess.run([HERE / "start_slurm.sh", str(folder), "2"], check=True, env=environment)
+    """A running Slurm for each test process; its folder."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    with running_slurm(27000 + 400 * worker) as folder:
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
         os.environ["DS_ACCELERATOR"] = "cpu"
         yield folder
-    finally:
-        subprocess.run([HERE / "stop_slurm.sh", str(folder)], check=False)
 
 
 @pytest.fixture(scope="session")

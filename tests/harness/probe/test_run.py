@@ -23,23 +23,13 @@ from aimscale.harness.run.directory import RunDir
 @pytest.fixture
 def run(task: Any, tmp_path: Path) -> RunDir:
     """A run of 8-px digits with one saved budget (random weights) and its row."""
-    digits = {
-        "task": "digits",
-        "train": str(task.root / "some"),
-        "test": str(task.root / "test"),
-        "kinds": ["linear", "attentive", "knn"],
-        "epochs": 4,
-        "batch_size": 50,
-        "lrs": [1e-2],
-        "centre_crop": 1.0,
-        "precision": "fp32",
-    }
+    digits = task.section(train=str(task.root / "some"), epochs=4, batch_size=50, lrs=(1e-2,)).model_dump(mode="json")
     fields = {
         "model": {"size": "rung-24", "image_size": 8, "patch_size": 2},
-        "data": {"sources": [{"path": str(task.root / "some")}]},
+        "data": {"sources": [{"path": digits["train"]}]},
         "optimiser": {"batch_size": 32},
         "budgets": [64],
-        "validation": {"path": str(task.root / "test"), "centre_crop": 1.0},
+        "validation": {"path": digits["test"], "centre_crop": 1.0},
         "probes": [digits],
     }
     config = run_config(fields, "the test")

@@ -44,13 +44,12 @@ def home(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
 
 @pytest.fixture
 def moved(home: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of all of it elsewhere, without file times; keywords replace fields of the sweep file."""
+    """A copy of all of it elsewhere, without file times; keywords replace sections of the sweep file."""
 
-    def copy(base: dict[str, Any] | None = None, **fields: Any) -> Path:
+    def copy(**base: Any) -> Path:
         there = tmp_path / "elsewhere"
-        if not there.exists():
-            shutil.copytree(home, there, copy_function=shutil.copyfile)
-        (there / "sweep.yaml").write_text(yaml.safe_dump({**FILE, **fields, "base": {**FILE["base"], **(base or {})}}))
+        shutil.copytree(home, there, copy_function=shutil.copyfile)
+        (there / "sweep.yaml").write_text(yaml.safe_dump(FILE | {"base": FILE["base"] | base}))
         return there
 
     return copy
@@ -129,7 +128,7 @@ def test_a_smaller_budget_that_would_train_runs_again_is_refused(write_sweep: An
 def test_another_evaluation_never_trains_and_does_only_what_is_missing(
     base: dict[str, Any], changed: set[str], moved: Callable[..., Path]
 ) -> None:
-    there = moved(base=base)
+    there = moved(**base)
     run, before = only_run(there / "runs"), state(only_run(there / "runs"))
     result = launch(there / "sweep.yaml", there / "runs", devices=1)
     assert result.evaluated == (run.name,)

@@ -1,0 +1,29 @@
+"""A real Slurm on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent / "slurm"
+
+
+@contextlib.contextmanager
+def running_slurm(port: int) -> Iterator[Path]:
+    """A Slurm of two nodes, whose ports begin at `port`; its folder, which holds `slurm.conf`."""
+    if shutil.which("slurmctld") is None or shutil.which("munged") is None or os.geteuid() != 0:
+        pytest.skip("needs slurm-wlm and munge, and root")
+    folder = Path(tempfile.mkdtemp(prefix="aimscale-slurm-", dir="/var/tmp"))
+    try:
+        environment = os.environ | {"SLURM_TEST_PORT": str(port)}
+        subprocess.run([SCRIPTS / "start_slurm.sh", str(folder), "2"], check=True, env=environment)
+        yield folder
+    finally:
+        subprocess.run([SCRIPTS / "stop_slurm.sh", str(folder)], check=False)
