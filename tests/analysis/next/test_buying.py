@@ -45,12 +45,3 @@ def test_a_proposal_says_what_it_costs_and_warns_of_a_fixed_ratio(grid):
     assert {"one_variable", "collinear"} & {flag.kind for flag in found.flags}
     with pytest.raises(AnalysisError, match="D"):
         propose(grid, {"N": 1e8}, ray, budget=3, law="chinchilla")
-
-
-def test_what_is_measured_is_not_offered_again(grid):
-    points = grid.rename(columns={"params_total": "N", "images_seen": "D"})
-    target = {"N": 2 * points["N"].max(), "D": 2 * points["D"].max()}
-    offer = grid_offer(points.iloc[1:], target)
-    axes = [offer[v].nunique() for v in "ND"]
-    assert axes == [points[v].nunique() + 4 for v in "ND"]
-    assert len(offer) == axes[0] * axes[1] - (len(points) - 1)
