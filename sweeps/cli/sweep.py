@@ -34,7 +34,7 @@ def status(
     cards = costs.cost_cards(loaded, runs)
 
     def look() -> SweepStatus:
-        is_submitted = (loaded.directory / "slurm").is_dir()
+        is_submitted = slurm.elements_file(loaded).is_file()
         jobs = slurm.known_jobs() if is_submitted else None
         if is_submitted and jobs is None and not watch:
             typer.echo("Slurm does not answer; runs that wait there are shown as unfinished or dead", err=True)

@@ -186,7 +186,7 @@ def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
         raise SweepError(f"sweep '{sweep.name}' was never launched under {sweep.root}; there is nothing to cancel")
     found_all = [decide(run, RunRecord(sweep.run_dir(run.run_id))) for run in plan(sweep)]
     waiting = []
-    if (sweep.directory / "slurm").is_dir():
+    if slurm.elements_file(sweep).is_file():
         from aimscale.sweeps.slurm.submit import elements  # submitit is slow to import
 
         waiting = [each.job.job_id for each in elements(sweep, slurm.jobs()) if each.job.phase == "pending"]

@@ -9,10 +9,11 @@ import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from aimscale.aim.errors import printable
-from aimscale.sweeps.plan.sweepfile import SweepError
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 TIMEOUT_S = 60
 
@@ -86,6 +87,11 @@ def jobs() -> dict[str, JobInfo]:
         if state:  # else a plugin's remark among the jobs
             found[job_id] = JobInfo(job_id=job_id, state=state, reason=reason.strip("()") if reason != "None" else "")
     return found
+
+
+def elements_file(sweep: Sweep) -> Path:
+    """Where a sweep's submissions are noted; there from the first one on."""
+    return sweep.directory / "slurm" / "elements.jsonl"
 
 
 def known_jobs() -> dict[str, JobInfo] | None:

@@ -89,7 +89,7 @@ def shape_of(run: Run, section: SlurmSection, per_device: int = 1) -> Shape:
 def elements(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[ElementJob]:
     """Elements of the sweep that wait or run."""
     try:
-        lines = [json.loads(line) for line in (sweep.directory / "slurm" / "elements.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in slurm.elements_file(sweep).read_text().splitlines()]
     except FileNotFoundError:
         return []
     claims = sweep.runs_dir.glob("*/claim")
@@ -267,7 +267,7 @@ class _Batch:
         except (FailedJobError, FailedSubmissionError) as error:
             raise slurm.SlurmError(f"Slurm refused the job: {slurm.plain(str(error))}") from error
         job_id = str(jobs[0].job_id).split("_")[0]
-        with (self.folder / "elements.jsonl").open("a") as file:
+        with slurm.elements_file(self.sweep).open("a") as file:
             file.write(json.dumps({"job_id": job_id, "number": size, "shape": asdict(shape)}) + "\n")
         return job_id
 

@@ -86,7 +86,8 @@ def test_everything_else_equal_counts_their_sizes_and_settings(lettered, tmp_pat
     both.to_json(tmp_path / "both.jsonl", orient="records", lines=True)
     words = say("contrast", tmp_path / "both.jsonl", "--by", "data")
     assert "equal      N, seed, D, lr\n" in words
-    assert "1.0200 [1.0200, 1.0200]  30 pairs" in words
+    assert "1.0200 [1.0200, 1.0200]" in words
+    assert "30 pairs" in words
     assert "12 pairs" in say("contrast", tmp_path / "both.jsonl", "--by", "N")
     one = both[both["seed"] == both["data"].map({"a": 0, "b": 1})]
     one.to_json(tmp_path / "both.jsonl", orient="records", lines=True)

@@ -17,6 +17,7 @@ from aimscale.sweeps.plan.checks import Problem
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import PRESETS, load_sweep
+from aimscale.sweeps.slurm.commands import elements_file
 
 
 @pytest.fixture
@@ -72,7 +73,11 @@ def test_slurm_is_asked_about_sweeps_that_were_submitted_alone(
     say("launch")
     say("status")
     assert not asked
-    (write_sweep(sizes=["rung-32"]).directory / "slurm").mkdir()
+    file = elements_file(write_sweep(sizes=["rung-32"]))
+    file.parent.mkdir()
+    say("status")
+    assert not asked, "a launch that Slurm refused leaves the folder"
+    file.touch()
     say("status")
     assert asked
 
