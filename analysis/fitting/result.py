@@ -200,6 +200,11 @@ class Fit(Result):
             return f"{text} (held)"
         return f"{text} {self.intervals[name].shown(digits)}" if name in self.intervals else text
 
+    def equation(self, name: str, label: str) -> str:
+        """A parameter in a sentence: "E = 0.31 [0.29, 0.32]", "E at most 0.6", "E not identified"."""
+        text = self.shown(name, 3)
+        return f"{label} {text}" if text == NOT_IDENTIFIED or text.startswith("at most") else f"{label} = {text}"
+
     @property
     def table(self) -> pd.DataFrame:
         """One row a parameter: parameter, value, low, high, method, note."""

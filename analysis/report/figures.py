@@ -83,7 +83,7 @@ def save_figures(figures: dict[str, list[PageFigure]], folder: Path) -> list[Pat
 def _law_caption(study: Study, key: str) -> str:
     """Formula, parameters with intervals, points and rows of a fit."""
     fit = study.fits[key]
-    values = "; ".join(f"{p.name} = {fit.shown(p.name, 3)}" for p in fit.law.parameters)
+    values = "; ".join(fit.equation(p.name, p.name) for p in fit.law.parameters)
     return f"{fit.law.formula}: {values}. {fit.num_points} points. Brackets and shading: 95 % intervals."
 
 

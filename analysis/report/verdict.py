@@ -104,7 +104,7 @@ def _law(study: Study) -> Iterator[str]:
     if joint is None:
         yield "None."
         return
-    values = ", ".join(f"{symbol(name)} = {joint.shown(name, 3)}" for name in ("alpha", "beta", "E"))
+    values = ", ".join(joint.equation(name, symbol(name)) for name in ("alpha", "beta", "E"))
     whose = f" {study.whose}" if study.whose else ""
     yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{whose}: {values}."
     if study.law is not None and study.law.law.name != joint.law.name:

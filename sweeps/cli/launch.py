@@ -61,11 +61,11 @@ def launch(
         left = _launch_slurm(sweep, root, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     elif dry_run:
         left = _print_local(sweep, root, devices, per_device, retry=retry)
-    if dry_run:
-        _say_after(LaunchResult(left=left), sweep, root, on)
-        return
-    if on == "slurm":
+    if on == "slurm" and not dry_run and any(each.startable or each.verdict == "running" for each in left):
         say_next("status", sweep, root, "--watch")
+        return
+    if on == "slurm" or dry_run:
+        _say_after(LaunchResult(left=left), sweep, root, on)
         return
     did = engine.launch(
         sweep, root, devices=devices, per_device=per_device, hours=hours, retry=retry, shows=on == "local"

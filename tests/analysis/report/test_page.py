@@ -241,7 +241,7 @@ def test_an_unidentified_law_prints_words_not_digits(tmp_path):
     page = Page(write_report(write_sweep(tmp_path, rows, pictures=False), resamples=60).read_text())
     assert re.search(r"red ?Can it be trusted\? No\. .*α is not identified", page.text)
     assert "More sizes: α is not identified by 4 of them" in page.text
-    assert "α = not identified" in page.text
+    assert "α not identified, β = " in page.text
 
 
 def test_foreign_csv_with_mapped_columns(tmp_path):

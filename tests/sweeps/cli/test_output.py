@@ -36,7 +36,7 @@ def say(capsys: Any, write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: 
     return run
 
 
-def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_sweep: Any) -> None:
+def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_sweep: Any, monkeypatch: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     (run,) = plan(sweep)
     file, root = sweep.source, sweep.root
@@ -53,6 +53,8 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
     assert follows("launch", "--dry-run", "--retry") == f"launch {file} --root {root}"
     assert follows("launch", "--retry") == f"collect {file} --root {root}" == follows("launch", "--dry-run")
     assert follows("launch", "--dry-run", "--on", "slurm", "--allow-dirty") == f"collect {file} --root {root}"
+    monkeypatch.setattr("aimscale.sweeps.engine.element.launch_slurm", lambda *_, **__: [])
+    assert follows("launch", "--on", "slurm") == f"collect {file} --root {root}", "no job was needed"
     assert follows("collect") == f"report {sweep.directory / 'results.parquet'}"
     for verb in ("plan", "status"):
         json.loads("\n".join(say(verb, "--json")))
