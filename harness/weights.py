@@ -117,11 +117,7 @@ def import_weights(
 
 
 def describe_weights(path: Path) -> dict[str, Any]:
-    """What a weight file holds, from names and shapes alone.
-
-    Raises:
-        WeightsError: an unreadable file, or one that is no AIM.
-    """
+    """What a weight file holds, from names and shapes alone."""
     state = read_weights(path)
     parts = {"preprocessor": 0, "trunk": 0, "pixel_head": 0, "head": 0, "other": 0}
     for name, tensor in state.items():

@@ -79,11 +79,7 @@ def covered(spans: Iterable[Span]) -> float:
 def image_wait_s(
     config: RunConfig, engine: Engine | ReferenceEngine, group: Group, *, micro_batch: int, num_steps: int
 ) -> float:
-    """Mean time for which a step waits for its images, read from the configuration's data while steps are computed.
-
-    Raises:
-        DataError: they cannot be read.
-    """
+    """Mean time for which a step waits for its images, read from the configuration's data while steps are computed."""
     batch_size, num_workers = config.training.optimiser.batch_size, config.runtime.num_workers
     batches = rank_batches(
         TrainStream(config),

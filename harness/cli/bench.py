@@ -55,11 +55,7 @@ def train(
 
 
 def _config(file: Path | None, changes: dict[str, Any], settings: list[str]) -> RunConfig:
-    """A run's configuration, or that of small random images, with some fields changed.
-
-    Raises:
-        ConfigError: there is no such field, or a value cannot be used.
-    """
+    """A run's configuration, or that of small random images, with some fields changed."""
     import yaml
 
     from aimscale.harness.run.config import ConfigError, RuntimeConfig, load_run_config, parse, run_config

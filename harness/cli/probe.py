@@ -100,16 +100,7 @@ def baseline(
 def _sections(
     config: RunConfig, names: list[str] | None, file: Path | None, kinds: list[str] | None
 ) -> list[ProbeSection]:
-    """The tasks that the command line asks for, as sections of a configuration; relative paths start here.
-
-    Args:
-        names: tasks of the configuration; None takes all.
-        file: a list of tasks instead of the configuration's.
-        kinds: kinds of probes instead of each task's own.
-
-    Raises:
-        ConfigError, ProbeError: no such task, or a kind that there is not.
-    """
+    """The tasks that the command line asks for, as sections of a configuration; relative paths start here."""
     from aimscale.harness.probe.run import wanted_tasks
 
     changes = {"kinds": kinds} if kinds else {}

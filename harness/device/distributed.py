@@ -52,11 +52,7 @@ class Placement:
 
 
 def find_placement(environment: dict[str, str] | None = None) -> Placement:
-    """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a process alone.
-
-    Raises:
-        LaunchError: some variables are there and others are missing.
-    """
+    """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a process alone."""
     env = dict(os.environ) if environment is None else environment
     if "RANK" in env or "WORLD_SIZE" in env:
         try:
@@ -95,11 +91,7 @@ def first_host(node_list: str) -> str:
 
 
 def card_index(placement: Placement, num_visible: int) -> int:
-    """Which of the GPUs that this process sees is its own: the only one, where Slurm binds one to each task.
-
-    Raises:
-        LaunchError: there are fewer GPUs than processes.
-    """
+    """Which of the GPUs that this process sees is its own: the only one, where Slurm binds one to each task."""
     by_slurm = "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if num_visible == 1 and by_slurm:
         return 0
@@ -267,11 +259,7 @@ def choose_device(placement: Placement, name: str) -> torch.device:
 
 
 def start_group(placement: Placement, device_name: str) -> Group:
-    """Choose the device, tell DeepSpeed about it, and join the process group.
-
-    Raises:
-        LaunchError: CUDA was asked for and there is none, or fewer devices than ranks on this host.
-    """
+    """Choose the device, tell DeepSpeed about it, and join the process group."""
     device = choose_device(placement, device_name)
     os.environ.update(
         RANK=str(placement.rank),

@@ -148,11 +148,7 @@ Logger = TensorBoardLogger | WandbLogger
 
 @contextlib.contextmanager
 def logging_to(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
-    """The loggers of `runtime.loggers` for the block, after which `status.json` says how the job ended.
-
-    Raises:
-        ConfigError: a logger's package is not installed, or W&B has no login.
-    """
+    """The loggers of `runtime.loggers` for the block, after which `status.json` says how the job ended."""
     with contextlib.ExitStack() as stack:
         loggers: list[Logger] = []
         for name in dict.fromkeys(config.runtime.loggers):

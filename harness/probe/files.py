@@ -121,11 +121,7 @@ def add_probes(folder: Path, section: ProbeSection, key: Key, found: dict[str, d
 
 
 def probe_head(run: RunDir, images_seen: int, probe: str) -> Path:
-    """The attentive head of a task, or of `<task>-<evaluation>` where there are several evaluations.
-
-    Raises:
-        RunDirError: none, or several.
-    """
+    """The attentive head of a task, or of `<task>-<evaluation>` where there are several evaluations."""
     folder, end = run.probes_dir(images_seen), ".attentive.safetensors"
     names = [path.name.removesuffix(end) for path in sorted(folder.glob(f"*{end}"))]
     found = [name for name in names if name == probe or re.fullmatch(re.escape(probe) + r"-\w{8}-\w{8}", name)]

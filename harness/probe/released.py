@@ -42,11 +42,7 @@ HeadBlocks = Literal["last", "best"]
 
 
 def released_blocks(config: ModelConfig, which: HeadBlocks) -> list[int]:
-    """Blocks that a released head averages.
-
-    Raises:
-        ProbeError: best blocks of a size for which none were published.
-    """
+    """Blocks that a released head averages."""
     if which == "last":
         return list(range(max(0, config.depth - 6), config.depth))
     if config.name not in BEST_BLOCKS:

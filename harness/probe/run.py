@@ -46,11 +46,7 @@ def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | 
 
 
 def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) -> list[ProbeSection]:
-    """The sections, all or those named.
-
-    Raises:
-        ProbeError: there are none, or none of that name.
-    """
+    """The sections, all or those named."""
     if not sections:
         raise ProbeError("the run's configuration names no probes; give some with --tasks FILE")
     known = {section.task: section for section in sections}

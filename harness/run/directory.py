@@ -188,11 +188,7 @@ class RunDir:
         return run
 
     def load_config(self) -> RunConfig:
-        """Read `config.yaml`.
-
-        Raises:
-            ConfigError: there is none, or it does not validate.
-        """
+        """Read `config.yaml`."""
         if not self.config.exists():
             raise ConfigError(f"{self.path} is no run directory: it has no config.yaml")
         return load_run_config(self.config)
@@ -229,19 +225,11 @@ class RunDir:
         return status
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """The rows recorded so far, one per budget, by images seen.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """The rows recorded so far, one per budget, by images seen."""
         return self._read_results()["rows"]
 
     def read_starts(self) -> list[dict[str, Any]]:
-        """What each start of the run was executed by (`harness.run.provenance`).
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """What each start of the run was executed by (`harness.run.provenance`)."""
         return self._read_results()["starts"]
 
     def _read_results(self) -> dict[str, list[dict[str, Any]]]:

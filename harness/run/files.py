@@ -103,11 +103,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def read_as(path: Path, kind: TypeAdapter[T]) -> T | None:
-    """A JSON object as what it should hold; None where there is no file.
-
-    Raises:
-        UserError: the file cannot be read or holds something else.
-    """
+    """A JSON object as what it should hold; None where there is no file."""
     value = read_object(path)
     try:
         return None if value is None else kind.validate_python(value)

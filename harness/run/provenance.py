@@ -79,9 +79,6 @@ def record_start(run: RunDir, facts: dict[str, Any]) -> None:
 
     Args:
         facts: what the caller knows: device, world size, ZeRO stage, measured peaks.
-
-    Raises:
-        UserError: the file is damaged.
     """
     commit, is_dirty = git_commit()
     run.record_start(

@@ -19,11 +19,7 @@ ROW_VERSION = 1
 
 
 def model_of(training: TrainingConfig) -> ModelConfig:
-    """The model that a run trains.
-
-    Raises:
-        ModelConfigError: no such model.
-    """
+    """The model that a run trains."""
     return cached_model(training.model, training.objective)
 
 

@@ -268,9 +268,6 @@ def salvage(run: RunDir, folders: Iterable[Path]) -> None:
     """Publish the checkpoint that earlier holders of a run left with all its parts, and remove their folders.
 
     Its files' checksums are looked at when it is loaded.
-
-    Args:
-        folders: of the earlier holders.
     """
     for folder in folders:
         for aside in [*folder.rglob(f"writing-{run.checkpoints.name}-*")]:
@@ -286,9 +283,6 @@ def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], m
     """Write one file of float32 values, read it again, and leave the part's manifest beside it; returns that.
 
     Nothing to write: its manifest has no file.
-
-    Args:
-        manifest: of the checkpoint, without its files.
     """
     if lengths:
         layout = {key: (torch.float32, (length,)) for key, length in lengths.items()}

@@ -57,19 +57,11 @@ class HeldOut:
         self._is_filled = False
 
     def images(self, rows: np.ndarray) -> Tensor:
-        """Normalised float32 images (len(rows), C, H, W) of some rows, on the host.
-
-        Raises:
-            DataError: one cannot be read.
-        """
+        """Normalised float32 images (len(rows), C, H, W) of some rows, on the host."""
         return eval_images(self.dataset, self.indices[rows], self._model_section, self.section.centre_crop)
 
     def passes(self, num_images: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Rows and normalised images of this rank, on its device, so many at a time; none where other ranks have more.
-
-        Raises:
-            DataError: one cannot be read.
-        """
+        """Rows and normalised images of this rank, on its device, so many at a time; none where other ranks have more."""
         most = -(-len(self.indices) // self._group.world_size)
         parts = [slice(first, first + num_images) for first in range(0, most, num_images)]
         pixels: Iterable[tuple[slice, Tensor]]
@@ -140,9 +132,6 @@ def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = go_on) 
 
     Args:
         pause: called by all ranks together before each pass; raises to stop there.
-
-    Raises:
-        DataError: an image cannot be read.
     """
     num_tokens, num_prefixes = model.config.num_tokens, held_out.section.num_prefixes
     given = fixed_given(len(held_out.indices), num_prefixes, model.config)

@@ -30,10 +30,6 @@ def list_cifar(source: Path, split: str, kind: type[CIFAR10]) -> Listing:
     """One split of the python archive, or of the folder that it unpacks to; classes are the 10, or the 100 fine.
 
     torchvision compares the files with their published checksums before it reads them.
-
-    Raises:
-        DataError: the archive is no file.
-        OSError, EOFError, zlib.error, tarfile.TarError, RuntimeError: files are missing or damaged.
     """
     with tempfile.TemporaryDirectory() as root:
         if source.is_dir():
@@ -56,11 +52,7 @@ def _extract(tar: tarfile.TarFile, root: Path) -> None:
 
 
 def list_idx(images_path: Path, classes: tuple[str, ...] | None = None) -> Listing:
-    """One split: its `...-images-idx3-ubyte[.gz]`, and the `...-labels-idx1-ubyte[.gz]` beside it.
-
-    Raises:
-        DataError: a file is missing, damaged or no idx file, or the counts differ.
-    """
+    """One split: its `...-images-idx3-ubyte[.gz]`, and the `...-labels-idx1-ubyte[.gz]` beside it."""
     labels_path = images_path.with_name(images_path.name.replace("images-idx3", "labels-idx1"))
     images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
     if len(images) != len(labels):
@@ -97,12 +89,7 @@ def _read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:
 
 
 def list_pcam(source: Path, split: str) -> Listing:
-    """PatchCamelyon's pair of HDF5 files of one split.
-
-    Raises:
-        DataError: h5py is not installed.
-        OSError, KeyError, ValueError: a file is missing or damaged, or holds something else.
-    """
+    """PatchCamelyon's pair of HDF5 files of one split."""
     try:
         import h5py
     except ImportError as error:

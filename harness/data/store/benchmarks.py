@@ -56,11 +56,7 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def describe(name: str) -> str:
-    """What to download of one benchmark, or of `all`, and how to pack it: some lines each.
-
-    Raises:
-        DataError: no such benchmark.
-    """
+    """What to download of one benchmark, or of `all`, and how to pack it: some lines each."""
     lines = []
     for each in BENCHMARKS.values() if name == "all" else [find_benchmark(name)]:
         lines += [f"{each.name}: {each.origin}", f"  SOURCE is {each.layout}"]

@@ -45,11 +45,7 @@ FOLDERS = (*(f"{kind}-{split}" for kind in ("photographs", "digits") for split i
 
 
 def write_bundled(out: Path) -> None:
-    """Write every folder of `FOLDERS` under the new folder `out`; one thread, deterministic.
-
-    Raises:
-        DataError: `out` exists already.
-    """
+    """Write every folder of `FOLDERS` under the new folder `out`; one thread, deterministic."""
     classes = tuple(sorted(photographs()))
     with new_folder(out) as folder, kernel_threads(1):
         for split in _REGIONS:

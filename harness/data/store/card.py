@@ -66,11 +66,7 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> DatasetInfo:
-        """Of the file's text.
-
-        Raises:
-            DataError: it is damaged, of another version, or lacks a key.
-        """
+        """Of the file's text."""
         try:
             values: dict[str, Any] = dict(json.loads(text))
             if type(version := values["version"]) is not int or version != FORMAT_VERSION:

@@ -128,11 +128,7 @@ class ShardDataset:
         return self.info.fingerprint
 
     def require_labels(self) -> npt.NDArray[np.int64]:
-        """The labels of a data set that needs one for every image.
-
-        Raises:
-            DataError: labels are missing.
-        """
+        """The labels of a data set that needs one for every image."""
         if self.labels is None:
             raise DataError(
                 f"{self.path} has no labels; pack an image folder with one sub-folder per class, or add .cls"
@@ -163,11 +159,7 @@ class ShardDataset:
         return list(zip(map(os.fsdecode, names), rows["offset"].tolist(), rows["size"].tolist(), strict=True))
 
     def read(self, i: int) -> bytes:
-        """Bytes of image file i.
-
-        Raises:
-            DataError: the shard is missing or shorter than the index says.
-        """
+        """Bytes of image file i."""
         return self.read_many([i])[0]
 
     def read_ahead(self, samples: Sequence[int] | I64, whole: Sequence[int] | I64 = ()) -> None:
@@ -273,9 +265,6 @@ class ShardDataset:
 
         The first image of each shard, and one in 64 after it, is compared by its checksum, so that a shard that was
         written anew does not pass for the old one.
-
-        Raises:
-            DataError: a shard holds another image.
         """
         shards = self._first.searchsorted(samples, side="right") - 1
         turns = np.arange(self._num_reads + 1, self._num_reads + 1 + len(samples))

@@ -61,11 +61,7 @@ class ShardScan(NamedTuple):
 
 
 def scan_shard(location: str, name: str) -> ShardScan:
-    """Read one tar file, decoding every image.
-
-    Raises:
-        DataError: the shard is missing, truncated, no tar file, or holds two images under one key.
-    """
+    """Read one tar file, decoding every image."""
     path = join(location, name)
     try:
         with open_file(path) as file:
@@ -174,11 +170,7 @@ def index_shards(
 
 
 def list_shards(location: str) -> list[str]:
-    """Names of the `*.tar` files of a folder or URL, sorted.
-
-    Raises:
-        DataError: there are none, or the server does not list its folders.
-    """
+    """Names of the `*.tar` files of a folder or URL, sorted."""
     if is_url(location):
         try:
             filesystem, inner = filesystem_of(location)
@@ -197,11 +189,7 @@ def list_shards(location: str) -> list[str]:
 
 
 def expand_shards(pattern: str) -> tuple[str, list[str] | None]:
-    """(folder or URL, shard names) of `FOLDER/NAME-{000..123}.tar`; names are None for a plain folder.
-
-    Raises:
-        DataError: as `expand_braces`.
-    """
+    """(folder or URL, shard names) of `FOLDER/NAME-{000..123}.tar`; names are None for a plain folder."""
     if not pattern.endswith(".tar"):
         return pattern.rstrip("/"), None
     folder, _, name = pattern.rpartition("/")
@@ -216,11 +204,7 @@ def write_scans(
     classes: tuple[str, ...] | None,
     shards_at: str | None = None,
 ) -> DatasetInfo:
-    """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last and vouches for the rest.
-
-    Raises:
-        DataError: the shards hold no image, or a label that has no class name.
-    """
+    """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last and vouches for the rest."""
     aside = folder / f".{INDEX_FILE}.partial"
     mapped = folder / ".index.partial"
     shutil.rmtree(mapped, ignore_errors=True)

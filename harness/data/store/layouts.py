@@ -32,11 +32,7 @@ _MAX_MATLAB_BYTES = 2**26  # unpacked; the files published take less than 1 MB
 
 
 def list_benchmark(name: str, source: Path, split: str | None) -> Listing:
-    """The images of one split of a benchmark, with its classes in the published order of the labels.
-
-    Raises:
-        DataError: no such benchmark or split, files that are not as published, or another number of images or classes.
-    """
+    """The images of one split of a benchmark, with its classes in the published order of the labels."""
     benchmark = find_benchmark(name)
     if split is None or split not in benchmark.counts:
         raise DataError(f"say which split of {name}: --split {' or --split '.join(benchmark.counts)}")

@@ -92,11 +92,7 @@ class Packed(NamedTuple):
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, named `out` when the block ends well and removed after an error.
-
-    Raises:
-        DataError: `out` exists already, or cannot be written.
-    """
+    """A folder to fill, named `out` when the block ends well and removed after an error."""
     if out.exists():
         raise DataError(f"{out} exists already; choose another folder or remove it")
     with contextlib.ExitStack() as stack:
@@ -114,11 +110,7 @@ def write_dataset(
     classes: tuple[str, ...] | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> DatasetInfo:
-    """Write shards of at most `max_shard_bytes` and their index to the new folder `out`.
-
-    Raises:
-        DataError: `out` exists, there are no images, or one cannot be decoded.
-    """
+    """Write shards of at most `max_shard_bytes` and their index to the new folder `out`."""
     with new_folder(out) as folder:
         scans = _write_shards(folder, images, max_shard_bytes)
         return write_scans(folder, scans, name=out.name, classes=classes)
@@ -241,11 +233,7 @@ def pack_images(
 
 
 def list_folder(folder: Path) -> Listing:
-    """Image files of a folder, sorted; the sub-folders that hold images, sorted, are the classes.
-
-    Raises:
-        DataError: no folder, no images, or images both beside and inside of sub-folders.
-    """
+    """Image files of a folder, sorted; the sub-folders that hold images, sorted, are the classes."""
     if not folder.is_dir():
         what = "is no folder of images" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}; an archive of a benchmark needs --benchmark")

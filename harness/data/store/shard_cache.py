@@ -41,9 +41,6 @@ class CachedReader:
 
     Whole shards come in the background, where `read_ahead` names them and the cache can stay within `max_bytes`: those
     that nobody has used for half a minute make room, the longest unused first.
-
-    Raises:
-        DataError: the cache cannot be made.
     """
 
     def __init__(self, location: str, sizes: Mapping[str, int], cache_dir: Path, max_bytes: int) -> None:
@@ -191,11 +188,7 @@ def open_index(where: str, info: DatasetInfo, cache_dir: str | None) -> Index:
 
 
 def open_reader(location: str, shards: Sequence[ShardInfo], cache_dir: str | None, cache_gb: float) -> Reader:
-    """What reads the shards at a folder or URL; see `open_dataset`.
-
-    Raises:
-        DataError: a missing or truncated shard in a folder.
-    """
+    """What reads the shards at a folder or URL; see `open_dataset`."""
     if not is_url(location):
         _check_shards(Path(location), shards)
         return LocalReader(Path(location))
@@ -214,11 +207,7 @@ def _check_shards(folder: Path, shards: Sequence[ShardInfo]) -> None:
 
 
 def open_cache(cache_dir: Path) -> Path:
-    """The cache's own folder in `cache_dir`, made if it does not exist.
-
-    Raises:
-        DataError: it cannot be made.
-    """
+    """The cache's own folder in `cache_dir`, made if it does not exist."""
     root = cache_dir / CACHE_FOLDER
     try:
         root.mkdir(parents=True, exist_ok=True)

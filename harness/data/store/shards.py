@@ -88,11 +88,7 @@ def download(url: str, to: Path) -> None:
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, one per process, and the path within it.
-
-    Raises:
-        DataError: nothing installed knows the protocol, or it cannot use the URL.
-    """
+    """fsspec's file system of a URL, one per process, and the path within it."""
     protocol, options = url.partition("://")[0], {}
     if protocol in ("s3", "s3a"):  # botocore opens ten connections, behind which other reads of a batch would wait
         chosen = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})

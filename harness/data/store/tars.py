@@ -136,11 +136,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern of webdataset's stands for: `NAME-{000..123}.tar`.
-
-    Raises:
-        DataError: braces that do not close, or more than MAX_SHARDS names.
-    """
+    """The names that a pattern of webdataset's stands for: `NAME-{000..123}.tar`."""
     bound, open_ = 1, [0]  # no less than the number of names, found without making them
     for character in pattern:
         if character == "{":

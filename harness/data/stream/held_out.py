@@ -91,9 +91,6 @@ def eval_images(
 
     Returns:
         float32 (B, C, image_size, image_size).
-
-    Raises:
-        DataError: as `eval_pixels` says.
     """
     return normalise(eval_pixels(dataset, indices, model, centre_crop))
 
@@ -147,10 +144,6 @@ def refuse_fewer(path: str, info: DatasetInfo, num_images: int | None) -> None:
 
 
 def usable_indices(dataset: ShardDataset, num_images: int | None = None) -> npt.NDArray[np.int64]:
-    """Sample numbers of the decodable images, in index order, the first `num_images` of them.
-
-    Raises:
-        DataError: fewer are there than asked for.
-    """
+    """Sample numbers of the decodable images, in index order, the first `num_images` of them."""
     refuse_fewer(dataset.path, dataset.info, num_images)
     return dataset.usable(None if num_images is None else np.arange(num_images))

@@ -228,11 +228,7 @@ def refuse_other_images(source: SourceSection, info: DatasetInfo) -> None:
 
 
 def unique_per_source(data: DataSection, infos: Sequence[DatasetInfo]) -> list[int]:
-    """U of every source, by what their data sets say of themselves.
-
-    Raises:
-        DataError: too few images, or too many that cannot be decoded.
-    """
+    """U of every source, by what their data sets say of themselves."""
     for source, info in zip(data.sources, infos, strict=True):
         if not info.num_usable or info.num_bad / info.num_samples > data.max_bad_fraction:
             raise DataError(

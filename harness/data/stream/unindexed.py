@@ -42,11 +42,7 @@ def open_stream(
 
 
 def shard_urls(path: str) -> list[str]:
-    """The shards that a `wds://` path names.
-
-    Raises:
-        DataError: a relative path, braces that do not close, or too many shards.
-    """
+    """The shards that a `wds://` path names."""
     urls = expand_braces(path.removeprefix(UNINDEXED))
     for url in urls:
         if not is_url(url) and not url.startswith("/"):
@@ -57,11 +53,7 @@ def shard_urls(path: str) -> list[str]:
 
 
 class UnindexedStream(Stream):
-    """Images of shards without an index, as they come; every process that loads draws shards of its own.
-
-    Raises:
-        DataError: a path that names no shards.
-    """
+    """Images of shards without an index, as they come; every process that loads draws shards of its own."""
 
     unique_images = 0
     datasets = ()
@@ -105,11 +97,7 @@ class UnindexedStream(Stream):
 
 
 def _samples(urls: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """Names and images of the samples of some shards; what cannot be read is told, and the next shard is read.
-
-    Raises:
-        DataError: too many shards in a row gave nothing.
-    """
+    """Names and images of the samples of some shards; what cannot be read is told, and the next shard is read."""
     num_failures = 0
     for url in urls:
         problem = "it holds no samples"

@@ -174,9 +174,6 @@ def baseline(
         target: `timm:NAME`, `random` or `raw-pixels`.
         like: the run whose tasks it is compared on.
         weights: of a timm model: a file, or `hub` (downloaded, or from the hub's local cache).
-
-    Raises:
-        ProbeError: an unknown target or timm model, or weights that cannot be had.
     """
     section = like.training.model
     if target.startswith(TIMM) != (weights is not None):

@@ -90,11 +90,7 @@ class Moments:
             self.count += part.shape[1]
 
     def over_ranks(self, group: Group) -> Moments:
-        """The sums of all ranks.
-
-        Raises:
-            ProbeError: a vector is not finite.
-        """
+        """The sums of all ranks."""
         group.sum_tensor(self.sums)
         group.sum_tensor(self.products)
         if not self.sums.isfinite().all():
@@ -150,11 +146,7 @@ class StreamedTokens:
         return self._first.new_empty((self.num_blocks, num_images, self.num_tokens, self.width))
 
     def centre(self) -> Tensor:
-        """float32 (L, d): mean over the first images, the same on every rank.
-
-        Raises:
-            ProbeError: the features are not finite.
-        """
+        """float32 (L, d): mean over the first images, the same on every rank."""
         images = self._images.images(range(min(CENTRE_IMAGES, len(self._images))))
         centre = self._compute(images).float().mean((1, 2))
         if not centre.isfinite().all():  # said now, not after a pass over all images

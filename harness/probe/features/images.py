@@ -79,11 +79,7 @@ class PublishedViews:
         self._seed = seed
 
     def images(self, dataset: ShardDataset, rows: np.ndarray, epoch: int) -> Tensor:
-        """Normalised float32 views (len(rows), C, H, W) of samples `rows` in an epoch.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
+        """Normalised float32 views (len(rows), C, H, W) of samples `rows` in an epoch."""
         key = make_key("probe view", self._seed, epoch)
         views = []
         for row in rows:
@@ -258,9 +254,6 @@ def open_task(
     section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig
 ) -> tuple[LabelledImages, LabelledImages]:
     """Training and test split of a task.
-
-    Args:
-        runtime: of the run, which says where shards at a URL, and their index, are kept.
 
     Raises:
         ProbeError: no labels, test classes that the training split lacks, too few images to hold some out, test images

@@ -21,11 +21,7 @@ class ProbeError(UserError):
 
 
 def check_benchmark(task: str, *, num_classes: int, num_train: int, num_test: int) -> None:
-    """Refuse a data set that bears a benchmark's name and has other sizes; other names pass.
-
-    Raises:
-        ProbeError: the first number that differs.
-    """
+    """Refuse a data set that bears a benchmark's name and has other sizes; other names pass."""
     benchmark = BENCHMARKS.get(task)
     if benchmark is None:
         return
