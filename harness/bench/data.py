@@ -64,22 +64,19 @@ def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_imag
     """
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder, kernel_threads(1), Bar() as bar:
-        stream = TrainStream(_config(Path(folder) / "images", _photographs(num_images), CROP_SIZE))
+        stream = TrainStream(_config(Path(folder) / "images", _photographs(num_images)))
         work = _work(stream, num_images)
-        numbers = workers if workers is not None else sorted({0, 1, cores})
-        bar("one thread", 0, 1 + len(numbers), "comparisons")
+        bar("one thread", 0, 1, "comparisons")
         ours, limit = _turn_times(stream, work, seconds)
         stream_per_s, limit_per_s = (TURN / statistics.median(each) for each in (ours, limit))
         share = statistics.median(bare / stream for stream, bare in zip(ours, limit, strict=True))
         bar.say(f"one thread: {stream_per_s:,.0f} images/s, {share:.2f} of the limit of {limit_per_s:,.0f}", err=True)
         remember("decoded_per_s", stream_per_s)
         loader = []
-        for done, number in enumerate(numbers, start=1):
-            bar(f"{number} workers", done, 1 + len(numbers), "comparisons")
-            row = _loader_row(stream, number, seconds / len(numbers), limit_per_s)
-            rate = f"{row['images_per_s']:,.0f} images/s, {row['cpu_share']:.2f} of the limit per core"
+        for number, per_s, per_cpu_s in _loader_rates(stream, workers, seconds, bar):
+            loader.append({"workers": number, "images_per_s": per_s, "cpu_share": per_cpu_s / limit_per_s})
+            rate = f"{per_s:,.0f} images/s, {per_cpu_s / limit_per_s:.2f} of the limit per core"
             bar.say(f"{number} workers: {rate}", err=True)
-            loader.append(row)
     return {
         "stream": stream_per_s,
         "limit": limit_per_s,
@@ -103,18 +100,12 @@ def run_on(
 
     Returns rows with workers, images/s, and images in a second of all processes' time.
     """
-    numbers = workers if workers is not None else sorted({0, 1, len(os.sched_getaffinity(0))})
     rows = []
     with tempfile.TemporaryDirectory() as folder, kernel_threads(1), Bar() as bar:
-        config = _config(Path(folder) / "images", _photographs(8), CROP_SIZE, dataset)
-        for done, number in enumerate(numbers):
-            bar(f"{number} workers", done, len(numbers), "comparisons")
-            stream = TrainStream(config, cache_dir=cache_dir)
-            row = _loader_row(stream, number, seconds / len(numbers), 1.0)
-            row["images_per_cpu_s"] = row.pop("cpu_share")
-            rate = f"{row['images_per_s']:,.0f} images/s, {row['images_per_cpu_s']:,.0f} per core"
-            bar.say(f"{number} workers: {rate}", err=True)
-            rows.append(row)
+        stream = TrainStream(_config(Path(folder) / "images", _photographs(8), dataset), cache_dir=cache_dir)
+        for number, per_s, per_cpu_s in _loader_rates(stream, workers, seconds, bar):
+            rows.append({"workers": number, "images_per_s": per_s, "images_per_cpu_s": per_cpu_s})
+            bar.say(f"{number} workers: {per_s:,.0f} images/s, {per_cpu_s:,.0f} per core", err=True)
     return rows
 
 
@@ -160,8 +151,19 @@ def _turn_times(
     return ours[1:], limit[1:]  # the first warms up
 
 
-def _loader_row(stream: TrainStream, workers: int, seconds: float, limit_per_s: float) -> dict[str, Any]:
-    """With which rate `train_batches` hands out images once its workers run and nothing else does."""
+def _loader_rates(
+    stream: TrainStream, workers: Sequence[int] | None, seconds: float, bar: Bar
+) -> Iterator[tuple[int, float, float]]:
+    """Numbers of workers (none, one and every core by default), images/s with each, and images in a second of all
+    processes' time; about `seconds` in all."""
+    numbers = workers if workers is not None else sorted({0, 1, len(os.sched_getaffinity(0))})
+    for done, number in enumerate(numbers):
+        bar(f"{number} workers", done, len(numbers), "comparisons")
+        yield number, *_loader_rate(stream, number, seconds / len(numbers))
+
+
+def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[float, float]:
+    """With which rates `train_batches` hands out images once its workers run and nothing else does."""
     before = set(multiprocessing.active_children())
     batches = train_batches(stream, start=0, stop=10**9, batch_size=TURN, micro_batch=TURN, num_workers=workers)
     with contextlib.closing(batches):
@@ -173,7 +175,7 @@ def _loader_row(stream: TrainStream, workers: int, seconds: float, limit_per_s: 
             number += sum(map(len, next(batches)))
         cpu_s = _cpu_s(processes) - cpu_s
         per_s = number / (time.perf_counter() - start)
-    return {"workers": workers, "images_per_s": per_s, "cpu_share": number / cpu_s / limit_per_s}
+    return per_s, number / cpu_s
 
 
 def _cpu_s(processes: Sequence[int | None]) -> float:
@@ -199,14 +201,14 @@ def _photographs(number: int) -> Iterator[PackedImage]:
         yield PackedImage(f"{i:06d}", "jpg", buffer.getvalue(), None)
 
 
-def _config(folder: Path, images: Iterator[PackedImage], image_size: int, dataset: str | None = None) -> RunConfig:
+def _config(folder: Path, images: Iterator[PackedImage], dataset: str | None = None) -> RunConfig:
     folder.mkdir()
     write_dataset(folder / "train", images)
     held_out = (image for image, _ in zip(photograph_crops("test"), range(8), strict=False))
     write_dataset(folder / "validation", held_out)
     return run_config(
         {
-            "model": {"size": "rung-32", "image_size": image_size, "patch_size": image_size // 8},
+            "model": {"size": "rung-32", "image_size": CROP_SIZE, "patch_size": CROP_SIZE // 8},
             "data": {"sources": [{"path": dataset or str(folder / "train")}]},
             "optimiser": {"batch_size": TURN},
             "budgets": [TURN],

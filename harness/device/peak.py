@@ -65,9 +65,9 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
-def measure_peak(device: torch.device, precision: str, side: int | None = None) -> Peak:
+def measure_peak(device: torch.device, precision: str) -> Peak:
     """Time square matrix products on a device."""
-    side = side or GEMM_SIDE[device.type]
+    side = GEMM_SIDE[device.type]
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     left = torch.randn(side, side, device=device).to(dtype)
     right = torch.randn(side, side, device=device).to(dtype)

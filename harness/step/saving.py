@@ -307,13 +307,13 @@ def copied_model(engine: Engine, group: Group, dtype: torch.dtype) -> AIM:
         model = AIM(engine.config)
     model = model.to(dtype).to_empty(device=group.device).requires_grad_(False).eval()
     model.fill_constants()
-    for fragment, whole in _whole_weights(engine, group, everywhere=True):
+    for fragment, whole in _whole_weights(engine, group):
         model.get_parameter(fragment.name).copy_(whole.view(fragment.shape))
     return model
 
 
-def _whole_weights(engine: Engine, group: Group, *, everywhere: bool = False) -> Iterator[tuple[Fragment, Tensor]]:
-    """The float32 weights one after the other, flat, on the device: whole on the first rank, or on every rank."""
+def _whole_weights(engine: Engine, group: Group) -> Iterator[tuple[Fragment, Tensor]]:
+    """The float32 weights one after the other, flat, on the device, whole on every rank."""
     for fragment in engine.fragments():
         if group.world_size == 1 or engine.options.zero_stage == 0:
             yield fragment, fragment_of(fragment.flat, fragment)
@@ -321,11 +321,7 @@ def _whole_weights(engine: Engine, group: Group, *, everywhere: bool = False) ->
         whole = torch.zeros(fragment.shape.numel(), device=group.device)
         if fragment.numel:
             part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
-        bits = whole.view(torch.int32)
-        if everywhere:
-            torch.distributed.all_reduce(bits)
-        else:
-            torch.distributed.reduce(bits, dst=0)
+        torch.distributed.all_reduce(whole.view(torch.int32))
         yield fragment, whole
 
 

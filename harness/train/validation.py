@@ -61,7 +61,7 @@ class HeldOut:
         return eval_images(self.dataset, self.indices[rows], self._model_section, self.section.centre_crop)
 
     def passes(self, num_images: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Rows and normalised images of this rank, on its device, so many at a time; none where other ranks have more."""
+        """Rows and normalised images of this rank, on its device, so many at a time; none where others have more."""
         most = -(-len(self.indices) // self._group.world_size)
         parts = [slice(first, first + num_images) for first in range(0, most, num_images)]
         pixels: Iterable[tuple[slice, Tensor]]

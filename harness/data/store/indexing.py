@@ -204,7 +204,7 @@ def write_scans(
     classes: tuple[str, ...] | None,
     shards_at: str | None = None,
 ) -> DatasetInfo:
-    """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last and vouches for the rest."""
+    """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last, vouching for the rest."""
     aside = folder / f".{INDEX_FILE}.partial"
     mapped = folder / ".index.partial"
     shutil.rmtree(mapped, ignore_errors=True)
