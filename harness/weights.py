@@ -222,9 +222,6 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
 
     Args:
         probe_file: an attentive probe (`harness.probe.files.probe_head`) to add as `head.*`.
-
-    Raises:
-        WeightsError: `out` exists, or a file cannot be read.
     """
     if out.exists():
         raise WeightsError(f"{out} exists already; choose another folder for the export")

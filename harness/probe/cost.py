@@ -30,7 +30,7 @@ from aimscale.harness.probe.features.tasks import (
     number_of_steps,
     sets_per_round,
 )
-from aimscale.harness.run.config import EvaluationConfig, ProbeSection, RunConfig, ValidationSection
+from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 
@@ -91,14 +91,14 @@ class DuringCost:
 def during_cost(
     config: RunConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, look: Look
 ) -> DuringCost:
-    """Validation and probes of a run during its training; see `probe_costs`."""
+    """Validation and probes of a run during its training; see `probe_cost`."""
     schedule, evaluation = unchecked_schedule(config), config.evaluation
     points = schedule.num_points(validation_distance(config, look))
     passes = validation_images(evaluation.validation, look)
     images, products = passes / evaluation.validation.num_prefixes, points * passes * flops.forward
     for section in filter(None, (each.during for each in evaluation.probes)):
         times = schedule.num_points(section.every_images)
-        cost = _probe_cost(section, model, flops, ranks, memory_bytes, look)
+        cost = probe_cost(section, model, flops, ranks, memory_bytes, look)
         images, products = images + times * cost.images, products + times * cost.flops
     return DuringCost(points=points, images=images if products else 0.0, flops=products)
 
@@ -113,16 +113,10 @@ def bytes_during(config: RunConfig, look: Look) -> int:
     return measuring_bytes(model_of(config.training), "fp32" if in_fp32 else "bf16", is_probed=bool(probes))
 
 
-def probe_costs(
-    evaluation: EvaluationConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, look: Look
-) -> tuple[ProbeCost, ...]:
-    """Every task of a run at one budget, probed by so many ranks of so much memory."""
-    return tuple(_probe_cost(section, model, flops, ranks, memory_bytes, look) for section in evaluation.probes)
-
-
-def _probe_cost(
+def probe_cost(
     section: ProbeSection, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, look: Look
 ) -> ProbeCost:
+    """A task at one budget, probed by so many ranks of so much memory."""
     train, test, num_classes = _task_size(section, look)
     frozen = [kind for kind in section.kinds if kind != "lora"]
     # heads that train on tokens, from one pass per batch; without augmentation the linear ones need none

@@ -57,9 +57,6 @@ def score_released(
     """Score an imported run's own head on the test splits of tasks; yields (images seen, entries) after each task.
 
     Nothing is trained. The entry, of kind `released`, goes to the task's file and the run's row.
-
-    Raises:
-        ProbeError: the run has no head, or the test split has not its classes.
     """
     run = RunDir(run_dir)
     config = run.load_config()

@@ -41,11 +41,7 @@ def flat(values: Values, prefix: str = "") -> dict[str, Any]:
 
 
 def digest_of(kind: Literal["training", "validation", "probe"], fields: Values) -> str:
-    """Eight hex digits of what is trained or how something is measured.
-
-    Args:
-        fields: as JSON values, without those that are defaults, and without what changes no number.
-    """
+    """Eight hex digits of what is trained or how something is measured."""
     text = json.dumps({"schema": 1, "kind": kind, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return content_of(text)
 

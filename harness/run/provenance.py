@@ -166,11 +166,7 @@ def _content_hash(source: Path) -> str:
 
 
 def git(source: Path, *words: str) -> str:
-    """What a command of git prints in a folder.
-
-    Raises:
-        UserError: it fails, or there is no git.
-    """
+    """What a command of git prints in a folder."""
     try:
         return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:

@@ -252,11 +252,7 @@ def _naming(final: Path) -> Iterator[None]:
 
 
 def publish_parts(aside: Path, final: Path, parts: Sequence[Manifest]) -> None:
-    """Publish a checkpoint by the manifests of its parts, in the order of ranks.
-
-    Raises:
-        CheckpointError: a file is missing or cut off.
-    """
+    """Publish a checkpoint by the manifests of its parts, in the order of ranks."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
     write_json(aside / "manifest.json", dataclasses.asdict(dataclasses.replace(parts[0], files=files)))
     if not read_manifest(aside):

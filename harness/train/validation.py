@@ -40,11 +40,6 @@ class HeldOut:
     def __init__(
         self, dataset: ShardDataset, section: ValidationSection, model_section: ModelSection, group: Group
     ) -> None:
-        """Decode nothing yet.
-
-        Raises:
-            DataError: there are fewer images than asked for.
-        """
         self.section = section
         self.indices = usable_indices(dataset, section.num_images)
         """Sample numbers, int64 (images,)."""

@@ -18,7 +18,7 @@ from aimscale.harness.data.store.card import Look, data_set
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
 from aimscale.harness.device.sheets import Device, device_here, nominal_flops_per_s
-from aimscale.harness.probe.cost import DuringCost, ProbeCost, bytes_during, during_cost, probe_costs, validation_images
+from aimscale.harness.probe.cost import DuringCost, ProbeCost, bytes_during, during_cost, probe_cost, validation_images
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
@@ -178,7 +178,8 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     params, flops = counts_of(model)
     executed, batch_size = unchecked_schedule(run.config).images_planned(), training.optimiser.batch_size
     unique = training.data.unique_images or _pool(sweep, run.config, look)
-    probes = probe_costs(evaluation, model, flops, run.devices, device.memory_bytes, look)
+    about = model, flops, run.devices, device.memory_bytes, look
+    probes = tuple(probe_cost(section, *about) for section in evaluation.probes)
     measuring = bytes_during(run.config, look)
     cost, fit = sweep.file.cost, None
     with contextlib.suppress(DoesNotFitError):
@@ -190,7 +191,7 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     lacks_memory = measuring > 0 and fit is not None and not fit.measures
     during = DuringCost(points=0, images=0.0, flops=0.0)
     if not lacks_memory:
-        during = during_cost(run.config, model, flops, run.devices, device.memory_bytes, look)
+        during = during_cost(run.config, *about)
     passed = num_budgets * (validated + sum(probe.images for probe in probes))
     flops_evaluation = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
     flops_per_s = rates.flops_per_image * rates.compute_per_s

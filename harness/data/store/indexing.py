@@ -143,9 +143,6 @@ def index_shards(
         out: local folder for `index.parquet` and `dataset.json`.
         names: shard names relative to `location`.
         num_workers: processes, each reading one shard at a time.
-
-    Raises:
-        DataError: no shards, no images, or a shard that is missing, truncated or malformed.
     """
     shards = sorted(set(names)) if names is not None else list_shards(location)
     where = location if is_url(location) else str(Path(location).resolve())

@@ -151,9 +151,6 @@ def shuffled_order(number: int, part: str | None = None) -> npt.NDArray[np.int64
 
     Args:
         part: `START:STOP`, positions or per cent (`0:45000`, `80%:90%`).
-
-    Raises:
-        DataError: the part is no such range, is empty, or reaches beyond the images.
     """
     try:
         start, stop = (
@@ -198,9 +195,6 @@ def pack_images(
     that no crop keeps. With `part` (see `shuffled_order`), only these positions of the shuffled order: ranges that do
     not overlap are disjoint random subsets. The result is the same for any `num_workers` (processes; by default every
     core, where there are thousands of image files).
-
-    Raises:
-        DataError: `out` exists, an undecodable image (unless `skip_bad`), or a part beyond the images that are there.
     """
     order = shuffled_order(len(listing.images), part)
     if num_workers is None:

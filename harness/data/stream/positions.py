@@ -75,12 +75,7 @@ class _Drawn(NamedTuple):
 
 
 class TrainStream(Stream):
-    """The stream of a run on indexed data sets.
-
-    Raises:
-        DataError: a source cannot be opened, holds other images than the run was planned with, a validation image, or
-            too many undecodable ones, or has fewer images than `unique_images` asks of it.
-    """
+    """The stream of a run on indexed data sets."""
 
     def __init__(
         self, config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0, machines: int = 1

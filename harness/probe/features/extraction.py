@@ -186,11 +186,7 @@ class PooledFeatures:
     num_tokens = 1
 
     def __init__(self, num_rows: int, centre: Tensor, dtype: torch.dtype, group: Group, place: torch.device | Path):
-        """Rows of (L, d) values about `centre` (L, d), on a device or on the disk of a folder.
-
-        Raises:
-            ProbeError: the disk has no space.
-        """
+        """Rows of (L, d) values about `centre` (L, d), on a device or on the disk of a folder."""
         self.group = group
         self.num_blocks, self.width = centre.shape
         self._centre = centre

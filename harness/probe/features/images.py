@@ -229,12 +229,7 @@ class Task:
 def open_labelled(
     path: str, section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig
 ) -> LabelledImages:
-    """Open one side of a task; `runtime` says where shards at a URL, and their index, are kept.
-
-    Raises:
-        ProbeError: the data set has no labels, or more labels than names.
-        DataError: some images have none, or the folder is no data set.
-    """
+    """Open one side of a task; `runtime` says where shards at a URL, and their index, are kept."""
     dataset = open_dataset(path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
     if dataset.labels is None:
         raise ProbeError(

@@ -13,8 +13,8 @@ from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.harness.device import sheets
-from aimscale.harness.probe.cost import probe_costs
-from aimscale.harness.run.config import EvaluationConfig
+from aimscale.harness.probe.cost import probe_cost
+from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.provenance import cpu_name
 from aimscale.harness.run.row import configured_columns, model_of, setup_of
 from aimscale.sweeps.cli.plan import in_plateau, print_plan
@@ -154,10 +154,8 @@ def test_all_frozen_probes_of_imagenet_cost_a_few_percent_of_training() -> None:
         model = model_config(size, head_rule="released")
         flops = flops_per_image(model)
         task = {"task": "imagenet-1k", "train": "absent", "test": "absent", "kinds": ["linear", "attentive", "knn"]}
-        evaluation = EvaluationConfig.model_validate(
-            {"budgets": [128_000_000], "validation": {"path": "absent"}, "probes": [task | settings]}
-        )
-        (cost,) = probe_costs(evaluation, model, flops, ranks, 80 * 10**9, lambda path: None)
+        section = ProbeSection.model_validate(task | settings)
+        cost = probe_cost(section, model, flops, ranks, 80 * 10**9, lambda path: None)
         executed = executed_flops_per_image(model, model.num_tokens / 2).train * 128e6
         return cost.flops / (flops.train * 128e6), cost.flops / executed, cost.images
 
