@@ -333,6 +333,6 @@ def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, s
         with written_aside(path) as aside:
             write_safetensors(aside, layout, gathered, metadata)
     else:
-        for _ in gathered:
+        for _ in _whole_weights(engine, group):
             pass
     group.wait()
