@@ -34,7 +34,7 @@ FLAGS = {
     "upper_bound": "{subject} lies on its upper bound {number:g}.",
     "reaches_bound": "{subject} is not identified: its interval reaches the bound {number:g}.",
     "few_values": "{more[0]} do not identify {subject}, whatever the noise; measure more, or hold one by {option:fix}.",
-    "from_above": "{subject} is known from above only: the data allow any value from 0 to {number:.4g}.",
+    "from_above": "{subject} is known from above only: the data allow any value from 0 to {count}.",
     "factor": "{subject} is known only within a factor of {number:.3g}.",
     "rival": "Other parameters fit as well within the noise: their log-likelihood is {number:.2g} lower.",
     "narrow": "{subject} varies only by a factor of {number:.3g}, so its exponent is hardly tested.",
@@ -133,6 +133,7 @@ class Flag:
 
     def __str__(self) -> str:
         told = {"subject": self.subject, "number": self.number, "more": self.more, "p": p_value(self.p)}
+        told["count"] = human(self.number, 4)
         return FLAGS[self.kind].format(**told, option=OPTION)
 
 

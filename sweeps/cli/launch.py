@@ -102,12 +102,6 @@ def print_end(did: LaunchResult) -> None:
     _print_left(did.left, did.unplanned, Line(key="launched", value=f"{why}{counts}"))
 
 
-def _print(lines: Sequence[Line]) -> None:
-    if lines:
-        console = new_console()
-        console.print(keyed(lines, console.width), highlight=False, soft_wrap=True)
-
-
 def cancel(sweep: SweepName, runs: Runs = None, root: Root = ROOT) -> None:
     """Stop the runs of a sweep (or those named), wherever they run; each saves first, and the next launch goes on."""
     loaded = load_sweep(sweep, root)
@@ -125,13 +119,16 @@ def _print_left(left: Sequence[Decision], others: Sequence[str], *more: Line) ->
     """Failed and damaged runs one by one, others counted; then more lines."""
     named = [each for each in left if each.verdict in ("failed", "damaged")]
     words = {"failed": "; --retry tries it again", "damaged": ""}
-    _print([Line(level=e.verdict, key=e.record.name, value=f"{e.why}{words[e.verdict]}") for e in named])
+    flags = [Line(level=e.verdict, key=e.record.name, value=f"{e.why}{words[e.verdict]}") for e in named]
     counts = Counter(each.verdict for each in left if each not in named)
     lines = [Line(key="left alone", value=", ".join(f"{num} {verdict}" for verdict, num in counts.items()))]
     if others:
         value = f"{len(others)} run directories of an earlier sweep file, such as {others[0]}; they stay as they are"
         lines.append(Line(key="unplanned", value=value))
-    _print([line for line in (*lines, *more) if line.value])
+    for part in (flags, [line for line in (*lines, *more) if line.value]):
+        if part:
+            console = new_console()
+            console.print(keyed(part, console.width), highlight=False, soft_wrap=True)
 
 
 def _print_local(sweep: str, root: Path, devices: int | None, per_device: int, *, retry: bool) -> tuple[Decision, ...]:

@@ -286,7 +286,9 @@ def _gather(queue: Queue) -> None:
         queue.active.remove(job)
         queue.devices.give_back(job.devices)
         try:
-            outcome = _conclude(queue, job, exit_code)
+            # Slurm's limits are nobody's wish: a run that they stop again and again before it saves has failed.
+            asked = (queue.stopping and not queue.job_id) or job.record.cancelled.exists()
+            outcome = conclude(job.record, job.attempt, exit_code, claims=job.claims, asked=asked)
             queue.events.append(_sentence(job, outcome))
             if job.record.measured() != job.measured:
                 queue.evaluated[job.run.run_id] = None
@@ -297,12 +299,6 @@ def _gather(queue: Queue) -> None:
         queue.ended[job.run.run_id] = outcome
         if outcome not in ("finished", "stop"):
             queue.waiting.insert(0, job.run)
-
-
-def _conclude(queue: Queue, job: Job, exit_code: int) -> Outcome:
-    # Slurm's limits are nobody's wish: a run that they stop again and again before it saves has failed.
-    asked = (queue.stopping and not queue.job_id) or job.record.cancelled.exists()
-    return conclude(job.record, job.attempt, exit_code, claims=job.claims, asked=asked)
 
 
 def print_events(queue: Queue) -> None:

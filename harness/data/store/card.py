@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -128,21 +128,15 @@ def read_info(path: str) -> DatasetInfo:
             return DatasetInfo.from_json(file.read(), where)
     except FileNotFoundError as error:
         if "://" not in path and not Path(path).is_dir():
-            near = difflib.get_close_matches(
-                Path(path).name, [each.parent.name for each in _sets(Path(path).parent)], 1
-            )
+            there = [each.parent.name for each in Path(path).parent.glob(f"*/{DATASET_FILE}")]
+            near = difflib.get_close_matches(Path(path).name, there, 1)
             hint = f"; did you mean {Path(path).parent / near[0]}?" if near else ""
             raise DataError(f"data set folder {path} does not exist{hint}") from error
-        if "://" not in path and (inside := sorted(str(each.parent) for each in _sets(Path(path)))):
+        if "://" not in path and (inside := sorted(str(each.parent) for each in Path(path).glob(f"*/{DATASET_FILE}"))):
             raise DataError(f"{path} holds data sets and is none; name one of them: {some(inside)}") from error
         raise DataError(f"{path} has no index; run `aimscale data index {path}` or `aimscale data pack`") from error
     except OSError as error:
         raise DataError(f"cannot read the index of {path}: {error}") from error
-
-
-def _sets(folder: Path) -> Iterable[Path]:
-    """Cards of the data sets of a folder."""
-    return folder.glob(f"*/{DATASET_FILE}")
 
 
 def data_set(path: str) -> DatasetInfo | None:
