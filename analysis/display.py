@@ -48,10 +48,13 @@ class Result:
         """The table as a reader sees it."""
         return [{str(k): _cell(v) for k, v in row.items()} for row in self.table.to_dict("records")]
 
+    def sentences(self) -> list[str]:
+        """What stands above the table, for running text."""
+        return as_sentences(self.facts())
+
     def summary(self) -> str:
         """All there is to say, as the command prints it."""
-        said = getattr(self, "sentences", lambda: [self.headline()])
-        above = fact_lines(facts) if (facts := self.facts()) else "\n".join(said())
+        above = fact_lines(facts) if (facts := self.facts()) else "\n".join(self.sentences() or [self.headline()])
         return f"{above}\n\n{text_table(self.cells())}"
 
     def plot(self, **options: Any) -> Figure:
@@ -69,8 +72,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields in plain types, tables as lists of rows, and its words; fields of `repr=False` are left out."""
-        words = {name: getattr(self, name)() for name in ("sentence", "sentences") if hasattr(self, name)}
-        return plain_fields(self) | words
+        words = {name: getattr(self, name, list)() for name in ("sentence", "sentences")}
+        return plain_fields(self) | {name: told for name, told in words.items() if told}
 
     def to_json(self, *, indent: int | None = 2, **also: Any) -> str:
         """`to_dict`, and what there is `also`, as JSON; numbers that JSON cannot hold become null."""

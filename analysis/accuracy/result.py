@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from aimscale.analysis.display import Result, as_sentences
+from aimscale.analysis.display import Result
 from aimscale.analysis.table.names import Exclusion
 
 
@@ -95,7 +95,3 @@ class Correlations(Result):
             }
             for c in self
         ]
-
-    def sentences(self) -> list[str]:
-        """The facts, each as a sentence."""
-        return as_sentences(self.facts())

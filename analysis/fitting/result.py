@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, as_sentences, plain_fields, plain_types
+from aimscale.analysis.display import Result, plain_fields, plain_types
 from aimscale.analysis.fitting.errors import Components
 from aimscale.analysis.fitting.groups import Groups
 from aimscale.analysis.fitting.objectives import Objective
@@ -233,10 +233,6 @@ class Fit(Result):
     def facts(self) -> list[tuple[str, str]]:
         """Flags, law, columns, rows, ranges, objective, intervals, held-out errors."""
         return list(fit_facts(self))
-
-    def sentences(self) -> list[str]:
-        """The facts, each as a sentence."""
-        return as_sentences(self.facts())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the data and the draws, in plain types."""

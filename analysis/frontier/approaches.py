@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, as_sentences, text_table
+from aimscale.analysis.display import Result, text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, Interval, interval
@@ -96,11 +96,6 @@ class Approaches(Result):
         """All approaches, and the optimum at amounts of compute: by default the largest, and ten times it."""
         optima = self.at([self.largest_budget, 10 * self.largest_budget] if flops is None else flops)
         return f"{super().summary()}\n\n{text_table([_optimum(row) for row in optima.to_dict('records')])}"
-
-    def sentences(self) -> list[str]:
-        """All approaches, their disagreement at the largest budget and beyond, and what failed."""
-        told = [fact for fact in self.facts() if fact[0] == "N* apart"]
-        return [*(f.sentence() for f in self.frontiers), *as_sentences(told), *self.cautions()]
 
 
 def _optimum(row: Mapping[Any, Any]) -> dict[str, str]:

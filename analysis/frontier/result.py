@@ -140,15 +140,6 @@ class Frontier(Result):
         """The exponent with its interval."""
         return f"Approach {self.approach}: N*(C) ~ C^{self.exponent:.3f} {self.exponent_interval.words()}"
 
-    def sentence(self) -> str:
-        """The exponent with its interval, method, range and refusals."""
-        low, high = (power_of_ten(c, 3) for c in self.range)
-        left = f" Left out: {refusal_words(self.refusals)}." if self.refusals else ""
-        return (
-            f"{self.headline()}, the {self.method}, C from {low} to {high} FLOP. "
-            f"Interval: {self.exponent_interval.method}.{left}"
-        )
-
     def facts(self) -> list[tuple[str, str]]:
         """How the exponent and its interval were found, and what was left out."""
         left = f"; left out: {refusal_words(self.refusals)}" if self.refusals else ""
