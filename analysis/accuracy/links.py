@@ -94,12 +94,7 @@ def _measured(result: Fit) -> Fit:
     )
 
 
-def chance_level(probed: pd.DataFrame, column: str = "chance") -> float | None:
-    """Accuracy of guessing on one task, by the column `chance` of its rows; None where they do not agree on one."""
+def task_level(probed: pd.DataFrame, column: str) -> float | None:
+    """One task's `chance` (accuracy of guessing) or `ideal` (loss at which it is 1); None where rows agree on none."""
     values = set(probed[column].dropna()) if column in probed.columns else set()
     return float(values.pop()) if len(values) == 1 else None
-
-
-def ideal_loss(probed: pd.DataFrame) -> float | None:
-    """Loss at which one task's accuracy is 1, by the column `ideal` of its rows; None where they agree on none."""
-    return chance_level(probed, "ideal")

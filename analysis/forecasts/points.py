@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.accuracy.links import chance_level, ideal_loss
+from aimscale.analysis.accuracy.links import task_level
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.forecasts.curves import THROUGH, Curve, Measured, law_curve, link_curves
@@ -200,8 +200,8 @@ def accuracy_forecaster(
     rows = probed.loc[found.index]
     losses = pd.to_numeric(rows[loss], errors="coerce").to_numpy(float) if loss in rows else None
     usable = losses is not None and bool(np.all(losses > 0))
-    level, ideal = chance_level(rows), ideal_loss(rows)
-    points = replace(found.points, loss=losses if usable else None, chance=level, ideal=ideal)
+    chance, ideal = (task_level(rows, name) for name in ("chance", "ideal"))
+    points = replace(found.points, loss=losses if usable else None, chance=chance, ideal=ideal)
     made = Made() if made is None else made
     stack = stacked(points, fitter(found.laws, made))
     return Forecaster(basis=replace(found, points=points), stack=stack, is_accuracy=True, made=made)
@@ -221,7 +221,10 @@ def fitter(laws: Sequence[Law], made: Made) -> Fitter:
         key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.named.values()]).tobytes()
         for law in laws:
             if (law.name, key) not in made:
-                made[law.name, key] = _tried(law, points)
+                try:
+                    made[law.name, key] = law_curve(law, points)
+                except AnalysisError as error:
+                    made[law.name, key] = str(error)
         return {law.name: made[law.name, key] for law in laws}
 
     def curves(points: Measured) -> dict[str, Curve | str]:
@@ -236,13 +239,6 @@ def fitter(laws: Sequence[Law], made: Made) -> Fitter:
         return found
 
     return curves
-
-
-def _tried(law: Law, points: Measured) -> Curve | str:
-    try:
-        return law_curve(law, points)
-    except AnalysisError as error:
-        return str(error)
 
 
 def _column(df: pd.DataFrame, variable: str) -> str | None:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.accuracy.correlation import correlate
-from aimscale.analysis.accuracy.links import chance_level, ideal_loss, link
+from aimscale.analysis.accuracy.links import link, task_level
 from aimscale.analysis.accuracy.result import Correlation
 from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
@@ -137,13 +137,13 @@ MAX_FITTED = 200
 """Rows beyond which what is fitted many times over, for every probe and scale, is fitted to so many of them."""
 
 
-def evenly(rows: pd.DataFrame, most: int = MAX_FITTED) -> pd.DataFrame:
-    """At most so many rows, the same ones every time: evenly in order of compute, the ends among them."""
+def evenly(rows: pd.DataFrame) -> pd.DataFrame:
+    """At most `MAX_FITTED` rows, the same ones every time: evenly in order of compute, the ends among them."""
     by = [name for name in ("flops_train", "images_seen", "params_total") if name in rows]
-    if len(rows) <= most or not by:
+    if len(rows) <= MAX_FITTED or not by:
         return rows
     order = np.lexsort([rows[name].to_numpy() for name in reversed(by)])
-    return rows.iloc[np.sort(order[spaced(len(rows), most)])]
+    return rows.iloc[np.sort(order[spaced(len(rows), MAX_FITTED)])]
 
 
 Progress = Callable[[str, float], None]
@@ -350,9 +350,8 @@ def correlate_probes(study: Study) -> None:
         if found:
             study.correlations[kind, task] = found
         known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
-        work = partial(
-            link, known, chance=chance_level(known), ideal=ideal_loss(known), resamples=study.resamples, is_tested=False
-        )
+        levels = {name: task_level(known, name) for name in ("chance", "ideal")}
+        work = partial(link, known, **levels, resamples=study.resamples, is_tested=False)
         linked = study.attempt(f"Link from loss to {kind} accuracy on {task}", work)
         if linked is not None:
             study.links[kind, task] = linked

@@ -153,12 +153,13 @@ def _num_cells(rows: pd.DataFrame) -> int:
     return len(rows[names].drop_duplicates()) if names else len(rows)
 
 
-def lower_envelope(frame: pd.DataFrame, x: str = "flops_train", y: str = "val_loss") -> pd.DataFrame:
+def lower_envelope(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows whose loss no row of equal or lower compute undercuts.
 
     Raises:
         AnalysisError: a column is missing.
     """
+    x, y = "flops_train", "val_loss"
     for name in (x, y):
         if name not in frame:
             raise no_column(frame, name)

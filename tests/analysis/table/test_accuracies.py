@@ -6,7 +6,7 @@ import pytest
 from commands import answer, say
 from typer.testing import CliRunner
 
-from aimscale.analysis.accuracy.links import ideal_loss, link
+from aimscale.analysis.accuracy.links import link, task_level
 from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.accuracies import unnamed
@@ -60,7 +60,7 @@ def test_their_names_and_what_was_left_out_come_along(theirs, tmp_path):
     assert (first["x"], first["num_points"]) == ("loss", 2 * len(theirs) - dropped)
     assert first["exclusions"] == [{"kind": "where", "subject": "n>2e5", "number": dropped}]
     probed = probe_frame(read_tables(both, parse_columns([columns, "dtd:ideal=0"]), where=["n>2e5"]))
-    linked = link(probed, ideal=ideal_loss(probed), resamples=0)  # joins a row of its own
+    linked = link(probed, ideal=task_level(probed, "ideal"), resamples=0)  # joins a row of its own
     assert (linked.names["val_loss"], [each.number for each in linked.exclusions]) == ("loss", [dropped])
 
 
