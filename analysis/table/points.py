@@ -30,13 +30,9 @@ def complete(frame: pd.DataFrame) -> pd.DataFrame:
 
     Points during training count, too; they stand in a table of their own, `curves.parquet`.
     """
-    return frame[_is_complete(frame)] if "status" in frame.columns else frame
-
-
-def _is_complete(frame: pd.DataFrame) -> pd.Series:
     if "status" not in frame.columns:
-        return pd.Series(True, index=frame.index)
-    return frame["status"].isna() | frame["status"].isin(("complete", "during"))
+        return frame
+    return frame[frame["status"].isna() | frame["status"].isin(("complete", "during"))]
 
 
 def usable_rows(
@@ -63,7 +59,8 @@ def usable_rows(
         raise no_column(frame, absent[0])
     values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").astype(float)
     values.columns = pd.Index(list(columns))
-    bad: list[tuple[str, str, pd.Series]] = [("status", "", ~_is_complete(frame))]
+    unfinished = pd.Series(~frame.index.isin(complete(frame).index), frame.index)
+    bad: list[tuple[str, str, pd.Series]] = [("status", "", unfinished)]
     for name, column in columns.items():
         called, number = their_name(frame, column), values[name]
         if name in signed:
