@@ -51,6 +51,11 @@ class Approaches(Result):
         ends = [(f.approach, f.exponent_interval) for f in self.frontiers]
         return [(a, b) for (a, i), (b, j) in itertools.combinations(ends, 2) if i.high < j.low or j.high < i.low]
 
+    def apart_words(self) -> list[str]:
+        """A sentence about the approaches that disagree, if any do."""
+        pairs = " and of ".join(f"{a} and {b}" for a, b in self.apart())
+        return [f"The intervals of approaches {pairs} do not overlap."] if pairs else []
+
     def disagreement(self, flops: float) -> float:
         """Largest N* over smallest N* at a budget."""
         sizes = self.at(flops)["N"]
@@ -73,19 +78,12 @@ class Approaches(Result):
         """A row an approach."""
         return [row for f in self.frontiers for row in f.cells()]
 
-    def cautions(self) -> list[str]:
-        """Flags of the table, approaches that were not possible, and those that disagree."""
-        failed = [f"Approach {k} is not possible: {why_not(flags).rstrip('.')}." for k, flags in self.failures.items()]
-        pairs = " and of ".join(f"{a} and {b}" for a, b in self.apart())
-        return [
-            *map(str, self.flags),
-            *failed,
-            *([f"The intervals of approaches {pairs} do not overlap."] if pairs else []),
-        ]
-
     def facts(self) -> list[tuple[str, str]]:
-        """Cautions, what is lowest, how far the approaches differ, how the intervals were found."""
-        found = [*(("with care", each) for each in self.cautions()), ("lowest", self.measure)]
+        """Flags of the table, approaches that were not possible and those that disagree; what is lowest, how far the
+        approaches differ, how the intervals were found."""
+        failed = [f"Approach {k} is not possible: {why_not(flags).rstrip('.')}." for k, flags in self.failures.items()]
+        cautions = [*map(str, self.flags), *failed, *self.apart_words()]
+        found = [*(("with care", each) for each in cautions), ("lowest", self.measure)]
         if len(self.frontiers) > 1:
             top = self.largest_budget
             near, far = (f"{self.disagreement(c):.2f} times at {power_of_ten(c, 3)} FLOP" for c in (top, 100 * top))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aimscale.analysis.fitting.identification import num_values
-from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.report.study import Study
@@ -60,12 +59,13 @@ def trust(study: Study) -> tuple[Colour, list[str]]:
         return "red", ["No joint law of parameters and data could be fitted."]
     unknown = [p for p in ("alpha", "beta") if p in joint.not_identified]
     fatal = [f"{symbol(p)} is not identified." for p in unknown]
-    failures = list(_of_tests(joint))
+    failures = list(held_out_cautions(joint.heldout)) if joint.heldout else ["No scale could be left out to test it."]
     if joint.heldout and not any(test.is_better for test in joint.heldout):
         fatal.append("A straight line in log-log predicts the left-out scales as well.")
     flags = [f for f in joint.flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
     small = [flag for flag in flags if not failures and _is_small(flag)]
-    cautions = [*failures, *_of_approaches(study), *(str(flag) for flag in flags if flag not in small)]
+    apart = study.approaches.apart_words() if study.approaches else []
+    cautions = [*failures, *apart, *(str(flag) for flag in flags if flag not in small)]
     notes = [str(flag) for flag in small]
     if fatal or cautions:
         return "red" if fatal else "amber", [*fatal, *cautions, *notes]
@@ -79,19 +79,6 @@ def trust(study: Study) -> tuple[Colour, list[str]]:
 def _is_small(flag: Flag) -> bool:
     """Whether a law that predicts what was left out can be used in spite of a flag."""
     return flag.kind in HARMLESS or (flag.kind in SIZED and abs(flag.number) < SMALL)
-
-
-def _of_tests(joint: Fit) -> Iterator[str]:
-    """What held-out scales say against the law."""
-    yield from held_out_cautions(joint.heldout)
-    if not joint.heldout:
-        yield "No scale could be left out to test it."
-
-
-def _of_approaches(study: Study) -> Iterator[str]:
-    if study.approaches is not None and study.approaches.apart():
-        pairs = ", ".join(f"{a} and {b}" for a, b in study.approaches.apart())
-        yield f"The exponents of approaches {pairs} do not overlap."
 
 
 def symbol(name: str) -> str:
