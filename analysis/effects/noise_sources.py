@@ -44,10 +44,6 @@ class Noise(Result):
     flags: tuple[Flag, ...]
     """What could not be told, and why."""
 
-    def component(self, kind: str) -> Component | None:
-        """The component of a kind."""
-        return next((each for each in self.components if each.kind == kind), None)
-
     @property
     def table(self) -> pd.DataFrame:
         """One row per component: source, value, low, high (fractions of the loss), basis."""

@@ -10,10 +10,14 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.read import read_tables
 
 
+def of_kind(found, kind):
+    return next((each for each in found.components if each.kind == kind), None)
+
+
 def test_the_seeds_spread_is_recovered_and_its_interval_counts_runs(known_study):
     df = known_study({"seeds": list(range(12)), "seed_sd": 0.01, "row_sd": 0.002})
     found = noise(df)
-    seeds = found.component("seeds")
+    seeds = of_kind(found, "seeds")
     assert seeds.value == pytest.approx(np.hypot(0.01, 0.002), rel=0.2)
     assert seeds.low < np.hypot(0.01, 0.002) < seeds.high
     assert seeds.number == 66
@@ -23,7 +27,7 @@ def test_what_the_table_does_not_hold_is_said(known_study):
     rows = known_study({"sizes": ["s1", "s3"], "seeds": [0, 1, 2], "budgets": [8000, 32000]})
     rows["val_loss_se"] = 0.02 * rows["val_loss"]
     assert noise(rows).flags == ()
-    assert noise(rows).component("images").value == pytest.approx(0.02)
+    assert of_kind(noise(rows), "images").value == pytest.approx(0.02)
     assert [flag.kind for flag in noise(rows[rows["seed"] == 0]).flags] == ["one_seed"]
     with pytest.raises(AnalysisError):
         noise(rows[rows["seed"] == 0].drop(columns="val_loss_se"))
@@ -37,11 +41,11 @@ def test_what_the_table_does_not_hold_is_said(known_study):
 def test_seeds_that_differ_in_a_setting_as_well_are_no_replicates(known_study, setting):
     rows = known_study({"sizes": ["s1", "s3"], "seeds": [0, 1, 2], "budgets": [8000, 32000]}).assign(val_loss_se=0.01)
     tuned = rows.assign(**{setting: rows["seed"].map({0: 1.0, 1: 2.0, 2: 4.0})})
-    assert noise(tuned).component("seeds") is None
+    assert of_kind(noise(tuned), "seeds") is None
     assert [flag.kind for flag in noise(tuned).flags] == ["one_seed"]
 
 
 def test_scatter_about_a_law_that_does_not_fit_is_less_than_the_whole_spread():
     table = read_tables([Path(__file__).parents[3] / "docs/study/results/cifar.parquet"])
-    scatter = noise(table).component("law")
+    scatter = of_kind(noise(table), "law")
     assert 0.004 < scatter.value < 0.008  # misfit passed for errors of sizes of 16 %
