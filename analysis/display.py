@@ -80,7 +80,8 @@ class Result:
         return json.dumps(plain_types(self.to_dict() | also), indent=indent, allow_nan=False)
 
     def __repr__(self) -> str:
-        return f"{self.headline()}\n{_text(self.table, MAX_ROWS)}"
+        table = self.table.to_string(index=False, max_rows=MAX_ROWS, float_format=_number)
+        return f"{self.headline()}\n{table}"
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
@@ -124,10 +125,6 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _cell(value: Any) -> str:
     return human(value, 4) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-
-
-def _text(table: pd.DataFrame, max_rows: int) -> str:
-    return table.to_string(index=False, max_rows=max_rows, float_format=_number)
 
 
 def _number(value: float) -> str:

@@ -56,13 +56,10 @@ def saturating(x: str = "x") -> Law:
     )
 
 
-def _softplus(z: Array) -> Array:
-    """ln(1 + e^z), also of complex z (for the complex step) and of large z."""
-    return np.where(np.real(z) > 30, z, np.log1p(np.exp(np.where(np.real(z) > 30, 0, z))))
-
-
-def _sigmoid(z: Array) -> Array:
-    return np.exp(-_softplus(-z))
+def _falling(z: Array) -> Array:
+    """1 / (1 + e^z), also of complex z (for the complex step) and of large z."""
+    is_large = np.real(z) > 30
+    return np.exp(-np.where(is_large, z, np.log1p(np.exp(np.where(is_large, 0, z)))))
 
 
 CHINCHILLA = Law(
@@ -175,7 +172,7 @@ LINK_SIGMOID = Law(
     variables=("L",),
     linear=(coefficient("floor"), coefficient("height")),
     nonlinear=(_rate_of("k", "L"), _range_of("L0", "L", 2.0)),
-    basis=lambda x, t: (1.0, _sigmoid(-t["k"] * (x["L"] - t["L0"]))),
+    basis=lambda x, t: (1.0, _falling(t["k"] * (x["L"] - t["L0"]))),
     report=lambda p: {"floor": p["floor"], "ceiling": p["floor"] + p["height"], "k": p["k"], "L0": p["L0"]},
     source="loss to accuracy, OLMo ladder (Bhagia et al. 2024)",
 )

@@ -122,7 +122,7 @@ def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
         figure_colours_light=css_variables(dark=False),
         figure_colours_dark=css_variables(dark=True),
         verdict=verdict(study),
-        runs=words.runs_in_words(study),
+        runs=[words.what_was_run(study), *words.what_came_out(study)],
         accuracy_words=list(words.accuracy_in_words(study)),
         frontier_words=study.approaches.sentences() if study.approaches else (),
         is_ours=study.is_ours,

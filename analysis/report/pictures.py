@@ -71,11 +71,10 @@ def _load(path: Path) -> list[np.ndarray]:
 
 
 def _row(label: str, alt: str, images: np.ndarray) -> PictureRow:
-    return PictureRow(label=label, alt=alt, uris=tuple(_png_uri(image) for image in images))
-
-
-def _png_uri(image: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    pixels = image[..., 0] if image.shape[-1] == 1 else image[..., :3]
-    Image.fromarray(pixels).save(buffer, format="png")
-    return data_uri("image/png", buffer.getvalue())
+    uris = []
+    for image in images:
+        buffer = io.BytesIO()
+        pixels = image[..., 0] if image.shape[-1] == 1 else image[..., :3]
+        Image.fromarray(pixels).save(buffer, format="png")
+        uris.append(data_uri("image/png", buffer.getvalue()))
+    return PictureRow(label=label, alt=alt, uris=tuple(uris))

@@ -14,11 +14,6 @@ from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.words import accuracy_of, fit_facts, human
 
 
-def runs_in_words(study: Study) -> list[str]:
-    """What was run, what it cost and what came out."""
-    return [_what_was_run(study), *_what_came_out(study)]
-
-
 def _range(values: pd.Series) -> str:
     low, high = values.min(), values.max()
     return " to ".join(told_apart(dict.fromkeys((low, high)), human, 3))
@@ -38,7 +33,8 @@ def _values(frame: pd.DataFrame, name: str) -> str:
     return ", ".join(values[:8]) + (" and more" if len(values) > 8 else "")
 
 
-def _what_was_run(study: Study) -> str:
+def what_was_run(study: Study) -> str:
+    """The table's rows, sizes and budgets, and what they cost."""
     frame = study.frame
     parts = [_count(len(frame), "row")]
     if _has(frame, "params_total"):
@@ -62,7 +58,8 @@ def _what_was_run(study: Study) -> str:
     return f"{one} {', '.join(parts)}; {study.num_usable} of the rows have a validation loss.{cost}"
 
 
-def _what_came_out(study: Study) -> Iterator[str]:
+def what_came_out(study: Study) -> Iterator[str]:
+    """The lowest loss, where there is any."""
     usable = study.usable
     if usable.empty:
         return

@@ -7,7 +7,6 @@ Parquet and JSON text in CSV. Keys that the schema does not know are kept as JSO
 from __future__ import annotations
 
 import contextlib
-import functools
 import glob
 import json
 import os
@@ -150,15 +149,9 @@ def _arrow_field(column: Column) -> pa.Field:
     return pa.field(column.name, _arrow_type(column.dtype), metadata=note)
 
 
-@functools.cache
-def arrow_schema(columns: Sequence[Column] = COLUMNS) -> pa.Schema:
-    """The schema as pyarrow states it, with unit and meaning on every field and the version on the table."""
-    fields = [_arrow_field(column) for column in columns]
-    return pa.schema(fields, metadata={"aimscale_schema_version": str(SCHEMA_VERSION)})
-
-
 def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = ()) -> pa.Table:
-    """Build the typed table from row dictionaries, as in `results.json`.
+    """Build the typed table from row dictionaries, as in `results.json`: unit and meaning stand on every field, the
+    version on the table.
 
     A missing key becomes null; an unknown one goes to `extra`.
 
@@ -168,7 +161,8 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
     Raises:
         AnalysisError: a value does not fit its column.
     """
-    schema = arrow_schema(COLUMNS + more)
+    fields = [_arrow_field(column) for column in COLUMNS + more]
+    schema = pa.schema(fields, metadata={"aimscale_schema_version": str(SCHEMA_VERSION)})
     typed = [_typed_row(row, COLUMNS + more) for row in rows]
     columns = [_column([row[field.name] for row in typed], field) for field in schema]
     return pa.Table.from_arrays(columns, schema=schema)
