@@ -112,7 +112,7 @@ def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["maths"] = maths
-    comparison = study.comparison
+    comparison, best = study.comparison, study.approaches
     return environment.get_template("report.html").render(
         title=page_title(study),
         description=study.collect.get("description") or "",
@@ -124,7 +124,7 @@ def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
         verdict=verdict(study),
         runs=[words.what_was_run(study), *words.what_came_out(study)],
         accuracy_words=list(words.accuracy_in_words(study)),
-        frontier_words=study.approaches.sentences() if study.approaches else (),
+        frontier_words=[*(f"{each.headline()}." for each in best.frontiers), *best.sentences()] if best else (),
         is_ours=study.is_ours,
         figures=figures,
         pictures=picture_rows(study),
