@@ -72,7 +72,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields in plain types, tables as lists of rows, and its words; fields of `repr=False` are left out."""
-        words = {name: getattr(self, name, list)() for name in ("sentence", "sentences")}
+        words: dict[str, Any] = {name: getattr(self, name, list)() for name in ("sentence", "sentences")}
         return plain_fields(self) | {name: told for name, told in words.items() if told}
 
     def to_json(self, *, indent: int | None = 2, **also: Any) -> str:

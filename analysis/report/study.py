@@ -350,8 +350,8 @@ def correlate_probes(study: Study) -> None:
         if found:
             study.correlations[kind, task] = found
         known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
-        levels = {name: task_level(known, name) for name in ("chance", "ideal")}
-        work = partial(link, known, **levels, resamples=study.resamples, is_tested=False)
+        chance, ideal = (task_level(known, name) for name in ("chance", "ideal"))
+        work = partial(link, known, chance=chance, ideal=ideal, resamples=study.resamples, is_tested=False)
         linked = study.attempt(f"Link from loss to {kind} accuracy on {task}", work)
         if linked is not None:
             study.links[kind, task] = linked
