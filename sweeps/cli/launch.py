@@ -65,7 +65,7 @@ def launch(
         say_next("status", sweep, root, "--watch")
         return
     if on == "slurm" or dry_run:
-        _say_after(LaunchResult(left=left), sweep, root, on)
+        _say_after(LaunchResult(left=left), sweep, root, on, *(["--retry"] if retry else []))
         return
     did = engine.launch(
         sweep, root, devices=devices, per_device=per_device, hours=hours, retry=retry, shows=on == "local"
@@ -78,10 +78,10 @@ def launch(
         raise typer.Exit(1)
 
 
-def _say_after(did: LaunchResult, sweep: str, root: Path, on: Place) -> None:
+def _say_after(did: LaunchResult, sweep: str, root: Path, on: Place, *more: str) -> None:
     """What to run next: the launch where it has something to do, the log of a run that failed, else the table."""
     if did.interrupted or any(each.startable for each in did.left):
-        say_next("launch", sweep, root, *(["--on", on] if on != "local" else []))
+        say_next("launch", sweep, root, *(["--on", on] if on != "local" else []), *more)
     elif failed := failed_runs(did):
         say_next("logs", sweep, root, failed[0])
     else:

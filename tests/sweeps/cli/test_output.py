@@ -50,7 +50,7 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
     assert follows("launch", behaviour="crash") == f"logs {file} {run.run_id} --root {root}" == follows("status")
     assert follows("launch") == f"logs {file} {run.run_id} --root {root}", "it was not tried again"
     assert follows("launch", "--dry-run") == f"logs {file} {run.run_id} --root {root}"
-    assert follows("launch", "--dry-run", "--retry") == f"launch {file} --root {root}"
+    assert follows("launch", "--dry-run", "--retry") == f"launch {file} --retry --root {root}"
     assert follows("launch", "--retry") == f"collect {file} --root {root}" == follows("launch", "--dry-run")
     assert follows("launch", "--dry-run", "--on", "slurm", "--allow-dirty") == f"collect {file} --root {root}"
     monkeypatch.setattr("aimscale.sweeps.engine.element.launch_slurm", lambda *_, **__: [])
