@@ -116,6 +116,7 @@ def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> Iterator[str]:
     if device.is_gpu and any(card.devices > 1 for card in cards):
         within, between = NVLINK_BYTES_PER_S / 1e9, NETWORK_BYTES_PER_S / 1e9
         yield f"{within:g} GB/s within a node, {between:g} GB/s a rank between nodes"
+    yield "memory of a rank: z ZeRO stage, m micro-batch, r activations recomputed"
     yield "step, ms: compute + exposed communication | loading; no start-up"
 
 
