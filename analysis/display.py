@@ -128,7 +128,7 @@ def _cell(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}"
+    return human(value, 4)
 
 
 def plain_fields(record: Any) -> dict[str, Any]:

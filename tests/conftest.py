@@ -18,6 +18,7 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.pop("COLUMNS", None)  # parallel test processes are told 80, what a user pipes is told nothing
 os.environ["MKL_DISABLE_FAST_MM"] = "1"  # tests fork from processes with threads; that allocator may then spin for ever
 os.environ["AIMSCALE_CACHE"] = _cache = tempfile.mkdtemp(prefix="aimscale-cache-")
 _owner = os.getpid()

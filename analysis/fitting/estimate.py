@@ -15,7 +15,7 @@ from aimscale.analysis.fitting.errors import Components, components_of, sandwich
 from aimscale.analysis.fitting.groups import Groups, groups_of, with_spread
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.fitting.lackoffit import lack_of_fit
-from aimscale.analysis.fitting.objectives import HUBER_LOG, LOG_LSQ, LSQ, ROBUST, Objective, find_objective
+from aimscale.analysis.fitting.objectives import HUBER_LOG, LOG_LSQ, LSQ, Objective, find_objective
 from aimscale.analysis.fitting.optimise import MAX_STARTS, Minimum, design, global_minimum, minimise, project
 from aimscale.analysis.fitting.problem import Problem, make_problem
 from aimscale.analysis.fitting.result import Fit, interval
@@ -39,7 +39,7 @@ def fit(
     df: pd.DataFrame,
     *,
     y: str = "val_loss",
-    objective: Objective | str = ROBUST,
+    objective: Objective | str = "robust",
     columns: Mapping[str, str] | None = None,
     fixed: Mapping[str, float] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,

@@ -143,7 +143,7 @@ def _top(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """How do autoregressive image models scale, and how good will the next size be?"""
+    """How do autoregressive image models scale, and what will the next size be worth?"""
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -192,7 +192,6 @@ def reader(tmp_path: Path) -> Reader:
     )
     wrapper.chmod(0o755)
     environment = os.environ | {
-        "COLUMNS": "",  # pytest-xdist says 80; what is piped is as wide as its lines
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "HOME": str(tmp_path / "home"),
         "PYTHONPATH": str(ROOT / "src"),
