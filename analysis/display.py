@@ -79,13 +79,17 @@ class Result:
         """`to_dict`, and what there is `also`, as JSON; numbers that JSON cannot hold become null."""
         return json.dumps(plain_types(self.to_dict() | also), indent=indent, allow_nan=False)
 
+    def _shown(self) -> pd.DataFrame:
+        """The table without columns that are blank in every row."""
+        return self.table.loc[:, [self.table.empty or self.table[name].ne("").any() for name in self.table]]
+
     def __repr__(self) -> str:
-        table = self.table.to_string(index=False, max_rows=MAX_ROWS, float_format=_number)
+        table = self._shown().to_string(index=False, max_rows=MAX_ROWS, float_format=_number)
         return f"{self.headline()}\n{table}"
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        table = self.table.to_html(index=False, max_rows=MAX_ROWS, float_format=_number, border=0)
+        table = self._shown().to_html(index=False, max_rows=MAX_ROWS, float_format=_number, border=0)
         return f"<p>{html.escape(self.headline())}</p>{table}"
 
 

@@ -73,7 +73,7 @@ def _law(table: pd.DataFrame) -> Iterator[str]:
         f"{each.approach}"
         for each in all_approaches(table).frontiers
     ]
-    yield f"- **The best size for a budget of compute grows** as {', '.join(exponents)}."
+    yield f"- **The compute-optimal size grows** as {', '.join(exponents)}."
 
 
 def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:

@@ -30,10 +30,7 @@ CALLS = {
         'lowest = fit("power_offset:C", read_tables([f"{study}/cifar.parquet"], where=["envelope"]))\n'
         'figure = plot_points(cifar, "flops_train", by="params_total", envelope=lowest)',
     ),
-    "frontier": (
-        "The best size for a budget of compute, by three approaches",
-        "figure = all_approaches(isoflop).plot()",
-    ),
+    "frontier": ("The compute-optimal size, by three approaches", "figure = all_approaches(isoflop).plot()"),
     "accuracy": (
         "Accuracy against size, data and compute",
         'probes = probe_frame(cifar)\nfigure = plot_accuracy(probes[probes["kind"] == "linear"])',
