@@ -63,6 +63,11 @@ def test_a_page_is_short_and_so_are_its_sentences(page: Path) -> None:
     assert sum(map(len, found)) <= MOST_ON_AVERAGE * max(1, len(found))
 
 
+def test_both_studies_are_as_long_as_one_page() -> None:
+    studies = [page for page in IN_DOCS if page.parent.name == "study"]
+    assert sum(len(page.read_text().splitlines()) for page in studies) <= 250
+
+
 def test_all_pages_can_be_read_in_an_hour_and_a_quarter() -> None:
     counts = {page: sum(map(is_word, re.split(r"[\s|#]+", text_of(page.read_text())))) for page in IN_DOCS}
     assert sum(counts.values()) <= MOST_WORDS, sorted(counts.items(), key=lambda item: -item[1])[:5]
