@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -47,20 +47,21 @@ def status(
     else:
         console, found = views.new_console(), look()
         console.print(views.status_table(found, console.width), highlight=False, soft_wrap=True)
-        say_next(*_after(found, sweep, root))
+        verb, *more = _after(found)
+        say_next(verb, sweep, root, *more)
 
 
-def _after(found: SweepStatus, sweep: str, root: Path) -> tuple[Any, ...]:
-    """What to run next: where runs failed, their logs; else what starts those that nobody executes."""
+def _after(found: SweepStatus) -> tuple[str, ...]:
+    """The verb to run next and its options: logs of runs that failed, else what starts those that nobody executes."""
     in_vain = [line.run_id for line in found.runs if line.state in ("failed", "diverged") and line.log]
     if in_vain:
-        return "logs", sweep, root, in_vain[0]
+        return "logs", in_vain[0]
     states = {line.state for line in found.runs}
     if states <= {"finished", "damaged"}:
-        return "collect", sweep, root
+        return ("collect",)
     if states & {"running", "starting", "queued"}:
-        return "status", sweep, root, "--watch"
-    return "launch", sweep, root
+        return "status", "--watch"
+    return ("launch",)
 
 
 def logs(
