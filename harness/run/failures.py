@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import re
 import signal
 import sys
@@ -167,7 +166,6 @@ def run_worker(work: Callable[[Path], int], usage: str) -> NoReturn:
         sys.exit(f"usage: python -m {usage}")
     try:
         code = work(Path(sys.argv[1]))
-        gc.freeze()  # the interpreter would look through all that was imported before it ends, for a second
         sys.exit(code)
     except (UserError, LockLost, OSError) as error:
         sentence = disk_sentence(error) if isinstance(error, OSError) else error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import importlib
 import importlib.metadata
 import sys
@@ -148,7 +146,6 @@ def _top(
 
 def main(argv: list[str] | None = None) -> Any:
     """Entry point: a user's mistake, or a disk's, prints one sentence and exits with its code, never a traceback."""
-    atexit.register(gc.freeze)  # the interpreter would look through all that was imported before it ends, for a second
     try:
         with in_command():
             return typer.main.get_command(app)(args=argv, prog_name="aimscale")

@@ -26,6 +26,19 @@ def test_light_modules_import_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        "from aimscale.sweeps.cli.main import main; main(['--version'])",
+        "from aimscale.harness.run.failures import run_worker; sys.argv.append('.'); run_worker(lambda _: 0, '')",
+    ],
+)
+def test_no_object_is_frozen_at_exit_which_nanobind_would_report_as_leaked(call: str) -> None:
+    code = f"import atexit, gc, sys; atexit.register(lambda: print('frozen:', gc.get_freeze_count())); {call}"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.splitlines()[-1] == "frozen: 0"
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         ("lanch", "there is no verb 'lanch'; did you mean 'launch'?"),
