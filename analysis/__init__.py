@@ -2,7 +2,7 @@
 
     from aimscale.analysis import fit, laws, read_table
 
-    result = fit(laws.CHINCHILLA, read_table("results.parquet"))
+    result = fit(read_table("results.parquet"), laws.CHINCHILLA)
     result            # a few lines in a shell, a table in a notebook
     result.summary()  # everything in words
     result.plot()     # a matplotlib figure

@@ -42,6 +42,8 @@ FLAGS = {
     "collinear": "{subject} grow together (correlation of logarithms {number:.3f}), so their exponents trade off.",
     "outliers": "{number:.0f} points lie beyond {more[0]:g} robust standard deviations (farthest: row {subject}).",
     "unseen": "Too few {subject} to estimate the error that all points of one share; the intervals assume none.",
+    "few_groups": "{number:.0f} {subject} hardly tell an error that all points of one share: where there is one, 95 % "
+    "intervals hold some 90 %.",
     "scatter": "The points lie {number:.2g} % off the law, more than repeated runs differ ({p}).",
     "pattern": "The points lie {number:.2g} % off the law, and the misfit follows {subject} ({p}).",
     "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
@@ -233,10 +235,9 @@ def accuracy_of(kind: str, of: str = "accuracy") -> str:
 
 def interval_words(fit: Fit) -> str:
     """How a fit's intervals were found."""
-    if not fit.draws:
-        return "no intervals"
-    counts = [f"{num} {name}" for name, num in fit.groups.counts.items()]
-    return f"cluster-robust (CR2, Bell-McCaffrey) over {counts[0] if counts else f'{fit.num_points} points'}"
+    counts = {**fit.estimate.groups.counts, "points": fit.num_points}
+    over = " and ".join(f"{counts[name]} {name}" for name in fit.estimate.covariance.by)
+    return f"cluster-robust (CR2, Bell-McCaffrey) over {over}"
 
 
 def fit_facts(fit: Fit) -> Iterator[tuple[str, str]]:

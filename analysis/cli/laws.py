@@ -37,9 +37,10 @@ def fit(
     bound: Annotated[
         list[str] | None, typer.Option(help="Keep a parameter between two values, e.g. alpha=0.1:1.")
     ] = None,
-    resamples: Annotated[
-        int, typer.Option(min=0, max=options.MAX_RESAMPLES, help="Draws that intervals are read from; 0 for none.")
-    ] = 1000,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Column in proportion to which rows count; compute: as forecasts are fitted. Default: all alike."),
+    ] = None,
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
     ] = None,
@@ -53,7 +54,7 @@ def fit(
     """Fit LAW to a table and say how far to trust it."""
     from aimscale.analysis.effects.plateau import plateau_flags
     from aimscale.analysis.fitting.estimate import fit
-    from aimscale.analysis.forecasts.points import with_compute
+    from aimscale.analysis.table.points import with_compute
     from aimscale.analysis.table.read import read_curves
 
     df, y = table_to_minimise(tables, columns, where, best_of, y)
@@ -63,13 +64,13 @@ def fit(
     if found and (fix or bound):
         raise AnalysisError("--fix and --bound belong to one law; name it by --law instead of comparing several.")
     result = fit(
-        found.law if found else law,
         df,
+        found.law if found else law,
         y=y,
+        weights=weights,
         objective=objective,
         fixed={name: value for name, (value,) in numbers(fix, "--fix", "E=0", 1).items()},
         bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1", 2).items()},
-        resamples=resamples,
     )
     result = tested(result, df, hold_out or [])
     inside = plateau_flags(df.loc[result.data.index], read_curves(tables))

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from aimscale.analysis.display import Result
 
-MAX_RESAMPLES = 100_000
 NAMES: dict[Path, str] = {}
 """A sweep's table -> the name or file that was typed for it."""
 PANEL = "Table"
@@ -55,7 +54,6 @@ FigurePath = Annotated[
     Path | None, typer.Option(help="Also draw FIGURE.svg, .pdf and .png, with what is drawn as .csv.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Resamples = Annotated[int, typer.Option(min=20, max=MAX_RESAMPLES, help="Draws that every interval is read from.")]
 
 
 def table_of(

@@ -24,7 +24,6 @@ def report(
     columns: options.Columns = None,
     where: options.Where = None,
     best_of: options.BestOf = None,
-    resamples: options.Resamples = 1000,
     figures: Annotated[
         Path | None,
         typer.Option(help="Also write each figure into this folder: SVG, PDF, PNG at a paper's width, and its CSV."),
@@ -44,7 +43,6 @@ def report(
             columns=parse_columns(columns or []),
             where=where or [],
             best=best_of or [],
-            resamples=resamples,
             figures=figures,
             progress=progress,
         )
@@ -83,11 +81,10 @@ def _bar() -> Iterator[Callable[[str, float], None]]:
 def compare(
     table: Annotated[Path, typer.Argument(help="CSV or Parquet table, or a sweep's folder.")],
     columns: options.Columns = None,
-    resamples: options.Resamples = 1000,
     json: options.AsJson = False,
 ) -> None:
     """Compare runs with published models, by task and by exponents; what is not comparable is named."""
     from aimscale.analysis.published.comparison import compare as compare_frame
 
-    comparison = compare_frame(options.table_of([table], columns, None), resamples=resamples)
+    comparison = compare_frame(options.table_of([table], columns, None))
     options.show(comparison, json, following=options.then(["report"], [table], columns, None))

@@ -1,66 +1,59 @@
-"""`fit`: a law, a table and an objective in; the best optimum with intervals, flags and exclusions out."""
+"""`fit`: a table, a law and an objective in; the best optimum with intervals, flags and exclusions out."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.checks import diagnose
-from aimscale.analysis.fitting.errors import Components, components_of, sandwich
-from aimscale.analysis.fitting.groups import Groups, groups_of, with_spread
+from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.fitting.identification import unidentified
+from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate, estimated
 from aimscale.analysis.fitting.lackoffit import lack_of_fit
-from aimscale.analysis.fitting.objectives import HUBER_LOG, LOG_LSQ, LSQ, Objective, find_objective
-from aimscale.analysis.fitting.optimise import MAX_STARTS, Minimum, design, global_minimum, minimise, project
-from aimscale.analysis.fitting.problem import Problem, make_problem
-from aimscale.analysis.fitting.result import Fit, interval
+from aimscale.analysis.fitting.objectives import Objective, find_objective
+from aimscale.analysis.fitting.problem import make_problem
+from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.table.names import names_of
-from aimscale.analysis.table.points import Observations, observe
+from aimscale.analysis.table.names import names_of, no_column, our_name
+from aimscale.analysis.table.points import Observations, observe, with_compute
 from aimscale.analysis.table.read import loss_unit
-from aimscale.analysis.words import Flag, did_you_mean
+from aimscale.analysis.words import did_you_mean
 
-LEAST_SLOPE = 1e-6
-"""Of a point outside the quadratic zone."""
-FOLLOWED_SCALES = 64
-"""Scales at which draws of the parameters follow draws of the law: evenly spaced ones of many."""
-FARTHEST = 100.0
-"""Logarithm by which a draw of the law is moved at most: Student's tails of one degree of freedom have no end."""
+COMPUTE = "compute"
+"""Weights in proportion to a run's compute: what forecasts are fitted with."""
 
 
 def fit(
-    law: Law | str,
     df: pd.DataFrame,
+    law: Law | str,
     *,
     y: str = "val_loss",
+    weights: str | None = None,
     objective: Objective | str = "robust",
     columns: Mapping[str, str] | None = None,
     fixed: Mapping[str, float] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
-    resamples: int = 1000,
     zero_allowed: bool = False,
     is_tested: bool = True,
 ) -> Fit:
     """Fit a law to a table.
 
     Args:
-        law: a law or its name.
         df: one row per point.
+        law: a law or its name.
         y: column to fit.
+        weights: "compute", or a column of positive numbers, in proportion to which points count; None: all alike.
         objective: an objective or its name; the default is least squares of logarithms for all but outliers.
         columns: variable of the law -> column; default: the variable's own name, else the results table's column.
         fixed: parameters held at a value.
         bounds: parameters kept between two values.
-        resamples: draws of the parameters that intervals are read from; 0 for no intervals.
         zero_allowed: let variables be zero (an ideal loss), where the law takes no logarithm of them.
-        is_tested: whether to look for what speaks against the law (`lack_of_fit`): for flags that nobody reads it takes
-            too long.
+        is_tested: whether to look for what speaks against the law (`lack_of_fit`).
 
     Returns:
         Parameters with intervals and flags; `predict`, `plot` and `summary` are its methods.
@@ -70,7 +63,7 @@ def fit(
 
     Example:
         >>> table = read_table("results.parquet")
-        >>> law = fit("chinchilla", table)
+        >>> law = fit(table, "chinchilla")
         >>> law.params["alpha"], law.intervals["alpha"]
         >>> law.predict({"N": 1e6, "D": 1e6})
     """
@@ -79,106 +72,124 @@ def fit(
     fixed, bounds = dict(fixed or {}), dict(bounds or {})
     _check_names(law, fixed, bounds)
     free = len(law.parameters) - len(fixed)
-    points = observe(
-        law, df, y=y, columns=columns, positive_y=objective.log, num_free=free, zero_allowed=zero_allowed,
-    )  # fmt: skip
+    points = observe(law, df, y=y, columns=columns, positive_y=objective.log, num_free=free, zero_allowed=zero_allowed)
     if law.centred is not None:
         law = law.centred(Columns(points.x))
-    problem = make_problem(law, points.x, points.y, objective, fixed=fixed, bounds=bounds)
-    problem, minima = best_minima(problem)
-    if not minima:
-        raise AnalysisError(f"{law.formula} has no finite value of {objective.name} on these {len(points.y)} points.")
+    rows = df.loc[points.index]
+    of_points = None if weights is None else weights_of(rows, weights)
+    problem = make_problem(law, points.x, points.y, objective, weights=of_points, fixed=fixed, bounds=bounds)
+    found = estimated(problem, groups_of(rows, points.x))
     hidden = unidentified(law, points.x, fixed)
-    drawn = _drawn(problem, minima[0].vector, points, df.loc[points.index], resamples, hidden, is_tested)
-    result = _result(problem, minima, points, drawn, hidden)
-    return replace(result, fixed=fixed, bounds=bounds, loss_unit=loss_unit(df), names=names_of(df))
+    own = intervals_of(found, hidden)
+    params = {name: float(v) for name, v in law.reported(found.params).items()}
+    flags, not_identified = diagnose(found, params, own, points, hidden)
+    against = lack_of_fit(found, points, rows) if is_tested else ()
+    return Fit(
+        law=law,
+        objective=found.problem.objective,
+        params=params,
+        intervals={name: own[name] for name in params if name in own},
+        flags=(*flags, *against),
+        not_identified=not_identified,
+        objective_value=found.minima[0].total,
+        num_points=len(points.y),
+        num_rows=points.num_rows,
+        exclusions=points.exclusions,
+        ranges={v: (float(values.min()), float(values.max())) for v, values in points.x.items()},
+        columns=points.columns,
+        data=_data(found, points),
+        estimate=found,
+        weights=weights or "",
+        names=names_of(df),
+        loss_unit=loss_unit(df),
+        fixed=fixed,
+        bounds=bounds,
+    )
 
 
-def best_minima(problem: Problem) -> tuple[Problem, list[Minimum]]:
-    """The distinct minima, best first; an objective that takes its scale from the residuals is given it first.
+def weights_of(rows: pd.DataFrame, by: str) -> Array:
+    """Weights (n,) of points, 1 on average, in proportion to their compute or to a column.
 
-    The scale is that of a nearly least-absolute-deviations fit, which no few outliers can move, and once more that of
-    the fit which follows from it.
+    Raises:
+        AnalysisError: no such column, or a value that is not positive.
     """
-    if not problem.objective.multiple:
-        return problem, global_minimum(problem)
-    free = int(problem.movable.sum())
-    pilot = global_minimum(replace(problem, objective=HUBER_LOG))
-    if not pilot:
-        return problem, []
-    residual = np.sort(np.abs(problem.residual(pilot[0].vector)))
-    sd = 1.4826 * float(np.median(residual[min(free, len(residual) - 1) :]))  # it passes through `free` points
-    vectors = np.array([m.vector for m in pilot])
-    for _ in range(2):
-        problem = replace(problem, objective=problem.objective.with_scale(sd))
-        refined, totals = minimise(problem, vectors)
-        sd = _robust_sd(problem.residual(refined[np.argmin(totals)]), free)
-    return problem, global_minimum(problem, extra=vectors, count=MAX_STARTS)  # every valley is among the vectors
+    rows = with_compute(rows) if by == COMPUTE else rows
+    name = our_name(rows, "C" if by == COMPUTE else by)
+    if name not in rows:
+        raise no_column(rows, name, " to weight by")
+    values = pd.to_numeric(rows[name], errors="coerce").to_numpy(float)
+    if not np.all(np.isfinite(values) & (values > 0)):
+        raise AnalysisError(f"{name} has values that are not positive numbers, so points cannot be weighted by it.")
+    return values / values.mean()
 
 
-def _robust_sd(residual: Array, free: int) -> float:
-    """Standard deviation (robust) of the errors behind residuals of a fit with `free` parameters."""
-    return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(residual) / max(1, len(residual) - free)))
+def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]:
+    """Find 95 % intervals of the law's own, the reported and the derived parameters; none of those that are held.
 
-
-def _pull_and_slope(delta: float, residual: Array, free: int) -> tuple[Array, Array]:
-    """The objective's pull on every point and how fast it changes with the residual (n,), for the sandwich.
-
-    The slope is a difference over a bandwidth, since the pull has kinks: 1 within the quadratic zone, 0 outside.
+    Exponents, coefficients and reported parameters of any magnitude have intervals of their logarithm; a limit such as
+    E, and derived exponents, of themselves. A coefficient whose contribution may be nil begins at 0.
     """
-    width = max(_robust_sd(residual, free) * len(residual) ** -0.2, 1e-12)
-    lower, pull, upper = (np.clip(residual + move, -delta, delta) for move in (-width, 0.0, width))
-    return pull, np.maximum((upper - lower) / (2 * width), LEAST_SLOPE)
+    law, problem = found.problem.law, found.problem
+    held = {p.name for p, movable in zip(law.parameters, problem.movable, strict=True) if not movable}
+    logs = {p.name for p in law.parameters if p.log} | {*law.magnitudes}
+    logs |= {p.name for p, is_scaled in zip(law.linear, _scaled(found), strict=True) if is_scaled}
+    values = {**found.params, **law.reported(found.params)}
+    out = {}
+    for name in values:
+        if name in held:
+            continue
+        if name in hidden:
+            out[name] = Interval(low=np.nan, high=np.nan)
+            continue
+        is_log = name in logs and values[name] > 0
+
+        def value(p: Mapping[str, Array], name: str = name, is_log: bool = is_log) -> Array:
+            with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+                return np.log({**p, **law.reported(p)}[name]) if is_log else {**p, **law.reported(p)}[name]
+
+        with np.errstate(over="ignore"):
+            low, high = (float(np.exp(end) if is_log else end) for end in np.concatenate(found.interval_of(value)))
+        out[name] = Interval(low=low, high=high)
+    return _within(found, out)
 
 
-def _drawn(
-    problem: Problem,
-    vector: Array,
-    points: Observations,
-    rows: pd.DataFrame,
-    num: int,
-    hidden: frozenset[str],
-    is_tested: bool,
-) -> tuple[dict[str, Array], Groups, Components | None, tuple[Flag, ...]]:
-    """Draws of the law's own parameters (num,), points that share errors, their components, flags about both."""
-    jacobian = problem.linearised(vector)
-    groups, unseen = with_spread(groups_of(rows, points.x), jacobian)
-    if not num:
-        return {}, groups, None, ()
-    weights = problem.weights
-    pull, slope = _pull_and_slope(problem.objective.delta, problem.residual(vector), jacobian.shape[1])
-    found = sandwich(jacobian, pull / slope, weights * slope, groups.clusters(len(pull)))
-    residual = pull / np.average(slope, weights=weights)  # outliers are drawn in, the others stretched for it
-    errors = components_of(jacobian, residual, weights, groups)
-    rng = np.random.default_rng([0, zlib.crc32(f"{problem.law.name} {points.columns['y']}".encode())])
-    shift = np.zeros((num, len(vector)))
-    shift[:, problem.movable] = found.draws(num, rng)
-    params = problem.params_of(_followed(problem, vector, shift, hidden, rng))
-    flags = [Flag(kind="unseen", subject=name) for name in unseen]
-    against = lack_of_fit(problem, vector, residual, groups, errors, points, rows) if is_tested else ()
-    return params, groups, errors, (*flags, *against)
+def _scaled(found: Estimate) -> list[bool]:
+    """Tell which linear coefficients belong to a term that varies over the points, which a limit does not."""
+    parts = found.problem.basis(found.vector[None])
+    return [bool(np.ptp(part) > 1e-12 * np.abs(part).max()) for part in parts]
 
 
-def _followed(problem: Problem, vector: Array, shift: Array, hidden: frozenset[str], rng: np.random.Generator) -> Array:
-    """Vectors (num, k) within the bounds whose laws lie nearest to those that shifts (num, k) of an optimum ask for.
+def _within(found: Estimate, intervals: dict[str, Interval]) -> dict[str, Interval]:
+    """Clip intervals of the law's own parameters to their bounds; one of a coefficient that may be nil begins at 0."""
+    problem, out = found.problem, dict(intervals)
+    free = np.flatnonzero(problem.movable).tolist()
+    errors, degrees = found.covariance.of_contrasts(np.eye(len(free)))
+    halves = half_width(errors, degrees, CONFIDENCE)
+    for j, half in zip(free, halves.tolist(), strict=True):
+        p, at = problem.law.parameters[j], float(found.vector[j])
+        if p.name not in out or not out[p.name].is_known and j >= problem.num_linear:
+            continue
+        low, high = (float(np.exp(end[j]) if p.log else end[j]) for end in (problem.lower, problem.upper))
+        i = out[p.name]
+        if j < problem.num_linear and at - half <= problem.lower[j]:
+            unit = found.params[p.name] / at if at else _per_unit(found, p.name, j)
+            out[p.name] = Interval(low=low, high=min(max(i.high if i.is_known else 0.0, (at + half) * unit), high))
+        elif i.is_known:
+            out[p.name] = Interval(low=max(i.low, low), high=min(i.high, high))
+    return out
 
-    The values of the law move as far as its derivatives say, and the parameters follow them: along a curved valley, and
-    no floor above the law's lowest value, where the shifted parameters themselves would leave both. Exponents that no
-    loss could tell start anywhere within their bounds.
-    """
-    scales = np.unique([problem.x[v][:-1] for v in problem.law.variables], axis=1, return_index=True)[1]
-    if len(scales) > FOLLOWED_SCALES:
-        scales = scales[np.linspace(0, len(scales) - 1, FOLLOWED_SCALES).astype(int)]
-    some = problem.at_points(scales)
-    some = replace(some, objective=LOG_LSQ if problem.objective.log else LSQ)
-    fitted, start = some.predict(vector[None])[0], np.repeat(vector[None], len(shift), axis=0)
-    if anywhere := [j for j, name in enumerate(problem.law.names) if j >= problem.num_linear and name in hidden]:
-        start[:, anywhere] = rng.uniform(problem.lower[anywhere], problem.upper[anywhere], (len(shift), len(anywhere)))
-        same, theta = replace(some, y=fitted), start[:, problem.num_linear :]
-        start[:, : problem.num_linear] = project(same, design(same, theta), same.weights)
-    moved = shift[:, some.movable] @ some.linearised(vector).T
-    moved = np.clip(moved, -FARTHEST, FARTHEST) if some.objective.log else moved
-    return minimise(replace(some, y=some.objective.inverse(some.objective.transform(fitted) + moved)), start)[0]
+
+def _per_unit(found: Estimate, name: str, j: int) -> float:
+    """Parameter per unit of its coordinate j, where that is 0."""
+    vector = found.vector.copy()
+    vector[j] = 1.0
+    return float(found.problem.params_of(vector[None])[name][0])
+
+
+def _data(found: Estimate, points: Observations) -> pd.DataFrame:
+    """Collect the fitted points: variables, y, fitted, residual."""
+    fitted, residual = found.problem.predict(found.vector[None])[0], found.problem.residual(found.vector)
+    return pd.DataFrame(points.x, index=points.index).assign(y=points.y, fitted=fitted, residual=residual)
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:
@@ -193,42 +204,3 @@ def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[floa
             raise AnalysisError(f"{name} of {law.formula} needs {what} numbers, so it cannot be {low:g}.")
         if name in bounds and not low < high:
             raise AnalysisError(f"The bounds of {name} are {low:g} and {high:g}; the first must be the smaller.")
-
-
-def _result(
-    problem: Problem,
-    minima: list[Minimum],
-    points: Observations,
-    drawn: tuple[dict[str, Array], Groups, Components | None, tuple[Flag, ...]],
-    hidden: frozenset[str],
-) -> Fit:
-    draws, groups, errors, against = drawn
-    best, law = minima[0], problem.law
-    law_params = {name: float(v[0]) for name, v in problem.params_of(best.vector[None]).items()}
-    params = {name: float(v) for name, v in law.reported(law_params).items()}
-    held = {p.name for p, movable in zip(law.parameters, problem.movable, strict=True) if not movable}
-    free = {k: v for k, v in law.reported(draws).items() if k not in held} if draws else {}
-    nothing = np.array([])
-    intervals = {name: interval(nothing if name in hidden else v) for name, v in free.items()}
-    flags, not_identified = diagnose(problem, minima, params, draws, intervals, points, hidden)
-    fitted = problem.predict(best.vector[None])[0]
-    data = pd.DataFrame(points.x, index=points.index).assign(y=points.y, fitted=fitted)
-    return Fit(
-        law=law,
-        objective=problem.objective,
-        params=params,
-        intervals=intervals,
-        flags=(*flags, *against),
-        not_identified=not_identified,
-        objective_value=best.total,
-        num_points=len(points.y),
-        num_rows=points.num_rows,
-        exclusions=points.exclusions,
-        ranges={v: (float(values.min()), float(values.max())) for v, values in points.x.items()},
-        columns=points.columns,
-        data=data.assign(residual=problem.residual(best.vector)),
-        law_params=law_params,
-        draws=draws,
-        groups=groups,
-        errors=errors,
-    )

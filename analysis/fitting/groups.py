@@ -9,53 +9,65 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.laws.base import Array
+from aimscale.analysis.table.names import our_name
 
 SIZE_COLUMNS = ("params_total", "N", "size")
-"""Where a size is told from, where the law itself has no N."""
+"""Columns that tell a size, where the law itself has no N."""
 VISIBLE = 0.5
-"""The spread of groups is seen where the law leaves at least this share of some errors that their points share."""
+"""A variance component of groups is estimated only if the fit's residual maker keeps at least this share of some effect
+that the points of groups share."""
 MANY = 100
 """More groups than this leave plenty."""
+SAME_COMPUTE = 0.1
+"""Rows whose C differ by less than this fraction share a budget of compute (the rule of approach 2)."""
+SAME_DATA = 1e-3
+"""Rows whose D differ by less than this fraction share a budget of data: whole steps round it."""
+SHARED = 0.5
+"""Share of the points that must share a budget with another size for budgets to be groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Numbers of the groups of every point."""
+    """Numbers of the groups of every point; None where no group has several points that another grouping tells apart."""
 
     sizes: Array | None = None
-    """Size of each point (n,); None where no size has several points."""
+    """Size of each point (n,)."""
+    budgets: Array | None = None
+    """Budget of each point (n,): its D, or its C in a design of equal compute."""
     runs: Array | None = None
-    """Run of each point (n,), nested in sizes; None where every run has a single point, runs are sizes, or the table
-    names no runs."""
+    """Run of each point (n,), nested in sizes; None where runs are sizes, or the table names no runs."""
 
     @property
     def named(self) -> dict[str, Array]:
-        """Groupings by what they are of, the largest groups first."""
-        return {k: v for k, v in (("sizes", self.sizes), ("runs", self.runs)) if v is not None}
+        """Groupings by what they are of."""
+        found = {"sizes": self.sizes, "budgets": self.budgets, "runs": self.runs}
+        return {name: codes for name, codes in found.items() if codes is not None}
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many groups of each kind there are."""
+        """Number of groups of each kind."""
         return {name: int(codes.max()) + 1 for name, codes in self.named.items()}
 
-    def clusters(self, num_points: int) -> Array:
-        """The largest groups that share errors (n,): sizes, else runs, else the points themselves."""
-        return next(iter(self.named.values()), np.arange(num_points))
+    def clusterings(self, num_points: int) -> dict[str, Array]:
+        """Clusters of an error: sizes (else runs, else the points themselves), and budgets, which cross them."""
+        largest = next((name for name in ("sizes", "runs") if name in self.named), "points")
+        first = {largest: self.named.get(largest, np.arange(num_points))}
+        return first if self.budgets is None else {**first, "budgets": self.budgets}
 
     def with_one_more(self) -> Groups:
-        """With a last point of a size and a run of its own."""
+        """Append a point of a size, a budget and a run of its own."""
         return Groups(**{name: np.append(codes, codes.max() + 1) for name, codes in self.named.items()})
 
     def rows(self, keep: Array) -> Groups:
-        """The groups of some of the points (mask), numbered anew."""
+        """Select the groups of some of the points (mask), numbered anew."""
         return Groups(**{name: _codes(codes[keep]) for name, codes in self.named.items()})
 
 
 def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
-    """Sizes and runs of the points of a fit.
+    """Find sizes, budgets and runs of the points of a fit.
 
-    A size is a value of N (of the law, else of the table). A run is a `run_id`; without one, a size and a seed; rows of
-    a size without either are one run. Groups of a single point each say nothing, and runs that are sizes are told once.
+    A size is a value of N (of the law, else of the table). A budget is a value of D, or of C in a design of equal
+    compute. A run is a `run_id`; without one, a size and a seed; rows of a size without either are one run.
 
     Args:
         rows: the table's rows of the fitted points (n,).
@@ -64,16 +76,15 @@ def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
     sizes = _sizes(rows, x)
     runs = _runs(rows, sizes)
     if runs is not None and sizes is not None:
-        pairs = np.unique(np.stack([runs, sizes]), axis=1)
-        if pairs.shape[1] > runs.max() + 1:  # a run of several sizes
+        if _num_pairs(runs, sizes) > runs.max() + 1:  # a run of several sizes
             sizes = None
         elif runs.max() == sizes.max():
             runs = None
-    return Groups(sizes=_shared(sizes), runs=_shared(runs))
+    return Groups(sizes=_several(sizes), budgets=_several(_budgets(rows, x, sizes)), runs=_several(runs))
 
 
-def with_spread(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...]]:
-    """The groups whose spread the law leaves visible, and the names ("sizes", "runs") of those it does not.
+def visible_groups(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...]]:
+    """Split groups into those whose spread the law leaves visible, and the names of those it does not.
 
     A law that bends through three sizes leaves next to nothing of them over (nothing but for the logarithm that is
     fitted): errors that sizes share cannot be seen then.
@@ -111,12 +122,49 @@ def _runs(rows: pd.DataFrame, sizes: Array | None) -> Array | None:
     return None
 
 
+def _budgets(rows: pd.DataFrame, x: Mapping[str, Array], sizes: Array | None) -> Array | None:
+    """Number the budgets that most points share with another size: equal D, else equal C."""
+    if sizes is None:
+        return None
+    for variable, num_sizes in (("D", 2), ("C", 3)):  # two random runs are of nearly equal compute soon, three are not
+        values = _scale(variable, rows, x)
+        if values is None or not np.all(values > 0):
+            continue
+        logs = np.log(values)
+        codes = _chained(logs, SAME_DATA if variable == "D" else np.log1p(SAME_COMPUTE) / 2)
+        of_several = np.array([len(np.unique(sizes[codes == k])) >= num_sizes for k in range(codes.max() + 1)])
+        if of_several[codes].mean() >= SHARED and of_several.sum() > 1 and _num_pairs(codes, sizes) > sizes.max() + 1:
+            return codes
+    return None
+
+
+def _scale(variable: str, rows: pd.DataFrame, x: Mapping[str, Array]) -> Array | None:
+    """Take a variable from the law's, else from the table; C of a table that does not count it is N D."""
+    if variable in x:
+        return np.asarray(x[variable], float)
+    if (name := our_name(rows, variable)) in rows:
+        return pd.to_numeric(rows[name], errors="coerce").to_numpy(float)
+    return x["N"] * x["D"] if variable == "C" and {"N", "D"} <= set(x) else None
+
+
+def _chained(values: Array, gap: float) -> Array:
+    """Number groups of values (n,) whose sorted neighbours lie within a gap."""
+    order = np.argsort(values, kind="stable")
+    codes = np.empty(len(values), int)
+    codes[order] = np.concatenate([[0], np.cumsum(np.diff(values[order]) > gap)])
+    return codes
+
+
+def _num_pairs(a: Array, b: Array) -> int:
+    return int(np.unique(np.stack([a, b]), axis=1).shape[1])
+
+
 def _codes(labels: Array) -> Array:
     return np.unique(labels, return_inverse=True)[1]
 
 
-def _shared(codes: Array | None) -> Array | None:
-    """None where there is one group, or none with two points."""
+def _several(codes: Array | None) -> Array | None:
+    """Drop a grouping of one group, or of single points."""
     if codes is None or codes.max() == 0 or codes.max() + 1 == len(codes):
         return None
     return codes

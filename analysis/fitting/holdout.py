@@ -12,7 +12,7 @@ from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.names import no_column, our_name
 
 
-def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, resamples: int = 300) -> HeldOut:
+def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1) -> HeldOut:
     """Refit without the `num_values` largest values of a variable or column, and predict those rows.
 
     The naive baseline is a straight line in log-log (no offset) against `by`, extended: drawn through
@@ -23,7 +23,6 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
         result: the fit whose law, objective and columns are used.
         by: variable of the law (N, D, C) or a column of the table.
         num_values: how many of the largest distinct values to hold out.
-        resamples: draws for the prediction intervals.
 
     Returns:
         Error of the law on what was left out, and that of a straight line.
@@ -33,20 +32,20 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1, res
 
     Example:
         >>> table = read_table("results.parquet")
-        >>> held_out(fit("chinchilla", table), table, by="D", resamples=20).mean_abs_relative_error
+        >>> held_out(fit(table, "chinchilla"), table, by="D").mean_abs_relative_error
     """
     points, data = df.loc[result.data.index], result.data
     scale = data[by].to_numpy(float) if by in data else _scale(points, by)
     test = largest(scale, num_values, by)
     refit = fit(
-        result.law,
         points[~test],
+        result.law,
         y=result.columns["y"],
         objective=result.objective,
         columns={k: v for k, v in result.columns.items() if k in result.law.variables},
         fixed=result.fixed,
         bounds=result.bounds,
-        resamples=resamples,
+        weights=result.weights or None,
         is_tested=False,
     )
     predicted, y = refit.predict(points[test]), data["y"].to_numpy()

@@ -24,13 +24,13 @@ STEP, MOVED = 1e-3, 1e-7
 """How far parameters are moved along such a direction, and the relative change by which one is seen to follow."""
 PLACE = 0.35, 0.618
 """Non-linear parameters are set from this share of their range on, each by the golden ratio further within a third of
-it: a place without the symmetries of a middle, where parameters could look alike that are not."""
+it: any generic interior point will do, but in the middle some laws are degenerate."""
 MAX_CELLS = 400
 """Scales that are looked at: evenly spaced ones where there are more."""
 
 
 def unidentified(law: Law, x: Mapping[str, Array], held: Collection[str] = ()) -> frozenset[str]:
-    """Parameters, reported and derived ones included, that measurements at these scales cannot tell.
+    """Find the parameters, reported and derived ones included, that measurements at these scales cannot tell.
 
     Args:
         x: variable -> values (n,).
@@ -44,7 +44,7 @@ def unidentified(law: Law, x: Mapping[str, Array], held: Collection[str] = ()) -
     problem = make_problem(law, scales, np.ones(cells.shape[1]), LOG_LSQ)
     vector = _place(problem)
     movable = np.array([name not in held for name in law.names])
-    jacobian = problem.predict_and_jacobian(vector[None])[1][0][movable].T
+    jacobian = problem.predict_and_jacobian(vector)[1][movable].T
     size = np.linalg.norm(jacobian, axis=0)
     size = np.where(size > 0, size, 1.0)
     _, singular, axes = np.linalg.svd(np.linalg.qr(jacobian / size, mode="r"))
@@ -58,12 +58,12 @@ def unidentified(law: Law, x: Mapping[str, Array], held: Collection[str] = ()) -
 
 
 def num_values(values: Array) -> int:
-    """Different values of a variable (n,); those within a few per cent are one."""
+    """Count the different values of a variable (n,); those within a few per cent are one."""
     return len(_values(np.asarray(values, float))[0])
 
 
 def _values(values: Array) -> tuple[Array, Array]:
-    """Different values (m,), and which of them each value is (n,)."""
+    """Return the different values (m,), and which of them each value is (n,)."""
     order = np.unique(values)
     span, kept, i = order[-1] - order[0], [], 0
     while i < len(order):
@@ -73,7 +73,7 @@ def _values(values: Array) -> tuple[Array, Array]:
 
 
 def _place(problem: Problem) -> Array:
-    """A vector (k,) inside the bounds, every term of the law as strong as the others at the data's centre."""
+    """Choose a vector (k,) inside the bounds, every term of the law as strong as the others at the data's centre."""
     vector, start = np.ones(len(problem.lower)), problem.num_linear
     lower, upper = problem.lower[start:], problem.upper[start:]
     share = PLACE[0] + np.mod(PLACE[1] * np.arange(len(lower)), 1.0) / 3
@@ -82,7 +82,7 @@ def _place(problem: Problem) -> Array:
 
 
 def _moved(problem: Problem, vector: Array, step: Array) -> set[str]:
-    """Names of parameters of the law, reported and derived ones too, that a step changes."""
+    """Name the parameters of the law, reported and derived ones too, that a step changes."""
     params = problem.params_of(np.stack([vector - step, vector + step]))
     out = set()
     for name, (low, high) in {**params, **problem.law.reported(params)}.items():

@@ -1,22 +1,22 @@
 """What speaks against a fitted law.
 
-More scatter than replicates have, patterns in residuals, a size or a budget that lies off the law fitted without it.
+More scatter than replicates have, patterns in residuals, a size or a budget that lies off the law fitted without it. All
+tests take the estimate's own components of variance for the null: what points of a size, a budget or a run share is no
+misfit.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from aimscale.analysis.fitting.errors import Components, components_of
-from aimscale.analysis.fitting.groups import Groups, groups_of, with_spread
-from aimscale.analysis.fitting.optimise import minimise
-from aimscale.analysis.fitting.problem import Problem
+from aimscale.analysis.fitting.covariance import components_of, linear_design
+from aimscale.analysis.fitting.groups import Groups, groups_of, visible_groups
+from aimscale.analysis.fitting.inference import Estimate
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.design import held_equal
 from aimscale.analysis.table.points import Observations
@@ -29,76 +29,57 @@ MIN_GROUPS, MAX_GROUPS = 5, 30
 MOST_POINTS = 400
 """Points that the test of the form looks at: of larger tables those of evenly spaced cells."""
 HARDLY = 1e-3
-"""A pattern of which the law leaves less than this share is one that the law can follow."""
+"""Patterns that the law's own derivatives explain to 99.9 % are not tested."""
 FAMILY_ALARM = 0.05
-"""Probability that any group of a sound table is named."""
+"""Probability that any group of any variable of a sound table is named (Bonferroni)."""
+CURVE = 4
+"""Degrees of freedom of groups that a law's curve in one variable (limit, coefficient, exponent) and the group that is
+left out take."""
 BLIND_THRESHOLD = 6.0
 """Where too few sizes are left to know their spread, a group must lie this many standard deviations of points off."""
 
 
-def lack_of_fit(
-    problem: Problem,
-    vector: Array,
-    residual: Array,
-    groups: Groups,
-    errors: Components,
-    points: Observations,
-    rows: pd.DataFrame,
-) -> tuple[Flag, ...]:
-    """Flags against a fit; none where nothing speaks against it.
+def lack_of_fit(found: Estimate, points: Observations, rows: pd.DataFrame) -> tuple[Flag, ...]:
+    """Collect flags against a fit; none where nothing speaks against it.
 
     Args:
-        vector: the optimum (k,).
-        residual: residuals (n,) whose least squares it is.
-        groups: points that share errors the law leaves visible.
+        rows: the table's rows of the fitted points (n,).
     """
-    return (
-        *_form(problem, problem.linearised(vector), residual, groups, errors, points, rows),
-        *_odd_groups(problem, vector, points, rows),
-    )
+    return (*_form(found, points, rows), *_odd_groups(found, points, rows))
 
 
-def _form(
-    problem: Problem,
-    jacobian: Array,
-    residual: Array,
-    groups: Groups,
-    errors: Components,
-    points: Observations,
-    rows: pd.DataFrame,
-) -> Iterator[Flag]:
-    """Lack of fit against replicates, else patterns."""
+def _form(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
+    """Test for lack of fit against replicates, else for patterns."""
     cells = _replicates(points, rows)
     keep = _whole_cells(cells)
-    weights, shared = problem.weights[keep], groups.rows(keep)
-    root, codes = np.sqrt(weights), np.unique(cells[keep], return_inverse=True)[1]
-    scaled, law, num = residual[keep] * root, jacobian[keep] * root[:, None], int(codes.max()) + 1
+    root = np.sqrt(found.design.weights[keep])
+    codes = np.unique(cells[keep], return_inverse=True)[1]
+    scaled, law, num = found.residual[keep] * root, found.design.x[keep] * root[:, None], int(codes.max()) + 1
     kind, subject = "scatter", ""
     if law.shape[1] < num < len(codes):
         wider = np.eye(num)[codes] * root[:, None]
-        # what all points of a size share is no noise of replicates but lack of fit: the null is without it
-        errors = replace(errors, size=0.0)
     else:
         names, wider = _patterns(law, root, {v: values[keep] for v, values in points.x.items()})
         if not names or len(keep) <= law.shape[1] + len(names):
             return
         kind, subject = "pattern", names[int(np.argmax(np.abs(scaled @ wider)))]
     above, below = _beyond(law, wider)
-    f, p, excess = ratio_test(scaled, above, below, errors.covariance(weights, shared))
+    covariance = found.components.covariance(found.groups.rows(keep), len(keep)) * root[:, None] * root
+    f, p, excess = ratio_test(scaled, above, below, covariance)
     if p <= ALARM:
-        size = 100 * excess / float(np.sqrt(np.sum(weights)))
+        size = 100 * excess / float(np.sqrt(np.sum(root**2)))
         yield Flag(kind=kind, subject=subject, number=size, p=p, more=(f, above.shape[1], below.shape[1]))
 
 
 def _replicates(points: Observations, rows: pd.DataFrame) -> Array:
-    """Cell of each point (n,): rows of a cell agree in the law's variables and in every setting but the seed."""
+    """Number the cell of each point (n,): rows of a cell agree in the law's variables and every setting but the seed."""
     scales = {f"x {v}": np.round(np.log(values + 1e-300), 9) for v, values in points.x.items()}
     both = pd.DataFrame(scales, index=rows.index).join(rows[held_equal(rows, ("seed", *points.columns.values()))])
     return both.groupby(list(both), dropna=False).ngroup().to_numpy()
 
 
 def _whole_cells(cells: Array) -> Array:
-    """Indices of all points, or of a large table those of evenly spaced cells."""
+    """Return the indices of all points, or of a large table those of evenly spaced cells."""
     num, most = int(cells.max()) + 1, MOST_POINTS / len(cells)
     chosen = np.arange(num) if most >= 1 else np.linspace(0, num - 1, max(1, int(num * most))).astype(int)
     return np.flatnonzero(np.isin(cells, chosen))
@@ -140,9 +121,8 @@ def _beyond(law: Array, wider: Array) -> tuple[Array, Array]:
     known = _basis(law)
     unit = wider / np.linalg.norm(wider, axis=0)
     above = _basis(unit - known @ (known.T @ unit), least=1e-6)
-    return above, np.linalg.qr(np.column_stack([known, above]), mode="complete")[0][
-        :, known.shape[1] + above.shape[1] :
-    ]
+    both = np.linalg.qr(np.column_stack([known, above]), mode="complete")[0]
+    return above, both[:, known.shape[1] + above.shape[1] :]
 
 
 def _basis(columns: Array, least: float = 0.0) -> Array:
@@ -153,7 +133,7 @@ def _basis(columns: Array, least: float = 0.0) -> Array:
 
 
 def _patterns(law: Array, root: Array, x: Mapping[str, Array]) -> tuple[list[str], Array]:
-    """Squares and products of the variables' logarithms that the law leaves: names, and unit columns (n, q).
+    """Find squares and products of the variables' logarithms that the law leaves: names, and unit columns (n, q).
 
     Args:
         law: its derivatives (n, k) times the roots (n,) of the weights.
@@ -169,18 +149,21 @@ def _patterns(law: Array, root: Array, x: Mapping[str, Array]) -> tuple[list[str
     return [name for name, keep in zip(named, kept, strict=True) if keep], left[:, kept] / size[kept]
 
 
-def _odd_groups(problem: Problem, vector: Array, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
-    """The size that lies farthest off the law fitted without it, if any does, and likewise the value of any other
+def _odd_groups(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
+    """Find the size that lies farthest off the law fitted without it, if any does, and likewise the value of any other
     variable: its neighbours may suffer from it."""
-    shared = groups_of(rows, points.x)
     for v, values in points.x.items():
         codes = np.unique(np.round(np.log(np.maximum(values, 1e-300)), 9), return_inverse=True)[1]
         first = np.unique(codes, return_index=True)[1]
-        left = problem.num_points - np.bincount(codes).max()
-        if not MIN_GROUPS <= len(first) <= MAX_GROUPS or len(first) == len(codes) or left <= problem.movable.sum() + 1:
+        left = len(codes) - np.bincount(codes).max()
+        enough = left > found.problem.movable.sum() + 1
+        if not MIN_GROUPS <= len(first) <= MAX_GROUPS or len(first) == len(codes) or not enough:
             continue
-        off, deviations, threshold = _left_out(problem, vector, shared, codes).T
-        odd = np.where(np.abs(deviations) > threshold, np.abs(deviations), 0.0)
+        tests = np.array([_left_out(found, groups_of(rows, points.x), codes == k) for k in range(len(first))])
+        off, deviations, is_blind = tests.T
+        level = FAMILY_ALARM / len(points.x) / len(first)
+        usual = float(student.ppf(1 - level / 2, max(1, len(first) - CURVE)))
+        odd = np.where(np.abs(deviations) > np.where(is_blind, BLIND_THRESHOLD, usual), np.abs(deviations), 0.0)
         if not odd.any():
             continue
         worst = int(np.argmax(odd))
@@ -190,28 +173,25 @@ def _odd_groups(problem: Problem, vector: Array, points: Observations, rows: pd.
         yield Flag(kind="off", subject=name, number=100 * float(off[worst]), more=(by, float(odd[worst])))
 
 
-def _left_out(problem: Problem, vector: Array, shared: Groups, codes: Array) -> Array:
-    """Leave each group out (groups, 3): its mean residual of T(y) from the law without it, the same in standard
-    deviations, and how many of these only one sound table in twenty has anywhere.
+def _left_out(found: Estimate, shared: Groups, out: Array) -> tuple[float, float, bool]:
+    """Compare a group of points (mask) with the law without them, by the linearised fit to the others.
 
-    Args:
-        vector: the optimum (k,).
-        shared: points that share errors.
-        codes: number of each point's group (n,).
+    With G the inverse design of the others, the group's mean residual g'r less what the law's parameters moved is
+    g'e_out - g'X_out G e_rest: a contrast of all errors, whose variance the others' components tell.
+
+    Returns:
+        The mean residual of T(y) from the law without the group, the same in standard deviations, and whether too few
+        groups are left to tell what their points share.
     """
-    num = int(codes.max()) + 1
-    masks = codes != np.arange(num)[:, None]
-    vectors, _ = minimise(problem, np.repeat(vector[None], num, axis=0), masks * problem.weights)
-    found = []
-    for keep, moved in zip(masks, vectors, strict=True):
-        residual, jacobian, root = problem.residual(moved), problem.linearised(moved), np.sqrt(problem.weights * keep)
-        share = problem.weights * ~keep / np.sum(problem.weights[~keep])
-        # the group's mean less the law without it, as a sum over all points' errors
-        gap = share - (share @ jacobian) @ np.linalg.pinv(jacobian * root[:, None], rcond=1e-9) * root
-        left, unseen = with_spread(shared.rows(keep), jacobian[keep])
-        near = np.clip(residual[keep], -problem.objective.delta, problem.objective.delta)
-        spread = components_of(jacobian[keep], near, problem.weights[keep], left)
-        sd, off = np.sqrt(float(spread.variance_of(gap[None], problem.weights, shared)[0])), float(share @ residual)
-        usual = float(student.ppf(1 - FAMILY_ALARM / 2 / num, max(1, num - 3)))
-        found.append((off, off / max(sd, 1e-300), BLIND_THRESHOLD if unseen else usual))
-    return np.array(found)
+    jacobian, weights, keep = found.problem.linearised(found.vector), found.problem.weights, ~out
+    share = np.where(out, weights, 0.0) / weights[out].sum()
+    inverse = np.zeros((jacobian.shape[1], len(out)))
+    rest = linear_design(jacobian[keep], weights[keep])
+    inverse[:, keep] = rest.inverse
+    moved = inverse @ found.residual
+    gap = share - (share @ jacobian) @ inverse
+    left, unseen = visible_groups(shared.rows(keep), jacobian[keep])
+    spread = components_of(rest, (found.residual - jacobian @ moved)[keep], left)
+    sd = float(np.sqrt(spread.variance_of(gap[None], shared)[0]))
+    off = float(share @ (found.problem.residual(found.vector) - jacobian @ moved))
+    return off, off / max(sd, 1e-300), bool(unseen)

@@ -1,136 +1,46 @@
-"""The global minimum of a law's objective, for one data set or for thousands of resamples at once.
+"""The global minimum of a law's objective.
 
 1. On a fixed grid of the non-linear parameters the linear ones are projected out: a bounded weighted least-squares
    problem of a few unknowns per grid point, for all points together (variable projection, Golub and Pereyra 1973).
-2. The best distinct grid points are refined together by a bounded Levenberg-Marquardt-Newton method.
+2. The best distinct grid points are refined by `scipy.optimize.least_squares` within the bounds, roughly at first, and
+   those that lead to distinct minima to the end.
 3. A robust objective is reached by continuation: the quadratic zone of the Huber loss shrinks from the residuals' scale
    to its target.
-
-Everything carries a leading batch dimension: starts, resamples, or both. A resample is a row of weights.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import least_squares
 from scipy.spatial import cKDTree
 
-from aimscale.analysis.fitting.problem import Problem, objective_of
+from aimscale.analysis.fitting.problem import Problem
 from aimscale.analysis.laws.base import Array
 
-MAX_STARTS = 8
-LATTICE_STARTS = 48
+MIN_STARTS = 3
+"""Starts that are refined, or as many as there are non-linear parameters: on 444 fits of public tables 16 found no lower
+minimum of any law than these did."""
 RADIUS = 0.08
 """Starts lie further apart than this share of the range in one parameter or another."""
 NEIGHBOURS = 8
 """A point of the lattice that is lower than so many nearest ones is the floor of a valley."""
 GRID_VALUES = 1_000_000
 """Residuals per chunk of the grid."""
-MAX_GRID_POINTS = 2000
-"""Points that the grid looks at."""
-MAX_ITERATIONS = 200
-CHUNK_VALUES = 250_000
-"""Residuals per chunk of a batch: keeps the Jacobian in the cache."""
-
-
-def minimise(problem: Problem, vector: Array, weights: Array | None = None) -> tuple[Array, Array]:
-    """Refine starts (batch, k) under weights (n,) or (batch, n); returns the optima and their objective (batch,).
-
-    Measurements may be a batch (batch, n) as well: one simulated table for every start.
-    """
-    w = problem.weights if weights is None else weights
-    rows = max(1, CHUNK_VALUES // problem.num_points)
-    out, total = [], []
-    for i in range(0, len(vector), rows):
-        chunk, part = w[i : i + rows] if np.ndim(w) == 2 else w, problem.rows(slice(i, i + rows))
-        with np.errstate(over="ignore", invalid="ignore"):  # a trial step may overflow; it is rejected
-            refined = _continue(part, vector[i : i + rows], chunk)
-        out.append(refined)
-        total.append(objective_of(part, part.predict(refined), chunk))
-    return np.concatenate(out), np.concatenate(total)
-
-
-def _continue(problem: Problem, vector: Array, weights: Array) -> Array:
-    """Newton's method at a shrinking quadratic zone; plain for least squares."""
-    objective = problem.objective
-    if not objective.robust:
-        return _newton(problem, vector, weights, np.full((len(vector), 1), np.inf), MAX_ITERATIONS)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r = objective.transform(problem.y) - objective.transform(problem.predict(vector))
-    r = np.where(np.isfinite(r), r, 1.0)
-    delta = np.maximum(2 * np.median(np.abs(r), axis=1, keepdims=True), objective.delta)
-    while np.any(delta > objective.delta):
-        vector = _newton(problem, vector, weights, delta, 4)
-        delta = np.maximum(delta / 6, objective.delta)
-    return _newton(problem, vector, weights, delta, MAX_ITERATIONS)
-
-
-def _newton(problem: Problem, vector: Array, weights: Array, delta: Array, max_iterations: int) -> Array:
-    """Bounded Levenberg-Marquardt on a batch; a row leaves when its step or its gain is at rounding level."""
-    vector = np.clip(vector, problem.lower, problem.upper)
-    damping = np.full(len(vector), 1e-3)
-    active = np.arange(len(vector))
-    for _ in range(max_iterations):
-        w = weights[active] if np.ndim(weights) == 2 else weights
-        old, part = vector[active], problem.rows(active)
-        total, gradient, hessian, diagonal = _derivatives(part, old, w, delta[active], damping[active])
-        step = _bounded_step(problem, old, gradient, hessian, diagonal * damping[active][:, None])
-        new = np.clip(old + step, problem.lower, problem.upper)
-        new_total = objective_of(part, part.predict(new), w, delta[active])
-        accept = new_total <= total
-        gain = total - new_total
-        vector[active[accept]] = new[accept]
-        damping[active] = np.clip(np.where(accept, damping[active] * 0.15, damping[active] * 6.0), 1e-9, 1e9)
-        small = np.max(np.abs(new - old) / (np.abs(old) + 1e-3), axis=1) < 1e-10
-        done = (accept & (gain <= 1e-14 * np.abs(total)) & (damping[active] < 1e-4)) | small | (damping[active] >= 1e9)
-        active = active[~done]
-        if len(active) == 0:
-            break
-    return vector
-
-
-def _derivatives(
-    problem: Problem, vector: Array, weights: Array, delta: Array, damping: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Objective, gradient, a positive Hessian model and its diagonal.
-
-    The model is Newton's, blended with that of reweighted least squares (which always descends) as the damping grows.
-    """
-    objective = problem.objective
-    value, jacobian = problem.predict_and_jacobian(vector)
-    if objective.log:
-        value = np.maximum(value, 1e-300)
-        r = np.log(problem.y) - np.log(value)
-        jacobian /= value[:, None, :]
-    else:
-        r = problem.y - value
-    size = np.abs(r)
-    total = np.sum(weights * objective.loss(r, delta), axis=1)
-    inside = size <= delta
-    pull = weights * (np.where(inside, r, delta * np.sign(r)) if np.all(np.isfinite(delta)) else r)
-    ratio = np.minimum(1.0, delta / np.maximum(size, 1e-300))
-    blend = np.minimum(damping, 1.0)[:, None]
-    curvature = weights * (inside + blend * (ratio - inside))
-    gradient = -np.einsum("bkn,bn->bk", jacobian, pull)
-    hessian = (jacobian * curvature[:, None, :]) @ jacobian.transpose(0, 2, 1)
-    diagonal = np.einsum("bkk->bk", hessian)
-    return total, gradient, hessian, diagonal + 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
-
-
-def _bounded_step(problem: Problem, vector: Array, gradient: Array, hessian: Array, damping: Array) -> Array:
-    """Newton step with parameters held that are fixed or pushed outward at a bound."""
-    held = (
-        ((vector <= problem.lower) & (gradient > 0)) | ((vector >= problem.upper) & (gradient < 0)) | ~problem.movable
-    )
-    k = vector.shape[1]
-    free = ~held
-    scale = np.sqrt(np.einsum("bkk->bk", hessian) + damping)
-    matrix = hessian / (scale[:, :, None] * scale[:, None, :]) * (free[:, :, None] & free[:, None, :])
-    matrix[:, np.arange(k), np.arange(k)] = 1.0 + 1e-13
-    step = np.linalg.solve(matrix, (-(gradient / scale) * free)[..., None])[..., 0]
-    return step / scale
+MAX_GRID_POINTS = 120
+"""Points that the grid looks at: starts need no more, and are refined on all."""
+ROUGH, FINE = 1e-4, 1e-13
+"""Relative changes of objective, step and gradient at which a refinement ends."""
+MAX_EVALUATIONS = {ROUGH: 25, FINE: 200}
+SAME_MINIMUM = {ROUGH: 0.05, FINE: 0.01}
+"""Relative distance of vectors within which they are taken for one minimum."""
+SHRINK = 6.0
+"""Factor by which the quadratic zone shrinks at each step of the continuation."""
+ON_BOUND = 1e-4
+"""A parameter this near its bound is tried on it: a trust region that stays inside only comes close."""
 
 
 @dataclass(frozen=True)
@@ -143,19 +53,107 @@ class Minimum:
 
 
 def global_minimum(problem: Problem, *, extra: Array | None = None, count: int | None = None) -> list[Minimum]:
-    """Distinct local minima, best first: the grid's best points, refined."""
+    """Find the distinct local minima, best first: the grid's best points, refined.
+
+    Args:
+        extra: further starts (m, k).
+        count: starts of the grid (`starts`).
+    """
     first = starts(problem, count)
     if extra is not None:
         first = np.concatenate([first, extra])
     if len(first) == 0:
         first = np.clip(np.zeros((1, len(problem.lower))), problem.lower, problem.upper)
-    vector, total = minimise(problem, first)
-    minima: list[Minimum] = []
-    for i in np.argsort(total, kind="stable"):
-        distance = [np.max(np.abs(m.vector - vector[i]) / (np.abs(m.vector) + 1e-2)) for m in minima]
-        if np.isfinite(total[i]) and all(d > 1e-2 for d in distance):
-            minima.append(Minimum(vector=vector[i], total=float(total[i])))
-    return minima
+    rough = _distinct([_refined(problem, start, ROUGH) for start in first], ROUGH)
+    return _distinct([minimise(problem, each.vector) for each in rough], FINE)
+
+
+def _distinct(found: list[Minimum], tolerance: float) -> list[Minimum]:
+    """Keep the minima of finite objective that differ, best first."""
+    kept: list[Minimum] = []
+    for each in sorted(found, key=lambda m: m.total):
+        apart = [np.max(np.abs(m.vector - each.vector) / (np.abs(m.vector) + 1e-2)) for m in kept]
+        if np.isfinite(each.total) and all(d > SAME_MINIMUM[tolerance] for d in apart):
+            kept.append(each)
+    return kept
+
+
+def minimise(problem: Problem, start: Array) -> Minimum:
+    """Refine a start (k,) to the local minimum, exactly on the bounds that hold it."""
+    found = _refined(problem, start, FINE)
+    low, high = (np.abs(found.vector - bound) <= ON_BOUND for bound in (problem.lower, problem.upper))
+    if not (near := problem.movable & (low | high)).any():
+        return found
+    bound = np.where(low, problem.lower, problem.upper)
+    lower, upper = np.where(near, bound, problem.lower), np.where(near, bound, problem.upper)
+    held = _refined(replace(problem, lower=lower, upper=upper), np.where(near, bound, found.vector), FINE)
+    return held if held.total <= found.total * (1 + 1e-9) else found
+
+
+def _refined(problem: Problem, start: Array, tolerance: float) -> Minimum:
+    """Minimise from a start, by continuation where the objective is robust; roughly, only its first step is taken."""
+    objective, vector = problem.objective, np.clip(start, problem.lower, problem.upper)
+    with np.errstate(all="ignore"):
+        residual = problem.residual(vector)
+    if problem.movable.any() and np.isfinite(residual).all():
+        delta = objective.delta
+        if objective.robust:
+            delta = max(2 * float(np.median(np.abs(residual))), objective.delta)
+        while delta > objective.delta:
+            vector = _solved(replace(problem, objective=replace(objective, delta=delta)), vector, ROUGH)
+            delta = objective.delta if tolerance == ROUGH else max(delta / SHRINK, objective.delta)
+        if tolerance == FINE or not objective.robust:
+            vector = _solved(problem, vector, tolerance)
+    return Minimum(vector=vector, total=float(problem.totals(problem.predict(vector[None]))[0]))
+
+
+def _solved(problem: Problem, start: Array, tolerance: float) -> Array:
+    """Run scipy's trust region from a vector (k,)."""
+    free, objective, root = problem.movable, problem.objective, np.sqrt(problem.weights)
+    lower, upper, known = problem.lower[free], problem.upper[free], dict[bytes, tuple[Array, Array]]()
+    target = objective.transform(problem.y)
+
+    def evaluated(x: Array) -> tuple[Array, Array]:
+        """Weighted residuals (n,) and their derivatives (n, free); scipy asks for both at one place in turn."""
+        if (key := x.tobytes()) not in known:
+            vector = start.copy()
+            vector[free] = x
+            with np.errstate(all="ignore"):  # a trial step may overflow; it is rejected
+                value, jacobian = problem.predict_and_jacobian(vector)
+                slopes = jacobian[free].T
+                if objective.log:
+                    value = np.maximum(value, 1e-300)
+                    value, slopes = np.log(value), slopes / value[:, None]
+            residual = np.nan_to_num(root * (value - target), nan=1e100, posinf=1e100, neginf=-1e100)
+            known.clear()
+            known[key] = residual, np.nan_to_num(root[:, None] * slopes, posinf=0.0, neginf=0.0)
+        return known[key]
+
+    inside = 1e-9 * np.minimum(1.0, upper - lower)
+    solution = start.copy()
+    solution[free] = least_squares(
+        lambda x: evaluated(x)[0],
+        np.clip(start[free], lower + inside, upper - inside),
+        jac=lambda x: evaluated(x)[1],
+        bounds=(lower, upper),
+        x_scale="jac",
+        loss=_huber(objective.delta * root) if objective.robust else "linear",
+        max_nfev=MAX_EVALUATIONS[tolerance],
+        **dict.fromkeys(("ftol", "xtol", "gtol"), tolerance),
+    ).x
+    return solution
+
+
+def _huber(edges: Array) -> Callable[[Array], Array]:
+    """Huber loss of weighted residuals, with an edge (n,) for each, as scipy takes it: of their squares."""
+
+    def rho(squares: Array) -> Array:
+        size = np.maximum(np.sqrt(squares), 1e-300)
+        inside = size <= edges
+        values = np.where(inside, squares, 2 * edges * size - edges**2)
+        return np.stack([values, np.where(inside, 1.0, edges / size), np.where(inside, 0.0, -0.5 * edges / size**3)])
+
+    return rho
 
 
 def grid_points(lower: Array, upper: Array) -> Array:
@@ -177,10 +175,7 @@ def grid_points(lower: Array, upper: Array) -> Array:
 
 def design(problem: Problem, theta: Array) -> Array:
     """Normalised basis functions (m, p, n) at the non-linear parameters (m, q)."""
-    vector = np.concatenate([np.zeros((len(theta), problem.num_linear)), theta], axis=1)
-    parts, _ = problem.normalised(problem.law.basis(problem.x, problem.nonlinear(vector)), ())
-    shape = (len(theta), len(problem.y))
-    return np.stack([np.broadcast_to(part, shape) for part in parts], axis=1)
+    return np.stack(problem.basis(np.concatenate([np.zeros((len(theta), problem.num_linear)), theta], axis=1)), axis=1)
 
 
 def project(problem: Problem, g: Array, weights: Array) -> Array:
@@ -215,9 +210,9 @@ def starts(problem: Problem, count: int | None = None) -> Array:
     """The best distinct grid points with projected coefficients (count, k), by the objective itself.
 
     Args:
-        count: by default more where the lattice is sparse.
+        count: by default `MIN_STARTS`, or one for each non-linear parameter.
     """
-    count = count or (MAX_STARTS if len(problem.law.nonlinear) <= 2 else LATTICE_STARTS)
+    count = count or max(MIN_STARTS, len(problem.law.nonlinear))
     problem = _thinned(problem)
     theta = grid_points(problem.lower[problem.num_linear :], problem.upper[problem.num_linear :])
     rows = max(1, GRID_VALUES // len(problem.y))
@@ -252,5 +247,4 @@ def _project_chunk(problem: Problem, theta: Array) -> tuple[Array, Array]:
     g = design(problem, theta)
     c = project(problem, g, relative)
     value = np.einsum("mp,mpn->mn", c, g)
-    total = objective_of(problem, value, problem.weights)
-    return np.concatenate([c, theta], axis=1), total
+    return np.concatenate([c, theta], axis=1), problem.totals(value)

@@ -10,6 +10,10 @@ from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law
 
 
+COMPLEX_STEP = 1e-30
+"""Imaginary part by which a parameter is moved for its derivative; no difference is taken, so nothing cancels."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A law, its data and its objective, in the coordinates of the optimiser.
@@ -22,7 +26,7 @@ class Problem:
     x: Columns
     """Variables (n + 1,); the last entry is the reference point."""
     y: Array
-    """Measurements (n,), or of a batch of simulated tables (batch, n)."""
+    """Measurements (n,)."""
     weights: Array
     """Weight of each measurement (n,)."""
     objective: Objective
@@ -42,12 +46,8 @@ class Problem:
         """n."""
         return int(self.y.shape[-1])
 
-    def rows(self, index: Array | slice) -> Problem:
-        """The problem of some of a batch of tables; itself where all share one."""
-        return replace(self, y=self.y[index]) if self.y.ndim == 2 else self
-
     def at_points(self, index: Array) -> Problem:
-        """The problem of some of its points, each once, for one table (n,)."""
+        """Select some of the points."""
         x = Columns({v: self.x[v][np.append(index, self.num_points)] for v in self.law.variables})
         return replace(self, x=x, y=self.y[index], weights=self.weights[index])
 
@@ -61,41 +61,28 @@ class Problem:
         columns = vector[:, self.num_linear :, None]
         return {p.name: np.exp(columns[:, j]) if p.log else columns[:, j] for j, p in enumerate(self.law.nonlinear)}
 
-    def normalised(self, parts: tuple[Array, ...], gradients: tuple[tuple[Array, ...], ...]) -> tuple[list, list]:
-        """Basis functions over their value at the reference point, and their derivatives."""
-        ones = np.ones_like(self.x[self.law.variables[0]])
-        out, out_gradients = [], [list[Array]() for _ in gradients]
-        for j, part in enumerate(parts):
-            g = part * ones
-            ref = g[..., -1:] if self.referenced[j] else 1.0
-            out.append(g[..., :-1] / np.abs(ref))
-            for q, derivatives in enumerate(gradients):
-                if np.ndim(derivatives[j]) == 0:  # a constant basis function
-                    out_gradients[q].append(0.0)
-                    continue
-                d = derivatives[j] * ones
-                dref = d[..., -1:] / ref if self.referenced[j] else 0.0
-                out_gradients[q].append(d[..., :-1] / np.abs(ref) - out[j] * dref)
-        return out, out_gradients
+    def basis(self, vector: Array) -> list[Array]:
+        """Basis functions (batch, n) of vectors, real or complex, each over its size at the reference point."""
+        out = []
+        for part, is_scaled in zip(self.law.basis(self.x, self.nonlinear(vector)), self.referenced, strict=True):
+            g = np.broadcast_to(part, (len(vector), self.num_points + 1))
+            ref = g[:, -1:] if is_scaled else np.ones((1, 1))
+            out.append(g[:, :-1] / (ref * np.sign(ref.real)))
+        return out
 
     def predict(self, vector: Array) -> Array:
         """Law's values (batch, n)."""
-        g, _ = self.normalised(self.law.basis(self.x, self.nonlinear(vector)), ())
-        return sum(vector[:, j, None] * part for j, part in enumerate(g))
+        return sum(vector[:, j, None] * part for j, part in enumerate(self.basis(vector)))
 
     def predict_and_jacobian(self, vector: Array) -> tuple[Array, Array]:
-        """Law's values (batch, n) and their derivatives (batch, k, n)."""
-        t = self.nonlinear(vector)
-        g, dg = self.normalised(*self.law.basis_and_gradient(self.x, t))
-        jacobian = np.empty((len(vector), vector.shape[1], self.num_points))
-        value = np.zeros((len(vector), self.num_points))
-        for j, part in enumerate(g):
-            jacobian[:, j] = part
-            value += vector[:, j, None] * part
-        for q, p in enumerate(self.law.nonlinear):
-            row = sum(vector[:, j, None] * d for j, d in enumerate(dg[q]) if np.ndim(d))
-            jacobian[:, self.num_linear + q] = row * t[p.name] if p.log else row
-        return value, jacobian
+        """Law's values (n,) at a vector (k,) and their derivatives (k, n), by the complex step: exact to rounding."""
+        p, q = self.num_linear, len(vector) - self.num_linear
+        moved = np.repeat(vector[None].astype(complex), q + 1, axis=0)
+        moved[np.arange(1, q + 1), np.arange(p, p + q)] += 1j * COMPLEX_STEP
+        parts = self.basis(moved)
+        values = sum(vector[j] * part for j, part in enumerate(parts))
+        slopes = values[1:].imag / COMPLEX_STEP
+        return values[0].real, np.concatenate([np.array([part[0].real for part in parts]), slopes])
 
     def params_of(self, vector: Array) -> dict[str, Array]:
         """Parameters by name (batch,), in the formula's own units, of the optimiser's vectors (batch, k)."""
@@ -114,9 +101,16 @@ class Problem:
 
     def linearised(self, vector: Array) -> Array:
         """Derivatives (n, free) of T(law) by the movable parameters at a vector (k,)."""
-        value, jacobian = self.predict_and_jacobian(vector[None])
-        slope = jacobian[0] / value[0] if self.objective.log else jacobian[0]
+        value, jacobian = self.predict_and_jacobian(vector)
+        slope = jacobian / value if self.objective.log else jacobian
         return slope.T[:, self.movable]
+
+    def totals(self, value: Array) -> Array:
+        """Objective (batch,) of the law's values (batch, n), infinite outside T's domain."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            r = self.objective.transform(self.y) - self.objective.transform(value)
+            total = np.sum(self.weights * self.objective.loss(r), axis=-1)
+        return np.where(np.isfinite(total), total, np.inf)
 
 
 def make_problem(
@@ -153,11 +147,3 @@ def make_problem(
         upper=upper,
         referenced=np.array(plain, bool),
     )
-
-
-def objective_of(problem: Problem, value: Array, weights: Array, delta: Array | None = None) -> Array:
-    """Objective (batch,) of the law's values (batch, n), infinite outside T's domain; `delta`: see `Objective.loss`."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r = problem.objective.transform(problem.y) - problem.objective.transform(value)
-        total = np.sum(weights * problem.objective.loss(r, delta), axis=-1)
-    return np.where(np.isfinite(total), total, np.inf)

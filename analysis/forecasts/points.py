@@ -11,14 +11,14 @@ import pandas as pd
 from aimscale.analysis.accuracy.links import task_level
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import groups_of
-from aimscale.analysis.forecasts.curves import THROUGH, Curve, Measured, law_curve, link_curves
+from aimscale.analysis.forecasts.curves import THROUGH, Curve, Measurements, law_curve, link_curves
 from aimscale.analysis.forecasts.stack import Fitter, Stack, stacked
 from aimscale.analysis.frontier.result import Cost, cost_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.names import Exclusion, no_column, our_name
-from aimscale.analysis.table.points import resolve_columns, usable_rows
+from aimscale.analysis.table.points import resolve_columns, usable_rows, with_compute
 
 AUTO = "auto"
 """Name that stands for several laws: the joint ones, or with `auto:C` those in one variable."""
@@ -41,7 +41,7 @@ class Basis:
     """The points of a table that laws of the loss are fitted to."""
 
     laws: tuple[Law, ...]
-    points: Measured
+    points: Measurements
     columns: dict[str, str]
     """Variable (and y) -> column of the table."""
     index: pd.Index = field(repr=False)
@@ -123,7 +123,7 @@ def basis(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str) -> Basis:
     cost = cost_of(*(numbers[v].to_numpy() for v in ("N", "D", "C"))) if {"N", "D", "C"} <= set(numbers) else None
     return Basis(
         laws=found,
-        points=Measured(x=x, y=numbers["y"].to_numpy(), compute=compute, groups=groups_of(used.rows, x)),
+        points=Measurements(x=x, y=numbers["y"].to_numpy(), compute=compute, groups=groups_of(used.rows, x)),
         columns={**names, "y": y},
         index=numbers.index,
         exclusions=used.exclusions,
@@ -217,7 +217,7 @@ def as_accuracy(rows: pd.DataFrame) -> pd.DataFrame:
 def fitter(laws: Sequence[Law], made: Made) -> Fitter:
     """Fits laws to y, and where there are losses to these, with a link from there; each law once to the same points."""
 
-    def fitted(points: Measured) -> dict[str, Curve | str]:
+    def fitted(points: Measurements) -> dict[str, Curve | str]:
         key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.named.values()]).tobytes()
         for law in laws:
             if (law.name, key) not in made:
@@ -227,7 +227,7 @@ def fitter(laws: Sequence[Law], made: Made) -> Fitter:
                     made[law.name, key] = str(error)
         return {law.name: made[law.name, key] for law in laws}
 
-    def curves(points: Measured) -> dict[str, Curve | str]:
+    def curves(points: Measurements) -> dict[str, Curve | str]:
         found = fitted(points)
         if points.loss is not None:
             first = fitted(replace(points, y=points.loss, loss=None))
@@ -245,12 +245,3 @@ def _column(df: pd.DataFrame, variable: str) -> str | None:
     """The table's column of a variable, if it has one."""
     name = our_name(df, variable)
     return name if name in df.columns else None
-
-
-def with_compute(df: pd.DataFrame) -> pd.DataFrame:
-    """The table with a column C = 6 N D where it counts no FLOPs of its own."""
-    n, d = _column(df, "N"), _column(df, "D")
-    if _column(df, "C") is not None or n is None or d is None:
-        return df
-    size, seen = (pd.to_numeric(df[name], errors="coerce").astype(float) for name in (n, d))  # integers overflow
-    return df.assign(C=6 * size * seen)

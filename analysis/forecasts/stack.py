@@ -18,8 +18,8 @@ from scipy.stats import t as student
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.result import CONFIDENCE
-from aimscale.analysis.forecasts.curves import Curve, Measured
+from aimscale.analysis.fitting.inference import CONFIDENCE
+from aimscale.analysis.forecasts.curves import Curve, Measurements
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.words import percent
 
@@ -38,7 +38,7 @@ DOF = 6.0
 TERMS = ("noise", "parameters", "laws", "misfit")
 """Parts of the error."""
 
-Fitter = Callable[[Measured], dict[str, "Curve | str"]]
+Fitter = Callable[[Measurements], dict[str, "Curve | str"]]
 """Curves by name fitted to points, or why one could not be."""
 
 
@@ -107,8 +107,7 @@ class Stack(Result):
         """
         x = {v: np.atleast_1d(np.asarray(values, float)) for v, values in places.items()}
         share = np.array([self.weights[name] for name in self.curves])
-        logs = np.array([curve.log_value(x) for curve in self.curves.values()])
-        spreads = np.array([curve.log_sd(x) for curve in self.curves.values()])
+        logs, spreads = (np.array(each) for each in zip(*(curve.predict(x) for curve in self.curves.values()), strict=True))
         centre, far = share @ logs, self.distance(x)
         parts = {
             "noise": np.full(len(centre), np.sqrt(share @ np.array([c.noise**2 for c in self.curves.values()]))),
@@ -152,7 +151,7 @@ class Stack(Result):
         ]
 
 
-def stacked(points: Measured, fitter: Fitter) -> Stack:
+def stacked(points: Measurements, fitter: Fitter) -> Stack:
     """Curves weighted by backtests on the points themselves.
 
     Raises:
@@ -171,7 +170,7 @@ def stacked(points: Measured, fitter: Fitter) -> Stack:
             continue
         test = points.rows(~below)
         fitted = {k: c for k, c in fitter(points.rows(below)).items() if isinstance(c, Curve) and k in curves}
-        off = {name: curve.log_value(test.x) - np.log(test.y) for name, curve in fitted.items()}
+        off = {name: curve.predict(test.x)[0] - np.log(test.y) for name, curve in fitted.items()}
         off = {name: miss for name, miss in off.items() if np.isfinite(miss).all()}
         counts = {"times": times, "num_train": int(below.sum()), "num_test": len(test.y)}
         rows += [{**counts, "curve": name, "error": _rms(miss)} for name, miss in off.items()]
@@ -190,7 +189,7 @@ def stacked(points: Measured, fitter: Fitter) -> Stack:
     )
 
 
-def _is_enough(points: Measured, below: Array) -> bool:
+def _is_enough(points: Measurements, below: Array) -> bool:
     """Whether points below a cut can be fitted, and any are left to predict."""
     if below.sum() < MIN_POINTS or below.all():
         return False

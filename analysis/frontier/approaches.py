@@ -14,10 +14,10 @@ import pandas as pd
 from aimscale.analysis.display import Result, text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.result import Fit, Interval, interval
+from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
 from aimscale.analysis.frontier.parametric import parametric_frontier
-from aimscale.analysis.frontier.result import Frontier, NoFrontier, points_of, why_not
+from aimscale.analysis.frontier.result import Frontier, NoFrontier, points_of, student_interval, why_not
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.names import their_name
@@ -111,7 +111,6 @@ def all_approaches(
     *,
     y: str = "val_loss",
     law: Law | Fit | str = "chinchilla",
-    resamples: int = 500,
     is_tested: bool = True,
 ) -> Approaches:
     """Approaches 1, 2 and 3 on one table; an approach that the table does not allow is named with its reason.
@@ -129,22 +128,21 @@ def all_approaches(
 
     Example:
         >>> table = read_table("results.parquet")
-        >>> all_approaches(table, resamples=20).at(1e13)
+        >>> all_approaches(table).at(1e13)
     """
     points_of(df, y)  # raises before an approach is blamed for a missing column
-    options: dict[str, Any] = {"y": y, "resamples": resamples}
     law = law if isinstance(law, Fit) else find_law(law)
 
     def parametric() -> Frontier:
         if isinstance(law, Fit):
             return parametric_frontier(law, df)
         try:
-            found = fit(law, df, **options, is_tested=is_tested)
+            found = fit(df, law, y=y, is_tested=is_tested)
         except AnalysisError as error:
             raise NoFrontier(Flag(kind="no_law", subject=law.name, more=(str(error),))) from None
         return parametric_frontier(found, df)
 
-    attempts = (lambda: envelope_frontier(df, **options), lambda: isoflop_frontier(df, **options), parametric)
+    attempts = (lambda: envelope_frontier(df, y=y), lambda: isoflop_frontier(df, y=y), parametric)
     frontiers, failures = [], {}
     for number, attempt in enumerate(attempts, start=1):
         try:
@@ -201,16 +199,18 @@ def gap(found: Approaches, other: Approaches) -> Gap | None:
     flops = min(f.range[1] for f in (*found.frontiers, *other.frontiers))
     for f in [f for f in reversed(found.frontiers) if f.approach in others]:
         g = others[f.approach]
-        a, b = (each.log_sizes(np.array([flops]))[1][:, 0] for each in (f, g))
-        num = min(len(a), len(b))
-        ratios = np.exp(a[:num] - b[np.random.default_rng(0).permutation(num)])
+        ln_n, errors, degrees = zip(*(each.optimum(np.array([flops])) for each in (f, g)), strict=True)
+        variances = np.square(errors)[:, 0]
+        spare = variances.sum() ** 2 / max(float(np.sum(variances**2 / np.array(degrees)[:, 0])), 1e-300)
+        log_ratio = float(ln_n[0][0] - ln_n[1][0])
+        i = student_interval(log_ratio, float(np.sqrt(variances.sum())), float(spare))
         each = Gap(
             approach=f.approach,
             measures=(found.measure, other.measure),
             exponents=(f.exponent_words(), g.exponent_words()),
             flops=flops,
-            ratio=float(f.at(flops)["N"].iloc[0] / g.at(flops)["N"].iloc[0]),
-            ratio_interval=interval(ratios),
+            ratio=float(np.exp(log_ratio)),
+            ratio_interval=Interval(low=float(np.exp(i.low)), high=float(np.exp(i.high))),
         )
         if each.ratio_interval.is_known:
             return each

@@ -1,12 +1,11 @@
 """Approaches 1 and 2: the best size of every budget from measured losses, and a line through these.
 
 Approach 1 joins every size's losses at its budgets by straight lines in log-log; about the lowest of these curves at a
-budget, the best size is where the parabola in ln N through it and its two neighbours has its minimum. (A line through
-the lowest sizes themselves, a staircase whose first and last steps are cut off, errs by half of the exponent where five
-sizes were trained.) Approach 2 takes a least-squares parabola in ln N through the points of each budget. The interval
-of either is a parametric bootstrap: a cubic surface in ln N and ln D (quadratic with few points), fitted with its
-errors of sizes, runs and points, is simulated through the table's own rows, and how far what an approach finds there
-scatters is its error. No law is assumed, and interpolated budgets count for no more than the rows behind them.
+budget, the best size is where the parabola in ln N through it and its two neighbours has its minimum. (Chinchilla
+regresses the lowest size itself on C. With five sizes that is a staircase, whose slope is up to 50 % off.) Approach 2
+takes a least-squares parabola in ln N through the points of each budget. The error of either is told by how the line
+moves with each loss, from the errors of sizes, budgets, runs and points about a cubic surface in ln N and ln D (quadratic
+with few points). No law is assumed, and interpolated budgets count for no more than the rows behind them.
 """
 
 from __future__ import annotations
@@ -18,15 +17,14 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.errors import components_of
-from aimscale.analysis.fitting.groups import groups_of, with_spread
-from aimscale.analysis.fitting.result import interval
-from aimscale.analysis.frontier.result import Frontier, NoFrontier, cost_of, points_of
-from aimscale.analysis.laws.base import Array
+from aimscale.analysis.fitting.groups import SAME_COMPUTE, groups_of
+from aimscale.analysis.fitting.inference import Estimate, estimated
+from aimscale.analysis.fitting.objectives import LSQ
+from aimscale.analysis.fitting.problem import make_problem
+from aimscale.analysis.frontier.result import Frontier, NoFrontier, cost_of, points_of, student_interval
+from aimscale.analysis.laws.base import Array, Columns, Law, free
 from aimscale.analysis.words import Flag
 
-TOLERANCE = 0.1
-"""Rows whose C differ by less than this fraction share a budget."""
 WINDOW = 8.0
 """Only points within this factor of the best measured N enter a parabola of approach 2: far from its minimum an
 iso-FLOP curve is none, and its skew would move the vertex."""
@@ -45,19 +43,16 @@ ISOFLOP_SHARE = 0.75
 """Share of a table's rows that budgets of three sizes or more must hold in an iso-FLOP design."""
 NUM_BUDGETS = 200
 """Budgets at which approach 1 reads its envelope."""
-MIN_USABLE = 0.5
-"""Share of simulated tables on which an approach must work for its errors to be told from them."""
+NUDGE = 1e-6
+"""Change of ln loss by which the line's derivatives are told."""
 MIN_LEFT = 3
 """Budgets, and points beyond a surface's terms, that must remain."""
 MIN_CUBIC = 30
 """Points from which on the surface is cubic; the quadratic one misfits, so its intervals are wide."""
 
 
-def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss", resamples: int = 500) -> Frontier:
+def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     """Approach 1: compute-optimal size by the envelope of training curves, read at `NUM_BUDGETS` budgets.
-
-    Args:
-        resamples: simulated tables, from which the interval is read.
 
     Raises:
         NoFrontier: fewer than three sizes were measured at two budgets or more, or one size is lowest throughout.
@@ -67,7 +62,7 @@ def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss", resamples: int =
     num_curves = len(points[["N", "C"]].drop_duplicates().loc[lambda cells: cells.duplicated("N"), "N"].unique())
     if num_curves < MIN_SIZES[1]:
         raise NoFrontier(Flag(kind="few_curves", number=num_curves))
-    found = _frontier(points, interpolated(points, NUM_BUDGETS), 1, resamples)
+    found = _frontier(points, interpolated(points, NUM_BUDGETS), 1)
     sizes = np.log(np.unique(points["N"]))
     nearest = np.abs(np.log(found.pairs["N"].to_numpy())[:, None] - sizes).argmin(axis=1)
     if len(np.unique(nearest)) < 2:
@@ -76,22 +71,39 @@ def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss", resamples: int =
     return replace(found, method=method, refusals=())
 
 
-def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss", resamples: int = 500) -> Frontier:
-    """Approach 2: compute-optimal size by a parabola at each budget that sizes share; arguments as of approach 1.
+def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
+    """Approach 2: compute-optimal size by a parabola at each budget that sizes share.
 
     Raises:
         NoFrontier: fewer than two budgets with an interior, convex minimum; each refused budget is a flag.
         AnalysisError: a column is missing.
     """
     points = points_of(df, y)
-    found = _frontier(points, shared_budgets(points), 2, resamples)
+    found = _frontier(points, shared_budgets(points), 2)
     num = len(found.pairs) + len(found.refusals)
     method = f"line through parabolas at {len(found.pairs)} of {num} amounts of compute"
     return replace(found, method=method)
 
 
-def _frontier(points: pd.DataFrame, budgets: list[Budget], approach: int, num: int) -> Frontier:
-    """The line through the minima of all budgets that have one, with its interval from `num` simulated tables."""
+@dataclass(frozen=True, kw_only=True)
+class LineOptimum:
+    """Best size on a line ln N* = ln k + a ln C."""
+
+    line: Array
+    """(ln k, a)."""
+    covariance: Array
+    """Of these (2, 2); NaN where it is not known."""
+    degrees: float
+
+    def __call__(self, flops: Array) -> tuple[Array, Array, Array]:
+        """Return ln N* at budgets (m,), its standard errors and their degrees of freedom."""
+        at = np.column_stack([np.ones(len(flops)), np.log(flops)])
+        variances = np.einsum("mi,ij,mj->m", at, self.covariance, at)
+        return at @ self.line, np.sqrt(np.maximum(variances, 0.0)), np.full(len(flops), self.degrees)
+
+
+def _frontier(points: pd.DataFrame, budgets: list[Budget], approach: int) -> Frontier:
+    """Draw the line through the minima of all budgets that have one, with its interval."""
     log_losses = np.log(points["loss"].to_numpy())[None]
     rows, accepted, refusals = [], [], []
     for budget in budgets:
@@ -109,21 +121,23 @@ def _frontier(points: pd.DataFrame, budgets: list[Budget], approach: int, num: i
     pairs.insert(2, "D", cost.samples(pairs["C"].to_numpy(), pairs["N"].to_numpy()))
     log_c = np.log(pairs["C"].to_numpy())
     [line] = _lines_through(log_c, np.log(pairs["N"].to_numpy())[None])
-    errors, method = np.full((1, 2), np.nan), "no interval: no tables were simulated"
-    if (tables := _simulated(points, num)) is not None:
-        lines = _lines_through(log_c, np.stack([each.minima(tables, approach)[0] for each in accepted], axis=1))
-        known = np.isfinite(lines[1:] - lines[0]).all(axis=1)
-        method = "no interval: most simulated tables have no frontier"
-        if known.mean() >= MIN_USABLE:
-            errors, method = (lines[1:] - lines[0])[known], f"{known.sum()} tables simulated through this design"
-    draws = line - errors
+    covariance, degrees, method = np.full((2, 2), np.nan), 1.0, "no interval: too few points to tell errors by"
+    if (surface := _surface(points)) is not None:
+        moved = _derivatives(surface, log_losses[0], log_c, accepted, approach)
+        if np.isfinite(moved).all():
+            covariance = moved @ surface.components.covariance(surface.groups, len(points)) @ moved.T
+            degrees = surface.components.degrees
+            method = f"errors of {len(points)} points about a smooth surface"
+        else:
+            method = "no interval: the surface through the points has no frontier"
+    optimum = LineOptimum(line=line, covariance=covariance, degrees=degrees)
+    i = student_interval(float(line[1]), float(np.sqrt(covariance[1, 1])), degrees)
     return Frontier(
         approach=approach,
         method="",
         exponent=float(line[1]),
-        exponent_interval=replace(interval(draws[:, 1]), method=method),
-        log_k=float(line[0]),
-        draws=draws,
+        exponent_interval=replace(i, method=method),
+        optimum=optimum,
         cost=cost,
         pairs=pairs,
         refusals=tuple(refusals),
@@ -131,32 +145,46 @@ def _frontier(points: pd.DataFrame, budgets: list[Budget], approach: int, num: i
     )
 
 
-def _simulated(points: pd.DataFrame, num: int) -> Array | None:
-    """ln losses (1 + num, n) of tables by a polynomial of ln N and ln D, the first without errors; None with too few
-    points."""
-    x = {v: points[v].to_numpy(float) for v in ("N", "D")}
-    n, d = (np.log(each) - np.log(each).mean() for each in x.values())
-    degree = 3 if len(n) >= MIN_CUBIC else 2
-    design = np.column_stack([n**i * d**j for i in range(4) for j in range(4 - i) if i + j <= degree])
-    if num == 0 or np.linalg.matrix_rank(design) < design.shape[1] or len(n) < design.shape[1] + MIN_LEFT:
+def _surface(points: pd.DataFrame) -> Estimate | None:
+    """Fit ln loss by a polynomial of ln N and ln D; None with too few points."""
+    degree = 3 if len(points) >= MIN_CUBIC else 2
+    powers = [(i, j) for i in range(4) for j in range(4 - i) if i + j <= degree]
+    law = Law(
+        name="surface",
+        formula=f"ln L = a polynomial of ln N and ln D of degree {degree}",
+        variables=("n", "d"),
+        linear=tuple(free(f"c{i}{j}") for i, j in powers),
+        nonlinear=(),
+        basis=lambda x, t: tuple(x["n"] ** i * x["d"] ** j for i, j in powers),
+    )
+    logs = {v.lower(): np.log(points[v].to_numpy(float)) for v in ("N", "D")}
+    x = {v: (values - values.mean()) / max(float(values.std()), 1e-300) for v, values in logs.items()}
+    design = np.column_stack([np.broadcast_to(part, len(points)) for part in law.basis(Columns(x), {})])
+    if np.linalg.matrix_rank(design) < len(powers) or len(points) < len(powers) + MIN_LEFT:
         return None
-    log_loss, weights = np.log(points["loss"].to_numpy()), np.ones(len(points))
-    clean = design @ np.linalg.lstsq(design, log_loss, rcond=None)[0]
-    groups, _ = with_spread(groups_of(points, x), design)
-    errors = components_of(design, log_loss - clean, weights, groups)
-    return clean + np.insert(errors.simulate(weights, groups, num, np.random.default_rng([0, 3])), 0, 0.0, axis=0)
+    groups = groups_of(points, {v: points[v].to_numpy(float) for v in ("N", "D", "C")})
+    return estimated(make_problem(law, x, np.log(points["loss"].to_numpy()), LSQ), groups)
+
+
+def _derivatives(
+    surface: Estimate, log_losses: Array, log_c: Array, budgets: list[Budget], approach: int
+) -> Array:
+    """Derivatives (2, n) of (ln k, a) by every ln loss, where the surface has its minima; else where the losses have."""
+    smooth = surface.problem.predict(surface.vector[None])[0]
+    for at in (smooth, log_losses):
+        tables = np.concatenate([at[None], at + NUDGE * np.eye(len(at))])
+        lines = _lines_through(log_c, np.stack([each.minima(tables, approach)[0] for each in budgets], axis=1))
+        moved = (lines[1:] - lines[0]).T / NUDGE
+        if np.isfinite(moved).all():
+            break
+    return moved
 
 
 def _lines_through(log_c: Array, log_n: Array) -> Array:
-    """(ln k, a) of least-squares lines (num, 2) through the finite of (num, m) optima at m budgets; NaN below two."""
-    weight = np.isfinite(log_n).astype(float)
-    y = np.nan_to_num(log_n)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean_x, mean_y = ((weight * each).sum(axis=1) / weight.sum(axis=1) for each in (log_c, y))
-        dx = weight * (log_c - mean_x[:, None])
-        spread = (dx**2).sum(axis=1)
-        slope = np.where(spread > 0, (dx * y).sum(axis=1) / spread, np.nan)
-    return np.stack([mean_y - slope * mean_x, slope], axis=1)
+    """(ln k, a) of least-squares lines (num, 2) through (num, m) optima at m budgets; NaN where one lacks."""
+    dx = log_c - log_c.mean()
+    slope = log_n @ dx / np.sum(dx**2)
+    return np.stack([log_n.mean(axis=1) - slope * log_c.mean(), slope], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +238,7 @@ def isoflop_points(points: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
     """
     ordered = points.sort_values("C")
     log_c, num_params = np.log(ordered["C"].to_numpy()), ordered["N"].to_numpy()
-    half = np.log1p(TOLERANCE) / 2
+    half = np.log1p(SAME_COMPUTE) / 2
     starts, ends = np.searchsorted(log_c, log_c - half), np.searchsorted(log_c, log_c + half, side="right")
     group = np.full(len(log_c), -1)
     sizes = np.array([len(np.unique(num_params[a:b])) for a, b in zip(starts, ends, strict=True)])
@@ -259,14 +287,14 @@ def interpolated(points: pd.DataFrame, num: int) -> list[Budget]:
 def isoflop_budgets(points: pd.DataFrame) -> pd.Series | None:
     """The budget of compute of every row (as `points` are indexed) where runs were planned by budgets of compute.
 
-    Few distinct C with several N each: rows within `TOLERANCE` of one C are a budget; three quarters of the rows
+    Few distinct C with several N each: rows within `SAME_COMPUTE` of one C are a budget; three quarters of the rows
     belong to budgets of three sizes or more, of which there are at least two; and there are fewer budgets than
     distinct D (in a grid of sizes and data, rows of equal C lie on its diagonals, and D takes fewer values).
     None for any other design.
     """
     found = isoflop_points(points)
     shared = [rows for _, rows in found if rows["N"].nunique() >= MIN_SIZES[1]]
-    num_d = len(np.unique(np.round(np.log(points["D"].to_numpy(float)) / np.log1p(TOLERANCE))))
+    num_d = len(np.unique(np.round(np.log(points["D"].to_numpy(float)) / np.log1p(SAME_COMPUTE))))
     if len(shared) < 2 or sum(map(len, shared)) < ISOFLOP_SHARE * len(points) or len(found) >= num_d:
         return None
     return pd.concat([pd.Series(flops, index=rows.index) for flops, rows in found]).loc[points.index]

@@ -15,7 +15,9 @@ import pandas as pd
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.result import TAILS, Fit, Interval
+from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.inference import CONFIDENCE
+from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.names import no_column
@@ -83,6 +85,16 @@ def why_not(flags: Sequence[Flag]) -> str:
     return f"{flags[0]}; {refusal_words(flags[1:])}" if flags[1:] else str(flags[0])
 
 
+Optimum = Callable[[Array], tuple[Array, Array, Array]]
+"""Budgets (m,) -> ln N* (m,), its standard errors (m,) and their degrees of freedom (m,)."""
+
+
+def student_interval(value: float, error: float, degrees: float) -> Interval:
+    """95 % interval of a value with a standard error."""
+    half = float(half_width(error, degrees, CONFIDENCE))
+    return Interval(low=value - half, high=value + half)
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Frontier(Result):
     """N*(C) = k C^a by one approach."""
@@ -94,10 +106,8 @@ class Frontier(Result):
     exponent: float
     """a, of N*(C)."""
     exponent_interval: Interval
-    log_k: float
-    """ln k."""
-    draws: Array = field(repr=False)
-    """Draws (num_draws, 2) of (ln k, a)."""
+    optimum: Optimum = field(repr=False)
+    """ln N* at amounts of compute, with its errors."""
     cost: Cost
     pairs: pd.DataFrame
     """The optima the line goes through: C, N, D, loss (approaches 1 and 2)."""
@@ -105,8 +115,6 @@ class Frontier(Result):
     """Budgets left out and why; their number is C."""
     range: tuple[float, float]
     """Smallest and largest C used."""
-    curve: Callable[[Array], tuple[Array, Array]] | None = field(default=None, repr=False)
-    """Approach 3 by a law whose N* is no power of C: budgets (m,) -> ln N* (m,) and draws of it (num_draws, m)."""
     law: Fit | None = field(default=None, repr=False)
     """The law of approach 3."""
 
@@ -116,9 +124,9 @@ class Frontier(Result):
         `beyond_range` is the factor above the largest C used (1 within).
         """
         c = np.atleast_1d(np.asarray(flops, float))
-        log_n, log_draws = self.log_sizes(c)
-        n, n_draws = np.exp(log_n), np.exp(log_draws)
-        n_lo, n_hi = np.percentile(n_draws, TAILS, axis=0) if len(n_draws) else np.full((2, len(c)), np.nan)
+        log_n, errors, degrees = self.optimum(c)
+        half = half_width(errors, degrees, CONFIDENCE)
+        n, n_lo, n_hi = np.exp([log_n, log_n - half, log_n + half])
         out = {"C": c, "N": n, "N_lo": n_lo, "N_hi": n_hi, "D": self.cost.samples(c, n)}
         out |= {"D_lo": self.cost.samples(c, n_hi), "D_hi": self.cost.samples(c, n_lo)}
         if self.law is not None:
@@ -126,15 +134,6 @@ class Frontier(Result):
             predicted = self.law.predict(x)
             out |= {"loss": predicted["value"], "loss_lo": predicted["ci_lo"], "loss_hi": predicted["ci_hi"]}
         return pd.DataFrame({**out, "beyond_range": np.maximum(1.0, c / self.range[1])})
-
-    def log_sizes(self, flops: Array) -> tuple[Array, Array]:
-        """ln N* at budgets (m,) and its finite draws (num, m)."""
-        if self.curve is not None:
-            log_n, draws = self.curve(flops)
-        else:
-            log_n = self.log_k + self.exponent * np.log(flops)
-            draws = self.draws[:, :1] + self.draws[:, 1:] * np.log(flops)
-        return log_n, draws[np.isfinite(draws).all(axis=1)]
 
     def headline(self) -> str:
         """The exponent with its interval."""

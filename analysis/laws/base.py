@@ -99,6 +99,8 @@ class Law:
     """Returns this law with constants that suit the data (Kaplan's N and D over their means); None: it has none."""
     derived: Mapping[str, Callable[[Params], Array]] = field(default_factory=dict)
     """Further quantities that deserve an interval, e.g. the exponent of N*(C)."""
+    magnitudes: tuple[str, ...] = ()
+    """Reported parameters that are not the law's own and may be of any magnitude: their intervals are of logarithms."""
     source: str = ""
     """Paper and equation."""
 
@@ -118,32 +120,6 @@ class Law:
         t = {name: np.asarray(value)[..., None] for name, value in params.items()}
         parts = self.basis(columns, t)
         return sum(t[p.name] * g for p, g in zip(self.linear, parts, strict=True))
-
-    def basis_and_gradient(self, x: Columns, t: Params) -> tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]:
-        """The g_j and, for every non-linear parameter, their derivatives."""
-        parts = self.basis(x, t)
-        step = 1e-30
-        derivatives = []
-        for p in self.nonlinear:
-            moved = self.basis(x, {**t, p.name: t[p.name] + 1j * step})
-            derivatives.append(tuple(np.imag(g) / step for g in moved))
-        return parts, tuple(derivatives)
-
-    def slopes(self, x: Mapping[str, Array], params: Mapping[str, float], *, log: bool) -> Array:
-        """Derivatives (n, k) of y (`log`: of ln y) by the logarithm of each positive parameter, or by one of either
-        sign itself.
-        """
-        shape = np.shape(x[self.variables[0]])
-
-        def value(changed: Mapping[str, float]) -> Array:
-            y = np.broadcast_to(self.value(x, changed), shape)
-            return np.log(y) if log else y
-
-        base, columns = value(params), []
-        for p in self.parameters:
-            unit = abs(params[p.name]) if params[p.name] and (p.log or p in self.linear) else 1.0
-            columns.append((value({**params, p.name: params[p.name] + 1e-5 * unit}) - base) / 1e-5)
-        return np.stack(columns, axis=-1)
 
     def reported(self, params: Params) -> dict[str, Array]:
         """Published parameters and derived quantities, from the fitted parameters."""

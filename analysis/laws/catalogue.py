@@ -93,6 +93,7 @@ def _kaplan(n0: float = 1.0, d0: float = 1.0) -> Law:
         nonlinear=(exponent("aN", 0.005, 2.0), exponent("aD", 0.005, 2.0), exponent("w", 1e-6, 1e6)),
         basis=basis,
         report=report,
+        magnitudes=("Nc", "Dc"),
         centred=lambda x: _kaplan(_centre(x, "N"), _centre(x, "D")),
         source="Kaplan et al. 2020, equation 1.5",
     )
@@ -213,6 +214,7 @@ def coupled(n0: float = 1.0, d0: float = 1.0) -> Law:
         nonlinear=(exponent("alpha"), exponent("beta"), exponent("c", 0.02), exponent("w", 1e-3, 1e3)),
         basis=lambda x, t: (1.0, _coupled_terms(x, t, n0, d0)),
         report=lambda p: _coupled_report(p, n0, d0),
+        magnitudes=("A", "B"),
         centred=lambda x: coupled(_centre(x, "N"), _centre(x, "D")),
         derived=OPTIMAL_EXPONENTS,
         source="Chinchilla's terms under Kaplan's outer exponent; a and b are the exponents of N*(C) and D*(C)",
@@ -333,7 +335,7 @@ def find_law(name: str | Law) -> Law:
     if isinstance(name, Law):
         return name
     if not isinstance(name, str):
-        raise AnalysisError(f"A {type(name).__name__} is no law; give the law first, as in fit('chinchilla', table).")
+        raise AnalysisError(f"A {type(name).__name__} is no law; give the table first, as in fit(table, 'chinchilla').")
     base, _, variable = name.partition(":")
     if base in _ONE_VARIABLE and variable:
         return _ONE_VARIABLE[base](variable)

@@ -8,8 +8,9 @@ decides. What a run is worth depends on what is bought beside it, so they are ch
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -18,10 +19,12 @@ from scipy.stats import chi2
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.inference import Estimate
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.ahead import record, record_words, scale_words
-from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster, with_compute
-from aimscale.analysis.laws.base import Array, Law
+from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster
+from aimscale.analysis.laws.base import Array, Columns, Law, Params
+from aimscale.analysis.table.points import with_compute
 from aimscale.analysis.table.select import mixture_flags
 from aimscale.analysis.words import Flag, flag_words, human, percent, power_of_ten
 
@@ -38,8 +41,6 @@ DEPARTURE_RANGE = 2.5
 PRICE_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Gains are divided by these powers of the price in turn, and the best of the baskets is kept: division by the price
 itself fills a basket with the cheapest runs, division by 1 spends all on the first."""
-DRAWS = 8
-"""Bootstrap draws of the fit over which gains are averaged: a design for one poor first fit can be worthless."""
 SAME = 0.03
 """Runs whose N and D both differ by less than this fraction count as one."""
 WORTHWHILE = 0.9
@@ -80,7 +81,7 @@ def buy(law: Fit, candidates: Points, prices: Array, target: Points, *, budget: 
     if not np.any(prices <= budget):
         raise AnalysisError(f"The cheapest candidate costs {prices.min():.3g}, more than the budget of {budget:.3g}.")
     noise = noise_of(law)
-    joint = np.stack([_posterior(each, candidates, target, noise) for each in _plausible(law)])
+    joint = np.stack([_posterior(each, law, candidates, target, noise) for each in _plausible(law.estimate)])
     baskets = [_fill(joint.copy(), prices, budget, noise, power) for power in PRICE_POWERS]
     return min(baskets, key=lambda basket: basket.sd_after)
 
@@ -116,19 +117,32 @@ def _variances(joint: Array) -> Array:
     return np.maximum(np.einsum("kii->ki", joint), 0.0)
 
 
-def _plausible(law: Fit) -> list[Fit]:
-    """The fit and its bootstrap draws, as fits."""
-    draws = [{name: float(values[k]) for name, values in law.draws.items()} for k in range(min(DRAWS, law.num_draws))]
-    finite = [draw for draw in draws if np.all(np.isfinite(list(draw.values())))]
-    return [law, *(replace(law, law_params=draw) for draw in finite)]
+def _plausible(found: Estimate) -> list[Estimate]:
+    """The estimate, and one a standard deviation off along each axis of its covariance: a design for one poor first fit
+    can be worthless."""
+    free, best = found.problem.movable, found.minima[0]
+    values, axes = np.linalg.eigh(found.covariance.matrix)
+    out = [found]
+    for step in np.sqrt(np.maximum(values, 0.0))[:, None] * axes.T:
+        for sign in (-1.0, 1.0):
+            vector = best.vector.copy()
+            vector[free] += sign * step
+            vector = np.clip(vector, found.problem.lower, found.problem.upper)
+            out.append(dataclasses.replace(found, minima=(dataclasses.replace(best, vector=vector),)))
+    return out
 
 
-def _posterior(law: Fit, candidates: Points, target: Points, noise: float) -> Array:
+def _posterior(found: Estimate, law: Fit, candidates: Points, target: Points, noise: float) -> Array:
     """Covariance of the log losses at candidates and targets, given the points that were fitted."""
     measured = {v: law.data[v].to_numpy(float) for v in law.law.variables}
     offered, wanted = law.variables(candidates), law.variables(target)
-    x = {v: np.concatenate([measured[v], offered[v], wanted[v]]) for v in law.law.variables}
-    slopes = law.law.slopes(x, law.law_params, log=True)
+    x = Columns({v: np.concatenate([measured[v], offered[v], wanted[v]]) for v in law.law.variables})
+    own = np.array([1.0 if p.log else abs(v) for p, v in zip(law.law.parameters, found.vector, strict=True)])
+
+    def log_value(params: Params) -> Array:
+        return np.log(np.maximum(law.law.value(x, params), 1e-300))
+
+    slopes = found.gradient(log_value) * own[found.problem.movable]
     places = np.stack([np.log(x[v]) for v in law.law.variables], axis=1) / DEPARTURE_RANGE
     distance = np.sum((places[:, None] - places[None]) ** 2, axis=2)
     departure = max(DEPARTURE_SD, DEPARTURE_TO_NOISE * noise)
@@ -139,11 +153,9 @@ def _posterior(law: Fit, candidates: Points, target: Points, noise: float) -> Ar
 
 
 def noise_of(law: Fit) -> float:
-    """Standard deviation of the log of a measurement: the upper end (90 %) of what the fit's residuals allow."""
-    residuals = np.log(law.data["y"].to_numpy() / law.data["fitted"].to_numpy())
-    spare = max(1, law.num_points - len(law.law.parameters))
-    robust = 1.4826 * float(np.median(np.abs(residuals))) * np.sqrt(law.num_points / spare)
-    return max(1e-4, robust * float(np.sqrt(spare / chi2.ppf(0.1, spare))))
+    """Standard deviation of ln loss of a measurement: the upper end (90 %) of what the fit's residuals allow."""
+    errors = law.estimate.components
+    return max(1e-4, errors.total * float(np.sqrt(errors.degrees / chi2.ppf(0.1, errors.degrees))))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -251,7 +263,7 @@ def propose(
     """
     df = with_compute(df)
     forecast = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y)
-    known = fit(forecast.law, df, y=y, resamples=DRAWS)
+    known = fit(df, forecast.law, y=y)
     named = [v for v in ("N", "D", "U", "C") if v in offer]
     offer = offer.reset_index(drop=True).assign(**forecast.basis.place({v: offer[v].to_numpy(float) for v in named}))
     basket = buy(known, offer, offer["price"].to_numpy(float), forecast.basis.place(target), budget=budget)

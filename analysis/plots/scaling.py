@@ -133,7 +133,7 @@ def plot_approaches(found: Approaches) -> Figure:
 
     Example:
         >>> table = read_table("results.parquet")
-        >>> plot_approaches(all_approaches(table, resamples=20))
+        >>> plot_approaches(all_approaches(table))
     """
     with styled():
         figure, (ax,) = new_figure()

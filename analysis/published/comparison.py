@@ -125,7 +125,7 @@ def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
     return rows
 
 
-def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
+def compare(frame: pd.DataFrame) -> Comparison:
     """Put the runs of a results table beside the published models, and beside the project's own baselines where the
     table's folder has some; what the table lacks is named in `left_out`.
 
@@ -134,7 +134,7 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
 
     Example:
         >>> table = read_table("results.parquet")
-        >>> compare(table, resamples=20).exponents
+        >>> compare(table).exponents
     """
     found = usable_rows(frame)
     probes = probe_frame(complete(frame))
@@ -145,7 +145,7 @@ def compare(frame: pd.DataFrame, *, resamples: int = 1000) -> Comparison:
         tasks=_task_rows(shared),
         baselines=beside_runs(_last_budgets(probes[probes["kind"] != ADAPTED]), read_baselines(frame)),
         ablations=all_beside_paper(frame),
-        exponents=_exponents(found.rows, left_out, resamples),
+        exponents=_exponents(found.rows, left_out),
         left_out=tuple(left_out),
     )
 
@@ -237,7 +237,7 @@ def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
     return out
 
 
-def _exponents(usable: pd.DataFrame, left_out: list[Flag], resamples: int) -> pd.DataFrame:
+def _exponents(usable: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
     """The paper's slopes and ours: a pure power law, as theirs, over sizes at one budget."""
     rows: list[dict[str, Any]] = [
         {"whose": "AIM, four published points", "N": count} | _paper_exponent(count) for count in COUNTS
@@ -248,7 +248,7 @@ def _exponents(usable: pd.DataFrame, left_out: list[Flag], resamples: int) -> pd
             continue
         subset, words = widest_slice(usable, count, "images_seen") if "images_seen" in usable else (usable, "all")
         try:
-            ours = fit("power:N", subset, columns={"N": count}, resamples=resamples, is_tested=False)
+            ours = fit(subset, "power:N", columns={"N": count}, is_tested=False)
         except AnalysisError as error:
             left_out.append(Flag(kind="no_result", subject=f"Our exponent on {count}", more=(str(error),)))
             continue

@@ -37,7 +37,6 @@ def write_report(
     columns: Mapping[str, str] | None = None,
     where: Sequence[str] = (),
     best: Sequence[str] = (),
-    resamples: int = 1000,
     figures: str | Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Path:
@@ -59,14 +58,14 @@ def write_report(
         AnalysisError: the table cannot be read, or holds neither losses nor probes; or the page cannot be written.
 
     Example:
-        >>> write_report("results.parquet", "report.html", resamples=20)
+        >>> write_report("results.parquet", "report.html")
     """
     given = [Path(each) for each in ([tables] if isinstance(tables, str | Path) else tables)]
     paths = [path / "results.parquet" if path.is_dir() else path for path in given]
     frame = read_tables(paths, columns, where=where, best=best)
     if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
         raise no_column(frame, "val_loss")
-    study = study_tables(paths, frame, _read_collects(paths), resamples, progress)
+    study = study_tables(paths, frame, _read_collects(paths), progress)
     progress("figures", 0.75)
     drawn = page_figures(study)
     progress("page", 0.95)

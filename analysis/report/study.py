@@ -29,7 +29,7 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.ahead import Ahead, forecast
-from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster, with_compute
+from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster
 from aimscale.analysis.frontier.approaches import Approaches, Gap, all_approaches, gap, gap_to_loss
 from aimscale.analysis.frontier.measured import isoflop_budgets, with_budgets
 from aimscale.analysis.frontier.result import points_of
@@ -38,7 +38,7 @@ from aimscale.analysis.published.comparison import Comparison, compare, read_bas
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND, to_minimise
-from aimscale.analysis.table.points import complete, usable_rows
+from aimscale.analysis.table.points import complete, usable_rows, with_compute
 from aimscale.analysis.table.read import probe_frame, read_curves
 from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, spaced
 
@@ -66,8 +66,6 @@ class Study:
     """The sweeps' collect.json, joined, or empty."""
     exclusions: list[str]
     """Rows left out and why, in sentences."""
-    resamples: int = 1000
-    """Bootstrap resamples of every interval."""
     fits: dict[str, Fit] = field(default_factory=dict)
     """`ND` the joint law; `C` a power law with offset along the envelope."""
     correlations: dict[tuple[str, str], tuple[Correlation, ...]] = field(default_factory=dict)
@@ -110,11 +108,6 @@ class Study:
         return usable_rows(self.main).rows
 
     @property
-    def few(self) -> int:
-        """Resamples of the intervals that cost most."""
-        return min(self.resamples, 500)
-
-    @property
     def samples(self) -> str:
         """What D counts, in words."""
         return "images" if self.is_ours else "samples"
@@ -154,7 +147,6 @@ def study_tables(
     paths: Sequence[Path],
     frame: pd.DataFrame,
     collect: dict[str, Any],
-    resamples: int = 1000,
     progress: Progress = lambda *_: None,
 ) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
@@ -175,7 +167,6 @@ def study_tables(
         probes=probe_frame(complete(main)),
         collect=collect,
         exclusions=[f"{each}." for each in everything.exclusions],
-        resamples=resamples,
     )
     if num_others:
         study.exclusions.append(
@@ -197,7 +188,7 @@ def study_tables(
     progress("correlations", 0.45)
     if study.is_ours:
         study.baselines = read_baselines(frame)
-        study.comparison = compare(study.main, resamples=resamples)
+        study.comparison = compare(study.main)
     _training(study)
     correlate_probes(study)
     progress("best sizes", 0.55)
@@ -239,16 +230,16 @@ def _explain(study: Study) -> None:
         study.noise = noise(study.usable, law=study.fits.get("ND"))
     main = study.with_loss
     if "unique_images" in main and varies(main["unique_images"]):
-        study.repeats = study.attempt("What repeats are worth", partial(repeats, main, resamples=study.few))
+        study.repeats = study.attempt("What repeats are worth", partial(repeats, main))
 
 
 def _fit_laws(study: Study) -> None:
-    usable, resamples, some = study.usable, study.resamples, evenly(study.usable)
+    usable, some = study.usable, evenly(study.usable)
     rows = {"ND": ("chinchilla", usable)}
     if "flops_train" in usable and usable["flops_train"].notna().any():
         rows["C"] = ("power_offset:C", lower_envelope(usable))
     for key, (law, subset) in rows.items():
-        found = study.attempt(f"The law {law} on {len(subset)} rows", partial(fit, law, subset, resamples=resamples))
+        found = study.attempt(f"The law {law} on {len(subset)} rows", partial(fit, subset, law))
         if found is not None:
             study.fits[key] = found
     if "ND" not in study.fits:
@@ -260,11 +251,11 @@ def _fit_laws(study: Study) -> None:
     study.law = study.fits["ND"]
     if study.forecaster is not None and study.forecaster.law.name != study.law.law.name:
         best = study.attempt(
-            "The law that forecasts best", partial(fit, study.forecaster.law, with_compute(some), resamples=resamples)
+            "The law that forecasts best", partial(fit, with_compute(some), study.forecaster.law)
         )
         study.law = best or study.law
     if "C" in rows:
-        work = partial(all_approaches, usable, law=study.law, resamples=study.few)
+        work = partial(all_approaches, usable, law=study.law)
         study.approaches = study.attempt("Compute-optimal frontier", work)
     if study.forecaster is not None:
         ahead = partial(forecast, _headline(some), next_scales(study), law=study.forecaster)
@@ -299,19 +290,19 @@ def _with_tests(study: Study, joint: Fit) -> Fit:
     for variable in ("C",) if by_compute else ("N", "D"):
         test = study.attempt(
             f"Held-out test over the largest {variable}",
-            partial(held_out, joint, rows, by=variable, resamples=study.few),
+            partial(held_out, joint, rows, by=variable),
         )
         tests += [test] if test else []
     return dataclasses.replace(joint, heldout=tuple(tests))
 
 
-MAX_FEATURES, FEATURE_DRAWS = 3, 150
-"""Tasks whose best size by the first kind of probe the page tells; `frontier --y` tells any. Draws of each."""
+MAX_FEATURES = 3
+"""Tasks whose best size by the first kind of probe the page tells; `frontier --y` tells any."""
 
 
 def _features(study: Study) -> None:
     """The best size by a probe's error beside that by the loss, both by the law that forecasts the loss."""
-    options: dict[str, Any] = {"resamples": FEATURE_DRAWS, "is_tested": False}
+    options: dict[str, Any] = {"is_tested": False}
     options["law"] = study.law.law if study.law else "chinchilla"
     by_loss = study.approaches
     failed: list[str] = []
@@ -351,7 +342,7 @@ def correlate_probes(study: Study) -> None:
             study.correlations[kind, task] = found
         known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
         chance, ideal = (task_level(known, name) for name in ("chance", "ideal"))
-        work = partial(link, known, chance=chance, ideal=ideal, resamples=study.resamples, is_tested=False)
+        work = partial(link, known, chance=chance, ideal=ideal, is_tested=False)
         linked = study.attempt(f"Link from loss to {kind} accuracy on {task}", work)
         if linked is not None:
             study.links[kind, task] = linked

@@ -1,0 +1,190 @@
+"""An optimum and what can be inferred from it: errors of any function of the parameters, predictions, simulated tables.
+
+Everything is closed-form: the law is linearised about its optimum in the optimiser's coordinates, in which exponents
+are logarithms and coefficients are contributions at the data's centre, so that little curvature is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import (
+    Components,
+    Covariance,
+    Design,
+    components_of,
+    half_width,
+    linear_design,
+    sandwich,
+)
+from aimscale.analysis.fitting.groups import Groups, visible_groups
+from aimscale.analysis.fitting.objectives import HUBER_LOG
+from aimscale.analysis.fitting.optimise import Minimum, global_minimum, minimise
+from aimscale.analysis.fitting.problem import Problem
+from aimscale.analysis.laws.base import Array, Columns, Params
+
+CONFIDENCE = 0.95
+"""Coverage of every interval."""
+DIFFERENCE = 1e-5
+"""Step of central differences, as a share of a coordinate's own scale: their error is its square."""
+LEAST_SLOPE = 1e-6
+"""Curvature of the objective at a point outside its quadratic zone."""
+
+Function = Callable[[Params], Array]
+"""Parameters of the law (batch,) by name -> values (batch, m) or (batch,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Best parameters of a law, with their covariance and the errors of the points."""
+
+    problem: Problem
+    minima: tuple[Minimum, ...]
+    """Distinct local minima, best first."""
+    covariance: Covariance
+    """Of the movable coordinates."""
+    components: Components
+    """Errors of T(y) that points share, and of single points."""
+    groups: Groups
+    """Points that share errors which the law leaves visible."""
+    unseen: tuple[str, ...]
+    """Kinds of groups whose shared errors the law leaves invisible, for which intervals do not account."""
+    design: Design
+    """Linearised problem."""
+    residual: Array
+    """Residuals (n,) of T(y) whose least squares the optimum is: outliers drawn in, the others stretched for it."""
+
+    @property
+    def vector(self) -> Array:
+        """Optimum (k,) in the optimiser's coordinates."""
+        return self.minima[0].vector
+
+    @property
+    def params(self) -> dict[str, float]:
+        """The law's own parameters."""
+        return {name: float(v[0]) for name, v in self.problem.params_of(self.vector[None]).items()}
+
+    @property
+    def num_runs(self) -> float:
+        """Effective number of points behind a weighted fit (Kish): all where weights are equal."""
+        w = self.problem.weights
+        return float(w.sum() ** 2 / np.sum(w**2))
+
+    def gradient(self, function: Function) -> Array:
+        """Derivatives (m, free) of a function by the movable coordinates."""
+        steps = DIFFERENCE * self._scales()
+        free = np.flatnonzero(self.problem.movable)
+        moved = np.repeat(self.vector[None], 2 * len(free), axis=0)
+        moved[np.arange(len(free)), free] += steps[free]
+        moved[np.arange(len(free)) + len(free), free] -= steps[free]
+        values = np.asarray(function(self.problem.params_of(moved)), float).reshape(2 * len(free), -1)
+        return ((values[: len(free)] - values[len(free) :]) / (2 * steps[free])[:, None]).T
+
+    def _scales(self) -> Array:
+        """Scale (k,) of each coordinate: of a logarithm 1, of a coefficient the size of the measurements."""
+        span = self.problem.upper - self.problem.lower
+        level = float(np.median(np.abs(self.problem.y)))
+        logs = np.array([p.log for p in self.problem.law.parameters])
+        return np.where(logs, 1.0, np.where(np.isfinite(span), np.minimum(span, 1e300), max(level, 1e-300)))
+
+    def error_of(self, function: Function) -> tuple[Array, Array, Array]:
+        """Return a function's values (m,), standard errors (m,) and degrees of freedom (m,), by the delta method."""
+        value = np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)
+        return (value, *self.covariance.of_contrasts(self.gradient(function)))
+
+    def interval_of(self, function: Function) -> tuple[Array, Array]:
+        """Return the ends (m,) of 95 % intervals of a function's values."""
+        value, errors, degrees = self.error_of(function)
+        half = half_width(errors, degrees, CONFIDENCE)
+        return value - half, value + half
+
+    def transformed(self, x: Mapping[str, Array]) -> tuple[Array, Array, Array]:
+        """Return T(law) at places (m,), its standard errors (m,) and their degrees of freedom (m,)."""
+        law, transform = self.problem.law, self.problem.objective.transform
+        columns = Columns({v: np.atleast_1d(np.asarray(x[v], float)) for v in law.variables})
+        shape = np.shape(columns[law.variables[0]])
+
+        def value(params: Params) -> Array:
+            y = law.value(columns, params)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                return transform(np.broadcast_to(y, np.broadcast_shapes(np.shape(y), shape)))
+
+        return self.error_of(value)
+
+    def simulate(self, num: int, rng: np.random.Generator) -> Array:
+        """Draw measurements (num, n) of tables as this one, measured again, where the law is true."""
+        objective, problem = self.problem.objective, self.problem
+        clean = objective.transform(problem.predict(self.vector[None])[0])
+        return objective.inverse(clean + self.components.simulate(self.groups, problem.num_points, num, rng))
+
+
+def estimated(problem: Problem, groups: Groups) -> Estimate:
+    """Minimise a problem and infer the errors of its optimum.
+
+    Raises:
+        AnalysisError: no finite optimum.
+    """
+    problem, minima = best_minima(problem)
+    if not minima:
+        what = f"{problem.law.formula} has no finite value of {problem.objective.name}"
+        raise AnalysisError(f"{what} on these {problem.num_points} points.")
+    vector = minima[0].vector
+    jacobian = problem.linearised(vector)
+    if not np.isfinite(jacobian).all():
+        raise AnalysisError(f"The optimum of {problem.law.formula} lies where it has no finite derivatives.")
+    pull, slope = _pull_and_slope(problem.objective.delta, problem.residual(vector), jacobian.shape[1])
+    seen, unseen = visible_groups(groups, jacobian)
+    # what curves the objective is the slope: a point's precision, besides which its weight is no precision
+    scaled = linear_design(jacobian * np.sqrt(slope)[:, None], problem.weights)
+    clusterings = seen.clusterings(problem.num_points).items()
+    by = {name: sandwich(scaled, pull / np.sqrt(slope), codes) for name, codes in clusterings}
+    design, residual = linear_design(jacobian, problem.weights), pull / np.average(slope, weights=problem.weights)
+    return Estimate(
+        problem=problem,
+        minima=tuple(minima),
+        covariance=Covariance(by=by),
+        components=components_of(design, residual, seen),
+        groups=seen,
+        unseen=unseen,
+        design=design,
+        residual=residual,
+    )
+
+
+def best_minima(problem: Problem) -> tuple[Problem, list[Minimum]]:
+    """Find the distinct minima, best first; an objective that takes its scale from the residuals is given it first.
+
+    The scale is that of a nearly least-absolute-deviations fit, which no few outliers can move, and once more that of
+    the fit which follows from it.
+    """
+    if not problem.objective.multiple:
+        return problem, global_minimum(problem)
+    free = int(problem.movable.sum())
+    found = global_minimum(replace(problem, objective=HUBER_LOG))
+    if not found:
+        return problem, []
+    residual = np.sort(np.abs(problem.residual(found[0].vector)))
+    sd = 1.4826 * float(np.median(residual[min(free, len(residual) - 1) :]))  # it passes through `free` points
+    for _ in range(2):
+        problem = replace(problem, objective=problem.objective.with_scale(sd))
+        sd = _robust_sd(problem.residual(minimise(problem, found[0].vector).vector), free)
+    return problem, global_minimum(problem, extra=np.array([m.vector for m in found]), count=1)
+
+
+def _robust_sd(residual: Array, free: int) -> float:
+    """Robust standard deviation of the errors behind residuals of a fit with `free` parameters."""
+    return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(residual) / max(1, len(residual) - free)))
+
+
+def _pull_and_slope(delta: float, residual: Array, free: int) -> tuple[Array, Array]:
+    """Return the objective's pull on every point and how fast it changes with the residual (n,).
+
+    The slope is a difference over a bandwidth, since the pull has kinks: 1 within the quadratic zone, 0 outside.
+    """
+    width = max(_robust_sd(residual, free) * len(residual) ** -0.2, 1e-12)
+    lower, pull, upper = (np.clip(residual + move, -delta, delta) for move in (-width, 0.0, width))
+    return pull, np.maximum((upper - lower) / (2 * width), LEAST_SLOPE)
