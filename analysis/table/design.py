@@ -11,7 +11,7 @@ from aimscale.analysis.table.names import CANONICAL, FOLDER, remember, their_nam
 from aimscale.analysis.table.schema import KNOWN
 
 SCALE = (
-    "size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak", "head_depth", "head_width",
+    "size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak", "lr_multiplier", "head_depth", "head_width",
 )  # fmt: skip
 """Columns of scale and chance, in which runs of one experiment may differ."""
 MEASURED_ON = ("data_fingerprint", "val_num_images")
@@ -26,7 +26,9 @@ FOLLOWS = {
     "schedule": ("schedule.decay_fraction", "schedule.lr_end"),
     "image_size": ("patch_size", *MEASURED_ON),
     "patch_size": ("image_size",),
-    "size": ("head_depth", "head_width", "lr_peak", "batch_size"),
+    "size": ("head_depth", "head_width", "lr_peak", "lr_multiplier", "batch_size"),
+    "lr_multiplier": ("lr_peak",),
+    "lr_peak": ("lr_multiplier",),
     "objective.masked": ("prefix",),
 }
 """Column in question -> columns that change with it and so cannot be held equal."""

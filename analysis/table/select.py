@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.design import design_columns, held_equal, varies
+from aimscale.analysis.table.design import design_columns, varies
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import complete, usable_rows
+from aimscale.analysis.table.tuned import best_settings, cell_columns
 from aimscale.analysis.words import MAX_NAMED, Flag, some
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
@@ -70,9 +71,9 @@ def _equals(values: pd.Series, wanted: str) -> np.ndarray:
 
 
 def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
-    """Of rows that differ in some tuned columns, the one with the lowest loss.
+    """Keep of rows that differ in some tuned columns those of the lowest loss, its mean where seeds were run.
 
-    A cell is what agrees in everything else (`held_equal`): another batch or head is another cell, unless tuned, too.
+    A cell is what agrees in everything else (`cell_columns`): another batch is another cell, unless tuned, too.
 
     Returns:
         The best rows, in order. The frame remembers how many were left out.
@@ -86,10 +87,11 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
             raise no_column(frame, name, f" for {option('best-of')}")
     found = usable_rows(frame, y)
     rows, unusable = found.rows, found.exclusions[len(left_out_of(frame)) :]
-    equal = held_equal(rows, free={"L", "val_loss", y, *tuned})
-    kept = rows.loc[np.sort(rows.groupby(equal, dropna=False)[y].idxmin().to_numpy())]
+    cell = cell_columns(rows, y, tuned)
+    best, _ = best_settings(rows, y, tuned, cell)
+    kept = rows[best]
     if len(kept) == len(rows):
-        also = [their_name(rows, name) for name in equal if _parts(rows, equal, name)]
+        also = [their_name(rows, name) for name in cell if _parts(rows, cell, name)]
         why = f"; name what was tuned with it, too: {', '.join(also[:MAX_NAMED])}" if also else ""
         raise AnalysisError(
             f"{option('best-of', ', '.join(names))}: no two rows differ in nothing else, so there is no choice{why}"
@@ -103,7 +105,7 @@ SCALE_OF_RUNS = ("size", "params_total", "N", "images_seen", "D", "unique_images
 
 
 def _parts(rows: pd.DataFrame, equal: Sequence[str], name: str) -> bool:
-    """Whether rows would be of one cell but for a column, which is no scale."""
+    """Tell whether rows would be of one cell but for a column, which is no scale."""
     others = [each for each in equal if each != name]
     return name not in SCALE_OF_RUNS and rows.groupby(others, dropna=False).ngroups < len(rows)
 

@@ -1,0 +1,78 @@
+"""Tuned columns, such as the learning rate: a law is fitted to the best setting of every cell, not to all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+import pandas as pd
+
+from aimscale.analysis.table.accuracies import named_like_accuracy
+from aimscale.analysis.table.design import FOLLOWS, held_equal, setup_columns, varies
+from aimscale.analysis.table.names import their_name
+from aimscale.analysis.table.schema import KNOWN
+from aimscale.analysis.words import Flag
+
+_OURS = ("lr_multiplier", "lr_peak", "batch_size", "optimiser.weight_decay")
+"""Tuned columns of a results table."""
+_LOOKS = re.compile(
+    r"(?<![a-z])(lr|learning[ _-]?rate|batch([ _-]?size)?|bsz?|weight[ _-]?decay|wd)(?![a-z])", re.IGNORECASE
+)
+"""Names of a learning rate, a batch or a weight decay in tables of others. Other settings, and all words, are
+experiments (`experiment_columns`)."""
+_OTHER = re.compile(r"min|end|final|start|warm|schedule|lr[ _-]?decay|index", re.IGNORECASE)
+"""Parts of names that make such a column the schedule's, or a count."""
+
+
+def tuned_columns(frame: pd.DataFrame, used: Collection[str] = ()) -> list[str]:
+    """List the learning rates, batches and weight decays that take several values, but for columns in use."""
+    known = {*KNOWN, *setup_columns(frame), *used}
+    foreign = [name for name in map(str, frame.columns) if name not in known and _looks_tuned(frame, name)]
+    return [name for name in (*_OURS, *foreign) if name in frame and name not in used and varies(frame[name])]
+
+
+def _looks_tuned(frame: pd.DataFrame, name: str) -> bool:
+    named = bool(_LOOKS.search(name)) and not _OTHER.search(name)
+    return named and pd.api.types.is_numeric_dtype(frame[name])
+
+
+def cell_columns(rows: pd.DataFrame, y: str, tuned: Sequence[str]) -> list[str]:
+    """List the columns in which rows of a cell agree: all that is held equal but the seed, over which losses of a
+    setting are averaged, and what follows from the tuned columns."""
+    follows = {other for name in tuned for other in FOLLOWS.get(name, ())}
+    return held_equal(rows, free={"seed", "L", "val_loss", y, *tuned, *follows})
+
+
+def best_settings(
+    rows: pd.DataFrame, y: str, tuned: Sequence[str], cell: Sequence[str]
+) -> tuple[pd.Series, tuple[Flag, ...]]:
+    """Find the rows at the best setting of every cell: that of the lowest mean loss, or of the highest mean accuracy.
+
+    Args:
+        y: column of the loss, or of an accuracy.
+        tuned: columns that make a setting.
+        cell: columns that make a cell.
+
+    Returns:
+        Which rows to keep, and flags where that is a choice: the lowest of several losses is too low by part of
+        their noise, and an optimum at the edge of what was tried may lie beyond it.
+    """
+    cells = rows.groupby(list(cell), dropna=False).ngroup() if cell else pd.Series(0, rows.index)
+    settings = rows.groupby([cells, *(rows[name] for name in tuned)], dropna=False).ngroup()
+    losses = (-rows[y] if named_like_accuracy(y) else rows[y]).groupby(settings).mean()
+    keep = settings.isin(losses.groupby(cells.groupby(settings).first()).idxmin())
+    several = {name: rows[name].groupby(cells).nunique(dropna=False) > 1 for name in tuned}
+    names = [name for name in tuned if several[name].any()]
+    names = [name for name in names if not any(name in FOLLOWS.get(each, ()) for each in names[: names.index(name)])]
+    if not names:
+        return keep, ()
+    num_cells = int(pd.concat(several, axis=1).any(axis=1).sum())
+    flags = [Flag(kind="tuned", subject=", ".join(their_name(rows, name) for name in names), number=num_cells)]
+    for name in names:
+        values = pd.to_numeric(rows[name], errors="coerce")
+        best, tried = values[keep].groupby(cells[keep]).first(), values.groupby(cells)
+        for end, extreme in (("smallest", tried.min()), ("largest", tried.max())):
+            if number := int((several[name] & (best == extreme)).sum()):
+                more = (end, int(several[name].sum()))
+                flags.append(Flag(kind="tuned_edge", subject=their_name(rows, name), number=number, more=more))
+    return keep, tuple(flags)
