@@ -10,9 +10,10 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Law
+from aimscale.analysis.table.design import tuned_columns
 from aimscale.analysis.table.names import Exclusion, left_out_of, no_column, our_name, their_name
-from aimscale.analysis.table.tuned import best_settings, cell_columns, tuned_columns
-from aimscale.analysis.words import Flag
+from aimscale.analysis.table.tuned import best_settings, cell_columns
+from aimscale.analysis.words import Flag, human
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,34 @@ def complete(frame: pd.DataFrame) -> pd.DataFrame:
     if "status" not in frame.columns:
         return frame
     return frame[frame["status"].isna() | frame["status"].isin(("complete", "during"))]
+
+
+REPEATS_FROM = 1.01
+"""Passes over a pool above which images repeat; up to there a pool is seen once, but for the last batch."""
+
+
+def most_passes(rows: pd.DataFrame) -> float:
+    """Count the most passes over its pool that a row made, D / U; NaN where no row tells."""
+    names = ("images_seen", "unique_images")
+    return float((rows[names[0]] / rows[names[1]]).max()) if {*names} <= {*rows} else np.nan
+
+
+def passes_flags(rows: pd.DataFrame, what: str, at: Mapping[str, float]) -> tuple[Flag, ...]:
+    """Flag a scale that sees its pool more often than any of the rows that a law was fitted to.
+
+    Args:
+        what: what is at the scale, for the sentence.
+        at: the scale. Without a U the pool is the largest that rows of several D share: where each D has a pool of its
+            own, so would a larger one.
+    """
+    most = most_passes(rows)
+    if np.isnan(most) or "D" not in at:
+        return ()
+    budgets = rows.groupby("unique_images")["images_seen"].nunique()
+    pool = at.get("U", budgets.index[budgets > 1].max())
+    if not at["D"] > max(most, REPEATS_FROM) * pool:
+        return ()
+    return (Flag(kind="passes", subject=what, number=at["D"] / pool, more=(most, human(pool))),)
 
 
 def usable_rows(

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import ttest_1samp
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.design import design_columns, varies
+from aimscale.analysis.table.design import PROVENANCE, design_columns, experiment_columns, held_equal, varies, with_size
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
-from aimscale.analysis.table.points import complete, usable_rows
+from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows
 from aimscale.analysis.table.tuned import best_settings, cell_columns
 from aimscale.analysis.words import MAX_NAMED, Flag, some
 
@@ -156,7 +157,7 @@ def _num_cells(rows: pd.DataFrame) -> int:
 
 
 def lower_envelope(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose loss no row of equal or lower compute undercuts.
+    """Keep the complete rows whose loss no complete row of equal or lower compute undercuts.
 
     Raises:
         AnalysisError: a column is missing.
@@ -165,9 +166,23 @@ def lower_envelope(frame: pd.DataFrame) -> pd.DataFrame:
     for name in (x, y):
         if name not in frame:
             raise no_column(frame, name)
-    ordered = frame[(frame[x] > 0) & (frame[y] > 0)].sort_values([x, y], kind="stable")
+    rows = complete(frame)
+    ordered = rows[(rows[x] > 0) & (rows[y] > 0)].sort_values([x, y], kind="stable")
     best_before = np.minimum.accumulate(np.r_[np.inf, ordered[y].to_numpy()[:-1]])
     return ordered[ordered[y].to_numpy() < best_before]
+
+
+def envelope_flags(envelope: pd.DataFrame) -> tuple[Flag, ...]:
+    """Flag the ends of an envelope where one size after another row is lowest: its own curve, and no envelope.
+
+    These rows stay: without them laws of compute erred as often by more as by less on grids of a known law.
+    """
+    if "params_total" not in envelope or len(envelope) < 2:
+        return ()
+    sizes = envelope.sort_values("flops_train")["params_total"].to_numpy()
+    ends = [int(np.argmax(np.r_[each != each[0], True])) for each in (sizes, sizes[::-1])]
+    own = sum(end for end in ends if end > 1) if ends[0] < len(sizes) else len(sizes)
+    return (Flag(kind="envelope_ends", number=own, more=(len(sizes),)),) if own else ()
 
 
 PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
@@ -187,14 +202,38 @@ def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataF
     return frame[frame[fixed] == value], f"{value:,.0f}"
 
 
-def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[Flag, ...]:
-    """Columns of the design and of scale in which the rows differ and which a law of these variables does not know, and
-    points during training."""
+def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_loss") -> tuple[Flag, ...]:
+    """Flag columns in which the rows differ and which a law of these variables does not know, and points during
+    training.
+
+    Several sweeps or folders are flagged where their losses of equal cells differ: they may well be one experiment.
+    """
     known = {*variables, *(CANONICAL.get(v, v) for v in variables)}
-    names = [*design_columns(frame), "unique_images"]
+    rows = complete(frame)
+    names = [n for n in experiment_columns(rows) if n not in PROVENANCE or _differ(rows, n, y)]
+    names += ["unique_images"] * (most_passes(rows) > REPEATS_FROM)
     names += ["images_seen"] * ("params_total" in known) + ["params_total"] * ("images_seen" in known)
-    mixed = [name for name in names if name in frame and name not in known and varies(frame[name])]
-    flags = [Flag(kind="mixed", subject=their_name(frame, n), number=frame[n].nunique()) for n in mixed]
+    mixed = [name for name in names if name in rows and name not in known and varies(rows[name])]
+    flags = [Flag(kind="mixed", subject=their_name(frame, n), number=rows[n].nunique()) for n in mixed]
     if "status" in frame and (number := int((frame["status"] == "during").sum())):
-        flags.append(Flag(kind="during" if number == len(complete(frame)) else "during_mixed", number=number))
+        flags.append(Flag(kind="during" if number == len(rows) else "during_mixed", number=number))
+    if any((each.kind, each.subject) == ("where", "envelope") for each in left_out_of(frame)):
+        flags += envelope_flags(frame)
     return tuple(flags)
+
+
+CHANCE = 0.01
+"""Probability of chance below which losses of two folders differ."""
+
+
+def _differ(rows: pd.DataFrame, name: str, y: str) -> bool:
+    """Test whether losses of the two commonest values of a column differ in cells that both hold, over sizes."""
+    if y not in rows:
+        return False
+    rows = with_size(usable_rows(rows, y).rows)
+    cell = [each for each in held_equal(rows, free={"L", "val_loss", "seed", y, *PROVENANCE}) if each != "params_total"]
+    means = np.log(rows[y].astype(float)).groupby([rows[each] for each in (*cell, name)], dropna=False).mean()
+    one, other = (means.xs(value, level=name) for value in rows[name].value_counts().index[:2])
+    differences = (one - other).dropna()
+    differences = differences.groupby(level="size").mean() if "size" in cell else differences
+    return len(differences) > 2 and bool(ttest_1samp(differences, 0).pvalue < CHANCE)

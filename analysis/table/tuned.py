@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 
 from aimscale.analysis.table.accuracies import named_like_accuracy
-from aimscale.analysis.table.design import FOLLOWS, held_equal, setup_columns, varies
+from aimscale.analysis.table.design import FOLLOWS, held_equal, varies
 from aimscale.analysis.table.names import their_name
-from aimscale.analysis.table.schema import KNOWN
 from aimscale.analysis.words import Flag
-
-_OURS = ("lr_multiplier", "lr_peak", "batch_size", "optimiser.weight_decay")
-"""Tuned columns of a results table."""
-_LOOKS = re.compile(
-    r"(?<![a-z])(lr|learning[ _-]?rate|batch([ _-]?size)?|bsz?|weight[ _-]?decay|wd)(?![a-z])", re.IGNORECASE
-)
-"""Names of a learning rate, a batch or a weight decay in tables of others. Other settings, and all words, are
-experiments (`experiment_columns`)."""
-_OTHER = re.compile(r"min|end|final|start|warm|schedule|lr[ _-]?decay|index", re.IGNORECASE)
-"""Parts of names that make such a column the schedule's, or a count."""
-
-
-def tuned_columns(frame: pd.DataFrame, used: Collection[str] = ()) -> list[str]:
-    """List the learning rates, batches and weight decays that take several values, but for columns in use."""
-    known = {*KNOWN, *setup_columns(frame), *used}
-    foreign = [name for name in map(str, frame.columns) if name not in known and _looks_tuned(frame, name)]
-    return [name for name in (*_OURS, *foreign) if name in frame and name not in used and varies(frame[name])]
-
-
-def _looks_tuned(frame: pd.DataFrame, name: str) -> bool:
-    named = bool(_LOOKS.search(name)) and not _OTHER.search(name)
-    return named and pd.api.types.is_numeric_dtype(frame[name])
 
 
 def cell_columns(rows: pd.DataFrame, y: str, tuned: Sequence[str]) -> list[str]:
@@ -61,7 +37,7 @@ def best_settings(
     settings = rows.groupby([cells, *(rows[name] for name in tuned)], dropna=False).ngroup()
     losses = (-rows[y] if named_like_accuracy(y) else rows[y]).groupby(settings).mean()
     keep = settings.isin(losses.groupby(cells.groupby(settings).first()).idxmin())
-    several = {name: rows[name].groupby(cells).nunique(dropna=False) > 1 for name in tuned}
+    several = {name: rows.groupby(cells)[name].agg(varies) for name in tuned}
     names = [name for name in tuned if several[name].any()]
     names = [name for name in names if not any(name in FOLLOWS.get(each, ()) for each in names[: names.index(name)])]
     if not names:

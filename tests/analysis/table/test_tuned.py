@@ -6,8 +6,8 @@ import pytest
 from commands import say
 
 from aimscale.analysis import contrast, fit, read_table
+from aimscale.analysis.table.design import tuned_columns
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.table.tuned import tuned_columns
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -75,7 +75,7 @@ def test_rates_of_others_are_known_by_name_and_words_and_other_settings_are_expe
     assert tuned_columns(theirs) == ["Learning rate"]
     names = {"global_batch_size", "weight-decay", "wd", "BSZ", "peak_lr"}
     others = {"lr_end", "lr schedule", "lr_decay", "batch_index", "colour"}
-    assert {*tuned_columns(pd.DataFrame(dict.fromkeys(names | others, [1, 2])))} == names
+    assert {*tuned_columns(pd.DataFrame({name: [1, 2] for name in names | others}))} == names
     path = tmp_path / "theirs.csv"
     theirs[["N", "D", "loss", "Learning rate"]].to_csv(path, index=False)
     out = say("fit", path, "--columns", "L=loss", "--resamples", 0)
