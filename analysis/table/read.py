@@ -227,7 +227,7 @@ def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.D
 
 
 def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
-    """Add the letters among the file's own to `columns`: N is the law's N where it holds numbers and no other was named.
+    """Add the file's own letters to `columns`: N is the law's N where it holds numbers and no other was named.
 
     Such a column of another meaning (L for layers beside a loss of another name) keeps its values under another name.
     """
@@ -324,7 +324,7 @@ def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def loss_unit(frame: pd.DataFrame) -> str:
-    """Tell the unit of a table's losses: ours by their target; a foreign table, or an objective that is not ours, has none."""
+    """Tell the unit of losses by their target; empty for a foreign table, or an objective that is not ours."""
     setups = " ".join(frame["setup"].dropna().astype(str)) if "setup" in frame else ""
     if set(re.findall(r'"objective\.(\w+)"', setups)) - {"target", "prefix", "masked"}:
         return ""

@@ -10,7 +10,15 @@ import pandas as pd
 from scipy.stats import ttest_1samp
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.design import PROVENANCE, design_columns, experiment_columns, held_equal, varies, with_size
+from aimscale.analysis.table.design import (
+    PROVENANCE,
+    design_columns,
+    experiment_columns,
+    held_equal,
+    tuned_columns,
+    varies,
+    with_size,
+)
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows
 from aimscale.analysis.table.tuned import best_settings, cell_columns
@@ -92,23 +100,13 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     best, _ = best_settings(rows, y, tuned, cell)
     kept = rows[best]
     if len(kept) == len(rows):
-        also = [their_name(rows, name) for name in cell if _parts(rows, cell, name)]
+        also = [their_name(rows, name) for name in tuned_columns(rows, used=tuned) if name in cell]
         why = f"; name what was tuned with it, too: {', '.join(also[:MAX_NAMED])}" if also else ""
         raise AnalysisError(
             f"{option('best-of', ', '.join(names))}: no two rows differ in nothing else, so there is no choice{why}"
         )
     left_out = Exclusion(kind="best of", subject=", ".join(names), number=len(rows) - len(kept))
     return remember(kept.reset_index(drop=True), left_out=(*unusable, left_out))
-
-
-SCALE_OF_RUNS = ("size", "params_total", "N", "images_seen", "D", "unique_images", "U", "seed")
-"""Columns that a scaling table varies on purpose, so that nobody tunes them."""
-
-
-def _parts(rows: pd.DataFrame, equal: Sequence[str], name: str) -> bool:
-    """Tell whether rows would be of one cell but for a column, which is no scale."""
-    others = [each for each in equal if each != name]
-    return name not in SCALE_OF_RUNS and rows.groupby(others, dropna=False).ngroups < len(rows)
 
 
 def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -191,15 +189,6 @@ PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "envelope": lower_envelope,
 }
 """What `--where` knows by name."""
-
-
-def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataFrame, str]:
-    """The rows at the value of `fixed` that has most values of `varies` (the largest such value), and that value."""
-    spread = frame.groupby(fixed)[varies].nunique()
-    if spread.empty:
-        return frame.iloc[:0], "no"
-    value = spread[spread == spread.max()].index.max()
-    return frame[frame[fixed] == value], f"{value:,.0f}"
 
 
 def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_loss") -> tuple[Flag, ...]:
