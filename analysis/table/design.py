@@ -75,22 +75,22 @@ PROVENANCE = ("sweep", FOLDER)
 def experiment_columns(frame: pd.DataFrame) -> list[str]:
     """List the columns that may tell experiments apart and vary: those of the design and the set-up, settings of a
     foreign table, the sweep and the folder of rows. Of columns that part the rows alike, the first."""
-    foreign = [name for name in foreign_settings(frame) if not _follows_scale(frame, name)]
-    names = [*foreign, *(name for name in PROVENANCE if name in frame and varies(frame[name]))]
-    design = design_columns(frame)
-    parts = {tuple(pd.factorize(frame[name])[0]): name for name in reversed([*design, *names])}
-    return [*design, *(name for name in names if name in parts.values())]
+    design, tuned = design_columns(frame), tuned_columns(frame)
+    names = [name for name in foreign_settings(frame) if name not in tuned and not follows_scale(frame, name)]
+    names += [name for name in PROVENANCE if name in frame and varies(frame[name])]
+    first = {tuple(pd.factorize(frame[name])[0]): name for name in reversed([*design, *names])}
+    return [*design, *(name for name in names if name in first.values())]
 
 
-def _follows_scale(frame: pd.DataFrame, name: str) -> bool:
-    """Tell whether a foreign column was tuned, names a size or a budget, or is a number that follows from them, such as
-    a width."""
-    scale = ("size", "params_total", "images_seen", "unique_images", *CANONICAL)
-    varied = [each for each in scale if each in frame and varies(frame[each])]
-    if name in tuned_columns(frame) or any(frame.groupby(name)[each].nunique().max() <= 1 for each in varied):
+def follows_scale(frame: pd.DataFrame, name: str) -> bool:
+    """Tell whether a column names sizes, budgets or runs (each of its values has one size or one budget), or is a
+    number that follows from them, such as a width."""
+    scale = [each for each in ("size", "params_total", "images_seen", "unique_images", *CANONICAL) if each in frame]
+    scale = [each for each in scale if varies(frame[each])]
+    if any(frame.groupby(name)[each].nunique().max() <= 1 for each in scale):
         return True
     is_number = pd.api.types.is_numeric_dtype(frame[name]) and not pd.api.types.is_bool_dtype(frame[name])
-    return is_number and bool(varied) and bool(frame.groupby(varied, dropna=False)[name].nunique().max() <= 1)
+    return is_number and bool(scale) and bool(frame.groupby(scale, dropna=False)[name].nunique().max() <= 1)
 
 
 def setup_columns(frame: pd.DataFrame) -> list[str]:

@@ -14,7 +14,6 @@ from aimscale.analysis.table.design import (
     PROVENANCE,
     design_columns,
     experiment_columns,
-    held_equal,
     tuned_columns,
     varies,
     with_size,
@@ -217,11 +216,11 @@ CHANCE = 0.01
 
 def _differ(rows: pd.DataFrame, name: str, y: str) -> bool:
     """Test whether losses of the two commonest values of a column differ in cells that both hold, over sizes."""
-    if y not in rows:
+    rows = with_size(usable_rows(rows, y).rows) if y in rows else rows[:0]
+    cell = [each for each in cell_columns(rows, y, ()) if each != name]
+    if not cell or not varies(rows[name]):
         return False
-    rows = with_size(usable_rows(rows, y).rows)
-    cell = [each for each in held_equal(rows, free={"L", "val_loss", "seed", y, *PROVENANCE}) if each != "params_total"]
-    means = np.log(rows[y].astype(float)).groupby([rows[each] for each in (*cell, name)], dropna=False).mean()
+    means = rows[y].astype(float).map(np.log).groupby([rows[each] for each in (*cell, name)], dropna=False).mean()
     one, other = (means.xs(value, level=name) for value in rows[name].value_counts().index[:2])
     differences = (one - other).dropna()
     differences = differences.groupby(level="size").mean() if "size" in cell else differences

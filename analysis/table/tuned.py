@@ -7,16 +7,17 @@ from collections.abc import Sequence
 import pandas as pd
 
 from aimscale.analysis.table.accuracies import named_like_accuracy
-from aimscale.analysis.table.design import FOLLOWS, held_equal, varies
+from aimscale.analysis.table.design import FOLLOWS, follows_scale, foreign_settings, held_equal, varies
 from aimscale.analysis.table.names import their_name
 from aimscale.analysis.words import Flag
 
 
 def cell_columns(rows: pd.DataFrame, y: str, tuned: Sequence[str]) -> list[str]:
-    """List the columns in which rows of a cell agree: all that is held equal but the seed, over which losses of a
-    setting are averaged, and what follows from the tuned columns."""
-    follows = {other for name in tuned for other in FOLLOWS.get(name, ())}
-    return held_equal(rows, free={"seed", "L", "val_loss", y, *tuned, *follows})
+    """List the columns in which rows of a cell agree: all that is held equal, but for the seed, over which losses of a
+    setting are averaged, for what follows from the tuned columns, and for names of runs."""
+    free = {"seed", "L", "val_loss", y, *tuned, *(other for name in tuned for other in FOLLOWS.get(name, ()))}
+    names = [name for name in foreign_settings(rows, free) if follows_scale(rows, name)]
+    return held_equal(rows, {*free, *names})
 
 
 def best_settings(

@@ -89,6 +89,7 @@ def test_words_settings_and_folders_of_others_tell_experiments_apart(known_study
     assert experiment_columns(alone) == ["optimizer"]
     assert mixed(alone, "ND") == [("optimizer", 2)]
     assert mixed(both.drop(columns=["optimizer", "dropout", "lr"]), "ND") == [(FOLDER, 2)]
+    assert mixed(alone.drop(columns=["optimizer", "lr"]).assign(**{FOLDER: both[FOLDER]}), "ND") == [(FOLDER, 2)]
 
 
 @pytest.mark.parametrize("name", [FOLDER, "sweep"])
@@ -96,6 +97,8 @@ def test_sweeps_of_one_experiment_are_no_mixture(known_study, name):
     """Nor are those that share no cell, of which the rows cannot tell."""
     one, other = known_study({"seeds": [0]}), known_study({"seeds": [1]})
     assert mixed(pd.concat([one.assign(**{name: "a"}), other.assign(**{name: "b"})], ignore_index=True), "ND") == []
+    empty = other.assign(**{name: "b", "val_loss": np.nan})
+    assert mixed(pd.concat([one.assign(**{name: "a"}), empty], ignore_index=True), "ND") == []
     apart = known_study({"seeds": [1], "budgets": [5000, 9000], "effect": 0.02})
     assert mixed(pd.concat([one.assign(**{name: "a"}), apart.assign(**{name: "b"})], ignore_index=True), "ND") == []
 

@@ -84,6 +84,16 @@ def test_rates_of_others_are_known_by_name_and_words_and_other_settings_are_expe
     assert len(read_table(path, {"L": "loss"})) == 150
 
 
+def test_names_of_runs_make_no_cells_and_other_experiments_do(rates):
+    """A run of several budgets has a name of its own at every rate."""
+    names = ["params_total", "images_seen", "val_loss", "lr_multiplier"]
+    theirs = rates[names].rename(columns={"lr_multiplier": "lr"})
+    theirs["run"] = [f"{row.params_total:.0f}-{row.lr}" for row in theirs.itertuples()]
+    assert len(usable_rows(theirs, best_by="val_loss").rows) == 30
+    both = [theirs.assign(optimizer=name, val_loss=theirs["val_loss"] * k) for name, k in (("adam", 1), ("muon", 0.9))]
+    assert len(usable_rows(pd.concat(both, ignore_index=True), best_by="val_loss").rows) == 60
+
+
 def test_of_an_accuracy_the_best_is_the_highest(rates):
     df = rates.assign(accuracy=1 - rates["val_loss"])
     assert set(usable_rows(df, "accuracy", best_by="accuracy").rows["lr_multiplier"]) == {1.0}
