@@ -50,6 +50,14 @@ FLAGS = {
     "deviations).",
     "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one by "
     "{option:where}.",
+    "tuned": "Of several {subject} the best of each of {number:.0f} cells is kept; the lowest of noisy losses is too "
+    "low by part of their noise.",
+    "tuned_edge": "The best {subject} is the {more[0]} that was tried in {number:.0f} of {more[1]:.0f} cells, so a "
+    "better one may lie beyond.",
+    "envelope_ends": "{number:.0f} of the {more[0]:.0f} rows of the envelope, at its ends, are one size's own curve, "
+    "not a choice among sizes.",
+    "passes": "{subject} means {number:.3g} passes over the pool of {more[1]}; the rows saw {more[0]:.3g} at most, so "
+    "what further ones are worth is not known.",
     "in_plateau": "{number:.0f} rows of {subject} lie in the first plateau of their size, up to {more[0]:,.0f} images, "
     "where losses follow no power law.",
     "during": "The rows are points during training: before the learning rate decays, losses are higher than at "

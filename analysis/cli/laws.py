@@ -104,7 +104,8 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
         by_budget = our_name(df, by) == our_name(df, "C") and "C" not in result.law.variables
         rows = with_budgets(df, result.columns["y"], result.columns) if by_budget else df
         tests.append(held_out(result, rows, by="C" if by_budget else by, num_values=int(count or 1)))
-    return replace(result, flags=(*result.flags, *mixture_flags(df, result.law.variables)), heldout=tuple(tests))
+    mixed = mixture_flags(df, result.law.variables, result.columns["y"])
+    return replace(result, flags=(*result.flags, *mixed), heldout=tuple(tests))
 
 
 def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dict[str, list[float]]:
@@ -151,12 +152,18 @@ def forecast(
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
     from aimscale.analysis.table.names import our_name
+    from aimscale.analysis.table.points import passes_flags, usable_rows
     from aimscale.analysis.table.select import mixture_flags
 
     df = table_of(tables, columns, where, best_of, y)
     y = our_name(df, y)
     found = forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
-    found = replace(found, flags=(*mixture_flags(df, found.loss.basis.variables), *found.flags))
+    rows = usable_rows(df, y, best_by=y)
+    repeats = [
+        flag for each in found.scales for flag in passes_flags(rows.rows, f"D = {human(each.get('D', 0))}", each)
+    ]
+    mixed = mixture_flags(df, found.loss.basis.variables, y)
+    found = replace(found, flags=(*mixed, *rows.flags, *repeats, *found.flags))
     after = []
     if register:
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
@@ -184,6 +191,7 @@ def frontier(
     that of the loss."""
     from aimscale.analysis.display import fact_lines
     from aimscale.analysis.frontier.approaches import all_approaches, gap_to_loss
+    from aimscale.analysis.table.points import passes_flags, usable_rows
     from aimscale.analysis.table.select import mixture_flags
 
     for flops in at or []:
@@ -194,9 +202,11 @@ def frontier(
     by_law = several_laws.law if several_laws else law
     found = all_approaches(df, y=y, law=by_law)
     gap = gap_to_loss(found, df, y, law=by_law)
-    found = replace(found, flags=mixture_flags(df, ["N", "D", "C"]))
     shown = at or [found.largest_budget, 10 * found.largest_budget]
     best = found.at(shown).iloc[-1]
+    rows = usable_rows(df, y, best_by=y)
+    repeats = passes_flags(rows.rows, f"D* = {human(best['D'])} at {human(best['C'])} FLOP", {"D": best["D"]})
+    found = replace(found, flags=(*mixture_flags(df, ["N", "D", "C"], y), *rows.flags, *repeats))
     show(
         found,
         json,

@@ -42,7 +42,8 @@ Where = Annotated[
 BestOf = Annotated[
     list[str] | None,
     typer.Option(
-        help="Where rows differ in these tuned columns only (e.g. lr), keep the best; may be repeated.",
+        help="Where rows differ in these columns only (e.g. optimizer), keep the best; of learning rates, batches and "
+        "weight decays laws do so anyway. May be repeated.",
         rich_help_panel=PANEL,
     ),
 ]

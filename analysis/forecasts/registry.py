@@ -1,7 +1,7 @@
 """Forecasts written down before the run, and scored after it: the only test of a law that leaves no room for argument.
 
 `forecasts.jsonl` beside the table is only ever appended to, one line per forecast. `scores` compares its lines with the
-rows that have been measured since.
+runs that have been measured since.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from aimscale.analysis.table.read import probe_frame
 REGISTER = "forecasts.jsonl"
 SCORES = "forecast-scores.csv"
 TOLERANCE = 0.01
-"""A row within 1 % of every variable of the forecast is taken for the run that was forecast."""
+"""A row within 1 % of every variable of the forecast is taken for the run that was forecast: budgets are rounded to
+whole batches."""
 COLUMNS = (
     "registered", "quantity", "at", "law", "forecast", "pi_lo", "pi_hi", "measured", "num_rows", "error", "inside",
 )  # fmt: skip
@@ -71,87 +72,76 @@ def register(found: Ahead, df: pd.DataFrame, path: Path) -> None:
 
 
 def read_register(path: Path) -> list[dict[str, Any]]:
-    """The forecasts of a register, oldest first; none where the file does not exist.
+    """Read the forecasts of a register, oldest first; none where the file does not exist.
 
     Raises:
         AnalysisError: a line is damaged.
     """
-    if not path.is_file():
-        return []
     out = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
-            out.append(_entry(json.loads(line)))
+            entry = json.loads(line)
+            ends = {name: np.nan if entry[name] is None else float(entry[name]) for name in ("pi_lo", "pi_hi")}
+            texts = {name: str(entry[name]) for name in ("registered", "quantity", "law")}
+            at = {str(name): float(value) for name, value in entry["at"].items()}
+            numbers = {"at": at, "value": float(entry["value"]), "columns": dict(entry["columns"])}
+            out.append(entry | ends | texts | numbers)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise AnalysisError(f"Line {number} of {path} is no forecast; restore or remove that line.") from None
     return out
 
 
-def _entry(entry: dict[str, Any]) -> dict[str, Any]:
-    """A line of the register with its numbers as numbers; what is none raises."""
-    ends = {name: None if entry[name] is None else float(entry[name]) for name in ("pi_lo", "pi_hi")}
-    texts = {name: str(entry[name]) for name in ("registered", "quantity", "law")}
-    at = {str(name): float(value) for name, value in entry["at"].items()}
-    return entry | ends | texts | {"at": at, "value": float(entry["value"]), "columns": dict(entry["columns"])}
-
-
 def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
-    """Every registered forecast beside what was measured there since.
+    """Compare every registered forecast with the runs that were measured there since.
 
     Returns:
-        One row per forecast (`COLUMNS`): measured is the mean over the num_rows rows found there, error is
-        measured / forecast - 1, inside says whether the measurement lies in the prediction interval; both are empty
-        where nothing was measured yet.
+        One row per forecast and run (`COLUMNS`), for a prediction interval is one run's and a mean over seeds is nearly
+        always inside: error is measured / forecast - 1, inside whether the run lies in the interval, num_rows the runs
+        found there. One row without a measurement, and num_rows 0, where there is none yet.
     """
     rows = []
     for entry in read_register(path):
         values = _measured(df, entry)
-        measured = float(np.mean(values)) if len(values) else np.nan
-        row = {name: entry[name] for name in ("registered", "quantity", "law", "pi_lo", "pi_hi")}
-        row |= {
-            "at": scale_words(entry["at"]),
-            "forecast": entry["value"],
-            "measured": measured,
-            "num_rows": len(values),
-        }
-        row["error"] = measured / entry["value"] - 1
-        inside = entry["pi_lo"] is not None and entry["pi_lo"] <= measured <= entry["pi_hi"]
-        rows.append({**row, "inside": inside if len(values) else None})
+        shared = {name: entry[name] for name in ("registered", "quantity", "law", "pi_lo", "pi_hi")}
+        shared |= {"at": scale_words(entry["at"]), "forecast": entry["value"], "num_rows": len(values)}
+        for measured in values if len(values) else (np.nan,):
+            inside = entry["pi_lo"] <= measured <= entry["pi_hi"] if len(values) else None
+            rows.append({**shared, "measured": measured, "error": measured / entry["value"] - 1, "inside": inside})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def score_words(found: pd.DataFrame) -> list[str]:
-    """The scored forecasts, a sentence each."""
-    return [
-        f"{quantity} at {at}, forecast on {registered[:10]} by {law}: {forecast:.4g} [{low:.4g}, {high:.4g}], measured "
-        f"{measured:.4g} ({100 * error:+.2f} %): {'inside' if inside else 'outside'}"
-        for registered, quantity, at, law, forecast, low, high, measured, num, error, inside in found.to_numpy()
-        if num
-    ]
+    """Say the scored forecasts, a sentence each: the runs' mean, and how many of them lie inside."""
+    said = []
+    for _, runs in found[found["num_rows"] > 0].groupby(["registered", "quantity", "at", "law"], sort=False):
+        first, num, inside = runs.iloc[0], len(runs), int(runs["inside"].sum())
+        verdict = f"{inside} of {num} runs inside" if num > 1 else "inside" if inside else "outside"
+        said.append(
+            f"{first['quantity']} at {first['at']}, forecast on {first['registered'][:10]} by {first['law']}: "
+            f"{first['forecast']:.4g} [{first['pi_lo']:.4g}, {first['pi_hi']:.4g}], measured "
+            f"{runs['measured'].mean():.4g} ({100 * runs['error'].mean():+.2f} %): {verdict}"
+        )
+    return said
 
 
 def _measured(df: pd.DataFrame, entry: Mapping[str, Any]) -> np.ndarray:
-    """Values of the quantity in the complete rows at the forecast's scale."""
-    rows = _rows_at(df, entry["at"], entry["columns"])
-    quantity = entry["quantity"]
-    if quantity in rows.columns:
+    """Find values of the quantity in the complete rows at the forecast's scale."""
+    rows, quantity = _rows_at(df, entry["at"], entry["columns"]), entry["quantity"]
+    if quantity in rows:
         values = pd.to_numeric(rows[quantity], errors="coerce")
     else:
         task, _, kind = quantity.rpartition(":")
-        probes = probe_frame(rows) if len(rows) and "probes" in rows.columns else pd.DataFrame()
-        if probes.empty:
-            return np.array([])
+        probes = probe_frame(rows)
         values = probes.loc[(probes["task"] == task) & (probes["kind"] == kind), "top1"]
     return values.dropna().to_numpy(float)
 
 
 def _rows_at(df: pd.DataFrame, at: Mapping[str, float], columns: Mapping[str, str]) -> pd.DataFrame:
-    """Complete rows within the tolerance of a scale; variables without a column do not tell rows apart."""
+    """Find the complete rows within the tolerance of a scale; variables without a column do not tell rows apart."""
     rows = complete(df)
-    keep = np.ones(len(rows), bool)
     for variable, value in at.items():
         name = columns.get(variable, CANONICAL.get(variable, variable))
-        if name in rows.columns:
+        if name in rows:
             there = pd.to_numeric(rows[name], errors="coerce").to_numpy(float)
-            keep &= np.abs(there / value - 1) <= TOLERANCE
-    return rows[keep]
+            rows = rows[np.abs(there / value - 1) <= TOLERANCE]
+    return rows

@@ -21,7 +21,6 @@ from aimscale.analysis.published.published import TASKS, all_beside_paper, best_
 from aimscale.analysis.table.names import joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import beside, probe_frame
-from aimscale.analysis.table.select import widest_slice
 from aimscale.analysis.words import NOT_IDENTIFIED, POWER, Flag, flag_words, human, p_value
 
 PROTOCOL = "attentive"
@@ -246,7 +245,7 @@ def _exponents(usable: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
     for count in COUNTS:
         if count not in usable or usable[count].isna().all() or usable.empty:
             continue
-        subset, words = widest_slice(usable, count, "images_seen") if "images_seen" in usable else (usable, "all")
+        subset, words = _widest_slice(usable, count, "images_seen") if "images_seen" in usable else (usable, "all")
         try:
             ours = fit(subset, "power:N", columns={"N": count}, is_tested=False)
         except AnalysisError as error:
@@ -262,6 +261,15 @@ def _exponents(usable: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
              "high": interval.high, "n_low": low, "n_high": high}
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataFrame, str]:
+    """Find the rows at the value of `fixed` with most values of `varies` (the largest such value), and that value."""
+    spread = frame.groupby(fixed)[varies].nunique()
+    if spread.empty:
+        return frame.iloc[:0], "no"
+    value = spread[spread == spread.max()].index.max()
+    return frame[frame[fixed] == value], f"{value:,.0f}"
 
 
 def _paper_exponent(count: str) -> dict[str, float]:

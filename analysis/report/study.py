@@ -40,7 +40,8 @@ from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND, to_minimise
 from aimscale.analysis.table.points import complete, usable_rows, with_compute
 from aimscale.analysis.table.read import probe_frame, read_curves
-from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, spaced
+from aimscale.analysis.table.select import envelope_flags, fresh_part, lower_envelope, main_part, mixture_flags, spaced
+from aimscale.analysis.words import Flag
 
 ResultT = TypeVar("ResultT")
 
@@ -66,6 +67,8 @@ class Study:
     """The sweeps' collect.json, joined, or empty."""
     exclusions: list[str]
     """Rows left out and why, in sentences."""
+    flags: tuple[Flag, ...] = ()
+    """Cautions about the rows that laws are fitted to."""
     fits: dict[str, Fit] = field(default_factory=dict)
     """`ND` the joint law; `C` a power law with offset along the envelope."""
     correlations: dict[tuple[str, str], tuple[Correlation, ...]] = field(default_factory=dict)
@@ -153,7 +156,8 @@ def study_tables(
     progress("laws", 0)
     everything = usable_rows(frame)
     main, design = main_part(frame)
-    usable = usable_rows(main).rows
+    chosen = usable_rows(main, best_by="val_loss")
+    usable, best = chosen.rows, [each for each in chosen.exclusions if each.kind == "best of"]
     fresh, pool = fresh_part(usable)
     num_others, num_worn = len(frame) - len(main), len(usable) - len(fresh)
     whose = ["of the main experiment"] * bool(num_others) + [f"with {pool}"] * bool(num_worn)
@@ -166,7 +170,8 @@ def study_tables(
         num_usable=len(everything.rows),
         probes=probe_frame(complete(main)),
         collect=collect,
-        exclusions=[f"{each}." for each in everything.exclusions],
+        exclusions=[f"{each}." for each in dict.fromkeys((*everything.exclusions, *best))],
+        flags=(*chosen.flags, *mixture_flags(fresh, ["N", "D", "U"])),
     )
     if num_others:
         study.exclusions.append(
@@ -241,7 +246,8 @@ def _fit_laws(study: Study) -> None:
     for key, (law, subset) in rows.items():
         found = study.attempt(f"The law {law} on {len(subset)} rows", partial(fit, subset, law))
         if found is not None:
-            study.fits[key] = found
+            inside = envelope_flags(subset) if key == "C" else ()
+            study.fits[key] = dataclasses.replace(found, flags=(*found.flags, *inside))
     if "ND" not in study.fits:
         return
     if "C" in rows:
@@ -293,7 +299,7 @@ def _with_tests(study: Study, joint: Fit) -> Fit:
             partial(held_out, joint, rows, by=variable),
         )
         tests += [test] if test else []
-    return dataclasses.replace(joint, heldout=tuple(tests))
+    return dataclasses.replace(joint, heldout=tuple(tests), flags=(*joint.flags, *study.flags))
 
 
 MAX_FEATURES = 3

@@ -11,6 +11,7 @@ from aimscale.analysis.forecasts.stack import CONFIDENCE
 from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import varies
+from aimscale.analysis.table.points import passes_flags
 from aimscale.analysis.words import Flag, held_out_cautions, human
 
 Colour = Literal["green", "amber", "red"]
@@ -19,8 +20,9 @@ MAX_REASONS = 4
 """Reasons told on the first line; the others are flags of the fits below."""
 SMALL, SIZED = 1.0, ("scatter", "pattern", "off")
 """Per cent below which flags of these kinds change no decision where left-out scales are predicted."""
-HARMLESS = ("factor", "outliers")
-"""Kinds of flags that never do: a coefficient that its exponent makes up for, points that the objective sets aside."""
+HARMLESS = ("factor", "outliers", "tuned")
+"""Kinds of flags that never do: a coefficient that its exponent makes up for, points that the objective sets aside, a
+choice among rates that biases losses by part of their noise."""
 HEADS = {"green": "Yes", "amber": "With care", "red": "No"}
 
 
@@ -112,9 +114,10 @@ def _split(study: Study) -> str:
     several = len(found.frontiers) > 1
     exponents = [f"C^{f.exponent_words()}{f' (approach {f.approach})' * several}" for f in found.frontiers]
     apart = f" There they differ by a factor of {found.disagreement(top):.2g} in N." if several else ""
+    repeats = "".join(f" {flag}" for flag in passes_flags(study.usable, "This D", {"D": at["D"]}))
     return (
         f"At {human(top)} FLOP: N = {human(at['N'])} [{human(at['N_lo'])}, {human(at['N_hi'])}], D = {human(at['D'])}, "
-        f"by approach {best.approach}{law}. N grows as {', '.join(exponents)}.{apart}{_for_features(study)}"
+        f"by approach {best.approach}{law}. N grows as {', '.join(exponents)}.{apart}{repeats}{_for_features(study)}"
     )
 
 
@@ -141,7 +144,9 @@ def _forecast(study: Study) -> str:
         f"{row['value']:.4g} [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]."
         for row in rows
     ]
-    return f"{' '.join(parts)} Intervals: {100 * CONFIDENCE:.0f} %, of one run."
+    flags = [f for row in rows for f in passes_flags(study.usable, f"D = {human(row['D'])}", {"D": row["D"]})]
+    repeats = "".join(f" {flag}" for flag in flags)
+    return f"{' '.join(parts)} Intervals: {100 * CONFIDENCE:.0f} %, of one run.{repeats}"
 
 
 def _next(study: Study) -> str:

@@ -1,7 +1,8 @@
-"""What must be equal: columns that make runs another experiment, and columns that two compared rows share."""
+"""Which columns make runs another experiment, which were tuned, and which two compared rows share."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable
 
 import pandas as pd
@@ -11,7 +12,8 @@ from aimscale.analysis.table.names import CANONICAL, FOLDER, remember, their_nam
 from aimscale.analysis.table.schema import KNOWN
 
 SCALE = (
-    "size", "seed", "images_seen", "unique_images", "batch_size", "lr_peak", "head_depth", "head_width",
+    "size", "seed", "images_seen", "unique_images",
+    "batch_size", "lr_peak", "lr_multiplier", "head_depth", "head_width",
 )  # fmt: skip
 """Columns of scale and chance, in which runs of one experiment may differ."""
 MEASURED_ON = ("data_fingerprint", "val_num_images")
@@ -26,10 +28,21 @@ FOLLOWS = {
     "schedule": ("schedule.decay_fraction", "schedule.lr_end"),
     "image_size": ("patch_size", *MEASURED_ON),
     "patch_size": ("image_size",),
-    "size": ("head_depth", "head_width", "lr_peak", "batch_size"),
+    "size": ("head_depth", "head_width", "lr_peak", "lr_multiplier", "batch_size"),
+    "lr_multiplier": ("lr_peak",),
+    "lr_peak": ("lr_multiplier",),
     "objective.masked": ("prefix",),
 }
 """Column in question -> columns that change with it and so cannot be held equal."""
+TUNED = ("lr_multiplier", "lr_peak", "batch_size", "optimiser.weight_decay")
+"""Tuned columns of a results table."""
+_LOOKS = re.compile(
+    r"(?<![a-z])(lr|learning[ _-]?rate|batch([ _-]?size)?|bsz?|weight[ _-]?decay|wd)(?![a-z])", re.IGNORECASE
+)
+"""Names of a learning rate, a batch or a weight decay in tables of others. Other settings, and all words, are
+experiments (`experiment_columns`)."""
+_NOT_TUNED = re.compile(r"min|end|final|start|warm|schedule|lr[ _-]?decay|index", re.IGNORECASE)
+"""Parts of names that make such a column the schedule's, or a count."""
 SECTIONS = ("model", "data", "objective", "optimiser", "schedule")
 """Parts of a run's configuration whose fields `read_tables` makes into columns."""
 DEFAULT = "default"
@@ -55,9 +68,46 @@ def design_columns(frame: pd.DataFrame) -> list[str]:
     return [name for name in (*DESIGN, *setup_columns(frame)) if name in frame and varies(frame[name])]
 
 
+PROVENANCE = ("sweep", FOLDER)
+"""Columns that say where a row comes from: one experiment may stand in several sweeps and folders."""
+
+
+def experiment_columns(frame: pd.DataFrame) -> list[str]:
+    """List the columns that may tell experiments apart and vary: those of the design and the set-up, settings of a
+    foreign table, the sweep and the folder of rows. Of columns that part the rows alike, the first."""
+    design, tuned = design_columns(frame), tuned_columns(frame)
+    names = [name for name in foreign_settings(frame) if name not in tuned and not follows_scale(frame, name)]
+    names += [name for name in PROVENANCE if name in frame and varies(frame[name])]
+    first = {tuple(pd.factorize(frame[name])[0]): name for name in reversed([*design, *names])}
+    return [*design, *(name for name in names if name in first.values())]
+
+
+def follows_scale(frame: pd.DataFrame, name: str) -> bool:
+    """Tell whether a column names sizes, budgets or runs (each of its values has one size or one budget), or is a
+    number that follows from them, such as a width."""
+    scale = [each for each in ("size", "params_total", "images_seen", "unique_images", *CANONICAL) if each in frame]
+    scale = [each for each in scale if varies(frame[each])]
+    if any(frame.groupby(name)[each].nunique().max() <= 1 for each in scale):
+        return True
+    is_number = pd.api.types.is_numeric_dtype(frame[name]) and not pd.api.types.is_bool_dtype(frame[name])
+    return is_number and bool(scale) and bool(frame.groupby(scale, dropna=False)[name].nunique().max() <= 1)
+
+
 def setup_columns(frame: pd.DataFrame) -> list[str]:
     """Columns that `read_tables` made of fields of the set-up, such as `optimiser.weight_decay`."""
     return [str(name) for name in frame.columns if "." in str(name) and str(name).split(".")[0] in SECTIONS]
+
+
+def tuned_columns(frame: pd.DataFrame, used: Collection[str] = ()) -> list[str]:
+    """List the learning rates, batches and weight decays that take several values, but for columns in use."""
+    known = {*KNOWN, *setup_columns(frame), *used}
+    foreign = [name for name in map(str, frame.columns) if name not in known and _looks_tuned(frame, name)]
+    return [name for name in (*TUNED, *foreign) if name in frame and name not in used and varies(frame[name])]
+
+
+def _looks_tuned(frame: pd.DataFrame, name: str) -> bool:
+    named = bool(_LOOKS.search(name)) and not _NOT_TUNED.search(name)
+    return named and pd.api.types.is_numeric_dtype(frame[name])
 
 
 def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> list[str]:

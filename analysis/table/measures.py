@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -32,7 +32,7 @@ class Measure:
 
     @property
     def name(self) -> str:
-        """As `--measure` takes it."""
+        """Name as `--measure` takes it."""
         return ":".join(part for part in (self.column, self.task, self.kind) if part)
 
     @property
@@ -68,32 +68,31 @@ class Measure:
 
 
 def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[Measure]:
-    """Measures by name; none named: the validation loss and every probe's accuracy.
+    """Find measures by name; none named: the validation loss and every probe's accuracy.
 
     Raises:
         AnalysisError: a name that is neither a numeric column nor a probe of the table.
     """
     within_row = by == KIND
     entries = [entry for each in rows["probes"] for entry in each] if "probes" in rows else []
-    names_of = dict.fromkeys((str(each["task"]), "" if within_row else str(each["kind"])) for each in entries)
-    of_probes = [Measure(column="top1", task=task, kind=kind) for task, kind in names_of]
+    of_probes = [
+        Measure(column="top1", task=task, kind=kind)
+        for task, kind in dict.fromkeys((str(e["task"]), "" if within_row else str(e["kind"])) for e in entries)
+    ]
     if within_row and not of_probes:
         raise AnalysisError(f"The table has no probes to compare by {by}; probe its runs first.")
     if names:
-        return list(
-            dict.fromkeys(m for name in names for m in _named(rows, our_name(rows, name), of_probes, within_row))
-        )
+        found = [m for name in names for m in _named(rows, our_name(rows, name), of_probes, within_row)]
+        return list(dict.fromkeys(found))
     has_loss = not within_row and "val_loss" in rows and bool(rows["val_loss"].notna().any())
-    found = [Measure(column="val_loss")] * has_loss + of_probes
-    if not found:
+    if not (has_loss or of_probes):
         raise AnalysisError(f"The table has neither val_loss nor probes; name a column with {option('measure')}.")
-    return found
+    return [Measure(column="val_loss")] * has_loss + of_probes
 
 
 def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_row: bool) -> list[Measure]:
-    """What a name means: a column, or the probes that `top1`, `top1:TASK` or `top1:TASK:KIND` fits, with or without
-    `top1:`.
-    """
+    """Find what a name means: a column, or the probes that `top1`, `top1:TASK` or `top1:TASK:KIND` fits, with or
+    without `top1:`."""
     column, task, kind = [*name.split(":"), "", ""][:3]
     if name not in rows and column in {m.task for m in of_probes}:
         column, task, kind = "top1", column, task
@@ -104,14 +103,14 @@ def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_r
         return [replace(m, column=column) for m in matching]
     if within_row:
         raise AnalysisError(f"Within a row only accuracies are compared; {name!r} is none.")
-    if name not in rows or not pd.api.types.is_numeric_dtype(rows[name]):
-        columns = rows.select_dtypes("number").columns
-        raise _no_measure(f"column of numbers and no accuracy {name!r}", name, of_probes, map(str, columns))
+    numeric = [str(each) for each in rows.select_dtypes("number").columns]
+    if name not in numeric:
+        raise _no_measure(f"column of numbers and no accuracy {name!r}", name, of_probes, numeric)
     return [Measure(column=name)]
 
 
-def _no_measure(what: str, typed: str, of_probes: Sequence[Measure], columns: Iterable[str]) -> AnalysisError:
-    """The error about a measure that a table lacks: the nearest that it has, or how accuracies are named."""
+def _no_measure(what: str, typed: str, of_probes: Sequence[Measure], columns: Sequence[str]) -> AnalysisError:
+    """Make the error about a measure that a table lacks: the nearest that it has, or how accuracies are named."""
     names = [*(f"{m.task}:{m.kind}".strip(":") for m in of_probes), *columns]
     unnamed = f"; accuracies are named by {option('columns', 'TASK:KIND=THEIRS')}" if not of_probes else ""
     near = f"; {did_you_mean(typed, names, 'it has')}" if names else ""
@@ -119,7 +118,7 @@ def _no_measure(what: str, typed: str, of_probes: Sequence[Measure], columns: It
 
 
 def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
-    """The frame with the column that a name means, to be fitted as a loss is, and that column's name here.
+    """Add the column that a name means, to be fitted as a loss is; returns the frame and the column's name in it.
 
     A probe (`TASK:KIND`) stands for its error rate, 1 - top1: a law's E is then the error's floor, and 1 - chance is
     its ceiling, which no law knows. The frame remembers what the new column is called in words.
@@ -135,11 +134,8 @@ def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
         named = ", ".join(m.name for m in found[:MAX_NAMED])
         raise AnalysisError(f"{name!r} is {len(found)} accuracies ({named}); name one of them.")
     probe = found[0]
-    values = [
-        next((p.get(probe.column) for p in row if (p["task"], p["kind"]) == (probe.task, probe.kind)), None)
-        for row in frame["probes"]
-    ]
-    accuracy = pd.to_numeric(pd.Series(values, index=frame.index, dtype=object), errors="coerce").astype(float)
+    known = [{(p["task"], p["kind"]): p.get(probe.column) for p in reversed(row)} for row in frame["probes"]]
+    accuracy = pd.Series([row.get((probe.task, probe.kind)) for row in known], frame.index, dtype=float)
     if not accuracy.dropna().between(0, 1).all():
         raise AnalysisError(f"{probe.name} goes from {accuracy.min():g} to {accuracy.max():g}; give fractions, 0 to 1.")
     column = f"1 - {probe.name}"
@@ -149,7 +145,7 @@ def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
 
 
 def long_format(rows: pd.DataFrame, measures: Sequence[Measure], by: str) -> pd.DataFrame:
-    """One row per run, budget and measure: the table's columns, `measure`, `value`, and `by` where it is in the row."""
+    """Give one row per run, budget and measure: the table's columns, `measure`, `value`, and `by` if it is one."""
     probes = probe_frame(rows)
     plain = rows.drop(columns="probes", errors="ignore")
     parts = []

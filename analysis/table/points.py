@@ -10,7 +10,10 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Law
+from aimscale.analysis.table.design import tuned_columns
 from aimscale.analysis.table.names import Exclusion, left_out_of, no_column, our_name, their_name
+from aimscale.analysis.table.tuned import best_settings, cell_columns
+from aimscale.analysis.words import Flag, human
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,8 @@ class Usable:
     """The columns that were asked for, as numbers, under the names that were asked."""
     exclusions: tuple[Exclusion, ...]
     """What was left out, here and when the table was read."""
+    flags: tuple[Flag, ...]
+    """Cautions about the best of tuned columns, where one was chosen."""
 
 
 def complete(frame: pd.DataFrame) -> pd.DataFrame:
@@ -35,19 +40,50 @@ def complete(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["status"].isna() | frame["status"].isin(("complete", "during"))]
 
 
+REPEATS_FROM = 1.01
+"""Passes over a pool above which images repeat; up to there a pool is seen once, but for the last batch."""
+
+
+def most_passes(rows: pd.DataFrame) -> float:
+    """Count the most passes over its pool that a row made, D / U; NaN where no row tells."""
+    names = ("images_seen", "unique_images")
+    return float((rows[names[0]] / rows[names[1]]).max()) if {*names} <= {*rows} else np.nan
+
+
+def passes_flags(rows: pd.DataFrame, what: str, at: Mapping[str, float]) -> tuple[Flag, ...]:
+    """Flag a scale that sees its pool more often than any of the rows that a law was fitted to.
+
+    Args:
+        what: what is at the scale, for the sentence.
+        at: the scale. Without a U the pool is the largest that rows of several D share: where each D has a pool of its
+            own, so would a larger one.
+    """
+    most = most_passes(rows)
+    if np.isnan(most) or "D" not in at:
+        return ()
+    budgets = rows.groupby("unique_images")["images_seen"].nunique()
+    pool = at.get("U", budgets.index[budgets > 1].max())
+    if not at["D"] > max(most, REPEATS_FROM) * pool:
+        return ()
+    return (Flag(kind="passes", subject=what, number=at["D"] / pool, more=(most, human(pool))),)
+
+
 def usable_rows(
     frame: pd.DataFrame,
     columns: Mapping[str, str] | str = "val_loss",
     *,
     signed: Collection[str] = (),
     may_be_zero: Collection[str] = (),
+    best_by: str = "",
 ) -> Usable:
-    """The complete rows with finite, positive numbers in some columns, each once.
+    """Find the complete rows with finite, positive numbers in some columns, each once.
 
     Args:
         columns: name -> column of the table, or one column.
         signed: names of those whose numbers may be negative.
         may_be_zero: names of those whose numbers may be zero.
+        best_by: name of the loss that a law is fitted to: of rows that differ in tuned columns only, such as the
+            learning rate, the best are kept. Empty for all rows, as contrasts need them.
 
     Raises:
         AnalysisError: the index holds a label twice.
@@ -74,7 +110,16 @@ def usable_rows(
         if number := int((keep & out).sum()):
             exclusions.append(Exclusion(kind=kind, subject=subject, number=number))
         keep &= ~out
-    return Usable(rows=frame[keep], numbers=values[keep], exclusions=tuple(exclusions))
+    flags: tuple[Flag, ...] = ()
+    if best_by and (tuned := tuned_columns(frame[keep], used=columns.values())):
+        y = columns[best_by]
+        cell = dict.fromkeys([*cell_columns(frame[keep], y, tuned), *columns.values()])
+        rows = frame[keep].assign(**{y: values.loc[keep, best_by]})
+        best, flags = best_settings(rows, y, tuned, [name for name in cell if name != y])
+        if number := int((~best).sum()):
+            exclusions.append(Exclusion(kind="best of", subject=flags[0].subject, number=number))
+        keep &= best.reindex(frame.index, fill_value=False)
+    return Usable(rows=frame[keep], numbers=values[keep], exclusions=tuple(exclusions), flags=flags)
 
 
 def _repeats(frame: pd.DataFrame, values: pd.DataFrame) -> pd.Series:
@@ -99,6 +144,8 @@ class Observations:
     columns: dict[str, str]
     """Variable (and 'y') -> column of the table."""
     exclusions: tuple[Exclusion, ...]
+    flags: tuple[Flag, ...]
+    """Cautions about these rows, as `usable_rows` gives them."""
     num_rows: int
     """Rows of the table as it was given: what was chosen from it (--where, --best-of) is no part of it any more."""
 
@@ -138,7 +185,8 @@ def observe(
     if y not in df.columns:
         raise no_column(df, y, " to fit")
     columns_of = {**names, "y": y}
-    found = usable_rows(df, columns_of, signed=() if positive_y else ("y",), may_be_zero=names if zero_allowed else ())
+    signed, may_be_zero = () if positive_y else ("y",), names if zero_allowed else ()
+    found = usable_rows(df, columns_of, signed=signed, may_be_zero=may_be_zero, best_by="y")
     points = found.numbers
     free = len(law.parameters) if num_free is None else num_free
     if len(points) <= free:
@@ -159,6 +207,7 @@ def observe(
         index=points.index,
         columns=columns_of,
         exclusions=found.exclusions,
+        flags=found.flags,
         num_rows=len(df),
     )
 

@@ -17,17 +17,7 @@ import pyarrow.parquet as pq
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.accuracies import is_accuracy, with_accuracies
 from aimscale.analysis.table.design import DEFAULT, DESIGN, SECTIONS, varies
-from aimscale.analysis.table.names import (
-    CANONICAL,
-    FOLDER,
-    LETTERS,
-    column_words,
-    joined,
-    left_out_of,
-    names_of,
-    remember,
-    their_name,
-)
+from aimscale.analysis.table.names import CANONICAL, FOLDER, LETTERS, column_words, joined, remember, their_name
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, Column
 from aimscale.analysis.table.select import best_of, select
@@ -74,13 +64,12 @@ def read_tables(
     for path in map(Path, given):
         frame = read_table(path, columns)
         frames.append(frame.assign(**{FOLDER: str(path if path.is_dir() else path.parent)}))
-    frame = frames[0] if len(frames) == 1 else _each_run_once(frames)
-    chosen = select(with_setup(frame), where)
+    chosen = select(with_setup(_each_run_once(frames)), where)
     return best_of(chosen, best, y) if best else chosen
 
 
 def read_curves(paths: Sequence[str | Path]) -> pd.DataFrame:
-    """The points during training of sweeps: `curves.parquet` of the folders that these tables are, or lie in.
+    """Read the points during training of sweeps: `curves.parquet` of the folders that these tables are, or lie in.
 
     Returns:
         A row per run and point, as `read_table` gives it; empty where nothing was measured during training.
@@ -90,24 +79,24 @@ def read_curves(paths: Sequence[str | Path]) -> pd.DataFrame:
     """
     folders = dict.fromkeys(path if path.is_dir() else path.parent for path in map(Path, paths))
     frames = [read_table(file) for folder in folders if (file := folder / "curves.parquet").is_file()]
-    if not frames:
-        return pd.DataFrame(columns=[*KNOWN, "lr"])
-    return frames[0] if len(frames) == 1 else _each_run_once(frames)
+    return _each_run_once(frames) if frames else pd.DataFrame(columns=[*KNOWN, "lr"])
 
 
 def beside(frame: pd.DataFrame, name: str) -> list[pd.DataFrame]:
-    """The tables of that name in the folders that a frame by `read_tables` came from, each with its folder."""
+    """Read the tables of that name in the folders that a frame by `read_tables` came from, each with its folder."""
     folders = sorted(set(frame[FOLDER].dropna())) if FOLDER in frame else []
     files = {folder: file for folder in folders if (file := Path(folder) / name).exists()}
     return [read_table(file).assign(**{FOLDER: folder}) for folder, file in files.items()]
 
 
 def _each_run_once(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    frame = joined(frames)
+    """Join tables, each run and budget once: the first time that it stands complete."""
+    if len(frames) == 1:
+        return frames[0]
+    frame, keys = joined(frames), ["run_id", "images_seen"]
     if "probes" in frame:  # some of the tables may have none
         frame["probes"] = frame["probes"].map(lambda entries: entries if isinstance(entries, list) else [])
-    keys = ["run_id", "images_seen"]
-    if not set(keys) <= set(frame.columns):
+    if not {*keys} <= {*frame}:
         return frame
     done = complete(frame).index
     ordered = frame.loc[[*done, *frame.index.difference(done)]]
@@ -200,7 +189,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _read_text(path: Path, sep: str) -> pd.DataFrame:
-    """A table as text; lines at its top that begin with # say where it comes from."""
+    """Read a table as text; lines at its top that begin with # say where it comes from."""
     with path.open(errors="replace") as file:
         notes = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), file))
     return pd.read_csv(path, sep=sep, skiprows=notes)
@@ -217,13 +206,13 @@ SUFFIXES = tuple(_READERS)
 
 
 def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:
-    """Our names for theirs; the frame remembers theirs, formulas included."""
-    accuracies = {ours: str(theirs) for ours, theirs in columns.items() if is_accuracy(ours)}
+    """Put our names for theirs; the frame remembers theirs, formulas included."""
+    accuracies = {ours: theirs for ours, theirs in columns.items() if is_accuracy(ours)}
     columns = _with_letters(frame, {ours: theirs for ours, theirs in columns.items() if ours not in accuracies})
     named = {ours: theirs for ours, theirs in columns.items() if theirs in frame.columns}
-    taken = {ours: frame[theirs] for ours, theirs in named.items()}
     gone = ({*columns, *named.values()} - {"probes"}) | {*accuracies.values()}
-    renamed = frame.drop(columns=[name for name in frame.columns if name in gone]).assign(**taken)
+    renamed = frame.drop(columns=[name for name in frame.columns if name in gone])
+    renamed = renamed.assign(**{ours: frame[theirs] for ours, theirs in named.items()})
     for ours in [ours for ours in columns if ours not in named]:
         renamed[ours] = _computed(columns[ours], frame, renamed, path)
     if accuracies:
@@ -238,7 +227,7 @@ def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.D
 
 
 def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
-    """`columns` and the letters among the file's own: N is the law's N where it holds numbers and no other was named.
+    """Add the file's own letters to `columns`: N is the law's N where it holds numbers and no other was named.
 
     Such a column of another meaning (L for layers beside a loss of another name) keeps its values under another name.
     """
@@ -250,7 +239,7 @@ def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, 
 
 
 def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path) -> pd.Series:
-    """A column made of others, by their names or a law's letters; whole numbers as floats, for 6 N D outgrows int64."""
+    """Make a column of others, by their names or a law's letters; whole numbers as floats, for 6 N D outgrows int64."""
     known = pd.DataFrame({**theirs, **ours, **{LETTERS[name]: ours[name] for name in LETTERS if name in ours}})
     whole = known.select_dtypes("integer").columns
     as_floats = _NUMBER.sub(lambda found: f"{found[1]}.0" if found[1] else found[0], formula)
@@ -270,27 +259,24 @@ def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path
 
 def _coerce(values: pd.Series, column: Column, path: Path, called: str) -> pd.Series:
     """Type one column; the only text that may stand for a missing number is an empty one."""
-    if column.dtype in ("int64", "float64"):
-        numbers = pd.to_numeric(values, errors="coerce")
-        bad = numbers.isna() & values.notna()
-        if bad.any():
-            row = int(np.flatnonzero(bad.to_numpy())[0])
-            raise AnalysisError(
-                f"{path}: column '{called}' holds {values.iloc[row]!r:.60} in row {row + 1}; make it a number"
-            )
-        whole = column.dtype == "int64" and numbers.notna().all() and (numbers % 1 == 0).all()
-        return numbers.astype("int64") if whole else numbers.astype("float64")
     if column.dtype == "probes":
-        parsed = [_parse_probes(value, row, path) for row, value in enumerate(values)]
+        parsed = [_parse_probes(value, row, path) for row, value in enumerate(values, 1)]
         return pd.Series(parsed, index=values.index, dtype=object)
-    try:
-        return values.astype("string").astype(object).where(values.notna(), None)
-    except (TypeError, ValueError) as error:
-        raise AnalysisError(f"{path}: column '{called}' is no text ({error}); correct it") from error
+    if column.dtype not in ("int64", "float64"):
+        return values.astype(object).map(str, na_action="ignore").where(values.notna(), None)
+    numbers = pd.to_numeric(values, errors="coerce")
+    bad = numbers.isna() & values.notna()
+    if bad.any():
+        row = int(np.flatnonzero(bad.to_numpy())[0])
+        raise AnalysisError(
+            f"{path}: column '{called}' holds {values.iloc[row]!r:.60} in row {row + 1}; make it a number"
+        )
+    whole = column.dtype == "int64" and numbers.notna().all() and (numbers % 1 == 0).all()
+    return numbers.astype("int64" if whole else "float64")
 
 
 def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
-    """The entries of a cell: names as texts, numbers as numbers, missing ones left out."""
+    """Read the entries of a cell: names as texts, numbers as numbers, missing ones left out."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return []
     try:
@@ -298,25 +284,21 @@ def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
         if np.isscalar(listed):
             typed = option("columns", "TASK:KIND=THEIRS")
             raise TypeError(f"{listed!r:.60} is a number; name an accuracy with {typed}")
-        entries = [dict(entry) for entry in listed]
-        return [{**entry, **_typed(entry)} for entry in entries]
+        return [_typed(dict(entry)) for entry in listed]
     except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
-        raise AnalysisError(f"{path}: 'probes' of row {row + 1} is no list of probes ({error}); correct it") from error
+        raise AnalysisError(f"{path}: 'probes' of row {row} is no list of probes ({error}); correct it") from error
 
 
-def _typed(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a probe that are there, typed; task and kind must be."""
-    out: dict[str, Any] = {"task": entry["task"], "kind": entry["kind"]}
-    for field in PROBE_FIELDS:
-        value = entry.get(field.name)
-        if field.name in out and not isinstance(value, str | int | float):
-            raise TypeError(f"its {field.name} is {value!r:.60}")
-        if value is not None and field.dtype != "json":
-            out[field.name] = _OF_PROBES[field.dtype](value)
-    return out
+def _typed(entry: dict[str, Any]) -> dict[str, Any]:
+    """Type the fields of a probe; task and kind must be there."""
+    for name in ("task", "kind"):
+        if not isinstance(entry[name], str | int | float):
+            raise TypeError(f"its {name} is {entry[name]!r:.60}")
+    known = {each.name: _TYPES[each.dtype] for each in PROBE_FIELDS if each.dtype != "json"}
+    return {**entry, **{k: known[k](v) for k, v in entry.items() if k in known and v is not None}}
 
 
-_OF_PROBES: dict[str, Callable[[Any], Any]] = {
+_TYPES: dict[str, Callable[[Any], Any]] = {
     "string": str,
     "int64": float,
     "float64": float,
@@ -325,7 +307,7 @@ _OF_PROBES: dict[str, Callable[[Any], Any]] = {
 
 
 def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per run, budget and probe: the row's columns but `probes`, then those of `PROBE_FIELDS`.
+    """Give one row per run, budget and probe: the row's columns but `probes`, then those of `PROBE_FIELDS`.
 
     Returns:
         An empty frame with these columns where nothing was probed.
@@ -336,14 +318,13 @@ def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
     names = [field.name for field in PROBE_FIELDS]
     entries = list(frame["probes"]) if "probes" in frame else [[] for _ in range(len(frame))]
     base = frame.drop(columns=["probes", *names], errors="ignore").loc[frame.index.repeat([*map(len, entries)])]
-    probes = pd.DataFrame([entry for row in entries for entry in row], columns=names)
     numbers = {field.name: "float64" for field in PROBE_FIELDS if field.dtype in ("int64", "float64")}
-    out = pd.concat([base.reset_index(drop=True), probes.astype(numbers)], axis=1)
-    return remember(out, names=names_of(frame), left_out=left_out_of(frame))
+    probes = pd.DataFrame([entry for row in entries for entry in row], columns=names).astype(numbers)
+    return base.reset_index(drop=True).assign(**probes)
 
 
 def loss_unit(frame: pd.DataFrame) -> str:
-    """Unit of a table's losses: ours by their target; a foreign table, or an objective that is not ours, has none."""
+    """Tell the unit of losses by their target; empty for a foreign table, or an objective that is not ours."""
     setups = " ".join(frame["setup"].dropna().astype(str)) if "setup" in frame else ""
     if set(re.findall(r'"objective\.(\w+)"', setups)) - {"target", "prefix", "masked"}:
         return ""
@@ -352,7 +333,7 @@ def loss_unit(frame: pd.DataFrame) -> str:
 
 
 def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with the fields of `setup` that vary as columns of their own, e.g. `optimiser.weight_decay`.
+    """Give the fields of `setup` that vary columns of their own, e.g. `optimiser.weight_decay`.
 
     Fields that the table has as columns of its own (`objective.prefix`) are left to these.
     """
@@ -369,7 +350,7 @@ def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _setup(text: str) -> dict[str, str]:
-    """Fields of a set-up in words that can be compared and shown."""
+    """Write the fields of a set-up in words that can be compared and shown."""
     try:
         return {key: f"{v:.12g}" if type(v) in (int, float) else str(v) for key, v in json.loads(text).items()}
     except (ValueError, AttributeError, OverflowError, RecursionError) as error:

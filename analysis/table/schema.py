@@ -85,6 +85,7 @@ COLUMNS = tuple(
         ("epochs", "float64", "passes", "images_seen / unique_images"),
         ("batch_size", "int64", "images", "Images per optimiser step, over all ranks"),
         ("lr_peak", "float64", "", "Learning rate after warm-up"),
+        ("lr_multiplier", "float64", "", "Factor on the recipe's learning rate; null for a run that no sweep planned"),
         ("schedule", "string", "", "wsd or cosine"),
         ("precision", "string", "", "fp32 or bf16"),
         ("patch_order", "string", "", "Order in which patches are predicted"),

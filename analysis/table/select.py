@@ -7,11 +7,20 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import ttest_1samp
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.design import design_columns, held_equal, varies
+from aimscale.analysis.table.design import (
+    PROVENANCE,
+    design_columns,
+    experiment_columns,
+    tuned_columns,
+    varies,
+    with_size,
+)
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
-from aimscale.analysis.table.points import complete, usable_rows
+from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows
+from aimscale.analysis.table.tuned import best_settings, cell_columns
 from aimscale.analysis.words import MAX_NAMED, Flag, some
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
@@ -70,9 +79,9 @@ def _equals(values: pd.Series, wanted: str) -> np.ndarray:
 
 
 def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
-    """Of rows that differ in some tuned columns, the one with the lowest loss.
+    """Keep of rows that differ in some tuned columns those of the lowest loss, its mean where seeds were run.
 
-    A cell is what agrees in everything else (`held_equal`): another batch or head is another cell, unless tuned, too.
+    A cell is what agrees in everything else (`cell_columns`): another batch is another cell, unless tuned, too.
 
     Returns:
         The best rows, in order. The frame remembers how many were left out.
@@ -86,26 +95,17 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
             raise no_column(frame, name, f" for {option('best-of')}")
     found = usable_rows(frame, y)
     rows, unusable = found.rows, found.exclusions[len(left_out_of(frame)) :]
-    equal = held_equal(rows, free={"L", "val_loss", y, *tuned})
-    kept = rows.loc[np.sort(rows.groupby(equal, dropna=False)[y].idxmin().to_numpy())]
+    cell = cell_columns(rows, y, tuned)
+    best, _ = best_settings(rows, y, tuned, cell)
+    kept = rows[best]
     if len(kept) == len(rows):
-        also = [their_name(rows, name) for name in equal if _parts(rows, equal, name)]
+        also = [their_name(rows, name) for name in tuned_columns(rows, used=tuned) if name in cell]
         why = f"; name what was tuned with it, too: {', '.join(also[:MAX_NAMED])}" if also else ""
         raise AnalysisError(
             f"{option('best-of', ', '.join(names))}: no two rows differ in nothing else, so there is no choice{why}"
         )
     left_out = Exclusion(kind="best of", subject=", ".join(names), number=len(rows) - len(kept))
     return remember(kept.reset_index(drop=True), left_out=(*unusable, left_out))
-
-
-SCALE_OF_RUNS = ("size", "params_total", "N", "images_seen", "D", "unique_images", "U", "seed")
-"""Columns that a scaling table varies on purpose, so that nobody tunes them."""
-
-
-def _parts(rows: pd.DataFrame, equal: Sequence[str], name: str) -> bool:
-    """Whether rows would be of one cell but for a column, which is no scale."""
-    others = [each for each in equal if each != name]
-    return name not in SCALE_OF_RUNS and rows.groupby(others, dropna=False).ngroups < len(rows)
 
 
 def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -154,7 +154,7 @@ def _num_cells(rows: pd.DataFrame) -> int:
 
 
 def lower_envelope(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose loss no row of equal or lower compute undercuts.
+    """Keep the complete rows whose loss no complete row of equal or lower compute undercuts.
 
     Raises:
         AnalysisError: a column is missing.
@@ -163,9 +163,23 @@ def lower_envelope(frame: pd.DataFrame) -> pd.DataFrame:
     for name in (x, y):
         if name not in frame:
             raise no_column(frame, name)
-    ordered = frame[(frame[x] > 0) & (frame[y] > 0)].sort_values([x, y], kind="stable")
+    rows = complete(frame)
+    ordered = rows[(rows[x] > 0) & (rows[y] > 0)].sort_values([x, y], kind="stable")
     best_before = np.minimum.accumulate(np.r_[np.inf, ordered[y].to_numpy()[:-1]])
     return ordered[ordered[y].to_numpy() < best_before]
+
+
+def envelope_flags(envelope: pd.DataFrame) -> tuple[Flag, ...]:
+    """Flag the ends of an envelope where one size after another row is lowest: its own curve, and no envelope.
+
+    These rows stay: without them laws of compute erred as often by more as by less on grids of a known law.
+    """
+    if "params_total" not in envelope or len(envelope) < 2:
+        return ()
+    sizes = envelope.sort_values("flops_train")["params_total"].to_numpy()
+    ends = [int(np.argmax(np.r_[each != each[0], True])) for each in (sizes, sizes[::-1])]
+    own = sum(end for end in ends if end > 1) if ends[0] < len(sizes) else len(sizes)
+    return (Flag(kind="envelope_ends", number=own, more=(len(sizes),)),) if own else ()
 
 
 PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
@@ -176,23 +190,38 @@ PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 """What `--where` knows by name."""
 
 
-def widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataFrame, str]:
-    """The rows at the value of `fixed` that has most values of `varies` (the largest such value), and that value."""
-    spread = frame.groupby(fixed)[varies].nunique()
-    if spread.empty:
-        return frame.iloc[:0], "no"
-    value = spread[spread == spread.max()].index.max()
-    return frame[frame[fixed] == value], f"{value:,.0f}"
+def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_loss") -> tuple[Flag, ...]:
+    """Flag columns in which the rows differ and which a law of these variables does not know, and points during
+    training.
 
-
-def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[Flag, ...]:
-    """Columns of the design and of scale in which the rows differ and which a law of these variables does not know, and
-    points during training."""
+    Several sweeps or folders are flagged where their losses of equal cells differ: they may well be one experiment.
+    """
     known = {*variables, *(CANONICAL.get(v, v) for v in variables)}
-    names = [*design_columns(frame), "unique_images"]
+    rows = complete(frame)
+    names = [n for n in experiment_columns(rows) if n not in PROVENANCE or _differ(rows, n, y)]
+    names += ["unique_images"] * (most_passes(rows) > REPEATS_FROM)
     names += ["images_seen"] * ("params_total" in known) + ["params_total"] * ("images_seen" in known)
-    mixed = [name for name in names if name in frame and name not in known and varies(frame[name])]
-    flags = [Flag(kind="mixed", subject=their_name(frame, n), number=frame[n].nunique()) for n in mixed]
+    mixed = [name for name in names if name in rows and name not in known and varies(rows[name])]
+    flags = [Flag(kind="mixed", subject=their_name(frame, n), number=rows[n].nunique()) for n in mixed]
     if "status" in frame and (number := int((frame["status"] == "during").sum())):
-        flags.append(Flag(kind="during" if number == len(complete(frame)) else "during_mixed", number=number))
+        flags.append(Flag(kind="during" if number == len(rows) else "during_mixed", number=number))
+    if any((each.kind, each.subject) == ("where", "envelope") for each in left_out_of(frame)):
+        flags += envelope_flags(frame)
     return tuple(flags)
+
+
+CHANCE = 0.01
+"""Probability of chance below which losses of two folders differ."""
+
+
+def _differ(rows: pd.DataFrame, name: str, y: str) -> bool:
+    """Test whether losses of the two commonest values of a column differ in cells that both hold, over sizes."""
+    rows = with_size(usable_rows(rows, y).rows) if y in rows else rows[:0]
+    cell = [each for each in cell_columns(rows, y, ()) if each != name]
+    if not cell or not varies(rows[name]):
+        return False
+    means = rows[y].astype(float).map(np.log).groupby([rows[each] for each in (*cell, name)], dropna=False).mean()
+    one, other = (means.xs(value, level=name) for value in rows[name].value_counts().index[:2])
+    differences = (one - other).dropna()
+    differences = differences.groupby(level="size").mean() if "size" in cell else differences
+    return len(differences) > 2 and bool(ttest_1samp(differences, 0).pvalue < CHANCE)

@@ -1,4 +1,4 @@
-"""Exports of Weights & Biases as tables: its runs table, a panel, and the history that its API gives (docs/wandb.md).
+"""Exports of Weights & Biases as tables: its runs table, and the runs and history that its API gives (docs/wandb.md).
 
 Names of this project's own runs are mapped to ours, so that their exports need no `--columns`.
 """
@@ -24,7 +24,7 @@ _API = {"summary", "config", "name"}
 
 
 def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
-    """A table, with one row per run or point where W&B wrote it, and our names for its columns.
+    """Give a table one row per run or point where W&B wrote it, and our names for its columns.
 
     Returns:
         The frame, and our name -> its name, as of `read_table`'s `columns`; a table of anybody else as it is, and {}.
@@ -33,17 +33,14 @@ def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str,
         AnalysisError: an export of our own runs without a budget's validation loss.
     """
     there = set(frame.columns.map(str))
-    if any(f"{name}__MIN" in there for name in there):
-        frame = _points_of_panel(frame)
-    elif there >= _API:
+    if there >= _API:
         cells = {name: frame[name].map(lambda cell: _parsed(cell, path)) for name in ("config", "summary")}
         frame = frame.rename(columns={"name": "Name"}).assign(**cells)
     elif not (there >= {"Name", "State"} or "_step" in there):
         return frame, {}
     frame = _flat(frame)
-    is_own = {*frame.columns} >= _OWN
     names = {ours: theirs for ours, theirs in _OURS.items() if theirs in frame and ours not in frame}
-    if is_own:
+    if {*frame.columns} >= _OWN:
         frame = _budgets(frame, path)
         names["images_seen"] = "val/images_seen"  # training may have gone on since
         tasks = [name for name in frame.columns if name.startswith(_PROBE)]
@@ -55,23 +52,8 @@ def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str,
     return frame, names
 
 
-def _points_of_panel(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row for each run and point of a panel's export: `Step`, then `run - metric` with its least and greatest."""
-    axis = frame.columns[0]
-    runs: dict[str, dict[str, str]] = {}
-    for column in [name for name in frame.columns if f"{name}__MIN" in frame]:
-        run, _, metric = column.rpartition(" - ")
-        if metric != "_step":
-            runs.setdefault(run, {})[column] = metric
-    points = [
-        frame[[axis, *metrics]].rename(columns=metrics).dropna(subset=[*metrics.values()], how="all").assign(run_id=run)
-        for run, metrics in runs.items()
-    ]
-    return pd.concat(points, ignore_index=True)
-
-
 def _parsed(cell: Any, path: Path) -> Any:
-    """A dictionary, which a CSV has as text."""
+    """Read a dictionary, which a CSV has as text."""
     try:
         return ast.literal_eval(cell) if isinstance(cell, str) else cell
     except (ValueError, SyntaxError) as error:
@@ -81,7 +63,7 @@ def _parsed(cell: Any, path: Path) -> Any:
 
 
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:
-    """Nested parts of a configuration as columns such as `model.width`."""
+    """Give nested parts of a configuration columns such as `model.width`."""
     for name in [name for name in frame if frame[name].map(lambda cell: isinstance(cell, dict)).any()]:
         cells = [cell if isinstance(cell, dict) else {} for cell in frame[name]]
         inner = pd.json_normalize(cells).set_index(frame.index).add_prefix(f"{name}.")
@@ -90,7 +72,7 @@ def _flat(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _budgets(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Of our own runs, the lines of budgets, each as it was told last, and the columns that a results table has."""
+    """Keep the budgets of our own runs, each as it was told last, and the columns that a results table has."""
     keep = [name for name in frame if name in KNOWN or str(name).startswith(("val/", _PROBE))]
     found = frame.loc[frame["val/loss"].notna(), keep]
     if found.empty:

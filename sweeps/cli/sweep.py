@@ -119,11 +119,11 @@ def _scored_forecasts(table: Path) -> list[str]:
     register = table.with_name("forecasts.jsonl")
     if not register.is_file():
         return []
-    from aimscale.analysis.forecasts.registry import SCORES, score_words, scores
+    from aimscale.analysis.forecasts.registry import SCORES, read_register, score_words, scores
     from aimscale.analysis.table.read import read_table
 
     found = scores(register, read_table(table))
     found.to_csv(table.with_name(SCORES), index=False)
     waiting = int((found["num_rows"] == 0).sum())
-    last = f"{len(found)} registered forecasts, {waiting} not measured yet: {table.with_name(SCORES)}"
+    last = f"{len(read_register(register))} registered forecasts, {waiting} not measured yet: {table.with_name(SCORES)}"
     return [*(f"forecast: {line}" for line in score_words(found)), last]

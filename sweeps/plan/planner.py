@@ -50,6 +50,8 @@ class Run:
     """Axis -> value, without budgets, which are in `config`."""
     devices: int
     """Data-parallel ranks."""
+    lr_multiplier: float
+    """Factor on the recipe's learning rate, as its base, an override or an axis sets it."""
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -181,9 +183,9 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     fields["seed"] = cell["seed"]
     optimiser = parse(OptimiserSection, fields["optimiser"], f"{sweep.source}: optimiser")
     factors = (fields.pop("lr_multiplier", 1.0), cell.get("lr_multiplier", 1.0))
+    lr_multiplier = _factor(factors[0], sweep) * _factor(factors[1], sweep)
     if factors != (1.0, 1.0):
-        lr_peak = optimiser.lr_peak * _factor(factors[0], sweep) * _factor(factors[1], sweep)
-        fields["optimiser"]["lr_peak"] = float(f"{lr_peak:.6g}")
+        fields["optimiser"]["lr_peak"] = float(f"{optimiser.lr_peak * lr_multiplier:.6g}")
     batch = optimiser.batch_size
     fields["budgets"] = tuple(sorted({max(1, round(budget / batch)) * batch for budget in requested}))
     runtime = parse(RuntimeConfig, fields.pop("runtime", {}), f"{sweep.source}: runtime")
@@ -191,7 +193,8 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     if not isinstance(devices, int) or isinstance(devices, bool) or not 0 < devices <= MAX_DEVICES:
         raise SweepError(f"{sweep.source}: devices must be a whole number from 1 to {MAX_DEVICES:,}, not {devices!r}")
     config = run_config(fields, str(sweep.source), runtime)
-    return Run(run_id=config.run_id, config=config, cell=cell, devices=devices)
+    multiplier = float(f"{lr_multiplier:.6g}")
+    return Run(run_id=config.run_id, config=config, cell=cell, devices=devices, lr_multiplier=multiplier)
 
 
 def _factor(value: Any, sweep: Sweep) -> float:

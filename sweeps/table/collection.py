@@ -190,7 +190,7 @@ def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
         row["status"] = missing if row.get("val_loss") is None else "complete"
         row["flops_executed"] = card.rates.flops_per_image * budget.images_seen
         hits = _hits(row, task_files(record.probes_dir(budget.images_seen)))
-        rows.append({**row, "sweep": sweep.name, "hits": hits})
+        rows.append({**row, "sweep": sweep.name, "lr_multiplier": run.lr_multiplier, "hits": hits})
     return rows
 
 
@@ -200,7 +200,8 @@ def _points(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
     last, points = card.budgets[-1], []
     for found in RunRecord(sweep.run_dir(run.run_id)).read_curve():
         share = found["images_seen"] / last.images_seen
-        point = {**planned, "status": "during", "sweep": sweep.name, **_as_planned(run, found)}
+        told = {"status": "during", "sweep": sweep.name, "lr_multiplier": run.lr_multiplier}
+        point = {**planned, **told, **_as_planned(run, found)}
         point["epochs"] = None if last.epochs is None else share * last.epochs
         point |= {"flops_train": share * last.flops, "flops_6nd": share * last.flops_6nd}
         points.append(point | {"flops_executed": card.rates.flops_per_image * found["images_seen"]})

@@ -1,4 +1,4 @@
-"""Where the published measurements live, and a table made from a known law."""
+"""Published measurements of Chinchilla, and tables made from known laws."""
 
 import itertools
 import zlib
@@ -13,28 +13,24 @@ from tables import law_grid
 
 from aimscale.analysis.laws.catalogue import effective
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+EPOCH = Path(__file__).parents[3] / "shared" / "data" / "epoch_chinchilla" / "svg_extracted_data.csv"
+"""Epoch's points, beside the project: their repository has no licence, so they are in none of ours."""
 
 
 @pytest.fixture
-def measurements():
-    """Reader of a published table beside the repository; skips where the folder is absent."""
-
-    def read(name: str) -> pd.DataFrame:
-        if not (SHARED / name).exists():
-            pytest.skip(f"{SHARED / name} is not here")
-        return pd.read_parquet(SHARED / name) if name.endswith(".parquet") else pd.read_csv(SHARED / name)
-
-    return read
-
-
-@pytest.fixture
-def epoch(measurements) -> pd.DataFrame:
+def epoch() -> pd.DataFrame:
     """The 240 points of Epoch's replication of Chinchilla: the five largest losses dropped, D = C / 6N."""
-    df = measurements("epoch_chinchilla/svg_extracted_data.csv")
-    df = df.rename(columns={"Model Size": "N", "Training FLOP": "C"})
+    if not EPOCH.exists():
+        pytest.skip(f"{EPOCH} is not here (github epoch-research/analyzing-chinchilla, data/svg_extracted_data.csv)")
+    df = pd.read_csv(EPOCH).rename(columns={"Model Size": "N", "Training FLOP": "C"})
     df["D"] = df["C"] / (6 * df["N"])
     return df[df["loss"] < np.sort(df["loss"])[-5]]
+
+
+@pytest.fixture
+def chinchilla() -> pd.DataFrame:
+    """The 234 points that Kyo Takano read off Chinchilla's Figure 4."""
+    return pd.read_csv(Path(__file__).parents[1] / "board" / "chinchilla-kyo.csv", comment="#")
 
 
 @pytest.fixture

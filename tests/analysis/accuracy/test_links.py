@@ -27,23 +27,24 @@ def test_percents_are_refused(scores, scale):
         link(scores.assign(top1=scores["top1"] * scale))
 
 
-def test_gadres_fits_and_four_percentages(measurements):
-    df = measurements("gadre_scaling/gadre_rpj_models.csv").rename(columns={"flops": "C"})
+def test_gadres_fits_and_four_percentages():
+    df = pd.read_csv(BOARD / "gadre-rpj-c4.csv", comment="#")
+    multiple = (df["D"] / (20 * df["N"])).round(4)
     sizes = ["d=96_l=8_h=4", "d=512_l=8_h=4", "d=576_l=24_h=8", "d=1024_l=24_h=8"]
-    five = df[(df["model"].isin(sizes) & (df["cc_mult"] == 1)) | ((df["model"] == sizes[0]) & (df["cc_mult"] == 16))]
-    six = pd.concat([five, df[(df["model"] == "open_lm_1b") & (df["cc_mult"] == 1)]])
-    law = fit(laws.OVERTRAINED, five, y="loss_c4_val", objective="lsq", resamples=0)
-    columns, acc = {"L": "loss_c4_val"}, six.assign(acc=1 - six["err_avg17"])
+    five = df[(df["size"].isin(sizes) & (multiple == 1)) | ((df["size"] == sizes[0]) & (multiple == 16))]
+    six = pd.concat([five, df[(df["size"] == "open_lm_1b") & (multiple == 1)]])
+    law = fit(laws.OVERTRAINED, five, y="loss", objective="lsq", resamples=0)
+    columns, acc = {"L": "loss"}, six.assign(acc=1 - six["err_avg17"])
     to_error = fit("link_exponential", acc, y="acc", columns=columns, objective="lsq", resamples=0)
     assert round(law.params["E"], 4) == 1.8366
     assert round(-2 * law.params["h"], 5) == -0.27285
     assert [round(to_error.params[k], 4) for k in ("eps", "k", "gamma")] == [0.8570, 2.2065, 0.7146]
-    published = {"rpj-open_lm_1b-32.0": (0.7103, 3.6365), "rpj-open_lm_7b-1.0": (0.7320, 0.0464)}
-    for name, (loss_error, error_error) in published.items():
-        row = df[df["name"] == name]
+    published = {("open_lm_1b", 32): (0.7103, 3.6365), ("open_lm_7b", 1): (0.7320, 0.0464)}
+    for (size, times), (loss_error, error_error) in published.items():
+        row = df[(df["size"] == size) & (multiple == times)]
         loss = law.predict(row)["value"].iloc[0]
         error = 1 - to_error.predict({"L": [loss]})["value"].iloc[0]
-        assert round(100 * abs(loss / row["loss_c4_val"].iloc[0] - 1), 4) == loss_error
+        assert round(100 * abs(loss / row["loss"].iloc[0] - 1), 4) == loss_error
         assert round(100 * abs(error / row["err_avg17"].iloc[0] - 1), 4) == error_error
 
 

@@ -39,15 +39,15 @@ def test_a_law_of_compute_is_taken_from_a_table_that_counts_none(table):
     assert out["columns"]["C"] == "C"
 
 
-def test_a_law_is_chosen_and_tested_in_seconds(epoch, tmp_path):
-    """Epoch's 240 points; 3 s of CPU, where laws were once fitted for 172 s."""
-    epoch.to_csv(tmp_path / "epoch.csv", index=False)
+def test_a_law_is_chosen_and_tested_in_seconds(chinchilla, tmp_path):
+    """Some 240 points; 3 s of CPU, where laws were once fitted for 172 s."""
+    chinchilla.to_csv(tmp_path / "chinchilla.csv", index=False)
     began = time.process_time()
-    out = answer("fit", tmp_path / "epoch.csv", "--columns", "L=loss", "--law", "auto", "--hold-out", "C:19")
+    out = answer("fit", tmp_path / "chinchilla.csv", "--columns", "L=loss", "--law", "auto", "--hold-out", "C:19")
     assert time.process_time() - began < 10
     assert out["law"] == out["laws"][0]["curve"]
     assert {law["curve"] for law in out["laws"]} == {"overtrained", "chinchilla", "kaplan", "coupled"}
-    assert out["num_points"] == 240
+    assert out["num_points"] == 234
     assert out["heldout"][0]["mean_abs_relative_error"] < 0.02
 
 
@@ -114,3 +114,28 @@ def test_a_table_too_wide_goes_on_in_a_block_below_beside_what_tells_its_rows_ap
         [line.split()[:2] for line in block] == [["task", "kind"], ["digits", "a"], ["digits", "b"]] for block in blocks
     )
     assert [word for block in blocks for word in block[2].split()[2:]] == [f"0.{i:02}" for i in range(20)]
+
+
+@pytest.fixture
+def tuned_table(known_study, tmp_path):
+    """Three rates of a law at every cell of a grid over one pool, seen four times at most."""
+    frames = [
+        known_study({"seeds": [0], "uniques": [16000], "lr_multiplier": rate, "effect": worse})
+        for rate, worse in ((0.5, 0.02), (1.0, 0.0), (2.0, 0.01))
+    ]
+    path = tmp_path / "tuned.csv"
+    pd.concat(frames, ignore_index=True).assign(lr_peak=lambda d: 1e-3 * d["lr_multiplier"]).to_csv(path, index=False)
+    return path
+
+
+def test_forecast_and_frontier_say_what_was_tuned_and_how_often_data_repeat(tuned_table):
+    found = answer("forecast", tuned_table, "--at", "N=1e7,D=1e5", "--at", "N=1e7,D=6e4", "--law", "chinchilla")
+    flags = {flag["kind"]: flag for flag in found["flags"]}
+    assert flags["tuned"]["subject"] == "lr_multiplier"
+    assert [flag["number"] for flag in found["flags"] if flag["kind"] == "passes"] == [pytest.approx(6.25)]
+    said = answer("frontier", tuned_table, "--at", "1e16")["flags"]
+    assert any("passes over the pool of 16k; the rows saw 4 at most" in each for each in said)
+    assert any(each.startswith("Of several lr_multiplier") for each in said)
+    assert not any("passes" in each for each in answer("frontier", tuned_table, "--at", "1e12")["flags"])
+    by_rate = answer("contrast", tuned_table, "--by", "lr_multiplier")
+    assert {each["num_pairs"] for each in by_rate["contrasts"]} == {30}

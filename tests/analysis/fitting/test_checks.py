@@ -89,18 +89,18 @@ def test_the_f_test_is_fishers_for_independent_errors_and_holds_for_shared_ones(
     assert positive_probability(np.array([1.0, -1.0])) == pytest.approx(0.5)
 
 
-def test_rows_that_differ_in_rate_are_no_replicates():
-    """Rates whose losses differ by 2 % are no noise of seeds: a form that is 1 % off is seen beside two seeds only."""
+def test_rows_that_differ_in_depth_are_no_replicates():
+    """Heads whose losses differ by 2 % are no noise of seeds: a form that is 1 % off is seen beside two seeds only."""
     rng = np.random.default_rng(6)
-    parts = [noisy_grid(rng).assign(lr_peak=rate, seed=seed) for rate in (1e-3, 2e-3) for seed in (0, 1)]
+    parts = [noisy_grid(rng).assign(head_depth=depth, seed=seed) for depth in (1, 2) for seed in (0, 1)]
     df = pd.concat(parts, ignore_index=True)
-    df["run_id"] = df["size"] + df["seed"].astype(str) + df["lr_peak"].astype(str)
-    df["val_loss"] *= np.where(df["lr_peak"] > 1e-3, 1.02, 1.0)
+    df["run_id"] = df["size"] + df["seed"].astype(str) + df["head_depth"].astype(str)
+    df["val_loss"] *= np.where(df["head_depth"] > 1, 1.02, 1.0)
     one = df[df["seed"] == 0].drop(columns="seed")
     assert not any(f.kind == "scatter" for f in fit("chinchilla", one, resamples=50).flags)
     (flag,) = [f for f in fit("chinchilla", df, resamples=50).flags if f.kind == "scatter"]
-    assert flag.number == pytest.approx(1.0, abs=0.3)  # half of what the rates differ by
-    assert flag.more[2] == len(df) / 2  # every cell of a rate has two seeds
+    assert flag.number == pytest.approx(1.0, abs=0.3)  # half of what the heads differ by
+    assert flag.more[2] == len(df) / 2  # every cell of a head has two seeds
 
 
 def test_replicate_seeds_tell_lack_of_fit_from_noise_of_runs():

@@ -42,8 +42,8 @@ def test_variable_projection_least_squares_on_217_points(epoch):
     assert {k: round(result.params[k], 4) for k in published} == published
 
 
-def test_no_random_start_finds_a_lower_minimum(epoch):
-    x, y = {"N": epoch["N"].to_numpy(), "D": epoch["D"].to_numpy()}, epoch["loss"].to_numpy()
+def test_no_random_start_finds_a_lower_minimum(chinchilla):
+    x, y = {"N": chinchilla["N"].to_numpy(), "D": chinchilla["D"].to_numpy()}, chinchilla["loss"].to_numpy()
     problem = make_problem(laws.CHINCHILLA, x, y, HUBER_LOG)
     rng = np.random.default_rng(0)
     low, high = [0, 0, 0, np.log(0.05), np.log(0.05)], [2, 1, 1, np.log(2), np.log(2)]

@@ -75,6 +75,27 @@ def test_a_registered_forecast_is_scored_once_the_run_is_there(table, grid):
     assert score_words(off)[0].endswith("outside")
 
 
+def test_every_run_is_scored_by_itself(table, grid):
+    """An interval is of one run: the mean of two seeds lay inside where neither did."""
+    say("forecast", table, "--at", "N=3e7,D=1e7", "--law", "chinchilla", "--register")
+    register = table.with_name("forecasts.jsonl")
+    loss, _ = read_register(register)
+    half = loss["pi_hi"] - loss["value"]
+    values = [loss["value"] + 3 * half, loss["value"] - 3 * half, loss["value"]]
+    runs = [
+        grid.iloc[[0]].assign(run_id=f"s{i}", params_total=AT["N"], images_seen=AT["D"], val_loss=value, probes=None)
+        for i, value in enumerate(values)
+    ]
+    found = scored(register, pd.concat([grid, *runs]))
+    of_loss = found[found["quantity"] == "val_loss"]
+    assert of_loss["inside"].tolist() == [False, False, True]
+    assert of_loss["measured"].tolist() == pytest.approx(values)
+    assert of_loss["num_rows"].tolist() == [3, 3, 3]
+    assert found["num_rows"].tolist() == [3, 3, 3, 0]
+    (said,) = score_words(found)
+    assert said.endswith("1 of 3 runs inside")
+
+
 def test_what_is_measured_already_is_no_forecast(table, grid):
     at = f"N={grid['params_total'].iloc[-1]},D={grid['images_seen'].iloc[-1]}"
     with pytest.raises(AnalysisError, match="already holds 1 measurements"):

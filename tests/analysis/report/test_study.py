@@ -10,7 +10,8 @@ import pytest
 
 from aimscale.analysis import correlate, link
 from aimscale.analysis.report.page import write_report
-from aimscale.analysis.report.study import Study, correlate_probes
+from aimscale.analysis.report.study import Study, correlate_probes, study_tables
+from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.schema import results_table, write_table
 
@@ -68,6 +69,26 @@ def test_the_page_and_the_verbs_have_one_interval(known_study):
         group = group.reset_index(drop=True)
         alone = link(group, chance=0.1, ideal=0.0, resamples=100)
         assert found.links[kind, task].intervals == alone.intervals
+
+
+def test_the_page_says_what_was_tuned_and_how_often_data_repeat(known_study):
+    """Rates were fitted as one law and a forecast at 40 passes was told as one at four, both green."""
+    tuned = [(0.5, 1.01), (1.0, 1.0), (2.0, 1.01)]
+    frames = [
+        known_study({"seeds": [0], "uniques": [16000], "lr_multiplier": rate}).assign(lr_peak=1e-3 * rate)
+        for rate, _ in tuned
+    ]
+    for frame, (_, worse) in zip(frames, tuned, strict=True):
+        frame["val_loss"] *= worse
+    study = study_tables((), pd.concat(frames, ignore_index=True), {}, resamples=20)
+    assert study.fits["ND"].num_points == 30
+    assert [flag.subject for flag in study.fits["ND"].flags if flag.kind == "tuned"] == ["lr_multiplier"]
+    assert any("60 rows not the best lr_multiplier" in each for each in study.exclusions)
+    _, _, split, forecast, _ = verdict(study)
+    assert "passes over the pool of 16k; the rows saw 4 at most" in forecast.answer
+    assert ("passes" in split.answer) == (
+        study.approaches.frontiers[-1].at(study.approaches.largest_budget)["D"][0] > 64e3
+    )
 
 
 @pytest.mark.slow

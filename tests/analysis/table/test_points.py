@@ -7,7 +7,7 @@ import pytest
 from aimscale.analysis import correlate, fit, noise, read_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.frontier.result import points_of
-from aimscale.analysis.table.points import complete, usable_rows
+from aimscale.analysis.table.points import complete, most_passes, passes_flags, usable_rows
 
 
 @pytest.mark.parametrize("status", [None, np.nan])
@@ -35,3 +35,21 @@ def test_labels_of_rows_may_stand_twice_in_a_file_and_are_refused_in_a_frame(gri
     named = grid.assign(run_id=[f"run-{i}" for i in range(len(grid))]).set_index("run_id")
     named.to_parquet(tmp_path / "named.parquet")
     assert list(read_table(tmp_path / "named.parquet")["run_id"]) == list(named.index)
+
+
+def test_a_scale_beyond_the_passes_that_rows_saw_is_flagged(known_study):
+    def times(df, **at):
+        return [(flag.number, *flag.more) for flag in passes_flags(df, "D", at)]
+
+    worn = known_study({"uniques": [2000]})
+    assert most_passes(worn) == 32
+    assert times(worn, D=64_000) == []
+    assert times(worn, D=100_000) == [(50, 32, "2k")]
+    assert times(worn, N=1e6, D=100_000, U=100_000) == []
+    assert times(worn, D=100_000, U=1000) == [(100, 32, "1k")]
+    assert times(worn, C=1e9) == []
+    own = worn.assign(unique_images=worn["images_seen"])
+    assert times(own, D=1e9) == []  # every budget has a pool of its own
+    assert times(worn.drop(columns="unique_images"), D=1e9) == []
+    once = worn.assign(unique_images=64_000)
+    assert times(once, D=640_000) == [(10, 1, "64k")]

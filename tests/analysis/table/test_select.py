@@ -1,13 +1,16 @@
 """Several tables as one, rows by condition, and which rows make one experiment."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.parts import series_of
-from aimscale.analysis.table.design import design_columns, told_apart, with_size
+from aimscale.analysis.table.design import design_columns, experiment_columns, told_apart, with_size
 from aimscale.analysis.table.names import FOLDER
+from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.read import read_tables
 from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, select
 from aimscale.analysis.words import human
@@ -74,6 +77,45 @@ def test_a_pool_seen_many_times_gives_way_to_rows_that_see_theirs_few_times(know
     assert set(fresh_part(known_study(worn, *fresh[:1]))[0]["unique_images"]) == {1000}
 
 
+def test_words_settings_and_folders_of_others_tell_experiments_apart(known_study):
+    one, other = known_study({"seeds": [0]}), known_study({"seeds": [1], "effect": 0.02})
+    for frame, folder, words in ((one, "a", "adam"), (other, "b", "muon")):
+        frame[FOLDER], frame["optimizer"], frame["dropout"], frame["clip"] = folder, words, 0.1 * (words == "muon"), 1
+        frame["width"], frame["lr"] = np.sqrt(frame["params_total"]), 1e-3 * (1 + frame["seed"])
+        frame["run"] = [f"{row.size}-{row.seed}-{folder}" for row in frame.itertuples()]
+    both = pd.concat([one, other], ignore_index=True)
+    assert experiment_columns(both) == ["optimizer"]  # the first of three that part the rows alike
+    alone = both[["params_total", "images_seen", "val_loss", "optimizer", "width", "run", "lr"]]
+    assert experiment_columns(alone) == ["optimizer"]
+    assert mixed(alone, "ND") == [("optimizer", 2)]
+    assert mixed(both.drop(columns=["optimizer", "dropout", "lr"]), "ND") == [(FOLDER, 2)]
+    assert mixed(alone.drop(columns=["optimizer", "lr"]).assign(**{FOLDER: both[FOLDER]}), "ND") == [(FOLDER, 2)]
+
+
+@pytest.mark.parametrize("name", [FOLDER, "sweep"])
+def test_sweeps_of_one_experiment_are_no_mixture(known_study, name):
+    """Nor are those that share no cell, of which the rows cannot tell."""
+    one, other = known_study({"seeds": [0]}), known_study({"seeds": [1]})
+    assert mixed(pd.concat([one.assign(**{name: "a"}), other.assign(**{name: "b"})], ignore_index=True), "ND") == []
+    empty = other.assign(**{name: "b", "val_loss": np.nan})
+    assert mixed(pd.concat([one.assign(**{name: "a"}), empty], ignore_index=True), "ND") == []
+    apart = known_study({"seeds": [1], "budgets": [5000, 9000], "effect": 0.02})
+    assert mixed(pd.concat([one.assign(**{name: "a"}), apart.assign(**{name: "b"})], ignore_index=True), "ND") == []
+
+
+def test_pools_are_a_mixture_where_they_repeat(known_study):
+    fresh = [{"seeds": [0], "budgets": [seen], "uniques": [seen]} for seen in (4000, 8000, 16000, 32000)]
+    assert mixed(known_study(*fresh), "ND") == []
+    assert mixed(known_study(*fresh, {"seeds": [0], "uniques": [1000]}), "ND") == [("unique_images", 5)]
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "board").glob("*.csv")), ids=lambda p: p.stem)
+def test_no_public_table_of_one_experiment_is_called_a_mixture_or_tuned(path):
+    df = read_tables([path], {"L": "loss"})
+    assert mixed(df, "ND") == ([("U", 27)] if path.stem == "data-constrained-all" else [])
+    assert len(usable_rows(df, best_by="val_loss").rows) == len(df)
+
+
 def test_sizes_that_print_alike_stay_two():
     near = pd.DataFrame({"params_total": [1.0001e9, 1.0002e9, 1e5, 2e9], "images_seen": 1e9, "val_loss": 1.0})
     assert list(with_size(near)["size"]) == ["1.0001e+09", "1.0002e+09", "1e+05", "2e+09"]
@@ -85,3 +127,18 @@ def test_sizes_that_print_alike_stay_two():
 def test_the_envelope_keeps_what_no_cheaper_row_undercuts():
     df = pd.DataFrame({"flops_train": [1.0, 2, 3, 4, 5], "val_loss": [5.0, np.nan, 6, 4, 4]}).sample(frac=1)
     assert sorted(lower_envelope(df)["flops_train"]) == [1, 4]
+    running = pd.DataFrame({"flops_train": [1.5], "val_loss": [0.1], "status": "unfinished"})
+    assert sorted(lower_envelope(pd.concat([df, running], ignore_index=True))["flops_train"]) == [1, 4]
+
+
+def test_ends_of_an_envelope_that_are_one_sizes_own_curve_are_said():
+    def flagged(sizes):
+        df = pd.DataFrame({"params_total": sizes, "flops_train": range(1, len(sizes) + 1)})
+        worse = df.assign(val_loss=2.0, flops_train=9.0)
+        df = select(pd.concat([df.assign(val_loss=1 / df["flops_train"]), worse], ignore_index=True), ["envelope"])
+        return [flag.number for flag in mixture_flags(df, ["C"]) if flag.kind == "envelope_ends"]
+
+    assert flagged([1, 2, 2, 3]) == []
+    assert flagged([1, 1, 2, 3, 3, 3]) == [5]
+    assert flagged([1, 1, 2, 3]) == [2]
+    assert flagged([1, 1]) == [2]

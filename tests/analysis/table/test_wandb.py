@@ -34,20 +34,6 @@ def test_the_runs_table_leaves_out_what_crashed_and_is_fitted(tmp_path: Path) ->
     assert "20 of 21\n" in say("fit", path, "--columns", columns, "--resamples", 20)
 
 
-def test_a_panel_gives_a_row_for_each_run_and_point(tmp_path: Path) -> None:
-    """Two runs with points of their own; the names of runs have the separator too."""
-    panel = pd.DataFrame({"Step": [1, 2, 3]})
-    for run, values in (("a - b", [5.0, np.nan, 4.0]), ("c", [np.nan, 6.0, np.nan])):
-        for metric, numbers in (("_step", [1, 2, 3]), ("val/loss", values)):
-            for part in ("", "__MIN", "__MAX"):
-                panel[f"{run} - {metric}{part}"] = numbers
-    panel.to_csv(tmp_path / "panel.csv", index=False)
-    table = read_table(tmp_path / "panel.csv", {"D": "Step*64"})
-    assert table[["run_id", "images_seen", "val_loss"]].to_numpy().tolist() == [
-        ["a - b", 64, 5.0], ["a - b", 192, 4.0], ["c", 128, 6.0],
-    ]  # fmt: skip
-
-
 def test_the_apis_dictionaries_are_columns(tmp_path: Path) -> None:
     """As W&B's guide writes them, in a CSV; and the lines of a history."""
     runs = {

@@ -39,6 +39,7 @@ def test_axes_multiply_and_one_wsd_run_serves_all_budgets(write_sweep: Any, tmp_
     assert {run.config.training.data.sources[0].path for run in runs} == {str(tmp_path / "data/train")}
     rates = {run.config.training.optimiser.lr_peak for run in runs if run.cell["size"] == "rung-32"}
     assert max(rates) == pytest.approx(2 * min(rates))
+    assert {run.lr_multiplier for run in runs} == {0.5, 1.0}
 
 
 def test_variants_are_named_settings_side_by_side(write_sweep: Any) -> None:

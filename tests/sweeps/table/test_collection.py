@@ -90,11 +90,12 @@ def test_points_during_training_are_a_table_of_their_own(write_sweep: Any, stand
 
 def test_rows_carry_what_the_sweep_varied(write_sweep: Any, stand_in: Any, launch: Any) -> None:
     varied = {"model.head_depth": [0, 2], "objective.target": ["normalised", "raw"]}
-    sweep = write_sweep(sizes=["rung-32"], axes=varied)
+    sweep = write_sweep(sizes=["rung-32"], axes=varied, base={"lr_multiplier": 3.0})
     launch(sweep, devices=2, command=stand_in())
     cards = cost_cards(sweep, plan(sweep))
     table = read_table(gather(sweep).table)
     setups = [json.loads(text) for text in table["setup"]]
+    assert set(table["lr_multiplier"]) == {3.0}
     assert list(table["head_depth"]) == [setup["model.head_depth"] for setup in setups]
     assert {setup.get("objective.target", "normalised") for setup in setups} == {"normalised", "raw"}
     counted = [budget.flops for card in cards for budget in card.budgets]
