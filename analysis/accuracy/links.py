@@ -55,8 +55,8 @@ def link(
     if (values > 1).any() or (values < 0).any():
         raise AnalysisError(f"{accuracy} goes from {values.min():g} to {values.max():g}; give fractions, 0 to 1.")
     result = fit(
-        LINK_SIGMOID,
         df if ideal is None else _with_ideal(df, loss, accuracy, ideal),
+        LINK_SIGMOID,
         y=accuracy,
         columns={"L": loss},
         objective=LSQ,

@@ -89,7 +89,7 @@ def fit(
         objective=found.problem.objective,
         params=params,
         intervals={name: own[name] for name in params if name in own},
-        flags=(*flags, *against),
+        flags=(*flags, *against, *points.flags),
         not_identified=not_identified,
         objective_value=found.minima[0].total,
         num_points=len(points.y),

@@ -112,7 +112,7 @@ def basis(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str) -> Basis:
     for law in found:
         names |= resolve_columns(law, df)
     extra = {v: name for v in ("N", "D", "C") if (name := _column(df, v)) is not None}
-    used = usable_rows(df, {**extra, **names, "y": y})
+    used = usable_rows(df, {**extra, **names, "y": y}, best_by="y")
     numbers = used.numbers
     if numbers.empty:
         raise AnalysisError(

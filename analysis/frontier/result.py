@@ -65,7 +65,7 @@ def points_of(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None
     for name in (found["C"], y):
         if name not in df.columns:
             raise no_column(df, name)
-    used = usable_rows(df, {**found, "loss": y})
+    used = usable_rows(df, {**found, "loss": y}, best_by="loss")
     if used.numbers.empty:
         raise AnalysisError("No row of the table has positive N, D, C and loss, so there is no frontier to draw.")
     return used.numbers.assign(**{name: used.rows[name] for name in ("size", "run_id", "seed") if name in df.columns})
