@@ -49,7 +49,8 @@ def correlate(
     `within`, a table that has training FLOPs is therefore correlated at equal compute first, then over all rows.
 
     Clusters are sizes, else runs, where there are four or more and some have several rows, else rows. Each is left out
-    in turn. The interval is Student's with clusters - 1 degrees of freedom, less those that groups' means take out.
+    in turn. The interval is Student's with clusters - 1 degrees of freedom, less those that groups' means take out. It
+    is never narrower than Fisher's of as many independent rows.
 
     Args:
         df: a results table, or rows of `probe_frame`.
@@ -183,8 +184,7 @@ def _cluster_column(df: pd.DataFrame, within: str | None) -> str | None:
 
 
 def _chance_of_all(rows: pd.DataFrame, y: str) -> float | None:
-    """Return the accuracy of guessing where no row's is significantly above it (binomial, 5 % over all rows), or None.
-    """
+    """Return the accuracy of guessing if no row's is above it by a binomial test at 5 % over all rows, else None."""
     if y not in ACCURACIES or not {"chance", "n"} <= {*rows.columns}:
         return None
     chance, n = (rows[name].to_numpy(float) for name in ("chance", "n"))
@@ -255,8 +255,8 @@ def _interval(method: str, sides: Array, held: Held, member: Array) -> tuple[flo
     # perfect ranks, infinite on Fisher's scale, tell no more than that no two neighbours are swapped
     most = 1 - (6 / (n * (n**2 - 1)) if method == "spearman" else 1e-12)
     z, *each = np.arctanh(np.clip([value, *without], -most, most))
-    variance = degrees * np.var(each)
-    if np.ptp(each) == 0:  # perfect whatever is left out: Fisher's variance, for ranks Bonett and Wright's (2000)
-        variance = (1.5 if method == "spearman" else 1) / max(1, n - 3 - num_means - held.columns.shape[1])
-    half = student.ppf(0.5 + CONFIDENCE / 2, degrees) * np.sqrt(variance)
+    independent = max(1, n - 3 - num_means - held.columns.shape[1])
+    fisher = (1 + value**2 / 2 if method == "spearman" else 1) / independent  # of ranks: Bonett and Wright (2000)
+    tail = 0.5 + CONFIDENCE / 2
+    half = max(student.ppf(tail, degrees) * np.sqrt(degrees * np.var(each)), norm.ppf(tail) * np.sqrt(fisher))
     return value, float(min(value, np.tanh(z - half))), float(max(value, np.tanh(z + half))), degrees

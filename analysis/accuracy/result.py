@@ -101,8 +101,12 @@ class Correlations(Result):
             found.append(("over all rows", "both may follow compute, and then they correlate whatever else they share"))
         for c in self:
             over = f"{c.num_points} rows" if c.cluster is None else f"{c.num_clusters} clusters by {c.cluster}"
-            found.append(("intervals", f"95 %, jackknife of Fisher's z over {over}, t with {c.degrees} degrees of freedom"))
-            groups = f"within {c.num_groups} groups of equal" if c.num_groups else "about a polynomial in the logarithm of"
+            found.append(
+                ("intervals", f"95 %, jackknife of Fisher's z over {over}, t with {c.degrees} degrees of freedom")
+            )
+            groups = (
+                f"within {c.num_groups} groups of equal" if c.num_groups else "about a polynomial in the logarithm of"
+            )
             found += [("held equal", f"{groups} {c.partial_on}")] * bool(c.partial_on)
             found += [("left out", "; ".join(map(str, c.exclusions)))] * bool(c.exclusions)
         return list(dict.fromkeys(found))

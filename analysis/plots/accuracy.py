@@ -220,8 +220,7 @@ def _loss_panel(ax: Axes, rows: pd.DataFrame, correlations: Iterable[Correlation
     told = [c for c in correlations if c.within is None and not np.isnan(c.value)]
     wheres = {True: "equal compute: ", False: "all rows: "} if any(c.partial_on for c in told) else {False: ""}
     lines = [
-        f"{wheres[c.partial_on is not None]}{words[c.method]} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]"
-        for c in told
+        f"{wheres[c.partial_on is not None]}{words[c.method]} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]" for c in told
     ]
     lines = [line.replace("-", "−") for line in lines] + ["all at chance"] * any(c.chance is not None for c in told)
     low, high = ax.get_ylim()

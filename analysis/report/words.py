@@ -82,7 +82,7 @@ def accuracy_in_words(study: Study) -> Iterator[str]:
 
 
 def correlation_words(what: str, found: tuple[Correlation, ...]) -> str:
-    """Say how loss and one task's accuracy go together: at equal compute first, then over all rows and within a size."""
+    """Say how loss and one task's accuracy go together: at equal compute, over all rows and within a size."""
     first = found[0]
     place = "At equal compute" if first.partial_on else "Over all rows"
     if math.isnan(first.value):
