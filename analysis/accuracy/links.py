@@ -29,13 +29,17 @@ def link(
     resamples: int = 1000,
     is_tested: bool = True,
 ) -> Fit:
-    """Accuracy as a sigmoid of loss, by least squares.
+    """Fit accuracy as a sigmoid of loss, by least squares.
+
+    The curve and its interval stay between chance and 1; one measured accuracy stays between 0 and 1.
 
     Args:
+        loss: column of the loss.
         accuracy: column of the accuracy, 0 to 1.
         chance: accuracy of guessing, which holds the floor; None fits it.
         ideal: loss at which the accuracy is 1: (ideal, 1) is one more point, as in the OLMo ladder.
-        is_tested: as of `fit`.
+        resamples: draws of the intervals, as in `fit`.
+        is_tested: whether the law is tested for lack of fit, as in `fit`.
 
     Returns:
         The sigmoid as a fit, whose variable is L.
@@ -52,7 +56,7 @@ def link(
     if accuracy not in df.columns:
         raise no_column(df, accuracy)
     values = pd.to_numeric(df[accuracy], errors="coerce")
-    if (values > 1).any() or (values < 0).any():
+    if not values.dropna().between(0, 1).all():
         raise AnalysisError(f"{accuracy} goes from {values.min():g} to {values.max():g}; give fractions, 0 to 1.")
     result = fit(
         df if ideal is None else _with_ideal(df, loss, accuracy, ideal),
@@ -66,11 +70,11 @@ def link(
         zero_allowed=True,
         is_tested=is_tested,
     )
-    return replace(result if ideal is None else _measured(result), limits=(chance or 0.0, 1.0))
+    return replace(result if ideal is None else _without_last(result), limits=(chance or 0.0, 1.0))
 
 
 def _with_ideal(df: pd.DataFrame, loss: str, accuracy: str, ideal: float) -> pd.DataFrame:
-    """The table with one more row, of a size and a run of its own."""
+    """Add the ideal point as a last row, of a size and a run of its own."""
     lowest = pd.to_numeric(df[loss], errors="coerce").min() if loss in df.columns else np.inf
     if not 0 <= ideal < lowest:
         raise AnalysisError(
@@ -80,21 +84,20 @@ def _with_ideal(df: pd.DataFrame, loss: str, accuracy: str, ideal: float) -> pd.
     return joined([df, pd.DataFrame([{**own, loss: ideal, accuracy: 1.0}])])
 
 
-def _measured(result: Fit) -> Fit:
-    """The fit without the ideal point, its last: what was measured, and how far that reaches."""
-    keep = np.arange(len(result.data)) < len(result.data) - 1
-    data = result.data[keep]
+def _without_last(result: Fit) -> Fit:
+    """Leave the ideal point out of what the fit says was measured, and of how far that reaches."""
+    data, num = result.data[:-1], len(result.data) - 1
     return replace(
         result,
         data=data,
-        groups=result.groups.rows(keep),
-        num_points=result.num_points - 1,
+        groups=result.groups.rows(np.arange(num)),
+        num_points=num,
         num_rows=result.num_rows - 1,
         ranges={"L": (float(data["L"].min()), float(data["L"].max()))},
     )
 
 
 def task_level(probed: pd.DataFrame, column: str) -> float | None:
-    """One task's `chance` (accuracy of guessing) or `ideal` (loss at which it is 1); None where rows agree on none."""
+    """Find one task's `chance` (accuracy of guessing) or `ideal` (loss at which it is 1); None where rows disagree."""
     values = set(probed[column].dropna()) if column in probed.columns else set()
     return float(values.pop()) if len(values) == 1 else None

@@ -1,7 +1,8 @@
-"""What correlations hand back: coefficients with intervals."""
+"""Correlation coefficients with intervals."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.table.names import Exclusion
+from aimscale.analysis.words import percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +22,11 @@ class Correlation:
     kind: str = ""
     """Kind of its probe."""
     method: str
-    """pearson, spearman or kendall."""
+    """pearson or spearman."""
     x: str
     y: str
     value: float
-    """Coefficient, -1 to 1."""
+    """Coefficient, -1 to 1; NaN where nothing varies."""
     low: float
     """Lower end of its 95 % interval."""
     high: float
@@ -32,12 +34,16 @@ class Correlation:
     cluster: str | None
     """Column whose rows were left out together; None for single rows."""
     num_clusters: int
+    degrees: int
+    """Degrees of freedom of Student's t."""
     partial_on: str | None = None
     """Column that was held equal, if any."""
     num_groups: int | None = None
-    """Groups of rows that share it, within which rows were compared; None: about a smooth function of it."""
+    """Groups of rows that share it, within which rows were compared; None: about a polynomial in its logarithm."""
     within: str | None = None
     """Column whose groups' means were taken out of both, if any."""
+    chance: float | None = None
+    """Accuracy of guessing, where no row's accuracy is significantly above it."""
     exclusions: tuple[Exclusion, ...] = ()
 
     @property
@@ -45,53 +51,78 @@ class Correlation:
         """Whether the interval leaves zero out."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def compared(self) -> str:
+        """Rows that were compared, in words."""
+        held = [f"at equal {self.partial_on}"] * bool(self.partial_on) + [f"within {self.within}"] * bool(self.within)
+        return ", ".join(held) or "over all rows"
+
+    @property
+    def verdict(self) -> str:
+        """Significance in words, with a caution where all accuracies lie at chance."""
+        if math.isnan(self.value):
+            return "nothing varies"
+        return ("" if self.is_significant else "not ") + "significant" + ", all at chance" * (self.chance is not None)
+
+    def cautions(self) -> Iterator[str]:
+        """Yield a sentence where all accuracies lie at chance."""
+        if self.chance is not None:
+            name = f" of {self.task}:{self.kind}" if self.task else ""
+            yield f"all accuracies{name} lie at chance ({percent(self.chance, 3)}) within their binomial error"
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Correlations(Result):
     """How two columns go together, or a column and several accuracies."""
 
     correlations: tuple[Correlation, ...]
-    """One per accuracy and method."""
+    """One per accuracy, comparison and method: at equal compute first."""
 
     def __iter__(self) -> Iterator[Correlation]:
         return iter(self.correlations)
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per accuracy and method: task, kind, method, value, low, high, num_points, verdict."""
+        """One row per coefficient: task, kind, compared, method, value, low, high, num_points, verdict."""
         of = ("task", "kind") if any(c.task for c in self) else ()
-        names = (*of, "method", "value", "low", "high", "num_points")
-        verdicts = {True: "significant", False: "not significant"}
-        return pd.DataFrame([{n: getattr(c, n) for n in names} | {"verdict": verdicts[c.is_significant]} for c in self])
+        names = (*of, "compared", "method", "value", "low", "high", "num_points", "verdict")
+        return pd.DataFrame([{name: getattr(c, name) for name in names} for c in self])
 
     def headline(self) -> str:
-        """What was correlated, and what was held equal."""
+        """Return what was correlated, and what was held equal."""
         first = self.correlations[0]
-        held = f", at equal {first.partial_on}" if first.partial_on else ""
-        return f"Correlation of {first.x} and {first.y}{held}{f', within {first.within}' if first.within else ''}"
+        return f"Correlation of {first.x} and {first.y}, {', then '.join(dict.fromkeys(c.compared for c in self))}"
 
     def facts(self) -> list[tuple[str, str]]:
-        """What was correlated, how intervals were found and what was left out."""
-        found = [("correlated", self.headline().removeprefix("Correlation of "))]
+        """Return cautions, what was correlated, how intervals were found and what was left out."""
+        found = [("with care", each) for c in self for each in c.cautions()]
+        found.append(("correlated", self.headline().removeprefix("Correlation of ")))
+        if len({c.partial_on for c in self}) > 1:
+            found.append(("over all rows", "both may follow compute, and then they correlate whatever else they share"))
         for c in self:
             over = f"{c.num_points} rows" if c.cluster is None else f"{c.num_clusters} clusters by {c.cluster}"
-            found.append(("intervals", f"95 %, Fisher's z, standard error over {over}"))
-            groups = f"within {c.num_groups} groups of equal" if c.num_groups else "about a smooth function of"
-            found += [("held equal", f"{groups} {c.partial_on}")] if c.partial_on else []
-            found += [("left out", "; ".join(map(str, c.exclusions)))] if c.exclusions else []
+            found.append(
+                ("intervals", f"95 %, jackknife of Fisher's z over {over}, t with {c.degrees} degrees of freedom")
+            )
+            groups = (
+                f"within {c.num_groups} groups of equal" if c.num_groups else "about a polynomial in the logarithm of"
+            )
+            found += [("held equal", f"{groups} {c.partial_on}")] * bool(c.partial_on)
+            found += [("left out", "; ".join(map(str, c.exclusions)))] * bool(c.exclusions)
         return list(dict.fromkeys(found))
 
     def cells(self) -> list[dict[str, str]]:
-        """One row per accuracy and method."""
+        """Return one row per coefficient."""
         return [
             {
                 "task": c.task,
                 "probe": c.kind,
+                "compared": c.compared,
                 "coefficient": c.method,
                 "value": f"{c.value:.3f}",
                 "95 % interval": f"[{c.low:.3f}, {c.high:.3f}]",
                 "n": str(c.num_points),
-                "significance": "significant" if c.is_significant else "not significant",
+                "significance": c.verdict,
             }
             for c in self
         ]

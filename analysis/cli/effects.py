@@ -53,14 +53,14 @@ def correlate(
         str, typer.Option(help="Second column or accuracy, TASK:KIND; top1 means every accuracy of the table.")
     ] = "top1",
     partial: Annotated[
-        str | None, typer.Option(help="Hold this column (e.g. flops_train) equal: what the two do at equal compute.")
+        str | None, typer.Option(help="Hold this column equal and show nothing else, e.g. flops_train.")
     ] = None,
     within: Annotated[str | None, typer.Option(help="Correlate within groups of this column (size).")] = None,
     columns: options.Columns = None,
     where: options.Where = None,
     json: options.AsJson = False,
 ) -> None:
-    """Pearson, Spearman and Kendall with intervals."""
+    """Pearson and Spearman with intervals: at equal compute first, then over all rows, where both follow compute."""
     from aimscale.analysis.accuracy.correlation import correlate
 
     found = correlate(table_of(tables, columns, where), x=x, y=y, partial=partial, within=within)

@@ -163,7 +163,7 @@ def plot_loss_accuracy(
 
     Args:
         probes: rows of `probe_frame`: val_loss, task, top1, top1_lo95, top1_hi95, chance, and params_total or size.
-        correlations: task -> its correlation coefficients, written into the panel.
+        correlations: task -> its correlation coefficients, written into the panel as `correlate` orders them.
         links: task -> fitted link from loss to accuracy, drawn with its confidence band.
 
     Returns:
@@ -216,12 +216,13 @@ def _loss_panel(ax: Axes, rows: pd.DataFrame, correlations: Iterable[Correlation
         record(ax, "level", pd.DataFrame({"series": ["chance"], "y": chance.iloc[:1]}))
         ax.annotate("chance", (0.99, chance.iloc[0]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                     color=MUTED, fontsize=6)  # fmt: skip
-    words = {"pearson": "Pearson r", "spearman": "Spearman ρ", "kendall": "Kendall τ"}
+    words = {"pearson": "Pearson r", "spearman": "Spearman ρ"}
+    told = [c for c in correlations if c.within is None and not np.isnan(c.value)]
+    wheres = {True: "equal compute: ", False: "all rows: "} if any(c.partial_on for c in told) else {False: ""}
     lines = [
-        f"{words.get(c.method, c.method)} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]".replace("-", "−")
-        for c in correlations
-        if c.partial_on is None and c.within is None
+        f"{wheres[c.partial_on is not None]}{words[c.method]} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]" for c in told
     ]
+    lines = [line.replace("-", "−") for line in lines] + ["all at chance"] * any(c.chance is not None for c in told)
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + (0.02 + 0.055 * len(lines)) * (high - low))  # room for the words above the points
     text = "\n".join(lines)

@@ -147,7 +147,8 @@ def _loss_accuracy(study: Study) -> Iterator[PageFigure]:
         found = {task: study.correlations.get((kind, task), ()) for task in dict.fromkeys(rows["task"])}
         links = {task: link for (each, task), link in study.links.items() if each == kind}
         caption = (
-            f"{_capital(accuracy_of(kind))} and validation loss. Brackets: 95 % intervals of the correlations. "
+            f"{_capital(accuracy_of(kind))} and validation loss. Brackets: 95 % intervals of the correlations, "
+            "at equal compute first; over all rows both follow compute. "
             "Line and band: a sigmoid above chance with its 95 % interval."
         )
         figure = plot_loss_accuracy(rows, found, links)

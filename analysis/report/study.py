@@ -72,7 +72,7 @@ class Study:
     fits: dict[str, Fit] = field(default_factory=dict)
     """`ND` the joint law; `C` a power law with offset along the envelope."""
     correlations: dict[tuple[str, str], tuple[Correlation, ...]] = field(default_factory=dict)
-    """(probe kind, task) -> Pearson, Spearman, Kendall of validation loss and top-1."""
+    """(probe kind, task) -> correlations of validation loss and top-1, at equal compute first."""
     links: dict[tuple[str, str], Fit] = field(default_factory=dict)
     """(probe kind, task) -> sigmoid from loss to accuracy, floor at chance."""
     forecaster: Forecaster | None = None
@@ -355,18 +355,12 @@ def correlate_probes(study: Study) -> None:
 
 
 def _correlations(rows: pd.DataFrame) -> tuple[Correlation, ...]:
-    """Pearson, Spearman, Kendall, and Pearson at equal compute and within a size."""
+    """Correlate at equal compute, over all rows, and within a size (Pearson)."""
     found = [*correlate(rows)]
-    more: list[dict[str, Any]] = []
-    if "flops_train" in rows and rows["flops_train"].nunique() > 2:
-        more.append({"partial": "flops_train"})
     size = next((name for name in ("size", "params_total") if name in rows and varies(rows[name])), None)
     if size is not None:
-        more.append({"within": size})
-    for options in more:
-        # compute or size may explain one of the two completely, so that nothing is left to correlate
-        with contextlib.suppress(AnalysisError):
-            found += correlate(rows, methods=("pearson",), **options)
+        with contextlib.suppress(AnalysisError):  # every size may have a single row
+            found += correlate(rows, methods=("pearson",), within=size)
     return tuple(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 from collections.abc import Iterator
 
 import pandas as pd
@@ -80,29 +81,24 @@ def accuracy_in_words(study: Study) -> Iterator[str]:
             yield correlation_words(f"{accuracy_of(kind)} on {task}", found)
 
 
-def _coefficient(found: Correlation) -> str:
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
-
-
 def correlation_words(what: str, found: tuple[Correlation, ...]) -> str:
-    """One task's rank and linear correlation, at equal compute and within a size, too."""
-    first, inside = found[0], next((c for c in found if c.within is not None), None)
-    if first.low * first.high <= 0:
-        verdict = f"No significant correlation of validation loss with {what}"
-        if inside is not None and inside.high < 0:
-            verdict += " over all sizes; within a size lower loss goes with higher accuracy"
+    """Say how loss and one task's accuracy go together: at equal compute, over all rows and within a size."""
+    first = found[0]
+    place = "At equal compute" if first.partial_on else "Over all rows"
+    if math.isnan(first.value):
+        verdict = f"{place} nothing is left to correlate validation loss with {what}"
+    elif not first.is_significant:
+        verdict = f"{place} no significant correlation of validation loss with {what}"
     else:
-        verdict = f"Lower validation loss goes with {'higher' if first.value < 0 else 'LOWER'} {what}"
-    names = {"pearson": "Pearson", "spearman": "Spearman"}
-    parts = []
+        verdict = f"{place} lower validation loss goes with {'higher' if first.value < 0 else 'LOWER'} {what}"
+    told: dict[str, list[str]] = {}
     for c in found:
-        if c.partial_on is not None:
-            parts.append(f"at equal compute {_coefficient(c)}")
-        elif c.within is not None:
-            parts.append(f"within a size {_coefficient(c)}")
-        elif c.method in names:
-            parts.append(f"{names[c.method]} {_coefficient(c)}")
-    return f"{verdict}: {', '.join(parts)} over {first.num_points} points."
+        follow = ", where both follow compute" if first.partial_on else ""
+        name = "at equal compute" if c.partial_on else "within a size" if c.within else f"over all rows{follow}"
+        told.setdefault(name, []).append(f"{c.method.capitalize()} {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]")
+    parts = "; ".join(f"{name} {', '.join(each)}" for name, each in told.items())
+    cautions = dict.fromkeys(f" {each[0].upper()}{each[1:]}." for c in found for each in c.cautions())
+    return f"{verdict} ({first.num_points} points): {parts}.{''.join(cautions)}"
 
 
 SETTINGS = (

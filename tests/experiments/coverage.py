@@ -141,9 +141,10 @@ def effects(design: Design, scales: pd.DataFrame, rng: np.random.Generator, reco
     if design.errors != "independent":
         codes = np.unique(scales["run_id" if design.errors == "run" else "size"], return_inverse=True)[1]
         pair = (pair + rng.multivariate_normal([0, 0], pairs, codes.max() + 1)[codes]) / np.sqrt(2)
-    of_ranks = {"spearman": 6 / np.pi * np.arcsin(CORRELATION / 2), "kendall": 2 / np.pi * np.arcsin(CORRELATION)}
+    truths = {"pearson": CORRELATION, "spearman": 6 / np.pi * np.arcsin(CORRELATION / 2)}
     for found in correlate(scales.assign(x=pair[:, 0], y=pair[:, 1]), x="x", y="y"):
-        record.add(found.method, found.low, found.high, found.value, of_ranks.get(found.method, CORRELATION))
+        name = f"{found.method}, {found.compared}"
+        record.add(name, found.low, found.high, found.value, truths[found.method])
     plain = scales.assign(images_seen=scales["D"], params_total=scales["N"], flops_train=scales["C"], prefix="paired")
     other = plain.assign(run_id=plain["run_id"] + "n", prefix="none")
     levels = [design.measured(plain, rng), design.measured(other, rng)]

@@ -1,4 +1,4 @@
-"""Correlation coefficients against scipy, partial correlation, refusals."""
+"""Correlation coefficients against scipy, coverage of their intervals, what comes first, refusals."""
 
 import numpy as np
 import pandas as pd
@@ -17,10 +17,9 @@ def frame() -> pd.DataFrame:
 
 
 def test_coefficients_equal_scipys_with_ties(frame):
-    pearson, spearman, kendall = correlate(frame, x="x", y="y")
+    pearson, spearman = correlate(frame, x="x", y="y")
     assert pearson.value == pytest.approx(stats.pearsonr(frame.x, frame.y)[0])
     assert spearman.value == pytest.approx(stats.spearmanr(frame.x, frame.y)[0])
-    assert kendall.value == pytest.approx(stats.kendalltau(frame.x, frame.y)[0])
     assert pearson.low < pearson.value < pearson.high
 
 
@@ -29,7 +28,7 @@ def test_what_differs_only_between_groups_vanishes_within_them():
     level = np.repeat(np.arange(6.0), 10)
     df = pd.DataFrame({"size": level, "x": level + rng.normal(size=60), "y": level + rng.normal(size=60)})
     (plain,), (inside,) = (correlate(df, x="x", y="y", methods=["pearson"], within=by) for by in (None, "size"))
-    assert plain.low > 0.3  # six sizes tell it
+    assert plain.low > 0.2  # six sizes tell it
     assert inside.low < 0 < inside.high
 
 
@@ -61,7 +60,7 @@ def test_rows_of_equal_compute_are_compared_within_their_groups():
 def test_seeds_of_a_size_that_share_errors_count_as_one(rho):
     """Clustered by runs, 15 of them in five sizes, intervals held 64 to 74 % of true correlations."""
     rng, sizes, held = np.random.default_rng(8), np.repeat(np.arange(5), 12), []
-    runs, truth = np.arange(60) // 4, {"pearson": rho, "kendall": 2 / np.pi * np.arcsin(rho)}
+    runs, truth = np.arange(60) // 4, {"pearson": rho, "spearman": 6 / np.pi * np.arcsin(rho / 2)}
     for _ in range(100):
         own, shared = (rng.multivariate_normal([0, 0], [[1, rho], [rho, 1]], n) for n in (60, 5))
         pair = np.sqrt(0.1) * own + np.sqrt(0.9) * shared[sizes]
@@ -71,17 +70,80 @@ def test_seeds_of_a_size_that_share_errors_count_as_one(rho):
     assert found[0].cluster == "params_total"
     few = df.assign(x=df["x"].where(sizes < 3))
     assert next(iter(correlate(few, x="x", y="y"))).cluster == "run_id"  # three sizes with both columns are too few
-    assert (np.mean(held, axis=0) > 0.88).all()
+    assert (np.mean(held, axis=0) > 0.9).all()
 
 
-@pytest.mark.parametrize("method", ["spearman", "kendall"])
-def test_ranks_that_agree_but_for_two_neighbours_have_a_narrow_interval(method):
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_unrelated_columns_whose_runs_repeat_themselves_show_nothing_within_a_size(share):
+    """Runs of a size whose rows share errors; a level of its own in every size."""
+    rng, shown = np.random.default_rng(3), []
+    sizes, runs = np.arange(60) // 12, np.arange(60) // 4
+    for _ in range(60):
+        own, shared = rng.standard_normal((60, 2)), rng.standard_normal((15, 2))[runs]
+        pair = np.sqrt(1 - share) * own + np.sqrt(share) * shared + 3.0 * sizes[:, None]
+        df = pd.DataFrame({"x": pair[:, 0], "y": pair[:, 1], "size": sizes, "run_id": runs})
+        shown.append([c.is_significant for c in correlate(df, x="x", y="y", within="size")])
+    assert (np.mean(shown, axis=0) <= 0.08).all()
+    (found, _) = correlate(df, x="x", y="y", within="size")
+    assert (found.cluster, found.num_clusters, found.degrees) == ("run_id", 15, 10)
+
+
+def test_equal_compute_comes_first_and_all_rows_second(frame):
+    df = frame.rename(columns={"c": "flops_train"})
+    found = correlate(df, x="x", y="y")
+    assert [c.partial_on for c in found] == ["flops_train"] * 2 + [None] * 2
+    assert found.table["compared"].tolist() == ["at equal flops_train"] * 2 + ["over all rows"] * 2
+    assert "both may follow compute" in found.summary()
+    assert [c.partial_on for c in correlate(df, x="x", y="y", partial="flops_train")] == ["flops_train"] * 2
+    for without in (df.assign(flops_train=np.nan), df.assign(flops_train=1e18)):
+        assert [c.partial_on for c in correlate(without, x="x", y="y")] == [None] * 2
+    assert [c.partial_on for c in correlate(df, x="x", y="C")] == [None] * 2
+
+
+@pytest.mark.parametrize(("gain", "is_told"), [(0.0, True), (0.1, False)])
+def test_accuracies_at_chance_are_called_so(gain, is_told):
+    """A trend of one image in a hundred, which the test images' own error exceeds, was "significant" without a word."""
+    loss = np.linspace(1, 2, 30)
+    top1 = 0.1 + 0.015 * (2 - loss) - 0.01 + gain
+    probes = [[{"task": "pets", "kind": "knn", "top1": float(v), "chance": 0.1, "n": 1000}] for v in top1]
+    df = pd.DataFrame({"val_loss": loss, "probes": probes})
+    for sizes in (True, False):
+        known = df if sizes else df.assign(probes=[[{**e, "n": None} for e in each] for each in probes])
+        found = correlate(known)
+        assert next(iter(found)).is_significant
+        assert ("chance (10 %)" in found.summary()) == (is_told and sizes)
+        assert ("all at chance" in found.table["verdict"][0]) == (is_told and sizes)
+
+
+def test_an_infinite_accuracy_is_left_out_by_name():
+    loss = np.linspace(1, 2, 12)
+    probes = [[{"task": "pets", "kind": "knn", "top1": 1 - v / 4}] for v in loss]
+    probes[3][0]["top1"] = 1e999
+    (found, _) = correlate(pd.DataFrame({"val_loss": loss, "probes": probes}))
+    assert (found.num_points, found.exclusions[0].number, found.exclusions[0].subject) == (11, 1, "top1")
+    huge = pd.DataFrame({"x": [1e308, -1e308, 1.0, 2.0, 5e307], "y": [1.0, 3.0, 2.0, 2.5, 1e-320]})
+    assert all(np.isfinite(c.value) for c in correlate(huge, x="x", y="y"))
+
+
+def test_where_one_cluster_is_all_that_varies_nothing_is_known():
+    df = pd.DataFrame({"x": [0.0] * 16 + [1, 2, 3, 4], "y": np.arange(20.0), "size": np.arange(20) // 4})
+    assert [(c.low, c.high) for c in correlate(df, x="x", y="y")] == [(-1, 1)] * 2
+
+
+def test_more_clusters_than_are_left_out_in_turn_have_the_interval_of_independent_rows():
+    x, y = np.random.default_rng(0).multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 3000).T
+    (found,) = correlate(pd.DataFrame({"x": x, "y": y}), x="x", y="y", methods=["pearson"])
+    low, high = stats.pearsonr(x, y).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.006)
+
+
+def test_ranks_that_agree_but_for_two_neighbours_have_a_narrow_interval():
     """Without one of the two the order is perfect, which is infinitely far on Fisher's scale."""
     x = np.arange(20.0)
     y = -x
     y[[9, 10]] = y[[10, 9]]
-    (found,) = correlate(pd.DataFrame({"x": x, "y": y}), x="x", y="y", methods=[method])
+    (found,) = correlate(pd.DataFrame({"x": x, "y": y}), x="x", y="y", methods=["spearman"])
     assert -1 < found.low < found.value < found.high < -0.8
-    (perfect,) = correlate(pd.DataFrame({"x": x, "y": -x}), x="x", y="y", methods=[method])
+    (perfect,) = correlate(pd.DataFrame({"x": x, "y": -x}), x="x", y="y", methods=["spearman"])
     assert (perfect.low, perfect.value) == pytest.approx((-1, -1))
     assert -1 < perfect.high < -0.9
