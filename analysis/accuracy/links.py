@@ -26,7 +26,6 @@ def link(
     accuracy: str = "top1",
     chance: float | None = None,
     ideal: float | None = None,
-    resamples: int = 1000,
     is_tested: bool = True,
 ) -> Fit:
     """Fit accuracy as a sigmoid of loss, by least squares.
@@ -38,7 +37,6 @@ def link(
         accuracy: column of the accuracy, 0 to 1.
         chance: accuracy of guessing, which holds the floor; None fits it.
         ideal: loss at which the accuracy is 1: (ideal, 1) is one more point, as in the OLMo ladder.
-        resamples: draws of the intervals, as in `fit`.
         is_tested: whether the law is tested for lack of fit, as in `fit`.
 
     Returns:
@@ -51,7 +49,7 @@ def link(
     Example:
         >>> probes = probe_frame(read_table("results.parquet"))
         >>> photographs = probes[(probes["task"] == "photographs") & (probes["kind"] == "knn")]
-        >>> link(photographs, resamples=20).predict({"L": [0.33]})
+        >>> link(photographs).predict({"L": [0.33]})
     """
     if accuracy not in df.columns:
         raise no_column(df, accuracy)
@@ -66,7 +64,6 @@ def link(
         objective=LSQ,
         fixed={} if chance is None else {"floor": chance},
         bounds={"floor": (0.0, 1.0)} if chance is None else {},
-        resamples=resamples,
         zero_allowed=True,
         is_tested=is_tested,
     )
@@ -90,7 +87,6 @@ def _without_last(result: Fit) -> Fit:
     return replace(
         result,
         data=data,
-        groups=result.groups.rows(np.arange(num)),
         num_points=num,
         num_rows=result.num_rows - 1,
         ranges={"L": (float(data["L"].min()), float(data["L"].max()))},

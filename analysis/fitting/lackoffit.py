@@ -18,7 +18,8 @@ from aimscale.analysis.fitting.covariance import components_of, linear_design
 from aimscale.analysis.fitting.groups import Groups, groups_of, visible_groups
 from aimscale.analysis.fitting.inference import Estimate
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.table.design import held_equal
+from aimscale.analysis.table.design import experiment_columns, held_equal
+from aimscale.analysis.table.names import their_name
 from aimscale.analysis.table.points import Observations
 from aimscale.analysis.words import Flag
 
@@ -45,7 +46,7 @@ def lack_of_fit(found: Estimate, points: Observations, rows: pd.DataFrame) -> tu
     Args:
         rows: the table's rows of the fitted points (n,).
     """
-    return (*_form(found, points, rows), *_odd_groups(found, points, rows))
+    return (*_form(found, points, rows), *_odd_groups(found, points, rows), *_experiments(found, rows))
 
 
 def _form(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
@@ -83,6 +84,25 @@ def _whole_cells(cells: Array) -> Array:
     num, most = int(cells.max()) + 1, MOST_POINTS / len(cells)
     chosen = np.arange(num) if most >= 1 else np.linspace(0, num - 1, max(1, int(num * most))).astype(int)
     return np.flatnonzero(np.isin(cells, chosen))
+
+
+def _experiments(found: Estimate, rows: pd.DataFrame) -> Iterator[Flag]:
+    """Test whether rows that differ in a column which may tell experiments apart lie on one law."""
+    names, root = experiment_columns(rows), np.sqrt(found.design.weights)
+    law, scaled = found.design.x * root[:, None], found.residual * root
+    covariance = found.components.covariance(found.groups, len(rows)) * root[:, None] * root
+    for name in names:
+        codes = pd.factorize(rows[name].astype(str))[0]
+        num = int(codes.max()) + 1
+        if not 1 < num <= MAX_GROUPS or len(rows) <= law.shape[1] + num:
+            continue
+        above, below = _beyond(law, np.eye(num)[codes] * root[:, None])
+        if not above.shape[1] or not below.shape[1]:
+            continue
+        _, p, _ = ratio_test(scaled, above, below, covariance)
+        if p <= ALARM / len(names):
+            means = np.bincount(codes, found.residual) / np.bincount(codes)
+            yield Flag(kind="experiments", subject=their_name(rows, name), number=100 * float(np.ptp(means)), p=p)
 
 
 def ratio_test(scaled: Array, above: Array, below: Array, covariance: Array) -> tuple[float, float, float]:

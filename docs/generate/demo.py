@@ -34,7 +34,7 @@ TASK = "photographs"
 
 def law(table: pd.DataFrame) -> Fit:
     """The joint law of the demo's table."""
-    return fit(laws.CHINCHILLA, table)
+    return fit(table, laws.CHINCHILLA)
 
 
 def first_lines(folder: Path = TABLES) -> str:

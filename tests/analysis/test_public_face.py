@@ -30,10 +30,10 @@ def test_names_complete_and_are_what_they_say():
 
 
 def test_results_show_and_draw_themselves(grid):
-    result = analysis.fit("chinchilla", grid, resamples=40)
-    approaches = analysis.all_approaches(grid, resamples=40)
+    result = analysis.fit(grid, "chinchilla")
+    approaches = analysis.all_approaches(grid)
     results = [result, approaches, approaches.frontiers[-1]]
-    results += [analysis.held_out(result, grid, by="N", resamples=40), analysis.correlate(grid, x="D", y="L")]
+    results += [analysis.held_out(result, grid, by="N"), analysis.correlate(grid, x="D", y="L")]
     for each in results:
         first, *rest = repr(each).splitlines()
         assert each.headline() == first
@@ -50,14 +50,14 @@ def test_results_show_and_draw_themselves(grid):
 
 def test_ones_own_axes_stand_in_ones_own_figure(grid):
     figure, axes = new_figure(num_columns=2)
-    result = analysis.fit("chinchilla", grid, resamples=0)
+    result = analysis.fit(grid, "chinchilla")
     assert result.plot(ax=axes[1]) is figure
     assert isinstance(axes[1], Axes)
     assert np.size(axes[0].lines) == 0
 
 
 def test_figures_are_drawn_once_in_a_notebook(grid):
-    result = analysis.fit("chinchilla", grid, resamples=0)
+    result = analysis.fit(grid, "chinchilla")
     assert {"summary", "plot", "table", "headline"} <= set(dir(result))
     result.plot()
     assert pyplot.get_fignums() == []  # else a notebook draws it a second time

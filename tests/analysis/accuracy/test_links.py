@@ -33,9 +33,9 @@ def test_gadres_fits_and_four_percentages():
     sizes = ["d=96_l=8_h=4", "d=512_l=8_h=4", "d=576_l=24_h=8", "d=1024_l=24_h=8"]
     five = df[(df["size"].isin(sizes) & (multiple == 1)) | ((df["size"] == sizes[0]) & (multiple == 16))]
     six = pd.concat([five, df[(df["size"] == "open_lm_1b") & (multiple == 1)]])
-    law = fit(laws.OVERTRAINED, five, y="loss", objective="lsq", resamples=0)
+    law = fit(five, laws.OVERTRAINED, y="loss", objective="lsq")
     columns, acc = {"L": "loss"}, six.assign(acc=1 - six["err_avg17"])
-    to_error = fit("link_exponential", acc, y="acc", columns=columns, objective="lsq", resamples=0)
+    to_error = fit(acc, "link_exponential", y="acc", columns=columns, objective="lsq")
     assert round(law.params["E"], 4) == 1.8366
     assert round(-2 * law.params["h"], 5) == -0.27285
     assert [round(to_error.params[k], 4) for k in ("eps", "k", "gamma")] == [0.8570, 2.2065, 0.7146]
@@ -56,7 +56,7 @@ def test_the_ideal_point_guides_a_short_ladder_and_is_no_measurement():
         loss = np.linspace(0.8, 1.4, 16)
         df = pd.DataFrame({"loss": loss, "acc": truth(loss) + 0.01 * rng.standard_normal(16), "run_id": range(16)})
         df["params_total"] = np.repeat([1e8, 2e8, 4e8, 8e8], 4)
-        found = [link(df, loss="loss", accuracy="acc", chance=0.25, ideal=i, resamples=200) for i in (None, 0.0)]
+        found = [link(df, loss="loss", accuracy="acc", chance=0.25, ideal=i) for i in (None, 0.0)]
         rows = [each.predict({"L": [0.4]}).iloc[0] for each in found]
         misses.append([abs(row["value"] - truth(0.4)) for row in rows])
         widths.append([row["ci_hi"] - row["ci_lo"] for row in rows])
@@ -78,14 +78,14 @@ def test_floor_and_ideal_point_halve_the_error_at_the_ladders_target():
     for task, chance in chances.items():
         small = pd.read_csv(BOARD / f"olmo-{task.replace('_', '-')}.csv", comment="#")
         for name, anchors in (("free", {}), ("anchored", {"chance": chance, "ideal": 0.0})):
-            found = link(small, loss="loss", accuracy="accuracy", **anchors, resamples=0)
+            found = link(small, loss="loss", accuracy="accuracy", **anchors)
             value = found.predict({"L": [targets["loss"][task]]})["value"].iloc[0]
             misses[name].append(abs(value / targets["accuracy"][task] - 1))
     assert np.mean(misses["anchored"]) < 0.05 < 0.09 < np.mean(misses["free"])
 
 
 def test_a_link_stays_between_chance_and_one(scores):
-    rows = link(scores, chance=0.1, resamples=200).predict({"L": [1e-3, 0.1, 2.0]})
+    rows = link(scores, chance=0.1).predict({"L": [1e-3, 0.1, 2.0]})
     assert rows[["value", "ci_lo", "ci_hi"]].to_numpy().min() >= 0.1
     assert rows.drop(columns="beyond_range").to_numpy().max() <= 1
 
@@ -96,7 +96,7 @@ def test_an_accuracy_of_exactly_one_is_fitted_as_any_other(chance):
     accuracy = 0.1 + 0.9 / (1 + np.exp(12 * (loss - 0.6))) + 0.01 * np.random.default_rng(0).standard_normal(20)
     df = pd.DataFrame({"val_loss": loss, "top1": accuracy.clip(0, 1)})
     df.loc[:1, "top1"] = 1.0
-    found = link(df, chance=chance, resamples=200)
+    found = link(df, chance=chance)
     assert found.num_points == 20
     rows = found.predict({"L": [0.01, 0.2, 0.6, 1.5, 3.0]})
     assert rows["value"].to_numpy() == pytest.approx(

@@ -25,7 +25,7 @@ def table(grid, tmp_path):
 
 
 def test_laws_of_one_variable_are_chosen_among_too_and_parameters_held_for_none_of_several(table):
-    one = answer("fit", table, "--law", "auto:C", "--where", "envelope", "--resamples", 0)
+    one = answer("fit", table, "--law", "auto:C", "--where", "envelope")
     assert list(one["columns"]) == ["C", "y"]
     with pytest.raises(AnalysisError, match="--fix"):
         say("fit", table, "--law", "auto", "--fix", "E=0")
@@ -34,7 +34,7 @@ def test_laws_of_one_variable_are_chosen_among_too_and_parameters_held_for_none_
 def test_a_law_of_compute_is_taken_from_a_table_that_counts_none(table):
     """Over-trained's variables are C and D / N; C is 6 N D where no column says it."""
     pd.read_csv(table).drop(columns=["flops_train", "flops_6nd"], errors="ignore").to_csv(table, index=False)
-    out = answer("fit", table, "--law", "overtrained,kaplan", "--resamples", 0)
+    out = answer("fit", table, "--law", "overtrained,kaplan")
     assert out["law"] == "overtrained"
     assert out["columns"]["C"] == "C"
 
@@ -52,14 +52,14 @@ def test_a_law_is_chosen_and_tested_in_seconds(chinchilla, tmp_path):
 
 
 def test_fit_json_with_foreign_columns_and_another_n(table):
-    out = answer("fit", table, "--columns", "N=params_trunk", "--fix", "E=0.2", "--resamples", 50)
+    out = answer("fit", table, "--columns", "N=params_trunk", "--fix", "E=0.2")
     assert out["ranges"]["N"][1] == pytest.approx(0.6e7)
     assert out["fixed"] == {"E": 0.2}
     assert out["params"]["alpha"] == pytest.approx(0.4, abs=0.05)
 
 
 def test_a_probes_error_takes_the_place_of_the_loss(table):
-    fitted = answer("fit", table, "--y", "digits:linear", "--resamples", 0)
+    fitted = answer("fit", table, "--y", "digits:linear")
     assert fitted["params"]["E"] == pytest.approx(0.3, abs=0.02)  # 1 - (0.9 - loss), so 0.1 above the loss's floor
     out = answer("frontier", table, "--y", "digits:linear", "--law", "coupled,chinchilla")
     assert out["measure"] == "linear-probe error on digits"
@@ -70,16 +70,16 @@ def test_a_probes_error_takes_the_place_of_the_loss(table):
 
 
 def test_laws_of_compute_are_fitted_to_the_envelope(table):
-    out = answer("fit", table, "--law", "power_offset:C", "--where", "envelope", "--resamples", 0)
+    out = answer("fit", table, "--law", "power_offset:C", "--where", "envelope")
     assert 5 < out["num_points"] < 30
-    law = answer("fit", table, "--law", "power_offset:N", "--resamples", 0)
+    law = answer("fit", table, "--law", "power_offset:N")
     assert ("mixed", "images_seen", 5) in [(flag["kind"], flag["subject"], flag["number"]) for flag in law["flags"]]
 
 
 def test_a_fit_is_keys_and_a_table_and_says_what_to_run_next_in_the_users_words(table):
     """Flags first, one line each; no line of prose; the next command has the same table and names."""
     named = ["--columns", "N=params_trunk", "--where", "D>=1"]
-    above, below = say("fit", table, *named, "--fix", "E=0.2", "--hold-out", "D", "--resamples", 50).split("\n\n")
+    above, below = say("fit", table, *named, "--fix", "E=0.2", "--hold-out", "D").split("\n\n")
     *below, last = below.splitlines()
     keys = [line.split("  ")[0] for line in above.splitlines()]
     assert keys[: keys.count("with care")] == ["with care"] * keys.count("with care")
@@ -89,7 +89,7 @@ def test_a_fit_is_keys_and_a_table_and_says_what_to_run_next_in_the_users_words(
     same = f"{table} --columns N=params_trunk --where 'D>=1'"
     assert last == f"next: aimscale frontier {same}; aimscale report {same}"
     pd.read_csv(table).drop(columns=["flops_train", "flops_6nd"], errors="ignore").to_csv(table, index=False)
-    assert "frontier" not in say("fit", table, "--resamples", 0), "it would ask for compute"
+    assert "frontier" not in say("fit", table), "it would ask for compute"
     with pytest.raises(AnalysisError, match=r"6\*N\*D"):
         say("frontier", table)
     with pytest.raises(AnalysisError, match=f"{table}\\?"):

@@ -15,7 +15,7 @@ from aimscale.analysis.words import FLAGS, Flag
 
 def flags_of(df: pd.DataFrame, y: str = "val_loss") -> set[tuple[str, str]]:
     """(kind, subject) of every flag; those of lack of fit need no draws."""
-    return {(flag.kind, flag.subject) for flag in fit("chinchilla", df, y=y, resamples=2).flags}
+    return {(flag.kind, flag.subject) for flag in fit(df, "chinchilla", y=y).flags}
 
 
 def noisy_grid(rng: np.random.Generator, sizes: int = 6, budgets: int = 5) -> pd.DataFrame:
@@ -33,7 +33,7 @@ def test_every_kind_of_flag_has_words():
 
 def test_what_the_data_do_not_pin_down_is_not_printed_as_digits(grid):
     grid["val_loss"] = 1 + 0.01 * np.random.default_rng(0).standard_normal(len(grid))
-    result = fit(laws.CHINCHILLA, grid, resamples=200)
+    result = fit(grid, laws.CHINCHILLA)
     assert {"alpha", "beta", "a"} <= result.not_identified
     assert result.shown("alpha") == "not identified"
     assert json.loads(result.to_json())["params"]["alpha"] is None
@@ -45,7 +45,7 @@ def test_one_flag_a_parameter_and_it_lies_beside_it(grid):
     rising = grid.assign(val_loss=grid["params_total"] ** 0.2 + grid["images_seen"] ** 0.1)  # A and B are 0 throughout
     kinds = []
     for each in (flat, rising):
-        result = fit("chinchilla", each, resamples=200)
+        result = fit(each, "chinchilla")
         about = [flag.subject for flag in result.flags if flag.subject in result.params]
         assert len(about) == len(set(about))
         bounded = {flag.subject for flag in result.flags if flag.kind == "from_above"} - result.not_identified
@@ -57,7 +57,7 @@ def test_one_flag_a_parameter_and_it_lies_beside_it(grid):
 def test_variables_that_move_together_are_flagged(grid):
     rng = np.random.default_rng(0)
     grid["images_seen"] = 20 * grid["params_total"] * np.exp(0.01 * rng.standard_normal(len(grid)))
-    result = fit(laws.CHINCHILLA, grid.drop(columns="flops_train"), resamples=100)
+    result = fit(grid.drop(columns="flops_train"), laws.CHINCHILLA)
     assert ("one_variable", "N and D") in [(flag.kind, flag.subject) for flag in result.flags]
     assert {"alpha", "beta"} & result.not_identified
 
@@ -97,8 +97,8 @@ def test_rows_that_differ_in_depth_are_no_replicates():
     df["run_id"] = df["size"] + df["seed"].astype(str) + df["head_depth"].astype(str)
     df["val_loss"] *= np.where(df["head_depth"] > 1, 1.02, 1.0)
     one = df[df["seed"] == 0].drop(columns="seed")
-    assert not any(f.kind == "scatter" for f in fit("chinchilla", one, resamples=50).flags)
-    (flag,) = [f for f in fit("chinchilla", df, resamples=50).flags if f.kind == "scatter"]
+    assert not any(f.kind == "scatter" for f in fit(one, "chinchilla").flags)
+    (flag,) = [f for f in fit(df, "chinchilla").flags if f.kind == "scatter"]
     assert flag.number == pytest.approx(1.0, abs=0.3)  # half of what the heads differ by
     assert flag.more[2] == len(df) / 2  # every cell of a head has two seeds
 

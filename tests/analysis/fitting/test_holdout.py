@@ -17,7 +17,7 @@ def test_the_largest_values_stay_together_and_leave_two():
 
 
 def test_the_true_law_beats_the_naive_line_on_the_largest_size(grid):
-    test = held_out(fit(laws.CHINCHILLA, grid, resamples=0), grid, by="N")
+    test = held_out(fit(grid, laws.CHINCHILLA), grid, by="N")
     assert (test.num_train, test.num_test) == (25, 5)
     assert test.mean_abs_relative_error < 0.02
     assert test.is_better
@@ -28,7 +28,7 @@ def test_the_true_law_beats_the_naive_line_on_the_largest_size(grid):
 def test_the_naive_line_is_drawn_at_the_same_budget(grid):
     """A pure power of N at every D, with a level that depends on D: the naive line at the same D is exact."""
     grid["val_loss"] = 3 * grid["params_total"] ** -0.2 * grid["images_seen"] ** -0.1
-    test = held_out(fit("chinchilla", grid, resamples=0), grid, by="N", resamples=0)
+    test = held_out(fit(grid, "chinchilla"), grid, by="N")
     assert test.naive_mean_abs_relative_error < 1e-9
 
 
@@ -37,6 +37,6 @@ def test_prediction_intervals_hold_the_held_out_size_as_often_as_they_say(known_
     inside = total = 0
     for trial in range(12):
         df = known_study({"seeds": [3 * trial, 3 * trial + 1], "seed_sd": 0.004, "row_sd": 0.002})
-        test = held_out(fit("chinchilla", df, resamples=0), df, by="N", resamples=150)
+        test = held_out(fit(df, "chinchilla"), df, by="N")
         inside, total = inside + test.num_inside, total + test.num_test
     assert inside / total > 0.8

@@ -62,7 +62,7 @@ def test_exponents_of_two_values_are_never_digits(design, lost):
     df = table(*design, np.random.default_rng(1))
     mixed = df.sample(frac=1, random_state=3, ignore_index=True).assign(D=lambda d: d["D"] * 196)
     for each in (df, mixed):
-        result = fit("chinchilla", each, resamples=200)
+        result = fit(each, "chinchilla")
         assert {"alpha", "beta", "a", "b"} & result.not_identified == lost & {"alpha", "beta", "a", "b"}
         assert not any(result.intervals[name].is_known for name in lost)
         told = [flag.subject.split(", ") for flag in result.flags if flag.kind == "few_values"]
@@ -76,7 +76,7 @@ def test_a_small_ladder_has_useful_intervals_about_its_estimate():
     rng, place, width, low = np.random.default_rng(2), [], [], []
     for _ in range(12):
         df = table(4, 4, 1, rng, 0.004)
-        result = fit("chinchilla", df, resamples=300)
+        result = fit(df, "chinchilla")
         low.append(result.intervals["E"].high / result.data["fitted"].min())
         row = result.predict({"N": np.array([3e7]), "D": np.array([1e7])}).iloc[0]
         place.append((row["value"] - row["ci_lo"]) / (row["ci_hi"] - row["ci_lo"]))

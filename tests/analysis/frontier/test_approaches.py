@@ -24,7 +24,7 @@ def surface() -> pd.DataFrame:
 
 def test_three_approaches_find_the_known_exponent(surface):
     surface["N"] = surface["N"].round(-3)  # rows of equal compute lie on the diagonals
-    found = all_approaches(surface, resamples=200)
+    found = all_approaches(surface)
     assert [f.approach for f in found.frontiers] == [1, 2, 3]
     for f, slack in zip(found.frontiers, (0.03, 0.02, 0.003), strict=True):
         assert f.exponent == pytest.approx(EXPONENT, abs=slack)
@@ -36,7 +36,7 @@ def test_three_approaches_find_the_known_exponent(surface):
 def test_few_sizes_do_not_bias_the_envelope():
     """The lowest of five sizes at each budget are a staircase of three steps, steeper than the frontier by 0.24."""
     few = law_grid(KNOWN | {"alpha": 0.38, "beta": 0.40}, sizes=(1e5, 1e7, 5), budgets=(1e5, 3e6, 4))
-    found = envelope_frontier(few, resamples=0)
+    found = envelope_frontier(few)
     assert found.exponent == pytest.approx(0.40 / 0.78, abs=0.01)
 
 
@@ -98,7 +98,7 @@ def test_budgets_are_shared_rows_not_chains_of_neighbours(known_study):
 
 
 def test_approaches_that_disagree_are_named(grid):
-    found = all_approaches(grid, resamples=40)
+    found = all_approaches(grid)
     first, *_, last = found.frontiers
     narrow = [
         replace(f, exponent_interval=replace(f.exponent_interval, low=low, high=low + 0.05))

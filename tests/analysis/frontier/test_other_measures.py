@@ -33,7 +33,7 @@ def probed() -> pd.DataFrame:
 def test_a_probe_has_an_optimum_of_its_own(probed):
     df, y = to_minimise(probed, "pets:linear")
     np.testing.assert_allclose(df[y], [1 - row[0]["top1"] for row in probed["probes"]])
-    by_error, by_loss = all_approaches(df, y=y, resamples=200), all_approaches(df, resamples=200)
+    by_error, by_loss = all_approaches(df, y=y), all_approaches(df)
     assert by_error.measure == "linear-probe error on pets"
     found = gap(by_error, by_loss)
     cost = Cost(kappa=6.0, s=0.0)
@@ -41,7 +41,7 @@ def test_a_probe_has_an_optimum_of_its_own(probed):
     truth = np.exp(k_error - k_loss + (a_error - a_loss) * np.log(found.flops))
     assert found.ratio_interval.low < truth < found.ratio_interval.high < 1.5 * found.ratio_interval.low
     assert f"C^{by_error.frontiers[found.approach - 1].exponent_words()}" in found.sentence()
-    assert gap_to_loss(by_error, df, y, resamples=200) == found
+    assert gap_to_loss(by_error, df, y) == found
     assert gap_to_loss(by_loss, df, "val_loss") is None
     same = gap(by_loss, by_loss)
     assert same.ratio == 1.0
@@ -65,14 +65,14 @@ def grid_of(law: laws.Law, params: dict[str, float]) -> pd.DataFrame:
 def test_coupled_has_the_closed_form_and_others_are_minimised():
     # (A N^-alpha + B D^-beta)^c is lowest where its inner sum is
     df = grid_of(laws.COUPLED, {"E": 1.5, "K": 8.0, "w": 2.0, "alpha": 0.5, "beta": 0.45, "c": 0.6})
-    coupled = fit(laws.COUPLED, df, resamples=100)
+    coupled = fit(df, laws.COUPLED)
     line = parametric_frontier(coupled, df)
     assert line.exponent == pytest.approx(0.45 / 0.95, abs=0.01)
     numeric = sizes_along(coupled.law, coupled.law_params, line.cost, np.array([1e18, 1e20]), (1e6, 1e10))[0]
     np.testing.assert_allclose(numeric, line.log_sizes(np.array([1e18, 1e20]))[0], atol=1e-3)
     # Kaplan's inner sum has the exponents aN / aD and 1
     df = grid_of(laws.KAPLAN, {"K": 2.0, "aN": 0.07, "aD": 0.1, "w": 1e3})
-    line = parametric_frontier(fit(laws.KAPLAN, df, resamples=100), df)
+    line = parametric_frontier(fit(df, laws.KAPLAN), df)
     assert line.exponent == pytest.approx(1 / 1.7, abs=0.02)
     assert line.curve is None
     assert line.exponent_interval.low < 1 / 1.7 < line.exponent_interval.high
@@ -80,7 +80,7 @@ def test_coupled_has_the_closed_form_and_others_are_minimised():
 
 def test_an_exponent_that_a_law_cannot_change_has_no_interval():
     df = grid_of(laws.OVERTRAINED, {"E": 1.5, "a": 300.0, "b": 900.0, "h": 0.15})
-    found = all_approaches(df, law="overtrained", resamples=100)
+    found = all_approaches(df, law="overtrained")
     last = found.frontiers[-1]
     assert (last.approach, last.exponent) == (3, pytest.approx(0.5, abs=1e-3))
     assert not last.exponent_interval.is_known
@@ -93,7 +93,7 @@ def test_every_law_finds_the_same_optimum_of_farseers_table():
     """404 published runs; farseer's frontier is no power of C, and lies on its minima."""
     df = pd.read_csv(BOARD / "farseer.csv", comment="#").rename(columns={"loss": "val_loss"})
     names = ("chinchilla", "coupled", "kaplan", "overtrained", "farseer")
-    lines = {name: parametric_frontier(fit(name, df, resamples=0), df) for name in names}
+    lines = {name: parametric_frontier(fit(df, name), df) for name in names}
     assert [line.curve is not None for line in lines.values()] == [False] * 4 + [True]
     sizes = [float(line.at(1e20)["N"].iloc[0]) for line in lines.values()]
     assert max(sizes) / min(sizes) < 1.06
@@ -104,19 +104,19 @@ def test_every_law_finds_the_same_optimum_of_farseers_table():
 
 
 def test_a_law_without_an_optimum_says_so(probed):
-    rising = fit(laws.OVERTRAINED, probed, fixed={"a": 0.0}, resamples=0)  # the more data a parameter, the better
+    rising = fit(probed, laws.OVERTRAINED, fixed={"a": 0.0})  # the more data a parameter, the better
     with pytest.raises(NoFrontier) as refused:
         parametric_frontier(rising, probed)
     flag = refused.value.flags[0]
     assert (flag.kind, flag.subject, flag.number) == ("no_minimum", "overtrained", pytest.approx(probed["C"].min()))
     with pytest.raises(AnalysisError, match="N and D"):
-        all_approaches(probed, law="power_offset:C", resamples=20)
+        all_approaches(probed, law="power_offset:C")
 
 
 def test_failures_are_data(known_study):
     with pytest.raises(NoFrontier) as refused:
         envelope_frontier(known_study({"sizes": ["s1", "s2"], "seeds": [0]}))
     assert refused.value.flags == (Flag(kind="few_curves", number=2),)
-    found = all_approaches(known_study({"seeds": [0]}), resamples=40)
+    found = all_approaches(known_study({"seeds": [0]}))
     assert [(k, flags[0].kind) for k, flags in found.failures.items()] == [(1, "one_size"), (2, "few_minima")]
     assert found.to_dict()["failures"]["2"][1]["kind"] == "few_sizes"

@@ -13,7 +13,7 @@ TARGET = {"N": [1e8], "D": [3e7]}
 
 @pytest.fixture
 def known(grid):
-    return fit(laws.CHINCHILLA, grid, objective="log_lsq", resamples=20)
+    return fit(grid, laws.CHINCHILLA, objective="log_lsq")
 
 
 def test_a_basket_keeps_to_its_budget_and_more_money_leaves_less_error(known):

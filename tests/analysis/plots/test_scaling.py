@@ -23,7 +23,7 @@ from aimscale.analysis.words import human
 
 @pytest.fixture
 def joint(grid):
-    return fit("chinchilla", grid, resamples=60)
+    return fit(grid, "chinchilla")
 
 
 def law_lines(ax):
@@ -38,9 +38,9 @@ def test_units_are_named_for_our_tables_only(grid):
     setup = json.dumps({"objective.penalty": "smooth_l1"})  # a field that a user added
     (changed,) = plot_points(grid.assign(target="normalised", setup=setup), "params_total").axes
     assert changed.get_ylabel() == "validation loss"
-    (raw,) = plot_fit(fit("chinchilla", grid.assign(target="raw"), resamples=0), x="D").axes
+    (raw,) = plot_fit(fit(grid.assign(target="raw"), "chinchilla"), x="D").axes
     assert (raw.get_ylabel(), raw.get_xlabel()) == ("validation loss\n(MSE)", "D: training images seen")
-    (theirs,) = plot_fit(fit("chinchilla", grid, resamples=0), x="D").axes
+    (theirs,) = plot_fit(fit(grid, "chinchilla"), x="D").axes
     assert (theirs.get_ylabel(), theirs.get_xlabel()) == ("validation loss", "D: samples seen")
 
 
@@ -64,7 +64,7 @@ def test_the_law_is_drawn_where_it_predicts(joint):
 def test_every_figure_leaves_in_every_format_with_its_numbers(joint, grid, tmp_path, monkeypatch):
     laid_out = []
     monkeypatch.setattr(style, "part_ticks", lambda figure: (laid_out.append(figure), part_ticks(figure)))
-    approaches = all_approaches(grid, resamples=40)
+    approaches = all_approaches(grid)
     probes = grid.assign(task="dig$its", kind="linear", top1=0.9 - 0.5 * grid["val_loss"], chance=0.1)
     probes = probes.assign(top1_lo95=probes["top1"] - 0.02, top1_hi95=probes["top1"] + 0.02)
     links = {"dig$its": correlate(probes, x="val_loss", y="top1")}

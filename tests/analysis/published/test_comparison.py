@@ -32,7 +32,7 @@ def table(tasks, **options):
 
 
 def test_gaps_are_ours_minus_theirs_at_the_largest_budget():
-    found = compare(table(["cifar10", "my-own"], kinds=("attentive", "knn")), resamples=50)
+    found = compare(table(["cifar10", "my-own"], kinds=("attentive", "knn")))
     assert found.tasks["task"].unique().tolist() == ["cifar10"]
     assert found.tasks["images_seen"].unique().tolist() == [640_000]
     last = found.tasks.iloc[-1]
@@ -41,7 +41,7 @@ def test_gaps_are_ours_minus_theirs_at_the_largest_budget():
     left_out = {flag.kind: flag.subject for flag in found.left_out}
     assert (left_out["other_tasks"], left_out["other_probes"], left_out["other_sides"]) == ("my-own", "knn", "32")
     assert "loss_levels" in left_out
-    lora = compare(table(["cifar10"], kinds=("attentive", "lora")), resamples=20)  # adapts the trunk: no frozen probe
+    lora = compare(table(["cifar10"], kinds=("attentive", "lora")))  # adapts the trunk: no frozen probe
     pd.testing.assert_frame_equal(lora.tasks, found.tasks)
 
 
@@ -55,7 +55,7 @@ def test_each_choice_of_blocks_stands_beside_the_papers_row_of_that_choice():
     ours = rows(["cifar10", "dtd"])
     for row in ours:
         row["probes"] = [with_last_blocks(entry, 0.05) for entry in row["probes"]]
-    found = compare(results_table(ours).to_pandas(), resamples=20)
+    found = compare(results_table(ours).to_pandas())
     largest = found.tasks[found.tasks["size"] == "n6.4e+06"].set_index(["task", "blocks"])
     assert largest["aim_7b"].to_dict() == {
         ("cifar10", "last"): 0.986, ("cifar10", "chosen"): 0.989, ("dtd", "last"): 0.823, ("dtd", "chosen"): 0.856,
@@ -85,10 +85,10 @@ def test_gaps_to_baselines_have_newcombes_interval():
 
 def test_exponents_stand_beside_the_papers_where_they_are_identified():
     frame = table(["dtd"])
-    bent = compare(frame, resamples=50)  # four sizes on a law with an offset
+    bent = compare(frame)  # four sizes on a law with an offset
     assert "Our exponent on params_total" in {flag.subject for flag in bent.left_out if flag.kind == "no_result"}
     straight = frame.assign(val_loss=3 * frame["params_total"] ** -0.1 * (1 + 1e-4 * np.sin(np.arange(len(frame)))))
-    exponents = compare(straight, resamples=50).exponents.set_index(["whose", "N"])["exponent"]
+    exponents = compare(straight).exponents.set_index(["whose", "N"])["exponent"]
     assert exponents["AIM, four published points"].to_list() == pytest.approx([0.0188, 0.0228], abs=5e-5)
     assert exponents["this table, 640,000 images seen", "params_total"] == pytest.approx(0.1, abs=1e-3)
 
@@ -98,7 +98,7 @@ def test_the_command_shows_our_own_baselines(tmp_path):
     write_table(results_table(table), tmp_path / "results.parquet")
     baseline = {"size": "raw-pixels", "run_id": "like", "probes": table[0]["probes"]}
     write_table(results_table([baseline]), tmp_path / "baselines.parquet")
-    arguments = ["compare", tmp_path, "--resamples", 30]
+    arguments = ["compare", tmp_path]
     say(*arguments)
     text = say(*arguments, "--json")
     shown = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

@@ -74,7 +74,7 @@ def test_the_papers_difference_stands_beside_ours_with_its_interval(known_study)
         "120k to 360k",
     ]
     assert f"[{100 * ours.low:+.1f}, {100 * ours.high:+.1f}]" in next(in_words(beside))
-    pd.testing.assert_frame_equal(compare(df, resamples=20).ablations, beside)
+    pd.testing.assert_frame_equal(compare(df).ablations, beside)
 
 
 def test_heads_are_put_beside_by_their_rule_and_never_by_blocks_of_another_size(known_study):

@@ -27,7 +27,7 @@ def study():
         {"params_total": n, "images_seen": d, "flops_train": flops * 1.01 ** rng.uniform(-1, 1, len(n))}
     )
     frame = frame.assign(val_loss=loss * np.exp(1e-3 * rng.standard_normal(len(n))), probes=probes)
-    return study_tables([], frame, {}, resamples=60)
+    return study_tables([], frame, {})
 
 
 def test_an_iso_flop_table_is_held_out_and_forecast_by_compute(study):
@@ -56,7 +56,7 @@ def test_the_split_is_by_the_law_that_forecasts_and_names_the_best_size_for_feat
 
 
 def test_a_grid_is_held_out_by_its_sides(grid):
-    study = study_tables([], grid, {}, resamples=40)
+    study = study_tables([], grid, {})
     assert study.budgets is None
     assert [test.variable for test in study.fits["ND"].heldout] == ["N", "D"]
     top = grid[["params_total", "images_seen"]].max()

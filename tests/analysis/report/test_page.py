@@ -109,7 +109,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(folder) -> Page:
-    write_report(folder, resamples=200, figures=folder / "figures")
+    write_report(folder, figures=folder / "figures")
     return Page((folder / "report.html").read_text())
 
 
@@ -200,7 +200,7 @@ def test_hostile_names_are_only_text(tmp_path):
         row["run_id"] = row["size"] = f"{row['size']} {HOSTILE}"
         for probe in row["probes"]:
             probe["task"] = f"{probe['task']}{HOSTILE}"
-    text = write_report(write_sweep(tmp_path, rows), resamples=40).read_text()
+    text = write_report(write_sweep(tmp_path, rows)).read_text()
     page = Page(text)
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert all(not name.startswith("on") for _, attrs in page.tags for name in attrs)
@@ -213,7 +213,6 @@ def test_partial_tables_say_what_is_missing(tmp_path):
     failed = [row | {"status": "failed", "val_loss": None} for row in sweep_rows(probes=False)[2:5]]
     few = write_report(
         write_sweep(tmp_path / "few", [*sweep_rows(probes=False)[:2], *failed], pictures=False),
-        resamples=40,
         progress=lambda _, share: shares.append(share),
     )
     assert len(shares) > 4
@@ -226,7 +225,7 @@ def test_partial_tables_say_what_is_missing(tmp_path):
     assert "Can it be trusted? No. No joint law of parameters and data could be fitted." in text
 
     imported = [row | {"val_loss": None} for row in sweep_rows()[:3]]
-    text = Page(write_report(write_sweep(tmp_path / "imported", imported), resamples=40).read_text()).text
+    text = Page(write_report(write_sweep(tmp_path / "imported", imported)).read_text()).text
     assert "no law is fitted" in text
     assert "Frozen-feature accuracy" in text
 
@@ -236,7 +235,7 @@ def test_an_unidentified_law_prints_words_not_digits(tmp_path):
     rows = sweep_rows(probes=False)
     for row in rows:  # the loss does not depend on N at all
         row["val_loss"] = (0.5 + 2.0 * row["images_seen"] ** -0.5) * (1 + 1e-3 * rng.standard_normal())
-    page = Page(write_report(write_sweep(tmp_path, rows, pictures=False), resamples=60).read_text())
+    page = Page(write_report(write_sweep(tmp_path, rows, pictures=False)).read_text())
     assert re.search(r"red ?Can it be trusted\? No\. .*α is not identified", page.text)
     assert "More sizes: α is not identified by 4 of them" in page.text
     assert "α not identified, β = " in page.text
@@ -245,7 +244,7 @@ def test_an_unidentified_law_prints_words_not_digits(tmp_path):
 def test_foreign_csv_with_mapped_columns(tmp_path):
     frame = pd.DataFrame(sweep_rows())[["params_total", "images_seen", "val_loss"]]
     frame.set_axis(["size_m", "tokens", "loss"], axis=1).to_csv(tmp_path / "theirs.csv", index=False)
-    options = ["--columns", "N=size_m,D=tokens,L=loss", "--resamples", 40, "--out", tmp_path / "page.html"]
+    options = ["--columns", "N=size_m,D=tokens,L=loss", "--out", tmp_path / "page.html"]
     say("report", tmp_path / "theirs.csv", *options)
     page = Page((tmp_path / "page.html").read_text())
     assert {"loss-N", "loss-D", "law-ND"} <= page.ids()
@@ -267,7 +266,7 @@ def test_a_lettered_table_with_repeats_and_a_law_of_its_own(tmp_path):
     fresh = pd.DataFrame({"N": n, "D": d, "U": d, "L": clean})
     worn = fresh.assign(U=1e8, L=1.1 * fresh["L"])
     pd.concat([fresh, worn, fresh.iloc[:1]]).to_csv(tmp_path / "theirs.csv", index=False)
-    write_report(tmp_path / "theirs.csv", columns={"C": "6*N*D"}, out=tmp_path / "page.html", resamples=40)
+    write_report(tmp_path / "theirs.csv", columns={"C": "6*N*D"}, out=tmp_path / "page.html")
     text = Page((tmp_path / "page.html").read_text()).text
     assert "8 model sizes (10M to 3B parameters), 6 data budgets" in text
     assert "fitted to 48 of 48 rows with at most 4 passes over their pool" in text
@@ -286,7 +285,7 @@ def test_sizes_and_budgets_on_one_line_are_told_to_leave_it(tmp_path):
     loss = (1.8 + 400 * n**-0.34 + 2000 * (20 * n) ** -0.37) * np.exp(1e-3 * np.sin(99 * np.arange(8)))
     pd.DataFrame({"N": n, "D": 20 * n, "L": loss}).to_csv(tmp_path / "line.csv", index=False)
     (tmp_path / "pages").mkdir()
-    page = write_report(tmp_path / "line.csv", out=tmp_path / "pages", resamples=40)
+    page = write_report(tmp_path / "line.csv", out=tmp_path / "pages")
     assert page == tmp_path / "pages" / "report.html"
     text = Page(page.read_text()).text
     assert re.search(r"What to run next ?More (sizes|budgets)", text)
@@ -339,7 +338,7 @@ def test_a_browser_draws_every_figure_and_sorts_every_table(tmp_path, width):
     if chromium is None:
         pytest.skip("no chromium on this machine")
     rows = sweep_rows(name=HOSTILE)
-    text = write_report(write_sweep(tmp_path / "sweep", rows), resamples=60).read_text()
+    text = write_report(write_sweep(tmp_path / "sweep", rows)).read_text()
     checked = text.replace("<head>", f"<head>{WATCH}", 1).replace("</body>", f"{SELF_CHECK}</body>", 1)
     (tmp_path / "checked.html").write_text(checked)
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"

@@ -47,7 +47,7 @@ def written(known_study, tmp_path: Path) -> str:
         write_table(results_table(rows), folder / "results.parquet")
         (folder / "collect.json").write_text(json.dumps({"description": f"The {name}.", "machines": [{"cpu": "one"}]}))
         folders.append(folder)
-    return write_report(folders, resamples=60).read_text()
+    return write_report(folders).read_text()
 
 
 def words(page: str) -> str:
@@ -60,14 +60,14 @@ def test_the_page_and_the_verbs_have_one_interval(known_study):
     frame = pd.DataFrame(rows)
     found = Study(
         paths=(), frame=frame, main=frame, usable=frame, num_usable=len(frame), probes=probe_frame(frame), collect={},
-        exclusions=[], resamples=100,
+        exclusions=[],
     )  # fmt: skip
     correlate_probes(found)
     for (task, kind), group in found.probes.groupby(["task", "kind"]):
         by_verb = correlate(frame, y=f"{task}:{kind}")
         assert [c.value for c in found.correlations[kind, task]][: len(by_verb.table)] == [c.value for c in by_verb]
         group = group.reset_index(drop=True)
-        alone = link(group, chance=0.1, ideal=0.0, resamples=100)
+        alone = link(group, chance=0.1, ideal=0.0)
         assert found.links[kind, task].intervals == alone.intervals
 
 
@@ -80,7 +80,7 @@ def test_the_page_says_what_was_tuned_and_how_often_data_repeat(known_study):
     ]
     for frame, (_, worse) in zip(frames, tuned, strict=True):
         frame["val_loss"] *= worse
-    study = study_tables((), pd.concat(frames, ignore_index=True), {}, resamples=20)
+    study = study_tables((), pd.concat(frames, ignore_index=True), {})
     assert study.fits["ND"].num_points == 30
     assert [flag.subject for flag in study.fits["ND"].flags if flag.kind == "tuned"] == ["lr_multiplier"]
     assert any("60 rows not the best lr_multiplier" in each for each in study.exclusions)

@@ -15,8 +15,8 @@ from aimscale.analysis.words import Flag
 def joint():
     """A law of 7 x 6 points, tested on the largest size and budget."""
     df = law_grid(sizes=(1e5, 1e7, 7), budgets=(1e5, 3e6, 6), noise=0.002).drop(columns="C")
-    result = fit("chinchilla", df, resamples=200)
-    tests = tuple(held_out(result, df, by=v, resamples=200) for v in ("N", "D"))
+    result = fit(df, "chinchilla")
+    tests = tuple(held_out(result, df, by=v) for v in ("N", "D"))
     return dataclasses.replace(result, heldout=tests, flags=())
 
 

@@ -60,7 +60,7 @@ def test_their_names_and_what_was_left_out_come_along(theirs, tmp_path):
     assert (first["x"], first["num_points"]) == ("loss", 2 * len(theirs) - dropped)
     assert first["exclusions"] == [{"kind": "where", "subject": "n>2e5", "number": dropped}]
     probed = probe_frame(read_tables(both, parse_columns([columns, "dtd:ideal=0"]), where=["n>2e5"]))
-    linked = link(probed, ideal=task_level(probed, "ideal"), resamples=0)  # joins a row of its own
+    linked = link(probed, ideal=task_level(probed, "ideal"))  # joins a row of its own
     assert (linked.names["val_loss"], [each.number for each in linked.exclusions]) == ("loss", [dropped])
 
 
@@ -97,7 +97,7 @@ def test_what_nobody_named_is_said_once(theirs, tmp_path):
     assert flags["accuracies_unnamed"].more == ("TASK:KIND=dtd_acc/100",)
     result = CliRunner().invoke(verb("correlate"), [str(tmp_path / "theirs.csv"), "--columns", ACCURACIES])
     assert "Note" not in result.stderr
-    say("report", tmp_path / "theirs.csv", "--columns", "N=n,D=d,L=loss,pets:zero-shot=pets", "--resamples", 20)
+    say("report", tmp_path / "theirs.csv", "--columns", "N=n,D=d,L=loss,pets:zero-shot=pets")
     page = (tmp_path / "report.html").read_text()
     assert "Loss against zero-shot accuracy" in page
     assert "frozen" not in page

@@ -102,7 +102,7 @@ def test_a_column_of_a_letter_gives_way_to_the_one_that_was_named(lettered, tmp_
     assert df["val_loss"].max() < 10
     assert set(df["their L"]) == {12}
     assert set(df["C"]) == {"cluster-a"}
-    assert fit("chinchilla", df, resamples=0).ranges["N"][1] == pytest.approx(1e9)
+    assert fit(df, "chinchilla").ranges["N"][1] == pytest.approx(1e9)
 
 
 def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
@@ -112,7 +112,7 @@ def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
     assert set(df.loc[df["params_total"] < 9e8, "lr"]) == {3e-4}
     (left_out,) = left_out_of(df)
     assert (left_out.kind, left_out.subject, left_out.number) == ("best of", "lr", 40)
-    out = say("fit", tmp_path / "theirs.csv", "--columns", COLUMNS, "--best-of", "lr", "--resamples", 20)
+    out = say("fit", tmp_path / "theirs.csv", "--columns", COLUMNS, "--best-of", "lr")
     assert "20 of 20\n" in out
     assert "40 rows not the best lr" in out
     theirs.assign(loss=theirs["loss"].where(theirs.index > 0)).to_csv(tmp_path / "missing.csv", index=False)
@@ -136,7 +136,7 @@ def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
 def test_their_names_are_kept_in_words_figures_and_conditions(theirs, tmp_path):
     theirs.to_csv(tmp_path / "theirs.csv", index=False)
     df = select(read_table(tmp_path / "theirs.csv", NAMES), ["num_params<9e8", "lr=3e-4"])
-    result = fit("chinchilla", df, resamples=0)
+    result = fit(df, "chinchilla")
     words = " ".join(result.sentences())
     assert "L = loss, N = num_params, D = tokens." in words
     assert not any(ours in words for ours in ("head included", "images", "params_total", "val_loss"))
@@ -152,7 +152,7 @@ def test_what_is_said_of_their_rows_has_their_names(theirs, tmp_path):
     some.loc[0, "num_params"], some.loc[1, "loss"] = np.nan, np.inf
     some.assign(pool=np.where(some["lr"] > 5e-4, some["tokens"], some["tokens"] / 2)).to_csv(tmp_path / "theirs.csv")
     args = [tmp_path / "theirs.csv", "--columns", COLUMNS + ",U=pool"]
-    words = say("fit", *args, "--y", "loss", "--hold-out", "tokens", "--resamples", 20)
+    words = say("fit", *args, "--y", "loss", "--hold-out", "tokens")
     assert "1 row with a missing or non-positive num_params; 1 row with a missing or non-positive loss" in words
     assert "pool" in words
     for options, subject in (
@@ -170,7 +170,7 @@ def test_rows_that_differ_in_any_column_are_no_repeats():
     df = pd.DataFrame(
         {"N": [1e6, 1e6, 2e6, 4e6, 8e6, 1e6], "y": [3.0, 3.0, 2.0, 1.5, 1.2, 3.0], "data": list("abaaaa")}
     )
-    result = fit("power:N", df, y="y", resamples=0)
+    result = fit(df, "power:N", y="y")
     assert [str(e) for e in result.exclusions] == ["1 row that repeat another row exactly"]
     assert result.num_points == 5
 
@@ -178,7 +178,7 @@ def test_rows_that_differ_in_any_column_are_no_repeats():
 @pytest.mark.parametrize(
     ("mistake", "in_python", "typed"),
     [
-        (lambda df: fit("chinchilla", df.drop(columns="N")), 'columns={"N": "THEIRS"}', "--columns N=THEIRS"),
+        (lambda df: fit(df.drop(columns="N"), "chinchilla"), 'columns={"N": "THEIRS"}', "--columns N=THEIRS"),
         (lambda df: select(df, ["lr>1"]), 'where=["lr>1"]', "--where 'lr>1'"),
         (lambda df: best_of(df, ["rate"]), "best", "--best-of"),
         (lambda df: correlate(df), 'columns={"TASK:KIND": "THEIRS"}', "--columns TASK:KIND=THEIRS"),
@@ -205,4 +205,4 @@ def test_at_most_five_names_stand_in_an_error_the_nearest_first():
     with pytest.raises(AnalysisError, match=r"Lerning_rate'.*did you mean learning_rate"):
         correlate(df, x="Lerning_rate", y="column_01")
     with pytest.raises(AnalysisError, match="law first"):
-        fit(df, "chinchilla")
+        fit("chinchilla", df)

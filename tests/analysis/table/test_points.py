@@ -16,11 +16,11 @@ def test_a_missing_status_counts_as_complete_everywhere(grid, status):
     grid["seed"] = grid.index % 2
     grid.loc[3, "status"] = "diverged"
     assert len(complete(grid)) == len(grid) - 1
-    assert fit("chinchilla", grid, resamples=0).num_points == len(grid) - 1
+    assert fit(grid, "chinchilla").num_points == len(grid) - 1
     assert len(points_of(grid, "val_loss")) == len(grid) - 1
     assert len(usable_rows(grid).rows) == len(grid) - 1
     assert noise(grid.assign(val_loss_se=0.001)).components[-2].number == len(grid) - 1
-    assert "1 row not complete (status)" in map(str, fit("chinchilla", grid, resamples=0).exclusions)
+    assert "1 row not complete (status)" in map(str, fit(grid, "chinchilla").exclusions)
     assert correlate(pd.DataFrame({"x": [1, 2, 3, 4.0], "y": [1, 2, 3, 5.0]}), x="x", y="y").table["num_points"][0] == 4
 
 
@@ -29,9 +29,9 @@ def test_labels_of_rows_may_stand_twice_in_a_file_and_are_refused_in_a_frame(gri
     joined = pd.concat([grid.iloc[:10], grid.iloc[10:].set_axis(range(len(grid) - 10))])
     joined.to_parquet(tmp_path / "joined.parquet")
     again = read_table(tmp_path / "joined.parquet")
-    assert fit("chinchilla", again, resamples=20).params == fit("chinchilla", grid, resamples=20).params
+    assert fit(again, "chinchilla").params == fit(grid, "chinchilla").params
     with pytest.raises(AnalysisError, match=r"df\.reset_index"):
-        fit("chinchilla", joined)
+        fit(joined, "chinchilla")
     named = grid.assign(run_id=[f"run-{i}" for i in range(len(grid))]).set_index("run_id")
     named.to_parquet(tmp_path / "named.parquet")
     assert list(read_table(tmp_path / "named.parquet")["run_id"]) == list(named.index)

@@ -32,7 +32,7 @@ def test_a_law_is_fitted_to_the_best_rate_of_every_cell(rates, dropped):
     """Fitted to all of them, E was .205 where it is .2, and nothing was said."""
     df = rates.drop(columns=dropped)
     (tuned,) = {"lr_peak", "lr_multiplier"} - {dropped}
-    result = fit("chinchilla", df, resamples=0)
+    result = fit(df, "chinchilla")
     assert (result.num_points, result.num_rows) == (30, 150)
     assert [(e.kind, e.subject, e.number) for e in result.exclusions] == [("best of", tuned, 120)]
     assert result.params["E"] == pytest.approx(0.2, abs=1e-4)
@@ -78,9 +78,9 @@ def test_rates_of_others_are_known_by_name_and_words_and_other_settings_are_expe
     assert {*tuned_columns(pd.DataFrame({name: [1, 2] for name in names | others}))} == names
     path = tmp_path / "theirs.csv"
     theirs[["N", "D", "loss", "Learning rate"]].to_csv(path, index=False)
-    out = say("fit", path, "--columns", "L=loss", "--resamples", 0)
+    out = say("fit", path, "--columns", "L=loss")
     assert "120 rows not the best Learning rate of their cell" in out
-    assert fit("power:lr_multiplier", rates.assign(lr_multiplier=peak), resamples=0).num_points == 150
+    assert fit(rates.assign(lr_multiplier=peak), "power:lr_multiplier").num_points == 150
     assert len(read_table(path, {"L": "loss"})) == 150
 
 

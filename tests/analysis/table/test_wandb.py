@@ -27,11 +27,11 @@ def test_the_runs_table_leaves_out_what_crashed_and_is_fitted(tmp_path: Path) ->
     path = tmp_path / "wandb_export_2026-01-02T03_04_05.678+00_00.csv"
     pd.DataFrame([*runs, *crashed]).to_csv(path, index=False)
     table = read_table(path, {"N": "model.params", "D": "tokens"})
-    result = fit("chinchilla", table, resamples=0)
+    result = fit(table, "chinchilla")
     assert result.params["alpha"] == pytest.approx(0.34, abs=1e-3)
     assert [(each.kind, each.number) for each in result.exclusions] == [("status", 1)]
     columns = "N=model.params,D=tokens,L=val/loss"
-    assert "20 of 21\n" in say("fit", path, "--columns", columns, "--resamples", 20)
+    assert "20 of 21\n" in say("fit", path, "--columns", columns)
 
 
 def test_the_apis_dictionaries_are_columns(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
         return sweep.with_fields(sizes=["w16-d2", "w24-d2"], budgets=[960, 1920], exclude=[], base=base)
 
     monkeypatch.setattr(sweepfile, "load_sweep", small)
-    monkeypatch.setattr(page, "write_report", functools.partial(page.write_report, resamples=20))
+    monkeypatch.setattr(page, "write_report", functools.partial(page.write_report))
     assert "4 of 4 rows have results" in say("demo", "--root", tmp_path)
     assert (tmp_path / "demo/report.html").exists()
     probes = probe_frame(read_table(tmp_path / "demo/results.parquet"))

@@ -82,11 +82,11 @@ def test_baselines_reach_a_table_of_their_own_and_the_comparison(trained: Any) -
     assert (found.num_rows, found.num_complete, found.num_baselines) == (4, 4, 1)
     frame = read_tables([found.table])
     assert len(frame) == 4  # no law meets a baseline
-    beside = compare(frame, resamples=20).baselines
+    beside = compare(frame).baselines
     assert list(beside["baseline"]) == ["raw-pixels"] * 2
     assert list(beside["images_seen"]) == [128] * 2
     assert list(beside["baseline_top1"]) == [entries[0]["top1"]] * 2
-    assert "raw-pixels" in compare(frame, resamples=20).summary()
+    assert "raw-pixels" in compare(frame).summary()
     next((first.path / "baselines" / "raw-pixels").glob("*.json")).write_text("{")
     again = collect(sweep, runs, cost_cards(sweep, runs))
     assert again.num_baselines == 0
