@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,7 @@ def usable_rows(
     signed: Collection[str] = (),
     may_be_zero: Collection[str] = (),
     best_by: str = "",
+    tuned: Sequence[str] = (),
 ) -> Usable:
     """Find the complete rows with finite, positive numbers in some columns, each once.
 
@@ -84,6 +85,7 @@ def usable_rows(
         may_be_zero: names of those whose numbers may be zero.
         best_by: name of the loss that a law is fitted to: of rows that differ in tuned columns only, such as the
             learning rate, the best are kept. Empty for all rows, as contrasts need them.
+        tuned: the tuned columns; default: those of `tuned_columns`.
 
     Raises:
         AnalysisError: the index holds a label twice.
@@ -111,7 +113,7 @@ def usable_rows(
             exclusions.append(Exclusion(kind=kind, subject=subject, number=number))
         keep &= ~out
     flags: tuple[Flag, ...] = ()
-    if best_by and (tuned := tuned_columns(frame[keep], used=columns.values())):
+    if best_by and (tuned := tuned or tuned_columns(frame[keep], used=columns.values())):
         y = columns[best_by]
         cell = dict.fromkeys([*cell_columns(frame[keep], y, tuned), *columns.values()])
         rows = frame[keep].assign(**{y: values.loc[keep, best_by]})

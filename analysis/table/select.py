@@ -20,8 +20,8 @@ from aimscale.analysis.table.design import (
 )
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows
-from aimscale.analysis.table.tuned import best_settings, cell_columns
-from aimscale.analysis.words import MAX_NAMED, Flag, some
+from aimscale.analysis.table.tuned import cell_columns
+from aimscale.analysis.words import Flag, some
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
 
@@ -93,19 +93,14 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     for name in (*tuned, y):
         if name not in frame:
             raise no_column(frame, name, f" for {option('best-of')}")
-    found = usable_rows(frame, y)
-    rows, unusable = found.rows, found.exclusions[len(left_out_of(frame)) :]
-    cell = cell_columns(rows, y, tuned)
-    best, _ = best_settings(rows, y, tuned, cell)
-    kept = rows[best]
-    if len(kept) == len(rows):
-        also = [their_name(rows, name) for name in tuned_columns(rows, used=tuned) if name in cell]
-        why = f"; name what was tuned with it, too: {', '.join(also[:MAX_NAMED])}" if also else ""
+    found = usable_rows(frame, y, best_by=y, tuned=tuned)
+    if not found.flags:
+        also = [their_name(frame, name) for name in tuned_columns(found.rows, used=tuned)]
+        why = f"; name what was tuned with it, too: {some(also)}" if also else ""
         raise AnalysisError(
             f"{option('best-of', ', '.join(names))}: no two rows differ in nothing else, so there is no choice{why}"
         )
-    left_out = Exclusion(kind="best of", subject=", ".join(names), number=len(rows) - len(kept))
-    return remember(kept.reset_index(drop=True), left_out=(*unusable, left_out))
+    return remember(found.rows.reset_index(drop=True), left_out=found.exclusions[len(left_out_of(frame)) :])
 
 
 def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
