@@ -31,7 +31,7 @@ class Usable:
 
 
 def complete(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows that count: those whose `status` is complete, or that do not say (a foreign table).
+    """Keep the rows that count: those whose `status` is complete, or that do not say (a foreign table).
 
     Points during training count, too; they stand in a table of their own, `curves.parquet`.
     """
@@ -125,7 +125,7 @@ def usable_rows(
 
 
 def _repeats(frame: pd.DataFrame, values: pd.DataFrame) -> pd.Series:
-    """Rows equal to an earlier one in every column of the table, not in the used ones alone."""
+    """Find rows equal to an earlier one in every column of the table, not in the used ones alone."""
     alike = values.duplicated(keep=False) & values.notna().all(axis=1)
     if not alike.any():
         return pd.Series(False, index=frame.index)
@@ -153,7 +153,7 @@ class Observations:
 
 
 def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Column of each variable: named by the caller, of the variable's own name, or the results table's.
+    """Find the column of each variable: named by the caller, of the variable's own name, or the results table's.
 
     Raises:
         AnalysisError: a column is missing.
