@@ -58,8 +58,8 @@ FLAGS = {
     "better one may lie beyond.",
     "envelope_ends": "{number:.0f} of the {more[0]:.0f} rows of the envelope, at its ends, are one size's own curve, "
     "not a choice among sizes.",
-    "passes": "{subject} means {number:.3g} passes over the pool of {more[1]}; the rows saw {more[0]:.3g} at most, so "
-    "what further ones are worth is not known.",
+    "passes": "{subject} means {number:.3g} passes over the pool of {more[1]}, beyond the {more[0]:.3g} that were "
+    "seen.",
     "in_plateau": "{number:.0f} rows of {subject} lie in the first plateau of their size, up to {more[0]:,.0f} images, "
     "where losses follow no power law.",
     "during": "The rows are points during training: before the learning rate decays, losses are higher than at "

@@ -52,7 +52,7 @@ IDENTITIES = ("run_id", "config_hash", "git_commit", "finished_at", "probes", "e
 
 
 def held_equal(frame: pd.DataFrame, free: Collection[str] = ()) -> list[str]:
-    """Columns in which rows agree that are alike in everything but `free` (columns compared, tuned or measured).
+    """List columns in which rows agree that are alike in everything but `free` (compared, tuned or measured ones).
 
     Those of scale, of the design, of the set-up, and the settings of a foreign table. Where no column names the sizes,
     the number of parameters stands for them.
@@ -64,7 +64,7 @@ def held_equal(frame: pd.DataFrame, free: Collection[str] = ()) -> list[str]:
 
 
 def design_columns(frame: pd.DataFrame) -> list[str]:
-    """Columns of the design, those of the set-up included, that take several values."""
+    """List the columns of the design, those of the set-up included, that take several values."""
     return [name for name in (*DESIGN, *setup_columns(frame)) if name in frame and varies(frame[name])]
 
 
@@ -94,24 +94,20 @@ def follows_scale(frame: pd.DataFrame, name: str) -> bool:
 
 
 def setup_columns(frame: pd.DataFrame) -> list[str]:
-    """Columns that `read_tables` made of fields of the set-up, such as `optimiser.weight_decay`."""
+    """List the columns that `read_tables` made of fields of the set-up, such as `optimiser.weight_decay`."""
     return [str(name) for name in frame.columns if "." in str(name) and str(name).split(".")[0] in SECTIONS]
 
 
 def tuned_columns(frame: pd.DataFrame, used: Collection[str] = ()) -> list[str]:
     """List the learning rates, batches and weight decays that take several values, but for columns in use."""
     known = {*KNOWN, *setup_columns(frame), *used}
-    foreign = [name for name in map(str, frame.columns) if name not in known and _looks_tuned(frame, name)]
+    foreign = [str(name) for name in frame.select_dtypes("number") if str(name) not in known]
+    foreign = [name for name in foreign if _LOOKS.search(name) and not _NOT_TUNED.search(name)]
     return [name for name in (*TUNED, *foreign) if name in frame and name not in used and varies(frame[name])]
 
 
-def _looks_tuned(frame: pd.DataFrame, name: str) -> bool:
-    named = bool(_LOOKS.search(name)) and not _NOT_TUNED.search(name)
-    return named and pd.api.types.is_numeric_dtype(frame[name])
-
-
 def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> list[str]:
-    """Columns of a foreign table that are settings: words and numbers that repeat.
+    """List the columns of a foreign table that are settings: words and numbers that repeat.
 
     Whole numbers in two rows or more each, others in three. What else there is are measurements, accuracies always. A
     word that stands for one size and one seed is the name of a run.
@@ -123,7 +119,7 @@ def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> lis
 
 
 def is_plain(values: pd.Series) -> bool:
-    """Whether a column holds what can be compared: no lists, no dictionaries."""
+    """Tell whether a column holds what can be compared: no lists, no dictionaries."""
     return bool(values.map(pd.api.types.is_hashable).all())
 
 
@@ -137,12 +133,12 @@ def _is_setting(frame: pd.DataFrame, name: str) -> bool:
 
 
 def varies(values: pd.Series) -> bool:
-    """Whether a column takes several values, missing ones aside."""
+    """Tell whether a column takes several values, missing ones aside."""
     return len(pd.unique(values.dropna())) > 1
 
 
 def with_size(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with a `size` per number of parameters where it has none: foreign tables count, and do not name."""
+    """Name a `size` per number of parameters where the frame has none: foreign tables count, and do not name."""
     if "size" in frame or "params_total" not in frame:
         return frame
     numbers = frame["params_total"].dropna().unique()
@@ -152,7 +148,7 @@ def with_size(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def told_apart(values: Iterable[float], write: Callable[[float, int], str], digits: int) -> list[str]:
-    """Different numbers in words, with as few digits as tell them apart, and so many at least."""
+    """Write different numbers with as few digits as tell them apart, and so many at least."""
     numbers = list(values)
     tries = ([write(value, num) for value in numbers] for num in range(digits, 18))  # 17 tell any two floats apart
     return next((words for words in tries if len(set(words)) == len(numbers)), [str(value) for value in numbers])

@@ -55,15 +55,15 @@ class Measure:
         return f"{self.task} {measured_by(self.kind)}{last}"
 
     def shown(self, value: float) -> str:
-        """A value with its unit."""
+        """Write a value with its unit."""
         return f"{100 * value:.2f} %" if self.is_accuracy else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
     def shown_difference(self, value: float) -> str:
-        """A signed difference."""
+        """Write a signed difference."""
         return f"{100 * value:+.2f}" if self.is_accuracy else f"{value:+.4f}" if abs(value) < 1e4 else f"{value:+.4g}"
 
     def shown_size(self, value: float) -> str:
-        """An unsigned difference with its unit."""
+        """Write an unsigned difference with its unit."""
         return f"{100 * value:.2f} points" if self.is_accuracy else f"{value:.4f}"
 
 

@@ -40,19 +40,19 @@ class Exclusion:
 
 
 def names_of(frame: pd.DataFrame) -> dict[str, str]:
-    """Our column -> what the file calls it, where that differs."""
+    """Map our columns to what the file calls them, where that differs."""
     return dict(frame.attrs.get(_ORIGIN, {}).get("names", {}))
 
 
 def left_out_of(frame: pd.DataFrame) -> tuple[Exclusion, ...]:
-    """What reading and choosing left out before the frame was made."""
+    """List what reading and choosing left out before the frame was made."""
     return tuple(Exclusion(**each) for each in frame.attrs.get(_ORIGIN, {}).get("left_out", ()))
 
 
 def remember(
     frame: pd.DataFrame, names: Mapping[str, str] | None = None, left_out: tuple[Exclusion, ...] = ()
 ) -> pd.DataFrame:
-    """The frame with further names and exclusions beside those that it remembers."""
+    """Give the frame further names and exclusions beside those that it remembers."""
     origin = {
         "names": {**names_of(frame), **(names or {})},
         "left_out": [vars(each) for each in (*left_out_of(frame), *left_out)],
@@ -63,7 +63,7 @@ def remember(
 
 
 def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Different tables as one, rows numbered anew, with what each of them remembers, which `pd.concat` forgets."""
+    """Join different tables, rows numbered anew, with what each of them remembers, which `pd.concat` forgets."""
     frame = pd.concat(frames, ignore_index=True)
     frame.attrs = {}
     for each in frames:
@@ -72,24 +72,24 @@ def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def our_name(frame: pd.DataFrame, typed: str) -> str:
-    """Column that a user means: by its name here, by a law's letter, or by the name that it has in their file."""
+    """Find the column that a user means: by its name here, a law's letter, or the name that it has in their file."""
     ours = {theirs: ours for ours, theirs in names_of(frame).items()}
     choices = (typed, CANONICAL.get(typed, typed), ours.get(typed, typed))
     return next((name for name in choices if name in frame), typed)
 
 
 def their_name(frame: pd.DataFrame, name: str, words: str = "") -> str:
-    """What a table's file calls one of its columns, where that is not our name; else `words` for it, or our name."""
+    """Tell what a table's file calls a column, where that is not our name; else `words` for it, or our name."""
     return names_of(frame).get(name, words or name)
 
 
 def column_words(frame: pd.DataFrame, like: str) -> str:
-    """Which of a table's columns may be meant, or some of them, as its file calls them."""
+    """Name the columns of a table that may be meant, or some of them, as its file calls them."""
     return did_you_mean(like, (their_name(frame, str(n)) for n in frame.columns if n != FOLDER), "its columns are")
 
 
 def no_column(frame: pd.DataFrame, name: str, why: str = "") -> AnalysisError:
-    """The error about a column that a table lacks: what for, the option that names it, what there is."""
+    """Make the error about a column that a table lacks: what for, the option that names it, what there is."""
     letter = LETTERS.get(CANONICAL.get(name, name), name if len(name) == 1 else "")
     formula = f", or count it: {option('columns', 'C=6*N*D')}" if letter == "C" else ""
     named = f"; name yours with {option('columns', f'{letter}=THEIRS')}{formula}" if letter else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ class Usable:
 
 
 def complete(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows that count: those whose `status` is complete, or that do not say (a foreign table).
+    """Keep the rows that count: those whose `status` is complete, or that do not say (a foreign table).
 
     Points during training count, too; they stand in a table of their own, `curves.parquet`.
     """
@@ -75,6 +75,7 @@ def usable_rows(
     signed: Collection[str] = (),
     may_be_zero: Collection[str] = (),
     best_by: str = "",
+    tuned: Sequence[str] = (),
 ) -> Usable:
     """Find the complete rows with finite, positive numbers in some columns, each once.
 
@@ -84,6 +85,7 @@ def usable_rows(
         may_be_zero: names of those whose numbers may be zero.
         best_by: name of the loss that a law is fitted to: of rows that differ in tuned columns only, such as the
             learning rate, the best are kept. Empty for all rows, as contrasts need them.
+        tuned: the tuned columns; default: those of `tuned_columns`.
 
     Raises:
         AnalysisError: the index holds a label twice.
@@ -111,7 +113,7 @@ def usable_rows(
             exclusions.append(Exclusion(kind=kind, subject=subject, number=number))
         keep &= ~out
     flags: tuple[Flag, ...] = ()
-    if best_by and (tuned := tuned_columns(frame[keep], used=columns.values())):
+    if best_by and (tuned := tuned or tuned_columns(frame[keep], used=columns.values())):
         y = columns[best_by]
         cell = dict.fromkeys([*cell_columns(frame[keep], y, tuned), *columns.values()])
         rows = frame[keep].assign(**{y: values.loc[keep, best_by]})
@@ -123,7 +125,7 @@ def usable_rows(
 
 
 def _repeats(frame: pd.DataFrame, values: pd.DataFrame) -> pd.Series:
-    """Rows equal to an earlier one in every column of the table, not in the used ones alone."""
+    """Find rows equal to an earlier one in every column of the table, not in the used ones alone."""
     alike = values.duplicated(keep=False) & values.notna().all(axis=1)
     if not alike.any():
         return pd.Series(False, index=frame.index)
@@ -151,7 +153,7 @@ class Observations:
 
 
 def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Column of each variable: named by the caller, of the variable's own name, or the results table's.
+    """Find the column of each variable: named by the caller, of the variable's own name, or the results table's.
 
     Raises:
         AnalysisError: a column is missing.

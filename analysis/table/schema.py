@@ -170,7 +170,7 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
 
 
 def hits_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Which test images every probe got right, as it lies beside a results table: `num_test`, and a bit per image.
+    """Build the table of the test images that every probe got right: `num_test`, and a bit per image.
 
     Probes of equal evaluation were scored on the same test images in the same order. `hits` is `np.packbits` of one bit
     per image.
@@ -187,7 +187,7 @@ def _column(values: Sequence[Any], field: pa.Field) -> pa.Array:
 
 
 def _typed_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:
-    """A value or null for every column; what else there is as JSON in `extra`."""
+    """Give every column a value or null; what else there is goes to `extra` as JSON."""
     typed = {column.name: _value(row.get(column.name), column) for column in columns}
     if unknown := {key: value for key, value in row.items() if key not in typed}:
         known_extra = json.loads(typed["extra"]) if typed["extra"] else {}
@@ -198,7 +198,7 @@ def _typed_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, A
 
 
 def _value(value: Any, column: Column) -> Any:
-    """A value as its column holds it: probes as typed rows, objects as JSON; no number is cut to a whole one."""
+    """Write a value as its column holds it: probes as typed rows, objects as JSON; no number is cut to a whole one."""
     if value is not None and column.dtype == "probes":
         return [_typed_row(probe, PROBE_FIELDS) for probe in value]
     if value is not None and column.dtype == "json" and not isinstance(value, str):
@@ -209,13 +209,13 @@ def _value(value: Any, column: Column) -> Any:
 
 
 def _json(value: Any) -> str:
-    """JSON text; numbers that JSON cannot hold become null."""
+    """Write JSON text; numbers that JSON cannot hold become null."""
     return json.dumps(plain_types(value), sort_keys=True, default=str, allow_nan=False)
 
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A path to write to in place of `path`, which it replaces at the block's end; after an error nothing is left.
+    """Give a path to write to, which replaces `path` at the block's end; after an error nothing is left.
 
     What writers left that were killed goes, once it is old enough to be nobody's.
     """
@@ -253,7 +253,7 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def _flat(table: pa.Table) -> pa.Table:
-    """The table with nested columns as JSON text."""
+    """Write nested columns of the table as JSON text."""
     for i, field in enumerate(table.schema):
         if pa.types.is_nested(field.type):
             texts = [None if value is None else _json(value) for value in table[field.name].to_pylist()]

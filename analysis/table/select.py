@@ -20,45 +20,46 @@ from aimscale.analysis.table.design import (
 )
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows
-from aimscale.analysis.table.tuned import best_settings, cell_columns
-from aimscale.analysis.words import MAX_NAMED, Flag, some
+from aimscale.analysis.table.tuned import cell_columns
+from aimscale.analysis.words import Flag, some
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
 
 
 def spaced(num: int, most: int) -> np.ndarray:
-    """At most so many of the numbers below `num`, evenly, the first and the last among them."""
+    """Choose at most so many of the numbers below `num`, evenly, the first and the last among them."""
     return np.unique(np.linspace(0, num - 1, min(num, most)).round().astype(int))
 
 
 def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
-    """Rows that meet every condition `column SIGN value`, SIGN one of = != <= >= < >; `a|b` after = or != is a choice.
+    """Keep rows that meet every condition `column SIGN value`, SIGN one of = != <= >= < >; `a|b` after = is a choice.
 
     Letters of laws stand for their columns (`N>=1e6`). A word of `PARTS` alone is that part of the table.
 
     Raises:
         AnalysisError: a malformed condition, an unknown column, a comparison with words, or no row left.
     """
-    for text in conditions:
-        if text.strip() in PARTS:
-            part = PARTS[text.strip()](frame)
-            left_out = Exclusion(kind="where", subject=text.strip(), number=len(frame) - len(part))
-            frame = remember(part, left_out=(left_out,) if left_out.number else ())
-            continue
-        found = _CONDITION.fullmatch(text.strip())
-        if found is None:
-            raise AnalysisError(f"{option('where')} needs a condition such as prefix=paired or D>=8000, not '{text}'")
-        name = our_name(frame, found["name"].strip())
-        if name not in frame:
-            raise no_column(frame, name, f" for {option('where', text)}")
-        meets = _meets(frame[name], found["sign"], found["value"].strip(), text)
-        if not meets.any():
-            values = some([f"{each:.40}" for each in frame[name].dropna().astype(str).unique()])
-            raise AnalysisError(f"{option('where', text)}: no row is left; {name} takes {values}")
-        if number := int((~meets).sum()):
-            left_out = Exclusion(kind="where", subject=text.strip(), number=number)
-            frame = remember(frame[meets], left_out=(left_out,))
+    for text in map(str.strip, conditions):
+        chosen = PARTS[text](frame) if text in PARTS else frame[_condition(frame, text)]
+        if number := len(frame) - len(chosen):
+            chosen = remember(chosen, left_out=(Exclusion(kind="where", subject=text, number=number),))
+        frame = chosen
     return frame.reset_index(drop=True) if conditions else frame
+
+
+def _condition(frame: pd.DataFrame, text: str) -> np.ndarray:
+    """Find the rows (n,) that meet a condition."""
+    found = _CONDITION.fullmatch(text)
+    if found is None:
+        raise AnalysisError(f"{option('where')} needs a condition such as prefix=paired or D>=8000, not '{text}'")
+    name = our_name(frame, found["name"])
+    if name not in frame:
+        raise no_column(frame, name, f" for {option('where', text)}")
+    meets = _meets(frame[name], found["sign"], found["value"], text)
+    if not meets.any():
+        values = some([f"{each:.40}" for each in frame[name].dropna().astype(str).unique()])
+        raise AnalysisError(f"{option('where', text)}: no row is left; {name} takes {values}")
+    return meets
 
 
 def _meets(values: pd.Series, sign: str, value: str, text: str) -> np.ndarray:
@@ -93,23 +94,18 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
     for name in (*tuned, y):
         if name not in frame:
             raise no_column(frame, name, f" for {option('best-of')}")
-    found = usable_rows(frame, y)
-    rows, unusable = found.rows, found.exclusions[len(left_out_of(frame)) :]
-    cell = cell_columns(rows, y, tuned)
-    best, _ = best_settings(rows, y, tuned, cell)
-    kept = rows[best]
-    if len(kept) == len(rows):
-        also = [their_name(rows, name) for name in tuned_columns(rows, used=tuned) if name in cell]
-        why = f"; name what was tuned with it, too: {', '.join(also[:MAX_NAMED])}" if also else ""
+    found = usable_rows(frame, y, best_by=y, tuned=tuned)
+    if not found.flags:
+        also = [their_name(frame, name) for name in tuned_columns(found.rows, used=tuned)]
+        why = f"; name what was tuned with it, too: {some(also)}" if also else ""
         raise AnalysisError(
             f"{option('best-of', ', '.join(names))}: no two rows differ in nothing else, so there is no choice{why}"
         )
-    left_out = Exclusion(kind="best of", subject=", ".join(names), number=len(rows) - len(kept))
-    return remember(kept.reset_index(drop=True), left_out=(*unusable, left_out))
+    return remember(found.rows.reset_index(drop=True), left_out=found.exclusions[len(left_out_of(frame)) :])
 
 
 def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The experiment with most (size, images seen) cells; with most rows among equals.
+    """Keep the experiment with most (size, images seen) cells; with most rows among equals.
 
     A table that mixes, say, attention kinds and head depths holds several; a law fitted to all of them would take their
     differences for scatter.
@@ -130,7 +126,7 @@ FEW_PASSES = 4.0
 
 
 def fresh_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The rows at the number of unique images that has most cells, the largest among equals: data hardly repeated.
+    """Keep the rows at the number of unique images with most cells, the largest among equals: data hardly repeated.
 
     Where half of these see their pool more than `FEW_PASSES` times, the rows of any pool that do not, if they make as
     many as a third of the cells. Returned as of `main_part`.

@@ -85,7 +85,7 @@ def test_the_page_says_what_was_tuned_and_how_often_data_repeat(known_study):
     assert [flag.subject for flag in study.fits["ND"].flags if flag.kind == "tuned"] == ["lr_multiplier"]
     assert any("60 rows not the best lr_multiplier" in each for each in study.exclusions)
     _, _, split, forecast, _ = verdict(study)
-    assert "passes over the pool of 16k; the rows saw 4 at most" in forecast.answer
+    assert "passes over the pool of 16k, beyond the 4 that were seen" in forecast.answer
     assert ("passes" in split.answer) == (
         study.approaches.frontiers[-1].at(study.approaches.largest_budget)["D"][0] > 64e3
     )
