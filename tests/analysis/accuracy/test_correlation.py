@@ -78,7 +78,7 @@ def test_unrelated_columns_whose_runs_repeat_themselves_show_nothing_within_a_si
     """Runs of a size whose rows share errors; a level of its own in every size."""
     rng, shown = np.random.default_rng(3), []
     sizes, runs = np.arange(60) // 12, np.arange(60) // 4
-    for _ in range(60):
+    for _ in range(150):
         own, shared = rng.standard_normal((60, 2)), rng.standard_normal((15, 2))[runs]
         pair = np.sqrt(1 - share) * own + np.sqrt(share) * shared + 3.0 * sizes[:, None]
         df = pd.DataFrame({"x": pair[:, 0], "y": pair[:, 1], "size": sizes, "run_id": runs})

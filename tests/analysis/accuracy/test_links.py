@@ -92,15 +92,14 @@ def test_a_link_stays_between_chance_and_one(scores):
 
 @pytest.mark.parametrize("chance", [None, 0.1])
 def test_an_accuracy_of_exactly_one_is_fitted_as_any_other(chance):
-    loss = np.linspace(0.2, 1.5, 20)
-    accuracy = 0.1 + 0.9 / (1 + np.exp(12 * (loss - 0.6))) + 0.01 * np.random.default_rng(0).standard_normal(20)
+    loss, at = np.linspace(0.2, 1.5, 20), np.array([0.01, 0.2, 0.6, 1.5, 3.0])
+    curve = {"floor": 0.1, "height": 0.9, "k": 12.0, "L0": 0.6}
+    accuracy = laws.LINK_SIGMOID.value({"L": loss}, curve) + 0.01 * np.random.default_rng(0).standard_normal(20)
     df = pd.DataFrame({"val_loss": loss, "top1": accuracy.clip(0, 1)})
     df.loc[:1, "top1"] = 1.0
     found = link(df, chance=chance)
     assert found.num_points == 20
-    rows = found.predict({"L": [0.01, 0.2, 0.6, 1.5, 3.0]})
-    assert rows["value"].to_numpy() == pytest.approx(
-        0.1 + 0.9 / (1 + np.exp(12 * (np.array([0.01, 0.2, 0.6, 1.5, 3.0]) - 0.6))), abs=0.02
-    )
+    rows = found.predict({"L": at})
+    assert rows["value"].to_numpy() == pytest.approx(laws.LINK_SIGMOID.value({"L": at}, curve), abs=0.02)
     ends = rows[["value", "ci_lo", "ci_hi", "pi_lo", "pi_hi"]].to_numpy()
     assert 0 <= ends.min() <= ends.max() <= 1
