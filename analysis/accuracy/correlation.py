@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from aimscale.analysis.accuracy.result import Correlation, Correlations
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import SIZE_COLUMNS
-from aimscale.analysis.fitting.result import CONFIDENCE
+from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.measures import ACCURACIES, wanted_measures
 from aimscale.analysis.table.names import no_column, our_name, their_name

@@ -21,7 +21,7 @@ from scipy.stats import t as student
 from aimscale.analysis.display import Result, plain_fields
 from aimscale.analysis.effects.paired import Paired, hits_of, mean_of, paired
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.result import CONFIDENCE
+from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.table.design import (
     DEFAULT,
     DESIGN,

@@ -15,8 +15,8 @@ import pandas as pd
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
-from aimscale.analysis.fitting.errors import sandwich
-from aimscale.analysis.fitting.result import CONFIDENCE
+from aimscale.analysis.fitting.covariance import linear_design, sandwich
+from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.table.names import FOLDER
 from aimscale.analysis.table.read import beside
 from aimscale.analysis.table.schema import HITS_KEY
@@ -122,7 +122,7 @@ def paired(
 def mean_of(values: pd.Series, groups: pd.Series | None = None) -> tuple[float, float, float, float]:
     """Mean, half of its interval, standard error and degrees of freedom; NaN but for the mean of a single value.
 
-    The interval is cluster-robust (`fitting.errors.sandwich`) over groups (sizes), which may share what suits one level
+    The interval is cluster-robust (`fitting.covariance.sandwich`) over groups (sizes), which may share what suits one level
     better; with fewer than three groups, or groups of one value each, it is Student's over the values.
     """
     y, n = values.to_numpy(float), len(values)
@@ -131,6 +131,6 @@ def mean_of(values: pd.Series, groups: pd.Series | None = None) -> tuple[float, 
         return centre, np.nan, np.nan, np.nan
     codes = np.arange(n) if groups is None else np.unique(groups.map(str), return_inverse=True)[1]
     codes = codes if codes.max() + 1 >= 3 else np.arange(n)
-    found = sandwich(np.ones((n, 1)), y - centre, np.ones(n), codes)
+    found = sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - centre, codes)
     (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))
     return centre, float(student.ppf(0.5 + CONFIDENCE / 2, degrees) * se), float(se), float(degrees)

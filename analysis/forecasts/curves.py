@@ -88,7 +88,7 @@ def law_curve(law: Law, points: Measurements) -> Curve:
     found = _estimated(law, points.x, points.y, LOG_LSQ, points)
 
     def predict(at: Mapping[str, Array]) -> tuple[Array, Array]:
-        value, errors, _ = found.transformed(at)
+        value, errors = found.modelled(at)
         return np.maximum(value, np.log(LEAST)), errors
 
     noise = found.components.total
@@ -116,8 +116,8 @@ def link_curves(losses: Mapping[str, Curve], points: Measurements) -> dict[str, 
     def through(first: Curve) -> Curve:
         def predict(at: Mapping[str, Array]) -> tuple[Array, Array]:
             log_loss, of_loss = first.predict(at)
-            accuracy, errors, _ = found.transformed({"L": np.exp(log_loss)})
-            moved = found.transformed({"L": np.exp(log_loss + STEP)})[0]
+            accuracy, errors = found.modelled({"L": np.exp(log_loss)})
+            moved, _ = found.modelled({"L": np.exp(log_loss + STEP)})
             rate = np.maximum(1 - accuracy, LEAST)
             return np.log(rate), np.hypot((moved - accuracy) / STEP * of_loss, errors) / rate
 

@@ -12,7 +12,7 @@ from aimscale.analysis.accuracy.links import task_level
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.forecasts.curves import THROUGH, Curve, Measurements, law_curve, link_curves
-from aimscale.analysis.forecasts.stack import Fitter, Stack, stacked
+from aimscale.analysis.forecasts.stack import ACCURACIES, Fitter, Stack, stacked
 from aimscale.analysis.frontier.result import Cost, cost_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
@@ -29,7 +29,7 @@ ONE_VARIABLE = ("power", "power_offset", "saturating")
 ERROR = "error rate"
 """Column of 1 - accuracy."""
 LEAST_ERROR = 1e-4
-"""An error rate counts as at least this."""
+"""Error rate that an accuracy of 1 counts as: one image of ten thousand."""
 Made = dict[tuple[str, bytes], Curve | str]
 """Fits made so far, or why one could not be: a law's name, and the points that it was fitted to."""
 REPEATS_FROM = 1.01
@@ -149,7 +149,7 @@ class Forecaster:
             AnalysisError: a variable is missing or unknown (`Basis.place`).
         """
         rows = self.stack.predict(self.basis.place(at))
-        return as_accuracy(rows) if self.is_accuracy else rows
+        return as_accuracy(rows, self.basis.points.chance or 0.0) if self.is_accuracy else rows
 
     @property
     def is_usual(self) -> bool:
@@ -158,8 +158,10 @@ class Forecaster:
 
     @property
     def law(self) -> Law:
-        """The law that predicts the table's own larger runs best."""
-        return next(law for law in self.basis.laws if law.name == self.stack.best.removesuffix(THROUGH))
+        """The law that predicts the table's own larger runs better than the first one in every backtest, else that."""
+        best = next(law for law in self.basis.laws if law.name == self.stack.best.removesuffix(THROUGH))
+        fitted = [law for law in self.basis.laws if law.name in self.stack.curves]
+        return best if not fitted or self.stack.is_better(best.name, fitted[0].name) else fitted[0]
 
 
 def forecaster(df: pd.DataFrame, *, law: Sequence[Law | str] | str = AUTO, y: str = "val_loss") -> Forecaster:
@@ -203,15 +205,23 @@ def accuracy_forecaster(
     chance, ideal = (task_level(rows, name) for name in ("chance", "ideal"))
     points = replace(found.points, loss=losses if usable else None, chance=chance, ideal=ideal)
     made = Made() if made is None else made
-    stack = stacked(points, fitter(found.laws, made))
+    stack = stacked(points, fitter(found.laws, made), ACCURACIES)
     return Forecaster(basis=replace(found, points=points), stack=stack, is_accuracy=True, made=made)
 
 
-def as_accuracy(rows: pd.DataFrame) -> pd.DataFrame:
-    """Forecasts of an error rate as forecasts of the accuracy, 0 to 1."""
-    pairs = (("ci_lo", "ci_hi"), ("pi_lo", "pi_hi"), ("rival_lo", "rival_hi"))
-    swapped = {name: (1 - rows[other]).clip(0, 1) for low, high in pairs for name, other in ((low, high), (high, low))}
-    return rows.assign(value=(1 - rows["value"]).clip(0, 1), **swapped)
+def as_accuracy(rows: pd.DataFrame, chance: float) -> pd.DataFrame:
+    """Turn forecasts of an error rate into those of the accuracy, between chance and 1.
+
+    Ends lie as far from the accuracy on both sides: an error rate's logarithm has no end at 1.
+    """
+    rate = rows["value"]
+    ends = {
+        f"{name}_{end}": (1 - rate + sign * rate * np.log(rows[f"{name}_hi"] / rate)).clip(chance, 1)
+        for name in ("ci", "pi")
+        for end, sign in (("lo", -1), ("hi", 1))
+    }
+    rivals = {"rival_lo": (1 - rows["rival_hi"]).clip(chance, 1), "rival_hi": (1 - rows["rival_lo"]).clip(chance, 1)}
+    return rows.assign(value=(1 - rate).clip(chance, 1), **ends, **rivals)
 
 
 def fitter(laws: Sequence[Law], made: Made) -> Fitter:

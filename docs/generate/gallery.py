@@ -24,10 +24,10 @@ isoflop = read_table(f"{study}/cifar-isoflop.parquet")
 directions = read_tables([f"{study}/cifar.parquet", f"{study}/cifar-directions.parquet"])
 """
 CALLS = {
-    "law": ("A law and its points, a line per budget", 'figure = fit(laws.CHINCHILLA, demo).plot(x="N")'),
+    "law": ("A law and its points, a line per budget", 'figure = fit(demo, laws.CHINCHILLA).plot(x="N")'),
     "compute": (
         "Loss against compute, with the law of the envelope",
-        'lowest = fit("power_offset:C", read_tables([f"{study}/cifar.parquet"], where=["envelope"]))\n'
+        'lowest = fit(read_tables([f"{study}/cifar.parquet"], where=["envelope"]), "power_offset:C")\n'
         'figure = plot_points(cifar, "flops_train", by="params_total", envelope=lowest)',
     ),
     "frontier": ("The compute-optimal size, by three approaches", "figure = all_approaches(isoflop).plot()"),

@@ -205,4 +205,4 @@ def test_at_most_five_names_stand_in_an_error_the_nearest_first():
     with pytest.raises(AnalysisError, match=r"Lerning_rate'.*did you mean learning_rate"):
         correlate(df, x="Lerning_rate", y="column_01")
     with pytest.raises(AnalysisError, match="law first"):
-        fit("chinchilla", df)
+        fit(df, "chinchilla")
