@@ -15,7 +15,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Law
-from aimscale.analysis.laws.catalogue import REPEATED, REPEATED_DATA, effective
+from aimscale.analysis.laws.catalogue import effective, repeated
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.names import their_name
 from aimscale.analysis.table.points import complete, resolve_columns
@@ -105,7 +105,7 @@ def repeats(df: pd.DataFrame, *, y: str = "val_loss", resamples: int = 1000) -> 
     Example:
         >>> repeats(read_table("repeats.parquet"), resamples=20).table
     """
-    names = resolve_columns(REPEATED_DATA, df)
+    names = resolve_columns(repeated(sizes=False), df)
     rows = complete(df)
     uniques = rows[names["U"]].dropna().unique()
     most = _passes(rows, names)
@@ -117,7 +117,7 @@ def repeats(df: pd.DataFrame, *, y: str = "val_loss", resamples: int = 1000) -> 
     if not most > REPEATS:
         raise AnalysisError(f"No row repeats its data (most passes: {most:.3g}); run small pools at large budgets.")
     n = next((c for c in ("N", "params_total") if c in rows), None)
-    law = REPEATED if n is not None and varies(rows[n]) else REPEATED_DATA
+    law = repeated(sizes=n is not None and varies(rows[n]))
     found = fit(law, rows, y=y, resamples=resamples)
     without = dict(sorted(_without(law, rows, found.columns), key=lambda each: each[1]))
     if "R_D" in found.intervals:
