@@ -1,4 +1,4 @@
-"""How noisy a validation loss is, and why: seeds, the images that it is measured on, the law's own form.
+"""How noisy a validation loss is, and why: seeds, the images that it is measured on, what rows of a law share.
 
 Everything is a standard deviation of ln loss, that is a fraction of the loss.
 """
@@ -18,7 +18,16 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.table.design import foreign_settings, held_equal, varies, with_size
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.words import NOISE, Flag, flag_words
+from aimscale.analysis.words import Flag, flag_words
+
+SOURCES = {
+    "seeds": ("between seeds", "{} degrees of freedom of runs"),
+    "images": ("validation images, which all runs share", "median and range of {} rows' standard errors"),
+    "law": ("scatter about the joint law", "{} points"),
+    "sizes": ("of it, shared by the rows of a size: the law's form or tuning, or a size's own error", "{} sizes"),
+    "runs": ("of it, shared by the rows of a run beyond its size", "{} runs"),
+}
+"""Kind of a component -> what it is, and what it was estimated from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +35,14 @@ class Component:
     """One source of spread in the loss."""
 
     kind: str
-    """Which of `words.NOISE`: seeds, images, law."""
+    """Kind of source, one of `SOURCES`."""
     value: float
     """Standard deviation as a fraction of the loss."""
     low: float = np.nan
     """Lower end of the 95 % interval; NaN if unknown."""
     high: float = np.nan
     number: int
-    """What it was estimated from: degrees of freedom, rows, points."""
+    """Degrees of freedom, rows, points or groups that it was estimated from."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -47,7 +56,11 @@ class Noise(Result):
     @property
     def table(self) -> pd.DataFrame:
         """One row per component: source, value, low, high (fractions of the loss), basis."""
-        rows = [(NOISE[c.kind][0], c.value, c.low, c.high, NOISE[c.kind][1].format(c.number)) for c in self.components]
+        words = [SOURCES[c.kind] for c in self.components]
+        rows = [
+            (source, c.value, c.low, c.high, basis.format(c.number))
+            for c, (source, basis) in zip(self.components, words, strict=True)
+        ]
         return pd.DataFrame(rows, columns=["source", "value", "low", "high", "basis"])
 
     def sentences(self) -> list[str]:
@@ -117,12 +130,19 @@ def _seeds(rows: pd.DataFrame, y: str) -> Iterator[Component]:
 
 
 def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[Component]:
-    """Scatter about the joint law, where one can be fitted: what is more than seeds is the form or the tuning."""
+    """Split the scatter about the joint law, where one can be fitted.
+
+    What sizes share may be their own error, as a law's intervals take it, or the law's misfit, as the flag `scatter`
+    calls it where seeds are repeated: one table cannot tell.
+    """
     name = "repeated" if "unique_images" in rows and varies(rows["unique_images"]) else "chinchilla"
     try:
         if law is None or law.errors is None or law.law.name != name:
             law = fit(name, rows, y=y, resamples=1, is_tested=False)
     except AnalysisError:
         return
-    if law.errors is not None:
-        yield Component(kind="law", value=law.errors.total, number=law.num_points)
+    if law.errors is None:
+        return
+    yield Component(kind="law", value=law.errors.total, number=law.num_points)
+    shared = {"sizes": law.errors.size, "runs": law.errors.run}
+    yield from (Component(kind=kind, value=shared[kind], number=num) for kind, num in law.groups.counts.items())
