@@ -358,7 +358,7 @@ def _ratio(pairs: pd.DataFrame, sizes: pd.Series | None) -> tuple[float, float, 
     """Return the geometric mean of level over baseline with its interval; NaN where a value is not positive."""
     if not (pairs[["baseline_value", "level_value"]] > 0).all(axis=None):
         return np.nan, np.nan, np.nan
-    logs = np.log(pairs["level_value"].astype(float) / pairs["baseline_value"].astype(float))
+    logs = pairs["level_value"].div(pairs["baseline_value"]).map(np.log)
     mean = mean_over_pairs(logs.groupby(pairs["run_pair"]).mean(), sizes)
     middle, low, high = np.exp([mean.value, mean.value - mean.half, mean.value + mean.half]).tolist()
     return middle, low, high
@@ -388,12 +388,12 @@ def _reasons(missing: Sequence[tuple[str, Flag]], by: str, baseline: str) -> Ite
     Args:
         missing: title of a measure, and why a level of it is not compared.
     """
-    of_measure: dict[tuple[str, str], dict[Flag, None]] = {}
+    of_measure: dict[tuple[str, str], list[Flag]] = {}
     for title, flag in missing:
-        of_measure.setdefault((title, flag.kind), {})[flag] = None
+        of_measure.setdefault((title, flag.kind), []).append(flag)
     titles: dict[tuple[Flag, ...], list[str]] = {}
-    for (title, _), flags in of_measure.items():
-        titles.setdefault(tuple(flags), []).append(title)
+    for (title, _), alike in of_measure.items():
+        titles.setdefault(tuple(dict.fromkeys(alike)), []).append(title)
     for flags, names in titles.items():
         levels, apart = [flag.subject for flag in flags], [str(column) for flag in flags for column in flag.more]
         if len(flags) > 1:  # the columns alone

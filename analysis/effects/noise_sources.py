@@ -145,4 +145,6 @@ def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[Component]:
         return
     yield Component(kind="law", value=law.errors.total, number=law.num_points)
     shared = {"sizes": law.errors.size, "runs": law.errors.run}
-    yield from (Component(kind=kind, value=shared[kind], number=num) for kind, num in law.groups.counts.items())
+    for kind, num in law.groups.counts.items():
+        if shared[kind] > 0:
+            yield Component(kind=kind, value=shared[kind], number=num)

@@ -65,10 +65,11 @@ class Repeats(Result):
             f"{self.max_epochs:.3g} passes, repeats cannot be told from new {what}s."
         ]
         lines += [
-            f"Pass {row.epochs} over the same {what}s is worth {100 * row.worth:.0f} % [{100 * row.worth_low:.0f}, "
-            f"{100 * row.worth_high:.0f}] of a pass over new ones; all {row.epochs} are worth {row.effective:.2f} "
-            f"[{row.effective_low:.2f}, {row.effective_high:.2f}]."
-            for row in self.table[self.table["measured"]].itertuples()
+            f"Pass {row['epochs']} over the same {what}s is worth {100 * row['worth']:.0f} % "
+            f"[{100 * row['worth_low']:.0f}, {100 * row['worth_high']:.0f}] of a pass over new ones; all "
+            f"{row['epochs']} are worth {row['effective']:.2f} [{row['effective_low']:.2f}, "
+            f"{row['effective_high']:.2f}]."
+            for row in self.table[self.table["measured"]].to_dict("records")
         ]
         lines.append(
             f"Fitted to {self.fit.num_points} points at {self.num_uniques} pool sizes, up to {self.max_epochs:.3g} "
