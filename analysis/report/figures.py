@@ -214,8 +214,8 @@ def findings(study: Study) -> dict[str, list[PageTable]]:
     """What repeats, single changes and noise come to, by section of the page."""
     noise = study.noise
     if noise is not None:  # sources that come to nothing are none
-        seen = tuple(each for each in noise.components if each.value > LEAST_NOISE)
-        noise = replace(noise, components=seen) if seen else None
+        seen = noise.table[noise.table["value"] > LEAST_NOISE]
+        noise = replace(noise, table=seen) if len(seen) else None
     return {
         "laws": [] if study.repeats is None else [_repeats(study.repeats)],
         "changes": [_change(name, found) for name, found in study.contrasts.items()],
@@ -243,7 +243,7 @@ def change_words(found: Contrasts) -> Iterator[str]:
 
 
 def _noise(found: Noise) -> PageTable:
-    frame = found.table
+    frame = found.table.drop(columns="kind")
     frame[["value", "low", "high"]] *= 100
     note = (
         "Standard deviation of the loss by source, per cent of the loss, with 95 % intervals or ranges. What sizes "
