@@ -110,7 +110,7 @@ class Contrast(Result):
         return "sizes" if self.num_sizes >= LEAST_SIZES else "runs"
 
     def sentence(self) -> str:
-        """Difference, interval, what it is over, and the minimum detectable effect where it is not significant."""
+        """Tell the difference, its interval and reach, and the minimum detectable effect where it is not significant."""
         return contrast_sentence(self)
 
     headline = sentence
@@ -132,7 +132,7 @@ class Contrasts(Result):
     """The complete rows of the table, with sizes."""
 
     def facts(self) -> list[tuple[str, str]]:
-        """Flags, what is compared, what is equal within a pair."""
+        """Return flags, what is compared, what is equal within a pair."""
         return [
             *(("with care", each) for each in flag_words(self.flags)),
             ("compared", self.headline()),
@@ -141,7 +141,7 @@ class Contrasts(Result):
         ]
 
     def cells(self) -> list[dict[str, str]]:
-        """One row per measure and level."""
+        """Return one row per measure and level."""
         return [contrast_cells(each, self.by) for each in self.contrasts]
 
     @property
@@ -150,7 +150,7 @@ class Contrasts(Result):
         return pd.concat([each.table for each in self.contrasts], ignore_index=True)
 
     def headline(self) -> str:
-        """Column and baseline."""
+        """Name the column and the baseline."""
         return f"{self.by}, against {self.baseline}"
 
 
@@ -211,7 +211,7 @@ def contrast(
 
 
 def factors(frame: pd.DataFrame) -> list[str]:
-    """Columns that `contrast` may compare in a table: those of the design that vary, and probe kinds."""
+    """List the columns that `contrast` may compare in a table: those of the design that vary, and probe kinds."""
     names = [*(name for name in DESIGN if name not in MEASURED_ON), *setup_columns(frame)]
     varied = [name for name in names if name in frame and varies(frame[name])]
     if set(HEAD) & set(varied):  # the actual depth tells the heads apart; it varies with size alone otherwise
@@ -263,7 +263,7 @@ def _same(rows: pd.DataFrame, by: str, measured: Collection[str]) -> list[str]:
 
 
 def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure]) -> list[str]:
-    """Levels as words, numbers in order; two at least."""
+    """Return the levels as words, numbers in order; two at least."""
     present = long[by].dropna().unique()
     numbers = pd.to_numeric(pd.Series(present), errors="coerce")
     order = np.argsort(numbers) if numbers.notna().all() else np.argsort([str(v) for v in present])
@@ -275,7 +275,7 @@ def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure]) -> list[str]:
 
 
 def level_name(value: Any) -> str:
-    """A level as a reader writes it: 6, not 6.0."""
+    """Write a level as a reader does: 6, not 6.0."""
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return str(int(value))
     return str(value)
@@ -365,14 +365,14 @@ def _ratio(pairs: pd.DataFrame, sizes: pd.Series | None) -> tuple[float, float, 
 
 
 def _means(side: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """The mean value of every cell, and its hits where every cell is one row."""
+    """Return the mean value of every cell, and its hits where every cell is one row."""
     if not side.duplicated(keys).any():
         return side[[*keys, "value", "hits"]]
     return side.groupby(keys, dropna=False)["value"].mean().reset_index().assign(hits=None)
 
 
 def _differs(sides: list[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:
-    """Columns in which the two levels never agree, with their values; else all in which rows differ."""
+    """Return columns in which the two levels never agree, with their values; else all in which rows differ."""
     apart = []
     for name in keys:
         values = [set(side[name].dropna().unique()) for side in sides]

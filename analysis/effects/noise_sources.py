@@ -41,7 +41,7 @@ class Noise(Result):
     """What could not be told, and why."""
 
     def sentences(self) -> list[str]:
-        """One per component, and what could not be told."""
+        """Tell each component, and what is not known."""
         lines = []
         for _, source, value, low, high, basis in self.table.itertuples(index=False, name=None):
             ends = f" [{100 * low:.3f}, {100 * high:.3f}]" if np.isfinite(low) else ""
@@ -49,11 +49,11 @@ class Noise(Result):
         return [*lines, *flag_words(self.flags)]
 
     def headline(self) -> str:
-        """What the numbers are."""
+        """Say what the numbers are."""
         return "Standard deviations of ln loss by source, with 95 % intervals"
 
     def summary(self) -> str:
-        """The sentences, which say all that the table holds."""
+        """Join the sentences, which say all that the table holds."""
         return "\n".join([f"{self.headline()}:", *self.sentences()])
 
 

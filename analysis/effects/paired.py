@@ -43,7 +43,7 @@ class Hits(NamedTuple):
 
 
 def hits_of(probes: pd.DataFrame) -> pd.Series:
-    """`Hits` of every row of a `probe_frame` by `read_tables`; None where its table's folder has none of it.
+    """Return `Hits` of every row of a `probe_frame` by `read_tables`; None where its table's folder has none of it.
 
     Raises:
         AnalysisError: a file that cannot be read.

@@ -83,7 +83,7 @@ def first_plateau(images_seen: Array, loss: Array) -> Plateau | None:
 
 
 def plateau_flags(rows: pd.DataFrame, curves: pd.DataFrame) -> tuple[Flag, ...]:
-    """The rows of a table that lie inside the first plateau of their size: of any run of the same set-up.
+    """Flag the rows of a table that lie inside the first plateau of their size: of any run of the same set-up.
 
     Args:
         rows: budgets, or points during training, complete or planned.
@@ -109,5 +109,5 @@ def plateau_flags(rows: pd.DataFrame, curves: pd.DataFrame) -> tuple[Flag, ...]:
 
 
 def _keys(frame: pd.DataFrame, names: list[str]) -> pd.Series:
-    """One word a row for its values in some columns."""
+    """Return one word a row for its values in some columns."""
     return frame[names].astype(str).agg(" ".join, axis=1) if names else pd.Series("", index=frame.index)

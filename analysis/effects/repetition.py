@@ -54,7 +54,7 @@ class Repeats(Result):
         return "image" if self.fit.loss_unit else "sample"
 
     def sentences(self) -> list[str]:
-        """R_D, what passes are worth, and what cannot be said."""
+        """Tell R_D, what passes are worth, and what is not known."""
         r, i, what = self.fit.params["R_D"], self.fit.intervals.get("R_D"), self.sample
         ends = f" [{i.low:.3g}, {i.high:.3g}]" if i else ""
         lines = [
@@ -78,7 +78,7 @@ class Repeats(Result):
         return [*lines, *(str(flag) for flag in self.fit.flags if flag.subject != "R_D")]
 
     def headline(self) -> str:
-        """R_D in words."""
+        """Tell R_D."""
         return self.sentences()[0]
 
 

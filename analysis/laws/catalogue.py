@@ -24,12 +24,12 @@ OPTIMAL_EXPONENTS = {
 
 
 def _centre(x: Columns, variable: str) -> float:
-    """Geometric mean of a variable."""
+    """Return the geometric mean of a variable."""
     return float(np.exp(np.mean(x.log(variable))))
 
 
 def power(x: str = "x", *, offset: bool = True) -> Law:
-    """Power law in one variable, with or without an offset."""
+    """Make a power law in one variable, with or without an offset."""
     head, ones = ((coefficient("E"),), (1.0,)) if offset else ((), ())
     return Law(
         name="power_offset" if offset else "power",
@@ -43,7 +43,7 @@ def power(x: str = "x", *, offset: bool = True) -> Law:
 
 
 def saturating(x: str = "x") -> Law:
-    """Power law that levels off at small scale too."""
+    """Make a power law that levels off at small scale too."""
     return Law(
         name="saturating",
         formula=f"L = E + A ({x} + {x}0)^-a",
@@ -56,7 +56,7 @@ def saturating(x: str = "x") -> Law:
 
 
 def _falling(z: Array) -> Array:
-    """1 / (1 + e^z), also of complex z (for the complex step) and of large z."""
+    """Return 1 / (1 + e^z), also of complex z (for the complex step) and of large z."""
     is_large = np.real(z) > 30
     return np.exp(-np.where(is_large, z, np.log1p(np.exp(np.where(is_large, 0, z)))))
 
@@ -74,7 +74,7 @@ CHINCHILLA = Law(
 
 
 def _kaplan(n0: float = 1.0, d0: float = 1.0) -> Law:
-    """Kaplan's law as K ((N/n0)^-p + w d0/D)^aD with p = aN/aD, so that one coefficient is linear."""
+    """Write Kaplan's law as K ((N/n0)^-p + w d0/D)^aD with p = aN/aD, so that one coefficient is linear."""
 
     def report(p: Params) -> dict[str, Array]:
         n_c = n0 * p["K"] ** (1 / p["aN"])
@@ -101,13 +101,13 @@ KAPLAN = _kaplan()
 
 
 def effective(pool: Array, seen: Array, worth: Array) -> Array:
-    """Effective amount U + U R (1 - exp(-(seen/U - 1) / R)) of something seen, U = min(pool, seen), that repeats."""
+    """Return U + U R (1 - exp(-(seen/U - 1) / R)), U = min(pool, seen): what is seen, in new samples."""
     unique = np.minimum(pool, seen)
     return unique + unique * worth * -np.expm1((1.0 - seen / unique) / worth)
 
 
 def repeated(*, sizes: bool = True) -> Law:
-    """Chinchilla's law of effective data; without sizes its data half, for a table of one size."""
+    """Make Chinchilla's law of effective data; without sizes its data half, for a table of one size."""
     coefficients, exponents = ((coefficient("A"),), (exponent("alpha"),)) if sizes else ((), ())
 
     def basis(x: Columns, t: Params) -> tuple[Array, ...]:
@@ -143,7 +143,7 @@ REPEATED_BOTH = Law(
 
 
 def overfitting(n0: float = 1.0, u0: float = 1.0) -> Law:
-    """Chinchilla's law and a penalty for repeats that grows with parameters per unique sample, and levels off.
+    """Add a penalty for repeats to Chinchilla's law: it grows with parameters per unique sample, and levels off.
 
     Where R0 lies beyond the repeats of the table it is the published law of one further coefficient, P = G/R0.
     """
@@ -184,7 +184,7 @@ OVERTRAINED = Law(
 
 
 def _range_of(name: str, variable: str, margin: float) -> Parameter:
-    """A location within the data's range widened by `margin` of it on both sides."""
+    """Bound a location to the data's range widened by `margin` of it on both sides."""
 
     def bounds(x: Columns) -> Bounds:
         low, high = float(x[variable].min()), float(x[variable].max())
@@ -194,7 +194,7 @@ def _range_of(name: str, variable: str, margin: float) -> Parameter:
 
 
 def _rate_of(name: str, variable: str) -> Parameter:
-    """A rate per unit of a variable, from hardly curved to a step over the data's range."""
+    """Bound a rate per unit of a variable, from hardly curved to a step over the data's range."""
 
     def bounds(x: Columns) -> Bounds:
         span = float(np.ptp(x[variable]))
@@ -227,7 +227,7 @@ LINK_EXPONENTIAL = Law(
 
 
 def coupled(n0: float = 1.0, d0: float = 1.0) -> Law:
-    """Chinchilla's terms under one outer exponent; c = 1 is Chinchilla's law, E = 0 and beta = 1 Kaplan's."""
+    """Put Chinchilla's terms under one outer exponent; c = 1 is Chinchilla's law, E = 0 and beta = 1 Kaplan's."""
 
     def basis(x: Columns, t: Params) -> tuple[Array, ...]:
         size = np.exp(-t["alpha"] * (x.log("N") - np.log(n0)))
@@ -255,14 +255,14 @@ def coupled(n0: float = 1.0, d0: float = 1.0) -> Law:
 
 
 def _bent_log(log_x: Array, bend: Array) -> Array:
-    """(x^bend - 1) / bend: a logarithm that bends up or down, ln x at bend = 0."""
+    """Return (x^bend - 1) / bend: a logarithm that bends up or down, ln x at bend = 0."""
     small = np.abs(bend) < 1e-8
     safe = np.where(small, 1.0, bend)
     return np.where(small, log_x * (1 + 0.5 * bend * log_x), np.expm1(safe * log_x) / safe)
 
 
 def farseer(n0: float = 1.0, d0: float = 1.0) -> Law:
-    """Limit, coefficient and exponent of the data term each a stretched exponential of the size.
+    """Make limit, coefficient and exponent of the data term stretched exponentials of the size.
 
     With h_i = ((N/n0)^g_i - 1) / g_i the limit is E exp(-s3 h_3), the exponent of D is e = d exp(s1 h_1), and the
     coefficient falls by s2 h_2 in logarithm beside what a changing exponent does to it at d0.
@@ -330,7 +330,7 @@ LAWS: dict[str, Law] = {name: make("x") for name, make in _ONE_VARIABLE.items()}
 
 
 def find_law(name: str | Law) -> Law:
-    """A law by name, or the law itself; `power_offset:N` puts a one-variable law on a named variable or column.
+    """Find a law by name, or return it; `power_offset:N` puts a one-variable law on a named variable or column.
 
     Raises:
         AnalysisError: the name is unknown, or something else stands in the law's place.
