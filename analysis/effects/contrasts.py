@@ -110,7 +110,7 @@ class Contrast(Result):
         return "sizes" if self.num_sizes >= LEAST_SIZES else "runs"
 
     def sentence(self) -> str:
-        """Tell the difference, its interval and reach, and the minimum detectable effect where it is not significant."""
+        """Tell the difference, its interval and reach, and the minimum detectable effect where not significant."""
         return contrast_sentence(self)
 
     headline = sentence
