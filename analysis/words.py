@@ -82,7 +82,8 @@ FLAGS = {
     "absent": "{more[0]}: no value at {more[3]} = {subject}.",
     "unpaired": "{more[0]}: nothing is paired between {more[1]} and {subject}, which differ in {more[2]}; run both "
     "with the same, or {option:ignore} that column.",
-    "one_pair": "One pair of runs: the interval covers the test images, not seeds; run more seeds.",
+    "one_pair": "One pair of runs a size: the interval covers the test images, not seeds; run more seeds.",
+    "these_sizes": "Fewer than three sizes: intervals speak of these sizes alone; run more sizes to tell of others.",
     "unseen_prefix": "Validation gives every model a bidirectional prefix; a model trained without one never saw any.",
     "other_patches": "Each order scores other patches after the prefix, so their losses measure different tasks.",
     "equal_images": "Equal images, not equal compute: a deeper or larger head costs more per image.",
@@ -110,13 +111,6 @@ EXCLUSIONS = {
     "best of": "not the best {} of their cell",
 }
 """Kind of an exclusion -> what is said of its rows; {} is the subject."""
-
-NOISE = {
-    "seeds": ("between seeds", "{} degrees of freedom of runs"),
-    "images": ("validation images, which all runs share", "median and range of {} rows' standard errors"),
-    "law": ("scatter about the joint law", "{} points"),
-}
-"""Kind of a component of noise -> what it is, and what it was estimated from."""
 
 
 class _Option:
@@ -323,6 +317,8 @@ def contrast_cells(c: Contrast, by: str) -> dict[str, str]:
         "difference": m.shown_difference(c.difference),
         "95 % interval": "" if unknown else f"[{m.shown_difference(c.low)}, {m.shown_difference(c.high)}]",
         "over": f"{over}, {c.images.num_images:,} images" if c.over == "test images" and c.images else over,
+        "sizes": str(c.num_sizes or ""),
+        "d.f.": "" if math.isnan(c.degrees) else f"{c.degrees:.3g}",
         "verdict": "no interval" if unknown else c.verdict,
         "detectable": "" if unknown or c.is_significant else m.shown_size(c.detectable),
         "mean": m.shown(c.level_mean),
@@ -331,23 +327,35 @@ def contrast_cells(c: Contrast, by: str) -> dict[str, str]:
     }
 
 
+def scope(c: Contrast) -> str:
+    """What a contrast's interval is over, and which sizes it speaks of."""
+    runs = "one pair of runs" if c.num_run_pairs == 1 else f"{c.num_run_pairs} pairs of runs"
+    runs += f" ({c.num_pairs} of rows)" if c.num_pairs > c.num_run_pairs else ""
+    if not c.over:
+        return f"from {runs}{' of different sizes' * (c.num_sizes > 1)}, so without an interval"
+    if c.images is not None and c.over == "test images":
+        return f"over the {c.images.num_images:,} test images of {runs}"
+    spare = f"({c.degrees:.3g} degrees of freedom)"
+    if c.over == "sizes":
+        return f"over {runs} at {c.num_sizes} sizes {spare}"
+    return f"over {runs}{('', ', for this size', ', for these two sizes')[c.num_sizes]} {spare}"
+
+
 def contrast_sentence(c: Contrast) -> str:
     """A difference with its interval, what that is over and what it leaves out."""
     m = c.measure
     text = f"{m.title}: {m.shown(c.level_mean)} with {c.level}, {m.shown(c.baseline_mean)} with {c.baseline}"
     text += f", difference {m.shown_difference(c.difference)}"
     if not c.over:
-        return f"{text}, from one pair of runs, so without an interval."
+        return f"{text}, {scope(c)}."
     text += f" [{m.shown_difference(c.low)}, {m.shown_difference(c.high)}]"
-    if c.num_run_pairs == 1 and c.images is not None:
-        text += f", over the {c.images.num_images:,} test images of one pair of runs"
+    if not math.isnan(c.ratio) and c.over != "test images":
+        text += f", ratio {c.ratio:.4f} [{c.ratio_low:.4f}, {c.ratio_high:.4f}]"
+    text += f", {scope(c)}"
+    if c.images is not None and c.over == "test images":
         text += f", McNemar {p_value(c.images.p)}" if not math.isnan(c.images.p) else ""
-    else:
-        text += f", ratio {c.ratio:.4f} [{c.ratio_low:.4f}, {c.ratio_high:.4f}]" if not math.isnan(c.ratio) else ""
-        text += f", over {c.num_run_pairs} pairs of runs" + (
-            f" ({c.num_pairs} of rows)" if c.num_pairs > c.num_run_pairs else ""
-        )
-        text += f", on these test images (others: ±{m.shown_size(c.images.half)})" if c.images else ""
+    elif c.images is not None:
+        text += f", on these test images (others: ±{m.shown_size(c.images.half)})"
     if c.is_significant:
         return f"{text}: {c.level} is {c.verdict}."
     effect = f"minimum detectable effect {m.shown_size(c.detectable)} at {100 * POWER:.0f} % power"

@@ -2,26 +2,24 @@
 
 Two rows are a pair when they agree in every other column of the design and stand at two levels of the one in question.
 Budgets of the same two runs share most of their training, so their differences are averaged first: a pair of runs
-counts once, and the interval is over pairs of runs (sizes x seeds), whose errors a size may share. It covers runs, on
-the test images that they share. What other test images would change is told beside it, and is all that the interval of
-a single pair of runs covers (`effects.paired`).
+counts once. From three sizes on the interval is over sizes, and covers others like them. Of one or two it is over the
+pairs of runs at these sizes, and speaks of these alone. Either is for the test images that the runs share. What other
+images would change is told beside it, and is all that is known from a single pair of runs a size (`effects.paired`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from aimscale.analysis.display import Result, plain_fields
-from aimscale.analysis.effects.paired import Paired, hits_of, mean_of, paired
+from aimscale.analysis.effects.paired import LEAST_SIZES, Paired, hits_of, mean_over_pairs, paired
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.table.design import (
     DEFAULT,
     DESIGN,
@@ -39,7 +37,7 @@ from aimscale.analysis.table.design import (
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.table.names import column_words, our_name, their_name
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.words import POWER, Flag, contrast_cells, contrast_sentence, did_you_mean, flag_words, some
+from aimscale.analysis.words import Flag, contrast_cells, contrast_sentence, did_you_mean, flag_words, scope, some
 
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
          KIND: "attentive"}  # fmt: skip
@@ -65,22 +63,25 @@ class Contrast(Result):
     level: str
     num_pairs: int
     num_run_pairs: int
-    """Pairs of runs, over which the interval is: budgets of the same two runs are averaged first."""
+    """Pairs of runs: budgets of the same two runs are averaged first."""
+    num_sizes: int
+    """Sizes of the pairs, clusters of the interval from three on; 0 where sizes are compared or not known."""
+    degrees: float
+    """Degrees of freedom of the interval; NaN where it is over test images, or there is none."""
     baseline_mean: float
     """Mean of the measure at the baseline, over pairs of runs."""
     level_mean: float
     difference: float
     """Mean of level minus baseline."""
     low: float
-    """Lower end of its interval: over pairs of runs, on the same test images; with a single pair over test images,
-    for these very runs; NaN with a single pair where hits are missing."""
+    """Lower end of its interval (see `over`); NaN where nothing tells one."""
     high: float
     ratio: float
     """Geometric mean of level over baseline; NaN where a value is not positive."""
     ratio_low: float
     ratio_high: float
     detectable: float
-    """Minimum detectable effect: the true difference that this interval leaves zero out for with probability 0.8."""
+    """Minimum detectable effect: the true difference that would be significant in 80 % of repetitions."""
     images: Paired | None
     """The difference over test images, for these very runs; None without hits, or where test images differ."""
     verdict: str
@@ -102,11 +103,14 @@ class Contrast(Result):
 
     @property
     def over(self) -> str:
-        """What the interval covers: `runs`, `test images`, or nothing."""
-        return "runs" if self.num_run_pairs > 1 else "test images" if self.images else ""
+        """Reach of the interval: `sizes` like these, `runs` of these very sizes, `test images` of these very runs, or
+        nothing."""
+        if np.isnan(self.degrees):
+            return "test images" if self.images else ""
+        return "sizes" if self.num_sizes >= LEAST_SIZES else "runs"
 
     def sentence(self) -> str:
-        """Difference, interval, what it is over, and the minimum detectable effect where it is not significant."""
+        """Tell the difference, its interval and reach, and the minimum detectable effect where not significant."""
         return contrast_sentence(self)
 
     headline = sentence
@@ -128,16 +132,16 @@ class Contrasts(Result):
     """The complete rows of the table, with sizes."""
 
     def facts(self) -> list[tuple[str, str]]:
-        """Flags, what is compared, what is equal within a pair."""
+        """Return flags, what is compared, what is equal within a pair."""
         return [
             *(("with care", each) for each in flag_words(self.flags)),
             ("compared", self.headline()),
             ("equal", ", ".join(self.equal) or "no other column varies"),
-            ("intervals", "95 %, over pairs of runs; of a single pair over its test images"),
+            ("intervals", f"95 %, {some([*dict.fromkeys(map(scope, self.contrasts))])}"),
         ]
 
     def cells(self) -> list[dict[str, str]]:
-        """One row per measure and level."""
+        """Return one row per measure and level."""
         return [contrast_cells(each, self.by) for each in self.contrasts]
 
     @property
@@ -146,7 +150,7 @@ class Contrasts(Result):
         return pd.concat([each.table for each in self.contrasts], ignore_index=True)
 
     def headline(self) -> str:
-        """Column and baseline."""
+        """Name the column and the baseline."""
         return f"{self.by}, against {self.baseline}"
 
 
@@ -179,45 +183,35 @@ def contrast(
     """
     by = by if by == KIND else our_name(frame, by)
     rows = complete(frame if by == "params_total" else with_size(frame))
-    if by in rows and not is_plain(rows[by]):
-        raise AnalysisError(f"{by} holds lists, which cannot be compared; name a column of numbers or words.")
-    if by in rows and not varies(rows[by]):
-        values = ", ".join(map(level_name, rows[by].dropna().unique())) or "no value"
-        raise AnalysisError(f"All complete rows have {by} = {values}; a contrast needs two levels of it.")
+    _check_levels(rows, by)
     asked, flags = _comparable(wanted_measures(rows, measures, by), by)
-    keys = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in asked})
-    # What else there is of a head may differ within a pair only where it has to.
-    others = [n for n in HEAD if by in HEAD and n in rows and n not in keys and n.split(".")[-1] != by.split(".")[-1]]
-    several = {n for n in (*keys, *others) if len(pd.unique(rows[n])) > 1}  # the others tell no pair from another
-    keys, others = [n for n in keys if n in several] or keys[:1], [n for n in others if n in several]
+    keys, others = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in asked})
     long = long_format(rows, asked, by)
     long = long.assign(hits=hits_of(long).where(long["measure"].str.startswith("top1:"), None))
     long = long[[by, *keys, *others, "measure", "value", "hits"]]
     levels = _levels(long, by, asked)
     baseline = _baseline(long, by, levels, baseline)
     found: list[Contrast] = []
-    why: dict[str, dict[Flag, None]] = {}  # measure -> every reason why there is none
+    missing: list[tuple[str, Flag]] = []
     rows_of = {m: long[long["measure"] == m.name] for m in asked}
     for m, level in itertools.product(asked, [each for each in levels if each != baseline]):
-        of_measure = rows_of[m]
-        one = _one(of_measure, m, by, [*keys, *others], baseline, level)
-        if others and isinstance(one, Flag):
-            one = _one(of_measure, m, by, keys, baseline, level)
-        if isinstance(one, Contrast):
-            found.append(one)
+        pairs = _pairs(rows_of[m], by, (keys, others), baseline, level)
+        if isinstance(pairs, Flag):
+            missing.append((m.title, pairs))
         else:
-            why.setdefault(m.title, {})[one] = None
-    flags += _reasons(why, by, baseline)
+            found.append(_compared(pairs, m, baseline, level))
+    flags += _reasons(missing, by, baseline)
     if not found:
         raise AnalysisError(" ".join(flag_words(flags)))
     flags += [Flag(kind=CAUTION[by], subject=by)] if by in CAUTION else []
     flags += [Flag(kind="one_pair")] if any(each.over == "test images" for each in found) else []
+    flags += [Flag(kind="these_sizes")] if any(each.over == "runs" and each.num_sizes for each in found) else []
     equal = tuple(their_name(rows, name) for name in keys if varies(rows[name]))
     return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags), rows=rows)
 
 
 def factors(frame: pd.DataFrame) -> list[str]:
-    """Columns that `contrast` may compare in a table: those of the design that vary, and probe kinds."""
+    """List the columns that `contrast` may compare in a table: those of the design that vary, and probe kinds."""
     names = [*(name for name in DESIGN if name not in MEASURED_ON), *setup_columns(frame)]
     varied = [name for name in names if name in frame and varies(frame[name])]
     if set(HEAD) & set(varied):  # the actual depth tells the heads apart; it varies with size alone otherwise
@@ -227,8 +221,16 @@ def factors(frame: pd.DataFrame) -> list[str]:
     return [*varied, KIND]
 
 
+def _check_levels(rows: pd.DataFrame, by: str) -> None:
+    if by in rows and not is_plain(rows[by]):
+        raise AnalysisError(f"{by} holds lists, which cannot be compared; name a column of numbers or words.")
+    if by in rows and not varies(rows[by]):
+        values = ", ".join(map(level_name, rows[by].dropna().unique())) or "no value"
+        raise AnalysisError(f"All complete rows have {by} = {values}; a contrast needs two levels of it.")
+
+
 def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag]]:
-    """The measures whose levels can be subtracted, and a flag about the loss where it is left out."""
+    """Return the measures whose levels can be subtracted, and a flag about the loss where it is left out."""
     is_other = by in OTHER_UNIT or by.startswith("objective.")  # `objective.prefix` has a column of its own
     kept = [m for m in asked if not (is_other and m.column == "val_loss")]
     flags = [Flag(kind="other_unit", subject=by)] if len(kept) < len(asked) else []
@@ -237,20 +239,31 @@ def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag
     return kept, flags
 
 
-def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collection[str]) -> list[str]:
-    """Columns that a pair must share."""
+def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the columns that a pair must share, and those that it shares where that leaves any pair.
+
+    The latter are what else there is of a head, where one part of it is compared. Columns of a single value tell no
+    pair from another; the size alone stays, which says what an interval covers.
+    """
     if unknown := [name for name in ignore if name not in rows]:
         raise AnalysisError(f"The table has no column {unknown[0]!r} to ignore; {column_words(rows, unknown[0])}")
     if by == KIND:
-        return [name for name in ("run_id", *SCALE) if name in rows]
-    # a model's name and its size are one column under two names
+        keys = [name for name in ("run_id", *SCALE) if name in rows]
+    else:
+        keys = held_equal(rows, {by, *FOLLOWS.get(by, ()), *_same(rows, by, measured), *ignore, *measured})
+    others = [n for n in HEAD if by in HEAD and n in rows and n not in keys and n.split(".")[-1] != by.split(".")[-1]]
+    several = [name for name in keys if name == "size" or len(pd.unique(rows[name])) > 1]
+    return several or keys[:1], [name for name in others if len(pd.unique(rows[name])) > 1]
+
+
+def _same(rows: pd.DataFrame, by: str, measured: Collection[str]) -> list[str]:
+    """Return the columns that are `by` under another name, as a model's name and its size may be."""
     others = [name for name in ("size", *foreign_settings(rows, measured)) if name in rows and by in rows]
-    same = [n for n in others if len(rows[[by, n]].drop_duplicates()) == rows[by].nunique() == rows[n].nunique()]
-    return held_equal(rows, {by, *FOLLOWS.get(by, ()), *same, *ignore, *measured})
+    return [n for n in others if len(rows[[by, n]].drop_duplicates()) == rows[by].nunique() == rows[n].nunique()]
 
 
 def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure]) -> list[str]:
-    """Levels as words, numbers in order; two at least."""
+    """Return the levels as words, numbers in order; two at least."""
     present = long[by].dropna().unique()
     numbers = pd.to_numeric(pd.Series(present), errors="coerce")
     order = np.argsort(numbers) if numbers.notna().all() else np.argsort([str(v) for v in present])
@@ -262,7 +275,7 @@ def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure]) -> list[str]:
 
 
 def level_name(value: Any) -> str:
-    """A level as a reader writes it: 6, not 6.0."""
+    """Write a level as a reader does: 6, not 6.0."""
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return str(int(value))
     return str(value)
@@ -279,46 +292,56 @@ def _baseline(long: pd.DataFrame, by: str, levels: list[str], wish: str | None) 
     return max(levels, key=lambda level: (counts[level], -levels.index(level)))
 
 
-def _one(long: pd.DataFrame, measure: Measure, by: str, keys: list[str], baseline: str, level: str) -> Contrast | Flag:
-    """One contrast, or why there is none: the level as the flag's subject, and what differs."""
+def _pairs(
+    long: pd.DataFrame, by: str, keys: tuple[list[str], list[str]], baseline: str, level: str
+) -> pd.DataFrame | Flag:
+    """Return the pairs of one contrast (`Contrast.pairs`, with their hits), or why there is none.
+
+    Args:
+        long: rows of one measure.
+        keys: columns that a pair must share, and those that it shares where that leaves any pair.
+    """
     names = long[by].map(level_name, na_action="ignore")
     sides = [long[names == each] for each in (baseline, level)]
     if min(map(len, sides)) == 0:
         return Flag(kind="absent", subject=baseline if sides[0].empty else level)
-    means = [_means(side, keys) for side in sides]
-    words = dict.fromkeys(keys, object)  # a column may hold words on one side and numbers on the other
-    pairs = means[0].astype(words).merge(means[1].astype(words), on=keys, suffixes=("_baseline", "_level"))
+    must, others = keys
+    for on in ([*must, *others], must):
+        means = [_means(side, on).astype(dict.fromkeys(on, object)) for side in sides]  # a column may mix types
+        pairs = means[0].merge(means[1], on=on, suffixes=("_baseline", "_level"))
+        if not pairs.empty:
+            break
+    else:
+        return Flag(kind="unpaired", subject=level, more=_differs(sides, must))
     pairs = pairs.rename(columns={"value_baseline": "baseline_value", "value_level": "level_value"})
-    if pairs.empty:
-        return Flag(kind="unpaired", subject=level, more=_differs(sides, keys))
     pairs["difference"] = pairs["level_value"] - pairs["baseline_value"]
-    runs = [name for name in keys if name != "images_seen"]
-    pairs["run_pair"] = pairs.groupby(runs, dropna=False).ngroup() if runs else 0
+    runs = [name for name in on if name != "images_seen"]
+    return pairs.assign(run_pair=pairs.groupby(runs, dropna=False).ngroup() if runs else 0)
+
+
+def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) -> Contrast:
     groups = pairs.groupby("run_pair")
-    means_of = groups[["baseline_value", "level_value", "difference"]].mean()
-    size_of = groups["size"].first() if "size" in pairs else None
-    weights = 1 / (len(means_of) * groups["difference"].transform("size"))
+    means = groups[["baseline_value", "level_value", "difference"]].mean()
+    sizes = groups["size"].first() if "size" in pairs else None
+    weights = 1 / (len(means) * groups["difference"].transform("size"))
     images = paired(pairs.pop("hits_baseline").tolist(), pairs.pop("hits_level").tolist(), weights.tolist())
-    centre, half, se, spare = mean_of(means_of["difference"], size_of)
-    needed = student.ppf(0.5 + CONFIDENCE / 2, spare) + student.ppf(POWER, spare)
-    low, high, detectable = centre - half, centre + half, float(needed * se)
-    if len(means_of) == 1 and images is not None:
+    mean = mean_over_pairs(means["difference"], sizes)
+    low, high, detectable = mean.value - mean.half, mean.value + mean.half, mean.detectable
+    if np.isnan(mean.degrees) and images is not None:
         low, high, detectable = images.low, images.high, images.detectable
-    ratio: tuple[float, ...] = (np.nan, np.nan, np.nan)
-    if not measure.is_accuracy and (pairs[["baseline_value", "level_value"]] > 0).all(axis=None):
-        logs = pairs["level_value"].div(pairs["baseline_value"]).map(np.log).groupby(pairs["run_pair"]).mean()
-        middle, width, *_ = mean_of(logs, size_of)
-        ratio = tuple(float(np.exp(v)) for v in (middle, middle - width, middle + width))
-    is_better = (centre < 0) == measure.lower_is_better
+    ratio = _ratio(pairs, sizes) if not measure.is_accuracy else (np.nan,) * 3
+    is_better = (mean.value < 0) == measure.lower_is_better
     return Contrast(
         measure=measure,
         baseline=baseline,
         level=level,
         num_pairs=len(pairs),
-        num_run_pairs=len(means_of),
-        baseline_mean=float(means_of["baseline_value"].mean()),
-        level_mean=float(means_of["level_value"].mean()),
-        difference=centre,
+        num_run_pairs=len(means),
+        num_sizes=0 if sizes is None else sizes.nunique(),
+        degrees=mean.degrees,
+        baseline_mean=float(means["baseline_value"].mean()),
+        level_mean=float(means["level_value"].mean()),
+        difference=mean.value,
         low=low,
         high=high,
         ratio=ratio[0],
@@ -331,15 +354,25 @@ def _one(long: pd.DataFrame, measure: Measure, by: str, keys: list[str], baselin
     )
 
 
+def _ratio(pairs: pd.DataFrame, sizes: pd.Series | None) -> tuple[float, float, float]:
+    """Return the geometric mean of level over baseline with its interval; NaN where a value is not positive."""
+    if not (pairs[["baseline_value", "level_value"]] > 0).all(axis=None):
+        return np.nan, np.nan, np.nan
+    logs = pairs["level_value"].div(pairs["baseline_value"]).map(np.log)
+    mean = mean_over_pairs(logs.groupby(pairs["run_pair"]).mean(), sizes)
+    middle, low, high = np.exp([mean.value, mean.value - mean.half, mean.value + mean.half]).tolist()
+    return middle, low, high
+
+
 def _means(side: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """The mean value of every cell, and its hits where every cell is one row."""
+    """Return the mean value of every cell, and its hits where every cell is one row."""
     if not side.duplicated(keys).any():
         return side[[*keys, "value", "hits"]]
     return side.groupby(keys, dropna=False)["value"].mean().reset_index().assign(hits=None)
 
 
 def _differs(sides: list[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:
-    """Columns in which the two levels never agree, with their values; else all in which rows differ."""
+    """Return columns in which the two levels never agree, with their values; else all in which rows differ."""
     apart = []
     for name in keys:
         values = [set(side[name].dropna().unique()) for side in sides]
@@ -349,17 +382,22 @@ def _differs(sides: list[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:
     return tuple(apart or [name for name in keys if varies(pd.concat([side[name] for side in sides]))])
 
 
-def _reasons(why: Mapping[str, Collection[Flag]], by: str, baseline: str) -> Iterator[Flag]:
-    """Why there is no contrast: a flag for all levels of the measures that share a kind of reason."""
-    alike: dict[tuple[Flag, ...], list[str]] = {}
-    for title, flags in why.items():
-        for kind in ("absent", "unpaired"):
-            if same := tuple(flag for flag in flags if flag.kind == kind):
-                alike.setdefault(same, []).append(title)
-    for flags, titles in alike.items():
-        levels, apart = [flag.subject for flag in flags], dict.fromkeys(each for flag in flags for each in flag.more)
+def _reasons(missing: Sequence[tuple[str, Flag]], by: str, baseline: str) -> Iterator[Flag]:
+    """Merge why measures lack levels: a flag for all measures that lack the same levels for one kind of reason.
+
+    Args:
+        missing: title of a measure, and why a level of it is not compared.
+    """
+    of_measure: dict[tuple[str, str], list[Flag]] = {}
+    for title, flag in missing:
+        of_measure.setdefault((title, flag.kind), []).append(flag)
+    titles: dict[tuple[Flag, ...], list[str]] = {}
+    for (title, _), alike in of_measure.items():
+        titles.setdefault(tuple(dict.fromkeys(alike)), []).append(title)
+    for flags, names in titles.items():
+        levels, apart = [flag.subject for flag in flags], [str(column) for flag in flags for column in flag.more]
         if len(flags) > 1:  # the columns alone
-            apart = dict.fromkeys(str(each).split(" (")[0] for each in apart)
+            apart = [column.split(" (")[0] for column in apart]
             levels = [f"{len(levels)} levels ({some(levels)})"]
-        more = (some(titles), f"{by} = {baseline}", some([*map(str, apart)]), by)
+        more = (some(names), f"{by} = {baseline}", some(list(dict.fromkeys(apart))), by)
         yield Flag(kind=flags[0].kind, subject=levels[0], number=len(flags), more=more)

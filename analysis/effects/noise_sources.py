@@ -1,4 +1,4 @@
-"""How noisy a validation loss is, and why: seeds, the images that it is measured on, the law's own form.
+"""How noisy a validation loss is, and why: seeds, the images that it is measured on, what rows of a law share.
 
 Everything is a standard deviation of ln loss, that is a fraction of the loss.
 """
@@ -18,57 +18,47 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.table.design import foreign_settings, held_equal, varies, with_size
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.words import NOISE, Flag, flag_words
+from aimscale.analysis.words import Flag, flag_words
 
-
-@dataclass(frozen=True, kw_only=True)
-class Component:
-    """One source of spread in the loss."""
-
-    kind: str
-    """Which of `words.NOISE`: seeds, images, law."""
-    value: float
-    """Standard deviation as a fraction of the loss."""
-    low: float = np.nan
-    """Lower end of the 95 % interval; NaN if unknown."""
-    high: float = np.nan
-    number: int
-    """What it was estimated from: degrees of freedom, rows, points."""
+SOURCES = {
+    "seeds": ("between seeds", "{} degrees of freedom of runs"),
+    "images": ("validation images, which all runs share", "median and range of {} rows' standard errors"),
+    "law": ("scatter about the joint law", "{} points"),
+    "sizes": ("of it, shared by the rows of a size: the law's form or tuning, or a size's own error", "{} sizes"),
+    "runs": ("of it, shared by the rows of a run beyond its size", "{} runs"),
+}
+"""Kind of a component -> what it is, and what it was estimated from."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Noise(Result):
     """Components of the spread of a loss."""
 
-    components: tuple[Component, ...]
+    table: pd.DataFrame
+    """One row per component: kind and source (`SOURCES`), value (a standard deviation), low, high (95 %; NaN where not
+    known), all as fractions of the loss, and basis."""
     flags: tuple[Flag, ...]
     """What could not be told, and why."""
 
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row per component: source, value, low, high (fractions of the loss), basis."""
-        rows = [(NOISE[c.kind][0], c.value, c.low, c.high, NOISE[c.kind][1].format(c.number)) for c in self.components]
-        return pd.DataFrame(rows, columns=["source", "value", "low", "high", "basis"])
-
     def sentences(self) -> list[str]:
-        """One per component, and what could not be told."""
+        """Tell each component, and what is not known."""
         lines = []
-        for source, value, low, high, basis in self.table.itertuples(index=False, name=None):
+        for _, source, value, low, high, basis in self.table.itertuples(index=False, name=None):
             ends = f" [{100 * low:.3f}, {100 * high:.3f}]" if np.isfinite(low) else ""
             lines.append(f"{source}: {100 * value:.3f} %{ends} ({basis}).")
         return [*lines, *flag_words(self.flags)]
 
     def headline(self) -> str:
-        """What the numbers are."""
+        """Say what the numbers are."""
         return "Standard deviations of ln loss by source, with 95 % intervals"
 
     def summary(self) -> str:
-        """The sentences, which say all that the table holds."""
+        """Join the sentences, which say all that the table holds."""
         return "\n".join([f"{self.headline()}:", *self.sentences()])
 
 
 def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> Noise:
-    """Variance components of a loss.
+    """Estimate the variance components of a loss.
 
     Args:
         df: a results table.
@@ -85,20 +75,29 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> N
         >>> noise(table).table
     """
     rows = usable_rows(with_size(df), y).rows
-    components = list(_seeds(rows, y))
-    flags = () if components else (Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y}))),)
+    parts = list(_seeds(rows, y))
+    flags = () if parts else (Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y}))),)
     if y == "val_loss" and "val_loss_se" in rows and rows["val_loss_se"].notna().any():
         errors = (rows["val_loss_se"] / rows[y]).dropna()
         low, value, high = np.percentile(errors, [2.5, 50, 97.5]).tolist()
-        components.append(Component(kind="images", value=value, low=low, high=high, number=len(errors)))
-    if len(rows) < 2 or not components:
+        parts.append(_component("images", value, len(errors), low, high))
+    if len(rows) < 2 or not parts:
         why = " ".join(map(str, flags))
         raise AnalysisError(f"{len(rows)} complete rows with a positive {y} cannot tell noise from anything. {why}")
-    return Noise(components=(*components, *_law(rows, y, law)), flags=flags)
+    return Noise(table=pd.DataFrame([*parts, *_law(rows, y, law)]), flags=flags)
 
 
-def _seeds(rows: pd.DataFrame, y: str) -> Iterator[Component]:
-    """Between seeds, pooled over cells. Budgets of a run share most of its error: its interval counts a run once."""
+def _component(
+    kind: str, value: float, number: int, low: float = np.nan, high: float = np.nan
+) -> dict[str, str | float]:
+    """Return a row of `Noise.table`, from the number of degrees of freedom, rows, points or groups behind it."""
+    source, basis = SOURCES[kind]
+    ends = {"value": value, "low": low, "high": high}
+    return {"kind": kind, "source": source, **ends, "basis": basis.format(number)}
+
+
+def _seeds(rows: pd.DataFrame, y: str) -> Iterator[dict[str, str | float]]:
+    """Pool the spread between seeds over cells; budgets of a run share its error, so the interval counts a run once."""
     if "seed" not in rows or not varies(rows["seed"]):
         return
     keys = held_equal(rows, {"seed", y})
@@ -113,16 +112,23 @@ def _seeds(rows: pd.DataFrame, y: str) -> Iterator[Component]:
     groups = table.groupby([name for name in keys if name != "images_seen"], dropna=False)
     spare = int((groups["seed"].nunique() - 1).sum())
     low, high = np.sqrt(variance * spare / chi2.ppf([0.975, 0.025], spare)).tolist()
-    yield Component(kind="seeds", value=variance**0.5, low=low, high=high, number=spare)
+    yield _component("seeds", variance**0.5, spare, low, high)
 
 
-def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[Component]:
-    """Scatter about the joint law, where one can be fitted: what is more than seeds is the form or the tuning."""
+def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[dict[str, str | float]]:
+    """Split the scatter about the joint law, where one can be fitted.
+
+    What sizes share may be their own error, as a law's intervals take it, or the law's misfit, as the flag `scatter`
+    calls it where seeds are repeated: one table cannot tell.
+    """
     name = "repeated" if "unique_images" in rows and varies(rows["unique_images"]) else "chinchilla"
     try:
-        if law is None or law.errors is None or law.law.name != name:
-            law = fit(name, rows, y=y, resamples=1, is_tested=False)
+        if law is None or law.law.name != name:
+            law = fit(rows, name, y=y, is_tested=False)
     except AnalysisError:
         return
-    if law.errors is not None:
-        yield Component(kind="law", value=law.errors.total, number=law.num_points)
+    errors = law.estimate.components
+    yield _component("law", errors.total, law.num_points)
+    for kind, num in law.estimate.groups.counts.items():
+        if errors.shared[kind] > 0:
+            yield _component(kind, errors.shared[kind], num)

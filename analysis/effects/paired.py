@@ -22,9 +22,12 @@ from aimscale.analysis.table.read import beside
 from aimscale.analysis.table.schema import HITS_KEY
 from aimscale.analysis.words import POWER
 
+LEAST_SIZES = 3
+"""Fewer sizes leave one degree of freedom or none to tell by how much sizes differ."""
+
 
 class Hits(NamedTuple):
-    """What a probe got right."""
+    """Test images that a probe got right."""
 
     evaluation: str
     """Tells the test images: equal evaluations have the same."""
@@ -40,7 +43,7 @@ class Hits(NamedTuple):
 
 
 def hits_of(probes: pd.DataFrame) -> pd.Series:
-    """`Hits` of every row of a `probe_frame` by `read_tables`; None where its table's folder has none of it.
+    """Return `Hits` of every row of a `probe_frame` by `read_tables`; None where its table's folder has none of it.
 
     Raises:
         AnalysisError: a file that cannot be read.
@@ -119,18 +122,45 @@ def paired(
     )
 
 
-def mean_of(values: pd.Series, groups: pd.Series | None = None) -> tuple[float, float, float, float]:
-    """Mean, half of its interval, standard error and degrees of freedom; NaN but for the mean of a single value.
+class Mean(NamedTuple):
+    """Mean of a difference over pairs of runs, and its error."""
 
-    The interval is cluster-robust (`fitting.covariance.sandwich`) over groups (sizes), which may share what suits one level
-    better; with fewer than three groups, or groups of one value each, it is Student's over the values.
+    value: float
+    se: float
+    """Standard error; NaN where nothing tells it."""
+    degrees: float
+    """Degrees of freedom of its interval; NaN where nothing tells the error."""
+
+    @property
+    def half(self) -> float:
+        """Half of the 95 % interval."""
+        return float(student.ppf(0.5 + CONFIDENCE / 2, self.degrees) * self.se)
+
+    @property
+    def detectable(self) -> float:
+        """Minimum detectable effect: the true difference that would be significant in 80 % of repetitions."""
+        return self.half + float(student.ppf(POWER, self.degrees) * self.se)
+
+
+def mean_over_pairs(values: pd.Series, sizes: pd.Series | None) -> Mean:
+    """Average differences of pairs of runs, with an error that holds as far as the pairs reach.
+
+    A size may suit one level better, so three sizes or more are clusters (`fitting.covariance.sandwich`), and the interval
+    covers sizes like them. Two do not tell how much sizes differ: the error is then that of pairs about the mean of
+    their size (Student's, pooled), for these sizes alone. One pair a size has none.
+
+    Args:
+        values: a difference per pair.
+        sizes: size of each pair; None where sizes are what is compared, or are not known.
     """
     y, n = values.to_numpy(float), len(values)
-    centre = float(y.mean())
-    if n < 2:
-        return centre, np.nan, np.nan, np.nan
-    codes = np.arange(n) if groups is None else np.unique(groups.map(str), return_inverse=True)[1]
-    codes = codes if codes.max() + 1 >= 3 else np.arange(n)
-    found = sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - centre, codes)
-    (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))
-    return centre, float(student.ppf(0.5 + CONFIDENCE / 2, degrees) * se), float(se), float(degrees)
+    codes = np.zeros(n, int) if sizes is None else np.unique(sizes.map(str), return_inverse=True)[1]
+    counts = np.bincount(codes)
+    if len(counts) >= LEAST_SIZES:
+        found = sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - y.mean(), codes)
+        (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))
+        return Mean(float(y.mean()), float(se), float(degrees))
+    if not (degrees := n - len(counts)):
+        return Mean(float(y.mean()), np.nan, np.nan)
+    within = y - (np.bincount(codes, y) / counts)[codes]
+    return Mean(float(y.mean()), float(np.sqrt(within @ within / degrees / n)), float(degrees))

@@ -10,85 +10,80 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import isotonic_regression
 
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.design import DESIGN
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.words import Flag, some
 
-LEAST_HEIGHT = 0.03
-"""Share of the loss by which the end of a plateau lies above a straight line in log-log past it."""
-STEEPER = 2.0
+STEEPER = 1.5
 """The fall after a plateau is so many times as steep in log-log as the plateau, and as all that follows."""
-LEAST_FACTOR = 1.3
-"""Images grow by this factor at least on the plateau, in the fall and after it: the decay at a run's end is no fall."""
-NOISE_SHARE = 5.0
-"""A plateau is higher than so many times the root mean square of what losses do besides falling steadily."""
-LEAST_POINTS, MOST_POINTS = 5, 40
-"""Points that are needed, and that are looked at; of longer curves means over equal factors of images."""
+LEAST_HEIGHT, NOISE = 0.03, 1.75
+"""Share of the loss, and standard errors, by which a plateau's end lies above the chord around it. With these at most
+4 % of sound curves have a plateau, whose losses scatter by up to 3 % or spike once by 5 %."""
+AFTER = np.log2(1.3)
+"""Octaves that follow the fall at least: the decay at a run's end is no fall."""
+LEAST_POINTS = 5
+"""Points that are needed; a plateau of two octaves is seen from two points an octave on."""
 SAME = ("size", "params_total", "batch_size", "lr_peak", *DESIGN, "setup")
 """Columns in which runs agree that leave the plateau at one place, but for chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plateau:
-    """Where a loss stands still, in training images."""
+    """Stretch on which a loss stands still, in training images."""
 
     start: float
+    """An octave before its end."""
     stop: float
-    """Where it begins to fall fast."""
+    """Where the loss begins to fall fast."""
     settled: float
-    """Where that fall is over: budgets below it follow no power law."""
+    """An octave later: budgets below it follow no power law."""
 
 
 def first_plateau(images_seen: Array, loss: Array) -> Plateau | None:
-    """The plateau of one run's losses at one learning rate, such as those during training.
+    """Find the plateau of one run's losses at one learning rate, such as those during training.
 
-    What is convex over images, such as a power law or one that levels off at either end, has none.
+    Two slopes decide: that of the octave (factor of 2 in images) after a point, and that of the octave before it.
 
     Args:
         images_seen: (n,), in any order; points that are not positive numbers are left out.
         loss: (n,).
 
     Returns:
-        The highest plateau, above the chord in log-log that joins the curve before it and after it; None without one.
+        The highest plateau above the chord in log-log over both octaves; None without one.
     """
     x, y = (np.asarray(each, float) for each in (images_seen, loss))
     good = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
-    if len(np.unique(x[good])) < LEAST_POINTS:
+    places, where = np.unique(np.log2(x[good]), return_inverse=True)
+    if len(places) < LEAST_POINTS:
         return None
-    log_x, raw = _thinned(np.log(x[good]), np.log(y[good]))
-    neighbours = [raw, np.append(raw[:1], raw[:-1]), np.append(raw[1:], raw[-1:])]
-    log_y = isotonic_regression(np.median(neighbours, axis=0), increasing=False).x
-    noise = float(np.sqrt(np.mean((raw - log_y) ** 2)))
-    images, losses = np.exp(log_x), np.exp(log_y)
-    gap = log_x - log_x[:, None]
-    wide = gap >= np.log(LEAST_FACTOR) - 1e-9
-    slope = (log_y[:, None] - log_y) / np.where(wide, gap, np.inf)
-    rate = (losses[:, None] - losses) / np.where(wide, images - images[:, None], np.inf)
-    # [i, j, k]: from i to j the loss stands still, from j to k it falls
-    found = wide[:, :, None] & (wide & wide[:, -1] & (slope > STEEPER * slope[:, -1]))
-    found &= (slope > STEEPER * slope[:, :, None]) & (rate > rate[:, :, None])
-    height = np.where(found, log_y[:, None] - log_y[:, None, None] + gap[:, :, None] * slope[:, None], -np.inf)
-    i, j, k = np.unravel_index(int(np.argmax(height)), height.shape)
-    if height[i, j, k] < max(LEAST_HEIGHT, NOISE_SHARE * noise):
-        return None
-    return Plateau(start=float(images[i]), stop=float(images[j]), settled=float(images[k]))
-
-
-def _thinned(log_x: Array, log_y: Array) -> tuple[Array, Array]:
-    """The points in order, those of one place as their mean, and means over equal factors of images where many."""
-    edges = np.linspace(log_x.min(), log_x.max(), MOST_POINTS + 1)[1:-1]
-    places, cell = np.unique(log_x, return_inverse=True)
-    if len(places) > MOST_POINTS:
-        cell = np.unique(np.searchsorted(edges, log_x), return_inverse=True)[1]
+    raw = np.bincount(where, np.log(y[good])) / np.bincount(where)
+    off = raw[1:-1] - [np.interp(at, places[[i, i + 2]], raw[[i, i + 2]]) for i, at in enumerate(places[1:-1])]
+    noise = 1.4826 * np.median(np.abs(off)) / np.sqrt(1.5)  # of a point less the mean of two others
+    raw[1:-1] -= np.maximum(off, 0.0)  # one loss above its neighbours is a spike
+    cell = np.unique(np.floor(2 * (places - places[0]) + 1e-9), return_inverse=True)[1]
     count = np.bincount(cell)
-    return np.bincount(cell, log_x) / count, np.bincount(cell, log_y) / count
+    at, mean = np.bincount(cell, places) / count, np.bincount(cell, raw) / count
+    (earlier, num_earlier), (later, num_later) = (
+        [np.interp(at + octave, at, each) for each in (mean, count)] for octave in (-1, 1)
+    )
+    before, fall = earlier - mean, mean - later
+    rest = (later - mean[-1]) / np.maximum(at[-1] - at - 1, 1e-9)
+    seen = (at >= at[0] + 0.75) & (at + 1 <= at[-1] - AFTER)
+    seen &= (fall > STEEPER * before) & (fall > STEEPER * rest)
+    height = np.where(seen, (fall - before) / 2, -np.inf)
+    found = int(np.argmax(height))
+    error = noise * np.sqrt(1 / count + 0.25 / num_earlier + 0.25 / num_later)[found]
+    if height[found] < max(LEAST_HEIGHT, NOISE * error):
+        return None
+    last = min(int(np.flatnonzero(cell == found)[-1]) + 1, len(places) - 1)  # the corner itself was cut as a spike
+    stop = float(2 ** places[last])
+    return Plateau(start=stop / 2, stop=stop, settled=2 * stop)
 
 
 def plateau_flags(rows: pd.DataFrame, curves: pd.DataFrame) -> tuple[Flag, ...]:
-    """The rows of a table that lie inside the first plateau of their size: of any run of the same set-up.
+    """Flag the rows of a table that lie inside the first plateau of their size: of any run of the same set-up.
 
     Args:
         rows: budgets, or points during training, complete or planned.
@@ -114,5 +109,5 @@ def plateau_flags(rows: pd.DataFrame, curves: pd.DataFrame) -> tuple[Flag, ...]:
 
 
 def _keys(frame: pd.DataFrame, names: list[str]) -> pd.Series:
-    """One word a row for its values in some columns."""
+    """Return one word a row for its values in some columns."""
     return frame[names].astype(str).agg(" ".join, axis=1) if names else pd.Series("", index=frame.index)

@@ -150,7 +150,7 @@ def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]
         with np.errstate(over="ignore"):
             low, high = (float(np.exp(end) if is_log else end) for end in np.concatenate(found.interval_of(value)))
         out[name] = Interval(low=low, high=high)
-    return _within(found, out)
+    return _within(found, values, out)
 
 
 def _scaled(found: Estimate) -> list[bool]:
@@ -159,7 +159,7 @@ def _scaled(found: Estimate) -> list[bool]:
     return [bool(np.ptp(part) > 1e-12 * np.abs(part).max()) for part in parts]
 
 
-def _within(found: Estimate, intervals: dict[str, Interval]) -> dict[str, Interval]:
+def _within(found: Estimate, values: Mapping[str, float], intervals: dict[str, Interval]) -> dict[str, Interval]:
     """Clip intervals of the law's own parameters to their bounds; one of a coefficient that may be nil begins at 0."""
     problem, out = found.problem, dict(intervals)
     free = np.flatnonzero(problem.movable).tolist()
@@ -167,23 +167,23 @@ def _within(found: Estimate, intervals: dict[str, Interval]) -> dict[str, Interv
     halves = half_width(errors, degrees, CONFIDENCE)
     for j, half in zip(free, halves.tolist(), strict=True):
         p, at = problem.law.parameters[j], float(found.vector[j])
-        if p.name not in out or not out[p.name].is_known and j >= problem.num_linear:
+        i = out.get(p.name, Interval(low=np.nan, high=np.nan))
+        if not i.is_known or values[p.name] != found.params[p.name]:  # a reported one of the same name has its own unit
             continue
         low, high = (float(np.exp(end[j]) if p.log else end[j]) for end in (problem.lower, problem.upper))
-        i = out[p.name]
+        i = Interval(low=max(i.low, low), high=min(i.high, high))
         if j < problem.num_linear and at - half <= problem.lower[j]:
-            unit = found.params[p.name] / at if at else _per_unit(found, p.name, j)
-            out[p.name] = Interval(low=low, high=min(max(i.high if i.is_known else 0.0, (at + half) * unit), high))
-        elif i.is_known:
-            out[p.name] = Interval(low=max(i.low, low), high=min(i.high, high))
+            unit = _params_at(found, j, 1.0)[p.name]
+            i = Interval(low=low, high=min(max(i.high, (at + half) * unit), high))
+        out[p.name] = i
     return out
 
 
-def _per_unit(found: Estimate, name: str, j: int) -> float:
-    """Parameter per unit of its coordinate j, where that is 0."""
+def _params_at(found: Estimate, j: int, value: float) -> dict[str, float]:
+    """Parameters of the law with one coordinate at another value."""
     vector = found.vector.copy()
-    vector[j] = 1.0
-    return float(found.problem.params_of(vector[None])[name][0])
+    vector[j] = value
+    return {name: float(v[0]) for name, v in found.problem.params_of(vector[None]).items()}
 
 
 def _data(found: Estimate, points: Observations) -> pd.DataFrame:

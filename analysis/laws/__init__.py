@@ -12,8 +12,9 @@ from aimscale.analysis.laws.catalogue import (  # noqa: F401
     OVERFITTING,
     OVERTRAINED,
     REPEATED,
-    REPEATED_DATA,
+    REPEATED_BOTH,
     find_law,
     power,
+    repeated,
     saturating,
 )

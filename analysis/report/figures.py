@@ -215,8 +215,8 @@ def findings(study: Study) -> dict[str, list[PageTable]]:
     """What repeats, single changes and noise come to, by section of the page."""
     noise = study.noise
     if noise is not None:  # sources that come to nothing are none
-        seen = tuple(each for each in noise.components if each.value > LEAST_NOISE)
-        noise = replace(noise, components=seen) if seen else None
+        seen = noise.table[noise.table["value"] > LEAST_NOISE]
+        noise = replace(noise, table=seen) if len(seen) else None
     return {
         "laws": [] if study.repeats is None else [_repeats(study.repeats)],
         "changes": [_change(name, found) for name, found in study.contrasts.items()],
@@ -227,8 +227,8 @@ def findings(study: Study) -> dict[str, list[PageTable]]:
 def _change(name: str, found: Contrasts) -> PageTable:
     note = f"Against {found.baseline}. Equal within pairs: {', '.join(found.equal) or 'all else'}."
     columns = (
-        *("measure", "level", "num_run_pairs", "num_pairs", "baseline_mean", "level_mean", "difference", "low", "high"),
-        *("detectable", "verdict"),
+        *("measure", "level", "num_run_pairs", "num_pairs", "num_sizes", "baseline_mean", "level_mean", "difference"),
+        *("low", "high", "degrees", "detectable", "verdict"),
     )
     title, said = f"Effect of {name}", [*change_words(found), *in_words(beside_paper(found))]
     return page_table(_key("contrast", name), title, note, found.table, columns, sentences=said)
@@ -244,11 +244,11 @@ def change_words(found: Contrasts) -> Iterator[str]:
 
 
 def _noise(found: Noise) -> PageTable:
-    frame = found.table
+    frame = found.table.drop(columns="kind")
     frame[["value", "low", "high"]] *= 100
     note = (
-        "Standard deviation of the loss by source, per cent of the loss, with 95 % intervals or ranges. Scatter beyond "
-        "that of seeds and images comes from the law's form or from tuning."
+        "Standard deviation of the loss by source, per cent of the loss, with 95 % intervals or ranges. What sizes "
+        "share counts as their error in a law's intervals; it may be the law's misfit."
     )
     return page_table("noise-parts", "Sources of spread", note, frame, frame.columns, sentences=found.sentences())
 

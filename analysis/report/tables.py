@@ -71,6 +71,8 @@ COLUMNS: dict[str, tuple[str, Form]] = {
     "high": ("high", _LOSS),
     "num_run_pairs": ("pairs of runs", whole),
     "num_pairs": ("pairs of rows", whole),
+    "num_sizes": ("sizes", whole),
+    "degrees": ("degrees of freedom", lambda v: f"{v:.3g}"),
     "baseline_mean": ("at the baseline", _LOSS),
     "level_mean": ("at the level", _LOSS),
     "difference": ("difference", _LOSS),

@@ -58,6 +58,57 @@ def test_nothing_is_claimed_where_there_is_nothing_and_the_visible_effect_is_tol
     assert found.detectable == pytest.approx(se * (stats.t.ppf(0.975, 2) + stats.t.ppf(0.8, 2)))
 
 
+def paired_runs(effects: dict[str, list[float]]) -> pd.DataFrame:
+    """Runs of some sizes at two prefixes, with the log ratio of each pair: size -> one a seed."""
+    rows = [
+        {"run_id": f"{size} {seed} {prefix}", "size": size, "seed": seed, "prefix": prefix, "status": "complete"}
+        | {"images_seen": 8000, "params_total": 1000, "val_loss": 0.5 * np.exp(effect * (prefix == "none"))}
+        for size, values in effects.items()
+        for seed, effect in enumerate(values)
+        for prefix in ("paired", "none")
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_from_three_sizes_on_they_are_the_clusters():
+    """What suits one level at one size is shared by its seeds: six seeds are no six sizes."""
+    of_size = [0.004, -0.003, 0.008]
+    df = paired_runs({f"s{i}": [e - 1e-4, e, e + 1e-4] for i, e in enumerate(of_size)})
+    (each,) = contrast(df, by="prefix").contrasts
+    exact = stats.ttest_1samp(of_size, 0).confidence_interval()
+    assert (np.log(each.ratio_low), np.log(each.ratio_high)) == pytest.approx((exact.low, exact.high))
+    assert (each.over, each.num_sizes, each.degrees) == ("sizes", 3, pytest.approx(2))
+    assert not each.is_significant
+    assert "at 3 sizes (2 degrees of freedom)" in each.sentence()
+
+
+def test_two_sizes_speak_of_themselves_alone():
+    df = paired_runs({"s0": [0.010, 0.012, 0.014], "s1": [0.001, 0.003, 0.005]})
+    found = contrast(df, by="prefix")
+    (each,) = found.contrasts
+    half = stats.t.ppf(0.975, 4) * 0.002 / np.sqrt(6)  # pairs scatter by 0.002 about the mean of their size
+    assert (np.log(each.ratio_low), np.log(each.ratio_high)) == pytest.approx((0.0075 - half, 0.0075 + half))
+    assert (each.over, each.num_sizes, each.degrees) == ("runs", 2, 4)
+    assert "for these two sizes (4 degrees of freedom)" in each.sentence()
+    assert "these_sizes" in {flag.kind for flag in found.flags}
+    (alone,) = contrast(df[df["size"] == "s0"], by="prefix").contrasts
+    assert "for this size (2 degrees of freedom)" in alone.sentence()
+
+
+def test_one_pair_at_each_of_two_sizes_has_no_interval(tmp_path):
+    df = paired_runs({"s0": [0.010], "s1": [0.012]})
+    (each,) = contrast(df, by="prefix").contrasts
+    assert (each.over, each.verdict) == ("", "no significant difference")
+    assert np.isnan([each.low, each.detectable, each.ratio_low, each.degrees]).all()
+    assert "without an interval" in each.sentence()
+    hits = {"paired": np.arange(1000) < 500, "none": np.arange(1000) < 400}
+    df = with_hits(df.assign(image_size=32), tmp_path, lambda row: hits[row["prefix"]])
+    found = contrast(df, by="prefix", measures=["top1"])
+    (each,) = found.contrasts
+    assert (each.over, each.verdict) == ("test images", "worse")
+    assert {flag.kind for flag in found.flags} == {"one_pair", "unseen_prefix"}
+
+
 def with_hits(frame: pd.DataFrame, folder: Path, right: Callable[[dict[str, Any]], np.ndarray]) -> pd.DataFrame:
     """A linear probe per row that is right on the test images that `right` says, kept beside the table."""
     rows = frame.to_dict("records")

@@ -43,6 +43,17 @@ def test_a_constant_gain_comes_back_with_an_interval():
     assert dear.factor == pytest.approx(0.75, rel=0.05)
 
 
+def test_a_gain_reaches_as_far_as_the_sizes_that_it_is_from():
+    df = faster(1.5)
+    (gain,) = gains_in(df)
+    assert "at 5 sizes" in str(gain)
+    (gain,) = gains_in(df[df["size"].isin(["s1", "s2"])])
+    assert "for these two sizes" in str(gain)
+    one_seed = df[df["size"].isin(["s1", "s2"]) & (df["seed"] == 0)]
+    (unknown,) = gains_in(one_seed)
+    assert "not known from 2 pairs" in str(unknown)
+
+
 def test_losses_outside_the_baselines_budgets_or_beside_a_curve_that_rises_are_left_out_by_name():
     rising = faster(1.5)
     last = (rising["prefix"] == "paired") & (rising["images_seen"] == rising["images_seen"].max())
