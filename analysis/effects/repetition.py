@@ -11,7 +11,7 @@ from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.laws.base import Array
+from aimscale.analysis.laws.base import Array, Params
 from aimscale.analysis.laws.catalogue import effective, repeated
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.names import their_name
@@ -117,11 +117,19 @@ def repeats(df: pd.DataFrame, *, y: str = "val_loss") -> Repeats:
 
 
 def _worths(passes: Array, found: Fit) -> pd.DataFrame:
-    """Return the columns of `Repeats.table`; all rise with R_D, so the ends of its interval give theirs."""
-    known = found.intervals.get("R_D")
-    ends = {"": found.params["R_D"], "_low": known.low if known else np.nan, "_high": known.high if known else np.nan}
+    """Return the columns of `Repeats.table`, with intervals of the worths themselves: R_D may have no upper end."""
+    ones = np.ones(len(passes))
+
+    def totals(params: Params) -> Array:
+        return np.stack([effective(ones, passes, np.asarray(r_d)) for r_d in np.atleast_1d(params["R_D"])])
+
+    def worths(params: Params) -> Array:
+        before = [effective(ones, passes - 1, np.asarray(r_d)) for r_d in np.atleast_1d(params["R_D"])]
+        return totals(params) - np.stack(before)
+
     out = {"epochs": passes}
-    for end, r_d in ends.items():
-        total, before = (effective(np.ones(len(passes)), k, r_d) for k in (passes, passes - 1))
-        out |= {f"worth{end}": total - before, f"effective{end}": total}
+    for name, function, most in (("worth", worths, ones), ("effective", totals, passes)):
+        value, *_ = found.estimate.error_of(function)
+        low, high = found.estimate.interval_of(function)
+        out |= {name: value, f"{name}_low": np.clip(low, 0, most), f"{name}_high": np.clip(high, 0, most)}
     return pd.DataFrame(out)

@@ -54,10 +54,8 @@ def diagnose(
         lost |= unknown
     flags += _outliers(estimate, points)
     flags += [Flag(kind="unseen", subject=name) for name in estimate.unseen]
-    exponents = np.eye(len(problem.law.parameters))[problem.num_linear :][:, problem.movable]
-    known = [p.name not in lost for p in problem.law.nonlinear]
-    few = estimate.covariance.few(exponents[known]) if any(known) else ()
-    flags += [Flag(kind="few_groups", subject=name, number=estimate.groups.counts[name]) for name in few if name != "points"]
+    counts = estimate.groups.counts
+    flags += [Flag(kind="few_groups", subject=name, number=counts[name]) for name in estimate.few]
     for name in problem.law.derived:
         if name in intervals and not intervals[name].high - intervals[name].low <= WIDE_DERIVED:
             lost.add(name)

@@ -121,11 +121,6 @@ def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
     return Sandwich(design=design, covariance=covariance, adjusted=adjusted, overlaps=overlaps, weighted=crossed)
 
 
-FEW_DEGREES = 1.5
-"""Fewer degrees of freedom than this tell next to nothing of the errors that a kind of group shares: Student's quantile
-is 8 or more, and simulated intervals hold 87 to 91 % (docs/evidence.md)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Covariance:
     """Sum of the CR2 covariances over sizes and over budgets, whose errors cross each other.
@@ -151,10 +146,6 @@ class Covariance:
     def matrix(self) -> Array:
         """Covariance (k, k) of the parameters."""
         return sum(each.design.to_params @ each.covariance @ each.design.to_params.T for each in self.by.values())
-
-    def few(self, contrasts: Array) -> tuple[str, ...]:
-        """Name the clusterings that leave some contrast fewer than `FEW_DEGREES` degrees of freedom."""
-        return tuple(name for name, each in self.by.items() if each.of_contrasts(contrasts)[1].min() < FEW_DEGREES)
 
 
 def half_width(errors: Array, degrees: Array, confidence: float) -> Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from aimscale.analysis.fitting.lackoffit import lack_of_fit
 from aimscale.analysis.fitting.objectives import Objective, find_objective
 from aimscale.analysis.fitting.problem import make_problem
 from aimscale.analysis.fitting.result import Fit, Interval
-from aimscale.analysis.laws.base import Array, Columns, Law
+from aimscale.analysis.laws.base import Array, Columns, Law, Params
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.names import names_of, no_column, our_name
 from aimscale.analysis.table.points import Observations, observe, with_compute
@@ -126,34 +127,48 @@ def weights_of(rows: pd.DataFrame, by: str) -> Array:
 def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]:
     """Find 95 % intervals of the law's own, the reported and the derived parameters; none of those that are held.
 
-    Exponents, coefficients and reported parameters of any magnitude have intervals of their logarithm; a limit such as
-    E, and derived exponents, of themselves. A coefficient whose contribution may be nil begins at 0.
+    Exponents and coefficients have intervals of their logarithm; a limit such as E, and derived exponents, of themselves;
+    others as the law says (`Law.scales`). A coefficient whose contribution may be nil begins at 0.
     """
     law, problem = found.problem.law, found.problem
     held = {p.name for p, movable in zip(law.parameters, problem.movable, strict=True) if not movable}
-    logs = {p.name for p in law.parameters if p.log} | {*law.magnitudes}
-    logs |= {p.name for p, is_scaled in zip(law.linear, _scaled(found), strict=True) if is_scaled}
-    values = {**found.params, **law.reported(found.params)}
-    out = {}
-    for name in values:
-        if name in held:
-            continue
-        if name in hidden:
-            out[name] = Interval(low=np.nan, high=np.nan)
-            continue
-        is_log = name in logs and values[name] > 0
+    scales = {p.name: "log" for p in law.parameters if p.log}
+    scales |= {p.name: "log" for p, varies in zip(law.linear, _vary(found), strict=True) if varies} | dict(law.scales)
+    values, out = {**found.params, **law.reported(found.params)}, dict[str, Interval]()
+    for name in [name for name in values if name not in held]:
+        scale = _SCALES[scales[name] if name in scales and values[name] > 0 else "own"]
 
-        def value(p: Mapping[str, Array], name: str = name, is_log: bool = is_log) -> Array:
-            with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-                return np.log({**p, **law.reported(p)}[name]) if is_log else {**p, **law.reported(p)}[name]
+        def scaled(p: Params, name: str = name, scale: Scale = scale) -> Array:
+            with np.errstate(all="ignore"):
+                return scale.forth({**p, **law.reported(p)}[name])
 
-        with np.errstate(over="ignore"):
-            low, high = (float(np.exp(end) if is_log else end) for end in np.concatenate(found.interval_of(value)))
-        out[name] = Interval(low=low, high=high)
+        with np.errstate(all="ignore"):
+            ends = [float(scale.back(end[0])) for end in found.interval_of(scaled)]
+        unknown = Interval(low=np.nan, high=np.nan)
+        out[name] = unknown if name in hidden else Interval(low=min(ends), high=max(ends))
     return _within(found, values, out)
 
 
-def _scaled(found: Estimate) -> list[bool]:
+class Scale(NamedTuple):
+    """Scale on which an interval is symmetric."""
+
+    forth: Callable[[Array], Array]
+    back: Callable[[Array], Array]
+
+
+def _reciprocal(value: Array) -> Array:
+    """1 / value, infinite where that is not positive."""
+    return np.where(np.asarray(value) > 0, 1 / np.asarray(value), np.inf)
+
+
+_SCALES = {
+    "own": Scale(forth=lambda v: v, back=lambda v: v),
+    "log": Scale(forth=np.log, back=np.exp),
+    "reciprocal": Scale(forth=lambda v: 1 / v, back=_reciprocal),
+}
+
+
+def _vary(found: Estimate) -> list[bool]:
     """Tell which linear coefficients belong to a term that varies over the points, which a limit does not."""
     parts = found.problem.basis(found.vector[None])
     return [bool(np.ptp(part) > 1e-12 * np.abs(part).max()) for part in parts]

@@ -83,14 +83,17 @@ def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
     return Groups(sizes=_several(sizes), budgets=_several(_budgets(rows, x, sizes)), runs=_several(runs))
 
 
-def visible_groups(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...]]:
-    """Split groups into those whose spread the law leaves visible, and the names of those it does not.
+def visible_groups(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...], tuple[str, ...]]:
+    """Find the groups whose spread the law leaves visible.
 
     A law that bends through three sizes leaves next to nothing of them over (nothing but for the logarithm that is
-    fitted): errors that sizes share cannot be seen then.
+    fitted): errors that sizes share cannot be seen then. Of four it leaves one direction, which hardly tells them.
+
+    Returns:
+        The groups that are visible, the names of those that are not, and of those seen in one direction alone.
     """
     seen: dict[str, Array] = {}
-    known, lost = jacobian, []
+    known, lost, few = jacobian, [], []
     for name, codes in groups.named.items():
         if codes.max() > MANY:
             seen[name] = codes
@@ -99,12 +102,13 @@ def visible_groups(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, 
         scale = np.linalg.norm(known, axis=0)
         basis, singular, _ = np.linalg.svd(known / np.where(scale > 0, scale, 1.0), full_matrices=False)
         basis = basis[:, singular > 1e-9 * singular.max()]
-        left = indicators - basis @ (basis.T @ indicators)
-        if np.linalg.norm(left, 2) < VISIBLE:
+        left = np.linalg.svd(indicators - basis @ (basis.T @ indicators), compute_uv=False)
+        if not (num := int(np.sum(left >= VISIBLE))):
             lost.append(name)
-        else:
-            seen[name], known = codes, np.column_stack([known, indicators])
-    return Groups(**seen), tuple(lost)
+            continue
+        seen[name], known = codes, np.column_stack([known, indicators])
+        few += [name] if num == 1 else []
+    return Groups(**seen), tuple(lost), tuple(few)
 
 
 def _sizes(rows: pd.DataFrame, x: Mapping[str, Array]) -> Array | None:

@@ -53,6 +53,8 @@ class Estimate:
     """Points that share errors which the law leaves visible."""
     unseen: tuple[str, ...]
     """Kinds of groups whose shared errors the law leaves invisible, for which intervals do not account."""
+    few: tuple[str, ...]
+    """Kinds of groups that are so few that they hardly tell what their points share."""
     design: Design
     """Linearised problem."""
     residual: Array
@@ -151,7 +153,7 @@ def estimated(problem: Problem, groups: Groups) -> Estimate:
     if not np.isfinite(jacobian).all():
         raise AnalysisError(f"The optimum of {problem.law.formula} lies where it has no finite derivatives.")
     pull, slope = _pull_and_slope(problem.objective.delta, problem.residual(vector), jacobian.shape[1])
-    seen, unseen = visible_groups(groups, jacobian)
+    seen, unseen, few = visible_groups(groups, jacobian)
     # what curves the objective is the slope: a point's precision, besides which its weight is no precision
     scaled = linear_design(jacobian * np.sqrt(slope)[:, None], problem.weights)
     clusterings = seen.clusterings(problem.num_points).items()
@@ -164,6 +166,7 @@ def estimated(problem: Problem, groups: Groups) -> Estimate:
         components=components_of(design, residual, seen),
         groups=seen,
         unseen=unseen,
+        few=few,
         design=design,
         residual=residual,
     )

@@ -33,9 +33,8 @@ HARDLY = 1e-3
 """Patterns that the law's own derivatives explain to 99.9 % are not tested."""
 FAMILY_ALARM = 0.05
 """Probability that any group of any variable of a sound table is named (Bonferroni)."""
-CURVE = 4
-"""Degrees of freedom of groups that a law's curve in one variable (limit, coefficient, exponent) and the group that is
-left out take."""
+CURVE = 3
+"""Degrees of freedom of groups that a law's curve in one variable takes: limit, coefficient, exponent."""
 BLIND_THRESHOLD = 6.0
 """Where too few sizes are left to know their spread, a group must lie this many standard deviations of points off."""
 
@@ -92,7 +91,7 @@ def _experiments(found: Estimate, rows: pd.DataFrame) -> Iterator[Flag]:
     law, scaled = found.design.x * root[:, None], found.residual * root
     covariance = found.components.covariance(found.groups, len(rows)) * root[:, None] * root
     for name in names:
-        codes = pd.factorize(rows[name].astype(str))[0]
+        codes = pd.factorize(rows[name].map(str))[0]
         num = int(codes.max()) + 1
         if not 1 < num <= MAX_GROUPS or len(rows) <= law.shape[1] + num:
             continue
@@ -210,7 +209,7 @@ def _left_out(found: Estimate, shared: Groups, out: Array) -> tuple[float, float
     inverse[:, keep] = rest.inverse
     moved = inverse @ found.residual
     gap = share - (share @ jacobian) @ inverse
-    left, unseen = visible_groups(shared.rows(keep), jacobian[keep])
+    left, unseen, _ = visible_groups(shared.rows(keep), jacobian[keep])
     spread = components_of(rest, (found.residual - jacobian @ moved)[keep], left)
     sd = float(np.sqrt(spread.variance_of(gap[None], shared)[0]))
     off = float(share @ (found.problem.residual(found.vector) - jacobian @ moved))

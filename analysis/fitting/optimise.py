@@ -39,6 +39,9 @@ SAME_MINIMUM = {ROUGH: 0.05, FINE: 0.01}
 """Relative distance of vectors within which they are taken for one minimum."""
 SHRINK = 6.0
 """Factor by which the quadratic zone shrinks at each step of the continuation."""
+BLEND = 0.5
+"""Share of the loss's own curvature in its model; the rest is that of reweighted least squares, which always descends.
+With all of it steps end early where the quadratic zone is narrow, with none of it they are many."""
 ON_BOUND = 1e-4
 """A parameter this near its bound is tried on it: a trust region that stays inside only comes close."""
 
@@ -151,7 +154,8 @@ def _huber(edges: Array) -> Callable[[Array], Array]:
         size = np.maximum(np.sqrt(squares), 1e-300)
         inside = size <= edges
         values = np.where(inside, squares, 2 * edges * size - edges**2)
-        return np.stack([values, np.where(inside, 1.0, edges / size), np.where(inside, 0.0, -0.5 * edges / size**3)])
+        first = np.where(inside, 1.0, edges / size)
+        return np.stack([values, first, np.where(inside, 0.0, -BLEND * first / 2 / np.maximum(squares, 1e-300))])
 
     return rho
 

@@ -31,12 +31,13 @@ _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """Forecasts of one range of distances; every table counts alike."""
+    """How forecasts of one range of distances fared; every family of tables counts alike."""
 
     low: float
     high: float
     """Factors beyond the largest compute."""
-    num_tables: int
+    num_families: int
+    """Families of tables, those that share runs counting once."""
     inside: float
     """Share of losses inside their 95 % intervals."""
     error: float
@@ -106,12 +107,17 @@ class Ahead(Result):
             rows = self.table[self.table["at"] == number]
             far = float(rows["distance"].iloc[0])
             reach = f"{human(far)} times beyond the table" if far > 1 else "inside the table"
-            fared = record(far) if self.loss.is_usual else None
             said = [("at", f"{scale_words(place)}, {reach}")]
-            said += [("record", words) for words in record_words(fared, accuracies=len(self.forecasters) > 1)]
+            said += [("record", words) for words in self._record(far)]
             cells = [self._cells(row) for row in rows.to_dict("records")]
             blocks.append(f"{fact_lines(said)}\n{text_table(cells)}")
         return "\n\n".join(blocks)
+
+    def _record(self, distance: float) -> list[str]:
+        """Tell how forecasts at a distance fared, or why none is alike."""
+        if distance > 1 and not self.loss.stack.is_tested:
+            return ["none: public tables that were forecast were large enough for backtests, this one is not"]
+        return record_words(record(distance) if self.loss.is_usual else None, accuracies=len(self.forecasters) > 1)
 
     def _cells(self, row: Mapping[Any, Any]) -> dict[str, str]:
         several = len(self.forecasters[row["quantity"]].stack.curves) > 1
@@ -132,7 +138,7 @@ def record_words(found: Record | None, *, accuracies: bool = False) -> list[str]
         inside += f" and {percent(found.accuracy_inside)} of accuracies"
         error += f" and {100 * found.accuracy_error:.1f} points"
     return [
-        f"{inside} inside their intervals, mean error {error}, on {found.num_tables} public tables forecast "
+        f"{inside} inside their intervals, mean error {error}, on {found.num_families} families of public tables forecast "
         f"{found.low:g} to {found.high:g} times beyond"
     ]
 

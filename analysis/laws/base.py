@@ -99,8 +99,9 @@ class Law:
     """Returns this law with constants that suit the data (Kaplan's N and D over their means); None: it has none."""
     derived: Mapping[str, Callable[[Params], Array]] = field(default_factory=dict)
     """Further quantities that deserve an interval, e.g. the exponent of N*(C)."""
-    magnitudes: tuple[str, ...] = ()
-    """Reported parameters that are not the law's own and may be of any magnitude: their intervals are of logarithms."""
+    scales: Mapping[str, str] = field(default_factory=dict)
+    """Parameter -> the scale of its interval where that is not its own: `log` of reported ones of any magnitude,
+    `reciprocal` of those that may have no upper end."""
     source: str = ""
     """Paper and equation."""
 

@@ -92,7 +92,7 @@ def _kaplan(n0: float = 1.0, d0: float = 1.0) -> Law:
         nonlinear=(exponent("aN", 0.005, 2.0), exponent("aD", 0.005, 2.0), exponent("w", 1e-6, 1e6)),
         basis=basis,
         report=report,
-        magnitudes=("Nc", "Dc"),
+        scales={"Nc": "log", "Dc": "log"},
         centred=lambda x: _kaplan(_centre(x, "N"), _centre(x, "D")),
         source="Kaplan et al. 2020, equation 1.5",
     )
@@ -122,6 +122,7 @@ def repeated(*, sizes: bool = True) -> Law:
         linear=(coefficient("E"), *coefficients, coefficient("B")),
         nonlinear=(*exponents, exponent("beta"), exponent("R_D", 0.1, 1e3)),
         basis=basis,
+        scales={"R_D": "reciprocal"},
         source="Muennighoff et al. 2023, the data half",
     )
 
@@ -139,6 +140,7 @@ REPEATED_BOTH = Law(
         effective(x["V"], x["N"], t["R_N"]) ** -t["alpha"],
         effective(x["U"], x["D"], t["R_D"]) ** -t["beta"],
     ),
+    scales={"R_D": "reciprocal", "R_N": "reciprocal"},
     source="Muennighoff et al. 2023, in full; V is the compute-optimal size for U new samples (theirs: 0.051 U)",
 )
 
@@ -162,6 +164,7 @@ def overfitting(n0: float = 1.0, u0: float = 1.0) -> Law:
         nonlinear=(*CHINCHILLA.nonlinear, exponent("R0", 1.0, 1e4)),
         basis=basis,
         report=lambda p: {**p, "G": p["G"] * u0 / n0},
+        scales={"R0": "reciprocal"},
         centred=lambda x: overfitting(_centre(x, "N"), _centre(x, "U")),
         source="the penalty of Lovelace et al. 2026 (arXiv 2605.01640) with exponents of 1; its levelling off is ours",
     )

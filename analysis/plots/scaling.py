@@ -45,7 +45,7 @@ def plot_fit(fit: Fit, ax: Axes | None = None, *, x: str | None = None) -> Figur
 
     Example:
         >>> table = read_table("results.parquet")
-        >>> plot_fit(fit("chinchilla", table), x="N")
+        >>> plot_fit(fit(table, "chinchilla"), x="N")
     """
     with styled():
         ax = ax or new_figure()[1][0]

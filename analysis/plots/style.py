@@ -300,7 +300,7 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
         AnalysisError: the path names no file, or the folder cannot be written.
 
     Example:
-        >>> save(fit("chinchilla", read_table("results.parquet")).plot(), "law")
+        >>> save(fit(read_table("results.parquet"), "chinchilla").plot(), "law")
     """
     stem = Path(stem)
     if stem.name in ("", ".."):

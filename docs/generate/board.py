@@ -26,7 +26,7 @@ def markdown() -> str:
     of_stack = scored[(scored["method"] == STACK) & (scored["quantity"] == LOSS)]
     parts = [
         f"{scored['table'].nunique()} tables of {scored['family'].nunique()} families, "
-        f"{of_stack['num_points'].sum():,} forecasts of a loss. Tables count alike. `stack` is what `forecast` does.",
+        f"{of_stack['num_points'].sum():,} forecasts of a loss. Tables count alike; by distance, families do. `stack` is what `forecast` does.",
         "### By distance",
         _table(_by_distance()),
         "### By method and cut",
@@ -46,7 +46,7 @@ def _by_distance() -> pd.DataFrame:
     rows = [
         {
             "times beyond the table": f"{each.low:g} to {each.high:g}",
-            "tables": each.num_tables,
+            "families": each.num_families,
             "losses inside, %": f"{100 * each.inside:.0f}",
             "error, %": f"{100 * each.error:.1f}",
             "accuracies inside, %": f"{100 * each.accuracy_inside:.0f}",

@@ -21,14 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize
 from scipy.stats import t as student
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.forecasts.ahead import BINS
 from aimscale.analysis.forecasts.points import JOINT, Forecaster, Made, accuracy_forecaster, forecaster
-from aimscale.analysis.forecasts.stack import CONFIDENCE, DOF, MISFIT, TERMS
+from aimscale.analysis.fitting.inference import CONFIDENCE
+from aimscale.analysis.forecasts.stack import DOF, LOSSES, TERMS, Calibration
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
 
@@ -36,8 +37,6 @@ CUTS = (3.0, 10.0, 30.0, 100.0)
 """Tables are cut at their largest compute over these."""
 MIN_ROWS, MIN_SIZES, MIN_RANGE = 12, 4, 8.0
 """Rows, sizes and factor in compute that must be left below a cut."""
-DRAWS = 200
-"""Of the fits that the stack is compared with."""
 STACK, STRAIGHT = "stack", "straight line"
 WITH_POINTS = "stack, points during training too"
 LOSS = "val_loss"
@@ -108,7 +107,7 @@ def forecast_cuts(table: BoardTable) -> pd.DataFrame:
 
     Returns:
         One row a point: table, family, cut, quantity, method, distance, measured, predicted, low, high, and of the
-        stack the variance without the misfit (known) and the misfit's at one unit of its constant (unit).
+        stack what a `Calibration` weighs: the variance without the misfit (known), the rate of misfit, and ln distance.
     """
     rows = []
     for cut in CUTS:
@@ -128,11 +127,11 @@ def _methods(frame: pd.DataFrame, during: pd.DataFrame, cut: float) -> Iterator[
     if len(train) < MIN_ROWS or train["params_total"].nunique() < MIN_SIZES or scale.max() / scale.min() < MIN_RANGE:
         return
     shared = {"distance": test["flops_train"] / scale.max(), "measured": test[LOSS]}
-    yield LOSS, STACK, _of_stack(forecaster(train), test).assign(**shared)
+    yield LOSS, STACK, _of_stack(forecaster(train), test).assign(measured=test[LOSS])
     if len(during):
         known = during[during["C_run"] <= top / cut * (1 + 1e-6)]
         together = pd.concat([train, known], ignore_index=True)
-        yield LOSS, WITH_POINTS, _of_stack(forecaster(together), test).assign(**shared)
+        yield LOSS, WITH_POINTS, _of_stack(forecaster(together), test).assign(measured=test[LOSS])
     rivals: dict[str, Callable[[pd.DataFrame, pd.DataFrame], pd.DataFrame]] = {
         **{law: partial(_by_fit, law) for law in JOINT},
         STRAIGHT: _by_line,
@@ -158,23 +157,25 @@ def _of_probes(train: pd.DataFrame, test: pd.DataFrame) -> Iterator[tuple[str, p
             rows = _of_stack(accuracy_forecaster(probed, made=made), asked)
         except AnalysisError:
             continue
-        far = asked["flops_train"] / train["flops_train"].max()
-        yield ":".join(map(str, key)), rows.assign(distance=far, measured=1 - asked["top1"])
+        yield ":".join(map(str, key)), rows.assign(measured=1 - asked["top1"])
 
 
 def _of_stack(found: Forecaster, test: pd.DataFrame) -> pd.DataFrame:
     """The stack's forecasts; of an accuracy, of its error rate."""
     named = {**found.basis.columns, "C": "flops_train"}
     places = found.basis.place({v: test[name].to_numpy(float) for v, name in named.items() if v != "y"})
-    rows = found.stack.predict(places)
-    known = sum(rows[name] ** 2 for name in TERMS if name != "misfit")
+    rows, stack = found.predict(places), found.stack
+    known = sum((rows[name] / stack.calibration.known) ** 2 for name in TERMS if name != "misfit")
     ends = {"predicted": rows["value"], "low": rows["pi_lo"], "high": rows["pi_hi"]}
-    return pd.DataFrame({**ends, "known": known, "unit": (rows["misfit"] / MISFIT) ** 2})
+    if found.is_accuracy:
+        ends = {name: 1 - ends[other] for name, other in (("predicted", "predicted"), ("low", "high"), ("high", "low"))}
+    terms = {"known": known, "rate": stack.misfit, "log_distance": np.log(rows["distance"])}
+    return pd.DataFrame({**ends, **terms, "distance": rows["distance"]})
 
 
 def _by_fit(law: str, train: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
     """A law as `aimscale fit` fits it, with its own prediction intervals."""
-    found = fit(law, train, y=LOSS, resamples=DRAWS, is_tested=False).predict(test)
+    found = fit(train, law, y=LOSS, is_tested=False).predict(test)
     return pd.DataFrame({"predicted": found["value"], "low": found["pi_lo"], "high": found["pi_hi"]})
 
 
@@ -196,31 +197,42 @@ def _ends(log_value: Array, spread: Array, dof: float) -> pd.DataFrame:
     )
 
 
-def calibrated(points: pd.DataFrame) -> float:
-    """The constant that the stack's forecasts of losses speak for most, each family alike; `MISFIT` without any."""
+def calibrated(points: pd.DataFrame) -> Calibration:
+    """Find the constants that the stack's forecasts of losses speak for most, each family alike."""
     of_stack = points[(points["method"] == STACK) & (points["quantity"] == LOSS)]
     if of_stack.empty:
-        return MISFIT
+        return LOSSES
     miss = np.log(of_stack["measured"].to_numpy() / of_stack["predicted"].to_numpy())
-    known, unit = of_stack["known"].to_numpy(float), of_stack["unit"].to_numpy(float)
     sizes = of_stack.groupby(["table", "cut"])["cut"].transform("size")
     of_family = of_stack[["family", "table", "cut"]].drop_duplicates().groupby("family").size()
     weight = 1 / np.asarray(sizes * of_stack["family"].map(of_family), float)
 
-    def surprise(constant: float) -> float:
-        sd = np.sqrt(known + constant**2 * unit)
+    def surprise(logs: Array) -> float:
+        sd = _spread(of_stack, Calibration(**dict(zip(CONSTANTS, np.exp(logs).tolist(), strict=True))))
         return float(np.sum(weight * (np.log(sd) - student.logpdf(miss / sd, DOF))))
 
-    return float(minimize_scalar(surprise, bounds=(0.05, 3.0), method="bounded").x)
+    start = np.log([getattr(LOSSES, name) for name in CONSTANTS])
+    found = minimize(surprise, start, method="Nelder-Mead", options={"xatol": 0.01, "fatol": 1e-5})
+    return Calibration(**dict(zip(CONSTANTS, np.exp(found.x).tolist(), strict=True)))
+
+
+CONSTANTS = ("known", "misfit", "least")
+"""Fields of a `Calibration`."""
+
+
+def _spread(points: pd.DataFrame, by: Calibration) -> Array:
+    """Standard deviation of ln loss of the stack's forecasts."""
+    known, rate, far = (points[name].to_numpy(float) for name in ("known", "rate", "log_distance"))
+    return np.hypot(by.known * np.sqrt(known), (by.misfit * rate + by.least) * far)
 
 
 def left_out(points: pd.DataFrame) -> pd.DataFrame:
-    """The points with the stack's intervals of every family by the constant that the other families speak for."""
-    out = [points[points["method"] != STACK]]
-    for family, own in points[points["method"] == STACK].groupby("family"):
-        constant = calibrated(points[points["family"] != family])
-        known, unit, centre = (own[name].to_numpy(float) for name in ("known", "unit", "predicted"))
-        ends = _ends(np.log(centre), np.sqrt(known + constant**2 * unit), DOF).set_index(own.index)
+    """Replace the stack's intervals of losses of every family by those that the other families speak for."""
+    mine = (points["method"] == STACK) & (points["quantity"] == LOSS)
+    out = [points[~mine]]
+    for family, own in points[mine].groupby("family"):
+        spread = _spread(own, calibrated(points[points["family"] != family]))
+        ends = _ends(np.log(own["predicted"].to_numpy(float)), spread, DOF).set_index(own.index)
         out.append(own.assign(low=ends["low"], high=ends["high"]))
     return pd.concat(out, ignore_index=True)
 
@@ -254,21 +266,22 @@ def scores(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def record_table(points: pd.DataFrame) -> pd.DataFrame:
-    """The stack's forecasts by distance (`record.Record`), every table counting alike in each range."""
+    """Count the stack's forecasts by distance (`ahead.Record`), every family alike in each range."""
     own = points[points["method"] == STACK]
     is_loss = own["quantity"] == LOSS
     predicted, measured = own["predicted"].to_numpy(float), own["measured"].to_numpy(float)
     off = np.abs(np.where(is_loss, np.log(predicted / measured), predicted - measured))
     each = own.assign(off=off, held=own["measured"].between(own["low"], own["high"]), is_loss=is_loss)
     each["bin"] = np.clip(np.searchsorted(BINS, each["distance"]), 1, len(BINS) - 1)
-    means = each.groupby(["is_loss", "bin", "table"])[["held", "off"]].mean().groupby(["is_loss", "bin"]).mean()
-    tables = each[is_loss].groupby("bin")["table"].nunique()
-    losses, accuracies = means.loc[True], means.loc[False].reindex(tables.index)
+    of_tables = each.groupby(["is_loss", "bin", "family", "table"])[["held", "off"]].mean()
+    means = of_tables.groupby(["is_loss", "bin", "family"]).mean().groupby(["is_loss", "bin"]).mean()
+    families = each[is_loss].groupby("bin")["family"].nunique()
+    losses, accuracies = means.loc[True], means.loc[False].reindex(families.index)
     return pd.DataFrame(
         {
-            "low": [BINS[k - 1] for k in tables.index],
-            "high": [BINS[k] for k in tables.index],
-            "num_tables": tables,
+            "low": [BINS[k - 1] for k in families.index],
+            "high": [BINS[k] for k in families.index],
+            "num_families": families,
             "inside": losses["held"],
             "error": losses["off"],
             "accuracy_inside": accuracies["held"],
@@ -295,9 +308,9 @@ def main() -> None:
     if asked.record:
         record_table(points).to_csv(asked.record, index=False, float_format="%.4g")
     families = [calibrated(points[points["family"] != family]) for family in points["family"].unique()]
-    print(
-        f"constant of the misfit: {calibrated(points):.2f}, without a family {min(families):.2f} to {max(families):.2f}"
-    )
+    for name in CONSTANTS:
+        each = [getattr(found, name) for found in families]
+        print(f"{name}: {getattr(calibrated(points), name):.3g}, without a family {min(each):.3g} to {max(each):.3g}")
 
 
 if __name__ == "__main__":

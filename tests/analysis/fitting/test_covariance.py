@@ -115,9 +115,13 @@ def test_groups_are_told_from_the_table_and_only_where_they_show():
     assert groups_of(rows, {"N": n, "D": np.tile([1e14, 2e14, 4e14, 8e14], 3) / n}).counts["budgets"] == 4
     assert groups_of(rows, {"N": n, "D": np.exp(np.arange(12.0))}).budgets is None
     bent = np.column_stack([np.ones(12), np.log(n), np.log(n) ** 2])
-    left, unseen = visible_groups(found, bent)
+    left, unseen, _ = visible_groups(found, bent)
     assert (left.sizes, unseen) == (None, ("sizes",))
     assert left.runs is not None
+    sizes, budgets = np.meshgrid(np.arange(7), np.arange(4))
+    law = np.column_stack([np.ones(28), *(v.ravel() ** k for v in (sizes, budgets) for k in (1, 2))])
+    _, unseen, few = visible_groups(Groups(sizes=sizes.ravel(), budgets=budgets.ravel()), law)
+    assert (unseen, few) == ((), ("budgets",))
 
 
 def test_too_few_sizes_are_said(grid):

@@ -69,12 +69,14 @@ def test_coupled_has_the_closed_form_and_others_are_minimised():
     line = parametric_frontier(coupled, df)
     assert line.exponent == pytest.approx(0.45 / 0.95, abs=0.01)
     numeric = sizes_along(coupled.law, coupled.law_params, line.cost, np.array([1e18, 1e20]), (1e6, 1e10))[0]
-    np.testing.assert_allclose(numeric, line.log_sizes(np.array([1e18, 1e20]))[0], atol=1e-3)
+    log_k, a = optimum_of(coupled.params, line.cost)
+    np.testing.assert_allclose(numeric, log_k + a * np.log([1e18, 1e20]), atol=1e-7)
+    assert line.exponent_interval.low < a < line.exponent_interval.high
     # Kaplan's inner sum has the exponents aN / aD and 1
     df = grid_of(laws.KAPLAN, {"K": 2.0, "aN": 0.07, "aD": 0.1, "w": 1e3})
     line = parametric_frontier(fit(df, laws.KAPLAN), df)
     assert line.exponent == pytest.approx(1 / 1.7, abs=0.02)
-    assert line.curve is None
+    assert np.ptp(np.diff(line.optimum(np.geomspace(*line.range, 3))[0])) < 1e-6  # a power of C
     assert line.exponent_interval.low < 1 / 1.7 < line.exponent_interval.high
 
 
@@ -94,7 +96,10 @@ def test_every_law_finds_the_same_optimum_of_farseers_table():
     df = pd.read_csv(BOARD / "farseer.csv", comment="#").rename(columns={"loss": "val_loss"})
     names = ("chinchilla", "coupled", "kaplan", "overtrained", "farseer")
     lines = {name: parametric_frontier(fit(df, name), df) for name in names}
-    assert [line.curve is not None for line in lines.values()] == [False] * 4 + [True]
+    ends = np.geomspace(*lines["farseer"].range, 3)
+    bends = {name: np.ptp(np.diff(line.optimum(ends)[0])) for name, line in lines.items()}
+    assert max(bends, key=bends.__getitem__) == "farseer"
+    assert bends.pop("farseer") > 0.05 > 1e-6 > max(bends.values())
     sizes = [float(line.at(1e20)["N"].iloc[0]) for line in lines.values()]
     assert max(sizes) / min(sizes) < 1.06
     curved, best = lines["farseer"], sizes[-1]

@@ -159,7 +159,7 @@ def test_accuracy_axes_start_where_the_data_are(grid):
 
 
 def test_unidentified_laws_still_draw(joint):
-    bare = dataclasses.replace(joint, draws={}, intervals={})
+    bare = dataclasses.replace(joint, intervals={})
     assert len(law_lines(plot_fit(bare).axes[0])) == joint.data["D"].nunique()
 
 

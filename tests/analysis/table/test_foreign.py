@@ -204,5 +204,5 @@ def test_at_most_five_names_stand_in_an_error_the_nearest_first():
     assert len(re.findall(r"column_\d\d", str(error.value))) <= 5
     with pytest.raises(AnalysisError, match=r"Lerning_rate'.*did you mean learning_rate"):
         correlate(df, x="Lerning_rate", y="column_01")
-    with pytest.raises(AnalysisError, match="law first"):
+    with pytest.raises(AnalysisError, match="N of L = E"):
         fit(df, "chinchilla")
