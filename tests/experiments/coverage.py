@@ -33,6 +33,8 @@ CORRELATIONS = {"pearson": CORRELATION, "spearman": 6 / np.pi * np.arcsin(CORREL
 """Method -> true value."""
 REACH = 92, 99
 """Per cent of intervals that are to hold the truth where the page does not say that it cannot tell."""
+BLIND = ("unseen",)
+"""Kinds of flags that say of a whole table that an error which its points share cannot be told."""
 FEWEST = 20
 """Tables from which on a coverage is judged."""
 
@@ -97,7 +99,7 @@ def law(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record: Reco
     """Measure parameters, the law and a point at unseen scales, N*(C) by the approaches, the largest size held out."""
     df, at = cell.measured(scales, rng), cell.design.unseen()
     result = fit(df, "chinchilla", y="loss")
-    is_blind = any(flag.kind == "unseen" for flag in result.flags)
+    is_blind = any(flag.kind in BLIND for flag in result.flags)
     for name in ("alpha", "beta", "a"):
         ends, lost = result.intervals[name], name in result.not_identified
         value = laws.CHINCHILLA.reported(TRUTH)[name]
@@ -165,7 +167,7 @@ def accuracies(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, recor
     measured = np.clip(accuracy + ACCURACY_SD * rng.standard_normal(len(df)), 0, 1)
     df["probes"] = [[{"task": "t", "kind": "linear", "top1": float(each), "chance": 0.1}] for each in measured]
     found = forecast(df, pd.DataFrame(places).to_dict("records"), y="loss")
-    at, is_blind = found.table.set_index(["quantity", "at"]), any(flag.kind == "unseen" for flag in found.flags)
+    at, is_blind = found.table.set_index(["quantity", "at"]), any(flag.kind in BLIND for flag in found.flags)
     loss = laws.CHINCHILLA.value(places, TRUTH)
     new = loss * np.exp(cell.new_sd * rng.standard_normal(2))
     curves = {"loss": loss, "t:linear": laws.LINK_SIGMOID.value({"L": loss}, sigmoid)}

@@ -27,7 +27,7 @@ CAUTIONS = {"The": CANNOT_TEST, "Fitted": "no better than a line", "Only": "few 
 """First word of a held-out test's caution -> its short name."""
 HARMLESS = (
     *("few_values", "from_above", "factor", "reaches_bound", "lower_bound", "upper_bound"),
-    *("narrow", "one_variable", "collinear", "unseen"),
+    *("narrow", "one_variable", "collinear", "unseen", "few_groups"),
 )
 """Kinds of flags that say what the rows cannot tell, and accuse nothing."""
 MOST = 0.05
