@@ -24,8 +24,8 @@ SPARE_POINTS = 2
 """Points that a law needs beyond its parameters: with fewer its errors have no degree of freedom to be told by."""
 THROUGH = " through the loss"
 """Ends the name of a curve that leads through the loss."""
-LEAST = 1e-6
-"""Smallest loss or error rate that a curve returns."""
+LEAST, UNKNOWN = 1e-6, 1e3
+"""Smallest loss or error rate that a curve returns; its error, of its logarithm, where the law itself is nil."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def law_curve(law: Law, points: Measurements) -> Curve:
 
     def predict(at: Mapping[str, Array]) -> tuple[Array, Array]:
         value, errors = found.modelled(at)
-        return np.maximum(value, np.log(LEAST)), errors
+        return np.maximum(value, np.log(LEAST)), np.nan_to_num(errors, nan=UNKNOWN, posinf=UNKNOWN)
 
     noise = found.components.total
     return Curve(name=law.name, num_params=len(law.parameters), noise=noise, num_runs=found.num_runs, predict=predict)

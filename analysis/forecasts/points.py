@@ -12,7 +12,7 @@ from aimscale.analysis.accuracy.links import task_level
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.forecasts.curves import THROUGH, Curve, Measurements, law_curve, link_curves
-from aimscale.analysis.forecasts.stack import ACCURACIES, Fitter, Stack, stacked
+from aimscale.analysis.forecasts.stack import ACCURACIES, Fitter, Stack, half_widths, stacked
 from aimscale.analysis.frontier.result import Cost, cost_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
@@ -214,10 +214,10 @@ def as_accuracy(rows: pd.DataFrame, chance: float) -> pd.DataFrame:
 
     Ends lie as far from the accuracy on both sides: an error rate's logarithm has no end at 1.
     """
-    rate = rows["value"]
+    rate, halves = rows["value"], half_widths(rows)
     ends = {
-        f"{name}_{end}": (1 - rate + sign * rate * np.log(rows[f"{name}_hi"] / rate)).clip(chance, 1)
-        for name in ("ci", "pi")
+        f"{name}_{end}": (1 - rate + sign * rate * half).clip(chance, 1)
+        for name, half in halves.items()
         for end, sign in (("lo", -1), ("hi", 1))
     }
     rivals = {"rival_lo": (1 - rows["rival_hi"]).clip(chance, 1), "rival_hi": (1 - rows["rival_lo"]).clip(chance, 1)}

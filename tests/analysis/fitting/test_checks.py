@@ -123,3 +123,29 @@ def test_without_replicates_a_wrong_form_shows_in_its_residuals():
     assert ("pattern", "ln N x ln D") in flags_of(df)
     df["val_loss"] = noisy_grid(rng)["val_loss"]
     assert not any(kind == "pattern" for kind, _ in flags_of(df))
+
+
+@pytest.mark.parametrize("objective", ["robust", "huber_log"])
+def test_no_size_of_a_sound_table_is_named_of_however_many(objective):
+    """S3: clipped residuals made every size of a sound table lie off; and of 24 sizes one always lies farthest."""
+    rng = np.random.default_rng(7)
+    for sizes in (7, 24):
+        kinds = [f.kind for _ in range(6) for f in fit(noisy_grid(rng, sizes), "chinchilla", objective=objective).flags]
+        assert kinds.count("off") <= 1, sizes
+
+
+def test_two_experiments_in_one_table_do_not_pass_for_one():
+    """S19: two set-ups 2 % apart were one green law."""
+    rng = np.random.default_rng(8)
+    df = pd.concat([noisy_grid(rng).assign(setting=word) for word in ("old", "new")], ignore_index=True)
+    assert "experiments" not in {kind for kind, _ in flags_of(df)}
+    df.loc[df["setting"] == "new", "val_loss"] *= 1.02
+    assert ("experiments", "setting") in flags_of(df)
+
+
+def test_a_derived_exponent_is_known_by_its_own_interval():
+    """S16, S22: the exponent of N* does not depend on the outer exponent, which may be unknown."""
+    found = fit(noisy_grid(np.random.default_rng(9), 5, 4), "coupled", bounds={"c": (0.99, 1.01)})
+    assert "c" in found.not_identified
+    assert "a" not in found.not_identified
+    assert 0 < found.intervals["a"].high - found.intervals["a"].low < 0.5

@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import t as student
+from tables import KNOWN, law_grid
 
-from aimscale.analysis import fit, laws
+from aimscale.analysis import fit, forecaster, laws
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import Covariance, components_of, linear_design, sandwich
 from aimscale.analysis.fitting.groups import Groups, groups_of, visible_groups
 
@@ -129,3 +131,52 @@ def test_too_few_sizes_are_said(grid):
     result = fit(small.assign(run_id=small["size"]), laws.CHINCHILLA, fixed={"E": 0.2})
     assert ("unseen", "sizes") in [(flag.kind, flag.subject) for flag in result.flags]
     assert "sizes" not in result.estimate.groups.counts
+
+
+def test_intervals_hold_where_the_rows_of_a_budget_share_an_error():
+    """S0: with sizes alone for clusters, 95 % intervals held beta in 40 % of such tables."""
+    rng, held, wide = np.random.default_rng(4), [], []
+    truth = laws.CHINCHILLA.reported(KNOWN)
+    for shared in (0.005, 0.0):
+        for _ in range(25):
+            df = law_grid(sizes=(1e5, 1e7, 7), budgets=(1e5, 3e6, 5), noise=0.003, rng=rng)
+            codes = np.unique(df["D"], return_inverse=True)[1]
+            df["val_loss"] *= np.exp(shared * rng.standard_normal(5))[codes]
+            found = fit(df, "chinchilla", is_tested=False).intervals["beta"]
+            held.append(found.low < truth["beta"] < found.high)
+            wide.append(found.high - found.low)
+    assert np.mean(held[:25]) > 0.8
+    assert np.mean(held[25:]) > 0.9
+    assert np.median(wide[25:]) < 0.7 * np.median(wide[:25])  # no wider than the rows say
+
+
+def test_nothing_depends_on_a_columns_name_or_the_rows_order(grid):
+    """S8: intervals were read from draws whose seed was the loss column's name."""
+    plain = fit(grid, "chinchilla")
+    other = grid.sample(frac=1, random_state=0).rename(columns={"val_loss": "theirs"})
+    moved = fit(other, "chinchilla", y="theirs")
+    for name, i in plain.intervals.items():
+        assert [moved.intervals[name].low, moved.intervals[name].high] == pytest.approx([i.low, i.high], rel=1e-6)
+
+
+def test_what_a_forecast_fits_a_user_can_fit(grid):
+    """S26: laws are weighted by compute in forecasts, and `fit` took no weights."""
+    law = fit(grid, "chinchilla", weights="compute", objective="log_lsq")
+    far = {"N": np.array([1e8]), "D": np.array([1e8]), "C": np.array([1e17])}
+    curve = forecaster(grid, law="chinchilla").stack.curves["chinchilla"]
+    assert np.exp(curve.predict(far)[0]) == pytest.approx(law.predict(far)["value"].to_numpy(), rel=1e-6)
+    assert law.estimate.num_runs == pytest.approx(curve.num_runs)
+    assert law.estimate.num_runs < len(grid) / 2
+    alike = fit(grid.assign(weight=2.0), "chinchilla", weights="weight")
+    assert alike.params == pytest.approx(fit(grid, "chinchilla").params)
+    with pytest.raises(AnalysisError, match="weight"):
+        fit(grid.assign(weight=0.0), "chinchilla", weights="weight")
+
+
+def test_any_function_of_the_parameters_has_an_interval(grid):
+    law = fit(grid, "chinchilla")
+    low, high = law.estimate.interval_of(lambda p: p["beta"] / (p["alpha"] + p["beta"]))
+    assert [low[0], high[0]] == pytest.approx([law.intervals["a"].low, law.intervals["a"].high])
+    tables = law.estimate.simulate(400, np.random.default_rng(0))
+    spread = np.log(tables).std(axis=0)
+    assert spread == pytest.approx(np.full(len(grid), law.estimate.components.total), rel=0.2)

@@ -1,5 +1,7 @@
 """Laws weighted by how they predict a table's own larger runs, with errors that grow with distance."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ from tables import KNOWN, law_grid
 
 from aimscale.analysis import forecast, forecaster, laws, read_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.stack import TERMS
+from aimscale.analysis.forecasts.curves import Curve, Measurements
+from aimscale.analysis.forecasts.stack import TERMS, Fitter, stacked
 
 BOARD = Path(__file__).parents[2] / "board"
 TRUTH = KNOWN | {"alpha": 0.38, "beta": 0.40}
@@ -40,13 +43,81 @@ def test_errors_grow_with_distance_and_are_the_sum_of_their_parts():
     found = forecaster(table())
     rows = found.predict({"N": np.array([1e7, 3e7, 1e8, 1e9]), "D": np.array([3e6, 1e7, 3e7, 3e8])})
     assert rows["distance"].tolist() == pytest.approx([1, 10, 100, 1e4])
-    assert rows["misfit"].iloc[0] == 0
+    far = np.log(rows["distance"].to_numpy())
+    np.testing.assert_allclose(rows["misfit"], rows["misfit"].iloc[-1] * far / far[-1])  # in step with ln distance
     assert (np.diff(np.log(rows["pi_hi"] / rows["pi_lo"])) > 0).all()
     halves = np.log(rows["pi_hi"] / rows["value"])
     parts = np.sqrt(np.square(rows[list(TERMS)]).sum(axis=1))
     assert (halves / parts).to_numpy() == pytest.approx(halves[0] / parts[0])
     assert (rows["rival_lo"] <= rows["value"]).all()
     assert (rows["value"] <= rows["rival_hi"]).all()
+
+
+def curves_off(**errors: dict[float, float]) -> tuple[Measurements, Fitter, list[float]]:
+    """Points on a law, and a fitter of curves that miss by a rate per ln distance, which may depend on the cut."""
+    c = np.geomspace(1e12, 1e16, 40)
+    points = Measurements(x={"N": c / 1e6, "D": np.full(40, 1e5)}, y=np.full(40, 2.0), compute=c)
+    points = replace(points, x={"N": np.sqrt(c), "D": np.sqrt(c) * np.tile([1.0, 2.0], 20)})
+    tops: list[float] = []
+
+    def fitted(some: Measurements) -> dict[str, Curve | str]:
+        top = float(some.compute.max())
+        tops.append(top)
+        cut = min((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), key=lambda times: abs(np.log(1e16 / times / top)))
+
+        def curve(rate: float) -> Curve:
+            def predict(at: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+                far = np.maximum(0.0, np.log(at["C"] / top)) if "C" in at else np.maximum(0, np.log(at["N"] ** 2 / top))
+                return np.log(2.0) + rate * far, np.zeros(len(far))
+
+            return Curve(name="c", num_params=1, noise=1e-6, num_runs=10.0, predict=predict)
+
+        return {name: replace(curve(rates.get(cut, rates[0.0])), name=name) for name, rates in errors.items()}
+
+    return points, fitted, tops
+
+
+def test_backtests_never_see_the_rows_that_they_predict():
+    points, fitted, tops = curves_off(a={0.0: 0.01})
+    found = stacked(points, fitted)
+    assert tops[0] == points.compute.max()
+    for times, top in zip(sorted(found.backtests["times"].unique()), tops[1:], strict=True):
+        assert top <= points.compute.max() / times
+
+
+def test_one_odd_backtest_moves_no_weight_and_one_alone_decides_little():
+    points, fitted, _ = curves_off(good={0.0: 0.01, 32.0: 1.0}, bad={0.0: 0.02})
+    assert stacked(points, fitted).weights["good"] > 0.8  # by the median of five, not their mean
+    points, fitted, _ = curves_off(good={0.0: 0.01}, bad={0.0: 0.02})
+    keep = points.compute > 2e14
+    few = stacked(points.rows(keep), fitted)
+    assert few.backtests["times"].nunique() < 5
+    assert 0.5 < few.weights["good"] < stacked(points, fitted).weights["good"]
+
+
+def test_the_misfit_is_a_rate_whatever_the_distance_of_its_backtests():
+    """S23: backtests of different distance were averaged as if they missed alike."""
+    points, fitted, _ = curves_off(a={0.0: 0.01})
+    assert stacked(points, fitted).misfit == pytest.approx(0.01, rel=0.25)
+    assert stacked(points.rows(points.compute > 2e14), fitted).misfit == pytest.approx(0.01, rel=0.25)
+
+
+def test_a_law_is_better_only_with_a_margin_in_every_backtest():
+    """S9: .537 against .545 % from nested cuts is no better."""
+    points, fitted, _ = curves_off(first={0.0: 0.01}, same={0.0: 0.0098}, mixed={0.0: 0.005, 2.0: 0.02}, best={0.0: 0.005})
+    found = stacked(points, fitted)
+    assert [found.is_better(name, "first") for name in ("same", "mixed", "best")] == [False, False, True]
+
+
+def test_an_accuracy_of_one_is_no_stranger_and_ends_lie_between_chance_and_one():
+    df = table()
+    rng = np.random.default_rng(0)
+    top1 = np.clip(1 - 0.5 * (df["val_loss"] - df["val_loss"].min()) + 0.01 * rng.standard_normal(len(df)), 0, 1)
+    df["probes"] = [[{"task": "t", "kind": "linear", "top1": float(v), "chance": 0.5, "n": 1000}] for v in top1]
+    assert (top1 == 1).any()
+    rows = forecast(df, [{"N": 1e8, "D": 3e7}, {"N": 1e10, "D": 1e9}]).table.set_index("quantity").loc["t:linear"]
+    assert (rows["pi_hi"] == 1).all()
+    assert (rows[["pi_lo", "ci_lo", "value"]] >= 0.5).all(axis=None)
 
 
 def test_a_forecast_does_not_depend_on_units_or_the_order_of_rows():

@@ -80,6 +80,18 @@ def test_coupled_has_the_closed_form_and_others_are_minimised():
     assert line.exponent_interval.low < 1 / 1.7 < line.exponent_interval.high
 
 
+def test_a_sample_that_costs_more_than_its_size_moves_the_optimum():
+    """C = k N^1.2 D: less is spent on size than by 6 N D."""
+    df = grid_of(laws.CHINCHILLA, {"E": 1.5, "A": 400.0, "B": 500.0, "alpha": 0.34, "beta": 0.3})
+    dear = df.assign(C=3 * df["N"] ** 1.2 * df["D"])
+    found = parametric_frontier(fit(dear, "chinchilla"), dear)
+    assert (found.cost.kappa, found.cost.s) == (pytest.approx(3), pytest.approx(0.2))
+    assert found.exponent == pytest.approx(0.3 / (0.34 + 1.2 * 0.3), abs=0.02)
+    at = found.at(1e22).iloc[0]
+    assert 3 * at["N"] ** 1.2 * at["D"] == pytest.approx(1e22)
+    assert found.exponent < parametric_frontier(fit(df, "chinchilla"), df).exponent - 0.02
+
+
 def test_an_exponent_that_a_law_cannot_change_has_no_interval():
     df = grid_of(laws.OVERTRAINED, {"E": 1.5, "a": 300.0, "b": 900.0, "h": 0.15})
     found = all_approaches(df, law="overtrained")

@@ -31,6 +31,18 @@ def test_a_basket_keeps_to_its_budget_and_more_money_leaves_less_error(known):
         buy(known, offer, price, TARGET, budget=0.5 * price.min())
 
 
+def test_baskets_by_several_powers_of_the_price_are_weighed(known):
+    """Where one run near the target is worth the whole budget, gain over price alone fills the basket with cheap ones;
+    where many cheap runs are, gain alone spends all on one."""
+    cheap = {"N": np.full(30, 1.1e5), "D": np.full(30, 1.1e5)}
+    offer = {v: np.append(values, TARGET[v][0] / 1.5) for v, values in cheap.items()}
+    dear = buy(known, offer, np.append(np.ones(30), 30.0), TARGET, budget=30)
+    assert dear.rows.tolist() == [30]
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(2e6, 3e7, 4), np.geomspace(1e6, 1e7, 4)))
+    many = buy(known, {"N": np.append(n, n[0]), "D": np.append(d, d[0])}, np.append(np.ones(16), 16.0), TARGET, budget=16)
+    assert len(many.rows) == 16
+
+
 def test_a_proposal_says_what_it_costs_and_warns_of_a_fixed_ratio(grid):
     offer = grid_offer(grid.rename(columns={"params_total": "N", "images_seen": "D"}), {"N": 1e8, "D": 3e7})
     assert (offer["N"] * offer["D"] < 3e15).all()
