@@ -83,7 +83,7 @@ def save_figures(figures: dict[str, list[PageFigure]], folder: Path) -> list[Pat
 def _law_caption(study: Study, key: str) -> str:
     """Formula, parameters with intervals, points and rows of a fit."""
     fit = study.fits[key]
-    values = "; ".join(fit.equation(p.name, p.name) for p in fit.law.parameters)
+    values = "; ".join(fit.equation(name, name) for name in fit.params if name not in fit.law.derived)
     return f"{fit.law.formula}: {values}. {fit.num_points} points. Brackets and shading: 95 % intervals."
 
 

@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 
 from aimscale.analysis import correlate, link
+from aimscale.analysis.forecasts.stack import DOF
 from aimscale.analysis.report.page import write_report
 from aimscale.analysis.report.study import Study, correlate_probes, study_tables
 from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.schema import results_table, write_table
+from aimscale.analysis.words import percent
 
 DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}
 
@@ -84,7 +87,9 @@ def test_the_page_says_what_was_tuned_and_how_often_data_repeat(known_study):
     assert study.fits["ND"].num_points == 30
     assert [flag.subject for flag in study.fits["ND"].flags if flag.kind == "tuned"] == ["lr_multiplier"]
     assert any("60 rows not the best lr_multiplier" in each for each in study.exclusions)
-    _, _, split, forecast, _ = verdict(study)
+    _, _, split, forecast, bought = verdict(study)
+    half = float(student.ppf(0.975, DOF)) * study.proposal.sd_before
+    assert f"from ±{percent(half)} to" in bought.answer, "it was one standard deviation"
     assert "passes over the pool of 16k, beyond the 4 that were seen" in forecast.answer
     assert ("passes" in split.answer) == (
         study.approaches.frontiers[-1].at(study.approaches.largest_budget)["D"][0] > 64e3
