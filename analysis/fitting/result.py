@@ -57,6 +57,8 @@ class HeldOut(Result):
     """The same error of the naive baseline, a straight line in log-log."""
     not_identified: frozenset[str]
     """Parameters that the points which were left do not pin down: a law with such exponents was not tested."""
+    is_blind: bool
+    """Whether the points that were left hardly tell what all points of one such scale share: intervals assume none."""
     predictions: pd.DataFrame = field(repr=False)
     """Rows: index of the table, variables, measured, predicted, pi_lo, pi_hi, inside, naive."""
 

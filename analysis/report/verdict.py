@@ -43,7 +43,8 @@ class Line:
 def verdict(study: Study) -> tuple[Line, ...]:
     """The five lines, whatever the table allows; each says so where it has no answer."""
     colour, reasons = trust(study)
-    more = [f"{len(reasons) - MAX_REASONS} more stand below, under methods."] if len(reasons) > MAX_REASONS else []
+    num_more = len(reasons) - MAX_REASONS
+    more = [f"{num_more} more stand{'s' * (num_more == 1)} below, with the law."] if num_more > 0 else []
     return (
         Line(
             question="Can it be trusted?",
@@ -129,7 +130,9 @@ def _beside_others(laws: Forecaster) -> Iterator[str]:
     first = next(iter(stack.curves))
     alike = [law for law in stack.curves if law != name and not stack.is_better(name, law)]
     if name != first:
-        yield f"In every backtest it predicted this table's larger runs better than the {first} law."
+        num = stack.backtests["times"].nunique()
+        tests = "each of its {num} backtests" if num > 1 else "its one backtest"
+        yield f"In {tests.format(num=num)} it predicted the table's larger runs better than the {first} law."
     if alike:
         how = "Backtests" if stack.is_tested else "A table too small for backtests"
         yield f"{how} cannot tell it apart from {', '.join(alike)}."

@@ -52,7 +52,6 @@ def test_the_split_is_by_the_law_that_forecasts_and_names_the_best_size_for_feat
     assert gap.ratio_interval.low < gap.ratio < gap.ratio_interval.high
     by_question = {line.question: line.answer for line in verdict(study)}
     assert "by approach 3 on the coupled law" in by_question["Best split"]
-    assert "In every backtest it predicted" in by_question["The law"]
     assert "better than the chinchilla law" in by_question["The law"]
     assert f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large" in by_question["Best split"]
     assert study.ahead.table["distance"].max() == pytest.approx(10, rel=0.05)
