@@ -12,7 +12,7 @@ import pandas as pd
 from aimscale.analysis.accuracy.result import Correlation
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import told_apart
-from aimscale.analysis.words import accuracy_of, fit_facts, human
+from aimscale.analysis.words import accuracy_of, human
 
 
 def _range(values: pd.Series) -> str:
@@ -114,10 +114,8 @@ def _label(column: str) -> str:
 
 
 def methods(study: Study) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """How the numbers were made: a heading with labels and values each; of a fit the (mis)fitting checklist."""
+    """Yield how the numbers were made, what was left out and under which settings: a heading with labels and values."""
     frame = study.frame
-    for fit in study.fits.values():
-        yield fit.law.formula, [(name.capitalize(), fact) for name, fact in fit_facts(fit) if name != "law"]
     if study.features:
         yield "Best size for features", [("Against the loss", gap.sentence()) for gap in study.features.values()]
     said = {f"{each}." for fit in study.fits.values() for each in fit.exclusions}
