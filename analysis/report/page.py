@@ -111,7 +111,7 @@ def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"maths": maths, "sort_key": tables.sort_key}
-    comparison, best = study.comparison, study.approaches
+    comparison = study.comparison
     return environment.get_template("report.html").render(
         title=page_title(study),
         description=study.collect.get("description") or "",
@@ -123,7 +123,7 @@ def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
         verdict=verdict(study),
         runs=[words.what_was_run(study), *words.what_came_out(study)],
         accuracy_words=list(words.accuracy_in_words(study)),
-        frontier_words=[*(f"{each.headline()}." for each in best.frontiers), *best.sentences()] if best else (),
+        frontier_words=words.best_split(study),
         is_ours=study.is_ours,
         figures=figures,
         pictures=picture_rows(study),
@@ -134,7 +134,7 @@ def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
         compared=list(tables.comparison_tables(comparison)) if comparison else [],
         left_out=comparison.left_out if comparison else (),
         missing=list(dict.fromkeys(study.missing)),
-        methods=list(words.methods(study)),
+        settings=list(words.settings(study)),
         provenance=list(words.provenance(study)),
     )
 

@@ -216,13 +216,11 @@ def _contrast(study: Study) -> None:
     """Every column that the tables vary, and kinds of probes over all their runs."""
     rows = complete(study.frame)
     for name in factors(rows):
-        if name == KIND:
-            with contextlib.suppress(AnalysisError):  # fewer than two kinds were run, or none was probed
-                study.contrasts[name] = contrast(study.main, by=name)
-            continue
-        found = study.attempt(f"Contrast by {name}", partial(contrast, rows, by=name))
-        if found is not None:
-            study.contrasts[name] = found
+        try:
+            study.contrasts[name] = contrast(study.main if name == KIND else rows, by=name)
+        except AnalysisError as error:
+            if name != KIND:  # else fewer than two kinds were run, or none was probed
+                study.missing.append(f"Contrast by {name}: {error}")
 
 
 def _explain(study: Study) -> None:

@@ -160,7 +160,7 @@ def law_tables(study: Study) -> Iterator[PageTable]:
         whose = f" {study.whose}" if study.whose else ""
         title = f"{fit.law.formula}, fitted to {fit.num_points} points"
         note = f"Rows{whose}{' that no cheaper row beats' * (key == 'C')}." if whose or key == "C" else ""
-        told = ("law", *(f"held out {test.variable}" for test in fit.heldout))  # in the heading, in a table above
+        told = ("law", *(f"held out {test.variable}" for test in fit.heldout))  # elsewhere on the page
         facts = [(name, fact) for name, fact in fit.facts() if name not in told]
         yield page_table(f"law-{key}", title, note, fit, facts=tuple(facts))
 
