@@ -210,10 +210,13 @@ def forecast_tables(study: Study) -> Iterator[PageTable]:
                 "single laws": f"{ends['rival_lo']} to {ends['rival_hi']}",
             }
         )
-    far = float(found.table["distance"].max())
-    fared = record_words(record(far), accuracies=len(found.forecasters) > 1) if found.loss.is_usual else []
+    is_alike = found.loss.is_usual and found.loss.stack.is_tested  # as the tables that the record is of
+    several, far = len(found.forecasters) > 1, found.table["distance"].unique() if is_alike else ()
+    fared = dict.fromkeys(words for each in far for words in record_words(record(float(each)), accuracies=several))
     facts = tuple(found.loss.stack.facts())
-    yield page_table("forecasts", "Forecasts", " ".join(fared), found.table, cells=cells, facts=facts)
+    yield page_table(
+        "forecasts", "Forecasts", "".join(f"{words}. " for words in fared), found.table, cells=cells, facts=facts
+    )
 
 
 PROBE_NOTE = (

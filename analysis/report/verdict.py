@@ -121,10 +121,10 @@ def _law(study: Study) -> Iterator[str]:
     whose = f" {study.whose}" if study.whose else ""
     yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{whose}: {values}."
     if study.forecaster is not None:
-        yield from _beside_others(study.forecaster)
+        yield from beside_others(study.forecaster)
 
 
-def _beside_others(laws: Forecaster) -> Iterator[str]:
+def beside_others(laws: Forecaster) -> Iterator[str]:
     """Say why this law is the page's: it predicted better in every backtest, or nothing tells the laws apart."""
     stack, name = laws.stack, laws.law.name
     first = next(iter(stack.curves))

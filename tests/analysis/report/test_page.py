@@ -188,6 +188,8 @@ def test_it_opens_with_five_lines(page):
 def test_loss_and_accuracies_are_forecast(page):
     table = page.text[page.text.index("Fitted laws") : page.text.index("Does the law extrapolate?")]
     assert len(re.findall(r"N = \S+, D = \S+", table)) == 2 * 3  # the loss and two tasks by the first kind of probe
+    assert "3 to 10 times beyond" in table, "the record at the distance of the nearer forecast"
+    assert "30 to 100 times beyond" in table
     assert re.search(r"attentive-probe accuracy on digitsN = 40M, D = 320k0\.\d{4}0\.\d+ to 0\.\d+100", table)
 
 
