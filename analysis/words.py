@@ -214,6 +214,13 @@ def refusal_words(flags: Sequence[Flag]) -> str:
     return ", ".join(f"{why} ({num})" for why, num in counts.items())
 
 
+def said_once(flags: Iterable[Flag]) -> tuple[Flag, ...]:
+    """Drop flags that say less than another one: that rows differ in a column, where they are known to lie apart."""
+    flags = tuple(dict.fromkeys(flags))
+    apart = {flag.subject for flag in flags if flag.kind == "experiments"}
+    return tuple(flag for flag in flags if not (flag.kind == "mixed" and flag.subject in apart))
+
+
 def flag_words(flags: Sequence[Flag]) -> list[str]:
     """Flags in words; of more than three that differ in their number alone, the first and how many follow."""
     words = []

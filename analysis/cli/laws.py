@@ -12,7 +12,7 @@ import typer
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of, table_to_minimise, then
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import human
+from aimscale.analysis.words import human, said_once
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +108,7 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
         rows = with_budgets(df, result.columns["y"], result.columns) if by_budget else df
         tests.append(held_out(result, rows, by="C" if by_budget else by, num_values=int(count or 1)))
     mixed = mixture_flags(df, result.law.variables, result.columns["y"])
-    return replace(result, flags=(*result.flags, *mixed), heldout=tuple(tests))
+    return replace(result, flags=said_once((*result.flags, *mixed)), heldout=tuple(tests))
 
 
 def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dict[str, list[float]]:

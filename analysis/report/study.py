@@ -42,7 +42,7 @@ from aimscale.analysis.table.measures import KIND, to_minimise
 from aimscale.analysis.table.points import complete, usable_rows, with_compute
 from aimscale.analysis.table.read import probe_frame, read_curves
 from aimscale.analysis.table.select import envelope_flags, fresh_part, lower_envelope, main_part, mixture_flags, spaced
-from aimscale.analysis.words import Flag
+from aimscale.analysis.words import Flag, said_once
 
 ResultT = TypeVar("ResultT")
 
@@ -290,7 +290,7 @@ def _with_tests(study: Study, joint: Fit) -> Fit:
     for variable in ("C",) if by_compute else ("N", "D"):
         test = study.attempt(f"Held-out test over the largest {variable}", partial(held_out, joint, rows, by=variable))
         tests += [test] if test else []
-    return dataclasses.replace(joint, heldout=tuple(tests), flags=(*joint.flags, *study.flags))
+    return dataclasses.replace(joint, heldout=tuple(tests), flags=said_once((*joint.flags, *study.flags)))
 
 
 MAX_FEATURES = 3

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import t as student
+from tables import law_grid
 
 from aimscale.analysis import correlate, link
 from aimscale.analysis.forecasts.stack import DOF
@@ -94,6 +95,17 @@ def test_the_page_says_what_was_tuned_and_how_often_data_repeat(known_study):
     assert ("passes" in split.answer) == (
         study.approaches.frontiers[-1].at(study.approaches.largest_budget)["D"][0] > 64e3
     )
+
+
+def test_two_experiments_in_one_table_are_noticed_and_told_once():
+    """They were green; and then a second flag said less of the same column."""
+    first, second = (law_grid(noise=0.002, rng=seed).assign(sweep=name) for seed, name in ((1, "one"), (2, "two")))
+    second["val_loss"] *= 1.02
+    frame = pd.concat([first, second], ignore_index=True)
+    names = {"N": "params_total", "D": "images_seen", "C": "flops_train"}
+    study = study_tables((), frame.rename(columns=names).assign(schema_version=1, status="complete"), {})
+    assert [flag.kind for flag in study.fits["ND"].flags if flag.subject == "sweep"] == ["experiments"]
+    assert verdict(study)[0].colour == "amber"
 
 
 @pytest.mark.slow
