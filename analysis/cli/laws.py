@@ -12,7 +12,7 @@ import typer
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of, table_to_minimise, then
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import human
+from aimscale.analysis.words import human, said_once
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,8 @@ def fit(
         str,
         typer.Option(
             help="Law to fit; a one-variable law names its variable, e.g. power_offset:N or power:C. auto (auto:C of C "
-            "alone), or several with commas: the one that predicts the table's own larger runs best."
+            "alone), or several with commas: the first, or one that predicts the table's own larger runs better in "
+            "every backtest."
         ),
     ] = "chinchilla",
     objective: Annotated[
@@ -39,7 +40,9 @@ def fit(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="Column in proportion to which rows count; compute: as forecasts are fitted. Default: all alike."),
+        typer.Option(
+            help="Column in proportion to which rows count; compute: as forecasts are fitted. Default: all alike."
+        ),
     ] = None,
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
@@ -105,7 +108,7 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
         rows = with_budgets(df, result.columns["y"], result.columns) if by_budget else df
         tests.append(held_out(result, rows, by="C" if by_budget else by, num_values=int(count or 1)))
     mixed = mixture_flags(df, result.law.variables, result.columns["y"])
-    return replace(result, flags=(*result.flags, *mixed), heldout=tuple(tests))
+    return replace(result, flags=said_once((*result.flags, *mixed)), heldout=tuple(tests))
 
 
 def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dict[str, list[float]]:
@@ -206,7 +209,8 @@ def frontier(
     best = found.at(shown).iloc[-1]
     rows = usable_rows(df, y, best_by=y)
     repeats = passes_flags(rows.rows, f"D* = {human(best['D'])} at {human(best['C'])} FLOP", {"D": best["D"]})
-    found = replace(found, flags=(*mixture_flags(df, ["N", "D", "C"], y), *rows.flags, *repeats))
+    found = replace(found, flags=(*found.flags, *mixture_flags(df, ["N", "D", "C"], y), *rows.flags, *repeats))
+    place = [] if found.are_apart else [f"forecast --at {typed_scale({v: best[v] for v in ('N', 'D')})}"]
     show(
         found,
         json,
@@ -214,9 +218,7 @@ def frontier(
         words=found.summary(shown),
         after=["", fact_lines([("probe and loss", gap.sentence())])] if gap else [],
         also={"optima": found.at(shown), "flags": [*map(str, found.flags)], "against_loss": gap},
-        following=then(
-            [f"forecast --at {typed_scale({v: best[v] for v in ('N', 'D')})}", "report"], tables, columns, where
-        ),
+        following=then([*place, "report"], tables, columns, where),
     )
 
 

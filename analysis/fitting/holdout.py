@@ -12,6 +12,10 @@ from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.names import no_column, our_name
 
 
+SHARED = {"N": "sizes", "D": "budgets"}
+"""Variable -> the groups of points that may share an error at one value of it, as flags name them."""
+
+
 def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1) -> HeldOut:
     """Refit without the `num_values` largest values of a variable or column, and predict those rows.
 
@@ -59,6 +63,7 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1) -> 
         mean_abs_relative_error=_error(predicted["value"], y[test]),
         naive_mean_abs_relative_error=_error(naive, y[test]),
         not_identified=refit.not_identified,
+        is_blind=any(f.kind in ("unseen", "few_groups") and f.subject == SHARED.get(by) for f in refit.flags),
         predictions=data.loc[test, list(result.law.variables)].assign(
             measured=y[test],
             predicted=predicted["value"],

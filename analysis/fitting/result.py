@@ -15,7 +15,7 @@ from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Columns, Law
 from aimscale.analysis.table.names import CANONICAL, Exclusion
-from aimscale.analysis.words import NOT_IDENTIFIED, Flag, fit_facts, held_out_words, human, interval_words
+from aimscale.analysis.words import EXPONENTS, NOT_IDENTIFIED, Flag, fit_facts, held_out_words, human, interval_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,15 @@ class HeldOut(Result):
     """The same error of the naive baseline, a straight line in log-log."""
     not_identified: frozenset[str]
     """Parameters that the points which were left do not pin down: a law with such exponents was not tested."""
+    is_blind: bool
+    """Whether the points that were left hardly tell what all points of one such scale share: intervals assume none."""
     predictions: pd.DataFrame = field(repr=False)
     """Rows: index of the table, variables, measured, predicted, pi_lo, pi_hi, inside, naive."""
+
+    @property
+    def is_test(self) -> bool:
+        """Whether the points that were left identify the exponents: a law without them was not tested."""
+        return not self.not_identified.intersection(EXPONENTS)
 
     @property
     def is_better(self) -> bool:
@@ -69,6 +76,13 @@ class HeldOut(Result):
     def num_inside(self) -> int:
         """Held-out points inside their prediction interval."""
         return int(self.predictions["inside"].sum())
+
+    @property
+    def num_far(self) -> int:
+        """Held-out points at least twice as far from their prediction as the end of its interval on their side."""
+        p = self.predictions
+        end = p["pi_lo"].where(p["measured"] < p["predicted"], p["pi_hi"])
+        return int(((p["measured"] - p["predicted"]) / (end - p["predicted"])).gt(2).sum())
 
     @property
     def table(self) -> pd.DataFrame:

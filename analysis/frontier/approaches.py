@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class Approaches(Result):
     measure: str = "val_loss"
     """What is lowest at the optimum, as the table's file calls it."""
     flags: tuple[Flag, ...] = ()
-    """What to be careful about in the table."""
+    """What to be careful about: approaches whose intervals do not overlap, and the table's own."""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -46,15 +46,10 @@ class Approaches(Result):
         """Optimum at budgets by every approach (see `Frontier.at`)."""
         return pd.concat([f.at(flops).assign(approach=f.approach) for f in self.frontiers], ignore_index=True)
 
-    def apart(self) -> list[tuple[int, int]]:
-        """Pairs of approaches whose exponents' intervals do not overlap."""
-        ends = [(f.approach, f.exponent_interval) for f in self.frontiers]
-        return [(a, b) for (a, i), (b, j) in itertools.combinations(ends, 2) if i.high < j.low or j.high < i.low]
-
-    def apart_words(self) -> list[str]:
-        """A sentence about the approaches that disagree, if any do."""
-        pairs = " and of ".join(f"{a} and {b}" for a, b in self.apart())
-        return [f"The intervals of approaches {pairs} do not overlap."] if pairs else []
+    @property
+    def are_apart(self) -> bool:
+        """Whether two approaches contradict each other, so that none of them can be relied on."""
+        return any(flag.kind == "apart" for flag in self.flags)
 
     def disagreement(self, flops: float) -> float:
         """Largest N* over smallest N* at a budget."""
@@ -79,10 +74,10 @@ class Approaches(Result):
         return [row for f in self.frontiers for row in f.cells()]
 
     def facts(self) -> list[tuple[str, str]]:
-        """Flags of the table, approaches that were not possible and those that disagree; what is lowest, how far the
-        approaches differ, how the intervals were found."""
+        """Flags, approaches that were not possible; what is lowest, how far the approaches differ, how the intervals
+        were found."""
         failed = [f"Approach {k} is not possible: {why_not(flags).rstrip('.')}." for k, flags in self.failures.items()]
-        cautions = [*map(str, self.flags), *failed, *self.apart_words()]
+        cautions = [*map(str, self.flags), *failed]
         found = [*(("with care", each) for each in cautions), ("lowest", self.measure)]
         if len(self.frontiers) > 1:
             top = self.largest_budget
@@ -107,11 +102,7 @@ def _optimum(row: Mapping[Any, Any]) -> dict[str, str]:
 
 
 def all_approaches(
-    df: pd.DataFrame,
-    *,
-    y: str = "val_loss",
-    law: Law | Fit | str = "chinchilla",
-    is_tested: bool = True,
+    df: pd.DataFrame, *, y: str = "val_loss", law: Law | Fit | str = "chinchilla", is_tested: bool = True
 ) -> Approaches:
     """Approaches 1, 2 and 3 on one table; an approach that the table does not allow is named with its reason.
 
@@ -152,7 +143,15 @@ def all_approaches(
     if not frontiers:
         reasons = [f"Approach {number}: {why_not(flags).rstrip('.')}." for number, flags in failures.items()]
         raise AnalysisError(f"No approach is possible. {' '.join(reasons)}")
-    return Approaches(frontiers=tuple(frontiers), failures=failures, measure=their_name(df, y))
+    flags, measure = apart_flags(frontiers), their_name(df, y)
+    return Approaches(frontiers=tuple(frontiers), failures=failures, measure=measure, flags=flags)
+
+
+def apart_flags(frontiers: Sequence[Frontier]) -> tuple[Flag, ...]:
+    """Flag pairs of approaches whose exponents' intervals do not overlap."""
+    ends = [(f.approach, f.exponent_interval) for f in frontiers]
+    pairs = [(a, b) for (a, i), (b, j) in itertools.combinations(ends, 2) if i.high < j.low or j.high < i.low]
+    return (Flag(kind="apart", subject=" and of ".join(f"{a} and {b}" for a, b in pairs)),) if pairs else ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ MIN_CUBIC = 30
 
 
 def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
-    """Approach 1: compute-optimal size by the envelope of training curves, read at `NUM_BUDGETS` budgets.
+    """Approach 1: compute-optimal size by the envelope of the sizes' losses, read at `NUM_BUDGETS` amounts of compute.
 
     Raises:
         NoFrontier: fewer than three sizes were measured at two budgets or more, or one size is lowest throughout.
@@ -67,7 +67,7 @@ def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     nearest = np.abs(np.log(found.pairs["N"].to_numpy())[:, None] - sizes).argmin(axis=1)
     if len(np.unique(nearest)) < 2:
         raise NoFrontier(Flag(kind="one_size"))
-    method = f"lower envelope of {num_curves} training curves"
+    method = f"lower envelope of the losses of {num_curves} sizes"
     return replace(found, method=method, refusals=())
 
 

@@ -100,7 +100,7 @@ class Frontier(Result):
     """N*(C) = k C^a by one approach."""
 
     approach: int
-    """1 envelope of training curves, 2 iso-FLOP parabolas, 3 parametric law."""
+    """1 envelope of the sizes' losses, 2 iso-FLOP parabolas, 3 parametric law."""
     method: str
     """How, in words."""
     exponent: float

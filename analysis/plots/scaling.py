@@ -79,6 +79,11 @@ def _curve_of(fit: Fit, x: str, data: pd.DataFrame, fixed: Mapping[str, float] |
     if low == high:
         low, high = fit.ranges[x]
     grid = pd.DataFrame({x: np.geomspace(low, high, NUM_GRID), **(fixed or {})})
+    known = list(grid)
+    for name in fit.law.variables:  # a third variable, such as C, follows the two as it does in the table
+        if name not in known:
+            design, at = (np.column_stack([np.ones(len(rows)), np.log(rows[known])]) for rows in (fit.data, grid))
+            grid[name] = np.exp(at @ np.linalg.lstsq(design, np.log(fit.data[name]), rcond=None)[0])
     return pd.concat([grid, fit.predict(grid)], axis=1)
 
 

@@ -83,7 +83,7 @@ class Comparison(Result):
             "The paper's ablations (AIM-0.6B) and the same changes here, points of top-1": self.ablations,
             "Scaling exponents, L ~ N^-a": self.exponents,
         }
-        tables = [f"{title}\n{text_table(_cells(frame))}" for title, frame in parts.items() if len(frame)]
+        tables = [f"{title}\n{text_table(share_cells(frame))}" for title, frame in parts.items() if len(frame)]
         return "\n\n".join([fact_lines(self.facts()), *tables])
 
 
@@ -96,8 +96,8 @@ INTERVALS = {
 """Column of a lower end -> that of the upper end, and the head of both in one."""
 
 
-def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """Rows as a reader sees them: shares in per cent, intervals in one column."""
+def share_cells(frame: pd.DataFrame) -> list[dict[str, str]]:
+    """Write rows as a reader sees them: shares in per cent, intervals in one column."""
     shares = ("top1", "aim", "gap", "best_frozen_top1", "baseline_top1", "detectable", "published", "difference")
     of_shares = ("low", "high") if "difference" in frame else ()
     hidden = {"is_paired", *(high for high, _ in INTERVALS.values())}

@@ -1,34 +1,28 @@
-"""The figures of a report, each with a caption and its numbers, and what changes, repeats and noise come to."""
+"""The figures of a report, each with a caption."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from aimscale.analysis.effects.contrasts import Contrasts
-from aimscale.analysis.effects.noise_sources import Noise
-from aimscale.analysis.effects.repetition import Repeats
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, plot_published
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
 from aimscale.analysis.plots.style import ShownFigure, save, themed_svg
 from aimscale.analysis.plots.training import plot_curves
 from aimscale.analysis.published.comparison import ADAPTED, CHOSEN, LAST, PROTOCOL
-from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, published_frame, table6
+from aimscale.analysis.published.published import TASKS, best_frozen, published_frame, table6
 from aimscale.analysis.report.study import Study, probe_kinds
-from aimscale.analysis.report.tables import PageTable, page_table
+from aimscale.analysis.report.tables import html_id
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
-from aimscale.analysis.words import accuracy_of, flag_words, human
+from aimscale.analysis.words import accuracy_of, human
 
 MAX_TASKS = 5
 """Tasks in one figure of accuracies; more make further figures, each of which fits a page."""
-
-LEAST_NOISE = 5e-6
-"""Fraction of the loss below which a source of spread would be printed as zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +77,7 @@ def save_figures(figures: dict[str, list[PageFigure]], folder: Path) -> list[Pat
 def _law_caption(study: Study, key: str) -> str:
     """Formula, parameters with intervals, points and rows of a fit."""
     fit = study.fits[key]
-    values = "; ".join(fit.equation(p.name, p.name) for p in fit.law.parameters)
+    values = "; ".join(fit.equation(name, name) for name in fit.params if name not in fit.law.derived)
     return f"{fit.law.formula}: {values}. {fit.num_points} points. Brackets and shading: 95 % intervals."
 
 
@@ -118,7 +112,7 @@ def _accuracy(study: Study) -> Iterator[PageFigure]:
             some = rows[rows["task"].isin(tasks[first : first + MAX_TASKS])]
             figure = plot_accuracy(some, _levels(study, kind, some))
             caption = f"One point per run and budget. Lines join points of one size, in the first panel of one D.{bars}"
-            key, more = _key("accuracy", kind), "" if number == 1 else f"-{number}"
+            key, more = html_id("accuracy", kind), "" if number == 1 else f"-{number}"
             yield page_figure(f"{key}{more}", _capital(accuracy_of(kind)), caption, figure)
 
 
@@ -152,16 +146,11 @@ def _loss_accuracy(study: Study) -> Iterator[PageFigure]:
             "Line and band: a sigmoid above chance with its 95 % interval."
         )
         figure = plot_loss_accuracy(rows, found, links)
-        yield page_figure(_key("loss-accuracy", kind), f"Loss against {accuracy_of(kind)}", caption, figure)
+        yield page_figure(html_id("loss-accuracy", kind), f"Loss against {accuracy_of(kind)}", caption, figure)
 
 
 def _capital(words: str) -> str:
     return words[0].upper() + words[1:]
-
-
-def _key(what: str, name: str) -> str:
-    """HTML id of what bears a name of the table's own."""
-    return f"{what}-{''.join(c if c.isalnum() else '-' for c in name)}"
 
 
 def _training(study: Study) -> Iterator[PageFigure]:
@@ -209,53 +198,3 @@ def _published(study: Study) -> Iterator[PageFigure]:
     )
     figure = plot_published(ours[ours["blocks"] == blocks], pd.DataFrame(rows))
     yield page_figure("published-models", "Beside the published AIM models", caption, figure)
-
-
-def findings(study: Study) -> dict[str, list[PageTable]]:
-    """What repeats, single changes and noise come to, by section of the page."""
-    noise = study.noise
-    if noise is not None:  # sources that come to nothing are none
-        seen = noise.table[noise.table["value"] > LEAST_NOISE]
-        noise = replace(noise, table=seen) if len(seen) else None
-    return {
-        "laws": [] if study.repeats is None else [_repeats(study.repeats)],
-        "changes": [_change(name, found) for name, found in study.contrasts.items()],
-        "noise": [] if noise is None else [_noise(noise)],
-    }
-
-
-def _change(name: str, found: Contrasts) -> PageTable:
-    note = f"Against {found.baseline}. Equal within pairs: {', '.join(found.equal) or 'all else'}."
-    columns = (
-        *("measure", "level", "num_run_pairs", "num_pairs", "num_sizes", "baseline_mean", "level_mean", "difference"),
-        *("low", "high", "degrees", "detectable", "verdict"),
-    )
-    title, said = f"Effect of {name}", [*change_words(found), *in_words(beside_paper(found))]
-    return page_table(_key("contrast", name), title, note, found.table, columns, sentences=said)
-
-
-def change_words(found: Contrasts) -> Iterator[str]:
-    """A sentence per loss and per accuracy that differs, how many others do not, and what to be careful about."""
-    told = [each for each in found.contrasts if not each.measure.is_accuracy or each.is_significant]
-    yield from (each.sentence() for each in told)
-    if rest := len(found.contrasts) - len(told):
-        yield f"Not significant: {rest} of {len(found.contrasts)} differences; the table has all."
-    yield from flag_words(found.flags)
-
-
-def _noise(found: Noise) -> PageTable:
-    frame = found.table.drop(columns="kind")
-    frame[["value", "low", "high"]] *= 100
-    note = (
-        "Standard deviation of the loss by source, per cent of the loss, with 95 % intervals or ranges. What sizes "
-        "share counts as their error in a law's intervals; it may be the law's misfit."
-    )
-    return page_table("noise-parts", "Sources of spread", note, frame, frame.columns, sentences=found.sentences())
-
-
-def _repeats(found: Repeats) -> PageTable:
-    title, frame = f"What repeated {found.sample}s are worth", found.table
-    note = (
-        f"{found.fit.law.formula}. Worth of pass k, and of all k passes together, in passes over new {found.sample}s."
-    )
-    return page_table("repeats", title, note, frame, frame.columns, sentences=found.sentences())

@@ -19,7 +19,7 @@ import markupsafe
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.plots.style import css_variables
 from aimscale.analysis.report import tables, words
-from aimscale.analysis.report.figures import PageFigure, findings, page_figures, save_figures
+from aimscale.analysis.report.figures import PageFigure, page_figures, save_figures
 from aimscale.analysis.report.pictures import picture_rows
 from aimscale.analysis.report.study import Progress, Study, study_tables
 from aimscale.analysis.report.verdict import symbol, verdict
@@ -110,8 +110,8 @@ def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["maths"] = maths
-    comparison, best = study.comparison, study.approaches
+    environment.filters |= {"maths": maths, "sort_key": tables.sort_key}
+    comparison = study.comparison
     return environment.get_template("report.html").render(
         title=page_title(study),
         description=study.collect.get("description") or "",
@@ -123,21 +123,18 @@ def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
         verdict=verdict(study),
         runs=[words.what_was_run(study), *words.what_came_out(study)],
         accuracy_words=list(words.accuracy_in_words(study)),
-        frontier_words=[*(f"{each.headline()}." for each in best.frontiers), *best.sentences()] if best else (),
+        frontier_words=words.best_split(study),
         is_ours=study.is_ours,
         figures=figures,
         pictures=picture_rows(study),
-        findings=findings(study),
-        results=tables.results_page_table(study),
-        laws=tables.law_tables(study),
-        heldout=tables.heldout_table(study),
-        forecasts=tables.forecast_table(study),
+        findings=tables.findings(study),
+        results=tables.results_table(study),
+        laws=tables.law_section(study),
         probes=tables.probe_table(study),
-        comparison=tables.task_comparison_table(comparison) if comparison else None,
-        baselines=tables.baseline_table(comparison) if comparison else None,
+        compared=list(tables.comparison_tables(comparison)) if comparison else [],
         left_out=comparison.left_out if comparison else (),
         missing=list(dict.fromkeys(study.missing)),
-        methods=list(words.methods(study)),
+        settings=list(words.settings(study)),
         provenance=list(words.provenance(study)),
     )
 

@@ -33,6 +33,7 @@ from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster
 from aimscale.analysis.frontier.approaches import Approaches, Gap, all_approaches, gap, gap_to_loss
 from aimscale.analysis.frontier.measured import isoflop_budgets, with_budgets
 from aimscale.analysis.frontier.result import points_of
+from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
 from aimscale.analysis.published.comparison import Comparison, compare, read_baselines
 from aimscale.analysis.table.accuracies import unnamed
@@ -41,7 +42,7 @@ from aimscale.analysis.table.measures import KIND, to_minimise
 from aimscale.analysis.table.points import complete, usable_rows, with_compute
 from aimscale.analysis.table.read import probe_frame, read_curves
 from aimscale.analysis.table.select import envelope_flags, fresh_part, lower_envelope, main_part, mixture_flags, spaced
-from aimscale.analysis.words import Flag
+from aimscale.analysis.words import Flag, said_once
 
 ResultT = TypeVar("ResultT")
 
@@ -70,15 +71,13 @@ class Study:
     flags: tuple[Flag, ...] = ()
     """Cautions about the rows that laws are fitted to."""
     fits: dict[str, Fit] = field(default_factory=dict)
-    """`ND` the joint law; `C` a power law with offset along the envelope."""
+    """`ND` the joint law, which everything on the page is by; `C` a power law with offset along the envelope."""
     correlations: dict[tuple[str, str], tuple[Correlation, ...]] = field(default_factory=dict)
     """(probe kind, task) -> correlations of validation loss and top-1, at equal compute first."""
     links: dict[tuple[str, str], Fit] = field(default_factory=dict)
     """(probe kind, task) -> sigmoid from loss to accuracy, floor at chance."""
     forecaster: Forecaster | None = None
     """The laws that forecast the loss, weighted by how well each predicts the table's own larger runs."""
-    law: Fit | None = None
-    """The best of them, fitted: the best split and the best size for features are by it."""
     ahead: Ahead | None = None
     """Loss and accuracies at `next_scales`."""
     proposal: Proposal | None = None
@@ -86,7 +85,7 @@ class Study:
     budgets: pd.Series | None = None
     """Budget of compute of every usable row in an iso-FLOP design; None in any other."""
     approaches: Approaches | None = None
-    """Compute-optimal frontiers by the approaches that the table allows, approach 3 by the law that forecasts."""
+    """Compute-optimal frontiers by the approaches that the table allows, approach 3 by the joint law."""
     features: dict[str, Gap] = field(default_factory=dict)
     """Probe, TASK:KIND -> how far the best size by its error lies from that by the loss."""
     contrasts: dict[str, Contrasts] = field(default_factory=dict)
@@ -147,10 +146,7 @@ Progress = Callable[[str, float], None]
 
 
 def study_tables(
-    paths: Sequence[Path],
-    frame: pd.DataFrame,
-    collect: dict[str, Any],
-    progress: Progress = lambda *_: None,
+    paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], progress: Progress = lambda *_: None
 ) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
     progress("laws", 0)
@@ -180,7 +176,7 @@ def study_tables(
         )
     if num_worn:
         study.exclusions.append(f"Laws use the rows with {pool}; the other {num_worn} are in what repeats are worth.")
-    thinned = ["forecasts", "best sizes for features"] if len(study.usable) > MAX_FITTED else []
+    thinned = ["forecasts", "what to run next", "best sizes for features"] if len(study.usable) > MAX_FITTED else []
     if study.probes.groupby(["kind", "task"]).size().max() > MAX_FITTED:
         thinned += ["correlations of loss with accuracy", "links from one to the other"]
     if thinned:
@@ -220,13 +216,11 @@ def _contrast(study: Study) -> None:
     """Every column that the tables vary, and kinds of probes over all their runs."""
     rows = complete(study.frame)
     for name in factors(rows):
-        if name == KIND:
-            with contextlib.suppress(AnalysisError):  # fewer than two kinds were run, or none was probed
-                study.contrasts[name] = contrast(study.main, by=name)
-            continue
-        found = study.attempt(f"Contrast by {name}", partial(contrast, rows, by=name))
-        if found is not None:
-            study.contrasts[name] = found
+        try:
+            study.contrasts[name] = contrast(study.main if name == KIND else rows, by=name)
+        except AnalysisError as error:
+            if name != KIND:  # else fewer than two kinds were run, or none was probed
+                study.missing.append(f"Contrast by {name}: {error}")
 
 
 def _explain(study: Study) -> None:
@@ -240,28 +234,28 @@ def _explain(study: Study) -> None:
 
 def _fit_laws(study: Study) -> None:
     usable, some = study.usable, evenly(study.usable)
-    rows = {"ND": ("chinchilla", usable)}
+    joint, why = find_law("chinchilla"), list[str]()
+    try:
+        weighed = forecaster(some)
+        joint = weighed.law
+    except AnalysisError as error:
+        weighed, why = None, [f"Forecast: {error}"]
+    rows = {"ND": (joint, with_compute(usable))}
     if "flops_train" in usable and usable["flops_train"].notna().any():
-        rows["C"] = ("power_offset:C", lower_envelope(usable))
+        rows["C"] = (find_law("power_offset:C"), lower_envelope(usable))
     for key, (law, subset) in rows.items():
-        found = study.attempt(f"The law {law} on {len(subset)} rows", partial(fit, subset, law))
+        found = study.attempt(f"The law {law.name} on {len(subset)} rows", partial(fit, subset, law))
         if found is not None:
             inside = envelope_flags(subset) if key == "C" else ()
             study.fits[key] = dataclasses.replace(found, flags=(*found.flags, *inside))
     if "ND" not in study.fits:
         return
+    study.forecaster, study.missing = weighed, [*study.missing, *why]
     if "C" in rows:
         study.budgets = isoflop_budgets(points_of(usable, "val_loss"))
     study.fits["ND"] = _with_tests(study, study.fits["ND"])
-    study.forecaster = study.attempt("Forecast", partial(forecaster, some))
-    study.law = study.fits["ND"]
-    if study.forecaster is not None and study.forecaster.law.name != study.law.law.name:
-        best = study.attempt(
-            "The law that forecasts best", partial(fit, with_compute(some), study.forecaster.law)
-        )
-        study.law = best or study.law
     if "C" in rows:
-        work = partial(all_approaches, usable, law=study.law)
+        work = partial(all_approaches, usable, law=study.fits["ND"])
         study.approaches = study.attempt("Compute-optimal frontier", work)
     if study.forecaster is not None:
         ahead = partial(forecast, _headline(some), next_scales(study), law=study.forecaster)
@@ -291,15 +285,12 @@ def _proposal(study: Study, joint: Fit) -> Proposal:
 def _with_tests(study: Study, joint: Fit) -> Fit:
     """The law with its largest sizes and data left out in turn; of an iso-FLOP design, its largest budget."""
     by_compute = study.budgets is not None
-    rows = with_budgets(study.usable, "val_loss") if by_compute else study.usable
+    rows = with_budgets(study.usable, "val_loss") if by_compute else with_compute(study.usable)
     tests = []
     for variable in ("C",) if by_compute else ("N", "D"):
-        test = study.attempt(
-            f"Held-out test over the largest {variable}",
-            partial(held_out, joint, rows, by=variable),
-        )
+        test = study.attempt(f"Held-out test over the largest {variable}", partial(held_out, joint, rows, by=variable))
         tests += [test] if test else []
-    return dataclasses.replace(joint, heldout=tuple(tests), flags=(*joint.flags, *study.flags))
+    return dataclasses.replace(joint, heldout=tuple(tests), flags=said_once((*joint.flags, *study.flags)))
 
 
 MAX_FEATURES = 3
@@ -307,9 +298,9 @@ MAX_FEATURES = 3
 
 
 def _features(study: Study) -> None:
-    """The best size by a probe's error beside that by the loss, both by the law that forecasts the loss."""
+    """The best size by a probe's error beside that by the loss, both by the joint law."""
     options: dict[str, Any] = {"is_tested": False}
-    options["law"] = study.law.law if study.law else "chinchilla"
+    options["law"] = study.fits["ND"].law if "ND" in study.fits else "chinchilla"
     by_loss = study.approaches
     failed: list[str] = []
     first = next(iter(study.correlations), (None,))[0]

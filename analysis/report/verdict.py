@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.identification import num_values
-from aimscale.analysis.forecasts.stack import CONFIDENCE
+from aimscale.analysis.fitting.inference import CONFIDENCE
+from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.forecasts.points import Forecaster
+from aimscale.analysis.forecasts.stack import DOF
 from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.points import passes_flags
-from aimscale.analysis.words import Flag, held_out_cautions, human
+from aimscale.analysis.words import EXPONENTS, Flag, held_out_cautions, human, percent
 
 Colour = Literal["green", "amber", "red"]
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
@@ -20,9 +24,9 @@ MAX_REASONS = 4
 """Reasons told on the first line; the others are flags of the fits below."""
 SMALL, SIZED = 1.0, ("scatter", "pattern", "off")
 """Per cent below which flags of these kinds change no decision where left-out scales are predicted."""
-HARMLESS = ("factor", "outliers", "tuned")
+HARMLESS = ("factor", "outliers", "tuned", "few_groups")
 """Kinds of flags that never do: a coefficient that its exponent makes up for, points that the objective sets aside, a
-choice among rates that biases losses by part of their noise."""
+choice among rates that biases losses by part of their noise, groups so few that intervals hold some 90 %."""
 HEADS = {"green": "Yes", "amber": "With care", "red": "No"}
 
 
@@ -39,7 +43,8 @@ class Line:
 def verdict(study: Study) -> tuple[Line, ...]:
     """The five lines, whatever the table allows; each says so where it has no answer."""
     colour, reasons = trust(study)
-    more = [f"{len(reasons) - MAX_REASONS} more stand below, under methods."] if len(reasons) > MAX_REASONS else []
+    num_more = len(reasons) - MAX_REASONS
+    more = [f"{num_more} more stand{'s' * (num_more == 1)} below, with the law."] if num_more > 0 else []
     return (
         Line(
             question="Can it be trusted?",
@@ -59,23 +64,41 @@ def trust(study: Study) -> tuple[Colour, list[str]]:
     joint = study.fits.get("ND")
     if joint is None:
         return "red", ["No joint law of parameters and data could be fitted."]
-    unknown = [p for p in ("alpha", "beta") if p in joint.not_identified]
+    exponents = exponents_of(joint)
+    unknown = [p for p in exponents if p in joint.not_identified]
     fatal = [f"{symbol(p)} is not identified." for p in unknown]
-    failures = list(held_out_cautions(joint.heldout)) if joint.heldout else ["No scale could be left out to test it."]
+    tests, blind = ([test for test in joint.heldout if test.is_test is sound] for sound in (True, False))
+    failures = list(held_out_cautions(tests or blind)) if joint.heldout else ["No scale could be left out to test it."]
+    silent = held_out_cautions(blind if tests else ())
     if joint.heldout and not any(test.is_better for test in joint.heldout):
         fatal.append("A straight line in log-log predicts the left-out scales as well.")
     flags = [f for f in joint.flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
     small = [flag for flag in flags if not failures and _is_small(flag)]
-    apart = study.approaches.apart_words() if study.approaches else []
+    apart = map(str, study.approaches.flags) if study.approaches else ()
     cautions = [*failures, *apart, *(str(flag) for flag in flags if flag not in small)]
-    notes = [str(flag) for flag in small]
+    notes = [*silent, *(str(flag) for flag in small)]
     if fatal or cautions:
-        return "red" if fatal else "amber", [*fatal, *cautions, *notes]
+        return "red" if fatal else "amber", [*_left_out(joint), *fatal, *cautions, *notes]
+    named = " and ".join(map(symbol, exponents))
+    return "green", [f"{named} {'is' if len(exponents) == 1 else 'are'} identified.", *_left_out(joint), *notes]
+
+
+def exponents_of(joint: Fit) -> list[str]:
+    """Name the exponents of N and D, whatever the law calls them."""
+    return [name for name in EXPONENTS if name in joint.params]
+
+
+def _left_out(joint: Fit) -> list[str]:
+    """Say how the largest scales were predicted: the numbers that doubts about the law are measured by."""
+    if not joint.heldout:
+        return []
     largest = " and ".join(test.variable for test in joint.heldout)
-    errors = " and ".join(f"{100 * test.mean_abs_relative_error:.2g} %" for test in joint.heldout)
+    laws = " and ".join(percent(test.mean_abs_relative_error) for test in joint.heldout)
+    lines = " and ".join(percent(test.naive_mean_abs_relative_error) for test in joint.heldout)
     points = sum(test.num_test for test in joint.heldout)
-    known = f"Left out, the largest {largest} {'is' if len(joint.heldout) == 1 else 'are'} predicted to {errors}"
-    return "green", ["α and β are identified.", f"{known} ({points} point{'s' * (points > 1)}).", *notes]
+    are = "is" if len(joint.heldout) == 1 else "are"
+    counted = f"{points} point{'s' * (points > 1)}"
+    return [f"Left out, the largest {largest} {are} predicted to {laws} ({counted}; a straight line: {lines})."]
 
 
 def _is_small(flag: Flag) -> bool:
@@ -93,14 +116,26 @@ def _law(study: Study) -> Iterator[str]:
     if joint is None:
         yield "None."
         return
-    values = ", ".join(joint.equation(name, symbol(name)) for name in ("alpha", "beta", "E"))
+    shown = [*exponents_of(joint), *(["E"] if "E" in joint.params else [])]
+    values = ", ".join(joint.equation(name, symbol(name)) for name in shown)
     whose = f" {study.whose}" if study.whose else ""
     yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{whose}: {values}."
-    if study.law is not None and study.law.law.name != joint.law.name:
-        yield (
-            f"The {study.law.law.name} law, {study.law.law.formula}, predicts this table's larger runs better, so the "
-            "best split uses it."
-        )
+    if study.forecaster is not None:
+        yield from beside_others(study.forecaster)
+
+
+def beside_others(laws: Forecaster) -> Iterator[str]:
+    """Say why this law is the page's: it predicted better in every backtest, or nothing tells the laws apart."""
+    stack, name = laws.stack, laws.law.name
+    first = next(iter(stack.curves))
+    alike = [law for law in stack.curves if law != name and not stack.is_better(name, law)]
+    if name != first:
+        num = stack.backtests["times"].nunique()
+        tests = "each of its {num} backtests" if num > 1 else "its one backtest"
+        yield f"In {tests.format(num=num)} it predicted the table's larger runs better than the {first} law."
+    if alike:
+        how = "Backtests" if stack.is_tested else "A table too small for backtests"
+        yield f"{how} cannot tell it apart from {', '.join(alike)}."
 
 
 def _split(study: Study) -> str:
@@ -154,8 +189,8 @@ def _next(study: Study) -> str:
     joint, usable = study.fits.get("ND"), study.usable
     if joint is None:
         return "A grid of at least three sizes by three budgets, each with a validation loss."
-    for v, other, name, noun in (("N", "D", "alpha", "sizes"), ("D", "N", "beta", "budgets")):
-        if name in joint.not_identified:
+    for v, other, names, noun in (("N", "D", ("alpha", "aN"), "sizes"), ("D", "N", ("beta", "aD"), "budgets")):
+        for name in joint.not_identified.intersection(names):
             (low, high), num = joint.ranges[v], num_values(joint.data[v].to_numpy())
             return (
                 f"More {noun}: {symbol(name)} is not identified by {num} of them over a factor of {high / low:.3g}. "
@@ -176,7 +211,8 @@ def _proposal_words(proposal: Proposal) -> str:
     more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
     at = ", ".join(f"{v} = {human(value)}" for v, value in proposal.target.items())
     share = proposal.price / (2 * proposal.budget)
+    before, after = (float(half_width(sd, DOF, CONFIDENCE)) for sd in (proposal.sd_before, proposal.sd_after))
     return (
         f"{'; '.join(runs[:4])}{more}. For {100 * share:.0f} % of the cost of a run at {at}, they narrow its forecast "
-        f"from ±{100 * proposal.sd_before:.2g} % to ±{100 * proposal.sd_after:.2g} %."
+        f"from ±{percent(before)} to ±{percent(after)} (95 %)."
     )

@@ -12,7 +12,7 @@ import pandas as pd
 from aimscale.analysis.accuracy.result import Correlation
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import told_apart
-from aimscale.analysis.words import accuracy_of, fit_facts, human
+from aimscale.analysis.words import accuracy_of, human
 
 
 def _range(values: pd.Series) -> str:
@@ -73,6 +73,15 @@ def what_came_out(study: Study) -> Iterator[str]:
     yield f"The lowest validation loss is {best['val_loss']:.4f}{error}{reached}{name}{seen}."
 
 
+def best_split(study: Study) -> list[str]:
+    """Say what the approaches found, how far they disagree, and how the best size for features compares."""
+    found = study.approaches
+    if found is None:
+        return []
+    frontiers = (f"{each.headline()}." for each in found.frontiers)
+    return [*frontiers, *found.sentences(), *(gap.sentence() for gap in study.features.values())]
+
+
 def accuracy_in_words(study: Study) -> Iterator[str]:
     """Whether loss goes with accuracy: a sentence per task of the first kind of probe; figures show the others."""
     first = next(iter(study.correlations), (None,))[0]
@@ -113,20 +122,14 @@ def _label(column: str) -> str:
     return column.replace("_", " ").capitalize()
 
 
-def methods(study: Study) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """How the numbers were made: a heading with labels and values each; of a fit the (mis)fitting checklist."""
+def settings(study: Study) -> Iterator[tuple[str, str]]:
+    """Yield the settings that the runs had, what was counted over them, and which rows were left out."""
     frame = study.frame
-    for fit in study.fits.values():
-        yield fit.law.formula, [(name.capitalize(), fact) for name, fact in fit_facts(fit) if name != "law"]
-    if study.features:
-        yield "Best size for features", [("Against the loss", gap.sentence()) for gap in study.features.values()]
-    said = {f"{each}." for fit in study.fits.values() for each in fit.exclusions}
-    left = [line for line in study.exclusions if line not in said]
-    settings = [(_label(name), _values(frame, name)) for name in SETTINGS if _has(frame, name)]
-    counted = [(words.capitalize(), int(frame[name].sum())) for name, words in COUNTED.items() if _has(frame, name)]
-    settings += [(words, f"{number} over all rows") for words, number in counted if number]
-    nothing = [] if left or said else [("Left out", "nothing")]
-    yield "Settings and rows", [*settings, *(("Left out", line) for line in left), *nothing]
+    yield from ((_label(name), _values(frame, name)) for name in SETTINGS if _has(frame, name))
+    counted = {words: int(frame[name].sum()) for name, words in COUNTED.items() if _has(frame, name)}
+    yield from ((words.capitalize(), f"{number} over all rows") for words, number in counted.items() if number)
+    with_laws = {f"{each}." for fit in study.fits.values() for each in fit.exclusions}
+    yield from (("Left out", line) for line in study.exclusions or ["nothing"] if line not in with_laws)
 
 
 def provenance(study: Study) -> Iterator[tuple[str, str]]:

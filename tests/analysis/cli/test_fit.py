@@ -10,6 +10,7 @@ from commands import answer, say
 
 from aimscale.analysis.display import fact_lines, text_table
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.words import Flag
 
 
 @pytest.fixture
@@ -77,13 +78,13 @@ def test_laws_of_compute_are_fitted_to_the_envelope(table):
 
 
 def test_a_fit_is_keys_and_a_table_and_says_what_to_run_next_in_the_users_words(table):
-    """Flags first, one line each; no line of prose; the next command has the same table and names."""
+    """Left-out errors, then flags, one line each; no line of prose; the next command has the same table and names."""
     named = ["--columns", "N=params_trunk", "--where", "D>=1"]
     above, below = say("fit", table, *named, "--fix", "E=0.2", "--hold-out", "D").split("\n\n")
     *below, last = below.splitlines()
     keys = [line.split("  ")[0] for line in above.splitlines()]
-    assert keys[: keys.count("with care")] == ["with care"] * keys.count("with care")
-    told = ["law", "rows", "range N", "range D", "objective", "intervals", "held out D"]
+    assert keys[: 1 + keys.count("with care")] == ["held out D", *["with care"] * keys.count("with care")]
+    told = ["held out D", "law", "rows", "range N", "range D", "objective", "intervals"]
     assert [key for key in keys if key not in ("with care", "columns")] == told
     assert [line.split()[0] for line in below] == ["parameter", "E", "A", "B", "alpha", "beta", "a", "b"]
     same = f"{table} --columns N=params_trunk --where 'D>=1'"
@@ -114,6 +115,20 @@ def test_a_table_too_wide_goes_on_in_a_block_below_beside_what_tells_its_rows_ap
         [line.split()[:2] for line in block] == [["task", "kind"], ["digits", "a"], ["digits", "b"]] for block in blocks
     )
     assert [word for block in blocks for word in block[2].split()[2:]] == [f"0.{i:02}" for i in range(20)]
+
+
+def test_approaches_that_disagree_are_a_flag_and_lead_to_no_forecast(table, monkeypatch):
+    """The next line took approach 3's size, 126M where approach 2 had 1.7B, and `flags` was empty."""
+    assert "aimscale forecast" in say("frontier", table)
+    disputed = (Flag(kind="apart", subject="1 and 3"),)
+    monkeypatch.setattr("aimscale.analysis.frontier.approaches.apart_flags", lambda _: disputed)
+    assert str(disputed[0]) in answer("frontier", table)["flags"]
+    assert say("frontier", table).splitlines()[-1] == f"next: aimscale report {table}"
+
+
+def test_an_interval_of_one_law_says_that_it_takes_the_law_for_true(table):
+    told = dict(line.split("  ", 1) for line in say("fit", table).split("\n\n")[0].splitlines())
+    assert "take the law for true" in told["intervals"]
 
 
 @pytest.fixture

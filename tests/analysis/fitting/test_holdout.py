@@ -1,11 +1,15 @@
 """Extrapolation tests against a naive baseline."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from tables import law_grid
 
 from aimscale.analysis import fit, held_out, laws
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.holdout import largest
+from aimscale.analysis.words import held_out_cautions
 
 
 def test_the_largest_values_stay_together_and_leave_two():
@@ -40,3 +44,16 @@ def test_prediction_intervals_hold_the_held_out_size_as_often_as_they_say(known_
         test = held_out(fit(df, "chinchilla"), df, by="N")
         inside, total = inside + test.num_inside, total + test.num_test
     assert inside / total > 0.8
+
+
+def test_a_left_out_scale_whose_kind_shares_errors_that_few_others_tell_is_no_alarm():
+    """Rows of a left-out budget err together; three budgets cannot tell by how much, and intervals assume nothing."""
+    df = law_grid(sizes=(1e5, 1e7, 8), budgets=(1e5, 3e6, 4), noise=0.003)
+    df.loc[df["D"] == df["D"].max(), "val_loss"] *= 1.02
+    by_budget, by_size = (held_out(fit(df, "chinchilla"), df, by=v) for v in ("D", "N"))
+    assert by_budget.is_blind
+    assert not by_size.is_blind
+    assert 2 * by_budget.num_far > by_budget.num_test
+    assert not any("twice as far" in each for each in held_out_cautions([by_budget]))
+    seen = dataclasses.replace(by_budget, is_blind=False)
+    assert any("twice as far" in each for each in held_out_cautions([seen]))

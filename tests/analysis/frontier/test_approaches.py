@@ -9,7 +9,7 @@ import pytest
 from tables import KNOWN, law_grid
 
 from aimscale.analysis import all_approaches
-from aimscale.analysis.frontier.approaches import Approaches
+from aimscale.analysis.frontier.approaches import apart_flags
 from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier, isoflop_points
 from aimscale.analysis.frontier.result import NoFrontier
 
@@ -104,6 +104,8 @@ def test_approaches_that_disagree_are_named(grid):
         replace(f, exponent_interval=replace(f.exponent_interval, low=low, high=low + 0.05))
         for f, low in ((first, 0.3), (replace(first, approach=2), 0.33), (last, 0.7))
     ]
-    apart = Approaches(frontiers=tuple(narrow), failures={})
-    assert apart.apart() == [(1, 3), (2, 3)]
-    assert Approaches(frontiers=tuple(narrow[:2]), failures={}).apart() == []
+    [flag] = apart_flags(narrow)
+    assert (flag.kind, flag.subject) == ("apart", "1 and 3 and of 2 and 3")
+    assert apart_flags(narrow[:2]) == ()
+    assert not found.are_apart
+    assert replace(found, flags=(flag,)).are_apart

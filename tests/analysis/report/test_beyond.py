@@ -46,11 +46,13 @@ def test_an_iso_flop_table_is_held_out_and_forecast_by_compute(study):
 
 
 def test_the_split_is_by_the_law_that_forecasts_and_names_the_best_size_for_features(study):
-    assert study.approaches.frontiers[-1].law.law.name == study.law.law.name
+    assert study.approaches.frontiers[-1].law is study.fits["ND"]
+    assert study.fits["ND"].law.name == study.forecaster.law.name == "coupled"
     gap = study.features["pets:linear"]
     assert gap.ratio_interval.low < gap.ratio < gap.ratio_interval.high
     by_question = {line.question: line.answer for line in verdict(study)}
-    assert f"by approach 3 on the {study.law.law.name} law" in by_question["Best split"]
+    assert "by approach 3 on the coupled law" in by_question["Best split"]
+    assert "better than the chinchilla law" in by_question["The law"]
     assert f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large" in by_question["Best split"]
     assert study.ahead.table["distance"].max() == pytest.approx(10, rel=0.05)
 

@@ -15,6 +15,7 @@ from commands import say
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.report.page import maths, write_report
+from aimscale.analysis.report.tables import number_of, sort_key
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.analysis.words import human
 
@@ -187,6 +188,8 @@ def test_it_opens_with_five_lines(page):
 def test_loss_and_accuracies_are_forecast(page):
     table = page.text[page.text.index("Fitted laws") : page.text.index("Does the law extrapolate?")]
     assert len(re.findall(r"N = \S+, D = \S+", table)) == 2 * 3  # the loss and two tasks by the first kind of probe
+    assert "3 to 10 times beyond" in table, "the record at the distance of the nearer forecast"
+    assert "30 to 100 times beyond" in table
     assert re.search(r"attentive-probe accuracy on digitsN = 40M, D = 320k0\.\d{4}0\.\d+ to 0\.\d+100", table)
 
 
@@ -289,6 +292,15 @@ def test_sizes_and_budgets_on_one_line_are_told_to_leave_it(tmp_path):
     assert page == tmp_path / "pages" / "report.html"
     text = Page(page.read_text()).text
     assert re.search(r"What to run next ?More (sizes|budgets)", text)
+
+
+def test_cells_sort_by_the_numbers_that_they_show():
+    shown = ["–", "10¹³", "1.21M", "27.6k", "[0.31, 0.38]", "−0.5", "3×10⁻⁴", "3 of 4", "12.5 %", "262,144"]
+    numbers = [None, 1e13, 1.21e6, 27_600, 0.31, -0.5, 3e-4, 3, 12.5, 262_144]
+    assert [number_of(text) for text in shown] == [None if n is None else pytest.approx(n) for n in numbers]
+    assert [number_of(name) for name in ("w104-d2", "3f0bc81e", "2.5x_s0", "not identified")] == [None] * 4
+    assert sort_key("–") == ""
+    assert sort_key("w104-d2") == "w104-d2"
 
 
 def test_formulas_become_html_only_after_escaping():

@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
+from tables import law_grid
 
 from aimscale.analysis import correlate, link
+from aimscale.analysis.forecasts.stack import DOF
 from aimscale.analysis.report.page import write_report
 from aimscale.analysis.report.study import Study, correlate_probes, study_tables
 from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.schema import results_table, write_table
+from aimscale.analysis.words import percent
 
 DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}
 
@@ -84,11 +88,24 @@ def test_the_page_says_what_was_tuned_and_how_often_data_repeat(known_study):
     assert study.fits["ND"].num_points == 30
     assert [flag.subject for flag in study.fits["ND"].flags if flag.kind == "tuned"] == ["lr_multiplier"]
     assert any("60 rows not the best lr_multiplier" in each for each in study.exclusions)
-    _, _, split, forecast, _ = verdict(study)
+    _, _, split, forecast, bought = verdict(study)
+    half = float(student.ppf(0.975, DOF)) * study.proposal.sd_before
+    assert f"from ±{percent(half)} to" in bought.answer, "it was one standard deviation"
     assert "passes over the pool of 16k, beyond the 4 that were seen" in forecast.answer
     assert ("passes" in split.answer) == (
         study.approaches.frontiers[-1].at(study.approaches.largest_budget)["D"][0] > 64e3
     )
+
+
+def test_two_experiments_in_one_table_are_noticed_and_told_once():
+    """They were green; and then a second flag said less of the same column."""
+    first, second = (law_grid(noise=0.002, rng=seed).assign(sweep=name) for seed, name in ((1, "one"), (2, "two")))
+    second["val_loss"] *= 1.02
+    frame = pd.concat([first, second], ignore_index=True)
+    names = {"N": "params_total", "D": "images_seen", "C": "flops_train"}
+    study = study_tables((), frame.rename(columns=names).assign(schema_version=1, status="complete"), {})
+    assert [flag.kind for flag in study.fits["ND"].flags if flag.subject == "sweep"] == ["experiments"]
+    assert verdict(study)[0].colour == "amber"
 
 
 @pytest.mark.slow
