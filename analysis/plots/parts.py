@@ -102,7 +102,13 @@ def scatter(
     is_picture = len(points) > MAX_SHAPES
     for name, rows in points.groupby("series", observed=True) if ends else ():  # a broken line, not a path per bar
         bars = rows.assign(gap=np.nan)[["low", "high", "gap"]].to_numpy().ravel()
-        line = {"color": colours[name], "linewidth": 0.7, "alpha": 0.55, "zorder": 2, "rasterized": is_picture}
+        line: dict[str, Any] = {
+            "color": colours[name],
+            "linewidth": 0.7,
+            "alpha": 0.55,
+            "zorder": 2,
+            "rasterized": is_picture,
+        }
         ax.plot(np.repeat(rows["x"], 3), bars, **line)
     place = {"x": points["x"].to_numpy(), "y": points["y"].to_numpy(), "ax": ax}
     sns.lineplot(points, **place, linestyle="", estimator=None, sort=False, rasterized=is_picture, **look)
