@@ -76,10 +76,10 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
     return figure
 
 
-def _scatter_accuracy(ax: Axes, rows: pd.DataFrame, x: str, labels: pd.Series | None) -> None:
+def _scatter_accuracy(ax: Axes, rows: pd.DataFrame, x: str, labels: pd.Series | None, what: str = "measured") -> None:
     """Draw accuracies with their intervals."""
     own = None if labels is None else labels[rows.index]
-    parts.scatter(ax, rows, x, "top1", own, ends=("top1_lo95", "top1_hi95"), markersize=3.3)
+    parts.scatter(ax, rows, x, "top1", own, ends=("top1_lo95", "top1_hi95"), markersize=3.3, what=what)
 
 
 def _draw_levels(panels: Sequence[Axes], rows: pd.DataFrame, levels: pd.DataFrame | None) -> None:
@@ -195,16 +195,16 @@ def plot_published(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
     """
     tasks = list(dict.fromkeys(ours["task"]))
     figure, panels, columns = _task_panels(tasks, 2.0)
-    both = pd.concat([ours.assign(whose="this table"), theirs.assign(whose="AIM, published")], ignore_index=True)
-    both = both.reindex(columns=[*dict.fromkeys([*both, "top1_lo95", "top1_hi95"])])
-    labels = both["whose"].astype(pd.CategoricalDtype(["this table", "AIM, published"]))
+    series = pd.CategoricalDtype(["this table", "AIM, published"])
+    theirs = theirs.assign(top1_lo95=np.nan, top1_hi95=np.nan)
     for ax, task in zip(panels, tasks, strict=True):
-        mine = both[both["task"] == task]
-        _scatter_accuracy(ax, mine, "params_total", labels)
+        mine, aim = ours[ours["task"] == task], theirs[theirs["task"] == task]
+        for rows, name, what in ((mine, "this table", "ours"), (aim, "AIM, published", "AIM")):
+            _scatter_accuracy(ax, rows, "params_total", pd.Series(name, rows.index, dtype=series), what)
         best, top1 = mine[["best_frozen", "best_frozen_top1"]].iloc[0]
         ax.axhline(top1, color=MUTED, linewidth=0.9, linestyle="--", label="best frozen model, published")
         record(ax, "level", pd.DataFrame({"series": [best], "y": top1}))
-        log_axis(ax, "x", mine["params_total"])
+        log_axis(ax, "x", [*mine["params_total"], *aim["params_total"]])
         ax.set(title=plain(task), xlabel="N: parameters")
     shared_legend(figure, panels, "", 2 if columns == 1 else 3)
     return figure
