@@ -61,7 +61,7 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
             mine = rows[(rows["task"] == task) & rows[x].notna()]
             if labels is not None:
                 parts.lines(ax, mine, x, "top1", by, labels)
-            _scatter_accuracy(ax, mine, x, labels)
+            _scatter_accuracy(ax, mine, x, labels, legend=task == tasks[0])
         log_axis(column[0], "x", rows[x], parts.tick_label(x))
         column[-1].set_xlabel(axis_label(x, loss_unit(rows), names_of(rows)).partition(",")[0])
     for by in dict.fromkeys(scales.values()):
@@ -76,10 +76,10 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
     return figure
 
 
-def _scatter_accuracy(ax: Axes, rows: pd.DataFrame, x: str, labels: pd.Series | None, what: str = "measured") -> None:
+def _scatter_accuracy(ax: Axes, rows: pd.DataFrame, x: str, labels: pd.Series | None, **options: Any) -> None:
     """Draw accuracies with their intervals."""
     own = None if labels is None else labels[rows.index]
-    parts.scatter(ax, rows, x, "top1", own, ends=("top1_lo95", "top1_hi95"), markersize=3.3, what=what)
+    parts.scatter(ax, rows, x, "top1", own, ends=("top1_lo95", "top1_hi95"), markersize=3.3, **options)
 
 
 def _draw_levels(panels: Sequence[Axes], rows: pd.DataFrame, levels: pd.DataFrame | None) -> None:
@@ -136,7 +136,7 @@ def plot_loss_accuracy(
     labels = parts.series_of(probes, by)[0] if by else None
     for ax, task in zip(panels, tasks, strict=True):
         mine = probes[probes["task"] == task]
-        _scatter_accuracy(ax, mine, "val_loss", labels)
+        _scatter_accuracy(ax, mine, "val_loss", labels, legend=ax is panels[0])
         if links and task in links:
             grid = pd.DataFrame({"L": np.linspace(*links[task].ranges["L"], NUM_GRID)})
             drawn = pd.concat([grid, links[task].predict(grid)], axis=1)
@@ -200,7 +200,7 @@ def plot_published(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
     for ax, task in zip(panels, tasks, strict=True):
         mine, aim = ours[ours["task"] == task], theirs[theirs["task"] == task]
         for rows, name, what in ((mine, "this table", "ours"), (aim, "AIM, published", "AIM")):
-            _scatter_accuracy(ax, rows, "params_total", pd.Series(name, rows.index, dtype=series), what)
+            _scatter_accuracy(ax, rows, "params_total", pd.Series(name, rows.index, dtype=series), what=what)
         best, top1 = mine[["best_frozen", "best_frozen_top1"]].iloc[0]
         ax.axhline(top1, color=MUTED, linewidth=0.9, linestyle="--", label="best frozen model, published")
         record(ax, "level", pd.DataFrame({"series": [best], "y": top1}))
