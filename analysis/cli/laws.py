@@ -72,8 +72,8 @@ def fit(
         y=y,
         weights=weights,
         objective=objective,
-        fixed={name: value for name, (value,) in numbers(fix, "--fix", "E=0", 1).items()},
-        bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1", 2).items()},
+        fixed={name: value for name, (value,) in numbers(fix, "--fix", "E=0").items()},
+        bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1").items()},
     )
     result = tested(result, df, hold_out or [])
     inside = plateau_flags(df.loc[result.data.index], read_curves(tables))
@@ -85,7 +85,7 @@ def fit(
 
 
 def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
-    """What weighs the laws, where `law` names several or leaves it open."""
+    """Weigh the laws where `law` names several or leaves it open."""
     from aimscale.analysis.forecasts.points import AUTO, forecaster
 
     is_one = "," not in law and law.partition(":")[0] != AUTO
@@ -93,7 +93,7 @@ def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
 
 
 def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
-    """The fit with held-out tests, and flags of the table."""
+    """Give the fit its held-out tests, and flags of the table."""
     from aimscale.analysis.fitting.holdout import held_out
     from aimscale.analysis.frontier.measured import with_budgets
     from aimscale.analysis.table.names import our_name
@@ -111,8 +111,8 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
     return replace(result, flags=said_once((*result.flags, *mixed)), heldout=tuple(tests))
 
 
-def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dict[str, list[float]]:
-    """Options `name=value` (`num` 1) or `name=low:high` (2) by name.
+def numbers(texts: list[str] | None, option: str, example: str) -> dict[str, list[float]]:
+    """Read options of an example's form, `name=value` or `name=low:high`, by name.
 
     Raises:
         AnalysisError: not of that form.
@@ -122,10 +122,10 @@ def numbers(texts: list[str] | None, option: str, example: str, num: int) -> dic
         name, _, values = text.partition("=")
         try:
             found[name.strip()] = [float(value) for value in values.split(":")]
-        except ValueError:
-            found[name.strip()] = []
-        if len(found[name.strip()]) != num:
-            raise AnalysisError(f"{option} takes numbers such as {example}, not {text!r}.")
+            if values.count(":") != example.count(":"):
+                raise ValueError(values)
+        except ValueError as error:
+            raise AnalysisError(f"{option} takes numbers such as {example}, not {text!r}.") from error
     return found
 
 
@@ -223,5 +223,5 @@ def frontier(
 
 
 def typed_scale(at: Mapping[str, float]) -> str:
-    """A scale as `--at` takes it."""
+    """Write a scale as `--at` takes it."""
     return ",".join(f"{name}={human(v) if 1e-3 < v < 1e12 else f'{v:.3g}'}" for name, v in at.items())

@@ -64,7 +64,7 @@ def table_of(
     best: list[str] | None = None,
     y: str = "val_loss",
 ) -> pd.DataFrame:
-    """The tables of a verb as one frame; what they seem to hold and nobody named is said beside the output."""
+    """Read the tables of a verb as one frame, and say on the error stream what they hold that nobody named."""
     from aimscale.analysis.table.accuracies import unnamed
     from aimscale.analysis.table.read import parse_columns, read_tables
 
@@ -77,7 +77,7 @@ def table_of(
 def table_to_minimise(
     tables: list[Path], columns: list[str] | None, where: list[str] | None, best: list[str] | None, y: str
 ) -> tuple[pd.DataFrame, str]:
-    """The tables of a verb as one frame, and its column that `y` means: a loss, or the error rate of a probe."""
+    """Read the tables of a verb, and find the column that `y` means: a loss, or the error rate of a probe."""
     from aimscale.analysis.table.measures import to_minimise
     from aimscale.analysis.table.select import best_of
 
@@ -86,7 +86,7 @@ def table_to_minimise(
 
 
 def then(verbs: Sequence[str], tables: Sequence[Path], columns: list[str] | None, where: list[str] | None) -> str:
-    """What to run next on the same tables: verbs, each with further options behind it."""
+    """Write what to run next on the same tables: verbs, each with further options behind it."""
     words = [NAMES.get(each, str(each)) for each in tables]
     for option, texts in (("--columns", columns), ("--where", where)):
         words += [word for text in texts or [] for word in (option, text)]
@@ -95,7 +95,7 @@ def then(verbs: Sequence[str], tables: Sequence[Path], columns: list[str] | None
 
 
 def say_next(commands: str) -> None:
-    """The last line of a verb."""
+    """Print the last line of a verb."""
     typer.echo(f"next: {commands}")
 
 

@@ -9,35 +9,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from aimscale.analysis.plots.parts import (
-    MAX_POINTS,
-    axis_label,
-    curve,
-    few_values,
-    joined,
-    percent_axis,
-    plain,
-    record,
-    scatter,
-    series_of,
-    shared_legend,
-    short,
-    tick_label,
-)
+from aimscale.analysis.plots import parts
+from aimscale.analysis.plots.parts import axis_label, plain, record, shared_legend
 from aimscale.analysis.plots.scaling import NUM_GRID
-from aimscale.analysis.plots.style import (
-    ACCENT,
-    DOUBLE,
-    INK,
-    MUTED,
-    PAPER,
-    SECOND,
-    SINGLE,
-    log_axis,
-    new_figure,
-    styled,
-)
+from aimscale.analysis.plots.style import DASHES, DOUBLE, INK, MUTED, SINGLE, log_axis, new_figure, styled
 from aimscale.analysis.table.names import names_of
 from aimscale.analysis.table.read import loss_unit
 
@@ -45,13 +22,17 @@ if TYPE_CHECKING:
     from aimscale.analysis.accuracy.result import Correlation
     from aimscale.analysis.fitting.result import Fit
 
-SCALES = (("params_total", "images_seen"), ("images_seen", "params_total"), ("flops_train", "params_total"))
-"""What accuracy is drawn against, and the column whose values make its lines."""
+SCALES = {"params_total": "images_seen", "images_seen": "params_total", "flops_train": "params_total"}
+"""What accuracy is drawn against -> the column whose values make its lines."""
+SIDES = {"images_seen": ("outside lower left", 4), "params_total": ("outside lower right", 6)}
+"""Where the legend of a column's values stands if there are two, and how many of them stand in a row."""
 REACH = 0.6
 """How far beyond the points, in their range, a level may lie to be drawn."""
-LEVEL_DASHES: tuple[Any, ...] = (":", "--", "-.", (0, (1, 2)), (0, (6, 2)), (0, (3, 1, 1, 1, 1, 1)))
+LEVELS: dict[str, Any] = {"labelcolor": MUTED, "fontsize": 6, "handlelength": 1.6, "handletextpad": 0.4}
+"""Look of their names."""
 
 
+@styled()
 def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> Figure:
     """Accuracy against N, D and C: a row of panels per task, points with intervals, a line per size (in N, per D).
 
@@ -68,92 +49,67 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
         >>> probes = probe_frame(read_table("results.parquet"))
         >>> plot_accuracy(probes[probes["kind"] == "linear"])
     """
-    with styled():
-        rows = probes[probes["top1"].notna()].reset_index(drop=True)
-        tasks = list(dict.fromkeys(rows["task"]))
-        scales = [(x, by) for x, by in SCALES if x in rows and rows[x].notna().any()]
-        width = DOUBLE if len(scales) > 1 else SINGLE
-        figure, panels = new_figure(width, 1.75 * len(tasks) + 0.7, len(tasks), len(scales), sharey="row", sharex="col")
-        places = {x: panels[k :: len(scales)] for k, (x, _) in enumerate(scales)}
-        most = max(60, MAX_POINTS * 3 // len(panels))
-        for x, by in scales:
-            series = by if by in rows and rows[by].notna().all() else None
-            labels = series_of(rows, series)[0] if series else None
-            for ax, task in zip(places[x], tasks, strict=True):
-                _against_scale(ax, rows[rows["task"] == task], x, series, labels, most)
-            log_axis(places[x][0], "x", rows[x], None if x == "flops_train" else few_values(rows[x]), tick_label(x))
-            places[x][-1].set_xlabel(axis_label(x, loss_unit(rows), names_of(rows)))
-        for number, task in enumerate(tasks):
-            line = panels[number * len(scales) : (number + 1) * len(scales)]
-            mine = rows[rows["task"] == task]
-            _level_lines(line, mine, None if levels is None else levels[levels["task"] == task])
-            for ax in line:
-                percent_axis(ax, label=ax is line[0])
-                ax.set_title(plain(task) if ax is line[0] else "")
-        _legends(figure, scales, places, rows)
+    rows = probes[probes["top1"].notna()].reset_index(drop=True)
+    tasks = list(dict.fromkeys(rows["task"]))
+    scales = {x: by for x, by in SCALES.items() if x in rows and rows[x].notna().any()}
+    width = DOUBLE if len(scales) > 1 else SINGLE
+    figure, panels = new_figure(width, 1.75 * len(tasks) + 0.7, len(tasks), len(scales), sharey="row", sharex="col")
+    grid = np.reshape(np.array(panels), (len(tasks), len(scales)))
+    for column, (x, by) in zip(grid.T, scales.items(), strict=True):
+        labels = parts.series_of(rows, by)[0] if by in rows and rows[by].notna().all() else None
+        for ax, task in zip(column, tasks, strict=True):
+            mine = rows[(rows["task"] == task) & rows[x].notna()]
+            if labels is not None:
+                parts.lines(ax, mine, x, "top1", by, labels)
+            _scatter_accuracy(ax, mine, x, labels, legend=task == tasks[0])
+        log_axis(column[0], "x", rows[x], parts.tick_label(x))
+        column[-1].set_xlabel(axis_label(x, loss_unit(rows), names_of(rows)).partition(",")[0])
+    for by in dict.fromkeys(scales.values()):
+        place, in_a_row = SIDES[by] if len(scales) > 1 else ("outside lower center", 4)
+        mine = [ax for column, each in zip(grid.T, scales.values(), strict=True) if each == by for ax in column]
+        shared_legend(figure, mine, axis_label(by, loss_unit(rows), names_of(rows)), in_a_row, place)
+    for line, task in zip(grid, tasks, strict=True):
+        line[0].set_title(plain(task))
+        for ax in line:
+            parts.percent_axis(ax, label=ax is line[0])
+        _draw_levels(line, rows[rows["task"] == task], None if levels is None else levels[levels["task"] == task])
     return figure
 
 
-def _against_scale(ax: Axes, rows: pd.DataFrame, x: str, by: str | None, labels: pd.Series | None, most: int) -> None:
-    """Points with intervals and their lines."""
-    if labels is not None and by is not None:
-        joined(ax, rows.dropna(subset=[x]), x, "top1", by, labels)
-    ends = (rows["top1_lo95"], rows["top1_hi95"])
-    scatter(ax, rows[x], rows["top1"], None if labels is None else labels[rows.index], ends=ends, size=11, most=most)
+def _scatter_accuracy(ax: Axes, rows: pd.DataFrame, x: str, labels: pd.Series | None, **options: Any) -> None:
+    """Draw accuracies with their intervals."""
+    own = None if labels is None else labels[rows.index]
+    parts.scatter(ax, rows, x, "top1", own, ends=("top1_lo95", "top1_hi95"), markersize=3.3, **options)
 
 
-def _legends(
-    figure: Figure, scales: Sequence[tuple[str, str]], places: Mapping[str, list[Axes]], rows: pd.DataFrame
-) -> None:
-    """What the colours are: in the panel of N images seen, in the others sizes."""
-    sides = {"images_seen": "outside lower left", "params_total": "outside lower right"}
-    for column in dict.fromkeys(by for _, by in scales):
-        panels = [ax for x, by in scales if by == column for ax in places[x]]
-        place = sides[column] if len(dict(scales)) > 1 else "outside lower center"
-        shared_legend(figure, panels, short(column, names_of(rows)), 4 if column == "images_seen" else 6, place)
-
-
-def _level_lines(panels: Sequence[Axes], rows: pd.DataFrame, levels: pd.DataFrame | None) -> None:
-    """Chance and what else there is to compare with, named at the right; what lies far off is named at the edge."""
-    known = pd.DataFrame(columns=["name", "top1"]) if levels is None else levels[["name", "top1"]]
-    chance = rows["chance"].dropna() if "chance" in rows else rows["top1"][:0]
-    if len(chance):
-        known = pd.concat([pd.DataFrame({"name": ["chance"], "top1": chance.iloc[:1]}), known], ignore_index=True)
+def _draw_levels(panels: Sequence[Axes], rows: pd.DataFrame, levels: pd.DataFrame | None) -> None:
+    """Draw chance and what else there is to compare with, named at the right; an arrow means beyond the axis."""
+    known = pd.DataFrame({"name": ["chance"], "top1": rows["chance"].iloc[:1]} if "chance" in rows else {})
+    known = pd.concat([known, pd.DataFrame(columns=["name", "top1"]) if levels is None else levels[["name", "top1"]]])
     values = rows[["top1", "top1_lo95", "top1_hi95"]].to_numpy(float)
     low, high = np.nanmin(values), np.nanmax(values)
     reach = REACH * max(high - low, 0.02)
-    near = known[known["top1"].between(low - reach, high + reach)]
-    low, high = (float(f([each, *near["top1"]])) for f, each in ((min, low), (max, high)))
+    near = known.loc[known["top1"].between(low - reach, high + reach), "top1"]
+    low, high = min([low, *near]), max([high, *near])
     for ax in panels:
         ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-        for (name, value), dashes in zip(near.itertuples(index=False, name=None), LEVEL_DASHES * 9, strict=False):
-            ax.axhline(value, color=MUTED, linewidth=0.9, linestyle=dashes, zorder=1)
-            record(ax, "level", pd.DataFrame({"series": [name], "y": [value]}))
-    low, high = panels[-1].get_ylim()
-    far = {name: value for name, value in known.itertuples(index=False, name=None) if not low <= value <= high}
-    texts = [(f"{plain(name, 22)} {100 * value:.1f}", (value - low) / (high - low)) for name, value in known.to_numpy()]
-    arrows = {True: "↑ ", False: "↓ "}
-    marked = [(arrows[place > 1] + text if not 0 <= place <= 1 else text, place) for text, place in texts]
-    for (text, _), at in zip(marked, spread([place for _, place in marked], 0.11), strict=True):
-        panels[-1].annotate(text, (1.02, at), xycoords="axes fraction", va="center", fontsize=6, color=MUTED)
-    for name, value in far.items():
-        record(panels[-1], "level, beyond the axis", pd.DataFrame({"series": [name], "y": [value]}))
+    handles = []
+    known = known.dropna().sort_values("top1", ascending=False, kind="stable")
+    for number, (name, value) in enumerate(known.itertuples(index=False, name=None)):
+        is_near, text = low <= value <= high, f"{plain(name, 22)} {100 * value:.1f}"
+        look: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": DASHES[1 + number % (len(DASHES) - 1)]}
+        for ax in panels if is_near else ():
+            ax.axhline(value, zorder=1, **look)
+        record(
+            panels[-1], "level" if is_near else "level, beyond the axis", pd.DataFrame({"series": [name], "y": value})
+        )
+        text = text if is_near else f"{'↑' if value > high else '↓'} {text}"
+        handles.append(Line2D([], [], label=text, **look if is_near else {"linestyle": "none"}))
+    if handles:
+        panels[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), **LEVELS)
 
 
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Places from 0 to 1, moved as little as it takes to lie `gap` apart, in their order."""
-    order = np.argsort(places, kind="stable")
-    moved = np.clip(np.asarray(places, float)[order], 0, 1)
-    floor, ceiling = -np.inf, 1.0
-    for k in range(len(moved)):
-        moved[k] = max(moved[k], floor)
-        floor = moved[k] + gap
-    for k in reversed(range(len(moved))):
-        moved[k] = min(moved[k], ceiling)
-        ceiling = moved[k] - gap
-    return moved[np.argsort(order)].tolist()
-
-
+@styled()
 def plot_loss_accuracy(
     probes: pd.DataFrame,
     correlations: Mapping[str, Iterable[Correlation]] | None = None,
@@ -173,66 +129,62 @@ def plot_loss_accuracy(
         >>> probes = probe_frame(read_table("results.parquet"))
         >>> plot_loss_accuracy(probes[probes["kind"] == "linear"])
     """
-    with styled():
-        probes = probes[probes["val_loss"].notna() & probes["top1"].notna()].reset_index(drop=True)
-        tasks = list(dict.fromkeys(probes["task"]))
-        figure, panels, columns = _task_panels(tasks, 2.1 if len(tasks) > 1 else 2.4)
-        by = next((n for n in ("params_total", "images_seen") if n in probes and probes[n].notna().any()), None)
-        labels = series_of(probes, by)[0] if by else None
-        most = max(60, MAX_POINTS * 3 // max(1, len(tasks)))
-        for ax, task in zip(panels, tasks, strict=True):
-            mine = probes[probes["task"] == task]
-            ends = (mine["top1_lo95"], mine["top1_hi95"])
-            named = None if labels is None else labels[mine.index]
-            scatter(ax, mine["val_loss"], mine["top1"], named, ends=ends, size=11, most=most)
-            if links and task in links:
-                grid = pd.DataFrame({"L": np.linspace(*links[task].ranges["L"], NUM_GRID)})
-                drawn = pd.concat([grid, links[task].predict(grid)], axis=1)
-                curve(ax, drawn, "L", what="link", color=MUTED, zorder=2.5)
-            _loss_panel(ax, mine, (correlations or {}).get(task, ()))
-        shared_legend(figure, panels, short(by) if by else "", 4 if columns == 1 else 8)
+    probes = probes[probes["val_loss"].notna() & probes["top1"].notna()].reset_index(drop=True)
+    tasks = list(dict.fromkeys(probes["task"]))
+    figure, panels, columns = _task_panels(tasks, 2.1 if len(tasks) > 1 else 2.4)
+    by = next((n for n in ("params_total", "images_seen") if n in probes and probes[n].notna().any()), None)
+    labels = parts.series_of(probes, by)[0] if by else None
+    for ax, task in zip(panels, tasks, strict=True):
+        mine = probes[probes["task"] == task]
+        _scatter_accuracy(ax, mine, "val_loss", labels, legend=ax is panels[0])
+        if links and task in links:
+            grid = pd.DataFrame({"L": np.linspace(*links[task].ranges["L"], NUM_GRID)})
+            drawn = pd.concat([grid, links[task].predict(grid)], axis=1)
+            parts.curve(ax, drawn, "L", what="link", color=MUTED, zorder=2.5)
+        _draw_chance(ax, mine["chance"].dropna())
+        ax.set_xlabel(axis_label("val_loss", loss_unit(mine)).replace("\n", " "))
+        lines = _correlation_lines((correlations or {}).get(task, ()))
+        ax.set_title(plain(task), pad=5 + 7.5 * len(lines))
+        ax.text(0, 1.02, "\n".join(lines), transform=ax.transAxes, va="bottom", fontsize=5.5, color=INK)
+    title = axis_label(by, loss_unit(probes), names_of(probes)) if by else ""
+    shared_legend(figure, panels, title, 4 if columns == 1 else 8)
     return figure
 
 
 def _task_panels(tasks: Sequence[str], height: float) -> tuple[Figure, list[Axes], int]:
-    """A figure with a panel (of a height in inches) of accuracies per task, and how many stand in a row."""
+    """Make a figure with a panel (of a height in inches) of accuracies per task; say how many stand in a row."""
     columns = max(1, min(3, len(tasks)))
     num_rows = max(1, -(-len(tasks) // columns))
     figure, panels = new_figure(SINGLE if columns == 1 else DOUBLE, height * num_rows + 0.5, num_rows, columns)
     for number, ax in enumerate(panels):
-        percent_axis(ax, label=number % columns == 0)
+        parts.percent_axis(ax, label=number % columns == 0)
         ax.set_visible(number < len(tasks))
-    for ax, task in zip(panels, tasks, strict=False):
-        ax.set_title(plain(task))
     return figure, panels[: len(tasks)], columns
 
 
-def _loss_panel(ax: Axes, rows: pd.DataFrame, correlations: Iterable[Correlation]) -> None:
-    ax.set_xlabel(axis_label("val_loss", loss_unit(rows)).replace("\n", " "))
-    chance = rows["chance"].dropna()
+def _draw_chance(ax: Axes, chance: pd.Series) -> None:
+    """Draw chance where it lies near the points, whose range the axis keeps."""
     low, high = ax.get_ylim()
-    if len(chance) and chance.iloc[0] > low - 0.5 * (high - low):  # the axis starts where the data are
+    if len(chance) and chance.iloc[0] > low - 0.5 * (high - low):
         ax.axhline(chance.iloc[0], color=MUTED, linewidth=0.9, linestyle=":")
         record(ax, "level", pd.DataFrame({"series": ["chance"], "y": chance.iloc[:1]}))
-        ax.annotate("chance", (0.99, chance.iloc[0]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                    color=MUTED, fontsize=6)  # fmt: skip
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        ax.annotate("chance", (0.99, chance.iloc[0]), color=MUTED, fontsize=6, **place)
+
+
+def _correlation_lines(correlations: Iterable[Correlation]) -> list[str]:
+    """Write each coefficient with its interval."""
     words = {"pearson": "Pearson r", "spearman": "Spearman ρ"}
     told = [c for c in correlations if c.within is None and not np.isnan(c.value)]
-    wheres = {True: "equal compute: ", False: "all rows: "} if any(c.partial_on for c in told) else {False: ""}
-    lines = [
-        f"{wheres[c.partial_on is not None]}{words[c.method]} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]" for c in told
-    ]
-    lines = [line.replace("-", "−") for line in lines] + ["all at chance"] * any(c.chance is not None for c in told)
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + (0.02 + 0.055 * len(lines)) * (high - low))  # room for the words above the points
-    text = "\n".join(lines)
-    ax.text(0.98, 0.98, text, transform=ax.transAxes, ha="right", va="top", fontsize=5.5, color=INK, bbox=BOX)
+    is_split = any(c.partial_on for c in told)
+    lines = []
+    for c in told:
+        rows = ("equal compute: " if c.partial_on else "all rows: ") if is_split else ""
+        lines.append(f"{rows}{words[c.method]} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]".replace("-", "−"))
+    return lines + ["all at chance"] * any(c.chance is not None for c in told)
 
 
-BOX: dict[str, Any] = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
-"""Behind text inside a plot."""
-
-
+@styled()
 def plot_published(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
     """Attentive accuracy against backbone parameters on the tasks of the paper: these runs, the released AIMs, and the
     best frozen model of Table 6 as a line.
@@ -241,21 +193,18 @@ def plot_published(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
         ours: `Comparison.tasks`: task, params_total, top1, top1_lo95, top1_hi95, best_frozen, best_frozen_top1.
         theirs: the released AIMs: task, params_total, top1.
     """
-    with styled():
-        tasks = list(dict.fromkeys(ours["task"]))
-        figure, panels, columns = _task_panels(tasks, 2.0)
-        for ax, task in zip(panels, tasks, strict=True):
-            mine, aim = ours[ours["task"] == task], theirs[theirs["task"] == task].sort_values("params_total")
-            scatter(ax, mine["params_total"], mine["top1"], ends=(mine["top1_lo95"], mine["top1_hi95"]), what="ours")
-            scatter(ax, aim["params_total"], aim["top1"], color=SECOND, marker="s", what="AIM")
-            ax.plot(aim["params_total"], aim["top1"], color=SECOND, linewidth=0.8, zorder=2)
-            best = mine.iloc[0]
-            ax.axhline(best["best_frozen_top1"], color=MUTED, linewidth=0.9, linestyle="--")
-            record(ax, "level", pd.DataFrame({"series": [best["best_frozen"]], "y": [best["best_frozen_top1"]]}))
-            log_axis(ax, "x", [*mine["params_total"], *aim["params_total"]])
-            ax.set_xlabel("N: parameters")
-        for name, colour, marker in (("this table", ACCENT, "o"), ("AIM, published", SECOND, "s")):
-            panels[0].plot([], [], color=colour, marker=marker, markersize=3.7, linestyle="none", label=name)
-        panels[0].plot([], [], color=MUTED, linestyle="--", label="best frozen model, published")
-        shared_legend(figure, panels[:1], "", 2 if columns == 1 else 3)
+    tasks = list(dict.fromkeys(ours["task"]))
+    figure, panels, columns = _task_panels(tasks, 2.0)
+    series = pd.CategoricalDtype(["this table", "AIM, published"])
+    theirs = theirs.assign(top1_lo95=np.nan, top1_hi95=np.nan)
+    for ax, task in zip(panels, tasks, strict=True):
+        mine, aim = ours[ours["task"] == task], theirs[theirs["task"] == task]
+        for rows, name, what in ((mine, "this table", "ours"), (aim, "AIM, published", "AIM")):
+            _scatter_accuracy(ax, rows, "params_total", pd.Series(name, rows.index, dtype=series), what=what)
+        best, top1 = mine[["best_frozen", "best_frozen_top1"]].iloc[0]
+        ax.axhline(top1, color=MUTED, linewidth=0.9, linestyle="--", label="best frozen model, published")
+        record(ax, "level", pd.DataFrame({"series": [best], "y": top1}))
+        log_axis(ax, "x", [*mine["params_total"], *aim["params_total"]])
+        ax.set(title=plain(task), xlabel="N: parameters")
+    shared_legend(figure, panels, "", 2 if columns == 1 else 3)
     return figure

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.plots.parts import plain
-from aimscale.analysis.plots.style import ACCENT, INK, MARKERS, MUTED, PAPER, new_figure, ordered_colours, styled
+from aimscale.analysis.plots.parts import plain, record, shared_legend
+from aimscale.analysis.plots.style import MARKERS, MUTED, PAPER, new_figure, palette, styled
 
 if TYPE_CHECKING:
     from aimscale.analysis.effects.contrasts import Contrast, Contrasts
 
 
+@styled()
 def plot_contrasts(found: Contrasts) -> Figure:
     """Differences against the baseline with intervals: a row per measure, a marker per level; ticks are pairs of runs.
 
@@ -30,49 +30,43 @@ def plot_contrasts(found: Contrasts) -> Figure:
         >>> table = read_table("results.parquet")
         >>> plot_contrasts(contrast(table, by="kind"))
     """
-    with styled():
-        levels = list(dict.fromkeys(each.level for each in found.contrasts))
-        colours = dict(zip(levels, ordered_colours(len(levels)) if len(levels) > 1 else [ACCENT], strict=True))
-        groups = [
-            [each for each in found.contrasts if each.measure.is_accuracy == is_accuracy]
-            for is_accuracy in (False, True)
-        ]
-        panels = [group for group in groups if group]
-        heights = [0.45 + (0.16 + 0.17 * len(levels)) * len({each.measure for each in group}) for group in panels]
-        height = sum(heights) + 0.5 * len(panels) + 0.45
-        figure, axes = new_figure(6.2, height, num_rows=len(panels), height_ratios=heights)
-        for ax, group in zip(axes, panels, strict=True):
-            _contrast_panel(ax, group, found.baseline, levels, colours)
-        handles = [
-            mpl.lines.Line2D([], [], color=colours[level], marker=MARKERS[i % len(MARKERS)], label=plain(level))
-            for i, level in enumerate(levels)
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(levels)), title=plain(found.by))
-        return figure
+    levels = list(dict.fromkeys(each.level for each in found.contrasts))
+    looks = dict(zip(levels, zip(palette(levels).values(), MARKERS * len(levels), strict=False), strict=True))
+    groups = [[each for each in found.contrasts if each.measure.is_accuracy == kind] for kind in (False, True)]
+    groups = [group for group in groups if group]
+    heights = [0.45 + (0.16 + 0.17 * len(levels)) * len({each.measure for each in group}) for group in groups]
+    height = sum(heights) + 0.5 * len(groups) + 0.45
+    figure, axes = new_figure(6.2, height, num_rows=len(groups), height_ratios=heights)
+    for ax, group in zip(axes, groups, strict=True):
+        _contrast_panel(ax, group, looks)
+        unit = "points of accuracy" if group[0].measure.is_accuracy else "%"
+        better = "left" if group[0].measure.lower_is_better else "right"
+        ax.set_xlabel(f"against {plain(found.baseline)}, {unit} ({better} is better)")
+    for level, (colour, marker) in looks.items():
+        axes[0].plot([], [], color=colour, marker=marker, label=plain(level))
+    shared_legend(figure, axes[:1], plain(found.by), 5)
+    return figure
 
 
-def _contrast_panel(
-    ax: Axes, group: Sequence[Contrast], baseline: str, levels: Sequence[str], colours: dict[str, Any]
-) -> None:
-    is_accuracy = group[0].measure.is_accuracy
-    measures = list(dict.fromkeys(each.measure for each in group))
+def _contrast_panel(ax: Axes, group: list[Contrast], looks: dict[str, tuple[str, str]]) -> None:
+    """Draw the measures of one unit."""
+    measures, levels = list(dict.fromkeys(each.measure for each in group)), list(looks)
     for each in group:
-        scale = 100.0 if is_accuracy else 100 / each.baseline_mean
-        number = levels.index(each.level)
-        y = measures.index(each.measure) + (number - (len(levels) - 1) / 2) * 0.7 / len(levels)
-        colour, marker = colours[each.level], MARKERS[number % len(MARKERS)]
-        means = each.pairs.groupby("run_pair").mean(numeric_only=True)
-        single = means["difference"] * (100.0 if is_accuracy else 100 / means["baseline_value"])
+        place = (levels.index(each.level) - (len(levels) - 1) / 2) * 0.7 / len(levels)
+        y = measures.index(each.measure) + place
+        colour, marker = looks[each.level]
+        scale = 100.0 if each.measure.is_accuracy else 100 / each.baseline_mean
+        pairs = each.pairs.groupby("run_pair").mean(numeric_only=True)
+        single = pairs["difference"] * (100.0 if each.measure.is_accuracy else 100 / pairs["baseline_value"])
         ax.scatter(single, np.full(len(single), y), s=22, color=colour, marker="|", linewidths=1, alpha=0.55, zorder=1)
-        if np.isfinite(each.low):
-            ax.plot([scale * each.low, scale * each.high], [y, y], color=colour, linewidth=1.8, zorder=2)
-        face = colour if each.is_significant else PAPER
-        ax.scatter(scale * each.difference, y, s=36, facecolors=face, edgecolors=colour, marker=marker, zorder=3)
+        x, low, high = scale * each.difference, scale * each.low, scale * each.high
+        ax.hlines(y, low, high, color=colour, linewidth=1.8, zorder=2)
+        look: dict[str, Any] = {"facecolors": colour if each.is_significant else PAPER, "edgecolors": colour}
+        ax.scatter(x, y, s=36, marker=marker, zorder=3, **look)
+        drawn = pd.DataFrame({"series": [each.level], "x": [x], "y": y, "low": low, "high": high})
+        record(ax, each.measure.title, drawn)
     ax.axvline(0, color=MUTED, linewidth=1)
     ax.set_yticks(range(len(measures)), [plain(measure.title, 60) for measure in measures])
     ax.set_ylim(len(measures) - 0.5, -0.5)
-    ax.tick_params(axis="y", length=0, labelcolor=INK)
+    ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
-    unit = "points of accuracy" if is_accuracy else "%"
-    better = "left" if group[0].measure.lower_is_better else "right"
-    ax.set_xlabel(f"against {plain(baseline)}, {unit} ({better} is better)")

@@ -1,4 +1,4 @@
-"""Parts that every figure shares: axis labels, series, ticks, markers with errors."""
+"""Parts that every figure shares: axis labels, series, markers with intervals, lines, legends."""
 
 from __future__ import annotations
 
@@ -7,50 +7,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
-from aimscale.analysis.plots.style import (
-    ACCENT,
-    DASHES,
-    MARKERS,
-    MAX_SERIES,
-    PAPER,
-    ShownFigure,
-    figure_of,
-    ordered_colours,
-)
+from aimscale.analysis.plots.style import ACCENT, DASHES, MARKERS, MAX_SERIES, ShownFigure, figure_of, palette
 from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.table.names import LETTERS
 from aimscale.analysis.table.schema import KNOWN
 from aimscale.analysis.table.select import spaced
 from aimscale.analysis.words import human, power_of_ten
 
-AXIS_LABELS = {
-    "params_total": "N: parameters, pixel head included",
-    "params_trunk": "N: backbone parameters",
-    "params_head": "N: pixel-head parameters",
-    "images_seen": "D: training images seen",
-    "unique_images": "U: different training images",
-    "flops_train": "C: training compute (FLOP)",
-    "flops_6nd": "C: training compute, 6 × N × tokens (FLOP)",
-    "flops_executed": "C: training compute, executed (FLOP)",
-    "val_loss": "validation loss",
-    "train_loss": "training loss",
-    "top1": "top-1 accuracy",
-}
-"""Axis labels of the results table's columns."""
-FOREIGN_LABELS = {
-    "params_total": "N: parameters",
-    "images_seen": "D: samples seen",
-    "unique_images": "U: unique samples",
-}
-"""The same for tables of others, which may count other things under our names."""
-
 
 def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None = None) -> str:
-    """Label of a column: theirs in a foreign table, ours with its unit from the schema, else the name as it is.
+    """Label a column: by its name in a foreign table, by the schema's label in ours, else by the name as it is.
 
     Args:
         loss_unit: `table.loss_unit`; empty for a table that is not ours, whose columns get neutral words.
@@ -59,42 +29,27 @@ def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None
     if names and column in names:
         letter = LETTERS.get(column, "L")
         return plain(names[column]) if letter in ("L", names[column]) else f"{letter}: {plain(names[column])}"
-    if column in ("val_loss", "train_loss") and loss_unit:
-        return f"{AXIS_LABELS[column]}\n({loss_unit})"
-    if not loss_unit and column in FOREIGN_LABELS:
-        return FOREIGN_LABELS[column]
-    if column in AXIS_LABELS:
-        return AXIS_LABELS[column]
-    unit = KNOWN[column].unit if column in KNOWN else ""
-    return f"{column} ({unit})" if unit else plain(column)
-
-
-def short(column: str, names: Mapping[str, str] | None = None) -> str:
-    """A legend heading: the letter and a word or two."""
-    known = {"params_total": "N, parameters", "params_trunk": "N, backbone", "images_seen": "D, seen"}
-    return plain(names[column]) if names and column in names else known.get(column, column)
+    known = KNOWN.get(column)
+    if known is None or not known.axis:
+        return f"{column} ({known.unit})" if known and known.unit else plain(column)
+    if not loss_unit:  # others count other things under our names
+        return known.axis.replace(", pixel head included", "").replace("training images", "samples")
+    return f"{known.axis}\n({loss_unit})" if column in ("val_loss", "train_loss") else known.axis
 
 
 def percent_axis(ax: Axes, label: bool = True) -> None:
-    """Accuracies as per cent, which the axis says where there is room for it."""
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
-    if label:
-        ax.set_ylabel("top-1 accuracy (%)")
-
-
-def few_values(values: pd.Series) -> list[float] | None:
-    """The values themselves as ticks, if they are few."""
-    distinct = np.sort(values.dropna().unique())
-    return [float(value) for value in distinct] if 2 <= len(distinct) <= 8 else None
+    """Write accuracies as per cent, which the axis says where there is room for it."""
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+    ax.set_ylabel("top-1 accuracy (%)" if label else "")
 
 
 def tick_label(column: str) -> Callable[[float], str]:
-    """FLOPs as powers of ten, counts as people say them."""
+    """Choose how ticks are written: FLOPs as powers of ten, counts as people say them."""
     return power_of_ten if column.startswith("flops") or column == "C" else human
 
 
 def series_of(data: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, float]]:
-    """Name of each row's series, by value of a column, and the value that each name stands for, in order.
+    """Name each row's series by the value of a column, and map the names in order to the values they stand for.
 
     More than eight values are put into eight classes by their logarithm, called by their geometric mean.
     """
@@ -110,27 +65,6 @@ def series_of(data: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, float]]
     return labels, dict(zip(names, map(float, distinct), strict=True))
 
 
-MAX_POINTS = 300
-"""Points that one panel draws at most."""
-
-
-def thinned(points: pd.DataFrame, most: int = MAX_POINTS) -> pd.DataFrame:
-    """At most about `most` points, the same ones every time: the ends of every series in x and in y, and evenly of the
-    others in order of series, x and y.
-
-    Args:
-        points: columns x, y and series.
-    """
-    if len(points) <= most:
-        return points
-    ordered = points.sort_values(["series", "x", "y"], kind="stable").reset_index(drop=True)
-    groups = ordered.groupby("series", observed=True)
-    ends = [getattr(groups[name], which)() for name in ("x", "y") for which in ("idxmin", "idxmax")]
-    kept = {int(place) for each in ends for place in each.dropna()}
-    kept |= {*spaced(len(ordered), max(1, most - len(kept))).tolist()}
-    return ordered.loc[sorted(kept)]
-
-
 def record(ax: Axes, what: str, frame: pd.DataFrame) -> None:
     """Keep the numbers of what is drawn with the figure, which writes them beside it."""
     figure = figure_of(ax)
@@ -138,46 +72,46 @@ def record(ax: Axes, what: str, frame: pd.DataFrame) -> None:
         figure.parts.append((ax, frame.assign(what=what)))
 
 
+MAX_SHAPES = 300
+"""Points from which a panel's markers are one picture inside an SVG: a shape each would make a page of megabytes."""
+
+
 def scatter(
     ax: Axes,
-    x: Any,
-    y: Any,
+    points: pd.DataFrame,
+    x: str,
+    y: str,
     labels: pd.Series | None = None,
     *,
-    ends: tuple[Any, Any] | None = None,
-    size: float = 14,
-    color: str = ACCENT,
-    marker: str = "o",
+    ends: tuple[str, ...] = (),
     what: str = "measured",
-    most: int = MAX_POINTS,
+    **look: Any,
 ) -> None:
-    """Markers with a thin edge and, where `ends` are given, bars of their intervals; thinned where there are many.
-
-    Args:
-        labels: series of each point (categorical), drawn in a colour and a marker each.
-        ends: lower and upper ends of the intervals.
-        what: they are, in the numbers written beside the figure.
-    """
-    names = list(labels.cat.categories) if labels is not None else [""]
-    points = pd.DataFrame({"x": np.asarray(x, float), "y": np.asarray(y, float)})
-    points["series"] = pd.Categorical(labels if labels is not None else [""] * len(points), names)
-    points[["low", "high"]] = np.column_stack(ends) if ends else np.nan
-    points = points.dropna(subset=["x", "y", "series"])
-    shown = thinned(points, most)
-    record(ax, what, shown)
-    if isinstance(figure := figure_of(ax), ShownFigure):
-        figure.num_left_out += len(points) - len(shown)
-    looks = (
-        zip(names, ordered_colours(len(names)), MARKERS, strict=False) if labels is not None else [("", color, marker)]
-    )
-    for name, colour, each in looks:
-        rows = shown[shown["series"] == name]
-        if rows["low"].notna().any():  # one broken line for all bars: a page holds hundreds
-            bars = np.column_stack([rows["low"], rows["high"], np.full(len(rows), np.nan)]).ravel()
-            ax.plot(np.repeat(rows["x"], 3), bars, color=colour, linewidth=0.7, alpha=0.55, zorder=2, marker="")
-        look: dict[str, Any] = {"color": colour, "marker": each, "markersize": size**0.5, "linestyle": "none"}
-        look |= {"markeredgecolor": PAPER, "markeredgewidth": 0.4}
-        ax.plot(rows["x"], rows["y"], zorder=3, label=name or None, **look)
+    """Draw markers and, where columns of their `ends` are given, bars of intervals: of each label (categorical) in its
+    own colour and marker."""
+    points = points[[x, y, *ends]].set_axis(["x", "y", "low", "high"][: 2 + len(ends)], axis=1)
+    points = points.assign(series="" if labels is None else labels).dropna(subset=["x", "y", "series"])
+    record(ax, what, points)
+    # a line without a line: an SVG defines its marker once, and those of seaborn's scatterplot at every point
+    look = {"color": ACCENT, "marker": "o", "markersize": 3.7, "markeredgewidth": 0.4, "zorder": 3, **look}
+    colours: dict[Any, str] = {"": look["color"]}
+    if labels is not None:
+        colours = palette(labels.cat.categories)
+        markers = dict(zip(colours, MARKERS, strict=False))
+        look |= {"hue": "series", "style": "series", "palette": colours, "markers": markers, "dashes": False}
+    is_picture = len(points) > MAX_SHAPES
+    for name, rows in points.groupby("series", observed=True) if ends else ():  # a broken line, not a path per bar
+        bars = rows.assign(gap=np.nan)[["low", "high", "gap"]].to_numpy().ravel()
+        line: dict[str, Any] = {
+            "color": colours[name],
+            "linewidth": 0.7,
+            "alpha": 0.55,
+            "zorder": 2,
+            "rasterized": is_picture,
+        }
+        ax.plot(np.repeat(rows["x"], 3), bars, **line)
+    place = {"x": points["x"].to_numpy(), "y": points["y"].to_numpy(), "ax": ax}
+    sns.lineplot(points, **place, linestyle="", estimator=None, sort=False, rasterized=is_picture, **look)
 
 
 def curve(
@@ -189,38 +123,38 @@ def curve(
     what: str = "law",
     **options: Any,
 ) -> None:
-    """Lines with bands: `x`, `y` and the ends of the band in columns; a column `series` (categorical) makes several."""
-    parts = [rows for _, rows in frame.groupby("series", observed=True)] if "series" in frame else [frame]
-    for rows, colour, dashes in zip(parts, ordered_colours(len(parts)), DASHES, strict=False):
-        look = {"color": colour, "linestyle": dashes, "zorder": 2, **options}
-        ax.plot(rows[x], rows[y], **look)
-        ax.fill_between(rows[x], rows[ends[0]], rows[ends[1]], color=look["color"], alpha=0.16, linewidth=0)
-        names = {x: "x", y: "y", ends[0]: "low", ends[1]: "high"}
-        kept = rows[[name for name in (*names, "series") if name in rows]].rename(columns=names)
-        record(ax, what, kept if "series" in kept else kept.assign(series=options.get("label", "")))
+    """Draw lines with bands: `x`, `y` and the band's ends in columns; a column `series` (categorical) makes several."""
+    names = {x: "x", y: "y", ends[0]: "low", ends[1]: "high"}
+    frame = frame.rename(columns=names)[[*names.values(), *(["series"] if "series" in frame else [])]]
+    frame = frame if "series" in frame else frame.assign(series=options.get("label", ""))
+    record(ax, what, frame)
+    colours = palette(frame["series"].unique())
+    for (name, rows), dashes in zip(frame.groupby("series", observed=True), DASHES, strict=False):
+        look = {"color": colours[name], "linestyle": dashes, "zorder": 2, **options}
+        ax.plot(rows["x"], rows["y"], **look)
+        ax.fill_between(rows["x"], rows["low"], rows["high"], color=look["color"], alpha=0.16, linewidth=0)
 
 
-MAX_LINES = 24
-"""Lines that join measurements in one panel at most."""
+MAX_LINES = 100
+"""Lines that join measurements in one panel at most; of more, evenly chosen ones."""
 
 
-def joined(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, labels: pd.Series) -> None:
-    """A thin line through the measurements of each value of a column, seeds averaged, in the colour of its series."""
-    colours = dict(zip(labels.cat.categories, ordered_colours(len(labels.cat.categories)), strict=True))
-    means = rows.groupby([by, x])[y].mean().dropna().reset_index()
-    names = dict(zip(rows[by], labels[rows.index], strict=True))
-    values = means[by].unique()
-    means = means[means[by].isin(values[spaced(len(values), MAX_LINES)])].assign(series=means[by].map(names))
-    for name, lines in means.groupby("series", sort=False):  # one broken line for each series
-        ends = lines.groupby(by)[x].idxmax()
-        breaks = pd.DataFrame({by: lines.loc[ends, by]}, index=ends + 0.5)
-        broken = pd.concat([lines, breaks]).sort_index()
-        ax.plot(broken[x], broken[y], color=colours[name], linewidth=0.8, alpha=0.8, zorder=1.5)
-    record(ax, "mean", means.rename(columns={x: "x", y: "y"})[["x", "y", "series"]])
+def lines(
+    ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, labels: pd.Series, what: str = "mean", **look: Any
+) -> None:
+    """Draw a thin line through the means of each value of a column, in the colour of its label (categorical)."""
+    rows = rows.assign(series=labels[rows.index]).dropna(subset=[y])
+    values = rows[by].unique()
+    rows = rows[rows[by].isin(values[spaced(len(values), MAX_LINES)])]
+    means = rows.groupby([by, x, "series"], observed=True)[y].mean().reset_index()
+    look = {"linewidth": 0.9, "alpha": 0.8, "zorder": 1.5, "palette": palette(labels.cat.categories), **look}
+    place = {"x": means[x].to_numpy(), "y": means[y].to_numpy(), "ax": ax}
+    sns.lineplot(means, **place, hue="series", units=by, estimator=None, legend=False, **look)
+    record(ax, what, means[[x, y, "series"]].set_axis(["x", "y", "series"], axis=1))
 
 
 def legend(ax: Axes, title: str, columns: int = 4) -> None:
-    """The legend of a scatter of series: below the axes, where it hides no point, unless others share their figure."""
+    """Put the legend of a scatter of series below the axes, where it hides no point, unless others share the figure."""
     figure = figure_of(ax)
     if isinstance(figure, ShownFigure) and len(figure.axes) == 1:
         shared_legend(figure, [ax], title, columns)
@@ -231,15 +165,18 @@ def legend(ax: Axes, title: str, columns: int = 4) -> None:
 def shared_legend(
     figure: Figure, panels: Sequence[Axes], title: str, columns: int = 8, place: str = "outside lower center"
 ) -> None:
-    """One legend below panels that have the same series."""
+    """Put one legend below panels that have the same series."""
     found = {name: handle for ax in panels for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    for ax in panels:
+        if each := ax.get_legend():
+            each.remove()
     if found:
         look: dict[str, Any] = {"columnspacing": 0.9, "handletextpad": 0.3, "title": title, "loc": place}
         figure.legend(list(found.values()), list(found), ncols=min(columns, len(found)), **look)
 
 
 def plain(text: object, longest: int = 32) -> str:
-    """A name that matplotlib draws as it is, without reading dollar signs as mathematics; long ones are cut."""
+    """Cut a long name, and keep matplotlib from reading dollar signs as mathematics."""
     name = str(text)
     name = name if len(name) <= longest else f"{name[: longest - 1]}…"
     return name.replace("$", r"\$")

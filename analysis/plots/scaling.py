@@ -10,17 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.plots.parts import (
-    axis_label,
-    curve,
-    few_values,
-    joined,
-    legend,
-    scatter,
-    series_of,
-    short,
-    tick_label,
-)
+from aimscale.analysis.plots.parts import axis_label, curve, legend, lines, scatter, series_of, tick_label
 from aimscale.analysis.plots.style import ACCENT, INK, MARKERS, SECOND, figure_of, log_axis, new_figure, styled
 from aimscale.analysis.table.names import names_of
 from aimscale.analysis.table.read import loss_unit
@@ -31,6 +21,7 @@ if TYPE_CHECKING:
     from aimscale.analysis.frontier.approaches import Approaches
 
 
+@styled()
 def plot_fit(fit: Fit, ax: Axes | None = None, *, x: str | None = None) -> Figure:
     """Measurements, the fitted law and its confidence band against one variable.
 
@@ -47,25 +38,24 @@ def plot_fit(fit: Fit, ax: Axes | None = None, *, x: str | None = None) -> Figur
         >>> table = read_table("results.parquet")
         >>> plot_fit(fit(table, "chinchilla"), x="N")
     """
-    with styled():
-        ax = ax or new_figure()[1][0]
-        x = x or fit.law.variables[0]
-        other, data = next((v for v in fit.law.variables if v != x), None), fit.data
-        if other is None:
-            curve(ax, _curve_of(fit, x, data), x, color=ACCENT)
-            scatter(ax, data[x], data["y"])
-        else:
-            labels, values = series_of(data, other)
-            drawn = [_curve_of(fit, x, data[labels == name], {other: value}) for name, value in values.items()]
-            series = pd.Categorical(np.repeat(list(values), NUM_GRID), list(values))
-            curve(ax, pd.concat(drawn, ignore_index=True).assign(series=series), x)
-            scatter(ax, data[x], data["y"], labels)
-            legend(ax, short(fit.columns[other], fit.names))
-        if x != "L":  # a link from loss to accuracy reads best on plain axes
-            log_axis(ax, "x", data[x], few_values(data[x]), tick_label(fit.columns[x]))
-            log_axis(ax, "y", [*data["y"], *data["fitted"]])
-        ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit, fit.names).replace("\n", " "))
-        ax.set_ylabel(axis_label(fit.columns["y"], fit.loss_unit, fit.names))
+    ax = ax or new_figure()[1][0]
+    x = x or fit.law.variables[0]
+    other, data = next((v for v in fit.law.variables if v != x), None), fit.data
+    if other is None:
+        curve(ax, _curve_of(fit, x, data), x, color=ACCENT)
+        scatter(ax, data, x, "y")
+    else:
+        labels, values = series_of(data, other)
+        drawn = [_curve_of(fit, x, data[labels == name], {other: value}) for name, value in values.items()]
+        series = pd.Categorical(np.repeat(list(values), NUM_GRID), list(values))
+        curve(ax, pd.concat(drawn, ignore_index=True).assign(series=series), x)
+        scatter(ax, data, x, "y", labels)
+        legend(ax, axis_label(fit.columns[other], fit.loss_unit, fit.names))
+    if x != "L":  # a link from loss to accuracy reads best on plain axes
+        log_axis(ax, "x", data[x], tick_label(fit.columns[x]))
+        log_axis(ax, "y", [*data["y"], *data["fitted"]])
+    ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit, fit.names).replace("\n", " "))
+    ax.set_ylabel(axis_label(fit.columns["y"], fit.loss_unit, fit.names))
     return figure_of(ax)
 
 
@@ -74,7 +64,7 @@ NUM_GRID = 40
 
 
 def _curve_of(fit: Fit, x: str, data: pd.DataFrame, fixed: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """The law over the range of some points, at fixed values of its other variables."""
+    """Predict the law over the range of some points, at fixed values of its other variables."""
     low, high = float(data[x].min()), float(data[x].max())
     if low == high:
         low, high = fit.ranges[x]
@@ -87,6 +77,7 @@ def _curve_of(fit: Fit, x: str, data: pd.DataFrame, fixed: Mapping[str, float] |
     return pd.concat([grid, fit.predict(grid)], axis=1)
 
 
+@styled()
 def plot_points(
     frame: pd.DataFrame,
     x: str,
@@ -109,27 +100,27 @@ def plot_points(
         >>> table = read_table("results.parquet")
         >>> plot_points(table, "flops_train", by="params_total")
     """
-    with styled():
-        ax = ax or new_figure()[1][0]
-        rows = frame.dropna(subset=[x, y, *([by] if by else [])]).reset_index(drop=True)
-        labels = series_of(rows, by)[0] if by else None
-        if labels is not None and by:
-            joined(ax, rows, x, y, by, labels)
-        if envelope is not None:
-            v = envelope.law.variables[0]
-            look: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1.3}
-            drawn = _curve_of(envelope, v, envelope.data)
-            curve(ax, drawn, v, what="law of the envelope", label="envelope", zorder=2.5, **look)
-        scatter(ax, rows[x], rows[y], labels)
-        log_axis(ax, "x", rows[x], None if x.startswith("flops") else few_values(rows[x]), tick_label(x))
-        log_axis(ax, "y", rows[y])
-        ax.set_xlabel(axis_label(x, loss_unit(frame), names_of(frame)))
-        ax.set_ylabel(axis_label(y, loss_unit(frame), names_of(frame)))
-        if by:
-            legend(ax, short(by, names_of(frame)))
+    ax = ax or new_figure()[1][0]
+    unit, names = loss_unit(frame), names_of(frame)
+    rows = frame.dropna(subset=[x, y, *([by] if by else [])]).reset_index(drop=True)
+    labels = series_of(rows, by)[0] if by else None
+    if labels is not None and by:
+        lines(ax, rows, x, y, by, labels)
+    if envelope is not None:
+        v = envelope.law.variables[0]
+        look: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1.3, "zorder": 2.5}
+        drawn = _curve_of(envelope, v, envelope.data)
+        curve(ax, drawn, v, what="law of the envelope", label="envelope", **look)
+    scatter(ax, rows, x, y, labels)
+    log_axis(ax, "x", rows[x], tick_label(x))
+    log_axis(ax, "y", rows[y])
+    ax.set(xlabel=axis_label(x, unit, names), ylabel=axis_label(y, unit, names))
+    if by:
+        legend(ax, axis_label(by, unit, names))
     return figure_of(ax)
 
 
+@styled()
 def plot_approaches(found: Approaches) -> Figure:
     """N*(C) of all approaches: their optima and lines with intervals, dotted beyond the budgets used.
 
@@ -140,23 +131,20 @@ def plot_approaches(found: Approaches) -> Figure:
         >>> table = read_table("results.parquet")
         >>> plot_approaches(all_approaches(table))
     """
-    with styled():
-        figure, (ax,) = new_figure()
-        for number, frontier in enumerate(found.frontiers):
-            colour, (low, high) = (ACCENT, SECOND, INK)[number % 3], frontier.range
-            name = f"approach {frontier.approach}"
-            for start, end, style in ((low, high, ("-", "--", "-.")[number % 3]), (high, 10 * high, ":")):
-                label = f"{name}: exponent {frontier.exponent_words()}" if end == high else None
-                drawn = frontier.at(np.geomspace(start, end, 12))
-                look: dict[str, Any] = {"color": colour, "linestyle": style, "label": label}
-                curve(ax, drawn, "C", "N", ("N_lo", "N_hi"), what=f"{name}{'' if label else ', beyond'}", **look)
-            if len(frontier.pairs) <= NUM_GRID:
-                pairs = frontier.pairs
-                scatter(ax, pairs["C"], pairs["N"], color=colour, marker=MARKERS[number], what=f"{name}, optima")
-        xy = np.concatenate([np.asarray(line.get_xydata(), float) for line in ax.lines])
-        log_axis(ax, "x", xy[:, 0], None, power_of_ten)
-        log_axis(ax, "y", xy[:, 1])
-        ax.set_xlabel(axis_label("flops_train"))
-        ax.set_ylabel("N*: compute-optimal\nparameters")
-        legend(ax, "", columns=1)
+    figure, (ax,) = new_figure()
+    looks = zip((ACCENT, SECOND, INK), ("-", "--", "-."), MARKERS, strict=False)
+    for frontier, (colour, dashes, marker) in zip(found.frontiers, looks, strict=False):
+        name, (low, high) = f"approach {frontier.approach}", frontier.range
+        label = f"{name}: exponent {frontier.exponent_words()}"
+        inside, beyond = (frontier.at(np.geomspace(*ends, 12)) for ends in ((low, high), (high, 10 * high)))
+        ends = ("N_lo", "N_hi")
+        curve(ax, inside, "C", "N", ends, what=name, color=colour, linestyle=dashes, label=label)
+        curve(ax, beyond, "C", "N", ends, what=f"{name}, beyond", color=colour, linestyle=":")
+        if len(frontier.pairs) <= NUM_GRID:
+            scatter(ax, frontier.pairs, "C", "N", color=colour, marker=marker, what=f"{name}, optima")
+    xy = np.concatenate([np.asarray(line.get_xydata(), float) for line in ax.lines])
+    log_axis(ax, "x", xy[:, 0], power_of_ten)
+    log_axis(ax, "y", xy[:, 1])
+    ax.set(xlabel=axis_label("flops_train"), ylabel="N*: compute-optimal\nparameters")
+    legend(ax, "", columns=1)
     return figure

@@ -11,30 +11,20 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.plots.parts import (
-    axis_label,
-    percent_axis,
-    plain,
-    record,
-    scatter,
-    series_of,
-    shared_legend,
-    short,
-    tick_label,
-)
-from aimscale.analysis.plots.style import DOUBLE, MUTED, SINGLE, log_axis, new_figure, ordered_colours, styled
+from aimscale.analysis.plots.parts import axis_label, lines, percent_axis, plain, scatter, series_of, shared_legend
+from aimscale.analysis.plots.style import DOUBLE, MUTED, SINGLE, log_axis, new_figure, styled
 from aimscale.analysis.table.read import loss_unit, probe_frame
-from aimscale.analysis.table.select import spaced
 
 if TYPE_CHECKING:
     from aimscale.analysis.effects.plateau import Plateau
 
 DECAY_SHARE = 0.2
 """Share of a budget that is decay where the set-up of a run does not say: the default of `schedule.decay_fraction`."""
-MAX_RUNS = 40
-"""Runs drawn at most; evenly of the others, in order of size."""
+BAND: dict[str, Any] = {"linewidth": 6.0, "alpha": 0.25, "solid_capstyle": "butt", "zorder": 1}
+"""Look of a first plateau."""
 
 
+@styled()
 def plot_curves(
     curves: pd.DataFrame,
     budgets: pd.DataFrame,
@@ -59,73 +49,47 @@ def plot_curves(
         >>> plot_curves(curves, read_table("results.parquet"))
     """
     probes, plateaus = probe_frame(curves[:0]) if probes is None else probes, plateaus or {}
-    with styled():
-        order = curves.groupby("run_id")["params_total"].first().sort_values(kind="stable").index
-        order = order[spaced(len(order), MAX_RUNS)]
-        curves, budgets, probes = (
-            each[each["run_id"].isin(order)].sort_values("images_seen").reset_index(drop=True)
-            for each in (curves, budgets, probes)
-        )
-        labels, values = series_of(pd.concat([curves, budgets], ignore_index=True), "params_total")
-        colours = dict(zip(values, ordered_colours(len(values)), strict=True))
-        names = dict(zip([*curves["run_id"], *budgets["run_id"]], labels, strict=True))
-        tasks = list(dict.fromkeys(probes["task"]))[:2]
-        figure, panels = new_figure(DOUBLE if tasks else SINGLE, 2.7, 1, 1 + len(tasks))
-        for run, mine in ((str(run), mine) for run, mine in curves.groupby("run_id")):
-            _line(panels[0], mine, "val_loss", str(names[run]), colours[names[run]])
-            if run in plateaus:
-                still = mine[mine["images_seen"].between(plateaus[run].start, plateaus[run].stop)]
-                look: dict[str, Any] = {
-                    "color": colours[names[run]],
-                    "linewidth": 6.0,
-                    "alpha": 0.25,
-                    "solid_capstyle": "butt",
-                }
-                panels[0].plot(still["images_seen"], still["val_loss"], zorder=1, **look)
-                record(panels[0], "first plateau", _points(still, "val_loss", str(names[run])))
-        _branches(panels[0], curves, budgets, names, colours)
-        scatter(panels[0], budgets["images_seen"], budgets["val_loss"], labels.iloc[len(curves) :], what="budget")
-        log_axis(panels[0], "y", [*curves["val_loss"], *budgets["val_loss"]])
-        panels[0].set_ylabel(axis_label("val_loss", loss_unit(budgets)))
-        for ax, task in zip(panels[1:], tasks, strict=True):
-            for run, mine in probes[probes["task"] == task].groupby("run_id"):
-                _line(ax, mine, "top1", str(names[run]), colours[names[run]])
-            ax.set_title(plain(task))
-            percent_axis(ax)
-        for ax in panels:
-            log_axis(ax, "x", [*curves["images_seen"], *budgets["images_seen"]], None, tick_label("images_seen"))
-            ax.set_xlabel(axis_label("images_seen", loss_unit(budgets)))
-        if plateaus:
-            look = {"color": MUTED, "linewidth": 5.0, "alpha": 0.25, "solid_capstyle": "butt"}
-            panels[0].plot([], [], label=" first plateau", **look)
-        shared_legend(figure, panels[:1], short("params_total"), 8 if tasks else 4)
+    x, unit = "images_seen", loss_unit(budgets)
+    both = pd.concat([curves, budgets], ignore_index=True)
+    labels, _ = series_of(both, "params_total")
+    label_of = dict(zip(both["run_id"], labels, strict=True))
+    curves, budgets = both[: len(curves)].dropna(subset=["val_loss"]).sort_values(x), both[len(curves) :]
+    tasks = list(dict.fromkeys(probes["task"]))[:2]
+    figure, panels = new_figure(DOUBLE if tasks else SINGLE, 2.7, 1, 1 + len(tasks))
+
+    def draw(ax: Axes, rows: pd.DataFrame, y: str, by: str, what: str, **look: Any) -> None:
+        lines(ax, rows, x, y, by, rows["run_id"].map(label_of).astype(labels.dtype), what, **look)
+
+    draw(panels[0], curves, "val_loss", "run_id", "during training")
+    for run, plateau in plateaus.items():
+        still = curves[(curves["run_id"] == run) & curves[x].between(plateau.start, plateau.stop)]
+        draw(panels[0], still, "val_loss", "run_id", "first plateau", **BAND)
+    ends = [end for _, row in budgets.dropna(subset=["val_loss"]).iterrows() for end in _decay(row, curves)]
+    decays = pd.DataFrame(ends, columns=["run_id", "budget", x, "val_loss"])
+    draw(panels[0], decays, "val_loss", "budget", "decay", linestyle=(0, (2, 1.5)))
+    scatter(panels[0], budgets, x, "val_loss", labels[budgets.index], what="budget")
+    log_axis(panels[0], "y", both["val_loss"])
+    panels[0].set_ylabel(axis_label("val_loss", unit))
+    for ax, task in zip(panels[1:], tasks, strict=True):
+        draw(ax, probes[probes["task"] == task], "top1", "run_id", "during training")
+        ax.set_title(plain(task))
+        percent_axis(ax)
+    for ax in panels:
+        log_axis(ax, "x", both[x])
+        ax.set_xlabel(axis_label(x, unit))
+    if plateaus:
+        panels[0].plot([], [], label="first plateau", color=MUTED, **BAND)
+    shared_legend(figure, panels[:1], axis_label("params_total", unit), 8 if tasks else 4)
     return figure
 
 
-def _points(rows: pd.DataFrame, y: str, series: str) -> pd.DataFrame:
-    return pd.DataFrame({"x": rows["images_seen"], "y": rows[y], "series": series})
-
-
-def _line(ax: Axes, rows: pd.DataFrame, y: str, series: str, colour: str) -> None:
-    """One run's curve."""
-    rows = rows.dropna(subset=[y])
-    ax.plot(rows["images_seen"], rows[y], color=colour, linewidth=0.9, zorder=2)
-    record(ax, "during training", _points(rows, y, series))
-
-
-def _branches(
-    ax: Axes, curves: pd.DataFrame, budgets: pd.DataFrame, names: Mapping[str, str], colours: Mapping[str, str]
-) -> None:
-    """A broken line from each budget to where its decay left the trunk; none where nothing was measured so early."""
-    for row in budgets.dropna(subset=["val_loss"]).to_dict("records"):
-        trunk = curves[curves["run_id"] == row["run_id"]].dropna(subset=["val_loss"])
-        setup = json.loads(row["setup"]) if isinstance(row.get("setup"), str) else {}
-        start = (1 - float(setup.get("schedule.decay_fraction", DECAY_SHARE))) * row["images_seen"]
-        if row.get("schedule") == "cosine" or trunk.empty or start < trunk["images_seen"].min():
-            continue
-        at = np.exp(np.interp(np.log(start), np.log(trunk["images_seen"]), np.log(trunk["val_loss"])))
-        line = pd.DataFrame({"x": [start, row["images_seen"]], "y": [at, row["val_loss"]]})
-        ax.plot(
-            line["x"], line["y"], color=colours[names[row["run_id"]]], linewidth=0.8, linestyle=(0, (2, 1.5)), zorder=1
-        )
-        record(ax, "decay", line.assign(series=names[row["run_id"]]))
+def _decay(budget: pd.Series, curves: pd.DataFrame) -> list[tuple[Any, ...]]:
+    """Give both ends of a budget's decay: run, budget, images, loss; none where nothing was measured so early."""
+    trunk = curves[curves["run_id"] == budget["run_id"]]
+    setup = json.loads(budget["setup"]) if isinstance(budget.get("setup"), str) else {}
+    start = (1 - float(setup.get("schedule.decay_fraction", DECAY_SHARE))) * budget["images_seen"]
+    if budget.get("schedule") == "cosine" or not trunk["images_seen"].min() <= start:
+        return []
+    loss = np.exp(np.interp(np.log(start), np.log(trunk["images_seen"]), np.log(trunk["val_loss"])))
+    ends = (start, loss), (budget["images_seen"], budget["val_loss"])
+    return [(budget["run_id"], budget.name, *end) for end in ends]

@@ -6,12 +6,10 @@ Nothing is averaged over tasks, and no loss level is put beside the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import linregress, norm
-from scipy.stats import t as student
+from scipy.stats import norm
 
 from aimscale.analysis.display import Result, fact_lines, text_table
 from aimscale.analysis.effects.paired import hits_of, paired
@@ -21,7 +19,7 @@ from aimscale.analysis.published.published import TASKS, all_beside_paper, best_
 from aimscale.analysis.table.names import joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import beside, probe_frame
-from aimscale.analysis.words import NOT_IDENTIFIED, POWER, Flag, flag_words, human, p_value
+from aimscale.analysis.words import NOT_IDENTIFIED, POWER, Flag, flag_words, human
 
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""
@@ -73,13 +71,11 @@ class Comparison(Result):
 
     def summary(self) -> str:
         """For a terminal."""
-        largest = self.baselines
-        if largest["params_total"].notna().any():
-            largest = largest[largest["params_total"] == largest["params_total"].max()]
-        largest = largest.drop(columns=["params_total", "images_seen"])
+        sizes = self.baselines["params_total"]
+        largest = self.baselines if sizes.isna().all() else self.baselines[sizes == sizes.max()]
         parts = {
             "Task by task, attentive probe on frozen features, top-1 in per cent": self.tasks,
-            "The largest run beside baselines on the same probes, top-1 in per cent": largest,
+            "The largest run beside baselines on the same probes, top-1 in per cent": largest.drop(columns=RUN),
             "The paper's ablations (AIM-0.6B) and the same changes here, points of top-1": self.ablations,
             "Scaling exponents, L ~ N^-a": self.exponents,
         }
@@ -87,6 +83,10 @@ class Comparison(Result):
         return "\n\n".join([fact_lines(self.facts()), *tables])
 
 
+RUN = ["params_total", "images_seen", "is_paired"]
+"""Columns of baselines that say more of the run than a terminal has room for."""
+SHARES = ("top1", "aim", "gap", "best_frozen_top1", "baseline_top1", "detectable", "published", "difference")
+"""How the columns of accuracies begin."""
 INTERVALS = {
     "top1_lo95": ("top1_hi95", "top1 interval"),
     "gap_lo95": ("gap_hi95", "gap interval"),
@@ -94,34 +94,28 @@ INTERVALS = {
     "n_low": ("n_high", "range of N"),
 }
 """Column of a lower end -> that of the upper end, and the head of both in one."""
+UPPER = {high for high, _ in INTERVALS.values()}
 
 
 def share_cells(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """Write rows as a reader sees them: shares in per cent, intervals in one column."""
-    shares = ("top1", "aim", "gap", "best_frozen_top1", "baseline_top1", "detectable", "published", "difference")
-    of_shares = ("low", "high") if "difference" in frame else ()
-    hidden = {"is_paired", *(high for high, _ in INTERVALS.values())}
+    """Write rows for a reader: shares in per cent, intervals in one column."""
+    shares = (*SHARES, "low", "high") if "difference" in frame else SHARES
+    texts = {
+        str(name): [each if isinstance(each, str) else _number(each, str(name).startswith(shares)) for each in column]
+        for name, column in frame.items()
+    }
+    cells = {}
+    for name in texts:
+        if name in INTERVALS:
+            high, head = INTERVALS[name]
+            cells[head] = [f"[{a}, {b}]" for a, b in zip(texts[name], texts[high], strict=True)]
+        elif name not in UPPER:
+            cells[name] = texts[name]
+    return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
-    def number(name: str, value: Any) -> str:
-        if pd.isna(value):
-            return "–"
-        if name in ("n", "p"):
-            return f"{value:,.0f}" if name == "n" else p_value(value).removeprefix("p ").removeprefix("= ")
-        return f"{100 * value:.1f}" if name.startswith(shares) or name in of_shares else human(value)
 
-    rows = []
-    for row in frame.to_dict("records"):
-        cells = {}
-        for name, value in row.items():
-            if name in INTERVALS:
-                high, head = INTERVALS[name]
-                cells[head] = f"[{number(name, value)}, {number(high, row[high])}]"
-            elif name not in hidden:
-                cells[str(name).replace("baseline_", "its ")] = (
-                    value if isinstance(value, str) else number(str(name), value)
-                )
-        rows.append(cells)
-    return rows
+def _number(value: float, is_share: bool) -> str:
+    return f"{100 * value:.1f}" if is_share and not pd.isna(value) else human(value)
 
 
 def compare(frame: pd.DataFrame) -> Comparison:
@@ -182,19 +176,24 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     gap = both["top1"] - both["baseline_top1"]
     below = np.hypot(both["top1"] - both["top1_lo95"], both["baseline_hi95"] - both["baseline_top1"])
     above = np.hypot(both["top1_hi95"] - both["top1"], both["baseline_top1"] - both["baseline_lo95"])
-    factor = (1 + norm.ppf(POWER) / norm.ppf(0.975)) / 2
-    both = both.assign(gap=gap, gap_lo95=gap - below, gap_hi95=gap + above, detectable=factor * (below + above))
-    found = [paired([a], [b]) for a, b in zip(both["theirs"], both["ours"], strict=True)]
-    both = both.assign(is_paired=[each is not None for each in found], p=[each.p if each else np.nan for each in found])
-    for column, name in (("gap_lo95", "low"), ("gap_hi95", "high"), ("detectable", "detectable")):
-        values = [getattr(each, name) if each else np.nan for each in found]
-        both[column] = pd.Series(values, both.index).fillna(both[column])
+    detectable = (1 + norm.ppf(POWER) / norm.ppf(0.975)) / 2 * (below + above)
+    ends = {"gap_lo95": gap - below, "gap_hi95": gap + above, "detectable": detectable, "p": np.nan}
+    both = both.assign(gap=gap, is_paired=False, **ends)
+    for row, one, other in zip(both.index, both["theirs"], both["ours"], strict=True):
+        if found := paired([one], [other]):
+            both.loc[row, ["is_paired", "gap_lo95", "gap_hi95", "detectable", "p"]] = (
+                True,
+                found.low,
+                found.high,
+                found.detectable,
+                found.p,
+            )
     verdict = np.select([both["gap_lo95"] > 0, both["gap_hi95"] < 0], ["above", "below"], "no significant difference")
     return both.assign(verdict=verdict).reindex(columns=columns)
 
 
 def _shared(probes: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
-    """Attentive results on the paper's tasks; what else there is goes to `left_out`."""
+    """Choose attentive results on the paper's tasks; what else there is goes to `left_out`."""
     known = probes[probes["task"].isin(TASKS)]
     kept = known[known["kind"] == PROTOCOL].dropna(subset=["top1"])
     sides = kept["image_size"].dropna().astype(int) if "image_size" in kept else pd.Series(dtype=int)
@@ -203,16 +202,14 @@ def _shared(probes: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
         "other_probes": known.loc[known["kind"] != PROTOCOL, "kind"],
         "other_sides": sides[sides != PAPER_SIDE].sort_values(),
     }
-    left_out += [
-        Flag(kind=kind, subject=", ".join(map(str, values.unique())), number=PAPER_SIDE)
-        for kind, values in others.items()
-        if len(values)
-    ]
+    for kind, values in others.items():
+        if len(values):
+            left_out.append(Flag(kind=kind, subject=", ".join(map(str, values.unique())), number=PAPER_SIDE))
     return kept
 
 
 def _last_budgets(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each run's largest budget."""
+    """Choose the rows of each run's largest budget."""
     if "images_seen" not in rows or rows["images_seen"].isna().all():
         return rows
     key = [name for name in ("run_id", "size") if name in rows][:1]
@@ -220,7 +217,7 @@ def _last_budgets(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
-    """A row per probe and choice of blocks; `top1` and its interval are those of the choice named in `blocks`."""
+    """Make a row per probe and choice of blocks; `top1` and its interval are those of the choice named in `blocks`."""
     rows = _last_budgets(shared)
     says, names = rows["last_top1"].notna(), ("top1", "top1_lo95", "top1_hi95")
     last = rows[says].assign(blocks=LAST, **{name: rows.loc[says, f"last_{name}"] for name in names})
@@ -228,39 +225,38 @@ def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
     keep = [name for name in ("size", "params_total", "images_seen") if name in rows]
     out = pd.concat([last, own]).sort_index(kind="stable")[[*keep, "task", "blocks", *names]].reset_index(drop=True)
     best, references = out["task"].map(best_frozen), out["blocks"].map(REFERENCE)
-    out["aim_7b"] = [table6().loc[key, task] for key, task in zip(references, out["task"], strict=True)]
-    out["gap_to_aim_7b"] = out["top1"] - out["aim_7b"]
-    out["best_frozen"] = best
-    out["best_frozen_top1"] = [table6().loc[key, task] for key, task in zip(best, out["task"], strict=True)]
-    out["gap_to_best_frozen"] = out["top1"] - out["best_frozen_top1"]
-    return out
+    aim, top = ([table6().loc[*cell] for cell in zip(keys, out["task"], strict=True)] for keys in (references, best))
+    out = out.assign(aim_7b=aim, gap_to_aim_7b=out["top1"] - aim)
+    return out.assign(best_frozen=best, best_frozen_top1=top, gap_to_best_frozen=out["top1"] - top)
 
 
 def _exponents(usable: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
-    """The paper's slopes and ours: a pure power law, as theirs, over sizes at one budget."""
-    rows: list[dict[str, Any]] = [
-        {"whose": "AIM, four published points", "N": count} | _paper_exponent(count) for count in COUNTS
-    ]
+    """Fit the paper's slopes and ours: a pure power law, as theirs, over sizes at one budget."""
+    rows = [_exponent("AIM, four published points", published_frame(), count) for count in COUNTS]
     seen = their_name(usable, "images_seen", "images seen")
     for count in COUNTS:
         if count not in usable or usable[count].isna().all() or usable.empty:
             continue
         subset, words = _widest_slice(usable, count, "images_seen") if "images_seen" in usable else (usable, "all")
         try:
-            ours = fit(subset, "power:N", columns={"N": count}, is_tested=False)
+            rows.append(_exponent(f"this table, {words} {seen}", subset, count))
         except AnalysisError as error:
             left_out.append(Flag(kind="no_result", subject=f"Our exponent on {count}", more=(str(error),)))
-            continue
-        if "a" in ours.not_identified:
-            left_out.append(Flag(kind="no_result", subject=f"Our exponent on {count}", more=(NOT_IDENTIFIED,)))
-            continue
-        interval = ours.intervals["a"]
-        low, high = ours.ranges["N"]
-        rows.append(
-            {"whose": f"this table, {words} {seen}", "N": count, "exponent": ours.params["a"], "low": interval.low,
-             "high": interval.high, "n_low": low, "n_high": high}
-        )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _exponent(whose: str, frame: pd.DataFrame, count: str) -> dict[str, float | str]:
+    """Fit a of L ~ N^-a.
+
+    Raises:
+        AnalysisError: a is not identified.
+    """
+    found = fit(frame, "power:N", columns={"N": count}, is_tested=False)
+    if "a" in found.not_identified:
+        raise AnalysisError(NOT_IDENTIFIED)
+    interval, (n_low, n_high) = found.intervals["a"], found.ranges["N"]
+    row: dict[str, float | str] = {"whose": whose, "N": count, "exponent": found.params["a"]}
+    return row | {"low": interval.low, "high": interval.high, "n_low": n_low, "n_high": n_high}
 
 
 def _widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataFrame, str]:
@@ -270,13 +266,3 @@ def _widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.Data
         return frame.iloc[:0], "no"
     value = spread[spread == spread.max()].index.max()
     return frame[frame[fixed] == value], f"{value:,.0f}"
-
-
-def _paper_exponent(count: str) -> dict[str, float]:
-    """a of L ~ N^-a through the paper's four points, with Student's 95 % interval."""
-    frame = published_frame()
-    n = frame[count].to_numpy(float)
-    line = linregress(np.log(n), np.log(frame["val_loss"].to_numpy()))
-    half = float(student.ppf(0.975, len(n) - 2) * line.stderr)
-    a = -float(line.slope)
-    return {"exponent": a, "low": a - half, "high": a + half, "n_low": float(n.min()), "n_high": float(n.max())}

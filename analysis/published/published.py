@@ -33,7 +33,7 @@ KINDS = ["linear", "attentive"]
 
 
 def _fractions(percent: pd.DataFrame) -> pd.DataFrame:
-    """Per cent as fractions, without the dust of division."""
+    """Write per cent as fractions, without the dust of division."""
     return (percent / 100).round(4)
 
 
@@ -69,7 +69,7 @@ def published_frame() -> pd.DataFrame:
 
 
 def best_frozen(task: str) -> str:
-    """Key of the row of Table 6 with the highest accuracy on a task."""
+    """Find the row of Table 6 with the highest accuracy on a task."""
     return str(table6()[task].idxmax())
 
 
@@ -85,13 +85,13 @@ def ablations() -> pd.DataFrame:
 
 @functools.cache
 def _cells() -> dict[tuple[str, str], pd.Series]:
-    """Column and level -> the cell that means it."""
+    """Map columns and levels to the cells that mean them."""
     named = ((name, cell) for _, cell in ablations().iterrows() for name in cell["ours"].split("|") if name)
     return {(name.partition("=")[0], name.partition("=")[2]): cell for name, cell in named}
 
 
 def _varied() -> set[str]:
-    """Columns that the paper varied, too."""
+    """List the columns that the paper varied, too."""
     return {"head_depth", *(column for column, _ in _cells())}
 
 
@@ -110,34 +110,23 @@ def beside_paper(found: Contrasts) -> pd.DataFrame:
     out: list[dict[str, Any]] = []
     for each in [c for c in found.contrasts if c.measure.column == "top1" and c.measure.kind in KINDS]:
         keys, kind = [name for name in each.pairs if name in rows], each.measure.kind
-        own = rows.astype(dict.fromkeys(keys, object)).merge(
-            each.pairs[keys].drop_duplicates()
-        )  # those that are paired
-        names = own[found.by].map(level_name, na_action="ignore")
-        ours, theirs = (_settings(own[names == name], found.by, name) for name in (each.level, each.baseline))
+        paired = rows.astype(dict.fromkeys(keys, object)).merge(each.pairs[keys].drop_duplicates())
+        names = paired[found.by].map(level_name, na_action="ignore")
+        ours, theirs = (_settings(paired[names == name], found.by, name) for name in (each.level, each.baseline))
         shared = [(ours[column], theirs[column]) for column in ours if column in theirs]
         if not shared or shared[0][0]["setting"] == shared[0][1]["setting"] or pd.isna(shared[0][0][kind]):
             continue
         level, baseline = shared[0]
-        out.append(
-            {
-                "change": f"{level['setting']} over {baseline['setting']}",
-                "kind": kind,
-                "published": level[kind] - baseline[kind],
-                "published_on": level["task"],
-                "task": each.measure.task,
-                "difference": each.difference,
-                "low": each.low,
-                "high": each.high,
-                "over": each.over,
-                "N": " to ".join(dict.fromkeys(map(human, (own[count].min(), own[count].max())))),
-            }
-        )
+        row = {"change": f"{level['setting']} over {baseline['setting']}", "kind": kind}
+        row |= {"published": level[kind] - baseline[kind], "published_on": level["task"], "task": each.measure.task}
+        row |= {name: getattr(each, name) for name in ("difference", "low", "high", "over")}
+        sizes = dict.fromkeys(map(human, (paired[count].min(), paired[count].max())))
+        out.append(row | {"N": " to ".join(sizes)})
     return pd.DataFrame(out)
 
 
 def in_words(beside: pd.DataFrame) -> Iterator[str]:
-    """A sentence per row of `beside_paper`."""
+    """Write a sentence per row of `beside_paper`."""
     for row in beside.to_dict("records"):
         interval = f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" if row["over"] else ""
         yield (
@@ -148,7 +137,7 @@ def in_words(beside: pd.DataFrame) -> Iterator[str]:
 
 
 def _settings(rows: pd.DataFrame, by: str, level: str) -> dict[str, pd.Series]:
-    """Column -> the published cell that rows of a level have in it: the one compared, and the rule that heads follow.
+    """Map columns to the published cells that rows of a level have: of the one compared, and of the rule of heads.
 
     Blocks of a head by the rule are no number of their own, and no block at all is the paper's head of none.
     """
@@ -161,7 +150,7 @@ def _settings(rows: pd.DataFrame, by: str, level: str) -> dict[str, pd.Series]:
 
 
 def all_beside_paper(frame: pd.DataFrame) -> pd.DataFrame:
-    """`beside_paper` of every column of a table that the paper varied, too, and over which rows are paired."""
+    """Put every column of a table that the paper varied, too, beside it, if rows are paired over it."""
     rows, found = complete(frame), [pd.DataFrame()]
     for name in filter(_varied().__contains__, factors(rows)):
         with contextlib.suppress(AnalysisError):  # nothing was probed, or nothing is paired

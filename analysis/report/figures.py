@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, plot_published
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
-from aimscale.analysis.plots.style import ShownFigure, save, themed_svg
+from aimscale.analysis.plots.style import inline_svg, save
 from aimscale.analysis.plots.training import plot_curves
 from aimscale.analysis.published.comparison import ADAPTED, CHOSEN, LAST, PROTOCOL
 from aimscale.analysis.published.published import TASKS, best_frozen, published_frame, table6
@@ -37,16 +37,14 @@ class PageFigure:
     """What is drawn, with the formula and its interval where a law is."""
     figure: Figure
     svg: str
-    """Inline SVG whose colours follow the page's theme."""
+    """Inline SVG."""
     is_wide: bool
     """Whether it takes two columns of a paper."""
 
 
 def page_figure(key: str, title: str, caption: str, figure: Figure) -> PageFigure:
-    """Render a figure for the page, and say how many points it leaves out."""
-    if isinstance(figure, ShownFigure) and figure.num_left_out:
-        caption += f" Thinned: {figure.num_left_out:,} points are not drawn; the ends of every series are."
-    svg = themed_svg(figure, key, f"{title}. {caption}")
+    """Render a figure for the page."""
+    svg = inline_svg(figure, key, f"{title}. {caption}")
     is_wide = figure.get_figwidth() > 5
     return PageFigure(key=key, title=title, caption=caption, figure=figure, svg=svg, is_wide=is_wide)
 

@@ -17,7 +17,6 @@ import jinja2
 import markupsafe
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.plots.style import css_variables
 from aimscale.analysis.report import tables, words
 from aimscale.analysis.report.figures import PageFigure, page_figures, save_figures
 from aimscale.analysis.report.pictures import picture_rows
@@ -118,8 +117,6 @@ def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
         made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         style=_asset("report.css"),
         script=_asset("report.js"),
-        figure_colours_light=css_variables(dark=False),
-        figure_colours_dark=css_variables(dark=True),
         verdict=verdict(study),
         runs=[words.what_was_run(study), *words.what_came_out(study)],
         accuracy_words=list(words.accuracy_in_words(study)),

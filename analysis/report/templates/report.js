@@ -15,13 +15,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
     table.tBodies[0].append(...[...table.tBodies[0].rows].sort((a, b) => compare(key(a), key(b))));
   }));
 }
-// A figure leaves the page as a file in the colours that it has here.
+// A figure leaves the page as a file.
 for (const button of document.querySelectorAll("button[data-figure]")) {
   button.addEventListener("click", () => {
     const svg = document.querySelector(`#${CSS.escape(button.dataset.figure)} svg`);
-    const colours = getComputedStyle(document.documentElement);
-    const drawn = new XMLSerializer().serializeToString(svg); // outerHTML is no XML
-    const text = drawn.replace(/var\((--fig-\w+)\)/g, (_, name) => colours.getPropertyValue(name).trim());
+    const text = new XMLSerializer().serializeToString(svg); // outerHTML is no XML
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" }));
     link.download = `${button.dataset.figure}.svg`;

@@ -32,6 +32,21 @@ def test_laws_of_one_variable_are_chosen_among_too_and_parameters_held_for_none_
         say("fit", table, "--law", "auto", "--fix", "E=0")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--bound", "alpha=0.1"),
+        ("--bound", "alpha=0:1:2"),
+        ("--bound", "alpha=a:b"),
+        ("--fix", "E=0:1"),
+        ("--fix", "E"),
+    ],
+)
+def test_values_of_another_form_are_refused_with_an_example(table, words):
+    with pytest.raises(AnalysisError, match=f"{words[0]} takes numbers such as"):
+        say("fit", table, *words)
+
+
 def test_a_law_of_compute_is_taken_from_a_table_that_counts_none(table):
     """Over-trained's variables are C and D / N; C is 6 N D where no column says it."""
     pd.read_csv(table).drop(columns=["flops_train", "flops_6nd"], errors="ignore").to_csv(table, index=False)

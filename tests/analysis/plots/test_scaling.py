@@ -12,13 +12,13 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from aimscale.analysis import correlate, fit
+from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.frontier.approaches import all_approaches
-from aimscale.analysis.plots import style
-from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, spread
-from aimscale.analysis.plots.parts import MAX_POINTS
+from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
+from aimscale.analysis.plots.intervals import plot_contrasts
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
-from aimscale.analysis.plots.style import DARK, log_axis, new_figure, part_ticks, save, svg_text, themed_svg
-from aimscale.analysis.words import human
+from aimscale.analysis.plots.style import DOUBLE, inline_svg, log_axis, new_figure, save, styled, svg_text
+from aimscale.analysis.words import human, power_of_ten
 
 
 @pytest.fixture
@@ -61,9 +61,7 @@ def test_the_law_is_drawn_where_it_predicts(joint):
     assert "loss" in ax.get_ylabel()
 
 
-def test_every_figure_leaves_in_every_format_with_its_numbers(joint, grid, tmp_path, monkeypatch):
-    laid_out = []
-    monkeypatch.setattr(style, "part_ticks", lambda figure: (laid_out.append(figure), part_ticks(figure)))
+def test_every_figure_leaves_in_every_format_with_its_numbers(joint, grid, tmp_path):
     approaches = all_approaches(grid)
     probes = grid.assign(task="dig$its", kind="linear", top1=0.9 - 0.5 * grid["val_loss"], chance=0.1)
     probes = probes.assign(top1_lo95=probes["top1"] - 0.02, top1_hi95=probes["top1"] + 0.02)
@@ -80,13 +78,12 @@ def test_every_figure_leaves_in_every_format_with_its_numbers(joint, grid, tmp_p
         assert pdf.read_bytes().startswith(b"%PDF")
         assert png.read_bytes().startswith(b"\x89PNG")
         assert len(pd.read_csv(csv)) == len(figure.drawn)
-    assert laid_out == list(figures.values())  # once for all formats
     assert svg_text(plot_fit(joint)) == svg_text(plot_fit(joint))
 
 
 def test_the_page_rounds_places_and_no_texts(grid):
     figure = plot_points(grid.assign(val_loss=np.linspace(0.30, 0.31, len(grid))), "params_total")
-    svg = themed_svg(figure, "close", "losses")
+    svg = inline_svg(figure, "close", "losses")
     texts = {each.text for each in ElementTree.fromstring(svg.replace("xlink:", "")).iter() if each.text}
     ticks = {
         label.get_text() for label in figure.axes[0].get_yticklabels() if re.fullmatch(r"0\.30\d", label.get_text())
@@ -96,13 +93,13 @@ def test_the_page_rounds_places_and_no_texts(grid):
     assert not re.search(r"\d\.\d{3}[^<>]*>", svg)
 
 
-def test_themed_svg_has_no_fixed_colour_and_unique_ids(joint):
+def test_figures_of_one_page_share_no_id_and_let_the_page_show_behind_them(joint):
     figure = plot_fit(joint)
-    first, second = (themed_svg(figure, key, 'a "label" & <more>') for key in ("one", "two"))
+    first, second = (inline_svg(figure, key, 'a "label" & <more>') for key in ("one", "two"))
     root = ElementTree.fromstring(first.replace("xlink:href", "href"))
     assert root.attrib["aria-label"] == 'a "label" & <more>'
-    for colour in DARK:
-        assert colour not in first
+    (behind,) = re.findall(r'id="one-patch_1">\s*<path [^>]*class="([^"]+)"', first)
+    assert f".{behind} {{fill: none}}" in first
     ids = [
         {e.attrib["id"] for e in ElementTree.fromstring(t.replace("xlink:", "")).iter() if "id" in e.attrib}
         for t in (first, second)
@@ -125,30 +122,31 @@ def test_log_axes_have_a_few_ticks_inside(span):
     assert (1 if span == (5, 5) else 3) <= len(ticks) <= 10
 
 
-def test_many_points_are_thinned_and_keep_the_ends_of_every_series():
+def test_many_points_are_all_drawn_and_make_no_large_page():
     rng = np.random.default_rng(0)
     n, d = np.exp(rng.uniform(10, 18, (2, 100_000))).round(-3) + 1
     many = pd.DataFrame({"params_total": n, "images_seen": rng.choice([1e4, 1e5, 1e6], len(n))})
     many["val_loss"] = 0.2 + 30 * n**-0.4 + 3 / np.sqrt(d)
     figure = plot_points(many, "params_total", by="images_seen")
-    drawn = figure.drawn[figure.drawn["what"] == "measured"]
-    assert len(drawn) + figure.num_left_out == len(many)
-    assert len(drawn) <= MAX_POINTS
-    ends = ["min", "max"]
-    of_all = many.groupby("images_seen")[["params_total", "val_loss"]].agg(ends).to_numpy()
-    np.testing.assert_array_equal(drawn.groupby("series", sort=False)[["x", "y"]].agg(ends).to_numpy(), of_all)
-    assert len(svg_text(figure)) < 300_000
+    assert figure.drawn["what"].eq("measured").sum() == len(many)
+    assert len(inline_svg(figure, "many", "losses")) < 300_000
 
 
-def test_labels_of_ticks_never_touch(grid):
-    sizes = np.array([1e5, 1.1e5, 1.2e5, 1.3e5, 1e7, 1.05e7])
-    figure = plot_points(pd.DataFrame({"params_total": sizes, "val_loss": sizes**-0.1}), "params_total")
-    svg_text(figure)
-    axis = figure.axes[0].xaxis
+@pytest.mark.parametrize("label", [human, power_of_ten])
+@pytest.mark.parametrize("decades", [0.1, 0.5, 0.59, 0.61, 1.39, 1.41, 2.19, 2.21, 14])
+def test_labels_of_ticks_never_touch(decades, label):
+    with styled():
+        figure, axes = new_figure(DOUBLE, 2.0, 1, 3)
+        for start, ax in zip((8.2e4, 1.05e5, 3e6), axes, strict=True):
+            log_axis(ax, "x", [start, start * 10**decades], label)
+        figure.draw_without_rendering()
     renderer = FigureCanvasAgg(figure).get_renderer()
-    boxes = [each.get_window_extent(renderer) for each in axis.get_ticklabels() if each.get_text()]
-    assert 2 <= len(boxes) < len(sizes)
-    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    for ax in axes:
+        low, high = ax.get_xlim()
+        ticks = [tick.label1 for tick in ax.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = [text.get_window_extent(renderer) for text in ticks]
+        assert len(boxes) >= 2
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_accuracy_axes_start_where_the_data_are(grid):
@@ -185,10 +183,15 @@ def test_accuracy_against_each_scale_has_points_intervals_lines_and_levels(grid)
     assert {ax.get_ylim()[1] < 0.95 for ax in figure.axes} == {True}
 
 
-def test_names_at_a_margin_are_moved_apart_within_it():
-    places = spread([0.5, 0.52, -3.0, 0.51, 4.0, 1.0], 0.1)
-    assert np.argsort(places).tolist() == [2, 0, 3, 1, 5, 4]
-    assert np.diff(sorted(places)).min() > 0.0999
-    assert min(places) >= 0
-    assert max(places) <= 1
-    assert spread([], 0.1) == []
+def test_every_measure_of_a_contrast_is_named_and_its_interval_written(known_study, tmp_path):
+    part = {"sizes": ["s3", "s4"], "budgets": [8000]}
+    df = known_study(part, part | {"patch_order": "spiral"})
+    probes = [[{"task": "t", "kind": kind, "n": 100, "top1": 0.5}] for kind in ("knn", "linear")]
+    df = df.assign(probes=[probes[0] + probes[1]] * len(df))
+    found = contrast(df, by="patch_order")
+    figure = plot_contrasts(found)
+    written = pd.read_csv(save(figure, tmp_path / "order")[-1])
+    titles = [each.measure.title for each in found.contrasts]
+    assert written["what"].tolist() == titles
+    shown = [text.get_text() for ax in figure.axes for text in ax.get_yticklabels()]
+    assert sorted(shown) == sorted(titles)
