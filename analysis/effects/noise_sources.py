@@ -26,7 +26,10 @@ SOURCES = {
     "law": ("scatter about the joint law", "{} points"),
     "sizes": ("of it, shared by the rows of a size: the law's form or tuning, or a size's own error", "{} sizes"),
     "runs": ("of it, shared by the rows of a run beyond its size", "{} runs"),
-    "budgets": ("of it, shared by the rows of a budget: its schedule, its part of the stream, or the law's form", "{} budgets"),
+    "budgets": (
+        "of it, shared by the rows of a budget: its schedule, its part of the stream, or the law's form",
+        "{} budgets",
+    ),
 }
 """Kind of a component -> what it is, and what it was estimated from."""
 

@@ -140,7 +140,9 @@ class Covariance:
         variances = np.square(errors)
         whole = variances.sum(axis=0)
         uncertain = np.sum(variances**2 / np.array(degrees), axis=0)
-        return np.sqrt(whole), np.where(uncertain > 0, whole**2 / np.maximum(uncertain, 1e-300), np.min(degrees, axis=0))
+        return np.sqrt(whole), np.where(
+            uncertain > 0, whole**2 / np.maximum(uncertain, 1e-300), np.min(degrees, axis=0)
+        )
 
     @property
     def matrix(self) -> Array:

@@ -11,7 +11,6 @@ from aimscale.analysis.fitting.result import Fit, HeldOut
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.names import no_column, our_name
 
-
 SHARED = {"N": "sizes", "D": "budgets"}
 """Variable -> the groups of points that may share an error at one value of it, as flags name them."""
 

@@ -9,7 +9,6 @@ import numpy as np
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law
 
-
 COMPLEX_STEP = 1e-30
 """Imaginary part by which a parameter is moved for its derivative; no difference is taken, so nothing cancels."""
 

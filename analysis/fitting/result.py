@@ -175,7 +175,10 @@ class Fit(Result):
         uncertain = errors**4 / degrees + scatter.total**4 / scatter.degrees
         spare = np.where(uncertain > 0, whole**4 / np.maximum(uncertain, 1e-300), scatter.degrees)
         inverse, out = self.objective.inverse, {"value": value, "se": errors, "df": degrees}
-        for name, half in (("ci", half_width(errors, degrees, CONFIDENCE)), ("pi", half_width(whole, spare, CONFIDENCE))):
+        for name, half in (
+            ("ci", half_width(errors, degrees, CONFIDENCE)),
+            ("pi", half_width(whole, spare, CONFIDENCE)),
+        ):
             out |= {f"{name}_lo": inverse(value - half), f"{name}_hi": inverse(value + half)}
         out["value"] = inverse(value)
         if self.limits is not None:

@@ -106,7 +106,9 @@ def link_curves(losses: Mapping[str, Curve], points: Measurements) -> dict[str, 
     assert points.loss is not None
     x, y, anchored = points.loss, 1 - points.y, points
     if points.ideal is not None and points.ideal < x.min():
-        x, y, compute = (np.append(a, b) for a, b in ((x, points.ideal), (y, 1.0), (points.compute, points.compute.mean())))
+        x, y, compute = (
+            np.append(a, b) for a, b in ((x, points.ideal), (y, 1.0), (points.compute, points.compute.mean()))
+        )
         anchored = replace(points, compute=compute, groups=points.groups.with_one_more())
     fixed = {} if points.chance is None else {"floor": points.chance}
     found = _estimated(LINK_SIGMOID, {"L": x}, y, LSQ, anchored, fixed)

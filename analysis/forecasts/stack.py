@@ -141,7 +141,9 @@ class Stack(Result):
         """
         x = {v: np.atleast_1d(np.asarray(values, float)) for v, values in places.items()}
         share = np.array([self.weights[name] for name in self.curves])
-        logs, spreads = (np.array(each) for each in zip(*(curve.predict(x) for curve in self.curves.values()), strict=True))
+        logs, spreads = (
+            np.array(each) for each in zip(*(curve.predict(x) for curve in self.curves.values()), strict=True)
+        )
         centre, far = share @ logs, self.distance(x)
         parts = {
             "noise": np.full(len(centre), np.sqrt(share @ np.array([c.noise**2 for c in self.curves.values()]))),

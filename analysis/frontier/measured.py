@@ -128,6 +128,8 @@ def _frontier(points: pd.DataFrame, budgets: list[Budget], approach: int) -> Fro
             covariance = moved @ surface.components.covariance(surface.groups, len(points)) @ moved.T
             degrees = surface.components.degrees
             method = f"errors of {len(points)} points about a smooth surface"
+            if lost := [*surface.unseen, *surface.few]:
+                method += f", which hardly tells those that {' and '.join(lost)} share"
         else:
             method = "no interval: the surface through the points has no frontier"
     optimum = LineOptimum(line=line, covariance=covariance, degrees=degrees)
@@ -166,9 +168,7 @@ def _surface(points: pd.DataFrame) -> Estimate | None:
     return estimated(make_problem(law, x, np.log(points["loss"].to_numpy()), LSQ), groups)
 
 
-def _derivatives(
-    surface: Estimate, log_losses: Array, log_c: Array, budgets: list[Budget], approach: int
-) -> Array:
+def _derivatives(surface: Estimate, log_losses: Array, log_c: Array, budgets: list[Budget], approach: int) -> Array:
     """Derivatives (2, n) of (ln k, a) by every ln loss, where the surface has its minima; else where the losses have."""
     smooth = surface.problem.predict(surface.vector[None])[0]
     for at in (smooth, log_losses):

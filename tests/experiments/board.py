@@ -26,9 +26,9 @@ from scipy.stats import t as student
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.forecasts.ahead import BINS
 from aimscale.analysis.forecasts.points import JOINT, Forecaster, Made, accuracy_forecaster, forecaster
-from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.forecasts.stack import DOF, LOSSES, TERMS, Calibration
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table

@@ -104,7 +104,9 @@ def test_the_misfit_is_a_rate_whatever_the_distance_of_its_backtests():
 
 def test_a_law_is_better_only_with_a_margin_in_every_backtest():
     """S9: .537 against .545 % from nested cuts is no better."""
-    points, fitted, _ = curves_off(first={0.0: 0.01}, same={0.0: 0.0098}, mixed={0.0: 0.005, 2.0: 0.02}, best={0.0: 0.005})
+    points, fitted, _ = curves_off(
+        first={0.0: 0.01}, same={0.0: 0.0098}, mixed={0.0: 0.005, 2.0: 0.02}, best={0.0: 0.005}
+    )
     found = stacked(points, fitted)
     assert [found.is_better(name, "first") for name in ("same", "mixed", "best")] == [False, False, True]
 

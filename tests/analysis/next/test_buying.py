@@ -39,7 +39,9 @@ def test_baskets_by_several_powers_of_the_price_are_weighed(known):
     dear = buy(known, offer, np.append(np.ones(30), 30.0), TARGET, budget=30)
     assert dear.rows.tolist() == [30]
     n, d = (a.ravel() for a in np.meshgrid(np.geomspace(2e6, 3e7, 4), np.geomspace(1e6, 1e7, 4)))
-    many = buy(known, {"N": np.append(n, n[0]), "D": np.append(d, d[0])}, np.append(np.ones(16), 16.0), TARGET, budget=16)
+    many = buy(
+        known, {"N": np.append(n, n[0]), "D": np.append(d, d[0])}, np.append(np.ones(16), 16.0), TARGET, budget=16
+    )
     assert len(many.rows) == 16
 
 
