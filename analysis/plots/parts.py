@@ -18,9 +18,24 @@ from aimscale.analysis.table.schema import KNOWN
 from aimscale.analysis.table.select import spaced
 from aimscale.analysis.words import human, power_of_ten
 
+AXIS_LABELS = {
+    "params_total": "N: parameters, pixel head included",
+    "params_trunk": "N: backbone parameters",
+    "params_head": "N: pixel-head parameters",
+    "images_seen": "D: training images seen",
+    "unique_images": "U: different training images",
+    "flops_train": "C: training compute (FLOP)",
+    "flops_6nd": "C: training compute, 6 × N × tokens (FLOP)",
+    "flops_executed": "C: training compute, executed (FLOP)",
+    "val_loss": "validation loss",
+    "train_loss": "training loss",
+    "top1": "top-1 accuracy",
+}
+"""Axis labels of the results table's columns."""
+
 
 def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None = None) -> str:
-    """Label a column: by its name in a foreign table, by the schema's label in ours, else by the name as it is.
+    """Label a column: by its name in a foreign table, by our label in ours, else by the name as it is.
 
     Args:
         loss_unit: `table.loss_unit`; empty for a table that is not ours, whose columns get neutral words.
@@ -29,12 +44,13 @@ def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None
     if names and column in names:
         letter = LETTERS.get(column, "L")
         return plain(names[column]) if letter in ("L", names[column]) else f"{letter}: {plain(names[column])}"
-    known = KNOWN.get(column)
-    if known is None or not known.axis:
-        return f"{column} ({known.unit})" if known and known.unit else plain(column)
+    if column not in AXIS_LABELS:
+        unit = KNOWN[column].unit if column in KNOWN else ""
+        return f"{column} ({unit})" if unit else plain(column)
+    label = AXIS_LABELS[column]
     if not loss_unit:  # others count other things under our names
-        return known.axis.replace(", pixel head included", "").replace("training images", "samples")
-    return f"{known.axis}\n({loss_unit})" if column in ("val_loss", "train_loss") else known.axis
+        return label.replace(", pixel head included", "").replace("training images", "samples")
+    return f"{label}\n({loss_unit})" if column in ("val_loss", "train_loss") else label
 
 
 def percent_axis(ax: Axes, label: bool = True) -> None:
