@@ -61,7 +61,7 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
             mine = rows[(rows["task"] == task) & rows[x].notna()]
             if labels is not None:
                 parts.lines(ax, mine, x, "top1", by, labels)
-            _scatter_accuracy(ax, mine, x, labels, legend=task == tasks[0])
+            _scatter_accuracy(ax, mine, x, labels)
         log_axis(column[0], "x", rows[x], parts.tick_label(x))
         column[-1].set_xlabel(axis_label(x, loss_unit(rows), names_of(rows)).partition(",")[0])
     for by in dict.fromkeys(scales.values()):
@@ -136,7 +136,7 @@ def plot_loss_accuracy(
     labels = parts.series_of(probes, by)[0] if by else None
     for ax, task in zip(panels, tasks, strict=True):
         mine = probes[probes["task"] == task]
-        _scatter_accuracy(ax, mine, "val_loss", labels, legend=ax is panels[0])
+        _scatter_accuracy(ax, mine, "val_loss", labels)
         if links and task in links:
             grid = pd.DataFrame({"L": np.linspace(*links[task].ranges["L"], NUM_GRID)})
             drawn = pd.concat([grid, links[task].predict(grid)], axis=1)

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.plots.style import ACCENT, DASHES, MARKERS, MAX_SERIES, ShownFigure, figure_of, palette
+from aimscale.analysis.plots.style import ACCENT, DASHES, MARKERS, MAX_SERIES, PAPER, ShownFigure, figure_of, palette
 from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.table.names import LETTERS
 from aimscale.analysis.table.schema import KNOWN
@@ -108,26 +108,17 @@ def scatter(
     points = points[[x, y, *ends]].set_axis(["x", "y", "low", "high"][: 2 + len(ends)], axis=1)
     points = points.assign(series="" if labels is None else labels).dropna(subset=["x", "y", "series"])
     record(ax, what, points)
-    # a line without a line: an SVG defines its marker once, and those of seaborn's scatterplot at every point
-    look = {"color": ACCENT, "marker": "o", "markersize": 3.7, "markeredgewidth": 0.4, "zorder": 3, **look}
-    colours: dict[Any, str] = {"": look["color"]}
-    if labels is not None:
-        colours = palette(labels.cat.categories)
-        markers = dict(zip(colours, MARKERS, strict=False))
-        look |= {"hue": "series", "style": "series", "palette": colours, "markers": markers, "dashes": False}
-    is_picture = len(points) > MAX_SHAPES
-    for name, rows in points.groupby("series", observed=True) if ends else ():  # a broken line, not a path per bar
-        bars = rows.assign(gap=np.nan)[["low", "high", "gap"]].to_numpy().ravel()
-        line: dict[str, Any] = {
-            "color": colours[name],
-            "linewidth": 0.7,
-            "alpha": 0.55,
-            "zorder": 2,
-            "rasterized": is_picture,
-        }
-        ax.plot(np.repeat(rows["x"], 3), bars, **line)
-    place = {"x": points["x"].to_numpy(), "y": points["y"].to_numpy(), "ax": ax}
-    sns.lineplot(points, **place, linestyle="", estimator=None, sort=False, rasterized=is_picture, **look)
+    look = {"markersize": 3.7, "markeredgecolor": PAPER, "markeredgewidth": 0.4, "zorder": 3, **look}
+    look |= {"linestyle": "", "rasterized": len(points) > MAX_SHAPES}
+    names = [""] if labels is None else list(labels.cat.categories)
+    looks = zip(names, [ACCENT] if labels is None else palette(names).values(), MARKERS, strict=False)
+    for name, colour, marker in looks:
+        rows, own = points[points["series"] == name], {"color": colour, "marker": marker, **look}
+        if ends:  # a broken line, not a path per bar
+            bars = rows.assign(gap=np.nan)[["low", "high", "gap"]].to_numpy().ravel()
+            line: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.55, "zorder": 2, "rasterized": look["rasterized"]}
+            ax.plot(np.repeat(rows["x"], 3), bars, color=own["color"], **line)
+        ax.plot(rows["x"], rows["y"], label=name or None, **own)
 
 
 def curve(
@@ -183,9 +174,6 @@ def shared_legend(
 ) -> None:
     """Put one legend below panels that have the same series."""
     found = {name: handle for ax in panels for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    for ax in panels:
-        if each := ax.get_legend():
-            each.remove()
     if found:
         look: dict[str, Any] = {"columnspacing": 0.9, "handletextpad": 0.3, "title": title, "loc": place}
         figure.legend(list(found.values()), list(found), ncols=min(columns, len(found)), **look)
