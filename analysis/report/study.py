@@ -147,7 +147,10 @@ Progress = Callable[[str, float], None]
 
 
 def study_tables(
-    paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], progress: Progress = lambda *_: None
+    paths: Sequence[Path],
+    frame: pd.DataFrame,
+    collect: dict[str, Any],
+    progress: Progress = lambda *_: None,
 ) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
     progress("laws", 0)
@@ -253,7 +256,9 @@ def _fit_laws(study: Study) -> None:
     study.forecaster = study.attempt("Forecast", partial(forecaster, some))
     study.law = study.fits["ND"]
     if study.forecaster is not None and study.forecaster.law.name != study.law.law.name:
-        best = study.attempt("The law that forecasts best", partial(fit, with_compute(some), study.forecaster.law))
+        best = study.attempt(
+            "The law that forecasts best", partial(fit, with_compute(some), study.forecaster.law)
+        )
         study.law = best or study.law
     if "C" in rows:
         work = partial(all_approaches, usable, law=study.law)
@@ -289,7 +294,10 @@ def _with_tests(study: Study, joint: Fit) -> Fit:
     rows = with_budgets(study.usable, "val_loss") if by_compute else study.usable
     tests = []
     for variable in ("C",) if by_compute else ("N", "D"):
-        test = study.attempt(f"Held-out test over the largest {variable}", partial(held_out, joint, rows, by=variable))
+        test = study.attempt(
+            f"Held-out test over the largest {variable}",
+            partial(held_out, joint, rows, by=variable),
+        )
         tests += [test] if test else []
     return dataclasses.replace(joint, heldout=tuple(tests), flags=(*joint.flags, *study.flags))
 
