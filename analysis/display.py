@@ -37,28 +37,28 @@ class Result:
             """Its numbers."""
 
     def headline(self) -> str:
-        """One line: what this is."""
+        """Say in one line what this is."""
         raise NotImplementedError
 
     def facts(self) -> list[tuple[str, str]]:
-        """What stands above the table as key and value, what to be careful about first."""
+        """List what stands above the table as key and value, what to be careful about first."""
         return []
 
     def cells(self) -> list[dict[str, str]]:
-        """The table as a reader sees it."""
+        """Write the table as a reader sees it."""
         return [{str(k): _cell(v) for k, v in row.items()} for row in self.table.to_dict("records")]
 
     def sentences(self) -> list[str]:
-        """What stands above the table, for running text."""
+        """Write what stands above the table for running text."""
         return as_sentences(self.facts())
 
     def summary(self) -> str:
-        """All there is to say, as the command prints it."""
+        """Write all there is to say, as the command prints it."""
         above = fact_lines(facts) if (facts := self.facts()) else "\n".join(self.sentences() or [self.headline()])
         return f"{above}\n\n{text_table(self.cells())}"
 
     def plot(self, **options: Any) -> Figure:
-        """Its figure, by the public function of the same name, such as `plot_fit`, which says what options there are.
+        """Draw its figure by the public function of its name, such as `plot_fit`, which says what options there are.
 
         Raises:
             AnalysisError: nothing draws this kind of result.
@@ -71,30 +71,30 @@ class Result:
         return draw(self, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields in plain types, tables as lists of rows, and its words; fields of `repr=False` are left out."""
+        """Give its fields in plain types, tables as rows, and its words; fields of `repr=False` are left out."""
         words: dict[str, Any] = {name: getattr(self, name, list)() for name in ("sentence", "sentences")}
         return plain_fields(self) | {name: told for name, told in words.items() if told}
 
     def to_json(self, *, indent: int | None = 2, **also: Any) -> str:
-        """`to_dict`, and what there is `also`, as JSON; numbers that JSON cannot hold become null."""
+        """Write `to_dict`, and what there is `also`, as JSON; numbers that JSON cannot hold become null."""
         return json.dumps(plain_types(self.to_dict() | also), indent=indent, allow_nan=False)
 
     def _shown(self) -> pd.DataFrame:
-        """The table without columns that are blank in every row."""
+        """Leave out columns of the table that are blank in every row."""
         return self.table.loc[:, [self.table.empty or self.table[name].ne("").any() for name in self.table]]
 
     def __repr__(self) -> str:
-        table = self._shown().to_string(index=False, max_rows=MAX_ROWS, float_format=_number)
+        table = self._shown().to_string(index=False, max_rows=MAX_ROWS, float_format=_cell)
         return f"{self.headline()}\n{table}"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        table = self._shown().to_html(index=False, max_rows=MAX_ROWS, float_format=_number, border=0)
+        """Write what a notebook shows."""
+        table = self._shown().to_html(index=False, max_rows=MAX_ROWS, float_format=_cell, border=0)
         return f"<p>{html.escape(self.headline())}</p>{table}"
 
 
 def fact_lines(facts: Sequence[tuple[str, str]]) -> str:
-    """Keys and values in two columns; a value that the terminal is too narrow for goes on below itself."""
+    """Write keys and values in two columns; a value that the terminal is too narrow for goes on below itself."""
     edge = max((len(key) for key, _ in facts), default=0) + 2
     width = max(shutil.get_terminal_size((WIDE, 0)).columns, edge + 30)
     fold = textwrap.TextWrapper(width, subsequent_indent=" " * edge, break_long_words=False, break_on_hyphens=False)
@@ -102,12 +102,12 @@ def fact_lines(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def as_sentences(facts: Sequence[tuple[str, str]]) -> list[str]:
-    """Facts for running text."""
+    """Write facts for running text."""
     return [f"{key[0].upper()}{key[1:]}: {value.rstrip('.')}." for key, value in facts]
 
 
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Cells in columns under their heads, numbers to the right; a column without a word is left out. Columns that the
+    """Write cells in columns under heads, numbers to the right; a column without a word is left out. Columns that the
     terminal is too narrow for follow in a second block, beside the first columns that tell the rows apart.
     """
     columns = []
@@ -131,17 +131,13 @@ def _cell(value: Any) -> str:
     return human(value, 4) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def _number(value: float) -> str:
-    return human(value, 4)
-
-
 def plain_fields(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass in plain types, but for those of `repr=False`."""
+    """Give the fields of a dataclass in plain types, but for those of `repr=False`."""
     return {f.name: plain_types(getattr(record, f.name)) for f in dataclasses.fields(record) if f.repr}
 
 
 def plain_types(value: Any) -> Any:
-    """JSON types only; numbers that JSON cannot hold become null."""
+    """Reduce a value to JSON types; numbers that JSON cannot hold become null."""
     import numpy as np
     import pandas as pd
 

@@ -48,8 +48,8 @@ FLAGS = {
     "pattern": "The points lie {number:.2g} % off the law, and the misfit follows {subject} ({p}).",
     "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
     "deviations).",
-    "experiments": "Rows of different {subject} lie up to {number:.2g} % apart ({p}), so they are not of one law; choose "
-    "one by {option:where}.",
+    "experiments": "Rows of different {subject} lie up to {number:.2g} % apart ({p}), so they are not of one law; "
+    "choose one by {option:where}.",
     "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one by "
     "{option:where}.",
     "tuned": "Of several {subject} the best of each of {number:.0f} cells is kept; the lowest of noisy losses is too "

@@ -25,8 +25,8 @@ OUTLIER_SCALES = 6.0
 UNKNOWN = ("reaches_bound", "factor")
 """Kinds of flags of a parameter that is not identified."""
 WITHIN_NOISE = 2.0
-"""Log-likelihood that a rival minimum may lose and still be hardly less likely than the best: a standard deviation and a
-half of one parameter."""
+"""Log-likelihood that a rival minimum may lose and still be hardly less likely than the best: two standard deviations of
+one parameter."""
 
 
 def diagnose(
@@ -54,8 +54,8 @@ def diagnose(
         lost |= unknown
     flags += _outliers(estimate, points)
     flags += [Flag(kind="unseen", subject=name) for name in estimate.unseen]
-    counts = estimate.groups.counts
-    flags += [Flag(kind="few_groups", subject=name, number=counts[name]) for name in estimate.few]
+    numbers = estimate.groups.counts
+    flags += [Flag(kind="few_groups", subject=name, number=numbers[name]) for name in estimate.few]
     for name in problem.law.derived:
         if name in intervals and not intervals[name].high - intervals[name].low <= WIDE_DERIVED:
             lost.add(name)

@@ -1,8 +1,8 @@
 """Covariance of an estimate and scatter of a measurement, where points of a size, a run or a budget share errors.
 
 The covariance is the cluster-robust sandwich with the CR2 correction (Bell and McCaffrey 2002; Pustejovsky and Tipton
-2018), with their degrees of freedom for each contrast. It holds whatever the points of a cluster have in common. Weights
-need not be precisions: a fit weighted by compute counts large runs more, whose errors are as large as any other's.
+2018), with their degrees of freedom for each contrast. It holds whatever the points of a cluster have in common.
+Weights need not be precisions: a fit weighted by compute counts large runs more, whose errors are as large as others'.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
         return Sandwich(design=design, covariance=scores.T @ scores, adjusted=none, overlaps=none, weighted=none)
     middle = np.block([[-design.squared, np.eye(k)], [np.eye(k), np.zeros((k, k))]])
     order = np.argsort(clusters, kind="stable")
-    scores, parts = [], []
+    sums, parts = list[Array](), list[tuple[Array, Array, Array]]()
     for rows in np.split(order, np.flatnonzero(np.diff(clusters[order])) + 1):
         x, wx = design.x[rows], weighted[rows]
         q, r = np.linalg.qr(np.column_stack([x, wx]))
@@ -114,10 +114,10 @@ def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
         root = np.where(left > FLAT, 1 / np.sqrt(np.maximum(left, FLAT)), 0.0)
         axes = q @ axes
         b = wx + axes @ ((root - 1)[:, None] * (axes.T @ wx))
-        scores.append(residual[rows] @ b)
+        sums.append(residual[rows] @ b)
         parts.append((b.T @ b, x.T @ b, wx.T @ b))
     adjusted, overlaps, crossed = (np.array(each) for each in zip(*parts, strict=True))
-    covariance = np.array(scores).T @ np.array(scores)
+    covariance = np.array(sums).T @ np.array(sums)
     return Sandwich(design=design, covariance=covariance, adjusted=adjusted, overlaps=overlaps, weighted=crossed)
 
 
@@ -125,8 +125,9 @@ def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
 class Covariance:
     """Sum of the CR2 covariances over sizes and over budgets, whose errors cross each other.
 
-    Two-way clustering (Cameron, Gelbach and Miller 2011) subtracts what both count, the errors of single points; without
-    that the sum is never too small and positive definite (Davezies, D'Haultfoeuille and Guyonvarch 2021). In simulated
+    Two-way clustering (Cameron, Gelbach and Miller 2011) subtracts what both count, the errors of single points;
+    without that the sum is never too small and positive definite (Davezies, D'Haultfoeuille and Guyonvarch 2021). In
+    simulated
     tables it holds what it is meant to hold, where the larger of the two holds more at twice the width and the
     difference less (docs/evidence.md).
     """
@@ -135,7 +136,7 @@ class Covariance:
     """Clustering -> its covariance."""
 
     def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
-        """Return standard errors and degrees of freedom (m,) of contrasts (m, k) of the parameters (Satterthwaite's)."""
+        """Return standard errors and Satterthwaite's degrees of freedom (m,) of contrasts (m, k) of the parameters."""
         errors, degrees = zip(*(each.of_contrasts(contrasts) for each in self.by.values()), strict=True)
         variances = np.square(errors)
         whole = variances.sum(axis=0)

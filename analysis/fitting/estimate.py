@@ -127,8 +127,8 @@ def weights_of(rows: pd.DataFrame, by: str) -> Array:
 def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]:
     """Find 95 % intervals of the law's own, the reported and the derived parameters; none of those that are held.
 
-    Exponents and coefficients have intervals of their logarithm; a limit such as E, and derived exponents, of themselves;
-    others as the law says (`Law.scales`). A coefficient whose contribution may be nil begins at 0.
+    Exponents and coefficients have intervals of their logarithm; a limit such as E, and derived exponents, of
+    themselves; others as the law says (`Law.scales`). A coefficient whose contribution may be nil begins at 0.
     """
     law, problem = found.problem.law, found.problem
     held = {p.name for p, movable in zip(law.parameters, problem.movable, strict=True) if not movable}

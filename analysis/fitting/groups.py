@@ -28,7 +28,7 @@ SHARED = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Numbers of the groups of every point; None where no group has several points that another grouping tells apart."""
+    """Numbers of the groups of every point; None where no group has several points."""
 
     sizes: Array | None = None
     """Size of each point (n,)."""

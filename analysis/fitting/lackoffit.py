@@ -1,7 +1,7 @@
 """What speaks against a fitted law.
 
-More scatter than replicates have, patterns in residuals, a size or a budget that lies off the law fitted without it. All
-tests take the estimate's own components of variance for the null: what points of a size, a budget or a run share is no
+More scatter than replicates have, patterns in residuals, a size or a budget that lies off the law fitted without it.
+All tests take the estimate's own components of variance for the null: what points of a size, a budget or a run share is no
 misfit.
 """
 
@@ -72,7 +72,7 @@ def _form(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator
 
 
 def _replicates(points: Observations, rows: pd.DataFrame) -> Array:
-    """Number the cell of each point (n,): rows of a cell agree in the law's variables and every setting but the seed."""
+    """Number the cell of each point (n,): its rows agree in the law's variables and every setting but the seed."""
     scales = {f"x {v}": np.round(np.log(values + 1e-300), 9) for v, values in points.x.items()}
     both = pd.DataFrame(scales, index=rows.index).join(rows[held_equal(rows, ("seed", *points.columns.values()))])
     return both.groupby(list(both), dropna=False).ngroup().to_numpy()

@@ -22,8 +22,8 @@ from aimscale.analysis.fitting.problem import Problem
 from aimscale.analysis.laws.base import Array
 
 MIN_STARTS = 3
-"""Starts that are refined, or as many as there are non-linear parameters: on 444 fits of public tables 16 found no lower
-minimum of any law than these did."""
+"""Starts that are refined, or as many as there are non-linear parameters: on 444 fits of public tables 16
+found no lower minimum of any law."""
 RADIUS = 0.08
 """Starts lie further apart than this share of the range in one parameter or another."""
 NEIGHBOURS = 8

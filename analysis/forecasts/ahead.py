@@ -138,8 +138,8 @@ def record_words(found: Record | None, *, accuracies: bool = False) -> list[str]
         inside += f" and {percent(found.accuracy_inside)} of accuracies"
         error += f" and {100 * found.accuracy_error:.1f} points"
     return [
-        f"{inside} inside their intervals, mean error {error}, on {found.num_families} families of public tables forecast "
-        f"{found.low:g} to {found.high:g} times beyond"
+        f"{inside} inside their intervals, mean error {error}, on {found.num_families} families of public tables "
+        f"forecast {found.low:g} to {found.high:g} times beyond"
     ]
 
 

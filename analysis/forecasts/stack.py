@@ -76,8 +76,8 @@ class Stack(Result):
     missing: Mapping[str, str]
     """Curve -> why it takes no part."""
     misfit: float
-    """Rate at which the mean of the laws missed in its backtests, per unit of ln distance, the median of their root mean
-    squares; `UNTESTED` noises without any."""
+    """Rate at which the mean of the laws missed in its backtests, per unit of ln distance: the median of their root
+    mean squares; `UNTESTED` noises without any."""
     calibration: Calibration
     """Constants of the error."""
     largest: Mapping[str, float]
@@ -228,7 +228,7 @@ def stacked(points: Measurements, fitter: Fitter, calibration: Calibration = LOS
 
 
 def half_widths(parts: pd.DataFrame) -> dict[str, Array]:
-    """Half-widths of 95 % intervals of ln y, of the curve (ci) and of one measurement (pi), from the `TERMS` of rows."""
+    """Half-widths of 95 % intervals of ln y, of the curve (ci) and one measurement (pi), from the `TERMS` of rows."""
     reach, variances = student.ppf(0.5 + CONFIDENCE / 2, DOF), np.square(parts[list(TERMS)].to_numpy(float))
     return {"ci": reach * np.sqrt(variances[:, 1:].sum(axis=1)), "pi": reach * np.sqrt(variances.sum(axis=1))}
 

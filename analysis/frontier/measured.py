@@ -4,8 +4,8 @@ Approach 1 joins every size's losses at its budgets by straight lines in log-log
 budget, the best size is where the parabola in ln N through it and its two neighbours has its minimum. (Chinchilla
 regresses the lowest size itself on C. With five sizes that is a staircase, whose slope is up to 50 % off.) Approach 2
 takes a least-squares parabola in ln N through the points of each budget. The error of either is told by how the line
-moves with each loss, from the errors of sizes, budgets, runs and points about a cubic surface in ln N and ln D (quadratic
-with few points). No law is assumed, and interpolated budgets count for no more than the rows behind them.
+moves with each loss, from the errors of sizes, budgets, runs and points about a cubic surface in ln N and ln D
+(quadratic with few points). No law is assumed, and interpolated budgets count for no more than the rows behind them.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _surface(points: pd.DataFrame) -> Estimate | None:
 
 
 def _derivatives(surface: Estimate, log_losses: Array, log_c: Array, budgets: list[Budget], approach: int) -> Array:
-    """Derivatives (2, n) of (ln k, a) by every ln loss, where the surface has its minima; else where the losses have."""
+    """Derivatives (2, n) of (ln k, a) by every ln loss, at the surface's minima; where it has none, at the losses'."""
     smooth = surface.problem.predict(surface.vector[None])[0]
     for at in (smooth, log_losses):
         tables = np.concatenate([at[None], at + NUDGE * np.eye(len(at))])

@@ -57,7 +57,7 @@ class LawOptimum:
 def parametric_frontier(fit: Fit, df: pd.DataFrame) -> Frontier:
     """Approach 3: the minimum of a law of N and D (of C too, and of U = D) along C = kappa N^(1+s) D.
 
-    The exponent of a frontier that is no power of C is the mean one between the smallest and the largest C of the table.
+    The exponent of a frontier that is no power of C is the mean one over the table's range of C.
 
     Raises:
         NoFrontier: the exponent is not identified, or the law has no minimum near the measured sizes.

@@ -34,7 +34,7 @@ LEVELS: dict[str, Any] = {"labelcolor": MUTED, "fontsize": 6, "handlelength": 1.
 
 @styled()
 def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> Figure:
-    """Accuracy against N, D and C: a row of panels per task, points with intervals, a line per size (in N, per D).
+    """Draw accuracy against N, D and C: a row of panels per task, intervals, a line per size (in N, per D).
 
     Args:
         probes: rows of `probe_frame`, of one kind of probe: task, top1, its interval, and params_total, images_seen,
@@ -61,7 +61,7 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
             mine = rows[(rows["task"] == task) & rows[x].notna()]
             if labels is not None:
                 parts.lines(ax, mine, x, "top1", by, labels)
-            _scatter_accuracy(ax, mine, x, labels, legend=task == tasks[0])
+            _scatter_accuracy(ax, mine, x, labels)
         log_axis(column[0], "x", rows[x], parts.tick_label(x))
         column[-1].set_xlabel(axis_label(x, loss_unit(rows), names_of(rows)).partition(",")[0])
     for by in dict.fromkeys(scales.values()):
@@ -115,7 +115,7 @@ def plot_loss_accuracy(
     correlations: Mapping[str, Iterable[Correlation]] | None = None,
     links: Mapping[str, Fit] | None = None,
 ) -> Figure:
-    """Validation loss against probe accuracy, a panel per task, one marker per size (or images seen).
+    """Draw accuracy against validation loss, a panel per task, one marker per size (or images seen).
 
     Args:
         probes: rows of `probe_frame`: val_loss, task, top1, top1_lo95, top1_hi95, chance, and params_total or size.
@@ -136,7 +136,7 @@ def plot_loss_accuracy(
     labels = parts.series_of(probes, by)[0] if by else None
     for ax, task in zip(panels, tasks, strict=True):
         mine = probes[probes["task"] == task]
-        _scatter_accuracy(ax, mine, "val_loss", labels, legend=ax is panels[0])
+        _scatter_accuracy(ax, mine, "val_loss", labels)
         if links and task in links:
             grid = pd.DataFrame({"L": np.linspace(*links[task].ranges["L"], NUM_GRID)})
             drawn = pd.concat([grid, links[task].predict(grid)], axis=1)
@@ -186,7 +186,7 @@ def _correlation_lines(correlations: Iterable[Correlation]) -> list[str]:
 
 @styled()
 def plot_published(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
-    """Attentive accuracy against backbone parameters on the tasks of the paper: these runs, the released AIMs, and the
+    """Draw attentive accuracy against parameters on the tasks of the paper: these runs, the released AIMs, and the
     best frozen model of Table 6 as a line.
 
     Args:

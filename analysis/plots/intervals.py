@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @styled()
 def plot_contrasts(found: Contrasts) -> Figure:
-    """Differences against the baseline with intervals: a row per measure, a marker per level; ticks are pairs of runs.
+    """Draw differences from a baseline with intervals: a row per measure, a marker per level, a tick per pair of runs.
 
     Losses are drawn as per cent of the baseline, accuracies in points, each unit on its own axes. A marker is filled
     where its interval leaves zero out.

@@ -11,16 +11,31 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.plots.style import ACCENT, DASHES, MARKERS, MAX_SERIES, ShownFigure, figure_of, palette
+from aimscale.analysis.plots.style import ACCENT, DASHES, MARKERS, MAX_SERIES, PAPER, ShownFigure, figure_of, palette
 from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.table.names import LETTERS
 from aimscale.analysis.table.schema import KNOWN
 from aimscale.analysis.table.select import spaced
 from aimscale.analysis.words import human, power_of_ten
 
+AXIS_LABELS = {
+    "params_total": "N: parameters, pixel head included",
+    "params_trunk": "N: backbone parameters",
+    "params_head": "N: pixel-head parameters",
+    "images_seen": "D: training images seen",
+    "unique_images": "U: different training images",
+    "flops_train": "C: training compute (FLOP)",
+    "flops_6nd": "C: training compute, 6 × N × tokens (FLOP)",
+    "flops_executed": "C: training compute, executed (FLOP)",
+    "val_loss": "validation loss",
+    "train_loss": "training loss",
+    "top1": "top-1 accuracy",
+}
+"""Axis labels of the results table's columns."""
+
 
 def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None = None) -> str:
-    """Label a column: by its name in a foreign table, by the schema's label in ours, else by the name as it is.
+    """Label a column: by its name in a foreign table, by our label in ours, else by the name as it is.
 
     Args:
         loss_unit: `table.loss_unit`; empty for a table that is not ours, whose columns get neutral words.
@@ -29,12 +44,13 @@ def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None
     if names and column in names:
         letter = LETTERS.get(column, "L")
         return plain(names[column]) if letter in ("L", names[column]) else f"{letter}: {plain(names[column])}"
-    known = KNOWN.get(column)
-    if known is None or not known.axis:
-        return f"{column} ({known.unit})" if known and known.unit else plain(column)
+    if column not in AXIS_LABELS:
+        unit = KNOWN[column].unit if column in KNOWN else ""
+        return f"{column} ({unit})" if unit else plain(column)
+    label = AXIS_LABELS[column]
     if not loss_unit:  # others count other things under our names
-        return known.axis.replace(", pixel head included", "").replace("training images", "samples")
-    return f"{known.axis}\n({loss_unit})" if column in ("val_loss", "train_loss") else known.axis
+        return label.replace(", pixel head included", "").replace("training images", "samples")
+    return f"{label}\n({loss_unit})" if column in ("val_loss", "train_loss") else label
 
 
 def percent_axis(ax: Axes, label: bool = True) -> None:
@@ -92,26 +108,17 @@ def scatter(
     points = points[[x, y, *ends]].set_axis(["x", "y", "low", "high"][: 2 + len(ends)], axis=1)
     points = points.assign(series="" if labels is None else labels).dropna(subset=["x", "y", "series"])
     record(ax, what, points)
-    # a line without a line: an SVG defines its marker once, and those of seaborn's scatterplot at every point
-    look = {"color": ACCENT, "marker": "o", "markersize": 3.7, "markeredgewidth": 0.4, "zorder": 3, **look}
-    colours: dict[Any, str] = {"": look["color"]}
-    if labels is not None:
-        colours = palette(labels.cat.categories)
-        markers = dict(zip(colours, MARKERS, strict=False))
-        look |= {"hue": "series", "style": "series", "palette": colours, "markers": markers, "dashes": False}
-    is_picture = len(points) > MAX_SHAPES
-    for name, rows in points.groupby("series", observed=True) if ends else ():  # a broken line, not a path per bar
-        bars = rows.assign(gap=np.nan)[["low", "high", "gap"]].to_numpy().ravel()
-        line: dict[str, Any] = {
-            "color": colours[name],
-            "linewidth": 0.7,
-            "alpha": 0.55,
-            "zorder": 2,
-            "rasterized": is_picture,
-        }
-        ax.plot(np.repeat(rows["x"], 3), bars, **line)
-    place = {"x": points["x"].to_numpy(), "y": points["y"].to_numpy(), "ax": ax}
-    sns.lineplot(points, **place, linestyle="", estimator=None, sort=False, rasterized=is_picture, **look)
+    look = {"markersize": 3.7, "markeredgecolor": PAPER, "markeredgewidth": 0.4, "zorder": 3, **look}
+    look |= {"linestyle": "", "rasterized": len(points) > MAX_SHAPES}
+    names = [""] if labels is None else list(labels.cat.categories)
+    looks = zip(names, [ACCENT] if labels is None else palette(names).values(), MARKERS, strict=False)
+    for name, colour, marker in looks:
+        rows, own = points[points["series"] == name], {"color": colour, "marker": marker, **look}
+        if ends:  # a broken line, not a path per bar
+            bars = rows.assign(gap=np.nan)[["low", "high", "gap"]].to_numpy().ravel()
+            line: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.55, "zorder": 2, "rasterized": look["rasterized"]}
+            ax.plot(np.repeat(rows["x"], 3), bars, color=own["color"], **line)
+        ax.plot(rows["x"], rows["y"], label=name or None, **own)
 
 
 def curve(
@@ -167,9 +174,6 @@ def shared_legend(
 ) -> None:
     """Put one legend below panels that have the same series."""
     found = {name: handle for ax in panels for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    for ax in panels:
-        if each := ax.get_legend():
-            each.remove()
     if found:
         look: dict[str, Any] = {"columnspacing": 0.9, "handletextpad": 0.3, "title": title, "loc": place}
         figure.legend(list(found.values()), list(found), ncols=min(columns, len(found)), **look)

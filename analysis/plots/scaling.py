@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @styled()
 def plot_fit(fit: Fit, ax: Axes | None = None, *, x: str | None = None) -> Figure:
-    """Measurements, the fitted law and its confidence band against one variable.
+    """Draw measurements, the fitted law and its confidence band against one variable.
 
     A law of two variables gives one line for each of up to eight values of the other one.
 
@@ -87,7 +87,7 @@ def plot_points(
     *,
     envelope: Fit | None = None,
 ) -> Figure:
-    """Measurements, with a line through those of each value of another column.
+    """Draw measurements, with a line through those of each value of another column.
 
     Args:
         by: the other column, such as the size's parameters.
@@ -122,7 +122,7 @@ def plot_points(
 
 @styled()
 def plot_approaches(found: Approaches) -> Figure:
-    """N*(C) of all approaches: their optima and lines with intervals, dotted beyond the budgets used.
+    """Draw N*(C) of all approaches: their optima and lines with intervals, dotted beyond the budgets used.
 
     Returns:
         A matplotlib figure; `save` writes it.

@@ -31,7 +31,7 @@ def plot_curves(
     probes: pd.DataFrame | None = None,
     plateaus: Mapping[str, Plateau] | None = None,
 ) -> Figure:
-    """Validation loss against images seen, a line per run in the colour of its size; accuracies beside it.
+    """Draw validation loss against images seen, a line per run in the colour of its size; accuracies beside it.
 
     Budgets are markers, joined to where their decay branched off; a first plateau is a broad band along its curve.
 

@@ -61,16 +61,16 @@ class Comparison(Result):
         return self.tasks
 
     def headline(self) -> str:
-        """How much is comparable."""
+        """Say how much is comparable."""
         num = self.tasks["task"].nunique()
         return f"{num} of the paper's {len(TASKS)} tasks beside AIM, {len(self.left_out)} things not comparable"
 
     def facts(self) -> list[tuple[str, str]]:
-        """What is not comparable, and how much is."""
+        """Say what is not comparable, and how much is."""
         return [*(("left out", line) for line in flag_words(self.left_out)), ("compared", self.headline())]
 
     def summary(self) -> str:
-        """For a terminal."""
+        """Write all tables for a terminal."""
         sizes = self.baselines["params_total"]
         largest = self.baselines if sizes.isna().all() else self.baselines[sizes == sizes.max()]
         parts = {
@@ -144,13 +144,13 @@ def compare(frame: pd.DataFrame) -> Comparison:
 
 
 def read_baselines(frame: pd.DataFrame) -> pd.DataFrame:
-    """Probes of the baselines that lie beside the tables of a frame from `read_tables`; empty where there are none."""
+    """Read probes of the baselines that lie beside a frame's tables (`read_tables`); empty where there are none."""
     found = beside(frame, BASELINES_FILE)
     return probe_frame(joined(found) if found else pd.DataFrame({"probes": []}))
 
 
 def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
-    """Each probe of the runs beside every baseline of the same task, kind and test images.
+    """Put each probe of the runs beside every baseline of the same task, kind and test images.
 
     Args:
         probes: `probe_frame` of the runs.

@@ -39,7 +39,7 @@ def _fractions(percent: pd.DataFrame) -> pd.DataFrame:
 
 @functools.cache
 def table6() -> pd.DataFrame:
-    """Table 6, all eleven rows: a frozen backbone under an attentive probe on the test split of fifteen benchmarks.
+    """Read Table 6, all eleven rows: a frozen backbone, an attentive probe, the test splits of fifteen benchmarks.
 
     Returns:
         By our short name (`aim-7B`): method, arch, data, layers (whose outputs the probe averages: `last 6`, `best 6`,
@@ -53,7 +53,7 @@ def table6() -> pd.DataFrame:
 
 @functools.cache
 def published_frame() -> pd.DataFrame:
-    """The four released sizes as a results table.
+    """Read the four released sizes as a results table.
 
     Images seen are left out on purpose: the four losses share one number of updates, which Figure 1 does not state.
 
@@ -75,8 +75,8 @@ def best_frozen(task: str) -> str:
 
 @functools.cache
 def ablations() -> pd.DataFrame:
-    """The published cells: ablation, setting, ours (`column=level`, several with | between; empty where a results table
-    has no column for it), linear and attentive (top-1 as fractions), task, source.
+    """Read the published cells: ablation, setting, ours (`column=level`, several with | between; empty where a results
+    table has no column for it), linear and attentive (top-1 as fractions), task, source.
     """
     cells = pd.read_csv(DATA / "ablations.csv").fillna({"ours": ""})
     cells[KINDS] = _fractions(cells[KINDS])
@@ -96,7 +96,7 @@ def _varied() -> set[str]:
 
 
 def beside_paper(found: Contrasts) -> pd.DataFrame:
-    """The paper's difference beside each of a contrast, where it has both settings and that kind of probe.
+    """Put the paper's difference beside each of a contrast, where it has both settings and that kind of probe.
 
     Returns:
         change (level over baseline, in the paper's words), kind, published (its difference in top-1, a fraction without

@@ -42,8 +42,6 @@ class Column(NamedTuple):
     """Unit of a number, or an empty string."""
     meaning: str
     """What the value says, in words."""
-    axis: str = ""
-    """Label of an axis, where figures draw it."""
 
 
 PROBE_FIELDS = tuple(
@@ -82,14 +80,8 @@ COLUMNS = tuple(
         ("status", "string", "", "Of this budget: complete, unfinished, diverged, failed; during: of a point"),
         ("size", "string", "", "Named model size"),
         ("seed", "int64", "", "Seed of the initial weights and of the stream"),
-        ("images_seen", "int64", "images", "D: training images seen, repeats included", "D: training images seen"),
-        (
-            "unique_images",
-            "int64",
-            "images",
-            "U: different training images in the pool",
-            "U: different training images",
-        ),
+        ("images_seen", "int64", "images", "D: training images seen, repeats included"),
+        ("unique_images", "int64", "images", "U: different training images in the pool"),
         ("epochs", "float64", "passes", "images_seen / unique_images"),
         ("batch_size", "int64", "images", "Images per optimiser step, over all ranks"),
         ("lr_peak", "float64", "", "Learning rate after warm-up"),
@@ -106,59 +98,17 @@ COLUMNS = tuple(
         ("image_size", "int64", "pixels", "Side of the square input"),
         ("patch_size", "int64", "pixels", "Side of a patch"),
         ("params_preprocessor", "int64", "parameters", "Patch embedding and its norm"),
-        (
-            "params_trunk",
-            "int64",
-            "parameters",
-            "Transformer backbone: what the paper calls the size",
-            "N: backbone parameters",
-        ),
-        (
-            "params_head",
-            "int64",
-            "parameters",
-            "Pixel head, thrown away after pre-training",
-            "N: pixel-head parameters",
-        ),
-        (
-            "params_total",
-            "int64",
-            "parameters",
-            "N: preprocessor, backbone and head",
-            "N: parameters, pixel head included",
-        ),
+        ("params_trunk", "int64", "parameters", "Transformer backbone: what the paper calls the size"),
+        ("params_head", "int64", "parameters", "Pixel head, thrown away after pre-training"),
+        ("params_total", "int64", "parameters", "N: preprocessor, backbone and head"),
         ("flops_per_image", "float64", "FLOP", "Training FLOPs of one image (3 x forward, head and attention counted)"),
-        ("flops_train", "float64", "FLOP", "C: flops_per_image x images_seen", "C: training compute (FLOP)"),
-        (
-            "flops_6nd",
-            "float64",
-            "FLOP",
-            "6 x params_total x tokens seen, the usual approximation of C",
-            "C: training compute, 6 × N × tokens (FLOP)",
-        ),
-        (
-            "flops_executed",
-            "float64",
-            "FLOP",
-            "C without what training skips (tokens that are not scored)",
-            "C: training compute, executed (FLOP)",
-        ),
-        (
-            "val_loss",
-            "float64",
-            "normalised MSE",
-            "L: mean squared error per scored target on fixed held-out images",
-            "validation loss",
-        ),
+        ("flops_train", "float64", "FLOP", "C: flops_per_image x images_seen"),
+        ("flops_6nd", "float64", "FLOP", "6 x params_total x tokens seen, the usual approximation of C"),
+        ("flops_executed", "float64", "FLOP", "C without what training skips (tokens that are not scored)"),
+        ("val_loss", "float64", "normalised MSE", "L: mean squared error per scored target on fixed held-out images"),
         ("val_loss_se", "float64", "normalised MSE", "Standard error of val_loss over validation images"),
         ("val_num_images", "int64", "images", "Validation images"),
-        (
-            "train_loss",
-            "float64",
-            "normalised MSE",
-            "Mean training loss over the last 5 % of the budget",
-            "training loss",
-        ),
+        ("train_loss", "float64", "normalised MSE", "Mean training loss over the last 5 % of the budget"),
         ("probes", "probes", "", "Frozen-feature results: a list of entries with PROBE_FIELDS"),
         ("wall_s", "float64", "s", "Wall time of training to this budget; validation and probes are not in it"),
         ("device_hours", "float64", "h", "Wall time x devices, in hours"),

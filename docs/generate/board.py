@@ -26,7 +26,8 @@ def markdown() -> str:
     of_stack = scored[(scored["method"] == STACK) & (scored["quantity"] == LOSS)]
     parts = [
         f"{scored['table'].nunique()} tables of {scored['family'].nunique()} families, "
-        f"{of_stack['num_points'].sum():,} forecasts of a loss. Tables count alike; by distance, families do. `stack` is what `forecast` does.",
+        f"{of_stack['num_points'].sum():,} forecasts of a loss. Tables count alike; "
+        "by distance, families do. `stack` is what `forecast` does.",
         "### By distance",
         _table(_by_distance()),
         "### By method and cut",
