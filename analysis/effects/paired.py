@@ -146,8 +146,8 @@ def mean_over_pairs(values: pd.Series, sizes: pd.Series | None) -> Mean:
     """Average differences of pairs of runs, with an error that holds as far as the pairs reach.
 
     A size may suit one level better, so three sizes or more are clusters (`fitting.covariance.sandwich`), and the
-    interval covers sizes like them. Two do not tell how much sizes differ: the error is then that of pairs about the mean of
-    their size (Student's, pooled), for these sizes alone. One pair a size has none.
+    interval covers sizes like them. Two do not tell how much sizes differ: the error is then that of pairs about the
+    mean of their size (Student's, pooled), for these sizes alone. One pair a size has none.
 
     Args:
         values: a difference per pair.

@@ -25,8 +25,8 @@ OUTLIER_SCALES = 6.0
 UNKNOWN = ("reaches_bound", "factor")
 """Kinds of flags of a parameter that is not identified."""
 WITHIN_NOISE = 2.0
-"""Log-likelihood that a rival minimum may lose and still be hardly less likely than the best: two standard deviations of
-one parameter."""
+"""Log-likelihood that a rival minimum may lose and still be hardly less likely than the best: two standard deviations
+of one parameter."""
 
 
 def diagnose(
@@ -142,7 +142,7 @@ def _of_variables(problem: Problem, points: Observations) -> Iterator[tuple[Flag
 
 def _outliers(estimate: Estimate, points: Observations) -> Iterator[Flag]:
     r = estimate.problem.residual(estimate.vector)
-    scale = 1.4826 * np.median(np.abs(r - np.median(r)))
+    scale = max(1.4826 * float(np.median(np.abs(r - np.median(r)))), estimate.components.point)
     far = np.abs(r) > OUTLIER_SCALES * scale
     if scale > 0 and far.any():
         row = str(points.index[int(np.argmax(np.abs(r)))])

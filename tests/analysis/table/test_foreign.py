@@ -143,7 +143,7 @@ def test_their_names_are_kept_in_words_figures_and_conditions(theirs, tmp_path):
     (ax,) = plot_fit(result).axes
     (legend,) = ax.figure.legends
     assert (ax.get_xlabel(), ax.get_ylabel(), legend.get_title().get_text()) == (
-        "N: num_params", "loss", "tokens",
+        "N: num_params", "loss", "D: tokens",
     )  # fmt: skip
 
 
