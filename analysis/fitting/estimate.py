@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -180,6 +181,8 @@ def _within(found: Estimate, values: Mapping[str, float], intervals: dict[str, I
     free = np.flatnonzero(problem.movable).tolist()
     errors, degrees = found.covariance.of_contrasts(np.eye(len(free)))
     halves = half_width(errors, degrees, CONFIDENCE)
+    varies, lowest = _vary(found), float(problem.predict(found.vector[None]).min())
+    is_floor = all(bool(np.all(part >= 0)) for part in problem.basis(found.vector[None]))
     for j, half in zip(free, halves.tolist(), strict=True):
         p, at = problem.law.parameters[j], float(found.vector[j])
         i = out.get(p.name, Interval(low=np.nan, high=np.nan))
@@ -190,6 +193,8 @@ def _within(found: Estimate, values: Mapping[str, float], intervals: dict[str, I
         if j < problem.num_linear and at - half <= problem.lower[j]:
             unit = _params_at(found, j, 1.0)[p.name]
             i = Interval(low=low, high=min(max(i.high, (at + half) * unit), high))
+        if is_floor and j < problem.num_linear and not varies[j]:  # a limit lies below all that the law gives
+            i = dataclasses.replace(i, high=min(i.high, lowest))
         out[p.name] = i
     return out
 
