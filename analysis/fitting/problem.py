@@ -65,8 +65,8 @@ class Problem:
         out = []
         for part, is_scaled in zip(self.law.basis(self.x, self.nonlinear(vector)), self.referenced, strict=True):
             g = np.broadcast_to(part, (len(vector), self.num_points + 1))
-            ref = g[:, -1:] if is_scaled else np.ones((1, 1))
-            out.append(g[:, :-1] / (ref * np.sign(ref.real)))
+            ref = g[:, -1:] * np.sign(g[:, -1:].real) if is_scaled else np.ones((1, 1))
+            out.append(g[:, :-1] / np.where(ref == 0, 1.0, ref))
         return out
 
     def predict(self, vector: Array) -> Array:
