@@ -31,9 +31,9 @@ MOST_POINTS = 400
 """Points that the test of the form looks at: of larger tables those of evenly spaced cells."""
 HARDLY = 1e-3
 """Patterns that the law's own derivatives explain to 99.9 % are not tested."""
-FAMILY_ALARM = 0.025
+FAMILY_ALARM = 0.05
 """Probability that any group of any variable of a sound table is named (Bonferroni). In simulated tables whose sizes
-share errors it is up to four times that: their spread is told by few."""
+share errors it is up to twice that: their spread is told by few."""
 CURVE = 3
 """Degrees of freedom of groups that a law's curve in one variable takes: limit, coefficient, exponent."""
 BLIND_THRESHOLD = 6.0
