@@ -6,7 +6,8 @@ import base64
 import gzip
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property, replace
 from typing import Any
 
 import pandas as pd
@@ -61,7 +62,7 @@ class PageTable:
         """File name of the download: of a table that is cut it is compressed."""
         return f"{self.key}.csv{'.gz' if self.num_rows > MAX_ROWS else ''}"
 
-    @property
+    @cached_property
     def numeric(self) -> frozenset[str]:
         """Heads of the columns of numbers, which stand to the right."""
         heads = self.rows[0] if self.rows else ()
