@@ -210,17 +210,15 @@ def main() -> None:
     options_of.add_argument("--only", choices=list(STUDIES), nargs="*", default=list(STUDIES))
     options = options_of.parse_args()
     chosen = cells(options.design, options.errors)
-    tasks = [(study, cell, options.tables) for study in options.only for cell in chosen]
-    done = run(measure, tasks, options.workers)
     for study in options.only:
+        done = run(measure, study, chosen, options.tables, options.workers)
         for design in options.design:
-            by_errors = {
-                cell.errors: done[study, cell.name].shown() for cell in chosen if cell.name.startswith(f"{design},")
-            }
-            print(f"{markdown(by_errors, f'{study}, {design}')}\n")
-        for cell in chosen:
-            if amiss := done[study, cell.name].amiss():
-                print(f"- Not told, and outside {REACH[0]} to {REACH[1]} % in {cell.name}: {', '.join(amiss)}")
+            of_design = [cell for cell in chosen if cell.name.startswith(f"{design},")]
+            columns = {cell.errors: done[cell.name].shown() for cell in of_design}
+            print(f"{markdown(columns, f'{study}, {design}')}\n")
+        for name, record in done.items():
+            if amiss := record.amiss():
+                print(f"- Not told, and outside {REACH[0]} to {REACH[1]} % in {name}: {', '.join(amiss)}")
         print(flush=True)
 
 

@@ -85,10 +85,8 @@ def main() -> None:
     options_of.add_argument("--objective", choices=list(OBJECTIVES), nargs="*", default=list(OBJECTIVES))
     options = options_of.parse_args()
     chosen = cells(options.design, options.errors)
-    tasks = [(objective, cell, options.tables) for objective in options.objective for cell in chosen]
-    done = run(measure, tasks, options.workers)
     for objective in options.objective:
-        shares = {cell.name: done[objective, cell.name] for cell in chosen}
+        shares = run(measure, objective, chosen, options.tables, options.workers)
         print(f"## {objective}\n\n{table(shares, accusing=True)}\n\n{table(shares, accusing=False)}\n", flush=True)
 
 

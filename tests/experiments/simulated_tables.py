@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -139,13 +140,14 @@ def each_table(cell: Cell, num: int) -> Iterator[tuple[pd.DataFrame, np.random.G
         yield scales, np.random.default_rng([0, i])
 
 
-def run(job: Callable[..., T], tasks: Sequence[tuple[str, Cell, int]], workers: int) -> dict[tuple[str, str], T]:
-    """Do a job for tasks (what, cell, tables), and say on the standard error which are done."""
-    done: dict[tuple[str, str], T] = {}
+def run(job: Callable[[str, Cell, int], T], what: str, chosen: Sequence[Cell], num: int, workers: int) -> dict[str, T]:
+    """Do a job for `num` tables of every cell, by the cell's name, and say on the standard error which are done."""
+    done: dict[str, T] = {}
     with ProcessPoolExecutor(workers) as pool:
-        for (what, cell, _), found in zip(tasks, pool.map(job, *zip(*tasks, strict=True)), strict=True):
-            done[what, cell.name] = found
-            print(f"{len(done)} of {len(tasks)}: {what}, {cell.name}", file=sys.stderr, flush=True)
+        found = pool.map(partial(job, what, num=num), chosen)
+        for cell, each in zip(chosen, found, strict=True):
+            done[cell.name] = each
+            print(f"{what}, {len(done)} of {len(chosen)}: {cell.name}", file=sys.stderr, flush=True)
     return done
 
 
