@@ -163,7 +163,7 @@ class Components:
     shared: Mapping[str, float]
     """Kind of group (sizes, budgets, runs) -> of what all points of a group share."""
     point: float
-    """Of a point alone."""
+    """Standard deviation of the error of a point alone."""
     degrees: float
     """Degrees of freedom of the total variance (Satterthwaite)."""
 

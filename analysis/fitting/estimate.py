@@ -191,7 +191,7 @@ def _within(found: Estimate, values: Mapping[str, float], intervals: dict[str, I
         low, high = (float(np.exp(end[j]) if p.log else end[j]) for end in (problem.lower, problem.upper))
         i = Interval(low=max(i.low, low), high=min(i.high, high))
         if j < problem.num_linear and at - half <= problem.lower[j]:
-            unit = _params_at(found, j, 1.0)[p.name]
+            unit = _per_unit(found, j, p.name)
             i = Interval(low=low, high=min(max(i.high, (at + half) * unit), high))
         if is_floor and j < problem.num_linear and not varies[j]:  # a limit lies below all that the law gives
             i = dataclasses.replace(i, high=min(i.high, lowest))
@@ -199,11 +199,11 @@ def _within(found: Estimate, values: Mapping[str, float], intervals: dict[str, I
     return out
 
 
-def _params_at(found: Estimate, j: int, value: float) -> dict[str, float]:
-    """Parameters of the law with one coordinate at another value."""
+def _per_unit(found: Estimate, j: int, name: str) -> float:
+    """Return a linear coefficient per unit of its coordinate j."""
     vector = found.vector.copy()
-    vector[j] = value
-    return {name: float(v[0]) for name, v in found.problem.params_of(vector[None]).items()}
+    vector[j] = 1.0
+    return float(found.problem.params_of(vector[None])[name][0])
 
 
 def _data(found: Estimate, points: Observations) -> pd.DataFrame:

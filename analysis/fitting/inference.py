@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -45,8 +46,6 @@ class Estimate:
     problem: Problem
     minima: tuple[Minimum, ...]
     """Distinct local minima, best first."""
-    covariance: Covariance
-    """Of the movable coordinates."""
     components: Components
     """Errors of T(y) that points share, and of single points."""
     groups: Groups
@@ -59,6 +58,19 @@ class Estimate:
     """Linearised problem."""
     residual: Array
     """Residuals (n,) of T(y) whose least squares the optimum is: outliers drawn in, the others stretched for it."""
+    pull: Array
+    """Derivative (n,) of the objective by each residual."""
+    slope: Array
+    """Change (n,) of the pull with the residual: 1 in the quadratic zone."""
+
+    @cached_property
+    def covariance(self) -> Covariance:
+        """Covariance of the movable coordinates; forecasts, which fit most, never ask for it."""
+        # what curves the objective is the slope: a point's precision, besides which its weight is no precision
+        root = np.sqrt(self.slope)
+        scaled = linear_design(self.problem.linearised(self.vector) * root[:, None], self.problem.weights)
+        clusterings = self.groups.clusterings(self.problem.num_points).items()
+        return Covariance(by={name: sandwich(scaled, self.pull / root, codes) for name, codes in clusterings})
 
     @property
     def vector(self) -> Array:
@@ -95,8 +107,14 @@ class Estimate:
 
     def error_of(self, function: Function) -> tuple[Array, Array, Array]:
         """Return a function's values (m,), standard errors (m,) and degrees of freedom (m,), by the delta method."""
-        value = np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)
-        return (value, *self.covariance.of_contrasts(self.gradient(function)))
+        return (self._value_of(function), *self.covariance.of_contrasts(self.gradient(function)))
+
+    def _value_of(self, function: Function) -> Array:
+        return np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)
+
+    def value_at(self, x: Mapping[str, Array]) -> Array:
+        """Return T(law) at places (m,)."""
+        return self._value_of(self._law_at(x))
 
     def interval_of(self, function: Function) -> tuple[Array, Array]:
         """Return the ends (m,) of 95 % intervals of a function's values."""
@@ -115,9 +133,8 @@ class Estimate:
         the weight: what a mean of several laws needs, whose misfit is counted apart.
         """
         function = self._law_at(x)
-        value = np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)
         contrasts = self.gradient(function) @ self.design.inverse
-        return value, np.sqrt(self.components.variance_of(contrasts, self.groups))
+        return self._value_of(function), np.sqrt(self.components.variance_of(contrasts, self.groups))
 
     def _law_at(self, x: Mapping[str, Array]) -> Function:
         law, transform = self.problem.law, self.problem.objective.transform
@@ -154,21 +171,18 @@ def estimated(problem: Problem, groups: Groups) -> Estimate:
         raise AnalysisError(f"The optimum of {problem.law.formula} lies where it has no finite derivatives.")
     pull, slope = _pull_and_slope(problem.objective.delta, problem.residual(vector), jacobian.shape[1])
     seen, unseen, few = visible_groups(groups, jacobian)
-    # what curves the objective is the slope: a point's precision, besides which its weight is no precision
-    scaled = linear_design(jacobian * np.sqrt(slope)[:, None], problem.weights)
-    clusterings = seen.clusterings(problem.num_points).items()
-    by = {name: sandwich(scaled, pull / np.sqrt(slope), codes) for name, codes in clusterings}
     design, residual = linear_design(jacobian, problem.weights), pull / np.average(slope, weights=problem.weights)
     return Estimate(
         problem=problem,
         minima=tuple(minima),
-        covariance=Covariance(by=by),
         components=components_of(design, residual, seen),
         groups=seen,
         unseen=unseen,
         few=few,
         design=design,
         residual=residual,
+        pull=pull,
+        slope=slope,
     )
 
 

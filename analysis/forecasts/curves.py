@@ -119,7 +119,7 @@ def link_curves(losses: Mapping[str, Curve], points: Measurements) -> dict[str, 
         def predict(at: Mapping[str, Array]) -> tuple[Array, Array]:
             log_loss, of_loss = first.predict(at)
             accuracy, errors = found.modelled({"L": np.exp(log_loss)})
-            moved, _ = found.modelled({"L": np.exp(log_loss + STEP)})
+            moved = found.value_at({"L": np.exp(log_loss + STEP)})
             rate = np.maximum(1 - accuracy, LEAST)
             return np.log(rate), np.hypot((moved - accuracy) / STEP * of_loss, errors) / rate
 

@@ -52,7 +52,7 @@ class Calibration:
 LOSSES = Calibration(known=0.58, misfit=0.41, least=0.0028)
 """On 108 cuts of 36 tables in 14 families; with a family left out: .54 to .63, .35 to .49, .002 to .0033."""
 ACCURACIES = Calibration(known=0.54, misfit=0.2, least=0.01)
-"""Of error rates, on 41 cuts in 4 families, too few to leave any out."""
+"""Constants for error rates, on 41 cuts in 4 families, too few to leave any out."""
 UNTESTED = 2.0
 """Rate of misfit of a table that is too small for backtests, in units of the noise."""
 TERMS = ("noise", "parameters", "laws", "misfit")
@@ -69,7 +69,7 @@ class Stack(Result):
     curves: Mapping[str, Curve] = field(repr=False)
     """Fitted to all points, in the order of the candidates."""
     weights: Mapping[str, float]
-    """Of each curve; they sum to 1."""
+    """Weight of each curve; they sum to 1."""
     backtests: pd.DataFrame
     """One row a backtest and curve: times (the compute left out reaches so far), num_train, num_test, curve, error
     (root mean square of ln prediction - ln measurement)."""
@@ -254,7 +254,7 @@ def _is_enough(points: Measurements, below: Array) -> bool:
 
 
 def _weights(names: Sequence[str], backtests: pd.DataFrame) -> dict[str, float]:
-    """Of curves by the median of their errors in backtests; all alike without any.
+    """Weigh curves by the median of their errors in backtests; all alike without any.
 
     The lowest cuts leave too little for a law with many parameters, which says nothing about the whole table: hence the
     median. A curve that a cut could not test counts there as the worst. Few cuts tell little, so the power grows with

@@ -92,7 +92,7 @@ class LineOptimum:
     line: Array
     """(ln k, a)."""
     covariance: Array
-    """Of these (2, 2); NaN where it is not known."""
+    """Covariance (2, 2) of ln k and a; NaN where it is not known."""
     degrees: float
 
     def __call__(self, flops: Array) -> tuple[Array, Array, Array]:
