@@ -53,7 +53,9 @@ def hits_of(probes: pd.DataFrame) -> pd.Series:
         return pd.Series([None] * len(probes), probes.index, object)
     on = [FOLDER, *HITS_KEY]
     known = pd.concat(found, ignore_index=True).drop_duplicates(on)
-    both = probes[[*on, "n"]].astype({"images_seen": float}).merge(known.astype({"images_seen": float}), "left", on)
+    # Baselines have no size: a column of blanks alone is of numbers on one side, and of words on the other.
+    types = dict.fromkeys(on, object) | {"images_seen": float}
+    both = probes[[*on, "n"]].astype(types).merge(known.astype(types), "left", on)
     whole = (both["n"] == both["num_test"]).tolist()
     columns = zip(whole, both["evaluation"], both["num_test"], both["hits"], strict=True)
     return pd.Series([Hits(e, int(n), bits) if same else None for same, e, n, bits in columns], probes.index, object)
