@@ -125,7 +125,7 @@ OPTION = _Option()
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """Something to be careful about in a fit; its text is its sentence."""
+    """Something to be careful about in a result."""
 
     kind: str
     """Which of `FLAGS`."""
@@ -137,8 +137,12 @@ class Flag:
     """What else the sentence tells."""
     p: float = 1.0
     """Probability that a sound law shows as much, where that was tested."""
+    text: str = ""
+    """Its sentence, written where it is raised."""
 
     def __str__(self) -> str:
+        if self.text:
+            return self.text
         told = {"subject": self.subject, "number": self.number, "more": self.more, "p": p_value(self.p)}
         told["count"] = human(self.number, 4)
         return FLAGS[self.kind].format(**told, option=OPTION)
