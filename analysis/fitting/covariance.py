@@ -193,9 +193,7 @@ def components_of(design: Design, residual: Array, groups: Groups) -> Components
     squares = np.array([np.sum(np.bincount(codes, residual * root) ** 2) for codes in kinds.values()])
     expected = np.empty((len(kinds), len(kinds)))
     for i, (name, rows) in enumerate(kinds.items()):
-        for j, columns in enumerate(
-            kinds.values()
-        ):  # |A - U V'|^2 with A = F_l' R F_m, whose cells are pairs of groups
+        for j, columns in enumerate(kinds.values()):  # |A - U V'|^2, A = F_l' R F_m by pairs of groups
             cells = np.bincount(np.unique(rows * n + columns, return_inverse=True)[1], root)
             crossed = _sums(columns, root[:, None] * u[i][rows])  # A' U
             expected[i, j] = np.sum(cells**2) - 2 * np.sum(crossed * v[j]) + np.sum((u[i].T @ u[i]) * (v[j].T @ v[j]))

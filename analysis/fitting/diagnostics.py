@@ -253,21 +253,16 @@ def _experiments(found: Estimate, rows: pd.DataFrame) -> Iterator[Flag]:
             continue
         _, p, _ = ratio_test(scaled, above, below, covariance)
         if p <= ALARM / len(names):
-            off, column = (
-                100 * float(np.ptp(np.bincount(codes, found.residual) / np.bincount(codes))),
-                their_name(rows, name),
-            )
-            text = (
-                f"Rows of different {column} lie up to {off:.2g} % apart ({p_value(p)}), so they are not of one law; "
-            )
-            text += f"choose one by {option('where')}."
-            yield Flag(kind="experiments", subject=column, number=off, p=p, text=text)
+            means, column = np.bincount(codes, found.residual) / np.bincount(codes), their_name(rows, name)
+            apart = f"Rows of different {column} lie up to {100 * np.ptp(means):.2g} % apart ({p_value(p)})"
+            text = f"{apart}, so they are not of one law; choose one by {option('where')}."
+            yield Flag(kind="experiments", subject=column, number=100 * float(np.ptp(means)), p=p, text=text)
 
 
 def _beyond(found: Estimate, keep: Array, wider: Array) -> tuple[Array, Array, Array, Array]:
     """Return what `ratio_test` takes to compare a law with a wider model, for some points (n,).
 
-    The basis above is of what the wider columns (n, m) span beyond the law's derivatives, that below of what both leave.
+    The basis above is of what wider columns (n, m) span beyond the law's derivatives, that below of what both leave.
     """
     root = np.sqrt(found.design.weights[keep])[:, None]
     known, unit = _basis(found.design.x[keep] * root), wider * root

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -130,7 +130,11 @@ def _reciprocal(value: Array) -> Array:
     return np.where(np.asarray(value) > 0, 1 / np.asarray(value), np.inf)
 
 
-SCALES = {"own": (_own, _own), "log": (np.log, np.exp), "reciprocal": (np.reciprocal, _reciprocal)}
+SCALES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "own": (_own, _own),
+    "log": (np.log, np.exp),
+    "reciprocal": (np.reciprocal, _reciprocal),
+}
 """Scales on which an interval is symmetric: function and its inverse."""
 
 
@@ -151,7 +155,7 @@ def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]
             continue
         forth, back = SCALES[scales.get(name, "own") if value > 0 else "own"]
 
-        def scaled(p: Params, name: str = name, forth: np.ufunc = forth) -> Array:
+        def scaled(p: Params, name: str = name, forth: Callable[[Array], Array] = forth) -> Array:
             return forth({**p, **law.reported(p)}[name])
 
         with np.errstate(all="ignore"):

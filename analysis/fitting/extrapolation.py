@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -94,3 +95,8 @@ class HeldOut(Result):
             points = f"{self.num_far} of {self.num_test} points of the largest {v}"
             return f"{points} lie more than twice as far off as their prediction intervals reach."
         return ""
+
+
+def held_out_cautions(tests: Iterable[HeldOut]) -> list[str]:
+    """Collect what held-out scales speak against a law."""
+    return [caution for test in tests if (caution := test.caution())]

@@ -12,7 +12,7 @@ import pandas as pd
 from aimscale.analysis.display import Result, plain_fields, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import half_width, satterthwaite
-from aimscale.analysis.fitting.extrapolation import HeldOut
+from aimscale.analysis.fitting.extrapolation import HeldOut, held_out_cautions
 from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law, Params
@@ -243,8 +243,7 @@ class Fit(Result):
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         yield from ((f"held out {test.variable}", test.words()) for test in self.heldout)
-        yield from (("with care", each) for each in flag_words(self.flags))
-        yield from (("with care", caution) for test in self.heldout if (caution := test.caution()))
+        yield from (("with care", each) for each in (*flag_words(self.flags), *held_out_cautions(self.heldout)))
         for f in self.flags:
             if f.kind in ("scatter", "pattern"):
                 ratio = f"F = {f.more[0]:.3g} with {f.more[1]:.0f} and {f.more[2]:.0f} degrees of freedom"

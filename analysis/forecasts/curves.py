@@ -152,8 +152,7 @@ def _estimated(
         AnalysisError: too few points for the parameters, or no finite optimum.
     """
     columns = Columns({v: x[v] for v in law.variables})
-    law = law.centred(columns) if law.centred is not None else law
-    problem = make_problem(law, dict(columns), y, objective, weights=points.weights, fixed=fixed)
+    problem = make_problem(law.centred(columns), dict(columns), y, objective, weights=points.weights, fixed=fixed)
     free = int(problem.movable.sum())
     if problem.num_points < free + SPARE_POINTS:
         raise AnalysisError(f"{problem.num_points} points are too few for its {free} parameters.")

@@ -228,7 +228,7 @@ def fitter(laws: Sequence[Law], made: Made) -> Fitter:
     """Fits laws to y, and where there are losses to these, with a link from there; each law once to the same points."""
 
     def fitted(points: Measurements) -> dict[str, Curve | str]:
-        key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.named.values()]).tobytes()
+        key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.values()]).tobytes()
         for law in laws:
             if (law.name, key) not in made:
                 try:

@@ -7,6 +7,7 @@ All functions are at module level, so that laws and fits can be pickled.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -316,7 +317,11 @@ FARSEER = Law(
     source="Farseer (Li et al. 2025)",
 )
 
-_ONE_VARIABLE = {"power": partial(power, offset=False), "power_offset": power, "saturating": saturating}
+_ONE_VARIABLE: dict[str, Callable[[str], Law]] = {
+    "power": partial(power, offset=False),
+    "power_offset": power,
+    "saturating": saturating,
+}
 """Laws in one variable, as functions of its name."""
 _JOINT = (CHINCHILLA, KAPLAN, COUPLED, FARSEER, OVERTRAINED, REPEATED, REPEATED_BOTH, OVERFITTING)
 

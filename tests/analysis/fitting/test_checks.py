@@ -9,7 +9,7 @@ from scipy.stats import f as fisher
 from tables import law_grid
 
 from aimscale.analysis import fit, laws
-from aimscale.analysis.fitting.lackoffit import positive_probability, ratio_test
+from aimscale.analysis.fitting.diagnostics import positive_probability, ratio_test
 from aimscale.analysis.words import FLAGS, Flag
 
 
