@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -178,8 +179,9 @@ def _projected(problem: Problem, theta: Array) -> tuple[Array, Array]:
     columns, target = root[:, None] * np.concatenate([g, -g[..., is_free]], axis=2), root * (problem.y - g @ base)
     c = np.full((len(theta), p), np.nan)
     for i in np.flatnonzero(np.isfinite(columns).all(axis=(1, 2)) & np.isfinite(target).all(axis=1)):
-        found = nnls(columns[i], target[i])[0]
-        c[i] = base + found[:p]
-        c[i, is_free] -= found[p:]
+        with contextlib.suppress(RuntimeError):  # it does not converge: no start
+            found = nnls(columns[i], target[i])[0]
+            c[i] = base + found[:p]
+            c[i, is_free] -= found[p:]
     c = np.clip(c, lower, upper)
     return np.column_stack([c, theta]), problem.totals(np.einsum("mp,mnp->mn", c, g))

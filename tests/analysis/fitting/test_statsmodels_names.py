@@ -44,6 +44,8 @@ def test_residuals_and_likelihood_are_those_of_statsmodels(grid):
 def test_scales_are_keywords_or_a_table(grid):
     law = fit(grid, "chinchilla")
     pd.testing.assert_frame_equal(law.predict(N=[1e6, 1e7], D=1e7), law.predict({"N": [1e6, 1e7], "D": [1e7, 1e7]}))
+    with pytest.raises(AnalysisError, match="give N, D"):
+        law.predict(N=1e6)
 
 
 @pytest.mark.parametrize("name", [name for name in laws.LAWS if name not in ("repeated_both", "link_sigmoid")])
