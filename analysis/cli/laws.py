@@ -95,7 +95,7 @@ def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
 def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
     """Give the fit its held-out tests, and flags of the table."""
     from aimscale.analysis.fitting.holdout import held_out
-    from aimscale.analysis.frontier.measured import with_budgets
+    from aimscale.analysis.optimum.measured import with_budgets
     from aimscale.analysis.table.names import our_name
     from aimscale.analysis.table.select import mixture_flags
 
@@ -193,7 +193,7 @@ def frontier(
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree; of a probe, how far its optimum lies from
     that of the loss."""
     from aimscale.analysis.display import fact_lines
-    from aimscale.analysis.frontier.approaches import all_approaches, gap_to_loss
+    from aimscale.analysis.optimum.approaches import frontier, gap_to_loss
     from aimscale.analysis.table.points import passes_flags, usable_rows
     from aimscale.analysis.table.select import mixture_flags
 
@@ -203,7 +203,7 @@ def frontier(
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     several_laws = several(law, df, y)
     by_law = several_laws.law if several_laws else law
-    found = all_approaches(df, y=y, law=by_law)
+    found = frontier(df, y=y, law=by_law)
     gap = gap_to_loss(found, df, y, law=by_law)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
     best = found.at(shown).iloc[-1]
@@ -217,7 +217,7 @@ def frontier(
         figure,
         words=found.summary(shown),
         after=["", fact_lines([("probe and loss", gap.sentence())])] if gap else [],
-        also={"optima": found.at(shown), "flags": [*map(str, found.flags)], "against_loss": gap},
+        also={"optima": found.at(shown), "flags": found.cautions, "against_loss": gap},
         following=then([*place, "report"], tables, columns, where),
     )
 

@@ -13,7 +13,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.forecasts.curves import THROUGH, Curve, Measurements, law_curve, link_curves
 from aimscale.analysis.forecasts.stack import ACCURACIES, Fitter, Stack, half_widths, stacked
-from aimscale.analysis.frontier.result import Cost, cost_of
+from aimscale.analysis.optimum.cost import Cost, cost_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.design import varies
@@ -120,7 +120,7 @@ def basis(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str) -> Basis:
         )
     x = {v: numbers[v].to_numpy() for v in names}
     compute = numbers["C"].to_numpy() if "C" in numbers else np.prod(list(x.values()), axis=0)
-    cost = cost_of(*(numbers[v].to_numpy() for v in ("N", "D", "C"))) if {"N", "D", "C"} <= set(numbers) else None
+    cost = cost_of(numbers) if {"N", "D", "C"} <= set(numbers) else None
     return Basis(
         laws=found,
         points=Measurements(x=x, y=numbers["y"].to_numpy(), compute=compute, groups=groups_of(used.rows, x)),
