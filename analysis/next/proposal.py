@@ -8,9 +8,9 @@ decides. What a run is worth depends on what is bought beside it, so they are ch
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,9 +21,10 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.inference import Estimate
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.ahead import record, record_words, scale_words
-from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster
-from aimscale.analysis.laws.base import Array, Columns, Law, Params
+from aimscale.analysis.forecasts.forecast import record_words, scale_words
+from aimscale.analysis.forecasts.forecaster import Forecaster, forecaster
+from aimscale.analysis.forecasts.points import AUTO
+from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.table.points import with_compute
 from aimscale.analysis.table.select import mixture_flags
 from aimscale.analysis.words import Flag, flag_words, human, percent, power_of_ten
@@ -51,8 +52,7 @@ MANY_VALUES = 15
 """More sizes or budgets than this are no grid, and are offered as so many in equal factors."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Basket:
+class Basket(NamedTuple):
     """Runs to buy together."""
 
     rows: Array
@@ -80,7 +80,8 @@ def buy(law: Fit, candidates: Points, prices: Array, target: Points, *, budget: 
         raise AnalysisError("Every candidate needs a positive price.")
     if not np.any(prices <= budget):
         raise AnalysisError(f"The cheapest candidate costs {prices.min():.3g}, more than the budget of {budget:.3g}.")
-    noise = noise_of(law)
+    errors = law.estimate.components
+    noise = max(1e-4, errors.total * float(np.sqrt(errors.degrees / chi2.ppf(0.1, errors.degrees))))
     joint = np.stack([_posterior(each, law, candidates, target, noise) for each in _plausible(law.estimate)])
     baskets = [_fill(joint.copy(), prices, budget, noise, power) for power in PRICE_POWERS]
     return min(baskets, key=lambda basket: basket.sd_after)
@@ -92,11 +93,18 @@ def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float
     joint is the covariance (draws, candidates + targets, candidates + targets) and is changed.
     """
     n = len(prices)
-    before = _spread(joint, n)
-    rows: list[int] = []
+
+    def variances() -> Array:
+        return np.maximum(np.einsum("kii->ki", joint), 0.0)
+
+    def spread() -> float:
+        """Return the root mean square over targets, the median over draws."""
+        return float(np.median(np.sqrt(np.mean(variances()[:, n:], axis=1))))
+
+    before, rows = spread(), list[int]()
     left, unsold = budget, np.ones(n, bool)
     while np.any(affordable := unsold & (prices <= left)):
-        variance = _variances(joint)
+        variance = variances()
         share = np.sum(joint[:, :n, n:] ** 2, axis=2) / (variance[:, :n] + noise**2)
         gain = np.mean(share / variance[:, n:].sum(axis=1, keepdims=True), axis=0)
         best = int(np.argmax(np.where(affordable, gain / prices**power, -np.inf)))
@@ -104,45 +112,30 @@ def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float
         joint -= column[:, :, None] * column[:, None, :]
         rows.append(best)
         unsold[best], left = False, left - prices[best]
-    return Basket(rows=np.array(rows), sd_before=before, sd_after=_spread(joint, n))
-
-
-def _spread(joint: Array, n: int) -> float:
-    """Standard deviation at the targets: root mean square over them, median over draws."""
-    return float(np.median(np.sqrt(np.mean(_variances(joint)[:, n:], axis=1))))
-
-
-def _variances(joint: Array) -> Array:
-    """The diagonals (draws, m), none below zero by rounding."""
-    return np.maximum(np.einsum("kii->ki", joint), 0.0)
+    return Basket(rows=np.array(rows), sd_before=before, sd_after=spread())
 
 
 def _plausible(found: Estimate) -> list[Estimate]:
-    """The estimate, and one a standard deviation off along each axis of its covariance: a design for one poor first fit
-    can be worthless."""
-    free, best = found.problem.movable, found.minima[0]
+    """Return the estimate, and one a standard deviation off along each axis of its covariance: a design for one poor
+    first fit can be worthless."""
     values, axes = np.linalg.eigh(found.covariance.matrix)
+    steps = np.sqrt(np.maximum(values, 0.0))[:, None] * axes.T
     out = [found]
-    for step in np.sqrt(np.maximum(values, 0.0))[:, None] * axes.T:
-        for sign in (-1.0, 1.0):
-            vector = best.vector.copy()
-            vector[free] += sign * step
-            vector = np.clip(vector, found.problem.lower, found.problem.upper)
-            out.append(dataclasses.replace(found, minima=(dataclasses.replace(best, vector=vector),)))
+    for step in np.stack([-steps, steps], axis=1).reshape(-1, len(values)):
+        vector = found.vector.copy()
+        vector[found.problem.movable] += step
+        vector = np.clip(vector, found.problem.lower, found.problem.upper)
+        out.append(replace(found, minima=(replace(found.minima[0], vector=vector),)))
     return out
 
 
 def _posterior(found: Estimate, law: Fit, candidates: Points, target: Points, noise: float) -> Array:
-    """Covariance of the log losses at candidates and targets, given the points that were fitted."""
-    measured = {v: law.data[v].to_numpy(float) for v in law.law.variables}
-    offered, wanted = law.variables(candidates), law.variables(target)
-    x = Columns({v: np.concatenate([measured[v], offered[v], wanted[v]]) for v in law.law.variables})
+    """Return the covariance of the log losses at candidates and targets, given the points that were fitted."""
+    parts = [law.variables(each) for each in (law.data, candidates, target)]
+    x = Columns({v: np.concatenate([each[v] for each in parts]) for v in law.law.variables})
     own = np.array([1.0 if p.log else abs(v) for p, v in zip(law.law.parameters, found.vector, strict=True)])
-
-    def log_value(params: Params) -> Array:
-        return np.log(np.maximum(law.law.value(x, params), 1e-300))
-
-    slopes = found.gradient(log_value) * own[found.problem.movable]
+    slopes = found.gradient(lambda params: np.log(np.maximum(law.law.value(x, params), 1e-300)))
+    slopes = slopes * own[found.problem.movable]
     places = np.stack([np.log(x[v]) for v in law.law.variables], axis=1) / DEPARTURE_RANGE
     distance = np.sum((places[:, None] - places[None]) ** 2, axis=2)
     departure = max(DEPARTURE_SD, DEPARTURE_TO_NOISE * noise)
@@ -150,12 +143,6 @@ def _posterior(found: Estimate, law: Fit, candidates: Points, target: Points, no
     m = len(law.data)
     seen = joint[:m, :m] + noise**2 * np.eye(m)
     return joint[m:, m:] - joint[m:, :m] @ np.linalg.solve(seen, joint[:m, m:])
-
-
-def noise_of(law: Fit) -> float:
-    """Standard deviation of ln loss of a measurement: the upper end (90 %) of what the fit's residuals allow."""
-    errors = law.estimate.components
-    return max(1e-4, errors.total * float(np.sqrt(errors.degrees / chi2.ppf(0.1, errors.degrees))))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -211,7 +198,7 @@ class Proposal(Result):
             *(("with care", each) for each in flag_words(self.flags)),
             *self._worth(),
             ("forecast now", f"{human(self.forecast, 4)} [{low}, {high}], single laws {least} to {most}"),
-            *(("record", words) for words in record_words(record(self.distance))),
+            *(("record", words) for words in record_words(self.distance)),
             ("worth by", f"{self.law.law.formula} on {self.law.num_points} points"),
         ]
 
@@ -265,11 +252,13 @@ def propose(
     forecast = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y)
     known = fit(df, forecast.law, y=y)
     named = [v for v in ("N", "D", "U", "C") if v in offer]
-    offer = offer.reset_index(drop=True).assign(**forecast.basis.place({v: offer[v].to_numpy(float) for v in named}))
-    basket = buy(known, offer, offer["price"].to_numpy(float), forecast.basis.place(target), budget=budget)
+    offer = offer.reset_index(drop=True).assign(**forecast.points.place({v: offer[v].to_numpy(float) for v in named}))
+    basket = buy(known, offer, offer["price"].to_numpy(float), forecast.points.place(target), budget=budget)
     table = offer.loc[basket.rows].reset_index(drop=True)
     table["D/N"] = table["D"] / table["N"]
     ahead = forecast.predict(target).iloc[0]
+    text = "These runs hardly narrow the forecast; more GPU-hours buy larger ones, nearer to the target."
+    little = Flag(kind="buys_little", text=text)
     before = float(np.sqrt(np.sum(ahead[list(UNCERTAIN)] ** 2)))
     return Proposal(
         table=table,
@@ -284,7 +273,7 @@ def propose(
         sd_before=before,
         sd_after=before * basket.sd_after / basket.sd_before,
         flags=(
-            *([Flag(kind="buys_little")] if basket.sd_after > WORTHWHILE * basket.sd_before else []),
+            *([little] if basket.sd_after > WORTHWHILE * basket.sd_before else []),
             *mixture_flags(df, known.law.variables),
             *known.flags,
         ),

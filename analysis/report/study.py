@@ -28,8 +28,9 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.ahead import Ahead, forecast
-from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster
+from aimscale.analysis.forecasts.forecast import Forecast, forecast
+from aimscale.analysis.forecasts.forecaster import Forecaster, forecaster
+from aimscale.analysis.forecasts.points import AUTO
 from aimscale.analysis.optimum.approaches import Approaches, Gap, frontier, gap, gap_to_loss
 from aimscale.analysis.optimum.measured import isoflop_budgets, with_budgets
 from aimscale.analysis.optimum.cost import points_of
@@ -78,7 +79,7 @@ class Study:
     """(probe kind, task) -> sigmoid from loss to accuracy, floor at chance."""
     forecaster: Forecaster | None = None
     """The laws that forecast the loss, weighted by how well each predicts the table's own larger runs."""
-    ahead: Ahead | None = None
+    ahead: Forecast | None = None
     """Loss and accuracies at `next_scales`."""
     proposal: Proposal | None = None
     """The runs to buy next for the first of the page's forecasts, for half of what that run costs."""
