@@ -197,14 +197,11 @@ def _surface(points: pd.DataFrame, log_losses: Array, approach: int) -> Surface 
     values = terms @ np.linalg.lstsq(terms, log_losses, rcond=None)[0]
     components = components_of(linear_design(terms, np.ones(len(points))), log_losses - values, seen)
     flags = []
-    for name, num in groups.counts.items():
-        what = f"Approach {approach}: {num} {name}"
-        if name in unseen:
-            text = f"{what} are too few to estimate an error that all points of one share; its interval assumes none."
-            flags.append(Flag(kind="unseen", subject=name, number=num, text=text))
-        elif name in few:
-            text = f"{what} hardly tell an error that all points of one share; where there is one, its 95 % interval "
-            flags.append(Flag(kind="few_groups", subject=name, number=num, text=f"{text}may be too narrow."))
+    blind = (("unseen", unseen, "cannot tell", 50), ("few_groups", few, "hardly tell", 90))  # coverage as simulated
+    for kind, name, how, held in [(kind, name, how, held) for kind, names, how, held in blind for name in names]:
+        num = groups.counts[name]
+        text = f"Approach {approach}: {num} {name} {how} an error that all points of one share: where there is one, "
+        flags.append(Flag(kind=kind, subject=name, number=num, text=f"{text}its 95 % interval holds some {held} %."))
     return Surface(values, components.covariance(seen, len(points)), components.degrees, flags)
 
 
