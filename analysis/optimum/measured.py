@@ -89,14 +89,9 @@ class LineOptimum:
 
 
 def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
-    """Draw the frontier of approach 1: the envelope of the sizes' losses, read at `NUM_BUDGETS` amounts of compute.
-
-    Raises:
-        NoFrontier: fewer than three sizes were measured at two budgets or more, or one size is lowest throughout.
-        AnalysisError: a column is missing.
-    """
+    """Draw the frontier of approach 1: the envelope of the sizes' losses, read at `NUM_BUDGETS` amounts of compute."""
     points = points_of(df, y)
-    num = int((points.groupby("N")["C"].nunique() > 1).sum())
+    num = int(points[["N", "C"]].drop_duplicates()["N"].value_counts().gt(1).sum())
     if num < MIN_SIZES[1]:
         text = f"it needs three sizes with two budgets each, and the table has {num}"
         raise NoFrontier(Flag(kind="few_curves", number=num, text=text))
@@ -109,12 +104,7 @@ def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
 
 
 def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
-    """Draw the frontier of approach 2: a parabola at each budget that sizes share.
-
-    Raises:
-        NoFrontier: fewer than two budgets with an interior, convex minimum; each refused budget is a flag.
-        AnalysisError: a column is missing.
-    """
+    """Draw the frontier of approach 2: a parabola at each budget that sizes share."""
     points = points_of(df, y)
     shared, units = isoflop_points(points.assign(row=np.arange(len(points)))), np.eye(len(points))
     found = _frontier(points, [Budget(c, np.log(each["N"].to_numpy()), units[each["row"]]) for c, each in shared], 2)
@@ -125,7 +115,8 @@ def _frontier(points: pd.DataFrame, budgets: Sequence[Budget], approach: int) ->
     """Draw the line through the minima of all budgets that have one, with its interval."""
     log_losses = np.log(points["loss"].to_numpy())
     found = [_minimum(budget, log_losses, approach) for budget in budgets]
-    minima, refusals = ([each for each in found if isinstance(each, kind)] for kind in (Minimum, Flag))
+    minima = [each for each in found if isinstance(each, Minimum)]
+    refusals = [each for each in found if isinstance(each, Flag)]
     if len(minima) < 2:
         have = f"{len(minima)} of {len(found)} amounts of compute have a best size between smaller and larger ones"
         raise NoFrontier(Flag(kind="few_minima", number=len(minima), text=f"{have}, and 2 are needed"), *refusals)
@@ -209,13 +200,13 @@ def interpolated(points: pd.DataFrame, num: int) -> list[Budget]:
     """Interpolate every size's curve to `num` budgets, by straight lines in log-log, seeds averaged."""
     grid = np.geomspace(points["C"].min(), points["C"].max(), num)
     sizes, blends = [], []
-    for size, rows in points.reset_index(drop=True).groupby("N"):
+    for size, rows in points.reset_index(drop=True).assign(size=np.log(points["N"].to_numpy())).groupby("size"):
         own, codes = np.unique(np.log(rows["C"]), return_inverse=True)
         if len(own) > 1:
             shares = [np.interp(np.log(grid), own, unit, left=np.nan, right=np.nan) for unit in np.eye(len(own))]
             blend = np.zeros((num, len(points)))
             blend[:, rows.index] = (np.array(shares).T / np.bincount(codes))[:, codes]
-            sizes.append(np.log(size))
+            sizes.append(size)
             blends.append(blend)
     here = [np.isfinite(each).all(axis=1) for each in np.stack(blends, axis=1)]
     at = zip(grid.tolist(), np.stack(blends, axis=1), here, strict=True)

@@ -73,14 +73,12 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame) -> Frontier:
     """Draw the frontier of approach 3: the minimum of a law of N and D (of C too, and of U = D) on C = kappa N^(1+s) D.
 
     The exponent of a frontier that is no power of C is the mean one over the table's range of C.
-
-    Raises:
-        NoFrontier: the exponent is not identified, or the law has no minimum near the measured sizes.
-        AnalysisError: the law is not of N and D, or a column is missing.
     """
     law, name = fit.law, fit.law.name
     if not {"N", "D"} <= {*law.variables}:
-        raise AnalysisError(f"Approach 3 needs a law of N and D, and {law.formula} is one of {', '.join(law.variables)}.")
+        raise AnalysisError(
+            f"Approach 3 needs a law of N and D, and {law.formula} is one of {', '.join(law.variables)}."
+        )
     points = points_of(df, fit.columns["y"], fit.columns)
     cost, sizes, span = cost_of(points), *((float(points[v].min()), float(points[v].max())) for v in ("N", "C"))
     optimum = LawOptimum(fit=fit, cost=cost, sizes=sizes)

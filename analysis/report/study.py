@@ -31,11 +31,11 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecast import Forecast, forecast
 from aimscale.analysis.forecasts.forecaster import Forecaster, forecaster
 from aimscale.analysis.forecasts.points import AUTO
-from aimscale.analysis.optimum.approaches import Approaches, Gap, frontier, gap, gap_to_loss
-from aimscale.analysis.optimum.measured import isoflop_budgets, with_budgets
-from aimscale.analysis.optimum.cost import points_of
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
+from aimscale.analysis.optimum.approaches import Approaches, Gap, frontier, gap, gap_to_loss
+from aimscale.analysis.optimum.cost import points_of
+from aimscale.analysis.optimum.measured import isoflop_budgets, with_budgets
 from aimscale.analysis.published.comparison import Comparison, compare, read_baselines
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
