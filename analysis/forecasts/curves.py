@@ -92,8 +92,8 @@ def _fit_laws(points: Points, cache: Cache) -> Curves:
 
 
 def _link(of_loss: Mapping[str, Curve], points: Points) -> dict[str, Curve]:
-    """Lead every curve of the loss to error rates by one sigmoid: from chance, where that is known, and through (ideal, 1)
-    as through one more point."""
+    """Lead every curve of the loss to error rates by one sigmoid, from chance, where that is known, and through
+    (ideal, 1) as through one more point."""
     assert points.loss is not None
     loss, accuracy, compute, groups = points.loss, 1 - points.y, points.compute, points.groups
     if points.ideal is not None and points.ideal < loss.min():

@@ -11,15 +11,16 @@ ln D (quadratic with few points). Interpolated budgets count for no more than th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import components_of, linear_design
-from aimscale.analysis.fitting.groups import SAME_COMPUTE, groups_of, visible_groups
+from aimscale.analysis.fitting.covariance import Components, components_of, linear_design
+from aimscale.analysis.fitting.groups import SAME_COMPUTE, Groups, groups_of, visible_groups
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.optimum.cost import cost_of, points_of
 from aimscale.analysis.optimum.result import Frontier, NoFrontier, student_interval
@@ -59,33 +60,11 @@ class Minimum(NamedTuple):
     """Derivative (n,) of ln N* by every row's ln loss."""
 
 
-class Surface(NamedTuple):
-    """A smooth surface through the points, and their errors about it."""
-
-    values: Array
-    """ln loss (n,)."""
-    covariance: Array
-    """Covariance (n, n) of the errors."""
-    degrees: float
-    flags: list[Flag]
-    """Groups of points whose shared errors it tells hardly or not at all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LineOptimum:
-    """Best size on a line ln N* = ln k + a ln C."""
-
-    line: Array
-    """(ln k, a)."""
-    covariance: Array
-    """Covariance (2, 2) of ln k and a; NaN where it is not known."""
-    degrees: float
-
-    def __call__(self, flops: Array) -> tuple[Array, Array, Array]:
-        """Return ln N* at budgets (m,), its standard errors and their degrees of freedom."""
-        at = np.column_stack([np.ones(len(flops)), np.log(flops)])
-        variances = np.einsum("mi,ij,mj->m", at, self.covariance, at)
-        return at @ self.line, np.sqrt(np.maximum(variances, 0.0)), np.full(len(flops), self.degrees)
+def line_optimum(flops: Array, line: Array, covariance: Array, degrees: float) -> tuple[Array, Array, Array]:
+    """Return ln N* at budgets (m,), its standard errors and degrees of freedom, on a line of (ln k, a)."""
+    at = np.column_stack([np.ones(len(flops)), np.log(flops)])
+    variances = np.einsum("mi,ij,mj->m", at, covariance, at)
+    return at @ line, np.sqrt(np.maximum(variances, 0.0)), np.full(len(flops), degrees)
 
 
 def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
@@ -123,25 +102,26 @@ def _frontier(points: pd.DataFrame, budgets: Sequence[Budget], approach: int) ->
     used, log_n, losses, slopes = zip(*minima, strict=True)
     flops, n, cost = np.array([budget.flops for budget in used]), np.exp(log_n), cost_of(points)
     through = np.linalg.pinv(np.column_stack([np.ones(len(flops)), np.log(flops)]))
-    line, surface = through @ np.array(log_n), _surface(points, log_losses, approach)
+    line, flags = through @ np.array(log_n), list[Flag]()
     covariance, degrees, method = np.full((2, 2), np.nan), 1.0, "no interval: too few points to tell errors by"
-    if surface is not None:
-        smooth = [_minimum(budget, surface.values, approach) for budget in used]
+    if (surface := _surface(points, log_losses)) is not None:
+        values, errors, seen, flags = surface
+        smooth = [_minimum(budget, values, approach) for budget in used]
         known = [each.slopes for each in smooth if isinstance(each, Minimum)]
         moved = through @ np.array(known if len(known) == len(used) else slopes)
-        covariance, degrees = moved @ surface.covariance @ moved.T, surface.degrees
+        covariance, degrees = moved @ errors.covariance(seen, len(points)) @ moved.T, errors.degrees
         method = f"errors of {len(points)} points about a smooth surface"
     return Frontier(
         approach=approach,
         method="",
         exponent=float(line[1]),
         exponent_interval=student_interval(float(line[1]), float(np.sqrt(covariance[1, 1])), degrees, method),
-        optimum=LineOptimum(line=line, covariance=covariance, degrees=degrees),
+        optimum=partial(line_optimum, line=line, covariance=covariance, degrees=degrees),
         cost=cost,
         pairs=pd.DataFrame({"C": flops, "N": n, "D": cost.samples(flops, n), "loss": losses}),
         refusals=tuple(refusals),
         range=(float(flops.min()), float(flops.max())),
-        flags=tuple(surface.flags) if surface is not None else (),
+        flags=tuple(replace(flag, text=f"Approach {approach}: {flag.text}") for flag in flags),
     )
 
 
@@ -175,8 +155,13 @@ def _minimum(budget: Budget, log_losses: Array, approach: int) -> Minimum | Flag
     return Minimum(budget, centre + top, least if approach == 2 else np.exp(least), slopes @ budget.blend[close])
 
 
-def _surface(points: pd.DataFrame, log_losses: Array, approach: int) -> Surface | None:
-    """Fit ln loss by a polynomial of ln N and ln D; None with too few points."""
+def _surface(points: pd.DataFrame, log_losses: Array) -> tuple[Array, Components, Groups, list[Flag]] | None:
+    """Fit ln loss by a polynomial of ln N and ln D; None with too few points.
+
+    Returns:
+        Its values (n,), the errors about it, the groups of points that share errors which it leaves visible, and flags
+        of those whose errors it tells hardly or not at all.
+    """
     degree = 3 if len(points) >= MIN_CUBIC else 2
     logs = np.log(points[["N", "D"]].to_numpy(float))
     n, d = ((logs - logs.mean(axis=0)) / np.maximum(logs.std(axis=0), 1e-300)).T
@@ -189,11 +174,12 @@ def _surface(points: pd.DataFrame, log_losses: Array, approach: int) -> Surface 
     components = components_of(linear_design(terms, np.ones(len(points))), log_losses - values, seen)
     flags = []
     blind = (("unseen", unseen, "cannot tell", 50), ("few_groups", few, "hardly tell", 90))  # coverage as simulated
-    for kind, name, how, held in [(kind, name, how, held) for kind, names, how, held in blind for name in names]:
-        num = groups.counts[name]
-        text = f"Approach {approach}: {num} {name} {how} an error that all points of one share: where there is one, "
-        flags.append(Flag(kind=kind, subject=name, number=num, text=f"{text}its 95 % interval holds some {held} %."))
-    return Surface(values, components.covariance(seen, len(points)), components.degrees, flags)
+    for kind, names, how, held in blind:
+        for name in names:
+            num = groups.counts[name]
+            text = f"{num} {name} {how} an error that all points of one share: where there is one, its 95 % interval "
+            flags.append(Flag(kind=kind, subject=name, number=num, text=f"{text}holds some {held} %."))
+    return values, components, seen, flags
 
 
 def interpolated(points: pd.DataFrame, num: int) -> list[Budget]:
