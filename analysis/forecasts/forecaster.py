@@ -143,26 +143,18 @@ class Forecaster(Result):
         }
         variances = np.square(np.array([parts[name] for name in TERMS]))
         reach = student.ppf(0.5 + CONFIDENCE / 2, DOF)
+        halves = {"ci": reach * np.sqrt(variances[1:].sum(axis=0)), "pi": reach * np.sqrt(variances.sum(axis=0))}
+        moves = {f"{name}_{end}": sign * half for name, half in halves.items() for end, sign in (("lo", -1), ("hi", 1))}
         with np.errstate(over="ignore"):
-            out = {"value": np.exp(centre)}
-            for name, terms in (("ci", variances[1:]), ("pi", variances)):
-                half = reach * np.sqrt(terms.sum(axis=0))
-                low, high = np.exp(centre - half), np.exp(centre + half)
-                if self.is_accuracy:  # as far on both sides: an error rate's logarithm has no end at 1
-                    low, high = out["value"] * (1 - half), out["value"] * (1 + half)
-                out |= {f"{name}_lo": low, f"{name}_hi": high}
-        ends = {"rival_lo": np.exp(logs.min(axis=0)), "rival_hi": np.exp(logs.max(axis=0))}
-        rows = pd.DataFrame({**out, "distance": distance, **ends, **parts})
-        return self._accuracies(rows) if self.is_accuracy else rows
-
-    def _accuracies(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Turn error rates and their ends into accuracies between chance and 1."""
-        turned = {"value": "value"} | {
-            f"{name}_{end}": f"{name}_{other}"
-            for name in ("ci", "pi", "rival")
-            for end, other in (("lo", "hi"), ("hi", "lo"))
-        }
-        return rows.assign(**{name: (1 - rows[of]).clip(self.points.chance or 0.0, 1) for name, of in turned.items()})
+            value, lowest, highest = np.exp([centre, logs.min(axis=0), logs.max(axis=0)])
+            if self.is_accuracy:  # ends as far on both sides: an error rate's logarithm has no end at 1
+                out = {"value": 1 - value, "rival_lo": 1 - highest, "rival_hi": 1 - lowest}
+                out |= {name: 1 - value + value * by for name, by in moves.items()}
+                out = {name: np.clip(each, self.points.chance or 0.0, 1) for name, each in out.items()}
+            else:
+                out = {"value": value, "rival_lo": lowest, "rival_hi": highest}
+                out |= {name: np.exp(centre + by) for name, by in moves.items()}
+        return pd.DataFrame({**out, "distance": distance, **parts})
 
     def facts(self) -> list[tuple[str, str]]:
         """List which curves there are, and what they missed by in backtests."""
