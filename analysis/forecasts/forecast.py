@@ -167,7 +167,7 @@ def record_words(distance: float, *, accuracies: bool = False) -> list[str]:
     if distance <= 1:
         return []
     rows = records()
-    row = rows.iloc[min(int((rows["high"] < distance * (1 - 1e-9)).sum()), len(rows) - 1)]  # 100 may be rounded up
+    row = rows.iloc[min(int((rows["high"] < 0.999 * distance).sum()), len(rows) - 1)]
     inside, error = f"{percent(row['inside'])} of losses", percent(row["error"])
     if accuracies:
         inside += f" and {percent(row['accuracy_inside'])} of accuracies"
