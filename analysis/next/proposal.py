@@ -149,7 +149,7 @@ class Proposal(Result):
     rivals: tuple[float, float]
     """Lowest and highest of the laws there."""
     distance: float
-    """How many times beyond the table the target lies."""
+    """Factor by which the target lies beyond the table."""
     budget: float
     """Money to spend, in units of the prices."""
     unit: str
