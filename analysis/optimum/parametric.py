@@ -86,8 +86,8 @@ def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss"
             raise NoFrontier(Flag(kind="no_minimum", subject=name, number=flops, text=text))
     width = np.log(span[1] / span[0])
     slope = found.estimate.error_of(lambda params: np.diff(optimum.log_sizes(params, span), axis=1) / width)
-    exponent, error, degrees = (float(each[0]) for each in slope)
-    i = student_interval(exponent, error, degrees, found.interval_method)
+    exponent, sd, degrees = (float(each[0]) for each in slope)
+    i = student_interval(exponent, sd, degrees, found.interval_method)
     if not i.high - i.low <= WIDE_DERIVED or found.not_identified & {*form.derived}:
         text = f"the exponents of the {name} law are not identified"
         raise NoFrontier(Flag(kind="no_exponents", subject=name, text=text))
