@@ -79,7 +79,7 @@ def table_to_minimise(
 ) -> tuple[pd.DataFrame, str]:
     """Read the tables of a verb, and find the column that `y` means: a loss, or the error rate of a probe."""
     from aimscale.analysis.table.measures import to_minimise
-    from aimscale.analysis.table.select import best_of
+    from aimscale.analysis.table.points import best_of
 
     df, y = to_minimise(table_of(tables, columns, where), y)
     return (best_of(df, best, y) if best else df), y

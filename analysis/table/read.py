@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.accuracies import is_accuracy, with_accuracies
+from aimscale.analysis.table.cells import setup_words, to_numbers, typed
 from aimscale.analysis.table.design import DEFAULT, DESIGN, SECTIONS, varies
-from aimscale.analysis.table.names import CANONICAL, FOLDER, LETTERS, column_words, joined, remember, their_name
-from aimscale.analysis.table.points import complete
-from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, Column
-from aimscale.analysis.table.select import best_of, select
+from aimscale.analysis.table.names import (
+    CANONICAL,
+    FOLDER,
+    LETTERS,
+    Exclusion,
+    column_words,
+    joined,
+    remember,
+    their_name,
+)
+from aimscale.analysis.table.points import best_of, complete
+from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION
+from aimscale.analysis.table.select import select
 from aimscale.analysis.table.wandb import from_wandb
 
 _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")
@@ -28,6 +35,8 @@ _NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
 """Whole numbers of a formula (the group), and the names that hold digits: powers of integers have no end."""
 MAX_BYTES = 10**9
 """A table is held in memory, and several times over."""
+MAX_LINES = 1000
+"""Lines of a text that are looked at to tell what parts its cells."""
 
 
 def read_tables(
@@ -144,16 +153,33 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
         >>> read_table("losses.csv", {"N": "params", "D": "images", "L": "loss"})
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / "results.parquet"
+    path = path / "results.parquet" if path.is_dir() else path
     frame = _read_file(path)
     if frame.empty:
         raise AnalysisError(f"{path} has no rows; collect the sweep's results first")
     frame, known = from_wandb(frame, path)
-    frame = _rename(frame, known | {CANONICAL.get(o, o): t for o, t in (columns or {}).items()}, path)
+    columns = known | {CANONICAL.get(ours, ours): theirs for ours, theirs in (columns or {}).items()}
+    frame = _without_words(_rename(frame, columns, path))
     for name in [name for name in frame.columns if name in KNOWN]:
-        frame[name] = _coerce(frame[name], KNOWN[name], path, their_name(frame, name))
-    return frame
+        frame[name] = typed(frame[name], KNOWN[name], path, their_name(frame, name))
+    accuracies = {ours: theirs for ours, theirs in columns.items() if is_accuracy(ours)}
+    return with_accuracies(frame, accuracies, path) if accuracies else frame
+
+
+def _without_words(frame: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the rows whose loss is a word, such as `diverged`, where others are numbers."""
+    if "val_loss" not in frame:
+        return frame
+    numbers = to_numbers(frame["val_loss"])
+    words = frame["val_loss"].where(numbers.isna()).dropna().astype(str)
+    if numbers.isna().all() or words.empty:
+        return frame
+    called = their_name(frame, "val_loss")
+    left_out = [
+        Exclusion(kind="word", subject=word, number=int(number), text=f"with {word!r:.60} in {called}")
+        for word, number in words.value_counts().items()
+    ]
+    return remember(frame.drop(index=words.index).reset_index(drop=True), left_out=left_out)
 
 
 def _read_file(path: Path) -> pd.DataFrame:
@@ -188,17 +214,23 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     return frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
 
 
-def _read_text(path: Path, sep: str) -> pd.DataFrame:
-    """Read a table as text; lines at its top that begin with # say where it comes from."""
+def _read_text(path: Path) -> pd.DataFrame:
+    """Read a table as text; lines at its top that begin with # say where it comes from.
+
+    Cells are parted by what parts most of the head: commas, semicolons or tabs. Beside semicolons 1,5 is a number.
+    """
     with path.open(errors="replace") as file:
-        notes = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), file))
-    return pd.read_csv(path, sep=sep, skiprows=notes)
+        lines = list(itertools.islice(file, MAX_LINES))
+    notes = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), lines))
+    sep = max(",;\t", key="".join(lines[notes : notes + 1]).count)
+    is_comma = sep == ";" and re.search(r"(^|;)\s*-?\d+,\d+\s*(;|$)", "".join(lines), re.MULTILINE)
+    return pd.read_csv(path, sep=sep, skiprows=notes, decimal="," if is_comma else ".")
 
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".parquet": _read_parquet,
-    ".csv": lambda path: _read_text(path, ","),
-    ".tsv": lambda path: _read_text(path, "\t"),
+    ".csv": _read_text,
+    ".tsv": _read_text,
     ".jsonl": lambda path: pd.read_json(path, lines=True),
 }
 SUFFIXES = tuple(_READERS)
@@ -207,23 +239,14 @@ SUFFIXES = tuple(_READERS)
 
 def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:
     """Put our names for theirs; the frame remembers theirs, formulas included."""
-    accuracies = {ours: theirs for ours, theirs in columns.items() if is_accuracy(ours)}
-    columns = _with_letters(frame, {ours: theirs for ours, theirs in columns.items() if ours not in accuracies})
+    columns = _with_letters(frame, columns)
     named = {ours: theirs for ours, theirs in columns.items() if theirs in frame.columns}
-    gone = ({*columns, *named.values()} - {"probes"}) | {*accuracies.values()}
+    gone = {*columns, *named.values()}
     renamed = frame.drop(columns=[name for name in frame.columns if name in gone])
     renamed = renamed.assign(**{ours: frame[theirs] for ours, theirs in named.items()})
-    for ours in [ours for ours in columns if ours not in named]:
+    for ours in sorted((name for name in columns if name not in named), key=is_accuracy):
         renamed[ours] = _computed(columns[ours], frame, renamed, path)
-    if accuracies:
-        if "probes" in renamed:
-            renamed["probes"] = _coerce(renamed["probes"], KNOWN["probes"], path, "probes")
-        values = {
-            ours: frame[theirs] if theirs in frame.columns else _computed(theirs, frame, renamed, path)
-            for ours, theirs in accuracies.items()
-        }
-        renamed = with_accuracies(renamed, values, accuracies, path)
-    return remember(renamed, names={ours: theirs for ours, theirs in columns.items() if ours != theirs})
+    return remember(renamed, names={o: t for o, t in columns.items() if o != t and not is_accuracy(o)})
 
 
 def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
@@ -255,55 +278,6 @@ def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path
         raise AnalysisError(
             f"{path} has no column {formula:.80} that {option('columns')} names{why}; {column_words(theirs, formula)}"
         ) from error
-
-
-def _coerce(values: pd.Series, column: Column, path: Path, called: str) -> pd.Series:
-    """Type one column; the only text that may stand for a missing number is an empty one."""
-    if column.dtype == "probes":
-        parsed = [_parse_probes(value, row, path) for row, value in enumerate(values, 1)]
-        return pd.Series(parsed, index=values.index, dtype=object)
-    if column.dtype not in ("int64", "float64"):
-        return values.astype(object).map(str, na_action="ignore").where(values.notna(), None)
-    numbers = pd.to_numeric(values, errors="coerce")
-    bad = numbers.isna() & values.notna()
-    if bad.any():
-        row = int(np.flatnonzero(bad.to_numpy())[0])
-        raise AnalysisError(
-            f"{path}: column '{called}' holds {values.iloc[row]!r:.60} in row {row + 1}; make it a number"
-        )
-    whole = column.dtype == "int64" and numbers.notna().all() and (numbers % 1 == 0).all()
-    return numbers.astype("int64" if whole else "float64")
-
-
-def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
-    """Read the entries of a cell: names as texts, numbers as numbers, missing ones left out."""
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return []
-    try:
-        listed = json.loads(value) if isinstance(value, str) else value
-        if np.isscalar(listed):
-            typed = option("columns", "TASK:KIND=THEIRS")
-            raise TypeError(f"{listed!r:.60} is a number; name an accuracy with {typed}")
-        return [_typed(dict(entry)) for entry in listed]
-    except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
-        raise AnalysisError(f"{path}: 'probes' of row {row} is no list of probes ({error}); correct it") from error
-
-
-def _typed(entry: dict[str, Any]) -> dict[str, Any]:
-    """Type the fields of a probe; task and kind must be there."""
-    for name in ("task", "kind"):
-        if not isinstance(entry[name], str | int | float):
-            raise TypeError(f"its {name} is {entry[name]!r:.60}")
-    known = {each.name: _TYPES[each.dtype] for each in PROBE_FIELDS if each.dtype != "json"}
-    return {**entry, **{k: known[k](v) for k, v in entry.items() if k in known and v is not None}}
-
-
-_TYPES: dict[str, Callable[[Any], Any]] = {
-    "string": str,
-    "int64": float,
-    "float64": float,
-    "list<int64>": lambda values: [int(each) for each in values],
-}
 
 
 def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
@@ -339,7 +313,7 @@ def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
     """
     if "setup" not in frame:
         return frame
-    setups = frame["setup"].astype(object).map(_setup, na_action="ignore")
+    setups = frame["setup"].astype(object).map(setup_words, na_action="ignore")
     own = {"schedule.kind", *(f"{part}.{name}" for part in SECTIONS for name in DESIGN)}
     new = {}
     for name in sorted({key for setup in setups.dropna() for key in setup}):
@@ -347,11 +321,3 @@ def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
         if name not in frame and name not in own and varies(values):
             new[name] = values.astype(object)
     return frame.assign(**new)
-
-
-def _setup(text: str) -> dict[str, str]:
-    """Write the fields of a set-up in words that can be compared and shown."""
-    try:
-        return {key: f"{v:.12g}" if type(v) in (int, float) else str(v) for key, v in json.loads(text).items()}
-    except (ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise AnalysisError(f"'setup' holds {text[:60]!r}, which is no JSON object ({error}); correct it") from error

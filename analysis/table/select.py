@@ -1,7 +1,8 @@
-"""Which rows of a table are used: conditions (`--where`), the best of what was tuned, one experiment, fresh data."""
+"""Which rows of a table are chosen: by conditions (`--where`), one experiment, fresh data, the envelope."""
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 
@@ -12,18 +13,18 @@ from scipy.stats import ttest_1samp
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.design import (
     PROVENANCE,
+    cell_columns,
     design_columns,
     experiment_columns,
-    tuned_columns,
     varies,
     with_size,
 )
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows
-from aimscale.analysis.table.tuned import cell_columns
 from aimscale.analysis.words import Flag, some
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
+_ORDER = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 
 
 def spaced(num: int, most: int) -> np.ndarray:
@@ -41,67 +42,33 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
     """
     for text in map(str.strip, conditions):
         chosen = PARTS[text](frame) if text in PARTS else frame[_condition(frame, text)]
-        if number := len(frame) - len(chosen):
-            chosen = remember(chosen, left_out=(Exclusion(kind="where", subject=text, number=number),))
-        frame = chosen
+        number, why = len(frame) - len(chosen), f"not chosen by {option('where', text)}"
+        frame = remember(chosen, left_out=[Exclusion(kind="where", subject=text, number=number, text=why)])
     return frame.reset_index(drop=True) if conditions else frame
 
 
-def _condition(frame: pd.DataFrame, text: str) -> np.ndarray:
+def _condition(frame: pd.DataFrame, text: str) -> pd.Series:
     """Find the rows (n,) that meet a condition."""
     found = _CONDITION.fullmatch(text)
     if found is None:
         raise AnalysisError(f"{option('where')} needs a condition such as prefix=paired or D>=8000, not '{text}'")
-    name = our_name(frame, found["name"])
+    name, sign, wanted = our_name(frame, found["name"]), found["sign"], found["value"]
     if name not in frame:
         raise no_column(frame, name, f" for {option('where', text)}")
-    meets = _meets(frame[name], found["sign"], found["value"], text)
+    words, numbers = frame[name].astype(str), pd.to_numeric(frame[name], errors="coerce")
+    if sign in _ORDER:
+        limit = pd.to_numeric(wanted, errors="coerce")
+        if np.isnan(limit) or numbers.isna().all():
+            raise AnalysisError(f"{option('where', text)}: only numbers can be compared by {sign}")
+        meets = _ORDER[sign](numbers, limit)
+    else:
+        choice = [each.strip() for each in wanted.split("|")]
+        equal = words.isin(choice) | numbers.isin(pd.to_numeric(pd.Series(choice), errors="coerce").dropna())
+        meets = ~equal if sign == "!=" else equal
     if not meets.any():
-        values = some([f"{each:.40}" for each in frame[name].dropna().astype(str).unique()])
+        values = some([f"{each:.40}" for each in words[frame[name].notna()].unique()])
         raise AnalysisError(f"{option('where', text)}: no row is left; {name} takes {values}")
     return meets
-
-
-def _meets(values: pd.Series, sign: str, value: str, text: str) -> np.ndarray:
-    if sign in ("=", "!="):
-        equal = np.logical_or.reduce([_equals(values, part.strip()) for part in value.split("|")])
-        return ~equal if sign == "!=" else equal
-    numbers = pd.to_numeric(values, errors="coerce").to_numpy(float)
-    limit = pd.to_numeric(value, errors="coerce")
-    if np.isnan(limit) or np.isnan(numbers).all():
-        raise AnalysisError(f"{option('where', text)}: only numbers can be compared by {sign}")
-    with np.errstate(invalid="ignore"):
-        return {"<=": numbers <= limit, ">=": numbers >= limit, "<": numbers < limit, ">": numbers > limit}[sign]
-
-
-def _equals(values: pd.Series, wanted: str) -> np.ndarray:
-    same = values.astype(str).to_numpy() == wanted
-    return same | (pd.to_numeric(values, errors="coerce") == pd.to_numeric(wanted, errors="coerce")).to_numpy(bool)
-
-
-def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
-    """Keep of rows that differ in some tuned columns those of the lowest loss, its mean where seeds were run.
-
-    A cell is what agrees in everything else (`cell_columns`): another batch is another cell, unless tuned, too.
-
-    Returns:
-        The best rows, in order. The frame remembers how many were left out.
-
-    Raises:
-        AnalysisError: no such column, or no two rows of a cell differ in them.
-    """
-    tuned, y = [our_name(frame, name) for name in names], our_name(frame, y)
-    for name in (*tuned, y):
-        if name not in frame:
-            raise no_column(frame, name, f" for {option('best-of')}")
-    found = usable_rows(frame, y, best_by=y, tuned=tuned)
-    if not found.flags:
-        also = [their_name(frame, name) for name in tuned_columns(found.rows, used=tuned)]
-        why = f"; name what was tuned with it, too: {some(also)}" if also else ""
-        raise AnalysisError(
-            f"{option('best-of', ', '.join(names))}: no two rows differ in nothing else, so there is no choice{why}"
-        )
-    return remember(found.rows.reset_index(drop=True), left_out=found.exclusions[len(left_out_of(frame)) :])
 
 
 def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -175,7 +142,8 @@ def envelope_flags(envelope: pd.DataFrame) -> tuple[Flag, ...]:
     sizes = envelope.sort_values("flops_train")["params_total"].to_numpy()
     ends = [int(np.argmax(np.r_[each != each[0], True])) for each in (sizes, sizes[::-1])]
     own = sum(end for end in ends if end > 1) if ends[0] < len(sizes) else len(sizes)
-    return (Flag(kind="envelope_ends", number=own, more=(len(sizes),)),) if own else ()
+    text = f"{own} of the {len(sizes)} rows of the envelope, at its ends, are one size's own curve, not a choice among "
+    return (Flag(kind="envelope_ends", number=own, text=f"{text}sizes."),) if own else ()
 
 
 PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
@@ -198,9 +166,22 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
     names += ["unique_images"] * (most_passes(rows) > REPEATS_FROM)
     names += ["images_seen"] * ("params_total" in known) + ["params_total"] * ("images_seen" in known)
     mixed = [name for name in names if name in rows and name not in known and varies(rows[name])]
-    flags = [Flag(kind="mixed", subject=their_name(frame, n), number=rows[n].nunique()) for n in mixed]
-    if "status" in frame and (number := int((frame["status"] == "during").sum())):
-        flags.append(Flag(kind="during" if number == len(rows) else "during_mixed", number=number))
+    flags = []
+    for name in mixed:
+        called, number = their_name(frame, name), rows[name].nunique()
+        unknown = f"The rows differ in {called} ({number} values), which the law does not know"
+        text = f"{unknown}; choose one by {option('where')}."
+        flags.append(Flag(kind="mixed", subject=called, number=number, text=text))
+    during = int((frame["status"] == "during").sum()) if "status" in frame else 0
+    if during == len(rows) > 0:
+        text = (
+            "The rows are points during training: before the learning rate decays, losses are higher than at budgets."
+        )
+        flags.append(Flag(kind="during", number=during, text=text))
+    elif during:
+        higher = f"{during} rows are points during training, where losses are higher than at budgets"
+        text = f"{higher}; leave them out by {option('where', 'status=complete')}."
+        flags.append(Flag(kind="during_mixed", number=during, text=text))
     if any((each.kind, each.subject) == ("where", "envelope") for each in left_out_of(frame)):
         flags += envelope_flags(frame)
     return tuple(flags)
