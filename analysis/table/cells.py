@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,17 @@ from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.schema import PROBE_FIELDS, Column
 
 _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": 1e-2}
-_SUFFIXED = rf"\s*([-+]?\d.*?)\s*([{''.join(_SUFFIXES)}])\s*"
-_DECIMAL_COMMA = re.compile(r",(?!\d{3}\b)")
 
 
 def to_numbers(values: pd.Series) -> pd.Series:
-    """Read numbers, also of texts such as `44M`, `1.5k`, `26.2 %` and `26,2 %`; what is none becomes NaN."""
+    """Read numbers, also of texts such as `44M`, `1.5k` and `26.2 %`; what is none becomes NaN."""
     numbers = pd.to_numeric(values, errors="coerce")
     texts = values[numbers.isna() & values.notna()].astype(str)
     if texts.empty:
         return numbers
-    parts = texts.str.extract(f"^{_SUFFIXED}$")
-    found = pd.to_numeric(parts[0].str.replace(_DECIMAL_COMMA, ".", regex=True), errors="coerce")
-    return numbers.astype(float).fillna(found * parts[1].map(_SUFFIXES).astype(float))
+    parts = texts.str.extract(rf"^\s*(.*?)\s*([{''.join(_SUFFIXES)}])\s*$")
+    found = pd.to_numeric(parts[0], errors="coerce") * parts[1].map(_SUFFIXES).astype(float)
+    return numbers.astype(float).fillna(found)
 
 
 def typed(values: pd.Series, column: Column, path: Path, called: str) -> pd.Series:

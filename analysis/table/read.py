@@ -15,6 +15,7 @@ from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.accuracies import is_accuracy, with_accuracies
 from aimscale.analysis.table.cells import setup_words, to_numbers, typed
 from aimscale.analysis.table.design import DEFAULT, DESIGN, SECTIONS, varies
+from aimscale.analysis.table.logs import from_wandb, run_logs
 from aimscale.analysis.table.names import (
     CANONICAL,
     FOLDER,
@@ -28,13 +29,10 @@ from aimscale.analysis.table.names import (
 from aimscale.analysis.table.points import best_of, complete
 from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION
 from aimscale.analysis.table.select import select
-from aimscale.analysis.table.wandb import from_wandb
 
 _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")
 _NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
 """Whole numbers of a formula (the group), and the names that hold digits: powers of integers have no end."""
-MAX_BYTES = 10**9
-"""A table is held in memory, and several times over."""
 MAX_LINES = 1000
 """Lines of a text that are looked at to tell what parts its cells."""
 
@@ -57,9 +55,6 @@ def read_tables(
         best: tuned columns, of which only the best value in each cell is kept; see `best_of`.
         y: loss column that says what is best.
 
-    Returns:
-        One frame, a row per run and budget.
-
     Raises:
         AnalysisError: no table, one that cannot be read, or conditions that no row meets.
 
@@ -69,10 +64,8 @@ def read_tables(
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise AnalysisError("name at least one table")
-    frames = []
-    for path in map(Path, given):
-        frame = read_table(path, columns)
-        frames.append(frame.assign(**{FOLDER: str(path if path.is_dir() else path.parent)}))
+    folders = [path if path.is_dir() else path.parent for path in map(Path, given)]
+    frames = [read_table(path, columns).assign(**{FOLDER: str(f)}) for path, f in zip(given, folders, strict=True)]
     chosen = select(with_setup(_each_run_once(frames)), where)
     return best_of(chosen, best, y) if best else chosen
 
@@ -135,8 +128,8 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
     """Read a results table, or anybody's table of results, as a data frame with our names.
 
     Args:
-        path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, an export of Weights & Biases among them
-            (`from_wandb`), or a sweep's folder that holds `results.parquet`.
+        path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, an export of Weights & Biases among them; a
+            sweep's folder that holds `results.parquet`; or a folder of other people's runs (`run_logs`).
         columns: our name (or letter) -> the name in the file, or a formula of columns such as `6 * N * D` or
             `1 - accuracy` (a name with other characters in backticks); a file's own N, D, U, C and L are taken for the
             laws' letters, other columns that are not named keep their names. TASK:KIND -> an accuracy from 0 to 1,
@@ -153,8 +146,8 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
         >>> read_table("losses.csv", {"N": "params", "D": "images", "L": "loss"})
     """
     path = Path(path)
-    path = path / "results.parquet" if path.is_dir() else path
-    frame = _read_file(path)
+    logs = run_logs(path) if path.is_dir() and not (path / "results.parquet").is_file() else None
+    frame = logs if logs is not None else _read_file(path / "results.parquet" if path.is_dir() else path)
     if frame.empty:
         raise AnalysisError(f"{path} has no rows; collect the sweep's results first")
     frame, known = from_wandb(frame, path)
@@ -166,22 +159,6 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
     return with_accuracies(frame, accuracies, path) if accuracies else frame
 
 
-def _without_words(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the rows whose loss is a word, such as `diverged`, where others are numbers."""
-    if "val_loss" not in frame:
-        return frame
-    numbers = to_numbers(frame["val_loss"])
-    words = frame["val_loss"].where(numbers.isna()).dropna().astype(str)
-    if numbers.isna().all() or words.empty:
-        return frame
-    called = their_name(frame, "val_loss")
-    left_out = [
-        Exclusion(kind="word", subject=word, number=int(number), text=f"with {word!r:.60} in {called}")
-        for word, number in words.value_counts().items()
-    ]
-    return remember(frame.drop(index=words.index).reset_index(drop=True), left_out=left_out)
-
-
 def _read_file(path: Path) -> pd.DataFrame:
     if not path.is_file():  # a pipe or a device would be waited for, or read without end
         there = [each.name for each in path.parent.glob("*") if each.suffix in _READERS]
@@ -190,28 +167,27 @@ def _read_file(path: Path) -> pd.DataFrame:
         raise AnalysisError(f"there is no table {path}; {hint}")
     if path.suffix not in _READERS:
         raise AnalysisError(f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-    if path.stat().st_size > MAX_BYTES:
-        raise AnalysisError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a row per run and budget")
     try:
-        return _READERS[path.suffix](path)
+        frame = _READERS[path.suffix](path)
     except Exception as error:  # whatever damaged bytes make a parser raise
         reason = " ".join(str(error).split())[:160]
         raise AnalysisError(
             f"cannot read {path} as a table ({reason}): it may be half-written; write it again"
         ) from error
+    version = int(frame.attrs.pop("schema_version", 0))
+    if version > SCHEMA_VERSION:
+        raise AnalysisError(f"{path} has schema {version}, newer than {SCHEMA_VERSION} known here; update aimscale")
+    return frame
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     table = pq.read_table(path)
     table.validate(full=True)  # else bytes that are no text fail where they are first used
-    version = int((table.schema.metadata or {}).get(b"aimscale_schema_version", b"0"))
-    if version > SCHEMA_VERSION:
-        raise AnalysisError(
-            f"{path} was written with schema {version}, newer than {SCHEMA_VERSION} known here; update aimscale"
-        )
     frame = table.to_pandas()
     frame.columns = frame.columns.map(str)  # pandas brings numbers back as names
-    return frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
+    frame = frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
+    frame.attrs["schema_version"] = (table.schema.metadata or {}).get(b"aimscale_schema_version", b"0")
+    return frame
 
 
 def _read_text(path: Path) -> pd.DataFrame:
@@ -223,8 +199,11 @@ def _read_text(path: Path) -> pd.DataFrame:
         lines = list(itertools.islice(file, MAX_LINES))
     notes = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), lines))
     sep = max(",;\t", key="".join(lines[notes : notes + 1]).count)
-    is_comma = sep == ";" and re.search(r"(^|;)\s*-?\d+,\d+\s*(;|$)", "".join(lines), re.MULTILINE)
-    return pd.read_csv(path, sep=sep, skiprows=notes, decimal="," if is_comma else ".")
+    if sep != ";" or not re.search(r"(^|;)\s*-?\d+,\d+\s*[a-zA-Z%]?\s*(;|$)", "".join(lines), re.MULTILINE):
+        return pd.read_csv(path, sep=sep, skiprows=notes)
+    frame = pd.read_csv(path, sep=sep, skiprows=notes, decimal=",")
+    texts = frame.select_dtypes(exclude="number")  # words among numbers, or suffixes
+    return frame.assign(**texts.replace(r"^(\s*[-+]?\d+),(\d+\D*)$", r"\1.\2", regex=True))
 
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
@@ -238,8 +217,16 @@ SUFFIXES = tuple(_READERS)
 
 
 def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:
-    """Put our names for theirs; the frame remembers theirs, formulas included."""
-    columns = _with_letters(frame, columns)
+    """Put our names for theirs; the frame remembers theirs, formulas included.
+
+    Letters of the file are a law's where they hold numbers: N is the law's N, unless another column was named so. Such
+    a column of another meaning (L for layers beside a loss of another name) keeps its values under another name.
+    """
+    letters = [letter for letter in CANONICAL if letter in frame.columns and letter not in columns.values()]
+    letters = [letter for letter in letters if to_numbers(frame[letter]).notna().any()]
+    free = {CANONICAL[letter]: letter for letter in letters if CANONICAL[letter] not in {*columns, *frame.columns}}
+    other = {f"their {letter}": letter for letter in letters if CANONICAL[letter] in columns}
+    columns = {**free, **other, **columns}
     named = {ours: theirs for ours, theirs in columns.items() if theirs in frame.columns}
     gone = {*columns, *named.values()}
     renamed = frame.drop(columns=[name for name in frame.columns if name in gone])
@@ -249,27 +236,15 @@ def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.D
     return remember(renamed, names={o: t for o, t in columns.items() if o != t and not is_accuracy(o)})
 
 
-def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
-    """Add the file's own letters to `columns`: N is the law's N where it holds numbers and no other was named.
-
-    Such a column of another meaning (L for layers beside a loss of another name) keeps its values under another name.
-    """
-    letters = [letter for letter in CANONICAL if letter in frame.columns and letter not in columns.values()]
-    theirs = [letter for letter in letters if pd.to_numeric(frame[letter], errors="coerce").notna().any()]
-    free = {CANONICAL[letter]: letter for letter in theirs if CANONICAL[letter] not in {*columns, *frame.columns}}
-    other = {f"their {letter}": letter for letter in theirs if CANONICAL[letter] in columns}
-    return {**free, **other, **columns}
-
-
 def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path) -> pd.Series:
     """Make a column of others, by their names or a law's letters; whole numbers as floats, for 6 N D outgrows int64."""
     known = pd.DataFrame({**theirs, **ours, **{LETTERS[name]: ours[name] for name in LETTERS if name in ours}})
-    whole = known.select_dtypes("integer").columns
+    for name in [name for name in known if str(name) in formula and not pd.api.types.is_bool_dtype(known[name])]:
+        numbers = to_numbers(known[name]).astype(float)
+        known[name] = numbers if numbers.notna().any() else known[name]
     as_floats = _NUMBER.sub(lambda found: f"{found[1]}.0" if found[1] else found[0], formula)
     try:
-        found = known.astype(dict.fromkeys(whole, float)).eval(
-            as_floats, engine="python", local_dict={}, global_dict={}
-        )
+        found = known.eval(as_floats, engine="python", local_dict={}, global_dict={})
         if isinstance(found, pd.DataFrame):
             raise ValueError("it has a '='")
         return pd.Series(found, index=theirs.index)
@@ -278,6 +253,20 @@ def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path
         raise AnalysisError(
             f"{path} has no column {formula:.80} that {option('columns')} names{why}; {column_words(theirs, formula)}"
         ) from error
+
+
+def _without_words(frame: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the rows whose loss is a word, such as `diverged`, where others are numbers."""
+    numbers = to_numbers(frame["val_loss"]) if "val_loss" in frame else pd.Series(dtype=float)
+    if numbers.isna().all():
+        return frame
+    words = frame["val_loss"].where(numbers.isna()).dropna().astype(str)
+    called = their_name(frame, "val_loss")
+    left_out = [
+        Exclusion(kind="word", subject=word, number=number, text=f"with {word!r:.60} in {called}")
+        for word, number in words.value_counts().to_dict().items()
+    ]
+    return remember(frame.drop(index=words.index).reset_index(drop=True), left_out=left_out)
 
 
 def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
