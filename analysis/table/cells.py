@@ -19,7 +19,7 @@ _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": 1
 def to_numbers(values: pd.Series) -> pd.Series:
     """Read numbers, also of texts such as `44M`, `1.5k` and `26.2 %`; what is none becomes NaN."""
     numbers = pd.to_numeric(values, errors="coerce")
-    texts = values[numbers.isna() & values.notna()].astype(str)
+    texts = values[numbers.isna() & values.notna()].map(str)
     if texts.empty:
         return numbers
     parts = texts.str.extract(rf"^\s*(.*?)\s*([{''.join(_SUFFIXES)}])\s*$")

@@ -33,6 +33,8 @@ from aimscale.analysis.table.select import select
 _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")
 _NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
 """Whole numbers of a formula (the group), and the names that hold digits: powers of integers have no end."""
+MAX_BYTES = 10**9
+"""A table is held in memory, and several times over."""
 MAX_LINES = 1000
 """Lines of a text that are looked at to tell what parts its cells."""
 
@@ -167,6 +169,8 @@ def _read_file(path: Path) -> pd.DataFrame:
         raise AnalysisError(f"there is no table {path}; {hint}")
     if path.suffix not in _READERS:
         raise AnalysisError(f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+    if path.stat().st_size > MAX_BYTES:
+        raise AnalysisError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a row per run and budget")
     try:
         frame = _READERS[path.suffix](path)
     except Exception as error:  # whatever damaged bytes make a parser raise
@@ -260,7 +264,7 @@ def _without_words(frame: pd.DataFrame) -> pd.DataFrame:
     numbers = to_numbers(frame["val_loss"]) if "val_loss" in frame else pd.Series(dtype=float)
     if numbers.isna().all():
         return frame
-    words = frame["val_loss"].where(numbers.isna()).dropna().astype(str)
+    words = frame["val_loss"].where(numbers.isna()).dropna().map(str)
     called = their_name(frame, "val_loss")
     left_out = [
         Exclusion(kind="word", subject=word, number=number, text=f"with {word!r:.60} in {called}")
