@@ -11,20 +11,17 @@ import pandas as pd
 from scipy.stats import ttest_1samp
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.design import (
-    PROVENANCE,
-    cell_columns,
-    design_columns,
-    experiment_columns,
-    varies,
-    with_size,
-)
+from aimscale.analysis.table.design import PROVENANCE, design_columns, experiment_columns, varies
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
-from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows
+from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes
 from aimscale.analysis.words import Flag, some
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
 _ORDER = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+FEW_PASSES = 4.0
+"""Passes over a pool that are worth nearly as much as new data (Muennighoff et al. 2023)."""
+CHANCE = 0.01
+"""Probability of chance below which losses of two folders differ."""
 
 
 def spaced(num: int, most: int) -> np.ndarray:
@@ -88,10 +85,6 @@ def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return best, ", ".join(f"{name} {best[name].iloc[0]}" for name in names)
 
 
-FEW_PASSES = 4.0
-"""Passes over a pool that are worth nearly as much as new data (Muennighoff et al. 2023)."""
-
-
 def fresh_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Keep the rows at the number of unique images with most cells, the largest among equals: data hardly repeated.
 
@@ -103,12 +96,11 @@ def fresh_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         return frame, ""
     groups = [rows for _, rows in frame.groupby(name, sort=True)]
     best = max(groups, key=lambda rows: (_num_cells(rows), rows[name].iloc[0]))
-    words = f"{best[name].iloc[0]:,.0f} {their_name(frame, name, 'unique images')}"
-    if "images_seen" in frame:
+    if "images_seen" in frame and (best["images_seen"] / best[name]).median() > FEW_PASSES:
         few = frame[frame["images_seen"] <= FEW_PASSES * frame[name]]
-        if (best["images_seen"] / best[name]).median() > FEW_PASSES and 3 * _num_cells(few) >= _num_cells(best):
-            best, words = few, f"at most {FEW_PASSES:g} passes over their pool"
-    return best, words
+        if 3 * _num_cells(few) >= _num_cells(best):
+            return few, f"at most {FEW_PASSES:g} passes over their pool"
+    return best, f"{best[name].iloc[0]:,.0f} {their_name(frame, name, 'unique images')}"
 
 
 def _num_cells(rows: pd.DataFrame) -> int:
@@ -123,13 +115,19 @@ def lower_envelope(frame: pd.DataFrame) -> pd.DataFrame:
         AnalysisError: a column is missing.
     """
     x, y = "flops_train", "val_loss"
-    for name in (x, y):
-        if name not in frame:
-            raise no_column(frame, name)
+    if absent := [name for name in (x, y) if name not in frame]:
+        raise no_column(frame, absent[0])
     rows = complete(frame)
     ordered = rows[(rows[x] > 0) & (rows[y] > 0)].sort_values([x, y], kind="stable")
-    best_before = np.minimum.accumulate(np.r_[np.inf, ordered[y].to_numpy()[:-1]])
-    return ordered[ordered[y].to_numpy() < best_before]
+    return ordered[ordered[y] < ordered[y].cummin().shift(fill_value=np.inf)]
+
+
+PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "main": lambda frame: main_part(frame)[0],
+    "fresh": lambda frame: fresh_part(frame)[0],
+    "envelope": lower_envelope,
+}
+"""What `--where` knows by name."""
 
 
 def envelope_flags(envelope: pd.DataFrame) -> tuple[Flag, ...]:
@@ -146,14 +144,6 @@ def envelope_flags(envelope: pd.DataFrame) -> tuple[Flag, ...]:
     return (Flag(kind="envelope_ends", number=own, text=f"{text}sizes."),) if own else ()
 
 
-PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
-    "main": lambda frame: main_part(frame)[0],
-    "fresh": lambda frame: fresh_part(frame)[0],
-    "envelope": lower_envelope,
-}
-"""What `--where` knows by name."""
-
-
 def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_loss") -> tuple[Flag, ...]:
     """Flag columns in which the rows differ and which a law of these variables does not know, and points during
     training.
@@ -165,9 +155,8 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
     names = [n for n in experiment_columns(rows) if n not in PROVENANCE or _differ(rows, n, y)]
     names += ["unique_images"] * (most_passes(rows) > REPEATS_FROM)
     names += ["images_seen"] * ("params_total" in known) + ["params_total"] * ("images_seen" in known)
-    mixed = [name for name in names if name in rows and name not in known and varies(rows[name])]
     flags = []
-    for name in mixed:
+    for name in [name for name in names if name in rows and name not in known and varies(rows[name])]:
         called, number = their_name(frame, name), rows[name].nunique()
         unknown = f"The rows differ in {called} ({number} values), which the law does not know"
         text = f"{unknown}; choose one by {option('where')}."
@@ -182,23 +171,17 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
         higher = f"{during} rows are points during training, where losses are higher than at budgets"
         text = f"{higher}; leave them out by {option('where', 'status=complete')}."
         flags.append(Flag(kind="during_mixed", number=during, text=text))
-    if any((each.kind, each.subject) == ("where", "envelope") for each in left_out_of(frame)):
-        flags += envelope_flags(frame)
-    return tuple(flags)
-
-
-CHANCE = 0.01
-"""Probability of chance below which losses of two folders differ."""
+    is_envelope = any((each.kind, each.subject) == ("where", "envelope") for each in left_out_of(frame))
+    return (*flags, *(envelope_flags(frame) if is_envelope else ()))
 
 
 def _differ(rows: pd.DataFrame, name: str, y: str) -> bool:
-    """Test whether losses of the two commonest values of a column differ in cells that both hold, over sizes."""
-    rows = with_size(usable_rows(rows, y).rows) if y in rows else rows[:0]
-    cell = [each for each in cell_columns(rows, y, ()) if each != name]
-    if not cell or not varies(rows[name]):
+    """Test whether losses of the two commonest values of a column differ in sizes and budgets that both hold."""
+    cell = [each for each in ("params_total", "N", "images_seen", "D") if each in rows]
+    if y not in rows or not cell:
         return False
-    means = rows[y].astype(float).map(np.log).groupby([rows[each] for each in (*cell, name)], dropna=False).mean()
+    losses = pd.to_numeric(rows[y], errors="coerce")
+    means = np.log(losses.where(losses > 0)).groupby([rows[each] for each in (*cell, name)]).mean()
     one, other = (means.xs(value, level=name) for value in rows[name].value_counts().index[:2])
-    differences = (one - other).dropna()
-    differences = differences.groupby(level="size").mean() if "size" in cell else differences
+    differences = (one - other).dropna().groupby(level=cell[0]).mean()
     return len(differences) > 2 and bool(ttest_1samp(differences, 0).pvalue < CHANCE)
