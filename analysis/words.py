@@ -89,6 +89,7 @@ FLAGS = {
 }
 """Kind of a flag -> its sentence."""
 
+
 class _Option:
     def __format__(self, words: str) -> str:
         return option(*words.split(" ", 1))

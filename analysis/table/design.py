@@ -42,8 +42,6 @@ SECTIONS = ("model", "data", "objective", "optimiser", "schedule")
 """Parts of a run's configuration whose fields `read_tables` makes into columns."""
 DEFAULT = "default"
 """What a column of the set-up holds where a run left the field at its default."""
-IDENTITIES = ("run_id", "config_hash", "git_commit", "finished_at", "probes", "extra", "setup", FOLDER)
-"""Columns of words that tell runs apart without being settings."""
 PROVENANCE = ("sweep", FOLDER)
 """Columns that say where a row comes from: one experiment may stand in several sweeps and folders."""
 
@@ -74,7 +72,7 @@ def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> lis
     Whole numbers in two rows or more each, others in three. What else there is are measurements, accuracies always. A
     word that stands for one size and one seed is the name of a run.
     """
-    not_these = {*KNOWN, *IDENTITIES, *CANONICAL, *measured}
+    not_these = {*KNOWN, FOLDER, *CANONICAL, *measured}
     names = [str(name) for name in frame.columns if name not in not_these and is_plain(frame[name])]
     names = [name for name in names if varies(frame[name]) and not looks_like_accuracy(frame, name)]
     return [name for name in names if _is_setting(frame, name)]

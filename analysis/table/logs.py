@@ -88,13 +88,13 @@ def _budgets(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     return found.drop_duplicates(["run_id", "val/images_seen"], keep="last").reset_index(drop=True)
 
 
-def run_logs(folder: Path) -> pd.DataFrame | None:
-    """Read a folder of runs as points: a row per run and step, with its settings; None where there are none.
+def run_logs(folder: Path) -> pd.DataFrame:
+    """Read a folder of runs as points: a row per run and step, with its settings.
 
     The last row of a run has the last value of every metric and the status `complete`, those before it `during`.
 
     Raises:
-        AnalysisError: event files, and no package `tensorboard` to read them.
+        AnalysisError: a folder without runs; or event files, and no package `tensorboard` to read them.
     """
     frames = []
     for run, settings, points, status in (*_mlflow(folder), *_lightning(folder), *_tensorboard(folder)):
@@ -104,7 +104,12 @@ def run_logs(folder: Path) -> pd.DataFrame | None:
             became = {"run_id": run, "status": [*["during"] * (len(points) - 1), status]}
             told = {name: value for name, value in settings.items() if name not in points}
             frames.append(points.reset_index().assign(**told, **became))
-    return pd.concat(frames, ignore_index=True) if frames else None
+    if not frames:
+        raise AnalysisError(
+            f"{folder} holds neither results.parquet nor runs of TensorBoard, MLflow or Lightning; give another folder, "
+            "or `aimscale collect` a sweep"
+        )
+    return pd.concat(frames, ignore_index=True)
 
 
 _Run = tuple[str, dict[str, Any], pd.DataFrame, str]

@@ -75,11 +75,7 @@ def read_tables(
 def read_curves(paths: Sequence[str | Path]) -> pd.DataFrame:
     """Read the points during training of sweeps: `curves.parquet` of the folders that these tables are, or lie in.
 
-    Returns:
-        A row per run and point, as `read_table` gives it; empty where nothing was measured during training.
-
-    Raises:
-        AnalysisError: a file that cannot be read.
+    A row per run and point, as `read_table` gives it; empty where nothing was measured during training.
     """
     folders = dict.fromkeys(path if path.is_dir() else path.parent for path in map(Path, paths))
     frames = [read_table(file) for folder in folders if (file := folder / "curves.parquet").is_file()]
@@ -148,8 +144,7 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
         >>> read_table("losses.csv", {"N": "params", "D": "images", "L": "loss"})
     """
     path = Path(path)
-    logs = run_logs(path) if path.is_dir() and not (path / "results.parquet").is_file() else None
-    frame = logs if logs is not None else _read_file(path / "results.parquet" if path.is_dir() else path)
+    frame = _read_file(path / "results.parquet" if (path / "results.parquet").is_file() else path)
     if frame.empty:
         raise AnalysisError(f"{path} has no rows; collect the sweep's results first")
     frame, known = from_wandb(frame, path)
@@ -162,36 +157,35 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
 
 
 def _read_file(path: Path) -> pd.DataFrame:
-    if not path.is_file():  # a pipe or a device would be waited for, or read without end
+    if not (path.is_file() or path.is_dir()):  # a pipe or a device would be waited for, or read without end
         there = [each.name for each in path.parent.glob("*") if each.suffix in _READERS]
         near = difflib.get_close_matches(path.name, there, n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give another path, or `aimscale collect` a sweep"
         raise AnalysisError(f"there is no table {path}; {hint}")
-    if path.suffix not in _READERS:
+    if path.is_file() and path.suffix not in _READERS:
         raise AnalysisError(f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     if path.stat().st_size > MAX_BYTES:
         raise AnalysisError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a row per run and budget")
     try:
-        frame = _READERS[path.suffix](path)
+        return run_logs(path) if path.is_dir() else _READERS[path.suffix](path)
+    except AnalysisError:
+        raise
     except Exception as error:  # whatever damaged bytes make a parser raise
         reason = " ".join(str(error).split())[:160]
         raise AnalysisError(
             f"cannot read {path} as a table ({reason}): it may be half-written; write it again"
         ) from error
-    version = int(frame.attrs.pop("schema_version", 0))
-    if version > SCHEMA_VERSION:
-        raise AnalysisError(f"{path} has schema {version}, newer than {SCHEMA_VERSION} known here; update aimscale")
-    return frame
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     table = pq.read_table(path)
     table.validate(full=True)  # else bytes that are no text fail where they are first used
+    version = int((table.schema.metadata or {}).get(b"aimscale_schema_version", b"0"))
+    if version > SCHEMA_VERSION:
+        raise AnalysisError(f"{path} has schema {version}, newer than {SCHEMA_VERSION} known here; update aimscale")
     frame = table.to_pandas()
     frame.columns = frame.columns.map(str)  # pandas brings numbers back as names
-    frame = frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
-    frame.attrs["schema_version"] = (table.schema.metadata or {}).get(b"aimscale_schema_version", b"0")
-    return frame
+    return frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
 
 
 def _read_text(path: Path) -> pd.DataFrame:
