@@ -70,7 +70,9 @@ def _parsed(cell: Any, path: Path) -> Any:
 
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:
     """Give nested parts of a configuration columns of their own."""
-    for name in [name for name in frame.select_dtypes(object) if frame[name].map(type).eq(dict).any()]:
+    for name in [
+        name for name in frame.select_dtypes(object) if frame[name].map(lambda cell: isinstance(cell, dict)).any()
+    ]:
         cells = [cell if isinstance(cell, dict) else {} for cell in frame[name]]
         inner = pd.json_normalize(cells).set_index(frame.index).add_prefix(f"{name}.")
         frame = frame.drop(columns=name).join(inner[[each for each in inner if each not in frame]])
@@ -106,7 +108,7 @@ def run_logs(folder: Path) -> pd.DataFrame:
             frames.append(points.reset_index().assign(**told, **became))
     if not frames:
         raise AnalysisError(
-            f"{folder} holds neither results.parquet nor runs of TensorBoard, MLflow or Lightning; give another folder, "
+            f"{folder} holds neither results.parquet nor runs of TensorBoard, MLflow or Lightning; give another folder "
             "or `aimscale collect` a sweep"
         )
     return pd.concat(frames, ignore_index=True)
@@ -174,7 +176,7 @@ def _hparams(folder: Path) -> dict[str, Any]:
     """Read Lightning's hyperparameters, nested ones under dotted names."""
     file = folder / "hparams.yaml"
     told = yaml.safe_load(file.read_text()) if file.is_file() else None
-    return pd.json_normalize(told).to_dict("records")[0] if told else {}
+    return dict(pd.json_normalize(told).iloc[0]) if told else {}
 
 
 def _value(text: str) -> Any:

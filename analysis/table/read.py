@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -262,7 +263,7 @@ def _without_words(frame: pd.DataFrame) -> pd.DataFrame:
     called = their_name(frame, "val_loss")
     left_out = [
         Exclusion(kind="word", subject=word, number=number, text=f"with {word!r:.60} in {called}")
-        for word, number in words.value_counts().to_dict().items()
+        for word, number in Counter(words).items()
     ]
     return remember(frame.drop(index=words.index).reset_index(drop=True), left_out=left_out)
 
