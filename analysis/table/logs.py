@@ -115,9 +115,7 @@ def run_logs(folder: Path) -> pd.DataFrame:
 
 
 _Run = tuple[str, dict[str, Any], pd.DataFrame, str]
-"""Name of a run, its settings, its metrics by step, and what became of it."""
-FINISHED = 3
-"""Status of a run of MLflow."""
+"""Name of a run, its settings, its metrics by step, and its status."""
 
 
 def _mlflow(folder: Path) -> Iterator[_Run]:
@@ -131,7 +129,7 @@ def _mlflow(folder: Path) -> Iterator[_Run]:
         }
         told = yaml.safe_load(meta.read_text())
         params = {each.name: _value(each.read_text()) for each in meta.parent.glob("params/*")}
-        status = "complete" if told.get("status") in (FINISHED, "FINISHED") else "unfinished"
+        status = "complete" if told.get("status") == 3 else "unfinished"  # RunStatus.FINISHED
         yield told.get("run_name") or meta.parent.name, params, pd.DataFrame(columns).rename_axis("step"), status
 
 
