@@ -7,9 +7,11 @@ Parquet and JSON text in CSV. Keys that the schema does not know are kept as JSO
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -249,7 +251,14 @@ def _json(value: Any) -> str:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which replaces `path` at the block's end; after an error nothing is left."""
+    """Give a path to write to, which replaces `path` at the block's end; after an error nothing is left.
+
+    What writers left that were killed goes, once it is a minute old.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 60:
+                left.unlink()
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside
