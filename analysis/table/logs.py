@@ -173,13 +173,13 @@ def _run_name(file: Path, folder: Path) -> str:
 def _hparams(folder: Path) -> dict[str, Any]:
     """Read Lightning's hyperparameters, nested ones under dotted names."""
     file = folder / "hparams.yaml"
-    told = yaml.safe_load(file.read_text()) if file.is_file() else None
-    return dict(pd.json_normalize(told).iloc[0]) if told else {}
+    told = yaml.load(file.read_text(), yaml.BaseLoader) if file.is_file() else None  # texts, whatever Python tags say
+    return {str(name): _value(value) for name, value in pd.json_normalize(told).iloc[0].items()} if told else {}
 
 
-def _value(text: str) -> Any:
-    """Read a parameter of MLflow, which is a text."""
+def _value(text: Any) -> Any:
+    """Read a hyperparameter, which was written as a text."""
     try:
         return float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         return text
