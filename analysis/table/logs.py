@@ -84,9 +84,7 @@ def _budgets(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     keep = [name for name in frame if name in KNOWN or str(name).startswith(("val/", _PROBE))]
     found = frame.loc[frame["val/loss"].notna(), keep]
     if found.empty:
-        raise AnalysisError(
-            f"{path}: no run has a val/loss yet; W&B gets it when a budget is evaluated, after training"
-        )
+        raise AnalysisError(f"{path}: no run has a val/loss yet; W&B gets it when a budget is evaluated")
     return found.drop_duplicates(["run_id", "val/images_seen"], keep="last").reset_index(drop=True)
 
 
@@ -107,10 +105,8 @@ def run_logs(folder: Path) -> pd.DataFrame:
             told = {name: value for name, value in settings.items() if name not in points}
             frames.append(points.reset_index().assign(**told, **became))
     if not frames:
-        raise AnalysisError(
-            f"{folder} holds neither results.parquet nor runs of TensorBoard, MLflow or Lightning; give another folder "
-            "or `aimscale collect` a sweep"
-        )
+        known = "results.parquet nor runs of TensorBoard, MLflow or Lightning"
+        raise AnalysisError(f"{folder} holds neither {known}; give another folder, or `aimscale collect` a sweep")
     return pd.concat(frames, ignore_index=True)
 
 
@@ -136,7 +132,12 @@ def _mlflow(folder: Path) -> Iterator[_Run]:
 def _lightning(folder: Path) -> Iterator[_Run]:
     """Read the folders of Lightning's CSV logger: `metrics.csv`, and `hparams.yaml` beside it."""
     for file in sorted(folder.glob("**/metrics.csv")):
-        yield _run_name(file, folder), _hparams(file.parent), pd.read_csv(file).groupby("step").last(), "complete"
+        yield (
+            _run_name(file.parent, folder),
+            _hparams(file.parent),
+            pd.read_csv(file).groupby("step").last(),
+            "complete",
+        )
 
 
 def _tensorboard(folder: Path) -> Iterator[_Run]:
@@ -148,9 +149,7 @@ def _tensorboard(folder: Path) -> Iterator[_Run]:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     except ImportError as error:
-        raise AnalysisError(
-            f"{folder} holds TensorBoard's event files; pip install tensorboard to read them"
-        ) from error
+        raise AnalysisError(f"{folder} holds event files of TensorBoard; pip install tensorboard") from error
     for parent in files:
         events = EventAccumulator(str(parent), size_guidance={"scalars": 0}).Reload()
         settings = _hparams(parent)
@@ -162,12 +161,11 @@ def _tensorboard(folder: Path) -> Iterator[_Run]:
             tag: pd.Series({event.step: event.value for event in events.Scalars(tag)})
             for tag in events.Tags()["scalars"]
         }
-        yield _run_name(parent / "events", folder), settings, pd.DataFrame(columns).rename_axis("step"), "complete"
+        yield _run_name(parent, folder), settings, pd.DataFrame(columns).rename_axis("step"), "complete"
 
 
-def _run_name(file: Path, folder: Path) -> str:
-    """Name a run by its folder."""
-    return file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.name
+def _run_name(run: Path, folder: Path) -> str:
+    return run.relative_to(folder).as_posix() if run != folder else folder.name
 
 
 def _hparams(folder: Path) -> dict[str, Any]:

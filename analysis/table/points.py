@@ -102,13 +102,10 @@ def usable_rows(
     rows, values, flags = frame[keep], values[keep], tuple[Flag, ...]()
     if best_by and (tuned := tuned or tuned_columns(rows, used=columns.values())):
         y = columns[best_by]
-        cell = dict.fromkeys([*cell_columns(rows, y, tuned), *columns.values()])
-        best, flags = _best_settings(
-            rows.assign(**{y: values[best_by]}), y, tuned, [name for name in cell if name != y]
-        )
+        cell = {*cell_columns(rows, y, tuned), *columns.values()} - {y}
+        best, flags = _best_settings(rows.assign(**{y: values[best_by]}), y, tuned, sorted(cell))
         if number := int((~best).sum()):
-            subject = flags[0].subject
-            text = f"not the best {subject} of their cell"
+            text = f"not the best {(subject := flags[0].subject)} of their cell"
             exclusions.append(Exclusion(kind="best of", subject=subject, number=number, text=text))
         rows, values = rows[best], values[best]
     found = {"rows": rows, "numbers": values, "columns": columns, "num_rows": len(frame)}
@@ -195,11 +192,7 @@ def observe(
     num_free: int | None = None,
     zero_allowed: bool = False,
 ) -> Observations:
-    """Collect the points of a fit: the usable rows, with the reasons for leaving the others out.
-
-    Raises:
-        AnalysisError: missing column, too few points for the parameters, or a variable that takes one value only.
-    """
+    """Collect the points of a fit: the usable rows, more than parameters, of several values of every variable."""
     names = resolve_columns(law, df, columns)
     if y not in df.columns:
         raise no_column(df, y, " to fit")
@@ -241,20 +234,17 @@ def most_passes(rows: pd.DataFrame) -> float:
 
 
 def passes_flags(rows: pd.DataFrame, what: str, at: Mapping[str, float]) -> tuple[Flag, ...]:
-    """Flag a scale that sees its pool more often than any of the rows that a law was fitted to.
+    """Flag a scale, called `what`, that sees its pool more often than any of the rows that a law was fitted to.
 
-    Args:
-        what: what is at the scale, for the sentence.
-        at: the scale. Without a U the pool is the largest that rows of several D share: where each D has a pool of its
-            own, so would a larger one.
+    Without a U the pool is the largest that rows of several D share: where each D has its own, so would a larger one.
     """
     most = most_passes(rows)
     if np.isnan(most) or "D" not in at:
         return ()
     budgets = rows.groupby("unique_images")["images_seen"].nunique()
     pool = at.get("U", budgets.index[budgets > 1].max())
-    if not at["D"] > max(most, REPEATS_FROM) * pool:
-        return ()
     passes = at["D"] / pool
+    if not passes > max(most, REPEATS_FROM):
+        return ()
     text = f"{what} means {passes:.3g} passes over the pool of {human(pool)}, beyond the {most:.3g} that were seen."
     return (Flag(kind="passes", subject=what, number=passes, text=text),)

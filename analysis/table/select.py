@@ -68,9 +68,6 @@ def _condition(frame: pd.DataFrame, text: str) -> pd.Series:
 def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Keep the experiment with most (size, images seen) cells; with most rows among equals.
 
-    A table that mixes, say, attention kinds and head depths holds several; a law fitted to all of them would take their
-    differences for scatter.
-
     Returns:
         The rows, and what they have in common that others do not; an empty text where there are no others.
     """
@@ -106,11 +103,7 @@ def _num_cells(rows: pd.DataFrame) -> int:
 
 
 def lower_envelope(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the complete rows whose loss no complete row of equal or lower compute undercuts.
-
-    Raises:
-        AnalysisError: a column is missing.
-    """
+    """Keep the complete rows whose loss no complete row of equal or lower compute undercuts."""
     x, y = "flops_train", "val_loss"
     if absent := [name for name in (x, y) if name not in frame]:
         raise no_column(frame, absent[0])
