@@ -7,6 +7,8 @@ Of W&B, names of this project's own runs are mapped to ours, so that their expor
 from __future__ import annotations
 
 import ast
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,7 @@ def run_logs(folder: Path) -> pd.DataFrame:
         AnalysisError: a folder without runs; or event files, and no package `tensorboard` to read them.
     """
     frames = []
-    for run, settings, points, status in (*_mlflow(folder), *_lightning(folder), *_tensorboard(folder)):
+    for run, settings, points, status in (each for reader in _READERS for each in reader(folder)):
         if len(points):
             points = points.sort_index()
             points.iloc[-1] = points.ffill().iloc[-1]
@@ -114,19 +116,29 @@ _Run = tuple[str, dict[str, Any], pd.DataFrame, str]
 """Name of a run, its settings, its metrics by step, and its status."""
 
 
-def _mlflow(folder: Path) -> Iterator[_Run]:
-    """Read MLflow's folder of files, `mlruns`: a file of lines `time value step` for every metric."""
+def _mlflow_store(folder: Path) -> Iterator[_Run]:
+    """Read MLflow's database, `mlflow.db`."""
+    for file in sorted(folder.glob("**/mlflow.db")):
+        with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as store:
+            read = {name: pd.read_sql(f"SELECT * FROM {name}", store) for name in ("runs", "params", "metrics")}
+        for run in read["runs"].to_dict("records"):
+            params, metrics = (read[name][read[name]["run_uuid"] == run["run_uuid"]] for name in ("params", "metrics"))
+            points = metrics.pivot_table(index="step", columns="key", values="value", aggfunc="last")
+            settings = {key: _value(value) for key, value in zip(params["key"], params["value"], strict=True)}
+            yield run["name"], settings, points, "complete" if run["status"] == "FINISHED" else "unfinished"
+
+
+def _mlflow_files(folder: Path) -> Iterator[_Run]:
+    """Read MLflow's folder of files, `mlruns`: lines `time value step` in a file for every metric."""
     for meta in sorted(folder.glob("**/meta.yaml")):
-        metrics = meta.parent / "metrics"
-        columns = {
-            each.relative_to(metrics).as_posix(): pd.read_csv(each, sep=" ", header=None).groupby(2)[1].last()
-            for each in sorted(metrics.glob("**/*"))
-            if each.is_file()
-        }
+        files = [each for each in sorted(meta.parent.glob("metrics/**/*")) if each.is_file()]
+        names = [each.relative_to(meta.parent / "metrics").as_posix() for each in files]
+        values = [pd.read_csv(each, sep=" ", header=None).groupby(2)[1].last() for each in files]
+        points = pd.DataFrame(dict(zip(names, values, strict=True))).rename_axis("step")
+        settings = {each.name: _value(each.read_text()) for each in meta.parent.glob("params/*")}
         told = yaml.safe_load(meta.read_text())
-        params = {each.name: _value(each.read_text()) for each in meta.parent.glob("params/*")}
         status = "complete" if told.get("status") == 3 else "unfinished"  # RunStatus.FINISHED
-        yield told.get("run_name") or meta.parent.name, params, pd.DataFrame(columns).rename_axis("step"), status
+        yield told.get("run_name") or meta.parent.name, settings, points, status
 
 
 def _lightning(folder: Path) -> Iterator[_Run]:
@@ -181,3 +193,6 @@ def _value(text: Any) -> Any:
         return float(text)
     except (TypeError, ValueError):
         return text
+
+
+_READERS = (_mlflow_store, _mlflow_files, _lightning, _tensorboard)
