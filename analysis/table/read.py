@@ -48,6 +48,9 @@ def read_tables(
         where: conditions that rows must meet, such as `prefix=paired` or `images_seen>=8000`; see `select`.
         best: tuned columns, of which only the value of the lowest `y` in each cell is kept; see `best_of`.
 
+    Returns:
+        One frame, a row per run and budget.
+
     Example:
         >>> read_tables(["results.parquet", "more.parquet"], where=["D>=100000"])
     """
