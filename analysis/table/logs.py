@@ -37,7 +37,7 @@ def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str,
     Raises:
         AnalysisError: an export of our own runs without a budget's validation loss.
     """
-    is_api = {*frame} >= {"summary", "config"}
+    is_api = {*frame} >= {"summary", "config"} and not {*frame}.isdisjoint(_RUN_NAMES)
     if is_api:
         frame = frame.assign(
             **{name: frame[name].map(lambda cell: _parsed(cell, path)) for name in ("config", "summary")}
