@@ -130,7 +130,9 @@ class Contrast(Result):
             return f"from {runs}{' of different sizes' * (self.num_sizes > 1)}, so without an interval"
         if self.images is not None and self.over == "test images":
             return f"over the {self.images.num_images:,} test images of {runs}"
-        alone = [] if self.over == "sizes" else ["", "this size", "these two sizes"][self.num_sizes : self.num_sizes + 1]
+        alone = (
+            [] if self.over == "sizes" else ["", "this size", "these two sizes"][self.num_sizes : self.num_sizes + 1]
+        )
         alone += ["these budgets"] * (of_rows and not self.num_budgets)
         runs += f" at {self.num_sizes} sizes" if self.over == "sizes" else ""
         runs += f" and {self.num_budgets} budgets" if self.num_budgets else ""

@@ -68,7 +68,9 @@ def _gain(c: Contrast, found: Contrasts) -> Gain | Flag | None:
     curves = {run: curve.sort_values("cost", ascending=False) for run, curve in runs.groupby("run_pair")}
     if min(map(len, curves.values())) < MIN_BUDGETS:
         return None
-    needed = [_log_cost(curves[run], loss) for run, loss in zip(c.pairs["run_pair"], c.pairs["level_value"], strict=True)]
+    needed = [
+        _log_cost(curves[run], loss) for run, loss in zip(c.pairs["run_pair"], c.pairs["level_value"], strict=True)
+    ]
     log_gains = needed - np.log(c.pairs[keys].merge(level, on=keys)["cost"].to_numpy(float))
     if outside := int((~np.isfinite(log_gains)).sum()):
         text = (

@@ -21,8 +21,9 @@ from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.table.names import FOLDER
 from aimscale.analysis.table.read import beside
 from aimscale.analysis.table.schema import HITS_KEY
-from aimscale.analysis.words import POWER
 
+POWER = 0.8
+"""Power of a minimum detectable effect."""
 LEAST_SIZES = 3
 """Fewer sizes leave one degree of freedom or none to tell by how much sizes differ."""
 
