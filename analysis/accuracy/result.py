@@ -102,32 +102,8 @@ class Correlations(Result):
         for c in self:
             over = f"{c.num_clusters} clusters by {c.cluster}" if c.cluster else f"{c.num_points} rows"
             how = f"jackknife of Fisher's z over {over}, t with {c.degrees} degrees of freedom"
+            held = f"within {c.num_groups} groups of equal" if c.num_groups else "about a polynomial in the log of"
             found.append(("intervals", f"95 %, {how}"))
-            if c.partial_on:
-                groups = (
-                    f"within {c.num_groups} groups of equal"
-                    if c.num_groups
-                    else "about a polynomial in the logarithm of"
-                )
-                found.append(("held equal", f"{groups} {c.partial_on}"))
-            if c.exclusions:
-                found.append(("left out", "; ".join(map(str, c.exclusions))))
+            found += [("held equal", f"{held} {c.partial_on}")] * bool(c.partial_on)
+            found += [("left out", "; ".join(map(str, c.exclusions)))] * bool(c.exclusions)
         return list(dict.fromkeys(found))
-
-    def cells(self) -> list[dict[str, str]]:
-        """Return one row per coefficient."""
-        heads = ["task", "probe", "compared", "coefficient", "value", "95 % interval", "n", "significance"]
-        rows = (
-            (
-                c.task,
-                c.kind,
-                c.compared,
-                c.method,
-                f"{c.value:.3f}",
-                f"[{c.low:.3f}, {c.high:.3f}]",
-                c.num_points,
-                c.verdict,
-            )
-            for c in self
-        )
-        return [dict(zip(heads, map(str, row), strict=True)) for row in rows]

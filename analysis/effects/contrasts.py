@@ -11,6 +11,7 @@ What other images would change is told beside it, and is all that is known from 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,13 +131,10 @@ class Contrast(Result):
             return f"from {runs}{' of different sizes' * (self.num_sizes > 1)}, so without an interval"
         if self.images is not None and self.over == "test images":
             return f"over the {self.images.num_images:,} test images of {runs}"
-        alone = (
-            [] if self.over == "sizes" else ["", "this size", "these two sizes"][self.num_sizes : self.num_sizes + 1]
-        )
-        alone += ["these budgets"] * (of_rows and not self.num_budgets)
-        runs += f" at {self.num_sizes} sizes" if self.over == "sizes" else ""
-        runs += f" and {self.num_budgets} budgets" if self.num_budgets else ""
-        runs += f", for {' and '.join(filter(None, alone))}" if any(alone) else ""
+        sizes = "" if self.over == "sizes" else ("", "this size", "these two sizes")[self.num_sizes]
+        alone = " and ".join(filter(None, [sizes, "these budgets" * (of_rows and not self.num_budgets)]))
+        runs += f" at {self.num_sizes} sizes" * (not sizes and self.num_sizes > 0)
+        runs += f" and {self.num_budgets} budgets" * (self.num_budgets > 0) + f", for {alone}" * bool(alone)
         return f"over {runs} ({self.degrees:.3g} degrees of freedom)"
 
     @property
@@ -410,10 +408,9 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
     (low, high), detectable = mean.ends, mean.detectable
     if np.isnan(mean.degrees) and images is not None:
         low, high, detectable = images.low, images.high, images.detectable
-    values = pairs[["level_value", "baseline_value"]]
     log_ratio = Mean(np.nan, np.nan, np.nan)
-    if not measure.is_accuracy and (values > 0).all(axis=None):
-        log_ratio = mean_over_pairs(np.log(values["level_value"] / values["baseline_value"]), pairs)
+    if not measure.is_accuracy and (pairs[["level_value", "baseline_value"]] > 0).all(axis=None):
+        log_ratio = mean_over_pairs((pairs["level_value"] / pairs["baseline_value"]).map(np.log), pairs)
     ratio, ratio_low, ratio_high = np.exp([log_ratio.value, *log_ratio.ends]).tolist()
     is_better = (mean.value < 0) == measure.lower_is_better
     return Contrast(
@@ -457,18 +454,21 @@ def _reasons(missing: Iterable[tuple[str, str, str, tuple[str, ...]]], by: str, 
     Args:
         missing: title of a measure, kind of the reason, a level, and columns in which it differs.
     """
-    columns = ["title", "kind", "level", "apart"]
-    of_title = pd.DataFrame(missing, columns=columns).groupby(["title", "kind"], sort=False, as_index=False).agg(tuple)
-    for (kind, levels, apart), alike in of_title.groupby(["kind", "level", "apart"], sort=False)["title"]:
-        titles, names = some(alike.tolist()), list(dict.fromkeys(levels))
-        differ = list(dict.fromkeys(column for each in apart for column in each))
-        if len(names) > 1:  # the columns alone
-            differ = list(dict.fromkeys(column.split(" (")[0] for column in differ))
-        told = names[0] if len(names) == 1 else f"{len(names)} levels ({some(names)})"
-        text = f"{titles}: no value at {by} = {told}."
+    of_measure: dict[tuple[str, str], dict[str, tuple[str, ...]]] = defaultdict(dict)
+    for title, kind, level, apart in missing:
+        of_measure[title, kind][level] = apart
+    titles: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for (title, kind), levels in of_measure.items():
+        titles[kind, *levels.items()].append(title)
+    for (kind, *levels), alike in titles.items():
+        names, is_one = [level for level, _ in levels], len(levels) == 1
+        told = names[0] if is_one else f"{len(names)} levels ({some(names)})"
+        # of several levels the columns alone
+        differ = dict.fromkeys(column if is_one else column.split(" (")[0] for _, apart in levels for column in apart)
+        text = f"{some(alike)}: no value at {by} = {told}."
         if kind == "unpaired":
             text = (
-                f"{titles}: nothing is paired between {by} = {baseline} and {told}, which differ in {some(differ)}; "
-                f"run both with the same, or {option('ignore')} that column."
+                f"{some(alike)}: nothing is paired between {by} = {baseline} and {told}, which differ in "
+                f"{some([*differ])}; run both with the same, or {option('ignore')} that column."
             )
         yield Flag(kind=kind, subject=told, number=len(names), text=text)

@@ -59,7 +59,7 @@ def gains(found: Contrasts) -> tuple[Gain | Flag, ...]:
 
 def _gain(c: Contrast, found: Contrasts) -> Gain | Flag | None:
     """Read the gain off the baseline's own curves, or tell why there is none; None where it has no curves."""
-    keys = [name for name in c.pairs if name not in ("run_pair", "baseline_value", "level_value", "difference")]
+    keys = [str(name) for name in c.pairs if name not in ("run_pair", "baseline_value", "level_value", "difference")]
     if "images_seen" not in keys:
         return None
     base, level = (_costs(found, name, keys) for name in (c.baseline, c.level))

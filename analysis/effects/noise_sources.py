@@ -73,10 +73,10 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> N
         >>> noise(table).table
     """
     rows = usable_rows(with_size(df), y).rows
-    parts, flags = _seeds(rows, y), ()
+    parts, flags = _seeds(rows, y), list[Flag]()
     if not parts:
         text = "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds."
-        flags = (Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y})), text=text),)
+        flags.append(Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y})), text=text))
     if y == "val_loss" and "val_loss_se" in rows and rows["val_loss_se"].notna().any():
         errors = (rows["val_loss_se"] / rows[y]).dropna()
         low, value, high = np.percentile(errors, [2.5, 50, 97.5]).tolist()
@@ -86,7 +86,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> N
         why = " ".join(map(str, flags))
         raise AnalysisError(f"{len(rows)} complete rows with a positive {y} cannot tell noise from anything. {why}")
     columns = ["kind", "source", "value", "low", "high", "basis"]
-    return Noise(table=pd.DataFrame([*parts, *_law(rows, y, law)], columns=columns), flags=flags)
+    return Noise(table=pd.DataFrame([*parts, *_law(rows, y, law)], columns=columns), flags=tuple(flags))
 
 
 def _seeds(rows: pd.DataFrame, y: str) -> list[tuple[str | float, ...]]:

@@ -174,12 +174,12 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     below = np.hypot(both["top1"] - both["top1_lo95"], both["baseline_hi95"] - both["baseline_top1"])
     above = np.hypot(both["top1_hi95"] - both["top1"], both["baseline_top1"] - both["baseline_lo95"])
     detectable = (1 + norm.ppf(POWER) / norm.ppf(0.975)) / 2 * (below + above)
-    ends = {"gap_lo95": gap - below, "gap_hi95": gap + above, "detectable": detectable, "p": np.nan}
-    both = both.assign(gap=gap, is_paired=False, **ends)
-    names = ["is_paired", "gap_lo95", "gap_hi95", "detectable", "p"]
+    both = both.assign(gap=gap, gap_lo95=gap - below, gap_hi95=gap + above, detectable=detectable)
+    both = both.assign(is_paired=False, p=np.nan)
+    ends = ["is_paired", "gap_lo95", "gap_hi95", "detectable", "p"]
     for row, one, other in zip(both.index, both["theirs"], both["ours"], strict=True):
         if found := paired([one], [other]):
-            both.loc[row, names] = True, found.low, found.high, found.detectable, found.p
+            both.loc[row, ends] = True, found.low, found.high, found.detectable, found.p
     verdict = np.select([both["gap_lo95"] > 0, both["gap_hi95"] < 0], ["above", "below"], "no significant difference")
     return both.assign(verdict=verdict).reindex(columns=columns)
 
