@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from aimscale.analysis.effects.contrasts import Contrast, Contrasts
 from aimscale.analysis.effects.paired import mean_over_pairs
+from aimscale.analysis.effects.result import Contrast, Contrasts
 from aimscale.analysis.words import Flag
 
 ASKS_OTHERWISE = ("patch_order",)

@@ -20,9 +20,10 @@ import pandas as pd
 from aimscale.analysis.accuracy.correlation import correlate
 from aimscale.analysis.accuracy.links import link, task_level
 from aimscale.analysis.accuracy.result import Correlation
-from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
+from aimscale.analysis.effects.contrasts import contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
 from aimscale.analysis.effects.repetition import Repeats, repeats
+from aimscale.analysis.effects.result import Contrasts
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.holdout import held_out
