@@ -8,9 +8,8 @@ from a single pair of runs a size (`effects.paired`).
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -78,17 +77,15 @@ def contrast(
     levels = _levels(long, by, asked)
     baseline = _baseline(long["level"], by, levels, baseline)
     found, missing = list[Contrast](), list[tuple[str, str, str, tuple[str, ...]]]()
-    for m in asked:
-        cells = long[long["measure"] == m.name]
-        for level in (each for each in levels if each != baseline):
-            sides = [cells[cells["level"] == each] for each in (baseline, level)]
-            if absent := [name for name, side in zip((baseline, level), sides, strict=True) if side.empty]:
-                missing.append((m.title, "absent", absent[0], ()))
-            elif (pairs := _pairs(sides, keys, parts)).empty:
-                missing.append((m.title, "unpaired", level, _differs(sides, keys)))
-            else:
-                found.append(_compared(pairs, m, baseline, level))
-    flags += _reasons(missing, by, baseline)
+    for m, level in itertools.product(asked, (each for each in levels if each != baseline)):
+        sides = [long[(long["measure"] == m.name) & (long["level"] == each)] for each in (baseline, level)]
+        if absent := [name for name, side in zip((baseline, level), sides, strict=True) if side.empty]:
+            missing.append((m.title, "absent", absent[0], ()))
+        elif (pairs := _pairs(sides, [*keys, *parts])).empty and (not parts or (pairs := _pairs(sides, keys)).empty):
+            missing.append((m.title, "unpaired", level, _differs(sides, keys)))
+        else:
+            found.append(_compared(pairs, m, baseline, level))
+    flags += _reasons(pd.DataFrame(missing, columns=["title", "kind", "level", "apart"]), by, baseline)
     if not found:
         raise AnalysisError(" ".join(flag_words(flags)))
     if by in CAUTIONS:
@@ -149,11 +146,8 @@ def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collecti
         # a column may be `by` under another name, as a model's name and its size are
         same = [n for n in settings if len(rows[[by, n]].drop_duplicates()) == rows[by].nunique() == rows[n].nunique()]
         keys = design.held_equal(rows, {by, *design.FOLLOWS.get(by, ()), *same, *ignore, *measured})
-    parts = [
-        n
-        for n in design.HEAD
-        if by in design.HEAD and n in rows and n not in keys and n.split(".")[-1] != by.split(".")[-1]
-    ]
+    own = by.split(".")[-1]
+    parts = [n for n in design.HEAD if by in design.HEAD and n in rows and n not in keys and n.split(".")[-1] != own]
     several = [name for name in keys if name == "size" or len(pd.unique(rows[name])) > 1]
     return several or keys[:1], [name for name in parts if len(pd.unique(rows[name])) > 1]
 
@@ -178,38 +172,25 @@ def _baseline(names: pd.Series, by: str, levels: list[str], wish: str | None) ->
     return wish or (usual if usual in levels else most)
 
 
-def _pairs(sides: Sequence[pd.DataFrame], keys: list[str], parts: list[str]) -> pd.DataFrame:
-    """Return the pairs of one contrast (`Contrast.pairs`, with their hits).
-
-    Args:
-        sides: rows of the baseline and of the level.
-        keys: columns that a pair must share.
-        parts: columns that it shares where that leaves any pair.
-    """
-    pairs, on = pd.DataFrame(), keys
-    for on in ([*keys, *parts], keys):
-        means = [_means(side, on).astype(dict.fromkeys(on, object)) for side in sides]  # a column may mix types
-        pairs = means[0].merge(means[1], on=on, suffixes=("_baseline", "_level"))
-        if not pairs.empty:
-            break
-    pairs = pairs.rename(columns={"value_baseline": "baseline_value", "value_level": "level_value"})
+def _pairs(sides: Sequence[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
+    """Return the pairs (`Contrast.pairs`, with their hits) of rows of the baseline and the level that agree in keys."""
+    cells = []
+    for side, name in zip(sides, ("baseline", "level"), strict=True):
+        groups = side.groupby(keys, dropna=False, sort=False)
+        means = groups.agg(value=("value", "mean"), hits=("hits", "first")).reset_index()
+        means["hits"] = means["hits"].where((groups.size() == 1).to_numpy(), None)
+        cells.append(means.astype(dict.fromkeys(keys, object)).rename(columns={"value": f"{name}_value", "hits": name}))
+    pairs = cells[0].merge(cells[1], on=keys)  # as objects: a column may mix types
     pairs["difference"] = pairs["level_value"] - pairs["baseline_value"]
-    runs = [name for name in on if name != "images_seen"]
-    return pairs.assign(run_pair=pairs.groupby(runs, dropna=False).ngroup() if runs else 0)
-
-
-def _means(side: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Return the mean value of every cell, and its hits where every cell is one row."""
-    if not side.duplicated(keys).any():
-        return side[[*keys, "value", "hits"]]
-    return side.groupby(keys, dropna=False)["value"].mean().reset_index().assign(hits=None)
+    runs = [name for name in keys if name != "images_seen"]
+    return pairs.assign(run_pair=pairs.groupby(runs, dropna=False, sort=False).ngroup() if runs else 0)
 
 
 def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) -> Contrast:
     groups = pairs.groupby("run_pair")
     means = groups[["baseline_value", "level_value"]].mean().mean()
     weights = 1 / (groups.ngroups * groups["difference"].transform("size"))
-    images = paired(pairs.pop("hits_baseline").tolist(), pairs.pop("hits_level").tolist(), weights.tolist())
+    images = paired(pairs.pop("baseline").tolist(), pairs.pop("level").tolist(), weights.tolist())
     mean = mean_over_pairs(pairs["difference"], pairs)
     (low, high), detectable = mean.ends, mean.detectable
     if np.isnan(mean.degrees) and images is not None:
@@ -254,25 +235,23 @@ def _differs(sides: Sequence[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:
     return tuple(apart or [name for name in keys if design.varies(pd.concat([side[name] for side in sides]))])
 
 
-def _reasons(missing: Iterable[tuple[str, str, str, tuple[str, ...]]], by: str, baseline: str) -> Iterator[Flag]:
+def _reasons(missing: pd.DataFrame, by: str, baseline: str) -> Iterator[Flag]:
     """Say why measures lack levels: a flag for all measures that lack the same levels for one kind of reason.
 
     Args:
-        missing: title of a measure, kind of the reason, a level, and columns in which it differs.
+        missing: title of a measure, kind of the reason, level, and the columns `apart` in which it differs.
     """
-    of_measure: dict[tuple[str, str], dict[str, tuple[str, ...]]] = defaultdict(dict)
-    for title, kind, level, apart in missing:
-        of_measure[title, kind][level] = apart
-    titles: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for (title, kind), levels in of_measure.items():
-        titles[kind, *levels.items()].append(title)
-    for (kind, *lost), alike in titles.items():
-        names, measures = [level for level, _ in lost], some(alike)
-        told = names[0] if len(names) == 1 else f"{len(names)} levels ({some(names)})"
-        differ = [column if len(names) == 1 else column.split(" (")[0] for _, apart in lost for column in apart]
-        text = f"{measures}: no value at {by} = {told}."
+    of_level = missing.groupby(["kind", "level"], sort=False).agg({"title": tuple, "apart": "sum"}).reset_index()
+    lost = of_level.groupby(["kind", "title"], sort=False).agg({"level": list, "apart": "sum"}).reset_index()
+    for kind, titles, levels, apart in lost.itertuples(index=False, name=None):
+        told, columns = levels[0], some([*dict.fromkeys(apart)])
+        if len(levels) > 1:
+            told = f"{len(levels)} levels ({some(levels)})"
+            columns = some([*dict.fromkeys(column.split(" (")[0] for column in apart)])
+        text = f"{some(titles)}: no value at {by} = {told}."
         if kind == "unpaired":
-            columns = some(list(dict.fromkeys(differ)))
-            text = f"{measures}: nothing is paired between {by} = {baseline} and {told}, which differ in {columns}; "
+            text = (
+                f"{some(titles)}: nothing is paired between {by} = {baseline} and {told}, which differ in {columns}; "
+            )
             text += f"run both with the same, or {option('ignore')} that column."
-        yield Flag(kind=kind, subject=told, number=len(names), text=text)
+        yield Flag(kind=kind, subject=told, number=len(levels), text=text)

@@ -94,15 +94,12 @@ def _seeds(rows: pd.DataFrame, y: str) -> list[tuple[str | float, ...]]:
     keys = held_equal(rows, {"seed", y})
     if "seed" not in rows or not varies(rows["seed"]):
         return []
-    means = np.log(rows[y]).groupby([rows[key] for key in [*keys, "seed"]], dropna=False).mean().rename("log_y")
-    table = means.reset_index()
-    cells = table.groupby(keys, dropna=False)["log_y"]
-    table = table.assign(spare=cells.transform("count") - 1, deviation=table["log_y"] - cells.transform("mean"))
-    table = table[table["spare"] > 0]
+    table = rows.assign(log_y=np.log(rows[y])).groupby([*keys, "seed"], dropna=False)["log_y"].mean().reset_index()
+    table = table[table.groupby(keys, dropna=False)["seed"].transform("count") > 1]
     if table.empty:
         return []
-    num_cells = table.groupby(keys, dropna=False).ngroups
-    variance = float((table["deviation"] ** 2).sum() / (len(table) - num_cells))
+    cells = table.groupby(keys, dropna=False)["log_y"]
+    variance = float(((table["log_y"] - cells.transform("mean")) ** 2).sum() / (len(table) - cells.ngroups))
     runs = table.groupby([name for name in keys if name != "images_seen"], dropna=False)["seed"].nunique()
     spare = int((runs - 1).sum())
     low, high = np.sqrt(variance * spare / chi2.ppf([0.975, 0.025], spare)).tolist()
