@@ -210,7 +210,7 @@ def _coefficient(method: str, sides: Array, held: Array) -> float:
     rest = sides - held @ np.linalg.lstsq(held, sides)[0]
     if (rest.std(axis=0) <= np.maximum(NOTHING_LEFT * sides.std(axis=0), 1e-14)).any():
         return float("nan")
-    return float(np.corrcoef([METHODS[method](each) for each in rest.T])[0, 1])
+    return float(np.corrcoef([METHODS[method](each) for each in rest.T.round(12)])[0, 1])  # ties stay ties
 
 
 def _interval(method: str, sides: Array, held: Held, member: Array) -> tuple[float, float, float, int]:
