@@ -165,7 +165,7 @@ def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
     y, n = runs.mean().to_numpy(float), runs.ngroups
     sizes = pairs.groupby("run_pair")["size"].first().map(str) if "size" in pairs else pd.Series(["one"] * n)
     codes, names = pd.factorize(sizes)
-    mean, ones = float(y.mean()), np.ones((1, 1))
+    mean = float(y.mean())
     if len(names) >= LEAST_SIZES:
         clustered = {"sizes": sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - mean, codes)}
         budgets = groups_of(pairs, {}).budgets
@@ -174,7 +174,7 @@ def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
             weights = 1 / runs.transform("size").to_numpy(float)
             design = linear_design(np.ones((len(pairs), 1)), weights)
             clustered["budgets"] = sandwich(design, values.to_numpy(float) - mean, budgets)
-        (se,), (degrees,) = Covariance(by=clustered).of_contrasts(ones)
+        (se,), (degrees,) = Covariance(by=clustered).of_contrasts(np.ones((1, 1)))
         return Mean(mean, float(se), float(degrees), num_budgets)
     if not (degrees := n - len(names)):
         return Mean(mean, np.nan, np.nan)

@@ -127,9 +127,8 @@ def compare(frame: pd.DataFrame) -> Comparison:
     probes = probe_frame(complete(frame))
     shared, others = _shared(probes)
     exponents, unknown = _exponents(found.rows)
-    losses = Flag(
-        kind="loss_levels", text="Losses: the paper's are on IN-1k at 224 px, these on the table's own images."
-    )
+    text = "Losses: the paper's are on IN-1k at 224 px, these on the table's own images."
+    losses = Flag(kind="loss_levels", text=text)
     rows = [Flag(kind="rows_left_out", subject=str(each), text=f"{each}.") for each in found.exclusions]
     return Comparison(
         tasks=_task_rows(shared),
@@ -188,26 +187,16 @@ def _shared(probes: pd.DataFrame) -> tuple[pd.DataFrame, list[Flag]]:
     """Choose attentive results on the paper's tasks, and flag what else there is."""
     is_known, is_attentive = probes["task"].isin(TASKS), probes["kind"] == PROTOCOL
     kept = probes[is_known & is_attentive].dropna(subset=["top1"])
+    others = probes.loc[is_known & ~is_attentive, "kind"]
     sides = kept["image_size"].dropna().astype(int) if "image_size" in kept else pd.Series(dtype=int)
-    others = {
-        kind: ", ".join(map(str, values.unique()))
-        for kind, values in (
-            ("other_tasks", probes.loc[~is_known, "task"]),
-            ("other_probes", probes.loc[is_known & ~is_attentive, "kind"]),
-            ("other_sides", sides[sides != PAPER_SIDE].sort_values()),
-        )
-    }
-    texts = {
-        "other_tasks": "Tasks that the paper does not have: {}.",
-        "other_probes": "Probes of another kind than Table 6's attentive one: {}.",
-        "other_sides": f"Resolution: these runs see {{}} px, AIM {PAPER_SIDE} px, which is part of every gap.",
-    }
-    flags = [
-        Flag(kind=kind, subject=names, number=PAPER_SIDE, text=texts[kind].format(names))
-        for kind, names in others.items()
-        if names
-    ]
-    return kept, flags
+    sides = sides[sides != PAPER_SIDE].sort_values()
+    found = (
+        ("other_tasks", "Tasks that the paper does not have: {}.", probes.loc[~is_known, "task"]),
+        ("other_probes", "Probes of another kind than Table 6's attentive one: {}.", others),
+        ("other_sides", f"Resolution: these runs see {{}} px, AIM {PAPER_SIDE} px, which is part of every gap.", sides),
+    )
+    named = [(kind, text, ", ".join(map(str, values.unique()))) for kind, text, values in found if len(values)]
+    return kept, [Flag(kind=k, subject=names, number=PAPER_SIDE, text=text.format(names)) for k, text, names in named]
 
 
 def _last_budgets(rows: pd.DataFrame) -> pd.DataFrame:
