@@ -81,7 +81,9 @@ def contrast(
         sides = [long[(long["measure"] == m.name) & (long["level"] == each)] for each in (baseline, level)]
         if absent := [name for name, side in zip((baseline, level), sides, strict=True) if side.empty]:
             missing.append((m.title, "absent", absent[0], ()))
-        elif (pairs := _pairs(sides, [*keys, *parts])).empty and (not parts or (pairs := _pairs(sides, keys)).empty):
+            continue
+        pairs = next((each for on in ([*keys, *parts], keys) if len(each := _pairs(sides, on))), None)
+        if pairs is None:
             missing.append((m.title, "unpaired", level, _differs(sides, keys)))
         else:
             found.append(_compared(pairs, m, baseline, level))
