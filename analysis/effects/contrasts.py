@@ -238,11 +238,7 @@ def _differs(sides: Sequence[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:
 
 
 def _reasons(missing: pd.DataFrame, by: str, baseline: str) -> Iterator[Flag]:
-    """Say why measures lack levels: a flag for all measures that lack the same levels for one kind of reason.
-
-    Args:
-        missing: title of a measure, kind of the reason, level, and the columns `apart` in which it differs.
-    """
+    """Say why measures lack levels: a flag for all measures that lack the same levels for one kind of reason."""
     of_level = missing.groupby(["kind", "level"], sort=False).agg({"title": tuple, "apart": "sum"}).reset_index()
     lost = of_level.groupby(["kind", "title"], sort=False).agg({"level": list, "apart": "sum"}).reset_index()
     for kind, titles, levels, apart in lost.itertuples(index=False, name=None):

@@ -34,7 +34,6 @@ class Hits(NamedTuple):
     evaluation: str
     """Tells the test images: equal evaluations have the same."""
     num_test: int
-    """Test images."""
     bits: bytes
     """`np.packbits` of one bit per image, in the data set's order."""
 
@@ -93,11 +92,7 @@ def paired(
     2012): Wald's after one more image for either side, which Fagerland, Lydersen and Laake (Statistics in Medicine
     33:2850, 2014) recommend, few discordant images included. The detectable effect solves Connor's sample size
     (Biometrics 43:207, 1987) for it. Over several pairs an image's gain is its mean over them.
-
-    Args:
-        baseline: hits of the models that are subtracted.
-        level: hits of the others, in the same order.
-        weights: of the pairs, adding up to 1.
+    Weights of the pairs add up to 1.
     """
     pairs = zip(baseline, level, strict=True)
     sides = [(theirs, ours) for theirs, ours in pairs if isinstance(theirs, Hits) and isinstance(ours, Hits)]
