@@ -68,13 +68,15 @@ def contrast(
     """
     by = by if by == KIND else our_name(frame, by)
     rows = complete(frame if by == "params_total" else design.with_size(frame))
-    _check_levels(rows, by)
-    asked, flags = _comparable(wanted_measures(rows, measures, by), by)
-    keys, parts = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in asked})
-    long = long_format(rows, asked, by)
+    if by in rows and not design.is_plain(rows[by]):
+        raise AnalysisError(f"{by} holds lists, which cannot be compared; name a column of numbers or words.")
+    wanted = wanted_measures(rows, measures, by)
+    keys, parts = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in wanted})
+    long = long_format(rows, wanted, by)
     is_probe = long["measure"].str.startswith("top1:")
     long = long.assign(level=long[by].map(level_name, na_action="ignore"), hits=hits_of(long).where(is_probe, None))
-    levels = _levels(long, by, asked)
+    levels = _levels(long, by, wanted)
+    asked, flags = _comparable(wanted, by)
     baseline = _baseline(long["level"], by, levels, baseline)
     found, missing = list[Contrast](), list[tuple[str, str, str, tuple[str, ...]]]()
     for m, level in itertools.product(asked, (each for each in levels if each != baseline)):
@@ -112,14 +114,6 @@ def factors(frame: pd.DataFrame) -> list[str]:
         head = "model.head_width" if set(design.HEAD) & set(varied) == {"model.head_width"} else head
         varied = [head, *[name for name in varied if name not in design.HEAD]]
     return [*varied, KIND]
-
-
-def _check_levels(rows: pd.DataFrame, by: str) -> None:
-    if by in rows and not design.is_plain(rows[by]):
-        raise AnalysisError(f"{by} holds lists, which cannot be compared; name a column of numbers or words.")
-    if by in rows and not design.varies(rows[by]):
-        values = ", ".join(map(level_name, rows[by].dropna().unique())) or "no value"
-        raise AnalysisError(f"All complete rows have {by} = {values}; a contrast needs two levels of it.")
 
 
 def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag]]:
@@ -200,7 +194,7 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
     log_ratio = Mean(np.nan, np.nan, np.nan)
     if not measure.is_accuracy and (pairs[["level_value", "baseline_value"]] > 0).all(axis=None):
         log_ratio = mean_over_pairs((pairs["level_value"] / pairs["baseline_value"]).map(np.log), pairs)
-    ratio, ratio_low, ratio_high = np.exp([log_ratio.value, *log_ratio.ends]).tolist()
+    ratios = np.exp([log_ratio.value, *log_ratio.ends]).tolist()
     is_better = (mean.value < 0) == measure.lower_is_better
     return Contrast(
         measure=measure,
@@ -216,9 +210,7 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
         difference=mean.value,
         low=low,
         high=high,
-        ratio=ratio,
-        ratio_low=ratio_low,
-        ratio_high=ratio_high,
+        **dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True)),
         detectable=detectable,
         images=images,
         verdict=ALIKE if not (low > 0 or high < 0) else BETTER if is_better else WORSE,

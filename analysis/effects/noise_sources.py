@@ -50,10 +50,6 @@ class Noise(Result):
         """Say what the numbers are."""
         return "Standard deviations of ln loss by source, with 95 % intervals"
 
-    def summary(self) -> str:
-        """Join the sentences, which say all that the table holds."""
-        return "\n".join([f"{self.headline()}:", *self.sentences()])
-
 
 def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> Noise:
     """Estimate the variance components of a loss.

@@ -98,12 +98,8 @@ def paired(
     sides = [(theirs, ours) for theirs, ours in pairs if isinstance(theirs, Hits) and isinstance(ours, Hits)]
     if len(sides) < len(weights) or len({hits[:2] for side in sides for hits in side}) > 1:
         return None
-    gains = np.zeros(sides[0][0].num_test)
-    discordant = 0.0
-    for weight, (theirs, ours) in zip(weights, sides, strict=True):
-        gain = ours.right - theirs.right
-        gains += weight * gain
-        discordant += weight * float(np.abs(gain).mean())
+    by_pair = np.array([ours.right - theirs.right for theirs, ours in sides])
+    gains, discordant = weights @ by_pair, float(weights @ np.abs(by_pair).mean(axis=1))
     n = len(gains) + 2
     centre, square = gains.sum() / n, (gains @ gains + 2) / n
     z, power = norm.ppf(0.5 + CONFIDENCE / 2), norm.ppf(POWER)
