@@ -46,32 +46,8 @@ FLAGS = {
     "deviations).",
     "experiments": "Rows of different {subject} lie up to {number:.2g} % apart ({p}), so they are not of one law; "
     "choose one by {option:where}.",
-    "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one by "
-    "{option:where}.",
-    "tuned": "Of several {subject} the best of each of {number:.0f} cells is kept; the lowest of noisy losses is too "
-    "low by part of their noise.",
-    "tuned_edge": "The best {subject} is the {more[0]} that was tried in {number:.0f} of {more[1]:.0f} cells, so a "
-    "better one may lie beyond.",
-    "envelope_ends": "{number:.0f} of the {more[0]:.0f} rows of the envelope, at its ends, are one size's own curve, "
-    "not a choice among sizes.",
-    "passes": "{subject} means {number:.3g} passes over the pool of {more[1]}, beyond the {more[0]:.3g} that were "
-    "seen.",
-    "during": "The rows are points during training: before the learning rate decays, losses are higher than at "
-    "budgets.",
-    "during_mixed": "{number:.0f} rows are points during training, where losses are higher than at budgets; leave them "
-    "out by {option:where status=complete}.",
-    "accuracies_unnamed": "Not read as accuracies: {subject}. Name them with {option:columns {more[0]}}.",
 }
 """Kind of a flag -> its sentence."""
-EXCLUSIONS = {
-    "status": "not complete (status)",
-    "not positive": "with a missing or non-positive {}",
-    "not finite": "with a missing or infinite {}",
-    "repeat": "that repeat another row exactly",
-    "where": "not chosen by {option:where {}}",
-    "best of": "not the best {} of their cell",
-}
-"""Kind of an exclusion -> what is said of its rows; {} is the subject."""
 
 
 class _Option:
