@@ -161,7 +161,10 @@ def _bounded(found: Estimate, j: int, i: Interval, is_limit: bool) -> Interval:
         errors, degrees = found.covariance.of_contrasts(np.eye(len(unit))[j, problem.movable])
         half = float(half_width(errors, degrees, CONFIDENCE)[0])
         if at - half <= problem.lower[j]:
-            ends = [low, min(max(ends[1], (at + half) * float(problem.params_of(unit[None])[problem.law.names[j]][0])), high)]
+            ends = [
+                low,
+                min(max(ends[1], (at + half) * float(problem.params_of(unit[None])[problem.law.names[j]][0])), high),
+            ]
     if is_limit:
         ends[1] = min(ends[1], float(problem.predict(found.vector[None]).min()))
     return Interval(*ends)

@@ -13,8 +13,15 @@ from functools import cached_property
 import numpy as np
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import Components, Covariance, Design, components_of, half_width
-from aimscale.analysis.fitting.covariance import linear_design, sandwich
+from aimscale.analysis.fitting.covariance import (
+    Components,
+    Covariance,
+    Design,
+    components_of,
+    half_width,
+    linear_design,
+    sandwich,
+)
 from aimscale.analysis.fitting.groups import Groups, visible_groups
 from aimscale.analysis.fitting.objectives import HUBER_LOG
 from aimscale.analysis.fitting.problem import Minimum, Problem, global_minimum, minimise, refine

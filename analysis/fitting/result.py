@@ -47,7 +47,6 @@ class Interval:
         return f"[{self.low:{form}}, {self.high:{form}}]" if self.is_known else NO_INTERVAL
 
 
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Fit(Result):
     """A fitted law; `predict`, `conf_int`, `cov`, `resid`, `aic` are as in statsmodels."""
