@@ -54,6 +54,9 @@ def fit(
         zero_allowed: let variables be zero (an ideal loss), where the law takes no logarithm of them.
         is_tested: whether to look for what speaks against the law (`lack_of_fit`).
 
+    Returns:
+        Parameters with intervals and flags; `predict`, `plot` and `summary` are its methods.
+
     Raises:
         AnalysisError: missing column, unknown name, too few points, or a variable without variation.
 

@@ -29,8 +29,8 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1) -> 
         by: variable of the law (N, D, C) or a column of the table.
         num_values: how many of the largest distinct values to hold out.
 
-    Raises:
-        AnalysisError: unknown `by`, or too few values or points remain.
+    Returns:
+        Error of the law on what was left out, and that of a straight line.
 
     Example:
         >>> table = read_table("results.parquet")

@@ -1,7 +1,7 @@
 """An optimum and what can be inferred from it: errors of any function of the parameters.
 
-Everything is closed-form: the law is linearised about its optimum in the optimiser's coordinates, in which exponents
-are logarithms and coefficients are contributions at the data's centre, so that little curvature is left.
+Everything is closed-form: the law is linearised about its optimum in the optimiser's coordinates, which leave little
+curvature.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ class Estimate:
     few: tuple[str, ...]
     """Kinds of groups that are so few that they hardly tell what their points share."""
     design: Design
-    """Linearised problem."""
     residual: Array
     """Residuals (n,) of T(y) whose least squares the optimum is: outliers drawn in, the others stretched for it."""
 
@@ -89,7 +88,7 @@ class Estimate:
     def gradient(self, function: Function) -> Array:
         """Return derivatives (m, free) of a function by the movable coordinates."""
         free, problem = np.flatnonzero(self.problem.movable), self.problem
-        # the scale of a coordinate: of a logarithm 1, of a coefficient its range or the size of the measurements
+        # of a logarithm 1, of a coefficient its range or the size of the measurements
         span, level = problem.upper - problem.lower, max(float(np.median(np.abs(problem.y))), 1e-300)
         scales = np.where([p.log for p in problem.law.parameters], 1.0, np.where(np.isfinite(span), span, level))
         steps = DIFFERENCE * np.diag(scales)[free]

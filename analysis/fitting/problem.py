@@ -1,7 +1,7 @@
 """A law, its data and its objective in the coordinates of the optimiser, and the global minimum.
 
-1. On a fixed grid of the non-linear parameters the linear ones are projected out: a bounded weighted least-squares
-   problem of a few unknowns per grid point (variable projection, Golub and Pereyra 1973).
+1. On a fixed grid of the non-linear parameters the linear ones are projected out by bounded least squares (variable
+   projection, Golub and Pereyra 1973).
 2. The floors of the grid's valleys are refined by `scipy.optimize.least_squares` within the bounds, roughly at first,
    and those that lead to distinct minima to the end.
 3. A robust objective is reached by continuation: the quadratic zone of the Huber loss shrinks from the residuals' scale
@@ -25,8 +25,7 @@ from aimscale.analysis.laws.base import Array, Columns, Law
 COMPLEX_STEP = 1e-30
 """Imaginary part by which a parameter is moved for its derivative; no difference is taken, so nothing cancels."""
 MIN_STARTS = 3
-"""Starts that are refined, or as many as there are non-linear parameters: on 444 fits of public tables 16
-found no lower minimum of any law."""
+"""Starts that are refined, or as many as there are non-linear parameters; 16 found none lower on public tables."""
 NEIGHBOURS = 8
 """A point of the grid that is lower than so many nearest ones is the floor of a valley."""
 MAX_GRID_POINTS = 120
@@ -39,8 +38,8 @@ SAME_MINIMUM = {ROUGH: 0.05, FINE: 0.01}
 SHRINK = 6.0
 """Factor by which the quadratic zone shrinks at each step of the continuation."""
 BLEND = 0.5
-"""Share of the loss's own curvature in its model; the rest is that of reweighted least squares, which always descends.
-With all of it steps end early where the quadratic zone is narrow, with none of it they are many."""
+"""Share of the loss's own curvature in its model, the rest being that of reweighted least squares: with all of it steps
+end early where the quadratic zone is narrow, with none of it they are many."""
 ON_BOUND = 1e-4
 """A parameter this near its bound is tried on it: a trust region that stays inside only comes close."""
 
@@ -136,15 +135,13 @@ class Problem:
     def linearised(self, vector: Array) -> Array:
         """Return derivatives (n, free) of T(law) by the movable parameters at a vector (k,)."""
         value, jacobian = self.predict_and_jacobian(vector)
-        slope = jacobian / value if self.objective.log else jacobian
-        return slope.T[:, self.movable]
+        return (jacobian / value if self.objective.log else jacobian)[self.movable].T
 
     def totals(self, value: Array) -> Array:
         """Return the objective (batch,) of the law's values (batch, n), infinite outside T's domain."""
         with np.errstate(invalid="ignore", divide="ignore"):
             r = self.objective.transform(self.y) - self.objective.transform(value)
-            total = np.sum(self.weights * self.objective.loss(r), axis=-1)
-        return np.where(np.isfinite(total), total, np.inf)
+            return np.nan_to_num(np.sum(self.weights * self.objective.loss(r), axis=-1), nan=np.inf, posinf=np.inf)
 
 
 def make_problem(
@@ -163,7 +160,7 @@ def make_problem(
         v = np.asarray(values, float)
         columns[name] = np.append(v, np.exp(np.mean(np.log(v))) if np.all(v > 0) else np.mean(v))
     given = {**(bounds or {}), **{name: (value, value) for name, value in (fixed or {}).items()}}
-    limits = [given.get(p.name, p.limits(columns)) for p in law.parameters]
+    limits = [given.get(p.name, p.bounds(columns) if callable(p.bounds) else p.bounds) for p in law.parameters]
     plain = [low in (0.0, -np.inf) and high in (0.0, np.inf) and low < high for low, high in limits]
     scaled = [np.log(ends) if p.log else ends for p, ends in zip(law.parameters, limits, strict=True)]
     lower, upper = np.array(scaled, float).reshape(-1, 2).T
@@ -181,18 +178,16 @@ def make_problem(
 
 @dataclass(frozen=True)
 class Minimum:
-    """A local minimum."""
+    """A local minimum, and the objective there."""
 
     vector: Array
     total: float
-    """Objective, summed over points."""
 
 
 def global_minimum(problem: Problem) -> list[Minimum]:
     """Find the distinct local minima, best first: the floors of the grid's valleys, refined."""
     first = starts(problem)
-    if not len(first):
-        first = np.clip(np.zeros((1, len(problem.lower))), problem.lower, problem.upper)
+    first = first if len(first) else np.clip(np.zeros((1, len(problem.lower))), problem.lower, problem.upper)
     rough = _distinct([_refined(problem, start, ROUGH) for start in first], ROUGH)
     return refine(problem, rough)
 
@@ -294,19 +289,15 @@ def starts(problem: Problem) -> Array:
 
 def _unit_grid(movable: Array) -> Array:
     """Return fixed points (m, q) of the unit cube: a product grid for q <= 2, a low-discrepancy sequence above."""
-    q = len(movable)
-    if q > 2:
+    if (q := len(movable)) > 2:
         return Halton(q, scramble=False).random(1024 * (q - 1))
     axes = [np.linspace(0, 1, (96, 20)[q - 1] if moves else 1) for moves in movable]
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, q) if q else np.zeros((1, 0))
 
 
 def _projected(problem: Problem, theta: Array) -> tuple[Array, Array]:
-    """Project the linear coefficients out at grid points (m, q): vectors (m, k) and their objective (m,).
-
-    Each is a non-negative least-squares problem in what lies above the lower bounds; a coefficient without one is the
-    difference of two. An upper bound is kept by clipping.
-    """
+    """Project the linear coefficients out at grid points (m, q): vectors (m, k) and their objective (m,). Coefficients
+    are above their lower bound by non-negative least squares (without one, differences of two), and clipped above."""
     p = problem.num_linear
     g = np.stack(problem.basis(np.column_stack([np.zeros((len(theta), p)), theta])), axis=2)
     lower, upper = problem.lower[:p], problem.upper[:p]
