@@ -17,9 +17,10 @@ import jinja2
 import markupsafe
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.report import tables, words
-from aimscale.analysis.report.figures import PageFigure, page_figures, save_figures
-from aimscale.analysis.report.pictures import picture_rows
+from aimscale.analysis.plots.style import save
+from aimscale.analysis.report.blocks import Block, PageFigure, sort_key
+from aimscale.analysis.report.pictures import PictureRow
+from aimscale.analysis.report.sections import Section, sections
 from aimscale.analysis.report.study import Progress, Study, study_tables
 from aimscale.analysis.report.verdict import symbol, verdict
 from aimscale.analysis.table.names import no_column
@@ -66,11 +67,12 @@ def write_report(
         raise no_column(frame, "val_loss")
     study = study_tables(paths, frame, _read_collects(paths), progress)
     progress("figures", 0.75)
-    drawn = page_figures(study)
+    laid_out = sections(study)
     progress("page", 0.95)
-    page = render(study, drawn)
+    page = render(study, laid_out)
     if figures is not None:
-        save_figures(drawn, Path(figures))
+        for drawn in (each for section in laid_out for each in section.of(PageFigure)):
+            save(drawn.figure, Path(figures) / drawn.key)
     page_path = Path(out or paths[0].with_name("report.html"))
     page_path = page_path / "report.html" if page_path.is_dir() else page_path
     try:
@@ -84,7 +86,7 @@ def write_report(
 
 
 def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:
-    """The collect.json beside every table, joined: descriptions, completions with their whole paths, machines."""
+    """Join the collect.json beside every table: descriptions, completions with their whole paths, machines."""
     completions, machines, descriptions = [], [], []
     for path in (path.with_name("collect.json") for path in paths):
         if not path.is_file():
@@ -100,8 +102,8 @@ def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:
     return {"completions": completions, "machines": machines, "description": "; ".join(descriptions)}
 
 
-def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
-    """The page's HTML."""
+def render(study: Study, laid_out: Sequence[Section]) -> str:
+    """Write the page's HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -109,35 +111,23 @@ def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"maths": maths, "sort_key": tables.sort_key}
-    comparison = study.comparison
+    environment.filters |= {"maths": maths, "sort_key": sort_key}
+    environment.globals |= {"str": str, **{kind.__name__: kind for kind in (Block, PageFigure, PictureRow)}}
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return environment.get_template("report.html").render(
         title=page_title(study),
         description=study.collect.get("description") or "",
         made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        style=_asset("report.css"),
-        script=_asset("report.js"),
+        style=style,
+        script=script,
         verdict=verdict(study),
-        runs=[words.what_was_run(study), *words.what_came_out(study)],
-        accuracy_words=list(words.accuracy_in_words(study)),
-        frontier_words=words.best_split(study),
-        is_ours=study.is_ours,
-        figures=figures,
-        pictures=picture_rows(study),
-        findings=tables.findings(study),
-        results=tables.results_table(study),
-        laws=tables.law_section(study),
-        probes=tables.probe_table(study),
-        compared=list(tables.comparison_tables(comparison)) if comparison else [],
-        left_out=comparison.left_out if comparison else (),
-        missing=list(dict.fromkeys(study.missing)),
-        settings=list(words.settings(study)),
-        provenance=list(words.provenance(study)),
+        missing=study.missing,
+        sections=laid_out,
     )
 
 
 def maths(value: str) -> markupsafe.Markup:
-    """A sentence of ours as HTML: escaped first, then exponents raised, Greek names, true minus signs, no lonely %."""
+    """Write a sentence as HTML: escape it, then raise exponents, write Greek letters, minus signs, no lonely %."""
     safe = str(markupsafe.escape(value))
     safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: symbol(found[0]), safe)
     safe = _raised(safe)
@@ -146,7 +136,7 @@ def maths(value: str) -> markupsafe.Markup:
 
 
 def _raised(text: str) -> str:
-    """Exponents as superscripts: x^-a, x^(1/f), and x^-exp(b y^c), whose own exponents are raised once more."""
+    """Raise exponents: x^-a, x^(1/f), and x^-exp(b y^c), whose own exponents are raised once more."""
     return re.sub(r"\^(-?exp\([^()]*\)|\([^()]*\)|-?[\w.]*\w)", lambda found: f"<sup>{_exponent(found[1])}</sup>", text)
 
 
@@ -155,11 +145,7 @@ def _exponent(text: str) -> str:
     return bare.replace("-", "−")
 
 
-def _asset(name: str) -> str:
-    return (TEMPLATES / name).read_text(encoding="utf-8")
-
-
 def page_title(study: Study) -> str:
-    """Names of the sweeps, or of the file."""
+    """Name the sweeps, or the file."""
     sweeps = [str(sweep) for sweep in study.frame["sweep"].dropna().unique()] if "sweep" in study.frame else []
     return ", ".join(sweeps) or study.paths[0].stem

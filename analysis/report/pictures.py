@@ -14,8 +14,8 @@ import pandas as pd
 from PIL import Image
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.report.blocks import data_uri
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.report.tables import data_uri
 
 MAX_IMAGES = 6
 KEYS = ("truth", "prefix", "prediction")

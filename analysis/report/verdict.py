@@ -1,4 +1,4 @@
-"""The page's first five lines: can it be trusted, the law, the best split, the forecast, what to run next."""
+"""First five lines of the page: can it be trusted, the law, the best split, the forecast, what to run next."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.points import Forecaster
 from aimscale.analysis.forecasts.stack import DOF
+from aimscale.analysis.frontier.approaches import Approaches
 from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import varies
@@ -41,8 +42,9 @@ class Line:
 
 
 def verdict(study: Study) -> tuple[Line, ...]:
-    """The five lines, whatever the table allows; each says so where it has no answer."""
-    colour, reasons = trust(study)
+    """Write the five lines, whatever the table allows; each says so where it has no answer."""
+    joint, frontier = study.get("law"), study.get("compute-optimal frontier")
+    colour, reasons = trust(joint, frontier)
     num_more = len(reasons) - MAX_REASONS
     more = [f"{num_more} more stand{'s' * (num_more == 1)} below, with the law."] if num_more > 0 else []
     return (
@@ -51,17 +53,19 @@ def verdict(study: Study) -> tuple[Line, ...]:
             answer=f"{HEADS[colour]}. {' '.join([*reasons[:MAX_REASONS], *more])}",
             colour=colour,
         ),
-        Line(question="The law", answer=" ".join(_law(study))),
-        Line(question="Best split", answer=_split(study)),
+        Line(question="The law", answer=" ".join(_law(study, joint))),
+        Line(question="Best split", answer=_split(study, frontier)),
         Line(question="Forecast", answer=_forecast(study)),
-        Line(question="What to run next", answer=_next(study)),
+        Line(question="What to run next", answer=_next(study, joint)),
     )
 
 
-def trust(study: Study) -> tuple[Colour, list[str]]:
-    """Red: the law must not be used. Amber: something may change a decision. Green: the law is identified and predicts
-    what was left out; what else is known of it is small, and said as what it is."""
-    joint = study.fits.get("ND")
+def trust(joint: Fit | None, frontier: Approaches | None) -> tuple[Colour, list[str]]:
+    """Judge the joint law, with reasons.
+
+    Red: the law must not be used. Amber: something may change a decision. Green: the law is identified and predicts
+    what was left out; what else is known of it is small, and said as what it is.
+    """
     if joint is None:
         return "red", ["No joint law of parameters and data could be fitted."]
     exponents = exponents_of(joint)
@@ -74,7 +78,7 @@ def trust(study: Study) -> tuple[Colour, list[str]]:
         fatal.append("A straight line in log-log predicts the left-out scales as well.")
     flags = [f for f in joint.flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
     small = [flag for flag in flags if not failures and _is_small(flag)]
-    apart = map(str, study.approaches.flags) if study.approaches else ()
+    apart = map(str, frontier.flags) if frontier else ()
     cautions = [*failures, *apart, *(str(flag) for flag in flags if flag not in small)]
     notes = [*silent, *(str(flag) for flag in small)]
     if fatal or cautions:
@@ -102,17 +106,16 @@ def _left_out(joint: Fit) -> list[str]:
 
 
 def _is_small(flag: Flag) -> bool:
-    """Whether a law that predicts what was left out can be used in spite of a flag."""
+    """Tell whether a law that predicts what was left out can be used in spite of a flag."""
     return flag.kind in HARMLESS or (flag.kind in SIZED and abs(flag.number) < SMALL)
 
 
 def symbol(name: str) -> str:
-    """Greek letters for the parameters that carry their names."""
+    """Write the Greek letter of a parameter that carries its name."""
     return GREEK.get(name, name)
 
 
-def _law(study: Study) -> Iterator[str]:
-    joint = study.fits.get("ND")
+def _law(study: Study, joint: Fit | None) -> Iterator[str]:
     if joint is None:
         yield "None."
         return
@@ -120,8 +123,8 @@ def _law(study: Study) -> Iterator[str]:
     values = ", ".join(joint.equation(name, symbol(name)) for name in shown)
     whose = f" {study.whose}" if study.whose else ""
     yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{whose}: {values}."
-    if study.forecaster is not None:
-        yield from beside_others(study.forecaster)
+    if (laws := study.get("forecaster")) is not None:
+        yield from beside_others(laws)
 
 
 def beside_others(laws: Forecaster) -> Iterator[str]:
@@ -138,10 +141,9 @@ def beside_others(laws: Forecaster) -> Iterator[str]:
         yield f"{how} cannot tell it apart from {', '.join(alike)}."
 
 
-def _split(study: Study) -> str:
-    found = study.approaches
-    if found is None or not found.frontiers:
-        why = "the table has no training FLOPs" if "flops_train" not in study.usable else "no approach is possible"
+def _split(study: Study, found: Approaches | None) -> str:
+    if found is None:
+        why = "no approach is possible" if "flops_train" in study.usable else "the table has no training FLOPs"
         return f"Not known: {why}."
     top, best = found.largest_budget, found.frontiers[-1]
     at = best.at(top).iloc[0]
@@ -157,10 +159,9 @@ def _split(study: Study) -> str:
 
 
 def _for_features(study: Study) -> str:
-    """One sentence about the best sizes by probes' errors, where the table has any."""
-    if not study.features:
+    """Compare the best sizes by probes' errors with that by the loss, where the table has any."""
+    if not (gaps := [gap for gap in study.all("best size by").values() if gap is not None]):
         return ""
-    gaps = study.features.values()
     told = ", ".join(
         f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large by {gap.measures[0]} "
         f"(at {human(gap.flops)} FLOP)"
@@ -171,9 +172,9 @@ def _for_features(study: Study) -> str:
 
 
 def _forecast(study: Study) -> str:
-    if study.ahead is None:
+    if (found := study.get("forecast")) is None:
         return "None without a law."
-    rows = study.ahead.table[study.ahead.table["quantity"] == "val_loss"].to_dict("records")
+    rows = found.table[found.table["quantity"] == "val_loss"].to_dict("records")
     parts = [
         f"At N = {human(row['N'])}, D = {human(row['D'])} ({row['distance']:.3g} times beyond the table) a loss of "
         f"{row['value']:.4g} [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]."
@@ -184,9 +185,9 @@ def _forecast(study: Study) -> str:
     return f"{' '.join(parts)} Intervals: {100 * CONFIDENCE:.0f} %, of one run.{repeats}"
 
 
-def _next(study: Study) -> str:
-    """The first thing that the table lacks."""
-    joint, usable = study.fits.get("ND"), study.usable
+def _next(study: Study, joint: Fit | None) -> str:
+    """Name the first thing that the table lacks."""
+    usable = study.usable
     if joint is None:
         return "A grid of at least three sizes by three budgets, each with a validation loss."
     for v, other, names, noun in (("N", "D", ("alpha", "aN"), "sizes"), ("D", "N", ("beta", "aD"), "budgets")):
@@ -200,9 +201,9 @@ def _next(study: Study) -> str:
     if "seed" in usable and not varies(usable["seed"]):
         smallest = human(joint.ranges["N"][0])
         seeds = f" Add a second seed of the cheapest size ({smallest} parameters), to tell noise from misfit."
-    if study.proposal is None:
+    if (proposal := study.get("next runs")) is None:
         return f"A run beyond the largest one: no smaller run narrows its forecast for less.{seeds}"
-    return _proposal_words(study.proposal) + seeds
+    return _proposal_words(proposal) + seeds
 
 
 def _proposal_words(proposal: Proposal) -> str:
