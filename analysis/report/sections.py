@@ -11,7 +11,7 @@ import pandas as pd
 from aimscale.analysis.accuracy.result import Correlations
 from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.ahead import Ahead, record, record_words, scale_words
+from aimscale.analysis.forecasts.forecast import Forecast, scale_words
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, plot_published
 from aimscale.analysis.plots.scaling import plot_points
 from aimscale.analysis.plots.training import plot_curves
@@ -300,7 +300,7 @@ def _laws(study: Study) -> Iterator[Part]:
         yield result_block("repeats", title, worth, note=note)
 
 
-def _forecast_block(found: Ahead) -> Block:
+def _forecast_block(found: Forecast) -> Block:
     """Lay out loss and accuracies at the page's scales, accuracies as fractions, with the record of such forecasts."""
     cells = []
     for row in found.table.to_dict("records"):
@@ -316,10 +316,8 @@ def _forecast_block(found: Ahead) -> Block:
                 "single laws": f"{ends['rival_lo']} to {ends['rival_hi']}",
             }
         )
-    is_alike = found.loss.is_usual and found.loss.stack.is_tested  # as the tables that the record is of
-    several, far = len(found.forecasters) > 1, found.table["distance"].unique() if is_alike else ()
-    fared = dict.fromkeys(words for each in far for words in record_words(record(float(each)), accuracies=several))
-    note, facts = "".join(f"{words}. " for words in fared), found.loss.stack.facts()
+    fared = dict.fromkeys(words for far in found.table["distance"].unique() for words in found.record(float(far)))
+    note, facts = "".join(f"{words}. " for words in fared), found.loss.facts()
     return result_block("forecasts", "Forecasts", found, cells=cells, note=note, facts=facts)
 
 

@@ -28,13 +28,14 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.ahead import forecast
-from aimscale.analysis.forecasts.points import AUTO, forecaster
-from aimscale.analysis.frontier.approaches import Gap, all_approaches, gap, gap_to_loss
-from aimscale.analysis.frontier.measured import isoflop_budgets, with_budgets
-from aimscale.analysis.frontier.result import points_of
+from aimscale.analysis.forecasts.forecast import forecast
+from aimscale.analysis.forecasts.forecaster import forecaster
+from aimscale.analysis.forecasts.points import AUTO
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
+from aimscale.analysis.optimum.approaches import Gap, frontier, gap, gap_to_loss
+from aimscale.analysis.optimum.cost import points_of
+from aimscale.analysis.optimum.measured import isoflop_budgets, with_budgets
 from aimscale.analysis.published.comparison import compare, read_baselines
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
@@ -228,7 +229,7 @@ def _laws(study: Study) -> Iterator[Work]:
     joint = dataclasses.replace(joint, heldout=tests, flags=said_once((*joint.flags, *study.flags)))
     study.results["law", ""] = joint
     if study.has_compute:
-        yield "compute-optimal frontier", "", partial(all_approaches, usable, law=joint)
+        yield "compute-optimal frontier", "", partial(frontier, usable, law=joint)
     if laws is None:
         study.results["forecast", ""] = study.results["forecaster", ""]
     else:
@@ -308,7 +309,7 @@ def _gap(study: Study, name: str) -> Gap | None:
     by_loss = study.get("compute-optimal frontier")
     try:
         rows, y = to_minimise(evenly(study.usable), name)
-        found = all_approaches(rows, y=y, **options)
+        found = frontier(rows, y=y, **options)
         return gap(found, by_loss) if rows[y].notna().all() else gap_to_loss(found, rows, y, **options)
     except AnalysisError:
         raise AnalysisError(f"not known; aimscale frontier --y {name} says why") from None

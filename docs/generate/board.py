@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.forecasts.ahead import records
+from aimscale.analysis.forecasts.forecast import records
 
 ROOT = Path(__file__).parents[2]
 SCORES = ROOT / "docs/board.csv"
@@ -53,7 +53,7 @@ def _by_distance() -> pd.DataFrame:
             "accuracies inside, %": f"{100 * each.accuracy_inside:.0f}",
             "error, points": f"{100 * each.accuracy_error:.1f}",
         }
-        for each in records()
+        for each in records().itertuples()
     ]
     return pd.DataFrame(rows)
 

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from tables import KNOWN, law_grid
 
-from aimscale.analysis import all_approaches
-from aimscale.analysis.frontier.approaches import apart_flags
-from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier, isoflop_points
-from aimscale.analysis.frontier.result import NoFrontier
+from aimscale.analysis import frontier
+from aimscale.analysis.optimum.approaches import apart_flags
+from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier, isoflop_points
+from aimscale.analysis.optimum.result import NoFrontier
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
 EXPONENT = 0.36 / 0.70
@@ -24,7 +24,7 @@ def surface() -> pd.DataFrame:
 
 def test_three_approaches_find_the_known_exponent(surface):
     surface["N"] = surface["N"].round(-3)  # rows of equal compute lie on the diagonals
-    found = all_approaches(surface)
+    found = frontier(surface)
     assert [f.approach for f in found.frontiers] == [1, 2, 3]
     for f, slack in zip(found.frontiers, (0.03, 0.02, 0.003), strict=True):
         assert f.exponent == pytest.approx(EXPONENT, abs=slack)
@@ -98,7 +98,7 @@ def test_budgets_are_shared_rows_not_chains_of_neighbours(known_study):
 
 
 def test_approaches_that_disagree_are_named(grid):
-    found = all_approaches(grid)
+    found = frontier(grid)
     first, *_, last = found.frontiers
     narrow = [
         replace(f, exponent_interval=replace(f.exponent_interval, low=low, high=low + 0.05))

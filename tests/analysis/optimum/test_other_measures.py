@@ -9,10 +9,10 @@ from tables import law_grid
 
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.frontier.approaches import all_approaches, gap, gap_to_loss
-from aimscale.analysis.frontier.measured import envelope_frontier
-from aimscale.analysis.frontier.parametric import optimum_of, parametric_frontier, sizes_along
-from aimscale.analysis.frontier.result import Cost, NoFrontier
+from aimscale.analysis.optimum.approaches import frontier, gap, gap_to_loss
+from aimscale.analysis.optimum.measured import envelope_frontier
+from aimscale.analysis.optimum.parametric import optimum_of, parametric_frontier, sizes_along
+from aimscale.analysis.optimum.result import Cost, NoFrontier
 from aimscale.analysis.table.measures import to_minimise
 from aimscale.analysis.words import Flag
 
@@ -33,7 +33,7 @@ def probed() -> pd.DataFrame:
 def test_a_probe_has_an_optimum_of_its_own(probed):
     df, y = to_minimise(probed, "pets:linear")
     np.testing.assert_allclose(df[y], [1 - row[0]["top1"] for row in probed["probes"]])
-    by_error, by_loss = all_approaches(df, y=y), all_approaches(df)
+    by_error, by_loss = frontier(df, y=y), frontier(df)
     assert by_error.measure == "linear-probe error on pets"
     found = gap(by_error, by_loss)
     cost = Cost(kappa=6.0, s=0.0)
@@ -94,7 +94,7 @@ def test_a_sample_that_costs_more_than_its_size_moves_the_optimum():
 
 def test_an_exponent_that_a_law_cannot_change_has_no_interval():
     df = grid_of(laws.OVERTRAINED, {"E": 1.5, "a": 300.0, "b": 900.0, "h": 0.15})
-    found = all_approaches(df, law="overtrained")
+    found = frontier(df, law="overtrained")
     last = found.frontiers[-1]
     assert (last.approach, last.exponent) == (3, pytest.approx(0.5, abs=1e-3))
     assert not last.exponent_interval.is_known
@@ -127,13 +127,13 @@ def test_a_law_without_an_optimum_says_so(probed):
     flag = refused.value.flags[0]
     assert (flag.kind, flag.subject, flag.number) == ("no_minimum", "overtrained", pytest.approx(probed["C"].min()))
     with pytest.raises(AnalysisError, match="N and D"):
-        all_approaches(probed, law="power_offset:C")
+        frontier(probed, law="power_offset:C")
 
 
 def test_failures_are_data(known_study):
     with pytest.raises(NoFrontier) as refused:
         envelope_frontier(known_study({"sizes": ["s1", "s2"], "seeds": [0]}))
     assert refused.value.flags == (Flag(kind="few_curves", number=2),)
-    found = all_approaches(known_study({"seeds": [0]}))
+    found = frontier(known_study({"seeds": [0]}))
     assert [(k, flags[0].kind) for k, flags in found.failures.items()] == [(1, "one_size"), (2, "few_minima")]
     assert found.to_dict()["failures"]["2"][1]["kind"] == "few_sizes"

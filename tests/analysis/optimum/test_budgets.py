@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aimscale.analysis.frontier.measured import isoflop_budgets, isoflop_frontier
+from aimscale.analysis.optimum.measured import isoflop_budgets, isoflop_frontier
 
 BOARD = Path(__file__).parents[2] / "board"
 
