@@ -9,7 +9,8 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from aimscale.analysis.errors import AnalysisError
@@ -25,6 +26,22 @@ WIDE = 1000
 """Columns where there is no terminal, and lines are as long as they are."""
 MAX_WIDTH = 120
 """Columns that a table takes at most, with and without a terminal."""
+
+
+class Drawing:
+    """A method that draws a result, by a function of `plots`: that stands above results and is imported when asked for.
+
+    `help(Fit.plot)` shows the function's options.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        """Module of `plots` and function, as in "scaling.plot_fit"."""
+
+    def __get__(self, result: Any, owner: type | None = None) -> Callable[..., Figure]:
+        module, _, function = self.name.partition(".")
+        draw = getattr(importlib.import_module(f"aimscale.analysis.plots.{module}"), function)
+        return draw if result is None else MethodType(draw, result)
 
 
 class Result:
@@ -58,17 +75,12 @@ class Result:
         return f"{above}\n\n{text_table(self.cells())}"
 
     def plot(self, **options: Any) -> Figure:
-        """Draw its figure by the public function of its name, such as `plot_fit`, which says what options there are.
+        """Draw its figure, where the class of the result has one.
 
         Raises:
             AnalysisError: nothing draws this kind of result.
         """
-        name = type(self).__name__
-        # Results stand below the figures and import none of them.
-        draw = getattr(importlib.import_module("aimscale.analysis"), f"plot_{name.lower()}", None)
-        if draw is None:
-            raise AnalysisError(f"There is no figure of a {name}; draw its .table yourself.")
-        return draw(self, **options)
+        raise AnalysisError(f"There is no figure of a {type(self).__name__}; draw its .table yourself.")
 
     def to_dict(self) -> dict[str, Any]:
         """Give its fields in plain types, tables as rows, and its words; fields of `repr=False` are left out."""

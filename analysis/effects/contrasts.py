@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, plain_fields
+from aimscale.analysis.display import Drawing, Result, plain_fields
 from aimscale.analysis.effects.paired import LEAST_SIZES, Paired, hits_of, mean_over_pairs, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.design import (
@@ -119,6 +119,8 @@ class Contrast(Result):
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Contrasts(Result):
     """All levels of a column against the baseline."""
+
+    plot = Drawing("intervals.plot_contrasts")
 
     by: str
     baseline: str

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, plain_fields, plain_types
+from aimscale.analysis.display import Drawing, Result, plain_fields, plain_types
 from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate
 from aimscale.analysis.fitting.objectives import Objective
@@ -99,6 +99,8 @@ class HeldOut(Result):
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Fit(Result):
     """A fitted law."""
+
+    plot = Drawing("scaling.plot_fit")
 
     law: Law
     objective: Objective

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, fact_lines, text_table
+from aimscale.analysis.display import Drawing, Result, fact_lines, text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.forecasts.curves import Cache
@@ -30,6 +30,8 @@ _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Forecast(Result):
     """Forecasts at one scale or several."""
+
+    plot = Drawing("scaling.plot_forecast")
 
     table: pd.DataFrame
     """One row a scale and quantity: at (its number), the scale's variables, quantity (a column, or TASK:KIND for an

@@ -12,11 +12,11 @@ from aimscale.analysis.accuracy.result import Correlations
 from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecast import Forecast, scale_words
-from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, plot_published
+from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
 from aimscale.analysis.plots.scaling import plot_points
 from aimscale.analysis.plots.training import plot_curves
-from aimscale.analysis.published.comparison import ADAPTED, CHOSEN, LAST, PROTOCOL, Comparison, share_cells
-from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, published_frame, table6
+from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, Comparison, share_cells
+from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, table6
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block, table_block
 from aimscale.analysis.report.pictures import PictureRow, picture_rows
 from aimscale.analysis.report.runs import provenance, settings, what_was_run
@@ -232,21 +232,9 @@ def _published(study: Study) -> Iterator[Part]:
         return
     tasks = found.tasks
     if "params_total" in tasks:
-        blocks = LAST if (tasks["blocks"] == LAST).any() else tasks["blocks"].iloc[0]
-        sizes = published_frame().set_index("size")["params_total"]
-        aim = [
-            {"task": task, "params_total": num, "top1": table6().loc[name, task]}
-            for name, num in zip(map(str, sizes.index), sizes, strict=True)
-            for task in tasks["task"].unique()
-        ]
-        words = {CHOSEN: ", on chosen blocks", LAST: ", on the last blocks"}
-        caption = (
-            f"Attentive probe, frozen features: these runs at their largest budgets{words.get(blocks, '')}, AIM on its "
-            "last six blocks."
-        )
-        figure = plot_published(tasks[tasks["blocks"] == blocks], pd.DataFrame(aim))
+        caption = "Attentive probe, frozen features: these runs at their largest budgets, AIM on its last six blocks."
         title = "Beside the published AIM models"
-        yield PageFigure(key="published-models", title=title, caption=caption, figure=figure)
+        yield PageFigure(key="published-models", title=title, caption=caption, figure=found.plot())
     note = (
         "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks "
         "stand beside AIM-7B's last six, chosen ones beside its best six."

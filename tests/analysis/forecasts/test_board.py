@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from aimscale.analysis.forecasts.ahead import record, records
 from experiments.board import (
     LOSS,
     STACK,
@@ -19,7 +20,6 @@ from experiments.board import (
 )
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.ahead import record, records
 
 BOARD = Path(__file__).parents[2] / "board"
 FEW = ("steplaw", "olmo-piqa", "olmo-csqa", "gadre-c4-trained-c4")

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from aimscale.analysis.forecasts.stack import TERMS, Fitter, stacked
 from tables import KNOWN, law_grid
 
 from aimscale.analysis import forecast, forecaster, laws, read_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.curves import Curve, Measurements
-from aimscale.analysis.forecasts.stack import TERMS, Fitter, stacked
 
 BOARD = Path(__file__).parents[2] / "board"
 TRUTH = KNOWN | {"alpha": 0.38, "beta": 0.40}
