@@ -86,6 +86,15 @@ class Forecast(Result):
         is_alike = self.loss.is_usual and self.loss.is_tested
         return record_words(distance, accuracies=len(self.forecasters) > 1) if is_alike else []
 
+    def cells(self) -> list[dict[str, str]]:
+        """Write a row a scale and quantity, accuracies as fractions."""
+        rows = self.table.to_dict("records")
+        places = [{"quantity": "", "of a run at": scale_words(self.scales[row["at"]])} for row in rows]
+        return [
+            place | self._cells(row) | {"times beyond the table": human(row["distance"])}
+            for place, row in zip(places, rows, strict=True)
+        ]
+
     def _cells(self, row: Mapping[Any, Any]) -> dict[str, str]:
         several = len(self.forecasters[row["quantity"]].curves) > 1
         return {
@@ -169,7 +178,7 @@ def record_words(distance: float, *, accuracies: bool = False) -> list[str]:
     if distance <= 1:
         return []
     rows = records()
-    row = rows.iloc[min(int((rows["high"] < distance).sum()), len(rows) - 1)]
+    row = rows.iloc[min(int((rows["high"] < 0.999 * distance).sum()), len(rows) - 1)]
     inside, error = f"{percent(row['inside'])} of losses", percent(row["error"])
     if accuracies:
         inside += f" and {percent(row['accuracy_inside'])} of accuracies"

@@ -22,11 +22,12 @@ from aimscale.analysis.report.blocks import Block, PageFigure, sort_key
 from aimscale.analysis.report.pictures import PictureRow
 from aimscale.analysis.report.sections import Section, sections
 from aimscale.analysis.report.study import Progress, Study, study_tables
-from aimscale.analysis.report.verdict import symbol, verdict
+from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.read import read_tables
 from aimscale.analysis.table.schema import written_aside
 
+GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -129,7 +130,7 @@ def render(study: Study, laid_out: Sequence[Section]) -> str:
 def maths(value: str) -> markupsafe.Markup:
     """Write a sentence as HTML: escape it, then raise exponents, write Greek letters, minus signs, no lonely %."""
     safe = str(markupsafe.escape(value))
-    safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: symbol(found[0]), safe)
+    safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: GREEK[found[0]], safe)
     safe = _raised(safe)
     safe = re.sub(r"(?<![\w.)\]-])-(?=\d)", "−", safe)
     return markupsafe.Markup(safe.replace(" %", "\u00a0%"))

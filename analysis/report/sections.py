@@ -11,7 +11,6 @@ import pandas as pd
 from aimscale.analysis.accuracy.result import Correlations
 from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.forecast import Forecast, scale_words
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
 from aimscale.analysis.plots.scaling import plot_points
 from aimscale.analysis.plots.training import plot_curves
@@ -25,7 +24,7 @@ from aimscale.analysis.table.design import DESIGN, design_columns, varies
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import loss_unit, probe_frame
 from aimscale.analysis.table.schema import MFU, described
-from aimscale.analysis.words import accuracy_of, flag_words, human, kind_name
+from aimscale.analysis.words import accuracy_of, flag_words, kind_name
 
 Part = str | PageFigure | Block | PictureRow
 """A paragraph, a figure, a result, or a row of pictures."""
@@ -159,10 +158,6 @@ def _loss_accuracy(study: Study) -> Iterator[Part]:
     probes, found = study.probes, study.all("correlation of loss with")
     if probes.empty or "val_loss" not in probes or probes["val_loss"].isna().all():
         return
-    for name, each in found.items():
-        task, _, kind = name.rpartition(":")
-        if kind == study.kinds[0]:  # figures show the others
-            yield _correlation_words(f"{accuracy_of(kind)} on {task}", each)
     for kind in study.kinds:
         rows = probes[probes["kind"] == kind]
         mine = {task: f"{task}:{kind}" for task in dict.fromkeys(rows["task"])}
@@ -177,26 +172,19 @@ def _loss_accuracy(study: Study) -> Iterator[Part]:
         )
         figure, title = plot_loss_accuracy(rows, correlations, links), f"Loss against {accuracy_of(kind)}"
         yield PageFigure(key=html_id("loss-accuracy", kind), title=title, caption=caption, figure=figure)
+        for task, each in correlations.items() if kind == study.kinds[0] else ():  # figures show the others
+            title = _correlation_verdict(f"{accuracy_of(kind)} on {task}", each)
+            yield result_block(html_id("correlation", mine[task]), title, each, is_open=False)
 
 
-def _correlation_words(what: str, found: Correlations) -> str:
-    """Say how loss and one task's accuracy go together: at equal compute, over all rows and within a size."""
+def _correlation_verdict(what: str, found: Correlations) -> str:
+    """Say whether loss and one task's accuracy go together at equal compute, or over all rows."""
     first, *_ = found
-    place = "At equal compute" if first.partial_on else "Over all rows"
-    if first.value != first.value:
-        verdict = f"{place} nothing is left to correlate validation loss with {what}"
-    elif not first.is_significant:
-        verdict = f"{place} no significant correlation of validation loss with {what}"
-    else:
-        verdict = f"{place} lower validation loss goes with {'higher' if first.value < 0 else 'LOWER'} {what}"
-    told: dict[str, list[str]] = {}
-    for c in found:
-        follow = ", where both follow compute" if first.partial_on else ""
-        name = "at equal compute" if c.partial_on else "within a size" if c.within else f"over all rows{follow}"
-        told.setdefault(name, []).append(f"{c.method.capitalize()} {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]")
-    parts = "; ".join(f"{name} {', '.join(each)}" for name, each in told.items())
-    cautions = dict.fromkeys(f" {_capital(each)}." for c in found for each in c.cautions())
-    return f"{verdict} ({first.num_points} points): {parts}.{''.join(cautions)}"
+    how = f"lower validation loss goes with {'higher' if first.value < 0 else 'LOWER'} {what}"
+    if not first.is_significant:
+        how = f"no significant correlation of validation loss with {what}"
+    place, ends = "At equal compute" if first.partial_on else "Over all rows", f"[{first.low:.2f}, {first.high:.2f}]"
+    return f"{place} {how}: {first.value:.2f} {ends}"
 
 
 def _capital(words: str) -> str:
@@ -270,7 +258,8 @@ def _laws(study: Study) -> Iterator[Part]:
     """Lay out the forecasts, the left-out scales, the laws and the worth of repeats."""
     found, joint, worth = study.get("forecast"), study.get("law"), study.get("worth of repeats")
     if found is not None:
-        yield _forecast_block(found)
+        fared = dict.fromkeys(words for far in found.table["distance"].unique() for words in found.record(float(far)))
+        yield result_block("forecasts", "Forecasts", found, note="".join(f"{words}. " for words in fared))
     if joint is not None and joint.heldout:
         points = [test.predictions.assign(left_out=f"largest {test.variable}") for test in joint.heldout]
         lines = [test.sentence() for test in joint.heldout]
@@ -286,27 +275,6 @@ def _laws(study: Study) -> Iterator[Part]:
         title, sample = f"What repeated {worth.sample}s are worth", worth.sample
         note = f"{worth.fit.law.formula}. Worth of pass k, and of all k passes, in passes over new {sample}s."
         yield result_block("repeats", title, worth, note=note)
-
-
-def _forecast_block(found: Forecast) -> Block:
-    """Lay out loss and accuracies at the page's scales, accuracies as fractions, with the record of such forecasts."""
-    cells = []
-    for row in found.table.to_dict("records"):
-        task, _, kind = row["quantity"].partition(":")
-        ends = {name: human(row[name]) for name in ("pi_lo", "pi_hi", "rival_lo", "rival_hi")}
-        cells.append(
-            {
-                "quantity": f"{accuracy_of(kind)} on {task}" if kind else "loss",
-                "of a run at": scale_words(found.scales[row["at"]]),
-                "value": human(row["value"], 4),
-                "95 % interval": f"{ends['pi_lo']} to {ends['pi_hi']}",
-                "times beyond the table": human(row["distance"]),
-                "single laws": f"{ends['rival_lo']} to {ends['rival_hi']}",
-            }
-        )
-    fared = dict.fromkeys(words for far in found.table["distance"].unique() for words in found.record(float(far)))
-    note, facts = "".join(f"{words}. " for words in fared), found.loss.facts()
-    return result_block("forecasts", "Forecasts", found, cells=cells, note=note, facts=facts)
 
 
 def _changes(study: Study) -> Iterator[Part]:

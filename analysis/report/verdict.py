@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.identification import num_values
@@ -19,7 +18,6 @@ from aimscale.analysis.table.points import passes_flags
 from aimscale.analysis.words import EXPONENTS, Flag, held_out_cautions, human, percent
 
 Colour = Literal["green", "amber", "red"]
-GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
 MAX_REASONS = 4
 """Reasons told on the first line; the others are flags of the fits below."""
 SMALL, SIZED = 1.0, ("scatter", "pattern", "off")
@@ -30,14 +28,13 @@ choice among rates that biases losses by part of their noise, groups so few that
 HEADS = {"green": "Yes", "amber": "With care", "red": "No"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
+class Line(NamedTuple):
     """One of the five."""
 
     question: str
     answer: str
     colour: Colour | None = None
-    """Of the first line: how far to trust the rest."""
+    """How far to trust the rest; of the first line."""
 
 
 def verdict(study: Study) -> tuple[Line, ...]:
@@ -46,16 +43,13 @@ def verdict(study: Study) -> tuple[Line, ...]:
     colour, reasons = trust(joint, frontier)
     num_more = len(reasons) - MAX_REASONS
     more = [f"{num_more} more stand{'s' * (num_more == 1)} below, with the law."] if num_more > 0 else []
+    trusted = f"{HEADS[colour]}. {' '.join([*reasons[:MAX_REASONS], *more])}"
     return (
-        Line(
-            question="Can it be trusted?",
-            answer=f"{HEADS[colour]}. {' '.join([*reasons[:MAX_REASONS], *more])}",
-            colour=colour,
-        ),
-        Line(question="The law", answer=" ".join(_law(study, joint))),
-        Line(question="Best split", answer=_split(study, frontier)),
-        Line(question="Forecast", answer=_forecast(study)),
-        Line(question="What to run next", answer=_next(study, joint)),
+        Line("Can it be trusted?", trusted, colour),
+        Line("The law", " ".join(_law(study, joint)) if joint else "None."),
+        Line("Best split", _split(study, frontier)),
+        Line("Forecast", _forecast(study)),
+        Line("What to run next", _next(study, joint)),
     )
 
 
@@ -67,28 +61,24 @@ def trust(joint: Fit | None, frontier: Approaches | None) -> tuple[Colour, list[
     """
     if joint is None:
         return "red", ["No joint law of parameters and data could be fitted."]
-    exponents = exponents_of(joint)
+    exponents = [name for name in EXPONENTS if name in joint.params]
     unknown = [p for p in exponents if p in joint.not_identified]
-    fatal = [f"{symbol(p)} is not identified." for p in unknown]
+    fatal = [f"{p} is not identified." for p in unknown]
     tests, blind = ([test for test in joint.heldout if test.is_test is sound] for sound in (True, False))
     failures = list(held_out_cautions(tests or blind)) if joint.heldout else ["No scale could be left out to test it."]
     silent = held_out_cautions(blind if tests else ())
     if joint.heldout and not any(test.is_better for test in joint.heldout):
         fatal.append("A straight line in log-log predicts the left-out scales as well.")
     flags = [f for f in joint.flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
-    small = [flag for flag in flags if not failures and _is_small(flag)]
+    tiny = [f for f in flags if f.kind in HARMLESS or (f.kind in SIZED and abs(f.number) < SMALL)]
+    small = [] if failures else tiny
     apart = map(str, frontier.flags) if frontier else ()
     cautions = [*failures, *apart, *(str(flag) for flag in flags if flag not in small)]
     notes = [*silent, *(str(flag) for flag in small)]
     if fatal or cautions:
         return "red" if fatal else "amber", [*_left_out(joint), *fatal, *cautions, *notes]
-    named = " and ".join(map(symbol, exponents))
+    named = " and ".join(exponents)
     return "green", [f"{named} {'is' if len(exponents) == 1 else 'are'} identified.", *_left_out(joint), *notes]
-
-
-def exponents_of(joint: Fit) -> list[str]:
-    """Name the exponents of N and D, whatever the law calls them."""
-    return [name for name in EXPONENTS if name in joint.params]
 
 
 def _left_out(joint: Fit) -> list[str]:
@@ -98,28 +88,13 @@ def _left_out(joint: Fit) -> list[str]:
     largest = " and ".join(test.variable for test in joint.heldout)
     laws = " and ".join(percent(test.mean_abs_relative_error) for test in joint.heldout)
     lines = " and ".join(percent(test.naive_mean_abs_relative_error) for test in joint.heldout)
-    points = sum(test.num_test for test in joint.heldout)
-    are = "is" if len(joint.heldout) == 1 else "are"
-    counted = f"{points} point{'s' * (points > 1)}"
-    return [f"Left out, the largest {largest} {are} predicted to {laws} ({counted}; a straight line: {lines})."]
+    points, are = sum(test.num_test for test in joint.heldout), "is" if len(joint.heldout) == 1 else "are"
+    counted = f"{points} point{'s' * (points > 1)}; a straight line: {lines}"
+    return [f"Left out, the largest {largest} {are} predicted to {laws} ({counted})."]
 
 
-def _is_small(flag: Flag) -> bool:
-    """Tell whether a law that predicts what was left out can be used in spite of a flag."""
-    return flag.kind in HARMLESS or (flag.kind in SIZED and abs(flag.number) < SMALL)
-
-
-def symbol(name: str) -> str:
-    """Write the Greek letter of a parameter that carries its name."""
-    return GREEK.get(name, name)
-
-
-def _law(study: Study, joint: Fit | None) -> Iterator[str]:
-    if joint is None:
-        yield "None."
-        return
-    shown = [*exponents_of(joint), *(["E"] if "E" in joint.params else [])]
-    values = ", ".join(joint.equation(name, symbol(name)) for name in shown)
+def _law(study: Study, joint: Fit) -> Iterator[str]:
+    values = ", ".join(joint.equation(name, name) for name in (*EXPONENTS, "E") if name in joint.params)
     whose = f" {study.whose}" if study.whose else ""
     yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{whose}: {values}."
     if (laws := study.get("forecaster")) is not None:
@@ -145,14 +120,15 @@ def _split(study: Study, found: Approaches | None) -> str:
         return f"Not known: {why}."
     top, best = found.largest_budget, found.frontiers[-1]
     at = best.at(top).iloc[0]
+    n, n_lo, n_hi, d = (human(at[name]) for name in ("N", "N_lo", "N_hi", "D"))
     law = f" on the {best.law.law.name} law" if best.approach == 3 and best.law is not None else ""
     several = len(found.frontiers) > 1
     exponents = [f"C^{f.exponent_words()}{f' (approach {f.approach})' * several}" for f in found.frontiers]
     apart = f" There they differ by a factor of {found.disagreement(top):.2g} in N." if several else ""
     repeats = "".join(f" {flag}" for flag in passes_flags(study.usable, "This D", {"D": at["D"]}))
     return (
-        f"At {human(top)} FLOP: N = {human(at['N'])} [{human(at['N_lo'])}, {human(at['N_hi'])}], D = {human(at['D'])}, "
-        f"by approach {best.approach}{law}. N grows as {', '.join(exponents)}.{apart}{repeats}{_for_features(study)}"
+        f"At {human(top)} FLOP: N = {n} [{n_lo}, {n_hi}], D = {d}, by approach {best.approach}{law}. "
+        f"N grows as {', '.join(exponents)}.{apart}{repeats}{_for_features(study)}"
     )
 
 
@@ -172,15 +148,15 @@ def _for_features(study: Study) -> str:
 def _forecast(study: Study) -> str:
     if (found := study.get("forecast")) is None:
         return "None without a law."
-    rows = found.table[found.table["quantity"] == "val_loss"].to_dict("records")
-    parts = [
-        f"At N = {human(row['N'])}, D = {human(row['D'])} ({row['distance']:.3g} times beyond the table) a loss of "
-        f"{row['value']:.4g} [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]."
-        for row in rows
-    ]
-    flags = [f for row in rows for f in passes_flags(study.usable, f"D = {human(row['D'])}", {"D": row["D"]})]
-    repeats = "".join(f" {flag}" for flag in flags)
-    return f"{' '.join(parts)} Intervals: {100 * CONFIDENCE:.0f} %, of one run.{repeats}"
+    parts, repeats = list[str](), list[Flag]()
+    for row in found.table[found.table["quantity"] == "val_loss"].to_dict("records"):
+        n, d = human(row["N"]), human(row["D"])
+        parts.append(
+            f"At N = {n}, D = {d} ({row['distance']:.3g} times beyond the table) a loss of {row['value']:.4g} "
+            f"[{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]."
+        )
+        repeats += passes_flags(study.usable, f"D = {d}", {"D": row["D"]})
+    return " ".join([*parts, f"Intervals: {percent(CONFIDENCE)}, of one run.", *map(str, repeats)])
 
 
 def _next(study: Study, joint: Fit | None) -> str:
@@ -192,7 +168,7 @@ def _next(study: Study, joint: Fit | None) -> str:
         for name in joint.not_identified.intersection(names):
             (low, high), num = joint.ranges[v], num_values(joint.data[v].to_numpy())
             return (
-                f"More {noun}: {symbol(name)} is not identified by {num} of them over a factor of {high / low:.3g}. "
+                f"More {noun}: {name} is not identified by {num} of them over a factor of {high / low:.3g}. "
                 f"At the largest {other}, go on below {human(low)} or beyond {human(high)}."
             )
     seeds = ""

@@ -187,7 +187,7 @@ def test_loss_and_accuracies_are_forecast(page):
     assert len(re.findall(r"N = \S+, D = \S+", table)) == 2 * 3  # the loss and two tasks by the first kind of probe
     assert "3 to 10 times beyond" in table, "the record at the distance of the nearer forecast"
     assert "30 to 100 times beyond" in table
-    assert re.search(r"attentive-probe accuracy on digitsN = 40M, D = 320k0\.\d{4}0\.\d+ to 0\.\d+100", table)
+    assert re.search(r"digits:attentiveN = 40M, D = 320k0\.\d+\[0\.\d+, 0\.\d+\].*100", table)
 
 
 def test_formulas_are_set_wherever_they_stand(page):

@@ -122,7 +122,7 @@ def test_laws_are_of_the_main_grid_alone_and_every_answer_has_its_section(known_
     assert "none is worse" in text
     assert "a repeat is worth half of a new image" in text
     assert "between seeds" in text
-    assert "within a size" in text
+    assert "within size" in text
     for key in ("changes", "noise", "contrast-prefix", "contrast-kind", "repeats"):
         assert f'id="{key}"' in page, key
     ids = re.findall(r'\sid="([^"]+)"', page)
