@@ -48,11 +48,6 @@ class Curve:
         """Number of parameters."""
         return len(self.law.problem.law.parameters) + (int(self.link.problem.movable.sum()) if self.link else 0)
 
-    @property
-    def num_runs(self) -> float:
-        """Effective number of points behind the weighted fit."""
-        return self.law.num_runs
-
     def predict(self, x: Mapping[str, Array]) -> tuple[Array, Array]:
         """Return ln y (m,) at variables (m,) and the standard error (m,) that the parameters leave."""
         log_y, errors = self.law.modelled(x)
@@ -97,13 +92,8 @@ def _fit_laws(points: Points, cache: Cache) -> Curves:
 
 
 def _link(of_loss: Mapping[str, Curve], points: Points) -> dict[str, Curve]:
-    """Lead every curve of the loss to error rates by one sigmoid.
-
-    It starts at chance, where that is known, and passes through (ideal, 1) as through one more point.
-
-    Raises:
-        AnalysisError: too few points for its parameters.
-    """
+    """Lead every curve of the loss to error rates by one sigmoid, from chance, where that is known, and through
+    (ideal, 1) as through one more point."""
     assert points.loss is not None
     loss, accuracy, compute, groups = points.loss, 1 - points.y, points.compute, points.groups
     if points.ideal is not None and points.ideal < loss.min():
@@ -126,11 +116,7 @@ def _estimate(
     groups: Groups,
     fixed: dict[str, float] | None = None,
 ) -> Estimate:
-    """Fit a law, weighted by compute.
-
-    Raises:
-        AnalysisError: too few points for the parameters, or no finite optimum.
-    """
+    """Fit a law, weighted by compute."""
     columns = Columns({v: x[v] for v in law.variables})
     law = law.centred(columns) if law.centred is not None else law
     problem = make_problem(law, dict(columns), y, objective, weights=compute / compute.mean(), fixed=fixed)

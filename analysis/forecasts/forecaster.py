@@ -115,20 +115,12 @@ class Forecaster(Result):
     def table(self) -> pd.DataFrame:
         """One row a curve, the heaviest first: curve, num_params, weight, backtest_error, noise, reason."""
         errors = self.backtests.groupby("curve")["error"].median()
-        rows = [
-            {
-                "curve": name,
-                "num_params": curve.num_params,
-                "weight": self.weights[name],
-                "backtest_error": errors.get(name, np.nan),
-                "noise": curve.noise,
-                "reason": "",
-            }
-            for name, curve in self.curves.items()
-        ]
-        table = pd.DataFrame(rows).sort_values("weight", ascending=False, ignore_index=True)
+        rows = []
+        for name in sorted(self.curves, key=lambda name: -self.weights[name]):
+            row = {"curve": name, "num_params": self.curves[name].num_params, "weight": self.weights[name]}
+            rows.append({**row, "backtest_error": errors.get(name, np.nan), "noise": self.curves[name].noise})
         lost = [{"curve": name, "weight": 0.0, "reason": why} for name, why in self.missing.items()]
-        return pd.concat([table, pd.DataFrame(lost)], ignore_index=True) if lost else table
+        return pd.DataFrame([*(row | {"reason": ""} for row in rows), *lost])
 
     def predict(self, at: Mapping[str, Array | float]) -> pd.DataFrame:
         """Forecast at scales (m,), accuracies between chance and 1.
@@ -136,9 +128,6 @@ class Forecaster(Result):
         Returns:
             One row a scale: value; ci_lo, ci_hi of the curve and pi_lo, pi_hi of one measurement (95 %); distance;
             rival_lo, rival_hi, the lowest and highest curve; and the standard deviations of ln y of each of `TERMS`.
-
-        Raises:
-            AnalysisError: a variable is missing or unknown (`Points.place`).
         """
         x = self.points.place(at)
         share = np.array([self.weights[name] for name in self.curves])
@@ -154,32 +143,24 @@ class Forecaster(Result):
         }
         variances = np.square(np.array([parts[name] for name in TERMS]))
         reach = student.ppf(0.5 + CONFIDENCE / 2, DOF)
+        halves = {"ci": reach * np.sqrt(variances[1:].sum(axis=0)), "pi": reach * np.sqrt(variances.sum(axis=0))}
+        moves = {f"{name}_{end}": sign * half for name, half in halves.items() for end, sign in (("lo", -1), ("hi", 1))}
         with np.errstate(over="ignore"):
-            out = {"value": np.exp(centre)}
-            for name, terms in (("ci", variances[1:]), ("pi", variances)):
-                half = reach * np.sqrt(terms.sum(axis=0))
-                low, high = np.exp(centre - half), np.exp(centre + half)
-                if self.is_accuracy:  # as far on both sides: an error rate's logarithm has no end at 1
-                    low, high = out["value"] * (1 - half), out["value"] * (1 + half)
-                out |= {f"{name}_lo": low, f"{name}_hi": high}
-        ends = {"rival_lo": np.exp(logs.min(axis=0)), "rival_hi": np.exp(logs.max(axis=0))}
-        rows = pd.DataFrame({**out, "distance": distance, **ends, **parts})
-        return self._accuracies(rows) if self.is_accuracy else rows
-
-    def _accuracies(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Turn error rates and their ends into accuracies between chance and 1."""
-        turned = {"value": "value"} | {
-            f"{name}_{end}": f"{name}_{other}"
-            for name in ("ci", "pi", "rival")
-            for end, other in (("lo", "hi"), ("hi", "lo"))
-        }
-        return rows.assign(**{name: (1 - rows[of]).clip(self.points.chance or 0.0, 1) for name, of in turned.items()})
+            value, lowest, highest = np.exp([centre, logs.min(axis=0), logs.max(axis=0)])
+            if self.is_accuracy:  # ends as far on both sides: an error rate's logarithm has no end at 1
+                out = {"value": 1 - value, "rival_lo": 1 - highest, "rival_hi": 1 - lowest}
+                out |= {name: 1 - value + value * by for name, by in moves.items()}
+                out = {name: np.clip(each, self.points.chance or 0.0, 1) for name, each in out.items()}
+            else:
+                out = {"value": value, "rival_lo": lowest, "rival_hi": highest}
+                out |= {name: np.exp(centre + by) for name, by in moves.items()}
+        return pd.DataFrame({**out, "distance": distance, **parts})
 
     def facts(self) -> list[tuple[str, str]]:
         """List which curves there are, and what they missed by in backtests."""
         shown = self.table[self.table["weight"] > 0.005]
         pairs = zip(shown["curve"], shown["weight"], strict=True)
-        num_runs = human(next(iter(self.curves.values())).num_runs)
+        num_runs = human(next(iter(self.curves.values())).law.num_runs)
         off = "none: the table is too small to test laws on its own larger runs"
         if self.is_tested:
             cuts = " and ".join(f"1/{times:.0f}" for times in sorted(self.backtests["times"].unique()))
@@ -238,26 +219,19 @@ def accuracy_forecaster(
     Args:
         probed: rows of one probe on one task, as `probe_frame` gives them.
         cache: fits for other probes of the same runs; this one leaves its own there.
-
-    Raises:
-        AnalysisError: as `forecaster`.
     """
     errors = (1 - pd.to_numeric(probed["top1"], errors="coerce")).clip(lower=LEAST_ERROR)
     points, rows = table_points(probed.assign(**{"error rate": errors}), law, "error rate")
     losses = pd.to_numeric(rows[loss], errors="coerce").to_numpy(float) if loss in rows else np.zeros(len(rows))
-    levels = {name: task_level(rows, name) for name in ("chance", "ideal")}
-    points = replace(points, loss=losses if np.all(losses > 0) else None, **levels)
+    chance, ideal = (task_level(rows, name) for name in ("chance", "ideal"))
+    points = replace(points, loss=losses if np.all(losses > 0) else None, chance=chance, ideal=ideal)
     return replace(weigh(points, cache), calibration=ACCURACIES, is_accuracy=True)
 
 
 def weigh(
     points: Points, cache: Cache | None = None, fit: Callable[[Points, Cache], Curves] = fit_curves
 ) -> Forecaster:
-    """Weigh curves by backtests on the points themselves.
-
-    Raises:
-        AnalysisError: no curve can be fitted.
-    """
+    """Weigh curves by backtests on the points themselves."""
     cache = {} if cache is None else cache
     found = fit(points, cache)
     missing = {name: why for name, why in found.items() if isinstance(why, str)}
@@ -271,9 +245,11 @@ def weigh(
         if not _is_enough(points, below):
             continue
         known, test = points.rows(below), points.rows(~below)
-        fitted = {name: curve for name, curve in fit(known, cache).items() if name in curves and not isinstance(curve, str)}
-        off = {name: curve.predict(test.x)[0] - np.log(test.y) for name, curve in fitted.items()}
-        off = {name: miss for name, miss in off.items() if np.isfinite(miss).all()}
+        off = dict[str, Array]()
+        for name, curve in fit(known, cache).items():
+            if name in curves and not isinstance(curve, str):
+                miss = curve.predict(test.x)[0] - np.log(test.y)
+                off |= {name: miss} if np.isfinite(miss).all() else {}
         counts = {"times": times, "num_train": len(known.y), "num_test": len(test.y)}
         rows += [{**counts, "curve": name, "error": _rms(miss)} for name, miss in off.items()]
         misses.append((off, np.log(known.distance({**test.x, "C": test.compute}))))

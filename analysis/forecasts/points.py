@@ -53,9 +53,7 @@ class Points:
     def rows(self, keep: Array) -> Points:
         """Select some of the points (mask)."""
         x, loss = {v: values[keep] for v, values in self.x.items()}, None if self.loss is None else self.loss[keep]
-        return replace(
-            self, x=x, y=self.y[keep], compute=self.compute[keep], loss=loss, groups=self.groups.rows(keep)
-        )
+        return replace(self, x=x, y=self.y[keep], compute=self.compute[keep], loss=loss, groups=self.groups.rows(keep))
 
     @property
     def largest(self) -> dict[str, float]:
@@ -73,19 +71,15 @@ class Points:
         return tuple(dict.fromkeys(v for law in self.laws for v in law.variables))
 
     def place(self, at: Mapping[str, Array | float]) -> dict[str, Array]:
-        """Give scales (m,) every variable of the laws: C by the table's own cost of N and D, U = D (new data).
-
-        Raises:
-            AnalysisError: a variable is missing and cannot be told, or one is named that no law and no column knows.
-        """
+        """Give scales (m,) every variable of the laws: C by the table's own cost of N and D, U = D (new data)."""
         known = {*self.variables, "C", *(("N", "D", "U") if self.cost else ())}
         if unknown := [name for name in at if name not in known]:
             raise AnalysisError(f"The scale names {unknown[0]}, which is no variable; give {', '.join(sorted(known))}.")
         x = {v: np.atleast_1d(np.asarray(value, float)) for v, value in at.items()}
-        if self.cost is not None and "C" not in x and {"N", "D"} <= set(x):
-            x["C"] = self.cost.flops(x["N"], x["D"])
-        if "U" in self.variables and "U" not in x and "D" in x:
-            x["U"] = x["D"]
+        if self.cost is not None and {"N", "D"} <= set(x):
+            x = {"C": self.cost.flops(x["N"], x["D"]), **x}
+        if "U" in self.variables and "D" in x:
+            x = {"U": x["D"], **x}
         missing = [v for v in self.variables if v not in x]
         if missing := [v for v in missing if v != "C" or self.cost is None] or missing:  # N and D tell C
             example = ",".join(f"{v}=1e9" for v in missing)
@@ -94,11 +88,7 @@ class Points:
 
 
 def candidates(laws: Sequence[Law | str] | str, df: pd.DataFrame) -> list[Law]:
-    """Find the laws that names stand for: several with commas, `auto` (joint laws) or `auto:N` (laws of N alone).
-
-    Raises:
-        AnalysisError: an unknown name.
-    """
+    """Find the laws that names stand for: several with commas, `auto` (joint laws) or `auto:N` (laws of N alone)."""
     if not isinstance(laws, str):
         return [find_law(each) for each in laws]
     base, _, variable = laws.partition(":")
@@ -107,17 +97,15 @@ def candidates(laws: Sequence[Law | str] | str, df: pd.DataFrame) -> list[Law]:
     if variable:
         return [find_law(f"{law}:{variable}") for law in ONE_VARIABLE]
     pool, seen = (our_name(df, v) for v in ("U", "D"))
-    several = {pool, seen} <= set(df) and varies(df[pool])
-    repeats = several and (pd.to_numeric(df[seen], errors="coerce") / pd.to_numeric(df[pool], errors="coerce")).max()
-    return [find_law(law) for law in (*JOINT, *(WITH_REPEATS if repeats > REPEATS_FROM else ()))]
+    passes = 0.0
+    if {pool, seen} <= set(df) and varies(df[pool]):
+        numbers = df[[seen, pool]].apply(pd.to_numeric, errors="coerce")
+        passes = (numbers[seen] / numbers[pool]).max()
+    return [find_law(law) for law in (*JOINT, *(WITH_REPEATS if passes > REPEATS_FROM else ()))]
 
 
 def table_points(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str) -> tuple[Points, pd.DataFrame]:
-    """Collect the points of a table for these laws, and the rows that they are.
-
-    Raises:
-        AnalysisError: a column is missing, no row is usable, or the laws are of different variables than the table.
-    """
+    """Collect the points of a table for these laws, and the rows that they are."""
     df = with_compute(df)
     found = tuple(candidates(laws, df))
     if y not in df.columns:

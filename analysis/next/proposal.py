@@ -268,7 +268,7 @@ def propose(
 
 
 def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4) -> pd.DataFrame:
-    """Offer the N and D of a bare table, and steps from the largest towards the target, where N D is below the target's.
+    """Offer the N and D of a bare table, and steps from its largest towards a target, below the target in N D.
 
     Args:
         steps: values between the table's largest and the target's, in equal factors.

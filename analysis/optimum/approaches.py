@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ import pandas as pd
 
 from aimscale.analysis.display import Drawing, Result, text_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
@@ -131,18 +131,11 @@ def frontier(
     """
     points_of(df, y)  # raises before an approach is blamed for a missing column
     law = law if isinstance(law, Fit) else find_law(law)
-
-    def parametric() -> Frontier:
-        if isinstance(law, Fit):
-            return parametric_frontier(law, df)
-        try:
-            found = fit(df, law, y=y, is_tested=is_tested)
-        except AnalysisError as error:
-            text = f"the {law.name} law was not fitted: {error}"
-            raise NoFrontier(Flag(kind="no_law", subject=law.name, text=text)) from None
-        return parametric_frontier(found, df)
-
-    attempts = (lambda: envelope_frontier(df, y=y), lambda: isoflop_frontier(df, y=y), parametric)
+    attempts: tuple[Callable[[], Frontier], ...] = (
+        partial(envelope_frontier, df, y=y),
+        partial(isoflop_frontier, df, y=y),
+        partial(parametric_frontier, law, df, y=y, is_tested=is_tested),
+    )
     frontiers, failures = [], {}
     for number, attempt in enumerate(attempts, start=1):
         try:

@@ -15,7 +15,6 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.points import resolve_columns, usable_rows
 
 
@@ -47,17 +46,10 @@ def cost_of(points: pd.DataFrame) -> Cost:
 
 
 def points_of(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Take N, D, C and loss of the usable rows, under these names, with what tells sizes and runs apart (index kept).
-
-    Raises:
-        AnalysisError: a column is missing or no row is left.
-    """
+    """Take N, D, C and loss of the usable rows, under these names, with the columns that tell sizes and runs apart."""
     columns = columns or {}
     found = resolve_columns(CHINCHILLA, df, {v: columns[v] for v in ("N", "D") if v in columns})
     found["C"] = columns.get("C", "C" if "C" in df.columns else "flops_train")
-    for name in (found["C"], y):
-        if name not in df.columns:
-            raise no_column(df, name)
     used = usable_rows(df, {**found, "loss": y}, best_by="loss")
     if used.numbers.empty:
         raise AnalysisError("No row of the table has positive N, D, C and loss, so there is no frontier to draw.")

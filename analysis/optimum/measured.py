@@ -11,15 +11,16 @@ ln D (quadratic with few points). Interpolated budgets count for no more than th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import components_of, linear_design
-from aimscale.analysis.fitting.groups import SAME_COMPUTE, groups_of, visible_groups
+from aimscale.analysis.fitting.covariance import Components, components_of, linear_design
+from aimscale.analysis.fitting.groups import SAME_COMPUTE, Groups, groups_of, visible_groups
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.optimum.cost import cost_of, points_of
 from aimscale.analysis.optimum.result import Frontier, NoFrontier, student_interval
@@ -59,44 +60,17 @@ class Minimum(NamedTuple):
     """Derivative (n,) of ln N* by every row's ln loss."""
 
 
-class Surface(NamedTuple):
-    """A smooth surface through the points, and their errors about it."""
-
-    values: Array
-    """ln loss (n,)."""
-    covariance: Array
-    """Covariance (n, n) of the errors."""
-    degrees: float
-    flags: list[Flag]
-    """Groups of points whose shared errors it tells hardly or not at all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LineOptimum:
-    """Best size on a line ln N* = ln k + a ln C."""
-
-    line: Array
-    """(ln k, a)."""
-    covariance: Array
-    """Covariance (2, 2) of ln k and a; NaN where it is not known."""
-    degrees: float
-
-    def __call__(self, flops: Array) -> tuple[Array, Array, Array]:
-        """Return ln N* at budgets (m,), its standard errors and their degrees of freedom."""
-        at = np.column_stack([np.ones(len(flops)), np.log(flops)])
-        variances = np.einsum("mi,ij,mj->m", at, self.covariance, at)
-        return at @ self.line, np.sqrt(np.maximum(variances, 0.0)), np.full(len(flops), self.degrees)
+def line_optimum(flops: Array, line: Array, covariance: Array, degrees: float) -> tuple[Array, Array, Array]:
+    """Return ln N* at budgets (m,), its standard errors and degrees of freedom, on a line of (ln k, a)."""
+    at = np.column_stack([np.ones(len(flops)), np.log(flops)])
+    variances = np.einsum("mi,ij,mj->m", at, covariance, at)
+    return at @ line, np.sqrt(np.maximum(variances, 0.0)), np.full(len(flops), degrees)
 
 
 def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
-    """Draw the frontier of approach 1: the envelope of the sizes' losses, read at `NUM_BUDGETS` amounts of compute.
-
-    Raises:
-        NoFrontier: fewer than three sizes were measured at two budgets or more, or one size is lowest throughout.
-        AnalysisError: a column is missing.
-    """
+    """Draw the frontier of approach 1: the envelope of the sizes' losses, read at `NUM_BUDGETS` amounts of compute."""
     points = points_of(df, y)
-    num = int((points.groupby("N")["C"].nunique() > 1).sum())
+    num = int(points[["N", "C"]].drop_duplicates()["N"].value_counts().gt(1).sum())
     if num < MIN_SIZES[1]:
         text = f"it needs three sizes with two budgets each, and the table has {num}"
         raise NoFrontier(Flag(kind="few_curves", number=num, text=text))
@@ -109,12 +83,7 @@ def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
 
 
 def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
-    """Draw the frontier of approach 2: a parabola at each budget that sizes share.
-
-    Raises:
-        NoFrontier: fewer than two budgets with an interior, convex minimum; each refused budget is a flag.
-        AnalysisError: a column is missing.
-    """
+    """Draw the frontier of approach 2: a parabola at each budget that sizes share."""
     points = points_of(df, y)
     shared, units = isoflop_points(points.assign(row=np.arange(len(points)))), np.eye(len(points))
     found = _frontier(points, [Budget(c, np.log(each["N"].to_numpy()), units[each["row"]]) for c, each in shared], 2)
@@ -125,32 +94,34 @@ def _frontier(points: pd.DataFrame, budgets: Sequence[Budget], approach: int) ->
     """Draw the line through the minima of all budgets that have one, with its interval."""
     log_losses = np.log(points["loss"].to_numpy())
     found = [_minimum(budget, log_losses, approach) for budget in budgets]
-    minima, refusals = ([each for each in found if isinstance(each, kind)] for kind in (Minimum, Flag))
+    minima = [each for each in found if isinstance(each, Minimum)]
+    refusals = [each for each in found if isinstance(each, Flag)]
     if len(minima) < 2:
         have = f"{len(minima)} of {len(found)} amounts of compute have a best size between smaller and larger ones"
         raise NoFrontier(Flag(kind="few_minima", number=len(minima), text=f"{have}, and 2 are needed"), *refusals)
     used, log_n, losses, slopes = zip(*minima, strict=True)
     flops, n, cost = np.array([budget.flops for budget in used]), np.exp(log_n), cost_of(points)
     through = np.linalg.pinv(np.column_stack([np.ones(len(flops)), np.log(flops)]))
-    line, surface = through @ np.array(log_n), _surface(points, log_losses, approach)
+    line, flags = through @ np.array(log_n), list[Flag]()
     covariance, degrees, method = np.full((2, 2), np.nan), 1.0, "no interval: too few points to tell errors by"
-    if surface is not None:
-        smooth = [_minimum(budget, surface.values, approach) for budget in used]
+    if (surface := _surface(points, log_losses)) is not None:
+        values, errors, seen, flags = surface
+        smooth = [_minimum(budget, values, approach) for budget in used]
         known = [each.slopes for each in smooth if isinstance(each, Minimum)]
         moved = through @ np.array(known if len(known) == len(used) else slopes)
-        covariance, degrees = moved @ surface.covariance @ moved.T, surface.degrees
+        covariance, degrees = moved @ errors.covariance(seen, len(points)) @ moved.T, errors.degrees
         method = f"errors of {len(points)} points about a smooth surface"
     return Frontier(
         approach=approach,
         method="",
         exponent=float(line[1]),
         exponent_interval=student_interval(float(line[1]), float(np.sqrt(covariance[1, 1])), degrees, method),
-        optimum=LineOptimum(line=line, covariance=covariance, degrees=degrees),
+        optimum=partial(line_optimum, line=line, covariance=covariance, degrees=degrees),
         cost=cost,
         pairs=pd.DataFrame({"C": flops, "N": n, "D": cost.samples(flops, n), "loss": losses}),
         refusals=tuple(refusals),
         range=(float(flops.min()), float(flops.max())),
-        flags=tuple(surface.flags) if surface is not None else (),
+        flags=tuple(replace(flag, text=f"Approach {approach}: {flag.text}") for flag in flags),
     )
 
 
@@ -184,8 +155,13 @@ def _minimum(budget: Budget, log_losses: Array, approach: int) -> Minimum | Flag
     return Minimum(budget, centre + top, least if approach == 2 else np.exp(least), slopes @ budget.blend[close])
 
 
-def _surface(points: pd.DataFrame, log_losses: Array, approach: int) -> Surface | None:
-    """Fit ln loss by a polynomial of ln N and ln D; None with too few points."""
+def _surface(points: pd.DataFrame, log_losses: Array) -> tuple[Array, Components, Groups, list[Flag]] | None:
+    """Fit ln loss by a polynomial of ln N and ln D; None with too few points.
+
+    Returns:
+        Its values (n,), the errors about it, the groups of points that share errors which it leaves visible, and flags
+        of those whose errors it tells hardly or not at all.
+    """
     degree = 3 if len(points) >= MIN_CUBIC else 2
     logs = np.log(points[["N", "D"]].to_numpy(float))
     n, d = ((logs - logs.mean(axis=0)) / np.maximum(logs.std(axis=0), 1e-300)).T
@@ -197,28 +173,26 @@ def _surface(points: pd.DataFrame, log_losses: Array, approach: int) -> Surface 
     values = terms @ np.linalg.lstsq(terms, log_losses, rcond=None)[0]
     components = components_of(linear_design(terms, np.ones(len(points))), log_losses - values, seen)
     flags = []
-    for name, num in groups.counts.items():
-        what = f"Approach {approach}: {num} {name}"
-        if name in unseen:
-            text = f"{what} are too few to estimate an error that all points of one share; its interval assumes none."
-            flags.append(Flag(kind="unseen", subject=name, number=num, text=text))
-        elif name in few:
-            text = f"{what} hardly tell an error that all points of one share; where there is one, its 95 % interval "
-            flags.append(Flag(kind="few_groups", subject=name, number=num, text=f"{text}may be too narrow."))
-    return Surface(values, components.covariance(seen, len(points)), components.degrees, flags)
+    blind = (("unseen", unseen, "cannot tell", 50), ("few_groups", few, "hardly tell", 90))  # coverage as simulated
+    for kind, names, how, held in blind:
+        for name in names:
+            num = groups.counts[name]
+            text = f"{num} {name} {how} an error that all points of one share: where there is one, its 95 % interval "
+            flags.append(Flag(kind=kind, subject=name, number=num, text=f"{text}holds some {held} %."))
+    return values, components, seen, flags
 
 
 def interpolated(points: pd.DataFrame, num: int) -> list[Budget]:
     """Interpolate every size's curve to `num` budgets, by straight lines in log-log, seeds averaged."""
     grid = np.geomspace(points["C"].min(), points["C"].max(), num)
     sizes, blends = [], []
-    for size, rows in points.reset_index(drop=True).groupby("N"):
+    for size, rows in points.reset_index(drop=True).assign(size=np.log(points["N"].to_numpy())).groupby("size"):
         own, codes = np.unique(np.log(rows["C"]), return_inverse=True)
         if len(own) > 1:
             shares = [np.interp(np.log(grid), own, unit, left=np.nan, right=np.nan) for unit in np.eye(len(own))]
             blend = np.zeros((num, len(points)))
             blend[:, rows.index] = (np.array(shares).T / np.bincount(codes))[:, codes]
-            sizes.append(np.log(size))
+            sizes.append(size)
             blends.append(blend)
     here = [np.isfinite(each).all(axis=1) for each in np.stack(blends, axis=1)]
     at = zip(grid.tolist(), np.stack(blends, axis=1), here, strict=True)

@@ -9,8 +9,9 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.checks import WIDE_DERIVED
+from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, Interval
-from aimscale.analysis.laws.base import Array, Columns, Params
+from aimscale.analysis.laws.base import Array, Columns, Law, Params
 from aimscale.analysis.optimum.cost import Cost, cost_of, points_of
 from aimscale.analysis.optimum.result import Frontier, NoFrontier, student_interval
 from aimscale.analysis.words import Flag
@@ -69,33 +70,35 @@ class LawOptimum:
         return np.where(np.isfinite(lowest).any(axis=1), log_n, np.nan)
 
 
-def parametric_frontier(fit: Fit, df: pd.DataFrame) -> Frontier:
+def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss", is_tested: bool = True) -> Frontier:
     """Draw the frontier of approach 3: the minimum of a law of N and D (of C too, and of U = D) on C = kappa N^(1+s) D.
 
     The exponent of a frontier that is no power of C is the mean one over the table's range of C.
-
-    Raises:
-        NoFrontier: the exponent is not identified, or the law has no minimum near the measured sizes.
-        AnalysisError: the law is not of N and D, or a column is missing.
     """
-    law, name = fit.law, fit.law.name
-    if not {"N", "D"} <= {*law.variables}:
-        raise AnalysisError(f"Approach 3 needs a law of N and D, and {law.formula} is one of {', '.join(law.variables)}.")
-    points = points_of(df, fit.columns["y"], fit.columns)
+    form = law.law if isinstance(law, Fit) else law
+    name = form.name
+    if not {"N", "D"} <= {*form.variables}:
+        named = ", ".join(form.variables)
+        raise AnalysisError(f"Approach 3 needs a law of N and D, and {form.formula} is one of {named}.")
+    try:
+        found = law if isinstance(law, Fit) else fit(df, law, y=y, is_tested=is_tested)
+    except AnalysisError as error:
+        raise NoFrontier(Flag(kind="no_law", subject=name, text=f"the {name} law was not fitted: {error}")) from None
+    points = points_of(df, found.columns["y"], found.columns)
     cost, sizes, span = cost_of(points), *((float(points[v].min()), float(points[v].max())) for v in ("N", "C"))
-    optimum = LawOptimum(fit=fit, cost=cost, sizes=sizes)
+    optimum = LawOptimum(fit=found, cost=cost, sizes=sizes)
     for flops, log_n in zip(span, optimum(np.array(span))[0], strict=True):
         if np.isnan(log_n):
             text = f"the {name} law has no best size at {flops:.3g} FLOP within {REACH:.3g} times the measured sizes"
             raise NoFrontier(Flag(kind="no_minimum", subject=name, number=flops, text=text))
     exponent, i = optimum.exponent(span)
-    if not i.high - i.low <= WIDE_DERIVED or fit.not_identified & {*law.derived}:
+    if not i.high - i.low <= WIDE_DERIVED or found.not_identified & {*form.derived}:
         text = f"the exponents of the {name} law are not identified"
         raise NoFrontier(Flag(kind="no_exponents", subject=name, text=text))
     if i.high - i.low < FORM_ALONE:
         interval = Interval(low=np.nan, high=np.nan, method="the law's form alone sets this exponent")
     else:
-        interval = Interval(low=i.low, high=i.high, method=fit.interval_method)
+        interval = Interval(low=i.low, high=i.high, method=found.interval_method)
     return Frontier(
         approach=3,
         method=f"minimum of the {name} law on C = {cost.kappa:.3g} N^{1 + cost.s:.3g} D",
@@ -106,5 +109,5 @@ def parametric_frontier(fit: Fit, df: pd.DataFrame) -> Frontier:
         pairs=pd.DataFrame(columns=["C", "N", "D", "loss"]),
         refusals=(),
         range=span,
-        law=fit,
+        law=found,
     )

@@ -46,14 +46,14 @@ def _by_distance() -> pd.DataFrame:
     """What `aimscale forecast` tells beside a forecast."""
     rows = [
         {
-            "times beyond the table": f"{each.low:g} to {each.high:g}",
-            "families": each.num_families,
-            "losses inside, %": f"{100 * each.inside:.0f}",
-            "error, %": f"{100 * each.error:.1f}",
-            "accuracies inside, %": f"{100 * each.accuracy_inside:.0f}",
-            "error, points": f"{100 * each.accuracy_error:.1f}",
+            "times beyond the table": f"{each['low']:g} to {each['high']:g}",
+            "families": each['num_families'],
+            "losses inside, %": f"{100 * each['inside']:.0f}",
+            "error, %": f"{100 * each['error']:.1f}",
+            "accuracies inside, %": f"{100 * each['accuracy_inside']:.0f}",
+            "error, points": f"{100 * each['accuracy_error']:.1f}",
         }
-        for each in records().itertuples()
+        for each in records().to_dict("records")
     ]
     return pd.DataFrame(rows)
 
