@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError, option
+from aimscale.analysis.table.cells import to_numbers
 from aimscale.analysis.table.schema import KNOWN
 from aimscale.analysis.words import Flag, some
 
@@ -23,13 +24,11 @@ def is_accuracy(ours: str) -> bool:
     return ":" in ours or ours in ("top1", "last_top1")
 
 
-def with_accuracies(
-    frame: pd.DataFrame, values: Mapping[str, pd.Series], theirs: Mapping[str, str], path: Path
-) -> pd.DataFrame:
-    """Add accuracies of the file as entries of `probes`, behind those that it has; missing ones make none.
+def with_accuracies(frame: pd.DataFrame, theirs: Mapping[str, str], path: Path) -> pd.DataFrame:
+    """Make columns entries of `probes`, behind those that it has; missing values make none.
 
     Args:
-        values: TASK:KIND, TASK:chance or TASK:ideal -> a number for every row.
+        frame: a table with a column for every TASK:KIND, TASK:chance and TASK:ideal of `theirs`.
         theirs: the same -> what the file calls it.
 
     Raises:
@@ -37,11 +36,11 @@ def with_accuracies(
             level that is no fraction.
     """
     numbers: dict[str, dict[str, pd.Series]] = {}
-    for ours, each in values.items():
+    for ours in theirs:
         task, _, kind = (part.strip() for part in ours.partition(":"))
         if not task or not kind or ":" in kind:
             raise AnalysisError(f"{option('columns')} names an accuracy as TASK:KIND, such as dtd:linear, not '{ours}'")
-        numbers.setdefault(task, {})[kind] = _checked(each, ours, theirs[ours], path)
+        numbers.setdefault(task, {})[kind] = _checked(frame[ours], ours, theirs[ours], path)
     entries = [list(row) for row in frame["probes"]] if "probes" in frame else [[] for _ in range(len(frame))]
     for task, of_task in numbers.items():
         levels = {kind: of_task.pop(kind) for kind in LEVELS if kind in of_task}
@@ -53,12 +52,12 @@ def with_accuracies(
             for entry, row in zip(entries, rows, strict=True):
                 known = {name: value for name, value in row.items() if not np.isnan(value)}
                 entry += [{"task": task, "kind": kind, **known}] if "top1" in known else []
-    return frame.assign(probes=pd.Series(entries, index=frame.index, dtype=object))
+    return frame.drop(columns=list(theirs)).assign(probes=pd.Series(entries, index=frame.index, dtype=object))
 
 
 def _checked(values: pd.Series, ours: str, theirs: str, path: Path) -> pd.Series:
     """Read numbers; fractions unless they are losses."""
-    numbers = pd.to_numeric(values, errors="coerce").astype(float)
+    numbers = to_numbers(values).astype(float)
     low, high = (-np.inf, np.inf) if ours.endswith(":ideal") else (0, 1)
     bad = values.notna() & ~(numbers.between(low, high) & np.isfinite(numbers))
     if bad.any():
@@ -84,7 +83,8 @@ def unnamed(frame: pd.DataFrame) -> tuple[Flag, ...]:
     if is_ours or not names or ("probes" in frame and frame["probes"].map(len).any()):
         return ()
     typed = f"TASK:KIND={quoted(names[0])}/100" if frame[names[0]].max() > 1 else f"TASK:KIND={names[0]}"
-    return (Flag(kind="accuracies_unnamed", subject=some(names), more=(typed,)),)
+    text = f"Not read as accuracies: {some(names)}. Name them with {option('columns', typed)}."
+    return (Flag(kind="accuracies_unnamed", subject=some(names), text=text),)
 
 
 def named_like_accuracy(name: str) -> bool:

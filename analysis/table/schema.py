@@ -7,11 +7,9 @@ Parquet and JSON text in CSV. Keys that the schema does not know are kept as JSO
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import math
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,9 +24,6 @@ from aimscale.analysis.words import human
 
 SCHEMA_VERSION = 1
 """Rises when a column changes its meaning, unit or type; a reader refuses a newer table than it knows."""
-
-ABANDONED_S = 60.0
-"""A file that was being written, and was not for so long, is what a kill left."""
 
 Dtype = Literal["string", "int64", "float64", "list<int64>", "probes", "json"]
 Role = Literal["", "scale", "design", "source"]
@@ -188,23 +183,18 @@ def described(name: str) -> Column:
     return KNOWN.get(name) or Column(name, "float64", "", "")
 
 
-def _arrow_type(dtype: Dtype) -> pa.DataType:
-    if dtype == "probes":
-        return pa.list_(pa.struct([_arrow_field(field) for field in PROBE_FIELDS]))
+def _field(column: Column) -> pa.Field:
+    """Describe a column to Arrow: type, unit and meaning."""
     simple = {"string": pa.string(), "json": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
-    return simple[dtype] if dtype in simple else pa.list_(pa.int64())
-
-
-def _arrow_field(column: Column) -> pa.Field:
-    note = {"unit": column.unit, "meaning": column.meaning}
-    return pa.field(column.name, _arrow_type(column.dtype), metadata=note)
+    kind = simple.get(column.dtype, pa.list_(pa.int64()))
+    if column.dtype == "probes":
+        kind = pa.list_(pa.struct([_field(field) for field in PROBE_FIELDS]))
+    return pa.field(column.name, kind, metadata={"unit": column.unit, "meaning": column.meaning})
 
 
 def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = ()) -> pa.Table:
     """Build the typed table from row dictionaries, as in `results.json`: unit and meaning stand on every field, the
-    version on the table.
-
-    A missing key becomes null; an unknown one goes to `extra`.
+    version on the table. A missing key becomes null; an unknown one goes to `extra`.
 
     Args:
         more: columns beside those of the schema.
@@ -212,11 +202,16 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
     Raises:
         AnalysisError: a value does not fit its column.
     """
-    fields = [_arrow_field(column) for column in COLUMNS + more]
-    schema = pa.schema(fields, metadata={"aimscale_schema_version": str(SCHEMA_VERSION)})
+    fields = [_field(column) for column in COLUMNS + more]
     typed = [_typed_row(row, COLUMNS + more) for row in rows]
-    columns = [_column([row[field.name] for row in typed], field) for field in schema]
-    return pa.Table.from_arrays(columns, schema=schema)
+    arrays = []
+    for field in fields:
+        try:
+            arrays.append(pa.array([row[field.name] for row in typed], field.type))
+        except (pa.ArrowException, TypeError, OverflowError) as error:
+            raise AnalysisError(f"'{field.name}' holds what is no {field.type} ({error}); correct it") from error
+    version = {"aimscale_schema_version": str(SCHEMA_VERSION)}
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=version))
 
 
 def hits_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
@@ -227,13 +222,6 @@ def hits_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """
     key = [(name, pa.int64() if name == "images_seen" else pa.string()) for name in HITS_KEY]
     return pa.Table.from_pylist(list(rows), pa.schema([*key, ("num_test", pa.int64()), ("hits", pa.binary())]))
-
-
-def _column(values: Sequence[Any], field: pa.Field) -> pa.Array:
-    try:
-        return pa.array(values, field.type)
-    except (pa.ArrowException, TypeError, OverflowError) as error:
-        raise AnalysisError(f"'{field.name}' holds what is no {field.type} ({error}); correct it") from error
 
 
 def _typed_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:
@@ -265,21 +253,13 @@ def _json(value: Any) -> str:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which replaces `path` at the block's end; after an error nothing is left.
-
-    What writers left that were killed goes, once it is old enough to be nobody's.
-    """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > ABANDONED_S:
-                left.unlink()
+    """Give a path to write to, which replaces `path` at the block's end; after an error nothing is left."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside
         os.replace(aside, path)
-    except BaseException:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -61,7 +61,7 @@ def test_foreign_columns_map_by_letter_and_by_name(tmp_path):
         ("absent.csv", None, "absent.csv"),
         ("empty.csv", "", "empty.csv"),
         ("headed.csv", "N,val_loss\n", "headed.csv"),
-        ("words.csv", "val_loss,N\n0.5,1\nhigh,2\n", "'high' in row 2"),
+        ("words.csv", "N,val_loss\n1,0.5\nhigh,2\n", "'high' in row 2"),
         ("quote.csv", 'N,val_loss\n1,"2\n', "quote.csv"),
         ("cut.parquet", "PAR1 and then nothing", "cut.parquet"),
         ("cut.jsonl", '{"a": 1}\n{"a": ', "cut.jsonl"),
