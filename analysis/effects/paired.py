@@ -15,13 +15,15 @@ import pandas as pd
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
-from aimscale.analysis.fitting.covariance import linear_design, sandwich
+from aimscale.analysis.fitting.covariance import Covariance, linear_design, sandwich
+from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.table.names import FOLDER
 from aimscale.analysis.table.read import beside
 from aimscale.analysis.table.schema import HITS_KEY
-from aimscale.analysis.words import POWER
 
+POWER = 0.8
+"""Power of a minimum detectable effect."""
 LEAST_SIZES = 3
 """Fewer sizes leave one degree of freedom or none to tell by how much sizes differ."""
 
@@ -132,37 +134,49 @@ class Mean(NamedTuple):
     """Standard error; NaN where nothing tells it."""
     degrees: float
     """Degrees of freedom of its interval; NaN where nothing tells the error."""
+    num_budgets: int = 0
+    """Budgets whose shared errors the standard error holds; 0 where it speaks of these budgets alone."""
 
     @property
-    def half(self) -> float:
-        """Half of the 95 % interval."""
-        return float(student.ppf(0.5 + CONFIDENCE / 2, self.degrees) * self.se)
+    def ends(self) -> tuple[float, float]:
+        """95 % interval."""
+        half = float(student.ppf(0.5 + CONFIDENCE / 2, self.degrees) * self.se)
+        return self.value - half, self.value + half
 
     @property
     def detectable(self) -> float:
         """Minimum detectable effect: the true difference that would be significant in 80 % of repetitions."""
-        return self.half + float(student.ppf(POWER, self.degrees) * self.se)
+        return self.ends[1] - self.value + float(student.ppf(POWER, self.degrees) * self.se)
 
 
-def mean_over_pairs(values: pd.Series, sizes: pd.Series | None) -> Mean:
-    """Average differences of pairs of runs, with an error that holds as far as the pairs reach.
+def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
+    """Average differences over pairs of runs, with an error that holds as far as the pairs reach.
 
-    A size may suit one level better, so three sizes or more are clusters (`fitting.covariance.sandwich`), and the
-    interval covers sizes like them. Two do not tell how much sizes differ: the error is then that of pairs about the
-    mean of their size (Student's, pooled), for these sizes alone. One pair a size has none.
+    A size or a budget may suit one level better. So from three sizes on the variance is the sum of those clustered by
+    sizes and, from three budgets on, by budgets (`fitting.covariance`), and the interval covers others like them. Two
+    sizes do not tell how much sizes differ: the error is then that of pairs about the mean of their size (Student's,
+    pooled), for these sizes alone. One pair a size has none.
 
     Args:
-        values: a difference per pair.
-        sizes: size of each pair; None where sizes are what is compared, or are not known.
+        values: a difference per pair of rows.
+        pairs: `run_pair`, and `size` and `images_seen` where they are known and not what is compared.
     """
-    y, n = values.to_numpy(float), len(values)
-    codes = np.zeros(n, int) if sizes is None else np.unique(sizes.map(str), return_inverse=True)[1]
-    counts = np.bincount(codes)
-    if len(counts) >= LEAST_SIZES:
-        found = sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - y.mean(), codes)
-        (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))
-        return Mean(float(y.mean()), float(se), float(degrees))
-    if not (degrees := n - len(counts)):
-        return Mean(float(y.mean()), np.nan, np.nan)
-    within = y - (np.bincount(codes, y) / counts)[codes]
-    return Mean(float(y.mean()), float(np.sqrt(within @ within / degrees / n)), float(degrees))
+    runs = values.groupby(pairs["run_pair"])
+    y, n = runs.mean().to_numpy(float), runs.ngroups
+    sizes = pairs.groupby("run_pair")["size"].first().map(str) if "size" in pairs else pd.Series(["one"] * n)
+    codes, names = pd.factorize(sizes)
+    mean, ones = float(y.mean()), np.ones((1, 1))
+    if len(names) >= LEAST_SIZES:
+        clustered = {"sizes": sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - mean, codes)}
+        budgets = groups_of(pairs, {}).budgets
+        is_told = budgets is not None and budgets.max() + 1 >= LEAST_SIZES
+        if budgets is not None and is_told:
+            weights = 1 / runs.transform("size").to_numpy(float)
+            design = linear_design(np.ones((len(pairs), 1)), weights)
+            clustered["budgets"] = sandwich(design, values.to_numpy(float) - mean, budgets)
+        (se,), (degrees,) = Covariance(by=clustered).of_contrasts(ones)
+        return Mean(mean, float(se), float(degrees), int(budgets.max()) + 1 if is_told else 0)
+    if not (degrees := n - len(names)):
+        return Mean(mean, np.nan, np.nan)
+    within = y - pd.Series(y).groupby(codes).transform("mean").to_numpy()
+    return Mean(mean, float(np.sqrt(within @ within / degrees / n)), float(degrees))

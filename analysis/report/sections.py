@@ -10,6 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.accuracy.result import Correlations
 from aimscale.analysis.effects.contrasts import Contrasts
+from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
 from aimscale.analysis.plots.scaling import plot_points
@@ -200,6 +201,7 @@ def _training(study: Study) -> Iterator[Part]:
     budgets = complete(study.main).dropna(subset=["val_loss", "params_total"])
     figure = plot_curves(curves, budgets, probes[probes["kind"] == kinds[0]] if kinds else probes)
     caption = "Validation loss during training, before decays. Markers: budgets, each joined to where its decay began."
+    caption = " ".join([caption, *map(str, plateau_flags(budgets))])
     yield PageFigure(key="curves", title="Training curves", caption=caption, figure=figure)
 
 

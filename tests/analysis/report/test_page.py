@@ -101,7 +101,7 @@ def folder(tmp_path_factory) -> Path:
     points = []
     for size, n in SIZES.items():
         for d in np.geomspace(200, 30_000, 24).round().astype(int):
-            loss = 1.1 * (E + A * n**-ALPHA + B * d**-BETA)
+            loss = 1.1 * (E + A * n**-ALPHA + B * max(d, 2000) ** -BETA)
             points.append({"run_id": f"{size}_s0", "size": size, "params_total": int(n), "images_seen": int(d)})
             points[-1] |= {"status": "during", "val_loss": float(loss), "lr": 1e-3}
     write_table(results_table(points, OF_CURVES), folder / "curves.parquet")
