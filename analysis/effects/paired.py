@@ -168,7 +168,7 @@ def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
     mean, ones = float(y.mean()), np.ones((1, 1))
     if len(names) >= LEAST_SIZES:
         clustered = {"sizes": sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - mean, codes)}
-        budgets = groups_of(pairs, {}).budgets
+        budgets = groups_of(pairs, {}).get("budgets")
         is_told = budgets is not None and budgets.max() + 1 >= LEAST_SIZES
         if budgets is not None and is_told:
             weights = 1 / runs.transform("size").to_numpy(float)
