@@ -169,13 +169,14 @@ def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
     if len(names) >= LEAST_SIZES:
         clustered = {"sizes": sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - mean, codes)}
         budgets = groups_of(pairs, {}).get("budgets")
-        is_told = budgets is not None and budgets.max() + 1 >= LEAST_SIZES
+        num_budgets = 0 if budgets is None else int(budgets.max()) + 1
+        is_told = num_budgets >= LEAST_SIZES
         if budgets is not None and is_told:
             weights = 1 / runs.transform("size").to_numpy(float)
             design = linear_design(np.ones((len(pairs), 1)), weights)
             clustered["budgets"] = sandwich(design, values.to_numpy(float) - mean, budgets)
         (se,), (degrees,) = Covariance(by=clustered).of_contrasts(ones)
-        return Mean(mean, float(se), float(degrees), int(budgets.max()) + 1 if is_told else 0)
+        return Mean(mean, float(se), float(degrees), num_budgets if is_told else 0)
     if not (degrees := n - len(names)):
         return Mean(mean, np.nan, np.nan)
     within = y - pd.Series(y).groupby(codes).transform("mean").to_numpy()

@@ -105,10 +105,10 @@ def scatter(
     record(ax, what, points)
     colours = palette([""] if labels is None else labels.cat.categories, color)
     is_many = len(points) > MAX_SHAPES
-    if ends:
-        colors = list(points["series"].astype(object).map(colours))
-        bars: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.55, "zorder": 2, "rasterized": is_many}
-        ax.vlines(points["x"], points["low"], points["high"], colors=colors, **bars)
+    for name, rows in points.groupby("series", observed=True) if ends else ():  # a broken line, not a path per bar
+        bars = rows.assign(gap=np.nan)[["low", "high", "gap"]].to_numpy().ravel()
+        line: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.55, "zorder": 2, "rasterized": is_many}
+        ax.plot(np.repeat(rows["x"], 3), bars, color=colours[name], **line)
     look = {"markersize": 3.7, "markeredgecolor": PAPER, "markeredgewidth": 0.4, "zorder": 3, **look}
     legend = "full" if labels is not None and color is None else False
     look |= {"linestyle": "", "rasterized": is_many, "dashes": False, "legend": legend}

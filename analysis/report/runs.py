@@ -58,7 +58,7 @@ def what_was_run(study: Study) -> Iterator[str]:
     yield f"{one} {', '.join(parts)}; {len(usable_rows(frame).rows)} of the rows have a validation loss.{cost}"
     if study.usable.empty:
         return
-    main = study.with_loss
+    main = usable_rows(study.main).rows
     best = main.iloc[int(main["val_loss"].argmin())]
     error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(main, "val_loss_se") and best["val_loss_se"] > 0 else ""
     place = f" by {best['size']}" if _has(main, "size") else ""

@@ -15,15 +15,15 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
 from aimscale.analysis.plots.scaling import plot_points
 from aimscale.analysis.plots.training import plot_curves
-from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, Comparison, share_cells
+from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, Comparison, read_baselines, share_cells
 from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, table6
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block, table_block
 from aimscale.analysis.report.pictures import PictureRow, picture_rows
 from aimscale.analysis.report.runs import provenance, settings, what_was_run
-from aimscale.analysis.report.study import Study, probe_kinds
+from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import DESIGN, design_columns, varies
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.table.read import loss_unit, probe_frame
+from aimscale.analysis.table.read import loss_unit, probe_frame, read_curves
 from aimscale.analysis.table.schema import MFU, described
 from aimscale.analysis.words import accuracy_of, flag_words, kind_name
 
@@ -136,7 +136,8 @@ def _accuracy(study: Study) -> Iterator[Part]:
 def _levels(study: Study, kind: str, rows: pd.DataFrame) -> pd.DataFrame:
     """List what accuracies of a kind may be compared with: the table's own baselines, and on its tasks the paper."""
     same = rows[["task", "n"]].drop_duplicates()
-    theirs = study.baselines[study.baselines["kind"].eq(kind) & (kind != ADAPTED)].rename(columns={"size": "name"})
+    theirs = read_baselines(study.frame)
+    theirs = theirs[theirs["kind"].eq(kind) & (kind != ADAPTED)].rename(columns={"size": "name"})
     own = theirs.merge(same, on=["task", "n"]).reindex(columns=["task", "name", "top1"])
     own = own.drop_duplicates(["task", "name"]).sort_values("top1")
     shared = [task for task in same["task"].unique() if task in TASKS] if kind == PROTOCOL and study.is_ours else []
@@ -193,13 +194,13 @@ def _capital(words: str) -> str:
 
 
 def _training(study: Study) -> Iterator[Part]:
-    curves = study.curves.dropna(subset=["val_loss", "params_total"])
-    if curves.empty:
+    curves = read_curves(study.paths if "run_id" in study.main else ())
+    curves = curves[curves["run_id"].isin(study.main.get("run_id", []))].dropna(subset=["params_total"])
+    if curves["val_loss"].isna().all():
         return
-    probes = probe_frame(study.curves)
-    kinds = probe_kinds(probes)
+    probes = probe_frame(curves)
     budgets = complete(study.main).dropna(subset=["val_loss", "params_total"])
-    figure = plot_curves(curves, budgets, probes[probes["kind"] == kinds[0]] if kinds else probes)
+    figure = plot_curves(curves.dropna(subset="val_loss"), budgets, probes[probes["kind"].isin(study.kinds[:1])])
     caption = "Validation loss during training, before decays. Markers: budgets, each joined to where its decay began."
     caption = " ".join([caption, *map(str, plateau_flags(budgets))])
     yield PageFigure(key="curves", title="Training curves", caption=caption, figure=figure)

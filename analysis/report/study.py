@@ -36,12 +36,12 @@ from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
 from aimscale.analysis.optimum.approaches import Gap, frontier, gap, gap_to_loss
 from aimscale.analysis.optimum.cost import points_of
 from aimscale.analysis.optimum.measured import isoflop_budgets, with_budgets
-from aimscale.analysis.published.comparison import compare, read_baselines
+from aimscale.analysis.published.comparison import compare
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND, to_minimise
 from aimscale.analysis.table.points import complete, usable_rows, with_compute
-from aimscale.analysis.table.read import probe_frame, read_curves
+from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.select import envelope_flags, fresh_part, lower_envelope, main_part, mixture_flags, spaced
 from aimscale.analysis.words import Flag, said_once
 
@@ -99,30 +99,16 @@ class Study:
         return list(dict.fromkeys([*map(str, unnamed(self.frame)), *told]))
 
     @cached_property
-    def with_loss(self) -> pd.DataFrame:
-        """Complete rows of the main experiment, with a loss."""
-        return usable_rows(self.main).rows
-
-    @cached_property
     def probes(self) -> pd.DataFrame:
         """`probe_frame` of the main experiment's complete rows."""
         return probe_frame(complete(self.main))
 
-    @cached_property
+    @property
     def kinds(self) -> list[str]:
         """Kinds of probes that were run, the paper's own first: attentive, then efficient, linear, and the others."""
-        return probe_kinds(self.probes)
-
-    @cached_property
-    def baselines(self) -> pd.DataFrame:
-        """`published.comparison.read_baselines` of the tables' folders."""
-        return read_baselines(self.frame if self.is_ours else pd.DataFrame())
-
-    @cached_property
-    def curves(self) -> pd.DataFrame:
-        """Points during training of the main experiment's runs."""
-        curves = read_curves(self.paths if "run_id" in self.main else ())
-        return curves[curves["run_id"].isin(self.main["run_id"])] if len(curves) else curves
+        first = ["attentive", "efficient", "linear"]
+        found = list(dict.fromkeys(map(str, self.probes["kind"])))
+        return sorted(found, key=lambda kind: first.index(kind) if kind in first else len(first))
 
     @cached_property
     def has_compute(self) -> bool:
@@ -278,7 +264,8 @@ def correlate_probes(study: Study) -> Iterator[Work]:
         error = AnalysisError("the table has no probe results, so loss is not compared with accuracy")
         study.results["correlation", ""] = error
     groups = {(str(kind), str(task)): rows for (kind, task), rows in probes.groupby(["kind", "task"], sort=False)}
-    for kind, task in sorted(groups, key=lambda group: study.kinds.index(group[0])) if len(study.usable) else ():
+    kinds = study.kinds
+    for kind, task in sorted(groups, key=lambda group: kinds.index(group[0])) if len(study.usable) else ():
         rows, name = evenly(groups[kind, task]), f"{task}:{kind}"
         yield "correlation of loss with", name, partial(_correlations, rows.reset_index(drop=True))
         known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
@@ -326,7 +313,7 @@ def _effects(study: Study) -> Iterator[Work]:
     if study.usable.empty:
         return
     yield "noise", "", partial(noise, study.usable, law=study.get("law"))
-    main = study.with_loss
+    main = usable_rows(study.main).rows
     if "unique_images" in main and varies(main["unique_images"]):
         yield "worth of repeats", "", partial(repeats, main)
 
@@ -338,10 +325,3 @@ STEPS = (
     ("contrasts", 0.65, _effects),
 )
 """What begins, the share of the time that went before it, and the results that it yields."""
-
-
-def probe_kinds(probes: pd.DataFrame) -> list[str]:
-    """List the kinds that were run, the paper's own first: attentive, then efficient, linear, and the others."""
-    order = {"attentive": 0, "efficient": 1, "linear": 2}
-    kinds: list[str] = list(dict.fromkeys(probes["kind"])) if "kind" in probes else []
-    return sorted(kinds, key=lambda kind: order.get(kind, 3))
