@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import markupsafe
+import matplotlib as mpl
 
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.plots.style import save
@@ -68,12 +69,13 @@ def write_report(
         raise no_column(frame, "val_loss")
     study = study_tables(paths, frame, _read_collects(paths), progress)
     progress("figures", 0.75)
-    laid_out = sections(study)
-    progress("page", 0.95)
-    page = render(study, laid_out)
-    if figures is not None:
-        for drawn in (each for section in laid_out for each in section.of(PageFigure)):
-            save(drawn.figure, Path(figures) / drawn.key)
+    with mpl.rc_context():
+        mpl.rcdefaults()  # pages look alike, whatever their caller has set
+        laid_out = sections(study)
+        progress("page", 0.95)
+        page = render(study, laid_out)
+        for drawn in [] if figures is None else [each for section in laid_out for each in section.of(PageFigure)]:
+            save(drawn.figure, Path(figures or "") / drawn.key)
     page_path = Path(out or paths[0].with_name("report.html"))
     page_path = page_path / "report.html" if page_path.is_dir() else page_path
     try:

@@ -15,7 +15,7 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
 from aimscale.analysis.plots.scaling import plot_points
 from aimscale.analysis.plots.training import plot_curves
-from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, Comparison, read_baselines, share_cells
+from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines, share_cells
 from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, table6
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block, table_block
 from aimscale.analysis.report.pictures import PictureRow, picture_rows
@@ -217,27 +217,24 @@ def _best_split(study: Study) -> Iterator[Part]:
 
 
 def _published(study: Study) -> Iterator[Part]:
-    """Put the released AIMs beside these runs, on tasks of the paper that were read by its protocol."""
+    """Put the released AIMs beside these runs, on tasks of the paper read by its protocol, and baselines on any."""
     found = study.get("published models")
-    if found is None or found.tasks.empty:
+    if found is None or (found.tasks.empty and found.baselines.empty):
         return
-    tasks = found.tasks
-    if "params_total" in tasks:
-        caption = "Attentive probe, frozen features: these runs at their largest budgets, AIM on its last six blocks."
-        title = "Beside the published AIM models"
-        yield PageFigure(key="published-models", title=title, caption=caption, figure=found.plot())
-    note = (
-        "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks "
-        "stand beside AIM-7B's last six, chosen ones beside its best six."
-    )
-    names = [str(name) for name in tasks if name not in ("top1_lo95", "top1_hi95")]
-    yield _share_block("compare", "The same tasks, ours and theirs", tasks, ["task", *names], note)
-    yield from _not_compared(found)
-
-
-def _baselines(study: Study) -> Iterator[Part]:
-    found = study.get("published models")
-    if found is not None and len(frame := found.baselines):
+    if len(tasks := found.tasks):
+        if "params_total" in tasks:
+            caption = (
+                "Attentive probe, frozen features: these runs at their largest budgets, AIM on its last six blocks."
+            )
+            title = "Beside the published AIM models"
+            yield PageFigure(key="published-models", title=title, caption=caption, figure=found.plot())
+        note = (
+            "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks "
+            "stand beside AIM-7B's last six, chosen ones beside its best six."
+        )
+        names = [str(name) for name in tasks if name not in ("top1_lo95", "top1_hi95")]
+        yield _share_block("compare", "The same tasks, ours and theirs", tasks, ["task", *names], note)
+    if len(frame := found.baselines):
         frame = frame.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
         seen = ["images_seen"] if varies(frame["images_seen"]) else []
         names = ["task", "kind", "size", "params_total", *seen, "n", "top1", "baseline", "baseline_top1", "gap"]
@@ -249,10 +246,6 @@ def _baselines(study: Study) -> Iterator[Part]:
         )
         title, frame = "Beside baselines on the same probes", frame.assign(kind=frame["kind"].map(kind_name))
         yield _share_block("baselines", title, frame, names, note)
-        yield from _not_compared(found) if found.tasks.empty else ()
-
-
-def _not_compared(found: Comparison) -> Iterator[Part]:
     if lines := flag_words(found.left_out):
         yield Block(key="not-compared", title="Not compared, and why", lines=lines, is_open=False)
 
@@ -336,8 +329,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Study], Iterator[Part]]]] = {
     "linked": ("Loss and accuracy", "Loss against accuracy", _loss_accuracy),
     "training": ("Training curves", "Training curves", _training),
     "best-split": ("Best split", "The best split of compute", _best_split),
-    "published": ("Published models", "Beside the published AIM models", _published),
-    "beside": ("Baselines", "Beside baselines", _baselines),
+    "published": ("Published models", "Beside published models and baselines", _published),
     "laws": ("Laws", "Fitted laws", _laws),
     "changes": ("Single changes", "Single changes, everything else equal", _changes),
     "noise": ("Noise", "How much is noise", _noise),
