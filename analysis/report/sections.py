@@ -9,7 +9,6 @@ from typing import TypeVar
 import pandas as pd
 
 from aimscale.analysis.accuracy.result import Correlations
-from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
@@ -274,7 +273,7 @@ def _laws(study: Study) -> Iterator[Part]:
 
 
 def _changes(study: Study) -> Iterator[Part]:
-    """Tell single changes: each loss and each accuracy that differs, how many others do not, and cautions."""
+    """Tell single changes, beside those that the paper tried."""
     contrasts = study.all("contrast by")
     if contrasts:
         yield (
@@ -283,17 +282,11 @@ def _changes(study: Study) -> Iterator[Part]:
             "fractions."
         )
     for name, found in contrasts.items():
-        note = f"Against {found.baseline}. Equal within pairs: {', '.join(found.equal) or 'all else'}."
-        lines = list(_change_words(found))
-        yield result_block(html_id("contrast", name), f"Effect of {name}", found, note=note, lines=lines, facts=())
-
-
-def _change_words(found: Contrasts) -> Iterator[str]:
-    told = [each for each in found.contrasts if not each.measure.is_accuracy or each.is_significant]
-    yield from (each.sentence() for each in told)
-    if rest := len(found.contrasts) - len(told):
-        yield f"Not significant: {rest} of {len(found.contrasts)} differences; the table has all."
-    yield from (*flag_words(found.flags), *in_words(beside_paper(found)))
+        facts = [
+            *found.facts(),
+            *(("published", line.removeprefix("Paper: ")) for line in in_words(beside_paper(found))),
+        ]
+        yield result_block(html_id("contrast", name), f"Effect of {name}", found, facts=facts)
 
 
 def _noise(study: Study) -> Iterator[Part]:
