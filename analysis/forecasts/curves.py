@@ -36,7 +36,7 @@ class Curve:
     """A fitted law, or a law of the loss with a link to the accuracy."""
 
     name: str
-    """The law's, and "through the loss" of a link."""
+    """Name of the law, with "through the loss" behind it where a link follows."""
     noise: float
     """Standard deviation of a measurement's logarithm about the curve."""
     law: Estimate = field(repr=False)

@@ -190,11 +190,7 @@ def record_words(distance: float, *, accuracies: bool = False) -> list[str]:
 
 
 def parse_scale(text: str, option: str) -> dict[str, float]:
-    """Read `N=1e9,D=2B` as numbers (k, M, B, T).
-
-    Raises:
-        AnalysisError: not of that form.
-    """
+    """Read `N=1e9,D=2B` as numbers (k, M, B, T)."""
     out: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = (each.strip() for each in part.partition("="))

@@ -35,11 +35,7 @@ COLUMNS = (
 
 
 def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:
-    """Append forecasts to a register, before the runs.
-
-    Raises:
-        AnalysisError: the table already holds a measurement there, or the file cannot be written.
-    """
+    """Append forecasts to a register, before the runs: not where the table already holds a measurement."""
     points = found.loss.points
     for at in found.scales:
         if len(rows := _rows_at(df, at, points.columns)):
@@ -72,11 +68,7 @@ def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:
 
 
 def read_register(path: Path) -> list[dict[str, Any]]:
-    """Read the forecasts of a register, oldest first; none where the file does not exist.
-
-    Raises:
-        AnalysisError: a line is damaged.
-    """
+    """Read the forecasts of a register, oldest first; none where the file does not exist."""
     out = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:

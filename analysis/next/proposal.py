@@ -61,16 +61,7 @@ class Basket(NamedTuple):
 
 
 def buy(law: Fit, candidates: Points, prices: Array, target: Points, *, budget: float) -> Basket:
-    """Choose candidates within a budget that leave the forecast at the target the least variance.
-
-    Args:
-        law: a fit to what has been measured.
-        candidates: variables of the law (num_candidates,) per run on offer.
-        prices: price (num_candidates,), in the unit of the budget.
-
-    Raises:
-        AnalysisError: nothing on offer is within the budget, or a price is not positive.
-    """
+    """Choose candidates (num,) of given prices (num,) that leave the forecast at the target the least variance."""
     prices = np.asarray(prices, float)
     if not np.all(prices > 0):
         raise AnalysisError("Every candidate needs a positive price.")
@@ -89,8 +80,8 @@ def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float
     joint is the covariance (draws, candidates + targets, candidates + targets) and is changed.
     """
     n = len(prices)
-    variances, before, rows = _variances(joint), _spread(joint, n), list[int]()
-    left, unsold = budget, np.ones(n, bool)
+    variances, rows, left, unsold = _variances(joint), list[int](), budget, np.ones(n, bool)
+    before = _spread(variances[:, n:])
     while np.any(affordable := unsold & (prices <= left)):
         share = np.sum(joint[:, :n, n:] ** 2, axis=2) / (variances[:, :n] + noise**2)
         gain = np.mean(share / variances[:, n:].sum(axis=1, keepdims=True), axis=0)
@@ -100,12 +91,12 @@ def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float
         variances, left = _variances(joint), left - prices[best]
         rows.append(best)
         unsold[best] = False
-    return Basket(rows=np.array(rows), sd_before=before, sd_after=_spread(joint, n))
+    return Basket(rows=np.array(rows), sd_before=before, sd_after=_spread(variances[:, n:]))
 
 
-def _spread(joint: Array, n: int) -> float:
-    """Return the standard deviation at the targets: root mean square over them, median over draws."""
-    return float(np.median(np.sqrt(np.mean(_variances(joint)[:, n:], axis=1))))
+def _spread(variances: Array) -> float:
+    """Return the standard deviation at targets from variances (draws, targets): root mean square, median over draws."""
+    return float(np.median(np.sqrt(variances.mean(axis=1))))
 
 
 def _variances(joint: Array) -> Array:
@@ -158,7 +149,7 @@ class Proposal(Result):
     rivals: tuple[float, float]
     """Lowest and highest of the laws there."""
     distance: float
-    """How many times beyond the table the target lies."""
+    """Factor by which the target lies beyond the table."""
     budget: float
     """Money to spend, in units of the prices."""
     unit: str
@@ -231,8 +222,7 @@ def propose(
         The runs in the order of choice, and the forecast's spread before and after.
 
     Raises:
-        AnalysisError: the target lacks a variable or names an unknown one, nothing is affordable, or the law cannot be
-            fitted.
+        AnalysisError: a variable of the target is missing or unknown, nothing is affordable, or no law can be fitted.
 
     Example:
         >>> table = read_table("results.parquet")
@@ -268,16 +258,9 @@ def propose(
 
 
 def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4) -> pd.DataFrame:
-    """Offer the N and D of a bare table, and steps from its largest towards a target, below the target in N D.
+    """Offer every combination of N and D that is not in a table and smaller than a target in N D.
 
-    Args:
-        steps: values between the table's largest and the target's, in equal factors.
-
-    Returns:
-        N and D of every combination that is smaller than the target and not in the table.
-
-    Raises:
-        AnalysisError: there is none, or the target lacks N or D.
+    The values are the table's own, and `steps` between its largest and the target's, in equal factors.
     """
     if lost := [v for v in ("N", "D") if v not in target]:
         raise AnalysisError(f"The target needs {' and '.join(lost)}, as in {','.join(f'{v}=1e9' for v in lost)}.")

@@ -36,7 +36,7 @@ class Approaches(Result):
     failures: dict[int, tuple[Flag, ...]]
     """Approach -> why it was not possible; budgets that were refused follow the reason."""
     measure: str = "val_loss"
-    """What is lowest at the optimum, as the table's file calls it."""
+    """Quantity that is lowest at the optimum, as the table's file calls it."""
     flags: tuple[Flag, ...] = ()
     """Approaches whose intervals do not overlap, and cautions about the table."""
 
@@ -59,7 +59,7 @@ class Approaches(Result):
 
     @property
     def cautions(self) -> list[str]:
-        """What to be careful about, in sentences: of all approaches, then of each."""
+        """Sentences of all flags: those of all approaches first, then of each."""
         return [*map(str, self.flags), *(str(flag) for each in self.frontiers for flag in each.flags)]
 
     def disagreement(self, flops: float) -> float:

@@ -25,7 +25,7 @@ class Cost:
     kappa: float
     """FLOPs per parameter and sample at N = 1."""
     s: float
-    """How much faster than N the FLOPs of a sample grow; 0 for 6ND."""
+    """Excess over 1 of the exponent of N in the FLOPs of a sample; 0 for 6ND."""
 
     def samples(self, flops: Array, num_params: Array) -> Array:
         """Return the D that a budget buys at a size."""

@@ -37,13 +37,6 @@ class LawOptimum:
         """Return ln N* at budgets (m,), NaN where there is none, its standard errors and their degrees of freedom."""
         return self.fit.estimate.error_of(lambda params: self.log_sizes(params, flops))
 
-    def exponent(self, span: tuple[float, float]) -> tuple[float, Interval]:
-        """Return the mean exponent of N* over a span of compute, with its interval."""
-        width = np.log(span[1] / span[0])
-        slope = self.fit.estimate.error_of(lambda params: np.diff(self.log_sizes(params, span), axis=1) / width)
-        value, error, degrees = (float(each[0]) for each in slope)
-        return value, student_interval(value, error, degrees)
-
     def log_sizes(self, params: Params, flops: Array) -> Array:
         """Return ln N* (batch, m) at budgets (m,) for parameters (batch,).
 
@@ -91,19 +84,20 @@ def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss"
         if np.isnan(log_n):
             text = f"the {name} law has no best size at {flops:.3g} FLOP within {REACH:.3g} times the measured sizes"
             raise NoFrontier(Flag(kind="no_minimum", subject=name, number=flops, text=text))
-    exponent, i = optimum.exponent(span)
+    width = np.log(span[1] / span[0])
+    slope = found.estimate.error_of(lambda params: np.diff(optimum.log_sizes(params, span), axis=1) / width)
+    exponent, sd, degrees = (float(each[0]) for each in slope)
+    i = student_interval(exponent, sd, degrees, found.interval_method)
     if not i.high - i.low <= WIDE_DERIVED or found.not_identified & {*form.derived}:
         text = f"the exponents of the {name} law are not identified"
         raise NoFrontier(Flag(kind="no_exponents", subject=name, text=text))
     if i.high - i.low < FORM_ALONE:
-        interval = Interval(low=np.nan, high=np.nan, method="the law's form alone sets this exponent")
-    else:
-        interval = Interval(low=i.low, high=i.high, method=found.interval_method)
+        i = Interval(low=np.nan, high=np.nan, method="the law's form alone sets this exponent")
     return Frontier(
         approach=3,
         method=f"minimum of the {name} law on C = {cost.kappa:.3g} N^{1 + cost.s:.3g} D",
         exponent=exponent,
-        exponent_interval=interval,
+        exponent_interval=i,
         optimum=optimum,
         cost=cost,
         pairs=pd.DataFrame(columns=["C", "N", "D", "loss"]),

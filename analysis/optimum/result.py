@@ -50,7 +50,7 @@ class Frontier(Result):
     approach: int
     """1 envelope of the sizes' losses, 2 iso-FLOP parabolas, 3 parametric law."""
     method: str
-    """How, in words."""
+    """Method in words."""
     exponent: float
     """a, of N*(C)."""
     exponent_interval: Interval

@@ -47,7 +47,7 @@ def _by_distance() -> pd.DataFrame:
     rows = [
         {
             "times beyond the table": f"{each['low']:g} to {each['high']:g}",
-            "families": each['num_families'],
+            "families": each["num_families"],
             "losses inside, %": f"{100 * each['inside']:.0f}",
             "error, %": f"{100 * each['error']:.1f}",
             "accuracies inside, %": f"{100 * each['accuracy_inside']:.0f}",
