@@ -1,22 +1,80 @@
-"""Accuracies of a foreign table: its columns as entries of `probes`, so that every verb takes them as our own."""
+"""Cells of a table as the schema types them: numbers, probes, and accuracies of a foreign table as entries of `probes`,
+so that every verb takes them as our own."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.cells import to_numbers
-from aimscale.analysis.table.schema import KNOWN
+from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, Column
 from aimscale.analysis.words import Flag, some
 
 LEVELS = ("chance", "ideal")
 """What `TASK:` is followed by to give a task's levels instead of an accuracy."""
 _LOOKS = re.compile(r"(?<![a-z])acc(?:uracy)?(?![a-z])|top[-_ @]?[15](?!\d)", re.IGNORECASE)
+_SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": 1e-2}
+_TYPES: dict[str, Callable[[Any], Any]] = {"string": str, "list<int64>": lambda values: [int(each) for each in values]}
+_FIELDS = {field.name: _TYPES.get(field.dtype, float) for field in PROBE_FIELDS if field.dtype != "json"}
+"""Fields of a probe and what types them; whole numbers become floats, as in a data frame."""
+
+
+def to_numbers(values: pd.Series) -> pd.Series:
+    """Read numbers, also of texts such as `44M`, `1.5k` and `26.2 %`; what is none becomes NaN."""
+    numbers = pd.to_numeric(values, errors="coerce")
+    texts = values[numbers.isna() & values.notna()].map(str)
+    if texts.empty:
+        return numbers
+    parts = texts.str.extract(rf"^\s*(.*?)\s*([{''.join(_SUFFIXES)}])\s*$")
+    found = pd.to_numeric(parts[0], errors="coerce") * parts[1].map(_SUFFIXES).astype(float)
+    return numbers.astype(float).fillna(found)
+
+
+def typed(values: pd.Series, column: Column, path: Path, called: str) -> pd.Series:
+    """Type one column; the only text that may stand for a missing number is an empty one.
+
+    Raises:
+        AnalysisError: a text where a number should be, or probes that cannot be read.
+    """
+    if column.dtype == "probes":
+        parsed = [_parse_probes(value, row, path) for row, value in enumerate(values, 1)]
+        return pd.Series(parsed, index=values.index, dtype=object)
+    if column.dtype not in ("int64", "float64"):
+        return values.astype(object).map(str, na_action="ignore").where(values.notna(), None)
+    numbers = to_numbers(values)
+    bad = numbers.isna() & values.notna()
+    if bad.any():
+        row = int(np.flatnonzero(bad.to_numpy())[0])
+        raise AnalysisError(
+            f"{path}: column '{called}' holds {values.iloc[row]!r:.60} in row {row + 1}; make it a number"
+        )
+    whole = column.dtype == "int64" and numbers.notna().all() and (numbers % 1 == 0).all()
+    return numbers.astype("int64" if whole else "float64")
+
+
+def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
+    """Read the entries of a cell: names as texts, numbers as numbers, missing ones left out; all have task and kind."""
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return []
+    try:
+        listed = json.loads(value) if isinstance(value, str) else value
+        if np.isscalar(listed):
+            named = option("columns", "TASK:KIND=THEIRS")
+            raise TypeError(f"{listed!r:.60} is a number; name an accuracy with {named}")
+        entries = [dict(entry) for entry in listed]
+        if wrong := [
+            e[name] for e in entries for name in ("task", "kind") if not isinstance(e[name], str | int | float)
+        ]:
+            raise TypeError(f"a task or kind is {wrong[0]!r:.60}")
+        return [{**e, **{k: _FIELDS[k](v) for k, v in e.items() if k in _FIELDS and v is not None}} for e in entries]
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+        raise AnalysisError(f"{path}: 'probes' of row {row} is no list of probes ({error}); correct it") from error
 
 
 def is_accuracy(ours: str) -> bool:

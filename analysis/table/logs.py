@@ -7,6 +7,8 @@ Of W&B, names of this project's own runs are mapped to ours, so that their expor
 from __future__ import annotations
 
 import ast
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str,
     Raises:
         AnalysisError: an export of our own runs without a budget's validation loss.
     """
-    is_api = {*frame} >= {"summary", "config"}
+    is_api = {*frame} >= {"summary", "config"} and not {*frame}.isdisjoint(_RUN_NAMES)
     if is_api:
         frame = frame.assign(
             **{name: frame[name].map(lambda cell: _parsed(cell, path)) for name in ("config", "summary")}
@@ -70,7 +72,9 @@ def _parsed(cell: Any, path: Path) -> Any:
 
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:
     """Give nested parts of a configuration columns of their own."""
-    for name in [name for name in frame.select_dtypes(object) if frame[name].map(type).eq(dict).any()]:
+    for name in [
+        name for name in frame.select_dtypes(object) if frame[name].map(lambda cell: isinstance(cell, dict)).any()
+    ]:
         cells = [cell if isinstance(cell, dict) else {} for cell in frame[name]]
         inner = pd.json_normalize(cells).set_index(frame.index).add_prefix(f"{name}.")
         frame = frame.drop(columns=name).join(inner[[each for each in inner if each not in frame]])
@@ -82,9 +86,7 @@ def _budgets(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     keep = [name for name in frame if name in KNOWN or str(name).startswith(("val/", _PROBE))]
     found = frame.loc[frame["val/loss"].notna(), keep]
     if found.empty:
-        raise AnalysisError(
-            f"{path}: no run has a val/loss yet; W&B gets it when a budget is evaluated, after training"
-        )
+        raise AnalysisError(f"{path}: no run has a val/loss yet; W&B gets it when a budget is evaluated")
     return found.drop_duplicates(["run_id", "val/images_seen"], keep="last").reset_index(drop=True)
 
 
@@ -97,7 +99,7 @@ def run_logs(folder: Path) -> pd.DataFrame:
         AnalysisError: a folder without runs; or event files, and no package `tensorboard` to read them.
     """
     frames = []
-    for run, settings, points, status in (*_mlflow(folder), *_lightning(folder), *_tensorboard(folder)):
+    for run, settings, points, status in (each for reader in _READERS for each in reader(folder)):
         if len(points):
             points = points.sort_index()
             points.iloc[-1] = points.ffill().iloc[-1]
@@ -105,38 +107,49 @@ def run_logs(folder: Path) -> pd.DataFrame:
             told = {name: value for name, value in settings.items() if name not in points}
             frames.append(points.reset_index().assign(**told, **became))
     if not frames:
-        raise AnalysisError(
-            f"{folder} holds neither results.parquet nor runs of TensorBoard, MLflow or Lightning; give another folder, "
-            "or `aimscale collect` a sweep"
-        )
+        known = "results.parquet nor runs of TensorBoard, MLflow or Lightning"
+        raise AnalysisError(f"{folder} holds neither {known}; give another folder, or `aimscale collect` a sweep")
     return pd.concat(frames, ignore_index=True)
 
 
 _Run = tuple[str, dict[str, Any], pd.DataFrame, str]
-"""Name of a run, its settings, its metrics by step, and what became of it."""
-FINISHED = 3
-"""Status of a run of MLflow."""
+"""Name of a run, its settings, its metrics by step, and its status."""
 
 
-def _mlflow(folder: Path) -> Iterator[_Run]:
-    """Read MLflow's folder of files, `mlruns`: a file of lines `time value step` for every metric."""
+def _mlflow_store(folder: Path) -> Iterator[_Run]:
+    """Read MLflow's database, `mlflow.db`."""
+    for file in sorted(folder.glob("**/mlflow.db")):
+        with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as store:
+            read = {name: pd.read_sql(f"SELECT * FROM {name}", store) for name in ("runs", "params", "metrics")}
+        for run in read["runs"].to_dict("records"):
+            params, metrics = (read[name][read[name]["run_uuid"] == run["run_uuid"]] for name in ("params", "metrics"))
+            points = metrics.pivot_table(index="step", columns="key", values="value", aggfunc="last")
+            settings = {key: _value(value) for key, value in zip(params["key"], params["value"], strict=True)}
+            yield run["name"], settings, points, "complete" if run["status"] == "FINISHED" else "unfinished"
+
+
+def _mlflow_files(folder: Path) -> Iterator[_Run]:
+    """Read MLflow's folder of files, `mlruns`: lines `time value step` in a file for every metric."""
     for meta in sorted(folder.glob("**/meta.yaml")):
-        metrics = meta.parent / "metrics"
-        columns = {
-            each.relative_to(metrics).as_posix(): pd.read_csv(each, sep=" ", header=None).groupby(2)[1].last()
-            for each in sorted(metrics.glob("**/*"))
-            if each.is_file()
-        }
+        files = [each for each in sorted(meta.parent.glob("metrics/**/*")) if each.is_file()]
+        names = [each.relative_to(meta.parent / "metrics").as_posix() for each in files]
+        values = [pd.read_csv(each, sep=" ", header=None).groupby(2)[1].last() for each in files]
+        points = pd.DataFrame(dict(zip(names, values, strict=True))).rename_axis("step")
+        settings = {each.name: _value(each.read_text()) for each in meta.parent.glob("params/*")}
         told = yaml.safe_load(meta.read_text())
-        params = {each.name: _value(each.read_text()) for each in meta.parent.glob("params/*")}
-        status = "complete" if told.get("status") in (FINISHED, "FINISHED") else "unfinished"
-        yield told.get("run_name") or meta.parent.name, params, pd.DataFrame(columns).rename_axis("step"), status
+        status = "complete" if told.get("status") == 3 else "unfinished"  # RunStatus.FINISHED
+        yield told.get("run_name") or meta.parent.name, settings, points, status
 
 
 def _lightning(folder: Path) -> Iterator[_Run]:
     """Read the folders of Lightning's CSV logger: `metrics.csv`, and `hparams.yaml` beside it."""
     for file in sorted(folder.glob("**/metrics.csv")):
-        yield _run_name(file, folder), _hparams(file.parent), pd.read_csv(file).groupby("step").last(), "complete"
+        yield (
+            _run_name(file.parent, folder),
+            _hparams(file.parent),
+            pd.read_csv(file).groupby("step").last(),
+            "complete",
+        )
 
 
 def _tensorboard(folder: Path) -> Iterator[_Run]:
@@ -148,9 +161,7 @@ def _tensorboard(folder: Path) -> Iterator[_Run]:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     except ImportError as error:
-        raise AnalysisError(
-            f"{folder} holds TensorBoard's event files; pip install tensorboard to read them"
-        ) from error
+        raise AnalysisError(f"{folder} holds event files of TensorBoard; pip install tensorboard") from error
     for parent in files:
         events = EventAccumulator(str(parent), size_guidance={"scalars": 0}).Reload()
         settings = _hparams(parent)
@@ -162,24 +173,26 @@ def _tensorboard(folder: Path) -> Iterator[_Run]:
             tag: pd.Series({event.step: event.value for event in events.Scalars(tag)})
             for tag in events.Tags()["scalars"]
         }
-        yield _run_name(parent / "events", folder), settings, pd.DataFrame(columns).rename_axis("step"), "complete"
+        yield _run_name(parent, folder), settings, pd.DataFrame(columns).rename_axis("step"), "complete"
 
 
-def _run_name(file: Path, folder: Path) -> str:
-    """Name a run by its folder."""
-    return file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.name
+def _run_name(run: Path, folder: Path) -> str:
+    return run.relative_to(folder).as_posix() if run != folder else folder.name
 
 
 def _hparams(folder: Path) -> dict[str, Any]:
     """Read Lightning's hyperparameters, nested ones under dotted names."""
     file = folder / "hparams.yaml"
-    told = yaml.safe_load(file.read_text()) if file.is_file() else None
-    return pd.json_normalize(told).to_dict("records")[0] if told else {}
+    told = yaml.load(file.read_text(), yaml.BaseLoader) if file.is_file() else None  # texts, whatever Python tags say
+    return {str(name): _value(value) for name, value in pd.json_normalize(told).iloc[0].items()} if told else {}
 
 
-def _value(text: str) -> Any:
-    """Read a parameter of MLflow, which is a text."""
+def _value(text: Any) -> Any:
+    """Read a hyperparameter, which was written as a text."""
     try:
         return float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         return text
+
+
+_READERS = (_mlflow_store, _mlflow_files, _lightning, _tensorboard)

@@ -55,9 +55,9 @@ def remember(
     frame: pd.DataFrame, names: Mapping[str, str] | None = None, left_out: Sequence[Exclusion] = ()
 ) -> pd.DataFrame:
     """Give the frame further names and exclusions beside those that it remembers."""
-    left_out = [vars(each) for each in (*left_out_of(frame), *left_out) if each.number]
+    rows = [vars(each) for each in (*left_out_of(frame), *left_out) if each.number]
     frame = frame.copy(deep=False)
-    frame.attrs = {**frame.attrs, _ORIGIN: {"names": {**names_of(frame), **(names or {})}, "left_out": left_out}}
+    frame.attrs = {**frame.attrs, _ORIGIN: {"names": {**names_of(frame), **(names or {})}, "left_out": rows}}
     return frame
 
 

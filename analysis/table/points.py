@@ -77,9 +77,6 @@ def usable_rows(
         best_by: name of the loss that a law is fitted to: of rows that differ in tuned columns only, such as the
             learning rate, the best are kept. Empty for all rows, as contrasts need them.
         tuned: the tuned columns; default: those of `tuned_columns`.
-
-    Raises:
-        AnalysisError: the index holds a label twice.
     """
     if not frame.index.is_unique:
         raise AnalysisError("The table's index holds a label twice; number its rows with df.reset_index(drop=True).")
@@ -87,15 +84,15 @@ def usable_rows(
     if absent := [name for name in columns.values() if name not in frame.columns]:
         raise no_column(frame, absent[0])
     values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").astype(float)
-    values.columns = pd.Index(list(columns))
+    values = values.set_axis(list(columns), axis=1)
     bad = [("status", "", "not complete (status)", ~frame.index.isin(complete(frame).index))]
     for name, column in columns.items():
-        called, number = their_name(frame, column), values[name]
-        kind, good = "not positive", (number > 0) | ((number == 0) & (name in may_be_zero))
+        called, number = their_name(frame, column), values[name].to_numpy()
         if name in signed:
-            kind, good = "not finite", number.notna()
-        what = "infinite" if name in signed else "non-positive"
-        bad.append((kind, called, f"with a missing or {what} {called}", (~good | np.isinf(number)).to_numpy()))
+            bad.append(("not finite", called, f"with a missing or infinite {called}", ~np.isfinite(number)))
+        else:
+            good = (number > 0) & np.isfinite(number) | (number == 0) & (name in may_be_zero)
+            bad.append(("not positive", called, f"with a missing or non-positive {called}", ~good))
     bad.append(("repeat", "", "that repeat another row exactly", _repeats(frame, values).to_numpy()))
     keep, exclusions = np.ones(len(frame), dtype=bool), list(left_out_of(frame))
     for kind, subject, text, out in bad:
@@ -105,37 +102,26 @@ def usable_rows(
     rows, values, flags = frame[keep], values[keep], tuple[Flag, ...]()
     if best_by and (tuned := tuned or tuned_columns(rows, used=columns.values())):
         y = columns[best_by]
-        cell = dict.fromkeys([*cell_columns(rows, y, tuned), *columns.values()])
-        best, flags = _best_settings(
-            rows.assign(**{y: values[best_by]}), y, tuned, [name for name in cell if name != y]
-        )
+        cell = {*cell_columns(rows, y, tuned), *columns.values()} - {y}
+        best, flags = _best_settings(rows.assign(**{y: values[best_by]}), y, tuned, sorted(cell))
         if number := int((~best).sum()):
-            subject = flags[0].subject
-            text = f"not the best {subject} of their cell"
+            text = f"not the best {(subject := flags[0].subject)} of their cell"
             exclusions.append(Exclusion(kind="best of", subject=subject, number=number, text=text))
         rows, values = rows[best], values[best]
-    left_out = tuple(exclusions)
-    return Observations(
-        rows=rows, numbers=values, columns=columns, exclusions=left_out, flags=flags, num_rows=len(frame)
-    )
+    found = {"rows": rows, "numbers": values, "columns": columns, "num_rows": len(frame)}
+    return Observations(**found, exclusions=tuple(exclusions), flags=flags)
 
 
 def _repeats(frame: pd.DataFrame, values: pd.DataFrame) -> pd.Series:
     """Find rows equal to an earlier one in every column of the table, not in the used ones alone."""
     alike = values.duplicated(keep=False) & values.notna().all(axis=1)
-    repeats = frame[alike].astype(str).duplicated()  # as text: cells may be lists
-    return repeats.reindex(frame.index, fill_value=False)
+    return frame[alike].astype(str).duplicated().reindex(frame.index, fill_value=False)  # as text: cells may be lists
 
 
 def _best_settings(
     rows: pd.DataFrame, y: str, tuned: Sequence[str], cell: Sequence[str]
 ) -> tuple[pd.Series, tuple[Flag, ...]]:
     """Find the rows at the best setting of every cell: that of the lowest mean loss, or of the highest mean accuracy.
-
-    Args:
-        y: column of the loss, or of an accuracy.
-        tuned: columns that make a setting.
-        cell: columns that make a cell.
 
     Returns:
         Which rows to keep, and flags where that is a choice.
@@ -166,10 +152,8 @@ def _best_settings(
 def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
     """Keep of rows that differ in some tuned columns those of the lowest loss, its mean where seeds were run.
 
-    A cell is what agrees in everything else (`cell_columns`): another batch is another cell, unless tuned, too.
-
-    Returns:
-        The best rows, in order. The frame remembers how many were left out.
+    A cell is what agrees in everything else (`cell_columns`): another batch is another cell, unless tuned, too. The
+    frame remembers how many rows were left out.
 
     Raises:
         AnalysisError: no such column, or no two rows of a cell differ in them.
@@ -189,11 +173,7 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
 
 
 def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Find the column of each variable: named by the caller, of the variable's own name, or the results table's.
-
-    Raises:
-        AnalysisError: a column is missing.
-    """
+    """Find the column of each variable: named by the caller, of the variable's own name, or the results table's."""
     found = {v: (columns or {}).get(v) or our_name(df, v) for v in law.variables}
     for variable, name in found.items():
         if name not in df.columns:
@@ -212,11 +192,7 @@ def observe(
     num_free: int | None = None,
     zero_allowed: bool = False,
 ) -> Observations:
-    """Collect the points of a fit: the usable rows, with the reasons for leaving the others out.
-
-    Raises:
-        AnalysisError: missing column, too few points for the parameters, or a variable that takes one value only.
-    """
+    """Collect the points of a fit: the usable rows, more than parameters, of several values of every variable."""
     names = resolve_columns(law, df, columns)
     if y not in df.columns:
         raise no_column(df, y, " to fit")
@@ -258,20 +234,17 @@ def most_passes(rows: pd.DataFrame) -> float:
 
 
 def passes_flags(rows: pd.DataFrame, what: str, at: Mapping[str, float]) -> tuple[Flag, ...]:
-    """Flag a scale that sees its pool more often than any of the rows that a law was fitted to.
+    """Flag a scale, called `what`, that sees its pool more often than any of the rows that a law was fitted to.
 
-    Args:
-        what: what is at the scale, for the sentence.
-        at: the scale. Without a U the pool is the largest that rows of several D share: where each D has a pool of its
-            own, so would a larger one.
+    Without a U the pool is the largest that rows of several D share: where each D has its own, so would a larger one.
     """
     most = most_passes(rows)
     if np.isnan(most) or "D" not in at:
         return ()
     budgets = rows.groupby("unique_images")["images_seen"].nunique()
     pool = at.get("U", budgets.index[budgets > 1].max())
-    if not at["D"] > max(most, REPEATS_FROM) * pool:
-        return ()
     passes = at["D"] / pool
+    if not passes > max(most, REPEATS_FROM):
+        return ()
     text = f"{what} means {passes:.3g} passes over the pool of {human(pool)}, beyond the {most:.3g} that were seen."
     return (Flag(kind="passes", subject=what, number=passes, text=text),)

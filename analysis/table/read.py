@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,20 +14,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.accuracies import is_accuracy, with_accuracies
-from aimscale.analysis.table.cells import setup_words, to_numbers, typed
+from aimscale.analysis.table.accuracies import is_accuracy, to_numbers, typed, with_accuracies
 from aimscale.analysis.table.design import DEFAULT, DESIGN, SECTIONS, varies
 from aimscale.analysis.table.logs import from_wandb, run_logs
-from aimscale.analysis.table.names import (
-    CANONICAL,
-    FOLDER,
-    LETTERS,
-    Exclusion,
-    column_words,
-    joined,
-    remember,
-    their_name,
-)
+from aimscale.analysis.table.names import CANONICAL, FOLDER, Exclusion, column_words, joined, remember, their_name
 from aimscale.analysis.table.points import best_of, complete
 from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION
 from aimscale.analysis.table.select import select
@@ -54,11 +46,10 @@ def read_tables(
     Args:
         columns: our name -> the name in the files; see `read_table`.
         where: conditions that rows must meet, such as `prefix=paired` or `images_seen>=8000`; see `select`.
-        best: tuned columns, of which only the best value in each cell is kept; see `best_of`.
-        y: loss column that says what is best.
+        best: tuned columns, of which only the value of the lowest `y` in each cell is kept; see `best_of`.
 
-    Raises:
-        AnalysisError: no table, one that cannot be read, or conditions that no row meets.
+    Returns:
+        One frame, a row per run and budget.
 
     Example:
         >>> read_tables(["results.parquet", "more.parquet"], where=["D>=100000"])
@@ -236,7 +227,9 @@ def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.D
 
 def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path) -> pd.Series:
     """Make a column of others, by their names or a law's letters; whole numbers as floats, for 6 N D outgrows int64."""
-    known = pd.DataFrame({**theirs, **ours, **{LETTERS[name]: ours[name] for name in LETTERS if name in ours}})
+    known = pd.DataFrame(
+        {**theirs, **ours, **{letter: ours[name] for letter, name in CANONICAL.items() if name in ours}}
+    )
     for name in [name for name in known if str(name) in formula and not pd.api.types.is_bool_dtype(known[name])]:
         numbers = to_numbers(known[name]).astype(float)
         known[name] = numbers if numbers.notna().any() else known[name]
@@ -262,7 +255,7 @@ def _without_words(frame: pd.DataFrame) -> pd.DataFrame:
     called = their_name(frame, "val_loss")
     left_out = [
         Exclusion(kind="word", subject=word, number=number, text=f"with {word!r:.60} in {called}")
-        for word, number in words.value_counts().to_dict().items()
+        for word, number in Counter(words).items()
     ]
     return remember(frame.drop(index=words.index).reset_index(drop=True), left_out=left_out)
 
@@ -300,7 +293,7 @@ def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
     """
     if "setup" not in frame:
         return frame
-    setups = frame["setup"].astype(object).map(setup_words, na_action="ignore")
+    setups = frame["setup"].astype(object).map(_setup_words, na_action="ignore")
     own = {"schedule.kind", *(f"{part}.{name}" for part in SECTIONS for name in DESIGN)}
     new = {}
     for name in sorted({key for setup in setups.dropna() for key in setup}):
@@ -308,3 +301,11 @@ def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
         if name not in frame and name not in own and varies(values):
             new[name] = values.astype(object)
     return frame.assign(**new)
+
+
+def _setup_words(text: str) -> dict[str, str]:
+    """Write the fields of a set-up in words that can be compared and shown."""
+    try:
+        return {key: f"{v:.12g}" if type(v) in (int, float) else str(v) for key, v in json.loads(text).items()}
+    except (ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise AnalysisError(f"'setup' holds {text[:60]!r}, which is no JSON object ({error}); correct it") from error

@@ -7,9 +7,11 @@ Parquet and JSON text in CSV. Keys that the schema does not know are kept as JSO
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -102,8 +104,7 @@ COLUMNS = tuple(
     for row in (
         ("schema_version", "int64", "", "Version of this schema", "source"),
         ("sweep", "string", "", "Name of the sweep", "source"),
-        ("run_id", "string", "", "Identity of the run: readable slug and hash of what defines its result",
-         "", "", "run"),
+        ("run_id", "string", "", "Identity of the run: slug and hash of what defines its result", "", "", "run"),
         ("status", "string", "", "Of this budget: complete, unfinished, diverged, failed; during: of a point"),
         ("size", "string", "", "Named model size", "scale"),
         ("seed", "int64", "", "Seed of the initial weights and of the stream", "scale"),
@@ -114,8 +115,7 @@ COLUMNS = tuple(
         ("epochs", "float64", "passes", "images_seen / unique_images"),
         ("batch_size", "int64", "images", "Images per optimiser step, over all ranks", "scale"),
         ("lr_peak", "float64", "", "Learning rate after warm-up", "scale"),
-        ("lr_multiplier", "float64", "", "Factor on the recipe's learning rate; null for a run that no sweep planned",
-         "scale"),
+        ("lr_multiplier", "float64", "", "Factor on the recipe's learning rate; null for an unplanned run", "scale"),
         ("schedule", "string", "", "wsd or cosine", "design"),
         ("precision", "string", "", "fp32 or bf16", "design"),
         ("patch_order", "string", "", "Order in which patches are predicted", "design"),
@@ -130,8 +130,7 @@ COLUMNS = tuple(
         ("params_preprocessor", "int64", "parameters", "Patch embedding and its norm"),
         ("params_trunk", "int64", "parameters", "Transformer backbone: what the paper calls the size",
          "", "N: backbone parameters"),
-        ("params_head", "int64", "parameters", "Pixel head, thrown away after pre-training",
-         "", "N: pixel-head parameters"),
+        ("params_head", "int64", "parameters", "Pixel head, not kept after training", "", "N: pixel-head parameters"),
         ("params_total", "int64", "parameters", "N: preprocessor, backbone and head",
          "", "N: parameters, pixel head included", "N"),
         ("flops_per_image", "float64", "FLOP", "Training FLOPs of one image (3 x forward, head and attention counted)"),
@@ -145,8 +144,7 @@ COLUMNS = tuple(
          "", "validation loss", "loss"),
         ("val_loss_se", "float64", "normalised MSE", "Standard error of val_loss over validation images", "", "", "SE"),
         ("val_num_images", "int64", "images", "Validation images", "design"),
-        ("train_loss", "float64", "normalised MSE", "Mean training loss over the last 5 % of the budget",
-         "", "training loss"),
+        ("train_loss", "float64", "normalised MSE", "Mean over the last 5 % of the budget", "", "training loss"),
         ("probes", "probes", "", "Frozen-feature results: a list of entries with PROBE_FIELDS"),
         ("wall_s", "float64", "s", "Wall time of training to this budget; validation and probes are not in it"),
         ("device_hours", "float64", "h", "Wall time x devices, in hours"),
@@ -253,7 +251,14 @@ def _json(value: Any) -> str:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which replaces `path` at the block's end; after an error nothing is left."""
+    """Give a path to write to, which replaces `path` at the block's end; after an error nothing is left.
+
+    What writers left that were killed goes, once it is a minute old.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 60:
+                left.unlink()
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside
