@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -90,17 +89,6 @@ def correlate(
     return Correlations(correlations=tuple(found))
 
 
-class Held(NamedTuple):
-    """What is taken out of both columns."""
-
-    group: Array
-    """Number of the group whose mean is taken out of each row (n,)."""
-    columns: Array
-    """Columns whose least-squares fit is taken out (n, q)."""
-    num_groups: int | None = None
-    """Groups of several sizes that share their compute; None without such groups."""
-
-
 def _has_several(df: pd.DataFrame, compute: str, x: str, y: str) -> bool:
     """Return whether rows at three amounts of compute or more have both columns, which vary."""
     if compute in (x, y) or not {compute, x, y} <= {*df.columns}:
@@ -125,18 +113,18 @@ def _correlate(
         raise AnalysisError(f"{constant[0]} is the same in all {len(rows)} rows, so it correlates with nothing.")
     if within is not None and rows[within].astype(str).is_unique:
         raise AnalysisError(f"Every {within} has a single row, so nothing varies within it.")
-    held = Held(np.zeros(len(rows), int), np.empty((len(rows), 0)))
+    group, held, num_groups = np.zeros(len(rows), int), np.empty((len(rows), 0)), None
     if partial is not None:
         size = next((name for name in SIZE_COLUMNS if name in rows), None)
-        held = _equal_compute(numbers[partial].to_numpy(), _codes(rows, size))
+        group, held, num_groups = _equal_compute(numbers[partial].to_numpy(), _codes(rows, size))
     if within is not None:
-        indicators = np.eye(held.group.max() + 1)[held.group][:, 1:]
-        held = held._replace(group=_codes(rows, within), columns=np.column_stack([held.columns, indicators]))
+        held = np.column_stack([held, np.eye(group.max() + 1)[group][:, 1:]])
+        group = _codes(rows, within)
     cluster = _cluster_column(rows, within)
     member, sides = _codes(rows, cluster), numbers[[x, y]].to_numpy()
     sides = sides / np.abs(sides).max(axis=0)  # squares of 1e308 are no numbers
     for method in methods:
-        value, low, high, degrees = _interval(method, sides, held, member)
+        value, low, high, degrees = _interval(method, sides, group, held, member)
         yield Correlation(
             method=method,
             x=their_name(df, x),
@@ -149,7 +137,7 @@ def _correlate(
             num_clusters=int(member.max()) + 1,
             degrees=degrees,
             partial_on=partial and their_name(df, partial),
-            num_groups=held.num_groups,
+            num_groups=num_groups,
             within=within and their_name(df, within),
             chance=_chance_of_all(rows, y),
             exclusions=used.exclusions,
@@ -180,15 +168,14 @@ def _chance_of_all(rows: pd.DataFrame, y: str) -> float | None:
     return float(np.median(chance)) if (rows[y].to_numpy(float) <= highest).all() else None
 
 
-def _equal_compute(values: Array, sizes: Array) -> Held:
-    """Find what holds compute equal: means of groups that share it, else a polynomial in its logarithm.
+def _equal_compute(values: Array, sizes: Array) -> tuple[Array, Array, int | None]:
+    """Find what holds compute (n,) equal: groups of several sizes that share it, else a polynomial in its logarithm.
 
     A straight line does not do: two power laws of compute bend about it and then correlate, whatever else they have in
     common.
 
-    Args:
-        values: compute (n,), positive.
-        sizes: sizes (n,), so that seeds of one size make no group.
+    Returns:
+        Group of each row, columns (n, q) that are taken out besides groups' means, number of groups that share compute.
     """
     log_c = np.log(values)
     order = np.argsort(log_c, kind="stable")
@@ -200,9 +187,9 @@ def _equal_compute(values: Array, sizes: Array) -> Held:
         # rows of a group differ a little: a slope in that, which may itself change with compute, goes too
         middle = pd.Series(z).groupby(group).transform("mean").to_numpy()[:, None]
         tilts = (z[:, None] - middle) * middle ** np.arange(2)
-        return Held(group=group, columns=tilts[:, tilts.std(axis=0) > 1e-9], num_groups=int(several.sum()))
+        return group, tilts[:, tilts.std(axis=0) > 1e-9], int(several.sum())
     degree = max(1, min(DEGREE, (group.max() + 1) // 2 - 1))
-    return Held(group=np.zeros(len(z), int), columns=z[:, None] ** np.arange(1, degree + 1))
+    return np.zeros(len(z), int), z[:, None] ** np.arange(1, degree + 1), None
 
 
 def _coefficient(method: str, sides: Array, held: Array) -> float:
@@ -210,23 +197,17 @@ def _coefficient(method: str, sides: Array, held: Array) -> float:
     rest = sides - held @ np.linalg.lstsq(held, sides)[0]
     if (rest.std(axis=0) <= np.maximum(NOTHING_LEFT * sides.std(axis=0), 1e-14)).any():
         return float("nan")
-    return float(np.corrcoef([METHODS[method](each) for each in rest.T])[0, 1])
+    return float(np.corrcoef([METHODS[method](each) for each in rest.T.round(12)])[0, 1])  # ties stay ties
 
 
-def _interval(method: str, sides: Array, held: Held, member: Array) -> tuple[float, float, float, int]:
-    """Return the coefficient, its interval and degrees of freedom; from -1 to 1 where it rests on one cluster.
-
-    Args:
-        method: one of `METHODS`.
-        sides: the two columns (n, 2), at most 1 in magnitude.
-        held: what is taken out of both.
-        member: number of each row's cluster (n,).
-    """
+def _interval(method: str, sides: Array, group: Array, held: Array, member: Array) -> tuple[float, float, float, int]:
+    """Return the coefficient of both sides (n, 2), its interval and degrees of freedom; from -1 to 1 where it rests on
+    one cluster (n,)."""
     n, part = len(sides), member % MAX_CLUSTERS
     # means cost degrees of freedom between clusters where their groups hold several clusters each, whole
-    num_means, is_nested = held.group.max(), pd.Series(held.group).groupby(part).nunique().max() == 1
+    num_means, is_nested = group.max(), pd.Series(group).groupby(part).nunique().max() == 1
     degrees = int(part.max() - num_means * (is_nested and num_means < part.max()))
-    basis = np.column_stack([np.eye(num_means + 1)[held.group], held.columns])
+    basis = np.column_stack([np.eye(num_means + 1)[group], held])
     value = _coefficient(method, sides, basis)
     without = [_coefficient(method, sides[part != k], basis[part != k]) for k in range(part.max() + 1)]
     if not np.isfinite([value, *without]).all():
@@ -234,7 +215,7 @@ def _interval(method: str, sides: Array, held: Held, member: Array) -> tuple[flo
     # perfect ranks, infinite on Fisher's scale, tell no more than that no two neighbours are swapped
     most = 1 - (6 / (n * (n**2 - 1)) if method == "spearman" else 1e-12)
     z, *each = np.arctanh(np.clip([value, *without], -most, most))
-    independent = max(1, n - 3 - num_means - held.columns.shape[1])
+    independent = max(1, n - 3 - num_means - held.shape[1])
     fisher = (1 + value**2 / 2 if method == "spearman" else 1) / independent  # of ranks: Bonett and Wright (2000)
     tail = 0.5 + CONFIDENCE / 2
     half = max(student.ppf(tail, degrees) * np.sqrt(degrees * np.var(each)), norm.ppf(tail) * np.sqrt(fisher))

@@ -101,35 +101,12 @@ class Correlations(Result):
         found.append(("correlated", self.headline().removeprefix("Correlation of ")))
         if len({c.partial_on for c in self}) > 1:
             found.append(("over all rows", "both may follow compute, and then they correlate whatever else they share"))
+        about = "about a polynomial in the logarithm of"
         for c in self:
             over = f"{c.num_clusters} clusters by {c.cluster}" if c.cluster else f"{c.num_points} rows"
-            how = f"jackknife of Fisher's z over {over}, t with {c.degrees} degrees of freedom"
-            found.append(("intervals", f"95 %, {how}"))
-            if c.partial_on:
-                groups = (
-                    f"within {c.num_groups} groups of equal"
-                    if c.num_groups
-                    else "about a polynomial in the logarithm of"
-                )
-                found.append(("held equal", f"{groups} {c.partial_on}"))
-            if c.exclusions:
-                found.append(("left out", "; ".join(map(str, c.exclusions))))
+            how = f"95 %, jackknife of Fisher's z over {over}, t with {c.degrees} degrees of freedom"
+            groups = f"within {c.num_groups} groups of equal" if c.num_groups else ""
+            found.append(("intervals", how))
+            found += [("held equal", f"{groups or about} {c.partial_on}")] * bool(c.partial_on)
+            found += [("left out", "; ".join(map(str, c.exclusions)))] * bool(c.exclusions)
         return list(dict.fromkeys(found))
-
-    def cells(self) -> list[dict[str, str]]:
-        """Return one row per coefficient."""
-        heads = ["task", "probe", "compared", "coefficient", "value", "95 % interval", "n", "significance"]
-        rows = (
-            (
-                c.task,
-                c.kind,
-                c.compared,
-                c.method,
-                f"{c.value:.3f}",
-                f"[{c.low:.3f}, {c.high:.3f}]",
-                c.num_points,
-                c.verdict,
-            )
-            for c in self
-        )
-        return [dict(zip(heads, map(str, row), strict=True)) for row in rows]

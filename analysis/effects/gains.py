@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from aimscale.analysis.effects.contrasts import Contrast, Contrasts
 from aimscale.analysis.effects.paired import mean_over_pairs
+from aimscale.analysis.effects.result import Contrast, Contrasts
 from aimscale.analysis.words import Flag
 
 ASKS_OTHERWISE = ("patch_order",)
@@ -59,18 +59,15 @@ def gains(found: Contrasts) -> tuple[Gain | Flag, ...]:
 
 def _gain(c: Contrast, found: Contrasts) -> Gain | Flag | None:
     """Read the gain off the baseline's own curves, or tell why there is none; None where it has no curves."""
-    keys = [name for name in c.pairs if name not in ("run_pair", "baseline_value", "level_value", "difference")]
+    keys = [str(name) for name in c.pairs if name not in ("run_pair", "baseline_value", "level_value", "difference")]
     if "images_seen" not in keys:
         return None
     base, level = (_costs(found, name, keys) for name in (c.baseline, c.level))
     run_keys = [name for name in keys if name != "images_seen"]
-    runs = c.pairs.drop_duplicates("run_pair")[[*run_keys, "run_pair"]].merge(base, on=run_keys)
-    curves = {run: curve.sort_values("cost", ascending=False) for run, curve in runs.groupby("run_pair")}
-    if min(map(len, curves.values())) < MIN_BUDGETS:
+    curves = c.pairs.drop_duplicates("run_pair")[[*run_keys, "run_pair"]].merge(base, on=run_keys).groupby("run_pair")
+    if curves.size().min() < MIN_BUDGETS:
         return None
-    needed = [
-        _log_cost(curves[run], loss) for run, loss in zip(c.pairs["run_pair"], c.pairs["level_value"], strict=True)
-    ]
+    needed = [_log_cost(curves.get_group(run), loss) for run, loss in c.pairs[["run_pair", "level_value"]].to_numpy()]
     log_gains = needed - np.log(c.pairs[keys].merge(level, on=keys)["cost"].to_numpy(float))
     if outside := int((~np.isfinite(log_gains)).sum()):
         text = (
@@ -80,22 +77,22 @@ def _gain(c: Contrast, found: Contrasts) -> Gain | Flag | None:
         return Flag(kind="no_gain_outside", subject=c.level, number=outside, text=text)
     mean = mean_over_pairs(pd.Series(log_gains, c.pairs.index), c.pairs)
     factor, low, high = np.exp([mean.value, *mean.ends]).tolist()
-    of = {"level": c.level, "baseline": c.baseline, "reach": c.scope}
-    return Gain(**of, factor=factor, low=low, high=high, num_run_pairs=c.num_run_pairs)
+    names = {"level": c.level, "baseline": c.baseline, "reach": c.scope}
+    return Gain(**names, factor=factor, low=low, high=high, num_run_pairs=c.num_run_pairs)
 
 
 def _costs(found: Contrasts, level: str, keys: list[str]) -> pd.DataFrame:
     """Return a level's mean loss and compute, or images seen, where no compute is counted."""
+    known = found.rows.dropna(subset=["val_loss"])
+    has_flops = "flops_train" in known and bool(known["flops_train"].notna().all())
     rows = found.rows_at(level).dropna(subset=["val_loss"])
-    losses = found.rows.dropna(subset=["val_loss"])
-    has_flops = "flops_train" in losses and bool(losses["flops_train"].notna().all())
     rows = rows.assign(cost=rows["flops_train" if has_flops else "images_seen"])
     return rows.groupby(keys, dropna=False)[["val_loss", "cost"]].mean().reset_index()
 
 
 def _log_cost(curve: pd.DataFrame, loss: float) -> float:
     """Return ln cost at which a curve reaches a loss; NaN outside it, or where it does not fall throughout."""
-    log_loss, log_cost = np.log(curve[["val_loss", "cost"]].to_numpy(float)).T
+    log_loss, log_cost = np.log(curve.sort_values("cost", ascending=False)[["val_loss", "cost"]].to_numpy(float)).T
     if not np.all(np.diff(log_loss) > 0):
         return np.nan
     return float(PchipInterpolator(log_loss, log_cost, extrapolate=False)(np.log(loss)))

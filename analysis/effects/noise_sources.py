@@ -50,10 +50,6 @@ class Noise(Result):
         """Say what the numbers are."""
         return "Standard deviations of ln loss by source, with 95 % intervals"
 
-    def summary(self) -> str:
-        """Join the sentences, which say all that the table holds."""
-        return "\n".join([f"{self.headline()}:", *self.sentences()])
-
 
 def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> Noise:
     """Estimate the variance components of a loss.
@@ -73,10 +69,10 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> N
         >>> noise(table).table
     """
     rows = usable_rows(with_size(df), y).rows
-    parts, flags = _seeds(rows, y), ()
+    parts, flags = _seeds(rows, y), list[Flag]()
     if not parts:
         text = "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds."
-        flags = (Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y})), text=text),)
+        flags.append(Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y})), text=text))
     if y == "val_loss" and "val_loss_se" in rows and rows["val_loss_se"].notna().any():
         errors = (rows["val_loss_se"] / rows[y]).dropna()
         low, value, high = np.percentile(errors, [2.5, 50, 97.5]).tolist()
@@ -86,7 +82,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> N
         why = " ".join(map(str, flags))
         raise AnalysisError(f"{len(rows)} complete rows with a positive {y} cannot tell noise from anything. {why}")
     columns = ["kind", "source", "value", "low", "high", "basis"]
-    return Noise(table=pd.DataFrame([*parts, *_law(rows, y, law)], columns=columns), flags=flags)
+    return Noise(table=pd.DataFrame([*parts, *_law(rows, y, law)], columns=columns), flags=tuple(flags))
 
 
 def _seeds(rows: pd.DataFrame, y: str) -> list[tuple[str | float, ...]]:
@@ -94,15 +90,12 @@ def _seeds(rows: pd.DataFrame, y: str) -> list[tuple[str | float, ...]]:
     keys = held_equal(rows, {"seed", y})
     if "seed" not in rows or not varies(rows["seed"]):
         return []
-    means = np.log(rows[y]).groupby([rows[key] for key in [*keys, "seed"]], dropna=False).mean().rename("log_y")
-    table = means.reset_index()
-    cells = table.groupby(keys, dropna=False)["log_y"]
-    table = table.assign(spare=cells.transform("count") - 1, deviation=table["log_y"] - cells.transform("mean"))
-    table = table[table["spare"] > 0]
+    table = rows.assign(log_y=np.log(rows[y])).groupby([*keys, "seed"], dropna=False)["log_y"].mean().reset_index()
+    table = table[table.groupby(keys, dropna=False)["seed"].transform("count") > 1]
     if table.empty:
         return []
-    num_cells = table.groupby(keys, dropna=False).ngroups
-    variance = float((table["deviation"] ** 2).sum() / (len(table) - num_cells))
+    cells = table.groupby(keys, dropna=False)["log_y"]
+    variance = float(((table["log_y"] - cells.transform("mean")) ** 2).sum() / (len(table) - cells.ngroups))
     runs = table.groupby([name for name in keys if name != "images_seen"], dropna=False)["seed"].nunique()
     spare = int((runs - 1).sum())
     low, high = np.sqrt(variance * spare / chi2.ppf([0.975, 0.025], spare)).tolist()

@@ -34,7 +34,6 @@ class Hits(NamedTuple):
     evaluation: str
     """Tells the test images: equal evaluations have the same."""
     num_test: int
-    """Test images."""
     bits: bytes
     """`np.packbits` of one bit per image, in the data set's order."""
 
@@ -93,22 +92,14 @@ def paired(
     2012): Wald's after one more image for either side, which Fagerland, Lydersen and Laake (Statistics in Medicine
     33:2850, 2014) recommend, few discordant images included. The detectable effect solves Connor's sample size
     (Biometrics 43:207, 1987) for it. Over several pairs an image's gain is its mean over them.
-
-    Args:
-        baseline: hits of the models that are subtracted.
-        level: hits of the others, in the same order.
-        weights: of the pairs, adding up to 1.
+    Weights of the pairs add up to 1.
     """
     pairs = zip(baseline, level, strict=True)
     sides = [(theirs, ours) for theirs, ours in pairs if isinstance(theirs, Hits) and isinstance(ours, Hits)]
     if len(sides) < len(weights) or len({hits[:2] for side in sides for hits in side}) > 1:
         return None
-    gains = np.zeros(sides[0][0].num_test)
-    discordant = 0.0
-    for weight, (theirs, ours) in zip(weights, sides, strict=True):
-        gain = ours.right - theirs.right
-        gains += weight * gain
-        discordant += weight * float(np.abs(gain).mean())
+    by_pair = np.array([ours.right - theirs.right for theirs, ours in sides])
+    gains, discordant = weights @ by_pair, float(weights @ np.abs(by_pair).mean(axis=1))
     n = len(gains) + 2
     centre, square = gains.sum() / n, (gains @ gains + 2) / n
     z, power = norm.ppf(0.5 + CONFIDENCE / 2), norm.ppf(POWER)
@@ -165,18 +156,17 @@ def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
     y, n = runs.mean().to_numpy(float), runs.ngroups
     sizes = pairs.groupby("run_pair")["size"].first().map(str) if "size" in pairs else pd.Series(["one"] * n)
     codes, names = pd.factorize(sizes)
-    mean, ones = float(y.mean()), np.ones((1, 1))
+    mean = float(y.mean())
     if len(names) >= LEAST_SIZES:
         clustered = {"sizes": sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - mean, codes)}
         budgets = groups_of(pairs, {}).get("budgets")
-        num_budgets = 0 if budgets is None else int(budgets.max()) + 1
-        is_told = num_budgets >= LEAST_SIZES
-        if budgets is not None and is_told:
+        num_budgets = 0 if budgets is None or budgets.max() + 1 < LEAST_SIZES else int(budgets.max()) + 1
+        if budgets is not None and num_budgets:
             weights = 1 / runs.transform("size").to_numpy(float)
             design = linear_design(np.ones((len(pairs), 1)), weights)
             clustered["budgets"] = sandwich(design, values.to_numpy(float) - mean, budgets)
-        (se,), (degrees,) = Covariance(by=clustered).of_contrasts(ones)
-        return Mean(mean, float(se), float(degrees), num_budgets if is_told else 0)
+        (se,), (degrees,) = Covariance(by=clustered).of_contrasts(np.ones((1, 1)))
+        return Mean(mean, float(se), float(degrees), num_budgets)
     if not (degrees := n - len(names)):
         return Mean(mean, np.nan, np.nan)
     within = y - pd.Series(y).groupby(codes).transform("mean").to_numpy()

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aimscale.analysis.accuracy.result import Correlations
-from aimscale.analysis.effects.contrasts import Contrast, Contrasts
+from aimscale.analysis.effects.result import Contrast, Contrasts
 from aimscale.analysis.plots.parts import plain, record, shared_legend
 from aimscale.analysis.plots.style import MARKERS, MUTED, PAPER, cycled, figure_of, new_figure, palette, styled
 

@@ -130,9 +130,8 @@ def compare(frame: pd.DataFrame) -> Comparison:
     probes = probe_frame(complete(frame))
     shared, others = _shared(probes)
     exponents, unknown = _exponents(found.rows)
-    losses = Flag(
-        kind="loss_levels", text="Losses: the paper's are on IN-1k at 224 px, these on the table's own images."
-    )
+    text = "Losses: the paper's are on IN-1k at 224 px, these on the table's own images."
+    losses = Flag(kind="loss_levels", text=text)
     rows = [Flag(kind="rows_left_out", subject=str(each), text=f"{each}.") for each in found.exclusions]
     return Comparison(
         tasks=_task_rows(shared),
@@ -177,12 +176,12 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     below = np.hypot(both["top1"] - both["top1_lo95"], both["baseline_hi95"] - both["baseline_top1"])
     above = np.hypot(both["top1_hi95"] - both["top1"], both["baseline_top1"] - both["baseline_lo95"])
     detectable = (1 + norm.ppf(POWER) / norm.ppf(0.975)) / 2 * (below + above)
-    ends = {"gap_lo95": gap - below, "gap_hi95": gap + above, "detectable": detectable, "p": np.nan}
-    both = both.assign(gap=gap, is_paired=False, **ends)
-    names = ["is_paired", "gap_lo95", "gap_hi95", "detectable", "p"]
+    both = both.assign(gap=gap, gap_lo95=gap - below, gap_hi95=gap + above, detectable=detectable)
+    both = both.assign(is_paired=False, p=np.nan)
+    ends = ["is_paired", "gap_lo95", "gap_hi95", "detectable", "p"]
     for row, one, other in zip(both.index, both["theirs"], both["ours"], strict=True):
         if found := paired([one], [other]):
-            both.loc[row, names] = True, found.low, found.high, found.detectable, found.p
+            both.loc[row, ends] = True, found.low, found.high, found.detectable, found.p
     verdict = np.select([both["gap_lo95"] > 0, both["gap_hi95"] < 0], ["above", "below"], "no significant difference")
     return both.assign(verdict=verdict).reindex(columns=columns)
 
@@ -191,26 +190,16 @@ def _shared(probes: pd.DataFrame) -> tuple[pd.DataFrame, list[Flag]]:
     """Choose attentive results on the paper's tasks, and flag what else there is."""
     is_known, is_attentive = probes["task"].isin(TASKS), probes["kind"] == PROTOCOL
     kept = probes[is_known & is_attentive].dropna(subset=["top1"])
+    others = probes.loc[is_known & ~is_attentive, "kind"]
     sides = kept["image_size"].dropna().astype(int) if "image_size" in kept else pd.Series(dtype=int)
-    others = {
-        kind: ", ".join(map(str, values.unique()))
-        for kind, values in (
-            ("other_tasks", probes.loc[~is_known, "task"]),
-            ("other_probes", probes.loc[is_known & ~is_attentive, "kind"]),
-            ("other_sides", sides[sides != PAPER_SIDE].sort_values()),
-        )
-    }
-    texts = {
-        "other_tasks": "Tasks that the paper does not have: {}.",
-        "other_probes": "Probes of another kind than Table 6's attentive one: {}.",
-        "other_sides": f"Resolution: these runs see {{}} px, AIM {PAPER_SIDE} px, which is part of every gap.",
-    }
-    flags = [
-        Flag(kind=kind, subject=names, number=PAPER_SIDE, text=texts[kind].format(names))
-        for kind, names in others.items()
-        if names
-    ]
-    return kept, flags
+    sides = sides[sides != PAPER_SIDE].sort_values()
+    found = (
+        ("other_tasks", "Tasks that the paper does not have: {}.", probes.loc[~is_known, "task"]),
+        ("other_probes", "Probes of another kind than Table 6's attentive one: {}.", others),
+        ("other_sides", f"Resolution: these runs see {{}} px, AIM {PAPER_SIDE} px, which is part of every gap.", sides),
+    )
+    named = [(kind, text, ", ".join(map(str, values.unique()))) for kind, text, values in found if len(values)]
+    return kept, [Flag(kind=k, subject=names, number=PAPER_SIDE, text=text.format(names)) for k, text, names in named]
 
 
 def _last_budgets(rows: pd.DataFrame) -> pd.DataFrame:

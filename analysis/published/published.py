@@ -14,7 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors, level_name
+from aimscale.analysis.effects.contrasts import contrast, factors
+from aimscale.analysis.effects.result import Contrasts, level_name
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.design import DEFAULT
 from aimscale.analysis.table.points import complete
