@@ -218,7 +218,8 @@ def _form(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator
     scaled, above, below, covariance = _beyond(found, keep, wider)
     f, p, excess = ratio_test(scaled, above, below, covariance)
     if p <= ALARM:
-        subject = names[int(np.argmax(np.abs(scaled @ wider)))] if kind == "pattern" else ""
+        scores = np.abs((found.residual * found.design.weights)[keep] @ wider)
+        subject = names[int(np.argmax(scores))] if kind == "pattern" else ""
         off = 100 * excess / float(np.sqrt(np.sum(found.design.weights[keep])))
         why = f", and the misfit follows {subject} " if subject else ", more than repeated runs differ "
         text = f"The points lie {off:.2g} % off the law{why}({p_value(p)})."

@@ -121,7 +121,7 @@ def _runs(rows: pd.DataFrame, sizes: Array | None) -> Array | None:
 
 
 def _budgets(rows: pd.DataFrame, x: Mapping[str, Array], sizes: Array) -> Array | None:
-    """Number the budgets that most points share with another size: equal D, else equal C."""
+    """Find the budgets that most points share with another size: equal D, else equal C."""
     for variable, num_sizes in (("D", 2), ("C", 3)):  # two random runs are of nearly equal compute soon, three are not
         values = _scale(variable, rows, x)
         if values is None or not np.all(values > 0):
@@ -143,7 +143,7 @@ def _scale(variable: str, rows: pd.DataFrame, x: Mapping[str, Array]) -> Array |
 
 
 def _chained(values: Array, gap: float) -> Array:
-    """Number groups of values (n,) whose sorted neighbours lie within a gap."""
+    """Group values (n,) whose sorted neighbours lie within a gap."""
     order = np.argsort(values, kind="stable")
     codes = np.empty(len(values), int)
     codes[order] = np.concatenate([[0], np.cumsum(np.diff(values[order]) > gap)])

@@ -2,14 +2,15 @@
 
 1. On a fixed grid of the non-linear parameters the linear ones are projected out: a bounded weighted least-squares
    problem of a few unknowns per grid point, for all points together (variable projection, Golub and Pereyra 1973).
-2. The best distinct grid points are refined by `scipy.optimize.least_squares` within the bounds, roughly at first, and
-   those that lead to distinct minima to the end.
+2. The floors of the grid's valleys are refined by `scipy.optimize.least_squares` within the bounds, roughly at first,
+   and those that lead to distinct minima to the end.
 3. A robust objective is reached by continuation: the quadratic zone of the Huber loss shrinks from the residuals' scale
    to its target.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -24,8 +25,6 @@ from aimscale.analysis.laws.base import Array
 MIN_STARTS = 3
 """Starts that are refined, or as many as there are non-linear parameters: on 444 fits of public tables 16
 found no lower minimum of any law."""
-RADIUS = 0.08
-"""Starts lie further apart than this share of the range in one parameter or another."""
 NEIGHBOURS = 8
 """A point of the grid that is lower than so many nearest ones is the floor of a valley."""
 MAX_GRID_POINTS = 120
@@ -54,7 +53,7 @@ class Minimum:
 
 
 def global_minimum(problem: Problem) -> list[Minimum]:
-    """Find the distinct local minima, best first: the grid's best points, refined."""
+    """Find the distinct local minima, best first: the floors of the grid's valleys, refined."""
     first = starts(problem)
     if not len(first):
         first = np.clip(np.zeros((1, len(problem.lower))), problem.lower, problem.upper)
@@ -143,24 +142,18 @@ def _huber(edges: Array) -> Callable[[Array], Array]:
 
 
 def starts(problem: Problem) -> Array:
-    """Find the best distinct grid points with projected coefficients (count, k), by the objective itself."""
-    count, p, n = max(MIN_STARTS, len(problem.law.nonlinear)), problem.num_linear, problem.num_points
+    """Find the floors of the grid's valleys (count, k), lowest first, with the linear coefficients projected out."""
+    p, n = problem.num_linear, problem.num_points
     if n > MAX_GRID_POINTS:
         problem = problem.at_points(np.linspace(0, n - 1, MAX_GRID_POINTS).astype(int))
-    lower, upper, movable = problem.lower[p:], problem.upper[p:], problem.movable[p:]
-    theta = lower + (upper - lower) * _unit_grid(movable)
+    unit = _unit_grid(problem.movable[p:])
     with np.errstate(all="ignore"):  # far corners of the grid may overflow
-        vector, total = _projected(problem, theta)
-    span = np.where(movable, upper - lower, 1.0)
-    order = np.argsort(total, kind="stable")
-    if len(span) > 2:  # first the floor of every valley, also of one that lies high; then the lowest others
-        _, near = cKDTree(theta / span).query(theta / span, NEIGHBOURS + 1)
-        order = order[np.argsort((total > total[near].min(axis=1))[order], kind="stable")]
-    chosen: list[int] = []
-    for i in order[np.isfinite(total[order])]:
-        if len(chosen) < count and not np.any(np.all(np.abs(theta[chosen] - theta[i]) / span < RADIUS, axis=1)):
-            chosen.append(int(i))
-    return vector[chosen]
+        vector, total = _projected(problem, problem.lower[p:] + (problem.upper - problem.lower)[p:] * unit)
+    places = np.column_stack([unit, np.zeros(len(unit))])  # a law may have no non-linear parameter
+    _, near = cKDTree(places).query(places, range(1, min(NEIGHBOURS + 1, len(unit)) + 1))
+    total[total > total[near].min(axis=1)] = np.inf
+    best = np.argsort(total, kind="stable")[: max(MIN_STARTS, len(problem.law.nonlinear))]
+    return vector[best[np.isfinite(total[best])]]
 
 
 def _unit_grid(movable: Array) -> Array:
@@ -186,8 +179,9 @@ def _projected(problem: Problem, theta: Array) -> tuple[Array, Array]:
     columns, target = root[:, None] * np.concatenate([g, -g[..., is_free]], axis=2), root * (problem.y - g @ base)
     c = np.full((len(theta), p), np.nan)
     for i in np.flatnonzero(np.isfinite(columns).all(axis=(1, 2)) & np.isfinite(target).all(axis=1)):
-        found = nnls(columns[i], target[i])[0]
-        c[i] = base + found[:p]
-        c[i, is_free] -= found[p:]
+        with contextlib.suppress(RuntimeError):  # it does not converge: no start
+            found = nnls(columns[i], target[i])[0]
+            c[i] = base + found[:p]
+            c[i, is_free] -= found[p:]
     c = np.clip(c, lower, upper)
     return np.column_stack([c, theta]), problem.totals(np.einsum("mp,mnp->mn", c, g))

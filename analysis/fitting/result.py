@@ -102,11 +102,14 @@ class Fit(Result):
 
     def variables(self, df: pd.DataFrame | Mapping[str, Any]) -> Columns:
         """Take the law's variables from a table, by the variable's name or by the fit's column names."""
-        found = {v: next((c for c in (v, self.columns[v], CANONICAL.get(v, v)) if c in df), "") for v in self.columns}
-        if absent := [f"{v} (column {self.columns[v]!r})" for v in self.law.variables if not found[v]]:
-            raise KeyError(absent[0])
-        values = (np.atleast_1d(np.asarray(df[found[v]], float)) for v in self.law.variables)
-        return Columns(zip(self.law.variables, np.broadcast_arrays(*values), strict=True))
+        out = {}
+        for v in self.law.variables:
+            name = next((c for c in (v, self.columns[v], CANONICAL.get(v, v)) if c in df), None)
+            if name is None:
+                needed = ", ".join(self.law.variables)
+                raise AnalysisError(f"There is no {v} (column {self.columns[v]!r}) to predict at; give {needed}.")
+            out[v] = np.atleast_1d(np.asarray(df[name], float))
+        return Columns(zip(out, np.broadcast_arrays(*out.values()), strict=True))
 
     def predict(self, df: pd.DataFrame | Mapping[str, Any] | None = None, **scales: Any) -> pd.DataFrame:
         """Predict at scales, rows as given: `predict(table)` or `predict(N=1e9, D=[1e9, 1e10])`.
