@@ -19,8 +19,6 @@ from aimscale.analysis.table.schema import described
 
 MAX_ROWS = 100
 """Rows shown on the page; the CSV beside the table has all."""
-CSV_DIGITS = "%.5g"
-"""Digits of the numbers in a page's CSV."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes text that begins so for a formula."""
 LETTERS = {"k": 1e3, "M": 1e6, "B": 1e9, "": 1.0}
@@ -35,9 +33,7 @@ class PageFigure:
     key: str
     """HTML id, and name of its files."""
     title: str
-    """Heading: what the figure shows."""
     caption: str
-    """What is drawn."""
     figure: Figure
 
     @property
@@ -130,7 +126,7 @@ def csv_uri(frame: pd.DataFrame) -> str:
         for name, values in frame.select_dtypes("float").items()
         if (values.dropna() % 1 == 0).all() and values.abs().max() < 2**53
     }
-    content = frame.assign(**safe).astype(whole).to_csv(index=False, float_format=CSV_DIGITS).encode()
+    content = frame.assign(**safe).astype(whole).to_csv(index=False, float_format="%.5g").encode()
     if len(frame) <= MAX_ROWS:
         return data_uri("text/csv", content)
     return data_uri("application/gzip", gzip.compress(content, mtime=0))

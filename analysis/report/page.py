@@ -45,7 +45,8 @@ def write_report(
     """Analyse tables and write the page.
 
     Args:
-        tables: CSV or Parquet tables, or sweeps' folders; `collect.json` beside them gives pictures and machine.
+        tables: CSV or Parquet tables, or folders of sweeps or of other tools' runs; `collect.json` beside them gives
+            pictures and machine.
         out: the page; None writes `report.html` beside the first table.
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet, see `table.select.select`.
@@ -63,11 +64,12 @@ def write_report(
         >>> write_report("results.parquet", "report.html")
     """
     given = [Path(each) for each in ([tables] if isinstance(tables, str | Path) else tables)]
-    paths = [path / "results.parquet" if path.is_dir() else path for path in given]
+    paths = [path / "results.parquet" if (path / "results.parquet").is_file() else path for path in given]
+    folders = [path if path.is_dir() else path.parent for path in paths]
     frame = read_tables(paths, columns, where=where, best=best)
     if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
         raise no_column(frame, "val_loss")
-    study = study_tables(paths, frame, _read_collects(paths), progress)
+    study = study_tables(paths, frame, _read_collects(folders), progress)
     progress("figures", 0.75)
     with mpl.rc_context():
         mpl.rcdefaults()  # pages look alike, whatever their caller has set
@@ -76,7 +78,7 @@ def write_report(
         page = render(study, laid_out)
         for drawn in [] if figures is None else [each for section in laid_out for each in section.of(PageFigure)]:
             save(drawn.figure, Path(figures or "") / drawn.key)
-    page_path = Path(out or paths[0].with_name("report.html"))
+    page_path = Path(out or folders[0] / "report.html")
     page_path = page_path / "report.html" if page_path.is_dir() else page_path
     try:
         with written_aside(page_path) as aside:
@@ -88,10 +90,10 @@ def write_report(
     return page_path
 
 
-def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:
+def _read_collects(folders: Sequence[Path]) -> dict[str, Any]:
     """Join the collect.json beside every table: descriptions, completions with their whole paths, machines."""
     completions, machines, descriptions = [], [], []
-    for path in (path.with_name("collect.json") for path in paths):
+    for path in (folder / "collect.json" for folder in folders):
         if not path.is_file():
             continue
         try:

@@ -82,7 +82,8 @@ def provenance(study: Study) -> Iterator[tuple[str, str]]:
     frame = study.frame
     for path in study.paths:
         yield "table", path.name if len(study.paths) == 1 else f"{path.resolve().parent.name}/{path.name}"
-        yield "SHA-256 of the table", hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file():
+            yield "SHA-256 of the table", hashlib.sha256(path.read_bytes()).hexdigest()
     sources = [column.name for column in COLUMNS if column.role == "source"] + ["seed"]
     yield from ((name.replace("_", " "), _values(frame, name)) for name in sources if _has(frame, name))
     if _has(frame, "finished_at"):

@@ -111,14 +111,9 @@ class Study:
         return sorted(found, key=lambda kind: first.index(kind) if kind in first else len(first))
 
     @cached_property
-    def has_compute(self) -> bool:
-        """Whether rows that laws are fitted to have training FLOPs."""
-        return "flops_train" in self.usable and bool(self.usable["flops_train"].notna().any())
-
-    @cached_property
     def budgets(self) -> pd.Series | None:
         """Budget of compute of every usable row in an iso-FLOP design; None in any other."""
-        return isoflop_budgets(points_of(self.usable, "val_loss")) if self.has_compute else None
+        return isoflop_budgets(points_of(self.usable, "val_loss")) if has_compute(self.usable) else None
 
     @property
     def samples(self) -> str:
@@ -185,6 +180,11 @@ def chosen_rows(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, A
     return study
 
 
+def has_compute(rows: pd.DataFrame) -> bool:
+    """Tell whether rows have training FLOPs."""
+    return "flops_train" in rows and bool(rows["flops_train"].notna().any())
+
+
 def evenly(rows: pd.DataFrame) -> pd.DataFrame:
     """Choose at most `MAX_FITTED` rows, the same ones every time: evenly in order of compute, the ends among them."""
     by = [name for name in ("flops_train", "images_seen", "params_total") if name in rows]
@@ -203,7 +203,7 @@ def _laws(study: Study) -> Iterator[Work]:
     yield "forecaster", "", partial(forecaster, some)
     laws = study.get("forecaster")
     yield "law", "", partial(fit, with_compute(usable), laws.law if laws else find_law("chinchilla"))
-    if study.has_compute:
+    if has_compute(usable):
         yield "law of the envelope", "", partial(_envelope, usable)
     if (joint := study.get("law")) is None:
         return
@@ -214,7 +214,7 @@ def _laws(study: Study) -> Iterator[Work]:
     tests = tuple(study.all("held-out test over the largest").values())
     joint = dataclasses.replace(joint, heldout=tests, flags=said_once((*joint.flags, *study.flags)))
     study.results["law", ""] = joint
-    if study.has_compute:
+    if has_compute(usable):
         yield "compute-optimal frontier", "", partial(frontier, usable, law=joint)
     if laws is None:
         study.results["forecast", ""] = study.results["forecaster", ""]
