@@ -1,4 +1,4 @@
-"""What one change does with everything else equal: levels of a column, paired over size, data, seed and the rest.
+"""Contrasts of a column's levels with everything else equal: rows are paired over size, data, seed and the rest.
 
 Budgets of the same two runs share most of their training, so their differences are averaged first: a pair of runs
 counts once. From three sizes on the interval covers others like them; of one or two it speaks of these alone. Either is

@@ -1,4 +1,4 @@
-"""What a change is worth in compute: how many times as much the worse setting needs to reach the loss of the better.
+"""Worth of a change in compute: how many times as much the worse setting needs to reach the loss of the better.
 
 At one size, a monotone curve through the baseline's own budgets says at which compute it has the level's loss. No law
 is assumed, so the level's losses must lie inside the baseline's.
@@ -37,7 +37,7 @@ class Gain:
     high: float
     num_run_pairs: int
     reach: str
-    """What the interval is over, in words."""
+    """Pairs, sizes and budgets of the interval, in words."""
 
     def __str__(self) -> str:
         if not self.high / self.low < UNKNOWN:

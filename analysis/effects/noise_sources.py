@@ -36,7 +36,7 @@ class Noise(Result):
     """One row per component: kind (seeds, images, law, sizes, runs, budgets), source (in words), value (a standard
     deviation), low, high (95 %; NaN where not known), all as fractions of the loss, and basis."""
     flags: tuple[Flag, ...]
-    """What could not be told, and why."""
+    """Components that could not be told, and why."""
 
     def sentences(self) -> list[str]:
         """Tell each component, and what is not known."""

@@ -75,7 +75,7 @@ class Paired:
     detectable: float
     """Minimum detectable effect: the difference that is found with probability 0.8 among so many discordant images."""
     p: float
-    """Of McNemar's exact test, a little more cautious than the interval; NaN over several pairs."""
+    """p value of McNemar's exact test, a little more cautious than the interval; NaN over several pairs."""
 
     @property
     def half(self) -> float:

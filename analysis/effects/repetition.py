@@ -1,4 +1,4 @@
-"""What repeated images are worth: Muennighoff et al.'s law, read in words that hold even where R_D has no upper end."""
+"""Worth of repeated images: Muennighoff et al.'s law, read in words that hold even where R_D has no upper end."""
 
 from __future__ import annotations
 

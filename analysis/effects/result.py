@@ -157,7 +157,7 @@ class Contrasts(Result):
     contrasts: tuple[Contrast, ...]
     """One per measure and level."""
     flags: tuple[Flag, ...]
-    """What was not compared and why, and what to know about this column's losses."""
+    """Levels that were not compared, with reasons, and cautions about this column's losses."""
     rows: pd.DataFrame = field(repr=False)
     """The complete rows of the table, with sizes."""
 

@@ -56,7 +56,7 @@ class Comparison(Result):
     exponents: pd.DataFrame
     """Exponents: whose, N counts, exponent, low, high, n_low, n_high."""
     left_out: tuple[Flag, ...]
-    """What is not comparable, and why."""
+    """Things that are not comparable, and why."""
 
     @property
     def table(self) -> pd.DataFrame:
