@@ -121,21 +121,17 @@ def weights_of(rows: pd.DataFrame, by: str) -> Array:
     return values / values.mean()
 
 
-def _own(value: Array) -> Array:
-    return value
-
-
 def _reciprocal(value: Array) -> Array:
     """Return 1 / value, infinite where that is not positive."""
     return np.where(np.asarray(value) > 0, 1 / np.asarray(value), np.inf)
 
 
 SCALES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
-    "own": (_own, _own),
+    "own": (np.positive, np.positive),
     "log": (np.log, np.exp),
     "reciprocal": (np.reciprocal, _reciprocal),
 }
-"""Scales on which an interval is symmetric: function and its inverse."""
+"""Scales on which an interval is symmetric: a function and its inverse."""
 
 
 def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]:

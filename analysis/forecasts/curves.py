@@ -118,8 +118,8 @@ def _estimate(
 ) -> Estimate:
     """Fit a law, weighted by compute."""
     columns = Columns({v: x[v] for v in law.variables})
-    weights = compute / compute.mean()
-    problem = make_problem(law.centred(columns), dict(columns), y, objective, weights=weights, fixed=fixed)
+    law, weights = law.centred(columns), compute / compute.mean()
+    problem = make_problem(law, dict(columns), y, objective, weights=weights, fixed=fixed)
     free = int(problem.movable.sum())
     if problem.num_points < free + SPARE_POINTS:
         raise AnalysisError(f"{problem.num_points} points are too few for its {free} parameters.")
