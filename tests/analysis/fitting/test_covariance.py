@@ -160,7 +160,7 @@ def test_what_a_forecast_fits_a_user_can_fit(grid):
     """S26: laws are weighted by compute in forecasts, and `fit` took no weights."""
     law = fit(grid, "chinchilla", weights="compute", objective="log_lsq")
     far = {"N": np.array([1e8]), "D": np.array([1e8]), "C": np.array([1e17])}
-    curve = forecaster(grid, law="chinchilla").stack.curves["chinchilla"]
+    curve = forecaster(grid, law="chinchilla").curves["chinchilla"]
     assert np.exp(curve.predict(far)[0]) == pytest.approx(law.predict(far)["value"].to_numpy(), rel=1e-6)
     assert law.estimate.num_runs == pytest.approx(curve.num_runs)
     assert law.estimate.num_runs < len(grid) / 2
