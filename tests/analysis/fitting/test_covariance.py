@@ -162,7 +162,7 @@ def test_what_a_forecast_fits_a_user_can_fit(grid):
     far = {"N": np.array([1e8]), "D": np.array([1e8]), "C": np.array([1e17])}
     curve = forecaster(grid, law="chinchilla").curves["chinchilla"]
     assert np.exp(curve.predict(far)[0]) == pytest.approx(law.predict(far)["value"].to_numpy(), rel=1e-6)
-    assert law.estimate.num_runs == pytest.approx(curve.num_runs)
+    assert law.estimate.num_runs == pytest.approx(curve.law.num_runs)
     assert law.estimate.num_runs < len(grid) / 2
     alike = fit(grid.assign(weight=2.0), "chinchilla", weights="weight")
     assert alike.params == pytest.approx(fit(grid, "chinchilla").params)
