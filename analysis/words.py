@@ -1,4 +1,4 @@
-"""Flags, and how numbers, names and probes read."""
+"""Flags, and how numbers, names and lists read in sentences."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ class Flag:
     """Something to be careful about in a result."""
 
     kind: str
+    """Short name, by which flags are found and compared."""
     subject: str = ""
     """Parameter, variable, group or row that it is about."""
     number: float = 0.0
     """How much: a bound, a factor, per cent, standard deviations."""
     more: tuple[float | str, ...] = ()
-    """Further numbers, where the reader of a kind takes some."""
+    """Further values that are read apart from the sentence."""
     p: float = 1.0
     """Probability that a sound law shows as much, where that was tested."""
     text: str
