@@ -25,8 +25,8 @@ import typer
 from packaging.requirements import Requirement
 from rich.filesize import decimal
 
+from aimscale.harness.device.gpu_specs import gpus_here
 from aimscale.harness.device.memory import free_host_bytes
-from aimscale.harness.device.sheets import gpus_here
 from aimscale.harness.run.files import locked
 from aimscale.harness.run.provenance import package_versions
 from aimscale.sweeps.slurm import commands as slurm

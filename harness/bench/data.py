@@ -31,9 +31,9 @@ from aimscale.harness.data.store.bundled import photograph_crops, photographs
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.data.stream.augment import box_draws, draw_boxes
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.device.sheets import remember
+from aimscale.harness.device.gpu_specs import remember
 from aimscale.harness.log.progress import Bar
 from aimscale.harness.run.config import RunConfig, run_config
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
-from aimscale.harness.data.store.card import Look
+from aimscale.harness.data.store.dataset_info import Look
 from aimscale.harness.device.execution import ExecutionPlan
-from aimscale.harness.device.sheets import DECODED_PER_S, Device
+from aimscale.harness.device.gpu_specs import DECODED_PER_S, Device
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 

@@ -19,12 +19,12 @@ from aimscale.aim.model import AIM
 from aimscale.harness.bench.expected import expected_rates
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.split import image_wait_s, step_shares
-from aimscale.harness.data.store.card import data_set
-from aimscale.harness.data.stream.draws import Batch, masks
+from aimscale.harness.data.store.dataset_info import data_set
+from aimscale.harness.data.stream.base import Batch, masks
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.execution import ExecutionPlan, execution_plan
+from aimscale.harness.device.gpu_specs import device_here
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation
-from aimscale.harness.device.sheets import device_here
 from aimscale.harness.log.progress import Bar
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import RunConfig

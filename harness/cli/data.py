@@ -116,8 +116,8 @@ def _pack(to: Callable[..., Packed], out: Path, images: str | None, *, shares: s
 def _list(source: Path, benchmark: str | None, split: str | None, classes: tuple[str, ...] | None) -> Listing:
     """The images of a source."""
     from aimscale.harness.data import DataError
-    from aimscale.harness.data.store.arrays import list_idx
-    from aimscale.harness.data.store.layouts import list_benchmark
+    from aimscale.harness.data.store.array_files import list_idx
+    from aimscale.harness.data.store.benchmark_readers import list_benchmark
     from aimscale.harness.data.store.pack import list_folder
 
     if "images-idx3-ubyte" in source.name and not benchmark:

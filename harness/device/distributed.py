@@ -90,7 +90,7 @@ def first_host(node_list: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
-def card_index(placement: Placement, num_visible: int) -> int:
+def gpu_index(placement: Placement, num_visible: int) -> int:
     """Which of the GPUs that this process sees is its own: the only one, where Slurm binds one to each task."""
     by_slurm = "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if num_visible == 1 and by_slurm:
@@ -252,7 +252,7 @@ def choose_device(placement: Placement, name: str) -> torch.device:
         return torch.device("cpu")
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # read when the first tensor is allocated
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    device = torch.device("cuda", card_index(placement, torch.cuda.device_count()))
+    device = torch.device("cuda", gpu_index(placement, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # tensor cores (TF32)
     return device

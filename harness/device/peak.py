@@ -13,7 +13,7 @@ import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
-from aimscale.harness.device.sheets import nominal_flops_per_s
+from aimscale.harness.device.gpu_specs import nominal_flops_per_s
 from aimscale.harness.run.provenance import cpu_name
 
 GEMM_SIDE = {"cpu": 512, "cuda": 8192}

@@ -16,7 +16,7 @@ from aimscale.aim.cost import (
     num_queries,
 )
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
-from aimscale.harness.data.store.card import Look
+from aimscale.harness.data.store.dataset_info import Look
 from aimscale.harness.device.communication import ELEMENT_BYTES
 from aimscale.harness.device.memory import measuring_bytes
 from aimscale.harness.probe.features.tasks import (

@@ -1,7 +1,7 @@
 """The files of probes in a run directory, and when a task counts as done.
 
 `probes/<images_seen>/<task>-<settings>-<data>.json` is the truth, one for every evaluation, written again with every
-kind of probe that is done; a row's `probes` follow from it (`harness.probe.owed`).
+kind of probe that is done; a row's `probes` follow from it (`harness.probe.pending_evaluations`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import some
-from aimscale.harness.data.store.card import fingerprint
+from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_json

@@ -20,11 +20,11 @@ from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import add_probes, as_entry, task_key
 from aimscale.harness.probe.heads.fit import TEST_BATCH
 from aimscale.harness.probe.heads.scores import answers, score, together
-from aimscale.harness.probe.owed import enter_row
+from aimscale.harness.probe.pending_evaluations import enter_row
 from aimscale.harness.probe.run import backbone_of
+from aimscale.harness.run.budgets import chosen_budgets
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.trunk import chosen_budgets
 
 RELEASED = "released"
 """The kind of such a probe."""

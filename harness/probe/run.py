@@ -23,13 +23,13 @@ from aimscale.harness.probe.features.extraction import ALONE, KeptFeatures
 from aimscale.harness.probe.features.images import Pause, go_on, numbered
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import finished_entries, weights_name
-from aimscale.harness.probe.owed import enter_row
+from aimscale.harness.probe.pending_evaluations import enter_row
 from aimscale.harness.probe.protocol import probe_backbone
+from aimscale.harness.run.budgets import chosen_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import saying_what_gives_memory
 from aimscale.harness.run.row import model_of
-from aimscale.harness.run.trunk import chosen_budgets
 
 
 def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:

@@ -11,10 +11,10 @@ from aimscale.harness.data.stream.loader import start_server
 from aimscale.harness.device.distributed import find_placement
 from aimscale.harness.device.job import Job, execute_job
 from aimscale.harness.log.loggers import Logger, logging_to
-from aimscale.harness.probe.owed import lacking
+from aimscale.harness.probe.pending_evaluations import pending_work
+from aimscale.harness.run.budgets import missing_budgets
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
 from aimscale.harness.run.failures import TooLargeError, run_worker, saying_what_gives_memory
-from aimscale.harness.run.trunk import missing_budgets
 from aimscale.harness.train.evaluate import evaluate_run
 from aimscale.harness.train.loop import Trainer
 
@@ -32,7 +32,7 @@ def train(path: Path) -> int:
     """
     run = RunDir(path)
     config = run.load_config()
-    if find_placement().world_size == 1 and run.read_status().state == "finished" and not lacking(run, config):
+    if find_placement().world_size == 1 and run.read_status().state == "finished" and not pending_work(run, config):
         print(f"{path} has finished; extend its budgets or probes in the sweep file, and launch, to go on")
         return EXIT_FINISHED
 

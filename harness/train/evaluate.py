@@ -21,12 +21,12 @@ from aimscale.harness.device.job import Job
 from aimscale.harness.log.loggers import Logger, of_row, side_by_side
 from aimscale.harness.probe.features.images import Pause
 from aimscale.harness.probe.files import validation_name
-from aimscale.harness.probe.owed import Lacking, enter_row, lacking_at
+from aimscale.harness.probe.pending_evaluations import Pending, enter_row, pending_evaluations
 from aimscale.harness.probe.run import load_budget, probe_run
+from aimscale.harness.run.budgets import saved_budgets
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
-from aimscale.harness.run.trunk import saved_budgets
 from aimscale.harness.train.validation import HeldOut, completions, validate
 
 
@@ -74,9 +74,9 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
                 logger.measured(budget, of_row(row), pictures)
 
 
-def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Lacking]:
+def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Pending]:
     """What a budget lacks when its row says all that is there."""
-    return list(lacking_at(run, config, budget, enter_row(run, config, budget)))
+    return list(pending_evaluations(run, config, budget, enter_row(run, config, budget)))
 
 
 def open_held_out(config: RunConfig, group: Group) -> HeldOut:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from aimscale.harness.data.store.card import data_set
+from aimscale.harness.data.store.dataset_info import data_set
 from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.execution import ExecutionPlan, execution_plan, images_per_rank, pass_size
@@ -26,7 +26,8 @@ from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.probe.cost import bytes_during
-from aimscale.harness.probe.owed import enter_row
+from aimscale.harness.probe.pending_evaluations import enter_row
+from aimscale.harness.run.budgets import ABOUT, check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig, RuntimeConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import PreemptedError, TooLargeError, is_out_of_memory, said_of_memory
@@ -35,13 +36,12 @@ from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import ROW_VERSION, describe, model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
-from aimscale.harness.run.trunk import ABOUT, check_branch, saved_budgets, trunk_position
 from aimscale.harness.step.checkpoint import CheckpointError, Manifest, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, StepOutcome, compiles
 from aimscale.harness.step.feed import Step, Wishes, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter, salvage, save_weights
-from aimscale.harness.train.points import Points
+from aimscale.harness.train.curve import Points
 
 
 class Trainer:

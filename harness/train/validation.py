@@ -23,7 +23,7 @@ from aimscale.harness.data.stream.held_out import eval_images, eval_pixels, fixe
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import EVAL_TOKENS
 from aimscale.harness.probe.features.images import Pause, decoded_ahead, go_on
-from aimscale.harness.probe.owed import VALIDATION_COLUMNS
+from aimscale.harness.probe.pending_evaluations import VALIDATION_COLUMNS
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.run.files import written_aside
 

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.words import Flag
 from aimscale.harness.device.execution import NETWORK_BYTES_PER_S, NVLINK_BYTES_PER_S
-from aimscale.harness.device.sheets import DECODED_PER_S
+from aimscale.harness.device.gpu_specs import DECODED_PER_S
 from aimscale.harness.run.row import planned_columns
 from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, say_next
 from aimscale.sweeps.plan.checks import Problem, check, refuse, together, whose

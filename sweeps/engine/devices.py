@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aimscale.harness.device.execution import DoesNotFitError
-from aimscale.harness.device.sheets import Device, gpus_here
+from aimscale.harness.device.gpu_specs import Device, gpus_here
 from aimscale.sweeps.plan.costs import plan_of
 from aimscale.sweeps.plan.planner import Run
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.data.store.card import read_info
-from aimscale.harness.device.sheets import Device
+from aimscale.harness.data.store.dataset_info import read_info
+from aimscale.harness.device.gpu_specs import Device
 from aimscale.harness.log.loggers import refuse_missing
 from aimscale.harness.run.config import (
     DataSection,
@@ -143,7 +143,7 @@ class _Data:
             if missing:
                 return [("data.sources", why) for why in missing]
         from aimscale.harness.data.store.index import require_channels
-        from aimscale.harness.data.stream.positions import refuse_other_images, unique_per_source
+        from aimscale.harness.data.stream.indexed import refuse_other_images, unique_per_source
         from aimscale.harness.data.stream.unindexed import shard_urls
 
         found = _said("model.channels", require_channels, channels)

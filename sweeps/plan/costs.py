@@ -14,10 +14,10 @@ import numpy as np
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.bench.expected import Limit, Rates, expected_rates
-from aimscale.harness.data.store.card import Look, data_set
+from aimscale.harness.data.store.dataset_info import Look, data_set
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
+from aimscale.harness.device.gpu_specs import Device, device_here, nominal_flops_per_s
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
-from aimscale.harness.device.sheets import Device, device_here, nominal_flops_per_s
 from aimscale.harness.probe.cost import DuringCost, ProbeCost, bytes_during, during_cost, probe_cost, validation_images
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of

@@ -15,7 +15,7 @@ from typing import Any
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
 from aimscale.aim.errors import did_you_mean
-from aimscale.harness.data.store.card import fingerprint
+from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.run.config import (
     EvaluationConfig,
     ModelSection,

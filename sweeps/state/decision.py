@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.probe.owed import Lacking, lacking
+from aimscale.harness.probe.pending_evaluations import Pending, pending_work
 from aimscale.harness.run.config import load_run_config
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.state.attempts import may_try_again
@@ -45,7 +45,7 @@ def decide(run: Run, record: RunRecord, *, is_mine: bool = False) -> Decision:
 def _verdict(run: Run, record: RunRecord, is_mine: bool) -> tuple[Verdict, str]:
     status = record.read_status()
     is_new = not record.config.exists() or status.state == "created"
-    missing = [] if is_new else lacking(record, run.config)
+    missing = [] if is_new else pending_work(record, run.config)
     if status.state == "finished" and not missing and not is_new:
         return "finished", ""
     if record.is_held():
@@ -65,7 +65,7 @@ def _verdict(run: Run, record: RunRecord, is_mine: bool) -> tuple[Verdict, str]:
     return "resume", in_words(missing) if status.state == "finished" else status.state
 
 
-def in_words(missing: Sequence[Lacking]) -> str:
+def in_words(missing: Sequence[Pending]) -> str:
     """What a run lacks, shortly."""
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return f"to do: {missing[0]}{more}"

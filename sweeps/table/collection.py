@@ -25,7 +25,7 @@ import pyarrow as pa
 from aimscale.aim.errors import UserError
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.schema import OF_CURVES, hits_table, results_table, write_table
-from aimscale.harness.data.store.card import fingerprint
+from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.probe.files import as_entry, entries_of, task_files
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.row import planned_columns

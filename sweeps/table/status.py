@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.probe.owed import Lacking, lacking
+from aimscale.harness.probe.pending_evaluations import Pending, pending_work
 from aimscale.harness.run.directory import Status
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
@@ -143,7 +143,7 @@ def _log(record: RunRecord) -> str | None:
 
 def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
     now, status, is_held, is_claimed = time.time(), record.read_status(), record.is_held(), record.is_claimed()
-    owed = lacking(record, run.config)
+    owed = pending_work(record, run.config)
     state, reason = _state(record, status, owed, pending)
     place = ""
     if is_held or (is_claimed and state != "finished"):
@@ -185,7 +185,7 @@ def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | N
     )
 
 
-def _flops_to_evaluate(card: CostCard, owed: Sequence[Lacking]) -> float:
+def _flops_to_evaluate(card: CostCard, owed: Sequence[Pending]) -> float:
     probes = {probe.task: probe.flops for probe in card.probes}
     whole = (card.flops_evaluation - card.flops_during) / len(card.budgets)
     validation = whole - sum(probes.values())
@@ -195,7 +195,7 @@ def _flops_to_evaluate(card: CostCard, owed: Sequence[Lacking]) -> float:
 
 
 def _state(
-    record: RunRecord, status: Status, owed: Sequence[Lacking], pending: JobInfo | None
+    record: RunRecord, status: Status, owed: Sequence[Pending], pending: JobInfo | None
 ) -> tuple[Shown, str | None]:
     """Where a run stands that nobody holds, and why."""
     if status.state in ("failed", "diverged") or (status.state == "finished" and not owed):

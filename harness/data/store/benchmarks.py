@@ -1,4 +1,4 @@
-"""The paper's fifteen benchmarks: names, sizes, splits, what to download; `layouts` reads them as they are published.
+"""The paper's fifteen benchmarks: names, sizes, splits and what to download; `benchmark_readers` reads their files.
 
 `benchmarks.json` has them in the order of the paper's Table 6. Sizes and classes: AIMv2 (arXiv 2411.14402), Table B1;
 iWildCam from WILDS (arXiv 2012.07421), because that table leaves it out. How splits follow from a WILDS set's metadata

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.card import NO_LABEL, DatasetInfo, open_local
+from aimscale.harness.data.store.dataset_info import NO_LABEL, DatasetInfo, open_local
 
 if TYPE_CHECKING:
     import pyarrow as pa

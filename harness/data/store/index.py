@@ -22,7 +22,8 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.card import (
+from aimscale.harness.data.store.columns import Index
+from aimscale.harness.data.store.dataset_info import (
     DATASET_FILE,
     INDEX_FILE,
     MAX_LABEL,
@@ -31,7 +32,6 @@ from aimscale.harness.data.store.card import (
     image_checksum,
     read_info,
 )
-from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.shard_cache import Reader, open_index, open_reader
 from aimscale.harness.data.store.shards import Place, ShardInfo, join, open_file

@@ -23,8 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import DATASET_FILE, INDEX_FILE, MAX_LABEL, DatasetInfo, image_checksum
 from aimscale.harness.data.store.columns import IndexWriter, shard_table
+from aimscale.harness.data.store.dataset_info import DATASET_FILE, INDEX_FILE, MAX_LABEL, DatasetInfo, image_checksum
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
 from aimscale.harness.data.store.shards import filesystem_of, is_url, join, open_file, with_retries
 from aimscale.harness.data.store.tars import Members, expand_braces, read_samples

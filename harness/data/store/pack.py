@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, permute
-from aimscale.harness.data.store.card import DatasetInfo, image_checksum, open_local
+from aimscale.harness.data.store.dataset_info import DatasetInfo, image_checksum, open_local
 from aimscale.harness.data.store.decoding import (
     IMAGE_EXTENSIONS,
     UndecodableImageError,

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import DatasetInfo
 from aimscale.harness.data.store.columns import Index
+from aimscale.harness.data.store.dataset_info import DatasetInfo
 from aimscale.harness.data.store.remote import RemoteReader
 from aimscale.harness.data.store.shards import LocalReader, Place, ShardInfo, download, is_url, join
 from aimscale.harness.run.files import cache_folder, locked, written_aside

@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 import fsspec
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import open_local
+from aimscale.harness.data.store.dataset_info import open_local
 
 T = TypeVar("T")
 _MAX_OPEN_FILES = 256  # of a process: `ulimit -n` is often 1024
@@ -64,7 +64,7 @@ def read_bytes(url: str) -> bytes:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Open a local file or a URL for reading from front to back; raises as `card.open_local` does."""
+    """Open a local file or a URL for reading from front to back; raises as `dataset_info.open_local` does."""
     if not is_url(path):
         return open_local(path)
     filesystem, inner = filesystem_of(path)

@@ -16,7 +16,7 @@ from typing import IO, Literal, NamedTuple, NoReturn, Self
 import webdataset
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import open_local
+from aimscale.harness.data.store.dataset_info import open_local
 
 MAX_IMAGE_BYTES = 1 << 30
 """Of an image file: the pixels that are decoded at most (`decoding.MAX_IMAGE_PIXELS`) take less in any format."""

@@ -20,11 +20,11 @@ from aimscale.harness.data.store.columns import BLOCK_ROWS
 from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import normalise
-from aimscale.harness.data.stream.draws import masks
+from aimscale.harness.data.stream.base import masks
 
 if TYPE_CHECKING:
     from aimscale.aim.config import ModelConfig
-    from aimscale.harness.data.store.card import DatasetInfo
+    from aimscale.harness.data.store.dataset_info import DatasetInfo
     from aimscale.harness.run.config import ModelSection
 
 _TABLE_BITS = 24  # of the checksums; almost all images are told from the held-out ones by one look at the table

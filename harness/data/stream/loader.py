@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.decoding import kernel_threads
-from aimscale.harness.data.stream.draws import Batch, Stream
+from aimscale.harness.data.stream.base import Batch, Stream
 from aimscale.harness.run.failures import STOP_SIGNALS
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableIm
 from aimscale.harness.data.store.shards import is_url, open_file, with_retries
 from aimscale.harness.data.store.tars import expand_braces, read_samples
 from aimscale.harness.data.stream.augment import box_draws, crop_resize_into
-from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, content_digest
-from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.base import MAX_REPLACEMENTS, Stream, content_digest
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 
 MAX_FAILURES = 6

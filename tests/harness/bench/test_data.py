@@ -9,7 +9,7 @@ from aimscale.harness.bench import data as bench_data
 from aimscale.harness.data.store.decoding import decode
 from aimscale.harness.data.store.pack import write_dataset
 from aimscale.harness.data.stream.augment import crop_resize
-from aimscale.harness.device.sheets import remember, remembered
+from aimscale.harness.device.gpu_specs import remember, remembered
 
 
 def test_the_limit_makes_the_streams_pixels() -> None:

@@ -12,9 +12,9 @@ import torch
 from aimscale.harness.device.distributed import (
     LaunchError,
     Placement,
-    card_index,
     choose_device,
     find_placement,
+    gpu_index,
     start_group,
 )
 from aimscale.harness.probe.features.backbones import matmul_precision
@@ -60,10 +60,10 @@ def test_a_task_that_sees_one_card_of_its_own_takes_it(monkeypatch: pytest.Monke
     slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1"}
     placed = find_placement(slurm | {"SLURM_LOCALID": "1"})
     monkeypatch.setenv("SLURM_LOCALID", "1")
-    assert (card_index(placed, 1), card_index(placed, 8)) == (0, 1)
+    assert (gpu_index(placed, 1), gpu_index(placed, 8)) == (0, 1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(LaunchError, match="1"):
-        card_index(placed, 1)
+        gpu_index(placed, 1)
 
 
 def test_a_process_alone_multiplies_on_its_card_as_ranks_do(

@@ -15,7 +15,7 @@ from trainers import start_ranks
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
-from aimscale.harness.probe.owed import enter_row
+from aimscale.harness.probe.pending_evaluations import enter_row
 from aimscale.harness.run.config import run_config
 from aimscale.harness.run.directory import RunDir
 

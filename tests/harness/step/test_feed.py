@@ -19,8 +19,8 @@ from trainers import after_steps, stop_after, train_in
 import aimscale.harness.step.feed
 import aimscale.harness.step.saving
 from aimscale.harness.data import DataError
-from aimscale.harness.data.stream.draws import Batch
-from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir

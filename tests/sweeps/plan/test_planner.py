@@ -12,7 +12,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
 from aimscale.analysis.table.schema import results_table, write_table
-from aimscale.harness.device import sheets
+from aimscale.harness.device import gpu_specs
 from aimscale.harness.probe.cost import probe_cost
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.provenance import cpu_name
@@ -251,10 +251,10 @@ def test_a_run_is_priced_at_its_precision_on_the_device_that_is_meant(
     assert peak(card(slurm={"gpus": "a100"}, base=bf16)) == 312e12
     given = card(cost={"device": "A100", "peak_tflops": 100})
     assert (given.device.name, peak(given), given.rates.mfu) == ("A100", 1e14, 0.4)
-    monkeypatch.setattr(sheets, "gpus_here", lambda: [("NVIDIA H200", 141 * 10**9)])
+    monkeypatch.setattr(gpu_specs, "gpus_here", lambda: [("NVIDIA H200", 141 * 10**9)])
     assert (peak(card()), card().device.memory_bytes) == (494.75e12, 141 * 10**9)
-    monkeypatch.setattr(sheets, "gpus_here", lambda: [])
-    monkeypatch.setattr(sheets, "_measured_flops_per_s", lambda precision: 1e11)
+    monkeypatch.setattr(gpu_specs, "gpus_here", lambda: [])
+    monkeypatch.setattr(gpu_specs, "_measured_flops_per_s", lambda precision: 1e11)
     here = card()
     assert (here.device.name, here.device.is_gpu, peak(here)) == (cpu_name(), False, 1e11)
     assert here.training_s > here.flops_executed / (1e11 * here.rates.mfu)  # activations and steps beside

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aimscale.harness.probe.files import task_key, weights_name
-from aimscale.harness.probe.owed import enter_row
+from aimscale.harness.probe.pending_evaluations import enter_row
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.lock import holding

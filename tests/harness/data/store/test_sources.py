@@ -26,7 +26,7 @@ from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.store.shard_cache import CACHE_FOLDER, CachedReader
 from aimscale.harness.data.store.shards import LocalReader
 from aimscale.harness.data.stream.held_out import count_shared
-from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.run.config import RunConfig
 
 

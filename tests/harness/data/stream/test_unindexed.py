@@ -17,8 +17,8 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.augment import box_draws, crop_resize, draw_boxes
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir

@@ -20,9 +20,9 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.arrays import list_cifar, list_pcam
+from aimscale.harness.data.store.array_files import list_cifar, list_pcam
 from aimscale.harness.data.store.benchmarks import find_benchmark
-from aimscale.harness.data.store.card import open_local
+from aimscale.harness.data.store.dataset_info import open_local
 from aimscale.harness.data.store.pack import Listing, list_by_class, list_folder
 from aimscale.harness.data.store.tars import Slice, list_slices
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torchvision.datasets import CIFAR10
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import open_local
+from aimscale.harness.data.store.dataset_info import open_local
 from aimscale.harness.data.store.decoding import MAX_IMAGE_SIDE
 from aimscale.harness.data.store.pack import Listing
 from aimscale.harness.data.store.tars import Member

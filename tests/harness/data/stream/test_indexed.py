@@ -30,11 +30,11 @@ from aimscale.harness.data.stream.augment import (
     draw_boxes,
     normalise,
 )
-from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.jitter import _draw, jitter_colours
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
 
 Configure = Callable[..., RunConfig]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from aimscale.harness.data.store.card import Look, data_set, fingerprint
+from aimscale.harness.data.store.dataset_info import Look, data_set, fingerprint
 from aimscale.harness.device.job import Job
 from aimscale.harness.log.loggers import Logger, of_row
 from aimscale.harness.log.record import append_line

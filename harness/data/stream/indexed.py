@@ -17,12 +17,12 @@ from aimscale.harness.data.store.decoding import UndecodableImageError, decode_i
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.shards import is_url
 from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, box_draws, crop_resize_into, crop_resize_small
-from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, Stretch, content_digest
+from aimscale.harness.data.stream.base import MAX_REPLACEMENTS, Stream, Stretch, content_digest
 from aimscale.harness.data.stream.held_out import refuse_overlap
 from aimscale.harness.data.stream.order import Mixture, SourceOrder
 
 if TYPE_CHECKING:
-    from aimscale.harness.data.store.card import DatasetInfo
+    from aimscale.harness.data.store.dataset_info import DatasetInfo
     from aimscale.harness.run.config import DataSection, RunConfig, SourceSection
 
 _SHARDS_AHEAD = 8  # so many shards are fetched before they are needed

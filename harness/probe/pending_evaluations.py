@@ -23,16 +23,16 @@ from aimscale.harness.probe.files import (
     weights_content,
     weights_name,
 )
+from aimscale.harness.run.budgets import missing_budgets, saved_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, probe_place
-from aimscale.harness.run.trunk import missing_budgets, saved_budgets
 
 VALIDATION_COLUMNS = ("val_loss", "val_loss_se", "val_num_images")
 """Columns of a row that stand in a validation file, under the same names."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lacking:
+class Pending:
     """One thing that a run lacks at one of its budgets."""
 
     what: Literal["training", "validation", "probe"]
@@ -45,7 +45,7 @@ class Lacking:
         return f"{self.section.task if self.section else self.what} at {self.images_seen}"
 
 
-def lacking(run: RunDir, config: RunConfig) -> list[Lacking]:
+def pending_work(run: RunDir, config: RunConfig) -> list[Pending]:
     """What `config` asks of a run and is not there: the run is finished when nothing is left.
 
     Something is there when its file is, of the present weights, settings and data, and the budget's row says so too.
@@ -55,25 +55,25 @@ def lacking(run: RunDir, config: RunConfig) -> list[Lacking]:
         RunDirError: no saved point of the trunk leads to a budget that is still to be trained.
         UserError: `results.json` is damaged.
     """
-    found = [Lacking(what="training", images_seen=budget) for budget in missing_budgets(run, config)]
+    found = [Pending(what="training", images_seen=budget) for budget in missing_budgets(run, config)]
     rows = {row["images_seen"]: row for row in run.read_rows()}
     for budget in saved_budgets(run):
         if budget in config.evaluation.budgets:
-            found += lacking_at(run, config, budget, rows.get(budget, {}))
+            found += pending_evaluations(run, config, budget, rows.get(budget, {}))
     return found
 
 
-def lacking_at(run: RunDir, config: RunConfig, images_seen: int, row: dict[str, Any]) -> Iterator[Lacking]:
+def pending_evaluations(run: RunDir, config: RunConfig, images_seen: int, row: dict[str, Any]) -> Iterator[Pending]:
     """What is to be measured at a budget whose weights are there, and whose row this is."""
     name = validation_name(run, config, images_seen)
     is_named = row.get("val_loss") is not None and fnmatch.fnmatch(str(row.get("validation")), name)
     if not is_named or not run.validation_file(images_seen).exists():
-        yield Lacking(what="validation", images_seen=images_seen)
+        yield Pending(what="validation", images_seen=images_seen)
     there = row.get("probes") or []
     for section in config.evaluation.probes:
         entries = finished_entries(run, config, images_seen, section)
         if entries is None or not all(entry in there for entry in entries):
-            yield Lacking(what="probe", images_seen=images_seen, section=section)
+            yield Pending(what="probe", images_seen=images_seen, section=section)
 
 
 def enter_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from trainers import before_call, train_in
 
-import aimscale.harness.train.points
+import aimscale.harness.train.curve
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
-from aimscale.harness.data.store.card import data_set
+from aimscale.harness.data.store.dataset_info import data_set
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
@@ -27,7 +27,7 @@ Config = Callable[..., RunConfig]
 
 def signalled(rank: int, path: Path, signum: int, name: str, number: int) -> None:
     """Train, and get a signal at a call of what is measured, by its name and number."""
-    before_call(aimscale.harness.train.points, name, number, lambda: os.kill(os.getpid(), signum))
+    before_call(aimscale.harness.train.curve, name, number, lambda: os.kill(os.getpid(), signum))
     train_in(rank, path)
 
 
