@@ -60,9 +60,9 @@ class MaskToken(nn.Module):
         super().__init__()
         self.token = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor, is_given: Tensor) -> Tensor:
+    def forward(self, x: Tensor, is_visible: Tensor) -> Tensor:
         """Tokens (B, N, d) with those that are not given, bool (B, N), replaced."""
-        return torch.where(is_given[:, :, None], x, self.token)
+        return torch.where(is_visible[:, :, None], x, self.token)
 
 
 def _attend_whole(heads: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -199,48 +199,48 @@ class AIM(nn.Module):
         for block in (*self.trunk.blocks, *self.pixel_head.blocks):
             block.compile()
 
-    def forward(self, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, prefix_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a batch as a sum and a count, so that any split of a batch adds up exactly.
 
         Returns:
             loss_sum: float32 scalar, the sum over scored targets of each target's mean squared error.
             num_targets: float32 scalar, how many targets were scored: the patches that were not given.
         """
-        losses, _ = self._scored_losses(images, given)
+        losses, _ = self._scored_losses(images, prefix_lengths)
         return losses.sum(), losses.new_full((), losses.numel())
 
-    def per_patch_loss(self, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    def per_patch_loss(self, images: Tensor, prefix_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, but patch by patch in sequence order: float32 (B, N) losses, 0 of what is not scored, and
         float32 (B, N), 1 where a patch is scored and 0 where it is given."""
-        losses, targets = self._scored_losses(images, given)
+        losses, targets = self._scored_losses(images, prefix_lengths)
         by_patch = losses.new_zeros(2, len(images) * self.config.num_tokens)
         by_patch[:, targets] = torch.stack([losses, torch.ones_like(losses)])
         losses, is_scored = by_patch.view(2, len(images), -1)
         return losses, is_scored
 
-    def predict(self, images: Tensor, given: Tensor) -> Tensor:
+    def predict(self, images: Tensor, prefix_lengths: Tensor) -> Tensor:
         """Predicted patches, float32 (B, N, o) in sequence order, in the scale of the targets.
 
         Entry j is the prediction of patch j, made at position j - 1, or of a masked model at j. Given patches, which
         are never scored, are NaN.
         """
-        is_given = self._is_given(given).to(images.device)
-        everything = torch.arange(is_given.numel(), device=images.device)
-        out = self._predicted(self.preprocessor.patches(images), is_given, everything).unflatten(0, is_given.shape)
-        return (out.roll(1, dims=1) if self.mask is None else out).masked_fill(is_given[:, :, None], torch.nan)
+        is_visible = self._visible_patches(prefix_lengths).to(images.device)
+        everything = torch.arange(is_visible.numel(), device=images.device)
+        out = self._predicted(self.preprocessor.patches(images), is_visible, everything).unflatten(0, is_visible.shape)
+        return (out.roll(1, dims=1) if self.mask is None else out).masked_fill(is_visible[:, :, None], torch.nan)
 
-    def complete(self, images: Tensor, given: Tensor) -> Tensor:
+    def complete(self, images: Tensor, prefix_lengths: Tensor) -> Tensor:
         """Images (B, C, H, W) whose patches that are not given are replaced by their predictions.
 
         Each prediction of an autoregressive model sees the true patches before it. Normalised predictions are brought
         back to pixels with the true patch's own mean and standard deviation.
         """
         truth = self.preprocessor.patches(images)
-        predicted = self.predict(images, given)
+        predicted = self.predict(images, prefix_lengths)
         if self.config.target == "normalised":
             mean, std = patch_statistics(truth)
             predicted = predicted * std + mean
-        sequence = torch.where(self._is_given(given).to(images.device)[:, :, None], truth, predicted)
+        sequence = torch.where(self._visible_patches(prefix_lengths).to(images.device)[:, :, None], truth, predicted)
         raster = torch.empty_like(sequence).index_copy(1, self.preprocessor.order, sequence)
         return unpatchify(raster, self.config.patch_size, self.config.channels)
 
@@ -272,37 +272,39 @@ class AIM(nn.Module):
         parts = 3 if name.endswith("attn.qkv") and self.config.qkv_init == "separate" else 1
         return matrix_scale(self.config, name, fan_in=shape[1:].numel(), fan_out=shape[0] // parts)
 
-    def _is_given(self, given: Tensor) -> Tensor:
+    def _visible_patches(self, prefix_lengths: Tensor) -> Tensor:
         """Which patches are given, bool (B, N), on the device of `given`."""
         num_tokens = self.config.num_tokens
         if self.mask is not None:
-            if given.dtype != torch.bool or given.shape[1:] != (num_tokens,):
-                raise ValueError(f"a masked model is given bool (B, {num_tokens}), not {given.dtype} {given.shape}")
-            return given
+            if prefix_lengths.dtype != torch.bool or prefix_lengths.shape[1:] != (num_tokens,):
+                raise ValueError(
+                    f"a masked model is given bool (B, {num_tokens}), not {prefix_lengths.dtype} {prefix_lengths.shape}"
+                )
+            return prefix_lengths
         # On a GPU, looking would wait for the device.
-        if not given.is_cuda and ((given < 1) | (given >= num_tokens)).any():
+        if not prefix_lengths.is_cuda and ((prefix_lengths < 1) | (prefix_lengths >= num_tokens)).any():
             raise ValueError(f"prefix lengths run from 1 to {num_tokens - 1}")
-        return in_prefix(given, num_tokens)
+        return in_prefix(prefix_lengths, num_tokens)
 
-    def _predicted(self, patches: Tensor, is_given: Tensor, keep: Tensor) -> Tensor:
+    def _predicted(self, patches: Tensor, is_visible: Tensor, keep: Tensor) -> Tensor:
         """Float32 predictions (M, o) made at flat indices `keep`, b * N + k, from patches (B, N, o)."""
-        tokens = self.preprocessor.embed(patches, self.mask and functools.partial(self.mask, is_given=is_given))
-        mask = None if self.mask else prefix_causal_mask(is_given, tokens.dtype)
+        tokens = self.preprocessor.embed(patches, self.mask and functools.partial(self.mask, is_visible=is_visible))
+        mask = None if self.mask else prefix_causal_mask(is_visible, tokens.dtype)
         tokens = self.trunk(tokens, mask, None if self.config.head.num_heads else keep)
         return self.pixel_head(tokens, keep, mask).float()
 
-    def _scored_losses(self, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    def _scored_losses(self, images: Tensor, prefix_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squared error of every scored target, float32 (M,), and the flat index b * N + j of its patch.
 
         An MLP head works token by token, so it sees scored tokens alone: the same loss for about half of its work.
         """
         if images.dtype != torch.float32:
             raise ValueError(f"targets are computed from float32 pixels, not {images.dtype}")
-        is_given = self._is_given(given)
-        scored = copy_to((~is_given).flatten().nonzero().squeeze(1), images.device)
+        is_visible = self._visible_patches(prefix_lengths)
+        scored = copy_to((~is_visible).flatten().nonzero().squeeze(1), images.device)
         patches = self.preprocessor.patches(images)
-        made_at = scored - 1 if self.mask is None else scored
-        predicted = self._predicted(patches, copy_to(is_given, images.device), made_at)
+        predicted_from = scored - 1 if self.mask is None else scored
+        predicted = self._predicted(patches, copy_to(is_visible, images.device), predicted_from)
         targets = patches.flatten(0, 1).index_select(0, scored)
         if self.config.target == "normalised":
             targets = normalise_patches(targets)

@@ -23,17 +23,17 @@ def in_prefix(prefix_len: Tensor, num_tokens: int) -> Tensor:
     return torch.arange(num_tokens, device=prefix_len.device) < prefix_len[:, None]
 
 
-def prefix_causal_mask(is_given: Tensor, dtype: torch.dtype) -> Tensor:
+def prefix_causal_mask(is_visible: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to the scores of queries and keys: every query sees all of the prefix, and all up to itself.
 
     Args:
-        is_given: bool (B, N), the prefix of each image.
+        is_visible: bool (B, N), the prefix of each image.
 
     Returns:
         (B, 1, N, N), indexed by image, head (broadcast), query, key: 0 where it sees, else minus infinity.
     """
-    position = torch.arange(is_given.shape[1], device=is_given.device)
-    sees = ((position <= position[:, None]) | is_given[:, None, :])[:, None]
+    position = torch.arange(is_visible.shape[1], device=is_visible.device)
+    sees = ((position <= position[:, None]) | is_visible[:, None, :])[:, None]
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -torch.inf)
 
 

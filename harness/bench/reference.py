@@ -56,7 +56,7 @@ class ReferenceEngine:
             if isinstance(self._model, FSDPModule):
                 self._model.set_requires_gradient_sync(index == len(micro_batches) - 1)
             with torch.autocast(self._group.device.type, torch.bfloat16, enabled=self._autocasts):
-                batch_loss_sum, _ = self._model(batch.images_on(self._group.device), batch.given)
+                batch_loss_sum, _ = self._model(batch.images_on(self._group.device), batch.prefix_lengths)
             (batch_loss_sum * scale).backward()
             loss_sum += batch_loss_sum.detach()
         norm: Any = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)

@@ -205,9 +205,9 @@ def random_batches(config: ModelConfig, batch_size: int, micro_batch: int) -> li
     shape = (batch_size, config.channels, config.image_size, config.image_size)
     images = torch.randn(shape, generator=generator)
     first = torch.randint(1, config.num_tokens, (batch_size // 2,), generator=generator)
-    given = torch.stack([first, config.num_tokens - first], dim=1).reshape(-1)
+    prefix_lengths = torch.stack([first, config.num_tokens - first], dim=1).reshape(-1)
     positions = torch.arange(batch_size)
     if config.masked is not None:
-        given = torch.from_numpy(masks(0, positions.numpy(), config))
-    parts = (torch.split(part, micro_batch) for part in (images, given, positions))
-    return [Batch(images=i, given=g, positions=p) for i, g, p in zip(*parts, strict=True)]
+        prefix_lengths = torch.from_numpy(masks(0, positions.numpy(), config))
+    parts = (torch.split(part, micro_batch) for part in (images, prefix_lengths, positions))
+    return [Batch(images=i, prefix_lengths=g, positions=p) for i, g, p in zip(*parts, strict=True)]

@@ -70,8 +70,8 @@ def _config(file: Path | None, changes: dict[str, Any], settings: list[str]) -> 
         parts = load_run_config(file).model_dump(mode="json")
         values = parts["training"] | parts["evaluation"] | {"runtime": parts["runtime"]}
     for text in settings:
-        key, is_given, value = text.partition("=")
-        if not is_given:
+        key, is_visible, value = text.partition("=")
+        if not is_visible:
             raise ConfigError(f"--set {text} has no value; write KEY=VALUE, such as runtime.zero_stage=2")
         changes[key] = yaml.safe_load(value)
     for key, value in changes.items():

@@ -133,7 +133,7 @@ class Engine:
         for index, batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             images = batch.images_on(self.group.device)
-            batch_loss_sum, _ = self._engine(images, batch.given)
+            batch_loss_sum, _ = self._engine(images, batch.prefix_lengths)
             self._engine.backward(batch_loss_sum * scale, scale_wrt_gas=False)
             loss_sum += batch_loss_sum.detach()
         self._engine.step()

@@ -208,7 +208,7 @@ def run_on_all_ranks(group: Group, action: Callable[[], T]) -> T:
 
 def count_targets(micro_batches: Sequence[Batch], num_tokens: int) -> int:
     """Scored targets of these images: the patches that are not given; prefix lengths and masks sum to the others."""
-    return sum(num_tokens * len(batch.given) - int(batch.given.sum()) for batch in micro_batches)
+    return sum(num_tokens * len(batch.prefix_lengths) - int(batch.prefix_lengths.sum()) for batch in micro_batches)
 
 
 def _raise_on_all_ranks(group: Group, error: Exception | None) -> NoReturn:

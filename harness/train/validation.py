@@ -19,7 +19,7 @@ from aimscale.aim.model import AIM
 from aimscale.aim.objective import in_prefix, unpatchify
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import denormalise, normalise
-from aimscale.harness.data.stream.held_out import eval_images, eval_pixels, fixed_given, usable_indices
+from aimscale.harness.data.stream.held_out import eval_images, eval_pixels, usable_indices, validation_prefixes
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import EVAL_TOKENS
 from aimscale.harness.probe.features.images import Pause, decoded_ahead, go_on
@@ -129,7 +129,7 @@ def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = go_on) 
         pause: called by all ranks together before each pass; raises to stop there.
     """
     num_tokens, num_prefixes = model.config.num_tokens, held_out.section.num_prefixes
-    given = fixed_given(len(held_out.indices), num_prefixes, model.config)
+    prefix_lengths = validation_prefixes(len(held_out.indices), num_prefixes, model.config)
     # Of each pass: losses and counts by image and prefix; and their sums so far by position.
     passes = [torch.zeros(2, 0, num_prefixes, dtype=torch.float64, device=group.device)]
     by_position = torch.zeros(2, num_tokens, dtype=torch.float64, device=group.device)
@@ -137,7 +137,7 @@ def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = go_on) 
         pause()
         if len(rows):
             repeated = images.repeat_interleave(num_prefixes, dim=0)
-            found = torch.stack(model.per_patch_loss(repeated, given[rows].flatten(0, 1)))
+            found = torch.stack(model.per_patch_loss(repeated, prefix_lengths[rows].flatten(0, 1)))
             passes.append(found.sum(2).double().view(2, len(rows), num_prefixes))
             by_position += found.sum(1, dtype=torch.float64)
     mine = (held_out.own, *torch.cat(passes, dim=1).cpu().numpy())
@@ -148,7 +148,7 @@ def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = go_on) 
         index=held_out.indices,
         loss_sum=losses[order].sum(1),
         num_targets=targets[order].sum(1),
-        prefix_len=(given if model.config.masked is None else given.sum(2)).numpy(),
+        prefix_len=(prefix_lengths if model.config.masked is None else prefix_lengths.sum(2)).numpy(),
         prefix_loss_sum=losses[order],
         position_loss_sum=position_loss_sum,
         position_num_targets=position_num_targets,
@@ -168,9 +168,9 @@ def completions(model: AIM, held_out: HeldOut, device: torch.device) -> dict[str
     config = model.config
     images = held_out.images(chosen).to(device)
     half = torch.full((len(chosen),), config.num_tokens // 2)
-    given = half if config.masked is None else fixed_given(len(chosen), 1, config)[:, 0]
-    is_given = in_prefix(half, config.num_tokens) if config.masked is None else given
-    sequence = is_given[:, :, None].expand(-1, -1, config.patch_dim).to(device)
+    prefix_lengths = half if config.masked is None else validation_prefixes(len(chosen), 1, config)[:, 0]
+    is_visible = in_prefix(half, config.num_tokens) if config.masked is None else prefix_lengths
+    sequence = is_visible[:, :, None].expand(-1, -1, config.patch_dim).to(device)
     raster = torch.empty_like(sequence).index_copy(1, model.preprocessor.order, sequence)
     is_prefix = unpatchify(raster, config.patch_size, config.channels).cpu()
     truth = denormalise(images.cpu())
@@ -178,7 +178,7 @@ def completions(model: AIM, held_out: HeldOut, device: torch.device) -> dict[str
         "picture_index": held_out.indices[chosen],
         "truth": _channels_last(truth),
         "prefix": _channels_last(torch.where(is_prefix, truth, torch.full_like(truth, 128))),
-        "prediction": _channels_last(denormalise(model.complete(images, given).float().cpu())),
+        "prediction": _channels_last(denormalise(model.complete(images, prefix_lengths).float().cpu())),
     }
 
 

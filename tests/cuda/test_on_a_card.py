@@ -84,7 +84,7 @@ def test_loss_and_gradient_are_the_cpus(precision: str, tolerance: float) -> Non
 
     def outcome(device: str, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
         model = AIM(CONFIG).to(device, dtype)
-        loss_sum, _ = model(batch.images_on(device), batch.given)
+        loss_sum, _ = model(batch.images_on(device), batch.prefix_lengths)
         gradient = torch.autograd.grad(loss_sum, list(model.parameters()))
         return loss_sum.item(), torch.cat([each.float().cpu().flatten() for each in gradient])
 
@@ -132,7 +132,7 @@ def step_of_images(number: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(number)
     images = torch.randint(0, 256, (number, 3, 32, 32), generator=generator, dtype=torch.uint8).pin_memory()
     prefix_len = torch.tensor([5, CONFIG.num_tokens - 5] * (number // 2))
-    return [Batch(images=images, given=prefix_len, positions=torch.arange(number))]
+    return [Batch(images=images, prefix_lengths=prefix_len, positions=torch.arange(number))]
 
 
 @needs_card
@@ -208,7 +208,7 @@ def test_attention_takes_a_fused_kernel_with_the_dense_mask() -> None:
     model = AIM(MEDIUM).to("cuda", torch.bfloat16)
     (batch,) = random_batches(MEDIUM, 4, 4)
     with profile() as recorded:
-        model(batch.images_on("cuda"), batch.given)[0].backward()
+        model(batch.images_on("cuda"), batch.prefix_lengths)[0].backward()
     names = {event.key for event in recorded.key_averages() if "dot_product" in event.key}
     assert any("efficient" in name or "cudnn" in name for name in names), names
     assert not any("math" in name for name in names), names

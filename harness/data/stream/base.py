@@ -40,7 +40,7 @@ class Batch:
 
     images: torch.Tensor
     """(B, C, H, W): uint8, a quarter of the bytes to move to a device, or float32, normalised already."""
-    given: torch.Tensor
+    prefix_lengths: torch.Tensor
     """What `AIM.forward` is given: prefix lengths int64 (B,), 1..N-1, or of a masked model patches, bool (B, N)."""
     positions: torch.Tensor
     """int64 (B,)."""
@@ -111,7 +111,7 @@ class Stream(abc.ABC):
         self._data, self._objective, self._seed = training.data, training.objective, training.seed
         self._size, self._channels = training.model.image_size, training.model.channels
         self._model = model_of(training)
-        self._given = Stretch(self._draw_given)
+        self._prefixes = Stretch(self._draw_prefixes)
         require_channels(self._channels)
 
     @abc.abstractmethod
@@ -166,7 +166,7 @@ class Stream(abc.ABC):
         """The batch at positions `where`, whose pixels `fill` has written, here or elsewhere."""
         return Batch(
             images=self._images(flat, len(where)),
-            given=torch.from_numpy(self._given(where)[0].copy()),
+            prefix_lengths=torch.from_numpy(self._prefixes(where)[0].copy()),
             positions=torch.arange(where.start, where.stop) if isinstance(where, range) else torch.from_numpy(where),
             bad_samples=bad,
         )
@@ -179,7 +179,7 @@ class Stream(abc.ABC):
             uniforms, height, width, scale=self._data.crop_scale, horizontal_flip=self._data.horizontal_flip
         )
 
-    def _draw_given(self, where: I64) -> Columns:
+    def _draw_prefixes(self, where: I64) -> Columns:
         if self._model.masked is None:
             return (self.prefix_lengths(where),)
         return (masks(make_key("mask", self._seed), where, self._model),)

@@ -113,7 +113,7 @@ def eval_pixels(
     return pixels
 
 
-def fixed_given(num_images: int, num_prefixes: int, model: ModelConfig) -> torch.Tensor:
+def validation_prefixes(num_images: int, num_prefixes: int, model: ModelConfig) -> torch.Tensor:
     """What a model is given of validation images: (images, prefixes) lengths, or (images, prefixes, N) masks."""
     if model.masked is None:
         return prefix_lengths(num_images, num_prefixes, model.num_tokens)

@@ -58,7 +58,7 @@ def split(images: torch.Tensor, given: torch.Tensor, rank: int, world_size: int,
     parts = [torch.tensor_split(each, world_size * num_micro) for each in (images, given, torch.arange(BATCH))]
     mine = slice(rank * num_micro, (rank + 1) * num_micro)
     return [
-        Batch(images=image, given=its, positions=position)
+        Batch(images=image, prefix_lengths=its, positions=position)
         for image, its, position in zip(*(part[mine] for part in parts), strict=True)
     ]
 

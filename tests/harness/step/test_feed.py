@@ -49,7 +49,7 @@ def take_steps(group: Group, has_workers: bool) -> None:
             if loaded == 4 and group.rank == 1:
                 raise DataError("shard 7 is gone")
             ones = torch.ones(loaded, dtype=torch.int64)
-            yield [Batch(images=ones, given=ones, positions=ones)]
+            yield [Batch(images=ones, prefix_lengths=ones, positions=ones)]
 
     with feed.over(batches(), lambda: Wishes(save=loaded == 2 and group.rank == 0)):
         for number in (1, 2, 3):

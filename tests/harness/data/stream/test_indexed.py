@@ -46,7 +46,7 @@ def whole(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     positions = torch.cat([batch.positions for batch in parts])
     order = positions.argsort()
     images = torch.cat([batch.images for batch in parts])[order]
-    return images, torch.cat([batch.given for batch in parts])[order], positions[order]
+    return images, torch.cat([batch.prefix_lengths for batch in parts])[order], positions[order]
 
 
 def run(stream: TrainStream, start: int, stop: int, *, micro: int, world: int = 1, workers: int = 0, batch: int = 16):
@@ -82,7 +82,7 @@ def test_stream_is_the_same_for_any_split(
     assert max(len(part) for part in parts) <= micro
     restarted = TrainStream(configure(color_jitter=True, shuffle_shards=2)).batch([170])
     assert torch.equal(restarted.images_on("cpu")[0], normalise(expected[0][70]))
-    assert restarted.given[0] == expected[1][70]
+    assert restarted.prefix_lengths[0] == expected[1][70]
     if micro > 1:
         assert all((part.positions[0::2] + 1 == part.positions[1::2]).all() for part in parts), "a pair was split"
 
@@ -139,15 +139,15 @@ def test_prefixes_are_uniform_and_paired(configure: Configure) -> None:
 
 def test_masks_hide_as_many_patches_of_every_image_alike_on_any_ranks(configure: Configure) -> None:
     stream = TrainStream(configure(masked=0.75, prefix="none"))
-    _, given, _ = whole([*itertools.chain(*run(stream, 0, 4096, micro=16))])
-    assert given.shape == (4096, 64)
-    assert given.dtype == torch.bool
-    assert (given.sum(1) == 16).all()
-    assert (given.float().mean(0) - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4096) ** 0.5
+    _, visible, _ = whole([*itertools.chain(*run(stream, 0, 4096, micro=16))])
+    assert visible.shape == (4096, 64)
+    assert visible.dtype == torch.bool
+    assert (visible.sum(1) == 16).all()
+    assert (visible.float().mean(0) - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4096) ** 0.5
     _, elsewhere, _ = whole([*itertools.chain(*run(stream, 160, 224, micro=3, world=2, workers=1))])
-    assert torch.equal(elsewhere, given[160:224])
-    other = TrainStream(configure(masked=0.75, seed=1)).batch(range(9)).given
-    assert not torch.equal(other, given[:9])
+    assert torch.equal(elsewhere, visible[160:224])
+    other = TrainStream(configure(masked=0.75, seed=1)).batch(range(9)).prefix_lengths
+    assert not torch.equal(other, visible[:9])
 
 
 def test_validation_prefixes_are_stratified_and_fixed() -> None:

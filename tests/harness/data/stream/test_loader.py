@@ -56,7 +56,7 @@ def test_batches_stay_what_they_are_however_many_are_held(stream: TrainStream, w
     for batch in held:
         expected = stream.batch(batch.positions.numpy())
         assert torch.equal(batch.images, expected.images)
-        assert torch.equal(batch.given, expected.given)
+        assert torch.equal(batch.prefix_lengths, expected.prefix_lengths)
     assert torch.cat([batch.positions for batch in held]).tolist() == list(range(240))
 
 

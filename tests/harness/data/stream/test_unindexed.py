@@ -62,7 +62,7 @@ def test_all_images_come_in_another_order_and_with_the_prefixes_of_their_positio
     order = [known.index(image) for image in found[:40]]
     assert order != sorted(order)
     indexed = TrainStream(configure(path=small_set)).batch(range(40))
-    assert torch.equal(open_stream(config).batch(range(40)).given, indexed.given)
+    assert torch.equal(open_stream(config).batch(range(40)).prefix_lengths, indexed.prefix_lengths)
     assert seen(configure(path=braces(shards), seed=1, **WHOLE), 40) != found[:40]
 
 
