@@ -111,18 +111,18 @@ def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str
     if path.suffix not in (".pth", ".safetensors"):
         raise WeightsError(f"{path} is neither .pth nor .safetensors; name the output file so")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.suffix == ".safetensors":
             ordered = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # so that each stays aligned
             layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
-            write_safetensors(aside, layout, (tensor.detach().cpu() for tensor in ordered.values()), metadata)
+            write_safetensors(partial, layout, (tensor.detach().cpu() for tensor in ordered.values()), metadata)
         else:
             # torch.save writes whole storages, such as a mapped file's
-            torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, aside)
-        aside.replace(path)
+            torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, partial)
+        partial.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_safetensors(

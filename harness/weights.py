@@ -38,7 +38,7 @@ from aimscale.aim.weights import (
 from aimscale.harness.probe.released import RELEASED_HEAD, HeadBlocks, released_blocks
 from aimscale.harness.run.config import ModelSection, RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
-from aimscale.harness.run.files import write_text, written_dir_aside
+from aimscale.harness.run.files import atomic_dir, write_text
 from aimscale.harness.run.provenance import record_start
 from aimscale.harness.run.row import describe, model_of
 
@@ -102,7 +102,7 @@ def import_weights(
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": sha256}
-    with written_dir_aside(run_path) as folder:
+    with atomic_dir(run_path) as folder:
         run = RunDir(folder)
         if kept_head:
             blocks = released_blocks(config, head_blocks)
@@ -231,7 +231,7 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
     if probe_file is not None:
         state |= probe_state(read_weights(probe_file), model, probe_file)
     rows = [row for row in run.read_rows() if row["images_seen"] == images_seen]
-    with written_dir_aside(out) as folder:
+    with atomic_dir(out) as folder:
         metadata = {"format": "pt", "run_id": config.run_id, NUM_HEADS: str(model.num_heads)}
         write_weights(state, folder / "model.safetensors", metadata)
         write_weights(state, folder / "model.pth")

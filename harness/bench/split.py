@@ -93,7 +93,7 @@ def image_wait_s(
     num_tokens = model_of(config.training).num_tokens
     feed = Feed(group, num_tokens=num_tokens, max_bad_fraction=1.0, has_workers=num_workers > 0)
     waits = []
-    with feed.over(batches):
+    with feed.reading(batches):
         for _ in range(WARM_UP + num_steps):
             step = feed.next(num_images=batch_size, num_bad=0)
             engine.step(step.micro_batches, num_targets=step.num_targets, lr=1e-3).loss_sum.item()

@@ -52,13 +52,13 @@ def probe(
     What is done already is not done again. To probe a whole sweep, edit `probes` in its file and launch it again.
     """
     from aimscale.harness.probe.released import RELEASED, score_released
-    from aimscale.harness.probe.run import by_hand, probe_run
+    from aimscale.harness.probe.run import probe_run, standalone_group
     from aimscale.harness.run.directory import RunDir
 
     config = RunDir(run).load_config()
     is_released = kind == [RELEASED]
     sections = _sections(config, task, tasks, None if is_released else kind)
-    with by_hand(RunDir(run), device) as group, Bar(shows=group.is_first) as bar:
+    with standalone_group(RunDir(run), device) as group, Bar(shows=group.is_first) as bar:
         if is_released:
             results = score_released(run, sections, group=group)
         else:
@@ -87,12 +87,12 @@ def baseline(
     Results go to LIKE/baselines/NAME; `aimscale collect` gathers them into `baselines.parquet`, and `aimscale compare`
     and the report show them.
     """
-    from aimscale.harness.probe.run import by_hand, probe_baseline
+    from aimscale.harness.probe.run import probe_baseline, standalone_group
     from aimscale.harness.run.directory import RunDir
 
     run = RunDir(like)
     sections = _sections(run.load_config(), task, tasks, kind)
-    with by_hand(run, device) as group, Bar(shows=group.is_first) as bar:
+    with standalone_group(run, device) as group, Bar(shows=group.is_first) as bar:
         results = probe_baseline(name, run, sections, weights=weights, group=group, pause=bar)
         _print_entries(results, bar, like, as_json=as_json)
 

@@ -109,12 +109,12 @@ class Group:
     With one rank every exchange is the identity and costs nothing.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, host_group: Any, beside_group: Any = None) -> None:
+    def __init__(self, placement: Placement, device: torch.device, host_group: Any, async_group: Any = None) -> None:
         self.rank = placement.rank
         self.world_size = placement.world_size
         self.device = device
-        self._host_group, self._beside_group = host_group, beside_group
-        self._taken_bytes = 0
+        self._host_group, self._async_group = host_group, async_group
+        self._reserved_bytes = 0
 
     @property
     def is_first(self) -> bool:
@@ -126,13 +126,13 @@ class Group:
         if self.device.type == "cuda":
             # A launcher that starts several runs on a GPU says which share of it each may plan for.
             share = float(os.environ.get("AIMSCALE_DEVICE_SHARE", "1"))
-            return int(share * torch.cuda.get_device_properties(self.device).total_memory) - self._taken_bytes
+            return int(share * torch.cuda.get_device_properties(self.device).total_memory) - self._reserved_bytes
         return self.host_memory_bytes()
 
-    def beside(self, taken_bytes: int) -> Group:
+    def with_reserved_memory(self, reserved_bytes: int) -> Group:
         """The same ranks for work beside what holds so much of each GPU's memory."""
         group = copy.copy(self)
-        group._taken_bytes = taken_bytes
+        group._reserved_bytes = reserved_bytes
         return group
 
     def host_memory_bytes(self) -> int:
@@ -170,12 +170,12 @@ class Group:
         """Each count's sum over ranks; one exchange on the host, not on the device."""
         return self._begin_sum(counts, self._host_group)()
 
-    def sum_beside(self, *counts: int) -> Callable[[], list[int]]:
+    def sum_counts_async(self, *counts: int) -> Callable[[], list[int]]:
         """Begin to add up counts over ranks, beside all other exchanges; the call that is returned waits for the sums.
 
         One thread begins them, in the same order on every rank.
         """
-        return self._begin_sum(counts, self._beside_group)
+        return self._begin_sum(counts, self._async_group)
 
     def _begin_sum(self, counts: Sequence[int], group: Any) -> Callable[[], list[int]]:
         values = torch.tensor(counts, dtype=torch.int64)
@@ -284,8 +284,8 @@ def start_group(placement: Placement, device_name: str) -> Group:
         )
     # Host values travel over gloo, so that asking "shall we stop?" never waits for the device.
     host_group = torch.distributed.new_group(backend="gloo") if device.type == "cuda" else None
-    beside_group = torch.distributed.new_group(backend="gloo") if placement.world_size > 1 else None
-    return Group(placement, device, host_group, beside_group)
+    async_group = torch.distributed.new_group(backend="gloo") if placement.world_size > 1 else None
+    return Group(placement, device, host_group, async_group)
 
 
 def import_deepspeed() -> Any:

@@ -90,7 +90,7 @@ class Recorder:
 
     def _begin_interval(self) -> None:
         """What follows goes into the next line."""
-        self._booked, self._wall_s, self._data_wait_s = time.perf_counter(), 0.0, 0.0
+        self._counted_until, self._wall_s, self._data_wait_s = time.perf_counter(), 0.0, 0.0
         self._num_images = self._num_targets = 0  # of all ranks
 
     def next_step(self) -> Step:
@@ -123,31 +123,31 @@ class Recorder:
                 "lower optimiser.lr_peak or lengthen the warm-up"
             )
 
-    def book(self) -> float:
+    def count_time(self) -> float:
         """Add the time since the last call to the counters; returns the interval's time so far."""
         now = time.perf_counter()
-        wall_s = now - self._booked
-        self._booked = now
+        wall_s = now - self._counted_until
+        self._counted_until = now
         self._wall_s += wall_s
         self.metrics.current.wall_s += wall_s
         self.metrics.current.device_s += wall_s * self._group.world_size
         return self._wall_s
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def untimed(self) -> Iterator[None]:
         """What is done in the block is no training: its time stands in no line and in no row."""
         if self._group.device.type == "cuda":
             torch.cuda.synchronize(self._group.device)
-        self.book()
+        self.count_time()
         try:
             yield
         finally:
-            self._booked = time.perf_counter()
+            self._counted_until = time.perf_counter()
 
     def _tell(self) -> None:
         """Make a line of the steps since the last; the only place in the loop that waits for the device."""
         line = self.metrics.line()
-        wall_s = self.book()
+        wall_s = self.count_time()
         num_images, num_targets, data_wait_s = self._num_images, self._num_targets, self._data_wait_s
         self._begin_interval()
         if not self._group.is_first:
@@ -195,12 +195,12 @@ class Recorder:
 
     def progress(self) -> dict[str, Any]:
         """What makes a checkpoint a point of the walk."""
-        self.book()
+        self.count_time()
         return self.metrics.state()
 
     def facts(self) -> dict[str, Any]:
         """Columns of the results row of a budget that ends here."""
-        self.book()
+        self.count_time()
         took = self.metrics.total
         images_per_s = took.num_images / took.wall_s
         scored = mean_scored_tokens(self._model_config, self._config.training.objective.prefix)

@@ -30,14 +30,14 @@ import torch
 from aimscale.aim.weights import write_weights
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
-from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, KeptFeatures, SplitFeatures
+from aimscale.harness.probe.features.extraction import ALONE, FeatureCache, FeaturePass, SplitFeatures
 from aimscale.harness.probe.features.images import Pause, PublishedViews, Task, go_on, holdout_split, open_task
 from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, block_sets
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
-from aimscale.harness.probe.heads.fit import GridFit, answers_of_heads
+from aimscale.harness.probe.heads.fit import GridFit, predict_test_split
 from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
-from aimscale.harness.probe.heads.scores import Answers, Candidate, best, score, tried
+from aimscale.harness.probe.heads.scores import Candidate, Predictions, best, score, tried_values
 from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
@@ -53,7 +53,7 @@ def probe_backbone(
     seed: int,
     runtime: RuntimeConfig,
     out: Path | None,
-    kept: KeptFeatures | None = None,
+    kept: FeatureCache | None = None,
     group: Group = ALONE,
     pause: Pause = go_on,
 ) -> list[dict[str, Any]]:
@@ -95,7 +95,7 @@ def probe_backbone(
     fit, held = holdout_split(train.labels, HOLDOUT_FRACTION, seed)
     task = Task(section=section, train=train, test=test, fit=fit, held=held, seed=seed, group=group, pause=pause)
     with matmul_precision(section.precision):
-        for details in _details(task, backbone, kinds, kept or KeptFeatures(), out, key):
+        for details in _details(task, backbone, kinds, kept or FeatureCache(), out, key):
             about = {"evaluation": key["evaluation"], "protocol": PROTOCOL, "seed": seed}
             done = {detail["kind"]: detail | about for detail in details}
             found |= done
@@ -107,7 +107,7 @@ def probe_backbone(
 
 
 def _details(
-    task: Task, backbone: Backbone, kinds: Sequence[str], kept: KeptFeatures, out: Path | None, key: Key
+    task: Task, backbone: Backbone, kinds: Sequence[str], kept: FeatureCache, out: Path | None, key: Key
 ) -> Iterator[list[Detail]]:
     """What is found about some kinds of probe, those together that are done together; heads go to `out`."""
     frozen = [kind for kind in kinds if kind != "lora"]
@@ -123,7 +123,7 @@ def _details(
             pause=task.pause,
         )
         splits = (task.train, task.fit), (task.test, None)
-        fitted, tested = kept.of(features, task.section.attention, *splits)
+        fitted, tested = kept.get(features, task.section.attention, *splits)
         for some in _together(frozen, has_views):
             if some == ["knn"]:
                 yield [_neighbours(task, backbone, fitted, tested)]
@@ -151,8 +151,8 @@ def _heads(
     details = []
     for kind in kinds:
         chosen = best(candidates, kind), best(candidates, kind, last)
-        given = answers_of_heads(tested.pooled if kind == "linear" else tested.tokens, chosen, task)
-        details.append(_detail(task, chosen, given, candidates))
+        predictions = predict_test_split(tested.pooled if kind == "linear" else tested.tokens, chosen, task)
+        details.append(_detail(task, chosen, predictions, candidates))
         if kind == "attentive" and out is not None and task.group.is_first:
             _save_head(chosen[0], out / f"{task.section.task}-{key['evaluation']}.{kind}.safetensors")
     return details
@@ -164,16 +164,16 @@ def _neighbours(task: Task, backbone: Backbone, fitted: SplitFeatures, tested: S
     search = Neighbours(task=task, features=fitted)
     candidates = search.candidates(sets)
     chosen = best(candidates, "knn"), best(candidates, "knn", last)
-    return _detail(task, chosen, [search.answers(each, tested.pooled) for each in chosen], candidates)
+    return _detail(task, chosen, [search.predict(each, tested.pooled) for each in chosen], candidates)
 
 
 def _adapted(task: Task, backbone: AimBackbone) -> Detail:
     """Adapt the backbone on the last blocks, choose the learning rate, and score it."""
     _, last = block_sets(backbone.num_blocks)
     backbone.use(torch.float32)
-    candidates, given, num_trained = adapt(backbone.model, task, last)
+    candidates, predictions, num_trained = adapt(backbone.model, task, last)
     chosen = best(candidates, "lora")
-    return _entry(task, chosen, given, candidates) | {
+    return _entry(task, chosen, predictions, candidates) | {
         "lora_rank": RANK,
         "num_trained": num_trained,
         "grid": _grid(task, candidates, chosen),
@@ -181,12 +181,12 @@ def _adapted(task: Task, backbone: AimBackbone) -> Detail:
 
 
 def _detail(
-    task: Task, chosen: tuple[Candidate, Candidate], given: Sequence[Answers], candidates: Sequence[Candidate]
+    task: Task, chosen: tuple[Candidate, Candidate], predictions: Sequence[Predictions], candidates: Sequence[Candidate]
 ) -> Detail:
     """A frozen probe's: the chosen one, the best on the last blocks, and the whole grid."""
     top, fixed = chosen
-    last = score(given[1], task.test.labels, task.test.classes)
-    return _entry(task, top, given[0], candidates) | {
+    last = score(predictions[1], task.test.labels, task.test.classes)
+    return _entry(task, top, predictions[0], candidates) | {
         "last_blocks": list(fixed.blocks),
         **{f"last_{name}": last[name] for name in ("top1", "top1_lo95", "top1_hi95")},
         "precision": task.section.precision,
@@ -212,15 +212,15 @@ def _value(task: Task, candidate: Candidate) -> dict[str, float | int | None]:
     return dict.fromkeys(("lr", "l2", "num_neighbours")) | {name: value}
 
 
-def _entry(task: Task, chosen: Candidate, given: Answers, candidates: Sequence[Candidate]) -> Detail:
+def _entry(task: Task, chosen: Candidate, predictions: Predictions, candidates: Sequence[Candidate]) -> Detail:
     """Any probe's: what it read, how it scored, and what was chosen."""
-    values = tried(candidates, chosen)
+    values = tried_values(candidates, chosen)
     return {
         "task": task.section.task,
         "kind": chosen.kind,
         "blocks": list(chosen.blocks),
         "num_classes": len(task.test.classes),
-        **score(given, task.test.labels, task.test.classes),
+        **score(predictions, task.test.labels, task.test.classes),
         **_value(task, chosen),
         # of a rate or L2: the grid would go on there, and has grown as far as it may
         "lr_at_edge": chosen.kind != "knn" and min(values) < max(values) and chosen.value in (min(values), max(values)),
@@ -241,6 +241,6 @@ def _together(kinds: Sequence[str], has_views: bool) -> list[list[str]]:
 def _save_head(candidate: Candidate, path: Path) -> None:
     """Write a trained head under the released names `head.*`; the blocks it averages are in the file's metadata."""
     assert isinstance(candidate.head, AttentiveStack)
-    state = {f"head.{name}": tensor for name, tensor in candidate.head.state_of_one().items()}
+    state = {f"head.{name}": tensor for name, tensor in candidate.head.released_state().items()}
     state["head.bn.num_batches_tracked"] = torch.tensor(0)
     write_weights(state, path, {"kind": candidate.kind, "blocks": json.dumps(candidate.blocks)})

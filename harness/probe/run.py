@@ -19,7 +19,7 @@ from aimscale.aim.weights import load_backbone, load_model, read_weights
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.device.distributed import Group, choose_device, find_placement, start_group, stop_group
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
-from aimscale.harness.probe.features.extraction import ALONE, KeptFeatures
+from aimscale.harness.probe.features.extraction import ALONE, FeatureCache
 from aimscale.harness.probe.features.images import Pause, go_on, numbered
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import finished_entries, weights_name
@@ -57,7 +57,7 @@ def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) 
 
 
 @contextlib.contextmanager
-def by_hand(run: RunDir, device: str) -> Iterator[Group]:
+def standalone_group(run: RunDir, device: str) -> Iterator[Group]:
     """Hold a run for the block, with the ranks that torchrun or Slurm started, or this process by itself.
 
     Torch gets `runtime.num_threads` of the run in each rank. The threads that decode images ahead have as many again,
@@ -110,7 +110,7 @@ def probe_run(
     numbers = itertools.count(1)
     for budget in budgets:
         backbone: AimBackbone | None = None
-        kept = KeptFeatures()
+        kept = FeatureCache()
         for section in sections:
             number = next(numbers)
             pause()
@@ -163,7 +163,7 @@ def probe_baseline(
     """
     config = like.load_config()
     backbone, model_section = baseline(target, config, weights=weights, device=group.device)
-    kept = KeptFeatures()
+    kept = FeatureCache()
     for number, section in enumerate(sections, start=1):
         kinds = tuple(kind for kind in section.kinds if kind not in backbone.impossible)
         if not kinds:

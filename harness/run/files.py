@@ -31,25 +31,25 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A path to write to in place of `path`, which it replaces at the block's end; after an error nothing is left.
 
     A reader sees the old file or the new one, never a part. `durable` makes it last through a crash of the machine.
     """
     _make_parent(path)
-    aside = _aside_file(path)
+    partial = _partial_file(path)
     try:
         with keeping_fence(path):
-            yield aside
+            yield partial
             if durable:
-                _fsync(aside)
+                _fsync(partial)
             # Opened before: whoever waits for this file may rename the folder that it completes.
             with _opened(path.parent) as folder:
-                aside.replace(path)
+                partial.replace(path)
                 if durable:
                     os.fsync(folder)
     except BaseException as error:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)  # a full disk names no file
         raise
@@ -62,7 +62,7 @@ def _make_parent(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _aside_file(path: Path) -> Path:
+def _partial_file(path: Path) -> Path:
     """Where this thread prepares a file that will be `path`."""
     name = f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     return (writer_folder(path) or path.parent) / name
@@ -70,8 +70,8 @@ def _aside_file(path: Path) -> Path:
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Replace a file's text in one step."""
-    with written_aside(path, durable=durable) as aside:
-        aside.write_text(text)
+    with atomic_write(path, durable=durable) as partial:
+        partial.write_text(text)
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
@@ -114,21 +114,21 @@ def read_as(path: Path, kind: TypeAdapter[T]) -> T | None:
 
 
 @contextlib.contextmanager
-def written_dir_aside(path: Path) -> Iterator[Path]:
+def atomic_dir(path: Path) -> Iterator[Path]:
     """A new folder to fill, which becomes `path` (not there before) at the block's end; after an error nothing is left.
 
     What an earlier attempt left goes.
     """
-    aside = new_dir_aside(path)
+    partial = new_partial_dir(path)
     try:
-        yield aside
-        aside.rename(path)
+        yield partial
+        partial.rename(path)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def aside_dir(path: Path, what: str = "writing") -> Path:
+def partial_dir(path: Path, what: str = "writing") -> Path:
     """Where a folder is prepared that will be `path`, or what is to go from there: the same name on all ranks."""
     folder = writer_folder(path)
     if folder is None:
@@ -136,28 +136,28 @@ def aside_dir(path: Path, what: str = "writing") -> Path:
     return folder / f"{what}-{path.parent.name}-{path.name}"
 
 
-def new_dir_aside(path: Path) -> Path:
+def new_partial_dir(path: Path) -> Path:
     """An empty folder to fill, for `publish_dir`; what an earlier attempt left of it goes."""
-    aside = aside_dir(path)
-    shutil.rmtree(aside, ignore_errors=True)
+    partial = partial_dir(path)
+    shutil.rmtree(partial, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with keeping_fence(path):
-        aside.mkdir()
-    return aside
+        partial.mkdir()
+    return partial
 
 
-def publish_dir(aside: Path, final: Path) -> None:
+def publish_dir(partial: Path, final: Path) -> None:
     """Make a folder that was written aside visible under its final name, durably and in one step."""
     if final.exists():
         remove_dir(final)
     with keeping_fence(final):
-        aside.rename(final)
+        partial.rename(final)
     _fsync(final.parent)
 
 
 def remove_dir(path: Path) -> None:
     """Remove a folder that readers may look at: whole, in one step. A missing one is no error."""
-    doomed = aside_dir(path, "removing")
+    doomed = partial_dir(path, "removing")
     shutil.rmtree(doomed, ignore_errors=True)
     try:
         with keeping_fence(path):

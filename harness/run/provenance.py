@@ -141,15 +141,15 @@ def make_snapshot(snapshot: Snapshot, source: Path = SOURCE) -> None:
     """Copy the packages into the snapshot's folder, once."""
     if snapshot.path.exists():
         return
-    aside = snapshot.path.with_name(f".{snapshot.path.name}.{uuid.uuid4().hex[:8]}")
+    partial = snapshot.path.with_name(f".{snapshot.path.name}.{uuid.uuid4().hex[:8]}")
     for name in _files(source):
-        target = aside / "aimscale" / name.removeprefix(f"{ROOT}/")
+        target = partial / "aimscale" / name.removeprefix(f"{ROOT}/")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / name, target)
     try:
-        os.rename(aside, snapshot.path)
+        os.rename(partial, snapshot.path)
     except OSError:  # another launch was quicker
-        shutil.rmtree(aside)
+        shutil.rmtree(partial)
 
 
 def _files(source: Path) -> list[str]:

@@ -37,7 +37,7 @@ class PeerFailedError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wishes:
+class RankRequest:
     """What this rank has to say to the others beside its images."""
 
     stop: bool = False
@@ -67,7 +67,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Begun:
+class _StartedStep:
     """A step whose exchange is under way."""
 
     micro_batches: list[Batch]
@@ -76,7 +76,7 @@ class _Begun:
     sums: Callable[[], list[int]]
 
 
-_Ahead = concurrent.futures.Future[_Begun | None]
+_FutureStep = concurrent.futures.Future[_StartedStep | None]
 
 
 class Feed:
@@ -94,18 +94,20 @@ class Feed:
         self._group, self._num_tokens, self._max_bad_fraction = group, num_tokens, max_bad_fraction
         self._has_workers = has_workers
         self._batches: Iterator[list[Batch]] = iter(())
-        self._wishes: Callable[[], Wishes] = Wishes
-        self._ahead: _Ahead | None = None
-        self._asked: queue.SimpleQueue[_Ahead | None] = queue.SimpleQueue()
+        self._request: Callable[[], RankRequest] = RankRequest
+        self._ahead: _FutureStep | None = None
+        self._asked: queue.SimpleQueue[_FutureStep | None] = queue.SimpleQueue()
 
     @contextlib.contextmanager
-    def over(self, batches: Generator[list[Batch]], wishes: Callable[[], Wishes] = Wishes) -> Iterator[None]:
+    def reading(
+        self, batches: Generator[list[Batch]], request: Callable[[], RankRequest] = RankRequest
+    ) -> Iterator[None]:
         """For the block, take steps from this loader; it is closed at the end.
 
         Args:
-            wishes: called once for every step, when its images are there.
+            request: called once for every step, when its images are there.
         """
-        self._batches, self._wishes, self._ahead, self._asked = batches, wishes, None, queue.SimpleQueue()
+        self._batches, self._request, self._ahead, self._asked = batches, request, None, queue.SimpleQueue()
         if self._has_workers:
             # A daemon: an executor's thread that waits for images would keep a rank that failed from ending.
             threading.Thread(target=self._serve, args=[self._asked], name="feed", daemon=True).start()
@@ -158,20 +160,20 @@ class Feed:
             wait_s=wait_s,
         )
 
-    def _serve(self, asked: queue.SimpleQueue[_Ahead | None]) -> None:
+    def _serve(self, asked: queue.SimpleQueue[_FutureStep | None]) -> None:
         """The thread that waits for images while a step is computed."""
         if self._group.device.type == "cuda":
             torch.cuda.set_device(self._group.device)  # of this thread
         for ahead in iter(asked.get, None):
             self._fulfil(ahead)
 
-    def _fulfil(self, ahead: _Ahead) -> None:
+    def _fulfil(self, ahead: _FutureStep) -> None:
         try:
             ahead.set_result(self._begin())
         except BaseException as error:
             ahead.set_exception(error)
 
-    def _begin(self) -> _Begun | None:
+    def _begin(self) -> _StartedStep | None:
         """Fetch a step's images and begin its exchange; None behind the last step."""
         micro_batches: list[Batch] | None = []
         error: Exception | None = None
@@ -181,12 +183,14 @@ class Feed:
             error = caught
         if micro_batches is None:
             return None
-        wish = self._wishes()
-        error = error or wish.error
+        request = self._request()
+        error = error or request.error
         bad = [name for batch in micro_batches for name in batch.bad_samples]
         num_targets = count_targets(micro_batches, self._num_tokens)
-        sums = self._group.sum_beside(num_targets, len(bad), int(wish.stop), int(wish.save), int(error is not None))
-        return _Begun(micro_batches=micro_batches, bad_samples=bad, error=error, sums=sums)
+        sums = self._group.sum_counts_async(
+            num_targets, len(bad), int(request.stop), int(request.save), int(error is not None)
+        )
+        return _StartedStep(micro_batches=micro_batches, bad_samples=bad, error=error, sums=sums)
 
 
 def run_on_all_ranks(group: Group, action: Callable[[], T]) -> T:

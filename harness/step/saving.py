@@ -28,7 +28,7 @@ from aimscale.aim.weights import write_safetensors
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.fence import keeping_fence
-from aimscale.harness.run.files import aside_dir, new_dir_aside, publish_dir, remove_dir, write_json, written_aside
+from aimscale.harness.run.files import atomic_write, new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
 from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, read_manifest, read_parts
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 from aimscale.harness.step.feed import run_on_all_ranks
@@ -110,7 +110,7 @@ class CheckpointWriter:
             progress=progress,
             files={},
         )
-        path = aside_dir(final) / f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
+        path = partial_dir(final) / f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
         lengths = {key: len(values) for key, values in share.items()}
         told: concurrent.futures.Future[list[Manifest]] = concurrent.futures.Future()
         published: concurrent.futures.Future[Any]
@@ -154,7 +154,7 @@ class CheckpointWriter:
         self._stop.set()
         self._background.shutdown()
         if self._under_way and self._group.is_first:
-            shutil.rmtree(aside_dir(self._under_way.final), ignore_errors=True)  # a full disk must hold the reason
+            shutil.rmtree(partial_dir(self._under_way.final), ignore_errors=True)  # a full disk must hold the reason
         self._copy = None
 
     def _publish(
@@ -166,11 +166,11 @@ class CheckpointWriter:
     ) -> None:
         """Wait for all parts, publish the checkpoint, and remove others: that of gigabytes takes long."""
         part.result()
-        while not told.done() and not (parts := read_parts(aside_dir(final))):
+        while not told.done() and not (parts := read_parts(partial_dir(final))):
             concurrent.futures.wait([told], LOOK_S)
             if self._stop.is_set():
                 return
-        publish_parts(aside_dir(final), final, told.result() if told.done() else parts)
+        publish_parts(partial_dir(final), final, told.result() if told.done() else parts)
         _remove_others(keep)
 
     def _until_stop(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -228,7 +228,7 @@ def _is_there(final: Path, keep: Collection[Path]) -> bool:
         _remove_others(keep)
         return True
     remove_dir(final)
-    new_dir_aside(final)
+    new_partial_dir(final)
     return False
 
 
@@ -251,13 +251,13 @@ def _naming(final: Path) -> Iterator[None]:
         ) from error
 
 
-def publish_parts(aside: Path, final: Path, parts: Sequence[Manifest]) -> None:
+def publish_parts(partial: Path, final: Path, parts: Sequence[Manifest]) -> None:
     """Publish a checkpoint by the manifests of its parts, in the order of ranks."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
-    write_json(aside / "manifest.json", dataclasses.asdict(dataclasses.replace(parts[0], files=files)))
-    if not read_manifest(aside):
+    write_json(partial / "manifest.json", dataclasses.asdict(dataclasses.replace(parts[0], files=files)))
+    if not read_manifest(partial):
         raise CheckpointError(f"checkpoint {final} was not written wholly; start the run again")
-    publish_dir(aside, final)
+    publish_dir(partial, final)
 
 
 def salvage(run: RunDir, folders: Iterable[Path]) -> None:
@@ -266,12 +266,12 @@ def salvage(run: RunDir, folders: Iterable[Path]) -> None:
     Its files' checksums are looked at when it is loaded.
     """
     for folder in folders:
-        for aside in [*folder.rglob(f"writing-{run.checkpoints.name}-*")]:
-            final = run.checkpoints / aside.name.removeprefix(f"writing-{run.checkpoints.name}-")
-            if (parts := read_parts(aside)) and not read_manifest(final):
-                new_dir_aside(final).rmdir()
+        for partial in [*folder.rglob(f"writing-{run.checkpoints.name}-*")]:
+            final = run.checkpoints / partial.name.removeprefix(f"writing-{run.checkpoints.name}-")
+            if (parts := read_parts(partial)) and not read_manifest(final):
+                new_partial_dir(final).rmdir()
                 with contextlib.suppress(CheckpointError):
-                    publish_parts(aside.rename(aside_dir(final)), final, parts)
+                    publish_parts(partial.rename(partial_dir(final)), final, parts)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -330,8 +330,8 @@ def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, s
     # a tensor that numpy saw cannot give its memory back
     gathered = (whole.to("cpu", copy=True) for _, whole in _whole_weights(engine, group))
     if group.is_first:
-        with written_aside(path) as aside:
-            write_safetensors(aside, layout, gathered, metadata)
+        with atomic_write(path) as partial:
+            write_safetensors(partial, layout, gathered, metadata)
     else:
         for _ in _whole_weights(engine, group):
             pass

@@ -39,7 +39,7 @@ from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.step.checkpoint import CheckpointError, Manifest, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, StepOutcome, compiles
-from aimscale.harness.step.feed import Step, Wishes, run_on_all_ranks
+from aimscale.harness.step.feed import RankRequest, Step, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter, salvage, save_weights
 from aimscale.harness.train.curve import Points
 
@@ -90,7 +90,7 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.recorder = Recorder(run, config, group, self.model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
-        beside = dataclasses.replace(job, group=group.beside(self.plan.held_bytes))
+        beside = dataclasses.replace(job, group=group.with_reserved_memory(self.plan.held_bytes))
         self.points = Points(run, config, beside, self.engine, look=look, loggers=loggers)
 
     def _executed(self, plan: ExecutionPlan) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class Trainer:
             num_workers=self.config.runtime.num_workers,
         )
         every = self.config.runtime.checkpoint_every_images or segment.stop  # which no step but the last comes to
-        with self.recorder.feed.over(batches, self._wishes):
+        with self.recorder.feed.reading(batches, self._request):
             while position < segment.stop:
                 self.watch.check()
                 try:
@@ -261,10 +261,10 @@ class Trainer:
         if not (self.plan.measures and is_trunk and self.points.is_at(position)):
             return
         lr = self.schedule.lr(position - self.batch_size, segment.branch if is_cosine else None)
-        with self.recorder.aside():
+        with self.recorder.untimed():
             self.points.measure(position, lr)
 
-    def _wishes(self) -> Wishes:
+    def _request(self) -> RankRequest:
         """What this rank has to say before a step, asked once for each."""
         minutes = self.config.runtime.checkpoint_every_min
         now = time.monotonic()
@@ -272,7 +272,7 @@ class Trainer:
         is_due = self.group.is_first and minutes is not None and now - self.saved_at >= 60 * minutes
         if is_due:
             self.saved_at = now
-        return Wishes(stop=self.flag.is_raised, save=is_due, error=self.writer.problem())
+        return RankRequest(stop=self.flag.is_raised, save=is_due, error=self.writer.problem())
 
     def _save(self, position: int, branch: int | None) -> None:
         """Begin a checkpoint. What is needed neither to resume nor to return to the trunk goes when it is there."""

@@ -25,7 +25,7 @@ from aimscale.harness.device.memory import EVAL_TOKENS
 from aimscale.harness.probe.features.images import Pause, decoded_ahead, go_on
 from aimscale.harness.probe.pending_evaluations import VALIDATION_COLUMNS
 from aimscale.harness.run.config import ModelSection, ValidationSection
-from aimscale.harness.run.files import written_aside
+from aimscale.harness.run.files import atomic_write
 
 NUM_COMPLETIONS = 8
 """Images whose predictions are kept as pictures."""
@@ -117,7 +117,7 @@ class ValidationLosses:
     def save(self, path: Path, name: str = "", pictures: dict[str, np.ndarray] | None = None) -> None:
         """Write them to an npz file in one step: what they are of, a row's columns, and the model's `completions`."""
         arrays: dict[str, Any] = {"name": name, **self.columns, **dataclasses.asdict(self), **(pictures or {})}
-        with written_aside(path) as aside, aside.open("wb") as file:
+        with atomic_write(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
 

@@ -26,7 +26,7 @@ def command(
     """
     from aimscale.analysis.report.page import write_report
     from aimscale.harness.data.store.bundled import write_bundled
-    from aimscale.harness.probe.run import by_hand, probe_baseline
+    from aimscale.harness.probe.run import probe_baseline, standalone_group
     from aimscale.harness.run.directory import RunDir
     from aimscale.sweeps.cli.launch import failed_runs, print_end
     from aimscale.sweeps.engine.launch import launch
@@ -52,7 +52,7 @@ def command(
     like = RunDir(sweep.run_dir(largest.run_id))
     if not failed:
         typer.echo(f"probing the baselines {' and '.join(BASELINES)}")
-    with by_hand(like, largest.config.runtime.device) as group:
+    with standalone_group(like, largest.config.runtime.device) as group:
         for name in BASELINES if not failed else ():
             for _ in probe_baseline(name, like, largest.config.evaluation.probes, group=group):
                 pass

@@ -202,13 +202,13 @@ def write_scans(
     shards_at: str | None = None,
 ) -> DatasetInfo:
     """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last, vouching for the rest."""
-    aside = folder / f".{INDEX_FILE}.partial"
+    partial = folder / f".{INDEX_FILE}.partial"
     mapped = folder / ".index.partial"
     shutil.rmtree(mapped, ignore_errors=True)
     mapped.mkdir()
     try:
         writer, shards = IndexWriter(mapped), []
-        with pq.ParquetWriter(aside, SCHEMA) as table:
+        with pq.ParquetWriter(partial, SCHEMA) as table:
             for number, scan in enumerate(scans):
                 shards.append((scan.name, scan.size, len(scan.rows)))
                 _require_names(scan, classes)
@@ -219,11 +219,11 @@ def write_scans(
             raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
         table_of_shards = shard_table(*map(list, zip(*shards, strict=True)))
         info = writer.finish(table_of_shards, name=name, classes=classes, shards_at=shards_at)
-        aside.replace(folder / INDEX_FILE)
+        partial.replace(folder / INDEX_FILE)
         publish_dir(mapped, folder / info.index_folder)
         write_text(folder / DATASET_FILE, info.to_json())
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         shutil.rmtree(mapped, ignore_errors=True)
     for old in folder.glob("index-*"):
         if old.name != info.index_folder and (old / "samples.npy").exists():

@@ -35,7 +35,7 @@ from aimscale.harness.data.store.decoding import (
 )
 from aimscale.harness.data.store.indexing import SCAN_SCHEMA, Progress, ShardScan, write_scans
 from aimscale.harness.data.store.tars import MAX_IMAGE_BYTES, Slice
-from aimscale.harness.run.files import written_dir_aside
+from aimscale.harness.run.files import atomic_dir
 
 MAX_SHARD_BYTES = 500e6
 """Size at which a new shard begins, unless told otherwise."""
@@ -97,7 +97,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise DataError(f"{out} exists already; choose another folder or remove it")
     with contextlib.ExitStack() as stack:
         try:
-            folder = stack.enter_context(written_dir_aside(out))
+            folder = stack.enter_context(atomic_dir(out))
         except OSError as error:
             raise DataError(f"cannot write to {out.parent}: {error.strerror}") from error
         yield folder

@@ -23,7 +23,7 @@ from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.dataset_info import DatasetInfo
 from aimscale.harness.data.store.remote import RemoteReader
 from aimscale.harness.data.store.shards import LocalReader, Place, ShardInfo, download, is_url, join
-from aimscale.harness.run.files import cache_folder, locked, written_aside
+from aimscale.harness.run.files import atomic_write, cache_folder, locked
 
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""
@@ -125,31 +125,31 @@ class CachedReader:
             OSError: it cannot be fetched or written.
         """
         target, size = self._path(name), self._sizes[name]
-        aside = target.with_name(f"{target.name}{_PARTIAL}")
-        with locked(aside, wait=False) as mine:
+        partial = target.with_name(f"{target.name}{_PARTIAL}")
+        with locked(partial, wait=False) as mine:
             if not mine or target.exists():
                 return True
             try:
-                if not self._make_room(aside, size):
+                if not self._make_room(partial, size):
                     return False
                 parts = [(name, first, min(_PART_BYTES, size - first)) for first in range(0, size, _PART_BYTES)]
-                with aside.open("r+b") as file:
+                with partial.open("r+b") as file:
                     for at in range(0, len(parts), _PARTS_AT_ONCE):
                         file.writelines(self._copied.read_many(parts[at : at + _PARTS_AT_ONCE]))
                     if file.tell() != size:
                         raise OSError(f"{join(self._location, name)} has fewer bytes than the index says, {size}")
-                aside.rename(target)
+                partial.rename(target)
             finally:
-                aside.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
         return True
 
-    def _make_room(self, aside: Path, size: int) -> bool:
+    def _make_room(self, partial: Path, size: int) -> bool:
         """Claim the room for a shard by the length of its file, evicting what nobody uses; False when it cannot fit."""
         with locked(self._root / ".lock"):
             files = []
             for path in self._root.glob("*/*"):
                 with contextlib.suppress(FileNotFoundError):  # a download that has just ended
-                    if path != aside and path.is_file():
+                    if path != partial and path.is_file():
                         files.append((path.stat().st_mtime, path.stat().st_size, path))
             excess, evicted = sum(length for _, length, _ in files) + size - self._max_bytes, []
             for used_at, length, path in sorted(files):
@@ -160,7 +160,7 @@ class CachedReader:
                 return False
             for path in evicted:
                 path.unlink(missing_ok=True)
-            os.truncate(aside, size)
+            os.truncate(partial, size)
         return True
 
 
@@ -182,8 +182,8 @@ def open_index(where: str, info: DatasetInfo, cache_dir: str | None) -> Index:
     with locked(root / ".index-lock"):
         for name in _MAPPED_FILES:
             if not (folder / name).exists():
-                with contextlib.suppress(FileNotFoundError), written_aside(folder / name) as aside:  # label.npy
-                    download(join(join(where, info.index_folder), name), aside)
+                with contextlib.suppress(FileNotFoundError), atomic_write(folder / name) as partial:  # label.npy
+                    download(join(join(where, info.index_folder), name), partial)
     return Index(folder, info)
 
 

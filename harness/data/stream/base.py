@@ -60,7 +60,7 @@ class Batch:
         return normalise(images) if images.dtype == torch.uint8 else images
 
 
-class Stretch:
+class PositionCache:
     """A function of positions that remembers the stretch it was last asked about, and some positions behind it.
 
     The order, the crops and the prefixes of a batch take numpy some two hundred small calls: those of 32 photographs
@@ -111,7 +111,7 @@ class Stream(abc.ABC):
         self._data, self._objective, self._seed = training.data, training.objective, training.seed
         self._size, self._channels = training.model.image_size, training.model.channels
         self._model = model_of(training)
-        self._prefixes = Stretch(self._draw_prefixes)
+        self._prefixes = PositionCache(self._draw_prefixes)
         require_channels(self._channels)
 
     @abc.abstractmethod

@@ -17,7 +17,7 @@ from aimscale.harness.data.store.decoding import UndecodableImageError, decode_i
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.shards import is_url
 from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, box_draws, crop_resize_into, crop_resize_small
-from aimscale.harness.data.stream.base import MAX_REPLACEMENTS, Stream, Stretch, content_digest
+from aimscale.harness.data.stream.base import MAX_REPLACEMENTS, PositionCache, Stream, content_digest
 from aimscale.harness.data.stream.held_out import refuse_overlap
 from aimscale.harness.data.stream.order import Mixture, SourceOrder
 
@@ -87,8 +87,8 @@ class TrainStream(Stream):
         self.unique_images = sum(source.order.num_unique for source in self._sources)
         self.datasets = tuple(source.dataset for source in self._sources)
         self.fingerprint = content_digest(dataset.fingerprint for dataset in self.datasets)
-        self._drawn = Stretch(self._draw)
-        self._coming, self._later = Stretch(self.locate), Stretch(self.locate)
+        self._drawn = PositionCache(self._draw)
+        self._coming, self._later = PositionCache(self.locate), PositionCache(self.locate)
 
     def locate(self, positions: npt.ArrayLike) -> tuple[I64, I64]:
         """(source number, sample number) at every position: the stream's order, without reading an image."""

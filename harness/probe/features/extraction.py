@@ -106,7 +106,7 @@ class Moments:
             products=self.products + other.products,
         )
 
-    def of_sets(self, sets: Sequence[BlockSet]) -> tuple[Tensor, Tensor]:
+    def set_statistics(self, sets: Sequence[BlockSet]) -> tuple[Tensor, Tensor]:
         """Mean and biased variance, float32 (S, d) each, of the average over each set's blocks."""
         weights = _averaging(sets, len(self.centre)).to(self.centre.device, torch.float64)
         mean = weights @ (self.sums / self.count)
@@ -247,10 +247,10 @@ class SplitFeatures:
     """Mean over tokens, every block."""
     tokens: StreamedTokens | CachedTokens
     """All tokens: kept, or computed again when asked for."""
-    of_tokens: tuple[Moments, Moments]
+    token_moments: tuple[Moments, Moments]
     """Statistics of the tokens of the images to fit and of the hold-out, of all ranks; of nothing unless they are to be
     read."""
-    of_pooled: tuple[Moments, Moments]
+    pooled_moments: tuple[Moments, Moments]
     """The same of the pooled vectors."""
 
 
@@ -270,22 +270,22 @@ class FeaturePass:
     pause: Pause = go_on
 
     @torch.no_grad()
-    def split(self, images: LabelledImages, fit: np.ndarray | None = None, beside_bytes: int = 0) -> SplitFeatures:
+    def split(self, images: LabelledImages, fit: np.ndarray | None = None, reserved_bytes: int = 0) -> SplitFeatures:
         """One pass over the images of a split.
 
         Args:
             fit: images whose statistics are summed, apart from those of all others; None sums none.
-            beside_bytes: of pooled features that the GPU may hold already.
+            reserved_bytes: of pooled features that the GPU may hold already.
 
         Raises:
             ProbeError: neither memory nor disk holds the pooled features.
         """
         stream = StreamedTokens(self.backbone, images, self.group)
         centre = stream.centre()
-        own = share(range(len(images)), self.group)
+        own = own_indices(range(len(images)), self.group)
         most = -(-len(images) // self.group.world_size)  # of any rank: all take as many turns
         num_bytes = most * centre.numel() * DTYPES[self.precision].itemsize
-        place = self._place(num_bytes, beside_bytes, EXTRACT_BATCH * stream.image_bytes)
+        place = self._place(num_bytes, reserved_bytes, EXTRACT_BATCH * stream.image_bytes)
         pooled = PooledFeatures(len(own), centre, DTYPES[self.precision], self.group, place)
         kept = None
         if self.for_tokens and images.views is None:  # views change by epoch
@@ -311,16 +311,16 @@ class FeaturePass:
         return SplitFeatures(
             pooled=pooled,
             tokens=stream if kept is None else CachedTokens(kept, self.group),
-            of_tokens=(sums[0], sums[1]),
-            of_pooled=(sums[2], sums[3]),
+            token_moments=(sums[0], sums[1]),
+            pooled_moments=(sums[2], sums[3]),
         )
 
-    def _place(self, num_bytes: int, beside_bytes: int, pass_bytes: int) -> torch.device | Path:
+    def _place(self, num_bytes: int, reserved_bytes: int, pass_bytes: int) -> torch.device | Path:
         """Where so many bytes of a rank's pooled features go."""
         group, room = self.group, 0.0
         if group.device.type == "cuda":
             room = gpu_bytes_left(group.least(group.memory_bytes()), weight_bytes(self.backbone), pass_bytes)
-        if num_bytes + beside_bytes <= room:
+        if num_bytes + reserved_bytes <= room:
             return group.device
         if num_bytes <= HOST_SHARE * group.least(group.host_memory_bytes()):
             return torch.device("cpu")
@@ -332,12 +332,12 @@ class FeaturePass:
 
 
 @dataclass
-class KeptFeatures:
+class FeatureCache:
     """Of a backbone: those of the last task, for the next one on the same images."""
 
     _found: dict[tuple[object, ...], tuple[bool, SplitFeatures]] = field(default_factory=dict)
 
-    def of(
+    def get(
         self, features: FeaturePass, attention: str, *splits: tuple[LabelledImages, np.ndarray | None]
     ) -> list[SplitFeatures]:
         """Those of splits and images to fit, as `FeaturePass.split` gives them; all others are forgotten before."""
@@ -358,7 +358,7 @@ class KeptFeatures:
         return [self._found[key][1] for key in wanted]
 
 
-def share(indices: Sequence[int], group: Group) -> list[int]:
+def own_indices(indices: Sequence[int], group: Group) -> list[int]:
     """Those of the images that this rank works on: i belongs to rank i mod world_size, whatever the batch."""
     return [index for index in indices if index % group.world_size == group.rank]
 

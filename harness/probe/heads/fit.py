@@ -27,12 +27,20 @@ from aimscale.harness.probe.features.extraction import (
     StreamedTokens,
     averages,
     batched,
-    share,
+    own_indices,
 )
 from aimscale.harness.probe.features.images import Task
 from aimscale.harness.probe.features.tasks import L2S, BlockSet, bytes_per_set, number_of_steps, sets_per_round
 from aimscale.harness.probe.heads.logistic import LEAST_PER_CHANNEL, WIDEST, solve
-from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, best, beyond, together, tried
+from aimscale.harness.probe.heads.scores import (
+    Candidate,
+    Predictions,
+    best,
+    gather_predictions,
+    next_values,
+    to_predictions,
+    tried_values,
+)
 from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, LinearStack, StackedAdamW
 
 WORKING_GB = 1.0
@@ -137,7 +145,7 @@ class GridFit:
 
     @property
     def _device(self) -> torch.device:
-        return self.features.of_pooled[0].centre.device
+        return self.features.pooled_moments[0].centre.device
 
     def _trained(
         self,
@@ -188,8 +196,8 @@ class GridFit:
                 generator=torch.Generator().manual_seed(self.task.seed),
                 device=self._device,
             )
-            fit, held = self.features.of_pooled if kind == "linear" else self.features.of_tokens
-            statistics = [(fit + held if copy.all() else fit).of_sets(own) for copy in learns]
+            fit, held = self.features.pooled_moments if kind == "linear" else self.features.token_moments
+            statistics = [(fit + held if copy.all() else fit).set_statistics(own) for copy in learns]
             stacks[kind].standardise_by(*(torch.stack(each, dim=1) for each in zip(*statistics, strict=True)))
         return stacks
 
@@ -252,7 +260,7 @@ class GridFit:
     def _outputs(
         self, source: Features, plan: Sequence[Micro], epoch: int | None = None
     ) -> Iterator[tuple[Micro, Tensor]]:
-        own = (share(micro.images, self.task.group) for micro in plan)
+        own = (own_indices(micro.images, self.task.group) for micro in plan)
         return zip(plan, source.parts(own, epoch), strict=True)
 
     def _tokens(self, outputs: Tensor, images: Sequence[int], own: Sequence[BlockSet]) -> Tensor:
@@ -324,7 +332,7 @@ def _grown(
 ) -> tuple[list[str], list[BlockSet], list[float]]:
     """Kinds, block sets and values with which the grid grows: where what is chosen lies at its end."""
     chosen = [found[number] for number in sorted(_best_numbers(found, kinds, last))]
-    more = [(each, value) for each in chosen for value in beyond(asked, tried(found, each), each.value)]
+    more = [(each, value) for each in chosen for value in next_values(asked, tried_values(found, each), each.value)]
     sets = dict.fromkeys(each.blocks for each, _ in more)
     return (
         [kind for kind in kinds if any(each.kind == kind for each, _ in more)],
@@ -342,14 +350,14 @@ def _head_of(candidate: Candidate, this: Round) -> HeadStack | None:
 
 
 @torch.no_grad()
-def answers_of_heads(features: Features, candidates: Sequence[Candidate], task: Task) -> list[Answers]:
+def predict_test_split(features: Features, candidates: Sequence[Candidate], task: Task) -> list[Predictions]:
     """What each candidate's head says about the test split; the ranks share its images."""
-    own = share(range(len(task.test)), task.group)
+    own = own_indices(range(len(task.test)), task.group)
     chunks = list(batched(own, TEST_BATCH))
-    parts: list[list[Answers]] = [[] for _ in candidates]
+    parts: list[list[Predictions]] = [[] for _ in candidates]
     for chunk, outputs in zip(chunks, features.parts(chunks), strict=True):
         for candidate, part in zip(candidates, parts, strict=True):
             assert candidate.head is not None
             scores = candidate.head(averages(outputs, [candidate.blocks]))[0, :, 0]
-            part.append(answers(scores, task.test.labels[chunk]))
-    return [together(own, part, len(task.test), task.group) for part in parts]
+            part.append(to_predictions(scores, task.test.labels[chunk]))
+    return [gather_predictions(own, part, len(task.test), task.group) for part in parts]

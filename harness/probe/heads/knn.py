@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.extraction import PooledFeatures, SplitFeatures, averages, share
+from aimscale.harness.probe.features.extraction import PooledFeatures, SplitFeatures, averages, own_indices
 from aimscale.harness.probe.features.images import Task
 from aimscale.harness.probe.features.tasks import BlockSet
-from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, together
+from aimscale.harness.probe.heads.scores import Candidate, Predictions, gather_predictions, to_predictions
 
 TEMPERATURE = 0.07
 """Of the votes' weights."""
@@ -94,7 +94,7 @@ class Neighbours:
     @torch.no_grad()
     def candidates(self, sets: Sequence[BlockSet]) -> list[Candidate]:
         """Hold-out accuracy of every block set and k, with the fit part as the bank."""
-        held = share(self.task.held.tolist(), self.task.group)
+        held = own_indices(self.task.held.tolist(), self.task.group)
         ks = tuple(k for k in NUM_NEIGHBOURS if k <= len(self.task.fit))
         found = []
         for number, blocks in enumerate(sets, start=1):
@@ -112,15 +112,15 @@ class Neighbours:
         return found
 
     @torch.no_grad()
-    def answers(self, chosen: Candidate, pooled: PooledFeatures) -> Answers:
+    def predict(self, chosen: Candidate, pooled: PooledFeatures) -> Predictions:
         """What a candidate says about the test split, with the whole training split as the bank."""
         images, ks = self.task.test, (int(chosen.value),)
-        own = share(range(len(images)), self.task.group)
+        own = own_indices(range(len(images)), self.task.group)
         parts = [
-            answers(votes[0], images.labels[own][rows])
+            to_predictions(votes[0], images.labels[own][rows])
             for rows, votes in self._votes(chosen.blocks, self.task.everything, pooled, own, ks)
         ]
-        return together(own, parts, len(images), self.task.group)
+        return gather_predictions(own, parts, len(images), self.task.group)
 
     def _votes(
         self, blocks: BlockSet, bank: np.ndarray, pooled: PooledFeatures, queries: Sequence[int], ks: tuple[int, ...]
@@ -132,7 +132,7 @@ class Neighbours:
             vectors = torch.cat([averages(of.rows(part), [blocks])[0] for part in rows.split(BANK_BLOCK)])
             return functional.normalize(vectors, dim=1)
 
-        own = share(bank.tolist(), self.task.group)
+        own = own_indices(bank.tolist(), self.task.group)
         vectors = units(self.features.pooled, own)
         labels = self.task.train.labels[own].to(vectors.device)
         return neighbour_votes(vectors, labels, units(pooled, queries), ks, self.task.num_classes, self.task.group)

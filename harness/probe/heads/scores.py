@@ -46,12 +46,12 @@ def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = N
     return max(pool, key=lambda c: (c.holdout_top1 if kind != "linear" else 0, -c.holdout_loss))
 
 
-def tried(candidates: Sequence[Candidate], like: Candidate) -> list[float]:
+def tried_values(candidates: Sequence[Candidate], like: Candidate) -> list[float]:
     """Values of a candidate's kind on its block set."""
     return [each.value for each in candidates if (each.kind, each.blocks) == (like.kind, like.blocks)]
 
 
-def beyond(asked: Sequence[float], values: Sequence[float], chosen: float) -> list[float]:
+def next_values(asked: Sequence[float], values: Sequence[float], chosen: float) -> list[float]:
     """The next value, by the mean ratio of the grid asked for, where the chosen one lies at an end of those tried.
 
     None inside, where one value was asked for, or `MOST_GROWN` steps from what was asked for.
@@ -65,7 +65,7 @@ def beyond(asked: Sequence[float], values: Sequence[float], chosen: float) -> li
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """What a probe said about each test image: little enough to keep for any number of classes."""
 
     predicted: Tensor
@@ -74,13 +74,13 @@ class Answers:
     """Whether the label is among the five highest scores (n,), bool."""
 
 
-def answers(scores: Tensor, labels: Tensor) -> Answers:
+def to_predictions(scores: Tensor, labels: Tensor) -> Predictions:
     """Judge class scores (n, K) against labels (n,)."""
     top = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    return Answers(top[:, 0].cpu(), (top == labels[:, None].to(top.device)).any(1).cpu())
+    return Predictions(top[:, 0].cpu(), (top == labels[:, None].to(top.device)).any(1).cpu())
 
 
-def together(own: Sequence[int], parts: Sequence[Answers], num_images: int, group: Group) -> Answers:
+def gather_predictions(own: Sequence[int], parts: Sequence[Predictions], num_images: int, group: Group) -> Predictions:
     """Answers on every rank about all images that some rank has looked at; of the others nothing is said.
 
     Args:
@@ -88,7 +88,7 @@ def together(own: Sequence[int], parts: Sequence[Answers], num_images: int, grou
         num_images: of the whole split.
     """
     mine = [(part.predicted, part.in_top5) for part in parts]
-    whole = Answers(torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool))
+    whole = Predictions(torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool))
     for images, found in group.gather((own, mine)):
         if images:
             whole.predicted[images], whole.in_top5[images] = (torch.cat(each) for each in zip(*found, strict=True))
@@ -102,7 +102,7 @@ def _wilson(num_correct: int, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (n + z2)), min(1.0, (middle + half) / (n + z2))
 
 
-def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+def score(predictions: Predictions, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
     """Top-1 with its interval, top-5 where there are more than five classes, mean over classes, chance, per class.
 
     Chance is the share of the commonest class: what always naming it scores. `hits`, base64 of `np.packbits`, has one
@@ -112,7 +112,7 @@ def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
         labels: (n,).
         classes: K names.
     """
-    correct = given.predicted == labels
+    correct = predictions.predicted == labels
     n, num_correct = len(labels), int(correct.sum())
     low, high = _wilson(num_correct, n)
     totals = np.bincount(labels.numpy(), minlength=len(classes))
@@ -123,7 +123,7 @@ def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
         "top1": num_correct / n,
         "top1_lo95": low,
         "top1_hi95": high,
-        "top5": float(given.in_top5.float().mean()) if len(classes) > 5 else None,
+        "top5": float(predictions.in_top5.float().mean()) if len(classes) > 5 else None,
         "mean_class": float((rights[present] / totals[present]).mean()),
         "chance": float(totals.max() / n),
         "hits": base64.b64encode(np.packbits(correct.numpy()).tobytes()).decode("ascii"),

@@ -165,7 +165,7 @@ class AttentiveStack(HeadStack):
         vectors = vectors.transpose(2, 3).flatten(3) - shift[:, :, None]
         return (vectors @ self.weight.mT).transpose(1, 2)
 
-    def state_of_one(self) -> dict[str, Tensor]:
+    def released_state(self) -> dict[str, Tensor]:
         """Names of the released head, as `aim.probes.AttentiveProbe` loads them."""
         at, width = (0, 0), self.mean.shape[2]
         return {

@@ -18,7 +18,7 @@ from aimscale.harness.device.distributed import (
     start_group,
 )
 from aimscale.harness.probe.features.backbones import matmul_precision
-from aimscale.harness.probe.run import by_hand
+from aimscale.harness.probe.run import standalone_group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 
@@ -70,7 +70,7 @@ def test_a_process_alone_multiplies_on_its_card_as_ranks_do(
     card: None, tmp_path: Path, tiny_config: Callable[..., RunConfig]
 ) -> None:
     """Else the accuracies of a run would depend on who measures them."""
-    with by_hand(RunDir.create(tmp_path / "run", tiny_config()), "auto") as group:
+    with standalone_group(RunDir.create(tmp_path / "run", tiny_config()), "auto") as group:
         assert group.device == torch.device("cuda", 0)
         assert torch.get_float32_matmul_precision() == "high"
         for precision, expected in (("fp32", "highest"), ("bf16", "high")):

@@ -113,7 +113,7 @@ def test_a_killed_probe_repeats_the_kinds_under_way_and_no_others(
         (file,) = (tmp_path / "cut").glob("*.json")
         return [detail["kind"] for detail in json.loads(file.read_text())["probes"]]
 
-    for broken, done in (("answers_of_heads", None), ("adapt", ["attentive", "linear", "knn"])):
+    for broken, done in (("predict_test_split", None), ("adapt", ["attentive", "linear", "knn"])):
         with monkeypatch.context() as patch:
             patch.setattr(f"aimscale.harness.probe.protocol.{broken}", killed)
             with pytest.raises(Interrupted):
