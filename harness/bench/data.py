@@ -30,7 +30,7 @@ from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import photograph_crops, photographs
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.harness.data.stream.augment import box_draws, draw_boxes
+from aimscale.harness.data.stream.augment import box_uniforms, draw_boxes
 from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.device.gpu_specs import remember
@@ -124,7 +124,7 @@ def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
     dataset = stream.datasets[0]
     data = [dataset.read(i) for i in range(num_images)]
     boxes = draw_boxes(
-        box_draws(make_key("bench"), np.arange(num_images)),
+        box_uniforms(make_key("bench"), np.arange(num_images)),
         *dataset.sides(np.arange(num_images)),
         scale=(0.4, 1.0),
         horizontal_flip=True,

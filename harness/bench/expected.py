@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
-from aimscale.harness.data.store.dataset_info import Look
+from aimscale.harness.data.store.dataset_info import DatasetLookup
 from aimscale.harness.device.execution import ExecutionPlan
 from aimscale.harness.device.gpu_specs import DECODED_PER_S, Device
 from aimscale.harness.run.config import RunConfig
@@ -62,7 +62,7 @@ def expected_rates(
     *,
     mfu: float | None,
     step_ms: float | None,
-    look: Look,
+    lookup: DatasetLookup,
 ) -> Rates:
     """How fast a run trains on so many devices.
 
@@ -82,7 +82,7 @@ def expected_rates(
     if step_ms is not None:
         passes_s, exposed_s = step_ms / 1000, 0.0
     workers = min(workers, device.cores or workers)
-    one = (device.decoded_per_s or DECODED_PER_S) / _loading_share(config, look)
+    one = (device.decoded_per_s or DECODED_PER_S) / _loading_share(config, lookup)
     loaded_per_s = num_devices * one * (max(1, workers) if device.is_gpu else 1)
     return Rates(
         mfu=mfu or device.mfu,
@@ -96,11 +96,11 @@ def expected_rates(
     )
 
 
-def _loading_share(config: RunConfig, look: Look) -> float:
+def _loading_share(config: RunConfig, lookup: DatasetLookup) -> float:
     """Time of loading an image of this run over that of a photograph, by the bytes of the image files."""
     size = 0.0
     for source in config.training.data.sources:
-        info = look(source.path)
+        info = lookup(source.path)
         each = info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES
         size += source.probability * each
     return max(LEAST_SHARE, size / PHOTOGRAPH_BYTES)

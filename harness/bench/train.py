@@ -19,7 +19,7 @@ from aimscale.aim.model import AIM
 from aimscale.harness.bench.expected import expected_rates
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.split import image_wait_s, step_shares
-from aimscale.harness.data.store.dataset_info import data_set
+from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.base import Batch, masks
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.execution import ExecutionPlan, execution_plan
@@ -125,7 +125,7 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
 def _image_wait_s(config: RunConfig, plan: ExecutionPlan, group: Group) -> float:
     """For how long a step is expected to wait for its images."""
     device = device_here(wants_cpu=group.device.type == "cpu")
-    rates = expected_rates(config, group.world_size, device, plan, mfu=None, step_ms=None, look=data_set)
+    rates = expected_rates(config, group.world_size, device, plan, mfu=None, step_ms=None, lookup=find_info)
     return max(0.0, rates.loading_s - rates.step_s) if rates.is_ahead else rates.loading_s
 
 

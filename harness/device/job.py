@@ -47,18 +47,18 @@ class Job:
 
         The call raises PreemptedError where a signal asked to stop, and LockLost.
         """
-        told = 0.0
+        last_beat = 0.0
 
         def pause(*_: object) -> None:
-            nonlocal told
+            nonlocal last_beat
             self.watch.check()
             is_asked = self.group.any(self.flag.is_raised)
             self.watch.is_at_work = True
             if is_asked:
                 raise PreemptedError
-            if time.monotonic() - told > HEARTBEAT_S:
+            if time.monotonic() - last_beat > HEARTBEAT_S:
                 self.tell(durable=False, heartbeat=time.time())
-                told = time.monotonic()
+                last_beat = time.monotonic()
 
         return pause
 

@@ -39,7 +39,7 @@ class TensorBoardLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run.path / "tensorboard"))
-        self.told = run.read_status().images_done
+        self.logged_until = run.read_status().images_done
         """Images done up to which earlier starts told it everything."""
 
     def measured(
@@ -87,7 +87,7 @@ class WandbLogger:
             "settings": {"finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_S))},
         }
         self._run: Any = None
-        self.told = 0
+        self.logged_until = 0
         """Images done up to which the service has everything; 0 offline, where nobody knows what will be sent."""
         try:
             self._run = wandb.init(**about)
@@ -107,7 +107,7 @@ class WandbLogger:
                 self._run.define_metric(name, hidden=True)
             self._run.define_metric("*", step_metric="images_seen")
             known = [self._run.summary.get(f"{part}/images_done", 0) for part in ("train", "decay")]
-            self.told = int(max(known))
+            self.logged_until = int(max(known))
 
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:

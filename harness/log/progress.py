@@ -26,7 +26,7 @@ class Bar:
         # Asked of the file itself: variables such as FORCE_COLOR make rich take any file for a terminal.
         self._is_live = sys.stderr.isatty() and not self._console.is_dumb_terminal
         self._live: Progress | None = None
-        self._told = time.monotonic()
+        self._last_print = time.monotonic()
         self._what = ""
         self._started, self._first, self._done = 0.0, 0, 0
 
@@ -46,9 +46,9 @@ class Bar:
         self._done = done
         text = _standing(done, total, unit, rate=(done - self._first) / max(1e-9, now - self._started))
         if not self._is_live:
-            if now - self._told >= self._every_s:
+            if now - self._last_print >= self._every_s:
                 print(f"{what}: {text}", file=sys.stderr, flush=True)
-                self._told = now
+                self._last_print = now
             return
         if self._live is None:
             columns = TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[text]}")

@@ -178,7 +178,7 @@ class Recorder:
             },
         )
         for logger in self.loggers:
-            if self.metrics.images_done > logger.told:  # else it is trained again
+            if self.metrics.images_done > logger.logged_until:  # else it is trained again
                 is_cosine = self._config.training.schedule.kind == "cosine"
                 logger.measured(line["images_seen"], of_line(line, is_cosine=is_cosine))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"

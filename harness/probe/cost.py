@@ -16,7 +16,7 @@ from aimscale.aim.cost import (
     num_queries,
 )
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
-from aimscale.harness.data.store.dataset_info import Look
+from aimscale.harness.data.store.dataset_info import DatasetLookup
 from aimscale.harness.device.communication import ELEMENT_BYTES
 from aimscale.harness.device.memory import measuring_bytes
 from aimscale.harness.probe.features.tasks import (
@@ -53,14 +53,14 @@ class ProbeCost:
     """Of those forward passes, of training and measuring heads, and of the k-NN search."""
 
 
-def validation_images(section: ValidationSection, look: Look) -> int:
+def validation_images(section: ValidationSection, lookup: DatasetLookup) -> int:
     """Forward passes of one budget's validation; none where the images are not here to be counted."""
-    info = look(section.path)
+    info = lookup(section.path)
     images = info.num_usable if info else 0
     return section.num_prefixes * min(section.num_images or images, images)
 
 
-def validation_distance(config: RunConfig, look: Look) -> int | None:
+def validation_distance(config: RunConfig, lookup: DatasetLookup) -> int | None:
     """Images between validations during training, as `validation.every_images` says; None where there are none.
 
     `auto` depends on the configuration and the number of validation images alone, never on where it is executed, and
@@ -72,13 +72,13 @@ def validation_distance(config: RunConfig, look: Look) -> int | None:
     model, schedule = model_of(training), unchecked_schedule(config)
     scored = mean_scored_tokens(model, training.objective.prefix)
     trained = executed_flops_per_image(model, scored).train
-    measured = validation_images(section, look) * flops_per_image(model).forward
+    measured = validation_images(section, lookup) * flops_per_image(model).forward
     images = max(measured / (SHARE_DURING * trained), schedule.last_point / MAX_POINTS)
     return math.ceil(images / schedule.batch_size) * schedule.batch_size if measured else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class DuringCost:
+class CurveCost:
     """What is measured during training, all points together."""
 
     points: int
@@ -88,36 +88,36 @@ class DuringCost:
     flops: float
 
 
-def during_cost(
-    config: RunConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, look: Look
-) -> DuringCost:
+def curve_cost(
+    config: RunConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, lookup: DatasetLookup
+) -> CurveCost:
     """Validation and probes of a run during its training; see `probe_cost`."""
     schedule, evaluation = unchecked_schedule(config), config.evaluation
-    points = schedule.num_points(validation_distance(config, look))
-    passes = validation_images(evaluation.validation, look)
+    points = schedule.num_points(validation_distance(config, lookup))
+    passes = validation_images(evaluation.validation, lookup)
     images, products = passes / evaluation.validation.num_prefixes, points * passes * flops.forward
     for section in filter(None, (each.during for each in evaluation.probes)):
         times = schedule.num_points(section.every_images)
-        cost = probe_cost(section, model, flops, ranks, memory_bytes, look)
+        cost = probe_cost(section, model, flops, ranks, memory_bytes, lookup)
         images, products = images + times * cost.images, products + times * cost.flops
-    return DuringCost(points=points, images=images if products else 0.0, flops=products)
+    return CurveCost(points=points, images=images if products else 0.0, flops=products)
 
 
-def bytes_during(config: RunConfig, look: Look) -> int:
+def curve_bytes(config: RunConfig, lookup: DatasetLookup) -> int:
     """Bytes on a rank, beside what training holds, where it measures; 0 where it has no points."""
     schedule = unchecked_schedule(config)
     probes = [each for each in config.evaluation.probes if schedule.num_points(each.every_images)]
-    if not probes and not schedule.num_points(validation_distance(config, look)):
+    if not probes and not schedule.num_points(validation_distance(config, lookup)):
         return 0
     in_fp32 = "fp32" in (config.training.optimiser.precision, *(each.precision for each in probes))
     return measuring_bytes(model_of(config.training), "fp32" if in_fp32 else "bf16", is_probed=bool(probes))
 
 
 def probe_cost(
-    section: ProbeSection, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, look: Look
+    section: ProbeSection, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, lookup: DatasetLookup
 ) -> ProbeCost:
     """A task at one budget, probed by so many ranks of so much memory."""
-    train, test, num_classes = _task_size(section, look)
+    train, test, num_classes = _task_size(section, lookup)
     frozen = [kind for kind in section.kinds if kind != "lora"]
     # heads that train on tokens, from one pass per batch; without augmentation the linear ones need none
     on_views = section.augmentation == "published"
@@ -158,9 +158,9 @@ def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> f
     return TRAIN_OVER_FORWARD * sum(products)
 
 
-def _task_size(section: ProbeSection, look: Look) -> tuple[int, int, int]:
+def _task_size(section: ProbeSection, lookup: DatasetLookup) -> tuple[int, int, int]:
     """Training images, test images and classes: as counted where the data are here, else as published."""
-    known, train, test = BENCHMARKS.get(section.task), look(section.train), look(section.test)
+    known, train, test = BENCHMARKS.get(section.task), lookup(section.train), lookup(section.test)
     return (
         train.num_usable if train else known.num_train if known else 0,
         test.num_usable if test else (known.num_test or 0) if known else 0,

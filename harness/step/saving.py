@@ -41,7 +41,7 @@ _CHUNK_VALUES = 1 << 24  # 64 MiB, a power of two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _UnderWay:
+class _PendingCheckpoint:
     """The checkpoint that is being written."""
 
     final: Path
@@ -50,7 +50,7 @@ class _UnderWay:
     """Of this rank, when it is on the disk."""
     published: concurrent.futures.Future[Any]
     """On the first rank, the whole, when those before it are gone; on the others the same as `part`."""
-    told: concurrent.futures.Future[list[Manifest]]
+    all_parts: concurrent.futures.Future[list[Manifest]]
     """The manifests of all parts, where the ranks have told each other: a file server may show them later."""
 
 
@@ -64,7 +64,7 @@ class CheckpointWriter:
             copies: whether the state is copied aside; otherwise ranks wait until it is written.
         """
         self._engine, self._group = engine, group
-        self._under_way: _UnderWay | None = None
+        self._pending: _PendingCheckpoint | None = None
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copy: concurrent.futures.Future[list[Tensor]] | None = None
@@ -112,19 +112,19 @@ class CheckpointWriter:
         )
         path = partial_dir(final) / f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
         lengths = {key: len(values) for key, values in share.items()}
-        told: concurrent.futures.Future[list[Manifest]] = concurrent.futures.Future()
+        all_parts: concurrent.futures.Future[list[Manifest]] = concurrent.futures.Future()
         published: concurrent.futures.Future[Any]
         write = _naming(final)(_write_part)
         part = published = self._background.submit(write, path, lengths, self._until_stop(pieces), manifest)
         if self._group.is_first:
-            published = self._background.submit(_naming(final)(self._publish), final, part, told, keep)
+            published = self._background.submit(_naming(final)(self._publish), final, part, all_parts, keep)
         if self._copy is None:
             concurrent.futures.wait([part])
-        self._under_way = _UnderWay(final=final, part=part, published=published, told=told)
+        self._pending = _PendingCheckpoint(final=final, part=part, published=published, all_parts=all_parts)
 
     def problem(self) -> Exception | None:
         """What has gone wrong on this rank with the checkpoint under way; any thread may ask, and does not wait."""
-        saving = self._under_way
+        saving = self._pending
         for future in (saving.part, saving.published) if saving else ():
             error = future.exception() if future.done() else None
             if isinstance(error, Exception):
@@ -138,39 +138,39 @@ class CheckpointWriter:
             CheckpointError: it could not be written (on all ranks); earlier ones are untouched.
             LockLost: the run is not this group's any more.
         """
-        if saving := self._under_way:
+        if saving := self._pending:
             part = run_on_all_ranks(self._group, saving.part.result)
-            saving.told.set_result(self._group.gather(part))
+            saving.all_parts.set_result(self._group.gather(part))
             self._group.from_first(saving.published.result)
-            self._under_way = None
+            self._pending = None
 
     def leave(self) -> None:
         """Give what is under way a little time; for a rank that ends for an error, which the others may not know of."""
-        if self._under_way:
-            concurrent.futures.wait([self._under_way.published], LEAVE_S)
+        if self._pending:
+            concurrent.futures.wait([self._pending.published], LEAVE_S)
 
     def close(self) -> None:
         """Give up what is under way, and the memory of the copy."""
         self._stop.set()
         self._background.shutdown()
-        if self._under_way and self._group.is_first:
-            shutil.rmtree(partial_dir(self._under_way.final), ignore_errors=True)  # a full disk must hold the reason
+        if self._pending and self._group.is_first:
+            shutil.rmtree(partial_dir(self._pending.final), ignore_errors=True)  # a full disk must hold the reason
         self._copy = None
 
     def _publish(
         self,
         final: Path,
         part: concurrent.futures.Future[Manifest],
-        told: concurrent.futures.Future[list[Manifest]],
+        all_parts: concurrent.futures.Future[list[Manifest]],
         keep: Collection[Path],
     ) -> None:
         """Wait for all parts, publish the checkpoint, and remove others: that of gigabytes takes long."""
         part.result()
-        while not told.done() and not (parts := read_parts(partial_dir(final))):
-            concurrent.futures.wait([told], LOOK_S)
+        while not all_parts.done() and not (parts := read_parts(partial_dir(final))):
+            concurrent.futures.wait([all_parts], LOOK_S)
             if self._stop.is_set():
                 return
-        publish_parts(partial_dir(final), final, told.result() if told.done() else parts)
+        publish_parts(partial_dir(final), final, all_parts.result() if all_parts.done() else parts)
         _remove_others(keep)
 
     def _until_stop(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -260,7 +260,7 @@ def publish_parts(partial: Path, final: Path, parts: Sequence[Manifest]) -> None
     publish_dir(partial, final)
 
 
-def salvage(run: RunDir, folders: Iterable[Path]) -> None:
+def recover_checkpoints(run: RunDir, folders: Iterable[Path]) -> None:
     """Publish the checkpoint that earlier holders of a run left with all its parts, and remove their folders.
 
     Its files' checksums are looked at when it is loaded.

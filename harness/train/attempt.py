@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from aimscale.harness.data.stream.loader import start_server
+from aimscale.harness.data.stream.loader import start_fork_server
 from aimscale.harness.device.distributed import find_placement
 from aimscale.harness.device.job import Job, execute_job
 from aimscale.harness.log.loggers import Logger, logging_to
@@ -39,7 +39,7 @@ def train(path: Path) -> int:
     def work(job: Job) -> None:
         torch.set_num_threads(config.runtime.num_threads)
         if config.runtime.num_workers:
-            start_server()  # it imports PyTorch while the engine is built
+            start_fork_server()  # it imports PyTorch while the engine is built
         group = job.group
         loggers: list[Logger] = []
         group.from_first(lambda: loggers.extend(job.exits.enter_context(logging_to(run, config))))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from aimscale.harness.data.store.dataset_info import Look, data_set, fingerprint
+from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info, fingerprint
 from aimscale.harness.device.job import Job
 from aimscale.harness.log.loggers import Logger, of_row
 from aimscale.harness.log.record import append_line
@@ -46,13 +46,13 @@ class Points:
         job: Job,
         engine: Engine,
         *,
-        look: Look = data_set,
+        lookup: DatasetLookup = find_info,
         loggers: Sequence[Logger] = (),
     ) -> None:
         """Find out where the points are; `loggers` are of the first rank."""
         self._run, self._config, self._job, self._schedule = run, config, job, unchecked_schedule(config)
         self._engine, self._loggers = engine, loggers
-        self._distance = job.group.from_first(lambda: validation_distance(config, look))
+        self._distance = job.group.from_first(lambda: validation_distance(config, lookup))
         self._probes = [section for each in config.evaluation.probes if (section := each.during)]
         self._held_out: HeldOut | None = None
         self._folder = run.path / "probes" / "during"  # of the probes under way

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from aimscale.harness.data.store.dataset_info import data_set
+from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.execution import ExecutionPlan, execution_plan, images_per_rank, pass_size
@@ -25,7 +25,7 @@ from aimscale.harness.device.job import Job
 from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.record import Recorder
-from aimscale.harness.probe.cost import bytes_during
+from aimscale.harness.probe.cost import curve_bytes
 from aimscale.harness.probe.pending_evaluations import enter_row
 from aimscale.harness.run.budgets import ABOUT, check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig, RuntimeConfig
@@ -40,7 +40,7 @@ from aimscale.harness.step.checkpoint import CheckpointError, Manifest, load_che
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, StepOutcome, compiles
 from aimscale.harness.step.feed import RankRequest, Step, run_on_all_ranks
-from aimscale.harness.step.saving import CheckpointWriter, salvage, save_weights
+from aimscale.harness.step.saving import CheckpointWriter, recover_checkpoints, save_weights
 from aimscale.harness.train.curve import Points
 
 
@@ -59,8 +59,8 @@ class Trainer:
             group,
             lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, machines=machines),
         )
-        look = functools.cache(data_set)
-        measuring = group.from_first(lambda: bytes_during(config, look))
+        lookup = functools.cache(find_info)
+        measuring = group.from_first(lambda: curve_bytes(config, lookup))
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
         plan_of = functools.partial(
             execution_plan,
@@ -91,7 +91,7 @@ class Trainer:
         self.recorder = Recorder(run, config, group, self.model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
         beside = dataclasses.replace(job, group=group.with_reserved_memory(self.plan.held_bytes))
-        self.points = Points(run, config, beside, self.engine, look=look, loggers=loggers)
+        self.points = Points(run, config, beside, self.engine, lookup=lookup, loggers=loggers)
 
     def _executed(self, plan: ExecutionPlan) -> dict[str, Any]:
         """What the memory of a step depends on, beside the run itself."""
@@ -190,7 +190,7 @@ class Trainer:
         Raises:
             CheckpointError: there is none that is whole where there must be one.
         """
-        self.group.from_first(lambda: salvage(self.run, earlier_folders(self.run.path)))
+        self.group.from_first(lambda: recover_checkpoints(self.run, earlier_folders(self.run.path)))
         manifest = load_newest(self.run.checkpoints, self.engine, self.group, branches=left)
         if manifest is None and left and trunk > 0:
             load_checkpoint(self.run.checkpoint_dir(trunk), self.engine, self.group)  # says what is wrong with it

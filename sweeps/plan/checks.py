@@ -143,7 +143,7 @@ class _Data:
             if missing:
                 return [("data.sources", why) for why in missing]
         from aimscale.harness.data.store.index import require_channels
-        from aimscale.harness.data.stream.indexed import refuse_other_images, unique_per_source
+        from aimscale.harness.data.stream.indexed import require_fingerprint, unique_per_source
         from aimscale.harness.data.stream.unindexed import shard_urls
 
         found = _said("model.channels", require_channels, channels)
@@ -151,7 +151,7 @@ class _Data:
             return found + _said("data.sources", shard_urls, data.sources[0].path)
         infos = [read_info(source.path) for source in data.sources]
         for source, info in zip(data.sources, infos, strict=True):
-            found += _said("data.sources", refuse_other_images, source, info)
+            found += _said("data.sources", require_fingerprint, source, info)
         return found + _said("data.unique_images", unique_per_source, data, infos)
 
     def _validation(self, data: DataSection, section: ValidationSection) -> list[Found]:
@@ -159,10 +159,10 @@ class _Data:
         held_out, missing = self.opened(section.path)
         if missing:
             return [("validation.path", missing)]
-        from aimscale.harness.data.stream.held_out import refuse_fewer, refuse_overlap
+        from aimscale.harness.data.stream.held_out import refuse_overlap, require_images
 
         info = read_info(section.path)
-        found = _said("validation.num_images", refuse_fewer, section.path, info, section.num_images)
+        found = _said("validation.num_images", require_images, section.path, info, section.num_images)
         if held_out is None:
             return found
         paths = [source.path for source in data.sources if not data.is_unindexed]

@@ -14,11 +14,11 @@ import numpy as np
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.bench.expected import Limit, Rates, expected_rates
-from aimscale.harness.data.store.dataset_info import Look, data_set
+from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.gpu_specs import Device, device_here, nominal_flops_per_s
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
-from aimscale.harness.probe.cost import DuringCost, ProbeCost, bytes_during, during_cost, probe_cost, validation_images
+from aimscale.harness.probe.cost import CurveCost, ProbeCost, curve_bytes, curve_cost, probe_cost, validation_images
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
@@ -114,7 +114,7 @@ class CostCard:
 
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
     """One card per run, in order."""
-    device, look = device_of(sweep, runs), functools.cache(data_set)
+    device, look = device_of(sweep, runs), functools.cache(find_info)
     return [_card(sweep, run, device, look) for run in runs]
 
 
@@ -172,7 +172,7 @@ def to_json(cards: Sequence[CostCard]) -> dict[str, Any]:
     return {"totals": totals(cards), "not_identified": not_identified(cards), "runs": [asdict(card) for card in cards]}
 
 
-def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
+def _card(sweep: Sweep, run: Run, device: Device, look: DatasetLookup) -> CostCard:
     training, evaluation = run.config.training, run.config.evaluation
     model = model_of(training)
     params, flops = counts_of(model)
@@ -180,18 +180,18 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     unique = training.data.unique_images or _pool(sweep, run.config, look)
     about = model, flops, run.devices, device.memory_bytes, look
     probes = tuple(probe_cost(section, *about) for section in evaluation.probes)
-    measuring = bytes_during(run.config, look)
+    measuring = curve_bytes(run.config, look)
     cost, fit = sweep.file.cost, None
     with contextlib.suppress(DoesNotFitError):
         fit = plan_of(run.config, run.devices, device, sweep.file.slurm.devices_per_node, measuring)
-    rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, step_ms=cost.step_ms, look=look)
+    rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, step_ms=cost.step_ms, lookup=look)
     validated = validation_images(evaluation.validation, look)
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
     step_s = max(rates.step_s, rates.loading_s) if rates.is_ahead else rates.step_s + rates.loading_s
     lacks_memory = measuring > 0 and fit is not None and not fit.measures
-    during = DuringCost(points=0, images=0.0, flops=0.0)
+    during = CurveCost(points=0, images=0.0, flops=0.0)
     if not lacks_memory:
-        during = during_cost(run.config, *about)
+        during = curve_cost(run.config, *about)
     passed = num_budgets * (validated + sum(probe.images for probe in probes))
     flops_evaluation = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
     flops_per_s = rates.flops_per_image * rates.compute_per_s
@@ -239,7 +239,9 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     return replace(card, cautions=tuple(_cautions(run, card, unique, look, lacks_memory=lacks_memory)))
 
 
-def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks_memory: bool) -> Iterator[Found]:
+def _cautions(
+    run: Run, card: CostCard, unique: int | None, look: DatasetLookup, *, lacks_memory: bool
+) -> Iterator[Found]:
     """What one run's data, schedule and points during training give.
 
     Args:
@@ -297,7 +299,7 @@ def max_opened(path: str) -> int:
     return MAX_FETCHED if "://" in path else MAX_OPENED
 
 
-def _pool(sweep: Sweep, config: RunConfig, look: Look) -> int | None:
+def _pool(sweep: Sweep, config: RunConfig, look: DatasetLookup) -> int | None:
     """Images of the pool: as stated in the sweep file, else as counted in the data sets' `dataset.json`."""
     if sweep.file.cost.pool_images:
         return sweep.file.cost.pool_images

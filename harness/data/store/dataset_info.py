@@ -103,7 +103,7 @@ def open_local(path: str | Path) -> IO[bytes]:
     return open(path, "rb")
 
 
-Look = Callable[[str], DatasetInfo | None]
+DatasetLookup = Callable[[str], DatasetInfo | None]
 """Path of a data set -> what it says of itself, where it is here."""
 
 
@@ -139,7 +139,7 @@ def read_info(path: str) -> DatasetInfo:
         raise DataError(f"cannot read the index of {path}: {error}") from error
 
 
-def data_set(path: str) -> DatasetInfo | None:
+def find_info(path: str) -> DatasetInfo | None:
     """What a data set says of itself; None where it is not made yet, cannot be read, or has no index."""
     with contextlib.suppress(DataError):
         return None if path.startswith(UNINDEXED) else read_info(path)
@@ -148,7 +148,7 @@ def data_set(path: str) -> DatasetInfo | None:
 
 def fingerprint(path: str) -> str | None:
     """16 hex digits of a data set's content; None where it is not made yet or cannot be read."""
-    info = data_set(path)
+    info = find_info(path)
     return info.fingerprint if info else None
 
 

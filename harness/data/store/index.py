@@ -34,7 +34,7 @@ from aimscale.harness.data.store.dataset_info import (
 )
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.shard_cache import Reader, open_index, open_reader
-from aimscale.harness.data.store.shards import Place, ShardInfo, join, open_file
+from aimscale.harness.data.store.shards import ByteRange, ShardInfo, join, open_file
 
 MAX_KEPT_BYTES = 256 * 2**20
 """Bound of the decoded pixels of small images that a process keeps, over all data sets."""
@@ -151,7 +151,7 @@ class ShardDataset:
         """Number of the shard that holds sample i."""
         return int(self._first.searchsorted(i, side="right")) - 1
 
-    def places(self, samples: Sequence[int] | I64) -> list[Place]:
+    def byte_ranges(self, samples: Sequence[int] | I64) -> list[ByteRange]:
         """Where some image files are."""
         numbers = np.asarray(samples, dtype=np.int64)
         rows = self.index.samples[numbers]
@@ -169,7 +169,7 @@ class ShardDataset:
         """
         numbers = np.asarray(whole, dtype=np.int64)
         shards = dict.fromkeys((self._first.searchsorted(numbers, side="right") - 1).tolist())
-        self._reader.read_ahead(self.places(samples), [os.fsdecode(self.index.shards["name"][i]) for i in shards])
+        self._reader.read_ahead(self.byte_ranges(samples), [os.fsdecode(self.index.shards["name"][i]) for i in shards])
 
     def read_many(self, samples: Sequence[int] | I64) -> list[bytes]:
         """Bytes of some image files, in that order; from a remote store all at once.
@@ -177,15 +177,15 @@ class ShardDataset:
         Raises:
             DataError: a shard is missing or shorter than the index says.
         """
-        places = self.places(samples)
+        byte_ranges = self.byte_ranges(samples)
         try:
-            found = self._reader.read_many(places)
+            found = self._reader.read_many(byte_ranges)
         except OSError as error:
-            name = getattr(error, "shard", places[0][0])
+            name = getattr(error, "shard", byte_ranges[0][0])
             raise DataError(
                 f"cannot read shard {join(self.location, name)} ({error}); restore it or index again"
             ) from error
-        for i, (name, _, size), data in zip(samples, places, found, strict=True):
+        for i, (name, _, size), data in zip(samples, byte_ranges, found, strict=True):
             if len(data) != size:
                 raise DataError(
                     f"shard {join(self.location, name)} is truncated: {self.describe(int(i))} ends after its last byte"
@@ -198,25 +198,25 @@ class ShardDataset:
         Raises:
             DataError: the bytes are no image, or the shard is missing, shorter than the index says, or holds another.
         """
-        kept = self._kept(channels)
-        if kept is not None and kept.known[i]:
-            return kept.pixels[i]
+        cache = self._pixel_cache(channels)
+        if cache is not None and cache.known[i]:
+            return cache.pixels[i]
         images, good = self.decode_many(np.array([i]), [self.read(i)], channels)
         if not good[0]:
             raise DataError(f"{self.describe(i)} cannot be decoded; remove it and index again")
         return images[0]
 
-    def read_unless_kept(self, samples: I64, channels: int) -> list[bytes]:
+    def read_uncached(self, samples: I64, channels: int) -> list[bytes]:
         """`read_many` of those whose decoded pixels are not in memory, nothing of the others."""
-        data, fresh = [b""] * len(samples), np.flatnonzero(self.is_fresh(samples, channels))
+        data, fresh = [b""] * len(samples), np.flatnonzero(self.is_uncached(samples, channels))
         for i, read in zip(fresh.tolist(), self.read_many(samples[fresh]) if fresh.size else (), strict=True):
             data[i] = read
         return data
 
-    def is_fresh(self, samples: I64, channels: int) -> npt.NDArray[np.bool_]:
+    def is_uncached(self, samples: I64, channels: int) -> npt.NDArray[np.bool_]:
         """Of each, whether its decoded pixels are not in memory."""
-        kept = self._kept(channels)
-        return np.ones(len(samples), dtype=bool) if kept is None else ~kept.known[samples]
+        cache = self._pixel_cache(channels)
+        return np.ones(len(samples), dtype=bool) if cache is None else ~cache.known[samples]
 
     def decode_many(
         self, samples: I64, data: Sequence[bytes], channels: int
@@ -226,39 +226,41 @@ class ShardDataset:
         Returns:
             uint8 (number that decoded, channels, height, width), and bool (len(samples),) saying which did.
         """
-        kept, good = self._kept(channels), np.ones(len(samples), dtype=bool)
+        cache, good = self._pixel_cache(channels), np.ones(len(samples), dtype=bool)
         decoded: dict[int, torch.Tensor] = {}
-        for i in range(len(samples)) if kept is None else np.flatnonzero(~kept.known[samples]).tolist():
+        for i in range(len(samples)) if cache is None else np.flatnonzero(~cache.known[samples]).tolist():
             try:
                 decoded[i] = decode(data[i], channels)
             except UndecodableImageError:
                 good[i] = False
         shapes = [image.shape[-2:] for image in decoded.values()]
         self.check(samples[list(decoded)], [data[i] for i in decoded], shapes)
-        if kept is None:
+        if cache is None:
             empty = torch.empty(0, channels, 1, 1, dtype=torch.uint8)
             return torch.stack([*decoded.values()]) if decoded else empty, good
         for i, image in decoded.items():
-            kept.pixels[samples[i]] = image
-            kept.known[samples[i]] = True  # after the pixels: another thread may look at any moment
-        return kept.pixels[torch.from_numpy(samples[good])], good
+            cache.pixels[samples[i]] = image
+            cache.known[samples[i]] = True  # after the pixels: another thread may look at any moment
+        return cache.pixels[torch.from_numpy(samples[good])], good
 
-    def _kept(self, channels: int) -> _Kept | None:
+    def _pixel_cache(self, channels: int) -> _PixelCache | None:
         """Where this process keeps decoded pixels of the data set; None where images differ in size or take too much.
 
         A run goes over small images many times, and measures each budget on the same ones.
         """
         shape = (len(self), channels, self.info.max_height, self.info.max_width)
         key = (self.path, self.fingerprint, channels)
-        if key not in _KEPT:
-            room = MAX_KEPT_BYTES - sum(kept.pixels.nbytes for kept in _KEPT.values())
+        if key not in _PIXEL_CACHES:
+            room = MAX_KEPT_BYTES - sum(cache.pixels.nbytes for cache in _PIXEL_CACHES.values())
             if not self.info.one_size or math.prod(shape) > room:
                 return None
             height, width = self.sides(self.usable())
             if (height != shape[2]).any() or (width != shape[3]).any():
                 raise DataError(f"the index of {self.path} does not match its {DATASET_FILE}; index it again")
-            _KEPT.setdefault(key, _Kept(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), dtype=bool)))
-        return _KEPT[key]
+            _PIXEL_CACHES.setdefault(
+                key, _PixelCache(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), dtype=bool))
+            )
+        return _PIXEL_CACHES[key]
 
     def check(self, samples: I64, data: Sequence[bytes], sides: Sequence[Sequence[int]]) -> None:
         """Compare some of these image files with the index, and the (height, width) of all.
@@ -294,7 +296,7 @@ def _shard_infos(table: npt.NDArray[Any]) -> list[ShardInfo]:
     ]
 
 
-class _Kept(NamedTuple):
+class _PixelCache(NamedTuple):
     """Decoded images of a data set; memory is taken as they come."""
 
     pixels: torch.Tensor
@@ -303,7 +305,7 @@ class _Kept(NamedTuple):
     """(number of samples,): which are there."""
 
 
-_KEPT: dict[tuple[str, str, int], _Kept] = {}
+_PIXEL_CACHES: dict[tuple[str, str, int], _PixelCache] = {}
 """By path, fingerprint and channels."""
 
 

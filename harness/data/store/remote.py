@@ -15,11 +15,11 @@ import fsspec.asyn
 from aimscale.harness.data.store.shards import (
     MAX_REQUESTS,
     NUM_TRIES,
-    Place,
+    ByteRange,
     filesystem_of,
     join,
-    of_shard,
-    pause_before,
+    retry_delay_s,
+    shard_error,
 )
 
 MAX_AHEAD_BYTES = 64 * 2**20
@@ -45,37 +45,39 @@ class RemoteReader:
         self._lock, self._process = threading.Lock(), os.getpid()
         self._filesystem: Any = None
         self._is_async, self._room = False, asyncio.Semaphore(1)
-        self._wanted: dict[Place, None] = {}  # ahead, in the order of their use
-        self._asked: dict[Place, tuple[Future[bytes], int]] = {}  # ahead; and how many bytes had been read then
+        self._wanted: dict[ByteRange, None] = {}  # ahead, in the order of their use
+        self._asked: dict[ByteRange, tuple[Future[bytes], int]] = {}  # ahead; and how many bytes had been read then
         self._asked_bytes = self._read_bytes = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteReader, (self._location,)
 
-    def read_ahead(self, places: Sequence[Place], shards: Collection[str] = ()) -> None:
+    def read_ahead(self, byte_ranges: Sequence[ByteRange], shards: Collection[str] = ()) -> None:
         """Ask for what `read_many` will be called for next, as far as there is memory; returns at once.
 
         An error comes out where the bytes are read.
         """
         with self._locked():
-            self._wanted.update(dict.fromkeys(place for place in places if place not in self._asked))
+            self._wanted.update(
+                dict.fromkeys(byte_range for byte_range in byte_ranges if byte_range not in self._asked)
+            )
             self._ask_ahead()
 
-    def is_ahead(self, place: Place) -> bool:
+    def is_ahead(self, byte_range: ByteRange) -> bool:
         """Whether it was asked for ahead, and not read yet."""
-        return place in self._asked
+        return byte_range in self._asked
 
-    def read_many(self, places: Sequence[Place]) -> list[bytes]:
+    def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
         """As `LocalReader.read_many`."""
         with self._locked():
-            answers = [self._taken(place) for place in places]
+            answers = [self._taken(byte_range) for byte_range in byte_ranges]
             self._ask_ahead()
         found: list[bytes] = []
         try:
             for answer in answers:
                 found.append(answer.result())
         except Exception as error:  # each file system raises its own
-            raise of_shard(error, places[len(found)][0]) from error
+            raise shard_error(error, byte_ranges[len(found)][0]) from error
         finally:
             for answer in answers[len(found) :]:
                 answer.cancel()
@@ -92,19 +94,19 @@ class RemoteReader:
                     self._is_async, self._room = True, asyncio.Semaphore(MAX_REQUESTS)
             yield
 
-    def _taken(self, place: Place) -> Future[bytes]:
-        self._wanted.pop(place, None)
-        self._read_bytes += place[2]
-        if place not in self._asked:
-            return self._ask(place)
-        self._asked_bytes -= place[2]
-        return self._asked.pop(place)[0]
+    def _taken(self, byte_range: ByteRange) -> Future[bytes]:
+        self._wanted.pop(byte_range, None)
+        self._read_bytes += byte_range[2]
+        if byte_range not in self._asked:
+            return self._ask(byte_range)
+        self._asked_bytes -= byte_range[2]
+        return self._asked.pop(byte_range)[0]
 
     def _ask_ahead(self) -> None:
         """Ask for more of what is wanted; what was passed over long ago gives its place."""
         while self._wanted:
-            place = next(iter(self._wanted))
-            if self._asked and self._asked_bytes + place[2] > MAX_AHEAD_BYTES:
+            byte_range = next(iter(self._wanted))
+            if self._asked and self._asked_bytes + byte_range[2] > MAX_AHEAD_BYTES:
                 oldest, (answer, read_before) = next(iter(self._asked.items()))
                 if self._read_bytes - read_before <= 2 * MAX_AHEAD_BYTES:
                     return
@@ -112,12 +114,12 @@ class RemoteReader:
                 del self._asked[oldest]
                 self._asked_bytes -= oldest[2]
                 continue
-            del self._wanted[place]
-            self._asked[place] = self._ask(place), self._read_bytes
-            self._asked_bytes += place[2]
+            del self._wanted[byte_range]
+            self._asked[byte_range] = self._ask(byte_range), self._read_bytes
+            self._asked_bytes += byte_range[2]
 
-    def _ask(self, place: Place) -> Future[bytes]:
-        return asyncio.run_coroutine_threadsafe(self._answer(*place), fsspec.asyn.get_loop())
+    def _ask(self, byte_range: ByteRange) -> Future[bytes]:
+        return asyncio.run_coroutine_threadsafe(self._answer(*byte_range), fsspec.asyn.get_loop())
 
     async def _answer(self, name: str, start: int, size: int) -> bytes:
         """The bytes at a place, after as many tries as it takes."""
@@ -138,7 +140,7 @@ class RemoteReader:
             except Exception as error:  # each file system raises its own
                 problem = error
             if attempt < NUM_TRIES - 1:
-                await asyncio.sleep(pause_before(attempt))
+                await asyncio.sleep(retry_delay_s(attempt))
         raise problem
 
     async def _cat(self, name: str, start: int, end: int) -> bytes:

@@ -22,7 +22,7 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.dataset_info import DatasetInfo
 from aimscale.harness.data.store.remote import RemoteReader
-from aimscale.harness.data.store.shards import LocalReader, Place, ShardInfo, download, is_url, join
+from aimscale.harness.data.store.shards import ByteRange, LocalReader, ShardInfo, download, is_url, join
 from aimscale.harness.run.files import atomic_write, cache_folder, locked
 
 CACHE_FOLDER = "aimscale-shards"
@@ -54,14 +54,14 @@ class CachedReader:
         self._wanted: collections.deque[str] = collections.deque()
         self._fetching: threading.Thread | None = None
         self._starting = threading.Lock()
-        self._paused_until, self._has_told = 0.0, False
+        self._paused_until, self._has_warned = 0.0, False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CachedReader, self._made_of
 
-    def read_ahead(self, places: Sequence[Place], shards: Collection[str] = ()) -> None:
+    def read_ahead(self, byte_ranges: Sequence[ByteRange], shards: Collection[str] = ()) -> None:
         """As `RemoteReader.read_ahead`; and fetch whole `shards`, in this order."""
-        self._remote.read_ahead([place for place in places if not self._path(place[0]).exists()])
+        self._remote.read_ahead([byte_range for byte_range in byte_ranges if not self._path(byte_range[0]).exists()])
         now = time.monotonic()
         for name in shards:
             if self._path(name).exists():
@@ -74,10 +74,10 @@ class CachedReader:
                 self._fetching = threading.Thread(target=self._fetch_wanted, name="shards", daemon=True)
                 self._fetching.start()
 
-    def read_many(self, places: Sequence[Place]) -> list[bytes]:
+    def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
         """As `LocalReader.read_many`."""
-        found = [None if self._remote.is_ahead(place) else self._read(*place) for place in places]
-        missing = [place for place, data in zip(places, found, strict=True) if data is None]
+        found = [None if self._remote.is_ahead(byte_range) else self._read(*byte_range) for byte_range in byte_ranges]
+        missing = [byte_range for byte_range, data in zip(byte_ranges, found, strict=True) if data is None]
         others = iter(self._remote.read_many(missing) if missing else ())
         return [next(others) if data is None else data for data in found]
 
@@ -111,8 +111,8 @@ class CachedReader:
             if not has_room:
                 self._paused_until = time.monotonic() + _RETRY_S
                 self._wanted.clear()
-            if problem and not self._has_told:
-                self._has_told = True
+            if problem and not self._has_warned:
+                self._has_warned = True
                 print(
                     f"the cache {self._root} cannot be used ({problem}); shards are read by byte ranges",
                     file=sys.stderr,

@@ -38,7 +38,7 @@ class ShardInfo(NamedTuple):
     """Bytes."""
 
 
-Place = tuple[str, int, int]
+ByteRange = tuple[str, int, int]
 """A byte range of a shard: its name, the offset of the first byte and their number."""
 
 
@@ -118,7 +118,7 @@ def with_retries(action: Callable[[], T]) -> T:
         except Exception as error:  # each file system raises its own, botocore's among them
             if attempt == NUM_TRIES - 1:
                 raise OSError(f"{type(error).__name__} {error}".strip()) from error
-            time.sleep(pause_before(attempt))
+            time.sleep(retry_delay_s(attempt))
     raise AssertionError("unreachable")
 
 
@@ -139,17 +139,17 @@ class LocalReader:
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalReader, (self._folder,)
 
-    def read_many(self, places: Sequence[Place]) -> list[bytes]:
+    def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
         """The bytes at each place, in order; fewer where the file ends before.
 
         Raises:
             OSError: a file is missing or cannot be read; its attribute `shard` names which.
         """
-        return [self._read(*place) for place in places]
+        return [self._read(*byte_range) for byte_range in byte_ranges]
 
-    def read_ahead(self, places: Sequence[Place], shards: Collection[str] = ()) -> None:
+    def read_ahead(self, byte_ranges: Sequence[ByteRange], shards: Collection[str] = ()) -> None:
         """Have the kernel read these meanwhile, from a disk or over a network file system; returns at once."""
-        for name, offset, size in places:
+        for name, offset, size in byte_ranges:
             with contextlib.suppress(OSError):  # it is told where the bytes are needed
                 os.posix_fadvise(self._open(name).fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
@@ -158,21 +158,21 @@ class LocalReader:
             file = self._open(name)  # held while it is read: it closes with its last holder
             return os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise of_shard(error, name) from error
+            raise shard_error(error, name) from error
 
     def _open(self, name: str) -> io.FileIO:
         return _opened(self._number, f"{self._folder}/{name}")  # as text: a path takes as long to make as to read
 
 
-def of_shard(error: Exception, name: str) -> OSError:
+def shard_error(error: Exception, name: str) -> OSError:
     """The same failure as an OSError that knows its shard."""
     kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
     text = str(error) if isinstance(error, OSError) else f"{type(error).__name__} {error}".strip()
-    told = kind(text)
-    told.shard = name  # type: ignore[attr-defined]
-    return told
+    wrapped = kind(text)
+    wrapped.shard = name  # type: ignore[attr-defined]
+    return wrapped
 
 
-def pause_before(attempt: int) -> float:
+def retry_delay_s(attempt: int) -> float:
     """Seconds until the next try: twice as long each time, and not in step with other processes."""
     return FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5)

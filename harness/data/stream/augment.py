@@ -42,12 +42,12 @@ class Boxes(NamedTuple):
     width: npt.NDArray[np.int64]
     flip: npt.NDArray[np.bool_]
 
-    def of(self, rows: slice) -> Boxes:
+    def select(self, rows: slice) -> Boxes:
         """Those of some images."""
         return Boxes(self.top[rows], self.left[rows], self.height[rows], self.width[rows], self.flip[rows])
 
 
-def box_draws(key: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def box_uniforms(key: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Uniform on [0, 1), (B, some): what `draw_boxes` makes the boxes at B positions of."""
     return random_uniform(key, positions[:, None] * 32 + np.arange(_DRAWS))
 
@@ -125,7 +125,7 @@ def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Te
     step = max(1, _VALUES_AT_A_TIME // max(1, images[:1].numel()))
     for first in range(0, len(images), step):
         some = slice(first, first + step)
-        resized[some] = _crop_resize(images[some], boxes.of(some), size)
+        resized[some] = _crop_resize(images[some], boxes.select(some), size)
     return resized
 
 

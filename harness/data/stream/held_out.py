@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _TABLE_BITS = 24  # of the checksums; almost all images are told from the held-out ones by one look at the table
 
-Twins = tuple[ShardDataset, npt.NDArray[np.int64], npt.NDArray[np.int64]]
+SharedImages = tuple[ShardDataset, npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """A pool, some of its samples, and the held-out samples that are the same files."""
 
 
@@ -41,7 +41,7 @@ def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Non
     Raises:
         DataError: names the first image that both sides hold, and how many there are.
     """
-    if found := list(twins(pools, held_out)):
+    if found := list(shared_images(pools, held_out)):
         pool, samples, partners = found[0]
         number = sum(len(some) for which, some, _ in found if which is pool)
         raise DataError(
@@ -55,14 +55,14 @@ def count_shared(pools: Sequence[ShardDataset], held_out: ShardDataset) -> int:
     """Usable held-out images that some pool holds too, byte for byte."""
     is_shared = np.zeros(len(held_out), dtype=bool)
     checksums = held_out.index.checksum
-    found = [checksums[partners] for _, _, partners in twins(pools, held_out)]
+    found = [checksums[partners] for _, _, partners in shared_images(pools, held_out)]
     if found:
         is_shared = np.isin(checksums, np.concatenate(found))
         is_shared[held_out.index.bad] = False
     return int(is_shared.sum())
 
 
-def twins(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[Twins]:
+def shared_images(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[SharedImages]:
     """Usable pool images that are held out too; reads no image, holds a block of the index in memory at a time."""
     order = np.argsort(held_out.index.checksum)
     wanted = held_out.index.checksum[order]
@@ -106,7 +106,7 @@ def eval_pixels(
     require_channels(model.channels)
     pixels = torch.empty(len(indices), model.channels, model.image_size, model.image_size, dtype=torch.uint8)
     samples = np.asarray(indices, dtype=np.int64)
-    dataset.read_ahead(fresh := samples[dataset.is_fresh(samples, model.channels)], whole=fresh)
+    dataset.read_ahead(fresh := samples[dataset.is_uncached(samples, model.channels)], whole=fresh)
     for row, index in enumerate(samples.tolist()):
         image = dataset.decode(index, model.channels)
         pixels[row] = crop_centre(image, model.image_size, math.ceil(model.image_size / centre_crop))
@@ -135,7 +135,7 @@ def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch
     return torch.from_numpy(np.minimum(lengths, num_tokens - 1))
 
 
-def refuse_fewer(path: str, info: DatasetInfo, num_images: int | None) -> None:
+def require_images(path: str, info: DatasetInfo, num_images: int | None) -> None:
     """Raise DataError where a data set has fewer images that decode than are asked for, or none."""
     if info.num_usable < (num_images or 1):
         raise DataError(
@@ -145,5 +145,5 @@ def refuse_fewer(path: str, info: DatasetInfo, num_images: int | None) -> None:
 
 def usable_indices(dataset: ShardDataset, num_images: int | None = None) -> npt.NDArray[np.int64]:
     """Sample numbers of the decodable images, in index order, the first `num_images` of them."""
-    refuse_fewer(dataset.path, dataset.info, num_images)
+    require_images(dataset.path, dataset.info, num_images)
     return dataset.usable(None if num_images is None else np.arange(num_images))

@@ -16,7 +16,7 @@ from aimscale.harness.data.random_access import I64, make_key, random_bits
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.shards import is_url
-from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, box_draws, crop_resize_into, crop_resize_small
+from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, box_uniforms, crop_resize_into, crop_resize_small
 from aimscale.harness.data.stream.base import MAX_REPLACEMENTS, PositionCache, Stream, content_digest
 from aimscale.harness.data.stream.held_out import refuse_overlap
 from aimscale.harness.data.stream.order import Mixture, SourceOrder
@@ -69,7 +69,7 @@ class _Drawn(NamedTuple):
         """The crops."""
         return Boxes._make(self[-len(Boxes._fields) :])
 
-    def of(self, rows: I64) -> _Drawn:
+    def select(self, rows: I64) -> _Drawn:
         """Some rows."""
         return _Drawn._make(column[rows] for column in self)
 
@@ -111,10 +111,10 @@ class TrainStream(Stream):
             samples, whole = sample_of[source_of == number], sample_of[:0]
             if source.positions_ahead:
                 whole = np.concatenate([samples, later[later_source_of == number]])
-            source.dataset.read_ahead(samples[source.dataset.is_fresh(samples, self._channels)], whole)
+            source.dataset.read_ahead(samples[source.dataset.is_uncached(samples, self._channels)], whole)
 
     def _draw(self, where: I64) -> _Drawn:
-        return self._with_boxes(*self.locate(where), box_draws(make_key("crop", self._seed), where))
+        return self._with_boxes(*self.locate(where), box_uniforms(make_key("crop", self._seed), where))
 
     def _with_boxes(self, source_of: I64, sample_of: I64, uniforms: npt.NDArray[np.float64]) -> _Drawn:
         """The crops of these samples."""
@@ -133,13 +133,13 @@ class TrainStream(Stream):
             for number, source in enumerate(self._sources):
                 mine = np.flatnonzero(drawn.source == number)
                 if mine.size:
-                    theirs = drawn if len(mine) == len(pending) else drawn.of(mine)
+                    theirs = drawn if len(mine) == len(pending) else drawn.select(mine)
                     failed += mine[self._decode_from(source, images, pending[mine], theirs)].tolist()
             if not failed:
                 return tuple(bad)
             bad += [self._sources[drawn.source[row]].dataset.describe(int(drawn.sample[row])) for row in failed]
             pending = pending[failed]
-            drawn = self._replaced(drawn.of(np.array(failed)), np.asarray(where)[pending], attempt)
+            drawn = self._replaced(drawn.select(np.array(failed)), np.asarray(where)[pending], attempt)
         raise DataError(
             f"position {where[pending[0]]}: {MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
         )
@@ -147,7 +147,7 @@ class TrainStream(Stream):
     def _decode_from(self, source: _Source, images: torch.Tensor, rows: I64, drawn: _Drawn) -> list[int]:
         """Fill `rows` of `images` from one source, once; returns which of `drawn` did not decode."""
         dataset, height, width = source.dataset, drawn.image_height, drawn.image_width
-        data = dataset.read_unless_kept(drawn.sample, self._channels)
+        data = dataset.read_uncached(drawn.sample, self._channels)
         failed: list[int] = []
         is_small = (height <= SMALL_SIDE) & (width <= SMALL_SIDE)
         small, large = np.flatnonzero(is_small), np.flatnonzero(~is_small).tolist()
@@ -192,7 +192,7 @@ def _open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float, mac
     training = config.training
     datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in training.data.sources]
     for source, dataset in zip(training.data.sources, datasets, strict=True):
-        refuse_other_images(source, dataset.info)
+        require_fingerprint(source, dataset.info)
     held_out = open_dataset(config.evaluation.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
     refuse_overlap(datasets, held_out)
     counts = unique_per_source(training.data, [dataset.info for dataset in datasets])
@@ -213,7 +213,7 @@ def _open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float, mac
     return found
 
 
-def refuse_other_images(source: SourceSection, info: DatasetInfo) -> None:
+def require_fingerprint(source: SourceSection, info: DatasetInfo) -> None:
     """Raise DataError where a data set is not that with which a run was planned."""
     if source.fingerprint not in (None, info.fingerprint):
         raise DataError(

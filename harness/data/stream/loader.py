@@ -54,16 +54,16 @@ def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size
     fewer pairs than micro-batches gets empty ones.
     """
     unit = 2 if start % 2 == 0 and stop % 2 == 0 else 1
-    first, last = _share((stop - start) // unit, world_size, rank)
+    first, last = _part_bounds((stop - start) // unit, world_size, rank)
     most = -(-((stop - start) // unit) // world_size)  # what the first rank has
     if unit == 2 and micro_batch == 1:
         first, last, most, unit = 2 * first, 2 * last, 2 * most, 1
     num_micro = max(1, -(-most // max(1, micro_batch // unit)))
-    bounds = [_share(last - first, num_micro, number) for number in range(num_micro)]
+    bounds = [_part_bounds(last - first, num_micro, number) for number in range(num_micro)]
     return [range(start + unit * (first + a), start + unit * (first + b)) for a, b in bounds]
 
 
-def _share(number: int, parts: int, which: int) -> tuple[int, int]:
+def _part_bounds(number: int, parts: int, which: int) -> tuple[int, int]:
     """First, and one behind the last, of `number` things that go to one of some parts; the first get one more."""
     each, more = divmod(number, parts)
     return which * each + min(which, more), (which + 1) * each + min(which + 1, more)
@@ -129,7 +129,7 @@ class _Task(NamedTuple):
     """Of the ring; -1 where none is free."""
     part: range
     """Positions of a micro-batch."""
-    coming: tuple[range, ...]
+    upcoming: tuple[range, ...]
     """Those that the same worker fills later, as far as it has not been told of them: to be read ahead."""
 
 
@@ -151,10 +151,10 @@ class _Slots(Dataset[_Filled]):
         self._stream, self._slots = stream, slots
 
     def __getitem__(self, task: _Task) -> _Filled:
-        slot, where, coming = task
+        slot, where, upcoming = task
         own = None if slot >= 0 else torch.empty(self._slots.shape[1], dtype=torch.uint8)
         try:
-            for each in coming:
+            for each in upcoming:
                 self._stream.read_ahead(each)
             with kernel_threads(1):
                 return _Filled(self._stream.fill(self._slots[slot] if own is None else own, where), own)
@@ -192,8 +192,8 @@ class _Ring:
         under_way: collections.deque[_Task] = collections.deque()
 
         def tasks() -> Iterator[_Task]:
-            for part, coming in self._told_ahead(iter(parts)):
-                under_way.append(_Task(free.pop() if free else -1, part, coming))
+            for part, upcoming in self._with_upcoming(iter(parts)):
+                under_way.append(_Task(free.pop() if free else -1, part, upcoming))
                 yield under_way[-1]
 
         others = multiprocessing.active_children()
@@ -201,30 +201,30 @@ class _Ring:
         kill = functools.partial(_kill, [each for each in multiprocessing.active_children() if each not in others])
         atexit.register(kill)  # a program that ends meanwhile would wait for processes that hold its SIGTERM back
         try:
-            while (filled := _next(loaded)) is not None:
+            while (filled := _next_result(loaded)) is not None:
                 slot, part, _ = under_way.popleft()
                 if filled.error is not None:
                     raise filled.error
-                pixels = _lent(self.slots[slot], slot, free) if filled.pixels is None else filled.pixels
+                pixels = _slot_view(self.slots[slot], slot, free) if filled.pixels is None else filled.pixels
                 yield self._stream.batch_in(pixels, part, filled.bad_samples)
         finally:
             del loaded  # ends the workers
             atexit.unregister(kill)
 
-    def _told_ahead(self, parts: Iterator[range]) -> Iterator[tuple[range, tuple[range, ...]]]:
+    def _with_upcoming(self, parts: Iterator[range]) -> Iterator[tuple[range, tuple[range, ...]]]:
         """Each part and those that its worker will fill: as workers take turns, every so-manieth after it."""
         turn = max(1, self._num_workers)
         reach = turn * self._parts_ahead
-        coming = collections.deque(itertools.islice(parts, reach))
+        upcoming = collections.deque(itertools.islice(parts, reach))
         for number in itertools.count():
-            if not coming:
+            if not upcoming:
                 return
-            part = coming.popleft()
-            coming.extend(itertools.islice(parts, 1))
+            part = upcoming.popleft()
+            upcoming.extend(itertools.islice(parts, 1))
             if number < turn:
-                yield part, (part, *itertools.islice(coming, turn - 1, None, turn))
+                yield part, (part, *itertools.islice(upcoming, turn - 1, None, turn))
             else:
-                yield part, (coming[-1],) if len(coming) == reach else ()
+                yield part, (upcoming[-1],) if len(upcoming) == reach else ()
 
 
 def _kill(processes: Sequence[BaseProcess]) -> None:
@@ -240,16 +240,16 @@ def _start(slots: _Slots, tasks: Iterator[_Task], num_workers: int, per_worker: 
         sampler=tasks,
         num_workers=num_workers,
         prefetch_factor=per_worker if num_workers else None,
-        multiprocessing_context=start_server() if num_workers else None,
-        collate_fn=_as_it_is,
-        worker_init_fn=_begin,
+        multiprocessing_context=start_fork_server() if num_workers else None,
+        collate_fn=_identity,
+        worker_init_fn=_init_worker,
         generator=torch.Generator(),  # by itself it draws from torch's own
     )
-    with _held_back():
+    with _stop_signals_blocked():
         return iter(loader)
 
 
-def _next(loaded: Iterator[_Filled]) -> _Filled | None:
+def _next_result(loaded: Iterator[_Filled]) -> _Filled | None:
     """None at the end; what goes wrong with a task is told in `_Filled`."""
     try:
         return next(loaded, None)
@@ -259,11 +259,11 @@ def _next(loaded: Iterator[_Filled]) -> _Filled | None:
         ) from error
 
 
-def _as_it_is(filled: Any) -> Any:
+def _identity(filled: Any) -> Any:
     return filled
 
 
-def _begin(number: int) -> None:
+def _init_worker(number: int) -> None:
     """In a worker: torch ends it with the server that it was forked from, and that waits for its workers."""
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "a worker has a parent"
@@ -275,7 +275,7 @@ def _begin(number: int) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def start_server() -> ForkServerContext:
+def start_fork_server() -> ForkServerContext:
     """The server that workers are forked from; asked for early, it imports PyTorch meanwhile.
 
     A fork of the trainer would copy every lock that one of its many threads holds at that moment, and wait for it for
@@ -284,13 +284,13 @@ def start_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
     resource_tracker.ensure_running()  # the server starts it anyway, and it lets two of the signals through
-    with _held_back():
+    with _stop_signals_blocked():
         forkserver.ensure_running()
     return context
 
 
 @contextlib.contextmanager
-def _held_back() -> Iterator[None]:
+def _stop_signals_blocked() -> Iterator[None]:
     """Signals for the trainer wait meanwhile, and never reach the processes that it starts, which inherit that.
 
     Slurm sends a step's signals to every process of it: the trainer saves, and ends its processes itself.
@@ -302,7 +302,7 @@ def _held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _lent(slot: torch.Tensor, number: int, free: collections.deque[int]) -> torch.Tensor:
+def _slot_view(slot: torch.Tensor, number: int, free: collections.deque[int]) -> torch.Tensor:
     """A view of a slot; its number is free again when the last view of it is gone."""
     shown = slot.numpy()
     weakref.finalize(shown, free.append, number).atexit = False

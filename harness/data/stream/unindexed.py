@@ -23,7 +23,7 @@ from aimscale.harness.data.random_access import I64, make_key
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.shards import is_url, open_file, with_retries
 from aimscale.harness.data.store.tars import expand_braces, read_samples
-from aimscale.harness.data.stream.augment import box_draws, crop_resize_into
+from aimscale.harness.data.stream.augment import box_uniforms, crop_resize_into
 from aimscale.harness.data.stream.base import MAX_REPLACEMENTS, Stream, content_digest
 from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.run.config import UNINDEXED, RunConfig
@@ -67,7 +67,7 @@ class UnindexedStream(Stream):
 
     def _decode(self, images: torch.Tensor, where: range | I64) -> tuple[str, ...]:
         bad: list[str] = []
-        uniforms = box_draws(make_key("crop", self._seed), np.asarray(where))
+        uniforms = box_uniforms(make_key("crop", self._seed), np.asarray(where))
         for row, position in enumerate(where):
             pixels = self._next(int(position), bad)
             height, width = np.array(pixels.shape[:2], dtype=np.int32)[:, None]

@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
-from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_draws, crop_resize, draw_boxes, normalise
+from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_uniforms, crop_resize, draw_boxes, normalise
 from aimscale.harness.data.stream.held_out import count_shared, eval_images
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.tasks import ProbeError, check_benchmark
@@ -86,7 +86,11 @@ class PublishedViews:
             image = dataset.decode(int(row), self._channels)
             height, width = (np.array([side], dtype=np.int32) for side in image.shape[-2:])
             boxes = draw_boxes(
-                box_draws(key, np.array([row], dtype=np.int64)), height, width, scale=CROP_SCALE, horizontal_flip=True
+                box_uniforms(key, np.array([row], dtype=np.int64)),
+                height,
+                width,
+                scale=CROP_SCALE,
+                horizontal_flip=True,
             )
             crop = crop_resize(image, tuple(part[0].item() for part in boxes), self._size)
             changed = _changed(to_pil_image(crop).convert("RGB"), np.random.default_rng([self._seed, 2, epoch, row]))

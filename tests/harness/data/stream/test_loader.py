@@ -23,7 +23,7 @@ from trainers import until
 from aimscale.harness.data import DataError
 from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.indexed import TrainStream
-from aimscale.harness.data.stream.loader import WorkerDiedError, start_server, train_batches
+from aimscale.harness.data.stream.loader import WorkerDiedError, start_fork_server, train_batches
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.failures import STOP_SIGNALS
 
@@ -80,7 +80,7 @@ def test_too_little_shared_memory_is_refused_before_a_worker_dies_of_it(
 
 
 def test_the_server_has_one_thread_and_outlives_the_trainers_signals(stream: TrainStream) -> None:
-    start_server()
+    start_fork_server()
     server: int = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     for signum in STOP_SIGNALS:
         os.kill(server, signum)
