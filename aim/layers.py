@@ -128,15 +128,15 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, token_indices: Tensor | None = None) -> Tensor:
         """Map tokens (B, N, d) to (B, N, d); or, with flat indices `keep` (M,), to those tokens alone, (M, d).
 
         What comes after the attention works token by token, so the last block need not do it for tokens that nobody
         reads.
         """
         x = x + self.attn(self.norm_1(x), mask)
-        if keep is not None:
-            x = x.flatten(0, 1).index_select(0, keep)
+        if token_indices is not None:
+            x = x.flatten(0, 1).index_select(0, token_indices)
         out: Tensor = x + self.mlp(self.norm_2(x))
         return out
 

@@ -72,12 +72,12 @@ class Trunk(nn.Module):
         self.post_trunk_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.recompute = False
 
-    def forward(self, x: Tensor, mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, token_indices: Tensor | None = None) -> Tensor:
         """Tokens (B, N, d) -> normed tokens (B, N, d), or only those at flat indices `keep`, (M, d).
 
         `mask` is added to the scores of attention; None lets every token see all.
         """
-        out: Tensor = self.post_trunk_norm(_run_all(self.blocks, x, mask, keep, recompute=self.recompute))
+        out: Tensor = self.post_trunk_norm(_run_all(self.blocks, x, mask, token_indices, recompute=self.recompute))
         return out
 
 
@@ -103,7 +103,7 @@ class PixelHead(nn.Module):
         """Compute the buffer, which no state dict holds."""
         self.positions.copy_(_positions(self.config, self.config.head.width))
 
-    def forward(self, x: Tensor, keep: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, token_indices: Tensor, mask: Tensor | None) -> Tensor:
         """Predicted patches (M, o) at flat indices `keep` (M,), from their tokens (M, d) alone.
 
         A transformer head takes all tokens (B, N, d) and the trunk's `mask`.
@@ -111,9 +111,9 @@ class PixelHead(nn.Module):
         if self.proj_in is not None and self.norm is not None:
             x = self.proj_in(x)
             if self.config.head.num_heads:
-                x = _run_all(self.blocks, x + self.positions, mask, keep, recompute=self.recompute)
+                x = _run_all(self.blocks, x + self.positions, mask, token_indices, recompute=self.recompute)
             else:
-                x = x + self.positions[keep % self.config.num_tokens]
+                x = x + self.positions[token_indices % self.config.num_tokens]
                 for block in self.blocks:
                     x = _run(block, x, recompute=self.recompute)
             x = self.norm(x)
@@ -286,12 +286,12 @@ class AIM(nn.Module):
             raise ValueError(f"prefix lengths run from 1 to {num_tokens - 1}")
         return in_prefix(prefix_lengths, num_tokens)
 
-    def _predicted(self, patches: Tensor, is_visible: Tensor, keep: Tensor) -> Tensor:
+    def _predicted(self, patches: Tensor, is_visible: Tensor, token_indices: Tensor) -> Tensor:
         """Float32 predictions (M, o) made at flat indices `keep`, b * N + k, from patches (B, N, o)."""
         tokens = self.preprocessor.embed(patches, self.mask and functools.partial(self.mask, is_visible=is_visible))
         mask = None if self.mask else prefix_causal_mask(is_visible, tokens.dtype)
-        tokens = self.trunk(tokens, mask, None if self.config.head.num_heads else keep)
-        return self.pixel_head(tokens, keep, mask).float()
+        tokens = self.trunk(tokens, mask, None if self.config.head.num_heads else token_indices)
+        return self.pixel_head(tokens, token_indices, mask).float()
 
     def _scored_losses(self, images: Tensor, prefix_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squared error of every scored target, float32 (M,), and the flat index b * N + j of its patch.
@@ -333,12 +333,14 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _run_all(blocks: nn.ModuleList, x: Tensor, mask: Tensor | None, keep: Tensor | None, *, recompute: bool) -> Tensor:
+def _run_all(
+    blocks: nn.ModuleList, x: Tensor, mask: Tensor | None, token_indices: Tensor | None, *, recompute: bool
+) -> Tensor:
     """Transformer blocks in a row, (B, N, d) to (B, N, d); or, of flat indices `keep` (M,) alone, to (M, d)."""
     *first, last = blocks
     for block in first:
         x = _run(block, x, mask, recompute=recompute)
-    return _run(last, x, mask, keep, recompute=recompute)
+    return _run(last, x, mask, token_indices, recompute=recompute)
 
 
 def _run(module: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:

@@ -173,7 +173,7 @@ def identify(path: Path, *, image_size: int = 224, num_heads: int | None = None)
         ModelConfigError: shapes that no AIM has.
     """
     state = read_weights(path)
-    if is_of_trainer(state):
+    if is_trainer_state(state):
         state = to_released(state)
     patch_embedding = state.get("preprocessor.patchifier.proj.weight")
     depth = len({name.split(".")[2] for name in state if name.startswith("trunk.blocks.")})
@@ -329,7 +329,7 @@ def _fill(
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in own.items()})
 
 
-def is_of_trainer(state: Mapping[str, Tensor]) -> bool:
+def is_trainer_state(state: Mapping[str, Tensor]) -> bool:
     """Whether these are names of the authors' trainer."""
     return any(name.endswith("attn.q_proj.weight") for name in state)
 

@@ -27,7 +27,7 @@ from aimscale.aim.weights import (
     backbone_state,
     check_tensors,
     identify,
-    is_of_trainer,
+    is_trainer_state,
     known_heads,
     model_shapes,
     probe_state,
@@ -156,7 +156,7 @@ def _model_of(
 ) -> tuple[ModelSection, ModelConfig]:
     """The model that a file holds, insisting on `size`."""
     found = identify(source, image_size=image_size, num_heads=num_heads)
-    of_trainer = is_of_trainer(read_weights(source))
+    of_trainer = is_trainer_state(read_weights(source))
     section = ModelSection(
         size=size or found.name,
         image_size=image_size,

@@ -33,7 +33,7 @@ from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.data.stream.augment import box_uniforms, draw_boxes
 from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.device.gpu_specs import remember
+from aimscale.harness.device.gpu_specs import store_rate
 from aimscale.harness.log.progress import Bar
 from aimscale.harness.run.config import RunConfig, run_config
 
@@ -71,7 +71,7 @@ def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_imag
         stream_per_s, limit_per_s = (TURN / statistics.median(each) for each in (ours, limit))
         share = statistics.median(bare / stream for stream, bare in zip(ours, limit, strict=True))
         bar.say(f"one thread: {stream_per_s:,.0f} images/s, {share:.2f} of the limit of {limit_per_s:,.0f}", err=True)
-        remember("decoded_per_s", stream_per_s)
+        store_rate("decoded_per_s", stream_per_s)
         loader = []
         for number, per_s, per_cpu_s in _loader_rates(stream, workers, seconds, bar):
             loader.append({"workers": number, "images_per_s": per_s, "cpu_share": per_cpu_s / limit_per_s})

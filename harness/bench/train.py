@@ -31,7 +31,7 @@ from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.provenance import process_age_s
 from aimscale.harness.run.row import model_of
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, compiles
+from aimscale.harness.step.engine import Engine, should_compile
 from aimscale.harness.step.feed import count_targets
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
     options = EngineOptions(
         zero_stage=plan.zero_stage,
         activation_checkpointing=plan.activation_checkpointing,
-        compile=compiles(runtime.compile, group.device, plan.zero_stage),
+        compile=should_compile(runtime.compile, group.device, plan.zero_stage),
     )
     on_host = random_batches(model, optimiser.batch_size // group.world_size, plan.micro_batch)
     step = [batch.on(group.device) for batch in on_host]  # as a run has them: moved a step ahead

@@ -62,7 +62,7 @@ def probe(
         if is_released:
             results = score_released(run, sections, group=group)
         else:
-            results = probe_run(run, images_seen, sections, group=group, pause=bar)
+            results = probe_run(run, images_seen, sections, group=group, report_progress=bar)
         _print_entries(results, bar, run, as_json=as_json)
 
 
@@ -93,7 +93,7 @@ def baseline(
     run = RunDir(like)
     sections = _sections(run.load_config(), task, tasks, kind)
     with standalone_group(run, device) as group, Bar(shows=group.is_first) as bar:
-        results = probe_baseline(name, run, sections, weights=weights, group=group, pause=bar)
+        results = probe_baseline(name, run, sections, weights=weights, group=group, report_progress=bar)
         _print_entries(results, bar, like, as_json=as_json)
 
 

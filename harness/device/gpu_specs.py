@@ -79,7 +79,7 @@ def device_here(*, wants_cpu: bool) -> Device:
         why="of this machine" if gpus else "one core of this machine, with no GPU here or asked for",
         memory_bytes=num_bytes,
         cores=max(1, len(os.sched_getaffinity(0)) // max(1, len(gpus))),
-        decoded_per_s=remembered("decoded_per_s"),
+        decoded_per_s=stored_rate("decoded_per_s"),
     )
 
 
@@ -106,18 +106,18 @@ def nominal_flops_per_s(name: str, precision: str) -> float | None:
     return None
 
 
-def remember(what: str, rate: float) -> None:
+def store_rate(what: str, rate: float) -> None:
     """Keep a rate that was measured on this kind of processor, unless a higher one is known."""
     path = cache_folder() / "rates.json"
     with contextlib.suppress(OSError):  # a cache that cannot be written is no mistake
         rates = _rates()
         mine = rates.setdefault(cpu_name(), {})
-        if rate > (remembered(what) or 0.0):
+        if rate > (stored_rate(what) or 0.0):
             mine[what] = rate
             write_json(path, rates, durable=False)
 
 
-def remembered(what: str) -> float | None:
+def stored_rate(what: str) -> float | None:
     """That rate; None where it was never measured here."""
     mine = _rates().get(cpu_name())
     found = mine.get(what) if isinstance(mine, dict) else None
@@ -133,7 +133,7 @@ def _rates() -> dict[str, dict[str, float]]:
 @functools.cache
 def _measured_flops_per_s(precision: str) -> float:
     """Of one core: as remembered, else measured in about a second; other processes make it only too small."""
-    if known := remembered(f"{precision}_flops_per_s"):
+    if known := stored_rate(f"{precision}_flops_per_s"):
         return known
     import torch
 
@@ -145,5 +145,5 @@ def _measured_flops_per_s(precision: str) -> float:
         found = measure_peak(torch.device("cpu"), precision).flops_per_s
     finally:
         torch.set_num_threads(before)
-    remember(f"{precision}_flops_per_s", found)
+    store_rate(f"{precision}_flops_per_s", found)
     return found

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
-from aimscale.harness.device.ranks import RankWatch, holding_run
+from aimscale.harness.device.ranks import RankWatch, hold_run
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag, stop_signals
 
@@ -37,19 +37,19 @@ class Job:
     exits: contextlib.ExitStack
     """Of this rank, left when the status says how the job ended: what is slow there keeps no other rank waiting."""
 
-    def tell(self, **changes: Any) -> None:
+    def update_status(self, **changes: Any) -> None:
         """Change `status.json`, if this is the first rank."""
         if self.group.is_first:
             self.folder.write_status(**changes)
 
-    def pausing(self) -> Callable[..., None]:
+    def progress_callback(self) -> Callable[..., None]:
         """What all ranks call together, often: obeys a signal and a lost lock, and beats now and then.
 
         The call raises PreemptedError where a signal asked to stop, and LockLost.
         """
         last_beat = 0.0
 
-        def pause(*_: object) -> None:
+        def report_progress(*_: object) -> None:
             nonlocal last_beat
             self.watch.check()
             is_asked = self.group.any(self.flag.is_raised)
@@ -57,10 +57,10 @@ class Job:
             if is_asked:
                 raise PreemptedError
             if time.monotonic() - last_beat > HEARTBEAT_S:
-                self.tell(durable=False, heartbeat=time.time())
+                self.update_status(durable=False, heartbeat=time.time())
                 last_beat = time.monotonic()
 
-        return pause
+        return report_progress
 
 
 def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int:
@@ -78,19 +78,19 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
         group = start_group(find_placement(), device)
         stack.callback(stop_group)
         flag = stack.enter_context(stop_signals())
-        watch = stack.enter_context(holding_run(folder, group))
+        watch = stack.enter_context(hold_run(folder, group))
         job = Job(folder=folder, group=group, watch=watch, flag=flag, exits=stack)
         stack.enter_context(watch.watching())
         try:
             if group.is_first:
                 folder.write_start()
             work(job)
-            job.tell(state="finished", phase="", heartbeat=time.time())
+            job.update_status(state="finished", phase="", heartbeat=time.time())
         except PreemptedError:
-            job.tell(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
+            job.update_status(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
             return EXIT_PREEMPTED
         except DivergedError as error:
-            job.tell(state="diverged", phase="", reason=str(error), reason_class="nan")
+            job.update_status(state="diverged", phase="", reason=str(error), reason_class="nan")
             if group.is_first:
                 print(f"aimscale: {error}", file=sys.stderr)
             return EXIT_DIVERGED

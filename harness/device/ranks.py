@@ -25,7 +25,7 @@ import torch
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.directory import EXIT_CRASHED, ReasonClass, RunDir
-from aimscale.harness.run.failures import TooLargeError, classify, tells_of_another
+from aimscale.harness.run.failures import TooLargeError, blames_another_rank, classify
 from aimscale.harness.run.fence import LockLost, check_fence, fenced
 
 BEAT_S = 5.0
@@ -44,7 +44,7 @@ _GONE = "died, or its connection broke"
 
 
 @contextlib.contextmanager
-def holding_run(run: RunDir, group: Group) -> Iterator[RankWatch]:
+def hold_run(run: RunDir, group: Group) -> Iterator[RankWatch]:
     """Hold a run for the block: the first rank takes the lock, and the others write by its right.
 
     Raises:
@@ -124,7 +124,7 @@ class RankWatch:
         What only says that another rank failed waits for that one's own words.
         """
         reason_class, reason = classify(error)
-        if self._others and tells_of_another(reason):
+        if self._others and blames_another_rank(reason):
             self._wakes.set()
             self._knows.wait(BEAT_S + GRACE_S)
         changes = {"too_large": error.executed} if isinstance(error, TooLargeError) else {}

@@ -42,7 +42,7 @@ class TensorBoardLogger:
         self.logged_until = run.read_status().images_done
         """Images done up to which earlier starts told it everything."""
 
-    def measured(
+    def log_values(
         self, images_seen: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] | None = None
     ) -> None:
         """Plot numbers, and show pictures (uint8, height x width x channels), at their images seen."""
@@ -118,7 +118,7 @@ class WandbLogger:
             print(f"W&B gets no more of this run ({_brief(error)}); its directory holds everything", flush=True)
             self._run = None
 
-    def measured(
+    def log_values(
         self, images_seen: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] | None = None
     ) -> None:
         """Plot numbers, and show pictures (uint8, height x width x channels), at their images seen."""
@@ -147,7 +147,7 @@ Logger = TensorBoardLogger | WandbLogger
 
 
 @contextlib.contextmanager
-def logging_to(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
+def open_loggers(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
     """The loggers of `runtime.loggers` for the block, after which `status.json` says how the job ended."""
     with contextlib.ExitStack() as stack:
         loggers: list[Logger] = []
@@ -157,7 +157,7 @@ def logging_to(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
         yield loggers
 
 
-def of_line(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:
+def line_scalars(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:
     """What is plotted of a line of `metrics.jsonl`: `train/loss`, or `decay/loss` where the trunk was left.
 
     Under cosine there is no trunk: the way to a budget is all of its training.
@@ -168,7 +168,7 @@ def of_line(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:
     return {f"{part}/{name}": float(line[name]) for name in names if isinstance(line[name], int | float)}
 
 
-def of_row(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
+def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
     """What is plotted of a budget's row: `val/loss`, its standard error, and top-1 accuracies as `probe/TASK/KIND`.
 
     Args:
@@ -181,7 +181,7 @@ def of_row(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def side_by_side(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def picture_grid(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One picture of the next-patch pictures in a validation file: a row for each image; truth, prefix, prediction."""
     parts = [arrays[name] for name in ("truth", "prefix", "prediction")]
     return {"pictures/truth-prefix-prediction": np.concatenate(np.concatenate(parts, axis=2))}

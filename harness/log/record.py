@@ -18,7 +18,7 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import mean_scored_tokens
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.peak import Peak, utilisation
-from aimscale.harness.log.loggers import Logger, of_line
+from aimscale.harness.log.loggers import Logger, line_scalars
 from aimscale.harness.log.metrics import Metrics
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -35,7 +35,7 @@ SMOOTHED_S = 30.0
 
 
 @dataclasses.dataclass(kw_only=True)
-class Recent:
+class RecentThroughput:
     """What about the last `SMOOTHED_S` took: what is longer ago counts less, and the first interval, in which things
     are done once, nothing when there is another."""
 
@@ -79,7 +79,7 @@ class Recorder:
         )
         self._segment = Segment(start=0, stop=0, branch=None)
         self._begin_interval()
-        self._recent = Recent()
+        self._recent = RecentThroughput()
         self._attempt = run.read_status().attempt
 
     def enter(self, segment: Segment, *, from_its_start: bool) -> None:
@@ -180,7 +180,7 @@ class Recorder:
         for logger in self.loggers:
             if self.metrics.images_done > logger.logged_until:  # else it is trained again
                 is_cosine = self._config.training.schedule.kind == "cosine"
-                logger.measured(line["images_seen"], of_line(line, is_cosine=is_cosine))
+                logger.log_values(line["images_seen"], line_scalars(line, is_cosine=is_cosine))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         part = "stable" if branch is None else f"decay to {branch}"
         self.say(

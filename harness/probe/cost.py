@@ -96,7 +96,7 @@ def curve_cost(
     points = schedule.num_points(validation_distance(config, lookup))
     passes = validation_images(evaluation.validation, lookup)
     images, products = passes / evaluation.validation.num_prefixes, points * passes * flops.forward
-    for section in filter(None, (each.during for each in evaluation.probes)):
+    for section in filter(None, (each.during_training for each in evaluation.probes)):
         times = schedule.num_points(section.every_images)
         cost = probe_cost(section, model, flops, ranks, memory_bytes, lookup)
         images, products = images + times * cost.images, products + times * cost.flops

@@ -25,7 +25,7 @@ from aimscale.harness.probe.files import (
 )
 from aimscale.harness.run.budgets import missing_budgets, saved_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
-from aimscale.harness.run.directory import RunDir, probe_place
+from aimscale.harness.run.directory import RunDir, probe_key
 
 VALIDATION_COLUMNS = ("val_loss", "val_loss_se", "val_num_images")
 """Columns of a row that stand in a validation file, under the same names."""
@@ -76,7 +76,7 @@ def pending_evaluations(run: RunDir, config: RunConfig, images_seen: int, row: d
             yield Pending(what="probe", images_seen=images_seen, section=section)
 
 
-def enter_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, Any]:
+def update_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, Any]:
     """Bring a saved budget's row up to its files: what training knew, the validation, and the probes; hold the run.
 
     Returns the row.
@@ -89,8 +89,8 @@ def enter_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, Any
     row = row | _validation_columns(run, images_seen)
     name, folder = weights_name(run, config, images_seen), run.probes_dir(images_seen)
     entries = [entry for each in task_files(folder) if each.get("backbone") == name for entry in entries_of(each)]
-    measured = {probe_place(entry) for entry in entries}
-    others = [entry for entry in row.get("probes") or () if probe_place(entry) not in measured]
+    measured = {probe_key(entry) for entry in entries}
+    others = [entry for entry in row.get("probes") or () if probe_key(entry) not in measured]
     row["probes"] = sorted([*entries, *others], key=lambda entry: str(entry["task"]))
     if row != before:
         finished_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -31,7 +31,14 @@ from aimscale.aim.weights import write_weights
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
 from aimscale.harness.probe.features.extraction import ALONE, FeatureCache, FeaturePass, SplitFeatures
-from aimscale.harness.probe.features.images import Pause, PublishedViews, Task, go_on, holdout_split, open_task
+from aimscale.harness.probe.features.images import (
+    ProgressCallback,
+    PublishedViews,
+    Task,
+    holdout_split,
+    ignore_progress,
+    open_task,
+)
 from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, block_sets
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
 from aimscale.harness.probe.heads.fit import GridFit, predict_test_split
@@ -55,7 +62,7 @@ def probe_backbone(
     out: Path | None,
     kept: FeatureCache | None = None,
     group: Group = ALONE,
-    pause: Pause = go_on,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> list[dict[str, Any]]:
     """Probe a frozen backbone on one task.
 
@@ -93,7 +100,16 @@ def probe_backbone(
         return [as_entry(found[kind]) for kind in section.kinds]
     started = time.monotonic()
     fit, held = holdout_split(train.labels, HOLDOUT_FRACTION, seed)
-    task = Task(section=section, train=train, test=test, fit=fit, held=held, seed=seed, group=group, pause=pause)
+    task = Task(
+        section=section,
+        train=train,
+        test=test,
+        fit=fit,
+        held=held,
+        seed=seed,
+        group=group,
+        report_progress=report_progress,
+    )
     with matmul_precision(section.precision):
         for details in _details(task, backbone, kinds, kept or FeatureCache(), out, key):
             about = {"evaluation": key["evaluation"], "protocol": PROTOCOL, "seed": seed}
@@ -102,7 +118,7 @@ def probe_backbone(
             if out is not None and group.is_first:
                 took = {"world_size": group.world_size, "wall_s": time.monotonic() - started}
                 add_probes(out, section, key, done, classes=list(train.classes), **took)
-            pause()
+            report_progress()
     return [as_entry(found[kind]) for kind in section.kinds]
 
 
@@ -120,7 +136,7 @@ def _details(
             precision=task.section.precision,
             for_tokens=has_views or not set(ON_TOKENS).isdisjoint(kinds),
             folder=out,
-            pause=task.pause,
+            report_progress=task.report_progress,
         )
         splits = (task.train, task.fit), (task.test, None)
         fitted, tested = kept.get(features, task.section.attention, *splits)

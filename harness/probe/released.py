@@ -20,7 +20,7 @@ from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import add_probes, as_entry, task_key
 from aimscale.harness.probe.heads.fit import TEST_BATCH
 from aimscale.harness.probe.heads.scores import gather_predictions, score, to_predictions
-from aimscale.harness.probe.pending_evaluations import enter_row
+from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.probe.run import backbone_of
 from aimscale.harness.run.budgets import chosen_budgets
 from aimscale.harness.run.config import ProbeSection
@@ -99,5 +99,5 @@ def score_released(
         }
         if group.is_first:
             add_probes(run.probes_dir(budget), section, key, {RELEASED: detail})
-            enter_row(run, config, budget)
+            update_row(run, config, budget)
         yield budget, [as_entry(detail)]

@@ -20,15 +20,15 @@ from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.device.distributed import Group, choose_device, find_placement, start_group, stop_group
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
 from aimscale.harness.probe.features.extraction import ALONE, FeatureCache
-from aimscale.harness.probe.features.images import Pause, go_on, numbered
+from aimscale.harness.probe.features.images import ProgressCallback, ignore_progress, numbered_progress
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import finished_entries, weights_name
-from aimscale.harness.probe.pending_evaluations import enter_row
+from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.budgets import chosen_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import saying_what_gives_memory
+from aimscale.harness.run.failures import memory_advice
 from aimscale.harness.run.row import model_of
 
 
@@ -69,7 +69,7 @@ def standalone_group(run: RunDir, device: str) -> Iterator[Group]:
         NoMemoryError: memory ran out.
     """
     placement, config = find_placement(), run.load_config()
-    with kernel_threads(config.runtime.num_threads), saying_what_gives_memory(), contextlib.ExitStack() as stack:
+    with kernel_threads(config.runtime.num_threads), memory_advice(), contextlib.ExitStack() as stack:
         if placement.world_size > 1:
             stack.callback(stop_group)
             group = start_group(placement, device)
@@ -86,7 +86,7 @@ def probe_run(
     sections: Sequence[ProbeSection] | None = None,
     *,
     group: Group = ALONE,
-    pause: Pause = go_on,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Probe saved budgets; yields (images seen, entries) after each task and writes files and rows as it goes.
 
@@ -113,7 +113,7 @@ def probe_run(
         kept = FeatureCache()
         for section in sections:
             number = next(numbers)
-            pause()
+            report_progress()
             entries = group.from_first(functools.partial(finished_entries, run, config, budget, section))
             if entries is None:
                 # read only where there is something to do: a 7B budget is 26 GB
@@ -127,10 +127,10 @@ def probe_run(
                     out=run.probes_dir(budget),
                     kept=kept,
                     group=group,
-                    pause=numbered(pause, number, len(budgets) * len(sections)),
+                    report_progress=numbered_progress(report_progress, number, len(budgets) * len(sections)),
                 )
             if group.is_first:
-                enter_row(run, config, budget)
+                update_row(run, config, budget)
             yield budget, entries
 
 
@@ -147,7 +147,7 @@ def probe_baseline(
     *,
     weights: str | None = None,
     group: Group = ALONE,
-    pause: Pause = go_on,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> Iterator[tuple[None, list[dict[str, Any]]]]:
     """Probe a baseline on tasks; yields entries after each task and writes files into `baselines/<target>` of the run.
 
@@ -179,6 +179,6 @@ def probe_baseline(
                 out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
                 kept=kept,
                 group=group,
-                pause=numbered(pause, number, len(sections)),
+                report_progress=numbered_progress(report_progress, number, len(sections)),
             ),
         )

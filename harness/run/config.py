@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from aimscale.aim.config import HeadKind, HeadRule, Parametrisation, PatchOrder, QkvInit, Target
-from aimscale.harness.run.identity import content_of, digest_of, training_digest
+from aimscale.harness.run.identity import config_digest, short_hash, training_digest
 from aimscale.harness.run.strict import ConfigError as ConfigError
 from aimscale.harness.run.strict import Section, parse, read_yaml, refuse_unknown
 
@@ -203,7 +203,7 @@ class ValidationSection(Section):
     def digest(self) -> str:
         """Eight hex digits of how it is measured, wherever the images lie, and whenever."""
         fields = self.model_dump(mode="json", exclude_defaults=True, exclude={"path", "every_images"})
-        return digest_of("validation", fields)
+        return config_digest("validation", fields)
 
 
 def _file_name(name: str) -> str:
@@ -251,7 +251,7 @@ class ProbeSection(Section):
     """Distance of points during training at which its `linear` and `knn` are measured, too; null: at budgets alone."""
 
     @property
-    def during(self) -> ProbeSection | None:
+    def during_training(self) -> ProbeSection | None:
         """What is measured of it during training: the cheap kinds; None where nothing is."""
         kinds = tuple(kind for kind in self.kinds if kind in ("linear", "knn"))
         return self.model_copy(update={"kinds": kinds}) if self.every_images else None
@@ -269,8 +269,8 @@ class ProbeSection(Section):
         """
         no_settings = {"train", "test", "kinds", "every_images"}
         settings = self.model_dump(mode="json", exclude_defaults=True, exclude=no_settings)
-        data = content_of(f"{train} {test}") if train and test else "*"
-        return f"{digest_of('probe', settings)}-{data}"
+        data = short_hash(f"{train} {test}") if train and test else "*"
+        return f"{config_digest('probe', settings)}-{data}"
 
 
 class TrainingConfig(Section):

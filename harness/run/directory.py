@@ -19,9 +19,9 @@ from pydantic import BaseModel, TypeAdapter
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
-from aimscale.harness.run.fence import taken_over
+from aimscale.harness.run.fence import take_over
 from aimscale.harness.run.files import read_as, write_json, write_text
-from aimscale.harness.run.lock import holding, is_held
+from aimscale.harness.run.lock import hold_lock, is_held
 
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
 ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
@@ -125,7 +125,7 @@ _RESULTS = TypeAdapter(_Results)
 _ROW = TypeAdapter(_Row)
 
 
-def probe_place(entry: dict[str, Any]) -> tuple[str, str, str | None]:
+def probe_key(entry: dict[str, Any]) -> tuple[str, str, str | None]:
     """What is measured once in a row: task, kind and evaluation."""
     return entry["task"], entry["kind"], entry.get("evaluation")
 
@@ -249,7 +249,7 @@ class RunDir:
                 point = points.setdefault(line["images_seen"], {})
                 entries = [*(point.get("probes") or ()), *(line.get("probes") or ())]
                 point |= {key: value for key, value in line.items() if value is not None}
-                point["probes"] = list({probe_place(entry): entry for entry in entries}.values())
+                point["probes"] = list({probe_key(entry): entry for entry in entries}.values())
         return [points[position] for position in sorted(points)]
 
     def record_row(self, row: dict[str, Any]) -> None:
@@ -276,5 +276,5 @@ class RunDir:
             LockHeld: another live process has it.
             UserError: the file system cannot be written, or has no locks.
         """
-        with holding(self.lock) as holder, taken_over(self.path, holder.token) as folder:
+        with hold_lock(self.lock) as holder, take_over(self.path, holder.token) as folder:
             yield folder

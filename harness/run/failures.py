@@ -66,17 +66,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def saying_what_gives_memory(advice: str = "use more ranks, each of which then holds less") -> Iterator[None]:
+def memory_advice(advice: str = "use more ranks, each of which then holds less") -> Iterator[None]:
     """Raise NoMemoryError, with what to do, where memory runs out in the block."""
     try:
         yield
     except Exception as error:
         if isinstance(error, NoMemoryError) or not is_out_of_memory(error):
             raise
-        raise NoMemoryError(f"{said_of_memory(error)}; {advice}") from error
+        raise NoMemoryError(f"{describe_out_of_memory(error)}; {advice}") from error
 
 
-def said_of_memory(error: BaseException) -> str:
+def describe_out_of_memory(error: BaseException) -> str:
     """The part of an allocator's words that says how much was asked for."""
     text = " ".join(str(error).split()) or "out of memory"
     asked = re.search(r"[Tt]ried to allocate [\d.]+ \w+", text)
@@ -100,12 +100,12 @@ class StopFlag:
 def stop_signals() -> Iterator[StopFlag]:
     """A flag that `STOP_SIGNALS` raise during the block."""
     flag = StopFlag()
-    with calling(flag):
+    with handling_stop_signals(flag):
         yield flag
 
 
 @contextlib.contextmanager
-def calling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handling_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Have `STOP_SIGNALS` call this handler during the block; the handlers of before come back after it.
 
     What is ignored stays ignored: `nohup` ignores SIGHUP. Outside the main thread, which alone may handle signals,
@@ -152,7 +152,7 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
     return "code", sentence
 
 
-def tells_of_another(sentence: str) -> bool:
+def blames_another_rank(sentence: str) -> bool:
     """Whether a failure only says that another rank failed."""
     return sentence.startswith("another rank is gone") or re.search(r"\brank \d+ failed", sentence) is not None
 

@@ -24,7 +24,7 @@ class LockLost(RuntimeError):
 
 
 @contextlib.contextmanager
-def taken_over(run: Path, token: str) -> Iterator[Path]:
+def take_over(run: Path, token: str) -> Iterator[Path]:
     """For the block, be the one that writes into a run: from its start no earlier holder of the lock can.
 
     Yields the writer's folder. It goes at the end, but after an error stays for the next holder: other ranks may still

@@ -21,7 +21,7 @@ def training_digest(training: Values, horizon: int | None) -> str:
         training: `TrainingConfig` as JSON values, without those that are defaults.
         horizon: images after which a cosine schedule ends; None under `wsd`, where budgets branch off one trunk.
     """
-    fields = flat(training)
+    fields = flatten(training)
     fields["data.sources"] = [
         {
             "content": source.get("fingerprint") or f"unknown: {source['path']}",
@@ -29,23 +29,23 @@ def training_digest(training: Values, horizon: int | None) -> str:
         }
         for source in training["data"]["sources"]
     ]
-    return digest_of("training", fields | ({} if horizon is None else {"schedule.images": horizon}))
+    return config_digest("training", fields | ({} if horizon is None else {"schedule.images": horizon}))
 
 
-def flat(values: Values, prefix: str = "") -> dict[str, Any]:
+def flatten(values: Values, prefix: str = "") -> dict[str, Any]:
     """Nested sections by dotted names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
-def digest_of(kind: Literal["training", "validation", "probe"], fields: Values) -> str:
+def config_digest(kind: Literal["training", "validation", "probe"], fields: Values) -> str:
     """Eight hex digits of what is trained or how something is measured."""
     text = json.dumps({"schema": 1, "kind": kind, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return content_of(text)
+    return short_hash(text)
 
 
-def content_of(text: str) -> str:
+def short_hash(text: str) -> str:
     """Eight hex digits of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -99,7 +99,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @contextlib.contextmanager
-def holding(path: Path, **facts: Any) -> Iterator[Holder]:
+def hold_lock(path: Path, **facts: Any) -> Iterator[Holder]:
     """Hold a lock for the block.
 
     Raises:

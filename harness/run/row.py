@@ -12,7 +12,7 @@ from typing import Any
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.cost import flops_per_image, param_count
 from aimscale.harness.run.config import ModelSection, ObjectiveSection, RunConfig, TrainingConfig
-from aimscale.harness.run.identity import flat
+from aimscale.harness.run.identity import flatten
 from aimscale.harness.run.provenance import git_commit
 
 ROW_VERSION = 1
@@ -87,7 +87,7 @@ def setup_of(training: TrainingConfig) -> dict[str, Any]:
 
     Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
     """
-    fields = flat(training.model_dump(mode="json", exclude_defaults=True))
+    fields = flatten(training.model_dump(mode="json", exclude_defaults=True))
     return {name: value for name, value in fields.items() if name not in SCALE_FIELDS}
 
 

@@ -150,7 +150,7 @@ class Engine:
         held = [parameters, [vars(p) for p in parameters], vars(self._optimizer), list(self.adamw.state.values())]
         self._engine.destroy()
         # DeepSpeed's hooks keep some of these alive, so their memory is given back and not only their names.
-        give_back(held)
+        free_storage(held)
         del self._engine, self._optimizer, self.module
 
     def fragments(self) -> list[Fragment]:
@@ -228,7 +228,7 @@ class Engine:
             self._optimizer.update_lp_params()
 
 
-def compiles(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: int) -> bool:
+def should_compile(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: int) -> bool:
     """What `runtime.compile` means: `auto` compiles the blocks on a GPU, but not at ZeRO 3, whose hooks break graphs.
 
     Raises:
@@ -243,7 +243,7 @@ def compiles(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: i
     return False
 
 
-def give_back(held: Any) -> None:
+def free_storage(held: Any) -> None:
     """Free the memory of tensors inside nested lists and dictionaries, gradients included."""
     for tensor in _tensors_in(held):
         tensor.untyped_storage().resize_(0)

@@ -10,11 +10,11 @@ import torch
 from aimscale.harness.data.stream.loader import start_fork_server
 from aimscale.harness.device.distributed import find_placement
 from aimscale.harness.device.job import Job, execute_job
-from aimscale.harness.log.loggers import Logger, logging_to
+from aimscale.harness.log.loggers import Logger, open_loggers
 from aimscale.harness.probe.pending_evaluations import pending_work
 from aimscale.harness.run.budgets import missing_budgets
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
-from aimscale.harness.run.failures import TooLargeError, run_worker, saying_what_gives_memory
+from aimscale.harness.run.failures import TooLargeError, memory_advice, run_worker
 from aimscale.harness.train.evaluate import evaluate_run
 from aimscale.harness.train.loop import Trainer
 
@@ -42,17 +42,17 @@ def train(path: Path) -> int:
             start_fork_server()  # it imports PyTorch while the engine is built
         group = job.group
         loggers: list[Logger] = []
-        group.from_first(lambda: loggers.extend(job.exits.enter_context(logging_to(run, config))))
+        group.from_first(lambda: loggers.extend(job.exits.enter_context(open_loggers(run, config))))
         if group.from_first(lambda: missing_budgets(run, config)):
             gc.freeze()  # collections from here on need not look through all that was imported
-            with saying_what_gives_memory(SAVES_MEMORY):
+            with memory_advice(SAVES_MEMORY):
                 trainer = Trainer(run, config, job, loggers)
                 try:
                     trainer.walk()
                 finally:
                     trainer.close()  # frees the device: what comes next needs the memory of the training state
                     gc.unfreeze()
-        with saying_what_gives_memory():
+        with memory_advice():
             evaluate_run(run, config, job, loggers)
 
     try:

@@ -18,7 +18,7 @@ import torch
 
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info, fingerprint
 from aimscale.harness.device.job import Job
-from aimscale.harness.log.loggers import Logger, of_row
+from aimscale.harness.log.loggers import Logger, row_scalars
 from aimscale.harness.log.record import append_line
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone
@@ -26,7 +26,7 @@ from aimscale.harness.probe.features.extraction import FeatureCache
 from aimscale.harness.probe.files import validation_settings
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
-from aimscale.harness.run.directory import RunDir, probe_place
+from aimscale.harness.run.directory import RunDir, probe_key
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.schedule import unchecked_schedule
@@ -36,7 +36,7 @@ from aimscale.harness.train.evaluate import open_held_out
 from aimscale.harness.train.validation import HeldOut, validate
 
 
-class Points:
+class LearningCurve:
     """What a run measures on its way; all ranks call it together."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Points:
         self._run, self._config, self._job, self._schedule = run, config, job, unchecked_schedule(config)
         self._engine, self._loggers = engine, loggers
         self._distance = job.group.from_first(lambda: validation_distance(config, lookup))
-        self._probes = [section for each in config.evaluation.probes if (section := each.during)]
+        self._probes = [section for each in config.evaluation.probes if (section := each.during_training)]
         self._held_out: HeldOut | None = None
         self._folder = run.path / "probes" / "during"  # of the probes under way
 
@@ -77,7 +77,7 @@ class Points:
         validation, probes = group.from_first(functools.partial(self._lacking, images_seen))
         if not validation and not probes:
             return
-        self._job.tell(durable=False, phase=f"measure at {images_seen:,}", heartbeat=time.time())
+        self._job.update_status(durable=False, phase=f"measure at {images_seen:,}", heartbeat=time.time())
         line: dict[str, Any] = {"images_seen": images_seen, "lr": lr}
         if validation:
             line |= {"validation": validation} | self._loss(images_seen)
@@ -88,7 +88,7 @@ class Points:
             append_line(self._run.curve, line | {"measured_s": time.monotonic() - started})
             remove_dir(self._folder)
             for logger in self._loggers:
-                logger.measured(images_seen, of_row(line, during=True))
+                logger.log_values(images_seen, row_scalars(line, during=True))
             said = [f"validation loss {line['val_loss']:.4f}"] if validation else []
             said += [f"{entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %" for entry in line["probes"]]
             print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
@@ -99,7 +99,7 @@ class Points:
         name = validation_settings(self._config.evaluation.validation)
         is_due = self._schedule.is_point(images_seen, self._distance)
         is_due = is_due and not fnmatch.fnmatch(str(there.get("validation")), name)
-        places = {probe_place(entry) for entry in there.get("probes", ())}
+        places = {probe_key(entry) for entry in there.get("probes", ())}
         probes = []
         for probe in self._probes:
             evaluation = probe.evaluation(fingerprint(probe.train), fingerprint(probe.test))
@@ -115,7 +115,7 @@ class Points:
         config, group = self._config, self._job.group
         self._held_out = self._held_out or open_held_out(config, group)
         model = copied_model(self._engine, group, DTYPES[config.training.optimiser.precision])
-        losses = validate(model, self._held_out, group, self._job.pausing())
+        losses = validate(model, self._held_out, group, self._job.progress_callback())
         if not math.isfinite(losses.loss):
             raise DivergedError(f"the validation loss at image {images_seen} is {losses.loss}; the weights diverged")
         return {column: value if math.isfinite(value) else None for column, value in losses.columns.items()}
@@ -136,6 +136,6 @@ class Points:
                     out=self._folder,
                     kept=kept,
                     group=self._job.group,
-                    pause=self._job.pausing(),
+                    report_progress=self._job.progress_callback(),
                 )
         return found

@@ -26,11 +26,11 @@ from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.probe.cost import curve_bytes
-from aimscale.harness.probe.pending_evaluations import enter_row
+from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.run.budgets import ABOUT, check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig, RuntimeConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import PreemptedError, TooLargeError, is_out_of_memory, said_of_memory
+from aimscale.harness.run.failures import PreemptedError, TooLargeError, describe_out_of_memory, is_out_of_memory
 from aimscale.harness.run.fence import earlier_folders
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
@@ -38,10 +38,10 @@ from aimscale.harness.run.row import ROW_VERSION, describe, model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
 from aimscale.harness.step.checkpoint import CheckpointError, Manifest, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, StepOutcome, compiles
+from aimscale.harness.step.engine import Engine, StepOutcome, should_compile
 from aimscale.harness.step.feed import RankRequest, Step, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter, recover_checkpoints, save_weights
-from aimscale.harness.train.curve import Points
+from aimscale.harness.train.curve import LearningCurve
 
 
 class Trainer:
@@ -82,7 +82,7 @@ class Trainer:
             EngineOptions(
                 zero_stage=self.plan.zero_stage,
                 activation_checkpointing=self.plan.activation_checkpointing,
-                compile=compiles(runtime.compile, group.device, self.plan.zero_stage),
+                compile=should_compile(runtime.compile, group.device, self.plan.zero_stage),
             ),
             group,
             seed=training.seed,
@@ -91,7 +91,7 @@ class Trainer:
         self.recorder = Recorder(run, config, group, self.model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
         beside = dataclasses.replace(job, group=group.with_reserved_memory(self.plan.held_bytes))
-        self.points = Points(run, config, beside, self.engine, lookup=lookup, loggers=loggers)
+        self.curve = LearningCurve(run, config, beside, self.engine, lookup=lookup, loggers=loggers)
 
     def _executed(self, plan: ExecutionPlan) -> dict[str, Any]:
         """What the memory of a step depends on, beside the run itself."""
@@ -140,7 +140,7 @@ class Trainer:
                 self.writer.finish()
                 self._save_budget(segment.stop)
                 if self.group.is_first:
-                    enter_row(self.run, self.config, segment.stop)
+                    update_row(self.run, self.config, segment.stop)
         if self.group.is_first:
             self._keep_end_of_trunk()
 
@@ -148,7 +148,7 @@ class Trainer:
         """Give back the memory of weights, gradients and optimiser states."""
         self.writer.close()
         self.engine.close()
-        del self.engine, self.writer, self.points
+        del self.engine, self.writer, self.curve
         gc.collect()
         if self.group.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -172,7 +172,7 @@ class Trainer:
         left = [budget for budget in self.schedule.budgets if budget not in saved]
         leaves = {budget: self.schedule.branch_point(budget) for budget in (*saved, *left)}
         for budget in saved if self.group.is_first else ():
-            enter_row(self.run, self.config, budget)
+            update_row(self.run, self.config, budget)
         manifest = self._load_newest(left, max((leaves[budget] for budget in saved), default=0))
         position = point = manifest.images_seen if manifest else 0
         if manifest is not None and manifest.branch is not None:
@@ -246,8 +246,8 @@ class Trainer:
             if self.has_stepped or self.is_lowered or not half or not is_out_of_memory(error):
                 raise
             raise TooLargeError(
-                f"{said_of_memory(error)} in the first step with a micro-batch of {self.plan.micro_batch}; the next "
-                f"start takes {half}",
+                f"{describe_out_of_memory(error)} in the first step with a micro-batch of {self.plan.micro_batch}; "
+                f"the next start takes {half}",
                 self._executed(self.plan),
             ) from error
         self.has_stepped = True
@@ -258,11 +258,11 @@ class Trainer:
         """Measure what is due at a position of the trunk, where a decay begins, or anywhere under cosine."""
         is_cosine = self.config.training.schedule.kind == "cosine"
         is_trunk = is_cosine or segment.branch is None or position == segment.start
-        if not (self.plan.measures and is_trunk and self.points.is_at(position)):
+        if not (self.plan.measures and is_trunk and self.curve.is_at(position)):
             return
         lr = self.schedule.lr(position - self.batch_size, segment.branch if is_cosine else None)
         with self.recorder.untimed():
-            self.points.measure(position, lr)
+            self.curve.measure(position, lr)
 
     def _request(self) -> RankRequest:
         """What this rank has to say before a step, asked once for each."""

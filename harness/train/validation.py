@@ -22,7 +22,7 @@ from aimscale.harness.data.stream.augment import denormalise, normalise
 from aimscale.harness.data.stream.held_out import eval_images, eval_pixels, usable_indices, validation_prefixes
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import EVAL_TOKENS
-from aimscale.harness.probe.features.images import Pause, decoded_ahead, go_on
+from aimscale.harness.probe.features.images import ProgressCallback, decoded_ahead, ignore_progress
 from aimscale.harness.probe.pending_evaluations import VALIDATION_COLUMNS
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.run.files import atomic_write
@@ -122,7 +122,9 @@ class ValidationLosses:
 
 
 @torch.no_grad()
-def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = go_on) -> ValidationLosses:
+def validate(
+    model: AIM, held_out: HeldOut, group: Group, report_progress: ProgressCallback = ignore_progress
+) -> ValidationLosses:
     """Per-image losses; ranks share the images, and every rank returns all of them.
 
     Args:
@@ -134,7 +136,7 @@ def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = go_on) 
     passes = [torch.zeros(2, 0, num_prefixes, dtype=torch.float64, device=group.device)]
     by_position = torch.zeros(2, num_tokens, dtype=torch.float64, device=group.device)
     for rows, images in held_out.passes(max(1, EVAL_TOKENS // (num_tokens * num_prefixes))):
-        pause()
+        report_progress()
         if len(rows):
             repeated = images.repeat_interleave(num_prefixes, dim=0)
             found = torch.stack(model.per_patch_loss(repeated, prefix_lengths[rows].flatten(0, 1)))

@@ -20,7 +20,7 @@ from types import FrameType
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import calling
+from aimscale.harness.run.failures import handling_stop_signals
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.devices import Devices, Machine
 from aimscale.sweeps.engine.processes import Command, Process, Processes
@@ -133,7 +133,7 @@ class LaunchResult:
 
 def run_queue(queue: Queue, report: Report) -> LaunchResult:
     """Execute the runs that wait until none is left to start; `report` is called every few moments."""
-    with contextlib.closing(queue.processes), calling(functools.partial(_on_signal, queue)):
+    with contextlib.closing(queue.processes), handling_stop_signals(functools.partial(_on_signal, queue)):
         try:
             _work_through(queue, report)
         except BaseException:

@@ -103,9 +103,9 @@ def _by_numbers(sweep: Sweep, run: Run, device: Device) -> Iterator[Found]:
     if runtime.compile is True and not device.is_gpu:
         import torch
 
-        from aimscale.harness.step.engine import compiles
+        from aimscale.harness.step.engine import should_compile
 
-        yield from _said("runtime.compile", compiles, True, torch.device("cpu"), 0)
+        yield from _said("runtime.compile", should_compile, True, torch.device("cpu"), 0)
 
 
 class _Data:

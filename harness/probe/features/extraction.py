@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aimscale.harness.device.distributed import Group, Placement
 from aimscale.harness.probe.features.backbones import DTYPES, Backbone, weight_bytes
-from aimscale.harness.probe.features.images import LabelledImages, Pause, go_on
+from aimscale.harness.probe.features.images import LabelledImages, ProgressCallback, ignore_progress
 from aimscale.harness.probe.features.tasks import CACHE_SHARE, HOST_SHARE, BlockSet, ProbeError, gpu_bytes_left
 
 NOT_FINITE = "the features are not finite: the weights diverged, or are damaged"
@@ -267,7 +267,7 @@ class FeaturePass:
     """Whether anything will read single tokens: else they are not kept, and have no statistics."""
     folder: Path | None = None
     """On whose disk pooled features go that memory does not hold; None keeps to memory."""
-    pause: Pause = go_on
+    report_progress: ProgressCallback = ignore_progress
 
     @torch.no_grad()
     def split(self, images: LabelledImages, fit: np.ndarray | None = None, reserved_bytes: int = 0) -> SplitFeatures:
@@ -305,7 +305,7 @@ class FeaturePass:
                     sums[part].add(outputs.index_select(1, rows).flatten(1, 2))
                 sums[2 + part].add(means.index_select(1, rows))
             seen = min(len(images), self.group.world_size * (first + len(chunk)))
-            self.pause(f"features of {images.dataset.info.name}", seen, len(images))
+            self.report_progress(f"features of {images.dataset.info.name}", seen, len(images))
         for moments in sums if fit is not None else ():
             moments.over_ranks(self.group)
         return SplitFeatures(

@@ -114,22 +114,22 @@ def _changed(picture: Any, draw: np.random.Generator) -> Any:
     return picture
 
 
-class Pause(Protocol):
+class ProgressCallback(Protocol):
     """Called by all ranks together, often; raises to stop there."""
 
     def __call__(self, what: str = "", done: int = 0, total: int | None = None, unit: str = "images", /) -> None:
         """`done` of `total` units of the work named `what`; no name says nothing of where the work stands."""
 
 
-def go_on(*_: object) -> None:
+def ignore_progress(*_: object) -> None:
     """The pause that stops nothing and shows nothing."""
 
 
-def numbered(pause: Pause, number: int, count: int) -> Pause:
+def numbered_progress(report_progress: ProgressCallback, number: int, count: int) -> ProgressCallback:
     """The same for one of several pieces of work: what it names begins with `number/count`."""
     if count == 1:
-        return pause
-    return lambda what="", *standing: pause(what and f"{number}/{count} {what}", *standing)
+        return report_progress
+    return lambda what="", *standing: report_progress(what and f"{number}/{count} {what}", *standing)
 
 
 MAX_SHARED = 0.01
@@ -212,7 +212,7 @@ class Task:
     """Draws the heads' start and the order of images."""
     group: Group
     """The ranks that share the work; the result does not depend on them but for rounding."""
-    pause: Pause = go_on
+    report_progress: ProgressCallback = ignore_progress
 
     @property
     def num_classes(self) -> int:

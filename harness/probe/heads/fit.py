@@ -215,7 +215,7 @@ class GridFit:
                 for optimiser in optimisers:
                     optimiser.step()
                 done += 1
-                self.task.pause(what, done, num_steps, "steps")
+                self.task.report_progress(what, done, num_steps, "steps")
 
     def _batches(self, this: Round, num_steps: int) -> Iterator[tuple[Micro, Tensor]]:
         """This rank's outputs of each micro-batch of that many batches, without images that no copy learns from."""
@@ -246,7 +246,7 @@ class GridFit:
                 found = stack.losses(tokens, self._labels(micro), self._weights(this, micro))
                 found.sum().backward()
                 total += found.detach()
-            self.task.pause("linear heads", next(num_passes), None, "passes")
+            self.task.report_progress("linear heads", next(num_passes), None, "passes")
             return total
 
         covariance = None
@@ -307,7 +307,7 @@ class GridFit:
                 losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
                 totals[kind][0] += (logits.argmax(3) == targets).sum(1)
                 totals[kind][1] += losses.double().sum(1)
-            self.task.pause()
+            self.task.report_progress()
         mine = [
             Candidate(
                 kind=kind, blocks=blocks, value=value, holdout_top1=top1 / len(held), holdout_loss=loss / len(held)

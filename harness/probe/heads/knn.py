@@ -108,7 +108,7 @@ class Neighbours:
                 )
                 for k, total in zip(ks, self.task.group.sum_counts(*right), strict=True)
             ]
-            self.task.pause("k-NN", number, len(sets), "block sets")
+            self.task.report_progress("k-NN", number, len(sets), "block sets")
         return found
 
     @torch.no_grad()

@@ -97,7 +97,7 @@ class _Adaptation:
                 torch.nn.utils.clip_grad_norm_(self.trained, CLIP_NORM)
                 optimiser.step()
                 step += 1
-                self._task.pause(f"LoRA at learning rate {lr:g}", step, num_steps, "steps")
+                self._task.report_progress(f"LoRA at learning rate {lr:g}", step, num_steps, "steps")
             epoch += 1
 
     @torch.no_grad()

@@ -28,10 +28,10 @@ from aimscale.harness.run.lock import LockHeld
 
 HOLD = """
 import os, sys, time
-from aimscale.harness.data.stream.loader import start_server
+from aimscale.harness.data.stream.loader import start_fork_server
 from aimscale.harness.run.directory import RunDir
 with RunDir(sys.argv[1]).hold():
-    start_server().Process(target=time.sleep, args=(60,)).start()
+    start_fork_server().Process(target=time.sleep, args=(60,)).start()
     child = os.fork()
     if child:
         print("held", child, flush=True)

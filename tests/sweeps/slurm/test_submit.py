@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.lock import holding
+from aimscale.harness.run.lock import hold_lock
 from aimscale.harness.run.provenance import find_snapshot, make_snapshot
 from aimscale.sweeps.cli.plan import print_plan
 from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, stop_seconds
@@ -97,7 +97,7 @@ def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitte
     assert (first.number, submitted("array")) == (4, ["0-3%4"])
     queue = ["1_0|PENDING|", "1_1|RUNNING|node1", "1_2|CANCELLED|", "9|RUNNING|node2"]
     (tmp_path / "queue").write_text("\n".join(queue))
-    with holding(sweep.run_dir("other") / "claim", job_id="1_1"):
+    with hold_lock(sweep.run_dir("other") / "claim", job_id="1_1"):
         assert [(each.job.job_id, each.is_busy) for each in elements(sweep, slurm.jobs())] == [
             ("1_0", False),
             ("1_1", True),

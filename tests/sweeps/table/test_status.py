@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from aimscale.harness.probe.files import task_key, weights_name
-from aimscale.harness.probe.pending_evaluations import enter_row
+from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
-from aimscale.harness.run.lock import holding
+from aimscale.harness.run.lock import hold_lock
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.slurm.commands import JobInfo
@@ -42,7 +42,7 @@ def finish_task(run: Run, record: RunRecord, budget: int, task: str, kinds: Sequ
     key = task_key(weights_name(record, run.config, budget), section, "train", "test", run.config.training.seed)
     document = {**key, "probes": [{"task": task, "kind": kind} for kind in kinds]}
     write_json(record.probes_dir(budget) / f"{task}-{key['evaluation']}.json", document)
-    enter_row(record, run.config, budget)
+    update_row(record, run.config, budget)
 
 
 def test_evaluation_is_shown(write_sweep: Any, launch: Any, stand_in: Any, capsys: Any) -> None:
@@ -101,7 +101,7 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     (sweep.directory / "slurm").mkdir()
     (sweep.directory / "slurm" / "elements.jsonl").write_text(json.dumps({"job_id": "8", **array}) + "\n")
     facts: dict[str, Any] = {"job_id": "7_1", "devices": 1, "nodes": "node1"}
-    with running.hold(), by_hand.hold(), holding(running.claim, **facts), holding(starting.claim, **facts):
+    with running.hold(), by_hand.hold(), hold_lock(running.claim, **facts), hold_lock(starting.claim, **facts):
         cards = cost_cards(sweep, runs)
         alone, with_jobs = look(sweep), sweep_status(sweep, runs, cards, jobs)
         del jobs["8_0"]
