@@ -1,4 +1,4 @@
-"""Which AIM: the four published sizes, a ladder of small rungs below them, and any free width and depth.
+"""Model configurations: the four published sizes, a ladder of small rungs below them, and any free width and depth.
 
 The published sizes and every default follow El-Nouby et al., "Scalable Pre-training of Large Autoregressive Image
 Models" (arXiv 2401.08541), section 3 and Table 1. Torch is not imported here.
@@ -37,7 +37,7 @@ LARGEST = {
     **{"width": 2**17, "depth": 2**12, "image_size": 2**16, "channels": 2**10},
     **{"head.width": 2**17, "head.depth": 2**12},
 }
-"""Field of a `ModelConfig` -> its largest value: far beyond any model, near enough for numbers to stay finite."""
+"""Upper bounds of `ModelConfig` fields: far beyond any model, yet small enough that no number overflows."""
 
 MLP_RATIO = 4
 """Channels inside an MLP over those of its block."""
@@ -52,7 +52,7 @@ class ModelConfigError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelHeadConfig:
-    """What turns trunk tokens into the pixels of patches."""
+    """Shape of the pixel head, which maps trunk tokens to the pixels of patches."""
 
     width: int
     """Channels of the blocks; with `is_linear`, unused and equal to the trunk's width."""
@@ -206,12 +206,12 @@ def _check_choices(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def known_sizes() -> tuple[str, ...]:
-    """Named sizes, smallest first."""
+    """Return the named sizes, smallest first."""
     return (*(f"rung-{width}" for width in RUNG_WIDTHS), *RELEASED_SIZES)
 
 
 def _shape(size: str) -> tuple[int, int, int]:
-    """(width, depth, number of heads) of a size's name."""
+    """Parse the name of a size into (width, depth, number of heads)."""
     if size in RELEASED_SIZES:
         return RELEASED_SIZES[size]
     if size in known_sizes():
@@ -231,12 +231,13 @@ def _shape(size: str) -> tuple[int, int, int]:
 
 
 def _rung_depth(width: int) -> int:
-    """Nearest even number to 24 sqrt(d / 1536): from aim-600M downwards, depth shrinks as the root of the width."""
+    """Return the even number nearest to 24 sqrt(d / 1536): below aim-600M, depth shrinks as the root of the width."""
     return max(2, 2 * round(12 * math.sqrt(width / RELEASED_SIZES["aim-600M"][0])))
 
 
 def _head_dim(width: int) -> int:
-    """Largest power of two up to 64 that divides the width and leaves at least two heads (one if the width is odd)."""
+    """Return the largest power of two up to 64 that divides the width and leaves at least two heads (one if the width
+    is odd)."""
     fits = [dim for dim in (64, 32, 16, 8, 4, 2) if width % dim == 0 and width // dim >= 2]
     return fits[0] if fits else width
 

@@ -30,12 +30,12 @@ BASE_HEAD_WIDTH = 336
 BASE_HEAD_DIM = 64
 """Attention head dimension at which they agree: that of every rung from rung-128 on."""
 BASE_DIM_IN_HEAD = 16
-"""The same in a transformer head: rung-256's."""
+"""Attention head dimension at which they agree in a transformer head: rung-256's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixScale:
-    """What the parametrisation prescribes for one matrix."""
+    """Initial scale and learning-rate factor of one matrix."""
 
     init_bound: float
     """Initial values are uniform on [-bound, bound]."""
@@ -43,7 +43,7 @@ class MatrixScale:
 
 
 def attention_scale(config: ModelConfig, *, in_head: bool = False) -> float:
-    """Factor on the product of query and key, in the trunk or in a transformer head."""
+    """Return the factor on the product of query and key, in the trunk or in a transformer head."""
     dim, base = config.head_dim, BASE_HEAD_DIM
     if in_head:
         dim, base = config.head.width // (config.head.num_heads or 1), BASE_DIM_IN_HEAD
@@ -51,7 +51,7 @@ def attention_scale(config: ModelConfig, *, in_head: bool = False) -> float:
 
 
 def matrix_scale(config: ModelConfig, name: str, fan_in: int, fan_out: int) -> MatrixScale:
-    """Initial scale and learning-rate scale of the matrix that a module's `name` holds (`fan_out` x `fan_in`)."""
+    """Return the scales of the matrix that a module's `name` holds (`fan_out` x `fan_in`)."""
     into, out_of = _growth(config, name)
     xavier_at_base = math.sqrt(6 / (fan_in / into + fan_out / out_of))
     starts_at_zero = config.parametrisation == "mup" and name == "pixel_head.proj_out"
@@ -59,7 +59,7 @@ def matrix_scale(config: ModelConfig, name: str, fan_in: int, fan_out: int) -> M
 
 
 def _growth(config: ModelConfig, name: str) -> tuple[float, float]:
-    """How many times wider than at the base what a matrix reads is, and what it writes."""
+    """Return how many times wider a matrix's input and output are than at the base width."""
     if config.parametrisation == "standard":
         return 1.0, 1.0
     trunk, head = config.width / BASE_WIDTH, config.head.width / BASE_HEAD_WIDTH
