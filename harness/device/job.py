@@ -1,6 +1,6 @@
-"""A job as one of its ranks executes it: hold the folder, do the work, and say how it ended.
+"""Execution of a job by one of its ranks: hold the folder, do the work, and report how it ended.
 
-A job is the training of a run, or an evaluation or probes beside it; all three have a folder of the same kind.
+A job trains a run, or evaluates or probes it; all three have a folder of the same kind.
 """
 
 from __future__ import annotations
@@ -21,31 +21,33 @@ from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PR
 from aimscale.harness.run.failures import DivergedError, PreemptedError, StopFlag, stop_signals
 
 HEARTBEAT_S = 5.0
-"""`status.json` is told this often that work goes on."""
+"""Seconds between heartbeats in `status.json`."""
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the work of a rank needs to know."""
+    """Everything that the work of a rank needs."""
 
     folder: RunDir
-    """Of the status, the lock and the logs."""
+    """Folder of the status, the lock and the logs."""
     group: Group
     watch: RankWatch
     flag: StopFlag
     exits: contextlib.ExitStack
-    """Of this rank, left when the status says how the job ended: what is slow there keeps no other rank waiting."""
+    """Contexts of this rank that are left after the status says how the job ended, so that slow exits keep no other
+    rank waiting."""
 
     def update_status(self, **changes: Any) -> None:
-        """Change `status.json`, if this is the first rank."""
+        """Change `status.json`, on the first rank alone."""
         if self.group.is_first:
             self.folder.write_status(**changes)
 
     def progress_callback(self) -> Callable[..., None]:
-        """What all ranks call together, often: obeys a signal and a lost lock, and beats now and then.
+        """Make the function that all ranks call together, often: it obeys signals and a lost lock, and updates the
+        heartbeat.
 
-        The call raises PreemptedError where a signal asked to stop, and LockLost.
+        It raises PreemptedError if a signal asked to stop, and LockLost.
         """
         last_beat = 0.0
 
@@ -101,10 +103,10 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
 
 
 def _die_with_torchrun() -> None:
-    """Have the kernel kill this rank when torchrun is killed, or it would train on with nobody to know of it.
+    """Have the kernel kill this rank when torchrun is killed; otherwise it would train on unnoticed.
 
-    torchrun starts ranks in sessions of their own, which a KILL to its process group does not reach: a launcher's,
-    after the second Ctrl-C.
+    torchrun starts ranks in sessions of their own, which a KILL to its process group, as a launcher sends after the
+    second Ctrl-C, does not reach.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""What names a run and an evaluation: the fields that differ from their defaults, and the content of the data sets,
+"""Identities of runs and evaluations: the fields that differ from their defaults, and the content of the data sets,
 never a path, a time or a machine.
 
-Whoever adds a field gives it the default under which the code does what it did before: then no run is renamed.
+A new field must default to what the code did before: then no run is renamed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Values = Mapping[str, Any]
 
 
 def training_digest(training: Values, horizon: int | None) -> str:
-    """Eight hex digits of what a run trains.
+    """Compute eight hex digits that identify what a run trains.
 
     Args:
         training: `TrainingConfig` as JSON values, without those that are defaults.
@@ -33,7 +33,7 @@ def training_digest(training: Values, horizon: int | None) -> str:
 
 
 def flatten(values: Values, prefix: str = "") -> dict[str, Any]:
-    """Nested sections by dotted names."""
+    """Flatten nested sections to dotted names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -41,11 +41,11 @@ def flatten(values: Values, prefix: str = "") -> dict[str, Any]:
 
 
 def config_digest(kind: Literal["training", "validation", "probe"], fields: Values) -> str:
-    """Eight hex digits of what is trained or how something is measured."""
+    """Compute eight hex digits of what is trained or how something is measured."""
     text = json.dumps({"schema": 1, "kind": kind, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return short_hash(text)
 
 
 def short_hash(text: str) -> str:
-    """Eight hex digits of a text."""
+    """Compute eight hex digits of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
