@@ -45,8 +45,8 @@ def step_communication(
 
     Stage 0, and stage 1 in bf16, reduce all gradients after the last backward pass. Stage 1 in fp32 reduces them bucket
     by bucket during that pass, stages 2 and 3 during every pass: all but the last bucket overlap with computation.
-    Stages 1 and 2 then gather the new weights. Stage 3 gathers weights before their use, and again if their second use is far
-    away.
+    Stages 1 and 2 then gather the new weights. Stage 3 gathers weights before their use, and again if their second use
+    is far away.
 
     Args:
         micro_batches: backward passes per step.

@@ -37,7 +37,7 @@ from aimscale.harness.data.store.shard_cache import Reader, open_index, open_rea
 from aimscale.harness.data.store.shards import ByteRange, ShardInfo, join, open_file
 
 MAX_KEPT_BYTES = 256 * 2**20
-"""Bound of the decoded pixels of small images that a process keeps, over all data sets."""
+"""Limit on the decoded pixels of small images that a process keeps, over all data sets."""
 _CHECKED_SHARE = 64  # of so many reads one is compared with the index: 0.2 % of the time of reading photographs
 
 
@@ -48,7 +48,7 @@ class ShardDataset:
     """Folder or URL of the index."""
     info: DatasetInfo
     index: Index
-    """The columns, one row per sample; walking over one maps all of it."""
+    """Columns, one row per sample; reading all of one maps all of it."""
 
     def __init__(self, path: str, info: DatasetInfo, index: Index, reader: Reader) -> None:
         self.path = path
@@ -67,15 +67,16 @@ class ShardDataset:
         return _shard_infos(self.index.shards)
 
     def usable(self, numbers: npt.ArrayLike | None = None) -> I64:
-        """Sample numbers of the decodable images at `numbers` (0..info.num_usable-1), counted in index order; O(1).
+        """Return the sample numbers of the decodable images at `numbers` (0..info.num_usable-1), in index order; O(1)
+        each.
 
-        Of all of them by default, where they fit into memory.
+        By default of all decodable images, which must fit into memory.
         """
         wanted = np.asarray(np.arange(self.info.num_usable) if numbers is None else numbers, dtype=np.int64)
         return wanted + np.searchsorted(self.index.bad_before, wanted, side="right")
 
     def sides(self, samples: I64) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """(heights, widths) of some samples, pixels."""
+        """Return (heights, widths) of some samples, pixels."""
         rows = self.index.samples[samples]
         return rows["height"].astype(np.int32), rows["width"].astype(np.int32)
 
@@ -90,7 +91,7 @@ class ShardDataset:
         return labels
 
     def key(self, i: int) -> str:
-        """Key of sample i: its path in the shard without extension."""
+        """Return the key of sample i: its path in the shard without extension."""
         # not with the module: its allocator starts a thread, and loader processes have no use for it
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -128,7 +129,7 @@ class ShardDataset:
         return self.info.fingerprint
 
     def require_labels(self) -> npt.NDArray[np.int64]:
-        """The labels of a data set that needs one for every image."""
+        """Return the labels, or raise DataError unless every usable image has one."""
         if self.labels is None:
             raise DataError(
                 f"{self.path} has no labels; pack an image folder with one sub-folder per class, or add .cls"
@@ -139,7 +140,7 @@ class ShardDataset:
         return self.labels
 
     def describe(self, i: int) -> str:
-        """Shard and key of sample i, for messages."""
+        """Name shard and key of sample i, for messages."""
         return f"sample '{self.key(i)}' of {self._shard_path(self.shard_of(i))}"
 
     @property
@@ -148,31 +149,31 @@ class ShardDataset:
         return self.info.shards_at or self.path
 
     def shard_of(self, i: int) -> int:
-        """Number of the shard that holds sample i."""
+        """Return the number of the shard that holds sample i."""
         return int(self._first.searchsorted(i, side="right")) - 1
 
     def byte_ranges(self, samples: Sequence[int] | I64) -> list[ByteRange]:
-        """Where some image files are."""
+        """Return the byte ranges of some image files."""
         numbers = np.asarray(samples, dtype=np.int64)
         rows = self.index.samples[numbers]
         names = self.index.shards["name"][self._first.searchsorted(numbers, side="right") - 1].tolist()
         return list(zip(map(os.fsdecode, names), rows["offset"].tolist(), rows["size"].tolist(), strict=True))
 
     def read(self, i: int) -> bytes:
-        """Bytes of image file i."""
+        """Read image file i."""
         return self.read_many([i])[0]
 
     def read_ahead(self, samples: Sequence[int] | I64, whole: Sequence[int] | I64 = ()) -> None:
-        """Start to read what this process will ask `read_many` for next, in that order; returns at once.
+        """Start to read what this process will next ask `read_many` for, in that order; returns at once.
 
-        What goes wrong is told there. Where there is a cache, it fetches the whole shards of the samples `whole`.
+        Errors are raised by `read_many`. With a cache, the whole shards of the samples `whole` are fetched.
         """
         numbers = np.asarray(whole, dtype=np.int64)
         shards = dict.fromkeys((self._first.searchsorted(numbers, side="right") - 1).tolist())
         self._reader.read_ahead(self.byte_ranges(samples), [os.fsdecode(self.index.shards["name"][i]) for i in shards])
 
     def read_many(self, samples: Sequence[int] | I64) -> list[bytes]:
-        """Bytes of some image files, in that order; from a remote store all at once.
+        """Read some image files, in that order; from a remote store all at once.
 
         Raises:
             DataError: a shard is missing or shorter than the index says.
@@ -193,7 +194,7 @@ class ShardDataset:
         return found
 
     def decode(self, i: int, channels: int = 3) -> torch.Tensor:
-        """Image i as uint8 (channels, height, width).
+        """Decode image i to uint8 (channels, height, width).
 
         Raises:
             DataError: the bytes are no image, or the shard is missing, shorter than the index says, or holds another.
@@ -207,21 +208,21 @@ class ShardDataset:
         return images[0]
 
     def read_uncached(self, samples: I64, channels: int) -> list[bytes]:
-        """`read_many` of those whose decoded pixels are not in memory, nothing of the others."""
+        """Read those image files whose decoded pixels are not in memory; the others are empty."""
         data, fresh = [b""] * len(samples), np.flatnonzero(self.is_uncached(samples, channels))
         for i, read in zip(fresh.tolist(), self.read_many(samples[fresh]) if fresh.size else (), strict=True):
             data[i] = read
         return data
 
     def is_uncached(self, samples: I64, channels: int) -> npt.NDArray[np.bool_]:
-        """Of each, whether its decoded pixels are not in memory."""
+        """Return for each sample whether its decoded pixels are not in memory."""
         cache = self._pixel_cache(channels)
         return np.ones(len(samples), dtype=bool) if cache is None else ~cache.known[samples]
 
     def decode_many(
         self, samples: I64, data: Sequence[bytes], channels: int
     ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
-        """Images of one size, from what `read_unless_kept` gave.
+        """Decode images of one size, from what `read_uncached` returned.
 
         Returns:
             uint8 (number that decoded, channels, height, width), and bool (len(samples),) saying which did.
@@ -244,9 +245,10 @@ class ShardDataset:
         return cache.pixels[torch.from_numpy(samples[good])], good
 
     def _pixel_cache(self, channels: int) -> _PixelCache | None:
-        """Where this process keeps decoded pixels of the data set; None where images differ in size or take too much.
+        """Return this process's cache of the data set's decoded pixels; None if images differ in size or take too much
+        memory.
 
-        A run goes over small images many times, and measures each budget on the same ones.
+        A run reads small images many times, and measures each budget on the same ones.
         """
         shape = (len(self), channels, self.info.max_height, self.info.max_width)
         key = (self.path, self.fingerprint, channels)
@@ -263,10 +265,10 @@ class ShardDataset:
         return _PIXEL_CACHES[key]
 
     def check(self, samples: I64, data: Sequence[bytes], sides: Sequence[Sequence[int]]) -> None:
-        """Compare some of these image files with the index, and the (height, width) of all.
+        """Compare some of these image files, and (height, width) of all, with the index.
 
-        The first image of each shard, and one in 64 after it, is compared by its checksum, so that a shard that was
-        written anew does not pass for the old one.
+        The checksums of the first image of each shard and of one in 64 after it are compared, so that a rewritten shard
+        does not pass for the old one.
         """
         shards = self._first.searchsorted(samples, side="right") - 1
         turns = np.arange(self._num_reads + 1, self._num_reads + 1 + len(samples))
@@ -302,15 +304,15 @@ class _PixelCache(NamedTuple):
     pixels: torch.Tensor
     """uint8 (number of samples, channels, height, width)."""
     known: npt.NDArray[np.bool_]
-    """(number of samples,): which are there."""
+    """Which samples are decoded, bool (number of samples,)."""
 
 
 _PIXEL_CACHES: dict[tuple[str, str, int], _PixelCache] = {}
-"""By path, fingerprint and channels."""
+"""Caches by path, fingerprint and channels."""
 
 
 def require_channels(channels: int) -> None:
-    """Refuse models of other than grey or colour images: DataError."""
+    """Raise DataError for models of other than grey or colour images."""
     if channels not in (1, 3):
         raise DataError(f"image files are read as 1 (grey) or 3 (RGB) channels, not {channels}; change model.channels")
 

@@ -1,4 +1,4 @@
-"""Byte ranges of shards in object stores and on web servers: many requests at once, and ahead of their use."""
+"""Byte ranges of shards in object stores and on web servers: many concurrent requests, ahead of their use."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from aimscale.harness.data.store.shards import (
 )
 
 MAX_AHEAD_BYTES = 64 * 2**20
-"""Answers that a reader keeps, or waits for, before they are read."""
+"""Bytes that a reader keeps, or waits for, before they are read."""
 _STALLED_S = 60.0  # without an answer a read has stalled and is tried again
 
 
 class IgnoredRangeError(OSError):
-    """A server that answers a request for a part with the whole file."""
+    """Server that answers a request for a byte range with the whole file."""
 
 
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IgnoredRangeError)  # trying again cannot help
 
 
 class RemoteReader:
-    """Range requests of any number of threads; what fails or stalls is asked for again, alone.
+    """Reader of byte ranges for any number of threads; a request that fails or stalls is repeated, alone.
 
-    They run in the thread that fsspec keeps in each process.
+    Requests run in the thread that fsspec keeps in each process.
     """
 
     def __init__(self, location: str) -> None:
@@ -53,9 +53,9 @@ class RemoteReader:
         return RemoteReader, (self._location,)
 
     def read_ahead(self, byte_ranges: Sequence[ByteRange], shards: Collection[str] = ()) -> None:
-        """Ask for what `read_many` will be called for next, as far as there is memory; returns at once.
+        """Request what `read_many` will next be called for, as far as memory allows; returns at once.
 
-        An error comes out where the bytes are read.
+        Errors are raised where the bytes are read.
         """
         with self._locked():
             self._wanted.update(
@@ -64,11 +64,11 @@ class RemoteReader:
             self._ask_ahead()
 
     def is_ahead(self, byte_range: ByteRange) -> bool:
-        """Whether it was asked for ahead, and not read yet."""
+        """Return whether a byte range was requested ahead and not yet read."""
         return byte_range in self._asked
 
     def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
-        """As `LocalReader.read_many`."""
+        """Read byte ranges, see `LocalReader.read_many`."""
         with self._locked():
             answers = [self._taken(byte_range) for byte_range in byte_ranges]
             self._ask_ahead()
@@ -103,7 +103,7 @@ class RemoteReader:
         return self._asked.pop(byte_range)[0]
 
     def _ask_ahead(self) -> None:
-        """Ask for more of what is wanted; what was passed over long ago gives its place."""
+        """Request more of what is wanted; requests that were skipped long ago make room."""
         while self._wanted:
             byte_range = next(iter(self._wanted))
             if self._asked and self._asked_bytes + byte_range[2] > MAX_AHEAD_BYTES:
@@ -122,7 +122,7 @@ class RemoteReader:
         return asyncio.run_coroutine_threadsafe(self._answer(*byte_range), fsspec.asyn.get_loop())
 
     async def _answer(self, name: str, start: int, size: int) -> bytes:
-        """The bytes at a place, after as many tries as it takes."""
+        """Fetch a byte range, in up to `NUM_TRIES` tries."""
         for attempt in range(NUM_TRIES):
             try:
                 async with self._room, asyncio.timeout(_STALLED_S):

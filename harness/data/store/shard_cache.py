@@ -1,8 +1,9 @@
-"""Where the files of a data set are read: in its folder, at its URL, or in a cache of this machine.
+"""Readers of a data set's files in its folder, at its URL, or in a cache of this machine.
 
-The cache of shards is a bounded folder of whole ones, `aimscale-shards` within the one that the user names, shared by
-the processes of a machine and by data sets. Shards are fetched once, in the background, aside, and renamed; meanwhile,
-and where there is no room, reading goes on by byte ranges. The time of a file says when a process used it last.
+The cache of shards is a folder of bounded size, `aimscale-shards` within the one that the user names, shared by the
+processes of a machine and by data sets. Whole shards are fetched once, in the background, under a temporary name, and
+renamed; until then, and without room, byte ranges are read. A file's modification time says when a process used it
+last.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ _PART_BYTES, _PARTS_AT_ONCE = 4 * 2**20, 4  # of a shard that is fetched
 
 
 class CachedReader:
-    """Reads shards of one data set from a cache in `cache_dir`, and what is not there by byte ranges.
+    """Reader of one data set's shards from a cache in `cache_dir`; what is not there is read by byte ranges.
 
-    Whole shards come in the background, where `read_ahead` names them and the cache can stay within `max_bytes`: those
-    that nobody has used for half a minute make room, the longest unused first.
+    Whole shards are fetched in the background if `read_ahead` names them and the cache can stay within `max_bytes`:
+    shards that nobody has used for half a minute are evicted, the longest unused first.
     """
 
     def __init__(self, location: str, sizes: Mapping[str, int], cache_dir: Path, max_bytes: int) -> None:
@@ -60,7 +61,7 @@ class CachedReader:
         return CachedReader, self._made_of
 
     def read_ahead(self, byte_ranges: Sequence[ByteRange], shards: Collection[str] = ()) -> None:
-        """As `RemoteReader.read_ahead`; and fetch whole `shards`, in this order."""
+        """Request byte ranges ahead, see `RemoteReader.read_ahead`, and fetch whole `shards`, in this order."""
         self._remote.read_ahead([byte_range for byte_range in byte_ranges if not self._path(byte_range[0]).exists()])
         now = time.monotonic()
         for name in shards:
@@ -75,14 +76,14 @@ class CachedReader:
                 self._fetching.start()
 
     def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
-        """As `LocalReader.read_many`."""
+        """Read byte ranges, see `LocalReader.read_many`."""
         found = [None if self._remote.is_ahead(byte_range) else self._read(*byte_range) for byte_range in byte_ranges]
         missing = [byte_range for byte_range, data in zip(byte_ranges, found, strict=True) if data is None]
         others = iter(self._remote.read_many(missing) if missing else ())
         return [next(others) if data is None else data for data in found]
 
     def _read(self, name: str, offset: int, size: int) -> bytes | None:
-        """From the cache; None where it has not got the shard."""
+        """Read a byte range from the cache; None if it lacks the shard."""
         try:  # a file that stayed open would take its room after it was evicted
             with self._path(name).open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), size, offset)
@@ -92,7 +93,7 @@ class CachedReader:
         return data
 
     def _use(self, name: str) -> None:
-        """Tell the machine's processes that a shard is in use."""
+        """Mark a shard as in use, for all processes of the machine."""
         now = time.monotonic()
         if now - self._used_at.get(name, -_IN_USE_S) > _IN_USE_S / 4:
             self._used_at[name] = now
@@ -119,7 +120,7 @@ class CachedReader:
                 )
 
     def _fetch(self, name: str) -> bool:
-        """Put a shard into the cache, unless it is there or another process does that; False where there is no room.
+        """Fetch a shard into the cache, unless it is there or another process fetches it; False if there is no room.
 
         Raises:
             OSError: it cannot be fetched or written.
@@ -144,7 +145,7 @@ class CachedReader:
         return True
 
     def _make_room(self, partial: Path, size: int) -> bool:
-        """Claim the room for a shard by the length of its file, evicting what nobody uses; False when it cannot fit."""
+        """Reserve room for a shard by the length of its file, evicting unused ones; False if it cannot fit."""
         with locked(self._root / ".lock"):
             files = []
             for path in self._root.glob("*/*"):
@@ -165,11 +166,12 @@ class CachedReader:
 
 
 Reader = LocalReader | RemoteReader | CachedReader
-"""Reads byte ranges of the shards of one data set."""
+"""Reader of byte ranges of one data set's shards."""
 
 
 def open_index(where: str, info: DatasetInfo, cache_dir: str | None) -> Index:
-    """The mapped columns; those of a URL are fetched once per machine, without a cache into the user's own.
+    """Open the mapped columns; those of a URL are fetched once per machine, without `cache_dir` into the user's own
+    cache.
 
     Raises:
         OSError: a file cannot be read.
@@ -188,7 +190,7 @@ def open_index(where: str, info: DatasetInfo, cache_dir: str | None) -> Index:
 
 
 def open_reader(location: str, shards: Sequence[ShardInfo], cache_dir: str | None, cache_gb: float) -> Reader:
-    """What reads the shards at a folder or URL; see `open_dataset`."""
+    """Open a reader of the shards at a folder or URL; see `open_dataset`."""
     if not is_url(location):
         _check_shards(Path(location), shards)
         return LocalReader(Path(location))
@@ -198,6 +200,7 @@ def open_reader(location: str, shards: Sequence[ShardInfo], cache_dir: str | Non
 
 
 def _check_shards(folder: Path, shards: Sequence[ShardInfo]) -> None:
+    """Raise DataError if one of the first shards is missing or has another size."""
     for name, size in shards[:_CHECKED_AT_OPEN]:
         path = folder / name
         there = path.stat().st_size if path.exists() else None
@@ -207,7 +210,7 @@ def _check_shards(folder: Path, shards: Sequence[ShardInfo]) -> None:
 
 
 def open_cache(cache_dir: Path) -> Path:
-    """The cache's own folder in `cache_dir`, made if it does not exist."""
+    """Make the cache's own folder in `cache_dir` if needed, and return it."""
     root = cache_dir / CACHE_FOLDER
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ FIRST_PAUSE_S = 0.2  # before the second try; doubles
 
 
 class ShardInfo(NamedTuple):
-    """One tar file."""
+    """Name and size of a tar file."""
 
     name: str
     """File name, relative to the folder or URL of the shards."""
@@ -39,21 +39,21 @@ class ShardInfo(NamedTuple):
 
 
 ByteRange = tuple[str, int, int]
-"""A byte range of a shard: its name, the offset of the first byte and their number."""
+"""Byte range of a shard: its name, the offset of the first byte and their number."""
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec, and not the local file system, opens this path."""
+    """Return whether fsspec, and not the local file system, opens this path."""
     return re.match(r"^[a-z][a-z0-9+.-]+://", path) is not None
 
 
 def join(folder: str, name: str) -> str:
-    """Path or URL of a file in a folder."""
+    """Join the path or URL of a folder and a file's name."""
     return f"{folder.rstrip('/')}/{name}"
 
 
 def read_bytes(url: str) -> bytes:
-    """All bytes of a URL; OSError when it cannot be read."""
+    """Read all bytes of a URL; OSError if it cannot be read."""
 
     def read() -> bytes:
         filesystem, inner = filesystem_of(url)
@@ -64,7 +64,7 @@ def read_bytes(url: str) -> bytes:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Open a local file or a URL for reading from front to back; raises as `dataset_info.open_local` does."""
+    """Open a local file or a URL for sequential reading; raises as `dataset_info.open_local` does."""
     if not is_url(path):
         return open_local(path)
     filesystem, inner = filesystem_of(path)
@@ -78,7 +78,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def download(url: str, to: Path) -> None:
-    """Copy a remote file, again where that failed, in bounded memory; OSError when it cannot be read."""
+    """Copy a remote file, with retries and in bounded memory; OSError if it cannot be read."""
 
     def fetch() -> None:
         with open_file(url) as source, to.open("wb") as target:
@@ -88,7 +88,7 @@ def download(url: str, to: Path) -> None:
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, one per process, and the path within it."""
+    """Return fsspec's file system of a URL, one per process, and the path within it."""
     protocol, options = url.partition("://")[0], {}
     if protocol in ("s3", "s3a"):  # botocore opens ten connections, behind which other reads of a batch would wait
         chosen = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
@@ -105,7 +105,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """Try a remote action six times with growing pauses; a missing file is final at once.
+    """Try a remote action up to six times with growing pauses; a missing file is final at once.
 
     Raises:
         OSError: the last failure, whatever type the file system gave it.
@@ -124,12 +124,12 @@ def with_retries(action: Callable[[], T]) -> T:
 
 @functools.lru_cache(_MAX_OPEN_FILES)
 def _opened(reader: int, path: str) -> io.FileIO:
-    """A file of a reader; closed when it was not read for long and nobody reads it."""
+    """Open a reader's file; it is closed once it is long unused and nobody reads it."""
     return open(path, "rb", buffering=0)
 
 
 class LocalReader:
-    """Positioned reads, by any number of threads, on a bounded number of files that the process keeps open."""
+    """Reader of byte ranges for any number of threads, with a bounded number of open files per process."""
 
     _numbers = itertools.count()
 
@@ -140,7 +140,7 @@ class LocalReader:
         return LocalReader, (self._folder,)
 
     def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
-        """The bytes at each place, in order; fewer where the file ends before.
+        """Read byte ranges, in order; fewer bytes if the file ends before.
 
         Raises:
             OSError: a file is missing or cannot be read; its attribute `shard` names which.
@@ -148,7 +148,7 @@ class LocalReader:
         return [self._read(*byte_range) for byte_range in byte_ranges]
 
     def read_ahead(self, byte_ranges: Sequence[ByteRange], shards: Collection[str] = ()) -> None:
-        """Have the kernel read these meanwhile, from a disk or over a network file system; returns at once."""
+        """Have the kernel read byte ranges ahead, from a disk or over a network file system; returns at once."""
         for name, offset, size in byte_ranges:
             with contextlib.suppress(OSError):  # it is told where the bytes are needed
                 os.posix_fadvise(self._open(name).fileno(), offset, size, os.POSIX_FADV_WILLNEED)
@@ -165,7 +165,7 @@ class LocalReader:
 
 
 def shard_error(error: Exception, name: str) -> OSError:
-    """The same failure as an OSError that knows its shard."""
+    """Turn a failure into an OSError that knows its shard."""
     kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
     text = str(error) if isinstance(error, OSError) else f"{type(error).__name__} {error}".strip()
     wrapped = kind(text)
@@ -174,5 +174,5 @@ def shard_error(error: Exception, name: str) -> OSError:
 
 
 def retry_delay_s(attempt: int) -> float:
-    """Seconds until the next try: twice as long each time, and not in step with other processes."""
+    """Return the seconds until the next try: doubled each time, with jitter."""
     return FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5)

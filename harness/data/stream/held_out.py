@@ -1,6 +1,6 @@
-"""Held-out images: that none of them enters training, and how validation and probes see them.
+"""Held-out images: the check that none of them enters training, and their preprocessing for validation and probes.
 
-Two data sets are compared by the checksums in their indexes. Their pixels have no randomness, and prefixes are fixed
+Two data sets are compared by the checksums in their indexes. Preprocessing has no randomness, and prefixes are fixed
 per image.
 """
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 _TABLE_BITS = 24  # of the checksums; almost all images are told from the held-out ones by one look at the table
 
 SharedImages = tuple[ShardDataset, npt.NDArray[np.int64], npt.NDArray[np.int64]]
-"""A pool, some of its samples, and the held-out samples that are the same files."""
+"""Pool, some of its samples, and the held-out samples that are the same files."""
 
 
 def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> None:
-    """Compare image files by checksum, byte for byte.
+    """Raise DataError if a training image is held out, comparing image files by checksum.
 
     The whole data sets are compared, whatever subset a run uses, so that growing a run later cannot leak.
 
@@ -52,7 +52,7 @@ def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Non
 
 
 def count_shared(pools: Sequence[ShardDataset], held_out: ShardDataset) -> int:
-    """Usable held-out images that some pool holds too, byte for byte."""
+    """Count the usable held-out images that some pool holds too, byte for byte."""
     is_shared = np.zeros(len(held_out), dtype=bool)
     checksums = held_out.index.checksum
     found = [checksums[partners] for _, _, partners in shared_images(pools, held_out)]
@@ -63,7 +63,8 @@ def count_shared(pools: Sequence[ShardDataset], held_out: ShardDataset) -> int:
 
 
 def shared_images(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[SharedImages]:
-    """Usable pool images that are held out too; reads no image, holds a block of the index in memory at a time."""
+    """Yield the usable pool images that are held out too; reads no image, and holds a block of the index in memory at a
+    time."""
     order = np.argsort(held_out.index.checksum)
     wanted = held_out.index.checksum[order]
     table = np.zeros(1 << _TABLE_BITS, dtype=bool)
@@ -87,7 +88,8 @@ def _low_bits(checksums: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 def eval_images(
     dataset: ShardDataset, indices: Sequence[int] | npt.NDArray[np.int64], model: ModelSection, centre_crop: float
 ) -> torch.Tensor:
-    """Shorter side to ceil(image_size / centre_crop) (bicubic, antialiased), centre crop, normalised.
+    """Preprocess images for evaluation: shorter side to ceil(image_size / centre_crop) (bicubic, antialiased), centre
+    crop, normalised.
 
     Returns:
         float32 (B, C, image_size, image_size).
@@ -98,7 +100,7 @@ def eval_images(
 def eval_pixels(
     dataset: ShardDataset, indices: Sequence[int] | npt.NDArray[np.int64], model: ModelSection, centre_crop: float
 ) -> torch.Tensor:
-    """`eval_images` before they are normalised, uint8.
+    """Preprocess images as `eval_images` does, but without normalisation, to uint8.
 
     Raises:
         DataError: an image cannot be read or decoded; an evaluation never replaces one.
@@ -114,7 +116,8 @@ def eval_pixels(
 
 
 def validation_prefixes(num_images: int, num_prefixes: int, model: ModelConfig) -> torch.Tensor:
-    """What a model is given of validation images: (images, prefixes) lengths, or (images, prefixes, N) masks."""
+    """Return what a model conditions on for validation images: prefix lengths (images, prefixes), or visible patches
+    (images, prefixes, N)."""
     if model.masked is None:
         return prefix_lengths(num_images, num_prefixes, model.num_tokens)
     numbers = np.arange(num_images)[:, None] * 4096 + np.arange(num_prefixes)
@@ -123,7 +126,7 @@ def validation_prefixes(num_images: int, num_prefixes: int, model: ModelConfig) 
 
 
 def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch.Tensor:
-    """Fixed prefix lengths: int64 (num_images, num_prefixes), a function of the image's position alone.
+    """Draw fixed prefix lengths, int64 (num_images, num_prefixes), a function of the image's position alone.
 
     The range 1..N-1 is cut into `num_prefixes` equal strata, and every image draws one length from each; the same for
     every run, so that losses can be compared image by image.
@@ -136,7 +139,7 @@ def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch
 
 
 def require_images(path: str, info: DatasetInfo, num_images: int | None) -> None:
-    """Raise DataError where a data set has fewer images that decode than are asked for, or none."""
+    """Raise DataError if a data set has fewer images that decode than are asked for, or none."""
     if info.num_usable < (num_images or 1):
         raise DataError(
             f"{path} has {info.num_usable} usable images, {num_images or 1} were asked for; lower num_images"
@@ -144,6 +147,6 @@ def require_images(path: str, info: DatasetInfo, num_images: int | None) -> None
 
 
 def usable_indices(dataset: ShardDataset, num_images: int | None = None) -> npt.NDArray[np.int64]:
-    """Sample numbers of the decodable images, in index order, the first `num_images` of them."""
+    """Return the sample numbers of the decodable images, in index order, the first `num_images` of them."""
     require_images(dataset.path, dataset.info, num_images)
     return dataset.usable(None if num_images is None else np.arange(num_images))

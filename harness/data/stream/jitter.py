@@ -1,7 +1,7 @@
-"""Colour jitter of a batch: torchvision's ColorJitter of float images, rounded once, at the end.
+"""Colour jitter of a batch: torchvision's ColorJitter on float images, rounded once, at the end.
 
-Every machine gives the same bytes: nothing but single operations, which all round alike, and means that are sums of
-integers. Nothing chooses between values by a comparison either, which takes a CPU as long as six additions.
+Every machine gives the same bytes, since only elementary operations, which all round alike, and means of integer sums
+are used. Values are not selected by comparisons, which take a CPU as long as six additions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _TINY = 1e-6  # in place of a spread of 0, which grey pixels have
 
 
 def jitter_colours(images: Tensor, key: int, positions: I64) -> Tensor:
-    """ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8 of uint8 (B, C, H, W), one draw per position, in place.
+    """Apply ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8 to uint8 (B, C, H, W), one draw per position, in
+    place.
 
     As in torchvision the four changes come in random order, each by a factor uniform around one (the hue: a shift
     around zero).
@@ -36,7 +37,8 @@ def jitter_colours(images: Tensor, key: int, positions: I64) -> Tensor:
 
 
 def _draw(key: int, positions: I64) -> tuple[npt.NDArray[np.bool_], I64, npt.NDArray[np.float32]]:
-    """Which images are changed, bool (B,); in which order, (B, 4); and by how much, (B, 4) by the kind of change."""
+    """Draw which images are changed, bool (B,); the order of changes, (B, 4); and their strengths, (B, 4) by the kind
+    of change."""
     uniform = random_uniform(key, positions[:, None] * 8 + np.arange(6))
     order = _ORDERS[np.floor(uniform[:, 1] * len(_ORDERS)).astype(np.int64)]
     strength = np.array([1, 1, 1, 0]) + _STRENGTH * (2 * uniform[:, 2:] - 1)
@@ -44,7 +46,7 @@ def _draw(key: int, positions: I64) -> tuple[npt.NDArray[np.bool_], I64, npt.NDA
 
 
 def _jittered(image: Tensor, order: I64, strength: npt.NDArray[np.float32]) -> Tensor:
-    """All changes of uint8 (1, C, H, W); a grey image has neither saturation nor hue."""
+    """Apply all changes to uint8 (1, C, H, W); a grey image has neither saturation nor hue."""
     values = image.to(torch.float32, memory_format=torch.contiguous_format)
     for number in order:
         if number < 2 or image.shape[1] > 1:
@@ -85,7 +87,7 @@ _CHANGES: tuple[Callable[[Tensor, Tensor], None], ...] = (_brightness, _contrast
 
 
 def _grey(values: Tensor) -> Tensor:
-    """float32 (B, 1, H, W), new."""
+    """Compute the grey image, a new float32 (B, 1, H, W)."""
     if values.shape[1] == 1:
         return values.clone()
     red, green, blue = values.unbind(1)

@@ -1,9 +1,9 @@
 """Batches of the stream for one rank: any number of ranks, workers and micro-batches yields the same global stream.
 
-torch's DataLoader runs the workers and keeps the order. What it hands out are numbers: the pixels are written into the
-slots of one ring of memory, allocated once and shared with the workers, since new memory for every batch costs its page
-faults every time (150 us per image of 224 px, a fifth of what decoding it takes). A batch is a view of its slot, which
-is used again when the last reference to the view is gone.
+torch's DataLoader runs the workers and keeps the order, but carries only numbers: pixels are written into the slots of
+one ring of memory, allocated once and shared with the workers. New memory for every batch would cost its page faults
+each time (150 us per image of 224 px, a fifth of its decoding). A batch is a view of its slot, which is reused once the
+last reference to the view is gone.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _PRELOAD = ("aimscale.harness.data.stream.loader", "aimscale.harness.data.stream
 
 
 class WorkerDiedError(RuntimeError):
-    """A loader process ended without being asked to."""
+    """Loader process that ended without being asked to."""
 
 
 def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size: int) -> list[range]:
-    """Positions [start, stop) of one optimiser step to this rank's micro-batches.
+    """Split positions [start, stop) of one optimiser step into this rank's micro-batches.
 
-    Every rank gets the same number of micro-batches, none above `micro_batch`; their sizes differ by one pair
-    at most. Pairs (2i, 2i+1) stay on one rank, and in one micro-batch unless it holds a single image. A rank that has
-    fewer pairs than micro-batches gets empty ones.
+    Every rank gets the same number of micro-batches, none larger than `micro_batch`; their sizes differ by at most one
+    pair. Pairs (2i, 2i+1) stay on one rank, and in one micro-batch unless it holds a single image. A rank with fewer
+    pairs than micro-batches gets empty ones.
     """
     unit = 2 if start % 2 == 0 and stop % 2 == 0 else 1
     first, last = _part_bounds((stop - start) // unit, world_size, rank)
@@ -64,7 +64,8 @@ def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size
 
 
 def _part_bounds(number: int, parts: int, which: int) -> tuple[int, int]:
-    """First, and one behind the last, of `number` things that go to one of some parts; the first get one more."""
+    """Return the bounds [first, last) of one of several nearly equal parts of `number` things; the first parts get one
+    more."""
     each, more = divmod(number, parts)
     return which * each + min(which, more), (which + 1) * each + min(which + 1, more)
 
@@ -81,9 +82,9 @@ def train_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[list[Batch]]:
-    """One item per optimiser step: this rank's micro-batches, from position `start` (images seen) up to `stop`.
+    """Yield this rank's micro-batches of each optimiser step, from position `start` (images seen) up to `stop`.
 
-    With workers, at least one whole step is loaded ahead. Close the iterator when it is left before its end.
+    With workers, at least one whole step is loaded ahead. Close the iterator if it is left before its end.
 
     Args:
         start: first position, anything; costs nothing however large.
@@ -123,29 +124,29 @@ def train_batches(
 
 
 class _Task(NamedTuple):
-    """What a worker is told to do."""
+    """Task of a worker."""
 
     slot: int
-    """Of the ring; -1 where none is free."""
+    """Slot of the ring; -1 if none is free."""
     part: range
     """Positions of a micro-batch."""
     upcoming: tuple[range, ...]
-    """Those that the same worker fills later, as far as it has not been told of them: to be read ahead."""
+    """Micro-batches, newly known, that the same worker will fill later: to be read ahead."""
 
 
 class _Filled(NamedTuple):
-    """What is told of a micro-batch that was loaded."""
+    """Result of loading a micro-batch."""
 
     bad_samples: tuple[str, ...] = ()
-    """As in `Batch`."""
+    """Undecodable samples, as in `Batch`."""
     pixels: torch.Tensor | None = None
-    """Where no slot was free."""
+    """Pixels, if no slot was free."""
     error: Exception | None = None
-    """Why there are no pixels."""
+    """Error, if there are no pixels."""
 
 
 class _Slots(Dataset[_Filled]):
-    """Fills a slot with a micro-batch, in a worker or in the trainer."""
+    """Dataset whose items fill a slot with a micro-batch, in a worker or in the trainer."""
 
     def __init__(self, stream: Stream, slots: torch.Tensor) -> None:
         self._stream, self._slots = stream, slots
@@ -165,7 +166,8 @@ class _Slots(Dataset[_Filled]):
 
 
 class _Ring:
-    """The memory of the micro-batches under way, and of those in use: the step in the trainer's hands and the next."""
+    """Memory of the micro-batches that are being loaded, and of the two steps in use: the trainer's current and its
+    next."""
 
     def __init__(self, stream: Stream, micro_batch: int, num_micro: int, num_workers: int) -> None:
         self._stream, self._num_workers = stream, num_workers
@@ -187,7 +189,7 @@ class _Ring:
             self.slots.share_memory_()
 
     def load(self, parts: Iterable[range]) -> Generator[Batch]:
-        """The batch of each of `parts`, in order."""
+        """Yield the batch of each of `parts`, in order."""
         free = collections.deque(range(len(self.slots)))
         under_way: collections.deque[_Task] = collections.deque()
 
@@ -212,7 +214,8 @@ class _Ring:
             atexit.unregister(kill)
 
     def _with_upcoming(self, parts: Iterator[range]) -> Iterator[tuple[range, tuple[range, ...]]]:
-        """Each part and those that its worker will fill: as workers take turns, every so-manieth after it."""
+        """Yield each part with the later parts that its worker will fill: workers take turns, so every `num_workers`-th
+        part."""
         turn = max(1, self._num_workers)
         reach = turn * self._parts_ahead
         upcoming = collections.deque(itertools.islice(parts, reach))
@@ -228,12 +231,13 @@ class _Ring:
 
 
 def _kill(processes: Sequence[BaseProcess]) -> None:
+    """Kill processes."""
     for process in processes:
         process.kill()
 
 
 def _start(slots: _Slots, tasks: Iterator[_Task], num_workers: int, per_worker: int) -> Iterator[_Filled]:
-    """The workers' answers, in the order of the tasks."""
+    """Start the workers, and return their results in the order of the tasks."""
     loader = DataLoader(
         slots,
         batch_size=None,
@@ -250,7 +254,7 @@ def _start(slots: _Slots, tasks: Iterator[_Task], num_workers: int, per_worker: 
 
 
 def _next_result(loaded: Iterator[_Filled]) -> _Filled | None:
-    """None at the end; what goes wrong with a task is told in `_Filled`."""
+    """Return the next result, None at the end; a task's own error is inside its `_Filled`."""
     try:
         return next(loaded, None)
     except RuntimeError as error:
@@ -260,11 +264,13 @@ def _next_result(loaded: Iterator[_Filled]) -> _Filled | None:
 
 
 def _identity(filled: Any) -> Any:
+    """Return a result unchanged, in place of a collate function."""
     return filled
 
 
 def _init_worker(number: int) -> None:
-    """In a worker: torch ends it with the server that it was forked from, and that waits for its workers."""
+    """Start a thread that ends this worker when the trainer is gone: torch only notices the fork server, which waits
+    for its workers."""
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "a worker has a parent"
 
@@ -276,10 +282,10 @@ def _init_worker(number: int) -> None:
 
 
 def start_fork_server() -> ForkServerContext:
-    """The server that workers are forked from; asked for early, it imports PyTorch meanwhile.
+    """Start the server that workers are forked from; if started early, it imports PyTorch in the meantime.
 
-    A fork of the trainer would copy every lock that one of its many threads holds at that moment, and wait for it for
-    ever, one in some thousands; the server has one thread.
+    A fork of the trainer itself would copy locks that its other threads happen to hold, and about one in thousands
+    would then wait for ever; the server has a single thread.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
@@ -291,9 +297,9 @@ def start_fork_server() -> ForkServerContext:
 
 @contextlib.contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Signals for the trainer wait meanwhile, and never reach the processes that it starts, which inherit that.
+    """Block stop signals for the block, so that processes started in it inherit the blocking and never receive them.
 
-    Slurm sends a step's signals to every process of it: the trainer saves, and ends its processes itself.
+    Slurm sends a step's signals to all of its processes: the trainer saves, and ends its workers itself.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -303,7 +309,7 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def _slot_view(slot: torch.Tensor, number: int, free: collections.deque[int]) -> torch.Tensor:
-    """A view of a slot; its number is free again when the last view of it is gone."""
+    """Return a view of a slot; its number is free again once the last view of it is gone."""
     shown = slot.numpy()
     weakref.finalize(shown, free.append, number).atexit = False
     return torch.from_numpy(shown)
@@ -311,7 +317,7 @@ def _slot_view(slot: torch.Tensor, number: int, free: collections.deque[int]) ->
 
 @contextlib.contextmanager
 def _page_locked(slots: torch.Tensor, is_wanted: bool) -> Iterator[None]:
-    """Register memory with CUDA for the block; where that fails, copies are slower and nothing else."""
+    """Register memory with CUDA for the block; if that fails, copies are slower and nothing else changes."""
     is_locked = is_wanted and int(torch.cuda.cudart().cudaHostRegister(slots.data_ptr(), slots.nbytes, 0)) == 0
     try:
         yield
@@ -324,7 +330,7 @@ def _page_locked(slots: torch.Tensor, is_wanted: bool) -> Iterator[None]:
 def rank_batches(
     stream: Stream, *, group: Group, start: int, stop: int, batch_size: int, micro_batch: int, num_workers: int
 ) -> Generator[list[Batch]]:
-    """`train_batches` of a rank, moved a step ahead where it has a GPU."""
+    """Yield the micro-batches of a rank (`train_batches`), moved to its GPU, if any, one step ahead."""
     has_gpu = group.device.type == "cuda"
     batches = train_batches(
         stream,
@@ -341,7 +347,7 @@ def rank_batches(
 
 
 def on_device_ahead(batches: Generator[list[Batch]], device: torch.device) -> Generator[list[Batch]]:
-    """The same steps with their images on the CUDA device, copied one step ahead on a stream of their own."""
+    """Copy each step's images to the CUDA device one step ahead, on a side stream."""
     side = torch.cuda.Stream(device)
     ahead: tuple[list[Batch], list[Batch], torch.cuda.Event] | None = None
     with contextlib.closing(batches):
@@ -357,7 +363,7 @@ def on_device_ahead(batches: Generator[list[Batch]], device: torch.device) -> Ge
 
 
 def _taken(source: list[Batch], moved: list[Batch], done: torch.cuda.Event, device: torch.device) -> list[Batch]:
-    """Let the training stream wait for the images, and the allocator know that it reads them."""
+    """Make the training stream wait for the images, and tell the allocator that it reads them."""
     done.synchronize()  # copied while the step before was computed; only now may the source's memory be filled anew
     source.clear()
     training = torch.cuda.current_stream(device)
