@@ -70,7 +70,7 @@ class RankWatch:
         if self._others:  # its own clock would go on while all ranks stand still; `_watch` sees that
             self._channel = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
         self.is_at_work = False
-        """Whether it has trained a step or measured with the others: from then on their silence counts."""
+        """Whether this rank has trained a step or measured with the others: from then on their silence counts."""
         self._heard = self._looked_at_fence = time.monotonic()
         self._awaited = 0
         self._problem: str | None = None

@@ -21,26 +21,26 @@ from aimscale.harness.run.row import planned_columns
 
 NOT_PLOTTED = ("images_seen", "step", "branch", "time", "attempt")
 DECAYING = ("loss", "loss_max", "grad_norm", "lr", "images_done")
-"""What is plotted of a decay: speeds and counts go on from the trunk's."""
+"""Columns that are plotted of a decay; speeds and counts continue the trunk's."""
 FINISH_S = 60
-"""W&B may take so long at the end of a job to send what is left, unless WANDB_FINISH_TIMEOUT says otherwise."""
+"""Seconds that W&B may take at the end of a job to send the rest, unless WANDB_FINISH_TIMEOUT says otherwise."""
 
 
 def refuse_missing(config: RunConfig) -> None:
-    """Raise ConfigError where a logger is asked for that is not installed."""
+    """Raise ConfigError if a logger is asked for that is not installed."""
     if "wandb" in config.runtime.loggers and find_spec("wandb") is None:
         raise ConfigError("runtime.loggers names wandb, which is not installed; pip install 'aimscale[wandb]'")
 
 
 class TensorBoardLogger:
-    """Event files in `tensorboard/` of the run directory, a new one at every start."""
+    """Writer of event files in `tensorboard/` of the run directory, a new one at every start."""
 
     def __init__(self, run: RunDir) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run.path / "tensorboard"))
         self.logged_until = run.read_status().images_done
-        """Images done up to which earlier starts told it everything."""
+        """Images done up to which earlier starts logged everything."""
 
     def log_values(
         self, images_seen: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] | None = None
@@ -50,15 +50,16 @@ class TensorBoardLogger:
             self._writer.add_scalar(name, value, images_seen)
         for name, picture in (pictures or {}).items():
             self._writer.add_image(name, picture, images_seen, dataformats="HWC")
-        self._writer.flush()  # what was told is not told again
+        self._writer.flush()  # what was logged is not logged again
 
     def close(self, state: State) -> None:
-        """Write what is buffered."""
+        """Write buffered events."""
         self._writer.close()
 
 
 class WandbLogger:
-    """Weights & Biases, one run for a run of ours; WANDB_MODE=offline keeps everything in `wandb/` of its directory.
+    """Weights & Biases run, one for each of our runs; WANDB_MODE=offline keeps everything in `wandb/` of the run
+    directory.
 
     The configuration has the columns of the run's rows that are known before training at its top, to plot against and
     to be read back. Trouble with W&B never ends the training: without the service, a start is kept offline.
@@ -111,7 +112,7 @@ class WandbLogger:
 
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:
-        """What goes wrong with W&B in the block is said once, and ends what W&B gets, not the run."""
+        """Report an error of W&B in the block once, and stop logging to W&B instead of ending the run."""
         try:
             yield
         except Exception as error:
@@ -133,7 +134,7 @@ class WandbLogger:
             self._run.log(line | {name: wandb.Image(each) for name, each in (pictures or {}).items()})
 
     def close(self, state: State) -> None:
-        """Send what is left, for `FINISH_S` at most, and how the job ended."""
+        """Send the rest, for at most `FINISH_S`, and how the job ended."""
         if self._run is None:
             return
         with self._surviving():
@@ -143,12 +144,12 @@ class WandbLogger:
 
 
 Logger = TensorBoardLogger | WandbLogger
-"""Where a run's numbers and pictures go, too, by `images_seen`."""
+"""Logger of a run's numbers and pictures, by `images_seen`, beside `metrics.jsonl`."""
 
 
 @contextlib.contextmanager
 def open_loggers(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
-    """The loggers of `runtime.loggers` for the block, after which `status.json` says how the job ended."""
+    """Open the loggers of `runtime.loggers` for the block; at its end `status.json` must say how the job ended."""
     with contextlib.ExitStack() as stack:
         loggers: list[Logger] = []
         for name in dict.fromkeys(config.runtime.loggers):
@@ -158,9 +159,9 @@ def open_loggers(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
 
 
 def line_scalars(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:
-    """What is plotted of a line of `metrics.jsonl`: `train/loss`, or `decay/loss` where the trunk was left.
+    """Return the scalars plotted of a line of `metrics.jsonl`: `train/loss`, or `decay/loss` off the trunk.
 
-    Under cosine there is no trunk: the way to a budget is all of its training.
+    Under cosine there is no trunk: all of training counts as `train`.
     """
     is_trunk = line["branch"] is None or is_cosine
     names = [name for name in line if name not in NOT_PLOTTED] if is_trunk else DECAYING
@@ -169,7 +170,8 @@ def line_scalars(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float
 
 
 def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
-    """What is plotted of a budget's row: `val/loss`, its standard error, and top-1 accuracies as `probe/TASK/KIND`.
+    """Return the scalars plotted of a budget's row: `val/loss`, its standard error, and top-1 accuracies as
+    `probe/TASK/KIND`.
 
     Args:
         row: of the results, or a line of `curve.jsonl`.
@@ -182,10 +184,11 @@ def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, fl
 
 
 def picture_grid(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One picture of the next-patch pictures in a validation file: a row for each image; truth, prefix, prediction."""
+    """Arrange the next-patch pictures of a validation file in one: a row for each image; truth, prefix, prediction."""
     parts = [arrays[name] for name in ("truth", "prefix", "prediction")]
     return {"pictures/truth-prefix-prediction": np.concatenate(np.concatenate(parts, axis=2))}
 
 
 def _brief(error: Exception) -> str:
+    """Shorten an error to one line."""
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

@@ -1,6 +1,6 @@
-"""Where long work stands: on a terminal a bar with rate and time left, elsewhere a plain line now and then.
+"""Progress of long work: a bar with rate and time left on a terminal, elsewhere a plain line now and then.
 
-All of it goes to the standard error, so that results can be piped. A file gets no control characters.
+It is written to the standard error, so that results can be piped. A file gets no control characters.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 PLAIN_EVERY_S = 30.0
-"""Seconds between two lines where there is no terminal; shorter work says nothing."""
+"""Seconds between two lines without a terminal; shorter work prints none."""
 
 
 class Bar:
-    """Called often with how far the work is; shows nothing where `shows` is false, as on all ranks but the first."""
+    """Progress bar, called often with how far the work is; with `shows=False`, as on all ranks but the first, it shows
+    nothing."""
 
     def __init__(self, *, shows: bool = True, every_s: float = PLAIN_EVERY_S) -> None:
         self._shows, self._every_s = shows, every_s
@@ -37,7 +38,7 @@ class Bar:
         self.clear()
 
     def __call__(self, what: str = "", done: int = 0, total: int | None = None, unit: str = "images", /) -> None:
-        """`done` of `total` units of the work named `what`; its rate counts from the first call of that name."""
+        """Show `done` of `total` units of the work named `what`; the rate counts from the first call of that name."""
         if not what or not self._shows:
             return
         now = time.monotonic()
@@ -70,14 +71,14 @@ class Bar:
             print(line, file=sys.stderr if err else sys.stdout, flush=True)
 
     def clear(self) -> None:
-        """Take the bar off the terminal; the next call shows it again."""
+        """Remove the bar from the terminal; the next call shows it again."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
 
 def _standing(done: int, total: int | None, unit: str, *, rate: float) -> str:
-    """`1,024/5,000 images, 310/s, 0:00:12 left`; rate and time are left out where they are not known yet."""
+    """Format `1,024/5,000 images, 310/s, 0:00:12 left`; rate and time are left out if unknown."""
     text = f"{done:,} {unit}" if total is None else f"{done:,}/{total:,} {unit}"
     if rate <= 0:
         return text

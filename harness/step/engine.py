@@ -1,8 +1,8 @@
-"""One optimiser step on DeepSpeed: ZeRO 0-3, bf16 or fp32, accumulation by sums, clipping, no drift on bad steps.
+"""The optimiser step on DeepSpeed: ZeRO 0-3, bf16 or fp32, accumulation of sums, clipping, and no drift on bad steps.
 
-What DeepSpeed averages over ranks, this module turns back into a sum divided by the global count of targets. The
-learning rate is set here for every step: DeepSpeed's own schedulers would stand still on skipped steps.
-`Engine.fragments` shows where the float32 master weights and Adam moments of every parameter live on this rank, the
+DeepSpeed averages over ranks; this module turns the average back into a sum over the global count of targets. The
+learning rate is set here for every step: DeepSpeed's own schedulers would not advance on skipped steps.
+`Engine.fragments` shows where the float32 master weights and Adam moments of every parameter are on this rank, in the
 same way for every ZeRO stage; `harness.step.checkpoint` reads and writes them.
 """
 
@@ -36,35 +36,36 @@ ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What a step leaves behind; tensors stay on the device, so nothing waits for it."""
+    """Result of a step; tensors stay on the device, so nothing waits for it."""
 
     loss_sum: Tensor
-    """float32 scalar: this rank's share of the batch's loss sum."""
+    """This rank's share of the batch's loss sum, float32 scalar."""
     grad_norm: Tensor
-    """float32 scalar: global gradient norm before clipping."""
+    """Global gradient norm before clipping, float32 scalar."""
     was_applied: bool
-    """False where the gradient was not finite: weights, moments and step count are as before."""
+    """Whether the step was applied; a step whose gradient is not finite leaves weights, moments and step count as
+    before."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """The part of one parameter whose master weight and moments live on this rank."""
+    """Part of one parameter whose master weight and moments are on this rank."""
 
     name: str
     shape: torch.Size
     """Shape of the whole parameter."""
     flat: Tensor
-    """The optimiser's own float32 tensor that holds the part."""
+    """The optimiser's float32 tensor that holds the part."""
     flat_start: int
-    """Where in `flat` the part starts."""
+    """Start of the part in `flat`."""
     param_start: int
-    """Where in the flattened parameter the part starts."""
+    """Start of the part in the flattened parameter."""
     numel: int
     """Length of the part; 0 where another rank owns the parameter."""
 
 
 class Engine:
-    """A model, its optimiser, and the one way to step them."""
+    """Model and its optimiser, which step together."""
 
     def __init__(
         self, config: ModelConfig, optimiser: OptimiserSection, options: EngineOptions, group: Group, *, seed: int = 0
@@ -119,7 +120,7 @@ class Engine:
         self.publish_masters()
 
     def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepOutcome:
-        """Forward and backward over this rank's micro-batches, then one update.
+        """Run forward and backward over this rank's micro-batches, then one update.
 
         Args:
             micro_batches: at least one, as many as on every other rank, on any device.
@@ -145,7 +146,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Give back weights, gradients, masters and moments; the engine is of no use afterwards."""
+        """Free weights, gradients, masters and moments; the engine is unusable afterwards."""
         parameters = list(self.module.parameters())
         held = [parameters, [vars(p) for p in parameters], vars(self._optimizer), list(self.adamw.state.values())]
         self._engine.destroy()
@@ -154,7 +155,7 @@ class Engine:
         del self._engine, self._optimizer, self.module
 
     def fragments(self) -> list[Fragment]:
-        """Every parameter's part on this rank, in the model's order, the same list of names on every rank."""
+        """Return every parameter's part on this rank, in the model's order, the same list of names on every rank."""
         return [self._fragment(param) for param in self.module.parameters()]
 
     def _fragment(self, param: Any) -> Fragment:
@@ -185,19 +186,19 @@ class Engine:
         )
 
     def _flat_masters(self) -> list[Tensor]:
-        """The float32 tensors that the inner AdamW updates, one per parameter group (stages 1 and 2)."""
+        """Return the float32 tensors that the inner AdamW updates, one per parameter group (stages 1 and 2)."""
         if hasattr(self._optimizer, "fp32_groups_flat_partition"):
             return list(self._optimizer.fp32_groups_flat_partition)
         return list(self._optimizer.single_partition_of_fp32_groups)
 
     @property
     def adamw(self) -> torch.optim.Optimizer:
-        """The AdamW inside DeepSpeed's optimiser, which steps `optimiser_tensors`."""
+        """The AdamW inside DeepSpeed's optimiser, which updates `optimiser_tensors`."""
         inner: torch.optim.Optimizer = self._optimizer if self.options.zero_stage == 0 else self._optimizer.optimizer
         return inner
 
     def optimiser_tensors(self) -> list[Tensor]:
-        """The tensors that key the inner AdamW's state on this rank."""
+        """Return the tensors that key the inner AdamW's state on this rank."""
         if self.options.zero_stage == 0:
             return [p for group in self._optimizer.param_groups for p in group["params"]]
         if self.options.zero_stage == 3:
@@ -205,7 +206,7 @@ class Engine:
         return self._flat_masters()
 
     def adam_state(self, owner: Tensor) -> dict[str, Any]:
-        """`step`, `exp_avg` and `exp_avg_sq` of one tensor; zeros before the first step."""
+        """Return `step`, `exp_avg` and `exp_avg_sq` of one tensor; zeros before the first step."""
         assert any(owner is tensor for tensor in self.optimiser_tensors()), "the state is keyed by the tensor object"
         state = self.adamw.state[owner]
         if not state:
@@ -216,7 +217,7 @@ class Engine:
         return state
 
     def publish_masters(self) -> None:
-        """Copy the masters into the weights that the forward pass uses, on all ranks."""
+        """Copy the master weights into the weights of the forward pass, on all ranks."""
         if self.options.zero_stage == 3:
             optimizer = self._optimizer
             optimizer._partition_all_parameters()
@@ -229,7 +230,7 @@ class Engine:
 
 
 def should_compile(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: int) -> bool:
-    """What `runtime.compile` means: `auto` compiles the blocks on a GPU, but not at ZeRO 3, whose hooks break graphs.
+    """Interpret `runtime.compile`: `auto` compiles the blocks on a GPU, but not at ZeRO 3, whose hooks break graphs.
 
     Raises:
         ConfigError: it was asked for on a CPU, where it makes steps slower.
@@ -244,13 +245,13 @@ def should_compile(wanted: Literal["auto"] | bool, device: torch.device, zero_st
 
 
 def free_storage(held: Any) -> None:
-    """Free the memory of tensors inside nested lists and dictionaries, gradients included."""
+    """Free the storage of tensors inside nested lists and dictionaries, gradients included."""
     for tensor in _tensors_in(held):
         tensor.untyped_storage().resize_(0)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors inside nested lists and dictionaries, gradients included."""
+    """Yield the tensors inside nested lists and dictionaries, gradients included."""
     if isinstance(value, Tensor):
         yield value
         if value.is_leaf and value.grad is not None:
@@ -263,10 +264,10 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def fragment_of(flat: Tensor, fragment: Fragment) -> Tensor:
-    """The part's values inside one of the optimiser's flat tensors, 1-D."""
+    """Return the part's values inside one of the optimiser's flat tensors, 1-D."""
     return flat.detach().view(-1).narrow(0, fragment.flat_start, fragment.numel)
 
 
 def part_of(whole: Tensor, fragment: Fragment) -> Tensor:
-    """The part's values inside the whole parameter, 1-D."""
+    """Return the part's values inside the whole parameter, 1-D."""
     return whole.reshape(-1).narrow(0, fragment.param_start, fragment.numel)

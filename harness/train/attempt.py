@@ -1,4 +1,4 @@
-"""Execute what a run lacks: `python -m aimscale.harness.train RUN_DIR` trains its budgets and evaluates them."""
+"""An attempt at a run: `python -m aimscale.harness.train RUN_DIR` trains its missing budgets and evaluates them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAVES_MEMORY = "lower runtime.micro_batch, use more ranks, or set runtime.activa
 
 
 def train(path: Path) -> int:
-    """Train what the budgets of the run in `path` lack, then evaluate what they lack; returns the exit code.
+    """Train the missing budgets of the run in `path`, then evaluate what is pending; returns the exit code.
 
     Exit codes are in `run.directory`.
 
@@ -66,5 +66,5 @@ def train(path: Path) -> int:
 
 
 def main() -> None:
-    """Entry point of the launchers."""
+    """Start a run as launchers do."""
     run_worker(train, "aimscale.harness.train RUN_DIR")

@@ -1,8 +1,8 @@
-"""Points during training: validation loss and cheap probes on the trunk, on the images and by the code of budgets.
+"""Measurements during training: validation loss and cheap probes on the trunk, on the images and by the code of
+budgets.
 
-Each is measured on a copy of the weights and written once, as a line of `curve.jsonl`; a run that is taken up from
-before it finds the line there. No row follows from it, and a run that lacks a point lacks nothing: its weights are
-gone.
+Each is made on a copy of the weights and written once, as a line of `curve.jsonl`; a run resumed from an earlier
+checkpoint finds the line there. No row follows from it, and a missing one is never made up for: its weights are gone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from aimscale.harness.train.validation import HeldOut, validate
 
 
 class LearningCurve:
-    """What a run measures on its way; all ranks call it together."""
+    """Measurements of a run during its training; all ranks call it together."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class LearningCurve:
         lookup: DatasetLookup = find_info,
         loggers: Sequence[Logger] = (),
     ) -> None:
-        """Find out where the points are; `loggers` are of the first rank."""
+        """Find out at which positions to measure; `loggers` are the first rank's."""
         self._run, self._config, self._job, self._schedule = run, config, job, unchecked_schedule(config)
         self._engine, self._loggers = engine, loggers
         self._distance = job.group.from_first(lambda: validation_distance(config, lookup))
@@ -58,12 +58,12 @@ class LearningCurve:
         self._folder = run.path / "probes" / "during"  # of the probes under way
 
     def is_at(self, images_seen: int) -> bool:
-        """Whether something may be due at a position of the trunk."""
+        """Return whether a measurement may be due at a position of the trunk."""
         distances = [self._distance, *(section.every_images for section in self._probes)]
         return any(self._schedule.is_point(images_seen, every) for every in distances)
 
     def measure(self, images_seen: int, lr: float) -> None:
-        """Measure what is due here and is not in `curve.jsonl`, and write the line.
+        """Measure what is due here and not yet in `curve.jsonl`, and append the line.
 
         Args:
             lr: of the step before.
@@ -94,7 +94,7 @@ class LearningCurve:
             print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
 
     def _lacking(self, images_seen: int) -> tuple[str | None, Sequence[ProbeSection]]:
-        """Name of the validation, None where none is due, and the probes that are."""
+        """Return the name of the validation, None if none is due, and the probes that are due."""
         there: dict[str, Any] = {point["images_seen"]: point for point in self._run.read_curve()}.get(images_seen, {})
         name = validation_settings(self._config.evaluation.validation)
         is_due = self._schedule.is_point(images_seen, self._distance)
@@ -111,7 +111,7 @@ class LearningCurve:
         return name if is_due else None, probes
 
     def _loss(self, images_seen: int) -> dict[str, float | None]:
-        """The validation columns of a row."""
+        """Measure the validation columns of a row."""
         config, group = self._config, self._job.group
         self._held_out = self._held_out or open_held_out(config, group)
         model = copied_model(self._engine, group, DTYPES[config.training.optimiser.precision])
@@ -121,7 +121,7 @@ class LearningCurve:
         return {column: value if math.isfinite(value) else None for column, value in losses.columns.items()}
 
     def _entries(self, images_seen: int, precision: str, probes: Sequence[ProbeSection]) -> list[dict[str, Any]]:
-        """Entries of a row's probes of one precision, from one copy of the weights."""
+        """Probe in one precision, on one copy of the weights, and return the entries of a row's probes."""
         config, found = self._config, []
         if some := [section for section in probes if section.precision == precision]:
             copied = functools.partial(copied_model, self._engine, self._job.group, DTYPES[precision])

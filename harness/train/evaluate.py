@@ -1,7 +1,7 @@
-"""Evaluate the saved budgets of a run: validation, pictures, probes; knowing only the run's directory.
+"""Evaluation of a run's saved budgets: validation, pictures and probes, knowing only the run's directory.
 
-It follows the training in the same process, when the training states are gone, and needs a budget's weights alone.
-What is there is not done again.
+It follows the training in the same process, after the training state is freed, and needs only a budget's weights.
+Existing results are kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aimscale.harness.train.validation import HeldOut, completions, validate
 
 
 def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = ()) -> None:
-    """Measure what a configuration of the run asks for and its budgets lack; all ranks call this together.
+    """Measure what a configuration asks for and a run's budgets lack; all ranks call this together.
 
     Args:
         config: of the run, with what is to be measured now.
@@ -75,19 +75,19 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
 
 
 def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Pending]:
-    """What a budget lacks when its row says all that is there."""
+    """Update a budget's row from its files, and return its pending evaluations."""
     return list(pending_evaluations(run, config, budget, update_row(run, config, budget)))
 
 
 def open_held_out(config: RunConfig, group: Group) -> HeldOut:
-    """The validation images."""
+    """Open the validation images."""
     runtime, section = config.runtime, config.evaluation.validation
     dataset = open_dataset(section.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
     return HeldOut(dataset, section, config.training.model, group)
 
 
 def _compare(config: RunConfig, held_out: ShardDataset) -> None:
-    """Refuse validation images that are among the training images, as far as those are available."""
+    """Refuse validation images that are among the training images, if those are available."""
     runtime, sources = config.runtime, config.training.data.sources
     try:
         pools = [open_dataset(each.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb) for each in sources]
@@ -100,6 +100,7 @@ def _compare(config: RunConfig, held_out: ShardDataset) -> None:
 def _validate(
     run: RunDir, config: RunConfig, group: Group, budget: int, held_out: HeldOut, report_progress: ProgressCallback
 ) -> None:
+    """Measure and save the validation loss of a budget."""
     model = load_budget(run, config, budget, group.device)
     if config.training.optimiser.precision == "bf16":
         model.to(torch.bfloat16)  # as it trained

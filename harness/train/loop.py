@@ -1,7 +1,8 @@
-"""Train one run from its directory to its last budget, alone, by torchrun, in Slurm.
+"""Training of one run from its directory to its last budget, as a single process, by torchrun, or in Slurm.
 
-The walk (`harness.run.schedule`): up the trunk to a budget's branch point, save, decay, save the weights, evaluate,
-record a row, return to the trunk, go on. Everything needed to take the walk up anywhere is in the run directory.
+The walk over the segments (`harness.run.schedule`): up the trunk to a budget's branch point, save, decay, save the
+weights, evaluate, record a row, return to the trunk, go on. The run directory holds everything that is needed to resume
+the walk anywhere.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from aimscale.harness.train.curve import LearningCurve
 
 
 class Trainer:
-    """One run in this process: everything it needs, and the walk."""
+    """State of one run in this process, and its walk over the segments."""
 
     def __init__(self, run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = ()) -> None:
         group = job.group
@@ -94,13 +95,13 @@ class Trainer:
         self.curve = LearningCurve(run, config, beside, self.engine, lookup=lookup, loggers=loggers)
 
     def _executed(self, plan: ExecutionPlan) -> dict[str, Any]:
-        """What the memory of a step depends on, beside the run itself."""
+        """Return the settings that the memory of a step depends on, beside the run itself."""
         names = ("zero_stage", "micro_batch", "activation_checkpointing")
         about = {"device": device_name(self.group.device), "world_size": self.group.world_size}
         return {name: getattr(plan, name) for name in names} | about
 
     def _lowered(self, plan: ExecutionPlan, plan_of: Callable[[RuntimeConfig], ExecutionPlan]) -> ExecutionPlan:
-        """The plan, or the same with half the micro-batch for which memory ran out before."""
+        """Return the plan, with half of the micro-batch if memory ran out for it in an earlier start."""
         known = self.group.from_first(lambda: self.run.read_status().too_large)
         largest = known["micro_batch"] if known else plan.micro_batch + 1
         if plan.micro_batch < largest or known != self._executed(plan) | {"micro_batch": largest}:
@@ -109,10 +110,11 @@ class Trainer:
         return plan_of(self.config.runtime.model_copy(update=fixed | {"micro_batch": self._half(largest)}))
 
     def _half(self, micro_batch: int) -> int:
+        """Return the images of a pass of at most half of a micro-batch."""
         return pass_size(images_per_rank(self.batch_size, self.group.world_size), micro_batch // 2)
 
     def walk(self) -> None:
-        """Train from wherever the run stands to its last budget."""
+        """Train from the current state of the run to its last budget."""
         gc.disable()  # ranks that collect at different steps would wait for each other; see `_train_segment`
         try:
             self._walk()
@@ -125,6 +127,7 @@ class Trainer:
             gc.enable()
 
     def _walk(self) -> None:
+        """Train the remaining segments one after the other."""
         segments, position, is_start = self._resume()
         self._announce()
         for number, segment in enumerate(segments):
@@ -145,7 +148,7 @@ class Trainer:
             self._keep_end_of_trunk()
 
     def close(self) -> None:
-        """Give back the memory of weights, gradients and optimiser states."""
+        """Free the memory of weights, gradients and optimiser states."""
         self.writer.close()
         self.engine.close()
         del self.engine, self.writer, self.curve
@@ -154,7 +157,7 @@ class Trainer:
             torch.cuda.empty_cache()
 
     def _keep_end_of_trunk(self) -> None:
-        """Drop all checkpoints of a finished run but the one from which a longer budget would go on."""
+        """Remove all checkpoints of a finished run but the one that a longer budget would start from."""
         is_wsd = self.config.training.schedule.kind == "wsd"
         end = self.run.checkpoint_dir(trunk_position(self.run, self.schedule)) if is_wsd else None
         for path in self.run.checkpoints.iterdir() if self.run.checkpoints.is_dir() else ():
@@ -164,9 +167,10 @@ class Trainer:
             self.run.checkpoints.rmdir()
 
     def _resume(self) -> tuple[list[Segment], int, bool]:
-        """Go to the furthest saved point: the segments left, the position in the first, and whether that begins there.
+        """Load the furthest saved point; returns the remaining segments, the position in the first, and whether that is
+        its start.
 
-        A budget's end is no such point: from there the walk returns to the trunk, whose checkpoint is kept.
+        The end of a budget is no such point: from there the walk returns to the trunk, whose checkpoint is kept.
         """
         saved = list(self.group.from_first(lambda: saved_budgets(self.run)))
         left = [budget for budget in self.schedule.budgets if budget not in saved]
@@ -185,7 +189,8 @@ class Trainer:
         return self.schedule.segments(point, left), position, position == point and point in leaves.values()
 
     def _load_newest(self, left: list[int], trunk: int) -> Manifest | None:
-        """Take up the furthest checkpoint that leads to a budget of `left`; the trunk has one at `trunk`, if above 0.
+        """Load the furthest checkpoint that leads to a budget of `left`; if `trunk` is above 0, the trunk has one
+        there.
 
         Raises:
             CheckpointError: there is none that is whole where there must be one.
@@ -199,7 +204,7 @@ class Trainer:
         return manifest
 
     def _train_segment(self, segment: Segment, position: int) -> None:
-        """Train from `position` to the end of a segment, saving on the way."""
+        """Train from `position` to the end of a segment, with checkpoints on the way."""
         batches = rank_batches(
             self.stream,
             group=self.group,
@@ -233,7 +238,7 @@ class Trainer:
                     self._save(position, segment.branch)
 
     def _step(self, step: Step, lr: float) -> StepOutcome:
-        """One step.
+        """Take one step.
 
         Raises:
             TooLargeError: memory ran out in the first one, for the first time. Others may wait in a collective that
@@ -255,7 +260,7 @@ class Trainer:
         return outcome
 
     def _measure(self, position: int, segment: Segment) -> None:
-        """Measure what is due at a position of the trunk, where a decay begins, or anywhere under cosine."""
+        """Measure what is due at a position of the trunk, at the start of a decay, or anywhere under cosine."""
         is_cosine = self.config.training.schedule.kind == "cosine"
         is_trunk = is_cosine or segment.branch is None or position == segment.start
         if not (self.plan.measures and is_trunk and self.curve.is_at(position)):
@@ -265,7 +270,7 @@ class Trainer:
             self.curve.measure(position, lr)
 
     def _request(self) -> RankRequest:
-        """What this rank has to say before a step, asked once for each."""
+        """Return this rank's requests, asked for once per step."""
         minutes = self.config.runtime.checkpoint_every_min
         now = time.monotonic()
         # Of the first rank, so that ranks whose clocks differ do not save twice.
@@ -275,7 +280,7 @@ class Trainer:
         return RankRequest(stop=self.flag.is_raised, save=is_due, error=self.writer.problem())
 
     def _save(self, position: int, branch: int | None) -> None:
-        """Begin a checkpoint. What is needed neither to resume nor to return to the trunk goes when it is there."""
+        """Start a checkpoint; older ones are removed afterwards unless the walk returns to them."""
         keep = set() if branch is None else {self.run.checkpoint_dir(self.schedule.branch_point(branch))}
         self.writer.save(
             self.run.checkpoint_dir(position, branch),
@@ -288,7 +293,7 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def _save_budget(self, budget: int) -> None:
-        """Write a budget's weights, and in their file's metadata its row so far, to which evaluation adds the rest."""
+        """Write a budget's weights, with its row so far in the file's metadata; evaluation adds the rest of the row."""
         row = describe(self.config) | self.recorder.facts()
         unique_images = self.stream.unique_images or None
         row |= {
@@ -313,7 +318,7 @@ class Trainer:
         save_weights(self.run.model_file(budget), self.engine, self.group, metadata)
 
     def _announce(self) -> None:
-        """Record how this start executes the run."""
+        """Record and print how this start executes the run."""
         startup_s = process_age_s()
         if not self.group.is_first:
             return

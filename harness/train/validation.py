@@ -28,14 +28,14 @@ from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.run.files import atomic_write
 
 NUM_COMPLETIONS = 8
-"""Images whose predictions are kept as pictures."""
+"""Number of images whose predictions are kept as pictures."""
 KEPT_SHARE = 0.05
-"""Of its share of the host's memory, what a rank gives to decoded images that will be looked at again."""
+"""Share of a rank's host memory for decoded images that will be read again."""
 
 
 class HeldOut:
-    """The validation images of a model geometry, shared by ranks: decoded by threads ahead of the model, and kept where
-    they take little memory, for a run looks at them many times."""
+    """Validation images for one model geometry, shared by ranks; threads decode them ahead of the model, and they are
+    kept in memory if they take little, since a run reads them many times."""
 
     def __init__(
         self, dataset: ShardDataset, section: ValidationSection, model_section: ModelSection, group: Group
@@ -52,11 +52,12 @@ class HeldOut:
         self._is_filled = False
 
     def images(self, rows: np.ndarray) -> Tensor:
-        """Normalised float32 images (len(rows), C, H, W) of some rows, on the host."""
+        """Load normalised float32 images (len(rows), C, H, W) of some rows, on the host."""
         return eval_images(self.dataset, self.indices[rows], self._model_section, self.section.centre_crop)
 
     def passes(self, num_images: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Rows and normalised images of this rank, on its device, so many at a time; none where others have more."""
+        """Yield rows and normalised images of this rank, on its device, so many at a time; empty ones if other ranks
+        have more."""
         most = -(-len(self.indices) // self._group.world_size)
         parts = [slice(first, first + num_images) for first in range(0, most, num_images)]
         pixels: Iterable[tuple[slice, Tensor]]
@@ -78,22 +79,22 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationLosses:
-    """Losses of single images, of each prefix and summed over them; one row per image, in the folder's order."""
+    """Losses of single images, by prefix and summed over prefixes; one row per image, in the folder's order."""
 
     index: np.ndarray
-    """int64: sample number in the validation folder."""
+    """Sample number in the validation folder, int64."""
     loss_sum: np.ndarray
-    """float64: sum over scored targets of their mean squared errors."""
+    """Sum over scored targets of their mean squared errors, float64."""
     num_targets: np.ndarray
-    """float64: scored targets."""
+    """Number of scored targets, float64."""
     prefix_len: np.ndarray
-    """int64 (images, prefixes): how many patches are given."""
+    """Number of visible patches, int64 (images, prefixes)."""
     prefix_loss_sum: np.ndarray
-    """float64 (images, prefixes): `loss_sum` by prefix, from which the noise of the drawn prefixes can be told."""
+    """Terms of `loss_sum` by prefix, float64 (images, prefixes), which show the noise of the drawn prefixes."""
     position_loss_sum: np.ndarray
-    """float64 (N,): sum of the losses of the patch at each place of the sequence, over images and prefixes."""
+    """Sum of losses by position in the sequence, over images and prefixes, float64 (N,)."""
     position_num_targets: np.ndarray
-    """float64 (N,): how often it was scored; the first patch, which is always given, never."""
+    """Number of times that each position was scored, float64 (N,); never the first, which is always visible."""
 
     @property
     def loss(self) -> float:
@@ -102,7 +103,7 @@ class ValidationLosses:
 
     @property
     def standard_error(self) -> float:
-        """Of `loss` as a ratio of two sums over images (delta method); images are the sampling unit."""
+        """Standard error of `loss` as a ratio of two sums over images (delta method); images are the sampling unit."""
         residual = self.loss_sum - self.loss * self.num_targets
         num_images = len(residual)
         if num_images < 2:
@@ -111,11 +112,12 @@ class ValidationLosses:
 
     @property
     def columns(self) -> dict[str, float]:
-        """What a row says of them."""
+        """Columns of a row."""
         return dict(zip(VALIDATION_COLUMNS, (self.loss, self.standard_error, len(self.index)), strict=True))
 
     def save(self, path: Path, name: str = "", pictures: dict[str, np.ndarray] | None = None) -> None:
-        """Write them to an npz file in one step: what they are of, a row's columns, and the model's `completions`."""
+        """Write the losses atomically to an npz file, with their `name`, a row's columns, and the model's
+        `completions`."""
         arrays: dict[str, Any] = {"name": name, **self.columns, **dataclasses.asdict(self), **(pictures or {})}
         with atomic_write(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
@@ -125,7 +127,7 @@ class ValidationLosses:
 def validate(
     model: AIM, held_out: HeldOut, group: Group, report_progress: ProgressCallback = ignore_progress
 ) -> ValidationLosses:
-    """Per-image losses; ranks share the images, and every rank returns all of them.
+    """Compute per-image losses; ranks share the images, and every rank returns all of them.
 
     Args:
         pause: called by all ranks together before each pass; raises to stop there.
@@ -159,7 +161,7 @@ def validate(
 
 @torch.no_grad()
 def completions(model: AIM, held_out: HeldOut, device: torch.device) -> dict[str, np.ndarray]:
-    """Pictures of a few validation images, spread over the folder: seen to their middle, or masked.
+    """Make pictures of a few validation images, spread over the folder: with their first half visible, or masked.
 
     Returns:
         uint8 (n, H, W, C) arrays `truth`, `prefix` (mid-grey where the model must predict) and `prediction`, and int64
