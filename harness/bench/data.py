@@ -1,10 +1,10 @@
-"""How fast images are read: the training stream beside the limit, a bare reader that decodes and crops.
+"""Throughput of reading images: the training stream beside its limit, a bare reader that decodes and crops.
 
 The bare reader is what one writes first, with plain torch and the fastest JPEG library (`data.store.decoding`): its
-images lie in memory, and its pictures are thrown away. Both take turns in one process on one thread, in processor time,
-switching every few dozen images, so that a busy machine slows both alike; then the loader with and without worker
-processes, whose processor time per image is compared with the bare reader's. The images are JPEGs of 500 x 375 px cut
-from the bundled photographs.
+images are in memory, and its results are discarded. First both take turns in one process on one thread, measured in
+processor time and switching every few dozen images, so that a busy machine slows both alike. Then the loader runs with
+and without worker processes, and its processor time per image is compared with the bare reader's. The images are JPEGs
+of 500 x 375 px cut from the bundled photographs.
 """
 
 from __future__ import annotations
@@ -40,18 +40,19 @@ from aimscale.harness.run.config import RunConfig, run_config
 CROP_SIZE = 224
 """Side of a picture, pixels."""
 TURN = 32
-"""Images that a reader decodes before the next has its turn."""
+"""Number of images that a reader decodes before the other has its turn."""
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
-"""Of the JPEGs: pixels, and the encoder's quality."""
+"""Size of the JPEGs in pixels, and the encoder's quality."""
 NUM_IMAGES = 256
-"""JPEGs to cycle over."""
+"""Number of JPEGs to cycle over."""
 
 Box = tuple[int, int, int, int, bool]
-"""A crop: top, left, height, width, pixels, and whether it is flipped."""
+"""Crop: top, left, height, width, pixels, and whether it is flipped."""
 
 
 def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_images: int = NUM_IMAGES) -> dict[str, Any]:
-    """Measure for about `seconds` per table (two tables); plans on this machine reckon with the stream's rate then.
+    """Measure for about `seconds` per table (two tables), and store the stream's rate, which plans on this machine then
+    use.
 
     Args:
         seconds: wall time of the single-thread comparison, and of all loader runs together.
@@ -96,7 +97,7 @@ def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_imag
 def run_on(
     dataset: str, *, seconds: float = 10.0, workers: Sequence[int] | None = None, cache_dir: str | None = None
 ) -> list[dict[str, Any]]:
-    """How fast the loader reads a data set, a folder or URL, in about `seconds`, with crops of 224 px.
+    """Measure for about `seconds` how fast the loader reads a data set, a folder or URL, with crops of 224 px.
 
     Returns rows with workers, images/s, and images in a second of all processes' time.
     """
@@ -120,7 +121,7 @@ def bare_reader(data: bytes, box: Box) -> torch.Tensor:
 
 
 def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
-    """Image files in memory with a crop each, drawn as the stream draws them."""
+    """Load image files into memory and draw a crop for each as the stream does."""
     dataset = stream.datasets[0]
     data = [dataset.read(i) for i in range(num_images)]
     boxes = draw_boxes(
@@ -135,7 +136,8 @@ def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
 def _turn_times(
     stream: TrainStream, work: Sequence[tuple[bytes, Box]], seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Processor time of every turn of the stream and of the bare reader, interleaved, three or more of each."""
+    """Measure the processor time of every turn of the stream and of the bare reader, interleaved, three or more of
+    each."""
     ours: list[float] = []
     limit: list[float] = []
     stop, first = time.perf_counter() + seconds, 0
@@ -154,8 +156,8 @@ def _turn_times(
 def _loader_rates(
     stream: TrainStream, workers: Sequence[int] | None, seconds: float, bar: Bar
 ) -> Iterator[tuple[int, float, float]]:
-    """Numbers of workers (none, one and every core by default), images/s with each, and images in a second of all
-    processes' time; about `seconds` in all."""
+    """Yield numbers of workers (none, one and every core by default), images/s with each, and images per second of all
+    processes' time; takes about `seconds`."""
     numbers = workers if workers is not None else sorted({0, 1, len(os.sched_getaffinity(0))})
     for done, number in enumerate(numbers):
         bar(f"{number} workers", done, len(numbers), "comparisons")
@@ -163,7 +165,7 @@ def _loader_rates(
 
 
 def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[float, float]:
-    """With which rates `train_batches` hands out images once its workers run and nothing else does."""
+    """Measure the rates at which `train_batches` yields images once its workers run and nothing else does."""
     before = set(multiprocessing.active_children())
     batches = train_batches(stream, start=0, stop=10**9, batch_size=TURN, micro_batch=TURN, num_workers=workers)
     with contextlib.closing(batches):
@@ -179,13 +181,13 @@ def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[flo
 
 
 def _cpu_s(processes: Sequence[int | None]) -> float:
-    """Processor time of this process and of some others so far."""
+    """Return the processor time of this process and of some others so far."""
     clocks = [(~pid << 3) | 2 for pid in processes if pid is not None]  # as clock_getcpuclockid has it on Linux
     return time.process_time() + sum(map(time.clock_gettime, clocks))
 
 
 def _photographs(number: int) -> Iterator[PackedImage]:
-    """Crops of the bundled photographs, resized to the size of a typical web photo."""
+    """Yield crops of the bundled photographs, resized to the size of a typical web photo."""
     pictures = list(photographs().values())
     draws = random_uniform(make_key("bench photograph"), np.arange(2 * number)).reshape(number, 2)
     for i in range(number):
@@ -202,6 +204,7 @@ def _photographs(number: int) -> Iterator[PackedImage]:
 
 
 def _config(folder: Path, images: Iterator[PackedImage], dataset: str | None = None) -> RunConfig:
+    """Write the data sets and return the configuration of a run on them."""
     folder.mkdir()
     write_dataset(folder / "train", images)
     held_out = (image for image, _ in zip(photograph_crops("test"), range(8), strict=False))

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, measured: computing, communication that nothing hides, images, and the rest."""
+"""Measured breakdown of a step's time: computation, communication that nothing hides, images, and the rest."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.feed import Feed
 
 NUM_STEPS = 3
-"""That the profiler sees."""
+"""Number of steps that are profiled."""
 WARM_UP = 3
-"""Steps whose waits for images do not count: loader processes start."""
+"""Number of first steps whose waits for images do not count: loader processes are starting."""
 
 Span = tuple[float, float]
 
 
 def step_shares(take_step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Shares of a step's time: `compute`, where anything is computed, the optimiser's part among it;
-    `exposed_communication`, where something is sent or awaited and nothing is computed; and `other`, where the device
-    has nothing to do, since the host prepares, launches or waits.
+    """Measure shares of a step's time: `compute`, while anything is computed, the optimiser included;
+    `exposed_communication`, while something is sent or awaited and nothing is computed; and `other`, while the device
+    is idle, since the host prepares, launches or waits.
 
-    By torch's profiler, which slows small steps: only shares are true. On a GPU kernels count, NCCL's as sending; they
-    last until the slowest rank is there. On a CPU operators count, and gloo's collectives.
+    They are measured by torch's profiler, which slows small steps, so only shares are meaningful. On a GPU kernels
+    count, NCCL's as communication; these last until the slowest rank is there. On a CPU operators count, and gloo's
+    collectives.
 
     Args:
         take_step: returns when the step is done on the device.
@@ -51,7 +52,7 @@ def step_shares(take_step: Callable[[], object], device: torch.device) -> dict[s
 
 
 def shares_of(events: Iterable[Any], wall_us: float, *, on_gpu: bool) -> dict[str, float]:
-    """Those shares by the profiler's events of so much time."""
+    """Compute those shares from the profiler's events over `wall_us`."""
     computed: list[Span] = []
     sent: list[Span] = []
     for event in events:
@@ -68,7 +69,7 @@ def shares_of(events: Iterable[Any], wall_us: float, *, on_gpu: bool) -> dict[st
 
 
 def covered(spans: Iterable[Span]) -> float:
-    """Length of the union of intervals."""
+    """Return the length of the union of intervals."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))
@@ -79,7 +80,7 @@ def covered(spans: Iterable[Span]) -> float:
 def image_wait_s(
     config: RunConfig, engine: Engine | ReferenceEngine, group: Group, *, micro_batch: int, num_steps: int
 ) -> float:
-    """Mean time for which a step waits for its images, read from the configuration's data while steps are computed."""
+    """Measure the mean wait of a step for its images, read from the configuration's data while steps are computed."""
     batch_size, num_workers = config.training.optimiser.batch_size, config.runtime.num_workers
     batches = rank_batches(
         TrainStream(config),

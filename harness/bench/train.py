@@ -1,6 +1,6 @@
-"""Throughput of one training step against PyTorch's own engines and the measured matrix-multiplication peak.
+"""Throughput of a training step against PyTorch's own engines and the measured matrix-multiplication peak.
 
-FSDP2 and the bare loop (`harness.bench.reference`) step our own model: their ratios are what DeepSpeed costs.
+FSDP2 and the bare loop (`harness.bench.reference`) step the same model: their ratios are what DeepSpeed costs.
 """
 
 from __future__ import annotations
@@ -123,13 +123,14 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
 
 
 def _image_wait_s(config: RunConfig, plan: ExecutionPlan, group: Group) -> float:
-    """For how long a step is expected to wait for its images."""
+    """Estimate how long a step waits for its images."""
     device = device_here(wants_cpu=group.device.type == "cpu")
     rates = expected_rates(config, group.world_size, device, plan, mfu=None, step_ms=None, lookup=find_info)
     return max(0.0, rates.loading_s - rates.step_s) if rates.is_ahead else rates.loading_s
 
 
 def _beside(ours: list[float], its: list[float]) -> dict[str, float]:
+    """Compare the step times of another engine with ours."""
     ratios = [our / other for our, other in zip(ours, its, strict=True)]
     return {"ms_per_step": 1000 * statistics.median(its), "ours_over_it": statistics.median(ratios)}
 
@@ -137,7 +138,7 @@ def _beside(ours: list[float], its: list[float]) -> dict[str, float]:
 def _engines(
     config: RunConfig, options: EngineOptions, group: Group, *, with_references: bool
 ) -> dict[str, Callable[[], Engine | ReferenceEngine]]:
-    """What makes each engine, by its name in `others`; ours comes first."""
+    """Return a factory for each engine, by its name in `others`; ours comes first."""
     model, optimiser = model_of(config.training), config.training.optimiser
 
     def reference(*, sharded: bool) -> ReferenceEngine:
@@ -161,8 +162,8 @@ def _time(
     group: Group,
     look: Callable[[Engine | ReferenceEngine, Callable[[], float]], T],
 ) -> tuple[dict[str, list[float]], int, float, T]:
-    """Seconds of every engine's steps; memory before the second is made; seconds to the end of the first step; and
-    what `look` returns of the first engine and its step, when that was timed."""
+    """Time every engine's steps; returns seconds per step, memory before the second engine is made, seconds to the end
+    of the first step, and the result of `look` on the first engine and its step, called after that was timed."""
 
     def step_s(engine: Engine | ReferenceEngine) -> float:
         started = time.perf_counter()
@@ -200,7 +201,7 @@ def _time(
 
 
 def random_batches(config: ModelConfig, batch_size: int, micro_batch: int) -> list[Batch]:
-    """A step of random images with paired prefixes, or masks."""
+    """Make a step of random images with paired prefixes, or masks."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, config.channels, config.image_size, config.image_size)
     images = torch.randn(shape, generator=generator)

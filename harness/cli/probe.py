@@ -100,7 +100,7 @@ def baseline(
 def _sections(
     config: RunConfig, names: list[str] | None, file: Path | None, kinds: list[str] | None
 ) -> list[ProbeSection]:
-    """The tasks that the command line asks for, as sections of a configuration; relative paths start here."""
+    """Return the tasks that the command line asks for, as sections of a configuration; relative paths start here."""
     from aimscale.harness.probe.run import wanted_tasks
 
     changes = {"kinds": kinds} if kinds else {}
@@ -109,7 +109,7 @@ def _sections(
 
 
 def _tasks_of(path: Path) -> list[ProbeSection]:
-    """The tasks of a file."""
+    """Read the tasks of a file."""
     values = read_yaml(path)
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{path} must be a list of tasks, each with task, train and test")
@@ -121,13 +121,14 @@ def _tasks_of(path: Path) -> list[ProbeSection]:
 
 
 def _absolute(path: str) -> str:
+    """Make a local path absolute."""
     return path if "://" in path else os.path.abspath(path)
 
 
 def _print_entries(
     results: Iterable[tuple[int | None, list[dict[str, Any]]]], bar: Bar, run: Path, *, as_json: bool
 ) -> None:
-    """Print each entry when it is there and then what gathers them, or all as JSON at the end.
+    """Print each entry as soon as it is there, and then which command collects them; or all as JSON at the end.
 
     Args:
         results: (images seen, or None for a baseline; entries) after each task; reading them does the probing.
@@ -147,6 +148,7 @@ def _print_entries(
 
 
 def _line(budget: int | None, entry: dict[str, Any]) -> str:
+    """Format an entry as a row of the table."""
     top1, low, high, chance = (f"{100 * entry[name]:.1f}" for name in ("top1", "top1_lo95", "top1_hi95", "chance"))
     blocks = entry["blocks"]
     span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"

@@ -26,7 +26,7 @@ class _Held(NamedTuple):
     on_every_rank: int
     """Weights, gradients and optimiser states that are replicated."""
     shared: int
-    """Those that are sharded over ranks."""
+    """Weights, gradients and optimiser states that are sharded over ranks."""
     buffers: tuple[int, int]
     """Buffers on a single rank, and on one of several; for at most MAX_BUFFER_VALUES parameters."""
     bucket: int

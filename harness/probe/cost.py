@@ -1,4 +1,4 @@
-"""What validation and probes cost: images through the backbone, and the products of heads and neighbours."""
+"""Cost of validation and probes: images through the backbone, and the FLOPs of heads and neighbours."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 
 PASSES = 25
-"""Over pooled features until linear heads are solved."""
+"""Passes over pooled features until linear heads are solved."""
 HEADS = ("linear", "attentive", "efficient")
-"""Kinds that are trained on frozen features."""
+"""Kinds of heads that are trained on frozen features."""
 SHARE_DURING, MAX_POINTS = 0.03, 100
-"""Of the FLOPs of training, what `validation.every_images: auto` may take; and its points, at most."""
+"""Limits of `validation.every_images: auto`: a share of the FLOPs of training, and a number of points."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeCost:
-    """One task at one budget."""
+    """Cost of a task at one budget."""
 
     task: str
     images: float
-    """Images through the backbone, forwards; what LoRA trains on counts three times."""
+    """Images through the backbone, forward; those that LoRA trains on count three times."""
     flops: float
-    """Of those forward passes, of training and measuring heads, and of the k-NN search."""
+    """FLOPs of these forward passes, of training and evaluating heads, and of the k-NN search."""
 
 
 def validation_images(section: ValidationSection, lookup: DatasetLookup) -> int:
-    """Forward passes of one budget's validation; none where the images are not here to be counted."""
+    """Count the forward passes of one budget's validation; 0 if the images are not here to be counted."""
     info = lookup(section.path)
     images = info.num_usable if info else 0
     return section.num_prefixes * min(section.num_images or images, images)
 
 
 def validation_distance(config: RunConfig, lookup: DatasetLookup) -> int | None:
-    """Images between validations during training, as `validation.every_images` says; None where there are none.
+    """Return the images between validations during training, as `validation.every_images` says; None for no validation.
 
     `auto` depends on the configuration and the number of validation images alone, never on where it is executed, and
     only for its bound on the budgets.
@@ -79,19 +79,19 @@ def validation_distance(config: RunConfig, lookup: DatasetLookup) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveCost:
-    """What is measured during training, all points together."""
+    """Cost of all measurements during training."""
 
     points: int
-    """Validations."""
+    """Number of validations."""
     images: float
-    """Images read; those of validation once, since they are kept."""
+    """Images read; those of validation once, since they are kept in memory."""
     flops: float
 
 
 def curve_cost(
     config: RunConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, lookup: DatasetLookup
 ) -> CurveCost:
-    """Validation and probes of a run during its training; see `probe_cost`."""
+    """Estimate the cost of validation and probes during a run's training; see `probe_cost`."""
     schedule, evaluation = unchecked_schedule(config), config.evaluation
     points = schedule.num_points(validation_distance(config, lookup))
     passes = validation_images(evaluation.validation, lookup)
@@ -104,7 +104,7 @@ def curve_cost(
 
 
 def curve_bytes(config: RunConfig, lookup: DatasetLookup) -> int:
-    """Bytes on a rank, beside what training holds, where it measures; 0 where it has no points."""
+    """Return the bytes on a rank, beside what training holds, while it measures during training; 0 if it never does."""
     schedule = unchecked_schedule(config)
     probes = [each for each in config.evaluation.probes if schedule.num_points(each.every_images)]
     if not probes and not schedule.num_points(validation_distance(config, lookup)):
@@ -116,7 +116,7 @@ def curve_bytes(config: RunConfig, lookup: DatasetLookup) -> int:
 def probe_cost(
     section: ProbeSection, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, lookup: DatasetLookup
 ) -> ProbeCost:
-    """A task at one budget, probed by so many ranks of so much memory."""
+    """Estimate the cost of a task at one budget, on ranks of this memory."""
     train, test, num_classes = _task_size(section, lookup)
     frozen = [kind for kind in section.kinds if kind != "lora"]
     # heads that train on tokens, from one pass per batch; without augmentation the linear ones need none
@@ -148,7 +148,8 @@ def probe_cost(
 
 
 def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> float:
-    """Of one head of each kind on one image, forwards and backwards: its values, and scores and pooling of tokens."""
+    """Count the FLOPs of one head of each kind on one image, forward and backward: its values, and the scores and
+    pooling of tokens."""
     queries = {"linear": 0, "attentive": model.num_heads, "efficient": num_queries(model.width)}
     products = [
         2.0 * head_params(kind, model.width, num_classes) + 4.0 * model.num_tokens * model.width * queries[kind]
@@ -159,7 +160,7 @@ def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> f
 
 
 def _task_size(section: ProbeSection, lookup: DatasetLookup) -> tuple[int, int, int]:
-    """Training images, test images and classes: as counted where the data are here, else as published."""
+    """Return training images, test images and classes: as counted if the data are here, else as published."""
     known, train, test = BENCHMARKS.get(section.task), lookup(section.train), lookup(section.test)
     return (
         train.num_usable if train else known.num_train if known else 0,
@@ -169,6 +170,6 @@ def _task_size(section: ProbeSection, lookup: DatasetLookup) -> tuple[int, int, 
 
 
 def _images_trained(section: ProbeSection, num_images: float) -> float:
-    """Images of one training of the heads."""
+    """Count the images of one training of the heads."""
     steps_per_epoch = max(1, math.ceil(num_images / section.batch_size))
     return number_of_steps(section, round(num_images)) / steps_per_epoch * num_images

@@ -1,6 +1,6 @@
-"""What a budget has and what it lacks: its row, brought up to its files, and the list of what is still to be done.
+"""Pending evaluations of a run: each budget's row, updated from its files, and the list of what is still to be done.
 
-One list for all who ask: the trainer works it off, launchers start runs that have one. Torch is not imported.
+One list for all: the trainer works it off, and launchers start runs that have one. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, probe_key
 
 VALIDATION_COLUMNS = ("val_loss", "val_loss_se", "val_num_images")
-"""Columns of a row that stand in a validation file, under the same names."""
+"""Columns of a row that a validation file holds under the same names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pending:
-    """One thing that a run lacks at one of its budgets."""
+    """Training or evaluation that a run lacks at one of its budgets."""
 
     what: Literal["training", "validation", "probe"]
     images_seen: int
-    """The budget."""
+    """Budget."""
     section: ProbeSection | None = None
-    """The task of a probe."""
+    """Task of a probe."""
 
     def __str__(self) -> str:
         return f"{self.section.task if self.section else self.what} at {self.images_seen}"
 
 
 def pending_work(run: RunDir, config: RunConfig) -> list[Pending]:
-    """What `config` asks of a run and is not there: the run is finished when nothing is left.
+    """List what `config` asks of a run and is missing; a run is finished when the list is empty.
 
-    Something is there when its file is, of the present weights, settings and data, and the budget's row says so too.
-    Data that cannot be looked at count as unchanged.
+    A result is there if its file is, for the present weights, settings and data, and if the budget's row says so too.
+    Data that cannot be read count as unchanged.
 
     Raises:
         RunDirError: no saved point of the trunk leads to a budget that is still to be trained.
@@ -64,7 +64,7 @@ def pending_work(run: RunDir, config: RunConfig) -> list[Pending]:
 
 
 def pending_evaluations(run: RunDir, config: RunConfig, images_seen: int, row: dict[str, Any]) -> Iterator[Pending]:
-    """What is to be measured at a budget whose weights are there, and whose row this is."""
+    """List what is to be measured at a budget whose weights are saved and whose row this is."""
     name = validation_name(run, config, images_seen)
     is_named = row.get("val_loss") is not None and fnmatch.fnmatch(str(row.get("validation")), name)
     if not is_named or not run.validation_file(images_seen).exists():
@@ -77,12 +77,11 @@ def pending_evaluations(run: RunDir, config: RunConfig, images_seen: int, row: d
 
 
 def update_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, Any]:
-    """Bring a saved budget's row up to its files: what training knew, the validation, and the probes; hold the run.
+    """Update a saved budget's row from its files (training, validation, probes) and return it; the caller holds the
+    run.
 
-    Returns the row.
-
-    Files of other weights do not count. Probes replace those of the same evaluation and kind; other entries (of
-    imported rows, say) stay.
+    Files of other weights are ignored. Probes replace those of the same evaluation and kind; other entries (of imported
+    rows, say) stay.
     """
     before = next((row for row in run.read_rows() if row["images_seen"] == images_seen), None)
     row = before or saved_budgets(run)[images_seen].get("row") or {"images_seen": images_seen}
@@ -99,7 +98,7 @@ def update_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, An
 
 
 def _validation_columns(run: RunDir, images_seen: int) -> dict[str, Any]:
-    """What the validation file says, if it is of the present weights."""
+    """Read the columns of the validation file, if it is of the present weights."""
     try:
         with np.load(run.validation_file(images_seen)) as arrays:
             name = str(arrays["name"])

@@ -49,7 +49,7 @@ from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStac
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
 Detail = dict[str, Any]
-"""What a task's file says of one kind of probe: a row's entry, per-class counts and the grid."""
+"""Contents of a task's file about one kind of probe: a row's entry, per-class counts and the grid."""
 
 
 def probe_backbone(
@@ -125,7 +125,7 @@ def probe_backbone(
 def _details(
     task: Task, backbone: Backbone, kinds: Sequence[str], kept: FeatureCache, out: Path | None, key: Key
 ) -> Iterator[list[Detail]]:
-    """What is found about some kinds of probe, those together that are done together; heads go to `out`."""
+    """Do some kinds of probe, and yield the details of those done together; heads are saved to `out`."""
     frozen = [kind for kind in kinds if kind != "lora"]
     has_views = task.train.views is not None
     if frozen:
@@ -175,7 +175,7 @@ def _heads(
 
 
 def _neighbours(task: Task, backbone: Backbone, fitted: SplitFeatures, tested: SplitFeatures) -> Detail:
-    """Fill, choose, fill again with everything and score k-NN."""
+    """Choose k and blocks on the hold-out, and score k-NN with the whole training split as the bank."""
     sets, last = block_sets(backbone.num_blocks)
     search = Neighbours(task=task, features=fitted)
     candidates = search.candidates(sets)
@@ -199,7 +199,7 @@ def _adapted(task: Task, backbone: AimBackbone) -> Detail:
 def _detail(
     task: Task, chosen: tuple[Candidate, Candidate], predictions: Sequence[Predictions], candidates: Sequence[Candidate]
 ) -> Detail:
-    """A frozen probe's: the chosen one, the best on the last blocks, and the whole grid."""
+    """Build the detail of a frozen probe: the chosen candidate, the best on the last blocks, and the whole grid."""
     top, fixed = chosen
     last = score(predictions[1], task.test.labels, task.test.classes)
     return _entry(task, top, predictions[0], candidates) | {
@@ -211,7 +211,7 @@ def _detail(
 
 
 def _grid(task: Task, candidates: Sequence[Candidate], chosen: Candidate) -> list[dict[str, Any]]:
-    """All candidates of a kind, as its task's file has them."""
+    """List all candidates of a kind as they are in its task's file."""
     return [
         {"blocks": list(each.blocks), **_value(task, each)}
         | {"holdout_top1": each.holdout_top1, "holdout_loss": each.holdout_loss}
@@ -221,7 +221,7 @@ def _grid(task: Task, candidates: Sequence[Candidate], chosen: Candidate) -> lis
 
 
 def _value(task: Task, candidate: Candidate) -> dict[str, float | int | None]:
-    """The value that was chosen, under the name of what it is; the others are None."""
+    """Return the chosen value under the name of its kind; the others are None."""
     is_solved = candidate.kind == "linear" and task.train.views is None
     name = "num_neighbours" if candidate.kind == "knn" else "l2" if is_solved else "lr"
     value = int(candidate.value) if candidate.kind == "knn" else candidate.value
@@ -229,7 +229,7 @@ def _value(task: Task, candidate: Candidate) -> dict[str, float | int | None]:
 
 
 def _entry(task: Task, chosen: Candidate, predictions: Predictions, candidates: Sequence[Candidate]) -> Detail:
-    """Any probe's: what it read, how it scored, and what was chosen."""
+    """Build the entry of any probe: its inputs, its scores, and what was chosen."""
     values = tried_values(candidates, chosen)
     return {
         "task": task.section.task,
@@ -248,7 +248,8 @@ def _entry(task: Task, chosen: Candidate, predictions: Predictions, candidates: 
 
 
 def _together(kinds: Sequence[str], has_views: bool) -> list[list[str]]:
-    """Frozen kinds that are done together: on pooled features one by one, then all that learn from tokens at once."""
+    """Group frozen kinds that are done together: on pooled features one by one, then all that learn from tokens at
+    once."""
     on_tokens = [kind for kind in STACKS if kind in kinds and (has_views or kind in ON_TOKENS)]
     pooled = [[kind] for kind in ("linear", "knn") if kind in kinds and kind not in on_tokens]
     return pooled + ([on_tokens] if on_tokens else [])

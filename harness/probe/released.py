@@ -27,9 +27,9 @@ from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
 
 RELEASED = "released"
-"""The kind of such a probe."""
+"""Kind of such a probe."""
 RELEASED_HEAD = "released_head.safetensors"
-"""In the directory of an imported run."""
+"""File name in the directory of an imported run."""
 BEST_BLOCKS = {
     "aim-600M": tuple(range(14, 20)),
     "aim-1B": tuple(range(12, 18)),
@@ -42,7 +42,7 @@ HeadBlocks = Literal["last", "best"]
 
 
 def released_blocks(config: ModelConfig, which: HeadBlocks) -> list[int]:
-    """Blocks that a released head averages."""
+    """Return the blocks that a released head averages."""
     if which == "last":
         return list(range(max(0, config.depth - 6), config.depth))
     if config.name not in BEST_BLOCKS:

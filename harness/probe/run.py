@@ -33,7 +33,7 @@ from aimscale.harness.run.row import model_of
 
 
 def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:
-    """The float32 model of a budget; an imported backbone, whose pixel head was not released, has a mere linear one.
+    """Load the float32 model of a budget; an imported backbone without a pixel head gets a linear one.
 
     Raises:
         WeightsError: the file is missing or damaged, or holds another model's weights.
@@ -46,7 +46,7 @@ def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | 
 
 
 def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) -> list[ProbeSection]:
-    """The sections, all or those named."""
+    """Select the sections of these tasks, or all."""
     if not sections:
         raise ProbeError("the run's configuration names no probes; give some with --tasks FILE")
     known = {section.task: section for section in sections}
@@ -58,10 +58,10 @@ def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) 
 
 @contextlib.contextmanager
 def standalone_group(run: RunDir, device: str) -> Iterator[Group]:
-    """Hold a run for the block, with the ranks that torchrun or Slurm started, or this process by itself.
+    """Hold a run for the block, with the ranks that torchrun or Slurm started, or this process alone.
 
-    Torch gets `runtime.num_threads` of the run in each rank. The threads that decode images ahead have as many again,
-    each; with one for every core they would hold up one another.
+    Torch uses `runtime.num_threads` of the run in each rank, and so does each thread that decodes images ahead; with a
+    thread for every core they would slow each other down.
 
     Raises:
         LaunchError: a device that does not exist, or variables that name half of a group.
@@ -135,7 +135,7 @@ def probe_run(
 
 
 def backbone_of(run: RunDir, config: RunConfig, images_seen: int, group: Group) -> AimBackbone:
-    """A budget's backbone."""
+    """Load a budget's backbone."""
     load = functools.partial(load_budget, run, config, images_seen, group.device)
     return AimBackbone(load, weights_name(run, config, images_seen))
 

@@ -352,11 +352,11 @@ class RunConfig(Section):
     version: int = Field(1, ge=1, le=1, strict=True)
     """Version of this file format."""
     training: TrainingConfig
-    """What is trained."""
+    """Model, data, objective, optimiser and schedule."""
     evaluation: EvaluationConfig
-    """What is measured."""
+    """Budgets, validation and probes."""
     runtime: RuntimeConfig = RuntimeConfig()
-    """How it is executed."""
+    """Devices and execution."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:

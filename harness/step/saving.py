@@ -49,7 +49,8 @@ class _PendingCheckpoint:
     part: concurrent.futures.Future[Manifest]
     """This rank's part, done when it is on the disk."""
     published: concurrent.futures.Future[Any]
-    """On the first rank, the whole checkpoint, done when older ones are removed; on the others the same as `part`."""
+    """Publication of the whole checkpoint on the first rank, done when older ones are removed; on the others the same
+    as `part`."""
     all_parts: concurrent.futures.Future[list[Manifest]]
     """Manifests of all parts, set once the ranks have exchanged them: a file server may show them later."""
 

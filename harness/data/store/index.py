@@ -304,7 +304,7 @@ class _PixelCache(NamedTuple):
     pixels: torch.Tensor
     """uint8 (number of samples, channels, height, width)."""
     known: npt.NDArray[np.bool_]
-    """Which samples are decoded, bool (number of samples,)."""
+    """Mask of the decoded samples, bool (number of samples,)."""
 
 
 _PIXEL_CACHES: dict[tuple[str, str, int], _PixelCache] = {}

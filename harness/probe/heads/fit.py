@@ -1,8 +1,8 @@
-"""Train every candidate head of one task and measure each on the hold-out; nothing here sees the test split.
+"""Training of every candidate head of one task, and their evaluation on the hold-out; the test split is not used here.
 
-The hold-out judges heads that learn from the other images; of the chosen settings, heads are kept that learn from all,
-as if trained alone. On tokens that the backbone must compute again, both train in one go, as two copies of each head;
-on features that are kept, only the chosen ones train again.
+The hold-out judges heads that learn from the other images; for the chosen settings, heads are kept that learn from all
+images, as if trained alone. On tokens that the backbone must compute again, both train at once, as two copies of each
+head; on kept features, only the chosen ones train again.
 
 Heads are divided among ranks by block set. Every rank computes the tokens of its images and gets those of the others,
 so that no head, gradient or moment stands on two ranks and no gradient travels.
@@ -44,22 +44,22 @@ from aimscale.harness.probe.heads.scores import (
 from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, LinearStack, StackedAdamW
 
 WORKING_GB = 1.0
-"""Of a rank, for the tokens that heads train on at a time, where these are more than `MICRO_BATCH` images."""
+"""Memory of a rank for the tokens that heads train on at a time, if these are more than `MICRO_BATCH` images."""
 MICRO_BATCH = 64
-"""Images of all ranks whose tokens are computed at a time, at least."""
+"""Minimum number of images, over all ranks, whose tokens are computed at a time."""
 TEST_BATCH = 64
-"""Test images at a time."""
+"""Number of test images at a time."""
 
 
 class Micro(NamedTuple):
-    """Some images of a batch."""
+    """Micro-batch: some images of a batch."""
 
     images: list[int]
-    """Of all ranks."""
+    """Images of all ranks."""
     counts: tuple[int, ...]
-    """Images of the whole batch that each copy of the heads learns from."""
+    """Number of images of the whole batch that each copy of the heads learns from."""
     ends_batch: bool = False
-    """Whether the optimiser steps after them."""
+    """Whether the optimiser steps after this micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,34 +67,35 @@ class Round:
     """Heads that train together."""
 
     source: Features
-    """What they read."""
+    """Features that the heads read."""
     own: list[BlockSet]
     """Block sets of this rank."""
     learns: tuple[np.ndarray, ...]
-    """Of each copy of the heads, whether it learns from an image (n,)."""
+    """Whether each copy of the heads learns from an image, bool (n,) per copy."""
     micro_size: int
-    """Images of all ranks at a time."""
+    """Number of images of all ranks at a time."""
     stacks: dict[str, HeadStack]
     """Kind -> heads on this rank's block sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridFit:
-    """How the heads of one task are trained, by all ranks together."""
+    """Training of the heads of one task, by all ranks together."""
 
     task: Task
     num_heads: int
-    """Heads of the attentive probe."""
+    """Number of heads of the attentive probe."""
     features: SplitFeatures
-    """Of the training split."""
+    """Features of the training split."""
 
     def candidates(
         self, source: Features, kinds: Sequence[str], sets: Sequence[BlockSet], last: BlockSet
     ) -> list[Candidate]:
-        """Every kind x block set x value of the grid, judged by the hold-out; where a choice lies at an end, it grows.
+        """Train every kind x block set x value of the grid, judged by the hold-out; the grid grows if a choice is at
+        its end.
 
-        The best of each kind, and the best on the block set `last`, come with their heads. Where a pass costs the
-        backbone's work, the copies that are kept train beside those that are judged; else only the chosen ones do.
+        The best of each kind, and the best on the block set `last`, come with their heads. If a pass runs the backbone,
+        the copies that are kept train beside those that are judged; else only the chosen ones are trained.
         """
         is_costly = isinstance(source, StreamedTokens)
         learns = (self.task.is_fit, np.ones_like(self.task.is_fit))
@@ -122,7 +123,8 @@ class GridFit:
         found: list[Candidate],
         last: BlockSet,
     ) -> list[Candidate]:
-        """What was found and what these settings give; in rounds where the heads of all sets do not fit the ranks."""
+        """Add candidates of these settings to those found; in rounds if the heads of all sets do not fit into
+        memory."""
         group = self.task.group
         memory_bytes = group.least(group.memory_bytes())
         num_values, is_solved = len(grid) * len(learns), isinstance(source, PooledFeatures)
@@ -155,7 +157,8 @@ class GridFit:
         grid: Sequence[float],
         learns: tuple[np.ndarray, ...],
     ) -> Round:
-        """Heads of these kinds and values on block sets, which the ranks divide; one copy for each of `learns`."""
+        """Train heads of these kinds and values on block sets, which the ranks divide; one copy for each of
+        `learns`."""
         group, num_values = self.task.group, len(kinds) * len(grid) * len(learns)
         shares = np.array_split(range(len(sets)), group.world_size)
         logits = len(shares[0]) * num_values * self.task.num_classes
@@ -182,7 +185,8 @@ class GridFit:
         grid: Sequence[float],
         learns: Sequence[np.ndarray],
     ) -> dict[str, HeadStack]:
-        """Kind -> untrained heads on some block sets, standardised by the statistics of what they will learn from."""
+        """Make untrained heads on some block sets, by kind, standardised by the statistics of what they will learn
+        from."""
         stacks: dict[str, HeadStack] = {}
         # a rank without sets has no heads; of those that are solved it has none in a stack, and counts the passes
         for kind in kinds if own or isinstance(source, PooledFeatures) else ():
@@ -202,7 +206,7 @@ class GridFit:
         return stacks
 
     def _train(self, this: Round) -> None:
-        """All steps on the training split."""
+        """Take all steps on the training split."""
         num_steps = number_of_steps(self.task.section, len(self.task.train.labels))
         optimisers = [StackedAdamW(stack, num_steps=num_steps) for stack in this.stacks.values()]
         what, done = f"{' and '.join(this.stacks)} heads", 0
@@ -218,7 +222,8 @@ class GridFit:
                 self.task.report_progress(what, done, num_steps, "steps")
 
     def _batches(self, this: Round, num_steps: int) -> Iterator[tuple[Micro, Tensor]]:
-        """This rank's outputs of each micro-batch of that many batches, without images that no copy learns from."""
+        """Yield this rank's outputs of each micro-batch of `num_steps` batches, without images that no copy learns
+        from."""
         is_read, left, epoch = np.any(this.learns, axis=0), num_steps, 0
         while left:
             order = np.random.default_rng([self.task.seed, 1, epoch]).permutation(self.task.everything)
@@ -232,7 +237,7 @@ class GridFit:
             left, epoch = left - len(batches), epoch + 1
 
     def _solve(self, this: Round) -> None:
-        """The optimum on the images that the heads, one copy of each, learn from."""
+        """Find the optimum on the images that the heads, one copy of each, learn from."""
         (stack,), (learns,) = this.stacks.values(), this.learns
         assert isinstance(stack, LinearStack)
         images = np.flatnonzero(learns)
@@ -260,11 +265,12 @@ class GridFit:
     def _outputs(
         self, source: Features, plan: Sequence[Micro], epoch: int | None = None
     ) -> Iterator[tuple[Micro, Tensor]]:
+        """Yield each micro-batch with this rank's outputs."""
         own = (own_indices(micro.images, self.task.group) for micro in plan)
         return zip(plan, source.parts(own, epoch), strict=True)
 
     def _tokens(self, outputs: Tensor, images: Sequence[int], own: Sequence[BlockSet]) -> Tensor:
-        """Averages (S, B, N, d) over this rank's block sets for images of all ranks, in their order.
+        """Average tokens over this rank's block sets, (S, B, N, d), for images of all ranks, in their order.
 
         Args:
             outputs: (L, b, N, d) of those images i with i mod world_size == rank, in the same order.
@@ -283,16 +289,17 @@ class GridFit:
         return averages(outputs, own)
 
     def _labels(self, micro: Micro) -> Tensor:
+        """Return the labels of a micro-batch."""
         return self.task.train.labels[torch.as_tensor(micro.images)].to(self._device)
 
     def _weights(self, this: Round, micro: Micro) -> Tensor:
-        """(C, B): of images in the loss of each copy."""
+        """Return the weights (C, B) of images in the loss of each copy."""
         shares = [copy[micro.images] / max(1, count) for copy, count in zip(this.learns, micro.counts, strict=True)]
         return torch.from_numpy(np.array(shares, dtype=np.float32)).to(self._device)
 
     @torch.no_grad()
     def _measure(self, this: Round) -> list[Candidate]:
-        """Hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and the grid."""
+        """Measure hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and the grid."""
         held = self.task.held
         totals = {
             kind: stack.mean.new_zeros(2, len(this.own), len(stack.grid), dtype=torch.float64)
@@ -321,7 +328,7 @@ class GridFit:
 
 
 def _best_numbers(candidates: Sequence[Candidate], kinds: Sequence[str], last: BlockSet) -> set[int]:
-    """Positions of the best of each kind, and of the best on the block set `last` where that is among them."""
+    """Return the positions of the best of each kind, and of the best on the block set `last` if it was tried."""
     has_last = any(candidate.blocks == last for candidate in candidates)
     wanted = [best(candidates, kind, blocks) for kind in kinds for blocks in ((None, last) if has_last else (None,))]
     return {number for number, candidate in enumerate(candidates) if any(candidate is each for each in wanted)}
@@ -330,7 +337,7 @@ def _best_numbers(candidates: Sequence[Candidate], kinds: Sequence[str], last: B
 def _grown(
     found: Sequence[Candidate], kinds: Sequence[str], last: BlockSet, asked: Sequence[float]
 ) -> tuple[list[str], list[BlockSet], list[float]]:
-    """Kinds, block sets and values with which the grid grows: where what is chosen lies at its end."""
+    """Return kinds, block sets and values by which the grid grows: those whose choice is at its end."""
     chosen = [found[number] for number in sorted(_best_numbers(found, kinds, last))]
     more = [(each, value) for each in chosen for value in next_values(asked, tried_values(found, each), each.value)]
     sets = dict.fromkeys(each.blocks for each, _ in more)
@@ -342,7 +349,7 @@ def _grown(
 
 
 def _head_of(candidate: Candidate, this: Round) -> HeadStack | None:
-    """A candidate's head on the host, if it is one of these."""
+    """Return a candidate's head on the host, if it is one of these."""
     stack = this.stacks.get(candidate.kind)
     if stack is None or candidate.blocks not in this.own or candidate.value not in stack.grid:
         return None
@@ -351,7 +358,7 @@ def _head_of(candidate: Candidate, this: Round) -> HeadStack | None:
 
 @torch.no_grad()
 def predict_test_split(features: Features, candidates: Sequence[Candidate], task: Task) -> list[Predictions]:
-    """What each candidate's head says about the test split; the ranks share its images."""
+    """Predict the test split with each candidate's head; the ranks share its images."""
     own = own_indices(range(len(task.test)), task.group)
     chunks = list(batched(own, TEST_BATCH))
     parts: list[list[Predictions]] = [[] for _ in candidates]

@@ -1,9 +1,9 @@
 """k nearest neighbours on mean-pooled frozen features: no training, one choice (k and blocks) on the hold-out.
 
-The field's definition (Caron et al., arXiv 2104.14294, appendix): cosines of the raw vectors, nothing centred or
-standardised, and votes weighted by exp(cosine / 0.07). The search is exact and goes block by block: each rank compares
-all queries with its own images, and only the nearest of each rank are put together, so that no rank ever holds the
-features of another. Which of equally near images counts is chance.
+The definition is that of the field (Caron et al., arXiv 2104.14294, appendix): cosines of the raw vectors, without
+centring or standardisation, and votes weighted by exp(cosine / 0.07). The search is exact and goes block by block: each
+rank compares all queries with its own images, and only the nearest of each rank are merged, so that no rank holds the
+features of another. Ties between equally near images are broken arbitrarily.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from aimscale.harness.probe.features.tasks import BlockSet
 from aimscale.harness.probe.heads.scores import Candidate, Predictions, gather_predictions, to_predictions
 
 TEMPERATURE = 0.07
-"""Of the votes' weights."""
+"""Temperature of the votes' weights."""
 NUM_NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
-"""k tried; those above the number of images are left out."""
+"""Values of k that are tried; those above the number of images are left out."""
 QUERIES = 1024
-"""Queries of all ranks at a time."""
+"""Number of queries of all ranks at a time."""
 BANK_BLOCK = 8192
-"""Images of a rank compared at a time; also images whose blocks are averaged at a time."""
+"""Number of a rank's images that are compared at a time; also of images whose blocks are averaged at a time."""
 
 
 def neighbour_votes(
     bank: Tensor, labels: Tensor, queries: Tensor, ks: tuple[int, ...], num_classes: int, group: Group
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Weighted votes of the nearest of all ranks' images for this rank's queries, a stretch at a time.
+    """Yield the weighted votes of the nearest of all ranks' images for this rank's queries, a slice at a time.
 
     All ranks call this together.
 
@@ -63,7 +63,7 @@ def neighbour_votes(
 
 
 def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int, group: Group) -> tuple[Tensor, Tensor]:
-    """Cosines and labels (m, k) of the k images of all ranks nearest to this rank's queries (m, d)."""
+    """Return cosines and labels (m, k) of the k images of all ranks nearest to this rank's queries (m, d)."""
     everyone = group.concatenate(queries).flatten(0, 1)
     cosine = everyone.new_full((len(everyone), k), -torch.inf)
     named = torch.zeros(len(everyone), k, dtype=torch.int64, device=everyone.device)
@@ -78,7 +78,7 @@ def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int, group: Group
 
 
 def _first(cosines: Sequence[Tensor], labels: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k greatest cosines of each row of some (m, n), nearest first, with their labels."""
+    """Return the k greatest cosines of each row, nearest first, with their labels."""
     found, places = torch.cat(list(cosines), dim=1).topk(k, dim=1)
     return found, torch.cat(list(labels), dim=1).gather(1, places)
 
@@ -89,11 +89,11 @@ class Neighbours:
 
     task: Task
     features: SplitFeatures
-    """Of the training split."""
+    """Features of the training split."""
 
     @torch.no_grad()
     def candidates(self, sets: Sequence[BlockSet]) -> list[Candidate]:
-        """Hold-out accuracy of every block set and k, with the fit part as the bank."""
+        """Measure the hold-out accuracy of every block set and k, with the fit part as the bank."""
         held = own_indices(self.task.held.tolist(), self.task.group)
         ks = tuple(k for k in NUM_NEIGHBOURS if k <= len(self.task.fit))
         found = []
@@ -113,7 +113,7 @@ class Neighbours:
 
     @torch.no_grad()
     def predict(self, chosen: Candidate, pooled: PooledFeatures) -> Predictions:
-        """What a candidate says about the test split, with the whole training split as the bank."""
+        """Predict the test split with a candidate, with the whole training split as the bank."""
         images, ks = self.task.test, (int(chosen.value),)
         own = own_indices(range(len(images)), self.task.group)
         parts = [
@@ -125,7 +125,7 @@ class Neighbours:
     def _votes(
         self, blocks: BlockSet, bank: np.ndarray, pooled: PooledFeatures, queries: Sequence[int], ks: tuple[int, ...]
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Of training images for this rank's queries."""
+        """Yield the votes of training images for this rank's queries."""
 
         def units(of: PooledFeatures, images: Sequence[int]) -> Tensor:
             rows = torch.as_tensor(images, dtype=torch.int64) // self.task.group.world_size

@@ -32,9 +32,9 @@ from aimscale.harness.probe.heads.scores import (
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, WEIGHT_DECAY, AttentiveStack, learning_rate
 
 RANK = 8
-"""Of the updates (paper, Table 8)."""
+"""Rank of the updates (paper, Table 8)."""
 MICRO_BATCH = 32
-"""Images whose activations are held at a time."""
+"""Number of images whose activations are held at a time."""
 
 
 def adapt(model: AIM, task: Task, blocks: BlockSet) -> tuple[list[Candidate], Predictions, int]:
@@ -64,7 +64,7 @@ def adapt(model: AIM, task: Task, blocks: BlockSet) -> tuple[list[Candidate], Pr
 
 
 class _Adaptation:
-    """One adapted copy of a model with its head."""
+    """Adapted copy of a model with its head."""
 
     def __init__(self, model: AIM, task: Task, blocks: BlockSet):
         self._task, self._blocks = task, blocks
@@ -84,7 +84,7 @@ class _Adaptation:
         self.trained: list[nn.Parameter] = [*updates, *self._head.parameters()]
 
     def train(self, images: np.ndarray, lr: float) -> None:
-        """All steps on these images, at this peak of the learning rate."""
+        """Take all steps on these images, at this peak of the learning rate."""
         optimiser = torch.optim.AdamW(self.trained, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY)
         self._observe(images)
         num_steps = number_of_steps(self._task.section, len(images))
@@ -102,7 +102,7 @@ class _Adaptation:
 
     @torch.no_grad()
     def _observe(self, images: np.ndarray) -> None:
-        """Give the head the statistics of the unadapted features of these images."""
+        """Standardise the head by the statistics of the unadapted features of these images."""
         first = self._tokens(self._task.train.images(images[:MICRO_BATCH].tolist()))
         moments = Moments.about(first.float().mean((1, 2)))
         for _, decoded in self._task.train.ahead(batched(own_indices(images.tolist(), self._task.group), MICRO_BATCH)):
@@ -130,7 +130,7 @@ class _Adaptation:
 
     @torch.no_grad()
     def predict(self, images: LabelledImages, indices: np.ndarray) -> Predictions:
-        """What the adapted model says about some images of a split, on every rank."""
+        """Predict some images of a split with the adapted model, on every rank."""
         own = own_indices(indices.tolist(), self._task.group)
         parts = [
             to_predictions(self._head(self._tokens(decoded))[0, :, 0], images.labels[chunk])
@@ -139,6 +139,6 @@ class _Adaptation:
         return gather_predictions(own, parts, len(images), self._task.group)
 
     def _tokens(self, images: Tensor) -> Tensor:
-        """Averaged tokens (1, B, N, d)."""
+        """Compute averaged tokens (1, B, N, d)."""
         is_causal = self._task.section.attention == "causal"
         return self._model.features(images.to(self._device), self._blocks, is_causal=is_causal).mean(0, keepdim=True)

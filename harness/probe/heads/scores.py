@@ -1,4 +1,4 @@
-"""What probes say and how well: candidates on the hold-out, accuracies on the test split with their uncertainty."""
+"""Scores of probes: candidates on the hold-out, and accuracies on the test split with their uncertainty."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from aimscale.harness.probe.features.tasks import BlockSet
 from aimscale.harness.probe.heads.stacks import HeadStack
 
 MOST_GROWN = 4
-"""Values that a grid may grow by at either end."""
+"""Maximum number of values by which a grid may grow at either end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One trained probe."""
+    """Trained probe of one kind, block set and value."""
 
     kind: str
     """A key of `STACKS`, `knn` or `lora`."""
     blocks: BlockSet
     """Blocks whose outputs it averages."""
     value: float
-    """What tells it from others of its kind: peak learning rate, strength of L2, or k."""
+    """Value that distinguishes it within its kind: peak learning rate, strength of L2, or k."""
     holdout_top1: float
     holdout_loss: float
     """Cross-entropy on the hold-out (0 for k-NN and LoRA, which are chosen without)."""
     head: HeadStack | None = None
-    """The head that learned from all images, alone in its stack, of those that were chosen."""
+    """Head that learned from all images, alone in its stack; of the chosen candidates only."""
 
 
 def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = None) -> Candidate:
-    """The highest hold-out accuracy of a kind, ties by hold-out loss, then by order; optionally for one block set.
+    """Return the candidate with the highest hold-out accuracy of a kind, ties by hold-out loss, then by order;
+    optionally on one block set.
 
     Linear heads are chosen by the hold-out loss alone: theirs follows the accuracy, with less noise.
     """
@@ -47,14 +48,14 @@ def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = N
 
 
 def tried_values(candidates: Sequence[Candidate], like: Candidate) -> list[float]:
-    """Values of a candidate's kind on its block set."""
+    """Return the values of a candidate's kind that were tried on its block set."""
     return [each.value for each in candidates if (each.kind, each.blocks) == (like.kind, like.blocks)]
 
 
 def next_values(asked: Sequence[float], values: Sequence[float], chosen: float) -> list[float]:
-    """The next value, by the mean ratio of the grid asked for, where the chosen one lies at an end of those tried.
+    """Return the next value, by the mean ratio of the grid asked for, if the chosen one is at an end of those tried.
 
-    None inside, where one value was asked for, or `MOST_GROWN` steps from what was asked for.
+    The list is empty inside the grid, if one value was asked for, or `MOST_GROWN` steps beyond what was asked for.
     """
     low, high = min(asked), max(asked)
     if low == high or min(values) < chosen < max(values):
@@ -66,7 +67,7 @@ def next_values(asked: Sequence[float], values: Sequence[float], chosen: float) 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a probe said about each test image: little enough to keep for any number of classes."""
+    """Predictions for each test image: little enough to keep for any number of classes."""
 
     predicted: Tensor
     """Class with the highest score (n,)."""
@@ -75,13 +76,13 @@ class Predictions:
 
 
 def to_predictions(scores: Tensor, labels: Tensor) -> Predictions:
-    """Judge class scores (n, K) against labels (n,)."""
+    """Turn class scores (n, K) into predictions, given labels (n,)."""
     top = scores.topk(min(5, scores.shape[1]), dim=1).indices
     return Predictions(top[:, 0].cpu(), (top == labels[:, None].to(top.device)).any(1).cpu())
 
 
 def gather_predictions(own: Sequence[int], parts: Sequence[Predictions], num_images: int, group: Group) -> Predictions:
-    """Answers on every rank about all images that some rank has looked at; of the others nothing is said.
+    """Gather predictions on every rank about all images that some rank has seen; the others stay zero.
 
     Args:
         own: images that `parts` of this rank are about, in order.
@@ -96,14 +97,15 @@ def gather_predictions(own: Sequence[int], parts: Sequence[Predictions], num_ima
 
 
 def _wilson(num_correct: int, n: int) -> tuple[float, float]:
-    """Wilson's interval at 95 %: inside [0, 1] and honest near both ends (scipy takes a second to import)."""
+    """Compute Wilson's interval at 95 %: inside [0, 1] and honest near both ends (scipy takes a second to import)."""
     z2 = 1.959963984540054**2
     middle, half = num_correct + z2 / 2, math.sqrt(z2 * (num_correct * (n - num_correct) / n + z2 / 4))
     return max(0.0, (middle - half) / (n + z2)), min(1.0, (middle + half) / (n + z2))
 
 
 def score(predictions: Predictions, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Top-1 with its interval, top-5 where there are more than five classes, mean over classes, chance, per class.
+    """Score predictions: top-1 with its interval, top-5 for more than five classes, mean over classes, chance, and per
+    class.
 
     Chance is the share of the commonest class: what always naming it scores. `hits`, base64 of `np.packbits`, has one
     bit per image in the data set's order, set where the answer is right: models can be compared image by image.
