@@ -62,7 +62,7 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
     group = start_group(find_placement(), runtime.device)
     peak = group.from_first(lambda: measure_peak(group.device, optimiser.precision))
     world_size, pace = group.world_size, group.from_first(lambda: group.pace(peak))
-    device_bytes = group.least(group.memory_bytes())
+    device_bytes = group.min_over_ranks(group.memory_bytes())
     plan = execution_plan(config.training, runtime, pace=pace, world_size=world_size, device_bytes=device_bytes)
     options = EngineOptions(
         zero_stage=plan.zero_stage,

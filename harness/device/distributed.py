@@ -142,7 +142,7 @@ class Group:
         share = float(os.environ.get("AIMSCALE_HOST_SHARE", "1"))
         return int(share * free_host_bytes()) // self.ranks_per_node
 
-    def least(self, number: int) -> int:
+    def min_over_ranks(self, number: int) -> int:
         """Return the minimum of a number over ranks, such as of their hosts' free memory, so that all ranks decide
         alike."""
         return int(min(self.gather(number)))

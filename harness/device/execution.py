@@ -45,7 +45,7 @@ BACKWARD_SHARE, HIDDEN_COST = 2 / 3, 0.1
 """Share of a pass during which gradients are reduced; and share of the overlapped communication time that slows down
 computation nevertheless, since it takes some of a GPU's processors. Assumption."""
 
-EVEN = 1.01
+TIE_RATIO = 1.01
 """Ratio of two estimates below which they count as equal."""
 
 
@@ -161,7 +161,7 @@ def execution_plan(
             "setting; use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
         )
     shortest_s = min(plan.step.total_s for plan in plans)
-    return next(plan for plan in plans if plan.step.total_s <= EVEN * shortest_s)
+    return next(plan for plan in plans if plan.step.total_s <= TIE_RATIO * shortest_s)
 
 
 def _settings(precision: Precision, runtime: RuntimeConfig) -> list[tuple[int, bool]]:

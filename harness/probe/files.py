@@ -69,7 +69,7 @@ def validation_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
 
 def task_key(backbone: str, section: ProbeSection, train: str | None, test: str | None, seed: int) -> Key:
     """Return a task's key on data of these fingerprints; if one is None, its evaluation ends with `*`."""
-    return {"backbone": backbone, "protocol": PROTOCOL, "evaluation": section.evaluation(train, test), "seed": seed}
+    return {"backbone": backbone, "protocol": PROTOCOL, "evaluation": section.evaluation_id(train, test), "seed": seed}
 
 
 def finished_entries(

@@ -271,7 +271,7 @@ class ProbeSection(Section):
             raise ValueError("every_images measures linear and knn alone during training; add one to `kinds`")
         return self
 
-    def evaluation(self, train: str | None, test: str | None) -> str:
+    def evaluation_id(self, train: str | None, test: str | None) -> str:
         """Return the identifier of this evaluation in files and tables, on data of these fingerprints; it ends with `*`
         if one is None.
 

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 
 from aimscale.aim.errors import UserError
 
-LOOK_S = 1.0
+PATIENCE_S = 1.0
 """Seconds for which a lock is tried: `is_held` takes it for microseconds, which must not look like another holder."""
 _descriptors: set[int] = set()
 """Descriptors of the locks that this process holds."""
@@ -66,7 +66,7 @@ class Lock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            if not _locked(descriptor, fcntl.LOCK_EX, patience_s=LOOK_S):
+            if not _locked(descriptor, fcntl.LOCK_EX, patience_s=PATIENCE_S):
                 os.close(descriptor)
                 return None
             holder = Holder(facts=facts)

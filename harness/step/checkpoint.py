@@ -104,12 +104,12 @@ def load_checkpoint(path: Path, engine: Engine, group: Group) -> Manifest:
         engine.adam_state(owner)["step"].fill_(manifest.adam_step)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(safetensors.safe_open(path / name, framework="pt")) for name in manifest.files]
-        stretches = _stretches(files)
+        slices = _slices(files)
         for fragment in engine.fragments():
             for kind in (MASTER, *ADAM_MOMENTS) if fragment.numel else ():
                 flat = fragment.flat if kind == MASTER else engine.adam_state(fragment.flat)[kind]
                 target, first = fragment_of(flat, fragment), fragment.param_start
-                for start, values in stretches[f"{kind}/{fragment.name}"]:
+                for start, values in slices[f"{kind}/{fragment.name}"]:
                     low, high = max(first, start), min(first + fragment.numel, start + values.get_shape()[0])
                     if low < high:
                         target[low - first : high - first].copy_(values[low - start : high - start])
@@ -136,7 +136,7 @@ def _checked_manifest(path: Path, group: Group) -> Manifest:
     return manifest
 
 
-def _stretches(files: list[Any]) -> dict[str, list[tuple[int, Any]]]:
+def _slices(files: list[Any]) -> dict[str, list[tuple[int, Any]]]:
     """Map kind and name of a tensor to its slices: index of the first value, and a lazy reader of the values."""
     found = collections.defaultdict(list)
     for file in files:

@@ -33,7 +33,7 @@ from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, 
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 from aimscale.harness.step.feed import run_on_all_ranks
 
-LOOK_S = 0.5
+POLL_S = 0.5
 """Seconds between the first rank's checks for the other ranks' parts."""
 LEAVE_S = 10.0
 """Seconds that a rank which ends with an error waits for a checkpoint under way."""
@@ -97,12 +97,12 @@ class CheckpointWriter:
         """
         self.finish()
         keep = {final, *keep}
-        if self._group.from_first(lambda: _is_there(final, keep)):
+        if self._group.from_first(lambda: _is_complete(final, keep)):
             return
         share = self._own_share()
         pieces = _pieces(share.values())
         if self._copy is not None:
-            pieces = _copied(share.values(), self._copy.result(), self._group.device)
+            pieces = _copy_into(share.values(), self._copy.result(), self._group.device)
         manifest = Manifest(
             run_id=run_id,
             images_seen=images_seen,
@@ -115,10 +115,10 @@ class CheckpointWriter:
         lengths = {key: len(values) for key, values in share.items()}
         all_parts: concurrent.futures.Future[list[Manifest]] = concurrent.futures.Future()
         published: concurrent.futures.Future[Any]
-        write = _naming(final)(_write_part)
+        write = _naming_checkpoint(final)(_write_part)
         part = published = self._background.submit(write, path, lengths, self._until_stop(pieces), manifest)
         if self._group.is_first:
-            published = self._background.submit(_naming(final)(self._publish), final, part, all_parts, keep)
+            published = self._background.submit(_naming_checkpoint(final)(self._publish), final, part, all_parts, keep)
         if self._copy is None:
             concurrent.futures.wait([part])
         self._pending = _PendingCheckpoint(final=final, part=part, published=published, all_parts=all_parts)
@@ -168,7 +168,7 @@ class CheckpointWriter:
         """Wait for all parts, publish the checkpoint, and remove others, which takes long for gigabytes."""
         part.result()
         while not all_parts.done() and not (parts := read_parts(partial_dir(final))):
-            concurrent.futures.wait([all_parts], LOOK_S)
+            concurrent.futures.wait([all_parts], POLL_S)
             if self._stop.is_set():
                 return
         publish_parts(partial_dir(final), final, all_parts.result() if all_parts.done() else parts)
@@ -210,7 +210,7 @@ def _allocate(num_values: int, device: torch.device) -> list[Tensor]:
     return [torch.empty(size, pin_memory=device.type == "cuda").zero_() for size in sizes]
 
 
-def _copied(share: Iterable[Tensor], pieces: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+def _copy_into(share: Iterable[Tensor], pieces: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     """Copy values, one after the other, into the pieces of `_allocate`, and return those."""
     start = 0
     for values in share:
@@ -225,7 +225,7 @@ def _copied(share: Iterable[Tensor], pieces: Sequence[Tensor], device: torch.dev
     return pieces
 
 
-def _is_there(final: Path, keep: Collection[Path]) -> bool:
+def _is_complete(final: Path, keep: Collection[Path]) -> bool:
     """Return whether a checkpoint is complete, and then remove others; if not, make the folder to write it in."""
     if read_manifest(final):
         _remove_others(keep)
@@ -243,7 +243,7 @@ def _remove_others(keep: Collection[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _naming(final: Path) -> Iterator[None]:
+def _naming_checkpoint(final: Path) -> Iterator[None]:
     """Name the checkpoint in errors of writing it."""
     try:
         with keeping_fence(final):

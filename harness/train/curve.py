@@ -102,7 +102,7 @@ class LearningCurve:
         places = {probe_key(entry) for entry in there.get("probes", ())}
         probes = []
         for probe in self._probes:
-            evaluation = probe.evaluation(fingerprint(probe.train), fingerprint(probe.test))
+            evaluation = probe.evaluation_id(fingerprint(probe.train), fingerprint(probe.test))
             found = {
                 kind for task, kind, known in places if task == probe.task and fnmatch.fnmatch(str(known), evaluation)
             }

@@ -68,8 +68,8 @@ class Trainer:
             training,
             pace=group.from_first(lambda: group.pace(self.peak)),
             world_size=group.world_size,
-            device_bytes=group.least(group.memory_bytes()),
-            host_bytes=group.least(group.host_memory_bytes()) if group.device.type == "cuda" else None,
+            device_bytes=group.min_over_ranks(group.memory_bytes()),
+            host_bytes=group.min_over_ranks(group.host_memory_bytes()) if group.device.type == "cuda" else None,
             measuring=measuring,
         )
         planned = plan_of(runtime)

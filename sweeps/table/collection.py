@@ -243,7 +243,7 @@ def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> tuple[list[
 
 def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
     """Task -> evaluations that runs of the plan ask for."""
-    name_of = functools.cache(lambda task: task.evaluation(fingerprint(task.train), fingerprint(task.test)))
+    name_of = functools.cache(lambda task: task.evaluation_id(fingerprint(task.train), fingerprint(task.test)))
     planned: dict[str, set[str]] = {}
     for run in runs:
         for section in {task.task: task for task in reversed(run.config.evaluation.probes)}.values():

@@ -69,7 +69,7 @@ class Moments:
     """Sums of the products of deviations between blocks, float64 (d, L, L)."""
 
     @classmethod
-    def about(cls, centre: Tensor) -> Moments:
+    def around(cls, centre: Tensor) -> Moments:
         """Start with no vectors, about this centre."""
         num_blocks, width = centre.shape
         return cls(
@@ -141,7 +141,7 @@ class StreamedTokens:
         """Bytes of the tokens of an image."""
         return self._first.nbytes
 
-    def room(self, num_images: int) -> Tensor:
+    def empty(self, num_images: int) -> Tensor:
         """Allocate (L, num_images, N, d) of the tokens' type on their device."""
         return self._first.new_empty((self.num_blocks, num_images, self.num_tokens, self.width))
 
@@ -290,9 +290,9 @@ class FeaturePass:
         pooled = PooledFeatures(len(own), centre, DTYPES[self.precision], self.group, place)
         kept = None
         if self.for_tokens and images.views is None:  # views change by epoch
-            fits = most * stream.image_bytes <= CACHE_SHARE * self.group.least(self.group.memory_bytes())
-            kept = stream.room(most)[:, : len(own)] if fits else None
-        sums = [Moments.about(centre) for _ in range(4)]  # tokens: to fit, held out; pooled: to fit, held out
+            fits = most * stream.image_bytes <= CACHE_SHARE * self.group.min_over_ranks(self.group.memory_bytes())
+            kept = stream.empty(most)[:, : len(own)] if fits else None
+        sums = [Moments.around(centre) for _ in range(4)]  # tokens: to fit, held out; pooled: to fit, held out
         is_fit = np.isin(np.arange(len(images)), [] if fit is None else fit)
         chunks = [own[first : first + EXTRACT_BATCH] for first in range(0, most, EXTRACT_BATCH)]
         for number, (chunk, outputs) in enumerate(zip(chunks, stream.parts(chunks), strict=True)):
@@ -320,10 +320,10 @@ class FeaturePass:
         """Choose where a rank's pooled features of this size go."""
         group, room = self.group, 0.0
         if group.device.type == "cuda":
-            room = gpu_bytes_left(group.least(group.memory_bytes()), weight_bytes(self.backbone), pass_bytes)
+            room = gpu_bytes_left(group.min_over_ranks(group.memory_bytes()), weight_bytes(self.backbone), pass_bytes)
         if num_bytes + reserved_bytes <= room:
             return group.device
-        if num_bytes <= HOST_SHARE * group.least(group.host_memory_bytes()):
+        if num_bytes <= HOST_SHARE * group.min_over_ranks(group.host_memory_bytes()):
             return torch.device("cpu")
         if self.folder is None:
             raise ProbeError(

@@ -56,7 +56,7 @@ HOLDOUT_FRACTION = 0.2
 """Share of the training split held out to choose blocks and rates by."""
 COPIES = 2
 """Copies of a head on tokens that are not kept: one that the hold-out judges, and one that learns from all images."""
-MOST_EPOCHS, MOST_IMAGES = 20, 6_500_000
+MAX_EPOCHS, MAX_TRAINED_IMAGES = 20, 6_500_000
 """Default length of a training of heads: at most this many passes, and at most about this many images (5 passes of
 ImageNet-1k). It keeps all frozen probes of ImageNet-1k below 3 % of training aim-600M to 128M images."""
 
@@ -87,7 +87,7 @@ def number_of_steps(section: ProbeSection, num_images: int) -> int:
     """Return the optimiser steps of one training: the section's iterations, or its epochs over so many images."""
     if section.iterations is not None:
         return section.iterations
-    epochs = section.epochs or max(1, min(MOST_EPOCHS, MOST_IMAGES // max(1, num_images)))
+    epochs = section.epochs or max(1, min(MAX_EPOCHS, MAX_TRAINED_IMAGES // max(1, num_images)))
     return epochs * math.ceil(num_images / section.batch_size)
 
 

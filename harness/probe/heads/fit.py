@@ -31,7 +31,7 @@ from aimscale.harness.probe.features.extraction import (
 )
 from aimscale.harness.probe.features.images import Task
 from aimscale.harness.probe.features.tasks import L2S, BlockSet, bytes_per_set, number_of_steps, sets_per_round
-from aimscale.harness.probe.heads.logistic import LEAST_PER_CHANNEL, WIDEST, solve
+from aimscale.harness.probe.heads.logistic import MAX_CHANNELS, MIN_IMAGES_PER_CHANNEL, solve
 from aimscale.harness.probe.heads.scores import (
     Candidate,
     Predictions,
@@ -51,7 +51,7 @@ TEST_BATCH = 64
 """Number of test images at a time."""
 
 
-class Micro(NamedTuple):
+class MicroBatch(NamedTuple):
     """Micro-batch: some images of a batch."""
 
     images: list[int]
@@ -126,7 +126,7 @@ class GridFit:
         """Add candidates of these settings to those found; in rounds if the heads of all sets do not fit into
         memory."""
         group = self.task.group
-        memory_bytes = group.least(group.memory_bytes())
+        memory_bytes = group.min_over_ranks(group.memory_bytes())
         num_values, is_solved = len(grid) * len(learns), isinstance(source, PooledFeatures)
         one_set = bytes_per_set(kinds, num_values, source.width, self.task.num_classes, is_solved=is_solved)
         at_once = sets_per_round(one_set, group.world_size, memory_bytes)
@@ -221,7 +221,7 @@ class GridFit:
                 done += 1
                 self.task.report_progress(what, done, num_steps, "steps")
 
-    def _batches(self, this: Round, num_steps: int) -> Iterator[tuple[Micro, Tensor]]:
+    def _batches(self, this: Round, num_steps: int) -> Iterator[tuple[MicroBatch, Tensor]]:
         """Yield this rank's outputs of each micro-batch of `num_steps` batches, without images that no copy learns
         from."""
         is_read, left, epoch = np.any(this.learns, axis=0), num_steps, 0
@@ -232,7 +232,7 @@ class GridFit:
                 counts = tuple(int(copy[batch].sum()) for copy in this.learns)
                 # a batch of none but held-out images: its step moves the heads by their momentum alone
                 parts = list(batched([image for image in batch if is_read[image]] or batch[:1], this.micro_size))
-                plan += [Micro(part, counts, number == len(parts)) for number, part in enumerate(parts, start=1)]
+                plan += [MicroBatch(part, counts, number == len(parts)) for number, part in enumerate(parts, start=1)]
             yield from self._outputs(this.source, plan, epoch)
             left, epoch = left - len(batches), epoch + 1
 
@@ -241,7 +241,7 @@ class GridFit:
         (stack,), (learns,) = this.stacks.values(), this.learns
         assert isinstance(stack, LinearStack)
         images = np.flatnonzero(learns)
-        plan = [Micro(part, (len(images),)) for part in batched(images, this.micro_size)]
+        plan = [MicroBatch(part, (len(images),)) for part in batched(images, this.micro_size)]
         num_passes = itertools.count(1)
 
         def losses() -> Tensor:
@@ -255,7 +255,7 @@ class GridFit:
             return total
 
         covariance = None
-        if stack.mean.shape[2] <= min(WIDEST, len(images) / LEAST_PER_CHANNEL):
+        if stack.mean.shape[2] <= min(MAX_CHANNELS, len(images) / MIN_IMAGES_PER_CHANNEL):
             covariance = stack.mean.new_zeros(len(this.own), *2 * stack.mean.shape[2:])
             for micro, outputs in self._outputs(this.source, plan):
                 vectors = (self._tokens(outputs, micro.images, this.own)[:, :, 0] - stack.mean) * stack.rstd
@@ -263,8 +263,8 @@ class GridFit:
         solve(stack, covariance, losses, lambda is_done: not any(self.task.group.sum_counts(int(not is_done))))
 
     def _outputs(
-        self, source: Features, plan: Sequence[Micro], epoch: int | None = None
-    ) -> Iterator[tuple[Micro, Tensor]]:
+        self, source: Features, plan: Sequence[MicroBatch], epoch: int | None = None
+    ) -> Iterator[tuple[MicroBatch, Tensor]]:
         """Yield each micro-batch with this rank's outputs."""
         own = (own_indices(micro.images, self.task.group) for micro in plan)
         return zip(plan, source.parts(own, epoch), strict=True)
@@ -288,11 +288,11 @@ class GridFit:
             outputs = by_rank.index_select(1, order.to(by_rank.device))
         return averages(outputs, own)
 
-    def _labels(self, micro: Micro) -> Tensor:
+    def _labels(self, micro: MicroBatch) -> Tensor:
         """Return the labels of a micro-batch."""
         return self.task.train.labels[torch.as_tensor(micro.images)].to(self._device)
 
-    def _weights(self, this: Round, micro: Micro) -> Tensor:
+    def _weights(self, this: Round, micro: MicroBatch) -> Tensor:
         """Return the weights (C, B) of images in the loss of each copy."""
         shares = [copy[micro.images] / max(1, count) for copy, count in zip(this.learns, micro.counts, strict=True)]
         return torch.from_numpy(np.array(shares, dtype=np.float32)).to(self._device)
@@ -305,7 +305,7 @@ class GridFit:
             kind: stack.mean.new_zeros(2, len(this.own), len(stack.grid), dtype=torch.float64)
             for kind, stack in this.stacks.items()
         }
-        plan = [Micro(images, ()) for images in batched(held, this.micro_size)]
+        plan = [MicroBatch(images, ()) for images in batched(held, this.micro_size)]
         for micro, outputs in self._outputs(this.source, plan):
             labels, tokens = self._labels(micro), self._tokens(outputs, micro.images, this.own)
             for kind, stack in this.stacks.items():

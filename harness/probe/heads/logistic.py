@@ -16,15 +16,15 @@ from torch import Tensor
 
 from aimscale.harness.probe.heads.stacks import LinearStack
 
-MOST_PASSES = 60
+MAX_PASSES = 60
 """Maximum number of passes over the images."""
-ENOUGH = 1e-5
+TOLERANCE = 1e-5
 """Tolerance, nats: a head is done when another step promises to lower its loss by less."""
 NUM_PAIRS = 8
 """Number of previous steps from which the curvature is estimated."""
-SUFFICIENT = 1e-4
+ARMIJO_SHARE = 1e-4
 """Share of the promised descent that a step must achieve, else it is halved (Armijo)."""
-WIDEST, LEAST_PER_CHANNEL = 4096, 2
+MAX_CHANNELS, MIN_IMAGES_PER_CHANNEL = 4096, 2
 """Limits of the eigendecomposition of the covariance: at most so many channels, and at least so many images per
 channel. Beyond them (raw pixels) only variances are equalised: eigenvectors would cost more than the passes they
 save."""
@@ -47,15 +47,15 @@ def solve(
     step = torch.ones_like(at[..., :1])
     scale = torch.full_like(step, stack.num_classes)  # the curvature is p (1 - p), with p about 1 / K
     pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=NUM_PAIRS)
-    for _ in range(MOST_PASSES):
+    for _ in range(MAX_PASSES):
         direction = -_inverse_curvature(gradient, scale, pairs)
         promised = _dot(gradient, direction)
-        is_done = promised > -2 * ENOUGH
+        is_done = promised > -2 * TOLERANCE
         if agreed(bool(is_done.all())):
             break
         trial = torch.where(is_done, at, at + step * direction)
         found, slope = view.evaluate(trial, losses)
-        is_better = found <= value + SUFFICIENT * step * promised + ENOUGH
+        is_better = found <= value + ARMIJO_SHARE * step * promised + TOLERANCE
         moved, bent = trial - at, slope - gradient
         bend = _dot(moved, bent)
         counts = is_better & (bend > 1e-12)

@@ -104,7 +104,7 @@ class _Adaptation:
     def _observe(self, images: np.ndarray) -> None:
         """Standardise the head by the statistics of the unadapted features of these images."""
         first = self._tokens(self._task.train.images(images[:MICRO_BATCH].tolist()))
-        moments = Moments.about(first.float().mean((1, 2)))
+        moments = Moments.around(first.float().mean((1, 2)))
         for _, decoded in self._task.train.ahead(batched(own_indices(images.tolist(), self._task.group), MICRO_BATCH)):
             moments.add(self._tokens(decoded).flatten(1, 2))
         mean, variance = moments.over_ranks(self._task.group).set_statistics([(0,)])

@@ -16,7 +16,7 @@ from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.tasks import BlockSet
 from aimscale.harness.probe.heads.stacks import HeadStack
 
-MOST_GROWN = 4
+MAX_GROWTH = 4
 """Maximum number of values by which a grid may grow at either end."""
 
 
@@ -55,14 +55,14 @@ def tried_values(candidates: Sequence[Candidate], like: Candidate) -> list[float
 def next_values(asked: Sequence[float], values: Sequence[float], chosen: float) -> list[float]:
     """Return the next value, by the mean ratio of the grid asked for, if the chosen one is at an end of those tried.
 
-    The list is empty inside the grid, if one value was asked for, or `MOST_GROWN` steps beyond what was asked for.
+    The list is empty inside the grid, if one value was asked for, or `MAX_GROWTH` steps beyond what was asked for.
     """
     low, high = min(asked), max(asked)
     if low == high or min(values) < chosen < max(values):
         return []
     ratio = (high / low) ** (1 / (len(set(asked)) - 1))
     steps = round(math.log(chosen / high if chosen > low else low / chosen, ratio))
-    return [chosen * (ratio if chosen > low else 1 / ratio)] if steps < MOST_GROWN else []
+    return [chosen * (ratio if chosen > low else 1 / ratio)] if steps < MAX_GROWTH else []
 
 
 @dataclass(frozen=True)

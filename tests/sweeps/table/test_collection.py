@@ -64,7 +64,7 @@ def test_points_during_training_are_a_table_of_their_own(write_sweep: Any, stand
     assert read_curves([sweep.directory]).empty
     evaluation = run.config.evaluation
     validation = f"{evaluation.validation.digest}.*"
-    entry = {"task": "pets", "kind": "knn", "evaluation": evaluation.probes[0].evaluation(None, None), "top1": 0.5}
+    entry = {"task": "pets", "kind": "knn", "evaluation": evaluation.probes[0].evaluation_id(None, None), "top1": 0.5}
     losses = {"val_loss": 0.25, "val_loss_se": 0.01, "val_num_images": 9, "validation": validation}
     lines = [
         {"images_seen": 192, "lr": 1e-3, **losses, "val_loss": 0.5},

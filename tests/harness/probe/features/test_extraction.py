@@ -87,7 +87,7 @@ def test_statistics_of_any_average_are_those_of_its_vectors_whatever_the_batches
     vectors = torch.randn(4, 90, 6, generator=generator) * 3 + 40
 
     def moments(*parts: Tensor) -> Moments:
-        found = Moments.about(vectors[:, :5].mean(1))
+        found = Moments.around(vectors[:, :5].mean(1))
         for part in parts:
             found.add(part)
         return found

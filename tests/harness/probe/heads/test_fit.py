@@ -45,7 +45,7 @@ def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
         return sum(images)
 
     monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", 0.0)
-    monkeypatch.setattr("aimscale.harness.probe.heads.scores.MOST_GROWN", 0)  # each time a grid grows is one more pass
+    monkeypatch.setattr("aimscale.harness.probe.heads.scores.MAX_GROWTH", 0)  # each time a grid grows is one more pass
     few = 100  # images that set shapes and centres, and on which precisions are compared
     # linear and k-NN: once over both splits, whatever the epochs and the grid
     assert 0 <= passes("pooled", kinds=("linear", "knn"), epochs=30) - (600 + 400) < few
@@ -69,7 +69,7 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
     task: Any, model: AIM, kind: str, share: float, written_out: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", share)
-    monkeypatch.setattr("aimscale.harness.probe.heads.scores.MOST_GROWN", 1)
+    monkeypatch.setattr("aimscale.harness.probe.heads.scores.MAX_GROWTH", 1)
     monkeypatch.setattr("aimscale.harness.probe.heads.fit.MICRO_BATCH", 7)
     monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)
     wanted = task.section(train=str(task.root / "some"), epochs=3, batch_size=30, lrs=(3e-3, 1e-2))
