@@ -21,7 +21,7 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     coordinate times omega_i = 10000^(-i / (width / 4)).
     """
     quarter = width // 4
-    # float64: a 16-bit frequency or a float32 product would shift the fast channels
+    # float64: 16-bit frequencies or float32 products would shift the fast channels
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
     one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)

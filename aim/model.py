@@ -287,7 +287,7 @@ class AIM(nn.Module):
                     f"a masked model is given bool (B, {num_tokens}), not {prefix_lengths.dtype} {prefix_lengths.shape}"
                 )
             return prefix_lengths
-        # On a GPU, looking would wait for the device.
+        # On a GPU, the check would wait for the device.
         if not prefix_lengths.is_cuda and ((prefix_lengths < 1) | (prefix_lengths >= num_tokens)).any():
             raise ValueError(f"prefix lengths run from 1 to {num_tokens - 1}")
         return in_prefix(prefix_lengths, num_tokens)

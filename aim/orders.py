@@ -15,7 +15,7 @@ from pathlib import Path
 
 from aimscale.aim.config import ModelConfigError, PatchOrder
 
-_TRAINER, _LISTS_FILE = "l3m", "helpers/vision/ar_patterns.py"  # a package, and a file in it
+_TRAINER, _LISTS_FILE = "l3m", "helpers/vision/ar_patterns.py"  # package, and a file in it
 _TRAINER_SOURCE = "git+https://github.com/apple/ml-l3m"
 
 

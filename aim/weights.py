@@ -78,7 +78,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} is not a whole safetensors file ({error}); restore it or download it again"
         ) from error
-    except Exception as error:  # torch raises many kinds, among them pickle's own, for files it will not read
+    except Exception as error:  # torch raises many types, pickle's among them, for unreadable files
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"{path} is not a plain PyTorch state dict ({reason}); save one with torch.save(model.state_dict(), path)"
@@ -115,11 +115,11 @@ def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.suffix == ".safetensors":
-            ordered = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # so that each stays aligned
+            ordered = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # so that every tensor is aligned
             layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
             write_safetensors(partial, layout, (tensor.detach().cpu() for tensor in ordered.values()), metadata)
         else:
-            # torch.save writes whole storages, such as a mapped file's
+            # torch.save writes whole storages: without the clone, a mapped file's
             torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, partial)
         partial.replace(path)
     finally:

@@ -145,12 +145,12 @@ def _turn_times(
         start = time.thread_time()
         stream.batch(range(first, first + TURN))
         between = time.thread_time()
-        for i in range(first, first + TURN):  # over and over the same images
+        for i in range(first, first + TURN):  # cycle over the same images
             bare_reader(*work[i % len(work)])
         ours.append(between - start)
         limit.append(time.thread_time() - between)
         first += TURN
-    return ours[1:], limit[1:]  # the first warms up
+    return ours[1:], limit[1:]  # the first turn is a warm-up
 
 
 def _loader_rates(
@@ -170,7 +170,7 @@ def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[flo
     batches = train_batches(stream, start=0, stop=10**9, batch_size=TURN, micro_batch=TURN, num_workers=workers)
     with contextlib.closing(batches):
         for _ in range(4 * (workers + 1)):
-            next(batches)  # start the workers, and use up what they loaded ahead meanwhile
+            next(batches)  # start the workers, and consume what they loaded ahead
         processes = [process.pid for process in set(multiprocessing.active_children()) - before]
         start, cpu_s, number = time.perf_counter(), _cpu_s(processes), 0
         while time.perf_counter() < start + seconds or not number:

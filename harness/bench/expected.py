@@ -92,7 +92,7 @@ def expected_rates(
         compute_s=images_s + passes_s,
         exposed_communication_s=exposed_s,
         loading_s=batch_size / loaded_per_s,
-        is_ahead=device.is_gpu and workers > 0,  # the workers of a core take its time
+        is_ahead=device.is_gpu and workers > 0,  # on a CPU, workers share the cores with training
     )
 
 

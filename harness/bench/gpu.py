@@ -61,7 +61,7 @@ class Part:
 def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
     """Yield the parts to run, the most important first; `rehearse` takes small sizes and the CPU."""
     yield Part(name="doctor", words=[*AIMSCALE, "doctor", "--root", str(folder), "--json"], limit_s=60)
-    # No options of pyproject: xdist and the like may be missing there.
+    # Ignore pyproject's options: plugins such as xdist may be missing.
     pytest = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-o", "addopts=", "--import-mode=importlib", "-m", "cuda"]
     yield Part(name="tests", words=[*pytest, *(["-k", "bytes or cpu"] if rehearse else []), str(TESTS)], limit_s=200)
     training = list(_training(rehearse=rehearse))
@@ -131,7 +131,7 @@ def run(out: Path, *, rehearse: bool = False) -> dict[str, Any]:
             done["parts"][part.name] = found
             bar.say(f"{part.name}: {found['problem'] or 'done'}, {found['seconds']:.0f} s")
             done["seconds"] = time.monotonic() - started
-            (out / "gpu.json").write_text(json.dumps(done, indent=1))  # after every part: an end without warning
+            (out / "gpu.json").write_text(json.dumps(done, indent=1))  # now: the process may end without warning
     return done
 
 

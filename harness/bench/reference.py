@@ -50,7 +50,7 @@ class ReferenceEngine:
         """Take a step as `Engine.step` does; every step is applied."""
         for param_group in self._adamw.param_groups:
             param_group["lr"] = lr * param_group["lr_scale"]
-        scale = self._group.world_size / num_targets  # FSDP2, too, takes the mean over ranks
+        scale = self._group.world_size / num_targets  # FSDP2 averages over ranks, too
         loss_sum = torch.zeros((), device=self._group.device)
         for index, batch in enumerate(micro_batches):
             if isinstance(self._model, FSDPModule):

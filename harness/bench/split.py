@@ -57,7 +57,7 @@ def shares_of(events: Iterable[Any], wall_us: float, *, on_gpu: bool) -> dict[st
     sent: list[Span] = []
     for event in events:
         span = event.time_range.start, event.time_range.end
-        if on_gpu and event.is_user_annotation:  # it spans kernels, and the time between them
+        if on_gpu and event.is_user_annotation:  # it spans kernels and the gaps between them
             continue
         if event.name.startswith("gloo:") or (on_gpu and "nccl" in event.name.lower()):
             sent.append(span)

@@ -70,7 +70,7 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
         compile=should_compile(runtime.compile, group.device, plan.zero_stage),
     )
     on_host = random_batches(model, optimiser.batch_size // group.world_size, plan.micro_batch)
-    step = [batch.on(group.device) for batch in on_host]  # as a run has them: moved a step ahead
+    step = [batch.on(group.device) for batch in on_host]  # as in a run, which moves them one step ahead
     num_targets = group.world_size * count_targets(step, model.num_tokens)
     try:
         makers = _engines(config, options, group, with_references=with_references)

@@ -143,7 +143,7 @@ def _print_entries(
     sweep = run.resolve().parent.parent
     if as_json:
         bar.say(json.dumps(found, indent=1))
-    elif (sweep / "sweep.yaml").is_file():  # a run by itself is in no table
+    elif (sweep / "sweep.yaml").is_file():  # a run outside of a sweep is in no table
         bar.say(f"next: aimscale collect {shlex.quote(os.path.relpath(sweep))}")
 
 

@@ -63,7 +63,7 @@ def step_communication(
 
     num_gathers, gathered = 0, 0
     if zero_stage == 3:
-        again = max(0, num_params - MAX_BUFFER_VALUES)  # kept where both uses are within 1e9 values: at most
+        again = max(0, num_params - MAX_BUFFER_VALUES)  # at most: kept if both uses are within 1e9 values
         gathered = micro_batches * (num_params + again)
         num_gathers = -(-gathered // MAX_BUCKET_VALUES)
     elif zero_stage:

@@ -67,7 +67,7 @@ def find_placement(environment: dict[str, str] | None = None) -> Placement:
             raise LaunchError(
                 f"RANK or WORLD_SIZE is set but {error} is not; start with torchrun, or unset them to run alone"
             ) from error
-    # Only a step that srun started has this variable: a batch script's own process is alone, whatever its job holds.
+    # Only steps started by srun have this variable: a batch script itself is a single process, whatever its job has.
     num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     if num_tasks > 1:
         # Every task of a job computes the same port; jobs that share a host get different ones.
@@ -125,7 +125,7 @@ class Group:
     def memory_bytes(self) -> int:
         """Return the memory that this rank may plan for: its GPU's, or its share of the host's free memory."""
         if self.device.type == "cuda":
-            # A launcher that starts several runs on a GPU says which share of it each may plan for.
+            # A launcher of several runs on a GPU sets the share of it that each may plan for.
             share = float(os.environ.get("AIMSCALE_DEVICE_SHARE", "1"))
             return int(share * torch.cuda.get_device_properties(self.device).total_memory) - self._reserved_bytes
         return self.host_memory_bytes()
@@ -138,7 +138,7 @@ class Group:
 
     def host_memory_bytes(self) -> int:
         """Return this rank's share of its host's free memory."""
-        # A launcher of several runs on a host says which share of it each may plan for.
+        # A launcher of several runs on a host sets the share of it that each may plan for.
         share = float(os.environ.get("AIMSCALE_HOST_SHARE", "1"))
         return int(share * free_host_bytes()) // self.ranks_per_node
 
@@ -275,7 +275,7 @@ def start_group(placement: Placement, device_name: str) -> Group:
         os.environ["DS_ACCELERATOR"] = "cpu"
     is_alone = placement.world_size == 1
     if is_alone:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing is to be heard of it on a network
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # do not listen on a network
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -296,8 +296,8 @@ def import_deepspeed() -> Any:
     import deepspeed
     from deepspeed.utils import logger
 
-    # None of its own C++ operators is used. It would try the compiler for each at start-up, and build a shared-memory
-    # communicator (25 s) that gains nothing here.
+    # None of its C++ operators is used. It would test the compiler for each at start-up, and build a shared-memory
+    # communicator (25 s) without a gain here.
     deepspeed.ops.__compatible_ops__ = {}
     # It calls collectives by names that new versions of torch warn about.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")

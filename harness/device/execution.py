@@ -210,7 +210,7 @@ def _step_time(
     exposed_s = sent.sent_bytes / rate + CALL_S * sent.num_calls
     if pace.cores is None:
         beside_s = exposed_s * (1 - sent.exposed_bytes / max(1, sent.sent_bytes))
-        hiding_s = BACKWARD_SHARE * images_s / (num_passes if zero_stage < 2 else 1)  # in the last pass, or in all
+        hiding_s = BACKWARD_SHARE * images_s / (num_passes if zero_stage < 2 else 1)  # during the last pass, or all
         exposed_s -= (1 - HIDDEN_COST) * min(beside_s, hiding_s)
     return StepTime(images_s=images_s, passes_s=num_passes * pass_s, exposed_communication_s=exposed_s)
 

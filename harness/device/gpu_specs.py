@@ -109,7 +109,7 @@ def nominal_flops_per_s(name: str, precision: str) -> float | None:
 def store_rate(what: str, rate: float) -> None:
     """Store a rate that was measured on this kind of processor, unless a higher one is stored."""
     path = cache_folder() / "rates.json"
-    with contextlib.suppress(OSError):  # a cache that cannot be written is no mistake
+    with contextlib.suppress(OSError):  # a cache that cannot be written is no error
         rates = _rates()
         mine = rates.setdefault(cpu_name(), {})
         if rate > (stored_rate(what) or 0.0):

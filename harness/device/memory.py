@@ -137,7 +137,7 @@ def keep_freed_memory() -> None:
     were a third to a half of a probe's CPU time, and a sixth of a training step's.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # another C library has other habits
+    if mallopt is not None:  # other C libraries lack it
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
         mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
 

@@ -67,7 +67,7 @@ class RankWatch:
         # Slurm's name of each node, by which it can be excluded; elsewhere the host's.
         self._nodes = group.gather(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
         self._others = [rank for rank in range(group.world_size) if rank != group.rank]
-        if self._others:  # its own clock would go on while all ranks stand still; `_watch` sees that
+        if self._others:  # gloo's timeout would expire while all ranks are suspended; `_watch` allows for that
             self._channel = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
         self.is_at_work = False
         """Whether this rank has trained a step or measured with the others: from then on their silence counts."""
@@ -86,7 +86,7 @@ class RankWatch:
         """
         if self._group.is_first and time.monotonic() - self._looked_at_fence > BEAT_S:
             self._looked_at_fence = time.monotonic()
-            with contextlib.suppress(OSError):  # a server that is away may be back at the next look
+            with contextlib.suppress(OSError):  # a file server that is away may be back at the next check
                 check_fence(self._run.status)
 
     @contextlib.contextmanager
@@ -107,7 +107,7 @@ class RankWatch:
             self._leaves = True
             self._wakes.set()
             exchange.join()
-            self._knows.set()  # where there is a problem, this process ends soon, whatever its way out waits for
+            self._knows.set()  # with a problem, this process is ended soon even if its exit hangs
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -178,7 +178,7 @@ class RankWatch:
                 own[0] = False
         for rank in there:
             self._awaited = rank
-            with contextlib.suppress(RuntimeError):  # the next round says so
+            with contextlib.suppress(RuntimeError):  # the next round reports it
                 torch.distributed.send(own, rank, group=self._channel)
         return own
 
@@ -197,7 +197,7 @@ class RankWatch:
         last = time.monotonic()
         while not self._knows.wait(GRACE_S / 5):
             now = time.monotonic()
-            if now - last > SILENCE_S / 2:  # this process stood still: what it missed meanwhile counts against no rank
+            if now - last > SILENCE_S / 2:  # this process was suspended: the silence is no other rank's fault
                 self._heard = now
                 self._step_started = now if self._step_started else None
             last = now

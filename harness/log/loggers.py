@@ -100,7 +100,7 @@ class WandbLogger:
         except wandb.errors.Error as error:
             later = f"send this start later with `wandb sync` from {run.path}"
             print(f"W&B cannot be reached ({_brief(error)}); {later}", flush=True)
-            wandb.teardown()  # else the run counts as in use
+            wandb.teardown()  # else W&B thinks that the run is in use
         with self._surviving():
             self._run = self._run or wandb.init(**about, mode="offline")
             # Decays and budgets go back in images_seen, which W&B's own step may not.
@@ -128,7 +128,7 @@ class WandbLogger:
         import wandb
 
         line: dict[str, Any] = {**values, "images_seen": images_seen}
-        if "val/loss" in values:  # the runs table has the last of each name, and training may have gone on
+        if "val/loss" in values:  # the runs table shows the last of each name, and training may have continued
             line["val/images_seen"] = images_seen
         with self._surviving():
             self._run.log(line | {name: wandb.Image(each) for name, each in (pictures or {}).items()})

@@ -24,7 +24,7 @@ class Bar:
     def __init__(self, *, shows: bool = True, every_s: float = PLAIN_EVERY_S) -> None:
         self._shows, self._every_s = shows, every_s
         self._console = Console(stderr=True)
-        # Asked of the file itself: variables such as FORCE_COLOR make rich take any file for a terminal.
+        # Ask the file itself: with variables such as FORCE_COLOR, rich takes any file for a terminal.
         self._is_live = sys.stderr.isatty() and not self._console.is_dumb_terminal
         self._live: Progress | None = None
         self._last_print = time.monotonic()
@@ -58,7 +58,7 @@ class Bar:
                 console=self._console,
                 transient=True,
                 refresh_per_second=4,
-                redirect_stdout=False,  # what is piped would go to the terminal
+                redirect_stdout=False,  # piped output would go to the terminal
             )
             self._live.add_task(what, text=text)
             self._live.start()

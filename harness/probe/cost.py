@@ -136,7 +136,7 @@ def probe_cost(
     if "lora" in section.kinds:
         points = len(section.lrs)
         images += TRAIN_OVER_FORWARD * (points * _images_trained(section, fit) + trained) + points * held + test
-    # where tokens are kept, one copy of each head learns from the fit part, and the two that are chosen from everything
+    # with kept tokens, one copy of each head learns from the fit part, and the two chosen ones from everything
     heads = sets * len(section.lrs) * (1 - HOLDOUT_FRACTION) + 2 if is_kept else COPIES * sets * len(section.lrs)
     products = heads * trained * _head_flops(with_tokens, model, num_classes)
     if "linear" in frozen and not on_views:

@@ -238,7 +238,7 @@ def _entry(task: Task, chosen: Candidate, predictions: Predictions, candidates: 
         "num_classes": len(task.test.classes),
         **score(predictions, task.test.labels, task.test.classes),
         **_value(task, chosen),
-        # of a rate or L2: the grid would go on there, and has grown as far as it may
+        # for a rate or L2: better values may lie beyond, but the grid has reached its limit
         "lr_at_edge": chosen.kind != "knn" and min(values) < max(values) and chosen.value in (min(values), max(values)),
         "holdout_top1": chosen.holdout_top1,
         "num_fit": len(task.fit),

@@ -77,7 +77,7 @@ def standalone_group(run: RunDir, device: str) -> Iterator[Group]:
             group = Group(placement, choose_device(placement, device), None)
         group.from_first(lambda: bool(stack.enter_context(run.hold())))
         yield group
-        group.wait()  # no rank takes the store away from one that still needs it
+        group.wait()  # rank 0 must not close the store while others need it
 
 
 def probe_run(

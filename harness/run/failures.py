@@ -128,7 +128,7 @@ def disk_sentence(error: OSError) -> str | None:
     """Say what failed on a disk, and where; None for other kinds of `OSError`."""
     if error.errno not in DISK_ERRORS:
         return None
-    where = error.filename2 or error.filename  # of a rename, what was to be made
+    where = error.filename2 or error.filename  # the target of a rename
     return f"{where or 'a file'}: {error.strerror}; mend that, then give the same command again: saved work is whole"
 
 

@@ -37,7 +37,7 @@ def take_over(run: Path, token: str) -> Iterator[Path]:
             earlier.rename(folder / earlier.name)
     with fenced(run, folder):
         yield folder
-    if os.getpid() == pid:  # a forked child has this block, not the right
+    if os.getpid() == pid:  # a forked child also leaves this block, but must not remove the folder
         shutil.rmtree(folder, ignore_errors=True)
 
 

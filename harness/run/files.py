@@ -43,7 +43,7 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
             yield partial
             if durable:
                 _fsync(partial)
-            # Opened before: whoever waits for this file may rename the folder that it completes.
+            # Open it first: a process that waits for this file may then rename the folder.
             with _opened(path.parent) as folder:
                 partial.replace(path)
                 if durable:
@@ -207,13 +207,13 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
             raise
         if _is_file(path, descriptor):
             break
-        os.close(descriptor)  # whoever held it before has removed the file
+        os.close(descriptor)  # the previous holder has removed the file
     try:
         yield True
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open, too
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked in the meantime has it open, too
         os.close(descriptor)
 
 

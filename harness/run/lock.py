@@ -71,7 +71,7 @@ class Lock:
                 return None
             holder = Holder(facts=facts)
             text = (json.dumps(asdict(holder)) + "\n").encode()
-            os.pwrite(descriptor, text, 0)  # readers read its first line, whatever of an older one follows
+            os.pwrite(descriptor, text, 0)  # readers read one line: the rest of a longer, older text does no harm
             os.ftruncate(descriptor, len(text))
         except OSError as error:
             if descriptor >= 0:

@@ -70,7 +70,7 @@ def cpu_name() -> str:
 
 def process_age_s() -> float:
     """Return the seconds since this process was started, imports included (Linux)."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])  # from the boot to its start
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])  # from boot to start
     uptime_s = float(Path("/proc/uptime").read_text().split()[0])
     return uptime_s - ticks / os.sysconf("SC_CLK_TCK")
 
@@ -149,7 +149,7 @@ def make_snapshot(snapshot: Snapshot, source: Path = SOURCE) -> None:
         shutil.copy2(source / name, target)
     try:
         os.rename(partial, snapshot.path)
-    except OSError:  # another launch was quicker
+    except OSError:  # another launch was faster
         shutil.rmtree(partial)
 
 

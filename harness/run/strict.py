@@ -70,7 +70,7 @@ def parse(kind: type[SectionT], values: Any, where: str) -> SectionT:
 
 
 def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
-    # A misspelt key or word also leaves its place empty: say the spelling first, and do not count what is missing.
+    # A misspelt key also leaves the right one missing: report the spelling first, and do not count missing keys.
     """Turn pydantic's report into one sentence."""
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     first, others = errors[0], [each for each in errors[1:] if each["type"] not in ("missing", "too_short")]

@@ -89,8 +89,8 @@ def deepspeed_config(
         "zero_optimization": {
             "stage": options.zero_stage,
             "reduce_bucket_size": bucket,
-            # Stages 1 and 2 reduce a bucket on all ranks either way. Told to scatter it, they divide by the number of
-            # ranks before, in bf16, which rounds unless it is a power of two.
+            # Stages 1 and 2 reduce a bucket on all ranks either way. With reduce_scatter they divide by the number of
+            # ranks first, in bf16, which rounds unless that is a power of two.
             "reduce_scatter": options.zero_stage == 3,
             "overlap_comm": group.world_size > 1,
         },

@@ -111,7 +111,7 @@ class Engine:
         self.module: nn.Module = self._engine.module
         check_deepspeed(self._engine, self._optimizer, list(self.module.parameters()), options.zero_stage)
         if group.world_size == 1 and options.zero_stage <= 1 and not hasattr(self._optimizer, "reduce_gradients"):
-            self._engine.enable_backward_allreduce = False  # it would copy all gradients to and fro
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients back and forth
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         for fragment in self.fragments():
             if fragment.numel:
@@ -150,7 +150,7 @@ class Engine:
         parameters = list(self.module.parameters())
         held = [parameters, [vars(p) for p in parameters], vars(self._optimizer), list(self.adamw.state.values())]
         self._engine.destroy()
-        # DeepSpeed's hooks keep some of these alive, so their memory is given back and not only their names.
+        # DeepSpeed's hooks keep some of these alive, so their storage is freed explicitly.
         free_storage(held)
         del self._engine, self._optimizer, self.module
 

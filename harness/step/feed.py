@@ -111,7 +111,7 @@ class Feed:
         """
         self._batches, self._request, self._ahead, self._asked = batches, request, None, queue.SimpleQueue()
         if self._has_workers:
-            # A daemon: an executor's thread that waits for images would keep a rank that failed from ending.
+            # A daemon: an executor's thread that waits for images would keep a failed rank from exiting.
             threading.Thread(target=self._serve, args=[self._asked], name="feed", daemon=True).start()
         try:
             yield
@@ -165,7 +165,7 @@ class Feed:
     def _serve(self, asked: queue.SimpleQueue[_FutureStep | None]) -> None:
         """Wait for images, in a thread, while a step is computed."""
         if self._group.device.type == "cuda":
-            torch.cuda.set_device(self._group.device)  # of this thread
+            torch.cuda.set_device(self._group.device)  # per thread
         for ahead in iter(asked.get, None):
             self._fulfil(ahead)
 

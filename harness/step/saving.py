@@ -155,7 +155,7 @@ class CheckpointWriter:
         self._stop.set()
         self._background.shutdown()
         if self._pending and self._group.is_first:
-            shutil.rmtree(partial_dir(self._pending.final), ignore_errors=True)  # a full disk must hold the reason
+            shutil.rmtree(partial_dir(self._pending.final), ignore_errors=True)  # a full disk must store the reason
         self._copy = None
 
     def _publish(
@@ -288,7 +288,7 @@ def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], m
         layout = {key: (torch.float32, (length,)) for key, length in lengths.items()}
         crc = write_safetensors(path, layout, pieces)
         with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read the disk below, not the page cache
         if file_crc32(path) != crc:
             raise OSError(f"{path.name} does not read back as it was written")
         entry = {"size": path.stat().st_size, "crc32": crc}
@@ -331,7 +331,7 @@ def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, s
     Rank 0 gathers and writes them one by one, under a temporary name first.
     """
     layout = {fragment.name: (torch.float32, tuple(fragment.shape)) for fragment in engine.fragments()}
-    # a tensor that numpy saw cannot give its memory back
+    # a tensor that numpy has seen cannot free its memory
     gathered = (whole.to("cpu", copy=True) for _, whole in _whole_weights(engine, group))
     if group.is_first:
         with atomic_write(path) as partial:

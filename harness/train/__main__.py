@@ -28,7 +28,7 @@ def serve_forks() -> None:
     if torch.version.cuda is None and torch.version.hip is None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import_deepspeed()
-    git_commit()  # of the code that is imported now, whatever becomes of the files
+    git_commit()  # cached now, since the files may change later
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
@@ -39,7 +39,7 @@ def serve_forks() -> None:
                 os._exit(0)
             while os.getppid() == between:
                 time.sleep(0.001)
-            gc.unfreeze()  # objects that are frozen at exit are reported as leaks by nanobind
+            gc.unfreeze()  # nanobind reports objects that are frozen at exit as leaks
             _become(**json.loads(line))
             return
         if os.waitpid(between, 0)[1]:

@@ -44,13 +44,13 @@ def train(path: Path) -> int:
         loggers: list[Logger] = []
         group.from_first(lambda: loggers.extend(job.exits.enter_context(open_loggers(run, config))))
         if group.from_first(lambda: missing_budgets(run, config)):
-            gc.freeze()  # collections from here on need not look through all that was imported
+            gc.freeze()  # later collections skip everything imported so far
             with memory_advice(SAVES_MEMORY):
                 trainer = Trainer(run, config, job, loggers)
                 try:
                     trainer.walk()
                 finally:
-                    trainer.close()  # frees the device: what comes next needs the memory of the training state
+                    trainer.close()  # evaluation needs the memory of the training state
                     gc.unfreeze()
         with memory_advice():
             evaluate_run(run, config, job, loggers)
@@ -58,10 +58,10 @@ def train(path: Path) -> int:
     try:
         return execute_job(run, config.runtime.device, work)
     except TooLargeError as error:
-        if find_placement().world_size > 1:  # who started these ranks starts them again
+        if find_placement().world_size > 1:  # the launcher of these ranks restarts them
             raise
         print(f"aimscale: {error}", flush=True)
-    gc.collect()  # frames of the step that failed
+    gc.collect()  # frees the frames of the failed step
     return execute_job(run, config.runtime.device, work)
 
 

@@ -83,7 +83,7 @@ class LearningCurve:
             line |= {"validation": validation} | self._loss(images_seen)
         line["probes"] = [entry for each in DTYPES for entry in self._entries(images_seen, each, probes)]
         if group.device.type == "cuda":
-            torch.cuda.empty_cache()  # what else lives on the device needs the room
+            torch.cuda.empty_cache()  # training needs this memory again
         if group.is_first:
             append_line(self._run.curve, line | {"measured_s": time.monotonic() - started})
             remove_dir(self._folder)

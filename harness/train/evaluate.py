@@ -103,7 +103,7 @@ def _validate(
     """Measure and save the validation loss of a budget."""
     model = load_budget(run, config, budget, group.device)
     if config.training.optimiser.precision == "bf16":
-        model.to(torch.bfloat16)  # as it trained
+        model.to(torch.bfloat16)  # as in training
     losses = validate(model, held_out, group, report_progress)
     if not math.isfinite(losses.loss):
         raise DivergedError(f"the validation loss at {budget} images is {losses.loss}; its weights diverged")

@@ -115,7 +115,7 @@ class Trainer:
 
     def walk(self) -> None:
         """Train from the current state of the run to its last budget."""
-        gc.disable()  # ranks that collect at different steps would wait for each other; see `_train_segment`
+        gc.disable()  # ranks that collect garbage at different steps would wait for each other; see `_train_segment`
         try:
             self._walk()
         except CheckpointError:
@@ -198,7 +198,7 @@ class Trainer:
         self.group.from_first(lambda: recover_checkpoints(self.run, earlier_folders(self.run.path)))
         manifest = load_newest(self.run.checkpoints, self.engine, self.group, branches=left)
         if manifest is None and left and trunk > 0:
-            load_checkpoint(self.run.checkpoint_dir(trunk), self.engine, self.group)  # says what is wrong with it
+            load_checkpoint(self.run.checkpoint_dir(trunk), self.engine, self.group)  # raises what is wrong with it
         if manifest is not None:
             self.recorder.metrics.restore(manifest.progress)
         return manifest
@@ -214,7 +214,7 @@ class Trainer:
             micro_batch=self.plan.micro_batch,
             num_workers=self.config.runtime.num_workers,
         )
-        every = self.config.runtime.checkpoint_every_images or segment.stop  # which no step but the last comes to
+        every = self.config.runtime.checkpoint_every_images or segment.stop  # only the last step reaches it
         with self.recorder.feed.reading(batches, self._request):
             while position < segment.stop:
                 self.watch.check()
@@ -233,7 +233,7 @@ class Trainer:
                     position += self.batch_size
                     self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=step.num_targets)
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
-                    gc.collect()  # what came since the start; the step waits for its line anyway
+                    gc.collect()  # objects since the start; the step waits for its line anyway
                 if position < segment.stop and (step.must_save or position % every < self.batch_size):
                     self._save(position, segment.branch)
 
@@ -273,7 +273,7 @@ class Trainer:
         """Return this rank's requests, asked for once per step."""
         minutes = self.config.runtime.checkpoint_every_min
         now = time.monotonic()
-        # Of the first rank, so that ranks whose clocks differ do not save twice.
+        # Decided by the first rank, so that ranks with different clocks do not save twice.
         is_due = self.group.is_first and minutes is not None and now - self.saved_at >= 60 * minutes
         if is_due:
             self.saved_at = now

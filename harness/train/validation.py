@@ -134,7 +134,7 @@ def validate(
     """
     num_tokens, num_prefixes = model.config.num_tokens, held_out.section.num_prefixes
     prefix_lengths = validation_prefixes(len(held_out.indices), num_prefixes, model.config)
-    # Of each pass: losses and counts by image and prefix; and their sums so far by position.
+    # Losses and counts of each pass by image and prefix, and their sums so far by position.
     passes = [torch.zeros(2, 0, num_prefixes, dtype=torch.float64, device=group.device)]
     by_position = torch.zeros(2, num_tokens, dtype=torch.float64, device=group.device)
     for rows, images in held_out.passes(max(1, EVAL_TOKENS // (num_tokens * num_prefixes))):

@@ -20,10 +20,10 @@ from aimscale.harness.data.store.decoding import MAX_IMAGE_SIDE
 from aimscale.harness.data.store.pack import Listing
 from aimscale.harness.data.store.tars import Member
 
-_UNSIGNED_BYTES = 8  # idx's code of the type
+_UNSIGNED_BYTES = 8  # type code of the idx format
 _MAX_UNPACKED_BYTES = 2**30  # 1.3 million images of 28 px
 _MAX_CIFAR_BYTES = 400_000_000  # the archives hold 186 MB
-_MAX_CHUNK_BYTES = 2**26  # of an HDF5 file, which are unpacked as a whole
+_MAX_CHUNK_BYTES = 2**26  # of an HDF5 file; a chunk is unpacked as a whole
 
 
 def list_cifar(source: Path, split: str, kind: type[CIFAR10]) -> Listing:

@@ -38,7 +38,7 @@ def list_benchmark(name: str, source: Path, split: str | None) -> Listing:
         raise DataError(f"say which split of {name}: --split {' or --split '.join(benchmark.counts)}")
     try:
         found = _READERS[name](source, split)
-    except Exception as error:  # readers of csv, json, tar, HDF5 and MATLAB raise many kinds on what is damaged
+    except Exception as error:  # readers of csv, json, tar, HDF5 and MATLAB raise many types on damaged files
         if isinstance(error, DataError):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())

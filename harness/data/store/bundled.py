@@ -37,7 +37,7 @@ _REGIONS = {"pretrain": (0.0, 0.6), "train": (0.0, 0.6), "validation": (0.6, 0.7
 _NUM_PHOTOGRAPHS = {"pretrain": 20_400, "train": 3_400, "validation": 2_040, "test": 3_400}  # multiples of 17
 _NUM_DIGITS = {"pretrain": 2_490, "train": 1_000, "validation": 510, "test": 1_000}  # 5,000 in all
 _CROP_SIDE = (32, 128)
-_CROP_TRIES = 8  # a crop of nothing but sky or a black corner is drawn again: no two splits share a flat picture
+_CROP_TRIES = 8  # a crop of mere sky or a black corner is drawn again: splits share no flat picture
 _MIN_CONTRAST = 24  # least difference of the brightest and the darkest value, of 255
 
 FOLDERS = (*(f"{kind}-{split}" for kind in ("photographs", "digits") for split in _REGIONS), "validation")

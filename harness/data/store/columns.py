@@ -67,7 +67,7 @@ class Index:
 
 def _mapped(path: Path, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
     """Map the rows of an .npy file; ValueError if it holds anything but rows of `dtype`."""
-    open_local(path).close()  # numpy would wait for a pipe
+    open_local(path).close()  # numpy would block on a pipe
     values = np.asarray(np.lib.format.open_memmap(path, mode="r"))
     if values.ndim != 1 or (dtype is not None and values.dtype != np.dtype(dtype)):
         raise ValueError(f"{path.name} holds {values.dtype} of shape {values.shape}")
@@ -109,7 +109,7 @@ class IndexWriter:
     ) -> DatasetInfo:
         """Write the other files, and return what `dataset.json` says of them all."""
         for column in self._dtypes:
-            self._write_header(column, "r+b")  # numpy leaves room in it for any number
+            self._write_header(column, "r+b")  # numpy reserves space in it for any number
         samples, checksum, label = (
             np.lib.format.open_memmap(self._folder / f"{column}.npy", mode="r") for column in self._dtypes
         )

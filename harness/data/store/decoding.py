@@ -35,7 +35,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 _JPEG_START = b"\xff\xd8"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _NO_ALPHA = (0, 2, 3)  # a PNG's colour types
-_MAX_ASPECT_RATIO = 64  # of what is resized for a square crop
+_MAX_ASPECT_RATIO = 64  # of images that are resized for a square crop
 
 
 class UndecodableImageError(Exception):
@@ -81,7 +81,7 @@ def _decode_jpeg(data: bytes, channels: int) -> npt.NDArray[np.uint8] | None:
 def _decode_other(data: bytes, channels: int) -> torch.Tensor:
     """Decode an image that is no JPEG, or a rare one."""
     if data[:8] == _PNG_START and len(data) > 33 and data[25] in _NO_ALPHA and b"tRNS" not in data:
-        _refuse_large(*struct.unpack(">II", data[16:24]))  # Pillow takes long to find as much
+        _refuse_large(*struct.unpack(">II", data[16:24]))  # Pillow is slow to find the same
         with contextlib.suppress(RuntimeError, ValueError):  # damaged, or a variant that torchvision does not know
             image: torch.Tensor = decode_image(
                 torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode[_MODES[channels]]
@@ -93,7 +93,7 @@ def _decode_other(data: bytes, channels: int) -> torch.Tensor:
             pixels = np.array(_on_white(picture).convert("L" if channels == 1 else "RGB"))
     except UndecodableImageError:
         raise
-    except UnidentifiedImageError as error:  # Pillow's own words name an object in memory
+    except UnidentifiedImageError as error:  # Pillow's message names an object in memory
         raise UndecodableImageError("its format is not recognised") from error
     except Exception as error:  # Pillow raises many types on broken bytes, SyntaxError and struct.error among them
         raise UndecodableImageError(f"{type(error).__name__}: {error}") from error

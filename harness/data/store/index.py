@@ -38,7 +38,7 @@ from aimscale.harness.data.store.shards import ByteRange, ShardInfo, join, open_
 
 MAX_KEPT_BYTES = 256 * 2**20
 """Limit on the decoded pixels of small images that a process keeps, over all data sets."""
-_CHECKED_SHARE = 64  # of so many reads one is compared with the index: 0.2 % of the time of reading photographs
+_CHECKED_SHARE = 64  # one read in so many is compared with the index: 0.2 % of the time of reading photographs
 
 
 class ShardDataset:
@@ -92,13 +92,13 @@ class ShardDataset:
 
     def key(self, i: int) -> str:
         """Return the key of sample i: its path in the shard without extension."""
-        # not with the module: its allocator starts a thread, and loader processes have no use for it
+        # imported here: its allocator starts a thread, which loader processes do not need
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         where = join(self.path, INDEX_FILE)
         try:
-            # No thread of Arrow's may hold bytes of Python's: when the program ends at once, with an error message,
+            # No Arrow thread may hold Python's bytes: if the program exits at that moment, with an error message,
             # such a thread asks the dying interpreter for its lock to free them, and the process aborts.
             with open_file(where) as opened, pq.ParquetFile(opened, pre_buffer=False) as file:
                 for number in range(file.num_row_groups):
@@ -241,7 +241,7 @@ class ShardDataset:
             return torch.stack([*decoded.values()]) if decoded else empty, good
         for i, image in decoded.items():
             cache.pixels[samples[i]] = image
-            cache.known[samples[i]] = True  # after the pixels: another thread may look at any moment
+            cache.known[samples[i]] = True  # after the pixels: another thread may read at any moment
         return cache.pixels[torch.from_numpy(samples[good])], good
 
     def _pixel_cache(self, channels: int) -> _PixelCache | None:
@@ -333,7 +333,7 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
         shards = _shard_infos(index.shards)
     except DataError:
         raise
-    except Exception as error:  # numpy raises many kinds on damaged files
+    except Exception as error:  # numpy raises many types on damaged files
         reason = " ".join(str(error).split())
         raise DataError(f"the index of {where} cannot be read ({reason}); run `aimscale data index` again") from error
     reader = open_reader(info.shards_at or where, shards, cache_dir, cache_gb)

@@ -42,7 +42,7 @@ MAX_SHARD_BYTES = 500e6
 _MAX_SHARD_SAMPLES = 100_000
 _LOSSLESS_SIDE = 128  # resized images up to this side are stored as PNG: JPEG's blocks would dominate them
 _CHUNK = 64  # images that a process prepares at a time
-_WORTH_PROCESSES = 5000  # images, which take longer than starting processes
+_WORTH_PROCESSES = 5000  # images, from which on processes are worth their start
 
 
 class PackedImage(NamedTuple):
@@ -119,7 +119,7 @@ def write_dataset(
 def _write_shards(folder: Path, images: Iterable[PackedImage], max_shard_bytes: float) -> list[ShardScan]:
     """Write shards, and return what the index needs of each without decoding images of known size again."""
     scans: list[ShardScan] = []
-    rows: dict[str, dict[str, Any]] = {}  # of the shard that is being written, by the file's name in it
+    rows: dict[str, dict[str, Any]] = {}  # rows of the current shard, by file name
 
     def finish(path: str) -> None:
         with tarfile.open(path) as tar:
@@ -131,7 +131,7 @@ def _write_shards(folder: Path, images: Iterable[PackedImage], max_shard_bytes: 
 
     pattern = f"{str(folder).replace('%', '%%')}/shard-%06d.tar"
     limits = {"maxcount": _MAX_SHARD_SAMPLES, "maxsize": max_shard_bytes}
-    # its files' time is 0: the same images give the same bytes
+    # with mtime 0 the same images give the same bytes
     with webdataset.ShardWriter(pattern, **limits, post=finish, verbose=0, encoder=False, mtime=0) as writer:
         for image in images:
             try:
@@ -232,7 +232,7 @@ def list_folder(folder: Path) -> Listing:
         what = "is no folder of images" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}; an archive of a benchmark needs --benchmark")
     named = (path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
-    files = sorted(path for path in named if path.is_file() or not path.exists())  # the latter: a link to nothing
+    files = sorted(path for path in named if path.is_file() or not path.exists())  # the latter: a dangling link
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
     names = [path.relative_to(folder).parts[0] for path in files if path.parent != folder]

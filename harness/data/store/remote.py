@@ -24,7 +24,7 @@ from aimscale.harness.data.store.shards import (
 
 MAX_AHEAD_BYTES = 64 * 2**20
 """Bytes that a reader keeps, or waits for, before they are read."""
-_STALLED_S = 60.0  # without an answer a read has stalled and is tried again
+_STALLED_S = 60.0  # without an answer for so long, a read counts as stalled and is tried again
 
 
 class IgnoredRangeError(OSError):
@@ -45,8 +45,8 @@ class RemoteReader:
         self._lock, self._process = threading.Lock(), os.getpid()
         self._filesystem: Any = None
         self._is_async, self._room = False, asyncio.Semaphore(1)
-        self._wanted: dict[ByteRange, None] = {}  # ahead, in the order of their use
-        self._asked: dict[ByteRange, tuple[Future[bytes], int]] = {}  # ahead; and how many bytes had been read then
+        self._wanted: dict[ByteRange, None] = {}  # to request ahead, in the order of their use
+        self._asked: dict[ByteRange, tuple[Future[bytes], int]] = {}  # requested ahead; and the bytes read before
         self._asked_bytes = self._read_bytes = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,7 +76,7 @@ class RemoteReader:
         try:
             for answer in answers:
                 found.append(answer.result())
-        except Exception as error:  # each file system raises its own
+        except Exception as error:  # each file system raises types of its own
             raise shard_error(error, byte_ranges[len(found)][0]) from error
         finally:
             for answer in answers[len(found) :]:
@@ -85,7 +85,7 @@ class RemoteReader:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        if self._process != os.getpid():  # forked: nothing of what the parent asked for comes here
+        if self._process != os.getpid():  # forked: the parent's requests are not answered here
             RemoteReader.__init__(self, self._location)
         with self._lock:
             if self._filesystem is None:
@@ -137,7 +137,7 @@ class RemoteReader:
             except TimeoutError as error:
                 problem: Exception = TimeoutError(f"stalled: {size} bytes did not come within {_STALLED_S:g} s")
                 problem.__cause__ = error
-            except Exception as error:  # each file system raises its own
+            except Exception as error:  # each file system raises types of its own
                 problem = error
             if attempt < NUM_TRIES - 1:
                 await asyncio.sleep(retry_delay_s(attempt))

@@ -29,12 +29,12 @@ from aimscale.harness.run.files import atomic_write, cache_folder, locked
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""
 
-_CHECKED_AT_OPEN = 2000  # shards whose presence and size are looked at when a data set is opened
+_CHECKED_AT_OPEN = 2000  # shards whose presence and size are checked when a data set is opened
 _MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy", "bad_before.npy")
 _PARTIAL = ".partial"
 _IN_USE_S = 30.0  # after its last use a shard may be evicted
-_RETRY_S = 15.0  # a shard that had no room, or is being fetched elsewhere, is asked for again after this
-_PART_BYTES, _PARTS_AT_ONCE = 4 * 2**20, 4  # of a shard that is fetched
+_RETRY_S = 15.0  # until a shard without room, or fetched elsewhere, is requested again
+_PART_BYTES, _PARTS_AT_ONCE = 4 * 2**20, 4  # parts in which a shard is fetched
 
 
 class CachedReader:
@@ -70,7 +70,7 @@ class CachedReader:
             elif now > max(self._paused_until, self._tried_at.get(name, -_RETRY_S) + _RETRY_S):
                 self._tried_at[name] = now
                 self._wanted.append(name)
-        with self._starting:  # one thread fetches, however many read
+        with self._starting:  # only one thread fetches
             if self._wanted and (self._fetching is None or not self._fetching.is_alive()):
                 self._fetching = threading.Thread(target=self._fetch_wanted, name="shards", daemon=True)
                 self._fetching.start()
@@ -84,10 +84,10 @@ class CachedReader:
 
     def _read(self, name: str, offset: int, size: int) -> bytes | None:
         """Read a byte range from the cache; None if it lacks the shard."""
-        try:  # a file that stayed open would take its room after it was evicted
+        try:  # a file kept open would occupy the disk after its eviction
             with self._path(name).open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), size, offset)
-        except OSError:  # evicted, or on a broken disk: the source has it, too
+        except OSError:  # evicted, or on a broken disk: read the source
             return None
         self._use(name)
         return data

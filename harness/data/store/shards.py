@@ -21,10 +21,10 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store.dataset_info import open_local
 
 T = TypeVar("T")
-_MAX_OPEN_FILES = 256  # of a process: `ulimit -n` is often 1024
-NUM_TRIES = 6  # of a remote read: some 6 s of pauses in all
-MAX_REQUESTS = 64  # under way at once, of a data set in a process
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, by protocol
+_MAX_OPEN_FILES = 256  # per process: `ulimit -n` is often 1024
+NUM_TRIES = 6  # of a remote read: pauses of about 6 s in all
+MAX_REQUESTS = 64  # concurrent requests per data set and process
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # optional dependencies of this package, by protocol
 _CHUNK_BYTES = 4 * 2**20  # of a download
 FIRST_PAUSE_S = 0.2  # before the second try; doubles
 
@@ -72,7 +72,7 @@ def open_file(path: str) -> IO[bytes]:
         opened: IO[bytes] = filesystem.open(inner, "rb")
     except OSError:
         raise
-    except Exception as error:  # each file system raises its own
+    except Exception as error:  # each file system raises types of its own
         raise OSError(f"{type(error).__name__} {error}".strip()) from error
     return opened
 
@@ -90,7 +90,7 @@ def download(url: str, to: Path) -> None:
 def filesystem_of(url: str) -> tuple[Any, str]:
     """Return fsspec's file system of a URL, one per process, and the path within it."""
     protocol, options = url.partition("://")[0], {}
-    if protocol in ("s3", "s3a"):  # botocore opens ten connections, behind which other reads of a batch would wait
+    if protocol in ("s3", "s3a"):  # botocore's default of ten connections would make a batch's other reads wait
         chosen = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
         options["config_kwargs"] = {"max_pool_connections": MAX_REQUESTS, **chosen}
     try:
@@ -99,7 +99,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         extra = _EXTRAS.get(protocol)
         how = f"pip install 'aimscale[{extra}]'" if extra else f"install the package that fsspec names: {error}"
         raise DataError(f"{url} needs a package that is not installed; {how}") from error
-    except Exception as error:  # whatever the protocol's own class raises of a URL that it cannot use
+    except Exception as error:  # each protocol's class raises types of its own for unusable URLs
         raise DataError(f"{url} cannot be opened ({error}); give a folder or a URL that fsspec knows") from error
     return filesystem, inner
 
@@ -115,7 +115,7 @@ def with_retries(action: Callable[[], T]) -> T:
             return action()
         except (FileNotFoundError, DataError):
             raise
-        except Exception as error:  # each file system raises its own, botocore's among them
+        except Exception as error:  # each file system raises types of its own, such as botocore's
             if attempt == NUM_TRIES - 1:
                 raise OSError(f"{type(error).__name__} {error}".strip()) from error
             time.sleep(retry_delay_s(attempt))
@@ -150,18 +150,18 @@ class LocalReader:
     def read_ahead(self, byte_ranges: Sequence[ByteRange], shards: Collection[str] = ()) -> None:
         """Have the kernel read byte ranges ahead, from a disk or over a network file system; returns at once."""
         for name, offset, size in byte_ranges:
-            with contextlib.suppress(OSError):  # it is told where the bytes are needed
+            with contextlib.suppress(OSError):  # raised when the bytes are read
                 os.posix_fadvise(self._open(name).fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
     def _read(self, name: str, offset: int, size: int) -> bytes:
         try:
-            file = self._open(name)  # held while it is read: it closes with its last holder
+            file = self._open(name)  # keeps the file open while it is read
             return os.pread(file.fileno(), size, offset)
         except OSError as error:
             raise shard_error(error, name) from error
 
     def _open(self, name: str) -> io.FileIO:
-        return _opened(self._number, f"{self._folder}/{name}")  # as text: a path takes as long to make as to read
+        return _opened(self._number, f"{self._folder}/{name}")  # text: making a Path takes as long as the read
 
 
 def shard_error(error: Exception, name: str) -> OSError:

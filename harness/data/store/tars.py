@@ -123,7 +123,7 @@ def read_samples(
                     members[extension.lower()] = member.offset_data, _content(tar, member)
     except (OSError, tarfile.TarError):
         raise
-    except Exception as error:  # of numbers and headers that no writer makes, or of a remote file system
+    except Exception as error:  # from malformed headers, or a remote file system
         raise tarfile.ReadError(f"{type(error).__name__} {error}".strip()) from error
     if current is not None:
         yield current, members
@@ -139,7 +139,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def expand_braces(pattern: str) -> list[str]:
     """Expand a pattern of webdataset's into names: `NAME-{000..123}.tar`."""
-    bound, open_ = 1, [0]  # no less than the number of names, found without making them
+    bound, open_ = 1, [0]  # upper bound on the number of names
     for character in pattern:
         if character == "{":
             open_.append(1)

@@ -108,7 +108,7 @@ def crop_resize_into(into: torch.Tensor, pixels: npt.NDArray[np.uint8], box: tup
     microseconds.
     """
     top, left, height, width, flip = box
-    # torch's fast kernel wants interleaved colours without gaps: copying the crop saves a quarter of its time
+    # torch's fast kernel needs contiguous interleaved colours: copying the crop saves a quarter of the time
     crop = torch.from_numpy(np.ascontiguousarray(pixels[None, top : top + height, left : left + width]))
     crop = crop.permute(0, 3, 1, 2)
     size = into.shape[-1]
@@ -124,7 +124,7 @@ def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Te
     """Crop and resize uint8 (B, C, H, W), one box each, H and W at most SMALL_SIDE; within 2 of 255 of
     `crop_resize`."""
     resized = images.new_empty(*images.shape[:2], size, size)
-    # what a processor's cache holds, and the allocator does not take from the system anew: half of the time
+    # small enough for the processor's cache and for reuse by the allocator: half of the time
     step = max(1, _VALUES_AT_A_TIME // max(1, images[:1].numel()))
     for first in range(0, len(images), step):
         some = slice(first, first + step)

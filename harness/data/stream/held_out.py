@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aimscale.harness.data.store.dataset_info import DatasetInfo
     from aimscale.harness.run.config import ModelSection
 
-_TABLE_BITS = 24  # of the checksums; almost all images are told from the held-out ones by one look at the table
+_TABLE_BITS = 24  # of the checksums; one lookup in the table rules out almost all images
 
 SharedImages = tuple[ShardDataset, npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """Pool, some of its samples, and the held-out samples that are the same files."""
@@ -75,7 +75,7 @@ def shared_images(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iter
             likely = np.flatnonzero(table[_low_bits(checksums)])
             nearest = np.minimum(np.searchsorted(wanted, checksums[likely]), len(wanted) - 1)
             same = wanted[nearest] == checksums[likely]
-            if same.any():  # few blocks hold a twin, and looking among many bad samples takes long
+            if same.any():  # few blocks share an image, and searching many bad samples takes long
                 same &= ~np.isin(first + likely, pool.index.bad)
             if same.any():
                 yield pool, first + likely[same], order[nearest[same]]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aimscale.harness.data.store.dataset_info import DatasetInfo
     from aimscale.harness.run.config import DataSection, RunConfig, SourceSection
 
-_SHARDS_AHEAD = 8  # so many shards are fetched before they are needed
+_SHARDS_AHEAD = 8  # shards that are fetched before they are needed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ _PROBABILITY = 0.8
 _STRENGTH = np.array([0.4, 0.4, 0.2, 0.1])  # of brightness, contrast, saturation, hue
 _ORDERS = np.array(list(itertools.permutations(range(4))))
 _GREY = (0.2989, 0.587, 0.114)  # torchvision's
-_TINY = 1e-6  # in place of a spread of 0, which grey pixels have
+_TINY = 1e-6  # replaces a spread of 0, which grey pixels have
 
 
 def jitter_colours(images: Tensor, key: int, positions: I64) -> Tensor:
@@ -31,7 +31,7 @@ def jitter_colours(images: Tensor, key: int, positions: I64) -> Tensor:
     around zero).
     """
     chosen, order, strength = _draw(key, positions)
-    for row in np.flatnonzero(chosen):  # one by one: all passes over an image find it in the core's cache
+    for row in np.flatnonzero(chosen):  # one by one, so that the image stays in the core's cache over all passes
         images[row] = _jittered(images[row : row + 1], order[row], strength[row])[0]
     return images
 
@@ -76,9 +76,9 @@ def _hue(values: Tensor, shift: Tensor) -> None:
     # The hue as an angle from red, in sixths of the circle: green is at 2, blue at -2, and cyan at 3.
     hue = (green + blue).sub_(red).sub_(least).div_(spread.clamp(min=_TINY)).add_(1)
     hue.copysign_(green - blue).add_(shift[:, 0] * 6)
-    # A colour is full up to 1 from its own angle, and absent from 2 on; 3 - |angle| is what is left to the opposite.
+    # A colour has full strength up to 1 from its own angle, and none from 2 on: 3 - angle, clamped to 1..2.
     torch.sub(3, hue.abs(), out=values[:, 0])
-    torch.sub((hue - 2).abs_(), 3, out=values[:, 1]).abs_()  # once around for what lies behind the opposite
+    torch.sub((hue - 2).abs_(), 3, out=values[:, 1]).abs_()  # wraps around for angles beyond the opposite
     torch.sub(hue.add_(2).abs_(), 3, out=values[:, 2]).abs_()
     values.clamp_(1, 2).mul_(spread[:, None]).add_(least.sub_(spread)[:, None])
 

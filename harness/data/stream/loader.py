@@ -36,8 +36,8 @@ from aimscale.harness.run.failures import STOP_SIGNALS
 if TYPE_CHECKING:
     from aimscale.harness.device.distributed import Group
 
-_MAX_BYTES = 2 << 30  # of the ring; what does not fit is loaded less far ahead, or in memory of its own
-_IMAGES_AHEAD = 256  # that a worker asks for before it decodes them; `remote.MAX_AHEAD_BYTES` bounds large ones
+_MAX_BYTES = 2 << 30  # of the ring; beyond it, less is loaded ahead, or in new memory
+_IMAGES_AHEAD = 256  # requested by a worker before it decodes them; `remote.MAX_AHEAD_BYTES` limits large ones
 _SHARED_MEMORY = "/dev/shm"
 _PRELOAD = ("aimscale.harness.data.stream.loader", "aimscale.harness.data.stream.unindexed")
 
@@ -55,7 +55,7 @@ def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size
     """
     unit = 2 if start % 2 == 0 and stop % 2 == 0 else 1
     first, last = _part_bounds((stop - start) // unit, world_size, rank)
-    most = -(-((stop - start) // unit) // world_size)  # what the first rank has
+    most = -(-((stop - start) // unit) // world_size)  # units of the first rank
     if unit == 2 and micro_batch == 1:
         first, last, most, unit = 2 * first, 2 * last, 2 * most, 1
     num_micro = max(1, -(-most // max(1, micro_batch // unit)))
@@ -104,7 +104,7 @@ def train_batches(
         return split_step(first, last, micro_batch=micro_batch, rank=rank, world_size=world_size)
 
     num_micro = len(split(start, 0))
-    sizes: collections.deque[int] = collections.deque()  # micro-batches of the steps under way
+    sizes: collections.deque[int] = collections.deque()  # micro-batches per step under way
 
     def parts() -> Iterator[range]:
         for first in range(start, stop, batch_size):
@@ -201,7 +201,7 @@ class _Ring:
         others = multiprocessing.active_children()
         loaded = _start(_Slots(self._stream, self.slots), tasks(), self._num_workers, self._per_worker)
         kill = functools.partial(_kill, [each for each in multiprocessing.active_children() if each not in others])
-        atexit.register(kill)  # a program that ends meanwhile would wait for processes that hold its SIGTERM back
+        atexit.register(kill)  # a program that exits now would wait for workers that block its SIGTERM
         try:
             while (filled := _next_result(loaded)) is not None:
                 slot, part, _ = under_way.popleft()
@@ -247,7 +247,7 @@ def _start(slots: _Slots, tasks: Iterator[_Task], num_workers: int, per_worker: 
         multiprocessing_context=start_fork_server() if num_workers else None,
         collate_fn=_identity,
         worker_init_fn=_init_worker,
-        generator=torch.Generator(),  # by itself it draws from torch's own
+        generator=torch.Generator(),  # the default would draw from torch's global generator
     )
     with _stop_signals_blocked():
         return iter(loader)
@@ -289,7 +289,7 @@ def start_fork_server() -> ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
-    resource_tracker.ensure_running()  # the server starts it anyway, and it lets two of the signals through
+    resource_tracker.ensure_running()  # the server starts it anyway, but it does not inherit two of the blocked signals
     with _stop_signals_blocked():
         forkserver.ensure_running()
     return context
@@ -364,7 +364,7 @@ def on_device_ahead(batches: Generator[list[Batch]], device: torch.device) -> Ge
 
 def _taken(source: list[Batch], moved: list[Batch], done: torch.cuda.Event, device: torch.device) -> list[Batch]:
     """Make the training stream wait for the images, and tell the allocator that it reads them."""
-    done.synchronize()  # copied while the step before was computed; only now may the source's memory be filled anew
+    done.synchronize()  # copied during the previous step; only now may the source's memory be refilled
     source.clear()
     training = torch.cuda.current_stream(device)
     for batch in moved:

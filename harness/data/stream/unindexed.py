@@ -77,7 +77,7 @@ class UnindexedStream(Stream):
 
     def _next(self, position: int, bad: list[str]) -> npt.NDArray[np.uint8]:
         """Read the next image that decodes, (H, W, C); names of skipped ones are appended to `bad`."""
-        if self._reading is None:  # made where it is used: by the trainer, or in each worker
+        if self._reading is None:  # opened where it is used: in the trainer, or in each worker
             self._reading = self._pipeline(position)
         for _ in range(MAX_REPLACEMENTS):
             name, data = next(self._reading)

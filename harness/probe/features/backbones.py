@@ -31,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """Let GPUs multiply fp32 matrices (of heads and neighbours) in TF32 if features are bf16; exactly otherwise."""
-    before = torch.get_float32_matmul_precision()  # set by its name throughout: torch refuses to read a mix of names
+    before = torch.get_float32_matmul_precision()  # always set under this name: torch refuses to mix its two interfaces
     torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
     try:
         yield
@@ -90,7 +90,7 @@ class AimBackbone:
     def _loaded(self) -> AIM:
         """Load the model without its pixel head."""
         model = self._load().eval()
-        model.pixel_head.to("meta")  # which no probe reads: a third of the weights of aim-7B
+        model.pixel_head.to("meta")  # no probe reads it: a third of the weights of aim-7B
         return model
 
     def use(self, dtype: torch.dtype) -> None:
@@ -209,7 +209,7 @@ def _create(name: str, weights: str) -> Any:
         # plain tensors only (no pickled code); timm unwraps 'model', 'state_dict' and 'module.' prefixes
         loaded = {} if weights == "hub" else load_state_dict(weights, weights_only=True)
         missing = model.load_state_dict(loaded, strict=False).missing_keys if loaded else []
-    except Exception as error:  # of many kinds: a hub out of reach, no file of weights
+    except Exception as error:  # of many types: the hub is out of reach, the file holds no weights
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ProbeError(f"timm cannot make {name} with weights {weights} ({reason})") from error
     if missing:

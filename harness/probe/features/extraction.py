@@ -149,7 +149,7 @@ class StreamedTokens:
         """Compute the mean over the first images, float32 (L, d), the same on every rank."""
         images = self._images.images(range(min(CENTRE_IMAGES, len(self._images))))
         centre = self._compute(images).float().mean((1, 2))
-        if not centre.isfinite().all():  # said now, not after a pass over all images
+        if not centre.isfinite().all():  # raised now, not after a pass over all images
             raise ProbeError(NOT_FINITE)
         return centre
 
@@ -193,7 +193,7 @@ class PooledFeatures:
         self._centre = centre
         if isinstance(place, torch.device) or not num_rows:
             at = place if isinstance(place, torch.device) else None
-            # filled, so that what is asked for next, by any process, sees that the host has less
+            # zeroed, so that later allocations of any process see that the host has less memory
             self._values = torch.empty(num_rows, *centre.shape, dtype=dtype, device=at).zero_()
         else:
             values = _mapped(place, num_rows * centre.numel() * dtype.itemsize)
@@ -284,7 +284,7 @@ class FeaturePass:
         stream = StreamedTokens(self.backbone, images, self.group)
         centre = stream.centre()
         own = own_indices(range(len(images)), self.group)
-        most = -(-len(images) // self.group.world_size)  # of any rank: all take as many turns
+        most = -(-len(images) // self.group.world_size)  # images per rank: all ranks take as many turns
         num_bytes = most * centre.numel() * DTYPES[self.precision].itemsize
         place = self._place(num_bytes, reserved_bytes, EXTRACT_BATCH * stream.image_bytes)
         pooled = PooledFeatures(len(own), centre, DTYPES[self.precision], self.group, place)

@@ -99,7 +99,7 @@ class GridFit:
         """
         is_costly = isinstance(source, StreamedTokens)
         learns = (self.task.is_fit, np.ones_like(self.task.is_fit))
-        # before it grows: strengths of L2 of what is solved, learning rates of what is trained
+        # the initial grid: strengths of L2 of solved heads, learning rates of trained ones
         asked = L2S if isinstance(source, PooledFeatures) else self.task.section.lrs
         found: list[Candidate] = []
         more = list(kinds), list(sets), list(asked)
@@ -188,7 +188,7 @@ class GridFit:
         """Make untrained heads on some block sets, by kind, standardised by the statistics of what they will learn
         from."""
         stacks: dict[str, HeadStack] = {}
-        # a rank without sets has no heads; of those that are solved it has none in a stack, and counts the passes
+        # a rank without sets has no heads; if heads are solved, an empty stack, since it joins in all passes
         for kind in kinds if own or isinstance(source, PooledFeatures) else ():
             stacks[kind] = STACKS[kind](
                 num_sets=len(own),
@@ -230,7 +230,7 @@ class GridFit:
             plan, batches = [], list(batched(order, self.task.section.batch_size))[:left]
             for batch in batches:
                 counts = tuple(int(copy[batch].sum()) for copy in this.learns)
-                # a batch of none but held-out images: its step moves the heads by their momentum alone
+                # in a batch of held-out images alone, the step moves the heads by their momentum
                 parts = list(batched([image for image in batch if is_read[image]] or batch[:1], this.micro_size))
                 plan += [MicroBatch(part, counts, number == len(parts)) for number, part in enumerate(parts, start=1)]
             yield from self._outputs(this.source, plan, epoch)
@@ -283,7 +283,7 @@ class GridFit:
             # as bytes: not every backend moves bfloat16
             parts = self.task.group.concatenate(padded.view(torch.uint8)).view(outputs.dtype)
             by_rank = torch.cat([part[:, :count] for part, count in zip(parts, per_rank, strict=True)], dim=1)
-            del parts  # of a large model, each copy is gigabytes
+            del parts  # each copy is gigabytes for a large model
             order = torch.from_numpy(np.argsort(np.argsort(rank_of, kind="stable"), kind="stable"))
             outputs = by_rank.index_select(1, order.to(by_rank.device))
         return averages(outputs, own)

@@ -50,7 +50,7 @@ def neighbour_votes(
     step = max(1, QUERIES // group.world_size)
     for start in range(0, max(group.gather(len(queries))), step):
         own = queries[start : start + step]
-        padded = functional.pad(own, (0, 0, 0, step - len(own)))  # all ranks exchange as many
+        padded = functional.pad(own, (0, 0, 0, step - len(own)))  # all ranks exchange equally many
         cosine, named = (near[: len(own)] for near in _nearest(bank, labels, padded, max(ks), group))
         if not len(own):
             continue

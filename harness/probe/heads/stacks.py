@@ -61,7 +61,7 @@ class HeadStack(nn.Module):
         self.num_classes = num_classes
         self.register_buffer("mean", torch.zeros(num_sets, num_copies, width, device=device))
         self.register_buffer("var", torch.ones(num_sets, num_copies, width, device=device))
-        # every head of the grid starts from the same draw: they differ by what is compared, not by luck
+        # every head of the grid has the same initial weights, so that only the compared setting differs
         for name, draw in self._start(num_heads, generator).items():
             parameter = draw.expand(num_sets, num_copies * len(grid), *draw.shape).to(device).contiguous()
             self.register_parameter(name, nn.Parameter(parameter))
@@ -156,7 +156,7 @@ class AttentiveStack(HeadStack):
         mean, rstd = (each.repeat_interleave(len(self.grid), dim=1) for each in (self.mean, self.rstd))
         # the mean shifts all scores of a query alike and drops out of the softmax
         direction = (self.scoring() * per_query**-0.5 * rstd[:, :, None]).flatten(1, 2).to(tokens.dtype)
-        scores = tokens.flatten(1, 2) @ direction.mT  # bf16 tokens are multiplied as such, all else is fp32
+        scores = tokens.flatten(1, 2) @ direction.mT  # bf16 tokens are multiplied in bf16, all else in fp32
         attention = scores.float().view(num_sets * batch, num_tokens, -1).softmax(dim=1)
         pooled = (attention.mT.to(tokens.dtype) @ tokens.flatten(0, 1)).float()
         pooled = pooled.view(num_sets, batch, -1, width).transpose(1, 2).contiguous()
