@@ -30,7 +30,7 @@ class ParamCount:
     trunk: int
     """Blocks and the last norm."""
     head: int
-    """Pixel head, and the mask token of a masked model: all that is thrown away after pre-training."""
+    """Pixel head, and the mask token of a masked model: the part that is discarded after pre-training."""
 
     @property
     def total(self) -> int:

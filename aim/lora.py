@@ -59,8 +59,8 @@ def add_lora(model: AIM, *, rank: int = 8, seed: int = 0) -> list[nn.Parameter]:
 
     Args:
         model: any AIM; preprocessor, norms and pixel head are frozen as they are.
-        rank: of the updates (paper: 8).
-        seed: draws A.
+        rank: rank of the updates (paper: 8).
+        seed: seed of A.
 
     Returns:
         The new parameters, the only ones that train.

@@ -1,8 +1,8 @@
 """AIM: an autoregressive image model as El-Nouby et al. (arXiv 2401.08541) describe it, section 3.
 
-`AIM.forward` is the training objective; `per_patch_loss`, `predict` and `complete` look at the same predictions in
-other ways; `features` is what probes see. Parameter names are those of the released models, plus `pixel_head.*`, which
-was never released.
+`AIM.forward` is the training objective; `per_patch_loss`, `predict` and `complete` return the same predictions in other
+forms; `features` returns the inputs of probes. Parameter names are those of the released models, plus `pixel_head.*`,
+which was never released.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class AIM(nn.Module):
 
         Returns:
             loss_sum: float32 scalar, the sum over scored targets of each target's mean squared error.
-            num_targets: float32 scalar, how many targets were scored: the patches that were not given.
+            num_targets: float32 scalar, how many targets were scored: the patches that are not visible.
         """
         losses, _ = self._scored_losses(images, prefix_lengths)
         return losses.sum(), losses.new_full((), losses.numel())

@@ -11,7 +11,7 @@ and Appendix D.2), under which a learning rate found on a narrow model carries o
 | output (last layer of the head) | a width | 0 | 1 / width |
 
 and attention is scaled by 1 / head dim. Biases and norms have a constant rate. Decoupled weight decay multiplies
-weights by 1 - rate x decay, so the decay grows as the rate shrinks and the product stays what it was. At the base
+weights by 1 - rate x decay, so the decay grows as the rate shrinks and the product stays constant. At the base
 widths below the two agree, but for the output's start. Widths are covered; depth is not (assumption: the ladder's depth
 grows slowly enough). No factor enters the forward pass but attention's, so weights keep their released meaning.
 """

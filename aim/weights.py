@@ -138,7 +138,7 @@ def write_safetensors(
 
     Args:
         layout: name -> dtype and shape, in the order of the values.
-        values: of all tensors, one after the other, on the CPU, cut anywhere.
+        values: values of all tensors, one after the other, on the CPU, in pieces of any size.
         metadata: text kept in the header.
 
     Returns:

@@ -67,10 +67,10 @@ def expected_rates(
     """Estimate how fast a run trains on so many devices.
 
     Args:
-        plan: how it uses them; None where it does not fit, and is priced as if it did.
+        plan: plan of the run; None if it does not fit, and is priced as if it did.
         mfu: share of the peak at which passes are executed; None takes the plan's estimate.
-        step_ms: time of a step beside that of its images; likewise.
-        look: tells how large the image files are.
+        step_ms: overhead of a step beside its images; None takes the plan's estimate.
+        lookup: source of the sizes of image files.
     """
     training, workers, batch_size = config.training, config.runtime.num_workers, config.training.optimiser.batch_size
     model, pace = model_of(training), device.pace(config, ranks_per_node=num_devices)

@@ -43,9 +43,9 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
     On a CPU all take turns, since other processes slow them. A GPU is ours alone and holds one model at a time.
 
     Args:
-        config: what is trained, and how, on random images; its budgets and evaluations do not matter.
+        config: model, optimiser and runtime, used on random images; budgets and evaluations do not matter.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
-        loads: then read the configuration's data, too, and measure how long steps wait for them.
+        loads: also read the configuration's data, and measure how long steps wait for them.
 
     Returns:
         `ms_per_step` is the median with images ready, `images_per_s` the rate at it; `mfu_published` and `mfu` as in

@@ -174,8 +174,8 @@ def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, fl
     `probe/TASK/KIND`.
 
     Args:
-        row: of the results, or a line of `curve.jsonl`.
-        during: it was measured on the trunk, in the middle of training: `train/val_loss`, `train/probe/TASK/KIND`.
+        row: row of the results, or a line of `curve.jsonl`.
+        during: whether it was measured during training: `train/val_loss`, `train/probe/TASK/KIND`.
     """
     val, probe = ("train/val_loss", "train/probe") if during else ("val/loss", "probe")
     values = {val: row.get("val_loss"), f"{val}_se": row.get("val_loss_se")}

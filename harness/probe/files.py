@@ -109,10 +109,10 @@ def task_files(folder: Path, pattern: str = "*.json") -> Iterator[dict[str, Any]
 
 
 def add_probes(folder: Path, section: ProbeSection, key: Key, found: dict[str, dict[str, Any]], **about: Any) -> None:
-    """Write probes, by their kind, into a task's file, beside those of other kinds that it has under the same key.
+    """Add probes, by kind, to a task's file; probes of other kinds under the same key are kept.
 
     Args:
-        about: what else the file says.
+        about: further fields of the file.
     """
     whole = finished_probes(folder, section.task, key) | found
     whole = {kind: whole[kind] for kind in [*section.kinds, *whole] if kind in whole}  # in the order asked for

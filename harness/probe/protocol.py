@@ -71,10 +71,11 @@ def probe_backbone(
         seed: splits the hold-out, draws the heads' start and the order of images.
         out: folder of the evaluation's file, the same with per-class counts and the whole grid: kinds that it has of
             the same weights, settings, data and seed are not done again; None reads and writes nothing.
-        runtime: of the run, which says where shards at a URL, and their index, are kept.
+        runtime: the run's, which says where shards at a URL, and their index, are cached.
         kept: this backbone's features of the task before, which are taken where images, crop and precision agree.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
-        pause: called by all ranks together, often; raises to stop there, and the next call repeats the kinds under way.
+        report_progress: called by all ranks together, often; may raise to stop, and the next call repeats the kinds
+            under way.
 
     Returns:
         One entry per kind for the `probes` list of a results row.

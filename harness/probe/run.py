@@ -97,7 +97,7 @@ def probe_run(
         images_seen: one budget; None probes all that are saved.
         sections: tasks; None takes those of the run's configuration.
         group: the ranks that share the work; all of them call this.
-        pause: called by all ranks together, often; raises to stop there.
+        report_progress: called by all ranks together, often; may raise to stop.
 
     Raises:
         RunDirError: no such budget is saved.
@@ -155,8 +155,8 @@ def probe_baseline(
         target: `timm:NAME`, `random` or `raw-pixels`, see `harness.probe.features.backbones`.
         like: the run whose images and seed it gets.
         sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
-        weights: of a timm model: a file, or `hub`.
-        group, pause: as of `probe_run`.
+        weights: weights of a timm model: a file, or `hub`.
+        group, report_progress: see `probe_run`.
 
     Raises:
         ProbeError: an unknown baseline, or a task that cannot be probed.

@@ -1,4 +1,4 @@
-"""The configuration of one run, in three parts: what is trained, what is measured on it, and how it is executed.
+"""The configuration of one run, in three parts: training, evaluation and runtime.
 
 `run_id` names what was trained (`harness.run.identity`): measuring more, or moving to other hardware, leaves it as it
 is. Torch is not imported here.
@@ -87,9 +87,10 @@ class DataSection(Section):
     """U: train on the first U images of one fixed order of the pool, equally many of every shard; null takes the whole
     pool."""
     shuffle_shards: int = Field(100, gt=0, le=10**6)
-    """Shards that are read side by side, over all sources: each image comes from any of them, an epoch reads a shard
-    once. A source that has no more is shuffled as a whole. A batch holds the classes of as many shards, which matters
-    where those are sorted by class; a cache of remote shards (`runtime.cache_gb`) should hold them all."""
+    """Number of shards read side by side, over all sources: each image comes from any of them, and an epoch reads a
+    shard once. A source with no more shards is shuffled as a whole. A batch mixes the classes of this many shards,
+    which matters if shards are sorted by class; a cache of remote shards (`runtime.cache_gb`) should hold all of
+    them."""
     crop_scale: Annotated[tuple[float, float], AfterValidator(_area_range)] = (0.4, 1.0)
     """Area range of the random resized crop (paper, section 3)."""
     horizontal_flip: bool = True
@@ -99,7 +100,7 @@ class DataSection(Section):
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of undecodable samples above which the run stops."""
     shuffle_buffer: int = Field(1000, gt=0)
-    """Images among which a loader process of a `wds://` stream draws the next one, kept as files in memory."""
+    """Size of the shuffle buffer of a `wds://` stream, images per loader process, kept as files in memory."""
 
     @field_validator("shuffle_shards", "shuffle_buffer")
     @classmethod

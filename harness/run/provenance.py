@@ -79,7 +79,7 @@ def record_start(run: RunDir, facts: dict[str, Any]) -> None:
     """Add this start to `results.json`.
 
     Args:
-        facts: what the caller knows: device, world size, ZeRO stage, measured peaks.
+        facts: facts that the caller knows: device, world size, ZeRO stage, measured peaks.
     """
     commit, is_dirty = git_commit()
     run.record_start(

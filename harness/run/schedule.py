@@ -50,8 +50,8 @@ class Schedule:
         on.
 
         Args:
-            position: images seen on the trunk, where the walk begins.
-            budgets: those still to be trained, ascending; all by default.
+            position: images seen on the trunk at the start.
+            budgets: budgets still to be trained, ascending; all by default.
         """
         budgets = self.budgets if budgets is None else budgets
         if self.section.kind == "cosine":

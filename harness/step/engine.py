@@ -72,12 +72,12 @@ class Engine:
     ) -> None:
         """Make an AIM on the group's device, whose weights are those of `AIM.initial_value` at this seed.
 
-        The model is never whole in host memory: a rank draws, tensor by tensor, what it holds master weights of.
+        The model is never whole in host memory: a rank draws, tensor by tensor, those whose master weights it holds.
 
         Raises:
             ConfigError: bf16 at stage 0, which DeepSpeed gets wrong.
             ModelConfigError: the model has another number of parameters than `aim.cost` counts.
-            DeepSpeedError: a version of DeepSpeed that lacks what is read here.
+            DeepSpeedError: a version of DeepSpeed that lacks a private attribute read here.
         """
         if optimiser.precision == "bf16" and options.zero_stage == 0:
             raise ConfigError("zero_stage 0 cannot keep float32 master weights for bf16; use zero_stage 1, 2 or 3")
@@ -123,7 +123,7 @@ class Engine:
         """Run forward and backward over this rank's micro-batches, then one update.
 
         Args:
-            micro_batches: at least one, as many as on every other rank, on any device.
+            micro_batches: at least one, equally many on every rank, on any device.
             num_targets: scored targets of the whole batch, over all ranks.
         """
         for param_group in self._optimizer.param_groups:

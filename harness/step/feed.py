@@ -107,7 +107,7 @@ class Feed:
         """Take steps from this loader during the block; it is closed at the end.
 
         Args:
-            request: called once for every step, when its images are there.
+            request: called once for every step, when its images are ready.
         """
         self._batches, self._request, self._ahead, self._asked = batches, request, None, queue.SimpleQueue()
         if self._has_workers:

@@ -88,8 +88,8 @@ class CheckpointWriter:
         A complete checkpoint that is already there is kept: the same position of the same run holds the same values.
 
         Args:
-            final: the folder that it becomes.
-            run_id: as the other words up to `progress`, see `Manifest`.
+            final: final folder of the checkpoint.
+            run_id: see `Manifest` for this and the following arguments up to `progress`.
             keep: checkpoints that stay; the others go once this one is complete.
 
         Raises:

@@ -66,7 +66,7 @@ class LearningCurve:
         """Measure what is due here and not yet in `curve.jsonl`, and append the line.
 
         Args:
-            lr: of the step before.
+            lr: learning rate of the previous step.
 
         Raises:
             UserError: data that cannot be used.

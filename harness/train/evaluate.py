@@ -34,10 +34,10 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
     """Measure what a configuration asks for and a run's budgets lack; all ranks call this together.
 
     Args:
-        config: of the run, with what is to be measured now.
-        job: whose ranks share the images, whose `status.json` tells how far it is, and which may be asked to stop
+        config: the run's, with the measurements that are wanted now.
+        job: job whose ranks share the images, whose `status.json` shows the progress, and which may be asked to stop
             wherever work is saved.
-        loggers: of the first rank; they get each budget whole, from the first at which something was measured.
+        loggers: the first rank's; from the first new measurement on, each budget is logged as a whole.
 
     Raises:
         UserError: data that cannot be used.

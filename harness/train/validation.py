@@ -130,7 +130,7 @@ def validate(
     """Compute per-image losses; ranks share the images, and every rank returns all of them.
 
     Args:
-        pause: called by all ranks together before each pass; raises to stop there.
+        report_progress: called by all ranks together before each pass; may raise to stop.
     """
     num_tokens, num_prefixes = model.config.num_tokens, held_out.section.num_prefixes
     prefix_lengths = validation_prefixes(len(held_out.indices), num_prefixes, model.config)

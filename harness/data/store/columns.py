@@ -44,7 +44,7 @@ class Index:
     """Number of usable samples before each bad one."""
 
     def __init__(self, folder: Path, info: DatasetInfo) -> None:
-        """Map the files; ValueError where they are not those of the data set."""
+        """Map the files; ValueError if they do not belong to the data set."""
         self._made_of = folder, info
         self.samples = _mapped(folder / "samples.npy", SAMPLE)
         self.checksum = _mapped(folder / "checksum.npy", "<u8")

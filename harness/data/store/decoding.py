@@ -46,8 +46,8 @@ def decode(data: bytes, channels: int = 3) -> torch.Tensor:
     """Decode JPEG with simplejpeg, PNG with torchvision, other formats with Pillow; of an animation the first frame.
 
     Returns:
-        uint8 (channels, height, width); grey images are repeated over three channels, what is transparent lies on
-        white.
+        uint8 (channels, height, width); grey images are repeated over three channels, and transparent pixels
+        lie on white.
 
     Raises:
         UndecodableImageError: the bytes are empty, truncated, no image, grey of more than 8 bits, or the header says

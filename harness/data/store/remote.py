@@ -103,7 +103,7 @@ class RemoteReader:
         return self._asked.pop(byte_range)[0]
 
     def _ask_ahead(self) -> None:
-        """Request more of what is wanted; requests that were skipped long ago make room."""
+        """Request more wanted byte ranges; answers left unread for long are dropped to make room."""
         while self._wanted:
             byte_range = next(iter(self._wanted))
             if self._asked and self._asked_bytes + byte_range[2] > MAX_AHEAD_BYTES:

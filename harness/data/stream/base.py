@@ -1,5 +1,5 @@
 """Base of training streams: crop, flip, jitter and prefix length (or mask) at position p, as pure functions of (seed,
-p); subclasses add which image stands there.
+p); subclasses add the image.
 
 Nothing is stored between positions, so any rank, worker or restarted process computes any position in O(1).
 """

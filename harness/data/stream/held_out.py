@@ -36,7 +36,7 @@ SharedImages = tuple[ShardDataset, npt.NDArray[np.int64], npt.NDArray[np.int64]]
 def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> None:
     """Raise DataError if a training image is held out, comparing image files by checksum.
 
-    The whole data sets are compared, whatever subset a run uses, so that growing a run later cannot leak.
+    The whole data sets are compared, whatever subset a run uses, so that a later extension of the run cannot leak.
 
     Raises:
         DataError: names the first image that both sides hold, and how many there are.

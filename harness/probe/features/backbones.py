@@ -175,7 +175,7 @@ def baseline(
     Args:
         target: `timm:NAME`, `random` or `raw-pixels`.
         like: the run whose tasks it is compared on.
-        weights: of a timm model: a file, or `hub` (downloaded, or from the hub's local cache).
+        weights: weights of a timm model: a file, or `hub` (downloaded, or from the hub's local cache).
     """
     section = like.training.model
     if target.startswith(TIMM) != (weights is not None):

@@ -276,7 +276,7 @@ class FeaturePass:
 
         Args:
             fit: images whose statistics are summed, apart from those of all others; None sums none.
-            reserved_bytes: of pooled features that the GPU may hold already.
+            reserved_bytes: bytes of pooled features that the GPU may hold already.
 
         Raises:
             ProbeError: neither memory nor disk holds the pooled features.

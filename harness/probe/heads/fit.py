@@ -5,7 +5,7 @@ images, as if trained alone. On tokens that the backbone must compute again, bot
 head; on kept features, only the chosen ones train again.
 
 Heads are divided among ranks by block set. Every rank computes the tokens of its images and gets those of the others,
-so that no head, gradient or moment stands on two ranks and no gradient travels.
+so that no head, gradient or moment is on two ranks and no gradient is exchanged.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def neighbour_votes(
 
     Args:
         bank: unit vectors (n, d) of this rank's images.
-        labels: of those (n,).
+        labels: labels of these images (n,).
         queries: unit vectors (m, d).
 
     Yields:

@@ -85,8 +85,8 @@ def gather_predictions(own: Sequence[int], parts: Sequence[Predictions], num_ima
     """Gather predictions on every rank about all images that some rank has seen; the others stay zero.
 
     Args:
-        own: images that `parts` of this rank are about, in order.
-        num_images: of the whole split.
+        own: images that this rank's `parts` predict, in order.
+        num_images: number of images of the whole split.
     """
     mine = [(part.predicted, part.in_top5) for part in parts]
     whole = Predictions(torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool))
