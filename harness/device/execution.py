@@ -123,7 +123,7 @@ def execution_plan(
 
     Args:
         device_bytes: memory that a rank may plan for.
-        host_bytes: its share of the host's memory, for the copy of a checkpoint; None where the device is the host.
+        host_bytes: its share of the host's memory, for the copy of a checkpoint; None if the device is the host.
         measuring: `measuring_bytes`; 0 where nothing is measured during training. It changes no choice of the steps.
 
     Raises:

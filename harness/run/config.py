@@ -261,7 +261,7 @@ class ProbeSection(Section):
 
     @property
     def during_training(self) -> ProbeSection | None:
-        """The section with the cheap kinds alone, as measured during training; None where nothing is."""
+        """The section with the cheap kinds alone, as measured during training; None if nothing is."""
         kinds = tuple(kind for kind in self.kinds if kind in ("linear", "knn"))
         return self.model_copy(update={"kinds": kinds}) if self.every_images else None
 

@@ -26,7 +26,7 @@ class Benchmark:
     counts: Mapping[str, int]
     """Images by split, under the owners' names; `train` is what probes train on."""
     scored: str | None
-    """The split that is scored; None where the paper does not say which it is."""
+    """The split that is scored; None if the paper does not say which it is."""
     origin: str
     """Publisher, and what to download."""
     layout: str

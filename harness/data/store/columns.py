@@ -35,7 +35,7 @@ class Index:
     checksum: npt.NDArray[np.uint64]
     """64-bit hashes of the image files."""
     label: npt.NDArray[np.int32] | None
-    """Class numbers, NO_LABEL where one is missing; None when no sample has one."""
+    """Class numbers, NO_LABEL if one is missing; None when no sample has one."""
     shards: npt.NDArray[Any]
     """Table (num_shards,) of name (bytes), size (bytes of the file) and first (number of its first sample)."""
     bad: I64

@@ -68,7 +68,7 @@ class Listing:
     """Image files, as text, since a million Path objects take ten times longer to reach a process; or pixels, (n, H, W)
     or (n, H, W, C), numpy's or a mapped file's."""
     labels: Sequence[int] | None = None
-    """Class numbers; None where there are no classes."""
+    """Class numbers; None if there are no classes."""
     classes: tuple[str, ...] | None = None
     """Class names by label."""
 
