@@ -47,7 +47,7 @@ RELEASED_HEAD_WIDTH, RELEASED_HEAD_DEPTH = 2048, 12
 
 
 class ModelConfigError(UserError):
-    """A model that does not exist or whose parts do not divide."""
+    """Model that does not exist or whose parts do not divide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,10 @@ class PixelHeadConfig:
     num_heads: int | None = None
     """Attention heads of a transformer head (Table 5): the widest that divide its width and the trunk's heads."""
     ln_residual: bool = False
-    """Each block first adds LayerNorm(x), as the authors' trainer does where attention used to be."""
+    """Whether each block first adds LayerNorm(x), as the authors' trainer does in place of attention."""
     is_linear: bool = False
-    """No blocks at all: one linear layer on the trunk's last norm (the paper's "None" head, Table 5)."""
+    """Whether there are no blocks, only one linear layer on the trunk's last norm (the paper's "None" head, Table
+    5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,7 @@ def model_config(
     """Look a size up and attach its pixel head.
 
     `size` is `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>` of the ladder, or `w<width>-d<depth>`,
-    with `-h<heads>` where attention has not the ladder's number of heads.
+    with `-h<heads>` for another number of attention heads than the ladder's.
     `head_rule` gives the pixel head, whose width and depth can be overridden:
 
     - `released`: 12 blocks of width 2048, as in all published sizes;
@@ -176,7 +177,7 @@ def model_config(
       ratio, so that every size spends the same share of its FLOPs on the head;
     - `none`: one linear layer.
 
-    `head_kind` says what its blocks are. `variant` holds fields of `ModelConfig` that have a default there.
+    `head_kind` is the kind of its blocks. `variant` holds fields of `ModelConfig` that have a default there.
 
     Raises:
         ModelConfigError: an unknown size or option (names the nearest known one), or parts that do not divide.

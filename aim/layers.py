@@ -104,7 +104,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, exact-erf GELU, linear, without biases; its parameters and FLOPs are counted in `aim.cost`."""
+    """MLP of linear, exact-erf GELU and linear, without biases; its parameters and FLOPs are counted in `aim.cost`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

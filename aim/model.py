@@ -31,7 +31,8 @@ from aimscale.aim.orders import patch_order
 
 
 class Preprocessor(nn.Module):
-    """Images (B, C, H, W) -> tokens (B, N, d) in sequence order, with fixed positions added after the norm."""
+    """Embedding of images (B, C, H, W) to tokens (B, N, d) in sequence order, with fixed positions added after the
+    norm."""
 
     order: Tensor
     positions: Tensor

@@ -38,7 +38,7 @@ class MatrixScale:
     """Initial scale and learning-rate factor of one matrix."""
 
     init_bound: float
-    """Initial values are uniform on [-bound, bound]."""
+    """Bound of the initial values, which are uniform on [-bound, bound]."""
     lr_scale: float
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 VARIANCE_EPS = 1e-6
-"""Added to a patch's variance, so that a flat patch has the target 0."""
+"""Epsilon added to a patch's variance, so that a flat patch has the target 0."""
 
 
 def in_prefix(prefix_len: Tensor, num_tokens: int) -> Tensor:
@@ -30,7 +30,7 @@ def prefix_causal_mask(is_visible: Tensor, dtype: torch.dtype) -> Tensor:
         is_visible: bool (B, N), the prefix of each image.
 
     Returns:
-        (B, 1, N, N), indexed by image, head (broadcast), query, key: 0 where it sees, else minus infinity.
+        (B, 1, N, N), indexed by image, head (broadcast), query, key: 0 where the query attends, else minus infinity.
     """
     position = torch.arange(is_visible.shape[1], device=is_visible.device)
     sees = ((position <= position[:, None]) | is_visible[:, None, :])[:, None]

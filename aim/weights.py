@@ -49,7 +49,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class WeightsError(UserError):
-    """A weight file that cannot be read or does not hold what the model needs."""
+    """Weight file that cannot be read or does not hold what the model needs."""
 
 
 def model_shapes(config: ModelConfig) -> Shapes:

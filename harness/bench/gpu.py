@@ -114,7 +114,7 @@ def run(out: Path, *, rehearse: bool = False) -> dict[str, Any]:
         out: folder, made if need be.
 
     Returns:
-        What `gpu.json` holds: `setting`, and of every part its command, seconds, result and problem.
+        Contents of `gpu.json`: `setting`, and command, seconds, result and problem of every part.
     """
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True, loads: bool = False) -> dict[str, Any]:
-    """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
+    """Time `num_steps` optimiser steps of our engine and of the references, after three warm-up steps each.
 
     On a CPU all take turns, since other processes slow them. A GPU is ours alone and holds one model at a time.
 

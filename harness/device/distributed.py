@@ -217,7 +217,7 @@ class Group:
         """Call `make` on rank 0 alone and return its (picklable) result on every rank.
 
         Raises:
-            UserError: raised on rank 0, on every rank; what else it raises there is a RuntimeError on the others.
+            UserError: raised on rank 0, then on every rank; any other exception is a RuntimeError on the other ranks.
         """
         if self.world_size == 1:
             return make()

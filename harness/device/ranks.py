@@ -48,7 +48,7 @@ def hold_run(run: RunDir, group: Group) -> Iterator[RankWatch]:
     """Hold a run for the block: the first rank takes the lock, and the others write in its name.
 
     Raises:
-        LockHeld: on all ranks, where another process has it.
+        LockHeld: another process has it; raised on all ranks.
     """
     with contextlib.ExitStack() as stack:
         folder = group.from_first(lambda: stack.enter_context(run.hold()))

@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases beside `metrics.jsonl`, under the same names, by images seen (docs/wandb.md).
 
 `train/...` is the trunk as it trains, `decay/...` the decays to all budgets, and `val/...`, `probe/...` and
-`pictures/...` hold one point for each budget. So a panel takes however many budgets a run has, and never goes back.
+`pictures/...` hold one point for each budget. So a panel fits any number of budgets, and its x axis never goes back.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ estimate, which makes results independent of batch and world size; k-NN compares
 
 Work. One backbone pass over both splits gives the pooled features of every block and all statistics; linear and k-NN
 probes need nothing else, and tasks in a row on the same images share it. The attentive heads of the whole grid train on
-one further backbone pass per batch where tokens are not kept. Kinds that train together are done together, and kept in
+one further backbone pass per batch if tokens are not kept. Kinds that train together are done together, and kept in
 the task's file: a killed probe repeats those under way.
 """
 
@@ -72,7 +72,7 @@ def probe_backbone(
         out: folder of the evaluation's file, the same with per-class counts and the whole grid: kinds that it has of
             the same weights, settings, data and seed are not done again; None reads and writes nothing.
         runtime: the run's, which says where shards at a URL, and their index, are cached.
-        kept: this backbone's features of the task before, which are taken where images, crop and precision agree.
+        kept: cache of this backbone's features, which are reused if images, crop and precision agree.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
         report_progress: called by all ranks together, often; may raise to stop, and the next call repeats the kinds
             under way.

@@ -90,7 +90,7 @@ def probe_run(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Probe saved budgets; yields (images seen, entries) after each task and writes files and rows as it goes.
 
-    What files of the same weights, settings, data and seed say is not measured again.
+    Results in files of the same weights, settings, data and seed are not measured again.
 
     Args:
         run_dir: a run directory with `config.yaml` and `budgets/`.

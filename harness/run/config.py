@@ -23,8 +23,8 @@ class ModelSection(Section):
     """The model to train; `aim.config.model_config` turns this into the model's own configuration."""
 
     size: str
-    """A named size: `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>`, or
-    `w<width>-d<depth>`, with `-h<heads>` for another number of attention heads than the ladder's."""
+    """Named size: `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>`, or `w<width>-d<depth>`, with
+    `-h<heads>` for another number of attention heads than the ladder's."""
     image_size: int = Field(224, gt=0)
     """Side of the square input, pixels."""
     patch_size: int = Field(14, gt=0)
@@ -84,8 +84,8 @@ class DataSection(Section):
     sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
     """Data sets that the images come from."""
     unique_images: int | None = Field(None, gt=0)
-    """U: train on the first U images of one fixed order of the pool, equally many of every shard; null takes the whole
-    pool."""
+    """U: number of different images, the first of one fixed order of the pool, equally many of every shard; null takes
+    the whole pool."""
     shuffle_shards: int = Field(100, gt=0, le=10**6)
     """Number of shards read side by side, over all sources: each image comes from any of them, and an epoch reads a
     shard once. A source with no more shards is shuffled as a whole. A batch mixes the classes of this many shards,
@@ -138,7 +138,7 @@ class ObjectiveSection(Section):
     """The targets, and the prefixes that they are predicted from."""
 
     target: Target = "normalised"
-    """Regress pixels normalised per patch (paper) or the image-normalised pixels themselves."""
+    """Targets of the regression: pixels normalised per patch (paper), or the image-normalised pixels themselves."""
     masked: float | None = Field(None, gt=0, lt=1)
     """Share of the patches that a masked model hides behind a learned mask token and predicts, drawn anew for every
     image seen, with bidirectional attention (paper, section 5.2: 0.5 and 0.75); null predicts next patches. A masked
@@ -170,7 +170,8 @@ class OptimiserSection(Section):
     clip_norm: float = Field(1.0, gt=0)
     """Bound to which the global gradient norm is clipped."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """`bf16` keeps fp32 master weights, fp32 gradient accumulation, and LayerNorm and loss in fp32."""
+    """Precision of training; `bf16` keeps fp32 master weights, fp32 gradient accumulation, and LayerNorm and loss in
+    fp32."""
 
 
 class ScheduleSection(Section):
@@ -246,7 +247,7 @@ class ProbeSection(Section):
     """Precision in which the backbone computes and features are kept; the heads train in fp32. How far bf16 features
     are from fp32 ones is measured on a few images, printed, and written beside the results."""
     epochs: int | None = Field(None, gt=0, le=10**6)
-    """Passes over the training split; null takes 20, or as many as make 6.5 million images where that is less (5 of
+    """Passes over the training split; null takes 20, or if fewer as many as make 6.5 million images (5 of
     ImageNet-1k)."""
     iterations: int | None = Field(None, gt=0, le=10**9)
     """Steps of the probe's optimiser, instead of `epochs` (12,500 of batch 1024 are CAPI's for ImageNet-1k)."""
@@ -254,7 +255,7 @@ class ProbeSection(Section):
     """Images per step of the probe's optimiser."""
     lrs: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3, 1e-2)
     """Learning rates of heads that are trained (linear ones only with `augmentation: published`), chosen on a fifth of
-    the training split, held out. The grid grows by its own ratio where the choice lies at its end."""
+    the training split, held out. The grid grows by its own ratio if the choice is at its end."""
     every_images: int | None = Field(None, gt=0)
     """Distance, in images, at which `linear` and `knn` probes are also measured during training; null: at budgets
     alone."""
@@ -317,7 +318,7 @@ class RuntimeConfig(Section):
     """Hardware and execution of a run; none of this may change its result."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where there is a GPU."""
+    """Device of the ranks; `auto` takes CUDA if there is a GPU."""
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage; `auto` takes what fits with the shortest step by estimate (`harness.device.execution`)."""
     micro_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"

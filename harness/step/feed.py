@@ -128,8 +128,8 @@ class Feed:
             num_bad: undecodable samples of the run before it.
 
         Raises:
-            UserError: on every rank, when any cannot read its images or has another such error to tell, or when too
-                many of the run's samples cannot be decoded.
+            UserError: on every rank, if any cannot read its images or reports another UserError, or if too many of the
+                run's samples cannot be decoded.
             PeerFailedError: another rank failed otherwise.
         """
         started = time.perf_counter()

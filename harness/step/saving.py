@@ -62,7 +62,7 @@ class CheckpointWriter:
         """Start to allocate the memory of the copy, in the background.
 
         Args:
-            copies: whether the state is copied aside; otherwise ranks wait until it is written.
+            copies: whether the state is copied first; otherwise ranks wait until it is written.
         """
         self._engine, self._group = engine, group
         self._pending: _PendingCheckpoint | None = None

@@ -193,7 +193,7 @@ class Trainer:
         there.
 
         Raises:
-            CheckpointError: there is none that is whole where there must be one.
+            CheckpointError: there must be a complete checkpoint, and there is none.
         """
         self.group.from_first(lambda: recover_checkpoints(self.run, earlier_folders(self.run.path)))
         manifest = load_newest(self.run.checkpoints, self.engine, self.group, branches=left)

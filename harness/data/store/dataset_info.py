@@ -96,7 +96,7 @@ def open_local(path: str | Path) -> IO[bytes]:
 
     Raises:
         OSError: it cannot be opened.
-        DataError: what has the name is no file: a pipe would be waited for, for ever.
+        DataError: the path is no regular file: reading a pipe would block for ever.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise DataError(f"{path} is no file; give one, or leave it out")

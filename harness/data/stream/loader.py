@@ -87,10 +87,10 @@ def train_batches(
     With workers, at least one whole step is loaded ahead. Close the iterator if it is left before its end.
 
     Args:
-        start: first position, anything; costs nothing however large.
+        start: first position; a large one costs nothing.
         stop: end; the last step is shorter when `batch_size` does not divide the distance.
         batch_size: images per step, over all ranks.
-        micro_batch: most images per item of the list.
+        micro_batch: maximum images per item of the list.
         num_workers: loader processes; 0 loads in this one.
         pin_memory: page-lock the ring (needs CUDA), so that a GPU copies from it while it computes.
 

@@ -45,7 +45,7 @@ def neighbour_votes(
         queries: unit vectors (m, d).
 
     Yields:
-        The stretch of the queries, and votes (len(ks), stretch, K).
+        The slice of the queries, and votes (len(ks), slice length, K).
     """
     step = max(1, QUERIES // group.world_size)
     for start in range(0, max(group.gather(len(queries))), step):

@@ -39,7 +39,7 @@ def solve(
         stack: its `grid` are the strengths of L2; one copy.
         covariance: float32 (S, d, d) of the standardised features; None takes it to be the identity.
         losses: one pass over the images: adds the gradients of all heads to the parameters', returns float64 (S, H).
-        agreed: whether all ranks say so; those whose heads are done pass over the images as long as others need theirs.
+        agreed: returns whether all ranks say True; ranks whose heads are done join in the passes of the others.
     """
     view = _Coordinates(stack, covariance)
     at = torch.zeros(*stack.weight.shape[:2], stack.num_classes * (stack.weight.shape[3] + 1), device=stack.mean.device)

@@ -41,7 +41,7 @@ def adapt(model: AIM, task: Task, blocks: BlockSet) -> tuple[list[Candidate], Pr
     """Adapt copies of `model`, which itself is left alone; all ranks call this together.
 
     Returns:
-        Every learning rate on the hold-out, answers of the best on the test split, and its number of trained values.
+        Candidates of all learning rates, predictions of the best on the test split, and its number of trained values.
     """
 
     def adapted(lr: float, images: np.ndarray) -> _Adaptation:
