@@ -88,7 +88,7 @@ class TrainStream(Stream):
         self.datasets = tuple(source.dataset for source in self._sources)
         self.fingerprint = content_digest(dataset.fingerprint for dataset in self.datasets)
         self._drawn = PositionCache(self._draw)
-        self._coming, self._later = PositionCache(self.locate), PositionCache(self.locate)
+        self._located_ahead, self._located_later = PositionCache(self.locate), PositionCache(self.locate)
 
     def locate(self, positions: npt.ArrayLike) -> tuple[I64, I64]:
         """Return (source number, sample number) at every position: the stream's order, without reading an image."""
@@ -105,9 +105,11 @@ class TrainStream(Stream):
     def read_ahead(self, where: range) -> None:
         """Start to read what `fill` will next be called for, and fetch later positions' shards into the cache if that
         pays."""
-        source_of, sample_of = self._coming(where)
+        source_of, sample_of = self._located_ahead(where)
         ahead = max((source.positions_ahead for source in self._sources), default=0)
-        later_source_of, later = self._later(range(where.start + ahead, where.stop + ahead)) if ahead else ((), ())
+        later_source_of, later = (
+            self._located_later(range(where.start + ahead, where.stop + ahead)) if ahead else ((), ())
+        )
         for number, source in enumerate(self._sources):
             samples, whole = sample_of[source_of == number], sample_of[:0]
             if source.positions_ahead:
