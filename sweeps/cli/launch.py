@@ -37,7 +37,6 @@ def launch(
     devices: Annotated[
         int | None, typer.Option(min=1, help="GPUs to use, or processes where there is none; by default all.")
     ] = None,
-    per_device: Annotated[int, typer.Option(min=1, help="Runs of one device that share it.")] = 1,
     hours: Annotated[
         float | None, typer.Option("--for", min=0.001, help="Hours until this machine is gone; runs save before that.")
     ] = None,
@@ -58,18 +57,16 @@ def launch(
         if value and on not in places:
             raise SweepError(f"{option} has no meaning with --on {on}; it is for --on {' or '.join(places)}")
     if on == "slurm":
-        left = _launch_slurm(sweep, root, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
+        left = _launch_slurm(sweep, root, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     elif dry_run:
-        left = _print_local(sweep, root, devices, per_device, retry=retry)
+        left = _print_local(sweep, root, devices, retry=retry)
     if on == "slurm" and not dry_run and any(each.startable or each.verdict == "running" for each in left):
         say_next("status", sweep, root, "--watch")
         return
     if on == "slurm" or dry_run:
         _say_after(LaunchResult(left=left), sweep, root, on, *(["--retry"] if retry else []))
         return
-    did = engine.launch(
-        sweep, root, devices=devices, per_device=per_device, hours=hours, retry=retry, shows=on == "local"
-    )
+    did = engine.launch(sweep, root, devices=devices, hours=hours, retry=retry, shows=on == "local")
     print_end(did)
     _say_after(did, sweep, root, on)
     if did.stopped_by:
@@ -131,10 +128,10 @@ def _print_left(left: Sequence[Decision], others: Sequence[str], *more: Line) ->
             console.print(keyed(part, console.width), highlight=False, soft_wrap=True)
 
 
-def _print_local(sweep: str, root: Path, devices: int | None, per_device: int, *, retry: bool) -> tuple[Decision, ...]:
+def _print_local(sweep: str, root: Path, devices: int | None, *, retry: bool) -> tuple[Decision, ...]:
     """The commands that a launch here would run, after the checks that it would make."""
     loaded, runs, _ = engine.planned(sweep, root)
-    machine = this_machine(runs, devices=devices, per_device=per_device)
+    machine = this_machine(runs, devices=devices)
     found = tuple(engine.foreseen(loaded, run, retry=retry) for run in runs)
     refuse(loaded, [each.run for each in found if each.startable])
     for each in found:
@@ -143,13 +140,11 @@ def _print_local(sweep: str, root: Path, devices: int | None, per_device: int, *
     return found
 
 
-def _launch_slurm(
-    sweep: str, root: Path, *, per_device: int, retry: bool, dry_run: bool, allow_dirty: bool
-) -> tuple[Decision, ...]:
+def _launch_slurm(sweep: str, root: Path, *, retry: bool, dry_run: bool, allow_dirty: bool) -> tuple[Decision, ...]:
     from aimscale.sweeps.engine.element import launch_slurm  # submitit is slow to import
 
     loaded, runs, _ = engine.planned(sweep, root)
-    submitted = launch_slurm(loaded, runs, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
+    submitted = launch_slurm(loaded, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     for part in submitted:
         shape = f"{part.shape.nodes} x {part.shape.devices} (nodes x devices)"
         if dry_run:

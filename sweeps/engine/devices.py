@@ -26,8 +26,6 @@ class Machine:
     """GPUs of a node, or processes of it where it has no GPU."""
     gpus: tuple[str, ...] = ()
     """Names by which a process is told its GPUs; empty without."""
-    per_device: int = 1
-    """Runs of one device that share it."""
     nodes: int = 1
     """More than one for an element of several nodes, whose worker is on the first."""
     is_only: bool = True
@@ -65,7 +63,7 @@ class Machine:
         return [*self.python, *(torchrun if num_devices > 1 else []), *WORKER, str(run_dir)]
 
 
-def this_machine(runs: Sequence[Run], *, devices: int | None = None, per_device: int = 1) -> Machine:
+def this_machine(runs: Sequence[Run], *, devices: int | None = None) -> Machine:
     """The machine that this process runs on: its visible GPUs, or as many processes as its cores feed.
 
     Args:
@@ -75,7 +73,7 @@ def this_machine(runs: Sequence[Run], *, devices: int | None = None, per_device:
     threads = max((run.config.runtime.num_threads for run in runs), default=1)
     num = len(gpus) or devices or max(1, len(os.sched_getaffinity(0)) // threads)
     memory_bytes = min((num_bytes for _, num_bytes in gpus_here()), default=None) if gpus else None
-    return Machine(devices=num, gpus=tuple(gpus), per_device=per_device, memory_bytes=memory_bytes)
+    return Machine(devices=num, gpus=tuple(gpus), memory_bytes=memory_bytes)
 
 
 def visible_gpus() -> list[str]:
@@ -85,40 +83,31 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(len(gpus_here()))]
 
 
-class Devices:
-    """The shares of a machine's devices that are free: a run of several takes whole ones, one of one its share."""
+class DevicePool:
+    """The devices of a machine that no run occupies."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._free = [machine.per_device] * machine.devices
+        self._free = set(range(machine.devices))
 
-    def take(self, run: Run) -> tuple[int, ...] | None:
-        """Devices for a run, the emptiest last; None while too few are free."""
+    def acquire(self, run: Run) -> tuple[int, ...] | None:
+        """Reserve devices for a run and return their indices, or None while too few are free."""
         num = min(run.devices, self._machine.devices)
-        fits = sorted((free, i) for i, free in enumerate(self._free) if free >= self._shares(num))
-        if len(fits) < num:
+        if len(self._free) < num:
             return None
-        taken = tuple(sorted(i for _, i in fits[:num]))
-        for i in taken:
-            self._free[i] -= self._shares(num)
-        return taken
+        acquired = tuple(sorted(self._free)[:num])
+        self._free -= {*acquired}
+        return acquired
 
-    def give_back(self, taken: Sequence[int]) -> None:
-        """The run on these devices ended."""
-        for i in taken:
-            self._free[i] += self._shares(len(taken))
+    def release(self, acquired: Sequence[int]) -> None:
+        """Return the devices of a run that has ended."""
+        self._free |= {*acquired}
 
-    def _shares(self, num: int) -> int:
-        """What a run of so many devices takes of each."""
-        return 1 if num == 1 else self._machine.per_device
-
-    def environment(self, taken: Sequence[int]) -> dict[str, str]:
-        """What a run on these devices is told."""
-        gpus, per_device = self._machine.gpus, self._machine.per_device
+    def environment(self, acquired: Sequence[int]) -> dict[str, str]:
+        """Return the environment variables that confine a run to these GPUs and to its share of the host."""
+        gpus = self._machine.gpus
         if not gpus or self._machine.nodes > 1:
             return {}
-        share = sum(self._shares(len(taken)) for _ in taken) / (per_device * self._machine.devices)
-        told = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i] for i in taken), "AIMSCALE_HOST_SHARE": f"{share:.6f}"}
-        if len(taken) == 1 and per_device > 1:
-            told["AIMSCALE_DEVICE_SHARE"] = f"{1 / per_device:.6f}"
-        return told
+        share = len(acquired) / self._machine.devices
+        visible = ",".join(gpus[i] for i in acquired)
+        return {"CUDA_VISIBLE_DEVICES": visible, "AIMSCALE_HOST_SHARE": f"{share:.6f}"}

@@ -83,7 +83,6 @@ class Element:
         return Machine(
             devices=self.shape.devices,
             gpus=tuple(gpus[: self.shape.devices]),
-            per_device=self.shape.per_device,
             nodes=self.shape.nodes,
             is_only=False,
             srun=section.srun,
@@ -119,13 +118,7 @@ def _follow(did: LaunchResult, exclude: Sequence[str]) -> str:
 
 
 def launch_slurm(
-    sweep: Sweep,
-    runs: Sequence[Run],
-    *,
-    per_device: int = 1,
-    retry: bool = False,
-    dry_run: bool = False,
-    allow_dirty: bool = False,
+    sweep: Sweep, runs: Sequence[Run], *, retry: bool = False, dry_run: bool = False, allow_dirty: bool = False
 ) -> list[Submission]:
     """Submit the elements that the runs lack and return at once; a dry run asks Slurm nothing and writes nothing.
 
@@ -140,7 +133,6 @@ def launch_slurm(
         sweep,
         lambda: [run for run in runs if foreseen(sweep, run, retry=retry and dry_run).startable],
         lambda shape: Element(directory=sweep.directory, shape=shape),
-        per_device=per_device,
         allow_dirty=allow_dirty,
         dry_run=dry_run,
     )

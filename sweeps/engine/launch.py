@@ -39,7 +39,6 @@ def launch(
     root: Path = Path("aimscale-runs"),
     *,
     devices: int | None = None,
-    per_device: int = 1,
     hours: float | None = None,
     retry: bool = False,
     shows: bool = True,
@@ -53,7 +52,6 @@ def launch(
     Args:
         sweep: a sweep or its name.
         devices: GPUs, or processes where there is none, to use; by default all, or as many as the cores feed.
-        per_device: runs of one device that share it.
         hours: time until the machine is gone; everything is saved before.
         retry: clear failures first.
         shows: whether to show progress, on a terminal as a live table; else events alone are printed.
@@ -65,7 +63,7 @@ def launch(
     """
     started = time.time()
     loaded, runs, cards = planned(sweep, root)
-    machine = this_machine(runs, devices=devices, per_device=per_device)
+    machine = this_machine(runs, devices=devices)
     begin(loaded, runs, retry=retry)
     until = float("inf")
     if hours is not None:

@@ -22,7 +22,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import calling
 from aimscale.harness.run.lock import Lock
-from aimscale.sweeps.engine.devices import Devices, Machine
+from aimscale.sweeps.engine.devices import DevicePool, Machine
 from aimscale.sweeps.engine.processes import Command, Process, Processes
 from aimscale.sweeps.plan.costs import stop_seconds
 from aimscale.sweeps.plan.planner import Run
@@ -85,7 +85,7 @@ class Queue:
     """Unix time at which everything saves and ends."""
     avoided_on: Sequence[str] = ()
     """Names of this machine's nodes: runs that failed on one of them are left to others."""
-    devices: Devices = field(init=False)
+    devices: DevicePool = field(init=False)
     processes: Processes = field(init=False)
     active: list[Job] = field(default_factory=list)
     ended: dict[str, Outcome] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Queue:
     """The first signal that asked, where one did."""
 
     def __post_init__(self) -> None:
-        self.devices = Devices(self.machine)
+        self.devices = DevicePool(self.machine)
         self.processes = Processes(self.machine, self.command, self.events.append)
         if self.job_id:  # what this job had before comes first
             self.waiting.sort(key=lambda run: _worker_of(self.sweep, run) != self.job_id)
@@ -199,7 +199,7 @@ def _start_what_fits(queue: Queue) -> None:
         if not queue.machine.serves(run):
             queue.left[run.run_id] = _left(queue, run, f"needs {run.devices} devices")
             continue
-        taken = queue.devices.take(run)
+        taken = queue.devices.acquire(run)
         if taken is None:
             continue
         found = _try_to_start(queue, run, taken)
@@ -208,7 +208,7 @@ def _start_what_fits(queue: Queue) -> None:
         if found is None:
             queue.left.pop(run.run_id, None)
         else:
-            queue.devices.give_back(taken)
+            queue.devices.release(taken)
             queue.left[run.run_id] = found
 
 
@@ -284,7 +284,7 @@ def _gather(queue: Queue) -> None:
         if (exit_code := job.process.poll()) is None:
             continue
         queue.active.remove(job)
-        queue.devices.give_back(job.devices)
+        queue.devices.release(job.devices)
         try:
             # Slurm's limits are nobody's wish: a run that they stop again and again before it saves has failed.
             asked = (queue.stopping and not queue.job_id) or job.record.cancelled.exists()

@@ -138,8 +138,6 @@ class SlurmSection(Section):
     """Ask for a GPU per device, of a type where one is named, e.g. a100; false for CPU nodes."""
     cpus_per_task: int = Field(8, gt=0)
     """Cores per task."""
-    devices_per_job: int = Field(1, gt=0)
-    """GPUs of a job that executes runs of one device as a queue of its own."""
     max_parallel: int = Field(256, gt=0)
     """Jobs of the sweep running at the same time, however many arrays they are."""
     srun: tuple[Line, ...] = ()

@@ -35,12 +35,6 @@ class Shape:
     nodes: int
     devices: int
     """Devices of each node."""
-    per_device: int = 1
-    """Runs of one device that share it."""
-
-    def places(self, run: Run) -> int:
-        """How many such runs it executes at a time."""
-        return self.devices * self.per_device if run.devices == 1 else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +63,7 @@ class Submission:
     """Slurm's id; null in a dry run."""
 
 
-def shape_of(run: Run, section: SlurmSection, per_device: int = 1) -> Shape:
+def shape_of(run: Run, section: SlurmSection) -> Shape:
     """What a run's devices ask for.
 
     Raises:
@@ -81,8 +75,6 @@ def shape_of(run: Run, section: SlurmSection, per_device: int = 1) -> Shape:
             f"{run.run_id} wants {run.devices} devices, which do not fill nodes of {devices} evenly; change devices "
             f"or slurm.devices_per_node"
         )
-    if run.devices == 1:
-        return Shape(nodes=1, devices=section.devices_per_job, per_device=per_device)
     return Shape(nodes=run.devices // devices, devices=devices)
 
 
@@ -98,7 +90,7 @@ def elements(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[ElementJob]:
     for line in lines:
         names = [f"{line['job_id']}_{i}" for i in range(line["number"])] if line["number"] > 1 else [line["job_id"]]
         jobs = [known[name] for name in names if name in known]
-        shape = Shape(**line["shape"])
+        shape = Shape(nodes=line["shape"]["nodes"], devices=line["shape"]["devices"])
         found += [ElementJob(job=job, shape=shape, is_busy=job.job_id in busy) for job in jobs if job.phase != "ended"]
     return found
 
@@ -108,7 +100,6 @@ def submit(
     to_do: Callable[[], Sequence[Run]],
     element: Callable[[Shape], Callable[[], Any]],
     *,
-    per_device: int = 1,
     allow_dirty: bool = False,
     dry_run: bool = False,
 ) -> list[Submission]:
@@ -117,7 +108,6 @@ def submit(
     Args:
         to_do: names the runs that are to be started, and is called while no other launch submits.
         element: makes what an element of this shape executes.
-        per_device: runs of one device that share it.
 
     Raises:
         SweepError, SlurmError: no Slurm, a dirty tree, a job that Slurm refuses.
@@ -125,7 +115,7 @@ def submit(
     if set(str(sweep.directory)) & set("%\\"):
         raise SweepError(f"Slurm would read '%' and '\\' in {sweep.directory} as patterns; choose another --root")
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
-    batch = _Batch(sweep=sweep, snapshot=snapshot, element=element, per_device=per_device, dry_run=dry_run)
+    batch = _Batch(sweep=sweep, snapshot=snapshot, element=element, dry_run=dry_run)
     if dry_run:
         return batch.submit(to_do())
     lock = Lock(batch.folder / "lock")
@@ -157,7 +147,6 @@ class _Batch:
     sweep: Sweep
     snapshot: Snapshot | None
     element: Callable[[Shape], Callable[[], Any]]
-    per_device: int
     dry_run: bool
     live: Sequence[ElementJob] = ()
     """The sweep's elements that wait or run."""
@@ -176,7 +165,7 @@ class _Batch:
         """Submit an array per shape; where the sweep may have no more elements, a shape without any waits for them."""
         by_shape: dict[Shape, list[Run]] = {}
         for run in runs:
-            by_shape.setdefault(shape_of(run, self.section, self.per_device), []).append(run)
+            by_shape.setdefault(shape_of(run, self.section), []).append(run)
         wanted = [self._lacking(shape, members) for shape, members in by_shape.items()]
         numbers = shares(self.section.max_parallel - len(self.live), wanted)
         submitted: list[Submission] = []
@@ -195,7 +184,7 @@ class _Batch:
     def _lacking(self, shape: Shape, members: Sequence[Run]) -> int:
         """Elements that these runs want, but for those that will take them anyway."""
         idle = sum(each.shape == shape and not each.is_busy for each in self.live)
-        return max(0, -(-len(members) // shape.places(members[0])) - idle)
+        return max(0, len(members) - idle)
 
     def _arrays(self, shape: Shape, members: Sequence[Run], number: int, after: Sequence[str]) -> list[Submission]:
         """So many elements, as one array or, where Slurm's are shorter, as several; each is noted at once."""

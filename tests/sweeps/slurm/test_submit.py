@@ -86,7 +86,7 @@ def submitted(program: Any, tmp_path: Path) -> Any:
 
 def submit_for(sweep: Sweep, **changes: Any) -> list[Submission]:
     prepare(sweep)
-    options = {"element": lambda shape: shape.places, "allow_dirty": True, **changes}
+    options = {"element": lambda shape: shape.__str__, "allow_dirty": True, **changes}
     return submit(sweep, lambda: plan(sweep), **options)
 
 
@@ -123,17 +123,15 @@ def test_elements_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
     assert submitted("array")[6:] == [None] * 6
 
 
-def test_several_runs_share_an_element_and_its_gpus_have_a_type(
-    write_sweep: Any, submitted: Any, tmp_path: Path
-) -> None:
-    section = {"devices_per_job": 4, "gpus": "a100", "cpus_per_task": 6, "extra": {"comment": "night shift"}}
+def test_a_dry_run_prints_the_script_that_is_submitted(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
+    section = {"gpus": "a100", "cpus_per_task": 6, "extra": {"comment": "night shift"}}
     sweep = write_sweep(seeds=list(range(9)), slurm=section)
-    (dry,) = submit_for(sweep, per_device=2, dry_run=True)
-    (part,) = submit_for(sweep, per_device=2)
+    (dry,) = submit_for(sweep, dry_run=True)
+    (part,) = submit_for(sweep)
     assert (tmp_path / "jobs" / "0").read_text() == dry.script == part.script
     assert [submitted(name) for name in ("signal", "comment")] == [["B:USR2@120"], ["'night shift'"]]
-    assert (part.number, part.shape) == (3, Shape(nodes=1, devices=4, per_device=2))
-    assert [submitted(name) for name in ("gpus-per-node", "cpus-per-task")] == [["a100:4"], ["6"]]
+    assert (part.number, part.shape) == (18, Shape(nodes=1, devices=1))
+    assert [submitted(name) for name in ("gpus-per-node", "cpus-per-task")] == [["a100:1"], ["6"]]
 
 
 def test_without_slurm_a_dry_run_prints_its_script_and_a_launch_one_sentence(
@@ -142,7 +140,7 @@ def test_without_slurm_a_dry_run_prints_its_script_and_a_launch_one_sentence(
     (tmp_path / "git").symlink_to(shutil.which("git") or "")
     monkeypatch.setenv("PATH", str(tmp_path))
     sweep = write_sweep()
-    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.places, allow_dirty=True, dry_run=True)
+    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.__str__, allow_dirty=True, dry_run=True)
     assert "#SBATCH --array=0-1%2" in part.script
     assert not sweep.directory.exists()
     with pytest.raises(UserError, match="--on local"):
@@ -187,7 +185,7 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
     root = tmp_path / "a $(touch pwned) `touch pwned` 'b\" ;touch pwned"
     section = {"partition": "$(touch pwned)", "python": "tell $(touch pwned)", "extra": {"comment": "';touch pwned"}}
     sweep = replace(write_sweep(slurm=section), root=root)
-    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.places, allow_dirty=True, dry_run=True)
+    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.__str__, allow_dirty=True, dry_run=True)
     (tmp_path / "tell").write_text('#!/bin/sh\npwd; echo "$PYTHONPATH"; for word; do echo "$word"; done\n')
     (tmp_path / "tell").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
