@@ -54,10 +54,10 @@ class Check:
     """One sentence on what to do where it is not ok."""
 
 
-def checks(root: Path) -> Iterator[Check]:
+def run_checks(root: Path) -> Iterator[Check]:
     """Look at everything; runs are to be kept under `root`."""
     yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}, {sys.executable}")
-    facts = imported()
+    facts = import_packages()
     yield check_packages(facts)
     yield check_accelerator(facts)
     yield Check("memory", "ok", f"{decimal(free_host_bytes())} free, by the host and the limits on this process")
@@ -69,22 +69,22 @@ def checks(root: Path) -> Iterator[Check]:
     yield check_slurm()
 
 
-def imported() -> dict[str, Any]:
+def import_packages() -> dict[str, Any]:
     """What a child that imports all of `MODULES` printed: `torch`, the last `module`, and `error` if it broke there."""
     words = [sys.executable, "-m", "aimscale.sweeps.doctor"]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     try:
-        out, said = child.communicate(timeout=IMPORT_TIMEOUT_S)
+        stdout, stderr = child.communicate(timeout=IMPORT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         child.kill()
-        out, said = child.communicate()[0], f"no end within {IMPORT_TIMEOUT_S} s"
+        stdout, stderr = child.communicate()[0], f"no end within {IMPORT_TIMEOUT_S} s"
     facts: dict[str, Any] = {"module": "nothing"}
-    for line in out.splitlines():
+    for line in stdout.splitlines():
         if line.startswith(('{"module"', '{"torch"')):  # a package may print, too
             facts |= json.loads(line)
     if code := child.returncode:
         how = f"signal {-code}" if code < 0 else f"code {code}"
-        why = (said.strip().splitlines() or ["it gave no reason"])[-1]
+        why = (stderr.strip().splitlines() or ["it gave no reason"])[-1]
         facts["error"] = f"the process that imported {facts['module']} ended with {how}: {why}"
     return facts
 
@@ -112,13 +112,18 @@ def check_accelerator(facts: Mapping[str, Any]) -> Check:
     """GPUs that torch can compute on, beside those that the driver lists."""
     if "torch" not in facts:
         return Check("accelerator", "fail", "torch does not import", "Fix the packages first.")
-    torch, there = facts["torch"], gpus_here()
+    torch, driver_gpus = facts["torch"], gpus_here()
     build, gpus = torch["build"], torch["gpus"]
-    if there and not gpus:
+    if driver_gpus and not gpus:
         advice = "Install a torch for the driver's CUDA version (pytorch.org names the index), or update the driver."
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             advice = "CUDA_VISIBLE_DEVICES is empty and hides the GPUs; unset it."
-        return Check("accelerator", "fail", f"{len(there)} x {there[0][0]}, which torch does not see ({build})", advice)
+        return Check(
+            "accelerator",
+            "fail",
+            f"{len(driver_gpus)} x {driver_gpus[0][0]}, which torch does not see ({build})",
+            advice,
+        )
     if not gpus:
         return Check("accelerator", "ok", f"no GPU; training runs on the CPU ({build})")
     found = f"{len(gpus)} x {gpus[0]} each ({build})"
@@ -186,7 +191,7 @@ def command(
     Takes seconds and leaves nothing behind. Exits with 1 when something needed fails.
     """
     found = []
-    for check in checks(root):
+    for check in run_checks(root):
         advice = check.advice if check.level != "ok" else ""
         found.append(dataclasses.replace(check, advice=advice))
         if not as_json:

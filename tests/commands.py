@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.sweeps.cli.main import main, verb
+from aimscale.sweeps.cli.main import load_verb, main
 
 
 def say(name: str, *words: object) -> str:
     """What a verb prints to stdout."""
-    result = CliRunner().invoke(verb(name), [*map(str, words)], catch_exceptions=False)
+    result = CliRunner().invoke(load_verb(name), [*map(str, words)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 

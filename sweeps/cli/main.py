@@ -63,7 +63,7 @@ HIDDEN = {"train": "aimscale.harness.cli.runs:train"}
 """What launches call, and a person hardly ever."""
 
 
-def verb(name: str) -> typer.Typer:
+def load_verb(name: str) -> typer.Typer:
     """Import a verb's module and make its typer app."""
     place, _, function = (HIDDEN.get(name) or VERBS[name][0]).partition(":")
     module = importlib.import_module(place)
@@ -74,10 +74,10 @@ def verb(name: str) -> typer.Typer:
     return app
 
 
-def _collected(ctx: Any, param: Any, given: Any) -> Any:
+def _find_table(ctx: Any, param: Any, given: Any) -> Any:
     """Where the tables of sweeps lie that an analysis verb is given by name or by file; anything else as it is."""
     if isinstance(given, list | tuple):
-        return [_collected(ctx, param, each) for each in given]
+        return [_find_table(ctx, param, each) for each in given]
     path = Path(given)
     if path.exists() and path.suffix not in (".yaml", ".yml"):
         return path
@@ -105,11 +105,11 @@ class LazyGroup(typer.core.TyperGroup):
         """Import the verb's module and turn its typer app into a command."""
         if cmd_name not in VERBS and cmd_name not in HIDDEN:
             raise UserError(f"there is no verb '{cmd_name}'; {did_you_mean(cmd_name, VERBS, 'the verbs are')}")
-        command = typer.main.get_command(verb(cmd_name))
+        command = typer.main.get_command(load_verb(cmd_name))
         command.name = cmd_name
         for param in command.params:
             if param.name in ("table", "tables"):
-                param.callback = _collected
+                param.callback = _find_table
         return command
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -136,7 +136,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _top(
+def _main_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,

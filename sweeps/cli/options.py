@@ -16,7 +16,7 @@ from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 EXIT_INTERRUPTED = 130
 
 
-def some_runs(sweep: Sweep, parts: Sequence[str]) -> list[str]:
+def select_run_ids(sweep: Sweep, parts: Sequence[str]) -> list[str]:
     """Run ids that contain any of the parts; all runs of the plan where no part is given.
 
     Raises:
@@ -38,7 +38,7 @@ ROOT = Path("aimscale-runs")
 """Where sweeps are kept by default."""
 
 
-def say_next(verb: str, sweep: str, root: Path = ROOT, *more: str) -> None:
+def print_next(verb: str, sweep: str, root: Path = ROOT, *more: str) -> None:
     """Say what to run next, with what the user gave this verb."""
     where = [] if root == ROOT else ["--root", str(root)]
     typer.echo(f"next: {shlex.join(['aimscale', verb, sweep, *more, *where])}")

@@ -16,13 +16,22 @@ from aimscale.analysis.words import Flag
 from aimscale.harness.device.execution import NETWORK_BYTES_PER_S, NVLINK_BYTES_PER_S
 from aimscale.harness.device.sheets import DECODED_PER_S
 from aimscale.harness.run.row import planned_columns
-from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, say_next
-from aimscale.sweeps.plan.checks import Problem, check, refuse, together, whose
+from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, print_next
+from aimscale.sweeps.plan.checks import Problem, check, describe_runs, group_findings, refuse
 from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
-from aimscale.sweeps.table.views import Column, Line, axis_columns, duration, fitted_table, keyed, new_console, number
+from aimscale.sweeps.table.views import (
+    Column,
+    KeyValue,
+    axis_columns,
+    fitted_table,
+    format_duration,
+    format_number,
+    key_value_text,
+    new_console,
+)
 
 
 def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
@@ -30,7 +39,7 @@ def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
     loaded = load_sweep(sweep, root)
     runs = plan_runs(loaded)
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
-    plateau = in_plateau(loaded, runs)
+    plateau = budgets_in_plateau(loaded, runs)
     if as_json:
         found = to_json(cards) | {"problems": [asdict(each) for each in problems], "flags": [*map(str, plateau)]}
         typer.echo(json.dumps(found, indent=1))
@@ -39,10 +48,10 @@ def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
     print_plan(loaded, cards, problems=problems, plateau=plateau)
     if problems:
         raise SweepError(f"{loaded.source}: its runs would fail; fix what the lines marked 'fail' name")
-    say_next("launch", sweep, root)
+    print_next("launch", sweep, root)
 
 
-def in_plateau(sweep: Sweep, runs: Sequence[Run]) -> tuple[Flag, ...]:
+def budgets_in_plateau(sweep: Sweep, runs: Sequence[Run]) -> tuple[Flag, ...]:
     """Which planned budgets the curves that were collected so far show to lie inside a first plateau."""
     if not (sweep.directory / "curves.parquet").is_file():
         return ()
@@ -67,40 +76,45 @@ def print_plan(
     console = console or new_console()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(": ".join(part for part in (f"[bold]{sweep.name}[/]", sweep.file.description) if part))
-    if flags := [*_flags(cards, problems), *(Line(level="warn", key="budgets", value=str(each)) for each in plateau)]:
-        say(keyed(flags, console.width))
+    if flags := [
+        *_flags(cards, problems),
+        *(KeyValue(level="warn", key="budgets", value=str(each)) for each in plateau),
+    ]:
+        say(key_value_text(flags, console.width))
     say(fitted_table(_plan_columns(cards), cards, console.width))
-    say(keyed(_facts(sweep, cards), console.width))
+    say(key_value_text(_facts(sweep, cards), console.width))
 
 
-def _flags(cards: Sequence[CostCard], problems: Sequence[Problem]) -> Iterator[Line]:
-    cautions = together((card.run_id, card.cautions) for card in cards)
+def _flags(cards: Sequence[CostCard], problems: Sequence[Problem]) -> Iterator[KeyValue]:
+    cautions = group_findings((card.run_id, card.cautions) for card in cards)
     for level, found in (("fail", problems), ("warn", cautions)):
         for each in found:
-            yield Line(level=level, key=each.key, value=f"{each.why} ({whose(each.run_ids, len(cards))})")
+            yield KeyValue(level=level, key=each.key, value=f"{each.why} ({describe_runs(each.run_ids, len(cards))})")
     if lost := not_identified(cards):
         words = f"{', '.join(lost)} of {CHINCHILLA.formula} are not identified"
-        yield Line(level="warn", key="fit", value=f"{words}: take three values each of N and D, in all tables together")
+        yield KeyValue(
+            level="warn", key="fit", value=f"{words}: take three values each of N and D, in all tables together"
+        )
 
 
-def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[Line]:
+def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
     """Sums, and what the times stand on."""
     total = totals(cards)
-    images, during = number(total["images_executed"]), total["flops_during"]
+    images, during = format_number(total["images_executed"]), total["flops_during"]
     limits = " and ".join(sorted({card.limit for card in cards}))
     share = f"{100 * total['share_during']:.1f} % of the time"
     beside = f"; {during:.3g} of them during training, {share}" if during else ""
-    stop = f"up to {duration(max(card.stop_s for card in cards))} for a last save"
-    longest = duration(total["longest_wall_s"])
+    stop = f"up to {format_duration(max(card.stop_s for card in cards))} for a last save"
+    longest = format_duration(total["longest_wall_s"])
     facts = [
         ("runs", f"{total['num_runs']} with {total['num_rows']} rows; recipe {sweep.file.recipe}"),
         ("training", f"{images} images, {total['flops_executed']:.3g} FLOPs with decay branches; limited by {limits}"),
         ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}"),
-        ("time", f"{number(total['device_hours'])} device-hours; longest run {longest}; {stop}"),
+        ("time", f"{format_number(total['device_hours'])} device-hours; longest run {longest}; {stop}"),
         ("disk", f"{decimal(total['disk_bytes'])} of run directories"),
         *zip(("assumed", *[""] * 9), _assumptions(sweep, cards), strict=False),
     ]
-    return [Line(key=key, value=value) for key, value in facts]
+    return [KeyValue(key=key, value=value) for key, value in facts]
 
 
 def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> Iterator[str]:
@@ -121,25 +135,27 @@ def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> Iterator[str]:
 
 
 def _plan_columns(cards: Sequence[CostCard]) -> list[Column]:
-    def span(header: str, text: Callable[[BudgetCost], str], rank: int) -> Column:
-        return Column(header=header, cell=lambda card: _span([text(each) for each in card.budgets]), rank=rank)
+    def span(header: str, text: Callable[[BudgetCost], str], drop_order: int) -> Column:
+        return Column(
+            header=header, cell=lambda card: _span([text(each) for each in card.budgets]), drop_order=drop_order
+        )
 
     return [
-        Column(header="size", cell=lambda card: card.cell["size"], right=False),
+        Column(header="size", cell=lambda card: card.cell["size"], align_right=False),
         *axis_columns(cards),
-        Column(header="params", cell=lambda card: number(card.params_total)),
-        span("images", lambda budget: number(budget.images_seen), 0),
-        span("epochs", lambda budget: number(budget.epochs), 5),
+        Column(header="params", cell=lambda card: format_number(card.params_total)),
+        span("images", lambda budget: format_number(budget.images_seen), 0),
+        span("epochs", lambda budget: format_number(budget.epochs), 5),
         span("FLOPs", lambda budget: f"{budget.flops:.2e}", 1),
-        Column(header="batch", cell=lambda card: str(card.batch_size), rank=6),
-        Column(header="lr", cell=lambda card: f"{card.lr_peak:.2g}", rank=7),
-        Column(header="devices", cell=lambda card: str(card.devices), rank=3),
-        Column(header="memory", cell=_memory, rank=4),
-        Column(header="disk", cell=lambda card: decimal(card.disk_bytes), rank=8),
-        Column(header="step, ms", cell=_step, rank=4),
-        Column(header="limit", cell=lambda card: card.limit, rank=5, right=False),
-        Column(header="time", cell=lambda card: duration(card.wall_s)),
-        Column(header="device-h", cell=lambda card: number(card.device_hours)),
+        Column(header="batch", cell=lambda card: str(card.batch_size), drop_order=6),
+        Column(header="lr", cell=lambda card: f"{card.lr_peak:.2g}", drop_order=7),
+        Column(header="devices", cell=lambda card: str(card.devices), drop_order=3),
+        Column(header="memory", cell=_memory, drop_order=4),
+        Column(header="disk", cell=lambda card: decimal(card.disk_bytes), drop_order=8),
+        Column(header="step, ms", cell=_step, drop_order=4),
+        Column(header="limit", cell=lambda card: card.limit, drop_order=5, align_right=False),
+        Column(header="time", cell=lambda card: format_duration(card.wall_s)),
+        Column(header="device-h", cell=lambda card: format_number(card.device_hours)),
     ]
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from aimscale.harness.device.execution import DoesNotFitError
 from aimscale.harness.device.sheets import Device, gpus_here
-from aimscale.sweeps.plan.costs import plan_of
+from aimscale.sweeps.plan.costs import plan_execution
 from aimscale.sweeps.plan.planner import Run
 
-WORKER = ("-m", "aimscale.harness.train")
+TRAIN_COMMAND = ("-m", "aimscale.harness.train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Machine:
     """Names by which a process is told its GPUs; empty without."""
     nodes: int = 1
     """More than one for an element of several nodes, whose worker is on the first."""
-    is_only: bool = True
+    allow_fewer_devices: bool = True
     """Whether runs that ask for more devices are executed on those that are there, if they fit."""
     memory_bytes: int | None = None
     """Of a GPU, where that is known."""
@@ -42,28 +42,28 @@ class Machine:
         """Tells what `command` started to save and end: srun hands USR2 on to the ranks, and kills them on TERM."""
         return signal.SIGUSR2 if self.nodes > 1 else signal.SIGTERM
 
-    def serves(self, run: Run) -> bool:
+    def can_run(self, run: Run) -> bool:
         """Whether a run may be executed here: on one node any that it holds, on several those that fill them."""
         if self.nodes > 1:
             return run.devices == self.nodes * self.devices
-        if run.devices <= self.devices or not self.is_only or self.memory_bytes is None:
-            return run.devices <= self.devices or self.is_only
+        if run.devices <= self.devices or not self.allow_fewer_devices or self.memory_bytes is None:
+            return run.devices <= self.devices or self.allow_fewer_devices
         gpu = Device(name="", is_gpu=True, why="", memory_bytes=self.memory_bytes, peak_tflops=1)
         with contextlib.suppress(DoesNotFitError):
-            return bool(plan_of(run.config, self.devices, gpu, self.devices, 0))
+            return bool(plan_execution(run.config, self.devices, gpu, self.devices, 0))
         return False
 
     def command(self, run_dir: Path, num_devices: int) -> list[str]:
         """The program that executes a run: python, torchrun for several devices, srun for several nodes."""
         if self.nodes > 1:
             step = ["srun", f"--nodes={self.nodes}", f"--ntasks-per-node={self.devices}", "--kill-on-bad-exit=1"]
-            return [*step, *self.srun, *self.python, *WORKER, str(run_dir)]
+            return [*step, *self.srun, *self.python, *TRAIN_COMMAND, str(run_dir)]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_devices}"]
         torchrun += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"]  # srun sends them to every process
-        return [*self.python, *(torchrun if num_devices > 1 else []), *WORKER, str(run_dir)]
+        return [*self.python, *(torchrun if num_devices > 1 else []), *TRAIN_COMMAND, str(run_dir)]
 
 
-def this_machine(runs: Sequence[Run], *, devices: int | None = None) -> Machine:
+def local_machine(runs: Sequence[Run], *, devices: int | None = None) -> Machine:
     """The machine that this process runs on: its visible GPUs, or as many processes as its cores feed.
 
     Args:

@@ -15,23 +15,23 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import parse, read_yaml
 from aimscale.harness.run.files import write_text
 from aimscale.harness.run.lock import Lock
-from aimscale.sweeps.engine.devices import this_machine
+from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.processes import Command
-from aimscale.sweeps.engine.queue import LaunchResult, Queue, print_events, run_queue
+from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
 from aimscale.sweeps.plan.checks import refuse
-from aimscale.sweeps.plan.costs import CostCard, cost_cards, stop_seconds
+from aimscale.sweeps.plan.costs import CostCard, cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.attempts import forgive, note_lost
+from aimscale.sweeps.state.attempts import clear_failure, record_lost_attempt
 from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare, unplanned
+from aimscale.sweeps.state.sweep_dir import prepare_directory, unplanned_runs
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
-from aimscale.sweeps.table.views import new_console, progress_bar, progress_words, status_table
+from aimscale.sweeps.table.views import new_console, progress_bar, progress_line, status_table
 
-PLAIN_EVERY_S = 30.0
-LIVE_EVERY_S = 0.5
+LOG_INTERVAL_S = 30.0
+LIVE_INTERVAL_S = 0.5
 
 
 def launch(
@@ -41,7 +41,7 @@ def launch(
     devices: int | None = None,
     hours: float | None = None,
     retry: bool = False,
-    shows: bool = True,
+    show_progress: bool = True,
     command: Command | None = None,
 ) -> LaunchResult:
     """Execute here what is missing, resume what died, skip what is done; returns when nothing is left to start.
@@ -62,54 +62,54 @@ def launch(
             (`sweeps.plan.checks`), or its directory cannot be written; nothing was made.
     """
     started = time.time()
-    loaded, runs, cards = planned(sweep, root)
-    machine = this_machine(runs, devices=devices)
-    begin(loaded, runs, retry=retry)
-    until = float("inf")
+    loaded, runs, cards = load_plan(sweep, root)
+    machine = local_machine(runs, devices=devices)
+    prepare_launch(loaded, runs, retry=retry)
+    deadline = float("inf")
     if hours is not None:
         # What runs must have saved when the time is up; of a short time, half is for that.
-        until = started + 3600 * hours - min(max(stop_seconds(loaded, run) for run in runs), 1800 * hours)
-    queue = Queue(sweep=loaded, machine=machine, waiting=list(runs), command=command, until=until)
-    with _display(lambda: sweep_status(loaded, runs, cards), shows) as report:
-        result = run_queue(queue, report)
-    return replace(result, unplanned=unplanned(loaded, runs))
+        deadline = started + 3600 * hours - min(max(grace_period_s(loaded, run) for run in runs), 1800 * hours)
+    queue = Worker(sweep=loaded, machine=machine, waiting=list(runs), command=command, deadline=deadline)
+    with _progress_display(lambda: sweep_status(loaded, runs, cards), show_progress) as report:
+        result = run_worker(queue, report)
+    return replace(result, unplanned=unplanned_runs(loaded, runs))
 
 
-def begin(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
+def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
     """Check what a launch would start, make the sweep's directory, and free what was cancelled.
 
     Raises:
         SweepError, ConfigError: as `launch`.
     """
-    refuse(sweep, [run for run in runs if foreseen(sweep, run, retry=retry).startable])
-    prepare(sweep, runs)
+    refuse(sweep, [run for run in runs if launch_decision(sweep, run, retry=retry).startable])
+    prepare_directory(sweep, runs)
     for run in runs:
         record = RunRecord(sweep.run_dir(run.run_id))
         record.cancelled.unlink(missing_ok=True)
-        _settle(record, retry=retry)
+        _close_lost_attempt(record, retry=retry)
 
 
-def foreseen(sweep: Sweep, run: Run, *, retry: bool) -> Decision:
+def launch_decision(sweep: Sweep, run: Run, *, retry: bool) -> Decision:
     """The verdict of a launch on a run, once it has freed what was cancelled, and with `retry` what failed."""
     found = decide(run, RunRecord(sweep.run_dir(run.run_id)))
     is_freed = found.verdict == "cancelled" or (retry and found.verdict == "failed")
     return replace(found, verdict="resume") if is_freed else found
 
 
-def _settle(record: RunRecord, *, retry: bool) -> None:
+def _close_lost_attempt(record: RunRecord, *, retry: bool) -> None:
     """Write down how an attempt ended whose worker is gone, and clear a failure if asked; what is damaged is left."""
     ended = ("failed", "diverged")
     with contextlib.suppress(UserError, OSError):
         if record.read_status().state in ("queued", "running", *(ended if retry else ())):
             before, lock = record.claimant(), Lock(record.claim)
             if not record.is_held() and lock.take():
-                note_lost(record, before, slurm.state_of)
+                record_lost_attempt(record, before, slurm.job_state)
                 if retry and record.read_status().state in ended:
-                    forgive(record)
+                    clear_failure(record)
             lock.release()
 
 
-def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:
+def load_plan(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:
     """A sweep with its runs, longest first, and their cards.
 
     Raises:
@@ -117,13 +117,13 @@ def planned(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], li
     """
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
     runs = plan(loaded)
-    _refuse_renaming(loaded, runs)
+    _refuse_new_smallest_budget(loaded, runs)
     cards = cost_cards(loaded, runs)
     order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # no long run is left for the end
     return loaded, [runs[i] for i in order], [cards[i] for i in order]
 
 
-def _refuse_renaming(sweep: Sweep, runs: Sequence[Run]) -> None:
+def _refuse_new_smallest_budget(sweep: Sweep, runs: Sequence[Run]) -> None:
     """Stop where a smaller budget alone would train runs again, because the recipe follows the smallest.
 
     Raises:
@@ -145,21 +145,21 @@ def _refuse_renaming(sweep: Sweep, runs: Sequence[Run]) -> None:
 
 
 @contextmanager
-def _display(look: Callable[[], SweepStatus], shows: bool) -> Iterator[Callable[[Queue], None]]:
+def _progress_display(look: Callable[[], SweepStatus], show_progress: bool) -> Iterator[Callable[[Worker], None]]:
     """What `run_queue` calls: a live table of the active runs on a terminal, lines otherwise, or events alone."""
     console, shown = new_console(), 0.0
-    live = Live(console=console, auto_refresh=False, transient=True) if shows and console.is_terminal else None
-    every = LIVE_EVERY_S if live else PLAIN_EVERY_S
+    live = Live(console=console, auto_refresh=False, transient=True) if show_progress and console.is_terminal else None
+    every = LIVE_INTERVAL_S if live else LOG_INTERVAL_S
 
-    def report(queue: Queue) -> None:
+    def report(queue: Worker) -> None:
         nonlocal shown
         print_events(queue)  # above the table
-        if not shows or time.time() - shown < every:
+        if not show_progress or time.time() - shown < every:
             return
         shown = time.time()
         status = look()
         if live is None:
-            print(progress_words(status), flush=True)
+            print(progress_line(status), flush=True)
             return
         active = {job.run.run_id for job in queue.active}
         lines, bar = tuple(line for line in status.runs if line.run_id in active), progress_bar(status, console.width)
@@ -184,10 +184,10 @@ def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
         raise SweepError(f"sweep '{sweep.name}' was never launched under {sweep.root}; there is nothing to cancel")
     found_all = [decide(run, RunRecord(sweep.run_dir(run.run_id))) for run in plan(sweep)]
     waiting = []
-    if slurm.elements_file(sweep).is_file():
-        from aimscale.sweeps.slurm.submit import elements  # submitit is slow to import
+    if slurm.submissions_file(sweep).is_file():
+        from aimscale.sweeps.slurm.submit import live_jobs  # submitit is slow to import
 
-        waiting = [each.job.job_id for each in elements(sweep, slurm.jobs()) if each.job.phase == "pending"]
+        waiting = [each.job.job_id for each in live_jobs(sweep, slurm.jobs()) if each.job.phase == "pending"]
     if not waiting and all(found.verdict != "running" for found in found_all):
         return [], []
     done: list[str] = []

@@ -17,16 +17,16 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from aimscale.sweeps.engine.devices import WORKER, Machine
+from aimscale.sweeps.engine.devices import TRAIN_COMMAND, Machine
 
 Command = Callable[[Path, int], list[str]]
 """(run directory, devices) -> the program that executes the run."""
-ANSWER_S = 300.0
+FORK_TIMEOUT_S = 300.0
 """A warm parent that takes longer, imports included, is given up."""
 _PR_SET_CHILD_SUBREAPER = 36  # of <sys/prctl.h>
 
 
-class Forked:
+class ForkedProcess:
     """A child of this process that it did not start: what is used of `subprocess.Popen`."""
 
     def __init__(self, pid: int) -> None:
@@ -49,10 +49,10 @@ class Forked:
             os.kill(self.pid, number)
 
 
-Process = subprocess.Popen[bytes] | Forked
+Process = subprocess.Popen[bytes] | ForkedProcess
 
 
-class WarmParent:
+class ForkServer:
     """A process that forks the processes of runs; it ends with this one."""
 
     def __init__(self, python: tuple[str, ...], environment: dict[str, str]) -> None:
@@ -62,7 +62,7 @@ class WarmParent:
             environment: with what is read at imports, as `OMP_NUM_THREADS`.
         """
         self._process = subprocess.Popen(
-            [*python, *WORKER, "--warm"],
+            [*python, *TRAIN_COMMAND, "--warm"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what cannot be imported here cannot be in a cold run either, whose log says so
@@ -70,7 +70,7 @@ class WarmParent:
             start_new_session=True,
         )
 
-    def fork(self, arguments: list[str], environment: dict[str, str], log: Path) -> Forked | None:
+    def fork(self, arguments: list[str], environment: dict[str, str], log: Path) -> ForkedProcess | None:
         """The process of a run, which writes to `log`, a file that is there; None where there is no answer."""
         request = {"arguments": arguments, "environment": environment, "log": str(log)}
         requests, answers = self._process.stdin, self._process.stdout
@@ -79,8 +79,8 @@ class WarmParent:
         with contextlib.suppress(BrokenPipeError):
             requests.write(json.dumps(request).encode() + b"\n")
             requests.flush()
-            if select.select([answers], [], [], ANSWER_S)[0] and (answer := answers.readline()):
-                return Forked(int(answer))
+            if select.select([answers], [], [], FORK_TIMEOUT_S)[0] and (answer := answers.readline()):
+                return ForkedProcess(int(answer))
         return None
 
     def close(self) -> int:
@@ -91,16 +91,16 @@ class WarmParent:
         return self._process.wait()
 
 
-class Processes:
+class RunProcesses:
     """Starts the process of each run on a machine; to be closed when all of them have ended."""
 
-    def __init__(self, machine: Machine, command: Command | None, say: Callable[[str], None]) -> None:
+    def __init__(self, machine: Machine, command: Command | None, notify: Callable[[str], None]) -> None:
         """`command` replaces the program that executes a run; `say` takes a sentence for the user."""
-        self._machine, self._command, self._say = machine, command, say
-        self._parents: dict[str, WarmParent | None] = {}  # by what OpenMP was told at their imports; None: it ended
+        self._machine, self._command, self._say = machine, command, notify
+        self._parents: dict[str, ForkServer | None] = {}  # by what OpenMP was told at their imports; None: it ended
 
     def start(
-        self, run_dir: Path, num_devices: int, environment: dict[str, str], log: Path, *, are_more: bool
+        self, run_dir: Path, num_devices: int, environment: dict[str, str], log: Path, *, more_follow: bool
     ) -> Process:
         """The process of a run, leader of its own process group; Ctrl-C on the terminal does not reach it.
 
@@ -112,7 +112,7 @@ class Processes:
         """
         is_plain = num_devices == 1 and self._machine.nodes == 1 and self._command is None
         with log.open("ab") as output:
-            process = self._forked(run_dir, environment, log, are_more) if is_plain else None
+            process = self._fork(run_dir, environment, log, more_follow) if is_plain else None
             return process or subprocess.Popen(
                 (self._command or self._machine.command)(run_dir, num_devices),
                 stdin=subprocess.DEVNULL,
@@ -122,10 +122,10 @@ class Processes:
                 start_new_session=True,
             )
 
-    def _forked(self, run_dir: Path, environment: dict[str, str], log: Path, are_more: bool) -> Forked | None:
+    def _fork(self, run_dir: Path, environment: dict[str, str], log: Path, more_follow: bool) -> ForkedProcess | None:
         threads = environment["OMP_NUM_THREADS"]
-        if threads not in self._parents and are_more and _adopt_orphans(True):
-            self._parents[threads] = WarmParent(self._machine.python, environment)
+        if threads not in self._parents and more_follow and _set_subreaper(True):
+            self._parents[threads] = ForkServer(self._machine.python, environment)
         parent = self._parents.get(threads)
         process = parent.fork([str(run_dir)], environment, log) if parent else None
         if parent and not process:
@@ -138,9 +138,9 @@ class Processes:
         for parent in filter(None, self._parents.values()):
             parent.close()
         if self._parents:
-            _adopt_orphans(False)
+            _set_subreaper(False)
 
 
-def _adopt_orphans(does: bool) -> bool:
+def _set_subreaper(does: bool) -> bool:
     """Make this process the subreaper of those below it, or no longer; returns whether that was done."""
     return bool(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(does), 0, 0, 0) == 0)

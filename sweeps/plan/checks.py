@@ -24,7 +24,7 @@ from aimscale.harness.run.config import (
     ValidationSection,
 )
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.sweeps.plan.costs import Found, device_of, max_opened, plan_of, stop_seconds
+from aimscale.sweeps.plan.costs import Finding, grace_period_s, max_indexed_images, plan_execution, planned_device
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
@@ -42,20 +42,20 @@ class Problem:
 
 def check(sweep: Sweep, runs: Sequence[Run]) -> tuple[Problem, ...]:
     """What would stop these runs, each thing once; data sets above `max_opened` are left to the trainers."""
-    device, data = device_of(sweep, runs), _Data()
-    return together((run.run_id, (*_by_numbers(sweep, run, device), *data.problems(run.config))) for run in runs)
+    device, data = planned_device(sweep, runs), _DataChecks()
+    return group_findings((run.run_id, (*_check_config(sweep, run, device), *data.check(run.config))) for run in runs)
 
 
-def together(found: Iterable[tuple[str, Iterable[Found]]]) -> tuple[Problem, ...]:
+def group_findings(found: Iterable[tuple[str, Iterable[Finding]]]) -> tuple[Problem, ...]:
     """What was found of each run, equal things once."""
-    names: dict[Found, dict[str, None]] = {}
+    names: dict[Finding, dict[str, None]] = {}
     for run_id, things in found:
         for thing in things:
             names.setdefault(thing, {})[run_id] = None
     return tuple(Problem(key=key, why=why, run_ids=tuple(run_ids)) for (key, why), run_ids in names.items())
 
 
-def whose(run_ids: Sequence[str], num_runs: int) -> str:
+def describe_runs(run_ids: Sequence[str], num_runs: int) -> str:
     """Some runs of so many, in words."""
     if len(run_ids) == 1:
         return run_ids[0]
@@ -71,14 +71,14 @@ def refuse(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem] | None
     lines = []
     for problem in check(sweep, runs) if problems is None else problems:
         key = "" if problem.why.startswith(problem.key) else f"{problem.key}: "
-        lines.append(f"{whose(problem.run_ids, len(runs))}: {key}{problem.why}")
+        lines.append(f"{describe_runs(problem.run_ids, len(runs))}: {key}{problem.why}")
     if len(lines) == 1:
         raise SweepError(f"{sweep.source}: {lines[0]}")
     if lines:
         raise SweepError("\n".join([f"{sweep.source}: {len(lines)} things are in the way of its runs", *lines]))
 
 
-def _said(key: str, function: Callable[..., Any], *arguments: Any) -> list[Found]:
+def _check_call(key: str, function: Callable[..., Any], *arguments: Any) -> list[Finding]:
     """What a function refuses."""
     try:
         function(*arguments)
@@ -87,17 +87,19 @@ def _said(key: str, function: Callable[..., Any], *arguments: Any) -> list[Found
     return []
 
 
-def _by_numbers(sweep: Sweep, run: Run, device: Device) -> Iterator[Found]:
+def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
     """What the configuration alone tells."""
     runtime = run.config.runtime
-    yield from _said("schedule.warmup_images", schedule_of, run.config)
-    yield from _said("cost.memory_gb", plan_of, run.config, run.devices, device, sweep.file.slurm.devices_per_node, 0)
-    stop_s, limit_s = stop_seconds(sweep, run), 60 * sweep.file.slurm.time_min
+    yield from _check_call("schedule.warmup_images", schedule_of, run.config)
+    yield from _check_call(
+        "cost.memory_gb", plan_execution, run.config, run.devices, device, sweep.file.slurm.devices_per_node, 0
+    )
+    stop_s, limit_s = grace_period_s(sweep, run), 60 * sweep.file.slurm.time_min
     if stop_s >= limit_s:
         told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"
         yield "slurm.time_min", f"{told}; raise time_min"
     if sweep.file.slurm.python is None:
-        yield from _said("runtime.loggers", refuse_missing, run.config)
+        yield from _check_call("runtime.loggers", refuse_missing, run.config)
     if runtime.device == "cuda" and not device.is_gpu:
         yield "runtime.device", "cuda is asked for, and this machine has no GPU; use cpu or auto"
     if runtime.compile is True and not device.is_gpu:
@@ -105,10 +107,10 @@ def _by_numbers(sweep: Sweep, run: Run, device: Device) -> Iterator[Found]:
 
         from aimscale.harness.step.engine import compiles
 
-        yield from _said("runtime.compile", compiles, True, torch.device("cpu"), 0)
+        yield from _check_call("runtime.compile", compiles, True, torch.device("cpu"), 0)
 
 
-class _Data:
+class _DataChecks:
     """The data sets of some runs; each is opened, and each pair compared, once."""
 
     def __init__(self) -> None:
@@ -117,7 +119,7 @@ class _Data:
         self.validation = functools.cache(self._validation)
         self.probe = functools.cache(self._probe)
 
-    def problems(self, config: RunConfig) -> Iterator[Found]:
+    def check(self, config: RunConfig) -> Iterator[Finding]:
         """What is wrong with what a run reads."""
         training, evaluation = config.training, config.evaluation
         yield from self.stream(training.data, training.model.channels)
@@ -128,7 +130,7 @@ class _Data:
     def _open(self, path: str) -> tuple[Any, str | None]:
         """A data set, unless it cannot be opened or is left to the trainers; and why it cannot be."""
         try:
-            if read_info(path).num_samples > max_opened(path):
+            if read_info(path).num_samples > max_indexed_images(path):
                 return None, None
             from aimscale.harness.data.store.index import open_dataset
 
@@ -136,7 +138,7 @@ class _Data:
         except UserError as error:
             return None, str(error)
 
-    def _stream(self, data: DataSection, channels: int) -> list[Found]:
+    def _stream(self, data: DataSection, channels: int) -> list[Finding]:
         """What the training stream would refuse."""
         if not data.is_unindexed:
             missing = [why for source in data.sources if (why := self.opened(source.path)[1])]
@@ -146,15 +148,15 @@ class _Data:
         from aimscale.harness.data.stream.positions import refuse_other_images, unique_per_source
         from aimscale.harness.data.stream.unindexed import shard_urls
 
-        found = _said("model.channels", require_channels, channels)
+        found = _check_call("model.channels", require_channels, channels)
         if data.is_unindexed:
-            return found + _said("data.sources", shard_urls, data.sources[0].path)
+            return found + _check_call("data.sources", shard_urls, data.sources[0].path)
         infos = [read_info(source.path) for source in data.sources]
         for source, info in zip(data.sources, infos, strict=True):
-            found += _said("data.sources", refuse_other_images, source, info)
-        return found + _said("data.unique_images", unique_per_source, data, infos)
+            found += _check_call("data.sources", refuse_other_images, source, info)
+        return found + _check_call("data.unique_images", unique_per_source, data, infos)
 
-    def _validation(self, data: DataSection, section: ValidationSection) -> list[Found]:
+    def _validation(self, data: DataSection, section: ValidationSection) -> list[Finding]:
         """What the validation after each budget would refuse, and the trainer for its sake."""
         held_out, missing = self.opened(section.path)
         if missing:
@@ -162,14 +164,14 @@ class _Data:
         from aimscale.harness.data.stream.held_out import refuse_fewer, refuse_overlap
 
         info = read_info(section.path)
-        found = _said("validation.num_images", refuse_fewer, section.path, info, section.num_images)
+        found = _check_call("validation.num_images", refuse_fewer, section.path, info, section.num_images)
         if held_out is None:
             return found
         paths = [source.path for source in data.sources if not data.is_unindexed]
         pools = [pool for path in paths if (pool := self.opened(path)[0]) is not None]
-        return found + _said("validation.path", refuse_overlap, pools, held_out)
+        return found + _check_call("validation.path", refuse_overlap, pools, held_out)
 
-    def _probe(self, section: ProbeSection, model: ModelSection) -> list[Found]:
+    def _probe(self, section: ProbeSection, model: ModelSection) -> list[Finding]:
         """What a task would refuse."""
         key = f"probes.{section.task}"
         sides = [self.opened(path) for path in dict.fromkeys((section.train, section.test))]
@@ -179,4 +181,4 @@ class _Data:
             return []
         from aimscale.harness.probe.features.images import open_task
 
-        return _said(key, open_task, section, model, RuntimeConfig())
+        return _check_call(key, open_task, section, model, RuntimeConfig())

@@ -22,27 +22,27 @@ from aimscale.harness.probe.cost import DuringCost, ProbeCost, bytes_during, dur
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.sweeps.plan.planner import Run, counts_of
+from aimscale.sweeps.plan.planner import Run, model_counts
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 WEIGHTS_BYTES_PER_PARAM = 4
 """Final weights of a budget, fp32."""
-MIN_STOP_S = 120
+MIN_GRACE_S = 120
 """Even a small run ends a step, a validation batch or a probe's epoch first."""
-STEP_S = 30
+STEP_ALLOWANCE_S = 30
 """For the step that is under way, beside a save."""
 SAVE_BYTES_PER_S = 0.5e9
 """Assumption: the rate at which a checkpoint reaches a shared disk."""
 
-MAX_SHARE_DURING = 0.1
+MAX_DURING_SHARE = 0.1
 """Points during training that take a larger share of a run's time are named."""
-ASSUMED = "H100"
+ASSUMED_GPU = "H100"
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
-MIN_VALIDATION = 100
+MIN_VALIDATION_IMAGES = 100
 """Images, of which fewer give a loss that is uncertain by several per cent."""
 
 
-Found = tuple[str, str]
+Finding = tuple[str, str]
 """Key of the sweep file, and what is said of it."""
 
 
@@ -108,17 +108,17 @@ class CostCard:
     wall_s: float
     """Both."""
     device_hours: float
-    cautions: tuple[Found, ...]
+    cautions: tuple[Finding, ...]
     """What should be looked at before launching."""
 
 
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
     """One card per run, in order."""
-    device, look = device_of(sweep, runs), functools.cache(data_set)
+    device, look = planned_device(sweep, runs), functools.cache(data_set)
     return [_card(sweep, run, device, look) for run in runs]
 
 
-def device_of(sweep: Sweep, runs: Sequence[Run]) -> Device:
+def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
     """The device that all runs are priced on: the one that `cost.device` names; else an H100, where a `slurm` section
     asks for GPUs; else this machine's GPU; else one core of this machine.
 
@@ -135,7 +135,7 @@ def device_of(sweep: Sweep, runs: Sequence[Run]) -> Device:
         found = Device(name=cost.device, is_gpu="cpu" not in cost.device.lower(), why="cost.device", cores=cores)
     elif on_slurm and slurm.gpus and not wants_cpu:
         kind = str(slurm.gpus).upper()  # as Slurm names its type, such as a100
-        name = kind if nominal_flops_per_s(kind, "bf16") else ASSUMED
+        name = kind if nominal_flops_per_s(kind, "bf16") else ASSUMED_GPU
         found = Device(name=name, is_gpu=True, why="assumed, since there is a slurm section", cores=cores)
     else:
         found = device_here(wants_cpu=on_slurm or wants_cpu)
@@ -175,15 +175,15 @@ def to_json(cards: Sequence[CostCard]) -> dict[str, Any]:
 def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     training, evaluation = run.config.training, run.config.evaluation
     model = model_of(training)
-    params, flops = counts_of(model)
+    params, flops = model_counts(model)
     executed, batch_size = unchecked_schedule(run.config).images_planned(), training.optimiser.batch_size
-    unique = training.data.unique_images or _pool(sweep, run.config, look)
+    unique = training.data.unique_images or _pool_size(sweep, run.config, look)
     about = model, flops, run.devices, device.memory_bytes, look
     probes = tuple(probe_cost(section, *about) for section in evaluation.probes)
     measuring = bytes_during(run.config, look)
     cost, fit = sweep.file.cost, None
     with contextlib.suppress(DoesNotFitError):
-        fit = plan_of(run.config, run.devices, device, sweep.file.slurm.devices_per_node, measuring)
+        fit = plan_execution(run.config, run.devices, device, sweep.file.slurm.devices_per_node, measuring)
     rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, step_ms=cost.step_ms, look=look)
     validated = validation_images(evaluation.validation, look)
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
@@ -222,7 +222,7 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
         precision=training.optimiser.precision,
         rates=rates,
         fit=fit,
-        stop_s=stop_seconds(sweep, run),
+        stop_s=grace_period_s(sweep, run),
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + num_budgets * WEIGHTS_BYTES_PER_PARAM) * params.total,
         probes=probes,
         flops_evaluation=flops_evaluation + during.flops,
@@ -239,7 +239,7 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
     return replace(card, cautions=tuple(_cautions(run, card, unique, look, lacks_memory=lacks_memory)))
 
 
-def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks_memory: bool) -> Iterator[Found]:
+def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks_memory: bool) -> Iterator[Finding]:
     """What one run's data, schedule and points during training give.
 
     Args:
@@ -269,35 +269,35 @@ def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks
         words = "wds:// has no index: what a run sees depends on restarts, ranks and workers"
         yield "data.sources", f"{words}; epochs are not counted, validation images in it are not found"
     validation = run.config.evaluation.validation.path
-    if (held_out := look(validation)) and held_out.num_samples < MIN_VALIDATION:
+    if (held_out := look(validation)) and held_out.num_samples < MIN_VALIDATION_IMAGES:
         words = f"{held_out.num_samples} images leave the loss uncertain by several per cent; hold out more"
         yield "validation.path", words
     probes = run.config.evaluation.probes
     paths = [*(source.path for source in training.data.sources), validation]
     for path in dict.fromkeys([*paths, *(side for probe in probes for side in (probe.train, probe.test))]):
         info = look(path)
-        if info and info.num_samples > max_opened(path):
+        if info and info.num_samples > max_indexed_images(path):
             yield (
                 "data",
                 f"{path} has {info.num_samples:,} images; its index was not opened here, the trainers check it",
             )
-    if card.share_during > MAX_SHARE_DURING:
+    if card.share_during > MAX_DURING_SHARE:
         words = f"validation and probes during training take {100 * card.share_during:.0f} % of the time; raise it"
         yield "every_images", words
     if lacks_memory:
         yield "every_images", "a device has no memory for a copy of the weights; nothing is measured during training"
 
 
-MAX_OPENED, MAX_FETCHED = 50_000_000, 1_000_000
+MAX_LOCAL_INDEX, MAX_REMOTE_INDEX = 50_000_000, 1_000_000
 """The index of a larger data set, here or at a URL, is left to the trainers: opening takes 25 bytes per image."""
 
 
-def max_opened(path: str) -> int:
+def max_indexed_images(path: str) -> int:
     """Images of the largest data set at a path whose index a plan opens."""
-    return MAX_FETCHED if "://" in path else MAX_OPENED
+    return MAX_REMOTE_INDEX if "://" in path else MAX_LOCAL_INDEX
 
 
-def _pool(sweep: Sweep, config: RunConfig, look: Look) -> int | None:
+def _pool_size(sweep: Sweep, config: RunConfig, look: Look) -> int | None:
     """Images of the pool: as stated in the sweep file, else as counted in the data sets' `dataset.json`."""
     if sweep.file.cost.pool_images:
         return sweep.file.cost.pool_images
@@ -310,7 +310,9 @@ _cached_plan = functools.cache(execution_plan)
 """Of many runs that differ by their seeds."""
 
 
-def plan_of(config: RunConfig, devices: int, device: Device, devices_per_node: int, measuring: int) -> ExecutionPlan:
+def plan_execution(
+    config: RunConfig, devices: int, device: Device, devices_per_node: int, measuring: int
+) -> ExecutionPlan:
     """How a run uses its devices.
 
     Raises:
@@ -326,7 +328,7 @@ def plan_of(config: RunConfig, devices: int, device: Device, devices_per_node: i
     )
 
 
-def stop_seconds(sweep: Sweep, run: Run) -> int:
+def grace_period_s(sweep: Sweep, run: Run) -> int:
     """Time from being told to stop to being killed, for Slurm's signal and for torchrun.
 
     `slurm.signal_delay_s`, or twice a save and a step.
@@ -334,6 +336,6 @@ def stop_seconds(sweep: Sweep, run: Run) -> int:
     given = sweep.file.slurm.signal_delay_s
     if given != "auto":
         return given
-    num_params = counts_of(model_of(run.config.training))[0].total
+    num_params = model_counts(model_of(run.config.training))[0].total
     save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
-    return max(MIN_STOP_S, math.ceil(2 * save_s) + STEP_S)
+    return max(MIN_GRACE_S, math.ceil(2 * save_s) + STEP_ALLOWANCE_S)

@@ -39,18 +39,18 @@ class Recipe:
     schedule: Literal["wsd", "cosine"]
     precision: Literal["fp32", "bf16"]
     """Of parameters and activations."""
-    scaled: Callable[[Scale], Fields]
+    scaled_fields: Callable[[Scale], Fields]
     """Fields that follow from size and budget."""
-    settings: Fields = field(default_factory=dict)
+    fixed_fields: Fields = field(default_factory=dict)
     """Fields that are the same at every size."""
 
     def fields(self, scale: Scale) -> Fields:
         """The recipe's part of a run's training fields, with `runtime` and `devices` beside them."""
         fixed = {"optimiser": {"precision": self.precision}, "schedule": {"kind": self.schedule}}
-        return merge(merge(self.settings, fixed), self.scaled(scale))
+        return merge(merge(self.fixed_fields, fixed), self.scaled_fields(scale))
 
 
-def _paper(scale: Scale) -> Fields:
+def _paper_fields(scale: Scale) -> Fields:
     return {
         "optimiser": {"batch_size": 4096, "lr_peak": 1e-3},
         # 31,250 of 1.25M iterations. Assumption: the same share of shorter budgets.
@@ -65,14 +65,14 @@ PAPER = Recipe(
     summary="AIM, Table 9: batch 4096, learning rate 1e-3 at every size, cosine after 2.5 % of warm-up, bf16",
     schedule="cosine",
     precision="bf16",
-    scaled=_paper,
+    scaled_fields=_paper_fields,
 )
 
 L3M = replace(
     PAPER,
     name="aim-l3m",
     summary="AIM as the authors' trainer (ml-l3m, configs/aimv1) sets it, where that differs from the paper's text",
-    settings={
+    fixed_fields={
         "model": {"head_rule": "released", "ln_residual": True, "norm_eps": 1e-5, "qkv_init": "separate"},
         "data": {"crop_scale": [0.4, 1.0], "horizontal_flip": True, "color_jitter": True},
         "objective": {"target": "normalised", "prefix": "uniform"},
@@ -82,7 +82,7 @@ L3M = replace(
 )
 
 
-def _small(scale: Scale) -> Fields:
+def _small_fields(scale: Scale) -> Fields:
     """Measured on the demo's data: at 6144 images seen, a batch of 16 beats 32 beats 64; at batch 32 the rate is near
     the best of those tried at d = 24, 64 and 128. The square root, and all beyond that, is an assumption."""
     batch_size = max(16, int(64 * 2.0 ** round(math.log2(scale.budget / 64_000) / 2)))
@@ -99,13 +99,13 @@ SMALL = Recipe(
     summary="small models on one device each: batch 16 and up, rate falling with width, warm-up-stable-decay, fp32",
     schedule="wsd",
     precision="fp32",
-    scaled=_small,
+    scaled_fields=_small_fields,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (PAPER, L3M, SMALL)}
 
 
-def recipe(name: str) -> Recipe:
+def get_recipe(name: str) -> Recipe:
     """A recipe by name.
 
     Raises:

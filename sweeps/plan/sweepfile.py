@@ -96,36 +96,36 @@ class CostSection(Section):
     """Size of the image pool, where the data sets are not available to be counted."""
 
 
-def _one_line(text: str) -> str:
+def _check_one_line(text: str) -> str:
     if not text.isprintable() or not text.strip():
         raise ValueError("must be one line of printable text: it becomes a line of the sbatch script")
     return text
 
 
-LAUNCHERS_OPTIONS = ("array", "error", "gres", "nodes", "ntasks-per-node", "output", "signal")
+RESERVED_SBATCH_OPTIONS = ("array", "error", "gres", "nodes", "ntasks-per-node", "output", "signal")
 """Options of sbatch that the launcher sets, or that would contradict `slurm.gpus`."""
 
 
-def _sbatch_options(options: dict[str, Any]) -> dict[str, Any]:
+def _check_sbatch_options(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
-        if name in LAUNCHERS_OPTIONS or name.startswith("gpus"):
+        if name in RESERVED_SBATCH_OPTIONS or name.startswith("gpus"):
             raise ValueError(f"aimscale sets {name}; ask for GPUs and their type by slurm.gpus")
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", name) or not isinstance(value, str | int | float):
             raise ValueError(f"{name}: {value!r} needs the long name of an sbatch option, and text, a number or true")
-        _one_line(str(value))
+        _check_one_line(str(value))
     return options
 
 
-Line = Annotated[str, AfterValidator(_one_line)]
+OneLine = Annotated[str, AfterValidator(_check_one_line)]
 """One line of printable text."""
-Command = Annotated[Line, AfterValidator(lambda text: shlex.join(shlex.split(text)))]
+Command = Annotated[OneLine, AfterValidator(lambda text: shlex.join(shlex.split(text)))]
 """A program with its arguments, each of which is quoted: nothing in it is executed by a shell."""
 
 
 class SlurmSection(Section):
     """How jobs are requested."""
 
-    partition: Line | None = None
+    partition: OneLine | None = None
     """Partition."""
     time_min: int = Field(1440, gt=0, le=10**6)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
@@ -134,15 +134,15 @@ class SlurmSection(Section):
     and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and GPUs) of one node."""
-    gpus: bool | Line = True
+    gpus: bool | OneLine = True
     """Ask for a GPU per device, of a type where one is named, e.g. a100; false for CPU nodes."""
     cpus_per_task: int = Field(8, gt=0)
     """Cores per task."""
     max_parallel: int = Field(256, gt=0)
     """Jobs of the sweep running at the same time, however many arrays they are."""
-    srun: tuple[Line, ...] = ()
+    srun: tuple[OneLine, ...] = ()
     """Further arguments of the srun that starts a run on several nodes, e.g. [--container-image=/images/a.sqsh]."""
-    extra: Annotated[dict[str, Any], AfterValidator(_sbatch_options)] = Field(default_factory=dict)
+    extra: Annotated[dict[str, Any], AfterValidator(_check_sbatch_options)] = Field(default_factory=dict)
     """Further sbatch options by long name, e.g. {account: vision, mem: 200G, qos: high, constraint: h100}."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the workers, e.g. module loads."""
@@ -150,7 +150,7 @@ class SlurmSection(Section):
     """Interpreter of the workers (a venv's, or a command that enters a container with Slurm's commands); null takes the
     launcher's own."""
 
-    def gpus_of(self, devices: int) -> int | str | None:
+    def gpu_request(self, devices: int) -> int | str | None:
         """What is asked for so many devices of a node; None for CPU nodes."""
         if self.gpus is False:
             return None
@@ -200,13 +200,13 @@ class SweepFile(Section):
 
     @field_validator("sizes", "budgets", "unique_images", "seeds")
     @classmethod
-    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _check_distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
             raise ValueError("a value is listed twice")
         return values
 
     @model_validator(mode="after")
-    def _consistent(self) -> SweepFile:
+    def _check_axes(self) -> SweepFile:
         if bool(self.budgets) == bool(self.isoflop):
             raise ValueError("give either `budgets` or `isoflop`")
         known = [*AXES, *self.axes, *(["variant"] if self.variants else [])]
@@ -214,13 +214,13 @@ class SweepFile(Section):
             if key not in known:
                 raise ValueError(f"'{key}' is no axis of this sweep; {did_you_mean(key, known, 'the axes are')}")
         for key in self.axes:
-            if key in FIELDS_OF_AXES:
-                raise ValueError(f"axis '{key}' is written as `{FIELDS_OF_AXES[key]}`")
+            if key in AXIS_KEYS:
+                raise ValueError(f"axis '{key}' is written as `{AXIS_KEYS[key]}`")
         return self
 
 
 AXES = ("size", "budget", "unique_images", "seed")
-FIELDS_OF_AXES = {"model.size": "sizes", "budgets": "budgets", "data.unique_images": "unique_images", "seed": "seeds"}
+AXIS_KEYS = {"model.size": "sizes", "budgets": "budgets", "data.unique_images": "unique_images", "seed": "seeds"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,12 +257,12 @@ class Sweep:
         """The directory of one run."""
         return self.runs_dir / run_id
 
-    def relative(self, path: str) -> str:
+    def relative_path(self, path: str) -> str:
         """A data path as `sweep.json` keeps it: relative to where the sweep's paths start, or a URL as it is."""
         return path if "://" in path else os.path.relpath(path, self.base_dir)
 
     @functools.cached_property
-    def known_data(self) -> dict[str, str]:
+    def known_fingerprints(self) -> dict[str, str]:
         """Data path (as `relative` gives it) -> its content's fingerprint at the last launch."""
         with contextlib.suppress(UserError):
             return dict((read_record(self.directory) or {}).get("data", {}))
@@ -305,19 +305,19 @@ def load_sweep(name: str | Path, root: Path) -> Sweep:
 def _read(path: Path, *, base_dir: Path, root: Path) -> Sweep:
     values, text = read_yaml(path), path.read_text()
     if isinstance(values, dict) and values.get("preset") is not None:
-        values = _on_preset(values, path)
+        values = _merge_preset(values, path)
         text = yaml.safe_dump(values, sort_keys=False)
     return Sweep(file=parse(SweepFile, values, str(path)), text=text, source=path, base_dir=base_dir, root=root)
 
 
-def _on_preset(values: Fields, where: Path) -> Fields:
+def _merge_preset(values: Fields, where: Path) -> Fields:
     """A file's keys upon those of the preset that it names, if it does, which may itself name one."""
     if (name := values.get("preset")) is None:
         return values
     if name not in preset_names():
         raise SweepError(f"{where}: no preset '{name}'; {did_you_mean(str(name), preset_names(), 'presets:')}")
     path = PRESETS / f"{name}.yaml"
-    start = _on_preset(read_yaml(path), path)
+    start = _merge_preset(read_yaml(path), path)
     whole = {**start, **{key: value for key, value in values.items() if key != "preset"}}
     if isinstance(base := values.get("base"), dict):
         whole["base"] = merge(start.get("base", {}), base)

@@ -66,11 +66,11 @@ def command(*words: str, timeout_s: float = TIMEOUT_S) -> str:
             f"{words[0]} did not answer within {timeout_s:.0f} s; is slurmctld up? (scontrol ping)"
         ) from error
     if done.returncode:
-        raise SlurmError(f"{words[0]} failed: {plain(done.stderr or done.stdout)}")
+        raise SlurmError(f"{words[0]} failed: {shorten_error(done.stderr or done.stdout)}")
     return done.stdout
 
 
-def plain(message: str) -> str:
+def shorten_error(message: str) -> str:
     """Slurm's complaint in one line: what was fatal alone, else all of it."""
     lines = [printable(line.split("error: ", 1)[-1].strip()) for line in message.splitlines() if line.strip()]
     fatal = [line.split("fatal: ", 1)[1] for line in lines if "fatal: " in line]
@@ -89,12 +89,12 @@ def jobs() -> dict[str, JobInfo]:
     return found
 
 
-def elements_file(sweep: Sweep) -> Path:
+def submissions_file(sweep: Sweep) -> Path:
     """Where a sweep's submissions are noted; there from the first one on."""
     return sweep.directory / "slurm" / "elements.jsonl"
 
 
-def known_jobs() -> dict[str, JobInfo] | None:
+def try_list_jobs() -> dict[str, JobInfo] | None:
     """`jobs`, or None where Slurm is not installed or does not answer: then nothing is known."""
     try:
         return jobs()
@@ -102,9 +102,9 @@ def known_jobs() -> dict[str, JobInfo] | None:
         return None
 
 
-def state_of(job_id: str) -> str | None:
+def job_state(job_id: str) -> str | None:
     """Slurm's word for how a job stands or ended, from squeue, else from accounting; None where neither knows."""
-    if known := (known_jobs() or {}).get(job_id):
+    if known := (try_list_jobs() or {}).get(job_id):
         return known.state
     with contextlib.suppress(SlurmError):
         for line in command("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", job_id).splitlines():
@@ -114,7 +114,7 @@ def state_of(job_id: str) -> str | None:
     return None
 
 
-def without_failed(failed: Sequence[str], partition: str | None, num_needed: int) -> tuple[str, ...]:
+def nodes_to_exclude(failed: Sequence[str], partition: str | None, num_needed: int) -> tuple[str, ...]:
     """Nodes to leave out, of those on which runs failed: none where fewer than `num_needed` others would be left."""
     if not failed:
         return ()
@@ -129,13 +129,13 @@ def max_array_size() -> int:
     return max(1, int(match[1])) if match else 1001  # Slurm's default
 
 
-def own_job_id() -> str | None:
+def current_job_id() -> str | None:
     """Id of the job this process runs in, `123_4` for an array element."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def own_nodes() -> list[str]:
+def current_nodes() -> list[str]:
     """Names of the nodes of the job this process runs in."""
     listed = os.environ.get("SLURM_JOB_NODELIST", "")  # one name, or names[1-2,7]
     return command("scontrol", "show", "hostnames", listed).split() if set("[,") & set(listed) else listed.split()

@@ -1,7 +1,7 @@
-"""Ask Slurm for machines through submitit: one array of queue elements per resource shape.
+"""Submit Slurm jobs through submitit: one job array per shape (nodes x devices).
 
-An element is tied to no run: it executes what the sweep's folder has left (`sweeps.engine.element`). So a launch asks
-for as many as there are runs to do, but for those that wait, or are about to take a run, already.
+A job is a worker (`sweeps.engine.slurm_worker`) and is tied to no run. A launch therefore submits one job for each run
+that can start, less the jobs that already wait or run without one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from aimscale.harness.run.lock import Lock, is_held, read_holder
 from aimscale.harness.run.provenance import Snapshot, find_snapshot, make_snapshot
-from aimscale.sweeps.plan.costs import stop_seconds
+from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
@@ -29,7 +29,7 @@ from aimscale.sweeps.state.record import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class JobShape:
     """What one element asks for."""
 
     nodes: int
@@ -38,11 +38,11 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ElementJob:
+class LiveJob:
     """An element that was submitted, as Slurm knows it."""
 
     job: slurm.JobInfo
-    shape: Shape
+    shape: JobShape
     is_busy: bool
     """Whether it executes a run."""
 
@@ -51,8 +51,8 @@ class ElementJob:
 class Submission:
     """One array that was submitted, or would be."""
 
-    shape: Shape
-    number: int
+    shape: JobShape
+    num_jobs: int
     """Its elements."""
     num_runs: int
     """Runs to do that ask for this shape."""
@@ -63,7 +63,7 @@ class Submission:
     """Slurm's id; null in a dry run."""
 
 
-def shape_of(run: Run, section: SlurmSection) -> Shape:
+def job_shape(run: Run, section: SlurmSection) -> JobShape:
     """What a run's devices ask for.
 
     Raises:
@@ -75,13 +75,13 @@ def shape_of(run: Run, section: SlurmSection) -> Shape:
             f"{run.run_id} wants {run.devices} devices, which do not fill nodes of {devices} evenly; change devices "
             f"or slurm.devices_per_node"
         )
-    return Shape(nodes=run.devices // devices, devices=devices)
+    return JobShape(nodes=run.devices // devices, devices=devices)
 
 
-def elements(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[ElementJob]:
+def live_jobs(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[LiveJob]:
     """Elements of the sweep that wait or run."""
     try:
-        lines = [json.loads(line) for line in slurm.elements_file(sweep).read_text().splitlines()]
+        lines = [json.loads(line) for line in slurm.submissions_file(sweep).read_text().splitlines()]
     except FileNotFoundError:
         return []
     claims = sweep.runs_dir.glob("*/claim")
@@ -90,15 +90,15 @@ def elements(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[ElementJob]:
     for line in lines:
         names = [f"{line['job_id']}_{i}" for i in range(line["number"])] if line["number"] > 1 else [line["job_id"]]
         jobs = [known[name] for name in names if name in known]
-        shape = Shape(nodes=line["shape"]["nodes"], devices=line["shape"]["devices"])
-        found += [ElementJob(job=job, shape=shape, is_busy=job.job_id in busy) for job in jobs if job.phase != "ended"]
+        shape = JobShape(nodes=line["shape"]["nodes"], devices=line["shape"]["devices"])
+        found += [LiveJob(job=job, shape=shape, is_busy=job.job_id in busy) for job in jobs if job.phase != "ended"]
     return found
 
 
 def submit(
     sweep: Sweep,
     to_do: Callable[[], Sequence[Run]],
-    element: Callable[[Shape], Callable[[], Any]],
+    element: Callable[[JobShape], Callable[[], Any]],
     *,
     allow_dirty: bool = False,
     dry_run: bool = False,
@@ -122,7 +122,7 @@ def submit(
     while lock.take() is None:
         time.sleep(0.2)  # another launch submits
     try:
-        batch.live = elements(sweep, slurm.jobs())
+        batch.live = live_jobs(sweep, slurm.jobs())
         if snapshot:
             make_snapshot(snapshot)
         return batch.submit(to_do())
@@ -130,7 +130,7 @@ def submit(
         lock.release()
 
 
-def shares(free: int, wanted: Sequence[int]) -> list[int]:
+def distribute_jobs(free: int, wanted: Sequence[int]) -> list[int]:
     """How many elements each array gets of those it wants, one after the other, where so many may still run."""
     given = [0] * len(wanted)
     while free > 0 and (short := [i for i, num in enumerate(wanted) if given[i] < num][:free]):
@@ -146,9 +146,9 @@ class _Batch:
 
     sweep: Sweep
     snapshot: Snapshot | None
-    element: Callable[[Shape], Callable[[], Any]]
+    element: Callable[[JobShape], Callable[[], Any]]
     dry_run: bool
-    live: Sequence[ElementJob] = ()
+    live: Sequence[LiveJob] = ()
     """The sweep's elements that wait or run."""
 
     @property
@@ -163,45 +163,47 @@ class _Batch:
 
     def submit(self, runs: Sequence[Run]) -> list[Submission]:
         """Submit an array per shape; where the sweep may have no more elements, a shape without any waits for them."""
-        by_shape: dict[Shape, list[Run]] = {}
+        by_shape: dict[JobShape, list[Run]] = {}
         for run in runs:
-            by_shape.setdefault(shape_of(run, self.section), []).append(run)
-        wanted = [self._lacking(shape, members) for shape, members in by_shape.items()]
-        numbers = shares(self.section.max_parallel - len(self.live), wanted)
+            by_shape.setdefault(job_shape(run, self.section), []).append(run)
+        wanted = [self._jobs_needed(shape, members) for shape, members in by_shape.items()]
+        numbers = distribute_jobs(self.section.max_parallel - len(self.live), wanted)
         submitted: list[Submission] = []
         earlier = list(dict.fromkeys(each.job.job_id.split("_")[0] for each in self.live))
-        for (shape, members), want, number in zip(by_shape.items(), wanted, numbers, strict=True):
-            if number:
-                new = self._arrays(shape, members, number, [])
+        for (shape, members), want, num_jobs in zip(by_shape.items(), wanted, numbers, strict=True):
+            if num_jobs:
+                new = self._submit_arrays(shape, members, num_jobs, [])
             elif want and all(each.shape != shape for each in self.live):
-                new = self._arrays(shape, members, 1, earlier)
+                new = self._submit_arrays(shape, members, 1, earlier)
             else:
                 continue
             submitted += new
             earlier += [each.job_id or "EARLIER_ARRAY" for each in new]
         return submitted
 
-    def _lacking(self, shape: Shape, members: Sequence[Run]) -> int:
+    def _jobs_needed(self, shape: JobShape, members: Sequence[Run]) -> int:
         """Elements that these runs want, but for those that will take them anyway."""
         idle = sum(each.shape == shape and not each.is_busy for each in self.live)
         return max(0, len(members) - idle)
 
-    def _arrays(self, shape: Shape, members: Sequence[Run], number: int, after: Sequence[str]) -> list[Submission]:
+    def _submit_arrays(
+        self, shape: JobShape, members: Sequence[Run], num_jobs: int, after: Sequence[str]
+    ) -> list[Submission]:
         """So many elements, as one array or, where Slurm's are shorter, as several; each is noted at once."""
         failed = [node for run in members for node in RunRecord(self.sweep.run_dir(run.run_id)).failed_nodes()]
-        longest, excluded = number, tuple(dict.fromkeys(failed))
+        longest, excluded = num_jobs, tuple(dict.fromkeys(failed))
         if not self.dry_run:
             longest = slurm.max_array_size()
-            excluded = slurm.without_failed(excluded, self.section.partition, shape.nodes)
-        fields = self._parameters(shape, members, excluded, after)
+            excluded = slurm.nodes_to_exclude(excluded, self.section.partition, shape.nodes)
+        fields = self._sbatch_parameters(shape, members, excluded, after)
         done = []
-        for first in range(0, number, longest):
-            size = min(longest, number - first)
+        for first in range(0, num_jobs, longest):
+            size = min(longest, num_jobs - first)
             fields["array_parallelism"] = size
             done.append(
                 Submission(
                     shape=shape,
-                    number=size,
+                    num_jobs=size,
                     num_runs=len(members),
                     excluded=excluded,
                     script=self._script(fields, size),
@@ -210,12 +212,12 @@ class _Batch:
             )
         return done
 
-    def _parameters(
-        self, shape: Shape, members: Sequence[Run], excluded: Sequence[str], after: Sequence[str]
+    def _sbatch_parameters(
+        self, shape: JobShape, members: Sequence[Run], excluded: Sequence[str], after: Sequence[str]
     ) -> dict[str, Any]:
         """What submitit is told for an array."""
         section = self.section
-        delay_s = max(stop_seconds(self.sweep, run) for run in members)
+        delay_s = max(grace_period_s(self.sweep, run) for run in members)
         # The batch script becomes the worker, and alone hears of the time limit: its runs hear it from the worker.
         options = {"requeue": True, "signal": f"B:USR2@{delay_s}", **section.extra}
         if after:
@@ -228,7 +230,7 @@ class _Batch:
             "nodes": shape.nodes,
             "ntasks_per_node": shape.devices,
             "cpus_per_task": section.cpus_per_task,
-            "gpus_per_node": section.gpus_of(shape.devices),
+            "gpus_per_node": section.gpu_request(shape.devices),
             "exclude": ",".join(excluded) or None,
             "use_srun": False,
             "stderr_to_stdout": True,
@@ -246,7 +248,7 @@ class _Batch:
         words = f"{self._python} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
         return _make_sbatch_string(words, self.folder, map_count=size if size > 1 else None, **fields)
 
-    def _submit(self, fields: dict[str, Any], shape: Shape, size: int) -> str:
+    def _submit(self, fields: dict[str, Any], shape: JobShape, size: int) -> str:
         try:
             # Progress bounds the attempts of a run (sweeps.state.attempts), not submitit's count of time limits.
             executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=1_000_000, python=self._python)
@@ -254,9 +256,9 @@ class _Batch:
             with executor.batch():
                 jobs = [executor.submit(self.element(shape)) for _ in range(size)]
         except (FailedJobError, FailedSubmissionError) as error:
-            raise slurm.SlurmError(f"Slurm refused the job: {slurm.plain(str(error))}") from error
+            raise slurm.SlurmError(f"Slurm refused the job: {slurm.shorten_error(str(error))}") from error
         job_id = str(jobs[0].job_id).split("_")[0]
-        with slurm.elements_file(self.sweep).open("a") as file:
+        with slurm.submissions_file(self.sweep).open("a") as file:
             file.write(json.dumps({"job_id": job_id, "number": size, "shape": asdict(shape)}) + "\n")
         return job_id
 

@@ -10,7 +10,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.probe.owed import Lacking, lacking
 from aimscale.harness.run.config import load_run_config
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.state.attempts import may_try_again
+from aimscale.sweeps.state.attempts import may_retry
 from aimscale.sweeps.state.record import RunRecord
 
 Verdict = Literal["start", "resume", "finished", "running", "waiting", "cancelled", "failed", "damaged"]
@@ -33,16 +33,16 @@ class Decision:
         return self.verdict in ("start", "resume")
 
 
-def decide(run: Run, record: RunRecord, *, is_mine: bool = False) -> Decision:
-    """Look at a run's directory; `is_mine` where the caller holds its claim."""
+def decide(run: Run, record: RunRecord, *, holds_claim: bool = False) -> Decision:
+    """Look at a run's directory; `holds_claim` where the caller holds its claim."""
     try:
-        verdict, why = _verdict(run, record, is_mine)
+        verdict, why = _verdict(run, record, holds_claim)
     except (UserError, OSError, ValueError) as error:
         verdict, why = "damaged", str(error)
     return Decision(run=run, record=record, verdict=verdict, why=why)
 
 
-def _verdict(run: Run, record: RunRecord, is_mine: bool) -> tuple[Verdict, str]:
+def _verdict(run: Run, record: RunRecord, holds_claim: bool) -> tuple[Verdict, str]:
     status = record.read_status()
     is_new = not record.config.exists() or status.state == "created"
     missing = [] if is_new else lacking(record, run.config)
@@ -50,7 +50,7 @@ def _verdict(run: Run, record: RunRecord, is_mine: bool) -> tuple[Verdict, str]:
         return "finished", ""
     if record.is_held():
         return "running", f"on {status.host}"
-    if not is_mine and record.is_claimed():
+    if not holds_claim and record.is_claimed():
         worker = record.claimant()
         return "running", f"claimed on {worker.host}" if worker else "claimed"
     if record.cancelled.exists():
@@ -59,13 +59,13 @@ def _verdict(run: Run, record: RunRecord, is_mine: bool) -> tuple[Verdict, str]:
         return "start", ""
     # A failure belongs to what was asked: other probes, paths or micro-batches start with a clean slate.
     is_same = load_run_config(record.config) == run.config
-    if status.state in ("failed", "diverged") and is_same and not may_try_again(record):
+    if status.state in ("failed", "diverged") and is_same and not may_retry(record):
         return "failed", f"{status.reason_class}: {status.reason}"
     record.read_attempts()  # where they are damaged, it is said now, not after a job was submitted
-    return "resume", in_words(missing) if status.state == "finished" else status.state
+    return "resume", describe_pending(missing) if status.state == "finished" else status.state
 
 
-def in_words(missing: Sequence[Lacking]) -> str:
+def describe_pending(missing: Sequence[Lacking]) -> str:
     """What a run lacks, shortly."""
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return f"to do: {missing[0]}{more}"

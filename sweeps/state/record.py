@@ -57,9 +57,9 @@ class RunRecord(RunDir):
             with contextlib.suppress(ValueError):
                 images.append(int(path.name.split("-")[0]))
         num_budgets = len(list(self.path.glob("budgets/*/model.safetensors")))
-        return [len(self.read_rows()), max(images), num_budgets, *self.measured()]
+        return [len(self.read_rows()), max(images), num_budgets, *self.evaluation_progress()]
 
-    def measured(self) -> list[int]:
+    def evaluation_progress(self) -> list[int]:
         """How many files evaluation has written, and when the last: a task's is written with each of its kinds."""
         times = [0]
         for path in (path for kind in ("validation/*.npz", "probes/*/*.json") for path in self.path.glob(kind)):
@@ -98,7 +98,7 @@ class RunRecord(RunDir):
             found = {} if ended.get("forgiven") else found | dict.fromkeys(ended.get("failed_nodes") or ())
         return list(found)
 
-    def hours_since_start(self, now: float) -> float:
+    def attempt_device_hours(self, now: float) -> float:
         """Device-hours of the attempt under way, or that just ended; 0 where it never started."""
         started, worker = self.read_status().started, self.claimant()
         last = max((ended["ended"] for ended in self.read_attempts() if not ended.get("forgiven")), default=0.0)
@@ -113,7 +113,7 @@ class RunRecord(RunDir):
         """Record how an attempt ended; hold the claim. A line that was cut off before goes, lest this one be lost."""
         write_text(self.attempts, "".join(json.dumps(each) + "\n" for each in [*self.read_attempts(), values]))
 
-    def log_file(self, attempt: int) -> Path:
+    def attempt_log(self, attempt: int) -> Path:
         """Output of one attempt, all ranks."""
         return self.logs / f"attempt-{attempt}.log"
 

@@ -33,14 +33,14 @@ from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import imported_runs, unplanned
+from aimscale.sweeps.state.sweep_dir import imported_runs, unplanned_runs
 
 Values = dict[str, Any]
 """A row, or an entry of its probes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collected:
+class CollectResult:
     """What a collect found."""
 
     table: Path
@@ -57,7 +57,7 @@ class Collected:
     """Run directories left out: another sweep file gave them their names."""
 
 
-def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Collected:
+def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> CollectResult:
     """Gather the rows of all runs of the plan.
 
     Raises:
@@ -67,7 +67,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     """
     if not sweep.runs_dir.is_dir():
         raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
-    left_out = unplanned(sweep, runs)
+    left_out = unplanned_runs(sweep, runs)
     if left_out and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
         raise SweepError(
             f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(left_out)} others: the "
@@ -77,22 +77,22 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     rows: list[Values] = []
     points: list[Values] = []
     for run, card in zip(runs, cards, strict=True):
-        rows += _readable(run.run_id, functools.partial(_rows, sweep, run, card), damaged)
+        rows += _read_rows(run.run_id, functools.partial(_run_rows, sweep, run, card), damaged)
         if run.run_id not in damaged:
-            points += _readable(run.run_id, functools.partial(_points, sweep, run, card), damaged)
+            points += _read_rows(run.run_id, functools.partial(_curve_rows, sweep, run, card), damaged)
     for record in imported_runs(sweep, runs):
-        rows += _readable(record.name, functools.partial(_imported_rows, sweep, record), damaged)
+        rows += _read_rows(record.name, functools.partial(_imported_rows, sweep, record), damaged)
     baselines: list[Values] = []
     for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
         name = str(folder.relative_to(sweep.runs_dir))
-        baselines += _readable(name, functools.partial(_baseline_rows, sweep, folder), damaged)
+        baselines += _read_rows(name, functools.partial(_baseline_rows, sweep, folder), damaged)
     rows, hits = _with_task_names(rows, runs)
     points, _ = _with_task_names(points, runs)
-    baselines, their_hits = _with_task_names(baselines, runs)
+    baselines, baseline_hits = _with_task_names(baselines, runs)
     _write(sweep, "results", results_table(rows))
     _write(sweep, "curves", results_table(points, OF_CURVES))
     _write(sweep, "baselines", results_table(baselines))
-    _write(sweep, "hits", hits_table([*hits, *their_hits]), (".parquet",))
+    _write(sweep, "hits", hits_table([*hits, *baseline_hits]), (".parquet",))
     whole = [run for run in runs if run.run_id not in damaged]
     summary = {
         "description": sweep.file.description,
@@ -100,7 +100,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         "machines": _machines([RunRecord(sweep.run_dir(run.run_id)) for run in whole]),
     }
     write_json(sweep.directory / "collect.json", summary)
-    return Collected(
+    return CollectResult(
         table=sweep.directory / "results.parquet",
         num_rows=len(rows),
         num_complete=sum(row["status"] == "complete" for row in rows),
@@ -119,12 +119,12 @@ def _write(sweep: Sweep, name: str, table: pa.Table, suffixes: Sequence[str] = (
             path.unlink(missing_ok=True)
 
 
-def _hits(row: Values, documents: Iterable[Values]) -> list[Values]:
+def _hit_rows(row: Values, documents: Iterable[Values]) -> list[Values]:
     """Hits of a row's probes, from the tasks' files that have the very same entries."""
     details = [detail for document in documents for detail in document["probes"] if "hits" in detail]
-    of_row = {name: row.get(name) for name in ("run_id", "size", "images_seen")}
+    row_keys = {name: row.get(name) for name in ("run_id", "size", "images_seen")}
     return [
-        of_row
+        row_keys
         | {name: entry.get(name) for name in ("task", "kind", "evaluation")}
         | {"num_test": entry["n"], "hits": base64.b64decode(detail["hits"])}
         for entry in row.get("probes") or ()
@@ -133,7 +133,7 @@ def _hits(row: Values, documents: Iterable[Values]) -> list[Values]:
     ]
 
 
-def _readable(name: str, rows: Callable[[], list[Values]], damaged: dict[str, str]) -> list[Values]:
+def _read_rows(name: str, rows: Callable[[], list[Values]], damaged: dict[str, str]) -> list[Values]:
     """Rows that fit into a table; where they cannot be read, none, and the sentence why in `damaged`."""
     try:
         found = rows()
@@ -146,7 +146,7 @@ def _readable(name: str, rows: Callable[[], list[Values]], damaged: dict[str, st
 
 def _imported_rows(sweep: Sweep, record: RunRecord) -> list[Values]:
     rows = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
-    return [{**row, "hits": _hits(row, task_files(record.probes_dir(row["images_seen"])))} for row in rows]
+    return [{**row, "hits": _hit_rows(row, task_files(record.probes_dir(row["images_seen"])))} for row in rows]
 
 
 def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
@@ -161,11 +161,11 @@ def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
     for name, documents in by_name.items():
         row: Values = {"sweep": sweep.name, "run_id": folder.parent.parent.name, "size": name}
         row["probes"] = [entry for document in documents for entry in entries_of(document)]
-        rows.append({**row, "hits": _hits(row, documents)})
+        rows.append({**row, "hits": _hit_rows(row, documents)})
     return rows
 
 
-def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
+def _run_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
     """A run's rows, one per planned budget.
 
     Raises:
@@ -174,41 +174,43 @@ def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
     record = RunRecord(sweep.run_dir(run.run_id))
     status = record.read_status()
     found = {row["images_seen"]: row for row in record.read_rows()}
-    strangers = {row.get("run_id") for row in found.values()} - {run.run_id}
-    if strangers:
-        raise SweepError(f"{record.results} holds rows of {', '.join(map(str, strangers))}; move the directory away")
+    other_run_ids = {row.get("run_id") for row in found.values()} - {run.run_id}
+    if other_run_ids:
+        raise SweepError(
+            f"{record.results} holds rows of {', '.join(map(str, other_run_ids))}; move the directory away"
+        )
     missing = status.state if status.state in ("diverged", "failed") else "unfinished"
     planned = planned_columns(run.config)
     rows = []
     for budget in card.budgets:
         if budget.images_seen in found:
             row = {key: planned[key] for key in ("head_width", "head_depth", "setup")}
-            row |= _as_planned(run, found[budget.images_seen])
+            row |= _drop_other_validation(run, found[budget.images_seen])
         else:
             row = {**planned, "images_seen": budget.images_seen, "epochs": budget.epochs}
             row |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
         row["status"] = missing if row.get("val_loss") is None else "complete"
         row["flops_executed"] = card.rates.flops_per_image * budget.images_seen
-        hits = _hits(row, task_files(record.probes_dir(budget.images_seen)))
+        hits = _hit_rows(row, task_files(record.probes_dir(budget.images_seen)))
         rows.append({**row, "sweep": sweep.name, "lr_multiplier": run.lr_multiplier, "hits": hits})
     return rows
 
 
-def _points(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
+def _curve_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
     """What was measured in a run's stable phase, with the columns that a budget there would have."""
     planned = planned_columns(run.config)
     last, points = card.budgets[-1], []
     for found in RunRecord(sweep.run_dir(run.run_id)).read_curve():
         share = found["images_seen"] / last.images_seen
-        told = {"status": "during", "sweep": sweep.name, "lr_multiplier": run.lr_multiplier}
-        point = {**planned, **told, **_as_planned(run, found)}
+        origin = {"status": "during", "sweep": sweep.name, "lr_multiplier": run.lr_multiplier}
+        point = {**planned, **origin, **_drop_other_validation(run, found)}
         point["epochs"] = None if last.epochs is None else share * last.epochs
         point |= {"flops_train": share * last.flops, "flops_6nd": share * last.flops_6nd}
         points.append(point | {"flops_executed": card.rates.flops_per_image * found["images_seen"]})
     return points
 
 
-def _as_planned(run: Run, row: Values) -> Values:
+def _drop_other_validation(run: Run, row: Values) -> Values:
     """The row without a loss that was measured by other settings than the plan's."""
     settings = run.config.evaluation.validation.digest
     if str(row.get("validation", settings)).split(".")[0] == settings:

@@ -16,11 +16,11 @@ from scipy.optimize import nnls
 
 from aimscale.sweeps.plan.costs import CostCard
 
-ARITHMETIC = 0.4
+COMPUTE_BOUND_MFU = 0.4
 """Assumption: arithmetic alone reaches this part of a device's measured peak ..."""
-CONSTANT = 0.75
+FIXED_STEP_SHARE = 0.75
 """... and of the rest of a step this part is the same at every size. The sizes that are seen correct both."""
-TRUST = 0.2
+PRIOR_WEIGHT = 0.2
 """Weight of what is assumed, against one measured run."""
 
 
@@ -68,7 +68,7 @@ def time_left(cards: Sequence[CostCard], runs: Sequence[Progress]) -> tuple[list
     Runs that wait take the devices that work now, longest first, as the queue does.
     """
     pace = measured_pace(cards, runs)
-    left = [_left_s(card, run, pace) for card, run in zip(cards, runs, strict=True)]
+    left = [_remaining_s(card, run, pace) for card, run in zip(cards, runs, strict=True)]
     free = [left[i] for i, run in enumerate(runs) if run.is_running for _ in range(cards[i].devices)]
     heapq.heapify(free)
     waiting = [i for i, run in enumerate(runs) if free and not run.is_running and not run.is_over]
@@ -85,10 +85,14 @@ def measured_pace(cards: Sequence[CostCard], runs: Sequence[Progress]) -> Pace |
     if not seen:
         return None
     mean_s = sum(step_s for *_, step_s in seen) / len(seen)
-    constant = [CONSTANT * (1 - min(1.0, run.mfu / ARITHMETIC)) for _, run, _ in seen if run.mfu] or [0.0]
-    rows = [[1 / step_s, _flops_of_step(card) / step_s] for card, _, step_s in seen] + [[TRUST / mean_s, 0.0]]
+    constant = [FIXED_STEP_SHARE * (1 - min(1.0, run.mfu / COMPUTE_BOUND_MFU)) for _, run, _ in seen if run.mfu] or [
+        0.0
+    ]
+    rows = [[1 / step_s, _flops_of_step(card) / step_s] for card, _, step_s in seen] + [[PRIOR_WEIGHT / mean_s, 0.0]]
     units = np.max(rows, axis=0)
-    found, _ = nnls(np.array(rows) / units, np.array([1.0] * len(seen) + [TRUST * sum(constant) / len(constant)]))
+    found, _ = nnls(
+        np.array(rows) / units, np.array([1.0] * len(seen) + [PRIOR_WEIGHT * sum(constant) / len(constant)])
+    )
     startups = [run.startup_s for _, run, _ in seen if run.startup_s is not None]
     ended = [
         (_evaluation_s(card, card.flops_evaluation, step_s), max(0.0, run.spent_s - card.steps * step_s))
@@ -96,7 +100,7 @@ def measured_pace(cards: Sequence[CostCard], runs: Sequence[Progress]) -> Pace |
         if run.spent_s is not None
     ]
     planned_s, spent_s = (sum(each) for each in zip(*ended, strict=True)) if ended else (0.0, 0.0)
-    assumed_s = TRUST * planned_s / max(1, len(ended))
+    assumed_s = PRIOR_WEIGHT * planned_s / max(1, len(ended))
     return Pace(
         step_s=float(found[0] / units[0]),
         flop_s=float(found[1] / units[1]),
@@ -119,7 +123,7 @@ def _evaluation_s(card: CostCard, flops: float, step_s: float) -> float:
     return card.steps * step_s * flops / card.flops_executed
 
 
-def _left_s(card: CostCard, run: Progress, pace: Pace | None) -> float:
+def _remaining_s(card: CostCard, run: Progress, pace: Pace | None) -> float:
     """What is left of a run on its devices, s."""
     if run.is_over:
         return 0.0

@@ -21,14 +21,14 @@ from rich.text import Text
 from aimscale.aim.errors import printable
 from aimscale.analysis.table.schema import MFU
 from aimscale.sweeps.plan.costs import CostCard
-from aimscale.sweeps.table.status import OVER, RunStatus, SweepStatus
+from aimscale.sweeps.table.status import ENDED_STATES, RunStatus, SweepStatus
 
 LOG_WIDTH = 1000
 REFRESH_S = 2.0
-DATA_WAIT = 0.3
+MAX_DATA_WAIT = 0.3
 """A run that waits for images for a larger share of its time is named."""
 
-STYLE = {
+STATE_STYLES = {
     "finished": "green",
     "queued": "blue",
     "not started": "dim",
@@ -39,7 +39,7 @@ STYLE = {
 """Of states of runs, and of other words that lines open with."""
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Three digits with a metric prefix: 1.09B, 12.3k; `-` for none."""
     if value is None:
         return "-"
@@ -50,7 +50,7 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """The two largest units: 3d 4h, 2h 10m, 5m 12s; `-` for none."""
     if seconds is None:
         return "-"
@@ -64,7 +64,7 @@ def duration(seconds: float | None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class KeyValue:
     """A line of a key and a value."""
 
     key: str
@@ -74,14 +74,14 @@ class Line:
     """A word of `STYLE` that stands before the key: this line says what to look at."""
 
 
-def keyed(lines: Sequence[Line], width: int) -> Text:
+def key_value_text(lines: Sequence[KeyValue], width: int) -> Text:
     """Keys below each other, and values, broken between words where they are wider."""
     widest, level = (max(len(getattr(line, name)) for line in lines) for name in ("key", "level"))
     indent = widest + 2 + (level + 2 if level else 0)
     text = Text()
     for i, line in enumerate(lines):
         if level:
-            text.append(f"{line.level:<{level}}  ", style=STYLE[line.level])
+            text.append(f"{line.level:<{level}}  ", style=STATE_STYLES[line.level])
         text.append(f"{line.key:<{widest}}  ", style="" if level else "bold")
         parts = textwrap.wrap(line.value, max(width - indent, 30), break_long_words=False, break_on_hyphens=False)
         text.append(f"\n{' ' * indent}".join(parts) + ("\n" if i + 1 < len(lines) else ""))
@@ -95,9 +95,9 @@ class Column:
     header: str
     cell: Callable[[Any], Any]
     """Text, plain or rich, of one row."""
-    rank: int = 0
+    drop_order: int = 0
     """0 is always shown; of the others the highest go first."""
-    right: bool = True
+    align_right: bool = True
 
 
 def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> Table:
@@ -105,11 +105,11 @@ def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> 
     cells = {column.header: [column.cell(row) for row in rows] for column in columns}
     sizes = {header: 2 + max(cell_len(str(cell)) for cell in [header, *texts]) for header, texts in cells.items()}
     shown = [column for column in columns if any(map(str, cells[column.header]))]
-    while sum(sizes[column.header] for column in shown) > width and any(column.rank for column in shown):
-        shown.remove(max(shown, key=lambda column: column.rank))
+    while sum(sizes[column.header] for column in shown) > width and any(column.drop_order for column in shown):
+        shown.remove(max(shown, key=lambda column: column.drop_order))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in shown:
-        table.add_column(column.header, justify="right" if column.right else "left", no_wrap=True)
+        table.add_column(column.header, justify="right" if column.align_right else "left", no_wrap=True)
     for i in range(len(rows)):
         table.add_row(*(cells[column.header][i] for column in shown))
     return table
@@ -126,7 +126,7 @@ def _axis_value(axis: str, row: CostCard | RunStatus) -> str:
     value = row.cell[axis]
     if value is None:
         return "all" if axis == "unique_images" else "none"
-    return number(value) if type(value) is int and value >= 10_000 else str(value)
+    return format_number(value) if type(value) is int and value >= 10_000 else str(value)
 
 
 def new_console() -> Console:
@@ -138,34 +138,38 @@ def new_console() -> Console:
 def status_table(status: SweepStatus, width: int, bar: Table | None = None) -> Group:
     """`aimscale status` on a terminal of this width: what to look at, the runs, and the sweep or else a bar of it."""
 
-    def column(header: str, value: Callable[[RunStatus], Any], text: Callable[[Any], str], rank: int = 0) -> Column:
+    def column(
+        header: str, value: Callable[[RunStatus], Any], text: Callable[[Any], str], drop_order: int = 0
+    ) -> Column:
         """Blank where there is no value yet."""
-        return Column(header=header, cell=lambda line: text(found) if (found := value(line)) else "", rank=rank)
+        return Column(
+            header=header, cell=lambda line: text(found) if (found := value(line)) else "", drop_order=drop_order
+        )
 
     columns = [
-        Column(header="run", cell=lambda line: line.run_id, right=False),
+        Column(header="run", cell=lambda line: line.run_id, align_right=False),
         *axis_columns(status.runs),
-        Column(header="state", cell=_state, right=False),
+        Column(header="state", cell=_state, align_right=False),
         Column(header="done", cell=lambda line: "" if line.state == "not started" else f"{100 * line.progress:.0f} %"),
-        column("images", lambda line: line.status.images_seen, number, 5),
+        column("images", lambda line: line.status.images_seen, format_number, 5),
         column("train loss", lambda line: line.status.loss, "{:.4f}".format, 4),
         column("val loss", lambda line: line.val_loss, "{:.4f}".format, 1),
-        column("images/s", lambda line: line.status.images_per_s, number, 3),
+        column("images/s", lambda line: line.status.images_per_s, format_number, 3),
         *(column(f"MFU {name}", operator.attrgetter(f"status.{field}"), _percent, 4) for field, name in MFU.items()),
-        Column(header="evaluated", cell=_evaluated, rank=2),
-        column("ETA", lambda line: line.eta_s, duration, 2),
-        Column(header="on", cell=lambda line: line.place, right=False, rank=6),
-        column("beat", _since_heartbeat, duration, 7),
+        Column(header="evaluated", cell=_evaluated, drop_order=2),
+        column("ETA", lambda line: line.eta_s, format_duration, 2),
+        Column(header="on", cell=lambda line: line.place, align_right=False, drop_order=6),
+        column("beat", _since_heartbeat, format_duration, 7),
     ]
-    flags = [Line(level=level, key=run, value=why) for level, why, run in _whys(status.runs)]
+    flags = [KeyValue(level=level, key=run, value=why) for level, why, run in _notices(status.runs)]
     table = fitted_table(columns, status.runs, width)
-    below = bar or keyed(status_facts(status), width)
-    return Group(*([keyed(flags, width)] if flags else ()), table, below)
+    below = bar or key_value_text(status_summary(status), width)
+    return Group(*([key_value_text(flags, width)] if flags else ()), table, below)
 
 
 def _state(line: RunStatus) -> Text:
     phase = f" ({line.status.phase})" if line.state == "running" and line.status.phase else ""
-    return Text(line.state + phase, style=STYLE[line.state])
+    return Text(line.state + phase, style=STATE_STYLES[line.state])
 
 
 def _percent(share: float) -> str:
@@ -181,17 +185,17 @@ def _since_heartbeat(line: RunStatus) -> float | None:
     return max(0.0, time.time() - line.status.heartbeat) if line.state == "running" and line.status.heartbeat else None
 
 
-def _waits(line: RunStatus) -> bool:
+def _is_data_bound(line: RunStatus) -> bool:
     """Whether a run waits for its images rather than for its device."""
     trains = line.state == "running" and line.status.phase in ("train", "decay")
-    return trains and (line.status.data_wait or 0.0) > DATA_WAIT
+    return trains and (line.status.data_wait or 0.0) > MAX_DATA_WAIT
 
 
-def _whys(lines: Iterable[RunStatus]) -> list[tuple[str, str, str]]:
+def _notices(lines: Iterable[RunStatus]) -> list[tuple[str, str, str]]:
     """What to know of runs beside their numbers: its kind, a sentence, and the run, or how many have it in common."""
     found: dict[tuple[str, str], list[str]] = {}
     for line in lines:
-        if _waits(line):
+        if _is_data_bound(line):
             share = f"for images {100 * (line.status.data_wait or 0.0):.0f} % of the time"
             why = ("waits", f"{share}: raise runtime.num_workers or pack smaller images")
         elif line.state in ("finished", "not started", "running", "starting"):
@@ -203,33 +207,35 @@ def _whys(lines: Iterable[RunStatus]) -> list[tuple[str, str, str]]:
     return [(*why, runs[0] if len(runs) == 1 else f"{len(runs)} runs") for why, runs in found.items()]
 
 
-def status_facts(status: SweepStatus) -> list[Line]:
+def status_summary(status: SweepStatus) -> list[KeyValue]:
     """The sweep as a whole."""
-    facts = [("runs", f"{len(status.runs)}: {_counts(status)}"), ("done", _done(status))]
+    facts = [("runs", f"{len(status.runs)}: {_counts(status)}"), ("done", _progress_text(status))]
     if status.eta_s is not None:
         basis = "" if status.eta_is_measured else " by the plan; nothing is measured yet"
-        facts.append(("left", f"about {duration(status.eta_s)}{basis}"))
+        facts.append(("left", f"about {format_duration(status.eta_s)}{basis}"))
     facts.append(("spent", f"{status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours"))
     if status.unplanned:
         facts.append(("unplanned", f"{len(status.unplanned)} run directories of an earlier sweep file"))
-    return [Line(key=key, value=value) for key, value in facts]
+    return [KeyValue(key=key, value=value) for key, value in facts]
 
 
 def _counts(status: SweepStatus) -> str:
     return ", ".join(f"{num} {state}" for state, num in sorted(status.counts.items(), key=lambda item: -item[1]))
 
 
-def _done(status: SweepStatus) -> str:
+def _progress_text(status: SweepStatus) -> str:
     """The share of the work done, that of runs which failed or were cancelled, and the pace of those that train now."""
     pace = sum(line.status.images_per_s or 0.0 for line in status.runs if line.state == "running")
     given_up = f", {100 * status.given_up:.0f} % given up" if status.given_up else ""
-    return f"{100 * status.progress:.0f} % of the FLOPs{given_up}" + (f", {number(pace)} images/s" if pace else "")
+    return f"{100 * status.progress:.0f} % of the FLOPs{given_up}" + (
+        f", {format_number(pace)} images/s" if pace else ""
+    )
 
 
-def progress_words(status: SweepStatus) -> str:
+def progress_line(status: SweepStatus) -> str:
     """The progress of a sweep in one line of a log."""
-    left = f", about {duration(status.eta_s)} left" if status.eta_s is not None else ""
-    return f"{_done(status)}{left}; {_counts(status)}"
+    left = f", about {format_duration(status.eta_s)} left" if status.eta_s is not None else ""
+    return f"{_progress_text(status)}{left}; {_counts(status)}"
 
 
 def progress_bar(status: SweepStatus, width: int) -> Table:
@@ -238,8 +244,8 @@ def progress_bar(status: SweepStatus, width: int) -> Table:
     grid.width = width - len("^C ")
     grid.add_column(ratio=1)
     grid.add_column(no_wrap=True)
-    over, left = sum(status.counts.get(state, 0) for state in OVER), duration(status.eta_s)
-    words = f"{_done(status)}, {left} left, {over} of {len(status.runs)} runs over"
+    over, left = sum(status.counts.get(state, 0) for state in ENDED_STATES), format_duration(status.eta_s)
+    words = f"{_progress_text(status)}, {left} left, {over} of {len(status.runs)} runs over"
     grid.add_row(ProgressBar(total=(1.0 - status.given_up) or 1.0, completed=status.progress), words)
     return grid
 

@@ -235,5 +235,5 @@ def test_a_queue_forks_runs_that_take_the_card(write_images: Callable[..., str],
     }
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump({"name": "s", "sizes": ["w64-d2"], "budgets": [64], "seeds": [0, 1], "base": base}))
-    result = launch(load_sweep(path, tmp_path / "root"), devices=1, shows=False)
+    result = launch(load_sweep(path, tmp_path / "root"), devices=1, show_progress=False)
     assert len(result.finished) == 2

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from slurm_cluster import running_slurm
 
-from aimscale.sweeps.engine.element import launch_slurm
 from aimscale.sweeps.engine.launch import launch
+from aimscale.sweeps.engine.slurm_worker import launch_slurm
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
@@ -156,7 +156,7 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Losses:
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(sweep_values(data, seeds=[0, 1])))
     sweep = load_sweep(path, folder / "root")
-    result = launch(sweep, devices=2, shows=False)
+    result = launch(sweep, devices=2, show_progress=False)
     assert len(result.finished) == 2
     records = [RunRecord(sweep.run_dir(run_id)) for run_id in result.finished]
     return {r.path.name: [(row["images_seen"], row["val_loss"]) for row in r.read_rows()] for r in records}

@@ -51,7 +51,7 @@ def test_one_element_of_an_array_is_requeued_and_never_the_others_nor_leaves_a_p
 ) -> None:
     case = fault(seeds=[0, 1], step_s=2.0, override=[{"when": {"seed": 0}, "set": {"runtime.num_workers": 2}}])
     (part,) = case.launch()
-    assert part.number == 2
+    assert part.num_jobs == 2
     case.wait_trained()
     name = case.job(0)
     number = subprocess.run(["squeue", "-h", "-j", name, "-o", "%A"], capture_output=True, text=True).stdout.strip()
@@ -130,7 +130,7 @@ def test_out_of_memory_is_named_bounded_and_curable(fault: Any, undisturbed: Los
 def test_two_nodes_are_preempted_and_come_back(fault: Any, undisturbed: Losses) -> None:
     case = fault(slurm={"partition": "main"}, override=TWO_RANKS)
     (part,) = case.launch()
-    assert (part.shape.nodes, part.number) == (2, 1)
+    assert (part.shape.nodes, part.num_jobs) == (2, 1)
     case.wait_trained()
     urgent = ["sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=2", "-o/dev/null", "--wrap=sleep 20"]
     urgent_id = subprocess.run(urgent, check=True, capture_output=True, text=True).stdout.strip()

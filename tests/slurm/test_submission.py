@@ -12,12 +12,12 @@ from commands import say
 
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import elements
+from aimscale.sweeps.slurm.submit import live_jobs
 from aimscale.sweeps.state.record import RunRecord
 
 LAUNCHER = """
     from pathlib import Path
-    from aimscale.sweeps.engine.element import launch_slurm
+    from aimscale.sweeps.engine.slurm_worker import launch_slurm
     from aimscale.sweeps.plan.planner import plan
     from aimscale.sweeps.plan.sweepfile import load_sweep
     sweep = load_sweep({path!r}, Path({root!r}))
@@ -30,14 +30,14 @@ def test_two_launches_at_once_submit_each_element_once_in_split_arrays(fault: An
     program = textwrap.dedent(LAUNCHER).format(path=str(case.sweep.source), root=str(case.sweep.root))
     launchers = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert sorted(int(launcher.communicate(timeout=400)[0]) for launcher in launchers) == [0, 6]
-    arrays = {each.job.job_id.split("_")[0] for each in elements(case.sweep, slurm.jobs())}
+    arrays = {each.job.job_id.split("_")[0] for each in live_jobs(case.sweep, slurm.jobs())}
     assert len(arrays) == 2, "MaxArraySize is 4"
     case.wait_state("finished")
     case.wait_empty_queue()
     assert case.ends() == [[0]] * 6
     assert not case.launch()
     (case.records[0].path / "status.json").unlink()  # a run that was lost starts again, alone
-    assert [part.number for part in case.launch()] == [1]
+    assert [part.num_jobs for part in case.launch()] == [1]
     case.wait_empty_queue()
 
 

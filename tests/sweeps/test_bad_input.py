@@ -21,7 +21,7 @@ from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.cli.main import HIDDEN, VERBS, main
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare
+from aimscale.sweeps.state.sweep_dir import prepare_directory
 
 FILES = (
     *("config.yaml", "status.json", "results.json", "lock", "claim", "attempts.jsonl", "metrics.jsonl"),
@@ -87,7 +87,7 @@ def call(line: str, capsys: Any, **places: Path) -> None:
 def finished(write_sweep: Any) -> tuple[Path, Path]:
     """A sweep file, and the directory of its one run, which is finished."""
     sweep = write_sweep(sizes=["rung-32"])
-    prepare(sweep)
+    prepare_directory(sweep)
     (run,) = plan(sweep)
     record = RunRecord(sweep.run_dir(run.run_id))
     RunRecord.create(record.path, run.config)

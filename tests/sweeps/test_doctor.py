@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.sweeps import doctor
-from aimscale.sweeps.cli.main import verb
+from aimscale.sweeps.cli.main import load_verb
 from aimscale.sweeps.doctor import Check
 
 GCC = shutil.which("gcc")
@@ -39,10 +39,10 @@ def test_a_failure_alone_gives_code_1_and_each_comes_with_what_to_do(
     level: Any, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "checks", lambda root: iter([Check("disk", level, "1 MB free", "Free some.")]))
-    result = CliRunner().invoke(verb("doctor"), [])
+    result = CliRunner().invoke(load_verb("doctor"), [])
     assert result.exit_code == code
     assert "-> Free some." in result.stdout
-    assert json.loads(CliRunner().invoke(verb("doctor"), ["--json"]).stdout)["checks"][0]["advice"] == "Free some."
+    assert json.loads(CliRunner().invoke(load_verb("doctor"), ["--json"]).stdout)["checks"][0]["advice"] == "Free some."
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,6 @@ def test_no_device_serves_two_runs_at_once(write_sweep: Any) -> None:
     assert pool.acquire(one) is None
     assert pool.environment((0, 1)) == {"CUDA_VISIBLE_DEVICES": "3,5", "AIMSCALE_HOST_SHARE": "1.000000"}
     assert pool.environment((1,)) == {"CUDA_VISIBLE_DEVICES": "5", "AIMSCALE_HOST_SHARE": "0.500000"}
-    assert machine.serves(three)
-    assert not Machine(devices=2, is_only=False).serves(three)
-    assert [Machine(devices=1, nodes=2, is_only=False).serves(run) for run in (one, two)] == [False, True]
+    assert machine.can_run(three)
+    assert not Machine(devices=2, allow_fewer_devices=False).can_run(three)
+    assert [Machine(devices=1, nodes=2, allow_fewer_devices=False).can_run(run) for run in (one, two)] == [False, True]

@@ -17,10 +17,10 @@ from aimscale.harness.probe.cost import probe_cost
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.provenance import cpu_name
 from aimscale.harness.run.row import configured_columns, model_of, setup_of
-from aimscale.sweeps.cli.plan import in_plateau, print_plan
+from aimscale.sweeps.cli.plan import budgets_in_plateau, print_plan
 from aimscale.sweeps.plan.checks import check
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, to_json
-from aimscale.sweeps.plan.planner import counts_of, plan
+from aimscale.sweeps.plan.planner import model_counts, plan
 from aimscale.sweeps.plan.recipes import RECIPES
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep, preset_names
 
@@ -102,7 +102,7 @@ def test_aim_paper_reproduces_published_parameters_and_flops(tmp_path: Path) -> 
     sweep = load_sweep("aim-paper", tmp_path)
     runs = plan(sweep)
     cards = cost_cards(sweep, runs)
-    trunks = {run.cell["size"]: counts_of(model_of(run.config.training))[0].trunk for run in runs}
+    trunks = {run.cell["size"]: model_counts(model_of(run.config.training))[0].trunk for run in runs}
     assert list(trunks.values()) == [679_627_776, 1_208_160_256, 2_718_210_048, 6_442_983_424]
     num_tokens, o, head, n = 256, 588, 2048, 12
     shapes = {"aim-600M": (1536, 24), "aim-1B": (2048, 24), "aim-3B": (3072, 24), "aim-7B": (4096, 32)}
@@ -177,7 +177,7 @@ def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, write_images:
     def passes(**probe: Any) -> float:
         sweep = write_sweep(sizes=["rung-32"], base={**base, "probes": [task | probe] if probe else []})
         run = plan(sweep)[0]
-        flops = counts_of(model_of(run.config.training))[1]
+        flops = model_counts(model_of(run.config.training))[1]
         card = cost_cards(sweep, [run])[0]
         validation = 2 * 50 * 2 * flops.forward  # two budgets, 50 images, two prefixes
         probes = [cost.flops for cost in card.probes]
@@ -374,7 +374,7 @@ def test_a_plan_says_what_its_grid_cannot_identify(write_sweep: Any, sizes: list
 def test_a_plan_flags_budgets_that_collected_curves_show_inside_the_first_plateau(write_sweep: Any) -> None:
     sweep = write_sweep(sizes=["rung-32", "rung-48"], budgets=[640, 1280, 5120])
     runs = plan(sweep)
-    assert in_plateau(sweep, runs) == ()
+    assert budgets_in_plateau(sweep, runs) == ()
     images = [round(160 * 1.25**k) for k in range(16)]
     losses = [0.7 * 0.99**k if k < 8 else max(0.5, 0.65 * 0.9 ** (k - 7)) for k in range(16)]
     points = [
@@ -385,5 +385,5 @@ def test_a_plan_flags_budgets_that_collected_curves_show_inside_the_first_platea
     ]
     sweep.directory.mkdir(parents=True)
     write_table(results_table(points), sweep.directory / "curves.parquet")
-    [flag] = in_plateau(sweep, runs)
+    [flag] = budgets_in_plateau(sweep, runs)
     assert (flag.kind, flag.subject, flag.number) == ("in_plateau", "rung-32", 2)

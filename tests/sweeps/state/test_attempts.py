@@ -9,7 +9,7 @@ import pytest
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from aimscale.harness.run.lock import Holder, Lock
 from aimscale.sweeps.state import attempts
-from aimscale.sweeps.state.attempts import conclude, forgive, may_try_again, note_lost
+from aimscale.sweeps.state.attempts import clear_failure, may_retry, record_end, record_lost_attempt
 from aimscale.sweeps.state.record import RunRecord
 
 
@@ -25,7 +25,7 @@ def attempt(record: RunRecord, exit_code: int, *, saves: int = 0, **status: Any)
         record.checkpoint_dir(saves).mkdir(parents=True)
     if status:
         record.write_status(**status)
-    return conclude(record, 1, exit_code, claims=("mine", None), asked=False)
+    return record_end(record, 1, exit_code, claims=("mine", None), stop_requested=False)
 
 
 def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
@@ -39,7 +39,7 @@ def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
 def test_being_stopped_by_a_person_never_counts(record: RunRecord) -> None:
     for _ in range(5):
         for code in (-signal.SIGTERM, -signal.SIGKILL):
-            assert conclude(record, 1, code, claims=("mine", None), asked=True) == "preempted"
+            assert record_end(record, 1, code, claims=("mine", None), stop_requested=True) == "preempted"
 
 
 def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
@@ -49,7 +49,7 @@ def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
     monkeypatch.setattr(RunRecord, "is_held", lambda _: next(held))
     assert attempt(record, -signal.SIGKILL) == "again"
     monkeypatch.setattr(RunRecord, "is_held", lambda _: True)
-    monkeypatch.setattr(attempts, "RANKS_DIE_WITHIN_S", 0.2)
+    monkeypatch.setattr(attempts, "RANK_EXIT_TIMEOUT_S", 0.2)
     assert [attempt(record, code) for code in (-signal.SIGKILL, EXIT_CRASHED)] == ["elsewhere", "elsewhere"]
 
 
@@ -74,9 +74,9 @@ def test_each_end_has_its_class_and_its_bound(
 ) -> None:
     assert [attempt(record, exit_code, **status) for _ in outcomes] == outcomes
     assert record.read_status().reason_class == kind
-    assert not may_try_again(record)
-    forgive(record)
-    assert may_try_again(record)
+    assert not may_retry(record)
+    clear_failure(record)
+    assert may_retry(record)
     assert attempt(record, EXIT_FINISHED) == "finished"
 
 
@@ -84,7 +84,7 @@ def test_reasons_that_take_turns_are_bounded_like_one(record: RunRecord) -> None
     node = {"state": "failed", "reason": "r", "reason_class": "node"}
     oom = {"state": "failed", "reason": "r", "reason_class": "oom"}
     assert [attempt(record, EXIT_CRASHED, **kind) for kind in (node, oom)] == ["again", "stop"]
-    forgive(record)
+    clear_failure(record)
     outcomes = [attempt(record, EXIT_PREEMPTED), attempt(record, EXIT_CRASHED, **node), attempt(record, EXIT_PREEMPTED)]
     assert outcomes == ["preempted", "again", "stop"]
 
@@ -117,13 +117,13 @@ def test_jobs_that_left_no_word_are_diagnosed(
     record.job_log("7").parent.mkdir(parents=True)
     record.job_log("7").write_text(output)
     worker = Holder(facts={"job_id": "7", "devices": 1, "nodes": "node3"})
-    note_lost(record, worker, lambda job_id: job_state)
+    record_lost_attempt(record, worker, lambda job_id: job_state)
     status = record.read_status()
     assert (status.state, status.reason_class) == (state, kind)
     assert record.failed_nodes() == (["node3"] if kind == "node" else [])
-    note_lost(record, worker, lambda job_id: "NODE_FAIL")
+    record_lost_attempt(record, worker, lambda job_id: "NODE_FAIL")
     assert record.read_status() == status  # what was said first stays
-    forgive(record)
+    clear_failure(record)
     assert record.failed_nodes() == []
 
 
@@ -133,7 +133,7 @@ def test_a_worker_that_wakes_up_after_another_took_the_run_writes_nothing(
 ) -> None:
     record.write_status(state=state, claim=claim)
     before = record.read_status()
-    assert conclude(record, 1, EXIT_CRASHED, claims=("mine", "before"), asked=False) == "elsewhere"
+    assert record_end(record, 1, EXIT_CRASHED, claims=("mine", "before"), stop_requested=False) == "elsewhere"
     assert (record.read_status(), record.read_attempts()) == (before, [])
 
 
@@ -142,7 +142,7 @@ def test_a_line_of_an_attempt_that_was_cut_off_takes_no_other_with_it(record: Ru
     for _ in range(2):
         with record.attempts.open("a") as file:
             file.write('{"attempt": 1, "en')
-        forgive(record)
+        clear_failure(record)
     assert [ended["forgiven"] for ended in record.read_attempts()] == [True, True]
 
 
@@ -156,10 +156,10 @@ def test_a_run_that_takes_its_launcher_with_it_is_not_tried_for_ever(record: Run
         with record.hold():
             record.write_start()
             record.write_status(started=1e6 * num, heartbeat=1e6 * num + 1800)
-            note_lost(record, worker, lambda job_id: None)
+            record_lost_attempt(record, worker, lambda job_id: None)
             assert record.read_status().state == "running", "it lives"
-        note_lost(record, worker, lambda job_id: None)
-        note_lost(record, worker, lambda job_id: None)
+        record_lost_attempt(record, worker, lambda job_id: None)
+        record_lost_attempt(record, worker, lambda job_id: None)
         assert (record.read_status().state, len(record.read_attempts())) == ("failed", num)
         assert record.read_attempts()[-1]["device_hours"] == pytest.approx(1.0), "up to its last sign of life"
-        assert may_try_again(record) == (num < 3)
+        assert may_retry(record) == (num < 3)

@@ -21,28 +21,28 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.sweeps.engine.devices import Machine, visible_gpus
-from aimscale.sweeps.engine.launch import begin, foreseen, planned
-from aimscale.sweeps.engine.queue import LaunchResult, Queue, print_events, run_queue
+from aimscale.sweeps.engine.launch import launch_decision, load_plan, prepare_launch
+from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
 from aimscale.sweeps.plan.checks import refuse
-from aimscale.sweeps.plan.costs import stop_seconds
+from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import Shape, Submission, submit
+from aimscale.sweeps.slurm.submit import JobShape, Submission, submit
 from aimscale.sweeps.state.record import RunRecord
 
 
-class ElementError(RuntimeError):
+class WorkerJobError(RuntimeError):
     """A person must look; makes Slurm's job FAILED."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Element:
+class WorkerJob:
     """The callable that submitit pickles: it reads the sweep as it stands when it starts."""
 
     directory: Path
     """Of the sweep."""
-    shape: Shape
+    shape: JobShape
     """What was asked for."""
 
     def __call__(self) -> str:
@@ -51,23 +51,30 @@ class Element:
         Raises:
             ElementError: a run failed for good, or no run can be started.
         """
-        sweep, runs, _ = planned(str(self.directory), self.directory.parent)
-        machine = self._machine(sweep)
-        served = [run for run in runs if machine.serves(run)]
+        sweep, runs, _ = load_plan(str(self.directory), self.directory.parent)
+        machine = self._build_machine(sweep)
+        runnable = [run for run in runs if machine.can_run(run)]
         end = float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60 * sweep.file.slurm.time_min)
-        until = end - max((stop_seconds(sweep, run) for run in served), default=0)
-        nodes, job_id = slurm.own_nodes(), slurm.own_job_id()
-        with _step_that_is_warned():
+        deadline = end - max((grace_period_s(sweep, run) for run in runnable), default=0)
+        nodes, job_id = slurm.current_nodes(), slurm.current_job_id()
+        with _relay_warnings():
             while True:
-                given: dict[str, Any] = {"machine": machine, "job_id": job_id, "until": until}
-                did = run_queue(Queue(sweep=sweep, waiting=list(runs), avoided_on=nodes, **given), print_events)
-                exclude = self._to_exclude(sweep, did.to_do)
-                if did.interrupted or not did.to_do or exclude or not nodes:
+                worker = Worker(
+                    sweep=sweep,
+                    machine=machine,
+                    waiting=list(runs),
+                    job_id=job_id,
+                    deadline=deadline,
+                    skip_failed_on=nodes,
+                )
+                result = run_worker(worker, print_events)
+                exclude = self._nodes_to_exclude(sweep, result.to_do)
+                if result.interrupted or not result.to_do or exclude or not nodes:
                     break
                 nodes = []  # runs that failed here have nowhere else to go
             for number in (signal.SIGUSR2, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # submitit's handler would requeue, too
-        return _follow(did, exclude)
+        return _requeue_or_finish(result, exclude)
 
     def checkpoint(self) -> Any:
         """Asked for by submitit when it is told to stop before the queue took over: the same call again."""
@@ -75,34 +82,34 @@ class Element:
 
         return submitit.helpers.DelayedSubmission(self)
 
-    def _machine(self, sweep: Sweep) -> Machine:
+    def _build_machine(self, sweep: Sweep) -> Machine:
         section = sweep.file.slurm
         gpus = visible_gpus() if section.gpus and self.shape.nodes == 1 else []
         if gpus and len(gpus) < self.shape.devices:
-            raise ElementError(f"Slurm gave this job {len(gpus)} GPUs and not {self.shape.devices}; see slurm.gpus")
+            raise WorkerJobError(f"Slurm gave this job {len(gpus)} GPUs and not {self.shape.devices}; see slurm.gpus")
         return Machine(
             devices=self.shape.devices,
             gpus=tuple(gpus[: self.shape.devices]),
             nodes=self.shape.nodes,
-            is_only=False,
+            allow_fewer_devices=False,
             srun=section.srun,
             # The worker is in its container already; ranks on other nodes are not.
             python=tuple(shlex.split(section.python)) if section.python and self.shape.nodes > 1 else (sys.executable,),
         )
 
-    def _to_exclude(self, sweep: Sweep, to_do: Sequence[str]) -> tuple[str, ...]:
+    def _nodes_to_exclude(self, sweep: Sweep, to_do: Sequence[str]) -> tuple[str, ...]:
         """Nodes on which the runs that are left failed, where others are left for them."""
         failed = [node for run_id in to_do for node in RunRecord(sweep.run_dir(run_id)).failed_nodes()]
         partition = os.environ.get("SLURM_JOB_PARTITION")
-        return slurm.without_failed(failed, partition, self.shape.nodes)
+        return slurm.nodes_to_exclude(failed, partition, self.shape.nodes)
 
 
-def _follow(did: LaunchResult, exclude: Sequence[str]) -> str:
+def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
     """Put this one element back into Slurm's queue where it can go on later; after TERM, Slurm decides itself."""
-    job_id = slurm.own_job_id()
-    if did.to_do and did.stopped_by in (None, signal.SIGUSR2) and job_id:
-        if not (did.stopped_by or did.finished or did.stopped or exclude):
-            raise ElementError("this job is too short for any run to save; raise slurm.time_min")
+    job_id = slurm.current_job_id()
+    if result.to_do and result.stopped_by in (None, signal.SIGUSR2) and job_id:
+        if not (result.stopped_by or result.finished or result.stopped or exclude):
+            raise WorkerJobError("this job is too short for any run to save; raise slurm.time_min")
         try:
             job = slurm.jobs().get(job_id)
             if job and job.state == "RUNNING":  # else it was cancelled, or is requeued already
@@ -111,10 +118,10 @@ def _follow(did: LaunchResult, exclude: Sequence[str]) -> str:
                     slurm.command("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
                 return "requeued"
         except SweepError as error:
-            raise ElementError(f"could not requeue ({error}); `aimscale launch` goes on") from error
-    if did.failed:
-        raise ElementError(f"failed: {', '.join(did.failed)}")
-    return "nothing is left" if not did.to_do else "to be continued"
+            raise WorkerJobError(f"could not requeue ({error}); `aimscale launch` goes on") from error
+    if result.failed:
+        raise WorkerJobError(f"failed: {', '.join(result.failed)}")
+    return "nothing is left" if not result.to_do else "to be continued"
 
 
 def launch_slurm(
@@ -126,20 +133,20 @@ def launch_slurm(
         SweepError, DataError: as `launch` and `submit`.
     """
     if dry_run:
-        refuse(sweep, [run for run in runs if foreseen(sweep, run, retry=retry).startable])
+        refuse(sweep, [run for run in runs if launch_decision(sweep, run, retry=retry).startable])
     else:
-        begin(sweep, runs, retry=retry)
+        prepare_launch(sweep, runs, retry=retry)
     return submit(
         sweep,
-        lambda: [run for run in runs if foreseen(sweep, run, retry=retry and dry_run).startable],
-        lambda shape: Element(directory=sweep.directory, shape=shape),
+        lambda: [run for run in runs if launch_decision(sweep, run, retry=retry and dry_run).startable],
+        lambda shape: WorkerJob(directory=sweep.directory, shape=shape),
         allow_dirty=allow_dirty,
         dry_run=dry_run,
     )
 
 
 @contextlib.contextmanager
-def _step_that_is_warned() -> Iterator[None]:
+def _relay_warnings() -> Iterator[None]:
     """Keep a step beside the batch script: Slurm warns steps alone of a preemption, and by `scancel --signal`."""
     if shutil.which("srun") is None:  # in a container
         yield

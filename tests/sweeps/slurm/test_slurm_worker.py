@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from aimscale.sweeps.engine import devices
-from aimscale.sweeps.engine.element import Element, ElementError
+from aimscale.sweeps.engine.slurm_worker import WorkerJob, WorkerJobError
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.slurm.submit import Shape
+from aimscale.sweeps.slurm.submit import JobShape
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare
+from aimscale.sweeps.state.sweep_dir import prepare_directory
 
 STAND_IN = str(Path(__file__).parents[1] / "stand_in.py")
 
@@ -23,7 +23,7 @@ STAND_IN = str(Path(__file__).parents[1] / "stand_in.py")
 @pytest.fixture
 def element(
     write_sweep: Any, program: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Element, RunRecord]]:
+) -> Iterator[tuple[WorkerJob, RunRecord]]:
     """An element of a job on node1 of a cluster of two nodes, and the run that it finds."""
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     program("squeue", "echo '7|RUNNING|node1'")
@@ -33,13 +33,13 @@ def element(
     job = {"JOB_ID": "7", "JOB_NODELIST": "node1", "JOB_END_TIME": str(time.time() + 3600), "JOB_PARTITION": "main"}
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setattr(devices, "WORKER", (STAND_IN,))
+    monkeypatch.setattr(devices, "TRAIN_COMMAND", (STAND_IN,))
     sweep = write_sweep(sizes=["rung-32"], slurm={"gpus": False})
-    prepare(sweep)
+    prepare_directory(sweep)
     (run,) = plan(sweep)
     record = RunRecord(sweep.run_dir(run.run_id))
     RunRecord.create(record.path, run.config)
-    yield Element(directory=sweep.directory, shape=Shape(nodes=1, devices=1)), record
+    yield WorkerJob(directory=sweep.directory, shape=JobShape(nodes=1, devices=1)), record
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -51,7 +51,7 @@ def told(tmp_path: Path) -> list[str]:
 
 
 def test_a_run_that_failed_on_this_node_goes_on_on_another_while_there_is_one(
-    element: tuple[Element, RunRecord], program: Callable[[str, str], None], tmp_path: Path
+    element: tuple[WorkerJob, RunRecord], program: Callable[[str, str], None], tmp_path: Path
 ) -> None:
     execute, record = element
     record.write_status(state="failed", reason="node node1 failed", reason_class="node")
@@ -67,20 +67,20 @@ def test_a_run_that_failed_on_this_node_goes_on_on_another_while_there_is_one(
 
 
 def test_a_time_limit_in_which_nothing_could_save_fails_and_is_not_requeued_for_ever(
-    element: tuple[Element, RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    element: tuple[WorkerJob, RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     execute, record = element
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 150))  # 120 s of them to save
-    with pytest.raises(ElementError, match="time_min"):
+    with pytest.raises(WorkerJobError, match="time_min"):
         execute()
     assert not told(tmp_path)
     assert not (record.path / "starts").exists()
 
 
-def test_a_run_that_failed_for_good_fails_the_job(element: tuple[Element, RunRecord], tmp_path: Path) -> None:
+def test_a_run_that_failed_for_good_fails_the_job(element: tuple[WorkerJob, RunRecord], tmp_path: Path) -> None:
     execute, record = element
     (record.path / "behaviour").write_text("crash")
-    with pytest.raises(ElementError, match=record.name):
+    with pytest.raises(WorkerJobError, match=record.name):
         execute()
     assert len(record.read_attempts()) == 2
     assert not told(tmp_path)
