@@ -1,4 +1,4 @@
-"""`aimscale demo`: bundled real images, five sizes by four budgets, probes, laws, one report; nothing to download."""
+"""`aimscale demo`: five sizes by four budgets on bundled real images, with probes, laws and one report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, print_next
 
 BASELINES = ("random", "raw-pixels")
-"""What features have to beat, probed as the runs are: the largest model untrained, and the pixels themselves."""
+"""Baselines that are probed like the runs: the largest model untrained, and raw pixels."""
 
 
 def command(

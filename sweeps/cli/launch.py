@@ -1,4 +1,4 @@
-"""The verbs that start and stop the runs of a sweep: launch and cancel."""
+"""Verbs that start and stop the runs of a sweep: launch and cancel."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def launch(
 
 
 def _print_next(result: LaunchResult, sweep: str, root: Path, on: Place, *more: str) -> None:
-    """What to run next: the launch where it has something to do, the log of a run that failed, else the table."""
+    """Print the next command: launch if runs are left, logs of a failed run, else status or collect."""
     if result.interrupted or any(each.startable for each in result.skipped):
         print_next("launch", sweep, root, *(["--on", on] if on != "local" else []), *more)
     elif failed := failed_runs(result):
@@ -87,12 +87,12 @@ def _print_next(result: LaunchResult, sweep: str, root: Path, on: Place, *more: 
 
 
 def failed_runs(result: LaunchResult) -> list[str]:
-    """Runs that a launch tried in vain, or left alone since they had failed."""
+    """Return the runs that failed for good in this launch or before."""
     return [*result.failed, *(each.record.name for each in result.skipped if each.verdict == "failed")]
 
 
 def print_result(result: LaunchResult) -> None:
-    """What a launch did, and which runs it left alone."""
+    """Print the result of a launch and the runs that it skipped."""
     why = "time is up: " if result.interrupted and not result.stopped_by else ""
     ended = {
         "finished": result.finished,
@@ -118,7 +118,7 @@ def cancel(sweep: SweepName, runs: Runs = None, root: Root = ROOT) -> None:
 
 
 def _print_skipped(skipped: Sequence[Decision], others: Sequence[str], *more: KeyValue) -> None:
-    """Failed and damaged runs one by one, others counted; then more lines."""
+    """Print failed and damaged runs one by one, the number of other skipped runs, and more lines."""
     named = [each for each in skipped if each.verdict in ("failed", "damaged")]
     words = {"failed": "; --retry tries it again", "damaged": ""}
     flags = [KeyValue(level=e.verdict, key=e.record.name, value=f"{e.why}{words[e.verdict]}") for e in named]
@@ -134,7 +134,7 @@ def _print_skipped(skipped: Sequence[Decision], others: Sequence[str], *more: Ke
 
 
 def _print_local(sweep: str, root: Path, devices: int | None, *, retry: bool) -> tuple[Decision, ...]:
-    """The commands that a launch here would run, after the checks that it would make."""
+    """Check the runs and print the commands that a launch on this machine would execute."""
     loaded, runs, _ = engine.load_plan(sweep, root)
     machine = local_machine(runs, devices=devices)
     found = tuple(engine.launch_decision(loaded, run, retry=retry) for run in runs)

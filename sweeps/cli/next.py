@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 TABLE_FLOPS_PER_HOUR = 400e12 * 3600
-"""What a GPU is taken to deliver, where the runs of a table are priced: 40 % of an H100's peak."""
+"""Assumed FLOPs per GPU-hour for runs of a table: 40 % of an H100's peak."""
 
 
 def command(
@@ -81,7 +81,7 @@ def command(
 
 
 def _table_candidates(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:
-    """Runs on the table's own grid and on the way to the target, priced by its own FLOPs."""
+    """Return candidate runs on the table's grid and towards the target, priced by the table's FLOPs."""
     from aimscale.analysis.forecasts.points import with_compute
     from aimscale.analysis.frontier.result import cost_of, points_of
     from aimscale.analysis.next.proposal import grid_offer
@@ -93,7 +93,7 @@ def _table_candidates(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.
 
 
 def _sweep_candidates(sweep: Sweep, df: pd.DataFrame) -> pd.DataFrame:
-    """Runs of the sweep's sizes that are not measured yet, with the prices of their cost cards."""
+    """Return candidate runs of the sweep's sizes that are not measured yet, with the prices of their cost cards."""
     import pandas as pd
 
     from aimscale.sweeps.plan.costs import cost_cards
@@ -116,7 +116,7 @@ def _sweep_candidates(sweep: Sweep, df: pd.DataFrame) -> pd.DataFrame:
 
 
 def _first_setting(sweep: Sweep) -> dict[str, Any]:
-    """Fields that leave a sweep its first setting alone: the first seed, axis values and variant, the largest pool."""
+    """Return sweep fields with only the first seed, axis values and variant, and the largest pool."""
     file = sweep.file
     pools = file.unique_images
     return {
@@ -129,7 +129,7 @@ def _first_setting(sweep: Sweep) -> dict[str, Any]:
 
 
 def _sweep_file(sweep: Sweep, chosen: pd.DataFrame) -> str:
-    """The sweep with the chosen cells alone, as YAML."""
+    """Return the YAML text of the sweep with only the chosen cells."""
     sizes = list(dict.fromkeys(chosen["size"]))
     budgets = sorted({int(seen) for seen in chosen["D"]})
     wanted = {(size, int(seen)) for size, seen in zip(chosen["size"], chosen["D"], strict=True)}

@@ -1,4 +1,4 @@
-"""`aimscale plan SWEEP`: its runs with a cost card each, what the times stand on, and what should be looked at."""
+"""`aimscale plan SWEEP`: runs with their cost cards, assumptions of the estimates, problems and cautions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
 
 
 def budgets_in_plateau(sweep: Sweep, runs: Sequence[Run]) -> tuple[Flag, ...]:
-    """Which planned budgets the curves that were collected so far show to lie inside a first plateau."""
+    """Return a flag for each planned budget that the collected curves show inside a first plateau."""
     if not (sweep.directory / "curves.parquet").is_file():
         return ()
     from aimscale.analysis.effects.plateau import plateau_flags
@@ -72,7 +72,7 @@ def print_plan(
     problems: Sequence[Problem] = (),
     plateau: Sequence[Flag] = (),
 ) -> None:
-    """What is in the way or needs care, the cost cards as a table, totals and assumptions."""
+    """Print problems and cautions, a table of cost cards, totals and assumptions."""
     console = console or new_console()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(": ".join(part for part in (f"[bold]{sweep.name}[/]", sweep.file.description) if part))
@@ -98,7 +98,7 @@ def _flags(cards: Sequence[CostCard], problems: Sequence[Problem]) -> Iterator[K
 
 
 def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
-    """Sums, and what the times stand on."""
+    """Return totals and assumptions as key-value lines."""
     total = totals(cards)
     images, during = format_number(total["images_executed"]), total["flops_during"]
     limits = " and ".join(sorted({card.limit for card in cards}))
@@ -118,7 +118,7 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
 
 
 def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> Iterator[str]:
-    """The device, its speed, what loads for it, and how a step's time adds up."""
+    """Yield the assumptions: device, speed, loading, and the parts of a step's time."""
     device, cost = cards[0].device, sweep.file.cost
     peaks = {card.precision: device.flops_per_s(card.precision) for card in cards}
     rates = " and ".join(f"{peak / 1e12:.4g} TFLOP/s in {precision}" for precision, peak in peaks.items())
@@ -160,19 +160,19 @@ def _plan_columns(cards: Sequence[CostCard]) -> list[Column]:
 
 
 def _step(card: CostCard) -> str:
-    """Compute, exposed communication where there is any, and loading."""
+    """Format compute, exposed communication if any, and loading, ms."""
     times = card.rates.compute_s, card.rates.exposed_communication_s, card.rates.loading_s
     compute, communication, loading = (f"{1000 * each:,.{0 if each >= 0.01 else 1}f}" for each in times)
     return f"{compute} + {communication} | {loading}" if times[1] else f"{compute} | {loading}"
 
 
 def _span(values: Sequence[str]) -> str:
-    """First and last of an increasing row of values."""
+    """Format the first and last of increasing values as a range."""
     return values[0] if values[0] == values[-1] else f"{values[0]}..{values[-1]}"
 
 
 def _memory(card: CostCard) -> str:
-    """Bytes of a rank, with the ZeRO stage and the micro-batch that they belong to (r: activations recomputed)."""
+    """Format the memory of a rank with its ZeRO stage and micro-batch (r: activations recomputed)."""
     if (chosen := card.fit) is None:
         return "too large"
     recompute = "r" if chosen.activation_checkpointing else ""

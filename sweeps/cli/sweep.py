@@ -1,4 +1,4 @@
-"""The verbs that look at a sweep and change none of its runs: status, logs, collect."""
+"""Verbs that inspect a sweep and change none of its runs: status, logs, collect."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def status(
 
 
 def _next_command(found: SweepStatus) -> tuple[str, ...]:
-    """The verb to run next and its options: logs of runs that failed, else what starts those that nobody executes."""
+    """Return the next verb and its options: logs of a failed run, else the verb that continues the sweep."""
     in_vain = [line.run_id for line in found.runs if line.state in ("failed", "diverged") and line.log]
     if in_vain:
         return "logs", in_vain[0]
@@ -115,7 +115,7 @@ def collect(sweep: SweepName, root: Root = ROOT) -> None:
 
 
 def _scored_forecasts(table: Path) -> list[str]:
-    """Score the sweep's registered forecasts, keep the score table beside the results, and say what came true."""
+    """Score the sweep's registered forecasts, write the scores beside the results, and return one line each."""
     register = table.with_name("forecasts.jsonl")
     if not register.is_file():
         return []

@@ -1,4 +1,4 @@
-"""What a worker has: GPUs of this machine (or, without GPUs, places for processes), and how much of each is free."""
+"""Devices of a worker: GPUs, or slots for processes on a machine without GPUs, and which of them are free."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ TRAIN_COMMAND = ("-m", "aimscale.harness.train")
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The devices of one worker."""
+    """Devices of one worker."""
 
     devices: int
-    """GPUs of a node, or processes of it where it has no GPU."""
+    """GPUs of a node, or concurrent processes if it has no GPU."""
     gpus: tuple[str, ...] = ()
-    """Names by which a process is told its GPUs; empty without."""
+    """Values of CUDA_VISIBLE_DEVICES, one per GPU; empty without GPUs."""
     nodes: int = 1
-    """More than one for an element of several nodes, whose worker is on the first."""
+    """Number of nodes; with more than one, the worker runs on the first."""
     allow_fewer_devices: bool = True
-    """Whether runs that ask for more devices are executed on those that are there, if they fit."""
+    """Whether runs that request more devices are executed on the devices that exist, if they fit."""
     memory_bytes: int | None = None
-    """Of a GPU, where that is known."""
+    """Memory of a GPU, bytes; None if unknown."""
     srun: tuple[str, ...] = ()
-    """Further arguments of the srun that starts a run on several nodes."""
+    """Additional arguments of the srun that starts a run on several nodes."""
     python: tuple[str, ...] = (sys.executable,)
-    """The interpreter of runs, with what enters their container on another node."""
+    """Interpreter of runs, preceded by the command that enters a container on other nodes."""
 
     @property
     def stop_signal(self) -> signal.Signals:
-        """Tells what `command` started to save and end: srun hands USR2 on to the ranks, and kills them on TERM."""
+        """Signal that asks a run to save and exit: srun forwards USR2 to the ranks, and kills them on TERM."""
         return signal.SIGUSR2 if self.nodes > 1 else signal.SIGTERM
 
     def can_run(self, run: Run) -> bool:
-        """Whether a run may be executed here: on one node any that it holds, on several those that fill them."""
+        """Return whether a run can be executed here: one that fits on one node, or one that fills several nodes."""
         if self.nodes > 1:
             return run.devices == self.nodes * self.devices
         if run.devices <= self.devices or not self.allow_fewer_devices or self.memory_bytes is None:
@@ -54,20 +54,22 @@ class Machine:
         return False
 
     def command(self, run_dir: Path, num_devices: int) -> list[str]:
-        """The program that executes a run: python, torchrun for several devices, srun for several nodes."""
+        """Return the command that executes a run: python, torchrun for several devices, srun for several nodes."""
         if self.nodes > 1:
             step = ["srun", f"--nodes={self.nodes}", f"--ntasks-per-node={self.devices}", "--kill-on-bad-exit=1"]
             return [*step, *self.srun, *self.python, *TRAIN_COMMAND, str(run_dir)]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_devices}"]
-        torchrun += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"]  # srun sends them to every process
+        torchrun += [
+            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
+        ]  # srun forwards signals to every process
         return [*self.python, *(torchrun if num_devices > 1 else []), *TRAIN_COMMAND, str(run_dir)]
 
 
 def local_machine(runs: Sequence[Run], *, devices: int | None = None) -> Machine:
-    """The machine that this process runs on: its visible GPUs, or as many processes as its cores feed.
+    """Return the machine of this process: its visible GPUs, or as many processes as its cores can feed.
 
     Args:
-        devices: how many of them to use; all by default.
+        devices: number of devices to use; all by default.
     """
     gpus = visible_gpus()[:devices]
     threads = max((run.config.runtime.num_threads for run in runs), default=1)
@@ -77,7 +79,7 @@ def local_machine(runs: Sequence[Run], *, devices: int | None = None) -> Machine
 
 
 def visible_gpus() -> list[str]:
-    """GPUs that a launch here may use: CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    """Return the GPUs of CUDA_VISIBLE_DEVICES, or else all that nvidia-smi lists."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     return [str(i) for i in range(len(gpus_here()))]

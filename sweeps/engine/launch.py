@@ -1,4 +1,4 @@
-"""Launching a sweep on this machine, and cancelling."""
+"""Launch and cancellation of a sweep; runs are executed on this machine."""
 
 from __future__ import annotations
 
@@ -44,22 +44,23 @@ def launch(
     show_progress: bool = True,
     command: Command | None = None,
 ) -> LaunchResult:
-    """Execute here what is missing, resume what died, skip what is done; returns when nothing is left to start.
+    """Execute what is missing, resume what died and skip what is done; return when nothing is left to start.
 
-    Any number of launches on machines that share the sweep's folder, and jobs on Slurm, execute each run once between
-    them. Calling it again goes on where it was.
+    Any number of launches on machines that share the sweep's folder, and of jobs on Slurm, execute each run once
+    between them. A repeated call continues where the last one stopped.
 
     Args:
         sweep: a sweep or its name.
-        devices: GPUs, or processes where there is none, to use; by default all, or as many as the cores feed.
-        hours: time until the machine is gone; everything is saved before.
+        devices: number of GPUs to use, or of processes on a machine without GPUs; by default all, or as many as the
+            cores can feed.
+        hours: time until this machine is gone; all runs are saved before.
         retry: clear failures first.
-        shows: whether to show progress, on a terminal as a live table; else events alone are printed.
+        show_progress: show progress, as a live table on a terminal; else only events are printed.
         command: replaces the program that executes a run.
 
     Raises:
-        SweepError, ConfigError: the sweep cannot be planned, its runs would fail on something that is known before
-            (`sweeps.plan.checks`), or its directory cannot be written; nothing was made.
+        SweepError, ConfigError: the sweep cannot be planned, its runs would fail a check (`sweeps.plan.checks`), or its
+            directory cannot be written; nothing was created.
     """
     started = time.time()
     loaded, runs, cards = load_plan(sweep, root)
@@ -67,7 +68,7 @@ def launch(
     prepare_launch(loaded, runs, retry=retry)
     deadline = float("inf")
     if hours is not None:
-        # What runs must have saved when the time is up; of a short time, half is for that.
+        # Runs stop early enough to save before the time is up, but at most half of a short time is kept for that.
         deadline = started + 3600 * hours - min(max(grace_period_s(loaded, run) for run in runs), 1800 * hours)
     queue = Worker(sweep=loaded, machine=machine, waiting=list(runs), command=command, deadline=deadline)
     with _progress_display(lambda: sweep_status(loaded, runs, cards), show_progress) as report:
@@ -76,10 +77,10 @@ def launch(
 
 
 def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
-    """Check what a launch would start, make the sweep's directory, and free what was cancelled.
+    """Check the runs that a launch would start, create the sweep's directory, and clear cancellations.
 
     Raises:
-        SweepError, ConfigError: as `launch`.
+        SweepError, ConfigError: as in `launch`.
     """
     refuse(sweep, [run for run in runs if launch_decision(sweep, run, retry=retry).startable])
     prepare_directory(sweep, runs)
@@ -90,14 +91,15 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
 
 
 def launch_decision(sweep: Sweep, run: Run, *, retry: bool) -> Decision:
-    """The verdict of a launch on a run, once it has freed what was cancelled, and with `retry` what failed."""
+    """Decide on a run as a launch will after it has cleared cancellations and, with `retry`, failures."""
     found = decide(run, RunRecord(sweep.run_dir(run.run_id)))
     is_freed = found.verdict == "cancelled" or (retry and found.verdict == "failed")
     return replace(found, verdict="resume") if is_freed else found
 
 
 def _close_lost_attempt(record: RunRecord, *, retry: bool) -> None:
-    """Write down how an attempt ended whose worker is gone, and clear a failure if asked; what is damaged is left."""
+    """Record the end of an attempt whose worker is gone and, with `retry`, clear a failure; skip damaged
+    directories."""
     ended = ("failed", "diverged")
     with contextlib.suppress(UserError, OSError):
         if record.read_status().state in ("queued", "running", *(ended if retry else ())):
@@ -110,7 +112,7 @@ def _close_lost_attempt(record: RunRecord, *, retry: bool) -> None:
 
 
 def load_plan(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:
-    """A sweep with its runs, longest first, and their cards.
+    """Load a sweep with its runs, longest first, and their cost cards.
 
     Raises:
         SweepError, ConfigError: the sweep cannot be planned.
@@ -119,12 +121,14 @@ def load_plan(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], 
     runs = plan(loaded)
     _refuse_new_smallest_budget(loaded, runs)
     cards = cost_cards(loaded, runs)
-    order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # no long run is left for the end
+    order = sorted(
+        range(len(runs)), key=lambda i: -cards[i].device_hours
+    )  # long runs start first, none is left for the end
     return loaded, [runs[i] for i in order], [cards[i] for i in order]
 
 
 def _refuse_new_smallest_budget(sweep: Sweep, runs: Sequence[Run]) -> None:
-    """Stop where a smaller budget alone would train runs again, because the recipe follows the smallest.
+    """Raise if a new smallest budget would change the ids of existing runs, because the recipe depends on it.
 
     Raises:
         SweepError: it would.
@@ -146,7 +150,7 @@ def _refuse_new_smallest_budget(sweep: Sweep, runs: Sequence[Run]) -> None:
 
 @contextmanager
 def _progress_display(look: Callable[[], SweepStatus], show_progress: bool) -> Iterator[Callable[[Worker], None]]:
-    """What `run_queue` calls: a live table of the active runs on a terminal, lines otherwise, or events alone."""
+    """Yield the progress callback of `run_worker`: a live table on a terminal, else lines, or only events."""
     console, shown = new_console(), 0.0
     live = Live(console=console, auto_refresh=False, transient=True) if show_progress and console.is_terminal else None
     every = LIVE_INTERVAL_S if live else LOG_INTERVAL_S
@@ -170,12 +174,14 @@ def _progress_display(look: Callable[[], SweepStatus], show_progress: bool) -> I
 
 
 def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    """Mark runs that are not over as cancelled: workers, on whatever machine, let those that run save and end.
+    """Mark runs that have not ended as cancelled; workers on any machine let those that are running save and exit.
 
-    No worker starts them before the next launch. Jobs that wait in Slurm are withdrawn where no run is left for them.
+    No worker starts them before the next launch. Pending Slurm jobs are cancelled if no run is left for them.
 
     Returns:
-        One sentence for each run that was stopped, and for each that could not be; none where nobody is at work.
+        One sentence for each run that was stopped, and one for each that could not be; both lists are empty if no
+            worker
+        is active.
 
     Raises:
         SweepError: the sweep was never launched, or Slurm does not answer.

@@ -1,7 +1,8 @@
-"""What an element of a Slurm array executes: the queue on the machine that Slurm gave it, until nothing is left for it.
+"""Worker of a Slurm job: executes runs on the nodes that Slurm allocated, until none is left for it.
 
-The element is the batch script itself, not a step of srun: so it can start the steps of runs on several nodes, and it
-alone hears of the time limit, in time for its runs to save. Slurm's TERM reaches all processes of the job.
+The worker is the batch script itself, not a step of srun. It can therefore start steps on several nodes, and it alone
+receives the warning before the time limit, early enough for its runs to save. SIGTERM from Slurm reaches all processes
+of the job.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ from aimscale.sweeps.state.record import RunRecord
 
 
 class WorkerJobError(RuntimeError):
-    """A person must look; makes Slurm's job FAILED."""
+    """Error that needs a person; it ends the Slurm job as FAILED."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerJob:
-    """The callable that submitit pickles: it reads the sweep as it stands when it starts."""
+    """Callable that submitit pickles; it reads the sweep anew when the job starts."""
 
     directory: Path
-    """Of the sweep."""
+    """Directory of the sweep."""
     shape: JobShape
-    """What was asked for."""
+    """Nodes and devices that the job requested."""
 
     def __call__(self) -> str:
-        """Execute runs until none is left that this machine can serve, or until the job has to end.
+        """Execute runs until none is left for this machine, or until the job has to end.
 
         Raises:
-            ElementError: a run failed for good, or no run can be started.
+            WorkerJobError: a run failed for good, or no run can be started.
         """
         sweep, runs, _ = load_plan(str(self.directory), self.directory.parent)
         machine = self._build_machine(sweep)
@@ -71,13 +72,13 @@ class WorkerJob:
                 exclude = self._nodes_to_exclude(sweep, result.to_do)
                 if result.interrupted or not result.to_do or exclude or not nodes:
                     break
-                nodes = []  # runs that failed here have nowhere else to go
+                nodes = []  # no other node is left for the runs that failed here
             for number in (signal.SIGUSR2, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # submitit's handler would requeue, too
+                signal.signal(number, signal.SIG_IGN)  # submitit's handlers would requeue the job a second time
         return _requeue_or_finish(result, exclude)
 
     def checkpoint(self) -> Any:
-        """Asked for by submitit when it is told to stop before the queue took over: the same call again."""
+        """Return the same call for a requeue; submitit calls this if it is stopped before the worker has taken over."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -93,19 +94,20 @@ class WorkerJob:
             nodes=self.shape.nodes,
             allow_fewer_devices=False,
             srun=section.srun,
-            # The worker is in its container already; ranks on other nodes are not.
+            # The worker already runs inside its container; ranks on other nodes must enter it.
             python=tuple(shlex.split(section.python)) if section.python and self.shape.nodes > 1 else (sys.executable,),
         )
 
     def _nodes_to_exclude(self, sweep: Sweep, to_do: Sequence[str]) -> tuple[str, ...]:
-        """Nodes on which the runs that are left failed, where others are left for them."""
+        """Return the nodes on which the remaining runs failed, unless too few other nodes exist."""
         failed = [node for run_id in to_do for node in RunRecord(sweep.run_dir(run_id)).failed_nodes()]
         partition = os.environ.get("SLURM_JOB_PARTITION")
         return slurm.nodes_to_exclude(failed, partition, self.shape.nodes)
 
 
 def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
-    """Put this one element back into Slurm's queue where it can go on later; after TERM, Slurm decides itself."""
+    """Requeue this job if it can continue later; after TERM, Slurm requeues it itself. Return a message for
+    submitit."""
     job_id = slurm.current_job_id()
     if result.to_do and result.stopped_by in (None, signal.SIGUSR2) and job_id:
         if not (result.stopped_by or result.finished or result.stopped or exclude):
@@ -127,10 +129,10 @@ def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
 def launch_slurm(
     sweep: Sweep, runs: Sequence[Run], *, retry: bool = False, dry_run: bool = False, allow_dirty: bool = False
 ) -> list[Submission]:
-    """Submit the elements that the runs lack and return at once; a dry run asks Slurm nothing and writes nothing.
+    """Submit the jobs that the runs need and return at once; a dry run asks Slurm nothing and writes nothing.
 
     Raises:
-        SweepError, DataError: as `launch` and `submit`.
+        SweepError, DataError: as in `launch` and `submit`.
     """
     if dry_run:
         refuse(sweep, [run for run in runs if launch_decision(sweep, run, retry=retry).startable])
@@ -147,7 +149,8 @@ def launch_slurm(
 
 @contextlib.contextmanager
 def _relay_warnings() -> Iterator[None]:
-    """Keep a step beside the batch script: Slurm warns steps alone of a preemption, and by `scancel --signal`."""
+    """Run an idle job step beside the batch script: Slurm warns only steps of a preemption and on `scancel
+    --signal`."""
     if shutil.which("srun") is None:  # in a container
         yield
         return

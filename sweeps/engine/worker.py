@@ -1,10 +1,10 @@
-"""The queue, the only thing that executes a sweep: on this machine, under any scheduler, and in every Slurm job.
+"""The worker: executes the runs of a sweep, on this machine, under any scheduler, or as a Slurm job.
 
-It takes the next run that its machine and its time can serve, the longest first, and executes one process per run. A
-run is claimed (`sweeps.state.record`) before it is started and until its end is written down, so that any number of
-queues on machines that share the sweep's folder execute each run once. A run that needs more devices than are free is
-passed over, not waited for. Stopping the queue (Ctrl-C, SIGTERM, Slurm's warning) asks every run to save and end. A run
-whose directory is damaged, or whose end cannot be written down, is named and left; the others go on.
+It takes the next run that its machine and its remaining time allow, longest first, and starts one process per run. It
+claims a run (`sweeps.state.record`) before the start and keeps the claim until the end is recorded, so that workers
+that share the sweep's folder execute each run once. A run that needs more devices than are free is passed over, not
+waited for. Stopping the worker (Ctrl-C, SIGTERM, Slurm's warning) asks every run to save and exit. A run whose
+directory is damaged, or whose end cannot be recorded, is reported and skipped; the others continue.
 """
 
 from __future__ import annotations
@@ -34,39 +34,40 @@ from aimscale.sweeps.state.record import RunRecord
 
 POLL_S = 0.2
 CANCEL_CHECK_S = 1.0
-"""Active runs are looked at for a cancellation this often."""
+"""Interval between checks for cancelled runs, s."""
 RESCAN_S = 10.0
-"""Runs that were left are looked at again this often: another worker may have died."""
+"""Interval between checks of skipped runs, s: another worker may have died."""
 SILENT_AFTER_S, LOST_AFTER_S = 60.0, 900.0
-"""A run elsewhere that was not heard of for so long may come free, and is waited for up to the second."""
+"""A run of another worker whose heartbeat is older than the first, s, may have lost its worker; the worker waits for it
+until the age exceeds the second."""
 MIN_START_TIME_S = 60.0
-"""With less time than this left, no run is started."""
+"""Minimum remaining time to start a run, s."""
 
 Report = Callable[["Worker"], None]
-"""Called every few moments with the queue, to show where it stands."""
+"""Callback that receives the worker every few moments, to show its progress."""
 
 
 @dataclass(kw_only=True)
 class ActiveRun:
-    """A run that the queue executes."""
+    """Run that the worker executes."""
 
     run: Run
     record: RunRecord
     lock: Lock
-    """Its claim."""
+    """Claim on the run."""
     claims: tuple[str, str | None]
-    """Token of the claim, and the one of the attempt before."""
+    """Token of this claim, and of the claim of the attempt before."""
     attempt: int
-    """1 for the first start."""
+    """Number of the attempt, 1 for the first."""
     evaluation_progress: list[int]
-    """What evaluation had written when it started."""
+    """Progress of evaluation at the start, as `RunRecord.evaluation_progress`."""
     devices: tuple[int, ...]
     process: Process
-    """The trainer, or what starts its ranks: leader of its own process group."""
+    """Trainer, or the program that starts its ranks; leads its own process group."""
     started: float = field(default_factory=time.time)
-    """Unix time."""
+    """Unix time of the start."""
     is_stopping: bool = False
-    """Whether it was asked to save and end."""
+    """Whether it was asked to save and exit."""
 
 
 @dataclass(kw_only=True)
@@ -76,68 +77,68 @@ class Worker:
     sweep: Sweep
     machine: Machine
     waiting: list[Run]
-    """Neither executed here nor known to be over, in the order in which they are started."""
+    """Runs that are neither executed here nor known to have ended, in the order in which they start."""
     command: Command | None = None
-    """Replaces the program that executes a run."""
+    """Replacement for the program that executes a run."""
     job_id: str | None = None
-    """Of the Slurm job that this worker is."""
+    """Id of this worker's Slurm job."""
     deadline: float = float("inf")
-    """Unix time at which everything saves and ends."""
+    """Unix time at which all runs are asked to save and exit."""
     skip_failed_on: Sequence[str] = ()
-    """Names of this machine's nodes: runs that failed on one of them are left to others."""
+    """Names of this machine's nodes; runs that failed on one of them are left to other workers."""
     devices: DevicePool = field(init=False)
     processes: RunProcesses = field(init=False)
     active: list[ActiveRun] = field(default_factory=list)
     ended: dict[str, Outcome] = field(default_factory=dict)
-    """Run -> how its last attempt here ended."""
+    """Run id -> outcome of its last attempt here."""
     evaluated: dict[str, None] = field(default_factory=dict)
-    """Runs on which something was measured here."""
+    """Ids of the runs that were evaluated here."""
     skipped: dict[str, Decision] = field(default_factory=dict)
-    """Why runs are not executed here, as last seen."""
+    """Last decision on each run that is not executed here."""
     events: list[str] = field(default_factory=list)
-    """Sentences that the display has not printed yet."""
+    """Messages that are not printed yet."""
     stopping: bool = False
     stopped_by: int | None = None
-    """The first signal that asked, where one did."""
+    """First signal that requested a stop, if any."""
 
     def __post_init__(self) -> None:
         self.devices = DevicePool(self.machine)
         self.processes = RunProcesses(self.machine, self.command, self.events.append)
-        if self.job_id:  # what this job had before comes first
+        if self.job_id:  # runs that this job executed before come first
             self.waiting.sort(key=lambda run: _claiming_job_id(self.sweep, run) != self.job_id)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchResult:
-    """What a launch did."""
+    """Result of a launch."""
 
     finished: tuple[str, ...] = ()
-    """Runs it brought to their end."""
+    """Runs that it finished."""
     evaluated: tuple[str, ...] = ()
-    """Runs on which it measured something, in the process that trained them or later."""
+    """Runs that it evaluated, in the process that trained them or later."""
     failed: tuple[str, ...] = ()
-    """Runs it tried in vain."""
+    """Runs that failed for good."""
     stopped: tuple[str, ...] = ()
-    """Runs that ended because they were told to, and saved if there was something to save."""
+    """Runs that exited on request, saved if there was anything to save."""
     skipped: tuple[Decision, ...] = ()
-    """Runs it left alone."""
+    """Decisions on runs that it did not execute."""
     unplanned: tuple[str, ...] = ()
-    """Run directories that the plan does not name: what they trained differs from it."""
+    """Run directories outside the plan; they trained something else."""
     to_do: tuple[str, ...] = ()
-    """Runs that this machine could go on with, had it more time or were it another node."""
+    """Runs that this worker could continue with more time, or on another node."""
     interrupted: bool = False
-    """Whether it was asked to stop, or its time was up, before it was through."""
+    """Whether it was asked to stop, or its time was up, before all runs were done."""
     stopped_by: int | None = None
-    """The signal that asked first, where one did."""
+    """First signal that requested a stop, if any."""
 
 
 def run_worker(worker: Worker, report: Report) -> LaunchResult:
-    """Execute the runs that wait until none is left to start; `report` is called every few moments."""
+    """Execute the waiting runs until none is left to start; call `report` every few moments."""
     with contextlib.closing(worker.processes), calling(functools.partial(_on_signal, worker)):
         try:
             _run_until_idle(worker, report)
         except BaseException:
-            _stop_all(worker)  # whatever went wrong here, the runs save before it is said
+            _stop_all(worker)  # let the runs save before the error is raised
             while worker.active:
                 _collect_ended(worker)
                 time.sleep(POLL_S)
@@ -148,7 +149,7 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
     return LaunchResult(
         finished=tuple(run_id for run_id, outcome in worker.ended.items() if outcome == "finished"),
         evaluated=tuple(worker.evaluated),
-        failed=tuple(run_id for run_id, outcome in worker.ended.items() if outcome == "stop"),
+        failed=tuple(run_id for run_id, outcome in worker.ended.items() if outcome == "failed"),
         stopped=tuple(run_id for run_id, outcome in worker.ended.items() if outcome == "preempted"),
         skipped=tuple(found for run_id, found in worker.skipped.items() if run_id not in worker.ended),
         to_do=to_do,
@@ -158,7 +159,7 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
 
 
 def _claiming_job_id(sweep: Sweep, run: Run) -> str | None:
-    """The Slurm job that claims a run, or claimed it last."""
+    """Return the id of the Slurm job that claims a run, or claimed it last."""
     claimant = RunRecord(sweep.run_dir(run.run_id)).claimant()
     return claimant.facts.get("job_id") if claimant else None
 
@@ -186,7 +187,8 @@ def _run_until_idle(worker: Worker, report: Report) -> None:
 
 
 def _may_become_free(found: Decision) -> bool:
-    """Whether a run elsewhere is silent: its machine may be lost, and nobody but this worker be there to go on."""
+    """Return whether a run of another worker is silent: its machine may be lost, and only this worker may be left to
+    resume it."""
     heartbeat = None
     if found.verdict == "running":
         with contextlib.suppress(UserError):
@@ -223,7 +225,7 @@ def _decide(worker: Worker, run: Run) -> Decision:
 
 
 def _try_to_start(worker: Worker, run: Run, acquired: tuple[int, ...]) -> Decision | None:
-    """Claim a run and start it; else why not."""
+    """Claim a run and start it; return None, or the decision that explains why it was not started."""
     found = _decide(worker, run)
     if not found.startable:
         return found
@@ -265,8 +267,10 @@ def _start(
     attempt = record.next_attempt()
     environment = os.environ | worker.devices.environment(acquired) | {"AIMSCALE_CLAIM": claims[0]}
     environment["OMP_NUM_THREADS"] = str(run.config.runtime.num_threads)
-    environment.pop("SLURM_STEP_NUM_TASKS", None)  # srun may have started several queues; no run is a rank of theirs
-    if len(acquired) > 1:  # torchrun kills its workers so long after it was told to stop; by default after 30 s
+    environment.pop(
+        "SLURM_STEP_NUM_TASKS", None
+    )  # srun may have started several workers; a run is not one of their ranks
+    if len(acquired) > 1:  # torchrun kills its ranks this long after SIGTERM; the default is 30 s
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_period_s(worker.sweep, run))
     record.logs.mkdir(parents=True, exist_ok=True)
     log, more_follow = record.attempt_log(attempt), len(worker.waiting) > 1
@@ -290,7 +294,7 @@ def _collect_ended(worker: Worker) -> None:
         worker.active.remove(active_run)
         worker.devices.release(active_run.devices)
         try:
-            # Slurm's limits are nobody's wish: a run that they stop again and again before it saves has failed.
+            # A time limit of Slurm is no person's request: a run that it stops again and again has failed.
             stop_requested = (worker.stopping and not worker.job_id) or active_run.record.cancelled.exists()
             outcome = record_end(
                 active_run.record,
@@ -303,16 +307,16 @@ def _collect_ended(worker: Worker) -> None:
             if active_run.record.evaluation_progress() != active_run.evaluation_progress:
                 worker.evaluated[active_run.run.run_id] = None
         except (OSError, UserError) as error:
-            outcome = "stop"
+            outcome = "failed"
             worker.events.append(f"left {active_run.record.name}: how it ended cannot be written down ({error})")
         active_run.lock.release()
         worker.ended[active_run.run.run_id] = outcome
-        if outcome not in ("finished", "stop"):
+        if outcome not in ("finished", "failed"):
             worker.waiting.insert(0, active_run.run)
 
 
 def print_events(worker: Worker) -> None:
-    """Print what happened, line by line: a `Report` for logs."""
+    """Print the worker's messages, one per line: a `Report` for logs."""
     for event in worker.events:
         print(event, flush=True)
     worker.events.clear()
@@ -326,12 +330,12 @@ def _describe_end(active_run: ActiveRun, outcome: Outcome) -> str:
     if outcome == "preempted":
         return f"stopped {active_run.record.name}, saved"
     status = active_run.record.read_status()
-    what = "trying again" if outcome == "again" else f"see {active_run.record.attempt_log(active_run.attempt)}"
+    what = "trying again" if outcome == "retry" else f"see {active_run.record.attempt_log(active_run.attempt)}"
     return f"failed {active_run.record.name} ({status.reason_class}: {status.reason}); {what}"
 
 
 def _on_signal(worker: Worker, number: int, frame: FrameType | None) -> None:
-    """A polite stop; a second Ctrl-C kills."""
+    """Ask all runs to stop; kill them on a second Ctrl-C."""
     if worker.stopping and number == signal.SIGINT:
         for active_run in worker.active:
             with contextlib.suppress(ProcessLookupError):
@@ -341,7 +345,7 @@ def _on_signal(worker: Worker, number: int, frame: FrameType | None) -> None:
 
 
 def _stop_all(worker: Worker) -> None:
-    """Ask every process to save and end, once."""
+    """Ask every run to save and exit, once."""
     if not worker.stopping:
         worker.stopping = True
         worker.events.append("stopping: every run saves first (a second Ctrl-C kills)")
@@ -350,7 +354,7 @@ def _stop_all(worker: Worker) -> None:
 
 
 def _send_stop(worker: Worker, active_run: ActiveRun) -> None:
-    """Ask a run to save and end: the process alone, which then ends its loader processes itself."""
+    """Ask a run to save and exit; only its main process is signalled, which stops its loader processes itself."""
     active_run.is_stopping = True
     with contextlib.suppress(ProcessLookupError):
         active_run.process.send_signal(worker.machine.stop_signal)

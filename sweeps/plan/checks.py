@@ -1,7 +1,7 @@
-"""Everything that would stop a run before its first step or after its last, found before any process starts.
+"""Checks of planned runs: errors that launch, training or evaluation would raise, found before any process starts.
 
-Launch, trainer and evaluation refuse what they cannot use; a plan calls the same functions, for every run, and says all
-of it at once. Nothing is written. Torch is imported where data sets are there to be opened.
+The checks call the functions that raise these errors later, for every run, and report all of them at once. Nothing is
+written. Torch is imported only if a data set has to be opened.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that some runs would fail on, or that needs care."""
+    """Problem that makes some runs fail, or a caution about them."""
 
     key: str
-    """Of the sweep file: what to change."""
+    """Key of the sweep file to change."""
     why: str
-    """What launch, trainer or evaluation would say."""
+    """Error message of the launch, the trainer or the evaluation."""
     run_ids: tuple[str, ...]
 
 
 def check(sweep: Sweep, runs: Sequence[Run]) -> tuple[Problem, ...]:
-    """What would stop these runs, each thing once; data sets above `max_opened` are left to the trainers."""
+    """Return the problems of these runs, equal ones once; data sets above `max_indexed_images` are not opened."""
     device, data = planned_device(sweep, runs), _DataChecks()
     return group_findings((run.run_id, (*_check_config(sweep, run, device), *data.check(run.config))) for run in runs)
 
 
 def group_findings(found: Iterable[tuple[str, Iterable[Finding]]]) -> tuple[Problem, ...]:
-    """What was found of each run, equal things once."""
+    """Merge equal findings of several runs."""
     names: dict[Finding, dict[str, None]] = {}
     for run_id, things in found:
         for thing in things:
@@ -56,7 +56,7 @@ def group_findings(found: Iterable[tuple[str, Iterable[Finding]]]) -> tuple[Prob
 
 
 def describe_runs(run_ids: Sequence[str], num_runs: int) -> str:
-    """Some runs of so many, in words."""
+    """Describe which of `num_runs` runs are meant: one id, `all 6 runs`, or `2 of 6 runs, such as ...`."""
     if len(run_ids) == 1:
         return run_ids[0]
     return (
@@ -67,7 +67,7 @@ def describe_runs(run_ids: Sequence[str], num_runs: int) -> str:
 
 
 def refuse(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem] | None = None) -> None:
-    """Raise SweepError that names every problem of these runs, if there is one."""
+    """Raise SweepError that lists every problem of these runs; return if there is none."""
     lines = []
     for problem in check(sweep, runs) if problems is None else problems:
         key = "" if problem.why.startswith(problem.key) else f"{problem.key}: "
@@ -79,7 +79,7 @@ def refuse(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem] | None
 
 
 def _check_call(key: str, function: Callable[..., Any], *arguments: Any) -> list[Finding]:
-    """What a function refuses."""
+    """Call a function and return its UserError as a finding, or no finding."""
     try:
         function(*arguments)
     except UserError as error:
@@ -88,7 +88,7 @@ def _check_call(key: str, function: Callable[..., Any], *arguments: Any) -> list
 
 
 def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
-    """What the configuration alone tells."""
+    """Check what follows from the configuration alone."""
     runtime = run.config.runtime
     yield from _check_call("schedule.warmup_images", schedule_of, run.config)
     yield from _check_call(
@@ -111,7 +111,7 @@ def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
 
 
 class _DataChecks:
-    """The data sets of some runs; each is opened, and each pair compared, once."""
+    """Checks of the data sets of several runs; each data set is opened, and each pair compared, once."""
 
     def __init__(self) -> None:
         self.opened = functools.cache(self._open)
@@ -120,7 +120,7 @@ class _DataChecks:
         self.probe = functools.cache(self._probe)
 
     def check(self, config: RunConfig) -> Iterator[Finding]:
-        """What is wrong with what a run reads."""
+        """Check the training, validation and probe data of a run."""
         training, evaluation = config.training, config.evaluation
         yield from self.stream(training.data, training.model.channels)
         yield from self.validation(training.data, evaluation.validation)
@@ -128,7 +128,7 @@ class _DataChecks:
             yield from self.probe(section, training.model)
 
     def _open(self, path: str) -> tuple[Any, str | None]:
-        """A data set, unless it cannot be opened or is left to the trainers; and why it cannot be."""
+        """Open a data set: return (data set or None, error or None); both are None if it is too large to open here."""
         try:
             if read_info(path).num_samples > max_indexed_images(path):
                 return None, None
@@ -139,7 +139,7 @@ class _DataChecks:
             return None, str(error)
 
     def _stream(self, data: DataSection, channels: int) -> list[Finding]:
-        """What the training stream would refuse."""
+        """Check the training data as the training stream does."""
         if not data.is_unindexed:
             missing = [why for source in data.sources if (why := self.opened(source.path)[1])]
             if missing:
@@ -157,7 +157,7 @@ class _DataChecks:
         return found + _check_call("data.unique_images", unique_per_source, data, infos)
 
     def _validation(self, data: DataSection, section: ValidationSection) -> list[Finding]:
-        """What the validation after each budget would refuse, and the trainer for its sake."""
+        """Check the validation data as the trainer and the validation do, overlap with the training images included."""
         held_out, missing = self.opened(section.path)
         if missing:
             return [("validation.path", missing)]
@@ -172,7 +172,7 @@ class _DataChecks:
         return found + _check_call("validation.path", refuse_overlap, pools, held_out)
 
     def _probe(self, section: ProbeSection, model: ModelSection) -> list[Finding]:
-        """What a task would refuse."""
+        """Check the data of a probe task as the probe does."""
         key = f"probes.{section.task}"
         sides = [self.opened(path) for path in dict.fromkeys((section.train, section.test))]
         if missing := [why for _, why in sides if why]:

@@ -1,4 +1,4 @@
-"""The cost card of a planned run: what it holds, takes and costs, from closed formulas and stated assumptions."""
+"""Cost cards: time, memory, disk and FLOPs of planned runs, from closed formulas and stated assumptions."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ from aimscale.sweeps.plan.planner import Run, model_counts
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 WEIGHTS_BYTES_PER_PARAM = 4
-"""Final weights of a budget, fp32."""
+"""Size of the final weights of a budget (fp32)."""
 MIN_GRACE_S = 120
-"""Even a small run ends a step, a validation batch or a probe's epoch first."""
+"""Minimum grace period, s: even a small run must finish a step, a validation batch or a probe epoch."""
 STEP_ALLOWANCE_S = 30
-"""For the step that is under way, beside a save."""
+"""Time allowed for finishing the current step, s, in addition to saving."""
 SAVE_BYTES_PER_S = 0.5e9
-"""Assumption: the rate at which a checkpoint reaches a shared disk."""
+"""Assumed rate at which a checkpoint is written to a shared disk."""
 
 MAX_DURING_SHARE = 0.1
-"""Points during training that take a larger share of a run's time are named."""
+"""Share of a run's time, 0..1, above which evaluation during training raises a caution."""
 ASSUMED_GPU = "H100"
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
 MIN_VALIDATION_IMAGES = 100
-"""Images, of which fewer give a loss that is uncertain by several per cent."""
+"""Number of validation images below which the loss is uncertain by several per cent."""
 
 
 Finding = tuple[str, str]
-"""Key of the sweep file, and what is said of it."""
+"""(key of the sweep file, message)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetCost:
-    """One row that a run will give."""
+    """Cost of one budget, which becomes one row of the results."""
 
     images_seen: int
     epochs: float | None
-    """D / U; null where the pool's size is unknown."""
+    """D / U; null if the size of the pool is unknown."""
     flops: float
-    """C: training FLOPs to this budget by the published formula."""
+    """C: training FLOPs up to this budget, by the published formula."""
     flops_6nd: float
-    """6 N D with N backbone, head and preprocessor and D in images x tokens."""
+    """6 N D, with N the parameters of backbone, head and preprocessor, and D in images x tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostCard:
-    """What one run costs."""
+    """Cost of one run."""
 
     run_id: str
     cell: dict[str, Any]
@@ -69,58 +69,63 @@ class CostCard:
     params_total: int
     budgets: tuple[BudgetCost, ...]
     images_executed: int
-    """Images trained on: the stable phase, and the decay branch of every budget beside it."""
+    """Images trained on: those of the stable phase and of the decay branch of every budget."""
     flops_executed: float
-    """FLOPs the devices execute: fewer per image than the formula (only scored tokens enter the head), more images."""
+    """FLOPs that the devices execute: fewer per image than by the published formula (only scored tokens enter the
+    head), for more images (decay branches)."""
     steps: int
     batch_size: int
     lr_peak: float
     devices: int
     """Data-parallel ranks."""
     device: Device
-    """What each of them is taken to be."""
+    """Assumed type of each device."""
     precision: str
     rates: Rates
-    """How fast all of them train and load."""
+    """Throughput of training and loading, all devices together."""
     fit: ExecutionPlan | None
-    """ZeRO stage, micro-batch and memory of a rank, activations included; null where nothing fits."""
+    """ZeRO stage, micro-batch and memory of a rank, activations included; null if no choice fits."""
     stop_s: int
-    """Time from being told to stop to being killed."""
+    """Grace period between the signal to stop and the kill, s."""
     disk_bytes: int
-    """Of the run directory: the last checkpoint, the stable phase's, one under way, and the weights of all budgets."""
+    """Size of the run directory: the last checkpoint, that of the stable phase, one that is being written, and the
+    weights of all budgets."""
     probes: tuple[ProbeCost, ...]
-    """The tasks, each at one budget."""
+    """Cost of each probe task at one budget."""
     flops_evaluation: float
-    """Of validation and probes, all budgets and points together, as `harness.probe.cost` counts them."""
+    """FLOPs of validation and probes at all budgets and points during training, as `harness.probe.cost` counts them."""
     points: int
-    """Validations during training."""
+    """Number of validations during training."""
     flops_during: float
-    """Of `flops_evaluation`, that of points during training."""
+    """Part of `flops_evaluation` that is spent during training."""
     share_during: float
-    """Of `wall_s` that points take, 0..1."""
+    """Share of `wall_s` that evaluation during training takes, 0..1."""
     limit: Limit
-    """What takes most of the time of training."""
+    """Resource that limits the speed of training."""
     training_s: float
-    """Time of training, loading included."""
+    """Time of training, loading included, s."""
     evaluation_s: float
-    """Time of validation and probes of all budgets and points: their FLOPs at the pace of training, or their images
-    at the loader's."""
+    """Time of validation and probes at all budgets and points during training, s: their FLOPs at the speed of training,
+    or their images at the speed of the loader, whichever takes longer."""
     wall_s: float
-    """Both."""
+    """Sum of `training_s` and `evaluation_s`, s."""
     device_hours: float
     cautions: tuple[Finding, ...]
-    """What should be looked at before launching."""
+    """Cautions to read before launching."""
 
 
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
-    """One card per run, in order."""
+    """Return the cost card of each run, in the order of `runs`."""
     device, look = planned_device(sweep, runs), functools.cache(data_set)
     return [_card(sweep, run, device, look) for run in runs]
 
 
 def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
-    """The device that all runs are priced on: the one that `cost.device` names; else an H100, where a `slurm` section
-    asks for GPUs; else this machine's GPU; else one core of this machine.
+    """Return the device on which all runs are priced.
+
+    This is `cost.device` if it is given; else the GPU that a `slurm` section asks for, or an H100; else this machine's
+        GPU;
+    else one core of this machine.
 
     Raises:
         SweepError: `cost.device` is no known GPU, and its peak is not given.
@@ -144,7 +149,7 @@ def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
 
 
 def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
-    """Sums over the cards, and the time of the longest run: the sweep's with enough devices."""
+    """Return sums over the cards, and `longest_wall_s`: the sweep's time if each run has its own devices."""
     added = ("images_executed", "flops_executed", "flops_evaluation", "flops_during", "device_hours", "disk_bytes")
     sums = {name: sum(getattr(card, name) for card in cards) for name in added}
     return {
@@ -157,8 +162,11 @@ def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
 
 
 def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
-    """Parameters of the joint law of N and D that a grid cannot tell however small the noise, such as the exponent of D
-    from two budgets; none for a single point, which asks for no law."""
+    """Return the parameters of the joint law of N and D that the grid cannot identify at any noise level.
+
+    For example, two budgets do not identify the exponent of D. A grid of a single point fits no law, so none is
+    returned.
+    """
     rows = {(card.params_total, budget.images_seen) for card in cards for budget in card.budgets}
     if len(rows) < 2:
         return ()
@@ -168,7 +176,7 @@ def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
 
 
 def to_json(cards: Sequence[CostCard]) -> dict[str, Any]:
-    """The plan as one JSON value."""
+    """Return the plan as a JSON object."""
     return {"totals": totals(cards), "not_identified": not_identified(cards), "runs": [asdict(card) for card in cards]}
 
 
@@ -240,11 +248,11 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
 
 
 def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks_memory: bool) -> Iterator[Finding]:
-    """What one run's data, schedule and points during training give.
+    """Yield the cautions about a run's data, schedule and evaluation during training.
 
     Args:
-        unique: U; None where it is unknown.
-        lacks_memory: whether a device has no memory for points during training.
+        unique: U; None if unknown.
+        lacks_memory: whether the devices have no memory for evaluation during training.
     """
     training, rates = run.config.training, card.rates
     epochs = card.budgets[-1].epochs or 0.0
@@ -289,34 +297,38 @@ def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks
 
 
 MAX_LOCAL_INDEX, MAX_REMOTE_INDEX = 50_000_000, 1_000_000
-"""The index of a larger data set, here or at a URL, is left to the trainers: opening takes 25 bytes per image."""
+"""Largest data sets, in images, whose index a plan opens on disk and at a URL; larger ones are left to the trainers.
+Opening takes 25 bytes per image."""
 
 
 def max_indexed_images(path: str) -> int:
-    """Images of the largest data set at a path whose index a plan opens."""
+    """Return the size of the largest data set, images, that a plan opens at this path."""
     return MAX_REMOTE_INDEX if "://" in path else MAX_LOCAL_INDEX
 
 
 def _pool_size(sweep: Sweep, config: RunConfig, look: Look) -> int | None:
-    """Images of the pool: as stated in the sweep file, else as counted in the data sets' `dataset.json`."""
+    """Return the images of the pool, from the sweep file or else from `dataset.json`; None if unknown."""
     if sweep.file.cost.pool_images:
         return sweep.file.cost.pool_images
     infos = [look(source.path) for source in config.training.data.sources]
-    # not made yet: the card says that epochs are unknown
+    # data sets that are not packed yet: the card says that the epochs are unknown
     return None if None in infos else sum(info.num_samples for info in infos if info)
 
 
 _cached_plan = functools.cache(execution_plan)
-"""Of many runs that differ by their seeds."""
+"""Execution plans, computed once for runs that differ only in their seed."""
 
 
 def plan_execution(
     config: RunConfig, devices: int, device: Device, devices_per_node: int, measuring: int
 ) -> ExecutionPlan:
-    """How a run uses its devices.
+    """Choose the ZeRO stage and micro-batch of a run.
+
+    Args:
+        measuring: bytes that evaluation during training needs on each device.
 
     Raises:
-        DoesNotFitError: it is too large for them.
+        DoesNotFitError: the run is too large for its devices.
     """
     return _cached_plan(
         config.training.model_copy(update={"seed": 0}),
@@ -329,9 +341,9 @@ def plan_execution(
 
 
 def grace_period_s(sweep: Sweep, run: Run) -> int:
-    """Time from being told to stop to being killed, for Slurm's signal and for torchrun.
+    """Return the time a run is given to save, s, between the signal to stop and the kill.
 
-    `slurm.signal_delay_s`, or twice a save and a step.
+    Slurm's signal, torchrun and the plan use this one number: `slurm.signal_delay_s`, or else two saves and a step.
     """
     given = sweep.file.slurm.signal_delay_s
     if given != "auto":

@@ -1,6 +1,7 @@
-"""From a sweep to its runs: every combination of the axes, minus exclusions, each with one configuration and identity.
+"""The planner: expands a sweep into runs, each with one configuration and one id.
 
-A warm-up-stable-decay run serves all budgets of its cell; with cosine each budget is a run. Nothing is written.
+Runs are all combinations of the axes that are not excluded. A warm-up-stable-decay run serves all budgets of its cell;
+with cosine each budget is a run. Nothing is written.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from aimscale.sweeps.plan.recipes import Recipe, Scale, get_recipe
 from aimscale.sweeps.plan.sweepfile import Fields, Sweep, SweepError, merge
 
 MAX_CELLS, MAX_DEVICES = 100_000, 1_000_000
-"""The most that a plan takes."""
+"""Upper limits of a plan."""
 PATH_KEYS = ("path", "train", "test", "cache_dir")
 
 
@@ -43,28 +44,28 @@ class Run:
     """One planned run."""
 
     run_id: str
-    """Identity: a slug and a hash of what is trained."""
+    """Slug and hash of what is trained."""
     config: RunConfig
-    """What goes into its `config.yaml`."""
+    """Configuration that is written to `config.yaml`."""
     cell: Fields
-    """Axis -> value, without budgets, which are in `config`."""
+    """Axis -> value; budgets are in `config`."""
     devices: int
     """Data-parallel ranks."""
     lr_multiplier: float
-    """Factor on the recipe's learning rate, as its base, an override or an axis sets it."""
+    """Factor of the recipe's learning rate, from base, override and axis."""
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """D of every row the run will give, images."""
+        """Budgets of the run in images, one row of results each."""
         return self.config.evaluation.budgets
 
 
 def plan(sweep: Sweep) -> list[Run]:
-    """All runs of a sweep, in the order of its axes.
+    """Return all runs of a sweep, in the order of its axes.
 
     Raises:
-        SweepError: nothing is left to run, or two cells are the same run.
-        ConfigError, ModelConfigError: a field, a size or a combination that does not exist.
+        SweepError: no run is left, or two cells are the same run.
+        ConfigError, ModelConfigError: a field, a size or a combination does not exist.
     """
     recipe, file = get_recipe(sweep.file.recipe), sweep.file
     shape = [file.sizes, file.unique_images, file.seeds, file.budgets, *file.axes.values(), file.variants]
@@ -89,15 +90,15 @@ def plan(sweep: Sweep) -> list[Run]:
 
 @functools.cache
 def model_counts(config: ModelConfig) -> tuple[ParamCount, FlopCount]:
-    """Parameters, and FLOPs per image by the published formula."""
+    """Return the parameters, and the FLOPs per image by the published formula."""
     return param_count(config), flops_per_image(config)
 
 
 class _SharedFields:
-    """The parts of a sweep that are the same in every cell: paths resolved, dotted keys nested."""
+    """Fields of a sweep that are the same in every cell, with absolute paths and nested keys."""
 
     def __init__(self, sweep: Sweep) -> None:
-        # The model must be whole before a recipe can scale the rest with it.
+        # The recipe derives other fields from the complete model, so its own model fields are merged first.
         model = {"model": dict(get_recipe(sweep.file.recipe).fixed_fields.get("model", {}))}
         self.base = merge(model, _resolve_fields(_nest(sweep.file.base), sweep))
         self.overrides = [
@@ -137,7 +138,10 @@ def _planned_cells(
 def _group_budgets(
     cell: Fields, budgets: Iterable[int], shared: _SharedFields, run_per_budget: bool
 ) -> Iterator[tuple[tuple[int, ...], list[Fields]]]:
-    """Budgets of a cell that share a run, because the same overrides match them, with what those change."""
+    """Group the budgets of a cell into runs, and yield each group with its overrides.
+
+    Budgets share a run if the same overrides match them; with `run_per_budget` each has its own.
+    """
     groups: dict[Any, list[int]] = {}
     for budget in budgets:
         whole = {**cell, "budget": budget}
@@ -150,7 +154,7 @@ def _group_budgets(
 
 
 def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]]:
-    """Images seen by each size, so that every C is met by the sizes nearest to its expected optimum."""
+    """Return the budgets of each size: every C is assigned to the sizes nearest to its expected optimum."""
     isoflop = sweep.file.isoflop
     assert isoflop is not None
     budgets: dict[str, list[int]] = {size: [] for size in sweep.file.sizes}
@@ -207,13 +211,13 @@ def _checked_multiplier(value: Any, sweep: Sweep) -> float:
 
 
 def _model_from(section: Fields, changes: Fields, sweep: Sweep) -> ModelConfig:
-    """The model that raw `model` fields describe, with the objective of all the fields."""
+    """Return the model of raw `model` fields, with the objective among `changes`."""
     checked = parse(ModelSection, section, f"{sweep.source}: model")
     return cached_model(checked, parse(ObjectiveSection, changes.get("objective", {}), f"{sweep.source}: objective"))
 
 
 def _nest(fields: Mapping[str, Any]) -> Fields:
-    """`{a.b: 1}` -> `{a: {b: 1}}`."""
+    """Turn dotted keys into nested mappings: `{a.b: 1}` -> `{a: {b: 1}}`."""
     nested: Fields = {}
     for dotted, value in fields.items():
         key, _, rest = str(dotted).partition(".")
@@ -223,7 +227,11 @@ def _nest(fields: Mapping[str, Any]) -> Fields:
 
 
 def _conditions(cell: Mapping[str, Any], sweep: Sweep) -> dict[str, tuple[Any, ...]]:
-    """Axis -> accepted values, counts read as numbers; a value that no cell has is a mistake."""
+    """Return axis -> accepted values of a condition, with counts such as `4k` read as numbers.
+
+    Raises:
+        SweepError: no cell has one of the values.
+    """
     file = sweep.file
     known = {"size": file.sizes, "budget": file.budgets, "unique_images": file.unique_images, "seed": file.seeds}
     known |= {"variant": tuple(file.variants), **file.axes}
@@ -247,7 +255,7 @@ def _matches(cell: Fields, conditions: Mapping[str, tuple[Any, ...]]) -> bool:
 
 
 def _resolve_fields(fields: Fields, sweep: Sweep) -> Fields:
-    """Make the paths of a fragment absolute (relative ones: to the sweep file), and say what its data sets hold."""
+    """Make paths absolute (relative to the sweep file) and add the fingerprints of data sources."""
     for key, value in fields.items():
         if key in SECTIONS and not isinstance(value, dict):
             raise SweepError(f"{sweep.source}: {key} must be a mapping of keys to values, not {value!r}")
@@ -272,7 +280,7 @@ def _absolute_paths(value: Any, sweep: Sweep) -> Any:
 
 
 def _with_fingerprint(source: Any, sweep: Sweep) -> Any:
-    """A source with its content's fingerprint: as given, as its folder says now, or as it said at the last launch."""
+    """Add the fingerprint of a source: as given, else as its folder states now, else as recorded at the last launch."""
     if not isinstance(source, dict) or "fingerprint" in source or not isinstance(path := source.get("path"), str):
         return source
     return {**source, "fingerprint": fingerprint(path) or sweep.known_fingerprints.get(sweep.relative_path(path))}
@@ -284,4 +292,4 @@ SECTIONS = {
     for name, field in kind.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 } | {"runtime"}
-"""Fields of a run that are mappings."""
+"""Names of the fields of a run that are mappings."""

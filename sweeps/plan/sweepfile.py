@@ -46,11 +46,11 @@ SWEEP_RECORD = "sweep.json"
 
 
 class SweepError(UserError):
-    """A sweep that cannot be planned, launched or read as written."""
+    """Sweep that cannot be planned, launched or read as written."""
 
 
 Count = Annotated[int, BeforeValidator(count), Field(gt=0, le=10**15, json_schema_extra={"format": "count"})]
-"""A number of images or parameters, with an optional unit."""
+"""Number of images or parameters, with an optional unit."""
 
 
 class OverrideSection(Section):
@@ -59,8 +59,8 @@ class OverrideSection(Section):
     when: dict[str, Any]
     """Axis -> value or list of values; a cell matches when every named axis does."""
     set: dict[str, Any]
-    """Fields (dotted or nested) of training, evaluation and `runtime`, or what else `base` may hold, replacing those of
-    recipe, base, axes and variants."""
+    """Fields (dotted or nested) of training, evaluation and `runtime`, or others that `base` may hold; they replace
+    those of recipe, base, axes and variants."""
 
 
 class IsoflopSection(Section):
@@ -77,7 +77,7 @@ class IsoflopSection(Section):
 
 
 class CostSection(Section):
-    """What a plan assumes of a device; it is printed beside the numbers."""
+    """Assumptions of a plan about a device; they are printed beside the numbers."""
 
     device: str | None = None
     """Name of the device, such as A100. Null: where there is a `slurm` section the GPU that it asks for, or an H100;
@@ -103,7 +103,7 @@ def _check_one_line(text: str) -> str:
 
 
 RESERVED_SBATCH_OPTIONS = ("array", "error", "gres", "nodes", "ntasks-per-node", "output", "signal")
-"""Options of sbatch that the launcher sets, or that would contradict `slurm.gpus`."""
+"""Options of sbatch that aimscale sets itself, or that would contradict `slurm.gpus`."""
 
 
 def _check_sbatch_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -119,11 +119,11 @@ def _check_sbatch_options(options: dict[str, Any]) -> dict[str, Any]:
 OneLine = Annotated[str, AfterValidator(_check_one_line)]
 """One line of printable text."""
 Command = Annotated[OneLine, AfterValidator(lambda text: shlex.join(shlex.split(text)))]
-"""A program with its arguments, each of which is quoted: nothing in it is executed by a shell."""
+"""Program with its arguments, each quoted, so that no shell executes any part of it."""
 
 
 class SlurmSection(Section):
-    """How jobs are requested."""
+    """Resources that Slurm jobs request."""
 
     partition: OneLine | None = None
     """Partition."""
@@ -151,7 +151,7 @@ class SlurmSection(Section):
     launcher's own."""
 
     def gpu_request(self, devices: int) -> int | str | None:
-        """What is asked for so many devices of a node; None for CPU nodes."""
+        """Return the value of `--gpus-per-node` for so many devices, or None on CPU nodes."""
         if self.gpus is False:
             return None
         return devices if self.gpus is True else f"{self.gpus}:{devices}"
@@ -225,57 +225,57 @@ AXIS_KEYS = {"model.size": "sizes", "budgets": "budgets", "data.unique_images": 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A sweep file with the places it refers to."""
+    """Sweep file with the directories that it refers to."""
 
     file: SweepFile
-    """What was written."""
+    """Parsed content of the sweep file."""
     text: str
-    """The YAML as written, copied into the sweep's directory."""
+    """YAML text, copied into the sweep's directory."""
     source: Path
-    """Where it was read."""
+    """Path from which it was read."""
     base_dir: Path
-    """What its relative paths are relative to."""
+    """Directory to which its relative paths refer."""
     root: Path
-    """Sweep directories are made under this."""
+    """Directory that holds the sweep directories."""
 
     @property
     def name(self) -> str:
-        """The sweep's name."""
+        """Name of the sweep."""
         return self.file.name
 
     @property
     def directory(self) -> Path:
-        """`<root>/<name>`."""
+        """Directory of the sweep, `<root>/<name>`."""
         return self.root / self.file.name
 
     @property
     def runs_dir(self) -> Path:
-        """Holds the run directories."""
+        """Directory that holds the run directories."""
         return self.directory / "runs"
 
     def run_dir(self, run_id: str) -> Path:
-        """The directory of one run."""
+        """Return the directory of a run."""
         return self.runs_dir / run_id
 
     def relative_path(self, path: str) -> str:
-        """A data path as `sweep.json` keeps it: relative to where the sweep's paths start, or a URL as it is."""
+        """Return a data path as `sweep.json` stores it: relative to `base_dir`; a URL stays as it is."""
         return path if "://" in path else os.path.relpath(path, self.base_dir)
 
     @functools.cached_property
     def known_fingerprints(self) -> dict[str, str]:
-        """Data path (as `relative` gives it) -> its content's fingerprint at the last launch."""
+        """Data path (as returned by `relative_path`) -> fingerprint of its content at the last launch."""
         with contextlib.suppress(UserError):
             return dict((read_record(self.directory) or {}).get("data", {}))
         return {}
 
     def with_fields(self, **fields: Any) -> Sweep:
-        """The same sweep with top-level fields of its file replaced and validated again."""
+        """Return a copy of the sweep with top-level fields of its file replaced and validated."""
         values = {**self.file.model_dump(mode="json", exclude_unset=True), **fields}
         return replace(self, file=parse(SweepFile, values, str(self.source)))
 
 
 def preset_names() -> list[str]:
-    """Names of the shipped sweeps."""
+    """Return the names of the presets."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
@@ -311,7 +311,7 @@ def _read(path: Path, *, base_dir: Path, root: Path) -> Sweep:
 
 
 def _merge_preset(values: Fields, where: Path) -> Fields:
-    """A file's keys upon those of the preset that it names, if it does, which may itself name one."""
+    """Merge the keys of a file into those of the preset that it names, recursively."""
     if (name := values.get("preset")) is None:
         return values
     if name not in preset_names():
@@ -325,7 +325,7 @@ def _merge_preset(values: Fields, where: Path) -> Fields:
 
 
 def merge(base: Fields, changes: Fields) -> Fields:
-    """Nested mappings united, `changes` winning; lists are replaced whole. Neither argument is altered."""
+    """Merge nested mappings; `changes` win, lists are replaced as a whole. Neither argument is changed."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
@@ -341,10 +341,10 @@ def _read_directory(directory: Path) -> Sweep:
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """`sweep.json` of a sweep directory, or None where there is none.
+    """Read `sweep.json` of a sweep directory; None if there is none.
 
     Raises:
-        UserError: it is damaged, or was made by another version.
+        UserError: it is damaged, or was written by another version.
     """
     path = directory / SWEEP_RECORD
     if (record := read_object(path)) is None:

@@ -30,16 +30,16 @@ from aimscale.sweeps.state.record import RunRecord
 
 @dataclass(frozen=True, kw_only=True)
 class JobShape:
-    """What one element asks for."""
+    """Resources that a job requests."""
 
     nodes: int
     devices: int
-    """Devices of each node."""
+    """Number of devices of each node."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LiveJob:
-    """An element that was submitted, as Slurm knows it."""
+    """Job of the sweep that waits or runs."""
 
     job: slurm.JobInfo
     shape: JobShape
@@ -49,25 +49,25 @@ class LiveJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """One array that was submitted, or would be."""
+    """Job array that was submitted, or that a dry run would submit."""
 
     shape: JobShape
     num_jobs: int
-    """Its elements."""
+    """Number of its jobs."""
     num_runs: int
-    """Runs to do that ask for this shape."""
+    """Number of pending runs of this shape."""
     excluded: tuple[str, ...]
-    """Nodes on which runs of this shape failed, which it will not get."""
+    """Nodes that are excluded since runs of this shape failed on them."""
     script: str
     job_id: str | None
-    """Slurm's id; null in a dry run."""
+    """Slurm's job id; null in a dry run."""
 
 
 def job_shape(run: Run, section: SlurmSection) -> JobShape:
-    """What a run's devices ask for.
+    """Return the shape of the job that a run needs.
 
     Raises:
-        SweepError: they do not fill whole nodes.
+        SweepError: its devices do not fill whole nodes.
     """
     devices = min(run.devices, section.devices_per_node)
     if run.devices % devices:
@@ -79,7 +79,7 @@ def job_shape(run: Run, section: SlurmSection) -> JobShape:
 
 
 def live_jobs(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[LiveJob]:
-    """Elements of the sweep that wait or run."""
+    """Return the jobs of the sweep that wait or run."""
     try:
         lines = [json.loads(line) for line in slurm.submissions_file(sweep).read_text().splitlines()]
     except FileNotFoundError:
@@ -103,14 +103,14 @@ def submit(
     allow_dirty: bool = False,
     dry_run: bool = False,
 ) -> list[Submission]:
-    """Submit the elements that are lacking and return at once; a dry run asks Slurm nothing and writes nothing.
+    """Submit the jobs that are missing and return at once; a dry run asks Slurm nothing and writes nothing.
 
     Args:
-        to_do: names the runs that are to be started, and is called while no other launch submits.
-        element: makes what an element of this shape executes.
+        to_do: returns the runs to start; called while no other launch submits.
+        element: makes the callable that a job of this shape executes.
 
     Raises:
-        SweepError, SlurmError: no Slurm, a dirty tree, a job that Slurm refuses.
+        SweepError, SlurmError: there is no Slurm, the source tree has uncommitted changes, or Slurm refuses a job.
     """
     if set(str(sweep.directory)) & set("%\\"):
         raise SweepError(f"Slurm would read '%' and '\\' in {sweep.directory} as patterns; choose another --root")
@@ -131,7 +131,7 @@ def submit(
 
 
 def distribute_jobs(free: int, wanted: Sequence[int]) -> list[int]:
-    """How many elements each array gets of those it wants, one after the other, where so many may still run."""
+    """Distribute `free` jobs over arrays that want so many each, one job at a time in turn."""
     given = [0] * len(wanted)
     while free > 0 and (short := [i for i, num in enumerate(wanted) if given[i] < num][:free]):
         for i in short:
@@ -142,27 +142,28 @@ def distribute_jobs(free: int, wanted: Sequence[int]) -> list[int]:
 
 @dataclass(kw_only=True)
 class _Batch:
-    """All arrays of one launch."""
+    """Job arrays of one launch."""
 
     sweep: Sweep
     snapshot: Snapshot | None
     element: Callable[[JobShape], Callable[[], Any]]
     dry_run: bool
     live: Sequence[LiveJob] = ()
-    """The sweep's elements that wait or run."""
+    """Jobs of the sweep that wait or run."""
 
     @property
     def section(self) -> SlurmSection:
-        """How the sweep file asks Slurm."""
+        """Section `slurm` of the sweep file."""
         return self.sweep.file.slurm
 
     @property
     def folder(self) -> Path:
-        """Of scripts, logs, and the record of elements."""
+        """Folder of scripts, logs, and the record of submissions."""
         return self.sweep.directory / "slurm"
 
     def submit(self, runs: Sequence[Run]) -> list[Submission]:
-        """Submit an array per shape; where the sweep may have no more elements, a shape without any waits for them."""
+        """Submit an array per shape; a shape that gets no job within `max_parallel` gets one that depends on the
+        others' end."""
         by_shape: dict[JobShape, list[Run]] = {}
         for run in runs:
             by_shape.setdefault(job_shape(run, self.section), []).append(run)
@@ -182,14 +183,14 @@ class _Batch:
         return submitted
 
     def _jobs_needed(self, shape: JobShape, members: Sequence[Run]) -> int:
-        """Elements that these runs want, but for those that will take them anyway."""
+        """Return the number of jobs that these runs need beyond the idle jobs of their shape."""
         idle = sum(each.shape == shape and not each.is_busy for each in self.live)
         return max(0, len(members) - idle)
 
     def _submit_arrays(
         self, shape: JobShape, members: Sequence[Run], num_jobs: int, after: Sequence[str]
     ) -> list[Submission]:
-        """So many elements, as one array or, where Slurm's are shorter, as several; each is noted at once."""
+        """Submit the jobs as one array, or as several if Slurm limits their length; record each at once."""
         failed = [node for run in members for node in RunRecord(self.sweep.run_dir(run.run_id)).failed_nodes()]
         longest, excluded = num_jobs, tuple(dict.fromkeys(failed))
         if not self.dry_run:
@@ -215,10 +216,10 @@ class _Batch:
     def _sbatch_parameters(
         self, shape: JobShape, members: Sequence[Run], excluded: Sequence[str], after: Sequence[str]
     ) -> dict[str, Any]:
-        """What submitit is told for an array."""
+        """Return submitit's parameters for an array."""
         section = self.section
         delay_s = max(grace_period_s(self.sweep, run) for run in members)
-        # The batch script becomes the worker, and alone hears of the time limit: its runs hear it from the worker.
+        # The batch script becomes the worker. Slurm signals it alone (B:), and it signals its runs.
         options = {"requeue": True, "signal": f"B:USR2@{delay_s}", **section.extra}
         if after:
             mine = [section.extra["dependency"]] if "dependency" in section.extra else []
@@ -244,13 +245,13 @@ class _Batch:
         return f"exec {self.section.python or shlex.quote(sys.executable)}"
 
     def _script(self, fields: dict[str, Any], size: int) -> str:
-        """The sbatch script that submitit writes."""
+        """Return the sbatch script as submitit writes it."""
         words = f"{self._python} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
         return _make_sbatch_string(words, self.folder, map_count=size if size > 1 else None, **fields)
 
     def _submit(self, fields: dict[str, Any], shape: JobShape, size: int) -> str:
         try:
-            # Progress bounds the attempts of a run (sweeps.state.attempts), not submitit's count of time limits.
+            # Retries are bounded by progress (sweeps.state.attempts), not by submitit's count of timeouts.
             executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=1_000_000, python=self._python)
             executor.update_parameters(**fields)
             with executor.batch():
@@ -264,12 +265,12 @@ class _Batch:
 
 
 def _environment(snapshot: Snapshot | None) -> list[str]:
-    """Shell lines that make the job run the pinned code, and let it say which."""
+    """Return shell lines that make a job run the pinned code and record its commit."""
     if snapshot is None:
         return []
     path = shlex.quote(str(snapshot.path))
     return [
-        f"cd {path} || exit 1",  # without its pinned code a job must not run
+        f"cd {path} || exit 1",  # a job must not run other code than the pinned one
         f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"export AIMSCALE_GIT_COMMIT={snapshot.commit} AIMSCALE_GIT_DIRTY={int(snapshot.dirty)}",
     ]

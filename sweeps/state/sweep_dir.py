@@ -1,4 +1,4 @@
-"""The sweep's directory: its record, and the runs in it."""
+"""Sweep directory: its record, and the runs in it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from aimscale.sweeps.state.record import RunRecord
 
 
 def prepare_directory(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
-    """Make the sweep's directory and record where its relative paths start and what its data sets hold.
+    """Create the sweep's directory and record its base directory and the fingerprints of its data.
 
-    A sweep that lies elsewhere now, or whose file does, goes on: runs are known by what they train.
+    A sweep that was moved, or whose file was moved, continues: run ids depend only on what is trained.
 
     Raises:
-        SweepError: it cannot be written.
+        SweepError: the directory cannot be written.
     """
     directory = sweep.directory
     try:
@@ -37,12 +37,12 @@ def prepare_directory(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
 
 
 def imported_runs(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:
-    """Finished runs beside the planned ones whose weights came from elsewhere (`aimscale weights import`)."""
+    """Return the finished runs outside the plan whose weights were imported (`aimscale weights import`)."""
     return [record for record in _unplanned_records(sweep, runs) if is_imported(record)]
 
 
 def unplanned_runs(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:
-    """Run directories that the plan does not name, but for imported ones: what they trained differs from it."""
+    """Return the ids of run directories outside the plan, except imported ones: they trained something else."""
     return tuple(record.path.name for record in _unplanned_records(sweep, runs) if not is_imported(record))
 
 

@@ -1,12 +1,11 @@
-"""From run directories to one typed table: `results.parquet`, `results.csv` and `collect.json`.
+"""Collection of run directories into one typed table: `results.parquet`, `results.csv` and `collect.json`.
 
-Points during training go to `curves.parquet` by the same columns, so that no law takes them for budgets.
+Values measured during training go to `curves.parquet`, with the same columns, so that no law takes them for budgets.
 
-Partial sweeps collect: a budget without a row is a row without results, marked `unfinished`, `diverged` or `failed`.
-Baselines probed like a run (`aimscale baseline NAME --like RUN`) go to `baselines.parquet` by the same columns:
-they are no runs, and no law should take them for some. Which test images a probe got right goes to `hits.parquet`,
-where the files of its task say so. The files depend on the run directories alone, so collecting twice writes the same
-bytes.
+Incomplete sweeps can be collected: a budget without results is a row with status `unfinished`, `diverged` or `failed`.
+Baselines that were probed like a run (`aimscale baseline NAME --like RUN`) go to `baselines.parquet`, with the same
+columns, so that no law takes them for runs. `hits.parquet` states which test images each probe classified correctly,
+for tasks that record this. The tables depend only on the run directories: collecting twice writes the same bytes.
 """
 
 from __future__ import annotations
@@ -36,33 +35,33 @@ from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import imported_runs, unplanned_runs
 
 Values = dict[str, Any]
-"""A row, or an entry of its probes."""
+"""Row, or an entry of its probes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectResult:
-    """What a collect found."""
+    """Result of a collection."""
 
     table: Path
-    """The Parquet file; the CSV lies beside it."""
+    """Path of the Parquet file; the CSV file is beside it."""
     num_rows: int
-    """Rows written: runs x budgets, but those of damaged runs."""
+    """Number of rows written: runs x budgets, without damaged runs."""
     num_complete: int
-    """Rows with results."""
+    """Number of rows with results."""
     damaged: dict[str, str]
-    """Runs skipped -> one sentence why."""
+    """Skipped run -> reason."""
     num_baselines: int
-    """Baselines found in the runs' folders."""
+    """Number of baselines found in the run directories."""
     unplanned: tuple[str, ...]
-    """Run directories left out: another sweep file gave them their names."""
+    """Run directories outside the plan, which are left out."""
 
 
 def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> CollectResult:
-    """Gather the rows of all runs of the plan.
+    """Collect the rows of all planned runs.
 
     Raises:
-        SweepError: the sweep was never launched here, or all runs there are of another plan (the table is left as it
-            was).
+        SweepError: the sweep was never launched here, or all its runs belong to another plan (the table is not
+            changed).
         OSError: its directory cannot be written.
     """
     if not sweep.runs_dir.is_dir():
@@ -111,7 +110,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
 
 
 def _write(sweep: Sweep, name: str, table: pa.Table, suffixes: Sequence[str] = (".csv", ".parquet")) -> None:
-    """The table in its formats; but for results, no file where there are no rows."""
+    """Write the table in its formats; remove the files of an empty table, except those of `results`."""
     for path in (sweep.directory / f"{name}{suffix}" for suffix in suffixes):
         if table.num_rows or name == "results":
             write_table(table, path)
@@ -120,7 +119,7 @@ def _write(sweep: Sweep, name: str, table: pa.Table, suffixes: Sequence[str] = (
 
 
 def _hit_rows(row: Values, documents: Iterable[Values]) -> list[Values]:
-    """Hits of a row's probes, from the tasks' files that have the very same entries."""
+    """Return the hits of a row's probes, from the task files with the same entries."""
     details = [detail for document in documents for detail in document["probes"] if "hits" in detail]
     row_keys = {name: row.get(name) for name in ("run_id", "size", "images_seen")}
     return [
@@ -134,7 +133,7 @@ def _hit_rows(row: Values, documents: Iterable[Values]) -> list[Values]:
 
 
 def _read_rows(name: str, rows: Callable[[], list[Values]], damaged: dict[str, str]) -> list[Values]:
-    """Rows that fit into a table; where they cannot be read, none, and the sentence why in `damaged`."""
+    """Read rows and check that they fit into a table; on an error return none and note the reason in `damaged`."""
     try:
         found = rows()
         results_table([row | {"hits": None} for row in found])
@@ -150,7 +149,7 @@ def _imported_rows(sweep: Sweep, record: RunRecord) -> list[Values]:
 
 
 def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
-    """A row per baseline that was probed like one of the sweep's runs."""
+    """Return one row for each baseline that was probed like one of the sweep's runs."""
     by_name: dict[str, list[Values]] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
@@ -166,7 +165,7 @@ def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
 
 
 def _run_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
-    """A run's rows, one per planned budget.
+    """Return a run's rows, one per planned budget.
 
     Raises:
         SweepError: the directory holds another run, or its status is damaged.
@@ -197,7 +196,7 @@ def _run_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
 
 
 def _curve_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
-    """What was measured in a run's stable phase, with the columns that a budget there would have."""
+    """Return the values measured in a run's stable phase, with the columns of a budget at that point."""
     planned = planned_columns(run.config)
     last, points = card.budgets[-1], []
     for found in RunRecord(sweep.run_dir(run.run_id)).read_curve():
@@ -211,7 +210,7 @@ def _curve_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
 
 
 def _drop_other_validation(run: Run, row: Values) -> Values:
-    """The row without a loss that was measured by other settings than the plan's."""
+    """Remove the validation loss if it was measured with other settings than the plan's."""
     settings = run.config.evaluation.validation.digest
     if str(row.get("validation", settings)).split(".")[0] == settings:
         return row
@@ -219,11 +218,11 @@ def _drop_other_validation(run: Run, row: Values) -> Values:
 
 
 def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> tuple[list[Values], list[Values]]:
-    """The rows with every probe's task named, and the hits of all rows under the same names.
+    """Name the task of every probe; return the rows, and the hits of all rows with the same names.
 
-    The bare name is for the evaluation that the plan asks for (the first of that task), or for the only one that there
-    is of a task that it does not name; others are `task@evaluation`. So a table keeps apart what was measured with
-    other settings or on other images, whoever reads it.
+    A task keeps its bare name for the evaluation that the plan requests (the first of that task), or for its only
+    evaluation if the plan has none; other evaluations are named `task@evaluation`. The table thus separates results of
+    other settings or other images.
     """
     bare = _planned_evaluations(runs)
     found: dict[str, set[str]] = {}
@@ -244,7 +243,7 @@ def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> tuple[list[
 
 
 def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
-    """Task -> evaluations that runs of the plan ask for."""
+    """Return task -> evaluations that the planned runs request."""
     name_of = functools.cache(lambda task: task.evaluation(fingerprint(task.train), fingerprint(task.test)))
     planned: dict[str, set[str]] = {}
     for run in runs:
@@ -254,7 +253,7 @@ def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
 
 
 def _completions(sweep: Sweep, run: Run) -> list[Values]:
-    """Pictures for the report, by paths relative to the sweep's directory."""
+    """Return the files of pictures for the report, relative to the sweep's directory."""
     record = RunRecord(sweep.run_dir(run.run_id))
     return [
         {
@@ -269,7 +268,7 @@ def _completions(sweep: Sweep, run: Run) -> list[Values]:
 
 
 def _machines(records: Sequence[RunRecord]) -> list[Values]:
-    """The machines of the runs' last starts, equal ones once."""
+    """Return the machines of the runs' last starts, equal ones once."""
     found: dict[str, Values] = {}
     for record in records:
         try:

@@ -1,4 +1,4 @@
-"""Where every run of a sweep stands: its directory, who holds its locks, and what Slurm has in store for it."""
+"""Status of every run of a sweep, from its directory, its locks and Slurm's jobs."""
 
 from __future__ import annotations
 
@@ -24,70 +24,71 @@ DisplayState = Literal[
     "not started", "queued", "starting", "running", "dead", "unfinished", "cancelled", "failed", "diverged", "finished",
     "damaged",
 ]  # fmt: skip
-"""`queued`: a Slurm job waits that will take it; `starting`: a worker has claimed it; `dead`: it says running, and no
-process does; `unfinished`: what is there is saved, and nobody goes on with it. The next worker resumes the last two."""
+"""State of a run as displayed. `queued`: a pending Slurm job will take it; `starting`: a worker has claimed it; `dead`:
+its status is running, but no process executes it; `unfinished`: its progress is saved, and no worker continues it. The
+next worker resumes the last two."""
 ENDED_STATES = ("finished", "cancelled", "failed", "diverged", "damaged")
-"""Nothing more is executed before a person does something."""
+"""States in which nothing is executed until a person acts."""
 RESUME_HINT = "`aimscale launch` resumes it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """One line of `aimscale status`."""
+    """Line of `aimscale status`."""
 
     run_id: str
     cell: dict[str, Any]
     """Axis -> value."""
     state: DisplayState
     status: Status
-    """What the run says of itself, with why it waits where Slurm says that."""
+    """Status that the run wrote, with Slurm's reason if it waits."""
     log: str | None = None
-    """Output of its last attempt."""
+    """Log of its last attempt."""
     to_evaluate: int = 0
-    """(task, budget) pairs to be probed in all."""
+    """Number of (task, budget) pairs to be probed."""
     progress: float = 0.0
     """Share of the planned images trained on, 0..1."""
     val_loss: float | None = None
-    """Validation loss of the last budget recorded, or of a running run the last that was measured on its way."""
+    """Validation loss of the last recorded budget; of a running run, the last one measured during training."""
     eta_s: float | None = None
-    """To its end once it runs, evaluation included."""
+    """Time to its end, s, evaluation included, if it runs."""
     place: str = ""
-    """Slurm's job that executes it, or else the machine."""
+    """Slurm job that executes it, or else the machine."""
     evaluated: int = 0
-    """Of `to_evaluate`."""
+    """Number of `to_evaluate` that are done."""
     device_hours: float = 0.0
-    """Spent so far, all attempts."""
+    """Device-hours spent so far, all attempts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepStatus:
-    """All of `aimscale status`."""
+    """Result of `aimscale status`."""
 
     sweep: str
     runs: tuple[RunStatus, ...]
-    """In the order of the plan."""
+    """Status of each run, in the order of the plan."""
     counts: dict[str, int]
-    """Runs by state."""
+    """Number of runs by state."""
     progress: float
     """Share of the sweep's FLOPs executed, 0..1."""
     given_up: float
-    """Share of its FLOPs that are left in runs which failed or were cancelled, 0..1."""
+    """Share of its FLOPs that remain in runs which failed or were cancelled, 0..1."""
     eta_s: float | None
-    """To the end of all that is not over, on the devices that work now; None where none does."""
+    """Time to the end of all active and waiting runs, s, on the devices in use; None if none is."""
     eta_is_measured: bool
-    """Whether the sweep's own pace says so; else it is the plan's."""
+    """Whether `eta_s` follows from measured pace; else from the plan."""
     device_hours: float
-    """Spent so far."""
+    """Device-hours spent so far."""
     device_hours_planned: float
-    """By the cost cards."""
+    """Device-hours by the cost cards."""
     unplanned: tuple[str, ...]
-    """Run directories that are not in the plan any more: of an earlier version of the sweep file."""
+    """Run directories outside the plan, from an earlier version of the sweep file."""
 
 
 def sweep_status(
     sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], jobs: dict[str, JobInfo] | None = None
 ) -> SweepStatus:
-    """Look at every run; `jobs` is what Slurm knows (`sweeps.slurm.commands.jobs`), None where it cannot be asked."""
+    """Inspect every run; `jobs` are Slurm's jobs (`sweeps.slurm.commands.jobs`), None if Slurm cannot be asked."""
     pending = _pending_jobs(sweep, jobs, cards) if jobs else {}
     inspected = [
         _inspect_run(run, card, RunRecord(sweep.run_dir(run.run_id)), pending.get(card.devices))
@@ -115,7 +116,7 @@ def sweep_status(
 
 
 def _pending_jobs(sweep: Sweep, jobs: dict[str, JobInfo], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
-    """Devices of a run -> a job that waits and will take such runs, where there is one."""
+    """Return devices of a run -> a pending job that will execute such runs."""
     from aimscale.sweeps.slurm.submit import live_jobs  # imports submitit
 
     found: dict[int, JobInfo] = {}
@@ -179,7 +180,7 @@ def _inspect_record(run: Run, card: CostCard, record: RunRecord, pending: JobInf
         is_over=state in ENDED_STATES,
         images_done=card.images_executed if is_trained else status.images_done,
         flops_to_evaluate=_flops_to_evaluate(card, missing) + (1 - line.progress) * card.flops_during,
-        # the mean over all of its steps says more than the last seconds
+        # of a finished run, the mean over all steps instead of the last seconds
         images_per_s=rows[-1].get("images_per_s") if is_finished and rows else status.images_per_s,
         mfu=status.mfu,
         startup_s=starts[-1].get("startup_s") if starts else None,
@@ -201,7 +202,7 @@ def _flops_to_evaluate(card: CostCard, missing: Sequence[Lacking]) -> float:
 def _state_without_worker(
     record: RunRecord, status: Status, missing: Sequence[Lacking], pending: JobInfo | None
 ) -> tuple[DisplayState, str | None]:
-    """Where a run stands that nobody holds, and why."""
+    """Return the state, and its reason, of a run that no worker holds."""
     if status.state in ("failed", "diverged") or (status.state == "finished" and not missing):
         return status.state, status.reason
     if record.cancelled.exists():

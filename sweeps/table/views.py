@@ -1,4 +1,4 @@
-"""How tables, lines of a key and a value, and the progress of a sweep look: rich on a terminal, plain in a log."""
+"""Layout of tables, key-value lines and progress: rich on a terminal, plain in a log."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from aimscale.sweeps.table.status import ENDED_STATES, RunStatus, SweepStatus
 LOG_WIDTH = 1000
 REFRESH_S = 2.0
 MAX_DATA_WAIT = 0.3
-"""A run that waits for images for a larger share of its time is named."""
+"""Share of time spent waiting for images, 0..1, above which a run gets a notice."""
 
 STATE_STYLES = {
     "finished": "green",
@@ -36,14 +36,14 @@ STATE_STYLES = {
     **dict.fromkeys(("dead", "unfinished", "cancelled", "waits", "warn"), "yellow"),
     **dict.fromkeys(("failed", "diverged", "damaged", "fail"), "bold red"),
 }
-"""Of states of runs, and of other words that lines open with."""
+"""Colours of run states and of other words that open a line."""
 
 
 def format_number(value: float | None) -> str:
-    """Three digits with a metric prefix: 1.09B, 12.3k; `-` for none."""
+    """Format a number with three digits and a metric prefix: 1.09B, 12.3k; `-` for None."""
     if value is None:
         return "-"
-    value = float(f"{value:.3g}")  # what rounds up to 1000 gets the next prefix
+    value = float(f"{value:.3g}")  # 999.9 rounds to 1000 and gets the next prefix
     for size, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{prefix}"
@@ -51,7 +51,7 @@ def format_number(value: float | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """The two largest units: 3d 4h, 2h 10m, 5m 12s; `-` for none."""
+    """Format a duration in its two largest units: 3d 4h, 2h 10m, 5m 12s; `-` for None."""
     if seconds is None:
         return "-"
     if 0 < seconds < 1:
@@ -65,17 +65,17 @@ def format_duration(seconds: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyValue:
-    """A line of a key and a value."""
+    """Line of a key and a value."""
 
     key: str
-    """Blank where the line above goes on."""
+    """Key; blank where the line above continues."""
     value: str
     level: str = ""
-    """A word of `STYLE` that stands before the key: this line says what to look at."""
+    """Word of `STATE_STYLES` before the key, which calls attention to the line."""
 
 
 def key_value_text(lines: Sequence[KeyValue], width: int) -> Text:
-    """Keys below each other, and values, broken between words where they are wider."""
+    """Align keys and values in two columns; values wider than the terminal break between words."""
     widest, level = (max(len(getattr(line, name)) for line in lines) for name in ("key", "level"))
     indent = widest + 2 + (level + 2 if level else 0)
     text = Text()
@@ -90,18 +90,18 @@ def key_value_text(lines: Sequence[KeyValue], width: int) -> Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One column of a table that drops its least important columns on a narrow terminal."""
+    """Column of a table that drops its least important columns on a narrow terminal."""
 
     header: str
     cell: Callable[[Any], Any]
-    """Text, plain or rich, of one row."""
+    """Function from a row to its text, plain or rich."""
     drop_order: int = 0
-    """0 is always shown; of the others the highest go first."""
+    """Order in which columns are dropped, highest first; 0 is always shown."""
     align_right: bool = True
 
 
 def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> Table:
-    """A table no wider than `width`, without the columns that are empty or do not fit."""
+    """Make a table no wider than `width`, without empty columns and those that do not fit."""
     cells = {column.header: [column.cell(row) for row in rows] for column in columns}
     sizes = {header: 2 + max(cell_len(str(cell)) for cell in [header, *texts]) for header, texts in cells.items()}
     shown = [column for column in columns if any(map(str, cells[column.header]))]
@@ -116,7 +116,7 @@ def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> 
 
 
 def axis_columns(rows: Sequence[CostCard] | Sequence[RunStatus]) -> list[Column]:
-    """A column for every axis that takes more than one value, besides the size."""
+    """Make a column for every axis with more than one value, except the size."""
     cells = [row.cell for row in rows]
     axes = [key for key in cells[0] if key != "size" and len({str(cell[key]) for cell in cells}) > 1]
     return [Column(header=axis.split(".")[-1], cell=functools.partial(_axis_value, axis)) for axis in axes]
@@ -130,18 +130,18 @@ def _axis_value(axis: str, row: CostCard | RunStatus) -> str:
 
 
 def new_console() -> Console:
-    """A console as wide as the terminal; a log file takes any width."""
-    # Asked of the file itself: variables such as FORCE_COLOR make rich take any file for a terminal.
+    """Make a console as wide as the terminal; in a log file, lines have any width."""
+    # isatty, since rich takes any file for a terminal if a variable such as FORCE_COLOR is set.
     return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH, force_terminal=False)
 
 
 def status_table(status: SweepStatus, width: int, bar: Table | None = None) -> Group:
-    """`aimscale status` on a terminal of this width: what to look at, the runs, and the sweep or else a bar of it."""
+    """Lay out `aimscale status`: notices, runs, and a summary of the sweep or else the given progress bar."""
 
     def column(
         header: str, value: Callable[[RunStatus], Any], text: Callable[[Any], str], drop_order: int = 0
     ) -> Column:
-        """Blank where there is no value yet."""
+        """Make a column that is blank where a run has no value yet."""
         return Column(
             header=header, cell=lambda line: text(found) if (found := value(line)) else "", drop_order=drop_order
         )
@@ -173,7 +173,7 @@ def _state(line: RunStatus) -> Text:
 
 
 def _percent(share: float) -> str:
-    """A utilisation; one that cannot be is marked."""
+    """Format a utilisation in per cent; mark a value above 100 %, which is impossible."""
     return f"{100 * share:.0f} %{' (!)' if share > 1 else ''}"
 
 
@@ -186,13 +186,13 @@ def _since_heartbeat(line: RunStatus) -> float | None:
 
 
 def _is_data_bound(line: RunStatus) -> bool:
-    """Whether a run waits for its images rather than for its device."""
+    """Return whether a run waits for images rather than for its device."""
     trains = line.state == "running" and line.status.phase in ("train", "decay")
     return trains and (line.status.data_wait or 0.0) > MAX_DATA_WAIT
 
 
 def _notices(lines: Iterable[RunStatus]) -> list[tuple[str, str, str]]:
-    """What to know of runs beside their numbers: its kind, a sentence, and the run, or how many have it in common."""
+    """Return (level, message, run id or number of runs) for runs that need attention, equal messages once."""
     found: dict[tuple[str, str], list[str]] = {}
     for line in lines:
         if _is_data_bound(line):
@@ -208,7 +208,7 @@ def _notices(lines: Iterable[RunStatus]) -> list[tuple[str, str, str]]:
 
 
 def status_summary(status: SweepStatus) -> list[KeyValue]:
-    """The sweep as a whole."""
+    """Summarise the sweep in key-value lines."""
     facts = [("runs", f"{len(status.runs)}: {_counts(status)}"), ("done", _progress_text(status))]
     if status.eta_s is not None:
         basis = "" if status.eta_is_measured else " by the plan; nothing is measured yet"
@@ -224,7 +224,7 @@ def _counts(status: SweepStatus) -> str:
 
 
 def _progress_text(status: SweepStatus) -> str:
-    """The share of the work done, that of runs which failed or were cancelled, and the pace of those that train now."""
+    """Describe the share of work done, the share in failed or cancelled runs, and the current images/s."""
     pace = sum(line.status.images_per_s or 0.0 for line in status.runs if line.state == "running")
     given_up = f", {100 * status.given_up:.0f} % given up" if status.given_up else ""
     return f"{100 * status.progress:.0f} % of the FLOPs{given_up}" + (
@@ -233,13 +233,13 @@ def _progress_text(status: SweepStatus) -> str:
 
 
 def progress_line(status: SweepStatus) -> str:
-    """The progress of a sweep in one line of a log."""
+    """Format the progress of a sweep as one line of a log."""
     left = f", about {format_duration(status.eta_s)} left" if status.eta_s is not None else ""
     return f"{_progress_text(status)}{left}; {_counts(status)}"
 
 
 def progress_bar(status: SweepStatus, width: int) -> Table:
-    """The progress of a sweep in one line of a terminal, which leaves it room to echo a Ctrl-C."""
+    """Make a progress bar of one line, which leaves room for the terminal's `^C`."""
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
     grid.width = width - len("^C ")
     grid.add_column(ratio=1)
@@ -251,7 +251,7 @@ def progress_bar(status: SweepStatus, width: int) -> Table:
 
 
 def watch(look: Callable[[], SweepStatus]) -> None:
-    """Show the status again and again until Ctrl-C."""
+    """Show the status repeatedly until Ctrl-C."""
     console = Console()
     try:
         with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:

@@ -21,7 +21,7 @@ LAUNCHER = """
     from aimscale.sweeps.plan.planner import plan
     from aimscale.sweeps.plan.sweepfile import load_sweep
     sweep = load_sweep({path!r}, Path({root!r}))
-    print(sum(part.number for part in launch_slurm(sweep, plan(sweep), allow_dirty=True)))
+    print(sum(part.num_jobs for part in launch_slurm(sweep, plan(sweep), allow_dirty=True)))
 """
 
 

@@ -64,7 +64,7 @@ PROGRAM = """
     from aimscale.sweeps.engine import launch
     launch.refuse = lambda *_: None
     command = lambda path, _: [sys.executable, {stand_in!r}, str(path), {behaviour!r}]
-    did = launch.launch({path!r}, Path({root!r}), devices={devices}, shows=False, command=command)
+    did = launch.launch({path!r}, Path({root!r}), devices={devices}, show_progress=False, command=command)
     print("stopped" if did.interrupted else "done", len(did.finished))
 """
 

@@ -31,7 +31,7 @@ def attempt(record: RunRecord, exit_code: int, *, saves: int = 0, **status: Any)
 def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
     for images in range(100, 1100, 100):
         assert attempt(record, EXIT_PREEMPTED, saves=images) == "preempted"
-    assert [attempt(record, EXIT_PREEMPTED) for _ in range(2)] == ["preempted", "stop"]
+    assert [attempt(record, EXIT_PREEMPTED) for _ in range(2)] == ["preempted", "failed"]
     assert record.read_status().reason_class == "timeout"
     assert "slurm.time_min" in str(record.read_status().reason)
 
@@ -47,7 +47,7 @@ def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
 ) -> None:
     held = iter([True, True, False])
     monkeypatch.setattr(RunRecord, "is_held", lambda _: next(held))
-    assert attempt(record, -signal.SIGKILL) == "again"
+    assert attempt(record, -signal.SIGKILL) == "retry"
     monkeypatch.setattr(RunRecord, "is_held", lambda _: True)
     monkeypatch.setattr(attempts, "RANK_EXIT_TIMEOUT_S", 0.2)
     assert [attempt(record, code) for code in (-signal.SIGKILL, EXIT_CRASHED)] == ["elsewhere", "elsewhere"]
@@ -56,17 +56,22 @@ def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
 @pytest.mark.parametrize(
     ("exit_code", "status", "kind", "outcomes"),
     [
-        (EXIT_CRASHED, {}, "code", ["again", "stop"]),
-        (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "node"}, "node", ["again", "again", "stop"]),
-        (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "oom"}, "oom", ["again", "stop"]),
-        (EXIT_CRASHED, {"state": "preempted"}, "timeout", ["preempted", "preempted", "stop"]),  # by torchrun
-        (EXIT_PREEMPTED, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["stop"]),  # by srun
-        (128 + signal.SIGKILL, {}, "oom", ["again", "stop"]),
-        (EXIT_USER_ERROR, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["stop"]),
-        (EXIT_USER_ERROR, {}, "config", ["stop"]),
-        (EXIT_DIVERGED, {"state": "diverged", "reason": "r", "reason_class": "nan"}, "nan", ["stop"]),
-        (-signal.SIGKILL, {}, "oom", ["again", "stop"]),
-        (-signal.SIGSEGV, {}, "code", ["again", "stop"]),
+        (EXIT_CRASHED, {}, "code", ["retry", "failed"]),
+        (
+            EXIT_CRASHED,
+            {"state": "failed", "reason": "r", "reason_class": "node"},
+            "node",
+            ["retry", "retry", "failed"],
+        ),
+        (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "oom"}, "oom", ["retry", "failed"]),
+        (EXIT_CRASHED, {"state": "preempted"}, "timeout", ["preempted", "preempted", "failed"]),  # by torchrun
+        (EXIT_PREEMPTED, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["failed"]),  # by srun
+        (128 + signal.SIGKILL, {}, "oom", ["retry", "failed"]),
+        (EXIT_USER_ERROR, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["failed"]),
+        (EXIT_USER_ERROR, {}, "config", ["failed"]),
+        (EXIT_DIVERGED, {"state": "diverged", "reason": "r", "reason_class": "nan"}, "nan", ["failed"]),
+        (-signal.SIGKILL, {}, "oom", ["retry", "failed"]),
+        (-signal.SIGSEGV, {}, "code", ["retry", "failed"]),
     ],
 )
 def test_each_end_has_its_class_and_its_bound(
@@ -83,19 +88,19 @@ def test_each_end_has_its_class_and_its_bound(
 def test_reasons_that_take_turns_are_bounded_like_one(record: RunRecord) -> None:
     node = {"state": "failed", "reason": "r", "reason_class": "node"}
     oom = {"state": "failed", "reason": "r", "reason_class": "oom"}
-    assert [attempt(record, EXIT_CRASHED, **kind) for kind in (node, oom)] == ["again", "stop"]
+    assert [attempt(record, EXIT_CRASHED, **kind) for kind in (node, oom)] == ["retry", "failed"]
     clear_failure(record)
     outcomes = [attempt(record, EXIT_PREEMPTED), attempt(record, EXIT_CRASHED, **node), attempt(record, EXIT_PREEMPTED)]
-    assert outcomes == ["preempted", "again", "stop"]
+    assert outcomes == ["preempted", "retry", "failed"]
 
 
 @pytest.mark.parametrize("name", ["budgets/640/model.safetensors", "validation/640.npz", "probes/640/pets.json"])
 def test_evaluation_and_its_parts_are_progress(record: RunRecord, name: str) -> None:
     """A run interrupted again and again while it evaluates goes on as long as it evaluates further."""
-    assert attempt(record, EXIT_CRASHED) == "again"
+    assert attempt(record, EXIT_CRASHED) == "retry"
     (record.path / name).parent.mkdir(parents=True)
     (record.path / name).write_text("")
-    assert [attempt(record, EXIT_CRASHED) for _ in range(2)] == ["again", "stop"]
+    assert [attempt(record, EXIT_CRASHED) for _ in range(2)] == ["retry", "failed"]
 
 
 @pytest.mark.parametrize(
