@@ -112,20 +112,19 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
         ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}"),
         ("time", f"{format_number(total['device_hours'])} device-hours; longest run {longest}; {stop}"),
         ("disk", f"{decimal(total['disk_bytes'])} of run directories"),
-        *zip(("assumed", *[""] * 9), _assumptions(sweep, cards), strict=False),
+        *zip(("assumed", *[""] * 9), _assumptions(cards), strict=False),
     ]
     return [KeyValue(key=key, value=value) for key, value in facts]
 
 
-def _assumptions(sweep: Sweep, cards: Sequence[CostCard]) -> Iterator[str]:
+def _assumptions(cards: Sequence[CostCard]) -> Iterator[str]:
     """Yield the assumptions: device, speed, loading, and the parts of a step's time."""
-    device, cost = cards[0].device, sweep.file.cost
+    device = cards[0].device
     peaks = {card.precision: device.flops_per_s(card.precision) for card in cards}
     rates = " and ".join(f"{peak / 1e12:.4g} TFLOP/s in {precision}" for precision, peak in peaks.items())
-    beside = f" and {cost.step_ms:g} ms a step" if cost.step_ms else ""
     known = "measured here" if device.decoded_per_s else "see `aimscale bench data`"
     yield f"{device.name} ({device.why}), {decimal(device.memory_bytes)}"
-    yield f"{rates}, MFU {100 * cards[0].rates.mfu:g} %{beside}"
+    yield f"{rates}, MFU {100 * cards[0].rates.mfu:g} %"
     yield f"{device.decoded_per_s or DECODED_PER_S:,.0f} photographs/s a loader process ({known})"
     if device.is_gpu and any(card.devices > 1 for card in cards):
         within, between = NVLINK_BYTES_PER_S / 1e9, NETWORK_BYTES_PER_S / 1e9

@@ -88,8 +88,6 @@ class CostSection(Section):
     mfu: float | None = Field(None, ge=1e-6, le=1)
     """Share of that peak that training executes (`aimscale bench train` measures it). Null: 0.40 in large passes on a
     GPU, and launches beside that; a core works at 0.35 and moves its activations beside that."""
-    step_ms: float | None = Field(None, ge=0, le=1e6)
-    """Time of a step beyond that, ms; null: the communication that is not hidden, as estimated."""
     memory_gb: float | None = Field(None, ge=1e-3, le=1e6)
     """Memory of one device, GB; null: 85 (an 80 GB GPU has 79 GiB), or this machine's."""
     pool_images: Count | None = None
