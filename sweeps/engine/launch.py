@@ -133,18 +133,20 @@ def _refuse_new_smallest_budget(sweep: Sweep, runs: Sequence[Run]) -> None:
     Raises:
         SweepError: it would.
     """
-    written, names = sweep.directory / SWEEP_FILE, {run.run_id for run in runs}
-    if not sweep.file.budgets or not written.is_file():
+    stored, budget = sweep.directory / SWEEP_FILE, None
+    with contextlib.suppress(UserError, OSError):  # never launched, or by a version with other keys
+        budget = min(parse(SweepFile, read_yaml(stored), str(stored)).budgets, default=None)
+    if budget is None or not sweep.file.budgets or budget == min(sweep.file.budgets):
         return
-    before = parse(SweepFile, read_yaml(written), str(written))
-    budget = before.recipe_budget or min(before.budgets, default=None)
-    if budget in (None, sweep.file.recipe_budget or min(sweep.file.budgets)):
-        return
-    there = {path.parent.name for path in sweep.runs_dir.glob("*/config.yaml")} - names
-    if again := sorted(there & {run.run_id for run in plan(sweep.with_fields(recipe_budget=budget))}):
+    existing = {path.parent.name for path in sweep.runs_dir.glob("*/config.yaml")} - {run.run_id for run in runs}
+    if changed := [run for run in plan(sweep, recipe_budget=budget) if run.run_id in existing]:
+        training = changed[0].config.training
+        kept = f"optimiser.batch_size: {training.optimiser.batch_size}"
+        kept += f", schedule.warmup_images: {training.schedule.warmup_images}"
         raise SweepError(
             f"{sweep.source}: the new smallest budget changes what recipe '{sweep.file.recipe}' trains in "
-            f"{len(again)} runs, such as {again[0]}; write `recipe_budget: {budget}` to keep them, or rename the sweep"
+            f"{len(changed)} runs, such as {changed[0].run_id}; write `base: {{{kept}}}` to keep them, or rename the "
+            f"sweep"
         )
 
 

@@ -60,8 +60,12 @@ class Run:
         return self.config.evaluation.budgets
 
 
-def plan(sweep: Sweep) -> list[Run]:
+def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
     """Return all runs of a sweep, in the order of its axes.
+
+    Args:
+        recipe_budget: budget, in images, from which the recipe sets batch and warm-up; by default the smallest of a
+            run.
 
     Raises:
         SweepError: no run is left, or two cells are the same run.
@@ -75,7 +79,7 @@ def plan(sweep: Sweep) -> list[Run]:
     seen: dict[str, Fields] = {}
     runs: list[Run] = []
     for cell, budgets, changes in _planned_cells(sweep, shared, recipe):
-        run = _build_run(sweep, recipe, cell, budgets, changes)
+        run = _build_run(sweep, recipe, cell, budgets, changes, recipe_budget or min(budgets))
         if run.run_id in seen:
             raise SweepError(
                 f"{sweep.source}: cells {seen[run.run_id]} and {cell} are the same run; an "
@@ -178,12 +182,12 @@ def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]
     return {size: tuple(sorted(values)) for size, values in budgets.items()}
 
 
-def _build_run(sweep: Sweep, recipe: Recipe, cell: Fields, requested: tuple[int, ...], changes: Fields) -> Run:
+def _build_run(
+    sweep: Sweep, recipe: Recipe, cell: Fields, requested: tuple[int, ...], changes: Fields, recipe_budget: int
+) -> Run:
     section = {**changes.get("model", {}), "size": cell["size"]}
     model = _model_from(section, changes, sweep)
-    scale = Scale(
-        width=model.width, params_total=model_counts(model)[0].total, budget=sweep.file.recipe_budget or min(requested)
-    )
+    scale = Scale(width=model.width, params_total=model_counts(model)[0].total, budget=recipe_budget)
     fields = merge(recipe.fields(scale), changes)
     fields["model"] = section
     fields["data"] = {**fields.get("data", {}), "unique_images": cell["unique_images"]}

@@ -73,7 +73,7 @@ class IsoflopSection(Section):
     optimum_images_per_param: float = Field(ge=1e-9, le=1e9)
     """D / N at the expected optimum (N with the head): an assumption that the sweep itself then tests."""
     min_images: Count = 1
-    """Pairs with fewer images are left out."""
+    """Smallest number of images; pairs with fewer are left out."""
 
 
 class CostSection(Section):
@@ -133,7 +133,7 @@ class SlurmSection(Section):
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and GPUs) of one node."""
     gpus: bool | OneLine = True
-    """Ask for a GPU per device, of a type where one is named, e.g. a100; false for CPU nodes."""
+    """Request for a GPU per device: true, or their type, e.g. a100; false for CPU nodes."""
     cpus_per_task: int = Field(8, gt=0)
     """Cores per task."""
     max_parallel: int = Field(256, gt=0)
@@ -162,14 +162,12 @@ class SweepFile(Section):
     """Name of a preset whose keys hold where this file has none of its own; `base` adds to the preset's. What is
     launched is written out whole."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Names the sweep's directory."""
+    """Name of the sweep and of its directory."""
     description: str = ""
-    """What the sweep is for, one line."""
+    """Purpose of the sweep, one line."""
     recipe: str = "small"
-    """How batch, rate, schedule and devices follow from size: `small`, `aim-paper` or `aim-l3m`."""
-    recipe_budget: Count | None = None
-    """D that the recipe fits batch, rate and warm-up to; null: the smallest of a run. Set it where a smaller budget
-    joins existing runs, so that they stay the same runs."""
+    """Rule by which batch, rate, schedule and devices follow from size and budget: `small`, `aim-paper` or
+    `aim-l3m`."""
     sizes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Model sizes."""
     budgets: tuple[Count, ...] = ()
@@ -183,18 +181,18 @@ class SweepFile(Section):
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> fields that this variant changes, as in `base`: one-at-a-time ablations, crossed with the axes above."""
     isoflop: IsoflopSection | None = None
-    """Instead of `budgets`."""
+    """Budgets of compute, instead of `budgets`."""
     base: dict[str, Any] = Field(default_factory=dict)
     """Fields of every run: those of training and evaluation, `runtime`, `devices` (ranks, instead of the recipe's) and
     `lr_multiplier` (a factor of the recipe's learning rate)."""
     exclude: tuple[dict[str, Any], ...] = ()
-    """Cells left out: axis -> value or list of values."""
+    """Cells to leave out: axis -> value or list of values."""
     override: tuple[OverrideSection, ...] = ()
-    """Cells changed."""
+    """Changes of the cells that match."""
     cost: CostSection = CostSection()
-    """What the plan assumes."""
+    """Assumptions of the plan."""
     slurm: SlurmSection = SlurmSection()
-    """For `launch --on slurm`."""
+    """Options of `launch --on slurm`."""
 
     @field_validator("sizes", "budgets", "unique_images", "seeds")
     @classmethod

@@ -108,10 +108,11 @@ def test_a_smaller_budget_that_would_train_runs_again_is_refused(write_sweep: An
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, devices=1, command=stand_in())
     smaller = write_sweep(sizes=["rung-32"], budgets=[320, 640, 1280])
-    with pytest.raises(UserError, match="recipe_budget: 640"):
+    with pytest.raises(UserError, match=r"batch_size: 64, schedule\.warmup_images: 64"):
         launch(smaller, devices=1, command=stand_in())
     assert [path.name for path in sweep.runs_dir.iterdir()] == [run.run_id for run in plan(sweep)]
-    kept = smaller.with_fields(recipe_budget=640)
+    fields = {"optimiser.batch_size": 64, "schedule.warmup_images": 64}
+    kept = write_sweep(sizes=["rung-32"], budgets=[320, 640, 1280], base=fields)
     assert [run.run_id for run in plan(kept)] == [run.run_id for run in plan(sweep)]
     launch(kept, devices=1, command=stand_in())
 

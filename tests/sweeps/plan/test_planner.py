@@ -338,16 +338,12 @@ def test_bad_sweeps_are_refused_in_one_sentence(write_sweep: Any, changes: dict[
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_makes_other_runs_of_a_larger_budget(write_sweep: Any, name: str) -> None:
-    def names(*budgets: int, **fields: Any) -> list[str]:
-        return [
-            run.run_id
-            for run in plan(
-                write_sweep(recipe=name, budgets=list(budgets), base={"schedule": {"kind": "wsd"}}, **fields)
-            )
-        ]
+    def names(*budgets: int, recipe_budget: int | None = None) -> list[str]:
+        sweep = write_sweep(recipe=name, budgets=list(budgets), base={"schedule": {"kind": "wsd"}})
+        return [run.run_id for run in plan(sweep, recipe_budget=recipe_budget)]
 
     assert names(64_000, 128_000) == names(64_000) == names(64_000, 10**7)
-    assert names(4_000, 64_000) != names(64_000) == names(4_000, 64_000, recipe_budget="64k")
+    assert names(4_000, 64_000) != names(64_000) == names(4_000, 64_000, recipe_budget=64_000)
 
 
 @pytest.mark.parametrize(
