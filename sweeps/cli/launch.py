@@ -137,12 +137,12 @@ def _print_local(sweep: str, root: Path, devices: int | None, *, retry: bool) ->
     """Check the runs and print the commands that a launch on this machine would execute."""
     loaded, runs, _ = engine.load_plan(sweep, root)
     machine = local_machine(runs, devices=devices)
-    found = tuple(engine.launch_decision(loaded, run, retry=retry) for run in runs)
-    refuse(loaded, [each.run for each in found if each.startable])
-    for each in found:
+    decisions = tuple(engine.launch_decision(loaded, run, retry=retry) for run in runs)
+    refuse(loaded, [each.run for each in decisions if each.startable])
+    for each in decisions:
         words = machine.command(each.record.path, min(each.run.devices, machine.devices))
         typer.echo(f"{each.verdict:<9} {' '.join(words) if each.startable else each.why or each.run.run_id}")
-    return found
+    return decisions
 
 
 def _launch_slurm(sweep: str, root: Path, *, retry: bool, dry_run: bool, allow_dirty: bool) -> tuple[Decision, ...]:
@@ -160,6 +160,6 @@ def _launch_slurm(sweep: str, root: Path, *, retry: bool, dry_run: bool, allow_d
             typer.echo(f"excluded  {', '.join(part.excluded)}: some of these runs failed there")
     if not submitted:
         typer.echo("nothing to submit: jobs for all runs wait or run already, or no run is left")
-    found = tuple(engine.launch_decision(loaded, run, retry=retry and dry_run) for run in runs)
-    _print_skipped([each for each in found if not each.startable], unplanned_runs(loaded, runs))
-    return found
+    decisions = tuple(engine.launch_decision(loaded, run, retry=retry and dry_run) for run in runs)
+    _print_skipped([each for each in decisions if not each.startable], unplanned_runs(loaded, runs))
+    return decisions

@@ -33,7 +33,7 @@ def status(
     runs = plan_runs(loaded)
     cards = costs.cost_cards(loaded, runs)
 
-    def look() -> SweepStatus:
+    def get_status() -> SweepStatus:
         is_submitted = slurm.submissions_file(loaded).is_file()
         jobs = slurm.try_list_jobs() if is_submitted else None
         if is_submitted and jobs is None and not watch:
@@ -41,11 +41,11 @@ def status(
         return sweep_status(loaded, runs, cards, jobs)
 
     if as_json:
-        typer.echo(json.dumps(asdict(look()), indent=1))
+        typer.echo(json.dumps(asdict(get_status()), indent=1))
     elif watch:
-        views.watch(look)
+        views.watch(get_status)
     else:
-        console, found = views.new_console(), look()
+        console, found = views.new_console(), get_status()
         console.print(views.status_table(found, console.width), highlight=False, soft_wrap=True)
         verb, *more = _next_command(found)
         print_next(verb, sweep, root, *more)

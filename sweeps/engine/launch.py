@@ -92,9 +92,9 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
 
 def launch_decision(sweep: Sweep, run: Run, *, retry: bool) -> Decision:
     """Decide on a run as a launch will after it has cleared cancellations and, with `retry`, failures."""
-    found = decide(run, RunRecord(sweep.run_dir(run.run_id)))
-    is_freed = found.verdict == "cancelled" or (retry and found.verdict == "failed")
-    return replace(found, verdict="resume") if is_freed else found
+    decision = decide(run, RunRecord(sweep.run_dir(run.run_id)))
+    is_freed = decision.verdict == "cancelled" or (retry and decision.verdict == "failed")
+    return replace(decision, verdict="resume") if is_freed else decision
 
 
 def _close_lost_attempt(record: RunRecord, *, retry: bool) -> None:
@@ -151,7 +151,7 @@ def _refuse_new_smallest_budget(sweep: Sweep, runs: Sequence[Run]) -> None:
 
 
 @contextmanager
-def _progress_display(look: Callable[[], SweepStatus], show_progress: bool) -> Iterator[Callable[[Worker], None]]:
+def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool) -> Iterator[Callable[[Worker], None]]:
     """Yield the progress callback of `run_worker`: a live table on a terminal, else lines, or only events."""
     console, shown = new_console(), 0.0
     live = Live(console=console, auto_refresh=False, transient=True) if show_progress and console.is_terminal else None
@@ -163,7 +163,7 @@ def _progress_display(look: Callable[[], SweepStatus], show_progress: bool) -> I
         if not show_progress or time.time() - shown < every:
             return
         shown = time.time()
-        status = look()
+        status = get_status()
         if live is None:
             print(progress_line(status), flush=True)
             return
@@ -190,28 +190,28 @@ def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     """
     if not sweep.directory.is_dir():
         raise SweepError(f"sweep '{sweep.name}' was never launched under {sweep.root}; there is nothing to cancel")
-    found_all = [decide(run, RunRecord(sweep.run_dir(run.run_id))) for run in plan(sweep)]
+    decisions = [decide(run, RunRecord(sweep.run_dir(run.run_id))) for run in plan(sweep)]
     waiting = []
     if slurm.submissions_file(sweep).is_file():
         from aimscale.sweeps.slurm.submit import live_jobs  # submitit is slow to import
 
-        waiting = [each.job.job_id for each in live_jobs(sweep, slurm.jobs()) if each.job.phase == "pending"]
-    if not waiting and all(found.verdict != "running" for found in found_all):
+        waiting = [each.info.job_id for each in live_jobs(sweep, slurm.jobs()) if each.info.phase == "pending"]
+    if not waiting and all(decision.verdict != "running" for decision in decisions):
         return [], []
     done: list[str] = []
     failed: list[str] = []
     chosen = {run.run_id for run in runs}
-    for found in found_all:
-        record = found.record
-        if found.run.run_id not in chosen or not (found.startable or found.verdict == "running"):
+    for decision in decisions:
+        record = decision.record
+        if decision.run.run_id not in chosen or not (decision.startable or decision.verdict == "running"):
             continue
         write_text(record.cancelled, "")
-        if found.verdict != "running":
+        if decision.verdict != "running":
             done.append(f"{record.name}: will not start before the next launch")
         elif record.is_claimed():
             done.append(f"{record.name}: told to save and end")
         else:
-            failed.append(f"{record.name}: its worker is gone; end its process by hand ({found.why})")
-    if waiting and all(found.record.cancelled.exists() for found in found_all if found.startable):
+            failed.append(f"{record.name}: its worker is gone; end its process by hand ({decision.why})")
+    if waiting and all(decision.record.cancelled.exists() for decision in decisions if decision.startable):
         slurm.command("scancel", "--quiet", *waiting)
     return done, failed

@@ -69,8 +69,8 @@ class WorkerJob:
                     skip_failed_on=nodes,
                 )
                 result = run_worker(worker, print_events)
-                exclude = self._nodes_to_exclude(sweep, result.to_do)
-                if result.interrupted or not result.to_do or exclude or not nodes:
+                exclude = self._nodes_to_exclude(sweep, result.remaining)
+                if result.interrupted or not result.remaining or exclude or not nodes:
                     break
                 nodes = []  # no other node is left for the runs that failed here
             for number in (signal.SIGUSR2, signal.SIGTERM):
@@ -98,9 +98,9 @@ class WorkerJob:
             python=tuple(shlex.split(section.python)) if section.python and self.shape.nodes > 1 else (sys.executable,),
         )
 
-    def _nodes_to_exclude(self, sweep: Sweep, to_do: Sequence[str]) -> tuple[str, ...]:
+    def _nodes_to_exclude(self, sweep: Sweep, remaining: Sequence[str]) -> tuple[str, ...]:
         """Return the nodes on which the remaining runs failed, unless too few other nodes exist."""
-        failed = [node for run_id in to_do for node in RunRecord(sweep.run_dir(run_id)).failed_nodes()]
+        failed = [node for run_id in remaining for node in RunRecord(sweep.run_dir(run_id)).failed_nodes()]
         partition = os.environ.get("SLURM_JOB_PARTITION")
         return slurm.nodes_to_exclude(failed, partition, self.shape.nodes)
 
@@ -109,7 +109,7 @@ def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
     """Requeue this job if it can continue later; after TERM, Slurm requeues it itself. Return a message for
     submitit."""
     job_id = slurm.current_job_id()
-    if result.to_do and result.stopped_by in (None, signal.SIGUSR2) and job_id:
+    if result.remaining and result.stopped_by in (None, signal.SIGUSR2) and job_id:
         if not (result.stopped_by or result.finished or result.stopped or exclude):
             raise WorkerJobError("this job is too short for any run to save; raise slurm.time_min")
         try:
@@ -123,7 +123,7 @@ def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
             raise WorkerJobError(f"could not requeue ({error}); `aimscale launch` goes on") from error
     if result.failed:
         raise WorkerJobError(f"failed: {', '.join(result.failed)}")
-    return "nothing is left" if not result.to_do else "to be continued"
+    return "nothing is left" if not result.remaining else "to be continued"
 
 
 def launch_slurm(

@@ -124,7 +124,7 @@ class LaunchResult:
     """Decisions on runs that it did not execute."""
     unplanned: tuple[str, ...] = ()
     """Run directories outside the plan; they trained something else."""
-    to_do: tuple[str, ...] = ()
+    remaining: tuple[str, ...] = ()
     """Runs that this worker could continue with more time, or on another node."""
     interrupted: bool = False
     """Whether it was asked to stop, or its time was up, before all runs were done."""
@@ -143,7 +143,7 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
                 _collect_ended(worker)
                 time.sleep(POLL_S)
             raise
-    to_do = tuple(
+    remaining = tuple(
         run.run_id for run in worker.waiting if worker.machine.can_run(run) and _decide(worker, run).startable
     )
     return LaunchResult(
@@ -151,9 +151,9 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
         evaluated=tuple(worker.evaluated),
         failed=tuple(run_id for run_id, outcome in worker.ended.items() if outcome == "failed"),
         stopped=tuple(run_id for run_id, outcome in worker.ended.items() if outcome == "preempted"),
-        skipped=tuple(found for run_id, found in worker.skipped.items() if run_id not in worker.ended),
-        to_do=to_do,
-        interrupted=worker.stopping or bool(to_do and worker.deadline - time.time() < MIN_START_TIME_S),
+        skipped=tuple(decision for run_id, decision in worker.skipped.items() if run_id not in worker.ended),
+        remaining=remaining,
+        interrupted=worker.stopping or bool(remaining and worker.deadline - time.time() < MIN_START_TIME_S),
         stopped_by=worker.stopped_by,
     )
 
@@ -186,13 +186,13 @@ def _run_until_idle(worker: Worker, report: Report) -> None:
         time.sleep(POLL_S)
 
 
-def _may_become_free(found: Decision) -> bool:
+def _may_become_free(decision: Decision) -> bool:
     """Return whether a run of another worker is silent: its machine may be lost, and only this worker may be left to
     resume it."""
     heartbeat = None
-    if found.verdict == "running":
+    if decision.verdict == "running":
         with contextlib.suppress(UserError):
-            heartbeat = found.record.read_status().heartbeat
+            heartbeat = decision.record.read_status().heartbeat
     return heartbeat is not None and SILENT_AFTER_S < time.time() - heartbeat < LOST_AFTER_S
 
 
@@ -206,14 +206,14 @@ def _start_waiting_runs(worker: Worker) -> None:
         acquired = worker.devices.acquire(run)
         if acquired is None:
             continue
-        found = _try_to_start(worker, run, acquired)
-        if found is None or found.verdict in ("finished", "failed", "damaged"):
+        decision = _try_to_start(worker, run, acquired)
+        if decision is None or decision.verdict in ("finished", "failed", "damaged"):
             worker.waiting.remove(run)
-        if found is None:
+        if decision is None:
             worker.skipped.pop(run.run_id, None)
         else:
             worker.devices.release(acquired)
-            worker.skipped[run.run_id] = found
+            worker.skipped[run.run_id] = decision
 
 
 def _waiting_decision(worker: Worker, run: Run, why: str) -> Decision:
@@ -226,32 +226,32 @@ def _decide(worker: Worker, run: Run) -> Decision:
 
 def _try_to_start(worker: Worker, run: Run, acquired: tuple[int, ...]) -> Decision | None:
     """Claim a run and start it; return None, or the decision that explains why it was not started."""
-    found = _decide(worker, run)
-    if not found.startable:
-        return found
+    decision = _decide(worker, run)
+    if not decision.startable:
+        return decision
     if worker.deadline - time.time() < MIN_START_TIME_S:
         return _waiting_decision(worker, run, "too little time is left here")
-    record = found.record
+    record = decision.record
     claim = Lock(record.claim)
     try:
         if set(worker.skip_failed_on) & set(record.failed_nodes()):
             return _waiting_decision(worker, run, "failed on this node")
         before, status = record.claimant(), record.read_status()
         nodes = os.environ.get("SLURM_JOB_NODELIST", "") if worker.job_id else ""
-        mine = claim.take(job_id=worker.job_id, devices=len(acquired) * worker.machine.nodes, nodes=nodes)
-        if mine is None:
+        holder = claim.take(job_id=worker.job_id, devices=len(acquired) * worker.machine.nodes, nodes=nodes)
+        if holder is None:
             return _decide(worker, run)
         record_lost_attempt(record, before, slurm.job_state)
-        found = decide(run, record, holds_claim=True)
-        if found.startable:
+        decision = decide(run, record, holds_claim=True)
+        if decision.startable:
             RunDir.create(record.path, run.config)
             record.write_status(state="queued", reason=None, reason_class=None)
-            active_run = _start(worker, run, record, claim, (mine.token, status.claim), acquired)
+            active_run = _start(worker, run, record, claim, (holder.token, status.claim), acquired)
     except (OSError, UserError) as error:
-        found = Decision(run=run, record=record, verdict="damaged", why=str(error))
-    if not found.startable:
+        decision = Decision(run=run, record=record, verdict="damaged", why=str(error))
+    if not decision.startable:
         claim.release()
-        return found
+        return decision
     worker.active.append(active_run)
     if worker.stopping:  # the signal came while it was being started
         _send_stop(worker, active_run)

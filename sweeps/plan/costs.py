@@ -116,8 +116,8 @@ class CostCard:
 
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
     """Return the cost card of each run, in the order of `runs`."""
-    device, look = planned_device(sweep, runs), functools.cache(data_set)
-    return [_card(sweep, run, device, look) for run in runs]
+    device, lookup = planned_device(sweep, runs), functools.cache(data_set)
+    return [_card(sweep, run, device, lookup) for run in runs]
 
 
 def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
@@ -180,31 +180,31 @@ def to_json(cards: Sequence[CostCard]) -> dict[str, Any]:
     return {"totals": totals(cards), "not_identified": not_identified(cards), "runs": [asdict(card) for card in cards]}
 
 
-def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
+def _card(sweep: Sweep, run: Run, device: Device, lookup: Look) -> CostCard:
     training, evaluation = run.config.training, run.config.evaluation
     model = model_of(training)
     params, flops = model_counts(model)
     executed, batch_size = unchecked_schedule(run.config).images_planned(), training.optimiser.batch_size
-    unique = training.data.unique_images or _pool_size(sweep, run.config, look)
-    about = model, flops, run.devices, device.memory_bytes, look
-    probes = tuple(probe_cost(section, *about) for section in evaluation.probes)
-    measuring = bytes_during(run.config, look)
+    unique = training.data.unique_images or _pool_size(sweep, run.config, lookup)
+    probe_arguments = model, flops, run.devices, device.memory_bytes, lookup
+    probes = tuple(probe_cost(section, *probe_arguments) for section in evaluation.probes)
+    measuring = bytes_during(run.config, lookup)
     cost, fit = sweep.file.cost, None
     with contextlib.suppress(DoesNotFitError):
         fit = plan_execution(run.config, run.devices, device, sweep.file.slurm.devices_per_node, measuring)
-    rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, step_ms=None, look=look)
-    validated = validation_images(evaluation.validation, look)
+    rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, step_ms=None, look=lookup)
+    images_validated = validation_images(evaluation.validation, lookup)
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
     step_s = max(rates.step_s, rates.loading_s) if rates.is_ahead else rates.step_s + rates.loading_s
     lacks_memory = measuring > 0 and fit is not None and not fit.measures
     during = DuringCost(points=0, images=0.0, flops=0.0)
     if not lacks_memory:
-        during = during_cost(run.config, *about)
-    passed = num_budgets * (validated + sum(probe.images for probe in probes))
-    flops_evaluation = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
+        during = during_cost(run.config, *probe_arguments)
+    images_evaluated = num_budgets * (images_validated + sum(probe.images for probe in probes))
+    flops_evaluation = num_budgets * (flops.forward * images_validated + sum(probe.flops for probe in probes))
     flops_per_s = rates.flops_per_image * rates.compute_per_s
     during_s = max(during.flops / flops_per_s, during.images / rates.loaded_per_s)
-    evaluation_s = during_s + max(flops_evaluation / flops_per_s, passed / rates.loaded_per_s)
+    evaluation_s = during_s + max(flops_evaluation / flops_per_s, images_evaluated / rates.loaded_per_s)
     training_s = steps * step_s
     wall_s = training_s + evaluation_s
     card = CostCard(
@@ -244,10 +244,10 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
         device_hours=wall_s * run.devices / 3600,
         cautions=(),
     )
-    return replace(card, cautions=tuple(_cautions(run, card, unique, look, lacks_memory=lacks_memory)))
+    return replace(card, cautions=tuple(_cautions(run, card, unique, lookup, lacks_memory=lacks_memory)))
 
 
-def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks_memory: bool) -> Iterator[Finding]:
+def _cautions(run: Run, card: CostCard, unique: int | None, lookup: Look, *, lacks_memory: bool) -> Iterator[Finding]:
     """Yield the cautions about a run's data, schedule and evaluation during training.
 
     Args:
@@ -264,8 +264,8 @@ def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks
     elif epochs > MAX_EPOCHS:
         yield "budgets", f"{epochs:.1f} epochs of {unique:,} images, more than {MAX_EPOCHS}"
     if rates.is_ahead and card.limit == "loader":
-        given, wanted = rates.loaded_per_s, card.batch_size / rates.step_s
-        words = f"the loader gives {given:,.0f} of the {wanted:,.0f} images/s that training could take"
+        loaded, wanted = rates.loaded_per_s, card.batch_size / rates.step_s
+        words = f"the loader gives {loaded:,.0f} of the {wanted:,.0f} images/s that training could take"
         yield "runtime.num_workers", f"{words}; raise it (and slurm.cpus_per_task), or pack smaller files"
     if card.fit and card.device.is_gpu and card.batch_size % (card.fit.micro_batch * card.devices):
         words = f"{card.batch_size} images do not divide into {card.devices} devices and passes of"
@@ -277,13 +277,13 @@ def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks
         words = "wds:// has no index: what a run sees depends on restarts, ranks and workers"
         yield "data.sources", f"{words}; epochs are not counted, validation images in it are not found"
     validation = run.config.evaluation.validation.path
-    if (held_out := look(validation)) and held_out.num_samples < MIN_VALIDATION_IMAGES:
+    if (held_out := lookup(validation)) and held_out.num_samples < MIN_VALIDATION_IMAGES:
         words = f"{held_out.num_samples} images leave the loss uncertain by several per cent; hold out more"
         yield "validation.path", words
     probes = run.config.evaluation.probes
     paths = [*(source.path for source in training.data.sources), validation]
     for path in dict.fromkeys([*paths, *(side for probe in probes for side in (probe.train, probe.test))]):
-        info = look(path)
+        info = lookup(path)
         if info and info.num_samples > max_indexed_images(path):
             yield (
                 "data",
@@ -306,11 +306,11 @@ def max_indexed_images(path: str) -> int:
     return MAX_REMOTE_INDEX if "://" in path else MAX_LOCAL_INDEX
 
 
-def _pool_size(sweep: Sweep, config: RunConfig, look: Look) -> int | None:
+def _pool_size(sweep: Sweep, config: RunConfig, lookup: Look) -> int | None:
     """Return the images of the pool, from the sweep file or else from `dataset.json`; None if unknown."""
     if sweep.file.cost.pool_images:
         return sweep.file.cost.pool_images
-    infos = [look(source.path) for source in config.training.data.sources]
+    infos = [lookup(source.path) for source in config.training.data.sources]
     # data sets that are not packed yet: the card says that the epochs are unknown
     return None if None in infos else sum(info.num_samples for info in infos if info)
 
@@ -345,9 +345,9 @@ def grace_period_s(sweep: Sweep, run: Run) -> int:
 
     Slurm's signal, torchrun and the plan use this one number: `slurm.signal_delay_s`, or else two saves and a step.
     """
-    given = sweep.file.slurm.signal_delay_s
-    if given != "auto":
-        return given
+    delay = sweep.file.slurm.signal_delay_s
+    if delay != "auto":
+        return delay
     num_params = model_counts(model_of(run.config.training))[0].total
     save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
     return max(MIN_GRACE_S, math.ceil(2 * save_s) + STEP_ALLOWANCE_S)

@@ -41,7 +41,7 @@ class JobShape:
 class LiveJob:
     """Job of the sweep that waits or runs."""
 
-    job: slurm.JobInfo
+    info: slurm.JobInfo
     shape: JobShape
     is_busy: bool
     """Whether it executes a run."""
@@ -91,14 +91,14 @@ def live_jobs(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[LiveJob]:
         names = [f"{line['job_id']}_{i}" for i in range(line["number"])] if line["number"] > 1 else [line["job_id"]]
         jobs = [known[name] for name in names if name in known]
         shape = JobShape(nodes=line["shape"]["nodes"], devices=line["shape"]["devices"])
-        found += [LiveJob(job=job, shape=shape, is_busy=job.job_id in busy) for job in jobs if job.phase != "ended"]
+        found += [LiveJob(info=job, shape=shape, is_busy=job.job_id in busy) for job in jobs if job.phase != "ended"]
     return found
 
 
 def submit(
     sweep: Sweep,
-    to_do: Callable[[], Sequence[Run]],
-    element: Callable[[JobShape], Callable[[], Any]],
+    list_runs: Callable[[], Sequence[Run]],
+    make_job: Callable[[JobShape], Callable[[], Any]],
     *,
     allow_dirty: bool = False,
     dry_run: bool = False,
@@ -106,8 +106,8 @@ def submit(
     """Submit the jobs that are missing and return at once; a dry run asks Slurm nothing and writes nothing.
 
     Args:
-        to_do: returns the runs to start; called while no other launch submits.
-        element: makes the callable that a job of this shape executes.
+        list_runs: returns the runs to start; called while no other launch submits.
+        make_job: makes the callable that a job of this shape executes.
 
     Raises:
         SweepError, SlurmError: there is no Slurm, the source tree has uncommitted changes, or Slurm refuses a job.
@@ -115,9 +115,9 @@ def submit(
     if set(str(sweep.directory)) & set("%\\"):
         raise SweepError(f"Slurm would read '%' and '\\' in {sweep.directory} as patterns; choose another --root")
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
-    batch = _Batch(sweep=sweep, snapshot=snapshot, element=element, dry_run=dry_run)
+    batch = _Batch(sweep=sweep, snapshot=snapshot, make_job=make_job, dry_run=dry_run)
     if dry_run:
-        return batch.submit(to_do())
+        return batch.submit(list_runs())
     lock = Lock(batch.folder / "lock")
     while lock.take() is None:
         time.sleep(0.2)  # another launch submits
@@ -125,19 +125,19 @@ def submit(
         batch.live = live_jobs(sweep, slurm.jobs())
         if snapshot:
             make_snapshot(snapshot)
-        return batch.submit(to_do())
+        return batch.submit(list_runs())
     finally:
         lock.release()
 
 
-def distribute_jobs(free: int, wanted: Sequence[int]) -> list[int]:
+def distribute_jobs(free: int, num_wanted: Sequence[int]) -> list[int]:
     """Distribute `free` jobs over arrays that want so many each, one job at a time in turn."""
-    given = [0] * len(wanted)
-    while free > 0 and (short := [i for i, num in enumerate(wanted) if given[i] < num][:free]):
+    granted = [0] * len(num_wanted)
+    while free > 0 and (short := [i for i, num in enumerate(num_wanted) if granted[i] < num][:free]):
         for i in short:
-            given[i] += 1
+            granted[i] += 1
         free -= len(short)
-    return given
+    return granted
 
 
 @dataclass(kw_only=True)
@@ -146,7 +146,7 @@ class _Batch:
 
     sweep: Sweep
     snapshot: Snapshot | None
-    element: Callable[[JobShape], Callable[[], Any]]
+    make_job: Callable[[JobShape], Callable[[], Any]]
     dry_run: bool
     live: Sequence[LiveJob] = ()
     """Jobs of the sweep that wait or run."""
@@ -162,41 +162,43 @@ class _Batch:
         return self.sweep.directory / "slurm"
 
     def submit(self, runs: Sequence[Run]) -> list[Submission]:
-        """Submit an array per shape; a shape that gets no job within `max_parallel` gets one that depends on the
-        others' end."""
+        """Submit one array per shape, within `max_parallel` jobs.
+
+        A shape for which no job is left gets one that waits for the end of the others.
+        """
         by_shape: dict[JobShape, list[Run]] = {}
         for run in runs:
             by_shape.setdefault(job_shape(run, self.section), []).append(run)
-        wanted = [self._jobs_needed(shape, members) for shape, members in by_shape.items()]
-        numbers = distribute_jobs(self.section.max_parallel - len(self.live), wanted)
+        num_wanted = [self._jobs_needed(shape, shape_runs) for shape, shape_runs in by_shape.items()]
+        numbers = distribute_jobs(self.section.max_parallel - len(self.live), num_wanted)
         submitted: list[Submission] = []
-        earlier = list(dict.fromkeys(each.job.job_id.split("_")[0] for each in self.live))
-        for (shape, members), want, num_jobs in zip(by_shape.items(), wanted, numbers, strict=True):
+        earlier = list(dict.fromkeys(each.info.job_id.split("_")[0] for each in self.live))
+        for (shape, shape_runs), want, num_jobs in zip(by_shape.items(), num_wanted, numbers, strict=True):
             if num_jobs:
-                new = self._submit_arrays(shape, members, num_jobs, [])
+                new = self._submit_arrays(shape, shape_runs, num_jobs, [])
             elif want and all(each.shape != shape for each in self.live):
-                new = self._submit_arrays(shape, members, 1, earlier)
+                new = self._submit_arrays(shape, shape_runs, 1, earlier)
             else:
                 continue
             submitted += new
             earlier += [each.job_id or "EARLIER_ARRAY" for each in new]
         return submitted
 
-    def _jobs_needed(self, shape: JobShape, members: Sequence[Run]) -> int:
+    def _jobs_needed(self, shape: JobShape, runs: Sequence[Run]) -> int:
         """Return the number of jobs that these runs need beyond the idle jobs of their shape."""
         idle = sum(each.shape == shape and not each.is_busy for each in self.live)
-        return max(0, len(members) - idle)
+        return max(0, len(runs) - idle)
 
     def _submit_arrays(
-        self, shape: JobShape, members: Sequence[Run], num_jobs: int, after: Sequence[str]
+        self, shape: JobShape, runs: Sequence[Run], num_jobs: int, after_jobs: Sequence[str]
     ) -> list[Submission]:
         """Submit the jobs as one array, or as several if Slurm limits their length; record each at once."""
-        failed = [node for run in members for node in RunRecord(self.sweep.run_dir(run.run_id)).failed_nodes()]
+        failed = [node for run in runs for node in RunRecord(self.sweep.run_dir(run.run_id)).failed_nodes()]
         longest, excluded = num_jobs, tuple(dict.fromkeys(failed))
         if not self.dry_run:
             longest = slurm.max_array_size()
             excluded = slurm.nodes_to_exclude(excluded, self.section.partition, shape.nodes)
-        fields = self._sbatch_parameters(shape, members, excluded, after)
+        fields = self._sbatch_parameters(shape, runs, excluded, after_jobs)
         done = []
         for first in range(0, num_jobs, longest):
             size = min(longest, num_jobs - first)
@@ -205,7 +207,7 @@ class _Batch:
                 Submission(
                     shape=shape,
                     num_jobs=size,
-                    num_runs=len(members),
+                    num_runs=len(runs),
                     excluded=excluded,
                     script=self._script(fields, size),
                     job_id=None if self.dry_run else self._submit(fields, shape, size),
@@ -214,16 +216,19 @@ class _Batch:
         return done
 
     def _sbatch_parameters(
-        self, shape: JobShape, members: Sequence[Run], excluded: Sequence[str], after: Sequence[str]
+        self, shape: JobShape, runs: Sequence[Run], excluded: Sequence[str], after_jobs: Sequence[str]
     ) -> dict[str, Any]:
         """Return submitit's parameters for an array."""
         section = self.section
-        delay_s = max(grace_period_s(self.sweep, run) for run in members)
+        delay_s = max(grace_period_s(self.sweep, run) for run in runs)
         # The batch script becomes the worker. Slurm signals it alone (B:), and it signals its runs.
         options = {"requeue": True, "signal": f"B:USR2@{delay_s}", **section.extra}
-        if after:
-            mine = [section.extra["dependency"]] if "dependency" in section.extra else []
-            options |= {"dependency": ",".join([*mine, ":".join(["afterany", *after])]), "kill-on-invalid-dep": "yes"}
+        if after_jobs:
+            own = [section.extra["dependency"]] if "dependency" in section.extra else []
+            options |= {
+                "dependency": ",".join([*own, ":".join(["afterany", *after_jobs])]),
+                "kill-on-invalid-dep": "yes",
+            }
         fields: dict[str, Any] = {
             "job_name": f"aimscale-{self.sweep.name}",
             "partition": section.partition,
@@ -255,7 +260,7 @@ class _Batch:
             executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=1_000_000, python=self._python)
             executor.update_parameters(**fields)
             with executor.batch():
-                jobs = [executor.submit(self.element(shape)) for _ in range(size)]
+                jobs = [executor.submit(self.make_job(shape)) for _ in range(size)]
         except (FailedJobError, FailedSubmissionError) as error:
             raise slurm.SlurmError(f"Slurm refused the job: {slurm.shorten_error(str(error))}") from error
         job_id = str(jobs[0].job_id).split("_")[0]

@@ -120,11 +120,11 @@ def _pending_jobs(sweep: Sweep, jobs: dict[str, JobInfo], cards: Sequence[CostCa
     from aimscale.sweeps.slurm.submit import live_jobs  # imports submitit
 
     found: dict[int, JobInfo] = {}
-    for element in live_jobs(sweep, jobs):
-        if element.job.phase == "pending":
-            shape = element.shape
+    for job in live_jobs(sweep, jobs):
+        if job.info.phase == "pending":
+            shape = job.shape
             served = (n for n in {card.devices for card in cards} if shape.nodes == 1 and n <= shape.devices)
-            found |= dict.fromkeys([*served, shape.nodes * shape.devices], element.job)
+            found |= dict.fromkeys([*served, shape.nodes * shape.devices], job.info)
     return found
 
 

@@ -250,13 +250,13 @@ def progress_bar(status: SweepStatus, width: int) -> Table:
     return grid
 
 
-def watch(look: Callable[[], SweepStatus]) -> None:
+def watch(get_status: Callable[[], SweepStatus]) -> None:
     """Show the status repeatedly until Ctrl-C."""
     console = Console()
     try:
         with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
             while True:
-                live.update(status_table(look(), console.width), refresh=True)
+                live.update(status_table(get_status(), console.width), refresh=True)
                 time.sleep(REFRESH_S)
     except KeyboardInterrupt:
         sys.stderr.write("\n")

@@ -30,7 +30,7 @@ def test_two_launches_at_once_submit_each_element_once_in_split_arrays(fault: An
     program = textwrap.dedent(LAUNCHER).format(path=str(case.sweep.source), root=str(case.sweep.root))
     launchers = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert sorted(int(launcher.communicate(timeout=400)[0]) for launcher in launchers) == [0, 6]
-    arrays = {each.job.job_id.split("_")[0] for each in live_jobs(case.sweep, slurm.jobs())}
+    arrays = {each.info.job_id.split("_")[0] for each in live_jobs(case.sweep, slurm.jobs())}
     assert len(arrays) == 2, "MaxArraySize is 4"
     case.wait_state("finished")
     case.wait_empty_queue()

@@ -86,7 +86,7 @@ def submitted(program: Any, tmp_path: Path) -> Any:
 
 def submit_for(sweep: Sweep, **changes: Any) -> list[Submission]:
     prepare_directory(sweep)
-    options = {"element": lambda shape: shape.__str__, "allow_dirty": True, **changes}
+    options = {"make_job": lambda shape: shape.__str__, "allow_dirty": True, **changes}
     return submit(sweep, lambda: plan(sweep), **options)
 
 
@@ -98,7 +98,7 @@ def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitte
     queue = ["1_0|PENDING|", "1_1|RUNNING|node1", "1_2|CANCELLED|", "9|RUNNING|node2"]
     (tmp_path / "queue").write_text("\n".join(queue))
     with holding(sweep.run_dir("other") / "claim", job_id="1_1"):
-        assert [(each.job.job_id, each.is_busy) for each in live_jobs(sweep, slurm.jobs())] == [
+        assert [(each.info.job_id, each.is_busy) for each in live_jobs(sweep, slurm.jobs())] == [
             ("1_0", False),
             ("1_1", True),
         ]
