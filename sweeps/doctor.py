@@ -70,8 +70,10 @@ def run_checks(root: Path) -> Iterator[Check]:
 
 
 def import_packages() -> dict[str, Any]:
-    """Import `MODULES` in a child process; return `torch` facts, the last `module`, and `error` if an import
-    crashed."""
+    """Import `MODULES` in a child process and return what it printed.
+
+    The keys are `torch` (facts), the last `module`, and `error` if an import crashed.
+    """
     words = [sys.executable, "-m", "aimscale.sweeps.doctor"]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     try:

@@ -98,8 +98,10 @@ def launch_decision(sweep: Sweep, run: Run, *, retry: bool) -> Decision:
 
 
 def _close_lost_attempt(record: RunRecord, *, retry: bool) -> None:
-    """Record the end of an attempt whose worker is gone and, with `retry`, clear a failure; skip damaged
-    directories."""
+    """Record the end of an attempt whose worker is gone and, with `retry`, clear a failure.
+
+    Damaged directories are skipped.
+    """
     ended = ("failed", "diverged")
     with contextlib.suppress(UserError, OSError):
         if record.read_status().state in ("queued", "running", *(ended if retry else ())):

@@ -71,16 +71,19 @@ class ForkServer:
         )
 
     def fork(self, arguments: list[str], environment: dict[str, str], log: Path) -> ForkedProcess | None:
-        """Fork the process of a run, which appends to the existing file `log`; return None if the server does not
-        answer."""
+        """Fork the process of a run and return it, or None if the server does not answer.
+
+        Args:
+            log: existing file to which the process appends its output.
+        """
         request = {"arguments": arguments, "environment": environment, "log": str(log)}
-        requests, answers = self._process.stdin, self._process.stdout
-        assert requests is not None, "a pipe was asked for"
-        assert answers is not None, "a pipe was asked for"
+        request_pipe, responses = self._process.stdin, self._process.stdout
+        assert request_pipe is not None, "a pipe was asked for"
+        assert responses is not None, "a pipe was asked for"
         with contextlib.suppress(BrokenPipeError):
-            requests.write(json.dumps(request).encode() + b"\n")
-            requests.flush()
-            if select.select([answers], [], [], FORK_TIMEOUT_S)[0] and (answer := answers.readline()):
+            request_pipe.write(json.dumps(request).encode() + b"\n")
+            request_pipe.flush()
+            if select.select([responses], [], [], FORK_TIMEOUT_S)[0] and (answer := responses.readline()):
                 return ForkedProcess(int(answer))
         return None
 
@@ -102,8 +105,8 @@ class RunProcesses:
             command: replaces the program that executes a run.
             notify: receives sentences for the user.
         """
-        self._machine, self._command, self._say = machine, command, notify
-        self._parents: dict[str, ForkServer | None] = {}  # by OMP_NUM_THREADS; None: it ended
+        self._machine, self._command, self._notify = machine, command, notify
+        self._servers: dict[str, ForkServer | None] = {}  # by OMP_NUM_THREADS; None: it ended
 
     def start(
         self, run_dir: Path, num_devices: int, environment: dict[str, str], log: Path, *, more_follow: bool
@@ -116,9 +119,9 @@ class RunProcesses:
         Raises:
             OSError: the log cannot be written, or no process can be created.
         """
-        is_plain = num_devices == 1 and self._machine.nodes == 1 and self._command is None
+        can_fork = num_devices == 1 and self._machine.nodes == 1 and self._command is None
         with log.open("ab") as output:
-            process = self._fork(run_dir, environment, log, more_follow) if is_plain else None
+            process = self._fork(run_dir, environment, log, more_follow) if can_fork else None
             return process or subprocess.Popen(
                 (self._command or self._machine.command)(run_dir, num_devices),
                 stdin=subprocess.DEVNULL,
@@ -130,20 +133,20 @@ class RunProcesses:
 
     def _fork(self, run_dir: Path, environment: dict[str, str], log: Path, more_follow: bool) -> ForkedProcess | None:
         threads = environment["OMP_NUM_THREADS"]
-        if threads not in self._parents and more_follow and _set_subreaper(True):
-            self._parents[threads] = ForkServer(self._machine.python, environment)
-        parent = self._parents.get(threads)
-        process = parent.fork([str(run_dir)], environment, log) if parent else None
-        if parent and not process:
-            self._parents[threads] = None
-            self._say(f"runs start slower now: the process that forked them ended (exit code {parent.close()})")
+        if threads not in self._servers and more_follow and _set_subreaper(True):
+            self._servers[threads] = ForkServer(self._machine.python, environment)
+        server = self._servers.get(threads)
+        process = server.fork([str(run_dir)], environment, log) if server else None
+        if server and not process:
+            self._servers[threads] = None
+            self._notify(f"runs start slower now: the process that forked them ended (exit code {server.close()})")
         return process
 
     def close(self) -> None:
         """Kill the fork servers."""
-        for parent in filter(None, self._parents.values()):
-            parent.close()
-        if self._parents:
+        for server in filter(None, self._servers.values()):
+            server.close()
+        if self._servers:
             _set_subreaper(False)
 
 

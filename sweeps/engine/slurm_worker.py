@@ -106,8 +106,13 @@ class WorkerJob:
 
 
 def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
-    """Requeue this job if it can continue later; after TERM, Slurm requeues it itself. Return a message for
-    submitit."""
+    """Requeue this job if it can continue later, and return a message for submitit.
+
+    After TERM, Slurm requeues the job itself.
+
+    Raises:
+        WorkerJobError: a run failed for good, the job is too short, or it cannot be requeued.
+    """
     job_id = slurm.current_job_id()
     if result.remaining and result.stopped_by in (None, signal.SIGUSR2) and job_id:
         if not (result.stopped_by or result.finished or result.stopped or exclude):
@@ -149,8 +154,10 @@ def launch_slurm(
 
 @contextlib.contextmanager
 def _relay_warnings() -> Iterator[None]:
-    """Run an idle job step beside the batch script: Slurm warns only steps of a preemption and on `scancel
-    --signal`."""
+    """Run an idle job step beside the batch script, and forward the signals that end it to this process.
+
+    Slurm signals only steps before a preemption and on `scancel --signal`.
+    """
     if shutil.which("srun") is None:  # in a container
         yield
         return

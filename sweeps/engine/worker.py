@@ -187,8 +187,10 @@ def _run_until_idle(worker: Worker, report: Report) -> None:
 
 
 def _may_become_free(decision: Decision) -> bool:
-    """Return whether a run of another worker is silent: its machine may be lost, and only this worker may be left to
-    resume it."""
+    """Return whether a run of another worker is silent and may be lost.
+
+    This worker may then be the only one left to resume it.
+    """
     heartbeat = None
     if decision.verdict == "running":
         with contextlib.suppress(UserError):
@@ -255,9 +257,8 @@ def _try_to_start(worker: Worker, run: Run, acquired: tuple[int, ...]) -> Decisi
     worker.active.append(active_run)
     if worker.stopping:  # the signal came while it was being started
         _send_stop(worker, active_run)
-    worker.events.append(
-        f"{'started' if active_run.attempt == 1 else f'resumed (attempt {active_run.attempt})'} {record.name}"
-    )
+    started = "started" if active_run.attempt == 1 else f"resumed (attempt {active_run.attempt})"
+    worker.events.append(f"{started} {record.name}")
     return None
 
 
@@ -267,9 +268,8 @@ def _start(
     attempt = record.next_attempt()
     environment = os.environ | worker.devices.environment(acquired) | {"AIMSCALE_CLAIM": claims[0]}
     environment["OMP_NUM_THREADS"] = str(run.config.runtime.num_threads)
-    environment.pop(
-        "SLURM_STEP_NUM_TASKS", None
-    )  # srun may have started several workers; a run is not one of their ranks
+    # srun may have started several workers; a run is not one of their ranks
+    environment.pop("SLURM_STEP_NUM_TASKS", None)
     if len(acquired) > 1:  # torchrun kills its ranks this long after SIGTERM; the default is 30 s
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_period_s(worker.sweep, run))
     record.logs.mkdir(parents=True, exist_ok=True)

@@ -77,8 +77,10 @@ def record_end(
 
 
 def _is_held_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | None]) -> bool:
-    """Return whether another process holds the run, or has held it since; the ranks of a killed torchrun get time to
-    exit."""
+    """Return whether another process holds the run, or has held it since the attempt started.
+
+    The ranks of a killed torchrun get time to exit.
+    """
     deadline = time.monotonic() + (RANK_EXIT_TIMEOUT_S if exit_code == -signal.SIGKILL else 0)
     while exit_code != EXIT_FINISHED and run.is_held():
         if time.monotonic() >= deadline:

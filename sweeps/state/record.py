@@ -45,11 +45,10 @@ class RunRecord(RunDir):
         return lock.read_holder(self.claim)
 
     def saved_progress(self) -> list[int]:
-        """Return a measure of progress: number of rows, images of the furthest checkpoint, budgets with weights,
-        evaluation.
+        """Return a measure of progress, which grows with everything that a resumed attempt need not repeat.
 
-        Evaluation counts files on disk (validation losses, probed tasks and their parts), as `evaluation_progress`
-        does.
+        The elements are the number of rows, the images of the furthest checkpoint, the number of budgets with weights,
+        and those of `evaluation_progress`.
 
         Raises:
             UserError: `results.json` is damaged.
@@ -62,8 +61,10 @@ class RunRecord(RunDir):
         return [len(self.read_rows()), max(images), num_budgets, *self.evaluation_progress()]
 
     def evaluation_progress(self) -> list[int]:
-        """Return the number of files that evaluation has written, and the time of the last in ns; each probe kind
-        rewrites its task's file."""
+        """Return the number of files that evaluation has written, and the modification time of the last, ns.
+
+        The file of a probe task is written again for each kind of probe.
+        """
         times = [0]
         for path in (path for kind in ("validation/*.npz", "probes/*/*.json") for path in self.path.glob(kind)):
             with contextlib.suppress(OSError):  # removed meanwhile
@@ -113,8 +114,10 @@ class RunRecord(RunDir):
         return 1 + sum(not ended.get("forgiven") for ended in self.read_attempts())
 
     def append_attempt(self, **values: Any) -> None:
-        """Append an attempt to the record; the caller holds the claim. The file is rewritten, so that a cut-off last
-        line is dropped."""
+        """Append an attempt to the record; the caller holds the claim.
+
+        The file is rewritten, so that a last line that was cut off is dropped.
+        """
         write_text(self.attempts, "".join(json.dumps(each) + "\n" for each in [*self.read_attempts(), values]))
 
     def attempt_log(self, attempt: int) -> Path:

@@ -63,8 +63,10 @@ class Pace:
 
 
 def time_left(cards: Sequence[CostCard], runs: Sequence[Progress]) -> tuple[list[float], float | None, bool]:
-    """Return the remaining time of each run, s; that of the sweep, s, or None if no device is in use; and whether they
-    are measured."""
+    """Return the remaining time of each run and of the sweep, s, and whether it is based on a measured pace.
+
+    That of the sweep is None if no device is in use.
+    """
     pace = measured_pace(cards, runs)
     left = [_remaining_s(card, run, pace) for card, run in zip(cards, runs, strict=True)]
     free = [left[i] for i, run in enumerate(runs) if run.is_running for _ in range(cards[i].devices)]
@@ -78,8 +80,10 @@ def time_left(cards: Sequence[CostCard], runs: Sequence[Progress]) -> tuple[list
 
 
 def measured_pace(cards: Sequence[CostCard], runs: Sequence[Progress]) -> Pace | None:
-    """Fit the pace to the measured runs, weighting each step's time by its relative error; None if no run is
-    measured."""
+    """Fit the pace to the measured runs, or return None if no run is measured.
+
+    The errors of step times are weighted as relative errors.
+    """
     seen = [(card, run, step_s) for card, run in zip(cards, runs, strict=True) if (step_s := _own_step_s(card, run))]
     if not seen:
         return None
