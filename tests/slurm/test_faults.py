@@ -1,4 +1,4 @@
-"""Each fault on a real Slurm ends as it should: the result of an undisturbed run, or a classified failure."""
+"""Faults on a real Slurm: each run ends with the result of an undisturbed run, or with a classified failure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TWO_RANKS = [{"when": {"seed": 0}, "set": {"devices": 2}}]
 
 
 def assert_as_undisturbed(fault: Any, undisturbed: Losses, rel: float = 1e-6) -> None:
-    """All runs finished with the losses of runs without a fault, and nothing is left in the queue."""
+    """Assert that all runs finish with the losses of undisturbed runs, and that the queue is empty."""
     fault.wait_state("finished")
     fault.wait_empty_queue()
     for run_id, rows in fault.losses().items():
@@ -32,7 +32,7 @@ def assert_as_undisturbed(fault: Any, undisturbed: Losses, rel: float = 1e-6) ->
 
 
 def warn(job_id: str) -> None:
-    """As Slurm does before a time limit."""
+    """Send the signal that Slurm sends before a time limit."""
     subprocess.run(["scancel", "--signal=USR2", "--batch", job_id], check=True)
 
 
@@ -64,7 +64,7 @@ def test_one_element_of_an_array_is_requeued_and_never_the_others_nor_leaves_a_p
 
 
 def processes(number: str) -> list[Path]:
-    """Processes that have a job's name in their environment."""
+    """Return the processes with a job's id in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What reaches Slurm: arrays and scripts, each element once, and refusals in one sentence."""
+"""Submission to a real Slurm: arrays and scripts, each job once, and refusals in one sentence."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_a_root_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.skipif(GCC is None, reason="needs gcc")
 @pytest.mark.parametrize("body", ["errno = ENOLCK; return -1;", "return 0;"])
 def test_a_file_system_without_working_flock_fails(tmp_path: Path, body: str) -> None:
-    """As NFS without a lock daemon answers, and as a mount does that pretends to lock."""
+    """NFS without a lock daemon answers like this, and so does a mount that only pretends to lock."""
     (tmp_path / "flock.c").write_text(f"#include <errno.h>\nint flock(int fd, int op) {{ {body} }}\n")
     library = tmp_path / "flock.so"
     subprocess.run([str(GCC), "-shared", "-fPIC", str(tmp_path / "flock.c"), "-o", str(library)], check=True)

@@ -1,4 +1,4 @@
-"""What the verbs of a sweep print: what to look at first, keys and values, and what to run next."""
+"""Output of the verbs of a sweep: notices, keys and values, and the next command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is, through `launch` with the real trainer: one test for each rule of docs/run-directory.md."""
+"""Identity of runs, through `launch` with the real trainer: one test for each rule of docs/run-directory.md."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FILE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
-    """A folder with the sweep file, its data, and `runs`, where it was launched."""
+    """Make a folder with the sweep file, its data, and `runs`, where it was launched."""
     home = tmp_path_factory.mktemp("home")
     for seed, (name, number) in enumerate({"train": 64, "validation": 16, "fit": 24, "test": 12}.items()):
         write_images(home / "data" / name, number, seed=seed, classes=("red", "blue"))
@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
 
 @pytest.fixture
 def moved(home: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of all of it elsewhere, without file times; keywords replace sections of the sweep file."""
+    """Return a function that copies the folder without file times; keywords replace sections of the sweep file."""
 
     def copy(**base: Any) -> Path:
         there = tmp_path / "elsewhere"
@@ -56,7 +56,7 @@ def moved(home: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def state(run: Path) -> dict[str, Any]:
-    """What training and evaluation have written."""
+    """Return the contents of the files that training and evaluation have written."""
     directory = RunDir(run)
     files = [*run.glob("budgets/*/*"), *run.glob("probes/*/*.json"), *run.glob("validation/**/*.npz")]
     return {

@@ -1,4 +1,4 @@
-"""Processes of runs that a warm parent forks, beside those that start cold."""
+"""Processes of runs from a fork server, and those started without one."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def wait_for(condition: Any, what: str) -> None:
 
 
 def both_at_work(sweep: Any, start: Any) -> tuple[list[RunRecord], Any]:
-    """A launch of the sweep in a process of its own that executes its two runs, and their records."""
+    """Launch the sweep in a process; return the records of its two runs, once both are executed, and the process."""
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     first = start(2, "wait")
     wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
@@ -122,7 +122,8 @@ def test_another_budget_extends_a_run_and_another_seed_is_a_new_one(
 def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_queue(
     write_sweep: Any, launch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else torchrun kills its ranks after 30 s, and a run would wait for the other tasks of a step as its ranks."""
+    """Otherwise torchrun kills its ranks after 30 s, and a run would take the other tasks of a Slurm step for its
+    ranks."""
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     sweep = write_sweep(sizes=["rung-32"], devices=2)
     note = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'told').write_text(str(dict(os.environ))); sys.exit(2)"
@@ -159,7 +160,7 @@ def test_three_workers_and_a_launch_execute_each_run_once(write_sweep: Any, star
 def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
     write_sweep: Any, stand_in: Any, launch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an hour, two minutes are left for saving; the clock jumps there once both runs are at work."""
+    """Two minutes of an hour are kept for saving; the clock jumps there once both runs are executed."""
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     jumps = iter([3600 - 150, 3600 - 90])
@@ -179,7 +180,7 @@ def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
 
 
 def test_a_free_device_never_waits_behind_a_run_that_needs_more(write_sweep: Any, launch: Any, tmp_path: Path) -> None:
-    """Of three devices a run of one has one; the next wants all three, the one after it only one."""
+    """A run occupies one of three devices; the next needs all three, the one after it only one."""
     wide = [{"when": {"seed": 1}, "set": {"devices": 3}}]
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], override=wide)
     first, broad, last = (sweep.run_dir(run.run_id) for run in plan(sweep))

@@ -12,7 +12,7 @@ from aimscale.sweeps.plan.sweepfile import SweepError
 
 @pytest.fixture
 def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
-    """What is in the way of two runs whose data are there, with some fields changed; key -> problem."""
+    """Return a function that changes fields of two runs with complete data, and returns key -> problem."""
     for name, seed, number in (("train", 1, 40), ("validation", 2, 10), ("other", 3, 10)):
         write_images(tmp_path / name, number, seed=seed)
     for seed, name in enumerate(("fit", "test", "strange")):

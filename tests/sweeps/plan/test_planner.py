@@ -149,7 +149,7 @@ def test_a_file_starts_from_a_preset_and_is_written_out_whole(tmp_path: Path) ->
 
 
 def test_all_frozen_probes_of_imagenet_cost_a_few_percent_of_training() -> None:
-    """For one budget of 128M images, as a task is measured that says nothing but where its data are."""
+    """The share is that of one budget of 128M images, for a task with default settings."""
 
     def share(size: str, ranks: int, **settings: Any) -> tuple[float, float, float]:
         model = model_config(size, head_rule="released")

@@ -1,4 +1,4 @@
-"""What is made of Slurm's answers, odd ones among them; its commands are small programs here."""
+"""Parsing of Slurm's answers, odd ones among them; its commands are small programs here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an element does at its end, in a Slurm of small programs; with a real one: tests/slurm."""
+"""End of a Slurm job, with fake Slurm commands; with a real Slurm: tests/slurm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STAND_IN = str(Path(__file__).parents[1] / "stand_in.py")
 def element(
     write_sweep: Any, program: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[WorkerJob, RunRecord]]:
-    """An element of a job on node1 of a cluster of two nodes, and the run that it finds."""
+    """Make a job on node1 of a cluster of two nodes, and the run that it executes."""
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     program("squeue", "echo '7|RUNNING|node1'")
     program("sinfo", "echo node1; echo node2")
@@ -45,7 +45,7 @@ def element(
 
 
 def told(tmp_path: Path) -> list[str]:
-    """What Slurm was told."""
+    """Return the commands that Slurm received."""
     path = tmp_path / "told"
     return path.read_text().splitlines() if path.exists() else []
 

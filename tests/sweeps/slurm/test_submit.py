@@ -1,4 +1,4 @@
-"""Launching on Slurm without a Slurm: what is refused, and how the code is pinned. With one: tests/slurm."""
+"""Submission without a Slurm: refusals, and how the code is pinned. With a real Slurm: tests/slurm."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def git(folder: Path, *words: str) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A committed source tree."""
+    """Make a committed source tree."""
     folder = tmp_path / "source"
     (folder / "harness").mkdir(parents=True)
     (folder / "harness" / "train.py").write_text("committed")
@@ -67,7 +67,7 @@ def test_a_dirty_tree_is_refused_or_recorded(source: Path, tmp_path: Path) -> No
 
 @pytest.fixture
 def submitted(program: Any, tmp_path: Path) -> Any:
-    """A Slurm that takes every job: what it was given, line by line, and how long an array may be."""
+    """Fake a Slurm that accepts every job; return a function from an sbatch option to its values, one per job."""
     jobs = tmp_path / "jobs"
     jobs.mkdir()
     program("squeue", f"cat {tmp_path}/queue 2> /dev/null || true")
@@ -91,7 +91,7 @@ def submit_for(sweep: Sweep, **changes: Any) -> list[Submission]:
 
 
 def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
-    """Four runs: an element that waits takes one, one that executes a run takes none, and one that ended counts not."""
+    """Of four runs one has a pending job; a job that executes another run, and one that ended, are not counted."""
     sweep = write_sweep(seeds=[0, 1])
     (first,) = submit_for(sweep)
     assert (first.num_jobs, submitted("array")) == (4, ["0-3%4"])
@@ -181,7 +181,7 @@ def test_what_would_become_a_line_of_the_script_is_refused(write_sweep: Any, sec
 
 
 def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script is executed by a shell whose interpreter only prints what it was given."""
+    """The script is executed by a shell, with an interpreter that only prints its arguments."""
     root = tmp_path / "a $(touch pwned) `touch pwned` 'b\" ;touch pwned"
     section = {"partition": "$(touch pwned)", "python": "tell $(touch pwned)", "extra": {"comment": "';touch pwned"}}
     sweep = replace(write_sweep(slurm=section), root=root)
@@ -206,7 +206,7 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
 
 
 def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
-    """One number for the signal, torchrun and the plan."""
+    """The signal, torchrun and the plan use the same number."""
     small = write_sweep(sizes=["rung-32"], budgets=[640])
     (run,) = plan(small)
     assert grace_period_s(small, run) == cost_cards(small, [run])[0].stop_s == 120

@@ -19,7 +19,7 @@ def record(tmp_path: Path) -> RunRecord:
 
 
 def attempt(record: RunRecord, exit_code: int, *, saves: int = 0, **status: Any) -> str:
-    """One attempt that saves a checkpoint at `saves` images and ends with `exit_code`."""
+    """Record an attempt that saves a checkpoint at `saves` images and ends with `exit_code`."""
     record.write_status(state="running", reason=None, reason_class=None, claim="mine")
     if saves:
         record.checkpoint_dir(saves).mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_reasons_that_take_turns_are_bounded_like_one(record: RunRecord) -> None
 
 @pytest.mark.parametrize("name", ["budgets/640/model.safetensors", "validation/640.npz", "probes/640/pets.json"])
 def test_evaluation_and_its_parts_are_progress(record: RunRecord, name: str) -> None:
-    """A run interrupted again and again while it evaluates goes on as long as it evaluates further."""
+    """A run that is interrupted repeatedly while it evaluates continues as long as evaluation makes progress."""
     assert attempt(record, EXIT_CRASHED) == "retry"
     (record.path / name).parent.mkdir(parents=True)
     (record.path / name).write_text("")
@@ -152,7 +152,7 @@ def test_a_line_of_an_attempt_that_was_cut_off_takes_no_other_with_it(record: Ru
 
 
 def test_a_run_that_takes_its_launcher_with_it_is_not_tried_for_ever(record: RunRecord) -> None:
-    """What a container that runs out of memory kills."""
+    """A container that runs out of memory kills both."""
     for num in (1, 2, 3):
         worker = Holder(facts={"job_id": None, "devices": 2})
         lock = Lock(record.claim)

@@ -27,7 +27,7 @@ from aimscale.sweeps.table.status import sweep_status
 
 
 def gather(sweep: Sweep) -> CollectResult:
-    """Collect all that is planned."""
+    """Collect all planned runs."""
     return collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
 
 
@@ -117,7 +117,7 @@ ROWS: tuple[Any, ...] = (
 
 
 def test_values_of_wrong_types_cost_their_run_alone(write_sweep: Any) -> None:
-    """Nine runs: the files of all but the last hold what no run writes."""
+    """The files of eight of nine runs hold values that no run writes."""
     sweep = write_sweep(sizes=["rung-32"], seeds=[*range(len(ROWS) + 1)])
     runs = plan(sweep)
     for run, rows in zip(
