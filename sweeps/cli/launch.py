@@ -13,7 +13,7 @@ from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, Root, SweepName,
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult
-from aimscale.sweeps.plan.checks import refuse
+from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.state.decision import Decision
@@ -138,7 +138,7 @@ def _print_local(sweep: str, root: Path, devices: int | None, *, retry: bool) ->
     loaded, runs, _ = engine.load_plan(sweep, root)
     machine = local_machine(runs, devices=devices)
     decisions = tuple(engine.launch_decision(loaded, run, retry=retry) for run in runs)
-    refuse(loaded, [each.run for each in decisions if each.startable])
+    raise_on_problems(loaded, [each.run for each in decisions if each.startable])
     for each in decisions:
         words = machine.command(each.record.path, min(each.run.devices, machine.devices))
         typer.echo(f"{each.verdict:<9} {' '.join(words) if each.startable else each.why or each.run.run_id}")

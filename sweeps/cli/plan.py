@@ -17,7 +17,7 @@ from aimscale.harness.device.execution import NETWORK_BYTES_PER_S, NVLINK_BYTES_
 from aimscale.harness.device.sheets import DECODED_PER_S
 from aimscale.harness.run.row import planned_columns
 from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, print_next
-from aimscale.sweeps.plan.checks import Problem, check, describe_runs, group_findings, refuse
+from aimscale.sweeps.plan.checks import Problem, check, describe_runs, group_findings, raise_on_problems
 from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.planner import plan as plan_runs
@@ -43,7 +43,7 @@ def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
     if as_json:
         found = to_json(cards) | {"problems": [asdict(each) for each in problems], "flags": [*map(str, plateau)]}
         typer.echo(json.dumps(found, indent=1))
-        refuse(loaded, runs, problems)
+        raise_on_problems(loaded, runs, problems)
         return
     print_plan(loaded, cards, problems=problems, plateau=plateau)
     if problems:

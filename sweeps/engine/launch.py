@@ -18,7 +18,7 @@ from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.processes import Command
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
-from aimscale.sweeps.plan.checks import refuse
+from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
@@ -82,7 +82,7 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
     Raises:
         SweepError, ConfigError: as in `launch`.
     """
-    refuse(sweep, [run for run in runs if launch_decision(sweep, run, retry=retry).startable])
+    raise_on_problems(sweep, [run for run in runs if launch_decision(sweep, run, retry=retry).startable])
     prepare_directory(sweep, runs)
     for run in runs:
         record = RunRecord(sweep.run_dir(run.run_id))

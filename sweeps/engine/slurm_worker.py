@@ -24,7 +24,7 @@ from typing import Any
 from aimscale.sweeps.engine.devices import Machine, visible_gpus
 from aimscale.sweeps.engine.launch import launch_decision, load_plan, prepare_launch
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
-from aimscale.sweeps.plan.checks import refuse
+from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
@@ -140,7 +140,7 @@ def launch_slurm(
         SweepError, DataError: as in `launch` and `submit`.
     """
     if dry_run:
-        refuse(sweep, [run for run in runs if launch_decision(sweep, run, retry=retry).startable])
+        raise_on_problems(sweep, [run for run in runs if launch_decision(sweep, run, retry=retry).startable])
     else:
         prepare_launch(sweep, runs, retry=retry)
     return submit(

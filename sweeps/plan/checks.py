@@ -66,7 +66,7 @@ def describe_runs(run_ids: Sequence[str], num_runs: int) -> str:
     )
 
 
-def refuse(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem] | None = None) -> None:
+def raise_on_problems(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem] | None = None) -> None:
     """Raise SweepError that lists every problem of these runs; return if there is none."""
     lines = []
     for problem in check(sweep, runs) if problems is None else problems:

@@ -25,7 +25,7 @@ def say(capsys: Any, write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: 
     """Run a verb on a sweep whose runs end at once, and return what it prints."""
     sweep = write_sweep(sizes=["rung-32"])
     monkeypatch.setattr("aimscale.sweeps.cli.plan.check", lambda *_: ())
-    monkeypatch.setattr("aimscale.sweeps.cli.launch.refuse", lambda *_: None)
+    monkeypatch.setattr("aimscale.sweeps.cli.launch.raise_on_problems", lambda *_: None)
 
     def run(verb: str, *options: str, behaviour: str = "finish") -> list[str]:
         monkeypatch.setattr(engine, "launch", functools.partial(launch, command=stand_in(behaviour)))
