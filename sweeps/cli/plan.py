@@ -76,10 +76,8 @@ def print_plan(
     console = console or new_console()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(": ".join(part for part in (f"[bold]{sweep.name}[/]", sweep.file.description) if part))
-    if flags := [
-        *_flags(cards, problems),
-        *(KeyValue(level="warn", key="budgets", value=str(each)) for each in plateau),
-    ]:
+    in_plateau = (KeyValue(level="warn", key="budgets", value=str(each)) for each in plateau)
+    if flags := [*_flags(cards, problems), *in_plateau]:
         say(key_value_text(flags, console.width))
     say(fitted_table(_plan_columns(cards), cards, console.width))
     say(key_value_text(_facts(sweep, cards), console.width))

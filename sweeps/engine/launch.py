@@ -70,9 +70,9 @@ def launch(
     if hours is not None:
         # Runs stop early enough to save before the time is up, but at most half of a short time is kept for that.
         deadline = started + 3600 * hours - min(max(grace_period_s(loaded, run) for run in runs), 1800 * hours)
-    queue = Worker(sweep=loaded, machine=machine, waiting=list(runs), command=command, deadline=deadline)
+    worker = Worker(sweep=loaded, machine=machine, waiting=list(runs), command=command, deadline=deadline)
     with _progress_display(lambda: sweep_status(loaded, runs, cards), show_progress) as report:
-        result = run_worker(queue, report)
+        result = run_worker(worker, report)
     return replace(result, unplanned=unplanned_runs(loaded, runs))
 
 
@@ -123,9 +123,7 @@ def load_plan(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], 
     runs = plan(loaded)
     _refuse_new_smallest_budget(loaded, runs)
     cards = cost_cards(loaded, runs)
-    order = sorted(
-        range(len(runs)), key=lambda i: -cards[i].device_hours
-    )  # long runs start first, none is left for the end
+    order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # so that none is left for the end
     return loaded, [runs[i] for i in order], [cards[i] for i in order]
 
 
@@ -159,9 +157,9 @@ def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool
     live = Live(console=console, auto_refresh=False, transient=True) if show_progress and console.is_terminal else None
     every = LIVE_INTERVAL_S if live else LOG_INTERVAL_S
 
-    def report(queue: Worker) -> None:
+    def report(worker: Worker) -> None:
         nonlocal shown
-        print_events(queue)  # above the table
+        print_events(worker)  # above the table
         if not show_progress or time.time() - shown < every:
             return
         shown = time.time()
@@ -169,7 +167,7 @@ def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool
         if live is None:
             print(progress_line(status), flush=True)
             return
-        active = {job.run.run_id for job in queue.active}
+        active = {active_run.run.run_id for active_run in worker.active}
         lines, bar = tuple(line for line in status.runs if line.run_id in active), progress_bar(status, console.width)
         live.update(status_table(replace(status, runs=lines), console.width, bar) if lines else bar, refresh=True)
 
@@ -183,9 +181,7 @@ def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     No worker starts them before the next launch. Pending Slurm jobs are cancelled if no run is left for them.
 
     Returns:
-        One sentence for each run that was stopped, and one for each that could not be; both lists are empty if no
-            worker
-        is active.
+        One sentence for each run that was stopped, and one for each that could not be; none if no worker is active.
 
     Raises:
         SweepError: the sweep was never launched, or Slurm does not answer.

@@ -46,7 +46,7 @@ def test_time_limit_saves_requeues_and_finishes(fault: Any, undisturbed: Losses)
     assert set(ends[:-1]) <= {75, -signal.SIGTERM}, "there is nothing to save before the imports are through"
 
 
-def test_one_element_of_an_array_is_requeued_and_never_the_others_nor_leaves_a_process(
+def test_one_job_of_an_array_is_requeued_and_never_the_others_nor_leaves_a_process(
     fault: Any, undisturbed: Losses
 ) -> None:
     case = fault(seeds=[0, 1], step_s=2.0, override=[{"when": {"seed": 0}, "set": {"runtime.num_workers": 2}}])
@@ -100,7 +100,7 @@ def test_a_lost_node_hands_the_run_to_another(fault: Any, undisturbed: Losses, c
     assert len(steps) == len(set(steps))
 
 
-def test_scancel_of_one_element_leaves_its_run_to_the_others(fault: Any, undisturbed: Losses) -> None:
+def test_scancel_of_one_job_leaves_its_run_to_the_others(fault: Any, undisturbed: Losses) -> None:
     case = fault(seeds=[0, 1])
     case.launch()
     case.wait_trained()

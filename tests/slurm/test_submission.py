@@ -25,7 +25,7 @@ LAUNCHER = """
 """
 
 
-def test_two_launches_at_once_submit_each_element_once_in_split_arrays(fault: Any) -> None:
+def test_two_launches_at_once_submit_each_job_once_in_split_arrays(fault: Any) -> None:
     case = fault(seeds=[0, 1, 2, 3, 4, 5], budgets=[32], step_s=0)
     program = textwrap.dedent(LAUNCHER).format(path=str(case.sweep.source), root=str(case.sweep.root))
     launchers = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -41,7 +41,7 @@ def test_two_launches_at_once_submit_each_element_once_in_split_arrays(fault: An
     case.wait_empty_queue()
 
 
-def test_one_element_at_a_time_over_arrays_of_two_shapes(fault: Any) -> None:
+def test_one_job_at_a_time_over_arrays_of_two_shapes(fault: Any) -> None:
     """Slurm itself bounds one array only."""
     two_ranks = [{"when": {"seed": 1}, "set": {"devices": 2}}]
     case = fault(seeds=[0, 1], budgets=[32], slurm={"max_parallel": 1, "setup": []}, override=two_ranks)

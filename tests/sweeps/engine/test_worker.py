@@ -70,7 +70,7 @@ def test_interrupting_saves_and_launching_again_goes_on(
     assert [starts(record) for record in records] == [2, 2]
 
 
-def test_a_killed_queue_leaves_live_runs_alone_and_dead_ones_resumable(
+def test_a_killed_worker_leaves_live_runs_alone_and_dead_ones_resumable(
     write_sweep: Any, start: Any, stand_in: Any, launch: Any
 ) -> None:
     sweep = write_sweep()
@@ -119,7 +119,7 @@ def test_another_budget_extends_a_run_and_another_seed_is_a_new_one(
     assert (len(result.finished), result.unplanned) == (1, (path.name,))
 
 
-def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_queue(
+def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_worker(
     write_sweep: Any, launch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise torchrun kills its ranks after 30 s, and a run would take the other tasks of a Slurm step for its

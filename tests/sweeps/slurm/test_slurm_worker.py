@@ -21,7 +21,7 @@ STAND_IN = str(Path(__file__).parents[1] / "stand_in.py")
 
 
 @pytest.fixture
-def element(
+def worker_job(
     write_sweep: Any, program: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[WorkerJob, RunRecord]]:
     """Make a job on node1 of a cluster of two nodes, and the run that it executes."""
@@ -51,9 +51,9 @@ def told(tmp_path: Path) -> list[str]:
 
 
 def test_a_run_that_failed_on_this_node_goes_on_on_another_while_there_is_one(
-    element: tuple[WorkerJob, RunRecord], program: Callable[[str, str], None], tmp_path: Path
+    worker_job: tuple[WorkerJob, RunRecord], program: Callable[[str, str], None], tmp_path: Path
 ) -> None:
-    execute, record = element
+    execute, record = worker_job
     record.write_status(state="failed", reason="node node1 failed", reason_class="node")
     ended = {"exit_code": None, "saved": record.saved_progress(), "reason_class": "node"}
     record.append_attempt(attempt=1, ended=1.0, device_hours=0.0, reason="", failed_nodes=["node1"], **ended)
@@ -67,9 +67,9 @@ def test_a_run_that_failed_on_this_node_goes_on_on_another_while_there_is_one(
 
 
 def test_a_time_limit_in_which_nothing_could_save_fails_and_is_not_requeued_for_ever(
-    element: tuple[WorkerJob, RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker_job: tuple[WorkerJob, RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    execute, record = element
+    execute, record = worker_job
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 150))  # 120 s of them to save
     with pytest.raises(WorkerJobError, match="time_min"):
         execute()
@@ -77,8 +77,8 @@ def test_a_time_limit_in_which_nothing_could_save_fails_and_is_not_requeued_for_
     assert not (record.path / "starts").exists()
 
 
-def test_a_run_that_failed_for_good_fails_the_job(element: tuple[WorkerJob, RunRecord], tmp_path: Path) -> None:
-    execute, record = element
+def test_a_run_that_failed_for_good_fails_the_job(worker_job: tuple[WorkerJob, RunRecord], tmp_path: Path) -> None:
+    execute, record = worker_job
     (record.path / "behaviour").write_text("crash")
     with pytest.raises(WorkerJobError, match=record.name):
         execute()

@@ -107,7 +107,7 @@ def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitte
     assert not submit_for(limited)
 
 
-def test_elements_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
+def test_jobs_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
     write_sweep: Any, submitted: Any, tmp_path: Path
 ) -> None:
     wide = [{"when": {"size": "rung-48"}, "set": {"devices": 8}}]
