@@ -158,7 +158,6 @@ def main(argv: list[str] | None = None) -> Any:
             code, sentence = 2, disk_sentence(error) or named
         if code is None or not sentence:
             raise
-        print(
-            f"aimscale: {printable(sentence)}", file=sys.stderr
-        )  # names from a user's file may hold control characters
+        # A name in a user's file may hold control characters.
+        print(f"aimscale: {printable(sentence)}", file=sys.stderr)
         sys.exit(code)
