@@ -7,10 +7,10 @@ from .effects.repetition import repeats as repeats
 from .errors import AnalysisError as AnalysisError
 from .fitting.estimate import fit as fit
 from .fitting.holdout import held_out as held_out
-from .forecasts.ahead import forecast as forecast
-from .forecasts.points import forecaster as forecaster
-from .frontier.approaches import all_approaches as all_approaches
+from .forecasts.forecast import forecast as forecast
+from .forecasts.forecaster import forecaster as forecaster
 from .next.proposal import propose as propose
+from .optimum.approaches import frontier as frontier
 from .plots.accuracy import plot_accuracy as plot_accuracy
 from .plots.accuracy import plot_loss_accuracy as plot_loss_accuracy
 from .plots.intervals import plot_contrasts as plot_contrasts

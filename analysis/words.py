@@ -66,19 +66,6 @@ FLAGS = {
     "budgets.",
     "during_mixed": "{number:.0f} rows are points during training, where losses are higher than at budgets; leave them "
     "out by {option:where status=complete}.",
-    "apart": "The intervals of approaches {subject} do not overlap.",
-    "few_sizes": "too few sizes lie near the lowest loss",
-    "edge": "the {subject} size has the lowest loss",
-    "not_convex": "the losses have no minimum over size",
-    "outside": "the minimum lies outside the measured sizes",
-    "few_curves": "it needs three sizes with two budgets each, and the table has {number:.0f}",
-    "one_size": "one size has the lowest loss wherever sizes share amounts of compute",
-    "few_minima": "{number:.0f} of {more[0]:.0f} amounts of compute have a best size between smaller and larger ones, "
-    "and 2 are needed",
-    "no_exponents": "the exponents of the {subject} law are not identified",
-    "no_minimum": "the {subject} law has no best size at {number:.3g} FLOP within {more[0]:.3g} times the measured "
-    "sizes",
-    "no_law": "the {subject} law was not fitted: {more[0]}",
     "other_unit": "Losses at different {subject} have different targets or images, so they are not compared.",
     "absent": "{more[0]}: no value at {more[3]} = {subject}.",
     "unpaired": "{more[0]}: nothing is paired between {more[1]} and {subject}, which differ in {more[2]}; run both "
@@ -97,8 +84,6 @@ FLAGS = {
     "other_sides": "Resolution: these runs see {subject} px, AIM {number} px, which is part of every gap.",
     "loss_levels": "Losses: the paper's are on IN-1k at 224 px, these on the table's own images.",
     "no_result": "{subject}: {more[0]}",
-    "not_forecast": "{subject} is not forecast: {more[0]}",
-    "buys_little": "These runs hardly narrow the forecast; more GPU-hours buy larger ones, nearer to the target.",
     "accuracies_unnamed": "Not read as accuracies: {subject}. Name them with {option:columns {more[0]}}.",
     "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
 }

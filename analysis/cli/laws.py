@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from aimscale.analysis.fitting.result import Fit
-    from aimscale.analysis.forecasts.points import Forecaster
+    from aimscale.analysis.forecasts.forecaster import Forecaster
 
 
 def fit(
@@ -78,7 +78,7 @@ def fit(
     result = tested(result, df, hold_out or [])
     inside = plateau_flags(df.loc[result.data.index], read_curves(tables))
     result = replace(result, flags=(*result.flags, *inside))
-    after, also = ([], {}) if found is None else (["", found.stack.summary()], {"laws": found.stack.table})
+    after, also = ([], {}) if found is None else (["", found.summary()], {"laws": found.table})
     both = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     following = then([*(["frontier"] if both else []), "report"], tables, columns, where)
     show(result, json, figure, after=after, also=also, following=following)
@@ -86,7 +86,8 @@ def fit(
 
 def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
     """Weigh the laws where `law` names several or leaves it open."""
-    from aimscale.analysis.forecasts.points import AUTO, forecaster
+    from aimscale.analysis.forecasts.forecaster import forecaster
+    from aimscale.analysis.forecasts.points import AUTO
 
     is_one = "," not in law and law.partition(":")[0] != AUTO
     return None if is_one else forecaster(df, law=law, y=y)
@@ -95,7 +96,7 @@ def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
 def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
     """Give the fit its held-out tests, and flags of the table."""
     from aimscale.analysis.fitting.holdout import held_out
-    from aimscale.analysis.frontier.measured import with_budgets
+    from aimscale.analysis.optimum.measured import with_budgets
     from aimscale.analysis.table.names import our_name
     from aimscale.analysis.table.select import mixture_flags
 
@@ -151,7 +152,7 @@ def forecast(
     json: options.AsJson = False,
 ) -> None:
     """Forecast the loss and every accuracy of runs not trained yet, with intervals that grow with distance."""
-    from aimscale.analysis.forecasts.ahead import forecast, parse_scale
+    from aimscale.analysis.forecasts.forecast import forecast, parse_scale
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
     from aimscale.analysis.table.names import our_name
@@ -165,7 +166,7 @@ def forecast(
     repeats = [
         flag for each in found.scales for flag in passes_flags(rows.rows, f"D = {human(each.get('D', 0))}", each)
     ]
-    mixed = mixture_flags(df, found.loss.basis.variables, y)
+    mixed = mixture_flags(df, found.loss.points.variables, y)
     found = replace(found, flags=(*mixed, *rows.flags, *repeats, *found.flags))
     after = []
     if register:
@@ -193,7 +194,7 @@ def frontier(
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree; of a probe, how far its optimum lies from
     that of the loss."""
     from aimscale.analysis.display import fact_lines
-    from aimscale.analysis.frontier.approaches import all_approaches, gap_to_loss
+    from aimscale.analysis.optimum.approaches import frontier, gap_to_loss
     from aimscale.analysis.table.points import passes_flags, usable_rows
     from aimscale.analysis.table.select import mixture_flags
 
@@ -203,7 +204,7 @@ def frontier(
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     several_laws = several(law, df, y)
     by_law = several_laws.law if several_laws else law
-    found = all_approaches(df, y=y, law=by_law)
+    found = frontier(df, y=y, law=by_law)
     gap = gap_to_loss(found, df, y, law=by_law)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
     best = found.at(shown).iloc[-1]
@@ -217,7 +218,7 @@ def frontier(
         figure,
         words=found.summary(shown),
         after=["", fact_lines([("probe and loss", gap.sentence())])] if gap else [],
-        also={"optima": found.at(shown), "flags": [*map(str, found.flags)], "against_loss": gap},
+        also={"optima": found.at(shown), "flags": found.cautions, "against_loss": gap},
         following=then([*place, "report"], tables, columns, where),
     )
 

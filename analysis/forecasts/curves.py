@@ -7,7 +7,7 @@ every law (docs/forecasts.md). `fit(table, law, weights="compute", objective="lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from aimscale.analysis.fitting.groups import Groups
 from aimscale.analysis.fitting.inference import Estimate, estimated
 from aimscale.analysis.fitting.objectives import LOG_LSQ, LSQ, Objective
 from aimscale.analysis.fitting.problem import make_problem
+from aimscale.analysis.forecasts.points import Points
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.laws.catalogue import LINK_SIGMOID
 
@@ -26,42 +27,8 @@ THROUGH = " through the loss"
 """Ends the name of a curve that leads through the loss."""
 LEAST, UNKNOWN = 1e-6, 1e3
 """Smallest loss or error rate that a curve returns; its error, of its logarithm, where the law itself is nil."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurements:
-    """Positive measurements at scales, such as losses or error rates, that a forecast is made from."""
-
-    x: Mapping[str, Array]
-    """Variable -> values (n,)."""
-    y: Array
-    """Measurements (n,)."""
-    compute: Array
-    """Training FLOPs (n,): what runs count by, and what distance is measured in."""
-    loss: Array | None = None
-    """Losses (n,) that a link leads from to an error rate; None where y is no error rate."""
-    chance: float | None = None
-    """Accuracy of guessing, where the task has one."""
-    ideal: float | None = None
-    """Loss at which the accuracy is 1, where the task has one."""
-    groups: Groups = field(default_factory=Groups)
-    """Points that share errors."""
-
-    def rows(self, keep: Array) -> Measurements:
-        """Select some of the points (mask)."""
-        return replace(
-            self,
-            x={v: values[keep] for v, values in self.x.items()},
-            y=self.y[keep],
-            compute=self.compute[keep],
-            loss=None if self.loss is None else self.loss[keep],
-            groups=self.groups.rows(keep),
-        )
-
-    @property
-    def weights(self) -> Array:
-        """Weight of every point (n,), 1 on average."""
-        return self.compute / self.compute.mean()
+STEP = 1e-5
+"""Difference of ln loss by which the sigmoid's slope is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,92 +36,91 @@ class Curve:
     """A fitted law, or a law of the loss with a link to the accuracy."""
 
     name: str
-    """The law's, and "through the loss" of a link."""
-    num_params: int
+    """Name of the law, with "through the loss" behind it where a link follows."""
     noise: float
     """Standard deviation of a measurement's logarithm about the curve."""
-    num_runs: float
-    """Effective number of points behind the weighted fit."""
-    predict: Callable[[Mapping[str, Array]], tuple[Array, Array]]
-    """Variables (m,) -> ln y (m,) and the standard error (m,) that the parameters leave."""
+    law: Estimate = field(repr=False)
+    link: Estimate | None = field(default=None, repr=False)
+    """Sigmoid from the loss to the accuracy."""
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        return len(self.law.problem.law.parameters) + (int(self.link.problem.movable.sum()) if self.link else 0)
+
+    def predict(self, x: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Return ln y (m,) at variables (m,) and the standard error (m,) that the parameters leave."""
+        log_y, errors = self.law.modelled(x)
+        log_y, errors = np.maximum(log_y, np.log(LEAST)), np.nan_to_num(errors, nan=UNKNOWN, posinf=UNKNOWN)
+        if self.link is None:
+            return log_y, errors
+        accuracy, of_link = self.link.modelled({"L": np.exp(log_y)})
+        slope = (self.link.value_at({"L": np.exp(log_y + STEP)}) - accuracy) / STEP
+        rate = np.maximum(1 - accuracy, LEAST)
+        return np.log(rate), np.hypot(slope * errors, of_link) / rate
 
 
-def law_curve(law: Law, points: Measurements) -> Curve:
-    """Fit a law by least squares of ln y, every point weighted by its compute.
-
-    Raises:
-        AnalysisError: too few points for its parameters, or no finite optimum.
-    """
-    found = _estimated(law, points.x, points.y, LOG_LSQ, points)
-
-    def predict(at: Mapping[str, Array]) -> tuple[Array, Array]:
-        value, errors = found.modelled(at)
-        return np.maximum(value, np.log(LEAST)), np.nan_to_num(errors, nan=UNKNOWN, posinf=UNKNOWN)
-
-    noise = found.components.total
-    return Curve(name=law.name, num_params=len(law.parameters), noise=noise, num_runs=found.num_runs, predict=predict)
+Curves = dict[str, Curve | str]
+"""Name -> the curve, or why it could not be fitted."""
+Cache = dict[tuple[str, bytes], Curve | str]
+"""Fits made so far, by the law's name and the points: accuracies need those of the loss again."""
 
 
-def link_curves(losses: Mapping[str, Curve], points: Measurements) -> dict[str, Curve]:
-    """Lead to error rates by way of the loss: every curve of the loss, then one sigmoid from loss to accuracy.
+def fit_curves(points: Points, cache: Cache) -> Curves:
+    """Fit every law to y and, where there are losses, to these with a link from there; each once to the same points."""
+    found = _fit_laws(points, cache)
+    if points.loss is not None:
+        of_loss = _fit_laws(replace(points, y=points.loss), cache)
+        try:
+            found |= _link({name: curve for name, curve in of_loss.items() if isinstance(curve, Curve)}, points)
+        except AnalysisError as error:
+            found |= {f"{name}{THROUGH}": str(error) for name in of_loss}
+    return found
 
-    The sigmoid starts at chance, where that is known, and passes through (ideal, 1) as through one more point.
 
-    Raises:
-        AnalysisError: too few points for its parameters.
-    """
+def _fit_laws(points: Points, cache: Cache) -> Curves:
+    """Fit every law by least squares of ln y."""
+    key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.named.values()]).tobytes()
+    for law in points.laws:
+        if (law.name, key) not in cache:
+            try:
+                found = _estimate(law, points.x, points.y, LOG_LSQ, points.compute, points.groups)
+                cache[law.name, key] = Curve(name=law.name, law=found, noise=found.components.total)
+            except AnalysisError as error:
+                cache[law.name, key] = str(error)
+    return {law.name: cache[law.name, key] for law in points.laws}
+
+
+def _link(of_loss: Mapping[str, Curve], points: Points) -> dict[str, Curve]:
+    """Lead every curve of the loss to error rates by one sigmoid, from chance, where that is known, and through
+    (ideal, 1) as through one more point."""
     assert points.loss is not None
-    x, y, anchored = points.loss, 1 - points.y, points
-    if points.ideal is not None and points.ideal < x.min():
-        x, y, compute = (
-            np.append(a, b) for a, b in ((x, points.ideal), (y, 1.0), (points.compute, points.compute.mean()))
-        )
-        anchored = replace(points, compute=compute, groups=points.groups.with_one_more())
+    loss, accuracy, compute, groups = points.loss, 1 - points.y, points.compute, points.groups
+    if points.ideal is not None and points.ideal < loss.min():
+        loss, accuracy = np.append(loss, points.ideal), np.append(accuracy, 1.0)
+        compute, groups = np.append(compute, compute.mean()), groups.with_one_more()
     fixed = {} if points.chance is None else {"floor": points.chance}
-    found = _estimated(LINK_SIGMOID, {"L": x}, y, LSQ, anchored, fixed)
+    link = _estimate(LINK_SIGMOID, {"L": loss}, accuracy, LSQ, compute, groups, fixed)
     top = points.compute >= np.median(points.compute)
-    noise = found.components.total / float(np.mean(points.y[top]))
-
-    def through(first: Curve) -> Curve:
-        def predict(at: Mapping[str, Array]) -> tuple[Array, Array]:
-            log_loss, of_loss = first.predict(at)
-            accuracy, errors = found.modelled({"L": np.exp(log_loss)})
-            moved = found.value_at({"L": np.exp(log_loss + STEP)})
-            rate = np.maximum(1 - accuracy, LEAST)
-            return np.log(rate), np.hypot((moved - accuracy) / STEP * of_loss, errors) / rate
-
-        return replace(
-            first,
-            name=f"{first.name}{THROUGH}",
-            num_params=first.num_params + len(found.params) - len(fixed),
-            noise=noise,
-            predict=predict,
-        )
-
-    return {curve.name: curve for curve in map(through, losses.values())}
+    noise = link.components.total / float(np.mean(points.y[top]))
+    names = {name: f"{name}{THROUGH}" for name in of_loss}
+    return {names[name]: replace(each, name=names[name], link=link, noise=noise) for name, each in of_loss.items()}
 
 
-STEP = 1e-5
-"""Difference of ln loss by which the sigmoid's slope is told."""
-
-
-def _estimated(
+def _estimate(
     law: Law,
     x: Mapping[str, Array],
     y: Array,
     objective: Objective,
-    points: Measurements,
+    compute: Array,
+    groups: Groups,
     fixed: dict[str, float] | None = None,
 ) -> Estimate:
-    """Minimise, weighted by compute.
-
-    Raises:
-        AnalysisError: too few points for the parameters, or no finite optimum.
-    """
+    """Fit a law, weighted by compute."""
     columns = Columns({v: x[v] for v in law.variables})
     law = law.centred(columns) if law.centred is not None else law
-    problem = make_problem(law, dict(columns), y, objective, weights=points.weights, fixed=fixed)
+    problem = make_problem(law, dict(columns), y, objective, weights=compute / compute.mean(), fixed=fixed)
     free = int(problem.movable.sum())
     if problem.num_points < free + SPARE_POINTS:
         raise AnalysisError(f"{problem.num_points} points are too few for its {free} parameters.")
-    return estimated(problem, points.groups)
+    return estimated(problem, groups)

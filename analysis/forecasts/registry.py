@@ -18,8 +18,8 @@ import pandas as pd
 
 from aimscale.analysis.display import plain_types
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.ahead import ENDS, Ahead, scale_words
-from aimscale.analysis.forecasts.stack import CONFIDENCE
+from aimscale.analysis.fitting.inference import CONFIDENCE
+from aimscale.analysis.forecasts.forecast import ENDS, Forecast, scale_words
 from aimscale.analysis.table.names import CANONICAL
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
@@ -34,37 +34,33 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def register(found: Ahead, df: pd.DataFrame, path: Path) -> None:
-    """Append forecasts to a register, before the runs.
-
-    Raises:
-        AnalysisError: the table already holds a measurement there, or the file cannot be written.
-    """
-    basis = found.loss.basis
+def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:
+    """Append forecasts to a register, before the runs: not where the table already holds a measurement."""
+    points = found.loss.points
     for at in found.scales:
-        if len(rows := _rows_at(df, at, basis.columns)):
+        if len(rows := _rows_at(df, at, points.columns)):
             raise AnalysisError(
                 f"The table already holds {len(rows)} measurements at {scale_words(at)}, so this would be no forecast; "
                 "register before the run."
             )
-    points = np.column_stack([*basis.points.x.values(), basis.points.y])
-    lines = sorted(",".join(f"{v:.12g}" for v in row) for row in points)  # the same for the same measurements
+    numbers = np.column_stack([*points.x.values(), points.y])
+    text = "\n".join(sorted(",".join(f"{v:.12g}" for v in row) for row in numbers))  # whatever the order of rows
     shared = {
         "registered": datetime.now(UTC).isoformat(timespec="seconds"),
-        "data_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-        "num_points": len(points),
+        "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "num_points": len(points.y),
         "confidence": CONFIDENCE,
     }
-    entries = []
+    lines = []
     for row in found.table.to_dict("records"):
-        at, of = found.scales[row["at"]], found.forecasters[row["quantity"]].stack
-        names = {v: basis.columns.get(v, CANONICAL.get(v, v)) for v in at}
-        of_stack = {"law": of.best, "weights": dict(of.weights), "distance": row["distance"]}
-        numbers = {name: row[name] for name in ("quantity", *ENDS)}
-        entries.append(json.dumps(plain_types({**shared, "at": at, "columns": names, **of_stack, **numbers})) + "\n")
+        at, laws = found.scales[row["at"]], found.forecasters[row["quantity"]]
+        names = {v: points.columns.get(v, CANONICAL.get(v, v)) for v in at}
+        entry = {**shared, "at": at, "columns": names, "law": laws.best, "weights": dict(laws.weights)}
+        entry |= {name: row[name] for name in ("distance", "quantity", *ENDS)}
+        lines.append(json.dumps(plain_types(entry)) + "\n")
     try:
         with path.open("a") as file:
-            file.write("".join(entries))
+            file.write("".join(lines))
     except OSError as error:
         raise AnalysisError(
             f"Cannot write the register {path} ({error.strerror}); choose a folder that exists and is yours."
@@ -72,11 +68,7 @@ def register(found: Ahead, df: pd.DataFrame, path: Path) -> None:
 
 
 def read_register(path: Path) -> list[dict[str, Any]]:
-    """Read the forecasts of a register, oldest first; none where the file does not exist.
-
-    Raises:
-        AnalysisError: a line is damaged.
-    """
+    """Read the forecasts of a register, oldest first; none where the file does not exist."""
     out = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
@@ -101,7 +93,11 @@ def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for entry in read_register(path):
-        values = _measured(df, entry)
+        found, quantity = _rows_at(df, entry["at"], entry["columns"]), entry["quantity"]
+        if quantity not in found:
+            probes, (task, _, kind) = probe_frame(found), quantity.rpartition(":")
+            found = probes[(probes["task"] == task) & (probes["kind"] == kind)].rename(columns={"top1": quantity})
+        values = pd.to_numeric(found[quantity], errors="coerce").dropna().to_numpy(float)
         shared = {name: entry[name] for name in ("registered", "quantity", "law", "pi_lo", "pi_hi")}
         shared |= {"at": scale_words(entry["at"]), "forecast": entry["value"], "num_rows": len(values)}
         for measured in values if len(values) else (np.nan,):
@@ -122,18 +118,6 @@ def score_words(found: pd.DataFrame) -> list[str]:
             f"{runs['measured'].mean():.4g} ({100 * runs['error'].mean():+.2f} %): {verdict}"
         )
     return said
-
-
-def _measured(df: pd.DataFrame, entry: Mapping[str, Any]) -> np.ndarray:
-    """Find values of the quantity in the complete rows at the forecast's scale."""
-    rows, quantity = _rows_at(df, entry["at"], entry["columns"]), entry["quantity"]
-    if quantity in rows:
-        values = pd.to_numeric(rows[quantity], errors="coerce")
-    else:
-        task, _, kind = quantity.rpartition(":")
-        probes = probe_frame(rows)
-        values = probes.loc[(probes["task"] == task) & (probes["kind"] == kind), "top1"]
-    return values.dropna().to_numpy(float)
 
 
 def _rows_at(df: pd.DataFrame, at: Mapping[str, float], columns: Mapping[str, str]) -> pd.DataFrame:

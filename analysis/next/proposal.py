@@ -8,9 +8,9 @@ decides. What a run is worth depends on what is bought beside it, so they are ch
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,9 +21,10 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.inference import Estimate
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.ahead import record, record_words, scale_words
-from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster
-from aimscale.analysis.laws.base import Array, Columns, Law, Params
+from aimscale.analysis.forecasts.forecast import record_words, scale_words
+from aimscale.analysis.forecasts.forecaster import TERMS, Forecaster, forecaster
+from aimscale.analysis.forecasts.points import AUTO
+from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.table.points import with_compute
 from aimscale.analysis.table.select import mixture_flags
 from aimscale.analysis.words import Flag, flag_words, human, percent, power_of_ten
@@ -32,10 +33,9 @@ Points = pd.DataFrame | Mapping[str, Array]
 """Variables of a law by name, one value a point."""
 PRIOR_SD = 1.0
 """Prior standard deviation of every parameter on its own scale: factor e for coefficients and exponents."""
-DEPARTURE_SD = 0.01
-"""Least standard deviation of the departure, in log loss: what good laws miss by a decade beyond their data."""
-DEPARTURE_TO_NOISE = 2.5
-"""A law that scatters more departs more: by at least this multiple of the noise."""
+DEPARTURE_SD, DEPARTURE_TO_NOISE = 0.01, 2.5
+"""Standard deviation of the departure in log loss: at least what good laws miss by a decade beyond their data, and this
+multiple of the noise (a law that scatters more departs more)."""
 DEPARTURE_RANGE = 2.5
 """Length scale of the departure in each logarithm: a factor of 12."""
 PRICE_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -45,14 +45,11 @@ SAME = 0.03
 """Runs whose N and D both differ by less than this fraction count as one."""
 WORTHWHILE = 0.9
 """Runs that leave more than this share of the forecast's standard deviation are hardly worth buying."""
-UNCERTAIN = ("parameters", "laws", "misfit")
-"""Parts of a forecast's error that runs can lessen."""
 MANY_VALUES = 15
 """More sizes or budgets than this are no grid, and are offered as so many in equal factors."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Basket:
+class Basket(NamedTuple):
     """Runs to buy together."""
 
     rows: Array
@@ -64,98 +61,75 @@ class Basket:
 
 
 def buy(law: Fit, candidates: Points, prices: Array, target: Points, *, budget: float) -> Basket:
-    """Choose candidates within a budget that leave the forecast at the target the least variance.
-
-    Args:
-        law: a fit to what has been measured.
-        candidates: variables of the law (num_candidates,) per run on offer.
-        prices: price (num_candidates,), in any unit.
-        budget: what may be spent, in the unit of the prices.
-
-    Raises:
-        AnalysisError: nothing on offer is within the budget, or a price is not positive.
-    """
+    """Choose candidates (num,) of given prices (num,) that leave the forecast at the target the least variance."""
     prices = np.asarray(prices, float)
     if not np.all(prices > 0):
         raise AnalysisError("Every candidate needs a positive price.")
     if not np.any(prices <= budget):
         raise AnalysisError(f"The cheapest candidate costs {prices.min():.3g}, more than the budget of {budget:.3g}.")
-    noise = noise_of(law)
+    errors = law.estimate.components
+    noise = max(1e-4, errors.total * float(np.sqrt(errors.degrees / chi2.ppf(0.1, errors.degrees))))  # 90 % upper end
     joint = np.stack([_posterior(each, law, candidates, target, noise) for each in _plausible(law.estimate)])
     baskets = [_fill(joint.copy(), prices, budget, noise, power) for power in PRICE_POWERS]
     return min(baskets, key=lambda basket: basket.sd_after)
 
 
 def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float) -> Basket:
-    """Buy one run after another: the one with the largest gain / price^power that is affordable.
+    """Buy one run after another: the affordable one with the largest gain / price^power.
 
     joint is the covariance (draws, candidates + targets, candidates + targets) and is changed.
     """
     n = len(prices)
-    before = _spread(joint, n)
-    rows: list[int] = []
-    left, unsold = budget, np.ones(n, bool)
+    variances, rows, left, unsold = _variances(joint), list[int](), budget, np.ones(n, bool)
+    before = _spread(variances[:, n:])
     while np.any(affordable := unsold & (prices <= left)):
-        variance = _variances(joint)
-        share = np.sum(joint[:, :n, n:] ** 2, axis=2) / (variance[:, :n] + noise**2)
-        gain = np.mean(share / variance[:, n:].sum(axis=1, keepdims=True), axis=0)
+        share = np.sum(joint[:, :n, n:] ** 2, axis=2) / (variances[:, :n] + noise**2)
+        gain = np.mean(share / variances[:, n:].sum(axis=1, keepdims=True), axis=0)
         best = int(np.argmax(np.where(affordable, gain / prices**power, -np.inf)))
-        column = joint[:, :, best] / np.sqrt(variance[:, best] + noise**2)[:, None]
+        column = joint[:, :, best] / np.sqrt(variances[:, best] + noise**2)[:, None]
         joint -= column[:, :, None] * column[:, None, :]
+        variances, left = _variances(joint), left - prices[best]
         rows.append(best)
-        unsold[best], left = False, left - prices[best]
-    return Basket(rows=np.array(rows), sd_before=before, sd_after=_spread(joint, n))
+        unsold[best] = False
+    return Basket(rows=np.array(rows), sd_before=before, sd_after=_spread(variances[:, n:]))
 
 
-def _spread(joint: Array, n: int) -> float:
-    """Standard deviation at the targets: root mean square over them, median over draws."""
-    return float(np.median(np.sqrt(np.mean(_variances(joint)[:, n:], axis=1))))
+def _spread(variances: Array) -> float:
+    """Return the standard deviation at targets from variances (draws, targets): root mean square, median over draws."""
+    return float(np.median(np.sqrt(variances.mean(axis=1))))
 
 
 def _variances(joint: Array) -> Array:
-    """The diagonals (draws, m), none below zero by rounding."""
     return np.maximum(np.einsum("kii->ki", joint), 0.0)
 
 
 def _plausible(found: Estimate) -> list[Estimate]:
-    """The estimate, and one a standard deviation off along each axis of its covariance: a design for one poor first fit
-    can be worthless."""
-    free, best = found.problem.movable, found.minima[0]
+    """Return the estimate, and one a standard deviation off each way along the axes of its covariance: a design for one
+    poor first fit can be worthless."""
     values, axes = np.linalg.eigh(found.covariance.matrix)
+    steps = np.sqrt(np.maximum(values, 0.0))[:, None] * axes.T
     out = [found]
-    for step in np.sqrt(np.maximum(values, 0.0))[:, None] * axes.T:
-        for sign in (-1.0, 1.0):
-            vector = best.vector.copy()
-            vector[free] += sign * step
-            vector = np.clip(vector, found.problem.lower, found.problem.upper)
-            out.append(dataclasses.replace(found, minima=(dataclasses.replace(best, vector=vector),)))
+    for step in np.stack([-steps, steps], axis=1).reshape(-1, len(values)):
+        vector = found.vector.copy()
+        vector[found.problem.movable] += step
+        vector = np.clip(vector, found.problem.lower, found.problem.upper)
+        out.append(replace(found, minima=(replace(found.minima[0], vector=vector),)))
     return out
 
 
 def _posterior(found: Estimate, law: Fit, candidates: Points, target: Points, noise: float) -> Array:
-    """Covariance of the log losses at candidates and targets, given the points that were fitted."""
-    measured = {v: law.data[v].to_numpy(float) for v in law.law.variables}
-    offered, wanted = law.variables(candidates), law.variables(target)
-    x = Columns({v: np.concatenate([measured[v], offered[v], wanted[v]]) for v in law.law.variables})
+    """Return the covariance of the log losses at candidates and targets, given the points that were fitted."""
+    parts = [law.variables(each) for each in (law.data, candidates, target)]
+    x = Columns({v: np.concatenate([each[v] for each in parts]) for v in law.law.variables})
     own = np.array([1.0 if p.log else abs(v) for p, v in zip(law.law.parameters, found.vector, strict=True)])
-
-    def log_value(params: Params) -> Array:
-        return np.log(np.maximum(law.law.value(x, params), 1e-300))
-
-    slopes = found.gradient(log_value) * own[found.problem.movable]
+    slopes = found.gradient(lambda params: np.log(np.maximum(law.law.value(x, params), 1e-300)))
+    slopes = slopes * own[found.problem.movable]
     places = np.stack([np.log(x[v]) for v in law.law.variables], axis=1) / DEPARTURE_RANGE
     distance = np.sum((places[:, None] - places[None]) ** 2, axis=2)
     departure = max(DEPARTURE_SD, DEPARTURE_TO_NOISE * noise)
     joint = PRIOR_SD**2 * slopes @ slopes.T + departure**2 * np.exp(-0.5 * distance)
     m = len(law.data)
-    seen = joint[:m, :m] + noise**2 * np.eye(m)
-    return joint[m:, m:] - joint[m:, :m] @ np.linalg.solve(seen, joint[:m, m:])
-
-
-def noise_of(law: Fit) -> float:
-    """Standard deviation of ln loss of a measurement: the upper end (90 %) of what the fit's residuals allow."""
-    errors = law.estimate.components
-    return max(1e-4, errors.total * float(np.sqrt(errors.degrees / chi2.ppf(0.1, errors.degrees))))
+    return joint[m:, m:] - joint[m:, :m] @ np.linalg.solve(joint[:m, :m] + noise**2 * np.eye(m), joint[:m, m:])
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -165,19 +139,19 @@ class Proposal(Result):
     table: pd.DataFrame
     """One row per run, in the order of choice: the offer's columns (N, D, price...), the law's other variables, D/N."""
     law: Fit
-    """The law that the worth of runs is computed with."""
+    """Law that the worth of runs is computed with."""
     target: dict[str, float]
     """Variable -> value at the scale to forecast."""
     forecast: float
-    """What is expected there now, by all laws together (`forecasts`)."""
+    """Value expected there now, by all laws together (`forecasts`)."""
     interval: tuple[float, float]
-    """Where one measurement there would lie (95 %)."""
+    """Interval (95 %) of one measurement there."""
     rivals: tuple[float, float]
-    """The lowest and the highest of the laws there."""
+    """Lowest and highest of the laws there."""
     distance: float
-    """How many times beyond the table the target lies."""
+    """Factor by which the target lies beyond the table."""
     budget: float
-    """What may be spent, in units of the prices."""
+    """Money to spend, in units of the prices."""
     unit: str
     """Unit of prices and budget."""
     sd_before: float
@@ -185,15 +159,15 @@ class Proposal(Result):
     sd_after: float
     """The same once the runs are measured."""
     flags: tuple[Flag, ...] = ()
-    """What to look at before buying, the law's own flags included."""
+    """Cautions before buying, the law's own flags included."""
 
     @property
     def price(self) -> float:
-        """Of all runs together."""
+        """Price of all runs together."""
         return float(self.table["price"].sum())
 
     def headline(self) -> str:
-        """What the runs cost and are worth."""
+        """Say what the runs cost and are worth."""
         return "; ".join(map(": ".join, self._worth()))
 
     def _worth(self) -> list[tuple[str, str]]:
@@ -205,29 +179,24 @@ class Proposal(Result):
         ]
 
     def facts(self) -> list[tuple[str, str]]:
-        """Flags, what the runs cost and are worth, the forecast and how such fared, the law."""
+        """List flags, what the runs cost and are worth, the forecast and how such fared, the law."""
         low, high, least, most = (human(v, 4) for v in (*self.interval, *self.rivals))
         return [
             *(("with care", each) for each in flag_words(self.flags)),
             *self._worth(),
             ("forecast now", f"{human(self.forecast, 4)} [{low}, {high}], single laws {least} to {most}"),
-            *(("record", words) for words in record_words(record(self.distance))),
+            *(("record", words) for words in record_words(self.distance)),
             ("worth by", f"{self.law.law.formula} on {self.law.num_points} points"),
         ]
 
     def cells(self) -> list[dict[str, str]]:
-        """One row per run, in the order of choice; U only where a run repeats its data."""
+        """Write one row per run, in the order of choice; U only where a run repeats its data."""
         repeats = "U" in self.table and bool((self.table["U"] < self.table["D"]).any())
-        names = ["size", "N", "D", *(["U"] if repeats else []), "C", "price", "D/N"]
-        rows = self.table[[name for name in names if name in self.table]].to_dict("records")
-        heads = {"price": self.unit, "C": "C (FLOP)"}
-        return [
-            {
-                heads.get(str(k), str(k)): power_of_ten(v, 3) if k == "C" else v if k == "size" else human(v)
-                for k, v in row.items()
-            }
-            for row in rows
-        ]
+        heads = {"size": "size", "N": "N", "D": "D", **({"U": "U"} if repeats else {}), "C": "C (FLOP)"}
+        heads |= {"price": self.unit, "D/N": "D/N"}
+        shown = self.table.assign(C=[power_of_ten(c, 3) for c in self.table["C"]]) if "C" in self.table else self.table
+        rows = shown[[name for name in heads if name in shown]].rename(columns=heads).to_dict("records")
+        return [{str(k): v if isinstance(v, str) else human(v) for k, v in row.items()} for row in rows]
 
 
 def propose(
@@ -240,7 +209,7 @@ def propose(
     law: Forecaster | Sequence[Law | str] | str = AUTO,
     y: str = "val_loss",
 ) -> Proposal:
-    """The runs on offer that leave the forecast at the target the least variance for the budget.
+    """Choose the runs on offer that leave the forecast at the target the least variance for the budget.
 
     Args:
         target: N, D (and U where the law has it) of the run to forecast.
@@ -253,8 +222,7 @@ def propose(
         The runs in the order of choice, and the forecast's spread before and after.
 
     Raises:
-        AnalysisError: the target lacks a variable or names an unknown one, nothing is affordable, or the law cannot be
-            fitted.
+        AnalysisError: a variable of the target is missing or unknown, nothing is affordable, or no law can be fitted.
 
     Example:
         >>> table = read_table("results.parquet")
@@ -262,46 +230,37 @@ def propose(
         >>> propose(table, {"N": 1e6, "D": 1e6}, offer, budget=3).table
     """
     df = with_compute(df)
-    forecast = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y)
-    known = fit(df, forecast.law, y=y)
-    named = [v for v in ("N", "D", "U", "C") if v in offer]
-    offer = offer.reset_index(drop=True).assign(**forecast.basis.place({v: offer[v].to_numpy(float) for v in named}))
-    basket = buy(known, offer, offer["price"].to_numpy(float), forecast.basis.place(target), budget=budget)
-    table = offer.loc[basket.rows].reset_index(drop=True)
-    table["D/N"] = table["D"] / table["N"]
-    ahead = forecast.predict(target).iloc[0]
-    before = float(np.sqrt(np.sum(ahead[list(UNCERTAIN)] ** 2)))
+    laws = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y)
+    known, place = fit(df, laws.law, y=y), laws.points.place
+    named = {v: offer[v].to_numpy(float) for v in ("N", "D", "U", "C") if v in offer}
+    offer = offer.reset_index(drop=True).assign(**place(named))
+    basket = buy(known, offer, offer["price"].to_numpy(float), place(target), budget=budget)
+    ahead = laws.predict(target).iloc[0].to_dict()
+    before = float(np.linalg.norm([ahead[term] for term in TERMS[1:]]))
+    flags = [*mixture_flags(df, known.law.variables), *known.flags]
+    if basket.sd_after > WORTHWHILE * basket.sd_before:
+        text = "These runs hardly narrow the forecast; more GPU-hours buy larger ones, nearer to the target."
+        flags.insert(0, Flag(kind="buys_little", text=text))
     return Proposal(
-        table=table,
+        table=offer.loc[basket.rows].reset_index(drop=True).assign(**{"D/N": lambda runs: runs["D"] / runs["N"]}),
         law=known,
         target={k: float(v) for k, v in target.items()},
-        forecast=float(ahead["value"]),
-        interval=(float(ahead["pi_lo"]), float(ahead["pi_hi"])),
-        rivals=(float(ahead["rival_lo"]), float(ahead["rival_hi"])),
-        distance=float(ahead["distance"]),
+        forecast=ahead["value"],
+        interval=(ahead["pi_lo"], ahead["pi_hi"]),
+        rivals=(ahead["rival_lo"], ahead["rival_hi"]),
+        distance=ahead["distance"],
         budget=budget,
         unit=unit,
         sd_before=before,
         sd_after=before * basket.sd_after / basket.sd_before,
-        flags=(
-            *([Flag(kind="buys_little")] if basket.sd_after > WORTHWHILE * basket.sd_before else []),
-            *mixture_flags(df, known.law.variables),
-            *known.flags,
-        ),
+        flags=tuple(flags),
     )
 
 
 def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4) -> pd.DataFrame:
-    """What a bare table suggests: its own N and D and steps from the largest towards the target, below it.
+    """Offer every combination of N and D that is not in a table and smaller than a target in N D.
 
-    Args:
-        steps: values between the table's largest and the target's, in equal factors.
-
-    Returns:
-        N and D of every combination that is smaller than the target in N D and not in the table.
-
-    Raises:
-        AnalysisError: there is none, or the target lacks N or D.
+    The values are the table's own, and `steps` between its largest and the target's, in equal factors.
     """
     if lost := [v for v in ("N", "D") if v not in target]:
         raise AnalysisError(f"The target needs {' and '.join(lost)}, as in {','.join(f'{v}=1e9' for v in lost)}.")
@@ -313,8 +272,8 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
         if target[v] > values[-1]:
             values = np.append(values, np.geomspace(values[-1], target[v], steps + 2)[1:-1])
         axes.append(values)
-    n, d = (a.ravel() for a in np.meshgrid(*axes, indexing="ij"))
-    offer = pd.DataFrame({"N": n, "D": d})[n * d < 0.999 * target["N"] * target["D"]]
+    offer = pd.MultiIndex.from_product(axes, names=["N", "D"]).to_frame(index=False)
+    offer = offer[offer["N"] * offer["D"] < 0.999 * target["N"] * target["D"]]
     near = [np.isclose(offer[v].to_numpy(float)[:, None], df[v].to_numpy(float), rtol=SAME) for v in ("N", "D")]
     new = offer[~(near[0] & near[1]).any(axis=1)].reset_index(drop=True)
     if new.empty:

@@ -18,7 +18,7 @@ from aimscale.analysis.words import power_of_ten
 
 if TYPE_CHECKING:
     from aimscale.analysis.fitting.result import Fit
-    from aimscale.analysis.frontier.approaches import Approaches
+    from aimscale.analysis.optimum.approaches import Approaches
 
 
 @styled()
@@ -129,7 +129,7 @@ def plot_approaches(found: Approaches) -> Figure:
 
     Example:
         >>> table = read_table("results.parquet")
-        >>> plot_approaches(all_approaches(table))
+        >>> plot_approaches(frontier(table))
     """
     figure, (ax,) = new_figure()
     looks = zip((ACCENT, SECOND, INK), ("-", "--", "-."), MARKERS, strict=False)

@@ -28,13 +28,14 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.ahead import Ahead, forecast
-from aimscale.analysis.forecasts.points import AUTO, Forecaster, forecaster
-from aimscale.analysis.frontier.approaches import Approaches, Gap, all_approaches, gap, gap_to_loss
-from aimscale.analysis.frontier.measured import isoflop_budgets, with_budgets
-from aimscale.analysis.frontier.result import points_of
+from aimscale.analysis.forecasts.forecast import Forecast, forecast
+from aimscale.analysis.forecasts.forecaster import Forecaster, forecaster
+from aimscale.analysis.forecasts.points import AUTO
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
+from aimscale.analysis.optimum.approaches import Approaches, Gap, frontier, gap, gap_to_loss
+from aimscale.analysis.optimum.cost import points_of
+from aimscale.analysis.optimum.measured import isoflop_budgets, with_budgets
 from aimscale.analysis.published.comparison import Comparison, compare, read_baselines
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
@@ -78,7 +79,7 @@ class Study:
     """(probe kind, task) -> sigmoid from loss to accuracy, floor at chance."""
     forecaster: Forecaster | None = None
     """The laws that forecast the loss, weighted by how well each predicts the table's own larger runs."""
-    ahead: Ahead | None = None
+    ahead: Forecast | None = None
     """Loss and accuracies at `next_scales`."""
     proposal: Proposal | None = None
     """The runs to buy next for the first of the page's forecasts, for half of what that run costs."""
@@ -255,7 +256,7 @@ def _fit_laws(study: Study) -> None:
         study.budgets = isoflop_budgets(points_of(usable, "val_loss"))
     study.fits["ND"] = _with_tests(study, study.fits["ND"])
     if "C" in rows:
-        work = partial(all_approaches, usable, law=study.fits["ND"])
+        work = partial(frontier, usable, law=study.fits["ND"])
         study.approaches = study.attempt("Compute-optimal frontier", work)
     if study.forecaster is not None:
         ahead = partial(forecast, _headline(some), next_scales(study), law=study.forecaster)
@@ -308,7 +309,7 @@ def _features(study: Study) -> None:
     for name in names[:MAX_FEATURES] if by_loss else ():
         try:
             rows, y = to_minimise(evenly(study.usable), name)
-            found, is_whole = all_approaches(rows, y=y, **options), rows[y].notna().all()
+            found, is_whole = frontier(rows, y=y, **options), rows[y].notna().all()
             differs = gap(found, by_loss) if is_whole and by_loss else gap_to_loss(found, rows, y, **options)
         except AnalysisError:
             failed.append(name)

@@ -15,7 +15,7 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.effects.contrasts import Contrasts
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.ahead import record, record_words, scale_words
+from aimscale.analysis.forecasts.forecast import scale_words
 from aimscale.analysis.published.comparison import ADAPTED, Comparison, share_cells
 from aimscale.analysis.published.published import beside_paper, in_words
 from aimscale.analysis.report.study import Study
@@ -211,10 +211,8 @@ def forecast_tables(study: Study) -> Iterator[PageTable]:
                 "single laws": f"{ends['rival_lo']} to {ends['rival_hi']}",
             }
         )
-    is_alike = found.loss.is_usual and found.loss.stack.is_tested  # as the tables that the record is of
-    several, far = len(found.forecasters) > 1, found.table["distance"].unique() if is_alike else ()
-    fared = dict.fromkeys(words for each in far for words in record_words(record(float(each)), accuracies=several))
-    facts = tuple(found.loss.stack.facts())
+    fared = dict.fromkeys(words for each in found.table["distance"].unique() for words in found.record(float(each)))
+    facts = tuple(found.loss.facts())
     yield page_table(
         "forecasts", "Forecasts", "".join(f"{words}. " for words in fared), found.table, cells=cells, facts=facts
     )

@@ -10,8 +10,7 @@ from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.points import Forecaster
-from aimscale.analysis.forecasts.stack import DOF
+from aimscale.analysis.forecasts.forecaster import DOF, Forecaster
 from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import varies
@@ -126,15 +125,14 @@ def _law(study: Study) -> Iterator[str]:
 
 def beside_others(laws: Forecaster) -> Iterator[str]:
     """Say why this law is the page's: it predicted better in every backtest, or nothing tells the laws apart."""
-    stack, name = laws.stack, laws.law.name
-    first = next(iter(stack.curves))
-    alike = [law for law in stack.curves if law != name and not stack.is_better(name, law)]
+    name, first = laws.law.name, next(iter(laws.curves))
+    alike = [law for law in laws.curves if law != name and not laws.is_better(name, law)]
     if name != first:
-        num = stack.backtests["times"].nunique()
+        num = laws.backtests["times"].nunique()
         tests = "each of its {num} backtests" if num > 1 else "its one backtest"
         yield f"In {tests.format(num=num)} it predicted the table's larger runs better than the {first} law."
     if alike:
-        how = "Backtests" if stack.is_tested else "A table too small for backtests"
+        how = "Backtests" if laws.is_tested else "A table too small for backtests"
         yield f"{how} cannot tell it apart from {', '.join(alike)}."
 
 

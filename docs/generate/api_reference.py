@@ -16,7 +16,7 @@ INTRODUCTION = """\
 GROUPS = {
     "Tables": ("table",),
     "Laws": ("fitting",),
-    "Compute-optimal frontiers": ("frontier",),
+    "Compute-optimal frontiers": ("optimum",),
     "Loss and accuracy": ("accuracy",),
     "What a change does": ("effects",),
     "Forecasts and what to run next": ("forecasts", "next"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.forecasts.ahead import records
+from aimscale.analysis.forecasts.forecast import records
 
 ROOT = Path(__file__).parents[2]
 SCORES = ROOT / "docs/board.csv"
@@ -46,14 +46,14 @@ def _by_distance() -> pd.DataFrame:
     """What `aimscale forecast` tells beside a forecast."""
     rows = [
         {
-            "times beyond the table": f"{each.low:g} to {each.high:g}",
-            "families": each.num_families,
-            "losses inside, %": f"{100 * each.inside:.0f}",
-            "error, %": f"{100 * each.error:.1f}",
-            "accuracies inside, %": f"{100 * each.accuracy_inside:.0f}",
-            "error, points": f"{100 * each.accuracy_error:.1f}",
+            "times beyond the table": f"{each['low']:g} to {each['high']:g}",
+            "families": each["num_families"],
+            "losses inside, %": f"{100 * each['inside']:.0f}",
+            "error, %": f"{100 * each['error']:.1f}",
+            "accuracies inside, %": f"{100 * each['accuracy_inside']:.0f}",
+            "error, points": f"{100 * each['accuracy_error']:.1f}",
         }
-        for each in records()
+        for each in records().to_dict("records")
     ]
     return pd.DataFrame(rows)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis import all_approaches, correlate, fit, held_out, laws, plot_fit, probe_frame, read_table
+from aimscale.analysis import correlate, fit, frontier, held_out, laws, plot_fit, probe_frame, read_table
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.accuracy import plot_loss_accuracy
 from aimscale.analysis.plots.style import png_bytes
@@ -71,7 +71,7 @@ def _law(table: pd.DataFrame) -> Iterator[str]:
     exponents = [
         f"C^{each.exponent:.2f} [{each.exponent_interval.low:.2f}, {each.exponent_interval.high:.2f}] by approach "
         f"{each.approach}"
-        for each in all_approaches(table).frontiers
+        for each in frontier(table).frontiers
     ]
     yield f"- **The compute-optimal size grows** as {', '.join(exponents)}."
 

@@ -13,7 +13,7 @@ from aimscale.analysis.report.page import write_report
 
 ROOT = Path(__file__).parents[2]
 FIRST = """\
-from aimscale.analysis import all_approaches, contrast, correlate, fit, laws
+from aimscale.analysis import contrast, correlate, fit, frontier, laws
 from aimscale.analysis import plot_accuracy, plot_loss_accuracy, plot_points
 from aimscale.analysis import probe_frame, read_table, read_tables
 
@@ -30,7 +30,7 @@ CALLS = {
         'lowest = fit(read_tables([f"{study}/cifar.parquet"], where=["envelope"]), "power_offset:C")\n'
         'figure = plot_points(cifar, "flops_train", by="params_total", envelope=lowest)',
     ),
-    "frontier": ("The compute-optimal size, by three approaches", "figure = all_approaches(isoflop).plot()"),
+    "frontier": ("The compute-optimal size, by three approaches", "figure = frontier(isoflop).plot()"),
     "accuracy": (
         "Accuracy against size, data and compute",
         'probes = probe_frame(cifar)\nfigure = plot_accuracy(probes[probes["kind"] == "linear"])',

@@ -45,7 +45,7 @@ def command(
 
     A sweep offers its sizes at its budgets, and at two and four times the largest: what is not measured yet.
     """
-    from aimscale.analysis.forecasts.ahead import parse_scale
+    from aimscale.analysis.forecasts.forecast import parse_scale
     from aimscale.analysis.next.proposal import propose
     from aimscale.analysis.table.read import SUFFIXES
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
@@ -82,12 +82,12 @@ def command(
 
 def _table_candidates(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:
     """Return candidate runs on the table's grid and towards the target, priced by the table's FLOPs."""
-    from aimscale.analysis.forecasts.points import with_compute
-    from aimscale.analysis.frontier.result import cost_of, points_of
     from aimscale.analysis.next.proposal import grid_offer
+    from aimscale.analysis.optimum.cost import cost_of, points_of
+    from aimscale.analysis.table.points import with_compute
 
     points = points_of(with_compute(df), y)
-    cost = cost_of(*(points[v].to_numpy() for v in ("N", "D", "C")))
+    cost = cost_of(points)
     candidates = grid_offer(points, target)
     return candidates.assign(price=cost.flops(candidates["N"], candidates["D"]) / TABLE_FLOPS_PER_HOUR)
 

@@ -31,7 +31,7 @@ def test_names_complete_and_are_what_they_say():
 
 def test_results_show_and_draw_themselves(grid):
     result = analysis.fit(grid, "chinchilla")
-    approaches = analysis.all_approaches(grid)
+    approaches = analysis.frontier(grid)
     results = [result, approaches, approaches.frontiers[-1]]
     results += [analysis.held_out(result, grid, by="N"), analysis.correlate(grid, x="D", y="L")]
     for each in results:

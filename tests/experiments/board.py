@@ -27,9 +27,17 @@ from scipy.stats import t as student
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.inference import CONFIDENCE
-from aimscale.analysis.forecasts.ahead import BINS
-from aimscale.analysis.forecasts.points import JOINT, Forecaster, Made, accuracy_forecaster, forecaster
-from aimscale.analysis.forecasts.stack import DOF, LOSSES, TERMS, Calibration
+from aimscale.analysis.forecasts.curves import Cache
+from aimscale.analysis.forecasts.forecaster import (
+    DOF,
+    LOSSES,
+    TERMS,
+    Calibration,
+    Forecaster,
+    accuracy_forecaster,
+    forecaster,
+)
+from aimscale.analysis.forecasts.points import JOINT
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
 
@@ -39,6 +47,8 @@ MIN_ROWS, MIN_SIZES, MIN_RANGE = 12, 4, 8.0
 """Rows, sizes and factor in compute that must be left below a cut."""
 STACK, STRAIGHT = "stack", "straight line"
 WITH_POINTS = "stack, points during training too"
+BINS = (1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
+"""Distances, in factors beyond the table, between which forecasts are counted together."""
 LOSS = "val_loss"
 
 
@@ -148,13 +158,13 @@ def _methods(frame: pd.DataFrame, during: pd.DataFrame, cut: float) -> Iterator[
 def _of_probes(train: pd.DataFrame, test: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """TASK:KIND and the forecasts of its error rates above a cut."""
     below, above = (probe_frame(part).dropna(subset=["top1"]) for part in (train, test))
-    made: Made = {}
+    fits = Cache()
     for key, probed in below.groupby(["task", "kind"]):
         asked = above[(above["task"] == key[0]) & (above["kind"] == key[1])].reset_index(drop=True)
         if asked.empty:
             continue
         try:
-            rows = _of_stack(accuracy_forecaster(probed, made=made), asked)
+            rows = _of_stack(accuracy_forecaster(probed, cache=fits), asked)
         except AnalysisError:
             continue
         yield ":".join(map(str, key)), rows.assign(measured=1 - asked["top1"])
@@ -162,14 +172,14 @@ def _of_probes(train: pd.DataFrame, test: pd.DataFrame) -> Iterator[tuple[str, p
 
 def _of_stack(found: Forecaster, test: pd.DataFrame) -> pd.DataFrame:
     """The stack's forecasts; of an accuracy, of its error rate."""
-    named = {**found.basis.columns, "C": "flops_train"}
-    places = found.basis.place({v: test[name].to_numpy(float) for v, name in named.items() if v != "y"})
-    rows, stack = found.predict(places), found.stack
-    known = sum((rows[name] / stack.calibration.known) ** 2 for name in TERMS if name != "misfit")
+    named = {**found.points.columns, "C": "flops_train"}
+    places = found.points.place({v: test[name].to_numpy(float) for v, name in named.items() if v != "y"})
+    rows = found.predict(places)
+    known = sum((rows[name] / found.calibration.known) ** 2 for name in TERMS if name != "misfit")
     ends = {"predicted": rows["value"], "low": rows["pi_lo"], "high": rows["pi_hi"]}
     if found.is_accuracy:
         ends = {name: 1 - ends[other] for name, other in (("predicted", "predicted"), ("low", "high"), ("high", "low"))}
-    terms = {"known": known, "rate": stack.misfit, "log_distance": np.log(rows["distance"])}
+    terms = {"known": known, "rate": found.misfit, "log_distance": np.log(rows["distance"])}
     return pd.DataFrame({**ends, **terms, "distance": rows["distance"]})
 
 
@@ -266,7 +276,7 @@ def scores(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def record_table(points: pd.DataFrame) -> pd.DataFrame:
-    """Count the stack's forecasts by distance (`ahead.Record`), every family alike in each range."""
+    """Count the stack's forecasts by distance (`forecast.records`), every family alike in each range."""
     own = points[points["method"] == STACK]
     is_loss = own["quantity"] == LOSS
     predicted, measured = own["predicted"].to_numpy(float), own["measured"].to_numpy(float)

@@ -23,9 +23,9 @@ from simulated_tables import ERRORS, EXPONENT, LOG_K, TRUTH, Cell, cells, each_t
 from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, repeats
 from aimscale.analysis.effects.gains import Gain, gains
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
-from aimscale.analysis.frontier.parametric import parametric_frontier
-from aimscale.analysis.frontier.result import Frontier
+from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier
+from aimscale.analysis.optimum.parametric import parametric_frontier
+from aimscale.analysis.optimum.result import Frontier
 
 ACCURACY_SD, EFFECT, R_D, CORRELATION, GAIN = 0.01, 0.004, 6.0, 0.6, 1.2
 """True values of the other studies: an accuracy's error, a contrast, the worth of repeats, a correlation, a gain."""
@@ -119,17 +119,20 @@ def law(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record: Reco
     optimum = _optima(lambda: parametric_frontier(result, df), far)[1]
     record.add("approach 3: N* at 10x C", *optimum, LOG_K + EXPONENT * np.log(far), is_told=is_blind)
     approach, make = ("2", isoflop_frontier) if cell.design.isoflop else ("1", envelope_frontier)
-    record.add(f"approach {approach}: exponent", *_optima(lambda: make(df, y="loss"), far)[0], EXPONENT)
+    exponent, _, is_blind = _optima(lambda: make(df, y="loss"), far)
+    record.add(f"approach {approach}: exponent", *exponent, EXPONENT, is_told=is_blind)
 
 
-def _optima(make: Callable[[], Frontier], flops: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return low, high and estimate of the exponent of N*(C), and of ln N* at a budget; NaN where it is refused."""
+def _optima(make: Callable[[], Frontier], flops: float) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
+    """Return low, high and estimate of the exponent of N*(C), and of ln N* at a budget; NaN where it is refused; and
+    whether the frontier says that these rows cannot tell an error that they share."""
     try:
         found = make()
     except AnalysisError:
-        return (np.nan,) * 3, (np.nan,) * 3
+        return (np.nan,) * 3, (np.nan,) * 3, True
     i, at = found.exponent_interval, found.at(flops).iloc[0]
-    return (i.low, i.high, found.exponent), tuple(np.log([at["N_lo"], at["N_hi"], at["N"]]).tolist())
+    optimum = tuple(np.log([at["N_lo"], at["N_hi"], at["N"]]).tolist())
+    return (i.low, i.high, found.exponent), optimum, any(flag.kind in BLIND for flag in found.flags)
 
 
 def effects(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record: Record) -> None:

@@ -15,8 +15,6 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis import laws
-from aimscale.analysis.frontier.parametric import optimum_of
-from aimscale.analysis.frontier.result import Cost
 
 Array = np.ndarray
 T = TypeVar("T")
@@ -24,8 +22,12 @@ T = TypeVar("T")
 TRUTH = {"E": 0.2, "A": 30.0, "B": 40.0, "alpha": 0.38, "beta": 0.40}
 POINT_SD, SHARED_SD = 0.003, 0.005
 """Standard deviations of the errors of ln loss: of a point alone, and of each group that shares one."""
-LOG_K, EXPONENT = (float(v) for v in optimum_of(TRUTH, Cost(kappa=6.0, s=0.0)))
-"""ln k and a of the law's N*(C) = k C^a."""
+EXPONENT = TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"])
+LOG_K = float(
+    np.log(TRUTH["alpha"] * TRUTH["A"] / (TRUTH["beta"] * TRUTH["B"]) * 6 ** -TRUTH["beta"])
+    / (TRUTH["alpha"] + TRUTH["beta"])
+)
+"""a and ln k of the law's N*(C) = k C^a at C = 6 N D."""
 ERRORS: dict[str, tuple[str, ...]] = {
     "independent": (),
     "size": ("size",),

@@ -135,8 +135,8 @@ def test_a_table_too_wide_goes_on_in_a_block_below_beside_what_tells_its_rows_ap
 def test_approaches_that_disagree_are_a_flag_and_lead_to_no_forecast(table, monkeypatch):
     """The next line took approach 3's size, 126M where approach 2 had 1.7B, and `flags` was empty."""
     assert "aimscale forecast" in say("frontier", table)
-    disputed = (Flag(kind="apart", subject="1 and 3"),)
-    monkeypatch.setattr("aimscale.analysis.frontier.approaches.apart_flags", lambda _: disputed)
+    disputed = (Flag(kind="apart", text="Approaches 1 and 3 are apart."),)
+    monkeypatch.setattr("aimscale.analysis.optimum.approaches.apart_flags", lambda _: disputed)
     assert str(disputed[0]) in answer("frontier", table)["flags"]
     assert say("frontier", table).splitlines()[-1] == f"next: aimscale report {table}"
 

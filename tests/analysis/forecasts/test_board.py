@@ -19,7 +19,7 @@ from experiments.board import (
 )
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.ahead import record, records
+from aimscale.analysis.forecasts.forecast import record_words, records
 
 BOARD = Path(__file__).parents[2] / "board"
 FEW = ("steplaw", "olmo-piqa", "olmo-csqa", "gadre-c4-trained-c4")
@@ -68,7 +68,7 @@ def test_a_table_too_short_for_any_cut_takes_no_part():
 
 
 def test_the_record_is_told_by_distance():
-    assert record(1.0) is None
-    assert record(5.0).low <= 5.0 <= record(5.0).high
-    assert record(1e9) == records()[-1]
-    assert all(0.85 <= each.inside <= 1 for each in records())
+    assert record_words(1.0) == []
+    for distance, told in ((5.0, "3 to 10 times beyond"), (10.0, "3 to 10"), (1e9, "100 to 1000")):
+        assert told in record_words(distance)[0]
+    assert records()["inside"].between(0.85, 1).all()

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from aimscale.analysis import correlate, fit
 from aimscale.analysis.effects.contrasts import contrast
-from aimscale.analysis.frontier.approaches import all_approaches
+from aimscale.analysis.optimum.approaches import frontier
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
 from aimscale.analysis.plots.intervals import plot_contrasts
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
@@ -62,7 +62,7 @@ def test_the_law_is_drawn_where_it_predicts(joint):
 
 
 def test_every_figure_leaves_in_every_format_with_its_numbers(joint, grid, tmp_path):
-    approaches = all_approaches(grid)
+    approaches = frontier(grid)
     probes = grid.assign(task="dig$its", kind="linear", top1=0.9 - 0.5 * grid["val_loss"], chance=0.1)
     probes = probes.assign(top1_lo95=probes["top1"] - 0.02, top1_hi95=probes["top1"] + 0.02)
     links = {"dig$its": correlate(probes, x="val_loss", y="top1")}

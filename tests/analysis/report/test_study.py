@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from tables import law_grid
 
 from aimscale.analysis import correlate, link
-from aimscale.analysis.forecasts.stack import DOF
+from aimscale.analysis.forecasts.forecaster import DOF
 from aimscale.analysis.report.page import write_report
 from aimscale.analysis.report.study import Study, correlate_probes, study_tables
 from aimscale.analysis.report.verdict import verdict

@@ -101,12 +101,13 @@ def test_a_sentence_compares_the_numbers_that_it_prints(joint):
 )
 def test_a_law_predicts_better_only_where_every_backtest_says_so(name, better, told):
     """Errors of .537, .545 and .549 % were told as one law that predicts better."""
-    stack = SimpleNamespace(
+    laws = SimpleNamespace(
+        law=SimpleNamespace(name=name),
         curves=dict.fromkeys(("chinchilla", "coupled", "kaplan")),
         is_better=lambda one, other: (one, other) in better,
         is_tested=True,
         backtests=pd.DataFrame({"times": [2.0, 4.0]}),
     )
-    said = list(beside_others(SimpleNamespace(stack=stack, law=SimpleNamespace(name=name))))
+    said = list(beside_others(laws))
     assert len(said) == len(told)
     assert all(words in sentence for words, sentence in zip(told, said, strict=True))

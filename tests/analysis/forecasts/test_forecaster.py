@@ -1,7 +1,6 @@
 """Laws weighted by how they predict a table's own larger runs, with errors that grow with distance."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ from tables import KNOWN, law_grid
 
 from aimscale.analysis import forecast, forecaster, laws, read_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.curves import Curve, Measurements
-from aimscale.analysis.forecasts.stack import TERMS, Fitter, stacked
+from aimscale.analysis.forecasts.forecaster import TERMS, Forecaster, weigh
+from aimscale.analysis.forecasts.points import Points
 
 BOARD = Path(__file__).parents[2] / "board"
 TRUTH = KNOWN | {"alpha": 0.38, "beta": 0.40}
@@ -33,8 +32,8 @@ def test_the_true_law_gets_the_weight_and_its_intervals_hold_what_comes():
         truth = laws.CHINCHILLA.value({k: np.array([v]) for k, v in far.items()}, TRUTH)[0]
         held.append(row["pi_lo"] < truth < row["pi_hi"])
         widths.append(row["pi_hi"] / row["pi_lo"] - 1)
-        assert sum(found.stack.weights.values()) == pytest.approx(1)
-        assert found.stack.weights["kaplan"] < 0.05  # it has no floor
+        assert sum(found.weights.values()) == pytest.approx(1)
+        assert found.weights["kaplan"] < 0.05  # it has no floor
     assert np.mean(held) >= 0.9
     assert np.median(widths) < 0.12
 
@@ -53,61 +52,59 @@ def test_errors_grow_with_distance_and_are_the_sum_of_their_parts():
     assert (rows["value"] <= rows["rival_hi"]).all()
 
 
-def curves_off(**errors: dict[float, float]) -> tuple[Measurements, Fitter, list[float]]:
-    """Points on a law, and a fitter of curves that miss by a rate per ln distance, which may depend on the cut."""
+@dataclass
+class Line:
+    """A curve that misses by a rate per ln distance from what it was fitted to."""
+
+    top: float
+    rate: float
+    noise: float = 1e-6
+
+    def predict(self, at):
+        far = np.maximum(0, np.log(at["N"] ** 2 / self.top))
+        return np.log(2.0) + self.rate * far, np.zeros(len(far))
+
+
+def weighed(above: float = 0.0, **rates: dict[float, float]) -> tuple[Forecaster, list[float]]:
+    """Curves that miss by rates, which may depend on the cut, and the largest compute of every fit."""
     c = np.geomspace(1e12, 1e16, 40)
-    points = Measurements(x={"N": c / 1e6, "D": np.full(40, 1e5)}, y=np.full(40, 2.0), compute=c)
-    points = replace(points, x={"N": np.sqrt(c), "D": np.sqrt(c) * np.tile([1.0, 2.0], 20)})
+    points = Points(x={"N": np.sqrt(c), "D": np.sqrt(c) * np.tile([1.0, 2.0], 20)}, y=np.full(40, 2.0), compute=c)
     tops: list[float] = []
 
-    def fitted(some: Measurements) -> dict[str, Curve | str]:
-        top = float(some.compute.max())
-        tops.append(top)
-        cut = min((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), key=lambda times: abs(np.log(1e16 / times / top)))
+    def fit(some: Points, _):
+        tops.append(float(some.compute.max()))
+        cut = min((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), key=lambda times: abs(np.log(1e16 / times / tops[-1])))
+        return {name: Line(tops[-1], of.get(cut, of[0.0])) for name, of in rates.items()}
 
-        def curve(rate: float) -> Curve:
-            def predict(at: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-                far = np.maximum(0.0, np.log(at["C"] / top)) if "C" in at else np.maximum(0, np.log(at["N"] ** 2 / top))
-                return np.log(2.0) + rate * far, np.zeros(len(far))
-
-            return Curve(name="c", num_params=1, noise=1e-6, num_runs=10.0, predict=predict)
-
-        return {name: replace(curve(rates.get(cut, rates[0.0])), name=name) for name, rates in errors.items()}
-
-    return points, fitted, tops
+    return weigh(points.rows(c > above), fit=fit), tops
 
 
 def test_backtests_never_see_the_rows_that_they_predict():
-    points, fitted, tops = curves_off(a={0.0: 0.01})
-    found = stacked(points, fitted)
-    assert tops[0] == points.compute.max()
+    found, tops = weighed(a={0.0: 0.01})
+    assert tops[0] == pytest.approx(1e16)
     for times, top in zip(sorted(found.backtests["times"].unique()), tops[1:], strict=True):
-        assert top <= points.compute.max() / times
+        assert top <= 1.001e16 / times
 
 
 def test_one_odd_backtest_moves_no_weight_and_one_alone_decides_little():
-    points, fitted, _ = curves_off(good={0.0: 0.01, 32.0: 1.0}, bad={0.0: 0.02})
-    assert stacked(points, fitted).weights["good"] > 0.8  # by the median of five, not their mean
-    points, fitted, _ = curves_off(good={0.0: 0.01}, bad={0.0: 0.02})
-    keep = points.compute > 2e14
-    few = stacked(points.rows(keep), fitted)
+    odd, _ = weighed(good={0.0: 0.01, 32.0: 1.0}, bad={0.0: 0.02})
+    assert odd.weights["good"] > 0.8  # by the median of five, not their mean
+    rates = {"good": {0.0: 0.01}, "bad": {0.0: 0.02}}
+    (many, _), (few, _) = weighed(**rates), weighed(2e14, **rates)
     assert few.backtests["times"].nunique() < 5
-    assert 0.5 < few.weights["good"] < stacked(points, fitted).weights["good"]
+    assert 0.5 < few.weights["good"] < many.weights["good"]
 
 
 def test_the_misfit_is_a_rate_whatever_the_distance_of_its_backtests():
     """S23: backtests of different distance were averaged as if they missed alike."""
-    points, fitted, _ = curves_off(a={0.0: 0.01})
-    assert stacked(points, fitted).misfit == pytest.approx(0.01, rel=0.25)
-    assert stacked(points.rows(points.compute > 2e14), fitted).misfit == pytest.approx(0.01, rel=0.25)
+    for above in (0.0, 2e14):
+        assert weighed(above, a={0.0: 0.01})[0].misfit == pytest.approx(0.01, rel=0.25)
 
 
 def test_a_law_is_better_only_with_a_margin_in_every_backtest():
     """S9: .537 against .545 % from nested cuts is no better."""
-    points, fitted, _ = curves_off(
-        first={0.0: 0.01}, same={0.0: 0.0098}, mixed={0.0: 0.005, 2.0: 0.02}, best={0.0: 0.005}
-    )
-    found = stacked(points, fitted)
+    mixed = {0.0: 0.005, 2.0: 0.02}
+    found, _ = weighed(first={0.0: 0.01}, same={0.0: 0.0098}, mixed=mixed, best={0.0: 0.005})
     assert [found.is_better(name, "first") for name in ("same", "mixed", "best")] == [False, False, True]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,13 @@ import pandas as pd
 
 from aimscale.analysis.display import Result, text_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, Interval
-from aimscale.analysis.frontier.measured import envelope_frontier, isoflop_frontier
-from aimscale.analysis.frontier.parametric import parametric_frontier
-from aimscale.analysis.frontier.result import Frontier, NoFrontier, points_of, student_interval, why_not
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
+from aimscale.analysis.optimum.cost import points_of
+from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier
+from aimscale.analysis.optimum.parametric import parametric_frontier
+from aimscale.analysis.optimum.result import Frontier, NoFrontier, student_interval, why_not
 from aimscale.analysis.table.names import their_name
 from aimscale.analysis.words import Flag, human, power_of_ten
 
@@ -33,78 +34,83 @@ class Approaches(Result):
     failures: dict[int, tuple[Flag, ...]]
     """Approach -> why it was not possible; budgets that were refused follow the reason."""
     measure: str = "val_loss"
-    """What is lowest at the optimum, as the table's file calls it."""
+    """Quantity that is lowest at the optimum, as the table's file calls it."""
     flags: tuple[Flag, ...] = ()
-    """What to be careful about: approaches whose intervals do not overlap, and the table's own."""
+    """Approaches whose intervals do not overlap, and cautions about the table."""
+
+    def __getitem__(self, approach: int) -> Frontier:
+        return {each.approach: each for each in self.frontiers}[approach]
 
     @property
     def table(self) -> pd.DataFrame:
         """One row an approach: approach, exponent, low, high, method, refused."""
-        return pd.concat([f.table for f in self.frontiers], ignore_index=True)
+        return pd.concat([each.table for each in self.frontiers], ignore_index=True)
 
     def at(self, flops: Array) -> pd.DataFrame:
-        """Optimum at budgets by every approach (see `Frontier.at`)."""
-        return pd.concat([f.at(flops).assign(approach=f.approach) for f in self.frontiers], ignore_index=True)
+        """Return the optimum at budgets by every approach (see `Frontier.at`)."""
+        return pd.concat([each.at(flops).assign(approach=each.approach) for each in self.frontiers], ignore_index=True)
 
     @property
     def are_apart(self) -> bool:
         """Whether two approaches contradict each other, so that none of them can be relied on."""
         return any(flag.kind == "apart" for flag in self.flags)
 
+    @property
+    def cautions(self) -> list[str]:
+        """Sentences of all flags: those of all approaches first, then of each."""
+        return [*map(str, self.flags), *(str(flag) for each in self.frontiers for flag in each.flags)]
+
     def disagreement(self, flops: float) -> float:
-        """Largest N* over smallest N* at a budget."""
+        """Return the largest N* over the smallest N* at a budget."""
         sizes = self.at(flops)["N"]
         return float(sizes.max() / sizes.min())
 
     @property
     def largest_budget(self) -> float:
         """Largest C that any approach used."""
-        return max(f.range[1] for f in self.frontiers)
+        return max(each.range[1] for each in self.frontiers)
 
     def headline(self) -> str:
-        """Which approaches, and how far they disagree."""
-        names = ", ".join(str(f.approach) for f in self.frontiers)
+        """Say which approaches there are, and how far they disagree."""
+        names, top = ", ".join(str(each.approach) for each in self.frontiers), self.largest_budget
         return (
-            f"Compute-optimal size for {self.measure} by approach {names}; at {power_of_ten(self.largest_budget, 3)} "
-            f"FLOP their N* differ by a factor of {self.disagreement(self.largest_budget):.2f}"
+            f"Compute-optimal size for {self.measure} by approach {names}; at {power_of_ten(top, 3)} FLOP their N* "
+            f"differ by a factor of {self.disagreement(top):.2f}"
         )
 
     def cells(self) -> list[dict[str, str]]:
-        """A row an approach."""
-        return [row for f in self.frontiers for row in f.cells()]
+        """Write a row an approach."""
+        return [row for each in self.frontiers for row in each.cells()]
 
     def facts(self) -> list[tuple[str, str]]:
-        """Flags, approaches that were not possible; what is lowest, how far the approaches differ, how the intervals
-        were found."""
+        """List flags and approaches that were not possible, what is lowest, how far the approaches differ, and how each
+        was found."""
         failed = [f"Approach {k} is not possible: {why_not(flags).rstrip('.')}." for k, flags in self.failures.items()]
-        cautions = [*map(str, self.flags), *failed]
-        found = [*(("with care", each) for each in cautions), ("lowest", self.measure)]
+        found = [*(("with care", each) for each in (*self.cautions, *failed)), ("lowest", self.measure)]
         if len(self.frontiers) > 1:
             top = self.largest_budget
             near, far = (f"{self.disagreement(c):.2f} times at {power_of_ten(c, 3)} FLOP" for c in (top, 100 * top))
             found.append(("N* apart", f"{near}, {far}"))
-        return [*found, *(fact for f in self.frontiers for fact in f.facts())]
+        return [*found, *(each.facts()[-1] for each in self.frontiers)]
 
     def summary(self, flops: Array = None) -> str:
-        """All approaches, and the optimum at amounts of compute: by default the largest, and ten times it."""
+        """Write all approaches, and the optimum at amounts of compute: by default the largest, and ten times it."""
         optima = self.at([self.largest_budget, 10 * self.largest_budget] if flops is None else flops)
-        return f"{super().summary()}\n\n{text_table([_optimum(row) for row in optima.to_dict('records')])}"
+        rows = []
+        for row in optima.to_dict("records"):
+            cells = {"approach": str(row["approach"]), "C (FLOP)": power_of_ten(row["C"], 3)}
+            for name, digits in (("N", 3), ("D", 3), ("loss", 4)):
+                if math.isfinite(row.get(name, math.nan)):
+                    ends = Interval(low=row[f"{name}_lo"], high=row[f"{name}_hi"])
+                    cells[f"{name}*"] = f"{human(row[name], digits)} {ends.shown(digits)}"
+            rows.append({**cells, "beyond": f"{row['beyond_range']:.3g}x" if row["beyond_range"] > 1 else ""})
+        return f"{super().summary()}\n\n{text_table(rows)}"
 
 
-def _optimum(row: Mapping[Any, Any]) -> dict[str, str]:
-    """A row of `Approaches.at` as a reader sees it."""
-    out = {"approach": str(row["approach"]), "C (FLOP)": power_of_ten(row["C"], 3)}
-    for name, digits in (("N", 3), ("D", 3), ("loss", 4)):
-        if math.isfinite(row.get(name, math.nan)):
-            ends = Interval(low=row[f"{name}_lo"], high=row[f"{name}_hi"])
-            out[f"{name}*"] = f"{human(row[name], digits)} {ends.shown(digits)}"
-    return {**out, "beyond": f"{row['beyond_range']:.3g}x" if row["beyond_range"] > 1 else ""}
-
-
-def all_approaches(
+def frontier(
     df: pd.DataFrame, *, y: str = "val_loss", law: Law | Fit | str = "chinchilla", is_tested: bool = True
 ) -> Approaches:
-    """Approaches 1, 2 and 3 on one table; an approach that the table does not allow is named with its reason.
+    """Draw the compute-optimal frontier by approaches 1, 2 and 3, naming those that the table does not allow.
 
     Args:
         y: what is lowest at the optimum: a loss, or the error rate of a probe (`table.measures.to_minimise`).
@@ -119,21 +125,15 @@ def all_approaches(
 
     Example:
         >>> table = read_table("results.parquet")
-        >>> all_approaches(table).at(1e13)
+        >>> frontier(table).at(1e13)
     """
     points_of(df, y)  # raises before an approach is blamed for a missing column
     law = law if isinstance(law, Fit) else find_law(law)
-
-    def parametric() -> Frontier:
-        if isinstance(law, Fit):
-            return parametric_frontier(law, df)
-        try:
-            found = fit(df, law, y=y, is_tested=is_tested)
-        except AnalysisError as error:
-            raise NoFrontier(Flag(kind="no_law", subject=law.name, more=(str(error),))) from None
-        return parametric_frontier(found, df)
-
-    attempts = (lambda: envelope_frontier(df, y=y), lambda: isoflop_frontier(df, y=y), parametric)
+    attempts: tuple[Callable[[], Frontier], ...] = (
+        partial(envelope_frontier, df, y=y),
+        partial(isoflop_frontier, df, y=y),
+        partial(parametric_frontier, law, df, y=y, is_tested=is_tested),
+    )
     frontiers, failures = [], {}
     for number, attempt in enumerate(attempts, start=1):
         try:
@@ -149,19 +149,21 @@ def all_approaches(
 
 def apart_flags(frontiers: Sequence[Frontier]) -> tuple[Flag, ...]:
     """Flag pairs of approaches whose exponents' intervals do not overlap."""
-    ends = [(f.approach, f.exponent_interval) for f in frontiers]
-    pairs = [(a, b) for (a, i), (b, j) in itertools.combinations(ends, 2) if i.high < j.low or j.high < i.low]
-    return (Flag(kind="apart", subject=" and of ".join(f"{a} and {b}" for a, b in pairs)),) if pairs else ()
+    ends = [(each.approach, each.exponent_interval) for each in frontiers]
+    pairs = [f"{a} and {b}" for (a, i), (b, j) in itertools.combinations(ends, 2) if i.high < j.low or j.high < i.low]
+    named = " and of ".join(pairs)
+    text = f"The intervals of approaches {named} do not overlap."
+    return (Flag(kind="apart", subject=named, text=text),) if pairs else ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """How the best size by one measure compares with that by another, by one approach on the same rows."""
+    """The best size by one measure beside that by another, by one approach on the same rows."""
 
     approach: int
     measures: tuple[str, str]
     exponents: tuple[str, str]
-    """Of N*(C), with their intervals, in words."""
+    """Exponents of N*(C) with their intervals, in words."""
     flops: float
     """Largest budget that every approach to both used."""
     ratio: float
@@ -169,7 +171,7 @@ class Gap:
     ratio_interval: Interval
 
     def sentence(self) -> str:
-        """Both exponents and the ratio of sizes, and whether it is more than chance."""
+        """Say both exponents and the ratio of sizes, and whether it is more than chance."""
         ratio = self.ratio_interval
         larger = ", no significant difference" if ratio.low <= 1 <= ratio.high else ""
         return (
@@ -180,37 +182,34 @@ class Gap:
 
 
 def gap_to_loss(found: Approaches, df: pd.DataFrame, y: str, **options: Any) -> Gap | None:
-    """How far the optima of another measure lie from those of the loss on its rows; None where y is the loss."""
+    """Compare the optima of another measure with those of the loss on its rows; None where y is the loss."""
     if y == "val_loss" or "val_loss" not in df.columns:
         return None
     try:
-        return gap(found, all_approaches(df[df[y].notna()], **options))
+        return gap(found, frontier(df[df[y].notna()], **options))
     except AnalysisError:  # no frontier by the loss, so nothing to compare with
         return None
 
 
 def gap(found: Approaches, other: Approaches) -> Gap | None:
-    """How far apart the optima by two measures are, by the last approach that knows it; None where none does.
+    """Compare the optima by two measures, by the last approach that knows both with an interval; None where none does.
 
     The errors of the two are taken for independent, which widens the interval where they go together.
     """
-    others = {f.approach: f for f in other.frontiers}
-    flops = min(f.range[1] for f in (*found.frontiers, *other.frontiers))
-    for f in [f for f in reversed(found.frontiers) if f.approach in others]:
-        g = others[f.approach]
-        ln_n, errors, degrees = zip(*(each.optimum(np.array([flops])) for each in (f, g)), strict=True)
-        variances = np.square(errors)[:, 0]
-        spare = variances.sum() ** 2 / max(float(np.sum(variances**2 / np.array(degrees)[:, 0])), 1e-300)
-        log_ratio = float(ln_n[0][0] - ln_n[1][0])
-        i = student_interval(log_ratio, float(np.sqrt(variances.sum())), float(spare))
-        each = Gap(
-            approach=f.approach,
-            measures=(found.measure, other.measure),
-            exponents=(f.exponent_words(), g.exponent_words()),
-            flops=flops,
-            ratio=float(np.exp(log_ratio)),
-            ratio_interval=Interval(low=float(np.exp(i.low)), high=float(np.exp(i.high))),
-        )
-        if each.ratio_interval.is_known:
-            return each
+    flops = min(each.range[1] for each in (*found.frontiers, *other.frontiers))
+    pairs = [(f, g) for f in found.frontiers for g in other.frontiers if f.approach == g.approach]
+    for f, g in reversed(pairs):
+        log_n, errors, degrees = np.concatenate([each.optimum(np.array([flops])) for each in (f, g)], axis=1)
+        whole, log_ratio = float(np.sum(errors**2)), float(log_n[0] - log_n[1])
+        spare = whole**2 / max(float(np.sum(errors**4 / degrees)), 1e-300)
+        ends = student_interval(log_ratio, math.sqrt(whole), spare)
+        if ends.is_known:
+            return Gap(
+                approach=f.approach,
+                measures=(found.measure, other.measure),
+                exponents=(f.exponent_words(), g.exponent_words()),
+                flops=flops,
+                ratio=math.exp(log_ratio),
+                ratio_interval=Interval(low=float(np.exp(ends.low)), high=float(np.exp(ends.high))),
+            )
     return None

@@ -13,8 +13,10 @@ import pandas as pd
 
 from aimscale.analysis.display import Result, fact_lines, text_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.points import AUTO, Forecaster, accuracy_forecaster, forecaster
-from aimscale.analysis.forecasts.stack import CONFIDENCE
+from aimscale.analysis.fitting.inference import CONFIDENCE
+from aimscale.analysis.forecasts.curves import Cache
+from aimscale.analysis.forecasts.forecaster import Forecaster, accuracy_forecaster, forecaster
+from aimscale.analysis.forecasts.points import AUTO
 from aimscale.analysis.laws.base import Law
 from aimscale.analysis.table.names import Exclusion, names_of
 from aimscale.analysis.table.points import complete
@@ -22,48 +24,11 @@ from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.words import Flag, human, percent
 
 ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
-RECORD = Path(__file__).with_name("record.csv")
-"""How forecasts at a distance fared on public tables, as `tests/experiments/board.py` writes it."""
-BINS = (1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
-"""Distances, in factors beyond the table, between which forecasts are counted together."""
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """How forecasts of one range of distances fared; every family of tables counts alike."""
-
-    low: float
-    high: float
-    """Factors beyond the largest compute."""
-    num_families: int
-    """Families of tables, those that share runs counting once."""
-    inside: float
-    """Share of losses inside their 95 % intervals."""
-    error: float
-    """Mean absolute error of ln loss."""
-    accuracy_inside: float
-    """Share of accuracies inside their intervals."""
-    accuracy_error: float
-    """Mean absolute error of accuracies, as fractions."""
-
-
-@cache
-def records() -> tuple[Record, ...]:
-    """The record that comes with the package, nearest first."""
-    rows = pd.read_csv(RECORD, comment="#").to_dict("records")
-    return tuple(Record(**{str(k): v for k, v in row.items()}) for row in rows)
-
-
-def record(distance: float) -> Record | None:
-    """The record at a distance; of the farthest range beyond it, None inside the table."""
-    if distance <= BINS[0]:
-        return None
-    return next((each for each in records() if distance <= each.high), records()[-1])
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Ahead(Result):
+class Forecast(Result):
     """Forecasts at one scale or several."""
 
     table: pd.DataFrame
@@ -71,56 +36,56 @@ class Ahead(Result):
     accuracy), value, ci_lo, ci_hi (of the curve), pi_lo, pi_hi (of one measurement), distance (how many times beyond
     the table), rival_lo, rival_hi (the lowest and highest law or link)."""
     scales: tuple[dict[str, float], ...]
-    """The scales: variable -> value."""
+    """Scales: variable -> value."""
     forecasters: Mapping[str, Forecaster] = field(repr=False)
     """Quantity -> the laws and links that forecast it, the loss first."""
     exclusions: tuple[Exclusion, ...]
     names: Mapping[str, str]
     """Column -> its name in the file, where that differs."""
     flags: tuple[Flag, ...] = ()
-    """Which accuracies were not forecast and why."""
+    """Accuracies that were not forecast and why."""
 
     @property
     def loss(self) -> Forecaster:
-        """What forecasts the loss."""
+        """Laws that forecast the loss."""
         return next(iter(self.forecasters.values()))
 
     def headline(self) -> str:
-        """How many scales, from how many runs."""
+        """Say how many scales, from how many runs."""
         where = "1 scale" if len(self.scales) == 1 else f"{len(self.scales)} scales"
-        return f"Forecast of {len(self.forecasters)} quantities at {where} from {len(self.loss.basis.index)} rows"
+        return f"Forecast of {len(self.forecasters)} quantities at {where} from {len(self.loss.points.y)} rows"
 
     def facts(self) -> list[tuple[str, str]]:
-        """Flags, the laws and their backtests, what intervals cover, what was left out."""
+        """List flags, the laws and their backtests, what intervals cover, what was left out."""
         parts = "its noise, the parameters, the laws' spread and their misfit"
         return [
             *(("with care", str(flag)) for flag in self.flags),
-            *self.loss.stack.facts(),
-            ("intervals", f"{CONFIDENCE:.0%} of one new run: {parts}".replace("%", " %")),
+            *self.loss.facts(),
+            ("intervals", f"{percent(CONFIDENCE)} of one new run: {parts}"),
             *([("left out", "; ".join(map(str, self.exclusions)))] if self.exclusions else []),
         ]
 
     def summary(self) -> str:
-        """The facts, then a block a scale, with how forecasts at its distance fared."""
+        """Write the facts, then a block a scale, with how forecasts at its distance fared."""
         blocks = [fact_lines(self.facts())]
         for number, place in enumerate(self.scales):
             rows = self.table[self.table["at"] == number]
             far = float(rows["distance"].iloc[0])
             reach = f"{human(far)} times beyond the table" if far > 1 else "inside the table"
-            said = [("at", f"{scale_words(place)}, {reach}")]
-            said += [("record", words) for words in self._record(far)]
-            cells = [self._cells(row) for row in rows.to_dict("records")]
-            blocks.append(f"{fact_lines(said)}\n{text_table(cells)}")
+            record = self.record(far)
+            if far > 1 and not self.loss.is_tested:
+                record = ["none: public tables that were forecast were large enough for backtests, this one is not"]
+            said = fact_lines([("at", f"{scale_words(place)}, {reach}"), *(("record", words) for words in record)])
+            blocks.append(f"{said}\n{text_table([self._cells(row) for row in rows.to_dict('records')])}")
         return "\n\n".join(blocks)
 
-    def _record(self, distance: float) -> list[str]:
-        """Tell how forecasts at a distance fared, or why none is alike."""
-        if distance > 1 and not self.loss.stack.is_tested:
-            return ["none: public tables that were forecast were large enough for backtests, this one is not"]
-        return record_words(record(distance) if self.loss.is_usual else None, accuracies=len(self.forecasters) > 1)
+    def record(self, distance: float) -> list[str]:
+        """Say how forecasts at a distance fared on public tables; nothing of a table or laws that are unlike theirs."""
+        is_alike = self.loss.is_usual and self.loss.is_tested
+        return record_words(distance, accuracies=len(self.forecasters) > 1) if is_alike else []
 
     def _cells(self, row: Mapping[Any, Any]) -> dict[str, str]:
-        several = len(self.forecasters[row["quantity"]].stack.curves) > 1
+        several = len(self.forecasters[row["quantity"]].curves) > 1
         return {
             "quantity": self.names.get(row["quantity"], row["quantity"]),
             "forecast": human(row["value"], 4),
@@ -129,27 +94,13 @@ class Ahead(Result):
         }
 
 
-def record_words(found: Record | None, *, accuracies: bool = False) -> list[str]:
-    """How forecasts at a distance fared on public tables, in a line."""
-    if found is None:
-        return []
-    inside, error = f"{percent(found.inside)} of losses", f"{percent(found.error)}"
-    if accuracies:
-        inside += f" and {percent(found.accuracy_inside)} of accuracies"
-        error += f" and {100 * found.accuracy_error:.1f} points"
-    return [
-        f"{inside} inside their intervals, mean error {error}, on {found.num_families} families of public tables "
-        f"forecast {found.low:g} to {found.high:g} times beyond"
-    ]
-
-
 def forecast(
     df: pd.DataFrame,
     at: str | Mapping[str, float] | Sequence[Mapping[str, float]],
     *,
     law: Forecaster | Sequence[Law | str] | str = AUTO,
     y: str = "val_loss",
-) -> Ahead:
+) -> Forecast:
     """Forecast the loss at scales not trained yet, and every probe's accuracy, directly or by way of the loss.
 
     Args:
@@ -167,44 +118,68 @@ def forecast(
     Example:
         >>> forecast(read_table("results.parquet"), {"N": 7e9, "D": 2e9})
     """
-    if isinstance(at, str):
-        at = parse_scale(at, "at")
-    scales = [dict(at)] if isinstance(at, Mapping) else [dict(each) for each in at]
+    at = parse_scale(at, "at") if isinstance(at, str) else at
+    scales = [{v: float(value) for v, value in each.items()} for each in ([at] if isinstance(at, Mapping) else at)]
     if not scales:
         raise AnalysisError("There is no scale to forecast at; give N and D.")
-    loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y)
+    flags, fits = list[Flag](), Cache()
+    loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, cache=fits)
     by = {y: loss}
-    flags = []
     probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
     for key, probed in probes.groupby(["task", "kind"], sort=True) if len(probes) else ():
         name = ":".join(map(str, key))
         try:
             known = probed.dropna(subset=["top1", y])
-            by[name] = accuracy_forecaster(known, law=loss.basis.laws, loss=y, made=loss.made)
+            by[name] = accuracy_forecaster(known, law=loss.points.laws, loss=y, cache=fits)
         except AnalysisError as error:
-            flags.append(Flag(kind="not_forecast", subject=name, more=(str(error),)))
-    rows = [_row(name, found, number, each) for number, each in enumerate(scales) for name, found in by.items()]
-    return Ahead(
+            flags.append(Flag(kind="not_forecast", subject=name, text=f"{name} is not forecast: {error}"))
+    rows = [
+        found.predict(each).assign(at=number, quantity=name, **each)[
+            ["at", *each, "quantity", *ENDS, "distance", "rival_lo", "rival_hi"]
+        ]
+        for number, each in enumerate(scales)
+        for name, found in by.items()
+    ]
+    return Forecast(
         table=pd.concat(rows, ignore_index=True),
-        scales=tuple({v: float(value) for v, value in each.items()} for each in scales),
+        scales=tuple(scales),
         forecasters=by,
-        exclusions=loss.basis.exclusions,
+        exclusions=loss.points.exclusions,
         names=names_of(df),
         flags=tuple(flags),
     )
 
 
-def _row(name: str, found: Forecaster, number: int, at: Mapping[str, float]) -> pd.DataFrame:
-    row = found.predict(at).assign(at=number, quantity=name, **at)
-    return row[["at", *at, "quantity", *ENDS, "distance", "rival_lo", "rival_hi"]]
+@cache
+def records() -> pd.DataFrame:
+    """Read how forecasts fared on public tables, every family of tables alike; nearest first.
+
+    Returns:
+        One row a range of distances, as `tests/experiments/board.py` writes it: low and high (factors beyond the
+        largest compute), num_families (tables that share runs are one), inside (share of losses inside their 95 %
+        intervals), error (mean absolute one of ln loss), accuracy_inside, accuracy_error (of accuracies, as fractions).
+    """
+    return pd.read_csv(Path(__file__).with_name("record.csv"), comment="#")
+
+
+def record_words(distance: float, *, accuracies: bool = False) -> list[str]:
+    """Say how forecasts at a distance, or of the farthest range, fared on public tables; nothing inside the table."""
+    if distance <= 1:
+        return []
+    rows = records()
+    row = rows.iloc[min(int((rows["high"] < 0.999 * distance).sum()), len(rows) - 1)]
+    inside, error = f"{percent(row['inside'])} of losses", percent(row["error"])
+    if accuracies:
+        inside += f" and {percent(row['accuracy_inside'])} of accuracies"
+        error += f" and {100 * row['accuracy_error']:.1f} points"
+    return [
+        f"{inside} inside their intervals, mean error {error}, on {row['num_families']:.0f} families of public tables "
+        f"forecast {row['low']:g} to {row['high']:g} times beyond"
+    ]
 
 
 def parse_scale(text: str, option: str) -> dict[str, float]:
-    """`N=1e9,D=2B` as numbers (k, M, B, T).
-
-    Raises:
-        AnalysisError: not of that form.
-    """
+    """Read `N=1e9,D=2B` as numbers (k, M, B, T)."""
     out: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = (each.strip() for each in part.partition("="))
@@ -220,5 +195,5 @@ def parse_scale(text: str, option: str) -> dict[str, float]:
 
 
 def scale_words(at: Mapping[str, float]) -> str:
-    """A scale in words."""
+    """Write a scale in words."""
     return ", ".join(f"{v} = {human(value, 4)}" for v, value in at.items())

@@ -1,0 +1,246 @@
+"""Approaches 1 and 2: the best size of every budget from measured losses, and a line through these.
+
+Approach 1 joins every size's losses at its budgets by straight lines in log-log; about the lowest of these curves at a
+budget, the best size is where the parabola in ln N through it and its two neighbours has its minimum. (Chinchilla
+regresses the lowest size itself on C. With five sizes that is a staircase, whose slope is up to 50 % off.) Approach 2
+takes a least-squares parabola in ln N through the points of each budget. Intervals assume no law: they follow from how
+the line moves with each loss, and from the errors of sizes, budgets, runs and points about a cubic surface in ln N and
+ln D (quadratic with few points). Interpolated budgets count for no more than the rows behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import Components, components_of, linear_design
+from aimscale.analysis.fitting.groups import SAME_COMPUTE, Groups, groups_of, visible_groups
+from aimscale.analysis.laws.base import Array
+from aimscale.analysis.optimum.cost import cost_of, points_of
+from aimscale.analysis.optimum.result import Frontier, NoFrontier, student_interval
+from aimscale.analysis.words import Flag
+
+WINDOW = 8.0
+"""Only points within this factor of the best measured N enter a parabola of approach 2: far from its minimum an
+iso-FLOP curve is none, and its skew would move the vertex."""
+MIN_SIZES = {1: 3, 2: 4}
+"""Sizes that a parabola needs: exactly through three, or with an error."""
+ISOFLOP_SHARE = 0.75
+"""Share of a table's rows that budgets of three sizes or more must hold in an iso-FLOP design."""
+NUM_BUDGETS = 200
+"""Budgets at which approach 1 reads its envelope."""
+MIN_CUBIC, MIN_LEFT = 30, 3
+"""Points from which on the surface is cubic (the quadratic one misfits, so its intervals are wide), and points beyond
+its terms that it needs."""
+
+
+class Budget(NamedTuple):
+    """The points at one amount of compute."""
+
+    flops: float
+    log_sizes: Array
+    """ln N (m,)."""
+    blend: Array
+    """Blend (m, n) of all rows' ln losses that each point's is."""
+
+
+class Minimum(NamedTuple):
+    """The best size of a budget."""
+
+    budget: Budget
+    log_size: float
+    loss: float
+    slopes: Array
+    """Derivative (n,) of ln N* by every row's ln loss."""
+
+
+def line_optimum(flops: Array, line: Array, covariance: Array, degrees: float) -> tuple[Array, Array, Array]:
+    """Return ln N* at budgets (m,), its standard errors and degrees of freedom, on a line of (ln k, a)."""
+    at = np.column_stack([np.ones(len(flops)), np.log(flops)])
+    variances = np.einsum("mi,ij,mj->m", at, covariance, at)
+    return at @ line, np.sqrt(np.maximum(variances, 0.0)), np.full(len(flops), degrees)
+
+
+def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
+    """Draw the frontier of approach 1: the envelope of the sizes' losses, read at `NUM_BUDGETS` amounts of compute."""
+    points = points_of(df, y)
+    num = int(points[["N", "C"]].drop_duplicates()["N"].value_counts().gt(1).sum())
+    if num < MIN_SIZES[1]:
+        text = f"it needs three sizes with two budgets each, and the table has {num}"
+        raise NoFrontier(Flag(kind="few_curves", number=num, text=text))
+    found = _frontier(points, interpolated(points, NUM_BUDGETS), 1)
+    sizes, best = (np.log(each.to_numpy()) for each in (points["N"].drop_duplicates(), found.pairs["N"]))
+    if np.ptp(np.abs(best[:, None] - sizes).argmin(axis=1)) == 0:
+        text = "one size has the lowest loss wherever sizes share amounts of compute"
+        raise NoFrontier(Flag(kind="one_size", text=text))
+    return replace(found, method=f"lower envelope of the losses of {num} sizes", refusals=())
+
+
+def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
+    """Draw the frontier of approach 2: a parabola at each budget that sizes share."""
+    points = points_of(df, y)
+    shared, units = isoflop_points(points.assign(row=np.arange(len(points)))), np.eye(len(points))
+    found = _frontier(points, [Budget(c, np.log(each["N"].to_numpy()), units[each["row"]]) for c, each in shared], 2)
+    return replace(found, method=f"line through parabolas at {len(found.pairs)} of {len(shared)} amounts of compute")
+
+
+def _frontier(points: pd.DataFrame, budgets: Sequence[Budget], approach: int) -> Frontier:
+    """Draw the line through the minima of all budgets that have one, with its interval."""
+    log_losses = np.log(points["loss"].to_numpy())
+    found = [_minimum(budget, log_losses, approach) for budget in budgets]
+    minima = [each for each in found if isinstance(each, Minimum)]
+    refusals = [each for each in found if isinstance(each, Flag)]
+    if len(minima) < 2:
+        have = f"{len(minima)} of {len(found)} amounts of compute have a best size between smaller and larger ones"
+        raise NoFrontier(Flag(kind="few_minima", number=len(minima), text=f"{have}, and 2 are needed"), *refusals)
+    used, log_n, losses, slopes = zip(*minima, strict=True)
+    flops, n, cost = np.array([budget.flops for budget in used]), np.exp(log_n), cost_of(points)
+    through = np.linalg.pinv(np.column_stack([np.ones(len(flops)), np.log(flops)]))
+    line, flags = through @ np.array(log_n), list[Flag]()
+    covariance, degrees, method = np.full((2, 2), np.nan), 1.0, "no interval: too few points to tell errors by"
+    if (surface := _surface(points, log_losses)) is not None:
+        values, errors, seen, flags = surface
+        smooth = [_minimum(budget, values, approach) for budget in used]
+        known = [each.slopes for each in smooth if isinstance(each, Minimum)]
+        moved = through @ np.array(known if len(known) == len(used) else slopes)
+        covariance, degrees = moved @ errors.covariance(seen, len(points)) @ moved.T, errors.degrees
+        method = f"errors of {len(points)} points about a smooth surface"
+    return Frontier(
+        approach=approach,
+        method="",
+        exponent=float(line[1]),
+        exponent_interval=student_interval(float(line[1]), float(np.sqrt(covariance[1, 1])), degrees, method),
+        optimum=partial(line_optimum, line=line, covariance=covariance, degrees=degrees),
+        cost=cost,
+        pairs=pd.DataFrame({"C": flops, "N": n, "D": cost.samples(flops, n), "loss": losses}),
+        refusals=tuple(refusals),
+        range=(float(flops.min()), float(flops.max())),
+        flags=tuple(replace(flag, text=f"Approach {approach}: {flag.text}") for flag in flags),
+    )
+
+
+def _minimum(budget: Budget, log_losses: Array, approach: int) -> Minimum | Flag:
+    """Find the vertex of the parabola about the lowest size of a budget, or say why it has none."""
+
+    def refused(kind: str, text: str, subject: str = "") -> Flag:
+        return Flag(kind=kind, subject=subject, number=budget.flops, text=text)
+
+    few = refused("few_sizes", "too few sizes lie near the lowest loss")
+    x, losses = budget.log_sizes, budget.blend @ log_losses
+    losses = np.exp(losses) if approach == 2 else losses
+    if len(np.unique(x)) < MIN_SIZES[approach]:
+        return few
+    lowest = int(np.argmin(losses))
+    for name, end in (("smallest", x.min()), ("largest", x.max())):
+        if x[lowest] == end:
+            return refused("edge", f"the {name} size has the lowest loss", name)
+    close = np.abs(np.arange(len(x)) - lowest) <= 1 if approach == 1 else np.abs(x - x[lowest]) <= np.log(WINDOW)
+    if len(np.unique(x[close])) < MIN_SIZES[approach]:
+        return few
+    centre = x[close].mean()
+    solve = np.linalg.pinv(np.vander(x[close] - centre, 3))
+    c2, c1, c0 = solve @ losses[close]
+    if c2 <= 0:
+        return refused("not_convex", "the losses have no minimum over size")
+    top, least = -c1 / (2 * c2), c0 - c1**2 / (4 * c2)
+    if not x[close].min() < centre + top < x[close].max():
+        return refused("outside", "the minimum lies outside the measured sizes")
+    slopes = -(solve[1] + 2 * top * solve[0]) / (2 * c2) * (losses[close] if approach == 2 else 1.0)
+    return Minimum(budget, centre + top, least if approach == 2 else np.exp(least), slopes @ budget.blend[close])
+
+
+def _surface(points: pd.DataFrame, log_losses: Array) -> tuple[Array, Components, Groups, list[Flag]] | None:
+    """Fit ln loss by a polynomial of ln N and ln D; None with too few points.
+
+    Returns:
+        Its values (n,), the errors about it, the groups of points that share errors which it leaves visible, and flags
+        of those whose errors it tells hardly or not at all.
+    """
+    degree = 3 if len(points) >= MIN_CUBIC else 2
+    logs = np.log(points[["N", "D"]].to_numpy(float))
+    n, d = ((logs - logs.mean(axis=0)) / np.maximum(logs.std(axis=0), 1e-300)).T
+    terms = np.column_stack([n**i * d**j for i in range(degree + 1) for j in range(degree + 1 - i)])
+    if np.linalg.matrix_rank(terms) < terms.shape[1] or len(points) < terms.shape[1] + MIN_LEFT:
+        return None
+    groups = groups_of(points, {v: points[v].to_numpy(float) for v in ("N", "D", "C")})
+    seen, unseen, few = visible_groups(groups, terms)
+    values = terms @ np.linalg.lstsq(terms, log_losses, rcond=None)[0]
+    components = components_of(linear_design(terms, np.ones(len(points))), log_losses - values, seen)
+    flags = []
+    blind = (("unseen", unseen, "cannot tell", 50), ("few_groups", few, "hardly tell", 90))  # coverage as simulated
+    for kind, names, how, held in blind:
+        for name in names:
+            num = groups.counts[name]
+            text = f"{num} {name} {how} an error that all points of one share: where there is one, its 95 % interval "
+            flags.append(Flag(kind=kind, subject=name, number=num, text=f"{text}holds some {held} %."))
+    return values, components, seen, flags
+
+
+def interpolated(points: pd.DataFrame, num: int) -> list[Budget]:
+    """Interpolate every size's curve to `num` budgets, by straight lines in log-log, seeds averaged."""
+    grid = np.geomspace(points["C"].min(), points["C"].max(), num)
+    sizes, blends = [], []
+    for size, rows in points.reset_index(drop=True).assign(size=np.log(points["N"].to_numpy())).groupby("size"):
+        own, codes = np.unique(np.log(rows["C"]), return_inverse=True)
+        if len(own) > 1:
+            shares = [np.interp(np.log(grid), own, unit, left=np.nan, right=np.nan) for unit in np.eye(len(own))]
+            blend = np.zeros((num, len(points)))
+            blend[:, rows.index] = (np.array(shares).T / np.bincount(codes))[:, codes]
+            sizes.append(size)
+            blends.append(blend)
+    here = [np.isfinite(each).all(axis=1) for each in np.stack(blends, axis=1)]
+    at = zip(grid.tolist(), np.stack(blends, axis=1), here, strict=True)
+    return [Budget(flops, np.array(sizes)[keep], blend[keep]) for flops, blend, keep in at if keep.any()]
+
+
+def isoflop_points(points: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
+    """Group a table's rows by budgets that they share: each budget with its rows.
+
+    The budgets that most sizes share are taken first: a table that holds a grid of (N, D) beside its iso-FLOP runs has
+    rows at nearly every C, and chained by nearness they would all be one budget.
+    """
+    ordered = points.sort_values("C")
+    log_c, num_params = np.log(ordered["C"].to_numpy()), ordered["N"].to_numpy()
+    half = np.log1p(SAME_COMPUTE) / 2
+    near = [slice(*np.searchsorted(log_c, [c - half, np.nextafter(c + half, np.inf)])) for c in log_c]
+    rank = [(-len(np.unique(num_params[each])), np.ptp(log_c[each])) for each in near]
+    group = np.full(len(log_c), -1)
+    for i in sorted(range(len(log_c)), key=rank.__getitem__):
+        if group[i] < 0:
+            group[near[i]] = np.where(group[near[i]] < 0, i, group[near[i]])
+    budgets = [(float(np.exp(log_c[group == k].mean())), ordered[group == k]) for k in np.unique(group)]
+    return sorted(budgets, key=lambda budget: budget[0])
+
+
+def isoflop_budgets(points: pd.DataFrame) -> pd.Series | None:
+    """Find the budget of every row (as `points` are indexed) where runs were planned by budgets of compute.
+
+    Few distinct C with several N each: rows within `SAME_COMPUTE` of one C are a budget; three quarters of the rows
+    belong to budgets of three sizes or more, of which there are at least two; and there are fewer budgets than
+    distinct D (in a grid of sizes and data, rows of equal C lie on its diagonals, and D takes fewer values).
+    None for any other design.
+    """
+    found = isoflop_points(points)
+    shared = [rows for _, rows in found if rows["N"].nunique() >= MIN_SIZES[1]]
+    num_d = len(np.unique(np.round(np.log(points["D"].to_numpy(float)) / np.log1p(SAME_COMPUTE))))
+    if len(shared) < 2 or sum(map(len, shared)) < ISOFLOP_SHARE * len(points) or len(found) >= num_d:
+        return None
+    return pd.concat([pd.Series(flops, index=rows.index) for flops, rows in found]).loc[points.index]
+
+
+def with_budgets(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Give every row of a table of iso-FLOP design its budget as its C; return other tables as they are.
+
+    Runs of one budget differ in C by less than what tells budgets apart; held out by C, they belong together.
+    """
+    try:
+        found = isoflop_budgets(points_of(df, y, columns))
+    except AnalysisError:  # no C, or nothing usable: no such design
+        return df
+    return df if found is None else df.assign(C=found)
