@@ -80,18 +80,18 @@ class CostSection(Section):
     """Assumptions of a plan about a device; they are printed beside the numbers."""
 
     device: str | None = None
-    """Name of the device, such as A100. Null: where there is a `slurm` section the GPU that it asks for, or an H100;
-    else this machine's GPU, else one core of this machine."""
+    """Name of the device, such as A100. Null: the GPU that a `slurm` section requests, or an H100; without one, this
+    machine's GPU, else one core of this machine."""
     peak_tflops: float | None = Field(None, ge=1e-6, le=1e12)
     """Dense peak of one device, TFLOP/s; null: the data sheet's at the run's precision (TF32 for fp32), or of a core
     what is measured here."""
     mfu: float | None = Field(None, ge=1e-6, le=1)
-    """Share of that peak that training executes (`aimscale bench train` measures it). Null: 0.40 in large passes on a
-    GPU, and launches beside that; a core works at 0.35 and moves its activations beside that."""
+    """Share of that peak at which training executes FLOPs (`aimscale bench train` measures it). Null: 0.40 on a GPU,
+    plus the time of kernel launches; 0.35 on a core, plus the time to move activations."""
     memory_gb: float | None = Field(None, ge=1e-3, le=1e6)
     """Memory of one device, GB; null: 85 (an 80 GB GPU has 79 GiB), or this machine's."""
     pool_images: Count | None = None
-    """Size of the image pool, where the data sets are not available to be counted."""
+    """Size of the image pool, needed if the data sets are not available to be counted."""
 
 
 def _check_one_line(text: str) -> str:
@@ -128,8 +128,8 @@ class SlurmSection(Section):
     time_min: int = Field(1440, gt=0, le=10**6)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
     signal_delay_s: Literal["auto"] | Annotated[int, Field(gt=0, le=10**7)] = "auto"
-    """Seconds between the signal to save and the end, before a time limit and after Ctrl-C; auto: two saves at 0.5 GB/s
-    and a step, at least 120."""
+    """Time between the signal to save and the kill, s, before a time limit and after Ctrl-C; auto: two saves at 0.5
+    GB/s and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and GPUs) of one node."""
     gpus: bool | OneLine = True
@@ -137,7 +137,7 @@ class SlurmSection(Section):
     cpus_per_task: int = Field(8, gt=0)
     """Cores per task."""
     max_parallel: int = Field(256, gt=0)
-    """Jobs of the sweep running at the same time, however many arrays they are."""
+    """Maximum number of the sweep's jobs at the same time, in all arrays together."""
     srun: tuple[OneLine, ...] = ()
     """Further arguments of the srun that starts a run on several nodes, e.g. [--container-image=/images/a.sqsh]."""
     extra: Annotated[dict[str, Any], AfterValidator(_check_sbatch_options)] = Field(default_factory=dict)
@@ -159,8 +159,8 @@ class SweepFile(Section):
     """One experiment."""
 
     preset: str | None = None
-    """Name of a preset whose keys hold where this file has none of its own; `base` adds to the preset's. What is
-    launched is written out whole."""
+    """Name of a preset that supplies the keys missing here; `base` is merged into the preset's. A launch stores the
+    merged file."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the sweep and of its directory."""
     description: str = ""
@@ -171,9 +171,10 @@ class SweepFile(Section):
     sizes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Model sizes."""
     budgets: tuple[Count, ...] = ()
-    """D: images seen, rounded to whole batches. One run serves them all (wsd) or each has its own (cosine)."""
+    """D: images seen, rounded to whole batches. One run serves all budgets (wsd), or each budget has its own run
+    (cosine)."""
     unique_images: Annotated[tuple[Count | None, ...], Field(min_length=1)] = (None,)
-    """U: different images in the stream; null is the whole pool."""
+    """U: number of different images in the stream; null for the whole pool."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Seeds of weights and stream."""
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
@@ -184,7 +185,7 @@ class SweepFile(Section):
     """Budgets of compute, instead of `budgets`."""
     base: dict[str, Any] = Field(default_factory=dict)
     """Fields of every run: those of training and evaluation, `runtime`, `devices` (ranks, instead of the recipe's) and
-    `lr_multiplier` (a factor of the recipe's learning rate)."""
+    `lr_multiplier` (factor of the recipe's learning rate)."""
     exclude: tuple[dict[str, Any], ...] = ()
     """Cells to leave out: axis -> value or list of values."""
     override: tuple[OverrideSection, ...] = ()
