@@ -50,22 +50,8 @@ FLAGS = {
     "deviations).",
     "experiments": "Rows of different {subject} lie up to {number:.2g} % apart ({p}), so they are not of one law; "
     "choose one by {option:where}.",
-    "mixed": "The rows differ in {subject} ({number:.0f} values), which the law does not know; choose one by "
-    "{option:where}.",
-    "tuned": "Of several {subject} the best of each of {number:.0f} cells is kept; the lowest of noisy losses is too "
-    "low by part of their noise.",
-    "tuned_edge": "The best {subject} is the {more[0]} that was tried in {number:.0f} of {more[1]:.0f} cells, so a "
-    "better one may lie beyond.",
-    "envelope_ends": "{number:.0f} of the {more[0]:.0f} rows of the envelope, at its ends, are one size's own curve, "
-    "not a choice among sizes.",
-    "passes": "{subject} means {number:.3g} passes over the pool of {more[1]}, beyond the {more[0]:.3g} that were "
-    "seen.",
     "in_plateau": "{number:.0f} rows of {subject} lie in the first plateau of their size, up to {more[0]:,.0f} images, "
     "where losses follow no power law.",
-    "during": "The rows are points during training: before the learning rate decays, losses are higher than at "
-    "budgets.",
-    "during_mixed": "{number:.0f} rows are points during training, where losses are higher than at budgets; leave them "
-    "out by {option:where status=complete}.",
     "other_unit": "Losses at different {subject} have different targets or images, so they are not compared.",
     "absent": "{more[0]}: no value at {more[3]} = {subject}.",
     "unpaired": "{more[0]}: nothing is paired between {more[1]} and {subject}, which differ in {more[2]}; run both "
@@ -84,19 +70,9 @@ FLAGS = {
     "other_sides": "Resolution: these runs see {subject} px, AIM {number} px, which is part of every gap.",
     "loss_levels": "Losses: the paper's are on IN-1k at 224 px, these on the table's own images.",
     "no_result": "{subject}: {more[0]}",
-    "accuracies_unnamed": "Not read as accuracies: {subject}. Name them with {option:columns {more[0]}}.",
     "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
 }
 """Kind of a flag -> its sentence."""
-EXCLUSIONS = {
-    "status": "not complete (status)",
-    "not positive": "with a missing or non-positive {}",
-    "not finite": "with a missing or infinite {}",
-    "repeat": "that repeat another row exactly",
-    "where": "not chosen by {option:where {}}",
-    "best of": "not the best {} of their cell",
-}
-"""Kind of an exclusion -> what is said of its rows; {} is the subject."""
 
 
 class _Option:

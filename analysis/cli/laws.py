@@ -80,7 +80,7 @@ def fit(
     result = replace(result, flags=(*result.flags, *inside))
     after, also = ([], {}) if found is None else (["", found.summary()], {"laws": found.table})
     both = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
-    following = then([*(["frontier"] if both else []), "report"], tables, columns, where)
+    following = then([*(["frontier"] if both else []), "report"], tables, columns, where, best_of)
     show(result, json, figure, after=after, also=also, following=following)
 
 
@@ -174,7 +174,10 @@ def forecast(
         write(found, df, path)
         after += ["", f"registered in {path}"]
     show(
-        found, json, after=after, following=then([f"next --target {at[-1]} --budget GPU_HOURS"], tables, columns, where)
+        found,
+        json,
+        after=after,
+        following=then([f"next --target {at[-1]} --budget GPU_HOURS"], tables, columns, where, best_of),
     )
 
 
@@ -219,7 +222,7 @@ def frontier(
         words=found.summary(shown),
         after=["", fact_lines([("probe and loss", gap.sentence())])] if gap else [],
         also={"optima": found.at(shown), "flags": found.cautions, "against_loss": gap},
-        following=then([*place, "report"], tables, columns, where),
+        following=then([*place, "report"], tables, columns, where, best_of),
     )
 
 

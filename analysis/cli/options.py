@@ -20,7 +20,10 @@ PANEL = "Table"
 """Help panel of the options that say what a table holds and which of its rows count."""
 Tables = Annotated[
     list[Path],
-    typer.Argument(help="CSV, TSV, Parquet or JSON-lines tables, or sweeps (file or folder); several are read as one."),
+    typer.Argument(
+        help="CSV, TSV, Parquet or JSON-lines tables, sweeps (file or folder), or folders of runs of TensorBoard, "
+        "MLflow or Lightning; several are read as one."
+    ),
 ]
 Columns = Annotated[
     list[str] | None,
@@ -33,7 +36,7 @@ Columns = Annotated[
 Where = Annotated[
     list[str] | None,
     typer.Option(
-        help="Only rows that meet a condition, e.g. prefix=paired, 'D>=8000', size!=rung-16; main: the experiment with "
+        help="Only rows that meet a condition, e.g. prefix=paired, 'D>=8000', size!=rung-24; main: the experiment with "
         "most sizes and budgets; fresh: of a pool that is hardly repeated; envelope: that no row of less compute "
         "beats. May be repeated.",
         rich_help_panel=PANEL,
@@ -79,16 +82,22 @@ def table_to_minimise(
 ) -> tuple[pd.DataFrame, str]:
     """Read the tables of a verb, and find the column that `y` means: a loss, or the error rate of a probe."""
     from aimscale.analysis.table.measures import to_minimise
-    from aimscale.analysis.table.select import best_of
+    from aimscale.analysis.table.points import best_of
 
     df, y = to_minimise(table_of(tables, columns, where), y)
     return (best_of(df, best, y) if best else df), y
 
 
-def then(verbs: Sequence[str], tables: Sequence[Path], columns: list[str] | None, where: list[str] | None) -> str:
+def then(
+    verbs: Sequence[str],
+    tables: Sequence[Path],
+    columns: list[str] | None,
+    where: list[str] | None,
+    best: list[str] | None = None,
+) -> str:
     """Write what to run next on the same tables: verbs, each with further options behind it."""
     words = [NAMES.get(each, str(each)) for each in tables]
-    for option, texts in (("--columns", columns), ("--where", where)):
+    for option, texts in (("--columns", columns), ("--where", where), ("--best-of", best)):
         words += [word for text in texts or [] for word in (option, text)]
     given = shlex.join(words)
     return "; ".join(f"aimscale {verb} {given} {rest}".strip() for verb, _, rest in (v.partition(" ") for v in verbs))

@@ -46,7 +46,7 @@ def report(
     typer.echo(f"Report: {page.resolve()}")
     if figures is not None:
         typer.echo(f"Figures: {figures.resolve()}")
-    options.say_next(options.then(["forecast --at N=SIZE,D=IMAGES"], tables, columns, where))
+    options.say_next(options.then(["forecast --at N=SIZE,D=IMAGES"], tables, columns, where, best_of))
 
 
 def compare(

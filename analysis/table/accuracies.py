@@ -1,21 +1,80 @@
-"""Accuracies of a foreign table: its columns as entries of `probes`, so that every verb takes them as our own."""
+"""Cells of a table as the schema types them: numbers, probes, and accuracies of a foreign table as entries of `probes`,
+so that every verb takes them as our own."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.schema import KNOWN
+from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, Column
 from aimscale.analysis.words import Flag, some
 
 LEVELS = ("chance", "ideal")
 """What `TASK:` is followed by to give a task's levels instead of an accuracy."""
 _LOOKS = re.compile(r"(?<![a-z])acc(?:uracy)?(?![a-z])|top[-_ @]?[15](?!\d)", re.IGNORECASE)
+_SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": 1e-2}
+_TYPES: dict[str, Callable[[Any], Any]] = {"string": str, "list<int64>": lambda values: [int(each) for each in values]}
+_FIELDS = {field.name: _TYPES.get(field.dtype, float) for field in PROBE_FIELDS if field.dtype != "json"}
+"""Fields of a probe and what types them; whole numbers become floats, as in a data frame."""
+
+
+def to_numbers(values: pd.Series) -> pd.Series:
+    """Read numbers, also of texts such as `44M`, `1.5k` and `26.2 %`; what is none becomes NaN."""
+    numbers = pd.to_numeric(values, errors="coerce")
+    texts = values[numbers.isna() & values.notna()].map(str)
+    if texts.empty:
+        return numbers
+    parts = texts.str.extract(rf"^\s*(.*?)\s*([{''.join(_SUFFIXES)}])\s*$")
+    found = pd.to_numeric(parts[0], errors="coerce") * parts[1].map(_SUFFIXES).astype(float)
+    return numbers.astype(float).fillna(found)
+
+
+def typed(values: pd.Series, column: Column, path: Path, called: str) -> pd.Series:
+    """Type one column; the only text that may stand for a missing number is an empty one.
+
+    Raises:
+        AnalysisError: a text where a number should be, or probes that cannot be read.
+    """
+    if column.dtype == "probes":
+        parsed = [_parse_probes(value, row, path) for row, value in enumerate(values, 1)]
+        return pd.Series(parsed, index=values.index, dtype=object)
+    if column.dtype not in ("int64", "float64"):
+        return values.astype(object).map(str, na_action="ignore").where(values.notna(), None)
+    numbers = to_numbers(values)
+    bad = numbers.isna() & values.notna()
+    if bad.any():
+        row = int(np.flatnonzero(bad.to_numpy())[0])
+        raise AnalysisError(
+            f"{path}: column '{called}' holds {values.iloc[row]!r:.60} in row {row + 1}; make it a number"
+        )
+    whole = column.dtype == "int64" and numbers.notna().all() and (numbers % 1 == 0).all()
+    return numbers.astype("int64" if whole else "float64")
+
+
+def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
+    """Read the entries of a cell: names as texts, numbers as numbers, missing ones left out; all have task and kind."""
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return []
+    try:
+        listed = json.loads(value) if isinstance(value, str) else value
+        if np.isscalar(listed):
+            named = option("columns", "TASK:KIND=THEIRS")
+            raise TypeError(f"{listed!r:.60} is a number; name an accuracy with {named}")
+        entries = [dict(entry) for entry in listed]
+        if wrong := [
+            e[name] for e in entries for name in ("task", "kind") if not isinstance(e[name], str | int | float)
+        ]:
+            raise TypeError(f"a task or kind is {wrong[0]!r:.60}")
+        return [{**e, **{k: _FIELDS[k](v) for k, v in e.items() if k in _FIELDS and v is not None}} for e in entries]
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+        raise AnalysisError(f"{path}: 'probes' of row {row} is no list of probes ({error}); correct it") from error
 
 
 def is_accuracy(ours: str) -> bool:
@@ -23,13 +82,11 @@ def is_accuracy(ours: str) -> bool:
     return ":" in ours or ours in ("top1", "last_top1")
 
 
-def with_accuracies(
-    frame: pd.DataFrame, values: Mapping[str, pd.Series], theirs: Mapping[str, str], path: Path
-) -> pd.DataFrame:
-    """Add accuracies of the file as entries of `probes`, behind those that it has; missing ones make none.
+def with_accuracies(frame: pd.DataFrame, theirs: Mapping[str, str], path: Path) -> pd.DataFrame:
+    """Make columns entries of `probes`, behind those that it has; missing values make none.
 
     Args:
-        values: TASK:KIND, TASK:chance or TASK:ideal -> a number for every row.
+        frame: a table with a column for every TASK:KIND, TASK:chance and TASK:ideal of `theirs`.
         theirs: the same -> what the file calls it.
 
     Raises:
@@ -37,11 +94,11 @@ def with_accuracies(
             level that is no fraction.
     """
     numbers: dict[str, dict[str, pd.Series]] = {}
-    for ours, each in values.items():
+    for ours in theirs:
         task, _, kind = (part.strip() for part in ours.partition(":"))
         if not task or not kind or ":" in kind:
             raise AnalysisError(f"{option('columns')} names an accuracy as TASK:KIND, such as dtd:linear, not '{ours}'")
-        numbers.setdefault(task, {})[kind] = _checked(each, ours, theirs[ours], path)
+        numbers.setdefault(task, {})[kind] = _checked(frame[ours], ours, theirs[ours], path)
     entries = [list(row) for row in frame["probes"]] if "probes" in frame else [[] for _ in range(len(frame))]
     for task, of_task in numbers.items():
         levels = {kind: of_task.pop(kind) for kind in LEVELS if kind in of_task}
@@ -53,12 +110,12 @@ def with_accuracies(
             for entry, row in zip(entries, rows, strict=True):
                 known = {name: value for name, value in row.items() if not np.isnan(value)}
                 entry += [{"task": task, "kind": kind, **known}] if "top1" in known else []
-    return frame.assign(probes=pd.Series(entries, index=frame.index, dtype=object))
+    return frame.drop(columns=list(theirs)).assign(probes=pd.Series(entries, index=frame.index, dtype=object))
 
 
 def _checked(values: pd.Series, ours: str, theirs: str, path: Path) -> pd.Series:
     """Read numbers; fractions unless they are losses."""
-    numbers = pd.to_numeric(values, errors="coerce").astype(float)
+    numbers = to_numbers(values).astype(float)
     low, high = (-np.inf, np.inf) if ours.endswith(":ideal") else (0, 1)
     bad = values.notna() & ~(numbers.between(low, high) & np.isfinite(numbers))
     if bad.any():
@@ -84,7 +141,8 @@ def unnamed(frame: pd.DataFrame) -> tuple[Flag, ...]:
     if is_ours or not names or ("probes" in frame and frame["probes"].map(len).any()):
         return ()
     typed = f"TASK:KIND={quoted(names[0])}/100" if frame[names[0]].max() > 1 else f"TASK:KIND={names[0]}"
-    return (Flag(kind="accuracies_unnamed", subject=some(names), more=(typed,)),)
+    text = f"Not read as accuracies: {some(names)}. Name them with {option('columns', typed)}."
+    return (Flag(kind="accuracies_unnamed", subject=some(names), text=text),)
 
 
 def named_like_accuracy(name: str) -> bool:

@@ -1,27 +1,22 @@
-"""Which columns make runs another experiment, which were tuned, and which two compared rows share."""
+"""What a table's columns mean for its rows: which make another experiment, which were tuned, which two rows share."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import pandas as pd
 
 from aimscale.analysis.table.accuracies import looks_like_accuracy
 from aimscale.analysis.table.names import CANONICAL, FOLDER, remember, their_name
-from aimscale.analysis.table.schema import KNOWN
+from aimscale.analysis.table.schema import COLUMNS, KNOWN
 
-SCALE = (
-    "size", "seed", "images_seen", "unique_images",
-    "batch_size", "lr_peak", "lr_multiplier", "head_depth", "head_width",
-)  # fmt: skip
+SCALE = tuple(column.name for column in COLUMNS if column.role == "scale")
 """Columns of scale and chance, in which runs of one experiment may differ."""
+DESIGN = tuple(column.name for column in COLUMNS if column.role == "design")
+"""Columns of the results table that make runs another experiment, not another scale of the same."""
 MEASURED_ON = ("data_fingerprint", "val_num_images")
 """Other training data or another validation set: losses that cannot share a law."""
-DESIGN = (
-    "prefix", "target", "patch_order", "head_rule", "schedule", "precision", "image_size", "patch_size", *MEASURED_ON,
-)  # fmt: skip
-"""Columns of the results table that make runs another experiment, not another scale of the same."""
 HEAD = ("head_rule", "head_depth", "head_width", "model.head_depth", "model.head_width")
 FOLLOWS = {
     **dict.fromkeys(HEAD, HEAD),
@@ -47,20 +42,23 @@ SECTIONS = ("model", "data", "objective", "optimiser", "schedule")
 """Parts of a run's configuration whose fields `read_tables` makes into columns."""
 DEFAULT = "default"
 """What a column of the set-up holds where a run left the field at its default."""
-IDENTITIES = ("run_id", "config_hash", "git_commit", "finished_at", "probes", "extra", "setup", FOLDER)
-"""Columns of words that tell runs apart without being settings."""
+PROVENANCE = ("sweep", FOLDER)
+"""Columns that say where a row comes from: one experiment may stand in several sweeps and folders."""
 
 
-def held_equal(frame: pd.DataFrame, free: Collection[str] = ()) -> list[str]:
-    """List columns in which rows agree that are alike in everything but `free` (compared, tuned or measured ones).
+def varies(values: pd.Series) -> bool:
+    """Tell whether a column takes several values, missing ones aside."""
+    return len(pd.unique(values.dropna())) > 1
 
-    Those of scale, of the design, of the set-up, and the settings of a foreign table. Where no column names the sizes,
-    the number of parameters stands for them.
-    """
-    letters = [name for name in ("N", "D", "U") if name in frame]
-    size = [] if "size" in frame else ["params_total"]
-    names = [*size, *letters, *SCALE, *DESIGN, *setup_columns(frame), *foreign_settings(frame, free)]
-    return [name for name in dict.fromkeys(names) if name in frame and name not in free]
+
+def is_plain(values: pd.Series) -> bool:
+    """Tell whether a column holds what can be compared: no lists, no dictionaries."""
+    return bool(values.map(pd.api.types.is_hashable).all())
+
+
+def setup_columns(frame: pd.DataFrame) -> list[str]:
+    """List the columns that `read_tables` made of fields of the set-up, such as `optimiser.weight_decay`."""
+    return [str(name) for name in frame.columns if "." in str(name) and str(name).split(".")[0] in SECTIONS]
 
 
 def design_columns(frame: pd.DataFrame) -> list[str]:
@@ -68,18 +66,26 @@ def design_columns(frame: pd.DataFrame) -> list[str]:
     return [name for name in (*DESIGN, *setup_columns(frame)) if name in frame and varies(frame[name])]
 
 
-PROVENANCE = ("sweep", FOLDER)
-"""Columns that say where a row comes from: one experiment may stand in several sweeps and folders."""
+def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> list[str]:
+    """List the columns of a foreign table that are settings: words and numbers that repeat.
+
+    Whole numbers in two rows or more each, others in three. What else there is are measurements, accuracies always. A
+    word that stands for one size and one seed is the name of a run.
+    """
+    not_these = {*KNOWN, FOLDER, *CANONICAL, *measured}
+    names = [str(name) for name in frame.columns if name not in not_these and is_plain(frame[name])]
+    names = [name for name in names if varies(frame[name]) and not looks_like_accuracy(frame, name)]
+    return [name for name in names if _is_setting(frame, name)]
 
 
-def experiment_columns(frame: pd.DataFrame) -> list[str]:
-    """List the columns that may tell experiments apart and vary: those of the design and the set-up, settings of a
-    foreign table, the sweep and the folder of rows. Of columns that part the rows alike, the first."""
-    design, tuned = design_columns(frame), tuned_columns(frame)
-    names = [name for name in foreign_settings(frame) if name not in tuned and not follows_scale(frame, name)]
-    names += [name for name in PROVENANCE if name in frame and varies(frame[name])]
-    first = {tuple(pd.factorize(frame[name])[0]): name for name in reversed([*design, *names])}
-    return [*design, *(name for name in names if name in first.values())]
+def _is_setting(frame: pd.DataFrame, name: str) -> bool:
+    num_values = frame[name].nunique()
+    if pd.api.types.is_numeric_dtype(frame[name]):
+        whole = (frame[name].dropna() % 1 == 0).all()  # batches and depths; measurements seldom are
+        return (2 if whole else 3) * num_values <= len(frame)
+    scale = [each for each in ("params_total", "seed") if each in frame and varies(frame[each])]
+    is_name = len(scale) == 2 and len(frame[[name, *scale]].drop_duplicates()) == num_values
+    return num_values < len(frame) and not is_name
 
 
 def follows_scale(frame: pd.DataFrame, name: str) -> bool:
@@ -93,11 +99,6 @@ def follows_scale(frame: pd.DataFrame, name: str) -> bool:
     return is_number and bool(scale) and bool(frame.groupby(scale, dropna=False)[name].nunique().max() <= 1)
 
 
-def setup_columns(frame: pd.DataFrame) -> list[str]:
-    """List the columns that `read_tables` made of fields of the set-up, such as `optimiser.weight_decay`."""
-    return [str(name) for name in frame.columns if "." in str(name) and str(name).split(".")[0] in SECTIONS]
-
-
 def tuned_columns(frame: pd.DataFrame, used: Collection[str] = ()) -> list[str]:
     """List the learning rates, batches and weight decays that take several values, but for columns in use."""
     known = {*KNOWN, *setup_columns(frame), *used}
@@ -106,35 +107,33 @@ def tuned_columns(frame: pd.DataFrame, used: Collection[str] = ()) -> list[str]:
     return [name for name in (*TUNED, *foreign) if name in frame and name not in used and varies(frame[name])]
 
 
-def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> list[str]:
-    """List the columns of a foreign table that are settings: words and numbers that repeat.
+def experiment_columns(frame: pd.DataFrame) -> list[str]:
+    """List the columns that may tell experiments apart and vary: those of the design and the set-up, settings of a
+    foreign table, the sweep and the folder of rows. Of columns that part the rows alike, the first."""
+    design, tuned = design_columns(frame), tuned_columns(frame)
+    names = [name for name in foreign_settings(frame) if name not in tuned and not follows_scale(frame, name)]
+    names += [name for name in PROVENANCE if name in frame and varies(frame[name])]
+    first = {tuple(pd.factorize(frame[name])[0]): name for name in reversed([*design, *names])}
+    return [*design, *(name for name in names if name in first.values())]
 
-    Whole numbers in two rows or more each, others in three. What else there is are measurements, accuracies always. A
-    word that stands for one size and one seed is the name of a run.
+
+def held_equal(frame: pd.DataFrame, free: Collection[str] = ()) -> list[str]:
+    """List columns in which rows agree that are alike in everything but `free` (compared, tuned or measured ones).
+
+    Those of scale, of the design, of the set-up, and the settings of a foreign table. Where no column names the sizes,
+    the number of parameters stands for them.
     """
-    not_these = {*KNOWN, *IDENTITIES, *CANONICAL, *measured}
-    names = [str(name) for name in frame.columns if name not in not_these and is_plain(frame[name])]
-    names = [name for name in names if not looks_like_accuracy(frame, name)]
-    return [name for name in names if varies(frame[name]) and _is_setting(frame, name)]
+    sizes = [*([] if "size" in frame else ["params_total"]), "N", "D", "U"]
+    names = dict.fromkeys([*sizes, *SCALE, *DESIGN, *setup_columns(frame), *foreign_settings(frame, free)])
+    return [name for name in names if name in frame and name not in free]
 
 
-def is_plain(values: pd.Series) -> bool:
-    """Tell whether a column holds what can be compared: no lists, no dictionaries."""
-    return bool(values.map(pd.api.types.is_hashable).all())
-
-
-def _is_setting(frame: pd.DataFrame, name: str) -> bool:
-    if pd.api.types.is_numeric_dtype(frame[name]):
-        whole = (frame[name].dropna() % 1 == 0).all()  # batches and depths; measurements seldom are
-        return (2 if whole else 3) * frame[name].nunique() <= len(frame)
-    scale = [each for each in ("params_total", "seed") if each in frame and varies(frame[each])]
-    is_name = len(scale) == 2 and len(frame[[name, *scale]].drop_duplicates()) == frame[name].nunique()
-    return frame[name].nunique() < len(frame) and not is_name
-
-
-def varies(values: pd.Series) -> bool:
-    """Tell whether a column takes several values, missing ones aside."""
-    return len(pd.unique(values.dropna())) > 1
+def cell_columns(rows: pd.DataFrame, y: str, tuned: Sequence[str]) -> list[str]:
+    """List the columns in which rows of a cell agree: all that is held equal, but for the seed, over which losses of a
+    setting are averaged, for what follows from the tuned columns, and for names of runs."""
+    free = {"seed", "L", "val_loss", y, *tuned, *(other for name in tuned for other in FOLLOWS.get(name, ()))}
+    names = [name for name in foreign_settings(rows, free) if follows_scale(rows, name)]
+    return held_equal(rows, {*free, *names})
 
 
 def with_size(frame: pd.DataFrame) -> pd.DataFrame:

@@ -43,8 +43,7 @@ class Measure:
     @property
     def lower_is_better(self) -> bool:
         """Losses, times and costs."""
-        is_more_better = self.is_accuracy or named_like_accuracy(self.column)
-        return not is_more_better and self.column not in (*MFU, "images_per_s")
+        return not (self.is_accuracy or named_like_accuracy(self.column) or self.column in (*MFU, "images_per_s"))
 
     @property
     def title(self) -> str:
@@ -70,15 +69,15 @@ class Measure:
 def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[Measure]:
     """Find measures by name; none named: the validation loss and every probe's accuracy.
 
+    A name is a column, or `top1`, `top1:TASK` or `top1:TASK:KIND` with or without `top1:`.
+
     Raises:
         AnalysisError: a name that is neither a numeric column nor a probe of the table.
     """
     within_row = by == KIND
     entries = [entry for each in rows["probes"] for entry in each] if "probes" in rows else []
-    of_probes = [
-        Measure(column="top1", task=task, kind=kind)
-        for task, kind in dict.fromkeys((str(e["task"]), "" if within_row else str(e["kind"])) for e in entries)
-    ]
+    pairs = dict.fromkeys((str(e["task"]), "" if within_row else str(e["kind"])) for e in entries)
+    of_probes = [Measure(column="top1", task=task, kind=kind) for task, kind in pairs]
     if within_row and not of_probes:
         raise AnalysisError(f"The table has no probes to compare by {by}; probe its runs first.")
     if names:
@@ -91,30 +90,23 @@ def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[M
 
 
 def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_row: bool) -> list[Measure]:
-    """Find what a name means: a column, or the probes that `top1`, `top1:TASK` or `top1:TASK:KIND` fits, with or
-    without `top1:`."""
     column, task, kind = [*name.split(":"), "", ""][:3]
     if name not in rows and column in {m.task for m in of_probes}:
         column, task, kind = "top1", column, task
-    if column in ACCURACIES and column not in rows:
-        matching = [m for m in of_probes if task in ("", m.task) and kind in ("", m.kind)]
-        if not matching:
-            raise _no_measure(f"accuracy {name!r}", task or kind, of_probes, ())
-        return [replace(m, column=column) for m in matching]
-    if within_row:
+    is_accuracy = column in ACCURACIES and column not in rows
+    if within_row and not is_accuracy:
         raise AnalysisError(f"Within a row only accuracies are compared; {name!r} is none.")
-    numeric = [str(each) for each in rows.select_dtypes("number").columns]
-    if name not in numeric:
-        raise _no_measure(f"column of numbers and no accuracy {name!r}", name, of_probes, numeric)
-    return [Measure(column=name)]
-
-
-def _no_measure(what: str, typed: str, of_probes: Sequence[Measure], columns: Sequence[str]) -> AnalysisError:
-    """Make the error about a measure that a table lacks: the nearest that it has, or how accuracies are named."""
-    names = [*(f"{m.task}:{m.kind}".strip(":") for m in of_probes), *columns]
-    unnamed = f"; accuracies are named by {option('columns', 'TASK:KIND=THEIRS')}" if not of_probes else ""
-    near = f"; {did_you_mean(typed, names, 'it has')}" if names else ""
-    return AnalysisError(f"The table has no {what}{unnamed}{near}")
+    numeric = [] if is_accuracy else [str(each) for each in rows.select_dtypes("number").columns]
+    if name in numeric:
+        return [Measure(column=name)]
+    fitting = [m for m in of_probes if is_accuracy and task in ("", m.task) and kind in ("", m.kind)]
+    if not fitting:
+        names = [*(f"{m.task}:{m.kind}".strip(":") for m in of_probes), *numeric]
+        what = f"accuracy {name!r}" if is_accuracy else f"column of numbers and no accuracy {name!r}"
+        how = f"; accuracies are named by {option('columns', 'TASK:KIND=THEIRS')}" if not of_probes else ""
+        near = f"; {did_you_mean(task or kind or name, names, 'it has')}" if names else ""
+        raise AnalysisError(f"The table has no {what}{how}{near}")
+    return [replace(m, column=column) for m in fitting]
 
 
 def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
@@ -138,9 +130,8 @@ def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
     accuracy = pd.Series([row.get((probe.task, probe.kind)) for row in known], frame.index, dtype=float)
     if not accuracy.dropna().between(0, 1).all():
         raise AnalysisError(f"{probe.name} goes from {accuracy.min():g} to {accuracy.max():g}; give fractions, 0 to 1.")
-    column = f"1 - {probe.name}"
     last = " of the last blocks" if probe.column == "last_top1" else ""
-    words = f"{accuracy_of(probe.kind, 'error')}{last} on {probe.task}"
+    column, words = f"1 - {probe.name}", f"{accuracy_of(probe.kind, 'error')}{last} on {probe.task}"
     return remember(frame.assign(**{column: 1 - accuracy}), names={column: words}), column
 
 

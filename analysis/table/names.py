@@ -7,17 +7,19 @@ pandas carries from frame to frame and into Parquet. Only this module reads and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.words import EXCLUSIONS, OPTION, did_you_mean
+from aimscale.analysis.words import did_you_mean
 
 CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
 """Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
 LETTERS = {name: letter for letter, name in CANONICAL.items()}
 """The other way round."""
+FORMULAS = {"C": "C=6*N*D", "D": "D=C/(6*N)"}
+"""Letters that can be computed from others, and how."""
 FOLDER = "table_folder"
 """Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
 _ORIGIN = "aimscale"
@@ -28,15 +30,15 @@ class Exclusion:
     """Rows that were left out, and why."""
 
     kind: str
-    """One of `words.EXCLUSIONS`."""
     subject: str = ""
     """Column, as its file calls it, or the condition that was not met."""
     number: int
     """Rows."""
+    text: str = field(repr=False)
+    """What is said of these rows."""
 
     def __str__(self) -> str:
-        why = EXCLUSIONS[self.kind].format(self.subject, option=OPTION)
-        return f"{self.number} row{'s' if self.number != 1 else ''} {why}"
+        return f"{self.number} row{'s' if self.number != 1 else ''} {self.text}"
 
 
 def names_of(frame: pd.DataFrame) -> dict[str, str]:
@@ -50,15 +52,12 @@ def left_out_of(frame: pd.DataFrame) -> tuple[Exclusion, ...]:
 
 
 def remember(
-    frame: pd.DataFrame, names: Mapping[str, str] | None = None, left_out: tuple[Exclusion, ...] = ()
+    frame: pd.DataFrame, names: Mapping[str, str] | None = None, left_out: Sequence[Exclusion] = ()
 ) -> pd.DataFrame:
     """Give the frame further names and exclusions beside those that it remembers."""
-    origin = {
-        "names": {**names_of(frame), **(names or {})},
-        "left_out": [vars(each) for each in (*left_out_of(frame), *left_out)],
-    }
+    rows = [vars(each) for each in (*left_out_of(frame), *left_out) if each.number]
     frame = frame.copy(deep=False)
-    frame.attrs = {**frame.attrs, _ORIGIN: origin}
+    frame.attrs = {**frame.attrs, _ORIGIN: {"names": {**names_of(frame), **(names or {})}, "left_out": rows}}
     return frame
 
 
@@ -91,6 +90,6 @@ def column_words(frame: pd.DataFrame, like: str) -> str:
 def no_column(frame: pd.DataFrame, name: str, why: str = "") -> AnalysisError:
     """Make the error about a column that a table lacks: what for, the option that names it, what there is."""
     letter = LETTERS.get(CANONICAL.get(name, name), name if len(name) == 1 else "")
-    formula = f", or count it: {option('columns', 'C=6*N*D')}" if letter == "C" else ""
+    formula = f", or count it: {option('columns', FORMULAS[letter])}" if letter in FORMULAS else ""
     named = f"; name yours with {option('columns', f'{letter}=THEIRS')}{formula}" if letter else ""
     return AnalysisError(f"The table has no column {name!r}{why}{named}; {column_words(frame, name)}")

@@ -8,26 +8,45 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.laws.base import Array, Law
-from aimscale.analysis.table.design import tuned_columns
-from aimscale.analysis.table.names import Exclusion, left_out_of, no_column, our_name, their_name
-from aimscale.analysis.table.tuned import best_settings, cell_columns
-from aimscale.analysis.words import Flag, human
+from aimscale.analysis.table.accuracies import named_like_accuracy
+from aimscale.analysis.table.design import FOLLOWS, cell_columns, tuned_columns, varies
+from aimscale.analysis.table.names import Exclusion, left_out_of, no_column, our_name, remember, their_name
+from aimscale.analysis.words import Flag, human, some
 
 
 @dataclass(frozen=True, kw_only=True)
-class Usable:
-    """Rows of a table that can be used."""
+class Observations:
+    """Rows of a table that can be used, and the points that they are."""
 
     rows: pd.DataFrame
     """All columns of these rows."""
     numbers: pd.DataFrame
-    """The columns that were asked for, as numbers, under the names that were asked."""
+    """The columns that were asked for, as numbers, under the names that were asked; `y` of a fit is what is fitted."""
+    columns: dict[str, str]
+    """Name that was asked -> column of the table."""
     exclusions: tuple[Exclusion, ...]
     """What was left out, here and when the table was read."""
     flags: tuple[Flag, ...]
     """Cautions about the best of tuned columns, where one was chosen."""
+    num_rows: int
+    """Rows of the table as it was given: what was chosen from it (--where, --best-of) is no part of it any more."""
+
+    @property
+    def index(self) -> pd.Index:
+        """Labels of the table's rows (n,)."""
+        return self.rows.index
+
+    @property
+    def x(self) -> dict[str, Array]:
+        """Variable -> values (n,)."""
+        return {str(name): values.to_numpy() for name, values in self.numbers.items() if name != "y"}
+
+    @property
+    def y(self) -> Array:
+        """Measurements (n,)."""
+        return self.numbers["y"].to_numpy()
 
 
 def complete(frame: pd.DataFrame) -> pd.DataFrame:
@@ -40,34 +59,6 @@ def complete(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["status"].isna() | frame["status"].isin(("complete", "during"))]
 
 
-REPEATS_FROM = 1.01
-"""Passes over a pool above which images repeat; up to there a pool is seen once, but for the last batch."""
-
-
-def most_passes(rows: pd.DataFrame) -> float:
-    """Count the most passes over its pool that a row made, D / U; NaN where no row tells."""
-    names = ("images_seen", "unique_images")
-    return float((rows[names[0]] / rows[names[1]]).max()) if {*names} <= {*rows} else np.nan
-
-
-def passes_flags(rows: pd.DataFrame, what: str, at: Mapping[str, float]) -> tuple[Flag, ...]:
-    """Flag a scale that sees its pool more often than any of the rows that a law was fitted to.
-
-    Args:
-        what: what is at the scale, for the sentence.
-        at: the scale. Without a U the pool is the largest that rows of several D share: where each D has a pool of its
-            own, so would a larger one.
-    """
-    most = most_passes(rows)
-    if np.isnan(most) or "D" not in at:
-        return ()
-    budgets = rows.groupby("unique_images")["images_seen"].nunique()
-    pool = at.get("U", budgets.index[budgets > 1].max())
-    if not at["D"] > max(most, REPEATS_FROM) * pool:
-        return ()
-    return (Flag(kind="passes", subject=what, number=at["D"] / pool, more=(most, human(pool))),)
-
-
 def usable_rows(
     frame: pd.DataFrame,
     columns: Mapping[str, str] | str = "val_loss",
@@ -76,7 +67,7 @@ def usable_rows(
     may_be_zero: Collection[str] = (),
     best_by: str = "",
     tuned: Sequence[str] = (),
-) -> Usable:
+) -> Observations:
     """Find the complete rows with finite, positive numbers in some columns, each once.
 
     Args:
@@ -86,85 +77,108 @@ def usable_rows(
         best_by: name of the loss that a law is fitted to: of rows that differ in tuned columns only, such as the
             learning rate, the best are kept. Empty for all rows, as contrasts need them.
         tuned: the tuned columns; default: those of `tuned_columns`.
-
-    Raises:
-        AnalysisError: the index holds a label twice.
     """
     if not frame.index.is_unique:
         raise AnalysisError("The table's index holds a label twice; number its rows with df.reset_index(drop=True).")
-    columns = {columns: columns} if isinstance(columns, str) else columns
+    columns = {columns: columns} if isinstance(columns, str) else dict(columns)
     if absent := [name for name in columns.values() if name not in frame.columns]:
         raise no_column(frame, absent[0])
     values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").astype(float)
-    values.columns = pd.Index(list(columns))
-    unfinished = pd.Series(~frame.index.isin(complete(frame).index), frame.index)
-    bad: list[tuple[str, str, pd.Series]] = [("status", "", unfinished)]
+    values = values.set_axis(list(columns), axis=1)
+    bad = [("status", "", "not complete (status)", ~frame.index.isin(complete(frame).index))]
     for name, column in columns.items():
-        called, number = their_name(frame, column), values[name]
+        called, number = their_name(frame, column), values[name].to_numpy()
         if name in signed:
-            bad.append(("not finite", called, ~np.isfinite(number)))
+            bad.append(("not finite", called, f"with a missing or infinite {called}", ~np.isfinite(number)))
         else:
-            good = np.isfinite(number) & ((number > 0) | ((number == 0) & (name in may_be_zero)))
-            bad.append(("not positive", called, ~good))
-    bad.append(("repeat", "", _repeats(frame, values)))
-    keep, exclusions = pd.Series(True, index=frame.index), list(left_out_of(frame))
-    for kind, subject, out in bad:
+            good = (number > 0) & np.isfinite(number) | (number == 0) & (name in may_be_zero)
+            bad.append(("not positive", called, f"with a missing or non-positive {called}", ~good))
+    bad.append(("repeat", "", "that repeat another row exactly", _repeats(frame, values).to_numpy()))
+    keep, exclusions = np.ones(len(frame), dtype=bool), list(left_out_of(frame))
+    for kind, subject, text, out in bad:
         if number := int((keep & out).sum()):
-            exclusions.append(Exclusion(kind=kind, subject=subject, number=number))
+            exclusions.append(Exclusion(kind=kind, subject=subject, number=number, text=text))
         keep &= ~out
-    flags: tuple[Flag, ...] = ()
-    if best_by and (tuned := tuned or tuned_columns(frame[keep], used=columns.values())):
+    rows, values, flags = frame[keep], values[keep], tuple[Flag, ...]()
+    if best_by and (tuned := tuned or tuned_columns(rows, used=columns.values())):
         y = columns[best_by]
-        cell = dict.fromkeys([*cell_columns(frame[keep], y, tuned), *columns.values()])
-        rows = frame[keep].assign(**{y: values.loc[keep, best_by]})
-        best, flags = best_settings(rows, y, tuned, [name for name in cell if name != y])
+        cell = {*cell_columns(rows, y, tuned), *columns.values()} - {y}
+        best, flags = _best_settings(rows.assign(**{y: values[best_by]}), y, tuned, sorted(cell))
         if number := int((~best).sum()):
-            exclusions.append(Exclusion(kind="best of", subject=flags[0].subject, number=number))
-        keep &= best.reindex(frame.index, fill_value=False)
-    return Usable(rows=frame[keep], numbers=values[keep], exclusions=tuple(exclusions), flags=flags)
+            text = f"not the best {(subject := flags[0].subject)} of their cell"
+            exclusions.append(Exclusion(kind="best of", subject=subject, number=number, text=text))
+        rows, values = rows[best], values[best]
+    found = {"rows": rows, "numbers": values, "columns": columns, "num_rows": len(frame)}
+    return Observations(**found, exclusions=tuple(exclusions), flags=flags)
 
 
 def _repeats(frame: pd.DataFrame, values: pd.DataFrame) -> pd.Series:
     """Find rows equal to an earlier one in every column of the table, not in the used ones alone."""
     alike = values.duplicated(keep=False) & values.notna().all(axis=1)
-    if not alike.any():
-        return pd.Series(False, index=frame.index)
-    repeats = frame[alike].astype(str).duplicated()  # as text: cells may be lists
-    return repeats.reindex(frame.index, fill_value=False)
+    return frame[alike].astype(str).duplicated().reindex(frame.index, fill_value=False)  # as text: cells may be lists
 
 
-@dataclass(frozen=True, kw_only=True)
-class Observations:
-    """The points of a fit."""
+def _best_settings(
+    rows: pd.DataFrame, y: str, tuned: Sequence[str], cell: Sequence[str]
+) -> tuple[pd.Series, tuple[Flag, ...]]:
+    """Find the rows at the best setting of every cell: that of the lowest mean loss, or of the highest mean accuracy.
 
-    x: dict[str, Array]
-    """Variable -> values (n,)."""
-    y: Array
-    """Measurements (n,)."""
-    index: pd.Index
-    """Labels of the table's rows (n,)."""
-    columns: dict[str, str]
-    """Variable (and 'y') -> column of the table."""
-    exclusions: tuple[Exclusion, ...]
-    flags: tuple[Flag, ...]
-    """Cautions about these rows, as `usable_rows` gives them."""
-    num_rows: int
-    """Rows of the table as it was given: what was chosen from it (--where, --best-of) is no part of it any more."""
+    Returns:
+        Which rows to keep, and flags where that is a choice.
+    """
+    cells = rows.groupby(list(cell), dropna=False).ngroup() if cell else pd.Series(0, rows.index)
+    settings = rows.groupby([cells, *(rows[name] for name in tuned)], dropna=False).ngroup()
+    losses = (-rows[y] if named_like_accuracy(y) else rows[y]).groupby(settings).mean()
+    keep = settings.isin(losses.groupby(cells.groupby(settings).first()).idxmin())
+    several = {name: rows.groupby(cells)[name].agg(varies) for name in tuned}
+    names = [name for name in tuned if several[name].any()]
+    names = [name for name in names if not any(name in FOLLOWS.get(each, ()) for each in names[: names.index(name)])]
+    if not names:
+        return keep, ()
+    num, what = int(pd.concat(several, axis=1).any(axis=1).sum()), ", ".join(their_name(rows, name) for name in names)
+    text = f"Of several {what} the best of each of {num} cells is kept; the lowest of noisy losses is too low by part "
+    flags = [Flag(kind="tuned", subject=what, number=num, text=f"{text}of their noise.")]
+    for name in names:
+        values = pd.to_numeric(rows[name], errors="coerce")
+        best, tried = values[keep].groupby(cells[keep]).first(), values.groupby(cells)
+        for end, extreme in (("smallest", tried.min()), ("largest", tried.max())):
+            if num := int((several[name] & (best == extreme)).sum()):
+                what, where = their_name(rows, name), f"{num} of {several[name].sum()} cells"
+                text = f"The best {what} is the {end} that was tried in {where}, so a better one may lie beyond."
+                flags.append(Flag(kind="tuned_edge", subject=what, number=num, text=text))
+    return keep, tuple(flags)
+
+
+def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
+    """Keep of rows that differ in some tuned columns those of the lowest loss, its mean where seeds were run.
+
+    A cell is what agrees in everything else (`cell_columns`): another batch is another cell, unless tuned, too. The
+    frame remembers how many rows were left out.
+
+    Raises:
+        AnalysisError: no such column, or no two rows of a cell differ in them.
+    """
+    tuned, y = [our_name(frame, name) for name in names], our_name(frame, y)
+    for name in (*tuned, y):
+        if name not in frame:
+            raise no_column(frame, name, f" for {option('best-of')}")
+    found = usable_rows(frame, y, best_by=y, tuned=tuned)
+    if not found.flags:
+        also = [their_name(frame, name) for name in tuned_columns(found.rows, used=tuned)]
+        why = f"; name what was tuned with it, too: {some(also)}" if also else ""
+        raise AnalysisError(
+            f"{option('best-of', ', '.join(names))}: no two rows differ in nothing else, so there is no choice{why}"
+        )
+    return remember(found.rows.reset_index(drop=True), left_out=found.exclusions[len(left_out_of(frame)) :])
 
 
 def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Find the column of each variable: named by the caller, of the variable's own name, or the results table's.
-
-    Raises:
-        AnalysisError: a column is missing.
-    """
-    found = {}
-    for variable in law.variables:
-        name = (columns or {}).get(variable) or our_name(df, variable)
+    """Find the column of each variable: named by the caller, of the variable's own name, or the results table's."""
+    found = {v: (columns or {}).get(v) or our_name(df, v) for v in law.variables}
+    for variable, name in found.items():
         if name not in df.columns:
             of_one = f" (say of what the law is: {law.name}:N)" if variable == "x" else ""
             raise no_column(df, name, f" for {variable} of {law.formula}{of_one}")
-        found[variable] = name
     return found
 
 
@@ -178,40 +192,26 @@ def observe(
     num_free: int | None = None,
     zero_allowed: bool = False,
 ) -> Observations:
-    """Collect the points of a fit: the usable rows, with the reasons for leaving the others out.
-
-    Raises:
-        AnalysisError: missing column, too few points for the parameters, or a variable that takes one value only.
-    """
+    """Collect the points of a fit: the usable rows, more than parameters, of several values of every variable."""
     names = resolve_columns(law, df, columns)
     if y not in df.columns:
         raise no_column(df, y, " to fit")
-    columns_of = {**names, "y": y}
     signed, may_be_zero = () if positive_y else ("y",), names if zero_allowed else ()
-    found = usable_rows(df, columns_of, signed=signed, may_be_zero=may_be_zero, best_by="y")
-    points = found.numbers
-    free = len(law.parameters) if num_free is None else num_free
-    if len(points) <= free:
+    found = usable_rows(df, {**names, "y": y}, signed=signed, may_be_zero=may_be_zero, best_by="y")
+    free, num_points = len(law.parameters) if num_free is None else num_free, len(found.rows)
+    if num_points <= free:
         why = f" (left out: {'; '.join(map(str, found.exclusions))})" if found.exclusions else ""
         raise AnalysisError(
-            f"{law.formula} has {free} free parameters but the table has {len(points)} usable of {len(df)} points"
+            f"{law.formula} has {free} free parameters but the table has {num_points} usable of {len(df)} points"
             f"{why}; give at least {free + 1} or fix a parameter."
         )
-    for v, name in columns_of.items():
-        if points[v].nunique() < 2:
+    for v, name in found.columns.items():
+        if not varies(found.numbers[v]):
             raise AnalysisError(
-                f"{their_name(df, name)} takes the single value {points[v].iloc[0]:g} in all {len(points)} points, so "
-                f"{law.formula} cannot be fitted; vary it or choose another law."
+                f"{their_name(df, name)} takes the single value {found.numbers[v].iloc[0]:g} in all {num_points} "
+                f"points, so {law.formula} cannot be fitted; vary it or choose another law."
             )
-    return Observations(
-        x={v: points[v].to_numpy() for v in law.variables},
-        y=points["y"].to_numpy(),
-        index=points.index,
-        columns=columns_of,
-        exclusions=found.exclusions,
-        flags=found.flags,
-        num_rows=len(df),
-    )
+    return found
 
 
 def with_compute(df: pd.DataFrame) -> pd.DataFrame:
@@ -221,3 +221,30 @@ def with_compute(df: pd.DataFrame) -> pd.DataFrame:
         return df
     size, seen = (pd.to_numeric(df[name], errors="coerce").astype(float) for name in (n, d))  # integers overflow
     return df.assign(C=6 * size * seen)
+
+
+REPEATS_FROM = 1.01
+"""Passes over a pool above which images repeat; up to there a pool is seen once, but for the last batch."""
+
+
+def most_passes(rows: pd.DataFrame) -> float:
+    """Count the most passes over its pool that a row made, D / U; NaN where no row tells."""
+    names = ("images_seen", "unique_images")
+    return float((rows[names[0]] / rows[names[1]]).max()) if {*names} <= {*rows} else np.nan
+
+
+def passes_flags(rows: pd.DataFrame, what: str, at: Mapping[str, float]) -> tuple[Flag, ...]:
+    """Flag a scale, called `what`, that sees its pool more often than any of the rows that a law was fitted to.
+
+    Without a U the pool is the largest that rows of several D share: where each D has its own, so would a larger one.
+    """
+    most = most_passes(rows)
+    if np.isnan(most) or "D" not in at:
+        return ()
+    budgets = rows.groupby("unique_images")["images_seen"].nunique()
+    pool = at.get("U", budgets.index[budgets > 1].max())
+    passes = at["D"] / pool
+    if not passes > max(most, REPEATS_FROM):
+        return ()
+    text = f"{what} means {passes:.3g} passes over the pool of {human(pool)}, beyond the {most:.3g} that were seen."
+    return (Flag(kind="passes", subject=what, number=passes, text=text),)

@@ -6,28 +6,29 @@ import difflib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.accuracies import is_accuracy, with_accuracies
+from aimscale.analysis.table.accuracies import is_accuracy, to_numbers, typed, with_accuracies
 from aimscale.analysis.table.design import DEFAULT, DESIGN, SECTIONS, varies
-from aimscale.analysis.table.names import CANONICAL, FOLDER, LETTERS, column_words, joined, remember, their_name
-from aimscale.analysis.table.points import complete
-from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION, Column
-from aimscale.analysis.table.select import best_of, select
-from aimscale.analysis.table.wandb import from_wandb
+from aimscale.analysis.table.logs import from_wandb, run_logs
+from aimscale.analysis.table.names import CANONICAL, FOLDER, Exclusion, column_words, joined, remember, their_name
+from aimscale.analysis.table.points import best_of, complete
+from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION
+from aimscale.analysis.table.select import select
 
 _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")
 _NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
 """Whole numbers of a formula (the group), and the names that hold digits: powers of integers have no end."""
 MAX_BYTES = 10**9
 """A table is held in memory, and several times over."""
+MAX_LINES = 1000
+"""Lines of a text that are looked at to tell what parts its cells."""
 
 
 def read_tables(
@@ -45,14 +46,10 @@ def read_tables(
     Args:
         columns: our name -> the name in the files; see `read_table`.
         where: conditions that rows must meet, such as `prefix=paired` or `images_seen>=8000`; see `select`.
-        best: tuned columns, of which only the best value in each cell is kept; see `best_of`.
-        y: loss column that says what is best.
+        best: tuned columns, of which only the value of the lowest `y` in each cell is kept; see `best_of`.
 
     Returns:
         One frame, a row per run and budget.
-
-    Raises:
-        AnalysisError: no table, one that cannot be read, or conditions that no row meets.
 
     Example:
         >>> read_tables(["results.parquet", "more.parquet"], where=["D>=100000"])
@@ -60,10 +57,8 @@ def read_tables(
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise AnalysisError("name at least one table")
-    frames = []
-    for path in map(Path, given):
-        frame = read_table(path, columns)
-        frames.append(frame.assign(**{FOLDER: str(path if path.is_dir() else path.parent)}))
+    folders = [path if path.is_dir() else path.parent for path in map(Path, given)]
+    frames = [read_table(path, columns).assign(**{FOLDER: str(f)}) for path, f in zip(given, folders, strict=True)]
     chosen = select(with_setup(_each_run_once(frames)), where)
     return best_of(chosen, best, y) if best else chosen
 
@@ -71,11 +66,7 @@ def read_tables(
 def read_curves(paths: Sequence[str | Path]) -> pd.DataFrame:
     """Read the points during training of sweeps: `curves.parquet` of the folders that these tables are, or lie in.
 
-    Returns:
-        A row per run and point, as `read_table` gives it; empty where nothing was measured during training.
-
-    Raises:
-        AnalysisError: a file that cannot be read.
+    A row per run and point, as `read_table` gives it; empty where nothing was measured during training.
     """
     folders = dict.fromkeys(path if path.is_dir() else path.parent for path in map(Path, paths))
     frames = [read_table(file) for folder in folders if (file := folder / "curves.parquet").is_file()]
@@ -126,8 +117,8 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
     """Read a results table, or anybody's table of results, as a data frame with our names.
 
     Args:
-        path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, an export of Weights & Biases among them
-            (`from_wandb`), or a sweep's folder that holds `results.parquet`.
+        path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, an export of Weights & Biases among them; a
+            sweep's folder that holds `results.parquet`; or a folder of other people's runs (`run_logs`).
         columns: our name (or letter) -> the name in the file, or a formula of columns such as `6 * N * D` or
             `1 - accuracy` (a name with other characters in backticks); a file's own N, D, U, C and L are taken for the
             laws' letters, other columns that are not named keep their names. TASK:KIND -> an accuracy from 0 to 1,
@@ -144,30 +135,32 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
         >>> read_table("losses.csv", {"N": "params", "D": "images", "L": "loss"})
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / "results.parquet"
-    frame = _read_file(path)
+    frame = _read_file(path / "results.parquet" if (path / "results.parquet").is_file() else path)
     if frame.empty:
         raise AnalysisError(f"{path} has no rows; collect the sweep's results first")
     frame, known = from_wandb(frame, path)
-    frame = _rename(frame, known | {CANONICAL.get(o, o): t for o, t in (columns or {}).items()}, path)
+    columns = known | {CANONICAL.get(ours, ours): theirs for ours, theirs in (columns or {}).items()}
+    frame = _without_words(_rename(frame, columns, path))
     for name in [name for name in frame.columns if name in KNOWN]:
-        frame[name] = _coerce(frame[name], KNOWN[name], path, their_name(frame, name))
-    return frame
+        frame[name] = typed(frame[name], KNOWN[name], path, their_name(frame, name))
+    accuracies = {ours: theirs for ours, theirs in columns.items() if is_accuracy(ours)}
+    return with_accuracies(frame, accuracies, path) if accuracies else frame
 
 
 def _read_file(path: Path) -> pd.DataFrame:
-    if not path.is_file():  # a pipe or a device would be waited for, or read without end
+    if not (path.is_file() or path.is_dir()):  # a pipe or a device would be waited for, or read without end
         there = [each.name for each in path.parent.glob("*") if each.suffix in _READERS]
         near = difflib.get_close_matches(path.name, there, n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give another path, or `aimscale collect` a sweep"
         raise AnalysisError(f"there is no table {path}; {hint}")
-    if path.suffix not in _READERS:
+    if path.is_file() and path.suffix not in _READERS:
         raise AnalysisError(f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     if path.stat().st_size > MAX_BYTES:
         raise AnalysisError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a row per run and budget")
     try:
-        return _READERS[path.suffix](path)
+        return run_logs(path) if path.is_dir() else _READERS[path.suffix](path)
+    except AnalysisError:
+        raise
     except Exception as error:  # whatever damaged bytes make a parser raise
         reason = " ".join(str(error).split())[:160]
         raise AnalysisError(
@@ -180,25 +173,32 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     table.validate(full=True)  # else bytes that are no text fail where they are first used
     version = int((table.schema.metadata or {}).get(b"aimscale_schema_version", b"0"))
     if version > SCHEMA_VERSION:
-        raise AnalysisError(
-            f"{path} was written with schema {version}, newer than {SCHEMA_VERSION} known here; update aimscale"
-        )
+        raise AnalysisError(f"{path} has schema {version}, newer than {SCHEMA_VERSION} known here; update aimscale")
     frame = table.to_pandas()
     frame.columns = frame.columns.map(str)  # pandas brings numbers back as names
     return frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
 
 
-def _read_text(path: Path, sep: str) -> pd.DataFrame:
-    """Read a table as text; lines at its top that begin with # say where it comes from."""
+def _read_text(path: Path) -> pd.DataFrame:
+    """Read a table as text; lines at its top that begin with # say where it comes from.
+
+    Cells are parted by what parts most of the head: commas, semicolons or tabs. Beside semicolons 1,5 is a number.
+    """
     with path.open(errors="replace") as file:
-        notes = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), file))
-    return pd.read_csv(path, sep=sep, skiprows=notes)
+        lines = list(itertools.islice(file, MAX_LINES))
+    notes = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), lines))
+    sep = max(",;\t", key="".join(lines[notes : notes + 1]).count)
+    if sep != ";" or not re.search(r"(^|;)\s*-?\d+,\d+\s*[a-zA-Z%]?\s*(;|$)", "".join(lines), re.MULTILINE):
+        return pd.read_csv(path, sep=sep, skiprows=notes)
+    frame = pd.read_csv(path, sep=sep, skiprows=notes, decimal=",")
+    texts = frame.select_dtypes(exclude="number")  # words among numbers, or suffixes
+    return frame.assign(**texts.replace(r"^(\s*[-+]?\d+),(\d+\D*)$", r"\1.\2", regex=True))
 
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".parquet": _read_parquet,
-    ".csv": lambda path: _read_text(path, ","),
-    ".tsv": lambda path: _read_text(path, "\t"),
+    ".csv": _read_text,
+    ".tsv": _read_text,
     ".jsonl": lambda path: pd.read_json(path, lines=True),
 }
 SUFFIXES = tuple(_READERS)
@@ -206,47 +206,36 @@ SUFFIXES = tuple(_READERS)
 
 
 def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:
-    """Put our names for theirs; the frame remembers theirs, formulas included."""
-    accuracies = {ours: theirs for ours, theirs in columns.items() if is_accuracy(ours)}
-    columns = _with_letters(frame, {ours: theirs for ours, theirs in columns.items() if ours not in accuracies})
-    named = {ours: theirs for ours, theirs in columns.items() if theirs in frame.columns}
-    gone = ({*columns, *named.values()} - {"probes"}) | {*accuracies.values()}
-    renamed = frame.drop(columns=[name for name in frame.columns if name in gone])
-    renamed = renamed.assign(**{ours: frame[theirs] for ours, theirs in named.items()})
-    for ours in [ours for ours in columns if ours not in named]:
-        renamed[ours] = _computed(columns[ours], frame, renamed, path)
-    if accuracies:
-        if "probes" in renamed:
-            renamed["probes"] = _coerce(renamed["probes"], KNOWN["probes"], path, "probes")
-        values = {
-            ours: frame[theirs] if theirs in frame.columns else _computed(theirs, frame, renamed, path)
-            for ours, theirs in accuracies.items()
-        }
-        renamed = with_accuracies(renamed, values, accuracies, path)
-    return remember(renamed, names={ours: theirs for ours, theirs in columns.items() if ours != theirs})
+    """Put our names for theirs; the frame remembers theirs, formulas included.
 
-
-def _with_letters(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
-    """Add the file's own letters to `columns`: N is the law's N where it holds numbers and no other was named.
-
-    Such a column of another meaning (L for layers beside a loss of another name) keeps its values under another name.
+    Letters of the file are a law's where they hold numbers: N is the law's N, unless another column was named so. Such
+    a column of another meaning (L for layers beside a loss of another name) keeps its values under another name.
     """
     letters = [letter for letter in CANONICAL if letter in frame.columns and letter not in columns.values()]
-    theirs = [letter for letter in letters if pd.to_numeric(frame[letter], errors="coerce").notna().any()]
-    free = {CANONICAL[letter]: letter for letter in theirs if CANONICAL[letter] not in {*columns, *frame.columns}}
-    other = {f"their {letter}": letter for letter in theirs if CANONICAL[letter] in columns}
-    return {**free, **other, **columns}
+    letters = [letter for letter in letters if to_numbers(frame[letter]).notna().any()]
+    free = {CANONICAL[letter]: letter for letter in letters if CANONICAL[letter] not in {*columns, *frame.columns}}
+    other = {f"their {letter}": letter for letter in letters if CANONICAL[letter] in columns}
+    columns = {**free, **other, **columns}
+    named = {ours: theirs for ours, theirs in columns.items() if theirs in frame.columns}
+    gone = {*columns, *named.values()}
+    renamed = frame.drop(columns=[name for name in frame.columns if name in gone])
+    renamed = renamed.assign(**{ours: frame[theirs] for ours, theirs in named.items()})
+    for ours in sorted((name for name in columns if name not in named), key=is_accuracy):
+        renamed[ours] = _computed(columns[ours], frame, renamed, path)
+    return remember(renamed, names={o: t for o, t in columns.items() if o != t and not is_accuracy(o)})
 
 
 def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path) -> pd.Series:
     """Make a column of others, by their names or a law's letters; whole numbers as floats, for 6 N D outgrows int64."""
-    known = pd.DataFrame({**theirs, **ours, **{LETTERS[name]: ours[name] for name in LETTERS if name in ours}})
-    whole = known.select_dtypes("integer").columns
+    known = pd.DataFrame(
+        {**theirs, **ours, **{letter: ours[name] for letter, name in CANONICAL.items() if name in ours}}
+    )
+    for name in [name for name in known if str(name) in formula and not pd.api.types.is_bool_dtype(known[name])]:
+        numbers = to_numbers(known[name]).astype(float)
+        known[name] = numbers if numbers.notna().any() else known[name]
     as_floats = _NUMBER.sub(lambda found: f"{found[1]}.0" if found[1] else found[0], formula)
     try:
-        found = known.astype(dict.fromkeys(whole, float)).eval(
-            as_floats, engine="python", local_dict={}, global_dict={}
-        )
+        found = known.eval(as_floats, engine="python", local_dict={}, global_dict={})
         if isinstance(found, pd.DataFrame):
             raise ValueError("it has a '='")
         return pd.Series(found, index=theirs.index)
@@ -257,53 +246,18 @@ def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path
         ) from error
 
 
-def _coerce(values: pd.Series, column: Column, path: Path, called: str) -> pd.Series:
-    """Type one column; the only text that may stand for a missing number is an empty one."""
-    if column.dtype == "probes":
-        parsed = [_parse_probes(value, row, path) for row, value in enumerate(values, 1)]
-        return pd.Series(parsed, index=values.index, dtype=object)
-    if column.dtype not in ("int64", "float64"):
-        return values.astype(object).map(str, na_action="ignore").where(values.notna(), None)
-    numbers = pd.to_numeric(values, errors="coerce")
-    bad = numbers.isna() & values.notna()
-    if bad.any():
-        row = int(np.flatnonzero(bad.to_numpy())[0])
-        raise AnalysisError(
-            f"{path}: column '{called}' holds {values.iloc[row]!r:.60} in row {row + 1}; make it a number"
-        )
-    whole = column.dtype == "int64" and numbers.notna().all() and (numbers % 1 == 0).all()
-    return numbers.astype("int64" if whole else "float64")
-
-
-def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
-    """Read the entries of a cell: names as texts, numbers as numbers, missing ones left out."""
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return []
-    try:
-        listed = json.loads(value) if isinstance(value, str) else value
-        if np.isscalar(listed):
-            typed = option("columns", "TASK:KIND=THEIRS")
-            raise TypeError(f"{listed!r:.60} is a number; name an accuracy with {typed}")
-        return [_typed(dict(entry)) for entry in listed]
-    except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
-        raise AnalysisError(f"{path}: 'probes' of row {row} is no list of probes ({error}); correct it") from error
-
-
-def _typed(entry: dict[str, Any]) -> dict[str, Any]:
-    """Type the fields of a probe; task and kind must be there."""
-    for name in ("task", "kind"):
-        if not isinstance(entry[name], str | int | float):
-            raise TypeError(f"its {name} is {entry[name]!r:.60}")
-    known = {each.name: _TYPES[each.dtype] for each in PROBE_FIELDS if each.dtype != "json"}
-    return {**entry, **{k: known[k](v) for k, v in entry.items() if k in known and v is not None}}
-
-
-_TYPES: dict[str, Callable[[Any], Any]] = {
-    "string": str,
-    "int64": float,
-    "float64": float,
-    "list<int64>": lambda values: [int(each) for each in values],
-}
+def _without_words(frame: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the rows whose loss is a word, such as `diverged`, where others are numbers."""
+    numbers = to_numbers(frame["val_loss"]) if "val_loss" in frame else pd.Series(dtype=float)
+    if numbers.isna().all():
+        return frame
+    words = frame["val_loss"].where(numbers.isna()).dropna().map(str)
+    called = their_name(frame, "val_loss")
+    left_out = [
+        Exclusion(kind="word", subject=word, number=number, text=f"with {word!r:.60} in {called}")
+        for word, number in Counter(words).items()
+    ]
+    return remember(frame.drop(index=words.index).reset_index(drop=True), left_out=left_out)
 
 
 def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
@@ -339,7 +293,7 @@ def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
     """
     if "setup" not in frame:
         return frame
-    setups = frame["setup"].astype(object).map(_setup, na_action="ignore")
+    setups = frame["setup"].astype(object).map(_setup_words, na_action="ignore")
     own = {"schedule.kind", *(f"{part}.{name}" for part in SECTIONS for name in DESIGN)}
     new = {}
     for name in sorted({key for setup in setups.dropna() for key in setup}):
@@ -349,7 +303,7 @@ def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**new)
 
 
-def _setup(text: str) -> dict[str, str]:
+def _setup_words(text: str) -> dict[str, str]:
     """Write the fields of a set-up in words that can be compared and shown."""
     try:
         return {key: f"{v:.12g}" if type(v) in (int, float) else str(v) for key, v in json.loads(text).items()}

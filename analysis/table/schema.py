@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,18 +22,17 @@ from pyarrow.csv import write_csv
 
 from aimscale.analysis.display import plain_types
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.words import human
 
 SCHEMA_VERSION = 1
 """Rises when a column changes its meaning, unit or type; a reader refuses a newer table than it knows."""
 
-ABANDONED_S = 60.0
-"""A file that was being written, and was not for so long, is what a kill left."""
-
 Dtype = Literal["string", "int64", "float64", "list<int64>", "probes", "json"]
+Role = Literal["", "scale", "design", "source"]
 
 
 class Column(NamedTuple):
-    """One column of the table, or one field of a probe."""
+    """One column of the table, or one field of a probe, and how it is shown."""
 
     name: str
     """Name in Parquet, in CSV and in data frames."""
@@ -42,6 +42,34 @@ class Column(NamedTuple):
     """Unit of a number, or an empty string."""
     meaning: str
     """What the value says, in words."""
+    role: Role = ""
+    """`scale`: runs of one experiment may differ in it; `design`: runs that differ in it are other experiments;
+    `source`: says where a row comes from."""
+    label: str = ""
+    """Label of an axis, where it is not the name; behind the letter of a law and a colon for one of its variables."""
+    head: str = ""
+    """Heading in a table of a page, where it is not the name in words."""
+
+    @property
+    def heading(self) -> str:
+        """Heading in a table of a page."""
+        return self.head or self.name.replace("_", " ")
+
+    @property
+    def axis_label(self) -> str:
+        """Label of an axis."""
+        return self.label or (f"{self.name} ({self.unit})" if self.unit else self.name)
+
+    def cell(self, value: Any) -> str:
+        """Write a value as a reader of a table sees it; fractions as per cent, without the sign."""
+        if isinstance(value, str):
+            return value
+        if value is None or math.isnan(value):
+            return "–"
+        if self.dtype == "int64":
+            return f"{value:,.0f}"
+        written = {"fraction": f"{100 * value:.1f}", "normalised MSE": f"{value:.4f}"}
+        return written.get(self.unit, human(value))
 
 
 PROBE_FIELDS = tuple(
@@ -68,65 +96,75 @@ PROBE_FIELDS = tuple(
         ("weight_decay", "float64", "", "Chosen weight decay"),
         ("extra", "json", "", "Further keys that the probe wrote"),
     )
-)
+)  # fmt: skip
 """Fields of one entry of the column `probes`."""
 
 COLUMNS = tuple(
     Column(*row)
     for row in (
-        ("schema_version", "int64", "", "Version of this schema"),
-        ("sweep", "string", "", "Name of the sweep"),
-        ("run_id", "string", "", "Identity of the run: readable slug and hash of what defines its result"),
+        ("schema_version", "int64", "", "Version of this schema", "source"),
+        ("sweep", "string", "", "Name of the sweep", "source"),
+        ("run_id", "string", "", "Identity of the run: slug and hash of what defines its result", "", "", "run"),
         ("status", "string", "", "Of this budget: complete, unfinished, diverged, failed; during: of a point"),
-        ("size", "string", "", "Named model size"),
-        ("seed", "int64", "", "Seed of the initial weights and of the stream"),
-        ("images_seen", "int64", "images", "D: training images seen, repeats included"),
-        ("unique_images", "int64", "images", "U: different training images in the pool"),
+        ("size", "string", "", "Named model size", "scale"),
+        ("seed", "int64", "", "Seed of the initial weights and of the stream", "scale"),
+        ("images_seen", "int64", "images", "D: training images seen, repeats included",
+         "scale", "D: training images seen", "D"),
+        ("unique_images", "int64", "images", "U: different training images in the pool",
+         "scale", "U: different training images", "U"),
         ("epochs", "float64", "passes", "images_seen / unique_images"),
-        ("batch_size", "int64", "images", "Images per optimiser step, over all ranks"),
-        ("lr_peak", "float64", "", "Learning rate after warm-up"),
-        ("lr_multiplier", "float64", "", "Factor on the recipe's learning rate; null for a run that no sweep planned"),
-        ("schedule", "string", "", "wsd or cosine"),
-        ("precision", "string", "", "fp32 or bf16"),
-        ("patch_order", "string", "", "Order in which patches are predicted"),
-        ("prefix", "string", "", "How prefix lengths are drawn; null for a masked model"),
-        ("target", "string", "", "normalised (per patch, as in the paper) or raw pixels"),
-        ("head_rule", "string", "", "How the pixel head follows the backbone"),
-        ("head_width", "int64", "channels", "Width of the pixel head's blocks; null for a linear head"),
-        ("head_depth", "int64", "blocks", "Blocks of the pixel head; 0 where a linear layer is all of it"),
+        ("batch_size", "int64", "images", "Images per optimiser step, over all ranks", "scale"),
+        ("lr_peak", "float64", "", "Learning rate after warm-up", "scale"),
+        ("lr_multiplier", "float64", "", "Factor on the recipe's learning rate; null for an unplanned run", "scale"),
+        ("schedule", "string", "", "wsd or cosine", "design"),
+        ("precision", "string", "", "fp32 or bf16", "design"),
+        ("patch_order", "string", "", "Order in which patches are predicted", "design"),
+        ("prefix", "string", "", "How prefix lengths are drawn; null for a masked model", "design"),
+        ("target", "string", "", "normalised (per patch, as in the paper) or raw pixels", "design"),
+        ("head_rule", "string", "", "How the pixel head follows the backbone", "design"),
+        ("head_width", "int64", "channels", "Width of the pixel head's blocks; null for a linear head", "scale"),
+        ("head_depth", "int64", "blocks", "Blocks of the pixel head; 0 where a linear layer is all of it", "scale"),
         ("setup", "json", "", "Configuration fields off their defaults, but for scale, data, rate, batch and probes"),
-        ("image_size", "int64", "pixels", "Side of the square input"),
-        ("patch_size", "int64", "pixels", "Side of a patch"),
+        ("image_size", "int64", "pixels", "Side of the square input", "design"),
+        ("patch_size", "int64", "pixels", "Side of a patch", "design"),
         ("params_preprocessor", "int64", "parameters", "Patch embedding and its norm"),
-        ("params_trunk", "int64", "parameters", "Transformer backbone: what the paper calls the size"),
-        ("params_head", "int64", "parameters", "Pixel head, thrown away after pre-training"),
-        ("params_total", "int64", "parameters", "N: preprocessor, backbone and head"),
+        ("params_trunk", "int64", "parameters", "Transformer backbone: what the paper calls the size",
+         "", "N: backbone parameters"),
+        ("params_head", "int64", "parameters", "Pixel head, not kept after training", "", "N: pixel-head parameters"),
+        ("params_total", "int64", "parameters", "N: preprocessor, backbone and head",
+         "", "N: parameters, pixel head included", "N"),
         ("flops_per_image", "float64", "FLOP", "Training FLOPs of one image (3 x forward, head and attention counted)"),
-        ("flops_train", "float64", "FLOP", "C: flops_per_image x images_seen"),
-        ("flops_6nd", "float64", "FLOP", "6 x params_total x tokens seen, the usual approximation of C"),
-        ("flops_executed", "float64", "FLOP", "C without what training skips (tokens that are not scored)"),
-        ("val_loss", "float64", "normalised MSE", "L: mean squared error per scored target on fixed held-out images"),
-        ("val_loss_se", "float64", "normalised MSE", "Standard error of val_loss over validation images"),
-        ("val_num_images", "int64", "images", "Validation images"),
-        ("train_loss", "float64", "normalised MSE", "Mean training loss over the last 5 % of the budget"),
+        ("flops_train", "float64", "FLOP", "C: flops_per_image x images_seen",
+         "", "C: training compute (FLOP)", "C (FLOP)"),
+        ("flops_6nd", "float64", "FLOP", "6 x params_total x tokens seen, the usual approximation of C",
+         "", "C: training compute, 6 × N × tokens (FLOP)"),
+        ("flops_executed", "float64", "FLOP", "C without what training skips (tokens that are not scored)",
+         "", "C: training compute, executed (FLOP)"),
+        ("val_loss", "float64", "normalised MSE", "L: mean squared error per scored target on fixed held-out images",
+         "", "validation loss", "loss"),
+        ("val_loss_se", "float64", "normalised MSE", "Standard error of val_loss over validation images", "", "", "SE"),
+        ("val_num_images", "int64", "images", "Validation images", "design"),
+        ("train_loss", "float64", "normalised MSE", "Mean over the last 5 % of the budget", "", "training loss"),
         ("probes", "probes", "", "Frozen-feature results: a list of entries with PROBE_FIELDS"),
         ("wall_s", "float64", "s", "Wall time of training to this budget; validation and probes are not in it"),
         ("device_hours", "float64", "h", "Wall time x devices, in hours"),
         ("images_per_s", "float64", "images/s", "Training throughput over all ranks"),
-        ("mfu_published", "float64", "fraction", "FLOPs by flops_per_image over the device's nominal peak"),
-        ("mfu", "float64", "fraction", "FLOPs executed over the matrix-multiplication peak measured on the device"),
+        ("mfu_published", "float64", "fraction", "FLOPs by flops_per_image over the device's nominal peak",
+         "", "", "MFU published/nominal (%)"),
+        ("mfu", "float64", "fraction", "FLOPs executed over the matrix-multiplication peak measured on the device",
+         "", "", "MFU executed/measured (%)"),
         ("num_skipped_steps", "int64", "steps", "Optimiser steps skipped because of non-finite gradients"),
         ("num_bad_samples", "int64", "images", "Samples that could not be decoded"),
-        ("device", "string", "", "Device model"),
-        ("world_size", "int64", "", "Number of ranks"),
-        ("zero_stage", "int64", "", "DeepSpeed ZeRO stage"),
+        ("device", "string", "", "Device model", "source"),
+        ("world_size", "int64", "", "Number of ranks", "source"),
+        ("zero_stage", "int64", "", "DeepSpeed ZeRO stage", "source"),
         ("config_hash", "string", "", "Hash of what is trained, as in the run's name"),
-        ("data_fingerprint", "string", "", "Fingerprint of the training data"),
-        ("git_commit", "string", "", "Commit of the code, with a mark when the tree was dirty"),
+        ("data_fingerprint", "string", "", "Fingerprint of the training data", "design"),
+        ("git_commit", "string", "", "Commit of the code, with a mark when the tree was dirty", "source"),
         ("finished_at", "string", "UTC", "When the row was written, ISO 8601"),
         ("extra", "json", "", "Further keys that the run wrote"),
     )
-)
+)  # fmt: skip
 """The schema, in the order in which columns are written."""
 
 OF_CURVES = (Column("lr", "float64", "", "Learning rate at that point"),)
@@ -138,23 +176,23 @@ MFU = {"mfu_published": "published/nominal", "mfu": "executed/measured"}
 """Columns of model FLOPs utilisation: which FLOPs over which peak."""
 
 
-def _arrow_type(dtype: Dtype) -> pa.DataType:
-    if dtype == "probes":
-        return pa.list_(pa.struct([_arrow_field(field) for field in PROBE_FIELDS]))
+def described(name: str) -> Column:
+    """Describe a column of any table: as the schema does, or by its name alone."""
+    return KNOWN.get(name) or Column(name, "float64", "", "")
+
+
+def _field(column: Column) -> pa.Field:
+    """Describe a column to Arrow: type, unit and meaning."""
     simple = {"string": pa.string(), "json": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
-    return simple[dtype] if dtype in simple else pa.list_(pa.int64())
-
-
-def _arrow_field(column: Column) -> pa.Field:
-    note = {"unit": column.unit, "meaning": column.meaning}
-    return pa.field(column.name, _arrow_type(column.dtype), metadata=note)
+    kind = simple.get(column.dtype, pa.list_(pa.int64()))
+    if column.dtype == "probes":
+        kind = pa.list_(pa.struct([_field(field) for field in PROBE_FIELDS]))
+    return pa.field(column.name, kind, metadata={"unit": column.unit, "meaning": column.meaning})
 
 
 def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = ()) -> pa.Table:
     """Build the typed table from row dictionaries, as in `results.json`: unit and meaning stand on every field, the
-    version on the table.
-
-    A missing key becomes null; an unknown one goes to `extra`.
+    version on the table. A missing key becomes null; an unknown one goes to `extra`.
 
     Args:
         more: columns beside those of the schema.
@@ -162,11 +200,16 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
     Raises:
         AnalysisError: a value does not fit its column.
     """
-    fields = [_arrow_field(column) for column in COLUMNS + more]
-    schema = pa.schema(fields, metadata={"aimscale_schema_version": str(SCHEMA_VERSION)})
+    fields = [_field(column) for column in COLUMNS + more]
     typed = [_typed_row(row, COLUMNS + more) for row in rows]
-    columns = [_column([row[field.name] for row in typed], field) for field in schema]
-    return pa.Table.from_arrays(columns, schema=schema)
+    arrays = []
+    for field in fields:
+        try:
+            arrays.append(pa.array([row[field.name] for row in typed], field.type))
+        except (pa.ArrowException, TypeError, OverflowError) as error:
+            raise AnalysisError(f"'{field.name}' holds what is no {field.type} ({error}); correct it") from error
+    version = {"aimscale_schema_version": str(SCHEMA_VERSION)}
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=version))
 
 
 def hits_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
@@ -177,13 +220,6 @@ def hits_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """
     key = [(name, pa.int64() if name == "images_seen" else pa.string()) for name in HITS_KEY]
     return pa.Table.from_pylist(list(rows), pa.schema([*key, ("num_test", pa.int64()), ("hits", pa.binary())]))
-
-
-def _column(values: Sequence[Any], field: pa.Field) -> pa.Array:
-    try:
-        return pa.array(values, field.type)
-    except (pa.ArrowException, TypeError, OverflowError) as error:
-        raise AnalysisError(f"'{field.name}' holds what is no {field.type} ({error}); correct it") from error
 
 
 def _typed_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:
@@ -217,19 +253,18 @@ def _json(value: Any) -> str:
 def written_aside(path: Path) -> Iterator[Path]:
     """Give a path to write to, which replaces `path` at the block's end; after an error nothing is left.
 
-    What writers left that were killed goes, once it is old enough to be nobody's.
+    What writers left that were killed goes, once it is a minute old.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > ABANDONED_S:
+            if time.time() - left.stat().st_mtime > 60:
                 left.unlink()
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside
         os.replace(aside, path)
-    except BaseException:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Which rows of a table are used: conditions (`--where`), the best of what was tuned, one experiment, fresh data."""
+"""Which rows of a table are chosen: by conditions (`--where`), one experiment, fresh data, the envelope."""
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 
@@ -10,20 +11,17 @@ import pandas as pd
 from scipy.stats import ttest_1samp
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.design import (
-    PROVENANCE,
-    design_columns,
-    experiment_columns,
-    tuned_columns,
-    varies,
-    with_size,
-)
+from aimscale.analysis.table.design import PROVENANCE, design_columns, experiment_columns, varies
 from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
-from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows
-from aimscale.analysis.table.tuned import cell_columns
+from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes
 from aimscale.analysis.words import Flag, some
 
 _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
+_ORDER = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+FEW_PASSES = 4.0
+"""Passes over a pool that are worth nearly as much as new data (Muennighoff et al. 2023)."""
+CHANCE = 0.01
+"""Probability of chance below which losses of two folders differ."""
 
 
 def spaced(num: int, most: int) -> np.ndarray:
@@ -41,74 +39,37 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
     """
     for text in map(str.strip, conditions):
         chosen = PARTS[text](frame) if text in PARTS else frame[_condition(frame, text)]
-        if number := len(frame) - len(chosen):
-            chosen = remember(chosen, left_out=(Exclusion(kind="where", subject=text, number=number),))
-        frame = chosen
+        number, why = len(frame) - len(chosen), f"not chosen by {option('where', text)}"
+        frame = remember(chosen, left_out=[Exclusion(kind="where", subject=text, number=number, text=why)])
     return frame.reset_index(drop=True) if conditions else frame
 
 
-def _condition(frame: pd.DataFrame, text: str) -> np.ndarray:
+def _condition(frame: pd.DataFrame, text: str) -> pd.Series:
     """Find the rows (n,) that meet a condition."""
     found = _CONDITION.fullmatch(text)
     if found is None:
         raise AnalysisError(f"{option('where')} needs a condition such as prefix=paired or D>=8000, not '{text}'")
-    name = our_name(frame, found["name"])
+    name, sign, wanted = our_name(frame, found["name"]), found["sign"], found["value"]
     if name not in frame:
         raise no_column(frame, name, f" for {option('where', text)}")
-    meets = _meets(frame[name], found["sign"], found["value"], text)
+    words, numbers = frame[name].astype(str), pd.to_numeric(frame[name], errors="coerce")
+    if sign in _ORDER:
+        limit = pd.to_numeric(wanted, errors="coerce")
+        if np.isnan(limit) or numbers.isna().all():
+            raise AnalysisError(f"{option('where', text)}: only numbers can be compared by {sign}")
+        meets = _ORDER[sign](numbers, limit)
+    else:
+        choice = [each.strip() for each in wanted.split("|")]
+        equal = words.isin(choice) | numbers.isin(pd.to_numeric(pd.Series(choice), errors="coerce").dropna())
+        meets = ~equal if sign == "!=" else equal
     if not meets.any():
-        values = some([f"{each:.40}" for each in frame[name].dropna().astype(str).unique()])
+        values = some([f"{each:.40}" for each in words[frame[name].notna()].unique()])
         raise AnalysisError(f"{option('where', text)}: no row is left; {name} takes {values}")
     return meets
 
 
-def _meets(values: pd.Series, sign: str, value: str, text: str) -> np.ndarray:
-    if sign in ("=", "!="):
-        equal = np.logical_or.reduce([_equals(values, part.strip()) for part in value.split("|")])
-        return ~equal if sign == "!=" else equal
-    numbers = pd.to_numeric(values, errors="coerce").to_numpy(float)
-    limit = pd.to_numeric(value, errors="coerce")
-    if np.isnan(limit) or np.isnan(numbers).all():
-        raise AnalysisError(f"{option('where', text)}: only numbers can be compared by {sign}")
-    with np.errstate(invalid="ignore"):
-        return {"<=": numbers <= limit, ">=": numbers >= limit, "<": numbers < limit, ">": numbers > limit}[sign]
-
-
-def _equals(values: pd.Series, wanted: str) -> np.ndarray:
-    same = values.astype(str).to_numpy() == wanted
-    return same | (pd.to_numeric(values, errors="coerce") == pd.to_numeric(wanted, errors="coerce")).to_numpy(bool)
-
-
-def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
-    """Keep of rows that differ in some tuned columns those of the lowest loss, its mean where seeds were run.
-
-    A cell is what agrees in everything else (`cell_columns`): another batch is another cell, unless tuned, too.
-
-    Returns:
-        The best rows, in order. The frame remembers how many were left out.
-
-    Raises:
-        AnalysisError: no such column, or no two rows of a cell differ in them.
-    """
-    tuned, y = [our_name(frame, name) for name in names], our_name(frame, y)
-    for name in (*tuned, y):
-        if name not in frame:
-            raise no_column(frame, name, f" for {option('best-of')}")
-    found = usable_rows(frame, y, best_by=y, tuned=tuned)
-    if not found.flags:
-        also = [their_name(frame, name) for name in tuned_columns(found.rows, used=tuned)]
-        why = f"; name what was tuned with it, too: {some(also)}" if also else ""
-        raise AnalysisError(
-            f"{option('best-of', ', '.join(names))}: no two rows differ in nothing else, so there is no choice{why}"
-        )
-    return remember(found.rows.reset_index(drop=True), left_out=found.exclusions[len(left_out_of(frame)) :])
-
-
 def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Keep the experiment with most (size, images seen) cells; with most rows among equals.
-
-    A table that mixes, say, attention kinds and head depths holds several; a law fitted to all of them would take their
-    differences for scatter.
 
     Returns:
         The rows, and what they have in common that others do not; an empty text where there are no others.
@@ -119,10 +80,6 @@ def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     groups = [rows for _, rows in frame.groupby(names, dropna=False, sort=True)]
     best = max(groups, key=lambda rows: (_num_cells(rows), len(rows)))
     return best, ", ".join(f"{name} {best[name].iloc[0]}" for name in names)
-
-
-FEW_PASSES = 4.0
-"""Passes over a pool that are worth nearly as much as new data (Muennighoff et al. 2023)."""
 
 
 def fresh_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -136,12 +93,11 @@ def fresh_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         return frame, ""
     groups = [rows for _, rows in frame.groupby(name, sort=True)]
     best = max(groups, key=lambda rows: (_num_cells(rows), rows[name].iloc[0]))
-    words = f"{best[name].iloc[0]:,.0f} {their_name(frame, name, 'unique images')}"
-    if "images_seen" in frame:
+    if "images_seen" in frame and (best["images_seen"] / best[name]).median() > FEW_PASSES:
         few = frame[frame["images_seen"] <= FEW_PASSES * frame[name]]
-        if (best["images_seen"] / best[name]).median() > FEW_PASSES and 3 * _num_cells(few) >= _num_cells(best):
-            best, words = few, f"at most {FEW_PASSES:g} passes over their pool"
-    return best, words
+        if 3 * _num_cells(few) >= _num_cells(best):
+            return few, f"at most {FEW_PASSES:g} passes over their pool"
+    return best, f"{best[name].iloc[0]:,.0f} {their_name(frame, name, 'unique images')}"
 
 
 def _num_cells(rows: pd.DataFrame) -> int:
@@ -150,19 +106,21 @@ def _num_cells(rows: pd.DataFrame) -> int:
 
 
 def lower_envelope(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the complete rows whose loss no complete row of equal or lower compute undercuts.
-
-    Raises:
-        AnalysisError: a column is missing.
-    """
+    """Keep the complete rows whose loss no complete row of equal or lower compute undercuts."""
     x, y = "flops_train", "val_loss"
-    for name in (x, y):
-        if name not in frame:
-            raise no_column(frame, name)
+    if absent := [name for name in (x, y) if name not in frame]:
+        raise no_column(frame, absent[0])
     rows = complete(frame)
     ordered = rows[(rows[x] > 0) & (rows[y] > 0)].sort_values([x, y], kind="stable")
-    best_before = np.minimum.accumulate(np.r_[np.inf, ordered[y].to_numpy()[:-1]])
-    return ordered[ordered[y].to_numpy() < best_before]
+    return ordered[ordered[y] < ordered[y].cummin().shift(fill_value=np.inf)]
+
+
+PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "main": lambda frame: main_part(frame)[0],
+    "fresh": lambda frame: fresh_part(frame)[0],
+    "envelope": lower_envelope,
+}
+"""What `--where` knows by name."""
 
 
 def envelope_flags(envelope: pd.DataFrame) -> tuple[Flag, ...]:
@@ -175,15 +133,8 @@ def envelope_flags(envelope: pd.DataFrame) -> tuple[Flag, ...]:
     sizes = envelope.sort_values("flops_train")["params_total"].to_numpy()
     ends = [int(np.argmax(np.r_[each != each[0], True])) for each in (sizes, sizes[::-1])]
     own = sum(end for end in ends if end > 1) if ends[0] < len(sizes) else len(sizes)
-    return (Flag(kind="envelope_ends", number=own, more=(len(sizes),)),) if own else ()
-
-
-PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
-    "main": lambda frame: main_part(frame)[0],
-    "fresh": lambda frame: fresh_part(frame)[0],
-    "envelope": lower_envelope,
-}
-"""What `--where` knows by name."""
+    text = f"{own} of the {len(sizes)} rows of the envelope, at its ends, are one size's own curve, not a choice among "
+    return (Flag(kind="envelope_ends", number=own, text=f"{text}sizes."),) if own else ()
 
 
 def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_loss") -> tuple[Flag, ...]:
@@ -197,27 +148,33 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
     names = [n for n in experiment_columns(rows) if n not in PROVENANCE or _differ(rows, n, y)]
     names += ["unique_images"] * (most_passes(rows) > REPEATS_FROM)
     names += ["images_seen"] * ("params_total" in known) + ["params_total"] * ("images_seen" in known)
-    mixed = [name for name in names if name in rows and name not in known and varies(rows[name])]
-    flags = [Flag(kind="mixed", subject=their_name(frame, n), number=rows[n].nunique()) for n in mixed]
-    if "status" in frame and (number := int((frame["status"] == "during").sum())):
-        flags.append(Flag(kind="during" if number == len(rows) else "during_mixed", number=number))
-    if any((each.kind, each.subject) == ("where", "envelope") for each in left_out_of(frame)):
-        flags += envelope_flags(frame)
-    return tuple(flags)
-
-
-CHANCE = 0.01
-"""Probability of chance below which losses of two folders differ."""
+    flags = []
+    for name in [name for name in names if name in rows and name not in known and varies(rows[name])]:
+        called, number = their_name(frame, name), rows[name].nunique()
+        unknown = f"The rows differ in {called} ({number} values), which the law does not know"
+        text = f"{unknown}; choose one by {option('where')}."
+        flags.append(Flag(kind="mixed", subject=called, number=number, text=text))
+    during = int((frame["status"] == "during").sum()) if "status" in frame else 0
+    if during == len(rows) > 0:
+        text = (
+            "The rows are points during training: before the learning rate decays, losses are higher than at budgets."
+        )
+        flags.append(Flag(kind="during", number=during, text=text))
+    elif during:
+        higher = f"{during} rows are points during training, where losses are higher than at budgets"
+        text = f"{higher}; leave them out by {option('where', 'status=complete')}."
+        flags.append(Flag(kind="during_mixed", number=during, text=text))
+    is_envelope = any((each.kind, each.subject) == ("where", "envelope") for each in left_out_of(frame))
+    return (*flags, *(envelope_flags(frame) if is_envelope else ()))
 
 
 def _differ(rows: pd.DataFrame, name: str, y: str) -> bool:
-    """Test whether losses of the two commonest values of a column differ in cells that both hold, over sizes."""
-    rows = with_size(usable_rows(rows, y).rows) if y in rows else rows[:0]
-    cell = [each for each in cell_columns(rows, y, ()) if each != name]
-    if not cell or not varies(rows[name]):
+    """Test whether losses of the two commonest values of a column differ in sizes and budgets that both hold."""
+    cell = [each for each in ("params_total", "N", "images_seen", "D") if each in rows]
+    if y not in rows or not cell:
         return False
-    means = rows[y].astype(float).map(np.log).groupby([rows[each] for each in (*cell, name)], dropna=False).mean()
+    losses = pd.to_numeric(rows[y], errors="coerce")
+    means = np.log(losses.where(losses > 0)).groupby([rows[each] for each in (*cell, name)]).mean()
     one, other = (means.xs(value, level=name) for value in rows[name].value_counts().index[:2])
-    differences = (one - other).dropna()
-    differences = differences.groupby(level="size").mean() if "size" in cell else differences
+    differences = (one - other).dropna().groupby(level=cell[0]).mean()
     return len(differences) > 2 and bool(ttest_1samp(differences, 0).pvalue < CHANCE)

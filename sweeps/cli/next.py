@@ -38,6 +38,7 @@ def command(
     y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
+    best_of: options.BestOf = None,
     root: Root = Path("aimscale-runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -54,9 +55,11 @@ def command(
     if len(sweep_or_tables) > 1 or Path(sweep_or_tables[0]).suffix in SUFFIXES:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
-        df, y = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, None, y)
+        df, y = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, best_of, y)
         found = propose(df, place, _table_candidates(df, place, y), budget=budget, law=law, y=y)
-        following = then([f"forecast --register --at {target}"], list(map(Path, sweep_or_tables)), columns, where)
+        following = then(
+            [f"forecast --register --at {target}"], list(map(Path, sweep_or_tables)), columns, where, best_of
+        )
     else:
         sweep = load_sweep(sweep_or_tables[0], root)
         if write is not None and write.absolute().parent != sweep.base_dir:
@@ -67,7 +70,7 @@ def command(
         table = sweep.directory / "results.parquet"
         if not table.is_file():
             raise SweepError(f"{table} does not exist; `aimscale collect {sweep.name}` makes it of complete runs")
-        df, y = table_to_minimise([table], columns, where, None, y)
+        df, y = table_to_minimise([table], columns, where, best_of, y)
         found = propose(df, place, _sweep_candidates(sweep, df), budget=budget, law=law, y=y)
         again = (
             f"next {sweep.name} --target {target} --budget {budget:g} --write {sweep.base_dir / sweep.name}-next.yaml"

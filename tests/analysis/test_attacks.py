@@ -153,7 +153,6 @@ ALL = "--fix E=0 --fix A=1 --fix B=1 --fix alpha=0.3 --fix beta=0.3"
         ("frontier t.csv --at nan", "--at"),
         ("correlate t.csv --x L --y odd", "odd"),
         ("fit utf16.csv", "utf16.csv"),
-        ("fit semicolons.csv", "run_id;size"),
         ("report binary.csv", "binary.csv"),
         ("compare probes.csv", "'x'"),
         ("frontier names.jsonl", r"\x0b"),
@@ -161,7 +160,6 @@ ALL = "--fix E=0 --fix A=1 --fix B=1 --fix alpha=0.3 --fix beta=0.3"
 )
 def test_what_makes_no_sense_is_named(line, subject, table, capsys):
     table.to_csv("t.csv", index=False)
-    table.to_csv("semicolons.csv", index=False, sep=";", decimal=",")
     table.to_csv("utf16.csv", encoding="utf-16")
     table.assign(probes='[{"task": "t", "kind": "knn", "top1": "x"}]').to_csv("probes.csv", index=False)
     Path("binary.csv").write_bytes(bytes(range(256)) * 10)

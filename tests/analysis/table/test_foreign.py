@@ -11,8 +11,9 @@ from commands import say
 from aimscale.analysis import contrast, correlate, fit, plot_fit, read_table, read_tables
 from aimscale.analysis.errors import AnalysisError, in_command
 from aimscale.analysis.table.names import left_out_of
+from aimscale.analysis.table.points import best_of
 from aimscale.analysis.table.read import parse_columns
-from aimscale.analysis.table.select import best_of, select
+from aimscale.analysis.table.select import select
 
 NAMES = {"N": "num_params", "D": "tokens", "L": "loss"}
 COLUMNS = "N=num_params,D=tokens,L=loss"

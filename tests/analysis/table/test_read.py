@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from aimscale.analysis import fit
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
 from aimscale.analysis.table.schema import COLUMNS, results_table, write_table
@@ -61,7 +62,7 @@ def test_foreign_columns_map_by_letter_and_by_name(tmp_path):
         ("absent.csv", None, "absent.csv"),
         ("empty.csv", "", "empty.csv"),
         ("headed.csv", "N,val_loss\n", "headed.csv"),
-        ("words.csv", "val_loss,N\n0.5,1\nhigh,2\n", "'high' in row 2"),
+        ("words.csv", "N,val_loss\n1,0.5\nhigh,2\n", "'high' in row 2"),
         ("quote.csv", 'N,val_loss\n1,"2\n', "quote.csv"),
         ("cut.parquet", "PAR1 and then nothing", "cut.parquet"),
         ("cut.jsonl", '{"a": 1}\n{"a": ', "cut.jsonl"),
@@ -85,3 +86,9 @@ def test_a_newer_schema_is_refused(tmp_path):
     write_table(newer, path)
     with pytest.raises(AnalysisError, match="99"):
         read_table(path)
+
+
+def test_a_missing_letter_is_asked_for_with_the_formula_that_counts_it(tmp_path):
+    pd.DataFrame({"N": [1e6, 2e6], "flops": [1e15, 2e15], "loss": [3.0, 2.5]}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(AnalysisError, match=r'columns=\{"D": "C/\(6\*N\)"\}'):
+        fit(read_table(tmp_path / "t.csv", {"C": "flops", "L": "loss"}), "chinchilla")

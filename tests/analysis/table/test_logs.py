@@ -1,0 +1,129 @@
+"""What other tools wrote is read as a table; `fixtures` were made by them. Own exports: tests/harness/log."""
+
+import contextlib
+import json
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from commands import say
+
+from aimscale.analysis import fit, probe_frame, read_table
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.names import left_out_of
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SIZES, TOKENS = np.geomspace(1e7, 1e9, 5), np.geomspace(1e8, 1e10, 4)
+
+
+def loss(n: float, d: float) -> float:
+    return 1.8 + 400 * n**-0.34 + 2000 * d**-0.37
+
+
+@pytest.mark.parametrize(
+    ("folder", "columns"),
+    [
+        ("mlruns", {"N": "model.params", "D": "tokens", "L": "eval/loss", "train_loss": "train/loss"}),
+        ("mlflow.sql", {"N": "model.params", "D": "tokens", "L": "eval/loss", "train_loss": "train/loss"}),
+        ("tensorboard", {"N": "params", "D": "tokens", "L": "eval/loss", "train_loss": "train/loss"}),
+        ("lightning_logs", {"N": "model.params", "D": "tokens"}),
+    ],
+)
+def test_folders_of_runs_are_tables_of_points(folder, columns, tmp_path):
+    if folder == "mlflow.sql":
+        with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+            store.executescript((FIXTURES / folder).read_text())
+    frame = read_table(tmp_path if folder == "mlflow.sql" else FIXTURES / folder, columns).sort_values(
+        ["params_total", "images_seen"]
+    )
+    assert frame["params_total"].tolist() == [1e6] * 2 + [4e6] * 3
+    assert frame["images_seen"].tolist() == [1e6, 2e6, 1e6, 2e6, 3e6]
+    assert frame["status"].tolist() == ["during", "complete", "during", "during", "complete"]
+    assert frame["run_id"].nunique() == 2
+    assert set(frame["optimizer"]) == {"adam"}
+    for row in frame.itertuples():
+        assert row.train_loss == pytest.approx(loss(row.params_total, row.images_seen) + 0.1)
+    ends = frame[frame["status"] == "complete"]
+    assert ends["val_loss"].tolist() == pytest.approx([loss(1e6, 2e6), loss(4e6, 3e6)])
+
+
+def test_marins_lines_are_flattened(tmp_path):
+    line = {"config": {"model": {"hidden_dim": 512}}, "summary": {"parameter_count": 5e6, "eval/loss": 3.5}}
+    (tmp_path / "tracker_metrics.jsonl").write_text(json.dumps({"run_path": "marin/one", **line}) + "\n")
+    frame = read_table(tmp_path / "tracker_metrics.jsonl", {"N": "summary.parameter_count", "L": "summary.eval/loss"})
+    names = ["run_id", "params_total", "val_loss", "config.model.hidden_dim"]
+    assert frame[names].to_numpy().tolist() == [["marin/one", 5e6, 3.5, 512]]
+
+
+def test_a_folder_without_runs_is_no_table(tmp_path):
+    with pytest.raises(AnalysisError, match=r"results\.parquet"):
+        read_table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("german.csv", "n;d;loss;note\n44M;1e9;3,250;a,b\n1,5B;2e9;diverged;\n;3e9;3,5;\n7B;4e9;diverged;x\n"),
+        ("plain.csv", "n,d,loss\n44M,1e9,3.25\n1.5B,2e9,diverged\n,3e9,3.5\n7B,4e9,diverged\n"),
+        ("tabs.tsv", "n\td\tloss\n44M\t1B\t3.25\n1.5B\t2B\tdiverged\n\t3G\t3.5\n7B\t4B\tdiverged\n"),
+    ],
+)
+def test_numbers_are_read_as_people_write_them_and_words_in_a_loss_are_counted(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    frame = read_table(tmp_path / name, {"N": "n", "D": "d", "L": "loss", "C": "6*n*d"})
+    assert frame["params_total"].dropna().tolist() == [44e6]
+    assert frame["images_seen"].tolist() == [1e9, 3e9]
+    assert frame["flops_train"].dropna().tolist() == [6 * 44e6 * 1e9]
+    assert frame["val_loss"].tolist() == [3.25, 3.5]
+    (left_out,) = left_out_of(frame)
+    assert str(left_out) == "2 rows with 'diverged' in loss"
+
+
+def test_per_cent_is_a_fraction(tmp_path):
+    pd.DataFrame({"n": [1e6, 2e6], "acc": ["26.2 %", "30%"]}).to_csv(tmp_path / "t.csv", index=False)
+    frame = read_table(tmp_path / "t.csv", {"N": "n", "L": "1-acc", "dtd:linear": "acc"})
+    assert probe_frame(frame)["top1"].tolist() == pytest.approx([0.262, 0.3])
+    assert frame["val_loss"].tolist() == pytest.approx([0.738, 0.7])
+
+
+def test_the_runs_table_leaves_out_what_crashed_and_is_fitted(tmp_path: Path) -> None:
+    runs = [
+        {"Name": f"run-{i}", "State": "finished", "Notes": "-", "Tags": "a,b", "Created": f"2026-01-01T00:00:{i:02}Z"}
+        | {"Runtime": 10.5 * i, "model.params": n, "tokens": d, "val/loss": loss(n, d), "images_seen": 7}
+        for i, (n, d) in enumerate((n, d) for n in SIZES for d in TOKENS)
+    ]
+    crashed = [{**runs[0], "Name": "bad", "State": "crashed", "val/loss": 9.0}]
+    path = tmp_path / "wandb_export_2026-01-02T03_04_05.678+00_00.csv"
+    pd.DataFrame([*runs, *crashed]).to_csv(path, index=False)
+    table = read_table(path, {"N": "model.params", "D": "tokens"})
+    result = fit(table, "chinchilla")
+    assert result.params["alpha"] == pytest.approx(0.34, abs=1e-3)
+    assert [(each.kind, each.number) for each in result.exclusions] == [("status", 1)]
+    columns = "N=model.params,D=tokens,L=val/loss"
+    assert "20 of 21\n" in say("fit", path, "--columns", columns)
+
+
+def test_the_apis_dictionaries_are_columns(tmp_path: Path) -> None:
+    """As W&B's guide writes them, in a CSV; and the lines of a history."""
+    runs = {
+        "summary": [{"loss": 2.5, "_wandb": {"runtime": 9}}, {"loss": 2.25}],
+        "config": [{"model": {"width": 64}, "n": 1000}, {"model": {"width": 128}, "n": 4000}],
+        "name": ["one", "two"],
+    }
+    pd.DataFrame(runs).to_csv(tmp_path / "project.csv")
+    table = read_table(tmp_path / "project.csv", {"N": "config.n", "L": "summary.loss"})
+    columns = ["run_id", "params_total", "val_loss", "config.model.width"]
+    assert table[columns].to_numpy().tolist() == [["one", 1000, 2.5, 64], ["two", 4000, 2.25, 128]]
+    line = {"_step": 3, "config": {"n": 5}, "val/loss": 2.0, "tokens": 100}
+    pd.DataFrame([line]).to_json(tmp_path / "history.jsonl", orient="records", lines=True)
+    table = read_table(tmp_path / "history.jsonl", {"N": "config.n", "D": "tokens"})
+    assert table[["params_total", "images_seen", "val_loss"]].to_numpy().tolist() == [[5, 100, 2.0]]
+    pd.DataFrame({**runs, "summary": ["nan)", ""]}).to_csv(tmp_path / "damaged.csv")
+    with pytest.raises(AnalysisError, match="no dictionary"):
+        read_table(tmp_path / "damaged.csv")
+    own = {"Name": "x", "State": "running", "run_id": "x", "val/loss": [np.nan], "val/images_seen": [np.nan]}
+    pd.DataFrame(own).to_csv(tmp_path / "early.csv")
+    with pytest.raises(AnalysisError, match="val/loss"):
+        read_table(tmp_path / "early.csv")
