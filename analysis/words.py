@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING
 from aimscale.analysis.errors import option
 
 if TYPE_CHECKING:
-    from aimscale.analysis.effects.contrasts import Contrast
     from aimscale.analysis.fitting.result import Fit, HeldOut
-
-POWER = 0.8
-"""Power of a minimum detectable effect."""
 
 NOT_IDENTIFIED = "not identified"
 UNITS = {
@@ -50,27 +46,6 @@ FLAGS = {
     "deviations).",
     "experiments": "Rows of different {subject} lie up to {number:.2g} % apart ({p}), so they are not of one law; "
     "choose one by {option:where}.",
-    "in_plateau": "{number:.0f} rows of {subject} lie in the first plateau of their size, up to {more[0]:,.0f} images, "
-    "where losses follow no power law.",
-    "other_unit": "Losses at different {subject} have different targets or images, so they are not compared.",
-    "absent": "{more[0]}: no value at {more[3]} = {subject}.",
-    "unpaired": "{more[0]}: nothing is paired between {more[1]} and {subject}, which differ in {more[2]}; run both "
-    "with the same, or {option:ignore} that column.",
-    "one_pair": "One pair of runs a size: the interval covers the test images, not seeds; run more seeds.",
-    "these_sizes": "Fewer than three sizes: intervals speak of these sizes alone; run more sizes to tell of others.",
-    "unseen_prefix": "Validation gives every model a bidirectional prefix; a model trained without one never saw any.",
-    "other_patches": "Each order scores other patches after the prefix, so their losses measure different tasks.",
-    "equal_images": "Equal images, not equal compute: a deeper or larger head costs more per image.",
-    "no_gain_asks": "No worth in compute: losses at different {subject} measure different tasks.",
-    "no_gain_outside": "No worth of {subject} in compute: {number:.0f} of its {more[1]} losses lie outside those of "
-    "{more[0]}, or the losses of {more[0]} do not fall with every budget.",
-    "rows_left_out": "{subject}.",
-    "other_tasks": "Tasks that the paper does not have: {subject}.",
-    "other_probes": "Probes of another kind than Table 6's attentive one: {subject}.",
-    "other_sides": "Resolution: these runs see {subject} px, AIM {number} px, which is part of every gap.",
-    "loss_levels": "Losses: the paper's are on IN-1k at 224 px, these on the table's own images.",
-    "no_result": "{subject}: {more[0]}",
-    "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
 }
 """Kind of a flag -> its sentence."""
 
@@ -290,58 +265,3 @@ def held_out_cautions(tests: Iterable[HeldOut]) -> Iterator[str]:
                 f"{test.num_far} of {test.num_test} points of the largest {test.variable} lie more than twice as far "
                 "off as their prediction intervals reach."
             )
-
-
-def contrast_cells(c: Contrast, by: str) -> dict[str, str]:
-    """A contrast as a row of a table."""
-    m, unknown = c.measure, not c.over
-    over = "1 pair" if c.num_run_pairs == 1 else f"{c.num_run_pairs} pairs"
-    return {
-        "measure": m.title,
-        by: c.level,
-        "difference": m.shown_difference(c.difference),
-        "95 % interval": "" if unknown else f"[{m.shown_difference(c.low)}, {m.shown_difference(c.high)}]",
-        "over": f"{over}, {c.images.num_images:,} images" if c.over == "test images" and c.images else over,
-        "sizes": str(c.num_sizes or ""),
-        "d.f.": "" if math.isnan(c.degrees) else f"{c.degrees:.3g}",
-        "verdict": "no interval" if unknown else c.verdict,
-        "detectable": "" if unknown or c.is_significant else m.shown_size(c.detectable),
-        "mean": m.shown(c.level_mean),
-        "baseline": m.shown(c.baseline_mean),
-        "ratio": "" if math.isnan(c.ratio) or unknown else f"{c.ratio:.4f} [{c.ratio_low:.4f}, {c.ratio_high:.4f}]",
-    }
-
-
-def scope(c: Contrast) -> str:
-    """What a contrast's interval is over, and which sizes it speaks of."""
-    runs = "one pair of runs" if c.num_run_pairs == 1 else f"{c.num_run_pairs} pairs of runs"
-    runs += f" ({c.num_pairs} of rows)" if c.num_pairs > c.num_run_pairs else ""
-    if not c.over:
-        return f"from {runs}{' of different sizes' * (c.num_sizes > 1)}, so without an interval"
-    if c.images is not None and c.over == "test images":
-        return f"over the {c.images.num_images:,} test images of {runs}"
-    spare = f"({c.degrees:.3g} degrees of freedom)"
-    if c.over == "sizes":
-        return f"over {runs} at {c.num_sizes} sizes {spare}"
-    return f"over {runs}{('', ', for this size', ', for these two sizes')[c.num_sizes]} {spare}"
-
-
-def contrast_sentence(c: Contrast) -> str:
-    """A difference with its interval, what that is over and what it leaves out."""
-    m = c.measure
-    text = f"{m.title}: {m.shown(c.level_mean)} with {c.level}, {m.shown(c.baseline_mean)} with {c.baseline}"
-    text += f", difference {m.shown_difference(c.difference)}"
-    if not c.over:
-        return f"{text}, {scope(c)}."
-    text += f" [{m.shown_difference(c.low)}, {m.shown_difference(c.high)}]"
-    if not math.isnan(c.ratio) and c.over != "test images":
-        text += f", ratio {c.ratio:.4f} [{c.ratio_low:.4f}, {c.ratio_high:.4f}]"
-    text += f", {scope(c)}"
-    if c.images is not None and c.over == "test images":
-        text += f", McNemar {p_value(c.images.p)}" if not math.isnan(c.images.p) else ""
-    elif c.images is not None:
-        text += f", on these test images (others: ±{m.shown_size(c.images.half)})"
-    if c.is_significant:
-        return f"{text}: {c.level} is {c.verdict}."
-    effect = f"minimum detectable effect {m.shown_size(c.detectable)} at {100 * POWER:.0f} % power"
-    return f"{text}: {c.verdict} ({effect})."
