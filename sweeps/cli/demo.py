@@ -1,4 +1,4 @@
-"""`aimscale demo`: bundled real images, five sizes by four budgets, probes, laws, one report; nothing to download."""
+"""`aimscale demo`: five sizes by four budgets on bundled real images, with probes, laws and one report."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, say_next
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, print_next
 
 BASELINES = ("random", "raw-pixels")
-"""What features have to beat, probed as the runs are: the largest model untrained, and the pixels themselves."""
+"""Baselines that are probed like the runs: the largest model untrained, and raw pixels."""
 
 
 def command(
@@ -28,7 +28,7 @@ def command(
     from aimscale.harness.data.store.bundled import write_bundled
     from aimscale.harness.probe.run import probe_baseline, standalone_group
     from aimscale.harness.run.directory import RunDir
-    from aimscale.sweeps.cli.launch import failed_runs, print_end
+    from aimscale.sweeps.cli.launch import failed_runs, print_result
     from aimscale.sweeps.engine.launch import launch
     from aimscale.sweeps.plan.costs import cost_cards
     from aimscale.sweeps.plan.planner import plan
@@ -42,7 +42,7 @@ def command(
         typer.echo(f"packing photographs and digits from installed packages into {data}")
         write_bundled(data)
     result = launch(sweep, root, devices=devices)
-    print_end(result)
+    print_result(result)
     if result.interrupted:
         typer.echo("next: aimscale demo")
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -62,6 +62,6 @@ def command(
     report = write_report(collected.table)
     typer.echo(f"report after {(time.monotonic() - started) / 60:.1f} minutes")
     if failed:
-        say_next("logs", "demo", root, failed[0])
+        print_next("logs", "demo", root, failed[0])
         raise typer.Exit(1)
     typer.echo(f"next: open {report.resolve()}")
