@@ -136,14 +136,14 @@ def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]
     # a limit's term does not vary over the points
     varies = {p.name: bool(np.ptp(g) > 1e-12 * np.abs(g).max()) for p, g in zip(law.linear, parts, strict=True)}
     scales = {p.name: "log" for p in law.parameters if p.log or varies.get(p.name)} | dict(law.scales)
-    values, out = {**found.params, **law.reported(found.params)}, dict[str, Interval]()
+    values, out = law.quantities(found.params), dict[str, Interval]()
     for name, value in values.items():
         if not movable.get(name, True):
             continue
         forth, back = SCALES[scales.get(name, "own") if value > 0 else "own"]
 
         def scaled(p: Params, name: str = name, forth: Callable[[Array], Array] = forth) -> Array:
-            return forth({**p, **law.reported(p)}[name])
+            return forth(law.quantities(p)[name])
 
         with np.errstate(all="ignore"):
             low, high = sorted(float(back(end[0])) for end in found.interval_of(scaled))
@@ -170,7 +170,7 @@ def _bounded(found: Estimate, j: int, i: Interval, is_limit: bool) -> Interval:
             ]
     if is_limit:
         ends[1] = min(ends[1], float(problem.predict(found.vector[None]).min()))
-    return Interval(*ends)
+    return Interval(ends[0], ends[1])
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:

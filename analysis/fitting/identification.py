@@ -48,7 +48,7 @@ def unidentified(law: Law, x: Mapping[str, Array], held: Collection[str] = ()) -
         step = np.zeros(len(vector))
         step[movable] = STEP * direction / np.abs(direction).max()
         params = problem.params_of(np.stack([vector - step, vector + step]))
-        for name, (low, high) in {**params, **law.reported(params)}.items():
+        for name, (low, high) in law.quantities(params).items():
             if not abs(high - low) <= MOVED * (abs(high) + abs(low)):
                 lost.add(name)
     return frozenset(lost - set(held))

@@ -15,7 +15,7 @@ from aimscale.analysis.fitting.covariance import half_width, satterthwaite
 from aimscale.analysis.fitting.extrapolation import HeldOut, held_out_cautions
 from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate
 from aimscale.analysis.fitting.objectives import Objective
-from aimscale.analysis.laws.base import Columns, Law
+from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.table.names import CANONICAL, Exclusion
 from aimscale.analysis.table.schema import described
 from aimscale.analysis.words import Flag, flag_words, human, p_value
@@ -72,7 +72,7 @@ class Fit(Result):
     ranges: dict[str, tuple[float, float]]
     """Smallest and largest value of each variable among the fitted points."""
     columns: dict[str, str]
-    """Variable and 'y' -> column of the table."""
+    """Variable and "y" -> column of the table."""
     data: pd.DataFrame = field(repr=False)
     """The fitted points: variables, y, fitted, residual (of T(y)); index as in the table."""
     estimate: Estimate = field(repr=False)
@@ -89,7 +89,6 @@ class Fit(Result):
     """Extrapolation tests, if asked for."""
     fixed: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Parameters that were kept between two values."""
 
     @property
     def law_params(self) -> dict[str, float]:
@@ -145,9 +144,12 @@ class Fit(Result):
         """Cluster-robust covariance of the identified parameters, by the delta method; none of those that are held."""
         names = [name for name in self.intervals if name not in self.not_identified]
 
-        slopes = [self.estimate.gradient(lambda p, name=name: {**p, **self.law.reported(p)}[name]) for name in names]
         matrix = self.estimate.covariance.matrix
-        rows = np.reshape(slopes, (-1, len(matrix)))
+
+        def slopes(name: str) -> Array:
+            return self.estimate.gradient(lambda p: self.law.quantities(p)[name])
+
+        rows = np.reshape([slopes(name) for name in names], (-1, len(matrix)))
         return pd.DataFrame(rows @ matrix @ rows.T, index=names, columns=names)
 
     @property

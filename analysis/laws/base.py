@@ -99,6 +99,10 @@ class Law:
         parts = self.basis(columns, {**t, **self.constants})
         return sum(t[p.name] * g for p, g in zip(self.linear, parts, strict=True))
 
+    def quantities(self, params: Params) -> dict[str, Array]:
+        """Return the law's own parameters, and `reported` ones in place of those of their name."""
+        return {**params, **self.reported(params)}
+
     def reported(self, params: Params) -> dict[str, Array]:
         """Return the published parameters and derived quantities, from the fitted parameters."""
         shown = dict(params) if self.report is None else self.report({**params, **self.constants})
