@@ -14,8 +14,7 @@ from aimscale.analysis.table.names import our_name
 SIZE_COLUMNS = ("params_total", "N", "size")
 """Columns that tell a size, where the law itself has no N."""
 VISIBLE = 0.5
-"""A variance component of groups is estimated only if the fit's residual maker keeps at least this share of some effect
-that the points of groups share."""
+"""A variance component of groups is estimated only if the fit leaves at least this share of some effect of theirs."""
 MANY = 100
 """More groups than this leave plenty."""
 SAME_COMPUTE = 0.1
@@ -27,10 +26,8 @@ SHARED = 0.5
 
 
 class Groups(dict[str, Array]):
-    """Kind of group -> number of each point's group (n,); kinds whose groups are single points are left out.
-
-    Kinds are sizes, budgets (of D, or of C in a design of equal compute) and runs, which are nested in sizes.
-    """
+    """Kind of group (sizes, the runs nested in them, and budgets) -> number of each point's group (n,); kinds whose
+    groups are single points are left out."""
 
     @property
     def counts(self) -> dict[str, int]:

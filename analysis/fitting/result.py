@@ -90,11 +90,6 @@ class Fit(Result):
     fixed: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    @property
-    def law_params(self) -> dict[str, float]:
-        """The law's own parameters."""
-        return self.estimate.params
-
     def variables(self, df: pd.DataFrame | Mapping[str, Any]) -> Columns:
         """Take the law's variables from a table, by the variable's name or by the fit's column names."""
         out = {}
@@ -143,7 +138,6 @@ class Fit(Result):
     def cov(self) -> pd.DataFrame:
         """Cluster-robust covariance of the identified parameters, by the delta method; none of those that are held."""
         names = [name for name in self.intervals if name not in self.not_identified]
-
         matrix = self.estimate.covariance.matrix
 
         def slopes(name: str) -> Array:
@@ -227,10 +221,8 @@ class Fit(Result):
     def cells(self) -> list[dict[str, str]]:
         """Write the parameters with their intervals."""
         parts = {name: self.shown(name).partition(" [") for name in self.params}
-        return [
-            {"parameter": name, "value": value, "95 % interval": f"[{interval}" if interval else ""}
-            for name, (value, _, interval) in parts.items()
-        ]
+        ends = {name: f"[{interval}" * bool(interval) for name, (_, _, interval) in parts.items()}
+        return [{"parameter": name, "value": parts[name][0], "95 % interval": i} for name, i in ends.items()]
 
     def facts(self) -> list[tuple[str, str]]:
         """List what the checklist of (Mis)fitting (Li et al. 2025) asks for, flags and held-out errors first."""
