@@ -49,6 +49,8 @@ FAMILY_ALARM = 0.025
 share errors it is up to twice that, because their spread is told by few."""
 CURVE = 3
 """Degrees of freedom that a law's curve in one variable takes: limit, coefficient, exponent."""
+CERTAIN = 14.0
+"""A group this many standard deviations off is named however few others tell their spread."""
 BLIND_THRESHOLD = 6.0
 """Where too few sizes are left to know their spread, a group must lie this many standard deviations of points off."""
 
@@ -298,7 +300,7 @@ def _odd_groups(found: Estimate, points: Observations, rows: pd.DataFrame) -> It
         if not MIN_GROUPS <= num <= MAX_GROUPS or num == len(codes) or not enough:
             continue
         off, deviations, is_blind = np.array([_left_out(found, shared, codes == k) for k in range(num)]).T
-        usual = student.ppf(1 - FAMILY_ALARM / len(points.x) / num / 2, max(1, num - 1 - CURVE))
+        usual = min(CERTAIN, student.ppf(1 - FAMILY_ALARM / len(points.x) / num / 2, max(1, num - 1 - CURVE)))
         worst = int(np.argmax(odd := deviations * (deviations > np.where(is_blind, BLIND_THRESHOLD, usual))))
         if odd[worst]:
             is_named = v == "N" and "size" in rows

@@ -95,7 +95,8 @@ def _coupled(x: Columns, t: Params) -> Terms:
 
 
 def _kaplan(x: Columns, t: Params) -> Terms:
-    return _coupled(x, {**t, "alpha": t["aN"] / t["aD"], "beta": 1.0, "c": t["aD"]})[1:]
+    size = np.exp(-t["aN"] / t["aD"] * (x.log("N") - np.log(t["N0"])))
+    return (np.exp(t["aD"] * np.log(size + t["w"] * t["D0"] / x["D"])),)
 
 
 def _kaplan_report(p: Params) -> dict[str, Array]:
@@ -124,8 +125,10 @@ def effective(pool: Array, seen: Array, worth: Array) -> Array:
 
 
 def _repeated(x: Columns, t: Params) -> Terms:
-    size = [(effective(x["V"], x["N"], t["R_N"]) if "R_N" in t else x["N"]) ** -t["alpha"]] if "alpha" in t else []
-    return 1.0, *size, effective(x["U"], x["D"], t["R_D"]) ** -t["beta"]
+    data = effective(x["U"], x["D"], t["R_D"]) ** -t["beta"]
+    if "R_N" in t:
+        return 1.0, effective(x["V"], x["N"], t["R_N"]) ** -t["alpha"], data
+    return (1.0, np.exp(-t["alpha"] * x.log("N")), data) if "alpha" in t else (1.0, data)
 
 
 def repeated(*, sizes: bool = True) -> Law:
