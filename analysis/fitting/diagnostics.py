@@ -45,8 +45,7 @@ MOST_POINTS = 400
 HARDLY = 1e-3
 """Patterns that the law's own derivatives explain to 99.9 % are not tested."""
 FAMILY_ALARM = 0.025
-"""Probability that any value of any variable of a sound table is named (Bonferroni); of simulated tables whose sizes
-share errors it is up to twice that, because their spread is told by few."""
+"""Probability that any value of any variable of a sound table is named (Bonferroni)."""
 CURVE = 3
 """Degrees of freedom that a law's curve in one variable takes: limit, coefficient, exponent."""
 CERTAIN = 14.0
