@@ -67,20 +67,11 @@ class Repeats(Result):
             f"new {self.sample} after {r * np.log(2):.3g} repeats."
         )
 
-    def sentences(self) -> list[str]:
-        """Tell R_D, what passes are worth, and what is not known."""
-        passes = [
-            f"Pass {k} over the same {self.sample}s is worth {100 * worth:.0f} % [{100 * low:.0f}, {100 * high:.0f}] "
-            f"of a pass over new ones; all {k} are worth {whole:.2f} [{least:.2f}, {most:.2f}]."
-            for k, worth, low, high, whole, least, most, is_measured in self.table.itertuples(index=False)
-            if is_measured
-        ]
-        fitted = (
-            f"Fitted to {self.fit.num_points} points at {self.num_uniques} pool sizes, up to {self.max_epochs:.3g} "
-            f"passes; {self.fit.interval_method}."
-        )
-        flags = (str(flag) for flag in self.fit.flags if flag.subject != "R_D")
-        return [self.headline(), *passes, fitted, *flags]
+    def facts(self) -> list[tuple[str, str]]:
+        """Return cautions about the fit, R_D, and what it was fitted to."""
+        pools = f"{self.fit.num_points} points at {self.num_uniques} pool sizes, up to {self.max_epochs:.3g} passes"
+        cautions = [("with care", str(flag)) for flag in self.fit.flags if flag.subject != "R_D"]
+        return [*cautions, ("worth", self.headline()), ("fitted to", f"{pools}; {self.fit.interval_method}")]
 
 
 def repeats(df: pd.DataFrame, *, y: str = "val_loss") -> Repeats:
@@ -88,9 +79,6 @@ def repeats(df: pd.DataFrame, *, y: str = "val_loss") -> Repeats:
 
     Args:
         df: a table with images seen D, different images U and, where it varies, N.
-
-    Returns:
-        The law, and what each pass over the same data is worth.
 
     Raises:
         AnalysisError: no repeats in the table, a single pool size, or too few points.

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from aimscale.analysis.effects.contrasts import contrast, factors
-from aimscale.analysis.effects.result import Contrasts, level_name
+from aimscale.analysis.effects.result import Contrasts, level_names
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.design import DEFAULT
 from aimscale.analysis.table.points import complete
@@ -104,7 +104,7 @@ def beside_paper(found: Contrasts) -> pd.DataFrame:
     for each in asked if found.by in _varied() else ():
         keys, kind = [name for name in each.pairs if name in rows], each.measure.kind
         paired = rows.astype(dict.fromkeys(keys, object)).merge(each.pairs[keys].drop_duplicates())
-        names = paired[found.by].map(level_name, na_action="ignore")
+        names = level_names(paired[found.by])
         ours, theirs = (_settings(paired[names == name], found.by, name) for name in (each.level, each.baseline))
         shared = next(([ours[c], theirs[c]] for c in ours if c in theirs), [])
         if len({cell["setting"] for cell in shared}) < 2 or pd.isna(shared[0][kind]):

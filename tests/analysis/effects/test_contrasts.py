@@ -170,7 +170,7 @@ def test_pairs_of_runs_vary_over_runs_and_the_images_that_they_share_stand_besid
     exact = stats.ttest_1samp(by_seed, 0).confidence_interval()
     assert (each.over, each.low, each.high) == ("runs", pytest.approx(exact.low), pytest.approx(exact.high))
     gain = np.mean([(drawn[s][1] & ~suits) * 1.0 - drawn[s][0] for s in range(3)], axis=0)
-    assert each.images.half == pytest.approx(1.96 * gain.std() / np.sqrt(4000), rel=0.01)
+    assert (each.images.high - each.images.low) / 2 == pytest.approx(1.96 * gain.std() / np.sqrt(4000), rel=0.01)
     assert np.isnan(each.images.p)
 
 
