@@ -137,7 +137,7 @@ def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
     mean = float(y.mean())
     if len(names) >= LEAST_SIZES:
         clustered = {"sizes": sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - mean, codes)}
-        budgets = groups_of(pairs, {}).budgets
+        budgets = groups_of(pairs, {}).get("budgets")
         num_budgets = 0 if budgets is None or budgets.max() + 1 < LEAST_SIZES else int(budgets.max()) + 1
         if budgets is not None and num_budgets:
             weights = 1 / runs.transform("size").to_numpy(float)

@@ -15,11 +15,12 @@ from aimscale.analysis.display import Result, fact_lines, text_table
 from aimscale.analysis.effects.paired import POWER, hits_of, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.result import NOT_IDENTIFIED
 from aimscale.analysis.published.published import TASKS, all_beside_paper, best_frozen, published_frame, table6
 from aimscale.analysis.table.names import joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import beside, probe_frame
-from aimscale.analysis.words import NOT_IDENTIFIED, Flag, flag_words, human
+from aimscale.analysis.words import Flag, flag_words, human
 
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""
