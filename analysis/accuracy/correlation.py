@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,9 +61,6 @@ def correlate(
             it, else about a polynomial in its logarithm.
         within: column (such as size) whose groups' means are taken out of both.
 
-    Returns:
-        One coefficient per accuracy, comparison and method, each with its interval.
-
     Raises:
         AnalysisError: missing or constant column, one column twice, unknown method, or fewer than 4 usable rows.
 
@@ -78,14 +75,14 @@ def correlate(
     groups = {("", ""): df}
     if y not in df.columns:
         asked, probes = wanted_measures(complete(df), [y], by=""), probe_frame(complete(df))
-        names, y = {(m.task, m.kind) for m in asked}, asked[0].column
-        groups = {name: probes[(probes["task"] == name[0]) & (probes["kind"] == name[1])] for name in sorted(names)}
+        y, of_probe = asked[0].column, dict(list(probes.groupby(["task", "kind"])))
+        groups = {name: of_probe[name] for name in sorted({(m.task, m.kind) for m in asked})}
     found = list[Correlation]()
-    for (task, kind), rows in groups.items():
+    for name, rows in groups.items():
         compute = our_name(rows, "C")
         is_default = partial is None and within is None and _has_several(rows, compute, x, y)
         for held in (compute, None) if is_default else (partial,):
-            found += [replace(c, task=task, kind=kind) for c in _correlate(rows, methods, x, y, held, within)]
+            found += _correlate(rows, name, methods, x, y, held, within)
     return Correlations(correlations=tuple(found))
 
 
@@ -98,7 +95,13 @@ def _has_several(df: pd.DataFrame, compute: str, x: str, y: str) -> bool:
 
 
 def _correlate(
-    df: pd.DataFrame, methods: Sequence[str], x: str, y: str, partial: str | None, within: str | None
+    df: pd.DataFrame,
+    probe: tuple[str, str],
+    methods: Sequence[str],
+    x: str,
+    y: str,
+    partial: str | None,
+    within: str | None,
 ) -> Iterator[Correlation]:
     """Correlate by each method."""
     if len({x, y} - {partial, within}) < 2:
@@ -123,25 +126,13 @@ def _correlate(
     cluster = _cluster_column(rows, within)
     member, sides = _codes(rows, cluster), numbers[[x, y]].to_numpy()
     sides = sides / np.abs(sides).max(axis=0)  # squares of 1e308 are no numbers
+    names = {"x": x, "y": y, "cluster": cluster, "partial_on": partial, "within": within}
+    about: dict[str, Any] = {field: name and their_name(df, name) for field, name in names.items()}
+    about |= {"num_points": len(rows), "num_clusters": int(member.max()) + 1, "num_groups": num_groups}
+    about |= {"task": probe[0], "kind": probe[1], "chance": _chance_of_all(rows, y), "exclusions": used.exclusions}
     for method in methods:
         value, low, high, degrees = _interval(method, sides, group, held, member)
-        yield Correlation(
-            method=method,
-            x=their_name(df, x),
-            y=their_name(df, y),
-            value=value,
-            low=low,
-            high=high,
-            num_points=len(rows),
-            cluster=cluster and their_name(df, cluster),
-            num_clusters=int(member.max()) + 1,
-            degrees=degrees,
-            partial_on=partial and their_name(df, partial),
-            num_groups=num_groups,
-            within=within and their_name(df, within),
-            chance=_chance_of_all(rows, y),
-            exclusions=used.exclusions,
-        )
+        yield Correlation(method=method, value=value, low=low, high=high, degrees=degrees, **about)
 
 
 def _codes(rows: pd.DataFrame, name: str | None) -> Array:
@@ -151,12 +142,10 @@ def _codes(rows: pd.DataFrame, name: str | None) -> Array:
 
 def _cluster_column(df: pd.DataFrame, within: str | None) -> str | None:
     """Name the largest groups that share errors: sizes, unless means of `within` take those out, else runs."""
-    for name in (*SIZE_COLUMNS, "run_id"):
-        if name not in df.columns or df[name].isna().any() or not MIN_ROWS <= df[name].nunique() < len(df):
-            continue
-        if name == "run_id" or within is None or df.groupby(within)[name].nunique().max() > 1:
-            return name
-    return None
+    names = [name for name in (*SIZE_COLUMNS, "run_id") if name in df.columns and df[name].notna().all()]
+    names = [name for name in names if MIN_ROWS <= df[name].nunique() < len(df)]
+    cross = (n for n in names if n == "run_id" or within is None or df.groupby(within)[n].nunique().max() > 1)
+    return next(cross, None)
 
 
 def _chance_of_all(rows: pd.DataFrame, y: str) -> float | None:
@@ -174,13 +163,10 @@ def _equal_compute(values: Array, sizes: Array) -> tuple[Array, Array, int | Non
     A straight line does not do: two power laws of compute bend about it and then correlate, whatever else they have in
     common.
 
-    Returns:
-        Group of each row, columns (n, q) that are taken out besides groups' means, number of groups that share compute.
+    Returns the group of each row, columns (n, q) to take out besides groups' means, and the number of groups.
     """
-    log_c = np.log(values)
-    order = np.argsort(log_c, kind="stable")
-    group = np.empty(len(log_c), int)
-    group[order] = np.concatenate([[0], np.cumsum(np.diff(log_c[order]) > TOLERANCE)])  # close neighbours chain
+    log_c = np.log(values)  # close neighbours chain
+    group = (pd.Series(log_c).sort_values().diff() > TOLERANCE).cumsum().sort_index().to_numpy()
     several = pd.Series(sizes).groupby(group).nunique().to_numpy() > 1
     z = (log_c - log_c.mean()) / max(np.ptp(log_c), TOLERANCE)
     if several.sum() > 2 and several[group].mean() > 0.6:

@@ -86,5 +86,5 @@ def _with_ideal(df: pd.DataFrame, loss: str, accuracy: str, ideal: float) -> pd.
 
 def task_level(probed: pd.DataFrame, column: str) -> float | None:
     """Find one task's `chance` (accuracy of guessing) or `ideal` (loss at which it is 1); None where rows disagree."""
-    values = set(probed[column].dropna()) if column in probed.columns else set()
-    return float(values.pop()) if len(values) == 1 else None
+    values = probed[column].dropna().unique() if column in probed.columns else ()
+    return float(values[0]) if len(values) == 1 else None

@@ -54,9 +54,6 @@ def contrast(
             validation loss and every probe.
         ignore: columns that may differ within a pair.
 
-    Returns:
-        A difference per measure and level, with its interval and its minimum detectable effect.
-
     Raises:
         AnalysisError: no such column, fewer than two levels, or nothing is paired; the sentence says what differs.
 
@@ -71,21 +68,20 @@ def contrast(
     wanted = wanted_measures(rows, measures, by)
     keys, parts = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in wanted})
     long = long_format(rows, wanted, by)
-    is_probe = long["measure"].str.startswith("top1:")
-    long = long.assign(level=level_names(long[by]), hits=hits_of(long).where(is_probe, None))
+    is_top1 = long["measure"].str.startswith("top1:")
+    long = long.assign(level=level_names(long[by]), hits=hits_of(long).where(is_top1, None))
     baseline, *levels = _levels(long, by, wanted, baseline)
     asked, flags = _comparable(wanted, by)
     found, missing = list[Contrast](), list[tuple[str, str, str, tuple[str, ...]]]()
     for m, level in itertools.product(asked, levels):
         sides = [long[(long["measure"] == m.name) & (long["level"] == each)] for each in (baseline, level)]
-        if absent := [name for name, side in zip((baseline, level), sides, strict=True) if side.empty]:
-            missing.append((m.title, "absent", absent[0], ()))
-            continue
         pairs = next((each for on in ([*keys, *parts], keys) if len(each := _pairs(sides, on))), None)
-        if pairs is None:
-            missing.append((m.title, "unpaired", level, _differs(sides, keys)))
-        else:
+        if pairs is not None:
             found.append(_compared(pairs, m, baseline, level))
+        elif any(side.empty for side in sides):
+            missing.append((m.title, "absent", baseline if sides[0].empty else level, ()))
+        else:
+            missing.append((m.title, "unpaired", level, _differs(sides, keys)))
     flags += _reasons(pd.DataFrame(missing, columns=["title", "kind", "level", "apart"]), by, baseline)
     if not found:
         raise AnalysisError(" ".join(flag_words(flags)))
@@ -103,11 +99,12 @@ def contrast(
 
 def factors(frame: pd.DataFrame) -> list[str]:
     """List the columns that `contrast` may compare in a table: those of the design that vary, and probe kinds."""
-    names = [*(name for name in design.DESIGN if name not in design.MEASURED_ON), *design.setup_columns(frame)]
-    varied = [name for name in names if name in frame and design.varies(frame[name])]
-    if set(design.HEAD) & set(varied):  # the actual depth tells the heads apart; else it varies with size alone
+    varied = [name for name in design.design_columns(frame) if name not in design.MEASURED_ON]
+    if parts := set(design.HEAD) & set(
+        varied
+    ):  # the actual depth tells the heads apart; else it varies with size alone
         head = "head_depth" if "head_depth" in frame and design.varies(frame["head_depth"]) else "head_rule"
-        head = "model.head_width" if set(design.HEAD) & set(varied) == {"model.head_width"} else head
+        head = "model.head_width" if parts == {"model.head_width"} else head
         varied = [head, *[name for name in varied if name not in design.HEAD]]
     return [*varied, KIND]
 
@@ -117,10 +114,9 @@ def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag
     is_other = by in OTHER_UNIT or by.startswith("objective.")  # `objective.prefix` has a column of its own
     kept = [m for m in asked if not (is_other and m.column == "val_loss")]
     text = f"Losses at different {by} have different targets or images, so they are not compared."
-    flags = [Flag(kind="other_unit", subject=by, text=text)] if len(kept) < len(asked) else []
     if not kept:
-        raise AnalysisError(f"Nothing can be compared over {by}. {' '.join(map(str, flags))}".rstrip())
-    return kept, flags
+        raise AnalysisError(f"Nothing can be compared over {by}. {text}")
+    return kept, [Flag(kind="other_unit", subject=by, text=text)] * (len(kept) < len(asked))
 
 
 def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collection[str]) -> tuple[list[str], list[str]]:
@@ -140,8 +136,8 @@ def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collecti
         keys = design.held_equal(rows, {by, *design.FOLLOWS.get(by, ()), *same, *ignore, *measured})
     own = by.split(".")[-1]
     parts = [n for n in design.HEAD if by in design.HEAD and n in rows and n not in keys and n.split(".")[-1] != own]
-    several = [name for name in keys if name == "size" or len(pd.unique(rows[name])) > 1]
-    return several or keys[:1], [name for name in parts if len(pd.unique(rows[name])) > 1]
+    several = {name for name in (*keys, *parts) if name == "size" or len(pd.unique(rows[name])) > 1}
+    return [n for n in keys if n in several] or keys[:1], [n for n in parts if n in several]
 
 
 def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure], baseline: str | None) -> list[str]:
@@ -165,9 +161,9 @@ def _pairs(sides: Sequence[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
     cells = []
     for side, name in zip(sides, ("baseline", "level"), strict=True):
         groups = side.groupby(keys, dropna=False, sort=False)
-        means = groups.agg(value=("value", "mean"), hits=("hits", "first")).reset_index()
-        means["hits"] = means["hits"].where((groups.size() == 1).to_numpy(), None)
-        cells.append(means.astype(dict.fromkeys(keys, object)).rename(columns={"value": f"{name}_value", "hits": name}))
+        means = groups.agg(**{f"{name}_value": ("value", "mean"), name: ("hits", "first"), "rows": ("value", "size")})
+        means[name] = means[name].where(means.pop("rows") == 1, None)
+        cells.append(means.reset_index().astype(dict.fromkeys(keys, object)))
     pairs = cells[0].merge(cells[1], on=keys)  # as objects: a column may mix types
     pairs["difference"] = pairs["level_value"] - pairs["baseline_value"]
     runs = [name for name in keys if name != "images_seen"]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.display import Result, plain_fields
-from aimscale.analysis.effects.paired import LEAST_SIZES, POWER, Paired
+from aimscale.analysis.effects.paired import LEAST_SIZES, Paired
 from aimscale.analysis.table.measures import Measure
 from aimscale.analysis.words import Flag, flag_words, some
 
@@ -35,12 +35,10 @@ class Contrast(Result):
     degrees: float
     """Degrees of freedom of the interval; NaN where it is over test images, or there is none."""
     baseline_mean: float
-    """Mean of the measure at the baseline, over pairs of runs."""
     level_mean: float
     difference: float
-    """Mean of level minus baseline."""
+    """Mean of level minus baseline, over pairs of runs; NaN ends where nothing tells its interval (see `over`)."""
     low: float
-    """Lower end of its interval (see `over`); NaN where nothing tells one."""
     high: float
     ratio: float
     """Geometric mean of level over baseline; NaN where a value is not positive."""
@@ -51,7 +49,6 @@ class Contrast(Result):
     images: Paired | None
     """The difference over test images, for these very runs; None without hits, or where test images differ."""
     verdict: str
-    """`better`, `worse`, or `no significant difference`."""
     pairs: pd.DataFrame = field(repr=False)
     """One row per pair of rows: the columns held equal that vary, baseline and level value, difference, run_pair."""
 
@@ -91,15 +88,11 @@ class Contrast(Result):
         return f"over {runs} ({self.degrees:.3g} degrees of freedom)"
 
     def sentence(self) -> str:
-        """Tell the difference, its interval and reach, and the verdict."""
-        cells = self.row("level")
-        found = [f"{self.level} against {self.baseline} {cells['difference']} {cells['95 % interval']}".rstrip()]
-        found += [f"ratio {cells['ratio']}"] * bool(cells["ratio"]) + [self.scope]
-        if self.images and self.over != "test images":
-            half = (self.images.high - self.images.low) / 2
-            found.append(f"on these test images (others: ±{self.measure.shown_size(half)})")
-        effect = f" (minimum detectable effect {cells['detectable']} at {100 * POWER:.0f} % power)"
-        return f"{self.measure.title}: {', '.join(found)}: {cells['verdict']}{effect * bool(cells['detectable'])}."
+        """Tell what a row of the table does, and how far the interval reaches."""
+        told = (
+            f"{name} {cell}" for name, cell in self.row("level").items() if cell and name not in ("measure", "over")
+        )
+        return f"{self.measure.title}: {', '.join(told)}; {self.scope}."
 
     headline = sentence
 

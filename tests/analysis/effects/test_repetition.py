@@ -34,7 +34,7 @@ def test_repeats_as_good_as_new_have_no_upper_end_but_a_worth(known_study):
     df["val_loss"] = truth * np.exp(0.001 * np.random.default_rng(0).standard_normal(len(df)))
     found = repeats(df)
     assert found.is_unbounded
-    assert "no upper end" in found.sentences()[0]
+    assert "no upper end" in found.headline()
     second = found.table.set_index("epochs").loc[2]
     assert second["worth_low"] > 0.5  # what a repeat is worth is known though R_D is not
     assert second["worth_high"] > 0.99
