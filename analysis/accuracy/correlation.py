@@ -79,16 +79,15 @@ def correlate(
         groups = {name: of_probe[name] for name in sorted({(m.task, m.kind) for m in asked})}
     found = list[Correlation]()
     for name, rows in groups.items():
-        compute = our_name(rows, "C")
-        is_default = partial is None and within is None and _has_several(rows, compute, x, y)
-        for held in (compute, None) if is_default else (partial,):
+        for held in (our_name(rows, "C"), None) if _is_split(rows, x, y, partial, within) else (partial,):
             found += _correlate(rows, name, methods, x, y, held, within)
     return Correlations(correlations=tuple(found))
 
 
-def _has_several(df: pd.DataFrame, compute: str, x: str, y: str) -> bool:
-    """Return whether rows at three amounts of compute or more have both columns, which vary."""
-    if compute in (x, y) or not {compute, x, y} <= {*df.columns}:
+def _is_split(df: pd.DataFrame, x: str, y: str, *held: str | None) -> bool:
+    """Return whether nothing is held, and rows at three amounts of compute or more have both columns, which vary."""
+    compute = our_name(df, "C")
+    if any(held) or compute in (x, y) or not {compute, x, y} <= {*df.columns}:
         return False
     known = usable_rows(df, {name: name for name in (x, y, compute)}, signed={x, y}).numbers
     return len(known) >= MIN_ROWS and known[compute].nunique() > 2 and min(known[[x, y]].nunique()) > 1
@@ -165,8 +164,10 @@ def _equal_compute(values: Array, sizes: Array) -> tuple[Array, Array, int | Non
 
     Returns the group of each row, columns (n, q) to take out besides groups' means, and the number of groups.
     """
-    log_c = np.log(values)  # close neighbours chain
-    group = (pd.Series(log_c).sort_values().diff() > TOLERANCE).cumsum().sort_index().to_numpy()
+    log_c = np.log(values)
+    order = np.argsort(log_c, kind="stable")
+    group = np.empty(len(log_c), int)
+    group[order] = np.concatenate([[0], np.cumsum(np.diff(log_c[order]) > TOLERANCE)])  # close neighbours chain
     several = pd.Series(sizes).groupby(group).nunique().to_numpy() > 1
     z = (log_c - log_c.mean()) / max(np.ptp(log_c), TOLERANCE)
     if several.sum() > 2 and several[group].mean() > 0.6:

@@ -36,12 +36,8 @@ def link(
         ideal: loss at which the accuracy is 1: (ideal, 1) is one more point, as in the OLMo ladder.
         is_tested: whether the law is tested for lack of fit, as in `fit`.
 
-    Returns:
-        The sigmoid as a fit, whose variable is L.
-
     Raises:
-        AnalysisError: accuracies that are no fractions, an ideal loss that is not below every measured one, or too few
-            points.
+        AnalysisError: accuracies that are no fractions, an ideal loss not below every measured one, too few points.
 
     Example:
         >>> probes = probe_frame(read_table("results.parquet"))
@@ -86,5 +82,5 @@ def _with_ideal(df: pd.DataFrame, loss: str, accuracy: str, ideal: float) -> pd.
 
 def task_level(probed: pd.DataFrame, column: str) -> float | None:
     """Find one task's `chance` (accuracy of guessing) or `ideal` (loss at which it is 1); None where rows disagree."""
-    values = probed[column].dropna().unique() if column in probed.columns else ()
-    return float(values[0]) if len(values) == 1 else None
+    values = set(probed[column].dropna()) if column in probed.columns else set()
+    return float(values.pop()) if len(values) == 1 else None

@@ -20,9 +20,7 @@ class Correlation:
     task: str
     """Task of the accuracy, where y is one."""
     kind: str
-    """Kind of its probe."""
     method: str
-    """pearson or spearman."""
     x: str
     y: str
     value: float
@@ -34,7 +32,6 @@ class Correlation:
     """Column whose rows were left out together; None for single rows."""
     num_clusters: int
     degrees: int
-    """Degrees of freedom of Student's t."""
     partial_on: str | None
     """Column that was held equal, if any."""
     num_groups: int | None
