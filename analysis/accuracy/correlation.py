@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def correlate(
     found = list[Correlation]()
     for name, rows in groups.items():
         for held in (our_name(rows, "C"), None) if _is_split(rows, x, y, partial, within) else (partial,):
-            found += _correlate(rows, name, methods, x, y, held, within)
+            found += [replace(c, task=name[0], kind=name[1]) for c in _correlate(rows, methods, x, y, held, within)]
     return Correlations(correlations=tuple(found))
 
 
@@ -94,13 +95,7 @@ def _is_split(df: pd.DataFrame, x: str, y: str, *held: str | None) -> bool:
 
 
 def _correlate(
-    df: pd.DataFrame,
-    probe: tuple[str, str],
-    methods: Sequence[str],
-    x: str,
-    y: str,
-    partial: str | None,
-    within: str | None,
+    df: pd.DataFrame, methods: Sequence[str], x: str, y: str, partial: str | None, within: str | None
 ) -> Iterator[Correlation]:
     """Correlate by each method."""
     if len({x, y} - {partial, within}) < 2:
@@ -126,9 +121,9 @@ def _correlate(
     member, sides = _codes(rows, cluster), numbers[[x, y]].to_numpy()
     sides = sides / np.abs(sides).max(axis=0)  # squares of 1e308 are no numbers
     names = {"x": x, "y": y, "cluster": cluster, "partial_on": partial, "within": within}
-    about: dict[str, Any] = {field: name and their_name(df, name) for field, name in names.items()}
+    about: dict[str, Any] = {key: name and their_name(df, name) for key, name in names.items()}
     about |= {"num_points": len(rows), "num_clusters": int(member.max()) + 1, "num_groups": num_groups}
-    about |= {"task": probe[0], "kind": probe[1], "chance": _chance_of_all(rows, y), "exclusions": used.exclusions}
+    about |= {"chance": _chance_of_all(rows, y), "exclusions": used.exclusions}
     for method in methods:
         value, low, high, degrees = _interval(method, sides, group, held, member)
         yield Correlation(method=method, value=value, low=low, high=high, degrees=degrees, **about)

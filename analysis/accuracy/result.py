@@ -17,9 +17,9 @@ from aimscale.analysis.words import percent
 class Correlation:
     """One coefficient of two columns, with a 95 % interval."""
 
-    task: str
+    task: str = ""
     """Task of the accuracy, where y is one."""
-    kind: str
+    kind: str = ""
     method: str
     x: str
     y: str
@@ -60,12 +60,6 @@ class Correlation:
             return "nothing varies"
         return ("" if self.is_significant else "not ") + "significant" + ", all at chance" * (self.chance is not None)
 
-    def cautions(self) -> Iterator[str]:
-        """Yield a sentence where all accuracies lie at chance."""
-        if self.chance is not None:
-            name = f" of {self.task}:{self.kind}" if self.task else ""
-            yield f"all accuracies{name} lie at chance ({percent(self.chance, 3)}) within their binomial error"
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Correlations(Result):
@@ -93,7 +87,9 @@ class Correlations(Result):
 
     def facts(self) -> list[tuple[str, str]]:
         """Return cautions, what was correlated, how intervals were found and what was left out."""
-        found = [("with care", each) for c in self for each in c.cautions()]
+        at_chance = {c.task and f" of {c.task}:{c.kind}": c.chance for c in self if c.chance is not None}
+        text = "all accuracies{} lie at chance ({}) within their binomial error"
+        found = [("with care", text.format(name, percent(chance, 3))) for name, chance in at_chance.items()]
         found.append(("correlated", self.headline().removeprefix("Correlation of ")))
         if len({c.partial_on for c in self}) > 1:
             found.append(("over all rows", "both may follow compute, and then they correlate whatever else they share"))

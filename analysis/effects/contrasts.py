@@ -28,11 +28,13 @@ USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "h
 """Column -> the level that the paper uses, the baseline unless another is named; fields of the set-up default to it."""
 OTHER_UNIT = ("target", "patch_size", "image_size")
 """Columns whose levels have losses that cannot be subtracted, beside all fields of the objective."""
-_HEAD = "equal_images", "Equal images, not equal compute: a deeper or larger head costs more per image."
 CAUTIONS = {
     "prefix": ("unseen_prefix", "Every model is validated with a bidirectional prefix; some were trained without one."),
     "patch_order": ("other_patches", "Each order scores other patches after the prefix: another task for each."),
-    **dict.fromkeys((*design.HEAD[:2], "model.head_kind"), _HEAD),
+    **dict.fromkeys(
+        ("head_rule", "head_depth", "model.head_kind"),
+        ("equal_images", "Equal images, not equal compute: a deeper or larger head costs more per image."),
+    ),
 }
 """Column -> kind and sentence of the flag about its losses."""
 
