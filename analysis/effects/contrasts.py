@@ -2,8 +2,8 @@
 
 Budgets of the same two runs share most of their training, so their differences are averaged first: a pair of runs
 counts once. From three sizes on the interval covers others like them; of one or two it speaks of these alone. Either is
-for the test images that the runs share. What other images would change is told beside it, and is all that is known
-from a single pair of runs a size (`effects.paired`).
+for the test images that the runs share. What other images would change stands beside it (`images`), and is all that is known
+from a single pair of runs a size.
 """
 
 from __future__ import annotations

@@ -54,9 +54,6 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> N
         df: a results table.
         law: a law fitted to it already, which saves a fit where it is the one that tells the scatter.
 
-    Returns:
-        A standard deviation per source, as a fraction of the loss.
-
     Raises:
         AnalysisError: no usable loss, or neither seeds nor standard errors to tell noise from.
 
@@ -108,8 +105,7 @@ def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[tuple[str | fl
         law = law if law is not None and law.law.name == name else fit(rows, name, y=y, is_tested=False)
     except AnalysisError:
         return
-    errors = law.estimate.components
+    errors, counts = law.estimate.components, law.estimate.groups.counts
     yield "law", "scatter about the joint law", errors.total, np.nan, np.nan, f"{law.num_points} points"
-    for kind, num in law.estimate.groups.counts.items():
-        if errors.shared[kind] > 0:
-            yield kind, SHARED[kind], errors.shared[kind], np.nan, np.nan, f"{num} {kind}"
+    for kind in filter(errors.shared.get, counts):
+        yield kind, SHARED[kind], errors.shared[kind], np.nan, np.nan, f"{counts[kind]} {kind}"
