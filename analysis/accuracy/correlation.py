@@ -62,6 +62,9 @@ def correlate(
             it, else about a polynomial in its logarithm.
         within: column (such as size) whose groups' means are taken out of both.
 
+    Returns:
+        One coefficient per accuracy, comparison and method, each with its interval.
+
     Raises:
         AnalysisError: missing or constant column, one column twice, unknown method, or fewer than 4 usable rows.
 

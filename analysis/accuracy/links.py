@@ -36,6 +36,9 @@ def link(
         ideal: loss at which the accuracy is 1: (ideal, 1) is one more point, as in the OLMo ladder.
         is_tested: whether the law is tested for lack of fit, as in `fit`.
 
+    Returns:
+        The sigmoid as a fit, whose variable is L.
+
     Raises:
         AnalysisError: accuracies that are no fractions, an ideal loss not below every measured one, too few points.
 

@@ -2,8 +2,8 @@
 
 Budgets of the same two runs share most of their training, so their differences are averaged first: a pair of runs
 counts once. From three sizes on the interval covers others like them; of one or two it speaks of these alone. Either is
-for the test images that the runs share. What other images would change stands beside it (`images`), and is all that is known
-from a single pair of runs a size.
+for the test images that the runs share. What other images would change stands beside it (`Contrast.images`), and is all
+that is known from a single pair of runs a size.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ def contrast(
         measures: `val_loss` or another numeric column, `top1`, `top1:TASK`, `top1:TASK:KIND`; empty takes the
             validation loss and every probe.
         ignore: columns that may differ within a pair.
+
+    Returns:
+        A difference per measure and level, with its interval and its minimum detectable effect.
 
     Raises:
         AnalysisError: no such column, fewer than two levels, or nothing is paired; the sentence says what differs.

@@ -54,6 +54,9 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> N
         df: a results table.
         law: a law fitted to it already, which saves a fit where it is the one that tells the scatter.
 
+    Returns:
+        A standard deviation per source, as a fraction of the loss.
+
     Raises:
         AnalysisError: no usable loss, or neither seeds nor standard errors to tell noise from.
 

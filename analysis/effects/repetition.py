@@ -78,6 +78,9 @@ def repeats(df: pd.DataFrame, *, y: str = "val_loss") -> Repeats:
     Args:
         df: a table with images seen D, different images U and, where it varies, N.
 
+    Returns:
+        The law, and what each pass over the same data is worth.
+
     Raises:
         AnalysisError: no repeats in the table, a single pool size, or too few points.
 

@@ -120,6 +120,9 @@ def compare(frame: pd.DataFrame) -> Comparison:
     """Put the runs of a results table beside the published models, and beside the project's own baselines where the
     table's folder has some; what the table lacks is named in `left_out`.
 
+    Returns:
+        Tables of tasks, baselines, ablations and exponents, with flags of what is not comparable.
+
     Example:
         >>> table = read_table("results.parquet")
         >>> compare(table).exponents
