@@ -12,7 +12,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import Groups, groups_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.optimum.cost import Cost, cost_of
+from aimscale.analysis.optimum.frontier import Cost, cost_of
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.names import Exclusion, no_column, our_name
 from aimscale.analysis.table.points import REPEATS_FROM, resolve_columns, usable_rows, with_compute

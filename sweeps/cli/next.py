@@ -86,7 +86,7 @@ def command(
 def _offer_of_table(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:
     """Runs on the table's own grid and on the way to the target, priced by its own FLOPs."""
     from aimscale.analysis.next.proposal import grid_offer
-    from aimscale.analysis.optimum.cost import cost_of, points_of
+    from aimscale.analysis.optimum.frontier import cost_of, points_of
     from aimscale.analysis.table.points import with_compute
 
     points = points_of(with_compute(df), y)
