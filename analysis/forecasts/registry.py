@@ -27,8 +27,7 @@ from aimscale.analysis.table.read import probe_frame
 REGISTER = "forecasts.jsonl"
 SCORES = "forecast-scores.csv"
 TOLERANCE = 0.01
-"""A row within 1 % of every variable of the forecast is taken for the run that was forecast: budgets are rounded to
-whole batches."""
+"""A row within 1 % of every variable is the run that was forecast: budgets are rounded to whole batches."""
 COLUMNS = (
     "registered", "quantity", "at", "law", "forecast", "pi_lo", "pi_hi", "measured", "num_rows", "error", "inside",
 )  # fmt: skip
@@ -55,7 +54,7 @@ def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:
     for row in found.table.to_dict("records"):
         at, laws = found.scales[row["at"]], found.forecasters[row["quantity"]]
         names = {v: points.columns.get(v, CANONICAL.get(v, v)) for v in at}
-        entry = {**shared, "at": at, "columns": names, "law": laws.best, "weights": dict(laws.weights)}
+        entry = {**shared, "at": at, "columns": names, "law": laws.weights.index[0], "weights": laws.weights.to_dict()}
         entry |= {name: row[name] for name in ("distance", "quantity", *ENDS)}
         lines.append(json.dumps(plain_types(entry)) + "\n")
     try:
@@ -73,11 +72,10 @@ def read_register(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
             entry = json.loads(line)
-            ends = {name: np.nan if entry[name] is None else float(entry[name]) for name in ("pi_lo", "pi_hi")}
-            texts = {name: str(entry[name]) for name in ("registered", "quantity", "law")}
             at = {str(name): float(value) for name, value in entry["at"].items()}
-            numbers = {"at": at, "value": float(entry["value"]), "columns": dict(entry["columns"])}
-            out.append(entry | ends | texts | numbers)
+            ends = {name: np.nan if entry[name] is None else float(entry[name]) for name in ("value", "pi_lo", "pi_hi")}
+            told = {name: str(entry[name]) for name in ("registered", "quantity", "law")}
+            out.append({**entry, **ends, **told, "at": at, "columns": dict(entry["columns"])})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise AnalysisError(f"Line {number} of {path} is no forecast; restore or remove that line.") from None
     return out

@@ -100,7 +100,7 @@ def _frontier(points: pd.DataFrame, budgets: Sequence[Budget], approach: int) ->
     if (surface := _surface(points, log_losses)) is not None:
         values, errors, degrees, flags = surface
         with contextlib.suppress(NoFrontier):  # the surface itself may have no minimum there
-            slopes = [_minimum(budget, values, approach)[2] for budget in used]
+            slopes = tuple(_minimum(budget, values, approach)[2] for budget in used)
         moved = through @ np.array(slopes)
         covariance, method = moved @ errors @ moved.T, f"errors of {len(points)} points about a smooth surface"
     return Frontier(
@@ -217,7 +217,7 @@ def shared_budgets(points: pd.DataFrame) -> pd.Series:
         if group[i] < 0:
             group[near[i]] = np.where(group[near[i]] < 0, i, group[near[i]])
     means = pd.Series(log_c, ordered.index).groupby(group).transform("mean")
-    return np.exp(means).loc[points.index]
+    return means.apply(np.exp).loc[points.index]
 
 
 def isoflop_budgets(points: pd.DataFrame) -> pd.Series | None:
