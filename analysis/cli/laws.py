@@ -58,7 +58,6 @@ def fit(
     from aimscale.analysis.effects.plateau import plateau_flags
     from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.table.points import with_compute
-    from aimscale.analysis.table.read import read_curves
 
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     found = several(law, df, y)
@@ -76,8 +75,7 @@ def fit(
         bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1").items()},
     )
     result = tested(result, df, hold_out or [])
-    inside = plateau_flags(df.loc[result.data.index], read_curves(tables))
-    result = replace(result, flags=(*result.flags, *inside))
+    result = replace(result, flags=(*result.flags, *plateau_flags(df.loc[result.data.index], y)))
     after, also = ([], {}) if found is None else (["", found.summary()], {"laws": found.table})
     both = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     following = then([*(["frontier"] if both else []), "report"], tables, columns, where, best_of)
@@ -108,7 +106,7 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
         by_budget = our_name(df, by) == our_name(df, "C") and "C" not in result.law.variables
         rows = with_budgets(df, result.columns["y"], result.columns) if by_budget else df
         tests.append(held_out(result, rows, by="C" if by_budget else by, num_values=int(count or 1)))
-    mixed = mixture_flags(df, result.law.variables)
+    mixed = mixture_flags(df, result.law.variables, result.columns["y"])
     return replace(result, flags=said_once((*result.flags, *mixed)), heldout=tuple(tests))
 
 
@@ -166,7 +164,7 @@ def forecast(
     repeats = [
         flag for each in found.scales for flag in passes_flags(rows.rows, f"D = {human(each.get('D', 0))}", each)
     ]
-    mixed = mixture_flags(df, [*found.loss.points.x])
+    mixed = mixture_flags(df, [*found.loss.points.x], y)
     found = replace(found, flags=(*mixed, *rows.flags, *repeats, *found.flags))
     after = []
     if register:
@@ -213,7 +211,7 @@ def frontier(
     best = found.at(shown).iloc[-1]
     rows = usable_rows(df, y, best_by=y)
     repeats = passes_flags(rows.rows, f"D* = {human(best['D'])} at {human(best['C'])} FLOP", {"D": best["D"]})
-    found = replace(found, flags=(*found.flags, *mixture_flags(df, ["N", "D", "C"]), *rows.flags, *repeats))
+    found = replace(found, flags=(*found.flags, *mixture_flags(df, ["N", "D", "C"], y), *rows.flags, *repeats))
     place = [] if found.are_apart else [f"forecast --at {typed_scale({v: best[v] for v in ('N', 'D')})}"]
     show(
         found,

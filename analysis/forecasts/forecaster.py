@@ -126,7 +126,7 @@ def fit_curves(points: Points, cache: Cache) -> Curves:
 
 def _fit_laws(points: Points, cache: Cache) -> Curves:
     """Fit every law by least squares of ln y."""
-    key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.named.values()]).tobytes()
+    key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.values()]).tobytes()
     for law in points.laws:
         if (law.name, key) not in cache:
             try:
@@ -150,8 +150,7 @@ def _link(points: Points, loss: Array) -> Estimate:
 def _estimate(law: Law, points: Points, objective: Objective, fixed: dict[str, float] | None = None) -> Estimate:
     """Fit a law, weighted by compute."""
     x, weights = Columns({v: points.x[v] for v in law.variables}), points.compute / points.compute.mean()
-    law = law.centred(x) if law.centred is not None else law
-    problem = make_problem(law, dict(x), points.y, objective, weights=weights, fixed=fixed)
+    problem = make_problem(law.centred(x), dict(x), points.y, objective, weights=weights, fixed=fixed)
     free = int(problem.movable.sum())
     if problem.num_points < free + SPARE_POINTS:
         raise AnalysisError(f"{problem.num_points} points are too few for its {free} parameters.")

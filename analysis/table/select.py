@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import ttest_1samp
 
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.design import PROVENANCE, design_columns, experiment_columns, varies
@@ -19,6 +20,8 @@ _CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<v
 _ORDER = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 FEW_PASSES = 4.0
 """Passes over a pool that are worth nearly as much as new data (Muennighoff et al. 2023)."""
+CHANCE = 0.01
+"""Probability of chance below which losses of two folders differ."""
 
 
 def spaced(num: int, most: int) -> np.ndarray:
@@ -134,12 +137,15 @@ def envelope_flags(envelope: pd.DataFrame) -> tuple[Flag, ...]:
     return (Flag(kind="envelope_ends", number=own, text=f"{text}sizes."),) if own else ()
 
 
-def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[Flag, ...]:
+def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_loss") -> tuple[Flag, ...]:
     """Flag columns in which the rows differ and which a law of these variables does not know, and points during
-    training. Several sweeps and folders may well be one experiment: a fit tests whether their losses differ."""
+    training.
+
+    Several sweeps or folders are flagged where their losses of equal cells differ: they may well be one experiment.
+    """
     known = {*variables, *(CANONICAL.get(v, v) for v in variables)}
     rows = complete(frame)
-    names = [name for name in experiment_columns(rows) if name not in PROVENANCE]
+    names = [n for n in experiment_columns(rows) if n not in PROVENANCE or _differ(rows, n, y)]
     names += ["unique_images"] * (most_passes(rows) > REPEATS_FROM)
     names += ["images_seen"] * ("params_total" in known) + ["params_total"] * ("images_seen" in known)
     flags = []
@@ -160,3 +166,15 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str]) -> tuple[Flag, 
         flags.append(Flag(kind="during_mixed", number=during, text=text))
     is_envelope = any((each.kind, each.subject) == ("where", "envelope") for each in left_out_of(frame))
     return (*flags, *(envelope_flags(frame) if is_envelope else ()))
+
+
+def _differ(rows: pd.DataFrame, name: str, y: str) -> bool:
+    """Test whether losses of the two commonest values of a column differ in sizes and budgets that both hold."""
+    cell = [each for each in ("params_total", "N", "images_seen", "D") if each in rows]
+    if y not in rows or not cell:
+        return False
+    losses = pd.to_numeric(rows[y], errors="coerce")
+    means = np.log(losses.where(losses > 0)).groupby([rows[each] for each in (*cell, name)]).mean()
+    one, other = (means.xs(value, level=name) for value in rows[name].value_counts().index[:2])
+    differences = (one - other).dropna().groupby(level=cell[0]).mean()
+    return len(differences) > 2 and bool(ttest_1samp(differences, 0).pvalue < CHANCE)

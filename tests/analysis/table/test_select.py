@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aimscale.analysis import fit
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.parts import series_of
 from aimscale.analysis.table.design import design_columns, experiment_columns, told_apart, with_size
@@ -89,10 +88,19 @@ def test_words_settings_and_folders_of_others_tell_experiments_apart(known_study
     alone = both[["params_total", "images_seen", "val_loss", "optimizer", "width", "run", "lr"]]
     assert experiment_columns(alone) == ["optimizer"]
     assert mixed(alone, "ND") == [("optimizer", 2)]
-    for name in (FOLDER, "sweep"):  # which a law tests, for they may be one experiment
-        apart = alone.drop(columns=["optimizer", "lr"]).assign(**{name: both[FOLDER]})
-        assert mixed(apart, "ND") == []
-        assert [(flag.kind, flag.subject) for flag in fit(apart, "chinchilla").flags] == [("experiments", name)]
+    assert mixed(both.drop(columns=["optimizer", "dropout", "lr"]), "ND") == [(FOLDER, 2)]
+    assert mixed(alone.drop(columns=["optimizer", "lr"]).assign(**{FOLDER: both[FOLDER]}), "ND") == [(FOLDER, 2)]
+
+
+@pytest.mark.parametrize("name", [FOLDER, "sweep"])
+def test_sweeps_of_one_experiment_are_no_mixture(known_study, name):
+    """Nor are those that share no cell, of which the rows cannot tell."""
+    one, other = known_study({"seeds": [0]}), known_study({"seeds": [1]})
+    assert mixed(pd.concat([one.assign(**{name: "a"}), other.assign(**{name: "b"})], ignore_index=True), "ND") == []
+    empty = other.assign(**{name: "b", "val_loss": np.nan})
+    assert mixed(pd.concat([one.assign(**{name: "a"}), empty], ignore_index=True), "ND") == []
+    apart = known_study({"seeds": [1], "budgets": [5000, 9000], "effect": 0.02})
+    assert mixed(pd.concat([one.assign(**{name: "a"}), apart.assign(**{name: "b"})], ignore_index=True), "ND") == []
 
 
 def test_pools_are_a_mixture_where_they_repeat(known_study):
