@@ -1,16 +1,17 @@
 """Which runs to buy next: those that leave the forecast of a target the least variance for their price.
 
-A measurement is taken for law + departure + noise: the law linear in its parameters around its fit, the departure a
-smooth field over the logarithms of the law's variables (no law is exact, and it errs alike at scales that lie close
-together). So runs that pin the law's parameters down are worth something, and so are runs near the target; the price
-decides. What a run is worth depends on what is bought beside it, so they are chosen one after another.
+A measurement is law + departure + noise: the law linear in its parameters around its fit, the departure a smooth field
+over the logarithms of the law's variables (no law is exact, and it errs alike at scales that lie close together). So
+runs that pin the parameters down are worth something, and so are runs near the target; the price decides. What a run is
+worth depends on what is bought beside it, so they are chosen one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,13 +36,12 @@ Places = pd.DataFrame | Mapping[str, Array]
 PRIOR_SD = 1.0
 """Prior standard deviation of every parameter on its own scale: factor e for coefficients and exponents."""
 DEPARTURE_SD, DEPARTURE_TO_NOISE = 0.01, 2.5
-"""Standard deviation of the departure in log loss: at least what good laws miss by a decade beyond their data, and this
-multiple of the noise (a law that scatters more departs more)."""
+"""Standard deviation of the departure in log loss, what good laws miss by a decade beyond their data; or this multiple
+of the noise, where that is more."""
 DEPARTURE_RANGE = 2.5
 """Length scale of the departure in each logarithm: a factor of 12."""
 PRICE_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Gains are divided by these powers of the price in turn, and the best of the baskets is kept: division by the price
-itself fills a basket with the cheapest runs, division by 1 spends all on the first."""
+"""Powers of the price that gains are divided by in turn: 1 buys the cheapest runs, 0 one dear run; the best is kept."""
 SAME = 0.03
 """Runs whose N and D both differ by less than this fraction count as one."""
 WORTHWHILE = 0.9
@@ -178,8 +178,8 @@ class Proposal(Result):
         heads = {"size": "size", "N": "N", "D": "D", "U": "U", "C": "C (FLOP)", "price": self.unit, "D/N": "D/N"}
         if "U" in self.table and not (self.table["U"] < self.table["D"]).any():
             del heads["U"]
-        forms = {"size": str, "C": partial(power_of_ten, digits=3)}
-        shown = {head: self.table[v].map(forms.get(v, human)) for v, head in heads.items() if v in self.table}
+        forms: dict[str, Callable[[Any], str]] = {"size": str, "C": partial(power_of_ten, digits=3)}
+        shown = {head: map(forms.get(v, human), self.table[v]) for v, head in heads.items() if v in self.table}
         return [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from aimscale.analysis.display import Result, text_table
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import satterthwaite
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
@@ -200,9 +201,8 @@ def gap(found: Approaches, other: Approaches) -> Gap | None:
     pairs = [(f, g) for f in found.frontiers for g in other.frontiers if f.approach == g.approach]
     for f, g in reversed(pairs):
         log_n, errors, degrees = np.concatenate([each.optimum(np.array([flops])) for each in (f, g)], axis=1)
-        variance, log_ratio = float(np.sum(errors**2)), float(log_n[0] - log_n[1])
-        spare = variance**2 / max(float(np.sum(errors**4 / degrees)), 1e-300)
-        ends = student_interval(log_ratio, math.sqrt(variance), spare)
+        log_ratio = float(log_n[0] - log_n[1])
+        ends = student_interval(log_ratio, float(np.linalg.norm(errors)), float(satterthwaite(errors, degrees)))
         if ends.is_known:
             return Gap(
                 approach=f.approach,

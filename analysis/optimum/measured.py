@@ -131,16 +131,14 @@ def _minimum(budget: Budget, log_losses: Array, approach: int) -> tuple[float, f
         return NoFrontier(Flag(kind=kind, subject=subject, number=budget.flops, text=text))
 
     x, losses = budget.log_sizes, budget.blend @ log_losses
-    losses, few = np.exp(losses) if approach == 2 else losses, "too few sizes lie near the lowest loss"
-    if len(np.unique(x)) < MIN_SIZES[approach]:
-        raise refused("few_sizes", few)
+    losses, sizes = np.exp(losses) if approach == 2 else losses, np.unique(x)
     lowest = int(np.argmin(losses))
-    for name, end in (("smallest", x.min()), ("largest", x.max())):
-        if x[lowest] == end:
+    for name, end in (("smallest", sizes[0]), ("largest", sizes[-1])):
+        if x[lowest] == end and len(sizes) >= MIN_SIZES[approach]:
             raise refused("edge", f"the {name} size has the lowest loss", name)
     close = np.abs(np.arange(len(x)) - lowest) <= 1 if approach == 1 else np.abs(x - x[lowest]) <= np.log(WINDOW)
     if len(np.unique(x[close])) < MIN_SIZES[approach]:
-        raise refused("few_sizes", few)
+        raise refused("few_sizes", "too few sizes lie near the lowest loss")
     centre = x[close].mean()
     solve = np.linalg.pinv(np.vander(x[close] - centre, 3))
     c2, c1, c0 = solve @ losses[close]
@@ -170,25 +168,21 @@ def _surface(points: pd.DataFrame, log_losses: Array) -> tuple[Array, Array, flo
     seen, unseen, few = visible_groups(groups, terms)
     values = terms @ np.linalg.lstsq(terms, log_losses, rcond=None)[0]
     errors = components_of(linear_design(terms, np.ones(num)), log_losses - values, seen)
-    blind = [("unseen", name, "cannot tell", 50) for name in unseen]  # coverage as simulated
-    blind += [("few_groups", name, "hardly tell", 90) for name in few]
-    flags = [
-        Flag(
-            kind=kind,
-            subject=name,
-            number=groups.counts[name],
-            text=f"{groups.counts[name]} {name} {how} an error "
-            f"that all points of one share: where there is one, its 95 % interval holds some {held} %.",
-        )
-        for kind, name, how, held in blind
-    ]
+    flags = []
+    for kind, names, how, held in (("unseen", unseen, "cannot", 50), ("few_groups", few, "hardly", 90)):  # as simulated
+        for name in names:
+            told = (
+                f"{groups.counts[name]} {name} {how} tell an error that all points of one share: where there is one, "
+            )
+            text = f"{told}its 95 % interval holds some {held} %."
+            flags.append(Flag(kind=kind, subject=name, number=groups.counts[name], text=text))
     return values, errors.covariance(seen, num), errors.degrees, flags
 
 
 def _interpolated(points: pd.DataFrame) -> list[Budget]:
     """Interpolate every size's curve to `NUM_BUDGETS`, by straight lines in log-log, seeds averaged."""
     grid, sizes, blends = np.geomspace(points["C"].min(), points["C"].max(), NUM_BUDGETS), [], []
-    for size, rows in np.log(points.reset_index(drop=True)[["N", "C"]]).groupby("N"):
+    for size, rows in points.reset_index(drop=True)[["N", "C"]].apply(np.log).groupby("N"):
         own, codes = np.unique(rows["C"], return_inverse=True)
         if len(own) > 1:
             shares = [np.interp(np.log(grid), own, unit, left=np.nan, right=np.nan) for unit in np.eye(len(own))]
