@@ -84,8 +84,7 @@ class Forecast(Result):
                 "95 % interval": Interval(low=row["pi_lo"], high=row["pi_hi"]).shown(),
                 "times beyond": human(row["distance"]) if row["distance"] > 1 else "",
                 "single laws": f"{human(row['rival_lo'], 4)} to {human(row['rival_hi'], 4)}"
-                if len(self.forecasters[row["quantity"]].curves) > 1
-                else "",
+                * (len(self.forecasters[row["quantity"]].curves) > 1),
             }
             for row in self.table.to_dict("records")
         ]
@@ -169,10 +168,8 @@ def record_words(distance: float, *, accuracies: bool = False) -> list[str]:
     if accuracies:
         inside += f" and {percent(row['accuracy_inside'])} of accuracies"
         error += f" and {100 * row['accuracy_error']:.1f} points"
-    return [
-        f"{inside} inside their intervals, mean error {error}, on {row['num_families']:.0f} families of public tables "
-        f"forecast {row['low']:g} to {row['high']:g} times beyond"
-    ]
+    families = f"{row['num_families']:.0f} families of public tables forecast {row['low']:g} to {row['high']:g} times"
+    return [f"{inside} inside their intervals, mean error {error}, on {families} beyond"]
 
 
 def parse_scale(text: str, option: str) -> dict[str, float]:

@@ -1,21 +1,18 @@
 """The forecast: laws weighted by how they predict the table's own larger runs, and errors that grow with distance.
 
-No law holds from the smallest run to the largest, and the upper end is where the forecast starts: so every run counts
-in proportion to its compute. On public tables cut at a tenth of their compute that lowers the mean error of every law
-(docs/forecasts.md). `fit(table, law, weights="compute", objective="log_lsq")` is the same fit.
-
-Each law is fitted to the runs below a half, a quarter ... of the table's compute and predicts the others; the mean of
-the laws is weighted by how well. Its error is a sum of variances: of the noise of one run, of the parameters, of the
-laws about their mean, and of a misfit that all of them share. The misfit grows with ln distance, at the rate at which
-the backtests missed, each over its own distance: on public tables what laws miss grows so, and a root grows too slowly.
-The constants are those that the losses of public tables speak for most, each family alike
-(`tests/experiments/board.py`, which also leaves every family out in turn).
+No law holds from the smallest run to the largest, and the upper end is where the forecast starts: so runs count in
+proportion to their compute, as in `fit(table, law, weights="compute", objective="log_lsq")`. Each law is fitted to the
+runs below a half, a quarter ... of the table's compute and predicts the others; the mean of the laws is weighted by how
+well. Its error is a sum of variances: of the noise of one run, of the parameters, of the laws about their mean, and of
+a misfit that all of them share, which grows with ln distance at the rate at which the backtests missed. The constants
+are those that the losses of public tables speak for most, each family alike (`tests/experiments/board.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,9 +29,9 @@ from aimscale.analysis.laws.catalogue import LINK_SIGMOID
 from aimscale.analysis.words import human, percent
 
 SPARE_POINTS = 2
-"""Points that a law needs beyond its parameters: with fewer its errors have no degree of freedom to be told by."""
+"""Points that a law needs beyond its parameters, to tell its errors by."""
 THROUGH = " through the loss"
-"""Ends the name of a curve that leads through the loss."""
+"""End of the name of a curve that leads through the loss."""
 LEAST, UNKNOWN = 1e-6, 1e3
 """Smallest loss or error rate that a curve returns; its error, of its logarithm, where the law itself is nil."""
 STEP = 1e-5
@@ -44,8 +41,7 @@ CUTS = (2.0, 4.0, 8.0, 16.0, 32.0)
 MIN_POINTS, MIN_VALUES, MIN_RANGE = 8, 3, 4.0
 """Points, values of each variable and factor in compute that a backtest needs to be fitted to."""
 SHARPNESS, FLOOR = 4.0, 0.5
-"""Weights fall with this power of a curve's error in backtests, half the best one's added to it: of powers of 2, 3, 4
-and 6 none forecast public tables clearly better."""
+"""Weights fall with this power of a curve's error in backtests, to which this share of the best one's is added."""
 MARGIN = 0.9
 """A law predicts better than another where its error is below this share of the other's in every backtest."""
 DOF = 6.0
@@ -58,8 +54,7 @@ LEAST_ERROR = 1e-4
 """Error rate that an accuracy of 1 counts as: one image of ten thousand."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
+class Calibration(NamedTuple):
     """Constants of a forecast's error, found on public tables (docs/forecasts.md)."""
 
     known: float
@@ -73,7 +68,7 @@ class Calibration:
 LOSSES = Calibration(known=0.58, misfit=0.41, least=0.0028)
 """On 108 cuts of 36 tables in 14 families; with a family left out: .54 to .63, .35 to .49, .002 to .0033."""
 ACCURACIES = Calibration(known=0.54, misfit=0.2, least=0.01)
-"""Constants for error rates, on 41 cuts in 4 families, too few to leave any out."""
+"""Of error rates, on 41 cuts in 4 families, too few to leave any out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +160,7 @@ class Forecaster(Result):
     curves: Mapping[str, Curve] = field(repr=False)
     """Laws fitted to all points, in the order of the candidates."""
     table: pd.DataFrame
-    """One row a curve, the heaviest first: curve, num_params, weight (they sum to 1), backtest_error, noise, and the
-    reason why it takes no part."""
+    """One row a curve, the heaviest first: curve, num_params, weight, backtest_error, noise, reason why it is none."""
     backtests: pd.DataFrame
     """Root mean square of ln prediction - ln measurement: a row a cut of the table's compute, a column a curve."""
     misfit: float
@@ -244,7 +238,7 @@ class Forecaster(Result):
         ]
 
     def headline(self) -> str:
-        """Say which curves there are, and what they missed by in backtests."""
+        """Write the facts in one line."""
         return "; ".join(map(": ".join, self.facts()))
 
     def cells(self) -> list[dict[str, str]]:
@@ -309,26 +303,24 @@ def weigh(points: Points, cache: Cache, fit: Callable[[Points, Cache], Curves] =
         below = points.compute <= points.compute.max() / times
         if _is_enough(points, below):
             known, test = points.rows(below), points.rows(~below)
-            of_cut = {name: curve for name, curve in fit(known, cache).items() if name in curves}
-            off = {k: c.predict(test.x)[0] - np.log(test.y) for k, c in of_cut.items() if not isinstance(c, str)}
-            off = {name: miss for name, miss in off.items() if np.isfinite(miss).all()}
-            if off:
-                misses[times] = pd.DataFrame(off), np.log(known.distance({**test.x, "C": test.compute}))
+            told = [
+                (k, c.predict(test.x)[0])
+                for k, c in fit(known, cache).items()
+                if k in curves and not isinstance(c, str)
+            ]
+            off = {name: log_y - np.log(test.y) for name, log_y in told if np.isfinite(log_y).all()}
+            misses |= {times: (pd.DataFrame(off), np.log(known.distance({**test.x, "C": test.compute})))} if off else {}
     errors = {times: _rms(off) for times, (off, _) in misses.items()}
     backtests = pd.DataFrame(errors, index=list(curves), dtype=float).T
     weights = _weights(backtests)
     rates = [_rms(off @ weights[off.columns] / weights[off.columns].sum()) / _rms(far) for off, far in misses.values()]
-    each = {
-        "num_params": {name: curve.num_params for name, curve in curves.items()},
-        "weight": weights,
-        "backtest_error": backtests.median(),
-        "noise": {name: curve.noise for name, curve in curves.items()},
-        "reason": missing,
-    }
+    noises = {name: curve.noise for name, curve in curves.items()}
+    columns = {"num_params": {name: curve.num_params for name, curve in curves.items()}, "weight": weights}
+    columns |= {"backtest_error": backtests.median(), "noise": noises, "reason": missing}
     names = [*weights.sort_values(ascending=False, kind="stable").index, *missing]
-    table = pd.DataFrame(each, index=pd.Index(names, name="curve")).fillna({"weight": 0.0, "reason": ""}).reset_index()
-    misfit = float(np.median(rates) if rates else UNTESTED * _rms([curve.noise for curve in curves.values()]))
-    return Forecaster(points=points, curves=curves, table=table, backtests=backtests, misfit=misfit)
+    table = pd.DataFrame(columns, index=pd.Index(names, name="curve")).fillna({"weight": 0.0, "reason": ""})
+    misfit = float(np.median(rates) if rates else UNTESTED * _rms([*noises.values()]))
+    return Forecaster(points=points, curves=curves, table=table.reset_index(), backtests=backtests, misfit=misfit)
 
 
 def _is_enough(points: Points, below: Array) -> bool:
@@ -343,9 +335,8 @@ def _is_enough(points: Points, below: Array) -> bool:
 def _weights(backtests: pd.DataFrame) -> pd.Series:
     """Weigh curves by the median of their errors in backtests; all alike without any.
 
-    The lowest cuts leave too little for a law with many parameters, which says nothing about the whole table: hence the
-    median. A curve that a cut could not test counts there as the worst. Few cuts tell little, so the power grows with
-    their number n as n / (n + 1).
+    The median, for the lowest cuts leave too little for laws with many parameters. A curve that a cut could not test
+    counts there as the worst. Few cuts tell little, so the power grows with their number n as n / (n + 1).
     """
     num_cuts = len(backtests)
     errors = backtests.T.fillna(backtests.max(axis=1)).median(axis=1) if num_cuts else pd.Series(1.0, backtests.columns)
@@ -355,5 +346,5 @@ def _weights(backtests: pd.DataFrame) -> pd.Series:
 
 
 def _rms(values: Array) -> Array:
-    """Return the root mean square of an array or of every column of a frame."""
+    """Return the root mean square of an array, or of every column of a frame."""
     return np.sqrt(np.square(values).mean(axis=0))

@@ -1,8 +1,4 @@
-"""Forecasts written down before the run, and scored after it: the only test of a law that leaves no room for argument.
-
-`forecasts.jsonl` beside the table is only ever appended to, one line per forecast. `scores` compares its lines with the
-runs that have been measured since.
-"""
+"""Forecasts written down before the run, a line each in `forecasts.jsonl` beside the table, and scored after it."""
 
 from __future__ import annotations
 
@@ -37,11 +33,9 @@ def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:
     """Append forecasts to a register, before the runs: not where the table already holds a measurement."""
     points = found.loss.points
     for at in found.scales:
-        if len(rows := _rows_at(df, at, points.columns)):
-            raise AnalysisError(
-                f"The table already holds {len(rows)} measurements at {scale_words(at)}, so this would be no forecast; "
-                "register before the run."
-            )
+        if num := len(_rows_at(df, at, points.columns)):
+            held = f"The table already holds {num} measurements at {scale_words(at)}"
+            raise AnalysisError(f"{held}, so this would be no forecast; register before the run.")
     numbers = np.column_stack([*points.x.values(), points.y])
     text = "\n".join(sorted(",".join(f"{v:.12g}" for v in row) for row in numbers))  # whatever the order of rows
     shared = {
@@ -52,18 +46,17 @@ def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:
     }
     lines = []
     for row in found.table.to_dict("records"):
-        at, laws = found.scales[row["at"]], found.forecasters[row["quantity"]]
+        at, weights = found.scales[row["at"]], found.forecasters[row["quantity"]].weights
         names = {v: points.columns.get(v, CANONICAL.get(v, v)) for v in at}
-        entry = {**shared, "at": at, "columns": names, "law": laws.weights.index[0], "weights": laws.weights.to_dict()}
+        entry = {**shared, "at": at, "columns": names, "law": weights.index[0], "weights": weights.to_dict()}
         entry |= {name: row[name] for name in ("distance", "quantity", *ENDS)}
         lines.append(json.dumps(plain_types(entry)) + "\n")
     try:
         with path.open("a") as file:
             file.write("".join(lines))
     except OSError as error:
-        raise AnalysisError(
-            f"Cannot write the register {path} ({error.strerror}); choose a folder that exists and is yours."
-        ) from None
+        why = f"Cannot write the register {path} ({error.strerror})"
+        raise AnalysisError(f"{why}; choose a folder that exists and is yours.") from None
 
 
 def read_register(path: Path) -> list[dict[str, Any]]:
@@ -85,9 +78,9 @@ def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
     """Compare every registered forecast with the runs that were measured there since.
 
     Returns:
-        One row per forecast and run (`COLUMNS`), for a prediction interval is one run's and a mean over seeds is nearly
-        always inside: error is measured / forecast - 1, inside whether the run lies in the interval, num_rows the runs
-        found there. One row without a measurement, and num_rows 0, where there is none yet.
+        One row per forecast and run (`COLUMNS`), for an interval is one run's and a mean over seeds is nearly always
+        inside: error is measured / forecast - 1, num_rows the runs found there. One row without a measurement, and
+        num_rows 0, where there is none yet.
     """
     rows = []
     for entry in read_register(path):

@@ -18,7 +18,7 @@ from aimscale.analysis.fitting.covariance import satterthwaite
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, points_of, student_interval, why_not
+from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, points_of, student_interval
 from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier
 from aimscale.analysis.optimum.parametric import parametric_frontier
 from aimscale.analysis.table.names import their_name
@@ -91,10 +91,8 @@ class Approaches(Result):
 
     def summary(self, flops: Array = None) -> str:
         """Write all approaches, and the optimum at amounts of compute: by default the largest, and ten times it."""
-        rows = []
-        for row in self.at([self.largest_budget, 10 * self.largest_budget] if flops is None else flops).to_dict(
-            "records"
-        ):
+        flops, rows = [self.largest_budget, 10 * self.largest_budget] if flops is None else flops, []
+        for row in self.at(flops).to_dict("records"):
             cells = {"approach": str(row["approach"]), "C (FLOP)": power_of_ten(row["C"], 3)}
             for name, digits in (("N", 3), ("D", 3), ("loss", 4)):
                 if math.isfinite(row.get(name, math.nan)):
@@ -138,7 +136,7 @@ def frontier(
         except NoFrontier as error:
             failures[number] = error.flags
     if not frontiers:
-        raise AnalysisError(f"No approach is possible. {' '.join(failed_words(failures))}")
+        raise AnalysisError(f"No frontier can be drawn. {' '.join(failed_words(failures))}")
     flags, measure = apart_flags(frontiers), their_name(df, y)
     return Approaches(frontiers=tuple(frontiers), failures=failures, measure=measure, flags=flags)
 
@@ -154,7 +152,7 @@ def apart_flags(frontiers: Sequence[Frontier]) -> tuple[Flag, ...]:
 
 def failed_words(failures: Mapping[int, Sequence[Flag]]) -> list[str]:
     """Say which approaches were not possible and why."""
-    return [f"Approach {k} is not possible: {why_not(flags).rstrip('.')}." for k, flags in failures.items()]
+    return [f"Approach {k} is not possible: {str(NoFrontier(*flags)).rstrip('.')}." for k, flags in failures.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
