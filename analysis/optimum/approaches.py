@@ -18,7 +18,7 @@ from aimscale.analysis.fitting.covariance import satterthwaite
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, points_of, student_interval
+from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, points_of, student_interval, why_not
 from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier
 from aimscale.analysis.optimum.parametric import parametric_frontier
 from aimscale.analysis.table.names import their_name
@@ -152,7 +152,7 @@ def apart_flags(frontiers: Sequence[Frontier]) -> tuple[Flag, ...]:
 
 def failed_words(failures: Mapping[int, Sequence[Flag]]) -> list[str]:
     """Say which approaches were not possible and why."""
-    return [f"Approach {k} is not possible: {str(NoFrontier(*flags)).rstrip('.')}." for k, flags in failures.items()]
+    return [f"Approach {k} is not possible: {why_not(flags).rstrip('.')}." for k, flags in failures.items()]
 
 
 @dataclass(frozen=True, kw_only=True)

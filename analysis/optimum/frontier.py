@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,9 +58,14 @@ def points_of(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None
 class NoFrontier(AnalysisError):
     """An approach that a table does not allow: flags of the reason, then of the budgets that were refused."""
 
-    def __init__(self, *flags: Flag) -> None:
-        super().__init__(f"{flags[0]}; {refusal_words(flags[1:])}" if flags[1:] else str(flags[0]))
-        self.flags = flags
+    def __init__(self, kind: str, text: str, *refusals: Flag, subject: str = "", number: float = 0.0) -> None:
+        self.flags = (Flag(kind=kind, subject=subject, number=number, text=text), *refusals)
+        super().__init__(why_not(self.flags))
+
+
+def why_not(flags: Sequence[Flag]) -> str:
+    """Say why an approach was not possible."""
+    return f"{flags[0]}; {refusal_words(flags[1:])}" if flags[1:] else str(flags[0])
 
 
 def student_interval(value: float, error: float, degrees: float, method: str = "") -> Interval:

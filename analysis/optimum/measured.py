@@ -63,12 +63,11 @@ def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     num = int(points[["N", "C"]].drop_duplicates()["N"].value_counts().gt(1).sum())
     if num < MIN_SIZES[1]:
         text = f"it needs three sizes with two budgets each, and the table has {num}"
-        raise NoFrontier(Flag(kind="few_curves", number=num, text=text))
+        raise NoFrontier("few_curves", text, number=num)
     found = _frontier(points, _interpolated(points), 1)
     sizes, best = (np.log(each.to_numpy()) for each in (points["N"].drop_duplicates(), found.pairs["N"]))
     if np.ptp(np.abs(best[:, None] - sizes).argmin(axis=1)) == 0:
-        text = "one size has the lowest loss wherever sizes share amounts of compute"
-        raise NoFrontier(Flag(kind="one_size", text=text))
+        raise NoFrontier("one_size", "one size has the lowest loss wherever sizes share amounts of compute")
     return replace(found, method=f"lower envelope of the losses of {num} sizes", refusals=())
 
 
@@ -91,7 +90,7 @@ def _frontier(points: pd.DataFrame, budgets: Sequence[Budget], approach: int) ->
             refusals += refused.flags
     if len(found) < 2:
         have = f"{len(found)} of {len(budgets)} amounts of compute have a best size between smaller and larger ones"
-        raise NoFrontier(Flag(kind="few_minima", number=len(found), text=f"{have}, and 2 are needed"), *refusals)
+        raise NoFrontier("few_minima", f"{have}, and 2 are needed", *refusals, number=len(found))
     used, log_n, losses, slopes = zip(*found, strict=True)
     flops, n, cost = np.array([budget.flops for budget in used]), np.exp(log_n), cost_of(points)
     through = np.linalg.pinv(np.column_stack([np.ones(len(flops)), np.log(flops)]))
@@ -126,16 +125,13 @@ def _minimum(budget: Budget, log_losses: Array, approach: int) -> tuple[float, f
     Raises:
         NoFrontier: the parabola has no minimum among the sizes, with the budget as the flag's number.
     """
-
-    def refused(kind: str, text: str, subject: str = "") -> NoFrontier:
-        return NoFrontier(Flag(kind=kind, subject=subject, number=budget.flops, text=text))
-
+    refused = partial(NoFrontier, number=budget.flops)
     x, losses = budget.log_sizes, budget.blend @ log_losses
     losses, sizes = np.exp(losses) if approach == 2 else losses, np.unique(x)
     lowest = int(np.argmin(losses))
     for name, end in (("smallest", sizes[0]), ("largest", sizes[-1])):
         if x[lowest] == end and len(sizes) >= MIN_SIZES[approach]:
-            raise refused("edge", f"the {name} size has the lowest loss", name)
+            raise refused("edge", f"the {name} size has the lowest loss", subject=name)
     close = np.abs(np.arange(len(x)) - lowest) <= 1 if approach == 1 else np.abs(x - x[lowest]) <= np.log(WINDOW)
     if len(np.unique(x[close])) < MIN_SIZES[approach]:
         raise refused("few_sizes", "too few sizes lie near the lowest loss")

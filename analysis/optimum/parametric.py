@@ -14,7 +14,6 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Columns, Law, Params
 from aimscale.analysis.optimum.frontier import Cost, Frontier, NoFrontier, cost_of, points_of, student_interval
-from aimscale.analysis.words import Flag
 
 FORM_ALONE = 1e-4
 """An exponent whose interval is narrower than this is set by the law's form, not by the data."""
@@ -64,14 +63,13 @@ def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss"
     The exponent of a frontier that is no power of C is the mean one over the table's range of C.
     """
     form = law.law if isinstance(law, Fit) else law
-    name = form.name
+    name, variables = form.name, ", ".join(form.variables)
     if not {"N", "D"} <= {*form.variables}:
-        named = ", ".join(form.variables)
-        raise AnalysisError(f"Approach 3 needs a law of N and D, and {form.formula} is one of {named}.")
+        raise AnalysisError(f"Approach 3 needs a law of N and D, and {form.formula} is one of {variables}.")
     try:
         found = law if isinstance(law, Fit) else fit(df, law, y=y, is_tested=is_tested)
     except AnalysisError as error:
-        raise NoFrontier(Flag(kind="no_law", subject=name, text=f"the {name} law was not fitted: {error}")) from None
+        raise NoFrontier("no_law", f"the {name} law was not fitted: {error}", subject=name) from None
     points = points_of(df, found.columns["y"], found.columns)
     sizes, span = ((float(points[v].min()), float(points[v].max())) for v in ("N", "C"))
     cost = cost_of(points)
@@ -80,14 +78,13 @@ def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss"
     for flops, log_n in zip(span, optimum(span)[0], strict=True):
         if np.isnan(log_n):
             text = f"the {name} law has no best size at {flops:.3g} FLOP within {REACH:.3g} times the measured sizes"
-            raise NoFrontier(Flag(kind="no_minimum", subject=name, number=flops, text=text))
+            raise NoFrontier("no_minimum", text, subject=name, number=flops)
     width = np.log(span[1] / span[0])
     slope = found.estimate.error_of(lambda params: np.diff(where(params, flops=span)) / width)
     exponent, sd, degrees = (float(each[0]) for each in slope)
     i = student_interval(exponent, sd, degrees, found.interval_method)
     if not i.high - i.low <= WIDE_DERIVED or found.not_identified & {*form.derived}:
-        text = f"the exponents of the {name} law are not identified"
-        raise NoFrontier(Flag(kind="no_exponents", subject=name, text=text))
+        raise NoFrontier("no_exponents", f"the exponents of the {name} law are not identified", subject=name)
     if i.high - i.low < FORM_ALONE:
         i = Interval(low=np.nan, high=np.nan, method="the law's form alone sets this exponent")
     return Frontier(
