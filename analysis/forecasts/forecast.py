@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result
+from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Interval
@@ -29,6 +29,8 @@ _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Forecast(Result):
     """Forecasts at one scale or several."""
+
+    plot = Drawing("scaling.plot_forecast")
 
     table: pd.DataFrame
     """One row a scale and quantity: at (its number), the scale's variables, quantity (a column, or TASK:KIND for an
@@ -56,33 +58,29 @@ class Forecast(Result):
 
     def facts(self) -> list[tuple[str, str]]:
         """List flags, the laws and their backtests, how such forecasts fared, what intervals cover, rows left out."""
-        far = self.table["distance"].unique().tolist()
-        records = dict.fromkeys(words for distance in far for words in self.record(distance))
+        far, fared = self.table["distance"].unique().tolist(), list[str]()
         if max(far) > 1 and not self.loss.is_tested:
-            records = {"none: public tables that were forecast were large enough for backtests, this one is not": None}
+            fared = ["none: public tables that were forecast were large enough for backtests, this one is not"]
+        elif set(JOINT) <= {law.name for law in self.loss.points.laws}:  # as on the public tables
+            fared = [words for each in far for words in record_words(each, accuracies=len(self.forecasters) > 1)]
         parts = "its noise, the parameters, the laws' spread and their misfit"
         return [
             *(("with care", str(flag)) for flag in self.flags),
             *self.loss.facts(),
-            *(("record", words) for words in records),
+            *(("record", words) for words in dict.fromkeys(fared)),
             ("intervals", f"{percent(CONFIDENCE)} of one new run: {parts}"),
             *([("left out", "; ".join(map(str, self.exclusions)))] if self.exclusions else []),
         ]
 
-    def record(self, distance: float) -> list[str]:
-        """Say how forecasts at a distance fared on public tables; nothing of a table or laws that are unlike theirs."""
-        is_alike = self.loss.is_tested and set(JOINT) <= {law.name for law in self.loss.points.laws}
-        return record_words(distance, accuracies=len(self.forecasters) > 1) if is_alike else []
-
     def cells(self) -> list[dict[str, str]]:
-        """Write a row a scale and quantity."""
+        """Write a row a scale and quantity, accuracies as fractions."""
         return [
             {
-                "at": scale_words(self.scales[row["at"]]),
                 "quantity": self.names.get(row["quantity"], row["quantity"]),
+                "of a run at": scale_words(self.scales[row["at"]]),
                 "forecast": human(row["value"], 4),
                 "95 % interval": Interval(low=row["pi_lo"], high=row["pi_hi"]).shown(),
-                "times beyond": human(row["distance"]) if row["distance"] > 1 else "",
+                "times beyond the table": human(row["distance"]) if row["distance"] > 1 else "",
                 "single laws": f"{human(row['rival_lo'], 4)} to {human(row['rival_hi'], 4)}"
                 * (len(self.forecasters[row["quantity"]].curves) > 1),
             }
