@@ -31,8 +31,7 @@ from aimscale.analysis.table.points import with_compute
 from aimscale.analysis.table.select import mixture_flags
 from aimscale.analysis.words import Flag, flag_words, human, percent, power_of_ten
 
-Places = pd.DataFrame | Mapping[str, Array]
-"""Variables of a law by name, one value a place."""
+Places = pd.DataFrame | Mapping[str, Array]  # variables of a law by name, one value a place
 PRIOR_SD = 1.0
 """Prior standard deviation of every parameter on its own scale: factor e for coefficients and exponents."""
 DEPARTURE_SD, DEPARTURE_TO_NOISE = 0.01, 2.5

@@ -125,16 +125,12 @@ def frontier(
         >>> frontier(table).at(1e13)
     """
     points_of(df, y)  # raises before an approach is blamed for a missing column
-    law = law if isinstance(law, Fit) else find_law(law)
-    attempts: tuple[Callable[[], Frontier], ...] = (
-        partial(envelope_frontier, df, y=y),
-        partial(isoflop_frontier, df, y=y),
-        partial(parametric_frontier, law, df, y=y, is_tested=is_tested),
-    )
+    by_law = partial(parametric_frontier, law if isinstance(law, Fit) else find_law(law), is_tested=is_tested)
+    draws: tuple[Callable[..., Frontier], ...] = (envelope_frontier, isoflop_frontier, by_law)
     frontiers, failures = [], {}
-    for number, attempt in enumerate(attempts, start=1):
+    for number, draw in enumerate(draws, start=1):
         try:
-            frontiers.append(attempt())
+            frontiers.append(draw(df, y=y))
         except NoFrontier as error:
             failures[number] = error.flags
     if not frontiers:
