@@ -79,6 +79,15 @@ class Result:
         """Write `to_dict`, and what there is `also`, as JSON; numbers that JSON cannot hold become null."""
         return json.dumps(plain_types(self.to_dict() | also), indent=indent, allow_nan=False)
 
+    def to_latex(self) -> str:
+        r"""Write the cells as a tabular of LaTeX (booktabs); powers of ten become mathematics."""
+        import pandas as pd
+
+        text = pd.DataFrame(self.cells()).to_latex(index=False, escape=True)
+        digits = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+        powers = re.sub("10([⁻⁰¹²³⁴-⁹]+)", lambda m: f"$10^{{{m[1].translate(digits)}}}$", text)
+        return powers.replace("×", r"$\times$")
+
     def _shown(self) -> pd.DataFrame:
         """Leave out columns of the table that are blank in every row."""
         return self.table.loc[:, [self.table.empty or self.table[name].ne("").any() for name in self.table]]

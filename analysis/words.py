@@ -1,24 +1,13 @@
-"""Flags of a fit, and how fits, flags and held-out tests read: the one place where what was found becomes sentences."""
+"""Flags, and how numbers, names and lists read in sentences."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from aimscale.analysis.errors import option
-
-if TYPE_CHECKING:
-    from aimscale.analysis.effects.contrasts import Contrast
-    from aimscale.analysis.fitting.result import Fit, HeldOut
-
-POWER = 0.8
-"""Power of a minimum detectable effect."""
-
-NOT_IDENTIFIED = "not identified"
 UNITS = {
     "params_total": "all parameters, head included",
     "params_trunk": "parameters of the backbone",
@@ -29,59 +18,6 @@ UNITS = {
     "flops_6nd": "training FLOPs as 6 N D",
 }
 """What a column of the results table counts."""
-FLAGS = {
-    "lower_bound": "{subject} lies on its lower bound {number:g}.",
-    "upper_bound": "{subject} lies on its upper bound {number:g}.",
-    "reaches_bound": "{subject} is not identified: its interval reaches the bound {number:g}.",
-    "few_values": "{more[0]} do not identify {subject}, whatever the noise; measure more, or hold one by {option:fix}.",
-    "from_above": "{subject} is known from above only: the data allow any value from 0 to {count}.",
-    "factor": "{subject} is known only within a factor of {number:.3g}.",
-    "rival": "Other parameters fit as well within the noise: their log-likelihood is {number:.2g} lower.",
-    "narrow": "{subject} varies only by a factor of {number:.3g}, so its exponent is hardly tested.",
-    "one_variable": "{subject} grow in one proportion, so neither exponent is identified.",
-    "collinear": "{subject} grow together (correlation of logarithms {number:.3f}), so their exponents trade off.",
-    "outliers": "{number:.0f} points lie beyond {more[0]:g} robust standard deviations (farthest: row {subject}).",
-    "unseen": "Too few {subject} to estimate the error that all points of one share; the intervals assume none.",
-    "few_groups": "{number:.0f} {subject} hardly tell an error that all points of one share: where there is one, 95 % "
-    "intervals hold some 90 %.",
-    "scatter": "The points lie {number:.2g} % off the law, more than repeated runs differ ({p}).",
-    "pattern": "The points lie {number:.2g} % off the law, and the misfit follows {subject} ({p}).",
-    "off": "{more[0]} {subject} lies {number:+.2g} % off the law fitted without it ({more[1]:.2g} standard "
-    "deviations).",
-    "experiments": "Rows of different {subject} lie up to {number:.2g} % apart ({p}), so they are not of one law; "
-    "choose one by {option:where}.",
-    "in_plateau": "{number:.0f} rows of {subject} lie in the first plateau of their size, up to {more[0]:,.0f} images, "
-    "where losses follow no power law.",
-    "other_unit": "Losses at different {subject} have different targets or images, so they are not compared.",
-    "absent": "{more[0]}: no value at {more[3]} = {subject}.",
-    "unpaired": "{more[0]}: nothing is paired between {more[1]} and {subject}, which differ in {more[2]}; run both "
-    "with the same, or {option:ignore} that column.",
-    "one_pair": "One pair of runs a size: the interval covers the test images, not seeds; run more seeds.",
-    "these_sizes": "Fewer than three sizes: intervals speak of these sizes alone; run more sizes to tell of others.",
-    "unseen_prefix": "Validation gives every model a bidirectional prefix; a model trained without one never saw any.",
-    "other_patches": "Each order scores other patches after the prefix, so their losses measure different tasks.",
-    "equal_images": "Equal images, not equal compute: a deeper or larger head costs more per image.",
-    "no_gain_asks": "No worth in compute: losses at different {subject} measure different tasks.",
-    "no_gain_outside": "No worth of {subject} in compute: {number:.0f} of its {more[1]} losses lie outside those of "
-    "{more[0]}, or the losses of {more[0]} do not fall with every budget.",
-    "rows_left_out": "{subject}.",
-    "other_tasks": "Tasks that the paper does not have: {subject}.",
-    "other_probes": "Probes of another kind than Table 6's attentive one: {subject}.",
-    "other_sides": "Resolution: these runs see {subject} px, AIM {number} px, which is part of every gap.",
-    "loss_levels": "Losses: the paper's are on IN-1k at 224 px, these on the table's own images.",
-    "no_result": "{subject}: {more[0]}",
-    "one_seed": "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds.",
-}
-"""Kind of a flag -> its sentence."""
-
-
-class _Option:
-    def __format__(self, words: str) -> str:
-        return option(*words.split(" ", 1))
-
-
-OPTION = _Option()
-"""Names an option in a template: `{option:where status=complete}`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,24 +25,20 @@ class Flag:
     """Something to be careful about in a result."""
 
     kind: str
-    """Which of `FLAGS`."""
+    """Short name, by which flags are found and compared."""
     subject: str = ""
     """The parameter, variable, group or row that it is about."""
     number: float = 0.0
     """How much: a bound, a factor, per cent, standard deviations."""
     more: tuple[float | str, ...] = ()
-    """What else the sentence tells."""
+    """Further values that are read apart from the sentence."""
     p: float = 1.0
     """Probability that a sound law shows as much, where that was tested."""
     text: str = ""
     """Its sentence, written where it is raised."""
 
     def __str__(self) -> str:
-        if self.text:
-            return self.text
-        told = {"subject": self.subject, "number": self.number, "more": self.more, "p": p_value(self.p)}
-        told["count"] = human(self.number, 4)
-        return FLAGS[self.kind].format(**told, option=OPTION)
+        return self.text
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -208,140 +140,3 @@ def accuracy_of(kind: str, of: str = "accuracy") -> str:
     if kind == "lora":
         return f"{of} after LoRA adaptation (not frozen)"
     return f"{'k-NN' if kind == 'knn' else kind}-probe {of}" if kind in PROBES else f"{kind} {of}"
-
-
-def interval_words(fit: Fit) -> str:
-    """How a fit's intervals were found."""
-    counts = {**fit.estimate.groups.counts, "points": fit.num_points}
-    over = " and ".join(f"{counts[name]} {name}" for name in fit.estimate.covariance.by)
-    return f"cluster-robust (CR2, Bell-McCaffrey) over {over}"
-
-
-ASSUMED = "they take the law for true: on public tables, 3 to 100 times beyond, those of one law hold some 80 % of runs"
-"""Caution about predictions by one law, from backtests on the public tables of docs/forecasts.md."""
-
-
-def fit_facts(fit: Fit) -> Iterator[tuple[str, str]]:
-    """Collect all but the parameters: held-out errors, flags, the law, what its variables count, rows, ranges,
-    objective, intervals; the checklist is that of (Mis)fitting (Li et al. 2025).
-    """
-    yield from ((f"held out {test.variable}", held_out_words(test)) for test in fit.heldout)
-    yield from (("with care", each) for each in (*flag_words(fit.flags), *held_out_cautions(fit.heldout)))
-    yield from (
-        ("test", f"F = {f.more[0]:.3g} with {f.more[1]:.0f} and {f.more[2]:.0f} degrees of freedom ({p_value(f.p)})")
-        for f in fit.flags
-        if f.kind in ("scatter", "pattern")
-    )
-    yield "law", fit.law.formula
-    names = {"L": variable_words(fit, "y"), **{v: variable_words(fit, v) for v in fit.law.variables}}
-    if other := [f"{letter} = {name}" for letter, name in names.items() if letter != name]:
-        yield "columns", ", ".join(other)
-    yield "rows", f"{fit.num_points} of {fit.num_rows}"
-    yield from [("left out", "; ".join(map(str, fit.exclusions)))] if fit.exclusions else []
-    yield from ((f"range {v}", f"{human(low)} to {human(high)}") for v, (low, high) in fit.ranges.items())
-    delta = f" with delta {human(fit.objective.delta)}" if fit.objective.robust else ""
-    residuals = f"{'Huber losses' if delta else 'squares'} of {'log ' if fit.objective.log else ''}residuals"
-    yield "objective", f"{fit.objective.name}: sum of {residuals}{delta}, {human(fit.objective_value, 4)}"
-    assumed = f"; {ASSUMED}" if "L" not in fit.law.variables else ""
-    yield "intervals", f"95 %, {interval_words(fit)}{assumed}" if fit.intervals else "none"
-    yield from [] if fit.heldout else [("held out", "nothing")]
-
-
-def variable_words(fit: Fit, variable: str) -> str:
-    """What a variable (or "y") is: their name in a foreign table, ours with what it counts in a results table."""
-    column = fit.columns[variable]
-    name = fit.names.get(column, column)
-    return f"{name} ({UNITS[column]})" if fit.loss_unit and name == column and column in UNITS else name
-
-
-def held_out_words(test: HeldOut) -> str:
-    """Error on the held-out scale beside the naive baseline."""
-    names = ", ".join(sorted(test.not_identified))
-    unknown = f"; not identified without them: {names}" if names else ""
-    verdict = "better" if test.is_better else "no better"
-    return (
-        f"mean error {percent(test.mean_abs_relative_error, 3)} on {test.num_test} points, {verdict} than a straight "
-        f"line in log-log ({percent(test.naive_mean_abs_relative_error, 3)}); {test.num_inside} of {test.num_test} "
-        f"inside their prediction intervals; fitted to the {test.num_train} below {test.variable} = "
-        f"{human(min(test.values))}{unknown}"
-    )
-
-
-EXPONENTS = ("alpha", "beta", "aN", "aD", "h")
-"""Exponents of N and D in the joint laws: Chinchilla's and its kin, Kaplan's, and that of laws of D / N."""
-
-
-def held_out_cautions(tests: Iterable[HeldOut]) -> Iterator[str]:
-    """Say what held-out scales speak against a law.
-
-    The points of one scale may all err alike, by what too few scales hardly tell: so only most of them, twice as far
-    off as their intervals reach, are an alarm. Of sound tables of 5 x 4 and 7 x 5 points with errors of points, sizes
-    and budgets alike, 0 to 6 % raise one; where points outside the intervals counted, 3 to 50 % did.
-    """
-    for test in tests:
-        errors = [percent(each) for each in (test.mean_abs_relative_error, test.naive_mean_abs_relative_error)]
-        if not test.is_test:
-            yield f"The largest {test.variable} cannot test the law: without it the exponents are not identified."
-        elif not test.is_better:
-            v = test.variable
-            yield f"Fitted without the largest {v}, the law misses it by {errors[0]}, a straight line by {errors[1]}."
-        elif 2 * test.num_far > test.num_test and not test.is_blind:
-            yield (
-                f"{test.num_far} of {test.num_test} points of the largest {test.variable} lie more than twice as far "
-                "off as their prediction intervals reach."
-            )
-
-
-def contrast_cells(c: Contrast, by: str) -> dict[str, str]:
-    """A contrast as a row of a table."""
-    m, unknown = c.measure, not c.over
-    over = "1 pair" if c.num_run_pairs == 1 else f"{c.num_run_pairs} pairs"
-    return {
-        "measure": m.title,
-        by: c.level,
-        "difference": m.shown_difference(c.difference),
-        "95 % interval": "" if unknown else f"[{m.shown_difference(c.low)}, {m.shown_difference(c.high)}]",
-        "over": f"{over}, {c.images.num_images:,} images" if c.over == "test images" and c.images else over,
-        "sizes": str(c.num_sizes or ""),
-        "d.f.": "" if math.isnan(c.degrees) else f"{c.degrees:.3g}",
-        "verdict": "no interval" if unknown else c.verdict,
-        "detectable": "" if unknown or c.is_significant else m.shown_size(c.detectable),
-        "mean": m.shown(c.level_mean),
-        "baseline": m.shown(c.baseline_mean),
-        "ratio": "" if math.isnan(c.ratio) or unknown else f"{c.ratio:.4f} [{c.ratio_low:.4f}, {c.ratio_high:.4f}]",
-    }
-
-
-def scope(c: Contrast) -> str:
-    """What a contrast's interval is over, and which sizes it speaks of."""
-    runs = "one pair of runs" if c.num_run_pairs == 1 else f"{c.num_run_pairs} pairs of runs"
-    runs += f" ({c.num_pairs} of rows)" if c.num_pairs > c.num_run_pairs else ""
-    if not c.over:
-        return f"from {runs}{' of different sizes' * (c.num_sizes > 1)}, so without an interval"
-    if c.images is not None and c.over == "test images":
-        return f"over the {c.images.num_images:,} test images of {runs}"
-    spare = f"({c.degrees:.3g} degrees of freedom)"
-    if c.over == "sizes":
-        return f"over {runs} at {c.num_sizes} sizes {spare}"
-    return f"over {runs}{('', ', for this size', ', for these two sizes')[c.num_sizes]} {spare}"
-
-
-def contrast_sentence(c: Contrast) -> str:
-    """A difference with its interval, what that is over and what it leaves out."""
-    m = c.measure
-    text = f"{m.title}: {m.shown(c.level_mean)} with {c.level}, {m.shown(c.baseline_mean)} with {c.baseline}"
-    text += f", difference {m.shown_difference(c.difference)}"
-    if not c.over:
-        return f"{text}, {scope(c)}."
-    text += f" [{m.shown_difference(c.low)}, {m.shown_difference(c.high)}]"
-    if not math.isnan(c.ratio) and c.over != "test images":
-        text += f", ratio {c.ratio:.4f} [{c.ratio_low:.4f}, {c.ratio_high:.4f}]"
-    text += f", {scope(c)}"
-    if c.images is not None and c.over == "test images":
-        text += f", McNemar {p_value(c.images.p)}" if not math.isnan(c.images.p) else ""
-    elif c.images is not None:
-        text += f", on these test images (others: ±{m.shown_size(c.images.half)})"
-    if c.is_significant:
-        return f"{text}: {c.level} is {c.verdict}."
-    effect = f"minimum detectable effect {m.shown_size(c.detectable)} at {100 * POWER:.0f} % power"
-    return f"{text}: {c.verdict} ({effect})."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -48,9 +48,9 @@ def correlate(
     Loss and accuracy both follow compute, so over all rows they can hardly fail to correlate. Without `partial` and
     `within`, a table that has training FLOPs is therefore correlated at equal compute first, then over all rows.
 
-    Clusters are sizes, else runs, where there are four or more and some have several rows, else rows. Each is left out
-    in turn. The interval is Student's with clusters - 1 degrees of freedom, less those that groups' means take out. It
-    is never narrower than Fisher's of as many independent rows.
+    Clusters are sizes, else runs, where there are four or more and some have several rows, else rows. The interval is
+    Student's with clusters - 1 degrees of freedom, less those that groups' means take out, and never narrower than
+    Fisher's of as many independent rows.
 
     Args:
         df: a results table, or rows of `probe_frame`.
@@ -71,12 +71,17 @@ def correlate(
         >>> table = read_table("results.parquet")
         >>> correlate(table, y="photographs:linear", within="size").table
     """
-    x = our_name(df, x)
+    x, y = our_name(df, x), our_name(df, y)
     partial, within = (name and our_name(df, name) for name in (partial, within))
-    y, accuracies = _by_accuracy(df, our_name(df, y))
-    found = []
-    for (task, kind), rows in accuracies.items():
-        _check_names(rows, methods, x, y, partial, within)
+    if unknown := [m for m in methods if m not in METHODS]:
+        raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
+    groups = {("", ""): df}
+    if y not in df.columns:
+        asked, probes = wanted_measures(complete(df), [y], by=""), probe_frame(complete(df))
+        names, y = {(m.task, m.kind) for m in asked}, asked[0].column
+        groups = {name: probes[(probes["task"] == name[0]) & (probes["kind"] == name[1])] for name in sorted(names)}
+    found = list[Correlation]()
+    for (task, kind), rows in groups.items():
         compute = our_name(rows, "C")
         is_default = partial is None and within is None and _has_several(rows, compute, x, y)
         for held in (compute, None) if is_default else (partial,):
@@ -84,41 +89,9 @@ def correlate(
     return Correlations(correlations=tuple(found))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """What is taken out of both columns."""
-
-    group: Array
-    """Number of the group whose mean is taken out of each row (n,)."""
-    columns: Array
-    """Columns whose least-squares fit is taken out (n, q)."""
-    num_groups: int | None = None
-    """Groups of several sizes that share their compute; None without such groups."""
-
-
-def _by_accuracy(df: pd.DataFrame, y: str) -> tuple[str, dict[tuple[str, str], pd.DataFrame]]:
-    """Find the column that y means, and (task, kind) -> the rows that have it; ("", "") for a column of the table."""
-    if y in df.columns:
-        return y, {("", ""): df}
-    rows = complete(df)
-    asked, probes = wanted_measures(rows, [y], by=""), probe_frame(rows)
-    groups = {(m.task, m.kind): probes[(probes["task"] == m.task) & (probes["kind"] == m.kind)] for m in asked}
-    return asked[0].column, dict(sorted(groups.items()))
-
-
-def _check_names(df: pd.DataFrame, methods: Sequence[str], x: str, y: str, *others: str | None) -> None:
-    """Refuse unknown methods, missing columns, and one column twice."""
-    if len({x, y} - {*others}) < 2:
-        raise AnalysisError(f"{x} and {y} must be two columns, and others than what is held equal.")
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
-    if absent := [name for name in (x, y, *others) if name is not None and name not in df.columns]:
-        raise no_column(df, absent[0])
-
-
 def _has_several(df: pd.DataFrame, compute: str, x: str, y: str) -> bool:
     """Return whether rows at three amounts of compute or more have both columns, which vary."""
-    if compute not in df.columns or compute in (x, y):
+    if compute in (x, y) or not {compute, x, y} <= {*df.columns}:
         return False
     known = usable_rows(df, {name: name for name in (x, y, compute)}, signed={x, y}).numbers
     return len(known) >= MIN_ROWS and known[compute].nunique() > 2 and min(known[[x, y]].nunique()) > 1
@@ -128,6 +101,10 @@ def _correlate(
     df: pd.DataFrame, methods: Sequence[str], x: str, y: str, partial: str | None, within: str | None
 ) -> Iterator[Correlation]:
     """Correlate by each method."""
+    if len({x, y} - {partial, within}) < 2:
+        raise AnalysisError(f"{x} and {y} must be two columns, and others than what is held equal.")
+    if absent := [name for name in (x, y, partial, within) if name is not None and name not in df.columns]:
+        raise no_column(df, absent[0])
     used = usable_rows(df, {name: name for name in (x, y, partial) if name}, signed={x, y})
     rows, numbers = used.rows, used.numbers
     if len(rows) < MIN_ROWS:
@@ -136,19 +113,18 @@ def _correlate(
         raise AnalysisError(f"{constant[0]} is the same in all {len(rows)} rows, so it correlates with nothing.")
     if within is not None and rows[within].astype(str).is_unique:
         raise AnalysisError(f"Every {within} has a single row, so nothing varies within it.")
-    held = Held(group=np.zeros(len(rows), int), columns=np.empty((len(rows), 0)))
+    group, held, num_groups = np.zeros(len(rows), int), np.empty((len(rows), 0)), None
     if partial is not None:
         size = next((name for name in SIZE_COLUMNS if name in rows), None)
-        held = equal_compute(numbers[partial].to_numpy(), _codes(rows[size]) if size else np.arange(len(rows)))
+        group, held, num_groups = _equal_compute(numbers[partial].to_numpy(), _codes(rows, size))
     if within is not None:
-        indicators = np.eye(held.group.max() + 1)[held.group][:, 1:]
-        held = replace(held, group=_codes(rows[within]), columns=np.column_stack([held.columns, indicators]))
+        held = np.column_stack([held, np.eye(group.max() + 1)[group][:, 1:]])
+        group = _codes(rows, within)
     cluster = _cluster_column(rows, within)
-    member = _codes(rows[cluster]) if cluster else np.arange(len(rows))
-    sides = numbers[[x, y]].to_numpy()
+    member, sides = _codes(rows, cluster), numbers[[x, y]].to_numpy()
     sides = sides / np.abs(sides).max(axis=0)  # squares of 1e308 are no numbers
     for method in methods:
-        value, low, high, degrees = _interval(method, sides, held, member)
+        value, low, high, degrees = _interval(method, sides, group, held, member)
         yield Correlation(
             method=method,
             x=their_name(df, x),
@@ -161,16 +137,16 @@ def _correlate(
             num_clusters=int(member.max()) + 1,
             degrees=degrees,
             partial_on=partial and their_name(df, partial),
-            num_groups=held.num_groups,
+            num_groups=num_groups,
             within=within and their_name(df, within),
             chance=_chance_of_all(rows, y),
             exclusions=used.exclusions,
         )
 
 
-def _codes(labels: pd.Series) -> Array:
-    """Number the labels."""
-    return np.unique(labels.astype(str), return_inverse=True)[1]
+def _codes(rows: pd.DataFrame, name: str | None) -> Array:
+    """Number the values of a column; without one, the rows."""
+    return np.arange(len(rows)) if name is None else np.unique(rows[name].astype(str), return_inverse=True)[1]
 
 
 def _cluster_column(df: pd.DataFrame, within: str | None) -> str | None:
@@ -192,15 +168,14 @@ def _chance_of_all(rows: pd.DataFrame, y: str) -> float | None:
     return float(np.median(chance)) if (rows[y].to_numpy(float) <= highest).all() else None
 
 
-def equal_compute(values: Array, sizes: Array) -> Held:
-    """Find what holds compute equal: means of groups that share it, else a polynomial in its logarithm.
+def _equal_compute(values: Array, sizes: Array) -> tuple[Array, Array, int | None]:
+    """Find what holds compute (n,) equal: groups of several sizes that share it, else a polynomial in its logarithm.
 
     A straight line does not do: two power laws of compute bend about it and then correlate, whatever else they have in
     common.
 
-    Args:
-        values: compute (n,), positive.
-        sizes: sizes (n,), so that seeds of one size make no group.
+    Returns:
+        Group of each row, columns (n, q) that are taken out besides groups' means, number of groups that share compute.
     """
     log_c = np.log(values)
     order = np.argsort(log_c, kind="stable")
@@ -210,52 +185,37 @@ def equal_compute(values: Array, sizes: Array) -> Held:
     z = (log_c - log_c.mean()) / max(np.ptp(log_c), TOLERANCE)
     if several.sum() > 2 and several[group].mean() > 0.6:
         # rows of a group differ a little: a slope in that, which may itself change with compute, goes too
-        middle = _group_means(z[:, None], group)
+        middle = pd.Series(z).groupby(group).transform("mean").to_numpy()[:, None]
         tilts = (z[:, None] - middle) * middle ** np.arange(2)
-        return Held(group=group, columns=tilts[:, tilts.std(axis=0) > 1e-9], num_groups=int(several.sum()))
+        return group, tilts[:, tilts.std(axis=0) > 1e-9], int(several.sum())
     degree = max(1, min(DEGREE, (group.max() + 1) // 2 - 1))
-    return Held(group=np.zeros(len(z), int), columns=z[:, None] ** np.arange(1, degree + 1))
+    return np.zeros(len(z), int), z[:, None] ** np.arange(1, degree + 1), None
 
 
-def _group_means(columns: Array, group: Array) -> Array:
-    """Average each column over each row's group (n, k)."""
-    counts = np.maximum(1, np.bincount(group))
-    return np.column_stack([(np.bincount(group, each) / counts)[group] for each in columns.T])
-
-
-def _coefficient(method: str, sides: Array, held: Held, keep: Array) -> float:
-    """Correlate the rows that are kept without what is held equal; NaN where one of the two does not vary then."""
-    group, columns = held.group[keep], np.column_stack([sides, held.columns])[keep]
-    centred = columns - _group_means(columns, group)
-    rest, basis = centred[:, :2], centred[:, 2:]
-    if basis.shape[1]:
-        rest = rest - basis @ np.linalg.lstsq(basis, rest)[0]
-    if (rest.std(axis=0) <= np.maximum(NOTHING_LEFT * columns[:, :2].std(axis=0), 1e-14)).any():
+def _coefficient(method: str, sides: Array, held: Array) -> float:
+    """Correlate what columns (n, q) leave of the two sides (n, 2); NaN where one of the two does not vary then."""
+    rest = sides - held @ np.linalg.lstsq(held, sides)[0]
+    if (rest.std(axis=0) <= np.maximum(NOTHING_LEFT * sides.std(axis=0), 1e-14)).any():
         return float("nan")
-    return float(np.corrcoef([METHODS[method](each) for each in rest.T])[0, 1])
+    return float(np.corrcoef([METHODS[method](each) for each in rest.T.round(12)])[0, 1])  # ties stay ties
 
 
-def _interval(method: str, sides: Array, held: Held, member: Array) -> tuple[float, float, float, int]:
-    """Return the coefficient, its interval and degrees of freedom; from -1 to 1 where it rests on one cluster.
-
-    Args:
-        method: one of `METHODS`.
-        sides: the two columns (n, 2), at most 1 in magnitude.
-        held: what is taken out of both.
-        member: number of each row's cluster (n,).
-    """
+def _interval(method: str, sides: Array, group: Array, held: Array, member: Array) -> tuple[float, float, float, int]:
+    """Return the coefficient of both sides (n, 2), its interval and degrees of freedom; from -1 to 1 where it rests on
+    one cluster (n,)."""
     n, part = len(sides), member % MAX_CLUSTERS
     # means cost degrees of freedom between clusters where their groups hold several clusters each, whole
-    num_means, is_nested = held.group.max(), pd.Series(held.group).groupby(part).nunique().max() == 1
+    num_means, is_nested = group.max(), pd.Series(group).groupby(part).nunique().max() == 1
     degrees = int(part.max() - num_means * (is_nested and num_means < part.max()))
-    value = _coefficient(method, sides, held, np.full(n, True))
-    without = np.array([_coefficient(method, sides, held, part != k) for k in range(part.max() + 1)])
+    basis = np.column_stack([np.eye(num_means + 1)[group], held])
+    value = _coefficient(method, sides, basis)
+    without = [_coefficient(method, sides[part != k], basis[part != k]) for k in range(part.max() + 1)]
     if not np.isfinite([value, *without]).all():
         return value, -1.0, 1.0, degrees
     # perfect ranks, infinite on Fisher's scale, tell no more than that no two neighbours are swapped
     most = 1 - (6 / (n * (n**2 - 1)) if method == "spearman" else 1e-12)
     z, *each = np.arctanh(np.clip([value, *without], -most, most))
-    independent = max(1, n - 3 - num_means - held.columns.shape[1])
+    independent = max(1, n - 3 - num_means - held.shape[1])
     fisher = (1 + value**2 / 2 if method == "spearman" else 1) / independent  # of ranks: Bonett and Wright (2000)
     tail = 0.5 + CONFIDENCE / 2
     half = max(student.ppf(tail, degrees) * np.sqrt(degrees * np.var(each)), norm.ppf(tail) * np.sqrt(fisher))

@@ -15,9 +15,6 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.catalogue import LINK_SIGMOID
 from aimscale.analysis.table.names import joined, no_column
 
-IDEAL_POINT = "ideal point"
-"""Size and run of the point (ideal, 1)."""
-
 
 def link(
     df: pd.DataFrame,
@@ -56,8 +53,9 @@ def link(
     values = pd.to_numeric(df[accuracy], errors="coerce")
     if not values.dropna().between(0, 1).all():
         raise AnalysisError(f"{accuracy} goes from {values.min():g} to {values.max():g}; give fractions, 0 to 1.")
-    result = fit(
-        df if ideal is None else _with_ideal(df, loss, accuracy, ideal),
+    rows = df if ideal is None else _with_ideal(df, loss, accuracy, ideal)
+    found = fit(
+        rows,
         LINK_SIGMOID,
         y=accuracy,
         columns={"L": loss},
@@ -67,7 +65,12 @@ def link(
         zero_allowed=True,
         is_tested=is_tested,
     )
-    return replace(result if ideal is None else _without_last(result), limits=(chance or 0.0, 1.0))
+    found = replace(found, limits=(chance or 0.0, 1.0))
+    if ideal is None:
+        return found
+    data = found.data[:-1]  # the ideal point is no part of what was measured, and of how far that reaches
+    ends = float(data["L"].min()), float(data["L"].max())
+    return replace(found, data=data, num_points=len(data), num_rows=found.num_rows - 1, ranges={"L": ends})
 
 
 def _with_ideal(df: pd.DataFrame, loss: str, accuracy: str, ideal: float) -> pd.DataFrame:
@@ -77,20 +80,8 @@ def _with_ideal(df: pd.DataFrame, loss: str, accuracy: str, ideal: float) -> pd.
         raise AnalysisError(
             f"The ideal {loss} of {accuracy} is {ideal:g}; give one from 0 to below the lowest measured, {lowest:g}."
         )
-    own = {name: IDEAL_POINT for name in (*SIZE_COLUMNS, "run_id", "seed") if name in df.columns}
+    own = {name: "ideal point" for name in (*SIZE_COLUMNS, "run_id", "seed") if name in df.columns}
     return joined([df, pd.DataFrame([{**own, loss: ideal, accuracy: 1.0}])])
-
-
-def _without_last(result: Fit) -> Fit:
-    """Leave the ideal point out of what the fit says was measured, and of how far that reaches."""
-    data, num = result.data[:-1], len(result.data) - 1
-    return replace(
-        result,
-        data=data,
-        num_points=num,
-        num_rows=result.num_rows - 1,
-        ranges={"L": (float(data["L"].min()), float(data["L"].max()))},
-    )
 
 
 def task_level(probed: pd.DataFrame, column: str) -> float | None:

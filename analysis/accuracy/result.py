@@ -99,30 +99,12 @@ class Correlations(Result):
         found.append(("correlated", self.headline().removeprefix("Correlation of ")))
         if len({c.partial_on for c in self}) > 1:
             found.append(("over all rows", "both may follow compute, and then they correlate whatever else they share"))
+        about = "about a polynomial in the logarithm of"
         for c in self:
-            over = f"{c.num_points} rows" if c.cluster is None else f"{c.num_clusters} clusters by {c.cluster}"
-            found.append(
-                ("intervals", f"95 %, jackknife of Fisher's z over {over}, t with {c.degrees} degrees of freedom")
-            )
-            groups = (
-                f"within {c.num_groups} groups of equal" if c.num_groups else "about a polynomial in the logarithm of"
-            )
-            found += [("held equal", f"{groups} {c.partial_on}")] * bool(c.partial_on)
+            over = f"{c.num_clusters} clusters by {c.cluster}" if c.cluster else f"{c.num_points} rows"
+            how = f"95 %, jackknife of Fisher's z over {over}, t with {c.degrees} degrees of freedom"
+            groups = f"within {c.num_groups} groups of equal" if c.num_groups else ""
+            found.append(("intervals", how))
+            found += [("held equal", f"{groups or about} {c.partial_on}")] * bool(c.partial_on)
             found += [("left out", "; ".join(map(str, c.exclusions)))] * bool(c.exclusions)
         return list(dict.fromkeys(found))
-
-    def cells(self) -> list[dict[str, str]]:
-        """Return one row per coefficient."""
-        return [
-            {
-                "task": c.task,
-                "probe": c.kind,
-                "compared": c.compared,
-                "coefficient": c.method,
-                "value": f"{c.value:.3f}",
-                "95 % interval": f"[{c.low:.3f}, {c.high:.3f}]",
-                "n": str(c.num_points),
-                "significance": c.verdict,
-            }
-            for c in self
-        ]

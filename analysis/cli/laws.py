@@ -58,7 +58,6 @@ def fit(
     from aimscale.analysis.effects.plateau import plateau_flags
     from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.table.points import with_compute
-    from aimscale.analysis.table.read import read_curves
 
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     found = several(law, df, y)
@@ -76,8 +75,7 @@ def fit(
         bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1").items()},
     )
     result = tested(result, df, hold_out or [])
-    inside = plateau_flags(df.loc[result.data.index], read_curves(tables))
-    result = replace(result, flags=(*result.flags, *inside))
+    result = replace(result, flags=(*result.flags, *plateau_flags(df.loc[result.data.index], y)))
     after, also = ([], {}) if found is None else (["", found.summary()], {"laws": found.table})
     both = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     following = then([*(["frontier"] if both else []), "report"], tables, columns, where, best_of)

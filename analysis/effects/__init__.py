@@ -1,1 +1,1 @@
-"""What one change does, where noise comes from, what a repeated image is worth."""
+"""Effects of single changes, sources of noise, worth of repeated images, first plateaus."""

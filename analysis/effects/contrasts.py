@@ -1,157 +1,42 @@
-"""What one change does with everything else equal: levels of a column, paired over size, data, seed and the rest.
+"""Contrasts of a column's levels with everything else equal: rows are paired over size, data, seed and the rest.
 
-Two rows are a pair when they agree in every other column of the design and stand at two levels of the one in question.
 Budgets of the same two runs share most of their training, so their differences are averaged first: a pair of runs
-counts once. From three sizes on the interval is over sizes, and covers others like them. Of one or two it is over the
-pairs of runs at these sizes, and speaks of these alone. Either is for the test images that the runs share. What other
-images would change is told beside it, and is all that is known from a single pair of runs a size (`effects.paired`).
+counts once. From three sizes on the interval covers others like them; of one or two it speaks of these alone. Either is
+for the test images that the runs share. What other images would change is told beside it, and is all that is known
+from a single pair of runs a size (`effects.paired`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, plain_fields
-from aimscale.analysis.effects.paired import LEAST_SIZES, Paired, hits_of, mean_over_pairs, paired
-from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.design import (
-    DEFAULT,
-    DESIGN,
-    FOLLOWS,
-    HEAD,
-    MEASURED_ON,
-    SCALE,
-    foreign_settings,
-    held_equal,
-    is_plain,
-    setup_columns,
-    varies,
-    with_size,
-)
+from aimscale.analysis.effects.paired import Mean, hits_of, mean_over_pairs, paired
+from aimscale.analysis.effects.result import ALIKE, BETTER, WORSE, Contrast, Contrasts, level_name
+from aimscale.analysis.errors import AnalysisError, option
+from aimscale.analysis.table import design
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
-from aimscale.analysis.table.names import column_words, our_name, their_name
+from aimscale.analysis.table.names import no_column, our_name, their_name
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.words import Flag, contrast_cells, contrast_sentence, did_you_mean, flag_words, scope, some
+from aimscale.analysis.words import Flag, did_you_mean, flag_words, some
 
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
          KIND: "attentive"}  # fmt: skip
 """Column -> the level that the paper uses, the baseline unless another is named; fields of the set-up default to it."""
 OTHER_UNIT = ("target", "patch_size", "image_size")
 """Columns whose levels have losses that cannot be subtracted, beside all fields of the objective."""
-CAUTION = {
-    **{"prefix": "unseen_prefix", "patch_order": "other_patches"},
-    **dict.fromkeys((*HEAD[:2], "model.head_kind"), "equal_images"),
+_HEAD = "equal_images", "Equal images, not equal compute: a deeper or larger head costs more per image."
+_PREFIX = "Validation gives every model a bidirectional prefix; a model trained without one never saw any."
+_ORDER = "Each order scores other patches after the prefix, so their losses measure different tasks."
+CAUTIONS = {
+    "prefix": ("unseen_prefix", _PREFIX),
+    "patch_order": ("other_patches", _ORDER),
+    **dict.fromkeys((*design.HEAD[:2], "model.head_kind"), _HEAD),
 }
-"""Column -> kind of the flag about its losses."""
-BETTER, WORSE, ALIKE = "better", "worse", "no significant difference"
-"""Verdicts."""
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Contrast(Result):
-    """One level against the baseline, in one measure."""
-
-    measure: Measure
-    baseline: str
-    """Level that is subtracted."""
-    level: str
-    num_pairs: int
-    num_run_pairs: int
-    """Pairs of runs: budgets of the same two runs are averaged first."""
-    num_sizes: int
-    """Sizes of the pairs, clusters of the interval from three on; 0 where sizes are compared or not known."""
-    degrees: float
-    """Degrees of freedom of the interval; NaN where it is over test images, or there is none."""
-    baseline_mean: float
-    """Mean of the measure at the baseline, over pairs of runs."""
-    level_mean: float
-    difference: float
-    """Mean of level minus baseline."""
-    low: float
-    """Lower end of its interval (see `over`); NaN where nothing tells one."""
-    high: float
-    ratio: float
-    """Geometric mean of level over baseline; NaN where a value is not positive."""
-    ratio_low: float
-    ratio_high: float
-    detectable: float
-    """Minimum detectable effect: the true difference that would be significant in 80 % of repetitions."""
-    images: Paired | None
-    """The difference over test images, for these very runs; None without hits, or where test images differ."""
-    verdict: str
-    """`better`, `worse`, or `no significant difference`."""
-    pairs: pd.DataFrame = field(repr=False)
-    """One row per pair of rows: the columns held equal that vary, baseline and level value, difference, run_pair."""
-
-    @property
-    def is_significant(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.verdict != ALIKE
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row: the measure, the levels, their difference and ratio with intervals, the verdict."""
-        own = {k: v for k, v in vars(self).items() if k not in ("measure", "pairs", "images")}
-        images = {} if self.images is None else {f"images_{k}": v for k, v in plain_fields(self.images).items()}
-        return pd.DataFrame([{"measure": self.measure.name, **own, "over": self.over, **images}])
-
-    @property
-    def over(self) -> str:
-        """Reach of the interval: `sizes` like these, `runs` of these very sizes, `test images` of these very runs, or
-        nothing."""
-        if np.isnan(self.degrees):
-            return "test images" if self.images else ""
-        return "sizes" if self.num_sizes >= LEAST_SIZES else "runs"
-
-    def sentence(self) -> str:
-        """Tell the difference, its interval and reach, and the minimum detectable effect where not significant."""
-        return contrast_sentence(self)
-
-    headline = sentence
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Contrasts(Result):
-    """All levels of a column against the baseline."""
-
-    by: str
-    baseline: str
-    equal: tuple[str, ...]
-    """Columns that take several values and are equal within every pair."""
-    contrasts: tuple[Contrast, ...]
-    """One per measure and level."""
-    flags: tuple[Flag, ...]
-    """What was not compared and why, and what to know about this column's losses."""
-    rows: pd.DataFrame = field(repr=False)
-    """The complete rows of the table, with sizes."""
-
-    def facts(self) -> list[tuple[str, str]]:
-        """Return flags, what is compared, what is equal within a pair."""
-        return [
-            *(("with care", each) for each in flag_words(self.flags)),
-            ("compared", self.headline()),
-            ("equal", ", ".join(self.equal) or "no other column varies"),
-            ("intervals", f"95 %, {some([*dict.fromkeys(map(scope, self.contrasts))])}"),
-        ]
-
-    def cells(self) -> list[dict[str, str]]:
-        """Return one row per measure and level."""
-        return [contrast_cells(each, self.by) for each in self.contrasts]
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row per measure and level."""
-        return pd.concat([each.table for each in self.contrasts], ignore_index=True)
-
-    def headline(self) -> str:
-        """Name the column and the baseline."""
-        return f"{self.by}, against {self.baseline}"
+"""Column -> kind and sentence of the flag about its losses."""
 
 
 def contrast(
@@ -182,58 +67,61 @@ def contrast(
         >>> contrast(table, by="kind").table
     """
     by = by if by == KIND else our_name(frame, by)
-    rows = complete(frame if by == "params_total" else with_size(frame))
-    _check_levels(rows, by)
-    asked, flags = _comparable(wanted_measures(rows, measures, by), by)
-    keys, others = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in asked})
-    long = long_format(rows, asked, by)
-    long = long.assign(hits=hits_of(long).where(long["measure"].str.startswith("top1:"), None))
-    long = long[[by, *keys, *others, "measure", "value", "hits"]]
-    levels = _levels(long, by, asked)
-    baseline = _baseline(long, by, levels, baseline)
-    found: list[Contrast] = []
-    missing: list[tuple[str, Flag]] = []
-    rows_of = {m: long[long["measure"] == m.name] for m in asked}
-    for m, level in itertools.product(asked, [each for each in levels if each != baseline]):
-        pairs = _pairs(rows_of[m], by, (keys, others), baseline, level)
-        if isinstance(pairs, Flag):
-            missing.append((m.title, pairs))
+    rows = complete(frame if by == "params_total" else design.with_size(frame))
+    if by in rows and not design.is_plain(rows[by]):
+        raise AnalysisError(f"{by} holds lists, which cannot be compared; name a column of numbers or words.")
+    wanted = wanted_measures(rows, measures, by)
+    keys, parts = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in wanted})
+    long = long_format(rows, wanted, by)
+    is_probe = long["measure"].str.startswith("top1:")
+    long = long.assign(level=long[by].map(level_name, na_action="ignore"), hits=hits_of(long).where(is_probe, None))
+    levels = _levels(long, by, wanted)
+    asked, flags = _comparable(wanted, by)
+    baseline = _baseline(long["level"], by, levels, baseline)
+    found, missing = list[Contrast](), list[tuple[str, str, str, tuple[str, ...]]]()
+    for m, level in itertools.product(asked, (each for each in levels if each != baseline)):
+        sides = [long[(long["measure"] == m.name) & (long["level"] == each)] for each in (baseline, level)]
+        if absent := [name for name, side in zip((baseline, level), sides, strict=True) if side.empty]:
+            missing.append((m.title, "absent", absent[0], ()))
+            continue
+        pairs = next((each for on in ([*keys, *parts], keys) if len(each := _pairs(sides, on))), None)
+        if pairs is None:
+            missing.append((m.title, "unpaired", level, _differs(sides, keys)))
         else:
             found.append(_compared(pairs, m, baseline, level))
-    flags += _reasons(missing, by, baseline)
+    flags += _reasons(pd.DataFrame(missing, columns=["title", "kind", "level", "apart"]), by, baseline)
     if not found:
         raise AnalysisError(" ".join(flag_words(flags)))
-    flags += [Flag(kind=CAUTION[by], subject=by)] if by in CAUTION else []
-    flags += [Flag(kind="one_pair")] if any(each.over == "test images" for each in found) else []
-    flags += [Flag(kind="these_sizes")] if any(each.over == "runs" and each.num_sizes for each in found) else []
-    equal = tuple(their_name(rows, name) for name in keys if varies(rows[name]))
+    if by in CAUTIONS:
+        kind, text = CAUTIONS[by]
+        flags.append(Flag(kind=kind, subject=by, text=text))
+    if any(each.over == "test images" for each in found):
+        text = "One pair of runs a size: the interval covers the test images, not seeds; run more seeds."
+        flags.append(Flag(kind="one_pair", text=text))
+    if any(each.over == "runs" and each.num_sizes for each in found):
+        text = "Fewer than three sizes: intervals speak of these sizes alone; run more sizes to tell of others."
+        flags.append(Flag(kind="these_sizes", text=text))
+    equal = tuple(their_name(rows, name) for name in keys if design.varies(rows[name]))
     return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags), rows=rows)
 
 
 def factors(frame: pd.DataFrame) -> list[str]:
     """List the columns that `contrast` may compare in a table: those of the design that vary, and probe kinds."""
-    names = [*(name for name in DESIGN if name not in MEASURED_ON), *setup_columns(frame)]
-    varied = [name for name in names if name in frame and varies(frame[name])]
-    if set(HEAD) & set(varied):  # the actual depth tells the heads apart; it varies with size alone otherwise
-        head = "head_depth" if "head_depth" in frame and varies(frame["head_depth"]) else "head_rule"
-        head = "model.head_width" if set(HEAD) & set(varied) == {"model.head_width"} else head
-        varied = [head, *[name for name in varied if name not in HEAD]]
+    names = [*(name for name in design.DESIGN if name not in design.MEASURED_ON), *design.setup_columns(frame)]
+    varied = [name for name in names if name in frame and design.varies(frame[name])]
+    if set(design.HEAD) & set(varied):  # the actual depth tells the heads apart; else it varies with size alone
+        head = "head_depth" if "head_depth" in frame and design.varies(frame["head_depth"]) else "head_rule"
+        head = "model.head_width" if set(design.HEAD) & set(varied) == {"model.head_width"} else head
+        varied = [head, *[name for name in varied if name not in design.HEAD]]
     return [*varied, KIND]
-
-
-def _check_levels(rows: pd.DataFrame, by: str) -> None:
-    if by in rows and not is_plain(rows[by]):
-        raise AnalysisError(f"{by} holds lists, which cannot be compared; name a column of numbers or words.")
-    if by in rows and not varies(rows[by]):
-        values = ", ".join(map(level_name, rows[by].dropna().unique())) or "no value"
-        raise AnalysisError(f"All complete rows have {by} = {values}; a contrast needs two levels of it.")
 
 
 def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag]]:
     """Return the measures whose levels can be subtracted, and a flag about the loss where it is left out."""
     is_other = by in OTHER_UNIT or by.startswith("objective.")  # `objective.prefix` has a column of its own
     kept = [m for m in asked if not (is_other and m.column == "val_loss")]
-    flags = [Flag(kind="other_unit", subject=by)] if len(kept) < len(asked) else []
+    text = f"Losses at different {by} have different targets or images, so they are not compared."
+    flags = [Flag(kind="other_unit", subject=by, text=text)] if len(kept) < len(asked) else []
     if not kept:
         raise AnalysisError(f"Nothing can be compared over {by}. {' '.join(map(str, flags))}".rstrip())
     return kept, flags
@@ -246,20 +134,18 @@ def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collecti
     pair from another; the size alone stays, which says what an interval covers.
     """
     if unknown := [name for name in ignore if name not in rows]:
-        raise AnalysisError(f"The table has no column {unknown[0]!r} to ignore; {column_words(rows, unknown[0])}")
+        raise no_column(rows, unknown[0], " to ignore")
     if by == KIND:
-        keys = [name for name in ("run_id", *SCALE) if name in rows]
+        keys = [name for name in ("run_id", *design.SCALE) if name in rows]
     else:
-        keys = held_equal(rows, {by, *FOLLOWS.get(by, ()), *_same(rows, by, measured), *ignore, *measured})
-    others = [n for n in HEAD if by in HEAD and n in rows and n not in keys and n.split(".")[-1] != by.split(".")[-1]]
+        settings = [name for name in ("size", *design.foreign_settings(rows, measured)) if name in rows and by in rows]
+        # a column may be `by` under another name, as a model's name and its size are
+        same = [n for n in settings if len(rows[[by, n]].drop_duplicates()) == rows[by].nunique() == rows[n].nunique()]
+        keys = design.held_equal(rows, {by, *design.FOLLOWS.get(by, ()), *same, *ignore, *measured})
+    own = by.split(".")[-1]
+    parts = [n for n in design.HEAD if by in design.HEAD and n in rows and n not in keys and n.split(".")[-1] != own]
     several = [name for name in keys if name == "size" or len(pd.unique(rows[name])) > 1]
-    return several or keys[:1], [name for name in others if len(pd.unique(rows[name])) > 1]
-
-
-def _same(rows: pd.DataFrame, by: str, measured: Collection[str]) -> list[str]:
-    """Return the columns that are `by` under another name, as a model's name and its size may be."""
-    others = [name for name in ("size", *foreign_settings(rows, measured)) if name in rows and by in rows]
-    return [n for n in others if len(rows[[by, n]].drop_duplicates()) == rows[by].nunique() == rows[n].nunique()]
+    return several or keys[:1], [name for name in parts if len(pd.unique(rows[name])) > 1]
 
 
 def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure]) -> list[str]:
@@ -274,79 +160,57 @@ def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure]) -> list[str]:
     return levels
 
 
-def level_name(value: Any) -> str:
-    """Write a level as a reader does: 6, not 6.0."""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value)
+def _baseline(names: pd.Series, by: str, levels: list[str], wish: str | None) -> str:
+    if wish is not None and wish not in levels:
+        raise AnalysisError(f"{by} has no level {wish!r}; {did_you_mean(wish, levels, 'its levels are')}")
+    counts, usual = names.value_counts(), USUAL.get(by, design.DEFAULT)
+    most = max(levels, key=lambda level: (counts[level], -levels.index(level)))
+    return wish or (usual if usual in levels else most)
 
 
-def _baseline(long: pd.DataFrame, by: str, levels: list[str], wish: str | None) -> str:
-    if wish is not None:
-        if wish not in levels:
-            raise AnalysisError(f"{by} has no level {wish!r}; {did_you_mean(wish, levels, 'its levels are')}")
-        return wish
-    if (usual := USUAL.get(by, DEFAULT)) in levels:
-        return usual
-    counts = long[by].dropna().map(level_name).value_counts()
-    return max(levels, key=lambda level: (counts[level], -levels.index(level)))
-
-
-def _pairs(
-    long: pd.DataFrame, by: str, keys: tuple[list[str], list[str]], baseline: str, level: str
-) -> pd.DataFrame | Flag:
-    """Return the pairs of one contrast (`Contrast.pairs`, with their hits), or why there is none.
-
-    Args:
-        long: rows of one measure.
-        keys: columns that a pair must share, and those that it shares where that leaves any pair.
-    """
-    names = long[by].map(level_name, na_action="ignore")
-    sides = [long[names == each] for each in (baseline, level)]
-    if min(map(len, sides)) == 0:
-        return Flag(kind="absent", subject=baseline if sides[0].empty else level)
-    must, others = keys
-    for on in ([*must, *others], must):
-        means = [_means(side, on).astype(dict.fromkeys(on, object)) for side in sides]  # a column may mix types
-        pairs = means[0].merge(means[1], on=on, suffixes=("_baseline", "_level"))
-        if not pairs.empty:
-            break
-    else:
-        return Flag(kind="unpaired", subject=level, more=_differs(sides, must))
-    pairs = pairs.rename(columns={"value_baseline": "baseline_value", "value_level": "level_value"})
+def _pairs(sides: Sequence[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
+    """Return the pairs (`Contrast.pairs`, with their hits) of rows of the baseline and the level that agree in keys."""
+    cells = []
+    for side, name in zip(sides, ("baseline", "level"), strict=True):
+        groups = side.groupby(keys, dropna=False, sort=False)
+        means = groups.agg(value=("value", "mean"), hits=("hits", "first")).reset_index()
+        means["hits"] = means["hits"].where((groups.size() == 1).to_numpy(), None)
+        cells.append(means.astype(dict.fromkeys(keys, object)).rename(columns={"value": f"{name}_value", "hits": name}))
+    pairs = cells[0].merge(cells[1], on=keys)  # as objects: a column may mix types
     pairs["difference"] = pairs["level_value"] - pairs["baseline_value"]
-    runs = [name for name in on if name != "images_seen"]
-    return pairs.assign(run_pair=pairs.groupby(runs, dropna=False).ngroup() if runs else 0)
+    runs = [name for name in keys if name != "images_seen"]
+    return pairs.assign(run_pair=pairs.groupby(runs, dropna=False, sort=False).ngroup() if runs else 0)
 
 
 def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) -> Contrast:
     groups = pairs.groupby("run_pair")
-    means = groups[["baseline_value", "level_value", "difference"]].mean()
-    sizes = groups["size"].first() if "size" in pairs else None
-    weights = 1 / (len(means) * groups["difference"].transform("size"))
-    images = paired(pairs.pop("hits_baseline").tolist(), pairs.pop("hits_level").tolist(), weights.tolist())
-    mean = mean_over_pairs(means["difference"], sizes)
-    low, high, detectable = mean.value - mean.half, mean.value + mean.half, mean.detectable
+    means = groups[["baseline_value", "level_value"]].mean().mean()
+    weights = 1 / (groups.ngroups * groups["difference"].transform("size"))
+    images = paired(pairs.pop("baseline").tolist(), pairs.pop("level").tolist(), weights.tolist())
+    mean = mean_over_pairs(pairs["difference"], pairs)
+    (low, high), detectable = mean.ends, mean.detectable
     if np.isnan(mean.degrees) and images is not None:
         low, high, detectable = images.low, images.high, images.detectable
-    ratio = _ratio(pairs, sizes) if not measure.is_accuracy else (np.nan,) * 3
+    log_ratio = Mean(np.nan, np.nan, np.nan)
+    if not measure.is_accuracy and (pairs[["level_value", "baseline_value"]] > 0).all(axis=None):
+        log_ratio = mean_over_pairs((pairs["level_value"] / pairs["baseline_value"]).map(np.log), pairs)
+    ratios = np.exp([log_ratio.value, *log_ratio.ends]).tolist()
     is_better = (mean.value < 0) == measure.lower_is_better
     return Contrast(
         measure=measure,
         baseline=baseline,
         level=level,
         num_pairs=len(pairs),
-        num_run_pairs=len(means),
-        num_sizes=0 if sizes is None else sizes.nunique(),
+        num_run_pairs=groups.ngroups,
+        num_sizes=pairs["size"].nunique() if "size" in pairs else 0,
+        num_budgets=mean.num_budgets,
         degrees=mean.degrees,
-        baseline_mean=float(means["baseline_value"].mean()),
-        level_mean=float(means["level_value"].mean()),
+        baseline_mean=float(means["baseline_value"]),
+        level_mean=float(means["level_value"]),
         difference=mean.value,
         low=low,
         high=high,
-        ratio=ratio[0],
-        ratio_low=ratio[1],
-        ratio_high=ratio[2],
+        **dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True)),
         detectable=detectable,
         images=images,
         verdict=ALIKE if not (low > 0 or high < 0) else BETTER if is_better else WORSE,
@@ -354,24 +218,7 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
     )
 
 
-def _ratio(pairs: pd.DataFrame, sizes: pd.Series | None) -> tuple[float, float, float]:
-    """Return the geometric mean of level over baseline with its interval; NaN where a value is not positive."""
-    if not (pairs[["baseline_value", "level_value"]] > 0).all(axis=None):
-        return np.nan, np.nan, np.nan
-    logs = pairs["level_value"].div(pairs["baseline_value"]).map(np.log)
-    mean = mean_over_pairs(logs.groupby(pairs["run_pair"]).mean(), sizes)
-    middle, low, high = np.exp([mean.value, mean.value - mean.half, mean.value + mean.half]).tolist()
-    return middle, low, high
-
-
-def _means(side: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Return the mean value of every cell, and its hits where every cell is one row."""
-    if not side.duplicated(keys).any():
-        return side[[*keys, "value", "hits"]]
-    return side.groupby(keys, dropna=False)["value"].mean().reset_index().assign(hits=None)
-
-
-def _differs(sides: list[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:
+def _differs(sides: Sequence[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:
     """Return columns in which the two levels never agree, with their values; else all in which rows differ."""
     apart = []
     for name in keys:
@@ -379,25 +226,22 @@ def _differs(sides: list[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:
         if any(values) and not set.intersection(*values):
             shown = [sorted(map(level_name, each)) for each in values]
             apart.append(f"{name} ({' against '.join(map(some, shown))})")
-    return tuple(apart or [name for name in keys if varies(pd.concat([side[name] for side in sides]))])
+    return tuple(apart or [name for name in keys if design.varies(pd.concat([side[name] for side in sides]))])
 
 
-def _reasons(missing: Sequence[tuple[str, Flag]], by: str, baseline: str) -> Iterator[Flag]:
-    """Merge why measures lack levels: a flag for all measures that lack the same levels for one kind of reason.
-
-    Args:
-        missing: title of a measure, and why a level of it is not compared.
-    """
-    of_measure: dict[tuple[str, str], list[Flag]] = {}
-    for title, flag in missing:
-        of_measure.setdefault((title, flag.kind), []).append(flag)
-    titles: dict[tuple[Flag, ...], list[str]] = {}
-    for (title, _), alike in of_measure.items():
-        titles.setdefault(tuple(dict.fromkeys(alike)), []).append(title)
-    for flags, names in titles.items():
-        levels, apart = [flag.subject for flag in flags], [str(column) for flag in flags for column in flag.more]
-        if len(flags) > 1:  # the columns alone
-            apart = [column.split(" (")[0] for column in apart]
-            levels = [f"{len(levels)} levels ({some(levels)})"]
-        more = (some(names), f"{by} = {baseline}", some(list(dict.fromkeys(apart))), by)
-        yield Flag(kind=flags[0].kind, subject=levels[0], number=len(flags), more=more)
+def _reasons(missing: pd.DataFrame, by: str, baseline: str) -> Iterator[Flag]:
+    """Say why measures lack levels: a flag for all measures that lack the same levels for one kind of reason."""
+    of_level = missing.groupby(["kind", "level"], sort=False).agg({"title": tuple, "apart": "sum"}).reset_index()
+    lost = of_level.groupby(["kind", "title"], sort=False).agg({"level": list, "apart": "sum"}).reset_index()
+    for kind, titles, levels, apart in lost.itertuples(index=False, name=None):
+        told, columns = levels[0], some([*dict.fromkeys(apart)])
+        if len(levels) > 1:
+            told = f"{len(levels)} levels ({some(levels)})"
+            columns = some([*dict.fromkeys(column.split(" (")[0] for column in apart)])
+        text = f"{some(titles)}: no value at {by} = {told}."
+        if kind == "unpaired":
+            text = (
+                f"{some(titles)}: nothing is paired between {by} = {baseline} and {told}, which differ in {columns}; "
+            )
+            text += f"run both with the same, or {option('ignore')} that column."
+        yield Flag(kind=kind, subject=told, number=len(levels), text=text)

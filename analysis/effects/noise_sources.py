@@ -20,18 +20,12 @@ from aimscale.analysis.table.design import foreign_settings, held_equal, varies,
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.words import Flag, flag_words
 
-SOURCES = {
-    "seeds": ("between seeds", "{} degrees of freedom of runs"),
-    "images": ("validation images, which all runs share", "median and range of {} rows' standard errors"),
-    "law": ("scatter about the joint law", "{} points"),
-    "sizes": ("of it, shared by the rows of a size: the law's form or tuning, or a size's own error", "{} sizes"),
-    "runs": ("of it, shared by the rows of a run beyond its size", "{} runs"),
-    "budgets": (
-        "of it, shared by the rows of a budget: its schedule, its part of the stream, or the law's form",
-        "{} budgets",
-    ),
+SHARED = {
+    "sizes": "of it, shared by the rows of a size: the law's form or tuning, or a size's own error",
+    "runs": "of it, shared by the rows of a run beyond its size",
+    "budgets": "of it, shared by the rows of a budget: its schedule, its part of the stream, or the law's form",
 }
-"""Kind of a component -> what it is, and what it was estimated from."""
+"""Groups of rows -> what their component of the scatter about the law is."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -39,10 +33,10 @@ class Noise(Result):
     """Components of the spread of a loss."""
 
     table: pd.DataFrame
-    """One row per component: kind and source (`SOURCES`), value (a standard deviation), low, high (95 %; NaN where not
-    known), all as fractions of the loss, and basis."""
+    """One row per component: kind (seeds, images, law, sizes, runs, budgets), source (in words), value (a standard
+    deviation), low, high (95 %; NaN where not known), all as fractions of the loss, and basis."""
     flags: tuple[Flag, ...]
-    """What could not be told, and why."""
+    """Components that could not be told, and why."""
 
     def sentences(self) -> list[str]:
         """Tell each component, and what is not known."""
@@ -55,10 +49,6 @@ class Noise(Result):
     def headline(self) -> str:
         """Say what the numbers are."""
         return "Standard deviations of ln loss by source, with 95 % intervals"
-
-    def summary(self) -> str:
-        """Join the sentences, which say all that the table holds."""
-        return "\n".join([f"{self.headline()}:", *self.sentences()])
 
 
 def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> Noise:
@@ -79,47 +69,40 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> N
         >>> noise(table).table
     """
     rows = usable_rows(with_size(df), y).rows
-    parts = list(_seeds(rows, y))
-    flags = () if parts else (Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y}))),)
+    parts, flags = _seeds(rows, y), list[Flag]()
+    if not parts:
+        text = "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds."
+        flags.append(Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y})), text=text))
     if y == "val_loss" and "val_loss_se" in rows and rows["val_loss_se"].notna().any():
         errors = (rows["val_loss_se"] / rows[y]).dropna()
         low, value, high = np.percentile(errors, [2.5, 50, 97.5]).tolist()
-        parts.append(_component("images", value, len(errors), low, high))
+        basis = f"median and range of {len(errors)} rows' standard errors"
+        parts.append(("images", "validation images, which all runs share", value, low, high, basis))
     if len(rows) < 2 or not parts:
         why = " ".join(map(str, flags))
         raise AnalysisError(f"{len(rows)} complete rows with a positive {y} cannot tell noise from anything. {why}")
-    return Noise(table=pd.DataFrame([*parts, *_law(rows, y, law)]), flags=flags)
+    columns = ["kind", "source", "value", "low", "high", "basis"]
+    return Noise(table=pd.DataFrame([*parts, *_law(rows, y, law)], columns=columns), flags=tuple(flags))
 
 
-def _component(
-    kind: str, value: float, number: int, low: float = np.nan, high: float = np.nan
-) -> dict[str, str | float]:
-    """Return a row of `Noise.table`, from the number of degrees of freedom, rows, points or groups behind it."""
-    source, basis = SOURCES[kind]
-    ends = {"value": value, "low": low, "high": high}
-    return {"kind": kind, "source": source, **ends, "basis": basis.format(number)}
-
-
-def _seeds(rows: pd.DataFrame, y: str) -> Iterator[dict[str, str | float]]:
+def _seeds(rows: pd.DataFrame, y: str) -> list[tuple[str | float, ...]]:
     """Pool the spread between seeds over cells; budgets of a run share its error, so the interval counts a run once."""
-    if "seed" not in rows or not varies(rows["seed"]):
-        return
     keys = held_equal(rows, {"seed", y})
-    table = rows[[*keys, "seed"]].assign(log_y=np.log(rows[y]))
-    table = table.groupby([*keys, "seed"], dropna=False)["log_y"].mean().reset_index()
-    cells = table.groupby(keys, dropna=False)
-    table = table.assign(deviation=table["log_y"] - cells["log_y"].transform("mean"), cell=cells.ngroup())
-    table = table[cells["seed"].transform("count") > 1]
+    if "seed" not in rows or not varies(rows["seed"]):
+        return []
+    table = rows.assign(log_y=np.log(rows[y])).groupby([*keys, "seed"], dropna=False)["log_y"].mean().reset_index()
+    table = table[table.groupby(keys, dropna=False)["seed"].transform("count") > 1]
     if table.empty:
-        return
-    variance = float((table["deviation"] ** 2).sum() / (len(table) - table["cell"].nunique()))
-    groups = table.groupby([name for name in keys if name != "images_seen"], dropna=False)
-    spare = int((groups["seed"].nunique() - 1).sum())
+        return []
+    cells = table.groupby(keys, dropna=False)["log_y"]
+    variance = float(((table["log_y"] - cells.transform("mean")) ** 2).sum() / (len(table) - cells.ngroups))
+    runs = table.groupby([name for name in keys if name != "images_seen"], dropna=False)["seed"].nunique()
+    spare = int((runs - 1).sum())
     low, high = np.sqrt(variance * spare / chi2.ppf([0.975, 0.025], spare)).tolist()
-    yield _component("seeds", variance**0.5, spare, low, high)
+    return [("seeds", "between seeds", variance**0.5, low, high, f"{spare} degrees of freedom of runs")]
 
 
-def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[dict[str, str | float]]:
+def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[tuple[str | float, ...]]:
     """Split the scatter about the joint law, where one can be fitted.
 
     What sizes share may be their own error, as a law's intervals take it, or the law's misfit, as the flag `scatter`
@@ -127,12 +110,11 @@ def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[dict[str, str 
     """
     name = "repeated" if "unique_images" in rows and varies(rows["unique_images"]) else "chinchilla"
     try:
-        if law is None or law.law.name != name:
-            law = fit(rows, name, y=y, is_tested=False)
+        law = law if law is not None and law.law.name == name else fit(rows, name, y=y, is_tested=False)
     except AnalysisError:
         return
     errors = law.estimate.components
-    yield _component("law", errors.total, law.num_points)
+    yield "law", "scatter about the joint law", errors.total, np.nan, np.nan, f"{law.num_points} points"
     for kind, num in law.estimate.groups.counts.items():
         if errors.shared[kind] > 0:
-            yield _component(kind, errors.shared[kind], num)
+            yield kind, SHARED[kind], errors.shared[kind], np.nan, np.nan, f"{num} {kind}"

@@ -15,13 +15,15 @@ import pandas as pd
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
-from aimscale.analysis.fitting.covariance import linear_design, sandwich
+from aimscale.analysis.fitting.covariance import Covariance, linear_design, sandwich
+from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.table.names import FOLDER
 from aimscale.analysis.table.read import beside
 from aimscale.analysis.table.schema import HITS_KEY
-from aimscale.analysis.words import POWER
 
+POWER = 0.8
+"""Power of a minimum detectable effect."""
 LEAST_SIZES = 3
 """Fewer sizes leave one degree of freedom or none to tell by how much sizes differ."""
 
@@ -32,7 +34,6 @@ class Hits(NamedTuple):
     evaluation: str
     """Tells the test images: equal evaluations have the same."""
     num_test: int
-    """Test images."""
     bits: bytes
     """`np.packbits` of one bit per image, in the data set's order."""
 
@@ -74,7 +75,7 @@ class Paired:
     detectable: float
     """Minimum detectable effect: the difference that is found with probability 0.8 among so many discordant images."""
     p: float
-    """Of McNemar's exact test, a little more cautious than the interval; NaN over several pairs."""
+    """p value of McNemar's exact test, a little more cautious than the interval; NaN over several pairs."""
 
     @property
     def half(self) -> float:
@@ -91,22 +92,14 @@ def paired(
     2012): Wald's after one more image for either side, which Fagerland, Lydersen and Laake (Statistics in Medicine
     33:2850, 2014) recommend, few discordant images included. The detectable effect solves Connor's sample size
     (Biometrics 43:207, 1987) for it. Over several pairs an image's gain is its mean over them.
-
-    Args:
-        baseline: hits of the models that are subtracted.
-        level: hits of the others, in the same order.
-        weights: of the pairs, adding up to 1.
+    Weights of the pairs add up to 1.
     """
     pairs = zip(baseline, level, strict=True)
     sides = [(theirs, ours) for theirs, ours in pairs if isinstance(theirs, Hits) and isinstance(ours, Hits)]
     if len(sides) < len(weights) or len({hits[:2] for side in sides for hits in side}) > 1:
         return None
-    gains = np.zeros(sides[0][0].num_test)
-    discordant = 0.0
-    for weight, (theirs, ours) in zip(weights, sides, strict=True):
-        gain = ours.right - theirs.right
-        gains += weight * gain
-        discordant += weight * float(np.abs(gain).mean())
+    by_pair = np.array([ours.right - theirs.right for theirs, ours in sides])
+    gains, discordant = weights @ by_pair, float(weights @ np.abs(by_pair).mean(axis=1))
     n = len(gains) + 2
     centre, square = gains.sum() / n, (gains @ gains + 2) / n
     z, power = norm.ppf(0.5 + CONFIDENCE / 2), norm.ppf(POWER)
@@ -132,37 +125,49 @@ class Mean(NamedTuple):
     """Standard error; NaN where nothing tells it."""
     degrees: float
     """Degrees of freedom of its interval; NaN where nothing tells the error."""
+    num_budgets: int = 0
+    """Budgets whose shared errors the standard error holds; 0 where it speaks of these budgets alone."""
 
     @property
-    def half(self) -> float:
-        """Half of the 95 % interval."""
-        return float(student.ppf(0.5 + CONFIDENCE / 2, self.degrees) * self.se)
+    def ends(self) -> tuple[float, float]:
+        """95 % interval."""
+        half = float(student.ppf(0.5 + CONFIDENCE / 2, self.degrees) * self.se)
+        return self.value - half, self.value + half
 
     @property
     def detectable(self) -> float:
         """Minimum detectable effect: the true difference that would be significant in 80 % of repetitions."""
-        return self.half + float(student.ppf(POWER, self.degrees) * self.se)
+        return self.ends[1] - self.value + float(student.ppf(POWER, self.degrees) * self.se)
 
 
-def mean_over_pairs(values: pd.Series, sizes: pd.Series | None) -> Mean:
-    """Average differences of pairs of runs, with an error that holds as far as the pairs reach.
+def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
+    """Average differences over pairs of runs, with an error that holds as far as the pairs reach.
 
-    A size may suit one level better, so three sizes or more are clusters (`fitting.covariance.sandwich`), and the
-    interval covers sizes like them. Two do not tell how much sizes differ: the error is then that of pairs about the
-    mean of their size (Student's, pooled), for these sizes alone. One pair a size has none.
+    A size or a budget may suit one level better. So from three sizes on the variance is the sum of those clustered by
+    sizes and, from three budgets on, by budgets (`fitting.covariance`), and the interval covers others like them. Two
+    sizes do not tell how much sizes differ: the error is then that of pairs about the mean of their size (Student's,
+    pooled), for these sizes alone. One pair a size has none.
 
     Args:
-        values: a difference per pair.
-        sizes: size of each pair; None where sizes are what is compared, or are not known.
+        values: a difference per pair of rows.
+        pairs: `run_pair`, and `size` and `images_seen` where they are known and not what is compared.
     """
-    y, n = values.to_numpy(float), len(values)
-    codes = np.zeros(n, int) if sizes is None else np.unique(sizes.map(str), return_inverse=True)[1]
-    counts = np.bincount(codes)
-    if len(counts) >= LEAST_SIZES:
-        found = sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - y.mean(), codes)
-        (se,), (degrees,) = found.of_contrasts(np.ones((1, 1)))
-        return Mean(float(y.mean()), float(se), float(degrees))
-    if not (degrees := n - len(counts)):
-        return Mean(float(y.mean()), np.nan, np.nan)
-    within = y - (np.bincount(codes, y) / counts)[codes]
-    return Mean(float(y.mean()), float(np.sqrt(within @ within / degrees / n)), float(degrees))
+    runs = values.groupby(pairs["run_pair"])
+    y, n = runs.mean().to_numpy(float), runs.ngroups
+    sizes = pairs.groupby("run_pair")["size"].first().map(str) if "size" in pairs else pd.Series(["one"] * n)
+    codes, names = pd.factorize(sizes)
+    mean = float(y.mean())
+    if len(names) >= LEAST_SIZES:
+        clustered = {"sizes": sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - mean, codes)}
+        budgets = groups_of(pairs, {}).get("budgets")
+        num_budgets = 0 if budgets is None or budgets.max() + 1 < LEAST_SIZES else int(budgets.max()) + 1
+        if budgets is not None and num_budgets:
+            weights = 1 / runs.transform("size").to_numpy(float)
+            design = linear_design(np.ones((len(pairs), 1)), weights)
+            clustered["budgets"] = sandwich(design, values.to_numpy(float) - mean, budgets)
+        (se,), (degrees,) = Covariance(by=clustered).of_contrasts(np.ones((1, 1)))
+        return Mean(mean, float(se), float(degrees), num_budgets)
+    if not (degrees := n - len(names)):
+        return Mean(mean, np.nan, np.nan)
+    within = y - pd.Series(y).groupby(codes).transform("mean").to_numpy()
+    return Mean(mean, float(np.sqrt(within @ within / degrees / n)), float(degrees))

@@ -1,4 +1,4 @@
-"""What repeated images are worth: Muennighoff et al.'s law, read in words that hold even where R_D has no upper end."""
+"""Worth of repeated images: Muennighoff et al.'s law, read in words that hold even where R_D has no upper end."""
 
 from __future__ import annotations
 
@@ -46,40 +46,41 @@ class Repeats(Result):
     def is_unbounded(self) -> bool:
         """Whether the data allow that repeats are as good as new images."""
         i = self.fit.intervals.get("R_D")
-        return self.fit.params["R_D"] > UNBOUNDED or (i is not None and i.high > UNBOUNDED)
+        return max(self.fit.params["R_D"], i.high if i else 0.0) > UNBOUNDED
 
     @property
     def sample(self) -> str:
         """Name of one item of a pool; a foreign table, whose losses have no unit of ours, does not say."""
         return "image" if self.fit.loss_unit else "sample"
 
+    def headline(self) -> str:
+        """Tell R_D."""
+        r, i = self.fit.params["R_D"], self.fit.intervals.get("R_D")
+        if self.is_unbounded:
+            return (
+                f"R_D has no upper end in these data; it is at least {i.low if i else r:.3g}. Up to "
+                f"{self.max_epochs:.3g} passes, repeats cannot be told from new {self.sample}s."
+            )
+        ends = f" [{i.low:.3g}, {i.high:.3g}]" if i else ""
+        return (
+            f"R_D = {r:.3g}{ends} ({PUBLISHED:.1f} for language, Muennighoff et al. 2023): a repeat is worth half of a "
+            f"new {self.sample} after {r * np.log(2):.3g} repeats."
+        )
+
     def sentences(self) -> list[str]:
         """Tell R_D, what passes are worth, and what is not known."""
-        r, i, what = self.fit.params["R_D"], self.fit.intervals.get("R_D"), self.sample
-        ends = f" [{i.low:.3g}, {i.high:.3g}]" if i else ""
-        lines = [
-            f"R_D = {r:.3g}{ends} ({PUBLISHED:.1f} for language, Muennighoff et al. 2023): a repeat is worth half of a "
-            f"new {what} after {r * np.log(2):.3g} repeats."
-            if not self.is_unbounded
-            else f"R_D has no upper end in these data; it is at least {i.low if i else r:.3g}. Up to "
-            f"{self.max_epochs:.3g} passes, repeats cannot be told from new {what}s."
+        passes = [
+            f"Pass {k} over the same {self.sample}s is worth {100 * worth:.0f} % [{100 * low:.0f}, {100 * high:.0f}] "
+            f"of a pass over new ones; all {k} are worth {whole:.2f} [{least:.2f}, {most:.2f}]."
+            for k, worth, low, high, whole, least, most, is_measured in self.table.itertuples(index=False)
+            if is_measured
         ]
-        lines += [
-            f"Pass {row['epochs']} over the same {what}s is worth {100 * row['worth']:.0f} % "
-            f"[{100 * row['worth_low']:.0f}, {100 * row['worth_high']:.0f}] of a pass over new ones; all "
-            f"{row['epochs']} are worth {row['effective']:.2f} [{row['effective_low']:.2f}, "
-            f"{row['effective_high']:.2f}]."
-            for row in self.table[self.table["measured"]].to_dict("records")
-        ]
-        lines.append(
+        fitted = (
             f"Fitted to {self.fit.num_points} points at {self.num_uniques} pool sizes, up to {self.max_epochs:.3g} "
             f"passes; {self.fit.interval_method}."
         )
-        return [*lines, *(str(flag) for flag in self.fit.flags if flag.subject != "R_D")]
-
-    def headline(self) -> str:
-        """Tell R_D."""
-        return self.sentences()[0]
+        flags = (str(flag) for flag in self.fit.flags if flag.subject != "R_D")
+        return [self.headline(), *passes, fitted, *flags]
 
 
 def repeats(df: pd.DataFrame, *, y: str = "val_loss") -> Repeats:
@@ -97,39 +98,35 @@ def repeats(df: pd.DataFrame, *, y: str = "val_loss") -> Repeats:
     Example:
         >>> repeats(read_table("repeats.parquet")).table
     """
-    names = resolve_columns(repeated(sizes=False), df)
-    rows = complete(df)
-    uniques = rows[names["U"]].dropna().unique()
+    names, rows = resolve_columns(repeated(sizes=False), df), complete(df)
+    num_uniques = rows[names["U"]].nunique()
     most = float((rows[names["D"]] / rows[names["U"]]).max())
-    if len(uniques) < 2:
+    if num_uniques < 2:
         raise AnalysisError(
-            f"{their_name(df, names['U'])} takes {len(uniques)} value{'s' * (len(uniques) != 1)}, so what repeats are "
+            f"{their_name(df, names['U'])} takes {num_uniques} value{'s' * (num_uniques != 1)}, so what repeats are "
             "worth cannot be told from what new data are worth; run pools of several sizes."
         )
     if not most > REPEATS:
         raise AnalysisError(f"No row repeats its data (most passes: {most:.3g}); run small pools at large budgets.")
     size = next((c for c in ("N", "params_total") if c in rows), None)
-    law = repeated(sizes=size is not None and varies(rows[size]))
-    found = fit(rows, law, y=y)
+    found = fit(rows, repeated(sizes=size is not None and varies(rows[size])), y=y)
     passes = sorted({k for k in EPOCHS if k <= 4 * most} | {max(2, int(most))})
     table = _worths(np.array(passes), found).assign(measured=[k <= most for k in passes])
-    return Repeats(fit=found, max_epochs=most, table=table, num_uniques=len(uniques))
+    return Repeats(fit=found, max_epochs=most, table=table, num_uniques=num_uniques)
 
 
 def _worths(passes: Array, found: Fit) -> pd.DataFrame:
     """Return the columns of `Repeats.table`, with intervals of the worths themselves: R_D may have no upper end."""
-    ones = np.ones(len(passes))
 
-    def totals(params: Params) -> Array:
-        return np.stack([effective(ones, passes, np.asarray(r_d)) for r_d in np.atleast_1d(params["R_D"])])
+    def totals(params: Params, passes: Array = passes) -> Array:
+        return effective(np.ones(len(passes)), passes, np.atleast_1d(params["R_D"])[:, None])
 
     def worths(params: Params) -> Array:
-        before = [effective(ones, passes - 1, np.asarray(r_d)) for r_d in np.atleast_1d(params["R_D"])]
-        return totals(params) - np.stack(before)
+        return totals(params) - totals(params, passes - 1)
 
     out = {"epochs": passes}
-    for name, function, most in (("worth", worths, ones), ("effective", totals, passes)):
+    for name, function, most in (("worth", worths, 1), ("effective", totals, passes)):
         value, *_ = found.estimate.error_of(function)
-        low, high = found.estimate.interval_of(function)
-        out |= {name: value, f"{name}_low": np.clip(low, 0, most), f"{name}_high": np.clip(high, 0, most)}
+        low, high = np.clip(found.estimate.interval_of(function), 0, most)
+        out |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return pd.DataFrame(out)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.checks import diagnose
 from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.diagnostics import diagnose, lack_of_fit
 from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate, estimated
-from aimscale.analysis.fitting.lackoffit import lack_of_fit
 from aimscale.analysis.fitting.objectives import Objective, find_objective
 from aimscale.analysis.fitting.problem import make_problem
-from aimscale.analysis.fitting.result import Fit, Interval
+from aimscale.analysis.fitting.result import UNKNOWN, Fit, Interval
 from aimscale.analysis.laws.base import Array, Columns, Law, Params
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.names import names_of, no_column, our_name
-from aimscale.analysis.table.points import Observations, observe, with_compute
+from aimscale.analysis.table.points import observe, with_compute
 from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.words import did_you_mean
 
@@ -48,7 +45,7 @@ def fit(
     Args:
         df: one row per point.
         law: a law or its name.
-        y: column to fit.
+        y: column to fit; `columns={"L": ...}` names it, too.
         weights: "compute", or a column of positive numbers, in proportion to which points count; None: all alike.
         objective: an objective or its name; the default is least squares of logarithms for all but outliers.
         columns: variable of the law -> column; default: the variable's own name, else the results table's column.
@@ -67,17 +64,15 @@ def fit(
         >>> table = read_table("results.parquet")
         >>> law = fit(table, "chinchilla")
         >>> law.params["alpha"], law.intervals["alpha"]
-        >>> law.predict({"N": 1e6, "D": 1e6})
+        >>> law.predict(N=1e6, D=1e6)
     """
-    law = find_law(law)
-    objective = find_objective(objective)
+    law, objective = find_law(law), find_objective(objective)
     fixed, bounds = dict(fixed or {}), dict(bounds or {})
     _check_names(law, fixed, bounds)
+    y = y if "L" in law.variables else (columns or {}).get("L", y)
     free = len(law.parameters) - len(fixed)
     points = observe(law, df, y=y, columns=columns, positive_y=objective.log, num_free=free, zero_allowed=zero_allowed)
-    if law.centred is not None:
-        law = law.centred(Columns(points.x))
-    rows = df.loc[points.index]
+    law, rows = law.centred(Columns(points.x)), df.loc[points.index]
     of_points = None if weights is None else weights_of(rows, weights)
     problem = make_problem(law, points.x, points.y, objective, weights=of_points, fixed=fixed, bounds=bounds)
     found = estimated(problem, groups_of(rows, points.x))
@@ -86,6 +81,7 @@ def fit(
     params = {name: float(v) for name, v in law.reported(found.params).items()}
     flags, not_identified = diagnose(found, params, own, points, hidden)
     against = lack_of_fit(found, points, rows) if is_tested else ()
+    fitted, residual = found.problem.predict(found.vector[None])[0], found.problem.residual(found.vector)
     return Fit(
         law=law,
         objective=found.problem.objective,
@@ -99,7 +95,7 @@ def fit(
         exclusions=points.exclusions,
         ranges={v: (float(values.min()), float(values.max())) for v, values in points.x.items()},
         columns=points.columns,
-        data=_data(found, points),
+        data=pd.DataFrame(points.x, index=points.index).assign(y=points.y, fitted=fitted, residual=residual),
         estimate=found,
         weights=weights or "",
         names=names_of(df),
@@ -110,7 +106,7 @@ def fit(
 
 
 def weights_of(rows: pd.DataFrame, by: str) -> Array:
-    """Weights (n,) of points, 1 on average, in proportion to their compute or to a column.
+    """Return weights (n,) of points, 1 on average, in proportion to their compute or to a column.
 
     Raises:
         AnalysisError: no such column, or a value that is not positive.
@@ -125,91 +121,66 @@ def weights_of(rows: pd.DataFrame, by: str) -> Array:
     return values / values.mean()
 
 
+def _reciprocal(value: Array) -> Array:
+    """Return 1 / value, infinite where that is not positive."""
+    return np.where(np.asarray(value) > 0, 1 / np.asarray(value), np.inf)
+
+
+SCALES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "own": (np.positive, np.positive),
+    "log": (np.log, np.exp),
+    "reciprocal": (np.reciprocal, _reciprocal),
+}
+"""Scales on which an interval is symmetric: a function and its inverse."""
+
+
 def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]:
     """Find 95 % intervals of the law's own, the reported and the derived parameters; none of those that are held.
 
     Exponents and coefficients have intervals of their logarithm; a limit such as E, and derived exponents, of
     themselves; others as the law says (`Law.scales`). A coefficient whose contribution may be nil begins at 0.
     """
-    law, problem = found.problem.law, found.problem
-    held = {p.name for p, movable in zip(law.parameters, problem.movable, strict=True) if not movable}
-    scales = {p.name: "log" for p in law.parameters if p.log}
-    scales |= {p.name: "log" for p, varies in zip(law.linear, _vary(found), strict=True) if varies} | dict(law.scales)
+    law, parts = found.problem.law, found.problem.basis(found.vector[None])
+    movable = dict(zip(law.names, found.problem.movable.tolist(), strict=True))
+    # a limit's term does not vary over the points
+    varies = {p.name: bool(np.ptp(g) > 1e-12 * np.abs(g).max()) for p, g in zip(law.linear, parts, strict=True)}
+    scales = {p.name: "log" for p in law.parameters if p.log or varies.get(p.name)} | dict(law.scales)
     values, out = {**found.params, **law.reported(found.params)}, dict[str, Interval]()
-    for name in [name for name in values if name not in held]:
-        scale = _SCALES[scales[name] if name in scales and values[name] > 0 else "own"]
+    for name, value in values.items():
+        if not movable.get(name, True):
+            continue
+        forth, back = SCALES[scales.get(name, "own") if value > 0 else "own"]
 
-        def scaled(p: Params, name: str = name, scale: Scale = scale) -> Array:
-            with np.errstate(all="ignore"):
-                return scale.forth({**p, **law.reported(p)}[name])
+        def scaled(p: Params, name: str = name, forth: Callable[[Array], Array] = forth) -> Array:
+            return forth({**p, **law.reported(p)}[name])
 
         with np.errstate(all="ignore"):
-            ends = [float(scale.back(end[0])) for end in found.interval_of(scaled)]
-        unknown = Interval(low=np.nan, high=np.nan)
-        out[name] = unknown if name in hidden else Interval(low=min(ends), high=max(ends))
-    return _within(found, values, out)
-
-
-class Scale(NamedTuple):
-    """Scale on which an interval is symmetric."""
-
-    forth: Callable[[Array], Array]
-    back: Callable[[Array], Array]
-
-
-def _reciprocal(value: Array) -> Array:
-    """1 / value, infinite where that is not positive."""
-    return np.where(np.asarray(value) > 0, 1 / np.asarray(value), np.inf)
-
-
-_SCALES = {
-    "own": Scale(forth=lambda v: v, back=lambda v: v),
-    "log": Scale(forth=np.log, back=np.exp),
-    "reciprocal": Scale(forth=lambda v: 1 / v, back=_reciprocal),
-}
-
-
-def _vary(found: Estimate) -> list[bool]:
-    """Tell which linear coefficients belong to a term that varies over the points, which a limit does not."""
-    parts = found.problem.basis(found.vector[None])
-    return [bool(np.ptp(part) > 1e-12 * np.abs(part).max()) for part in parts]
-
-
-def _within(found: Estimate, values: Mapping[str, float], intervals: dict[str, Interval]) -> dict[str, Interval]:
-    """Clip intervals of the law's own parameters to their bounds; one of a coefficient that may be nil begins at 0."""
-    problem, out = found.problem, dict(intervals)
-    free = np.flatnonzero(problem.movable).tolist()
-    errors, degrees = found.covariance.of_contrasts(np.eye(len(free)))
-    halves = half_width(errors, degrees, CONFIDENCE)
-    varies, lowest = _vary(found), float(problem.predict(found.vector[None]).min())
-    is_floor = all(bool(np.all(part >= 0)) for part in problem.basis(found.vector[None]))
-    for j, half in zip(free, halves.tolist(), strict=True):
-        p, at = problem.law.parameters[j], float(found.vector[j])
-        i = out.get(p.name, Interval(low=np.nan, high=np.nan))
-        if not i.is_known or values[p.name] != found.params[p.name]:  # a reported one of the same name has its own unit
-            continue
-        low, high = (float(np.exp(end[j]) if p.log else end[j]) for end in (problem.lower, problem.upper))
-        i = Interval(low=max(i.low, low), high=min(i.high, high))
-        if j < problem.num_linear and at - half <= problem.lower[j]:
-            unit = _per_unit(found, j, p.name)
-            i = Interval(low=low, high=min(max(i.high, (at + half) * unit), high))
-        if is_floor and j < problem.num_linear and not varies[j]:  # a limit lies below all that the law gives
-            i = dataclasses.replace(i, high=min(i.high, lowest))
-        out[p.name] = i
+            low, high = sorted(float(back(end[0])) for end in found.interval_of(scaled))
+        out[name] = UNKNOWN if name in hidden else Interval(low=low, high=high)
+        # a reported parameter of the same name has its own unit
+        if name in movable and out[name].is_known and value == found.params[name]:
+            is_limit = not varies.get(name, True) and all(bool(np.all(g >= 0)) for g in parts)
+            out[name] = _bounded(found, law.names.index(name), out[name], is_limit)
     return out
 
 
-def _per_unit(found: Estimate, j: int, name: str) -> float:
-    """Return a linear coefficient per unit of its coordinate j."""
-    vector = found.vector.copy()
-    vector[j] = 1.0
-    return float(found.problem.params_of(vector[None])[name][0])
+def _bounded(found: Estimate, j: int, i: Interval, is_limit: bool) -> Interval:
+    """Clip the interval of the law's own parameter j to its bounds, and a limit to the lowest value of the law.
 
-
-def _data(found: Estimate, points: Observations) -> pd.DataFrame:
-    """Collect the fitted points: variables, y, fitted, residual."""
-    fitted, residual = found.problem.predict(found.vector[None])[0], found.problem.residual(found.vector)
-    return pd.DataFrame(points.x, index=points.index).assign(y=points.y, fitted=fitted, residual=residual)
+    That of a coefficient that may be nil begins at its bound.
+    """
+    problem, p = found.problem, found.problem.law.parameters[j]
+    low, high = (float(np.exp(end[j]) if p.log else end[j]) for end in (problem.lower, problem.upper))
+    ends = [max(i.low, low), min(i.high, high)]
+    if j < problem.num_linear:
+        at, unit = found.vector[j], np.where(np.arange(len(found.vector)) == j, 1.0, found.vector)
+        errors, degrees = found.covariance.of_contrasts(np.eye(len(unit))[j, problem.movable])
+        half = float(half_width(errors, degrees, CONFIDENCE)[0])
+        if at - half <= problem.lower[j]:
+            ends = [low, min(max(ends[1], (at + half) * float(problem.params_of(unit[None])[p.name][0])), high)]
+    if is_limit:
+        ends[1] = min(ends[1], float(problem.predict(found.vector[None]).min()))
+    return Interval(low=ends[0], high=ends[1])
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:

@@ -1,12 +1,12 @@
-"""Which points of a table share errors: the one rule for fits, held-out tests, forecasts, correlations and plots."""
+"""Points of a table that share errors: the one rule for fits, held-out tests, forecasts, correlations and plots."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.names import our_name
@@ -26,41 +26,35 @@ SHARED = 0.5
 """Share of the points that must share a budget with another size for budgets to be groups."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Groups:
-    """Numbers of the groups of every point; None where no group has several points."""
+class Groups(dict[str, Array]):
+    """Kind of group -> number of each point's group (n,); kinds whose groups are single points are left out.
 
-    sizes: Array | None = None
-    """Size of each point (n,)."""
-    budgets: Array | None = None
-    """Budget of each point (n,): its D, or its C in a design of equal compute."""
-    runs: Array | None = None
-    """Run of each point (n,), nested in sizes; None where runs are sizes, or the table names no runs."""
-
-    @property
-    def named(self) -> dict[str, Array]:
-        """Groupings by what they are of."""
-        found = {"sizes": self.sizes, "budgets": self.budgets, "runs": self.runs}
-        return {name: codes for name, codes in found.items() if codes is not None}
+    Kinds are sizes, budgets (of D, or of C in a design of equal compute) and runs, which are nested in sizes.
+    """
 
     @property
     def counts(self) -> dict[str, int]:
         """Number of groups of each kind."""
-        return {name: int(codes.max()) + 1 for name, codes in self.named.items()}
+        return {name: int(codes.max()) + 1 for name, codes in self.items()}
 
     def clusterings(self, num_points: int) -> dict[str, Array]:
-        """Clusters of an error: sizes (else runs, else the points themselves), and budgets, which cross them."""
-        largest = next((name for name in ("sizes", "runs") if name in self.named), "points")
-        first = {largest: self.named.get(largest, np.arange(num_points))}
-        return first if self.budgets is None else {**first, "budgets": self.budgets}
+        """Return clusters of an error: sizes (else runs, else the points themselves), and budgets, which cross them."""
+        largest = next((name for name in ("sizes", "runs") if name in self), "points")
+        both = {largest: self.get(largest, np.arange(num_points)), "budgets": self.get("budgets")}
+        return {name: codes for name, codes in both.items() if codes is not None}
 
     def with_one_more(self) -> Groups:
         """Append a point of a size, a budget and a run of its own."""
-        return Groups(**{name: np.append(codes, codes.max() + 1) for name, codes in self.named.items()})
+        return Groups({name: np.append(codes, codes.max() + 1) for name, codes in self.items()})
 
     def rows(self, keep: Array) -> Groups:
         """Select the groups of some of the points (mask), numbered anew."""
-        return Groups(**{name: _codes(codes[keep]) for name, codes in self.named.items()})
+        return Groups({name: _codes(codes[keep]) for name, codes in self.items()})
+
+
+def indicators(codes: Array) -> csr_array:
+    """Return the indicators (n, groups) of the points' groups (n,)."""
+    return csr_array((np.ones(len(codes)), (np.arange(len(codes)), codes)))
 
 
 def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
@@ -80,7 +74,8 @@ def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
             sizes = None
         elif runs.max() == sizes.max():
             runs = None
-    return Groups(sizes=_several(sizes), budgets=_several(_budgets(rows, x, sizes)), runs=_several(runs))
+    found = {"sizes": sizes, "budgets": None if sizes is None else _budgets(rows, x, sizes), "runs": runs}
+    return Groups({k: codes for k, codes in found.items() if codes is not None and 0 < codes.max() < len(codes) - 1})
 
 
 def visible_groups(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...], tuple[str, ...]]:
@@ -92,51 +87,47 @@ def visible_groups(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, 
     Returns:
         The groups that are visible, the names of those that are not, and of those seen in one direction alone.
     """
-    seen: dict[str, Array] = {}
-    known, lost, few = jacobian, [], []
-    for name, codes in groups.named.items():
+    seen, known, lost, few = Groups(), jacobian, list[str](), list[str]()
+    for name, codes in groups.items():
         if codes.max() > MANY:
             seen[name] = codes
             continue
-        indicators = np.eye(int(codes.max()) + 1)[codes] / np.sqrt(np.bincount(codes))
+        effects = indicators(codes).toarray() / np.sqrt(np.bincount(codes))
         scale = np.linalg.norm(known, axis=0)
         basis, singular, _ = np.linalg.svd(known / np.where(scale > 0, scale, 1.0), full_matrices=False)
         basis = basis[:, singular > 1e-9 * singular.max()]
-        left = np.linalg.svd(indicators - basis @ (basis.T @ indicators), compute_uv=False)
+        left = np.linalg.svd(effects - basis @ (basis.T @ effects), compute_uv=False)
         if not (num := int(np.sum(left >= VISIBLE))):
             lost.append(name)
             continue
-        seen[name], known = codes, np.column_stack([known, indicators])
+        seen[name], known = codes, np.column_stack([known, effects])
         few += [name] if num == 1 else []
-    return Groups(**seen), tuple(lost), tuple(few)
+    return seen, tuple(lost), tuple(few)
 
 
 def _sizes(rows: pd.DataFrame, x: Mapping[str, Array]) -> Array | None:
     if "N" in x:
         return _codes(np.round(np.log(x["N"]), 9))
     name = next((c for c in SIZE_COLUMNS if c in rows and rows[c].notna().all()), None)
-    return None if name is None else _codes(rows[name].astype(str).to_numpy())
+    return None if name is None else _codes(rows[name].astype(str))
 
 
 def _runs(rows: pd.DataFrame, sizes: Array | None) -> Array | None:
     if "run_id" in rows and rows["run_id"].notna().all():
-        return _codes(rows["run_id"].astype(str).to_numpy())
+        return _codes(rows["run_id"].astype(str))
     if "seed" in rows and sizes is not None and rows["seed"].notna().all():
-        return _codes(sizes.astype(str).astype(object) + " " + rows["seed"].astype(str).to_numpy())
+        return rows.groupby([sizes, rows["seed"].astype(str)]).ngroup().to_numpy()
     return None
 
 
-def _budgets(rows: pd.DataFrame, x: Mapping[str, Array], sizes: Array | None) -> Array | None:
-    """Number the budgets that most points share with another size: equal D, else equal C."""
-    if sizes is None:
-        return None
+def _budgets(rows: pd.DataFrame, x: Mapping[str, Array], sizes: Array) -> Array | None:
+    """Find the budgets that most points share with another size: equal D, else equal C."""
     for variable, num_sizes in (("D", 2), ("C", 3)):  # two random runs are of nearly equal compute soon, three are not
         values = _scale(variable, rows, x)
         if values is None or not np.all(values > 0):
             continue
-        logs = np.log(values)
-        codes = _chained(logs, SAME_DATA if variable == "D" else np.log1p(SAME_COMPUTE) / 2)
-        of_several = np.array([len(np.unique(sizes[codes == k])) >= num_sizes for k in range(codes.max() + 1)])
+        codes = _chained(np.log(values), SAME_DATA if variable == "D" else np.log1p(SAME_COMPUTE) / 2)
+        of_several = pd.Series(sizes).groupby(codes).nunique().to_numpy() >= num_sizes
         if of_several[codes].mean() >= SHARED and of_several.sum() > 1 and _num_pairs(codes, sizes) > sizes.max() + 1:
             return codes
     return None
@@ -152,7 +143,7 @@ def _scale(variable: str, rows: pd.DataFrame, x: Mapping[str, Array]) -> Array |
 
 
 def _chained(values: Array, gap: float) -> Array:
-    """Number groups of values (n,) whose sorted neighbours lie within a gap."""
+    """Group values (n,) whose sorted neighbours lie within a gap."""
     order = np.argsort(values, kind="stable")
     codes = np.empty(len(values), int)
     codes[order] = np.concatenate([[0], np.cumsum(np.diff(values[order]) > gap)])
@@ -160,15 +151,8 @@ def _chained(values: Array, gap: float) -> Array:
 
 
 def _num_pairs(a: Array, b: Array) -> int:
-    return int(np.unique(np.stack([a, b]), axis=1).shape[1])
+    return len(pd.MultiIndex.from_arrays([a, b]).unique())
 
 
 def _codes(labels: Array) -> Array:
     return np.unique(labels, return_inverse=True)[1]
-
-
-def _several(codes: Array | None) -> Array | None:
-    """Drop a grouping of one group, or of single points."""
-    if codes is None or codes.max() == 0 or codes.max() + 1 == len(codes):
-        return None
-    return codes

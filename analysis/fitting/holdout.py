@@ -1,4 +1,4 @@
-"""Does a law extrapolate? Fit without the largest scales, predict them, and compare with a naive baseline."""
+"""Held-out tests: fit without the largest scales, predict them, and compare with a naive baseline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.result import Fit, HeldOut
+from aimscale.analysis.fitting.extrapolation import HeldOut
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.names import no_column, our_name
 
@@ -38,7 +39,9 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1) -> 
         >>> held_out(fit(table, "chinchilla"), table, by="D").mean_abs_relative_error
     """
     points, data = df.loc[result.data.index], result.data
-    scale = data[by].to_numpy(float) if by in data else _scale(points, by)
+    if by not in data and (name := our_name(points, by)) not in points:
+        raise no_column(points, by, " to hold out by")
+    scale = pd.to_numeric(data[by] if by in data else points[name], errors="coerce").to_numpy(float)
     test = largest(scale, num_values, by)
     refit = fit(
         points[~test],
@@ -51,39 +54,28 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1) -> 
         weights=result.weights or None,
         is_tested=False,
     )
-    predicted, y = refit.predict(points[test]), data["y"].to_numpy()
     others = [data[v].to_numpy(float) for v in result.law.variables if v != by]
-    naive = np.array([_line(scale, y, ~test, others, i) for i in np.flatnonzero(test).tolist()])
+    naive = [_line(scale, data["y"].to_numpy(), ~test, others, i) for i in np.flatnonzero(test).tolist()]
+    table = data.loc[test, list(result.law.variables)].assign(measured=data["y"][test])
+    table = table.join(refit.predict(points[test])[["value", "pi_lo", "pi_hi"]]).rename(columns={"value": "predicted"})
+    table["inside"] = table["measured"].between(table["pi_lo"], table["pi_hi"])
+    table["naive"] = naive
+    law, line = ((table[name] / table["measured"] - 1).abs().mean() for name in ("predicted", "naive"))
     return HeldOut(
         variable=by,
         values=tuple(map(float, np.unique(scale[test]))),
         num_train=int((~test).sum()),
         num_test=int(test.sum()),
-        mean_abs_relative_error=_error(predicted["value"], y[test]),
-        naive_mean_abs_relative_error=_error(naive, y[test]),
+        mean_abs_relative_error=float(law),
+        naive_mean_abs_relative_error=float(line),
         not_identified=refit.not_identified,
         is_blind=any(f.kind in ("unseen", "few_groups") and f.subject == SHARED.get(by) for f in refit.flags),
-        predictions=data.loc[test, list(result.law.variables)].assign(
-            measured=y[test],
-            predicted=predicted["value"],
-            pi_lo=predicted["pi_lo"],
-            pi_hi=predicted["pi_hi"],
-            inside=predicted["pi_lo"].le(y[test]) & predicted["pi_hi"].ge(y[test]),
-            naive=naive,
-        ),
+        predictions=table,
     )
 
 
-def _scale(points: pd.DataFrame, by: str) -> Array:
-    """The column that rows (n,) are held out by."""
-    name = our_name(points, by)
-    if name not in points:
-        raise no_column(points, by, " to hold out by")
-    return pd.to_numeric(points[name], errors="coerce").to_numpy(float)
-
-
 def largest(scale: Array, num_values: int, name: str) -> Array:
-    """Which points have one of the largest values of their scale (n,).
+    """Mark the points that have one of the largest values of their scale (n,).
 
     Raises:
         AnalysisError: the scale has values that are not positive, or fewer than two would be left.
@@ -96,13 +88,8 @@ def largest(scale: Array, num_values: int, name: str) -> Array:
     return scale >= values[-num_values]
 
 
-def _error(predicted: Array, measured: Array) -> float:
-    """Mean absolute relative error."""
-    return float(np.mean(np.abs(np.asarray(predicted, float) / measured - 1)))
-
-
 def _line(scale: Array, y: Array, train: Array, others: list[Array], i: int) -> float:
-    """The naive line's forecast of point i."""
+    """Extend the naive line to point i."""
     alike = train & np.all([np.isclose(other, other[i], rtol=0.01) for other in others] or [False], axis=0)
     x, best = scale[alike], y[alike]
     if len(np.unique(x)) < 2:

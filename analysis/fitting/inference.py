@@ -1,4 +1,4 @@
-"""An optimum and what can be inferred from it: errors of any function of the parameters, predictions, simulated tables.
+"""An optimum and what can be inferred from it: errors of any function of the parameters.
 
 Everything is closed-form: the law is linearised about its optimum in the optimiser's coordinates, in which exponents
 are logarithms and coefficients are contributions at the data's centre, so that little curvature is left.
@@ -24,7 +24,7 @@ from aimscale.analysis.fitting.covariance import (
 )
 from aimscale.analysis.fitting.groups import Groups, visible_groups
 from aimscale.analysis.fitting.objectives import HUBER_LOG
-from aimscale.analysis.fitting.optimise import Minimum, global_minimum, minimise
+from aimscale.analysis.fitting.optimise import Minimum, global_minimum, minimise, refine
 from aimscale.analysis.fitting.problem import Problem
 from aimscale.analysis.laws.base import Array, Columns, Params
 
@@ -34,6 +34,8 @@ DIFFERENCE = 1e-5
 """Step of central differences, as a share of a coordinate's own scale: their error is its square."""
 LEAST_SLOPE = 1e-6
 """Curvature of the objective at a point outside its quadratic zone."""
+SMALLEST_DELTA = 1e-9
+"""Least width of a zone that is found from residuals: those of a table without noise are rounding errors."""
 
 Function = Callable[[Params], Array]
 """Parameters of the law (batch,) by name -> values (batch, m) or (batch,)."""
@@ -58,19 +60,16 @@ class Estimate:
     """Linearised problem."""
     residual: Array
     """Residuals (n,) of T(y) whose least squares the optimum is: outliers drawn in, the others stretched for it."""
-    pull: Array
-    """Derivative (n,) of the objective by each residual."""
-    slope: Array
-    """Change (n,) of the pull with the residual: 1 in the quadratic zone."""
 
     @cached_property
     def covariance(self) -> Covariance:
         """Covariance of the movable coordinates; forecasts, which fit most, never ask for it."""
         # what curves the objective is the slope: a point's precision, besides which its weight is no precision
-        root = np.sqrt(self.slope)
+        pull, slope = _pull_and_slope(self.problem, self.vector)
+        root = np.sqrt(slope)
         scaled = linear_design(self.problem.linearised(self.vector) * root[:, None], self.problem.weights)
         clusterings = self.groups.clusterings(self.problem.num_points).items()
-        return Covariance(by={name: sandwich(scaled, self.pull / root, codes) for name, codes in clusterings})
+        return Covariance(by={name: sandwich(scaled, pull / root, codes) for name, codes in clusterings})
 
     @property
     def vector(self) -> Array:
@@ -89,21 +88,15 @@ class Estimate:
         return float(w.sum() ** 2 / np.sum(w**2))
 
     def gradient(self, function: Function) -> Array:
-        """Derivatives (m, free) of a function by the movable coordinates."""
-        steps = DIFFERENCE * self._scales()
-        free = np.flatnonzero(self.problem.movable)
-        moved = np.repeat(self.vector[None], 2 * len(free), axis=0)
-        moved[np.arange(len(free)), free] += steps[free]
-        moved[np.arange(len(free)) + len(free), free] -= steps[free]
-        values = np.asarray(function(self.problem.params_of(moved)), float).reshape(2 * len(free), -1)
-        return ((values[: len(free)] - values[len(free) :]) / (2 * steps[free])[:, None]).T
-
-    def _scales(self) -> Array:
-        """Scale (k,) of each coordinate: of a logarithm 1, of a coefficient the size of the measurements."""
-        span = self.problem.upper - self.problem.lower
-        level = float(np.median(np.abs(self.problem.y)))
-        logs = np.array([p.log for p in self.problem.law.parameters])
-        return np.where(logs, 1.0, np.where(np.isfinite(span), np.minimum(span, 1e300), max(level, 1e-300)))
+        """Return derivatives (m, free) of a function by the movable coordinates."""
+        free, problem = np.flatnonzero(self.problem.movable), self.problem
+        # the scale of a coordinate: of a logarithm 1, of a coefficient its range or the size of the measurements
+        span, level = problem.upper - problem.lower, max(float(np.median(np.abs(problem.y))), 1e-300)
+        scales = np.where([p.log for p in problem.law.parameters], 1.0, np.where(np.isfinite(span), span, level))
+        steps = DIFFERENCE * np.diag(scales)[free]
+        values = function(problem.params_of(np.concatenate([self.vector + steps, self.vector - steps])))
+        up, down = np.asarray(values, float).reshape(2, len(free), -1)
+        return ((up - down) / (2 * steps.sum(axis=1, keepdims=True))).T
 
     def error_of(self, function: Function) -> tuple[Array, Array, Array]:
         """Return a function's values (m,), standard errors (m,) and degrees of freedom (m,), by the delta method."""
@@ -112,15 +105,15 @@ class Estimate:
     def _value_of(self, function: Function) -> Array:
         return np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)
 
-    def value_at(self, x: Mapping[str, Array]) -> Array:
-        """Return T(law) at places (m,)."""
-        return self._value_of(self._law_at(x))
-
     def interval_of(self, function: Function) -> tuple[Array, Array]:
         """Return the ends (m,) of 95 % intervals of a function's values."""
         value, errors, degrees = self.error_of(function)
         half = half_width(errors, degrees, CONFIDENCE)
         return value - half, value + half
+
+    def value_at(self, x: Mapping[str, Array]) -> Array:
+        """Return T(law) at places (m,)."""
+        return self._value_of(self._law_at(x))
 
     def transformed(self, x: Mapping[str, Array]) -> tuple[Array, Array, Array]:
         """Return T(law) at places (m,), its standard errors (m,) and their degrees of freedom (m,)."""
@@ -132,9 +125,8 @@ class Estimate:
         They take the components for all that points share, and so are steadier than the sandwich where few runs carry
         the weight: what a mean of several laws needs, whose misfit is counted apart.
         """
-        function = self._law_at(x)
-        contrasts = self.gradient(function) @ self.design.inverse
-        return self._value_of(function), np.sqrt(self.components.variance_of(contrasts, self.groups))
+        contrasts = self.gradient(self._law_at(x)) @ self.design.inverse
+        return self.value_at(x), np.sqrt(self.components.variance_of(contrasts, self.groups))
 
     def _law_at(self, x: Mapping[str, Array]) -> Function:
         law, transform = self.problem.law, self.problem.objective.transform
@@ -148,12 +140,6 @@ class Estimate:
 
         return value
 
-    def simulate(self, num: int, rng: np.random.Generator) -> Array:
-        """Draw measurements (num, n) of tables as this one, measured again, where the law is true."""
-        objective, problem = self.problem.objective, self.problem
-        clean = objective.transform(problem.predict(self.vector[None])[0])
-        return objective.inverse(clean + self.components.simulate(self.groups, problem.num_points, num, rng))
-
 
 def estimated(problem: Problem, groups: Groups) -> Estimate:
     """Minimise a problem and infer the errors of its optimum.
@@ -161,15 +147,14 @@ def estimated(problem: Problem, groups: Groups) -> Estimate:
     Raises:
         AnalysisError: no finite optimum.
     """
-    problem, minima = best_minima(problem)
+    problem, minima = _best_minima(problem)
     if not minima:
         what = f"{problem.law.formula} has no finite value of {problem.objective.name}"
         raise AnalysisError(f"{what} on these {problem.num_points} points.")
-    vector = minima[0].vector
-    jacobian = problem.linearised(vector)
+    jacobian = problem.linearised(minima[0].vector)
     if not np.isfinite(jacobian).all():
         raise AnalysisError(f"The optimum of {problem.law.formula} lies where it has no finite derivatives.")
-    pull, slope = _pull_and_slope(problem.objective.delta, problem.residual(vector), jacobian.shape[1])
+    pull, slope = _pull_and_slope(problem, minima[0].vector)
     seen, unseen, few = visible_groups(groups, jacobian)
     design, residual = linear_design(jacobian, problem.weights), pull / np.average(slope, weights=problem.weights)
     return Estimate(
@@ -181,41 +166,40 @@ def estimated(problem: Problem, groups: Groups) -> Estimate:
         few=few,
         design=design,
         residual=residual,
-        pull=pull,
-        slope=slope,
     )
 
 
-def best_minima(problem: Problem) -> tuple[Problem, list[Minimum]]:
+def _best_minima(problem: Problem) -> tuple[Problem, list[Minimum]]:
     """Find the distinct minima, best first; an objective that takes its scale from the residuals is given it first.
 
     The scale is that of a nearly least-absolute-deviations fit, which no few outliers can move, and once more that of
     the fit which follows from it.
     """
-    if not problem.objective.multiple:
+    objective, free = problem.objective, int(problem.movable.sum())
+    if not objective.multiple:
         return problem, global_minimum(problem)
-    free = int(problem.movable.sum())
     found = global_minimum(replace(problem, objective=HUBER_LOG))
     if not found:
         return problem, []
     residual = np.sort(np.abs(problem.residual(found[0].vector)))
     sd = 1.4826 * float(np.median(residual[min(free, len(residual) - 1) :]))  # it passes through `free` points
     for _ in range(2):
-        problem = replace(problem, objective=problem.objective.with_scale(sd))
+        problem = replace(problem, objective=replace(objective, delta=max(objective.multiple * sd, SMALLEST_DELTA)))
         sd = _robust_sd(problem.residual(minimise(problem, found[0].vector).vector), free)
-    return problem, global_minimum(problem, extra=np.array([m.vector for m in found]), count=1)
+    return problem, refine(problem, found)
 
 
 def _robust_sd(residual: Array, free: int) -> float:
-    """Robust standard deviation of the errors behind residuals of a fit with `free` parameters."""
+    """Return the robust standard deviation of the errors behind residuals of a fit with `free` parameters."""
     return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(residual) / max(1, len(residual) - free)))
 
 
-def _pull_and_slope(delta: float, residual: Array, free: int) -> tuple[Array, Array]:
+def _pull_and_slope(problem: Problem, vector: Array) -> tuple[Array, Array]:
     """Return the objective's pull on every point and how fast it changes with the residual (n,).
 
     The slope is a difference over a bandwidth, since the pull has kinks: 1 within the quadratic zone, 0 outside.
     """
-    width = max(_robust_sd(residual, free) * len(residual) ** -0.2, 1e-12)
+    delta, residual = problem.objective.delta, problem.residual(vector)
+    width = max(_robust_sd(residual, int(problem.movable.sum())) * len(residual) ** -0.2, 1e-12)
     lower, pull, upper = (np.clip(residual + move, -delta, delta) for move in (-width, 0.0, width))
     return pull, np.maximum((upper - lower) / (2 * width), LEAST_SLOPE)

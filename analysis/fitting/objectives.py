@@ -1,4 +1,4 @@
-"""What a fit minimises: squares or a Huber loss of residuals, of the loss itself or its logarithm, SUMMED over points.
+"""Objectives of a fit: squares or a Huber loss of residuals, of the loss itself or its logarithm, SUMMED over points.
 
 A mean instead of a sum, or residuals of 1e-3 in an unscaled optimiser, make quasi-Newton methods stop early (the
 mistake in Chinchilla's own fit); the optimiser here is a Newton method whose stopping rule is relative.
@@ -6,16 +6,13 @@ mistake in Chinchilla's own fit); the optimiser here is a Newton method whose st
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.words import did_you_mean
-
-SMALLEST_DELTA = 1e-9
-"""Least width of a zone that is found from residuals: those of a table without noise are rounding errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,27 +33,23 @@ class Objective:
         """True if large residuals count less than in least squares."""
         return bool(np.isfinite(self.delta))
 
-    def with_scale(self, sd: float) -> Objective:
-        """This objective with the quadratic zone that suits errors of a robust standard deviation."""
-        return replace(self, delta=max(self.multiple * sd, SMALLEST_DELTA))
-
     def transform(self, y: Array) -> Array:
-        """T(y)."""
+        """Return T(y)."""
         return np.log(y) if self.log else y
 
     def inverse(self, z: Array) -> Array:
-        """T^-1(z)."""
+        """Return T^-1(z)."""
         return np.exp(z) if self.log else z
 
-    def loss(self, r: Array, delta: Array | float | None = None) -> Array:
-        """Loss of each residual; `delta` replaces the quadratic zone during continuation."""
+    def loss(self, r: Array) -> Array:
+        """Return the loss of each residual: r^2/2 inside the zone, delta (|r| - delta/2) outside."""
         size = np.abs(r)
-        inner = np.minimum(size, self.delta if delta is None else delta)
-        return inner * (size - 0.5 * inner)  # = r^2/2 inside, delta (|r| - delta/2) outside
+        inner = np.minimum(size, self.delta)
+        return inner * (size - 0.5 * inner)
 
 
 def huber_log(delta: float = 1e-3) -> Objective:
-    """Huber loss on log residuals, summed, with the delta of Hoffmann et al. 2022 (whose code took the mean)."""
+    """Make the Huber loss of log residuals, with the delta of Hoffmann et al. 2022 (whose code took the mean)."""
     return Objective(name="huber_log", log=True, delta=delta)
 
 
@@ -65,12 +58,12 @@ ROBUST = Objective(name="robust", log=True, multiple=2.0)
 HUBER_LOG = huber_log()
 LSQ = Objective(name="lsq", log=False)
 LOG_LSQ = Objective(name="log_lsq", log=True)
-OBJECTIVES: dict[str, Objective] = {each.name: each for each in (ROBUST, HUBER_LOG, LSQ, LOG_LSQ)}
+OBJECTIVES = {each.name: each for each in (ROBUST, HUBER_LOG, LSQ, LOG_LSQ)}
 """Name -> objective, as `aimscale fit --objective` knows them."""
 
 
 def find_objective(name: str | Objective) -> Objective:
-    """An objective by name, or the object itself; `huber_log:0.01` sets the width of its quadratic zone.
+    """Find an objective by name, or return it; `huber_log:0.01` sets the width of its quadratic zone.
 
     Raises:
         AnalysisError: the name is unknown.

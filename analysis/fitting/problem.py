@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,48 +34,53 @@ class Problem:
     """Bounds (k,) in the optimiser's coordinates."""
     upper: Array
     referenced: Array
-    """Which linear coefficients are scaled by the reference point (p,): not those held by a finite, non-zero bound."""
+    """Linear coefficients that are scaled by the reference point (p,): not those held by a finite, non-zero bound."""
 
     @property
     def num_linear(self) -> int:
-        """p, the linear parameters; they come first."""
+        """Number p of linear parameters; they come first."""
         return len(self.law.linear)
 
     @property
     def num_points(self) -> int:
-        """n."""
-        return int(self.y.shape[-1])
+        """Number n of measurements."""
+        return len(self.y)
+
+    @property
+    def movable(self) -> Array:
+        """True for parameters (k,) that are not fixed."""
+        return self.upper > self.lower
 
     def at_points(self, index: Array) -> Problem:
         """Select some of the points."""
         x = Columns({v: self.x[v][np.append(index, self.num_points)] for v in self.law.variables})
         return replace(self, x=x, y=self.y[index], weights=self.weights[index])
 
-    @property
-    def movable(self) -> Array:
-        """Which parameters are not fixed (k,)."""
-        return self.upper > self.lower
+    def _parts(self, vector: Array) -> list[Array]:
+        """Return the law's basis functions (batch, n + 1) of vectors, real or complex."""
+        shape = len(vector), self.num_points + 1
+        return [np.broadcast_to(part, shape) for part in self.law.basis(self.x, self._nonlinear(vector))]
 
-    def nonlinear(self, vector: Array) -> dict[str, Array]:
-        """Non-linear parameters (batch, 1) of the optimiser's vectors (batch, k)."""
+    def _nonlinear(self, vector: Array) -> dict[str, Array]:
+        """Return non-linear parameters (batch, 1) of vectors (batch, k), and the law's constants."""
         columns = vector[:, self.num_linear :, None]
-        return {p.name: np.exp(columns[:, j]) if p.log else columns[:, j] for j, p in enumerate(self.law.nonlinear)}
+        values = {p.name: np.exp(columns[:, j]) if p.log else columns[:, j] for j, p in enumerate(self.law.nonlinear)}
+        return {**values, **self.law.constants}
 
     def basis(self, vector: Array) -> list[Array]:
-        """Basis functions (batch, n) of vectors, real or complex, each over its size at the reference point."""
+        """Return basis functions (batch, n) of vectors, real or complex, each over its size at the reference point."""
         out = []
-        for part, is_scaled in zip(self.law.basis(self.x, self.nonlinear(vector)), self.referenced, strict=True):
-            g = np.broadcast_to(part, (len(vector), self.num_points + 1))
+        for g, is_scaled in zip(self._parts(vector), self.referenced, strict=True):
             ref = g[:, -1:] * np.sign(g[:, -1:].real) if is_scaled else np.ones((1, 1))
             out.append(g[:, :-1] / np.where(ref == 0, 1.0, ref))
         return out
 
     def predict(self, vector: Array) -> Array:
-        """Law's values (batch, n)."""
+        """Return the law's values (batch, n)."""
         return sum(vector[:, j, None] * part for j, part in enumerate(self.basis(vector)))
 
     def predict_and_jacobian(self, vector: Array) -> tuple[Array, Array]:
-        """Law's values (n,) at a vector (k,) and their derivatives (k, n), by the complex step: exact to rounding."""
+        """Return the law's values (n,) at a vector (k,) and derivatives (k, n), by the complex step: exact."""
         p, q = self.num_linear, len(vector) - self.num_linear
         moved = np.repeat(vector[None].astype(complex), q + 1, axis=0)
         moved[np.arange(1, q + 1), np.arange(p, p + q)] += 1j * COMPLEX_STEP
@@ -84,28 +90,25 @@ class Problem:
         return values[0].real, np.concatenate([np.array([part[0].real for part in parts]), slopes])
 
     def params_of(self, vector: Array) -> dict[str, Array]:
-        """Parameters by name (batch,), in the formula's own units, of the optimiser's vectors (batch, k)."""
-        t = self.nonlinear(vector)
-        parts = self.law.basis(self.x, t)
-        out = {}
-        for j, p in enumerate(self.law.linear):
-            ref = np.broadcast_to(parts[j], (len(vector), self.num_points + 1))[:, -1] if self.referenced[j] else 1.0
-            out[p.name] = vector[:, j] / np.abs(ref)
-        return out | {name: value[:, 0] for name, value in t.items()}
+        """Return parameters by name (batch,), in the formula's own units, of the optimiser's vectors (batch, k)."""
+        sizes = [np.abs(g[:, -1]) if s else 1.0 for g, s in zip(self._parts(vector), self.referenced, strict=True)]
+        out = {p.name: vector[:, j] / sizes[j] for j, p in enumerate(self.law.linear)}
+        t = self._nonlinear(vector)
+        return out | {p.name: t[p.name][:, 0] for p in self.law.nonlinear}
 
     def residual(self, vector: Array) -> Array:
-        """Residuals (n,) of T(y) at a vector (k,)."""
+        """Return residuals (n,) of T(y) at a vector (k,)."""
         transform = self.objective.transform
         return transform(self.y) - transform(self.predict(vector[None])[0])
 
     def linearised(self, vector: Array) -> Array:
-        """Derivatives (n, free) of T(law) by the movable parameters at a vector (k,)."""
+        """Return derivatives (n, free) of T(law) by the movable parameters at a vector (k,)."""
         value, jacobian = self.predict_and_jacobian(vector)
         slope = jacobian / value if self.objective.log else jacobian
         return slope.T[:, self.movable]
 
     def totals(self, value: Array) -> Array:
-        """Objective (batch,) of the law's values (batch, n), infinite outside T's domain."""
+        """Return the objective (batch,) of the law's values (batch, n), infinite outside T's domain."""
         with np.errstate(invalid="ignore", divide="ignore"):
             r = self.objective.transform(self.y) - self.objective.transform(value)
             total = np.sum(self.weights * self.objective.loss(r), axis=-1)
@@ -114,28 +117,24 @@ class Problem:
 
 def make_problem(
     law: Law,
-    x: dict[str, Array],
+    x: Mapping[str, Array],
     y: Array,
     objective: Objective,
     *,
     weights: Array | None = None,
-    fixed: dict[str, float] | None = None,
-    bounds: dict[str, tuple[float, float]] | None = None,
+    fixed: Mapping[str, float] | None = None,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
 ) -> Problem:
     """Put a law, data (n,) and restrictions on parameters into the optimiser's coordinates."""
-    reference = {
-        name: float(np.exp(np.mean(np.log(v)))) if np.all(v > 0) else float(np.mean(v)) for name, v in x.items()
-    }
-    columns = Columns({name: np.append(np.asarray(v, float), reference[name]) for name, v in x.items()})
-    limits = []
-    for p in law.parameters:
-        low, high = p.limits(columns)
-        low, high = (bounds or {}).get(p.name, (low, high))
-        low, high = ((fixed or {})[p.name],) * 2 if p.name in (fixed or {}) else (low, high)
-        limits.append((np.log(low), np.log(high)) if p.log else (low, high))
-    lower, upper = np.array(limits, float).reshape(-1, 2).T
-    p_linear = len(law.linear)
-    plain = [(lo in (0.0, -np.inf)) and (hi in (0.0, np.inf)) and lo < hi for lo, hi in limits[:p_linear]]
+    columns = Columns()
+    for name, values in x.items():
+        v = np.asarray(values, float)
+        columns[name] = np.append(v, np.exp(np.mean(np.log(v))) if np.all(v > 0) else np.mean(v))
+    given = {**(bounds or {}), **{name: (value, value) for name, value in (fixed or {}).items()}}
+    limits = [given.get(p.name, p.limits(columns)) for p in law.parameters]
+    plain = [low in (0.0, -np.inf) and high in (0.0, np.inf) and low < high for low, high in limits]
+    scaled = [np.log(ends) if p.log else ends for p, ends in zip(law.parameters, limits, strict=True)]
+    lower, upper = np.array(scaled, float).reshape(-1, 2).T
     return Problem(
         law=law,
         x=columns,
@@ -144,5 +143,5 @@ def make_problem(
         objective=objective,
         lower=lower,
         upper=upper,
-        referenced=np.array(plain, bool),
+        referenced=np.array(plain[: len(law.linear)], bool),
     )

@@ -1,8 +1,8 @@
-"""What a fit and a held-out test hand back: numbers with intervals, ranges and flags."""
+"""The result of a fit: parameters with intervals, predictions, flags, and their words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,18 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.display import Result, plain_fields, plain_types
-from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import half_width, satterthwaite
+from aimscale.analysis.fitting.extrapolation import HeldOut, held_out_cautions
 from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate
 from aimscale.analysis.fitting.objectives import Objective
-from aimscale.analysis.laws.base import Columns, Law
+from aimscale.analysis.laws.base import Array, Columns, Law, Params
 from aimscale.analysis.table.names import CANONICAL, Exclusion
-from aimscale.analysis.words import EXPONENTS, NOT_IDENTIFIED, Flag, fit_facts, held_out_words, human, interval_words
+from aimscale.analysis.words import UNITS, Flag, flag_words, human, p_value
+
+NOT_IDENTIFIED = "not identified"
+ASSUMED = "they take the law for true: on public tables, 3 to 100 times beyond, those of one law hold some 80 % of runs"
+"""Caution about predictions by one law, from backtests on the public tables of docs/forecasts.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,76 +35,24 @@ class Interval:
 
     @property
     def is_known(self) -> bool:
-        """Whether both ends are numbers."""
+        """True if both ends are numbers."""
         return bool(np.isfinite([self.low, self.high]).all())
 
     def shown(self, digits: int = 4) -> str:
-        """The same with so many digits, as counts are written: "[84.1k, 154k]"."""
+        """Write it with so many digits, as counts are written: "[84.1k, 154k]"."""
         return f"[{human(self.low, digits)}, {human(self.high, digits)}]" if self.is_known else "(no interval)"
 
     def words(self, form: str = ".3f") -> str:
-        """E.g. "[0.31, 0.38]", or that there is no interval."""
+        """Write it in a number format, e.g. "[0.310, 0.380]", or that there is no interval."""
         return f"[{self.low:{form}}, {self.high:{form}}]" if self.is_known else "(no interval)"
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class HeldOut(Result):
-    """What a fit to the smaller scales predicts for the largest, and what happened."""
-
-    variable: str
-    """Scale that was held out: N, D, C or another column."""
-    values: tuple[float, ...]
-    """The held-out values of it."""
-    num_train: int
-    num_test: int
-    mean_abs_relative_error: float
-    """Mean of |prediction / measurement - 1|."""
-    naive_mean_abs_relative_error: float
-    """The same error of the naive baseline, a straight line in log-log."""
-    not_identified: frozenset[str]
-    """Parameters that the points which were left do not pin down: a law with such exponents was not tested."""
-    is_blind: bool
-    """Whether the points that were left hardly tell what all points of one such scale share: intervals assume none."""
-    predictions: pd.DataFrame = field(repr=False)
-    """Rows: index of the table, variables, measured, predicted, pi_lo, pi_hi, inside, naive."""
-
-    @property
-    def is_test(self) -> bool:
-        """Whether the points that were left identify the exponents: a law without them was not tested."""
-        return not self.not_identified.intersection(EXPONENTS)
-
-    @property
-    def is_better(self) -> bool:
-        """Whether the law predicts better than the naive baseline."""
-        return self.mean_abs_relative_error < self.naive_mean_abs_relative_error
-
-    @property
-    def num_inside(self) -> int:
-        """Held-out points inside their prediction interval."""
-        return int(self.predictions["inside"].sum())
-
-    @property
-    def num_far(self) -> int:
-        """Held-out points at least twice as far from their prediction as the end of its interval on their side."""
-        p = self.predictions
-        end = p["pi_lo"].where(p["measured"] < p["predicted"], p["pi_hi"])
-        return int(((p["measured"] - p["predicted"]) / (end - p["predicted"])).gt(2).sum())
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """`predictions`."""
-        return self.predictions
-
-    def sentence(self) -> str:
-        """Error on the held-out scale beside the naive baseline."""
-        return f"Held out {self.variable}: {held_out_words(self)}."
-
-    headline = sentence
+UNKNOWN = Interval(low=np.nan, high=np.nan)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Fit(Result):
-    """A fitted law."""
+    """A fitted law; `predict`, `conf_int`, `cov`, `resid`, `aic` are as in statsmodels."""
 
     law: Law
     objective: Objective
@@ -107,9 +61,9 @@ class Fit(Result):
     intervals: dict[str, Interval]
     """Confidence intervals of `params`, of those that are not held."""
     flags: tuple[Flag, ...]
-    """What to be careful about."""
+    """Cautions."""
     not_identified: frozenset[str]
-    """Parameters that the data do not pin down: `.table()` prints words instead of digits."""
+    """Parameters that the data do not pin down: `.table` prints words instead of digits."""
     objective_value: float
     """Objective at the optimum, summed over points."""
     num_points: int
@@ -139,27 +93,23 @@ class Fit(Result):
     """Parameters that were kept between two values."""
 
     @property
-    def interval_method(self) -> str:
-        """How the intervals were found, in words."""
-        return interval_words(self)
-
-    @property
     def law_params(self) -> dict[str, float]:
         """The law's own parameters."""
         return self.estimate.params
 
     def variables(self, df: pd.DataFrame | Mapping[str, Any]) -> Columns:
-        """The law's variables, taken from a table by the variable's name or by the fit's column names."""
-        out = Columns()
+        """Take the law's variables from a table, by the variable's name or by the fit's column names."""
+        out = {}
         for v in self.law.variables:
-            key = next((c for c in (v, self.columns[v], CANONICAL.get(v, v)) if c in df), None)
-            if key is None:
-                raise KeyError(f"{v} (column {self.columns[v]!r})")
-            out[v] = np.atleast_1d(np.asarray(df[key], float))
-        return out
+            name = next((c for c in (v, self.columns[v], CANONICAL.get(v, v)) if c in df), None)
+            if name is None:
+                needed = ", ".join(self.law.variables)
+                raise AnalysisError(f"There is no {v} (column {self.columns[v]!r}) to predict at; give {needed}.")
+            out[v] = np.atleast_1d(np.asarray(df[name], float))
+        return Columns(zip(out, np.broadcast_arrays(*out.values()), strict=True))
 
-    def predict(self, df: pd.DataFrame | Mapping[str, Any]) -> pd.DataFrame:
-        """Predict at scales, rows as given.
+    def predict(self, df: pd.DataFrame | Mapping[str, Any] | None = None, **scales: Any) -> pd.DataFrame:
+        """Predict at scales, rows as given: `predict(table)` or `predict(N=1e9, D=[1e9, 1e10])`.
 
         Returns:
             Columns value; se and df, the standard error of T(law) (of its logarithm where the objective takes that) and
@@ -168,31 +118,89 @@ class Fit(Result):
             inside). Both intervals assume that the law is true: on public tables they hold 80 % of runs 3 to 100 times
             beyond the table. `forecast` counts the misfit, too.
         """
-        x = self.variables(df)
+        x = self.variables(scales if df is None else df)
         value, errors, degrees = self.estimate.transformed(x)
-        scatter = self.estimate.components
-        whole = np.hypot(errors, scatter.total)
-        uncertain = errors**4 / degrees + scatter.total**4 / scatter.degrees
-        spare = np.where(uncertain > 0, whole**4 / np.maximum(uncertain, 1e-300), scatter.degrees)
-        inverse, out = self.objective.inverse, {"value": value, "se": errors, "df": degrees}
+        scatter, inverse = self.estimate.components, self.objective.inverse
+        parts = np.stack([errors, np.full_like(errors, scatter.total)])
+        spare = satterthwaite(parts, np.stack([degrees, np.full_like(degrees, scatter.degrees)]))
+        out = {"value": inverse(value), "se": errors, "df": degrees}
         for name, half in (
             ("ci", half_width(errors, degrees, CONFIDENCE)),
-            ("pi", half_width(whole, spare, CONFIDENCE)),
+            ("pi", half_width(np.hypot(*parts), spare, CONFIDENCE)),
         ):
             out |= {f"{name}_lo": inverse(value - half), f"{name}_hi": inverse(value + half)}
-        out["value"] = inverse(value)
         if self.limits is not None:
             # a curve stays above chance; one measured accuracy may fall below it, though not below 0
             low, high = self.limits
             for name in ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi"):
                 out[name] = np.clip(out[name], 0.0 if name.startswith("pi") else low, high)
-        factor = np.ones(len(value))
-        for v, (low, high) in self.ranges.items():
-            factor = np.maximum(factor, np.maximum(low / x[v], x[v] / high))
-        return pd.DataFrame({**out, "beyond_range": factor}, index=df.index if isinstance(df, pd.DataFrame) else None)
+        beyond = [np.maximum(low / x[v], x[v] / high) for v, (low, high) in self.ranges.items()]
+        index = df.index if isinstance(df, pd.DataFrame) else None
+        return pd.DataFrame({**out, "beyond_range": np.max([np.ones(len(value)), *beyond], axis=0)}, index=index)
+
+    def conf_int(self) -> pd.DataFrame:
+        """Return the 95 % intervals, a row a parameter, with columns lower and upper; NaN where not identified."""
+        known = {name: UNKNOWN if name in self.not_identified else i for name, i in self.intervals.items()}
+        return pd.DataFrame({k: [i.low, i.high] for k, i in known.items()}, index=["lower", "upper"], dtype=float).T
+
+    @property
+    def cov(self) -> pd.DataFrame:
+        """Cluster-robust covariance of the identified parameters, by the delta method; none of those that are held."""
+        names = [name for name in self.intervals if name not in self.not_identified]
+
+        def reported(p: Params) -> Array:
+            values = {**p, **self.law.reported(p)}
+            return np.stack([values[name] for name in names], axis=-1)
+
+        slopes = self.estimate.gradient(reported) if names else np.empty((0, int(self.estimate.problem.movable.sum())))
+        return pd.DataFrame(slopes @ self.estimate.covariance.matrix @ slopes.T, index=names, columns=names)
+
+    @property
+    def bse(self) -> pd.Series:
+        """Standard errors of the identified parameters."""
+        return pd.Series(np.sqrt(np.diag(self.cov)), index=self.cov.index)
+
+    @property
+    def resid(self) -> pd.Series:
+        """Residuals of T(y): of its logarithm where the objective takes that."""
+        return self.data["residual"]
+
+    @property
+    def fittedvalues(self) -> pd.Series:
+        """The law at the fitted points."""
+        return self.data["fitted"]
+
+    @property
+    def nobs(self) -> int:
+        """`num_points`."""
+        return self.num_points
+
+    @property
+    def llf(self) -> float:
+        """Log-likelihood of y under independent normal errors of T(y), so that lsq and log_lsq compare.
+
+        Raises:
+            AnalysisError: the fit is not of least squares with equal weights, which alone maximise it.
+        """
+        problem = self.estimate.problem
+        if self.objective.robust or self.weights:
+            raise AnalysisError("A likelihood needs least squares of equal weights; fit with objective='log_lsq'.")
+        n, residual = problem.num_points, problem.residual(self.estimate.vector)
+        jacobian = float(np.sum(np.log(problem.y))) if self.objective.log else 0.0
+        return -n / 2 * (float(np.log(2 * np.pi * np.mean(residual**2))) + 1) - jacobian
+
+    @property
+    def aic(self) -> float:
+        """Akaike's criterion, 2 k - 2 llf with k free parameters of the law."""
+        return 2 * int(self.estimate.problem.movable.sum()) - 2 * self.llf
+
+    @property
+    def bic(self) -> float:
+        """Bayesian criterion, k ln(n) - 2 llf."""
+        return float(np.log(self.nobs)) * int(self.estimate.problem.movable.sum()) - 2 * self.llf
 
     def shown(self, name: str, digits: int = 4) -> str:
-        """A parameter as text: digits with its interval, a bound, or the words "not identified"."""
+        """Write a parameter: digits with its interval, a bound, or the words "not identified"."""
         if name in self.not_identified:
             return NOT_IDENTIFIED
         if any(flag.kind == "from_above" and flag.subject == name for flag in self.flags):
@@ -203,7 +211,7 @@ class Fit(Result):
         return f"{text} {self.intervals[name].shown(digits)}" if name in self.intervals else text
 
     def equation(self, name: str, label: str) -> str:
-        """A parameter in a sentence: "E = 0.31 [0.29, 0.32]", "E at most 0.6", "E not identified"."""
+        """Write a parameter in a sentence: "E = 0.31 [0.29, 0.32]", "E at most 0.6", "E not identified"."""
         text = self.shown(name, 3)
         return f"{label} {text}" if text == NOT_IDENTIFIED or text.startswith("at most") else f"{label} = {text}"
 
@@ -212,20 +220,19 @@ class Fit(Result):
         """One row a parameter: parameter, value, low, high, method, note."""
         rows = []
         for name, value in self.params.items():
-            unknown = Interval(low=np.nan, high=np.nan)
-            i = unknown if name in self.not_identified else self.intervals.get(name, unknown)
+            i = UNKNOWN if name in self.not_identified else self.intervals.get(name, UNKNOWN)
             notes = ["held"] * (name in self.fixed) + [str(flag) for flag in self.flags if flag.subject == name]
             shown = NOT_IDENTIFIED if name in self.not_identified else value
             rows.append({"parameter": name, "value": shown, **vars(i), "note": " ".join(notes)})
         return pd.DataFrame(rows)
 
     def headline(self) -> str:
-        """Law, points and how many flags it carries."""
+        """Write law, points and how many flags it carries."""
         flags = f"; {len(self.flags)} flag{'s' * (len(self.flags) > 1)}, see summary()" if self.flags else ""
         return f"{self.law.formula}, {self.columns['y']} of {self.num_points} points{flags}"
 
     def cells(self) -> list[dict[str, str]]:
-        """The parameters with their intervals."""
+        """Write the parameters with their intervals."""
         parts = {name: self.shown(name).partition(" [") for name in self.params}
         return [
             {"parameter": name, "value": value, "95 % interval": f"[{interval}" if interval else ""}
@@ -233,11 +240,47 @@ class Fit(Result):
         ]
 
     def facts(self) -> list[tuple[str, str]]:
-        """Flags, law, columns, rows, ranges, objective, intervals, held-out errors."""
-        return list(fit_facts(self))
+        """List flags, law, columns, rows, ranges, objective, intervals, held-out errors: the checklist is that of
+        (Mis)fitting (Li et al. 2025)."""
+        return list(self._facts())
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield from ((f"held out {test.variable}", test.words()) for test in self.heldout)
+        yield from (("with care", each) for each in (*flag_words(self.flags), *held_out_cautions(self.heldout)))
+        for f in self.flags:
+            if f.kind in ("scatter", "pattern"):
+                ratio = f"F = {f.more[0]:.3g} with {f.more[1]:.0f} and {f.more[2]:.0f} degrees of freedom"
+                yield "test", f"{ratio} ({p_value(f.p)})"
+        yield "law", self.law.formula
+        names = {"L": self._column_words("y"), **{v: self._column_words(v) for v in self.law.variables}}
+        if other := [f"{letter} = {name}" for letter, name in names.items() if letter != name]:
+            yield "columns", ", ".join(other)
+        yield "rows", f"{self.num_points} of {self.num_rows}"
+        yield from [("left out", "; ".join(map(str, self.exclusions)))] if self.exclusions else []
+        yield from ((f"range {v}", f"{human(low)} to {human(high)}") for v, (low, high) in self.ranges.items())
+        o = self.objective
+        residuals = f"{'Huber losses' if o.robust else 'squares'} of {'log ' * o.log}residuals"
+        residuals += f" with delta {human(o.delta)}" if o.robust else ""
+        yield "objective", f"{o.name}: sum of {residuals}, {human(self.objective_value, 4)}"
+        assumed = f"; {ASSUMED}" if "L" not in self.law.variables else ""
+        yield "intervals", f"95 %, {self.interval_method}{assumed}" if self.intervals else "none"
+        yield from [] if self.heldout else [("held out", "nothing")]
+
+    @property
+    def interval_method(self) -> str:
+        """How the intervals were found, in words."""
+        counts = {**self.estimate.groups.counts, "points": self.num_points}
+        over = " and ".join(f"{counts[name]} {name}" for name in self.estimate.covariance.by)
+        return f"cluster-robust (CR2, Bell-McCaffrey) over {over}"
+
+    def _column_words(self, variable: str) -> str:
+        """Name a variable's (or "y"'s) column as a foreign table does; of a results table with what it counts."""
+        column = self.columns[variable]
+        name = self.names.get(column, column)
+        return f"{name} ({UNITS[column]})" if self.loss_unit and name == column and column in UNITS else name
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the data, in plain types."""
+        """Return everything but the data, in plain types."""
         known, intervals = (
             {k: None if k in self.not_identified else plain_types(v) for k, v in each.items()}
             for each in (self.params, {k: plain_fields(i) for k, i in self.intervals.items()})

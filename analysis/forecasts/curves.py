@@ -80,7 +80,7 @@ def fit_curves(points: Points, cache: Cache) -> Curves:
 
 def _fit_laws(points: Points, cache: Cache) -> Curves:
     """Fit every law by least squares of ln y."""
-    key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.named.values()]).tobytes()
+    key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.values()]).tobytes()
     for law in points.laws:
         if (law.name, key) not in cache:
             try:
@@ -118,8 +118,8 @@ def _estimate(
 ) -> Estimate:
     """Fit a law, weighted by compute."""
     columns = Columns({v: x[v] for v in law.variables})
-    law = law.centred(columns) if law.centred is not None else law
-    problem = make_problem(law, dict(columns), y, objective, weights=compute / compute.mean(), fixed=fixed)
+    law, weights = law.centred(columns), compute / compute.mean()
+    problem = make_problem(law, dict(columns), y, objective, weights=weights, fixed=fixed)
     free = int(problem.movable.sum())
     if problem.num_points < free + SPARE_POINTS:
         raise AnalysisError(f"{problem.num_points} points are too few for its {free} parameters.")

@@ -7,7 +7,6 @@ from aimscale.analysis.laws.catalogue import (  # noqa: F401
     FARSEER,
     KAPLAN,
     LAWS,
-    LINK_EXPONENTIAL,
     LINK_SIGMOID,
     OVERFITTING,
     OVERTRAINED,

@@ -15,7 +15,8 @@ in numpy, of real and complex parameters: gradients are taken by the complex ste
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,30 +48,32 @@ class Parameter:
     """Search on a logarithmic scale (exponents, scales)."""
 
     def limits(self, x: Columns) -> Bounds:
-        """The bounds for this table."""
+        """Return the bounds for a table."""
         return self.bounds(x) if callable(self.bounds) else self.bounds
 
 
 def coefficient(name: str) -> Parameter:
-    """A linear parameter that cannot be negative."""
+    """Make a linear parameter that cannot be negative."""
     return Parameter(name=name, bounds=(0.0, np.inf))
 
 
 def free(name: str) -> Parameter:
-    """A linear parameter of either sign."""
+    """Make a linear parameter of either sign."""
     return Parameter(name=name, bounds=(-np.inf, np.inf))
 
 
 def exponent(name: str, lower: float = 0.005, upper: float = 5.0) -> Parameter:
-    """A positive exponent or rate, searched on a logarithmic scale."""
+    """Make a positive exponent or rate, searched on a logarithmic scale."""
     return Parameter(name=name, bounds=(lower, upper), log=True)
 
 
 def scale_of(name: str, variable: str, below: float = 1e-4, above: float = 1e4) -> Parameter:
-    """A parameter in the units of a variable: from `below` x its smallest to `above` x its largest value."""
-    return Parameter(
-        name=name, bounds=lambda x: (below * float(np.min(x[variable])), above * float(np.max(x[variable]))), log=True
-    )
+    """Make a parameter in the units of a variable: from `below` x its smallest to `above` x its largest value."""
+    return Parameter(name=name, bounds=partial(_scale_bounds, variable=variable, below=below, above=above), log=True)
+
+
+def _scale_bounds(x: Columns, *, variable: str, below: float, above: float) -> Bounds:
+    return below * float(np.min(x[variable])), above * float(np.max(x[variable]))
 
 
 Params = Mapping[str, Array]
@@ -92,11 +95,11 @@ class Law:
     nonlinear: tuple[Parameter, ...]
     """Parameters t inside the basis functions."""
     basis: Basis
-    """(x, t) -> the g_j, each broadcastable to (..., n); t holds arrays (..., 1)."""
+    """(x, t) -> the g_j, each broadcastable to (..., n); t holds arrays (..., 1), and `constants`."""
     report: Callable[[Params], dict[str, Array]] | None = None
-    """Turns the parameters into the published ones where those differ (Kaplan's Nc, Dc)."""
-    centred: Callable[[Columns], Law] | None = None
-    """Returns this law with constants that suit the data (Kaplan's N and D over their means); None: it has none."""
+    """Published parameters where those differ (Kaplan's Nc, Dc), from the law's own and `constants`."""
+    constants: Mapping[str, float] = field(default_factory=dict)
+    """N0, D0 or U0, over which the basis takes variables, so that parameters are nearly independent (`centred`)."""
     derived: Mapping[str, Callable[[Params], Array]] = field(default_factory=dict)
     """Further quantities that deserve an interval, e.g. the exponent of N*(C)."""
     scales: Mapping[str, str] = field(default_factory=dict)
@@ -115,14 +118,18 @@ class Law:
         """Names of `parameters`."""
         return tuple(p.name for p in self.parameters)
 
+    def centred(self, x: Columns) -> Law:
+        """Set the constants to the geometric means of the data."""
+        return replace(self, constants={name: float(np.exp(np.mean(x.log(name[:-1])))) for name in self.constants})
+
     def value(self, x: Mapping[str, Array], params: Params) -> Array:
-        """y of the law; parameters may carry leading batch dimensions, the result is (..., n)."""
+        """Return y of the law; parameters may carry leading batch dimensions, the result is (..., n)."""
         columns = x if isinstance(x, Columns) else Columns({k: np.asarray(v, float) for k, v in x.items()})
         t = {name: np.asarray(value)[..., None] for name, value in params.items()}
-        parts = self.basis(columns, t)
+        parts = self.basis(columns, {**t, **self.constants})
         return sum(t[p.name] * g for p, g in zip(self.linear, parts, strict=True))
 
     def reported(self, params: Params) -> dict[str, Array]:
-        """Published parameters and derived quantities, from the fitted parameters."""
-        shown = dict(params) if self.report is None else self.report(params)
+        """Return the published parameters and derived quantities, from the fitted parameters."""
+        shown = dict(params) if self.report is None else self.report({**params, **self.constants})
         return {**shown, **{name: function(params) for name, function in self.derived.items()}}

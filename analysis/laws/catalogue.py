@@ -1,11 +1,14 @@
 """The catalogue of scaling laws: N parameters, D samples seen, U unique samples, C training FLOPs, L loss, x any scale.
 
 Each is an `analysis.laws.base.Law`; `LAWS` lists them by the name that `aimscale fit --law` takes. Those whose terms
-multiply are written around the data's geometric mean (n0, d0, u0), where their parameters are nearly independent;
-`report` turns these into the parameters of the formula.
+multiply are written over the data's geometric means (N0, D0, U0); `report` turns their parameters into the formula's.
+All functions are at module level, so that laws and fits can be pickled.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -13,31 +16,34 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Bounds, Columns, Law, Parameter, Params, coefficient, exponent, scale_of
 from aimscale.analysis.words import did_you_mean
 
+Terms = tuple[Array | float, ...]
+
 MOST_PENALTY = 100.0
 """Largest penalty for repeats at the table's mean N/U, in units of the loss: beyond any loss that falls. A finite end
 keeps the fit from measuring it at the table's mean scale, where often nothing is repeated and it is zero."""
-OPTIMAL_EXPONENTS = {
-    "a": lambda p: p["beta"] / (p["alpha"] + p["beta"]),
-    "b": lambda p: p["alpha"] / (p["alpha"] + p["beta"]),
-}
-"""Exponents of N*(C) and D*(C) where the law falls by N^-alpha and D^-beta."""
 
 
-def _centre(x: Columns, variable: str) -> float:
-    """Return the geometric mean of a variable."""
-    return float(np.exp(np.mean(x.log(variable))))
+def _power(v: Columns, t: Params, *, x: str) -> Terms:
+    return (np.exp(-t["a"] * v.log(x)),)
+
+
+def _power_offset(v: Columns, t: Params, *, x: str) -> Terms:
+    return 1.0, *_power(v, t, x=x)
+
+
+def _saturating(v: Columns, t: Params, *, x: str) -> Terms:
+    return 1.0, np.exp(-t["a"] * np.log(v[x] + t[f"{x}0"]))
 
 
 def power(x: str = "x", *, offset: bool = True) -> Law:
     """Make a power law in one variable, with or without an offset."""
-    head, ones = ((coefficient("E"),), (1.0,)) if offset else ((), ())
     return Law(
         name="power_offset" if offset else "power",
-        formula=f"L = {'E + ' if offset else ''}A {x}^-a",
+        formula=f"L = {'E + ' * offset}A {x}^-a",
         variables=(x,),
-        linear=(*head, coefficient("A")),
+        linear=(*[coefficient("E")] * offset, coefficient("A")),
         nonlinear=(exponent("a"),),
-        basis=lambda v, t: (*ones, np.exp(-t["a"] * v.log(x))),
+        basis=partial(_power_offset if offset else _power, x=x),
         source="M2 of Alabdulmohsin et al. 2022" if offset else "Kaplan et al. 2020; M1 of Alabdulmohsin et al. 2022",
     )
 
@@ -50,16 +56,25 @@ def saturating(x: str = "x") -> Law:
         variables=(x,),
         linear=(coefficient("E"), coefficient("A")),
         nonlinear=(exponent("a"), scale_of(f"{x}0", x, below=1e-3, above=1.0)),
-        basis=lambda v, t: (1.0, np.exp(-t["a"] * np.log(v[x] + t[f"{x}0"]))),
+        basis=partial(_saturating, x=x),
         source="Zhai et al. 2022",
     )
 
 
-def _falling(z: Array) -> Array:
-    """Return 1 / (1 + e^z), also of complex z (for the complex step) and of large z."""
-    is_large = np.real(z) > 30
-    return np.exp(-np.where(is_large, z, np.log1p(np.exp(np.where(is_large, 0, z)))))
+def _chinchilla(x: Columns, t: Params) -> Terms:
+    return 1.0, np.exp(-t["alpha"] * x.log("N")), np.exp(-t["beta"] * x.log("D"))
 
+
+def _size_exponent(p: Params) -> Array:
+    return p["beta"] / (p["alpha"] + p["beta"])
+
+
+def _data_exponent(p: Params) -> Array:
+    return p["alpha"] / (p["alpha"] + p["beta"])
+
+
+OPTIMAL_EXPONENTS = {"a": _size_exponent, "b": _data_exponent}
+"""Exponents of N*(C) and D*(C) where the law falls by N^-alpha and D^-beta."""
 
 CHINCHILLA = Law(
     name="chinchilla",
@@ -67,38 +82,35 @@ CHINCHILLA = Law(
     variables=("N", "D"),
     linear=(coefficient("E"), coefficient("A"), coefficient("B")),
     nonlinear=(exponent("alpha"), exponent("beta")),
-    basis=lambda x, t: (1.0, np.exp(-t["alpha"] * x.log("N")), np.exp(-t["beta"] * x.log("D"))),
+    basis=_chinchilla,
     derived=OPTIMAL_EXPONENTS,
     source="Hoffmann et al. 2022, approach 3; a and b are the exponents of N*(C) and D*(C)",
 )
 
 
-def _kaplan(n0: float = 1.0, d0: float = 1.0) -> Law:
-    """Write Kaplan's law as K ((N/n0)^-p + w d0/D)^aD with p = aN/aD, so that one coefficient is linear."""
-
-    def report(p: Params) -> dict[str, Array]:
-        n_c = n0 * p["K"] ** (1 / p["aN"])
-        return {"aN": p["aN"], "aD": p["aD"], "Nc": n_c, "Dc": p["w"] * d0 * p["K"] ** (1 / p["aD"])}
-
-    def basis(x: Columns, t: Params) -> tuple[Array, ...]:
-        size = np.exp(-t["aN"] / t["aD"] * (x.log("N") - np.log(n0)))
-        return (np.exp(t["aD"] * np.log(size + t["w"] * d0 / x["D"])),)
-
-    return Law(
-        name="kaplan",
-        formula="L = ((Nc/N)^(aN/aD) + Dc/D)^aD",
-        variables=("N", "D"),
-        linear=(coefficient("K"),),
-        nonlinear=(exponent("aN", 0.005, 2.0), exponent("aD", 0.005, 2.0), exponent("w", 1e-6, 1e6)),
-        basis=basis,
-        report=report,
-        scales={"Nc": "log", "Dc": "log"},
-        centred=lambda x: _kaplan(_centre(x, "N"), _centre(x, "D")),
-        source="Kaplan et al. 2020, equation 1.5",
-    )
+def _kaplan(x: Columns, t: Params) -> Terms:
+    """Return ((N/N0)^-p + w D0/D)^aD with p = aN/aD, so that one coefficient is linear."""
+    size = np.exp(-t["aN"] / t["aD"] * (x.log("N") - np.log(t["N0"])))
+    return (np.exp(t["aD"] * np.log(size + t["w"] * t["D0"] / x["D"])),)
 
 
-KAPLAN = _kaplan()
+def _kaplan_report(p: Params) -> dict[str, Array]:
+    n_c, d_c = p["N0"] * p["K"] ** (1 / p["aN"]), p["w"] * p["D0"] * p["K"] ** (1 / p["aD"])
+    return {"aN": p["aN"], "aD": p["aD"], "Nc": n_c, "Dc": d_c}
+
+
+KAPLAN = Law(
+    name="kaplan",
+    formula="L = ((Nc/N)^(aN/aD) + Dc/D)^aD",
+    variables=("N", "D"),
+    linear=(coefficient("K"),),
+    nonlinear=(exponent("aN", 0.005, 2.0), exponent("aD", 0.005, 2.0), exponent("w", 1e-6, 1e6)),
+    basis=_kaplan,
+    report=_kaplan_report,
+    constants={"N0": 1.0, "D0": 1.0},
+    scales={"Nc": "log", "Dc": "log"},
+    source="Kaplan et al. 2020, equation 1.5",
+)
 
 
 def effective(pool: Array, seen: Array, worth: Array) -> Array:
@@ -107,21 +119,29 @@ def effective(pool: Array, seen: Array, worth: Array) -> Array:
     return unique + unique * worth * -np.expm1((1.0 - seen / unique) / worth)
 
 
+def _repeated_data(x: Columns, t: Params) -> Terms:
+    return 1.0, effective(x["U"], x["D"], t["R_D"]) ** -t["beta"]
+
+
+def _repeated(x: Columns, t: Params) -> Terms:
+    limit, data = _repeated_data(x, t)
+    return limit, np.exp(-t["alpha"] * x.log("N")), data
+
+
+def _repeated_both(x: Columns, t: Params) -> Terms:
+    limit, data = _repeated_data(x, t)
+    return limit, effective(x["V"], x["N"], t["R_N"]) ** -t["alpha"], data
+
+
 def repeated(*, sizes: bool = True) -> Law:
     """Make Chinchilla's law of effective data; without sizes its data half, for a table of one size."""
-    coefficients, exponents = ((coefficient("A"),), (exponent("alpha"),)) if sizes else ((), ())
-
-    def basis(x: Columns, t: Params) -> tuple[Array, ...]:
-        data = effective(x["U"], x["D"], t["R_D"]) ** -t["beta"]
-        return (1.0, np.exp(-t["alpha"] * x.log("N")), data) if sizes else (1.0, data)
-
     return Law(
         name="repeated",
         formula=f"L = E + {'A N^-alpha + ' * sizes}B D'^-beta, D' = U + U R_D (1 - exp(-(D/U - 1)/R_D))",
         variables=("N", "D", "U") if sizes else ("D", "U"),
-        linear=(coefficient("E"), *coefficients, coefficient("B")),
-        nonlinear=(*exponents, exponent("beta"), exponent("R_D", 0.1, 1e3)),
-        basis=basis,
+        linear=(coefficient("E"), *[coefficient("A")] * sizes, coefficient("B")),
+        nonlinear=(*[exponent("alpha")] * sizes, exponent("beta"), exponent("R_D", 0.1, 1e3)),
+        basis=_repeated if sizes else _repeated_data,
         scales={"R_D": "reciprocal"},
         source="Muennighoff et al. 2023, the data half",
     )
@@ -133,44 +153,45 @@ REPEATED_BOTH = Law(
     name="repeated_both",
     formula="L = E + A N'^-alpha + B D'^-beta, D' = U + U R_D (1 - exp(-(D/U - 1)/R_D)), N' likewise of V with R_N",
     variables=("N", "D", "U", "V"),
-    linear=(coefficient("E"), coefficient("A"), coefficient("B")),
-    nonlinear=(exponent("alpha"), exponent("beta"), exponent("R_D", 0.1, 1e3), exponent("R_N", 0.1, 1e3)),
-    basis=lambda x, t: (
-        1.0,
-        effective(x["V"], x["N"], t["R_N"]) ** -t["alpha"],
-        effective(x["U"], x["D"], t["R_D"]) ** -t["beta"],
-    ),
+    linear=CHINCHILLA.linear,
+    nonlinear=(*CHINCHILLA.nonlinear, exponent("R_D", 0.1, 1e3), exponent("R_N", 0.1, 1e3)),
+    basis=_repeated_both,
     scales={"R_D": "reciprocal", "R_N": "reciprocal"},
     source="Muennighoff et al. 2023, in full; V is the compute-optimal size for U new samples (theirs: 0.051 U)",
 )
 
 
-def overfitting(n0: float = 1.0, u0: float = 1.0) -> Law:
-    """Add a penalty for repeats to Chinchilla's law: it grows with parameters per unique sample, and levels off.
-
-    Where R0 lies beyond the repeats of the table it is the published law of one further coefficient, P = G/R0.
-    """
-
-    def basis(x: Columns, t: Params) -> tuple[Array, ...]:
-        unique = np.minimum(x["U"], x["D"])
-        repeats = x["D"] / unique - 1.0
-        return *CHINCHILLA.basis(x, t), (x["N"] / n0) / (unique / u0) * repeats / (repeats + t["R0"])
-
-    return Law(
-        name="overfitting",
-        formula="L = E + A N^-alpha + B D^-beta + G (N/U) R/(R + R0), R = D/U - 1",
-        variables=("N", "D", "U"),
-        linear=(*CHINCHILLA.linear, Parameter(name="G", bounds=(0.0, MOST_PENALTY))),
-        nonlinear=(*CHINCHILLA.nonlinear, exponent("R0", 1.0, 1e4)),
-        basis=basis,
-        report=lambda p: {**p, "G": p["G"] * u0 / n0},
-        scales={"R0": "reciprocal"},
-        centred=lambda x: overfitting(_centre(x, "N"), _centre(x, "U")),
-        source="the penalty of Lovelace et al. 2026 (arXiv 2605.01640) with exponents of 1; its levelling off is ours",
-    )
+def _overfitting(x: Columns, t: Params) -> Terms:
+    unique = np.minimum(x["U"], x["D"])
+    repeats = x["D"] / unique - 1.0
+    return *_chinchilla(x, t), (x["N"] / t["N0"]) / (unique / t["U0"]) * repeats / (repeats + t["R0"])
 
 
-OVERFITTING = overfitting()
+def _overfitting_report(p: Params) -> dict[str, Array]:
+    values = {name: value for name, value in p.items() if name not in ("N0", "U0")}
+    return {**values, "G": p["G"] * p["U0"] / p["N0"]}
+
+
+OVERFITTING = Law(
+    name="overfitting",
+    formula="L = E + A N^-alpha + B D^-beta + G (N/U) R/(R + R0), R = D/U - 1",
+    variables=("N", "D", "U"),
+    linear=(*CHINCHILLA.linear, Parameter(name="G", bounds=(0.0, MOST_PENALTY))),
+    nonlinear=(*CHINCHILLA.nonlinear, exponent("R0", 1.0, 1e4)),
+    basis=_overfitting,
+    report=_overfitting_report,
+    constants={"N0": 1.0, "U0": 1.0},
+    scales={"R0": "reciprocal"},
+    source="the penalty of Lovelace et al. 2026 (arXiv 2605.01640) with exponents of 1; its levelling off is ours",
+)
+"""A penalty for repeats beside Chinchilla's law: it grows with parameters per unique sample, and levels off. Where R0
+lies beyond the repeats of the table it is the published law of one further coefficient, P = G/R0."""
+
+
+def _overtrained(x: Columns, t: Params) -> Terms:
+    per_parameter = x.log("D") - x.log("N")
+    return 1.0, np.exp(t["h"] * (per_parameter - x.log("C"))), np.exp(-t["h"] * (per_parameter + x.log("C")))
+
 
 OVERTRAINED = Law(
     name="overtrained",
@@ -178,33 +199,31 @@ OVERTRAINED = Law(
     variables=("N", "D", "C"),
     linear=(coefficient("E"), coefficient("a"), coefficient("b")),
     nonlinear=(exponent("h"),),
-    basis=lambda x, t: (
-        1.0,
-        np.exp(t["h"] * (x.log("D") - x.log("N") - x.log("C"))),
-        np.exp(-t["h"] * (x.log("D") - x.log("N") + x.log("C"))),
-    ),
+    basis=_overtrained,
     source="Gadre et al. 2024, equation 4",
 )
 
 
-def _range_of(name: str, variable: str, margin: float) -> Parameter:
-    """Bound a location to the data's range widened by `margin` of it on both sides."""
-
-    def bounds(x: Columns) -> Bounds:
-        low, high = float(x[variable].min()), float(x[variable].max())
-        return low - margin * (high - low), high + margin * (high - low)
-
-    return Parameter(name=name, bounds=bounds)
+def _loss_range(x: Columns) -> Bounds:
+    low, high = float(x["L"].min()), float(x["L"].max())
+    return low - 2 * (high - low), high + 2 * (high - low)
 
 
-def _rate_of(name: str, variable: str) -> Parameter:
-    """Bound a rate per unit of a variable, from hardly curved to a step over the data's range."""
+def _loss_rates(x: Columns) -> Bounds:
+    """Return rates per unit of loss from hardly curved to a step over the data's range."""
+    span = float(np.ptp(x["L"]))
+    return 0.01 / span, 100.0 / span
 
-    def bounds(x: Columns) -> Bounds:
-        span = float(np.ptp(x[variable]))
-        return 0.01 / span, 100.0 / span
 
-    return Parameter(name=name, bounds=bounds, log=True)
+def _sigmoid(x: Columns, t: Params) -> Terms:
+    """Return 1 / (1 + e^z), also of complex z (for the complex step) and of large z."""
+    z = t["k"] * (x["L"] - t["L0"])
+    is_large = np.real(z) > 30
+    return 1.0, np.exp(-np.where(is_large, z, np.log1p(np.exp(np.where(is_large, 0, z)))))
+
+
+def _sigmoid_report(p: Params) -> dict[str, Array]:
+    return {"floor": p["floor"], "ceiling": p["floor"] + p["height"], "k": p["k"], "L0": p["L0"]}
 
 
 LINK_SIGMOID = Law(
@@ -212,50 +231,39 @@ LINK_SIGMOID = Law(
     formula="accuracy = floor + (ceiling - floor) / (1 + exp(k (L - L0)))",
     variables=("L",),
     linear=(coefficient("floor"), coefficient("height")),
-    nonlinear=(_rate_of("k", "L"), _range_of("L0", "L", 2.0)),
-    basis=lambda x, t: (1.0, _falling(t["k"] * (x["L"] - t["L0"]))),
-    report=lambda p: {"floor": p["floor"], "ceiling": p["floor"] + p["height"], "k": p["k"], "L0": p["L0"]},
+    nonlinear=(Parameter(name="k", bounds=_loss_rates, log=True), Parameter(name="L0", bounds=_loss_range)),
+    basis=_sigmoid,
+    report=_sigmoid_report,
     source="loss to accuracy, OLMo ladder (Bhagia et al. 2024)",
 )
 
-LINK_EXPONENTIAL = Law(
-    name="link_exponential",
-    formula="accuracy = 1 - eps + k exp(-gamma L)",
-    variables=("L",),
-    linear=(coefficient("floor"), coefficient("k")),
-    nonlinear=(_rate_of("gamma", "L"),),
-    basis=lambda x, t: (1.0, np.exp(-t["gamma"] * x["L"])),
-    report=lambda p: {"eps": 1 - p["floor"], "k": p["k"], "gamma": p["gamma"]},
-    source="loss to accuracy, Gadre et al. 2024 (there as error = eps - k exp(-gamma L)); the floor is 1 - eps",
+
+def _coupled(x: Columns, t: Params) -> Terms:
+    size = np.exp(-t["alpha"] * (x.log("N") - np.log(t["N0"])))
+    data = np.exp(-t["beta"] * (x.log("D") - np.log(t["D0"])))
+    return 1.0, np.exp(t["c"] * np.log(size + t["w"] * data))
+
+
+def _coupled_report(p: Params) -> dict[str, Array]:
+    with np.errstate(over="ignore", divide="ignore"):
+        level = p["K"] ** (1 / p["c"])
+        a, b = level * p["N0"] ** p["alpha"], level * p["w"] * p["D0"] ** p["beta"]
+    return {"E": p["E"], "A": a, "B": b, "alpha": p["alpha"], "beta": p["beta"], "c": p["c"]}
+
+
+COUPLED = Law(
+    name="coupled",
+    formula="L = E + (A N^-alpha + B D^-beta)^c",
+    variables=("N", "D"),
+    linear=(coefficient("E"), coefficient("K")),
+    nonlinear=(exponent("alpha"), exponent("beta"), exponent("c", 0.02), exponent("w", 1e-3, 1e3)),
+    basis=_coupled,
+    report=_coupled_report,
+    constants={"N0": 1.0, "D0": 1.0},
+    derived=OPTIMAL_EXPONENTS,
+    source="Chinchilla's terms under Kaplan's outer exponent; a and b are the exponents of N*(C) and D*(C)",
 )
-
-
-def coupled(n0: float = 1.0, d0: float = 1.0) -> Law:
-    """Put Chinchilla's terms under one outer exponent; c = 1 is Chinchilla's law, E = 0 and beta = 1 Kaplan's."""
-
-    def basis(x: Columns, t: Params) -> tuple[Array, ...]:
-        size = np.exp(-t["alpha"] * (x.log("N") - np.log(n0)))
-        data = np.exp(-t["beta"] * (x.log("D") - np.log(d0)))
-        return 1.0, np.exp(t["c"] * np.log(size + t["w"] * data))
-
-    def report(p: Params) -> dict[str, Array]:
-        with np.errstate(over="ignore", divide="ignore"):
-            level = p["K"] ** (1 / p["c"])
-            a, b = level * n0 ** p["alpha"], level * p["w"] * d0 ** p["beta"]
-        return {"E": p["E"], "A": a, "B": b, "alpha": p["alpha"], "beta": p["beta"], "c": p["c"]}
-
-    return Law(
-        name="coupled",
-        formula="L = E + (A N^-alpha + B D^-beta)^c",
-        variables=("N", "D"),
-        linear=(coefficient("E"), coefficient("K")),
-        nonlinear=(exponent("alpha"), exponent("beta"), exponent("c", 0.02), exponent("w", 1e-3, 1e3)),
-        basis=basis,
-        report=report,
-        centred=lambda x: coupled(_centre(x, "N"), _centre(x, "D")),
-        derived=OPTIMAL_EXPONENTS,
-        source="Chinchilla's terms under Kaplan's outer exponent; a and b are the exponents of N*(C) and D*(C)",
-    )
+"""Chinchilla's terms under one outer exponent; c = 1 is Chinchilla's law, E = 0 and beta = 1 Kaplan's."""
 
 
 def _bent_log(log_x: Array, bend: Array) -> Array:
@@ -265,71 +273,59 @@ def _bent_log(log_x: Array, bend: Array) -> Array:
     return np.where(small, log_x * (1 + 0.5 * bend * log_x), np.expm1(safe * log_x) / safe)
 
 
-def farseer(n0: float = 1.0, d0: float = 1.0) -> Law:
-    """Make limit, coefficient and exponent of the data term stretched exponentials of the size.
+def _farseer(x: Columns, t: Params) -> Terms:
+    """Return limit and data term, whose limit, coefficient and exponent are stretched exponentials of the size.
 
-    With h_i = ((N/n0)^g_i - 1) / g_i the limit is E exp(-s3 h_3), the exponent of D is e = d exp(s1 h_1), and the
-    coefficient falls by s2 h_2 in logarithm beside what a changing exponent does to it at d0.
+    With h_i = ((N/N0)^g_i - 1) / g_i the limit is E exp(-s3 h_3), the exponent of D is e = d exp(s1 h_1), and the
+    coefficient falls by s2 h_2 in logarithm beside what a changing exponent does to it at D0.
     """
-    log_d0 = float(np.log(d0))
-
-    def basis(x: Columns, t: Params) -> tuple[Array, ...]:
-        log_n = x.log("N") - np.log(n0)
-        power = t["d"] * np.exp(t["s1"] * _bent_log(log_n, t["alpha"]))
-        fall = (t["s2"] - t["d"] * t["s1"] * log_d0) * _bent_log(log_n, t["beta"])
-        limit = np.exp(-t["s3"] * _bent_log(log_n, t["gamma"]))
-        return limit, np.exp(-fall - (power - t["d"]) * log_d0 - power * (x.log("D") - log_d0))
-
-    def report(p: Params) -> dict[str, Array]:
-        with np.errstate(over="ignore", divide="ignore"):
-            slopes = {1: (p["s1"], "alpha"), 2: (p["d"] * p["s1"] * log_d0 - p["s2"], "beta"), 3: (-p["s3"], "gamma")}
-            a = {i: s * n0 ** -p[bend] / p[bend] for i, (s, bend) in slopes.items()}
-            levels = {1: np.log(p["d"]), 2: np.log(p["B"]) + p["d"] * log_d0, 3: np.log(p["E"])}
-            b = {i: levels[i] - s / p[bend] for i, (s, bend) in slopes.items()}
-        out = {f"{name}{i}": values[i] for i in (1, 2, 3) for name, values in (("a", a), ("b", b))}
-        return {**out, "alpha": p["alpha"], "beta": p["beta"], "gamma": p["gamma"]}
-
-    return Law(
-        name="farseer",
-        formula="L = exp(a3 N^gamma + b3) + exp(a2 N^beta + b2) D^-exp(a1 N^alpha + b1)",
-        variables=("N", "D"),
-        linear=(coefficient("E"), coefficient("B")),
-        nonlinear=(
-            exponent("d", 0.02, 3.0),
-            Parameter(name="s1", bounds=(-0.5, 0.5)),
-            Parameter(name="alpha", bounds=(-1.5, 1.5)),
-            Parameter(name="s2", bounds=(-0.5, 1.0)),
-            Parameter(name="beta", bounds=(-1.5, 1.5)),
-            Parameter(name="s3", bounds=(0.0, 0.5)),
-            Parameter(name="gamma", bounds=(-1.5, 1.5)),
-        ),
-        basis=basis,
-        report=report,
-        centred=lambda x: farseer(_centre(x, "N"), _centre(x, "D")),
-        source="Farseer (Li et al. 2025)",
-    )
+    log_n, log_d0 = x.log("N") - np.log(t["N0"]), np.log(t["D0"])
+    exponents = t["d"] * np.exp(t["s1"] * _bent_log(log_n, t["alpha"]))
+    fall = (t["s2"] - t["d"] * t["s1"] * log_d0) * _bent_log(log_n, t["beta"])
+    limit = np.exp(-t["s3"] * _bent_log(log_n, t["gamma"]))
+    return limit, np.exp(-fall - (exponents - t["d"]) * log_d0 - exponents * (x.log("D") - log_d0))
 
 
-COUPLED, FARSEER = coupled(), farseer()
+def _farseer_report(p: Params) -> dict[str, Array]:
+    log_d0 = np.log(p["D0"])
+    with np.errstate(over="ignore", divide="ignore"):
+        slopes = {1: (p["s1"], "alpha"), 2: (p["d"] * p["s1"] * log_d0 - p["s2"], "beta"), 3: (-p["s3"], "gamma")}
+        a = {i: s * p["N0"] ** -p[bend] / p[bend] for i, (s, bend) in slopes.items()}
+        levels = {1: np.log(p["d"]), 2: np.log(p["B"]) + p["d"] * log_d0, 3: np.log(p["E"])}
+        b = {i: levels[i] - s / p[bend] for i, (s, bend) in slopes.items()}
+    out = {f"{name}{i}": values[i] for i in (1, 2, 3) for name, values in (("a", a), ("b", b))}
+    return {**out, "alpha": p["alpha"], "beta": p["beta"], "gamma": p["gamma"]}
 
-_ONE_VARIABLE = {"power": lambda x: power(x, offset=False), "power_offset": power, "saturating": saturating}
-"""Laws in one variable, as functions of its name."""
 
-LAWS: dict[str, Law] = {name: make("x") for name, make in _ONE_VARIABLE.items()} | {
-    law.name: law
-    for law in (
-        CHINCHILLA,
-        KAPLAN,
-        COUPLED,
-        FARSEER,
-        OVERTRAINED,
-        REPEATED,
-        REPEATED_BOTH,
-        OVERFITTING,
-        LINK_SIGMOID,
-        LINK_EXPONENTIAL,
-    )
+FARSEER = Law(
+    name="farseer",
+    formula="L = exp(a3 N^gamma + b3) + exp(a2 N^beta + b2) D^-exp(a1 N^alpha + b1)",
+    variables=("N", "D"),
+    linear=(coefficient("E"), coefficient("B")),
+    nonlinear=(
+        exponent("d", 0.02, 3.0),
+        Parameter(name="s1", bounds=(-0.5, 0.5)),
+        Parameter(name="alpha", bounds=(-1.5, 1.5)),
+        Parameter(name="s2", bounds=(-0.5, 1.0)),
+        Parameter(name="beta", bounds=(-1.5, 1.5)),
+        Parameter(name="s3", bounds=(0.0, 0.5)),
+        Parameter(name="gamma", bounds=(-1.5, 1.5)),
+    ),
+    basis=_farseer,
+    report=_farseer_report,
+    constants={"N0": 1.0, "D0": 1.0},
+    source="Farseer (Li et al. 2025)",
+)
+
+_ONE_VARIABLE: dict[str, Callable[[str], Law]] = {
+    "power": partial(power, offset=False),
+    "power_offset": power,
+    "saturating": saturating,
 }
+"""Laws in one variable, as functions of its name."""
+_JOINT = (CHINCHILLA, KAPLAN, COUPLED, FARSEER, OVERTRAINED, REPEATED, REPEATED_BOTH, OVERFITTING)
+
+LAWS = {law.name: law for law in (*(make("x") for make in _ONE_VARIABLE.values()), *_JOINT, LINK_SIGMOID)}
 """Name -> law; those in x go on any variable: `power_offset:N`."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.checks import WIDE_DERIVED
+from aimscale.analysis.fitting.diagnostics import WIDE_DERIVED
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Columns, Law, Params

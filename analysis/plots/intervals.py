@@ -13,7 +13,7 @@ from aimscale.analysis.plots.parts import plain, record, shared_legend
 from aimscale.analysis.plots.style import MARKERS, MUTED, PAPER, new_figure, palette, styled
 
 if TYPE_CHECKING:
-    from aimscale.analysis.effects.contrasts import Contrast, Contrasts
+    from aimscale.analysis.effects.result import Contrast, Contrasts
 
 
 @styled()

@@ -1,10 +1,9 @@
-"""Training curves: what was measured between budgets, the budgets that branch off, and the first plateau."""
+"""Training curves: losses between budgets, and the budgets that branch off."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,34 +11,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aimscale.analysis.plots.parts import axis_label, lines, percent_axis, plain, scatter, series_of, shared_legend
-from aimscale.analysis.plots.style import DOUBLE, MUTED, SINGLE, log_axis, new_figure, styled
+from aimscale.analysis.plots.style import DOUBLE, SINGLE, log_axis, new_figure, styled
 from aimscale.analysis.table.read import loss_unit, probe_frame
-
-if TYPE_CHECKING:
-    from aimscale.analysis.effects.plateau import Plateau
 
 DECAY_SHARE = 0.2
 """Share of a budget that is decay where the set-up of a run does not say: the default of `schedule.decay_fraction`."""
-BAND: dict[str, Any] = {"linewidth": 6.0, "alpha": 0.25, "solid_capstyle": "butt", "zorder": 1}
-"""Look of a first plateau."""
 
 
 @styled()
-def plot_curves(
-    curves: pd.DataFrame,
-    budgets: pd.DataFrame,
-    probes: pd.DataFrame | None = None,
-    plateaus: Mapping[str, Plateau] | None = None,
-) -> Figure:
+def plot_curves(curves: pd.DataFrame, budgets: pd.DataFrame, probes: pd.DataFrame | None = None) -> Figure:
     """Draw validation loss against images seen, a line per run in the colour of its size; accuracies beside it.
 
-    Budgets are markers, joined to where their decay branched off; a first plateau is a broad band along its curve.
+    Budgets are markers, joined to where their decay branched off.
 
     Args:
         curves: points during training: run_id, images_seen, val_loss, params_total.
         budgets: rows of budgets of the same runs, with the same columns and setup.
         probes: `probe_frame` of the curves, of one kind of probe: a further panel per task.
-        plateaus: run_id -> its first plateau.
 
     Returns:
         A matplotlib figure; `save` writes it.
@@ -48,7 +36,7 @@ def plot_curves(
         >>> curves = read_tables("curves.parquet")
         >>> plot_curves(curves, read_table("results.parquet"))
     """
-    probes, plateaus = probe_frame(curves[:0]) if probes is None else probes, plateaus or {}
+    probes = probe_frame(curves[:0]) if probes is None else probes
     x, unit = "images_seen", loss_unit(budgets)
     both = pd.concat([curves, budgets], ignore_index=True)
     labels, _ = series_of(both, "params_total")
@@ -61,9 +49,6 @@ def plot_curves(
         lines(ax, rows, x, y, by, rows["run_id"].map(label_of).astype(labels.dtype), what, **look)
 
     draw(panels[0], curves, "val_loss", "run_id", "during training")
-    for run, plateau in plateaus.items():
-        still = curves[(curves["run_id"] == run) & curves[x].between(plateau.start, plateau.stop)]
-        draw(panels[0], still, "val_loss", "run_id", "first plateau", **BAND)
     ends = [end for _, row in budgets.dropna(subset=["val_loss"]).iterrows() for end in _decay(row, curves)]
     decays = pd.DataFrame(ends, columns=["run_id", "budget", x, "val_loss"])
     draw(panels[0], decays, "val_loss", "budget", "decay", linestyle=(0, (2, 1.5)))
@@ -77,8 +62,6 @@ def plot_curves(
     for ax in panels:
         log_axis(ax, "x", both[x])
         ax.set_xlabel(axis_label(x, unit))
-    if plateaus:
-        panels[0].plot([], [], label="first plateau", color=MUTED, **BAND)
     shared_legend(figure, panels[:1], axis_label("params_total", unit), 8 if tasks else 4)
     return figure
 

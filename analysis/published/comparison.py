@@ -12,14 +12,15 @@ import pandas as pd
 from scipy.stats import norm
 
 from aimscale.analysis.display import Result, fact_lines, text_table
-from aimscale.analysis.effects.paired import hits_of, paired
+from aimscale.analysis.effects.paired import POWER, hits_of, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.result import NOT_IDENTIFIED
 from aimscale.analysis.published.published import TASKS, all_beside_paper, best_frozen, published_frame, table6
 from aimscale.analysis.table.names import joined, their_name
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import beside, probe_frame
-from aimscale.analysis.words import NOT_IDENTIFIED, POWER, Flag, flag_words, human
+from aimscale.analysis.words import Flag, flag_words, human
 
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""
@@ -53,7 +54,7 @@ class Comparison(Result):
     exponents: pd.DataFrame
     """Exponents: whose, N counts, exponent, low, high, n_low, n_high."""
     left_out: tuple[Flag, ...]
-    """What is not comparable, and why."""
+    """Things that are not comparable, and why."""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -94,24 +95,18 @@ INTERVALS = {
     "n_low": ("n_high", "range of N"),
 }
 """Column of a lower end -> that of the upper end, and the head of both in one."""
-UPPER = {high for high, _ in INTERVALS.values()}
 
 
 def share_cells(frame: pd.DataFrame) -> list[dict[str, str]]:
     """Write rows for a reader: shares in per cent, intervals in one column."""
-    shares = (*SHARES, "low", "high") if "difference" in frame else SHARES
-    texts = {
-        str(name): [each if isinstance(each, str) else _number(each, str(name).startswith(shares)) for each in column]
-        for name, column in frame.items()
-    }
-    cells = {}
-    for name in texts:
-        if name in INTERVALS:
-            high, head = INTERVALS[name]
-            cells[head] = [f"[{a}, {b}]" for a, b in zip(texts[name], texts[high], strict=True)]
-        elif name not in UPPER:
-            cells[name] = texts[name]
-    return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
+    shares, rows = (*SHARES, "low", "high") if "difference" in frame else SHARES, list[dict[str, str]]()
+    for row in frame.to_dict("records"):
+        words = {str(k): v if isinstance(v, str) else _number(v, str(k).startswith(shares)) for k, v in row.items()}
+        for low, (high, _) in INTERVALS.items():
+            if low in words:
+                words[low] = f"[{words[low]}, {words.pop(high)}]"
+        rows.append({INTERVALS[name][1] if name in INTERVALS else name: text for name, text in words.items()})
+    return rows
 
 
 def _number(value: float, is_share: bool) -> str:
@@ -131,15 +126,17 @@ def compare(frame: pd.DataFrame) -> Comparison:
     """
     found = usable_rows(frame)
     probes = probe_frame(complete(frame))
-    left_out = [*(Flag(kind="rows_left_out", subject=str(each)) for each in found.exclusions)]
-    shared = _shared(probes, left_out)
-    left_out.append(Flag(kind="loss_levels"))
+    shared, others = _shared(probes)
+    exponents, unknown = _exponents(found.rows)
+    text = "Losses: the paper's are on IN-1k at 224 px, these on the table's own images."
+    losses = Flag(kind="loss_levels", text=text)
+    rows = [Flag(kind="rows_left_out", subject=str(each), text=f"{each}.") for each in found.exclusions]
     return Comparison(
         tasks=_task_rows(shared),
         baselines=beside_runs(_last_budgets(probes[probes["kind"] != ADAPTED]), read_baselines(frame)),
         ablations=all_beside_paper(frame),
-        exponents=_exponents(found.rows, left_out),
-        left_out=tuple(left_out),
+        exponents=exponents,
+        left_out=(*rows, *others, losses, *unknown),
     )
 
 
@@ -177,35 +174,30 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     below = np.hypot(both["top1"] - both["top1_lo95"], both["baseline_hi95"] - both["baseline_top1"])
     above = np.hypot(both["top1_hi95"] - both["top1"], both["baseline_top1"] - both["baseline_lo95"])
     detectable = (1 + norm.ppf(POWER) / norm.ppf(0.975)) / 2 * (below + above)
-    ends = {"gap_lo95": gap - below, "gap_hi95": gap + above, "detectable": detectable, "p": np.nan}
-    both = both.assign(gap=gap, is_paired=False, **ends)
+    both = both.assign(gap=gap, gap_lo95=gap - below, gap_hi95=gap + above, detectable=detectable)
+    both = both.assign(is_paired=False, p=np.nan)
+    ends = ["is_paired", "gap_lo95", "gap_hi95", "detectable", "p"]
     for row, one, other in zip(both.index, both["theirs"], both["ours"], strict=True):
         if found := paired([one], [other]):
-            both.loc[row, ["is_paired", "gap_lo95", "gap_hi95", "detectable", "p"]] = (
-                True,
-                found.low,
-                found.high,
-                found.detectable,
-                found.p,
-            )
+            both.loc[row, ends] = True, found.low, found.high, found.detectable, found.p
     verdict = np.select([both["gap_lo95"] > 0, both["gap_hi95"] < 0], ["above", "below"], "no significant difference")
     return both.assign(verdict=verdict).reindex(columns=columns)
 
 
-def _shared(probes: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
-    """Choose attentive results on the paper's tasks; what else there is goes to `left_out`."""
-    known = probes[probes["task"].isin(TASKS)]
-    kept = known[known["kind"] == PROTOCOL].dropna(subset=["top1"])
+def _shared(probes: pd.DataFrame) -> tuple[pd.DataFrame, list[Flag]]:
+    """Choose attentive results on the paper's tasks, and flag what else there is."""
+    is_known, is_attentive = probes["task"].isin(TASKS), probes["kind"] == PROTOCOL
+    kept = probes[is_known & is_attentive].dropna(subset=["top1"])
+    others = probes.loc[is_known & ~is_attentive, "kind"]
     sides = kept["image_size"].dropna().astype(int) if "image_size" in kept else pd.Series(dtype=int)
-    others = {
-        "other_tasks": probes.loc[~probes["task"].isin(TASKS), "task"],
-        "other_probes": known.loc[known["kind"] != PROTOCOL, "kind"],
-        "other_sides": sides[sides != PAPER_SIDE].sort_values(),
-    }
-    for kind, values in others.items():
-        if len(values):
-            left_out.append(Flag(kind=kind, subject=", ".join(map(str, values.unique())), number=PAPER_SIDE))
-    return kept
+    sides = sides[sides != PAPER_SIDE].sort_values()
+    found = (
+        ("other_tasks", "Tasks that the paper does not have: {}.", probes.loc[~is_known, "task"]),
+        ("other_probes", "Probes of another kind than Table 6's attentive one: {}.", others),
+        ("other_sides", f"Resolution: these runs see {{}} px, AIM {PAPER_SIDE} px, which is part of every gap.", sides),
+    )
+    named = [(kind, text, ", ".join(map(str, values.unique()))) for kind, text, values in found if len(values)]
+    return kept, [Flag(kind=k, subject=names, number=PAPER_SIDE, text=text.format(names)) for k, text, names in named]
 
 
 def _last_budgets(rows: pd.DataFrame) -> pd.DataFrame:
@@ -230,19 +222,24 @@ def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
     return out.assign(best_frozen=best, best_frozen_top1=top, gap_to_best_frozen=out["top1"] - top)
 
 
-def _exponents(usable: pd.DataFrame, left_out: list[Flag]) -> pd.DataFrame:
+def _exponents(usable: pd.DataFrame) -> tuple[pd.DataFrame, list[Flag]]:
     """Fit the paper's slopes and ours: a pure power law, as theirs, over sizes at one budget."""
     rows = [_exponent("AIM, four published points", published_frame(), count) for count in COUNTS]
-    seen = their_name(usable, "images_seen", "images seen")
+    seen, flags = their_name(usable, "images_seen", "images seen"), list[Flag]()
     for count in COUNTS:
-        if count not in usable or usable[count].isna().all() or usable.empty:
+        if count not in usable or usable[count].isna().all():
             continue
-        subset, words = _widest_slice(usable, count, "images_seen") if "images_seen" in usable else (usable, "all")
+        subset, words = usable, "all"
+        if "images_seen" in usable:  # the budget with most sizes, the largest of these
+            num_sizes = usable.groupby("images_seen")[count].nunique()
+            budget = num_sizes[num_sizes == num_sizes.max()].index.max()
+            subset, words = usable[usable["images_seen"] == budget], f"{budget:,.0f}"
         try:
             rows.append(_exponent(f"this table, {words} {seen}", subset, count))
         except AnalysisError as error:
-            left_out.append(Flag(kind="no_result", subject=f"Our exponent on {count}", more=(str(error),)))
-    return pd.DataFrame(rows)
+            subject = f"Our exponent on {count}"
+            flags.append(Flag(kind="no_result", subject=subject, text=f"{subject}: {error}"))
+    return pd.DataFrame(rows), flags
 
 
 def _exponent(whose: str, frame: pd.DataFrame, count: str) -> dict[str, float | str]:
@@ -257,12 +254,3 @@ def _exponent(whose: str, frame: pd.DataFrame, count: str) -> dict[str, float | 
     interval, (n_low, n_high) = found.intervals["a"], found.ranges["N"]
     row: dict[str, float | str] = {"whose": whose, "N": count, "exponent": found.params["a"]}
     return row | {"low": interval.low, "high": interval.high, "n_low": n_low, "n_high": n_high}
-
-
-def _widest_slice(frame: pd.DataFrame, varies: str, fixed: str) -> tuple[pd.DataFrame, str]:
-    """Find the rows at the value of `fixed` with most values of `varies` (the largest such value), and that value."""
-    spread = frame.groupby(fixed)[varies].nunique()
-    if spread.empty:
-        return frame.iloc[:0], "no"
-    value = spread[spread == spread.max()].index.max()
-    return frame[frame[fixed] == value], f"{value:,.0f}"

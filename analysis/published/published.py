@@ -1,9 +1,7 @@
 """Published results as cited tables: AIM's Table 6, its four sizes, and its ablations beside the same changes here.
 
-The figures stand in `data/*.csv` with their sources: copied from the paper (El-Nouby et al., "Scalable Pre-training of
-Large Autoregressive Image Models", arXiv 2401.08541, ICML 2024), in per cent as they are printed, or counted from the
-released weights; nothing is measured by this project. The tables that this module hands out hold accuracies as
-fractions, like the results table.
+`data/*.csv` hold the figures with their sources: copied from the paper (El-Nouby et al., arXiv 2401.08541) in per cent
+as printed, or counted from the released weights. The tables made of them hold accuracies as fractions.
 """
 
 from __future__ import annotations
@@ -16,7 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors, level_name
+from aimscale.analysis.effects.contrasts import contrast, factors
+from aimscale.analysis.effects.result import Contrasts, level_name
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.design import DEFAULT
 from aimscale.analysis.table.points import complete
@@ -32,9 +31,10 @@ KINDS = ["linear", "attentive"]
 """Probes of the paper's ablations."""
 
 
-def _fractions(percent: pd.DataFrame) -> pd.DataFrame:
-    """Write per cent as fractions, without the dust of division."""
-    return (percent / 100).round(4)
+def _read(name: str, shares: list[str]) -> pd.DataFrame:
+    """Read a table whose shares are printed in per cent."""
+    out = pd.read_csv(DATA / name)
+    return out.assign(**{share: (out[share] / 100).round(4) for share in shares})
 
 
 @functools.cache
@@ -46,8 +46,7 @@ def table6() -> pd.DataFrame:
         or `as published` for the other methods), image_size, one column per task of `TASKS`, printed_mean, source, and
         mean (recomputed).
     """
-    out = pd.read_csv(DATA / "table6.csv", index_col="key")
-    out[[*TASKS, "printed_mean"]] = _fractions(out[[*TASKS, "printed_mean"]])
+    out = _read("table6.csv", [*TASKS, "printed_mean"]).set_index("key")
     return out.assign(mean=out[list(TASKS)].mean(axis=1))
 
 
@@ -62,10 +61,8 @@ def published_frame() -> pd.DataFrame:
         flops_per_image (3 x forward, 256 tokens); val_loss (IN-1k, Figure 1); in1k_last6, in1k_best6 (Table 6),
         in1k_lora (Table 8, not frozen); source.
     """
-    out = pd.read_csv(DATA / "sizes.csv", dtype={"flops_per_image": float}).drop(columns="images_seen")
-    shares = ["in1k_last6", "in1k_best6", "in1k_lora"]
-    out[shares] = _fractions(out[shares])
-    return out
+    out = _read("sizes.csv", ["in1k_last6", "in1k_best6", "in1k_lora"]).drop(columns="images_seen")
+    return out.astype({"flops_per_image": float})
 
 
 def best_frozen(task: str) -> str:
@@ -78,16 +75,14 @@ def ablations() -> pd.DataFrame:
     """Read the published cells: ablation, setting, ours (`column=level`, several with | between; empty where a results
     table has no column for it), linear and attentive (top-1 as fractions), task, source.
     """
-    cells = pd.read_csv(DATA / "ablations.csv").fillna({"ours": ""})
-    cells[KINDS] = _fractions(cells[KINDS])
-    return cells
+    return _read("ablations.csv", KINDS).fillna({"ours": ""})
 
 
 @functools.cache
 def _cells() -> dict[tuple[str, str], pd.Series]:
     """Map columns and levels to the cells that mean them."""
-    named = ((name, cell) for _, cell in ablations().iterrows() for name in cell["ours"].split("|") if name)
-    return {(name.partition("=")[0], name.partition("=")[2]): cell for name, cell in named}
+    named = ((*name.split("="), cell) for _, cell in ablations().iterrows() for name in cell["ours"].split("|") if name)
+    return {(column, level): cell for column, level, cell in named}
 
 
 def _varied() -> set[str]:
@@ -103,37 +98,24 @@ def beside_paper(found: Contrasts) -> pd.DataFrame:
         an interval), published_on, task, difference (ours), low, high, over (what the interval covers), N (parameters
         of our smallest and largest run: of the backbone, where the table counts them).
     """
-    if found.by not in _varied():
-        return pd.DataFrame()
-    rows = found.rows
+    rows, out = found.rows, list[dict[str, Any]]()
     count = "params_trunk" if "params_trunk" in rows else "params_total"
-    out: list[dict[str, Any]] = []
-    for each in [c for c in found.contrasts if c.measure.column == "top1" and c.measure.kind in KINDS]:
+    asked = (c for c in found.contrasts if c.measure.column == "top1" and c.measure.kind in KINDS)
+    for each in asked if found.by in _varied() else ():
         keys, kind = [name for name in each.pairs if name in rows], each.measure.kind
         paired = rows.astype(dict.fromkeys(keys, object)).merge(each.pairs[keys].drop_duplicates())
         names = paired[found.by].map(level_name, na_action="ignore")
         ours, theirs = (_settings(paired[names == name], found.by, name) for name in (each.level, each.baseline))
-        shared = [(ours[column], theirs[column]) for column in ours if column in theirs]
-        if not shared or shared[0][0]["setting"] == shared[0][1]["setting"] or pd.isna(shared[0][0][kind]):
+        shared = next(([ours[c], theirs[c]] for c in ours if c in theirs), [])
+        if len({cell["setting"] for cell in shared}) < 2 or pd.isna(shared[0][kind]):
             continue
-        level, baseline = shared[0]
+        level, baseline = shared
+        sizes = dict.fromkeys(map(human, (paired[count].min(), paired[count].max())))
         row = {"change": f"{level['setting']} over {baseline['setting']}", "kind": kind}
         row |= {"published": level[kind] - baseline[kind], "published_on": level["task"], "task": each.measure.task}
         row |= {name: getattr(each, name) for name in ("difference", "low", "high", "over")}
-        sizes = dict.fromkeys(map(human, (paired[count].min(), paired[count].max())))
         out.append(row | {"N": " to ".join(sizes)})
     return pd.DataFrame(out)
-
-
-def in_words(beside: pd.DataFrame) -> Iterator[str]:
-    """Write a sentence per row of `beside_paper`."""
-    for row in beside.to_dict("records"):
-        interval = f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" if row["over"] else ""
-        yield (
-            f"Paper: {row['change']} {100 * row['published']:+.1f} ({measured_by(row['kind'])} on "
-            f"{row['published_on']}, AIM-0.6B); here {100 * row['difference']:+.1f}{interval} "
-            f"({row['task']}, N = {row['N']})."
-        )
 
 
 def _settings(rows: pd.DataFrame, by: str, level: str) -> dict[str, pd.Series]:
@@ -147,6 +129,17 @@ def _settings(rows: pd.DataFrame, by: str, level: str) -> dict[str, pd.Series]:
         rules = rows["head_rule"].unique().tolist() if (rows[own] == DEFAULT).all(axis=None) else []
         names |= {"head_rule": "none"} if level == "0" else {"head_rule": rules[0]} if len(rules) == 1 else {}
     return {column: _cells()[column, word] for column, word in names.items() if (column, word) in _cells()}
+
+
+def in_words(beside: pd.DataFrame) -> Iterator[str]:
+    """Write a sentence per row of `beside_paper`."""
+    for row in beside.to_dict("records"):
+        interval = f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" if row["over"] else ""
+        yield (
+            f"Paper: {row['change']} {100 * row['published']:+.1f} ({measured_by(row['kind'])} on "
+            f"{row['published_on']}, AIM-0.6B); here {100 * row['difference']:+.1f}{interval} "
+            f"({row['task']}, N = {row['N']})."
+        )
 
 
 def all_beside_paper(frame: pd.DataFrame) -> pd.DataFrame:

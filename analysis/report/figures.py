@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy, plot_published
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
 from aimscale.analysis.plots.style import inline_svg, save
@@ -19,7 +20,7 @@ from aimscale.analysis.report.study import Study, probe_kinds
 from aimscale.analysis.report.tables import html_id
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
-from aimscale.analysis.words import accuracy_of, human
+from aimscale.analysis.words import accuracy_of
 
 MAX_TASKS = 5
 """Tasks in one figure of accuracies; more make further figures, each of which fits a page."""
@@ -158,12 +159,9 @@ def _training(study: Study) -> Iterator[PageFigure]:
     probes = probe_frame(study.curves)
     kinds = probe_kinds(probes)
     budgets = complete(study.main).dropna(subset=["val_loss", "params_total"])
-    figure = plot_curves(curves, budgets, probes[probes["kind"] == kinds[0]] if kinds else probes, study.plateaus)
+    figure = plot_curves(curves, budgets, probes[probes["kind"] == kinds[0]] if kinds else probes)
     told = " Markers: budgets, each joined to the point where its decay began."
-    if study.plateaus:
-        ends = [(each.start, each.stop) for each in study.plateaus.values()]
-        low, high = human(min(start for start, _ in ends)), human(max(stop for _, stop in ends))
-        told += f" Thick: the first plateau of {len(ends)} runs, {low} to {high} {study.samples}."
+    told += "".join(f" {flag}" for flag in plateau_flags(budgets))
     yield page_figure("curves", "Training curves", f"Validation loss during training, before decays.{told}", figure)
 
 

@@ -20,10 +20,10 @@ import pandas as pd
 from aimscale.analysis.accuracy.correlation import correlate
 from aimscale.analysis.accuracy.links import link, task_level
 from aimscale.analysis.accuracy.result import Correlation
-from aimscale.analysis.effects.contrasts import Contrasts, contrast, factors
+from aimscale.analysis.effects.contrasts import contrast, factors
 from aimscale.analysis.effects.noise_sources import Noise, noise
-from aimscale.analysis.effects.plateau import Plateau, first_plateau
 from aimscale.analysis.effects.repetition import Repeats, repeats
+from aimscale.analysis.effects.result import Contrasts
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.holdout import held_out
@@ -100,8 +100,6 @@ class Study:
     """The runs beside published models and baselines, of a table that is ours."""
     curves: pd.DataFrame = field(default_factory=lambda: read_curves(()))
     """Points during training of the main experiment's runs."""
-    plateaus: dict[str, Plateau] = field(default_factory=dict)
-    """run_id -> the first plateau of its curve."""
     missing: list[str] = field(default_factory=list)
     """What the table did not allow, in sentences."""
 
@@ -203,14 +201,11 @@ def study_tables(
 
 
 def _training(study: Study) -> None:
-    """Points during training of the main experiment's runs, and the first plateaus of their losses."""
+    """Points during training of the main experiment's runs."""
     if "run_id" not in study.main:
         return
     curves = read_curves(study.paths)
     study.curves = curves[curves["run_id"].isin(study.main["run_id"])]
-    for run, rows in study.curves.groupby("run_id"):
-        if found := first_plateau(rows["images_seen"].to_numpy(float), rows["val_loss"].to_numpy(float)):
-            study.plateaus[str(run)] = found
 
 
 def _contrast(study: Study) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from aimscale.analysis.display import Result
-from aimscale.analysis.effects.contrasts import Contrasts
+from aimscale.analysis.effects.result import Contrasts
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecast import scale_words
 from aimscale.analysis.published.comparison import ADAPTED, Comparison, share_cells

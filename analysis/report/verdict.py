@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.extrapolation import EXPONENTS, held_out_cautions
 from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Fit
@@ -15,7 +16,7 @@ from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.points import passes_flags
-from aimscale.analysis.words import EXPONENTS, Flag, held_out_cautions, human, percent
+from aimscale.analysis.words import Flag, human, percent
 
 Colour = Literal["green", "amber", "red"]
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}

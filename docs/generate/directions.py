@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from aimscale.analysis.effects.contrasts import Contrast, Contrasts, contrast
+from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.effects.gains import ASKS_OTHERWISE, Gain, gains
+from aimscale.analysis.effects.result import Contrast, Contrasts
 from aimscale.analysis.table.read import read_tables
 
 PAGE = Path(__file__).parents[1] / "study/cifar.md"

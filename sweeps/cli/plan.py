@@ -15,11 +15,9 @@ from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.words import Flag
 from aimscale.harness.device.execution import NETWORK_BYTES_PER_S, NVLINK_BYTES_PER_S
 from aimscale.harness.device.sheets import DECODED_PER_S
-from aimscale.harness.run.row import planned_columns
 from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, say_next
 from aimscale.sweeps.plan.checks import Problem, check, refuse, together, whose
 from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
-from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.table.views import Column, Line, axis_columns, duration, fitted_table, keyed, new_console, number
@@ -30,7 +28,7 @@ def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
     loaded = load_sweep(sweep, root)
     runs = plan_runs(loaded)
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
-    plateau = in_plateau(loaded, runs)
+    plateau = in_plateau(loaded)
     if as_json:
         found = to_json(cards) | {"problems": [asdict(each) for each in problems], "flags": [*map(str, plateau)]}
         typer.echo(json.dumps(found, indent=1))
@@ -42,17 +40,14 @@ def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
     say_next("launch", sweep, root)
 
 
-def in_plateau(sweep: Sweep, runs: Sequence[Run]) -> tuple[Flag, ...]:
-    """Which planned budgets the curves that were collected so far show to lie inside a first plateau."""
-    if not (sweep.directory / "curves.parquet").is_file():
+def in_plateau(sweep: Sweep) -> tuple[Flag, ...]:
+    """Flag budgets that the rows collected so far show to lie inside a first plateau."""
+    if not (sweep.directory / "results.parquet").is_file():
         return ()
     from aimscale.analysis.effects.plateau import plateau_flags
-    from aimscale.analysis.table.read import read_curves
-    from aimscale.analysis.table.schema import results_table
+    from aimscale.analysis.table.read import read_tables
 
-    same = [planned_columns(run.config) for run in runs]
-    rows = [row | {"images_seen": each} for row, run in zip(same, runs, strict=True) for each in run.budgets]
-    return plateau_flags(results_table(rows).to_pandas(), read_curves([sweep.directory]))
+    return plateau_flags(read_tables([sweep.directory]))
 
 
 def print_plan(

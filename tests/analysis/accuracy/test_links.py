@@ -11,6 +11,16 @@ from aimscale.analysis.accuracy.links import link
 from aimscale.analysis.errors import AnalysisError
 
 BOARD = Path(__file__).parents[2] / "board"
+EXPONENTIAL = laws.Law(
+    name="exponential",
+    formula="accuracy = 1 - eps + k exp(-gamma L)",
+    variables=("L",),
+    linear=(laws.coefficient("floor"), laws.coefficient("k")),
+    nonlinear=(laws.exponent("gamma", 0.01, 100.0),),
+    basis=lambda x, t: (1.0, np.exp(-t["gamma"] * x["L"])),
+    report=lambda p: {"eps": 1 - p["floor"], "k": p["k"], "gamma": p["gamma"]},
+)
+"""Gadre et al. 2024, there as error = eps - k exp(-gamma L); the floor is 1 - eps."""
 
 
 @pytest.fixture
@@ -35,7 +45,7 @@ def test_gadres_fits_and_four_percentages():
     six = pd.concat([five, df[(df["size"] == "open_lm_1b") & (multiple == 1)]])
     law = fit(five, laws.OVERTRAINED, y="loss", objective="lsq")
     columns, acc = {"L": "loss"}, six.assign(acc=1 - six["err_avg17"])
-    to_error = fit(acc, "link_exponential", y="acc", columns=columns, objective="lsq")
+    to_error = fit(acc, EXPONENTIAL, y="acc", columns=columns, objective="lsq")
     assert round(law.params["E"], 4) == 1.8366
     assert round(-2 * law.params["h"], 5) == -0.27285
     assert [round(to_error.params[k], 4) for k in ("eps", "k", "gamma")] == [0.8570, 2.2065, 0.7146]

@@ -9,8 +9,7 @@ from scipy.stats import f as fisher
 from tables import law_grid
 
 from aimscale.analysis import fit, laws
-from aimscale.analysis.fitting.lackoffit import positive_probability, ratio_test
-from aimscale.analysis.words import FLAGS, Flag
+from aimscale.analysis.fitting.diagnostics import positive_probability, ratio_test
 
 
 def flags_of(df: pd.DataFrame, y: str = "val_loss") -> set[tuple[str, str]]:
@@ -21,14 +20,6 @@ def flags_of(df: pd.DataFrame, y: str = "val_loss") -> set[tuple[str, str]]:
 def noisy_grid(rng: np.random.Generator, sizes: int = 6, budgets: int = 5) -> pd.DataFrame:
     rows = law_grid(sizes=(1e5, 1e7, sizes), budgets=(1e5, 3e6, budgets), noise=0.003, rng=rng).drop(columns="C")
     return rows.assign(size=[f"s{n:.0f}" for n in rows["N"]])
-
-
-def test_every_kind_of_flag_has_words():
-    for kind in FLAGS:
-        words = str(Flag(kind=kind, subject="alpha", number=0.5, more=(1.0, 2.0, 3.0, 4.0, 5.0)))
-        assert "{" not in words.replace('={"', "")  # but for a dictionary of Python
-    told = [str(Flag(kind="pattern", subject="N", p=p, more=(9.0, 2.0, 3.0))) for p in (0.0123, 1.49e-138)]
-    assert ["p = 0.01)" in told[0], "p < 0.0001)" in told[1]] == [True, True]
 
 
 def test_what_the_data_do_not_pin_down_is_not_printed_as_digits(grid):

@@ -94,13 +94,11 @@ def test_components_are_those_that_made_the_table():
     design = linear_design(x, np.ones(144))
     for _ in range(200):
         y = 0.5 * rng.standard_normal(12)[size] + 0.3 * rng.standard_normal(36)[run] + 0.2 * rng.standard_normal(144)
-        y += 0.4 * rng.standard_normal(4)[groups.budgets]
+        y += 0.4 * rng.standard_normal(4)[groups["budgets"]]
         found.append(components_of(design, residual_of(x, y, np.ones(144)), groups))
     names = ("sizes", "budgets", "runs")
     variances = np.mean([[*(c.shared[n] ** 2 for n in names), c.point**2] for c in found], axis=0)
     assert variances == pytest.approx([0.25, 0.16, 0.09, 0.04], rel=0.12)
-    errors = found[0].simulate(groups, 144, 2000, rng)
-    assert np.corrcoef(errors[:, 0], errors[:, 1])[0, 1] > np.corrcoef(errors[:, 0], errors[:, 143])[0, 1] + 0.3
 
 
 def test_groups_are_told_from_the_table_and_only_where_they_show():
@@ -108,18 +106,17 @@ def test_groups_are_told_from_the_table_and_only_where_they_show():
     rows = pd.DataFrame({"run_id": [f"r{i // 2}" for i in range(12)]})
     found = groups_of(rows, {"N": n})
     assert found.counts == {"sizes": 3, "runs": 6}
-    assert groups_of(rows.assign(run_id=range(12)), {"N": n}).runs is None
-    assert groups_of(rows.assign(run_id=np.repeat(["a", "b", "c"], 4)), {"N": n}).runs is None  # runs that are sizes
+    assert "runs" not in groups_of(rows.assign(run_id=range(12)), {"N": n})
+    assert "runs" not in groups_of(rows.assign(run_id=np.repeat(["a", "b", "c"], 4)), {"N": n})  # runs that are sizes
     assert groups_of(rows[[]], {"N": n}).counts == {"sizes": 3}
     d = np.tile([1e6, 2e6, 4e6, 8e6], 3)
     assert groups_of(rows, {"N": n, "D": d}).counts == {"sizes": 3, "budgets": 4, "runs": 6}
-    assert groups_of(rows, {"N": n, "D": 1e14 / n}).budgets is None, "one budget of compute"
+    assert "budgets" not in groups_of(rows, {"N": n, "D": 1e14 / n}), "one budget of compute"
     assert groups_of(rows, {"N": n, "D": np.tile([1e14, 2e14, 4e14, 8e14], 3) / n}).counts["budgets"] == 4
-    assert groups_of(rows, {"N": n, "D": np.exp(np.arange(12.0))}).budgets is None
+    assert "budgets" not in groups_of(rows, {"N": n, "D": np.exp(np.arange(12.0))})
     bent = np.column_stack([np.ones(12), np.log(n), np.log(n) ** 2])
     left, unseen, _ = visible_groups(found, bent)
-    assert (left.sizes, unseen) == (None, ("sizes",))
-    assert left.runs is not None
+    assert (set(left), unseen) == ({"runs"}, ("sizes",))
     sizes, budgets = np.meshgrid(np.arange(7), np.arange(4))
     law = np.column_stack([np.ones(28), *(v.ravel() ** k for v in (sizes, budgets) for k in (1, 2))])
     _, unseen, few = visible_groups(Groups(sizes=sizes.ravel(), budgets=budgets.ravel()), law)
@@ -163,9 +160,9 @@ def test_what_a_forecast_fits_a_user_can_fit(grid):
     """S26: laws are weighted by compute in forecasts, and `fit` took no weights."""
     law = fit(grid, "chinchilla", weights="compute", objective="log_lsq")
     far = {"N": np.array([1e8]), "D": np.array([1e8]), "C": np.array([1e17])}
-    curve = forecaster(grid, law="chinchilla").stack.curves["chinchilla"]
+    curve = forecaster(grid, law="chinchilla").curves["chinchilla"]
     assert np.exp(curve.predict(far)[0]) == pytest.approx(law.predict(far)["value"].to_numpy(), rel=1e-6)
-    assert law.estimate.num_runs == pytest.approx(curve.num_runs)
+    assert law.estimate.num_runs == pytest.approx(curve.law.num_runs)
     assert law.estimate.num_runs < len(grid) / 2
     alike = fit(grid.assign(weight=2.0), "chinchilla", weights="weight")
     assert alike.params == pytest.approx(fit(grid, "chinchilla").params)
@@ -177,6 +174,3 @@ def test_any_function_of_the_parameters_has_an_interval(grid):
     law = fit(grid, "chinchilla")
     low, high = law.estimate.interval_of(lambda p: p["beta"] / (p["alpha"] + p["beta"]))
     assert [low[0], high[0]] == pytest.approx([law.intervals["a"].low, law.intervals["a"].high])
-    tables = law.estimate.simulate(400, np.random.default_rng(0))
-    spread = np.log(tables).std(axis=0)
-    assert spread == pytest.approx(np.full(len(grid), law.estimate.components.total), rel=0.2)

@@ -46,7 +46,7 @@ def test_the_design_says_what_no_loss_could_identify(law, design, held, lost):
     df["U"] = df["D"].max()
     found = laws.find_law(law)
     x = {v: df[v].to_numpy() for v in found.variables}
-    found = found.centred(Columns(x)) if found.centred else found
+    found = found.centred(Columns(x))
     assert set(unidentified(found, x, held)) & set(found.reported(dict.fromkeys(found.names, 0.5))) == lost
     rng = np.random.default_rng(1)
     if "C" not in x:  # values within a few per cent are one value

@@ -1,0 +1,193 @@
+"""One change's differences: a level of a column against the baseline, in every measure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.display import Result, plain_fields
+from aimscale.analysis.effects.paired import LEAST_SIZES, POWER, Paired
+from aimscale.analysis.table.measures import Measure
+from aimscale.analysis.words import Flag, flag_words, p_value, some
+
+BETTER, WORSE, ALIKE = "better", "worse", "no significant difference"
+"""Verdicts."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Contrast(Result):
+    """One level against the baseline, in one measure."""
+
+    measure: Measure
+    baseline: str
+    """Level that is subtracted."""
+    level: str
+    num_pairs: int
+    num_run_pairs: int
+    """Pairs of runs: budgets of the same two runs are averaged first."""
+    num_sizes: int
+    """Sizes of the pairs, clusters of the interval from three on; 0 where sizes are compared or not known."""
+    num_budgets: int
+    """Budgets that are clusters of the interval, too; 0 where it speaks of these budgets alone."""
+    degrees: float
+    """Degrees of freedom of the interval; NaN where it is over test images, or there is none."""
+    baseline_mean: float
+    """Mean of the measure at the baseline, over pairs of runs."""
+    level_mean: float
+    difference: float
+    """Mean of level minus baseline."""
+    low: float
+    """Lower end of its interval (see `over`); NaN where nothing tells one."""
+    high: float
+    ratio: float
+    """Geometric mean of level over baseline; NaN where a value is not positive."""
+    ratio_low: float
+    ratio_high: float
+    detectable: float
+    """Minimum detectable effect: the true difference that would be significant in 80 % of repetitions."""
+    images: Paired | None
+    """The difference over test images, for these very runs; None without hits, or where test images differ."""
+    verdict: str
+    """`better`, `worse`, or `no significant difference`."""
+    pairs: pd.DataFrame = field(repr=False)
+    """One row per pair of rows: the columns held equal that vary, baseline and level value, difference, run_pair."""
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.verdict != ALIKE
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row: the measure, the levels, their difference and ratio with intervals, the verdict."""
+        own = {k: v for k, v in vars(self).items() if k not in ("measure", "pairs", "images")}
+        images = {} if self.images is None else {f"images_{k}": v for k, v in plain_fields(self.images).items()}
+        return pd.DataFrame([{"measure": self.measure.name, **own, "over": self.over, **images}])
+
+    @property
+    def over(self) -> str:
+        """Reach of the interval: `sizes` like these, `runs` of these very sizes, `test images` of these very runs, or
+        nothing."""
+        if np.isnan(self.degrees):
+            return "test images" if self.images else ""
+        return "sizes" if self.num_sizes >= LEAST_SIZES else "runs"
+
+    @property
+    def scope(self) -> str:
+        """Pairs, sizes and budgets that the interval is over, and those that it speaks of alone."""
+        runs = "one pair of runs" if self.num_run_pairs == 1 else f"{self.num_run_pairs} pairs of runs"
+        of_rows = self.num_pairs > self.num_run_pairs
+        runs += f" ({self.num_pairs} of rows)" if of_rows else ""
+        if self.over == "":
+            return f"from {runs}{' of different sizes' * (self.num_sizes > 1)}, so without an interval"
+        if self.images is not None and self.over == "test images":
+            return f"over the {self.images.num_images:,} test images of {runs}"
+        sizes = "" if self.over == "sizes" else ("", "this size", "these two sizes")[self.num_sizes]
+        alone = " and ".join(filter(None, [sizes, "these budgets" * (of_rows and not self.num_budgets)]))
+        runs += f" at {self.num_sizes} sizes" * (not sizes and self.num_sizes > 0)
+        runs += f" and {self.num_budgets} budgets" * (self.num_budgets > 0) + f", for {alone}" * bool(alone)
+        return f"over {runs} ({self.degrees:.3g} degrees of freedom)"
+
+    @property
+    def interval_words(self) -> str:
+        """Ends of the interval in the measure's unit."""
+        return f"[{self.measure.shown_difference(self.low)}, {self.measure.shown_difference(self.high)}]"
+
+    @property
+    def ratio_words(self) -> str:
+        """Ratio with its interval; empty where there is none."""
+        return "" if math.isnan(self.ratio) else f"{self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
+
+    def sentence(self) -> str:
+        """Tell the difference, its interval and reach, and the minimum detectable effect where not significant."""
+        m, is_over_images = self.measure, self.over == "test images"
+        text = f"{m.title}: {m.shown(self.level_mean)} with {self.level}, {m.shown(self.baseline_mean)} with "
+        text += f"{self.baseline}, difference {m.shown_difference(self.difference)}"
+        if not self.over:
+            return f"{text}, {self.scope}."
+        text += f" {self.interval_words}"
+        text += f", ratio {self.ratio_words}" if self.ratio_words and not is_over_images else ""
+        text += f", {self.scope}"
+        if self.images is not None and not is_over_images:
+            text += f", on these test images (others: ±{m.shown_size(self.images.half)})"
+        elif self.images is not None and not math.isnan(self.images.p):
+            text += f", McNemar {p_value(self.images.p)}"
+        if self.is_significant:
+            return f"{text}: {self.level} is {self.verdict}."
+        effect = f"minimum detectable effect {m.shown_size(self.detectable)} at {100 * POWER:.0f} % power"
+        return f"{text}: {self.verdict} ({effect})."
+
+    headline = sentence
+
+    def row(self, by: str) -> dict[str, str]:
+        """Write a row of a table of contrasts of the column `by`."""
+        m, known = self.measure, bool(self.over)
+        over = "1 pair" if self.num_run_pairs == 1 else f"{self.num_run_pairs} pairs"
+        over += f", {self.images.num_images:,} images" if self.over == "test images" and self.images else ""
+        return {
+            "measure": m.title,
+            by: self.level,
+            "difference": m.shown_difference(self.difference),
+            "95 % interval": self.interval_words if known else "",
+            "over": over,
+            "sizes": str(self.num_sizes or ""),
+            "d.f.": "" if math.isnan(self.degrees) else f"{self.degrees:.3g}",
+            "verdict": self.verdict if known else "no interval",
+            "detectable": m.shown_size(self.detectable) if known and not self.is_significant else "",
+            "mean": m.shown(self.level_mean),
+            "baseline": m.shown(self.baseline_mean),
+            "ratio": self.ratio_words if known else "",
+        }
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Contrasts(Result):
+    """All levels of a column against the baseline."""
+
+    by: str
+    baseline: str
+    equal: tuple[str, ...]
+    """Columns that take several values and are equal within every pair."""
+    contrasts: tuple[Contrast, ...]
+    """One per measure and level."""
+    flags: tuple[Flag, ...]
+    """Levels that were not compared, with reasons, and cautions about this column's losses."""
+    rows: pd.DataFrame = field(repr=False)
+    """The complete rows of the table, with sizes."""
+
+    def rows_at(self, level: str) -> pd.DataFrame:
+        """Return the rows of a level."""
+        return self.rows[self.rows[self.by].map(level_name, na_action="ignore") == level]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return flags, what is compared, what is equal within a pair."""
+        return [
+            *(("with care", each) for each in flag_words(self.flags)),
+            ("compared", self.headline()),
+            ("equal", ", ".join(self.equal) or "no other column varies"),
+            ("intervals", f"95 %, {some([*dict.fromkeys(each.scope for each in self.contrasts)])}"),
+        ]
+
+    def cells(self) -> list[dict[str, str]]:
+        """Return one row per measure and level."""
+        return [each.row(self.by) for each in self.contrasts]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per measure and level."""
+        return pd.concat([each.table for each in self.contrasts], ignore_index=True)
+
+    def headline(self) -> str:
+        """Name the column and the baseline."""
+        return f"{self.by}, against {self.baseline}"
+
+
+def level_name(value: Any) -> str:
+    """Write a level as a reader does: 6, not 6.0."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)

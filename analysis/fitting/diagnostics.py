@@ -1,0 +1,360 @@
+"""Flags of a fit: parameters that are not known, variables that move together, outliers, and what speaks against a law.
+
+Tests against a law take the estimate's own components of variance for the null: what points of a size, a budget or a
+run share is no misfit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from aimscale.analysis.errors import option
+from aimscale.analysis.fitting.covariance import components_of, linear_design
+from aimscale.analysis.fitting.groups import Groups, groups_of, visible_groups
+from aimscale.analysis.fitting.identification import num_values
+from aimscale.analysis.fitting.inference import Estimate
+from aimscale.analysis.fitting.problem import Problem
+from aimscale.analysis.fitting.result import Interval
+from aimscale.analysis.laws.base import Array
+from aimscale.analysis.table.design import experiment_columns, held_equal
+from aimscale.analysis.table.names import their_name
+from aimscale.analysis.table.points import Observations
+from aimscale.analysis.words import Flag, human, p_value
+
+WIDE_FACTOR, WIDE_EXPONENT_FACTOR = 100.0, 10.0
+"""An interval of a positive parameter (an exponent) whose ends differ by more than this factor does not identify it."""
+WIDE_DERIVED = 0.5
+"""A derived exponent (of N* or D*, between 0 and 1) that is not known to within this is not identified."""
+SAME_VARIABLE = 0.999
+"""Two variables whose logarithms correlate by more than this are one: 6 % of scatter about a proportion over 100x."""
+OUTLIER_SCALES = 6.0
+"""A residual beyond this many robust standard deviations is named: of 1000 normal errors none is, once in a million."""
+WITHIN_NOISE = 2.0
+"""Log-likelihood that a rival minimum may lose and still be hardly less likely than the best: two standard deviations
+of one parameter."""
+ALARM = 0.01
+"""A test is told of at this probability or less."""
+MIN_GROUPS, MAX_GROUPS = 5, 30
+"""Fewer values of a variable leave too little to tell by, and of more each alone hardly matters."""
+MOST_POINTS = 400
+"""Points that the test of the form looks at: of larger tables those of evenly spaced cells."""
+HARDLY = 1e-3
+"""Patterns that the law's own derivatives explain to 99.9 % are not tested."""
+FAMILY_ALARM = 0.05
+"""Probability that any group of any variable of a sound table is named (Bonferroni). In simulated tables whose sizes
+share errors it is up to twice that: their spread is told by few."""
+CURVE = 3
+"""Degrees of freedom of groups that a law's curve in one variable takes: limit, coefficient, exponent."""
+BLIND_THRESHOLD = 6.0
+"""Where too few sizes are left to know their spread, a group must lie this many standard deviations of points off."""
+
+
+def diagnose(
+    found: Estimate,
+    params: Collection[str],
+    intervals: Mapping[str, Interval],
+    points: Observations,
+    hidden: frozenset[str] = frozenset(),
+) -> tuple[tuple[Flag, ...], frozenset[str]]:
+    """Collect the flags of a fit, and the reported parameters (of `params`) that it does not identify.
+
+    Args:
+        intervals: of reported parameters and of the law's own.
+        hidden: parameters that no losses at these scales could identify (`unidentified`).
+    """
+    flags, lost = list[Flag](), set(hidden)
+    if names := ", ".join(name for name in params if name in hidden):
+        counts = " and ".join(f"{num_values(values)} values of {v}" for v, values in points.x.items())
+        text = f"{counts} do not identify {names}, whatever the noise; measure more, or hold one by {option('fix')}."
+        flags.append(Flag(kind="few_values", subject=names, text=text))
+    for flag, unknown in _parameters(found, intervals):
+        flags += [flag] if flag.subject not in hidden else []
+        lost |= unknown
+    flags += _rivals(found) if not hidden else []
+    for flag, unknown in _variables(found.problem, points):
+        flags.append(flag)
+        lost |= unknown
+    flags += [*_outliers(found, points), *_groups(found)]
+    for name in found.problem.law.derived:
+        if name in intervals and not intervals[name].high - intervals[name].low <= WIDE_DERIVED:
+            lost.add(name)
+    inner = set(found.problem.law.names) - set(params)  # the law's own coordinates, unknown to the reader
+    return tuple(f for f in flags if f.subject not in inner), frozenset(lost & set(params))
+
+
+def _rivals(found: Estimate) -> Iterator[Flag]:
+    """Flag another minimum that fits as well within the noise.
+
+    The noise's scale is fitted too: n/2 ln(S/S0) of squares, n ln(S/S0) of absolute values.
+    """
+    if len(found.minima) > 1:
+        problem = found.problem
+        power = 1 if problem.objective.robust and not problem.objective.multiple else 2
+        best, rival = (max(each.total, 1e-12) for each in found.minima[:2])
+        gap = float(np.sum(problem.weights > 0) / power * np.log(rival / best))
+        if gap < WITHIN_NOISE:
+            text = f"Other parameters fit as well within the noise: their log-likelihood is {gap:.2g} lower."
+            yield Flag(kind="rival", number=gap, text=text)
+
+
+def _parameters(found: Estimate, intervals: Mapping[str, Interval]) -> Iterator[tuple[Flag, set[str]]]:
+    """Flag parameters at most once each, with those that are not identified for it.
+
+    Their interval reaches a bound or spans orders of magnitude, or they lie on a bound.
+    """
+    problem = found.problem
+    for j in np.flatnonzero(problem.movable).tolist():
+        p, i, is_linear = problem.law.parameters[j], intervals[problem.law.parameters[j].name], j < problem.num_linear
+        low, high = (float(np.exp(e[j]) if p.log else e[j]) for e in (problem.lower, problem.upper))
+        near = 1e-6 * (high - low if np.isfinite(high - low) and not p.log else 1.0)
+        on_low = found.vector[j] - problem.lower[j] <= near
+        on_high = not on_low and problem.upper[j] - found.vector[j] <= near
+        is_nil = on_low and low == 0.0
+        at_low = np.isfinite(low) and i.low <= low + 1e-6 * abs(low)
+        at_high = np.isfinite(high) and i.high >= high * (1 - 1e-6)
+        from_above = is_linear and at_low and low == 0.0 and i.high > 0
+        alone = _exponents_of(problem, j) if is_linear and (from_above or is_nil) else set()  # nil has no exponent
+        if not is_linear and (at_low or at_high):
+            end = low if at_low else high
+            text = f"{p.name} is not identified: its interval reaches the bound {end:g}."
+            yield Flag(kind="reaches_bound", subject=p.name, number=end, text=text), {p.name}
+        elif from_above:
+            text = f"{p.name} is known from above only: the data allow any value from 0 to {human(i.high, 4)}."
+            yield Flag(kind="from_above", subject=p.name, number=i.high, text=text), alone
+        elif i.low > 0 and (factor := i.high / i.low) > (WIDE_FACTOR if is_linear else WIDE_EXPONENT_FACTOR):
+            text = f"{p.name} is known only within a factor of {factor:.3g}."
+            yield Flag(kind="factor", subject=p.name, number=factor, text=text), {p.name} | alone
+        elif on_low or on_high:
+            kind, end = ("lower", low) if on_low else ("upper", high)
+            text = f"{p.name} lies on its {kind} bound {end:g}."
+            yield Flag(kind=f"{kind}_bound", subject=p.name, number=end, text=text), alone if is_linear else {p.name}
+
+
+def _exponents_of(problem: Problem, j: int) -> set[str]:
+    """Name the non-linear parameters that enter basis function j alone."""
+    start, alone = problem.num_linear, set[str]()
+    middle = np.concatenate([np.ones(start), (problem.lower + problem.upper)[start:] / 2])
+    for q, p in enumerate(problem.law.nonlinear):
+        moved = np.stack([middle, middle])
+        moved[1, start + q] += 1e-3
+        if {i for i, g in enumerate(problem.basis(moved)) if np.any(g[0] != g[1])} == {j}:
+            alone.add(p.name)
+    return alone
+
+
+def _variables(problem: Problem, points: Observations) -> Iterator[tuple[Flag, set[str]]]:
+    """Flag variables that hardly vary, or move together; with the parameters that are unknown for it."""
+    for v, values in points.x.items():
+        if (factor := float(values.max() / max(values.min(), 1e-300))) < 2:
+            text = f"{v} varies only by a factor of {factor:.3g}, so its exponent is hardly tested."
+            yield Flag(kind="narrow", subject=v, number=factor, text=text), set()
+    for a, b in itertools.combinations(points.x, 2):
+        r, both = float(np.corrcoef(np.log(points.x[a]), np.log(points.x[b]))[0, 1]), f"{a} and {b}"
+        if abs(r) > SAME_VARIABLE and len(points.x) == 2:
+            # What is left to tell them apart is the law's own curvature, which noise imitates.
+            unknown = set[str]().union(*(_exponents_of(problem, j) for j in range(problem.num_linear)))
+            text = f"{both} grow in one proportion, so neither exponent is identified."
+            yield Flag(kind="one_variable", subject=both, number=r, text=text), unknown
+        elif abs(r) > 0.98:
+            text = f"{both} grow together (correlation of logarithms {r:.3f}), so their exponents trade off."
+            yield Flag(kind="collinear", subject=both, number=r, text=text), set()
+
+
+def _outliers(found: Estimate, points: Observations) -> Iterator[Flag]:
+    """Flag points whose residual lies far beyond the others'."""
+    r = found.problem.residual(found.vector)
+    scale = max(1.4826 * float(np.median(np.abs(r - np.median(r)))), found.components.point)
+    if scale > 0 and (num := int(np.sum(np.abs(r) > OUTLIER_SCALES * scale))):
+        row = str(points.index[int(np.argmax(np.abs(r)))])
+        text = f"{num} points lie beyond {OUTLIER_SCALES:g} robust standard deviations (farthest: row {row})."
+        yield Flag(kind="outliers", subject=row, number=float(num), text=text)
+
+
+def _groups(found: Estimate) -> Iterator[Flag]:
+    """Flag groups that are too few to tell the error that their points share."""
+    for name in found.unseen:
+        text = f"Too few {name} to estimate the error that all points of one share; the intervals assume none."
+        yield Flag(kind="unseen", subject=name, text=text)
+    for name in found.few:
+        num = found.groups.counts[name]
+        text = f"{num} {name} hardly tell an error that all points of one share: where there is one, 95 % intervals "
+        yield Flag(kind="few_groups", subject=name, number=num, text=f"{text}hold some 90 %.")
+
+
+def lack_of_fit(found: Estimate, points: Observations, rows: pd.DataFrame) -> tuple[Flag, ...]:
+    """Collect flags against a law; none where nothing speaks against it.
+
+    Args:
+        rows: the table's rows of the fitted points (n,).
+    """
+    return (*_form(found, points, rows), *_odd_groups(found, points, rows), *_experiments(found, rows))
+
+
+def _form(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
+    """Test residuals against replicates, else for squares and products of the variables' logarithms.
+
+    Replicates agree in the law's variables and every setting but the seed: the law's scatter about the means of their
+    cells is compared with the scatter within cells.
+    """
+    scales = {f"x {v}": np.round(np.log(values + 1e-300), 9) for v, values in points.x.items()}
+    both = pd.DataFrame(scales, index=rows.index).join(rows[held_equal(rows, ("seed", *points.columns.values()))])
+    cells = both.groupby(list(both), dropna=False).ngroup().to_numpy()
+    num, most = int(cells.max()) + 1, MOST_POINTS / len(cells)
+    chosen = np.arange(num) if most >= 1 else np.linspace(0, num - 1, max(1, int(num * most))).astype(int)
+    keep = np.flatnonzero(np.isin(cells, chosen))
+    codes = np.unique(cells[keep], return_inverse=True)[1]
+    num = int(codes.max()) + 1
+    names, wider, kind = [""], np.eye(num)[codes], "scatter"
+    if not found.design.x.shape[1] < num < len(codes):
+        names, wider = _patterns(found, keep, {v: values[keep] for v, values in points.x.items()})
+        kind = "pattern"
+    if not names or len(keep) <= found.design.x.shape[1] + len(names):
+        return
+    scaled, above, below, covariance = _beyond(found, keep, wider)
+    f, p, excess = ratio_test(scaled, above, below, covariance)
+    if p <= ALARM:
+        scores = np.abs((found.residual * found.design.weights)[keep] @ wider)
+        subject = names[int(np.argmax(scores))] if kind == "pattern" else ""
+        off = 100 * excess / float(np.sqrt(np.sum(found.design.weights[keep])))
+        why = f", and the misfit follows {subject} " if subject else ", more than repeated runs differ "
+        text = f"The points lie {off:.2g} % off the law{why}({p_value(p)})."
+        more = f, above.shape[1], below.shape[1]
+        yield Flag(kind=kind, subject=subject, number=off, p=p, more=more, text=text)
+
+
+def _patterns(found: Estimate, keep: Array, x: Mapping[str, Array]) -> tuple[list[str], Array]:
+    """Find squares and products of the variables' logarithms that the law leaves: names, and columns (n, q)."""
+    plain = {f"ln {name}": np.log(v) for name, v in x.items() if np.all(v > 0) and np.ptp(v) > 0}
+    logs = {name: (v - v.mean()) / v.std() for name, v in plain.items()}
+    pairs = itertools.combinations_with_replacement(logs, 2)
+    named = {f"{a} x {b}" if a != b else f"{a} squared": logs[a] * logs[b] for a, b in pairs}
+    root = np.sqrt(found.design.weights[keep])[:, None]
+    known, columns = _basis(found.design.x[keep] * root), np.array([*named.values()]).reshape(-1, len(keep)).T * root
+    left = columns - known @ (known.T @ columns)
+    size = np.linalg.norm(left, axis=0)
+    kept = size > HARDLY * np.linalg.norm(root)
+    return [name for name, keep in zip(named, kept, strict=True) if keep], left[:, kept] / size[kept] / root
+
+
+def _experiments(found: Estimate, rows: pd.DataFrame) -> Iterator[Flag]:
+    """Test whether rows that differ in a column which may tell experiments apart lie on one law."""
+    names = experiment_columns(rows)
+    for name in names:
+        codes = pd.factorize(rows[name].map(str))[0]
+        num = int(codes.max()) + 1
+        if not 1 < num <= MAX_GROUPS or len(rows) <= found.design.x.shape[1] + num:
+            continue
+        scaled, above, below, covariance = _beyond(found, np.arange(len(rows)), np.eye(num)[codes])
+        if not above.shape[1] or not below.shape[1]:
+            continue
+        _, p, _ = ratio_test(scaled, above, below, covariance)
+        if p <= ALARM / len(names):
+            means, column = np.bincount(codes, found.residual) / np.bincount(codes), their_name(rows, name)
+            apart = f"Rows of different {column} lie up to {100 * np.ptp(means):.2g} % apart ({p_value(p)})"
+            text = f"{apart}, so they are not of one law; choose one by {option('where')}."
+            yield Flag(kind="experiments", subject=column, number=100 * float(np.ptp(means)), p=p, text=text)
+
+
+def _beyond(found: Estimate, keep: Array, wider: Array) -> tuple[Array, Array, Array, Array]:
+    """Return what `ratio_test` takes to compare a law with a wider model, for some points (n,).
+
+    The basis above is of what wider columns (n, m) span beyond the law's derivatives, that below of what both leave.
+    """
+    root = np.sqrt(found.design.weights[keep])[:, None]
+    known, unit = _basis(found.design.x[keep] * root), wider * root
+    unit = unit / np.linalg.norm(unit, axis=0)
+    above = _basis(unit - known @ (known.T @ unit), least=1e-6)
+    both = np.linalg.qr(np.column_stack([known, above]), mode="complete")[0]
+    covariance = found.components.covariance(found.groups.rows(keep), len(keep)) * root * root.T
+    return found.residual[keep] * root[:, 0], above, both[:, known.shape[1] + above.shape[1] :], covariance
+
+
+def _basis(columns: Array, least: float = 0.0) -> Array:
+    """Return an orthonormal basis (n, rank) of columns (n, m), but for directions of less than `least`."""
+    size = np.linalg.norm(columns, axis=0) if not least else 1.0
+    left, singular, _ = np.linalg.svd(columns / np.where(size > 0, size, 1.0), full_matrices=False)
+    return left[:, singular > max(least, 1e-10 * singular.max())]
+
+
+def ratio_test(scaled: Array, above: Array, below: Array, covariance: Array) -> tuple[float, float, float]:
+    """F-test of residuals (n,) along orthonormal bases (n, a) and (n, b), of normal errors of a covariance (n, n).
+
+    The ratio of mean squares exceeds F where a quadratic form of the errors is positive: a sum of chi-squared
+    variables, weighted by the form's eigenvalues. Of independent errors this is Fisher's F.
+
+    Returns:
+        F, its probability, and the root of the sum of squares above that the mean square below does not explain.
+    """
+    squares = [float(np.sum((scaled @ basis) ** 2)) for basis in (above, below)]
+    degrees = above.shape[1], below.shape[1]
+    noise = max(squares[1] / degrees[1], 1e-300)
+    f = squares[0] / degrees[0] / noise
+    basis, form = np.column_stack([above, below]), np.repeat([1 / degrees[0], -f / degrees[1]], degrees)
+    values, axes = np.linalg.eigh(basis.T @ covariance @ basis)
+    root = axes * np.sqrt(np.maximum(values, 0.0))
+    p = positive_probability(np.linalg.eigvalsh(root.T @ (form[:, None] * root)))
+    return f, p, float(np.sqrt(max(0.0, squares[0] - degrees[0] * noise)))
+
+
+def positive_probability(weights: Array) -> float:
+    """Return the probability that a sum of weights (m,) times chi-squared variables of one degree is positive.
+
+    Imhof's integral (1961) over the logarithm of its variable, by the trapezoidal rule: known to 1e-10.
+    """
+    u, step = np.exp(np.arange(-38, 38, 0.04)), 0.04
+    lines = weights[:, None] / max(float(np.abs(weights).max()), 1e-300) * u
+    angle, decay = 0.5 * np.arctan(lines).sum(axis=0), np.exp(-0.25 * np.log1p(lines**2).sum(axis=0))
+    return float(np.clip(0.5 + step / np.pi * np.sum(np.sin(angle) * decay), 1e-10, 1.0))
+
+
+def _odd_groups(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
+    """Flag the size that lies farthest off the law fitted without it, if any does, and likewise of other variables.
+
+    Only the farthest: its neighbours may suffer from it.
+    """
+    shared = groups_of(rows, points.x)
+    for v, values in points.x.items():
+        codes = np.unique(np.round(np.log(np.maximum(values, 1e-300)), 9), return_inverse=True)[1]
+        num = int(codes.max()) + 1
+        enough = len(codes) - np.bincount(codes).max() > found.problem.movable.sum() + 1
+        if not MIN_GROUPS <= num <= MAX_GROUPS or num == len(codes) or not enough:
+            continue
+        off, deviations, is_blind = np.array([_left_out(found, shared, codes == k) for k in range(num)]).T
+        usual = float(student.ppf(1 - FAMILY_ALARM / len(points.x) / num / 2, max(1, num - CURVE)))
+        odd = np.where(np.abs(deviations) > np.where(is_blind, BLIND_THRESHOLD, usual), np.abs(deviations), 0.0)
+        worst = int(np.argmax(odd))
+        if odd[worst]:
+            first = int(np.argmax(codes == worst))
+            name = str(rows["size"].iloc[first]) if v == "N" and "size" in rows else f"= {values[first]:.3g}"
+            what = f"{'size' if v == 'N' and 'size' in rows else v} {name}"
+            far = f"{100 * off[worst]:+.2g} % off the law fitted without it ({odd[worst]:.2g} standard deviations)"
+            yield Flag(kind="off", subject=name, number=100 * float(off[worst]), text=f"{what} lies {far}.")
+
+
+def _left_out(found: Estimate, shared: Groups, out: Array) -> tuple[float, float, bool]:
+    """Compare a group of points (mask) with the law without them, by the linearised fit to the others.
+
+    With G the inverse design of the others, the group's mean residual g'r less what the law's parameters moved is
+    g'e_out - g'X_out G e_rest: a contrast of all errors, whose variance the others' components tell.
+
+    Returns:
+        The mean residual of T(y) from the law without the group, the same in standard deviations, and whether too few
+        groups are left to tell what their points share.
+    """
+    jacobian, weights, keep = found.problem.linearised(found.vector), found.problem.weights, ~out
+    share = np.where(out, weights, 0.0) / weights[out].sum()
+    inverse = np.zeros((jacobian.shape[1], len(out)))
+    rest = linear_design(jacobian[keep], weights[keep])
+    inverse[:, keep] = rest.inverse
+    moved = inverse @ found.residual
+    gap = share - (share @ jacobian) @ inverse
+    left, unseen, _ = visible_groups(shared.rows(keep), jacobian[keep])
+    spread = components_of(rest, (found.residual - jacobian @ moved)[keep], left)
+    sd = float(np.sqrt(spread.variance_of(gap[None], shared)[0]))
+    off = float(share @ (found.problem.residual(found.vector) - jacobian @ moved))
+    return off, off / max(sd, 1e-300), bool(unseen)
