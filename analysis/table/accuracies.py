@@ -64,9 +64,8 @@ def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
             named = option("columns", "TASK:KIND=THEIRS")
             raise TypeError(f"{listed!r:.60} is a number; name an accuracy with {named}")
         entries = [dict(entry) for entry in listed]
-        if wrong := [
-            e[name] for e in entries for name in ("task", "kind") if not isinstance(e[name], str | int | float)
-        ]:
+        names = [entry[name] for entry in entries for name in ("task", "kind")]
+        if wrong := [name for name in names if not isinstance(name, str | int | float)]:
             raise TypeError(f"a task or kind is {wrong[0]!r:.60}")
         return [{**e, **{k: _FIELDS[k](v) for k, v in e.items() if k in _FIELDS and v is not None}} for e in entries]
     except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:

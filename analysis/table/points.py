@@ -90,7 +90,9 @@ def usable_rows(
         kind, what = ("not finite", "infinite") if name in signed else ("not positive", "non-positive")
         good = (number > 0) | (name in signed) | (number == 0) & (name in may_be_zero)
         leave_out(kind, called, f"with a missing or {what} {called}", ~(good & np.isfinite(number)))
-    leave_out("repeat", "", "that repeat another row exactly", _repeats(frame, values))
+    alike = frame[values.duplicated(keep=False) & values.notna().all(axis=1)]
+    repeats = alike.astype(str).duplicated().reindex(frame.index, fill_value=False)  # as text: cells may be lists
+    leave_out("repeat", "", "that repeat another row exactly", repeats)
     if best_by and (tuned := tuned or tuned_columns(frame[keep], used=columns.values())):
         y, rows = columns[best_by], frame[keep]
         cell = {*cell_columns(rows, y, tuned), *columns.values()} - {y}
@@ -100,12 +102,6 @@ def usable_rows(
         leave_out("best of", subject, f"not the best {subject} of their cell", others)
     found = {"rows": frame[keep], "numbers": values[keep], "columns": columns, "num_rows": len(frame), "flags": flags}
     return Observations(**found, exclusions=tuple(each for each in exclusions if each.number))
-
-
-def _repeats(frame: pd.DataFrame, values: pd.DataFrame) -> pd.Series:
-    """Find rows equal to an earlier one in every column of the table, not in the used ones alone."""
-    alike = values.duplicated(keep=False) & values.notna().all(axis=1)
-    return frame[alike].astype(str).duplicated().reindex(frame.index, fill_value=False)  # as text: cells may be lists
 
 
 def _best_settings(
@@ -215,10 +211,8 @@ def most_passes(rows: pd.DataFrame) -> float:
 
 
 def passes_flags(rows: pd.DataFrame, what: str, at: Mapping[str, float]) -> tuple[Flag, ...]:
-    """Flag a scale, called `what`, that sees its pool more often than any of the rows that a law was fitted to.
-
-    Without a U the pool is the largest that rows of several D share: where each D has its own, so would a larger one.
-    """
+    """Flag a scale, called `what`, that sees its pool (without a U the largest that rows of several D share) more often
+    than any of the rows that a law was fitted to."""
     most = most_passes(rows)
     if np.isnan(most) or "D" not in at:
         return ()

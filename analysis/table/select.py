@@ -71,8 +71,7 @@ def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     names = design_columns(frame)
     if not names or frame.empty:
         return frame, ""
-    groups = (rows for _, rows in frame.groupby(names, dropna=False))
-    best = max(groups, key=lambda rows: (_num_cells(rows), len(rows)))
+    best = max((rows for _, rows in frame.groupby(names, dropna=False)), key=lambda rows: (_num_cells(rows), len(rows)))
     return best, ", ".join(f"{name} {best[name].iloc[0]}" for name in names)
 
 
@@ -85,8 +84,7 @@ def fresh_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     name = "unique_images"
     if name not in frame or not varies(frame[name]):
         return frame, ""
-    groups = (rows for _, rows in frame.groupby(name))
-    best = max(groups, key=lambda rows: (_num_cells(rows), rows[name].iloc[0]))
+    best = max((rows for _, rows in frame.groupby(name)), key=lambda rows: (_num_cells(rows), rows[name].iloc[0]))
     if "images_seen" in frame and (best["images_seen"] / best[name]).median() > FEW_PASSES:
         few = frame[frame["images_seen"] <= FEW_PASSES * frame[name]]
         if 3 * _num_cells(few) >= _num_cells(best):
