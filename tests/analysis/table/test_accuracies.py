@@ -76,6 +76,8 @@ def test_their_names_and_what_was_left_out_come_along(theirs, tmp_path):
         ("pets:linear=petz", "petz.*pets"),
         ("top1=pets", "TASK:KIND.*top1"),
         ("probes=pets", "number.*TASK:KIND"),
+        ("N", "N=num_params"),
+        ("N=petz", "no column petz .*pets"),
     ],
 )
 def test_what_is_no_accuracy_is_refused(theirs, tmp_path, columns, subject):
