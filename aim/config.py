@@ -1,4 +1,4 @@
-"""Which AIM: the four published sizes, a ladder of small rungs below them, and any free width and depth.
+"""Model configurations: the four published sizes, a ladder of small rungs below them, and any free width and depth.
 
 The published sizes and every default follow El-Nouby et al., "Scalable Pre-training of Large Autoregressive Image
 Models" (arXiv 2401.08541), section 3 and Table 1. Torch is not imported here.
@@ -37,7 +37,7 @@ LARGEST = {
     **{"width": 2**17, "depth": 2**12, "image_size": 2**16, "channels": 2**10},
     **{"head.width": 2**17, "head.depth": 2**12},
 }
-"""Field of a `ModelConfig` -> its largest value: far beyond any model, near enough for numbers to stay finite."""
+"""Upper bounds of `ModelConfig` fields: far beyond any model, yet small enough that no number overflows."""
 
 MLP_RATIO = 4
 """Channels inside an MLP over those of its block."""
@@ -47,12 +47,12 @@ RELEASED_HEAD_WIDTH, RELEASED_HEAD_DEPTH = 2048, 12
 
 
 class ModelConfigError(UserError):
-    """A model that does not exist or whose parts do not divide."""
+    """Model that does not exist or whose parts do not divide."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelHeadConfig:
-    """What turns trunk tokens into the pixels of patches."""
+    """Shape of the pixel head, which maps trunk tokens to the pixels of patches."""
 
     width: int
     """Channels of the blocks; with `is_linear`, unused and equal to the trunk's width."""
@@ -61,9 +61,10 @@ class PixelHeadConfig:
     num_heads: int | None = None
     """Attention heads of a transformer head (Table 5): the widest that divide its width and the trunk's heads."""
     ln_residual: bool = False
-    """Each block first adds LayerNorm(x), as the authors' trainer does where attention used to be."""
+    """Whether each block first adds LayerNorm(x), as the authors' trainer does in place of attention."""
     is_linear: bool = False
-    """No blocks at all: one linear layer on the trunk's last norm (the paper's "None" head, Table 5)."""
+    """Whether there are no blocks, only one linear layer on the trunk's last norm (the paper's "None" head, Table
+    5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,7 @@ def model_config(
     """Look a size up and attach its pixel head.
 
     `size` is `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>` of the ladder, or `w<width>-d<depth>`,
-    with `-h<heads>` where attention has not the ladder's number of heads.
+    with `-h<heads>` for another number of attention heads than the ladder's.
     `head_rule` gives the pixel head, whose width and depth can be overridden:
 
     - `released`: 12 blocks of width 2048, as in all published sizes;
@@ -176,7 +177,7 @@ def model_config(
       ratio, so that every size spends the same share of its FLOPs on the head;
     - `none`: one linear layer.
 
-    `head_kind` says what its blocks are. `variant` holds fields of `ModelConfig` that have a default there.
+    `head_kind` is the kind of its blocks. `variant` holds fields of `ModelConfig` that have a default there.
 
     Raises:
         ModelConfigError: an unknown size or option (names the nearest known one), or parts that do not divide.
@@ -199,19 +200,19 @@ def model_config(
 
 
 def _check_choices(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Raise ModelConfigError where a value is none of those that its annotation lists."""
+    """Raise ModelConfigError if a value is none of those that its annotation lists."""
     for name, value in values.items():
         if get_origin(hints[name]) is Literal and value not in (known := get_args(hints[name])):
             raise ModelConfigError(f"unknown {name} '{value}'; {did_you_mean(value, known, 'use')}")
 
 
 def known_sizes() -> tuple[str, ...]:
-    """Named sizes, smallest first."""
+    """Return the named sizes, smallest first."""
     return (*(f"rung-{width}" for width in RUNG_WIDTHS), *RELEASED_SIZES)
 
 
 def _shape(size: str) -> tuple[int, int, int]:
-    """(width, depth, number of heads) of a size's name."""
+    """Parse the name of a size into (width, depth, number of heads)."""
     if size in RELEASED_SIZES:
         return RELEASED_SIZES[size]
     if size in known_sizes():
@@ -231,12 +232,13 @@ def _shape(size: str) -> tuple[int, int, int]:
 
 
 def _rung_depth(width: int) -> int:
-    """Nearest even number to 24 sqrt(d / 1536): from aim-600M downwards, depth shrinks as the root of the width."""
+    """Return the even number nearest to 24 sqrt(d / 1536): below aim-600M, depth shrinks as the root of the width."""
     return max(2, 2 * round(12 * math.sqrt(width / RELEASED_SIZES["aim-600M"][0])))
 
 
 def _head_dim(width: int) -> int:
-    """Largest power of two up to 64 that divides the width and leaves at least two heads (one if the width is odd)."""
+    """Return the largest power of two up to 64 that divides the width and leaves at least two heads (one if the width
+    is odd)."""
     fits = [dim for dim in (64, 32, 16, 8, 4, 2) if width % dim == 0 and width // dim >= 2]
     return fits[0] if fits else width
 

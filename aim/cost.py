@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from aimscale.aim.config import MLP_RATIO, ModelConfig
 
 TRAIN_OVER_FORWARD = 3
-"""A backward pass multiplies twice as often as the forward pass: gradients of inputs and of weights. (Images need no
-gradient, so at most 1 % is counted that is not executed.)"""
+"""FLOPs of a training step over those of its forward pass. A backward pass multiplies twice as often: once for the
+gradients of inputs, once for those of weights. (Images need no gradient, so at most 1 % is counted that is not
+executed.)"""
 
 NUM_QUERIES = 32
-"""Of the efficient probe, as its authors' board uses it."""
+"""Number of queries of the efficient probe, as on its authors' benchmark."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,11 @@ class ParamCount:
     trunk: int
     """Blocks and the last norm."""
     head: int
-    """Pixel head, and the mask token of a masked model: all that is thrown away after pre-training."""
+    """Pixel head, and the mask token of a masked model: the part that is discarded after pre-training."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum over the parts."""
         return self.preprocessor + self.trunk + self.head
 
 
@@ -89,7 +90,7 @@ def flops_per_image(config: ModelConfig) -> FlopCount:
 
 
 def executed_flops_per_image(config: ModelConfig, scored_tokens: float) -> FlopCount:
-    """Count the FLOPs that `AIM.forward` executes, the numerator of MFU.
+    """Count the FLOPs that `AIM.forward` executes: the numerator of MFU.
 
     Behind the last attention only the `scored_tokens` of an image (`mean_scored_tokens`) go on: through the MLP of that
     block and what follows it.
@@ -104,28 +105,31 @@ def executed_flops_per_image(config: ModelConfig, scored_tokens: float) -> FlopC
 
 
 def mean_scored_tokens(config: ModelConfig, prefix: str) -> float:
-    """Scored tokens of an image on average: the masked ones, or by `objective.prefix` half or all but one of them."""
+    """Return the mean number of scored tokens of an image: the masked ones; or half of all tokens, or all but one if
+    `objective.prefix` is `none`."""
     if config.masked is not None:
         return config.num_masked
     return config.num_tokens - 1 if prefix == "none" else config.num_tokens / 2
 
 
 def mlp_params(width: int) -> int:
-    """Of the matrices of an MLP (`aim.layers.MLP`): each is multiplied with every token once."""
+    """Count the parameters of the matrices of an MLP (`aim.layers.MLP`); each is multiplied with every token once."""
     return 2 * MLP_RATIO * width**2
 
 
 def _matrix_params(width: int, *, has_attention: bool) -> int:
-    """Of the matrices of a block: query, key, value and output, where it has them, and its MLP."""
+    """Count the parameters of the matrices of a block: query, key, value and output (with `has_attention`), and the
+    MLP."""
     return (4 * width**2 if has_attention else 0) + mlp_params(width)
 
 
 def _block_flops(num_tokens: int, width: int, *, has_attention: bool) -> int:
-    """Of a block: its matrices with every token, and the scores and mixtures of its attention."""
+    """Count the FLOPs of a block: its matrices times every token, and the scores and weighted sums of its attention."""
     products = num_tokens * _matrix_params(width, has_attention=has_attention)
     return 2 * (products + (2 * num_tokens**2 * width if has_attention else 0))
 
 
 def num_queries(width: int) -> int:
-    """Queries of an efficient probe: `NUM_QUERIES`, or for a narrow trunk as many of them as divide its width."""
+    """Return the number of queries of an efficient probe: `NUM_QUERIES`, or its greatest common divisor with a narrow
+    trunk's width."""
     return math.gcd(NUM_QUERIES, width)

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection
 
 MAX_NAMED = 5
-"""Names that a sentence lists at most."""
+"""Maximum number of names that a sentence lists."""
 
 
 class UserError(Exception):
@@ -18,17 +18,18 @@ class UserError(Exception):
 
 
 def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
-    """What to say of a mistyped name: the nearest known one, or else, behind `otherwise`, the first `MAX_NAMED`."""
+    """Suggest the known name nearest to a mistyped one; without a near one, list `MAX_NAMED` known names after
+    `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else f"{otherwise} {some(list(dict.fromkeys(known)))}"
 
 
 def some(names: Collection[object]) -> str:
-    """`MAX_NAMED` of the names at most, and how many more there are."""
+    """List at most `MAX_NAMED` of the names, and say how many more there are."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return f"{', '.join(map(str, list(names)[:MAX_NAMED]))}{more}"
 
 
 def printable(text: str) -> str:
-    """Text from elsewhere without what a terminal obeys, such as escape sequences, which are spelled out."""
+    """Escape what a terminal would obey, such as escape sequences, in text from elsewhere."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -15,13 +15,13 @@ from aimscale.aim.mup import attention_scale
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
-    """Fixed 2-D sin-cos positions, float32 (grid * grid, width), in raster order.
+    """Compute fixed 2-D sin-cos positions, float32 (grid * grid, width), in raster order.
 
     The first half of the channels encodes the column, the second half the row; each half is [sin | cos] of the
     coordinate times omega_i = 10000^(-i / (width / 4)).
     """
     quarter = width // 4
-    # float64: a 16-bit frequency or a float32 product would shift the fast channels
+    # float64: 16-bit frequencies or float32 products would shift the fast channels
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
     one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -31,7 +31,8 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 
 
 class PatchProjection(nn.Conv2d):
-    """The released models' convolution whose stride is its kernel, as the one matrix product that it is."""
+    """Patch embedding of the released models: a convolution whose stride is its kernel, computed as one matrix
+    product."""
 
     def forward(self, patches: Tensor) -> Tensor:
         """Map patches (..., o), cut by `patchify`, to (..., d)."""
@@ -40,7 +41,7 @@ class PatchProjection(nn.Conv2d):
 
 
 class Patchifier(nn.Module):
-    """Patches (B, N, o) -> normed tokens (B, N, d)."""
+    """Patch embedding and its norm: patches (B, N, o) -> tokens (B, N, d)."""
 
     def __init__(self, channels: int, patch_size: int, width: int, norm_eps: float) -> None:
         super().__init__()
@@ -54,19 +55,19 @@ class Patchifier(nn.Module):
 
 
 class MaskToken(nn.Module):
-    """The learned token that stands for every hidden patch; it starts at 0, and decays no more than a bias."""
+    """Learned token in the place of every hidden patch; initialised to 0, and without weight decay, like a bias."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor, is_given: Tensor) -> Tensor:
-        """Tokens (B, N, d) with those that are not given, bool (B, N), replaced."""
-        return torch.where(is_given[:, :, None], x, self.token)
+    def forward(self, x: Tensor, is_visible: Tensor) -> Tensor:
+        """Replace the tokens (B, N, d) that are not visible, bool (B, N), by the mask token."""
+        return torch.where(is_visible[:, :, None], x, self.token)
 
 
 def _attend_whole(heads: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention by whole score matrices; query, key and value are stacked, (3, B, heads, N, head dim).
+    """Attend by materialised score matrices; query, key and value are stacked, (3, B, heads, N, head dim).
 
     On a CPU in bfloat16 the fused kernel takes three times as long (64 tokens, torch 2.13), most of it backwards.
     """
@@ -86,7 +87,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Mix tokens (B, N, d); `mask` is added to the scores, broadcastable to (B, heads, N, N); None sees all."""
+        """Mix tokens (B, N, d); `mask`, broadcastable to (B, heads, N, N), is added to the scores, None masks
+        nothing."""
         batch, num_tokens, width = x.shape
         qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, width // self.num_heads)
         heads = qkv.permute(2, 0, 3, 1, 4)
@@ -102,7 +104,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, exact-erf GELU, linear, without biases; its parameters and FLOPs are counted in `aim.cost`."""
+    """MLP of linear, exact-erf GELU and linear, without biases; its parameters and FLOPs are counted in `aim.cost`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -128,15 +130,15 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
-        """Map tokens (B, N, d) to (B, N, d); or, with flat indices `keep` (M,), to those tokens alone, (M, d).
+    def forward(self, x: Tensor, mask: Tensor | None, token_indices: Tensor | None = None) -> Tensor:
+        """Map tokens (B, N, d) to (B, N, d); or, with flat indices `token_indices` (M,), to those tokens alone, (M, d).
 
-        What comes after the attention works token by token, so the last block need not do it for tokens that nobody
-        reads.
+        Everything after the attention works token by token, so the last block can skip tokens whose outputs are not
+        used.
         """
         x = x + self.attn(self.norm_1(x), mask)
-        if keep is not None:
-            x = x.flatten(0, 1).index_select(0, keep)
+        if token_indices is not None:
+            x = x.flatten(0, 1).index_select(0, token_indices)
         out: Tensor = x + self.mlp(self.norm_2(x))
         return out
 

@@ -21,9 +21,9 @@ TARGETS = ("attn.qkv", "attn.proj")
 
 
 class LoRALinear(nn.Linear):
-    """A bias-free linear layer that shares its frozen weight with the layer it replaces.
+    """Bias-free linear layer that shares its frozen weight with the layer it replaces.
 
-    Its outputs are `of` equal parts, those in `parts` adapted, each by an update of its own.
+    Its outputs are split into `of` equal parts; each part listed in `parts` gets a low-rank update of its own.
     """
 
     lora_a: nn.Parameter
@@ -59,8 +59,8 @@ def add_lora(model: AIM, *, rank: int = 8, seed: int = 0) -> list[nn.Parameter]:
 
     Args:
         model: any AIM; preprocessor, norms and pixel head are frozen as they are.
-        rank: of the updates (paper: 8).
-        seed: draws A.
+        rank: rank of the updates (paper: 8).
+        seed: seed of A.
 
     Returns:
         The new parameters, the only ones that train.

@@ -1,8 +1,8 @@
 """AIM: an autoregressive image model as El-Nouby et al. (arXiv 2401.08541) describe it, section 3.
 
-`AIM.forward` is the training objective; `per_patch_loss`, `predict` and `complete` look at the same predictions in
-other ways; `features` is what probes see. Parameter names are those of the released models, plus `pixel_head.*`, which
-was never released.
+`AIM.forward` is the training objective; `per_patch_loss`, `predict` and `complete` return the same predictions in other
+forms; `features` returns the inputs of probes. Parameter names are those of the released models, plus `pixel_head.*`,
+which was never released.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from aimscale.aim.orders import patch_order
 
 
 class Preprocessor(nn.Module):
-    """Images (B, C, H, W) -> tokens (B, N, d) in sequence order, with fixed positions added after the norm."""
+    """Embedding of images (B, C, H, W) to tokens (B, N, d) in sequence order, with fixed positions added after the
+    norm."""
 
     order: Tensor
     positions: Tensor
@@ -54,7 +55,7 @@ class Preprocessor(nn.Module):
         return raster if self.config.patch_order == "raster" else raster.index_select(1, self.order)
 
     def embed(self, patches: Tensor, hide: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Patches (B, N, o) in sequence order -> tokens, some of which `hide` may replace before they are placed."""
+        """Embed patches (B, N, o) in sequence order; `hide` may replace some tokens before positions are added."""
         tokens: Tensor = self.patchifier(patches)
         return (hide(tokens) if hide else tokens) + self.positions
 
@@ -72,17 +73,19 @@ class Trunk(nn.Module):
         self.post_trunk_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.recompute = False
 
-    def forward(self, x: Tensor, mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, d) -> normed tokens (B, N, d), or only those at flat indices `keep`, (M, d).
+    def forward(self, x: Tensor, mask: Tensor | None, token_indices: Tensor | None = None) -> Tensor:
+        """Map tokens (B, N, d) to normed tokens (B, N, d), or with flat indices `token_indices` (M,) to those alone,
+        (M, d).
 
-        `mask` is added to the scores of attention; None lets every token see all.
+        `mask` is added to the attention scores; None lets every token attend to all.
         """
-        out: Tensor = self.post_trunk_norm(_run_all(self.blocks, x, mask, keep, recompute=self.recompute))
+        out: Tensor = self.post_trunk_norm(_run_all(self.blocks, x, mask, token_indices, recompute=self.recompute))
         return out
 
 
 class PixelHead(nn.Module):
-    """From the trunk's tokens to the pixels of patches: token by token, or by transformer blocks over all tokens."""
+    """Head that predicts the pixels of patches from trunk tokens: token by token, or by transformer blocks over all
+    tokens."""
 
     positions: Tensor
 
@@ -103,17 +106,17 @@ class PixelHead(nn.Module):
         """Compute the buffer, which no state dict holds."""
         self.positions.copy_(_positions(self.config, self.config.head.width))
 
-    def forward(self, x: Tensor, keep: Tensor, mask: Tensor | None) -> Tensor:
-        """Predicted patches (M, o) at flat indices `keep` (M,), from their tokens (M, d) alone.
+    def forward(self, x: Tensor, token_indices: Tensor, mask: Tensor | None) -> Tensor:
+        """Predict patches (M, o) at flat indices `token_indices` (M,) from their tokens (M, d) alone.
 
         A transformer head takes all tokens (B, N, d) and the trunk's `mask`.
         """
         if self.proj_in is not None and self.norm is not None:
             x = self.proj_in(x)
             if self.config.head.num_heads:
-                x = _run_all(self.blocks, x + self.positions, mask, keep, recompute=self.recompute)
+                x = _run_all(self.blocks, x + self.positions, mask, token_indices, recompute=self.recompute)
             else:
-                x = x + self.positions[keep % self.config.num_tokens]
+                x = x + self.positions[token_indices % self.config.num_tokens]
                 for block in self.blocks:
                     x = _run(block, x, recompute=self.recompute)
             x = self.norm(x)
@@ -122,13 +125,14 @@ class PixelHead(nn.Module):
 
 
 class AIM(nn.Module):
-    """An autoregressive image model.
+    """Autoregressive image model.
 
-    Images are float32 (B, C, H, W), already normalised by the data's mean and standard deviation. What is `given` of
-    them are prefixes, as lengths int64 (B,) in 1..N-1, or to a masked model any patches, as bool (B, N); kept on the
-    CPU, it costs no device synchronisation. Weights may be bfloat16; the loss is computed in float32. `AIM(config)`
-    starts from `init_weights(0)`; made under `torch.device("meta")` it has no values until `to_empty` and
-    `init_weights`, or `aim.weights`, give it some.
+    Images are float32 (B, C, H, W), already normalised by the data's mean and standard deviation. `prefix_lengths` are
+    int64 (B,), in 1..N-1; a masked model takes its visible patches in their place, bool (B, N). Kept on the CPU, they
+    cost no device synchronisation. Weights may be bfloat16; the loss is computed in float32.
+
+    `AIM(config)` starts from `init_weights(0)`; built under `torch.device("meta")`, it has no values until `to_empty`
+    and `init_weights`, or `aim.weights`, give it some.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -144,18 +148,19 @@ class AIM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Give every weight its `initial_value`, and fill in the constants. Parts on the meta device stay there."""
+        """Set every weight to its `initial_value` and fill in the constants; parts on the meta device stay there."""
         for name, parameter in self.named_parameters():
             if not parameter.is_meta:
                 parameter.copy_(self.initial_value(name, seed))
         self.fill_constants()
 
     def initial_value(self, name: str, seed: int) -> Tensor:
-        """Draw one parameter, float32 on the CPU: a matrix (the patch convolution, too, as one) is xavier-uniform,
-        biases are 0, norms 1.
+        """Draw one parameter, float32 on the CPU: matrices (the patch convolution counts as one) are Xavier-uniform,
+        biases 0, norms 1.
 
-        Each has its own generator, seeded by its name, so the values depend on nothing but `seed`: not on device, world
-        size, or what other parts the model has. `self.shapes` says how large it is, wherever its values are now.
+        Each parameter has its own generator, seeded by its name, so that values depend on `seed` alone: not on the
+        device, the world size or the model's other parts. The shape comes from `self.shapes`, wherever the values are
+        now.
         """
         shape = self.shapes[name]
         if len(shape) < 2:
@@ -165,7 +170,8 @@ class AIM(nn.Module):
         return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator_for(seed, module))
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for an optimiser: `params`, their `weight_decay`, and `lr_scale`, which multiplies every step's rate.
+        """Return parameter groups for an optimiser: `params`, `weight_decay` and `lr_scale`, a factor on every step's
+        learning rate.
 
         Matrices decay; biases and norms do not. In the standard parametrisation every `lr_scale` is 1; see `aim.mup`.
         """
@@ -190,7 +196,7 @@ class AIM(nn.Module):
         self.pixel_head.fill_constants()
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute the activations of every block in the backward pass instead of storing them; losses are equal."""
+        """Recompute the activations of every block in the backward pass instead of storing them; losses stay equal."""
         self.trunk.recompute = enabled
         self.pixel_head.recompute = enabled
 
@@ -199,53 +205,54 @@ class AIM(nn.Module):
         for block in (*self.trunk.blocks, *self.pixel_head.blocks):
             block.compile()
 
-    def forward(self, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of a batch as a sum and a count, so that any split of a batch adds up exactly.
+    def forward(self, images: Tensor, prefix_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the loss of a batch as a sum and a count, so that any split of a batch adds up exactly.
 
         Returns:
             loss_sum: float32 scalar, the sum over scored targets of each target's mean squared error.
-            num_targets: float32 scalar, how many targets were scored: the patches that were not given.
+            num_targets: float32 scalar, how many targets were scored: the patches that are not visible.
         """
-        losses, _ = self._scored_losses(images, given)
+        losses, _ = self._scored_losses(images, prefix_lengths)
         return losses.sum(), losses.new_full((), losses.numel())
 
-    def per_patch_loss(self, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, but patch by patch in sequence order: float32 (B, N) losses, 0 of what is not scored, and
-        float32 (B, N), 1 where a patch is scored and 0 where it is given."""
-        losses, targets = self._scored_losses(images, given)
+    def per_patch_loss(self, images: Tensor, prefix_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the loss patch by patch, in sequence order: float32 (B, N) losses, 0 where a patch is not scored, and
+        float32 (B, N), 1 where it is scored and 0 where it is visible."""
+        losses, targets = self._scored_losses(images, prefix_lengths)
         by_patch = losses.new_zeros(2, len(images) * self.config.num_tokens)
         by_patch[:, targets] = torch.stack([losses, torch.ones_like(losses)])
         losses, is_scored = by_patch.view(2, len(images), -1)
         return losses, is_scored
 
-    def predict(self, images: Tensor, given: Tensor) -> Tensor:
-        """Predicted patches, float32 (B, N, o) in sequence order, in the scale of the targets.
+    def predict(self, images: Tensor, prefix_lengths: Tensor) -> Tensor:
+        """Predict patches, float32 (B, N, o) in sequence order, in the scale of the targets.
 
-        Entry j is the prediction of patch j, made at position j - 1, or of a masked model at j. Given patches, which
+        Entry j is the prediction of patch j, made at position j - 1, or at j by a masked model. Visible patches, which
         are never scored, are NaN.
         """
-        is_given = self._is_given(given).to(images.device)
-        everything = torch.arange(is_given.numel(), device=images.device)
-        out = self._predicted(self.preprocessor.patches(images), is_given, everything).unflatten(0, is_given.shape)
-        return (out.roll(1, dims=1) if self.mask is None else out).masked_fill(is_given[:, :, None], torch.nan)
+        is_visible = self._visible_patches(prefix_lengths).to(images.device)
+        everything = torch.arange(is_visible.numel(), device=images.device)
+        out = self._predicted(self.preprocessor.patches(images), is_visible, everything).unflatten(0, is_visible.shape)
+        return (out.roll(1, dims=1) if self.mask is None else out).masked_fill(is_visible[:, :, None], torch.nan)
 
-    def complete(self, images: Tensor, given: Tensor) -> Tensor:
-        """Images (B, C, H, W) whose patches that are not given are replaced by their predictions.
+    def complete(self, images: Tensor, prefix_lengths: Tensor) -> Tensor:
+        """Replace the patches of images (B, C, H, W) that are not visible by their predictions.
 
         Each prediction of an autoregressive model sees the true patches before it. Normalised predictions are brought
         back to pixels with the true patch's own mean and standard deviation.
         """
         truth = self.preprocessor.patches(images)
-        predicted = self.predict(images, given)
+        predicted = self.predict(images, prefix_lengths)
         if self.config.target == "normalised":
             mean, std = patch_statistics(truth)
             predicted = predicted * std + mean
-        sequence = torch.where(self._is_given(given).to(images.device)[:, :, None], truth, predicted)
+        sequence = torch.where(self._visible_patches(prefix_lengths).to(images.device)[:, :, None], truth, predicted)
         raster = torch.empty_like(sequence).index_copy(1, self.preprocessor.order, sequence)
         return unpatchify(raster, self.config.patch_size, self.config.channels)
 
     def features(self, images: Tensor, blocks: Sequence[int], *, is_causal: bool = False) -> Tensor:
-        """Raw outputs of the named blocks (0-based; negative numbers count from the last), (len(blocks), B, N, d).
+        """Return the raw outputs of some blocks (0-based; negative numbers count from the last), (len(blocks), B, N,
+        d).
 
         As in the released models, attention is bidirectional, unless `is_causal`, and the last norm is not applied.
         Tokens are in sequence order.
@@ -272,37 +279,40 @@ class AIM(nn.Module):
         parts = 3 if name.endswith("attn.qkv") and self.config.qkv_init == "separate" else 1
         return matrix_scale(self.config, name, fan_in=shape[1:].numel(), fan_out=shape[0] // parts)
 
-    def _is_given(self, given: Tensor) -> Tensor:
-        """Which patches are given, bool (B, N), on the device of `given`."""
+    def _visible_patches(self, prefix_lengths: Tensor) -> Tensor:
+        """Return which patches are visible, bool (B, N), on the device of `prefix_lengths`."""
         num_tokens = self.config.num_tokens
         if self.mask is not None:
-            if given.dtype != torch.bool or given.shape[1:] != (num_tokens,):
-                raise ValueError(f"a masked model is given bool (B, {num_tokens}), not {given.dtype} {given.shape}")
-            return given
-        # On a GPU, looking would wait for the device.
-        if not given.is_cuda and ((given < 1) | (given >= num_tokens)).any():
+            if prefix_lengths.dtype != torch.bool or prefix_lengths.shape[1:] != (num_tokens,):
+                raise ValueError(
+                    f"a masked model is given bool (B, {num_tokens}), not {prefix_lengths.dtype} {prefix_lengths.shape}"
+                )
+            return prefix_lengths
+        # On a GPU, the check would wait for the device.
+        if not prefix_lengths.is_cuda and ((prefix_lengths < 1) | (prefix_lengths >= num_tokens)).any():
             raise ValueError(f"prefix lengths run from 1 to {num_tokens - 1}")
-        return in_prefix(given, num_tokens)
+        return in_prefix(prefix_lengths, num_tokens)
 
-    def _predicted(self, patches: Tensor, is_given: Tensor, keep: Tensor) -> Tensor:
-        """Float32 predictions (M, o) made at flat indices `keep`, b * N + k, from patches (B, N, o)."""
-        tokens = self.preprocessor.embed(patches, self.mask and functools.partial(self.mask, is_given=is_given))
-        mask = None if self.mask else prefix_causal_mask(is_given, tokens.dtype)
-        tokens = self.trunk(tokens, mask, None if self.config.head.num_heads else keep)
-        return self.pixel_head(tokens, keep, mask).float()
+    def _predicted(self, patches: Tensor, is_visible: Tensor, token_indices: Tensor) -> Tensor:
+        """Predict patches, float32 (M, o), at flat indices `token_indices`, b * N + k, from patches (B, N, o)."""
+        tokens = self.preprocessor.embed(patches, self.mask and functools.partial(self.mask, is_visible=is_visible))
+        mask = None if self.mask else prefix_causal_mask(is_visible, tokens.dtype)
+        tokens = self.trunk(tokens, mask, None if self.config.head.num_heads else token_indices)
+        return self.pixel_head(tokens, token_indices, mask).float()
 
-    def _scored_losses(self, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared error of every scored target, float32 (M,), and the flat index b * N + j of its patch.
+    def _scored_losses(self, images: Tensor, prefix_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the mean squared error of every scored target, float32 (M,), and the flat index b * N + j of its
+        patch.
 
         An MLP head works token by token, so it sees scored tokens alone: the same loss for about half of its work.
         """
         if images.dtype != torch.float32:
             raise ValueError(f"targets are computed from float32 pixels, not {images.dtype}")
-        is_given = self._is_given(given)
-        scored = copy_to((~is_given).flatten().nonzero().squeeze(1), images.device)
+        is_visible = self._visible_patches(prefix_lengths)
+        scored = copy_to((~is_visible).flatten().nonzero().squeeze(1), images.device)
         patches = self.preprocessor.patches(images)
-        made_at = scored - 1 if self.mask is None else scored
-        predicted = self._predicted(patches, copy_to(is_given, images.device), made_at)
+        predicted_from = scored - 1 if self.mask is None else scored
+        predicted = self._predicted(patches, copy_to(is_visible, images.device), predicted_from)
         targets = patches.flatten(0, 1).index_select(0, scored)
         if self.config.target == "normalised":
             targets = normalise_patches(targets)
@@ -310,12 +320,12 @@ class AIM(nn.Module):
 
 
 def _positions(config: ModelConfig, width: int) -> Tensor:
-    """Fixed positions (N, width) in sequence order."""
+    """Compute fixed positions (N, width) in sequence order."""
     return sincos_positions(config.grid, width)[list(patch_order(config.patch_order, config.grid))]
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, without waiting for what that has to do still.
+    """Copy a tensor to a device without waiting for the work queued there.
 
     CUDA finishes its queue before it copies from memory that is not page-locked (CUDA Driver API, "API synchronization
     behavior"), whatever `non_blocking` says.
@@ -326,17 +336,20 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on the seed and the name alone."""
+    """Make a CPU generator whose state depends on the seed and the name alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _run_all(blocks: nn.ModuleList, x: Tensor, mask: Tensor | None, keep: Tensor | None, *, recompute: bool) -> Tensor:
-    """Transformer blocks in a row, (B, N, d) to (B, N, d); or, of flat indices `keep` (M,) alone, to (M, d)."""
+def _run_all(
+    blocks: nn.ModuleList, x: Tensor, mask: Tensor | None, token_indices: Tensor | None, *, recompute: bool
+) -> Tensor:
+    """Run transformer blocks one after the other, (B, N, d) to (B, N, d), or with flat indices `token_indices` (M,) to
+    (M, d)."""
     *first, last = blocks
     for block in first:
         x = _run(block, x, mask, recompute=recompute)
-    return _run(last, x, mask, keep, recompute=recompute)
+    return _run(last, x, mask, token_indices, recompute=recompute)
 
 
 def _run(module: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:

@@ -11,7 +11,7 @@ and Appendix D.2), under which a learning rate found on a narrow model carries o
 | output (last layer of the head) | a width | 0 | 1 / width |
 
 and attention is scaled by 1 / head dim. Biases and norms have a constant rate. Decoupled weight decay multiplies
-weights by 1 - rate x decay, so the decay grows as the rate shrinks and the product stays what it was. At the base
+weights by 1 - rate x decay, so the decay grows as the rate shrinks and the product stays constant. At the base
 widths below the two agree, but for the output's start. Widths are covered; depth is not (assumption: the ladder's depth
 grows slowly enough). No factor enters the forward pass but attention's, so weights keep their released meaning.
 """
@@ -30,20 +30,20 @@ BASE_HEAD_WIDTH = 336
 BASE_HEAD_DIM = 64
 """Attention head dimension at which they agree: that of every rung from rung-128 on."""
 BASE_DIM_IN_HEAD = 16
-"""The same in a transformer head: rung-256's."""
+"""Attention head dimension at which they agree in a transformer head: rung-256's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixScale:
-    """What the parametrisation prescribes for one matrix."""
+    """Initial scale and learning-rate factor of one matrix."""
 
     init_bound: float
-    """Initial values are uniform on [-bound, bound]."""
+    """Bound of the initial values, which are uniform on [-bound, bound]."""
     lr_scale: float
 
 
 def attention_scale(config: ModelConfig, *, in_head: bool = False) -> float:
-    """Factor on the product of query and key, in the trunk or in a transformer head."""
+    """Return the factor on the product of query and key, in the trunk or in a transformer head."""
     dim, base = config.head_dim, BASE_HEAD_DIM
     if in_head:
         dim, base = config.head.width // (config.head.num_heads or 1), BASE_DIM_IN_HEAD
@@ -51,7 +51,7 @@ def attention_scale(config: ModelConfig, *, in_head: bool = False) -> float:
 
 
 def matrix_scale(config: ModelConfig, name: str, fan_in: int, fan_out: int) -> MatrixScale:
-    """Initial scale and learning-rate scale of the matrix that a module's `name` holds (`fan_out` x `fan_in`)."""
+    """Return the scales of the matrix that a module's `name` holds (`fan_out` x `fan_in`)."""
     into, out_of = _growth(config, name)
     xavier_at_base = math.sqrt(6 / (fan_in / into + fan_out / out_of))
     starts_at_zero = config.parametrisation == "mup" and name == "pixel_head.proj_out"
@@ -59,7 +59,7 @@ def matrix_scale(config: ModelConfig, name: str, fan_in: int, fan_out: int) -> M
 
 
 def _growth(config: ModelConfig, name: str) -> tuple[float, float]:
-    """How many times wider than at the base what a matrix reads is, and what it writes."""
+    """Return how many times wider a matrix's input and output are than at the base width."""
     if config.parametrisation == "standard":
         return 1.0, 1.0
     trunk, head = config.width / BASE_WIDTH, config.head.width / BASE_HEAD_WIDTH

@@ -1,9 +1,9 @@
-"""What is predicted, from what, and which predictions are scored (paper, sections 3.1 and 3.2).
+"""The objective: inputs, targets and scored predictions (paper, sections 3.1 and 3.2).
 
-An image is a sequence of N patches in the model's order, some of them given; the others are predicted and scored.
+An image is a sequence of N patches in the model's order. Some are visible; the others are predicted and scored.
 
-Autoregressive: the first S patches are given, 1 <= S <= N - 1. They see each other both ways, later patches see what is
-before them, and the token at position k predicts patch k + 1.
+Autoregressive: the first S patches, the prefix, are visible, 1 <= S <= N - 1. They attend to each other both ways,
+later patches attend to those before them, and the token at position k predicts patch k + 1.
 
 Masked (the paper's comparison, section 5.2): patches anywhere are hidden behind a learned mask token, all see each
 other, and the token at position k predicts patch k.
@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 VARIANCE_EPS = 1e-6
-"""Added to a patch's variance, so that a flat patch has the target 0."""
+"""Epsilon added to a patch's variance, so that a flat patch has the target 0."""
 
 
 def in_prefix(prefix_len: Tensor, num_tokens: int) -> Tensor:
-    """Which patches are given by prefixes of these lengths, int64 (B,): bool (B, N)."""
+    """Return which patches lie in prefixes of these lengths, int64 (B,), as bool (B, N)."""
     return torch.arange(num_tokens, device=prefix_len.device) < prefix_len[:, None]
 
 
-def prefix_causal_mask(is_given: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of queries and keys: every query sees all of the prefix, and all up to itself.
+def prefix_causal_mask(is_visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Build the additive attention mask: every query attends to the whole prefix and to all positions up to its own.
 
     Args:
-        is_given: bool (B, N), the prefix of each image.
+        is_visible: bool (B, N), the prefix of each image.
 
     Returns:
-        (B, 1, N, N), indexed by image, head (broadcast), query, key: 0 where it sees, else minus infinity.
+        (B, 1, N, N), indexed by image, head (broadcast), query, key: 0 where the query attends, else minus infinity.
     """
-    position = torch.arange(is_given.shape[1], device=is_given.device)
-    sees = ((position <= position[:, None]) | is_given[:, None, :])[:, None]
+    position = torch.arange(is_visible.shape[1], device=is_visible.device)
+    sees = ((position <= position[:, None]) | is_visible[:, None, :])[:, None]
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -torch.inf)
 
 
@@ -54,7 +54,7 @@ def unpatchify(patches: Tensor, patch_size: int, channels: int) -> Tensor:
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (unbiased variance + eps, its root) of each patch (..., o): two of (..., 1)."""
+    """Compute mean and standard deviation, sqrt(unbiased variance + eps), of each patch (..., o), both (..., 1)."""
     mean = patches.mean(dim=-1, keepdim=True)
     # torch.var_mean takes ten times as long on a CPU (256 patches of 192 values: 0.32 against 0.03 ms)
     variance = (patches - mean).square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)

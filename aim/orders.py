@@ -15,12 +15,12 @@ from pathlib import Path
 
 from aimscale.aim.config import ModelConfigError, PatchOrder
 
-_TRAINER, _LISTS_FILE = "l3m", "helpers/vision/ar_patterns.py"  # a package, and a file in it
+_TRAINER, _LISTS_FILE = "l3m", "helpers/vision/ar_patterns.py"  # package, and a file in it
 _TRAINER_SOURCE = "git+https://github.com/apple/ml-l3m"
 
 
 def patch_order(order: PatchOrder, grid: int) -> tuple[int, ...]:
-    """Raster indices of the `grid` x `grid` patches in sequence order.
+    """Return the raster indices of the `grid` x `grid` patches in sequence order.
 
     - `raster`: row by row from the top left;
     - `outward_spiral`: from the centre outwards, the inward one reversed and transposed;
@@ -69,9 +69,10 @@ def _published_random_order(grid: int) -> tuple[int, ...]:
 
 
 def _published_lists(file: Path) -> dict[int, list[int]]:
-    """Lists by their length, from a file that is not executed: `FIXED_RANDOM_PATTERNS = {4: torch.tensor([...]), ...}`.
+    """Read lists, by their length, from a file without executing it: `FIXED_RANDOM_PATTERNS = {4: torch.tensor([...]),
+    ...}`.
 
-    To import the trainer takes 20 s, and packages that nothing here needs.
+    Importing the trainer takes 20 s, and packages that nothing here needs.
     """
     lists: dict[int, list[int]] = {}
     for statement in ast.parse(file.read_text()).body:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 BATCH_NORM_EPS = 1e-6
 QUERY_STD = 0.02
-"""Of a learned query's start, as in the authors' code and in that of efficient probing."""
+"""Standard deviation of a learned query's initial values, as in the authors' code and in that of efficient probing."""
 
 
 class AttentiveProbe(nn.Module):
@@ -34,7 +34,7 @@ class AttentiveProbe(nn.Module):
         nn.init.xavier_uniform_(self.v.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, N, d) -> logits (B, K)."""
+        """Map features (B, N, d) to logits (B, K)."""
         batch, _, width = features.shape
         tokens = self.bn(features.transpose(1, 2)).transpose(1, 2)
 

@@ -36,30 +36,30 @@ NUM_HEADS = "num_heads"
 """Key, in the header of an exported safetensors file, of the number of attention heads, which shapes do not tell."""
 _MAX_DEPTH = 1000  # blocks
 TRAINER_NORM_EPS = 1e-5
-"""Of every LayerNorm that the authors' trainer trains."""
+"""Epsilon of every LayerNorm in the authors' trainer."""
 
 _TRAINER_HEAD = {"projection": "proj_in", "blocks": "blocks", "norm": "norm", "pred": "proj_out"}
 _TRAINER_HEAD_NAME = re.compile(rf"^head\.decoder_({'|'.join(_TRAINER_HEAD)})\.")
 _WRAPPER = re.compile(r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 _WRAPPERS_AHEAD = re.compile(r"^(module\.|_orig_mod\.|model\.)+")
-"""What compilation and data parallelism put between the parts of a name, and before it."""
+"""Prefixes and inner parts that compilation and data parallelism add to parameter names."""
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 class WeightsError(UserError):
-    """A weight file that cannot be read or does not hold what the model needs."""
+    """Weight file that cannot be read or does not hold what the model needs."""
 
 
 def model_shapes(config: ModelConfig) -> Shapes:
-    """Names and shapes of a model's state; those of a released backbone are the ones that begin with `BACKBONE`."""
+    """Return names and shapes of a model's state; a released backbone holds those whose names begin with `BACKBONE`."""
     with torch.device("meta"):
         return _shapes_of(AIM(config))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Map a `.pth` or `.safetensors` file: tensors on the CPU whose bytes are read when they are used.
+    """Map a `.pth` or `.safetensors` file into memory: tensors on the CPU whose bytes are read on use.
 
     Raises:
         WeightsError: no such file, another format, or contents other than named tensors.
@@ -78,7 +78,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} is not a whole safetensors file ({error}); restore it or download it again"
         ) from error
-    except Exception as error:  # torch raises many kinds, among them pickle's own, for files it will not read
+    except Exception as error:  # torch raises many types, pickle's among them, for unreadable files
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"{path} is not a plain PyTorch state dict ({reason}); save one with torch.save(model.state_dict(), path)"
@@ -96,14 +96,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has values of its own for all its elements: a file of 1 kB may describe 1 TB that has not."""
+    """Return whether a tensor stores a value for each of its elements: a file of 1 kB may describe 1 TB that it does
+    not hold."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
         return False
     return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a `.pth` or `.safetensors` file (the latter with text `metadata`), aside first, then renamed.
+    """Write a `.pth` or `.safetensors` file (the latter with text `metadata`) under a temporary name, then rename it.
 
     Raises:
         WeightsError: another suffix.
@@ -111,18 +112,18 @@ def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str
     if path.suffix not in (".pth", ".safetensors"):
         raise WeightsError(f"{path} is neither .pth nor .safetensors; name the output file so")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.suffix == ".safetensors":
-            ordered = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # so that each stays aligned
+            ordered = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # so that every tensor is aligned
             layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
-            write_safetensors(aside, layout, (tensor.detach().cpu() for tensor in ordered.values()), metadata)
+            write_safetensors(partial, layout, (tensor.detach().cpu() for tensor in ordered.values()), metadata)
         else:
-            # torch.save writes whole storages, such as a mapped file's
-            torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, aside)
-        aside.replace(path)
+            # torch.save writes whole storages: without the clone, a mapped file's
+            torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, partial)
+        partial.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_safetensors(
@@ -131,13 +132,13 @@ def write_safetensors(
     values: Iterable[Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Write a safetensors file (https://huggingface.co/docs/safetensors) as its values come, and make it durable.
+    """Write a safetensors file (https://huggingface.co/docs/safetensors) from a stream of values, and fsync it.
 
     The package's own writer needs all of them in memory at once, twice.
 
     Args:
         layout: name -> dtype and shape, in the order of the values.
-        values: of all tensors, one after the other, on the CPU, cut anywhere.
+        values: values of all tensors, one after the other, on the CPU, in pieces of any size.
         metadata: text kept in the header.
 
     Returns:
@@ -162,18 +163,18 @@ def write_safetensors(
 
 
 def identify(path: Path, *, image_size: int = 224, num_heads: int | None = None) -> ModelConfig:
-    """Which size a backbone file was saved from, by its shapes, with a linear pixel head.
+    """Infer the size of a backbone file from its shapes, with a linear pixel head.
 
-    A width and depth that are no named size become `w<width>-d<depth>`. Positions are computed, not stored, so the file
-    does not tell `image_size`; nor do shapes tell the number of attention heads, which is known of the published sizes,
-    and of files that this project exported, and must be given for all others.
+    A width and depth that are no named size become `w<width>-d<depth>`. The file does not tell `image_size`, since
+    positions are computed and not stored. Nor do shapes tell the number of attention heads: it is known of published
+    sizes and of files that this project exported, and must be passed for all others.
 
     Raises:
         WeightsError: an unreadable file, one without a patch embedding or blocks, or an unknown number of heads.
         ModelConfigError: shapes that no AIM has.
     """
     state = read_weights(path)
-    if is_of_trainer(state):
+    if is_trainer_state(state):
         state = to_released(state)
     patch_embedding = state.get("preprocessor.patchifier.proj.weight")
     depth = len({name.split(".")[2] for name in state if name.startswith("trunk.blocks.")})
@@ -204,7 +205,8 @@ def _shape_of(size: str) -> tuple[int, int, int]:
 
 
 def known_heads(path: Path, width: int, depth: int) -> int | None:
-    """Attention heads of a published size, or as the header of a file says that this project exported; else None."""
+    """Return the number of attention heads of a published size, or as recorded in a file exported by this project; else
+    None."""
     for published_width, published_depth, heads in RELEASED_SIZES.values():
         if (published_width, published_depth) == (width, depth):
             return heads
@@ -229,7 +231,8 @@ def load_model(path: Path, config: ModelConfig, *, device: str | torch.device = 
 
 
 def load_backbone(path: Path, config: ModelConfig, *, device: str | torch.device = "cpu") -> AIM:
-    """Build a float32 AIM from a released backbone file; all that it lacks, as the pixel head, is `init_weights(0)`'s.
+    """Build a float32 AIM from a released backbone file; missing parts, such as the pixel head, come from
+    `init_weights(0)`.
 
     Probe tensors `head.*` in the same file are left alone, see `load_probe`.
 
@@ -263,7 +266,7 @@ def load_probe(path: Path, config: ModelConfig) -> AttentiveProbe:
 
 
 def probe_state(state: Mapping[str, Tensor], config: ModelConfig, where: Path) -> dict[str, Tensor]:
-    """The attentive probe among some tensors, checked.
+    """Select and check the attentive probe among some tensors.
 
     Raises:
         WeightsError: there is none, or one that does not fit the model.
@@ -284,10 +287,10 @@ def _probe_on_meta(state: Mapping[str, Tensor], config: ModelConfig, where: Path
 
 
 def backbone_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The part of one of our states that a released backbone file holds. Nothing is copied.
+    """Select the tensors of a released backbone from one of our states, without copies.
 
-    Only a muP model whose attention is not scaled by 1 / sqrt(head dim), as released models are, gets new queries, into
-    which the ratio of the two scales is multiplied.
+    Released models scale attention by 1 / sqrt(head dim). For a muP model that does not, the ratio of the two scales is
+    multiplied into new query weights.
     """
     backbone = {name: tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
     ratio = attention_scale(config) * config.head_dim**0.5
@@ -300,7 +303,7 @@ def backbone_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 
 
 def check_tensors(state: Mapping[str, Tensor], wanted: Shapes, where: Path) -> None:
-    """Raise WeightsError unless names and shapes are exactly those wanted, and all values finite."""
+    """Raise WeightsError unless names and shapes are exactly the wanted ones and all values are finite."""
     if missing := wanted.keys() - state.keys():
         raise WeightsError(f"{where} lacks {some(sorted(missing))}; give a complete file of this model")
     if extra := state.keys() - wanted.keys():
@@ -329,13 +332,13 @@ def _fill(
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in own.items()})
 
 
-def is_of_trainer(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are names of the authors' trainer."""
+def is_trainer_state(state: Mapping[str, Tensor]) -> bool:
+    """Return whether the names are those of the authors' trainer."""
     return any(name.endswith("attn.q_proj.weight") for name in state)
 
 
 def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under released names; q, k and v of a block are joined when a block is complete.
+    """Rename tensors to the released names; q, k and v of a block are joined when all three are there.
 
     Names that are neither a backbone's nor a pixel head's are kept as they are, for the caller to refuse.
     """

@@ -9,7 +9,8 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from aimscale.analysis.errors import AnalysisError
@@ -21,10 +22,20 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 20
 """Rows that a shell and a notebook show of a longer table."""
-WIDE = 1000
-"""Columns where there is no terminal, and lines are as long as they are."""
 MAX_WIDTH = 120
-"""Columns that a table takes at most, with and without a terminal."""
+"""Characters of a line of a table at most."""
+
+
+class Drawing:
+    """A method that is a function of `plots`, such as "scaling.plot_fit"; `help(Fit.plot)` shows its options."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # `plots` stands above results, and is imported when asked for
+
+    def __get__(self, result: Any, owner: type | None = None) -> Callable[..., Figure]:
+        module, _, function = self.name.partition(".")
+        draw = getattr(importlib.import_module(f"aimscale.analysis.plots.{module}"), function)
+        return draw if result is None else MethodType(draw, result)
 
 
 class Result:
@@ -58,17 +69,12 @@ class Result:
         return f"{above}\n\n{text_table(self.cells())}"
 
     def plot(self, **options: Any) -> Figure:
-        """Draw its figure by the public function of its name, such as `plot_fit`, which says what options there are.
+        """Draw its figure, where the class of the result has one.
 
         Raises:
             AnalysisError: nothing draws this kind of result.
         """
-        name = type(self).__name__
-        # Results stand below the figures and import none of them.
-        draw = getattr(importlib.import_module("aimscale.analysis"), f"plot_{name.lower()}", None)
-        if draw is None:
-            raise AnalysisError(f"There is no figure of a {name}; draw its .table yourself.")
-        return draw(self, **options)
+        raise AnalysisError(f"There is no figure of a {type(self).__name__}; draw its .table yourself.")
 
     def to_dict(self) -> dict[str, Any]:
         """Give its fields in plain types, tables as rows, and its words; fields of `repr=False` are left out."""
@@ -88,24 +94,24 @@ class Result:
         powers = re.sub("10([⁻⁰¹²³⁴-⁹]+)", lambda m: f"$10^{{{m[1].translate(digits)}}}$", text)
         return powers.replace("×", r"$\times$")
 
-    def _shown(self) -> pd.DataFrame:
-        """Leave out columns of the table that are blank in every row."""
-        return self.table.loc[:, [self.table.empty or self.table[name].ne("").any() for name in self.table]]
-
     def __repr__(self) -> str:
-        table = self._shown().to_string(index=False, max_rows=MAX_ROWS, float_format=_cell)
-        return f"{self.headline()}\n{table}"
+        return f"{self.headline()}\n{_shown(self.table, 'to_string')}"
 
     def _repr_html_(self) -> str:
         """Write what a notebook shows."""
-        table = self._shown().to_html(index=False, max_rows=MAX_ROWS, float_format=_cell, border=0)
-        return f"<p>{html.escape(self.headline())}</p>{table}"
+        return f"<p>{html.escape(self.headline())}</p>{_shown(self.table, 'to_html', border=0)}"
+
+
+def _shown(table: pd.DataFrame, form: str, **options: Any) -> str:
+    """Write a table without columns that are blank in every row."""
+    seen = table.loc[:, [table.empty or table[name].ne("").any() for name in table]]
+    return str(getattr(seen, form)(index=False, max_rows=MAX_ROWS, float_format=_cell, **options))
 
 
 def fact_lines(facts: Sequence[tuple[str, str]]) -> str:
     """Write keys and values in two columns; a value that the terminal is too narrow for goes on below itself."""
     edge = max((len(key) for key, _ in facts), default=0) + 2
-    width = max(shutil.get_terminal_size((WIDE, 0)).columns, edge + 30)
+    width = max(shutil.get_terminal_size((1000, 0)).columns, edge + 30)
     fold = textwrap.TextWrapper(width, subsequent_indent=" " * edge, break_long_words=False, break_on_hyphens=False)
     return "\n".join(fold.fill(f"{key:<{edge}}{value}") for key, value in facts)
 

@@ -8,17 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-UNITS = {
-    "params_total": "all parameters, head included",
-    "params_trunk": "parameters of the backbone",
-    "params_head": "parameters of the pixel head",
-    "images_seen": "images seen, repeats counted",
-    "unique_images": "different images in the training pool",
-    "flops_train": "training FLOPs as counted (attention and head included)",
-    "flops_6nd": "training FLOPs as 6 N D",
-}
-"""What a column of the results table counts."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
@@ -27,15 +16,15 @@ class Flag:
     kind: str
     """Short name, by which flags are found and compared."""
     subject: str = ""
-    """The parameter, variable, group or row that it is about."""
+    """Parameter, variable, group or row that it is about."""
     number: float = 0.0
     """How much: a bound, a factor, per cent, standard deviations."""
     more: tuple[float | str, ...] = ()
     """Further values that are read apart from the sentence."""
     p: float = 1.0
     """Probability that a sound law shows as much, where that was tested."""
-    text: str = ""
-    """Its sentence, written where it is raised."""
+    text: str
+    """Sentence that a reader sees."""
 
     def __str__(self) -> str:
         return self.text
@@ -46,7 +35,7 @@ _SI = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def human(value: float, digits: int = 3) -> str:
-    """A count as people say it: 27.6k, 1.21M, 6.44B; beyond that, and below 0.001, a power of ten."""
+    """Write a count as people say it: 27.6k, 1.21M, 6.44B; beyond that, and below 0.001, a power of ten."""
     if not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -59,7 +48,7 @@ def human(value: float, digits: int = 3) -> str:
 
 
 def power_of_ten(value: float, digits: int = 2) -> str:
-    """A number of FLOPs: 3×10¹³."""
+    """Write a number of FLOPs: 3×10¹³."""
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
     power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
@@ -67,12 +56,12 @@ def power_of_ten(value: float, digits: int = 2) -> str:
 
 
 def percent(share: float, digits: int = 2) -> str:
-    """A fraction as per cent."""
+    """Write a fraction as per cent."""
     return f"{human(100 * share, digits)} %"
 
 
 def p_value(p: float) -> str:
-    """A probability of chance; digits of a tiny one say nothing."""
+    """Write a probability of chance; digits of a tiny one say nothing."""
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.1g}"
 
 
@@ -81,7 +70,7 @@ NEAR = 0.55
 
 
 def did_you_mean(typed: str, names: Iterable[str], otherwise: str) -> str:
-    """The names that resemble one that does not exist, the nearest first; else some of all."""
+    """Name what resembles a name that does not exist, the nearest first; else some of all."""
     lower = typed.lower()
     score = {n: difflib.SequenceMatcher(None, lower, n.lower()).ratio() for n in names}
     known = sorted(score, key=lambda n: -score[n])
@@ -94,13 +83,13 @@ MAX_NAMED = 5
 
 
 def some(names: Sequence[str]) -> str:
-    """`MAX_NAMED` of the names at most, and how many more there are."""
+    """Name `MAX_NAMED` at most, and say how many more there are."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return f"{', '.join(names[:MAX_NAMED])}{more}"
 
 
 def refusal_words(flags: Sequence[Flag]) -> str:
-    """Why amounts of compute were refused, and how many for each reason."""
+    """Say why amounts of compute were refused, and how many for each reason."""
     counts = Counter(map(str, flags))
     return ", ".join(f"{why} ({num})" for why, num in counts.items())
 
@@ -113,7 +102,7 @@ def said_once(flags: Iterable[Flag]) -> tuple[Flag, ...]:
 
 
 def flag_words(flags: Sequence[Flag]) -> list[str]:
-    """Flags in words; of more than three that differ in their number alone, the first and how many follow."""
+    """Write flags; of more than three that differ in their number alone, the first and how many follow."""
     words = []
     for kind, subject in dict.fromkeys((flag.kind, flag.subject) for flag in flags):
         alike = [str(flag) for flag in flags if (flag.kind, flag.subject) == (kind, subject)]
@@ -122,7 +111,7 @@ def flag_words(flags: Sequence[Flag]) -> list[str]:
 
 
 def kind_name(kind: str) -> str:
-    """A kind of probe in a table: LoRA is none, because it adapts the backbone."""
+    """Name a kind of probe in a table: LoRA is none, because it adapts the backbone."""
     return "LoRA (not frozen)" if kind == "lora" else kind
 
 
@@ -131,12 +120,12 @@ PROBES = ("attentive", "efficient", "linear", "knn", "lora")
 
 
 def measured_by(kind: str) -> str:
-    """A kind of accuracy behind the name of its task."""
+    """Name a kind of accuracy, behind the name of its task."""
     return f"{kind} probe" if kind in PROBES else f"{kind} accuracy".strip()
 
 
 def accuracy_of(kind: str, of: str = "accuracy") -> str:
-    """What a kind of accuracy (or of error) is, in prose."""
+    """Name a kind of accuracy (or of error) in prose."""
     if kind == "lora":
         return f"{of} after LoRA adaptation (not frozen)"
     return f"{'k-NN' if kind == 'knn' else kind}-probe {of}" if kind in PROBES else f"{kind} {of}"

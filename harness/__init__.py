@@ -1,1 +1,1 @@
-"""One run: data, DeepSpeed engine, training, checkpoints, validation, probes, metrics."""
+"""Everything about one run: data, DeepSpeed engine, training, checkpoints, validation, probes, metrics."""

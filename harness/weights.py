@@ -27,7 +27,7 @@ from aimscale.aim.weights import (
     backbone_state,
     check_tensors,
     identify,
-    is_of_trainer,
+    is_trainer_state,
     known_heads,
     model_shapes,
     probe_state,
@@ -38,7 +38,7 @@ from aimscale.aim.weights import (
 from aimscale.harness.probe.released import RELEASED_HEAD, HeadBlocks, released_blocks
 from aimscale.harness.run.config import ModelSection, RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
-from aimscale.harness.run.files import write_text, written_dir_aside
+from aimscale.harness.run.files import atomic_dir, write_text
 from aimscale.harness.run.provenance import record_start
 from aimscale.harness.run.row import describe, model_of
 
@@ -48,9 +48,9 @@ PUBLISHED_IMAGES_SEEN = {
     "aim-3B": 1_200_000 * 4096,
     "aim-7B": 1_200_000 * 4096,
 }
-"""Iterations x batch of the released models (paper, Table 9 and section 4)."""
+"""Images seen of the released models, iterations x batch (paper, Table 9 and section 4)."""
 PUBLISHED_DATA = "DFN-2B+ (0.8 DFN-2B, 0.2 ImageNet-1k; not part of this project)"
-"""Stands where an imported run's training data would be named."""
+"""Placeholder for the training data of an imported run."""
 
 
 def import_weights(
@@ -102,7 +102,7 @@ def import_weights(
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": sha256}
-    with written_dir_aside(run_path) as folder:
+    with atomic_dir(run_path) as folder:
         run = RunDir(folder)
         if kept_head:
             blocks = released_blocks(config, head_blocks)
@@ -117,7 +117,7 @@ def import_weights(
 
 
 def describe_weights(path: Path) -> dict[str, Any]:
-    """What a weight file holds, from names and shapes alone."""
+    """Describe what a weight file holds, from names and shapes alone."""
     state = read_weights(path)
     parts = {"preprocessor": 0, "trunk": 0, "pixel_head": 0, "head": 0, "other": 0}
     for name, tensor in state.items():
@@ -137,6 +137,7 @@ def describe_weights(path: Path) -> dict[str, Any]:
 
 
 def _backbone_facts(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Describe the backbone in a weight file."""
     any_heads = identify(path, num_heads=1)
     heads = known_heads(path, any_heads.width, any_heads.depth)
     wanted = {name: shape for name, shape in model_shapes(any_heads).items() if name.startswith(BACKBONE)}
@@ -154,9 +155,9 @@ def _backbone_facts(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
 def _model_of(
     source: Path, state: Mapping[str, Tensor], *, size: str | None, image_size: int, num_heads: int | None
 ) -> tuple[ModelSection, ModelConfig]:
-    """The model that a file holds, insisting on `size`."""
+    """Infer the model that a file holds, insisting on `size`."""
     found = identify(source, image_size=image_size, num_heads=num_heads)
-    of_trainer = is_of_trainer(read_weights(source))
+    of_trainer = is_trainer_state(read_weights(source))
     section = ModelSection(
         size=size or found.name,
         image_size=image_size,
@@ -171,7 +172,7 @@ def _model_of(
 
 
 def _trainer_fields(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """Fields of `model` that a checkpoint of the authors' trainer implies."""
+    """Infer fields of `model` from a checkpoint of the authors' trainer."""
     pixel_head = {name: tensor for name, tensor in state.items() if name.startswith("pixel_head.")}
     projection = pixel_head.get("pixel_head.proj_in.weight")
     if projection is None or not projection.ndim:
@@ -190,7 +191,8 @@ def _trainer_fields(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]
 
 
 def _published_recipe(section: ModelSection, images_seen: int) -> RunConfig:
-    """Configuration of an imported run: the paper's recipe, which is what `RunConfig` defaults to but the schedule."""
+    """Build the configuration of an imported run: the paper's recipe, which is the default of `RunConfig` except for
+    the schedule."""
     return run_config(
         {
             "model": section.model_dump(),
@@ -206,7 +208,7 @@ def _published_recipe(section: ModelSection, images_seen: int) -> RunConfig:
 
 
 def _row(config: RunConfig, images_seen: int) -> dict[str, Any]:
-    """A results row without a loss: what the configuration says, and no measurement."""
+    """Build a results row without a loss, from the configuration alone."""
     row = describe(config) | {"images_seen": images_seen, "probes": [], "imported": True, "git_commit": None}
     num_tokens = (config.training.model.image_size // config.training.model.patch_size) ** 2
     row["flops_train"] = row["flops_per_image"] * images_seen
@@ -231,7 +233,7 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
     if probe_file is not None:
         state |= probe_state(read_weights(probe_file), model, probe_file)
     rows = [row for row in run.read_rows() if row["images_seen"] == images_seen]
-    with written_dir_aside(out) as folder:
+    with atomic_dir(out) as folder:
         metadata = {"format": "pt", "run_id": config.run_id, NUM_HEADS: str(model.num_heads)}
         write_weights(state, folder / "model.safetensors", metadata)
         write_weights(state, folder / "model.pth")
@@ -241,7 +243,7 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
 
 
 def model_card(config: RunConfig, model: ModelConfig, images_seen: int, row: Mapping[str, Any]) -> str:
-    """Markdown: what the model is, how it was trained, what was measured, and what it must not be taken for."""
+    """Write the model card, in Markdown: what the model is, how it was trained, what was measured, and its limits."""
     training, optimiser, params = config.training, config.training.optimiser, param_count(model)
     loss = row.get("val_loss")
     objective = f"next patch, prefix {training.objective.prefix}"

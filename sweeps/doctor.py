@@ -1,7 +1,7 @@
-"""Whether this machine works: python, packages, GPUs, memory, the disk where runs are kept, its locks, and Slurm.
+"""Checks of this machine: python, packages, GPUs, memory, the disk for runs, file locks, and Slurm.
 
-A check looks at one thing and never raises. Whatever may take its process down with it (a broken torch, a driver that
-does not fit) is imported by a child process, `python -m aimscale.sweeps.doctor`: a line of JSON before each import.
+Each check covers one thing and never raises. Imports that may crash the process (a broken torch, an incompatible
+driver) happen in a child process, `python -m aimscale.sweeps.doctor`, which prints a line of JSON before each import.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import typer
 from packaging.requirements import Requirement
 from rich.filesize import decimal
 
+from aimscale.harness.device.gpu_specs import gpus_here
 from aimscale.harness.device.memory import free_host_bytes
-from aimscale.harness.device.sheets import gpus_here
 from aimscale.harness.run.files import locked
 from aimscale.harness.run.provenance import package_versions
 from aimscale.sweeps.slurm import commands as slurm
@@ -37,60 +37,63 @@ LOW_FREE_BYTES = 20_000_000_000
 SLURM_COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol", "scancel", "srun")
 SLURM_TIMEOUT_S = 15
 MODULES = ("torch", "torchvision", "deepspeed", "simplejpeg", "webdataset", "submitit", "timm", "pyarrow", "pandas")
-"""Packages with compiled parts, or that import such."""
+"""Packages with compiled parts, or that import such packages."""
 Level = Literal["ok", "warn", "fail"]
-"""`warn`: works, but something may go wrong or be slow; `fail`: something needed does not work."""
+"""Level of a result. `warn`: works, but may fail or be slow; `fail`: a required part does not work."""
 COLOURS = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "fail": typer.colors.RED}
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was found about one thing."""
+    """Result of one check."""
 
     name: str
     level: Level
     found: str
     advice: str = ""
-    """One sentence on what to do where it is not ok."""
+    """Advice in one sentence, for results that are not ok."""
 
 
-def checks(root: Path) -> Iterator[Check]:
-    """Look at everything; runs are to be kept under `root`."""
+def run_checks(root: Path) -> Iterator[Check]:
+    """Run all checks; `root` is the folder for runs."""
     yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}, {sys.executable}")
-    facts = imported()
+    facts = import_packages()
     yield check_packages(facts)
     yield check_accelerator(facts)
     yield Check("memory", "ok", f"{decimal(free_host_bytes())} free, by the host and the limits on this process")
     absolute = Path(os.path.abspath(root))
-    folder = next(each for each in (absolute, *absolute.parents) if each.is_dir())  # a launch makes the rest
+    folder = next(each for each in (absolute, *absolute.parents) if each.is_dir())  # a launch creates the others
     yield (disk := check_disk(root, folder))
     if disk.level != "fail":
         yield check_locks(folder)
     yield check_slurm()
 
 
-def imported() -> dict[str, Any]:
-    """What a child that imports all of `MODULES` printed: `torch`, the last `module`, and `error` if it broke there."""
+def import_packages() -> dict[str, Any]:
+    """Import `MODULES` in a child process and return what it printed.
+
+    The keys are `torch` (facts), the last `module`, and `error` if an import crashed.
+    """
     words = [sys.executable, "-m", "aimscale.sweeps.doctor"]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     try:
-        out, said = child.communicate(timeout=IMPORT_TIMEOUT_S)
+        stdout, stderr = child.communicate(timeout=IMPORT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         child.kill()
-        out, said = child.communicate()[0], f"no end within {IMPORT_TIMEOUT_S} s"
+        stdout, stderr = child.communicate()[0], f"no end within {IMPORT_TIMEOUT_S} s"
     facts: dict[str, Any] = {"module": "nothing"}
-    for line in out.splitlines():
-        if line.startswith(('{"module"', '{"torch"')):  # a package may print, too
+    for line in stdout.splitlines():
+        if line.startswith(('{"module"', '{"torch"')):  # packages may print, too
             facts |= json.loads(line)
     if code := child.returncode:
         how = f"signal {-code}" if code < 0 else f"code {code}"
-        why = (said.strip().splitlines() or ["it gave no reason"])[-1]
+        why = (stderr.strip().splitlines() or ["it gave no reason"])[-1]
         facts["error"] = f"the process that imported {facts['module']} ended with {how}: {why}"
     return facts
 
 
 def check_packages(facts: Mapping[str, Any]) -> Check:
-    """Versions against `pyproject.toml`'s, and whether they import."""
+    """Check that packages import and have the versions that `pyproject.toml` requires."""
     broken = [facts["error"]] if "error" in facts else []
     for needed in map(Requirement, importlib.metadata.requires("aimscale") or []):
         if needed.marker is not None:  # an extra
@@ -109,16 +112,21 @@ def check_packages(facts: Mapping[str, Any]) -> Check:
 
 
 def check_accelerator(facts: Mapping[str, Any]) -> Check:
-    """GPUs that torch can compute on, beside those that the driver lists."""
+    """Check that torch can compute on the GPUs that the driver lists."""
     if "torch" not in facts:
         return Check("accelerator", "fail", "torch does not import", "Fix the packages first.")
-    torch, there = facts["torch"], gpus_here()
+    torch, driver_gpus = facts["torch"], gpus_here()
     build, gpus = torch["build"], torch["gpus"]
-    if there and not gpus:
+    if driver_gpus and not gpus:
         advice = "Install a torch for the driver's CUDA version (pytorch.org names the index), or update the driver."
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             advice = "CUDA_VISIBLE_DEVICES is empty and hides the GPUs; unset it."
-        return Check("accelerator", "fail", f"{len(there)} x {there[0][0]}, which torch does not see ({build})", advice)
+        return Check(
+            "accelerator",
+            "fail",
+            f"{len(driver_gpus)} x {driver_gpus[0][0]}, which torch does not see ({build})",
+            advice,
+        )
     if not gpus:
         return Check("accelerator", "ok", f"no GPU; training runs on the CPU ({build})")
     found = f"{len(gpus)} x {gpus[0]} each ({build})"
@@ -130,7 +138,7 @@ def check_accelerator(facts: Mapping[str, Any]) -> Check:
 
 
 def check_disk(root: Path, folder: Path) -> Check:
-    """Whether a file can be made where the runs are to be kept, and how much space is free."""
+    """Check that the folder for runs is writable and has free space."""
     advice = "Choose another --root, or ask for write access."
     if root.exists() and not root.is_dir():
         return Check("disk", "fail", f"{root} is no folder", advice)
@@ -145,7 +153,7 @@ def check_disk(root: Path, folder: Path) -> Check:
 
 
 def check_locks(folder: Path) -> Check:
-    """Whether flock works and excludes: without it two launches could start a run twice."""
+    """Check that flock works and excludes other processes; without it two launches could start a run twice."""
     advice = "Mount it with locks (NFS: without `nolock` or `local_lock`; Lustre: with `flock`), or use another --root."
     try:
         with (
@@ -161,7 +169,7 @@ def check_locks(folder: Path) -> Check:
 
 
 def check_slurm() -> Check:
-    """Whether Slurm is here and answers."""
+    """Check that Slurm is installed and answers."""
     missing = [command for command in SLURM_COMMANDS if shutil.which(command) is None]
     if len(missing) == len(SLURM_COMMANDS):
         return Check("slurm", "ok", "not installed; sweeps run on this machine")
@@ -186,7 +194,7 @@ def command(
     Takes seconds and leaves nothing behind. Exits with 1 when something needed fails.
     """
     found = []
-    for check in checks(root):
+    for check in run_checks(root):
         advice = check.advice if check.level != "ok" else ""
         found.append(dataclasses.replace(check, advice=advice))
         if not as_json:
@@ -204,7 +212,7 @@ def command(
 
 
 def torch_facts() -> dict[str, Any]:
-    """Build and GPUs of torch, in words; `gpu_error` when a kernel does not run on the first."""
+    """Return build and GPUs of torch as text; `gpu_error` if a kernel does not run on the first GPU."""
     import torch
 
     gpus, gpu_error, bf16 = [], None, False

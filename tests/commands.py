@@ -1,4 +1,4 @@
-"""Commands as a user types them; what they raise reaches the test."""
+"""Helpers that call commands as a user types them; exceptions reach the test."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from aimscale.sweeps.cli.main import main, verb
+from aimscale.sweeps.cli.main import load_verb, main
 
 
 def say(name: str, *words: object) -> str:
-    """What a verb prints to stdout."""
-    result = CliRunner().invoke(verb(name), [*map(str, words)], catch_exceptions=False)
+    """Run a verb and return what it prints to stdout."""
+    result = CliRunner().invoke(load_verb(name), [*map(str, words)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def answer(name: str, *words: object) -> Any:
-    """What a verb prints with `--json`."""
+    """Run a verb with `--json` and return the parsed output."""
     return json.loads(say(name, *words, "--json"))
 
 
 def refused(*words: object) -> str:
-    """The one sentence with which a command ends, with code 2."""
+    """Run a command that must fail with exit code 2, and return its error sentence."""
     told = io.StringIO()
     with contextlib.redirect_stderr(told), pytest.raises(SystemExit) as ended:
         main([*map(str, words)])

@@ -33,7 +33,7 @@ atexit.register(lambda: shutil.rmtree(_cache, ignore_errors=True) if os.getpid()
 
 @pytest.fixture(scope="session")
 def write_images() -> Callable[..., str]:
-    """Packs PNGs of noise; the two classes, where there are any, take turns, one redder and one bluer."""
+    """Return a function that packs PNGs of noise; classes alternate, the first is redder and the second bluer."""
     import numpy as np
     from pictures import saved
     from PIL import Image

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine."""
+"""A real Slurm on this machine, for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRIPTS = Path(__file__).parent / "slurm"
 
 @contextlib.contextmanager
 def running_slurm(port: int) -> Iterator[Path]:
-    """A Slurm of two nodes, whose ports begin at `port`; its folder, which holds `slurm.conf`."""
+    """Start a Slurm of two nodes, with ports from `port` on; yield its folder, which holds `slurm.conf`."""
     if shutil.which("slurmctld") is None or shutil.which("munged") is None or os.geteuid() != 0:
         pytest.skip("needs slurm-wlm and munge, and root")
     folder = Path(tempfile.mkdtemp(prefix="aimscale-slurm-", dir="/var/tmp"))

@@ -1,4 +1,4 @@
-"""Tables of a known law."""
+"""Tables whose values follow a known law."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def law_grid(
     noise: float = 0.0,
     rng: np.random.Generator | int = 0,
 ) -> pd.DataFrame:
-    """N, D, C and val_loss at every pair of sizes and budgets, each from one value to another in so many steps."""
+    """Return N, D, C and val_loss on a grid of sizes and budgets, each given by its ends and number of steps."""
     n, d = (axis.ravel() for axis in np.meshgrid(np.geomspace(*sizes), np.geomspace(*budgets)))
     at = {"N": n, "D": d, "C": 6 * n * d}
     error = noise * np.random.default_rng(rng).standard_normal(n.size)

@@ -1,4 +1,4 @@
-"""Trainers as a launcher starts them, which a test may signal at a place, and what must be equal between their runs."""
+"""Trainers as a launcher starts them, with signals at chosen points, and comparison of their runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OF_ONE_RUN = {*("wall_s", "device_hours", "images_per_s", "mfu", "finished_at", 
 
 
 def train_in(rank: int, path: Path) -> None:
-    """A launcher's process, which ends as a trainer does."""
+    """Train in a process as a launcher starts it, and exit as a trainer does."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         sys.exit(train(path))
@@ -33,7 +33,7 @@ def train_in(rank: int, path: Path) -> None:
 
 
 def before_call(owner: Any, name: str, number: int, act: Callable[[], None]) -> None:
-    """Do something before the `number`-th call of a function of a module or class, and before all later ones."""
+    """Call `act` before the `number`-th and all later calls of a function of a module or class."""
     real, earlier = getattr(owner, name), iter(range(1, number))
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +56,7 @@ def after_steps(act: Callable[[int], None]) -> None:
 
 
 def stop_after(rank: int, path: Path, num_images: int, signum: int = signal.SIGTERM) -> None:
-    """Train, and send the last rank a signal once `num_images` are done: all must agree to stop."""
+    """Train, and signal the last rank once `num_images` are done: all ranks must agree to stop."""
 
     def act(images_done: int) -> None:
         if images_done == num_images and rank == int(os.environ["WORLD_SIZE"]) - 1:
@@ -67,17 +67,17 @@ def stop_after(rank: int, path: Path, num_images: int, signum: int = signal.SIGT
 
 
 def rows(run: RunDir) -> list[dict[str, Any]]:
-    """Rows without `OF_ONE_RUN`."""
+    """Return the rows without the fields in `OF_ONE_RUN`."""
     return [{name: value for name, value in row.items() if name not in OF_ONE_RUN} for row in run.read_rows()]
 
 
 def weights(run: RunDir, budget: int) -> dict[str, bytes]:
-    """The bytes of a budget's tensors."""
+    """Return the bytes of a budget's tensors."""
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(run.model_file(budget)).items()}
 
 
 def until(condition: Callable[[], Any]) -> None:
-    """Wait for what must come; a busy machine needs minutes for what takes seconds."""
+    """Wait until a condition holds; a busy machine may need minutes instead of seconds."""
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
@@ -85,14 +85,14 @@ def until(condition: Callable[[], Any]) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody has: several test processes may run on a machine."""
+    """Return a free port: several test processes may run on one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
 def start_ranks(command: list[str], world_size: int) -> list[subprocess.Popen[str]]:
-    """Start a command as every rank of a group, with what is said by each to be read."""
+    """Start a command as every rank of a group, with pipes for the output of each."""
     here = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environments = [os.environ | here | group | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(world_size)]

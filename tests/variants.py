@@ -1,7 +1,4 @@
-"""Choices that the fields of a model offer, as options of `model_config`.
-
-A new choice is in the tests of parameters, FLOPs, memory and released names as soon as it is a field.
-"""
+"""Model configurations that cover the choices of each field."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from aimscale.analysis.display import Result
+from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.table.names import Exclusion
 from aimscale.analysis.words import percent
 
@@ -74,6 +74,8 @@ class Correlation:
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Correlations(Result):
     """How two columns go together, or a column and several accuracies."""
+
+    plot = Drawing("intervals.plot_correlations")
 
     correlations: tuple[Correlation, ...]
     """One per accuracy, comparison and method: at equal compute first."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, plain_fields
+from aimscale.analysis.display import Drawing, Result, plain_fields
 from aimscale.analysis.effects.paired import LEAST_SIZES, POWER, Paired
 from aimscale.analysis.table.measures import Measure
 from aimscale.analysis.words import Flag, flag_words, p_value, some
@@ -147,6 +147,8 @@ class Contrast(Result):
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Contrasts(Result):
     """All levels of a column against the baseline."""
+
+    plot = Drawing("intervals.plot_contrasts")
 
     by: str
     baseline: str

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, plain_fields, plain_types
+from aimscale.analysis.display import Drawing, Result, plain_fields, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import half_width, satterthwaite
 from aimscale.analysis.fitting.extrapolation import HeldOut, held_out_cautions
@@ -17,7 +17,8 @@ from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law, Params
 from aimscale.analysis.table.names import CANONICAL, Exclusion
-from aimscale.analysis.words import UNITS, Flag, flag_words, human, p_value
+from aimscale.analysis.table.schema import described
+from aimscale.analysis.words import Flag, flag_words, human, p_value
 
 NOT_IDENTIFIED = "not identified"
 ASSUMED = "they take the law for true: on public tables, 3 to 100 times beyond, those of one law hold some 80 % of runs"
@@ -53,6 +54,8 @@ UNKNOWN = Interval(low=np.nan, high=np.nan)
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Fit(Result):
     """A fitted law; `predict`, `conf_int`, `cov`, `resid`, `aic` are as in statsmodels."""
+
+    plot = Drawing("scaling.plot_fit")
 
     law: Law
     objective: Objective
@@ -277,7 +280,8 @@ class Fit(Result):
         """Name a variable's (or "y"'s) column as a foreign table does; of a results table with what it counts."""
         column = self.columns[variable]
         name = self.names.get(column, column)
-        return f"{name} ({UNITS[column]})" if self.loss_unit and name == column and column in UNITS else name
+        counts = described(column).axis_label.partition(": ")[2]  # behind the letter of a law
+        return f"{name} ({counts})" if self.loss_unit and name == column and counts else name
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the data, in plain types."""

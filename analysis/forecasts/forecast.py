@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, fact_lines, text_table
+from aimscale.analysis.display import Drawing, Result, fact_lines, text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.forecasts.curves import Cache
@@ -30,6 +30,8 @@ _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Forecast(Result):
     """Forecasts at one scale or several."""
+
+    plot = Drawing("scaling.plot_forecast")
 
     table: pd.DataFrame
     """One row a scale and quantity: at (its number), the scale's variables, quantity (a column, or TASK:KIND for an
@@ -83,6 +85,15 @@ class Forecast(Result):
         """Say how forecasts at a distance fared on public tables; nothing of a table or laws that are unlike theirs."""
         is_alike = self.loss.is_usual and self.loss.is_tested
         return record_words(distance, accuracies=len(self.forecasters) > 1) if is_alike else []
+
+    def cells(self) -> list[dict[str, str]]:
+        """Write a row a scale and quantity, accuracies as fractions."""
+        rows = self.table.to_dict("records")
+        places = [{"quantity": "", "of a run at": scale_words(self.scales[row["at"]])} for row in rows]
+        return [
+            place | self._cells(row) | {"times beyond the table": human(row["distance"])}
+            for place, row in zip(places, rows, strict=True)
+        ]
 
     def _cells(self, row: Mapping[Any, Any]) -> dict[str, str]:
         several = len(self.forecasters[row["quantity"]].curves) > 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, text_table
+from aimscale.analysis.display import Drawing, Result, text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Law
@@ -28,6 +28,8 @@ from aimscale.analysis.words import Flag, human, power_of_ten
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Approaches(Result):
     """Frontiers by every approach that the table allows."""
+
+    plot = Drawing("scaling.plot_approaches")
 
     frontiers: tuple[Frontier, ...]
     """In the order 1, 2, 3."""

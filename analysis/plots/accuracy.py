@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,16 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from aimscale.analysis.accuracy.result import Correlation
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots import parts
 from aimscale.analysis.plots.parts import axis_label, plain, record, shared_legend
 from aimscale.analysis.plots.scaling import NUM_GRID
-from aimscale.analysis.plots.style import DASHES, DOUBLE, INK, MUTED, SINGLE, log_axis, new_figure, styled
+from aimscale.analysis.plots.style import DOUBLE, INK, MUTED, SINGLE, log_axis, new_figure, styled
+from aimscale.analysis.published.comparison import CHOSEN, LAST, Comparison
+from aimscale.analysis.published.published import published_frame, table6
 from aimscale.analysis.table.names import names_of
 from aimscale.analysis.table.read import loss_unit
-
-if TYPE_CHECKING:
-    from aimscale.analysis.accuracy.result import Correlation
-    from aimscale.analysis.fitting.result import Fit
 
 SCALES = {"params_total": "images_seen", "images_seen": "params_total", "flops_train": "params_total"}
 """What accuracy is drawn against -> the column whose values make its lines."""
@@ -28,7 +29,7 @@ SIDES = {"images_seen": ("outside lower left", 4), "params_total": ("outside low
 """Where the legend of a column's values stands if there are two, and how many of them stand in a row."""
 REACH = 0.6
 """How far beyond the points, in their range, a level may lie to be drawn."""
-LEVELS: dict[str, Any] = {"labelcolor": MUTED, "fontsize": 6, "handlelength": 1.6, "handletextpad": 0.4}
+LEVELS: dict[str, Any] = {"labelcolor": MUTED, "fontsize": "small", "handlelength": 1.6, "handletextpad": 0.4}
 """Look of their names."""
 
 
@@ -76,10 +77,10 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
     return figure
 
 
-def _scatter_accuracy(ax: Axes, rows: pd.DataFrame, x: str, labels: pd.Series | None, **options: Any) -> None:
+def _scatter_accuracy(ax: Axes, rows: pd.DataFrame, x: str, labels: pd.Series | None) -> None:
     """Draw accuracies with their intervals."""
     own = None if labels is None else labels[rows.index]
-    parts.scatter(ax, rows, x, "top1", own, ends=("top1_lo95", "top1_hi95"), markersize=3.3, **options)
+    parts.scatter(ax, rows, x, "top1", own, ends=("top1_lo95", "top1_hi95"), markersize=3.3)
 
 
 def _draw_levels(panels: Sequence[Axes], rows: pd.DataFrame, levels: pd.DataFrame | None) -> None:
@@ -97,7 +98,7 @@ def _draw_levels(panels: Sequence[Axes], rows: pd.DataFrame, levels: pd.DataFram
     known = known.dropna().sort_values("top1", ascending=False, kind="stable")
     for number, (name, value) in enumerate(known.itertuples(index=False, name=None)):
         is_near, text = low <= value <= high, f"{plain(name, 22)} {100 * value:.1f}"
-        look: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": DASHES[1 + number % (len(DASHES) - 1)]}
+        look: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": ("--", ":", "-.")[number % 3]}
         for ax in panels if is_near else ():
             ax.axhline(value, zorder=1, **look)
         record(
@@ -145,7 +146,7 @@ def plot_loss_accuracy(
         ax.set_xlabel(axis_label("val_loss", loss_unit(mine)).replace("\n", " "))
         lines = _correlation_lines((correlations or {}).get(task, ()))
         ax.set_title(plain(task), pad=5 + 7.5 * len(lines))
-        ax.text(0, 1.02, "\n".join(lines), transform=ax.transAxes, va="bottom", fontsize=5.5, color=INK)
+        ax.text(0, 1.02, "\n".join(lines), transform=ax.transAxes, va="bottom", fontsize="x-small", color=INK)
     title = axis_label(by, loss_unit(probes), names_of(probes)) if by else ""
     shared_legend(figure, panels, title, 4 if columns == 1 else 8)
     return figure
@@ -169,7 +170,7 @@ def _draw_chance(ax: Axes, chance: pd.Series) -> None:
         ax.axhline(chance.iloc[0], color=MUTED, linewidth=0.9, linestyle=":")
         record(ax, "level", pd.DataFrame({"series": ["chance"], "y": chance.iloc[:1]}))
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        ax.annotate("chance", (0.99, chance.iloc[0]), color=MUTED, fontsize=6, **place)
+        ax.annotate("chance", (0.99, chance.iloc[0]), color=MUTED, fontsize="small", **place)
 
 
 def _correlation_lines(correlations: Iterable[Correlation]) -> list[str]:
@@ -185,22 +186,27 @@ def _correlation_lines(correlations: Iterable[Correlation]) -> list[str]:
 
 
 @styled()
-def plot_published(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
-    """Draw attentive accuracy against parameters on the tasks of the paper: these runs, the released AIMs, and the
-    best frozen model of Table 6 as a line.
+def plot_comparison(found: Comparison) -> Figure:
+    """Draw attentive accuracy against parameters on the tasks of the paper: these runs, the released AIMs on their last
+    six blocks, and the best frozen model of Table 6 as a line.
 
-    Args:
-        ours: `Comparison.tasks`: task, params_total, top1, top1_lo95, top1_hi95, best_frozen, best_frozen_top1.
-        theirs: the released AIMs: task, params_total, top1.
+    Raises:
+        AnalysisError: no run was probed on a task of the paper by its protocol.
     """
-    tasks = list(dict.fromkeys(ours["task"]))
+    if found.tasks.empty or "params_total" not in found.tasks:
+        raise AnalysisError("No run was probed on a task of the paper by its protocol, so nothing is drawn beside AIM.")
+    blocks = LAST if (found.tasks["blocks"] == LAST).any() else found.tasks["blocks"].iloc[0]
+    ours = found.tasks[found.tasks["blocks"] == blocks]
+    tasks, ends = list(dict.fromkeys(ours["task"])), ("top1_lo95", "top1_hi95")
     figure, panels, columns = _task_panels(tasks, 2.0)
-    series = pd.CategoricalDtype(["this table", "AIM, published"])
-    theirs = theirs.assign(top1_lo95=np.nan, top1_hi95=np.nan)
+    name = f"this table{ {CHOSEN: ', chosen blocks', LAST: ', last blocks'}.get(blocks, '') }"
+    series = pd.CategoricalDtype([name, "AIM, published"])
     for ax, task in zip(panels, tasks, strict=True):
-        mine, aim = ours[ours["task"] == task], theirs[theirs["task"] == task]
-        for rows, name, what in ((mine, "this table", "ours"), (aim, "AIM, published", "AIM")):
-            _scatter_accuracy(ax, rows, "params_total", pd.Series(name, rows.index, dtype=series), what=what)
+        mine, aim = ours[ours["task"] == task], published_frame()[["size", "params_total"]]
+        aim = aim.assign(top1=table6().loc[aim["size"], task].to_numpy(), top1_lo95=np.nan, top1_hi95=np.nan)
+        for rows, called, what in ((mine, name, "ours"), (aim, "AIM, published", "AIM")):
+            labels = pd.Series(called, rows.index, dtype=series)
+            parts.scatter(ax, rows, "params_total", "top1", labels, ends=ends, what=what)
         best, top1 = mine[["best_frozen", "best_frozen_top1"]].iloc[0]
         ax.axhline(top1, color=MUTED, linewidth=0.9, linestyle="--", label="best frozen model, published")
         record(ax, "level", pd.DataFrame({"series": [best], "y": top1}))

@@ -1,4 +1,4 @@
-"""Parts that every figure shares: axis labels, series, markers with intervals, lines, legends."""
+"""Parts that every figure shares: axis labels, series, points with intervals, lines, curves with bands, legends."""
 
 from __future__ import annotations
 
@@ -11,27 +11,17 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.plots.style import ACCENT, DASHES, MARKERS, MAX_SERIES, PAPER, ShownFigure, figure_of, palette
+from aimscale.analysis.plots.style import MARKERS, MAX_SERIES, PAPER, ShownFigure, figure_of, palette
 from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.table.names import LETTERS
-from aimscale.analysis.table.schema import KNOWN
+from aimscale.analysis.table.schema import described
 from aimscale.analysis.table.select import spaced
 from aimscale.analysis.words import human, power_of_ten
 
-AXIS_LABELS = {
-    "params_total": "N: parameters, pixel head included",
-    "params_trunk": "N: backbone parameters",
-    "params_head": "N: pixel-head parameters",
-    "images_seen": "D: training images seen",
-    "unique_images": "U: different training images",
-    "flops_train": "C: training compute (FLOP)",
-    "flops_6nd": "C: training compute, 6 × N × tokens (FLOP)",
-    "flops_executed": "C: training compute, executed (FLOP)",
-    "val_loss": "validation loss",
-    "train_loss": "training loss",
-    "top1": "top-1 accuracy",
-}
-"""Axis labels of the results table's columns."""
+MAX_SHAPES = 300
+"""Points from which a panel's markers are one picture inside an SVG: a shape each would make a page of megabytes."""
+MAX_LINES = 100
+"""Lines that join measurements in one panel at most; of more, evenly chosen ones."""
 
 
 def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None = None) -> str:
@@ -44,10 +34,7 @@ def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None
     if names and column in names:
         letter = LETTERS.get(column, "L")
         return plain(names[column]) if letter in ("L", names[column]) else f"{letter}: {plain(names[column])}"
-    if column not in AXIS_LABELS:
-        unit = KNOWN[column].unit if column in KNOWN else ""
-        return f"{column} ({unit})" if unit else plain(column)
-    label = AXIS_LABELS[column]
+    label = plain(described(column).axis_label, 60)
     if not loss_unit:  # others count other things under our names
         return label.replace(", pixel head included", "").replace("training images", "samples")
     return f"{label}\n({loss_unit})" if column in ("val_loss", "train_loss") else label
@@ -88,8 +75,15 @@ def record(ax: Axes, what: str, frame: pd.DataFrame) -> None:
         figure.parts.append((ax, frame.assign(what=what)))
 
 
-MAX_SHAPES = 300
-"""Points from which a panel's markers are one picture inside an SVG: a shape each would make a page of megabytes."""
+def _lineplot(ax: Axes, frame: pd.DataFrame, colours: Mapping[Any, Any], **look: Any) -> None:
+    """Draw x and y of each series; the axes' labels and legend are made elsewhere."""
+    hue = {"hue": frame["series"].to_numpy(), "hue_order": list(colours), "palette": dict(colours)}
+    if look.keys() & {"markers", "dashes"}:
+        hue |= {"style": hue["hue"], "style_order": hue["hue_order"]}
+    place = {"x": frame["x"].to_numpy(), "y": frame["y"].to_numpy(), "ax": ax}
+    sns.lineplot(**place, **hue, **{"estimator": None, "sort": False, "legend": False, **look})
+    if look.get("legend") and (drawn := ax.get_legend()):
+        drawn.remove()  # its entries stay, for a legend of several axes
 
 
 def scatter(
@@ -101,24 +95,24 @@ def scatter(
     *,
     ends: tuple[str, ...] = (),
     what: str = "measured",
+    color: Any = None,
     **look: Any,
 ) -> None:
     """Draw markers and, where columns of their `ends` are given, bars of intervals: of each label (categorical) in its
-    own colour and marker."""
+    own colour and marker, or all in one colour."""
     points = points[[x, y, *ends]].set_axis(["x", "y", "low", "high"][: 2 + len(ends)], axis=1)
     points = points.assign(series="" if labels is None else labels).dropna(subset=["x", "y", "series"])
     record(ax, what, points)
+    colours = palette([""] if labels is None else labels.cat.categories, color)
+    is_many = len(points) > MAX_SHAPES
+    for name, rows in points.groupby("series", observed=True) if ends else ():  # a broken line, not a path per bar
+        bars = rows.assign(gap=np.nan)[["low", "high", "gap"]].to_numpy().ravel()
+        line: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.55, "zorder": 2, "rasterized": is_many}
+        ax.plot(np.repeat(rows["x"], 3), bars, color=colours[name], **line)
     look = {"markersize": 3.7, "markeredgecolor": PAPER, "markeredgewidth": 0.4, "zorder": 3, **look}
-    look |= {"linestyle": "", "rasterized": len(points) > MAX_SHAPES}
-    names = [""] if labels is None else list(labels.cat.categories)
-    looks = zip(names, [ACCENT] if labels is None else palette(names).values(), MARKERS, strict=False)
-    for name, colour, marker in looks:
-        rows, own = points[points["series"] == name], {"color": colour, "marker": marker, **look}
-        if ends:  # a broken line, not a path per bar
-            bars = rows.assign(gap=np.nan)[["low", "high", "gap"]].to_numpy().ravel()
-            line: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.55, "zorder": 2, "rasterized": look["rasterized"]}
-            ax.plot(np.repeat(rows["x"], 3), bars, color=own["color"], **line)
-        ax.plot(rows["x"], rows["y"], label=name or None, **own)
+    legend = "full" if labels is not None and color is None else False
+    look |= {"linestyle": "", "rasterized": is_many, "dashes": False, "legend": legend}
+    _lineplot(ax, points, colours, **{"markers": MARKERS[: len(colours)], **look})
 
 
 def curve(
@@ -128,22 +122,21 @@ def curve(
     y: str = "value",
     ends: tuple[str, str] = ("ci_lo", "ci_hi"),
     what: str = "law",
-    **options: Any,
+    *,
+    color: Any = None,
+    label: str = "",
+    **look: Any,
 ) -> None:
     """Draw lines with bands: `x`, `y` and the band's ends in columns; a column `series` (categorical) makes several."""
     names = {x: "x", y: "y", ends[0]: "low", ends[1]: "high"}
     frame = frame.rename(columns=names)[[*names.values(), *(["series"] if "series" in frame else [])]]
-    frame = frame if "series" in frame else frame.assign(series=options.get("label", ""))
+    frame = frame if "series" in frame else frame.assign(series=label)
     record(ax, what, frame)
-    colours = palette(frame["series"].unique())
-    for (name, rows), dashes in zip(frame.groupby("series", observed=True), DASHES, strict=False):
-        look = {"color": colours[name], "linestyle": dashes, "zorder": 2, **options}
-        ax.plot(rows["x"], rows["y"], **look)
-        ax.fill_between(rows["x"], rows["low"], rows["high"], color=look["color"], alpha=0.16, linewidth=0)
-
-
-MAX_LINES = 100
-"""Lines that join measurements in one panel at most; of more, evenly chosen ones."""
+    colours = palette(frame["series"].unique(), color)
+    look = {"zorder": 2, "legend": "full" if label else False, **look}
+    _lineplot(ax, frame, colours, **(look if "linestyle" in look else {"dashes": True, **look}))
+    for name, rows in frame.groupby("series", observed=True):
+        ax.fill_between(rows["x"], rows["low"], rows["high"], color=colours[name], alpha=0.16, linewidth=0)
 
 
 def lines(
@@ -153,17 +146,18 @@ def lines(
     rows = rows.assign(series=labels[rows.index]).dropna(subset=[y])
     values = rows[by].unique()
     rows = rows[rows[by].isin(values[spaced(len(values), MAX_LINES)])]
-    means = rows.groupby([by, x, "series"], observed=True)[y].mean().reset_index()
-    look = {"linewidth": 0.9, "alpha": 0.8, "zorder": 1.5, "palette": palette(labels.cat.categories), **look}
-    place = {"x": means[x].to_numpy(), "y": means[y].to_numpy(), "ax": ax}
-    sns.lineplot(means, **place, hue="series", units=by, estimator=None, legend=False, **look)
-    record(ax, what, means[[x, y, "series"]].set_axis(["x", "y", "series"], axis=1))
+    means = rows.groupby([by, x, "series"], observed=True)[y].mean().reset_index().rename(columns={x: "x", y: "y"})
+    look = {"linewidth": 0.9, "alpha": 0.8, "zorder": 1.5, **look}
+    _lineplot(ax, means, palette(labels.cat.categories), units=means[by].to_numpy(), **look)
+    record(ax, what, means[["x", "y", "series"]])
 
 
 def legend(ax: Axes, title: str, columns: int = 4) -> None:
     """Put the legend of a scatter of series below the axes, where it hides no point, unless others share the figure."""
     figure = figure_of(ax)
     if isinstance(figure, ShownFigure) and len(figure.axes) == 1:
+        for former in list(figure.legends):
+            former.remove()
         shared_legend(figure, [ax], title, columns)
     elif ax.get_legend_handles_labels()[0]:
         ax.legend(title=title)

@@ -1,7 +1,7 @@
 """How figures look, and how they leave: SVG, PDF and PNG for a paper with the numbers drawn, and SVG inside a page.
 
 A figure has the width of a paper's column or of two. Colours are colour-blind safe and differ in lightness, so that
-figures survive a grey printer; series differ in marker and line style too.
+figures survive a grey printer; series differ in marker and line style too. What a user has set in `rcParams` stays.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -30,19 +31,20 @@ SINGLE, DOUBLE = 3.3, 6.75
 """Widths of one column of a paper and of two, in inches."""
 ON_SCREEN = 2.3
 """By how much a page shows a figure larger than paper does, at most."""
+FORMATS = (".svg", ".pdf", ".png", ".csv")
+"""What a figure is written as."""
 
 INK, MUTED, PAPER = "#1b1f24", "#5b6470", "#ffffff"
-ACCENT, SECOND = "#0b62a8", "#c8590a"
-"""One series against another: blue and vermilion, of different lightness."""
-
 ORDERED = ("#31135f", "#433e85", "#2f6a8e", "#21908c", "#3fa860", "#86a81c", "#b58d00", "#a4631a")
 """Colours of ordered series."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (6, 2)), (0, (5, 1, 1, 1, 1, 1)),
-                           (0, (2, 2)), (0, (8, 1, 2, 1)))  # fmt: skip
-MAX_SERIES = len(MARKERS)
+MAX_SERIES = len(ORDERED)
+SUBS = ((2.2, (1,)), (1.4, (1, 3)), (0.6, (1, 2, 5)))
+"""Decades of a range from which an axis has ticks at these multiples of powers of ten: labels such as 3×10¹¹ have room
+on the panels of a figure of two columns."""
 
 _RC = {
+    "axes.prop_cycle": cycler(color=["#0b62a8", "#c8590a", INK, "#21908c", "#86a81c", "#433e85"]),
     "axes.linewidth": 0.7,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -57,11 +59,16 @@ _RC = {
 }
 
 
+def _is_default(name: Any) -> bool:
+    """Tell whether a parameter is matplotlib's own: neither a user nor an outer figure has set it."""
+    return bool(mpl.rcParams[name] == mpl.rcParamsDefault[name])
+
+
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw inside this: seaborn's theme at a paper's size, and no state left behind."""
-    with mpl.rc_context():
-        sns.set_theme(context="paper", style="whitegrid", font_scale=0.78, rc=_RC)
+    """Draw inside this: seaborn's theme at a paper's size, but for what the user has set, and no state left behind."""
+    theme = {**sns.axes_style("whitegrid"), **sns.plotting_context("paper", font_scale=0.78), **_RC}
+    with mpl.rc_context({name: value for name, value in theme.items() if _is_default(name)}):
         yield
 
 
@@ -92,8 +99,12 @@ class ShownFigure(Figure):
 def new_figure(
     width: float = SINGLE, height: float = 2.5, num_rows: int = 1, num_columns: int = 1, **options: Any
 ) -> tuple[ShownFigure, list[Axes]]:
-    """Make a figure and its axes, row by row; sizes in inches, options as for `Figure.subplots`."""
-    figure = ShownFigure(figsize=(width, height), layout="constrained")
+    """Make a figure and its axes, row by row; sizes in inches, options as for `Figure.subplots`.
+
+    A figure of one panel has the size that the user has set.
+    """
+    is_own = num_rows * num_columns == 1 and not _is_default("figure.figsize")
+    figure = ShownFigure(figsize=None if is_own else (width, height), layout="constrained")
     return figure, list(figure.subplots(num_rows, num_columns, squeeze=False, **options).ravel())
 
 
@@ -104,16 +115,19 @@ def figure_of(ax: Axes) -> Figure:
     return figure
 
 
-def palette(names: Iterable[Any]) -> dict[Any, str]:
-    """Map the names of ordered series to colours, dark to light."""
+def cycled(number: int) -> Any:
+    """Get a colour of the cycle, as it is now."""
+    colours = mpl.rcParams["axes.prop_cycle"].by_key().get("color", [INK])
+    return colours[number % len(colours)]
+
+
+def palette(names: Iterable[Any], color: Any = None) -> dict[Any, Any]:
+    """Map the names of ordered series to colours, dark to light; a single one, or all, to one colour."""
     names = list(names)
-    picks = np.linspace(0, len(ORDERED) - 1, len(names)).round().astype(int) if len(names) > 1 else [2]
+    if color is not None or len(names) == 1:
+        return dict.fromkeys(names, cycled(0) if color is None else color)
+    picks = np.linspace(0, len(ORDERED) - 1, len(names)).round().astype(int)
     return {name: ORDERED[i] for name, i in zip(names, picks, strict=True)}
-
-
-SUBS = ((2.2, (1,)), (1.4, (1, 3)), (0.6, (1, 2, 5)))
-"""Decades of a range from which an axis has ticks at these multiples of powers of ten: labels such as 3×10¹¹ have room
-on the panels of a figure of two columns."""
 
 
 def log_axis(ax: Axes, which: str, values: ArrayLike, label: Callable[[float], str] = human) -> None:
@@ -203,7 +217,3 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
             f"cannot write {stem}: {error.strerror}; choose a folder that exists and is yours"
         ) from error
     return [stem.with_name(stem.name + suffix) for suffix in contents]
-
-
-FORMATS = (".svg", ".pdf", ".png", ".csv")
-"""What a figure is written as."""

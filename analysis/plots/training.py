@@ -1,4 +1,4 @@
-"""Training curves: losses between budgets, and the budgets that branch off."""
+"""Training curves: what was measured between budgets, and the budgets that branch off."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from aimscale.analysis.display import Result, fact_lines, text_table
+from aimscale.analysis.display import Drawing, Result, fact_lines, text_table
 from aimscale.analysis.effects.paired import POWER, hits_of, paired
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
@@ -42,6 +42,8 @@ same columns, a row per baseline; `size` names it. They are no rows of the table
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(Result):
     """Runs beside the published models."""
+
+    plot = Drawing("accuracy.plot_comparison")
 
     tasks: pd.DataFrame
     """One row per shared task, run (its largest budget) and choice of blocks: size, params_total, images_seen, task,

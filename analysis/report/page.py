@@ -15,17 +15,20 @@ from typing import Any
 
 import jinja2
 import markupsafe
+import matplotlib as mpl
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.report import tables, words
-from aimscale.analysis.report.figures import PageFigure, page_figures, save_figures
-from aimscale.analysis.report.pictures import picture_rows
+from aimscale.analysis.plots.style import save
+from aimscale.analysis.report.blocks import Block, PageFigure, sort_key
+from aimscale.analysis.report.pictures import PictureRow
+from aimscale.analysis.report.sections import Section, sections
 from aimscale.analysis.report.study import Progress, Study, study_tables
-from aimscale.analysis.report.verdict import symbol, verdict
+from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.read import read_tables
 from aimscale.analysis.table.schema import written_aside
 
+GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -42,7 +45,8 @@ def write_report(
     """Analyse tables and write the page.
 
     Args:
-        tables: CSV or Parquet tables, or sweeps' folders; `collect.json` beside them gives pictures and machine.
+        tables: CSV or Parquet tables, or folders of sweeps or of other tools' runs; `collect.json` beside them gives
+            pictures and machine.
         out: the page; None writes `report.html` beside the first table.
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet, see `table.select.select`.
@@ -60,18 +64,21 @@ def write_report(
         >>> write_report("results.parquet", "report.html")
     """
     given = [Path(each) for each in ([tables] if isinstance(tables, str | Path) else tables)]
-    paths = [path / "results.parquet" if path.is_dir() else path for path in given]
+    paths = [path / "results.parquet" if (path / "results.parquet").is_file() else path for path in given]
+    folders = [path if path.is_dir() else path.parent for path in paths]
     frame = read_tables(paths, columns, where=where, best=best)
     if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
         raise no_column(frame, "val_loss")
-    study = study_tables(paths, frame, _read_collects(paths), progress)
+    study = study_tables(paths, frame, _read_collects(folders), progress)
     progress("figures", 0.75)
-    drawn = page_figures(study)
-    progress("page", 0.95)
-    page = render(study, drawn)
-    if figures is not None:
-        save_figures(drawn, Path(figures))
-    page_path = Path(out or paths[0].with_name("report.html"))
+    with mpl.rc_context():
+        mpl.rcdefaults()  # pages look alike, whatever their caller has set
+        laid_out = sections(study)
+        progress("page", 0.95)
+        page = render(study, laid_out)
+        for drawn in [] if figures is None else [each for section in laid_out for each in section.of(PageFigure)]:
+            save(drawn.figure, Path(figures or "") / drawn.key)
+    page_path = Path(out or folders[0] / "report.html")
     page_path = page_path / "report.html" if page_path.is_dir() else page_path
     try:
         with written_aside(page_path) as aside:
@@ -83,10 +90,10 @@ def write_report(
     return page_path
 
 
-def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:
-    """The collect.json beside every table, joined: descriptions, completions with their whole paths, machines."""
+def _read_collects(folders: Sequence[Path]) -> dict[str, Any]:
+    """Join the collect.json beside every table: descriptions, completions with their whole paths, machines."""
     completions, machines, descriptions = [], [], []
-    for path in (path.with_name("collect.json") for path in paths):
+    for path in (folder / "collect.json" for folder in folders):
         if not path.is_file():
             continue
         try:
@@ -100,8 +107,8 @@ def _read_collects(paths: Sequence[Path]) -> dict[str, Any]:
     return {"completions": completions, "machines": machines, "description": "; ".join(descriptions)}
 
 
-def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
-    """The page's HTML."""
+def render(study: Study, laid_out: Sequence[Section]) -> str:
+    """Write the page's HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -109,44 +116,32 @@ def render(study: Study, figures: dict[str, list[PageFigure]]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"maths": maths, "sort_key": tables.sort_key}
-    comparison = study.comparison
+    environment.filters |= {"maths": maths, "sort_key": sort_key}
+    environment.globals |= {"str": str, **{kind.__name__: kind for kind in (Block, PageFigure, PictureRow)}}
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return environment.get_template("report.html").render(
         title=page_title(study),
         description=study.collect.get("description") or "",
         made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        style=_asset("report.css"),
-        script=_asset("report.js"),
+        style=style,
+        script=script,
         verdict=verdict(study),
-        runs=[words.what_was_run(study), *words.what_came_out(study)],
-        accuracy_words=list(words.accuracy_in_words(study)),
-        frontier_words=words.best_split(study),
-        is_ours=study.is_ours,
-        figures=figures,
-        pictures=picture_rows(study),
-        findings=tables.findings(study),
-        results=tables.results_table(study),
-        laws=tables.law_section(study),
-        probes=tables.probe_table(study),
-        compared=list(tables.comparison_tables(comparison)) if comparison else [],
-        left_out=comparison.left_out if comparison else (),
-        missing=list(dict.fromkeys(study.missing)),
-        settings=list(words.settings(study)),
-        provenance=list(words.provenance(study)),
+        missing=study.missing,
+        sections=laid_out,
     )
 
 
 def maths(value: str) -> markupsafe.Markup:
-    """A sentence of ours as HTML: escaped first, then exponents raised, Greek names, true minus signs, no lonely %."""
+    """Write a sentence as HTML: escape it, then raise exponents, write Greek letters, minus signs, no lonely %."""
     safe = str(markupsafe.escape(value))
-    safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: symbol(found[0]), safe)
+    safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: GREEK[found[0]], safe)
     safe = _raised(safe)
     safe = re.sub(r"(?<![\w.)\]-])-(?=\d)", "−", safe)
     return markupsafe.Markup(safe.replace(" %", "\u00a0%"))
 
 
 def _raised(text: str) -> str:
-    """Exponents as superscripts: x^-a, x^(1/f), and x^-exp(b y^c), whose own exponents are raised once more."""
+    """Raise exponents: x^-a, x^(1/f), and x^-exp(b y^c), whose own exponents are raised once more."""
     return re.sub(r"\^(-?exp\([^()]*\)|\([^()]*\)|-?[\w.]*\w)", lambda found: f"<sup>{_exponent(found[1])}</sup>", text)
 
 
@@ -155,11 +150,7 @@ def _exponent(text: str) -> str:
     return bare.replace("-", "−")
 
 
-def _asset(name: str) -> str:
-    return (TEMPLATES / name).read_text(encoding="utf-8")
-
-
 def page_title(study: Study) -> str:
-    """Names of the sweeps, or of the file."""
+    """Name the sweeps, or the file."""
     sweeps = [str(sweep) for sweep in study.frame["sweep"].dropna().unique()] if "sweep" in study.frame else []
     return ", ".join(sweeps) or study.paths[0].stem

@@ -1,10 +1,9 @@
-"""The page's first five lines: can it be trusted, the law, the best split, the forecast, what to run next."""
+"""First five lines of the page: can it be trusted, the law, the best split, the forecast, what to run next."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.extrapolation import EXPONENTS, held_out_cautions
@@ -13,13 +12,13 @@ from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecaster import DOF, Forecaster
 from aimscale.analysis.next.proposal import Proposal
+from aimscale.analysis.optimum.approaches import Approaches
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.points import passes_flags
 from aimscale.analysis.words import Flag, human, percent
 
 Colour = Literal["green", "amber", "red"]
-GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
 MAX_REASONS = 4
 """Reasons told on the first line; the others are flags of the fits below."""
 SMALL, SIZED = 1.0, ("scatter", "pattern", "off")
@@ -30,62 +29,57 @@ choice among rates that biases losses by part of their noise, groups so few that
 HEADS = {"green": "Yes", "amber": "With care", "red": "No"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
+class Line(NamedTuple):
     """One of the five."""
 
     question: str
     answer: str
     colour: Colour | None = None
-    """Of the first line: how far to trust the rest."""
+    """How far to trust the rest; of the first line."""
 
 
 def verdict(study: Study) -> tuple[Line, ...]:
-    """The five lines, whatever the table allows; each says so where it has no answer."""
-    colour, reasons = trust(study)
+    """Write the five lines, whatever the table allows; each says so where it has no answer."""
+    joint, frontier = study.get("law"), study.get("compute-optimal frontier")
+    colour, reasons = trust(joint, frontier)
     num_more = len(reasons) - MAX_REASONS
     more = [f"{num_more} more stand{'s' * (num_more == 1)} below, with the law."] if num_more > 0 else []
+    trusted = f"{HEADS[colour]}. {' '.join([*reasons[:MAX_REASONS], *more])}"
     return (
-        Line(
-            question="Can it be trusted?",
-            answer=f"{HEADS[colour]}. {' '.join([*reasons[:MAX_REASONS], *more])}",
-            colour=colour,
-        ),
-        Line(question="The law", answer=" ".join(_law(study))),
-        Line(question="Best split", answer=_split(study)),
-        Line(question="Forecast", answer=_forecast(study)),
-        Line(question="What to run next", answer=_next(study)),
+        Line("Can it be trusted?", trusted, colour),
+        Line("The law", " ".join(_law(study, joint)) if joint else "None."),
+        Line("Best split", _split(study, frontier)),
+        Line("Forecast", _forecast(study)),
+        Line("What to run next", _next(study, joint)),
     )
 
 
-def trust(study: Study) -> tuple[Colour, list[str]]:
-    """Red: the law must not be used. Amber: something may change a decision. Green: the law is identified and predicts
-    what was left out; what else is known of it is small, and said as what it is."""
-    joint = study.fits.get("ND")
+def trust(joint: Fit | None, frontier: Approaches | None) -> tuple[Colour, list[str]]:
+    """Judge the joint law, with reasons.
+
+    Red: the law must not be used. Amber: something may change a decision. Green: the law is identified and predicts
+    what was left out; what else is known of it is small, and said as what it is.
+    """
     if joint is None:
         return "red", ["No joint law of parameters and data could be fitted."]
-    exponents = exponents_of(joint)
+    exponents = [name for name in EXPONENTS if name in joint.params]
     unknown = [p for p in exponents if p in joint.not_identified]
-    fatal = [f"{symbol(p)} is not identified." for p in unknown]
+    fatal = [f"{p} is not identified." for p in unknown]
     tests, blind = ([test for test in joint.heldout if test.is_test is sound] for sound in (True, False))
     failures = list(held_out_cautions(tests or blind)) if joint.heldout else ["No scale could be left out to test it."]
     silent = held_out_cautions(blind if tests else ())
     if joint.heldout and not any(test.is_better for test in joint.heldout):
         fatal.append("A straight line in log-log predicts the left-out scales as well.")
     flags = [f for f in joint.flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
-    small = [flag for flag in flags if not failures and _is_small(flag)]
-    apart = map(str, study.approaches.flags) if study.approaches else ()
+    tiny = [f for f in flags if f.kind in HARMLESS or (f.kind in SIZED and abs(f.number) < SMALL)]
+    small = [] if failures else tiny
+    apart = map(str, frontier.flags) if frontier else ()
     cautions = [*failures, *apart, *(str(flag) for flag in flags if flag not in small)]
     notes = [*silent, *(str(flag) for flag in small)]
     if fatal or cautions:
         return "red" if fatal else "amber", [*_left_out(joint), *fatal, *cautions, *notes]
-    named = " and ".join(map(symbol, exponents))
+    named = " and ".join(exponents)
     return "green", [f"{named} {'is' if len(exponents) == 1 else 'are'} identified.", *_left_out(joint), *notes]
-
-
-def exponents_of(joint: Fit) -> list[str]:
-    """Name the exponents of N and D, whatever the law calls them."""
-    return [name for name in EXPONENTS if name in joint.params]
 
 
 def _left_out(joint: Fit) -> list[str]:
@@ -95,33 +89,17 @@ def _left_out(joint: Fit) -> list[str]:
     largest = " and ".join(test.variable for test in joint.heldout)
     laws = " and ".join(percent(test.mean_abs_relative_error) for test in joint.heldout)
     lines = " and ".join(percent(test.naive_mean_abs_relative_error) for test in joint.heldout)
-    points = sum(test.num_test for test in joint.heldout)
-    are = "is" if len(joint.heldout) == 1 else "are"
-    counted = f"{points} point{'s' * (points > 1)}"
-    return [f"Left out, the largest {largest} {are} predicted to {laws} ({counted}; a straight line: {lines})."]
+    points, are = sum(test.num_test for test in joint.heldout), "is" if len(joint.heldout) == 1 else "are"
+    counted = f"{points} point{'s' * (points > 1)}; a straight line: {lines}"
+    return [f"Left out, the largest {largest} {are} predicted to {laws} ({counted})."]
 
 
-def _is_small(flag: Flag) -> bool:
-    """Whether a law that predicts what was left out can be used in spite of a flag."""
-    return flag.kind in HARMLESS or (flag.kind in SIZED and abs(flag.number) < SMALL)
-
-
-def symbol(name: str) -> str:
-    """Greek letters for the parameters that carry their names."""
-    return GREEK.get(name, name)
-
-
-def _law(study: Study) -> Iterator[str]:
-    joint = study.fits.get("ND")
-    if joint is None:
-        yield "None."
-        return
-    shown = [*exponents_of(joint), *(["E"] if "E" in joint.params else [])]
-    values = ", ".join(joint.equation(name, symbol(name)) for name in shown)
+def _law(study: Study, joint: Fit) -> Iterator[str]:
+    values = ", ".join(joint.equation(name, name) for name in (*EXPONENTS, "E") if name in joint.params)
     whose = f" {study.whose}" if study.whose else ""
     yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{whose}: {values}."
-    if study.forecaster is not None:
-        yield from beside_others(study.forecaster)
+    if (laws := study.get("forecaster")) is not None:
+        yield from beside_others(laws)
 
 
 def beside_others(laws: Forecaster) -> Iterator[str]:
@@ -130,36 +108,35 @@ def beside_others(laws: Forecaster) -> Iterator[str]:
     alike = [law for law in laws.curves if law != name and not laws.is_better(name, law)]
     if name != first:
         num = laws.backtests["times"].nunique()
-        tests = "each of its {num} backtests" if num > 1 else "its one backtest"
-        yield f"In {tests.format(num=num)} it predicted the table's larger runs better than the {first} law."
+        tests = f"each of its {num} backtests" if num > 1 else "its one backtest"
+        yield f"In {tests} it predicted the table's larger runs better than the {first} law."
     if alike:
         how = "Backtests" if laws.is_tested else "A table too small for backtests"
         yield f"{how} cannot tell it apart from {', '.join(alike)}."
 
 
-def _split(study: Study) -> str:
-    found = study.approaches
-    if found is None or not found.frontiers:
-        why = "the table has no training FLOPs" if "flops_train" not in study.usable else "no approach is possible"
+def _split(study: Study, found: Approaches | None) -> str:
+    if found is None:
+        why = "no approach is possible" if "flops_train" in study.usable else "the table has no training FLOPs"
         return f"Not known: {why}."
     top, best = found.largest_budget, found.frontiers[-1]
     at = best.at(top).iloc[0]
+    n, n_lo, n_hi, d = (human(at[name]) for name in ("N", "N_lo", "N_hi", "D"))
     law = f" on the {best.law.law.name} law" if best.approach == 3 and best.law is not None else ""
     several = len(found.frontiers) > 1
     exponents = [f"C^{f.exponent_words()}{f' (approach {f.approach})' * several}" for f in found.frontiers]
     apart = f" There they differ by a factor of {found.disagreement(top):.2g} in N." if several else ""
     repeats = "".join(f" {flag}" for flag in passes_flags(study.usable, "This D", {"D": at["D"]}))
     return (
-        f"At {human(top)} FLOP: N = {human(at['N'])} [{human(at['N_lo'])}, {human(at['N_hi'])}], D = {human(at['D'])}, "
-        f"by approach {best.approach}{law}. N grows as {', '.join(exponents)}.{apart}{repeats}{_for_features(study)}"
+        f"At {human(top)} FLOP: N = {n} [{n_lo}, {n_hi}], D = {d}, by approach {best.approach}{law}. "
+        f"N grows as {', '.join(exponents)}.{apart}{repeats}{_for_features(study)}"
     )
 
 
 def _for_features(study: Study) -> str:
-    """One sentence about the best sizes by probes' errors, where the table has any."""
-    if not study.features:
+    """Compare the best sizes by probes' errors with that by the loss, where the table has any."""
+    if not (gaps := [gap for gap in study.all("best size by").values() if gap is not None]):
         return ""
-    gaps = study.features.values()
     told = ", ".join(
         f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large by {gap.measures[0]} "
         f"(at {human(gap.flops)} FLOP)"
@@ -170,38 +147,38 @@ def _for_features(study: Study) -> str:
 
 
 def _forecast(study: Study) -> str:
-    if study.ahead is None:
+    if (found := study.get("forecast")) is None:
         return "None without a law."
-    rows = study.ahead.table[study.ahead.table["quantity"] == "val_loss"].to_dict("records")
-    parts = [
-        f"At N = {human(row['N'])}, D = {human(row['D'])} ({row['distance']:.3g} times beyond the table) a loss of "
-        f"{row['value']:.4g} [{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]."
-        for row in rows
-    ]
-    flags = [f for row in rows for f in passes_flags(study.usable, f"D = {human(row['D'])}", {"D": row["D"]})]
-    repeats = "".join(f" {flag}" for flag in flags)
-    return f"{' '.join(parts)} Intervals: {100 * CONFIDENCE:.0f} %, of one run.{repeats}"
+    parts, repeats = list[str](), list[Flag]()
+    for row in found.table[found.table["quantity"] == "val_loss"].to_dict("records"):
+        n, d = human(row["N"]), human(row["D"])
+        parts.append(
+            f"At N = {n}, D = {d} ({row['distance']:.3g} times beyond the table) a loss of {row['value']:.4g} "
+            f"[{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]."
+        )
+        repeats += passes_flags(study.usable, f"D = {d}", {"D": row["D"]})
+    return " ".join([*parts, f"Intervals: {percent(CONFIDENCE)}, of one run.", *map(str, repeats)])
 
 
-def _next(study: Study) -> str:
-    """The first thing that the table lacks."""
-    joint, usable = study.fits.get("ND"), study.usable
+def _next(study: Study, joint: Fit | None) -> str:
+    """Name the first thing that the table lacks."""
+    usable = study.usable
     if joint is None:
         return "A grid of at least three sizes by three budgets, each with a validation loss."
     for v, other, names, noun in (("N", "D", ("alpha", "aN"), "sizes"), ("D", "N", ("beta", "aD"), "budgets")):
         for name in joint.not_identified.intersection(names):
             (low, high), num = joint.ranges[v], num_values(joint.data[v].to_numpy())
             return (
-                f"More {noun}: {symbol(name)} is not identified by {num} of them over a factor of {high / low:.3g}. "
+                f"More {noun}: {name} is not identified by {num} of them over a factor of {high / low:.3g}. "
                 f"At the largest {other}, go on below {human(low)} or beyond {human(high)}."
             )
     seeds = ""
     if "seed" in usable and not varies(usable["seed"]):
         smallest = human(joint.ranges["N"][0])
         seeds = f" Add a second seed of the cheapest size ({smallest} parameters), to tell noise from misfit."
-    if study.proposal is None:
+    if (proposal := study.get("next runs")) is None:
         return f"A run beyond the largest one: no smaller run narrows its forecast for less.{seeds}"
-    return _proposal_words(study.proposal) + seeds
+    return _proposal_words(proposal) + seeds
 
 
 def _proposal_words(proposal: Proposal) -> str:

@@ -41,7 +41,8 @@ def first_lines(folder: Path = TABLES) -> str:
     """What README says about a run of the demo: the report's own first lines, but for what to run next."""
     tables = [folder / "results.parquet"]
     lines = verdict(study_tables(tables, read_tables(tables), {}))
-    return "\n".join([*(f"- **{line.question.rstrip('?')}**: {line.answer}" for line in lines[:-1]), ""])
+    text = "\n".join([*(f"- **{line.question.rstrip('?')}**: {line.answer}" for line in lines[:-1]), ""])
+    return text.replace("alpha", "α").replace("beta", "β")
 
 
 def section(folder: Path = TABLES) -> str:

@@ -13,7 +13,7 @@ from aimscale.analysis.report.page import write_report
 
 ROOT = Path(__file__).parents[2]
 FIRST = """\
-from aimscale.analysis import contrast, correlate, fit, frontier, laws
+from aimscale.analysis import contrast, correlate, fit, forecast, frontier, laws
 from aimscale.analysis import plot_accuracy, plot_loss_accuracy, plot_points
 from aimscale.analysis import probe_frame, read_table, read_tables
 
@@ -39,6 +39,13 @@ CALLS = {
         "Accuracy against loss, with its correlation",
         'knn = probes[probes["kind"] == "knn"]\nfigure = plot_loss_accuracy(knn, {"cifar10-10k": correlate(knn)})',
     ),
+    "forecast": ("A forecast beyond the table", 'figure = forecast(cifar, {"N": 5e6, "D": 1e6}).plot()'),
+    "two-laws": (
+        "Two laws on one axes",
+        'law = fit(demo, "chinchilla")\nfigure = law.plot(label="chinchilla")\n'
+        'figure = fit(demo, "kaplan").plot(ax=figure.axes[0], label="kaplan")',
+    ),
+    "correlations": ("Correlations with their intervals", "figure = correlate(cifar).plot()"),
     "contrast": ("One change, all else equal", 'figure = contrast(directions, by="prefix").plot()'),
 }
 """Name -> what the figure shows, and the call."""

@@ -1,1 +1,1 @@
-"""Speed of training and of reading images, against named limits."""
+"""Benchmarks of training and of reading images, against named limits."""

@@ -1,10 +1,10 @@
-"""How fast images are read: the training stream beside the limit, a bare reader that decodes and crops.
+"""Throughput of reading images: the training stream beside its limit, a bare reader that decodes and crops.
 
 The bare reader is what one writes first, with plain torch and the fastest JPEG library (`data.store.decoding`): its
-images lie in memory, and its pictures are thrown away. Both take turns in one process on one thread, in processor time,
-switching every few dozen images, so that a busy machine slows both alike; then the loader with and without worker
-processes, whose processor time per image is compared with the bare reader's. The images are JPEGs of 500 x 375 px cut
-from the bundled photographs.
+images are in memory, and its results are discarded. First both take turns in one process on one thread, measured in
+processor time and switching every few dozen images, so that a busy machine slows both alike. Then the loader runs with
+and without worker processes, and its processor time per image is compared with the bare reader's. The images are JPEGs
+of 500 x 375 px cut from the bundled photographs.
 """
 
 from __future__ import annotations
@@ -30,28 +30,29 @@ from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import photograph_crops, photographs
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.harness.data.stream.augment import box_draws, draw_boxes
+from aimscale.harness.data.stream.augment import box_uniforms, draw_boxes
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.positions import TrainStream
-from aimscale.harness.device.sheets import remember
+from aimscale.harness.device.gpu_specs import store_rate
 from aimscale.harness.log.progress import Bar
 from aimscale.harness.run.config import RunConfig, run_config
 
 CROP_SIZE = 224
 """Side of a picture, pixels."""
 TURN = 32
-"""Images that a reader decodes before the next has its turn."""
+"""Number of images that a reader decodes before the other has its turn."""
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
-"""Of the JPEGs: pixels, and the encoder's quality."""
+"""Size of the JPEGs in pixels, and the encoder's quality."""
 NUM_IMAGES = 256
-"""JPEGs to cycle over."""
+"""Number of JPEGs to cycle over."""
 
 Box = tuple[int, int, int, int, bool]
-"""A crop: top, left, height, width, pixels, and whether it is flipped."""
+"""Crop: top, left, height, width, pixels, and whether it is flipped."""
 
 
 def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_images: int = NUM_IMAGES) -> dict[str, Any]:
-    """Measure for about `seconds` per table (two tables); plans on this machine reckon with the stream's rate then.
+    """Measure for about `seconds` per table (two tables), and store the stream's rate, which plans on this machine then
+    use.
 
     Args:
         seconds: wall time of the single-thread comparison, and of all loader runs together.
@@ -71,7 +72,7 @@ def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_imag
         stream_per_s, limit_per_s = (TURN / statistics.median(each) for each in (ours, limit))
         share = statistics.median(bare / stream for stream, bare in zip(ours, limit, strict=True))
         bar.say(f"one thread: {stream_per_s:,.0f} images/s, {share:.2f} of the limit of {limit_per_s:,.0f}", err=True)
-        remember("decoded_per_s", stream_per_s)
+        store_rate("decoded_per_s", stream_per_s)
         loader = []
         for number, per_s, per_cpu_s in _loader_rates(stream, workers, seconds, bar):
             loader.append({"workers": number, "images_per_s": per_s, "cpu_share": per_cpu_s / limit_per_s})
@@ -96,7 +97,7 @@ def run(*, seconds: float = 10.0, workers: Sequence[int] | None = None, num_imag
 def run_on(
     dataset: str, *, seconds: float = 10.0, workers: Sequence[int] | None = None, cache_dir: str | None = None
 ) -> list[dict[str, Any]]:
-    """How fast the loader reads a data set, a folder or URL, in about `seconds`, with crops of 224 px.
+    """Measure for about `seconds` how fast the loader reads a data set, a folder or URL, with crops of 224 px.
 
     Returns rows with workers, images/s, and images in a second of all processes' time.
     """
@@ -120,11 +121,11 @@ def bare_reader(data: bytes, box: Box) -> torch.Tensor:
 
 
 def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
-    """Image files in memory with a crop each, drawn as the stream draws them."""
+    """Load image files into memory and draw a crop for each as the stream does."""
     dataset = stream.datasets[0]
     data = [dataset.read(i) for i in range(num_images)]
     boxes = draw_boxes(
-        box_draws(make_key("bench"), np.arange(num_images)),
+        box_uniforms(make_key("bench"), np.arange(num_images)),
         *dataset.sides(np.arange(num_images)),
         scale=(0.4, 1.0),
         horizontal_flip=True,
@@ -135,7 +136,8 @@ def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
 def _turn_times(
     stream: TrainStream, work: Sequence[tuple[bytes, Box]], seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Processor time of every turn of the stream and of the bare reader, interleaved, three or more of each."""
+    """Measure the processor time of every turn of the stream and of the bare reader, interleaved, three or more of
+    each."""
     ours: list[float] = []
     limit: list[float] = []
     stop, first = time.perf_counter() + seconds, 0
@@ -143,19 +145,19 @@ def _turn_times(
         start = time.thread_time()
         stream.batch(range(first, first + TURN))
         between = time.thread_time()
-        for i in range(first, first + TURN):  # over and over the same images
+        for i in range(first, first + TURN):  # cycle over the same images
             bare_reader(*work[i % len(work)])
         ours.append(between - start)
         limit.append(time.thread_time() - between)
         first += TURN
-    return ours[1:], limit[1:]  # the first warms up
+    return ours[1:], limit[1:]  # the first turn is a warm-up
 
 
 def _loader_rates(
     stream: TrainStream, workers: Sequence[int] | None, seconds: float, bar: Bar
 ) -> Iterator[tuple[int, float, float]]:
-    """Numbers of workers (none, one and every core by default), images/s with each, and images in a second of all
-    processes' time; about `seconds` in all."""
+    """Yield numbers of workers (none, one and every core by default), images/s with each, and images per second of all
+    processes' time; takes about `seconds`."""
     numbers = workers if workers is not None else sorted({0, 1, len(os.sched_getaffinity(0))})
     for done, number in enumerate(numbers):
         bar(f"{number} workers", done, len(numbers), "comparisons")
@@ -163,12 +165,12 @@ def _loader_rates(
 
 
 def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[float, float]:
-    """With which rates `train_batches` hands out images once its workers run and nothing else does."""
+    """Measure the rates at which `train_batches` yields images once its workers run and nothing else does."""
     before = set(multiprocessing.active_children())
     batches = train_batches(stream, start=0, stop=10**9, batch_size=TURN, micro_batch=TURN, num_workers=workers)
     with contextlib.closing(batches):
         for _ in range(4 * (workers + 1)):
-            next(batches)  # start the workers, and use up what they loaded ahead meanwhile
+            next(batches)  # start the workers, and consume what they loaded ahead
         processes = [process.pid for process in set(multiprocessing.active_children()) - before]
         start, cpu_s, number = time.perf_counter(), _cpu_s(processes), 0
         while time.perf_counter() < start + seconds or not number:
@@ -179,13 +181,13 @@ def _loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[flo
 
 
 def _cpu_s(processes: Sequence[int | None]) -> float:
-    """Processor time of this process and of some others so far."""
+    """Return the processor time of this process and of some others so far."""
     clocks = [(~pid << 3) | 2 for pid in processes if pid is not None]  # as clock_getcpuclockid has it on Linux
     return time.process_time() + sum(map(time.clock_gettime, clocks))
 
 
 def _photographs(number: int) -> Iterator[PackedImage]:
-    """Crops of the bundled photographs, resized to the size of a typical web photo."""
+    """Yield crops of the bundled photographs, resized to the size of a typical web photo."""
     pictures = list(photographs().values())
     draws = random_uniform(make_key("bench photograph"), np.arange(2 * number)).reshape(number, 2)
     for i in range(number):
@@ -202,6 +204,7 @@ def _photographs(number: int) -> Iterator[PackedImage]:
 
 
 def _config(folder: Path, images: Iterator[PackedImage], dataset: str | None = None) -> RunConfig:
+    """Write the data sets and return the configuration of a run on them."""
     folder.mkdir()
     write_dataset(folder / "train", images)
     held_out = (image for image, _ in zip(photograph_crops("test"), range(8), strict=False))

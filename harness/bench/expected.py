@@ -1,4 +1,4 @@
-"""How fast a run is expected to train and load on a device, by its data sheet and stated assumptions; without torch."""
+"""Expected speed of training and loading on a device, from its data sheet and stated assumptions; without torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
-from aimscale.harness.data.store.card import Look
+from aimscale.harness.data.store.dataset_info import DatasetLookup
 from aimscale.harness.device.execution import ExecutionPlan
-from aimscale.harness.device.sheets import DECODED_PER_S, Device
+from aimscale.harness.device.gpu_specs import DECODED_PER_S, Device
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 
 PHOTOGRAPH_BYTES, LEAST_SHARE = 51_000, 1 / 12
-"""Of the images whose decoding `DECODED_PER_S` counts; and the part of their time that the smallest image takes.
-Assumption: between, the time follows the bytes."""
+"""File size of the images whose decoding `DECODED_PER_S` counts, and the share of their time that the smallest image
+takes. Assumption: in between, time is proportional to bytes."""
 
 
 Limit = Literal["compute", "communication", "loader"]
@@ -22,33 +22,33 @@ Limit = Literal["compute", "communication", "loader"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What the devices of a run do, all together."""
+    """Speed of all devices of a run together."""
 
     mfu: float
-    """Taken."""
+    """MFU that is assumed."""
     flops_per_image: float
-    """Executed, of training."""
+    """FLOPs of training that are executed per image."""
     compute_per_s: float
-    """Images trained on in a second, were a step nothing but its images."""
+    """Images trained on per second if a step had no overhead."""
     loaded_per_s: float
-    """Images read in a second."""
+    """Images read per second."""
     compute_s: float
-    """Of a step: its images, and what its passes take beside them, or what was given for that."""
+    """Time of a step for its images and the overhead of its passes, or the overhead set by the user."""
     exposed_communication_s: float
-    """Of a step: communication that no computing hides."""
+    """Time of a step for communication that no computation hides."""
     loading_s: float
-    """Of a step: reading its images."""
+    """Time to read a step's images."""
     is_ahead: bool
-    """Images are loaded while others are trained on; else in turns."""
+    """Whether images are loaded while others are trained on; else in turns."""
 
     @property
     def step_s(self) -> float:
-        """Of a step whose images are there."""
+        """Time of a step whose images are ready."""
         return self.compute_s + self.exposed_communication_s
 
     @property
     def limit(self) -> Limit:
-        """What takes most of a step."""
+        """Part that takes most of a step."""
         if self.loading_s > self.step_s:
             return "loader"
         return "communication" if self.exposed_communication_s > self.compute_s else "compute"
@@ -62,15 +62,15 @@ def expected_rates(
     *,
     mfu: float | None,
     step_ms: float | None,
-    look: Look,
+    lookup: DatasetLookup,
 ) -> Rates:
-    """How fast a run trains on so many devices.
+    """Estimate how fast a run trains on so many devices.
 
     Args:
-        plan: how it uses them; None where it does not fit, and is priced as if it did.
+        plan: plan of the run; None if it does not fit, and is priced as if it did.
         mfu: share of the peak at which passes are executed; None takes the plan's estimate.
-        step_ms: time of a step beside that of its images; likewise.
-        look: tells how large the image files are.
+        step_ms: overhead of a step beside its images; None takes the plan's estimate.
+        lookup: source of the sizes of image files.
     """
     training, workers, batch_size = config.training, config.runtime.num_workers, config.training.optimiser.batch_size
     model, pace = model_of(training), device.pace(config, ranks_per_node=num_devices)
@@ -82,7 +82,7 @@ def expected_rates(
     if step_ms is not None:
         passes_s, exposed_s = step_ms / 1000, 0.0
     workers = min(workers, device.cores or workers)
-    one = (device.decoded_per_s or DECODED_PER_S) / _loading_share(config, look)
+    one = (device.decoded_per_s or DECODED_PER_S) / _loading_share(config, lookup)
     loaded_per_s = num_devices * one * (max(1, workers) if device.is_gpu else 1)
     return Rates(
         mfu=mfu or device.mfu,
@@ -92,15 +92,15 @@ def expected_rates(
         compute_s=images_s + passes_s,
         exposed_communication_s=exposed_s,
         loading_s=batch_size / loaded_per_s,
-        is_ahead=device.is_gpu and workers > 0,  # the workers of a core take its time
+        is_ahead=device.is_gpu and workers > 0,  # on a CPU, workers share the cores with training
     )
 
 
-def _loading_share(config: RunConfig, look: Look) -> float:
-    """Time of loading an image of this run over that of a photograph, by the bytes of the image files."""
+def _loading_share(config: RunConfig, lookup: DatasetLookup) -> float:
+    """Return the time of loading an image of this run over that of a photograph, by the bytes of the image files."""
     size = 0.0
     for source in config.training.data.sources:
-        info = look(source.path)
+        info = lookup(source.path)
         each = info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES
         size += source.probability * each
     return max(LEAST_SHARE, size / PHOTOGRAPH_BYTES)

@@ -1,7 +1,7 @@
-"""All that must be measured on a GPU, in one command and one JSON file.
+"""Everything that must be measured on a GPU, in one command and one JSON file.
 
-Every part is a command of its own in a process of its own, with a limit. One that fails or finds no time left is named
-in it, and the next goes on.
+Every part is a command in a process of its own, with a time limit. A part that fails, or for which no time is left, is
+recorded as such, and the next one runs.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from aimscale.harness.log.progress import Bar
 from aimscale.harness.run.provenance import git_commit, package_versions
 
 TOTAL_S = 520
-"""All parts together end by then."""
+"""Time limit of all parts together."""
 GRACE_S = 20
-"""What a part has to end its own processes when it is late."""
+"""Seconds that a part has to end its own processes when it is late."""
 AIMSCALE = [sys.executable, "-m", "aimscale"]
 TESTS = Path(aimscale.__file__).resolve().parents[2] / "tests" / "cuda"
 MAX_LINES = 40
-"""Of what a part printed that is no JSON."""
+"""Number of lines kept of a part's output that is no JSON."""
 SHAPE = {"image_size": 224, "patch_size": 14, "head_rule": "released"}
-"""Of the models trained on a GPU."""
+"""Geometry of the models trained on a GPU."""
 TRAINING = (
     ("aim-600M", 128, "auto"),
     ("rung-384", 256, "auto"),
@@ -49,19 +49,19 @@ TRAINING = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """One command."""
+    """Command to run."""
 
     name: str
     words: list[str]
-    """The command."""
+    """Words of the command."""
     limit_s: int
-    """When it is ended."""
+    """Time limit."""
 
 
 def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
-    """What is to be run, the most important first; `rehearse` takes small sizes and the CPU."""
+    """Yield the parts to run, the most important first; `rehearse` takes small sizes and the CPU."""
     yield Part(name="doctor", words=[*AIMSCALE, "doctor", "--root", str(folder), "--json"], limit_s=60)
-    # No options of pyproject: xdist and the like may be missing there.
+    # Ignore pyproject's options: plugins such as xdist may be missing.
     pytest = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-o", "addopts=", "--import-mode=importlib", "-m", "cuda"]
     yield Part(name="tests", words=[*pytest, *(["-k", "bytes or cpu"] if rehearse else []), str(TESTS)], limit_s=200)
     training = list(_training(rehearse=rehearse))
@@ -79,7 +79,7 @@ def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
 
 
 def _training(*, rehearse: bool) -> Iterator[Part]:
-    """Every training step to be timed on one GPU."""
+    """Yield every training step to be timed on one GPU."""
     for index, (size, batch, how) in enumerate([("w16-d2", 8, "auto")] if rehearse else TRAINING):
         words = _step_of(size, batch, "fp32" if rehearse else "bf16", rehearse=rehearse, compile=how)
         words += [] if index < 2 else ["--alone"]
@@ -87,7 +87,8 @@ def _training(*, rehearse: bool) -> Iterator[Part]:
 
 
 def _stages(num_gpus: int, *, rehearse: bool) -> Iterator[Part]:
-    """A step on all GPUs of this machine, its gradients reduced beside the backward pass (ZeRO 2) and after it (1)."""
+    """Yield training steps on all GPUs of this machine, with gradients reduced during the backward pass (ZeRO 2) and
+    after it (1)."""
     size, batch = ("w16-d2", 4) if rehearse else ("aim-600M", 128)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_gpus)]
     for stage, rest in ((2, []), (1, ["--alone"])):
@@ -97,7 +98,7 @@ def _stages(num_gpus: int, *, rehearse: bool) -> Iterator[Part]:
 
 
 def _step_of(size: str, batch: int, precision: str, *, rehearse: bool, **runtime: object) -> list[str]:
-    """The words of `aimscale` that time a training step."""
+    """Return the words of `aimscale` that time a training step."""
     settings: dict[str, object] = {"runtime.device": "cpu" if rehearse else "cuda"}
     settings |= {"model.image_size": 16} if rehearse else {f"model.{key}": value for key, value in SHAPE.items()}
     settings |= {f"runtime.{key}": value for key, value in runtime.items()}
@@ -113,7 +114,7 @@ def run(out: Path, *, rehearse: bool = False) -> dict[str, Any]:
         out: folder, made if need be.
 
     Returns:
-        What `gpu.json` holds: `setting`, and of every part its command, seconds, result and problem.
+        Contents of `gpu.json`: `setting`, and command, seconds, result and problem of every part.
     """
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -130,11 +131,12 @@ def run(out: Path, *, rehearse: bool = False) -> dict[str, Any]:
             done["parts"][part.name] = found
             bar.say(f"{part.name}: {found['problem'] or 'done'}, {found['seconds']:.0f} s")
             done["seconds"] = time.monotonic() - started
-            (out / "gpu.json").write_text(json.dumps(done, indent=1))  # after every part: an end without warning
+            (out / "gpu.json").write_text(json.dumps(done, indent=1))  # now: the process may end without warning
     return done
 
 
 def _execute(part: Part, limit_s: float, rehearse: bool) -> dict[str, Any]:
+    """Run a part within its time limit, and return its result."""
     found: dict[str, Any] = {"command": part.words, "seconds": 0.0, "result": None, "problem": ""}
     if limit_s < 5:
         return found | {"problem": "no time was left"}
@@ -166,7 +168,7 @@ def _execute(part: Part, limit_s: float, rehearse: bool) -> dict[str, Any]:
 
 
 def _write_sweep(folder: Path, *, rehearse: bool) -> Path:
-    """One size by two budgets on the bundled images."""
+    """Write a sweep of one size and two budgets on the bundled images."""
     write_bundled(folder / "data")
     size, batch, budgets = ("w16-d2", 16, [64, 128]) if rehearse else ("rung-128", 256, [25_600, 51_200])
     path = folder / "gpu.yaml"

@@ -1,7 +1,7 @@
-"""The engines beside which DeepSpeed's cost per step is a number: plain PyTorch alone, and PyTorch's own FSDP2.
+"""Reference engines that DeepSpeed's cost per step is compared with: plain PyTorch alone, and PyTorch's own FSDP2.
 
-Both step the same model over the same images behind `step` and `close` of `harness.step.engine.Engine`, without its
-guard against steps that are not finite. Neither trains runs.
+Both step the same model on the same images with the `step` and `close` of `harness.step.engine.Engine`, without its
+guard against non-finite steps. Neither trains runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
@@ -27,7 +27,7 @@ class ReferenceEngine:
     def __init__(
         self, model: AIM, optimiser: OptimiserSection, options: EngineOptions, group: Group, *, sharded: bool
     ) -> None:
-        """Take float32 weights; under FSDP2 bf16 means bf16 weights for use, float32 shards and float32 reduction."""
+        """Wrap float32 weights; under FSDP2 bf16 means bf16 weights for use, float32 shards and float32 reduction."""
         assert sharded or group.world_size == 1, "the bare loop knows one rank"
         is_bf16 = optimiser.precision == "bf16"
         self._group, self._clip_norm = group, optimiser.clip_norm
@@ -47,16 +47,16 @@ class ReferenceEngine:
         )
 
     def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepOutcome:
-        """As `Engine.step`; every step is applied."""
+        """Take a step as `Engine.step` does; every step is applied."""
         for param_group in self._adamw.param_groups:
             param_group["lr"] = lr * param_group["lr_scale"]
-        scale = self._group.world_size / num_targets  # FSDP2, too, takes the mean over ranks
+        scale = self._group.world_size / num_targets  # FSDP2 averages over ranks, too
         loss_sum = torch.zeros((), device=self._group.device)
         for index, batch in enumerate(micro_batches):
             if isinstance(self._model, FSDPModule):
                 self._model.set_requires_gradient_sync(index == len(micro_batches) - 1)
             with torch.autocast(self._group.device.type, torch.bfloat16, enabled=self._autocasts):
-                batch_loss_sum, _ = self._model(batch.images_on(self._group.device), batch.given)
+                batch_loss_sum, _ = self._model(batch.images_on(self._group.device), batch.prefix_lengths)
             (batch_loss_sum * scale).backward()
             loss_sum += batch_loss_sum.detach()
         norm: Any = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
@@ -67,13 +67,13 @@ class ReferenceEngine:
         )
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Free the model and the optimiser."""
         del self._model, self._adamw
         gc.collect()
 
 
 def _shard(model: AIM, is_bf16: bool) -> None:
-    """Every block is gathered on its own, the rest with the model."""
+    """Shard every block on its own, and the rest with the model."""
     half = torch.bfloat16 if is_bf16 else None
     # Images stay float32, from which targets are computed.
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)

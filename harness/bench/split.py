@@ -1,4 +1,4 @@
-"""Where the time of a step goes, measured: computing, communication that nothing hides, images, and the rest."""
+"""Measured breakdown of a step's time: computation, communication that nothing hides, images, and the rest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from aimscale.harness.bench.reference import ReferenceEngine
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import rank_batches
-from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
@@ -22,20 +22,21 @@ from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.feed import Feed
 
 NUM_STEPS = 3
-"""That the profiler sees."""
+"""Number of steps that are profiled."""
 WARM_UP = 3
-"""Steps whose waits for images do not count: loader processes start."""
+"""Number of first steps whose waits for images do not count: loader processes are starting."""
 
 Span = tuple[float, float]
 
 
 def step_shares(take_step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Shares of a step's time: `compute`, where anything is computed, the optimiser's part among it;
-    `exposed_communication`, where something is sent or awaited and nothing is computed; and `other`, where the device
-    has nothing to do, since the host prepares, launches or waits.
+    """Measure shares of a step's time: `compute`, while anything is computed, the optimiser included;
+    `exposed_communication`, while something is sent or awaited and nothing is computed; and `other`, while the device
+    is idle, since the host prepares, launches or waits.
 
-    By torch's profiler, which slows small steps: only shares are true. On a GPU kernels count, NCCL's as sending; they
-    last until the slowest rank is there. On a CPU operators count, and gloo's collectives.
+    They are measured by torch's profiler, which slows small steps, so only shares are meaningful. On a GPU kernels
+    count, NCCL's as communication; these last until the slowest rank is there. On a CPU operators count, and gloo's
+    collectives.
 
     Args:
         take_step: returns when the step is done on the device.
@@ -51,12 +52,12 @@ def step_shares(take_step: Callable[[], object], device: torch.device) -> dict[s
 
 
 def shares_of(events: Iterable[Any], wall_us: float, *, on_gpu: bool) -> dict[str, float]:
-    """Those shares by the profiler's events of so much time."""
+    """Compute those shares from the profiler's events over `wall_us`."""
     computed: list[Span] = []
     sent: list[Span] = []
     for event in events:
         span = event.time_range.start, event.time_range.end
-        if on_gpu and event.is_user_annotation:  # it spans kernels, and the time between them
+        if on_gpu and event.is_user_annotation:  # it spans kernels and the gaps between them
             continue
         if event.name.startswith("gloo:") or (on_gpu and "nccl" in event.name.lower()):
             sent.append(span)
@@ -68,7 +69,7 @@ def shares_of(events: Iterable[Any], wall_us: float, *, on_gpu: bool) -> dict[st
 
 
 def covered(spans: Iterable[Span]) -> float:
-    """Length of the union of intervals."""
+    """Return the length of the union of intervals."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))
@@ -79,7 +80,7 @@ def covered(spans: Iterable[Span]) -> float:
 def image_wait_s(
     config: RunConfig, engine: Engine | ReferenceEngine, group: Group, *, micro_batch: int, num_steps: int
 ) -> float:
-    """Mean time for which a step waits for its images, read from the configuration's data while steps are computed."""
+    """Measure the mean wait of a step for its images, read from the configuration's data while steps are computed."""
     batch_size, num_workers = config.training.optimiser.batch_size, config.runtime.num_workers
     batches = rank_batches(
         TrainStream(config),
@@ -93,7 +94,7 @@ def image_wait_s(
     num_tokens = model_of(config.training).num_tokens
     feed = Feed(group, num_tokens=num_tokens, max_bad_fraction=1.0, has_workers=num_workers > 0)
     waits = []
-    with feed.over(batches):
+    with feed.reading(batches):
         for _ in range(WARM_UP + num_steps):
             step = feed.next(num_images=batch_size, num_bad=0)
             engine.step(step.micro_batches, num_targets=step.num_targets, lr=1e-3).loss_sum.item()

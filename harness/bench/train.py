@@ -1,6 +1,6 @@
-"""Throughput of one training step against PyTorch's own engines and the measured matrix-multiplication peak.
+"""Throughput of a training step against PyTorch's own engines and the measured matrix-multiplication peak.
 
-FSDP2 and the bare loop (`harness.bench.reference`) step our own model: their ratios are what DeepSpeed costs.
+FSDP2 and the bare loop (`harness.bench.reference`) step the same model: their ratios are what DeepSpeed costs.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from aimscale.aim.model import AIM
 from aimscale.harness.bench.expected import expected_rates
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.split import image_wait_s, step_shares
-from aimscale.harness.data.store.card import data_set
-from aimscale.harness.data.stream.draws import Batch, masks
+from aimscale.harness.data.store.dataset_info import find_info
+from aimscale.harness.data.stream.base import Batch, masks
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.execution import ExecutionPlan, execution_plan
+from aimscale.harness.device.gpu_specs import device_here
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation
-from aimscale.harness.device.sheets import device_here
 from aimscale.harness.log.progress import Bar
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.provenance import process_age_s
 from aimscale.harness.run.row import model_of
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, compiles
+from aimscale.harness.step.engine import Engine, should_compile
 from aimscale.harness.step.feed import count_targets
 
 T = TypeVar("T")
 
 
 def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True, loads: bool = False) -> dict[str, Any]:
-    """Time `num_steps` optimiser steps of ours and of the others, after three of each to warm up.
+    """Time `num_steps` optimiser steps of our engine and of the references, after three warm-up steps each.
 
     On a CPU all take turns, since other processes slow them. A GPU is ours alone and holds one model at a time.
 
     Args:
-        config: what is trained, and how, on random images; its budgets and evaluations do not matter.
+        config: model, optimiser and runtime, used on random images; budgets and evaluations do not matter.
         with_references: time FSDP2 and, on one rank, the bare loop, too.
-        loads: then read the configuration's data, too, and measure how long steps wait for them.
+        loads: also read the configuration's data, and measure how long steps wait for them.
 
     Returns:
         `ms_per_step` is the median with images ready, `images_per_s` the rate at it; `mfu_published` and `mfu` as in
@@ -62,15 +62,15 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
     group = start_group(find_placement(), runtime.device)
     peak = group.from_first(lambda: measure_peak(group.device, optimiser.precision))
     world_size, pace = group.world_size, group.from_first(lambda: group.pace(peak))
-    device_bytes = group.least(group.memory_bytes())
+    device_bytes = group.min_over_ranks(group.memory_bytes())
     plan = execution_plan(config.training, runtime, pace=pace, world_size=world_size, device_bytes=device_bytes)
     options = EngineOptions(
         zero_stage=plan.zero_stage,
         activation_checkpointing=plan.activation_checkpointing,
-        compile=compiles(runtime.compile, group.device, plan.zero_stage),
+        compile=should_compile(runtime.compile, group.device, plan.zero_stage),
     )
     on_host = random_batches(model, optimiser.batch_size // group.world_size, plan.micro_batch)
-    step = [batch.on(group.device) for batch in on_host]  # as a run has them: moved a step ahead
+    step = [batch.on(group.device) for batch in on_host]  # as in a run, which moves them one step ahead
     num_targets = group.world_size * count_targets(step, model.num_tokens)
     try:
         makers = _engines(config, options, group, with_references=with_references)
@@ -123,13 +123,14 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
 
 
 def _image_wait_s(config: RunConfig, plan: ExecutionPlan, group: Group) -> float:
-    """For how long a step is expected to wait for its images."""
+    """Estimate how long a step waits for its images."""
     device = device_here(wants_cpu=group.device.type == "cpu")
-    rates = expected_rates(config, group.world_size, device, plan, mfu=None, step_ms=None, look=data_set)
+    rates = expected_rates(config, group.world_size, device, plan, mfu=None, step_ms=None, lookup=find_info)
     return max(0.0, rates.loading_s - rates.step_s) if rates.is_ahead else rates.loading_s
 
 
 def _beside(ours: list[float], its: list[float]) -> dict[str, float]:
+    """Compare the step times of another engine with ours."""
     ratios = [our / other for our, other in zip(ours, its, strict=True)]
     return {"ms_per_step": 1000 * statistics.median(its), "ours_over_it": statistics.median(ratios)}
 
@@ -137,7 +138,7 @@ def _beside(ours: list[float], its: list[float]) -> dict[str, float]:
 def _engines(
     config: RunConfig, options: EngineOptions, group: Group, *, with_references: bool
 ) -> dict[str, Callable[[], Engine | ReferenceEngine]]:
-    """What makes each engine, by its name in `others`; ours comes first."""
+    """Return a factory for each engine, by its name in `others`; ours comes first."""
     model, optimiser = model_of(config.training), config.training.optimiser
 
     def reference(*, sharded: bool) -> ReferenceEngine:
@@ -161,8 +162,8 @@ def _time(
     group: Group,
     look: Callable[[Engine | ReferenceEngine, Callable[[], float]], T],
 ) -> tuple[dict[str, list[float]], int, float, T]:
-    """Seconds of every engine's steps; memory before the second is made; seconds to the end of the first step; and
-    what `look` returns of the first engine and its step, when that was timed."""
+    """Time every engine's steps; returns seconds per step, memory before the second engine is made, seconds to the end
+    of the first step, and the result of `look` on the first engine and its step, called after that was timed."""
 
     def step_s(engine: Engine | ReferenceEngine) -> float:
         started = time.perf_counter()
@@ -200,14 +201,14 @@ def _time(
 
 
 def random_batches(config: ModelConfig, batch_size: int, micro_batch: int) -> list[Batch]:
-    """A step of random images with paired prefixes, or masks."""
+    """Make a step of random images with paired prefixes, or masks."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, config.channels, config.image_size, config.image_size)
     images = torch.randn(shape, generator=generator)
     first = torch.randint(1, config.num_tokens, (batch_size // 2,), generator=generator)
-    given = torch.stack([first, config.num_tokens - first], dim=1).reshape(-1)
+    prefix_lengths = torch.stack([first, config.num_tokens - first], dim=1).reshape(-1)
     positions = torch.arange(batch_size)
     if config.masked is not None:
-        given = torch.from_numpy(masks(0, positions.numpy(), config))
-    parts = (torch.split(part, micro_batch) for part in (images, given, positions))
-    return [Batch(images=i, given=g, positions=p) for i, g, p in zip(*parts, strict=True)]
+        prefix_lengths = torch.from_numpy(masks(0, positions.numpy(), config))
+    parts = (torch.split(part, micro_batch) for part in (images, prefix_lengths, positions))
+    return [Batch(images=i, prefix_lengths=g, positions=p) for i, g, p in zip(*parts, strict=True)]

@@ -1,1 +1,1 @@
-"""The verbs of one run: train, probe, data, weights, bench."""
+"""Command-line verbs of one run: train, probe, data, weights, bench."""

@@ -41,7 +41,8 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 20,
     alone: Annotated[bool, typer.Option("--alone", help="Leave FSDP2 and the bare loop out.")] = False,
 ) -> None:
-    """ms/step and its split, images/s, MFU, peak memory, and the ratios to PyTorch's FSDP2 and a bare loop, as JSON."""
+    """Time a training step: ms/step and its split, images/s, MFU, peak memory, and ratios to FSDP2 and a bare loop, as
+    JSON."""
     import torch
 
     from aimscale.harness.bench.train import run
@@ -55,7 +56,7 @@ def train(
 
 
 def _config(file: Path | None, changes: dict[str, Any], settings: list[str]) -> RunConfig:
-    """A run's configuration, or that of small random images, with some fields changed."""
+    """Build a run's configuration from a file, or one of small random images, with some fields changed."""
     import yaml
 
     from aimscale.harness.run.config import ConfigError, RuntimeConfig, load_run_config, parse, run_config
@@ -70,8 +71,8 @@ def _config(file: Path | None, changes: dict[str, Any], settings: list[str]) -> 
         parts = load_run_config(file).model_dump(mode="json")
         values = parts["training"] | parts["evaluation"] | {"runtime": parts["runtime"]}
     for text in settings:
-        key, is_given, value = text.partition("=")
-        if not is_given:
+        key, is_visible, value = text.partition("=")
+        if not is_visible:
             raise ConfigError(f"--set {text} has no value; write KEY=VALUE, such as runtime.zero_stage=2")
         changes[key] = yaml.safe_load(value)
     for key, value in changes.items():
@@ -97,7 +98,7 @@ def data(
     ] = None,
     cache_dir: Annotated[str | None, typer.Option(help="Cache of its shards, as `runtime.cache_dir`.")] = None,
 ) -> None:
-    """Images/s of the training stream against the fastest decode-and-crop of this machine, as JSON.
+    """Compare images/s of the training stream with the fastest decode-and-crop of this machine, as JSON.
 
     Of a data set: what the loader reads there.
     """
@@ -116,7 +117,7 @@ def gpu(
     out: Annotated[Path, typer.Argument(help="Folder of gpu.json.")] = Path("gpu"),
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Small sizes on the CPU.")] = False,
 ) -> None:
-    """Everything that needs a GPU, in less than nine minutes: tests, peaks, training, a sweep, loading.
+    """Measure everything that needs a GPU, in less than nine minutes: tests, peaks, training, a sweep, loading.
 
     Exits with 1 if a part failed; what the others found is written.
     """

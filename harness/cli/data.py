@@ -114,10 +114,10 @@ def _pack(to: Callable[..., Packed], out: Path, images: str | None, *, shares: s
 
 
 def _list(source: Path, benchmark: str | None, split: str | None, classes: tuple[str, ...] | None) -> Listing:
-    """The images of a source."""
+    """List the images of a source."""
     from aimscale.harness.data import DataError
-    from aimscale.harness.data.store.arrays import list_idx
-    from aimscale.harness.data.store.layouts import list_benchmark
+    from aimscale.harness.data.store.array_files import list_idx
+    from aimscale.harness.data.store.benchmark_readers import list_benchmark
     from aimscale.harness.data.store.pack import list_folder
 
     if "images-idx3-ubyte" in source.name and not benchmark:
@@ -139,7 +139,7 @@ def _tell(out: Path, packed: Packed) -> None:
 
 
 def _say_next(*folders: Path | str) -> None:
-    """What to do with packed or indexed data: look at it, and name it in a sweep file."""
+    """Print what to do next with packed or indexed data: look at it, and name it in a sweep file."""
     first, *others = map(str, folders)
     base: dict[str, Any] = {"data": {"sources": [{"path": first}]}}
     for held_out in (other for other in others if Path(other).name == "validation"):
@@ -149,7 +149,7 @@ def _say_next(*folders: Path | str) -> None:
 
 
 def _read_shares(text: str) -> dict[str, str]:
-    """`80/10/10` as a range for each of the folders, those of 0 left out."""
+    """Parse `80/10/10` into a range for each of the folders; those of 0 are left out."""
     from aimscale.harness.data import DataError
 
     shares = [int(share) if share.isdecimal() else -1 for share in text.split("/")]
@@ -226,6 +226,7 @@ def info(folder: Annotated[str, typer.Argument(help="Folder or URL with an index
 
 
 def _read_classes(path: Path | None) -> tuple[str, ...] | None:
+    """Read class names from a file."""
     from aimscale.harness.data import DataError
 
     if path is None:

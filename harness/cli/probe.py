@@ -52,17 +52,17 @@ def probe(
     What is done already is not done again. To probe a whole sweep, edit `probes` in its file and launch it again.
     """
     from aimscale.harness.probe.released import RELEASED, score_released
-    from aimscale.harness.probe.run import by_hand, probe_run
+    from aimscale.harness.probe.run import probe_run, standalone_group
     from aimscale.harness.run.directory import RunDir
 
     config = RunDir(run).load_config()
     is_released = kind == [RELEASED]
     sections = _sections(config, task, tasks, None if is_released else kind)
-    with by_hand(RunDir(run), device) as group, Bar(shows=group.is_first) as bar:
+    with standalone_group(RunDir(run), device) as group, Bar(shows=group.is_first) as bar:
         if is_released:
             results = score_released(run, sections, group=group)
         else:
-            results = probe_run(run, images_seen, sections, group=group, pause=bar)
+            results = probe_run(run, images_seen, sections, group=group, report_progress=bar)
         _print_entries(results, bar, run, as_json=as_json)
 
 
@@ -87,20 +87,20 @@ def baseline(
     Results go to LIKE/baselines/NAME; `aimscale collect` gathers them into `baselines.parquet`, and `aimscale compare`
     and the report show them.
     """
-    from aimscale.harness.probe.run import by_hand, probe_baseline
+    from aimscale.harness.probe.run import probe_baseline, standalone_group
     from aimscale.harness.run.directory import RunDir
 
     run = RunDir(like)
     sections = _sections(run.load_config(), task, tasks, kind)
-    with by_hand(run, device) as group, Bar(shows=group.is_first) as bar:
-        results = probe_baseline(name, run, sections, weights=weights, group=group, pause=bar)
+    with standalone_group(run, device) as group, Bar(shows=group.is_first) as bar:
+        results = probe_baseline(name, run, sections, weights=weights, group=group, report_progress=bar)
         _print_entries(results, bar, like, as_json=as_json)
 
 
 def _sections(
     config: RunConfig, names: list[str] | None, file: Path | None, kinds: list[str] | None
 ) -> list[ProbeSection]:
-    """The tasks that the command line asks for, as sections of a configuration; relative paths start here."""
+    """Return the tasks that the command line asks for, as sections of a configuration; relative paths start here."""
     from aimscale.harness.probe.run import wanted_tasks
 
     changes = {"kinds": kinds} if kinds else {}
@@ -109,7 +109,7 @@ def _sections(
 
 
 def _tasks_of(path: Path) -> list[ProbeSection]:
-    """The tasks of a file."""
+    """Read the tasks of a file."""
     values = read_yaml(path)
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{path} must be a list of tasks, each with task, train and test")
@@ -121,13 +121,14 @@ def _tasks_of(path: Path) -> list[ProbeSection]:
 
 
 def _absolute(path: str) -> str:
+    """Make a local path absolute."""
     return path if "://" in path else os.path.abspath(path)
 
 
 def _print_entries(
     results: Iterable[tuple[int | None, list[dict[str, Any]]]], bar: Bar, run: Path, *, as_json: bool
 ) -> None:
-    """Print each entry when it is there and then what gathers them, or all as JSON at the end.
+    """Print each entry as soon as it is there, and then which command collects them; or all as JSON at the end.
 
     Args:
         results: (images seen, or None for a baseline; entries) after each task; reading them does the probing.
@@ -142,11 +143,12 @@ def _print_entries(
     sweep = run.resolve().parent.parent
     if as_json:
         bar.say(json.dumps(found, indent=1))
-    elif (sweep / "sweep.yaml").is_file():  # a run by itself is in no table
+    elif (sweep / "sweep.yaml").is_file():  # a run outside of a sweep is in no table
         bar.say(f"next: aimscale collect {shlex.quote(os.path.relpath(sweep))}")
 
 
 def _line(budget: int | None, entry: dict[str, Any]) -> str:
+    """Format an entry as a row of the table."""
     top1, low, high, chance = (f"{100 * entry[name]:.1f}" for name in ("top1", "top1_lo95", "top1_hi95", "chance"))
     blocks = entry["blocks"]
     span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"

@@ -26,7 +26,7 @@ def train(
     Started alone, by torchrun, or by srun. Exit codes: 0 finished, 2 a mistake in the input, 3 diverged, 75 stopped by
     Ctrl-C, SIGTERM, SIGUSR2 or a closed terminal after saving (start it again to go on).
     """
-    from aimscale.harness.data.store.card import with_fingerprints
+    from aimscale.harness.data.store.dataset_info import with_fingerprints
     from aimscale.harness.device.distributed import find_placement
     from aimscale.harness.run.config import ConfigError, load_run_config
     from aimscale.harness.run.directory import RunDir
@@ -98,8 +98,8 @@ def export(
 ) -> None:
     """Write a budget's backbone under the released names, as safetensors and .pth, with a model card."""
     from aimscale.harness.probe.files import probe_head
+    from aimscale.harness.run.budgets import chosen_budgets
     from aimscale.harness.run.directory import RunDir
-    from aimscale.harness.run.trunk import chosen_budgets
     from aimscale.harness.weights import export_weights
 
     run = RunDir(run_dir)

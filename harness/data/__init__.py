@@ -6,4 +6,4 @@ from aimscale.aim.errors import UserError
 
 
 class DataError(UserError):
-    """Images, shards or an index that cannot be used as they are."""
+    """Images, shards or index that cannot be used as they are."""

@@ -24,13 +24,13 @@ _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def make_key(*words: int | str) -> int:
-    """64-bit key of a purpose, e.g. `make_key("crop", seed)`."""
+    """Compute the 64-bit key of a purpose, e.g. `make_key("crop", seed)`."""
     text = "\x1f".join(f"{type(word).__name__}:{word}" for word in words)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def random_bits(key: int | U64, counter: npt.ArrayLike) -> U64:
-    """64 random bits for every counter; `key` may be an array that broadcasts with `counter`."""
+    """Compute 64 random bits for every counter; `key` may be an array that broadcasts with `counter`."""
     keys = np.asarray(key, dtype=np.uint64)
     counters = np.atleast_1d(np.asarray(counter, dtype=np.uint64))  # arrays wrap around silently, scalars would warn
     mixed = _mix(counters * _GOLDEN + keys)
@@ -39,7 +39,7 @@ def random_bits(key: int | U64, counter: npt.ArrayLike) -> U64:
 
 
 def random_uniform(key: int | U64, counter: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Uniform on [0, 1), in steps of 2^-53, for every counter."""
+    """Compute random numbers uniform on [0, 1), in steps of 2^-53, for every counter."""
     return np.asarray(random_bits(key, counter) >> np.uint64(11), dtype=np.float64) * 2.0**-53
 
 
@@ -65,7 +65,8 @@ def permute(values: npt.ArrayLike, size: int, key: int | U64) -> I64:
 
 
 def _feistel(values: U64, num_rows: int, num_columns: int, keys: U64) -> U64:
-    """One pass of a Feistel network over the cells of a grid: each half is shifted by a hash of the other in turn."""
+    """Apply one pass of a Feistel network to the cells of a grid: each half is shifted by a hash of the other in
+    turn."""
     row, column = np.divmod(values, np.uint64(num_columns))
     (changed, size), (other, other_size) = (row, np.uint64(num_rows)), (column, np.uint64(num_columns))
     for round_key in _ROUND_KEYS:
@@ -79,8 +80,8 @@ def _feistel(values: U64, num_rows: int, num_columns: int, keys: U64) -> U64:
 
 
 def _mix(x: U64) -> U64:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014), in place: each input bit flips each output bit half of the
-    time."""
+    """Apply SplitMix64's finaliser (Steele, Lea and Flood 2014) in place: each input bit flips each output bit half of
+    the time."""
     x ^= x >> _SHIFTS[0]
     x *= _FACTORS[0]
     x ^= x >> _SHIFTS[1]

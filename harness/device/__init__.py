@@ -1,1 +1,1 @@
-"""The machine under a run: ranks, memory, the peak against which MFU is stated."""
+"""Devices of a run: ranks, memory, and the peaks that MFU is stated against."""

@@ -1,5 +1,5 @@
-"""What a rank sends in one optimiser step, by ZeRO stage, as DeepSpeed 0.19 does it with the configuration of
-`harness.step.deepspeed_setup`; without torch.
+"""Communication of a rank in one optimiser step, by ZeRO stage, as DeepSpeed 0.19 does it with the configuration of
+`harness.step.deepspeed_setup`; torch is not imported.
 
 Gradients travel in float32 at every stage, weights in their own precision. What else travels (norms, a flag for
 overflow, the counts of `harness.step.feed`) is a few bytes. tests/harness/step/test_communication.py counts all of it.
@@ -13,39 +13,40 @@ from typing import Literal
 Precision = Literal["fp32", "bf16"]
 
 ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
-"""Of a value."""
+"""Bytes of a value."""
 GRADIENT_BYTES = 4
 MAX_BUCKET_VALUES = 50_000_000
 """Largest reduction bucket (`harness.step.deepspeed_setup`): 200 MB messages are long enough for any network."""
 MAX_BUFFER_VALUES = 500_000_000
-"""DeepSpeed flattens gradients that wait for the last backward pass in pieces of at most this many values."""
+"""Maximum values per piece in which DeepSpeed flattens gradients that wait for the last backward pass."""
 NUM_GROUPS = 2
 """Parameter groups: weights that decay, and those that do not. Widths that scale rates (muP) add some."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Communication:
-    """Of one rank and one optimiser step; zeros for a rank alone, whose collectives are copies at most."""
+    """Communication of one rank in one optimiser step; all zero on a single rank, which at most copies."""
 
     payload_bytes: int
-    """Of the tensors that are reduced or gathered, whole, each as often as it is."""
+    """Bytes of the reduced or gathered tensors, whole, counted as often as they travel."""
     sent_bytes: int
-    """That a rank sends in a ring. Over the bus bandwidth of the group (as nccl-tests prints it) they are seconds."""
+    """Bytes that a rank sends in a ring. Divided by the group's bus bandwidth (as nccl-tests prints it), they are
+    seconds."""
     exposed_bytes: int
-    """Those of `sent_bytes` that begin when the last backward pass ends, or later: nothing is computed beside them."""
+    """Bytes among `sent_bytes` that are sent after the last backward pass, when nothing is computed meanwhile."""
     num_calls: int
-    """Collectives, of scalars too; at least so many, since a bucket is rarely full."""
+    """Number of collectives, of scalars too; a lower bound, since a bucket is rarely full."""
 
 
 def step_communication(
     num_params: int, *, precision: Precision, zero_stage: int, world_size: int, micro_batches: int
 ) -> Communication:
-    """What a rank sends in a step of a model with so many parameters.
+    """Count what a rank sends in a step of a model with so many parameters.
 
-    Stage 0 and stage 1 in bf16 reduce all gradients after the last backward pass. Stage 1 in fp32 reduces them bucket
-    by bucket within it, stages 2 and 3 within every one: all but the last bucket travel beside what is computed.
-    Stages 1 and 2 then gather the new weights. Stage 3 gathers them before they are used; those whose second use is far
-    away, twice.
+    Stage 0, and stage 1 in bf16, reduce all gradients after the last backward pass. Stage 1 in fp32 reduces them bucket
+    by bucket during that pass, stages 2 and 3 during every pass: all but the last bucket overlap with computation.
+    Stages 1 and 2 then gather the new weights. Stage 3 gathers weights before their use, and again if their second use
+    is far away.
 
     Args:
         micro_batches: backward passes per step.
@@ -62,7 +63,7 @@ def step_communication(
 
     num_gathers, gathered = 0, 0
     if zero_stage == 3:
-        again = max(0, num_params - MAX_BUFFER_VALUES)  # kept where both uses are within 1e9 values: at most
+        again = max(0, num_params - MAX_BUFFER_VALUES)  # at most: kept if both uses are within 1e9 values
         gathered = micro_batches * (num_params + again)
         num_gathers = -(-gathered // MAX_BUCKET_VALUES)
     elif zero_stage:

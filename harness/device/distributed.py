@@ -1,7 +1,7 @@
-"""Who this process is among the ranks, the process group, and the few exchanges the training loop needs.
+"""Placement of this process among the ranks, the process group, and the few exchanges that the training loop needs.
 
-A run is started alone, by torchrun, or under Slurm's variables; all three end in the same environment variables,
-set here before DeepSpeed looks for them (without them it would look for MPI).
+A run is started as a single process, by torchrun, or under Slurm's variables; all three end in the same environment
+variables, set here before DeepSpeed looks for them (without them it would look for MPI).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from aimscale.harness.device.peak import Peak
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT_S = 1800
-"""A collective that takes longer than this means that a rank is gone."""
+"""Timeout of collectives: one that takes longer means that a rank is gone."""
 
 
 class LaunchError(UserError):
-    """The environment does not say which rank of how many this process is, or names a device that does not exist."""
+    """Environment that does not say which rank of how many this process is, or names a device that does not exist."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-    """This process among all processes of the run."""
+    """Place of this process among all processes of the run."""
 
     rank: int
     """0..world_size-1."""
@@ -52,7 +52,7 @@ class Placement:
 
 
 def find_placement(environment: dict[str, str] | None = None) -> Placement:
-    """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a process alone."""
+    """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a single process."""
     env = dict(os.environ) if environment is None else environment
     if "RANK" in env or "WORLD_SIZE" in env:
         try:
@@ -67,7 +67,7 @@ def find_placement(environment: dict[str, str] | None = None) -> Placement:
             raise LaunchError(
                 f"RANK or WORLD_SIZE is set but {error} is not; start with torchrun, or unset them to run alone"
             ) from error
-    # Only a step that srun started has this variable: a batch script's own process is alone, whatever its job holds.
+    # Only steps started by srun have this variable: a batch script itself is a single process, whatever its job has.
     num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     if num_tasks > 1:
         # Every task of a job computes the same port; jobs that share a host get different ones.
@@ -83,15 +83,16 @@ def find_placement(environment: dict[str, str] | None = None) -> Placement:
 
 
 def first_host(node_list: str) -> str:
-    """First name of a Slurm host list: `gpu[003-004,7],other` gives `gpu003`."""
+    """Return the first name of a Slurm host list: `gpu[003-004,7],other` gives `gpu003`."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", node_list)
     if match is None:
         raise LaunchError(f"cannot read the node list {node_list!r}; set MASTER_ADDR to the host of rank 0")
     return "".join(part or "" for part in match.groups())
 
 
-def card_index(placement: Placement, num_visible: int) -> int:
-    """Which of the GPUs that this process sees is its own: the only one, where Slurm binds one to each task."""
+def gpu_index(placement: Placement, num_visible: int) -> int:
+    """Return the index of this process's GPU among those it sees: 0 if Slurm binds one GPU to each task, else the local
+    rank."""
     by_slurm = "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if num_visible == 1 and by_slurm:
         return 0
@@ -104,17 +105,17 @@ def card_index(placement: Placement, num_visible: int) -> int:
 
 
 class Group:
-    """All ranks of a run: the device of this one and exchanges of small host values.
+    """Process group of a run: the device of this rank and exchanges of small host values.
 
     With one rank every exchange is the identity and costs nothing.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, host_group: Any, beside_group: Any = None) -> None:
+    def __init__(self, placement: Placement, device: torch.device, host_group: Any, async_group: Any = None) -> None:
         self.rank = placement.rank
         self.world_size = placement.world_size
         self.device = device
-        self._host_group, self._beside_group = host_group, beside_group
-        self._taken_bytes = 0
+        self._host_group, self._async_group = host_group, async_group
+        self._reserved_bytes = 0
 
     @property
     def is_first(self) -> bool:
@@ -122,60 +123,62 @@ class Group:
         return self.rank == 0
 
     def memory_bytes(self) -> int:
-        """Memory that this rank may plan for: its GPU's, or its share of what the host has free."""
+        """Return the memory that this rank may plan for: its GPU's, or its share of the host's free memory."""
         if self.device.type == "cuda":
-            # A launcher that starts several runs on a GPU says which share of it each may plan for.
+            # A launcher of several runs on a GPU sets the share of it that each may plan for.
             share = float(os.environ.get("AIMSCALE_DEVICE_SHARE", "1"))
-            return int(share * torch.cuda.get_device_properties(self.device).total_memory) - self._taken_bytes
+            return int(share * torch.cuda.get_device_properties(self.device).total_memory) - self._reserved_bytes
         return self.host_memory_bytes()
 
-    def beside(self, taken_bytes: int) -> Group:
-        """The same ranks for work beside what holds so much of each GPU's memory."""
+    def with_reserved_memory(self, reserved_bytes: int) -> Group:
+        """Return the same group for work that leaves `reserved_bytes` of each GPU's memory to others."""
         group = copy.copy(self)
-        group._taken_bytes = taken_bytes
+        group._reserved_bytes = reserved_bytes
         return group
 
     def host_memory_bytes(self) -> int:
-        """This rank's share of what its host has free."""
-        # A launcher of several runs on a host says which share of it each may plan for.
+        """Return this rank's share of its host's free memory."""
+        # A launcher of several runs on a host sets the share of it that each may plan for.
         share = float(os.environ.get("AIMSCALE_HOST_SHARE", "1"))
         return int(share * free_host_bytes()) // self.ranks_per_node
 
-    def least(self, number: int) -> int:
-        """The smallest of every rank's numbers, such as of what their hosts have free: ranks must decide as one."""
+    def min_over_ranks(self, number: int) -> int:
+        """Return the minimum of a number over ranks, such as of their hosts' free memory, so that all ranks decide
+        alike."""
         return int(min(self.gather(number)))
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks on a host as torchrun or Slurm's step says, such as `8(x15),4`; all where neither does."""
+        """Ranks on a host, as torchrun or Slurm's step says, such as `8(x15),4`; all ranks if neither does."""
         said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
         found = re.match(r"\d+", said)
         return min(self.world_size, int(found[0])) if found else self.world_size
 
     def pace(self, peak: Peak) -> Pace:
-        """How fast a rank trains whose device has this peak; by the data sheet where it is known, as in a plan."""
+        """Return how fast a rank trains on a device with this peak; by the data sheet if it is known, as in a plan."""
         share, cores = (GPU_MFU, None) if self.device.type == "cuda" else (CORE_MFU, peak.num_threads)
         rate = share * (peak.nominal_flops_per_s or peak.flops_per_s)
         return Pace(flops_per_s=rate, cores=cores, ranks_per_node=self.ranks_per_node)
 
     def num_machines(self) -> int:
-        """On how many hosts the ranks are."""
+        """Count the hosts of the ranks."""
         return len({*self.gather(socket.gethostname())})
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank raised its flag."""
+        """Return whether any rank raised its flag."""
         return self.sum_counts(int(flag))[0] > 0
 
     def sum_counts(self, *counts: int) -> list[int]:
-        """Each count's sum over ranks; one exchange on the host, not on the device."""
+        """Sum each count over ranks, in one exchange on the host, not on the device."""
         return self._begin_sum(counts, self._host_group)()
 
-    def sum_beside(self, *counts: int) -> Callable[[], list[int]]:
-        """Begin to add up counts over ranks, beside all other exchanges; the call that is returned waits for the sums.
+    def sum_counts_async(self, *counts: int) -> Callable[[], list[int]]:
+        """Start to sum counts over ranks, independently of all other exchanges; the returned function waits for the
+        sums.
 
-        One thread begins them, in the same order on every rank.
+        One thread starts them, in the same order on every rank.
         """
-        return self._begin_sum(counts, self._beside_group)
+        return self._begin_sum(counts, self._async_group)
 
     def _begin_sum(self, counts: Sequence[int], group: Any) -> Callable[[], list[int]]:
         values = torch.tensor(counts, dtype=torch.int64)
@@ -195,7 +198,7 @@ class Group:
         return tensor
 
     def concatenate(self, values: torch.Tensor) -> torch.Tensor:
-        """Tensors on the device, of one shape on every rank: all of them along a new first axis, in order of ranks."""
+        """Gather tensors on the device, of one shape on every rank, along a new first axis, in order of ranks."""
         if self.world_size == 1:
             return values[None]
         parts = [torch.empty_like(values) for _ in range(self.world_size)]
@@ -203,7 +206,7 @@ class Group:
         return torch.stack(parts)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, on every rank."""
+        """Gather every rank's picklable value on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -211,10 +214,10 @@ class Group:
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0 (picklable), on every rank; no other rank calls it.
+        """Call `make` on rank 0 alone and return its (picklable) result on every rank.
 
         Raises:
-            UserError: raised on rank 0, on every rank; what else it raises there is a RuntimeError on the others.
+            UserError: raised on rank 0, then on every rank; any other exception is a RuntimeError on the other ranks.
         """
         if self.world_size == 1:
             return make()
@@ -239,7 +242,7 @@ class Group:
 
 
 def choose_device(placement: Placement, name: str) -> torch.device:
-    """The device that `name` (auto, cpu or cuda) means for this process, made its own.
+    """Choose the device that `name` (auto, cpu or cuda) means for this process, and make it the current one.
 
     Raises:
         LaunchError: CUDA was asked for and there is none, or fewer devices than ranks on this host.
@@ -252,7 +255,7 @@ def choose_device(placement: Placement, name: str) -> torch.device:
         return torch.device("cpu")
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # read when the first tensor is allocated
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    device = torch.device("cuda", card_index(placement, torch.cuda.device_count()))
+    device = torch.device("cuda", gpu_index(placement, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # tensor cores (TF32)
     return device
@@ -272,7 +275,7 @@ def start_group(placement: Placement, device_name: str) -> Group:
         os.environ["DS_ACCELERATOR"] = "cpu"
     is_alone = placement.world_size == 1
     if is_alone:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing is to be heard of it on a network
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # do not listen on a network
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -284,17 +287,17 @@ def start_group(placement: Placement, device_name: str) -> Group:
         )
     # Host values travel over gloo, so that asking "shall we stop?" never waits for the device.
     host_group = torch.distributed.new_group(backend="gloo") if device.type == "cuda" else None
-    beside_group = torch.distributed.new_group(backend="gloo") if placement.world_size > 1 else None
-    return Group(placement, device, host_group, beside_group)
+    async_group = torch.distributed.new_group(backend="gloo") if placement.world_size > 1 else None
+    return Group(placement, device, host_group, async_group)
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed without its compiler runs, and with its warnings alone."""
+    """Import DeepSpeed without its trial compilations, and with its log level at warnings."""
     import deepspeed
     from deepspeed.utils import logger
 
-    # None of its own C++ operators is used. It would try the compiler for each at start-up, and build a shared-memory
-    # communicator (25 s) that gains nothing here.
+    # None of its C++ operators is used. It would test the compiler for each at start-up, and build a shared-memory
+    # communicator (25 s) without a gain here.
     deepspeed.ops.__compatible_ops__ = {}
     # It calls collectives by names that new versions of torch warn about.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -303,10 +306,10 @@ def import_deepspeed() -> Any:
 
 
 def stop_group() -> None:
-    """Leave the process group, so that another run may start in this process.
+    """Destroy the process group, so that another run may start in this process.
 
-    A process that ends without this is aborted by gloo's threads now and then (measured: 16 of 80 exits),
-    its work done.
+    Without this, gloo's threads sometimes abort a process at its exit, after its work is done (measured: 16 of 80
+    exits).
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,6 +1,5 @@
-"""How a run uses its devices: the rule that chooses ZeRO stage, micro-batch and activation checkpointing by the time
-that a step is estimated to take, among what fits the memory. Torch is not imported here.
-"""
+"""Execution of a run on its devices: the rule that chooses ZeRO stage, micro-batch and activation checkpointing by the
+estimated time of a step, among what fits the memory. Torch is not imported here."""
 
 from __future__ import annotations
 
@@ -21,91 +20,91 @@ from aimscale.harness.run.row import model_of
 
 USABLE_FRACTION = 0.8
 """Share of a device that may be planned for, 68 of the 85 GB of a GPU of 80 GB. The rest is for the context and NCCL's
-buffers (2 to 3 GB), activations beyond their estimate (a tenth of them, by the tests), and fragments: a smaller
+buffers (2 to 3 GB), activations beyond their estimate (a tenth of them, by the tests), and fragmentation: a smaller
 micro-batch costs a per cent of a step, running out of memory costs a run."""
 MAX_MICRO_BATCH_TOKENS = 65_536
-"""More tokens in one forward pass than this gain no speed."""
+"""Tokens in one forward pass beyond which speed does not grow."""
 GPU_MFU = 0.40
 """Assumption: the share of its peak at which a GPU executes large passes."""
 BLOCK_S = 0.3e-3
-"""Assumption: what a block takes of a GPU in each pass, forwards and backwards, however few images there are: some
-fifty kernels are launched, its weights read and their gradients written."""
+"""Assumption: overhead of a block per pass on a GPU, forward and backward, for any number of images: some fifty kernel
+launches, reading its weights and writing their gradients."""
 CORE_MFU, CORE_BYTES_PER_S, CORE_STEP_S = 0.35, 0.5e9, 0.002
-"""Of one core: the share of its peak, the rate at which it moves what a forward pass keeps, and a pass's time beside
-both. Assumption: within 15 % (24 % once) of the fastest steps of seven models from w24-d1 to rung-128 on a core of a
-busy AMD EPYC; the processor time of four of them was .5 to .9 of it."""
+"""Performance of one CPU core: the share of its peak, the rate at which it moves what a forward pass keeps, and the
+overhead of a pass. Assumption: within 15 % (24 % once) of the fastest steps of seven models from w24-d1 to rung-128 on
+a core of a busy AMD EPYC; the processor time of four of them was .5 to .9 of it."""
 STAGE_3_FACTOR = 1.2
-"""Assumption: at ZeRO 3 nothing is compiled, and hooks gather the weights of every layer."""
+"""Assumption: slowdown of ZeRO 3, where nothing is compiled and hooks gather the weights of every layer."""
 NVLINK_BYTES_PER_S, NETWORK_BYTES_PER_S, HOST_BYTES_PER_S = 300e9, 25e9, 1e9
-"""Assumption: what a rank sends in large collectives within a node (two thirds of an H100's NVLink); what a node sends
-for each of its ranks (half of a 400 Gb/s card each; a ring enters and leaves a node once, by all of them); and what a
-rank on a CPU sends."""
+"""Assumption: send rates in large collectives: of a rank within a node (two thirds of an H100's NVLink); of a node for
+each of its ranks (half of a 400 Gb/s network card each; a ring enters and leaves a node once, through all of them); and
+of a rank on a CPU."""
 CALL_S = 50e-6
-"""Assumption: the start of one collective."""
+"""Assumption: latency of one collective."""
 BACKWARD_SHARE, HIDDEN_COST = 2 / 3, 0.1
-"""Of a pass, in which gradients are reduced; and the part of communication beside it that slows it down all the same,
-since it takes some of a GPU's processors. Assumption."""
+"""Share of a pass during which gradients are reduced; and share of the overlapped communication time that slows down
+computation nevertheless, since it takes some of a GPU's processors. Assumption."""
 
-EVEN = 1.01
-"""Estimates that differ by less are the same."""
+TIE_RATIO = 1.01
+"""Ratio of two estimates below which they count as equal."""
 
 
 class DoesNotFitError(UserError):
-    """A model that fits no device of this size."""
+    """Model that fits no device of this size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How fast a rank computes, and where its neighbours are."""
+    """Speed of a rank, and the layout of its neighbours."""
 
     flops_per_s: float
-    """That it executes in large passes."""
+    """FLOP/s that it executes in large passes."""
     cores: int | None
-    """Of a CPU; None of a GPU, which reduces gradients beside the backward pass."""
+    """Cores of a CPU; None for a GPU, which reduces gradients during the backward pass."""
     ranks_per_node: int
-    """Of a node that all ranks fill."""
+    """Ranks of a node that is fully used."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """What a step is estimated to take a rank, s."""
+    """Estimated time of a step of one rank, s."""
 
     images_s: float
-    """Its images, recomputed activations included."""
+    """Time of its images, recomputed activations included."""
     passes_s: float
-    """What its passes take beside their images."""
+    """Overhead of its passes, whatever their images."""
     exposed_communication_s: float
-    """What is sent while nothing is computed, and by how much computing slows down beside the rest."""
+    """Communication that no computation hides, and the slowdown of computation by the hidden rest."""
 
     @property
     def compute_s(self) -> float:
-        """Images and passes."""
+        """Time of images and passes."""
         return self.images_s + self.passes_s
 
     @property
     def total_s(self) -> float:
-        """All of it, but for waiting for images."""
+        """Total time, without the wait for images."""
         return self.compute_s + self.exposed_communication_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExecutionPlan:
-    """How a run uses its devices."""
+    """Plan of how a run uses its devices."""
 
     zero_stage: int
     micro_batch: int
-    """Most images per forward pass and rank."""
+    """Maximum images per forward pass and rank."""
     activation_checkpointing: bool
     copies_checkpoints: bool
-    """Write checkpoints from a copy in host memory, beside training; else training waits."""
+    """Whether checkpoints are written from a copy in host memory while training goes on; else training waits."""
     memory_bytes: int
-    """Peak of one rank during a step, or where it measures during training."""
+    """Peak memory of one rank during a step, or while it measures during training."""
     held_bytes: int
-    """Of that, what is held between steps."""
+    """Memory among these that is held between steps."""
     measures: bool
-    """Whether there is memory to measure during training; otherwise nothing is."""
+    """Whether there is memory to measure during training; otherwise nothing is measured."""
     step: StepTime
-    """By estimate."""
+    """Estimated time of a step."""
 
 
 def execution_plan(
@@ -118,13 +117,13 @@ def execution_plan(
     host_bytes: int | None = None,
     measuring: int = 0,
 ) -> ExecutionPlan:
-    """Choose what `runtime` leaves open: among what fits, the shortest step by estimate; none of it changes a result.
+    """Choose what `runtime` leaves open: the shortest step by estimate among what fits; no choice changes a result.
 
-    Of steps within a per cent of the shortest, the lowest ZeRO stage: an estimate is no finer.
+    Among steps within a per cent of the shortest, the lowest ZeRO stage is chosen: an estimate is no finer.
 
     Args:
         device_bytes: memory that a rank may plan for.
-        host_bytes: its share of the host's memory, for the copy of a checkpoint; None where the device is the host.
+        host_bytes: its share of the host's memory, for the copy of a checkpoint; None if the device is the host.
         measuring: `measuring_bytes`; 0 where nothing is measured during training. It changes no choice of the steps.
 
     Raises:
@@ -162,11 +161,11 @@ def execution_plan(
             "setting; use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
         )
     shortest_s = min(plan.step.total_s for plan in plans)
-    return next(plan for plan in plans if plan.step.total_s <= EVEN * shortest_s)
+    return next(plan for plan in plans if plan.step.total_s <= TIE_RATIO * shortest_s)
 
 
 def _settings(precision: Precision, runtime: RuntimeConfig) -> list[tuple[int, bool]]:
-    """ZeRO stages, each without and with recomputing activations."""
+    """List pairs of ZeRO stage and recomputation (False, True) that precision and `runtime` allow."""
     found = [
         (stage, recompute)
         for stage in range(4)
@@ -188,7 +187,7 @@ def _step_time(
     num_passes: int,
     world_size: int,
 ) -> StepTime:
-    """Estimate a step of so many images of a rank."""
+    """Estimate the time of a step with so many images per rank."""
     config, precision = model_of(training), training.optimiser.precision
     flops = executed_flops_per_image(config, mean_scored_tokens(config, training.objective.prefix))
     again = flops.forward - flops.patch_embed if recompute else 0.0
@@ -211,22 +210,23 @@ def _step_time(
     exposed_s = sent.sent_bytes / rate + CALL_S * sent.num_calls
     if pace.cores is None:
         beside_s = exposed_s * (1 - sent.exposed_bytes / max(1, sent.sent_bytes))
-        hiding_s = BACKWARD_SHARE * images_s / (num_passes if zero_stage < 2 else 1)  # in the last pass, or in all
+        hiding_s = BACKWARD_SHARE * images_s / (num_passes if zero_stage < 2 else 1)  # during the last pass, or all
         exposed_s -= (1 - HIDDEN_COST) * min(beside_s, hiding_s)
     return StepTime(images_s=images_s, passes_s=num_passes * pass_s, exposed_communication_s=exposed_s)
 
 
 def images_per_rank(batch_size: int, world_size: int) -> int:
-    """Images of the rank that has most of a step's; pairs of an even batch stay on one rank."""
+    """Return the images of a step on the rank that has most; pairs of an even batch stay on one rank."""
     unit = 2 - batch_size % 2
     return unit * -(-batch_size // (unit * world_size))
 
 
 def pass_size(num_images: int, most: int) -> int:
-    """Images of a pass: the largest divisor of a rank's up to `most`, so that all passes of a step are of one size.
+    """Choose the images of a pass: the largest divisor of a rank's images up to `most`, so that all passes of a step
+    are of one size.
 
-    Even where a rank's are, so that pairs stay together. Where the divisor is less than half of `most`, the fewest
-    passes whose sizes differ by a pair. 0 where `most` is none.
+    It is even if the number of images is, so that pairs stay together. If the divisor is less than half of `most`,
+    passes are as few as possible and differ by at most a pair. Returns 0 if `most` is none.
     """
     unit, most = 2 - num_images % 2, min(most, num_images)
     if most < unit:

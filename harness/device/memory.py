@@ -1,8 +1,8 @@
-"""Memory of one rank: what its model and a step hold, and what its host has free.
+"""Memory of one rank: its model and a step, and the free memory of its host.
 
-Torch is not imported here: the planner prints these numbers before anything runs. Bytes per parameter are those that
-DeepSpeed 0.19 was measured to hold (tests/harness/device/test_memory.py measures again); activations are counted from
-what the backward pass of a block keeps.
+Torch is not imported here: the planner prints these numbers before anything runs. Bytes per parameter are measured with
+DeepSpeed 0.19 (tests/harness/device/test_memory.py measures again); activations are counted from what the backward pass
+of a block needs.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class _Held(NamedTuple):
     """Bytes per parameter during a step."""
 
     on_every_rank: int
-    """Weights, gradients and optimiser states that are not shared out."""
+    """Weights, gradients and optimiser states that are replicated."""
     shared: int
-    """Those of which each rank holds its part."""
+    """Weights, gradients and optimiser states that are sharded over ranks."""
     buffers: tuple[int, int]
-    """(of a rank alone, of one among several), of at most MAX_BUFFER_VALUES parameters."""
+    """Buffers on a single rank, and on one of several; for at most MAX_BUFFER_VALUES parameters."""
     bucket: int
-    """Of at most MAX_BUCKET_VALUES parameters."""
+    """Reduction bucket, for at most MAX_BUCKET_VALUES parameters."""
 
 
 HELD = {
@@ -42,17 +42,18 @@ HELD = {
     ("bf16", 2): _Held(4, 20, (0, 0), 8),
     ("bf16", 3): _Held(0, 18, (10, 10), 8),
 }
-"""By precision and ZeRO stage. bf16 gradients of one backward pass are held beside their float32 accumulation."""
+"""Bytes per parameter by precision and ZeRO stage. bf16 gradients of one backward pass are held beside their float32
+accumulation."""
 CHECKPOINT_BYTES_PER_PARAM = 12
-"""float32 master weights and two moments."""
+"""Bytes per parameter of a checkpoint: float32 master weights and two moments."""
 EVAL_TOKENS = 16_384
-"""Tokens of a forward pass that measures."""
+"""Tokens per forward pass of an evaluation."""
 WORKSPACE_BYTES = 256 * 2**20
-"""Kernels' workspaces and the allocator's slack."""
+"""Bytes for kernels' workspaces and the allocator's slack."""
 
 
 def held_bytes(config: ModelConfig, precision: Precision, *, zero_stage: int, world_size: int) -> int:
-    """Bytes that one rank holds during a step, beside the activations of its micro-batch."""
+    """Return the bytes that one rank holds during a step, without the activations of its micro-batch."""
     num_params = param_count(config).total
     held = HELD[precision, zero_stage]
     states = num_params * held.on_every_rank + num_params * held.shared // world_size
@@ -62,7 +63,8 @@ def held_bytes(config: ModelConfig, precision: Precision, *, zero_stage: int, wo
 
 
 def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
-    """Bytes that one image's forward pass keeps for the backward pass; half of the tokens are scored, or the masked."""
+    """Return the bytes that one image's forward pass stores for the backward pass; half of the tokens are scored, or
+    the masked ones."""
     element = ELEMENT_BYTES[precision]
     tokens, scored = config.num_tokens, _scored(config)
     head_width = 0 if config.head.is_linear else config.head.width
@@ -82,16 +84,17 @@ def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_c
 
 
 def peak_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
-    """Bytes of one image in the backward pass: what is kept, and one block that is there again if it is recomputed."""
+    """Return the peak bytes of one image in the backward pass: what is stored, and with checkpointing one recomputed
+    block."""
     kept = kept_bytes_per_image(config, precision, activation_checkpointing)
     return kept + (max(_block_bytes(config, precision)) if activation_checkpointing else 0)
 
 
 def measuring_bytes(config: ModelConfig, precision: Precision, *, is_probed: bool) -> int:
-    """Bytes on one rank, beside what training holds, where something is measured during training.
+    """Return the bytes on one rank, beside what training holds, while it measures during training.
 
-    A copy of the weights, the largest of them in float32, and a forward pass; for probes the outputs of all blocks, as
-    they come, together, and in float32.
+    They are a copy of the weights, the largest weight in float32, and a forward pass; with probes also the outputs of
+    all blocks three times: block by block, stacked, and in float32.
     """
     element = ELEMENT_BYTES[precision]
     tokens, width = config.num_tokens, config.width
@@ -102,11 +105,11 @@ def measuring_bytes(config: ModelConfig, precision: Precision, *, is_probed: boo
 
 
 def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
-    """What a block of the trunk and a block of the head keep.
+    """Return the bytes that a block of the trunk and a block of the head store for the backward pass.
 
-    The backbone's: its input, the first norm's output, q, k, v, and the attention's output (6 d); its MLP's part; the
-    attention's row sums in float32. The head's: the same, or the MLP's part alone. The score matrices that a CPU keeps
-    in bfloat16 are not counted: a GPU keeps none.
+    The trunk's: its input, the first norm's output, q, k, v, and the attention's output (6 d); its MLP's part; the
+    attention's row sums in float32. The head's: the same, or the MLP's part alone. The score matrices that a CPU stores
+    in bfloat16 are not counted: a GPU stores none.
     """
     element, head = ELEMENT_BYTES[precision], config.head
     own, in_head = (6 * width + _kept_by_mlp(width) for width in (config.width, head.width))
@@ -117,30 +120,33 @@ def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
 
 
 def _kept_by_mlp(width: int) -> int:
-    """Values of a token: the block's sum, the second norm's output, and the MLP before and after GELU."""
+    """Count the values per token that an MLP stores: the block's sum, the second norm's output, and the MLP before and
+    after GELU."""
     return 2 * width + 2 * MLP_RATIO * width
 
 
 def _scored(config: ModelConfig) -> int:
+    """Return the scored tokens of an image: the masked ones, or half."""
     return config.num_masked or config.num_tokens // 2
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next use, in pieces of up to 32 MB (its bound) and 256 MB in all.
+    """Let glibc keep freed memory for reuse, in pieces of up to 32 MB (its bound) and 256 MB in all.
 
-    It gives large pieces back to the kernel at once, and every step took its tensors anew: page faults were a third to
-    a half of a probe's CPU time, and a sixth of a training step's.
+    By default it returns large pieces to the kernel at once, and every step allocates its tensors anew: page faults
+    were a third to a half of a probe's CPU time, and a sixth of a training step's.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # another C library has other habits
+    if mallopt is not None:  # other C libraries lack it
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
         mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process can still have: of the host, or of its container or job, where that has less.
+    """Return the memory that this process can still get: the host's, or its container's or job's if that has less.
 
-    Every control group around the process (version 1 or 2) limits it; file pages that the kernel would drop are free.
+    Every control group around the process (version 1 or 2) limits it; file pages that the kernel would drop count as
+    free.
     """
     free = [psutil.virtual_memory().available]
     for folder, limit, used, pages in _memory_groups(root):
@@ -152,7 +158,8 @@ def free_host_bytes(root: Path = Path("/")) -> int:
 
 
 def _memory_groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """Control groups around this process, with the names of limit and use, and of file pages in `memory.stat`."""
+    """Yield the control groups around this process, with the names of limit and usage, and of file pages in
+    `memory.stat`."""
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)

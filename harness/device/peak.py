@@ -1,7 +1,7 @@
-"""The peaks against which MFU is stated: a data sheet's, and the matrix-multiplication rate measured on this device.
+"""Peaks against which MFU is stated: a data sheet's, and the matrix-multiplication rate measured on this device.
 
-A data sheet's peak is what others state MFU against, and is reached by no program; what the best matrix product reaches
-here is the honest limit. Another process can make a measurement only too small.
+MFU is usually stated against a data sheet's peak, which no program reaches; the rate of the best matrix product here is
+the honest limit. Other processes can only make a measurement too small.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
-from aimscale.harness.device.sheets import nominal_flops_per_s
+from aimscale.harness.device.gpu_specs import nominal_flops_per_s
 from aimscale.harness.run.provenance import cpu_name
 
 GEMM_SIDE = {"cpu": 512, "cuda": 8192}
-"""n on a CPU: as fast as 2048, and short enough to finish between two interruptions by other processes (measured on a
-busy machine: 264 GFLOP/s at 512, 28 at 1024, 7 at 2048)."""
+"""Side n of the measured product. On a CPU it is as fast as 2048, and short enough to finish between two interruptions
+by other processes (measured on a busy machine: 264 GFLOP/s at 512, 28 at 1024, 7 at 2048)."""
 MIN_TRIES = 10
 MAX_TRIES = 100
 MAX_SECONDS = 1.0
-"""Tries go on until the best has not grown in `MIN_TRIES` tries, but no longer than this."""
+"""Time limit of the measurement, which ends once the best time has not improved in `MIN_TRIES` tries."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,23 +31,23 @@ class Peak:
 
     device: str
     precision: str
-    """fp32 or bf16."""
+    """Precision, fp32 or bf16."""
     num_threads: int
     gemm_side: int
     """n of the n x n x n product."""
     flops_per_s: float
     """2 n^3 over the best time of all tries, one device."""
     nominal_flops_per_s: float | None = None
-    """The data sheet's, dense; null for a device that `NOMINAL_TFLOPS` does not hold, such as a CPU."""
+    """The data sheet's dense peak; null for a device that `NOMINAL_TFLOPS` lacks, such as a CPU."""
 
 
 def utilisation(
     config: ModelConfig, peak: Peak, *, images_per_s: float, scored_tokens: float, world_size: int
 ) -> dict[str, float | None]:
-    """Model FLOPs utilisation (MFU) two ways, each a fraction.
+    """Compute model FLOPs utilisation (MFU) in two ways, each a fraction.
 
-    `mfu_published`: FLOPs of the published formula, as others count them, over the nominal peak; it also rewards work
-    that is saved, and is null where no nominal peak is known. `mfu`: FLOPs executed over the measured peak.
+    `mfu_published`: FLOPs of the published formula over the nominal peak, as others state it; it also credits skipped
+    work, and is null without a nominal peak. `mfu`: executed FLOPs over the measured peak.
 
     Args:
         images_per_s: training throughput of all devices.
@@ -61,12 +61,12 @@ def utilisation(
 
 
 def device_name(device: torch.device) -> str:
-    """Model name of a device."""
+    """Return the model name of a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def measure_peak(device: torch.device, precision: str) -> Peak:
-    """Time square matrix products on a device."""
+    """Measure a device's peak by timing square matrix products."""
     side = GEMM_SIDE[device.type]
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     left = torch.randn(side, side, device=device).to(dtype)

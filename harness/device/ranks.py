@@ -1,9 +1,9 @@
-"""Ranks that watch each other: one that dies, stands still or is cut off ends the others within `ENDS_WITHIN_S`.
+"""Watch over ranks: one that dies, hangs or is cut off ends the others within `ENDS_WITHIN_S`.
 
 A backend may not notice (NCCL waits for half an hour), and the rank that would notice may be the one that hangs. So a
-thread of every rank tells the first one now and then, over connections of their own, that it is there, and hears from
-it how the others are; a second thread, which waits for nobody, looks at the clock. A rank that waits for its data is
-at work; only a step that lasts is a rank that hangs.
+thread of every rank regularly tells the first rank, over connections of their own, that it is alive, and hears how the
+others are; a second thread, which waits for nobody, watches the clock. A rank that waits for its data is at work; only
+a step that takes too long counts as a hang.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ import torch
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.directory import EXIT_CRASHED, ReasonClass, RunDir
-from aimscale.harness.run.failures import TooLargeError, classify, tells_of_another
+from aimscale.harness.run.failures import TooLargeError, blames_another_rank, classify
 from aimscale.harness.run.fence import LockLost, check_fence, fenced
 
 BEAT_S = 5.0
-"""Ranks tell each other how they are this often; the first one looks at the fence as often."""
+"""Seconds between messages of the ranks, and between the first rank's checks of the fence."""
 SILENCE_S = 35.0
-"""The first rank counts one that it did not hear for this long as gone, once they have trained a step together: until
-then a rank may come late or compile. The others give the first `2 * GRACE_S` more."""
+"""Seconds of silence after which the first rank counts another as gone, once they have trained a step together: until
+then a rank may come late or compile. The others allow the first rank `2 * GRACE_S` more."""
 GRACE_S = 5.0
-"""What a rank is given to end by itself, in its own words, before its watch ends it."""
+"""Seconds that a rank has to end by itself, with its own error message, before its watch ends it."""
 ENDS_WITHIN_S = 60.0
-"""From the silence of one rank to the end of all: `BEAT_S + SILENCE_S + 3 * GRACE_S` and a little."""
+"""Bound on the time from the silence of one rank to the end of all: `BEAT_S + SILENCE_S + 3 * GRACE_S` and a little."""
 STEP_S, STEP_FACTOR = 60.0, 10.0
-"""A step that takes longer than this, and than this many times the longest before it, hangs."""
+"""Limits on a step: one that takes longer than both `STEP_S` and `STEP_FACTOR` times the longest before it hangs."""
 
 _GONE = "died, or its connection broke"
 
 
 @contextlib.contextmanager
-def holding_run(run: RunDir, group: Group) -> Iterator[RankWatch]:
-    """Hold a run for the block: the first rank takes the lock, and the others write by its right.
+def hold_run(run: RunDir, group: Group) -> Iterator[RankWatch]:
+    """Hold a run for the block: the first rank takes the lock, and the others write in its name.
 
     Raises:
-        LockHeld: on all ranks, where another process has it.
+        LockHeld: another process has it; raised on all ranks.
     """
     with contextlib.ExitStack() as stack:
         folder = group.from_first(lambda: stack.enter_context(run.hold()))
@@ -58,18 +58,19 @@ def holding_run(run: RunDir, group: Group) -> Iterator[RankWatch]:
 
 
 class RankWatch:
-    """The watch of one rank; without other ranks it only looks at the fence and keeps the first failure."""
+    """Watch of one rank; on a single rank it only checks the fence and records the first failure."""
 
     def __init__(self, run: RunDir, folder: Path, group: Group) -> None:
-        """`folder` is that of the run's writer (`harness.run.fence`); all ranks call this together."""
+        """Connect the ranks, which all call this together; `folder` is that of the run's writer
+        (`harness.run.fence`)."""
         self._run, self._failure_file, self._group = run, folder / "failure.json", group
         # Slurm's name of each node, by which it can be excluded; elsewhere the host's.
         self._nodes = group.gather(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
         self._others = [rank for rank in range(group.world_size) if rank != group.rank]
-        if self._others:  # its own clock would go on while all ranks stand still; `_watch` sees that
+        if self._others:  # gloo's timeout would expire while all ranks are suspended; `_watch` allows for that
             self._channel = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
         self.is_at_work = False
-        """Whether it has trained a step or measured with the others: from then on their silence counts."""
+        """Whether this rank has trained a step or measured with the others: from then on their silence counts."""
         self._heard = self._looked_at_fence = time.monotonic()
         self._awaited = 0
         self._problem: str | None = None
@@ -78,19 +79,19 @@ class RankWatch:
         self._leaves, self._wakes, self._knows = False, threading.Event(), threading.Event()
 
     def check(self) -> None:
-        """Call often; looks at the fence every `BEAT_S`, on the first rank alone.
+        """Check the fence every `BEAT_S`, on the first rank alone; to be called often.
 
         Raises:
             LockLost: another process took the run over.
         """
         if self._group.is_first and time.monotonic() - self._looked_at_fence > BEAT_S:
             self._looked_at_fence = time.monotonic()
-            with contextlib.suppress(OSError):  # a server that is away may be back at the next look
+            with contextlib.suppress(OSError):  # a file server that is away may be back at the next check
                 check_fence(self._run.status)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch for the block, which ranks leave together, or else because one failed."""
+        """Watch for the block, which all ranks leave together, or because one failed."""
         if not self._others:
             yield
             return
@@ -106,11 +107,11 @@ class RankWatch:
             self._leaves = True
             self._wakes.set()
             exchange.join()
-            self._knows.set()  # where there is a problem, this process ends soon, whatever its way out waits for
+            self._knows.set()  # with a problem, this process is ended soon even if its exit hangs
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """A step that all ranks entered at the same moment: the block may not take much longer than those before."""
+        """Watch a step that all ranks entered together: it may not take much longer than those before."""
         started = self._step_started = time.monotonic()
         try:
             yield
@@ -119,19 +120,19 @@ class RankWatch:
             self._longest_step_s = max(self._longest_step_s, time.monotonic() - started)
 
     def note_failure(self, error: Exception) -> None:
-        """Leave this rank's failure for all ranks and in `status.json`, unless there was one before.
+        """Record this rank's failure for all ranks and in `status.json`, unless another was recorded before.
 
-        What only says that another rank failed waits for that one's own words.
+        A failure that only reports another rank's waits for that rank's own record.
         """
         reason_class, reason = classify(error)
-        if self._others and tells_of_another(reason):
+        if self._others and blames_another_rank(reason):
             self._wakes.set()
             self._knows.wait(BEAT_S + GRACE_S)
         changes = {"too_large": error.executed} if isinstance(error, TooLargeError) else {}
         self._note(self._group.rank, f"failed: {reason}", reason_class, reason=reason, **changes)
 
     def _note(self, rank: int, what: str, reason_class: ReasonClass = "node", **changes: Any) -> str:
-        """Note what befell a rank, and other `changes` of the status; returns the words of the first failure."""
+        """Record what befell a rank, and other `changes` of the status; returns the reason of the first failure."""
         node = self._nodes[rank]
         words = f"rank {rank} on {node} {what}"
         failure = {"rank": rank, "node": node, "reason": words, "reason_class": reason_class}
@@ -153,7 +154,7 @@ class RankWatch:
         self._knows.set()
 
     def _exchange(self) -> None:
-        """Tell and hear how the ranks are, until all leave or one has failed."""
+        """Exchange with the other ranks until all leave or one has failed."""
         are_well, leave = True, False
         while are_well and not leave:
             self._wakes.wait(BEAT_S)
@@ -164,7 +165,7 @@ class RankWatch:
             self._end(self._first_failure("another rank ended, or another process took the run over"))
 
     def _collect(self, own: torch.Tensor) -> torch.Tensor:
-        """On the first rank: what holds on all ranks, which all are told."""
+        """Hear from all other ranks, on the first rank, and send each what holds on all of them."""
         other, there = torch.empty_like(own), []
         for rank in self._others:
             self._awaited = rank
@@ -177,12 +178,12 @@ class RankWatch:
                 own[0] = False
         for rank in there:
             self._awaited = rank
-            with contextlib.suppress(RuntimeError):  # the next round says so
+            with contextlib.suppress(RuntimeError):  # the next round reports it
                 torch.distributed.send(own, rank, group=self._channel)
         return own
 
     def _tell(self, own: torch.Tensor) -> torch.Tensor:
-        """On another rank: the first one's answer."""
+        """Send this rank's state to the first one, and return its answer."""
         try:
             torch.distributed.send(own, 0, group=self._channel)
             torch.distributed.recv(own, 0, group=self._channel)
@@ -192,11 +193,11 @@ class RankWatch:
         return own
 
     def _watch(self) -> None:
-        """Look at the clock; and once there is a problem, end this process, which may hang."""
+        """Watch the clock; once there is a problem, end this process, which may hang."""
         last = time.monotonic()
         while not self._knows.wait(GRACE_S / 5):
             now = time.monotonic()
-            if now - last > SILENCE_S / 2:  # this process stood still: what it missed meanwhile counts against no rank
+            if now - last > SILENCE_S / 2:  # this process was suspended: the silence is no other rank's fault
                 self._heard = now
                 self._step_started = now if self._step_started else None
             last = now

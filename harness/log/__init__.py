@@ -1,1 +1,1 @@
-"""What a run writes down while it trains."""
+"""Records of a run during training: metrics, status and loggers."""

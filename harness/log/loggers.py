@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases beside `metrics.jsonl`, under the same names, by images seen (docs/wandb.md).
 
 `train/...` is the trunk as it trains, `decay/...` the decays to all budgets, and `val/...`, `probe/...` and
-`pictures/...` hold one point for each budget. So a panel takes however many budgets a run has, and never goes back.
+`pictures/...` hold one point for each budget. So a panel fits any number of budgets, and its x axis never goes back.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from aimscale.harness.run.row import planned_columns
 
 NOT_PLOTTED = ("images_seen", "step", "branch", "time", "attempt")
 DECAYING = ("loss", "loss_max", "grad_norm", "lr", "images_done")
-"""What is plotted of a decay: speeds and counts go on from the trunk's."""
+"""Columns that are plotted of a decay; speeds and counts continue the trunk's."""
 FINISH_S = 60
-"""W&B may take so long at the end of a job to send what is left, unless WANDB_FINISH_TIMEOUT says otherwise."""
+"""Seconds that W&B may take at the end of a job to send the rest, unless WANDB_FINISH_TIMEOUT says otherwise."""
 
 
 def refuse_missing(config: RunConfig) -> None:
-    """Raise ConfigError where a logger is asked for that is not installed."""
+    """Raise ConfigError if a logger is asked for that is not installed."""
     if "wandb" in config.runtime.loggers and find_spec("wandb") is None:
         raise ConfigError("runtime.loggers names wandb, which is not installed; pip install 'aimscale[wandb]'")
 
 
 class TensorBoardLogger:
-    """Event files in `tensorboard/` of the run directory, a new one at every start."""
+    """Writer of event files in `tensorboard/` of the run directory, a new one at every start."""
 
     def __init__(self, run: RunDir) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run.path / "tensorboard"))
-        self.told = run.read_status().images_done
-        """Images done up to which earlier starts told it everything."""
+        self.logged_until = run.read_status().images_done
+        """Images done up to which earlier starts logged everything."""
 
-    def measured(
+    def log_values(
         self, images_seen: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] | None = None
     ) -> None:
         """Plot numbers, and show pictures (uint8, height x width x channels), at their images seen."""
@@ -50,15 +50,16 @@ class TensorBoardLogger:
             self._writer.add_scalar(name, value, images_seen)
         for name, picture in (pictures or {}).items():
             self._writer.add_image(name, picture, images_seen, dataformats="HWC")
-        self._writer.flush()  # what was told is not told again
+        self._writer.flush()  # what was logged is not logged again
 
     def close(self, state: State) -> None:
-        """Write what is buffered."""
+        """Write buffered events."""
         self._writer.close()
 
 
 class WandbLogger:
-    """Weights & Biases, one run for a run of ours; WANDB_MODE=offline keeps everything in `wandb/` of its directory.
+    """Weights & Biases run, one for each of our runs; WANDB_MODE=offline keeps everything in `wandb/` of the run
+    directory.
 
     The configuration has the columns of the run's rows that are known before training at its top, to plot against and
     to be read back. Trouble with W&B never ends the training: without the service, a start is kept offline.
@@ -87,7 +88,7 @@ class WandbLogger:
             "settings": {"finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_S))},
         }
         self._run: Any = None
-        self.told = 0
+        self.logged_until = 0
         """Images done up to which the service has everything; 0 offline, where nobody knows what will be sent."""
         try:
             self._run = wandb.init(**about)
@@ -99,7 +100,7 @@ class WandbLogger:
         except wandb.errors.Error as error:
             later = f"send this start later with `wandb sync` from {run.path}"
             print(f"W&B cannot be reached ({_brief(error)}); {later}", flush=True)
-            wandb.teardown()  # else the run counts as in use
+            wandb.teardown()  # else W&B thinks that the run is in use
         with self._surviving():
             self._run = self._run or wandb.init(**about, mode="offline")
             # Decays and budgets go back in images_seen, which W&B's own step may not.
@@ -107,18 +108,18 @@ class WandbLogger:
                 self._run.define_metric(name, hidden=True)
             self._run.define_metric("*", step_metric="images_seen")
             known = [self._run.summary.get(f"{part}/images_done", 0) for part in ("train", "decay")]
-            self.told = int(max(known))
+            self.logged_until = int(max(known))
 
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:
-        """What goes wrong with W&B in the block is said once, and ends what W&B gets, not the run."""
+        """Report an error of W&B in the block once, and stop logging to W&B instead of ending the run."""
         try:
             yield
         except Exception as error:
             print(f"W&B gets no more of this run ({_brief(error)}); its directory holds everything", flush=True)
             self._run = None
 
-    def measured(
+    def log_values(
         self, images_seen: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] | None = None
     ) -> None:
         """Plot numbers, and show pictures (uint8, height x width x channels), at their images seen."""
@@ -127,13 +128,13 @@ class WandbLogger:
         import wandb
 
         line: dict[str, Any] = {**values, "images_seen": images_seen}
-        if "val/loss" in values:  # the runs table has the last of each name, and training may have gone on
+        if "val/loss" in values:  # the runs table shows the last of each name, and training may have continued
             line["val/images_seen"] = images_seen
         with self._surviving():
             self._run.log(line | {name: wandb.Image(each) for name, each in (pictures or {}).items()})
 
     def close(self, state: State) -> None:
-        """Send what is left, for `FINISH_S` at most, and how the job ended."""
+        """Send the rest, for at most `FINISH_S`, and how the job ended."""
         if self._run is None:
             return
         with self._surviving():
@@ -143,12 +144,12 @@ class WandbLogger:
 
 
 Logger = TensorBoardLogger | WandbLogger
-"""Where a run's numbers and pictures go, too, by `images_seen`."""
+"""Logger of a run's numbers and pictures, by `images_seen`, beside `metrics.jsonl`."""
 
 
 @contextlib.contextmanager
-def logging_to(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
-    """The loggers of `runtime.loggers` for the block, after which `status.json` says how the job ended."""
+def open_loggers(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
+    """Open the loggers of `runtime.loggers` for the block; at its end `status.json` must say how the job ended."""
     with contextlib.ExitStack() as stack:
         loggers: list[Logger] = []
         for name in dict.fromkeys(config.runtime.loggers):
@@ -157,10 +158,10 @@ def logging_to(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
         yield loggers
 
 
-def of_line(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:
-    """What is plotted of a line of `metrics.jsonl`: `train/loss`, or `decay/loss` where the trunk was left.
+def line_scalars(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:
+    """Return the scalars plotted of a line of `metrics.jsonl`: `train/loss`, or `decay/loss` off the trunk.
 
-    Under cosine there is no trunk: the way to a budget is all of its training.
+    Under cosine there is no trunk: all of training counts as `train`.
     """
     is_trunk = line["branch"] is None or is_cosine
     names = [name for name in line if name not in NOT_PLOTTED] if is_trunk else DECAYING
@@ -168,12 +169,13 @@ def of_line(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:
     return {f"{part}/{name}": float(line[name]) for name in names if isinstance(line[name], int | float)}
 
 
-def of_row(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
-    """What is plotted of a budget's row: `val/loss`, its standard error, and top-1 accuracies as `probe/TASK/KIND`.
+def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
+    """Return the scalars plotted of a budget's row: `val/loss`, its standard error, and top-1 accuracies as
+    `probe/TASK/KIND`.
 
     Args:
-        row: of the results, or a line of `curve.jsonl`.
-        during: it was measured on the trunk, in the middle of training: `train/val_loss`, `train/probe/TASK/KIND`.
+        row: row of the results, or a line of `curve.jsonl`.
+        during: whether it was measured during training: `train/val_loss`, `train/probe/TASK/KIND`.
     """
     val, probe = ("train/val_loss", "train/probe") if during else ("val/loss", "probe")
     values = {val: row.get("val_loss"), f"{val}_se": row.get("val_loss_se")}
@@ -181,11 +183,12 @@ def of_row(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def side_by_side(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One picture of the next-patch pictures in a validation file: a row for each image; truth, prefix, prediction."""
+def picture_grid(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrange the next-patch pictures of a validation file in one: a row for each image; truth, prefix, prediction."""
     parts = [arrays[name] for name in ("truth", "prefix", "prediction")]
     return {"pictures/truth-prefix-prediction": np.concatenate(np.concatenate(parts, axis=2))}
 
 
 def _brief(error: Exception) -> str:
+    """Shorten an error to one line."""
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

@@ -1,7 +1,7 @@
-"""What a run has counted and measured so far: told in its lines and in the rows of its budgets, kept in checkpoints.
+"""Counts and measurements of a run so far, for its log lines, its budgets' rows and its checkpoints.
 
-Losses stay on the device until a line is due: between lines nothing waits for it. What is pending at a checkpoint is
-stored in it, so that an interrupted run tells what an uninterrupted one does.
+Losses stay on the device until a line is due: between lines nothing waits for it. Pending ones are stored in
+checkpoints, so that an interrupted run logs what an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from aimscale.harness.run.schedule import Segment
 from aimscale.harness.step.engine import StepOutcome
 
 SPIKE_WINDOW = 100
-"""A loss is compared with this many before it ..."""
+"""Number of preceding losses that a loss is compared with ..."""
 SPIKE_SIGMAS = 6.0
-"""... and called a spike when it is above their mean by so many standard deviations (half of the window suffices)."""
+"""... and number of standard deviations above their mean from which it counts as a spike (half of the window
+suffices)."""
 TAIL_FRACTION = 0.05
-"""A budget's `train_loss` is the mean over this last share of it."""
+"""Last share of a budget, over which its `train_loss` is averaged."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Tally:
-    """What a stretch of training took."""
+    """Cost and incidents of a stretch of training."""
 
     wall_s: float = 0.0
     """Wall time of steps and checkpoints."""
@@ -49,24 +50,24 @@ class Tally:
 
 @dataclasses.dataclass(kw_only=True)
 class _Step:
-    """One step that is not yet in a line."""
+    """Step that is not yet in a line."""
 
     images_seen: int
-    """After it."""
+    """Images seen after the step."""
     lr: float
     num_targets: int
     was_applied: bool
     """Whether it updated the weights."""
     loss: float | None = None
-    """Mean over its targets; null when it was not finite."""
+    """Mean over its targets; null if not finite."""
     grad_norm: float | None = None
-    """Before clipping; null when it was not finite."""
+    """Norm before clipping; null if not finite."""
     is_spike: bool = False
     """Whether the loss stands out from those before it."""
 
 
 class Metrics:
-    """Collects steps and turns them into lines, without waiting for the device in between."""
+    """Collector of steps that turns them into lines, without waiting for the device in between."""
 
     def __init__(self, group: Group, batch_size: int) -> None:
         self.images_done = 0
@@ -74,7 +75,7 @@ class Metrics:
         self.consecutive_skipped = 0
         """Non-finite steps since the last finite one."""
         self.trunk, self.branch = Tally(), Tally()
-        """Of the trunk so far, and of the branch that the run is on."""
+        """Tallies of the trunk so far, and of the branch that the run is on."""
         self._group, self._batch_size = group, batch_size
         self._segment = Segment(start=0, stop=0, branch=None)
         self._settled: list[_Step] = []
@@ -84,16 +85,16 @@ class Metrics:
 
     @property
     def current(self) -> Tally:
-        """Of the trunk or the branch, wherever the run is."""
+        """Tally of the trunk or the branch, wherever the run is."""
         return self.trunk if self._segment.branch is None else self.branch
 
     @property
     def total(self) -> Tally:
-        """On the way from the start of the trunk to here."""
+        """Tally of the way from the start of the trunk to here."""
         return self.trunk if self._segment.branch is None else self.trunk + self.branch
 
     def enter(self, segment: Segment, *, from_its_start: bool) -> None:
-        """A segment begins, or goes on after a restart; a branch's counts begin with it."""
+        """Begin a segment, or resume it after a restart; a branch's counts begin with it."""
         self._segment = segment
         if from_its_start:
             self._tail_sum, self._tail_count = 0.0, 0
@@ -102,7 +103,7 @@ class Metrics:
                 self.branch = Tally()
 
     def add(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int) -> None:
-        """Count a step, which ends at `images_seen`."""
+        """Count a step that ends at `images_seen`."""
         step = _Step(images_seen=images_seen, lr=lr, num_targets=num_targets, was_applied=outcome.was_applied)
         self._pending.append((step, outcome))
         self.images_done += self._batch_size
@@ -111,7 +112,7 @@ class Metrics:
         self.consecutive_skipped = 0 if step.was_applied else self.consecutive_skipped + 1
 
     def line(self) -> dict[str, Any]:
-        """One line for the steps since the last; means are over applied steps, null if there was none."""
+        """Make a line of the steps since the last; means are over applied steps, null if there was none."""
         self._settle()
         applied = [step for step in self._settled if step.was_applied]
         last = self._settled[-1]
@@ -130,7 +131,7 @@ class Metrics:
         return line
 
     def _settle(self) -> None:
-        """Bring pending values to the host: one sum over ranks for all of them."""
+        """Copy pending values to the host, with one sum over ranks for all of them."""
         if not self._pending:
             return
         sums = self._group.sum_tensor(torch.stack([outcome.loss_sum for _, outcome in self._pending]).double()).tolist()
@@ -149,17 +150,18 @@ class Metrics:
         self._pending.clear()
 
     def _stands_out(self, loss: float) -> bool:
+        """Return whether a loss is a spike."""
         if len(self._recent) < SPIKE_WINDOW // 2:
             return False
         return loss > statistics.fmean(self._recent) + SPIKE_SIGMAS * statistics.pstdev(self._recent)
 
     def train_loss(self) -> float | None:
-        """Mean loss over the budget's tail."""
+        """Return the mean loss over the budget's tail."""
         self._settle()
         return self._tail_sum / self._tail_count if self._tail_count else None
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, everything that is not yet in a line with it."""
+        """Return the state for a checkpoint, with all steps that are not yet in a line."""
         self._settle()
         return {
             "images_done": self.images_done,
@@ -173,7 +175,7 @@ class Metrics:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
         self.images_done, self.consecutive_skipped = state["images_done"], state["consecutive_skipped"]
         self.trunk, self.branch = Tally(**state["trunk"]), Tally(**state["branch"])
         self._pending.clear()

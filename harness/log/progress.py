@@ -1,6 +1,6 @@
-"""Where long work stands: on a terminal a bar with rate and time left, elsewhere a plain line now and then.
+"""Progress of long work: a bar with rate and time left on a terminal, elsewhere a plain line now and then.
 
-All of it goes to the standard error, so that results can be piped. A file gets no control characters.
+It is written to the standard error, so that results can be piped. A file gets no control characters.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 PLAIN_EVERY_S = 30.0
-"""Seconds between two lines where there is no terminal; shorter work says nothing."""
+"""Seconds between two lines without a terminal; shorter work prints none."""
 
 
 class Bar:
-    """Called often with how far the work is; shows nothing where `shows` is false, as on all ranks but the first."""
+    """Progress bar, called often with how far the work is; with `shows=False`, as on all ranks but the first, it shows
+    nothing."""
 
     def __init__(self, *, shows: bool = True, every_s: float = PLAIN_EVERY_S) -> None:
         self._shows, self._every_s = shows, every_s
         self._console = Console(stderr=True)
-        # Asked of the file itself: variables such as FORCE_COLOR make rich take any file for a terminal.
+        # Ask the file itself: with variables such as FORCE_COLOR, rich takes any file for a terminal.
         self._is_live = sys.stderr.isatty() and not self._console.is_dumb_terminal
         self._live: Progress | None = None
-        self._told = time.monotonic()
+        self._last_print = time.monotonic()
         self._what = ""
         self._started, self._first, self._done = 0.0, 0, 0
 
@@ -37,7 +38,7 @@ class Bar:
         self.clear()
 
     def __call__(self, what: str = "", done: int = 0, total: int | None = None, unit: str = "images", /) -> None:
-        """`done` of `total` units of the work named `what`; its rate counts from the first call of that name."""
+        """Show `done` of `total` units of the work named `what`; the rate counts from the first call of that name."""
         if not what or not self._shows:
             return
         now = time.monotonic()
@@ -46,9 +47,9 @@ class Bar:
         self._done = done
         text = _standing(done, total, unit, rate=(done - self._first) / max(1e-9, now - self._started))
         if not self._is_live:
-            if now - self._told >= self._every_s:
+            if now - self._last_print >= self._every_s:
                 print(f"{what}: {text}", file=sys.stderr, flush=True)
-                self._told = now
+                self._last_print = now
             return
         if self._live is None:
             columns = TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[text]}")
@@ -57,7 +58,7 @@ class Bar:
                 console=self._console,
                 transient=True,
                 refresh_per_second=4,
-                redirect_stdout=False,  # what is piped would go to the terminal
+                redirect_stdout=False,  # piped output would go to the terminal
             )
             self._live.add_task(what, text=text)
             self._live.start()
@@ -70,14 +71,14 @@ class Bar:
             print(line, file=sys.stderr if err else sys.stdout, flush=True)
 
     def clear(self) -> None:
-        """Take the bar off the terminal; the next call shows it again."""
+        """Remove the bar from the terminal; the next call shows it again."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
 
 def _standing(done: int, total: int | None, unit: str, *, rate: float) -> str:
-    """`1,024/5,000 images, 310/s, 0:00:12 left`; rate and time are left out where they are not known yet."""
+    """Format `1,024/5,000 images, 310/s, 0:00:12 left`; rate and time are left out if unknown."""
     text = f"{done:,} {unit}" if total is None else f"{done:,}/{total:,} {unit}"
     if rate <= 0:
         return text

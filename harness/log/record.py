@@ -1,4 +1,4 @@
-"""The bookkeeping of a training run: when a line is due and where it goes, what a checkpoint and a row must know."""
+"""Bookkeeping of a training run: when a line is due and where it goes, and the state for checkpoints and rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import mean_scored_tokens
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.peak import Peak, utilisation
-from aimscale.harness.log.loggers import Logger, of_line
+from aimscale.harness.log.loggers import Logger, line_scalars
 from aimscale.harness.log.metrics import Metrics
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -29,24 +29,24 @@ from aimscale.harness.step.engine import StepOutcome
 from aimscale.harness.step.feed import Feed, Step
 
 MAX_SKIPPED_STEPS = 20
-"""More consecutive steps than this that are not finite, and the run has diverged."""
+"""Maximum number of consecutive non-finite steps; with more, the run has diverged."""
 SMOOTHED_S = 30.0
-"""`status.json` gives the rate of about so many seconds. The time left follows from it; that of single steps jumps."""
+"""Time constant of the rate in `status.json`, from which the time left follows; the rate of single steps jumps."""
 
 
 @dataclasses.dataclass(kw_only=True)
-class Recent:
-    """What about the last `SMOOTHED_S` took: what is longer ago counts less, and the first interval, in which things
-    are done once, nothing when there is another."""
+class RecentThroughput:
+    """Exponential average over about the last `SMOOTHED_S`. The first interval, with its one-time work, is dropped once
+    there is another."""
 
     num_intervals: int = 0
     wall_s: float = 0.0
     num_images: float = 0.0
     wait_s: float = 0.0
-    """In which steps waited for images."""
+    """Time in which steps waited for images."""
 
     def add(self, wall_s: float, num_images: int, wait_s: float) -> None:
-        """An interval ends."""
+        """Add an interval."""
         kept = math.exp(-wall_s / SMOOTHED_S) if self.num_intervals > 1 else 0.0
         self.num_intervals += 1
         self.wall_s = kept * self.wall_s + wall_s
@@ -55,7 +55,7 @@ class Recent:
 
 
 class Recorder:
-    """Takes every line to where it is read: `metrics.jsonl`, `status.json`, the loggers and the log."""
+    """Recorder of every line, in `metrics.jsonl`, `status.json`, the loggers and the log."""
 
     def __init__(
         self,
@@ -79,22 +79,22 @@ class Recorder:
         )
         self._segment = Segment(start=0, stop=0, branch=None)
         self._begin_interval()
-        self._recent = Recent()
+        self._recent = RecentThroughput()
         self._attempt = run.read_status().attempt
 
     def enter(self, segment: Segment, *, from_its_start: bool) -> None:
-        """A segment begins, or goes on after a restart."""
+        """Begin a segment, or resume it after a restart."""
         self._segment = segment
         self._begin_interval()
         self.metrics.enter(segment, from_its_start=from_its_start)
 
     def _begin_interval(self) -> None:
-        """What follows goes into the next line."""
-        self._booked, self._wall_s, self._data_wait_s = time.perf_counter(), 0.0, 0.0
+        """Start the interval of the next line."""
+        self._counted_until, self._wall_s, self._data_wait_s = time.perf_counter(), 0.0, 0.0
         self._num_images = self._num_targets = 0  # of all ranks
 
     def next_step(self) -> Step:
-        """The next step of `feed`, see `Feed.next`; the wait for its images is counted."""
+        """Return the next step of `feed`, see `Feed.next`, and count the wait for its images."""
         so_far = self.metrics.total
         num_images = so_far.num_images + self._batch_size
         step = self.feed.next(num_images=num_images, num_bad=so_far.num_bad_samples)
@@ -104,7 +104,7 @@ class Recorder:
         return step
 
     def step(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int) -> None:
-        """One step is done, up to `images_seen`; a line is written when it is due.
+        """Record a step that ends at `images_seen`; a line is written when it is due.
 
         Raises:
             DivergedError: too many non-finite steps in a row.
@@ -115,7 +115,7 @@ class Recorder:
         self._num_targets += num_targets
         every = self._config.runtime.log_every_steps
         if images_seen // self._batch_size % every == 0 or images_seen == self._segment.stop:
-            self._tell()
+            self._write_line()
         skipped = self.metrics.consecutive_skipped
         if skipped > MAX_SKIPPED_STEPS:
             raise DivergedError(
@@ -123,31 +123,31 @@ class Recorder:
                 "lower optimiser.lr_peak or lengthen the warm-up"
             )
 
-    def book(self) -> float:
+    def count_time(self) -> float:
         """Add the time since the last call to the counters; returns the interval's time so far."""
         now = time.perf_counter()
-        wall_s = now - self._booked
-        self._booked = now
+        wall_s = now - self._counted_until
+        self._counted_until = now
         self._wall_s += wall_s
         self.metrics.current.wall_s += wall_s
         self.metrics.current.device_s += wall_s * self._group.world_size
         return self._wall_s
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is done in the block is no training: its time stands in no line and in no row."""
+    def untimed(self) -> Iterator[None]:
+        """Exclude the block's time from all lines and rows: it is no training."""
         if self._group.device.type == "cuda":
             torch.cuda.synchronize(self._group.device)
-        self.book()
+        self.count_time()
         try:
             yield
         finally:
-            self._booked = time.perf_counter()
+            self._counted_until = time.perf_counter()
 
-    def _tell(self) -> None:
-        """Make a line of the steps since the last; the only place in the loop that waits for the device."""
+    def _write_line(self) -> None:
+        """Write a line of the steps since the last; the only place in the loop that waits for the device."""
         line = self.metrics.line()
-        wall_s = self.book()
+        wall_s = self.count_time()
         num_images, num_targets, data_wait_s = self._num_images, self._num_targets, self._data_wait_s
         self._begin_interval()
         if not self._group.is_first:
@@ -178,9 +178,9 @@ class Recorder:
             },
         )
         for logger in self.loggers:
-            if self.metrics.images_done > logger.told:  # else it is trained again
+            if self.metrics.images_done > logger.logged_until:  # else it is trained again
                 is_cosine = self._config.training.schedule.kind == "cosine"
-                logger.measured(line["images_seen"], of_line(line, is_cosine=is_cosine))
+                logger.log_values(line["images_seen"], line_scalars(line, is_cosine=is_cosine))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         part = "stable" if branch is None else f"decay to {branch}"
         self.say(
@@ -189,18 +189,18 @@ class Recorder:
         )
 
     def say(self, text: str) -> None:
-        """A line of the log, of the first rank."""
+        """Print a line of the log, on the first rank."""
         if self._group.is_first:
             print(text, flush=True)
 
     def progress(self) -> dict[str, Any]:
-        """What makes a checkpoint a point of the walk."""
-        self.book()
+        """Return the state of the counters, for a checkpoint."""
+        self.count_time()
         return self.metrics.state()
 
     def facts(self) -> dict[str, Any]:
-        """Columns of the results row of a budget that ends here."""
-        self.book()
+        """Return the columns of the results row of a budget that ends here."""
+        self.count_time()
         took = self.metrics.total
         images_per_s = took.num_images / took.wall_s
         scored = mean_scored_tokens(self._model_config, self._config.training.objective.prefix)
@@ -218,7 +218,7 @@ class Recorder:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line; visible to readers at once. What a kill left of a line becomes a line of its own.
+    """Append one JSON line, visible to readers at once; a line cut off by a kill stays a line of its own.
 
     Raises:
         LockLost: another process took the run over.
@@ -233,7 +233,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def device_memory_bytes(group: Group) -> int:
-    """Peak memory of the device, or of the process on a CPU."""
+    """Return the peak memory of the device, or on a CPU of the process."""
     if group.device.type == "cuda":
         return torch.cuda.max_memory_allocated(group.device)
     import resource

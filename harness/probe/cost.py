@@ -1,4 +1,4 @@
-"""What validation and probes cost: images through the backbone, and the products of heads and neighbours."""
+"""Cost of validation and probes: images through the backbone, and the FLOPs of heads and neighbours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aimscale.aim.cost import (
     num_queries,
 )
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
-from aimscale.harness.data.store.card import Look
+from aimscale.harness.data.store.dataset_info import DatasetLookup
 from aimscale.harness.device.communication import ELEMENT_BYTES
 from aimscale.harness.device.memory import measuring_bytes
 from aimscale.harness.probe.features.tasks import (
@@ -35,33 +35,33 @@ from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 
 PASSES = 25
-"""Over pooled features until linear heads are solved."""
+"""Passes over pooled features until linear heads are solved."""
 HEADS = ("linear", "attentive", "efficient")
-"""Kinds that are trained on frozen features."""
+"""Kinds of heads that are trained on frozen features."""
 SHARE_DURING, MAX_POINTS = 0.03, 100
-"""Of the FLOPs of training, what `validation.every_images: auto` may take; and its points, at most."""
+"""Limits of `validation.every_images: auto`: a share of the FLOPs of training, and a number of points."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeCost:
-    """One task at one budget."""
+    """Cost of a task at one budget."""
 
     task: str
     images: float
-    """Images through the backbone, forwards; what LoRA trains on counts three times."""
+    """Images through the backbone, forward; those that LoRA trains on count three times."""
     flops: float
-    """Of those forward passes, of training and measuring heads, and of the k-NN search."""
+    """FLOPs of these forward passes, of training and evaluating heads, and of the k-NN search."""
 
 
-def validation_images(section: ValidationSection, look: Look) -> int:
-    """Forward passes of one budget's validation; none where the images are not here to be counted."""
-    info = look(section.path)
+def validation_images(section: ValidationSection, lookup: DatasetLookup) -> int:
+    """Count the forward passes of one budget's validation; 0 if the images are not here to be counted."""
+    info = lookup(section.path)
     images = info.num_usable if info else 0
     return section.num_prefixes * min(section.num_images or images, images)
 
 
-def validation_distance(config: RunConfig, look: Look) -> int | None:
-    """Images between validations during training, as `validation.every_images` says; None where there are none.
+def validation_distance(config: RunConfig, lookup: DatasetLookup) -> int | None:
+    """Return the images between validations during training, as `validation.every_images` says; None for no validation.
 
     `auto` depends on the configuration and the number of validation images alone, never on where it is executed, and
     only for its bound on the budgets.
@@ -72,52 +72,52 @@ def validation_distance(config: RunConfig, look: Look) -> int | None:
     model, schedule = model_of(training), unchecked_schedule(config)
     scored = mean_scored_tokens(model, training.objective.prefix)
     trained = executed_flops_per_image(model, scored).train
-    measured = validation_images(section, look) * flops_per_image(model).forward
+    measured = validation_images(section, lookup) * flops_per_image(model).forward
     images = max(measured / (SHARE_DURING * trained), schedule.last_point / MAX_POINTS)
     return math.ceil(images / schedule.batch_size) * schedule.batch_size if measured else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class DuringCost:
-    """What is measured during training, all points together."""
+class CurveCost:
+    """Cost of all measurements during training."""
 
     points: int
-    """Validations."""
+    """Number of validations."""
     images: float
-    """Images read; those of validation once, since they are kept."""
+    """Images read; those of validation once, since they are kept in memory."""
     flops: float
 
 
-def during_cost(
-    config: RunConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, look: Look
-) -> DuringCost:
-    """Validation and probes of a run during its training; see `probe_cost`."""
+def curve_cost(
+    config: RunConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, lookup: DatasetLookup
+) -> CurveCost:
+    """Estimate the cost of validation and probes during a run's training; see `probe_cost`."""
     schedule, evaluation = unchecked_schedule(config), config.evaluation
-    points = schedule.num_points(validation_distance(config, look))
-    passes = validation_images(evaluation.validation, look)
+    points = schedule.num_points(validation_distance(config, lookup))
+    passes = validation_images(evaluation.validation, lookup)
     images, products = passes / evaluation.validation.num_prefixes, points * passes * flops.forward
-    for section in filter(None, (each.during for each in evaluation.probes)):
+    for section in filter(None, (each.during_training for each in evaluation.probes)):
         times = schedule.num_points(section.every_images)
-        cost = probe_cost(section, model, flops, ranks, memory_bytes, look)
+        cost = probe_cost(section, model, flops, ranks, memory_bytes, lookup)
         images, products = images + times * cost.images, products + times * cost.flops
-    return DuringCost(points=points, images=images if products else 0.0, flops=products)
+    return CurveCost(points=points, images=images if products else 0.0, flops=products)
 
 
-def bytes_during(config: RunConfig, look: Look) -> int:
-    """Bytes on a rank, beside what training holds, where it measures; 0 where it has no points."""
+def curve_bytes(config: RunConfig, lookup: DatasetLookup) -> int:
+    """Return the bytes on a rank, beside what training holds, while it measures during training; 0 if it never does."""
     schedule = unchecked_schedule(config)
     probes = [each for each in config.evaluation.probes if schedule.num_points(each.every_images)]
-    if not probes and not schedule.num_points(validation_distance(config, look)):
+    if not probes and not schedule.num_points(validation_distance(config, lookup)):
         return 0
     in_fp32 = "fp32" in (config.training.optimiser.precision, *(each.precision for each in probes))
     return measuring_bytes(model_of(config.training), "fp32" if in_fp32 else "bf16", is_probed=bool(probes))
 
 
 def probe_cost(
-    section: ProbeSection, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, look: Look
+    section: ProbeSection, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, lookup: DatasetLookup
 ) -> ProbeCost:
-    """A task at one budget, probed by so many ranks of so much memory."""
-    train, test, num_classes = _task_size(section, look)
+    """Estimate the cost of a task at one budget, on ranks of this memory."""
+    train, test, num_classes = _task_size(section, lookup)
     frozen = [kind for kind in section.kinds if kind != "lora"]
     # heads that train on tokens, from one pass per batch; without augmentation the linear ones need none
     on_views = section.augmentation == "published"
@@ -136,7 +136,7 @@ def probe_cost(
     if "lora" in section.kinds:
         points = len(section.lrs)
         images += TRAIN_OVER_FORWARD * (points * _images_trained(section, fit) + trained) + points * held + test
-    # where tokens are kept, one copy of each head learns from the fit part, and the two that are chosen from everything
+    # with kept tokens, one copy of each head learns from the fit part, and the two chosen ones from everything
     heads = sets * len(section.lrs) * (1 - HOLDOUT_FRACTION) + 2 if is_kept else COPIES * sets * len(section.lrs)
     products = heads * trained * _head_flops(with_tokens, model, num_classes)
     if "linear" in frozen and not on_views:
@@ -148,7 +148,8 @@ def probe_cost(
 
 
 def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> float:
-    """Of one head of each kind on one image, forwards and backwards: its values, and scores and pooling of tokens."""
+    """Count the FLOPs of one head of each kind on one image, forward and backward: its values, and the scores and
+    pooling of tokens."""
     queries = {"linear": 0, "attentive": model.num_heads, "efficient": num_queries(model.width)}
     products = [
         2.0 * head_params(kind, model.width, num_classes) + 4.0 * model.num_tokens * model.width * queries[kind]
@@ -158,9 +159,9 @@ def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> f
     return TRAIN_OVER_FORWARD * sum(products)
 
 
-def _task_size(section: ProbeSection, look: Look) -> tuple[int, int, int]:
-    """Training images, test images and classes: as counted where the data are here, else as published."""
-    known, train, test = BENCHMARKS.get(section.task), look(section.train), look(section.test)
+def _task_size(section: ProbeSection, lookup: DatasetLookup) -> tuple[int, int, int]:
+    """Return training images, test images and classes: as counted if the data are here, else as published."""
+    known, train, test = BENCHMARKS.get(section.task), lookup(section.train), lookup(section.test)
     return (
         train.num_usable if train else known.num_train if known else 0,
         test.num_usable if test else (known.num_test or 0) if known else 0,
@@ -169,6 +170,6 @@ def _task_size(section: ProbeSection, look: Look) -> tuple[int, int, int]:
 
 
 def _images_trained(section: ProbeSection, num_images: float) -> float:
-    """Images of one training of the heads."""
+    """Count the images of one training of the heads."""
     steps_per_epoch = max(1, math.ceil(num_images / section.batch_size))
     return number_of_steps(section, round(num_images)) / steps_per_epoch * num_images

@@ -1,7 +1,7 @@
-"""The files of probes in a run directory, and when a task counts as done.
+"""Files of probes in a run directory, and the test of whether a task is done.
 
-`probes/<images_seen>/<task>-<settings>-<data>.json` is the truth, one for every evaluation, written again with every
-kind of probe that is done; a row's `probes` follow from it (`harness.probe.owed`).
+`probes/<images_seen>/<task>-<settings>-<data>.json` is the source of truth, one file per evaluation, rewritten with
+every kind of probe that is done; a row's `probes` follow from it (`harness.probe.pending_evaluations`).
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import some
-from aimscale.harness.data.store.card import fingerprint
+from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_json
 
 PROTOCOL = 4
-"""How probes are trained and scored; what another version left is not taken for this one's."""
+"""Version of how probes are trained and scored; results of other versions are not used."""
 _PIECE = 1 << 16
 
 Key = dict[str, str | int]
-"""All that a task's numbers depend on: `backbone`, `protocol`, `evaluation` and `seed`, as a task's file has them."""
+"""Everything that a task's numbers depend on: `backbone`, `protocol`, `evaluation` and `seed`, as in a task's file."""
 
 
 def weights_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
-    """Identifies a budget's weights in the files of its probes: by their content, which a copy shares."""
+    """Name a budget's weights in the files of its probes: by their content, which a copy shares."""
     return f"{config.run_id}@{images_seen} {weights_content(run, images_seen)}"
 
 
 def weights_content(run: RunDir, images_seen: int) -> str:
-    """16 hex digits of a budget's weights."""
+    """Compute 16 hex digits that identify a budget's weights."""
     path = run.model_file(images_seen)
     found = path.stat()
     return _content(path, found.st_size, found.st_mtime_ns)
@@ -44,9 +44,9 @@ def weights_content(run: RunDir, images_seen: int) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _content(path: Path, size: int, mtime_ns: int) -> str:
-    """16 hex digits of a safetensors file's size, start, end and 64 pieces between: training changes every weight.
+    """Hash a safetensors file's size, start, end and 64 pieces between to 16 hex digits: training changes every weight.
 
-    Its header, in which a budget's row stands, with times, does not count.
+    Its header does not count, since it holds the budget's row, with times.
     """
     with path.open("rb") as file:
         start = min(size, 8 + int.from_bytes(file.read(8), "little"))
@@ -58,24 +58,25 @@ def _content(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def validation_settings(section: ValidationSection) -> str:
-    """Settings and images (`*` where they cannot be looked at) of a validation, with a dot between."""
+    """Name settings and images (`*` if they cannot be read) of a validation, with a dot between."""
     return f"{section.digest}.{fingerprint(section.path) or '*'}"
 
 
 def validation_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
-    """`validation_settings` and the weights of a budget's validation."""
+    """Name a budget's validation: `validation_settings` and the weights."""
     return f"{validation_settings(config.evaluation.validation)}.{weights_content(run, images_seen)}"
 
 
 def task_key(backbone: str, section: ProbeSection, train: str | None, test: str | None, seed: int) -> Key:
-    """A task's key on data of these fingerprints; where they cannot be looked at, its evaluation ends with `*`."""
-    return {"backbone": backbone, "protocol": PROTOCOL, "evaluation": section.evaluation(train, test), "seed": seed}
+    """Return a task's key on data of these fingerprints; if one is None, its evaluation ends with `*`."""
+    return {"backbone": backbone, "protocol": PROTOCOL, "evaluation": section.evaluation_id(train, test), "seed": seed}
 
 
 def finished_entries(
     run: RunDir, config: RunConfig, images_seen: int, section: ProbeSection
 ) -> list[dict[str, Any]] | None:
-    """Entries of a task whose probes are all there, of a budget's present weights; data out of sight are unchanged."""
+    """Return the entries of a task if all its probes are done for a budget's present weights, else None; data that
+    cannot be read count as unchanged."""
     name, prints = weights_name(run, config, images_seen), (fingerprint(section.train), fingerprint(section.test))
     key = task_key(name, section, *prints, config.training.seed)
     found = finished_probes(run.probes_dir(images_seen), section.task, key)
@@ -83,7 +84,7 @@ def finished_entries(
 
 
 def finished_probes(folder: Path, task: str, key: Key) -> dict[str, dict[str, Any]]:
-    """Kind -> probe, of those that a task's files of this key hold."""
+    """Return the probes, by kind, in a task's files of this key."""
     found: dict[str, dict[str, Any]] = {}
     evaluation, rest = key["evaluation"], {name: value for name, value in key.items() if name != "evaluation"}
     for document in task_files(folder, f"{glob.escape(task)}-{evaluation}.json"):  # its `*` stands for any data
@@ -93,7 +94,7 @@ def finished_probes(folder: Path, task: str, key: Key) -> dict[str, dict[str, An
 
 
 def task_files(folder: Path, pattern: str = "*.json") -> Iterator[dict[str, Any]]:
-    """What the tasks' files of a folder hold, in order of names; a damaged one is named and left out."""
+    """Yield the contents of the tasks' files in a folder, in order of names; a damaged one is reported and skipped."""
     for path in sorted(folder.glob(pattern)):
         try:
             document = json.loads(path.read_bytes())
@@ -108,10 +109,10 @@ def task_files(folder: Path, pattern: str = "*.json") -> Iterator[dict[str, Any]
 
 
 def add_probes(folder: Path, section: ProbeSection, key: Key, found: dict[str, dict[str, Any]], **about: Any) -> None:
-    """Write probes, by their kind, into a task's file, beside those of other kinds that it has under the same key.
+    """Add probes, by kind, to a task's file; probes of other kinds under the same key are kept.
 
     Args:
-        about: what else the file says.
+        about: further fields of the file.
     """
     whole = finished_probes(folder, section.task, key) | found
     whole = {kind: whole[kind] for kind in [*section.kinds, *whole] if kind in whole}  # in the order asked for
@@ -121,7 +122,7 @@ def add_probes(folder: Path, section: ProbeSection, key: Key, found: dict[str, d
 
 
 def probe_head(run: RunDir, images_seen: int, probe: str) -> Path:
-    """The attentive head of a task, or of `<task>-<evaluation>` where there are several evaluations."""
+    """Return the file of a task's attentive head, or of `<task>-<evaluation>` if there are several evaluations."""
     folder, end = run.probes_dir(images_seen), ".attentive.safetensors"
     names = [path.name.removesuffix(end) for path in sorted(folder.glob(f"*{end}"))]
     found = [name for name in names if name == probe or re.fullmatch(re.escape(probe) + r"-\w{8}-\w{8}", name)]
@@ -131,10 +132,10 @@ def probe_head(run: RunDir, images_seen: int, probe: str) -> Path:
 
 
 def as_entry(detail: dict[str, Any]) -> dict[str, Any]:
-    """The part of a task file's probe that goes into a results row."""
+    """Return the part of a task file's probe that goes into a results row."""
     return {name: value for name, value in detail.items() if name not in ("per_class", "grid", "hits")}
 
 
 def entries_of(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Entries for a results row of a task's file."""
+    """Return a results row's entries of a task's file."""
     return [as_entry(detail) for detail in document["probes"]]

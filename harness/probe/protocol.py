@@ -11,7 +11,7 @@ estimate, which makes results independent of batch and world size; k-NN compares
 
 Work. One backbone pass over both splits gives the pooled features of every block and all statistics; linear and k-NN
 probes need nothing else, and tasks in a row on the same images share it. The attentive heads of the whole grid train on
-one further backbone pass per batch where tokens are not kept. Kinds that train together are done together, and kept in
+one further backbone pass per batch if tokens are not kept. Kinds that train together are done together, and kept in
 the task's file: a killed probe repeats those under way.
 """
 
@@ -30,19 +30,26 @@ import torch
 from aimscale.aim.weights import write_weights
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
-from aimscale.harness.probe.features.extraction import ALONE, FeaturePass, KeptFeatures, SplitFeatures
-from aimscale.harness.probe.features.images import Pause, PublishedViews, Task, go_on, holdout_split, open_task
+from aimscale.harness.probe.features.extraction import ALONE, FeatureCache, FeaturePass, SplitFeatures
+from aimscale.harness.probe.features.images import (
+    ProgressCallback,
+    PublishedViews,
+    Task,
+    holdout_split,
+    ignore_progress,
+    open_task,
+)
 from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, block_sets
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
-from aimscale.harness.probe.heads.fit import GridFit, answers_of_heads
+from aimscale.harness.probe.heads.fit import GridFit, predict_test_split
 from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
-from aimscale.harness.probe.heads.scores import Answers, Candidate, best, score, tried
+from aimscale.harness.probe.heads.scores import Candidate, Predictions, best, score, tried_values
 from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
 Detail = dict[str, Any]
-"""What a task's file says of one kind of probe: a row's entry, per-class counts and the grid."""
+"""Contents of a task's file about one kind of probe: a row's entry, per-class counts and the grid."""
 
 
 def probe_backbone(
@@ -53,9 +60,9 @@ def probe_backbone(
     seed: int,
     runtime: RuntimeConfig,
     out: Path | None,
-    kept: KeptFeatures | None = None,
+    kept: FeatureCache | None = None,
     group: Group = ALONE,
-    pause: Pause = go_on,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> list[dict[str, Any]]:
     """Probe a frozen backbone on one task.
 
@@ -64,10 +71,11 @@ def probe_backbone(
         seed: splits the hold-out, draws the heads' start and the order of images.
         out: folder of the evaluation's file, the same with per-class counts and the whole grid: kinds that it has of
             the same weights, settings, data and seed are not done again; None reads and writes nothing.
-        runtime: of the run, which says where shards at a URL, and their index, are kept.
-        kept: this backbone's features of the task before, which are taken where images, crop and precision agree.
+        runtime: the run's, which says where shards at a URL, and their index, are cached.
+        kept: cache of this backbone's features, which are reused if images, crop and precision agree.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
-        pause: called by all ranks together, often; raises to stop there, and the next call repeats the kinds under way.
+        report_progress: called by all ranks together, often; may raise to stop, and the next call repeats the kinds
+            under way.
 
     Returns:
         One entry per kind for the `probes` list of a results row.
@@ -93,23 +101,32 @@ def probe_backbone(
         return [as_entry(found[kind]) for kind in section.kinds]
     started = time.monotonic()
     fit, held = holdout_split(train.labels, HOLDOUT_FRACTION, seed)
-    task = Task(section=section, train=train, test=test, fit=fit, held=held, seed=seed, group=group, pause=pause)
+    task = Task(
+        section=section,
+        train=train,
+        test=test,
+        fit=fit,
+        held=held,
+        seed=seed,
+        group=group,
+        report_progress=report_progress,
+    )
     with matmul_precision(section.precision):
-        for details in _details(task, backbone, kinds, kept or KeptFeatures(), out, key):
+        for details in _details(task, backbone, kinds, kept or FeatureCache(), out, key):
             about = {"evaluation": key["evaluation"], "protocol": PROTOCOL, "seed": seed}
             done = {detail["kind"]: detail | about for detail in details}
             found |= done
             if out is not None and group.is_first:
                 took = {"world_size": group.world_size, "wall_s": time.monotonic() - started}
                 add_probes(out, section, key, done, classes=list(train.classes), **took)
-            pause()
+            report_progress()
     return [as_entry(found[kind]) for kind in section.kinds]
 
 
 def _details(
-    task: Task, backbone: Backbone, kinds: Sequence[str], kept: KeptFeatures, out: Path | None, key: Key
+    task: Task, backbone: Backbone, kinds: Sequence[str], kept: FeatureCache, out: Path | None, key: Key
 ) -> Iterator[list[Detail]]:
-    """What is found about some kinds of probe, those together that are done together; heads go to `out`."""
+    """Do some kinds of probe, and yield the details of those done together; heads are saved to `out`."""
     frozen = [kind for kind in kinds if kind != "lora"]
     has_views = task.train.views is not None
     if frozen:
@@ -120,10 +137,10 @@ def _details(
             precision=task.section.precision,
             for_tokens=has_views or not set(ON_TOKENS).isdisjoint(kinds),
             folder=out,
-            pause=task.pause,
+            report_progress=task.report_progress,
         )
         splits = (task.train, task.fit), (task.test, None)
-        fitted, tested = kept.of(features, task.section.attention, *splits)
+        fitted, tested = kept.get(features, task.section.attention, *splits)
         for some in _together(frozen, has_views):
             if some == ["knn"]:
                 yield [_neighbours(task, backbone, fitted, tested)]
@@ -151,29 +168,29 @@ def _heads(
     details = []
     for kind in kinds:
         chosen = best(candidates, kind), best(candidates, kind, last)
-        given = answers_of_heads(tested.pooled if kind == "linear" else tested.tokens, chosen, task)
-        details.append(_detail(task, chosen, given, candidates))
+        predictions = predict_test_split(tested.pooled if kind == "linear" else tested.tokens, chosen, task)
+        details.append(_detail(task, chosen, predictions, candidates))
         if kind == "attentive" and out is not None and task.group.is_first:
             _save_head(chosen[0], out / f"{task.section.task}-{key['evaluation']}.{kind}.safetensors")
     return details
 
 
 def _neighbours(task: Task, backbone: Backbone, fitted: SplitFeatures, tested: SplitFeatures) -> Detail:
-    """Fill, choose, fill again with everything and score k-NN."""
+    """Choose k and blocks on the hold-out, and score k-NN with the whole training split as the bank."""
     sets, last = block_sets(backbone.num_blocks)
     search = Neighbours(task=task, features=fitted)
     candidates = search.candidates(sets)
     chosen = best(candidates, "knn"), best(candidates, "knn", last)
-    return _detail(task, chosen, [search.answers(each, tested.pooled) for each in chosen], candidates)
+    return _detail(task, chosen, [search.predict(each, tested.pooled) for each in chosen], candidates)
 
 
 def _adapted(task: Task, backbone: AimBackbone) -> Detail:
     """Adapt the backbone on the last blocks, choose the learning rate, and score it."""
     _, last = block_sets(backbone.num_blocks)
     backbone.use(torch.float32)
-    candidates, given, num_trained = adapt(backbone.model, task, last)
+    candidates, predictions, num_trained = adapt(backbone.model, task, last)
     chosen = best(candidates, "lora")
-    return _entry(task, chosen, given, candidates) | {
+    return _entry(task, chosen, predictions, candidates) | {
         "lora_rank": RANK,
         "num_trained": num_trained,
         "grid": _grid(task, candidates, chosen),
@@ -181,12 +198,12 @@ def _adapted(task: Task, backbone: AimBackbone) -> Detail:
 
 
 def _detail(
-    task: Task, chosen: tuple[Candidate, Candidate], given: Sequence[Answers], candidates: Sequence[Candidate]
+    task: Task, chosen: tuple[Candidate, Candidate], predictions: Sequence[Predictions], candidates: Sequence[Candidate]
 ) -> Detail:
-    """A frozen probe's: the chosen one, the best on the last blocks, and the whole grid."""
+    """Build the detail of a frozen probe: the chosen candidate, the best on the last blocks, and the whole grid."""
     top, fixed = chosen
-    last = score(given[1], task.test.labels, task.test.classes)
-    return _entry(task, top, given[0], candidates) | {
+    last = score(predictions[1], task.test.labels, task.test.classes)
+    return _entry(task, top, predictions[0], candidates) | {
         "last_blocks": list(fixed.blocks),
         **{f"last_{name}": last[name] for name in ("top1", "top1_lo95", "top1_hi95")},
         "precision": task.section.precision,
@@ -195,7 +212,7 @@ def _detail(
 
 
 def _grid(task: Task, candidates: Sequence[Candidate], chosen: Candidate) -> list[dict[str, Any]]:
-    """All candidates of a kind, as its task's file has them."""
+    """List all candidates of a kind as they are in its task's file."""
     return [
         {"blocks": list(each.blocks), **_value(task, each)}
         | {"holdout_top1": each.holdout_top1, "holdout_loss": each.holdout_loss}
@@ -205,24 +222,24 @@ def _grid(task: Task, candidates: Sequence[Candidate], chosen: Candidate) -> lis
 
 
 def _value(task: Task, candidate: Candidate) -> dict[str, float | int | None]:
-    """The value that was chosen, under the name of what it is; the others are None."""
+    """Return the chosen value under the name of its kind; the others are None."""
     is_solved = candidate.kind == "linear" and task.train.views is None
     name = "num_neighbours" if candidate.kind == "knn" else "l2" if is_solved else "lr"
     value = int(candidate.value) if candidate.kind == "knn" else candidate.value
     return dict.fromkeys(("lr", "l2", "num_neighbours")) | {name: value}
 
 
-def _entry(task: Task, chosen: Candidate, given: Answers, candidates: Sequence[Candidate]) -> Detail:
-    """Any probe's: what it read, how it scored, and what was chosen."""
-    values = tried(candidates, chosen)
+def _entry(task: Task, chosen: Candidate, predictions: Predictions, candidates: Sequence[Candidate]) -> Detail:
+    """Build the entry of any probe: its inputs, its scores, and what was chosen."""
+    values = tried_values(candidates, chosen)
     return {
         "task": task.section.task,
         "kind": chosen.kind,
         "blocks": list(chosen.blocks),
         "num_classes": len(task.test.classes),
-        **score(given, task.test.labels, task.test.classes),
+        **score(predictions, task.test.labels, task.test.classes),
         **_value(task, chosen),
-        # of a rate or L2: the grid would go on there, and has grown as far as it may
+        # for a rate or L2: better values may lie beyond, but the grid has reached its limit
         "lr_at_edge": chosen.kind != "knn" and min(values) < max(values) and chosen.value in (min(values), max(values)),
         "holdout_top1": chosen.holdout_top1,
         "num_fit": len(task.fit),
@@ -232,7 +249,8 @@ def _entry(task: Task, chosen: Candidate, given: Answers, candidates: Sequence[C
 
 
 def _together(kinds: Sequence[str], has_views: bool) -> list[list[str]]:
-    """Frozen kinds that are done together: on pooled features one by one, then all that learn from tokens at once."""
+    """Group frozen kinds that are done together: on pooled features one by one, then all that learn from tokens at
+    once."""
     on_tokens = [kind for kind in STACKS if kind in kinds and (has_views or kind in ON_TOKENS)]
     pooled = [[kind] for kind in ("linear", "knn") if kind in kinds and kind not in on_tokens]
     return pooled + ([on_tokens] if on_tokens else [])
@@ -241,6 +259,6 @@ def _together(kinds: Sequence[str], has_views: bool) -> list[list[str]]:
 def _save_head(candidate: Candidate, path: Path) -> None:
     """Write a trained head under the released names `head.*`; the blocks it averages are in the file's metadata."""
     assert isinstance(candidate.head, AttentiveStack)
-    state = {f"head.{name}": tensor for name, tensor in candidate.head.state_of_one().items()}
+    state = {f"head.{name}": tensor for name, tensor in candidate.head.released_state().items()}
     state["head.bn.num_batches_tracked"] = torch.tensor(0)
     write_weights(state, path, {"kind": candidate.kind, "blocks": json.dumps(candidate.blocks)})

@@ -14,22 +14,22 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.backbones import DTYPES, matmul_precision
-from aimscale.harness.probe.features.extraction import ALONE, StreamedTokens, batched, share
+from aimscale.harness.probe.features.extraction import ALONE, StreamedTokens, batched, own_indices
 from aimscale.harness.probe.features.images import open_labelled
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import add_probes, as_entry, task_key
 from aimscale.harness.probe.heads.fit import TEST_BATCH
-from aimscale.harness.probe.heads.scores import answers, score, together
-from aimscale.harness.probe.owed import enter_row
+from aimscale.harness.probe.heads.scores import gather_predictions, score, to_predictions
+from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.probe.run import backbone_of
+from aimscale.harness.run.budgets import chosen_budgets
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.trunk import chosen_budgets
 
 RELEASED = "released"
-"""The kind of such a probe."""
+"""Kind of such a probe."""
 RELEASED_HEAD = "released_head.safetensors"
-"""In the directory of an imported run."""
+"""File name in the directory of an imported run."""
 BEST_BLOCKS = {
     "aim-600M": tuple(range(14, 20)),
     "aim-1B": tuple(range(12, 18)),
@@ -42,7 +42,7 @@ HeadBlocks = Literal["last", "best"]
 
 
 def released_blocks(config: ModelConfig, which: HeadBlocks) -> list[int]:
-    """Blocks that a released head averages."""
+    """Return the blocks that a released head averages."""
     if which == "last":
         return list(range(max(0, config.depth - 6), config.depth))
     if config.name not in BEST_BLOCKS:
@@ -78,11 +78,11 @@ def score_released(
                 f"{head.linear.out_features}; score it on the data set that it was trained for"
             )
         backbone.use(DTYPES[section.precision])
-        own = share(range(len(test)), group)
+        own = own_indices(range(len(test)), group)
         chunks = list(batched(own, TEST_BATCH))
         with matmul_precision(section.precision):
             parts = [
-                answers(head(outputs[blocks].float().mean(0)), test.labels[chunk])
+                to_predictions(head(outputs[blocks].float().mean(0)), test.labels[chunk])
                 for chunk, outputs in zip(chunks, StreamedTokens(backbone, test, group).parts(chunks), strict=True)
             ]
         prints = test.dataset.fingerprint, test.dataset.fingerprint  # it was trained elsewhere
@@ -92,12 +92,12 @@ def score_released(
             "kind": RELEASED,
             "blocks": blocks,
             "num_classes": len(test.classes),
-            **score(together(own, parts, len(test), group), test.labels, test.classes),
+            **score(gather_predictions(own, parts, len(test), group), test.labels, test.classes),
             "precision": section.precision,
             "evaluation": key["evaluation"],
             "protocol": key["protocol"],
         }
         if group.is_first:
             add_probes(run.probes_dir(budget), section, key, {RELEASED: detail})
-            enter_row(run, config, budget)
+            update_row(run, config, budget)
         yield budget, [as_entry(detail)]

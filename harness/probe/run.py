@@ -19,21 +19,21 @@ from aimscale.aim.weights import load_backbone, load_model, read_weights
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.device.distributed import Group, choose_device, find_placement, start_group, stop_group
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
-from aimscale.harness.probe.features.extraction import ALONE, KeptFeatures
-from aimscale.harness.probe.features.images import Pause, go_on, numbered
+from aimscale.harness.probe.features.extraction import ALONE, FeatureCache
+from aimscale.harness.probe.features.images import ProgressCallback, ignore_progress, numbered_progress
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import finished_entries, weights_name
-from aimscale.harness.probe.owed import enter_row
+from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.probe.protocol import probe_backbone
+from aimscale.harness.run.budgets import chosen_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import saying_what_gives_memory
+from aimscale.harness.run.failures import memory_advice
 from aimscale.harness.run.row import model_of
-from aimscale.harness.run.trunk import chosen_budgets
 
 
 def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:
-    """The float32 model of a budget; an imported backbone, whose pixel head was not released, has a mere linear one.
+    """Load the float32 model of a budget; an imported backbone without a pixel head gets a linear one.
 
     Raises:
         WeightsError: the file is missing or damaged, or holds another model's weights.
@@ -46,7 +46,7 @@ def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | 
 
 
 def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) -> list[ProbeSection]:
-    """The sections, all or those named."""
+    """Select the sections of these tasks, or all."""
     if not sections:
         raise ProbeError("the run's configuration names no probes; give some with --tasks FILE")
     known = {section.task: section for section in sections}
@@ -57,11 +57,11 @@ def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) 
 
 
 @contextlib.contextmanager
-def by_hand(run: RunDir, device: str) -> Iterator[Group]:
-    """Hold a run for the block, with the ranks that torchrun or Slurm started, or this process by itself.
+def standalone_group(run: RunDir, device: str) -> Iterator[Group]:
+    """Hold a run for the block, with the ranks that torchrun or Slurm started, or this process alone.
 
-    Torch gets `runtime.num_threads` of the run in each rank. The threads that decode images ahead have as many again,
-    each; with one for every core they would hold up one another.
+    Torch uses `runtime.num_threads` of the run in each rank, and so does each thread that decodes images ahead; with a
+    thread for every core they would slow each other down.
 
     Raises:
         LaunchError: a device that does not exist, or variables that name half of a group.
@@ -69,7 +69,7 @@ def by_hand(run: RunDir, device: str) -> Iterator[Group]:
         NoMemoryError: memory ran out.
     """
     placement, config = find_placement(), run.load_config()
-    with kernel_threads(config.runtime.num_threads), saying_what_gives_memory(), contextlib.ExitStack() as stack:
+    with kernel_threads(config.runtime.num_threads), memory_advice(), contextlib.ExitStack() as stack:
         if placement.world_size > 1:
             stack.callback(stop_group)
             group = start_group(placement, device)
@@ -77,7 +77,7 @@ def by_hand(run: RunDir, device: str) -> Iterator[Group]:
             group = Group(placement, choose_device(placement, device), None)
         group.from_first(lambda: bool(stack.enter_context(run.hold())))
         yield group
-        group.wait()  # no rank takes the store away from one that still needs it
+        group.wait()  # rank 0 must not close the store while others need it
 
 
 def probe_run(
@@ -86,18 +86,18 @@ def probe_run(
     sections: Sequence[ProbeSection] | None = None,
     *,
     group: Group = ALONE,
-    pause: Pause = go_on,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Probe saved budgets; yields (images seen, entries) after each task and writes files and rows as it goes.
 
-    What files of the same weights, settings, data and seed say is not measured again.
+    Results in files of the same weights, settings, data and seed are not measured again.
 
     Args:
         run_dir: a run directory with `config.yaml` and `budgets/`.
         images_seen: one budget; None probes all that are saved.
         sections: tasks; None takes those of the run's configuration.
         group: the ranks that share the work; all of them call this.
-        pause: called by all ranks together, often; raises to stop there.
+        report_progress: called by all ranks together, often; may raise to stop.
 
     Raises:
         RunDirError: no such budget is saved.
@@ -110,10 +110,10 @@ def probe_run(
     numbers = itertools.count(1)
     for budget in budgets:
         backbone: AimBackbone | None = None
-        kept = KeptFeatures()
+        kept = FeatureCache()
         for section in sections:
             number = next(numbers)
-            pause()
+            report_progress()
             entries = group.from_first(functools.partial(finished_entries, run, config, budget, section))
             if entries is None:
                 # read only where there is something to do: a 7B budget is 26 GB
@@ -127,15 +127,15 @@ def probe_run(
                     out=run.probes_dir(budget),
                     kept=kept,
                     group=group,
-                    pause=numbered(pause, number, len(budgets) * len(sections)),
+                    report_progress=numbered_progress(report_progress, number, len(budgets) * len(sections)),
                 )
             if group.is_first:
-                enter_row(run, config, budget)
+                update_row(run, config, budget)
             yield budget, entries
 
 
 def backbone_of(run: RunDir, config: RunConfig, images_seen: int, group: Group) -> AimBackbone:
-    """A budget's backbone."""
+    """Load a budget's backbone."""
     load = functools.partial(load_budget, run, config, images_seen, group.device)
     return AimBackbone(load, weights_name(run, config, images_seen))
 
@@ -147,7 +147,7 @@ def probe_baseline(
     *,
     weights: str | None = None,
     group: Group = ALONE,
-    pause: Pause = go_on,
+    report_progress: ProgressCallback = ignore_progress,
 ) -> Iterator[tuple[None, list[dict[str, Any]]]]:
     """Probe a baseline on tasks; yields entries after each task and writes files into `baselines/<target>` of the run.
 
@@ -155,15 +155,15 @@ def probe_baseline(
         target: `timm:NAME`, `random` or `raw-pixels`, see `harness.probe.features.backbones`.
         like: the run whose images and seed it gets.
         sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
-        weights: of a timm model: a file, or `hub`.
-        group, pause: as of `probe_run`.
+        weights: weights of a timm model: a file, or `hub`.
+        group, report_progress: see `probe_run`.
 
     Raises:
         ProbeError: an unknown baseline, or a task that cannot be probed.
     """
     config = like.load_config()
     backbone, model_section = baseline(target, config, weights=weights, device=group.device)
-    kept = KeptFeatures()
+    kept = FeatureCache()
     for number, section in enumerate(sections, start=1):
         kinds = tuple(kind for kind in section.kinds if kind not in backbone.impossible)
         if not kinds:
@@ -179,6 +179,6 @@ def probe_baseline(
                 out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
                 kept=kept,
                 group=group,
-                pause=numbered(pause, number, len(sections)),
+                report_progress=numbered_progress(report_progress, number, len(sections)),
             ),
         )

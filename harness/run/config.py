@@ -1,4 +1,4 @@
-"""The configuration of one run, in three parts: what is trained, what is measured on it, and how it is executed.
+"""The configuration of one run, in three parts: training, evaluation and runtime.
 
 `run_id` names what was trained (`harness.run.identity`): measuring more, or moving to other hardware, leaves it as it
 is. Torch is not imported here.
@@ -14,17 +14,17 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from aimscale.aim.config import HeadKind, HeadRule, Parametrisation, PatchOrder, QkvInit, Target
-from aimscale.harness.run.identity import content_of, digest_of, training_digest
+from aimscale.harness.run.identity import config_digest, short_hash, training_digest
 from aimscale.harness.run.strict import ConfigError as ConfigError
 from aimscale.harness.run.strict import Section, parse, read_yaml, refuse_unknown
 
 
 class ModelSection(Section):
-    """Which AIM is trained; `aim.config.model_config` turns this into the model's own configuration."""
+    """The model to train; `aim.config.model_config` turns this into the model's own configuration."""
 
     size: str
-    """A named size: `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>`, or
-    `w<width>-d<depth>`, with `-h<heads>` for another number of attention heads than the ladder's."""
+    """Named size: `aim-600M`, `aim-1B`, `aim-3B`, `aim-7B`, a rung `rung-<width>`, or `w<width>-d<depth>`, with
+    `-h<heads>` for another number of attention heads than the ladder's."""
     image_size: int = Field(224, gt=0)
     """Side of the square input, pixels."""
     patch_size: int = Field(14, gt=0)
@@ -32,16 +32,16 @@ class ModelSection(Section):
     channels: int = Field(3, gt=0)
     """Colour channels of the input."""
     head_rule: HeadRule = "proportional"
-    """How the pixel head follows the backbone: 12 blocks of width 2048 as published; the same share of it as
-    in aim-600M (width 4/3 d, half of the blocks); or a linear head alone."""
+    """Rule by which the pixel head follows the backbone: `released`, 12 blocks of width 2048; `proportional`,
+    aim-600M's share of the backbone (width 4/3 d, half of the blocks); `none`, one linear layer."""
     head_width: int | None = Field(None, gt=0)
-    """Overrides the width that `head_rule` gives."""
+    """Width of the pixel head, in place of the one that `head_rule` gives."""
     head_depth: int | None = Field(None, ge=0)
-    """Overrides the number of blocks that `head_rule` gives."""
+    """Number of blocks of the pixel head, in place of the one that `head_rule` gives."""
     head_kind: HeadKind = "mlp"
     """Blocks of the pixel head: MLPs, token by token (the paper's), or transformer blocks under the backbone's mask."""
     ln_residual: bool = False
-    """Head blocks add LN(x) before the MLP residual, as the authors' trainer does."""
+    """Whether head blocks add LN(x) before the MLP residual, as the authors' trainer does."""
     patch_order: PatchOrder = "raster"
     """Order in which patches are predicted (`aim.orders`); `outward_spiral`, `checkerboard` and `fixed_random` (a
     list in their trainer, which must be installed) are the authors'."""
@@ -55,11 +55,11 @@ class ModelSection(Section):
 
 
 UNINDEXED = "wds://"
-"""Begins the path of webdataset shards without an index."""
+"""Prefix of paths to webdataset shards without an index."""
 
 
 class SourceSection(Section):
-    """One packed or indexed data set and how often it is drawn."""
+    """A packed or indexed data set and how often it is drawn."""
 
     path: str
     """Folder of indexed shards (`aimscale data pack` or `aimscale data index` makes one), local or an fsspec URL. Or
@@ -72,6 +72,7 @@ class SourceSection(Section):
 
 
 def _area_range(shares: tuple[float, float]) -> tuple[float, float]:
+    """Check that an area range is two ascending shares of the image."""
     if not 0 < shares[0] <= shares[1] <= 1:
         raise ValueError(f"an area range is a smaller and a larger share of the image, not {list(shares)}")
     return shares
@@ -81,34 +82,37 @@ class DataSection(Section):
     """The training stream: which images, how many different ones, and their augmentation."""
 
     sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
-    """Where the images come from."""
+    """Data sets that the images come from."""
     unique_images: int | None = Field(None, gt=0)
-    """U: train on the first U images of one fixed order of the pool, equally many of every shard; null takes the whole
-    pool."""
+    """U: number of different images, the first of one fixed order of the pool, equally many of every shard; null takes
+    the whole pool."""
     shuffle_shards: int = Field(100, gt=0, le=10**6)
-    """Shards that are read side by side, over all sources: each image comes from any of them, an epoch reads a shard
-    once. A source that has no more is shuffled as a whole. A batch holds the classes of as many shards, which matters
-    where those are sorted by class; a cache of remote shards (`runtime.cache_gb`) should hold them all."""
+    """Number of shards read side by side, over all sources: each image comes from any of them, and an epoch reads a
+    shard once. A source with no more shards is shuffled as a whole. A batch mixes the classes of this many shards,
+    which matters if shards are sorted by class; a cache of remote shards (`runtime.cache_gb`) should hold all of
+    them."""
     crop_scale: Annotated[tuple[float, float], AfterValidator(_area_range)] = (0.4, 1.0)
     """Area range of the random resized crop (paper, section 3)."""
     horizontal_flip: bool = True
-    """Flip half of the images left to right."""
+    """Random flips, left to right, of half of the images."""
     color_jitter: bool = False
     """ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8, as in the authors' trainer but not in the paper."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of undecodable samples above which the run stops."""
     shuffle_buffer: int = Field(1000, gt=0)
-    """Images among which a loader process of a `wds://` stream draws the next one, kept as files in memory."""
+    """Size of the shuffle buffer of a `wds://` stream, images per loader process, kept as files in memory."""
 
     @field_validator("shuffle_shards", "shuffle_buffer")
     @classmethod
     def _means_nothing_of_the_other_kind(cls, number: int, others: ValidationInfo) -> int:
+        """Reset the shuffle setting that streams of this kind do not use to its default."""
         name = str(others.field_name)
         is_unindexed = any(source.path.startswith(UNINDEXED) for source in others.data.get("sources", ()))
         return number if is_unindexed == (name == "shuffle_buffer") else int(cls.model_fields[name].default)
 
     @model_validator(mode="after")
     def _unindexed_stands_alone(self) -> DataSection:
+        """Refuse to mix or cut a stream without an index."""
         if self.is_unindexed and (len(self.sources) > 1 or self.unique_images is not None):
             raise ValueError(
                 f"a {UNINDEXED} stream has no index, so it cannot be mixed or cut to unique_images; "
@@ -123,6 +127,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _probabilities_add_up(self) -> DataSection:
+        """Check that the probabilities of the sources add up to 1."""
         total = sum(source.probability for source in self.sources)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the probabilities of the data sources add up to {total:g}; make them add up to 1")
@@ -130,21 +135,22 @@ class DataSection(Section):
 
 
 class ObjectiveSection(Section):
-    """What is predicted and from which prefix."""
+    """The targets, and the prefixes that they are predicted from."""
 
     target: Target = "normalised"
-    """Regress pixels normalised per patch (paper) or the image-normalised pixels themselves."""
+    """Targets of the regression: pixels normalised per patch (paper), or the image-normalised pixels themselves."""
     masked: float | None = Field(None, gt=0, lt=1)
-    """Instead of next patches: this share of the patches, drawn anew for every image seen, is hidden behind a learned
-    mask token and predicted, with bidirectional attention (paper, section 5.2: 0.5 and 0.75). `prefix` means nothing
-    then and is kept at its default."""
+    """Share of the patches that a masked model hides behind a learned mask token and predicts, drawn anew for every
+    image seen, with bidirectional attention (paper, section 5.2: 0.5 and 0.75); null predicts next patches. A masked
+    model has no prefixes, so `prefix` is kept at its default."""
     prefix: Literal["paired", "uniform", "none"] = "paired"
-    """How prefix lengths S are drawn. `paired`: positions 2i and 2i+1 get S and N - S, each uniform on 1..N-1, so that
-    every pair scores exactly N targets; `uniform`: independently; `none`: S = 1, plain causal attention."""
+    """Distribution of prefix lengths S. `paired`: positions 2i and 2i+1 get S and N - S, each uniform on 1..N-1, so
+    that every pair scores exactly N targets; `uniform`: independently; `none`: S = 1, plain causal attention."""
 
     @field_validator("prefix")
     @classmethod
     def _means_nothing_if_masked(cls, prefix: str, others: ValidationInfo) -> str:
+        """Reset `prefix` to its default for masked models."""
         return prefix if others.data.get("masked") is None else "paired"
 
 
@@ -162,9 +168,10 @@ class OptimiserSection(Section):
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled decay of matrices; biases and norms have none."""
     clip_norm: float = Field(1.0, gt=0)
-    """The global gradient norm is clipped to this."""
+    """Bound to which the global gradient norm is clipped."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """`bf16` keeps fp32 master weights, fp32 gradient accumulation, and LayerNorm and loss in fp32."""
+    """Precision of training; `bf16` keeps fp32 master weights, fp32 gradient accumulation, and LayerNorm and loss in
+    fp32."""
 
 
 class ScheduleSection(Section):
@@ -183,37 +190,39 @@ class ScheduleSection(Section):
 
 
 class ValidationSection(Section):
-    """The held-out images on which the pre-training loss is measured, the same for every run of a sweep."""
+    """Held-out images on which the pre-training loss is measured, the same for every run of a sweep."""
 
     path: str
     """Folder of indexed shards."""
     num_images: int | None = Field(None, gt=0)
-    """Use the first images of the folder only; null uses all."""
+    """Number of images, the first of the folder; null uses all."""
     num_prefixes: int = Field(4, gt=0, le=4096)
-    """Prefix lengths per image, stratified over 1..N-1 and a function of the image's position alone; or so many masks
-    of a masked model."""
+    """Prefix lengths per image, stratified over 1..N-1 and a function of the image's position alone; for a masked
+    model, masks per image."""
     centre_crop: float = Field(0.875, ge=0.1, le=1)
     """Share of the shorter side that the centre crop keeps: images are resized to ceil(image_size / centre_crop) first.
     0.875 is the authors' (224 of 256); 1 keeps the whole shorter side, which suits tiny pictures."""
     every_images: Literal["auto"] | Annotated[int, Field(gt=0)] | None = "auto"
-    """Distance of points during training at which the loss is measured, too, in the stable phase (under cosine: all);
-    `auto` takes 3 % of the FLOPs of training, for 100 points at most, and null measures at budgets alone."""
+    """Distance, in images, at which the loss is also measured during the stable phase (under cosine: all of training);
+    `auto` spends 3 % of the FLOPs of training, on 100 points at most, and null measures at budgets alone."""
 
     @property
     def digest(self) -> str:
-        """Eight hex digits of how it is measured, wherever the images lie, and whenever."""
+        """Eight hex digits that identify how the loss is measured, but not where the images lie or when it is
+        measured."""
         fields = self.model_dump(mode="json", exclude_defaults=True, exclude={"path", "every_images"})
-        return digest_of("validation", fields)
+        return config_digest("validation", fields)
 
 
 def _file_name(name: str) -> str:
+    """Check that a task's name can be a file name."""
     if not re.fullmatch(r"\w[\w .+-]{0,79}", name):
         raise ValueError(f"a task is named by up to 80 letters, digits, spaces and . _ + -, not '{name[:90]}'")
     return name
 
 
 class ProbeSection(Section):
-    """One frozen-feature task."""
+    """A frozen-feature task."""
 
     task: Annotated[str, AfterValidator(_file_name)]
     """Name of the task in tables, plots and file names: letters, digits, spaces and . _ + -."""
@@ -225,20 +234,20 @@ class ProbeSection(Section):
         "linear",
         "attentive",
     )
-    """Which probes to fit. `efficient`: 32 queries over whole tokens (arXiv 2506.10178). `lora` is not frozen: it
-    adapts the backbone (rank 8; paper, Table 8) under an attentive head."""
+    """Probes to fit. `efficient`: 32 queries over whole tokens (arXiv 2506.10178). `lora` is not frozen: it adapts the
+    backbone (rank 8; paper, Table 8) under an attentive head."""
     augmentation: Literal["none", "published"] = "none"
     """Training views: one centre crop, or the published recipe (random resized crops of scale 0.08 to 1, flips,
     RandAugment m9 mstd0.5 inc1), from which attentive and linear heads learn; k-NN sees centre crops alone."""
     centre_crop: float = Field(0.875, ge=0.1, le=1)
-    """As for `validation`: share of the shorter side that the centre crop keeps."""
+    """Share of the shorter side that the centre crop keeps, as for `validation`."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
-    """What the backbone's tokens see of each other; the paper drops the causal mask after pre-training."""
+    """Attention of the backbone while it is probed; the paper drops the causal mask after pre-training."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """What the backbone computes in and features are kept in; the heads train in fp32. How far bf16 features are from
-    fp32 ones is measured on a few images, printed, and written beside the results."""
+    """Precision in which the backbone computes and features are kept; the heads train in fp32. How far bf16 features
+    are from fp32 ones is measured on a few images, printed, and written beside the results."""
     epochs: int | None = Field(None, gt=0, le=10**6)
-    """Passes over the training split; null takes 20, or as many as make 6.5 million images where that is less (5 of
+    """Passes over the training split; null takes 20, or if fewer as many as make 6.5 million images (5 of
     ImageNet-1k)."""
     iterations: int | None = Field(None, gt=0, le=10**9)
     """Steps of the probe's optimiser, instead of `epochs` (12,500 of batch 1024 are CAPI's for ImageNet-1k)."""
@@ -246,35 +255,38 @@ class ProbeSection(Section):
     """Images per step of the probe's optimiser."""
     lrs: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3, 1e-2)
     """Learning rates of heads that are trained (linear ones only with `augmentation: published`), chosen on a fifth of
-    the training split, held out. The grid grows by its own ratio where the choice lies at its end."""
+    the training split, held out. The grid grows by its own ratio if the choice is at its end."""
     every_images: int | None = Field(None, gt=0)
-    """Distance of points during training at which its `linear` and `knn` are measured, too; null: at budgets alone."""
+    """Distance, in images, at which `linear` and `knn` probes are also measured during training; null: at budgets
+    alone."""
 
     @property
-    def during(self) -> ProbeSection | None:
-        """What is measured of it during training: the cheap kinds; None where nothing is."""
+    def during_training(self) -> ProbeSection | None:
+        """The section with the cheap kinds alone, as measured during training; None if nothing is."""
         kinds = tuple(kind for kind in self.kinds if kind in ("linear", "knn"))
         return self.model_copy(update={"kinds": kinds}) if self.every_images else None
 
     @model_validator(mode="after")
     def _has_cheap_kinds(self) -> ProbeSection:
+        """Check that a task measured during training has a cheap kind of probe."""
         if self.every_images and not {"linear", "knn"} & {*self.kinds}:
             raise ValueError("every_images measures linear and knn alone during training; add one to `kinds`")
         return self
 
-    def evaluation(self, train: str | None, test: str | None) -> str:
-        """What names this evaluation in files and tables, on data of these fingerprints; `*` ends it where one is None.
+    def evaluation_id(self, train: str | None, test: str | None) -> str:
+        """Return the identifier of this evaluation in files and tables, on data of these fingerprints; it ends with `*`
+        if one is None.
 
-        Another kind of probe does not change those that are there, so kinds do not count.
+        Adding a kind of probe changes nothing about the others, so kinds do not count.
         """
         no_settings = {"train", "test", "kinds", "every_images"}
         settings = self.model_dump(mode="json", exclude_defaults=True, exclude=no_settings)
-        data = content_of(f"{train} {test}") if train and test else "*"
-        return f"{digest_of('probe', settings)}-{data}"
+        data = short_hash(f"{train} {test}") if train and test else "*"
+        return f"{config_digest('probe', settings)}-{data}"
 
 
 class TrainingConfig(Section):
-    """What is trained: whatever differs here is another run."""
+    """The part of a configuration that identifies a run: a change here is another run."""
 
     model: ModelSection
     """The model."""
@@ -291,31 +303,32 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What is measured: more of it, or other settings, never trains a run again."""
+    """Measurements of a run: changing them never trains it again."""
 
     budgets: Annotated[tuple[int, ...], Field(min_length=1)]
     """D: images seen at each of which a row of results is recorded; multiples of the batch size. Under `wsd` another
     budget extends a run; under `cosine` the budget shapes the schedule and so is part of what is trained."""
     validation: ValidationSection
-    """Where the pre-training loss is measured."""
+    """Images and settings of the pre-training loss."""
     probes: tuple[ProbeSection, ...] = ()
-    """Where the features are measured."""
+    """Tasks on which the features are measured."""
 
 
 class RuntimeConfig(Section):
-    """How and where a run is executed; none of this may change its result."""
+    """Hardware and execution of a run; none of this may change its result."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where there is a GPU."""
+    """Device of the ranks; `auto` takes CUDA if there is a GPU."""
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage; `auto` takes what fits with the shortest step by estimate (`harness.device.execution`)."""
     micro_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    """Images per forward pass and rank, at most; `auto` takes a divisor of a rank's, so that all passes are of one size
-    and blocks are compiled once."""
+    """Maximum images per forward pass and rank; `auto` takes a divisor of a rank's images, so that all passes are of
+    one size and blocks are compiled once."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute block activations in the backward pass."""
+    """Activation checkpointing: recompute block activations in the backward pass."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile the blocks; `auto` does on a GPU, but not at ZeRO 3. It is refused on a CPU, being slower."""
+    """Compilation of the blocks by torch.compile; `auto` compiles on a GPU, but not at ZeRO 3. It is refused on a CPU,
+    being slower."""
     num_workers: int = Field(0, ge=0, le=4096)
     """Loader processes per rank; 0 loads in the trainer itself, between its steps."""
     num_threads: int = Field(1, ge=1, le=4096)
@@ -323,32 +336,33 @@ class RuntimeConfig(Section):
     cache_dir: str | None = None
     """Local cache of remote shards."""
     cache_gb: float = Field(100.0, gt=0)
-    """Bound of that cache, GB."""
+    """Size limit of that cache, GB."""
     checkpoint_every_images: int | None = Field(None, gt=0)
-    """Checkpoints at this distance, beside those at branch points; null leaves them to the time."""
+    """Distance between checkpoints, in images, beside those at branch points; null leaves them to the time."""
     checkpoint_every_min: float | None = Field(30, gt=0)
-    """Checkpoints this many minutes after the last, too. They are written while training goes on, from a copy in host
-    memory (12 bytes per parameter over all ranks); where the host has no memory for it, training waits."""
+    """Minutes between checkpoints. They are written while training goes on, from a copy in host memory (12 bytes per
+    parameter over all ranks); if the host lacks the memory, training waits."""
     log_every_steps: int = Field(10, gt=0)
-    """Distance of metric lines."""
+    """Steps between metric lines."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Besides `metrics.jsonl`, which is always written; docs/wandb.md says what they show."""
+    """Loggers beside `metrics.jsonl`, which is always written; docs/wandb.md says what they show."""
 
 
 class RunConfig(Section):
-    """One run, as stored in `config.yaml` of its run directory."""
+    """Configuration of one run, as stored in `config.yaml` of its run directory."""
 
     version: int = Field(1, ge=1, le=1, strict=True)
     """Version of this file format."""
     training: TrainingConfig
-    """What is trained."""
+    """Model, data, objective, optimiser and schedule."""
     evaluation: EvaluationConfig
-    """What is measured."""
+    """Budgets, validation and probes."""
     runtime: RuntimeConfig = RuntimeConfig()
-    """How it is executed."""
+    """Devices and execution."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:
+        """Check budgets and prefixes against the batch size and the schedule."""
         batch, budgets = self.training.optimiser.batch_size, self.evaluation.budgets
         if list(budgets) != sorted(set(budgets)):
             raise ValueError(f"budgets {list(budgets)} must increase")
@@ -372,17 +386,17 @@ class RunConfig(Section):
 
     @property
     def training_hash(self) -> str:
-        """Eight hex digits of what is trained."""
+        """Eight hex digits that identify what is trained."""
         horizon = self.evaluation.budgets[0] if self.training.schedule.kind == "cosine" else None
         return training_digest(self.training.model_dump(mode="json", exclude_defaults=True), horizon)
 
     def to_yaml(self) -> str:
-        """The file's text; `load_run_config` reads it back to an equal object."""
+        """Return the file's text; `load_run_config` reads it back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def run_config(fields: dict[str, Any], where: str, runtime: RuntimeConfig | None = None) -> RunConfig:
-    """A run from the fields of `training` and `evaluation` standing together.
+    """Build a run from the fields of `training` and `evaluation` in one mapping.
 
     Raises:
         ConfigError: a key that neither part has, or a value that cannot be used; the sentence starts with `where`.

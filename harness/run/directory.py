@@ -1,7 +1,7 @@
-"""The run directory: the names of its files, its status, its lock, and its rows.
+"""The run directory: file names, status, lock and rows.
 
-Everything about a run is re-discovered from this folder, so another process can take over knowing only the path.
-Torch is not imported here: the planner and `aimscale status` read hundreds of run directories.
+Everything about a run is rediscovered from this folder, so that another process can take over knowing only the path.
+Torch is not imported: the planner and `aimscale status` read hundreds of run directories.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pydantic import BaseModel, TypeAdapter
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
-from aimscale.harness.run.fence import taken_over
+from aimscale.harness.run.fence import take_over
 from aimscale.harness.run.files import read_as, write_json, write_text
-from aimscale.harness.run.lock import holding, is_held
+from aimscale.harness.run.lock import hold_lock, is_held
 
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
 ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
@@ -33,7 +33,8 @@ EXIT_CRASHED = 1
 EXIT_USER_ERROR = 2
 EXIT_DIVERGED = 3
 EXIT_PREEMPTED = 75
-"""Saved after a signal; start the same run directory again to go on (75 is EX_TEMPFAIL of sysexits.h)."""
+"""Exit code after a save on a signal; starting the same run directory again resumes (75 is EX_TEMPFAIL of
+sysexits.h)."""
 
 
 class RunDirError(UserError):
@@ -42,13 +43,13 @@ class RunDirError(UserError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """`status.json`: what a run is doing, rewritten at every logging step."""
+    """Contents of `status.json`: what a run is doing, rewritten at every logging step."""
 
     version: Literal[1] = 1
     state: State = "created"
-    """Where the run stands."""
+    """State of the run."""
     phase: str = ""
-    """What a running run does: start, train, decay, measure (on the way), validate, probe."""
+    """Phase of a running run: start, train, decay, measure (during training), validate, probe."""
     images_seen: int = 0
     """Position in the stream of the step last logged."""
     images_done: int = 0
@@ -56,11 +57,11 @@ class Status:
     images_planned: int = 0
     """Images the whole run trains on, decay branches included."""
     step: int = 0
-    """`images_seen` in optimiser steps."""
+    """Optimiser steps, `images_seen` over the batch size."""
     loss: float | None = None
     """Training loss at that step."""
     images_per_s: float | None = None
-    """Over the last logging interval, all ranks."""
+    """Throughput of all ranks over about the last 30 seconds."""
     data_wait: float | None = None
     """Share of that time in which the steps waited for images, 0..1."""
     mfu_published: float | None = None
@@ -74,30 +75,31 @@ class Status:
     started: float | None = None
     """Unix time at which this attempt started."""
     host: str | None = None
-    """Where rank 0 runs."""
+    """Host of rank 0."""
     pid: int | None = None
-    """Process of rank 0."""
+    """Process id of rank 0."""
     reason: str | None = None
-    """Why the run failed, diverged or was preempted: one sentence."""
+    """Sentence that says why the run failed, diverged or was preempted."""
     reason_class: ReasonClass | None = None
-    """The kind of reason, for deciding whether to try again."""
+    """Kind of reason, which decides whether the run is tried again."""
     failed_on: str | None = None
-    """Node of the rank that failed first or fell silent, where a rank said so."""
+    """Node of the rank that failed first or fell silent, if known."""
     attempt: int = 0
-    """Starts so far."""
+    """Number of starts so far."""
     too_large: dict[str, Any] | None = None
-    """How a start was executed that ran out of memory in its first step: the same again takes half its micro-batch."""
+    """Execution of a start that ran out of memory in its first step; the same execution then takes half its
+    micro-batch."""
     job_id: str | None = None
-    """Slurm's job, where there is one."""
+    """Id of the Slurm job, if there is one."""
     claim: str | None = None
-    """Token of the worker's claim under which the last attempt started; null of one started by hand."""
+    """Token of the worker's claim under which the last attempt started; null if started by hand."""
 
 
 _STATUS = TypeAdapter(Status)
 
 
 class _Probe(BaseModel, extra="allow", strict=True):
-    """What every entry of a row's probes says."""
+    """Fields that every entry of a row's probes has."""
 
     task: str
     kind: str
@@ -105,7 +107,7 @@ class _Probe(BaseModel, extra="allow", strict=True):
 
 
 class _Row(BaseModel, extra="allow", strict=True):
-    """What is relied on of a row before it is in a table."""
+    """Fields of a row that are relied on before it is in a table."""
 
     images_seen: int
     run_id: str | None = None
@@ -115,7 +117,7 @@ class _Row(BaseModel, extra="allow", strict=True):
 
 
 class _Results(BaseModel, extra="allow", strict=True):
-    """`results.json`."""
+    """Contents of `results.json`."""
 
     starts: list[dict[str, Any]] = []
     rows: list[_Row] = []
@@ -125,8 +127,8 @@ _RESULTS = TypeAdapter(_Results)
 _ROW = TypeAdapter(_Row)
 
 
-def probe_place(entry: dict[str, Any]) -> tuple[str, str, str | None]:
-    """What is measured once in a row: task, kind and evaluation."""
+def probe_key(entry: dict[str, Any]) -> tuple[str, str, str | None]:
+    """Return what identifies a probe within a row: task, kind and evaluation."""
     return entry["task"], entry["kind"], entry.get("evaluation")
 
 
@@ -148,27 +150,27 @@ class RunDir:
         return f"RunDir({str(self.path)!r})"
 
     def model_file(self, images_seen: int) -> Path:
-        """Final weights of a budget."""
+        """Return the path of a budget's final weights."""
         return self.path / "budgets" / str(images_seen) / "model.safetensors"
 
     def validation_file(self, images_seen: int) -> Path:
-        """Per-image validation losses, and next-patch predictions on a few of the images, at a budget."""
+        """Return the path of a budget's per-image validation losses and next-patch predictions on a few images."""
         return self.path / "validation" / f"{images_seen}.npz"
 
     def probes_dir(self, images_seen: int) -> Path:
-        """One JSON file per probed task at a budget."""
+        """Return the folder of a budget's probes, with one JSON file per evaluation of a task."""
         return self.path / "probes" / str(images_seen)
 
     def checkpoint_dir(self, images_seen: int, branch: int | None = None) -> Path:
-        """A resumable state on the trunk, or on the decay branch of the budget `branch`."""
+        """Return the folder of a resumable state on the trunk, or on the decay branch of the budget `branch`."""
         return self.checkpoints / (str(images_seen) if branch is None else f"{images_seen}-decay-{branch}")
 
     @classmethod
     def create(cls, path: Path | str, config: RunConfig) -> RunDir:
         """Make the directory with its `config.yaml` and a status.
 
-        A run that is there already keeps what it has; what is asked of it now (budgets, validation, probes, where its
-        data lie, how it is executed) replaces what was asked before, unless a process executes it.
+        An existing run keeps its results. Its configuration (budgets, validation, probes, data paths, execution) is
+        replaced by the new one, unless a process executes the run.
 
         Raises:
             RunDirError: the directory holds another run.
@@ -194,7 +196,7 @@ class RunDir:
         return load_run_config(self.config)
 
     def read_status(self) -> Status:
-        """The last status written; a directory without one counts as created.
+        """Read the last status written; a directory without one counts as created.
 
         Raises:
             UserError: the file is damaged.
@@ -202,7 +204,7 @@ class RunDir:
         return read_as(self.status, _STATUS) or Status()
 
     def write_start(self) -> Status:
-        """Note in `status.json` that this process begins a further attempt."""
+        """Record in `status.json` that this process begins another attempt."""
         return self.write_status(
             state="running",
             phase="start",
@@ -225,11 +227,11 @@ class RunDir:
         return status
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """The rows recorded so far, one per budget, by images seen."""
+        """Read the rows recorded so far, one per budget, by images seen."""
         return self._read_results()["rows"]
 
     def read_starts(self) -> list[dict[str, Any]]:
-        """What each start of the run was executed by (`harness.run.provenance`)."""
+        """Read how each start of the run was executed (`harness.run.provenance`)."""
         return self._read_results()["starts"]
 
     def _read_results(self) -> dict[str, list[dict[str, Any]]]:
@@ -237,10 +239,10 @@ class RunDir:
         return {"starts": [], "rows": []} | (found.model_dump(exclude_unset=True) if found else {})
 
     def read_curve(self) -> list[dict[str, Any]]:
-        """What was measured during training: a point per position of the trunk, ascending.
+        """Read what was measured during training: one point per position of the trunk, ascending.
 
-        What was measured later at a position (by other settings, say) stands over what was there. Lines that a kill
-        cut off are none.
+        Later measurements at a position (by other settings, say) replace earlier ones. Lines cut off by a kill are
+        skipped.
         """
         points: dict[int, dict[str, Any]] = {}
         for text in self.curve.read_bytes().splitlines() if self.curve.exists() else ():
@@ -249,32 +251,32 @@ class RunDir:
                 point = points.setdefault(line["images_seen"], {})
                 entries = [*(point.get("probes") or ()), *(line.get("probes") or ())]
                 point |= {key: value for key, value in line.items() if value is not None}
-                point["probes"] = list({probe_place(entry): entry for entry in entries}.values())
+                point["probes"] = list({probe_key(entry): entry for entry in entries}.values())
         return [points[position] for position in sorted(points)]
 
     def record_row(self, row: dict[str, Any]) -> None:
-        """Add a budget's row, or replace the one it has; whoever does holds the run."""
+        """Add a budget's row, or replace it; the caller holds the run's lock."""
         rows = {each["images_seen"]: each for each in self.read_rows()} | {row["images_seen"]: row}
         self._write_results(rows=[rows[key] for key in sorted(rows)])
 
     def record_start(self, facts: dict[str, Any]) -> None:
-        """Add what a start of the run is executed by."""
+        """Add a record of how a start executes the run."""
         self._write_results(starts=[*self.read_starts(), facts])
 
     def _write_results(self, **changes: list[dict[str, Any]]) -> None:
         write_json(self.results, {"version": RESULTS_VERSION, **self._read_results(), **changes})
 
     def is_held(self) -> bool:
-        """Whether a live process executes the run."""
+        """Return whether a live process executes the run."""
         return is_held(self.lock)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[Path]:
-        """Hold the lock for the block, in which no other process changes this folder; yields the writer's own folder.
+        """Hold the lock for the block, so that no other process changes this folder; yields the writer's own folder.
 
         Raises:
             LockHeld: another live process has it.
             UserError: the file system cannot be written, or has no locks.
         """
-        with holding(self.lock) as holder, taken_over(self.path, holder.token) as folder:
+        with hold_lock(self.lock) as holder, take_over(self.path, holder.token) as folder:
             yield folder

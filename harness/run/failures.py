@@ -1,4 +1,4 @@
-"""Why a run ended: the exceptions that end it on purpose, and the class of any other (torch is not imported here)."""
+"""Exceptions that end a run on purpose, and the classification of all others; torch is not imported."""
 
 from __future__ import annotations
 
@@ -18,79 +18,80 @@ from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, ReasonCl
 from aimscale.harness.run.fence import LockLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
-"""Slurm's end of a job, its warning before a time limit or a preemption, a terminal that is closed, and Ctrl-C."""
+"""Signals that stop a run: Slurm's end of a job, its warning before a time limit or a preemption, a closed terminal,
+and Ctrl-C."""
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""What gloo and NCCL say when the process at the other end died."""
+"""Words of gloo and NCCL when the process at the other end died."""
 
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EXDEV, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE),
 }
-"""What is no fault of the program: a disk that is full, read-only, closed to the user, or failing."""
+"""Error numbers that are no fault of the program: a disk that is full, read-only, closed to the user, or failing."""
 
 
 class PreemptedError(Exception):
-    """A signal asked the run to stop; it has saved."""
+    """Stop requested by a signal; the run has saved."""
 
 
 class DivergedError(UserError):
-    """Too many steps in a row were not finite."""
+    """Too many non-finite steps in a row."""
 
     exit_code = EXIT_DIVERGED
 
 
 class NoMemoryError(UserError):
-    """There is not the memory that something took."""
+    """Memory ran out."""
 
     exit_code = EXIT_CRASHED
 
 
 class TooLargeError(NoMemoryError):
-    """A micro-batch for which memory ran out in the first step of a start; the next start takes half of it."""
+    """Micro-batch for which memory ran out in the first step of a start; the next start takes half of it."""
 
     def __init__(self, sentence: str, executed: dict[str, Any]) -> None:
-        """`executed` says how, see `Status.too_large`."""
+        """Store how the step was executed, see `Status.too_large`."""
         super().__init__(sentence)
         self.executed = executed
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-"""What CUDA, torch's allocator on a CPU, and cuBLAS say where memory is short."""
+"""Words of CUDA, torch's CPU allocator and cuBLAS when memory is short."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether something failed for want of memory."""
+    """Return whether an error means that memory ran out."""
     is_kind = isinstance(error, MemoryError | NoMemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_kind or any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager
-def saying_what_gives_memory(advice: str = "use more ranks, each of which then holds less") -> Iterator[None]:
-    """Raise NoMemoryError, with what to do, where memory runs out in the block."""
+def memory_advice(advice: str = "use more ranks, each of which then holds less") -> Iterator[None]:
+    """Raise NoMemoryError, with advice on what to do, if memory runs out in the block."""
     try:
         yield
     except Exception as error:
         if isinstance(error, NoMemoryError) or not is_out_of_memory(error):
             raise
-        raise NoMemoryError(f"{said_of_memory(error)}; {advice}") from error
+        raise NoMemoryError(f"{describe_out_of_memory(error)}; {advice}") from error
 
 
-def said_of_memory(error: BaseException) -> str:
-    """The part of an allocator's words that says how much was asked for."""
+def describe_out_of_memory(error: BaseException) -> str:
+    """Extract from an allocator's message how much memory was asked for."""
     text = " ".join(str(error).split()) or "out of memory"
     asked = re.search(r"[Tt]ried to allocate [\d.]+ \w+", text)
     return f"out of memory ({asked[0] if asked else text[:200]})"
 
 
 class StopFlag:
-    """Raised by a signal, read by the training loop; nothing else happens inside the handler."""
+    """Flag that a signal raises and the training loop reads; nothing else happens in the handler."""
 
     def __init__(self) -> None:
         self.is_raised = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """The signal handler; a second Ctrl-C does not wait for the save."""
+        """Handle a signal; a second Ctrl-C does not wait for the save."""
         if signum == signal.SIGINT and self.is_raised:
             raise KeyboardInterrupt
         self.is_raised = True
@@ -98,17 +99,17 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """A flag that `STOP_SIGNALS` raise during the block."""
+    """Yield a flag that `STOP_SIGNALS` raise during the block."""
     flag = StopFlag()
-    with calling(flag):
+    with handling_stop_signals(flag):
         yield flag
 
 
 @contextlib.contextmanager
-def calling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `STOP_SIGNALS` call this handler during the block; the handlers of before come back after it.
+def handling_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle `STOP_SIGNALS` by this handler during the block, then restore the previous handlers.
 
-    What is ignored stays ignored: `nohup` ignores SIGHUP. Outside the main thread, which alone may handle signals,
+    Ignored signals stay ignored: `nohup` ignores SIGHUP. Outside the main thread, which alone may handle signals,
     nothing is changed.
     """
     is_main = threading.current_thread() is threading.main_thread()
@@ -124,15 +125,15 @@ def calling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 
 def disk_sentence(error: OSError) -> str | None:
-    """What failed on a disk, and where; None for what else may be an `OSError`."""
+    """Say what failed on a disk, and where; None for other kinds of `OSError`."""
     if error.errno not in DISK_ERRORS:
         return None
-    where = error.filename2 or error.filename  # of a rename, what was to be made
+    where = error.filename2 or error.filename  # the target of a rename
     return f"{where or 'a file'}: {error.strerror}; mend that, then give the same command again: saved work is whole"
 
 
 def classify(error: BaseException) -> tuple[ReasonClass, str]:
-    """The kind of a failure and one sentence about it."""
+    """Return the kind of a failure and one sentence about it."""
     text = " ".join(str(error).split())
     name = type(error).__name__
     sentence = text if isinstance(error, UserError) else f"{name}: {text}"
@@ -152,13 +153,13 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
     return "code", sentence
 
 
-def tells_of_another(sentence: str) -> bool:
-    """Whether a failure only says that another rank failed."""
+def blames_another_rank(sentence: str) -> bool:
+    """Return whether a failure only reports that another rank failed."""
     return sentence.startswith("another rank is gone") or re.search(r"\brank \d+ failed", sentence) is not None
 
 
 def run_worker(work: Callable[[Path], int], usage: str) -> NoReturn:
-    """Entry point of what launchers start: `work` on the folder that is the only argument; ends the process.
+    """Run `work` on the folder that is the only argument, and end the process; the entry point of what launchers start.
 
     A user's mistake, a lost lock and a disk that fails are one sentence, everything else a traceback.
     """

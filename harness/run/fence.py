@@ -1,9 +1,9 @@
-"""The fence around a run: a process that lost the run's lock can change nothing in it any more.
+"""The fence around a run: a process that lost the run's lock cannot change the run any more.
 
-The holder makes a folder of its own, `.writer-<token>`, and takes those of earlier holders into it. Every file is
-prepared in the writer's own folder and renamed out of it, and what goes is renamed into it. Each of these is one step
-of the file system, which fails once the folder is elsewhere, even where the writer looked a moment ago and then stood
-still for minutes. This uses no clock and no lock.
+The lock's holder makes a folder of its own, `.writer-<token>`, and moves those of earlier holders into it. Every file
+is prepared in the writer's own folder and renamed out of it, and every removal renames into it. Each rename is atomic
+and fails once the folder has moved, even if the writer checked a moment before and then stood still for minutes. No
+clock and no further lock are needed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 
 _PREFIX = ".writer-"
 _writer_folders: dict[Path, Path] = {}
-"""Fenced run -> the folder from which this process writes into it."""
+"""Fenced run -> folder through which this process writes into it."""
 
 
 class LockLost(RuntimeError):
-    """Another process took the run over; this one must stop writing."""
+    """Loss of the run to another process; this one must stop writing."""
 
 
 @contextlib.contextmanager
-def taken_over(run: Path, token: str) -> Iterator[Path]:
-    """For the block, be the one that writes into a run: from its start no earlier holder of the lock can.
+def take_over(run: Path, token: str) -> Iterator[Path]:
+    """Become the only writer of a run for the block: from its start on, no earlier holder of the lock can write.
 
-    Yields the writer's folder. It goes at the end, but after an error stays for the next holder: other ranks may still
-    read there what happened, and a checkpoint may be whole.
+    Yields the writer's folder. It is removed at the end; after an error it stays for the next holder, since other ranks
+    may still read there what happened, and a checkpoint in it may be complete.
     """
     folder, pid = run.absolute() / f"{_PREFIX}{token}", os.getpid()
     folder.mkdir()
@@ -37,13 +37,13 @@ def taken_over(run: Path, token: str) -> Iterator[Path]:
             earlier.rename(folder / earlier.name)
     with fenced(run, folder):
         yield folder
-    if os.getpid() == pid:  # a forked child has this block, not the right
+    if os.getpid() == pid:  # a forked child also leaves this block, but must not remove the folder
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def fenced(run: Path, writer_folder: Path) -> Iterator[None]:
-    """For the block, let what this process writes into a run pass through the folder of the one that took it over."""
+    """Route what this process writes into a run through the writer's folder, for the block."""
     _writer_folders[run.absolute()] = writer_folder
     try:
         yield
@@ -52,13 +52,14 @@ def fenced(run: Path, writer_folder: Path) -> Iterator[None]:
 
 
 def earlier_folders(path: Path) -> list[Path]:
-    """Those of earlier holders of the run that `path` belongs to; they go with the holder's own, or before."""
+    """Return the folders of earlier holders of the run that `path` belongs to."""
     folder = writer_folder(path)
     return [] if folder is None else list(folder.glob(f"{_PREFIX}*"))
 
 
 def check_fence(path: Path) -> None:
-    """Look before a line is appended to `path`, or before something else that is no rename.
+    """Check that this process still owns the run, before it appends to `path` or does anything else that is not a
+    rename.
 
     Raises:
         LockLost: another process took over what `path` belongs to.
@@ -70,7 +71,7 @@ def check_fence(path: Path) -> None:
 
 @contextlib.contextmanager
 def keeping_fence(path: Path) -> Iterator[None]:
-    """Turn the failure of a step that the fence forbids into LockLost."""
+    """Turn the failure of a rename that the fence forbids into LockLost."""
     try:
         yield
     except FileNotFoundError as error:
@@ -81,7 +82,7 @@ def keeping_fence(path: Path) -> Iterator[None]:
 
 
 def writer_folder(path: Path) -> Path | None:
-    """From which this process writes into the run that a path belongs to; None where it holds none."""
+    """Return the folder through which this process writes into the run of `path`; None if it holds none."""
     if not _writer_folders:
         return None
     path = path.absolute()

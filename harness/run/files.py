@@ -1,6 +1,6 @@
-"""Files that are never seen half-written, and locks that die with their process.
+"""Atomic writes of files and folders, and locks that die with their process.
 
-What a process writes into a run that it holds passes through the run's fence (`harness.run.fence`).
+Writes into a run that this process holds pass through the run's fence (`harness.run.fence`).
 """
 
 from __future__ import annotations
@@ -25,57 +25,57 @@ T = TypeVar("T")
 
 
 def cache_folder() -> Path:
-    """Where what was found once on this machine is remembered: `$AIMSCALE_CACHE`, by default `~/.cache/aimscale`."""
+    """Return the folder of what is remembered on this machine: `$AIMSCALE_CACHE`, by default `~/.cache/aimscale`."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("AIMSCALE_CACHE") or os.path.join(base, "aimscale"))
 
 
 @contextlib.contextmanager
-def written_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A path to write to in place of `path`, which it replaces at the block's end; after an error nothing is left.
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` at the end of the block; after an error nothing is left.
 
-    A reader sees the old file or the new one, never a part. `durable` makes it last through a crash of the machine.
+    Readers see the old file or the new one, never a part. With `durable`, the file survives a crash of the machine.
     """
     _make_parent(path)
-    aside = _aside_file(path)
+    partial = _partial_file(path)
     try:
         with keeping_fence(path):
-            yield aside
+            yield partial
             if durable:
-                _fsync(aside)
-            # Opened before: whoever waits for this file may rename the folder that it completes.
+                _fsync(partial)
+            # Open it first: a process that waits for this file may then rename the folder.
             with _opened(path.parent) as folder:
-                aside.replace(path)
+                partial.replace(path)
                 if durable:
                     os.fsync(folder)
     except BaseException as error:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)  # a full disk names no file
         raise
 
 
 def _make_parent(path: Path) -> None:
-    """Make the folders above a file, but never a writer's own folder anew: it would undo the fence."""
+    """Make the folders above a file, but never recreate a writer's own folder: that would undo the fence."""
     folder = writer_folder(path)
     if folder is None or folder not in path.absolute().parents:
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _aside_file(path: Path) -> Path:
-    """Where this thread prepares a file that will be `path`."""
+def _partial_file(path: Path) -> Path:
+    """Return the path at which this thread prepares a file that will be `path`."""
     name = f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     return (writer_folder(path) or path.parent) / name
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace a file's text in one step."""
-    with written_aside(path, durable=durable) as aside:
-        aside.write_text(text)
+    """Replace a text file atomically."""
+    with atomic_write(path, durable=durable) as partial:
+        partial.write_text(text)
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Replace a JSON file in one step.
+    """Replace a JSON file atomically.
 
     Raises:
         ValueError: there is a NaN or an infinity in it.
@@ -84,7 +84,7 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no file.
+    """Read a JSON object; None if there is no file.
 
     Raises:
         UserError: the file cannot be read or holds something else.
@@ -103,7 +103,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def read_as(path: Path, kind: TypeAdapter[T]) -> T | None:
-    """A JSON object as what it should hold; None where there is no file."""
+    """Read a JSON object and validate it as `kind`; None if there is no file."""
     value = read_object(path)
     try:
         return None if value is None else kind.validate_python(value)
@@ -114,50 +114,51 @@ def read_as(path: Path, kind: TypeAdapter[T]) -> T | None:
 
 
 @contextlib.contextmanager
-def written_dir_aside(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `path` (not there before) at the block's end; after an error nothing is left.
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `path` (which must not exist) at the end of the block; after an error nothing is
+    left.
 
-    What an earlier attempt left goes.
+    Leftovers of an earlier attempt are removed.
     """
-    aside = new_dir_aside(path)
+    partial = new_partial_dir(path)
     try:
-        yield aside
-        aside.rename(path)
+        yield partial
+        partial.rename(path)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def aside_dir(path: Path, what: str = "writing") -> Path:
-    """Where a folder is prepared that will be `path`, or what is to go from there: the same name on all ranks."""
+def partial_dir(path: Path, what: str = "writing") -> Path:
+    """Return where a folder is prepared that will be `path`, or moved to be removed: the same name on all ranks."""
     folder = writer_folder(path)
     if folder is None:
         return path.with_name(f".{what}-{path.name}")
     return folder / f"{what}-{path.parent.name}-{path.name}"
 
 
-def new_dir_aside(path: Path) -> Path:
-    """An empty folder to fill, for `publish_dir`; what an earlier attempt left of it goes."""
-    aside = aside_dir(path)
-    shutil.rmtree(aside, ignore_errors=True)
+def new_partial_dir(path: Path) -> Path:
+    """Make an empty folder to fill, for `publish_dir`; leftovers of an earlier attempt are removed."""
+    partial = partial_dir(path)
+    shutil.rmtree(partial, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with keeping_fence(path):
-        aside.mkdir()
-    return aside
+        partial.mkdir()
+    return partial
 
 
-def publish_dir(aside: Path, final: Path) -> None:
-    """Make a folder that was written aside visible under its final name, durably and in one step."""
+def publish_dir(partial: Path, final: Path) -> None:
+    """Rename a finished partial folder to its final name, durably and atomically."""
     if final.exists():
         remove_dir(final)
     with keeping_fence(final):
-        aside.rename(final)
+        partial.rename(final)
     _fsync(final.parent)
 
 
 def remove_dir(path: Path) -> None:
-    """Remove a folder that readers may look at: whole, in one step. A missing one is no error."""
-    doomed = aside_dir(path, "removing")
+    """Remove a folder that others may be reading: atomically. A missing one is no error."""
+    doomed = partial_dir(path, "removing")
     shutil.rmtree(doomed, ignore_errors=True)
     try:
         with keeping_fence(path):
@@ -168,14 +169,14 @@ def remove_dir(path: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
-    """Make a file durable, or the renames inside a folder."""
+    """Flush a file, or the renames inside a folder, to disk."""
     with _opened(path) as descriptor:
         os.fsync(descriptor)
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """A descriptor of a file or folder."""
+    """Yield a descriptor of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield descriptor
@@ -185,9 +186,10 @@ def _opened(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold an flock on a file for the block; the kernel drops it when the process dies, and the file goes at its end.
+    """Hold an flock on a file for the block; the kernel drops it when the process dies, and the file is removed at the
+    end.
 
-    Yields False where another process has it and `wait` is false.
+    Yields False if another process holds it and `wait` is false.
 
     Raises:
         OSError: the file system has no locks.
@@ -205,18 +207,18 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
             raise
         if _is_file(path, descriptor):
             break
-        os.close(descriptor)  # whoever held it before has removed the file
+        os.close(descriptor)  # the previous holder has removed the file
     try:
         yield True
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open, too
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked in the meantime has it open, too
         os.close(descriptor)
 
 
 def _is_file(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one under this name."""
+    """Return whether an open file is still the one under this name."""
     try:
         found = os.fstat(descriptor)
         return found.st_nlink > 0 and os.path.samestat(found, path.stat())

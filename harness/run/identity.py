@@ -1,7 +1,7 @@
-"""What names a run and an evaluation: the fields that differ from their defaults, and the content of the data sets,
+"""Identities of runs and evaluations: the fields that differ from their defaults, and the content of the data sets,
 never a path, a time or a machine.
 
-Whoever adds a field gives it the default under which the code does what it did before: then no run is renamed.
+A new field must default to what the code did before: then no run is renamed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Values = Mapping[str, Any]
 
 
 def training_digest(training: Values, horizon: int | None) -> str:
-    """Eight hex digits of what a run trains.
+    """Compute eight hex digits that identify what a run trains.
 
     Args:
         training: `TrainingConfig` as JSON values, without those that are defaults.
         horizon: images after which a cosine schedule ends; None under `wsd`, where budgets branch off one trunk.
     """
-    fields = flat(training)
+    fields = flatten(training)
     fields["data.sources"] = [
         {
             "content": source.get("fingerprint") or f"unknown: {source['path']}",
@@ -29,23 +29,23 @@ def training_digest(training: Values, horizon: int | None) -> str:
         }
         for source in training["data"]["sources"]
     ]
-    return digest_of("training", fields | ({} if horizon is None else {"schedule.images": horizon}))
+    return config_digest("training", fields | ({} if horizon is None else {"schedule.images": horizon}))
 
 
-def flat(values: Values, prefix: str = "") -> dict[str, Any]:
-    """Nested sections by dotted names."""
+def flatten(values: Values, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested sections to dotted names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
-def digest_of(kind: Literal["training", "validation", "probe"], fields: Values) -> str:
-    """Eight hex digits of what is trained or how something is measured."""
+def config_digest(kind: Literal["training", "validation", "probe"], fields: Values) -> str:
+    """Compute eight hex digits of what is trained or how something is measured."""
     text = json.dumps({"schema": 1, "kind": kind, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return content_of(text)
+    return short_hash(text)
 
 
-def content_of(text: str) -> str:
-    """Eight hex digits of a text."""
+def short_hash(text: str) -> str:
+    """Compute eight hex digits of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]

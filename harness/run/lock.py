@@ -1,8 +1,8 @@
 """A lock on a file, held for a process's life: the kernel, or the file server, drops it when the process is gone.
 
-A run has two: `lock`, of the first rank of its trainer, and `claim`, of the worker that started it. Nothing is renewed
-and no clock is read: who holds the lock is alive, even where it stands still. What a holder may still write after it
-lost the lock, cut off from the file server, is up to the fence (`harness.run.fence`).
+A run has two: `lock`, held by the first rank of its trainer, and `claim`, held by the worker that started it. Nothing
+is renewed and no clock is read: the holder is alive, even if it stands still. A holder that lost its lock, cut off from
+the file server, is stopped by the fence (`harness.run.fence`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pydantic import TypeAdapter
 
 from aimscale.aim.errors import UserError
 
-LOOK_S = 1.0
-"""A look at a lock (`is_held`) holds it for microseconds; who wants it tries again for so long."""
+PATIENCE_S = 1.0
+"""Seconds for which a lock is tried: `is_held` takes it for microseconds, which must not look like another holder."""
 _descriptors: set[int] = set()
-"""Of the locks that this process holds."""
+"""Descriptors of the locks that this process holds."""
 
 
 class LockHeld(UserError):
@@ -36,28 +36,28 @@ class LockHeld(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """What a lock's file says of the process that holds it, or held it last."""
+    """Process that holds a lock, or held it last, as written in the lock's file."""
 
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Names this holding of the lock."""
+    """Random name of this holding of the lock."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else the holder says of itself."""
+    """Further facts that the holder recorded."""
 
 
 _HOLDER = TypeAdapter(Holder)
 
 
 class Lock:
-    """An exclusive lock; its file stays where it is, and says who held it last."""
+    """Exclusive lock on a file; the file stays, and says who held it last."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = -1
 
     def take(self, **facts: Any) -> Holder | None:
-        """Take it and write down who holds it; None where another process has it.
+        """Take the lock and record its holder; None if another process has it.
 
         Raises:
             UserError: the file system cannot be written, or has no locks.
@@ -66,12 +66,12 @@ class Lock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            if not _locked(descriptor, fcntl.LOCK_EX, patience_s=LOOK_S):
+            if not _locked(descriptor, fcntl.LOCK_EX, patience_s=PATIENCE_S):
                 os.close(descriptor)
                 return None
             holder = Holder(facts=facts)
             text = (json.dumps(asdict(holder)) + "\n").encode()
-            os.pwrite(descriptor, text, 0)  # readers read its first line, whatever of an older one follows
+            os.pwrite(descriptor, text, 0)  # readers read one line: the rest of a longer, older text does no harm
             os.ftruncate(descriptor, len(text))
         except OSError as error:
             if descriptor >= 0:
@@ -82,7 +82,7 @@ class Lock:
         return holder
 
     def release(self) -> None:
-        """Let it go; without effect where it is not held."""
+        """Release the lock; without effect if it is not held."""
         if self._descriptor in _descriptors:
             _descriptors.remove(self._descriptor)
             os.close(self._descriptor)
@@ -90,7 +90,7 @@ class Lock:
 
 
 def _leave_to_parent() -> None:
-    """In a forked child, which shares the parent's locks: it must neither keep them nor let them go."""
+    """Close the parent's locks in a forked child, which must neither keep nor release them."""
     while _descriptors:
         os.close(_descriptors.pop())
 
@@ -99,7 +99,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @contextlib.contextmanager
-def holding(path: Path, **facts: Any) -> Iterator[Holder]:
+def hold_lock(path: Path, **facts: Any) -> Iterator[Holder]:
     """Hold a lock for the block.
 
     Raises:
@@ -119,7 +119,7 @@ def holding(path: Path, **facts: Any) -> Iterator[Holder]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a live process holds the lock; a file that cannot be opened is held by nobody.
+    """Return whether a live process holds the lock; a file that cannot be opened is held by nobody.
 
     Raises:
         UserError: the file system has no locks.
@@ -137,13 +137,14 @@ def is_held(path: Path) -> bool:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who holds a lock, or held it last; None where its file says nothing that can be read."""
+    """Read who holds a lock, or held it last; None if its file cannot be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         return _HOLDER.validate_json(path.read_bytes().partition(b"\n")[0])
     return None
 
 
 def _locked(descriptor: int, kind: int, patience_s: float = 0.0) -> bool:
+    """Try for `patience_s` to lock a file without blocking."""
     deadline = time.monotonic() + patience_s
     while True:
         try:
@@ -156,6 +157,7 @@ def _locked(descriptor: int, kind: int, patience_s: float = 0.0) -> bool:
 
 
 def _refusal(path: Path, error: OSError) -> UserError:
+    """Turn a failure to lock into a sentence for the user."""
     if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
         return UserError(
             f"the file system of {path.parent} has no locks ({error.strerror}), without which two machines could "

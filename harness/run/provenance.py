@@ -1,4 +1,4 @@
-"""Where a result came from: code, command, packages, hardware, one entry per start of a run in `results.json`.
+"""Provenance of results: code, command, packages and hardware, one entry per start of a run in `results.json`.
 
 The code of queued jobs is pinned: a copy of the packages as they are at launch, which later edits do not reach.
 """
@@ -29,14 +29,15 @@ ROOT = "src/aimscale"
 """Folder of the top package in a source tree; there the packages are links to the folders beside it."""
 ROOMS = ("aim", "harness", "sweeps", "analysis", ROOT)
 SOURCE = Path(__file__).resolve().parents[2]
-"""The source tree, where this is one."""
+"""Root of the source tree, if the code runs from one."""
 
 
 @functools.cache
 def git_commit() -> tuple[str | None, bool | None]:
-    """Commit of the source tree this code runs from and whether it has uncommitted changes; nulls outside git.
+    """Return the commit of the source tree this code runs from, and whether it has uncommitted changes; nulls outside
+    git.
 
-    A launcher that copied the code (`Snapshot`), or an image, says in the environment what it copied.
+    A launcher that copied the code (`Snapshot`), or a container image, passes both in the environment.
     """
     if commit := os.environ.get("AIMSCALE_GIT_COMMIT"):  # empty in an image that was built without one
         return commit, os.environ.get("AIMSCALE_GIT_DIRTY") == "1"
@@ -48,7 +49,7 @@ def git_commit() -> tuple[str | None, bool | None]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages a result depends on."""
+    """Return the versions of the packages a result depends on."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -59,7 +60,7 @@ def package_versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Model name of the processor (Linux), or else its architecture."""
+    """Return the model name of the processor (Linux), or else its architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -68,8 +69,8 @@ def cpu_name() -> str:
 
 
 def process_age_s() -> float:
-    """Seconds since this process was started, imports included (Linux)."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])  # from the boot to its start
+    """Return the seconds since this process was started, imports included (Linux)."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])  # from boot to start
     uptime_s = float(Path("/proc/uptime").read_text().split()[0])
     return uptime_s - ticks / os.sysconf("SC_CLK_TCK")
 
@@ -78,7 +79,7 @@ def record_start(run: RunDir, facts: dict[str, Any]) -> None:
     """Add this start to `results.json`.
 
     Args:
-        facts: what the caller knows: device, world size, ZeRO stage, measured peaks.
+        facts: facts that the caller knows: device, world size, ZeRO stage, measured peaks.
     """
     commit, is_dirty = git_commit()
     run.record_start(
@@ -99,7 +100,7 @@ def record_start(run: RunDir, facts: dict[str, Any]) -> None:
 
 
 def is_imported(run: RunDir) -> bool:
-    """Whether the run's weights came from elsewhere (`aimscale weights import`)."""
+    """Return whether the run's weights came from elsewhere (`aimscale weights import`)."""
     try:
         return any("imported" in start for start in run.read_starts())
     except UserError:
@@ -108,17 +109,17 @@ def is_imported(run: RunDir) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Where jobs find their code."""
+    """Pinned copy of the code, which jobs run."""
 
     path: Path
     """Folder that holds the packages."""
     commit: str
     dirty: bool
-    """Whether it holds changes that are not committed."""
+    """Whether it holds uncommitted changes."""
 
 
 def find_snapshot(sweep_dir: Path, *, allow_dirty: bool, source: Path = SOURCE) -> Snapshot | None:
-    """Name the snapshot that a launch from `source` would use; none for an installed release. Nothing is written.
+    """Name the snapshot that a launch from `source` would use; None for an installed release. Nothing is written.
 
     Raises:
         UserError: there are uncommitted changes, and `allow_dirty` is not set.
@@ -141,19 +142,19 @@ def make_snapshot(snapshot: Snapshot, source: Path = SOURCE) -> None:
     """Copy the packages into the snapshot's folder, once."""
     if snapshot.path.exists():
         return
-    aside = snapshot.path.with_name(f".{snapshot.path.name}.{uuid.uuid4().hex[:8]}")
+    partial = snapshot.path.with_name(f".{snapshot.path.name}.{uuid.uuid4().hex[:8]}")
     for name in _files(source):
-        target = aside / "aimscale" / name.removeprefix(f"{ROOT}/")
+        target = partial / "aimscale" / name.removeprefix(f"{ROOT}/")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / name, target)
     try:
-        os.rename(aside, snapshot.path)
-    except OSError:  # another launch was quicker
-        shutil.rmtree(aside)
+        os.rename(partial, snapshot.path)
+    except OSError:  # another launch was faster
+        shutil.rmtree(partial)
 
 
 def _files(source: Path) -> list[str]:
-    """Tracked files and untracked ones that git does not ignore, of the packages."""
+    """List the packages' tracked files, and the untracked ones that git does not ignore."""
     listed = git(source, "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *ROOMS)
     return sorted(name for name in listed.split("\0") if name and (source / name).is_file())
 
@@ -166,7 +167,7 @@ def _content_hash(source: Path) -> str:
 
 
 def git(source: Path, *words: str) -> str:
-    """What a command of git prints in a folder."""
+    """Return the output of a git command in a folder."""
     try:
         return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:

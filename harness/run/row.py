@@ -12,25 +12,25 @@ from typing import Any
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.cost import flops_per_image, param_count
 from aimscale.harness.run.config import ModelSection, ObjectiveSection, RunConfig, TrainingConfig
-from aimscale.harness.run.identity import flat
+from aimscale.harness.run.identity import flatten
 from aimscale.harness.run.provenance import git_commit
 
 ROW_VERSION = 1
 
 
 def model_of(training: TrainingConfig) -> ModelConfig:
-    """The model that a run trains."""
+    """Return the model that a run trains."""
     return cached_model(training.model, training.objective)
 
 
 @functools.cache
 def cached_model(section: ModelSection, objective: ObjectiveSection) -> ModelConfig:
-    """The model of these parts of a configuration; planners ask for few models often."""
+    """Build the model of these parts of a configuration; cached, since planners ask for few models often."""
     return model_config(**dict(section), **objective.model_dump(exclude={"prefix"}))
 
 
 def configured_columns(config: RunConfig) -> dict[str, Any]:
-    """Columns known before anything runs; `unique_images` is null where a run takes the whole pool."""
+    """Return the columns known before anything runs; `unique_images` is null if a run takes the whole pool."""
     training = config.training
     model = model_of(training)
     params = param_count(model)
@@ -61,7 +61,7 @@ def configured_columns(config: RunConfig) -> dict[str, Any]:
 
 
 def describe(config: RunConfig) -> dict[str, Any]:
-    """Columns of a row that follow from the configuration and the code alone."""
+    """Return the columns of a row that follow from the configuration and the code alone."""
     commit, is_dirty = git_commit()
     return {
         "schema_version": ROW_VERSION,
@@ -79,18 +79,19 @@ SCALE_FIELDS = {
     "schedule.warmup_images",
     "seed",
 }
-"""What a recipe makes follow from scale, or what has a column of its own: not part of a row's `setup`."""
+"""Fields that a recipe derives from scale, or that have a column of their own: not part of a row's `setup`."""
 
 
 def setup_of(training: TrainingConfig) -> dict[str, Any]:
-    """Dotted training fields that differ from their defaults, but for `SCALE_FIELDS`: equal where only scale differs.
+    """Return the dotted training fields that differ from their defaults, except `SCALE_FIELDS`: equal if only scale
+    differs.
 
     Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
     """
-    fields = flat(training.model_dump(mode="json", exclude_defaults=True))
+    fields = flatten(training.model_dump(mode="json", exclude_defaults=True))
     return {name: value for name, value in fields.items() if name not in SCALE_FIELDS}
 
 
 def planned_columns(config: RunConfig) -> dict[str, Any]:
-    """Everything about a run that its rows say, and was known before training: `configured_columns` and the set-up."""
+    """Return all columns of a run's rows that are known before training: `configured_columns` and the set-up."""
     return configured_columns(config) | {"setup": setup_of(config.training)}

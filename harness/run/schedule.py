@@ -1,8 +1,8 @@
-"""The learning rate as a function of images seen, and the walk over trunk and decay branches.
+"""The learning rate as a function of images seen, and the segments of training: trunk and decay branches.
 
 Warm-up-stable-decay (Hu et al. 2024, arXiv 2404.06395, section 4; Hägele et al. 2024, arXiv 2405.18392) lets one run
-serve several data budgets: the trunk keeps the peak rate, and every budget branches a decay off it. Cosine is what
-the AIM paper used. Torch is not imported here.
+serve several data budgets: the trunk keeps the peak rate, and every budget branches a decay off it. Cosine is the AIM
+paper's schedule. Torch is not imported here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from aimscale.harness.run.config import ConfigError, RunConfig, ScheduleSection
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A stretch of training: a piece of the trunk, or the decay to one budget."""
+    """Segment of training: a piece of the trunk, or the decay to one budget."""
 
     start: int
     """Images seen before its first step."""
@@ -37,7 +37,8 @@ class Schedule:
     """Images seen at which a row is recorded, increasing multiples of the batch size."""
 
     def branch_point(self, budget: int) -> int:
-        """Images seen where the decay to `budget` leaves the trunk, a whole number of steps; 0 under cosine."""
+        """Return the images seen at which the decay to `budget` leaves the trunk, a whole number of steps; 0 under
+        cosine."""
         if self.section.kind == "cosine":
             return 0
         num_steps = budget // self.batch_size
@@ -45,11 +46,12 @@ class Schedule:
         return (num_steps - num_decay_steps) * self.batch_size
 
     def segments(self, position: int = 0, budgets: Sequence[int] | None = None) -> list[Segment]:
-        """What a run does, in order: up the trunk to a branch point, down its branch, back to the trunk, and on.
+        """List the segments of a run in order: up the trunk to a branch point, down its branch, back to the trunk, and
+        on.
 
         Args:
-            position: images seen on the trunk, where the walk begins.
-            budgets: those still to be trained, ascending; all by default.
+            position: images seen on the trunk at the start.
+            budgets: budgets still to be trained, ascending; all by default.
         """
         budgets = self.budgets if budgets is None else budgets
         if self.section.kind == "cosine":
@@ -65,25 +67,26 @@ class Schedule:
 
     @property
     def last_point(self) -> int:
-        """Images seen up to which something may be measured during training: the trunk's end; under cosine a step
-        before the budget."""
+        """Images seen at the last possible measurement during training: the trunk's end; under cosine a step before the
+        budget."""
         last = self.budgets[-1]
         return last - self.batch_size if self.section.kind == "cosine" else self.branch_point(last)
 
     def is_point(self, images_seen: int, every: int | None) -> bool:
-        """Whether a position of the trunk is a point at this distance: the first step at or past a multiple of it."""
+        """Return whether a position of the trunk is the first step at or past a multiple of `every` images."""
         return every is not None and 0 < images_seen <= self.last_point and images_seen % every < self.batch_size
 
     def num_points(self, every: int | None) -> int:
-        """Points at this distance; none at None."""
+        """Return the number of measurements at this distance during training; 0 for None."""
         return self.last_point // max(every, self.batch_size) if every else 0
 
     def images_planned(self) -> int:
-        """Images the whole run trains on: the trunk once and every branch."""
+        """Count the images the whole run trains on: the trunk once and every branch."""
         return sum(segment.stop - segment.start for segment in self.segments())
 
     def lr(self, images_seen: int, branch: int | None) -> float:
-        """Rate of the step that starts after `images_seen` images, on the trunk or on the branch of a budget.
+        """Return the learning rate of the step that starts after `images_seen` images, on the trunk or on the branch of
+        a budget.
 
         It is `lr_start` at the first step, and would be `lr_end` at the step after a budget's last.
         """
@@ -99,7 +102,7 @@ class Schedule:
 
 
 def unchecked_schedule(config: RunConfig) -> Schedule:
-    """The schedule of a run, whose warm-up may be too long."""
+    """Build the schedule of a run without checking its warm-up."""
     return Schedule(
         section=config.training.schedule,
         lr_peak=config.training.optimiser.lr_peak,
@@ -109,7 +112,7 @@ def unchecked_schedule(config: RunConfig) -> Schedule:
 
 
 def schedule_of(config: RunConfig) -> Schedule:
-    """The schedule of a run.
+    """Build the schedule of a run.
 
     Raises:
         ConfigError: the warm-up reaches into the decay of the smallest budget.

@@ -22,7 +22,7 @@ _UNIT = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 class ConfigError(UserError):
-    """A run or sweep configuration that cannot be used as written."""
+    """Run or sweep configuration that cannot be used as written."""
 
 
 class Section(BaseModel):
@@ -32,7 +32,7 @@ class Section(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML's readers silently take the last."""
+    """YAML loader that refuses a repeated key, of which YAML readers silently take the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -70,7 +70,8 @@ def parse(kind: type[SectionT], values: Any, where: str) -> SectionT:
 
 
 def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
-    # A misspelt key or word also leaves its place empty: say the spelling first, and do not count what is missing.
+    # A misspelt key also leaves the right one missing: report the spelling first, and do not count missing keys.
+    """Turn pydantic's report into one sentence."""
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     first, others = errors[0], [each for each in errors[1:] if each["type"] not in ("missing", "too_short")]
     place, said = first["loc"], first["msg"].removeprefix("Value error, ")
@@ -100,7 +101,7 @@ def refuse_unknown(fields: Iterable[str], known: Iterable[str], where: str) -> N
 
 
 def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section that `location` leads to."""
+    """List the field names of the section that `location` leads to."""
     schema = kind.model_json_schema()
     node: dict[str, Any] = schema
     for part in location:
@@ -112,7 +113,7 @@ def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[
 
 
 def count(value: Any) -> Any:
-    """Turn `4k`, `500M`, `2B`, `1e6` or `4096` into an integer; what is no count is left for the caller to report."""
+    """Turn `4k`, `500M`, `2B`, `1e6` or `4096` into an integer; anything else is left for the caller to report."""
     if isinstance(value, bool):
         raise ValueError("must be a count such as 4096, 4k or 500M")
     if isinstance(value, str) and (match := _COUNT.fullmatch(value.strip().replace("_", ""))):

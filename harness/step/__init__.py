@@ -1,1 +1,1 @@
-"""One optimiser step: its images, the DeepSpeed engine, and checkpoints of its state."""
+"""The optimiser step: its images, the DeepSpeed engine, and checkpoints of its state."""

@@ -1,9 +1,10 @@
-"""Checkpoints that know nothing of ranks or ZeRO stages: float32 master weights, Adam moments, and counters.
+"""Checkpoints that are independent of ranks and ZeRO stages: float32 master weights, Adam moments, and counters.
 
-A checkpoint is a folder: safetensors files with `param/<name>@<start>`, `exp_avg/..` and `exp_avg_sq/..`, which are
-stretches of flattened tensors as ranks held them, so that none sends or reads more than its share; and `manifest.json`
-with the files' sizes and checksums and everything else a run needs to go on. Every rank's file has such a manifest of
-its own beside it, by which `harness.step.saving`, which writes all of them, knows that it is whole.
+A checkpoint is a folder of safetensors files and `manifest.json`. The files hold `param/<name>@<start>`, `exp_avg/..`
+and `exp_avg_sq/..`: slices of flattened tensors as ranks held them, so that no rank sends or reads more than its share.
+The manifest holds the files' sizes and checksums and everything else that a run needs to resume. Every rank's file has
+such a manifest of its own beside it, by which `harness.step.saving`, which writes all of them, knows that it is
+complete.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ _CHUNK = 1 << 24
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written or is damaged."""
+    """Checkpoint that cannot be written or is damaged."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`manifest.json`: what a checkpoint is, apart from its tensors."""
+    """Contents of `manifest.json`: everything in a checkpoint but its tensors."""
 
     run_id: str
     images_seen: int
     """Position in the stream."""
     branch: int | None
-    """The budget it decays to; null on the trunk."""
+    """Budget that the run decays to; null on the trunk."""
     adam_step: int
     """Updates applied so far, for the moments' bias correction."""
     progress: dict[str, Any]
@@ -50,7 +51,7 @@ class Manifest:
 
 
 def file_crc32(path: Path) -> int:
-    """CRC-32 of a file's bytes."""
+    """Compute the CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -59,7 +60,7 @@ def file_crc32(path: Path) -> int:
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest of a complete checkpoint; None when there is none or its files do not have their sizes."""
+    """Read the manifest of a complete checkpoint; None if there is none or its files do not have their sizes."""
     manifest = _manifest_in(path / "manifest.json")
     with contextlib.suppress(OSError, KeyError):
         if manifest and all((path / name).stat().st_size == entry["size"] for name, entry in manifest.files.items()):
@@ -68,7 +69,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def read_parts(path: Path) -> list[Manifest]:
-    """The manifests of a checkpoint's parts, in the order of ranks; empty while one is missing."""
+    """Read the manifests of a checkpoint's parts, in the order of ranks; empty while one is missing."""
     found = sorted(path.glob("part-*-of-*.json"))
     if not found or len(found) < int(found[0].stem.rpartition("-")[2]):
         return []
@@ -77,13 +78,14 @@ def read_parts(path: Path) -> list[Manifest]:
 
 
 def _manifest_in(path: Path) -> Manifest | None:
+    """Read a manifest; None if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Manifest(**json.loads(path.read_text()))
     return None
 
 
 def complete_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
-    """Complete checkpoints of a run, the furthest along its walk last."""
+    """List the complete checkpoints of a run; the last one is furthest in training."""
     if not folder.is_dir():
         return []
     found = [(path, read_manifest(path)) for path in folder.iterdir() if not path.name.startswith(".")]
@@ -92,7 +94,7 @@ def complete_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
 
 
 def load_checkpoint(path: Path, engine: Engine, group: Group) -> Manifest:
-    """Bring an engine to a checkpoint's state, whatever ranks and ZeRO stage wrote it; all ranks call this together.
+    """Restore an engine from a checkpoint, whatever ranks and ZeRO stage wrote it; all ranks call this together.
 
     Raises:
         CheckpointError: a file is damaged (on all ranks).
@@ -102,12 +104,12 @@ def load_checkpoint(path: Path, engine: Engine, group: Group) -> Manifest:
         engine.adam_state(owner)["step"].fill_(manifest.adam_step)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(safetensors.safe_open(path / name, framework="pt")) for name in manifest.files]
-        stretches = _stretches(files)
+        slices = _slices(files)
         for fragment in engine.fragments():
             for kind in (MASTER, *ADAM_MOMENTS) if fragment.numel else ():
                 flat = fragment.flat if kind == MASTER else engine.adam_state(fragment.flat)[kind]
                 target, first = fragment_of(flat, fragment), fragment.param_start
-                for start, values in stretches[f"{kind}/{fragment.name}"]:
+                for start, values in slices[f"{kind}/{fragment.name}"]:
                     low, high = max(first, start), min(first + fragment.numel, start + values.get_shape()[0])
                     if low < high:
                         target[low - first : high - first].copy_(values[low - start : high - start])
@@ -117,7 +119,7 @@ def load_checkpoint(path: Path, engine: Engine, group: Group) -> Manifest:
 
 
 def _checked_manifest(path: Path, group: Group) -> Manifest:
-    """The manifest of a checkpoint whose files have their checksums; ranks share the reading."""
+    """Read the manifest of a checkpoint and verify its files' checksums; ranks share the reading."""
     manifest = read_manifest(path)
     names = sorted(manifest.files) if manifest else []
     own = [
@@ -134,8 +136,8 @@ def _checked_manifest(path: Path, group: Group) -> Manifest:
     return manifest
 
 
-def _stretches(files: list[Any]) -> dict[str, list[tuple[int, Any]]]:
-    """Kind and name of a tensor -> its stretches: index of the first value, and what reads a slice of them."""
+def _slices(files: list[Any]) -> dict[str, list[tuple[int, Any]]]:
+    """Map kind and name of a tensor to its slices: index of the first value, and a lazy reader of the values."""
     found = collections.defaultdict(list)
     for file in files:
         for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -145,7 +147,7 @@ def _stretches(files: list[Any]) -> dict[str, list[tuple[int, Any]]]:
 
 
 def load_newest(folder: Path, engine: Engine, group: Group, *, branches: Collection[int]) -> Manifest | None:
-    """Load the checkpoint furthest along the walk, or an earlier one where that is damaged (which is then deleted).
+    """Load the checkpoint furthest in training, or if it is damaged an earlier one; damaged ones are then deleted.
 
     Args:
         group: all ranks call this together.

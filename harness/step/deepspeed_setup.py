@@ -1,6 +1,5 @@
-"""How DeepSpeed is set up: its configuration, the optimiser that it wraps, a model placed in parts, and the check that
-this version of it has the private attributes that `harness.step.engine` reads.
-"""
+"""Set-up of DeepSpeed: its configuration, the optimiser that it wraps, a partitioned model, and the check that this
+version has the private attributes that `harness.step.engine` reads."""
 
 from __future__ import annotations
 
@@ -17,30 +16,30 @@ from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import OptimiserSection
 
 TESTED_DEEPSPEED = "0.19.8"
-"""The version that the tests passed with."""
+"""Version that the tests passed with."""
 
 
 class DeepSpeedError(UserError):
-    """A version of DeepSpeed that cannot be used."""
+    """Version of DeepSpeed that cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a model is trained on this hardware."""
+    """Options of training a model on this hardware."""
 
     zero_stage: int
-    """0: everything on every rank; 1: optimiser state is split over ranks; 2: gradients too; 3: weights too."""
+    """Stage 0 replicates everything on every rank; 1 shards the optimiser state; 2 gradients too; 3 weights too."""
     activation_checkpointing: bool = False
-    """Recompute block activations in the backward pass."""
+    """Whether block activations are recomputed in the backward pass."""
     compile: bool = False
-    """torch.compile every block."""
+    """Whether torch.compile compiles every block."""
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips on the global norm and leaves everything as it was when the norm is not finite.
+    """AdamW that clips by the global norm, and changes nothing if the norm is not finite.
 
-    Used at ZeRO stage 0, where DeepSpeed clips without looking; the attributes are those that DeepSpeed reads from its
-    own optimisers.
+    It is used at ZeRO stage 0, where DeepSpeed clips without checking; the attributes are those that DeepSpeed reads
+    from its own optimisers.
     """
 
     def __init__(self, *args: Any, clip_norm: float, **kwargs: Any) -> None:
@@ -51,7 +50,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step, or none."""
+        """Take one step, or none if the gradient is not finite."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self._global_grad_norm = norm
@@ -64,7 +63,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def make_optimiser(model: AIM, section: OptimiserSection, options: EngineOptions) -> torch.optim.Optimizer:
-    """torch's AdamW over the model's parameter groups."""
+    """Make torch's AdamW over the model's parameter groups."""
     settings: dict[str, Any] = {"lr": section.lr_peak, "betas": section.betas, "eps": section.eps, "fused": True}
     groups = model.param_groups(section.weight_decay)
     if options.zero_stage == 0:
@@ -75,7 +74,7 @@ def make_optimiser(model: AIM, section: OptimiserSection, options: EngineOptions
 def deepspeed_config(
     section: OptimiserSection, options: EngineOptions, num_values: int, group: Group
 ) -> dict[str, Any]:
-    """What DeepSpeed is told; `num_values` is the model's number of parameters."""
+    """Build DeepSpeed's configuration; `num_values` is the model's number of parameters."""
     # Stages 1 to 3 allocate whole buckets.
     bucket = max(1, min(MAX_BUCKET_VALUES, num_values))
     config: dict[str, Any] = {
@@ -90,8 +89,8 @@ def deepspeed_config(
         "zero_optimization": {
             "stage": options.zero_stage,
             "reduce_bucket_size": bucket,
-            # Stages 1 and 2 reduce a bucket on all ranks either way. Told to scatter it, they divide by the number of
-            # ranks before, in bf16, which rounds unless it is a power of two.
+            # Stages 1 and 2 reduce a bucket on all ranks either way. With reduce_scatter they divide by the number of
+            # ranks first, in bf16, which rounds unless that is a power of two.
             "reduce_scatter": options.zero_stage == 3,
             "overlap_comm": group.world_size > 1,
         },
@@ -103,7 +102,7 @@ def deepspeed_config(
 
 
 def place_partitioned(deepspeed: Any, model: AIM, settings: dict[str, Any], device: torch.device) -> None:
-    """Give a meta model its memory for ZeRO 3, layer by layer, so that no rank ever holds it whole."""
+    """Allocate a meta model for ZeRO 3, layer by layer, so that no rank ever holds it whole."""
     model.preprocessor.to_empty(device=device, recurse=False)
     model.pixel_head.to_empty(device=device, recurse=False)
     placed: Any = None
@@ -138,11 +137,11 @@ _READ = {
         ("ds_shape", "ds_numel"),
     ),
 }
-"""ZeRO stage -> what is read of DeepSpeed's optimiser (`|`: one of them), and of each parameter."""
+"""ZeRO stage -> attributes read of DeepSpeed's optimiser (`|`: one of them), and of each parameter."""
 
 
 def check_deepspeed(engine: Any, optimizer: Any, parameters: list[nn.Parameter], stage: int) -> None:
-    """Raise DeepSpeedError where this version lacks something that is read of it."""
+    """Raise DeepSpeedError if this version lacks an attribute that is read."""
     of_optimizer, of_parameters = _READ[stage]
     steps = ("set_gradient_accumulation_boundary", "get_global_grad_norm", "was_step_applied")
     missing = [

@@ -1,8 +1,8 @@
-"""One optimiser step on DeepSpeed: ZeRO 0-3, bf16 or fp32, accumulation by sums, clipping, no drift on bad steps.
+"""The optimiser step on DeepSpeed: ZeRO 0-3, bf16 or fp32, accumulation of sums, clipping, and no drift on bad steps.
 
-What DeepSpeed averages over ranks, this module turns back into a sum divided by the global count of targets. The
-learning rate is set here for every step: DeepSpeed's own schedulers would stand still on skipped steps.
-`Engine.fragments` shows where the float32 master weights and Adam moments of every parameter live on this rank, the
+DeepSpeed averages over ranks; this module turns the average back into a sum over the global count of targets. The
+learning rate is set here for every step: DeepSpeed's own schedulers would not advance on skipped steps.
+`Engine.fragments` shows where the float32 master weights and Adam moments of every parameter are on this rank, in the
 same way for every ZeRO stage; `harness.step.checkpoint` reads and writes them.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from aimscale.aim.config import ModelConfig, ModelConfigError
 from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.device.distributed import Group, import_deepspeed
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.deepspeed_setup import (
@@ -36,47 +36,48 @@ ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What a step leaves behind; tensors stay on the device, so nothing waits for it."""
+    """Result of a step; tensors stay on the device, so nothing waits for it."""
 
     loss_sum: Tensor
-    """float32 scalar: this rank's share of the batch's loss sum."""
+    """This rank's share of the batch's loss sum, float32 scalar."""
     grad_norm: Tensor
-    """float32 scalar: global gradient norm before clipping."""
+    """Global gradient norm before clipping, float32 scalar."""
     was_applied: bool
-    """False where the gradient was not finite: weights, moments and step count are as before."""
+    """Whether the step was applied; a step whose gradient is not finite leaves weights, moments and step count as
+    before."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """The part of one parameter whose master weight and moments live on this rank."""
+    """Part of one parameter whose master weight and moments are on this rank."""
 
     name: str
     shape: torch.Size
     """Shape of the whole parameter."""
     flat: Tensor
-    """The optimiser's own float32 tensor that holds the part."""
+    """The optimiser's float32 tensor that holds the part."""
     flat_start: int
-    """Where in `flat` the part starts."""
+    """Start of the part in `flat`."""
     param_start: int
-    """Where in the flattened parameter the part starts."""
+    """Start of the part in the flattened parameter."""
     numel: int
     """Length of the part; 0 where another rank owns the parameter."""
 
 
 class Engine:
-    """A model, its optimiser, and the one way to step them."""
+    """Model and its optimiser, which step together."""
 
     def __init__(
         self, config: ModelConfig, optimiser: OptimiserSection, options: EngineOptions, group: Group, *, seed: int = 0
     ) -> None:
         """Make an AIM on the group's device, whose weights are those of `AIM.initial_value` at this seed.
 
-        The model is never whole in host memory: a rank draws, tensor by tensor, what it holds master weights of.
+        The model is never whole in host memory: a rank draws, tensor by tensor, those whose master weights it holds.
 
         Raises:
             ConfigError: bf16 at stage 0, which DeepSpeed gets wrong.
             ModelConfigError: the model has another number of parameters than `aim.cost` counts.
-            DeepSpeedError: a version of DeepSpeed that lacks what is read here.
+            DeepSpeedError: a version of DeepSpeed that lacks a private attribute read here.
         """
         if optimiser.precision == "bf16" and options.zero_stage == 0:
             raise ConfigError("zero_stage 0 cannot keep float32 master weights for bf16; use zero_stage 1, 2 or 3")
@@ -110,7 +111,7 @@ class Engine:
         self.module: nn.Module = self._engine.module
         check_deepspeed(self._engine, self._optimizer, list(self.module.parameters()), options.zero_stage)
         if group.world_size == 1 and options.zero_stage <= 1 and not hasattr(self._optimizer, "reduce_gradients"):
-            self._engine.enable_backward_allreduce = False  # it would copy all gradients to and fro
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients back and forth
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         for fragment in self.fragments():
             if fragment.numel:
@@ -119,10 +120,10 @@ class Engine:
         self.publish_masters()
 
     def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepOutcome:
-        """Forward and backward over this rank's micro-batches, then one update.
+        """Run forward and backward over this rank's micro-batches, then one update.
 
         Args:
-            micro_batches: at least one, as many as on every other rank, on any device.
+            micro_batches: at least one, equally many on every rank, on any device.
             num_targets: scored targets of the whole batch, over all ranks.
         """
         for param_group in self._optimizer.param_groups:
@@ -133,7 +134,7 @@ class Engine:
         for index, batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             images = batch.images_on(self.group.device)
-            batch_loss_sum, _ = self._engine(images, batch.given)
+            batch_loss_sum, _ = self._engine(images, batch.prefix_lengths)
             self._engine.backward(batch_loss_sum * scale, scale_wrt_gas=False)
             loss_sum += batch_loss_sum.detach()
         self._engine.step()
@@ -145,16 +146,16 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Give back weights, gradients, masters and moments; the engine is of no use afterwards."""
+        """Free weights, gradients, masters and moments; the engine is unusable afterwards."""
         parameters = list(self.module.parameters())
         held = [parameters, [vars(p) for p in parameters], vars(self._optimizer), list(self.adamw.state.values())]
         self._engine.destroy()
-        # DeepSpeed's hooks keep some of these alive, so their memory is given back and not only their names.
-        give_back(held)
+        # DeepSpeed's hooks keep some of these alive, so their storage is freed explicitly.
+        free_storage(held)
         del self._engine, self._optimizer, self.module
 
     def fragments(self) -> list[Fragment]:
-        """Every parameter's part on this rank, in the model's order, the same list of names on every rank."""
+        """Return every parameter's part on this rank, in the model's order, the same list of names on every rank."""
         return [self._fragment(param) for param in self.module.parameters()]
 
     def _fragment(self, param: Any) -> Fragment:
@@ -185,19 +186,19 @@ class Engine:
         )
 
     def _flat_masters(self) -> list[Tensor]:
-        """The float32 tensors that the inner AdamW updates, one per parameter group (stages 1 and 2)."""
+        """Return the float32 tensors that the inner AdamW updates, one per parameter group (stages 1 and 2)."""
         if hasattr(self._optimizer, "fp32_groups_flat_partition"):
             return list(self._optimizer.fp32_groups_flat_partition)
         return list(self._optimizer.single_partition_of_fp32_groups)
 
     @property
     def adamw(self) -> torch.optim.Optimizer:
-        """The AdamW inside DeepSpeed's optimiser, which steps `optimiser_tensors`."""
+        """The AdamW inside DeepSpeed's optimiser, which updates `optimiser_tensors`."""
         inner: torch.optim.Optimizer = self._optimizer if self.options.zero_stage == 0 else self._optimizer.optimizer
         return inner
 
     def optimiser_tensors(self) -> list[Tensor]:
-        """The tensors that key the inner AdamW's state on this rank."""
+        """Return the tensors that key the inner AdamW's state on this rank."""
         if self.options.zero_stage == 0:
             return [p for group in self._optimizer.param_groups for p in group["params"]]
         if self.options.zero_stage == 3:
@@ -205,7 +206,7 @@ class Engine:
         return self._flat_masters()
 
     def adam_state(self, owner: Tensor) -> dict[str, Any]:
-        """`step`, `exp_avg` and `exp_avg_sq` of one tensor; zeros before the first step."""
+        """Return `step`, `exp_avg` and `exp_avg_sq` of one tensor; zeros before the first step."""
         assert any(owner is tensor for tensor in self.optimiser_tensors()), "the state is keyed by the tensor object"
         state = self.adamw.state[owner]
         if not state:
@@ -216,7 +217,7 @@ class Engine:
         return state
 
     def publish_masters(self) -> None:
-        """Copy the masters into the weights that the forward pass uses, on all ranks."""
+        """Copy the master weights into the weights of the forward pass, on all ranks."""
         if self.options.zero_stage == 3:
             optimizer = self._optimizer
             optimizer._partition_all_parameters()
@@ -228,8 +229,8 @@ class Engine:
             self._optimizer.update_lp_params()
 
 
-def compiles(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: int) -> bool:
-    """What `runtime.compile` means: `auto` compiles the blocks on a GPU, but not at ZeRO 3, whose hooks break graphs.
+def should_compile(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: int) -> bool:
+    """Interpret `runtime.compile`: `auto` compiles the blocks on a GPU, but not at ZeRO 3, whose hooks break graphs.
 
     Raises:
         ConfigError: it was asked for on a CPU, where it makes steps slower.
@@ -243,14 +244,14 @@ def compiles(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: i
     return False
 
 
-def give_back(held: Any) -> None:
-    """Free the memory of tensors inside nested lists and dictionaries, gradients included."""
+def free_storage(held: Any) -> None:
+    """Free the storage of tensors inside nested lists and dictionaries, gradients included."""
     for tensor in _tensors_in(held):
         tensor.untyped_storage().resize_(0)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors inside nested lists and dictionaries, gradients included."""
+    """Yield the tensors inside nested lists and dictionaries, gradients included."""
     if isinstance(value, Tensor):
         yield value
         if value.is_leaf and value.grad is not None:
@@ -263,10 +264,10 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def fragment_of(flat: Tensor, fragment: Fragment) -> Tensor:
-    """The part's values inside one of the optimiser's flat tensors, 1-D."""
+    """Return the part's values inside one of the optimiser's flat tensors, 1-D."""
     return flat.detach().view(-1).narrow(0, fragment.flat_start, fragment.numel)
 
 
 def part_of(whole: Tensor, fragment: Fragment) -> Tensor:
-    """The part's values inside the whole parameter, 1-D."""
+    """Return the part's values inside the whole parameter, 1-D."""
     return whole.reshape(-1).narrow(0, fragment.param_start, fragment.numel)

@@ -1,9 +1,9 @@
-"""The images of every step, and what all ranks must know of them before they train on them: one exchange a step.
+"""The images of every step, and one exchange per step of what all ranks must know before they train on them.
 
-While a step is computed, the images of the next are fetched, and what the ranks must know of them is exchanged: no step
-waits for an exchange. A rank whose shard is broken must not leave the others waiting in a collective: what went wrong
-is part of the exchange, so that all ranks end together, with the same sentence. The same exchange adds up the samples
-that could not be decoded, so that their share is that of the whole run, over ranks and restarts.
+While a step is computed, the next step's images are fetched and its exchange is made, so no step waits for it. A rank
+whose shard is broken must not leave the others waiting in a collective: errors are part of the exchange, so that all
+ranks end together, with the same sentence. The exchange also sums the undecodable samples, so that their share is that
+of the whole run, over ranks and restarts.
 """
 
 from __future__ import annotations
@@ -21,54 +21,55 @@ import torch
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
-from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.device.distributed import Group
 
 T = TypeVar("T")
 
 MIN_IMAGES = 1000
-"""The share of undecodable samples is taken over this many images at least: the first bad one is no reason to stop."""
+"""Minimum number of images over which the share of undecodable samples is taken: the first bad one is no reason to
+stop."""
 CLOSE_S = 5.0
-"""A loader that still waits for images when its rank has failed is closed after at most so long, or left as it is."""
+"""Seconds to wait for a loader when its rank has failed; a loader that still waits for images then is not closed."""
 
 
 class PeerFailedError(RuntimeError):
-    """Another rank failed, and not through a user's mistake."""
+    """Failure of another rank that is no user's mistake."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """What this rank has to say to the others beside its images."""
+class RankRequest:
+    """Requests of this rank to all others, exchanged with its images."""
 
     stop: bool = False
-    """It was asked to stop."""
+    """Whether this rank was asked to stop."""
     save: bool = False
-    """It wants a checkpoint."""
+    """Whether this rank wants a checkpoint."""
     error: Exception | None = None
-    """What went wrong beside the loading of images."""
+    """Error other than in loading images."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """This rank's images of one step, and what all ranks have in it."""
+    """This rank's images of one step, and the totals of all ranks."""
 
     micro_batches: list[Batch]
-    """Of this rank. Empty the list after the step: the loader's memory is filled anew when nobody holds it."""
+    """Micro-batches of this rank. Empty the list after the step: the loader refills memory that nobody holds."""
     num_targets: int
-    """Scored targets, over all ranks."""
+    """Scored targets of all ranks."""
     num_bad_samples: int
-    """Undecodable samples, over all ranks; replaced."""
+    """Undecodable samples of all ranks; replaced."""
     must_stop: bool
-    """Whether any rank was asked to stop, when its images were there."""
+    """Whether any rank had been asked to stop when its images were ready."""
     must_save: bool
-    """Whether any rank wanted a checkpoint behind it, when its images were there."""
+    """Whether any rank wanted a checkpoint after this step when its images were ready."""
     wait_s: float
-    """How long this rank's loader let it wait."""
+    """Seconds that this rank waited for its loader."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Begun:
-    """A step whose exchange is under way."""
+class _StartedStep:
+    """Step whose exchange is under way."""
 
     micro_batches: list[Batch]
     bad_samples: list[str]
@@ -76,14 +77,15 @@ class _Begun:
     sums: Callable[[], list[int]]
 
 
-_Ahead = concurrent.futures.Future[_Begun | None]
+_FutureStep = concurrent.futures.Future[_StartedStep | None]
 
 
 class Feed:
-    """Takes steps from a loader and agrees on them with the other ranks, one step ahead."""
+    """Source of steps that takes micro-batches from a loader and agrees on them with the other ranks, one step
+    ahead."""
 
     def __init__(self, group: Group, *, num_tokens: int, max_bad_fraction: float, has_workers: bool) -> None:
-        """Take nothing yet.
+        """Set up the feed; `reading` gives it a loader.
 
         Args:
             num_tokens: N of the model.
@@ -94,20 +96,22 @@ class Feed:
         self._group, self._num_tokens, self._max_bad_fraction = group, num_tokens, max_bad_fraction
         self._has_workers = has_workers
         self._batches: Iterator[list[Batch]] = iter(())
-        self._wishes: Callable[[], Wishes] = Wishes
-        self._ahead: _Ahead | None = None
-        self._asked: queue.SimpleQueue[_Ahead | None] = queue.SimpleQueue()
+        self._request: Callable[[], RankRequest] = RankRequest
+        self._ahead: _FutureStep | None = None
+        self._asked: queue.SimpleQueue[_FutureStep | None] = queue.SimpleQueue()
 
     @contextlib.contextmanager
-    def over(self, batches: Generator[list[Batch]], wishes: Callable[[], Wishes] = Wishes) -> Iterator[None]:
-        """For the block, take steps from this loader; it is closed at the end.
+    def reading(
+        self, batches: Generator[list[Batch]], request: Callable[[], RankRequest] = RankRequest
+    ) -> Iterator[None]:
+        """Take steps from this loader during the block; it is closed at the end.
 
         Args:
-            wishes: called once for every step, when its images are there.
+            request: called once for every step, when its images are ready.
         """
-        self._batches, self._wishes, self._ahead, self._asked = batches, wishes, None, queue.SimpleQueue()
+        self._batches, self._request, self._ahead, self._asked = batches, request, None, queue.SimpleQueue()
         if self._has_workers:
-            # A daemon: an executor's thread that waits for images would keep a rank that failed from ending.
+            # A daemon: an executor's thread that waits for images would keep a failed rank from exiting.
             threading.Thread(target=self._serve, args=[self._asked], name="feed", daemon=True).start()
         try:
             yield
@@ -117,15 +121,15 @@ class Feed:
                 batches.close()
 
     def next(self, *, num_images: int, num_bad: int) -> Step:
-        """The next step; unless the run must stop, the one after it is fetched, and its exchange begun.
+        """Return the next step; unless the run must stop, the one after it is fetched and its exchange started.
 
         Args:
             num_images: images of the run after this step.
             num_bad: undecodable samples of the run before it.
 
         Raises:
-            UserError: on every rank, when any cannot read its images or has another such error to tell, or when too
-                many of the run's samples cannot be decoded.
+            UserError: on every rank, if any cannot read its images or reports another UserError, or if too many of the
+                run's samples cannot be decoded.
             PeerFailedError: another rank failed otherwise.
         """
         started = time.perf_counter()
@@ -158,21 +162,22 @@ class Feed:
             wait_s=wait_s,
         )
 
-    def _serve(self, asked: queue.SimpleQueue[_Ahead | None]) -> None:
-        """The thread that waits for images while a step is computed."""
+    def _serve(self, asked: queue.SimpleQueue[_FutureStep | None]) -> None:
+        """Wait for images, in a thread, while a step is computed."""
         if self._group.device.type == "cuda":
-            torch.cuda.set_device(self._group.device)  # of this thread
+            torch.cuda.set_device(self._group.device)  # per thread
         for ahead in iter(asked.get, None):
             self._fulfil(ahead)
 
-    def _fulfil(self, ahead: _Ahead) -> None:
+    def _fulfil(self, ahead: _FutureStep) -> None:
+        """Set the result of a future to the next step, or its error."""
         try:
             ahead.set_result(self._begin())
         except BaseException as error:
             ahead.set_exception(error)
 
-    def _begin(self) -> _Begun | None:
-        """Fetch a step's images and begin its exchange; None behind the last step."""
+    def _begin(self) -> _StartedStep | None:
+        """Fetch a step's images and start its exchange; None after the last step."""
         micro_batches: list[Batch] | None = []
         error: Exception | None = None
         try:
@@ -181,16 +186,18 @@ class Feed:
             error = caught
         if micro_batches is None:
             return None
-        wish = self._wishes()
-        error = error or wish.error
+        request = self._request()
+        error = error or request.error
         bad = [name for batch in micro_batches for name in batch.bad_samples]
         num_targets = count_targets(micro_batches, self._num_tokens)
-        sums = self._group.sum_beside(num_targets, len(bad), int(wish.stop), int(wish.save), int(error is not None))
-        return _Begun(micro_batches=micro_batches, bad_samples=bad, error=error, sums=sums)
+        sums = self._group.sum_counts_async(
+            num_targets, len(bad), int(request.stop), int(request.save), int(error is not None)
+        )
+        return _StartedStep(micro_batches=micro_batches, bad_samples=bad, error=error, sums=sums)
 
 
 def run_on_all_ranks(group: Group, action: Callable[[], T]) -> T:
-    """Do on every rank what may fail on some: then all raise, and none waits for the others.
+    """Run an action that may fail on some ranks on every rank; if it fails on any, all raise.
 
     Raises:
         Exception: this rank's own failure, or else what another rank raised: a UserError of the same class, or a
@@ -207,11 +214,12 @@ def run_on_all_ranks(group: Group, action: Callable[[], T]) -> T:
 
 
 def count_targets(micro_batches: Sequence[Batch], num_tokens: int) -> int:
-    """Scored targets of these images: the patches that are not given; prefix lengths and masks sum to the others."""
-    return sum(num_tokens * len(batch.given) - int(batch.given.sum()) for batch in micro_batches)
+    """Count the scored targets of these images: all patches minus those that prefix lengths, or masks, sum up to."""
+    return sum(num_tokens * len(batch.prefix_lengths) - int(batch.prefix_lengths.sum()) for batch in micro_batches)
 
 
 def _raise_on_all_ranks(group: Group, error: Exception | None) -> NoReturn:
+    """Raise this rank's error, or else the first other rank's."""
     kind = type(error) if isinstance(error, UserError) else type(error).__name__
     reports = group.gather(None if error is None else (kind, str(error)))
     if error is not None:

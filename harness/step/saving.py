@@ -1,11 +1,11 @@
-"""Saving: the state is copied aside, and written, checked and published while training goes on.
+"""Saving of checkpoints: the state is copied, then written, verified and published while training goes on.
 
-A rank stops for the copy alone, its own share of the state, into host memory that is allocated once, beside the start
-(page-locked where there is a GPU). A thread writes the copy, makes it durable, reads it again, and then leaves the
-part's manifest beside it. Where the host has no memory for a copy, the same thread writes the state from where it is,
-piece by piece, and the rank waits for it. The first rank's thread publishes the checkpoint, by renaming its folder,
-when the manifests of all parts are there: what carries the final name is complete. At most one is under way. Whoever
-takes a run over publishes what its ranks wrote wholly and did not come to publish (`salvage`).
+A rank stops only while it copies its own share of the state into host memory, which is allocated once, during the start
+(page-locked with a GPU). A thread writes the copy, fsyncs it, reads it back, and then leaves the part's manifest beside
+it. If the host lacks the memory for a copy, the same thread writes the state from where it is, piece by piece, and the
+rank waits. The first rank's thread publishes the checkpoint, by renaming its folder, once the manifests of all parts
+are there: whatever has the final name is complete. At most one checkpoint is under way. Whoever takes over a run
+publishes a checkpoint that its ranks had written completely but not published (`recover_checkpoints`).
 """
 
 from __future__ import annotations
@@ -28,43 +28,44 @@ from aimscale.aim.weights import write_safetensors
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.fence import keeping_fence
-from aimscale.harness.run.files import aside_dir, new_dir_aside, publish_dir, remove_dir, write_json, written_aside
+from aimscale.harness.run.files import atomic_write, new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
 from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, read_manifest, read_parts
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 from aimscale.harness.step.feed import run_on_all_ranks
 
-LOOK_S = 0.5
-"""The first rank looks this often whether the parts of the others are there."""
+POLL_S = 0.5
+"""Seconds between the first rank's checks for the other ranks' parts."""
 LEAVE_S = 10.0
-"""A rank that ends for an error waits this long for what is under way."""
+"""Seconds that a rank which ends with an error waits for a checkpoint under way."""
 _CHUNK_VALUES = 1 << 24  # 64 MiB, a power of two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _UnderWay:
-    """The checkpoint that is being written."""
+class _PendingCheckpoint:
+    """Checkpoint that is being written."""
 
     final: Path
-    """Its name."""
+    """Final path."""
     part: concurrent.futures.Future[Manifest]
-    """Of this rank, when it is on the disk."""
+    """This rank's part, done when it is on the disk."""
     published: concurrent.futures.Future[Any]
-    """On the first rank, the whole, when those before it are gone; on the others the same as `part`."""
-    told: concurrent.futures.Future[list[Manifest]]
-    """The manifests of all parts, where the ranks have told each other: a file server may show them later."""
+    """Publication of the whole checkpoint on the first rank, done when older ones are removed; on the others the same
+    as `part`."""
+    all_parts: concurrent.futures.Future[list[Manifest]]
+    """Manifests of all parts, set once the ranks have exchanged them: a file server may show them later."""
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one engine; all ranks call `save` and `finish` together."""
+    """Writer of one engine's checkpoints; all ranks call `save` and `finish` together."""
 
     def __init__(self, engine: Engine, group: Group, *, copies: bool = True) -> None:
-        """Begin to allocate the memory of the copy, in the background.
+        """Start to allocate the memory of the copy, in the background.
 
         Args:
-            copies: whether the state is copied aside; otherwise ranks wait until it is written.
+            copies: whether the state is copied first; otherwise ranks wait until it is written.
         """
         self._engine, self._group = engine, group
-        self._under_way: _UnderWay | None = None
+        self._pending: _PendingCheckpoint | None = None
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copy: concurrent.futures.Future[list[Tensor]] | None = None
@@ -82,13 +83,13 @@ class CheckpointWriter:
         progress: dict[str, Any],
         keep: Collection[Path],
     ) -> None:
-        """Copy the engine's state and begin to write it, or write it; the one before is finished first.
+        """Copy the engine's state and start to write it, or write it; a checkpoint under way is finished first.
 
         A complete checkpoint that is already there is kept: the same position of the same run holds the same values.
 
         Args:
-            final: the folder that it becomes.
-            run_id: as the other words up to `progress`, see `Manifest`.
+            final: final folder of the checkpoint.
+            run_id: see `Manifest` for this and the following arguments up to `progress`.
             keep: checkpoints that stay; the others go once this one is complete.
 
         Raises:
@@ -96,12 +97,12 @@ class CheckpointWriter:
         """
         self.finish()
         keep = {final, *keep}
-        if self._group.from_first(lambda: _is_there(final, keep)):
+        if self._group.from_first(lambda: _is_complete(final, keep)):
             return
         share = self._own_share()
         pieces = _pieces(share.values())
         if self._copy is not None:
-            pieces = _copied(share.values(), self._copy.result(), self._group.device)
+            pieces = _copy_into(share.values(), self._copy.result(), self._group.device)
         manifest = Manifest(
             run_id=run_id,
             images_seen=images_seen,
@@ -110,21 +111,21 @@ class CheckpointWriter:
             progress=progress,
             files={},
         )
-        path = aside_dir(final) / f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
+        path = partial_dir(final) / f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
         lengths = {key: len(values) for key, values in share.items()}
-        told: concurrent.futures.Future[list[Manifest]] = concurrent.futures.Future()
+        all_parts: concurrent.futures.Future[list[Manifest]] = concurrent.futures.Future()
         published: concurrent.futures.Future[Any]
-        write = _naming(final)(_write_part)
+        write = _naming_checkpoint(final)(_write_part)
         part = published = self._background.submit(write, path, lengths, self._until_stop(pieces), manifest)
         if self._group.is_first:
-            published = self._background.submit(_naming(final)(self._publish), final, part, told, keep)
+            published = self._background.submit(_naming_checkpoint(final)(self._publish), final, part, all_parts, keep)
         if self._copy is None:
             concurrent.futures.wait([part])
-        self._under_way = _UnderWay(final=final, part=part, published=published, told=told)
+        self._pending = _PendingCheckpoint(final=final, part=part, published=published, all_parts=all_parts)
 
     def problem(self) -> Exception | None:
-        """What has gone wrong on this rank with the checkpoint under way; any thread may ask, and does not wait."""
-        saving = self._under_way
+        """Return this rank's error with the checkpoint under way, if any; any thread may ask, without waiting."""
+        saving = self._pending
         for future in (saving.part, saving.published) if saving else ():
             error = future.exception() if future.done() else None
             if isinstance(error, Exception):
@@ -132,55 +133,57 @@ class CheckpointWriter:
         return None
 
     def finish(self) -> None:
-        """Wait until what is under way is published.
+        """Wait until the checkpoint under way is published.
 
         Raises:
             CheckpointError: it could not be written (on all ranks); earlier ones are untouched.
             LockLost: the run is not this group's any more.
         """
-        if saving := self._under_way:
+        if saving := self._pending:
             part = run_on_all_ranks(self._group, saving.part.result)
-            saving.told.set_result(self._group.gather(part))
+            saving.all_parts.set_result(self._group.gather(part))
             self._group.from_first(saving.published.result)
-            self._under_way = None
+            self._pending = None
 
     def leave(self) -> None:
-        """Give what is under way a little time; for a rank that ends for an error, which the others may not know of."""
-        if self._under_way:
-            concurrent.futures.wait([self._under_way.published], LEAVE_S)
+        """Give the checkpoint under way a little time, on a rank that ends with an error unknown to the others."""
+        if self._pending:
+            concurrent.futures.wait([self._pending.published], LEAVE_S)
 
     def close(self) -> None:
-        """Give up what is under way, and the memory of the copy."""
+        """Abandon the checkpoint under way, and free the memory of the copy."""
         self._stop.set()
         self._background.shutdown()
-        if self._under_way and self._group.is_first:
-            shutil.rmtree(aside_dir(self._under_way.final), ignore_errors=True)  # a full disk must hold the reason
+        if self._pending and self._group.is_first:
+            shutil.rmtree(partial_dir(self._pending.final), ignore_errors=True)  # a full disk must store the reason
         self._copy = None
 
     def _publish(
         self,
         final: Path,
         part: concurrent.futures.Future[Manifest],
-        told: concurrent.futures.Future[list[Manifest]],
+        all_parts: concurrent.futures.Future[list[Manifest]],
         keep: Collection[Path],
     ) -> None:
-        """Wait for all parts, publish the checkpoint, and remove others: that of gigabytes takes long."""
+        """Wait for all parts, publish the checkpoint, and remove others, which takes long for gigabytes."""
         part.result()
-        while not told.done() and not (parts := read_parts(aside_dir(final))):
-            concurrent.futures.wait([told], LOOK_S)
+        while not all_parts.done() and not (parts := read_parts(partial_dir(final))):
+            concurrent.futures.wait([all_parts], POLL_S)
             if self._stop.is_set():
                 return
-        publish_parts(aside_dir(final), final, told.result() if told.done() else parts)
+        publish_parts(partial_dir(final), final, all_parts.result() if all_parts.done() else parts)
         _remove_others(keep)
 
     def _until_stop(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield pieces until the run ends."""
         for piece in pieces:
             if self._stop.is_set():
                 raise OSError("the run ended before it was written")
             yield piece
 
     def _own_share(self) -> dict[str, Tensor]:
-        """What this rank writes, flat, by its key: what it holds, or its share where all hold everything."""
+        """Return the tensors that this rank writes, flat, by key: its own, or its share if all ranks hold
+        everything."""
         fragments = self._engine.fragments()
         if self._engine.options.zero_stage == 0:
             largest_first = sorted(fragments, key=lambda each: -each.numel)
@@ -194,12 +197,12 @@ class CheckpointWriter:
 
 
 def _pieces(share: Iterable[Tensor]) -> Iterable[Tensor]:
-    """These values one after the other, in copies on the host: a tensor that numpy saw cannot give its memory back."""
+    """Yield values in host copies of at most `_CHUNK_VALUES`: a tensor that numpy has seen cannot free its memory."""
     return (piece.to("cpu", copy=True) for values in share for piece in values.split(_CHUNK_VALUES))
 
 
 def _allocate(num_values: int, device: torch.device) -> list[Tensor]:
-    """float32 host memory, its pages already there, in pieces of _CHUNK_VALUES; the last may be shorter.
+    """Allocate and touch float32 host memory in pieces of _CHUNK_VALUES; the last may be shorter.
 
     PyTorch rounds page-locked memory up to a power of two: 13 GB in one piece would take 17, and 10 as much.
     """
@@ -207,8 +210,8 @@ def _allocate(num_values: int, device: torch.device) -> list[Tensor]:
     return [torch.empty(size, pin_memory=device.type == "cuda").zero_() for size in sizes]
 
 
-def _copied(share: Iterable[Tensor], pieces: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """The pieces of `_allocate`, with these values in them, one after the other."""
+def _copy_into(share: Iterable[Tensor], pieces: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Copy values, one after the other, into the pieces of `_allocate`, and return those."""
     start = 0
     for values in share:
         left = values
@@ -222,25 +225,26 @@ def _copied(share: Iterable[Tensor], pieces: Sequence[Tensor], device: torch.dev
     return pieces
 
 
-def _is_there(final: Path, keep: Collection[Path]) -> bool:
-    """Whether it is already there, and now without others; if not, make the folder that it is written in."""
+def _is_complete(final: Path, keep: Collection[Path]) -> bool:
+    """Return whether a checkpoint is complete, and then remove others; if not, make the folder to write it in."""
     if read_manifest(final):
         _remove_others(keep)
         return True
     remove_dir(final)
-    new_dir_aside(final)
+    new_partial_dir(final)
     return False
 
 
 def _remove_others(keep: Collection[Path]) -> None:
+    """Remove all checkpoints but those to keep."""
     for other in next(iter(keep)).parent.iterdir():
         if other not in keep:
             remove_dir(other)
 
 
 @contextlib.contextmanager
-def _naming(final: Path) -> Iterator[None]:
-    """Say of a failure which checkpoint could not be written."""
+def _naming_checkpoint(final: Path) -> Iterator[None]:
+    """Name the checkpoint in errors of writing it."""
     try:
         with keeping_fence(final):
             yield
@@ -251,40 +255,40 @@ def _naming(final: Path) -> Iterator[None]:
         ) from error
 
 
-def publish_parts(aside: Path, final: Path, parts: Sequence[Manifest]) -> None:
-    """Publish a checkpoint by the manifests of its parts, in the order of ranks."""
+def publish_parts(partial: Path, final: Path, parts: Sequence[Manifest]) -> None:
+    """Publish a checkpoint from the manifests of its parts, in the order of ranks."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
-    write_json(aside / "manifest.json", dataclasses.asdict(dataclasses.replace(parts[0], files=files)))
-    if not read_manifest(aside):
+    write_json(partial / "manifest.json", dataclasses.asdict(dataclasses.replace(parts[0], files=files)))
+    if not read_manifest(partial):
         raise CheckpointError(f"checkpoint {final} was not written wholly; start the run again")
-    publish_dir(aside, final)
+    publish_dir(partial, final)
 
 
-def salvage(run: RunDir, folders: Iterable[Path]) -> None:
+def recover_checkpoints(run: RunDir, folders: Iterable[Path]) -> None:
     """Publish the checkpoint that earlier holders of a run left with all its parts, and remove their folders.
 
-    Its files' checksums are looked at when it is loaded.
+    Its files' checksums are verified when it is loaded.
     """
     for folder in folders:
-        for aside in [*folder.rglob(f"writing-{run.checkpoints.name}-*")]:
-            final = run.checkpoints / aside.name.removeprefix(f"writing-{run.checkpoints.name}-")
-            if (parts := read_parts(aside)) and not read_manifest(final):
-                new_dir_aside(final).rmdir()
+        for partial in [*folder.rglob(f"writing-{run.checkpoints.name}-*")]:
+            final = run.checkpoints / partial.name.removeprefix(f"writing-{run.checkpoints.name}-")
+            if (parts := read_parts(partial)) and not read_manifest(final):
+                new_partial_dir(final).rmdir()
                 with contextlib.suppress(CheckpointError):
-                    publish_parts(aside.rename(aside_dir(final)), final, parts)
+                    publish_parts(partial.rename(partial_dir(final)), final, parts)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], manifest: Manifest) -> Manifest:
-    """Write one file of float32 values, read it again, and leave the part's manifest beside it; returns that.
+    """Write one file of float32 values, read it back, and leave the part's manifest beside it; returns the manifest.
 
-    Nothing to write: its manifest has no file.
+    Without values there is no file, only a manifest.
     """
     if lengths:
         layout = {key: (torch.float32, (length,)) for key, length in lengths.items()}
         crc = write_safetensors(path, layout, pieces)
         with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read the disk below, not the page cache
         if file_crc32(path) != crc:
             raise OSError(f"{path.name} does not read back as it was written")
         entry = {"size": path.stat().st_size, "crc32": crc}
@@ -294,10 +298,10 @@ def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], m
 
 
 def copied_model(engine: Engine, group: Group, dtype: torch.dtype) -> AIM:
-    """A model of the engine's float32 weights, rounded to this type, whole on every rank's device.
+    """Copy the engine's float32 weights into a model of this type, whole on every rank's device.
 
-    All ranks call this together. It takes the bytes of its weights and those of the largest in float32, and shares
-    nothing with what is trained: what is measured on it cannot change that.
+    All ranks call this together. It takes the bytes of its weights and of the largest one in float32, and shares no
+    memory with the trained model, which measurements therefore cannot change.
     """
     with torch.device("meta"):
         model = AIM(engine.config)
@@ -309,7 +313,7 @@ def copied_model(engine: Engine, group: Group, dtype: torch.dtype) -> AIM:
 
 
 def _whole_weights(engine: Engine, group: Group) -> Iterator[tuple[Fragment, Tensor]]:
-    """The float32 weights one after the other, flat, on the device, whole on every rank."""
+    """Yield the float32 weights one after the other, flat, on the device, whole on every rank."""
     for fragment in engine.fragments():
         if group.world_size == 1 or engine.options.zero_stage == 0:
             yield fragment, fragment_of(fragment.flat, fragment)
@@ -322,16 +326,16 @@ def _whole_weights(engine: Engine, group: Group) -> Iterator[tuple[Fragment, Ten
 
 
 def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, str] | None = None) -> None:
-    """Write the float32 weights alone, under the model's own names, into one file; all ranks call this together.
+    """Write the float32 weights alone, under the model's own names, to one file; all ranks call this together.
 
-    Rank 0 gathers and writes them one by one, aside first.
+    Rank 0 gathers and writes them one by one, under a temporary name first.
     """
     layout = {fragment.name: (torch.float32, tuple(fragment.shape)) for fragment in engine.fragments()}
-    # a tensor that numpy saw cannot give its memory back
+    # a tensor that numpy has seen cannot free its memory
     gathered = (whole.to("cpu", copy=True) for _, whole in _whole_weights(engine, group))
     if group.is_first:
-        with written_aside(path) as aside:
-            write_safetensors(aside, layout, gathered, metadata)
+        with atomic_write(path) as partial:
+            write_safetensors(partial, layout, gathered, metadata)
     else:
         for _ in _whole_weights(engine, group):
             pass

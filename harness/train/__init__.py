@@ -1,1 +1,1 @@
-"""Training: the loop, the engine, checkpoints, budgets, validation."""
+"""Training of a run: the loop, budgets, validation, and measurements on the way."""

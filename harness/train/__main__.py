@@ -1,7 +1,7 @@
-"""`python -m aimscale.harness.train RUN_DIR`: what launchers start, alone, by torchrun or in Slurm.
+"""Entry point `python -m aimscale.harness.train RUN_DIR`, which launchers start directly, by torchrun or in Slurm.
 
 `python -m aimscale.harness.train --warm` is the warm parent of runs that a queue starts one after the other
-(`sweeps.engine.processes`): for a small run, the imports would cost more than all else.
+(`sweeps.engine.processes`): for a small run, imports would cost more than everything else.
 """
 
 import gc
@@ -18,17 +18,17 @@ from aimscale.harness.train.attempt import main
 
 
 def serve_forks() -> None:
-    """Fork a process for each request on the standard input, and return in that alone, as if it had been started cold.
+    """Fork a process for each request on the standard input, and return in it alone, as if it had been started cold.
 
-    A request is a line of JSON: `arguments`, `environment` and `log`, the file that gets the output. The answer is a
-    line with the process id, given by the process itself once its parent has ended and the launcher, the nearest
-    subreaper, has become its parent. What is imported here starts no thread (but OpenBLAS, which ends its own before a
-    fork) and does not touch CUDA; DeepSpeed is imported ahead where no GPU can change for which device.
+    A request is a line of JSON: `arguments`, `environment` and `log`, the file for the output. The reply is a line with
+    the process id, written by the forked process once its parent has ended and the launcher, the nearest subreaper, has
+    become its parent. The imports here start no thread (but OpenBLAS, which ends its own before a fork)
+    and do not touch CUDA; DeepSpeed, which chooses its device at import, is imported ahead only if torch has no GPU.
     """
     if torch.version.cuda is None and torch.version.hip is None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import_deepspeed()
-    git_commit()  # of the code that is imported now, whatever becomes of the files
+    git_commit()  # cached now, since the files may change later
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
@@ -39,7 +39,7 @@ def serve_forks() -> None:
                 os._exit(0)
             while os.getppid() == between:
                 time.sleep(0.001)
-            gc.unfreeze()  # objects that are frozen at exit are reported as leaks by nanobind
+            gc.unfreeze()  # nanobind reports objects that are frozen at exit as leaks
             _become(**json.loads(line))
             return
         if os.waitpid(between, 0)[1]:
@@ -48,7 +48,7 @@ def serve_forks() -> None:
 
 
 def _become(arguments: list[str], environment: dict[str, str], log: str) -> None:
-    """Make this process what a launcher would have started."""
+    """Turn this process into the one that a launcher would have started."""
     os.setsid()
     os.write(1, f"{os.getpid()}\n".encode())
     for path, flags, descriptors in ((os.devnull, os.O_RDONLY, [0]), (log, os.O_WRONLY | os.O_APPEND, [1, 2])):

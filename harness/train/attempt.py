@@ -1,4 +1,4 @@
-"""Execute what a run lacks: `python -m aimscale.harness.train RUN_DIR` trains its budgets and evaluates them."""
+"""An attempt at a run: `python -m aimscale.harness.train RUN_DIR` trains its missing budgets and evaluates them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from aimscale.harness.data.stream.loader import start_server
+from aimscale.harness.data.stream.loader import start_fork_server
 from aimscale.harness.device.distributed import find_placement
 from aimscale.harness.device.job import Job, execute_job
-from aimscale.harness.log.loggers import Logger, logging_to
-from aimscale.harness.probe.owed import lacking
+from aimscale.harness.log.loggers import Logger, open_loggers
+from aimscale.harness.probe.pending_evaluations import pending_work
+from aimscale.harness.run.budgets import missing_budgets
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
-from aimscale.harness.run.failures import TooLargeError, run_worker, saying_what_gives_memory
-from aimscale.harness.run.trunk import missing_budgets
+from aimscale.harness.run.failures import TooLargeError, memory_advice, run_worker
 from aimscale.harness.train.evaluate import evaluate_run
 from aimscale.harness.train.loop import Trainer
 
@@ -22,7 +22,7 @@ SAVES_MEMORY = "lower runtime.micro_batch, use more ranks, or set runtime.activa
 
 
 def train(path: Path) -> int:
-    """Train what the budgets of the run in `path` lack, then evaluate what they lack; returns the exit code.
+    """Train the missing budgets of the run in `path`, then evaluate what is pending; returns the exit code.
 
     Exit codes are in `run.directory`.
 
@@ -32,39 +32,39 @@ def train(path: Path) -> int:
     """
     run = RunDir(path)
     config = run.load_config()
-    if find_placement().world_size == 1 and run.read_status().state == "finished" and not lacking(run, config):
+    if find_placement().world_size == 1 and run.read_status().state == "finished" and not pending_work(run, config):
         print(f"{path} has finished; extend its budgets or probes in the sweep file, and launch, to go on")
         return EXIT_FINISHED
 
     def work(job: Job) -> None:
         torch.set_num_threads(config.runtime.num_threads)
         if config.runtime.num_workers:
-            start_server()  # it imports PyTorch while the engine is built
+            start_fork_server()  # it imports PyTorch while the engine is built
         group = job.group
         loggers: list[Logger] = []
-        group.from_first(lambda: loggers.extend(job.exits.enter_context(logging_to(run, config))))
+        group.from_first(lambda: loggers.extend(job.exits.enter_context(open_loggers(run, config))))
         if group.from_first(lambda: missing_budgets(run, config)):
-            gc.freeze()  # collections from here on need not look through all that was imported
-            with saying_what_gives_memory(SAVES_MEMORY):
+            gc.freeze()  # later collections skip everything imported so far
+            with memory_advice(SAVES_MEMORY):
                 trainer = Trainer(run, config, job, loggers)
                 try:
                     trainer.walk()
                 finally:
-                    trainer.close()  # frees the device: what comes next needs the memory of the training state
+                    trainer.close()  # evaluation needs the memory of the training state
                     gc.unfreeze()
-        with saying_what_gives_memory():
+        with memory_advice():
             evaluate_run(run, config, job, loggers)
 
     try:
         return execute_job(run, config.runtime.device, work)
     except TooLargeError as error:
-        if find_placement().world_size > 1:  # who started these ranks starts them again
+        if find_placement().world_size > 1:  # the launcher of these ranks restarts them
             raise
         print(f"aimscale: {error}", flush=True)
-    gc.collect()  # frames of the step that failed
+    gc.collect()  # frees the frames of the failed step
     return execute_job(run, config.runtime.device, work)
 
 
 def main() -> None:
-    """Entry point of the launchers."""
+    """Start a run as launchers do."""
     run_worker(train, "aimscale.harness.train RUN_DIR")

@@ -1,7 +1,7 @@
-"""Evaluate the saved budgets of a run: validation, pictures, probes; knowing only the run's directory.
+"""Evaluation of a run's saved budgets: validation, pictures and probes, knowing only the run's directory.
 
-It follows the training in the same process, when the training states are gone, and needs a budget's weights alone.
-What is there is not done again.
+It follows the training in the same process, after the training state is freed, and needs only a budget's weights.
+Existing results are kept.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from aimscale.harness.data.store.index import DataError, ShardDataset, open_data
 from aimscale.harness.data.stream.held_out import refuse_overlap
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.job import Job
-from aimscale.harness.log.loggers import Logger, of_row, side_by_side
-from aimscale.harness.probe.features.images import Pause
+from aimscale.harness.log.loggers import Logger, picture_grid, row_scalars
+from aimscale.harness.probe.features.images import ProgressCallback
 from aimscale.harness.probe.files import validation_name
-from aimscale.harness.probe.owed import Lacking, enter_row, lacking_at
+from aimscale.harness.probe.pending_evaluations import Pending, pending_evaluations, update_row
 from aimscale.harness.probe.run import load_budget, probe_run
+from aimscale.harness.run.budgets import saved_budgets
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
-from aimscale.harness.run.trunk import saved_budgets
 from aimscale.harness.train.validation import HeldOut, completions, validate
 
 
 def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = ()) -> None:
-    """Measure what a configuration of the run asks for and its budgets lack; all ranks call this together.
+    """Measure what a configuration asks for and a run's budgets lack; all ranks call this together.
 
     Args:
-        config: of the run, with what is to be measured now.
-        job: whose ranks share the images, whose `status.json` tells how far it is, and which may be asked to stop
+        config: the run's, with the measurements that are wanted now.
+        job: job whose ranks share the images, whose `status.json` shows the progress, and which may be asked to stop
             wherever work is saved.
-        loggers: of the first rank; they get each budget whole, from the first at which something was measured.
+        loggers: the first rank's; from the first new measurement on, each budget is logged as a whole.
 
     Raises:
         UserError: data that cannot be used.
         DivergedError: the loss of a budget is not finite.
         PreemptedError: a signal asked to stop.
     """
-    group, pause = job.group, job.pausing()
+    group, report_progress = job.group, job.progress_callback()
     held_out: HeldOut | None = None
     is_new = False
     budgets = group.from_first(lambda: [each for each in saved_budgets(run) if each in config.evaluation.budgets])
     for budget in budgets:
-        pause()
+        report_progress()
         owed = group.from_first(functools.partial(_entered, run, config, budget))
         if any(each.what == "validation" for each in owed):
-            job.tell(durable=False, phase=f"validate at {budget:,}", heartbeat=time.time())
+            job.update_status(durable=False, phase=f"validate at {budget:,}", heartbeat=time.time())
             if held_out is None:
                 held_out = open_held_out(config, group)
                 group.from_first(functools.partial(_compare, config, held_out.dataset))
-            _validate(run, config, group, budget, held_out, pause)
+            _validate(run, config, group, budget, held_out, report_progress)
         if tasks := [each.section for each in owed if each.section]:
-            job.tell(durable=False, phase=f"probe at {budget:,}", heartbeat=time.time())
-            for _, entries in probe_run(run.path, budget, tasks, group=group, pause=pause):
+            job.update_status(durable=False, phase=f"probe at {budget:,}", heartbeat=time.time())
+            for _, entries in probe_run(run.path, budget, tasks, group=group, report_progress=report_progress):
                 for entry in entries if group.is_first else ():
                     print(
                         f"budget {budget}: {entry['task']}, {entry['kind']} top-1 {100 * entry['top1']:.1f} %",
@@ -67,27 +67,27 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
                     )
         is_new = is_new or bool(owed)
         if is_new and loggers:
-            row = enter_row(run, config, budget)
+            row = update_row(run, config, budget)
             with np.load(run.validation_file(budget)) as arrays:
-                pictures = side_by_side(arrays)
+                pictures = picture_grid(arrays)
             for logger in loggers:
-                logger.measured(budget, of_row(row), pictures)
+                logger.log_values(budget, row_scalars(row), pictures)
 
 
-def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Lacking]:
-    """What a budget lacks when its row says all that is there."""
-    return list(lacking_at(run, config, budget, enter_row(run, config, budget)))
+def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Pending]:
+    """Update a budget's row from its files, and return its pending evaluations."""
+    return list(pending_evaluations(run, config, budget, update_row(run, config, budget)))
 
 
 def open_held_out(config: RunConfig, group: Group) -> HeldOut:
-    """The validation images."""
+    """Open the validation images."""
     runtime, section = config.runtime, config.evaluation.validation
     dataset = open_dataset(section.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
     return HeldOut(dataset, section, config.training.model, group)
 
 
 def _compare(config: RunConfig, held_out: ShardDataset) -> None:
-    """Refuse validation images that are among the training images, as far as those are available."""
+    """Refuse validation images that are among the training images, if those are available."""
     runtime, sources = config.runtime, config.training.data.sources
     try:
         pools = [open_dataset(each.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb) for each in sources]
@@ -97,18 +97,21 @@ def _compare(config: RunConfig, held_out: ShardDataset) -> None:
         refuse_overlap(pools, held_out)
 
 
-def _validate(run: RunDir, config: RunConfig, group: Group, budget: int, held_out: HeldOut, pause: Pause) -> None:
+def _validate(
+    run: RunDir, config: RunConfig, group: Group, budget: int, held_out: HeldOut, report_progress: ProgressCallback
+) -> None:
+    """Measure and save the validation loss of a budget."""
     model = load_budget(run, config, budget, group.device)
     if config.training.optimiser.precision == "bf16":
-        model.to(torch.bfloat16)  # as it trained
-    losses = validate(model, held_out, group, pause)
+        model.to(torch.bfloat16)  # as in training
+    losses = validate(model, held_out, group, report_progress)
     if not math.isfinite(losses.loss):
         raise DivergedError(f"the validation loss at {budget} images is {losses.loss}; its weights diverged")
 
     def keep() -> None:
         pictures = completions(model, held_out, group.device)
         losses.save(run.validation_file(budget), validation_name(run, config, budget), pictures)
-        enter_row(run, config, budget)
+        update_row(run, config, budget)
         print(f"budget {budget}: validation loss {losses.loss:.4f} +- {losses.standard_error:.4f}", flush=True)
 
     group.from_first(keep)

@@ -1,7 +1,8 @@
-"""Train one run from its directory to its last budget, alone, by torchrun, in Slurm.
+"""Training of one run from its directory to its last budget, as a single process, by torchrun, or in Slurm.
 
-The walk (`harness.run.schedule`): up the trunk to a budget's branch point, save, decay, save the weights, evaluate,
-record a row, return to the trunk, go on. Everything needed to take the walk up anywhere is in the run directory.
+The walk over the segments (`harness.run.schedule`): up the trunk to a budget's branch point, save, decay, save the
+weights, evaluate, record a row, return to the trunk, go on. The run directory holds everything that is needed to resume
+the walk anywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from aimscale.harness.data.store.card import data_set
+from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.execution import ExecutionPlan, execution_plan, images_per_rank, pass_size
@@ -25,27 +26,27 @@ from aimscale.harness.device.job import Job
 from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.record import Recorder
-from aimscale.harness.probe.cost import bytes_during
-from aimscale.harness.probe.owed import enter_row
+from aimscale.harness.probe.cost import curve_bytes
+from aimscale.harness.probe.pending_evaluations import update_row
+from aimscale.harness.run.budgets import ABOUT, check_branch, saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig, RuntimeConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import PreemptedError, TooLargeError, is_out_of_memory, said_of_memory
+from aimscale.harness.run.failures import PreemptedError, TooLargeError, describe_out_of_memory, is_out_of_memory
 from aimscale.harness.run.fence import earlier_folders
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import ROW_VERSION, describe, model_of
 from aimscale.harness.run.schedule import Segment, schedule_of
-from aimscale.harness.run.trunk import ABOUT, check_branch, saved_budgets, trunk_position
 from aimscale.harness.step.checkpoint import CheckpointError, Manifest, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, StepOutcome, compiles
-from aimscale.harness.step.feed import Step, Wishes, run_on_all_ranks
-from aimscale.harness.step.saving import CheckpointWriter, salvage, save_weights
-from aimscale.harness.train.points import Points
+from aimscale.harness.step.engine import Engine, StepOutcome, should_compile
+from aimscale.harness.step.feed import RankRequest, Step, run_on_all_ranks
+from aimscale.harness.step.saving import CheckpointWriter, recover_checkpoints, save_weights
+from aimscale.harness.train.curve import LearningCurve
 
 
 class Trainer:
-    """One run in this process: everything it needs, and the walk."""
+    """State of one run in this process, and its walk over the segments."""
 
     def __init__(self, run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = ()) -> None:
         group = job.group
@@ -59,16 +60,16 @@ class Trainer:
             group,
             lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, machines=machines),
         )
-        look = functools.cache(data_set)
-        measuring = group.from_first(lambda: bytes_during(config, look))
+        lookup = functools.cache(find_info)
+        measuring = group.from_first(lambda: curve_bytes(config, lookup))
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
         plan_of = functools.partial(
             execution_plan,
             training,
             pace=group.from_first(lambda: group.pace(self.peak)),
             world_size=group.world_size,
-            device_bytes=group.least(group.memory_bytes()),
-            host_bytes=group.least(group.host_memory_bytes()) if group.device.type == "cuda" else None,
+            device_bytes=group.min_over_ranks(group.memory_bytes()),
+            host_bytes=group.min_over_ranks(group.host_memory_bytes()) if group.device.type == "cuda" else None,
             measuring=measuring,
         )
         planned = plan_of(runtime)
@@ -82,7 +83,7 @@ class Trainer:
             EngineOptions(
                 zero_stage=self.plan.zero_stage,
                 activation_checkpointing=self.plan.activation_checkpointing,
-                compile=compiles(runtime.compile, group.device, self.plan.zero_stage),
+                compile=should_compile(runtime.compile, group.device, self.plan.zero_stage),
             ),
             group,
             seed=training.seed,
@@ -90,17 +91,17 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.recorder = Recorder(run, config, group, self.model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
-        beside = dataclasses.replace(job, group=group.beside(self.plan.held_bytes))
-        self.points = Points(run, config, beside, self.engine, look=look, loggers=loggers)
+        beside = dataclasses.replace(job, group=group.with_reserved_memory(self.plan.held_bytes))
+        self.curve = LearningCurve(run, config, beside, self.engine, lookup=lookup, loggers=loggers)
 
     def _executed(self, plan: ExecutionPlan) -> dict[str, Any]:
-        """What the memory of a step depends on, beside the run itself."""
+        """Return the settings that the memory of a step depends on, beside the run itself."""
         names = ("zero_stage", "micro_batch", "activation_checkpointing")
         about = {"device": device_name(self.group.device), "world_size": self.group.world_size}
         return {name: getattr(plan, name) for name in names} | about
 
     def _lowered(self, plan: ExecutionPlan, plan_of: Callable[[RuntimeConfig], ExecutionPlan]) -> ExecutionPlan:
-        """The plan, or the same with half the micro-batch for which memory ran out before."""
+        """Return the plan, with half of the micro-batch if memory ran out for it in an earlier start."""
         known = self.group.from_first(lambda: self.run.read_status().too_large)
         largest = known["micro_batch"] if known else plan.micro_batch + 1
         if plan.micro_batch < largest or known != self._executed(plan) | {"micro_batch": largest}:
@@ -109,11 +110,12 @@ class Trainer:
         return plan_of(self.config.runtime.model_copy(update=fixed | {"micro_batch": self._half(largest)}))
 
     def _half(self, micro_batch: int) -> int:
+        """Return the images of a pass of at most half of a micro-batch."""
         return pass_size(images_per_rank(self.batch_size, self.group.world_size), micro_batch // 2)
 
     def walk(self) -> None:
-        """Train from wherever the run stands to its last budget."""
-        gc.disable()  # ranks that collect at different steps would wait for each other; see `_train_segment`
+        """Train from the current state of the run to its last budget."""
+        gc.disable()  # ranks that collect garbage at different steps would wait for each other; see `_train_segment`
         try:
             self._walk()
         except CheckpointError:
@@ -125,6 +127,7 @@ class Trainer:
             gc.enable()
 
     def _walk(self) -> None:
+        """Train the remaining segments one after the other."""
         segments, position, is_start = self._resume()
         self._announce()
         for number, segment in enumerate(segments):
@@ -140,21 +143,21 @@ class Trainer:
                 self.writer.finish()
                 self._save_budget(segment.stop)
                 if self.group.is_first:
-                    enter_row(self.run, self.config, segment.stop)
+                    update_row(self.run, self.config, segment.stop)
         if self.group.is_first:
             self._keep_end_of_trunk()
 
     def close(self) -> None:
-        """Give back the memory of weights, gradients and optimiser states."""
+        """Free the memory of weights, gradients and optimiser states."""
         self.writer.close()
         self.engine.close()
-        del self.engine, self.writer, self.points
+        del self.engine, self.writer, self.curve
         gc.collect()
         if self.group.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _keep_end_of_trunk(self) -> None:
-        """Drop all checkpoints of a finished run but the one from which a longer budget would go on."""
+        """Remove all checkpoints of a finished run but the one that a longer budget would start from."""
         is_wsd = self.config.training.schedule.kind == "wsd"
         end = self.run.checkpoint_dir(trunk_position(self.run, self.schedule)) if is_wsd else None
         for path in self.run.checkpoints.iterdir() if self.run.checkpoints.is_dir() else ():
@@ -164,15 +167,16 @@ class Trainer:
             self.run.checkpoints.rmdir()
 
     def _resume(self) -> tuple[list[Segment], int, bool]:
-        """Go to the furthest saved point: the segments left, the position in the first, and whether that begins there.
+        """Load the furthest saved point; returns the remaining segments, the position in the first, and whether that is
+        its start.
 
-        A budget's end is no such point: from there the walk returns to the trunk, whose checkpoint is kept.
+        The end of a budget is no such point: from there the walk returns to the trunk, whose checkpoint is kept.
         """
         saved = list(self.group.from_first(lambda: saved_budgets(self.run)))
         left = [budget for budget in self.schedule.budgets if budget not in saved]
         leaves = {budget: self.schedule.branch_point(budget) for budget in (*saved, *left)}
         for budget in saved if self.group.is_first else ():
-            enter_row(self.run, self.config, budget)
+            update_row(self.run, self.config, budget)
         manifest = self._load_newest(left, max((leaves[budget] for budget in saved), default=0))
         position = point = manifest.images_seen if manifest else 0
         if manifest is not None and manifest.branch is not None:
@@ -185,21 +189,22 @@ class Trainer:
         return self.schedule.segments(point, left), position, position == point and point in leaves.values()
 
     def _load_newest(self, left: list[int], trunk: int) -> Manifest | None:
-        """Take up the furthest checkpoint that leads to a budget of `left`; the trunk has one at `trunk`, if above 0.
+        """Load the furthest checkpoint that leads to a budget of `left`; if `trunk` is above 0, the trunk has one
+        there.
 
         Raises:
-            CheckpointError: there is none that is whole where there must be one.
+            CheckpointError: there must be a complete checkpoint, and there is none.
         """
-        self.group.from_first(lambda: salvage(self.run, earlier_folders(self.run.path)))
+        self.group.from_first(lambda: recover_checkpoints(self.run, earlier_folders(self.run.path)))
         manifest = load_newest(self.run.checkpoints, self.engine, self.group, branches=left)
         if manifest is None and left and trunk > 0:
-            load_checkpoint(self.run.checkpoint_dir(trunk), self.engine, self.group)  # says what is wrong with it
+            load_checkpoint(self.run.checkpoint_dir(trunk), self.engine, self.group)  # raises what is wrong with it
         if manifest is not None:
             self.recorder.metrics.restore(manifest.progress)
         return manifest
 
     def _train_segment(self, segment: Segment, position: int) -> None:
-        """Train from `position` to the end of a segment, saving on the way."""
+        """Train from `position` to the end of a segment, with checkpoints on the way."""
         batches = rank_batches(
             self.stream,
             group=self.group,
@@ -209,8 +214,8 @@ class Trainer:
             micro_batch=self.plan.micro_batch,
             num_workers=self.config.runtime.num_workers,
         )
-        every = self.config.runtime.checkpoint_every_images or segment.stop  # which no step but the last comes to
-        with self.recorder.feed.over(batches, self._wishes):
+        every = self.config.runtime.checkpoint_every_images or segment.stop  # only the last step reaches it
+        with self.recorder.feed.reading(batches, self._request):
             while position < segment.stop:
                 self.watch.check()
                 try:
@@ -228,12 +233,12 @@ class Trainer:
                     position += self.batch_size
                     self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=step.num_targets)
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
-                    gc.collect()  # what came since the start; the step waits for its line anyway
+                    gc.collect()  # objects since the start; the step waits for its line anyway
                 if position < segment.stop and (step.must_save or position % every < self.batch_size):
                     self._save(position, segment.branch)
 
     def _step(self, step: Step, lr: float) -> StepOutcome:
-        """One step.
+        """Take one step.
 
         Raises:
             TooLargeError: memory ran out in the first one, for the first time. Others may wait in a collective that
@@ -246,8 +251,8 @@ class Trainer:
             if self.has_stepped or self.is_lowered or not half or not is_out_of_memory(error):
                 raise
             raise TooLargeError(
-                f"{said_of_memory(error)} in the first step with a micro-batch of {self.plan.micro_batch}; the next "
-                f"start takes {half}",
+                f"{describe_out_of_memory(error)} in the first step with a micro-batch of {self.plan.micro_batch}; "
+                f"the next start takes {half}",
                 self._executed(self.plan),
             ) from error
         self.has_stepped = True
@@ -255,27 +260,27 @@ class Trainer:
         return outcome
 
     def _measure(self, position: int, segment: Segment) -> None:
-        """Measure what is due at a position of the trunk, where a decay begins, or anywhere under cosine."""
+        """Measure what is due at a position of the trunk, at the start of a decay, or anywhere under cosine."""
         is_cosine = self.config.training.schedule.kind == "cosine"
         is_trunk = is_cosine or segment.branch is None or position == segment.start
-        if not (self.plan.measures and is_trunk and self.points.is_at(position)):
+        if not (self.plan.measures and is_trunk and self.curve.is_at(position)):
             return
         lr = self.schedule.lr(position - self.batch_size, segment.branch if is_cosine else None)
-        with self.recorder.aside():
-            self.points.measure(position, lr)
+        with self.recorder.untimed():
+            self.curve.measure(position, lr)
 
-    def _wishes(self) -> Wishes:
-        """What this rank has to say before a step, asked once for each."""
+    def _request(self) -> RankRequest:
+        """Return this rank's requests, asked for once per step."""
         minutes = self.config.runtime.checkpoint_every_min
         now = time.monotonic()
-        # Of the first rank, so that ranks whose clocks differ do not save twice.
+        # Decided by the first rank, so that ranks with different clocks do not save twice.
         is_due = self.group.is_first and minutes is not None and now - self.saved_at >= 60 * minutes
         if is_due:
             self.saved_at = now
-        return Wishes(stop=self.flag.is_raised, save=is_due, error=self.writer.problem())
+        return RankRequest(stop=self.flag.is_raised, save=is_due, error=self.writer.problem())
 
     def _save(self, position: int, branch: int | None) -> None:
-        """Begin a checkpoint. What is needed neither to resume nor to return to the trunk goes when it is there."""
+        """Start a checkpoint; older ones are removed afterwards unless the walk returns to them."""
         keep = set() if branch is None else {self.run.checkpoint_dir(self.schedule.branch_point(branch))}
         self.writer.save(
             self.run.checkpoint_dir(position, branch),
@@ -288,7 +293,7 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def _save_budget(self, budget: int) -> None:
-        """Write a budget's weights, and in their file's metadata its row so far, to which evaluation adds the rest."""
+        """Write a budget's weights, with its row so far in the file's metadata; evaluation adds the rest of the row."""
         row = describe(self.config) | self.recorder.facts()
         unique_images = self.stream.unique_images or None
         row |= {
@@ -313,7 +318,7 @@ class Trainer:
         save_weights(self.run.model_file(budget), self.engine, self.group, metadata)
 
     def _announce(self) -> None:
-        """Record how this start executes the run."""
+        """Record and print how this start executes the run."""
         startup_s = process_age_s()
         if not self.group.is_first:
             return

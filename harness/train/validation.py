@@ -19,23 +19,23 @@ from aimscale.aim.model import AIM
 from aimscale.aim.objective import in_prefix, unpatchify
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import denormalise, normalise
-from aimscale.harness.data.stream.held_out import eval_images, eval_pixels, fixed_given, usable_indices
+from aimscale.harness.data.stream.held_out import eval_images, eval_pixels, usable_indices, validation_prefixes
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import EVAL_TOKENS
-from aimscale.harness.probe.features.images import Pause, decoded_ahead, go_on
-from aimscale.harness.probe.owed import VALIDATION_COLUMNS
+from aimscale.harness.probe.features.images import ProgressCallback, decoded_ahead, ignore_progress
+from aimscale.harness.probe.pending_evaluations import VALIDATION_COLUMNS
 from aimscale.harness.run.config import ModelSection, ValidationSection
-from aimscale.harness.run.files import written_aside
+from aimscale.harness.run.files import atomic_write
 
 NUM_COMPLETIONS = 8
-"""Images whose predictions are kept as pictures."""
+"""Number of images whose predictions are kept as pictures."""
 KEPT_SHARE = 0.05
-"""Of its share of the host's memory, what a rank gives to decoded images that will be looked at again."""
+"""Share of a rank's host memory for decoded images that will be read again."""
 
 
 class HeldOut:
-    """The validation images of a model geometry, shared by ranks: decoded by threads ahead of the model, and kept where
-    they take little memory, for a run looks at them many times."""
+    """Validation images for one model geometry, shared by ranks; threads decode them ahead of the model, and they are
+    kept in memory if they take little, since a run reads them many times."""
 
     def __init__(
         self, dataset: ShardDataset, section: ValidationSection, model_section: ModelSection, group: Group
@@ -52,11 +52,12 @@ class HeldOut:
         self._is_filled = False
 
     def images(self, rows: np.ndarray) -> Tensor:
-        """Normalised float32 images (len(rows), C, H, W) of some rows, on the host."""
+        """Load normalised float32 images (len(rows), C, H, W) of some rows, on the host."""
         return eval_images(self.dataset, self.indices[rows], self._model_section, self.section.centre_crop)
 
     def passes(self, num_images: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Rows and normalised images of this rank, on its device, so many at a time; none where others have more."""
+        """Yield rows and normalised images of this rank, on its device, so many at a time; empty ones if other ranks
+        have more."""
         most = -(-len(self.indices) // self._group.world_size)
         parts = [slice(first, first + num_images) for first in range(0, most, num_images)]
         pixels: Iterable[tuple[slice, Tensor]]
@@ -78,22 +79,22 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationLosses:
-    """Losses of single images, of each prefix and summed over them; one row per image, in the folder's order."""
+    """Losses of single images, by prefix and summed over prefixes; one row per image, in the folder's order."""
 
     index: np.ndarray
-    """int64: sample number in the validation folder."""
+    """Sample number in the validation folder, int64."""
     loss_sum: np.ndarray
-    """float64: sum over scored targets of their mean squared errors."""
+    """Sum over scored targets of their mean squared errors, float64."""
     num_targets: np.ndarray
-    """float64: scored targets."""
+    """Number of scored targets, float64."""
     prefix_len: np.ndarray
-    """int64 (images, prefixes): how many patches are given."""
+    """Number of visible patches, int64 (images, prefixes)."""
     prefix_loss_sum: np.ndarray
-    """float64 (images, prefixes): `loss_sum` by prefix, from which the noise of the drawn prefixes can be told."""
+    """Terms of `loss_sum` by prefix, float64 (images, prefixes), which show the noise of the drawn prefixes."""
     position_loss_sum: np.ndarray
-    """float64 (N,): sum of the losses of the patch at each place of the sequence, over images and prefixes."""
+    """Sum of losses by position in the sequence, over images and prefixes, float64 (N,)."""
     position_num_targets: np.ndarray
-    """float64 (N,): how often it was scored; the first patch, which is always given, never."""
+    """Number of times that each position was scored, float64 (N,); never the first, which is always visible."""
 
     @property
     def loss(self) -> float:
@@ -102,7 +103,7 @@ class ValidationLosses:
 
     @property
     def standard_error(self) -> float:
-        """Of `loss` as a ratio of two sums over images (delta method); images are the sampling unit."""
+        """Standard error of `loss` as a ratio of two sums over images (delta method); images are the sampling unit."""
         residual = self.loss_sum - self.loss * self.num_targets
         num_images = len(residual)
         if num_images < 2:
@@ -111,33 +112,36 @@ class ValidationLosses:
 
     @property
     def columns(self) -> dict[str, float]:
-        """What a row says of them."""
+        """Columns of a row."""
         return dict(zip(VALIDATION_COLUMNS, (self.loss, self.standard_error, len(self.index)), strict=True))
 
     def save(self, path: Path, name: str = "", pictures: dict[str, np.ndarray] | None = None) -> None:
-        """Write them to an npz file in one step: what they are of, a row's columns, and the model's `completions`."""
+        """Write the losses atomically to an npz file, with their `name`, a row's columns, and the model's
+        `completions`."""
         arrays: dict[str, Any] = {"name": name, **self.columns, **dataclasses.asdict(self), **(pictures or {})}
-        with written_aside(path) as aside, aside.open("wb") as file:
+        with atomic_write(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
 
 @torch.no_grad()
-def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = go_on) -> ValidationLosses:
-    """Per-image losses; ranks share the images, and every rank returns all of them.
+def validate(
+    model: AIM, held_out: HeldOut, group: Group, report_progress: ProgressCallback = ignore_progress
+) -> ValidationLosses:
+    """Compute per-image losses; ranks share the images, and every rank returns all of them.
 
     Args:
-        pause: called by all ranks together before each pass; raises to stop there.
+        report_progress: called by all ranks together before each pass; may raise to stop.
     """
     num_tokens, num_prefixes = model.config.num_tokens, held_out.section.num_prefixes
-    given = fixed_given(len(held_out.indices), num_prefixes, model.config)
-    # Of each pass: losses and counts by image and prefix; and their sums so far by position.
+    prefix_lengths = validation_prefixes(len(held_out.indices), num_prefixes, model.config)
+    # Losses and counts of each pass by image and prefix, and their sums so far by position.
     passes = [torch.zeros(2, 0, num_prefixes, dtype=torch.float64, device=group.device)]
     by_position = torch.zeros(2, num_tokens, dtype=torch.float64, device=group.device)
     for rows, images in held_out.passes(max(1, EVAL_TOKENS // (num_tokens * num_prefixes))):
-        pause()
+        report_progress()
         if len(rows):
             repeated = images.repeat_interleave(num_prefixes, dim=0)
-            found = torch.stack(model.per_patch_loss(repeated, given[rows].flatten(0, 1)))
+            found = torch.stack(model.per_patch_loss(repeated, prefix_lengths[rows].flatten(0, 1)))
             passes.append(found.sum(2).double().view(2, len(rows), num_prefixes))
             by_position += found.sum(1, dtype=torch.float64)
     mine = (held_out.own, *torch.cat(passes, dim=1).cpu().numpy())
@@ -148,7 +152,7 @@ def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = go_on) 
         index=held_out.indices,
         loss_sum=losses[order].sum(1),
         num_targets=targets[order].sum(1),
-        prefix_len=(given if model.config.masked is None else given.sum(2)).numpy(),
+        prefix_len=(prefix_lengths if model.config.masked is None else prefix_lengths.sum(2)).numpy(),
         prefix_loss_sum=losses[order],
         position_loss_sum=position_loss_sum,
         position_num_targets=position_num_targets,
@@ -157,7 +161,7 @@ def validate(model: AIM, held_out: HeldOut, group: Group, pause: Pause = go_on) 
 
 @torch.no_grad()
 def completions(model: AIM, held_out: HeldOut, device: torch.device) -> dict[str, np.ndarray]:
-    """Pictures of a few validation images, spread over the folder: seen to their middle, or masked.
+    """Make pictures of a few validation images, spread over the folder: with their first half visible, or masked.
 
     Returns:
         uint8 (n, H, W, C) arrays `truth`, `prefix` (mid-grey where the model must predict) and `prediction`, and int64
@@ -168,9 +172,9 @@ def completions(model: AIM, held_out: HeldOut, device: torch.device) -> dict[str
     config = model.config
     images = held_out.images(chosen).to(device)
     half = torch.full((len(chosen),), config.num_tokens // 2)
-    given = half if config.masked is None else fixed_given(len(chosen), 1, config)[:, 0]
-    is_given = in_prefix(half, config.num_tokens) if config.masked is None else given
-    sequence = is_given[:, :, None].expand(-1, -1, config.patch_dim).to(device)
+    prefix_lengths = half if config.masked is None else validation_prefixes(len(chosen), 1, config)[:, 0]
+    is_visible = in_prefix(half, config.num_tokens) if config.masked is None else prefix_lengths
+    sequence = is_visible[:, :, None].expand(-1, -1, config.patch_dim).to(device)
     raster = torch.empty_like(sequence).index_copy(1, model.preprocessor.order, sequence)
     is_prefix = unpatchify(raster, config.patch_size, config.channels).cpu()
     truth = denormalise(images.cpu())
@@ -178,7 +182,7 @@ def completions(model: AIM, held_out: HeldOut, device: torch.device) -> dict[str
         "picture_index": held_out.indices[chosen],
         "truth": _channels_last(truth),
         "prefix": _channels_last(torch.where(is_prefix, truth, torch.full_like(truth, 128))),
-        "prediction": _channels_last(denormalise(model.complete(images, given).float().cpu())),
+        "prediction": _channels_last(denormalise(model.complete(images, prefix_lengths).float().cpu())),
     }
 
 

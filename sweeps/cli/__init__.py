@@ -1,1 +1,1 @@
-"""The command and the verbs of a sweep."""
+"""Command line: the `aimscale` command and the verbs of a sweep."""

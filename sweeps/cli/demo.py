@@ -1,4 +1,4 @@
-"""`aimscale demo`: bundled real images, five sizes by four budgets, probes, laws, one report; nothing to download."""
+"""`aimscale demo`: five sizes by four budgets on bundled real images, with probes, laws and one report."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, say_next
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, print_next
 
 BASELINES = ("random", "raw-pixels")
-"""What features have to beat, probed as the runs are: the largest model untrained, and the pixels themselves."""
+"""Baselines that are probed like the runs: the largest model untrained, and raw pixels."""
 
 
 def command(
@@ -26,9 +26,9 @@ def command(
     """
     from aimscale.analysis.report.page import write_report
     from aimscale.harness.data.store.bundled import write_bundled
-    from aimscale.harness.probe.run import by_hand, probe_baseline
+    from aimscale.harness.probe.run import probe_baseline, standalone_group
     from aimscale.harness.run.directory import RunDir
-    from aimscale.sweeps.cli.launch import failed_runs, print_end
+    from aimscale.sweeps.cli.launch import failed_runs, print_result
     from aimscale.sweeps.engine.launch import launch
     from aimscale.sweeps.plan.costs import cost_cards
     from aimscale.sweeps.plan.planner import plan
@@ -42,7 +42,7 @@ def command(
         typer.echo(f"packing photographs and digits from installed packages into {data}")
         write_bundled(data)
     result = launch(sweep, root, devices=devices)
-    print_end(result)
+    print_result(result)
     if result.interrupted:
         typer.echo("next: aimscale demo")
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -52,7 +52,7 @@ def command(
     like = RunDir(sweep.run_dir(largest.run_id))
     if not failed:
         typer.echo(f"probing the baselines {' and '.join(BASELINES)}")
-    with by_hand(like, largest.config.runtime.device) as group:
+    with standalone_group(like, largest.config.runtime.device) as group:
         for name in BASELINES if not failed else ():
             for _ in probe_baseline(name, like, largest.config.evaluation.probes, group=group):
                 pass
@@ -62,6 +62,6 @@ def command(
     report = write_report(collected.table)
     typer.echo(f"report after {(time.monotonic() - started) / 60:.1f} minutes")
     if failed:
-        say_next("logs", "demo", root, failed[0])
+        print_next("logs", "demo", root, failed[0])
         raise typer.Exit(1)
     typer.echo(f"next: open {report.resolve()}")

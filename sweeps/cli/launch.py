@@ -1,4 +1,4 @@
-"""The verbs that start and stop the runs of a sweep: launch and cancel."""
+"""Verbs that start and stop the runs of a sweep: launch and cancel."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, Root, SweepName, say_next, some_runs
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, Root, SweepName, print_next, select_run_ids
 from aimscale.sweeps.engine import launch as engine
-from aimscale.sweeps.engine.devices import this_machine
-from aimscale.sweeps.engine.queue import LaunchResult
-from aimscale.sweeps.plan.checks import refuse
+from aimscale.sweeps.engine.devices import local_machine
+from aimscale.sweeps.engine.worker import LaunchResult
+from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 from aimscale.sweeps.state.decision import Decision
-from aimscale.sweeps.state.sweep_dir import unplanned
-from aimscale.sweeps.table.views import Line, keyed, new_console
+from aimscale.sweeps.state.sweep_dir import unplanned_runs
+from aimscale.sweeps.table.views import KeyValue, key_value_text, new_console
 
 Runs = Annotated[list[str] | None, typer.Argument(help="Run ids or parts of them; all runs by default.")]
 Place = Literal["local", "here", "slurm"]
@@ -37,7 +37,6 @@ def launch(
     devices: Annotated[
         int | None, typer.Option(min=1, help="GPUs to use, or processes where there is none; by default all.")
     ] = None,
-    per_device: Annotated[int, typer.Option(min=1, help="Runs of one device that share it.")] = 1,
     hours: Annotated[
         float | None, typer.Option("--for", min=0.001, help="Hours until this machine is gone; runs save before that.")
     ] = None,
@@ -58,108 +57,109 @@ def launch(
         if value and on not in places:
             raise SweepError(f"{option} has no meaning with --on {on}; it is for --on {' or '.join(places)}")
     if on == "slurm":
-        left = _launch_slurm(sweep, root, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
+        skipped = _launch_slurm(sweep, root, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     elif dry_run:
-        left = _print_local(sweep, root, devices, per_device, retry=retry)
-    if on == "slurm" and not dry_run and any(each.startable or each.verdict == "running" for each in left):
-        say_next("status", sweep, root, "--watch")
+        skipped = _print_local(sweep, root, devices, retry=retry)
+    if on == "slurm" and not dry_run and any(each.startable or each.verdict == "running" for each in skipped):
+        print_next("status", sweep, root, "--watch")
         return
     if on == "slurm" or dry_run:
-        _say_after(LaunchResult(left=left), sweep, root, on, *(["--retry"] if retry else []))
+        _print_next(LaunchResult(skipped=skipped), sweep, root, on, *(["--retry"] if retry else []))
         return
-    did = engine.launch(
-        sweep, root, devices=devices, per_device=per_device, hours=hours, retry=retry, shows=on == "local"
-    )
-    print_end(did)
-    _say_after(did, sweep, root, on)
-    if did.stopped_by:
+    result = engine.launch(sweep, root, devices=devices, hours=hours, retry=retry, show_progress=on == "local")
+    print_result(result)
+    _print_next(result, sweep, root, on)
+    if result.stopped_by:
         raise typer.Exit(EXIT_INTERRUPTED)
-    if failed_runs(did) or any(each.verdict == "damaged" for each in did.left):
+    if failed_runs(result) or any(each.verdict == "damaged" for each in result.skipped):
         raise typer.Exit(1)
 
 
-def _say_after(did: LaunchResult, sweep: str, root: Path, on: Place, *more: str) -> None:
-    """What to run next: the launch where it has something to do, the log of a run that failed, else the table."""
-    if did.interrupted or any(each.startable for each in did.left):
-        say_next("launch", sweep, root, *(["--on", on] if on != "local" else []), *more)
-    elif failed := failed_runs(did):
-        say_next("logs", sweep, root, failed[0])
+def _print_next(result: LaunchResult, sweep: str, root: Path, on: Place, *more: str) -> None:
+    """Print the next command: launch if runs are left, logs of a failed run, else status or collect."""
+    if result.interrupted or any(each.startable for each in result.skipped):
+        print_next("launch", sweep, root, *(["--on", on] if on != "local" else []), *more)
+    elif failed := failed_runs(result):
+        print_next("logs", sweep, root, failed[0])
     else:
-        is_over = all(decision.verdict in ("finished", "cancelled") for decision in did.left)
-        say_next("collect" if is_over else "status", sweep, root)
+        is_over = all(decision.verdict in ("finished", "cancelled") for decision in result.skipped)
+        print_next("collect" if is_over else "status", sweep, root)
 
 
-def failed_runs(did: LaunchResult) -> list[str]:
-    """Runs that a launch tried in vain, or left alone since they had failed."""
-    return [*did.failed, *(each.record.name for each in did.left if each.verdict == "failed")]
+def failed_runs(result: LaunchResult) -> list[str]:
+    """Return the runs that failed for good in this launch or before."""
+    return [*result.failed, *(each.record.name for each in result.skipped if each.verdict == "failed")]
 
 
-def print_end(did: LaunchResult) -> None:
-    """What a launch did, and which runs it left alone."""
-    why = "time is up: " if did.interrupted and not did.stopped_by else ""
-    ended = {"finished": did.finished, "evaluated": did.evaluated, "failed": did.failed, "stopped": did.stopped}
+def print_result(result: LaunchResult) -> None:
+    """Print the result of a launch and the runs that it skipped."""
+    why = "time is up: " if result.interrupted and not result.stopped_by else ""
+    ended = {
+        "finished": result.finished,
+        "evaluated": result.evaluated,
+        "failed": result.failed,
+        "stopped": result.stopped,
+    }
     counts = ", ".join(f"{len(runs)} {how}" for how, runs in ended.items() if runs or how == "finished")
-    _print_left(did.left, did.unplanned, Line(key="launched", value=f"{why}{counts}"))
+    _print_skipped(result.skipped, result.unplanned, KeyValue(key="launched", value=f"{why}{counts}"))
 
 
 def cancel(sweep: SweepName, runs: Runs = None, root: Root = ROOT) -> None:
     """Stop the runs of a sweep (or those named), wherever they run; each saves first, and the next launch goes on."""
     loaded = load_sweep(sweep, root)
-    names = some_runs(loaded, runs or [])
+    names = select_run_ids(loaded, runs or [])
     done, failed = engine.cancel(loaded, [run for run in plan(loaded) if run.run_id in names])
     for line in [*done, *failed]:
         typer.echo(line)
     typer.echo(f"{len(done)} runs stopped" if done or failed else "nothing was waiting or running")
-    say_next("launch" if done else "status", sweep, root)
+    print_next("launch" if done else "status", sweep, root)
     if failed:
         raise typer.Exit(1)
 
 
-def _print_left(left: Sequence[Decision], others: Sequence[str], *more: Line) -> None:
-    """Failed and damaged runs one by one, others counted; then more lines."""
-    named = [each for each in left if each.verdict in ("failed", "damaged")]
+def _print_skipped(skipped: Sequence[Decision], others: Sequence[str], *more: KeyValue) -> None:
+    """Print failed and damaged runs one by one, the number of other skipped runs, and more lines."""
+    named = [each for each in skipped if each.verdict in ("failed", "damaged")]
     words = {"failed": "; --retry tries it again", "damaged": ""}
-    flags = [Line(level=e.verdict, key=e.record.name, value=f"{e.why}{words[e.verdict]}") for e in named]
-    counts = Counter(each.verdict for each in left if each not in named)
-    lines = [Line(key="left alone", value=", ".join(f"{num} {verdict}" for verdict, num in counts.items()))]
+    flags = [KeyValue(level=e.verdict, key=e.record.name, value=f"{e.why}{words[e.verdict]}") for e in named]
+    counts = Counter(each.verdict for each in skipped if each not in named)
+    lines = [KeyValue(key="left alone", value=", ".join(f"{num} {verdict}" for verdict, num in counts.items()))]
     if others:
         value = f"{len(others)} run directories of an earlier sweep file, such as {others[0]}; they stay as they are"
-        lines.append(Line(key="unplanned", value=value))
+        lines.append(KeyValue(key="unplanned", value=value))
     for part in (flags, [line for line in (*lines, *more) if line.value]):
         if part:
             console = new_console()
-            console.print(keyed(part, console.width), highlight=False, soft_wrap=True)
+            console.print(key_value_text(part, console.width), highlight=False, soft_wrap=True)
 
 
-def _print_local(sweep: str, root: Path, devices: int | None, per_device: int, *, retry: bool) -> tuple[Decision, ...]:
-    """The commands that a launch here would run, after the checks that it would make."""
-    loaded, runs, _ = engine.planned(sweep, root)
-    machine = this_machine(runs, devices=devices, per_device=per_device)
-    found = tuple(engine.foreseen(loaded, run, retry=retry) for run in runs)
-    refuse(loaded, [each.run for each in found if each.startable])
-    for each in found:
+def _print_local(sweep: str, root: Path, devices: int | None, *, retry: bool) -> tuple[Decision, ...]:
+    """Check the runs and print the commands that a launch on this machine would execute."""
+    loaded, runs, _ = engine.load_plan(sweep, root)
+    machine = local_machine(runs, devices=devices)
+    decisions = tuple(engine.launch_decision(loaded, run, retry=retry) for run in runs)
+    raise_on_problems(loaded, [each.run for each in decisions if each.startable])
+    for each in decisions:
         words = machine.command(each.record.path, min(each.run.devices, machine.devices))
         typer.echo(f"{each.verdict:<9} {' '.join(words) if each.startable else each.why or each.run.run_id}")
-    return found
+    return decisions
 
 
-def _launch_slurm(
-    sweep: str, root: Path, *, per_device: int, retry: bool, dry_run: bool, allow_dirty: bool
-) -> tuple[Decision, ...]:
-    from aimscale.sweeps.engine.element import launch_slurm  # submitit is slow to import
+def _launch_slurm(sweep: str, root: Path, *, retry: bool, dry_run: bool, allow_dirty: bool) -> tuple[Decision, ...]:
+    from aimscale.sweeps.engine.slurm_worker import launch_slurm  # submitit is slow to import
 
-    loaded, runs, _ = engine.planned(sweep, root)
-    submitted = launch_slurm(loaded, runs, per_device=per_device, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
+    loaded, runs, _ = engine.load_plan(sweep, root)
+    submitted = launch_slurm(loaded, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     for part in submitted:
         shape = f"{part.shape.nodes} x {part.shape.devices} (nodes x devices)"
         if dry_run:
-            typer.echo(f"# {part.num_runs} runs of {shape}, {part.number} jobs that execute them\n{part.script}")
+            typer.echo(f"# {part.num_runs} runs of {shape}, {part.num_jobs} jobs that execute them\n{part.script}")
             continue
-        typer.echo(f"submitted {part.number} jobs of {shape} for {part.num_runs} runs as {part.job_id}")
+        typer.echo(f"submitted {part.num_jobs} jobs of {shape} for {part.num_runs} runs as {part.job_id}")
         if part.excluded:
             typer.echo(f"excluded  {', '.join(part.excluded)}: some of these runs failed there")
     if not submitted:
         typer.echo("nothing to submit: jobs for all runs wait or run already, or no run is left")
-    found = tuple(engine.foreseen(loaded, run, retry=retry and dry_run) for run in runs)
-    _print_left([each for each in found if not each.startable], unplanned(loaded, runs))
-    return found
+    decisions = tuple(engine.launch_decision(loaded, run, retry=retry and dry_run) for run in runs)
+    _print_skipped([each for each in decisions if not each.startable], unplanned_runs(loaded, runs))
+    return decisions

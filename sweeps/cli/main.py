@@ -1,4 +1,4 @@
-"""The one command, `aimscale`: a table of verbs whose modules are imported only when one is used."""
+"""The `aimscale` command: a table of verbs, whose modules are imported only when used."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "weights": ("aimscale.harness.cli.runs", "Import, export and describe official AIM weights."),
     },
 }
-"""Verbs by what they are for: name -> (module, of which it is the app `app`, or the function `command` or one named
-after a colon; its line)."""
+"""Group -> verb -> (module, help line). The module holds a typer app `app`, a function `command`, or a function named
+after a colon."""
 VERBS = {name: where for group in GROUPS.values() for name, where in group.items()}
 EXAMPLES = (
     ("aimscale demo", "the whole loop on bundled images, to a report"),
@@ -60,11 +60,11 @@ EXAMPLES = (
     ("aimscale fit losses.csv --columns N=params,D=images,L=loss", "a law from anybody's table"),
 )
 HIDDEN = {"train": "aimscale.harness.cli.runs:train"}
-"""What launches call, and a person hardly ever."""
+"""Verbs that launches call and that --help does not list."""
 
 
-def verb(name: str) -> typer.Typer:
-    """Import a verb's module and make its typer app."""
+def load_verb(name: str) -> typer.Typer:
+    """Import a verb's module and return its typer app."""
     place, _, function = (HIDDEN.get(name) or VERBS[name][0]).partition(":")
     module = importlib.import_module(place)
     if not function and hasattr(module, "app"):
@@ -74,10 +74,10 @@ def verb(name: str) -> typer.Typer:
     return app
 
 
-def _collected(ctx: Any, param: Any, given: Any) -> Any:
-    """Where the tables of sweeps lie that an analysis verb is given by name or by file; anything else as it is."""
+def _find_table(ctx: Any, param: Any, given: Any) -> Any:
+    """Replace a sweep's name or file among the arguments of an analysis verb by the path of its table."""
     if isinstance(given, list | tuple):
-        return [_collected(ctx, param, each) for each in given]
+        return [_find_table(ctx, param, each) for each in given]
     path = Path(given)
     if path.exists() and path.suffix not in (".yaml", ".yml"):
         return path
@@ -95,21 +95,21 @@ def _collected(ctx: Any, param: Any, given: Any) -> Any:
 
 
 class LazyGroup(typer.core.TyperGroup):
-    """Lists verbs from `VERBS` and imports a verb's module only to run it or to print its own help."""
+    """Group of verbs that imports a verb's module only to run it or to print its help."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Verbs in the order of a session's work."""
+        """Return the verbs in the order in which they are used."""
         return list(VERBS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import the verb's module and turn its typer app into a command."""
         if cmd_name not in VERBS and cmd_name not in HIDDEN:
             raise UserError(f"there is no verb '{cmd_name}'; {did_you_mean(cmd_name, VERBS, 'the verbs are')}")
-        command = typer.main.get_command(verb(cmd_name))
+        command = typer.main.get_command(load_verb(cmd_name))
         command.name = cmd_name
         for param in command.params:
             if param.name in ("table", "tables"):
-                param.callback = _collected
+                param.callback = _find_table
         return command
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -136,7 +136,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _top(
+def _main_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -145,7 +145,7 @@ def _top(
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Entry point: a user's mistake, or a disk's, prints one sentence and exits with its code, never a traceback."""
+    """Run the command; print user and disk errors in one sentence and exit with their code, without a traceback."""
     try:
         with in_command():
             return typer.main.get_command(app)(args=argv, prog_name="aimscale")
@@ -158,5 +158,6 @@ def main(argv: list[str] | None = None) -> Any:
             code, sentence = 2, disk_sentence(error) or named
         if code is None or not sentence:
             raise
-        print(f"aimscale: {printable(sentence)}", file=sys.stderr)  # a user's file may name anything
+        # A name in a user's file may hold control characters.
+        print(f"aimscale: {printable(sentence)}", file=sys.stderr)
         sys.exit(code)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 TABLE_FLOPS_PER_HOUR = 400e12 * 3600
-"""What a GPU is taken to deliver, where the runs of a table are priced: 40 % of an H100's peak."""
+"""Assumed FLOPs per GPU-hour for runs of a table: 40 % of an H100's peak."""
 
 
 def command(
@@ -56,7 +56,7 @@ def command(
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
         df, y = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, best_of, y)
-        found = propose(df, place, _offer_of_table(df, place, y), budget=budget, law=law, y=y)
+        found = propose(df, place, _table_candidates(df, place, y), budget=budget, law=law, y=y)
         following = then(
             [f"forecast --register --at {target}"], list(map(Path, sweep_or_tables)), columns, where, best_of
         )
@@ -71,7 +71,7 @@ def command(
         if not table.is_file():
             raise SweepError(f"{table} does not exist; `aimscale collect {sweep.name}` makes it of complete runs")
         df, y = table_to_minimise([table], columns, where, best_of, y)
-        found = propose(df, place, _offer_of_sweep(sweep, df), budget=budget, law=law, y=y)
+        found = propose(df, place, _sweep_candidates(sweep, df), budget=budget, law=law, y=y)
         again = (
             f"next {sweep.name} --target {target} --budget {budget:g} --write {sweep.base_dir / sweep.name}-next.yaml"
         )
@@ -83,20 +83,20 @@ def command(
     show(found, as_json, following=following)
 
 
-def _offer_of_table(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:
-    """Runs on the table's own grid and on the way to the target, priced by its own FLOPs."""
+def _table_candidates(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:
+    """Return candidate runs on the table's grid and towards the target, priced by the table's FLOPs."""
     from aimscale.analysis.next.proposal import grid_offer
     from aimscale.analysis.optimum.cost import cost_of, points_of
     from aimscale.analysis.table.points import with_compute
 
     points = points_of(with_compute(df), y)
     cost = cost_of(points)
-    offer = grid_offer(points, target)
-    return offer.assign(price=cost.flops(offer["N"], offer["D"]) / TABLE_FLOPS_PER_HOUR)
+    candidates = grid_offer(points, target)
+    return candidates.assign(price=cost.flops(candidates["N"], candidates["D"]) / TABLE_FLOPS_PER_HOUR)
 
 
-def _offer_of_sweep(sweep: Sweep, df: pd.DataFrame) -> pd.DataFrame:
-    """Runs of the sweep's sizes that are not measured yet, with the prices of their cost cards."""
+def _sweep_candidates(sweep: Sweep, df: pd.DataFrame) -> pd.DataFrame:
+    """Return candidate runs of the sweep's sizes that are not measured yet, with the prices of their cost cards."""
     import pandas as pd
 
     from aimscale.sweeps.plan.costs import cost_cards
@@ -105,21 +105,21 @@ def _offer_of_sweep(sweep: Sweep, df: pd.DataFrame) -> pd.DataFrame:
     known = sorted(sweep.file.budgets) or sorted({int(seen) for seen in df["images_seen"]})
     rows: list[dict[str, Any]] = []
     for images_seen in (*known, 2 * known[-1], 4 * known[-1]):
-        one = sweep.with_fields(**_one_setting(sweep), budgets=[images_seen], exclude=[])
+        one = sweep.with_fields(**_first_setting(sweep), budgets=[images_seen], exclude=[])
         runs = plan(one)
         for run, card in zip(runs, cost_cards(one, runs), strict=True):
             seen, pool = float(card.budgets[0].images_seen), run.config.training.data.unique_images
             row = {"size": run.cell["size"], "N": float(card.params_total), "D": seen}
             row |= {"U": min(seen, float(pool or seen)), "C": card.budgets[0].flops, "price": card.device_hours}
             rows.append(row)
-    offer = pd.DataFrame(rows)
+    candidates = pd.DataFrame(rows)
     done = df[df["status"] == "complete"]
     measured = set(zip(done["params_total"], done["images_seen"], strict=True))
-    return offer[[pair not in measured for pair in zip(offer["N"], offer["D"], strict=True)]]
+    return candidates[[pair not in measured for pair in zip(candidates["N"], candidates["D"], strict=True)]]
 
 
-def _one_setting(sweep: Sweep) -> dict[str, Any]:
-    """Fields that leave a sweep its first setting alone: the first seed, axis values and variant, the largest pool."""
+def _first_setting(sweep: Sweep) -> dict[str, Any]:
+    """Return sweep fields with only the first seed, axis values and variant, and the largest pool."""
     file = sweep.file
     pools = file.unique_images
     return {
@@ -132,12 +132,12 @@ def _one_setting(sweep: Sweep) -> dict[str, Any]:
 
 
 def _sweep_file(sweep: Sweep, chosen: pd.DataFrame) -> str:
-    """The sweep with the chosen cells alone, as YAML."""
+    """Return the YAML text of the sweep with only the chosen cells."""
     sizes = list(dict.fromkeys(chosen["size"]))
     budgets = sorted({int(seen) for seen in chosen["D"]})
     wanted = {(size, int(seen)) for size, seen in zip(chosen["size"], chosen["D"], strict=True)}
     left_out = {size: [seen for seen in budgets if (size, seen) not in wanted] for size in sizes}
-    values = sweep.file.model_dump(mode="json", exclude_defaults=True) | _one_setting(sweep)
+    values = sweep.file.model_dump(mode="json", exclude_defaults=True) | _first_setting(sweep)
     values |= {"name": f"{sweep.name}-next", "sizes": sizes, "budgets": budgets}
     values["exclude"] = [{"size": size, "budget": seen} for size, seen in left_out.items() if seen]
     kept = {key: value for key, value in values.items() if value not in (None, [], {})}

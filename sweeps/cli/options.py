@@ -1,4 +1,4 @@
-"""Arguments that the verbs of a sweep share, and what they mean."""
+"""Arguments shared by the verbs of a sweep."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 EXIT_INTERRUPTED = 130
 
 
-def some_runs(sweep: Sweep, parts: Sequence[str]) -> list[str]:
-    """Run ids that contain any of the parts; all runs of the plan where no part is given.
+def select_run_ids(sweep: Sweep, parts: Sequence[str]) -> list[str]:
+    """Return the run ids that contain any of the parts, or all planned runs if no part is given.
 
     Raises:
-        SweepError: a part that names no run.
+        SweepError: a part matches no run.
     """
     planned = [run.run_id for run in plan(sweep)]
     there = [path.name for path in sweep.runs_dir.iterdir()] if sweep.runs_dir.is_dir() else []
@@ -35,11 +35,11 @@ def some_runs(sweep: Sweep, parts: Sequence[str]) -> list[str]:
 
 
 ROOT = Path("aimscale-runs")
-"""Where sweeps are kept by default."""
+"""Default folder of sweeps."""
 
 
-def say_next(verb: str, sweep: str, root: Path = ROOT, *more: str) -> None:
-    """Say what to run next, with what the user gave this verb."""
+def print_next(verb: str, sweep: str, root: Path = ROOT, *more: str) -> None:
+    """Print the command to run next, with the options that the user gave."""
     where = [] if root == ROOT else ["--root", str(root)]
     typer.echo(f"next: {shlex.join(['aimscale', verb, sweep, *more, *where])}")
 

@@ -1,4 +1,4 @@
-"""The verbs that look at a sweep and change none of its runs: status, logs, collect."""
+"""Verbs that inspect a sweep and change none of its runs: status, logs, collect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, say_next, some_runs
+from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, print_next, select_run_ids
 from aimscale.sweeps.plan import costs
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
@@ -33,26 +33,26 @@ def status(
     runs = plan_runs(loaded)
     cards = costs.cost_cards(loaded, runs)
 
-    def look() -> SweepStatus:
-        is_submitted = slurm.elements_file(loaded).is_file()
-        jobs = slurm.known_jobs() if is_submitted else None
+    def get_status() -> SweepStatus:
+        is_submitted = slurm.submissions_file(loaded).is_file()
+        jobs = slurm.try_list_jobs() if is_submitted else None
         if is_submitted and jobs is None and not watch:
             typer.echo("Slurm does not answer; runs that wait there are shown as unfinished or dead", err=True)
         return sweep_status(loaded, runs, cards, jobs)
 
     if as_json:
-        typer.echo(json.dumps(asdict(look()), indent=1))
+        typer.echo(json.dumps(asdict(get_status()), indent=1))
     elif watch:
-        views.watch(look)
+        views.watch(get_status)
     else:
-        console, found = views.new_console(), look()
+        console, found = views.new_console(), get_status()
         console.print(views.status_table(found, console.width), highlight=False, soft_wrap=True)
-        verb, *more = _after(found)
-        say_next(verb, sweep, root, *more)
+        verb, *more = _next_command(found)
+        print_next(verb, sweep, root, *more)
 
 
-def _after(found: SweepStatus) -> tuple[str, ...]:
-    """The verb to run next and its options: logs of runs that failed, else what starts those that nobody executes."""
+def _next_command(found: SweepStatus) -> tuple[str, ...]:
+    """Return the next verb and its options: logs of a failed run, else the verb that continues the sweep."""
     in_vain = [line.run_id for line in found.runs if line.state in ("failed", "diverged") and line.log]
     if in_vain:
         return "logs", in_vain[0]
@@ -72,7 +72,7 @@ def logs(
 ) -> None:
     """Print or follow the log of one run's last attempt."""
     loaded = load_sweep(sweep, root)
-    name, *others = some_runs(loaded, [run])
+    name, *others = select_run_ids(loaded, [run])
     if others:
         raise SweepError(f"'{run}' is part of {1 + len(others)} run ids ({name}, {others[0]}, ...); give more of it")
     record = RunRecord(loaded.run_dir(name))
@@ -111,11 +111,11 @@ def collect(sweep: SweepName, root: Root = ROOT) -> None:
     for line in _scored_forecasts(found.table):
         typer.echo(line)
     typer.echo(f"{found.num_complete} of {found.num_rows} rows have results, from {len(runs)} runs: {found.table}")
-    say_next("report", sweep if root == ROOT else str(found.table))
+    print_next("report", sweep if root == ROOT else str(found.table))
 
 
 def _scored_forecasts(table: Path) -> list[str]:
-    """Score the sweep's registered forecasts, keep the score table beside the results, and say what came true."""
+    """Score the sweep's registered forecasts, write the scores beside the results, and return one line each."""
     register = table.with_name("forecasts.jsonl")
     if not register.is_file():
         return []

@@ -1,1 +1,1 @@
-"""Starting what is missing: decisions, the queue, its devices, launches, cancellations."""
+"""Execution of a sweep: launches, cancellation, workers, their devices and processes."""

@@ -1,4 +1,4 @@
-"""What a worker has: GPUs of this machine (or, without GPUs, places for processes), and how much of each is free."""
+"""Devices of a worker: GPUs, or slots for processes on a machine without GPUs, and which of them are free."""
 
 from __future__ import annotations
 
@@ -11,114 +11,105 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aimscale.harness.device.execution import DoesNotFitError
-from aimscale.harness.device.sheets import Device, gpus_here
-from aimscale.sweeps.plan.costs import plan_of
+from aimscale.harness.device.gpu_specs import Device, gpus_here
+from aimscale.sweeps.plan.costs import plan_execution
 from aimscale.sweeps.plan.planner import Run
 
-WORKER = ("-m", "aimscale.harness.train")
+TRAIN_COMMAND = ("-m", "aimscale.harness.train")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The devices of one worker."""
+    """Devices of one worker."""
 
     devices: int
-    """GPUs of a node, or processes of it where it has no GPU."""
+    """GPUs of a node, or concurrent processes if it has no GPU."""
     gpus: tuple[str, ...] = ()
-    """Names by which a process is told its GPUs; empty without."""
-    per_device: int = 1
-    """Runs of one device that share it."""
+    """Values of CUDA_VISIBLE_DEVICES, one per GPU; empty without GPUs."""
     nodes: int = 1
-    """More than one for an element of several nodes, whose worker is on the first."""
-    is_only: bool = True
-    """Whether runs that ask for more devices are executed on those that are there, if they fit."""
+    """Number of nodes; with more than one, the worker runs on the first."""
+    allow_fewer_devices: bool = True
+    """Whether runs that request more devices are executed on the devices that exist, if they fit."""
     memory_bytes: int | None = None
-    """Of a GPU, where that is known."""
+    """Memory of a GPU, bytes; None if unknown."""
     srun: tuple[str, ...] = ()
-    """Further arguments of the srun that starts a run on several nodes."""
+    """Additional arguments of the srun that starts a run on several nodes."""
     python: tuple[str, ...] = (sys.executable,)
-    """The interpreter of runs, with what enters their container on another node."""
+    """Interpreter of runs, preceded by the command that enters a container on other nodes."""
 
     @property
     def stop_signal(self) -> signal.Signals:
-        """Tells what `command` started to save and end: srun hands USR2 on to the ranks, and kills them on TERM."""
+        """Signal that asks a run to save and exit: srun forwards USR2 to the ranks, and kills them on TERM."""
         return signal.SIGUSR2 if self.nodes > 1 else signal.SIGTERM
 
-    def serves(self, run: Run) -> bool:
-        """Whether a run may be executed here: on one node any that it holds, on several those that fill them."""
+    def can_run(self, run: Run) -> bool:
+        """Return whether a run can be executed here: one that fits on one node, or one that fills several nodes."""
         if self.nodes > 1:
             return run.devices == self.nodes * self.devices
-        if run.devices <= self.devices or not self.is_only or self.memory_bytes is None:
-            return run.devices <= self.devices or self.is_only
+        if run.devices <= self.devices or not self.allow_fewer_devices or self.memory_bytes is None:
+            return run.devices <= self.devices or self.allow_fewer_devices
         gpu = Device(name="", is_gpu=True, why="", memory_bytes=self.memory_bytes, peak_tflops=1)
         with contextlib.suppress(DoesNotFitError):
-            return bool(plan_of(run.config, self.devices, gpu, self.devices, 0))
+            return bool(plan_execution(run.config, self.devices, gpu, self.devices, 0))
         return False
 
     def command(self, run_dir: Path, num_devices: int) -> list[str]:
-        """The program that executes a run: python, torchrun for several devices, srun for several nodes."""
+        """Return the command that executes a run: python, torchrun for several devices, srun for several nodes."""
         if self.nodes > 1:
             step = ["srun", f"--nodes={self.nodes}", f"--ntasks-per-node={self.devices}", "--kill-on-bad-exit=1"]
-            return [*step, *self.srun, *self.python, *WORKER, str(run_dir)]
+            return [*step, *self.srun, *self.python, *TRAIN_COMMAND, str(run_dir)]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_devices}"]
-        torchrun += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"]  # srun sends them to every process
-        return [*self.python, *(torchrun if num_devices > 1 else []), *WORKER, str(run_dir)]
+        torchrun += [
+            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
+        ]  # srun forwards signals to every process
+        return [*self.python, *(torchrun if num_devices > 1 else []), *TRAIN_COMMAND, str(run_dir)]
 
 
-def this_machine(runs: Sequence[Run], *, devices: int | None = None, per_device: int = 1) -> Machine:
-    """The machine that this process runs on: its visible GPUs, or as many processes as its cores feed.
+def local_machine(runs: Sequence[Run], *, devices: int | None = None) -> Machine:
+    """Return the machine of this process: its visible GPUs, or as many processes as its cores can feed.
 
     Args:
-        devices: how many of them to use; all by default.
+        devices: number of devices to use; all by default.
     """
     gpus = visible_gpus()[:devices]
     threads = max((run.config.runtime.num_threads for run in runs), default=1)
     num = len(gpus) or devices or max(1, len(os.sched_getaffinity(0)) // threads)
     memory_bytes = min((num_bytes for _, num_bytes in gpus_here()), default=None) if gpus else None
-    return Machine(devices=num, gpus=tuple(gpus), per_device=per_device, memory_bytes=memory_bytes)
+    return Machine(devices=num, gpus=tuple(gpus), memory_bytes=memory_bytes)
 
 
 def visible_gpus() -> list[str]:
-    """GPUs that a launch here may use: CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    """Return the GPUs of CUDA_VISIBLE_DEVICES, or else all that nvidia-smi lists."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     return [str(i) for i in range(len(gpus_here()))]
 
 
-class Devices:
-    """The shares of a machine's devices that are free: a run of several takes whole ones, one of one its share."""
+class DevicePool:
+    """The devices of a machine that no run occupies."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._free = [machine.per_device] * machine.devices
+        self._free = set(range(machine.devices))
 
-    def take(self, run: Run) -> tuple[int, ...] | None:
-        """Devices for a run, the emptiest last; None while too few are free."""
+    def acquire(self, run: Run) -> tuple[int, ...] | None:
+        """Reserve devices for a run and return their indices, or None while too few are free."""
         num = min(run.devices, self._machine.devices)
-        fits = sorted((free, i) for i, free in enumerate(self._free) if free >= self._shares(num))
-        if len(fits) < num:
+        if len(self._free) < num:
             return None
-        taken = tuple(sorted(i for _, i in fits[:num]))
-        for i in taken:
-            self._free[i] -= self._shares(num)
-        return taken
+        acquired = tuple(sorted(self._free)[:num])
+        self._free -= {*acquired}
+        return acquired
 
-    def give_back(self, taken: Sequence[int]) -> None:
-        """The run on these devices ended."""
-        for i in taken:
-            self._free[i] += self._shares(len(taken))
+    def release(self, acquired: Sequence[int]) -> None:
+        """Return the devices of a run that has ended."""
+        self._free |= {*acquired}
 
-    def _shares(self, num: int) -> int:
-        """What a run of so many devices takes of each."""
-        return 1 if num == 1 else self._machine.per_device
-
-    def environment(self, taken: Sequence[int]) -> dict[str, str]:
-        """What a run on these devices is told."""
-        gpus, per_device = self._machine.gpus, self._machine.per_device
+    def environment(self, acquired: Sequence[int]) -> dict[str, str]:
+        """Return the environment variables that confine a run to these GPUs and to its share of the host."""
+        gpus = self._machine.gpus
         if not gpus or self._machine.nodes > 1:
             return {}
-        share = sum(self._shares(len(taken)) for _ in taken) / (per_device * self._machine.devices)
-        told = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i] for i in taken), "AIMSCALE_HOST_SHARE": f"{share:.6f}"}
-        if len(taken) == 1 and per_device > 1:
-            told["AIMSCALE_DEVICE_SHARE"] = f"{1 / per_device:.6f}"
-        return told
+        share = len(acquired) / self._machine.devices
+        visible = ",".join(gpus[i] for i in acquired)
+        return {"CUDA_VISIBLE_DEVICES": visible, "AIMSCALE_HOST_SHARE": f"{share:.6f}"}

@@ -1,1 +1,1 @@
-"""From a sweep file to its runs and their cost cards."""
+"""Plans: the runs of a sweep file, their checks and their cost cards."""

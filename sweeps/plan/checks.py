@@ -1,7 +1,7 @@
-"""Everything that would stop a run before its first step or after its last, found before any process starts.
+"""Checks of planned runs: errors that launch, training or evaluation would raise, found before any process starts.
 
-Launch, trainer and evaluation refuse what they cannot use; a plan calls the same functions, for every run, and says all
-of it at once. Nothing is written. Torch is imported where data sets are there to be opened.
+The checks call the functions that raise these errors later, for every run, and report all of them at once. Nothing is
+written. Torch is imported only if a data set has to be opened.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.data.store.card import read_info
-from aimscale.harness.device.sheets import Device
+from aimscale.harness.data.store.dataset_info import read_info
+from aimscale.harness.device.gpu_specs import Device
 from aimscale.harness.log.loggers import refuse_missing
 from aimscale.harness.run.config import (
     DataSection,
@@ -24,39 +24,39 @@ from aimscale.harness.run.config import (
     ValidationSection,
 )
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.sweeps.plan.costs import Found, device_of, max_opened, plan_of, stop_seconds
+from aimscale.sweeps.plan.costs import Finding, grace_period_s, max_indexed_images, plan_execution, planned_device
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that some runs would fail on, or that needs care."""
+    """Problem that makes some runs fail, or a caution about them."""
 
     key: str
-    """Of the sweep file: what to change."""
+    """Key of the sweep file to change."""
     why: str
-    """What launch, trainer or evaluation would say."""
+    """Error message of the launch, the trainer or the evaluation."""
     run_ids: tuple[str, ...]
 
 
 def check(sweep: Sweep, runs: Sequence[Run]) -> tuple[Problem, ...]:
-    """What would stop these runs, each thing once; data sets above `max_opened` are left to the trainers."""
-    device, data = device_of(sweep, runs), _Data()
-    return together((run.run_id, (*_by_numbers(sweep, run, device), *data.problems(run.config))) for run in runs)
+    """Return the problems of these runs, equal ones once; data sets above `max_indexed_images` are not opened."""
+    device, data = planned_device(sweep, runs), _DataChecks()
+    return group_findings((run.run_id, (*_check_config(sweep, run, device), *data.check(run.config))) for run in runs)
 
 
-def together(found: Iterable[tuple[str, Iterable[Found]]]) -> tuple[Problem, ...]:
-    """What was found of each run, equal things once."""
-    names: dict[Found, dict[str, None]] = {}
+def group_findings(found: Iterable[tuple[str, Iterable[Finding]]]) -> tuple[Problem, ...]:
+    """Merge equal findings of several runs."""
+    names: dict[Finding, dict[str, None]] = {}
     for run_id, things in found:
         for thing in things:
             names.setdefault(thing, {})[run_id] = None
     return tuple(Problem(key=key, why=why, run_ids=tuple(run_ids)) for (key, why), run_ids in names.items())
 
 
-def whose(run_ids: Sequence[str], num_runs: int) -> str:
-    """Some runs of so many, in words."""
+def describe_runs(run_ids: Sequence[str], num_runs: int) -> str:
+    """Describe which of `num_runs` runs are meant: one id, `all 6 runs`, or `2 of 6 runs, such as ...`."""
     if len(run_ids) == 1:
         return run_ids[0]
     return (
@@ -66,20 +66,20 @@ def whose(run_ids: Sequence[str], num_runs: int) -> str:
     )
 
 
-def refuse(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem] | None = None) -> None:
-    """Raise SweepError that names every problem of these runs, if there is one."""
+def raise_on_problems(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem] | None = None) -> None:
+    """Raise SweepError that lists every problem of these runs; return if there is none."""
     lines = []
     for problem in check(sweep, runs) if problems is None else problems:
         key = "" if problem.why.startswith(problem.key) else f"{problem.key}: "
-        lines.append(f"{whose(problem.run_ids, len(runs))}: {key}{problem.why}")
+        lines.append(f"{describe_runs(problem.run_ids, len(runs))}: {key}{problem.why}")
     if len(lines) == 1:
         raise SweepError(f"{sweep.source}: {lines[0]}")
     if lines:
         raise SweepError("\n".join([f"{sweep.source}: {len(lines)} things are in the way of its runs", *lines]))
 
 
-def _said(key: str, function: Callable[..., Any], *arguments: Any) -> list[Found]:
-    """What a function refuses."""
+def _check_call(key: str, function: Callable[..., Any], *arguments: Any) -> list[Finding]:
+    """Call a function and return its UserError as a finding, or no finding."""
     try:
         function(*arguments)
     except UserError as error:
@@ -87,29 +87,31 @@ def _said(key: str, function: Callable[..., Any], *arguments: Any) -> list[Found
     return []
 
 
-def _by_numbers(sweep: Sweep, run: Run, device: Device) -> Iterator[Found]:
-    """What the configuration alone tells."""
+def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
+    """Check what follows from the configuration alone."""
     runtime = run.config.runtime
-    yield from _said("schedule.warmup_images", schedule_of, run.config)
-    yield from _said("cost.memory_gb", plan_of, run.config, run.devices, device, sweep.file.slurm.devices_per_node, 0)
-    stop_s, limit_s = stop_seconds(sweep, run), 60 * sweep.file.slurm.time_min
+    yield from _check_call("schedule.warmup_images", schedule_of, run.config)
+    yield from _check_call(
+        "cost.memory_gb", plan_execution, run.config, run.devices, device, sweep.file.slurm.devices_per_node, 0
+    )
+    stop_s, limit_s = grace_period_s(sweep, run), 60 * sweep.file.slurm.time_min
     if stop_s >= limit_s:
         told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"
         yield "slurm.time_min", f"{told}; raise time_min"
     if sweep.file.slurm.python is None:
-        yield from _said("runtime.loggers", refuse_missing, run.config)
+        yield from _check_call("runtime.loggers", refuse_missing, run.config)
     if runtime.device == "cuda" and not device.is_gpu:
         yield "runtime.device", "cuda is asked for, and this machine has no GPU; use cpu or auto"
     if runtime.compile is True and not device.is_gpu:
         import torch
 
-        from aimscale.harness.step.engine import compiles
+        from aimscale.harness.step.engine import should_compile
 
-        yield from _said("runtime.compile", compiles, True, torch.device("cpu"), 0)
+        yield from _check_call("runtime.compile", should_compile, True, torch.device("cpu"), 0)
 
 
-class _Data:
-    """The data sets of some runs; each is opened, and each pair compared, once."""
+class _DataChecks:
+    """Checks of the data sets of several runs; each data set is opened, and each pair compared, once."""
 
     def __init__(self) -> None:
         self.opened = functools.cache(self._open)
@@ -117,8 +119,8 @@ class _Data:
         self.validation = functools.cache(self._validation)
         self.probe = functools.cache(self._probe)
 
-    def problems(self, config: RunConfig) -> Iterator[Found]:
-        """What is wrong with what a run reads."""
+    def check(self, config: RunConfig) -> Iterator[Finding]:
+        """Check the training, validation and probe data of a run."""
         training, evaluation = config.training, config.evaluation
         yield from self.stream(training.data, training.model.channels)
         yield from self.validation(training.data, evaluation.validation)
@@ -126,9 +128,9 @@ class _Data:
             yield from self.probe(section, training.model)
 
     def _open(self, path: str) -> tuple[Any, str | None]:
-        """A data set, unless it cannot be opened or is left to the trainers; and why it cannot be."""
+        """Open a data set: return (data set or None, error or None); both are None if it is too large to open here."""
         try:
-            if read_info(path).num_samples > max_opened(path):
+            if read_info(path).num_samples > max_indexed_images(path):
                 return None, None
             from aimscale.harness.data.store.index import open_dataset
 
@@ -136,41 +138,41 @@ class _Data:
         except UserError as error:
             return None, str(error)
 
-    def _stream(self, data: DataSection, channels: int) -> list[Found]:
-        """What the training stream would refuse."""
+    def _stream(self, data: DataSection, channels: int) -> list[Finding]:
+        """Check the training data as the training stream does."""
         if not data.is_unindexed:
             missing = [why for source in data.sources if (why := self.opened(source.path)[1])]
             if missing:
                 return [("data.sources", why) for why in missing]
         from aimscale.harness.data.store.index import require_channels
-        from aimscale.harness.data.stream.positions import refuse_other_images, unique_per_source
+        from aimscale.harness.data.stream.indexed import require_fingerprint, unique_per_source
         from aimscale.harness.data.stream.unindexed import shard_urls
 
-        found = _said("model.channels", require_channels, channels)
+        found = _check_call("model.channels", require_channels, channels)
         if data.is_unindexed:
-            return found + _said("data.sources", shard_urls, data.sources[0].path)
+            return found + _check_call("data.sources", shard_urls, data.sources[0].path)
         infos = [read_info(source.path) for source in data.sources]
         for source, info in zip(data.sources, infos, strict=True):
-            found += _said("data.sources", refuse_other_images, source, info)
-        return found + _said("data.unique_images", unique_per_source, data, infos)
+            found += _check_call("data.sources", require_fingerprint, source, info)
+        return found + _check_call("data.unique_images", unique_per_source, data, infos)
 
-    def _validation(self, data: DataSection, section: ValidationSection) -> list[Found]:
-        """What the validation after each budget would refuse, and the trainer for its sake."""
+    def _validation(self, data: DataSection, section: ValidationSection) -> list[Finding]:
+        """Check the validation data as the trainer and the validation do, overlap with the training images included."""
         held_out, missing = self.opened(section.path)
         if missing:
             return [("validation.path", missing)]
-        from aimscale.harness.data.stream.held_out import refuse_fewer, refuse_overlap
+        from aimscale.harness.data.stream.held_out import refuse_overlap, require_images
 
         info = read_info(section.path)
-        found = _said("validation.num_images", refuse_fewer, section.path, info, section.num_images)
+        found = _check_call("validation.num_images", require_images, section.path, info, section.num_images)
         if held_out is None:
             return found
         paths = [source.path for source in data.sources if not data.is_unindexed]
         pools = [pool for path in paths if (pool := self.opened(path)[0]) is not None]
-        return found + _said("validation.path", refuse_overlap, pools, held_out)
+        return found + _check_call("validation.path", refuse_overlap, pools, held_out)
 
-    def _probe(self, section: ProbeSection, model: ModelSection) -> list[Found]:
-        """What a task would refuse."""
+    def _probe(self, section: ProbeSection, model: ModelSection) -> list[Finding]:
+        """Check the data of a probe task as the probe does."""
         key = f"probes.{section.task}"
         sides = [self.opened(path) for path in dict.fromkeys((section.train, section.test))]
         if missing := [why for _, why in sides if why]:
@@ -179,4 +181,4 @@ class _Data:
             return []
         from aimscale.harness.probe.features.images import open_task
 
-        return _said(key, open_task, section, model, RuntimeConfig())
+        return _check_call(key, open_task, section, model, RuntimeConfig())

@@ -1,4 +1,4 @@
-"""The cost card of a planned run: what it holds, takes and costs, from closed formulas and stated assumptions."""
+"""Cost cards: time, memory, disk and FLOPs of planned runs, from closed formulas and stated assumptions."""
 
 from __future__ import annotations
 
@@ -14,54 +14,54 @@ import numpy as np
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.bench.expected import Limit, Rates, expected_rates
-from aimscale.harness.data.store.card import Look, data_set
+from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
+from aimscale.harness.device.gpu_specs import Device, device_here, nominal_flops_per_s
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
-from aimscale.harness.device.sheets import Device, device_here, nominal_flops_per_s
-from aimscale.harness.probe.cost import DuringCost, ProbeCost, bytes_during, during_cost, probe_cost, validation_images
+from aimscale.harness.probe.cost import CurveCost, ProbeCost, curve_bytes, curve_cost, probe_cost, validation_images
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.sweeps.plan.planner import Run, counts_of
+from aimscale.sweeps.plan.planner import Run, model_counts
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 WEIGHTS_BYTES_PER_PARAM = 4
-"""Final weights of a budget, fp32."""
-MIN_STOP_S = 120
-"""Even a small run ends a step, a validation batch or a probe's epoch first."""
-STEP_S = 30
-"""For the step that is under way, beside a save."""
+"""Size of the final weights of a budget (fp32)."""
+MIN_GRACE_S = 120
+"""Minimum grace period, s: even a small run must finish a step, a validation batch or a probe epoch."""
+STEP_ALLOWANCE_S = 30
+"""Time allowed for finishing the current step, s, in addition to saving."""
 SAVE_BYTES_PER_S = 0.5e9
-"""Assumption: the rate at which a checkpoint reaches a shared disk."""
+"""Assumed rate at which a checkpoint is written to a shared disk."""
 
-MAX_SHARE_DURING = 0.1
-"""Points during training that take a larger share of a run's time are named."""
-ASSUMED = "H100"
+MAX_DURING_SHARE = 0.1
+"""Share of a run's time, 0..1, above which evaluation during training raises a caution."""
+ASSUMED_GPU = "H100"
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
-MIN_VALIDATION = 100
-"""Images, of which fewer give a loss that is uncertain by several per cent."""
+MIN_VALIDATION_IMAGES = 100
+"""Number of validation images below which the loss is uncertain by several per cent."""
 
 
-Found = tuple[str, str]
-"""Key of the sweep file, and what is said of it."""
+Finding = tuple[str, str]
+"""(key of the sweep file, message)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetCost:
-    """One row that a run will give."""
+    """Cost of one budget, which becomes one row of the results."""
 
     images_seen: int
     epochs: float | None
-    """D / U; null where the pool's size is unknown."""
+    """D / U; null if the size of the pool is unknown."""
     flops: float
-    """C: training FLOPs to this budget by the published formula."""
+    """C: training FLOPs up to this budget, by the published formula."""
     flops_6nd: float
-    """6 N D with N backbone, head and preprocessor and D in images x tokens."""
+    """6 N D, with N the parameters of backbone, head and preprocessor, and D in images x tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostCard:
-    """What one run costs."""
+    """Cost of one run."""
 
     run_id: str
     cell: dict[str, Any]
@@ -69,58 +69,63 @@ class CostCard:
     params_total: int
     budgets: tuple[BudgetCost, ...]
     images_executed: int
-    """Images trained on: the stable phase, and the decay branch of every budget beside it."""
+    """Images trained on: those of the stable phase and of the decay branch of every budget."""
     flops_executed: float
-    """FLOPs the devices execute: fewer per image than the formula (only scored tokens enter the head), more images."""
+    """FLOPs that the devices execute: fewer per image than by the published formula (only scored tokens enter the
+    head), for more images (decay branches)."""
     steps: int
     batch_size: int
     lr_peak: float
     devices: int
     """Data-parallel ranks."""
     device: Device
-    """What each of them is taken to be."""
+    """Assumed type of each device."""
     precision: str
     rates: Rates
-    """How fast all of them train and load."""
+    """Throughput of training and loading, all devices together."""
     fit: ExecutionPlan | None
-    """ZeRO stage, micro-batch and memory of a rank, activations included; null where nothing fits."""
+    """ZeRO stage, micro-batch and memory of a rank, activations included; null if no choice fits."""
     stop_s: int
-    """Time from being told to stop to being killed."""
+    """Grace period between the signal to stop and the kill, s."""
     disk_bytes: int
-    """Of the run directory: the last checkpoint, the stable phase's, one under way, and the weights of all budgets."""
+    """Size of the run directory: the last checkpoint, that of the stable phase, one that is being written, and the
+    weights of all budgets."""
     probes: tuple[ProbeCost, ...]
-    """The tasks, each at one budget."""
+    """Cost of each probe task at one budget."""
     flops_evaluation: float
-    """Of validation and probes, all budgets and points together, as `harness.probe.cost` counts them."""
+    """FLOPs of validation and probes at all budgets and points during training, as `harness.probe.cost` counts them."""
     points: int
-    """Validations during training."""
+    """Number of validations during training."""
     flops_during: float
-    """Of `flops_evaluation`, that of points during training."""
+    """Part of `flops_evaluation` that is spent during training."""
     share_during: float
-    """Of `wall_s` that points take, 0..1."""
+    """Share of `wall_s` that evaluation during training takes, 0..1."""
     limit: Limit
-    """What takes most of the time of training."""
+    """Resource that limits the speed of training."""
     training_s: float
-    """Time of training, loading included."""
+    """Time of training, loading included, s."""
     evaluation_s: float
-    """Time of validation and probes of all budgets and points: their FLOPs at the pace of training, or their images
-    at the loader's."""
+    """Time of validation and probes at all budgets and points during training, s: their FLOPs at the speed of training,
+    or their images at the speed of the loader, whichever takes longer."""
     wall_s: float
-    """Both."""
+    """Sum of `training_s` and `evaluation_s`, s."""
     device_hours: float
-    cautions: tuple[Found, ...]
-    """What should be looked at before launching."""
+    cautions: tuple[Finding, ...]
+    """Cautions to read before launching."""
 
 
 def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
-    """One card per run, in order."""
-    device, look = device_of(sweep, runs), functools.cache(data_set)
-    return [_card(sweep, run, device, look) for run in runs]
+    """Return the cost card of each run, in the order of `runs`."""
+    device, lookup = planned_device(sweep, runs), functools.cache(find_info)
+    return [_card(sweep, run, device, lookup) for run in runs]
 
 
-def device_of(sweep: Sweep, runs: Sequence[Run]) -> Device:
-    """The device that all runs are priced on: the one that `cost.device` names; else an H100, where a `slurm` section
-    asks for GPUs; else this machine's GPU; else one core of this machine.
+def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
+    """Return the device on which all runs are priced.
+
+    This is `cost.device` if it is given; else the GPU that a `slurm` section asks for, or an H100; else this machine's
+        GPU;
+    else one core of this machine.
 
     Raises:
         SweepError: `cost.device` is no known GPU, and its peak is not given.
@@ -135,7 +140,7 @@ def device_of(sweep: Sweep, runs: Sequence[Run]) -> Device:
         found = Device(name=cost.device, is_gpu="cpu" not in cost.device.lower(), why="cost.device", cores=cores)
     elif on_slurm and slurm.gpus and not wants_cpu:
         kind = str(slurm.gpus).upper()  # as Slurm names its type, such as a100
-        name = kind if nominal_flops_per_s(kind, "bf16") else ASSUMED
+        name = kind if nominal_flops_per_s(kind, "bf16") else ASSUMED_GPU
         found = Device(name=name, is_gpu=True, why="assumed, since there is a slurm section", cores=cores)
     else:
         found = device_here(wants_cpu=on_slurm or wants_cpu)
@@ -144,7 +149,7 @@ def device_of(sweep: Sweep, runs: Sequence[Run]) -> Device:
 
 
 def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
-    """Sums over the cards, and the time of the longest run: the sweep's with enough devices."""
+    """Return sums over the cards, and `longest_wall_s`: the sweep's time if each run has its own devices."""
     added = ("images_executed", "flops_executed", "flops_evaluation", "flops_during", "device_hours", "disk_bytes")
     sums = {name: sum(getattr(card, name) for card in cards) for name in added}
     return {
@@ -157,8 +162,11 @@ def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
 
 
 def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
-    """Parameters of the joint law of N and D that a grid cannot tell however small the noise, such as the exponent of D
-    from two budgets; none for a single point, which asks for no law."""
+    """Return the parameters of the joint law of N and D that the grid cannot identify at any noise level.
+
+    For example, two budgets do not identify the exponent of D. A grid of a single point fits no law, so none is
+    returned.
+    """
     rows = {(card.params_total, budget.images_seen) for card in cards for budget in card.budgets}
     if len(rows) < 2:
         return ()
@@ -168,35 +176,35 @@ def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
 
 
 def to_json(cards: Sequence[CostCard]) -> dict[str, Any]:
-    """The plan as one JSON value."""
+    """Return the plan as a JSON object."""
     return {"totals": totals(cards), "not_identified": not_identified(cards), "runs": [asdict(card) for card in cards]}
 
 
-def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
+def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> CostCard:
     training, evaluation = run.config.training, run.config.evaluation
     model = model_of(training)
-    params, flops = counts_of(model)
+    params, flops = model_counts(model)
     executed, batch_size = unchecked_schedule(run.config).images_planned(), training.optimiser.batch_size
-    unique = training.data.unique_images or _pool(sweep, run.config, look)
-    about = model, flops, run.devices, device.memory_bytes, look
-    probes = tuple(probe_cost(section, *about) for section in evaluation.probes)
-    measuring = bytes_during(run.config, look)
+    unique = training.data.unique_images or _pool_size(sweep, run.config, lookup)
+    probe_arguments = model, flops, run.devices, device.memory_bytes, lookup
+    probes = tuple(probe_cost(section, *probe_arguments) for section in evaluation.probes)
+    measuring = curve_bytes(run.config, lookup)
     cost, fit = sweep.file.cost, None
     with contextlib.suppress(DoesNotFitError):
-        fit = plan_of(run.config, run.devices, device, sweep.file.slurm.devices_per_node, measuring)
-    rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, step_ms=cost.step_ms, look=look)
-    validated = validation_images(evaluation.validation, look)
+        fit = plan_execution(run.config, run.devices, device, sweep.file.slurm.devices_per_node, measuring)
+    rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, step_ms=None, lookup=lookup)
+    images_validated = validation_images(evaluation.validation, lookup)
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
     step_s = max(rates.step_s, rates.loading_s) if rates.is_ahead else rates.step_s + rates.loading_s
     lacks_memory = measuring > 0 and fit is not None and not fit.measures
-    during = DuringCost(points=0, images=0.0, flops=0.0)
+    during = CurveCost(points=0, images=0.0, flops=0.0)
     if not lacks_memory:
-        during = during_cost(run.config, *about)
-    passed = num_budgets * (validated + sum(probe.images for probe in probes))
-    flops_evaluation = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
+        during = curve_cost(run.config, *probe_arguments)
+    images_evaluated = num_budgets * (images_validated + sum(probe.images for probe in probes))
+    flops_evaluation = num_budgets * (flops.forward * images_validated + sum(probe.flops for probe in probes))
     flops_per_s = rates.flops_per_image * rates.compute_per_s
     during_s = max(during.flops / flops_per_s, during.images / rates.loaded_per_s)
-    evaluation_s = during_s + max(flops_evaluation / flops_per_s, passed / rates.loaded_per_s)
+    evaluation_s = during_s + max(flops_evaluation / flops_per_s, images_evaluated / rates.loaded_per_s)
     training_s = steps * step_s
     wall_s = training_s + evaluation_s
     card = CostCard(
@@ -222,7 +230,7 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
         precision=training.optimiser.precision,
         rates=rates,
         fit=fit,
-        stop_s=stop_seconds(sweep, run),
+        stop_s=grace_period_s(sweep, run),
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + num_budgets * WEIGHTS_BYTES_PER_PARAM) * params.total,
         probes=probes,
         flops_evaluation=flops_evaluation + during.flops,
@@ -236,15 +244,17 @@ def _card(sweep: Sweep, run: Run, device: Device, look: Look) -> CostCard:
         device_hours=wall_s * run.devices / 3600,
         cautions=(),
     )
-    return replace(card, cautions=tuple(_cautions(run, card, unique, look, lacks_memory=lacks_memory)))
+    return replace(card, cautions=tuple(_cautions(run, card, unique, lookup, lacks_memory=lacks_memory)))
 
 
-def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks_memory: bool) -> Iterator[Found]:
-    """What one run's data, schedule and points during training give.
+def _cautions(
+    run: Run, card: CostCard, unique: int | None, lookup: DatasetLookup, *, lacks_memory: bool
+) -> Iterator[Finding]:
+    """Yield the cautions about a run's data, schedule and evaluation during training.
 
     Args:
-        unique: U; None where it is unknown.
-        lacks_memory: whether a device has no memory for points during training.
+        unique: U; None if unknown.
+        lacks_memory: whether the devices have no memory for evaluation during training.
     """
     training, rates = run.config.training, card.rates
     epochs = card.budgets[-1].epochs or 0.0
@@ -256,8 +266,8 @@ def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks
     elif epochs > MAX_EPOCHS:
         yield "budgets", f"{epochs:.1f} epochs of {unique:,} images, more than {MAX_EPOCHS}"
     if rates.is_ahead and card.limit == "loader":
-        given, wanted = rates.loaded_per_s, card.batch_size / rates.step_s
-        words = f"the loader gives {given:,.0f} of the {wanted:,.0f} images/s that training could take"
+        loaded, wanted = rates.loaded_per_s, card.batch_size / rates.step_s
+        words = f"the loader gives {loaded:,.0f} of the {wanted:,.0f} images/s that training could take"
         yield "runtime.num_workers", f"{words}; raise it (and slurm.cpus_per_task), or pack smaller files"
     if card.fit and card.device.is_gpu and card.batch_size % (card.fit.micro_batch * card.devices):
         words = f"{card.batch_size} images do not divide into {card.devices} devices and passes of"
@@ -269,52 +279,58 @@ def _cautions(run: Run, card: CostCard, unique: int | None, look: Look, *, lacks
         words = "wds:// has no index: what a run sees depends on restarts, ranks and workers"
         yield "data.sources", f"{words}; epochs are not counted, validation images in it are not found"
     validation = run.config.evaluation.validation.path
-    if (held_out := look(validation)) and held_out.num_samples < MIN_VALIDATION:
+    if (held_out := lookup(validation)) and held_out.num_samples < MIN_VALIDATION_IMAGES:
         words = f"{held_out.num_samples} images leave the loss uncertain by several per cent; hold out more"
         yield "validation.path", words
     probes = run.config.evaluation.probes
     paths = [*(source.path for source in training.data.sources), validation]
     for path in dict.fromkeys([*paths, *(side for probe in probes for side in (probe.train, probe.test))]):
-        info = look(path)
-        if info and info.num_samples > max_opened(path):
+        info = lookup(path)
+        if info and info.num_samples > max_indexed_images(path):
             yield (
                 "data",
                 f"{path} has {info.num_samples:,} images; its index was not opened here, the trainers check it",
             )
-    if card.share_during > MAX_SHARE_DURING:
+    if card.share_during > MAX_DURING_SHARE:
         words = f"validation and probes during training take {100 * card.share_during:.0f} % of the time; raise it"
         yield "every_images", words
     if lacks_memory:
         yield "every_images", "a device has no memory for a copy of the weights; nothing is measured during training"
 
 
-MAX_OPENED, MAX_FETCHED = 50_000_000, 1_000_000
-"""The index of a larger data set, here or at a URL, is left to the trainers: opening takes 25 bytes per image."""
+MAX_LOCAL_INDEX, MAX_REMOTE_INDEX = 50_000_000, 1_000_000
+"""Largest data sets, in images, whose index a plan opens on disk and at a URL; larger ones are left to the trainers.
+Opening takes 25 bytes per image."""
 
 
-def max_opened(path: str) -> int:
-    """Images of the largest data set at a path whose index a plan opens."""
-    return MAX_FETCHED if "://" in path else MAX_OPENED
+def max_indexed_images(path: str) -> int:
+    """Return the size of the largest data set, images, that a plan opens at this path."""
+    return MAX_REMOTE_INDEX if "://" in path else MAX_LOCAL_INDEX
 
 
-def _pool(sweep: Sweep, config: RunConfig, look: Look) -> int | None:
-    """Images of the pool: as stated in the sweep file, else as counted in the data sets' `dataset.json`."""
+def _pool_size(sweep: Sweep, config: RunConfig, lookup: DatasetLookup) -> int | None:
+    """Return the images of the pool, from the sweep file or else from `dataset.json`; None if unknown."""
     if sweep.file.cost.pool_images:
         return sweep.file.cost.pool_images
-    infos = [look(source.path) for source in config.training.data.sources]
-    # not made yet: the card says that epochs are unknown
+    infos = [lookup(source.path) for source in config.training.data.sources]
+    # data sets that are not packed yet: the card says that the epochs are unknown
     return None if None in infos else sum(info.num_samples for info in infos if info)
 
 
 _cached_plan = functools.cache(execution_plan)
-"""Of many runs that differ by their seeds."""
+"""Execution plans, computed once for runs that differ only in their seed."""
 
 
-def plan_of(config: RunConfig, devices: int, device: Device, devices_per_node: int, measuring: int) -> ExecutionPlan:
-    """How a run uses its devices.
+def plan_execution(
+    config: RunConfig, devices: int, device: Device, devices_per_node: int, measuring: int
+) -> ExecutionPlan:
+    """Choose the ZeRO stage and micro-batch of a run.
+
+    Args:
+        measuring: bytes that evaluation during training needs on each device.
 
     Raises:
-        DoesNotFitError: it is too large for them.
+        DoesNotFitError: the run is too large for its devices.
     """
     return _cached_plan(
         config.training.model_copy(update={"seed": 0}),
@@ -326,14 +342,14 @@ def plan_of(config: RunConfig, devices: int, device: Device, devices_per_node: i
     )
 
 
-def stop_seconds(sweep: Sweep, run: Run) -> int:
-    """Time from being told to stop to being killed, for Slurm's signal and for torchrun.
+def grace_period_s(sweep: Sweep, run: Run) -> int:
+    """Return the time a run is given to save, s, between the signal to stop and the kill.
 
-    `slurm.signal_delay_s`, or twice a save and a step.
+    Slurm's signal, torchrun and the plan use this one number: `slurm.signal_delay_s`, or else two saves and a step.
     """
-    given = sweep.file.slurm.signal_delay_s
-    if given != "auto":
-        return given
-    num_params = counts_of(model_of(run.config.training))[0].total
+    delay = sweep.file.slurm.signal_delay_s
+    if delay != "auto":
+        return delay
+    num_params = model_counts(model_of(run.config.training))[0].total
     save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
-    return max(MIN_STOP_S, math.ceil(2 * save_s) + STEP_S)
+    return max(MIN_GRACE_S, math.ceil(2 * save_s) + STEP_ALLOWANCE_S)

@@ -1,6 +1,7 @@
-"""From a sweep to its runs: every combination of the axes, minus exclusions, each with one configuration and identity.
+"""The planner: expands a sweep into runs, each with one configuration and one id.
 
-A warm-up-stable-decay run serves all budgets of its cell; with cosine each budget is a run. Nothing is written.
+Runs are all combinations of the axes that are not excluded. A warm-up-stable-decay run serves all budgets of its cell;
+with cosine each budget is a run. Nothing is written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
 from aimscale.aim.errors import did_you_mean
-from aimscale.harness.data.store.card import fingerprint
+from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.run.config import (
     EvaluationConfig,
     ModelSection,
@@ -30,11 +31,11 @@ from aimscale.harness.run.config import (
 )
 from aimscale.harness.run.row import cached_model
 from aimscale.harness.run.strict import count
-from aimscale.sweeps.plan.recipes import Recipe, Scale, recipe
+from aimscale.sweeps.plan.recipes import Recipe, Scale, get_recipe
 from aimscale.sweeps.plan.sweepfile import Fields, Sweep, SweepError, merge
 
 MAX_CELLS, MAX_DEVICES = 100_000, 1_000_000
-"""The most that a plan takes."""
+"""Upper limits of a plan."""
 PATH_KEYS = ("path", "train", "test", "cache_dir")
 
 
@@ -43,38 +44,42 @@ class Run:
     """One planned run."""
 
     run_id: str
-    """Identity: a slug and a hash of what is trained."""
+    """Slug and hash of what is trained."""
     config: RunConfig
-    """What goes into its `config.yaml`."""
+    """Configuration that is written to `config.yaml`."""
     cell: Fields
-    """Axis -> value, without budgets, which are in `config`."""
+    """Axis -> value; budgets are in `config`."""
     devices: int
     """Data-parallel ranks."""
     lr_multiplier: float
-    """Factor on the recipe's learning rate, as its base, an override or an axis sets it."""
+    """Factor of the recipe's learning rate, from base, override and axis."""
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """D of every row the run will give, images."""
+        """Budgets of the run in images, one row of results each."""
         return self.config.evaluation.budgets
 
 
-def plan(sweep: Sweep) -> list[Run]:
-    """All runs of a sweep, in the order of its axes.
+def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
+    """Return all runs of a sweep, in the order of its axes.
+
+    Args:
+        recipe_budget: budget, in images, from which the recipe sets batch and warm-up; by default the smallest of a
+            run.
 
     Raises:
-        SweepError: nothing is left to run, or two cells are the same run.
-        ConfigError, ModelConfigError: a field, a size or a combination that does not exist.
+        SweepError: no run is left, or two cells are the same run.
+        ConfigError, ModelConfigError: a field, a size or a combination does not exist.
     """
-    chosen, file = recipe(sweep.file.recipe), sweep.file
+    recipe, file = get_recipe(sweep.file.recipe), sweep.file
     shape = [file.sizes, file.unique_images, file.seeds, file.budgets, *file.axes.values(), file.variants]
     if (cells := math.prod(max(1, len(axis)) for axis in shape)) > MAX_CELLS:
         raise SweepError(f"{sweep.source}: {cells:,} cells are more than the {MAX_CELLS:,} of a plan; split the sweep")
-    fixed = _Fixed(sweep)
+    shared = _SharedFields(sweep)
     seen: dict[str, Fields] = {}
     runs: list[Run] = []
-    for cell, budgets, changes in _cells(sweep, fixed, chosen):
-        run = _run(sweep, chosen, cell, budgets, changes)
+    for cell, budgets, changes in _planned_cells(sweep, shared, recipe):
+        run = _build_run(sweep, recipe, cell, budgets, changes, recipe_budget or min(budgets))
         if run.run_id in seen:
             raise SweepError(
                 f"{sweep.source}: cells {seen[run.run_id]} and {cell} are the same run; an "
@@ -88,71 +93,77 @@ def plan(sweep: Sweep) -> list[Run]:
 
 
 @functools.cache
-def counts_of(config: ModelConfig) -> tuple[ParamCount, FlopCount]:
-    """Parameters, and FLOPs per image by the published formula."""
+def model_counts(config: ModelConfig) -> tuple[ParamCount, FlopCount]:
+    """Return the parameters, and the FLOPs per image by the published formula."""
     return param_count(config), flops_per_image(config)
 
 
-class _Fixed:
-    """The parts of a sweep that are the same in every cell: paths resolved, dotted keys nested."""
+class _SharedFields:
+    """Fields of a sweep that are the same in every cell, with absolute paths and nested keys."""
 
     def __init__(self, sweep: Sweep) -> None:
-        # The model must be whole before a recipe can scale the rest with it.
-        model = {"model": dict(recipe(sweep.file.recipe).settings.get("model", {}))}
-        self.base = merge(model, _resolve(_nested(sweep.file.base), sweep))
+        # The recipe derives other fields from the complete model, so its own model fields are merged first.
+        model = {"model": dict(get_recipe(sweep.file.recipe).fixed_fields.get("model", {}))}
+        self.base = merge(model, _resolve_fields(_nest(sweep.file.base), sweep))
         self.overrides = [
-            (_conditions(override.when, sweep), _resolve(_nested(override.set), sweep))
+            (_conditions(override.when, sweep), _resolve_fields(_nest(override.set), sweep))
             for override in sweep.file.override
         ]
         self.excludes = [_conditions(exclude, sweep) for exclude in sweep.file.exclude]
         self.axes = {
-            (key, i): {} if key == "lr_multiplier" else _resolve(_nested({key: value}), sweep)
+            (key, i): {} if key == "lr_multiplier" else _resolve_fields(_nest({key: value}), sweep)
             for key, values in sweep.file.axes.items()
             for i, value in enumerate(values)
         }
         self.axes |= {
-            ("variant", i): _resolve(_nested(changes), sweep) for i, changes in enumerate(sweep.file.variants.values())
+            ("variant", i): _resolve_fields(_nest(changes), sweep)
+            for i, changes in enumerate(sweep.file.variants.values())
         }
 
 
-def _cells(sweep: Sweep, fixed: _Fixed, chosen: Recipe) -> Iterator[tuple[Fields, tuple[int, ...], Fields]]:
+def _planned_cells(
+    sweep: Sweep, shared: _SharedFields, recipe: Recipe
+) -> Iterator[tuple[Fields, tuple[int, ...], Fields]]:
     """Yield (cell, requested budgets, changed fields) of every run."""
     file = sweep.file
     named = file.axes | ({"variant": tuple(file.variants)} if file.variants else {})
     axes = [[(key, i, value) for i, value in enumerate(values)] for key, values in named.items()]
     for values in itertools.product(*axes):
-        axis_fields = functools.reduce(merge, (fixed.axes[key, i] for key, i, _ in values), fixed.base)
+        axis_fields = functools.reduce(merge, (shared.axes[key, i] for key, i, _ in values), shared.base)
         extra = {key: value for key, _, value in values}
         budgets_of = _isoflop_budgets(sweep, axis_fields) if file.isoflop else dict.fromkeys(file.sizes, file.budgets)
-        one_a_budget = merge({"schedule": {"kind": chosen.schedule}}, axis_fields)["schedule"]["kind"] == "cosine"
+        run_per_budget = merge({"schedule": {"kind": recipe.schedule}}, axis_fields)["schedule"]["kind"] == "cosine"
         for size, unique, seed in itertools.product(file.sizes, file.unique_images, file.seeds):
             cell = {"size": size, "unique_images": unique, "seed": seed, **extra}
-            for budgets, changes in _runs_of_cell(cell, budgets_of.get(size, ()), fixed, one_a_budget):
+            for budgets, changes in _group_budgets(cell, budgets_of.get(size, ()), shared, run_per_budget):
                 yield cell, budgets, functools.reduce(merge, changes, axis_fields)
 
 
-def _runs_of_cell(
-    cell: Fields, budgets: Iterable[int], fixed: _Fixed, one_a_budget: bool
+def _group_budgets(
+    cell: Fields, budgets: Iterable[int], shared: _SharedFields, run_per_budget: bool
 ) -> Iterator[tuple[tuple[int, ...], list[Fields]]]:
-    """Budgets of a cell that share a run, because the same overrides match them, with what those change."""
+    """Group the budgets of a cell into runs, and yield each group with its overrides.
+
+    Budgets share a run if the same overrides match them; with `run_per_budget` each has its own.
+    """
     groups: dict[Any, list[int]] = {}
     for budget in budgets:
         whole = {**cell, "budget": budget}
-        if any(_matches(whole, conditions) for conditions in fixed.excludes):
+        if any(_matches(whole, conditions) for conditions in shared.excludes):
             continue
-        matched = tuple(i for i, (when, _) in enumerate(fixed.overrides) if _matches(whole, when))
-        groups.setdefault((matched, budget if one_a_budget else None), []).append(budget)
-    for (matched, _), together in groups.items():
-        yield tuple(together), [fixed.overrides[i][1] for i in matched]
+        matched = tuple(i for i, (when, _) in enumerate(shared.overrides) if _matches(whole, when))
+        groups.setdefault((matched, budget if run_per_budget else None), []).append(budget)
+    for (matched, _), shared_budgets in groups.items():
+        yield tuple(shared_budgets), [shared.overrides[i][1] for i in matched]
 
 
 def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]]:
-    """Images seen by each size, so that every C is met by the sizes nearest to its expected optimum."""
+    """Return the budgets of each size: every C is assigned to the sizes nearest to its expected optimum."""
     isoflop = sweep.file.isoflop
     assert isoflop is not None
     budgets: dict[str, list[int]] = {size: [] for size in sweep.file.sizes}
     counts = {
-        size: counts_of(_model_from({**changes.get("model", {}), "size": size}, changes, sweep)) for size in budgets
+        size: model_counts(_model_from({**changes.get("model", {}), "size": size}, changes, sweep)) for size in budgets
     }
     for flops in isoflop.flops:
         distance = {}
@@ -171,19 +182,19 @@ def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]
     return {size: tuple(sorted(values)) for size, values in budgets.items()}
 
 
-def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...], changes: Fields) -> Run:
+def _build_run(
+    sweep: Sweep, recipe: Recipe, cell: Fields, requested: tuple[int, ...], changes: Fields, recipe_budget: int
+) -> Run:
     section = {**changes.get("model", {}), "size": cell["size"]}
     model = _model_from(section, changes, sweep)
-    scale = Scale(
-        width=model.width, params_total=counts_of(model)[0].total, budget=sweep.file.recipe_budget or min(requested)
-    )
-    fields = merge(chosen.fields(scale), changes)
+    scale = Scale(width=model.width, params_total=model_counts(model)[0].total, budget=recipe_budget)
+    fields = merge(recipe.fields(scale), changes)
     fields["model"] = section
     fields["data"] = {**fields.get("data", {}), "unique_images": cell["unique_images"]}
     fields["seed"] = cell["seed"]
     optimiser = parse(OptimiserSection, fields["optimiser"], f"{sweep.source}: optimiser")
     factors = (fields.pop("lr_multiplier", 1.0), cell.get("lr_multiplier", 1.0))
-    lr_multiplier = _factor(factors[0], sweep) * _factor(factors[1], sweep)
+    lr_multiplier = _checked_multiplier(factors[0], sweep) * _checked_multiplier(factors[1], sweep)
     if factors != (1.0, 1.0):
         fields["optimiser"]["lr_peak"] = float(f"{optimiser.lr_peak * lr_multiplier:.6g}")
     batch = optimiser.batch_size
@@ -197,30 +208,34 @@ def _run(sweep: Sweep, chosen: Recipe, cell: Fields, requested: tuple[int, ...],
     return Run(run_id=config.run_id, config=config, cell=cell, devices=devices, lr_multiplier=multiplier)
 
 
-def _factor(value: Any, sweep: Sweep) -> float:
+def _checked_multiplier(value: Any, sweep: Sweep) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise SweepError(f"{sweep.source}: lr_multiplier must be a number above 0, not {value!r}")
     return float(value)
 
 
 def _model_from(section: Fields, changes: Fields, sweep: Sweep) -> ModelConfig:
-    """The model that raw `model` fields describe, with the objective of all the fields."""
+    """Return the model of raw `model` fields, with the objective among `changes`."""
     checked = parse(ModelSection, section, f"{sweep.source}: model")
     return cached_model(checked, parse(ObjectiveSection, changes.get("objective", {}), f"{sweep.source}: objective"))
 
 
-def _nested(fields: Mapping[str, Any]) -> Fields:
-    """`{a.b: 1}` -> `{a: {b: 1}}`."""
+def _nest(fields: Mapping[str, Any]) -> Fields:
+    """Turn dotted keys into nested mappings: `{a.b: 1}` -> `{a: {b: 1}}`."""
     nested: Fields = {}
     for dotted, value in fields.items():
         key, _, rest = str(dotted).partition(".")
-        inner = _nested({rest: value}) if rest else _nested(value) if isinstance(value, dict) else value
+        inner = _nest({rest: value}) if rest else _nest(value) if isinstance(value, dict) else value
         nested = merge(nested, {key: inner})
     return nested
 
 
 def _conditions(cell: Mapping[str, Any], sweep: Sweep) -> dict[str, tuple[Any, ...]]:
-    """Axis -> accepted values, counts read as numbers; a value that no cell has is a mistake."""
+    """Return axis -> accepted values of a condition, with counts such as `4k` read as numbers.
+
+    Raises:
+        SweepError: no cell has one of the values.
+    """
     file = sweep.file
     known = {"size": file.sizes, "budget": file.budgets, "unique_images": file.unique_images, "seed": file.seeds}
     known |= {"variant": tuple(file.variants), **file.axes}
@@ -243,36 +258,36 @@ def _matches(cell: Fields, conditions: Mapping[str, tuple[Any, ...]]) -> bool:
     return all(cell[key] in values for key, values in conditions.items())
 
 
-def _resolve(fields: Fields, sweep: Sweep) -> Fields:
-    """Make the paths of a fragment absolute (relative ones: to the sweep file), and say what its data sets hold."""
+def _resolve_fields(fields: Fields, sweep: Sweep) -> Fields:
+    """Make paths absolute (relative to the sweep file) and add the fingerprints of data sources."""
     for key, value in fields.items():
         if key in SECTIONS and not isinstance(value, dict):
             raise SweepError(f"{sweep.source}: {key} must be a mapping of keys to values, not {value!r}")
-    placed: Fields = _placed(fields, sweep)
+    placed: Fields = _absolute_paths(fields, sweep)
     sources = placed.get("data", {}).get("sources")
     if isinstance(sources, list):
         placed["data"]["sources"] = [_with_fingerprint(source, sweep) for source in sources]
     return placed
 
 
-def _placed(value: Any, sweep: Sweep) -> Any:
+def _absolute_paths(value: Any, sweep: Sweep) -> Any:
     if isinstance(value, list | tuple):
-        return [_placed(each, sweep) for each in value]
+        return [_absolute_paths(each, sweep) for each in value]
     if not isinstance(value, dict):
         return value
     return {
         key: str(sweep.base_dir / inner)
         if key in PATH_KEYS and isinstance(inner, str) and "://" not in inner
-        else _placed(inner, sweep)
+        else _absolute_paths(inner, sweep)
         for key, inner in value.items()
     }
 
 
 def _with_fingerprint(source: Any, sweep: Sweep) -> Any:
-    """A source with its content's fingerprint: as given, as its folder says now, or as it said at the last launch."""
+    """Add the fingerprint of a source: as given, else as its folder states now, else as recorded at the last launch."""
     if not isinstance(source, dict) or "fingerprint" in source or not isinstance(path := source.get("path"), str):
         return source
-    return {**source, "fingerprint": fingerprint(path) or sweep.known_data.get(sweep.relative(path))}
+    return {**source, "fingerprint": fingerprint(path) or sweep.known_fingerprints.get(sweep.relative_path(path))}
 
 
 SECTIONS = {
@@ -281,4 +296,4 @@ SECTIONS = {
     for name, field in kind.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 } | {"runtime"}
-"""Fields of a run that are mappings."""
+"""Names of the fields of a run that are mappings."""

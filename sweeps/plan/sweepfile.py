@@ -46,11 +46,11 @@ SWEEP_RECORD = "sweep.json"
 
 
 class SweepError(UserError):
-    """A sweep that cannot be planned, launched or read as written."""
+    """Sweep that cannot be planned, launched or read as written."""
 
 
 Count = Annotated[int, BeforeValidator(count), Field(gt=0, le=10**15, json_schema_extra={"format": "count"})]
-"""A number of images or parameters, with an optional unit."""
+"""Number of images or parameters, with an optional unit."""
 
 
 class OverrideSection(Section):
@@ -59,8 +59,8 @@ class OverrideSection(Section):
     when: dict[str, Any]
     """Axis -> value or list of values; a cell matches when every named axis does."""
     set: dict[str, Any]
-    """Fields (dotted or nested) of training, evaluation and `runtime`, or what else `base` may hold, replacing those of
-    recipe, base, axes and variants."""
+    """Fields (dotted or nested) of training, evaluation and `runtime`, or others that `base` may hold; they replace
+    those of recipe, base, axes and variants."""
 
 
 class IsoflopSection(Section):
@@ -73,78 +73,74 @@ class IsoflopSection(Section):
     optimum_images_per_param: float = Field(ge=1e-9, le=1e9)
     """D / N at the expected optimum (N with the head): an assumption that the sweep itself then tests."""
     min_images: Count = 1
-    """Pairs with fewer images are left out."""
+    """Smallest number of images; pairs with fewer are left out."""
 
 
 class CostSection(Section):
-    """What a plan assumes of a device; it is printed beside the numbers."""
+    """Assumptions of a plan about a device; they are printed beside the numbers."""
 
     device: str | None = None
-    """Name of the device, such as A100. Null: where there is a `slurm` section the GPU that it asks for, or an H100;
-    else this machine's GPU, else one core of this machine."""
+    """Name of the device, such as A100. Null: the GPU that a `slurm` section requests, or an H100; without one, this
+    machine's GPU, else one core of this machine."""
     peak_tflops: float | None = Field(None, ge=1e-6, le=1e12)
     """Dense peak of one device, TFLOP/s; null: the data sheet's at the run's precision (TF32 for fp32), or of a core
     what is measured here."""
     mfu: float | None = Field(None, ge=1e-6, le=1)
-    """Share of that peak that training executes (`aimscale bench train` measures it). Null: 0.40 in large passes on a
-    GPU, and launches beside that; a core works at 0.35 and moves its activations beside that."""
-    step_ms: float | None = Field(None, ge=0, le=1e6)
-    """Time of a step beyond that, ms; null: the communication that is not hidden, as estimated."""
+    """Share of that peak at which training executes FLOPs (`aimscale bench train` measures it). Null: 0.40 on a GPU,
+    plus the time of kernel launches; 0.35 on a core, plus the time to move activations."""
     memory_gb: float | None = Field(None, ge=1e-3, le=1e6)
     """Memory of one device, GB; null: 85 (an 80 GB GPU has 79 GiB), or this machine's."""
     pool_images: Count | None = None
-    """Size of the image pool, where the data sets are not available to be counted."""
+    """Size of the image pool, needed if the data sets are not available to be counted."""
 
 
-def _one_line(text: str) -> str:
+def _check_one_line(text: str) -> str:
     if not text.isprintable() or not text.strip():
         raise ValueError("must be one line of printable text: it becomes a line of the sbatch script")
     return text
 
 
-LAUNCHERS_OPTIONS = ("array", "error", "gres", "nodes", "ntasks-per-node", "output", "signal")
-"""Options of sbatch that the launcher sets, or that would contradict `slurm.gpus`."""
+RESERVED_SBATCH_OPTIONS = ("array", "error", "gres", "nodes", "ntasks-per-node", "output", "signal")
+"""Options of sbatch that aimscale sets itself, or that would contradict `slurm.gpus`."""
 
 
-def _sbatch_options(options: dict[str, Any]) -> dict[str, Any]:
+def _check_sbatch_options(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
-        if name in LAUNCHERS_OPTIONS or name.startswith("gpus"):
+        if name in RESERVED_SBATCH_OPTIONS or name.startswith("gpus"):
             raise ValueError(f"aimscale sets {name}; ask for GPUs and their type by slurm.gpus")
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", name) or not isinstance(value, str | int | float):
             raise ValueError(f"{name}: {value!r} needs the long name of an sbatch option, and text, a number or true")
-        _one_line(str(value))
+        _check_one_line(str(value))
     return options
 
 
-Line = Annotated[str, AfterValidator(_one_line)]
+OneLine = Annotated[str, AfterValidator(_check_one_line)]
 """One line of printable text."""
-Command = Annotated[Line, AfterValidator(lambda text: shlex.join(shlex.split(text)))]
-"""A program with its arguments, each of which is quoted: nothing in it is executed by a shell."""
+Command = Annotated[OneLine, AfterValidator(lambda text: shlex.join(shlex.split(text)))]
+"""Program with its arguments, each quoted, so that no shell executes any part of it."""
 
 
 class SlurmSection(Section):
-    """How jobs are requested."""
+    """Resources that Slurm jobs request."""
 
-    partition: Line | None = None
+    partition: OneLine | None = None
     """Partition."""
     time_min: int = Field(1440, gt=0, le=10**6)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
     signal_delay_s: Literal["auto"] | Annotated[int, Field(gt=0, le=10**7)] = "auto"
-    """Seconds between the signal to save and the end, before a time limit and after Ctrl-C; auto: two saves at 0.5 GB/s
-    and a step, at least 120."""
+    """Time between the signal to save and the kill, s, before a time limit and after Ctrl-C; auto: two saves at 0.5
+    GB/s and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and GPUs) of one node."""
-    gpus: bool | Line = True
-    """Ask for a GPU per device, of a type where one is named, e.g. a100; false for CPU nodes."""
+    gpus: bool | OneLine = True
+    """Request for a GPU per device: true, or their type, e.g. a100; false for CPU nodes."""
     cpus_per_task: int = Field(8, gt=0)
     """Cores per task."""
-    devices_per_job: int = Field(1, gt=0)
-    """GPUs of a job that executes runs of one device as a queue of its own."""
     max_parallel: int = Field(256, gt=0)
-    """Jobs of the sweep running at the same time, however many arrays they are."""
-    srun: tuple[Line, ...] = ()
+    """Maximum number of the sweep's jobs at the same time, in all arrays together."""
+    srun: tuple[OneLine, ...] = ()
     """Further arguments of the srun that starts a run on several nodes, e.g. [--container-image=/images/a.sqsh]."""
-    extra: Annotated[dict[str, Any], AfterValidator(_sbatch_options)] = Field(default_factory=dict)
+    extra: Annotated[dict[str, Any], AfterValidator(_check_sbatch_options)] = Field(default_factory=dict)
     """Further sbatch options by long name, e.g. {account: vision, mem: 200G, qos: high, constraint: h100}."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the workers, e.g. module loads."""
@@ -152,8 +148,8 @@ class SlurmSection(Section):
     """Interpreter of the workers (a venv's, or a command that enters a container with Slurm's commands); null takes the
     launcher's own."""
 
-    def gpus_of(self, devices: int) -> int | str | None:
-        """What is asked for so many devices of a node; None for CPU nodes."""
+    def gpu_request(self, devices: int) -> int | str | None:
+        """Return the value of `--gpus-per-node` for so many devices, or None on CPU nodes."""
         if self.gpus is False:
             return None
         return devices if self.gpus is True else f"{self.gpus}:{devices}"
@@ -163,23 +159,22 @@ class SweepFile(Section):
     """One experiment."""
 
     preset: str | None = None
-    """Name of a preset whose keys hold where this file has none of its own; `base` adds to the preset's. What is
-    launched is written out whole."""
+    """Name of a preset that supplies the keys missing here; `base` is merged into the preset's. A launch stores the
+    merged file."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Names the sweep's directory."""
+    """Name of the sweep and of its directory."""
     description: str = ""
-    """What the sweep is for, one line."""
+    """Purpose of the sweep, one line."""
     recipe: str = "small"
-    """How batch, rate, schedule and devices follow from size: `small`, `aim-paper` or `aim-l3m`."""
-    recipe_budget: Count | None = None
-    """D that the recipe fits batch, rate and warm-up to; null: the smallest of a run. Set it where a smaller budget
-    joins existing runs, so that they stay the same runs."""
+    """Rule by which batch, rate, schedule and devices follow from size and budget: `small`, `aim-paper` or
+    `aim-l3m`."""
     sizes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Model sizes."""
     budgets: tuple[Count, ...] = ()
-    """D: images seen, rounded to whole batches. One run serves them all (wsd) or each has its own (cosine)."""
+    """D: images seen, rounded to whole batches. One run serves all budgets (wsd), or each budget has its own run
+    (cosine)."""
     unique_images: Annotated[tuple[Count | None, ...], Field(min_length=1)] = (None,)
-    """U: different images in the stream; null is the whole pool."""
+    """U: number of different images in the stream; null for the whole pool."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Seeds of weights and stream."""
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
@@ -187,28 +182,28 @@ class SweepFile(Section):
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> fields that this variant changes, as in `base`: one-at-a-time ablations, crossed with the axes above."""
     isoflop: IsoflopSection | None = None
-    """Instead of `budgets`."""
+    """Budgets of compute, instead of `budgets`."""
     base: dict[str, Any] = Field(default_factory=dict)
     """Fields of every run: those of training and evaluation, `runtime`, `devices` (ranks, instead of the recipe's) and
-    `lr_multiplier` (a factor of the recipe's learning rate)."""
+    `lr_multiplier` (factor of the recipe's learning rate)."""
     exclude: tuple[dict[str, Any], ...] = ()
-    """Cells left out: axis -> value or list of values."""
+    """Cells to leave out: axis -> value or list of values."""
     override: tuple[OverrideSection, ...] = ()
-    """Cells changed."""
+    """Changes of the cells that match."""
     cost: CostSection = CostSection()
-    """What the plan assumes."""
+    """Assumptions of the plan."""
     slurm: SlurmSection = SlurmSection()
-    """For `launch --on slurm`."""
+    """Options of `launch --on slurm`."""
 
     @field_validator("sizes", "budgets", "unique_images", "seeds")
     @classmethod
-    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _check_distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
             raise ValueError("a value is listed twice")
         return values
 
     @model_validator(mode="after")
-    def _consistent(self) -> SweepFile:
+    def _check_axes(self) -> SweepFile:
         if bool(self.budgets) == bool(self.isoflop):
             raise ValueError("give either `budgets` or `isoflop`")
         known = [*AXES, *self.axes, *(["variant"] if self.variants else [])]
@@ -216,68 +211,68 @@ class SweepFile(Section):
             if key not in known:
                 raise ValueError(f"'{key}' is no axis of this sweep; {did_you_mean(key, known, 'the axes are')}")
         for key in self.axes:
-            if key in FIELDS_OF_AXES:
-                raise ValueError(f"axis '{key}' is written as `{FIELDS_OF_AXES[key]}`")
+            if key in AXIS_KEYS:
+                raise ValueError(f"axis '{key}' is written as `{AXIS_KEYS[key]}`")
         return self
 
 
 AXES = ("size", "budget", "unique_images", "seed")
-FIELDS_OF_AXES = {"model.size": "sizes", "budgets": "budgets", "data.unique_images": "unique_images", "seed": "seeds"}
+AXIS_KEYS = {"model.size": "sizes", "budgets": "budgets", "data.unique_images": "unique_images", "seed": "seeds"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A sweep file with the places it refers to."""
+    """Sweep file with the directories that it refers to."""
 
     file: SweepFile
-    """What was written."""
+    """Parsed content of the sweep file."""
     text: str
-    """The YAML as written, copied into the sweep's directory."""
+    """YAML text, copied into the sweep's directory."""
     source: Path
-    """Where it was read."""
+    """Path from which it was read."""
     base_dir: Path
-    """What its relative paths are relative to."""
+    """Directory to which its relative paths refer."""
     root: Path
-    """Sweep directories are made under this."""
+    """Directory that holds the sweep directories."""
 
     @property
     def name(self) -> str:
-        """The sweep's name."""
+        """Name of the sweep."""
         return self.file.name
 
     @property
     def directory(self) -> Path:
-        """`<root>/<name>`."""
+        """Directory of the sweep, `<root>/<name>`."""
         return self.root / self.file.name
 
     @property
     def runs_dir(self) -> Path:
-        """Holds the run directories."""
+        """Directory that holds the run directories."""
         return self.directory / "runs"
 
     def run_dir(self, run_id: str) -> Path:
-        """The directory of one run."""
+        """Return the directory of a run."""
         return self.runs_dir / run_id
 
-    def relative(self, path: str) -> str:
-        """A data path as `sweep.json` keeps it: relative to where the sweep's paths start, or a URL as it is."""
+    def relative_path(self, path: str) -> str:
+        """Return a data path as `sweep.json` stores it: relative to `base_dir`; a URL stays as it is."""
         return path if "://" in path else os.path.relpath(path, self.base_dir)
 
     @functools.cached_property
-    def known_data(self) -> dict[str, str]:
-        """Data path (as `relative` gives it) -> its content's fingerprint at the last launch."""
+    def known_fingerprints(self) -> dict[str, str]:
+        """Data path (as returned by `relative_path`) -> fingerprint of its content at the last launch."""
         with contextlib.suppress(UserError):
             return dict((read_record(self.directory) or {}).get("data", {}))
         return {}
 
     def with_fields(self, **fields: Any) -> Sweep:
-        """The same sweep with top-level fields of its file replaced and validated again."""
+        """Return a copy of the sweep with top-level fields of its file replaced and validated."""
         values = {**self.file.model_dump(mode="json", exclude_unset=True), **fields}
         return replace(self, file=parse(SweepFile, values, str(self.source)))
 
 
 def preset_names() -> list[str]:
-    """Names of the shipped sweeps."""
+    """Return the names of the presets."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
@@ -307,19 +302,19 @@ def load_sweep(name: str | Path, root: Path) -> Sweep:
 def _read(path: Path, *, base_dir: Path, root: Path) -> Sweep:
     values, text = read_yaml(path), path.read_text()
     if isinstance(values, dict) and values.get("preset") is not None:
-        values = _on_preset(values, path)
+        values = _merge_preset(values, path)
         text = yaml.safe_dump(values, sort_keys=False)
     return Sweep(file=parse(SweepFile, values, str(path)), text=text, source=path, base_dir=base_dir, root=root)
 
 
-def _on_preset(values: Fields, where: Path) -> Fields:
-    """A file's keys upon those of the preset that it names, if it does, which may itself name one."""
+def _merge_preset(values: Fields, where: Path) -> Fields:
+    """Merge the keys of a file into those of the preset that it names, recursively."""
     if (name := values.get("preset")) is None:
         return values
     if name not in preset_names():
         raise SweepError(f"{where}: no preset '{name}'; {did_you_mean(str(name), preset_names(), 'presets:')}")
     path = PRESETS / f"{name}.yaml"
-    start = _on_preset(read_yaml(path), path)
+    start = _merge_preset(read_yaml(path), path)
     whole = {**start, **{key: value for key, value in values.items() if key != "preset"}}
     if isinstance(base := values.get("base"), dict):
         whole["base"] = merge(start.get("base", {}), base)
@@ -327,7 +322,7 @@ def _on_preset(values: Fields, where: Path) -> Fields:
 
 
 def merge(base: Fields, changes: Fields) -> Fields:
-    """Nested mappings united, `changes` winning; lists are replaced whole. Neither argument is altered."""
+    """Merge nested mappings; `changes` win, lists are replaced as a whole. Neither argument is changed."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
@@ -343,10 +338,10 @@ def _read_directory(directory: Path) -> Sweep:
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """`sweep.json` of a sweep directory, or None where there is none.
+    """Read `sweep.json` of a sweep directory; None if there is none.
 
     Raises:
-        UserError: it is damaged, or was made by another version.
+        UserError: it is damaged, or was written by another version.
     """
     path = directory / SWEEP_RECORD
     if (record := read_object(path)) is None:

@@ -1,1 +1,1 @@
-"""Launching on Slurm through submitit."""
+"""Slurm: its commands, and submission of jobs through submitit."""

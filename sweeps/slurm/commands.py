@@ -1,4 +1,4 @@
-"""What Slurm knows and is told, through its own commands: no accounting needed, but used where there is some."""
+"""Slurm's commands: squeue, sacct, sinfo and scontrol; accounting is used if available, and not required."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENDED = (
 
 
 class SlurmError(SweepError):
-    """Slurm is missing, does not answer, or refuses; in its own words where it has some."""
+    """Error of Slurm: it is missing, does not answer, or refuses; contains Slurm's own message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +37,20 @@ class JobInfo:
     job_id: str
     """`123` or `123_4`."""
     state: str
-    """Slurm's word, e.g. PENDING, RUNNING, OUT_OF_MEMORY."""
+    """Slurm's state, e.g. PENDING, RUNNING, OUT_OF_MEMORY."""
     reason: str = ""
-    """Why it waits, or where it runs."""
+    """Reason why it waits, or the nodes on which it runs."""
 
     @property
     def phase(self) -> Literal["pending", "running", "ended"]:
-        """Whether it waits, has ended, or runs: what Slurm is still dealing with, in a state unknown here, too."""
+        """Phase of the job; an unknown state counts as running, since Slurm still handles the job."""
         if self.state in PENDING:
             return "pending"
         return "ended" if self.state in ENDED else "running"
 
 
 def command(*words: str, timeout_s: float = TIMEOUT_S) -> str:
-    """Run one of Slurm's commands and return what it prints.
+    """Run one of Slurm's commands and return its output.
 
     Raises:
         SlurmError: it is not installed, fails, or does not answer.
@@ -66,45 +66,45 @@ def command(*words: str, timeout_s: float = TIMEOUT_S) -> str:
             f"{words[0]} did not answer within {timeout_s:.0f} s; is slurmctld up? (scontrol ping)"
         ) from error
     if done.returncode:
-        raise SlurmError(f"{words[0]} failed: {plain(done.stderr or done.stdout)}")
+        raise SlurmError(f"{words[0]} failed: {shorten_error(done.stderr or done.stdout)}")
     return done.stdout
 
 
-def plain(message: str) -> str:
-    """Slurm's complaint in one line: what was fatal alone, else all of it."""
+def shorten_error(message: str) -> str:
+    """Shorten an error message of Slurm to one line: the fatal errors, or all lines if there are none."""
     lines = [printable(line.split("error: ", 1)[-1].strip()) for line in message.splitlines() if line.strip()]
     fatal = [line.split("fatal: ", 1)[1] for line in lines if "fatal: " in line]
     return "; ".join(dict.fromkeys(fatal or lines)) or "it gave no reason"
 
 
 def jobs() -> dict[str, JobInfo]:
-    """Jobs of this user that slurmctld remembers (ended ones for MinJobAge), by id; array elements one by one."""
+    """Return this user's jobs by id, array elements one by one; ended jobs are listed for MinJobAge."""
     text = command("squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "-o", "%i|%T|%R")
     found = {}
     for line in text.splitlines():
         job_id, _, rest = printable(line).strip().partition("|")
         state, _, reason = rest.partition("|")
-        if state:  # else a plugin's remark among the jobs
+        if state:  # other lines are messages of plugins
             found[job_id] = JobInfo(job_id=job_id, state=state, reason=reason.strip("()") if reason != "None" else "")
     return found
 
 
-def elements_file(sweep: Sweep) -> Path:
-    """Where a sweep's submissions are noted; there from the first one on."""
+def submissions_file(sweep: Sweep) -> Path:
+    """Return the path of the sweep's record of submissions; the file exists from the first submission on."""
     return sweep.directory / "slurm" / "elements.jsonl"
 
 
-def known_jobs() -> dict[str, JobInfo] | None:
-    """`jobs`, or None where Slurm is not installed or does not answer: then nothing is known."""
+def try_list_jobs() -> dict[str, JobInfo] | None:
+    """Return `jobs()`, or None if Slurm is not installed or does not answer."""
     try:
         return jobs()
     except SlurmError:
         return None
 
 
-def state_of(job_id: str) -> str | None:
-    """Slurm's word for how a job stands or ended, from squeue, else from accounting; None where neither knows."""
-    if known := (known_jobs() or {}).get(job_id):
+def job_state(job_id: str) -> str | None:
+    """Return Slurm's state of a job, from squeue or else from accounting; None if neither knows it."""
+    if known := (try_list_jobs() or {}).get(job_id):
         return known.state
     with contextlib.suppress(SlurmError):
         for line in command("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", job_id).splitlines():
@@ -114,8 +114,8 @@ def state_of(job_id: str) -> str | None:
     return None
 
 
-def without_failed(failed: Sequence[str], partition: str | None, num_needed: int) -> tuple[str, ...]:
-    """Nodes to leave out, of those on which runs failed: none where fewer than `num_needed` others would be left."""
+def nodes_to_exclude(failed: Sequence[str], partition: str | None, num_needed: int) -> tuple[str, ...]:
+    """Return the nodes to exclude: those with failures, or none if fewer than `num_needed` others would be left."""
     if not failed:
         return ()
     where = [f"--partition={partition}"] if partition else []
@@ -124,18 +124,18 @@ def without_failed(failed: Sequence[str], partition: str | None, num_needed: int
 
 
 def max_array_size() -> int:
-    """Most elements of one array; 1 where Slurm takes no arrays."""
+    """Return the maximum number of elements of a job array; 1 if Slurm accepts no arrays."""
     match = re.search(r"MaxArraySize\s*=\s*(\d+)", command("scontrol", "show", "config"))
     return max(1, int(match[1])) if match else 1001  # Slurm's default
 
 
-def own_job_id() -> str | None:
-    """Id of the job this process runs in, `123_4` for an array element."""
+def current_job_id() -> str | None:
+    """Return the id of this process's job, `123_4` for an array element."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def own_nodes() -> list[str]:
-    """Names of the nodes of the job this process runs in."""
+def current_nodes() -> list[str]:
+    """Return the names of the nodes of this process's job."""
     listed = os.environ.get("SLURM_JOB_NODELIST", "")  # one name, or names[1-2,7]
     return command("scontrol", "show", "hostnames", listed).split() if set("[,") & set(listed) else listed.split()

@@ -1,7 +1,7 @@
-"""Ask Slurm for machines through submitit: one array of queue elements per resource shape.
+"""Submit Slurm jobs through submitit: one job array per shape (nodes x devices).
 
-An element is tied to no run: it executes what the sweep's folder has left (`sweeps.engine.element`). So a launch asks
-for as many as there are runs to do, but for those that wait, or are about to take a run, already.
+A job is a worker (`sweeps.engine.slurm_worker`) and is tied to no run. A launch therefore submits one job for each run
+that can start, less the jobs that already wait or run without one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from aimscale.harness.run.lock import Lock, is_held, read_holder
 from aimscale.harness.run.provenance import Snapshot, find_snapshot, make_snapshot
-from aimscale.sweeps.plan.costs import stop_seconds
+from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
@@ -29,51 +29,45 @@ from aimscale.sweeps.state.record import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What one element asks for."""
+class JobShape:
+    """Resources that a job requests."""
 
     nodes: int
     devices: int
-    """Devices of each node."""
-    per_device: int = 1
-    """Runs of one device that share it."""
-
-    def places(self, run: Run) -> int:
-        """How many such runs it executes at a time."""
-        return self.devices * self.per_device if run.devices == 1 else 1
+    """Number of devices of each node."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ElementJob:
-    """An element that was submitted, as Slurm knows it."""
+class LiveJob:
+    """Job of the sweep that waits or runs."""
 
-    job: slurm.JobInfo
-    shape: Shape
+    info: slurm.JobInfo
+    shape: JobShape
     is_busy: bool
     """Whether it executes a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """One array that was submitted, or would be."""
+    """Job array that was submitted, or that a dry run would submit."""
 
-    shape: Shape
-    number: int
-    """Its elements."""
+    shape: JobShape
+    num_jobs: int
+    """Number of its jobs."""
     num_runs: int
-    """Runs to do that ask for this shape."""
+    """Number of pending runs of this shape."""
     excluded: tuple[str, ...]
-    """Nodes on which runs of this shape failed, which it will not get."""
+    """Nodes that are excluded since runs of this shape failed on them."""
     script: str
     job_id: str | None
-    """Slurm's id; null in a dry run."""
+    """Slurm's job id; null in a dry run."""
 
 
-def shape_of(run: Run, section: SlurmSection, per_device: int = 1) -> Shape:
-    """What a run's devices ask for.
+def job_shape(run: Run, section: SlurmSection) -> JobShape:
+    """Return the shape of the job that a run needs.
 
     Raises:
-        SweepError: they do not fill whole nodes.
+        SweepError: its devices do not fill whole nodes.
     """
     devices = min(run.devices, section.devices_per_node)
     if run.devices % devices:
@@ -81,15 +75,13 @@ def shape_of(run: Run, section: SlurmSection, per_device: int = 1) -> Shape:
             f"{run.run_id} wants {run.devices} devices, which do not fill nodes of {devices} evenly; change devices "
             f"or slurm.devices_per_node"
         )
-    if run.devices == 1:
-        return Shape(nodes=1, devices=section.devices_per_job, per_device=per_device)
-    return Shape(nodes=run.devices // devices, devices=devices)
+    return JobShape(nodes=run.devices // devices, devices=devices)
 
 
-def elements(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[ElementJob]:
-    """Elements of the sweep that wait or run."""
+def live_jobs(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[LiveJob]:
+    """Return the jobs of the sweep that wait or run."""
     try:
-        lines = [json.loads(line) for line in slurm.elements_file(sweep).read_text().splitlines()]
+        lines = [json.loads(line) for line in slurm.submissions_file(sweep).read_text().splitlines()]
     except FileNotFoundError:
         return []
     claims = sweep.runs_dir.glob("*/claim")
@@ -98,122 +90,124 @@ def elements(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[ElementJob]:
     for line in lines:
         names = [f"{line['job_id']}_{i}" for i in range(line["number"])] if line["number"] > 1 else [line["job_id"]]
         jobs = [known[name] for name in names if name in known]
-        shape = Shape(**line["shape"])
-        found += [ElementJob(job=job, shape=shape, is_busy=job.job_id in busy) for job in jobs if job.phase != "ended"]
+        shape = JobShape(nodes=line["shape"]["nodes"], devices=line["shape"]["devices"])
+        found += [LiveJob(info=job, shape=shape, is_busy=job.job_id in busy) for job in jobs if job.phase != "ended"]
     return found
 
 
 def submit(
     sweep: Sweep,
-    to_do: Callable[[], Sequence[Run]],
-    element: Callable[[Shape], Callable[[], Any]],
+    list_runs: Callable[[], Sequence[Run]],
+    make_job: Callable[[JobShape], Callable[[], Any]],
     *,
-    per_device: int = 1,
     allow_dirty: bool = False,
     dry_run: bool = False,
 ) -> list[Submission]:
-    """Submit the elements that are lacking and return at once; a dry run asks Slurm nothing and writes nothing.
+    """Submit the jobs that are missing and return at once; a dry run asks Slurm nothing and writes nothing.
 
     Args:
-        to_do: names the runs that are to be started, and is called while no other launch submits.
-        element: makes what an element of this shape executes.
-        per_device: runs of one device that share it.
+        list_runs: returns the runs to start; called while no other launch submits.
+        make_job: makes the callable that a job of this shape executes.
 
     Raises:
-        SweepError, SlurmError: no Slurm, a dirty tree, a job that Slurm refuses.
+        SweepError, SlurmError: there is no Slurm, the source tree has uncommitted changes, or Slurm refuses a job.
     """
     if set(str(sweep.directory)) & set("%\\"):
         raise SweepError(f"Slurm would read '%' and '\\' in {sweep.directory} as patterns; choose another --root")
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
-    batch = _Batch(sweep=sweep, snapshot=snapshot, element=element, per_device=per_device, dry_run=dry_run)
+    batch = _Batch(sweep=sweep, snapshot=snapshot, make_job=make_job, dry_run=dry_run)
     if dry_run:
-        return batch.submit(to_do())
+        return batch.submit(list_runs())
     lock = Lock(batch.folder / "lock")
     while lock.take() is None:
         time.sleep(0.2)  # another launch submits
     try:
-        batch.live = elements(sweep, slurm.jobs())
+        batch.live = live_jobs(sweep, slurm.jobs())
         if snapshot:
             make_snapshot(snapshot)
-        return batch.submit(to_do())
+        return batch.submit(list_runs())
     finally:
         lock.release()
 
 
-def shares(free: int, wanted: Sequence[int]) -> list[int]:
-    """How many elements each array gets of those it wants, one after the other, where so many may still run."""
-    given = [0] * len(wanted)
-    while free > 0 and (short := [i for i, num in enumerate(wanted) if given[i] < num][:free]):
+def distribute_jobs(free: int, num_wanted: Sequence[int]) -> list[int]:
+    """Distribute `free` jobs over arrays that want so many each, one job at a time in turn."""
+    granted = [0] * len(num_wanted)
+    while free > 0 and (short := [i for i, num in enumerate(num_wanted) if granted[i] < num][:free]):
         for i in short:
-            given[i] += 1
+            granted[i] += 1
         free -= len(short)
-    return given
+    return granted
 
 
 @dataclass(kw_only=True)
 class _Batch:
-    """All arrays of one launch."""
+    """Job arrays of one launch."""
 
     sweep: Sweep
     snapshot: Snapshot | None
-    element: Callable[[Shape], Callable[[], Any]]
-    per_device: int
+    make_job: Callable[[JobShape], Callable[[], Any]]
     dry_run: bool
-    live: Sequence[ElementJob] = ()
-    """The sweep's elements that wait or run."""
+    live: Sequence[LiveJob] = ()
+    """Jobs of the sweep that wait or run."""
 
     @property
     def section(self) -> SlurmSection:
-        """How the sweep file asks Slurm."""
+        """Section `slurm` of the sweep file."""
         return self.sweep.file.slurm
 
     @property
     def folder(self) -> Path:
-        """Of scripts, logs, and the record of elements."""
+        """Folder of scripts, logs, and the record of submissions."""
         return self.sweep.directory / "slurm"
 
     def submit(self, runs: Sequence[Run]) -> list[Submission]:
-        """Submit an array per shape; where the sweep may have no more elements, a shape without any waits for them."""
-        by_shape: dict[Shape, list[Run]] = {}
+        """Submit one array per shape, within `max_parallel` jobs.
+
+        A shape for which no job is left gets one that waits for the end of the others.
+        """
+        by_shape: dict[JobShape, list[Run]] = {}
         for run in runs:
-            by_shape.setdefault(shape_of(run, self.section, self.per_device), []).append(run)
-        wanted = [self._lacking(shape, members) for shape, members in by_shape.items()]
-        numbers = shares(self.section.max_parallel - len(self.live), wanted)
+            by_shape.setdefault(job_shape(run, self.section), []).append(run)
+        num_wanted = [self._jobs_needed(shape, shape_runs) for shape, shape_runs in by_shape.items()]
+        numbers = distribute_jobs(self.section.max_parallel - len(self.live), num_wanted)
         submitted: list[Submission] = []
-        earlier = list(dict.fromkeys(each.job.job_id.split("_")[0] for each in self.live))
-        for (shape, members), want, number in zip(by_shape.items(), wanted, numbers, strict=True):
-            if number:
-                new = self._arrays(shape, members, number, [])
+        earlier = list(dict.fromkeys(each.info.job_id.split("_")[0] for each in self.live))
+        for (shape, shape_runs), want, num_jobs in zip(by_shape.items(), num_wanted, numbers, strict=True):
+            if num_jobs:
+                new = self._submit_arrays(shape, shape_runs, num_jobs, [])
             elif want and all(each.shape != shape for each in self.live):
-                new = self._arrays(shape, members, 1, earlier)
+                new = self._submit_arrays(shape, shape_runs, 1, earlier)
             else:
                 continue
             submitted += new
             earlier += [each.job_id or "EARLIER_ARRAY" for each in new]
         return submitted
 
-    def _lacking(self, shape: Shape, members: Sequence[Run]) -> int:
-        """Elements that these runs want, but for those that will take them anyway."""
+    def _jobs_needed(self, shape: JobShape, runs: Sequence[Run]) -> int:
+        """Return the number of jobs that these runs need beyond the idle jobs of their shape."""
         idle = sum(each.shape == shape and not each.is_busy for each in self.live)
-        return max(0, -(-len(members) // shape.places(members[0])) - idle)
+        return max(0, len(runs) - idle)
 
-    def _arrays(self, shape: Shape, members: Sequence[Run], number: int, after: Sequence[str]) -> list[Submission]:
-        """So many elements, as one array or, where Slurm's are shorter, as several; each is noted at once."""
-        failed = [node for run in members for node in RunRecord(self.sweep.run_dir(run.run_id)).failed_nodes()]
-        longest, excluded = number, tuple(dict.fromkeys(failed))
+    def _submit_arrays(
+        self, shape: JobShape, runs: Sequence[Run], num_jobs: int, after_jobs: Sequence[str]
+    ) -> list[Submission]:
+        """Submit the jobs as one array, or as several if Slurm limits their length; record each at once."""
+        failed = [node for run in runs for node in RunRecord(self.sweep.run_dir(run.run_id)).failed_nodes()]
+        longest, excluded = num_jobs, tuple(dict.fromkeys(failed))
         if not self.dry_run:
             longest = slurm.max_array_size()
-            excluded = slurm.without_failed(excluded, self.section.partition, shape.nodes)
-        fields = self._parameters(shape, members, excluded, after)
+            excluded = slurm.nodes_to_exclude(excluded, self.section.partition, shape.nodes)
+        fields = self._sbatch_parameters(shape, runs, excluded, after_jobs)
         done = []
-        for first in range(0, number, longest):
-            size = min(longest, number - first)
+        for first in range(0, num_jobs, longest):
+            size = min(longest, num_jobs - first)
             fields["array_parallelism"] = size
             done.append(
                 Submission(
                     shape=shape,
-                    number=size,
-                    num_runs=len(members),
+                    num_jobs=size,
+                    num_runs=len(runs),
                     excluded=excluded,
                     script=self._script(fields, size),
                     job_id=None if self.dry_run else self._submit(fields, shape, size),
@@ -221,17 +215,20 @@ class _Batch:
             )
         return done
 
-    def _parameters(
-        self, shape: Shape, members: Sequence[Run], excluded: Sequence[str], after: Sequence[str]
+    def _sbatch_parameters(
+        self, shape: JobShape, runs: Sequence[Run], excluded: Sequence[str], after_jobs: Sequence[str]
     ) -> dict[str, Any]:
-        """What submitit is told for an array."""
+        """Return submitit's parameters for an array."""
         section = self.section
-        delay_s = max(stop_seconds(self.sweep, run) for run in members)
-        # The batch script becomes the worker, and alone hears of the time limit: its runs hear it from the worker.
+        delay_s = max(grace_period_s(self.sweep, run) for run in runs)
+        # The batch script becomes the worker. Slurm signals it alone (B:), and it signals its runs.
         options = {"requeue": True, "signal": f"B:USR2@{delay_s}", **section.extra}
-        if after:
-            mine = [section.extra["dependency"]] if "dependency" in section.extra else []
-            options |= {"dependency": ",".join([*mine, ":".join(["afterany", *after])]), "kill-on-invalid-dep": "yes"}
+        if after_jobs:
+            own = [section.extra["dependency"]] if "dependency" in section.extra else []
+            options |= {
+                "dependency": ",".join([*own, ":".join(["afterany", *after_jobs])]),
+                "kill-on-invalid-dep": "yes",
+            }
         fields: dict[str, Any] = {
             "job_name": f"aimscale-{self.sweep.name}",
             "partition": section.partition,
@@ -239,7 +236,7 @@ class _Batch:
             "nodes": shape.nodes,
             "ntasks_per_node": shape.devices,
             "cpus_per_task": section.cpus_per_task,
-            "gpus_per_node": section.gpus_of(shape.devices),
+            "gpus_per_node": section.gpu_request(shape.devices),
             "exclude": ",".join(excluded) or None,
             "use_srun": False,
             "stderr_to_stdout": True,
@@ -253,32 +250,32 @@ class _Batch:
         return f"exec {self.section.python or shlex.quote(sys.executable)}"
 
     def _script(self, fields: dict[str, Any], size: int) -> str:
-        """The sbatch script that submitit writes."""
+        """Return the sbatch script as submitit writes it."""
         words = f"{self._python} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
         return _make_sbatch_string(words, self.folder, map_count=size if size > 1 else None, **fields)
 
-    def _submit(self, fields: dict[str, Any], shape: Shape, size: int) -> str:
+    def _submit(self, fields: dict[str, Any], shape: JobShape, size: int) -> str:
         try:
-            # Progress bounds the attempts of a run (sweeps.state.attempts), not submitit's count of time limits.
+            # Retries are bounded by progress (sweeps.state.attempts), not by submitit's count of timeouts.
             executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=1_000_000, python=self._python)
             executor.update_parameters(**fields)
             with executor.batch():
-                jobs = [executor.submit(self.element(shape)) for _ in range(size)]
+                jobs = [executor.submit(self.make_job(shape)) for _ in range(size)]
         except (FailedJobError, FailedSubmissionError) as error:
-            raise slurm.SlurmError(f"Slurm refused the job: {slurm.plain(str(error))}") from error
+            raise slurm.SlurmError(f"Slurm refused the job: {slurm.shorten_error(str(error))}") from error
         job_id = str(jobs[0].job_id).split("_")[0]
-        with slurm.elements_file(self.sweep).open("a") as file:
+        with slurm.submissions_file(self.sweep).open("a") as file:
             file.write(json.dumps({"job_id": job_id, "number": size, "shape": asdict(shape)}) + "\n")
         return job_id
 
 
 def _environment(snapshot: Snapshot | None) -> list[str]:
-    """Shell lines that make the job run the pinned code, and let it say which."""
+    """Return shell lines that make a job run the pinned code and record its commit."""
     if snapshot is None:
         return []
     path = shlex.quote(str(snapshot.path))
     return [
-        f"cd {path} || exit 1",  # without its pinned code a job must not run
+        f"cd {path} || exit 1",  # a job must not run other code than the pinned one
         f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"export AIMSCALE_GIT_COMMIT={snapshot.commit} AIMSCALE_GIT_DIRTY={int(snapshot.dirty)}",
     ]

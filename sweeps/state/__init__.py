@@ -1,1 +1,1 @@
-"""What launches keep of each run: its claim, its attempts, and what to do with it."""
+"""State of each run on disk: its claim, its attempts, and what to do with it next."""

@@ -1,6 +1,6 @@
-"""What an ended attempt means, and whether to try again: bounded by progress, not by a count of attempts.
+"""Ends of attempts: why they ended, and whether to retry; retries are bounded by progress, not by a count of attempts.
 
-What is written here is written by a worker that holds the run's claim.
+Only a worker that holds the run's claim writes here.
 """
 
 from __future__ import annotations
@@ -23,50 +23,65 @@ from aimscale.harness.run.directory import (
 from aimscale.harness.run.lock import Holder
 from aimscale.sweeps.state.record import RunRecord
 
-Outcome = Literal["finished", "preempted", "again", "stop", "elsewhere"]
-"""`preempted`: saved, to go on when it may; `again`: try now; `stop`: a person must look; `elsewhere`: another process
-has the run."""
+Outcome = Literal["finished", "preempted", "retry", "failed", "elsewhere"]
+"""Outcome of an attempt. `preempted`: stopped, can resume later; `retry`: failed, try again now; `failed`: failed for
+good, until a person clears the failure; `elsewhere`: another process executes the run."""
 
-MAX_FRUITLESS: dict[ReasonClass, int] = {"node": 3, "timeout": 3, "oom": 2, "code": 2, "data": 1, "nan": 1, "config": 1}
-"""Attempts in a row that saved nothing new, whatever ended them, after which one that ends for this reason is the last.
+MAX_ATTEMPTS_WITHOUT_PROGRESS: dict[ReasonClass, int] = {
+    "node": 3,
+    "timeout": 3,
+    "oom": 2,
+    "code": 2,
+    "data": 1,
+    "nan": 1,
+    "config": 1,
+}
+"""Number of consecutive attempts without new progress after which an attempt that fails for this reason is the last.
 
-A node or a time limit is nobody's fault; memory and code may have failed by a neighbour's or a network's doing, once;
-the others would fail again.
+Node failures and time limits are not the run's fault. Out of memory and crashes may be caused once by another process
+or by the network. Other failures would repeat.
 """
-RANKS_DIE_WITHIN_S = 10.0
-"""A process on a GPU takes seconds to give its memory back."""
+RANK_EXIT_TIMEOUT_S = 10.0
+"""Time to wait for the ranks of a killed torchrun to exit, s: a process on a GPU takes seconds to free its memory."""
 
-_MEMORY_WORDS = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
 
 
-def conclude(run: RunRecord, attempt: int, exit_code: int, *, claims: tuple[str, str | None], asked: bool) -> Outcome:
-    """Record how an attempt ended and decide what follows; hold the claim.
+def record_end(
+    run: RunRecord, attempt: int, exit_code: int, *, claims: tuple[str, str | None], stop_requested: bool
+) -> Outcome:
+    """Record how an attempt ended and return what follows; the caller holds the claim.
+
+    If the process left no reason (killed, or dead before its first line), its status is written here.
 
     Args:
         exit_code: of the process, negative for a signal.
-        claims: token of the claim under which the attempt was started, and the one that `status.json` bore before.
-        asked: whether a person told it to stop.
-
-    Where the reason is unknown (killed, or dead before the first line), the status is written here.
+        claims: token of the claim under which the attempt started, and the token that `status.json` held before.
+        stop_requested: whether a person asked the run to stop.
     """
-    if _is_elsewhere(run, exit_code, claims):
-        return "elsewhere"  # this attempt was refused, or lost the run to the one that has it now
-    exit_code = _by_launcher(run, exit_code, claims[0])
+    if _is_held_elsewhere(run, exit_code, claims):
+        return "elsewhere"  # this attempt never got the run's lock, or lost it
+    exit_code = _rank_exit_code(run, exit_code, claims[0])
     if exit_code == EXIT_FINISHED:
-        _record(run, attempt, exit_code, None, None)
+        _append_attempt(run, attempt, exit_code, None, None)
         return "finished"
-    is_killed_as_asked = asked and exit_code == -signal.SIGKILL  # by a second Ctrl-C
+    is_killed_as_asked = stop_requested and exit_code == -signal.SIGKILL  # by a second Ctrl-C
     if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT) or is_killed_as_asked:
-        return _preempted(run, attempt, exit_code, asked)
-    reason, kind = explain(run, attempt, exit_code)
-    run.write_status(state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=kind)
-    _record(run, attempt, exit_code, reason, kind, run.read_status().failed_on or "")
-    return "again" if may_try_again(run) else "stop"
+        return _record_preemption(run, attempt, exit_code, stop_requested)
+    reason, reason_class = failure_reason(run, attempt, exit_code)
+    run.write_status(
+        state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=reason_class
+    )
+    _append_attempt(run, attempt, exit_code, reason, reason_class, run.read_status().failed_on or "")
+    return "retry" if may_retry(run) else "failed"
 
 
-def _is_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | None]) -> bool:
-    """Whether another process has the run, or had it since: the ranks of a killed torchrun take a moment to die."""
-    deadline = time.monotonic() + (RANKS_DIE_WITHIN_S if exit_code == -signal.SIGKILL else 0)
+def _is_held_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | None]) -> bool:
+    """Return whether another process holds the run, or has held it since the attempt started.
+
+    The ranks of a killed torchrun get time to exit.
+    """
+    deadline = time.monotonic() + (RANK_EXIT_TIMEOUT_S if exit_code == -signal.SIGKILL else 0)
     while exit_code != EXIT_FINISHED and run.is_held():
         if time.monotonic() >= deadline:
             return True
@@ -74,8 +89,8 @@ def _is_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | None]
     return run.read_status().claim not in claims
 
 
-def _by_launcher(run: RunRecord, exit_code: int, claim: str) -> int:
-    """torchrun and srun give one code for all ranks, whichever failed first; what the run says tells which it was."""
+def _rank_exit_code(run: RunRecord, exit_code: int, claim: str) -> int:
+    """Return the exit code that the run's status implies; torchrun and srun return one code for all ranks."""
     status, by_signal = run.read_status(), exit_code > 128
     if status.claim == claim and (by_signal or exit_code in (EXIT_CRASHED, EXIT_PREEMPTED)):
         codes = {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED, "failed": EXIT_CRASHED}
@@ -84,45 +99,46 @@ def _by_launcher(run: RunRecord, exit_code: int, claim: str) -> int:
     return 128 - exit_code if by_signal else exit_code
 
 
-def _preempted(run: RunRecord, attempt: int, exit_code: int, asked: bool) -> Outcome:
-    """An attempt that was told to stop: to be gone on with, unless it is stopped again and again before it saves."""
+def _record_preemption(run: RunRecord, attempt: int, exit_code: int, stop_requested: bool) -> Outcome:
+    """Record an attempt that was told to stop: it can resume, unless it was stopped too often before it saved."""
     reason = run.read_status().reason if exit_code == EXIT_PREEMPTED else "stopped before it could save"
     if run.cancelled.exists():
         reason = "cancelled"
-    _record(run, attempt, exit_code, reason, None if asked else "timeout")
-    if not asked and not may_try_again(run, "timeout"):
+    _append_attempt(run, attempt, exit_code, reason, None if stop_requested else "timeout")
+    if not stop_requested and not may_retry(run, "timeout"):
         reason = (
-            f"stopped {MAX_FRUITLESS['timeout']} times before it saved anything new; give it more time "
+            f"stopped {MAX_ATTEMPTS_WITHOUT_PROGRESS['timeout']} times before it saved anything new; give it more time "
             f"(slurm.time_min) or save more often (runtime.checkpoint_every_images)"
         )
         run.write_status(state="failed", reason=reason, reason_class="timeout")
-        return "stop"
+        return "failed"
     run.write_status(state="preempted", reason=reason, reason_class=None)
     return "preempted"
 
 
-def explain(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, ReasonClass]:
-    """Why a process failed: in its own words where it had any."""
+def failure_reason(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, ReasonClass]:
+    """Return the reason and its class, from the run's status or log where they state one."""
     status = run.read_status()
     if exit_code == -signal.SIGKILL:
         return "killed by the system (SIGKILL), usually out of memory; use a smaller micro-batch", "oom"
     if status.state in ("failed", "diverged") and status.reason and status.reason_class:
         return status.reason, status.reason_class
-    reason = _last_words(run, attempt) or (
+    reason = _last_log_line(run, attempt) or (
         f"ended by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
     )
     kinds: dict[int, ReasonClass] = {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}
     return reason, kinds.get(exit_code, "code")
 
 
-def note_lost(run: RunRecord, worker: Holder | None, job_state: Callable[[str], str | None]) -> None:
-    """Record the end of an attempt whose worker was lost with it: a node that died, a container out of memory.
+def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: Callable[[str], str | None]) -> None:
+    """Record the end of an attempt that was lost together with its worker; the caller holds the claim.
 
-    Else a run that takes every worker with it would be tried for ever. Hold the claim.
+    Causes are a node that died or a container out of memory. Without this record, a run that kills every worker would
+    be retried for ever.
 
     Args:
-        worker: that held the claim before.
-        job_state: Slurm's word for a job, from squeue or sacct; None where it has none.
+        worker: the holder of the claim before.
+        job_state: returns Slurm's state of a job, from squeue or sacct; None if neither knows it.
     """
     status = run.read_status()
     if worker is None or status.state not in ("running", "queued") or run.is_held():
@@ -130,22 +146,22 @@ def note_lost(run: RunRecord, worker: Holder | None, job_state: Callable[[str], 
     job_id = worker.facts.get("job_id")
     if job_id:
         nodes = str(worker.facts.get("nodes") or "")
-        reason, kind, state = explain_job(job_state(job_id), run.job_log(job_id), nodes)
+        reason, reason_class, state = job_failure(job_state(job_id), run.job_log(job_id), nodes)
     else:
         nodes = ""
-        reason, kind, state = "killed with its launcher, or the machine stopped", "node", "failed"
-    if kind is not None:
-        _record(run, run.next_attempt(), None, reason, kind, nodes, was_lost=True)
-    run.write_status(state=state, reason=reason, reason_class=kind)
+        reason, reason_class, state = "killed with its launcher, or the machine stopped", "node", "failed"
+    if reason_class is not None:
+        _append_attempt(run, run.next_attempt(), None, reason, reason_class, nodes, was_lost=True)
+    run.write_status(state=state, reason=reason, reason_class=reason_class)
 
 
-def explain_job(
+def job_failure(
     job_state: str | None, log: Path, nodes: str
 ) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
-    """Reason, kind and state of a run whose job ended in this state without leaving a word of its own."""
+    """Return reason, reason class and run state after a Slurm job that ended without a message from the run."""
     state = (job_state or "").split(" ")[0]
-    last_start = _text(log).rpartition("Starting with")[2]  # in which slurmstepd says why it killed something
-    if state == "OUT_OF_MEMORY" or (state == "FAILED" and _MEMORY_WORDS.search(last_start)):
+    last_start = _read_text(log).rpartition("Starting with")[2]  # slurmstepd writes there why it killed a process
+    if state == "OUT_OF_MEMORY" or (state == "FAILED" and _OUT_OF_MEMORY.search(last_start)):
         return "Slurm killed the job: out of memory; raise mem in slurm.extra", "oom", "failed"
     match state:
         case "NODE_FAIL" | "BOOT_FAIL":
@@ -158,24 +174,24 @@ def explain_job(
             return f"the job failed and gave no reason; see {log}", "code", "failed"
         case "":
             return "Slurm no longer knows the job", "node", "failed"
-        case _:  # the same job is there again, or something else became of it
+        case _:  # the job was requeued, or is in a state not listed here
             return f"its job lost its node, or was started again before it could save ({state})", "node", "failed"
 
 
-def _text(log: Path) -> str:
+def _read_text(log: Path) -> str:
     try:
         return log.read_text(errors="replace")
     except OSError:
         return ""
 
 
-def may_try_again(run: RunRecord, kind: ReasonClass | None = None) -> bool:
-    """Whether a run that failed for this reason, by default the one in its status, has tries left.
+def may_retry(run: RunRecord, reason_class: ReasonClass | None = None) -> bool:
+    """Return whether a run that failed for this reason, by default the one in its status, may be retried.
 
-    Attempts at the end of the record count that saved nothing new, the one that saved last among them; one that a
-    person stopped, or that finished, counts for nothing.
+    Counts the last attempts in a row that saved nothing new, including the one that saved last. Attempts that finished
+    or that a person stopped are not counted.
     """
-    kind = kind or run.read_status().reason_class
+    reason_class = reason_class or run.read_status().reason_class
     num, saved = 0, None
     for ended in run.read_attempts():
         if ended.get("forgiven"):
@@ -183,41 +199,41 @@ def may_try_again(run: RunRecord, kind: ReasonClass | None = None) -> bool:
         elif ended["reason_class"] is not None:
             num = num + 1 if ended["saved"] == saved else 1
             saved = ended["saved"]
-    return kind is None or num < MAX_FRUITLESS[kind]
+    return reason_class is None or num < MAX_ATTEMPTS_WITHOUT_PROGRESS[reason_class]
 
 
-def forgive(run: RunRecord) -> None:
-    """Clear a failure, so that the next worker resumes the run; hold the claim."""
+def clear_failure(run: RunRecord) -> None:
+    """Clear a failure, so that the next worker resumes the run; the caller holds the claim."""
     run.write_status(state="preempted", reason="to be tried again", reason_class=None)
     run.append_attempt(forgiven=True, ended=time.time())
 
 
-def _record(
+def _append_attempt(
     run: RunRecord,
     attempt: int,
     exit_code: int | None,
     reason: str | None,
-    kind: str | None,
+    reason_class: str | None,
     node: str = "",
     *,
     was_lost: bool = False,
 ) -> None:
-    """`was_lost`: it ended some time ago, soon after its last sign of life."""
+    """Append an attempt to the record; with `was_lost`, its end is the time of its last heartbeat."""
     now = (run.read_status().heartbeat if was_lost else None) or time.time()
     run.append_attempt(
         attempt=attempt,
         ended=now,
-        device_hours=run.hours_since_start(now),
+        device_hours=run.attempt_device_hours(now),
         exit_code=exit_code,
         saved=run.saved_progress(),
-        reason_class=kind,
+        reason_class=reason_class,
         reason=reason,
-        # Of several nodes it is not known which one failed.
-        failed_nodes=[node] if kind == "node" and node and not set(node) & set(",[") else [],
+        # With several nodes it is unknown which one failed.
+        failed_nodes=[node] if reason_class == "node" and node and not set(node) & set(",[") else [],
     )
 
 
-def _last_words(run: RunRecord, attempt: int) -> str | None:
-    """Last line of an attempt's log that says something."""
-    lines = _text(run.log_file(attempt)).splitlines()
+def _last_log_line(run: RunRecord, attempt: int) -> str | None:
+    """Return the last line of an attempt's log that is not blank, cut at 300 characters."""
+    lines = _read_text(run.attempt_log(attempt)).splitlines()
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), None)

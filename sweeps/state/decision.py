@@ -1,4 +1,4 @@
-"""What a worker does with each run of a sweep: start it, or leave it and say why."""
+"""Decisions: whether a worker starts a run or leaves it, and why."""
 
 from __future__ import annotations
 
@@ -7,65 +7,65 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.probe.owed import Lacking, lacking
+from aimscale.harness.probe.pending_evaluations import Pending, pending_work
 from aimscale.harness.run.config import load_run_config
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.state.attempts import may_try_again
+from aimscale.sweeps.state.attempts import may_retry
 from aimscale.sweeps.state.record import RunRecord
 
 Verdict = Literal["start", "resume", "finished", "running", "waiting", "cancelled", "failed", "damaged"]
-"""`waiting`: for another machine, or more time than this one has."""
+"""Verdict on a run; `waiting` means that it needs another machine, or more time than this one has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The verdict on one run."""
+    """Verdict on one run."""
 
     run: Run
     record: RunRecord
     verdict: Verdict
-    """What to do: `start` and `resume` are to be started, the others left alone."""
+    """Verdict; runs with `start` and `resume` are started, the others are skipped."""
     why: str = ""
 
     @property
     def startable(self) -> bool:
-        """Whether a process is to be started."""
+        """Whether the run can be started."""
         return self.verdict in ("start", "resume")
 
 
-def decide(run: Run, record: RunRecord, *, is_mine: bool = False) -> Decision:
-    """Look at a run's directory; `is_mine` where the caller holds its claim."""
+def decide(run: Run, record: RunRecord, *, holds_claim: bool = False) -> Decision:
+    """Decide on a run by its directory; `holds_claim` tells that the caller holds its claim."""
     try:
-        verdict, why = _verdict(run, record, is_mine)
+        verdict, why = _verdict(run, record, holds_claim)
     except (UserError, OSError, ValueError) as error:
         verdict, why = "damaged", str(error)
     return Decision(run=run, record=record, verdict=verdict, why=why)
 
 
-def _verdict(run: Run, record: RunRecord, is_mine: bool) -> tuple[Verdict, str]:
+def _verdict(run: Run, record: RunRecord, holds_claim: bool) -> tuple[Verdict, str]:
     status = record.read_status()
     is_new = not record.config.exists() or status.state == "created"
-    missing = [] if is_new else lacking(record, run.config)
+    missing = [] if is_new else pending_work(record, run.config)
     if status.state == "finished" and not missing and not is_new:
         return "finished", ""
     if record.is_held():
         return "running", f"on {status.host}"
-    if not is_mine and record.is_claimed():
+    if not holds_claim and record.is_claimed():
         worker = record.claimant()
         return "running", f"claimed on {worker.host}" if worker else "claimed"
     if record.cancelled.exists():
         return "cancelled", ""
     if is_new:
         return "start", ""
-    # A failure belongs to what was asked: other probes, paths or micro-batches start with a clean slate.
+    # A failure counts only for the configuration that failed: with other probes or paths the run may start again.
     is_same = load_run_config(record.config) == run.config
-    if status.state in ("failed", "diverged") and is_same and not may_try_again(record):
+    if status.state in ("failed", "diverged") and is_same and not may_retry(record):
         return "failed", f"{status.reason_class}: {status.reason}"
-    record.read_attempts()  # where they are damaged, it is said now, not after a job was submitted
-    return "resume", in_words(missing) if status.state == "finished" else status.state
+    record.read_attempts()  # raises if it is damaged: now, not after a job was submitted
+    return "resume", describe_pending(missing) if status.state == "finished" else status.state
 
 
-def in_words(missing: Sequence[Lacking]) -> str:
-    """What a run lacks, shortly."""
+def describe_pending(missing: Sequence[Pending]) -> str:
+    """Return a short description of the evaluations that are missing."""
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return f"to do: {missing[0]}{more}"

@@ -1,8 +1,8 @@
-"""A run directory as launchers see it: who claims the run, how its attempts ended, and whether it is cancelled.
+"""Run directory with the files of launchers: claim, attempts and cancellation.
 
-Beside what `harness.run.directory` keeps, a run directory holds three files of theirs: `claim`, a lock that a worker
-holds from its decision to start the run until it has written down how that ended; `attempts.jsonl`, a line per ended
-attempt; and `cancelled`, which keeps workers from the run until the next launch.
+Beside the files of `harness.run.directory` there are `claim`, a lock that a worker holds from its decision to start the
+run until it has recorded how the attempt ended; `attempts.jsonl`, one line per ended attempt; and `cancelled`, a marker
+that keeps workers from the run until the next launch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from aimscale.sweeps.plan.sweepfile import SweepError
 
 
 class RunRecord(RunDir):
-    """A run directory with the files of launchers."""
+    """Run directory with the files of launchers."""
 
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
@@ -29,25 +29,26 @@ class RunRecord(RunDir):
 
     @property
     def name(self) -> str:
-        """The run's id."""
+        """Run id."""
         return self.path.name
 
     def job_log(self, job_id: str) -> Path:
-        """Output of a Slurm job's worker and of slurmstepd."""
+        """Return the log of a Slurm job: output of its worker and of slurmstepd."""
         return self.path.parent.parent / "slurm" / f"{job_id}_0_log.out"
 
     def is_claimed(self) -> bool:
-        """Whether a live worker executes the run, or is about to."""
+        """Return whether a live worker executes the run, or is about to."""
         return lock.is_held(self.claim)
 
     def claimant(self) -> lock.Holder | None:
-        """The worker that claims the run, or claimed it last."""
+        """Return the worker that holds the claim, or held it last."""
         return lock.read_holder(self.claim)
 
     def saved_progress(self) -> list[int]:
-        """What an attempt that resumes now would start from: rows, images of the furthest checkpoint, and evaluation.
+        """Return a measure of progress, which grows with everything that a resumed attempt need not repeat.
 
-        The last counts what is on disk of budgets: weights, validation losses, probed tasks and their parts.
+        The elements are the number of rows, the images of the furthest checkpoint, the number of budgets with weights,
+        and those of `evaluation_progress`.
 
         Raises:
             UserError: `results.json` is damaged.
@@ -57,10 +58,13 @@ class RunRecord(RunDir):
             with contextlib.suppress(ValueError):
                 images.append(int(path.name.split("-")[0]))
         num_budgets = len(list(self.path.glob("budgets/*/model.safetensors")))
-        return [len(self.read_rows()), max(images), num_budgets, *self.measured()]
+        return [len(self.read_rows()), max(images), num_budgets, *self.evaluation_progress()]
 
-    def measured(self) -> list[int]:
-        """How many files evaluation has written, and when the last: a task's is written with each of its kinds."""
+    def evaluation_progress(self) -> list[int]:
+        """Return the number of files that evaluation has written, and the modification time of the last, ns.
+
+        The file of a probe task is written again for each kind of probe.
+        """
         times = [0]
         for path in (path for kind in ("validation/*.npz", "probes/*/*.json") for path in self.path.glob(kind)):
             with contextlib.suppress(OSError):  # removed meanwhile
@@ -68,7 +72,7 @@ class RunRecord(RunDir):
         return [len(times) - 1, max(times)]
 
     def read_attempts(self) -> list[dict[str, Any]]:
-        """Ended attempts, first to last; a last line cut off by a crash is left out.
+        """Read the ended attempts, first to last; a last line that was cut off by a crash is skipped.
 
         Raises:
             SweepError: the file is damaged.
@@ -92,32 +96,35 @@ class RunRecord(RunDir):
         return ended
 
     def failed_nodes(self) -> list[str]:
-        """Nodes that ended attempts of this run since a person last cleared its failure."""
+        """Return the nodes on which attempts failed since a person last cleared the run's failure."""
         found: dict[str, None] = {}
         for ended in self.read_attempts():
             found = {} if ended.get("forgiven") else found | dict.fromkeys(ended.get("failed_nodes") or ())
         return list(found)
 
-    def hours_since_start(self, now: float) -> float:
-        """Device-hours of the attempt under way, or that just ended; 0 where it never started."""
+    def attempt_device_hours(self, now: float) -> float:
+        """Return the device-hours of the current attempt, or of one that just ended; 0 if it never started."""
         started, worker = self.read_status().started, self.claimant()
         last = max((ended["ended"] for ended in self.read_attempts() if not ended.get("forgiven")), default=0.0)
         devices = worker.facts.get("devices", 1) if worker else 1
         return devices * (now - started) / 3600 if started and started > last else 0.0
 
     def next_attempt(self) -> int:
-        """Number of the attempt that comes next, 1 for the first."""
+        """Return the number of the next attempt, 1 for the first."""
         return 1 + sum(not ended.get("forgiven") for ended in self.read_attempts())
 
     def append_attempt(self, **values: Any) -> None:
-        """Record how an attempt ended; hold the claim. A line that was cut off before goes, lest this one be lost."""
+        """Append an attempt to the record; the caller holds the claim.
+
+        The file is rewritten, so that a last line that was cut off is dropped.
+        """
         write_text(self.attempts, "".join(json.dumps(each) + "\n" for each in [*self.read_attempts(), values]))
 
-    def log_file(self, attempt: int) -> Path:
-        """Output of one attempt, all ranks."""
+    def attempt_log(self, attempt: int) -> Path:
+        """Return the log of an attempt, with the output of all ranks."""
         return self.logs / f"attempt-{attempt}.log"
 
     def last_log(self) -> Path | None:
-        """Output of the last attempt."""
+        """Return the log of the last attempt, or None if there is none."""
         logs = {path.stem.removeprefix("attempt-"): path for path in self.logs.glob("attempt-*.log")}
         return max(((int(number), path) for number, path in logs.items() if number.isdecimal()), default=(0, None))[1]

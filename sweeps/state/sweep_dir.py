@@ -1,4 +1,4 @@
-"""The sweep's directory: its record, and the runs in it."""
+"""Sweep directory: its record, and the runs in it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, Swee
 from aimscale.sweeps.state.record import RunRecord
 
 
-def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
-    """Make the sweep's directory and record where its relative paths start and what its data sets hold.
+def prepare_directory(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
+    """Create the sweep's directory and record its base directory and the fingerprints of its data.
 
-    A sweep that lies elsewhere now, or whose file does, goes on: runs are known by what they train.
+    A sweep that was moved, or whose file was moved, continues: run ids depend only on what is trained.
 
     Raises:
-        SweepError: it cannot be written.
+        SweepError: the directory cannot be written.
     """
     directory = sweep.directory
     try:
@@ -26,7 +26,7 @@ def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
         record = read_record(directory)
         write_text(directory / SWEEP_FILE, sweep.text)
         sources = [source for run in runs for source in run.config.training.data.sources]
-        data = {sweep.relative(source.path): source.fingerprint for source in sources if source.fingerprint}
+        data = {sweep.relative_path(source.path): source.fingerprint for source in sources if source.fingerprint}
         values = {"version": 1, "name": sweep.name, "directory": str(directory), "base_dir": str(sweep.base_dir)}
         values |= {"data": {**(record or {}).get("data", {}), **data}}
         if record != values:
@@ -37,16 +37,16 @@ def prepare(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
 
 
 def imported_runs(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:
-    """Finished runs beside the planned ones whose weights came from elsewhere (`aimscale weights import`)."""
-    return [record for record in _beside(sweep, runs) if is_imported(record)]
+    """Return the finished runs outside the plan whose weights were imported (`aimscale weights import`)."""
+    return [record for record in _unplanned_records(sweep, runs) if is_imported(record)]
 
 
-def unplanned(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:
-    """Run directories that the plan does not name, but for imported ones: what they trained differs from it."""
-    return tuple(record.path.name for record in _beside(sweep, runs) if not is_imported(record))
+def unplanned_runs(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:
+    """Return the ids of run directories outside the plan, except imported ones: they trained something else."""
+    return tuple(record.path.name for record in _unplanned_records(sweep, runs) if not is_imported(record))
 
 
-def _beside(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:
+def _unplanned_records(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:
     planned = {run.run_id for run in runs}
     there = sorted(sweep.runs_dir.iterdir()) if sweep.runs_dir.is_dir() else []
     return [RunRecord(path) for path in there if path.is_dir() and path.name not in planned]

@@ -1,1 +1,1 @@
-"""Where the runs of a sweep stand, and their rows in one table."""
+"""Tables of a sweep: the status of its runs, and their results."""

@@ -1,12 +1,11 @@
-"""From run directories to one typed table: `results.parquet`, `results.csv` and `collect.json`.
+"""Collection of run directories into one typed table: `results.parquet`, `results.csv` and `collect.json`.
 
-Points during training go to `curves.parquet` by the same columns, so that no law takes them for budgets.
+Values measured during training go to `curves.parquet`, with the same columns, so that no law takes them for budgets.
 
-Partial sweeps collect: a budget without a row is a row without results, marked `unfinished`, `diverged` or `failed`.
-Baselines probed like a run (`aimscale baseline NAME --like RUN`) go to `baselines.parquet` by the same columns:
-they are no runs, and no law should take them for some. Which test images a probe got right goes to `hits.parquet`,
-where the files of its task say so. The files depend on the run directories alone, so collecting twice writes the same
-bytes.
+Incomplete sweeps can be collected: a budget without results is a row with status `unfinished`, `diverged` or `failed`.
+Baselines that were probed like a run (`aimscale baseline NAME --like RUN`) go to `baselines.parquet`, with the same
+columns, so that no law takes them for runs. `hits.parquet` states which test images each probe classified correctly,
+for tasks that record this. The tables depend only on the run directories: collecting twice writes the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import pyarrow as pa
 from aimscale.aim.errors import UserError
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.schema import OF_CURVES, hits_table, results_table, write_table
-from aimscale.harness.data.store.card import fingerprint
+from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.probe.files import as_entry, entries_of, task_files
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.row import planned_columns
@@ -33,41 +32,41 @@ from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import imported_runs, unplanned
+from aimscale.sweeps.state.sweep_dir import imported_runs, unplanned_runs
 
 Values = dict[str, Any]
-"""A row, or an entry of its probes."""
+"""Row, or an entry of its probes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collected:
-    """What a collect found."""
+class CollectResult:
+    """Result of a collection."""
 
     table: Path
-    """The Parquet file; the CSV lies beside it."""
+    """Path of the Parquet file; the CSV file is beside it."""
     num_rows: int
-    """Rows written: runs x budgets, but those of damaged runs."""
+    """Number of rows written: runs x budgets, without damaged runs."""
     num_complete: int
-    """Rows with results."""
+    """Number of rows with results."""
     damaged: dict[str, str]
-    """Runs skipped -> one sentence why."""
+    """Skipped run -> reason."""
     num_baselines: int
-    """Baselines found in the runs' folders."""
+    """Number of baselines found in the run directories."""
     unplanned: tuple[str, ...]
-    """Run directories left out: another sweep file gave them their names."""
+    """Run directories outside the plan, which are left out."""
 
 
-def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Collected:
-    """Gather the rows of all runs of the plan.
+def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> CollectResult:
+    """Collect the rows of all planned runs.
 
     Raises:
-        SweepError: the sweep was never launched here, or all runs there are of another plan (the table is left as it
-            was).
+        SweepError: the sweep was never launched here, or all its runs belong to another plan (the table is not
+            changed).
         OSError: its directory cannot be written.
     """
     if not sweep.runs_dir.is_dir():
         raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
-    left_out = unplanned(sweep, runs)
+    left_out = unplanned_runs(sweep, runs)
     if left_out and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
         raise SweepError(
             f"none of the {len(runs)} planned runs is under {sweep.runs_dir}, which holds {len(left_out)} others: the "
@@ -77,22 +76,22 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     rows: list[Values] = []
     points: list[Values] = []
     for run, card in zip(runs, cards, strict=True):
-        rows += _readable(run.run_id, functools.partial(_rows, sweep, run, card), damaged)
+        rows += _read_rows(run.run_id, functools.partial(_run_rows, sweep, run, card), damaged)
         if run.run_id not in damaged:
-            points += _readable(run.run_id, functools.partial(_points, sweep, run, card), damaged)
+            points += _read_rows(run.run_id, functools.partial(_curve_rows, sweep, run, card), damaged)
     for record in imported_runs(sweep, runs):
-        rows += _readable(record.name, functools.partial(_imported_rows, sweep, record), damaged)
+        rows += _read_rows(record.name, functools.partial(_imported_rows, sweep, record), damaged)
     baselines: list[Values] = []
     for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
         name = str(folder.relative_to(sweep.runs_dir))
-        baselines += _readable(name, functools.partial(_baseline_rows, sweep, folder), damaged)
+        baselines += _read_rows(name, functools.partial(_baseline_rows, sweep, folder), damaged)
     rows, hits = _with_task_names(rows, runs)
     points, _ = _with_task_names(points, runs)
-    baselines, their_hits = _with_task_names(baselines, runs)
+    baselines, baseline_hits = _with_task_names(baselines, runs)
     _write(sweep, "results", results_table(rows))
     _write(sweep, "curves", results_table(points, OF_CURVES))
     _write(sweep, "baselines", results_table(baselines))
-    _write(sweep, "hits", hits_table([*hits, *their_hits]), (".parquet",))
+    _write(sweep, "hits", hits_table([*hits, *baseline_hits]), (".parquet",))
     whole = [run for run in runs if run.run_id not in damaged]
     summary = {
         "description": sweep.file.description,
@@ -100,7 +99,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         "machines": _machines([RunRecord(sweep.run_dir(run.run_id)) for run in whole]),
     }
     write_json(sweep.directory / "collect.json", summary)
-    return Collected(
+    return CollectResult(
         table=sweep.directory / "results.parquet",
         num_rows=len(rows),
         num_complete=sum(row["status"] == "complete" for row in rows),
@@ -111,7 +110,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
 
 
 def _write(sweep: Sweep, name: str, table: pa.Table, suffixes: Sequence[str] = (".csv", ".parquet")) -> None:
-    """The table in its formats; but for results, no file where there are no rows."""
+    """Write the table in its formats; remove the files of an empty table, except those of `results`."""
     for path in (sweep.directory / f"{name}{suffix}" for suffix in suffixes):
         if table.num_rows or name == "results":
             write_table(table, path)
@@ -119,12 +118,12 @@ def _write(sweep: Sweep, name: str, table: pa.Table, suffixes: Sequence[str] = (
             path.unlink(missing_ok=True)
 
 
-def _hits(row: Values, documents: Iterable[Values]) -> list[Values]:
-    """Hits of a row's probes, from the tasks' files that have the very same entries."""
+def _hit_rows(row: Values, documents: Iterable[Values]) -> list[Values]:
+    """Return the hits of a row's probes, from the task files with the same entries."""
     details = [detail for document in documents for detail in document["probes"] if "hits" in detail]
-    of_row = {name: row.get(name) for name in ("run_id", "size", "images_seen")}
+    row_keys = {name: row.get(name) for name in ("run_id", "size", "images_seen")}
     return [
-        of_row
+        row_keys
         | {name: entry.get(name) for name in ("task", "kind", "evaluation")}
         | {"num_test": entry["n"], "hits": base64.b64decode(detail["hits"])}
         for entry in row.get("probes") or ()
@@ -133,8 +132,8 @@ def _hits(row: Values, documents: Iterable[Values]) -> list[Values]:
     ]
 
 
-def _readable(name: str, rows: Callable[[], list[Values]], damaged: dict[str, str]) -> list[Values]:
-    """Rows that fit into a table; where they cannot be read, none, and the sentence why in `damaged`."""
+def _read_rows(name: str, rows: Callable[[], list[Values]], damaged: dict[str, str]) -> list[Values]:
+    """Read rows and check that they fit into a table; on an error return none and note the reason in `damaged`."""
     try:
         found = rows()
         results_table([row | {"hits": None} for row in found])
@@ -146,11 +145,11 @@ def _readable(name: str, rows: Callable[[], list[Values]], damaged: dict[str, st
 
 def _imported_rows(sweep: Sweep, record: RunRecord) -> list[Values]:
     rows = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
-    return [{**row, "hits": _hits(row, task_files(record.probes_dir(row["images_seen"])))} for row in rows]
+    return [{**row, "hits": _hit_rows(row, task_files(record.probes_dir(row["images_seen"])))} for row in rows]
 
 
 def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
-    """A row per baseline that was probed like one of the sweep's runs."""
+    """Return one row for each baseline that was probed like one of the sweep's runs."""
     by_name: dict[str, list[Values]] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
@@ -161,12 +160,12 @@ def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
     for name, documents in by_name.items():
         row: Values = {"sweep": sweep.name, "run_id": folder.parent.parent.name, "size": name}
         row["probes"] = [entry for document in documents for entry in entries_of(document)]
-        rows.append({**row, "hits": _hits(row, documents)})
+        rows.append({**row, "hits": _hit_rows(row, documents)})
     return rows
 
 
-def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
-    """A run's rows, one per planned budget.
+def _run_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
+    """Return a run's rows, one per planned budget.
 
     Raises:
         SweepError: the directory holds another run, or its status is damaged.
@@ -174,42 +173,44 @@ def _rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
     record = RunRecord(sweep.run_dir(run.run_id))
     status = record.read_status()
     found = {row["images_seen"]: row for row in record.read_rows()}
-    strangers = {row.get("run_id") for row in found.values()} - {run.run_id}
-    if strangers:
-        raise SweepError(f"{record.results} holds rows of {', '.join(map(str, strangers))}; move the directory away")
+    other_run_ids = {row.get("run_id") for row in found.values()} - {run.run_id}
+    if other_run_ids:
+        raise SweepError(
+            f"{record.results} holds rows of {', '.join(map(str, other_run_ids))}; move the directory away"
+        )
     missing = status.state if status.state in ("diverged", "failed") else "unfinished"
     planned = planned_columns(run.config)
     rows = []
     for budget in card.budgets:
         if budget.images_seen in found:
             row = {key: planned[key] for key in ("head_width", "head_depth", "setup")}
-            row |= _as_planned(run, found[budget.images_seen])
+            row |= _drop_other_validation(run, found[budget.images_seen])
         else:
             row = {**planned, "images_seen": budget.images_seen, "epochs": budget.epochs}
             row |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
         row["status"] = missing if row.get("val_loss") is None else "complete"
         row["flops_executed"] = card.rates.flops_per_image * budget.images_seen
-        hits = _hits(row, task_files(record.probes_dir(budget.images_seen)))
+        hits = _hit_rows(row, task_files(record.probes_dir(budget.images_seen)))
         rows.append({**row, "sweep": sweep.name, "lr_multiplier": run.lr_multiplier, "hits": hits})
     return rows
 
 
-def _points(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
-    """What was measured in a run's stable phase, with the columns that a budget there would have."""
+def _curve_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
+    """Return the values measured in a run's stable phase, with the columns of a budget at that point."""
     planned = planned_columns(run.config)
     last, points = card.budgets[-1], []
     for found in RunRecord(sweep.run_dir(run.run_id)).read_curve():
         share = found["images_seen"] / last.images_seen
-        told = {"status": "during", "sweep": sweep.name, "lr_multiplier": run.lr_multiplier}
-        point = {**planned, **told, **_as_planned(run, found)}
+        origin = {"status": "during", "sweep": sweep.name, "lr_multiplier": run.lr_multiplier}
+        point = {**planned, **origin, **_drop_other_validation(run, found)}
         point["epochs"] = None if last.epochs is None else share * last.epochs
         point |= {"flops_train": share * last.flops, "flops_6nd": share * last.flops_6nd}
         points.append(point | {"flops_executed": card.rates.flops_per_image * found["images_seen"]})
     return points
 
 
-def _as_planned(run: Run, row: Values) -> Values:
-    """The row without a loss that was measured by other settings than the plan's."""
+def _drop_other_validation(run: Run, row: Values) -> Values:
+    """Remove the validation loss if it was measured with other settings than the plan's."""
     settings = run.config.evaluation.validation.digest
     if str(row.get("validation", settings)).split(".")[0] == settings:
         return row
@@ -217,11 +218,11 @@ def _as_planned(run: Run, row: Values) -> Values:
 
 
 def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> tuple[list[Values], list[Values]]:
-    """The rows with every probe's task named, and the hits of all rows under the same names.
+    """Name the task of every probe; return the rows, and the hits of all rows with the same names.
 
-    The bare name is for the evaluation that the plan asks for (the first of that task), or for the only one that there
-    is of a task that it does not name; others are `task@evaluation`. So a table keeps apart what was measured with
-    other settings or on other images, whoever reads it.
+    A task keeps its bare name for the evaluation that the plan requests (the first of that task), or for its only
+    evaluation if the plan has none; other evaluations are named `task@evaluation`. The table thus separates results of
+    other settings or other images.
     """
     bare = _planned_evaluations(runs)
     found: dict[str, set[str]] = {}
@@ -242,8 +243,8 @@ def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> tuple[list[
 
 
 def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
-    """Task -> evaluations that runs of the plan ask for."""
-    name_of = functools.cache(lambda task: task.evaluation(fingerprint(task.train), fingerprint(task.test)))
+    """Return task -> evaluations that the planned runs request."""
+    name_of = functools.cache(lambda task: task.evaluation_id(fingerprint(task.train), fingerprint(task.test)))
     planned: dict[str, set[str]] = {}
     for run in runs:
         for section in {task.task: task for task in reversed(run.config.evaluation.probes)}.values():
@@ -252,7 +253,7 @@ def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
 
 
 def _completions(sweep: Sweep, run: Run) -> list[Values]:
-    """Pictures for the report, by paths relative to the sweep's directory."""
+    """Return the files of pictures for the report, relative to the sweep's directory."""
     record = RunRecord(sweep.run_dir(run.run_id))
     return [
         {
@@ -267,7 +268,7 @@ def _completions(sweep: Sweep, run: Run) -> list[Values]:
 
 
 def _machines(records: Sequence[RunRecord]) -> list[Values]:
-    """The machines of the runs' last starts, equal ones once."""
+    """Return the machines of the runs' last starts, equal ones once."""
     found: dict[str, Values] = {}
     for record in records:
         try:

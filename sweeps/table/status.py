@@ -1,4 +1,4 @@
-"""Where every run of a sweep stands: its directory, who holds its locks, and what Slurm has in store for it."""
+"""Status of every run of a sweep, from its directory, its locks and Slurm's jobs."""
 
 from __future__ import annotations
 
@@ -9,94 +9,95 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.probe.owed import Lacking, lacking
+from aimscale.harness.probe.pending_evaluations import Pending, pending_work
 from aimscale.harness.run.directory import Status
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
-from aimscale.sweeps.state.decision import in_words
+from aimscale.sweeps.state.decision import describe_pending
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import unplanned
+from aimscale.sweeps.state.sweep_dir import unplanned_runs
 from aimscale.sweeps.table.time_left import Progress, time_left
 
-Shown = Literal[
+DisplayState = Literal[
     "not started", "queued", "starting", "running", "dead", "unfinished", "cancelled", "failed", "diverged", "finished",
     "damaged",
 ]  # fmt: skip
-"""`queued`: a Slurm job waits that will take it; `starting`: a worker has claimed it; `dead`: it says running, and no
-process does; `unfinished`: what is there is saved, and nobody goes on with it. The next worker resumes the last two."""
-OVER = ("finished", "cancelled", "failed", "diverged", "damaged")
-"""Nothing more is executed before a person does something."""
-LAUNCH = "`aimscale launch` resumes it"
+"""State of a run as displayed. `queued`: a pending Slurm job will take it; `starting`: a worker has claimed it; `dead`:
+its status is running, but no process executes it; `unfinished`: its progress is saved, and no worker continues it. The
+next worker resumes the last two."""
+ENDED_STATES = ("finished", "cancelled", "failed", "diverged", "damaged")
+"""States in which nothing is executed until a person acts."""
+RESUME_HINT = "`aimscale launch` resumes it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """One line of `aimscale status`."""
+    """Line of `aimscale status`."""
 
     run_id: str
     cell: dict[str, Any]
     """Axis -> value."""
-    state: Shown
+    state: DisplayState
     status: Status
-    """What the run says of itself, with why it waits where Slurm says that."""
+    """Status that the run wrote, with Slurm's reason if it waits."""
     log: str | None = None
-    """Output of its last attempt."""
+    """Log of its last attempt."""
     to_evaluate: int = 0
-    """(task, budget) pairs to be probed in all."""
+    """Number of (task, budget) pairs to be probed."""
     progress: float = 0.0
     """Share of the planned images trained on, 0..1."""
     val_loss: float | None = None
-    """Validation loss of the last budget recorded, or of a running run the last that was measured on its way."""
+    """Validation loss of the last recorded budget; of a running run, the last one measured during training."""
     eta_s: float | None = None
-    """To its end once it runs, evaluation included."""
+    """Time to its end, s, evaluation included, if it runs."""
     place: str = ""
-    """Slurm's job that executes it, or else the machine."""
+    """Slurm job that executes it, or else the machine."""
     evaluated: int = 0
-    """Of `to_evaluate`."""
+    """Number of `to_evaluate` that are done."""
     device_hours: float = 0.0
-    """Spent so far, all attempts."""
+    """Device-hours spent so far, all attempts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepStatus:
-    """All of `aimscale status`."""
+    """Result of `aimscale status`."""
 
     sweep: str
     runs: tuple[RunStatus, ...]
-    """In the order of the plan."""
+    """Status of each run, in the order of the plan."""
     counts: dict[str, int]
-    """Runs by state."""
+    """Number of runs by state."""
     progress: float
     """Share of the sweep's FLOPs executed, 0..1."""
     given_up: float
-    """Share of its FLOPs that are left in runs which failed or were cancelled, 0..1."""
+    """Share of its FLOPs that remain in runs which failed or were cancelled, 0..1."""
     eta_s: float | None
-    """To the end of all that is not over, on the devices that work now; None where none does."""
+    """Time to the end of all active and waiting runs, s, on the devices in use; None if none is."""
     eta_is_measured: bool
-    """Whether the sweep's own pace says so; else it is the plan's."""
+    """Whether `eta_s` follows from measured pace; else from the plan."""
     device_hours: float
-    """Spent so far."""
+    """Device-hours spent so far."""
     device_hours_planned: float
-    """By the cost cards."""
+    """Device-hours by the cost cards."""
     unplanned: tuple[str, ...]
-    """Run directories that are not in the plan any more: of an earlier version of the sweep file."""
+    """Run directories outside the plan, from an earlier version of the sweep file."""
 
 
 def sweep_status(
     sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], jobs: dict[str, JobInfo] | None = None
 ) -> SweepStatus:
-    """Look at every run; `jobs` is what Slurm knows (`sweeps.slurm.commands.jobs`), None where it cannot be asked."""
-    pending = _pending(sweep, jobs, cards) if jobs else {}
-    seen = [
-        _look(run, card, RunRecord(sweep.run_dir(run.run_id)), pending.get(card.devices))
+    """Inspect every run; `jobs` are Slurm's jobs (`sweeps.slurm.commands.jobs`), None if Slurm cannot be asked."""
+    pending = _pending_jobs(sweep, jobs, cards) if jobs else {}
+    inspected = [
+        _inspect_run(run, card, RunRecord(sweep.run_dir(run.run_id)), pending.get(card.devices))
         for run, card in zip(runs, cards, strict=True)
     ]
-    left, eta_s, is_measured = time_left(cards, [progress for _, progress in seen])
+    left, eta_s, is_measured = time_left(cards, [progress for _, progress in inspected])
     lines = tuple(
         replace(line, eta_s=left_s if progress.is_running else None)
-        for (line, progress), left_s in zip(seen, left, strict=True)
+        for (line, progress), left_s in zip(inspected, left, strict=True)
     )
     flops = [card.flops_executed for card in cards]
     return SweepStatus(
@@ -104,47 +105,50 @@ def sweep_status(
         runs=lines,
         counts=dict(Counter(line.state for line in lines)),
         progress=sum(f * line.progress for f, line in zip(flops, lines, strict=True)) / sum(flops),
-        given_up=sum(f * (1 - e.progress) for f, e in zip(flops, lines, strict=True) if e.state in OVER) / sum(flops),
+        given_up=sum(f * (1 - e.progress) for f, e in zip(flops, lines, strict=True) if e.state in ENDED_STATES)
+        / sum(flops),
         eta_s=eta_s,
         eta_is_measured=is_measured,
         device_hours=sum(line.device_hours for line in lines),
         device_hours_planned=sum(card.device_hours for card in cards),
-        unplanned=unplanned(sweep, runs),
+        unplanned=unplanned_runs(sweep, runs),
     )
 
 
-def _pending(sweep: Sweep, jobs: dict[str, JobInfo], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
-    """Devices of a run -> a job that waits and will take such runs, where there is one."""
-    from aimscale.sweeps.slurm.submit import elements  # imports submitit
+def _pending_jobs(sweep: Sweep, jobs: dict[str, JobInfo], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
+    """Return devices of a run -> a pending job that will execute such runs."""
+    from aimscale.sweeps.slurm.submit import live_jobs  # imports submitit
 
     found: dict[int, JobInfo] = {}
-    for element in elements(sweep, jobs):
-        if element.job.phase == "pending":
-            shape = element.shape
+    for job in live_jobs(sweep, jobs):
+        if job.info.phase == "pending":
+            shape = job.shape
             served = (n for n in {card.devices for card in cards} if shape.nodes == 1 and n <= shape.devices)
-            found |= dict.fromkeys([*served, shape.nodes * shape.devices], element.job)
+            found |= dict.fromkeys([*served, shape.nodes * shape.devices], job.info)
     return found
 
 
-def _look(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
+def _inspect_run(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
     try:
-        return _undamaged(run, card, record, pending)
+        return _inspect_record(run, card, record, pending)
     except UserError as error:
         why = str(error)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"{record.path} is damaged ({error!r}); repair it or move it away"
-    line = RunStatus(run_id=run.run_id, cell=run.cell, state="damaged", status=Status(reason=why), log=_log(record))
+    line = RunStatus(
+        run_id=run.run_id, cell=run.cell, state="damaged", status=Status(reason=why), log=_last_log(record)
+    )
     return line, Progress(is_over=True)
 
 
-def _log(record: RunRecord) -> str | None:
+def _last_log(record: RunRecord) -> str | None:
     return str(path) if (path := record.last_log()) else None
 
 
-def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
+def _inspect_record(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
     now, status, is_held, is_claimed = time.time(), record.read_status(), record.is_held(), record.is_claimed()
-    owed = lacking(record, run.config)
-    state, reason = _state(record, status, owed, pending)
+    missing = pending_work(record, run.config)
+    state, reason = _state_without_worker(record, status, missing, pending)
     place = ""
     if is_held or (is_claimed and state != "finished"):
         state, reason = "running" if is_held else "starting", None
@@ -155,7 +159,7 @@ def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | N
     hours = sum(each.get("device_hours", 0.0) for each in attempts)
     points = record.read_curve() if is_held else []
     losses = {row["images_seen"]: row["val_loss"] for row in [*points, *rows] if row.get("val_loss")}
-    unprobed = Counter(each.what for each in owed)
+    unprobed = Counter(each.what for each in missing)
     is_trained, is_finished = not unprobed["training"], state == "finished"
     to_evaluate = len(run.budgets) * len(card.probes)
     line = RunStatus(
@@ -163,20 +167,20 @@ def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | N
         cell=run.cell,
         state=state,
         status=replace(status, reason=reason),
-        log=_log(record) if state != "not started" else None,
+        log=_last_log(record) if state != "not started" else None,
         to_evaluate=to_evaluate,
         progress=1.0 if is_trained else min(1.0, status.images_done / card.images_executed),
         val_loss=losses[max(losses)] if losses else None,
         place=place,
         evaluated=to_evaluate - unprobed["probe"] - unprobed["training"] * len(card.probes),
-        device_hours=hours + (record.hours_since_start(now) if is_held else 0.0),
+        device_hours=hours + (record.attempt_device_hours(now) if is_held else 0.0),
     )
     return line, Progress(
         is_running=is_held or is_claimed,
-        is_over=state in OVER,
+        is_over=state in ENDED_STATES,
         images_done=card.images_executed if is_trained else status.images_done,
-        flops_to_evaluate=_flops_to_evaluate(card, owed) + (1 - line.progress) * card.flops_during,
-        # the mean over all of its steps says more than the last seconds
+        flops_to_evaluate=_flops_to_evaluate(card, missing) + (1 - line.progress) * card.flops_during,
+        # of a finished run, the mean over all steps instead of the last seconds
         images_per_s=rows[-1].get("images_per_s") if is_finished and rows else status.images_per_s,
         mfu=status.mfu,
         startup_s=starts[-1].get("startup_s") if starts else None,
@@ -185,28 +189,29 @@ def _undamaged(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | N
     )
 
 
-def _flops_to_evaluate(card: CostCard, owed: Sequence[Lacking]) -> float:
+def _flops_to_evaluate(card: CostCard, missing: Sequence[Pending]) -> float:
     probes = {probe.task: probe.flops for probe in card.probes}
     whole = (card.flops_evaluation - card.flops_during) / len(card.budgets)
     validation = whole - sum(probes.values())
     return sum(
-        probes[each.section.task] if each.section else whole if each.what == "training" else validation for each in owed
+        probes[each.section.task] if each.section else whole if each.what == "training" else validation
+        for each in missing
     )
 
 
-def _state(
-    record: RunRecord, status: Status, owed: Sequence[Lacking], pending: JobInfo | None
-) -> tuple[Shown, str | None]:
-    """Where a run stands that nobody holds, and why."""
-    if status.state in ("failed", "diverged") or (status.state == "finished" and not owed):
+def _state_without_worker(
+    record: RunRecord, status: Status, missing: Sequence[Pending], pending: JobInfo | None
+) -> tuple[DisplayState, str | None]:
+    """Return the state, and its reason, of a run that no worker holds."""
+    if status.state in ("failed", "diverged") or (status.state == "finished" and not missing):
         return status.state, status.reason
     if record.cancelled.exists():
-        return "cancelled", LAUNCH
+        return "cancelled", RESUME_HINT
     if pending is not None:
         return "queued", pending.reason or status.reason
     if status.state == "created":
         return "not started", status.reason
     if status.state in ("running", "queued"):
-        return "dead", f"its process is gone; {LAUNCH}"
-    done = in_words(owed) if status.state == "finished" else status.reason
-    return "unfinished", "; ".join(part for part in (done, LAUNCH) if part)
+        return "dead", f"its process is gone; {RESUME_HINT}"
+    done = describe_pending(missing) if status.state == "finished" else status.reason
+    return "unfinished", "; ".join(part for part in (done, RESUME_HINT) if part)

@@ -1,8 +1,8 @@
-"""The time left of a sweep: what is left of every run, at the pace measured so far, on the devices that work now.
+"""Time left of a sweep: the remaining work of every run, at the measured pace, on the devices in use.
 
-A step takes `a + b f`, with f the FLOPs of one device: small models wait for calls, large ones for arithmetic.
-Evaluation takes k times what training would take for as many FLOPs. Before anything is measured the cost cards stand
-for all of it.
+A step takes `a + b f`, with f the FLOPs of one device: small models are limited by kernel launches, large ones by
+arithmetic. Evaluation takes k times as long as training with as many FLOPs. Before anything is measured, the times of
+the cost cards are used.
 """
 
 from __future__ import annotations
@@ -16,59 +16,59 @@ from scipy.optimize import nnls
 
 from aimscale.sweeps.plan.costs import CostCard
 
-ARITHMETIC = 0.4
-"""Assumption: arithmetic alone reaches this part of a device's measured peak ..."""
-CONSTANT = 0.75
-"""... and of the rest of a step this part is the same at every size. The sizes that are seen correct both."""
-TRUST = 0.2
-"""Weight of what is assumed, against one measured run."""
+COMPUTE_BOUND_MFU = 0.4
+"""Assumed MFU of a step that is limited by arithmetic."""
+FIXED_STEP_SHARE = 0.75
+"""Assumed part of a step's remaining time that is the same at every size. Measured sizes correct both assumptions."""
+PRIOR_WEIGHT = 0.2
+"""Weight of the assumptions relative to one measured run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a run tells of its pace and of how far it is."""
+    """Pace and progress of a run."""
 
     is_running: bool = False
-    """Whether devices are taken by it now."""
+    """Whether it occupies devices now."""
     is_over: bool = False
-    """Whether nothing of it will be executed: it finished, was cancelled, or failed for good."""
+    """Whether no more of it will be executed: it finished, was cancelled, or failed for good."""
     images_done: int = 0
     """Images trained on."""
     flops_to_evaluate: float = 0.0
-    """FLOPs of validation and probes that are left."""
+    """Remaining FLOPs of validation and probes."""
     images_per_s: float | None = None
-    """Pace of its training, all devices; None before its first line."""
+    """Training speed of all devices together, images/s; None before the first log line."""
     mfu: float | None = None
-    """FLOPs it executes over the peak measured on its device, 0..1."""
+    """FLOPs executed over the peak measured on its device, 0..1."""
     startup_s: float | None = None
-    """From the start of its process to its first step, at its last start."""
+    """Time from the start of its process to its first step, s, at its last start."""
     elapsed_s: float = 0.0
-    """Since its last start."""
+    """Time since its last start, s."""
     spent_s: float | None = None
-    """Time that a finished run took, all attempts; None of one that has not finished."""
+    """Total time of a finished run, all attempts, s; None if it has not finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What things take on the devices of a sweep."""
+    """Measured pace on the devices of a sweep."""
 
     step_s: float
-    """a: of a step beside its arithmetic, s."""
+    """a: time of a step apart from its arithmetic, s."""
     flop_s: float
-    """b: of a FLOP of one device, s."""
+    """b: time per FLOP of one device, s."""
     startup_s: float
-    """To the first step, s."""
+    """Time to the first step, s."""
     evaluation: float
     """k: a FLOP of evaluation takes so many times what one of training takes."""
 
 
 def time_left(cards: Sequence[CostCard], runs: Sequence[Progress]) -> tuple[list[float], float | None, bool]:
-    """What is left of each run, s; of the sweep, None where no device works; and whether that is measured.
+    """Return the remaining time of each run and of the sweep, s, and whether it is based on a measured pace.
 
-    Runs that wait take the devices that work now, longest first, as the queue does.
+    That of the sweep is None if no device is in use.
     """
     pace = measured_pace(cards, runs)
-    left = [_left_s(card, run, pace) for card, run in zip(cards, runs, strict=True)]
+    left = [_remaining_s(card, run, pace) for card, run in zip(cards, runs, strict=True)]
     free = [left[i] for i, run in enumerate(runs) if run.is_running for _ in range(cards[i].devices)]
     heapq.heapify(free)
     waiting = [i for i, run in enumerate(runs) if free and not run.is_running and not run.is_over]
@@ -80,15 +80,22 @@ def time_left(cards: Sequence[CostCard], runs: Sequence[Progress]) -> tuple[list
 
 
 def measured_pace(cards: Sequence[CostCard], runs: Sequence[Progress]) -> Pace | None:
-    """The pace that fits what runs have measured, each step's time by its relative error; None before there is any."""
+    """Fit the pace to the measured runs, or return None if no run is measured.
+
+    The errors of step times are weighted as relative errors.
+    """
     seen = [(card, run, step_s) for card, run in zip(cards, runs, strict=True) if (step_s := _own_step_s(card, run))]
     if not seen:
         return None
     mean_s = sum(step_s for *_, step_s in seen) / len(seen)
-    constant = [CONSTANT * (1 - min(1.0, run.mfu / ARITHMETIC)) for _, run, _ in seen if run.mfu] or [0.0]
-    rows = [[1 / step_s, _flops_of_step(card) / step_s] for card, _, step_s in seen] + [[TRUST / mean_s, 0.0]]
+    constant = [FIXED_STEP_SHARE * (1 - min(1.0, run.mfu / COMPUTE_BOUND_MFU)) for _, run, _ in seen if run.mfu] or [
+        0.0
+    ]
+    rows = [[1 / step_s, _flops_of_step(card) / step_s] for card, _, step_s in seen] + [[PRIOR_WEIGHT / mean_s, 0.0]]
     units = np.max(rows, axis=0)
-    found, _ = nnls(np.array(rows) / units, np.array([1.0] * len(seen) + [TRUST * sum(constant) / len(constant)]))
+    found, _ = nnls(
+        np.array(rows) / units, np.array([1.0] * len(seen) + [PRIOR_WEIGHT * sum(constant) / len(constant)])
+    )
     startups = [run.startup_s for _, run, _ in seen if run.startup_s is not None]
     ended = [
         (_evaluation_s(card, card.flops_evaluation, step_s), max(0.0, run.spent_s - card.steps * step_s))
@@ -96,7 +103,7 @@ def measured_pace(cards: Sequence[CostCard], runs: Sequence[Progress]) -> Pace |
         if run.spent_s is not None
     ]
     planned_s, spent_s = (sum(each) for each in zip(*ended, strict=True)) if ended else (0.0, 0.0)
-    assumed_s = TRUST * planned_s / max(1, len(ended))
+    assumed_s = PRIOR_WEIGHT * planned_s / max(1, len(ended))
     return Pace(
         step_s=float(found[0] / units[0]),
         flop_s=float(found[1] / units[1]),
@@ -110,17 +117,17 @@ def _own_step_s(card: CostCard, run: Progress) -> float | None:
 
 
 def _flops_of_step(card: CostCard) -> float:
-    """Of one device."""
+    """Return the FLOPs of a step on one device."""
     return card.flops_executed / card.steps / card.devices
 
 
 def _evaluation_s(card: CostCard, flops: float, step_s: float) -> float:
-    """Time of so many FLOPs of evaluation, were they of training."""
+    """Return the time of so many FLOPs of evaluation at the speed of training, s."""
     return card.steps * step_s * flops / card.flops_executed
 
 
-def _left_s(card: CostCard, run: Progress, pace: Pace | None) -> float:
-    """What is left of a run on its devices, s."""
+def _remaining_s(card: CostCard, run: Progress, pace: Pace | None) -> float:
+    """Return the remaining time of a run on its devices, s."""
     if run.is_over:
         return 0.0
     steps = max(0, card.images_executed - run.images_done) / card.batch_size

@@ -39,17 +39,17 @@ def test_flops_equal_pytorchs_counter(size: str, options: dict) -> None:
     config, model = _on_meta(size, options)
     # with a gradient for the images, the backward pass is exactly twice the forward pass
     images = torch.empty(2, config.channels, config.image_size, config.image_size, device="meta", requires_grad=True)
-    given = torch.tensor([3, config.num_tokens - 7])
-    scored_tokens = (2 * config.num_tokens - given.sum().item()) / 2
-    without = torch.ones_like(given)
+    prefix_lengths = torch.tensor([3, config.num_tokens - 7])
+    scored_tokens = (2 * config.num_tokens - prefix_lengths.sum().item()) / 2
+    without = torch.ones_like(prefix_lengths)
     if config.masked is not None:
-        given = without = torch.arange(config.num_tokens).expand(2, -1) >= config.masked * config.num_tokens
+        prefix_lengths = without = torch.arange(config.num_tokens).expand(2, -1) >= config.masked * config.num_tokens
         scored_tokens = config.masked * config.num_tokens
 
-    assert _count(lambda: model.predict(images, given)) == 2 * flops_per_image(config).forward
+    assert _count(lambda: model.predict(images, prefix_lengths)) == 2 * flops_per_image(config).forward
     executed = executed_flops_per_image(config, scored_tokens)
-    assert _count(lambda: model(images, given)) == 2 * executed.forward
-    assert _count(lambda: model(images, given)[0].backward()) == 2 * executed.train
+    assert _count(lambda: model(images, prefix_lengths)) == 2 * executed.forward
+    assert _count(lambda: model(images, prefix_lengths)[0].backward()) == 2 * executed.train
     without_prefix = executed_flops_per_image(config, mean_scored_tokens(config, "none"))
     assert _count(lambda: model(images, without)) == 2 * without_prefix.forward
 

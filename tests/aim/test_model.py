@@ -83,7 +83,7 @@ class Reference:
         embedded = [self.norm(x, "preprocessor.patchifier.norm") for x in embedded]
         if self.config.masked is not None:
             token = self.weights["mask.token"]
-            embedded = [x if is_given else token for x, is_given in zip(embedded, given, strict=True)]
+            embedded = [x if is_visible else token for x, is_visible in zip(embedded, given, strict=True)]
         return [x + self.position(index, self.config.width) for x, index in zip(embedded, self.order, strict=True)]
 
     def block(self, xs, name, may_see, heads):
@@ -144,7 +144,7 @@ class Reference:
             xs = self.block(xs, f"trunk.blocks.{index}", may_see, self.config.num_heads)
         predictions = self.head([self.norm(x, "trunk.post_trunk_norm") for x in xs], may_see)
         out = {}
-        for patch in (patch for patch, is_given in enumerate(given) if not is_given):
+        for patch in (patch for patch, is_visible in enumerate(given) if not is_visible):
             prediction = predictions[patch if masked else patch - 1]
             out[patch] = prediction, ((prediction - self.target(image, self.order[patch])) ** 2).mean()
         return out

@@ -40,8 +40,10 @@ def test_results_show_and_draw_themselves(grid):
         assert 0 < len(rest) <= display.MAX_ROWS + 4
         assert "<table" in each._repr_html_()
         assert len(each.summary()) >= len(first)
-    for each in results[:2]:
+    results[2:2] = [analysis.forecast(grid, {"N": 1e8, "D": 1e6}, law=["chinchilla"])]
+    for each in (*results[:3], results[-1]):
         assert isinstance(each.plot(), Figure)
+    assert "x" in inspect.signature(type(result).plot).parameters  # help() shows the options
     assert "alpha" in repr(result)
     assert "array(" not in repr(result)
     with pytest.raises(analysis.AnalysisError, match="no figure of a"):

@@ -1,4 +1,4 @@
-"""What only a card can show, beside what a CPU computes. `AIMSCALE_TEST_DEVICE=cpu` rehearses what needs none."""
+"""Tests that need a GPU; results are compared with a CPU's. `AIMSCALE_TEST_DEVICE=cpu` runs those that need no GPU."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import on_device_ahead, rank_batches
-from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.memory import WORKSPACE_BYTES, held_bytes, kept_bytes_per_image
 from aimscale.harness.probe.features.extraction import ALONE
@@ -56,7 +56,7 @@ def group() -> Iterator[Group]:
 
 @pytest.fixture
 def engine(group: Group) -> Iterator[Callable[..., Engine]]:
-    """Makes engines, and gives their memory back."""
+    """Return a function that makes engines; their memory is freed at the end."""
     made: list[Engine] = []
 
     def make(config=CONFIG, precision: str = "bf16", stage: int = 1, compile: bool = False) -> Engine:
@@ -84,7 +84,7 @@ def test_loss_and_gradient_are_the_cpus(precision: str, tolerance: float) -> Non
 
     def outcome(device: str, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
         model = AIM(CONFIG).to(device, dtype)
-        loss_sum, _ = model(batch.images_on(device), batch.given)
+        loss_sum, _ = model(batch.images_on(device), batch.prefix_lengths)
         gradient = torch.autograd.grad(loss_sum, list(model.parameters()))
         return loss_sum.item(), torch.cat([each.float().cpu().flatten() for each in gradient])
 
@@ -132,12 +132,12 @@ def step_of_images(number: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(number)
     images = torch.randint(0, 256, (number, 3, 32, 32), generator=generator, dtype=torch.uint8).pin_memory()
     prefix_len = torch.tensor([5, CONFIG.num_tokens - 5] * (number // 2))
-    return [Batch(images=images, given=prefix_len, positions=torch.arange(number))]
+    return [Batch(images=images, prefix_lengths=prefix_len, positions=torch.arange(number))]
 
 
 @needs_card
 def test_a_card_takes_the_loaders_images(group: Group, write_images: Callable[..., str], tmp_path: Path) -> None:
-    """The ring is page-locked, and a slot is filled anew only when it was copied."""
+    """The ring buffer is page-locked, and a slot is refilled only after it was copied."""
     train, validation = (write_images(tmp_path / name, 64, seed=seed) for seed, name in enumerate(("train", "held")))
     fields = {
         "model": {"size": "w64-d2", "image_size": 16, "patch_size": 4},
@@ -196,7 +196,7 @@ def test_nothing_of_ours_waits_for_the_card_in_a_step(
 
 
 def test_a_run_is_evaluated_as_on_the_cpu(evaluations: Callable[..., list[list[float]]], group: Group) -> None:
-    """Validation and every kind of probe, its tokens kept or computed again."""
+    """Validation and every kind of probe, with tokens kept in memory or computed again."""
     expected, *others = evaluations([(ALONE, 0.1), (group, 0.1), (group, 0.0)], num_images=80, epochs=2)
     for other in others:
         assert other[0] == pytest.approx(expected[0], rel=2e-3)
@@ -208,7 +208,7 @@ def test_attention_takes_a_fused_kernel_with_the_dense_mask() -> None:
     model = AIM(MEDIUM).to("cuda", torch.bfloat16)
     (batch,) = random_batches(MEDIUM, 4, 4)
     with profile() as recorded:
-        model(batch.images_on("cuda"), batch.given)[0].backward()
+        model(batch.images_on("cuda"), batch.prefix_lengths)[0].backward()
     names = {event.key for event in recorded.key_averages() if "dot_product" in event.key}
     assert any("efficient" in name or "cudnn" in name for name in names), names
     assert not any("math" in name for name in names), names
@@ -217,14 +217,14 @@ def test_attention_takes_a_fused_kernel_with_the_dense_mask() -> None:
 @needs_card
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1)])
 def test_compiled_steps_are_the_others(precision: str, stage: int, engine: Callable) -> None:
-    """The last, as each takes half a minute to compile."""
+    """Runs last, since each compilation takes half a minute."""
     expected = losses(engine(precision=precision, stage=stage))
     found = losses(engine(precision=precision, stage=stage, compile=True))
     assert found == pytest.approx(expected, rel=2e-3 if precision == "fp32" else 1e-2)
 
 
-def test_a_queue_forks_runs_that_take_the_card(write_images: Callable[..., str], tmp_path: Path) -> None:
-    """What forks them must not have touched CUDA."""
+def test_a_worker_forks_runs_that_take_the_card(write_images: Callable[..., str], tmp_path: Path) -> None:
+    """The fork server must not initialise CUDA."""
     train, validation = (write_images(tmp_path / name, 64, seed=seed) for seed, name in enumerate(("train", "held")))
     base = {
         "model": {"image_size": 16, "patch_size": 4},
@@ -235,5 +235,5 @@ def test_a_queue_forks_runs_that_take_the_card(write_images: Callable[..., str],
     }
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump({"name": "s", "sizes": ["w64-d2"], "budgets": [64], "seeds": [0, 1], "base": base}))
-    result = launch(load_sweep(path, tmp_path / "root"), devices=1, shows=False)
+    result = launch(load_sweep(path, tmp_path / "root"), devices=1, show_progress=False)
     assert len(result.finished) == 2

@@ -36,7 +36,7 @@ TIMEOUT_S = 900
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A fenced block, or a `given` without one."""
+    """Fenced block of a page, or a `given` comment without one."""
 
     kind: str
     """run, not run, file, given, shows, or empty where nothing is said."""
@@ -51,7 +51,7 @@ class Block:
 
 
 def read_blocks(text: str) -> Iterator[Block]:
-    """The blocks of a page in order."""
+    """Return the blocks of a page in order."""
     lines, kind, detail, i = text.splitlines(), "", "", 0
     while i < len(lines):
         if mark := MARK.fullmatch(lines[i].strip()):
@@ -71,7 +71,7 @@ def read_blocks(text: str) -> Iterator[Block]:
 
 
 def images(home: Path) -> None:
-    """`~/images`: crops of two photographs in four disjoint parts, as folders of classes."""
+    """Make `~/images`: crops of two photographs in four disjoint parts, as folders of classes."""
     from skimage import data
 
     pictures = {"cat": data.chelsea(), "rocket": data.rocket()}
@@ -94,7 +94,7 @@ def images(home: Path) -> None:
 
 
 def results(home: Path) -> None:
-    """`results.parquet` beside the commands: a law with noise over a grid, in our own columns."""
+    """Write `results.parquet` with our columns: a law with noise over a grid."""
     import pandas as pd
 
     rng = np.random.default_rng(1)
@@ -120,7 +120,7 @@ GIVEN: dict[str, Callable[[Path], None]] = {"images": images, "results.parquet":
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Somebody who follows a page in a folder of their own."""
+    """Reader who follows a page in a folder of its own."""
 
     folder: Path
     """Holds `home`, `work` (where commands run) and `bin`."""
@@ -144,7 +144,7 @@ class Reader:
         return done.stdout
 
     def follow(self, page: Path) -> None:
-        """Do what a page says, and compare what it shows."""
+        """Run the commands of a page and compare their output with what it shows."""
         printed = ""
         for block in read_blocks(page.read_text()):
             where = f"{page.relative_to(ROOT)}:{block.line}"
@@ -160,7 +160,8 @@ class Reader:
 
 
 def first_difference(shown: str, printed: str) -> str | None:
-    """The first shown line that is not printed, in order; `...` is anything, other lines may lie between."""
+    """Return the first line shown that was not printed in this order; `...` matches anything, other lines may lie
+    between."""
     lines = iter(" ".join(line.split()) for line in printed.splitlines())
     for line in shown.splitlines():
         pattern = ".*".join(re.escape(part) for part in " ".join(line.split()).split("..."))
@@ -174,7 +175,7 @@ def page_mark(page: Path) -> str:
 
 
 def cases() -> list[Any]:
-    """Every page with commands, marked as it says."""
+    """Return every page with commands as a test case, with the markers that it names."""
     found = [page for page in PAGES if any(block.kind == "run" for block in read_blocks(page.read_text()))]
     marks = [[getattr(pytest.mark, mark)] if (mark := page_mark(page)) else [] for page in found]
     return [pytest.param(page, marks=each, id=page.stem) for page, each in zip(found, marks, strict=True)]

@@ -37,14 +37,17 @@ def is_word(text: str) -> bool:
 
 
 def text_of(page: str) -> str:
-    """What is read: blocks and comments are not, and of a link its words."""
+    """Return the text of a page without blocks and comments; links are replaced by their words."""
     page = re.sub(r"^( *)(`{3,}|:{3,}).*?^\1\2", "", page, flags=re.S | re.M)
     page = re.sub(r"<!--.*?-->", "", page, flags=re.S)
     return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", page)
 
 
 def sentences(page: str) -> Iterator[list[str]]:
-    """The sentences of paragraphs and lists, as words; a code span is one, and headings and tables have none."""
+    """Yield the sentences of paragraphs and lists as words.
+
+    A code span counts as one word; headings and tables are skipped.
+    """
     lines = [" " if re.match(r"\s*(#|\||!|\$\$|    )", line) else line for line in text_of(page).splitlines()]
     prose = re.sub(r"`[^`]*`", "code", "\n".join(lines))
     for paragraph in re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) ", prose):
@@ -80,7 +83,7 @@ def test_commands_and_files_fit_the_width_of_the_site(page: Path) -> None:
 
 
 def uses(text: str) -> list[str]:
-    """Words of the text that are not ours, each with ours."""
+    """Return the words of the text that the glossary replaces, each with its replacement."""
     plain = re.sub(r"`[^`\n]*`", "", text_of(text))
     found = [(said, ours) for said, ours in NOT_OUR_WORDS.items() if re.search(rf"\b({said})\b", plain, flags=re.I)]
     return [f"{said}: say {ours}" for said, ours in found]

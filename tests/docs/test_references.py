@@ -24,7 +24,7 @@ def all_sections(kind: type[Section] = Section) -> Iterator[type[Section]]:
 
 
 def tables(page: str) -> dict[str, dict[str, list[str]]]:
-    """Heading -> first cell -> all cells of that row."""
+    """Return heading -> first cell -> all cells of that row."""
     found: dict[str, dict[str, list[str]]] = {}
     heading = ""
     for line in page.splitlines():
@@ -62,7 +62,7 @@ def test_every_field_of_every_section_is_listed_with_its_meaning() -> None:
 
 
 def test_the_yaml_of_the_pages_is_read_and_says_what_exists() -> None:
-    """Manifests for other schedulers, too: their commands are ours, with options that there are."""
+    """This includes manifests for other schedulers: their commands and options must exist."""
     blocks = [
         yaml.safe_load(text)
         for page in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md")

@@ -17,7 +17,7 @@ from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
-from aimscale.sweeps.table.views import duration
+from aimscale.sweeps.table.views import format_duration
 
 EVERY_S = 2.0
 SHARES = (0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 0.9)
@@ -44,17 +44,17 @@ def main() -> None:
     parser.add_argument("root", type=Path, nargs="?", default=Path("aimscale-runs"))
     arguments = parser.parse_args()
     seen, took_s = watched_launch(arguments.sweep, arguments.root)
-    print(f"{arguments.sweep}: {duration(took_s)}")
+    print(f"{arguments.sweep}: {format_duration(took_s)}")
     for share in SHARES:
         at_s, status = min(seen, key=lambda each: abs(each[0] - share * took_s))
         left_s, told_s = took_s - at_s, status.eta_s
         basis = "measured" if status.eta_is_measured else "by the plan"
         if told_s is None:
-            print(f"{share:4.0%}  {duration(left_s):>8} left, nothing told")
+            print(f"{share:4.0%}  {format_duration(left_s):>8} left, nothing told")
             continue
         error_s = told_s - left_s
         print(
-            f"{share:4.0%}  {duration(left_s):>8} left, {duration(told_s):>8} told ({basis}): "
+            f"{share:4.0%}  {format_duration(left_s):>8} left, {format_duration(told_s):>8} told ({basis}): "
             f"{error_s / left_s:+.0%} of what was left, {error_s / took_s:+.0%} of the whole"
         )
 

@@ -82,7 +82,7 @@ def spoil() -> Callable[..., Path]:
 
     def spoilt(folder: Path, out: Path, samples: Iterable[int]) -> Path:
         shutil.copytree(folder, out)
-        for name, offset, size in open_dataset(out).places([*samples]):
+        for name, offset, size in open_dataset(out).byte_ranges([*samples]):
             with (out / name).open("r+b") as shard:
                 shard.seek(offset)
                 shard.write(bytes(size))

@@ -22,7 +22,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.data.stream import augment
-from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.loader import on_device_ahead
 from aimscale.harness.device.distributed import Group, find_placement
 from aimscale.harness.probe.features.extraction import ALONE
@@ -198,10 +198,10 @@ def test_a_mix_of_devices_and_a_wait_are_seen(gpu: Group) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_forward_and_a_backward_pass_stay_on_the_gpu_and_wait_for_nothing(gpu: Group, dtype: torch.dtype) -> None:
     (batch,) = random_batches(CONFIG, 8, 8)
-    expected, _ = AIM(CONFIG).to(dtype)(batch.images_on("cpu"), batch.given)
+    expected, _ = AIM(CONFIG).to(dtype)(batch.images_on("cpu"), batch.prefix_lengths)
     model, batch = AIM(CONFIG).to(GPU, dtype), batch.on(GPU)
     WAITS.clear()
-    loss_sum, _ = model(batch.images_on(GPU), batch.given)
+    loss_sum, _ = model(batch.images_on(GPU), batch.prefix_lengths)
     loss_sum.backward()
     assert not WAITS
     assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-6 if dtype == torch.float32 else 1e-3)
@@ -212,7 +212,7 @@ def test_a_step_waits_for_its_norm_alone(gpu: Group) -> None:
     model = AIM(CONFIG).to(GPU)
     adamw = make_optimiser(model, OptimiserSection(batch_size=8, precision="fp32"), EngineOptions(zero_stage=0))
     (batch,) = random_batches(CONFIG, 8, 8)
-    model(batch.images_on(GPU), batch.given)[0].backward()
+    model(batch.images_on(GPU), batch.prefix_lengths)[0].backward()
     WAITS.clear()
     adamw.step()
     assert dict(WAITS) == {"aten::_local_scalar_dense": 1}
@@ -221,7 +221,7 @@ def test_a_step_waits_for_its_norm_alone(gpu: Group) -> None:
 def test_moving_a_step_ahead_makes_nothing_of_ours_wait(gpu: Group) -> None:
     expected = [random_batches(CONFIG, number, number)[0].images for number in (8, 40, 4)]
     steps = [
-        [Batch(images=images.pin_memory(), given=torch.ones(len(images)), positions=torch.arange(len(images)))]
+        [Batch(images=images.pin_memory(), prefix_lengths=torch.ones(len(images)), positions=torch.arange(len(images)))]
         for images in expected
     ]
     found = [step[0].images for step in on_device_ahead((step for step in steps), GPU)]

@@ -1,8 +1,4 @@
-"""Wheel and sdist hold what the tree holds, and can be used where only they are installed.
-
-`pytest -n 0 -m release tests/install` installs both, with all they need, in fresh environments of three Pythons. These
-are on the PATH as `python3.11`, `python3.12` and `python3.13`. Some GB are downloaded for each.
-"""
+"""The wheel and the sdist hold the files of the tree, and work where only they are installed."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ TEMPLATE = "from aimscale.analysis.report.page import TEMPLATES; print((TEMPLATE
 
 
 def tree() -> set[str]:
-    """Files of the package that git does not ignore, by their names in a wheel."""
+    """Return the files of the package that git does not ignore, by their names in a wheel."""
     folders = [link.name for link in PACKAGE.iterdir() if link.is_symlink()]
     listed = subprocess.run(
         ["git", "ls-files", "-z", "-co", "--exclude-standard", *folders],
@@ -44,7 +40,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `python -m build` leaves: it makes the wheel from the sdist."""
+    """Build the sdist, and the wheel from the sdist; return their folder."""
     home = tmp_path_factory.mktemp("release")
     source = home / "source"  # setuptools leaves a build folder behind, whose files later wheels would take in
     wanted = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", "__pycache__", "aimscale-runs", "site")
@@ -67,7 +63,7 @@ def test_wheel_and_sdist_hold_the_tree(dist: Path) -> None:
 
 
 def use(python: Path, folder: Path) -> None:
-    """What can be done with an installed aimscale, wherever one stands."""
+    """Use an installed aimscale from another working directory."""
     command = str(python.with_name("aimscale"))
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = functools.partial(subprocess.run, check=True, cwd=folder, env=env, capture_output=True, text=True)

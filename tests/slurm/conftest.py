@@ -11,8 +11,8 @@ import pytest
 import yaml
 from slurm_cluster import running_slurm
 
-from aimscale.sweeps.engine.element import launch_slurm
 from aimscale.sweeps.engine.launch import launch
+from aimscale.sweeps.engine.slurm_worker import launch_slurm
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Path]:
-    """A running Slurm for each test process; its folder."""
+    """Start a Slurm for each test process and return its folder."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     with running_slurm(27000 + 400 * worker) as folder:
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
@@ -45,7 +45,7 @@ def cluster() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
-    """Folders `train` and `validation` of small images."""
+    """Pack folders `train` and `validation` of small images."""
     folder = tmp_path_factory.mktemp("data")
     for seed, (name, number) in enumerate({"train": 96, "validation": 16}.items()):
         write_images(folder / name, number, seed=seed, side=20)
@@ -54,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
-    """Folders `train` and `test` of red and blue images."""
+    """Pack folders `train` and `test` of red and blue images."""
     folder = tmp_path_factory.mktemp("labelled")
     for seed, (name, number) in enumerate({"train": 24, "test": 12}.items()):
         write_images(folder / name, number, seed=seed, classes=("red", "blue"))
@@ -63,7 +63,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Pat
 
 @dataclass(kw_only=True)
 class Fault:
-    """A sweep on the cluster, and what a test does to it."""
+    """Sweep on the cluster, with methods that wait for its states and read its results."""
 
     sweep: Sweep
     runs: list[Run]
@@ -76,13 +76,13 @@ class Fault:
         return launch_slurm(self.sweep, self.runs, allow_dirty=True, **options)
 
     def job(self, index: int = 0) -> str:
-        """The element that executes a run, or did last."""
+        """Return the id of the Slurm job that executes a run, or did last."""
         worker = self.records[index].claimant()
         assert worker is not None
         return str(worker.facts["job_id"])
 
     def ends(self) -> list[list[int | None]]:
-        """Exit codes of the attempts of each run."""
+        """Return the exit codes of the attempts of each run."""
         return [[ended.get("exit_code") for ended in record.read_attempts()] for record in self.records]
 
     def wait(self, condition: Callable[[], Any], what: str) -> Any:
@@ -97,7 +97,7 @@ class Fault:
         pytest.fail(f"{what} did not happen within {PATIENCE_S} s: {states} {slurm.jobs()}\n{logs}")
 
     def wait_trained(self) -> None:
-        """Until all runs have a checkpoint and are past it."""
+        """Wait until all runs have a checkpoint and train beyond it."""
         self.wait(
             lambda: all(record.is_held() and any(record.checkpoints.glob("[0-9]*")) for record in self.records),
             "a first checkpoint of each run",
@@ -107,7 +107,7 @@ class Fault:
         self.wait(lambda: all(record.read_status().state in states for record in self.records), f"state {states}")
 
     def wait_empty_queue(self) -> None:
-        """Until no job of any kind is left: a fault must leave nothing behind."""
+        """Wait until no job of any kind is left: a fault must leave nothing behind."""
         self.wait(lambda: all(job.phase == "ended" for job in slurm.jobs().values()), "an empty queue")
 
     def losses(self) -> Losses:
@@ -133,7 +133,7 @@ def sweep_values(data: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def fault(cluster: Path, data: Path, tmp_path: Path) -> Iterator[Callable[..., Fault]]:
-    """A sweep for the cluster; keywords are environment variables of `slowly`, and `slurm` and other fields."""
+    """Return a function that makes a sweep; keywords are variables of `slowly`, `slurm` options and other fields."""
 
     def make(*, slurm: dict[str, Any] | None = None, step_s: float = 0.6, fault: str = "", **changes: Any) -> Fault:
         values = sweep_values(data, **changes)
@@ -151,12 +151,12 @@ def fault(cluster: Path, data: Path, tmp_path: Path) -> Iterator[Callable[..., F
 
 @pytest.fixture(scope="session")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Losses:
-    """Losses of the runs that the tests disturb, trained here without a fault."""
+    """Train the runs of the tests here, without a fault, and return their losses."""
     folder = tmp_path_factory.mktemp("undisturbed")
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(sweep_values(data, seeds=[0, 1])))
     sweep = load_sweep(path, folder / "root")
-    result = launch(sweep, devices=2, shows=False)
+    result = launch(sweep, devices=2, show_progress=False)
     assert len(result.finished) == 2
     records = [RunRecord(sweep.run_dir(run_id)) for run_id in result.finished]
     return {r.path.name: [(row["images_seen"], row["val_loss"]) for row in r.read_rows()] for r in records}

@@ -1,4 +1,4 @@
-"""What reaches Slurm: arrays and scripts, each element once, and refusals in one sentence."""
+"""Submission to a real Slurm: arrays and scripts, each job once, and refusals in one sentence."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from commands import say
 
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import elements
+from aimscale.sweeps.slurm.submit import live_jobs
 from aimscale.sweeps.state.record import RunRecord
 
 LAUNCHER = """
     from pathlib import Path
-    from aimscale.sweeps.engine.element import launch_slurm
+    from aimscale.sweeps.engine.slurm_worker import launch_slurm
     from aimscale.sweeps.plan.planner import plan
     from aimscale.sweeps.plan.sweepfile import load_sweep
     sweep = load_sweep({path!r}, Path({root!r}))
-    print(sum(part.number for part in launch_slurm(sweep, plan(sweep), allow_dirty=True)))
+    print(sum(part.num_jobs for part in launch_slurm(sweep, plan(sweep), allow_dirty=True)))
 """
 
 
-def test_two_launches_at_once_submit_each_element_once_in_split_arrays(fault: Any) -> None:
+def test_two_launches_at_once_submit_each_job_once_in_split_arrays(fault: Any) -> None:
     case = fault(seeds=[0, 1, 2, 3, 4, 5], budgets=[32], step_s=0)
     program = textwrap.dedent(LAUNCHER).format(path=str(case.sweep.source), root=str(case.sweep.root))
     launchers = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert sorted(int(launcher.communicate(timeout=400)[0]) for launcher in launchers) == [0, 6]
-    arrays = {each.job.job_id.split("_")[0] for each in elements(case.sweep, slurm.jobs())}
+    arrays = {each.info.job_id.split("_")[0] for each in live_jobs(case.sweep, slurm.jobs())}
     assert len(arrays) == 2, "MaxArraySize is 4"
     case.wait_state("finished")
     case.wait_empty_queue()
     assert case.ends() == [[0]] * 6
     assert not case.launch()
     (case.records[0].path / "status.json").unlink()  # a run that was lost starts again, alone
-    assert [part.number for part in case.launch()] == [1]
+    assert [part.num_jobs for part in case.launch()] == [1]
     case.wait_empty_queue()
 
 
-def test_one_element_at_a_time_over_arrays_of_two_shapes(fault: Any) -> None:
+def test_one_job_at_a_time_over_arrays_of_two_shapes(fault: Any) -> None:
     """Slurm itself bounds one array only."""
     two_ranks = [{"when": {"seed": 1}, "set": {"devices": 2}}]
     case = fault(seeds=[0, 1], budgets=[32], slurm={"max_parallel": 1, "setup": []}, override=two_ranks)

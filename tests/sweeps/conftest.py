@@ -30,7 +30,8 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture
 def write_sweep(tmp_path: Path) -> Any:
-    """Write `TINY` with changes, of `base` section by section, as a sweep file, and load it."""
+    """Return a function that writes `TINY` with changes as a sweep file, and loads it; sections of `base` are replaced
+    one by one."""
 
     def write(*, devices: int | None = None, base: dict[str, Any] | None = None, **changes: Any) -> Sweep:
         path = tmp_path / "sweep.yaml"
@@ -43,14 +44,14 @@ def write_sweep(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def launch(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A local launch of workers that read no data."""
-    monkeypatch.setattr(aimscale.sweeps.engine.launch, "refuse", lambda *_: None)
+    """Return `launch` without the checks, for workers that read no data."""
+    monkeypatch.setattr(aimscale.sweeps.engine.launch, "raise_on_problems", lambda *_: None)
     return aimscale.sweeps.engine.launch.launch
 
 
 @pytest.fixture
 def stand_in() -> Any:
-    """Worker commands that take milliseconds, by behaviour."""
+    """Return a function from a behaviour to a command that replaces the trainer and takes milliseconds."""
 
     def command(behaviour: str = "finish") -> Any:
         return lambda run_dir, devices: [sys.executable, str(STAND_IN), str(run_dir), behaviour]
@@ -62,16 +63,16 @@ PROGRAM = """
     import sys
     from pathlib import Path
     from aimscale.sweeps.engine import launch
-    launch.refuse = lambda *_: None
+    launch.raise_on_problems = lambda *_: None
     command = lambda path, _: [sys.executable, {stand_in!r}, str(path), {behaviour!r}]
-    did = launch.launch({path!r}, Path({root!r}), devices={devices}, shows=False, command=command)
+    did = launch.launch({path!r}, Path({root!r}), devices={devices}, show_progress=False, command=command)
     print("stopped" if did.interrupted else "done", len(did.finished))
 """
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Any:
-    """A process that launches the sweep with stand-ins; its last line says how it ended."""
+    """Return a function that launches the sweep in a process with stand-ins; its last line states how it ended."""
 
     def begin(devices: int, behaviour: str = "finish") -> subprocess.Popen[str]:
         places = {"path": str(tmp_path / "sweep.yaml"), "root": str(tmp_path / "root"), "stand_in": str(STAND_IN)}
@@ -83,7 +84,7 @@ def start(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Make a command of Slurm's that executes these lines of shell."""
+    """Return a function that makes a fake Slurm command of lines of shell."""
     folder = tmp_path / "commands"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")

@@ -1,10 +1,4 @@
-"""A worker that is no trainer: it writes a run directory as `harness.train.attempt` does, in milliseconds a step.
-
-    python stand_in.py RUN_DIR [BEHAVIOUR]
-
-BEHAVIOUR is `finish` (default), `crash`, `die` (SIGKILL to itself) or `wait` (work until told to stop); the file
-`behaviour` in the run directory, where there is one, wins. Each start appends its pid to `starts`.
-"""
+"""Stand-in for the trainer: writes a run directory as `harness.train.attempt` does, in milliseconds a step."""
 
 from __future__ import annotations
 

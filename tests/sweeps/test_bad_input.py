@@ -1,4 +1,4 @@
-"""Whatever stands in a sweep file or in a run's files, a verb answers, or says one sentence and exits with 2."""
+"""Damaged sweep files and run files: a verb either works, or prints one sentence and exits with 2."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.cli.main import HIDDEN, VERBS, main
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare
+from aimscale.sweeps.state.sweep_dir import prepare_directory
 
 FILES = (
     *("config.yaml", "status.json", "results.json", "lock", "claim", "attempts.jsonl", "metrics.jsonl"),
@@ -66,7 +66,7 @@ odd_bytes = st.one_of(
 
 
 def call(line: str, capsys: Any, **places: Path) -> None:
-    """Run a verb; anything but an answer or one sentence with exit code 2 (1 for failed runs) is an error."""
+    """Run a verb and assert that it works, or prints one sentence and exits with 2 (1 for failed runs)."""
     words = [word.format(**places) for word in line.split()]
     if "sweep" in places:
         words += ["--root", str(places["root"])]
@@ -85,9 +85,9 @@ def call(line: str, capsys: Any, **places: Path) -> None:
 
 @pytest.fixture
 def finished(write_sweep: Any) -> tuple[Path, Path]:
-    """A sweep file, and the directory of its one run, which is finished."""
+    """Make a sweep file, and the directory of its one run, which is finished."""
     sweep = write_sweep(sizes=["rung-32"])
-    prepare(sweep)
+    prepare_directory(sweep)
     (run,) = plan(sweep)
     record = RunRecord(sweep.run_dir(run.run_id))
     RunRecord.create(record.path, run.config)
@@ -101,7 +101,7 @@ def finished(write_sweep: Any) -> tuple[Path, Path]:
 
 
 def trying(number: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
-    """Call a function with so many things that these strategies find."""
+    """Call a function with that many examples of these strategies."""
     return lambda function: settings(max_examples=number, deadline=None)(given(**strategies)(function))()
 
 
@@ -147,13 +147,13 @@ PLAIN: dict[str, Any] = {
 
 
 def places(values: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths to everything in a nested value."""
+    """Return the paths to all values of a nested value."""
     inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     return [above, *(place for key, value in inner for place in places(value, (*above, key)))]
 
 
 def placed(place: tuple[Any, ...], value: Any) -> dict[str, Any]:
-    """`PLAIN` with another value at one place."""
+    """Return `PLAIN` with another value at one path."""
     document = copy.deepcopy(PLAIN)
     holder: Any = document
     for key in place[:-1]:
@@ -180,7 +180,7 @@ def test_a_folder_that_is_no_run_and_a_file_that_is_no_folder_are_named(tmp_path
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 256 kB, for which one has to be root."""
+    """Mount a file system of 256 kB, which needs root."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=False).returncode:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aimscale.sweeps import doctor
-from aimscale.sweeps.cli.main import verb
+from aimscale.sweeps.cli.main import load_verb
 from aimscale.sweeps.doctor import Check
 
 GCC = shutil.which("gcc")
@@ -38,11 +38,11 @@ def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
 def test_a_failure_alone_gives_code_1_and_each_comes_with_what_to_do(
     level: Any, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "checks", lambda root: iter([Check("disk", level, "1 MB free", "Free some.")]))
-    result = CliRunner().invoke(verb("doctor"), [])
+    monkeypatch.setattr(doctor, "run_checks", lambda root: iter([Check("disk", level, "1 MB free", "Free some.")]))
+    result = CliRunner().invoke(load_verb("doctor"), [])
     assert result.exit_code == code
     assert "-> Free some." in result.stdout
-    assert json.loads(CliRunner().invoke(verb("doctor"), ["--json"]).stdout)["checks"][0]["advice"] == "Free some."
+    assert json.loads(CliRunner().invoke(load_verb("doctor"), ["--json"]).stdout)["checks"][0]["advice"] == "Free some."
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_package_that_takes_its_process_down_is_named(
 ) -> None:
     (tmp_path / "torch.py").write_text(torch)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    check = doctor.check_packages(doctor.imported())
+    check = doctor.check_packages(doctor.import_packages())
     assert (check.level, check.found.endswith(f"imported torch ended with {end}")) == ("fail", True)
     assert "--no-cache-dir torch" in check.advice
 
@@ -83,8 +83,8 @@ def test_gpus_that_torch_does_not_see_fail(program: Any, monkeypatch: pytest.Mon
 
 
 def checks_of_storage(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:
-    monkeypatch.setattr(doctor, "imported", dict)
-    return {check.name: check for check in doctor.checks(root)}
+    monkeypatch.setattr(doctor, "import_packages", dict)
+    return {check.name: check for check in doctor.run_checks(root)}
 
 
 def test_a_root_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_a_root_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.skipif(GCC is None, reason="needs gcc")
 @pytest.mark.parametrize("body", ["errno = ENOLCK; return -1;", "return 0;"])
 def test_a_file_system_without_working_flock_fails(tmp_path: Path, body: str) -> None:
-    """As NFS without a lock daemon answers, and as a mount does that pretends to lock."""
+    """NFS without a lock daemon answers like this, and so does a mount that only pretends to lock."""
     (tmp_path / "flock.c").write_text(f"#include <errno.h>\nint flock(int fd, int op) {{ {body} }}\n")
     library = tmp_path / "flock.so"
     subprocess.run([str(GCC), "-shared", "-fPIC", str(tmp_path / "flock.c"), "-o", str(library)], check=True)

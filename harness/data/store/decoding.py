@@ -1,4 +1,4 @@
-"""Bytes of one image file to a uint8 tensor, and its centre. EXIF orientation is not applied, as elsewhere.
+"""Decoding of image files to uint8 tensors, and centre crops. EXIF orientation is not applied, as elsewhere.
 
 Measured side by side, simplejpeg was the fastest by 3-4 % over torchvision and OpenCV (all three wrap libjpeg-turbo and
 give the same pixels) and decodes 40 % more images per second than Pillow.
@@ -22,32 +22,32 @@ from torchvision.io import ImageReadMode, decode_image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "pgm", "tif", "tiff")
 MAX_IMAGE_PIXELS = 89_478_485
-"""Larger images are refused before they are decoded (Pillow's limit, too: 268 MB of pixels): a header of a few bytes
-may ask for any amount of memory."""
+"""Pixels above which an image is refused before it is decoded (Pillow's limit, too: 268 MB of pixels): a header of a
+few bytes may ask for any amount of memory."""
 MAX_IMAGE_SIDE = 65_535
 """Longest side, pixels: JPEG's own bound."""
 
 
 _MODES = {1: "GRAY", 3: "RGB"}
-"""What simplejpeg and torchvision call a number of channels."""
+"""Names of a number of channels in simplejpeg and torchvision."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
-"""Pillow's names of what is read: it knows others, and starts a program for one of them."""
+"""Pillow's names of the accepted formats; Pillow knows others, and starts a program for one of them."""
 _JPEG_START = b"\xff\xd8"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _NO_ALPHA = (0, 2, 3)  # a PNG's colour types
-_MAX_ASPECT_RATIO = 64  # of what is resized for a square crop
+_MAX_ASPECT_RATIO = 64  # of images that are resized for a square crop
 
 
 class UndecodableImageError(Exception):
-    """These bytes are no image that torchvision or Pillow can read in full, or one that is too large."""
+    """Bytes that neither torchvision nor Pillow can read in full as an image, or an image that is too large."""
 
 
 def decode(data: bytes, channels: int = 3) -> torch.Tensor:
-    """Decode JPEG with simplejpeg, PNG with torchvision, the others with Pillow; the first frame of many.
+    """Decode JPEG with simplejpeg, PNG with torchvision, other formats with Pillow; of an animation the first frame.
 
     Returns:
-        uint8 (channels, height, width); grey images are repeated over three channels, what is transparent lies on
-        white.
+        uint8 (channels, height, width); grey images are repeated over three channels, and transparent pixels
+        lie on white.
 
     Raises:
         UndecodableImageError: the bytes are empty, truncated, no image, grey of more than 8 bits, or the header says
@@ -58,13 +58,14 @@ def decode(data: bytes, channels: int = 3) -> torch.Tensor:
 
 
 def decode_interleaved(data: bytes, channels: int = 3) -> npt.NDArray[np.uint8]:
-    """`decode` to (height, width, channels) without gaps, which is how a JPEG is decoded."""
+    """Decode to contiguous (height, width, channels), the layout in which a JPEG is decoded."""
     pixels = _decode_jpeg(data, channels)
     return _decode_other(data, channels).permute(1, 2, 0).contiguous().numpy() if pixels is None else pixels
 
 
 def _decode_jpeg(data: bytes, channels: int) -> npt.NDArray[np.uint8] | None:
-    """None: no JPEG, or a variant that simplejpeg does not know, CMYK for one; other decoders fill what is cut off."""
+    """Decode a JPEG; None if it is none, or a variant that simplejpeg does not know, such as CMYK. A truncated file is
+    an error, which other decoders would fill up."""
     if data[:2] != _JPEG_START:
         return None
     try:
@@ -78,9 +79,9 @@ def _decode_jpeg(data: bytes, channels: int) -> npt.NDArray[np.uint8] | None:
 
 
 def _decode_other(data: bytes, channels: int) -> torch.Tensor:
-    """`decode` of what is no JPEG, or a rare one."""
+    """Decode an image that is no JPEG, or a rare one."""
     if data[:8] == _PNG_START and len(data) > 33 and data[25] in _NO_ALPHA and b"tRNS" not in data:
-        _refuse_large(*struct.unpack(">II", data[16:24]))  # Pillow takes long to find as much
+        _refuse_large(*struct.unpack(">II", data[16:24]))  # Pillow is slow to find the same
         with contextlib.suppress(RuntimeError, ValueError):  # damaged, or a variant that torchvision does not know
             image: torch.Tensor = decode_image(
                 torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode[_MODES[channels]]
@@ -92,7 +93,7 @@ def _decode_other(data: bytes, channels: int) -> torch.Tensor:
             pixels = np.array(_on_white(picture).convert("L" if channels == 1 else "RGB"))
     except UndecodableImageError:
         raise
-    except UnidentifiedImageError as error:  # Pillow's own words name an object in memory
+    except UnidentifiedImageError as error:  # Pillow's message names an object in memory
         raise UndecodableImageError("its format is not recognised") from error
     except Exception as error:  # Pillow raises many types on broken bytes, SyntaxError and struct.error among them
         raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
@@ -101,7 +102,7 @@ def _decode_other(data: bytes, channels: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """A picture whose header alone was read, and that is not too large."""
+    """Open a picture, reading its header alone, and refuse one that is too large."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
@@ -112,6 +113,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
+    """Lay transparent pixels on white."""
     if not picture.has_transparency_data:
         return picture
     white = Image.new("RGB", picture.size, "white")
@@ -121,7 +123,7 @@ def _on_white(picture: Image.Image) -> Image.Image:
 
 
 def is_transparent(data: bytes) -> bool:
-    """Whether `decode` lays some pixels of an image that it decodes on white."""
+    """Return whether `decode` lays some pixels of an image on white."""
     if data[:2] == _JPEG_START or (data[:8] == _PNG_START and data[25] in _NO_ALPHA and b"tRNS" not in data):
         return False
     with _opened(data) as picture:
@@ -136,7 +138,8 @@ def _refuse_large(width: int, height: int) -> None:
 
 
 def crop_centre(image: torch.Tensor, size: int, shorter_side: int | None = None) -> torch.Tensor:
-    """uint8 (C, H, W) to (C, size, size): shorter side to `shorter_side` (by default `size`), then the middle."""
+    """Resize uint8 (C, H, W) to a shorter side of `shorter_side` (default `size`) and cut out the centre (C, size,
+    size)."""
     height, width = image.shape[-2:]
     longest = _MAX_ASPECT_RATIO * min(height, width)
     if max(height, width) > longest:  # enlarged as a whole, a strip of 1 x 65,500 px would take 10 GB
@@ -148,7 +151,7 @@ def crop_centre(image: torch.Tensor, size: int, shorter_side: int | None = None)
 
 
 def resize_shorter_side(image: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (C, H, W) with its shorter side brought to `size`, aspect ratio kept: bicubic, antialiased."""
+    """Resize uint8 (C, H, W) to a shorter side of `size`, keeping the aspect ratio: bicubic, antialiased."""
     height, width = image.shape[-2:]
     if min(height, width) == size:
         return image
@@ -159,9 +162,9 @@ def resize_shorter_side(image: torch.Tensor, size: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def kernel_threads(count: int) -> Iterator[None]:
-    """This many for the block; by itself torch takes one for every core.
+    """Set the number of torch's threads for the block; the default is one for every core.
 
-    Work on small images is best done by one: others wait at full load for their share of a few microseconds. With two
+    Small images are best processed by one thread: others spin at full load for a few microseconds of work. With two
     cores, resizing a crop to 32 px takes 0.03 ms of processor time with one thread, 0.6 to 1 ms with two.
     """
     before = torch.get_num_threads()

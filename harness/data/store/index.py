@@ -22,7 +22,8 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.card import (
+from aimscale.harness.data.store.columns import Index
+from aimscale.harness.data.store.dataset_info import (
     DATASET_FILE,
     INDEX_FILE,
     MAX_LABEL,
@@ -31,14 +32,13 @@ from aimscale.harness.data.store.card import (
     image_checksum,
     read_info,
 )
-from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.shard_cache import Reader, open_index, open_reader
-from aimscale.harness.data.store.shards import Place, ShardInfo, join, open_file
+from aimscale.harness.data.store.shards import ByteRange, ShardInfo, join, open_file
 
 MAX_KEPT_BYTES = 256 * 2**20
-"""Bound of the decoded pixels of small images that a process keeps, over all data sets."""
-_CHECKED_SHARE = 64  # of so many reads one is compared with the index: 0.2 % of the time of reading photographs
+"""Limit on the decoded pixels of small images that a process keeps, over all data sets."""
+_CHECKED_SHARE = 64  # one read in so many is compared with the index: 0.2 % of the time of reading photographs
 
 
 class ShardDataset:
@@ -48,7 +48,7 @@ class ShardDataset:
     """Folder or URL of the index."""
     info: DatasetInfo
     index: Index
-    """The columns, one row per sample; walking over one maps all of it."""
+    """Columns, one row per sample; reading all of one maps all of it."""
 
     def __init__(self, path: str, info: DatasetInfo, index: Index, reader: Reader) -> None:
         self.path = path
@@ -67,15 +67,16 @@ class ShardDataset:
         return _shard_infos(self.index.shards)
 
     def usable(self, numbers: npt.ArrayLike | None = None) -> I64:
-        """Sample numbers of the decodable images at `numbers` (0..info.num_usable-1), counted in index order; O(1).
+        """Return the sample numbers of the decodable images at `numbers` (0..info.num_usable-1), in index order; O(1)
+        each.
 
-        Of all of them by default, where they fit into memory.
+        By default of all decodable images, which must fit into memory.
         """
         wanted = np.asarray(np.arange(self.info.num_usable) if numbers is None else numbers, dtype=np.int64)
         return wanted + np.searchsorted(self.index.bad_before, wanted, side="right")
 
     def sides(self, samples: I64) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """(heights, widths) of some samples, pixels."""
+        """Return (heights, widths) of some samples, pixels."""
         rows = self.index.samples[samples]
         return rows["height"].astype(np.int32), rows["width"].astype(np.int32)
 
@@ -90,14 +91,14 @@ class ShardDataset:
         return labels
 
     def key(self, i: int) -> str:
-        """Key of sample i: its path in the shard without extension."""
-        # not with the module: its allocator starts a thread, and loader processes have no use for it
+        """Return the key of sample i: its path in the shard without extension."""
+        # imported here: its allocator starts a thread, which loader processes do not need
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         where = join(self.path, INDEX_FILE)
         try:
-            # No thread of Arrow's may hold bytes of Python's: when the program ends at once, with an error message,
+            # No Arrow thread may hold Python's bytes: if the program exits at that moment, with an error message,
             # such a thread asks the dying interpreter for its lock to free them, and the process aborts.
             with open_file(where) as opened, pq.ParquetFile(opened, pre_buffer=False) as file:
                 for number in range(file.num_row_groups):
@@ -128,7 +129,7 @@ class ShardDataset:
         return self.info.fingerprint
 
     def require_labels(self) -> npt.NDArray[np.int64]:
-        """The labels of a data set that needs one for every image."""
+        """Return the labels, or raise DataError unless every usable image has one."""
         if self.labels is None:
             raise DataError(
                 f"{self.path} has no labels; pack an image folder with one sub-folder per class, or add .cls"
@@ -139,7 +140,7 @@ class ShardDataset:
         return self.labels
 
     def describe(self, i: int) -> str:
-        """Shard and key of sample i, for messages."""
+        """Name shard and key of sample i, for messages."""
         return f"sample '{self.key(i)}' of {self._shard_path(self.shard_of(i))}"
 
     @property
@@ -148,44 +149,44 @@ class ShardDataset:
         return self.info.shards_at or self.path
 
     def shard_of(self, i: int) -> int:
-        """Number of the shard that holds sample i."""
+        """Return the number of the shard that holds sample i."""
         return int(self._first.searchsorted(i, side="right")) - 1
 
-    def places(self, samples: Sequence[int] | I64) -> list[Place]:
-        """Where some image files are."""
+    def byte_ranges(self, samples: Sequence[int] | I64) -> list[ByteRange]:
+        """Return the byte ranges of some image files."""
         numbers = np.asarray(samples, dtype=np.int64)
         rows = self.index.samples[numbers]
         names = self.index.shards["name"][self._first.searchsorted(numbers, side="right") - 1].tolist()
         return list(zip(map(os.fsdecode, names), rows["offset"].tolist(), rows["size"].tolist(), strict=True))
 
     def read(self, i: int) -> bytes:
-        """Bytes of image file i."""
+        """Read image file i."""
         return self.read_many([i])[0]
 
     def read_ahead(self, samples: Sequence[int] | I64, whole: Sequence[int] | I64 = ()) -> None:
-        """Start to read what this process will ask `read_many` for next, in that order; returns at once.
+        """Start to read what this process will next ask `read_many` for, in that order; returns at once.
 
-        What goes wrong is told there. Where there is a cache, it fetches the whole shards of the samples `whole`.
+        Errors are raised by `read_many`. With a cache, the whole shards of the samples `whole` are fetched.
         """
         numbers = np.asarray(whole, dtype=np.int64)
         shards = dict.fromkeys((self._first.searchsorted(numbers, side="right") - 1).tolist())
-        self._reader.read_ahead(self.places(samples), [os.fsdecode(self.index.shards["name"][i]) for i in shards])
+        self._reader.read_ahead(self.byte_ranges(samples), [os.fsdecode(self.index.shards["name"][i]) for i in shards])
 
     def read_many(self, samples: Sequence[int] | I64) -> list[bytes]:
-        """Bytes of some image files, in that order; from a remote store all at once.
+        """Read some image files, in that order; from a remote store all at once.
 
         Raises:
             DataError: a shard is missing or shorter than the index says.
         """
-        places = self.places(samples)
+        byte_ranges = self.byte_ranges(samples)
         try:
-            found = self._reader.read_many(places)
+            found = self._reader.read_many(byte_ranges)
         except OSError as error:
-            name = getattr(error, "shard", places[0][0])
+            name = getattr(error, "shard", byte_ranges[0][0])
             raise DataError(
                 f"cannot read shard {join(self.location, name)} ({error}); restore it or index again"
             ) from error
-        for i, (name, _, size), data in zip(samples, places, found, strict=True):
+        for i, (name, _, size), data in zip(samples, byte_ranges, found, strict=True):
             if len(data) != size:
                 raise DataError(
                     f"shard {join(self.location, name)} is truncated: {self.describe(int(i))} ends after its last byte"
@@ -193,78 +194,81 @@ class ShardDataset:
         return found
 
     def decode(self, i: int, channels: int = 3) -> torch.Tensor:
-        """Image i as uint8 (channels, height, width).
+        """Decode image i to uint8 (channels, height, width).
 
         Raises:
             DataError: the bytes are no image, or the shard is missing, shorter than the index says, or holds another.
         """
-        kept = self._kept(channels)
-        if kept is not None and kept.known[i]:
-            return kept.pixels[i]
+        cache = self._pixel_cache(channels)
+        if cache is not None and cache.known[i]:
+            return cache.pixels[i]
         images, good = self.decode_many(np.array([i]), [self.read(i)], channels)
         if not good[0]:
             raise DataError(f"{self.describe(i)} cannot be decoded; remove it and index again")
         return images[0]
 
-    def read_unless_kept(self, samples: I64, channels: int) -> list[bytes]:
-        """`read_many` of those whose decoded pixels are not in memory, nothing of the others."""
-        data, fresh = [b""] * len(samples), np.flatnonzero(self.is_fresh(samples, channels))
+    def read_uncached(self, samples: I64, channels: int) -> list[bytes]:
+        """Read those image files whose decoded pixels are not in memory; the others are empty."""
+        data, fresh = [b""] * len(samples), np.flatnonzero(self.is_uncached(samples, channels))
         for i, read in zip(fresh.tolist(), self.read_many(samples[fresh]) if fresh.size else (), strict=True):
             data[i] = read
         return data
 
-    def is_fresh(self, samples: I64, channels: int) -> npt.NDArray[np.bool_]:
-        """Of each, whether its decoded pixels are not in memory."""
-        kept = self._kept(channels)
-        return np.ones(len(samples), dtype=bool) if kept is None else ~kept.known[samples]
+    def is_uncached(self, samples: I64, channels: int) -> npt.NDArray[np.bool_]:
+        """Return for each sample whether its decoded pixels are not in memory."""
+        cache = self._pixel_cache(channels)
+        return np.ones(len(samples), dtype=bool) if cache is None else ~cache.known[samples]
 
     def decode_many(
         self, samples: I64, data: Sequence[bytes], channels: int
     ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
-        """Images of one size, from what `read_unless_kept` gave.
+        """Decode images of one size, from what `read_uncached` returned.
 
         Returns:
             uint8 (number that decoded, channels, height, width), and bool (len(samples),) saying which did.
         """
-        kept, good = self._kept(channels), np.ones(len(samples), dtype=bool)
+        cache, good = self._pixel_cache(channels), np.ones(len(samples), dtype=bool)
         decoded: dict[int, torch.Tensor] = {}
-        for i in range(len(samples)) if kept is None else np.flatnonzero(~kept.known[samples]).tolist():
+        for i in range(len(samples)) if cache is None else np.flatnonzero(~cache.known[samples]).tolist():
             try:
                 decoded[i] = decode(data[i], channels)
             except UndecodableImageError:
                 good[i] = False
         shapes = [image.shape[-2:] for image in decoded.values()]
         self.check(samples[list(decoded)], [data[i] for i in decoded], shapes)
-        if kept is None:
+        if cache is None:
             empty = torch.empty(0, channels, 1, 1, dtype=torch.uint8)
             return torch.stack([*decoded.values()]) if decoded else empty, good
         for i, image in decoded.items():
-            kept.pixels[samples[i]] = image
-            kept.known[samples[i]] = True  # after the pixels: another thread may look at any moment
-        return kept.pixels[torch.from_numpy(samples[good])], good
+            cache.pixels[samples[i]] = image
+            cache.known[samples[i]] = True  # after the pixels: another thread may read at any moment
+        return cache.pixels[torch.from_numpy(samples[good])], good
 
-    def _kept(self, channels: int) -> _Kept | None:
-        """Where this process keeps decoded pixels of the data set; None where images differ in size or take too much.
+    def _pixel_cache(self, channels: int) -> _PixelCache | None:
+        """Return this process's cache of the data set's decoded pixels; None if images differ in size or take too much
+        memory.
 
-        A run goes over small images many times, and measures each budget on the same ones.
+        A run reads small images many times, and measures each budget on the same ones.
         """
         shape = (len(self), channels, self.info.max_height, self.info.max_width)
         key = (self.path, self.fingerprint, channels)
-        if key not in _KEPT:
-            room = MAX_KEPT_BYTES - sum(kept.pixels.nbytes for kept in _KEPT.values())
+        if key not in _PIXEL_CACHES:
+            room = MAX_KEPT_BYTES - sum(cache.pixels.nbytes for cache in _PIXEL_CACHES.values())
             if not self.info.one_size or math.prod(shape) > room:
                 return None
             height, width = self.sides(self.usable())
             if (height != shape[2]).any() or (width != shape[3]).any():
                 raise DataError(f"the index of {self.path} does not match its {DATASET_FILE}; index it again")
-            _KEPT.setdefault(key, _Kept(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), dtype=bool)))
-        return _KEPT[key]
+            _PIXEL_CACHES.setdefault(
+                key, _PixelCache(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), dtype=bool))
+            )
+        return _PIXEL_CACHES[key]
 
     def check(self, samples: I64, data: Sequence[bytes], sides: Sequence[Sequence[int]]) -> None:
-        """Compare some of these image files with the index, and the (height, width) of all.
+        """Compare some of these image files, and (height, width) of all, with the index.
 
-        The first image of each shard, and one in 64 after it, is compared by its checksum, so that a shard that was
-        written anew does not pass for the old one.
+        The checksums of the first image of each shard and of one in 64 after it are compared, so that a rewritten shard
+        does not pass for the old one.
         """
         shards = self._first.searchsorted(samples, side="right") - 1
         turns = np.arange(self._num_reads + 1, self._num_reads + 1 + len(samples))
@@ -294,21 +298,21 @@ def _shard_infos(table: npt.NDArray[Any]) -> list[ShardInfo]:
     ]
 
 
-class _Kept(NamedTuple):
+class _PixelCache(NamedTuple):
     """Decoded images of a data set; memory is taken as they come."""
 
     pixels: torch.Tensor
     """uint8 (number of samples, channels, height, width)."""
     known: npt.NDArray[np.bool_]
-    """(number of samples,): which are there."""
+    """Mask of the decoded samples, bool (number of samples,)."""
 
 
-_KEPT: dict[tuple[str, str, int], _Kept] = {}
-"""By path, fingerprint and channels."""
+_PIXEL_CACHES: dict[tuple[str, str, int], _PixelCache] = {}
+"""Caches by path, fingerprint and channels."""
 
 
 def require_channels(channels: int) -> None:
-    """Refuse models of other than grey or colour images: DataError."""
+    """Raise DataError for models of other than grey or colour images."""
     if channels not in (1, 3):
         raise DataError(f"image files are read as 1 (grey) or 3 (RGB) channels, not {channels}; change model.channels")
 
@@ -329,7 +333,7 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
         shards = _shard_infos(index.shards)
     except DataError:
         raise
-    except Exception as error:  # numpy raises many kinds on damaged files
+    except Exception as error:  # numpy raises many types on damaged files
         reason = " ".join(str(error).split())
         raise DataError(f"the index of {where} cannot be read ({reason}); run `aimscale data index` again") from error
     reader = open_reader(info.shards_at or where, shards, cache_dir, cache_gb)

@@ -1,7 +1,7 @@
-"""Index many shards: in parallel, with the rows of one in memory, and never leaving a half-written index.
+"""Indexing of shards: in parallel, with the rows of one shard in memory, and without ever leaving a half-written index.
 
 A sample (`tars`) has one image and, for its label, `cls` (a number) or `json` with a whole number under `label` or
-`cls`. So the shards of timm's imagenet-1k-wds, of img2dataset and of DataComp read as they are.
+`cls`. So the shards of timm's imagenet-1k-wds, of img2dataset and of DataComp can be indexed as they are.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import DATASET_FILE, INDEX_FILE, MAX_LABEL, DatasetInfo, image_checksum
 from aimscale.harness.data.store.columns import IndexWriter, shard_table
+from aimscale.harness.data.store.dataset_info import DATASET_FILE, INDEX_FILE, MAX_LABEL, DatasetInfo, image_checksum
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
 from aimscale.harness.data.store.shards import filesystem_of, is_url, join, open_file, with_retries
 from aimscale.harness.data.store.tars import Members, expand_braces, read_samples
@@ -43,21 +43,21 @@ SCHEMA = pa.schema(
         pa.field("ok", pa.bool_(), nullable=False),
     ]
 )
-"""Of `index.parquet`."""
+"""Schema of `index.parquet`."""
 SCAN_SCHEMA = pa.schema([field for field in SCHEMA if field.name != "shard"])
 _LABEL_KEYS = ("label", "cls")
 _READ = {*IMAGE_EXTENSIONS, "cls", "json"}
 Progress = Callable[[str, int, int, str], None]
-"""Called with the name of the work, how much of it is done, out of how much, and the unit."""
+"""Callback with the name of the work, how much of it is done, out of how much, and the unit."""
 
 
 class ShardScan(NamedTuple):
-    """Everything the index needs to know of one shard."""
+    """Everything that the index needs of one shard."""
 
     name: str
     size: int
     rows: pa.Table
-    """Of SCAN_SCHEMA: the index's columns without the shard number."""
+    """Rows of SCAN_SCHEMA: the index's columns without the shard number."""
 
 
 def scan_shard(location: str, name: str) -> ShardScan:
@@ -76,7 +76,7 @@ def scan_shard(location: str, name: str) -> ShardScan:
 
 
 def shard_size(path: str) -> int:
-    """Bytes of a local or remote file."""
+    """Return the bytes of a local or remote file."""
     if not is_url(path):
         return os.stat(path).st_size
     filesystem, inner = filesystem_of(path)
@@ -87,7 +87,7 @@ def shard_size(path: str) -> int:
 
 
 def _entry(path: str, key: str, members: Members) -> dict[str, Any] | None:
-    """The index row of one sample, or None when it holds no image."""
+    """Build the index row of one sample; None if it holds no image."""
     images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
     if not images:
         return None
@@ -111,7 +111,7 @@ def _entry(path: str, key: str, members: Members) -> dict[str, Any] | None:
 
 
 def _label(path: str, key: str, members: Members) -> int | None:
-    """The sample's class number, if it has one."""
+    """Return the sample's class number, if it has one."""
     value: Any = None
     try:
         if "cls" in members:
@@ -167,7 +167,7 @@ def index_shards(
 
 
 def list_shards(location: str) -> list[str]:
-    """Names of the `*.tar` files of a folder or URL, sorted."""
+    """List the `*.tar` files of a folder or URL by name, sorted."""
     if is_url(location):
         try:
             filesystem, inner = filesystem_of(location)
@@ -186,7 +186,7 @@ def list_shards(location: str) -> list[str]:
 
 
 def expand_shards(pattern: str) -> tuple[str, list[str] | None]:
-    """(folder or URL, shard names) of `FOLDER/NAME-{000..123}.tar`; names are None for a plain folder."""
+    """Split `FOLDER/NAME-{000..123}.tar` into (folder or URL, shard names); names are None for a plain folder."""
     if not pattern.endswith(".tar"):
         return pattern.rstrip("/"), None
     folder, _, name = pattern.rpartition("/")
@@ -201,14 +201,15 @@ def write_scans(
     classes: tuple[str, ...] | None,
     shards_at: str | None = None,
 ) -> DatasetInfo:
-    """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last, vouching for the rest."""
-    aside = folder / f".{INDEX_FILE}.partial"
+    """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last and marks the index
+    complete."""
+    partial = folder / f".{INDEX_FILE}.partial"
     mapped = folder / ".index.partial"
     shutil.rmtree(mapped, ignore_errors=True)
     mapped.mkdir()
     try:
         writer, shards = IndexWriter(mapped), []
-        with pq.ParquetWriter(aside, SCHEMA) as table:
+        with pq.ParquetWriter(partial, SCHEMA) as table:
             for number, scan in enumerate(scans):
                 shards.append((scan.name, scan.size, len(scan.rows)))
                 _require_names(scan, classes)
@@ -219,11 +220,11 @@ def write_scans(
             raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
         table_of_shards = shard_table(*map(list, zip(*shards, strict=True)))
         info = writer.finish(table_of_shards, name=name, classes=classes, shards_at=shards_at)
-        aside.replace(folder / INDEX_FILE)
+        partial.replace(folder / INDEX_FILE)
         publish_dir(mapped, folder / info.index_folder)
         write_text(folder / DATASET_FILE, info.to_json())
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         shutil.rmtree(mapped, ignore_errors=True)
     for old in folder.glob("index-*"):
         if old.name != info.index_folder and (old / "samples.npy").exists():
@@ -232,13 +233,14 @@ def write_scans(
 
 
 def _require_names(scan: ShardScan, classes: tuple[str, ...] | None) -> None:
+    """Raise DataError if a label has no class name."""
     largest = pc.max(scan.rows["label"]).as_py()
     if classes is not None and largest is not None and largest >= len(classes):
         raise DataError(f"label {largest} has no name: {len(classes)} class names were given; give one per label")
 
 
 def _scans(location: str, names: Sequence[str], num_workers: int) -> Iterator[ShardScan]:
-    """Of each shard, in order."""
+    """Scan each shard, in order."""
     scan = functools.partial(scan_shard, location)
     if num_workers == 1 or len(names) <= 1:
         yield from map(scan, names)

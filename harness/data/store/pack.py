@@ -1,4 +1,4 @@
-"""Write data sets: images in, webdataset's shards with an index out; nothing half-written is ever left behind.
+"""Packing of images into webdataset's shards with an index; nothing half-written is ever left behind.
 
 Image files are packed in parallel, each decoded once.
 """
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, permute
-from aimscale.harness.data.store.card import DatasetInfo, image_checksum, open_local
+from aimscale.harness.data.store.dataset_info import DatasetInfo, image_checksum, open_local
 from aimscale.harness.data.store.decoding import (
     IMAGE_EXTENSIONS,
     UndecodableImageError,
@@ -35,45 +35,45 @@ from aimscale.harness.data.store.decoding import (
 )
 from aimscale.harness.data.store.indexing import SCAN_SCHEMA, Progress, ShardScan, write_scans
 from aimscale.harness.data.store.tars import MAX_IMAGE_BYTES, Slice
-from aimscale.harness.run.files import written_dir_aside
+from aimscale.harness.run.files import atomic_dir
 
 MAX_SHARD_BYTES = 500e6
-"""Size at which a new shard begins, unless told otherwise."""
+"""Default size at which a new shard begins."""
 _MAX_SHARD_SAMPLES = 100_000
 _LOSSLESS_SIDE = 128  # resized images up to this side are stored as PNG: JPEG's blocks would dominate them
 _CHUNK = 64  # images that a process prepares at a time
-_WORTH_PROCESSES = 5000  # images, which take longer than starting processes
+_WORTH_PROCESSES = 5000  # images, from which on processes are worth their start
 
 
 class PackedImage(NamedTuple):
-    """One image file to write."""
+    """Image file to write."""
 
     key: str
     extension: str
     data: bytes
     label: int | None
     shape: tuple[int, int] | None = None
-    """(height, width) in pixels, where the bytes were decoded before."""
+    """Size (height, width) in pixels, if the bytes were decoded before."""
     is_transparent: bool = False
     """Whether pixels were laid on white."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listing:
-    """Images that can be packed, in an order that is always the same."""
+    """Images to pack, in an order that is always the same."""
 
     source: Path
-    """Where they come from, for messages."""
+    """Origin of the images, for messages."""
     images: Sequence[str | Slice] | npt.NDArray[np.uint8]
-    """Image files, as text: a process gets a million paths ten times faster so. Or pixels, (n, H, W) or (n, H, W, C),
-    numpy's or a mapped file's."""
+    """Image files, as text, since a million Path objects take ten times longer to reach a process; or pixels, (n, H, W)
+    or (n, H, W, C), numpy's or a mapped file's."""
     labels: Sequence[int] | None = None
-    """Class numbers; None where there are no classes."""
+    """Class numbers; None if there are no classes."""
     classes: tuple[str, ...] | None = None
     """Class names by label."""
 
     def name_of(self, number: int) -> str:
-        """An image, for messages."""
+        """Name an image, for messages."""
         image = self.images[number]
         if isinstance(image, Slice):
             return f"{image.name} of {image.tar}"
@@ -81,23 +81,23 @@ class Listing:
 
 
 class Packed(NamedTuple):
-    """What was packed."""
+    """Result of packing."""
 
     info: DatasetInfo
     skipped: list[str]
-    """Images that were left out, since they do not decode."""
+    """Images that were left out because they do not decode."""
     num_transparent: int
     """Images whose transparent pixels are read as white."""
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, named `out` when the block ends well and removed after an error."""
+    """Yield a folder to fill, which is renamed to `out` at the end of the block and removed after an error."""
     if out.exists():
         raise DataError(f"{out} exists already; choose another folder or remove it")
     with contextlib.ExitStack() as stack:
         try:
-            folder = stack.enter_context(written_dir_aside(out))
+            folder = stack.enter_context(atomic_dir(out))
         except OSError as error:
             raise DataError(f"cannot write to {out.parent}: {error.strerror}") from error
         yield folder
@@ -117,9 +117,9 @@ def write_dataset(
 
 
 def _write_shards(folder: Path, images: Iterable[PackedImage], max_shard_bytes: float) -> list[ShardScan]:
-    """What the index needs to know of each shard, without decoding an image again whose size is known."""
+    """Write shards, and return what the index needs of each without decoding images of known size again."""
     scans: list[ShardScan] = []
-    rows: dict[str, dict[str, Any]] = {}  # of the shard that is being written, by the file's name in it
+    rows: dict[str, dict[str, Any]] = {}  # rows of the current shard, by file name
 
     def finish(path: str) -> None:
         with tarfile.open(path) as tar:
@@ -131,7 +131,7 @@ def _write_shards(folder: Path, images: Iterable[PackedImage], max_shard_bytes: 
 
     pattern = f"{str(folder).replace('%', '%%')}/shard-%06d.tar"
     limits = {"maxcount": _MAX_SHARD_SAMPLES, "maxsize": max_shard_bytes}
-    # its files' time is 0: the same images give the same bytes
+    # with mtime 0 the same images give the same bytes
     with webdataset.ShardWriter(pattern, **limits, post=finish, verbose=0, encoder=False, mtime=0) as writer:
         for image in images:
             try:
@@ -147,7 +147,7 @@ def _write_shards(folder: Path, images: Iterable[PackedImage], max_shard_bytes: 
 
 
 def shuffled_order(number: int, part: str | None = None) -> npt.NDArray[np.int64]:
-    """The fixed order in which `number` images are packed, or a part of it.
+    """Return the fixed order in which `number` images are packed, or a part of it.
 
     Args:
         part: `START:STOP`, positions or per cent (`0:45000`, `80%:90%`).
@@ -165,7 +165,7 @@ def shuffled_order(number: int, part: str | None = None) -> npt.NDArray[np.int64
 
 
 def encode(image: torch.Tensor) -> tuple[str, bytes]:
-    """(extension, bytes) of uint8 (C, H, W): PNG when small, JPEG of quality 95 otherwise."""
+    """Encode uint8 (C, H, W) to (extension, bytes): PNG when small, JPEG of quality 95 otherwise."""
     lossless = max(image.shape[-2:]) <= _LOSSLESS_SIDE
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
@@ -188,13 +188,13 @@ def pack_images(
     num_workers: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> Packed:
-    """Pack what is listed.
+    """Pack listed images.
 
-    Images are written in a fixed shuffled order, so that the first n are a random subset; their files' bytes as they
-    are. With `resize`, shorter sides above it are shrunk to it once, which spares every epoch the decoding of pixels
-    that no crop keeps. With `part` (see `shuffled_order`), only these positions of the shuffled order: ranges that do
-    not overlap are disjoint random subsets. The result is the same for any `num_workers` (processes; by default every
-    core, where there are thousands of image files).
+    Image files are copied byte by byte, in a fixed shuffled order, so that the first n are a random subset. With
+    `resize`, images with a longer shorter side are shrunk to it once, so that no epoch decodes pixels that no crop
+    keeps. With `part` (see `shuffled_order`), only these positions of the shuffled order are packed: ranges that do not
+    overlap are disjoint random subsets. The result is the same for any `num_workers` (processes; by default every core
+    for thousands of image files).
     """
     order = shuffled_order(len(listing.images), part)
     if num_workers is None:
@@ -227,12 +227,12 @@ def pack_images(
 
 
 def list_folder(folder: Path) -> Listing:
-    """Image files of a folder, sorted; the sub-folders that hold images, sorted, are the classes."""
+    """List the image files of a folder, sorted; the sub-folders that hold images, sorted, are the classes."""
     if not folder.is_dir():
         what = "is no folder of images" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}; an archive of a benchmark needs --benchmark")
     named = (path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
-    files = sorted(path for path in named if path.is_file() or not path.exists())  # the latter: a link to nothing
+    files = sorted(path for path in named if path.is_file() or not path.exists())  # the latter: a dangling link
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
     names = [path.relative_to(folder).parts[0] for path in files if path.parent != folder]
@@ -247,14 +247,14 @@ def list_folder(folder: Path) -> Listing:
 
 
 def list_by_class(source: Path, images: Sequence[str | Slice], names: Sequence[str]) -> Listing:
-    """Images and the name of each one's class; classes are sorted."""
+    """List images by the name of each one's class; classes are sorted."""
     number_of = {name: number for number, name in enumerate(sorted(set(names)))}
     return Listing(source=source, images=images, labels=[number_of[name] for name in names], classes=tuple(number_of))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Images(Dataset[PackedImage | str]):
-    """What is listed, in the order in which it is packed."""
+    """Listed images in the order in which they are packed."""
 
     listing: Listing
     order: npt.NDArray[np.int64]
@@ -264,7 +264,7 @@ class _Images(Dataset[PackedImage | str]):
         return len(self.order)
 
     def __getitem__(self, position: int) -> PackedImage | str:
-        """The image to write, or why there is none."""
+        """Return the image to write, or why there is none."""
         number, labels = int(self.order[position]), self.listing.labels
         try:
             name, data = _read(self.listing.images[number], number)
@@ -284,7 +284,7 @@ class _Images(Dataset[PackedImage | str]):
 
 
 def _read(image: str | Slice | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
-    """(file name, bytes) of an image that is a file, or becomes one."""
+    """Read (file name, bytes) of an image file, or encode an array to one."""
     if isinstance(image, np.ndarray):
         pixels = np.array(image if image.ndim == 3 else image[..., None])
         extension, data = encode(torch.from_numpy(pixels).permute(2, 0, 1))
@@ -299,7 +299,7 @@ def _read(image: str | Slice | npt.NDArray[np.uint8], number: int) -> tuple[str,
 
 
 def _prepared(images: _Images, num_workers: int) -> Generator[PackedImage | str]:
-    """`_Images[...]` of each position, in order, a few chunks ahead."""
+    """Prepare the image at each position, in order, a few chunks ahead."""
     others = num_workers if num_workers > 1 else 0
     context = "forkserver" if others else None
     for chunk in DataLoader(

@@ -1,4 +1,4 @@
-"""Byte ranges of shards in object stores and on web servers: many requests at once, and ahead of their use."""
+"""Byte ranges of shards in object stores and on web servers: many concurrent requests, ahead of their use."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ import fsspec.asyn
 from aimscale.harness.data.store.shards import (
     MAX_REQUESTS,
     NUM_TRIES,
-    Place,
+    ByteRange,
     filesystem_of,
     join,
-    of_shard,
-    pause_before,
+    retry_delay_s,
+    shard_error,
 )
 
 MAX_AHEAD_BYTES = 64 * 2**20
-"""Answers that a reader keeps, or waits for, before they are read."""
-_STALLED_S = 60.0  # without an answer a read has stalled and is tried again
+"""Bytes that a reader keeps, or waits for, before they are read."""
+_STALLED_S = 60.0  # without an answer for so long, a read counts as stalled and is tried again
 
 
 class IgnoredRangeError(OSError):
-    """A server that answers a request for a part with the whole file."""
+    """Server that answers a request for a byte range with the whole file."""
 
 
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IgnoredRangeError)  # trying again cannot help
 
 
 class RemoteReader:
-    """Range requests of any number of threads; what fails or stalls is asked for again, alone.
+    """Reader of byte ranges for any number of threads; a request that fails or stalls is repeated, alone.
 
-    They run in the thread that fsspec keeps in each process.
+    Requests run in the thread that fsspec keeps in each process.
     """
 
     def __init__(self, location: str) -> None:
@@ -45,37 +45,39 @@ class RemoteReader:
         self._lock, self._process = threading.Lock(), os.getpid()
         self._filesystem: Any = None
         self._is_async, self._room = False, asyncio.Semaphore(1)
-        self._wanted: dict[Place, None] = {}  # ahead, in the order of their use
-        self._asked: dict[Place, tuple[Future[bytes], int]] = {}  # ahead; and how many bytes had been read then
+        self._wanted: dict[ByteRange, None] = {}  # to request ahead, in the order of their use
+        self._asked: dict[ByteRange, tuple[Future[bytes], int]] = {}  # requested ahead; and the bytes read before
         self._asked_bytes = self._read_bytes = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteReader, (self._location,)
 
-    def read_ahead(self, places: Sequence[Place], shards: Collection[str] = ()) -> None:
-        """Ask for what `read_many` will be called for next, as far as there is memory; returns at once.
+    def read_ahead(self, byte_ranges: Sequence[ByteRange], shards: Collection[str] = ()) -> None:
+        """Request what `read_many` will next be called for, as far as memory allows; returns at once.
 
-        An error comes out where the bytes are read.
+        Errors are raised where the bytes are read.
         """
         with self._locked():
-            self._wanted.update(dict.fromkeys(place for place in places if place not in self._asked))
+            self._wanted.update(
+                dict.fromkeys(byte_range for byte_range in byte_ranges if byte_range not in self._asked)
+            )
             self._ask_ahead()
 
-    def is_ahead(self, place: Place) -> bool:
-        """Whether it was asked for ahead, and not read yet."""
-        return place in self._asked
+    def is_ahead(self, byte_range: ByteRange) -> bool:
+        """Return whether a byte range was requested ahead and not yet read."""
+        return byte_range in self._asked
 
-    def read_many(self, places: Sequence[Place]) -> list[bytes]:
-        """As `LocalReader.read_many`."""
+    def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
+        """Read byte ranges, see `LocalReader.read_many`."""
         with self._locked():
-            answers = [self._taken(place) for place in places]
+            answers = [self._taken(byte_range) for byte_range in byte_ranges]
             self._ask_ahead()
         found: list[bytes] = []
         try:
             for answer in answers:
                 found.append(answer.result())
-        except Exception as error:  # each file system raises its own
-            raise of_shard(error, places[len(found)][0]) from error
+        except Exception as error:  # each file system raises types of its own
+            raise shard_error(error, byte_ranges[len(found)][0]) from error
         finally:
             for answer in answers[len(found) :]:
                 answer.cancel()
@@ -83,7 +85,7 @@ class RemoteReader:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        if self._process != os.getpid():  # forked: nothing of what the parent asked for comes here
+        if self._process != os.getpid():  # forked: the parent's requests are not answered here
             RemoteReader.__init__(self, self._location)
         with self._lock:
             if self._filesystem is None:
@@ -92,19 +94,19 @@ class RemoteReader:
                     self._is_async, self._room = True, asyncio.Semaphore(MAX_REQUESTS)
             yield
 
-    def _taken(self, place: Place) -> Future[bytes]:
-        self._wanted.pop(place, None)
-        self._read_bytes += place[2]
-        if place not in self._asked:
-            return self._ask(place)
-        self._asked_bytes -= place[2]
-        return self._asked.pop(place)[0]
+    def _taken(self, byte_range: ByteRange) -> Future[bytes]:
+        self._wanted.pop(byte_range, None)
+        self._read_bytes += byte_range[2]
+        if byte_range not in self._asked:
+            return self._ask(byte_range)
+        self._asked_bytes -= byte_range[2]
+        return self._asked.pop(byte_range)[0]
 
     def _ask_ahead(self) -> None:
-        """Ask for more of what is wanted; what was passed over long ago gives its place."""
+        """Request more wanted byte ranges; answers left unread for long are dropped to make room."""
         while self._wanted:
-            place = next(iter(self._wanted))
-            if self._asked and self._asked_bytes + place[2] > MAX_AHEAD_BYTES:
+            byte_range = next(iter(self._wanted))
+            if self._asked and self._asked_bytes + byte_range[2] > MAX_AHEAD_BYTES:
                 oldest, (answer, read_before) = next(iter(self._asked.items()))
                 if self._read_bytes - read_before <= 2 * MAX_AHEAD_BYTES:
                     return
@@ -112,15 +114,15 @@ class RemoteReader:
                 del self._asked[oldest]
                 self._asked_bytes -= oldest[2]
                 continue
-            del self._wanted[place]
-            self._asked[place] = self._ask(place), self._read_bytes
-            self._asked_bytes += place[2]
+            del self._wanted[byte_range]
+            self._asked[byte_range] = self._ask(byte_range), self._read_bytes
+            self._asked_bytes += byte_range[2]
 
-    def _ask(self, place: Place) -> Future[bytes]:
-        return asyncio.run_coroutine_threadsafe(self._answer(*place), fsspec.asyn.get_loop())
+    def _ask(self, byte_range: ByteRange) -> Future[bytes]:
+        return asyncio.run_coroutine_threadsafe(self._answer(*byte_range), fsspec.asyn.get_loop())
 
     async def _answer(self, name: str, start: int, size: int) -> bytes:
-        """The bytes at a place, after as many tries as it takes."""
+        """Fetch a byte range, in up to `NUM_TRIES` tries."""
         for attempt in range(NUM_TRIES):
             try:
                 async with self._room, asyncio.timeout(_STALLED_S):
@@ -135,10 +137,10 @@ class RemoteReader:
             except TimeoutError as error:
                 problem: Exception = TimeoutError(f"stalled: {size} bytes did not come within {_STALLED_S:g} s")
                 problem.__cause__ = error
-            except Exception as error:  # each file system raises its own
+            except Exception as error:  # each file system raises types of its own
                 problem = error
             if attempt < NUM_TRIES - 1:
-                await asyncio.sleep(pause_before(attempt))
+                await asyncio.sleep(retry_delay_s(attempt))
         raise problem
 
     async def _cat(self, name: str, start: int, end: int) -> bytes:

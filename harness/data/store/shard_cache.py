@@ -1,8 +1,9 @@
-"""Where the files of a data set are read: in its folder, at its URL, or in a cache of this machine.
+"""Readers of a data set's files in its folder, at its URL, or in a cache of this machine.
 
-The cache of shards is a bounded folder of whole ones, `aimscale-shards` within the one that the user names, shared by
-the processes of a machine and by data sets. Shards are fetched once, in the background, aside, and renamed; meanwhile,
-and where there is no room, reading goes on by byte ranges. The time of a file says when a process used it last.
+The cache of shards is a folder of bounded size, `aimscale-shards` within the one that the user names, shared by the
+processes of a machine and by data sets. Whole shards are fetched once, in the background, under a temporary name, and
+renamed; until then, and without room, byte ranges are read. A file's modification time says when a process used it
+last.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import DatasetInfo
 from aimscale.harness.data.store.columns import Index
+from aimscale.harness.data.store.dataset_info import DatasetInfo
 from aimscale.harness.data.store.remote import RemoteReader
-from aimscale.harness.data.store.shards import LocalReader, Place, ShardInfo, download, is_url, join
-from aimscale.harness.run.files import cache_folder, locked, written_aside
+from aimscale.harness.data.store.shards import ByteRange, LocalReader, ShardInfo, download, is_url, join
+from aimscale.harness.run.files import atomic_write, cache_folder, locked
 
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""
 
-_CHECKED_AT_OPEN = 2000  # shards whose presence and size are looked at when a data set is opened
+_CHECKED_AT_OPEN = 2000  # shards whose presence and size are checked when a data set is opened
 _MAPPED_FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy", "bad_before.npy")
 _PARTIAL = ".partial"
 _IN_USE_S = 30.0  # after its last use a shard may be evicted
-_RETRY_S = 15.0  # a shard that had no room, or is being fetched elsewhere, is asked for again after this
-_PART_BYTES, _PARTS_AT_ONCE = 4 * 2**20, 4  # of a shard that is fetched
+_RETRY_S = 15.0  # until a shard without room, or fetched elsewhere, is requested again
+_PART_BYTES, _PARTS_AT_ONCE = 4 * 2**20, 4  # parts in which a shard is fetched
 
 
 class CachedReader:
-    """Reads shards of one data set from a cache in `cache_dir`, and what is not there by byte ranges.
+    """Reader of one data set's shards from a cache in `cache_dir`; what is not there is read by byte ranges.
 
-    Whole shards come in the background, where `read_ahead` names them and the cache can stay within `max_bytes`: those
-    that nobody has used for half a minute make room, the longest unused first.
+    Whole shards are fetched in the background if `read_ahead` names them and the cache can stay within `max_bytes`:
+    shards that nobody has used for half a minute are evicted, the longest unused first.
     """
 
     def __init__(self, location: str, sizes: Mapping[str, int], cache_dir: Path, max_bytes: int) -> None:
@@ -54,14 +55,14 @@ class CachedReader:
         self._wanted: collections.deque[str] = collections.deque()
         self._fetching: threading.Thread | None = None
         self._starting = threading.Lock()
-        self._paused_until, self._has_told = 0.0, False
+        self._paused_until, self._has_warned = 0.0, False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CachedReader, self._made_of
 
-    def read_ahead(self, places: Sequence[Place], shards: Collection[str] = ()) -> None:
-        """As `RemoteReader.read_ahead`; and fetch whole `shards`, in this order."""
-        self._remote.read_ahead([place for place in places if not self._path(place[0]).exists()])
+    def read_ahead(self, byte_ranges: Sequence[ByteRange], shards: Collection[str] = ()) -> None:
+        """Request byte ranges ahead, see `RemoteReader.read_ahead`, and fetch whole `shards`, in this order."""
+        self._remote.read_ahead([byte_range for byte_range in byte_ranges if not self._path(byte_range[0]).exists()])
         now = time.monotonic()
         for name in shards:
             if self._path(name).exists():
@@ -69,30 +70,30 @@ class CachedReader:
             elif now > max(self._paused_until, self._tried_at.get(name, -_RETRY_S) + _RETRY_S):
                 self._tried_at[name] = now
                 self._wanted.append(name)
-        with self._starting:  # one thread fetches, however many read
+        with self._starting:  # only one thread fetches
             if self._wanted and (self._fetching is None or not self._fetching.is_alive()):
                 self._fetching = threading.Thread(target=self._fetch_wanted, name="shards", daemon=True)
                 self._fetching.start()
 
-    def read_many(self, places: Sequence[Place]) -> list[bytes]:
-        """As `LocalReader.read_many`."""
-        found = [None if self._remote.is_ahead(place) else self._read(*place) for place in places]
-        missing = [place for place, data in zip(places, found, strict=True) if data is None]
+    def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
+        """Read byte ranges, see `LocalReader.read_many`."""
+        found = [None if self._remote.is_ahead(byte_range) else self._read(*byte_range) for byte_range in byte_ranges]
+        missing = [byte_range for byte_range, data in zip(byte_ranges, found, strict=True) if data is None]
         others = iter(self._remote.read_many(missing) if missing else ())
         return [next(others) if data is None else data for data in found]
 
     def _read(self, name: str, offset: int, size: int) -> bytes | None:
-        """From the cache; None where it has not got the shard."""
-        try:  # a file that stayed open would take its room after it was evicted
+        """Read a byte range from the cache; None if it lacks the shard."""
+        try:  # a file kept open would occupy the disk after its eviction
             with self._path(name).open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), size, offset)
-        except OSError:  # evicted, or on a broken disk: the source has it, too
+        except OSError:  # evicted, or on a broken disk: read the source
             return None
         self._use(name)
         return data
 
     def _use(self, name: str) -> None:
-        """Tell the machine's processes that a shard is in use."""
+        """Mark a shard as in use, for all processes of the machine."""
         now = time.monotonic()
         if now - self._used_at.get(name, -_IN_USE_S) > _IN_USE_S / 4:
             self._used_at[name] = now
@@ -111,45 +112,45 @@ class CachedReader:
             if not has_room:
                 self._paused_until = time.monotonic() + _RETRY_S
                 self._wanted.clear()
-            if problem and not self._has_told:
-                self._has_told = True
+            if problem and not self._has_warned:
+                self._has_warned = True
                 print(
                     f"the cache {self._root} cannot be used ({problem}); shards are read by byte ranges",
                     file=sys.stderr,
                 )
 
     def _fetch(self, name: str) -> bool:
-        """Put a shard into the cache, unless it is there or another process does that; False where there is no room.
+        """Fetch a shard into the cache, unless it is there or another process fetches it; False if there is no room.
 
         Raises:
             OSError: it cannot be fetched or written.
         """
         target, size = self._path(name), self._sizes[name]
-        aside = target.with_name(f"{target.name}{_PARTIAL}")
-        with locked(aside, wait=False) as mine:
+        partial = target.with_name(f"{target.name}{_PARTIAL}")
+        with locked(partial, wait=False) as mine:
             if not mine or target.exists():
                 return True
             try:
-                if not self._make_room(aside, size):
+                if not self._make_room(partial, size):
                     return False
                 parts = [(name, first, min(_PART_BYTES, size - first)) for first in range(0, size, _PART_BYTES)]
-                with aside.open("r+b") as file:
+                with partial.open("r+b") as file:
                     for at in range(0, len(parts), _PARTS_AT_ONCE):
                         file.writelines(self._copied.read_many(parts[at : at + _PARTS_AT_ONCE]))
                     if file.tell() != size:
                         raise OSError(f"{join(self._location, name)} has fewer bytes than the index says, {size}")
-                aside.rename(target)
+                partial.rename(target)
             finally:
-                aside.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
         return True
 
-    def _make_room(self, aside: Path, size: int) -> bool:
-        """Claim the room for a shard by the length of its file, evicting what nobody uses; False when it cannot fit."""
+    def _make_room(self, partial: Path, size: int) -> bool:
+        """Reserve room for a shard by the length of its file, evicting unused ones; False if it cannot fit."""
         with locked(self._root / ".lock"):
             files = []
             for path in self._root.glob("*/*"):
                 with contextlib.suppress(FileNotFoundError):  # a download that has just ended
-                    if path != aside and path.is_file():
+                    if path != partial and path.is_file():
                         files.append((path.stat().st_mtime, path.stat().st_size, path))
             excess, evicted = sum(length for _, length, _ in files) + size - self._max_bytes, []
             for used_at, length, path in sorted(files):
@@ -160,16 +161,17 @@ class CachedReader:
                 return False
             for path in evicted:
                 path.unlink(missing_ok=True)
-            os.truncate(aside, size)
+            os.truncate(partial, size)
         return True
 
 
 Reader = LocalReader | RemoteReader | CachedReader
-"""Reads byte ranges of the shards of one data set."""
+"""Reader of byte ranges of one data set's shards."""
 
 
 def open_index(where: str, info: DatasetInfo, cache_dir: str | None) -> Index:
-    """The mapped columns; those of a URL are fetched once per machine, without a cache into the user's own.
+    """Open the mapped columns; those of a URL are fetched once per machine, without `cache_dir` into the user's own
+    cache.
 
     Raises:
         OSError: a file cannot be read.
@@ -182,13 +184,13 @@ def open_index(where: str, info: DatasetInfo, cache_dir: str | None) -> Index:
     with locked(root / ".index-lock"):
         for name in _MAPPED_FILES:
             if not (folder / name).exists():
-                with contextlib.suppress(FileNotFoundError), written_aside(folder / name) as aside:  # label.npy
-                    download(join(join(where, info.index_folder), name), aside)
+                with contextlib.suppress(FileNotFoundError), atomic_write(folder / name) as partial:  # label.npy
+                    download(join(join(where, info.index_folder), name), partial)
     return Index(folder, info)
 
 
 def open_reader(location: str, shards: Sequence[ShardInfo], cache_dir: str | None, cache_gb: float) -> Reader:
-    """What reads the shards at a folder or URL; see `open_dataset`."""
+    """Open a reader of the shards at a folder or URL; see `open_dataset`."""
     if not is_url(location):
         _check_shards(Path(location), shards)
         return LocalReader(Path(location))
@@ -198,6 +200,7 @@ def open_reader(location: str, shards: Sequence[ShardInfo], cache_dir: str | Non
 
 
 def _check_shards(folder: Path, shards: Sequence[ShardInfo]) -> None:
+    """Raise DataError if one of the first shards is missing or has another size."""
     for name, size in shards[:_CHECKED_AT_OPEN]:
         path = folder / name
         there = path.stat().st_size if path.exists() else None
@@ -207,7 +210,7 @@ def _check_shards(folder: Path, shards: Sequence[ShardInfo]) -> None:
 
 
 def open_cache(cache_dir: Path) -> Path:
-    """The cache's own folder in `cache_dir`, made if it does not exist."""
+    """Make the cache's own folder in `cache_dir` if needed, and return it."""
     root = cache_dir / CACHE_FOLDER
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -16,26 +16,28 @@ from typing import IO, Literal, NamedTuple, NoReturn, Self
 import webdataset
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import open_local
+from aimscale.harness.data.store.dataset_info import open_local
 
 MAX_IMAGE_BYTES = 1 << 30
-"""Of an image file: the pixels that are decoded at most (`decoding.MAX_IMAGE_PIXELS`) take less in any format."""
+"""Limit on an image file's bytes; the most pixels that are decoded (`decoding.MAX_IMAGE_PIXELS`) take less in any
+format."""
 MAX_SHARDS = 1_000_000
-"""Names that a pattern may stand for."""
+"""Limit on the names that a pattern may stand for."""
 _MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes
 _MAX_NESTED = 16  # braces within braces
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 
 Members = dict[str, tuple[int, bytes]]
-"""Extension, in lower case -> where the file starts in the tar, and its bytes."""
+"""Extension, in lower case -> offset of the file in the tar, and its bytes."""
 
 
 class Member(tarfile.TarInfo):
-    """Refuses what tarfile would take for the end of the archive, read for ever, or read into any amount of memory."""
+    """Tar header that refuses what tarfile would take for the end of the archive, read for ever, or read into any
+    amount of memory."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
-        """As tarfile's; ReadError for all that is no header, but the mark of the end."""
+        """Read a header as tarfile does; ReadError for anything that is neither a header nor the end mark."""
         try:
             member = super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the stubs lack it
@@ -52,26 +54,26 @@ class Member(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]  # the stubs lack it
 
     def _refuse(self, *args: object) -> NoReturn:
-        """A sparse member of 10 kB may stand for 1 TB, and its bytes do not lie in one piece."""
+        """Refuse sparse members: one of 10 kB may stand for 1 TB, and its bytes are not contiguous."""
         raise tarfile.ReadError("a member is stored as a sparse file")
 
     _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse
 
 
 class Slice(NamedTuple):
-    """A file inside of an uncompressed tar, or one by itself."""
+    """File inside of an uncompressed tar, or a file by itself."""
 
     tar: Path
     name: str
-    """Within the tar; of a tar inside of it, `INNER/NAME`."""
+    """Name within the tar; in a nested tar, `INNER/NAME`."""
     offset: int
-    """Of the first byte."""
+    """Offset of the first byte."""
     size: int
     """Bytes."""
 
 
 def list_slices(path: Path) -> Iterator[Slice]:
-    """The files of an uncompressed tar; in the place of a tar inside of it, its files.
+    """List the files of an uncompressed tar; a nested tar is replaced by its files.
 
     Raises:
         tarfile.TarError: it is damaged, cut off, or no tar file.
@@ -92,7 +94,7 @@ def list_slices(path: Path) -> Iterator[Slice]:
 def read_samples(
     file: IO[bytes], extensions: Collection[str], mode: Literal["r|", "r|*"] = "r|"
 ) -> Iterator[tuple[str, Members]]:
-    """(key, members) of every sample of a tar file, those members that have one of these extensions.
+    """Yield (key, members) of every sample of a tar file, with the members that have one of these extensions.
 
     Args:
         mode: `r|*` unpacks compressed files, too.
@@ -121,7 +123,7 @@ def read_samples(
                     members[extension.lower()] = member.offset_data, _content(tar, member)
     except (OSError, tarfile.TarError):
         raise
-    except Exception as error:  # of numbers and headers that no writer makes, or of a remote file system
+    except Exception as error:  # from malformed headers, or a remote file system
         raise tarfile.ReadError(f"{type(error).__name__} {error}".strip()) from error
     if current is not None:
         yield current, members
@@ -136,8 +138,8 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern of webdataset's stands for: `NAME-{000..123}.tar`."""
-    bound, open_ = 1, [0]  # no less than the number of names, found without making them
+    """Expand a pattern of webdataset's into names: `NAME-{000..123}.tar`."""
+    bound, open_ = 1, [0]  # upper bound on the number of names
     for character in pattern:
         if character == "{":
             open_.append(1)

@@ -1,1 +1,1 @@
-"""Which image stands at which position of the training stream, and how it becomes a batch."""
+"""The training stream: the order of images, their augmentation, and batches of them."""

@@ -25,7 +25,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 """ImageNet's channel standard deviations."""
 
 SMALL_SIDE = 64
-"""Images with both sides at most this long take the fixed-point batch path, pixels."""
+"""Longest side of images that take the fixed-point batch path, pixels."""
 _NUM_TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to a centre crop
 _DRAWS = 2 * _NUM_TRIES + 3
 _resize: Callable[..., torch.Tensor] = torch._C._nn._upsample_bicubic2d_aa  # F.interpolate calls it, without `out`
@@ -34,7 +34,7 @@ _WEIGHT_SCALE = 2.0**14  # 255 * 1.5 * 2^14 < 2^24: exact in fp32
 
 
 class Boxes(NamedTuple):
-    """Crops of B images, pixels; int64 (B,) each, flip bool (B,)."""
+    """Crop boxes of B images, pixels; int64 (B,) each, flip bool (B,)."""
 
     top: npt.NDArray[np.int64]
     left: npt.NDArray[np.int64]
@@ -42,13 +42,13 @@ class Boxes(NamedTuple):
     width: npt.NDArray[np.int64]
     flip: npt.NDArray[np.bool_]
 
-    def of(self, rows: slice) -> Boxes:
-        """Those of some images."""
+    def select(self, rows: slice) -> Boxes:
+        """Select the boxes of some images."""
         return Boxes(self.top[rows], self.left[rows], self.height[rows], self.width[rows], self.flip[rows])
 
 
-def box_draws(key: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Uniform on [0, 1), (B, some): what `draw_boxes` makes the boxes at B positions of."""
+def box_uniforms(key: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Draw the uniform numbers on [0, 1), (B, some), from which `draw_boxes` makes the boxes at B positions."""
     return random_uniform(key, positions[:, None] * 32 + np.arange(_DRAWS))
 
 
@@ -61,7 +61,8 @@ def draw_boxes(
     ratio: tuple[float, float] = CROP_RATIO,
     horizontal_flip: bool,
 ) -> Boxes:
-    """RandomResizedCrop's boxes (Inception crop): area share uniform in `scale`, aspect ratio log-uniform in `ratio`.
+    """Draw RandomResizedCrop's boxes (Inception crop): area share uniform in `scale`, aspect ratio log-uniform in
+    `ratio`.
 
     The largest centre crop with an allowed ratio is taken when no try fits, as in torchvision.
     """
@@ -94,19 +95,20 @@ def draw_boxes(
 
 
 def crop_resize(image: torch.Tensor, box: tuple[int, int, int, int, bool], size: int) -> torch.Tensor:
-    """Crop uint8 (C, H, W) to (top, left, height, width), resize to (C, size, size), flip: bicubic, antialiased."""
+    """Crop uint8 (C, H, W) to (top, left, height, width), resize to (C, size, size) and flip: bicubic, antialiased."""
     into = image.new_empty(1, size, size, len(image)).permute(0, 3, 1, 2)
     crop_resize_into(into, image.permute(1, 2, 0).contiguous().numpy(), box)
     return into[0]
 
 
 def crop_resize_into(into: torch.Tensor, pixels: npt.NDArray[np.uint8], box: tuple[int, int, int, int, bool]) -> None:
-    """`crop_resize` of uint8 (H, W, C) to (1, C, size, size), a slice of a batch.
+    """Crop and resize uint8 (H, W, C) into (1, C, size, size), a slice of a batch; see `crop_resize`.
 
-    Of few calls: between two decodings none finds its code in the core's cache, and each costs several microseconds.
+    It makes few calls: after each decoding their code is no longer in the core's cache, and each call costs several
+    microseconds.
     """
     top, left, height, width, flip = box
-    # torch's fast kernel wants interleaved colours without gaps: copying the crop saves a quarter of its time
+    # torch's fast kernel needs contiguous interleaved colours: copying the crop saves a quarter of the time
     crop = torch.from_numpy(np.ascontiguousarray(pixels[None, top : top + height, left : left + width]))
     crop = crop.permute(0, 3, 1, 2)
     size = into.shape[-1]
@@ -119,13 +121,14 @@ def crop_resize_into(into: torch.Tensor, pixels: npt.NDArray[np.uint8], box: tup
 
 
 def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
-    """`crop_resize` of uint8 (B, C, H, W) with one box each, H and W at most SMALL_SIDE; within 2 of 255 of it."""
+    """Crop and resize uint8 (B, C, H, W), one box each, H and W at most SMALL_SIDE; within 2 of 255 of
+    `crop_resize`."""
     resized = images.new_empty(*images.shape[:2], size, size)
-    # what a processor's cache holds, and the allocator does not take from the system anew: half of the time
+    # small enough for the processor's cache and for reuse by the allocator: half of the time
     step = max(1, _VALUES_AT_A_TIME // max(1, images[:1].numel()))
     for first in range(0, len(images), step):
         some = slice(first, first + step)
-        resized[some] = _crop_resize(images[some], boxes.of(some), size)
+        resized[some] = _crop_resize(images[some], boxes.select(some), size)
     return resized
 
 
@@ -141,20 +144,22 @@ def _crop_resize(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (..., C, H, W) to float32, ImageNet mean and standard deviation; one channel takes their averages."""
+    """Normalise uint8 (..., C, H, W) to float32 by ImageNet's mean and standard deviation; one channel takes their
+    averages."""
     mean, std = _moments(images.device, images.shape[-3])
     return images.float().sub_(255 * mean).div_(255 * std)
 
 
 def denormalise(images: torch.Tensor) -> torch.Tensor:
-    """Inverse of `normalise`: float32 (..., C, H, W) to uint8, clipped."""
+    """Invert `normalise`: float32 (..., C, H, W) to uint8, clipped."""
     mean, std = _moments(images.device, images.shape[-3])
     return (images.float() * (255 * std) + 255 * mean).round().clamp(0, 255).byte()
 
 
 @functools.cache
 def _moments(device: torch.device, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(C, 1, 1) mean and standard deviation of pixels in 0..1; made once, since a GPU waits for such copies."""
+    """Return mean and standard deviation of pixels in 0..1, (C, 1, 1) each; made once, since a GPU waits for such
+    copies."""
     mean, std = torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
     if channels == 1:
         mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
@@ -162,12 +167,14 @@ def _moments(device: torch.device, channels: int) -> tuple[torch.Tensor, torch.T
 
 
 def _weight_index(start: npt.NDArray[np.int64], length: npt.NDArray[np.int64], side: int) -> torch.Tensor:
+    """Return the rows of `_resize_weights` for crops of a side."""
     return torch.from_numpy(start * side + length - 1)
 
 
 @functools.lru_cache(maxsize=16)
 def _resize_weights(side: int, size: int) -> torch.Tensor:
-    """Bicubic antialiased weights of every crop of a side: (side * side, size, side), by start * side + length - 1.
+    """Compute the bicubic antialiased weights of every crop of a side, (side * side, size, side), by start * side +
+    length - 1.
 
     The filter is Keys's with a = -0.5, stretched by the scale when shrinking: Pillow's, and torch's antialiased one.
     """

@@ -1,6 +1,6 @@
-"""Held-out images: that none of them enters training, and how validation and probes see them.
+"""Held-out images: the check that none of them enters training, and their preprocessing for validation and probes.
 
-Two data sets are compared by the checksums in their indexes. Their pixels have no randomness, and prefixes are fixed
+Two data sets are compared by the checksums in their indexes. Preprocessing has no randomness, and prefixes are fixed
 per image.
 """
 
@@ -20,28 +20,28 @@ from aimscale.harness.data.store.columns import BLOCK_ROWS
 from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import normalise
-from aimscale.harness.data.stream.draws import masks
+from aimscale.harness.data.stream.base import masks
 
 if TYPE_CHECKING:
     from aimscale.aim.config import ModelConfig
-    from aimscale.harness.data.store.card import DatasetInfo
+    from aimscale.harness.data.store.dataset_info import DatasetInfo
     from aimscale.harness.run.config import ModelSection
 
-_TABLE_BITS = 24  # of the checksums; almost all images are told from the held-out ones by one look at the table
+_TABLE_BITS = 24  # of the checksums; one lookup in the table rules out almost all images
 
-Twins = tuple[ShardDataset, npt.NDArray[np.int64], npt.NDArray[np.int64]]
-"""A pool, some of its samples, and the held-out samples that are the same files."""
+SharedImages = tuple[ShardDataset, npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""Pool, some of its samples, and the held-out samples that are the same files."""
 
 
 def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> None:
-    """Compare image files by checksum, byte for byte.
+    """Raise DataError if a training image is held out, comparing image files by checksum.
 
-    The whole data sets are compared, whatever subset a run uses, so that growing a run later cannot leak.
+    The whole data sets are compared, whatever subset a run uses, so that a later extension of the run cannot leak.
 
     Raises:
         DataError: names the first image that both sides hold, and how many there are.
     """
-    if found := list(twins(pools, held_out)):
+    if found := list(shared_images(pools, held_out)):
         pool, samples, partners = found[0]
         number = sum(len(some) for which, some, _ in found if which is pool)
         raise DataError(
@@ -52,18 +52,19 @@ def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Non
 
 
 def count_shared(pools: Sequence[ShardDataset], held_out: ShardDataset) -> int:
-    """Usable held-out images that some pool holds too, byte for byte."""
+    """Count the usable held-out images that some pool holds too, byte for byte."""
     is_shared = np.zeros(len(held_out), dtype=bool)
     checksums = held_out.index.checksum
-    found = [checksums[partners] for _, _, partners in twins(pools, held_out)]
+    found = [checksums[partners] for _, _, partners in shared_images(pools, held_out)]
     if found:
         is_shared = np.isin(checksums, np.concatenate(found))
         is_shared[held_out.index.bad] = False
     return int(is_shared.sum())
 
 
-def twins(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[Twins]:
-    """Usable pool images that are held out too; reads no image, holds a block of the index in memory at a time."""
+def shared_images(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[SharedImages]:
+    """Yield the usable pool images that are held out too; reads no image, and holds a block of the index in memory at a
+    time."""
     order = np.argsort(held_out.index.checksum)
     wanted = held_out.index.checksum[order]
     table = np.zeros(1 << _TABLE_BITS, dtype=bool)
@@ -74,7 +75,7 @@ def twins(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[Twi
             likely = np.flatnonzero(table[_low_bits(checksums)])
             nearest = np.minimum(np.searchsorted(wanted, checksums[likely]), len(wanted) - 1)
             same = wanted[nearest] == checksums[likely]
-            if same.any():  # few blocks hold a twin, and looking among many bad samples takes long
+            if same.any():  # few blocks share an image, and searching many bad samples takes long
                 same &= ~np.isin(first + likely, pool.index.bad)
             if same.any():
                 yield pool, first + likely[same], order[nearest[same]]
@@ -87,7 +88,8 @@ def _low_bits(checksums: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 def eval_images(
     dataset: ShardDataset, indices: Sequence[int] | npt.NDArray[np.int64], model: ModelSection, centre_crop: float
 ) -> torch.Tensor:
-    """Shorter side to ceil(image_size / centre_crop) (bicubic, antialiased), centre crop, normalised.
+    """Preprocess images for evaluation: shorter side to ceil(image_size / centre_crop) (bicubic, antialiased), centre
+    crop, normalised.
 
     Returns:
         float32 (B, C, image_size, image_size).
@@ -98,7 +100,7 @@ def eval_images(
 def eval_pixels(
     dataset: ShardDataset, indices: Sequence[int] | npt.NDArray[np.int64], model: ModelSection, centre_crop: float
 ) -> torch.Tensor:
-    """`eval_images` before they are normalised, uint8.
+    """Preprocess images as `eval_images` does, but without normalisation, to uint8.
 
     Raises:
         DataError: an image cannot be read or decoded; an evaluation never replaces one.
@@ -106,15 +108,16 @@ def eval_pixels(
     require_channels(model.channels)
     pixels = torch.empty(len(indices), model.channels, model.image_size, model.image_size, dtype=torch.uint8)
     samples = np.asarray(indices, dtype=np.int64)
-    dataset.read_ahead(fresh := samples[dataset.is_fresh(samples, model.channels)], whole=fresh)
+    dataset.read_ahead(fresh := samples[dataset.is_uncached(samples, model.channels)], whole=fresh)
     for row, index in enumerate(samples.tolist()):
         image = dataset.decode(index, model.channels)
         pixels[row] = crop_centre(image, model.image_size, math.ceil(model.image_size / centre_crop))
     return pixels
 
 
-def fixed_given(num_images: int, num_prefixes: int, model: ModelConfig) -> torch.Tensor:
-    """What a model is given of validation images: (images, prefixes) lengths, or (images, prefixes, N) masks."""
+def validation_prefixes(num_images: int, num_prefixes: int, model: ModelConfig) -> torch.Tensor:
+    """Return what a model conditions on for validation images: prefix lengths (images, prefixes), or visible patches
+    (images, prefixes, N)."""
     if model.masked is None:
         return prefix_lengths(num_images, num_prefixes, model.num_tokens)
     numbers = np.arange(num_images)[:, None] * 4096 + np.arange(num_prefixes)
@@ -123,7 +126,7 @@ def fixed_given(num_images: int, num_prefixes: int, model: ModelConfig) -> torch
 
 
 def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch.Tensor:
-    """Fixed prefix lengths: int64 (num_images, num_prefixes), a function of the image's position alone.
+    """Draw fixed prefix lengths, int64 (num_images, num_prefixes), a function of the image's position alone.
 
     The range 1..N-1 is cut into `num_prefixes` equal strata, and every image draws one length from each; the same for
     every run, so that losses can be compared image by image.
@@ -135,8 +138,8 @@ def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch
     return torch.from_numpy(np.minimum(lengths, num_tokens - 1))
 
 
-def refuse_fewer(path: str, info: DatasetInfo, num_images: int | None) -> None:
-    """Raise DataError where a data set has fewer images that decode than are asked for, or none."""
+def require_images(path: str, info: DatasetInfo, num_images: int | None) -> None:
+    """Raise DataError if a data set has fewer images that decode than are asked for, or none."""
     if info.num_usable < (num_images or 1):
         raise DataError(
             f"{path} has {info.num_usable} usable images, {num_images or 1} were asked for; lower num_images"
@@ -144,6 +147,6 @@ def refuse_fewer(path: str, info: DatasetInfo, num_images: int | None) -> None:
 
 
 def usable_indices(dataset: ShardDataset, num_images: int | None = None) -> npt.NDArray[np.int64]:
-    """Sample numbers of the decodable images, in index order, the first `num_images` of them."""
-    refuse_fewer(dataset.path, dataset.info, num_images)
+    """Return the sample numbers of the decodable images, in index order, the first `num_images` of them."""
+    require_images(dataset.path, dataset.info, num_images)
     return dataset.usable(None if num_images is None else np.arange(num_images))

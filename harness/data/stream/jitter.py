@@ -1,7 +1,7 @@
-"""Colour jitter of a batch: torchvision's ColorJitter of float images, rounded once, at the end.
+"""Colour jitter of a batch: torchvision's ColorJitter on float images, rounded once, at the end.
 
-Every machine gives the same bytes: nothing but single operations, which all round alike, and means that are sums of
-integers. Nothing chooses between values by a comparison either, which takes a CPU as long as six additions.
+Every machine gives the same bytes, since only elementary operations, which all round alike, and means of integer sums
+are used. Values are not selected by comparisons, which take a CPU as long as six additions.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ _PROBABILITY = 0.8
 _STRENGTH = np.array([0.4, 0.4, 0.2, 0.1])  # of brightness, contrast, saturation, hue
 _ORDERS = np.array(list(itertools.permutations(range(4))))
 _GREY = (0.2989, 0.587, 0.114)  # torchvision's
-_TINY = 1e-6  # in place of a spread of 0, which grey pixels have
+_TINY = 1e-6  # replaces a spread of 0, which grey pixels have
 
 
 def jitter_colours(images: Tensor, key: int, positions: I64) -> Tensor:
-    """ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8 of uint8 (B, C, H, W), one draw per position, in place.
+    """Apply ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8 to uint8 (B, C, H, W), one draw per position, in
+    place.
 
     As in torchvision the four changes come in random order, each by a factor uniform around one (the hue: a shift
     around zero).
     """
     chosen, order, strength = _draw(key, positions)
-    for row in np.flatnonzero(chosen):  # one by one: all passes over an image find it in the core's cache
+    for row in np.flatnonzero(chosen):  # one by one, so that the image stays in the core's cache over all passes
         images[row] = _jittered(images[row : row + 1], order[row], strength[row])[0]
     return images
 
 
 def _draw(key: int, positions: I64) -> tuple[npt.NDArray[np.bool_], I64, npt.NDArray[np.float32]]:
-    """Which images are changed, bool (B,); in which order, (B, 4); and by how much, (B, 4) by the kind of change."""
+    """Draw which images are changed, bool (B,); the order of changes, (B, 4); and their strengths, (B, 4) by the kind
+    of change."""
     uniform = random_uniform(key, positions[:, None] * 8 + np.arange(6))
     order = _ORDERS[np.floor(uniform[:, 1] * len(_ORDERS)).astype(np.int64)]
     strength = np.array([1, 1, 1, 0]) + _STRENGTH * (2 * uniform[:, 2:] - 1)
@@ -44,7 +46,7 @@ def _draw(key: int, positions: I64) -> tuple[npt.NDArray[np.bool_], I64, npt.NDA
 
 
 def _jittered(image: Tensor, order: I64, strength: npt.NDArray[np.float32]) -> Tensor:
-    """All changes of uint8 (1, C, H, W); a grey image has neither saturation nor hue."""
+    """Apply all changes to uint8 (1, C, H, W); a grey image has neither saturation nor hue."""
     values = image.to(torch.float32, memory_format=torch.contiguous_format)
     for number in order:
         if number < 2 or image.shape[1] > 1:
@@ -74,9 +76,9 @@ def _hue(values: Tensor, shift: Tensor) -> None:
     # The hue as an angle from red, in sixths of the circle: green is at 2, blue at -2, and cyan at 3.
     hue = (green + blue).sub_(red).sub_(least).div_(spread.clamp(min=_TINY)).add_(1)
     hue.copysign_(green - blue).add_(shift[:, 0] * 6)
-    # A colour is full up to 1 from its own angle, and absent from 2 on; 3 - |angle| is what is left to the opposite.
+    # A colour has full strength up to 1 from its own angle, and none from 2 on: 3 - angle, clamped to 1..2.
     torch.sub(3, hue.abs(), out=values[:, 0])
-    torch.sub((hue - 2).abs_(), 3, out=values[:, 1]).abs_()  # once around for what lies behind the opposite
+    torch.sub((hue - 2).abs_(), 3, out=values[:, 1]).abs_()  # wraps around for angles beyond the opposite
     torch.sub(hue.add_(2).abs_(), 3, out=values[:, 2]).abs_()
     values.clamp_(1, 2).mul_(spread[:, None]).add_(least.sub_(spread)[:, None])
 
@@ -85,7 +87,7 @@ _CHANGES: tuple[Callable[[Tensor, Tensor], None], ...] = (_brightness, _contrast
 
 
 def _grey(values: Tensor) -> Tensor:
-    """float32 (B, 1, H, W), new."""
+    """Compute the grey image, a new float32 (B, 1, H, W)."""
     if values.shape[1] == 1:
         return values.clone()
     red, green, blue = values.unbind(1)

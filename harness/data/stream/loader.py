@@ -1,9 +1,9 @@
 """Batches of the stream for one rank: any number of ranks, workers and micro-batches yields the same global stream.
 
-torch's DataLoader runs the workers and keeps the order. What it hands out are numbers: the pixels are written into the
-slots of one ring of memory, allocated once and shared with the workers, since new memory for every batch costs its page
-faults every time (150 us per image of 224 px, a fifth of what decoding it takes). A batch is a view of its slot, which
-is used again when the last reference to the view is gone.
+torch's DataLoader runs the workers and keeps the order, but carries only numbers: pixels are written into the slots of
+one ring of memory, allocated once and shared with the workers. New memory for every batch would cost its page faults
+each time (150 us per image of 224 px, a fifth of its decoding). A batch is a view of its slot, which is reused once the
+last reference to the view is gone.
 """
 
 from __future__ import annotations
@@ -30,41 +30,42 @@ from torch.utils.data import DataLoader, Dataset
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.decoding import kernel_threads
-from aimscale.harness.data.stream.draws import Batch, Stream
+from aimscale.harness.data.stream.base import Batch, Stream
 from aimscale.harness.run.failures import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from aimscale.harness.device.distributed import Group
 
-_MAX_BYTES = 2 << 30  # of the ring; what does not fit is loaded less far ahead, or in memory of its own
-_IMAGES_AHEAD = 256  # that a worker asks for before it decodes them; `remote.MAX_AHEAD_BYTES` bounds large ones
+_MAX_BYTES = 2 << 30  # of the ring; beyond it, less is loaded ahead, or in new memory
+_IMAGES_AHEAD = 256  # requested by a worker before it decodes them; `remote.MAX_AHEAD_BYTES` limits large ones
 _SHARED_MEMORY = "/dev/shm"
 _PRELOAD = ("aimscale.harness.data.stream.loader", "aimscale.harness.data.stream.unindexed")
 
 
 class WorkerDiedError(RuntimeError):
-    """A loader process ended without being asked to."""
+    """Loader process that ended without being asked to."""
 
 
 def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size: int) -> list[range]:
-    """Positions [start, stop) of one optimiser step to this rank's micro-batches.
+    """Split positions [start, stop) of one optimiser step into this rank's micro-batches.
 
-    Every rank gets the same number of micro-batches, none above `micro_batch`; their sizes differ by one pair
-    at most. Pairs (2i, 2i+1) stay on one rank, and in one micro-batch unless it holds a single image. A rank that has
-    fewer pairs than micro-batches gets empty ones.
+    Every rank gets the same number of micro-batches, none larger than `micro_batch`; their sizes differ by at most one
+    pair. Pairs (2i, 2i+1) stay on one rank, and in one micro-batch unless it holds a single image. A rank with fewer
+    pairs than micro-batches gets empty ones.
     """
     unit = 2 if start % 2 == 0 and stop % 2 == 0 else 1
-    first, last = _share((stop - start) // unit, world_size, rank)
-    most = -(-((stop - start) // unit) // world_size)  # what the first rank has
+    first, last = _part_bounds((stop - start) // unit, world_size, rank)
+    most = -(-((stop - start) // unit) // world_size)  # units of the first rank
     if unit == 2 and micro_batch == 1:
         first, last, most, unit = 2 * first, 2 * last, 2 * most, 1
     num_micro = max(1, -(-most // max(1, micro_batch // unit)))
-    bounds = [_share(last - first, num_micro, number) for number in range(num_micro)]
+    bounds = [_part_bounds(last - first, num_micro, number) for number in range(num_micro)]
     return [range(start + unit * (first + a), start + unit * (first + b)) for a, b in bounds]
 
 
-def _share(number: int, parts: int, which: int) -> tuple[int, int]:
-    """First, and one behind the last, of `number` things that go to one of some parts; the first get one more."""
+def _part_bounds(number: int, parts: int, which: int) -> tuple[int, int]:
+    """Return the bounds [first, last) of one of several nearly equal parts of `number` things; the first parts get one
+    more."""
     each, more = divmod(number, parts)
     return which * each + min(which, more), (which + 1) * each + min(which + 1, more)
 
@@ -81,15 +82,15 @@ def train_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[list[Batch]]:
-    """One item per optimiser step: this rank's micro-batches, from position `start` (images seen) up to `stop`.
+    """Yield this rank's micro-batches of each optimiser step, from position `start` (images seen) up to `stop`.
 
-    With workers, at least one whole step is loaded ahead. Close the iterator when it is left before its end.
+    With workers, at least one whole step is loaded ahead. Close the iterator if it is left before its end.
 
     Args:
-        start: first position, anything; costs nothing however large.
+        start: first position; a large one costs nothing.
         stop: end; the last step is shorter when `batch_size` does not divide the distance.
         batch_size: images per step, over all ranks.
-        micro_batch: most images per item of the list.
+        micro_batch: maximum images per item of the list.
         num_workers: loader processes; 0 loads in this one.
         pin_memory: page-lock the ring (needs CUDA), so that a GPU copies from it while it computes.
 
@@ -103,7 +104,7 @@ def train_batches(
         return split_step(first, last, micro_batch=micro_batch, rank=rank, world_size=world_size)
 
     num_micro = len(split(start, 0))
-    sizes: collections.deque[int] = collections.deque()  # micro-batches of the steps under way
+    sizes: collections.deque[int] = collections.deque()  # micro-batches per step under way
 
     def parts() -> Iterator[range]:
         for first in range(start, stop, batch_size):
@@ -123,38 +124,38 @@ def train_batches(
 
 
 class _Task(NamedTuple):
-    """What a worker is told to do."""
+    """Task of a worker."""
 
     slot: int
-    """Of the ring; -1 where none is free."""
+    """Slot of the ring; -1 if none is free."""
     part: range
     """Positions of a micro-batch."""
-    coming: tuple[range, ...]
-    """Those that the same worker fills later, as far as it has not been told of them: to be read ahead."""
+    upcoming: tuple[range, ...]
+    """Micro-batches, newly known, that the same worker will fill later: to be read ahead."""
 
 
 class _Filled(NamedTuple):
-    """What is told of a micro-batch that was loaded."""
+    """Result of loading a micro-batch."""
 
     bad_samples: tuple[str, ...] = ()
-    """As in `Batch`."""
+    """Undecodable samples, as in `Batch`."""
     pixels: torch.Tensor | None = None
-    """Where no slot was free."""
+    """Pixels, if no slot was free."""
     error: Exception | None = None
-    """Why there are no pixels."""
+    """Error, if there are no pixels."""
 
 
 class _Slots(Dataset[_Filled]):
-    """Fills a slot with a micro-batch, in a worker or in the trainer."""
+    """Dataset whose items fill a slot with a micro-batch, in a worker or in the trainer."""
 
     def __init__(self, stream: Stream, slots: torch.Tensor) -> None:
         self._stream, self._slots = stream, slots
 
     def __getitem__(self, task: _Task) -> _Filled:
-        slot, where, coming = task
+        slot, where, upcoming = task
         own = None if slot >= 0 else torch.empty(self._slots.shape[1], dtype=torch.uint8)
         try:
-            for each in coming:
+            for each in upcoming:
                 self._stream.read_ahead(each)
             with kernel_threads(1):
                 return _Filled(self._stream.fill(self._slots[slot] if own is None else own, where), own)
@@ -165,7 +166,8 @@ class _Slots(Dataset[_Filled]):
 
 
 class _Ring:
-    """The memory of the micro-batches under way, and of those in use: the step in the trainer's hands and the next."""
+    """Memory of the micro-batches that are being loaded, and of the two steps in use: the trainer's current and its
+    next."""
 
     def __init__(self, stream: Stream, micro_batch: int, num_micro: int, num_workers: int) -> None:
         self._stream, self._num_workers = stream, num_workers
@@ -187,70 +189,72 @@ class _Ring:
             self.slots.share_memory_()
 
     def load(self, parts: Iterable[range]) -> Generator[Batch]:
-        """The batch of each of `parts`, in order."""
+        """Yield the batch of each of `parts`, in order."""
         free = collections.deque(range(len(self.slots)))
         under_way: collections.deque[_Task] = collections.deque()
 
         def tasks() -> Iterator[_Task]:
-            for part, coming in self._told_ahead(iter(parts)):
-                under_way.append(_Task(free.pop() if free else -1, part, coming))
+            for part, upcoming in self._with_upcoming(iter(parts)):
+                under_way.append(_Task(free.pop() if free else -1, part, upcoming))
                 yield under_way[-1]
 
         others = multiprocessing.active_children()
         loaded = _start(_Slots(self._stream, self.slots), tasks(), self._num_workers, self._per_worker)
         kill = functools.partial(_kill, [each for each in multiprocessing.active_children() if each not in others])
-        atexit.register(kill)  # a program that ends meanwhile would wait for processes that hold its SIGTERM back
+        atexit.register(kill)  # a program that exits now would wait for workers that block its SIGTERM
         try:
-            while (filled := _next(loaded)) is not None:
+            while (filled := _next_result(loaded)) is not None:
                 slot, part, _ = under_way.popleft()
                 if filled.error is not None:
                     raise filled.error
-                pixels = _lent(self.slots[slot], slot, free) if filled.pixels is None else filled.pixels
+                pixels = _slot_view(self.slots[slot], slot, free) if filled.pixels is None else filled.pixels
                 yield self._stream.batch_in(pixels, part, filled.bad_samples)
         finally:
             del loaded  # ends the workers
             atexit.unregister(kill)
 
-    def _told_ahead(self, parts: Iterator[range]) -> Iterator[tuple[range, tuple[range, ...]]]:
-        """Each part and those that its worker will fill: as workers take turns, every so-manieth after it."""
+    def _with_upcoming(self, parts: Iterator[range]) -> Iterator[tuple[range, tuple[range, ...]]]:
+        """Yield each part with the later parts that its worker will fill: workers take turns, so every `num_workers`-th
+        part."""
         turn = max(1, self._num_workers)
         reach = turn * self._parts_ahead
-        coming = collections.deque(itertools.islice(parts, reach))
+        upcoming = collections.deque(itertools.islice(parts, reach))
         for number in itertools.count():
-            if not coming:
+            if not upcoming:
                 return
-            part = coming.popleft()
-            coming.extend(itertools.islice(parts, 1))
+            part = upcoming.popleft()
+            upcoming.extend(itertools.islice(parts, 1))
             if number < turn:
-                yield part, (part, *itertools.islice(coming, turn - 1, None, turn))
+                yield part, (part, *itertools.islice(upcoming, turn - 1, None, turn))
             else:
-                yield part, (coming[-1],) if len(coming) == reach else ()
+                yield part, (upcoming[-1],) if len(upcoming) == reach else ()
 
 
 def _kill(processes: Sequence[BaseProcess]) -> None:
+    """Kill processes."""
     for process in processes:
         process.kill()
 
 
 def _start(slots: _Slots, tasks: Iterator[_Task], num_workers: int, per_worker: int) -> Iterator[_Filled]:
-    """The workers' answers, in the order of the tasks."""
+    """Start the workers, and return their results in the order of the tasks."""
     loader = DataLoader(
         slots,
         batch_size=None,
         sampler=tasks,
         num_workers=num_workers,
         prefetch_factor=per_worker if num_workers else None,
-        multiprocessing_context=start_server() if num_workers else None,
-        collate_fn=_as_it_is,
-        worker_init_fn=_begin,
-        generator=torch.Generator(),  # by itself it draws from torch's own
+        multiprocessing_context=start_fork_server() if num_workers else None,
+        collate_fn=_identity,
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # the default would draw from torch's global generator
     )
-    with _held_back():
+    with _stop_signals_blocked():
         return iter(loader)
 
 
-def _next(loaded: Iterator[_Filled]) -> _Filled | None:
-    """None at the end; what goes wrong with a task is told in `_Filled`."""
+def _next_result(loaded: Iterator[_Filled]) -> _Filled | None:
+    """Return the next result, None at the end; a task's own error is inside its `_Filled`."""
     try:
         return next(loaded, None)
     except RuntimeError as error:
@@ -259,12 +263,14 @@ def _next(loaded: Iterator[_Filled]) -> _Filled | None:
         ) from error
 
 
-def _as_it_is(filled: Any) -> Any:
+def _identity(filled: Any) -> Any:
+    """Return a result unchanged, in place of a collate function."""
     return filled
 
 
-def _begin(number: int) -> None:
-    """In a worker: torch ends it with the server that it was forked from, and that waits for its workers."""
+def _init_worker(number: int) -> None:
+    """Start a thread that ends this worker when the trainer is gone: torch only notices the fork server, which waits
+    for its workers."""
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "a worker has a parent"
 
@@ -275,25 +281,25 @@ def _begin(number: int) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def start_server() -> ForkServerContext:
-    """The server that workers are forked from; asked for early, it imports PyTorch meanwhile.
+def start_fork_server() -> ForkServerContext:
+    """Start the server that workers are forked from; if started early, it imports PyTorch in the meantime.
 
-    A fork of the trainer would copy every lock that one of its many threads holds at that moment, and wait for it for
-    ever, one in some thousands; the server has one thread.
+    A fork of the trainer itself would copy locks that its other threads happen to hold, and about one in thousands
+    would then wait for ever; the server has a single thread.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
-    resource_tracker.ensure_running()  # the server starts it anyway, and it lets two of the signals through
-    with _held_back():
+    resource_tracker.ensure_running()  # the server starts it anyway, but it does not inherit two of the blocked signals
+    with _stop_signals_blocked():
         forkserver.ensure_running()
     return context
 
 
 @contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    """Signals for the trainer wait meanwhile, and never reach the processes that it starts, which inherit that.
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block stop signals for the block, so that processes started in it inherit the blocking and never receive them.
 
-    Slurm sends a step's signals to every process of it: the trainer saves, and ends its processes itself.
+    Slurm sends a step's signals to all of its processes: the trainer saves, and ends its workers itself.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -302,8 +308,8 @@ def _held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _lent(slot: torch.Tensor, number: int, free: collections.deque[int]) -> torch.Tensor:
-    """A view of a slot; its number is free again when the last view of it is gone."""
+def _slot_view(slot: torch.Tensor, number: int, free: collections.deque[int]) -> torch.Tensor:
+    """Return a view of a slot; its number is free again once the last view of it is gone."""
     shown = slot.numpy()
     weakref.finalize(shown, free.append, number).atexit = False
     return torch.from_numpy(shown)
@@ -311,7 +317,7 @@ def _lent(slot: torch.Tensor, number: int, free: collections.deque[int]) -> torc
 
 @contextlib.contextmanager
 def _page_locked(slots: torch.Tensor, is_wanted: bool) -> Iterator[None]:
-    """Register memory with CUDA for the block; where that fails, copies are slower and nothing else."""
+    """Register memory with CUDA for the block; if that fails, copies are slower and nothing else changes."""
     is_locked = is_wanted and int(torch.cuda.cudart().cudaHostRegister(slots.data_ptr(), slots.nbytes, 0)) == 0
     try:
         yield
@@ -324,7 +330,7 @@ def _page_locked(slots: torch.Tensor, is_wanted: bool) -> Iterator[None]:
 def rank_batches(
     stream: Stream, *, group: Group, start: int, stop: int, batch_size: int, micro_batch: int, num_workers: int
 ) -> Generator[list[Batch]]:
-    """`train_batches` of a rank, moved a step ahead where it has a GPU."""
+    """Yield the micro-batches of a rank (`train_batches`), moved to its GPU, if any, one step ahead."""
     has_gpu = group.device.type == "cuda"
     batches = train_batches(
         stream,
@@ -341,7 +347,7 @@ def rank_batches(
 
 
 def on_device_ahead(batches: Generator[list[Batch]], device: torch.device) -> Generator[list[Batch]]:
-    """The same steps with their images on the CUDA device, copied one step ahead on a stream of their own."""
+    """Copy each step's images to the CUDA device one step ahead, on a side stream."""
     side = torch.cuda.Stream(device)
     ahead: tuple[list[Batch], list[Batch], torch.cuda.Event] | None = None
     with contextlib.closing(batches):
@@ -357,8 +363,8 @@ def on_device_ahead(batches: Generator[list[Batch]], device: torch.device) -> Ge
 
 
 def _taken(source: list[Batch], moved: list[Batch], done: torch.cuda.Event, device: torch.device) -> list[Batch]:
-    """Let the training stream wait for the images, and the allocator know that it reads them."""
-    done.synchronize()  # copied while the step before was computed; only now may the source's memory be filled anew
+    """Make the training stream wait for the images, and tell the allocator that it reads them."""
+    done.synchronize()  # copied during the previous step; only now may the source's memory be refilled
     source.clear()
     training = torch.cuda.current_stream(device)
     for batch in moved:

@@ -1,8 +1,8 @@
-"""The order of a stream's images, in closed form: which source stands at a position, and which of its images.
+"""The order of a stream's images, in closed form: the source at a position, and its image.
 
-Sources are interleaved by quota (after p positions a source of probability q has given p q images, within one). Each is
-walked epoch by epoch, every epoch a fresh shuffle of the same U images that reads shards one after another, some of
-them side by side.
+Sources are interleaved by quota: after p positions, a source of probability q has taken p q images, within one. Each
+source is traversed epoch by epoch; every epoch is a fresh shuffle of the same U images, which reads shards one after
+another, some of them side by side.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _UNITS = 1 << 20  # probabilities are rounded to multiples of 2^-20, so that pos
 
 
 class Mixture:
-    """The order of some sources with given probabilities, which add up to 1: by quota, not by independent draws.
+    """Interleaving of sources with probabilities that add up to 1: by quota, not by independent draws.
 
-    The first source takes position p when floor(p q + 1/2) steps up there; the positions it leaves, renumbered, are
-    dealt among the others in the same way. So after p positions a source of probability q has given p q images, within
-    one for every source before it, and how often it came up before p is known at once: what O(1) resuming and exact
-    epochs need.
+    The first source takes position p if floor(p q + 1/2) steps up there; the remaining positions, renumbered, are
+    divided among the other sources in the same way. So after p positions a source of probability q has taken p q
+    images, within one for every source before it, and how often it came up before p is known at once, as O(1) resuming
+    and exact epochs need.
     """
 
     def __init__(self, probabilities: Sequence[float]) -> None:
@@ -32,7 +32,7 @@ class Mixture:
         self._quotas = [(units[number], sum(units[number:])) for number in range(len(units))]
 
     def locate(self, positions: I64) -> tuple[I64, I64]:
-        """(source number, how many earlier positions have the same source) at every position."""
+        """Return (source number, number of earlier positions of the same source) at every position."""
         source_of, rank = np.full_like(positions, len(self._quotas) - 1), positions.copy()
         left = np.arange(len(positions))
         for number, (units, total) in enumerate(self._quotas[:-1]):
@@ -45,7 +45,7 @@ class Mixture:
         return source_of, rank
 
     def counts(self, num_positions: int) -> list[int]:
-        """How many of the first positions each source has."""
+        """Count the first `num_positions` positions by source."""
         counts, left = [], num_positions
         for units, total in self._quotas:
             counts.append((left * units + total // 2) // total)
@@ -54,37 +54,37 @@ class Mixture:
 
 
 def _taken(positions: I64, units: int, total: int) -> I64:
-    """How many of the first positions a source with `units` of `total` takes."""
+    """Count the first positions that a source with `units` of `total` takes."""
     return (positions * units + total // 2) // total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceOrder:
-    """The order of one source's images, numbered as they lie in its shards.
+    """Order of one source's images, numbered as they lie in its shards.
 
-    The pool is cut into blocks of as many consecutive images as a shard has on average, so that one touches two shards
-    or so; a rest of less than a block belongs to none. One fixed order, the same for every seed, deals an image of each
-    block in turn, and the rest last: the first U of it hold `U // num_blocks` of every block, or one more.
+    The pool is cut into blocks of consecutive images, of a shard's mean size, so that a block lies in about two shards;
+    a remainder of less than a block belongs to none. One fixed order, the same for every seed, takes an image of each
+    block in turn, and the remainder last: its first U images hold `U // num_blocks` of every block, or one more.
 
-    An epoch reads `num_lanes` lanes side by side, one image of each in a round that begins with any of them. Laid end
-    to end, the lanes hold the blocks in an order drawn for the epoch, and each block's images are shuffled. They start
-    at points spread evenly over a block: after every block's worth of images one lane comes to its next block, and the
-    others stay in theirs.
+    An epoch reads `num_lanes` lanes side by side: each round takes one image of every lane, starting with a random
+    lane. Laid end to end, the lanes hold the blocks in an order drawn for the epoch, with each block's images shuffled.
+    Lanes start at points spread evenly over a block, so that they do not all change blocks at once: within each block's
+    worth of rounds, they change one after the other.
     """
 
     num_images: int
-    """Of the pool."""
+    """Number of images of the pool."""
     num_shards: int
-    """Of the pool."""
+    """Number of shards of the pool."""
     num_unique: int
-    """U: the images that an epoch has, the first of the fixed order."""
+    """U: number of images of an epoch, the first of the fixed order."""
     num_lanes: int
-    """Blocks that are read side by side; a source that has no more of them is shuffled as a whole."""
+    """Number of blocks that are read side by side; a source with no more blocks is shuffled as a whole."""
     key: int
-    """Of the epochs; depends on the run's seed."""
+    """Random key of the epochs; depends on the run's seed."""
 
     def numbers(self, slots: I64, epochs: I64) -> I64:
-        """Numbers (0..num_images-1) of the images at `slots` (0..U-1) of `epochs`."""
+        """Return the numbers (0..num_images-1) of the images at `slots` (0..U-1) of `epochs`."""
         num_blocks, size = self._blocks
         keys = random_bits(self.key, epochs)
         each = self.num_unique // num_blocks
@@ -102,24 +102,24 @@ class SourceOrder:
 
     @property
     def _blocks(self) -> tuple[int, int]:
-        """Their number, and the images in each."""
+        """Number of blocks, and images in each."""
         size = max(1, self.num_images // self.num_shards)
         return self.num_images // size, size
 
     def _dealt(self, ranks: I64) -> I64:
-        """The images at `ranks` of the fixed order."""
+        """Return the images at `ranks` of the fixed order."""
         num_blocks, size = self._blocks
         rounds, columns = np.divmod(ranks, num_blocks)
         dealt = self._image(permute(columns, num_blocks, make_key("blocks")), rounds % size)
         return np.where(rounds < size, dealt, ranks)
 
     def _image(self, blocks: I64, rounds: I64) -> I64:
-        """The image that each block gives in a round of the fixed order."""
+        """Return the image that each block gives in a round of the fixed order."""
         _, size = self._blocks
         return blocks * size + permute(rounds, size, _keys(make_key("subset"), blocks))
 
     def _along_lanes(self, slots: I64, keys: U64, each: int) -> I64:
-        """Places (0..U-1) along the lanes, laid end to end, with `each` images of every block."""
+        """Return the places (0..U-1) along the lanes, laid end to end, with `each` images of every block."""
         length = self.num_unique // self.num_lanes
         rounds, turns = np.divmod(slots, self.num_lanes)
         lanes = (turns + (random_bits(keys, rounds) >> _HALF).astype(np.int64)) % self.num_lanes
@@ -128,5 +128,5 @@ class SourceOrder:
 
 
 def _keys(key: int | U64, numbers: I64) -> U64:
-    """A key for each number, that of 0 as it is."""
+    """Derive a key for each number; number 0 keeps the key itself."""
     return np.uint64(key) ^ numbers.astype(np.uint64)

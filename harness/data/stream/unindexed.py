@@ -1,7 +1,7 @@
-"""Training on webdataset shards without an index: `wds://` and a path or URL, with braces for many.
+"""The stream of webdataset shards without an index: `wds://` and a path or URL, with braces for many.
 
-Shards are drawn with replacement, their images shuffled in a buffer, both by the library. Crops, flips and
-prefixes are those of the positions, as in an indexed stream; the images are those that come.
+Shards are drawn with replacement and their images shuffled in a buffer, both by the library. Crops, flips and prefixes
+depend on the position, as in an indexed stream; images come in the order of reading.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from aimscale.harness.data.random_access import I64, make_key
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.shards import is_url, open_file, with_retries
 from aimscale.harness.data.store.tars import expand_braces, read_samples
-from aimscale.harness.data.stream.augment import box_draws, crop_resize_into
-from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, content_digest
-from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.augment import box_uniforms, crop_resize_into
+from aimscale.harness.data.stream.base import MAX_REPLACEMENTS, Stream, content_digest
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 
 MAX_FAILURES = 6
-"""Shards in a row that cannot be read, after which the stream gives up; before, it says so and goes on."""
+"""Number of unreadable shards in a row at which the stream gives up; fewer are reported and skipped."""
 
 
 def open_stream(
     config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0, machines: int = 1
 ) -> Stream:
-    """The stream of a run, by its sources; raises as `TrainStream` and `UnindexedStream` do."""
+    """Open the stream of a run, by its sources; raises as `TrainStream` and `UnindexedStream` do."""
     if any(source.path.startswith(UNINDEXED) for source in config.training.data.sources):
         return UnindexedStream(config)
     return TrainStream(config, cache_dir=cache_dir, cache_gb=cache_gb, machines=machines)
 
 
 def shard_urls(path: str) -> list[str]:
-    """The shards that a `wds://` path names."""
+    """Return the shards that a `wds://` path names."""
     urls = expand_braces(path.removeprefix(UNINDEXED))
     for url in urls:
         if not is_url(url) and not url.startswith("/"):
@@ -53,7 +53,7 @@ def shard_urls(path: str) -> list[str]:
 
 
 class UnindexedStream(Stream):
-    """Images of shards without an index, as they come; every process that loads draws shards of its own."""
+    """Stream of shards without an index, in the order of reading; every loading process draws its own shards."""
 
     unique_images = 0
     datasets = ()
@@ -67,7 +67,7 @@ class UnindexedStream(Stream):
 
     def _decode(self, images: torch.Tensor, where: range | I64) -> tuple[str, ...]:
         bad: list[str] = []
-        uniforms = box_draws(make_key("crop", self._seed), np.asarray(where))
+        uniforms = box_uniforms(make_key("crop", self._seed), np.asarray(where))
         for row, position in enumerate(where):
             pixels = self._next(int(position), bad)
             height, width = np.array(pixels.shape[:2], dtype=np.int32)[:, None]
@@ -76,8 +76,8 @@ class UnindexedStream(Stream):
         return tuple(bad)
 
     def _next(self, position: int, bad: list[str]) -> npt.NDArray[np.uint8]:
-        """The next image that decodes, (H, W, C); names of those before it go to `bad`."""
-        if self._reading is None:  # made where it is used: by the trainer, or in each worker
+        """Read the next image that decodes, (H, W, C); names of skipped ones are appended to `bad`."""
+        if self._reading is None:  # opened where it is used: in the trainer, or in each worker
             self._reading = self._pipeline(position)
         for _ in range(MAX_REPLACEMENTS):
             name, data = next(self._reading)
@@ -88,7 +88,8 @@ class UnindexedStream(Stream):
         raise DataError(f"position {position}: {MAX_REPLACEMENTS} undecodable images in a row, last {bad[-1]}")
 
     def _pipeline(self, position: int) -> Iterator[tuple[str, bytes]]:
-        """Names and bytes of images, for ever; processes begin at different positions, and so draw different shards."""
+        """Yield names and bytes of images, endlessly; processes start at different positions, and so draw different
+        shards."""
         seed = int(make_key("unindexed", self._seed, position))
         shards = webdataset.ResampledShards(self._urls, seed=seed, worker_seed=lambda: 0, deterministic=True)
         size = self._data.shuffle_buffer
@@ -97,7 +98,8 @@ class UnindexedStream(Stream):
 
 
 def _samples(urls: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """Names and images of the samples of some shards; what cannot be read is told, and the next shard is read."""
+    """Yield names and images of the samples of some shards; an unreadable shard is reported, and the next one is
+    read."""
     num_failures = 0
     for url in urls:
         problem = "it holds no samples"

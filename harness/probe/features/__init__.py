@@ -1,1 +1,1 @@
-"""What probes see: backbones, labelled images, tokens, pooled features and their statistics."""
+"""Inputs of probes: backbones, labelled images, tokens, pooled features and their statistics."""

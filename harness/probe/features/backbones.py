@@ -1,6 +1,6 @@
-"""Frozen models as the probes see them: raw block outputs of images, in fp32 or bf16.
+"""Frozen models as seen by probes: raw block outputs of images, in fp32 or bf16.
 
-AIM, and what it is compared with through the same probes on the same images:
+AIM, and the models it is compared with through the same probes on the same images:
 
     timm:NAME     a vision transformer of timm with weights from a file or from the hub
     random        the run's own architecture with untrained weights
@@ -25,13 +25,13 @@ from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.run.config import ModelSection, RunConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""A task's `precision` -> the type that the backbone computes in and features are kept in."""
+"""A task's `precision` -> type in which the backbone computes and features are kept."""
 
 
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Let GPUs multiply fp32 matrices (of heads and neighbours) in TF32 where features are bf16; exactly otherwise."""
-    before = torch.get_float32_matmul_precision()  # set by its name throughout: torch refuses to read a mix of names
+    """Let GPUs multiply fp32 matrices (of heads and neighbours) in TF32 if features are bf16; exactly otherwise."""
+    before = torch.get_float32_matmul_precision()  # always set under this name: torch refuses to mix its two interfaces
     torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
     try:
         yield
@@ -40,45 +40,45 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 class Backbone(Protocol):
-    """A frozen model as the probes see it."""
+    """Frozen model as seen by probes."""
 
     name: str
-    """Written into results."""
+    """Name written into results."""
     num_blocks: int
-    """Blocks whose outputs can be asked for."""
+    """Number of blocks with outputs."""
     num_heads: int
-    """Heads of the attentive probe: those of the trunk."""
+    """Number of heads of the attentive probe: those of the trunk."""
     impossible: Sequence[str]
     """Kinds of probe that it cannot have."""
 
     def use(self, dtype: torch.dtype) -> None:
-        """Compute in this type from now on; fp32 is what the weights were given in."""
+        """Compute in this type from now on; the weights were loaded in fp32."""
         ...
 
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
-        """Outputs (len(blocks), B, N, d) for normalised images (B, C, H, W)."""
+        """Compute outputs (len(blocks), B, N, d) for normalised images (B, C, H, W)."""
         ...
 
 
 def weight_bytes(backbone: Backbone) -> int:
-    """Memory of the models that a backbone holds."""
+    """Return the memory of the models that a backbone holds."""
     models = {each for each in vars(backbone).values() if isinstance(each, nn.Module)}
     return sum(weight.nbytes for model in models for weight in model.parameters() if not weight.is_meta)
 
 
 class AimBackbone:
-    """An AIM with bidirectional attention, unless `is_causal`; raw block outputs, no final norm, as the released probe
+    """AIM with bidirectional attention, unless `is_causal`; raw block outputs, no final norm, as the released probe
     reads them.
 
-    Only one copy of the weights is held: for bf16 they are rounded in place, and loaded again when fp32 is asked for.
+    Only one copy of the weights is held: for bf16 they are rounded in place, and for fp32 loaded again.
     """
 
     impossible: Sequence[str] = ()
     is_causal = False
-    """Whether tokens see those before them alone."""
+    """Whether tokens attend only to those before them."""
 
     def __init__(self, load: Callable[[], AIM], name: str = "aim"):
-        """`load` gives the float32 model on its device, a fresh one at each call."""
+        """Load the model; each call of `load` returns a fresh float32 model on its device."""
         self.name = name
         self._load = load
         self.model = self._loaded()
@@ -88,8 +88,9 @@ class AimBackbone:
         self._dtype = torch.float32
 
     def _loaded(self) -> AIM:
+        """Load the model without its pixel head."""
         model = self._load().eval()
-        model.pixel_head.to("meta")  # which no probe reads: a third of the weights of aim-7B
+        model.pixel_head.to("meta")  # no probe reads it: a third of the weights of aim-7B
         return model
 
     def use(self, dtype: torch.dtype) -> None:
@@ -102,13 +103,13 @@ class AimBackbone:
 
     @torch.no_grad()
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
-        """Outputs (len(blocks), B, N, d); moves the images to the model's device and type."""
+        """Compute outputs (len(blocks), B, N, d); moves the images to the model's device and type."""
         weight = next(self.model.trunk.parameters())
         return self.model.features(images.to(weight.device, weight.dtype), blocks, is_causal=self.is_causal)
 
 
 class PixelBackbone:
-    """Raw pixels as the features: what a probe reaches without any model."""
+    """Raw pixels as features: the accuracy of a probe without any model."""
 
     name = "raw-pixels"
     num_blocks = 1
@@ -119,11 +120,11 @@ class PixelBackbone:
         self._dtype = torch.float32
 
     def use(self, dtype: torch.dtype) -> None:
-        """Give the pixels in this type."""
+        """Return pixels in this type from now on."""
         self._dtype = dtype
 
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
-        """The flattened image as one token of width C H W: (len(blocks), B, 1, C H W)."""
+        """Flatten each image to one token of width C H W: (len(blocks), B, 1, C H W)."""
         return images.to(self._dtype).flatten(1)[None, :, None].expand(len(blocks), -1, -1, -1)
 
 
@@ -132,7 +133,7 @@ TIMM = "timm:"
 
 
 class TimmBackbone:
-    """All blocks of a timm vision transformer: raw block outputs, without the last norm.
+    """Vision transformer of timm: raw outputs of all blocks, without the last norm.
 
     Class and register tokens are left out, as AIM has none.
     """
@@ -151,13 +152,13 @@ class TimmBackbone:
         self._shift = ((torch.tensor(IMAGE_MEAN) - mean) / std).view(3, 1, 1).to(device)
 
     def use(self, dtype: torch.dtype) -> None:
-        """Compute by the model as it was given, or by a rounded copy."""
+        """Compute with the original model, or with a rounded copy."""
         self._model = self._in_fp32 if dtype == torch.float32 else copy.deepcopy(self._in_fp32).to(dtype)
         self._dtype = dtype
 
     @torch.no_grad()
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
-        """Outputs (len(blocks), B, N, d) for images (B, 3, H, W)."""
+        """Compute outputs (len(blocks), B, N, d) for images (B, 3, H, W)."""
         images = (images.to(self._device) * self._scale + self._shift).to(self._dtype)
         outputs = self._model.forward_intermediates(
             images, indices=list(blocks), norm=False, output_fmt="NLC", intermediates_only=True
@@ -168,12 +169,13 @@ class TimmBackbone:
 def baseline(
     target: str, like: RunConfig, *, weights: str | None, device: torch.device
 ) -> tuple[Backbone, ModelSection]:
-    """The baseline a user named, and the geometry of the images it gets: a timm model's at the size of its training.
+    """Return the baseline that a user named, and the geometry of its images: a timm model's at the size of its
+    training.
 
     Args:
         target: `timm:NAME`, `random` or `raw-pixels`.
         like: the run whose tasks it is compared on.
-        weights: of a timm model: a file, or `hub` (downloaded, or from the hub's local cache).
+        weights: weights of a timm model: a file, or `hub` (downloaded, or from the hub's local cache).
     """
     section = like.training.model
     if target.startswith(TIMM) != (weights is not None):
@@ -195,6 +197,7 @@ def baseline(
 
 
 def _create(name: str, weights: str) -> Any:
+    """Create a timm model with its weights."""
     import timm
     from timm.models import load_state_dict
 
@@ -206,7 +209,7 @@ def _create(name: str, weights: str) -> Any:
         # plain tensors only (no pickled code); timm unwraps 'model', 'state_dict' and 'module.' prefixes
         loaded = {} if weights == "hub" else load_state_dict(weights, weights_only=True)
         missing = model.load_state_dict(loaded, strict=False).missing_keys if loaded else []
-    except Exception as error:  # of many kinds: a hub out of reach, no file of weights
+    except Exception as error:  # of many types: the hub is out of reach, the file holds no weights
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ProbeError(f"timm cannot make {name} with weights {weights} ({reason})") from error
     if missing:

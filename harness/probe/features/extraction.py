@@ -1,8 +1,8 @@
 """Frozen features of a task's images: one backbone pass gives pooled vectors, statistics and, if they fit, all tokens.
 
-Linear and k-NN probes then never run the backbone again. Attentive heads need tokens: kept in memory where they fit
-(small tasks), computed batch by batch otherwise. Pooled vectors lie on the GPU, in the host's memory where they leave
-no memory there for the heads, or else in a mapped file. All ranks decide alike, by the one that has least.
+Linear and k-NN probes then never run the backbone again. Attentive heads need tokens: kept in memory if they fit (small
+tasks), else computed batch by batch. Pooled vectors are on the GPU; in the host's memory if they would leave too little
+for the heads there; or else in a mapped file. All ranks decide alike, by the one with the least memory.
 
 The batch norm of a probe standardises the average of some blocks. Its variance needs the products between blocks, so
 these are summed once for all pairs; any average of blocks then has exact statistics without seeing the images again.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aimscale.harness.device.distributed import Group, Placement
 from aimscale.harness.probe.features.backbones import DTYPES, Backbone, weight_bytes
-from aimscale.harness.probe.features.images import LabelledImages, Pause, go_on
+from aimscale.harness.probe.features.images import LabelledImages, ProgressCallback, ignore_progress
 from aimscale.harness.probe.features.tasks import CACHE_SHARE, HOST_SHARE, BlockSet, ProbeError, gpu_bytes_left
 
 NOT_FINITE = "the features are not finite: the weights diverged, or are damaged"
@@ -31,7 +31,7 @@ CHUNK_VALUES = 25_000_000
 
 
 def averages(outputs: Tensor, sets: Sequence[BlockSet]) -> Tensor:
-    """Mean over the blocks of each set, summed in fp32 and kept in the type of `outputs`: (L, ...) -> (S, ...).
+    """Average over the blocks of each set, summed in fp32 and kept in the type of `outputs`: (L, ...) -> (S, ...).
 
     One matrix product reads every block once, whatever the number of sets.
     """
@@ -44,7 +44,7 @@ def averages(outputs: Tensor, sets: Sequence[BlockSet]) -> Tensor:
 
 
 def _averaging(sets: Sequence[BlockSet], num_blocks: int) -> Tensor:
-    """float32 (S, L) on the host: row s times the outputs of all blocks is their mean over set s."""
+    """Build the float32 matrix (S, L), on the host, whose row s averages the outputs of all blocks over set s."""
     weights = torch.zeros(len(sets), num_blocks)
     for row, members in enumerate(sets):
         weights[row, list(members)] = 1 / len(members)
@@ -55,22 +55,22 @@ def _averaging(sets: Sequence[BlockSet], num_blocks: int) -> Tensor:
 class Moments:
     """Sums over vectors of L blocks, per channel, about a fixed centre.
 
-    All in float64: summed in any order, batches and ranks included, they give the same float32 statistics. Sums of fp32
-    products did not, and nearest neighbours changed places.
+    They are float64: summed in any order, batches and ranks included, they give the same float32 statistics. With sums
+    of fp32 products they did not, and nearest neighbours were swapped.
     """
 
     centre: Tensor
-    """float32 (L, d): any value near the mean, the same on all ranks."""
+    """Centre, float32 (L, d): any value near the mean, the same on all ranks."""
     count: int
-    """Vectors seen."""
+    """Number of vectors."""
     sums: Tensor
-    """float64 (L, d): of the deviations from the centre."""
+    """Sums of the deviations from the centre, float64 (L, d)."""
     products: Tensor
-    """float64 (d, L, L): of their products between blocks."""
+    """Sums of the products of deviations between blocks, float64 (d, L, L)."""
 
     @classmethod
-    def about(cls, centre: Tensor) -> Moments:
-        """Nothing seen yet."""
+    def around(cls, centre: Tensor) -> Moments:
+        """Start with no vectors, about this centre."""
         num_blocks, width = centre.shape
         return cls(
             centre=centre,
@@ -81,7 +81,7 @@ class Moments:
 
     @torch.no_grad()
     def add(self, vectors: Tensor) -> None:
-        """See vectors (L, n, d)."""
+        """Add vectors (L, n, d)."""
         step = max(1, CHUNK_VALUES // (vectors.shape[0] * vectors.shape[2]))
         for part in vectors.split(step, dim=1):
             deviation = (part.double() - self.centre[:, None]).permute(2, 0, 1)
@@ -90,7 +90,7 @@ class Moments:
             self.count += part.shape[1]
 
     def over_ranks(self, group: Group) -> Moments:
-        """The sums of all ranks."""
+        """Sum over all ranks, in place."""
         group.sum_tensor(self.sums)
         group.sum_tensor(self.products)
         if not self.sums.isfinite().all():
@@ -106,8 +106,8 @@ class Moments:
             products=self.products + other.products,
         )
 
-    def of_sets(self, sets: Sequence[BlockSet]) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance, float32 (S, d) each, of the average over each set's blocks."""
+    def set_statistics(self, sets: Sequence[BlockSet]) -> tuple[Tensor, Tensor]:
+        """Compute mean and biased variance, float32 (S, d) each, of the average over each set's blocks."""
         weights = _averaging(sets, len(self.centre)).to(self.centre.device, torch.float64)
         mean = weights @ (self.sums / self.count)
         square = torch.einsum("sl,dlm,sm->sd", weights, self.products / self.count, weights)
@@ -116,16 +116,16 @@ class Moments:
 
 
 EXTRACT_BATCH = 64
-"""Images per backbone pass."""
+"""Number of images per backbone pass."""
 CENTRE_IMAGES = 16
-"""Images whose mean is the centre that pooled features and moments are kept about."""
+"""Number of images whose mean is the centre of pooled features and moments."""
 
 ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0), torch.device("cpu"), None)
-"""The group of a process that probes by itself."""
+"""Group of a process that probes by itself."""
 
 
 class StreamedTokens:
-    """Tokens computed by the backbone whenever they are asked for."""
+    """Tokens that the backbone computes whenever they are asked for."""
 
     def __init__(self, backbone: Backbone, images: LabelledImages, group: Group):
         self._backbone, self._images, self.group = backbone, images, group
@@ -138,23 +138,24 @@ class StreamedTokens:
 
     @property
     def image_bytes(self) -> int:
-        """Of the tokens of an image."""
+        """Bytes of the tokens of an image."""
         return self._first.nbytes
 
-    def room(self, num_images: int) -> Tensor:
-        """An empty (L, num_images, N, d) of the tokens' type on their device."""
+    def empty(self, num_images: int) -> Tensor:
+        """Allocate (L, num_images, N, d) of the tokens' type on their device."""
         return self._first.new_empty((self.num_blocks, num_images, self.num_tokens, self.width))
 
     def centre(self) -> Tensor:
-        """float32 (L, d): mean over the first images, the same on every rank."""
+        """Compute the mean over the first images, float32 (L, d), the same on every rank."""
         images = self._images.images(range(min(CENTRE_IMAGES, len(self._images))))
         centre = self._compute(images).float().mean((1, 2))
-        if not centre.isfinite().all():  # said now, not after a pass over all images
+        if not centre.isfinite().all():  # raised now, not after a pass over all images
             raise ProbeError(NOT_FINITE)
         return centre
 
     def parts(self, chunks: Iterable[Sequence[int]], epoch: int | None = None) -> Iterator[Tensor]:
-        """Outputs (L, b, N, d), computed EXTRACT_BATCH images at a time while the next ones are decoded."""
+        """Yield outputs (L, b, N, d) of each chunk, computed EXTRACT_BATCH images at a time while the next ones are
+        decoded."""
         for _, images in self._images.ahead(chunks, epoch):
             if len(images) <= EXTRACT_BATCH:
                 yield self._compute(images) if len(images) else self._first[:, :0]
@@ -170,7 +171,7 @@ class CachedTokens:
         self.num_blocks, _, self.num_tokens, self.width = outputs.shape
 
     def parts(self, chunks: Iterable[Sequence[int]], epoch: int | None = None) -> Iterator[Tensor]:
-        """Outputs (L, b, N, d) of each chunk."""
+        """Yield outputs (L, b, N, d) of each chunk."""
         for chunk in chunks:
             rows = torch.as_tensor(chunk, dtype=torch.int64) // self.group.world_size
             yield self._outputs.index_select(1, rows.to(self._outputs.device))
@@ -179,20 +180,20 @@ class CachedTokens:
 class PooledFeatures:
     """Means over tokens of all blocks for this rank's images: image i is row i // world_size of rank i mod world_size.
 
-    Kept as deviations from a centre, so that bf16 rounds what distinguishes images and not a common offset. A mapped
-    file has no name, so that its disk comes back with the end of the process, whatever ends it.
+    They are stored as deviations from a centre, so that bf16 rounds what distinguishes images and not a common offset.
+    A mapped file has no name, so that its disk space is freed when the process ends, however it ends.
     """
 
     num_tokens = 1
 
     def __init__(self, num_rows: int, centre: Tensor, dtype: torch.dtype, group: Group, place: torch.device | Path):
-        """Rows of (L, d) values about `centre` (L, d), on a device or on the disk of a folder."""
+        """Allocate rows of (L, d) values about `centre` (L, d), on a device or on the disk of a folder."""
         self.group = group
         self.num_blocks, self.width = centre.shape
         self._centre = centre
         if isinstance(place, torch.device) or not num_rows:
             at = place if isinstance(place, torch.device) else None
-            # filled, so that what is asked for next, by any process, sees that the host has less
+            # zeroed, so that later allocations of any process see that the host has less memory
             self._values = torch.empty(num_rows, *centre.shape, dtype=dtype, device=at).zero_()
         else:
             values = _mapped(place, num_rows * centre.numel() * dtype.itemsize)
@@ -200,33 +201,33 @@ class PooledFeatures:
 
     @property
     def num_bytes(self) -> int:
-        """Of this rank's rows."""
+        """Bytes of this rank's rows."""
         return self._values.nbytes
 
     def put(self, first_row: int, vectors: Tensor) -> None:
-        """Write rows from `first_row` on: float32 (L, n, d)."""
+        """Write vectors, float32 (L, n, d), to the rows from `first_row` on."""
         rows = (vectors - self._centre[:, None]).transpose(0, 1)
         self._values[first_row : first_row + len(rows)] = rows.to(self._values)
 
     def rows(self, numbers: Tensor | slice) -> Tensor:
-        """Vectors float32 (L, n, d) of these rows, on the device."""
+        """Return the vectors of these rows, float32 (L, n, d), on the device."""
         numbers = numbers if isinstance(numbers, slice) else numbers.to(self._values.device)
         stored = self._values[numbers].to(self._centre.device)
         return stored.float().transpose(0, 1) + self._centre[:, None]
 
     def parts(self, chunks: Iterable[Sequence[int]], epoch: int | None = None) -> Iterator[Tensor]:
-        """The vectors of this rank's images as one token each: (L, b, 1, d) for every chunk."""
+        """Yield the vectors of this rank's images as one token each, (L, b, 1, d) for every chunk."""
         for chunk in chunks:
             numbers = torch.as_tensor(chunk, dtype=torch.int64) // self.group.world_size
             yield self.rows(numbers)[:, :, None]
 
 
 Features = StreamedTokens | CachedTokens | PooledFeatures
-"""Block outputs of this rank's images: `num_blocks`, `num_tokens`, `width`, and `parts` of those asked for."""
+"""Block outputs of this rank's images: `num_blocks`, `num_tokens`, `width`, and `parts` for chunks of images."""
 
 
 def _mapped(folder: Path, num_bytes: int) -> Tensor:
-    """uint8 values of a file without a name; all of its space is claimed now, so that no write can fail."""
+    """Map uint8 values of a file without a name; all of its space is allocated now, so that no write can fail."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -241,57 +242,57 @@ def _mapped(folder: Path, num_bytes: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFeatures:
-    """What one pass over a split gave."""
+    """Results of one pass over a split."""
 
     pooled: PooledFeatures
-    """Mean over tokens, every block."""
+    """Means over tokens, of every block."""
     tokens: StreamedTokens | CachedTokens
-    """All tokens: kept, or computed again when asked for."""
-    of_tokens: tuple[Moments, Moments]
-    """Statistics of the tokens of the images to fit and of the hold-out, of all ranks; of nothing unless they are to be
+    """Tokens, kept in memory or computed again when asked for."""
+    token_moments: tuple[Moments, Moments]
+    """Statistics of the tokens of the images to fit and of the hold-out, of all ranks; empty unless tokens will be
     read."""
-    of_pooled: tuple[Moments, Moments]
-    """The same of the pooled vectors."""
+    pooled_moments: tuple[Moments, Moments]
+    """Statistics of the pooled vectors, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePass:
-    """How the features of a task are computed and kept."""
+    """Settings of the pass that computes and keeps a task's features."""
 
     backbone: Backbone
-    """On its device, in the task's precision."""
+    """Backbone, on its device and in the task's precision."""
     group: Group
     precision: str
-    """`fp32` or `bf16`: in which pooled features are kept."""
+    """Precision in which pooled features are kept, `fp32` or `bf16`."""
     for_tokens: bool = True
-    """Whether anything will read single tokens: else they are not kept, and have no statistics."""
+    """Whether any head reads single tokens; else they are not kept, and have no statistics."""
     folder: Path | None = None
-    """On whose disk pooled features go that memory does not hold; None keeps to memory."""
-    pause: Pause = go_on
+    """Folder whose disk takes pooled features that do not fit into memory; None uses memory alone."""
+    report_progress: ProgressCallback = ignore_progress
 
     @torch.no_grad()
-    def split(self, images: LabelledImages, fit: np.ndarray | None = None, beside_bytes: int = 0) -> SplitFeatures:
-        """One pass over the images of a split.
+    def split(self, images: LabelledImages, fit: np.ndarray | None = None, reserved_bytes: int = 0) -> SplitFeatures:
+        """Compute the features of a split in one pass over its images.
 
         Args:
             fit: images whose statistics are summed, apart from those of all others; None sums none.
-            beside_bytes: of pooled features that the GPU may hold already.
+            reserved_bytes: bytes of pooled features that the GPU may hold already.
 
         Raises:
             ProbeError: neither memory nor disk holds the pooled features.
         """
         stream = StreamedTokens(self.backbone, images, self.group)
         centre = stream.centre()
-        own = share(range(len(images)), self.group)
-        most = -(-len(images) // self.group.world_size)  # of any rank: all take as many turns
+        own = own_indices(range(len(images)), self.group)
+        most = -(-len(images) // self.group.world_size)  # images per rank: all ranks take as many turns
         num_bytes = most * centre.numel() * DTYPES[self.precision].itemsize
-        place = self._place(num_bytes, beside_bytes, EXTRACT_BATCH * stream.image_bytes)
+        place = self._place(num_bytes, reserved_bytes, EXTRACT_BATCH * stream.image_bytes)
         pooled = PooledFeatures(len(own), centre, DTYPES[self.precision], self.group, place)
         kept = None
         if self.for_tokens and images.views is None:  # views change by epoch
-            fits = most * stream.image_bytes <= CACHE_SHARE * self.group.least(self.group.memory_bytes())
-            kept = stream.room(most)[:, : len(own)] if fits else None
-        sums = [Moments.about(centre) for _ in range(4)]  # tokens: to fit, held out; pooled: to fit, held out
+            fits = most * stream.image_bytes <= CACHE_SHARE * self.group.min_over_ranks(self.group.memory_bytes())
+            kept = stream.empty(most)[:, : len(own)] if fits else None
+        sums = [Moments.around(centre) for _ in range(4)]  # tokens: to fit, held out; pooled: to fit, held out
         is_fit = np.isin(np.arange(len(images)), [] if fit is None else fit)
         chunks = [own[first : first + EXTRACT_BATCH] for first in range(0, most, EXTRACT_BATCH)]
         for number, (chunk, outputs) in enumerate(zip(chunks, stream.parts(chunks), strict=True)):
@@ -305,24 +306,24 @@ class FeaturePass:
                     sums[part].add(outputs.index_select(1, rows).flatten(1, 2))
                 sums[2 + part].add(means.index_select(1, rows))
             seen = min(len(images), self.group.world_size * (first + len(chunk)))
-            self.pause(f"features of {images.dataset.info.name}", seen, len(images))
+            self.report_progress(f"features of {images.dataset.info.name}", seen, len(images))
         for moments in sums if fit is not None else ():
             moments.over_ranks(self.group)
         return SplitFeatures(
             pooled=pooled,
             tokens=stream if kept is None else CachedTokens(kept, self.group),
-            of_tokens=(sums[0], sums[1]),
-            of_pooled=(sums[2], sums[3]),
+            token_moments=(sums[0], sums[1]),
+            pooled_moments=(sums[2], sums[3]),
         )
 
-    def _place(self, num_bytes: int, beside_bytes: int, pass_bytes: int) -> torch.device | Path:
-        """Where so many bytes of a rank's pooled features go."""
+    def _place(self, num_bytes: int, reserved_bytes: int, pass_bytes: int) -> torch.device | Path:
+        """Choose where a rank's pooled features of this size go."""
         group, room = self.group, 0.0
         if group.device.type == "cuda":
-            room = gpu_bytes_left(group.least(group.memory_bytes()), weight_bytes(self.backbone), pass_bytes)
-        if num_bytes + beside_bytes <= room:
+            room = gpu_bytes_left(group.min_over_ranks(group.memory_bytes()), weight_bytes(self.backbone), pass_bytes)
+        if num_bytes + reserved_bytes <= room:
             return group.device
-        if num_bytes <= HOST_SHARE * group.least(group.host_memory_bytes()):
+        if num_bytes <= HOST_SHARE * group.min_over_ranks(group.host_memory_bytes()):
             return torch.device("cpu")
         if self.folder is None:
             raise ProbeError(
@@ -332,15 +333,15 @@ class FeaturePass:
 
 
 @dataclass
-class KeptFeatures:
-    """Of a backbone: those of the last task, for the next one on the same images."""
+class FeatureCache:
+    """Cache of a backbone's features of the last task, for the next task on the same images."""
 
     _found: dict[tuple[object, ...], tuple[bool, SplitFeatures]] = field(default_factory=dict)
 
-    def of(
+    def get(
         self, features: FeaturePass, attention: str, *splits: tuple[LabelledImages, np.ndarray | None]
     ) -> list[SplitFeatures]:
-        """Those of splits and images to fit, as `FeaturePass.split` gives them; all others are forgotten before."""
+        """Return the features of splits and images to fit, see `FeaturePass.split`; all others are dropped first."""
         wanted: list[tuple[object, ...]] = [
             (images.views is None, features.precision, attention, images.dataset.fingerprint, images.centre_crop, part)
             for images, fit in splits
@@ -358,12 +359,12 @@ class KeptFeatures:
         return [self._found[key][1] for key in wanted]
 
 
-def share(indices: Sequence[int], group: Group) -> list[int]:
-    """Those of the images that this rank works on: i belongs to rank i mod world_size, whatever the batch."""
+def own_indices(indices: Sequence[int], group: Group) -> list[int]:
+    """Return the indices that this rank works on: i belongs to rank i mod world_size, whatever the batch."""
     return [index for index in indices if index % group.world_size == group.rank]
 
 
 def batched(indices: np.ndarray | Sequence[int], size: int) -> Iterator[list[int]]:
-    """Consecutive lists of `size` indices; the last may be shorter."""
+    """Yield consecutive lists of `size` indices; the last may be shorter."""
     for start in range(0, len(indices), size):
         yield [int(i) for i in indices[start : start + size]]

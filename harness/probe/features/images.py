@@ -1,9 +1,9 @@
 """Labelled images of a task: its two splits, decoded ahead, their training views, and the hold-out.
 
-Views are those of the published recipe (AIMv2, Table A2), repeatable image by image: random resized crops of scale 0.08
-to 1, horizontal flips and RandAugment `rand-m9-mstd0.5-inc1`, by timm's operations. timm draws from the process's own
-generators; here every view draws from one of its own, so that threads make views side by side. The recipe also lists
-colour jitter 0.3; timm leaves it out where RandAugment is on, and so does this.
+Views follow the published recipe (AIMv2, Table A2), repeatable image by image: random resized crops of scale 0.08 to 1,
+horizontal flips and RandAugment `rand-m9-mstd0.5-inc1`, by timm's operations. timm draws from global generators; here
+every view has a generator of its own, so that threads can make views concurrently. The recipe also lists colour jitter
+0.3; timm leaves it out if RandAugment is on, and so does this.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
-from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_draws, crop_resize, draw_boxes, normalise
+from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_uniforms, crop_resize, draw_boxes, normalise
 from aimscale.harness.data.stream.held_out import count_shared, eval_images
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.tasks import ProbeError, check_benchmark
@@ -33,14 +33,14 @@ from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfi
 CROP_SCALE = (0.08, 1.0)
 """Area range of the crops."""
 NUM_CHANGES = 2
-"""Operations drawn for an image."""
+"""Number of operations drawn for an image."""
 CHANGE_PROBABILITY = 0.5
-"""With which each is carried out."""
+"""Probability with which each operation is applied."""
 MAGNITUDE, MAGNITUDE_STD, MAGNITUDE_MAX = 9.0, 0.5, 10.0
-"""m9, mstd0.5: the strength is normal around 9 and kept within 0..10."""
+"""Strength of m9, mstd0.5: normal around 9, clipped to 0..10."""
 
 Sign = float
-"""+1 or -1: the direction of a change that has two."""
+"""Direction of a change that has two: +1 or -1."""
 
 
 def _either_way(most: float) -> Callable[[float, Sign], tuple[float, ...]]:
@@ -68,25 +68,29 @@ ARGUMENTS: dict[str, Callable[[float, Sign], tuple[float, ...]]] = {
     "TranslateXRel": _either_way(0.45),
     "TranslateYRel": _either_way(0.45),
 }
-"""timm's name of an operation -> its arguments at a strength of 0..1 (the `inc1` set, in timm's order)."""
+"""timm's name of an operation -> its arguments at a strength in 0..1 (the `inc1` set, in timm's order)."""
 
 
 class PublishedViews:
-    """Views that depend on (seed, epoch, image) alone, not on the batch, the rank, the thread or the order of calls."""
+    """Training views that depend on (seed, epoch, image) alone, not on the batch, rank, thread or order of calls."""
 
     def __init__(self, model_section: ModelSection, seed: int):
         self._size, self._channels = model_section.image_size, model_section.channels
         self._seed = seed
 
     def images(self, dataset: ShardDataset, rows: np.ndarray, epoch: int) -> Tensor:
-        """Normalised float32 views (len(rows), C, H, W) of samples `rows` in an epoch."""
+        """Return normalised float32 views (len(rows), C, H, W) of samples `rows` in an epoch."""
         key = make_key("probe view", self._seed, epoch)
         views = []
         for row in rows:
             image = dataset.decode(int(row), self._channels)
             height, width = (np.array([side], dtype=np.int32) for side in image.shape[-2:])
             boxes = draw_boxes(
-                box_draws(key, np.array([row], dtype=np.int64)), height, width, scale=CROP_SCALE, horizontal_flip=True
+                box_uniforms(key, np.array([row], dtype=np.int64)),
+                height,
+                width,
+                scale=CROP_SCALE,
+                horizontal_flip=True,
             )
             crop = crop_resize(image, tuple(part[0].item() for part in boxes), self._size)
             changed = _changed(to_pil_image(crop).convert("RGB"), np.random.default_rng([self._seed, 2, epoch, row]))
@@ -95,7 +99,7 @@ class PublishedViews:
 
 
 def _changed(picture: Any, draw: np.random.Generator) -> Any:
-    """The picture after RandAugment."""
+    """Apply RandAugment to a picture."""
     from PIL import Image
     from timm.data.auto_augment import NAME_TO_OP  # slow to import
 
@@ -110,33 +114,33 @@ def _changed(picture: Any, draw: np.random.Generator) -> Any:
     return picture
 
 
-class Pause(Protocol):
-    """Called by all ranks together, often; raises to stop there."""
+class ProgressCallback(Protocol):
+    """Callback that all ranks call together, often; it shows progress, and raises to stop the work."""
 
     def __call__(self, what: str = "", done: int = 0, total: int | None = None, unit: str = "images", /) -> None:
-        """`done` of `total` units of the work named `what`; no name says nothing of where the work stands."""
+        """Report `done` of `total` units of the work named `what`; without a name nothing is shown."""
 
 
-def go_on(*_: object) -> None:
-    """The pause that stops nothing and shows nothing."""
+def ignore_progress(*_: object) -> None:
+    """Ignore progress, and stop nothing."""
 
 
-def numbered(pause: Pause, number: int, count: int) -> Pause:
-    """The same for one of several pieces of work: what it names begins with `number/count`."""
+def numbered_progress(report_progress: ProgressCallback, number: int, count: int) -> ProgressCallback:
+    """Prefix the names of one of several pieces of work with `number/count`."""
     if count == 1:
-        return pause
-    return lambda what="", *standing: pause(what and f"{number}/{count} {what}", *standing)
+        return report_progress
+    return lambda what="", *standing: report_progress(what and f"{number}/{count} {what}", *standing)
 
 
 MAX_SHARED = 0.01
-"""Share of the test images that may be training images too: some benchmarks have a few in both of their splits."""
+"""Maximum share of the test images that may be training images too: some benchmarks have a few in both splits."""
 MAX_DECODERS = 8
-"""Threads that decode the next images while the backbone works on these, where there are as many cores."""
+"""Maximum number of threads that decode the next images while the backbone works, if there are as many cores."""
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A labelled data set, preprocessed for one model geometry."""
+    """Labelled data set, preprocessed for one model geometry."""
 
     dataset: ShardDataset
     rows: np.ndarray
@@ -149,15 +153,15 @@ class LabelledImages:
     centre_crop: float
     """Share of the shorter side that the centre crop keeps."""
     views: PublishedViews | None = None
-    """Augmentation of training views; None has one centre crop an image."""
+    """Augmentation of training views; None uses one centre crop per image."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def images(self, indices: Sequence[int], epoch: int | None = None) -> Tensor:
-        """Normalised float32 images (len(indices), C, H, W).
+        """Load normalised float32 images (len(indices), C, H, W).
 
-        Resized and centre crop; with `epoch`, the training views of that epoch where there are any.
+        They are resized and centre-cropped; with `epoch`, they are the training views of that epoch if there are any.
         """
         rows = self.rows[np.asarray(indices, dtype=np.int64)]
         if epoch is not None and self.views is not None:
@@ -167,7 +171,7 @@ class LabelledImages:
     def ahead(
         self, chunks: Iterable[Sequence[int]], epoch: int | None = None
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Each chunk of indices with its images, as `decoded_ahead` gives them."""
+        """Yield each chunk of indices with its images, see `decoded_ahead`."""
         return decoded_ahead(functools.partial(self.images, epoch=epoch), chunks)
 
 
@@ -175,9 +179,9 @@ Chunk = TypeVar("Chunk")
 
 
 def decoded_ahead(images: Callable[[Chunk], Tensor], chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Tensor]]:
-    """Each chunk with its images, in order, decoded by threads while the caller works on earlier ones.
+    """Yield each chunk with its images, in order, decoded by threads while the caller works on earlier ones.
 
-    Memory: one chunk a thread and one more. An error comes out where its chunk would have.
+    Memory holds one chunk per thread and one more. An error is raised at its chunk.
     """
     num_threads = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
     pool = ThreadPoolExecutor(num_threads, "decode")
@@ -194,21 +198,21 @@ def decoded_ahead(images: Callable[[Chunk], Tensor], chunks: Iterable[Chunk]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What all probes of a task share: its images, cut into a part to fit and a hold-out, and the ranks that work."""
+    """Task shared by all probes: its images, divided into a part to fit and a hold-out, and the ranks that work."""
 
     section: ProbeSection
     """Kinds, learning rates, epochs or iterations, batch size."""
     train: LabelledImages
     test: LabelledImages
     fit: np.ndarray
-    """Indices of the training images that those heads learn from which the hold-out judges, ascending."""
+    """Indices of the training images from which heads judged by the hold-out learn, ascending."""
     held: np.ndarray
     """Indices of the hold-out, ascending."""
     seed: int
-    """Draws the heads' start and the order of images."""
+    """Seed of the heads' initial weights and the order of images."""
     group: Group
-    """The ranks that share the work; the result does not depend on them but for rounding."""
-    pause: Pause = go_on
+    """Ranks that share the work; the result depends on them only by rounding."""
+    report_progress: ProgressCallback = ignore_progress
 
     @property
     def num_classes(self) -> int:
@@ -222,14 +226,14 @@ class Task:
 
     @functools.cached_property
     def is_fit(self) -> np.ndarray:
-        """Of each training image, whether it is not held out."""
+        """Whether each training image is in the part to fit, bool (n,)."""
         return np.isin(np.arange(len(self.train)), self.fit)
 
 
 def open_labelled(
     path: str, section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig
 ) -> LabelledImages:
-    """Open one side of a task; `runtime` says where shards at a URL, and their index, are kept."""
+    """Open one split of a task; `runtime` says where shards at a URL, and their index, are cached."""
     dataset = open_dataset(path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
     if dataset.labels is None:
         raise ProbeError(
@@ -248,7 +252,7 @@ def open_labelled(
 def open_task(
     section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig
 ) -> tuple[LabelledImages, LabelledImages]:
-    """Training and test split of a task.
+    """Open the training and test split of a task.
 
     Raises:
         ProbeError: no labels, test classes that the training split lacks, too few images to hold some out, test images
@@ -284,7 +288,7 @@ def open_task(
 
 
 def holdout_split(labels: Tensor, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (fit, hold-out) of a stratified split: `fraction` of every class, rounded at random but seeded.
+    """Split indices into (fit, hold-out), stratified: `fraction` of every class, rounded at random but seeded.
 
     A class with one image stays in the fit part.
     """

@@ -1,8 +1,7 @@
-"""What a task is before anything runs: whether it is a benchmark, block sets, heads, steps, rounds.
+"""Properties of a task before anything runs: whether it is a benchmark, block sets, heads, steps, rounds.
 
-A probe whose task bears the name of one of the paper's fifteen benchmarks is checked against it, so that a subset,
-another split or another class list cannot pass for it; any other name is a task of one's own and is not checked. Torch
-is not imported.
+A task with the name of one of the paper's fifteen benchmarks is checked against it, so that a subset, another split or
+another class list cannot pass for it; any other name is the user's own task and not checked. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from aimscale.harness.run.config import ProbeSection
 
 
 class ProbeError(UserError):
-    """A task or a model that cannot be probed as asked."""
+    """Task or model that cannot be probed as asked."""
 
 
 def check_benchmark(task: str, *, num_classes: int, num_train: int, num_test: int) -> None:
-    """Refuse a data set that bears a benchmark's name and has other sizes; other names pass."""
+    """Refuse a data set that has a benchmark's name but other sizes; other names pass."""
     benchmark = BENCHMARKS.get(task)
     if benchmark is None:
         return
@@ -41,29 +40,29 @@ BlockSet = tuple[int, ...]
 """Blocks, counted from 0, whose outputs are averaged."""
 
 CACHE_SHARE = 0.1
-"""Of the memory that a rank may plan for, for tokens that are kept."""
+"""Share of the memory that a rank may plan for, for tokens that are kept."""
 HOST_SHARE = 0.4
-"""Of a rank's share of what its host has free, for the pooled features of a split."""
+"""Share of a rank's free host memory for the pooled features of a split."""
 HEADS_SHARE = 0.5
-"""Of a rank's memory: for heads that train together, with gradients and optimiser state; more block sets train in
-rounds."""
+"""Share of a rank's memory for heads that train together, with gradients and optimiser state; further block sets train
+in further rounds."""
 BYTES_PER_HEAD_PARAM = 16
-"""A value, its gradient and two moments in fp32."""
+"""Bytes of a value, its gradient and two moments in fp32."""
 BYTES_PER_SOLVED_PARAM = 96
-"""Eight pairs of steps, and eight vectors more."""
+"""Bytes of eight pairs of L-BFGS steps, and eight vectors more."""
 L2S = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """Strengths of L2 of linear heads that are solved, before the grid grows."""
 HOLDOUT_FRACTION = 0.2
 """Share of the training split held out to choose blocks and rates by."""
 COPIES = 2
-"""Of a head on tokens that are not kept: one that the hold-out judges, and one that learns from all images."""
-MOST_EPOCHS, MOST_IMAGES = 20, 6_500_000
-"""Training of the heads where a task says nothing: so many passes, or as many as make so many images (5 of
-ImageNet-1k). That keeps all frozen probes of ImageNet-1k below 3 % of training aim-600M to 128M images."""
+"""Copies of a head on tokens that are not kept: one that the hold-out judges, and one that learns from all images."""
+MAX_EPOCHS, MAX_TRAINED_IMAGES = 20, 6_500_000
+"""Default length of a training of heads: at most this many passes, and at most about this many images (5 passes of
+ImageNet-1k). It keeps all frozen probes of ImageNet-1k below 3 % of training aim-600M to 128M images."""
 
 
 def block_sets(num_blocks: int) -> tuple[list[BlockSet], BlockSet]:
-    """Candidate sets and the protocol's fixed one.
+    """List the candidate block sets, and the protocol's fixed one.
 
     The fixed one is the last six blocks (the last half of a model of fewer than twelve). Candidates: that, every
     single block, and every window of the same length, among which the published best layers (six contiguous ones in
@@ -76,7 +75,7 @@ def block_sets(num_blocks: int) -> tuple[list[BlockSet], BlockSet]:
 
 
 def head_params(kind: str, width: int, num_classes: int) -> int:
-    """Trained values of one head, as the classes of `aim.probes` say."""
+    """Count the trained values of one head, as the classes of `aim.probes` have them."""
     if kind == "linear":
         return num_classes * (width + 1)
     if kind == "efficient":
@@ -85,25 +84,26 @@ def head_params(kind: str, width: int, num_classes: int) -> int:
 
 
 def number_of_steps(section: ProbeSection, num_images: int) -> int:
-    """Optimiser steps of one training: the section's iterations, or its epochs over so many images."""
+    """Return the optimiser steps of one training: the section's iterations, or its epochs over so many images."""
     if section.iterations is not None:
         return section.iterations
-    epochs = section.epochs or max(1, min(MOST_EPOCHS, MOST_IMAGES // max(1, num_images)))
+    epochs = section.epochs or max(1, min(MAX_EPOCHS, MAX_TRAINED_IMAGES // max(1, num_images)))
     return epochs * math.ceil(num_images / section.batch_size)
 
 
 def gpu_bytes_left(memory_bytes: float, weight_bytes: float, pass_bytes: float) -> float:
-    """What a rank's GPU has for kept features: beside the backbone's weights, three copies of what a pass gives (as
-    it comes, and gathered or in float32), the heads, and a tenth."""
+    """Return the bytes that a rank's GPU has for kept features, beside the backbone's weights, three copies of a pass's
+    outputs (as computed, gathered, or in float32), the heads, and a reserve of a tenth."""
     return (1 - HEADS_SHARE - 0.1) * memory_bytes - weight_bytes - 3 * pass_bytes
 
 
 def bytes_per_set(kinds: Sequence[str], num_heads: int, width: int, num_classes: int, is_solved: bool) -> int:
-    """Memory of so many heads of each kind on one block set, with gradients and moments, or all that L-BFGS keeps."""
+    """Return the memory of so many heads of each kind on one block set, with gradients and moments, or all that L-BFGS
+    keeps."""
     params = num_heads * sum(head_params(kind, width, num_classes) for kind in kinds)
     return BYTES_PER_SOLVED_PARAM * params + 16 * width**2 if is_solved else BYTES_PER_HEAD_PARAM * params
 
 
 def sets_per_round(one_set_bytes: int, ranks: int, memory_bytes: float) -> int:
-    """Block sets whose heads fit into `HEADS_SHARE` of every rank's memory; at least one per rank."""
+    """Return how many block sets' heads fit into `HEADS_SHARE` of every rank's memory; at least one per rank."""
     return ranks * max(1, int(HEADS_SHARE * memory_bytes / max(1, one_set_bytes)))

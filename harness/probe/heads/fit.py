@@ -1,11 +1,11 @@
-"""Train every candidate head of one task and measure each on the hold-out; nothing here sees the test split.
+"""Training of every candidate head of one task, and their evaluation on the hold-out; the test split is not used here.
 
-The hold-out judges heads that learn from the other images; of the chosen settings, heads are kept that learn from all,
-as if trained alone. On tokens that the backbone must compute again, both train in one go, as two copies of each head;
-on features that are kept, only the chosen ones train again.
+The hold-out judges heads that learn from the other images; for the chosen settings, heads are kept that learn from all
+images, as if trained alone. On tokens that the backbone must compute again, both train at once, as two copies of each
+head; on kept features, only the chosen ones train again.
 
 Heads are divided among ranks by block set. Every rank computes the tokens of its images and gets those of the others,
-so that no head, gradient or moment stands on two ranks and no gradient travels.
+so that no head, gradient or moment is on two ranks and no gradient is exchanged.
 """
 
 from __future__ import annotations
@@ -27,31 +27,39 @@ from aimscale.harness.probe.features.extraction import (
     StreamedTokens,
     averages,
     batched,
-    share,
+    own_indices,
 )
 from aimscale.harness.probe.features.images import Task
 from aimscale.harness.probe.features.tasks import L2S, BlockSet, bytes_per_set, number_of_steps, sets_per_round
-from aimscale.harness.probe.heads.logistic import LEAST_PER_CHANNEL, WIDEST, solve
-from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, best, beyond, together, tried
+from aimscale.harness.probe.heads.logistic import MAX_CHANNELS, MIN_IMAGES_PER_CHANNEL, solve
+from aimscale.harness.probe.heads.scores import (
+    Candidate,
+    Predictions,
+    best,
+    gather_predictions,
+    next_values,
+    to_predictions,
+    tried_values,
+)
 from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, LinearStack, StackedAdamW
 
 WORKING_GB = 1.0
-"""Of a rank, for the tokens that heads train on at a time, where these are more than `MICRO_BATCH` images."""
+"""Memory of a rank for the tokens that heads train on at a time, if these are more than `MICRO_BATCH` images."""
 MICRO_BATCH = 64
-"""Images of all ranks whose tokens are computed at a time, at least."""
+"""Minimum number of images, over all ranks, whose tokens are computed at a time."""
 TEST_BATCH = 64
-"""Test images at a time."""
+"""Number of test images at a time."""
 
 
-class Micro(NamedTuple):
-    """Some images of a batch."""
+class MicroBatch(NamedTuple):
+    """Micro-batch: some images of a batch."""
 
     images: list[int]
-    """Of all ranks."""
+    """Images of all ranks."""
     counts: tuple[int, ...]
-    """Images of the whole batch that each copy of the heads learns from."""
+    """Number of images of the whole batch that each copy of the heads learns from."""
     ends_batch: bool = False
-    """Whether the optimiser steps after them."""
+    """Whether the optimiser steps after this micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,38 +67,39 @@ class Round:
     """Heads that train together."""
 
     source: Features
-    """What they read."""
+    """Features that the heads read."""
     own: list[BlockSet]
     """Block sets of this rank."""
     learns: tuple[np.ndarray, ...]
-    """Of each copy of the heads, whether it learns from an image (n,)."""
+    """Whether each copy of the heads learns from an image, bool (n,) per copy."""
     micro_size: int
-    """Images of all ranks at a time."""
+    """Number of images of all ranks at a time."""
     stacks: dict[str, HeadStack]
     """Kind -> heads on this rank's block sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridFit:
-    """How the heads of one task are trained, by all ranks together."""
+    """Training of the heads of one task, by all ranks together."""
 
     task: Task
     num_heads: int
-    """Heads of the attentive probe."""
+    """Number of heads of the attentive probe."""
     features: SplitFeatures
-    """Of the training split."""
+    """Features of the training split."""
 
     def candidates(
         self, source: Features, kinds: Sequence[str], sets: Sequence[BlockSet], last: BlockSet
     ) -> list[Candidate]:
-        """Every kind x block set x value of the grid, judged by the hold-out; where a choice lies at an end, it grows.
+        """Train every kind x block set x value of the grid, judged by the hold-out; the grid grows if a choice is at
+        its end.
 
-        The best of each kind, and the best on the block set `last`, come with their heads. Where a pass costs the
-        backbone's work, the copies that are kept train beside those that are judged; else only the chosen ones do.
+        The best of each kind, and the best on the block set `last`, come with their heads. If a pass runs the backbone,
+        the copies that are kept train beside those that are judged; else only the chosen ones are trained.
         """
         is_costly = isinstance(source, StreamedTokens)
         learns = (self.task.is_fit, np.ones_like(self.task.is_fit))
-        # before it grows: strengths of L2 of what is solved, learning rates of what is trained
+        # the initial grid: strengths of L2 of solved heads, learning rates of trained ones
         asked = L2S if isinstance(source, PooledFeatures) else self.task.section.lrs
         found: list[Candidate] = []
         more = list(kinds), list(sets), list(asked)
@@ -114,9 +123,10 @@ class GridFit:
         found: list[Candidate],
         last: BlockSet,
     ) -> list[Candidate]:
-        """What was found and what these settings give; in rounds where the heads of all sets do not fit the ranks."""
+        """Add candidates of these settings to those found; in rounds if the heads of all sets do not fit into
+        memory."""
         group = self.task.group
-        memory_bytes = group.least(group.memory_bytes())
+        memory_bytes = group.min_over_ranks(group.memory_bytes())
         num_values, is_solved = len(grid) * len(learns), isinstance(source, PooledFeatures)
         one_set = bytes_per_set(kinds, num_values, source.width, self.task.num_classes, is_solved=is_solved)
         at_once = sets_per_round(one_set, group.world_size, memory_bytes)
@@ -137,7 +147,7 @@ class GridFit:
 
     @property
     def _device(self) -> torch.device:
-        return self.features.of_pooled[0].centre.device
+        return self.features.pooled_moments[0].centre.device
 
     def _trained(
         self,
@@ -147,7 +157,8 @@ class GridFit:
         grid: Sequence[float],
         learns: tuple[np.ndarray, ...],
     ) -> Round:
-        """Heads of these kinds and values on block sets, which the ranks divide; one copy for each of `learns`."""
+        """Train heads of these kinds and values on block sets, which the ranks divide; one copy for each of
+        `learns`."""
         group, num_values = self.task.group, len(kinds) * len(grid) * len(learns)
         shares = np.array_split(range(len(sets)), group.world_size)
         logits = len(shares[0]) * num_values * self.task.num_classes
@@ -174,9 +185,10 @@ class GridFit:
         grid: Sequence[float],
         learns: Sequence[np.ndarray],
     ) -> dict[str, HeadStack]:
-        """Kind -> untrained heads on some block sets, standardised by the statistics of what they will learn from."""
+        """Make untrained heads on some block sets, by kind, standardised by the statistics of what they will learn
+        from."""
         stacks: dict[str, HeadStack] = {}
-        # a rank without sets has no heads; of those that are solved it has none in a stack, and counts the passes
+        # a rank without sets has no heads; if heads are solved, an empty stack, since it joins in all passes
         for kind in kinds if own or isinstance(source, PooledFeatures) else ():
             stacks[kind] = STACKS[kind](
                 num_sets=len(own),
@@ -188,13 +200,13 @@ class GridFit:
                 generator=torch.Generator().manual_seed(self.task.seed),
                 device=self._device,
             )
-            fit, held = self.features.of_pooled if kind == "linear" else self.features.of_tokens
-            statistics = [(fit + held if copy.all() else fit).of_sets(own) for copy in learns]
+            fit, held = self.features.pooled_moments if kind == "linear" else self.features.token_moments
+            statistics = [(fit + held if copy.all() else fit).set_statistics(own) for copy in learns]
             stacks[kind].standardise_by(*(torch.stack(each, dim=1) for each in zip(*statistics, strict=True)))
         return stacks
 
     def _train(self, this: Round) -> None:
-        """All steps on the training split."""
+        """Take all steps on the training split."""
         num_steps = number_of_steps(self.task.section, len(self.task.train.labels))
         optimisers = [StackedAdamW(stack, num_steps=num_steps) for stack in this.stacks.values()]
         what, done = f"{' and '.join(this.stacks)} heads", 0
@@ -207,28 +219,29 @@ class GridFit:
                 for optimiser in optimisers:
                     optimiser.step()
                 done += 1
-                self.task.pause(what, done, num_steps, "steps")
+                self.task.report_progress(what, done, num_steps, "steps")
 
-    def _batches(self, this: Round, num_steps: int) -> Iterator[tuple[Micro, Tensor]]:
-        """This rank's outputs of each micro-batch of that many batches, without images that no copy learns from."""
+    def _batches(self, this: Round, num_steps: int) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Yield this rank's outputs of each micro-batch of `num_steps` batches, without images that no copy learns
+        from."""
         is_read, left, epoch = np.any(this.learns, axis=0), num_steps, 0
         while left:
             order = np.random.default_rng([self.task.seed, 1, epoch]).permutation(self.task.everything)
             plan, batches = [], list(batched(order, self.task.section.batch_size))[:left]
             for batch in batches:
                 counts = tuple(int(copy[batch].sum()) for copy in this.learns)
-                # a batch of none but held-out images: its step moves the heads by their momentum alone
+                # in a batch of held-out images alone, the step moves the heads by their momentum
                 parts = list(batched([image for image in batch if is_read[image]] or batch[:1], this.micro_size))
-                plan += [Micro(part, counts, number == len(parts)) for number, part in enumerate(parts, start=1)]
+                plan += [MicroBatch(part, counts, number == len(parts)) for number, part in enumerate(parts, start=1)]
             yield from self._outputs(this.source, plan, epoch)
             left, epoch = left - len(batches), epoch + 1
 
     def _solve(self, this: Round) -> None:
-        """The optimum on the images that the heads, one copy of each, learn from."""
+        """Find the optimum on the images that the heads, one copy of each, learn from."""
         (stack,), (learns,) = this.stacks.values(), this.learns
         assert isinstance(stack, LinearStack)
         images = np.flatnonzero(learns)
-        plan = [Micro(part, (len(images),)) for part in batched(images, this.micro_size)]
+        plan = [MicroBatch(part, (len(images),)) for part in batched(images, this.micro_size)]
         num_passes = itertools.count(1)
 
         def losses() -> Tensor:
@@ -238,11 +251,11 @@ class GridFit:
                 found = stack.losses(tokens, self._labels(micro), self._weights(this, micro))
                 found.sum().backward()
                 total += found.detach()
-            self.task.pause("linear heads", next(num_passes), None, "passes")
+            self.task.report_progress("linear heads", next(num_passes), None, "passes")
             return total
 
         covariance = None
-        if stack.mean.shape[2] <= min(WIDEST, len(images) / LEAST_PER_CHANNEL):
+        if stack.mean.shape[2] <= min(MAX_CHANNELS, len(images) / MIN_IMAGES_PER_CHANNEL):
             covariance = stack.mean.new_zeros(len(this.own), *2 * stack.mean.shape[2:])
             for micro, outputs in self._outputs(this.source, plan):
                 vectors = (self._tokens(outputs, micro.images, this.own)[:, :, 0] - stack.mean) * stack.rstd
@@ -250,13 +263,14 @@ class GridFit:
         solve(stack, covariance, losses, lambda is_done: not any(self.task.group.sum_counts(int(not is_done))))
 
     def _outputs(
-        self, source: Features, plan: Sequence[Micro], epoch: int | None = None
-    ) -> Iterator[tuple[Micro, Tensor]]:
-        own = (share(micro.images, self.task.group) for micro in plan)
+        self, source: Features, plan: Sequence[MicroBatch], epoch: int | None = None
+    ) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Yield each micro-batch with this rank's outputs."""
+        own = (own_indices(micro.images, self.task.group) for micro in plan)
         return zip(plan, source.parts(own, epoch), strict=True)
 
     def _tokens(self, outputs: Tensor, images: Sequence[int], own: Sequence[BlockSet]) -> Tensor:
-        """Averages (S, B, N, d) over this rank's block sets for images of all ranks, in their order.
+        """Average tokens over this rank's block sets, (S, B, N, d), for images of all ranks, in their order.
 
         Args:
             outputs: (L, b, N, d) of those images i with i mod world_size == rank, in the same order.
@@ -269,28 +283,29 @@ class GridFit:
             # as bytes: not every backend moves bfloat16
             parts = self.task.group.concatenate(padded.view(torch.uint8)).view(outputs.dtype)
             by_rank = torch.cat([part[:, :count] for part, count in zip(parts, per_rank, strict=True)], dim=1)
-            del parts  # of a large model, each copy is gigabytes
+            del parts  # each copy is gigabytes for a large model
             order = torch.from_numpy(np.argsort(np.argsort(rank_of, kind="stable"), kind="stable"))
             outputs = by_rank.index_select(1, order.to(by_rank.device))
         return averages(outputs, own)
 
-    def _labels(self, micro: Micro) -> Tensor:
+    def _labels(self, micro: MicroBatch) -> Tensor:
+        """Return the labels of a micro-batch."""
         return self.task.train.labels[torch.as_tensor(micro.images)].to(self._device)
 
-    def _weights(self, this: Round, micro: Micro) -> Tensor:
-        """(C, B): of images in the loss of each copy."""
+    def _weights(self, this: Round, micro: MicroBatch) -> Tensor:
+        """Return the weights (C, B) of images in the loss of each copy."""
         shares = [copy[micro.images] / max(1, count) for copy, count in zip(this.learns, micro.counts, strict=True)]
         return torch.from_numpy(np.array(shares, dtype=np.float32)).to(self._device)
 
     @torch.no_grad()
     def _measure(self, this: Round) -> list[Candidate]:
-        """Hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and the grid."""
+        """Measure hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and the grid."""
         held = self.task.held
         totals = {
             kind: stack.mean.new_zeros(2, len(this.own), len(stack.grid), dtype=torch.float64)
             for kind, stack in this.stacks.items()
         }
-        plan = [Micro(images, ()) for images in batched(held, this.micro_size)]
+        plan = [MicroBatch(images, ()) for images in batched(held, this.micro_size)]
         for micro, outputs in self._outputs(this.source, plan):
             labels, tokens = self._labels(micro), self._tokens(outputs, micro.images, this.own)
             for kind, stack in this.stacks.items():
@@ -299,7 +314,7 @@ class GridFit:
                 losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
                 totals[kind][0] += (logits.argmax(3) == targets).sum(1)
                 totals[kind][1] += losses.double().sum(1)
-            self.task.pause()
+            self.task.report_progress()
         mine = [
             Candidate(
                 kind=kind, blocks=blocks, value=value, holdout_top1=top1 / len(held), holdout_loss=loss / len(held)
@@ -313,7 +328,7 @@ class GridFit:
 
 
 def _best_numbers(candidates: Sequence[Candidate], kinds: Sequence[str], last: BlockSet) -> set[int]:
-    """Positions of the best of each kind, and of the best on the block set `last` where that is among them."""
+    """Return the positions of the best of each kind, and of the best on the block set `last` if it was tried."""
     has_last = any(candidate.blocks == last for candidate in candidates)
     wanted = [best(candidates, kind, blocks) for kind in kinds for blocks in ((None, last) if has_last else (None,))]
     return {number for number, candidate in enumerate(candidates) if any(candidate is each for each in wanted)}
@@ -322,9 +337,9 @@ def _best_numbers(candidates: Sequence[Candidate], kinds: Sequence[str], last: B
 def _grown(
     found: Sequence[Candidate], kinds: Sequence[str], last: BlockSet, asked: Sequence[float]
 ) -> tuple[list[str], list[BlockSet], list[float]]:
-    """Kinds, block sets and values with which the grid grows: where what is chosen lies at its end."""
+    """Return kinds, block sets and values by which the grid grows: those whose choice is at its end."""
     chosen = [found[number] for number in sorted(_best_numbers(found, kinds, last))]
-    more = [(each, value) for each in chosen for value in beyond(asked, tried(found, each), each.value)]
+    more = [(each, value) for each in chosen for value in next_values(asked, tried_values(found, each), each.value)]
     sets = dict.fromkeys(each.blocks for each, _ in more)
     return (
         [kind for kind in kinds if any(each.kind == kind for each, _ in more)],
@@ -334,7 +349,7 @@ def _grown(
 
 
 def _head_of(candidate: Candidate, this: Round) -> HeadStack | None:
-    """A candidate's head on the host, if it is one of these."""
+    """Return a candidate's head on the host, if it is one of these."""
     stack = this.stacks.get(candidate.kind)
     if stack is None or candidate.blocks not in this.own or candidate.value not in stack.grid:
         return None
@@ -342,14 +357,14 @@ def _head_of(candidate: Candidate, this: Round) -> HeadStack | None:
 
 
 @torch.no_grad()
-def answers_of_heads(features: Features, candidates: Sequence[Candidate], task: Task) -> list[Answers]:
-    """What each candidate's head says about the test split; the ranks share its images."""
-    own = share(range(len(task.test)), task.group)
+def predict_test_split(features: Features, candidates: Sequence[Candidate], task: Task) -> list[Predictions]:
+    """Predict the test split with each candidate's head; the ranks share its images."""
+    own = own_indices(range(len(task.test)), task.group)
     chunks = list(batched(own, TEST_BATCH))
-    parts: list[list[Answers]] = [[] for _ in candidates]
+    parts: list[list[Predictions]] = [[] for _ in candidates]
     for chunk, outputs in zip(chunks, features.parts(chunks), strict=True):
         for candidate, part in zip(candidates, parts, strict=True):
             assert candidate.head is not None
             scores = candidate.head(averages(outputs, [candidate.blocks]))[0, :, 0]
-            part.append(answers(scores, task.test.labels[chunk]))
-    return [together(own, part, len(task.test), task.group) for part in parts]
+            part.append(to_predictions(scores, task.test.labels[chunk]))
+    return [gather_predictions(own, part, len(task.test), task.group) for part in parts]

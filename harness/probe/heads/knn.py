@@ -1,9 +1,9 @@
 """k nearest neighbours on mean-pooled frozen features: no training, one choice (k and blocks) on the hold-out.
 
-The field's definition (Caron et al., arXiv 2104.14294, appendix): cosines of the raw vectors, nothing centred or
-standardised, and votes weighted by exp(cosine / 0.07). The search is exact and goes block by block: each rank compares
-all queries with its own images, and only the nearest of each rank are put together, so that no rank ever holds the
-features of another. Which of equally near images counts is chance.
+The definition is that of the field (Caron et al., arXiv 2104.14294, appendix): cosines of the raw vectors, without
+centring or standardisation, and votes weighted by exp(cosine / 0.07). The search is exact and goes block by block: each
+rank compares all queries with its own images, and only the nearest of each rank are merged, so that no rank holds the
+features of another. Ties between equally near images are broken arbitrarily.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from torch import Tensor
 from torch.nn import functional
 
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.extraction import PooledFeatures, SplitFeatures, averages, share
+from aimscale.harness.probe.features.extraction import PooledFeatures, SplitFeatures, averages, own_indices
 from aimscale.harness.probe.features.images import Task
 from aimscale.harness.probe.features.tasks import BlockSet
-from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, together
+from aimscale.harness.probe.heads.scores import Candidate, Predictions, gather_predictions, to_predictions
 
 TEMPERATURE = 0.07
-"""Of the votes' weights."""
+"""Temperature of the votes' weights."""
 NUM_NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
-"""k tried; those above the number of images are left out."""
+"""Values of k that are tried; those above the number of images are left out."""
 QUERIES = 1024
-"""Queries of all ranks at a time."""
+"""Number of queries of all ranks at a time."""
 BANK_BLOCK = 8192
-"""Images of a rank compared at a time; also images whose blocks are averaged at a time."""
+"""Number of a rank's images that are compared at a time; also of images whose blocks are averaged at a time."""
 
 
 def neighbour_votes(
     bank: Tensor, labels: Tensor, queries: Tensor, ks: tuple[int, ...], num_classes: int, group: Group
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Weighted votes of the nearest of all ranks' images for this rank's queries, a stretch at a time.
+    """Yield the weighted votes of the nearest of all ranks' images for this rank's queries, a slice at a time.
 
     All ranks call this together.
 
     Args:
         bank: unit vectors (n, d) of this rank's images.
-        labels: of those (n,).
+        labels: labels of these images (n,).
         queries: unit vectors (m, d).
 
     Yields:
-        The stretch of the queries, and votes (len(ks), stretch, K).
+        The slice of the queries, and votes (len(ks), slice length, K).
     """
     step = max(1, QUERIES // group.world_size)
     for start in range(0, max(group.gather(len(queries))), step):
         own = queries[start : start + step]
-        padded = functional.pad(own, (0, 0, 0, step - len(own)))  # all ranks exchange as many
+        padded = functional.pad(own, (0, 0, 0, step - len(own)))  # all ranks exchange equally many
         cosine, named = (near[: len(own)] for near in _nearest(bank, labels, padded, max(ks), group))
         if not len(own):
             continue
@@ -63,7 +63,7 @@ def neighbour_votes(
 
 
 def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int, group: Group) -> tuple[Tensor, Tensor]:
-    """Cosines and labels (m, k) of the k images of all ranks nearest to this rank's queries (m, d)."""
+    """Return cosines and labels (m, k) of the k images of all ranks nearest to this rank's queries (m, d)."""
     everyone = group.concatenate(queries).flatten(0, 1)
     cosine = everyone.new_full((len(everyone), k), -torch.inf)
     named = torch.zeros(len(everyone), k, dtype=torch.int64, device=everyone.device)
@@ -78,7 +78,7 @@ def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int, group: Group
 
 
 def _first(cosines: Sequence[Tensor], labels: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k greatest cosines of each row of some (m, n), nearest first, with their labels."""
+    """Return the k greatest cosines of each row, nearest first, with their labels."""
     found, places = torch.cat(list(cosines), dim=1).topk(k, dim=1)
     return found, torch.cat(list(labels), dim=1).gather(1, places)
 
@@ -89,12 +89,12 @@ class Neighbours:
 
     task: Task
     features: SplitFeatures
-    """Of the training split."""
+    """Features of the training split."""
 
     @torch.no_grad()
     def candidates(self, sets: Sequence[BlockSet]) -> list[Candidate]:
-        """Hold-out accuracy of every block set and k, with the fit part as the bank."""
-        held = share(self.task.held.tolist(), self.task.group)
+        """Measure the hold-out accuracy of every block set and k, with the fit part as the bank."""
+        held = own_indices(self.task.held.tolist(), self.task.group)
         ks = tuple(k for k in NUM_NEIGHBOURS if k <= len(self.task.fit))
         found = []
         for number, blocks in enumerate(sets, start=1):
@@ -108,31 +108,31 @@ class Neighbours:
                 )
                 for k, total in zip(ks, self.task.group.sum_counts(*right), strict=True)
             ]
-            self.task.pause("k-NN", number, len(sets), "block sets")
+            self.task.report_progress("k-NN", number, len(sets), "block sets")
         return found
 
     @torch.no_grad()
-    def answers(self, chosen: Candidate, pooled: PooledFeatures) -> Answers:
-        """What a candidate says about the test split, with the whole training split as the bank."""
+    def predict(self, chosen: Candidate, pooled: PooledFeatures) -> Predictions:
+        """Predict the test split with a candidate, with the whole training split as the bank."""
         images, ks = self.task.test, (int(chosen.value),)
-        own = share(range(len(images)), self.task.group)
+        own = own_indices(range(len(images)), self.task.group)
         parts = [
-            answers(votes[0], images.labels[own][rows])
+            to_predictions(votes[0], images.labels[own][rows])
             for rows, votes in self._votes(chosen.blocks, self.task.everything, pooled, own, ks)
         ]
-        return together(own, parts, len(images), self.task.group)
+        return gather_predictions(own, parts, len(images), self.task.group)
 
     def _votes(
         self, blocks: BlockSet, bank: np.ndarray, pooled: PooledFeatures, queries: Sequence[int], ks: tuple[int, ...]
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Of training images for this rank's queries."""
+        """Yield the votes of training images for this rank's queries."""
 
         def units(of: PooledFeatures, images: Sequence[int]) -> Tensor:
             rows = torch.as_tensor(images, dtype=torch.int64) // self.task.group.world_size
             vectors = torch.cat([averages(of.rows(part), [blocks])[0] for part in rows.split(BANK_BLOCK)])
             return functional.normalize(vectors, dim=1)
 
-        own = share(bank.tolist(), self.task.group)
+        own = own_indices(bank.tolist(), self.task.group)
         vectors = units(self.features.pooled, own)
         labels = self.task.train.labels[own].to(vectors.device)
         return neighbour_votes(vectors, labels, units(pooled, queries), ks, self.task.num_classes, self.task.group)

@@ -1,9 +1,9 @@
-"""Logistic regression on pooled features, solved and not trained: a whole grid of L2 at once, by L-BFGS.
+"""Logistic regression on pooled features, solved instead of trained: a whole grid of L2 at once, by L-BFGS.
 
-The problem is convex, so its solution depends on no rate, order of images, batch or seed. Directions of the features
-differ in variance by orders of magnitude, and a step that suits one crawls along another: heads move in coordinates in
-which the features have unit covariance (damped by the L2), which takes some thirty passes instead of a thousand.
-Zhu et al. 1997 (L-BFGS); Kornblith et al. 2019, arXiv 1805.08974 (this probe).
+The problem is convex, so its solution does not depend on a learning rate, order of images, batch or seed. The features'
+variance differs by orders of magnitude between directions, so that one step size cannot suit all: heads are solved in
+coordinates in which the features have unit covariance (damped by the L2), which takes some thirty passes instead of a
+thousand. Zhu et al. 1997 (L-BFGS); Kornblith et al. 2019, arXiv 1805.08974 (this probe).
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from aimscale.harness.probe.heads.stacks import LinearStack
 
-MOST_PASSES = 60
-"""Over the images."""
-ENOUGH = 1e-5
-"""Nats: a head is done when another step promises less of its loss."""
+MAX_PASSES = 60
+"""Maximum number of passes over the images."""
+TOLERANCE = 1e-5
+"""Tolerance, nats: a head is done when another step promises to lower its loss by less."""
 NUM_PAIRS = 8
-"""Steps that the curvature is guessed from."""
-SUFFICIENT = 1e-4
-"""Share of the promised descent that a step must make, else it is halved (Armijo)."""
-WIDEST, LEAST_PER_CHANNEL = 4096, 2
-"""The covariance is taken apart up to so many channels, and from so many images a channel on. Of wider features, or
-fewer images (raw pixels), only variances are made equal: eigenvectors would cost more than the passes they save."""
+"""Number of previous steps from which the curvature is estimated."""
+ARMIJO_SHARE = 1e-4
+"""Share of the promised descent that a step must achieve, else it is halved (Armijo)."""
+MAX_CHANNELS, MIN_IMAGES_PER_CHANNEL = 4096, 2
+"""Limits of the eigendecomposition of the covariance: at most so many channels, and at least so many images per
+channel. Beyond them (raw pixels) only variances are equalised: eigenvectors would cost more than the passes they
+save."""
 
 
 def solve(
@@ -38,7 +39,7 @@ def solve(
         stack: its `grid` are the strengths of L2; one copy.
         covariance: float32 (S, d, d) of the standardised features; None takes it to be the identity.
         losses: one pass over the images: adds the gradients of all heads to the parameters', returns float64 (S, H).
-        agreed: whether all ranks say so; those whose heads are done pass over the images as long as others need theirs.
+        agreed: returns whether all ranks say True; ranks whose heads are done join in the passes of the others.
     """
     view = _Coordinates(stack, covariance)
     at = torch.zeros(*stack.weight.shape[:2], stack.num_classes * (stack.weight.shape[3] + 1), device=stack.mean.device)
@@ -46,15 +47,15 @@ def solve(
     step = torch.ones_like(at[..., :1])
     scale = torch.full_like(step, stack.num_classes)  # the curvature is p (1 - p), with p about 1 / K
     pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=NUM_PAIRS)
-    for _ in range(MOST_PASSES):
+    for _ in range(MAX_PASSES):
         direction = -_inverse_curvature(gradient, scale, pairs)
         promised = _dot(gradient, direction)
-        is_done = promised > -2 * ENOUGH
+        is_done = promised > -2 * TOLERANCE
         if agreed(bool(is_done.all())):
             break
         trial = torch.where(is_done, at, at + step * direction)
         found, slope = view.evaluate(trial, losses)
-        is_better = found <= value + SUFFICIENT * step * promised + ENOUGH
+        is_better = found <= value + ARMIJO_SHARE * step * promised + TOLERANCE
         moved, bent = trial - at, slope - gradient
         bend = _dot(moved, bent)
         counts = is_better & (bend > 1e-12)
@@ -71,7 +72,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _inverse_curvature(gradient: Tensor, scale: Tensor, pairs: deque[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """The two loops of L-BFGS (Nocedal 1980), for every head by itself; a pair of weight 0 does not count."""
+    """Apply the two loops of L-BFGS (Nocedal 1980) to every head separately; a pair of weight 0 does not count."""
     out, shares = gradient.clone(), []
     for moved, bent, weight in reversed(pairs):
         shares.append(weight * _dot(moved, out))
@@ -83,7 +84,7 @@ def _inverse_curvature(gradient: Tensor, scale: Tensor, pairs: deque[tuple[Tenso
 
 
 class _Coordinates:
-    """(S, H, K d + K) values in which all heads have about the same curvature everywhere, and the heads they mean."""
+    """Coordinates (S, H, K d + K) in which the loss of every head has about the same curvature in all directions."""
 
     def __init__(self, stack: LinearStack, covariance: Tensor | None):
         self._stack = stack
@@ -96,7 +97,7 @@ class _Coordinates:
         self._scale = (spread[:, :, None] + stack.num_classes * self._l2).rsqrt()  # (S, H, 1, d)
 
     def set(self, at: Tensor) -> Tensor:
-        """Give the heads these values; returns their L2 penalty (S, H)."""
+        """Set the heads to these coordinates; returns their L2 penalty (S, H)."""
         stack = self._stack
         scaled = at[..., : -stack.num_classes].view_as(stack.weight) * self._scale
         with torch.no_grad():
@@ -105,7 +106,7 @@ class _Coordinates:
         return (self._l2 / 2 * scaled.square()).double().sum((2, 3))
 
     def evaluate(self, at: Tensor, losses: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """Value float64 (S, H, 1) and gradient (S, H, K d + K)."""
+        """Evaluate the value, float64 (S, H, 1), and the gradient (S, H, K d + K)."""
         stack = self._stack
         value = self.set(at) + losses()
         assert stack.weight.grad is not None and stack.bias.grad is not None  # noqa: PT018

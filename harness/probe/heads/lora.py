@@ -18,23 +18,30 @@ from torch import Tensor, nn
 
 from aimscale.aim.lora import add_lora
 from aimscale.aim.model import AIM
-from aimscale.harness.probe.features.extraction import Moments, batched, share
+from aimscale.harness.probe.features.extraction import Moments, batched, own_indices
 from aimscale.harness.probe.features.images import LabelledImages, Task
 from aimscale.harness.probe.features.tasks import BlockSet, number_of_steps
-from aimscale.harness.probe.heads.scores import Answers, Candidate, answers, best, beyond, together
+from aimscale.harness.probe.heads.scores import (
+    Candidate,
+    Predictions,
+    best,
+    gather_predictions,
+    next_values,
+    to_predictions,
+)
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, WEIGHT_DECAY, AttentiveStack, learning_rate
 
 RANK = 8
-"""Of the updates (paper, Table 8)."""
+"""Rank of the updates (paper, Table 8)."""
 MICRO_BATCH = 32
-"""Images whose activations are held at a time."""
+"""Number of images whose activations are held at a time."""
 
 
-def adapt(model: AIM, task: Task, blocks: BlockSet) -> tuple[list[Candidate], Answers, int]:
+def adapt(model: AIM, task: Task, blocks: BlockSet) -> tuple[list[Candidate], Predictions, int]:
     """Adapt copies of `model`, which itself is left alone; all ranks call this together.
 
     Returns:
-        Every learning rate on the hold-out, answers of the best on the test split, and its number of trained values.
+        Candidates of all learning rates, predictions of the best on the test split, and its number of trained values.
     """
 
     def adapted(lr: float, images: np.ndarray) -> _Adaptation:
@@ -46,18 +53,18 @@ def adapt(model: AIM, task: Task, blocks: BlockSet) -> tuple[list[Candidate], An
     more: list[float] = list(task.section.lrs)
     while more:
         for lr in more:
-            predicted = adapted(lr, task.fit).answers(task.train, task.held).predicted[task.held]
+            predicted = adapted(lr, task.fit).predict(task.train, task.held).predicted[task.held]
             top1 = float((predicted == labels).float().mean())
             candidates.append(Candidate(kind="lora", blocks=blocks, value=lr, holdout_top1=top1, holdout_loss=0.0))
         chosen_lr = best(candidates, "lora").value
-        more = beyond(task.section.lrs, [each.value for each in candidates], chosen_lr)
+        more = next_values(task.section.lrs, [each.value for each in candidates], chosen_lr)
     chosen = adapted(chosen_lr, task.everything)
-    given = chosen.answers(task.test, np.arange(len(task.test)))
-    return candidates, given, sum(parameter.numel() for parameter in chosen.trained)
+    predictions = chosen.predict(task.test, np.arange(len(task.test)))
+    return candidates, predictions, sum(parameter.numel() for parameter in chosen.trained)
 
 
 class _Adaptation:
-    """One adapted copy of a model with its head."""
+    """Adapted copy of a model with its head."""
 
     def __init__(self, model: AIM, task: Task, blocks: BlockSet):
         self._task, self._blocks = task, blocks
@@ -77,7 +84,7 @@ class _Adaptation:
         self.trained: list[nn.Parameter] = [*updates, *self._head.parameters()]
 
     def train(self, images: np.ndarray, lr: float) -> None:
-        """All steps on these images, at this peak of the learning rate."""
+        """Take all steps on these images, at this peak of the learning rate."""
         optimiser = torch.optim.AdamW(self.trained, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY)
         self._observe(images)
         num_steps = number_of_steps(self._task.section, len(images))
@@ -90,23 +97,23 @@ class _Adaptation:
                 torch.nn.utils.clip_grad_norm_(self.trained, CLIP_NORM)
                 optimiser.step()
                 step += 1
-                self._task.pause(f"LoRA at learning rate {lr:g}", step, num_steps, "steps")
+                self._task.report_progress(f"LoRA at learning rate {lr:g}", step, num_steps, "steps")
             epoch += 1
 
     @torch.no_grad()
     def _observe(self, images: np.ndarray) -> None:
-        """Give the head the statistics of the unadapted features of these images."""
+        """Standardise the head by the statistics of the unadapted features of these images."""
         first = self._tokens(self._task.train.images(images[:MICRO_BATCH].tolist()))
-        moments = Moments.about(first.float().mean((1, 2)))
-        for _, decoded in self._task.train.ahead(batched(share(images.tolist(), self._task.group), MICRO_BATCH)):
+        moments = Moments.around(first.float().mean((1, 2)))
+        for _, decoded in self._task.train.ahead(batched(own_indices(images.tolist(), self._task.group), MICRO_BATCH)):
             moments.add(self._tokens(decoded).flatten(1, 2))
-        mean, variance = moments.over_ranks(self._task.group).of_sets([(0,)])
+        mean, variance = moments.over_ranks(self._task.group).set_statistics([(0,)])
         self._head.standardise_by(mean[:, None], variance[:, None])
 
     def _batches(self, order: np.ndarray, epoch: int) -> Iterator[None]:
         """Accumulate the gradients of one batch after the other, summed over micro-batches and ranks."""
         parts = list(batched(order, self._task.section.batch_size))
-        chunks = [list(batched(share(part, self._task.group), MICRO_BATCH)) for part in parts]
+        chunks = [list(batched(own_indices(part, self._task.group), MICRO_BATCH)) for part in parts]
         decoded = self._task.train.ahead((chunk for own in chunks for chunk in own), epoch)
         for part, own in zip(parts, chunks, strict=True):
             for parameter in self.trained:
@@ -122,16 +129,16 @@ class _Adaptation:
             yield
 
     @torch.no_grad()
-    def answers(self, images: LabelledImages, indices: np.ndarray) -> Answers:
-        """What the adapted model says about some images of a split, on every rank."""
-        own = share(indices.tolist(), self._task.group)
+    def predict(self, images: LabelledImages, indices: np.ndarray) -> Predictions:
+        """Predict some images of a split with the adapted model, on every rank."""
+        own = own_indices(indices.tolist(), self._task.group)
         parts = [
-            answers(self._head(self._tokens(decoded))[0, :, 0], images.labels[chunk])
+            to_predictions(self._head(self._tokens(decoded))[0, :, 0], images.labels[chunk])
             for chunk, decoded in images.ahead(batched(own, MICRO_BATCH))
         ]
-        return together(own, parts, len(images), self._task.group)
+        return gather_predictions(own, parts, len(images), self._task.group)
 
     def _tokens(self, images: Tensor) -> Tensor:
-        """Averaged tokens (1, B, N, d)."""
+        """Compute averaged tokens (1, B, N, d)."""
         is_causal = self._task.section.attention == "causal"
         return self._model.features(images.to(self._device), self._blocks, is_causal=is_causal).mean(0, keepdim=True)

@@ -1,4 +1,4 @@
-"""What probes say and how well: candidates on the hold-out, accuracies on the test split with their uncertainty."""
+"""Scores of probes: candidates on the hold-out, and accuracies on the test split with their uncertainty."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.tasks import BlockSet
 from aimscale.harness.probe.heads.stacks import HeadStack
 
-MOST_GROWN = 4
-"""Values that a grid may grow by at either end."""
+MAX_GROWTH = 4
+"""Maximum number of values by which a grid may grow at either end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One trained probe."""
+    """Trained probe of one kind, block set and value."""
 
     kind: str
     """A key of `STACKS`, `knn` or `lora`."""
     blocks: BlockSet
     """Blocks whose outputs it averages."""
     value: float
-    """What tells it from others of its kind: peak learning rate, strength of L2, or k."""
+    """Value that distinguishes it within its kind: peak learning rate, strength of L2, or k."""
     holdout_top1: float
     holdout_loss: float
     """Cross-entropy on the hold-out (0 for k-NN and LoRA, which are chosen without)."""
     head: HeadStack | None = None
-    """The head that learned from all images, alone in its stack, of those that were chosen."""
+    """Head that learned from all images, alone in its stack; of the chosen candidates only."""
 
 
 def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = None) -> Candidate:
-    """The highest hold-out accuracy of a kind, ties by hold-out loss, then by order; optionally for one block set.
+    """Return the candidate with the highest hold-out accuracy of a kind, ties by hold-out loss, then by order;
+    optionally on one block set.
 
     Linear heads are chosen by the hold-out loss alone: theirs follows the accuracy, with less noise.
     """
@@ -46,27 +47,27 @@ def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = N
     return max(pool, key=lambda c: (c.holdout_top1 if kind != "linear" else 0, -c.holdout_loss))
 
 
-def tried(candidates: Sequence[Candidate], like: Candidate) -> list[float]:
-    """Values of a candidate's kind on its block set."""
+def tried_values(candidates: Sequence[Candidate], like: Candidate) -> list[float]:
+    """Return the values of a candidate's kind that were tried on its block set."""
     return [each.value for each in candidates if (each.kind, each.blocks) == (like.kind, like.blocks)]
 
 
-def beyond(asked: Sequence[float], values: Sequence[float], chosen: float) -> list[float]:
-    """The next value, by the mean ratio of the grid asked for, where the chosen one lies at an end of those tried.
+def next_values(asked: Sequence[float], values: Sequence[float], chosen: float) -> list[float]:
+    """Return the next value, by the mean ratio of the grid asked for, if the chosen one is at an end of those tried.
 
-    None inside, where one value was asked for, or `MOST_GROWN` steps from what was asked for.
+    The list is empty inside the grid, if one value was asked for, or `MAX_GROWTH` steps beyond what was asked for.
     """
     low, high = min(asked), max(asked)
     if low == high or min(values) < chosen < max(values):
         return []
     ratio = (high / low) ** (1 / (len(set(asked)) - 1))
     steps = round(math.log(chosen / high if chosen > low else low / chosen, ratio))
-    return [chosen * (ratio if chosen > low else 1 / ratio)] if steps < MOST_GROWN else []
+    return [chosen * (ratio if chosen > low else 1 / ratio)] if steps < MAX_GROWTH else []
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a probe said about each test image: little enough to keep for any number of classes."""
+class Predictions:
+    """Predictions for each test image: little enough to keep for any number of classes."""
 
     predicted: Tensor
     """Class with the highest score (n,)."""
@@ -74,21 +75,21 @@ class Answers:
     """Whether the label is among the five highest scores (n,), bool."""
 
 
-def answers(scores: Tensor, labels: Tensor) -> Answers:
-    """Judge class scores (n, K) against labels (n,)."""
+def to_predictions(scores: Tensor, labels: Tensor) -> Predictions:
+    """Turn class scores (n, K) into predictions, given labels (n,)."""
     top = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    return Answers(top[:, 0].cpu(), (top == labels[:, None].to(top.device)).any(1).cpu())
+    return Predictions(top[:, 0].cpu(), (top == labels[:, None].to(top.device)).any(1).cpu())
 
 
-def together(own: Sequence[int], parts: Sequence[Answers], num_images: int, group: Group) -> Answers:
-    """Answers on every rank about all images that some rank has looked at; of the others nothing is said.
+def gather_predictions(own: Sequence[int], parts: Sequence[Predictions], num_images: int, group: Group) -> Predictions:
+    """Gather predictions on every rank about all images that some rank has seen; the others stay zero.
 
     Args:
-        own: images that `parts` of this rank are about, in order.
-        num_images: of the whole split.
+        own: images that this rank's `parts` predict, in order.
+        num_images: number of images of the whole split.
     """
     mine = [(part.predicted, part.in_top5) for part in parts]
-    whole = Answers(torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool))
+    whole = Predictions(torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool))
     for images, found in group.gather((own, mine)):
         if images:
             whole.predicted[images], whole.in_top5[images] = (torch.cat(each) for each in zip(*found, strict=True))
@@ -96,14 +97,15 @@ def together(own: Sequence[int], parts: Sequence[Answers], num_images: int, grou
 
 
 def _wilson(num_correct: int, n: int) -> tuple[float, float]:
-    """Wilson's interval at 95 %: inside [0, 1] and honest near both ends (scipy takes a second to import)."""
+    """Compute Wilson's interval at 95 %: inside [0, 1] and honest near both ends (scipy takes a second to import)."""
     z2 = 1.959963984540054**2
     middle, half = num_correct + z2 / 2, math.sqrt(z2 * (num_correct * (n - num_correct) / n + z2 / 4))
     return max(0.0, (middle - half) / (n + z2)), min(1.0, (middle + half) / (n + z2))
 
 
-def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Top-1 with its interval, top-5 where there are more than five classes, mean over classes, chance, per class.
+def score(predictions: Predictions, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Score predictions: top-1 with its interval, top-5 for more than five classes, mean over classes, chance, and per
+    class.
 
     Chance is the share of the commonest class: what always naming it scores. `hits`, base64 of `np.packbits`, has one
     bit per image in the data set's order, set where the answer is right: models can be compared image by image.
@@ -112,7 +114,7 @@ def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
         labels: (n,).
         classes: K names.
     """
-    correct = given.predicted == labels
+    correct = predictions.predicted == labels
     n, num_correct = len(labels), int(correct.sum())
     low, high = _wilson(num_correct, n)
     totals = np.bincount(labels.numpy(), minlength=len(classes))
@@ -123,7 +125,7 @@ def score(given: Answers, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
         "top1": num_correct / n,
         "top1_lo95": low,
         "top1_hi95": high,
-        "top5": float(given.in_top5.float().mean()) if len(classes) > 5 else None,
+        "top5": float(predictions.in_top5.float().mean()) if len(classes) > 5 else None,
         "mean_class": float((rights[present] / totals[present]).mean()),
         "chance": float(totals.max() / n),
         "hits": base64.b64encode(np.packbits(correct.numpy()).tobytes()).decode("ascii"),

@@ -1,8 +1,9 @@
-"""Many probe heads at once: S feature sets x G learning rates (or strengths of L2), stacked in every tensor.
+"""Stacks of probe heads: S feature sets x G learning rates (or strengths of L2), stacked in every tensor.
 
-One matrix product trains all of them on the same features, each as if it were alone: its loss, gradient clipping and
-learning rate are its own. Every one may have C copies, which learn from images and standardise by statistics of their
-own: one that the hold-out judges, and one that has seen the hold-out, too. Two exact rearrangements keep that cheap.
+One matrix product trains all of them on the same features, each as if it were alone, with its own loss, gradient
+clipping and learning rate. Every head may have C copies, which learn from images, and standardise by statistics, of
+their own: one that the hold-out judges, and one that has also seen the hold-out. Two exact rearrangements keep that
+cheap.
 
 - The batch norm of the heads has no affine part, so with the statistics of the training split it is a fixed
   standardisation. It is folded into the query and into the values: tokens are never copied.
@@ -23,19 +24,19 @@ from aimscale.aim.cost import num_queries
 from aimscale.aim.probes import BATCH_NORM_EPS, QUERY_STD
 
 LR_END = 1e-5
-"""The cosine ends here, or at the peak where that is lower (AIMv2, Table A2)."""
+"""End of the cosine, or the peak if that is lower (AIMv2, Table A2)."""
 WARMUP_FRACTION = 0.05
 """Share of the steps that warm up (AIMv2, Table A2: 5 of 100 epochs)."""
 CLIP_NORM = 3.0
-"""Every head's own gradient norm is clipped to this (AIMv2, Table A2)."""
+"""Bound to which each head's own gradient norm is clipped (AIMv2, Table A2)."""
 WEIGHT_DECAY = 0.05
 """Decoupled decay of the matrices."""
 
 
 class HeadStack(nn.Module):
-    """S x H heads of one kind, H = C x G; subclasses say how tokens become the vector that is classified.
+    """Stack of S x H heads of one kind, H = C x G; subclasses define how tokens become the vector that is classified.
 
-    Life of a stack: `standardise_by` the statistics of the training split, train, `forward` to score.
+    To use a stack, `standardise_by` the statistics of the training split, train it, and score with `forward`.
     """
 
     kind: str
@@ -60,13 +61,13 @@ class HeadStack(nn.Module):
         self.num_classes = num_classes
         self.register_buffer("mean", torch.zeros(num_sets, num_copies, width, device=device))
         self.register_buffer("var", torch.ones(num_sets, num_copies, width, device=device))
-        # every head of the grid starts from the same draw: they differ by what is compared, not by luck
+        # every head of the grid has the same initial weights, so that only the compared setting differs
         for name, draw in self._start(num_heads, generator).items():
             parameter = draw.expand(num_sets, num_copies * len(grid), *draw.shape).to(device).contiguous()
             self.register_parameter(name, nn.Parameter(parameter))
 
     def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """One head's parameters by name, drawn on the host."""
+        """Draw one head's parameters, by name, on the host."""
         raise NotImplementedError
 
     def standardise_by(self, mean: Tensor, variance: Tensor) -> None:
@@ -76,18 +77,18 @@ class HeadStack(nn.Module):
 
     @property
     def rstd(self) -> Tensor:
-        """1 / standard deviation, (S, C, d)."""
+        """Reciprocal standard deviation, (S, C, d)."""
         return (self.var + BATCH_NORM_EPS).rsqrt()
 
     def losses(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """(S, H): sums over images (S, B, N, d) of cross-entropies with labels (B,), weighted (C, B) by copies."""
+        """Sum cross-entropies over images (S, B, N, d) with labels (B,), weighted (C, B) by copies, to (S, H)."""
         logits = self(tokens)
         targets = labels[None, :, None].expand(logits.shape[:3])
         losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
         return (losses.unflatten(2, (self.num_copies, -1)) * weights.mT[..., None]).sum(1).flatten(1)
 
     def select(self, set_index: int, grid_index: int) -> HeadStack:
-        """A stack that holds one head of this one, of its last copy, for scoring."""
+        """Return a stack with one head of this one, of its last copy, for scoring."""
         alone = object.__new__(type(self))
         nn.Module.__init__(alone)
         alone.grid = (self.grid[grid_index],)
@@ -103,7 +104,7 @@ class HeadStack(nn.Module):
 
 
 class LinearStack(HeadStack):
-    """Mean over tokens -> batch norm -> linear with bias."""
+    """Stack of linear heads: mean over tokens -> batch norm -> linear with bias."""
 
     kind = "linear"
     weight: nn.Parameter
@@ -115,14 +116,14 @@ class LinearStack(HeadStack):
         return {"weight": weight, "bias": weight.new_zeros(self.num_classes)}
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (S, B, N, d) -> logits (S, B, H, K)."""
+        """Map tokens (S, B, N, d) to logits (S, B, H, K)."""
         vectors = (tokens.float().mean(2)[:, :, None] - self.mean[:, None]) * self.rstd[:, None]
         by_copy = self.weight.unflatten(1, (self.num_copies, -1))
         return torch.einsum("sbcd,scgkd->sbcgk", vectors, by_copy).flatten(2, 3) + self.bias[:, None]
 
 
 class AttentiveStack(HeadStack):
-    """The released head: batch norm over channels, one learned query, keys and values without bias, linear."""
+    """Stack of the released head: batch norm over channels, one learned query, keys and values without bias, linear."""
 
     kind = "attentive"
     query: nn.Parameter
@@ -145,17 +146,17 @@ class AttentiveStack(HeadStack):
         }
 
     def scoring(self) -> Tensor:
-        """What tokens are multiplied with to become the scores of each query of each head, (S, H, Q, d)."""
+        """Return the vectors whose product with tokens is the score of each query of each head, (S, H, Q, d)."""
         return torch.einsum("shqc,shqcd->shqd", self.query, self.key)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (S, B, N, d) -> logits (S, B, H, K)."""
+        """Map tokens (S, B, N, d) to logits (S, B, H, K)."""
         num_sets, batch, num_tokens, width = tokens.shape
         per_head, per_query = self.query.shape[2:]
         mean, rstd = (each.repeat_interleave(len(self.grid), dim=1) for each in (self.mean, self.rstd))
         # the mean shifts all scores of a query alike and drops out of the softmax
         direction = (self.scoring() * per_query**-0.5 * rstd[:, :, None]).flatten(1, 2).to(tokens.dtype)
-        scores = tokens.flatten(1, 2) @ direction.mT  # bf16 tokens are multiplied as such, all else is fp32
+        scores = tokens.flatten(1, 2) @ direction.mT  # bf16 tokens are multiplied in bf16, all else in fp32
         attention = scores.float().view(num_sets * batch, num_tokens, -1).softmax(dim=1)
         pooled = (attention.mT.to(tokens.dtype) @ tokens.flatten(0, 1)).float()
         pooled = pooled.view(num_sets, batch, -1, width).transpose(1, 2).contiguous()
@@ -165,8 +166,8 @@ class AttentiveStack(HeadStack):
         vectors = vectors.transpose(2, 3).flatten(3) - shift[:, :, None]
         return (vectors @ self.weight.mT).transpose(1, 2)
 
-    def state_of_one(self) -> dict[str, Tensor]:
-        """Names of the released head, as `aim.probes.AttentiveProbe` loads them."""
+    def released_state(self) -> dict[str, Tensor]:
+        """Return the only head's tensors under released names, as `aim.probes.AttentiveProbe` loads them."""
         at, width = (0, 0), self.mean.shape[2]
         return {
             "cls_token": self.query.detach()[at].reshape(1, 1, width),
@@ -179,12 +180,12 @@ class AttentiveStack(HeadStack):
 
 
 class EfficientStack(AttentiveStack):
-    """Multi-query attention pooling without query or key projections, then a linear classifier with bias.
+    """Stack of efficient heads: multi-query attention pooling without query or key projections, then linear with bias.
 
     Psomas et al. 2025, arXiv 2506.10178: query q attends to tokens in all d channels and pools its own d / Q channels
-    of one value projection. d^2 + Q d + K d + K parameters. Published, a batch norm without weights stands behind the
-    pooling; here it stands before it, as in the other probes. That is the same family of functions (scores take no
-    shift, and value and classifier take any scale and shift), and it needs no statistics of what is being trained.
+    of one value projection. d^2 + Q d + K d + K parameters. In the paper, a batch norm without weights follows the
+    pooling; here it precedes it, as in the other probes. That is the same family of functions (scores ignore a shift,
+    and value and classifier absorb any scale and shift), and it needs no statistics of what is being trained.
     """
 
     kind = "efficient"
@@ -199,11 +200,11 @@ class EfficientStack(AttentiveStack):
         return start | {"query": query, "bias": torch.zeros(self.num_classes)}
 
     def scoring(self) -> Tensor:
-        """The queries themselves."""
+        """Return the queries themselves."""
         return self.query
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (S, B, N, d) -> logits (S, B, H, K)."""
+        """Map tokens (S, B, N, d) to logits (S, B, H, K)."""
         return super().forward(tokens) + self.bias[:, None]
 
 
@@ -216,7 +217,8 @@ ON_TOKENS = tuple(kind for kind in STACKS if kind != LinearStack.kind)
 
 
 def learning_rate(peak: float, step: int, num_steps: int) -> float:
-    """Rate of a step: linear warm-up, then half a cosine down to `LR_END` (or to the peak where that is lower)."""
+    """Return the rate of a step: linear warm-up, then half a cosine down to `LR_END` (or to the peak if that is
+    lower)."""
     warmup = max(1, round(WARMUP_FRACTION * num_steps))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -226,7 +228,7 @@ def learning_rate(peak: float, step: int, num_steps: int) -> float:
 
 
 class StackedAdamW:
-    """AdamW (0.9, 0.999) over a stack: each head has its own rate and clipping, and nothing shared."""
+    """AdamW (0.9, 0.999) over a stack: each head has its own rate and clipping, and nothing is shared."""
 
     def __init__(self, stack: HeadStack, *, num_steps: int):
         self._parameters = list(stack.parameters())
@@ -236,7 +238,7 @@ class StackedAdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Clip, update, and drop the gradients."""
+        """Clip, update, and free the gradients."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         squares = sum(gradient.square().flatten(2).sum(2) for gradient in gradients)
         assert isinstance(squares, Tensor)

@@ -6,11 +6,13 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from aimscale import analysis
 from aimscale.analysis import correlate, fit
 from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.optimum.approaches import frontier
@@ -59,6 +61,35 @@ def test_the_law_is_drawn_where_it_predicts(joint):
     assert len({str(line._dash_pattern) for line in lines}) >= 4
     assert "parameters" in ax.get_xlabel()
     assert "loss" in ax.get_ylabel()
+
+
+def test_two_laws_on_one_axes_are_told_apart(joint, grid):
+    other = fit(grid, "kaplan")
+    figure = joint.plot(x="N", label="mine")
+    (ax,) = figure.axes
+    assert other.plot(ax=ax, x="N", color="red") is figure
+    own = [str(handle.get_color()) for handle in figure.legends[0].get_lines()]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mine", "kaplan"]
+    assert {str(line.get_color()) for line in law_lines(ax)} == {own[0], "red"}
+
+
+def test_what_a_user_has_set_stays(joint):
+    before = dict(mpl.rcParams)
+    with mpl.rc_context({"font.size": 20, "axes.labelsize": 21, "axes.prop_cycle": mpl.cycler(color=["#123456"])}):
+        (ax,) = joint.plot(x="N", label="mine").axes
+    assert ax.xaxis.label.get_size() == 21
+    assert {line.get_color() for line in law_lines(ax)} == {"#123456"}
+    assert dict(mpl.rcParams) == before
+
+
+def test_a_forecast_is_drawn_from_the_table_to_its_scales(grid):
+    found = analysis.forecast(grid, {"N": 1e8, "D": 1e7}, law=["chinchilla", "kaplan"])
+    drawn = found.plot().drawn.groupby("what")
+    assert len(drawn.get_group("measured")) == len(grid)
+    path = drawn.get_group("forecast of one run")
+    assert path["y"].iloc[-1] == pytest.approx(found.table["value"].iloc[0])
+    assert path["x"].iloc[0] == pytest.approx(grid["flops_train"].max())
+    assert (drawn.get_group("single laws").groupby("x")["y"].max() >= path.set_index("x")["y"] * 0.999).all()
 
 
 def test_every_figure_leaves_in_every_format_with_its_numbers(joint, grid, tmp_path):

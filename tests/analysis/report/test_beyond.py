@@ -33,34 +33,34 @@ def study():
 def test_an_iso_flop_table_is_held_out_and_forecast_by_compute(study):
     top = study.budgets.max()
     assert top == pytest.approx(1e15, rel=0.01)
-    [test] = study.fits["ND"].heldout
+    [test] = study.get("law").heldout
     assert (test.variable, test.num_test) == ("C", 6)
     places = next_scales(study)
     np.testing.assert_allclose([6 * at["N"] * at["D"] for at in places], [2 * top, 10 * top], rtol=0.02)
-    best = study.approaches.frontiers[-1].at(2 * top).iloc[0]
+    best = study.get("compute-optimal frontier").frontiers[-1].at(2 * top).iloc[0]
     assert places[0]["N"] == pytest.approx(best["N"])
-    assert study.proposal.target["N"] == pytest.approx(best["N"])
+    assert study.get("next runs").target["N"] == pytest.approx(best["N"])
     truth = TRUE_LAW.value({v: np.array([at[v] for at in places]) for v in ("N", "D")}, LOSS)
-    found = study.ahead.table[study.ahead.table["quantity"] == "val_loss"]
+    found = study.get("forecast").table[study.get("forecast").table["quantity"] == "val_loss"]
     assert ((found["pi_lo"] < truth) & (truth < found["pi_hi"])).all()
 
 
 def test_the_split_is_by_the_law_that_forecasts_and_names_the_best_size_for_features(study):
-    assert study.approaches.frontiers[-1].law is study.fits["ND"]
-    assert study.fits["ND"].law.name == study.forecaster.law.name == "coupled"
-    gap = study.features["pets:linear"]
+    assert study.get("compute-optimal frontier").frontiers[-1].law is study.get("law")
+    assert study.get("law").law.name == study.get("forecaster").law.name == "coupled"
+    gap = study.get("best size by", "pets:linear")
     assert gap.ratio_interval.low < gap.ratio < gap.ratio_interval.high
     by_question = {line.question: line.answer for line in verdict(study)}
     assert "by approach 3 on the coupled law" in by_question["Best split"]
     assert "better than the chinchilla law" in by_question["The law"]
     assert f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large" in by_question["Best split"]
-    assert study.ahead.table["distance"].max() == pytest.approx(10, rel=0.05)
+    assert study.get("forecast").table["distance"].max() == pytest.approx(10, rel=0.05)
 
 
 def test_a_grid_is_held_out_by_its_sides(grid):
     study = study_tables([], grid, {})
     assert study.budgets is None
-    assert [test.variable for test in study.fits["ND"].heldout] == ["N", "D"]
+    assert [test.variable for test in study.get("law").heldout] == ["N", "D"]
     top = grid[["params_total", "images_seen"]].max()
     assert [at["N"] / top["params_total"] for at in next_scales(study)] == pytest.approx([2.0, 10.0])
     assert [at["D"] / top["images_seen"] for at in next_scales(study)] == pytest.approx([2.0, 10.0])

@@ -14,8 +14,8 @@ import pytest
 from commands import say
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.report.blocks import number_of, sort_key
 from aimscale.analysis.report.page import maths, write_report
-from aimscale.analysis.report.tables import number_of, sort_key
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.analysis.words import human
 
@@ -187,7 +187,7 @@ def test_loss_and_accuracies_are_forecast(page):
     assert len(re.findall(r"N = \S+, D = \S+", table)) == 2 * 3  # the loss and two tasks by the first kind of probe
     assert "3 to 10 times beyond" in table, "the record at the distance of the nearer forecast"
     assert "30 to 100 times beyond" in table
-    assert re.search(r"attentive-probe accuracy on digitsN = 40M, D = 320k0\.\d{4}0\.\d+ to 0\.\d+100", table)
+    assert re.search(r"digits:attentiveN = 40M, D = 320k0\.\d+\[0\.\d+, 0\.\d+\].*100", table)
 
 
 def test_formulas_are_set_wherever_they_stand(page):

@@ -22,7 +22,7 @@ def joint():
 
 
 def light(joint, **changes):
-    return trust(SimpleNamespace(fits={"ND": dataclasses.replace(joint, **changes)}, approaches=None))
+    return trust(dataclasses.replace(joint, **changes), None)
 
 
 def test_a_departure_that_is_significant_and_small_is_told_and_changes_nothing(joint):

@@ -9,7 +9,7 @@ from aimscale.harness.bench import data as bench_data
 from aimscale.harness.data.store.decoding import decode
 from aimscale.harness.data.store.pack import write_dataset
 from aimscale.harness.data.stream.augment import crop_resize
-from aimscale.harness.device.sheets import remember, remembered
+from aimscale.harness.device.gpu_specs import store_rate, stored_rate
 
 
 def test_the_limit_makes_the_streams_pixels() -> None:
@@ -32,9 +32,9 @@ def test_bench_reports_every_number_and_remembers_the_rate(
     assert [row["workers"] for row in result["loader"]] == [0, 1]
     assert all(row["images_per_s"] > 0 for row in result["loader"])
     assert all(0 < row["cpu_share"] < 3 for row in result["loader"])
-    assert remembered("decoded_per_s") == result["stream"]
-    remember("decoded_per_s", result["stream"] / 2)  # of a busier hour
-    assert remembered("decoded_per_s") == result["stream"]
+    assert stored_rate("decoded_per_s") == result["stream"]
+    store_rate("decoded_per_s", result["stream"] / 2)  # of a busier hour
+    assert stored_rate("decoded_per_s") == result["stream"]
 
 
 def test_bench_reads_a_data_set_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from aimscale.harness.bench.train import random_batches
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, compiles
+from aimscale.harness.step.engine import Engine, should_compile
 from aimscale.harness.step.feed import count_targets
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
@@ -55,7 +55,7 @@ def test_the_engines_take_the_same_steps(world_size: int, in_group: Callable[...
 
 def test_compiling_is_for_cards() -> None:
     cpu, card = torch.device("cpu"), torch.device("cuda")
-    assert [compiles(wanted, card, 1) for wanted in ("auto", True, False)] == [True, True, False]
-    assert not any((compiles("auto", card, 3), compiles("auto", cpu, 0), compiles(False, cpu, 1)))
+    assert [should_compile(wanted, card, 1) for wanted in ("auto", True, False)] == [True, True, False]
+    assert not any((should_compile("auto", card, 3), should_compile("auto", cpu, 0), should_compile(False, cpu, 1)))
     with pytest.raises(ConfigError, match=r"runtime\.compile"):
-        compiles(True, cpu, 1)
+        should_compile(True, cpu, 1)

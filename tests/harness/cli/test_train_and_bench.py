@@ -17,11 +17,11 @@ import aimscale.harness.train.attempt
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.cli import bench as cli_bench
-from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.step.engine import Engine, StepOutcome
-from aimscale.sweeps.cli.main import verb
+from aimscale.sweeps.cli.main import load_verb
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
@@ -42,23 +42,23 @@ def test_train_from_a_configuration_and_again_from_its_directory(
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     out, run = tmp_path / "output", RunDir(tmp_path / "run")
     arguments = [str(tmp_path / "config.yaml"), "--out", str(run.path)]
-    assert in_processes(invoke, verb("train"), arguments, out) == [0]
+    assert in_processes(invoke, load_verb("train"), arguments, out) == [0]
     named = load_run_config(run.config).run_id  # with the fingerprints of its data, which the configuration did not say
     assert named != config.run_id
     assert f"{named}: 0 of 64 images done, ZeRO 0, micro-batch 8, 1 rank(s)" in out.read_text()
     said = out.read_text()
     assert run.read_status().state == "finished"
-    assert in_processes(invoke, verb("train"), [str(run.path)], out) == [0]
+    assert in_processes(invoke, load_verb("train"), [str(run.path)], out) == [0]
     (row,) = run.read_rows()
     assert f"budget 64: validation loss {row['val_loss']:.4f} +- " in said
     (tmp_path / "other.yaml").write_text(tiny_config(budgets=[64], seed=1).to_yaml())
-    refused = CliRunner().invoke(verb("train"), [str(tmp_path / "other.yaml"), "--out", str(run.path)])
+    refused = CliRunner().invoke(load_verb("train"), [str(tmp_path / "other.yaml"), "--out", str(run.path)])
     assert isinstance(refused.exception, RunDirError)
 
 
 def test_train_refuses_what_is_no_run(tmp_path: Path) -> None:
-    assert isinstance(CliRunner().invoke(verb("train"), [str(tmp_path)]).exception, ConfigError)
-    assert isinstance(CliRunner().invoke(verb("train"), [str(tmp_path / "no.yaml")]).exception, ConfigError)
+    assert isinstance(CliRunner().invoke(load_verb("train"), [str(tmp_path)]).exception, ConfigError)
+    assert isinstance(CliRunner().invoke(load_verb("train"), [str(tmp_path / "no.yaml")]).exception, ConfigError)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,7 +23,7 @@ multiprocessing.set_forkserver_preload(list(loader._PRELOAD))
 @pytest.fixture(autouse=True)
 def nothing_decoded_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """What another test decoded is read again."""
-    monkeypatch.setattr(index, "_KEPT", {})
+    monkeypatch.setattr(index, "_PIXEL_CACHES", {})
 
 
 @pytest.fixture(scope="session")

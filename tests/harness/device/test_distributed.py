@@ -12,13 +12,13 @@ import torch
 from aimscale.harness.device.distributed import (
     LaunchError,
     Placement,
-    card_index,
     choose_device,
     find_placement,
+    gpu_index,
     start_group,
 )
 from aimscale.harness.probe.features.backbones import matmul_precision
-from aimscale.harness.probe.run import by_hand
+from aimscale.harness.probe.run import standalone_group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 
@@ -60,17 +60,17 @@ def test_a_task_that_sees_one_card_of_its_own_takes_it(monkeypatch: pytest.Monke
     slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1"}
     placed = find_placement(slurm | {"SLURM_LOCALID": "1"})
     monkeypatch.setenv("SLURM_LOCALID", "1")
-    assert (card_index(placed, 1), card_index(placed, 8)) == (0, 1)
+    assert (gpu_index(placed, 1), gpu_index(placed, 8)) == (0, 1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(LaunchError, match="1"):
-        card_index(placed, 1)
+        gpu_index(placed, 1)
 
 
 def test_a_process_alone_multiplies_on_its_card_as_ranks_do(
     card: None, tmp_path: Path, tiny_config: Callable[..., RunConfig]
 ) -> None:
     """Else the accuracies of a run would depend on who measures them."""
-    with by_hand(RunDir.create(tmp_path / "run", tiny_config()), "auto") as group:
+    with standalone_group(RunDir.create(tmp_path / "run", tiny_config()), "auto") as group:
         assert group.device == torch.device("cuda", 0)
         assert torch.get_float32_matmul_precision() == "high"
         for precision, expected in (("fp32", "highest"), ("bf16", "high")):

@@ -38,7 +38,7 @@ def kept_bytes(config: ModelConfig, precision: str, activation_checkpointing: bo
 
     (batch,) = random_batches(config, 8, 8)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(batch.images, batch.given)
+        model(batch.images, batch.prefix_lengths)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 8
 
 

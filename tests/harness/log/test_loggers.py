@@ -18,7 +18,7 @@ from trainers import stop_after, train_in
 
 from aimscale.analysis import read_table
 from aimscale.analysis.table.schema import results_table
-from aimscale.harness.log.loggers import logging_to
+from aimscale.harness.log.loggers import open_loggers
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.row import configured_columns, setup_of
@@ -167,7 +167,7 @@ def test_trouble_with_wandb_is_said_before_training_or_survived(
     wandb = pytest.importorskip("wandb")
     run = RunDir.create(tmp_path / "run", tiny_config({"loggers": ["wandb"]}))
     monkeypatch.setenv("WANDB_MODE", "online")
-    with pytest.raises(ConfigError, match="wandb login"), logging_to(run, run.load_config()):
+    with pytest.raises(ConfigError, match="wandb login"), open_loggers(run, run.load_config()):
         pass
     for name, value in (
         ("API_KEY", "a" * 40),
@@ -177,10 +177,10 @@ def test_trouble_with_wandb_is_said_before_training_or_survived(
     ):
         monkeypatch.setenv(f"WANDB_{name}", value)
     wandb.teardown()  # it has read its settings
-    with logging_to(run, run.load_config()) as (logger,):
-        logger.measured(8, {"val/loss": 0.5})
-        logger.measured(16, {"val/loss": object()})  # type: ignore[dict-item]
-        logger.measured(24, {"val/loss": 0.4})
+    with open_loggers(run, run.load_config()) as (logger,):
+        logger.log_values(8, {"val/loss": 0.5})
+        logger.log_values(16, {"val/loss": object()})  # type: ignore[dict-item]
+        logger.log_values(24, {"val/loss": 0.4})
     wandb.teardown()  # as at the end of the process
     assert [line["val/loss"] for line in history(run)] == [0.5]
     said = capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 
 from aimscale.harness.device.distributed import Group, Placement
 from aimscale.harness.log.metrics import SPIKE_WINDOW, Metrics
-from aimscale.harness.log.record import Recent, append_line
+from aimscale.harness.log.record import RecentThroughput, append_line
 from aimscale.harness.run.schedule import Segment
 from aimscale.harness.step.engine import StepOutcome
 
@@ -76,7 +76,7 @@ def test_a_spike_is_named_once_there_is_something_to_compare_with() -> None:
 
 
 def test_the_recent_rate_forgets_what_is_done_once_and_what_is_long_ago() -> None:
-    recent = Recent()
+    recent = RecentThroughput()
     recent.add(100.0, 100, 60.0)  # compiling
     assert recent.num_images / recent.wall_s == 1.0
     recent.add(10.0, 100, 1.0)

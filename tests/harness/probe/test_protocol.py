@@ -113,7 +113,7 @@ def test_a_killed_probe_repeats_the_kinds_under_way_and_no_others(
         (file,) = (tmp_path / "cut").glob("*.json")
         return [detail["kind"] for detail in json.loads(file.read_text())["probes"]]
 
-    for broken, done in (("answers_of_heads", None), ("adapt", ["attentive", "linear", "knn"])):
+    for broken, done in (("predict_test_split", None), ("adapt", ["attentive", "linear", "knn"])):
         with monkeypatch.context() as patch:
             patch.setattr(f"aimscale.harness.probe.protocol.{broken}", killed)
             with pytest.raises(Interrupted):
@@ -127,18 +127,18 @@ def test_a_killed_probe_repeats_the_kinds_under_way_and_no_others(
 def test_a_probe_stops_within_a_step_of_being_asked_to(task: Any, tmp_path: Path) -> None:
     pauses: list[tuple[object, ...]] = []
 
-    def pause(*standing: object) -> None:
+    def report_progress(*standing: object) -> None:
         pauses.append(standing)
         if len(pauses) == stop:
             raise Interrupted
 
     wanted = task.section(kinds=("attentive",), iterations=6)
     stop = 0
-    task.probe(wanted, seed=0, out=tmp_path, pause=pause)
+    task.probe(wanted, seed=0, out=tmp_path, report_progress=report_progress)
     assert len(pauses) > 2 * 6  # of the two splits' features, the steps, the hold-out and the end
     steps = [each[1:] for each in pauses if each[-1:] == ("steps",) and each[0] == "attentive heads"]
     assert (6, 6, "steps") in steps  # what a bar shows
     for stop in (1, len(pauses) // 2):
         pauses.clear()
         with pytest.raises(Interrupted):
-            task.probe(wanted, seed=0, out=tmp_path / f"{stop}", pause=pause)
+            task.probe(wanted, seed=0, out=tmp_path / f"{stop}", report_progress=report_progress)

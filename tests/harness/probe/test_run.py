@@ -15,7 +15,7 @@ from trainers import start_ranks
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
-from aimscale.harness.probe.owed import enter_row
+from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.run.config import run_config
 from aimscale.harness.run.directory import RunDir
 
@@ -71,16 +71,16 @@ def test_what_was_found_on_other_weights_is_not_theirs(run: RunDir, capsys: pyte
     config, (row,) = run.load_config(), run.read_rows()
     entries = answer("probe", run.path, "--device", "cpu", "--kind", "knn")
     run.results.unlink()
-    enter_row(run, config, 64)  # all of a row that is lost and is not in the weights' file is in the others
+    update_row(run, config, 64)  # all of a row that is lost and is not in the weights' file is in the others
     assert run.read_rows()[0]["probes"] == in_row(entries)
     other = AIM(model_config("rung-24", image_size=8, patch_size=2))
     other.init_weights(1)
     write_weights(other.state_dict(), run.model_file(64))
     run.record_row(row)
-    enter_row(run, config, 64)
+    update_row(run, config, 64)
     assert run.read_rows() == [row]
     next(run.probes_dir(64).glob("digits-*.json")).write_text('{"probes": [3]}')
-    enter_row(run, config, 64)  # a damaged file is named, and is none
+    update_row(run, config, 64)  # a damaged file is named, and is none
     assert "damaged" in capsys.readouterr().err
 
 

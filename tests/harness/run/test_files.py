@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aimscale.harness.run.files import locked, write_json, write_text, written_aside, written_dir_aside
+from aimscale.harness.run.files import atomic_dir, atomic_write, locked, write_json, write_text
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -18,12 +18,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"a": float("nan")})
-    with pytest.raises(ZeroDivisionError), written_aside(path) as aside:
-        assert aside.write_text("half") / 0
-    with written_aside(path) as aside:
-        aside.write_text("half")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as partial:
+        assert partial.write_text("half") / 0
+    with atomic_write(path) as partial:
+        partial.write_text("half")
         assert path.read_text() == '{\n "a": 1\n}\n'
-    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"), written_aside(path):
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"), atomic_write(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert [each.name for each in path.parent.iterdir()] == ["value.json"]
     write_text(path, "new", durable=False)
@@ -65,9 +65,9 @@ def test_a_folder_appears_whole_and_what_a_dead_process_left_of_it_goes(tmp_path
     left = tmp_path / ".writing-out"
     left.mkdir()
     (left / "half").touch()
-    with pytest.raises(RuntimeError), written_dir_aside(tmp_path / "out"):
+    with pytest.raises(RuntimeError), atomic_dir(tmp_path / "out"):
         raise RuntimeError
-    with written_dir_aside(tmp_path / "out") as folder:
+    with atomic_dir(tmp_path / "out") as folder:
         (folder / "file").write_text("whole")
         assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]

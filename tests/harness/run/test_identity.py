@@ -79,7 +79,7 @@ def test_shards_side_by_side_mean_nothing_without_an_index() -> None:
 def test_an_evaluation_is_named_by_its_settings_and_the_content_of_its_data() -> None:
     def name(data: str | None = "1", **changes: Any) -> str:
         section = parse(ProbeSection, {"task": "two", "train": "a", "test": "b", **changes}, "the test")
-        return section.evaluation(data, "2")
+        return section.evaluation_id(data, "2")
 
     assert name(train="/mnt/a") == name(batch_size=256) == name(kinds=["knn"], every_images=9) == name()
     assert len({name(), name(epochs=30), name(task="three"), name(batch_size=128), name("3")}) == 5

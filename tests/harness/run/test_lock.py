@@ -23,15 +23,15 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.log.record import append_line
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.fence import LockLost, check_fence, earlier_folders
-from aimscale.harness.run.files import new_dir_aside, publish_dir, remove_dir, write_json, written_aside
+from aimscale.harness.run.files import atomic_write, new_partial_dir, publish_dir, remove_dir, write_json
 from aimscale.harness.run.lock import LockHeld
 
 HOLD = """
 import os, sys, time
-from aimscale.harness.data.stream.loader import start_server
+from aimscale.harness.data.stream.loader import start_fork_server
 from aimscale.harness.run.directory import RunDir
 with RunDir(sys.argv[1]).hold():
-    start_server().Process(target=time.sleep, args=(60,)).start()
+    start_fork_server().Process(target=time.sleep, args=(60,)).start()
     child = os.fork()
     if child:
         print("held", child, flush=True)
@@ -95,11 +95,11 @@ def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_
     def hold() -> None:
         with run.hold():
             append_line(run.metrics, {"holder": "old"})
-            aside = new_dir_aside(run.checkpoint_dir(8))
-            write_json(aside / "manifest.json", {})
+            partial = new_partial_dir(run.checkpoint_dir(8))
+            write_json(partial / "manifest.json", {})
 
             def stand_still() -> None:
-                with written_aside(run.status) as file:
+                with atomic_write(run.status) as file:
                     check_fence(run.status)
                     file.write_text("old")
                     (tmp_path / "ready").touch()
@@ -108,10 +108,10 @@ def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_
             attempts: list[Callable[[], Any]] = [
                 stand_still,
                 lambda: append_line(run.metrics, {"holder": "old, again"}),
-                lambda: write_json(aside / "manifest.json", {}),
-                lambda: publish_dir(aside, run.checkpoint_dir(8)),
+                lambda: write_json(partial / "manifest.json", {}),
+                lambda: publish_dir(partial, run.checkpoint_dir(8)),
                 lambda: remove_dir(run.checkpoints),
-                lambda: new_dir_aside(run.checkpoint_dir(16)),
+                lambda: new_partial_dir(run.checkpoint_dir(16)),
                 lambda: run.record_row({"images_seen": 8}),
                 lambda: run.write_status(state="finished"),
                 lambda: check_fence(run.path / "tensorboard"),
@@ -127,7 +127,7 @@ def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_
     (run.path / "lock").unlink()  # as a file server does that lost sight of the holder
     with run.hold():
         append_line(run.metrics, {"holder": "new"})
-        publish_dir(new_dir_aside(run.checkpoint_dir(24)), run.checkpoint_dir(24))
+        publish_dir(new_partial_dir(run.checkpoint_dir(24)), run.checkpoint_dir(24))
         files_before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if ".writer-" not in str(path)}
         os.kill(holder.pid or 0, signal.SIGCONT)
         holder.join()

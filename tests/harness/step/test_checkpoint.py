@@ -14,7 +14,7 @@ import torch
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step import saving
@@ -40,7 +40,7 @@ def train(engine: Engine, group: Group, start: int, stop: int) -> list[float]:
         images = torch.randn(8, 3, 16, 16, generator=generator)
         prefix_len = torch.randint(1, 16, (8,), generator=generator)
         mine = torch.arange(8).tensor_split(group.world_size)[group.rank]
-        batch = Batch(images=images[mine], given=prefix_len[mine], positions=mine)
+        batch = Batch(images=images[mine], prefix_lengths=prefix_len[mine], positions=mine)
         num_targets = int((16 - prefix_len).sum())
         outcome = engine.step([batch], num_targets=num_targets, lr=1e-2)
         losses.append(group.sum_tensor(outcome.loss_sum.clone()).item() / num_targets)

@@ -89,7 +89,7 @@ def count_a_step(group: Group, cases: list[tuple[str, int]]) -> list[list[dict[s
         counting, metrics = Counting(engine), Metrics(group, optimiser.batch_size)
         feed = Feed(group, num_tokens=CONFIG.num_tokens, max_bad_fraction=0.5, has_workers=False)
         loaded = (random_batches(CONFIG, BATCH, BATCH // NUM_MICRO) for _ in range(NUM_STEPS + 1))
-        with feed.over(loaded), contextlib.ExitStack() as last:
+        with feed.reading(loaded), contextlib.ExitStack() as last:
             for position in range(NUM_STEPS):
                 if position == NUM_STEPS - 1:  # ZeRO 3 knows by now what is used when
                     counting.num_gradients = 0

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.deepspeed_setup import DeepSpeedError, EngineOptions
@@ -58,7 +58,7 @@ def split(images: torch.Tensor, given: torch.Tensor, rank: int, world_size: int,
     parts = [torch.tensor_split(each, world_size * num_micro) for each in (images, given, torch.arange(BATCH))]
     mine = slice(rank * num_micro, (rank + 1) * num_micro)
     return [
-        Batch(images=image, given=its, positions=position)
+        Batch(images=image, prefix_lengths=its, positions=position)
         for image, its, position in zip(*(part[mine] for part in parts), strict=True)
     ]
 

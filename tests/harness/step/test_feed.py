@@ -19,12 +19,12 @@ from trainers import after_steps, stop_after, train_in
 import aimscale.harness.step.feed
 import aimscale.harness.step.saving
 from aimscale.harness.data import DataError
-from aimscale.harness.data.stream.draws import Batch
-from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
-from aimscale.harness.step.feed import Feed, Wishes
+from aimscale.harness.step.feed import Feed, RankRequest
 
 Run = Callable[..., list[int]]
 Spoil = Callable[..., Path]
@@ -49,9 +49,9 @@ def take_steps(group: Group, has_workers: bool) -> None:
             if loaded == 4 and group.rank == 1:
                 raise DataError("shard 7 is gone")
             ones = torch.ones(loaded, dtype=torch.int64)
-            yield [Batch(images=ones, given=ones, positions=ones)]
+            yield [Batch(images=ones, prefix_lengths=ones, positions=ones)]
 
-    with feed.over(batches(), lambda: Wishes(save=loaded == 2 and group.rank == 0)):
+    with feed.reading(batches(), lambda: RankRequest(save=loaded == 2 and group.rank == 0)):
         for number in (1, 2, 3):
             if not has_workers:
                 may_load.release()
@@ -62,7 +62,7 @@ def take_steps(group: Group, has_workers: bool) -> None:
                 may_load.release()
         with pytest.raises(DataError, match="shard 7 is gone"):
             feed.next(num_images=8, num_bad=0)
-    with feed.over((step for step in ([], [])), lambda: Wishes(stop=group.rank == 1)):
+    with feed.reading((step for step in ([], [])), lambda: RankRequest(stop=group.rank == 1)):
         assert feed.next(num_images=8, num_bad=0).must_stop
 
 

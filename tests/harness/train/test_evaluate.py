@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from trainers import rows, train_in
 
-from aimscale.harness.probe.owed import lacking
+from aimscale.harness.probe.pending_evaluations import pending_work
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 
@@ -59,9 +59,9 @@ def test_kills_after_every_result_lose_none_and_double_none(
     tmp_path: Path, asked: RunConfig, in_processes: Run
 ) -> None:
     whole = RunDir.create(tmp_path / "whole", asked)
-    assert [str(each) for each in lacking(whole, asked)] == ["training at 64"]
+    assert [str(each) for each in pending_work(whole, asked)] == ["training at 64"]
     assert in_processes(train_in, whole.path) == [0]
-    assert lacking(whole, asked) == []
+    assert pending_work(whole, asked) == []
     run = RunDir(tmp_path / "run")
     shutil.copytree(whole.path, run.path)
     for name in ("validation", "probes"):
@@ -70,7 +70,7 @@ def test_kills_after_every_result_lose_none_and_double_none(
     left = [["validation at 64", "sides at 64", "again at 64"]]
     while in_processes(train_and_die_after_a_result, run.path) == [-signal.SIGKILL]:
         assert len(left) < 20
-        left.append([str(each) for each in lacking(run, asked)])
+        left.append([str(each) for each in pending_work(run, asked)])
     assert run.read_status().state == "finished"
     assert result_files(run) == result_files(whole)
     # the row; losses and pictures, in the row; one kind, in the row, a head, another kind, in the row; one kind, in it
@@ -85,7 +85,7 @@ def test_what_is_lost_or_asked_anew_is_lacking_and_nothing_else(
 
     def words(**changes: Any) -> list[str]:
         evaluation = asked.evaluation.model_copy(update=changes)
-        return [str(each) for each in lacking(run, asked.model_copy(update={"evaluation": evaluation}))]
+        return [str(each) for each in pending_work(run, asked.model_copy(update={"evaluation": evaluation}))]
 
     first, second = asked.evaluation.probes
     assert words(budgets=(64, 128)) == ["training at 128"]

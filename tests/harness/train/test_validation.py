@@ -14,7 +14,7 @@ import aimscale.harness.train.validation
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.held_out import eval_images, fixed_given, prefix_lengths
+from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths, validation_prefixes
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.probe.features.extraction import ALONE
 from aimscale.harness.run.config import ModelSection, ValidationSection
@@ -59,7 +59,7 @@ def test_a_masked_model_is_validated_on_fixed_masks(tiny_data: Path) -> None:
     config = model_config("w16-d2", image_size=16, patch_size=4, masked=0.75)
     section = ValidationSection(path=str(tiny_data / "validation"), num_prefixes=3, num_images=13, centre_crop=1.0)
     losses = validate(AIM(config), HeldOut(open_dataset(section.path), section, MODEL, ALONE), ALONE)
-    masks, more = fixed_given(13, 3, config), fixed_given(500, 3, config)
+    masks, more = validation_prefixes(13, 3, config), validation_prefixes(500, 3, config)
     assert torch.equal(more[:13], masks)
     assert torch.equal(masks.sum(2), torch.full((13, 3), 4))
     assert len(set(map(tuple, masks.flatten(0, 1).tolist()))) > 35

@@ -1,4 +1,4 @@
-"""What `aimscale --help` promises."""
+"""Tests of `aimscale --help`: all that it lists works."""
 
 import shutil
 import subprocess

@@ -17,7 +17,7 @@ from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
 @pytest.fixture
 def collected(write_sweep: Any) -> Any:
-    """A sweep of three sizes and four budgets whose loss follows a known law, collected."""
+    """Collect a sweep of three sizes and four budgets whose loss follows a known law."""
     sweep = write_sweep(
         sizes=["rung-32", "rung-48", "rung-64", "rung-96"], budgets=[640, 1280, 2560, 5120], seeds=[0, 1]
     )

@@ -1,4 +1,4 @@
-"""What the verbs of a sweep print: what to look at first, keys and values, and what to run next."""
+"""Output of the verbs of a sweep: notices, keys and values, and the next command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from aimscale.sweeps.plan.checks import Problem
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import PRESETS, load_sweep
-from aimscale.sweeps.slurm.commands import elements_file
+from aimscale.sweeps.slurm.commands import submissions_file
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def say(capsys: Any, write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: 
     """Run a verb on a sweep whose runs end at once, and return what it prints."""
     sweep = write_sweep(sizes=["rung-32"])
     monkeypatch.setattr("aimscale.sweeps.cli.plan.check", lambda *_: ())
-    monkeypatch.setattr("aimscale.sweeps.cli.launch.refuse", lambda *_: None)
+    monkeypatch.setattr("aimscale.sweeps.cli.launch.raise_on_problems", lambda *_: None)
 
     def run(verb: str, *options: str, behaviour: str = "finish") -> list[str]:
         monkeypatch.setattr(engine, "launch", functools.partial(launch, command=stand_in(behaviour)))
@@ -53,7 +53,7 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
     assert follows("launch", "--dry-run", "--retry") == f"launch {file} --retry --root {root}"
     assert follows("launch", "--retry") == f"collect {file} --root {root}" == follows("launch", "--dry-run")
     assert follows("launch", "--dry-run", "--on", "slurm", "--allow-dirty") == f"collect {file} --root {root}"
-    monkeypatch.setattr("aimscale.sweeps.engine.element.launch_slurm", lambda *_, **__: [])
+    monkeypatch.setattr("aimscale.sweeps.engine.slurm_worker.launch_slurm", lambda *_, **__: [])
     assert follows("launch", "--on", "slurm") == f"collect {file} --root {root}", "no job was needed"
     assert follows("collect") == f"report {sweep.directory / 'results.parquet'}"
     for verb in ("plan", "status"):
@@ -71,11 +71,11 @@ def test_slurm_is_asked_about_sweeps_that_were_submitted_alone(
     say: Any, write_sweep: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("aimscale.sweeps.cli.sweep.slurm.known_jobs", lambda: asked.append(1))
+    monkeypatch.setattr("aimscale.sweeps.cli.sweep.slurm.try_list_jobs", lambda: asked.append(1))
     say("launch")
     say("status")
     assert not asked
-    file = elements_file(write_sweep(sizes=["rung-32"]))
+    file = submissions_file(write_sweep(sizes=["rung-32"]))
     file.parent.mkdir()
     say("status")
     assert not asked, "a launch that Slurm refused leaves the folder"

@@ -1,4 +1,4 @@
-"""One run that is damaged, or whose end cannot be written down, touches no other."""
+"""A run that is damaged, or whose end cannot be recorded, does not affect the others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DAMAGE = [
 def test_damaged_runs_are_named_and_left_and_the_others_are_executed(
     write_sweep: Any, launch: Any, stand_in: Any
 ) -> None:
-    """Every damage in a run of its own, and two runs that are well."""
+    """Each kind of damage has its own run, beside two intact runs."""
     sweep = write_sweep(sizes=["rung-32"], seeds=list(range(len(DAMAGE) + 2)))
     runs = plan(sweep)
     for (name, text), run in zip(DAMAGE, runs, strict=False):
@@ -44,7 +44,7 @@ def test_damaged_runs_are_named_and_left_and_the_others_are_executed(
         (record.path / name).write_bytes(text.encode(errors="surrogateescape"))
     result = launch(sweep, devices=2, command=stand_in())
     assert len(result.finished) == 2
-    whys = {decision.run.run_id: decision.why for decision in result.left if decision.verdict == "damaged"}
+    whys = {decision.run.run_id: decision.why for decision in result.skipped if decision.verdict == "damaged"}
     assert len(whys) == len(DAMAGE)
     status = sweep_status(sweep, runs, cost_cards(sweep, runs))
     for (name, _), run, line in zip(DAMAGE, runs, status.runs, strict=False):

@@ -1,4 +1,4 @@
-"""What a run is, through `launch` with the real trainer: one test for each rule of docs/run-directory.md."""
+"""Identity of runs, through `launch` with the real trainer: one test for each rule of docs/run-directory.md."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FILE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
-    """A folder with the sweep file, its data, and `runs`, where it was launched."""
+    """Make a folder with the sweep file, its data, and `runs`, where it was launched."""
     home = tmp_path_factory.mktemp("home")
     for seed, (name, number) in enumerate({"train": 64, "validation": 16, "fit": 24, "test": 12}.items()):
         write_images(home / "data" / name, number, seed=seed, classes=("red", "blue"))
@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, write_images: Any) -> Path:
 
 @pytest.fixture
 def moved(home: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of all of it elsewhere, without file times; keywords replace sections of the sweep file."""
+    """Return a function that copies the folder without file times; keywords replace sections of the sweep file."""
 
     def copy(**base: Any) -> Path:
         there = tmp_path / "elsewhere"
@@ -56,7 +56,7 @@ def moved(home: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def state(run: Path) -> dict[str, Any]:
-    """What training and evaluation have written."""
+    """Return the contents of the files that training and evaluation have written."""
     directory = RunDir(run)
     files = [*run.glob("budgets/*/*"), *run.glob("probes/*/*.json"), *run.glob("validation/**/*.npz")]
     return {
@@ -78,12 +78,12 @@ def test_the_same_file_elsewhere_names_the_same_runs_and_finds_their_results_and
     there = moved()
     before = state(only_run(there / "runs"))
     result = launch(there / "sweep.yaml", there / "runs", devices=1)
-    assert [each.verdict for each in result.left] == ["finished"]
+    assert [each.verdict for each in result.skipped] == ["finished"]
     assert state(only_run(there / "runs")) == before
     assert only_run(there / "runs").name == only_run(home / "runs").name
     # and from a third place, into the folder where it was launched first
     result = launch(there / "sweep.yaml", home / "runs", devices=1)
-    assert [each.verdict for each in result.left] == ["finished"]
+    assert [each.verdict for each in result.skipped] == ["finished"]
 
 
 def test_a_sweep_is_known_where_its_data_are_not(home: Path, moved: Callable[..., Path]) -> None:
@@ -108,10 +108,11 @@ def test_a_smaller_budget_that_would_train_runs_again_is_refused(write_sweep: An
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, devices=1, command=stand_in())
     smaller = write_sweep(sizes=["rung-32"], budgets=[320, 640, 1280])
-    with pytest.raises(UserError, match="recipe_budget: 640"):
+    with pytest.raises(UserError, match=r"batch_size: 64, schedule\.warmup_images: 64"):
         launch(smaller, devices=1, command=stand_in())
     assert [path.name for path in sweep.runs_dir.iterdir()] == [run.run_id for run in plan(sweep)]
-    kept = smaller.with_fields(recipe_budget=640)
+    fields = {"optimiser.batch_size": 64, "schedule.warmup_images": 64}
+    kept = write_sweep(sizes=["rung-32"], budgets=[320, 640, 1280], base=fields)
     assert [run.run_id for run in plan(kept)] == [run.run_id for run in plan(sweep)]
     launch(kept, devices=1, command=stand_in())
 

@@ -1,4 +1,4 @@
-"""The local queue with the real trainer, from packed images to a table."""
+"""A local launch with the real trainer, from packed images to a table."""
 
 from __future__ import annotations
 

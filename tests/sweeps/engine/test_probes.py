@@ -1,4 +1,4 @@
-"""Probes of a sweep's finished budgets: what is missing, and how they reach its table."""
+"""Probes of finished budgets: which are missing, and how they reach the table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from aimscale.sweeps.table.collection import collect
 
 @pytest.fixture
 def trained(write_sweep: Any, write_images: Any, tmp_path: Path) -> Callable[..., tuple[Sweep, list[Run]]]:
-    """A sweep whose runs have finished budgets (of random weights) with rows without probes."""
+    """Make a sweep whose runs have finished budgets (of random weights) with rows without probes."""
     for name, number in (("train", 24), ("test", 12)):
         write_images(tmp_path / "data" / name, number, seed=number, classes=("red", "blue"))
 
@@ -53,7 +53,7 @@ def trained(write_sweep: Any, write_images: Any, tmp_path: Path) -> Callable[...
 
 
 def probed(run: RunDir, config: RunConfig, section: ProbeSection) -> list[int]:
-    """Budgets whose probes are there."""
+    """Return the budgets that have probes."""
     return [budget for budget in config.evaluation.budgets if finished_entries(run, config, budget, section)]
 
 

@@ -1,4 +1,4 @@
-"""Processes of runs that a warm parent forks, beside those that start cold."""
+"""Processes of runs from a fork server, and those started without one."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_forked_run_lives_and_dies_alone_and_is_told_what_a_cold_one_is(
     assert records[4].read_status().reason == "cancelled"
     assert (len(result.finished), result.failed) == (7, ())
     assert out.count("runs start slower now") == 1
-    traceback = records[3].log_file(1).read_text()
+    traceback = records[3].attempt_log(1).read_text()
     assert traceback.splitlines()[-1] == "RuntimeError: the user's own code is wrong"
     assert "Traceback" in traceback
 
@@ -92,7 +92,7 @@ def test_a_forked_run_lives_and_dies_alone_and_is_told_what_a_cold_one_is(
             assert each["claim"] == each["claimed"]
             assert each["argv"] == [str(record.path)]
             assert each["cwd"] == os.getcwd()
-            log = str(record.log_file(attempt))
+            log = str(record.attempt_log(attempt))
             assert (each["files"], each["num_files"]) == (["/dev/null", log, log], 4)  # the last is that of the listing
             assert each["handler"] == signal.SIG_DFL
 
@@ -107,11 +107,11 @@ def test_forked_runs_and_cold_ones_hold_the_same_bits(
     for name, command in (("warm", None), ("cold", Machine(devices=1).command)):
         override = [{"when": {"seed": 1}, "set": {"runtime.device": "cuda"}}]
         sweep = write_sweep(name=name, sizes=["rung-32"], budgets=[128], seeds=[0, 1, 2], override=override)
-        did = launch(sweep, devices=1, command=command)
-        assert len(did.finished) == 2
+        result = launch(sweep, devices=1, command=command)
+        assert len(result.finished) == 2
         first, elsewhere, last = (RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep))
         status = elsewhere.read_status()
-        results.append([(status.state, status.reason_class, status.reason, elsewhere.log_file(1).read_text())])
+        results.append([(status.state, status.reason_class, status.reason, elsewhere.attempt_log(1).read_text())])
         for record in (first, last):
             (row,) = record.read_rows()
             results[-1].append((row["train_loss"], row["val_loss"], load_file(record.model_file(128))))

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from aimscale.sweeps.plan.checks import Problem, check, refuse
+from aimscale.sweeps.plan.checks import Problem, check, raise_on_problems
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError
 
 
 @pytest.fixture
 def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
-    """What is in the way of two runs whose data are there, with some fields changed; key -> problem."""
+    """Return a function that changes fields of two runs with complete data, and returns key -> problem."""
     for name, seed, number in (("train", 1, 40), ("validation", 2, 10), ("other", 3, 10)):
         write_images(tmp_path / name, number, seed=seed)
     for seed, name in enumerate(("fit", "test", "strange")):
@@ -30,10 +30,10 @@ def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
         assert not (tmp_path / "root").exists()
         if found:
             with pytest.raises(SweepError) as caught:
-                refuse(sweep, runs)
+                raise_on_problems(sweep, runs)
             assert all(problem.why in str(caught.value) for problem in found)
         else:
-            refuse(sweep, runs)
+            raise_on_problems(sweep, runs)
         return {each.key: each for each in found}
 
     return find

@@ -1,4 +1,4 @@
-"""What is made of Slurm's answers, odd ones among them; its commands are small programs here."""
+"""Parsing of Slurm's answers, odd ones among them; its commands are small programs here."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def test_a_slurm_without_arrays_takes_single_jobs(program: Any) -> None:
 
 def test_accounting_that_does_not_answer_says_nothing(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     program("squeue", "echo '6|RUNNING|node1'")
-    assert (slurm.state_of("6"), slurm.state_of("7")) == ("RUNNING", None)
+    assert (slurm.job_state("6"), slurm.job_state("7")) == ("RUNNING", None)
     program("sacct", "echo '7|OUT_OF_MEMORY'; echo odd; echo '8|'; echo '9|CANCELLED by 0'")
-    assert [slurm.state_of(job_id) for job_id in "6789"] == ["RUNNING", "OUT_OF_MEMORY", None, "CANCELLED"]
+    assert [slurm.job_state(job_id) for job_id in "6789"] == ["RUNNING", "OUT_OF_MEMORY", None, "CANCELLED"]
     monkeypatch.setitem(slurm.command.__kwdefaults__, "timeout_s", 0.2)
     program("sacct", "exec sleep 20")
-    assert slurm.state_of("7") is None
+    assert slurm.job_state("7") is None
     program("sacct", "printf '\\377'; exit 1")
-    assert slurm.state_of("7") is None
+    assert slurm.job_state("7") is None
 
 
 def test_a_run_keeps_off_nodes_where_it_failed_while_others_are_left(program: Any) -> None:
     program("sinfo", "echo a; echo b; echo c; echo a")
-    assert slurm.without_failed(["b", "gone"], None, 2) == ("b", "gone")
-    assert slurm.without_failed(["b", "c"], "main", 2) == ()
-    assert slurm.without_failed([], None, 1) == ()
+    assert slurm.nodes_to_exclude(["b", "gone"], None, 2) == ("b", "gone")
+    assert slurm.nodes_to_exclude(["b", "c"], "main", 2) == ()
+    assert slurm.nodes_to_exclude([], None, 1) == ()

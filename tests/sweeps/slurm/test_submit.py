@@ -1,4 +1,4 @@
-"""Launching on Slurm without a Slurm: what is refused, and how the code is pinned. With one: tests/slurm."""
+"""Submission without a Slurm: refusals, and how the code is pinned. With a real Slurm: tests/slurm."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import pytest
 from rich.console import Console
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.lock import holding
+from aimscale.harness.run.lock import hold_lock
 from aimscale.harness.run.provenance import find_snapshot, make_snapshot
 from aimscale.sweeps.cli.plan import print_plan
-from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, stop_seconds
+from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import Shape, Submission, elements, shape_of, submit
-from aimscale.sweeps.state.sweep_dir import prepare
-from aimscale.sweeps.table.views import duration
+from aimscale.sweeps.slurm.submit import JobShape, Submission, job_shape, live_jobs, submit
+from aimscale.sweeps.state.sweep_dir import prepare_directory
+from aimscale.sweeps.table.views import format_duration
 
 
 def git(folder: Path, *words: str) -> None:
@@ -33,7 +33,7 @@ def git(folder: Path, *words: str) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A committed source tree."""
+    """Make a committed source tree."""
     folder = tmp_path / "source"
     (folder / "harness").mkdir(parents=True)
     (folder / "harness" / "train.py").write_text("committed")
@@ -67,7 +67,7 @@ def test_a_dirty_tree_is_refused_or_recorded(source: Path, tmp_path: Path) -> No
 
 @pytest.fixture
 def submitted(program: Any, tmp_path: Path) -> Any:
-    """A Slurm that takes every job: what it was given, line by line, and how long an array may be."""
+    """Fake a Slurm that accepts every job; return a function from an sbatch option to its values, one per job."""
     jobs = tmp_path / "jobs"
     jobs.mkdir()
     program("squeue", f"cat {tmp_path}/queue 2> /dev/null || true")
@@ -85,29 +85,29 @@ def submitted(program: Any, tmp_path: Path) -> Any:
 
 
 def submit_for(sweep: Sweep, **changes: Any) -> list[Submission]:
-    prepare(sweep)
-    options = {"element": lambda shape: shape.places, "allow_dirty": True, **changes}
+    prepare_directory(sweep)
+    options = {"make_job": lambda shape: shape.__str__, "allow_dirty": True, **changes}
     return submit(sweep, lambda: plan(sweep), **options)
 
 
 def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
-    """Four runs: an element that waits takes one, one that executes a run takes none, and one that ended counts not."""
+    """Of four runs one has a pending job; a job that executes another run, and one that ended, are not counted."""
     sweep = write_sweep(seeds=[0, 1])
     (first,) = submit_for(sweep)
-    assert (first.number, submitted("array")) == (4, ["0-3%4"])
+    assert (first.num_jobs, submitted("array")) == (4, ["0-3%4"])
     queue = ["1_0|PENDING|", "1_1|RUNNING|node1", "1_2|CANCELLED|", "9|RUNNING|node2"]
     (tmp_path / "queue").write_text("\n".join(queue))
-    with holding(sweep.run_dir("other") / "claim", job_id="1_1"):
-        assert [(each.job.job_id, each.is_busy) for each in elements(sweep, slurm.jobs())] == [
+    with hold_lock(sweep.run_dir("other") / "claim", job_id="1_1"):
+        assert [(each.info.job_id, each.is_busy) for each in live_jobs(sweep, slurm.jobs())] == [
             ("1_0", False),
             ("1_1", True),
         ]
-        assert [part.number for part in submit_for(sweep)] == [3]
+        assert [part.num_jobs for part in submit_for(sweep)] == [3]
     limited = sweep.with_fields(slurm={"max_parallel": 2})
     assert not submit_for(limited)
 
 
-def test_elements_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
+def test_jobs_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
     write_sweep: Any, submitted: Any, tmp_path: Path
 ) -> None:
     wide = [{"when": {"size": "rung-48"}, "set": {"devices": 8}}]
@@ -123,17 +123,15 @@ def test_elements_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
     assert submitted("array")[6:] == [None] * 6
 
 
-def test_several_runs_share_an_element_and_its_gpus_have_a_type(
-    write_sweep: Any, submitted: Any, tmp_path: Path
-) -> None:
-    section = {"devices_per_job": 4, "gpus": "a100", "cpus_per_task": 6, "extra": {"comment": "night shift"}}
+def test_a_dry_run_prints_the_script_that_is_submitted(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
+    section = {"gpus": "a100", "cpus_per_task": 6, "extra": {"comment": "night shift"}}
     sweep = write_sweep(seeds=list(range(9)), slurm=section)
-    (dry,) = submit_for(sweep, per_device=2, dry_run=True)
-    (part,) = submit_for(sweep, per_device=2)
+    (dry,) = submit_for(sweep, dry_run=True)
+    (part,) = submit_for(sweep)
     assert (tmp_path / "jobs" / "0").read_text() == dry.script == part.script
     assert [submitted(name) for name in ("signal", "comment")] == [["B:USR2@120"], ["'night shift'"]]
-    assert (part.number, part.shape) == (3, Shape(nodes=1, devices=4, per_device=2))
-    assert [submitted(name) for name in ("gpus-per-node", "cpus-per-task")] == [["a100:4"], ["6"]]
+    assert (part.num_jobs, part.shape) == (18, JobShape(nodes=1, devices=1))
+    assert [submitted(name) for name in ("gpus-per-node", "cpus-per-task")] == [["a100:1"], ["6"]]
 
 
 def test_without_slurm_a_dry_run_prints_its_script_and_a_launch_one_sentence(
@@ -142,12 +140,12 @@ def test_without_slurm_a_dry_run_prints_its_script_and_a_launch_one_sentence(
     (tmp_path / "git").symlink_to(shutil.which("git") or "")
     monkeypatch.setenv("PATH", str(tmp_path))
     sweep = write_sweep()
-    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.places, allow_dirty=True, dry_run=True)
+    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.__str__, allow_dirty=True, dry_run=True)
     assert "#SBATCH --array=0-1%2" in part.script
     assert not sweep.directory.exists()
     with pytest.raises(UserError, match="--on local"):
         submit_for(sweep)
-    assert slurm.known_jobs() is None
+    assert slurm.try_list_jobs() is None
     with pytest.raises(UserError, match="--root"):
         submit_for(replace(sweep, root=tmp_path / "100%j"))
 
@@ -155,9 +153,9 @@ def test_without_slurm_a_dry_run_prints_its_script_and_a_launch_one_sentence(
 def test_devices_fill_whole_nodes(write_sweep: Any) -> None:
     sweep = write_sweep(devices=16)
     run = plan(sweep)[0]
-    assert shape_of(run, sweep.file.slurm) == Shape(nodes=2, devices=8)
+    assert job_shape(run, sweep.file.slurm) == JobShape(nodes=2, devices=8)
     with pytest.raises(UserError, match="devices_per_node"):
-        shape_of(run, sweep.file.slurm.model_copy(update={"devices_per_node": 6}))
+        job_shape(run, sweep.file.slurm.model_copy(update={"devices_per_node": 6}))
 
 
 @pytest.mark.parametrize(
@@ -183,11 +181,11 @@ def test_what_would_become_a_line_of_the_script_is_refused(write_sweep: Any, sec
 
 
 def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script is executed by a shell whose interpreter only prints what it was given."""
+    """The script is executed by a shell, with an interpreter that only prints its arguments."""
     root = tmp_path / "a $(touch pwned) `touch pwned` 'b\" ;touch pwned"
     section = {"partition": "$(touch pwned)", "python": "tell $(touch pwned)", "extra": {"comment": "';touch pwned"}}
     sweep = replace(write_sweep(slurm=section), root=root)
-    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.places, allow_dirty=True, dry_run=True)
+    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.__str__, allow_dirty=True, dry_run=True)
     (tmp_path / "tell").write_text('#!/bin/sh\npwd; echo "$PYTHONPATH"; for word; do echo "$word"; done\n')
     (tmp_path / "tell").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -208,15 +206,15 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
 
 
 def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
-    """One number for the signal, torchrun and the plan."""
+    """The signal, torchrun and the plan use the same number."""
     small = write_sweep(sizes=["rung-32"], budgets=[640])
     (run,) = plan(small)
-    assert stop_seconds(small, run) == cost_cards(small, [run])[0].stop_s == 120
+    assert grace_period_s(small, run) == cost_cards(small, [run])[0].stop_s == 120
     large = write_sweep(sizes=["aim-7B"], budgets=[640], devices=8)
     (run,) = plan(large)
     (card,) = cost_cards(large, [run])
-    assert card.stop_s == stop_seconds(large, run) == math.ceil(2 * 12 * card.params_total / SAVE_BYTES_PER_S) + 30
+    assert card.stop_s == grace_period_s(large, run) == math.ceil(2 * 12 * card.params_total / SAVE_BYTES_PER_S) + 30
     console = Console(width=200, file=io.StringIO())
     print_plan(large, [card], console)
-    assert f"up to {duration(card.stop_s)} for a last save" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert stop_seconds(large.with_fields(slurm={"signal_delay_s": 60}), run) == 60
+    assert f"up to {format_duration(card.stop_s)} for a last save" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert grace_period_s(large.with_fields(slurm={"signal_delay_s": 60}), run) == 60

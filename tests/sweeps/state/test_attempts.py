@@ -9,7 +9,7 @@ import pytest
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from aimscale.harness.run.lock import Holder, Lock
 from aimscale.sweeps.state import attempts
-from aimscale.sweeps.state.attempts import conclude, forgive, may_try_again, note_lost
+from aimscale.sweeps.state.attempts import clear_failure, may_retry, record_end, record_lost_attempt
 from aimscale.sweeps.state.record import RunRecord
 
 
@@ -19,19 +19,19 @@ def record(tmp_path: Path) -> RunRecord:
 
 
 def attempt(record: RunRecord, exit_code: int, *, saves: int = 0, **status: Any) -> str:
-    """One attempt that saves a checkpoint at `saves` images and ends with `exit_code`."""
+    """Record an attempt that saves a checkpoint at `saves` images and ends with `exit_code`."""
     record.write_status(state="running", reason=None, reason_class=None, claim="mine")
     if saves:
         record.checkpoint_dir(saves).mkdir(parents=True)
     if status:
         record.write_status(**status)
-    return conclude(record, 1, exit_code, claims=("mine", None), asked=False)
+    return record_end(record, 1, exit_code, claims=("mine", None), stop_requested=False)
 
 
 def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
     for images in range(100, 1100, 100):
         assert attempt(record, EXIT_PREEMPTED, saves=images) == "preempted"
-    assert [attempt(record, EXIT_PREEMPTED) for _ in range(2)] == ["preempted", "stop"]
+    assert [attempt(record, EXIT_PREEMPTED) for _ in range(2)] == ["preempted", "failed"]
     assert record.read_status().reason_class == "timeout"
     assert "slurm.time_min" in str(record.read_status().reason)
 
@@ -39,7 +39,7 @@ def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
 def test_being_stopped_by_a_person_never_counts(record: RunRecord) -> None:
     for _ in range(5):
         for code in (-signal.SIGTERM, -signal.SIGKILL):
-            assert conclude(record, 1, code, claims=("mine", None), asked=True) == "preempted"
+            assert record_end(record, 1, code, claims=("mine", None), stop_requested=True) == "preempted"
 
 
 def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
@@ -47,26 +47,31 @@ def test_ranks_that_still_die_with_their_torchrun_hold_no_run(
 ) -> None:
     held = iter([True, True, False])
     monkeypatch.setattr(RunRecord, "is_held", lambda _: next(held))
-    assert attempt(record, -signal.SIGKILL) == "again"
+    assert attempt(record, -signal.SIGKILL) == "retry"
     monkeypatch.setattr(RunRecord, "is_held", lambda _: True)
-    monkeypatch.setattr(attempts, "RANKS_DIE_WITHIN_S", 0.2)
+    monkeypatch.setattr(attempts, "RANK_EXIT_TIMEOUT_S", 0.2)
     assert [attempt(record, code) for code in (-signal.SIGKILL, EXIT_CRASHED)] == ["elsewhere", "elsewhere"]
 
 
 @pytest.mark.parametrize(
     ("exit_code", "status", "kind", "outcomes"),
     [
-        (EXIT_CRASHED, {}, "code", ["again", "stop"]),
-        (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "node"}, "node", ["again", "again", "stop"]),
-        (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "oom"}, "oom", ["again", "stop"]),
-        (EXIT_CRASHED, {"state": "preempted"}, "timeout", ["preempted", "preempted", "stop"]),  # by torchrun
-        (EXIT_PREEMPTED, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["stop"]),  # by srun
-        (128 + signal.SIGKILL, {}, "oom", ["again", "stop"]),
-        (EXIT_USER_ERROR, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["stop"]),
-        (EXIT_USER_ERROR, {}, "config", ["stop"]),
-        (EXIT_DIVERGED, {"state": "diverged", "reason": "r", "reason_class": "nan"}, "nan", ["stop"]),
-        (-signal.SIGKILL, {}, "oom", ["again", "stop"]),
-        (-signal.SIGSEGV, {}, "code", ["again", "stop"]),
+        (EXIT_CRASHED, {}, "code", ["retry", "failed"]),
+        (
+            EXIT_CRASHED,
+            {"state": "failed", "reason": "r", "reason_class": "node"},
+            "node",
+            ["retry", "retry", "failed"],
+        ),
+        (EXIT_CRASHED, {"state": "failed", "reason": "r", "reason_class": "oom"}, "oom", ["retry", "failed"]),
+        (EXIT_CRASHED, {"state": "preempted"}, "timeout", ["preempted", "preempted", "failed"]),  # by torchrun
+        (EXIT_PREEMPTED, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["failed"]),  # by srun
+        (128 + signal.SIGKILL, {}, "oom", ["retry", "failed"]),
+        (EXIT_USER_ERROR, {"state": "failed", "reason": "r", "reason_class": "data"}, "data", ["failed"]),
+        (EXIT_USER_ERROR, {}, "config", ["failed"]),
+        (EXIT_DIVERGED, {"state": "diverged", "reason": "r", "reason_class": "nan"}, "nan", ["failed"]),
+        (-signal.SIGKILL, {}, "oom", ["retry", "failed"]),
+        (-signal.SIGSEGV, {}, "code", ["retry", "failed"]),
     ],
 )
 def test_each_end_has_its_class_and_its_bound(
@@ -74,28 +79,28 @@ def test_each_end_has_its_class_and_its_bound(
 ) -> None:
     assert [attempt(record, exit_code, **status) for _ in outcomes] == outcomes
     assert record.read_status().reason_class == kind
-    assert not may_try_again(record)
-    forgive(record)
-    assert may_try_again(record)
+    assert not may_retry(record)
+    clear_failure(record)
+    assert may_retry(record)
     assert attempt(record, EXIT_FINISHED) == "finished"
 
 
 def test_reasons_that_take_turns_are_bounded_like_one(record: RunRecord) -> None:
     node = {"state": "failed", "reason": "r", "reason_class": "node"}
     oom = {"state": "failed", "reason": "r", "reason_class": "oom"}
-    assert [attempt(record, EXIT_CRASHED, **kind) for kind in (node, oom)] == ["again", "stop"]
-    forgive(record)
+    assert [attempt(record, EXIT_CRASHED, **kind) for kind in (node, oom)] == ["retry", "failed"]
+    clear_failure(record)
     outcomes = [attempt(record, EXIT_PREEMPTED), attempt(record, EXIT_CRASHED, **node), attempt(record, EXIT_PREEMPTED)]
-    assert outcomes == ["preempted", "again", "stop"]
+    assert outcomes == ["preempted", "retry", "failed"]
 
 
 @pytest.mark.parametrize("name", ["budgets/640/model.safetensors", "validation/640.npz", "probes/640/pets.json"])
 def test_evaluation_and_its_parts_are_progress(record: RunRecord, name: str) -> None:
-    """A run interrupted again and again while it evaluates goes on as long as it evaluates further."""
-    assert attempt(record, EXIT_CRASHED) == "again"
+    """A run that is interrupted repeatedly while it evaluates continues as long as evaluation makes progress."""
+    assert attempt(record, EXIT_CRASHED) == "retry"
     (record.path / name).parent.mkdir(parents=True)
     (record.path / name).write_text("")
-    assert [attempt(record, EXIT_CRASHED) for _ in range(2)] == ["again", "stop"]
+    assert [attempt(record, EXIT_CRASHED) for _ in range(2)] == ["retry", "failed"]
 
 
 @pytest.mark.parametrize(
@@ -117,13 +122,13 @@ def test_jobs_that_left_no_word_are_diagnosed(
     record.job_log("7").parent.mkdir(parents=True)
     record.job_log("7").write_text(output)
     worker = Holder(facts={"job_id": "7", "devices": 1, "nodes": "node3"})
-    note_lost(record, worker, lambda job_id: job_state)
+    record_lost_attempt(record, worker, lambda job_id: job_state)
     status = record.read_status()
     assert (status.state, status.reason_class) == (state, kind)
     assert record.failed_nodes() == (["node3"] if kind == "node" else [])
-    note_lost(record, worker, lambda job_id: "NODE_FAIL")
+    record_lost_attempt(record, worker, lambda job_id: "NODE_FAIL")
     assert record.read_status() == status  # what was said first stays
-    forgive(record)
+    clear_failure(record)
     assert record.failed_nodes() == []
 
 
@@ -133,7 +138,7 @@ def test_a_worker_that_wakes_up_after_another_took_the_run_writes_nothing(
 ) -> None:
     record.write_status(state=state, claim=claim)
     before = record.read_status()
-    assert conclude(record, 1, EXIT_CRASHED, claims=("mine", "before"), asked=False) == "elsewhere"
+    assert record_end(record, 1, EXIT_CRASHED, claims=("mine", "before"), stop_requested=False) == "elsewhere"
     assert (record.read_status(), record.read_attempts()) == (before, [])
 
 
@@ -142,12 +147,12 @@ def test_a_line_of_an_attempt_that_was_cut_off_takes_no_other_with_it(record: Ru
     for _ in range(2):
         with record.attempts.open("a") as file:
             file.write('{"attempt": 1, "en')
-        forgive(record)
+        clear_failure(record)
     assert [ended["forgiven"] for ended in record.read_attempts()] == [True, True]
 
 
 def test_a_run_that_takes_its_launcher_with_it_is_not_tried_for_ever(record: RunRecord) -> None:
-    """What a container that runs out of memory kills."""
+    """A container that runs out of memory kills both."""
     for num in (1, 2, 3):
         worker = Holder(facts={"job_id": None, "devices": 2})
         lock = Lock(record.claim)
@@ -156,10 +161,10 @@ def test_a_run_that_takes_its_launcher_with_it_is_not_tried_for_ever(record: Run
         with record.hold():
             record.write_start()
             record.write_status(started=1e6 * num, heartbeat=1e6 * num + 1800)
-            note_lost(record, worker, lambda job_id: None)
+            record_lost_attempt(record, worker, lambda job_id: None)
             assert record.read_status().state == "running", "it lives"
-        note_lost(record, worker, lambda job_id: None)
-        note_lost(record, worker, lambda job_id: None)
+        record_lost_attempt(record, worker, lambda job_id: None)
+        record_lost_attempt(record, worker, lambda job_id: None)
         assert (record.read_status().state, len(record.read_attempts())) == ("failed", num)
         assert record.read_attempts()[-1]["device_hours"] == pytest.approx(1.0), "up to its last sign of life"
-        assert may_try_again(record) == (num < 3)
+        assert may_retry(record) == (num < 3)

@@ -21,13 +21,13 @@ from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare
-from aimscale.sweeps.table.collection import Collected, collect
+from aimscale.sweeps.state.sweep_dir import prepare_directory
+from aimscale.sweeps.table.collection import CollectResult, collect
 from aimscale.sweeps.table.status import sweep_status
 
 
-def gather(sweep: Sweep) -> Collected:
-    """Collect all that is planned."""
+def gather(sweep: Sweep) -> CollectResult:
+    """Collect all planned runs."""
     return collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
 
 
@@ -64,7 +64,7 @@ def test_points_during_training_are_a_table_of_their_own(write_sweep: Any, stand
     assert read_curves([sweep.directory]).empty
     evaluation = run.config.evaluation
     validation = f"{evaluation.validation.digest}.*"
-    entry = {"task": "pets", "kind": "knn", "evaluation": evaluation.probes[0].evaluation(None, None), "top1": 0.5}
+    entry = {"task": "pets", "kind": "knn", "evaluation": evaluation.probes[0].evaluation_id(None, None), "top1": 0.5}
     losses = {"val_loss": 0.25, "val_loss_se": 0.01, "val_num_images": 9, "validation": validation}
     lines = [
         {"images_seen": 192, "lr": 1e-3, **losses, "val_loss": 0.5},
@@ -117,7 +117,7 @@ ROWS: tuple[Any, ...] = (
 
 
 def test_values_of_wrong_types_cost_their_run_alone(write_sweep: Any) -> None:
-    """Nine runs: the files of all but the last hold what no run writes."""
+    """The files of eight of nine runs hold values that no run writes."""
     sweep = write_sweep(sizes=["rung-32"], seeds=[*range(len(ROWS) + 1)])
     runs = plan(sweep)
     for run, rows in zip(
@@ -175,17 +175,17 @@ def test_hits_of_runs_and_baselines_lie_beside_the_table_under_its_tasks_names(w
 
 def test_a_damaged_record_of_the_sweep_is_named(write_sweep: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
-    prepare(sweep, plan(sweep))
+    prepare_directory(sweep, plan(sweep))
     path = sweep.directory / "sweep.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "data": "images"}))
     with pytest.raises(UserError, match=r"sweep\.json"):
-        prepare(sweep, plan(sweep))
+        prepare_directory(sweep, plan(sweep))
 
 
 def test_a_launched_sweep_comes_before_a_preset_of_its_name(write_sweep: Any) -> None:
     sweep = write_sweep(name="isoflop", sizes=["rung-32"])
     assert load_sweep("isoflop", sweep.root).file.isoflop
-    prepare(sweep, plan(sweep))
+    prepare_directory(sweep, plan(sweep))
     assert load_sweep("isoflop", sweep.root).file == sweep.file
 
 

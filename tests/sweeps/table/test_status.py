@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from aimscale.harness.probe.files import task_key, weights_name
-from aimscale.harness.probe.owed import enter_row
+from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
-from aimscale.harness.run.lock import holding
+from aimscale.harness.run.lock import hold_lock
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.slurm.commands import JobInfo
@@ -26,7 +26,7 @@ PROBED = {"probes": [{"task": name, "train": f"data/{name}", "test": f"data/{nam
 
 @pytest.fixture(autouse=True)
 def counted(tmp_path: Path) -> None:
-    """Folders that say how many images they hold, so that evaluation has a price."""
+    """Make data folders that state their number of images, so that evaluation has a cost."""
     for name in ("validation", "pets", "cars"):
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "dataset.json").write_text('{"num_samples": 1000}')
@@ -37,12 +37,12 @@ def look(sweep: Any) -> SweepStatus:
 
 
 def finish_task(run: Run, record: RunRecord, budget: int, task: str, kinds: Sequence[str]) -> None:
-    """Leave the file of a task whose probes of these kinds are done, and enter them into the budget's row."""
+    """Write the file of a task with these kinds of probes, and add them to the budget's row."""
     section = next(each for each in run.config.evaluation.probes if each.task == task)
     key = task_key(weights_name(record, run.config, budget), section, "train", "test", run.config.training.seed)
     document = {**key, "probes": [{"task": task, "kind": kind} for kind in kinds]}
     write_json(record.probes_dir(budget) / f"{task}-{key['evaluation']}.json", document)
-    enter_row(record, run.config, budget)
+    update_row(record, run.config, budget)
 
 
 def test_evaluation_is_shown(write_sweep: Any, launch: Any, stand_in: Any, capsys: Any) -> None:
@@ -97,11 +97,11 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     by_hand.curve.write_text('{"images_seen": 320, "val_loss": 0.625}\n{"images_seen": 384, "val_loss": null}\n')
     (sweep.runs_dir / "old-run").mkdir()
     jobs = {each: JobInfo(job_id=each, state="PENDING", reason="Priority") for each in ("8_0", "9_0", "11_0")}
-    array = {"number": 2, "shape": {"nodes": 1, "devices": 1, "per_device": 1}}
+    array = {"number": 2, "shape": {"nodes": 1, "devices": 1}}
     (sweep.directory / "slurm").mkdir()
     (sweep.directory / "slurm" / "elements.jsonl").write_text(json.dumps({"job_id": "8", **array}) + "\n")
     facts: dict[str, Any] = {"job_id": "7_1", "devices": 1, "nodes": "node1"}
-    with running.hold(), by_hand.hold(), holding(running.claim, **facts), holding(starting.claim, **facts):
+    with running.hold(), by_hand.hold(), hold_lock(running.claim, **facts), hold_lock(starting.claim, **facts):
         cards = cost_cards(sweep, runs)
         alone, with_jobs = look(sweep), sweep_status(sweep, runs, cards, jobs)
         del jobs["8_0"]
@@ -129,7 +129,7 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
 
 
 def test_the_time_left_is_that_of_the_last_run_to_end(write_sweep: Any) -> None:
-    """Steps of 0.05 s and 10 s per TFLOP; the queue takes the longest first."""
+    """A step takes 0.05 s plus 10 s per TFLOP; the longest runs start first."""
     sweep = write_sweep(sizes=["rung-32", "rung-64", "rung-96"], seeds=[0, 1], budgets=[64_000], base=PROBED)
     cards = sorted(cost_cards(sweep, plan(sweep)), key=lambda card: -card.device_hours)
     step_s = [0.05 + 10e-12 * card.flops_executed / card.steps for card in cards]

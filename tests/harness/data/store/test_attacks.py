@@ -25,15 +25,15 @@ from pictures import saved
 from PIL import Image
 
 from aimscale.harness.data import DataError
+from aimscale.harness.data.store.benchmark_readers import list_benchmark
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
-from aimscale.harness.data.store.card import data_set, fingerprint
+from aimscale.harness.data.store.dataset_info import find_info, fingerprint
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
-from aimscale.harness.data.store.layouts import list_benchmark
 from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.harness.data.store.tars import expand_braces
-from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.run.config import RunConfig
 
@@ -120,7 +120,7 @@ def test_what_is_no_file_is_not_waited_for(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).unlink(missing_ok=True)
         os.mkfifo(tmp_path / name)
-    assert data_set(str(tmp_path / "set")) is None
+    assert find_info(str(tmp_path / "set")) is None
     assert "dataset.json" in refused("data", "info", tmp_path / "set")
     assert "a.tar" in refused("data", "index", tmp_path / "in")
     assert "idx3" in refused("data", "pack", tmp_path / "in" / "t-images-idx3-ubyte", tmp_path / "out")

@@ -23,9 +23,9 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from aimscale.harness.data import DataError
+from aimscale.harness.data.store.benchmark_readers import list_benchmark
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.store.layouts import list_benchmark
 from aimscale.harness.data.store.pack import pack_images
 
 Made = tuple[list[str], dict[str, dict[bytes, str]]]

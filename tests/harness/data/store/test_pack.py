@@ -17,8 +17,8 @@ from PIL import Image
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import bundled
-from aimscale.harness.data.store.card import read_info
 from aimscale.harness.data.store.columns import SAMPLE
+from aimscale.harness.data.store.dataset_info import read_info
 from aimscale.harness.data.store.decoding import crop_centre, decode
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import list_folder, pack_images

@@ -16,8 +16,8 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store import index, remote, shards
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import expand_shards, index_shards
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
 
 Configure = Callable[..., RunConfig]

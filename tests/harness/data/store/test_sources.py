@@ -26,7 +26,7 @@ from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.store.shard_cache import CACHE_FOLDER, CachedReader
 from aimscale.harness.data.store.shards import LocalReader
 from aimscale.harness.data.stream.held_out import count_shared
-from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.run.config import RunConfig
 
 
@@ -130,10 +130,10 @@ def read_through(url: str, local: Path, cache_dir: Path, bound: int) -> None:
     dataset = open_dataset(local)
     reader = CachedReader(url, dict(dataset.shards), cache_dir, bound)
     for i in 2 * [*range(len(dataset))]:
-        places = dataset.places([i])
-        reader.read_ahead(places, [places[0][0]])
+        byte_ranges = dataset.byte_ranges([i])
+        reader.read_ahead(byte_ranges, [byte_ranges[0][0]])
         time.sleep(0.01)
-        assert reader.read_many(places) == [dataset.read(i)]
+        assert reader.read_many(byte_ranges) == [dataset.read(i)]
     fetched(reader)  # else the end of the process cuts a shard off
 
 
@@ -180,7 +180,7 @@ def test_a_cache_that_loses_shards_or_cannot_be_written_costs_no_image(
 ) -> None:
     dataset = open_dataset(small_set)
     sizes, (url, handler) = dict(dataset.shards), serve(small_set)
-    places = dataset.places(range(len(dataset)))
+    byte_ranges = dataset.byte_ranges(range(len(dataset)))
     reader = CachedReader(url, sizes, tmp_path / "cache", 10**9)
     reader.read_ahead([], [*sizes])
     cached = tmp_path / "cache" / CACHE_FOLDER
@@ -188,10 +188,10 @@ def test_a_cache_that_loses_shards_or_cannot_be_written_costs_no_image(
     kept = [*cached.rglob("*.tar")]
     assert len(kept) == len(sizes)
     handler.asked.clear()
-    assert reader.read_many(places) == dataset.read_many(range(len(dataset)))
+    assert reader.read_many(byte_ranges) == dataset.read_many(range(len(dataset)))
     assert not handler.asked, "what lies in the cache was asked for"
     kept[0].unlink()
-    assert reader.read_many(places) == dataset.read_many(range(len(dataset)))
+    assert reader.read_many(byte_ranges) == dataset.read_many(range(len(dataset)))
     assert {request.split()[0] for request in handler.asked} == {f"/{kept[0].name}"}
 
     def full(*args: object) -> None:
@@ -199,8 +199,8 @@ def test_a_cache_that_loses_shards_or_cannot_be_written_costs_no_image(
 
     monkeypatch.setattr(Path, "rename", full)
     reader = CachedReader(url, sizes, tmp_path / "third", 10**9)
-    reader.read_ahead(places[:9], [*sizes])
-    assert reader.read_many(places) == dataset.read_many(range(len(dataset)))
+    reader.read_ahead(byte_ranges[:9], [*sizes])
+    assert reader.read_many(byte_ranges) == dataset.read_many(range(len(dataset)))
     fetched(reader)
     assert "No space left" in capsys.readouterr().err
     assert not [*(tmp_path / "third").rglob("*.[tp]ar*")]

@@ -21,9 +21,9 @@ import torch
 from trainers import until
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.stream.draws import Batch
-from aimscale.harness.data.stream.loader import WorkerDiedError, start_server, train_batches
-from aimscale.harness.data.stream.positions import TrainStream
+from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.indexed import TrainStream
+from aimscale.harness.data.stream.loader import WorkerDiedError, start_fork_server, train_batches
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.failures import STOP_SIGNALS
 
@@ -56,7 +56,7 @@ def test_batches_stay_what_they_are_however_many_are_held(stream: TrainStream, w
     for batch in held:
         expected = stream.batch(batch.positions.numpy())
         assert torch.equal(batch.images, expected.images)
-        assert torch.equal(batch.given, expected.given)
+        assert torch.equal(batch.prefix_lengths, expected.prefix_lengths)
     assert torch.cat([batch.positions for batch in held]).tolist() == list(range(240))
 
 
@@ -80,7 +80,7 @@ def test_too_little_shared_memory_is_refused_before_a_worker_dies_of_it(
 
 
 def test_the_server_has_one_thread_and_outlives_the_trainers_signals(stream: TrainStream) -> None:
-    start_server()
+    start_fork_server()
     server: int = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     for signum in STOP_SIGNALS:
         os.kill(server, signum)
@@ -111,7 +111,7 @@ def test_an_error_in_a_worker_keeps_its_type_and_says_where(
         stream.datasets[0].read_many = operator.index  # type: ignore[assignment, method-assign]
     with pytest.raises(kind) as caught:
         list(micro_batches(stream, 10, 1))
-    assert "positions.py" in caught.value.__notes__[0]
+    assert "indexed.py" in caught.value.__notes__[0]
 
 
 def test_an_iterator_that_is_left_early_ends_its_processes(stream: TrainStream) -> None:

@@ -16,9 +16,9 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.augment import box_draws, crop_resize, draw_boxes
+from aimscale.harness.data.stream.augment import box_uniforms, crop_resize, draw_boxes
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -62,13 +62,13 @@ def test_all_images_come_in_another_order_and_with_the_prefixes_of_their_positio
     order = [known.index(image) for image in found[:40]]
     assert order != sorted(order)
     indexed = TrainStream(configure(path=small_set)).batch(range(40))
-    assert torch.equal(open_stream(config).batch(range(40)).given, indexed.given)
+    assert torch.equal(open_stream(config).batch(range(40)).prefix_lengths, indexed.prefix_lengths)
     assert seen(configure(path=braces(shards), seed=1, **WHOLE), 40) != found[:40]
 
 
 def test_crops_and_flips_are_those_of_the_positions(shards: Path, configure: Callable[..., RunConfig]) -> None:
     whole, cut = (open_stream(configure(path=braces(shards), **crops)).batch(range(20)) for crops in (WHOLE, {}))
-    draws, sides = box_draws(make_key("crop", 0), np.arange(20)), np.full((2, 20), 32, dtype=np.int32)
+    draws, sides = box_uniforms(make_key("crop", 0), np.arange(20)), np.full((2, 20), 32, dtype=np.int32)
     boxes = draw_boxes(draws, *sides, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3), horizontal_flip=True)
     for row, image in enumerate(whole.images):
         assert torch.equal(cut.images[row], crop_resize(image, tuple(values[row].item() for values in boxes), 32))

@@ -57,7 +57,7 @@ def written_out_module(head: HeadStack) -> nn.Module:
         state = {"queries": own["query"], "v.weight": own["value"].flatten(0, 1), "linear.weight": own["weight"]}
         state |= {"linear.bias": own["bias"]}
     elif isinstance(head, AttentiveStack):
-        module, state = AttentiveProbe(width, len(own["query"]), head.num_classes), head.state_of_one()
+        module, state = AttentiveProbe(width, len(own["query"]), head.num_classes), head.released_state()
     else:
         module, state = Linear(width, head.num_classes), {f"linear.{name}": value for name, value in own.items()}
     module.load_state_dict(statistics | state | {"bn.num_batches_tracked": torch.tensor(0)})

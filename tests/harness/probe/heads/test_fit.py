@@ -18,11 +18,11 @@ from torch.nn import functional
 
 from aimscale.aim.model import AIM
 from aimscale.harness.probe.features.backbones import AimBackbone
-from aimscale.harness.probe.features.extraction import ALONE, KeptFeatures
+from aimscale.harness.probe.features.extraction import ALONE, FeatureCache
 from aimscale.harness.probe.features.images import Task, holdout_split, open_task
 from aimscale.harness.probe.features.tasks import head_params
 from aimscale.harness.probe.heads.fit import GridFit
-from aimscale.harness.probe.heads.scores import best, beyond
+from aimscale.harness.probe.heads.scores import best, next_values
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, LR_END, STACKS, learning_rate
 from aimscale.harness.run.config import RuntimeConfig
 
@@ -45,12 +45,12 @@ def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
         return sum(images)
 
     monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", 0.0)
-    monkeypatch.setattr("aimscale.harness.probe.heads.scores.MOST_GROWN", 0)  # each time a grid grows is one more pass
+    monkeypatch.setattr("aimscale.harness.probe.heads.scores.MAX_GROWTH", 0)  # each time a grid grows is one more pass
     few = 100  # images that set shapes and centres, and on which precisions are compared
     # linear and k-NN: once over both splits, whatever the epochs and the grid
     assert 0 <= passes("pooled", kinds=("linear", "knn"), epochs=30) - (600 + 400) < few
     # another task on the same images, with the same kept features: not at all
-    again, kept = Counted(lambda: copy.deepcopy(model)), KeptFeatures()
+    again, kept = Counted(lambda: copy.deepcopy(model)), FeatureCache()
     for changes in ({"kinds": ("linear", "knn")}, {"task": "other", "kinds": ("knn",)}):
         images.clear()
         found = task.probe(task.section(**changes), again, seed=0, out=tmp_path / "kept", kept=kept)
@@ -69,7 +69,7 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
     task: Any, model: AIM, kind: str, share: float, written_out: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", share)
-    monkeypatch.setattr("aimscale.harness.probe.heads.scores.MOST_GROWN", 1)
+    monkeypatch.setattr("aimscale.harness.probe.heads.scores.MAX_GROWTH", 1)
     monkeypatch.setattr("aimscale.harness.probe.heads.fit.MICRO_BATCH", 7)
     monkeypatch.setattr("aimscale.harness.probe.heads.fit.WORKING_GB", 1e-4)
     wanted = task.section(train=str(task.root / "some"), epochs=3, batch_size=30, lrs=(3e-3, 1e-2))
@@ -149,11 +149,11 @@ def test_linear_heads_are_the_solutions_of_scikit_learn_for_any_split_of_the_ima
 
 
 def test_a_grid_grows_by_its_own_ratio_where_the_choice_is_at_its_end_and_no_further_than_it_may() -> None:
-    assert beyond((1e-3, 1e-2), [1e-3, 1e-2], 1e-2) == [pytest.approx(1e-1)]
-    assert beyond((1e-3, 1e-2), [1e-3, 1e-2], 1e-3) == [pytest.approx(1e-4)]
-    assert beyond((1e-3, 1e-2), [1e-3, 1e-2, 1e-1], 1e-2) == []
-    assert beyond((1e-3,), [1e-3], 1e-3) == []
-    assert beyond((1e-3, 1e-2), [1e-3, 1e-2, 10, 100], 100) == []
+    assert next_values((1e-3, 1e-2), [1e-3, 1e-2], 1e-2) == [pytest.approx(1e-1)]
+    assert next_values((1e-3, 1e-2), [1e-3, 1e-2], 1e-3) == [pytest.approx(1e-4)]
+    assert next_values((1e-3, 1e-2), [1e-3, 1e-2, 1e-1], 1e-2) == []
+    assert next_values((1e-3,), [1e-3], 1e-3) == []
+    assert next_values((1e-3, 1e-2), [1e-3, 1e-2, 10, 100], 100) == []
 
 
 def test_the_rate_warms_up_over_a_twentieth_of_the_steps_and_falls_along_half_a_cosine() -> None:

@@ -1,5 +1,5 @@
-"""A training stream whatever it reads from: the crop, flip, jitter and prefix length (or mask) at position p, as pure
-functions of (seed, p); the kinds of stream add which image stands there.
+"""Base of training streams: crop, flip, jitter and prefix length (or mask) at position p, as pure functions of (seed,
+p); subclasses add the image.
 
 Nothing is stored between positions, so any rank, worker or restarted process computes any position in O(1).
 """
@@ -39,11 +39,12 @@ class Batch:
     """Samples at some positions of the stream; may be empty."""
 
     images: torch.Tensor
-    """(B, C, H, W): uint8, a quarter of the bytes to move to a device, or float32, normalised already."""
-    given: torch.Tensor
-    """What `AIM.forward` is given: prefix lengths int64 (B,), 1..N-1, or of a masked model patches, bool (B, N)."""
+    """Images (B, C, H, W): uint8, a quarter of the bytes to move to a device, or float32, already normalised."""
+    prefix_lengths: torch.Tensor
+    """Prefix lengths, int64 (B,), in 1..N-1; for a masked model its visible patches, bool (B, N). Input of
+    `AIM.forward`."""
     positions: torch.Tensor
-    """int64 (B,)."""
+    """Positions in the stream, int64 (B,)."""
     bad_samples: tuple[str, ...] = ()
     """Shard and key of every undecodable sample that was replaced."""
 
@@ -51,20 +52,21 @@ class Batch:
         return len(self.positions)
 
     def on(self, device: torch.device | str) -> Batch:
-        """The batch with its images on a device, bytes still."""
+        """Move the images to a device, as the bytes that they are."""
         return dataclasses.replace(self, images=self.images.to(device, non_blocking=True).contiguous())
 
     def images_on(self, device: torch.device | str) -> torch.Tensor:
-        """float32 (B, C, H, W), normalised; bytes are moved first, and normalised on the device."""
+        """Return normalised float32 images (B, C, H, W) on a device; bytes are moved first and normalised there."""
         images = self.on(device).images
         return normalise(images) if images.dtype == torch.uint8 else images
 
 
-class Stretch:
-    """A function of positions that remembers the stretch it was last asked about, and some positions behind it.
+class PositionCache:
+    """Function of positions that caches its values for a run of consecutive positions.
 
-    The order, the crops and the prefixes of a batch take numpy some two hundred small calls: those of 32 photographs
-    took 17 microseconds for each of them, and those of 256 hardly take longer in all (Zen 4).
+    The order, the crops and the prefixes of a batch take numpy some two hundred small calls: for 32 photographs they
+    took 17 microseconds per photograph, and for 256 hardly more in all (Zen 4). So at least 256 positions are computed
+    at once.
     """
 
     def __init__(self, function: Callable[[I64], Columns]) -> None:
@@ -72,7 +74,7 @@ class Stretch:
         self._known: tuple[int, Columns] | None = None
 
     def __call__(self, where: range | I64) -> Columns:
-        """`function` at consecutive positions, or at any; only to be read."""
+        """Evaluate `function` at consecutive positions, or at any; the result must not be modified."""
         if not isinstance(where, range):
             return self._function(where)
         first, number = where.start, len(where)
@@ -85,33 +87,33 @@ class Stretch:
 
 
 def masks(key: int, numbers: I64, model: ModelConfig) -> npt.NDArray[np.bool_]:
-    """Which patches a masked model is given, bool (len(numbers), N), each a function of its number alone."""
+    """Draw the visible patches of a masked model, bool (len(numbers), N), each row a function of its number alone."""
     num_tokens = model.num_tokens
     draw = random_uniform(key, numbers[:, None] * num_tokens + np.arange(num_tokens))
     return draw > np.partition(draw, model.num_masked - 1, axis=1)[:, model.num_masked - 1, None]
 
 
 def content_digest(parts: Iterable[str]) -> str:
-    """16 hex digits of what identifies a stream's sources."""
+    """Compute 16 hex digits that identify a stream's sources."""
     return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
 
 
 class Stream(abc.ABC):
-    """The stream of one run; safe to pickle."""
+    """Training stream of one run; safe to pickle."""
 
     unique_images: int
-    """U: how many different images the stream can give; 0 where they are not counted."""
+    """U: number of different images that the stream can yield; 0 if unknown."""
     datasets: tuple[ShardDataset, ...]
-    """The sources' data sets, in the order of the configuration; none where there is no index."""
+    """Data sets of the sources, in the order of the configuration; empty without an index."""
     fingerprint: str
-    """16 hex digits of what the stream reads from."""
+    """Hash, 16 hex digits, of what the stream reads from."""
 
     def __init__(self, config: RunConfig) -> None:
         training = config.training
         self._data, self._objective, self._seed = training.data, training.objective, training.seed
         self._size, self._channels = training.model.image_size, training.model.channels
         self._model = model_of(training)
-        self._given = Stretch(self._draw_given)
+        self._prefixes = PositionCache(self._draw_prefixes)
         require_channels(self._channels)
 
     @abc.abstractmethod
@@ -122,10 +124,10 @@ class Stream(abc.ABC):
         """
 
     def read_ahead(self, where: range) -> None:  # noqa: B027  # a stream without an index reads its shards in a row
-        """Start to read what `fill` will be called for next in this process, in that order; returns at once."""
+        """Start to read what this process will next call `fill` for, in that order; returns at once."""
 
     def prefix_lengths(self, positions: npt.ArrayLike) -> I64:
-        """S at every position, 1..N-1; see `ObjectiveSection.prefix`."""
+        """Draw S at every position, in 1..N-1; see `ObjectiveSection.prefix`."""
         where = np.asarray(positions, dtype=np.int64).reshape(-1)
         if self._objective.prefix == "none":
             return np.ones_like(where)
@@ -135,9 +137,10 @@ class Stream(abc.ABC):
         return np.where(where % 2 == 1, num_tokens - lengths, lengths) if paired else lengths
 
     def batch(self, positions: Sequence[int] | I64) -> Batch:
-        """Samples at any positions, in that order; whatever else is in the batch, each is the same bit for bit.
+        """Load the samples at any positions, in that order; each is the same bit for bit, whatever else is in the
+        batch.
 
-        Consecutive positions cost the least as a `range`.
+        Consecutive positions are fastest as a `range`.
 
         Raises:
             DataError: a shard cannot be read, or sixteen replacements of one undecodable sample are undecodable too.
@@ -151,11 +154,12 @@ class Stream(abc.ABC):
         return self.batch_in(flat, where, self.fill(flat, where))
 
     def num_bytes(self, num_images: int) -> int:
-        """Of the pixels of so many images."""
+        """Return the bytes of the pixels of so many images."""
         return num_images * self._channels * self._size**2
 
     def fill(self, flat: torch.Tensor, where: range | I64) -> tuple[str, ...]:
-        """Write the pixels of `batch` alone to the front of uint8 (`num_bytes` or more,); returns its `bad_samples`."""
+        """Write the pixels of `batch` to the front of a uint8 buffer (`num_bytes` or more,); returns its
+        `bad_samples`."""
         images = self._images(flat, len(where))
         bad = self._decode(images, where)
         if self._data.color_jitter:
@@ -163,10 +167,10 @@ class Stream(abc.ABC):
         return bad
 
     def batch_in(self, flat: torch.Tensor, where: range | I64, bad: tuple[str, ...]) -> Batch:
-        """The batch at positions `where`, whose pixels `fill` has written, here or elsewhere."""
+        """Make the batch at positions `where` from pixels that `fill` has written, here or in another process."""
         return Batch(
             images=self._images(flat, len(where)),
-            given=torch.from_numpy(self._given(where)[0].copy()),
+            prefix_lengths=torch.from_numpy(self._prefixes(where)[0].copy()),
             positions=torch.arange(where.start, where.stop) if isinstance(where, range) else torch.from_numpy(where),
             bad_samples=bad,
         )
@@ -174,18 +178,18 @@ class Stream(abc.ABC):
     def _boxes(
         self, uniforms: npt.NDArray[np.float64], height: npt.NDArray[np.int32], width: npt.NDArray[np.int32]
     ) -> Boxes:
-        """Crops of images of these sides."""
+        """Draw the crops of images of these sides."""
         return draw_boxes(
             uniforms, height, width, scale=self._data.crop_scale, horizontal_flip=self._data.horizontal_flip
         )
 
-    def _draw_given(self, where: I64) -> Columns:
+    def _draw_prefixes(self, where: I64) -> Columns:
         if self._model.masked is None:
             return (self.prefix_lengths(where),)
         return (masks(make_key("mask", self._seed), where, self._model),)
 
     def _images(self, flat: torch.Tensor, num_images: int) -> torch.Tensor:
-        """uint8 (B, C, H, W) at the front of a flat buffer."""
+        """View the front of a flat buffer as uint8 (B, C, H, W)."""
         channels, size = self._channels, self._size
         plane = size * size
         # decoded photographs come with interleaved colours, small images in planes, which jitter needs: keep copies

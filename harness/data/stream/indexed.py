@@ -16,49 +16,49 @@ from aimscale.harness.data.random_access import I64, make_key, random_bits
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode_interleaved
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.shards import is_url
-from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, box_draws, crop_resize_into, crop_resize_small
-from aimscale.harness.data.stream.draws import MAX_REPLACEMENTS, Stream, Stretch, content_digest
+from aimscale.harness.data.stream.augment import SMALL_SIDE, Boxes, box_uniforms, crop_resize_into, crop_resize_small
+from aimscale.harness.data.stream.base import MAX_REPLACEMENTS, PositionCache, Stream, content_digest
 from aimscale.harness.data.stream.held_out import refuse_overlap
 from aimscale.harness.data.stream.order import Mixture, SourceOrder
 
 if TYPE_CHECKING:
-    from aimscale.harness.data.store.card import DatasetInfo
+    from aimscale.harness.data.store.dataset_info import DatasetInfo
     from aimscale.harness.run.config import DataSection, RunConfig, SourceSection
 
-_SHARDS_AHEAD = 8  # so many shards are fetched before they are needed
+_SHARDS_AHEAD = 8  # shards that are fetched before they are needed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Source:
-    """One data set of the mixture."""
+    """Data set of the mixture."""
 
     dataset: ShardDataset
     order: SourceOrder
-    """Of its usable images."""
+    """Order of its usable images."""
     positions_ahead: int
-    """How far from here whole shards are fetched; 0 where this machine will not read half of a shard's images while
-    the shard is in its cache."""
+    """Distance, in positions, at which whole shards are fetched ahead; 0 if this machine will read less than half of a
+    shard's images while the shard is in its cache."""
 
     def sample_numbers(self, slots: I64, epochs: I64) -> I64:
-        """Sample numbers at `slots` (0..U-1) of `epochs`."""
+        """Return the sample numbers at `slots` (0..U-1) of `epochs`."""
         return self.dataset.usable(self.order.numbers(slots, epochs))
 
 
 class _Drawn(NamedTuple):
-    """What is drawn at some positions, one row each."""
+    """Draws at some positions, one row each."""
 
     source: I64
-    """Number of the source."""
+    """Source numbers."""
     sample: I64
-    """Number of the sample in it."""
+    """Sample numbers within the source."""
     uniforms: npt.NDArray[np.float64]
-    """What the boxes are made of, (rows, some)."""
+    """Uniform numbers that the boxes are made of, (rows, some)."""
     image_height: npt.NDArray[np.int32]
-    """Pixels, before the crop."""
+    """Heights before the crop, pixels."""
     image_width: npt.NDArray[np.int32]
-    """As `image_height`."""
+    """Widths before the crop, pixels."""
     top: I64
-    """The crops, as in `Boxes`."""
+    """Crops, with the four fields below as in `Boxes`."""
     left: I64
     height: I64
     width: I64
@@ -66,32 +66,32 @@ class _Drawn(NamedTuple):
 
     @property
     def boxes(self) -> Boxes:
-        """The crops."""
+        """Crop boxes."""
         return Boxes._make(self[-len(Boxes._fields) :])
 
-    def of(self, rows: I64) -> _Drawn:
-        """Some rows."""
+    def select(self, rows: I64) -> _Drawn:
+        """Select some rows."""
         return _Drawn._make(column[rows] for column in self)
 
 
 class TrainStream(Stream):
-    """The stream of a run on indexed data sets."""
+    """Stream of a run on indexed data sets."""
 
     def __init__(
         self, config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0, machines: int = 1
     ) -> None:
-        """`machines` share the reading, each with a cache of its own."""
+        """Open the sources; `machines` share the reading, each with a cache of its own."""
         super().__init__(config)
         self._mixture = Mixture([source.probability for source in config.training.data.sources])
         self._sources = _open_sources(config, cache_dir, cache_gb, machines)
         self.unique_images = sum(source.order.num_unique for source in self._sources)
         self.datasets = tuple(source.dataset for source in self._sources)
         self.fingerprint = content_digest(dataset.fingerprint for dataset in self.datasets)
-        self._drawn = Stretch(self._draw)
-        self._coming, self._later = Stretch(self.locate), Stretch(self.locate)
+        self._drawn = PositionCache(self._draw)
+        self._located_ahead, self._located_later = PositionCache(self.locate), PositionCache(self.locate)
 
     def locate(self, positions: npt.ArrayLike) -> tuple[I64, I64]:
-        """(source number, sample number) at every position: the stream's order, without reading an image."""
+        """Return (source number, sample number) at every position: the stream's order, without reading an image."""
         where = np.asarray(positions, dtype=np.int64).reshape(-1)
         source_of, rank = self._mixture.locate(where)
         sample_of = np.empty_like(where)
@@ -103,21 +103,24 @@ class TrainStream(Stream):
         return source_of, sample_of
 
     def read_ahead(self, where: range) -> None:
-        """As `Stream.read_ahead`; also fetch the shards of positions further on into the cache, where that pays."""
-        source_of, sample_of = self._coming(where)
+        """Start to read what `fill` will next be called for, and fetch later positions' shards into the cache if that
+        pays."""
+        source_of, sample_of = self._located_ahead(where)
         ahead = max((source.positions_ahead for source in self._sources), default=0)
-        later_source_of, later = self._later(range(where.start + ahead, where.stop + ahead)) if ahead else ((), ())
+        later_source_of, later = (
+            self._located_later(range(where.start + ahead, where.stop + ahead)) if ahead else ((), ())
+        )
         for number, source in enumerate(self._sources):
             samples, whole = sample_of[source_of == number], sample_of[:0]
             if source.positions_ahead:
                 whole = np.concatenate([samples, later[later_source_of == number]])
-            source.dataset.read_ahead(samples[source.dataset.is_fresh(samples, self._channels)], whole)
+            source.dataset.read_ahead(samples[source.dataset.is_uncached(samples, self._channels)], whole)
 
     def _draw(self, where: I64) -> _Drawn:
-        return self._with_boxes(*self.locate(where), box_draws(make_key("crop", self._seed), where))
+        return self._with_boxes(*self.locate(where), box_uniforms(make_key("crop", self._seed), where))
 
     def _with_boxes(self, source_of: I64, sample_of: I64, uniforms: npt.NDArray[np.float64]) -> _Drawn:
-        """The crops of these samples."""
+        """Add the crops of these samples."""
         height, width = np.empty((2, len(sample_of)), dtype=np.int32)
         for number, source in enumerate(self._sources):
             mine = np.flatnonzero(source_of == number)
@@ -133,21 +136,21 @@ class TrainStream(Stream):
             for number, source in enumerate(self._sources):
                 mine = np.flatnonzero(drawn.source == number)
                 if mine.size:
-                    theirs = drawn if len(mine) == len(pending) else drawn.of(mine)
+                    theirs = drawn if len(mine) == len(pending) else drawn.select(mine)
                     failed += mine[self._decode_from(source, images, pending[mine], theirs)].tolist()
             if not failed:
                 return tuple(bad)
             bad += [self._sources[drawn.source[row]].dataset.describe(int(drawn.sample[row])) for row in failed]
             pending = pending[failed]
-            drawn = self._replaced(drawn.of(np.array(failed)), np.asarray(where)[pending], attempt)
+            drawn = self._replaced(drawn.select(np.array(failed)), np.asarray(where)[pending], attempt)
         raise DataError(
             f"position {where[pending[0]]}: {MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
         )
 
     def _decode_from(self, source: _Source, images: torch.Tensor, rows: I64, drawn: _Drawn) -> list[int]:
-        """Fill `rows` of `images` from one source, once; returns which of `drawn` did not decode."""
+        """Fill `rows` of `images` from one source; returns which of `drawn` did not decode."""
         dataset, height, width = source.dataset, drawn.image_height, drawn.image_width
-        data = dataset.read_unless_kept(drawn.sample, self._channels)
+        data = dataset.read_uncached(drawn.sample, self._channels)
         failed: list[int] = []
         is_small = (height <= SMALL_SIDE) & (width <= SMALL_SIDE)
         small, large = np.flatnonzero(is_small), np.flatnonzero(~is_small).tolist()
@@ -177,7 +180,7 @@ class TrainStream(Stream):
         return failed
 
     def _replaced(self, drawn: _Drawn, positions: I64, attempt: int) -> _Drawn:
-        """Another image of the same source and subset in the place of each, by (seed, position, attempt)."""
+        """Replace each sample by another of the same source and subset, chosen by (seed, position, attempt)."""
         sample_of = drawn.sample.copy()
         draws = random_bits(make_key("replacement", self._seed), positions * MAX_REPLACEMENTS + attempt)
         for row, (number, draw) in enumerate(zip(drawn.source, draws, strict=True)):
@@ -188,11 +191,11 @@ class TrainStream(Stream):
 
 
 def _open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float, machines: int) -> list[_Source]:
-    """The sources of a run, in the order of its configuration; see `TrainStream` for what is refused."""
+    """Open the sources of a run, in the order of its configuration; see `TrainStream` for what is refused."""
     training = config.training
     datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in training.data.sources]
     for source, dataset in zip(training.data.sources, datasets, strict=True):
-        refuse_other_images(source, dataset.info)
+        require_fingerprint(source, dataset.info)
     held_out = open_dataset(config.evaluation.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
     refuse_overlap(datasets, held_out)
     counts = unique_per_source(training.data, [dataset.info for dataset in datasets])
@@ -213,8 +216,8 @@ def _open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float, mac
     return found
 
 
-def refuse_other_images(source: SourceSection, info: DatasetInfo) -> None:
-    """Raise DataError where a data set is not that with which a run was planned."""
+def require_fingerprint(source: SourceSection, info: DatasetInfo) -> None:
+    """Raise DataError if a data set is not the one that a run was planned with."""
     if source.fingerprint not in (None, info.fingerprint):
         raise DataError(
             f"{source.path} holds other images (fingerprint {info.fingerprint}) than those this run trains "
@@ -223,7 +226,7 @@ def refuse_other_images(source: SourceSection, info: DatasetInfo) -> None:
 
 
 def unique_per_source(data: DataSection, infos: Sequence[DatasetInfo]) -> list[int]:
-    """U of every source, by what their data sets say of themselves."""
+    """Return U of every source, given the infos of their data sets."""
     for source, info in zip(data.sources, infos, strict=True):
         if not info.num_usable or info.num_bad / info.num_samples > data.max_bad_fraction:
             raise DataError(

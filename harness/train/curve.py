@@ -1,8 +1,8 @@
-"""Points during training: validation loss and cheap probes on the trunk, on the images and by the code of budgets.
+"""Measurements during training: validation loss and cheap probes on the trunk, on the images and by the code of
+budgets.
 
-Each is measured on a copy of the weights and written once, as a line of `curve.jsonl`; a run that is taken up from
-before it finds the line there. No row follows from it, and a run that lacks a point lacks nothing: its weights are
-gone.
+Each is made on a copy of the weights and written once, as a line of `curve.jsonl`; a run resumed from an earlier
+checkpoint finds the line there. No row follows from it, and a missing one is never made up for: its weights are gone.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from aimscale.harness.data.store.card import Look, data_set, fingerprint
+from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info, fingerprint
 from aimscale.harness.device.job import Job
-from aimscale.harness.log.loggers import Logger, of_row
+from aimscale.harness.log.loggers import Logger, row_scalars
 from aimscale.harness.log.record import append_line
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone
-from aimscale.harness.probe.features.extraction import KeptFeatures
+from aimscale.harness.probe.features.extraction import FeatureCache
 from aimscale.harness.probe.files import validation_settings
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
-from aimscale.harness.run.directory import RunDir, probe_place
+from aimscale.harness.run.directory import RunDir, probe_key
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.schedule import unchecked_schedule
@@ -36,8 +36,8 @@ from aimscale.harness.train.evaluate import open_held_out
 from aimscale.harness.train.validation import HeldOut, validate
 
 
-class Points:
-    """What a run measures on its way; all ranks call it together."""
+class LearningCurve:
+    """Measurements of a run during its training; all ranks call it together."""
 
     def __init__(
         self,
@@ -46,27 +46,27 @@ class Points:
         job: Job,
         engine: Engine,
         *,
-        look: Look = data_set,
+        lookup: DatasetLookup = find_info,
         loggers: Sequence[Logger] = (),
     ) -> None:
-        """Find out where the points are; `loggers` are of the first rank."""
+        """Find out at which positions to measure; `loggers` are the first rank's."""
         self._run, self._config, self._job, self._schedule = run, config, job, unchecked_schedule(config)
         self._engine, self._loggers = engine, loggers
-        self._distance = job.group.from_first(lambda: validation_distance(config, look))
-        self._probes = [section for each in config.evaluation.probes if (section := each.during)]
+        self._distance = job.group.from_first(lambda: validation_distance(config, lookup))
+        self._probes = [section for each in config.evaluation.probes if (section := each.during_training)]
         self._held_out: HeldOut | None = None
         self._folder = run.path / "probes" / "during"  # of the probes under way
 
     def is_at(self, images_seen: int) -> bool:
-        """Whether something may be due at a position of the trunk."""
+        """Return whether a measurement may be due at a position of the trunk."""
         distances = [self._distance, *(section.every_images for section in self._probes)]
         return any(self._schedule.is_point(images_seen, every) for every in distances)
 
     def measure(self, images_seen: int, lr: float) -> None:
-        """Measure what is due here and is not in `curve.jsonl`, and write the line.
+        """Measure what is due here and not yet in `curve.jsonl`, and append the line.
 
         Args:
-            lr: of the step before.
+            lr: learning rate of the previous step.
 
         Raises:
             UserError: data that cannot be used.
@@ -77,32 +77,32 @@ class Points:
         validation, probes = group.from_first(functools.partial(self._lacking, images_seen))
         if not validation and not probes:
             return
-        self._job.tell(durable=False, phase=f"measure at {images_seen:,}", heartbeat=time.time())
+        self._job.update_status(durable=False, phase=f"measure at {images_seen:,}", heartbeat=time.time())
         line: dict[str, Any] = {"images_seen": images_seen, "lr": lr}
         if validation:
             line |= {"validation": validation} | self._loss(images_seen)
         line["probes"] = [entry for each in DTYPES for entry in self._entries(images_seen, each, probes)]
         if group.device.type == "cuda":
-            torch.cuda.empty_cache()  # what else lives on the device needs the room
+            torch.cuda.empty_cache()  # training needs this memory again
         if group.is_first:
             append_line(self._run.curve, line | {"measured_s": time.monotonic() - started})
             remove_dir(self._folder)
             for logger in self._loggers:
-                logger.measured(images_seen, of_row(line, during=True))
+                logger.log_values(images_seen, row_scalars(line, during=True))
             said = [f"validation loss {line['val_loss']:.4f}"] if validation else []
             said += [f"{entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %" for entry in line["probes"]]
             print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
 
     def _lacking(self, images_seen: int) -> tuple[str | None, Sequence[ProbeSection]]:
-        """Name of the validation, None where none is due, and the probes that are."""
+        """Return the name of the validation, None if none is due, and the probes that are due."""
         there: dict[str, Any] = {point["images_seen"]: point for point in self._run.read_curve()}.get(images_seen, {})
         name = validation_settings(self._config.evaluation.validation)
         is_due = self._schedule.is_point(images_seen, self._distance)
         is_due = is_due and not fnmatch.fnmatch(str(there.get("validation")), name)
-        places = {probe_place(entry) for entry in there.get("probes", ())}
+        places = {probe_key(entry) for entry in there.get("probes", ())}
         probes = []
         for probe in self._probes:
-            evaluation = probe.evaluation(fingerprint(probe.train), fingerprint(probe.test))
+            evaluation = probe.evaluation_id(fingerprint(probe.train), fingerprint(probe.test))
             found = {
                 kind for task, kind, known in places if task == probe.task and fnmatch.fnmatch(str(known), evaluation)
             }
@@ -111,21 +111,21 @@ class Points:
         return name if is_due else None, probes
 
     def _loss(self, images_seen: int) -> dict[str, float | None]:
-        """The validation columns of a row."""
+        """Measure the validation columns of a row."""
         config, group = self._config, self._job.group
         self._held_out = self._held_out or open_held_out(config, group)
         model = copied_model(self._engine, group, DTYPES[config.training.optimiser.precision])
-        losses = validate(model, self._held_out, group, self._job.pausing())
+        losses = validate(model, self._held_out, group, self._job.progress_callback())
         if not math.isfinite(losses.loss):
             raise DivergedError(f"the validation loss at image {images_seen} is {losses.loss}; the weights diverged")
         return {column: value if math.isfinite(value) else None for column, value in losses.columns.items()}
 
     def _entries(self, images_seen: int, precision: str, probes: Sequence[ProbeSection]) -> list[dict[str, Any]]:
-        """Entries of a row's probes of one precision, from one copy of the weights."""
+        """Probe in one precision, on one copy of the weights, and return the entries of a row's probes."""
         config, found = self._config, []
         if some := [section for section in probes if section.precision == precision]:
             copied = functools.partial(copied_model, self._engine, self._job.group, DTYPES[precision])
-            backbone, kept = AimBackbone(copied, f"{config.run_id}@{images_seen} trunk"), KeptFeatures()
+            backbone, kept = AimBackbone(copied, f"{config.run_id}@{images_seen} trunk"), FeatureCache()
             for section in some:
                 found += probe_backbone(
                     backbone,
@@ -136,6 +136,6 @@ class Points:
                     out=self._folder,
                     kept=kept,
                     group=self._job.group,
-                    pause=self._job.pausing(),
+                    report_progress=self._job.progress_callback(),
                 )
         return found

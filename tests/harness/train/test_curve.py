@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from trainers import before_call, train_in
 
-import aimscale.harness.train.points
+import aimscale.harness.train.curve
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
-from aimscale.harness.data.store.card import data_set
+from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
@@ -27,7 +27,7 @@ Config = Callable[..., RunConfig]
 
 def signalled(rank: int, path: Path, signum: int, name: str, number: int) -> None:
     """Train, and get a signal at a call of what is measured, by its name and number."""
-    before_call(aimscale.harness.train.points, name, number, lambda: os.kill(os.getpid(), signum))
+    before_call(aimscale.harness.train.curve, name, number, lambda: os.kill(os.getpid(), signum))
     train_in(rank, path)
 
 
@@ -110,14 +110,14 @@ def test_automatic_points_take_three_percent_whatever_the_budgets(measured: Conf
     model = model_of(config.training)
     validation = 16 * 2 * flops_per_image(model).forward
     trained = executed_flops_per_image(model, model.num_tokens / 2).train
-    found = validation_distance(config, data_set)
+    found = validation_distance(config, find_info)
     assert found
     assert found % 8 == 0
     assert found - 8 < validation / (0.03 * trained) <= found
-    assert validation_distance(tiny_config(budgets=[4000, 8000]), data_set) == found
-    assert validation_distance(tiny_config(budgets=[10**7]), data_set) == 80_000, "100 points at most"
+    assert validation_distance(tiny_config(budgets=[4000, 8000]), find_info) == found
+    assert validation_distance(tiny_config(budgets=[10**7]), find_info) == 80_000, "100 points at most"
     assert validation_distance(config, lambda path: None) is None
-    assert validation_distance(measured(), data_set) == 16
+    assert validation_distance(measured(), find_info) == 16
     schedule = schedule_of(config)
     points = [position for position in range(0, schedule.last_point + 1, 8) if schedule.is_point(position, found)]
     assert len(points) == schedule.num_points(found) == 3200 // found

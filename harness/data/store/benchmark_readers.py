@@ -1,7 +1,7 @@
-"""The fifteen benchmarks read as their owners publish them: their folders and their lists of files and labels.
+"""Readers of the fifteen benchmarks in their published form: folders, and lists of files and labels.
 
-Nothing here is trusted: names that lead out of the folder, labels without a class and counts that are not those
-published are refused before an image is read.
+Names that lead out of the folder, labels without a class and counts that differ from the published ones are refused
+before an image is read.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.arrays import list_cifar, list_pcam
+from aimscale.harness.data.store.array_files import list_cifar, list_pcam
 from aimscale.harness.data.store.benchmarks import find_benchmark
-from aimscale.harness.data.store.card import open_local
+from aimscale.harness.data.store.dataset_info import open_local
 from aimscale.harness.data.store.pack import Listing, list_by_class, list_folder
 from aimscale.harness.data.store.tars import Slice, list_slices
 
 Row = dict[str, str]
-"""Of a table with a header."""
+"""Row of a table with a header."""
 _MAX_MATLAB_BYTES = 2**26  # unpacked; the files published take less than 1 MB
 
 
 def list_benchmark(name: str, source: Path, split: str | None) -> Listing:
-    """The images of one split of a benchmark, with its classes in the published order of the labels."""
+    """List the images of one split of a benchmark, with its classes in the published order of the labels."""
     benchmark = find_benchmark(name)
     if split is None or split not in benchmark.counts:
         raise DataError(f"say which split of {name}: --split {' or --split '.join(benchmark.counts)}")
     try:
         found = _READERS[name](source, split)
-    except Exception as error:  # readers of csv, json, tar, HDF5 and MATLAB raise many kinds on what is damaged
+    except Exception as error:  # readers of csv, json, tar, HDF5 and MATLAB raise many types on damaged files
         if isinstance(error, DataError):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -59,7 +59,7 @@ def list_benchmark(name: str, source: Path, split: str | None) -> Listing:
 
 
 def _imagenet(root: Path, split: str) -> Listing:
-    """A tar for each class, or a folder; validation images have none, unless they were sorted, but the kit's labels."""
+    """List ImageNet from its tars, or a folder; validation labels come from class folders, or else from the devkit."""
     tar, folder = root / f"ILSVRC2012_img_{split}.tar", root / split
     if folder.is_dir() and any(path.is_dir() for path in folder.iterdir()):
         return list_folder(folder)
@@ -79,7 +79,7 @@ def _imagenet(root: Path, split: str) -> Listing:
 
 
 def _inaturalist(root: Path, split: str) -> Listing:
-    """Classes are the categories' numbers, four digits."""
+    """List iNaturalist; classes are the four-digit numbers of the categories."""
     record = json.loads(_read(root / f"{split}2018.json"))
     file_of = {image["id"]: image["file_name"] for image in record["images"]}
     pairs = [(file_of[each["image_id"]], int(each["category_id"])) for each in record["annotations"]]
@@ -87,11 +87,13 @@ def _inaturalist(root: Path, split: str) -> Listing:
 
 
 def _food101(root: Path, split: str) -> Listing:
+    """List Food-101."""
     names = _read(root / "meta" / f"{split}.txt").split()
     return _by_folder(root / "images", [f"{name}.jpg" for name in names])
 
 
 def _dtd(root: Path, split: str) -> Listing:
+    """List DTD, whose first split trains on train and val."""
     lists = ("train1", "val1") if split == "train" else ("test1",)
     return _by_folder(
         root / "images", [name for each in lists for name in _read(root / "labels" / f"{each}.txt").split()]
@@ -99,11 +101,13 @@ def _dtd(root: Path, split: str) -> Listing:
 
 
 def _eurosat(root: Path, split: str) -> Listing:
+    """List EuroSAT."""
     names = _read(root / f"eurosat-{split}.txt").split()
     return _by_folder(root / "2750", [f"{name.rpartition('_')[0]}/{name}" for name in names])
 
 
 def _pets(root: Path, split: str) -> Listing:
+    """List Oxford-IIIT Pets."""
     path = root / "annotations" / ("trainval.txt" if split == "train" else f"{split}.txt")
     rows = [line.split() for line in _read(path).splitlines()]
     name_of = {int(label): name.rpartition("_")[0] for name, label, *_ in rows}
@@ -112,6 +116,7 @@ def _pets(root: Path, split: str) -> Listing:
 
 
 def _cars(root: Path, split: str) -> Listing:
+    """List Stanford Cars."""
     lists = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
     rows = np.atleast_1d(_matlab(root / lists[split])["annotations"])
     pairs = [(str(row["fname"]), int(row["class"]) - 1) for row in rows]
@@ -119,7 +124,7 @@ def _cars(root: Path, split: str) -> Listing:
 
 
 def _infographic(root: Path, split: str) -> Listing:
-    """Lines `infograph/CLASS/FILE LABEL`; a class may lack images in one of the lists."""
+    """List Infograph from lines `infograph/CLASS/FILE LABEL`; a class may lack images in one of the lists."""
     rows = {
         each: [line.rsplit(maxsplit=1) for line in _read(root / f"infograph_{each}.txt").splitlines()]
         for each in ("train", "test")
@@ -130,7 +135,8 @@ def _infographic(root: Path, split: str) -> Listing:
 
 
 def _wilds(root: Path, split: str, table: str, of: Callable[[int, Row], tuple[str, str, str]]) -> Listing:
-    """Of a table with a row per image, from whose number and columns `of` makes split, file and class."""
+    """List a WILDS set from a table with one row per image; `of` maps row number and columns to (split, file,
+    class)."""
     rows = [of(number, row) for number, row in enumerate(csv.DictReader(io.StringIO(_read(root / table))))]
     classes = sorted({name for _, _, name in rows})
     number_of = {name: number for number, name in enumerate(classes)}
@@ -138,11 +144,12 @@ def _wilds(root: Path, split: str, table: str, of: Callable[[int, Row], tuple[st
 
 
 def _iwildcam_row(number: int, row: Row) -> tuple[str, str, str]:
+    """Map a row of iWildCam to (split, file, class)."""
     return row["split"], f"train/{row['filename']}", f"{int(row['y']):03d}"
 
 
 def _camelyon17_row(number: int, row: Row) -> tuple[str, str, str]:
-    """Each hospital but two is in `train`, but for a part that is tested on as well."""
+    """Map a row of Camelyon17; all hospitals but two are in `train`, apart from the held-out part of their patches."""
     split = {1: "val", 2: "test"}.get(int(row["center"])) or ("train", "id_val")[int(row["split"])]
     slide = f"patient_{row['patient']}_node_{row['node']}"
     file = f"patches/{slide}/patch_{slide}_x_{row['x_coord']}_y_{row['y_coord']}.png"
@@ -150,32 +157,32 @@ def _camelyon17_row(number: int, row: Row) -> tuple[str, str, str]:
 
 
 def _rxrx1_row(number: int, row: Row) -> tuple[str, str, str]:
-    """The second site of a training experiment is its test of the same distribution."""
+    """Map a row of RxRx1; the second site of a training experiment is the in-distribution test."""
     split = "id_test" if row["dataset"] == "train" and int(row["site"]) == 2 else row["dataset"]
     file = f"images/{row['experiment']}/Plate{row['plate']}/{row['well']}_s{row['site']}.png"
     return split, file, f"{int(row['sirna_id']):04d}"
 
 
 def _fmow_row(number: int, row: Row) -> tuple[str, str, str]:
-    """The official splits are cut by time once more, at the starts of 2013 and 2016 (UTC)."""
+    """Map a row of FMoW; the official splits are also cut by time, at the starts of 2013 and 2016 (UTC)."""
     year, drawn = int(row["timestamp"][:4]), row["split"]
     era = "train" if year < 2013 else "val" if year < 2016 else "test"
     return drawn if drawn == era else "", f"images/rgb_img_{number}.png", row["category"]
 
 
 def _by_folder(root: Path, names: Sequence[str]) -> Listing:
-    """Files `CLASS/FILE`."""
+    """List files `CLASS/FILE`."""
     return list_by_class(root, _inside(root, names), [PurePosixPath(name).parent.name for name in names])
 
 
 def _listing(root: Path, pairs: Iterable[tuple[str, int]], classes: Sequence[str]) -> Listing:
-    """Of files within `root` and their labels."""
+    """List files within `root` with their labels."""
     names, labels = zip(*pairs, strict=True)
     return Listing(source=root, images=_inside(root, names), labels=labels, classes=tuple(classes))
 
 
 def _inside(root: Path, names: Iterable[str]) -> list[str]:
-    """Files that lie in a folder; ValueError where a name leads out of it."""
+    """Return the paths of files in a folder; ValueError if a name leads out of it."""
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name:
             raise ValueError(f"{name!r} leads out of {root}")
@@ -188,7 +195,7 @@ def _read(path: Path) -> str:
 
 
 def _matlab(path: Path) -> dict[str, Any]:
-    """The variables of a MATLAB file (version 5), which is unpacked in bounded memory first."""
+    """Read the variables of a MATLAB file (version 5), after checking that it unpacks to bounded memory."""
     import scipy.io
 
     with open_local(path) as file:

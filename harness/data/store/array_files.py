@@ -1,4 +1,4 @@
-"""Images that are published as arrays: CIFAR (read by torchvision), files of MNIST's format, PatchCamelyon."""
+"""Readers of images published as arrays: CIFAR (by torchvision), files of MNIST's format, PatchCamelyon."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ import numpy.typing as npt
 from torchvision.datasets import CIFAR10
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.card import open_local
+from aimscale.harness.data.store.dataset_info import open_local
 from aimscale.harness.data.store.decoding import MAX_IMAGE_SIDE
 from aimscale.harness.data.store.pack import Listing
 from aimscale.harness.data.store.tars import Member
 
-_UNSIGNED_BYTES = 8  # idx's code of the type
+_UNSIGNED_BYTES = 8  # type code of the idx format
 _MAX_UNPACKED_BYTES = 2**30  # 1.3 million images of 28 px
 _MAX_CIFAR_BYTES = 400_000_000  # the archives hold 186 MB
-_MAX_CHUNK_BYTES = 2**26  # of an HDF5 file, which are unpacked as a whole
+_MAX_CHUNK_BYTES = 2**26  # of an HDF5 file; a chunk is unpacked as a whole
 
 
 def list_cifar(source: Path, split: str, kind: type[CIFAR10]) -> Listing:
-    """One split of the python archive, or of the folder that it unpacks to; classes are the 10, or the 100 fine.
+    """List one split of the python archive, or of the folder that it unpacks to; classes are the 10, or the 100 fine
+    ones.
 
     torchvision compares the files with their published checksums before it reads them.
     """
@@ -52,7 +53,7 @@ def _extract(tar: tarfile.TarFile, root: Path) -> None:
 
 
 def list_idx(images_path: Path, classes: tuple[str, ...] | None = None) -> Listing:
-    """One split: its `...-images-idx3-ubyte[.gz]`, and the `...-labels-idx1-ubyte[.gz]` beside it."""
+    """List one split of MNIST's format: `...-images-idx3-ubyte[.gz]`, and `...-labels-idx1-ubyte[.gz]` beside it."""
     labels_path = images_path.with_name(images_path.name.replace("images-idx3", "labels-idx1"))
     images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
     if len(images) != len(labels):
@@ -64,7 +65,7 @@ def list_idx(images_path: Path, classes: tuple[str, ...] | None = None) -> Listi
 
 
 def _read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:
-    """The array of one idx file of unsigned bytes, mapped; what is compressed is unpacked into memory."""
+    """Map the array of an idx file of unsigned bytes; a compressed one is unpacked into memory."""
     if not path.is_file():
         raise DataError(f"idx file {path} does not exist; images need the labels file of the same split beside them")
     is_packed = path.suffix == ".gz"
@@ -89,7 +90,7 @@ def _read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:
 
 
 def list_pcam(source: Path, split: str) -> Listing:
-    """PatchCamelyon's pair of HDF5 files of one split."""
+    """List one split of PatchCamelyon from its pair of HDF5 files."""
     try:
         import h5py
     except ImportError as error:

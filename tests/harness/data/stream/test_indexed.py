@@ -22,7 +22,7 @@ from aimscale.harness.data.store import index
 from aimscale.harness.data.store.decoding import resize_shorter_side
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.augment import (
-    box_draws,
+    box_uniforms,
     crop_resize,
     crop_resize_into,
     crop_resize_small,
@@ -30,11 +30,11 @@ from aimscale.harness.data.stream.augment import (
     draw_boxes,
     normalise,
 )
-from aimscale.harness.data.stream.draws import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths
+from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.jitter import _draw, jitter_colours
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.positions import TrainStream
 from aimscale.harness.run.config import RunConfig
 
 Configure = Callable[..., RunConfig]
@@ -46,7 +46,7 @@ def whole(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     positions = torch.cat([batch.positions for batch in parts])
     order = positions.argsort()
     images = torch.cat([batch.images for batch in parts])[order]
-    return images, torch.cat([batch.given for batch in parts])[order], positions[order]
+    return images, torch.cat([batch.prefix_lengths for batch in parts])[order], positions[order]
 
 
 def run(stream: TrainStream, start: int, stop: int, *, micro: int, world: int = 1, workers: int = 0, batch: int = 16):
@@ -82,7 +82,7 @@ def test_stream_is_the_same_for_any_split(
     assert max(len(part) for part in parts) <= micro
     restarted = TrainStream(configure(color_jitter=True, shuffle_shards=2)).batch([170])
     assert torch.equal(restarted.images_on("cpu")[0], normalise(expected[0][70]))
-    assert restarted.given[0] == expected[1][70]
+    assert restarted.prefix_lengths[0] == expected[1][70]
     if micro > 1:
         assert all((part.positions[0::2] + 1 == part.positions[1::2]).all() for part in parts), "a pair was split"
 
@@ -139,15 +139,15 @@ def test_prefixes_are_uniform_and_paired(configure: Configure) -> None:
 
 def test_masks_hide_as_many_patches_of_every_image_alike_on_any_ranks(configure: Configure) -> None:
     stream = TrainStream(configure(masked=0.75, prefix="none"))
-    _, given, _ = whole([*itertools.chain(*run(stream, 0, 4096, micro=16))])
-    assert given.shape == (4096, 64)
-    assert given.dtype == torch.bool
-    assert (given.sum(1) == 16).all()
-    assert (given.float().mean(0) - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4096) ** 0.5
+    _, visible, _ = whole([*itertools.chain(*run(stream, 0, 4096, micro=16))])
+    assert visible.shape == (4096, 64)
+    assert visible.dtype == torch.bool
+    assert (visible.sum(1) == 16).all()
+    assert (visible.float().mean(0) - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4096) ** 0.5
     _, elsewhere, _ = whole([*itertools.chain(*run(stream, 160, 224, micro=3, world=2, workers=1))])
-    assert torch.equal(elsewhere, given[160:224])
-    other = TrainStream(configure(masked=0.75, seed=1)).batch(range(9)).given
-    assert not torch.equal(other, given[:9])
+    assert torch.equal(elsewhere, visible[160:224])
+    other = TrainStream(configure(masked=0.75, seed=1)).batch(range(9)).prefix_lengths
+    assert not torch.equal(other, visible[:9])
 
 
 def test_validation_prefixes_are_stratified_and_fixed() -> None:
@@ -167,7 +167,7 @@ def test_boxes_follow_random_resized_crop() -> None:
     number, height, width = 4000, 120, 200
     scale, ratio, image = (0.4, 1.0), (3 / 4, 4 / 3), torch.empty(3, height, width)
     sides = np.full((number, 2), (height, width)).T
-    boxes = draw_boxes(box_draws(7, np.arange(number)), *sides, scale=scale, ratio=ratio, horizontal_flip=True)
+    boxes = draw_boxes(box_uniforms(7, np.arange(number)), *sides, scale=scale, ratio=ratio, horizontal_flip=True)
     theirs = torchvision.transforms.RandomResizedCrop.get_params
     reference = np.array([theirs(image, [*scale], [*ratio]) for _ in range(number)])
     ours = np.stack(boxes[:4], axis=1)
@@ -185,7 +185,7 @@ def test_batched_crop_equals_the_single_one(data: st.DataObject, height: int, wi
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     images = torch.from_numpy(rng.integers(0, 256, (5, 3, height, width), dtype=np.uint8))
     sides = np.full((5, 2), (height, width)).T
-    draws = box_draws(1, rng.integers(0, 2**40, 5))
+    draws = box_uniforms(1, rng.integers(0, 2**40, 5))
     boxes = draw_boxes(draws, *sides, scale=(0.1, 1.0), ratio=(0.5, 2.0), horizontal_flip=True)
     batch = crop_resize_small(images, boxes, size)
     for row in range(5):
@@ -276,7 +276,7 @@ def test_normalise_round_trip() -> None:
 def test_small_images_are_decoded_once_and_others_each_time(
     small_set: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, bound: int
 ) -> None:
-    monkeypatch.setattr(index, "_KEPT", {})
+    monkeypatch.setattr(index, "_PIXEL_CACHES", {})
     monkeypatch.setattr(index, "MAX_KEPT_BYTES", bound)
     decoded: list[int] = []
     read_many = ShardDataset.read_many
@@ -312,7 +312,7 @@ def test_a_shard_that_was_written_anew_is_refused(
         shutil.copytree(folder, path)
         dataset = open_dataset(path)
         smallest = min(dataset.read_many(range(len(dataset))), key=len)
-        for name, offset, size in dataset.places(range(len(dataset))):
+        for name, offset, size in dataset.byte_ranges(range(len(dataset))):
             with (path / name).open("r+b") as shard:
                 shard.seek(offset)
                 shard.write(smallest.ljust(size, b"\0"))

@@ -1,6 +1,6 @@
-"""What a budget has and what it lacks: its row, brought up to its files, and the list of what is still to be done.
+"""Pending evaluations of a run: each budget's row, updated from its files, and the list of what is still to be done.
 
-One list for all who ask: the trainer works it off, launchers start runs that have one. Torch is not imported.
+One list for all: the trainer works it off, and launchers start runs that have one. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -23,74 +23,73 @@ from aimscale.harness.probe.files import (
     weights_content,
     weights_name,
 )
+from aimscale.harness.run.budgets import missing_budgets, saved_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
-from aimscale.harness.run.directory import RunDir, probe_place
-from aimscale.harness.run.trunk import missing_budgets, saved_budgets
+from aimscale.harness.run.directory import RunDir, probe_key
 
 VALIDATION_COLUMNS = ("val_loss", "val_loss_se", "val_num_images")
-"""Columns of a row that stand in a validation file, under the same names."""
+"""Columns of a row that a validation file holds under the same names."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lacking:
-    """One thing that a run lacks at one of its budgets."""
+class Pending:
+    """Training or evaluation that a run lacks at one of its budgets."""
 
     what: Literal["training", "validation", "probe"]
     images_seen: int
-    """The budget."""
+    """Budget."""
     section: ProbeSection | None = None
-    """The task of a probe."""
+    """Task of a probe."""
 
     def __str__(self) -> str:
         return f"{self.section.task if self.section else self.what} at {self.images_seen}"
 
 
-def lacking(run: RunDir, config: RunConfig) -> list[Lacking]:
-    """What `config` asks of a run and is not there: the run is finished when nothing is left.
+def pending_work(run: RunDir, config: RunConfig) -> list[Pending]:
+    """List what `config` asks of a run and is missing; a run is finished when the list is empty.
 
-    Something is there when its file is, of the present weights, settings and data, and the budget's row says so too.
-    Data that cannot be looked at count as unchanged.
+    A result is there if its file is, for the present weights, settings and data, and if the budget's row says so too.
+    Data that cannot be read count as unchanged.
 
     Raises:
         RunDirError: no saved point of the trunk leads to a budget that is still to be trained.
         UserError: `results.json` is damaged.
     """
-    found = [Lacking(what="training", images_seen=budget) for budget in missing_budgets(run, config)]
+    found = [Pending(what="training", images_seen=budget) for budget in missing_budgets(run, config)]
     rows = {row["images_seen"]: row for row in run.read_rows()}
     for budget in saved_budgets(run):
         if budget in config.evaluation.budgets:
-            found += lacking_at(run, config, budget, rows.get(budget, {}))
+            found += pending_evaluations(run, config, budget, rows.get(budget, {}))
     return found
 
 
-def lacking_at(run: RunDir, config: RunConfig, images_seen: int, row: dict[str, Any]) -> Iterator[Lacking]:
-    """What is to be measured at a budget whose weights are there, and whose row this is."""
+def pending_evaluations(run: RunDir, config: RunConfig, images_seen: int, row: dict[str, Any]) -> Iterator[Pending]:
+    """List what is to be measured at a budget whose weights are saved and whose row this is."""
     name = validation_name(run, config, images_seen)
     is_named = row.get("val_loss") is not None and fnmatch.fnmatch(str(row.get("validation")), name)
     if not is_named or not run.validation_file(images_seen).exists():
-        yield Lacking(what="validation", images_seen=images_seen)
+        yield Pending(what="validation", images_seen=images_seen)
     there = row.get("probes") or []
     for section in config.evaluation.probes:
         entries = finished_entries(run, config, images_seen, section)
         if entries is None or not all(entry in there for entry in entries):
-            yield Lacking(what="probe", images_seen=images_seen, section=section)
+            yield Pending(what="probe", images_seen=images_seen, section=section)
 
 
-def enter_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, Any]:
-    """Bring a saved budget's row up to its files: what training knew, the validation, and the probes; hold the run.
+def update_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, Any]:
+    """Update a saved budget's row from its files (training, validation, probes) and return it; the caller holds the
+    run.
 
-    Returns the row.
-
-    Files of other weights do not count. Probes replace those of the same evaluation and kind; other entries (of
-    imported rows, say) stay.
+    Files of other weights are ignored. Probes replace those of the same evaluation and kind; other entries (of imported
+    rows, say) stay.
     """
     before = next((row for row in run.read_rows() if row["images_seen"] == images_seen), None)
     row = before or saved_budgets(run)[images_seen].get("row") or {"images_seen": images_seen}
     row = row | _validation_columns(run, images_seen)
     name, folder = weights_name(run, config, images_seen), run.probes_dir(images_seen)
     entries = [entry for each in task_files(folder) if each.get("backbone") == name for entry in entries_of(each)]
-    measured = {probe_place(entry) for entry in entries}
-    others = [entry for entry in row.get("probes") or () if probe_place(entry) not in measured]
+    measured = {probe_key(entry) for entry in entries}
+    others = [entry for entry in row.get("probes") or () if probe_key(entry) not in measured]
     row["probes"] = sorted([*entries, *others], key=lambda entry: str(entry["task"]))
     if row != before:
         finished_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -99,7 +98,7 @@ def enter_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, Any
 
 
 def _validation_columns(run: RunDir, images_seen: int) -> dict[str, Any]:
-    """What the validation file says, if it is of the present weights."""
+    """Read the columns of the validation file, if it is of the present weights."""
     try:
         with np.load(run.validation_file(images_seen)) as arrays:
             name = str(arrays["name"])

@@ -1,4 +1,4 @@
-"""How far a run has come: which budgets are saved, and which can still branch off its trunk; torch is not imported.
+"""Progress of a run: its saved budgets, and those that can still branch off its trunk; torch is not imported.
 
 A finished run keeps the last saved point of its trunk, from which a longer budget goes on. Points before it are gone.
 """
@@ -17,11 +17,12 @@ from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.schedule import Schedule, unchecked_schedule
 
 ABOUT = "aimscale"
-"""Key of a weight file's metadata under which stands, as JSON, what training knows of the budget."""
+"""Key in a weight file's metadata whose value, as JSON, holds what training knows of the budget."""
 
 
 def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
-    """Budget -> what training knew of it, for all whose weights are saved, ascending; empty for imported weights."""
+    """Return each budget whose weights are saved, ascending, with what training knew of it; empty for imported
+    weights."""
     found = {}
     for path in run.path.glob("budgets/[0-9]*/model.safetensors"):
         about = {}
@@ -35,7 +36,7 @@ def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
 
 
 def chosen_budgets(run: RunDir, images_seen: int | None) -> list[int]:
-    """The saved budget of so many images, or all that are saved, ascending.
+    """Return the saved budget of `images_seen` images as a list, or for None all saved budgets, ascending.
 
     Raises:
         RunDirError: there is none.
@@ -49,7 +50,7 @@ def chosen_budgets(run: RunDir, images_seen: int | None) -> list[int]:
 
 
 def trunk_position(run: RunDir, schedule: Schedule) -> int:
-    """Images seen at the furthest point of the trunk that was saved; 0 where there is none."""
+    """Return the images seen at the furthest saved point of the trunk; 0 without one."""
     points = [schedule.branch_point(budget) for budget in saved_budgets(run)]
     for path in run.checkpoints.glob("[0-9]*/manifest.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -60,7 +61,7 @@ def trunk_position(run: RunDir, schedule: Schedule) -> int:
 
 
 def missing_budgets(run: RunDir, config: RunConfig) -> list[int]:
-    """Budgets that are still to be trained.
+    """Return the budgets that are still to be trained.
 
     Raises:
         RunDirError: no saved point of the trunk leads to one of them; nothing was touched.
@@ -83,7 +84,7 @@ def missing_budgets(run: RunDir, config: RunConfig) -> list[int]:
 
 
 def check_branch(run: RunDir, schedule: Schedule, budget: int, position: int) -> None:
-    """Raise RunDirError where a budget leaves the trunk before `position`, the earliest point that is kept."""
+    """Raise RunDirError if a budget leaves the trunk before `position`, the earliest point that is kept."""
     point = schedule.branch_point(budget)
     if point < position:
         raise RunDirError(

@@ -13,9 +13,9 @@ import pytest
 
 import aimscale.sweeps.engine.launch
 from aimscale.aim.errors import UserError
-from aimscale.sweeps.engine import queue
+from aimscale.sweeps.engine import worker as engine
 from aimscale.sweeps.engine.launch import cancel
-from aimscale.sweeps.plan.costs import stop_seconds
+from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.record import RunRecord
 
@@ -33,7 +33,7 @@ def wait_for(condition: Any, what: str) -> None:
 
 
 def both_at_work(sweep: Any, start: Any) -> tuple[list[RunRecord], Any]:
-    """A launch of the sweep in a process of its own that executes its two runs, and their records."""
+    """Launch the sweep in a process; return the records of its two runs, once both are executed, and the process."""
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     first = start(2, "wait")
     wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
@@ -50,7 +50,7 @@ def test_longest_runs_first_and_a_second_launch_starts_nothing(
     assert ["rung-48" in line for line in begun] == [True, True, False, False]
     again = launch(sweep, devices=1, command=stand_in())
     assert not again.finished
-    assert [each.verdict for each in again.left] == ["finished"] * 4
+    assert [each.verdict for each in again.skipped] == ["finished"] * 4
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     assert [starts(record) for record in records] == [1, 1, 1, 1]
     assert not any(record.is_claimed() for record in records)
@@ -70,7 +70,7 @@ def test_interrupting_saves_and_launching_again_goes_on(
     assert [starts(record) for record in records] == [2, 2]
 
 
-def test_a_killed_queue_leaves_live_runs_alone_and_dead_ones_resumable(
+def test_a_killed_worker_leaves_live_runs_alone_and_dead_ones_resumable(
     write_sweep: Any, start: Any, stand_in: Any, launch: Any
 ) -> None:
     sweep = write_sweep()
@@ -81,7 +81,7 @@ def test_a_killed_queue_leaves_live_runs_alone_and_dead_ones_resumable(
     os.kill(int((dead.path / "starts").read_text()), signal.SIGKILL)
     result = launch(sweep, devices=2, command=stand_in())
     assert result.finished == (dead.path.name,)
-    assert [decision.verdict for decision in result.left] == ["running"]
+    assert [decision.verdict for decision in result.skipped] == ["running"]
     assert [starts(live), starts(dead)] == [1, 2]
     os.kill(int((live.path / "starts").read_text()), signal.SIGTERM)
     wait_for(lambda: not live.is_held(), "end of the live run")
@@ -101,7 +101,7 @@ def test_failures_are_classified_retried_within_bounds_and_forgiven(
         assert record.read_status().reason == "RuntimeError: the user's code is wrong"
     again = launch(sweep, devices=1, command=stand_in())
     assert starts(record) == tries
-    assert [each.verdict for each in again.left] == ["failed"]
+    assert [each.verdict for each in again.skipped] == ["failed"]
     assert launch(sweep, devices=1, command=stand_in(), retry=True).finished == (record.path.name,)
 
 
@@ -113,23 +113,24 @@ def test_another_budget_extends_a_run_and_another_seed_is_a_new_one(
     assert len(launch(longer, devices=1, command=stand_in()).finished) == 1
     (path,) = longer.runs_dir.iterdir()
     assert [row["images_seen"] for row in RunRecord(path).read_rows()] == [640, 1280, 1920]
-    assert [each.verdict for each in launch(longer, devices=1, command=stand_in()).left] == ["finished"]
+    assert [each.verdict for each in launch(longer, devices=1, command=stand_in()).skipped] == ["finished"]
     other = write_sweep(sizes=["rung-32"], seeds=[1])
     result = launch(other, devices=1, command=stand_in())
     assert (len(result.finished), result.unplanned) == (1, (path.name,))
 
 
-def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_queue(
+def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_worker(
     write_sweep: Any, launch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else torchrun kills its ranks after 30 s, and a run would wait for the other tasks of a step as its ranks."""
+    """Otherwise torchrun kills its ranks after 30 s, and a run would take the other tasks of a Slurm step for its
+    ranks."""
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     sweep = write_sweep(sizes=["rung-32"], devices=2)
     note = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'told').write_text(str(dict(os.environ))); sys.exit(2)"
     launch(sweep, devices=2, command=lambda run_dir, devices: [sys.executable, "-c", note, str(run_dir)])
     (run,) = plan(sweep)
     told = ast.literal_eval((sweep.run_dir(run.run_id) / "told").read_text())
-    assert told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(stop_seconds(sweep, run))
+    assert told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(grace_period_s(sweep, run))
     assert "SLURM_STEP_NUM_TASKS" not in told
 
 
@@ -159,7 +160,7 @@ def test_three_workers_and_a_launch_execute_each_run_once(write_sweep: Any, star
 def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
     write_sweep: Any, stand_in: Any, launch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an hour, two minutes are left for saving; the clock jumps there once both runs are at work."""
+    """Two minutes of an hour are kept for saving; the clock jumps there once both runs are executed."""
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     jumps = iter([3600 - 150, 3600 - 90])
@@ -168,18 +169,18 @@ def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
         at_work = all((record.path / "starts").exists() for record in records)
         return time.time() + (next(jumps, 3600 - 90) if at_work else 0)
 
-    monkeypatch.setattr(queue, "time", SimpleNamespace(time=later, sleep=time.sleep, monotonic=time.monotonic))
-    did = launch(sweep, hours=1, devices=2, shows=False, command=stand_in("wait"))
-    assert (did.interrupted, did.stopped_by) == (True, None)
+    monkeypatch.setattr(engine, "time", SimpleNamespace(time=later, sleep=time.sleep, monotonic=time.monotonic))
+    result = launch(sweep, hours=1, devices=2, show_progress=False, command=stand_in("wait"))
+    assert (result.interrupted, result.stopped_by) == (True, None)
     assert next(jumps, None) is None, "not before that"
     assert [record.read_status().state for record in records] == ["preempted", "preempted"]
-    monkeypatch.setattr(queue, "time", time)
-    did = launch(sweep, devices=1, command=stand_in())
-    assert (did.interrupted, sorted(did.finished)) == (False, sorted(record.path.name for record in records))
+    monkeypatch.setattr(engine, "time", time)
+    result = launch(sweep, devices=1, command=stand_in())
+    assert (result.interrupted, sorted(result.finished)) == (False, sorted(record.path.name for record in records))
 
 
 def test_a_free_device_never_waits_behind_a_run_that_needs_more(write_sweep: Any, launch: Any, tmp_path: Path) -> None:
-    """Of three devices a run of one has one; the next wants all three, the one after it only one."""
+    """A run occupies one of three devices; the next needs all three, the one after it only one."""
     wide = [{"when": {"seed": 1}, "set": {"devices": 3}}]
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], override=wide)
     first, broad, last = (sweep.run_dir(run.run_id) for run in plan(sweep))

@@ -1,4 +1,4 @@
-"""What a data set says of itself in `dataset.json`, read without opening it: no torch, no index, no images."""
+"""Contents of `dataset.json`, read without opening the data set: no torch, no index, no images."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ INDEX_FILE = "index.parquet"
 DATASET_FILE = "dataset.json"
 NO_LABEL = -1
 MAX_LABEL = 2**24 - 1
-"""Largest class number: what counts classes takes memory for all of them."""
+"""Largest class number; counting classes takes memory for all numbers up to it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """`dataset.json`."""
+    """Contents of `dataset.json`."""
 
     version: int = FORMAT_VERSION
     name: str
@@ -61,12 +61,12 @@ class DatasetInfo:
         return f"index-{self.fingerprint}"
 
     def to_json(self) -> str:
-        """The file's text."""
+        """Return the file's text."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> DatasetInfo:
-        """Of the file's text."""
+        """Parse the file's text; `where` names the file in errors."""
         try:
             values: dict[str, Any] = dict(json.loads(text))
             if type(version := values["version"]) is not int or version != FORMAT_VERSION:
@@ -83,7 +83,7 @@ class DatasetInfo:
 
 
 def _is_of(kind: Any, value: Any) -> bool:
-    """Whether a value of `dataset.json` is what the annotation of its field says; a count is no less than 0."""
+    """Return whether a value of `dataset.json` fits the annotation of its field; counts must not be negative."""
     if isinstance(value, tuple):
         return kind == "tuple[str, ...] | None" and all(type(name) is str for name in value)
     if kind == "int":
@@ -92,28 +92,28 @@ def _is_of(kind: Any, value: Any) -> bool:
 
 
 def open_local(path: str | Path) -> IO[bytes]:
-    """Open a file of this machine to read it.
+    """Open a local file for reading.
 
     Raises:
         OSError: it cannot be opened.
-        DataError: what has the name is no file: a pipe would be waited for, for ever.
+        DataError: the path is no regular file: reading a pipe would block for ever.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise DataError(f"{path} is no file; give one, or leave it out")
     return open(path, "rb")
 
 
-Look = Callable[[str], DatasetInfo | None]
-"""Path of a data set -> what it says of itself, where it is here."""
+DatasetLookup = Callable[[str], DatasetInfo | None]
+"""Function from the path of a data set to its info; None if it is not here."""
 
 
 def image_checksum(data: bytes) -> int:
-    """64-bit BLAKE2b of an image file."""
+    """Compute the 64-bit BLAKE2b hash of an image file."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def read_info(path: str) -> DatasetInfo:
-    """What a data set at a folder or URL says of itself.
+    """Read the info of a data set at a folder or URL.
 
     Raises:
         DataError: no folder, no index, or one that this program does not read.
@@ -139,21 +139,21 @@ def read_info(path: str) -> DatasetInfo:
         raise DataError(f"cannot read the index of {path}: {error}") from error
 
 
-def data_set(path: str) -> DatasetInfo | None:
-    """What a data set says of itself; None where it is not made yet, cannot be read, or has no index."""
+def find_info(path: str) -> DatasetInfo | None:
+    """Read the info of a data set; None if it is not made yet, cannot be read, or has no index."""
     with contextlib.suppress(DataError):
         return None if path.startswith(UNINDEXED) else read_info(path)
     return None
 
 
 def fingerprint(path: str) -> str | None:
-    """16 hex digits of a data set's content; None where it is not made yet or cannot be read."""
-    info = data_set(path)
+    """Return 16 hex digits that identify a data set's content; None if it is not made yet or cannot be read."""
+    info = find_info(path)
     return info.fingerprint if info else None
 
 
 def with_fingerprints(config: RunConfig) -> RunConfig:
-    """The run with the fingerprints of its data sources filled in where they are not given."""
+    """Fill in the fingerprints of a run's data sources that are not set."""
     data = config.training.data
     sources = tuple(
         source.model_copy(update={"fingerprint": source.fingerprint or fingerprint(source.path)})

@@ -1,4 +1,4 @@
-"""What devices do, by their data sheets and by what was measured here; torch is imported only to measure a core."""
+"""Speed and memory of devices, from data sheets and measurements; torch is imported only to measure a core."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NOMINAL_TFLOPS = {
     **{"H100 PCIe": 756.5, "H100 NVL": 835.5, "H100": 989.5, "GH200": 989.5, "H200 NVL": 835.5, "H200": 989.5},
     **{"L40S": 362.05, "L40": 181.05, "L4": 121, "GB200": 2500, "B200": 2250},
 }
-"""Dense bf16 TFLOP/s of GPUs whose name holds the key, the longest key first, from NVIDIA's data sheets of 2021 to
-2024, which print twice as much, with sparsity, from the H100 on. SXM modules bear the plain name. TF32, which float32
-products take on a GPU (`start_group`), is half of it on all of them."""
+"""Dense bf16 TFLOP/s by GPU name; the longest key contained in a name counts. From NVIDIA's data sheets of 2021 to
+2024, which print twice as much, with sparsity, from the H100 on. SXM modules have the plain name. TF32, in which GPUs
+multiply float32 (`start_group`), is half of it on all of them."""
 DECODED_PER_S = 1100.0
-"""Assumption: JPEGs of 500 x 375 px that a loader process decodes and crops to 224 px a second; measured on one core of
-an AMD EPYC of 2022 (docs/benchmarks.md)."""
+"""Assumption: JPEGs of 500 x 375 px per second that one loader process decodes and crops to 224 px; measured on one
+core of an AMD EPYC of 2022 (docs/benchmarks.md)."""
 
 
 LIST_TIMEOUT_S = 30
@@ -34,42 +34,42 @@ LIST_TIMEOUT_S = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One device of a run, and what loads for it."""
+    """A device of a run, and the cores that load images for it."""
 
     name: str
     is_gpu: bool
     why: str
-    """Why this one, for the reader."""
+    """Reason for this device, shown to the user."""
     memory_bytes: int = 85 * 10**9
-    """Unless it is given or measured, of an H100 or A100 of 80 GB (79 GiB)."""
+    """Memory; by default that of an H100 or A100 of 80 GB (79 GiB)."""
     peak_tflops: float | None = None
-    """As given, for every precision; null: the data sheet's, or of a processor what is measured."""
+    """Peak set by the user, for every precision; null: the data sheet's, or for a CPU the measured one."""
     cores: int | None = None
-    """That load for it; null where nothing says how many."""
+    """Cores that load images for it; null if unknown."""
     decoded_per_s: float | None = None
-    """Photographs that a loader process decodes and crops a second, where that was measured here (`aimscale bench
+    """Photographs that a loader process decodes and crops per second, if measured on this machine (`aimscale bench
     data`); null: `DECODED_PER_S`, an assumption."""
 
     def flops_per_s(self, precision: str) -> float:
-        """Dense peak at a precision; float32 products on a GPU are TF32, as the trainer sets it."""
+        """Return the dense peak at a precision; float32 products on a GPU are TF32, as the trainer sets it."""
         if self.peak_tflops is not None:
             return self.peak_tflops * 1e12
         return nominal_flops_per_s(self.name, precision) or _measured_flops_per_s(precision)
 
     @property
     def mfu(self) -> float:
-        """The share of its peak that training is assumed to execute in large passes."""
+        """Share of its peak that training is assumed to execute in large passes."""
         return GPU_MFU if self.is_gpu else CORE_MFU
 
     def pace(self, config: RunConfig, *, ranks_per_node: int) -> Pace:
-        """How fast a rank of a run trains on it."""
+        """Return how fast a rank of a run trains on it."""
         cores = None if self.is_gpu else config.runtime.num_threads
         peak = (cores or 1) * self.flops_per_s(config.training.optimiser.precision)
         return Pace(flops_per_s=self.mfu * peak, cores=cores, ranks_per_node=ranks_per_node)
 
 
 def device_here(*, wants_cpu: bool) -> Device:
-    """This machine's GPU, or one core of it where it has none, or where none is wanted or visible."""
+    """Return this machine's GPU; or one of its cores if there is no GPU, or none is wanted or visible."""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     gpus = [] if wants_cpu or is_hidden else gpus_here()
     name, num_bytes = gpus[0] if gpus else (cpu_name(), free_host_bytes())
@@ -79,12 +79,12 @@ def device_here(*, wants_cpu: bool) -> Device:
         why="of this machine" if gpus else "one core of this machine, with no GPU here or asked for",
         memory_bytes=num_bytes,
         cores=max(1, len(os.sched_getaffinity(0)) // max(1, len(gpus))),
-        decoded_per_s=remembered("decoded_per_s"),
+        decoded_per_s=stored_rate("decoded_per_s"),
     )
 
 
 def gpus_here() -> list[tuple[str, int]]:
-    """Name and bytes of the NVIDIA GPUs that the driver lists, whatever torch sees."""
+    """List name and bytes of the NVIDIA GPUs that the driver reports, whatever torch sees."""
     words = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(
@@ -97,7 +97,7 @@ def gpus_here() -> list[tuple[str, int]]:
 
 
 def nominal_flops_per_s(name: str, precision: str) -> float | None:
-    """The data sheet's dense peak of a device by its model name; None where it is not known, as for a slice (MIG)."""
+    """Return the data sheet's dense peak of a device by its model name; None if unknown, as for a MIG slice."""
     if "MIG" in name:
         return None
     for key in sorted(NOMINAL_TFLOPS, key=len, reverse=True):
@@ -106,19 +106,19 @@ def nominal_flops_per_s(name: str, precision: str) -> float | None:
     return None
 
 
-def remember(what: str, rate: float) -> None:
-    """Keep a rate that was measured on this kind of processor, unless a higher one is known."""
+def store_rate(what: str, rate: float) -> None:
+    """Store a rate that was measured on this kind of processor, unless a higher one is stored."""
     path = cache_folder() / "rates.json"
-    with contextlib.suppress(OSError):  # a cache that cannot be written is no mistake
+    with contextlib.suppress(OSError):  # a cache that cannot be written is no error
         rates = _rates()
         mine = rates.setdefault(cpu_name(), {})
-        if rate > (remembered(what) or 0.0):
+        if rate > (stored_rate(what) or 0.0):
             mine[what] = rate
             write_json(path, rates, durable=False)
 
 
-def remembered(what: str) -> float | None:
-    """That rate; None where it was never measured here."""
+def stored_rate(what: str) -> float | None:
+    """Return that rate; None if it was never measured on this kind of processor."""
     mine = _rates().get(cpu_name())
     found = mine.get(what) if isinstance(mine, dict) else None
     return found if isinstance(found, float) and 0 < found < 1e18 else None
@@ -132,8 +132,9 @@ def _rates() -> dict[str, dict[str, float]]:
 
 @functools.cache
 def _measured_flops_per_s(precision: str) -> float:
-    """Of one core: as remembered, else measured in about a second; other processes make it only too small."""
-    if known := remembered(f"{precision}_flops_per_s"):
+    """Return the measured peak of one core: as stored, else measured in about a second; other processes only make it
+    too small."""
+    if known := stored_rate(f"{precision}_flops_per_s"):
         return known
     import torch
 
@@ -145,5 +146,5 @@ def _measured_flops_per_s(precision: str) -> float:
         found = measure_peak(torch.device("cpu"), precision).flops_per_s
     finally:
         torch.set_num_threads(before)
-    remember(f"{precision}_flops_per_s", found)
+    store_rate(f"{precision}_flops_per_s", found)
     return found

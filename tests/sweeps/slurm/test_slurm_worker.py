@@ -1,4 +1,4 @@
-"""What an element does at its end, in a Slurm of small programs; with a real one: tests/slurm."""
+"""End of a Slurm job, with fake Slurm commands; with a real Slurm: tests/slurm."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 
 from aimscale.sweeps.engine import devices
-from aimscale.sweeps.engine.element import Element, ElementError
+from aimscale.sweeps.engine.slurm_worker import WorkerJob, WorkerJobError
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.slurm.submit import Shape
+from aimscale.sweeps.slurm.submit import JobShape
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare
+from aimscale.sweeps.state.sweep_dir import prepare_directory
 
 STAND_IN = str(Path(__file__).parents[1] / "stand_in.py")
 
 
 @pytest.fixture
-def element(
+def worker_job(
     write_sweep: Any, program: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Element, RunRecord]]:
-    """An element of a job on node1 of a cluster of two nodes, and the run that it finds."""
+) -> Iterator[tuple[WorkerJob, RunRecord]]:
+    """Make a job on node1 of a cluster of two nodes, and the run that it executes."""
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     program("squeue", "echo '7|RUNNING|node1'")
     program("sinfo", "echo node1; echo node2")
@@ -33,27 +33,27 @@ def element(
     job = {"JOB_ID": "7", "JOB_NODELIST": "node1", "JOB_END_TIME": str(time.time() + 3600), "JOB_PARTITION": "main"}
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setattr(devices, "WORKER", (STAND_IN,))
+    monkeypatch.setattr(devices, "TRAIN_COMMAND", (STAND_IN,))
     sweep = write_sweep(sizes=["rung-32"], slurm={"gpus": False})
-    prepare(sweep)
+    prepare_directory(sweep)
     (run,) = plan(sweep)
     record = RunRecord(sweep.run_dir(run.run_id))
     RunRecord.create(record.path, run.config)
-    yield Element(directory=sweep.directory, shape=Shape(nodes=1, devices=1)), record
+    yield WorkerJob(directory=sweep.directory, shape=JobShape(nodes=1, devices=1)), record
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def told(tmp_path: Path) -> list[str]:
-    """What Slurm was told."""
+    """Return the commands that Slurm received."""
     path = tmp_path / "told"
     return path.read_text().splitlines() if path.exists() else []
 
 
 def test_a_run_that_failed_on_this_node_goes_on_on_another_while_there_is_one(
-    element: tuple[Element, RunRecord], program: Callable[[str, str], None], tmp_path: Path
+    worker_job: tuple[WorkerJob, RunRecord], program: Callable[[str, str], None], tmp_path: Path
 ) -> None:
-    execute, record = element
+    execute, record = worker_job
     record.write_status(state="failed", reason="node node1 failed", reason_class="node")
     ended = {"exit_code": None, "saved": record.saved_progress(), "reason_class": "node"}
     record.append_attempt(attempt=1, ended=1.0, device_hours=0.0, reason="", failed_nodes=["node1"], **ended)
@@ -67,20 +67,20 @@ def test_a_run_that_failed_on_this_node_goes_on_on_another_while_there_is_one(
 
 
 def test_a_time_limit_in_which_nothing_could_save_fails_and_is_not_requeued_for_ever(
-    element: tuple[Element, RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker_job: tuple[WorkerJob, RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    execute, record = element
+    execute, record = worker_job
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 150))  # 120 s of them to save
-    with pytest.raises(ElementError, match="time_min"):
+    with pytest.raises(WorkerJobError, match="time_min"):
         execute()
     assert not told(tmp_path)
     assert not (record.path / "starts").exists()
 
 
-def test_a_run_that_failed_for_good_fails_the_job(element: tuple[Element, RunRecord], tmp_path: Path) -> None:
-    execute, record = element
+def test_a_run_that_failed_for_good_fails_the_job(worker_job: tuple[WorkerJob, RunRecord], tmp_path: Path) -> None:
+    execute, record = worker_job
     (record.path / "behaviour").write_text("crash")
-    with pytest.raises(ElementError, match=record.name):
+    with pytest.raises(WorkerJobError, match=record.name):
         execute()
     assert len(record.read_attempts()) == 2
     assert not told(tmp_path)
