@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 import pandas as pd
 
@@ -124,13 +124,6 @@ def held_equal(frame: pd.DataFrame, free: Collection[str] = ()) -> list[str]:
     sizes = [*([] if "size" in frame else ["params_total"]), "N", "D", "U"]
     names = dict.fromkeys([*sizes, *SCALE, *DESIGN, *setup_columns(frame), *foreign_settings(frame, free)])
     return [name for name in names if name in frame and name not in free]
-
-
-def cell_columns(rows: pd.DataFrame, y: str, tuned: Sequence[str]) -> list[str]:
-    """List the columns in which rows of a cell agree: all that is held equal, but for the seed, over which losses of a
-    setting are averaged, for what follows from the tuned columns, and for names of runs."""
-    free = {"seed", "L", "val_loss", y, *tuned, *(other for name in tuned for other in FOLLOWS.get(name, ()))}
-    return held_equal(rows, {*free, *(name for name in foreign_settings(rows, free) if follows_scale(rows, name))})
 
 
 def with_size(frame: pd.DataFrame) -> pd.DataFrame:

@@ -132,7 +132,7 @@ def _tensorboard(folder: Path) -> Iterator[_Run]:
         for tag, content in events.summary_metadata.items():
             if tag == "_hparams_/session_start_info":
                 given = HParamsPluginData.FromString(content.plugin_data.content).session_start_info.hparams
-                settings |= {name: getattr(value, value.WhichOneof("kind")) for name, value in given.items()}
+                settings |= {name: getattr(value, value.WhichOneof("kind")) for name, value in sorted(given.items())}
         scalars = {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
         yield _run_name(parent, folder), settings, pd.DataFrame(scalars).rename_axis("step"), "complete"
 

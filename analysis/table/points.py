@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.table.accuracies import named_like_accuracy
-from aimscale.analysis.table.design import FOLLOWS, cell_columns, tuned_columns, varies
+from aimscale.analysis.table.design import FOLLOWS, follows_scale, foreign_settings, held_equal, tuned_columns, varies
 from aimscale.analysis.table.names import Exclusion, left_out_of, no_column, our_name, remember, their_name
 from aimscale.analysis.words import Flag, human, some
 
@@ -95,8 +95,7 @@ def usable_rows(
     leave_out("repeat", "", "that repeat another row exactly", repeats)
     if best_by and (tuned := tuned or tuned_columns(frame[keep], used=columns.values())):
         y, rows = columns[best_by], frame[keep]
-        cell = {*cell_columns(rows, y, tuned), *columns.values()} - {y}
-        best, flags = _best_settings(rows.assign(**{y: values[best_by]}), y, tuned, sorted(cell))
+        best, flags = _best_settings(rows.assign(**{y: values[best_by]}), y, tuned, columns.values())
         subject = flags[0].subject if flags else ""
         others = (~best).reindex(frame.index, fill_value=False)
         leave_out("best of", subject, f"not the best {subject} of their cell", others)
@@ -105,10 +104,16 @@ def usable_rows(
 
 
 def _best_settings(
-    rows: pd.DataFrame, y: str, tuned: Sequence[str], cell: Sequence[str]
+    rows: pd.DataFrame, y: str, tuned: Sequence[str], used: Iterable[str]
 ) -> tuple[pd.Series, tuple[Flag, ...]]:
-    """Find the rows at the setting of the best mean `y` in every cell; flags tell where that is a choice."""
-    cells = rows.groupby(list(cell), dropna=False).ngroup() if cell else pd.Series(0, rows.index)
+    """Find the rows at the setting of the best mean `y` in every cell; flags tell where that is a choice.
+
+    Rows of a cell are held equal, but for seeds, names of runs, and what follows from the tuned columns.
+    """
+    free = {"seed", "L", "val_loss", y, *tuned, *(other for name in tuned for other in FOLLOWS.get(name, ()))}
+    runs = [name for name in foreign_settings(rows, free) if follows_scale(rows, name)]
+    cell = sorted({*held_equal(rows, {*free, *runs}), *used} - {y})
+    cells = rows.groupby(cell, dropna=False).ngroup() if cell else pd.Series(0, rows.index)
     settings = rows.groupby([cells, *(rows[name] for name in tuned)], dropna=False).ngroup()
     losses = (-rows[y] if named_like_accuracy(y) else rows[y]).groupby(settings).mean()
     keep = settings.isin(losses.groupby(cells.groupby(settings).first()).idxmin())
@@ -132,10 +137,7 @@ def _best_settings(
 
 
 def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
-    """Keep of rows that differ in some tuned columns those of the lowest loss, its mean where seeds were run.
-
-    A cell is what agrees in everything else (`cell_columns`): another batch is another cell, unless tuned, too.
-    """
+    """Keep of rows that differ in some tuned columns those of the lowest loss, its mean where seeds were run."""
     *tuned, y = (our_name(frame, name) for name in (*names, y))
     if absent := [name for name in (*tuned, y) if name not in frame]:
         raise no_column(frame, absent[0], f" for {option('best-of')}")
