@@ -38,7 +38,7 @@ def read_tables(
     best: Sequence[str] = (),
     y: str = "val_loss",
 ) -> pd.DataFrame:
-    """Read tables into one frame, a row per run and budget, with a column for every field of the set-up that varies.
+    """Read tables into one frame, with a column for every field of the set-up that varies over them.
 
     A run and budget that two tables hold (a cell that two sweeps share) counts once, the first time it stands complete.
 
@@ -46,6 +46,9 @@ def read_tables(
         columns: our name -> the name in the files; see `read_table`.
         where: conditions that rows must meet, such as `prefix=paired` or `images_seen>=8000`; see `select`.
         best: tuned columns, of which only the value of the lowest `y` in each cell is kept; see `best_of`.
+
+    Returns:
+        One frame, a row per run and budget.
 
     Example:
         >>> read_tables(["results.parquet", "more.parquet"], where=["D>=100000"])
@@ -239,7 +242,10 @@ def _without_words(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """Give one row per run, budget and probe, if any: the row's columns but `probes`, then those of `PROBE_FIELDS`.
+    """Give one row per run, budget and probe: the row's columns but `probes`, then those of `PROBE_FIELDS`.
+
+    Returns:
+        An empty frame with these columns where nothing was probed.
 
     Example:
         >>> probe_frame(read_table("results.parquet"))[["size", "task", "kind", "top1"]]
