@@ -164,7 +164,7 @@ def forecast(
     repeats = [
         flag for each in found.scales for flag in passes_flags(rows.rows, f"D = {human(each.get('D', 0))}", each)
     ]
-    mixed = mixture_flags(df, found.loss.points.variables, y)
+    mixed = mixture_flags(df, [*found.loss.points.x], y)
     found = replace(found, flags=(*mixed, *rows.flags, *repeats, *found.flags))
     after = []
     if register:

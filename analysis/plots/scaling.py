@@ -173,7 +173,7 @@ def plot_forecast(found: Forecast, ax: Axes | None = None, *, y: str | None = No
     y = y or next(iter(found.forecasters))
     by = found.forecasters[y]
     points = by.points
-    measured = pd.DataFrame({"C": points.compute, "y": 1 - points.y if by.is_accuracy else points.y})
+    measured = pd.DataFrame({"C": points.compute, "y": 1 - points.y if points.is_accuracy else points.y})
     largest = int(np.argmax(points.compute))
     stops = pd.DataFrame([{v: values[largest] for v, values in points.x.items()}, *found.scales])
     stops = stops[list(found.scales[0])].interpolate()
@@ -189,7 +189,7 @@ def plot_forecast(found: Forecast, ax: Axes | None = None, *, y: str | None = No
         parts.draw(ax, path, ("C", end), "single laws", MUTED, label=label, linestyle=":")
     parts.draw_points(ax, ends, ("C", *ONE_RUN), "forecast, 95 %", color, markers=MARKERS[3:])
     parts.log_axis(ax, "x", [*measured["C"], *path["C"]], "flops_train")
-    if by.is_accuracy:
+    if points.is_accuracy:
         ax.set_title(y)
         parts.percent_axis(ax)
     else:

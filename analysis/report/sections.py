@@ -253,8 +253,7 @@ def _laws(study: Study) -> Iterator[Part]:
     """Lay out the forecasts, the left-out scales, the laws and the worth of repeats."""
     found, joint, worth = study.get("forecast"), study.get("law"), study.get("worth of repeats")
     if found is not None:
-        fared = dict.fromkeys(words for far in found.table["distance"].unique() for words in found.record(float(far)))
-        yield result_block("forecasts", "Forecasts", found, note="".join(f"{words}. " for words in fared))
+        yield result_block("forecasts", "Forecasts", found)
     if joint is not None and joint.heldout:
         points = [test.predictions.assign(left_out=f"largest {test.variable}") for test in joint.heldout]
         lines = [test.sentence() for test in joint.heldout]

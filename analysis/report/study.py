@@ -34,7 +34,7 @@ from aimscale.analysis.forecasts.points import AUTO
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
 from aimscale.analysis.optimum.approaches import Gap, frontier, gap, gap_to_loss
-from aimscale.analysis.optimum.cost import points_of
+from aimscale.analysis.optimum.frontier import points_of
 from aimscale.analysis.optimum.measured import isoflop_budgets, with_budgets
 from aimscale.analysis.published.comparison import compare
 from aimscale.analysis.table.accuracies import unnamed
