@@ -67,11 +67,7 @@ class Result:
         return f"{above}\n\n{text_table(self.cells())}"
 
     def plot(self, **options: Any) -> Figure:
-        """Draw its figure, where the class of the result has one.
-
-        Raises:
-            AnalysisError: nothing draws this kind of result.
-        """
+        """Draw its figure, where the class of the result has one."""
         raise AnalysisError(f"There is no figure of a {type(self).__name__}; draw its .table yourself.")
 
     def to_dict(self) -> dict[str, Any]:

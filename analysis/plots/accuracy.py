@@ -13,7 +13,7 @@ from aimscale.analysis.accuracy.result import Correlation
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots import parts
-from aimscale.analysis.plots.scaling import CURVE, NUM_GRID
+from aimscale.analysis.plots.scaling import CURVE, curve_of
 from aimscale.analysis.plots.style import DOUBLE, INK, MUTED, SINGLE, new_figure, styled
 from aimscale.analysis.published.comparison import CHOSEN, LAST, Comparison
 from aimscale.analysis.published.published import published_frame, table6
@@ -59,16 +59,12 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
     for by, place in zip(dict.fromkeys(scales.values()), sides, strict=False):
         mine = [ax for column, each in zip(grid.T, scales.values(), strict=True) if each == by for ax in column]
         parts.legend(mine, words(by), 6 if place == "lower right" else 4, place)
+    known = _chance(rows) if levels is None else pd.concat([_chance(rows), levels])
     for line, task in zip(grid, tasks, strict=True):
         line[0].set_title(parts.plain(task))
         for ax in line:
             parts.percent_axis(ax, label=ax is line[0])
-        known = (
-            [("chance", each) for each in rows.loc[rows["task"] == task, "chance"].iloc[:1]] if "chance" in rows else []
-        )
-        if levels is not None:
-            known += levels.loc[levels["task"] == task, ["name", "top1"]].itertuples(index=False, name=None)
-        parts.draw_levels(line, known, loc="center left", bbox_to_anchor=(1, 0.5))
+        parts.draw_levels(line, known[known["task"] == task], loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -101,10 +97,8 @@ def plot_loss_accuracy(
         mine = probes[probes["task"] == task]
         parts.draw_points(ax, mine, ("val_loss", *TOP1), "measured")
         if links and task in links:
-            grid = pd.DataFrame({"L": np.linspace(*links[task].ranges["L"], NUM_GRID)})
-            drawn = pd.concat([grid, links[task].predict(grid)], axis=1)
-            parts.draw(ax, drawn, ("L", *CURVE), "link", MUTED)
-        parts.draw_levels([ax], [("chance", each) for each in mine["chance"].dropna()[:1]], loc="lower left")
+            parts.draw(ax, curve_of(links[task], "L"), ("L", *CURVE), "link", MUTED)
+        parts.draw_levels([ax], _chance(mine), loc="lower left")
         ax.set_xlabel(words("val_loss").replace("\n", " "))
         lines = _correlation_lines((correlations or {}).get(task, ()))
         ax.set_title(parts.plain(task), pad=5 + 7.5 * len(lines))
@@ -113,10 +107,15 @@ def plot_loss_accuracy(
     return figure
 
 
+def _chance(probes: pd.DataFrame) -> pd.DataFrame:
+    """Give the accuracy of guessing as a level per task."""
+    return probes[["task"]].assign(name="chance", top1=probes.get("chance", np.nan)).drop_duplicates("task")
+
+
 def _task_panels(tasks: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
     """Make a figure with a panel of accuracies per task, of a height in inches."""
-    columns = max(1, min(3, len(tasks)))
-    num_rows = max(1, -(-len(tasks) // columns))
+    columns = min(3, len(tasks)) or 1
+    num_rows = -(-len(tasks) // columns) or 1
     figure, panels = new_figure(SINGLE if columns == 1 else DOUBLE, height * num_rows + 0.5, num_rows, columns)
     for number, ax in enumerate(panels):
         parts.percent_axis(ax, label=number % columns == 0)
@@ -128,18 +127,17 @@ def _correlation_lines(correlations: Iterable[Correlation]) -> list[str]:
     """Write each coefficient with its interval."""
     words = {"pearson": "Pearson r", "spearman": "Spearman ρ"}
     told = [c for c in correlations if c.within is None and not np.isnan(c.value)]
-    is_split = any(c.partial_on for c in told)
     lines = []
     for c in told:
-        rows = ("equal compute: " if c.partial_on else "all rows: ") if is_split else ""
-        lines.append(f"{rows}{words[c.method]} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]".replace("-", "−"))
+        rows = "equal compute" if c.partial_on else "all rows"
+        lines.append(f"{rows}: {words[c.method]} = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]".replace("-", "−"))
     return lines + ["all at chance"] * any(c.chance is not None for c in told)
 
 
 @styled()
 def plot_comparison(found: Comparison) -> Figure:
-    """Draw attentive accuracy against parameters on the tasks of the paper: these runs, the released AIMs on their last
-    six blocks, and the best frozen model of Table 6 as a line.
+    """Draw attentive accuracy against parameters on the paper's tasks: these runs, the released AIMs on their last six
+    blocks, and the best frozen model of Table 6 as a line.
 
     Raises:
         AnalysisError: no run was probed on a task of the paper by its protocol.

@@ -27,8 +27,7 @@ def plot_contrasts(found: Contrasts) -> Figure:
         A matplotlib figure; `save` writes it.
 
     Example:
-        >>> table = read_table("results.parquet")
-        >>> plot_contrasts(contrast(table, by="kind"))
+        >>> plot_contrasts(contrast(read_table("results.parquet"), by="kind"))
     """
     levels = list(dict.fromkeys(each.level for each in found.contrasts))
     looks = dict(zip(levels, zip(palette(levels).values(), MARKERS * len(levels), strict=False), strict=True))
@@ -42,9 +41,8 @@ def plot_contrasts(found: Contrasts) -> Figure:
         for each in group:
             y = measures.index(each.measure) + (levels.index(each.level) - (len(levels) - 1) / 2) * 0.7 / len(levels)
             pairs = each.pairs.groupby("run_pair").mean(numeric_only=True)
-            scale, ticks = 100 / each.baseline_mean, 100 * pairs["difference"] / pairs["baseline_value"]
-            if each.measure.is_accuracy:
-                scale, ticks = 100.0, 100 * pairs["difference"]
+            ticks = 100 * pairs["difference"] / (1 if each.measure.is_accuracy else pairs["baseline_value"])
+            scale = 100 / (1 if each.measure.is_accuracy else each.baseline_mean)
             look: dict[str, Any] = {"marker": "|", "markersize": 5, "linestyle": "none", "alpha": 0.55, "zorder": 1}
             ax.plot(ticks, np.full(len(ticks), y), color=looks[each.level][0], **look)
             ends = (scale * value for value in (each.difference, each.low, each.high))

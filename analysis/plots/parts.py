@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,16 +36,12 @@ REACH = 0.5
 def plain(text: object, longest: int = 32) -> str:
     """Cut a long name, and keep matplotlib from reading dollar signs as mathematics."""
     name = str(text)
-    name = name if len(name) <= longest else f"{name[: longest - 1]}…"
-    return name.replace("$", r"\$")
+    return (name if len(name) <= longest else f"{name[: longest - 1]}…").replace("$", r"\$")
 
 
 def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None = None) -> str:
-    """Label a column: by its name in a foreign table, by our label in ours, else by the name as it is.
-
-    Args:
-        loss_unit: `table.loss_unit`; empty for a table that is not ours, whose columns get neutral words.
-        names: our column -> its name in the file, of a foreign table.
+    """Label a column by its name in the file if `names` has it, else by our label, else by the name as it is; without
+    `loss_unit`, of a table that is not ours, in neutral words.
     """
     if names and column in names:
         letter = LETTERS.get(column, "L")
@@ -63,11 +59,10 @@ def labels_of(frame: pd.DataFrame) -> Callable[[str], str]:
 
 def log_axis(ax: Axes, which: str, values: ArrayLike, column: str, label: Callable[[str], str] = axis_label) -> None:
     """Make an axis logarithmic over the range of positive values, with few ticks, and label it as a column's."""
-    axis = ax.xaxis if which == "x" else ax.yaxis
-    finite = [value for value in np.ravel(np.asarray(values, float)) if 1e-200 < value < 1e200]
+    axis, values = ax.xaxis if which == "x" else ax.yaxis, np.asarray(values, float)
     ax.set(**{f"{which}scale": "log", f"{which}label": label(column)})
-    if finite:
-        low, high = min(finite), max(finite)
+    if len(finite := values[(values > 1e-200) & (values < 1e200)]):
+        low, high = finite.min(), finite.max()
         pad = (high / low) ** 0.06 if high > low else 1.5
         ax.set(**{f"{which}lim": (low / pad, high * pad)})
         subs = next((subs for decades, subs in SUBS if np.log10(high / low) > decades), None)
@@ -150,12 +145,13 @@ def draw_means(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, what: str 
     draw(ax, means, (x, y), what, **look)
 
 
-def draw_levels(panels: Sequence[Axes], levels: Iterable[tuple[str, float]], **place: Any) -> None:
-    """Draw accuracies to compare with as lines across panels of one range, named in a legend; those far off the points
-    are named with an arrow."""
+def draw_levels(panels: Sequence[Axes], levels: pd.DataFrame, **place: Any) -> None:
+    """Draw accuracies to compare with (name, top1) as lines across panels of one range, named in a legend; those far
+    off the points are named with an arrow."""
     low, high = panels[0].get_ylim()
     reach, handles = REACH * (high - low), []
-    for number, (name, value) in enumerate(sorted(levels, key=lambda level: -level[1])):
+    levels = levels[["name", "top1"]].dropna().sort_values("top1", ascending=False, kind="stable")
+    for number, (name, value) in enumerate(levels.itertuples(index=False, name=None)):
         arrow = "↓ " if value < low - reach else "↑ " if value > high + reach else ""
         style: Any = "none" if arrow else ("--", ":", "-.")[number % 3]
         look: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": style}

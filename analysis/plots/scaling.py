@@ -44,8 +44,7 @@ def plot_fit(
         A matplotlib figure; `save` writes it.
 
     Example:
-        >>> table = read_table("results.parquet")
-        >>> plot_fit(fit(table, "chinchilla"), x="N")
+        >>> plot_fit(fit(read_table("results.parquet"), "chinchilla"), x="N")
     """
     is_one = bool(label) or color is not None or (ax is not None and ax.has_data())
     ax = ax or new_figure()[1][0]
@@ -56,7 +55,7 @@ def plot_fit(
     data, other = fit.data, next((v for v in fit.law.variables if v != x), None)
     labels, values = parts.series_of(data, other)
     drawn = pd.concat(
-        _curve_of(fit, x, data[labels == name], {other: value} if other else {}).assign(series=name)
+        curve_of(fit, x, data[labels == name], **({other: value} if other else {})).assign(series=name)
         for name, value in values.items()
     )
     drawn = drawn.astype({"series": labels.dtype})
@@ -72,11 +71,9 @@ def plot_fit(
     return figure_of(ax)
 
 
-def _curve_of(fit: Fit, x: str, data: pd.DataFrame, fixed: Mapping[str, float]) -> pd.DataFrame:
-    """Predict the law over the range of some points, at fixed values of its other variables."""
-    low, high = float(data[x].min()), float(data[x].max())
-    if low == high:
-        low, high = fit.ranges[x]
+def curve_of(fit: Fit, x: str, data: pd.DataFrame | None = None, **fixed: float) -> pd.DataFrame:
+    """Predict the law over the range of some or all of its points, at fixed values of its other variables."""
+    low, high = fit.ranges[x] if data is None or data[x].min() == data[x].max() else (data[x].min(), data[x].max())
     grid = pd.DataFrame({x: np.geomspace(low, high, NUM_GRID), **fixed})
     known = list(grid)
     for name in fit.law.variables:  # a third variable, such as C, follows the two as it does in the table
@@ -106,8 +103,7 @@ def plot_points(
         A matplotlib figure; `save` writes it.
 
     Example:
-        >>> table = read_table("results.parquet")
-        >>> plot_points(table, "flops_train", by="params_total")
+        >>> plot_points(read_table("results.parquet"), "flops_train", by="params_total")
     """
     ax, words = ax or new_figure()[1][0], parts.labels_of(frame)
     rows = frame.dropna(subset=[x, y, *([by] if by else [])]).reset_index(drop=True)
@@ -117,7 +113,7 @@ def plot_points(
     if envelope is not None:
         v = envelope.law.variables[0]
         look: dict[str, Any] = {"linestyle": "--", "linewidth": 1.3, "zorder": 2.5, "label": "envelope"}
-        parts.draw(ax, _curve_of(envelope, v, envelope.data, {}), (v, *CURVE), "law of the envelope", INK, **look)
+        parts.draw(ax, curve_of(envelope, v), (v, *CURVE), "law of the envelope", INK, **look)
     parts.draw_points(ax, rows, (x, y), "measured")
     parts.log_axis(ax, "x", rows[x], x, words)
     parts.log_axis(ax, "y", rows[y], y, words)
@@ -133,8 +129,7 @@ def plot_approaches(found: Approaches, ax: Axes | None = None) -> Figure:
         A matplotlib figure; `save` writes it.
 
     Example:
-        >>> table = read_table("results.parquet")
-        >>> plot_approaches(frontier(table))
+        >>> plot_approaches(frontier(read_table("results.parquet")))
     """
     ax, columns, drawn = ax or new_figure()[1][0], ("C", "N", "N_lo", "N_hi"), []
     for number, frontier in enumerate(found.frontiers):

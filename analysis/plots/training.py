@@ -32,8 +32,7 @@ def plot_curves(curves: pd.DataFrame, budgets: pd.DataFrame, probes: pd.DataFram
         A matplotlib figure; `save` writes it.
 
     Example:
-        >>> curves = read_tables("curves.parquet")
-        >>> plot_curves(curves, read_table("results.parquet"))
+        >>> plot_curves(read_tables("curves.parquet"), read_table("results.parquet"))
     """
     probes = probe_frame(curves[:0]) if probes is None else probes
     x, words = "images_seen", parts.labels_of(budgets)
