@@ -53,7 +53,7 @@ def plot_contrasts(found: Contrasts) -> Figure:
         ax.set_xlabel(f"against {plain(found.baseline)}, {unit} ({better} is better)")
     for level, (color, marker) in looks.items():
         axes[0].plot([], [], color=color, marker=marker, label=plain(level))
-    legend(axes[:1], plain(found.by), 5)
+    legend(axes, plain(found.by), 5)
     return figure
 
 

@@ -165,15 +165,17 @@ def draw_levels(panels: Sequence[Axes], levels: pd.DataFrame, **place: Any) -> N
         panels[-1].legend(handles=handles, **look, **place)
 
 
-def legend(axes: Sequence[Axes], title: str, columns: int = 4, place: str = "lower center") -> None:
-    """Put one legend of panels with the same series below them, where it hides no point; inside, on axes of a figure
-    that was made elsewhere."""
+def legend(axes: Sequence[Axes], title: str, columns: int = 4, place: str = "") -> None:
+    """Put one legend of panels with the same series below their figure, where it hides no point; inside single axes of
+    a figure that has others or was made elsewhere."""
     figure = figure_of(axes[0])
     found = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if found and isinstance(figure, ShownFigure):
+    is_whole = place or len(axes) > 1 or len(figure.axes) == 1
+    if found and is_whole and isinstance(figure, ShownFigure):
         if len(figure.axes) == 1:  # a second law replaces the legend of the first
             figure.legends.clear()
-        look: dict[str, Any] = {"columnspacing": 0.9, "handletextpad": 0.3, "title": title, "loc": f"outside {place}"}
+        look: dict[str, Any] = {"columnspacing": 0.9, "handletextpad": 0.3, "title": title}
+        look["loc"] = f"outside {place or 'lower center'}"
         figure.legend(list(found.values()), list(found), ncols=min(columns, len(found)), **look)
     elif found:
         axes[0].legend(title=title)

@@ -42,11 +42,9 @@ def plot_curves(curves: pd.DataFrame, budgets: pd.DataFrame, probes: pd.DataFram
     curves, budgets = both[: len(curves)].dropna(subset=["val_loss"]).sort_values(x), both[len(curves) :]
     tasks = list(dict.fromkeys(probes["task"]))[:2]
     figure, panels = new_figure(DOUBLE if tasks else SINGLE, 2.7, 1, 1 + len(tasks))
-
     parts.draw_means(panels[0], curves, x, "val_loss", "run_id", "during training")
     ends = [end for _, row in budgets.dropna(subset=["val_loss"]).iterrows() for end in _decay(row, curves)]
-    decays = pd.DataFrame(ends, columns=["run_id", "budget", x, "val_loss"])
-    decays = decays.join(series_of_run, on="run_id")
+    decays = pd.DataFrame(ends, columns=["run_id", "budget", x, "val_loss"]).join(series_of_run, on="run_id")
     parts.draw_means(panels[0], decays, x, "val_loss", "budget", "decay", linestyle=(0, (2, 1.5)))
     parts.draw_points(panels[0], budgets, (x, "val_loss"), "budget")
     parts.log_axis(panels[0], "y", both["val_loss"], "val_loss", words)
@@ -57,7 +55,7 @@ def plot_curves(curves: pd.DataFrame, budgets: pd.DataFrame, probes: pd.DataFram
         parts.percent_axis(ax)
     for ax in panels:
         parts.log_axis(ax, "x", both[x], x, words)
-    parts.legend(panels[:1], words("params_total"), 8 if tasks else 4)
+    parts.legend(panels, words("params_total"), 8 if tasks else 4)
     return figure
 
 
