@@ -154,7 +154,8 @@ def plot_comparison(found: Comparison) -> Figure:
         theirs = aim.assign(top1=table6().loc[aim["size"], task].to_numpy())
         rows = pd.concat([mine, theirs], keys=names, names=["series"]).reset_index("series")
         rows["series"] = pd.Categorical(rows["series"], names)
-        parts.draw_points(ax, rows, ("params_total", *TOP1), "accuracy")
+        for name, what in zip(names, ("ours", "AIM"), strict=True):
+            parts.draw_points(ax, rows[rows["series"] == name], ("params_total", *TOP1), what)
         best, top1 = mine[["best_frozen", "best_frozen_top1"]].iloc[0]
         ax.axhline(top1, color=MUTED, linewidth=0.9, linestyle="--", label="best frozen model, published")
         parts.record(ax, "level", pd.DataFrame({"series": [best], "y": top1}))
