@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecast import Forecast
 from aimscale.analysis.forecasts.forecaster import Forecaster
@@ -43,12 +44,18 @@ def plot_fit(
     Returns:
         A matplotlib figure; `save` writes it.
 
+    Raises:
+        AnalysisError: the law has no variable `x`.
+
     Example:
         >>> plot_fit(fit(read_table("results.parquet"), "chinchilla"), x="N")
     """
     is_one = bool(label) or color is not None or (ax is not None and ax.has_data())
     ax = ax or new_figure()[1][0]
     x = x or fit.law.variables[0]
+    if x not in fit.law.variables:
+        named = ", ".join(fit.law.variables)
+        raise AnalysisError(f"The law {fit.law.name!r} has no variable {x!r}; give x one of {named}.")
     if is_one:  # an empty line takes the colour and stands in the legend
         own = {} if color is None else {"color": color}
         color = ax.plot([], [], label=label or fit.law.name, **own)[0].get_color()

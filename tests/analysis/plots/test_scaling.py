@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from aimscale import analysis
 from aimscale.analysis import correlate, fit
 from aimscale.analysis.effects.contrasts import contrast
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.optimum.approaches import frontier
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
 from aimscale.analysis.plots.intervals import plot_contrasts
@@ -50,6 +51,11 @@ def test_units_are_named_for_our_tables_only(grid):
     assert (raw.get_ylabel(), raw.get_xlabel()) == ("validation loss\n(MSE)", "D: training images seen")
     (theirs,) = plot_fit(fit(grid, "chinchilla"), x="D").axes
     assert (theirs.get_ylabel(), theirs.get_xlabel()) == ("validation loss", "D: samples seen")
+
+
+def test_another_variable_than_the_laws_is_refused_by_name(joint):
+    with pytest.raises(AnalysisError, match="has no variable 'C'; give x one of N, D"):
+        joint.plot(x="C")
 
 
 def test_the_law_is_drawn_where_it_predicts(joint):
