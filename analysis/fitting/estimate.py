@@ -29,7 +29,7 @@ COMPUTE = "compute"
 
 def fit(
     df: pd.DataFrame,
-    law: Law | str,
+    law: Law | str = "chinchilla",
     *,
     y: str = "val_loss",
     weights: str | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
+from pandas.api.types import is_numeric_dtype
 
 from aimscale.analysis.plots.style import MARKERS, MUTED, PAPER, ShownFigure, figure_of, palette
 from aimscale.analysis.table.design import told_apart
@@ -86,6 +88,9 @@ def series_of(data: pd.DataFrame, by: str | None) -> tuple[pd.Series, dict[str, 
     column there is one series without a name.
     """
     values = data[by] if by else pd.Series(0.0, data.index)
+    if not is_numeric_dtype(values):
+        names = list(dict.fromkeys(values.map(str)))
+        return pd.Series(pd.Categorical(values.map(str), names), data.index), dict(zip(names, count(0.0), strict=False))
     if values.nunique() > len(MARKERS):
         log = np.log(values)
         values = np.exp(log.groupby(pd.cut(log, len(MARKERS), labels=False)).transform("mean"))

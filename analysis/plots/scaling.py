@@ -18,6 +18,7 @@ from aimscale.analysis.forecasts.forecaster import Forecaster
 from aimscale.analysis.optimum.approaches import Approaches
 from aimscale.analysis.plots import parts
 from aimscale.analysis.plots.style import INK, MARKERS, MUTED, cycled, figure_of, new_figure, styled
+from aimscale.analysis.table.names import no_column, our_name
 
 NUM_GRID = 40
 """Points of a drawn curve."""
@@ -103,15 +104,22 @@ def plot_points(
     """Draw measurements, with a line through those of each value of another column.
 
     Args:
+        x: the column on the horizontal axis, or its letter, such as N.
         by: the other column, such as the size's parameters.
         envelope: a law of `x` alone to draw along the best of them.
 
     Returns:
         A matplotlib figure; `save` writes it.
 
+    Raises:
+        AnalysisError: the table has no such column.
+
     Example:
         >>> plot_points(read_table("results.parquet"), "flops_train", by="params_total")
     """
+    x, y, by = our_name(frame, x), our_name(frame, y), by and our_name(frame, by)
+    if absent := [name for name in (x, y, by) if name and name not in frame]:
+        raise no_column(frame, absent[0])
     ax, words = ax or new_figure()[1][0], parts.labels_of(frame)
     rows = frame.dropna(subset=[x, y, *([by] if by else [])]).reset_index(drop=True)
     rows = rows.assign(series=parts.series_of(rows, by)[0])

@@ -53,6 +53,14 @@ def test_units_are_named_for_our_tables_only(grid):
     assert (theirs.get_ylabel(), theirs.get_xlabel()) == ("validation loss", "D: samples seen")
 
 
+def test_points_are_told_apart_by_letters_and_by_words(grid):
+    named = grid.assign(size="n" + grid["params_total"].map("{:.0f}".format))
+    (legend,) = plot_points(named, "D", by="size").legends
+    assert [text.get_text() for text in legend.get_texts()] == list(named["size"].unique())
+    with pytest.raises(AnalysisError, match="no column 'C2'"):
+        plot_points(grid, "C2")
+
+
 def test_another_variable_than_the_laws_is_refused_by_name(joint):
     with pytest.raises(AnalysisError, match="has no variable 'C'; give x one of N, D"):
         joint.plot(x="C")
