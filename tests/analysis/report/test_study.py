@@ -13,7 +13,7 @@ from tables import law_grid
 from aimscale.analysis import correlate, link
 from aimscale.analysis.forecasts.forecaster import DOF
 from aimscale.analysis.report.page import write_report
-from aimscale.analysis.report.study import Study, correlate_probes, run, study_tables
+from aimscale.analysis.report.study import Study, correlate_probes, study_tables
 from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.analysis.words import percent
@@ -62,7 +62,7 @@ def test_the_page_and_the_verbs_have_one_interval(known_study):
     rows = [row | {"probes": [probe | {"ideal": 0.0} for probe in row["probes"]]} for row in rows_of(known_study, {})]
     frame = pd.DataFrame(rows)
     found = Study(paths=(), frame=frame, main=frame, usable=frame)
-    run(found, correlate_probes)
+    correlate_probes(found)
     for (task, kind), group in found.probes.groupby(["task", "kind"]):
         by_verb = correlate(frame, y=f"{task}:{kind}")
         assert [c.value for c in found.get("correlation of loss with", f"{task}:{kind}")][: len(by_verb.table)] == [
