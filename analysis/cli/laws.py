@@ -164,7 +164,7 @@ def forecast(
     y = our_name(df, y)
     found = analysis.forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
     scales = ((f"D = {human(each.get('D', 0))}", each) for each in found.scales)
-    found = replace(found, flags=(*table_flags(df, found.loss.points.variables, y, scales), *found.flags))
+    found = replace(found, flags=(*table_flags(df, [*found.loss.points.x], y, scales), *found.flags))
     after = []
     if register:
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER

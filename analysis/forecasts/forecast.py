@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Drawing, Result, fact_lines, text_table
+from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.inference import CONFIDENCE
-from aimscale.analysis.forecasts.curves import Cache
-from aimscale.analysis.forecasts.forecaster import Forecaster, accuracy_forecaster, forecaster
-from aimscale.analysis.forecasts.points import AUTO
+from aimscale.analysis.fitting.result import Interval
+from aimscale.analysis.forecasts.forecaster import Cache, Forecaster, accuracy_forecaster, forecaster
+from aimscale.analysis.forecasts.points import AUTO, JOINT
 from aimscale.analysis.laws.base import Law
 from aimscale.analysis.table.names import Exclusion, names_of
 from aimscale.analysis.table.points import complete
@@ -58,51 +57,35 @@ class Forecast(Result):
         return f"Forecast of {len(self.forecasters)} quantities at {where} from {len(self.loss.points.y)} rows"
 
     def facts(self) -> list[tuple[str, str]]:
-        """List flags, the laws and their backtests, what intervals cover, what was left out."""
+        """List flags, the laws and their backtests, how such forecasts fared, what intervals cover, rows left out."""
+        far, fared = self.table["distance"].unique().tolist(), list[str]()
+        if max(far) > 1 and not self.loss.is_tested:
+            fared = ["none: public tables that were forecast were large enough for backtests, this one is not"]
+        elif set(JOINT) <= {law.name for law in self.loss.points.laws}:  # as on the public tables
+            fared = [words for each in far for words in record_words(each, accuracies=len(self.forecasters) > 1)]
         parts = "its noise, the parameters, the laws' spread and their misfit"
         return [
             *(("with care", str(flag)) for flag in self.flags),
             *self.loss.facts(),
+            *(("record", words) for words in dict.fromkeys(fared)),
             ("intervals", f"{percent(CONFIDENCE)} of one new run: {parts}"),
             *([("left out", "; ".join(map(str, self.exclusions)))] if self.exclusions else []),
         ]
 
-    def summary(self) -> str:
-        """Write the facts, then a block a scale, with how forecasts at its distance fared."""
-        blocks = [fact_lines(self.facts())]
-        for number, place in enumerate(self.scales):
-            rows = self.table[self.table["at"] == number]
-            far = float(rows["distance"].iloc[0])
-            reach = f"{human(far)} times beyond the table" if far > 1 else "inside the table"
-            record = self.record(far)
-            if far > 1 and not self.loss.is_tested:
-                record = ["none: public tables that were forecast were large enough for backtests, this one is not"]
-            said = fact_lines([("at", f"{scale_words(place)}, {reach}"), *(("record", words) for words in record)])
-            blocks.append(f"{said}\n{text_table([self._cells(row) for row in rows.to_dict('records')])}")
-        return "\n\n".join(blocks)
-
-    def record(self, distance: float) -> list[str]:
-        """Say how forecasts at a distance fared on public tables; nothing of a table or laws that are unlike theirs."""
-        is_alike = self.loss.is_usual and self.loss.is_tested
-        return record_words(distance, accuracies=len(self.forecasters) > 1) if is_alike else []
-
     def cells(self) -> list[dict[str, str]]:
         """Write a row a scale and quantity, accuracies as fractions."""
-        rows = self.table.to_dict("records")
-        places = [{"quantity": "", "of a run at": scale_words(self.scales[row["at"]])} for row in rows]
         return [
-            place | self._cells(row) | {"times beyond the table": human(row["distance"])}
-            for place, row in zip(places, rows, strict=True)
+            {
+                "quantity": self.names.get(row["quantity"], row["quantity"]),
+                "of a run at": scale_words(self.scales[row["at"]]),
+                "forecast": human(row["value"], 4),
+                "95 % interval": Interval(low=row["pi_lo"], high=row["pi_hi"]).shown(),
+                "times beyond the table": human(row["distance"]) if row["distance"] > 1 else "",
+                "single laws": f"{human(row['rival_lo'], 4)} to {human(row['rival_hi'], 4)}"
+                * (len(self.forecasters[row["quantity"]].curves) > 1),
+            }
+            for row in self.table.to_dict("records")
         ]
-
-    def _cells(self, row: Mapping[Any, Any]) -> dict[str, str]:
-        several = len(self.forecasters[row["quantity"]].curves) > 1
-        return {
-            "quantity": self.names.get(row["quantity"], row["quantity"]),
-            "forecast": human(row["value"], 4),
-            "95 % interval": f"[{human(row['pi_lo'], 4)}, {human(row['pi_hi'], 4)}]",
-            "single laws": f"{human(row['rival_lo'], 4)} to {human(row['rival_hi'], 4)}" if several else "",
-        }
 
 
 def forecast(
@@ -137,11 +120,11 @@ def forecast(
     loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, cache=fits)
     by = {y: loss}
     probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
-    for key, probed in probes.groupby(["task", "kind"], sort=True) if len(probes) else ():
+    for key, probed in probes.groupby(["task", "kind"]) if len(probes) else ():
         name = ":".join(map(str, key))
         try:
             known = probed.dropna(subset=["top1", y])
-            by[name] = accuracy_forecaster(known, law=loss.points.laws, loss=y, cache=fits)
+            by[name] = accuracy_forecaster(known, fits, law=loss.points.laws, loss=y)
         except AnalysisError as error:
             flags.append(Flag(kind="not_forecast", subject=name, text=f"{name} is not forecast: {error}"))
     rows = [
@@ -163,12 +146,12 @@ def forecast(
 
 @cache
 def records() -> pd.DataFrame:
-    """Read how forecasts fared on public tables, every family of tables alike; nearest first.
+    """Read how forecasts fared on public tables, every family of tables alike (`tests/experiments/board.py`).
 
     Returns:
-        One row a range of distances, as `tests/experiments/board.py` writes it: low and high (factors beyond the
-        largest compute), num_families (tables that share runs are one), inside (share of losses inside their 95 %
-        intervals), error (mean absolute one of ln loss), accuracy_inside, accuracy_error (of accuracies, as fractions).
+        One row a range of distances, nearest first: low and high (factors beyond the largest compute), num_families,
+        inside (share of losses inside their 95 % intervals), error (mean absolute one of ln loss), and of accuracies
+        accuracy_inside and accuracy_error.
     """
     return pd.read_csv(Path(__file__).with_name("record.csv"), comment="#")
 
@@ -183,10 +166,8 @@ def record_words(distance: float, *, accuracies: bool = False) -> list[str]:
     if accuracies:
         inside += f" and {percent(row['accuracy_inside'])} of accuracies"
         error += f" and {100 * row['accuracy_error']:.1f} points"
-    return [
-        f"{inside} inside their intervals, mean error {error}, on {row['num_families']:.0f} families of public tables "
-        f"forecast {row['low']:g} to {row['high']:g} times beyond"
-    ]
+    families = f"{row['num_families']:.0f} families of public tables forecast {row['low']:g} to {row['high']:g} times"
+    return [f"{inside} inside their intervals, mean error {error}, on {families} beyond"]
 
 
 def parse_scale(text: str, option: str) -> dict[str, float]:

@@ -1,38 +1,47 @@
 """The forecast: laws weighted by how they predict the table's own larger runs, and errors that grow with distance.
 
-Each law is fitted to the runs below a half, a quarter ... of the table's compute and predicts the others; the mean of
-the laws is weighted by how well. Its error is a sum of variances: of the noise of one run, of the parameters, of the
-laws about their mean, and of a misfit that all of them share. The misfit grows with ln distance, at the rate at which
-the backtests missed, each over its own distance: on public tables what laws miss grows so, and a root grows too slowly.
-The constants are those that the losses of public tables speak for most, each family alike
-(`tests/experiments/board.py`, which also leaves every family out in turn).
+No law holds from the smallest run to the largest, and the upper end is where the forecast starts: so runs count in
+proportion to their compute, as in `fit(table, law, weights="compute", objective="log_lsq")`. Each law is fitted to the
+runs below a half, a quarter ... of the table's compute and predicts the others; the mean of the laws is weighted by how
+well. Its error is a sum of variances: of the noise of one run, of the parameters, of the laws about their mean, and of
+a misfit that all of them share, which grows with ln distance at the rate at which the backtests missed. The constants
+are those that the losses of public tables speak for most, each family alike (`tests/experiments/board.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
-from aimscale.analysis.accuracy.links import task_level
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.inference import CONFIDENCE
-from aimscale.analysis.forecasts.curves import THROUGH, Cache, Curve, Curves, fit_curves
-from aimscale.analysis.forecasts.points import AUTO, JOINT, Points, table_points
-from aimscale.analysis.laws.base import Array, Law
+from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate, estimated
+from aimscale.analysis.fitting.objectives import LOG_LSQ, LSQ, Objective
+from aimscale.analysis.fitting.problem import make_problem
+from aimscale.analysis.forecasts.points import AUTO, Points, table_points
+from aimscale.analysis.laws.base import Array, Columns, Law
+from aimscale.analysis.laws.catalogue import LINK_SIGMOID
 from aimscale.analysis.words import human, percent
 
+SPARE_POINTS = 2
+"""Points that a law needs beyond its parameters, to tell its errors by."""
+THROUGH = " through the loss"
+"""End of the name of a curve that leads through the loss."""
+LEAST, UNKNOWN = 1e-6, 1e3
+"""Smallest loss or error rate that a curve returns; its error, of its logarithm, where the law itself is nil."""
+STEP = 1e-5
+"""Difference of ln loss by which the sigmoid's slope is told."""
 CUTS = (2.0, 4.0, 8.0, 16.0, 32.0)
 """Backtests are fitted below the largest compute over these, and predict the rest."""
 MIN_POINTS, MIN_VALUES, MIN_RANGE = 8, 3, 4.0
 """Points, values of each variable and factor in compute that a backtest needs to be fitted to."""
 SHARPNESS, FLOOR = 4.0, 0.5
-"""Weights fall with this power of a curve's error in backtests, half the best one's added to it: of powers of 2, 3, 4
-and 6 none forecast public tables clearly better."""
+"""Weights fall with this power of a curve's error in backtests, to which this share of the best one's is added."""
 MARGIN = 0.9
 """A law predicts better than another where its error is below this share of the other's in every backtest."""
 DOF = 6.0
@@ -45,8 +54,7 @@ LEAST_ERROR = 1e-4
 """Error rate that an accuracy of 1 counts as: one image of ten thousand."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
+class Calibration(NamedTuple):
     """Constants of a forecast's error, found on public tables (docs/forecasts.md)."""
 
     known: float
@@ -60,7 +68,88 @@ class Calibration:
 LOSSES = Calibration(known=0.58, misfit=0.41, least=0.0028)
 """On 108 cuts of 36 tables in 14 families; with a family left out: .54 to .63, .35 to .49, .002 to .0033."""
 ACCURACIES = Calibration(known=0.54, misfit=0.2, least=0.01)
-"""Constants for error rates, on 41 cuts in 4 families, too few to leave any out."""
+"""Of error rates, on 41 cuts in 4 families, too few to leave any out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A fitted law, or a law of the loss with a link to the accuracy."""
+
+    law: Estimate
+    noise: float
+    """Standard deviation of a measurement's logarithm about the curve."""
+    link: Estimate | None = None
+    """Sigmoid from the loss to the accuracy."""
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, of the link those that are free."""
+        return len(self.law.problem.law.parameters) + (int(self.link.problem.movable.sum()) if self.link else 0)
+
+    def predict(self, x: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Return ln y (m,) at variables (m,) and the standard error (m,) that the parameters leave."""
+        log_y, errors = self.law.modelled(x)
+        log_y, errors = np.maximum(log_y, np.log(LEAST)), np.nan_to_num(errors, nan=UNKNOWN, posinf=UNKNOWN)
+        if self.link is None:
+            return log_y, errors
+        accuracy, of_link = self.link.modelled({"L": np.exp(log_y)})
+        slope = (self.link.value_at({"L": np.exp(log_y + STEP)}) - accuracy) / STEP
+        rate = np.maximum(1 - accuracy, LEAST)
+        return np.log(rate), np.hypot(slope * errors, of_link) / rate
+
+
+Curves = dict[str, Curve | str]
+"""Name -> the curve, or why it could not be fitted."""
+Cache = dict[tuple[str, bytes], Curve | str]
+"""Fits made so far, by the law's name and the points: accuracies need those of the loss again."""
+
+
+def fit_curves(points: Points, cache: Cache) -> Curves:
+    """Fit every law to y and, where there are losses, to these with a link from there; each once to the same points."""
+    found = _fit_laws(points, cache)
+    if points.loss is not None:
+        of_loss = _fit_laws(replace(points, y=points.loss), cache)
+        try:
+            link = _link(points, points.loss)
+            noise = link.components.total / float(np.mean(points.y[points.compute >= np.median(points.compute)]))
+            linked: Curves = {k: replace(c, link=link, noise=noise) for k, c in of_loss.items() if isinstance(c, Curve)}
+        except AnalysisError as error:
+            linked = dict.fromkeys(of_loss, str(error))
+        found |= {f"{name}{THROUGH}": curve for name, curve in linked.items()}
+    return found
+
+
+def _fit_laws(points: Points, cache: Cache) -> Curves:
+    """Fit every law by least squares of ln y."""
+    key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.values()]).tobytes()
+    for law in points.laws:
+        if (law.name, key) not in cache:
+            try:
+                found = _estimate(law, points, LOG_LSQ)
+                cache[law.name, key] = Curve(law=found, noise=found.components.total)
+            except AnalysisError as error:
+                cache[law.name, key] = str(error)
+    return {law.name: cache[law.name, key] for law in points.laws}
+
+
+def _link(points: Points, loss: Array) -> Estimate:
+    """Fit a sigmoid from loss to accuracy, from chance and through one more point (ideal, 1) where these are known."""
+    accuracy, compute, groups = 1 - points.y, points.compute, points.groups
+    if points.ideal is not None and points.ideal < loss.min():
+        loss, accuracy = np.append(loss, points.ideal), np.append(accuracy, 1.0)
+        compute, groups = np.append(compute, compute.mean()), groups.with_one_more()
+    points = replace(points, x={"L": loss}, y=accuracy, compute=compute, groups=groups)
+    return _estimate(LINK_SIGMOID, points, LSQ, {} if points.chance is None else {"floor": points.chance})
+
+
+def _estimate(law: Law, points: Points, objective: Objective, fixed: dict[str, float] | None = None) -> Estimate:
+    """Fit a law, weighted by compute."""
+    x, weights = Columns({v: points.x[v] for v in law.variables}), points.compute / points.compute.mean()
+    problem = make_problem(law.centred(x), dict(x), points.y, objective, weights=weights, fixed=fixed)
+    free = int(problem.movable.sum())
+    if problem.num_points < free + SPARE_POINTS:
+        raise AnalysisError(f"{problem.num_points} points are too few for its {free} parameters.")
+    return estimated(problem, points.groups)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -70,57 +159,39 @@ class Forecaster(Result):
     points: Points = field(repr=False)
     curves: Mapping[str, Curve] = field(repr=False)
     """Laws fitted to all points, in the order of the candidates."""
-    weights: Mapping[str, float]
-    """Weight of each curve; they sum to 1."""
+    table: pd.DataFrame
+    """One row a curve, the heaviest first: curve, num_params, weight, backtest_error, noise, reason why it is none."""
     backtests: pd.DataFrame
-    """One row a backtest and curve: times (the compute left out reaches so far), num_train, num_test, curve, error
-    (root mean square of ln prediction - ln measurement)."""
-    missing: Mapping[str, str]
-    """Curve -> why it takes no part."""
+    """Root mean square of ln prediction - ln measurement: a row a cut of the table's compute, a column a curve."""
     misfit: float
-    """Rate at which the mean of the laws missed in its backtests, per unit of ln distance: the median of their root
-    mean squares; `UNTESTED` noises without any."""
-    calibration: Calibration = LOSSES
-    is_accuracy: bool = False
-    """Whether error rates are forecast, and shown as accuracies."""
+    """Rate per ln distance at which the mean of the laws missed, the median of backtests; else `UNTESTED` noises."""
 
     @property
-    def best(self) -> str:
-        """Curve with the largest weight."""
-        return max(self.weights, key=self.weights.__getitem__)
+    def calibration(self) -> Calibration:
+        """Constants of the error."""
+        return ACCURACIES if self.points.is_accuracy else LOSSES
+
+    @property
+    def weights(self) -> pd.Series:
+        """Weight of each curve, the largest first."""
+        return self.table[self.table["reason"] == ""].set_index("curve")["weight"]
 
     @property
     def law(self) -> Law:
         """Law that predicts the table's own larger runs better than the first one in every backtest, else that."""
-        best = next(law for law in self.points.laws if law.name == self.best.removesuffix(THROUGH))
+        best = next(law for law in self.points.laws if law.name == self.weights.index[0].removesuffix(THROUGH))
         first = next((law for law in self.points.laws if law.name in self.curves), best)
         return best if self.is_better(best.name, first.name) else first
 
     def is_better(self, name: str, than: str) -> bool:
         """Tell whether a curve predicted better than another in every backtest, by `MARGIN`."""
-        errors = self.backtests.pivot_table(index="times", columns="curve", values="error")
-        return {name, than} <= {*errors} and bool((errors[name] < MARGIN * errors[than]).all())
-
-    @property
-    def is_usual(self) -> bool:
-        """Whether the laws are those that the record on public tables is of."""
-        return set(JOINT) <= {law.name for law in self.points.laws}
+        errors = self.backtests
+        return self.is_tested and {name, than} <= {*errors} and bool((errors[name] < MARGIN * errors[than]).all())
 
     @property
     def is_tested(self) -> bool:
         """Whether the table is large enough for a backtest."""
         return len(self.backtests) > 0
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row a curve, the heaviest first: curve, num_params, weight, backtest_error, noise, reason."""
-        errors = self.backtests.groupby("curve")["error"].median()
-        rows = []
-        for name in sorted(self.curves, key=lambda name: -self.weights[name]):
-            row = {"curve": name, "num_params": self.curves[name].num_params, "weight": self.weights[name]}
-            rows.append({**row, "backtest_error": errors.get(name, np.nan), "noise": self.curves[name].noise})
-        lost = [{"curve": name, "weight": 0.0, "reason": why} for name, why in self.missing.items()]
-        return pd.DataFrame([*(row | {"reason": ""} for row in rows), *lost])
 
     def predict(self, at: Mapping[str, Array | float]) -> pd.DataFrame:
         """Forecast at scales (m,), accuracies between chance and 1.
@@ -129,8 +200,7 @@ class Forecaster(Result):
             One row a scale: value; ci_lo, ci_hi of the curve and pi_lo, pi_hi of one measurement (95 %); distance;
             rival_lo, rival_hi, the lowest and highest curve; and the standard deviations of ln y of each of `TERMS`.
         """
-        x = self.points.place(at)
-        share = np.array([self.weights[name] for name in self.curves])
+        x, share = self.points.place(at), self.weights[list(self.curves)].to_numpy()
         predicted = [curve.predict(x) for curve in self.curves.values()]
         logs, spreads = (np.array(each) for each in zip(*predicted, strict=True))
         centre, distance, by = share @ logs, self.points.distance(x), self.calibration
@@ -141,38 +211,34 @@ class Forecaster(Result):
             "laws": by.known * np.sqrt(share @ (logs - centre) ** 2),
             "misfit": (by.misfit * self.misfit + by.least) * np.log(distance),
         }
-        variances = np.square(np.array([parts[name] for name in TERMS]))
-        reach = student.ppf(0.5 + CONFIDENCE / 2, DOF)
-        halves = {"ci": reach * np.sqrt(variances[1:].sum(axis=0)), "pi": reach * np.sqrt(variances.sum(axis=0))}
-        moves = {f"{name}_{end}": sign * half for name, half in halves.items() for end, sign in (("lo", -1), ("hi", 1))}
+        variances = np.square([parts[name] for name in TERMS])
+        ci, pi = (half_width(np.sqrt(each.sum(axis=0)), DOF, CONFIDENCE) for each in (variances[1:], variances))
+        moves = {"ci_lo": -ci, "ci_hi": ci, "pi_lo": -pi, "pi_hi": pi}
         with np.errstate(over="ignore"):
             value, lowest, highest = np.exp([centre, logs.min(axis=0), logs.max(axis=0)])
-            if self.is_accuracy:  # ends as far on both sides: an error rate's logarithm has no end at 1
-                out = {"value": 1 - value, "rival_lo": 1 - highest, "rival_hi": 1 - lowest}
-                out |= {name: 1 - value + value * by for name, by in moves.items()}
-                out = {name: np.clip(each, self.points.chance or 0.0, 1) for name, each in out.items()}
-            else:
-                out = {"value": value, "rival_lo": lowest, "rival_hi": highest}
-                out |= {name: np.exp(centre + by) for name, by in moves.items()}
+            out = {"value": value, "rival_lo": lowest, "rival_hi": highest}
+            out |= {name: np.exp(centre + move) for name, move in moves.items()}
+        if self.points.is_accuracy:  # ends as far on both sides: an error rate's logarithm has no end at 1
+            out = {"value": 1 - value, "rival_lo": 1 - highest, "rival_hi": 1 - lowest}
+            out |= {name: 1 - value + value * move for name, move in moves.items()}
+            out = {name: np.clip(each, self.points.chance or 0.0, 1) for name, each in out.items()}
         return pd.DataFrame({**out, "distance": distance, **parts})
 
     def facts(self) -> list[tuple[str, str]]:
         """List which curves there are, and what they missed by in backtests."""
-        shown = self.table[self.table["weight"] > 0.005]
-        pairs = zip(shown["curve"], shown["weight"], strict=True)
-        num_runs = human(next(iter(self.curves.values())).law.num_runs)
         off = "none: the table is too small to test laws on its own larger runs"
         if self.is_tested:
-            cuts = " and ".join(f"1/{times:.0f}" for times in sorted(self.backtests["times"].unique()))
+            cuts = " and ".join(f"1/{times:.0f}" for times in self.backtests.index)
             off = f"{percent(self.misfit)} off per factor e beyond, fitted below {cuts} of the table's compute"
+        num_runs = human(next(iter(self.curves.values())).law.num_runs)
         return [
-            ("laws", ", ".join(f"{name} {percent(weight)}" for name, weight in pairs)),
+            ("laws", ", ".join(f"{name} {percent(share)}" for name, share in self.weights.items() if share > 0.005)),
             ("runs", f"as many as {num_runs} that count alike: they are weighted by their compute"),
             ("backtests", off),
         ]
 
     def headline(self) -> str:
-        """Say which curves there are, and what they missed by in backtests."""
+        """Write the facts in one line."""
         return "; ".join(map(": ".join, self.facts()))
 
     def cells(self) -> list[dict[str, str]]:
@@ -208,11 +274,11 @@ def forecaster(
         >>> table = read_table("results.parquet")
         >>> forecaster(table, law="chinchilla,coupled").predict({"N": 1e6, "D": 1e6})
     """
-    return weigh(table_points(df, law, y)[0], cache)
+    return weigh(table_points(df, law, y), {} if cache is None else cache)
 
 
 def accuracy_forecaster(
-    probed: pd.DataFrame, *, law: Sequence[Law | str] | str = AUTO, loss: str = "val_loss", cache: Cache | None = None
+    probed: pd.DataFrame, cache: Cache, *, law: Sequence[Law | str] | str = AUTO, loss: str = "val_loss"
 ) -> Forecaster:
     """Weigh laws of an accuracy's error rate, and links to it from the loss.
 
@@ -221,50 +287,40 @@ def accuracy_forecaster(
         cache: fits for other probes of the same runs; this one leaves its own there.
     """
     errors = (1 - pd.to_numeric(probed["top1"], errors="coerce")).clip(lower=LEAST_ERROR)
-    points, rows = table_points(probed.assign(**{"error rate": errors}), law, "error rate")
-    losses = pd.to_numeric(rows[loss], errors="coerce").to_numpy(float) if loss in rows else np.zeros(len(rows))
-    chance, ideal = (task_level(rows, name) for name in ("chance", "ideal"))
-    points = replace(points, loss=losses if np.all(losses > 0) else None, chance=chance, ideal=ideal)
-    return replace(weigh(points, cache), calibration=ACCURACIES, is_accuracy=True)
+    return weigh(table_points(probed.assign(**{"error rate": errors}), law, "error rate", loss), cache)
 
 
-def weigh(
-    points: Points, cache: Cache | None = None, fit: Callable[[Points, Cache], Curves] = fit_curves
-) -> Forecaster:
+def weigh(points: Points, cache: Cache, fit: Callable[[Points, Cache], Curves] = fit_curves) -> Forecaster:
     """Weigh curves by backtests on the points themselves."""
-    cache = {} if cache is None else cache
     found = fit(points, cache)
     missing = {name: why for name, why in found.items() if isinstance(why, str)}
     curves = {name: curve for name, curve in found.items() if not isinstance(curve, str)}
     if not curves:
         name, why = next(iter(missing.items()))
         raise AnalysisError(f"No law can be fitted to forecast with; {name}: {why}")
-    rows, misses = [], list[tuple[dict[str, Array], Array]]()
+    misses = dict[float, tuple[pd.DataFrame, Array]]()
     for times in CUTS:
         below = points.compute <= points.compute.max() / times
-        if not _is_enough(points, below):
-            continue
-        known, test = points.rows(below), points.rows(~below)
-        off = dict[str, Array]()
-        for name, curve in fit(known, cache).items():
-            if name in curves and not isinstance(curve, str):
-                miss = curve.predict(test.x)[0] - np.log(test.y)
-                off |= {name: miss} if np.isfinite(miss).all() else {}
-        counts = {"times": times, "num_train": len(known.y), "num_test": len(test.y)}
-        rows += [{**counts, "curve": name, "error": _rms(miss)} for name, miss in off.items()]
-        misses.append((off, np.log(known.distance({**test.x, "C": test.compute}))))
-    backtests = pd.DataFrame(rows, columns=["times", "num_train", "num_test", "curve", "error"])
-    weights = _weights(list(curves), backtests)
-    rates = []
-    for off, far in misses:
-        if off:
-            mean = np.average(list(off.values()), axis=0, weights=[weights[name] for name in off])
-            rates.append(_rms(mean) / _rms(far))
-    noise = _rms([curve.noise for curve in curves.values()])
-    misfit = float(np.median(rates)) if rates else UNTESTED * noise
-    return Forecaster(
-        points=points, curves=curves, weights=weights, backtests=backtests, missing=missing, misfit=misfit
-    )
+        if _is_enough(points, below):
+            known, test = points.rows(below), points.rows(~below)
+            told = [
+                (k, c.predict(test.x)[0])
+                for k, c in fit(known, cache).items()
+                if k in curves and not isinstance(c, str)
+            ]
+            off = {name: log_y - np.log(test.y) for name, log_y in told if np.isfinite(log_y).all()}
+            misses |= {times: (pd.DataFrame(off), np.log(known.distance({**test.x, "C": test.compute})))} if off else {}
+    errors = {times: _rms(off) for times, (off, _) in misses.items()}
+    backtests = pd.DataFrame(errors, index=list(curves), dtype=float).T
+    weights = _weights(backtests)
+    rates = [_rms(off @ weights[off.columns] / weights[off.columns].sum()) / _rms(far) for off, far in misses.values()]
+    noises = {name: curve.noise for name, curve in curves.items()}
+    columns = {"num_params": {name: curve.num_params for name, curve in curves.items()}, "weight": weights}
+    columns |= {"backtest_error": backtests.median(), "noise": noises, "reason": missing}
+    names = [*weights.sort_values(ascending=False, kind="stable").index, *missing]
+    table = pd.DataFrame(columns, index=pd.Index(names, name="curve")).fillna({"weight": 0.0, "reason": ""})
+    misfit = float(np.median(rates) if rates else UNTESTED * _rms([*noises.values()]))
+    return Forecaster(points=points, curves=curves, table=table.reset_index(), backtests=backtests, misfit=misfit)
 
 
 def _is_enough(points: Points, below: Array) -> bool:
@@ -276,20 +332,19 @@ def _is_enough(points: Points, below: Array) -> bool:
     return min(values) >= MIN_VALUES and np.ptp(np.log(points.compute[below])) >= np.log(MIN_RANGE)
 
 
-def _weights(names: Sequence[str], backtests: pd.DataFrame) -> dict[str, float]:
+def _weights(backtests: pd.DataFrame) -> pd.Series:
     """Weigh curves by the median of their errors in backtests; all alike without any.
 
-    The lowest cuts leave too little for a law with many parameters, which says nothing about the whole table: hence the
-    median. A curve that a cut could not test counts there as the worst. Few cuts tell little, so the power grows with
-    their number n as n / (n + 1).
+    The median, for the lowest cuts leave too little for laws with many parameters. A curve that a cut could not test
+    counts there as the worst. Few cuts tell little, so the power grows with their number n as n / (n + 1).
     """
-    of_cuts = backtests.pivot_table(index="curve", columns="times", values="error").reindex(list(names))
-    num_cuts = of_cuts.shape[1]
-    errors = of_cuts.fillna(of_cuts.max()).median(axis=1) if num_cuts else pd.Series(1.0, index=list(names))
+    num_cuts = len(backtests)
+    errors = backtests.T.fillna(backtests.max(axis=1)).median(axis=1) if num_cuts else pd.Series(1.0, backtests.columns)
     least = max(FLOOR * errors.min(), 1e-12)
     raw = (errors**2 + least**2) ** (-SHARPNESS / 2 * num_cuts / (num_cuts + 1))
-    return {str(name): float(share) for name, share in (raw / raw.sum()).items()}
+    return raw / raw.sum()
 
 
-def _rms(values: Sequence[float] | Array) -> float:
-    return float(np.sqrt(np.mean(np.square(np.asarray(values, float)))))
+def _rms(values: Array) -> Array:
+    """Return the root mean square of an array, or of every column of a frame."""
+    return np.sqrt(np.square(values).mean(axis=0))

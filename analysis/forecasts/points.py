@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.accuracy.links import task_level
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import Groups, groups_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.optimum.cost import Cost, cost_of
+from aimscale.analysis.optimum.frontier import Cost, cost_of
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.names import Exclusion, no_column, our_name
 from aimscale.analysis.table.points import REPEATS_FROM, resolve_columns, usable_rows, with_compute
@@ -30,13 +31,14 @@ class Points:
     """Positive measurements at scales, such as losses or error rates, and the laws to fit to them."""
 
     x: Mapping[str, Array]
-    """Variable -> values (n,)."""
+    """Variables of the laws -> values (n,)."""
     y: Array
-    """Measurements (n,)."""
     compute: Array
     """Training FLOPs (n,): what runs count by, and what distance is measured in."""
+    is_accuracy: bool = False
+    """Whether y are error rates, shown as accuracies."""
     loss: Array | None = None
-    """Losses (n,) that a link leads from to an error rate; None where y is no error rate."""
+    """Losses (n,) that a link leads from to an error rate."""
     chance: float | None = None
     """Accuracy of guessing, where the task has one."""
     ideal: float | None = None
@@ -55,78 +57,66 @@ class Points:
         x, loss = {v: values[keep] for v, values in self.x.items()}, None if self.loss is None else self.loss[keep]
         return replace(self, x=x, y=self.y[keep], compute=self.compute[keep], loss=loss, groups=self.groups.rows(keep))
 
-    @property
-    def largest(self) -> dict[str, float]:
-        """Largest value of each variable and of compute; a pool of images is no scale to go beyond."""
-        return {v: float(values.max()) for v, values in {**self.x, "C": self.compute}.items() if v != "U"}
-
     def distance(self, places: Mapping[str, Array]) -> Array:
         """Return how many times beyond places lie (m,), in compute or a variable, whichever is most; 1 inside."""
-        factors = [np.asarray(places[v], float) / top for v, top in self.largest.items() if v in places]
-        return np.maximum(1.0, np.max(factors, axis=0))
-
-    @property
-    def variables(self) -> tuple[str, ...]:
-        """Variables of all laws, each once."""
-        return tuple(dict.fromkeys(v for law in self.laws for v in law.variables))
+        known = {v: values for v, values in {**self.x, "C": self.compute}.items() if v in places and v != "U"}
+        return np.max([np.asarray(places[v], float) / values.max() for v, values in known.items()], axis=0, initial=1.0)
 
     def place(self, at: Mapping[str, Array | float]) -> dict[str, Array]:
         """Give scales (m,) every variable of the laws: C by the table's own cost of N and D, U = D (new data)."""
-        known = {*self.variables, "C", *(("N", "D", "U") if self.cost else ())}
+        known = {*self.x, "C", *(("N", "D", "U") if self.cost else ())}
         if unknown := [name for name in at if name not in known]:
             raise AnalysisError(f"The scale names {unknown[0]}, which is no variable; give {', '.join(sorted(known))}.")
         x = {v: np.atleast_1d(np.asarray(value, float)) for v, value in at.items()}
         if self.cost is not None and {"N", "D"} <= set(x):
             x = {"C": self.cost.flops(x["N"], x["D"]), **x}
-        if "U" in self.variables and "D" in x:
+        if "U" in self.x and "D" in x:
             x = {"U": x["D"], **x}
-        missing = [v for v in self.variables if v not in x]
+        missing = [v for v in self.x if v not in x]
         if missing := [v for v in missing if v != "C" or self.cost is None] or missing:  # N and D tell C
             example = ",".join(f"{v}=1e9" for v in missing)
             raise AnalysisError(f"The scale needs {' and '.join(missing)}, as in {example}.")
         return x
 
 
-def candidates(laws: Sequence[Law | str] | str, df: pd.DataFrame) -> list[Law]:
+def candidates(laws: Sequence[Law | str] | str, df: pd.DataFrame) -> tuple[Law, ...]:
     """Find the laws that names stand for: several with commas, `auto` (joint laws) or `auto:N` (laws of N alone)."""
     if not isinstance(laws, str):
-        return [find_law(each) for each in laws]
+        return tuple(map(find_law, laws))
     base, _, variable = laws.partition(":")
-    if base != AUTO:
-        return [find_law(name.strip()) for name in laws.split(",")]
-    if variable:
-        return [find_law(f"{law}:{variable}") for law in ONE_VARIABLE]
+    names = [f"{law}:{variable}" for law in ONE_VARIABLE] if variable else [*JOINT]
     pool, seen = (our_name(df, v) for v in ("U", "D"))
-    passes = 0.0
-    if {pool, seen} <= set(df) and varies(df[pool]):
+    if not variable and {pool, seen} <= {*df} and varies(df[pool]):
         numbers = df[[seen, pool]].apply(pd.to_numeric, errors="coerce")
-        passes = (numbers[seen] / numbers[pool]).max()
-    return [find_law(law) for law in (*JOINT, *(WITH_REPEATS if passes > REPEATS_FROM else ()))]
+        names += WITH_REPEATS if (numbers[seen] / numbers[pool]).max() > REPEATS_FROM else ()
+    return tuple(find_law(name.strip()) for name in (names if base == AUTO else laws.split(",")))
 
 
-def table_points(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str) -> tuple[Points, pd.DataFrame]:
-    """Collect the points of a table for these laws, and the rows that they are."""
+def table_points(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str, loss: str = "") -> Points:
+    """Collect the points of a table for these laws; of error rates y with the column of the loss."""
     df = with_compute(df)
-    found = tuple(candidates(laws, df))
+    found = candidates(laws, df)
     if y not in df.columns:
         raise no_column(df, y, " to forecast")
     columns = {v: name for law in found for v, name in resolve_columns(law, df).items()}
     scales = {v: name for v in ("N", "D", "C") if (name := our_name(df, v)) in df}
     used = usable_rows(df, {**scales, **columns, "y": y}, best_by="y")
-    numbers = used.numbers
+    numbers, rows = used.numbers, used.rows
     if numbers.empty:
-        raise AnalysisError(
-            f"No row of the table is complete with a positive {y}, so there is nothing to forecast from."
-        )
+        raise AnalysisError(f"No row of the table is complete with a positive {y}: there is nothing to forecast from.")
     x = {v: numbers[v].to_numpy() for v in columns}
-    points = Points(
+    losses = pd.to_numeric(rows[loss], errors="coerce").to_numpy(float) if loss in rows else np.zeros(len(rows))
+    return Points(
         x=x,
         y=numbers["y"].to_numpy(),
         compute=numbers["C"].to_numpy() if "C" in numbers else np.prod(list(x.values()), axis=0),
-        groups=groups_of(used.rows, x),
+        is_accuracy=bool(loss),
+        loss=losses if np.all(losses > 0) else None,
+        chance=task_level(rows, "chance") if loss else None,
+        ideal=task_level(rows, "ideal") if loss else None,
+        groups=groups_of(rows, x),
         laws=found,
         columns={**columns, "y": y},
         exclusions=used.exclusions,
-        cost=cost_of(numbers) if {"N", "D", "C"} <= set(numbers) else None,
+        cost=cost_of(numbers) if {"N", "D", "C"} <= {*numbers} else None,
     )
-    return points, used.rows

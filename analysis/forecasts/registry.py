@@ -1,8 +1,4 @@
-"""Forecasts written down before the run, and scored after it: the only test of a law that leaves no room for argument.
-
-`forecasts.jsonl` beside the table is only ever appended to, one line per forecast. `scores` compares its lines with the
-runs that have been measured since.
-"""
+"""Forecasts written down before the run, a line each in `forecasts.jsonl` beside the table, and scored after it."""
 
 from __future__ import annotations
 
@@ -27,8 +23,7 @@ from aimscale.analysis.table.read import probe_frame
 REGISTER = "forecasts.jsonl"
 SCORES = "forecast-scores.csv"
 TOLERANCE = 0.01
-"""A row within 1 % of every variable of the forecast is taken for the run that was forecast: budgets are rounded to
-whole batches."""
+"""A row within 1 % of every variable is the run that was forecast: budgets are rounded to whole batches."""
 COLUMNS = (
     "registered", "quantity", "at", "law", "forecast", "pi_lo", "pi_hi", "measured", "num_rows", "error", "inside",
 )  # fmt: skip
@@ -38,11 +33,9 @@ def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:
     """Append forecasts to a register, before the runs: not where the table already holds a measurement."""
     points = found.loss.points
     for at in found.scales:
-        if len(rows := _rows_at(df, at, points.columns)):
-            raise AnalysisError(
-                f"The table already holds {len(rows)} measurements at {scale_words(at)}, so this would be no forecast; "
-                "register before the run."
-            )
+        if num := len(_rows_at(df, at, points.columns)):
+            held = f"The table already holds {num} measurements at {scale_words(at)}"
+            raise AnalysisError(f"{held}, so this would be no forecast; register before the run.")
     numbers = np.column_stack([*points.x.values(), points.y])
     text = "\n".join(sorted(",".join(f"{v:.12g}" for v in row) for row in numbers))  # whatever the order of rows
     shared = {
@@ -53,18 +46,17 @@ def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:
     }
     lines = []
     for row in found.table.to_dict("records"):
-        at, laws = found.scales[row["at"]], found.forecasters[row["quantity"]]
+        at, weights = found.scales[row["at"]], found.forecasters[row["quantity"]].weights
         names = {v: points.columns.get(v, CANONICAL.get(v, v)) for v in at}
-        entry = {**shared, "at": at, "columns": names, "law": laws.best, "weights": dict(laws.weights)}
+        entry = {**shared, "at": at, "columns": names, "law": weights.index[0], "weights": weights.to_dict()}
         entry |= {name: row[name] for name in ("distance", "quantity", *ENDS)}
         lines.append(json.dumps(plain_types(entry)) + "\n")
     try:
         with path.open("a") as file:
             file.write("".join(lines))
     except OSError as error:
-        raise AnalysisError(
-            f"Cannot write the register {path} ({error.strerror}); choose a folder that exists and is yours."
-        ) from None
+        why = f"Cannot write the register {path} ({error.strerror})"
+        raise AnalysisError(f"{why}; choose a folder that exists and is yours.") from None
 
 
 def read_register(path: Path) -> list[dict[str, Any]]:
@@ -73,11 +65,10 @@ def read_register(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
             entry = json.loads(line)
-            ends = {name: np.nan if entry[name] is None else float(entry[name]) for name in ("pi_lo", "pi_hi")}
-            texts = {name: str(entry[name]) for name in ("registered", "quantity", "law")}
             at = {str(name): float(value) for name, value in entry["at"].items()}
-            numbers = {"at": at, "value": float(entry["value"]), "columns": dict(entry["columns"])}
-            out.append(entry | ends | texts | numbers)
+            ends = {name: np.nan if entry[name] is None else float(entry[name]) for name in ("value", "pi_lo", "pi_hi")}
+            told = {name: str(entry[name]) for name in ("registered", "quantity", "law")}
+            out.append({**entry, **ends, **told, "at": at, "columns": dict(entry["columns"])})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise AnalysisError(f"Line {number} of {path} is no forecast; restore or remove that line.") from None
     return out
@@ -87,9 +78,9 @@ def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
     """Compare every registered forecast with the runs that were measured there since.
 
     Returns:
-        One row per forecast and run (`COLUMNS`), for a prediction interval is one run's and a mean over seeds is nearly
-        always inside: error is measured / forecast - 1, inside whether the run lies in the interval, num_rows the runs
-        found there. One row without a measurement, and num_rows 0, where there is none yet.
+        One row per forecast and run (`COLUMNS`), for an interval is one run's and a mean over seeds is nearly always
+        inside: error is measured / forecast - 1, num_rows the runs found there. One row without a measurement, and
+        num_rows 0, where there is none yet.
     """
     rows = []
     for entry in read_register(path):

@@ -1,19 +1,21 @@
 """Which runs to buy next: those that leave the forecast of a target the least variance for their price.
 
-A measurement is taken for law + departure + noise: the law linear in its parameters around its fit, the departure a
-smooth field over the logarithms of the law's variables (no law is exact, and it errs alike at scales that lie close
-together). So runs that pin the law's parameters down are worth something, and so are runs near the target; the price
-decides. What a run is worth depends on what is bought beside it, so they are chosen one after another.
+A measurement is law + departure + noise: the law linear in its parameters around its fit, the departure a smooth field
+over the logarithms of the law's variables (no law is exact, and it errs alike at scales that lie close together). So
+runs that pin the parameters down are worth something, and so are runs near the target; the price decides. What a run is
+worth depends on what is bought beside it, so they are chosen one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.spatial.distance import cdist
 from scipy.stats import chi2
 
 from aimscale.analysis.display import Result
@@ -29,18 +31,16 @@ from aimscale.analysis.table.points import with_compute
 from aimscale.analysis.table.select import mixture_flags
 from aimscale.analysis.words import Flag, flag_words, human, percent, power_of_ten
 
-Points = pd.DataFrame | Mapping[str, Array]
-"""Variables of a law by name, one value a point."""
+Places = pd.DataFrame | Mapping[str, Array]  # variables of a law by name, one value a place
 PRIOR_SD = 1.0
 """Prior standard deviation of every parameter on its own scale: factor e for coefficients and exponents."""
 DEPARTURE_SD, DEPARTURE_TO_NOISE = 0.01, 2.5
-"""Standard deviation of the departure in log loss: at least what good laws miss by a decade beyond their data, and this
-multiple of the noise (a law that scatters more departs more)."""
+"""Standard deviation of the departure in log loss, what good laws miss by a decade beyond their data; or this multiple
+of the noise, where that is more."""
 DEPARTURE_RANGE = 2.5
 """Length scale of the departure in each logarithm: a factor of 12."""
 PRICE_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Gains are divided by these powers of the price in turn, and the best of the baskets is kept: division by the price
-itself fills a basket with the cheapest runs, division by 1 spends all on the first."""
+"""Powers of the price that gains are divided by in turn: 1 buys the cheapest runs, 0 one dear run; the best is kept."""
 SAME = 0.03
 """Runs whose N and D both differ by less than this fraction count as one."""
 WORTHWHILE = 0.9
@@ -49,19 +49,13 @@ MANY_VALUES = 15
 """More sizes or budgets than this are no grid, and are offered as so many in equal factors."""
 
 
-class Basket(NamedTuple):
-    """Runs to buy together."""
+def buy(law: Fit, candidates: Places, prices: Array, target: Places, *, budget: float) -> tuple[Array, float]:
+    """Choose candidates (num,) of given prices (num,) that leave the forecast at the target the least variance.
 
-    rows: Array
-    """Positions among the candidates, in the order of choice."""
-    sd_before: float
-    """Standard deviation of the log forecast at the target (root mean square over targets) before."""
-    sd_after: float
-    """The same once they are measured."""
-
-
-def buy(law: Fit, candidates: Points, prices: Array, target: Points, *, budget: float) -> Basket:
-    """Choose candidates (num,) of given prices (num,) that leave the forecast at the target the least variance."""
+    Returns:
+        Positions among the candidates, in the order of choice, and the share of the forecast's standard deviation (root
+        mean square over targets) that is left once they are measured.
+    """
     prices = np.asarray(prices, float)
     if not np.all(prices > 0):
         raise AnalysisError("Every candidate needs a positive price.")
@@ -71,44 +65,38 @@ def buy(law: Fit, candidates: Points, prices: Array, target: Points, *, budget: 
     noise = max(1e-4, errors.total * float(np.sqrt(errors.degrees / chi2.ppf(0.1, errors.degrees))))  # 90 % upper end
     joint = np.stack([_posterior(each, law, candidates, target, noise) for each in _plausible(law.estimate)])
     baskets = [_fill(joint.copy(), prices, budget, noise, power) for power in PRICE_POWERS]
-    return min(baskets, key=lambda basket: basket.sd_after)
+    return min(baskets, key=lambda basket: basket[1])
 
 
-def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float) -> Basket:
+def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float) -> tuple[Array, float]:
     """Buy one run after another: the affordable one with the largest gain / price^power.
 
     joint is the covariance (draws, candidates + targets, candidates + targets) and is changed.
     """
-    n = len(prices)
-    variances, rows, left, unsold = _variances(joint), list[int](), budget, np.ones(n, bool)
-    before = _spread(variances[:, n:])
+
+    def spread() -> float:  # over targets, median over draws
+        return float(np.median(np.sqrt(variances[:, n:].mean(axis=1))))
+
+    n, rows, left, unsold = len(prices), list[int](), budget, np.ones(len(prices), bool)
+    variances = np.maximum(np.einsum("kii->ki", joint), 0.0)
+    before = spread()
     while np.any(affordable := unsold & (prices <= left)):
         share = np.sum(joint[:, :n, n:] ** 2, axis=2) / (variances[:, :n] + noise**2)
         gain = np.mean(share / variances[:, n:].sum(axis=1, keepdims=True), axis=0)
         best = int(np.argmax(np.where(affordable, gain / prices**power, -np.inf)))
         column = joint[:, :, best] / np.sqrt(variances[:, best] + noise**2)[:, None]
         joint -= column[:, :, None] * column[:, None, :]
-        variances, left = _variances(joint), left - prices[best]
+        variances, left = np.maximum(np.einsum("kii->ki", joint), 0.0), left - prices[best]
         rows.append(best)
         unsold[best] = False
-    return Basket(rows=np.array(rows), sd_before=before, sd_after=_spread(variances[:, n:]))
-
-
-def _spread(variances: Array) -> float:
-    """Return the standard deviation at targets from variances (draws, targets): root mean square, median over draws."""
-    return float(np.median(np.sqrt(variances.mean(axis=1))))
-
-
-def _variances(joint: Array) -> Array:
-    return np.maximum(np.einsum("kii->ki", joint), 0.0)
+    return np.array(rows), spread() / before
 
 
 def _plausible(found: Estimate) -> list[Estimate]:
     """Return the estimate, and one a standard deviation off each way along the axes of its covariance: a design for one
     poor first fit can be worthless."""
     values, axes = np.linalg.eigh(found.covariance.matrix)
-    steps = np.sqrt(np.maximum(values, 0.0))[:, None] * axes.T
-    out = [found]
+    steps, out = np.sqrt(np.maximum(values, 0.0))[:, None] * axes.T, [found]
     for step in np.stack([-steps, steps], axis=1).reshape(-1, len(values)):
         vector = found.vector.copy()
         vector[found.problem.movable] += step
@@ -117,7 +105,7 @@ def _plausible(found: Estimate) -> list[Estimate]:
     return out
 
 
-def _posterior(found: Estimate, law: Fit, candidates: Points, target: Points, noise: float) -> Array:
+def _posterior(found: Estimate, law: Fit, candidates: Places, target: Places, noise: float) -> Array:
     """Return the covariance of the log losses at candidates and targets, given the points that were fitted."""
     parts = [law.variables(each) for each in (law.data, candidates, target)]
     x = Columns({v: np.concatenate([each[v] for each in parts]) for v in law.law.variables})
@@ -125,9 +113,8 @@ def _posterior(found: Estimate, law: Fit, candidates: Points, target: Points, no
     slopes = found.gradient(lambda params: np.log(np.maximum(law.law.value(x, params), 1e-300)))
     slopes = slopes * own[found.problem.movable]
     places = np.stack([np.log(x[v]) for v in law.law.variables], axis=1) / DEPARTURE_RANGE
-    distance = np.sum((places[:, None] - places[None]) ** 2, axis=2)
     departure = max(DEPARTURE_SD, DEPARTURE_TO_NOISE * noise)
-    joint = PRIOR_SD**2 * slopes @ slopes.T + departure**2 * np.exp(-0.5 * distance)
+    joint = PRIOR_SD**2 * slopes @ slopes.T + departure**2 * np.exp(-0.5 * cdist(places, places, "sqeuclidean"))
     m = len(law.data)
     return joint[m:, m:] - joint[m:, :m] @ np.linalg.solve(joint[:m, :m] + noise**2 * np.eye(m), joint[:m, m:])
 
@@ -143,7 +130,7 @@ class Proposal(Result):
     target: dict[str, float]
     """Variable -> value at the scale to forecast."""
     forecast: float
-    """Value expected there now, by all laws together (`forecasts`)."""
+    """Value expected there now, by all laws together."""
     interval: tuple[float, float]
     """Interval (95 %) of one measurement there."""
     rivals: tuple[float, float]
@@ -151,7 +138,6 @@ class Proposal(Result):
     distance: float
     """Factor by which the target lies beyond the table."""
     budget: float
-    """Money to spend, in units of the prices."""
     unit: str
     """Unit of prices and budget."""
     sd_before: float
@@ -168,22 +154,19 @@ class Proposal(Result):
 
     def headline(self) -> str:
         """Say what the runs cost and are worth."""
-        return "; ".join(map(": ".join, self._worth()))
-
-    def _worth(self) -> list[tuple[str, str]]:
-        before, after = map(percent, (self.sd_before, self.sd_after))
-        return [
-            ("target", f"{scale_words(self.target)}, {human(self.distance)} times beyond the table"),
-            ("runs", f"{len(self.table)}, for {human(self.price)} of {human(self.budget)} {self.unit}"),
-            ("standard deviation", f"{before} of the forecast now, {after} with these runs"),
-        ]
+        return "; ".join(
+            ": ".join(fact) for fact in self.facts() if fact[0] in ("target", "runs", "standard deviation")
+        )
 
     def facts(self) -> list[tuple[str, str]]:
         """List flags, what the runs cost and are worth, the forecast and how such fared, the law."""
+        before, after = map(percent, (self.sd_before, self.sd_after))
         low, high, least, most = (human(v, 4) for v in (*self.interval, *self.rivals))
         return [
             *(("with care", each) for each in flag_words(self.flags)),
-            *self._worth(),
+            ("target", f"{scale_words(self.target)}, {human(self.distance)} times beyond the table"),
+            ("runs", f"{len(self.table)}, for {human(self.price)} of {human(self.budget)} {self.unit}"),
+            ("standard deviation", f"{before} of the forecast now, {after} with these runs"),
             ("forecast now", f"{human(self.forecast, 4)} [{low}, {high}], single laws {least} to {most}"),
             *(("record", words) for words in record_words(self.distance)),
             ("worth by", f"{self.law.law.formula} on {self.law.num_points} points"),
@@ -191,12 +174,12 @@ class Proposal(Result):
 
     def cells(self) -> list[dict[str, str]]:
         """Write one row per run, in the order of choice; U only where a run repeats its data."""
-        repeats = "U" in self.table and bool((self.table["U"] < self.table["D"]).any())
-        heads = {"size": "size", "N": "N", "D": "D", **({"U": "U"} if repeats else {}), "C": "C (FLOP)"}
-        heads |= {"price": self.unit, "D/N": "D/N"}
-        shown = self.table.assign(C=[power_of_ten(c, 3) for c in self.table["C"]]) if "C" in self.table else self.table
-        rows = shown[[name for name in heads if name in shown]].rename(columns=heads).to_dict("records")
-        return [{str(k): v if isinstance(v, str) else human(v) for k, v in row.items()} for row in rows]
+        heads = {"size": "size", "N": "N", "D": "D", "U": "U", "C": "C (FLOP)", "price": self.unit, "D/N": "D/N"}
+        if "U" in self.table and not (self.table["U"] < self.table["D"]).any():
+            del heads["U"]
+        forms: dict[str, Callable[[Any], str]] = {"size": str, "C": partial(power_of_ten, digits=3)}
+        shown = {head: map(forms.get(v, human), self.table[v]) for v, head in heads.items() if v in self.table}
+        return [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
 
 
 def propose(
@@ -234,15 +217,13 @@ def propose(
     known, place = fit(df, laws.law, y=y), laws.points.place
     named = {v: offer[v].to_numpy(float) for v in ("N", "D", "U", "C") if v in offer}
     offer = offer.reset_index(drop=True).assign(**place(named))
-    basket = buy(known, offer, offer["price"].to_numpy(float), place(target), budget=budget)
-    ahead = laws.predict(target).iloc[0].to_dict()
-    before = float(np.linalg.norm([ahead[term] for term in TERMS[1:]]))
-    flags = [*mixture_flags(df, known.law.variables), *known.flags]
-    if basket.sd_after > WORTHWHILE * basket.sd_before:
-        text = "These runs hardly narrow the forecast; more GPU-hours buy larger ones, nearer to the target."
-        flags.insert(0, Flag(kind="buys_little", text=text))
+    rows, left = buy(known, offer, offer["price"].to_numpy(float), place(target), budget=budget)
+    ahead = laws.predict(target).iloc[0]
+    before = float(np.linalg.norm(ahead[[*TERMS[1:]]]))
+    text = "These runs hardly narrow the forecast; more GPU-hours buy larger ones, nearer to the target."
+    little = (Flag(kind="buys_little", text=text),) if left > WORTHWHILE else ()
     return Proposal(
-        table=offer.loc[basket.rows].reset_index(drop=True).assign(**{"D/N": lambda runs: runs["D"] / runs["N"]}),
+        table=offer.loc[rows].reset_index(drop=True).assign(**{"D/N": lambda runs: runs["D"] / runs["N"]}),
         law=known,
         target={k: float(v) for k, v in target.items()},
         forecast=ahead["value"],
@@ -252,8 +233,8 @@ def propose(
         budget=budget,
         unit=unit,
         sd_before=before,
-        sd_after=before * basket.sd_after / basket.sd_before,
-        flags=tuple(flags),
+        sd_after=before * left,
+        flags=(*little, *mixture_flags(df, known.law.variables), *known.flags),
     )
 
 
@@ -264,21 +245,16 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
     """
     if lost := [v for v in ("N", "D") if v not in target]:
         raise AnalysisError(f"The target needs {' and '.join(lost)}, as in {','.join(f'{v}=1e9' for v in lost)}.")
-    axes = []
-    for v in ("N", "D"):
-        values = np.unique(df[v].to_numpy(float))
-        if len(values) > MANY_VALUES:
-            values = np.geomspace(values[0], values[-1], MANY_VALUES)
-        if target[v] > values[-1]:
-            values = np.append(values, np.geomspace(values[-1], target[v], steps + 2)[1:-1])
-        axes.append(values)
-    offer = pd.MultiIndex.from_product(axes, names=["N", "D"]).to_frame(index=False)
+    axes = {v: np.unique(df[v].to_numpy(float)) for v in ("N", "D")}
+    for v, own in axes.items():
+        kept = own if len(own) <= MANY_VALUES else np.geomspace(own[0], own[-1], MANY_VALUES)
+        beyond = np.geomspace(own[-1], target[v], steps + 2)[1:-1]
+        axes[v] = np.append(kept, beyond[beyond > own[-1]])
+    offer = pd.MultiIndex.from_product([*axes.values()], names=[*axes]).to_frame(index=False)
     offer = offer[offer["N"] * offer["D"] < 0.999 * target["N"] * target["D"]]
-    near = [np.isclose(offer[v].to_numpy(float)[:, None], df[v].to_numpy(float), rtol=SAME) for v in ("N", "D")]
+    near = [np.isclose(offer[v].to_numpy(float)[:, None], df[v].to_numpy(float), rtol=SAME) for v in axes]
     new = offer[~(near[0] & near[1]).any(axis=1)].reset_index(drop=True)
     if new.empty:
-        raise AnalysisError(
-            f"No run smaller than {scale_words(target)} is left to buy: every size of the table is measured at every "
-            "budget."
-        )
+        larger = f"smaller than {scale_words(target)} is left to buy"
+        raise AnalysisError(f"No run {larger}: every size of the table is measured at every budget.")
     return new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,13 +14,13 @@ import pandas as pd
 
 from aimscale.analysis.display import Drawing, Result, text_table
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import satterthwaite
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.optimum.cost import points_of
+from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, points_of, student_interval, why_not
 from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier
 from aimscale.analysis.optimum.parametric import parametric_frontier
-from aimscale.analysis.optimum.result import Frontier, NoFrontier, student_interval, why_not
 from aimscale.analysis.table.names import their_name
 from aimscale.analysis.words import Flag, human, power_of_ten
 
@@ -39,9 +39,6 @@ class Approaches(Result):
     """Quantity that is lowest at the optimum, as the table's file calls it."""
     flags: tuple[Flag, ...] = ()
     """Approaches whose intervals do not overlap, and cautions about the table."""
-
-    def __getitem__(self, approach: int) -> Frontier:
-        return {each.approach: each for each in self.frontiers}[approach]
 
     @property
     def table(self) -> pd.DataFrame:
@@ -87,19 +84,17 @@ class Approaches(Result):
     def facts(self) -> list[tuple[str, str]]:
         """List flags and approaches that were not possible, what is lowest, how far the approaches differ, and how each
         was found."""
-        failed = [f"Approach {k} is not possible: {why_not(flags).rstrip('.')}." for k, flags in self.failures.items()]
-        found = [*(("with care", each) for each in (*self.cautions, *failed)), ("lowest", self.measure)]
+        cautions, top = [*self.cautions, *failed_words(self.failures)], self.largest_budget
+        found = [*(("with care", each) for each in cautions), ("lowest", self.measure)]
         if len(self.frontiers) > 1:
-            top = self.largest_budget
-            near, far = (f"{self.disagreement(c):.2f} times at {power_of_ten(c, 3)} FLOP" for c in (top, 100 * top))
-            found.append(("N* apart", f"{near}, {far}"))
+            apart = (f"{self.disagreement(c):.2f} times at {power_of_ten(c, 3)} FLOP" for c in (top, 100 * top))
+            found.append(("N* apart", ", ".join(apart)))
         return [*found, *(each.facts()[-1] for each in self.frontiers)]
 
     def summary(self, flops: Array = None) -> str:
         """Write all approaches, and the optimum at amounts of compute: by default the largest, and ten times it."""
-        optima = self.at([self.largest_budget, 10 * self.largest_budget] if flops is None else flops)
-        rows = []
-        for row in optima.to_dict("records"):
+        flops, rows = [self.largest_budget, 10 * self.largest_budget] if flops is None else flops, []
+        for row in self.at(flops).to_dict("records"):
             cells = {"approach": str(row["approach"]), "C (FLOP)": power_of_ten(row["C"], 3)}
             for name, digits in (("N", 3), ("D", 3), ("loss", 4)):
                 if math.isfinite(row.get(name, math.nan)):
@@ -130,21 +125,16 @@ def frontier(
         >>> frontier(table).at(1e13)
     """
     points_of(df, y)  # raises before an approach is blamed for a missing column
-    law = law if isinstance(law, Fit) else find_law(law)
-    attempts: tuple[Callable[[], Frontier], ...] = (
-        partial(envelope_frontier, df, y=y),
-        partial(isoflop_frontier, df, y=y),
-        partial(parametric_frontier, law, df, y=y, is_tested=is_tested),
-    )
+    by_law = partial(parametric_frontier, law if isinstance(law, Fit) else find_law(law), is_tested=is_tested)
+    draws: tuple[Callable[..., Frontier], ...] = (envelope_frontier, isoflop_frontier, by_law)
     frontiers, failures = [], {}
-    for number, attempt in enumerate(attempts, start=1):
+    for number, draw in enumerate(draws, start=1):
         try:
-            frontiers.append(attempt())
+            frontiers.append(draw(df, y=y))
         except NoFrontier as error:
             failures[number] = error.flags
     if not frontiers:
-        reasons = [f"Approach {number}: {why_not(flags).rstrip('.')}." for number, flags in failures.items()]
-        raise AnalysisError(f"No approach is possible. {' '.join(reasons)}")
+        raise AnalysisError(f"No frontier can be drawn. {' '.join(failed_words(failures))}")
     flags, measure = apart_flags(frontiers), their_name(df, y)
     return Approaches(frontiers=tuple(frontiers), failures=failures, measure=measure, flags=flags)
 
@@ -156,6 +146,11 @@ def apart_flags(frontiers: Sequence[Frontier]) -> tuple[Flag, ...]:
     named = " and of ".join(pairs)
     text = f"The intervals of approaches {named} do not overlap."
     return (Flag(kind="apart", subject=named, text=text),) if pairs else ()
+
+
+def failed_words(failures: Mapping[int, Sequence[Flag]]) -> list[str]:
+    """Say which approaches were not possible and why."""
+    return [f"Approach {k} is not possible: {why_not(flags).rstrip('.')}." for k, flags in failures.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +197,8 @@ def gap(found: Approaches, other: Approaches) -> Gap | None:
     pairs = [(f, g) for f in found.frontiers for g in other.frontiers if f.approach == g.approach]
     for f, g in reversed(pairs):
         log_n, errors, degrees = np.concatenate([each.optimum(np.array([flops])) for each in (f, g)], axis=1)
-        whole, log_ratio = float(np.sum(errors**2)), float(log_n[0] - log_n[1])
-        spare = whole**2 / max(float(np.sum(errors**4 / degrees)), 1e-300)
-        ends = student_interval(log_ratio, math.sqrt(whole), spare)
+        log_ratio = float(log_n[0] - log_n[1])
+        ends = student_interval(log_ratio, float(np.linalg.norm(errors)), float(satterthwaite(errors, degrees)))
         if ends.is_known:
             return Gap(
                 approach=f.approach,
@@ -212,6 +206,6 @@ def gap(found: Approaches, other: Approaches) -> Gap | None:
                 exponents=(f.exponent_words(), g.exponent_words()),
                 flops=flops,
                 ratio=math.exp(log_ratio),
-                ratio_interval=Interval(low=float(np.exp(ends.low)), high=float(np.exp(ends.high))),
+                ratio_interval=Interval(low=math.exp(ends.low), high=math.exp(ends.high)),
             )
     return None

@@ -10,6 +10,7 @@ ln D (quadratic with few points). Interpolated budgets count for no more than th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,11 +20,10 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import Components, components_of, linear_design
-from aimscale.analysis.fitting.groups import SAME_COMPUTE, Groups, groups_of, visible_groups
+from aimscale.analysis.fitting.covariance import components_of, linear_design
+from aimscale.analysis.fitting.groups import SAME_COMPUTE, groups_of, visible_groups
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.optimum.cost import cost_of, points_of
-from aimscale.analysis.optimum.result import Frontier, NoFrontier, student_interval
+from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, cost_of, points_of, student_interval
 from aimscale.analysis.words import Flag
 
 WINDOW = 8.0
@@ -50,17 +50,7 @@ class Budget(NamedTuple):
     """Blend (m, n) of all rows' ln losses that each point's is."""
 
 
-class Minimum(NamedTuple):
-    """The best size of a budget."""
-
-    budget: Budget
-    log_size: float
-    loss: float
-    slopes: Array
-    """Derivative (n,) of ln N* by every row's ln loss."""
-
-
-def line_optimum(flops: Array, line: Array, covariance: Array, degrees: float) -> tuple[Array, Array, Array]:
+def line_optimum(flops: Array, *, line: Array, covariance: Array, degrees: float) -> tuple[Array, Array, Array]:
     """Return ln N* at budgets (m,), its standard errors and degrees of freedom, on a line of (ln k, a)."""
     at = np.column_stack([np.ones(len(flops)), np.log(flops)])
     variances = np.einsum("mi,ij,mj->m", at, covariance, at)
@@ -73,44 +63,45 @@ def envelope_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     num = int(points[["N", "C"]].drop_duplicates()["N"].value_counts().gt(1).sum())
     if num < MIN_SIZES[1]:
         text = f"it needs three sizes with two budgets each, and the table has {num}"
-        raise NoFrontier(Flag(kind="few_curves", number=num, text=text))
-    found = _frontier(points, interpolated(points, NUM_BUDGETS), 1)
+        raise NoFrontier("few_curves", text, number=num)
+    found = _frontier(points, _interpolated(points), 1)
     sizes, best = (np.log(each.to_numpy()) for each in (points["N"].drop_duplicates(), found.pairs["N"]))
     if np.ptp(np.abs(best[:, None] - sizes).argmin(axis=1)) == 0:
-        text = "one size has the lowest loss wherever sizes share amounts of compute"
-        raise NoFrontier(Flag(kind="one_size", text=text))
+        raise NoFrontier("one_size", "one size has the lowest loss wherever sizes share amounts of compute")
     return replace(found, method=f"lower envelope of the losses of {num} sizes", refusals=())
 
 
 def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     """Draw the frontier of approach 2: a parabola at each budget that sizes share."""
-    points = points_of(df, y)
-    shared, units = isoflop_points(points.assign(row=np.arange(len(points)))), np.eye(len(points))
-    found = _frontier(points, [Budget(c, np.log(each["N"].to_numpy()), units[each["row"]]) for c, each in shared], 2)
-    return replace(found, method=f"line through parabolas at {len(found.pairs)} of {len(shared)} amounts of compute")
+    points = points_of(df, y).sort_values("C", ignore_index=True)
+    units, groups = np.eye(len(points)), points.groupby(shared_budgets(points))
+    budgets = [Budget(c, np.log(rows["N"].to_numpy()), units[rows.index]) for c, rows in groups]
+    found = _frontier(points, budgets, 2)
+    return replace(found, method=f"line through parabolas at {len(found.pairs)} of {len(budgets)} amounts of compute")
 
 
 def _frontier(points: pd.DataFrame, budgets: Sequence[Budget], approach: int) -> Frontier:
     """Draw the line through the minima of all budgets that have one, with its interval."""
-    log_losses = np.log(points["loss"].to_numpy())
-    found = [_minimum(budget, log_losses, approach) for budget in budgets]
-    minima = [each for each in found if isinstance(each, Minimum)]
-    refusals = [each for each in found if isinstance(each, Flag)]
-    if len(minima) < 2:
-        have = f"{len(minima)} of {len(found)} amounts of compute have a best size between smaller and larger ones"
-        raise NoFrontier(Flag(kind="few_minima", number=len(minima), text=f"{have}, and 2 are needed"), *refusals)
-    used, log_n, losses, slopes = zip(*minima, strict=True)
+    log_losses, found, refusals = np.log(points["loss"].to_numpy()), [], list[Flag]()
+    for budget in budgets:
+        try:
+            found.append((budget, *_minimum(budget, log_losses, approach)))
+        except NoFrontier as refused:
+            refusals += refused.flags
+    if len(found) < 2:
+        have = f"{len(found)} of {len(budgets)} amounts of compute have a best size between smaller and larger ones"
+        raise NoFrontier("few_minima", f"{have}, and 2 are needed", *refusals, number=len(found))
+    used, log_n, losses, slopes = zip(*found, strict=True)
     flops, n, cost = np.array([budget.flops for budget in used]), np.exp(log_n), cost_of(points)
     through = np.linalg.pinv(np.column_stack([np.ones(len(flops)), np.log(flops)]))
     line, flags = through @ np.array(log_n), list[Flag]()
     covariance, degrees, method = np.full((2, 2), np.nan), 1.0, "no interval: too few points to tell errors by"
     if (surface := _surface(points, log_losses)) is not None:
-        values, errors, seen, flags = surface
-        smooth = [_minimum(budget, values, approach) for budget in used]
-        known = [each.slopes for each in smooth if isinstance(each, Minimum)]
-        moved = through @ np.array(known if len(known) == len(used) else slopes)
-        covariance, degrees = moved @ errors.covariance(seen, len(points)) @ moved.T, errors.degrees
-        method = f"errors of {len(points)} points about a smooth surface"
+        values, errors, degrees, flags = surface
+        with contextlib.suppress(NoFrontier):  # the surface itself may have no minimum there
+            slopes = tuple(_minimum(budget, values, approach)[2] for budget in used)
+        moved = through @ np.array(slopes)
+        covariance, method = moved @ errors @ moved.T, f"errors of {len(points)} points about a smooth surface"
     return Frontier(
         approach=approach,
         method="",
@@ -125,82 +116,83 @@ def _frontier(points: pd.DataFrame, budgets: Sequence[Budget], approach: int) ->
     )
 
 
-def _minimum(budget: Budget, log_losses: Array, approach: int) -> Minimum | Flag:
-    """Find the vertex of the parabola about the lowest size of a budget, or say why it has none."""
+def _minimum(budget: Budget, log_losses: Array, approach: int) -> tuple[float, float, Array]:
+    """Find the vertex of the parabola about the lowest size of a budget.
 
-    def refused(kind: str, text: str, subject: str = "") -> Flag:
-        return Flag(kind=kind, subject=subject, number=budget.flops, text=text)
+    Returns:
+        ln N*, the loss there, and the derivative (n,) of ln N* by every row's ln loss.
 
-    few = refused("few_sizes", "too few sizes lie near the lowest loss")
+    Raises:
+        NoFrontier: the parabola has no minimum among the sizes, with the budget as the flag's number.
+    """
+    refused = partial(NoFrontier, number=budget.flops)
     x, losses = budget.log_sizes, budget.blend @ log_losses
-    losses = np.exp(losses) if approach == 2 else losses
-    if len(np.unique(x)) < MIN_SIZES[approach]:
-        return few
+    losses, sizes = np.exp(losses) if approach == 2 else losses, np.unique(x)
     lowest = int(np.argmin(losses))
-    for name, end in (("smallest", x.min()), ("largest", x.max())):
-        if x[lowest] == end:
-            return refused("edge", f"the {name} size has the lowest loss", name)
+    for name, end in (("smallest", sizes[0]), ("largest", sizes[-1])):
+        if x[lowest] == end and len(sizes) >= MIN_SIZES[approach]:
+            raise refused("edge", f"the {name} size has the lowest loss", subject=name)
     close = np.abs(np.arange(len(x)) - lowest) <= 1 if approach == 1 else np.abs(x - x[lowest]) <= np.log(WINDOW)
     if len(np.unique(x[close])) < MIN_SIZES[approach]:
-        return few
+        raise refused("few_sizes", "too few sizes lie near the lowest loss")
     centre = x[close].mean()
     solve = np.linalg.pinv(np.vander(x[close] - centre, 3))
     c2, c1, c0 = solve @ losses[close]
     if c2 <= 0:
-        return refused("not_convex", "the losses have no minimum over size")
+        raise refused("not_convex", "the losses have no minimum over size")
     top, least = -c1 / (2 * c2), c0 - c1**2 / (4 * c2)
     if not x[close].min() < centre + top < x[close].max():
-        return refused("outside", "the minimum lies outside the measured sizes")
+        raise refused("outside", "the minimum lies outside the measured sizes")
     slopes = -(solve[1] + 2 * top * solve[0]) / (2 * c2) * (losses[close] if approach == 2 else 1.0)
-    return Minimum(budget, centre + top, least if approach == 2 else np.exp(least), slopes @ budget.blend[close])
+    return centre + top, least if approach == 2 else np.exp(least), slopes @ budget.blend[close]
 
 
-def _surface(points: pd.DataFrame, log_losses: Array) -> tuple[Array, Components, Groups, list[Flag]] | None:
+def _surface(points: pd.DataFrame, log_losses: Array) -> tuple[Array, Array, float, list[Flag]] | None:
     """Fit ln loss by a polynomial of ln N and ln D; None with too few points.
 
     Returns:
-        Its values (n,), the errors about it, the groups of points that share errors which it leaves visible, and flags
-        of those whose errors it tells hardly or not at all.
+        Its values (n,), the covariance (n, n) of the errors about it with its degrees of freedom, and flags of groups
+        of points that share errors which it tells hardly or not at all.
     """
-    degree = 3 if len(points) >= MIN_CUBIC else 2
+    degree, num = 3 if len(points) >= MIN_CUBIC else 2, len(points)
     logs = np.log(points[["N", "D"]].to_numpy(float))
     n, d = ((logs - logs.mean(axis=0)) / np.maximum(logs.std(axis=0), 1e-300)).T
     terms = np.column_stack([n**i * d**j for i in range(degree + 1) for j in range(degree + 1 - i)])
-    if np.linalg.matrix_rank(terms) < terms.shape[1] or len(points) < terms.shape[1] + MIN_LEFT:
+    if np.linalg.matrix_rank(terms) < terms.shape[1] or num < terms.shape[1] + MIN_LEFT:
         return None
     groups = groups_of(points, {v: points[v].to_numpy(float) for v in ("N", "D", "C")})
     seen, unseen, few = visible_groups(groups, terms)
     values = terms @ np.linalg.lstsq(terms, log_losses, rcond=None)[0]
-    components = components_of(linear_design(terms, np.ones(len(points))), log_losses - values, seen)
+    errors = components_of(linear_design(terms, np.ones(num)), log_losses - values, seen)
     flags = []
-    blind = (("unseen", unseen, "cannot tell", 50), ("few_groups", few, "hardly tell", 90))  # coverage as simulated
-    for kind, names, how, held in blind:
+    for kind, names, how, held in (("unseen", unseen, "cannot", 50), ("few_groups", few, "hardly", 90)):  # as simulated
         for name in names:
-            num = groups.counts[name]
-            text = f"{num} {name} {how} an error that all points of one share: where there is one, its 95 % interval "
-            flags.append(Flag(kind=kind, subject=name, number=num, text=f"{text}holds some {held} %."))
-    return values, components, seen, flags
+            told = (
+                f"{groups.counts[name]} {name} {how} tell an error that all points of one share: where there is one, "
+            )
+            text = f"{told}its 95 % interval holds some {held} %."
+            flags.append(Flag(kind=kind, subject=name, number=groups.counts[name], text=text))
+    return values, errors.covariance(seen, num), errors.degrees, flags
 
 
-def interpolated(points: pd.DataFrame, num: int) -> list[Budget]:
-    """Interpolate every size's curve to `num` budgets, by straight lines in log-log, seeds averaged."""
-    grid = np.geomspace(points["C"].min(), points["C"].max(), num)
-    sizes, blends = [], []
-    for size, rows in points.reset_index(drop=True).assign(size=np.log(points["N"].to_numpy())).groupby("size"):
-        own, codes = np.unique(np.log(rows["C"]), return_inverse=True)
+def _interpolated(points: pd.DataFrame) -> list[Budget]:
+    """Interpolate every size's curve to `NUM_BUDGETS`, by straight lines in log-log, seeds averaged."""
+    grid, sizes, blends = np.geomspace(points["C"].min(), points["C"].max(), NUM_BUDGETS), [], []
+    for size, rows in points.reset_index(drop=True)[["N", "C"]].apply(np.log).groupby("N"):
+        own, codes = np.unique(rows["C"], return_inverse=True)
         if len(own) > 1:
             shares = [np.interp(np.log(grid), own, unit, left=np.nan, right=np.nan) for unit in np.eye(len(own))]
-            blend = np.zeros((num, len(points)))
+            blend = np.zeros((len(grid), len(points)))
             blend[:, rows.index] = (np.array(shares).T / np.bincount(codes))[:, codes]
             sizes.append(size)
             blends.append(blend)
-    here = [np.isfinite(each).all(axis=1) for each in np.stack(blends, axis=1)]
-    at = zip(grid.tolist(), np.stack(blends, axis=1), here, strict=True)
-    return [Budget(flops, np.array(sizes)[keep], blend[keep]) for flops, blend, keep in at if keep.any()]
+    found = zip(grid.tolist(), np.stack(blends, axis=1), strict=True)
+    here = [(c, blend, np.isfinite(blend).all(axis=1)) for c, blend in found]
+    return [Budget(c, np.array(sizes)[keep], blend[keep]) for c, blend, keep in here if keep.any()]
 
 
-def isoflop_points(points: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
-    """Group a table's rows by budgets that they share: each budget with its rows.
+def shared_budgets(points: pd.DataFrame) -> pd.Series:
+    """Find the budget of every row: the mean C of rows within `SAME_COMPUTE` of each other.
 
     The budgets that most sizes share are taken first: a table that holds a grid of (N, D) beside its iso-FLOP runs has
     rows at nearly every C, and chained by nearness they would all be one budget.
@@ -214,31 +206,28 @@ def isoflop_points(points: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
     for i in sorted(range(len(log_c)), key=rank.__getitem__):
         if group[i] < 0:
             group[near[i]] = np.where(group[near[i]] < 0, i, group[near[i]])
-    budgets = [(float(np.exp(log_c[group == k].mean())), ordered[group == k]) for k in np.unique(group)]
-    return sorted(budgets, key=lambda budget: budget[0])
+    means = pd.Series(log_c, ordered.index).groupby(group).transform("mean")
+    return means.apply(np.exp).loc[points.index]
 
 
 def isoflop_budgets(points: pd.DataFrame) -> pd.Series | None:
-    """Find the budget of every row (as `points` are indexed) where runs were planned by budgets of compute.
+    """Find the budget of every row where runs were planned by budgets of compute; None for any other design.
 
-    Few distinct C with several N each: rows within `SAME_COMPUTE` of one C are a budget; three quarters of the rows
-    belong to budgets of three sizes or more, of which there are at least two; and there are fewer budgets than
-    distinct D (in a grid of sizes and data, rows of equal C lie on its diagonals, and D takes fewer values).
-    None for any other design.
+    Few distinct C with several N each: three quarters of the rows belong to budgets of three sizes or more, of which
+    there are at least two; and there are fewer budgets than distinct D (in a grid of sizes and data, rows of equal C
+    lie on its diagonals, and D takes fewer values).
     """
-    found = isoflop_points(points)
-    shared = [rows for _, rows in found if rows["N"].nunique() >= MIN_SIZES[1]]
+    found = shared_budgets(points)
+    num_sizes = points["N"].groupby(found).nunique()
+    shared = num_sizes.index[num_sizes >= MIN_SIZES[1]]
     num_d = len(np.unique(np.round(np.log(points["D"].to_numpy(float)) / np.log1p(SAME_COMPUTE))))
-    if len(shared) < 2 or sum(map(len, shared)) < ISOFLOP_SHARE * len(points) or len(found) >= num_d:
-        return None
-    return pd.concat([pd.Series(flops, index=rows.index) for flops, rows in found]).loc[points.index]
+    is_planned = len(shared) > 1 and found.isin(shared).mean() >= ISOFLOP_SHARE and len(num_sizes) < num_d
+    return found if is_planned else None
 
 
 def with_budgets(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Give every row of a table of iso-FLOP design its budget as its C; return other tables as they are.
-
-    Runs of one budget differ in C by less than what tells budgets apart; held out by C, they belong together.
-    """
+    """Give every row of a table of iso-FLOP design its budget as its C, by which it is held out; return others as they
+    are."""
     try:
         found = isoflop_budgets(points_of(df, y, columns))
     except AnalysisError:  # no C, or nothing usable: no such design

@@ -177,7 +177,7 @@ def plot_forecast(found: Forecast, ax: Axes | None = None, *, y: str | None = No
     ax, color = ax or new_figure()[1][0], cycled(0) if color is None else color
     y = y or next(iter(found.forecasters))
     by = found.forecasters[y]
-    measured = pd.DataFrame({"C": by.points.compute, "y": 1 - by.points.y if by.is_accuracy else by.points.y})
+    measured = pd.DataFrame({"C": by.points.compute, "y": 1 - by.points.y if by.points.is_accuracy else by.points.y})
     largest = int(np.argmax(by.points.compute))
     stops = pd.DataFrame([{v: values[largest] for v, values in by.points.x.items()}, *found.scales])
     stops = stops[list(found.scales[0])].interpolate()
@@ -195,12 +195,12 @@ def plot_forecast(found: Forecast, ax: Axes | None = None, *, y: str | None = No
     ends = ends.assign(C=_compute(by, {v: ends[v].to_numpy(float) for v in found.scales[0]}))
     scatter(ax, ends, "C", "value", ends=("pi_lo", "pi_hi"), what="forecast, 95 %", color=color, markers=["D"])
     log_axis(ax, "x", [*measured["C"], *path["C"]], power_of_ten)
-    if by.is_accuracy:
+    if by.points.is_accuracy:
         percent_axis(ax)
     else:
         log_axis(ax, "y", [*measured["y"], *path["value"], *ends["pi_lo"]])
         ax.set_ylabel(axis_label(y, "", found.names))
-    ax.set(xlabel=axis_label("flops_train"), title=y if by.is_accuracy else "")
+    ax.set(xlabel=axis_label("flops_train"), title=y if by.points.is_accuracy else "")
     legend(ax, "")
     return figure_of(ax)
 

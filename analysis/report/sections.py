@@ -244,8 +244,7 @@ def _published(study: Study) -> Iterator[Part]:
 def _laws(study: Study) -> Iterator[Part]:
     """Lay out the forecasts, the left-out scales, the laws and the worth of repeats."""
     if found := study.get("forecast"):
-        fared = dict.fromkeys(words for far in found.table["distance"].unique() for words in found.record(float(far)))
-        yield result_block("forecasts", "Forecasts", found, note="".join(f"{words}. " for words in fared))
+        yield result_block("forecasts", "Forecasts", found)
     if tests := joint.heldout if (joint := study.get("law")) else ():
         points = pd.concat([test.predictions.assign(left_out=f"largest {test.variable}") for test in tests])
         lines = [test.sentence() for test in tests]

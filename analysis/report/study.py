@@ -28,7 +28,7 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.points import AUTO
 from aimscale.analysis.next.proposal import Proposal, grid_offer
 from aimscale.analysis.optimum.approaches import Gap, gap, gap_to_loss
-from aimscale.analysis.optimum.cost import points_of
+from aimscale.analysis.optimum.frontier import points_of
 from aimscale.analysis.optimum.measured import isoflop_budgets, with_budgets
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies

@@ -101,7 +101,7 @@ def beside_others(laws: Forecaster) -> Iterator[str]:
     name, first = laws.law.name, next(iter(laws.curves))
     alike = [law for law in laws.curves if law != name and not laws.is_better(name, law)]
     if name != first:
-        num = laws.backtests["times"].nunique()
+        num = len(laws.backtests)
         tests = f"each of its {num} backtests" if num > 1 else "its one backtest"
         yield f"In {tests} it predicted the table's larger runs better than the {first} law."
     if alike:

@@ -17,7 +17,7 @@ from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, Column
 from aimscale.analysis.words import Flag, some
 
 LEVELS = ("chance", "ideal")
-"""What `TASK:` is followed by to give a task's levels instead of an accuracy."""
+"""Words behind `TASK:` that give a task's levels instead of an accuracy."""
 _LOOKS = re.compile(r"(?<![a-z])acc(?:uracy)?(?![a-z])|top[-_ @]?[15](?!\d)", re.IGNORECASE)
 _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": 1e-2}
 _TYPES: dict[str, Callable[[Any], Any]] = {"string": str, "list<int64>": lambda values: [int(each) for each in values]}
@@ -37,11 +37,7 @@ def to_numbers(values: pd.Series) -> pd.Series:
 
 
 def typed(values: pd.Series, column: Column, path: Path, called: str) -> pd.Series:
-    """Type one column; the only text that may stand for a missing number is an empty one.
-
-    Raises:
-        AnalysisError: a text where a number should be, or probes that cannot be read.
-    """
+    """Type one column; the only text that may stand for a missing number is an empty one."""
     if column.dtype == "probes":
         parsed = [_parse_probes(value, row, path) for row, value in enumerate(values, 1)]
         return pd.Series(parsed, index=values.index, dtype=object)
@@ -68,9 +64,8 @@ def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
             named = option("columns", "TASK:KIND=THEIRS")
             raise TypeError(f"{listed!r:.60} is a number; name an accuracy with {named}")
         entries = [dict(entry) for entry in listed]
-        if wrong := [
-            e[name] for e in entries for name in ("task", "kind") if not isinstance(e[name], str | int | float)
-        ]:
+        names = [entry[name] for entry in entries for name in ("task", "kind")]
+        if wrong := [name for name in names if not isinstance(name, str | int | float)]:
             raise TypeError(f"a task or kind is {wrong[0]!r:.60}")
         return [{**e, **{k: _FIELDS[k](v) for k, v in e.items() if k in _FIELDS and v is not None}} for e in entries]
     except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
@@ -83,16 +78,8 @@ def is_accuracy(ours: str) -> bool:
 
 
 def with_accuracies(frame: pd.DataFrame, theirs: Mapping[str, str], path: Path) -> pd.DataFrame:
-    """Make columns entries of `probes`, behind those that it has; missing values make none.
-
-    Args:
-        frame: a table with a column for every TASK:KIND, TASK:chance and TASK:ideal of `theirs`.
-        theirs: the same -> what the file calls it.
-
-    Raises:
-        AnalysisError: a name that is not of this form, a level of a task without accuracies, an accuracy or a chance
-            level that is no fraction.
-    """
+    """Make columns (TASK:KIND, TASK:chance and TASK:ideal -> the file's name) entries of `probes`, behind those that
+    it has; missing values make none."""
     numbers: dict[str, dict[str, pd.Series]] = {}
     for ours in theirs:
         task, _, kind = (part.strip() for part in ours.partition(":"))

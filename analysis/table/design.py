@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 import pandas as pd
 
@@ -31,17 +31,16 @@ FOLLOWS = {
 """Column in question -> columns that change with it and so cannot be held equal."""
 TUNED = ("lr_multiplier", "lr_peak", "batch_size", "optimiser.weight_decay")
 """Tuned columns of a results table."""
-_LOOKS = re.compile(
-    r"(?<![a-z])(lr|learning[ _-]?rate|batch([ _-]?size)?|bsz?|weight[ _-]?decay|wd)(?![a-z])", re.IGNORECASE
+_TUNED_BY_OTHERS = re.compile(
+    r"(?!.*(min|end|final|start|warm|schedule|lr[ _-]?decay|index))"
+    r".*(?<![a-z])(lr|learning[ _-]?rate|batch([ _-]?size)?|bsz?|weight[ _-]?decay|wd)(?![a-z])",
+    re.IGNORECASE,
 )
-"""Names of a learning rate, a batch or a weight decay in tables of others. Other settings, and all words, are
-experiments (`experiment_columns`)."""
-_NOT_TUNED = re.compile(r"min|end|final|start|warm|schedule|lr[ _-]?decay|index", re.IGNORECASE)
-"""Parts of names that make such a column the schedule's, or a count."""
+"""Names of a learning rate, a batch or a weight decay in tables of others; not of the schedule's, nor counts."""
 SECTIONS = ("model", "data", "objective", "optimiser", "schedule")
 """Parts of a run's configuration whose fields `read_tables` makes into columns."""
 DEFAULT = "default"
-"""What a column of the set-up holds where a run left the field at its default."""
+"""Value of a column of the set-up where a run left the field at its default."""
 PROVENANCE = ("sweep", FOLDER)
 """Columns that say where a row comes from: one experiment may stand in several sweeps and folders."""
 
@@ -56,14 +55,19 @@ def is_plain(values: pd.Series) -> bool:
     return bool(values.map(pd.api.types.is_hashable).all())
 
 
+def _varying(frame: pd.DataFrame, names: Iterable[str]) -> list[str]:
+    """List those of the columns that the frame has and that take several values."""
+    return [name for name in names if name in frame and varies(frame[name])]
+
+
 def setup_columns(frame: pd.DataFrame) -> list[str]:
     """List the columns that `read_tables` made of fields of the set-up, such as `optimiser.weight_decay`."""
-    return [str(name) for name in frame.columns if "." in str(name) and str(name).split(".")[0] in SECTIONS]
+    return [name for name in map(str, frame.columns) if "." in name and name.split(".")[0] in SECTIONS]
 
 
 def design_columns(frame: pd.DataFrame) -> list[str]:
     """List the columns of the design, those of the set-up included, that take several values."""
-    return [name for name in (*DESIGN, *setup_columns(frame)) if name in frame and varies(frame[name])]
+    return _varying(frame, (*DESIGN, *setup_columns(frame)))
 
 
 def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> list[str]:
@@ -72,28 +76,26 @@ def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> lis
     Whole numbers in two rows or more each, others in three. What else there is are measurements, accuracies always. A
     word that stands for one size and one seed is the name of a run.
     """
-    not_these = {*KNOWN, FOLDER, *CANONICAL, *measured}
-    names = [str(name) for name in frame.columns if name not in not_these and is_plain(frame[name])]
-    names = [name for name in names if varies(frame[name]) and not looks_like_accuracy(frame, name)]
-    return [name for name in names if _is_setting(frame, name)]
-
-
-def _is_setting(frame: pd.DataFrame, name: str) -> bool:
-    num_values = frame[name].nunique()
-    if pd.api.types.is_numeric_dtype(frame[name]):
-        whole = (frame[name].dropna() % 1 == 0).all()  # batches and depths; measurements seldom are
-        return (2 if whole else 3) * num_values <= len(frame)
-    scale = [each for each in ("params_total", "seed") if each in frame and varies(frame[each])]
-    is_name = len(scale) == 2 and len(frame[[name, *scale]].drop_duplicates()) == num_values
-    return num_values < len(frame) and not is_name
+    plain = [name for name in map(str, frame.columns) if name not in {*KNOWN, FOLDER, *CANONICAL, *measured}]
+    plain = _varying(frame, [name for name in plain if is_plain(frame[name])])
+    scale, found = _varying(frame, ("params_total", "seed")), []
+    for name in [name for name in plain if not looks_like_accuracy(frame, name)]:
+        num_values = frame[name].nunique()
+        if pd.api.types.is_numeric_dtype(frame[name]):
+            whole = (frame[name].dropna() % 1 == 0).all()  # batches and depths; measurements seldom are
+            is_setting = (2 if whole else 3) * num_values <= len(frame)
+        else:
+            is_name = len(scale) == 2 and len(frame[[name, *scale]].drop_duplicates()) == num_values
+            is_setting = num_values < len(frame) and not is_name
+        found += [name] if is_setting else []
+    return found
 
 
 def follows_scale(frame: pd.DataFrame, name: str) -> bool:
     """Tell whether a column names sizes, budgets or runs (each of its values has one size or one budget), or is a
     number that follows from them, such as a width."""
-    scale = [each for each in ("size", "params_total", "images_seen", "unique_images", *CANONICAL) if each in frame]
-    scale = [each for each in scale if varies(frame[each])]
-    if any(frame.groupby(name)[each].nunique().max() <= 1 for each in scale):
+    scale = _varying(frame, ("size", "params_total", "images_seen", "unique_images", *CANONICAL))
+    if scale and (frame.groupby(name)[scale].nunique().max() <= 1).any():
         return True
     is_number = pd.api.types.is_numeric_dtype(frame[name]) and not pd.api.types.is_bool_dtype(frame[name])
     return is_number and bool(scale) and bool(frame.groupby(scale, dropna=False)[name].nunique().max() <= 1)
@@ -101,10 +103,9 @@ def follows_scale(frame: pd.DataFrame, name: str) -> bool:
 
 def tuned_columns(frame: pd.DataFrame, used: Collection[str] = ()) -> list[str]:
     """List the learning rates, batches and weight decays that take several values, but for columns in use."""
-    known = {*KNOWN, *setup_columns(frame), *used}
-    foreign = [str(name) for name in frame.select_dtypes("number") if str(name) not in known]
-    foreign = [name for name in foreign if _LOOKS.search(name) and not _NOT_TUNED.search(name)]
-    return [name for name in (*TUNED, *foreign) if name in frame and name not in used and varies(frame[name])]
+    names = [str(name) for name in frame.select_dtypes("number") if _TUNED_BY_OTHERS.match(str(name))]
+    foreign = [name for name in names if name not in {*KNOWN, *setup_columns(frame)}]
+    return [name for name in _varying(frame, (*TUNED, *foreign)) if name not in used]
 
 
 def experiment_columns(frame: pd.DataFrame) -> list[str]:
@@ -112,28 +113,17 @@ def experiment_columns(frame: pd.DataFrame) -> list[str]:
     foreign table, the sweep and the folder of rows. Of columns that part the rows alike, the first."""
     design, tuned = design_columns(frame), tuned_columns(frame)
     names = [name for name in foreign_settings(frame) if name not in tuned and not follows_scale(frame, name)]
-    names += [name for name in PROVENANCE if name in frame and varies(frame[name])]
+    names += _varying(frame, PROVENANCE)
     first = {tuple(pd.factorize(frame[name])[0]): name for name in reversed([*design, *names])}
     return [*design, *(name for name in names if name in first.values())]
 
 
 def held_equal(frame: pd.DataFrame, free: Collection[str] = ()) -> list[str]:
-    """List columns in which rows agree that are alike in everything but `free` (compared, tuned or measured ones).
-
-    Those of scale, of the design, of the set-up, and the settings of a foreign table. Where no column names the sizes,
-    the number of parameters stands for them.
-    """
+    """List columns in which rows agree that are alike in everything but `free` (compared, tuned or measured ones):
+    scale, design, set-up, and settings of a foreign table. Where no column names sizes, parameters stand for them."""
     sizes = [*([] if "size" in frame else ["params_total"]), "N", "D", "U"]
     names = dict.fromkeys([*sizes, *SCALE, *DESIGN, *setup_columns(frame), *foreign_settings(frame, free)])
     return [name for name in names if name in frame and name not in free]
-
-
-def cell_columns(rows: pd.DataFrame, y: str, tuned: Sequence[str]) -> list[str]:
-    """List the columns in which rows of a cell agree: all that is held equal, but for the seed, over which losses of a
-    setting are averaged, for what follows from the tuned columns, and for names of runs."""
-    free = {"seed", "L", "val_loss", y, *tuned, *(other for name in tuned for other in FOLLOWS.get(name, ()))}
-    names = [name for name in foreign_settings(rows, free) if follows_scale(rows, name)]
-    return held_equal(rows, {*free, *names})
 
 
 def with_size(frame: pd.DataFrame) -> pd.DataFrame:

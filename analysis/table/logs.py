@@ -1,5 +1,5 @@
-"""What other people's tools wrote while they trained, as one frame of points: Weights & Biases and marin's JSON lines,
-TensorBoard's event files, MLflow's and Lightning's folders.
+"""Logs of other people's tools as one frame of points: Weights & Biases and marin's JSON lines, TensorBoard's event
+files, MLflow's and Lightning's folders.
 
 Of W&B, names of this project's own runs are mapped to ours, so that their exports need no `--columns` (docs/wandb.md).
 """
@@ -21,35 +21,37 @@ from aimscale.analysis.table.schema import KNOWN
 
 _RUN_NAMES = ("Name", "name", "run_path")
 """Columns that name a run of W&B, in its export, in the table that its guide makes with its API, and in marin's."""
-_OURS = {"images_seen": "val/images_seen", "val_loss": "val/loss", "val_loss_se": "val/loss_se"}
-"""Our columns, as our runs call them in W&B."""
 _PROBE = "probe/"
-_OWN = {"run_id", "val/loss", "val/images_seen"}
-"""What no other project's export has together."""
 
 
 def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Give nested cells columns such as `config.model.width`, and name what W&B wrote as we do.
-
-    Returns:
-        The frame, and our name -> its name, as of `read_table`'s `columns`; {} for a table of anybody else.
-
-    Raises:
-        AnalysisError: an export of our own runs without a budget's validation loss.
-    """
+    """Give nested cells columns such as `config.model.width`, and map names of W&B's as `read_table`'s `columns` do."""
     is_api = {*frame} >= {"summary", "config"} and not {*frame}.isdisjoint(_RUN_NAMES)
     if is_api:
-        frame = frame.assign(
-            **{name: frame[name].map(lambda cell: _parsed(cell, path)) for name in ("config", "summary")}
-        )
-    frame = _flat(frame)
+        try:  # a CSV has dictionaries as text
+            told = frame[["config", "summary"]].map(lambda c: ast.literal_eval(c) if isinstance(c, str) else c)
+        except (ValueError, SyntaxError) as error:
+            raise AnalysisError(
+                f"{path}: 'config' or 'summary' is no dictionary ({error}); write the runs to a .jsonl or .parquet file"
+            ) from error
+        frame = frame.assign(**told)
+    for name in frame.select_dtypes(object):
+        cells = [cell if isinstance(cell, dict) else {} for cell in frame[name]]
+        if any(cells):
+            inner = pd.json_normalize(cells).set_index(frame.index).add_prefix(f"{name}.")
+            frame = frame.drop(columns=name).join(inner[[each for each in inner if each not in frame]])
     if not (is_api or "_step" in frame or {*frame} >= {"Name", "State"}):
         return frame, {}
-    names = {ours: theirs for ours, theirs in _OURS.items() if theirs in frame and ours not in frame}
+    ours = {"images_seen": "val/images_seen", "val_loss": "val/loss", "val_loss_se": "val/loss_se"}
+    names = {name: theirs for name, theirs in ours.items() if theirs in frame and name not in frame}
     if "run_id" not in frame and (called := [name for name in _RUN_NAMES if name in frame]):
         names["run_id"] = called[0]
-    if {*frame} >= _OWN:
-        frame = _budgets(frame, path)
+    if {*frame} >= {"run_id", "val/loss", "val/images_seen"}:  # no other project's export has these together
+        keep = [name for name in frame if name in KNOWN or str(name).startswith(("val/", _PROBE))]
+        frame = frame.loc[frame["val/loss"].notna(), keep]
+        if frame.empty:
+            raise AnalysisError(f"{path}: no run has a val/loss yet; W&B gets it when a budget is evaluated")
+        frame = frame.drop_duplicates(["run_id", "val/images_seen"], keep="last").reset_index(drop=True)
         names["images_seen"] = "val/images_seen"  # training may have gone on since
         tasks = [name for name in frame.columns if name.startswith(_PROBE)]
         names |= {":".join(name.removeprefix(_PROBE).rsplit("/", 1)): name for name in tasks}
@@ -60,52 +62,18 @@ def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str,
     return frame, names
 
 
-def _parsed(cell: Any, path: Path) -> Any:
-    """Read a dictionary, which a CSV has as text."""
-    try:
-        return ast.literal_eval(cell) if isinstance(cell, str) else cell
-    except (ValueError, SyntaxError) as error:
-        raise AnalysisError(
-            f"{path}: 'config' or 'summary' is no dictionary ({error}); write the runs to a .jsonl or .parquet file"
-        ) from error
-
-
-def _flat(frame: pd.DataFrame) -> pd.DataFrame:
-    """Give nested parts of a configuration columns of their own."""
-    for name in [
-        name for name in frame.select_dtypes(object) if frame[name].map(lambda cell: isinstance(cell, dict)).any()
-    ]:
-        cells = [cell if isinstance(cell, dict) else {} for cell in frame[name]]
-        inner = pd.json_normalize(cells).set_index(frame.index).add_prefix(f"{name}.")
-        frame = frame.drop(columns=name).join(inner[[each for each in inner if each not in frame]])
-    return frame
-
-
-def _budgets(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Keep the budgets of our own runs, each as it was told last, and the columns that a results table has."""
-    keep = [name for name in frame if name in KNOWN or str(name).startswith(("val/", _PROBE))]
-    found = frame.loc[frame["val/loss"].notna(), keep]
-    if found.empty:
-        raise AnalysisError(f"{path}: no run has a val/loss yet; W&B gets it when a budget is evaluated")
-    return found.drop_duplicates(["run_id", "val/images_seen"], keep="last").reset_index(drop=True)
-
-
 def run_logs(folder: Path) -> pd.DataFrame:
     """Read a folder of runs as points: a row per run and step, with its settings.
 
     The last row of a run has the last value of every metric and the status `complete`, those before it `during`.
-
-    Raises:
-        AnalysisError: a folder without runs; or event files, and no package `tensorboard` to read them.
     """
     frames = []
-    for run, settings, points, status in (each for reader in _READERS for each in reader(folder)):
-        if len(points):
-            points = points.sort_index()
-            points.iloc[-1] = points.ffill().iloc[-1]
-            became = {"run_id": run, "status": [*["during"] * (len(points) - 1), status]}
-            told = {name: value for name, value in settings.items() if name not in points}
-            frames.append(points.reset_index().assign(**told, **became))
+    for run, settings, points, status in (each for reader in _READERS for each in reader(folder) if len(each[2])):
+        points = points.sort_index()
+        points.iloc[-1] = points.ffill().iloc[-1]
+        became = {"run_id": run, "status": [*["during"] * (len(points) - 1), status]}
+        told = {name: value for name, value in settings.items() if name not in points}
+        frames.append(points.reset_index().assign(**told, **became))
     if not frames:
         known = "results.parquet nor runs of TensorBoard, MLflow or Lightning"
         raise AnalysisError(f"{folder} holds neither {known}; give another folder, or `aimscale collect` a sweep")
@@ -144,12 +112,8 @@ def _mlflow_files(folder: Path) -> Iterator[_Run]:
 def _lightning(folder: Path) -> Iterator[_Run]:
     """Read the folders of Lightning's CSV logger: `metrics.csv`, and `hparams.yaml` beside it."""
     for file in sorted(folder.glob("**/metrics.csv")):
-        yield (
-            _run_name(file.parent, folder),
-            _hparams(file.parent),
-            pd.read_csv(file).groupby("step").last(),
-            "complete",
-        )
+        points = pd.read_csv(file).groupby("step").last()
+        yield _run_name(file.parent, folder), _hparams(file.parent), points, "complete"
 
 
 def _tensorboard(folder: Path) -> Iterator[_Run]:
@@ -168,12 +132,9 @@ def _tensorboard(folder: Path) -> Iterator[_Run]:
         for tag, content in events.summary_metadata.items():
             if tag == "_hparams_/session_start_info":
                 given = HParamsPluginData.FromString(content.plugin_data.content).session_start_info.hparams
-                settings |= {name: getattr(value, value.WhichOneof("kind")) for name, value in given.items()}
-        columns = {
-            tag: pd.Series({event.step: event.value for event in events.Scalars(tag)})
-            for tag in events.Tags()["scalars"]
-        }
-        yield _run_name(parent, folder), settings, pd.DataFrame(columns).rename_axis("step"), "complete"
+                settings |= {name: getattr(value, value.WhichOneof("kind")) for name, value in sorted(given.items())}
+        scalars = {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+        yield _run_name(parent, folder), settings, pd.DataFrame(scalars).rename_axis("step"), "complete"
 
 
 def _run_name(run: Path, folder: Path) -> str:

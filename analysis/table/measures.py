@@ -1,4 +1,4 @@
-"""What runs are compared in: columns of a row, and the accuracies of its probes, in long format."""
+"""Measures in which runs are compared: columns of a row, and the accuracies of its probes, in long format."""
 
 from __future__ import annotations
 
@@ -47,19 +47,21 @@ class Measure:
 
     @property
     def title(self) -> str:
-        """For a reader."""
+        """Name for a reader."""
         if not self.task:
-            return {"val_loss": "validation loss"}.get(self.column, self.column)
+            return "validation loss" if self.column == "val_loss" else self.column
         last = " on the last blocks" if self.column == "last_top1" else ""
         return f"{self.task} {measured_by(self.kind)}{last}"
 
-    def shown(self, value: float) -> str:
+    def shown(self, value: float, sign: str = "") -> str:
         """Write a value with its unit."""
-        return f"{100 * value:.2f} %" if self.is_accuracy else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+        if self.is_accuracy:
+            return f"{100 * value:{sign}.2f} %"
+        return f"{value:{sign}.4f}" if abs(value) < 1e4 else f"{value:{sign}.4g}"
 
     def shown_difference(self, value: float) -> str:
         """Write a signed difference."""
-        return f"{100 * value:+.2f}" if self.is_accuracy else f"{value:+.4f}" if abs(value) < 1e4 else f"{value:+.4g}"
+        return self.shown(value, "+").removesuffix(" %")
 
     def shown_size(self, value: float) -> str:
         """Write an unsigned difference with its unit."""
@@ -67,12 +69,9 @@ class Measure:
 
 
 def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[Measure]:
-    """Find measures by name; none named: the validation loss and every probe's accuracy.
+    """Find measures by name: a column, or `top1`, `top1:TASK` or `top1:TASK:KIND` with or without `top1:`.
 
-    A name is a column, or `top1`, `top1:TASK` or `top1:TASK:KIND` with or without `top1:`.
-
-    Raises:
-        AnalysisError: a name that is neither a numeric column nor a probe of the table.
+    None named: the validation loss and every probe's accuracy. Compared by `KIND`, accuracies of all kinds are one.
     """
     within_row = by == KIND
     entries = [entry for each in rows["probes"] for entry in each] if "probes" in rows else []
@@ -110,22 +109,18 @@ def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_r
 
 
 def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
-    """Add the column that a name means, to be fitted as a loss is; returns the frame and the column's name in it.
+    """Add the column that a name means, to be fitted as a loss is; return the frame and the column's name in it.
 
     A probe (`TASK:KIND`) stands for its error rate, 1 - top1: a law's E is then the error's floor, and 1 - chance is
     its ceiling, which no law knows. The frame remembers what the new column is called in words.
-
-    Raises:
-        AnalysisError: a table with probes has no such column or probe, or several; or accuracies are no fractions.
     """
     ours = our_name(frame, name)
     if ours in frame or "probes" not in frame or not any(map(len, complete(frame)["probes"])):
         return frame, ours
-    found = wanted_measures(complete(frame), [name], by="")
-    if len(found) > 1:
+    probe, *others = found = wanted_measures(complete(frame), [name], by="")
+    if others:
         named = ", ".join(m.name for m in found[:MAX_NAMED])
         raise AnalysisError(f"{name!r} is {len(found)} accuracies ({named}); name one of them.")
-    probe = found[0]
     known = [{(p["task"], p["kind"]): p.get(probe.column) for p in reversed(row)} for row in frame["probes"]]
     accuracy = pd.Series([row.get((probe.task, probe.kind)) for row in known], frame.index, dtype=float)
     if not accuracy.dropna().between(0, 1).all():

@@ -1,7 +1,6 @@
-"""What a table's columns are called: our names, a law's letters, and the names in the file a frame was read from.
+"""Names of a table's columns (ours, a law's letters, those in the file) and the rows that were left out on the way.
 
-A frame remembers its file's names and the rows that were left out on the way in one attribute, as plain data, which
-pandas carries from frame to frame and into Parquet. Only this module reads and writes it.
+A frame remembers both as plain data in `attrs`, which pandas carries from frame to frame and into Parquet.
 """
 
 from __future__ import annotations
@@ -17,9 +16,6 @@ from aimscale.analysis.words import did_you_mean
 CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
 """Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
 LETTERS = {name: letter for letter, name in CANONICAL.items()}
-"""The other way round."""
-FORMULAS = {"C": "C=6*N*D", "D": "D=C/(6*N)"}
-"""Letters that can be computed from others, and how."""
 FOLDER = "table_folder"
 """Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
 _ORIGIN = "aimscale"
@@ -33,9 +29,7 @@ class Exclusion:
     subject: str = ""
     """Column, as its file calls it, or the condition that was not met."""
     number: int
-    """Rows."""
     text: str = field(repr=False)
-    """What is said of these rows."""
 
     def __str__(self) -> str:
         return f"{self.number} row{'s' if self.number != 1 else ''} {self.text}"
@@ -66,7 +60,7 @@ def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     frame = pd.concat(frames, ignore_index=True)
     frame.attrs = {}
     for each in frames:
-        frame = remember(frame, names=names_of(each), left_out=left_out_of(each))
+        frame = remember(frame, names_of(each), left_out_of(each))
     return frame
 
 
@@ -90,6 +84,7 @@ def column_words(frame: pd.DataFrame, like: str) -> str:
 def no_column(frame: pd.DataFrame, name: str, why: str = "") -> AnalysisError:
     """Make the error about a column that a table lacks: what for, the option that names it, what there is."""
     letter = LETTERS.get(CANONICAL.get(name, name), name if len(name) == 1 else "")
-    formula = f", or count it: {option('columns', FORMULAS[letter])}" if letter in FORMULAS else ""
-    named = f"; name yours with {option('columns', f'{letter}=THEIRS')}{formula}" if letter else ""
+    formula = {"C": "C=6*N*D", "D": "D=C/(6*N)"}.get(letter)
+    count = f", or count it: {option('columns', formula)}" if formula else ""
+    named = f"; name yours with {option('columns', f'{letter}=THEIRS')}{count}" if letter else ""
     return AnalysisError(f"The table has no column {name!r}{why}{named}; {column_words(frame, name)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.table.accuracies import named_like_accuracy
-from aimscale.analysis.table.design import FOLLOWS, cell_columns, tuned_columns, varies
+from aimscale.analysis.table.design import FOLLOWS, follows_scale, foreign_settings, held_equal, tuned_columns, varies
 from aimscale.analysis.table.names import Exclusion, left_out_of, no_column, our_name, remember, their_name
 from aimscale.analysis.words import Flag, human, some
 
@@ -21,13 +21,12 @@ class Observations:
     """Rows of a table that can be used, and the points that they are."""
 
     rows: pd.DataFrame
-    """All columns of these rows."""
     numbers: pd.DataFrame
     """The columns that were asked for, as numbers, under the names that were asked; `y` of a fit is what is fitted."""
     columns: dict[str, str]
     """Name that was asked -> column of the table."""
     exclusions: tuple[Exclusion, ...]
-    """What was left out, here and when the table was read."""
+    """Rows left out, here and when the table was read."""
     flags: tuple[Flag, ...]
     """Cautions about the best of tuned columns, where one was chosen."""
     num_rows: int
@@ -50,13 +49,8 @@ class Observations:
 
 
 def complete(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows that count: those whose `status` is complete, or that do not say (a foreign table).
-
-    Points during training count, too; they stand in a table of their own, `curves.parquet`.
-    """
-    if "status" not in frame.columns:
-        return frame
-    return frame[frame["status"].isna() | frame["status"].isin(("complete", "during"))]
+    """Keep the rows whose `status` is complete or `during` training, or that do not say (a foreign table)."""
+    return frame[frame["status"].isna() | frame["status"].isin(("complete", "during"))] if "status" in frame else frame
 
 
 def usable_rows(
@@ -68,10 +62,9 @@ def usable_rows(
     best_by: str = "",
     tuned: Sequence[str] = (),
 ) -> Observations:
-    """Find the complete rows with finite, positive numbers in some columns, each once.
+    """Find the complete rows with finite, positive numbers in some columns (name -> column, or one column), each once.
 
     Args:
-        columns: name -> column of the table, or one column.
         signed: names of those whose numbers may be negative.
         may_be_zero: names of those whose numbers may be zero.
         best_by: name of the loss that a law is fitted to: of rows that differ in tuned columns only, such as the
@@ -85,83 +78,69 @@ def usable_rows(
         raise no_column(frame, absent[0])
     values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").astype(float)
     values = values.set_axis(list(columns), axis=1)
-    bad = [("status", "", "not complete (status)", ~frame.index.isin(complete(frame).index))]
+    keep, exclusions, flags = pd.Series(True, frame.index), list(left_out_of(frame)), tuple[Flag, ...]()
+
+    def leave_out(kind: str, subject: str, text: str, out: Array | pd.Series) -> None:
+        exclusions.append(Exclusion(kind=kind, subject=subject, number=int((keep & out).sum()), text=text))
+        keep[out] = False
+
+    leave_out("status", "", "not complete (status)", ~frame.index.isin(complete(frame).index))
     for name, column in columns.items():
-        called, number = their_name(frame, column), values[name].to_numpy()
-        if name in signed:
-            bad.append(("not finite", called, f"with a missing or infinite {called}", ~np.isfinite(number)))
-        else:
-            good = (number > 0) & np.isfinite(number) | (number == 0) & (name in may_be_zero)
-            bad.append(("not positive", called, f"with a missing or non-positive {called}", ~good))
-    bad.append(("repeat", "", "that repeat another row exactly", _repeats(frame, values).to_numpy()))
-    keep, exclusions = np.ones(len(frame), dtype=bool), list(left_out_of(frame))
-    for kind, subject, text, out in bad:
-        if number := int((keep & out).sum()):
-            exclusions.append(Exclusion(kind=kind, subject=subject, number=number, text=text))
-        keep &= ~out
-    rows, values, flags = frame[keep], values[keep], tuple[Flag, ...]()
-    if best_by and (tuned := tuned or tuned_columns(rows, used=columns.values())):
-        y = columns[best_by]
-        cell = {*cell_columns(rows, y, tuned), *columns.values()} - {y}
-        best, flags = _best_settings(rows.assign(**{y: values[best_by]}), y, tuned, sorted(cell))
-        if number := int((~best).sum()):
-            text = f"not the best {(subject := flags[0].subject)} of their cell"
-            exclusions.append(Exclusion(kind="best of", subject=subject, number=number, text=text))
-        rows, values = rows[best], values[best]
-    found = {"rows": rows, "numbers": values, "columns": columns, "num_rows": len(frame)}
-    return Observations(**found, exclusions=tuple(exclusions), flags=flags)
-
-
-def _repeats(frame: pd.DataFrame, values: pd.DataFrame) -> pd.Series:
-    """Find rows equal to an earlier one in every column of the table, not in the used ones alone."""
-    alike = values.duplicated(keep=False) & values.notna().all(axis=1)
-    return frame[alike].astype(str).duplicated().reindex(frame.index, fill_value=False)  # as text: cells may be lists
+        called, number = their_name(frame, column), values[name]
+        kind, what = ("not finite", "infinite") if name in signed else ("not positive", "non-positive")
+        good = (number > 0) | (name in signed) | (number == 0) & (name in may_be_zero)
+        leave_out(kind, called, f"with a missing or {what} {called}", ~(good & np.isfinite(number)))
+    alike = frame[values.duplicated(keep=False) & values.notna().all(axis=1)]
+    repeats = alike.astype(str).duplicated().reindex(frame.index, fill_value=False)  # as text: cells may be lists
+    leave_out("repeat", "", "that repeat another row exactly", repeats)
+    if best_by and (tuned := tuned or tuned_columns(frame[keep], used=columns.values())):
+        y, rows = columns[best_by], frame[keep]
+        best, flags = _best_settings(rows.assign(**{y: values[best_by]}), y, tuned, columns.values())
+        subject = flags[0].subject if flags else ""
+        others = (~best).reindex(frame.index, fill_value=False)
+        leave_out("best of", subject, f"not the best {subject} of their cell", others)
+    found = {"rows": frame[keep], "numbers": values[keep], "columns": columns, "num_rows": len(frame), "flags": flags}
+    return Observations(**found, exclusions=tuple(each for each in exclusions if each.number))
 
 
 def _best_settings(
-    rows: pd.DataFrame, y: str, tuned: Sequence[str], cell: Sequence[str]
+    rows: pd.DataFrame, y: str, tuned: Sequence[str], used: Iterable[str]
 ) -> tuple[pd.Series, tuple[Flag, ...]]:
-    """Find the rows at the best setting of every cell: that of the lowest mean loss, or of the highest mean accuracy.
+    """Find the rows at the setting of the best mean `y` in every cell; flags tell where that is a choice.
 
-    Returns:
-        Which rows to keep, and flags where that is a choice.
+    Rows of a cell are held equal, but for seeds, names of runs, and what follows from the tuned columns.
     """
-    cells = rows.groupby(list(cell), dropna=False).ngroup() if cell else pd.Series(0, rows.index)
+    free = {"seed", "L", "val_loss", y, *tuned, *(other for name in tuned for other in FOLLOWS.get(name, ()))}
+    runs = [name for name in foreign_settings(rows, free) if follows_scale(rows, name)]
+    cell = sorted({*held_equal(rows, {*free, *runs}), *used} - {y})
+    cells = rows.groupby(cell, dropna=False).ngroup() if cell else pd.Series(0, rows.index)
     settings = rows.groupby([cells, *(rows[name] for name in tuned)], dropna=False).ngroup()
     losses = (-rows[y] if named_like_accuracy(y) else rows[y]).groupby(settings).mean()
     keep = settings.isin(losses.groupby(cells.groupby(settings).first()).idxmin())
-    several = {name: rows.groupby(cells)[name].agg(varies) for name in tuned}
+    several = pd.DataFrame({name: rows.groupby(cells)[name].agg(varies) for name in tuned})
     names = [name for name in tuned if several[name].any()]
-    names = [name for name in names if not any(name in FOLLOWS.get(each, ()) for each in names[: names.index(name)])]
+    names = [name for i, name in enumerate(names) if not any(name in FOLLOWS.get(each, ()) for each in names[:i])]
     if not names:
         return keep, ()
-    num, what = int(pd.concat(several, axis=1).any(axis=1).sum()), ", ".join(their_name(rows, name) for name in names)
+    num, what = int(several.any(axis=1).sum()), ", ".join(their_name(rows, name) for name in names)
     text = f"Of several {what} the best of each of {num} cells is kept; the lowest of noisy losses is too low by part "
     flags = [Flag(kind="tuned", subject=what, number=num, text=f"{text}of their noise.")]
     for name in names:
-        values = pd.to_numeric(rows[name], errors="coerce")
-        best, tried = values[keep].groupby(cells[keep]).first(), values.groupby(cells)
+        tried = pd.to_numeric(rows[name], errors="coerce").groupby(cells)
+        best, what = tried.obj[keep].groupby(cells).first(), their_name(rows, name)
         for end, extreme in (("smallest", tried.min()), ("largest", tried.max())):
             if num := int((several[name] & (best == extreme)).sum()):
-                what, where = their_name(rows, name), f"{num} of {several[name].sum()} cells"
+                where = f"{num} of {several[name].sum()} cells"
                 text = f"The best {what} is the {end} that was tried in {where}, so a better one may lie beyond."
                 flags.append(Flag(kind="tuned_edge", subject=what, number=num, text=text))
     return keep, tuple(flags)
 
 
 def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
-    """Keep of rows that differ in some tuned columns those of the lowest loss, its mean where seeds were run.
-
-    A cell is what agrees in everything else (`cell_columns`): another batch is another cell, unless tuned, too. The
-    frame remembers how many rows were left out.
-
-    Raises:
-        AnalysisError: no such column, or no two rows of a cell differ in them.
-    """
-    tuned, y = [our_name(frame, name) for name in names], our_name(frame, y)
-    for name in (*tuned, y):
-        if name not in frame:
-            raise no_column(frame, name, f" for {option('best-of')}")
+    """Keep of rows that differ in some tuned columns those of the lowest loss, its mean where seeds were run."""
+    *tuned, y = (our_name(frame, name) for name in (*names, y))
+    if absent := [name for name in (*tuned, y) if name not in frame]:
+        raise no_column(frame, absent[0], f" for {option('best-of')}")
     found = usable_rows(frame, y, best_by=y, tuned=tuned)
     if not found.flags:
         also = [their_name(frame, name) for name in tuned_columns(found.rows, used=tuned)]
@@ -216,11 +195,11 @@ def observe(
 
 def with_compute(df: pd.DataFrame) -> pd.DataFrame:
     """Add a column C = 6 N D to a table that counts no FLOPs of its own."""
-    c, n, d = (our_name(df, v) for v in ("C", "N", "D"))
-    if c in df or n not in df or d not in df:
+    c, n, d = (our_name(df, v) for v in "CND")
+    if c in df or not {n, d} <= {*df}:
         return df
-    size, seen = (pd.to_numeric(df[name], errors="coerce").astype(float) for name in (n, d))  # integers overflow
-    return df.assign(C=6 * size * seen)
+    numbers = df[[n, d]].apply(pd.to_numeric, errors="coerce").astype(float)  # products of integers overflow
+    return df.assign(C=6 * numbers[n] * numbers[d])
 
 
 REPEATS_FROM = 1.01
@@ -229,15 +208,13 @@ REPEATS_FROM = 1.01
 
 def most_passes(rows: pd.DataFrame) -> float:
     """Count the most passes over its pool that a row made, D / U; NaN where no row tells."""
-    names = ("images_seen", "unique_images")
-    return float((rows[names[0]] / rows[names[1]]).max()) if {*names} <= {*rows} else np.nan
+    known = {"images_seen", "unique_images"} <= {*rows}
+    return float((rows["images_seen"] / rows["unique_images"]).max()) if known else np.nan
 
 
 def passes_flags(rows: pd.DataFrame, what: str, at: Mapping[str, float]) -> tuple[Flag, ...]:
-    """Flag a scale, called `what`, that sees its pool more often than any of the rows that a law was fitted to.
-
-    Without a U the pool is the largest that rows of several D share: where each D has its own, so would a larger one.
-    """
+    """Flag a scale, called `what`, that sees its pool (without a U the largest that rows of several D share) more often
+    than any of the rows that a law was fitted to."""
     most = most_passes(rows)
     if np.isnan(most) or "D" not in at:
         return ()

@@ -1,4 +1,4 @@
-"""Reading results tables, ours or foreign ones, as one data frame with our names: how every verb reads."""
+"""Reading of results tables, ours or foreign ones, as one data frame with our names."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from aimscale.analysis.table.points import best_of, complete
 from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION
 from aimscale.analysis.table.select import select
 
-_NEXT_PAIR = re.compile(r",(?=[^,=]+=)")
+_NEXT_PAIR = re.compile(r",(?=[^,=]+=)")  # formulas may have commas of their own
 _NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
 """Whole numbers of a formula (the group), and the names that hold digits: powers of integers have no end."""
-MAX_BYTES = 10**9
-"""A table is held in memory, and several times over."""
+MAX_BYTES = 10**9  # a table is held in memory, and several times over
 MAX_LINES = 1000
 """Lines of a text that are looked at to tell what parts its cells."""
 
@@ -64,10 +63,7 @@ def read_tables(
 
 
 def read_curves(paths: Sequence[str | Path]) -> pd.DataFrame:
-    """Read the points during training of sweeps: `curves.parquet` of the folders that these tables are, or lie in.
-
-    A row per run and point, as `read_table` gives it; empty where nothing was measured during training.
-    """
+    """Read the points during training of sweeps: `curves.parquet` of the folders that these tables are, or lie in."""
     folders = dict.fromkeys(path if path.is_dir() else path.parent for path in map(Path, paths))
     frames = [read_table(file) for folder in folders if (file := folder / "curves.parquet").is_file()]
     return _each_run_once(frames) if frames else pd.DataFrame(columns=[*KNOWN, "lr"])
@@ -89,21 +85,13 @@ def _each_run_once(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
         frame["probes"] = frame["probes"].map(lambda entries: entries if isinstance(entries, list) else [])
     if not {*keys} <= {*frame}:
         return frame
-    done = complete(frame).index
-    ordered = frame.loc[[*done, *frame.index.difference(done)]]
+    ordered = frame.loc[complete(frame).index.append(frame.index).unique()]
     repeats = ordered.duplicated(keys) & ordered[keys].notna().all(axis=1)
-    return frame.loc[ordered.index[~repeats].sort_values()].reset_index(drop=True)
+    return ordered[~repeats].sort_index(ignore_index=True)
 
 
 def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
-    """Turn `ours=theirs` options (several may share one string, separated by commas) into a mapping.
-
-    Our side is a name of the schema, a letter of `CANONICAL`, or TASK:KIND; theirs is a name or a formula, which may
-    have commas of its own.
-
-    Raises:
-        AnalysisError: a part without `=`.
-    """
+    """Turn `ours=theirs` options (several may share one string, separated by commas) into a mapping."""
     mapping: dict[str, str] = {}
     for pair in (part.strip(" ,") for text in pairs for part in _NEXT_PAIR.split(text) if part.strip(" ,")):
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
@@ -127,9 +115,6 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
     Returns:
         Known columns typed as the schema says (an integer column with gaps becomes float64, `probes` a list of
         dictionaries per row); other columns as they are. The frame remembers their names of renamed columns.
-
-    Raises:
-        AnalysisError: no such file, an unreadable or empty table, a missing column, or a text where a number should be.
 
     Example:
         >>> read_table("losses.csv", {"N": "params", "D": "images", "L": "loss"})
@@ -180,13 +165,11 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _read_text(path: Path) -> pd.DataFrame:
-    """Read a table as text; lines at its top that begin with # say where it comes from.
-
-    Cells are parted by what parts most of the head: commas, semicolons or tabs. Beside semicolons 1,5 is a number.
-    """
+    """Read a text behind lines that begin with #; commas, semicolons or tabs part its cells, whichever part most of its
+    head. Beside semicolons 1,5 is a number."""
     with path.open(errors="replace") as file:
         lines = list(itertools.islice(file, MAX_LINES))
-    notes = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), lines))
+    notes = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     sep = max(",;\t", key="".join(lines[notes : notes + 1]).count)
     if sep != ";" or not re.search(r"(^|;)\s*-?\d+,\d+\s*[a-zA-Z%]?\s*(;|$)", "".join(lines), re.MULTILINE):
         return pd.read_csv(path, sep=sep, skiprows=notes)
@@ -208,8 +191,8 @@ SUFFIXES = tuple(_READERS)
 def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:
     """Put our names for theirs; the frame remembers theirs, formulas included.
 
-    Letters of the file are a law's where they hold numbers: N is the law's N, unless another column was named so. Such
-    a column of another meaning (L for layers beside a loss of another name) keeps its values under another name.
+    A letter of the file that holds numbers is a law's, unless another column was named so, beside which it keeps its
+    values under another name (L for layers beside a loss of another name).
     """
     letters = [letter for letter in CANONICAL if letter in frame.columns and letter not in columns.values()]
     letters = [letter for letter in letters if to_numbers(frame[letter]).notna().any()]
@@ -217,8 +200,7 @@ def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.D
     other = {f"their {letter}": letter for letter in letters if CANONICAL[letter] in columns}
     columns = {**free, **other, **columns}
     named = {ours: theirs for ours, theirs in columns.items() if theirs in frame.columns}
-    gone = {*columns, *named.values()}
-    renamed = frame.drop(columns=[name for name in frame.columns if name in gone])
+    renamed = frame.drop(columns={*columns, *named.values()} & {*frame})
     renamed = renamed.assign(**{ours: frame[theirs] for ours, theirs in named.items()})
     for ours in sorted((name for name in columns if name not in named), key=is_accuracy):
         renamed[ours] = _computed(columns[ours], frame, renamed, path)
@@ -227,9 +209,8 @@ def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.D
 
 def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path) -> pd.Series:
     """Make a column of others, by their names or a law's letters; whole numbers as floats, for 6 N D outgrows int64."""
-    known = pd.DataFrame(
-        {**theirs, **ours, **{letter: ours[name] for letter, name in CANONICAL.items() if name in ours}}
-    )
+    letters = {letter: ours[name] for letter, name in CANONICAL.items() if name in ours}
+    known = pd.DataFrame({**theirs, **ours, **letters})
     for name in [name for name in known if str(name) in formula and not pd.api.types.is_bool_dtype(known[name])]:
         numbers = to_numbers(known[name]).astype(float)
         known[name] = numbers if numbers.notna().any() else known[name]
@@ -252,10 +233,10 @@ def _without_words(frame: pd.DataFrame) -> pd.DataFrame:
     if numbers.isna().all():
         return frame
     words = frame["val_loss"].where(numbers.isna()).dropna().map(str)
-    called = their_name(frame, "val_loss")
+    text = f"in {their_name(frame, 'val_loss')}"
     left_out = [
-        Exclusion(kind="word", subject=word, number=number, text=f"with {word!r:.60} in {called}")
-        for word, number in Counter(words).items()
+        Exclusion(kind="word", subject=word, number=num, text=f"with {word!r:.60} {text}")
+        for word, num in Counter(words).items()
     ]
     return remember(frame.drop(index=words.index).reset_index(drop=True), left_out=left_out)
 
@@ -287,20 +268,14 @@ def loss_unit(frame: pd.DataFrame) -> str:
 
 
 def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
-    """Give the fields of `setup` that vary columns of their own, e.g. `optimiser.weight_decay`.
-
-    Fields that the table has as columns of its own (`objective.prefix`) are left to these.
-    """
+    """Give the fields of `setup` that vary columns of their own, e.g. `optimiser.weight_decay`, but for those that the
+    table has as columns of its own (`objective.prefix`)."""
     if "setup" not in frame:
         return frame
-    setups = frame["setup"].astype(object).map(_setup_words, na_action="ignore")
-    own = {"schedule.kind", *(f"{part}.{name}" for part in SECTIONS for name in DESIGN)}
-    new = {}
-    for name in sorted({key for setup in setups.dropna() for key in setup}):
-        values = setups.map(lambda setup, name=name: setup.get(name, DEFAULT), na_action="ignore")
-        if name not in frame and name not in own and varies(values):
-            new[name] = values.astype(object)
-    return frame.assign(**new)
+    told = frame["setup"].dropna().map(_setup_words)
+    own = {"schedule.kind", *frame, *(f"{part}.{name}" for part in SECTIONS for name in DESIGN)}
+    fields = pd.DataFrame([*told], told.index, dtype=object).fillna(DEFAULT).reindex(frame.index)
+    return frame.assign(**fields[sorted(str(name) for name in fields if name not in own and varies(fields[name]))])
 
 
 def _setup_words(text: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The results table as a contract: one row per run and data budget, typed, documented and versioned.
 
-`sweeps collect` writes it through `results_table` and `write_table`. Probes are a nested column (list of struct) in
-Parquet and JSON text in CSV. Keys that the schema does not know are kept as JSON in the column `extra`, never dropped.
+Probes are a nested column (list of struct) in Parquet and JSON text in CSV. Keys that the schema does not know are kept
+as JSON in the column `extra`, never dropped.
 """
 
 from __future__ import annotations
@@ -35,16 +35,12 @@ class Column(NamedTuple):
     """One column of the table, or one field of a probe, and how it is shown."""
 
     name: str
-    """Name in Parquet, in CSV and in data frames."""
     dtype: Dtype
     """Stored type; `probes` is a list of structs of `PROBE_FIELDS`, `json` is text that holds a JSON object."""
     unit: str
-    """Unit of a number, or an empty string."""
     meaning: str
-    """What the value says, in words."""
     role: Role = ""
-    """`scale`: runs of one experiment may differ in it; `design`: runs that differ in it are other experiments;
-    `source`: says where a row comes from."""
+    """`scale`: runs of one experiment may differ in it; `design`: not those; `source`: says where a row comes from."""
     label: str = ""
     """Label of an axis, where it is not the name; behind the letter of a law and a colon for one of its variables."""
     head: str = ""
@@ -191,14 +187,10 @@ def _field(column: Column) -> pa.Field:
 
 
 def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = ()) -> pa.Table:
-    """Build the typed table from row dictionaries, as in `results.json`: unit and meaning stand on every field, the
-    version on the table. A missing key becomes null; an unknown one goes to `extra`.
+    """Build the typed table of the schema and `more` columns from row dictionaries, as in `results.json`.
 
-    Args:
-        more: columns beside those of the schema.
-
-    Raises:
-        AnalysisError: a value does not fit its column.
+    Unit and meaning stand on every field, the version on the table. A missing key becomes null; an unknown one goes to
+    `extra`.
     """
     fields = [_field(column) for column in COLUMNS + more]
     typed = [_typed_row(row, COLUMNS + more) for row in rows]
@@ -213,11 +205,8 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
 
 
 def hits_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Build the table of the test images that every probe got right: `num_test`, and a bit per image.
-
-    Probes of equal evaluation were scored on the same test images in the same order. `hits` is `np.packbits` of one bit
-    per image.
-    """
+    """Build the table of the test images that every probe got right: `num_test`, and `hits`, `np.packbits` of a bit per
+    image. Probes of equal evaluation were scored on the same test images in the same order."""
     key = [(name, pa.int64() if name == "images_seen" else pa.string()) for name in HITS_KEY]
     return pa.Table.from_pylist(list(rows), pa.schema([*key, ("num_test", pa.int64()), ("hits", pa.binary())]))
 
@@ -226,18 +215,17 @@ def _typed_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, A
     """Give every column a value or null; what else there is goes to `extra` as JSON."""
     typed = {column.name: _value(row.get(column.name), column) for column in columns}
     if unknown := {key: value for key, value in row.items() if key not in typed}:
-        known_extra = json.loads(typed["extra"]) if typed["extra"] else {}
-        typed["extra"] = _json(known_extra | unknown)
-    if "schema_version" in typed and typed["schema_version"] is None:
-        typed["schema_version"] = SCHEMA_VERSION
+        typed["extra"] = _json(json.loads(typed["extra"] or "{}") | unknown)
     return typed
 
 
 def _value(value: Any, column: Column) -> Any:
     """Write a value as its column holds it: probes as typed rows, objects as JSON; no number is cut to a whole one."""
-    if value is not None and column.dtype == "probes":
+    if value is None:
+        return SCHEMA_VERSION if column.name == "schema_version" else None
+    if column.dtype == "probes":
         return [_typed_row(probe, PROBE_FIELDS) for probe in value]
-    if value is not None and column.dtype == "json" and not isinstance(value, str):
+    if column.dtype == "json" and not isinstance(value, str):
         return _json(value)
     if column.dtype == "int64" and isinstance(value, float) and not value.is_integer():
         raise AnalysisError(f"'{column.name}' is {value!r}, which is no whole number; correct it")
@@ -251,10 +239,7 @@ def _json(value: Any) -> str:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which replaces `path` at the block's end; after an error nothing is left.
-
-    What writers left that were killed goes, once it is a minute old.
-    """
+    """Give a path to write to, which replaces `path` at the block's end; what killed writers left a minute ago goes."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 60:
@@ -268,29 +253,20 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write Parquet or CSV by the suffix of `path`, aside and then renamed, so that a reader never sees half of it.
-
-    Raises:
-        AnalysisError: another suffix, or a folder that cannot be written.
-    """
+    """Write Parquet or CSV (nested columns as JSON text) by the suffix of `path`, so that nobody sees half of it."""
     try:
         with written_aside(path) as aside:
             if path.suffix == ".parquet":
                 pq.write_table(table, aside)
             elif path.suffix == ".csv":
-                write_csv(_flat(table), aside)
+                for i, field in enumerate(table.schema):
+                    if pa.types.is_nested(field.type):
+                        texts = [None if value is None else _json(value) for value in table[i].to_pylist()]
+                        table = table.set_column(i, field.name, pa.array(texts, pa.string()))
+                write_csv(table, aside)
             else:
                 raise AnalysisError(f"cannot write {path}: end its name in .parquet or .csv")
     except OSError as error:
         raise AnalysisError(
             f"cannot write {path}: {error.strerror}; choose a folder that exists and is yours"
         ) from error
-
-
-def _flat(table: pa.Table) -> pa.Table:
-    """Write nested columns of the table as JSON text."""
-    for i, field in enumerate(table.schema):
-        if pa.types.is_nested(field.type):
-            texts = [None if value is None else _json(value) for value in table[field.name].to_pylist()]
-            table = table.set_column(i, field.name, pa.array(texts, pa.string()))
-    return table

@@ -1,4 +1,4 @@
-"""Which rows of a table are chosen: by conditions (`--where`), one experiment, fresh data, the envelope."""
+"""Choices of a table's rows: by conditions (`--where`), one experiment, fresh data, the envelope."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes
 from aimscale.analysis.words import Flag, some
 
-_CONDITION = re.compile(r"(?P<name>[^=<>!]+?)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.+)")
+_CONDITION = re.compile(r"([^=<>!]+?)\s*(<=|>=|!=|=|<|>)\s*(.+)")
 _ORDER = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 FEW_PASSES = 4.0
 """Passes over a pool that are worth nearly as much as new data (Muennighoff et al. 2023)."""
@@ -33,9 +33,6 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
     """Keep rows that meet every condition `column SIGN value`, SIGN one of = != <= >= < >; `a|b` after = is a choice.
 
     Letters of laws stand for their columns (`N>=1e6`). A word of `PARTS` alone is that part of the table.
-
-    Raises:
-        AnalysisError: a malformed condition, an unknown column, a comparison with words, or no row left.
     """
     for text in map(str.strip, conditions):
         chosen = PARTS[text](frame) if text in PARTS else frame[_condition(frame, text)]
@@ -49,8 +46,8 @@ def _condition(frame: pd.DataFrame, text: str) -> pd.Series:
     found = _CONDITION.fullmatch(text)
     if found is None:
         raise AnalysisError(f"{option('where')} needs a condition such as prefix=paired or D>=8000, not '{text}'")
-    name, sign, wanted = our_name(frame, found["name"]), found["sign"], found["value"]
-    if name not in frame:
+    typed, sign, wanted = found.groups()
+    if (name := our_name(frame, typed)) not in frame:
         raise no_column(frame, name, f" for {option('where', text)}")
     words, numbers = frame[name].astype(str), pd.to_numeric(frame[name], errors="coerce")
     if sign in _ORDER:
@@ -59,8 +56,8 @@ def _condition(frame: pd.DataFrame, text: str) -> pd.Series:
             raise AnalysisError(f"{option('where', text)}: only numbers can be compared by {sign}")
         meets = _ORDER[sign](numbers, limit)
     else:
-        choice = [each.strip() for each in wanted.split("|")]
-        equal = words.isin(choice) | numbers.isin(pd.to_numeric(pd.Series(choice), errors="coerce").dropna())
+        choice = pd.Series(wanted.split("|")).str.strip()
+        equal = words.isin(choice) | numbers.isin(pd.to_numeric(choice, errors="coerce").dropna())
         meets = ~equal if sign == "!=" else equal
     if not meets.any():
         values = some([f"{each:.40}" for each in words[frame[name].notna()].unique()])
@@ -69,30 +66,25 @@ def _condition(frame: pd.DataFrame, text: str) -> pd.Series:
 
 
 def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Keep the experiment with most (size, images seen) cells; with most rows among equals.
-
-    Returns:
-        The rows, and what they have in common that others do not; an empty text where there are no others.
-    """
+    """Keep the experiment with most (size, images seen) cells, with most rows among equals; and say what it is, or
+    nothing where there are no others."""
     names = design_columns(frame)
     if not names or frame.empty:
         return frame, ""
-    groups = [rows for _, rows in frame.groupby(names, dropna=False, sort=True)]
-    best = max(groups, key=lambda rows: (_num_cells(rows), len(rows)))
+    best = max((rows for _, rows in frame.groupby(names, dropna=False)), key=lambda rows: (_num_cells(rows), len(rows)))
     return best, ", ".join(f"{name} {best[name].iloc[0]}" for name in names)
 
 
 def fresh_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Keep the rows at the number of unique images with most cells, the largest among equals: data hardly repeated.
+    """Keep the rows at the number of unique images with most cells, the largest among equals; and say what they are.
 
     Where half of these see their pool more than `FEW_PASSES` times, the rows of any pool that do not, if they make as
-    many as a third of the cells. Returned as of `main_part`.
+    many as a third of the cells: data hardly repeated.
     """
     name = "unique_images"
     if name not in frame or not varies(frame[name]):
         return frame, ""
-    groups = [rows for _, rows in frame.groupby(name, sort=True)]
-    best = max(groups, key=lambda rows: (_num_cells(rows), rows[name].iloc[0]))
+    best = max((rows for _, rows in frame.groupby(name)), key=lambda rows: (_num_cells(rows), rows[name].iloc[0]))
     if "images_seen" in frame and (best["images_seen"] / best[name]).median() > FEW_PASSES:
         few = frame[frame["images_seen"] <= FEW_PASSES * frame[name]]
         if 3 * _num_cells(few) >= _num_cells(best):
@@ -107,12 +99,12 @@ def _num_cells(rows: pd.DataFrame) -> int:
 
 def lower_envelope(frame: pd.DataFrame) -> pd.DataFrame:
     """Keep the complete rows whose loss no complete row of equal or lower compute undercuts."""
-    x, y = "flops_train", "val_loss"
-    if absent := [name for name in (x, y) if name not in frame]:
+    names = ["flops_train", "val_loss"]
+    if absent := [name for name in names if name not in frame]:
         raise no_column(frame, absent[0])
     rows = complete(frame)
-    ordered = rows[(rows[x] > 0) & (rows[y] > 0)].sort_values([x, y], kind="stable")
-    return ordered[ordered[y] < ordered[y].cummin().shift(fill_value=np.inf)]
+    ordered = rows[(rows[names] > 0).all(axis=1)].sort_values(names, kind="stable")
+    return ordered[ordered["val_loss"] < ordered["val_loss"].cummin().shift(fill_value=np.inf)]
 
 
 PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
@@ -139,10 +131,7 @@ def envelope_flags(envelope: pd.DataFrame) -> tuple[Flag, ...]:
 
 def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_loss") -> tuple[Flag, ...]:
     """Flag columns in which the rows differ and which a law of these variables does not know, and points during
-    training.
-
-    Several sweeps or folders are flagged where their losses of equal cells differ: they may well be one experiment.
-    """
+    training. Sweeps and folders count where their losses of equal cells differ: they may well be one experiment."""
     known = {*variables, *(CANONICAL.get(v, v) for v in variables)}
     rows = complete(frame)
     names = [n for n in experiment_columns(rows) if n not in PROVENANCE or _differ(rows, n, y)]
@@ -154,16 +143,14 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
         unknown = f"The rows differ in {called} ({number} values), which the law does not know"
         text = f"{unknown}; choose one by {option('where')}."
         flags.append(Flag(kind="mixed", subject=called, number=number, text=text))
-    during = int((frame["status"] == "during").sum()) if "status" in frame else 0
-    if during == len(rows) > 0:
-        text = (
-            "The rows are points during training: before the learning rate decays, losses are higher than at budgets."
-        )
-        flags.append(Flag(kind="during", number=during, text=text))
-    elif during:
-        higher = f"{during} rows are points during training, where losses are higher than at budgets"
-        text = f"{higher}; leave them out by {option('where', 'status=complete')}."
-        flags.append(Flag(kind="during_mixed", number=during, text=text))
+    if during := int((frame["status"] == "during").sum()) if "status" in frame else 0:
+        if during == len(rows):
+            kind, what = "during", "The rows are points during training: before the learning rate decays, losses"
+            text = f"{what} are higher than at budgets."
+        else:
+            kind, what = "during_mixed", f"{during} rows are points during training, where losses are higher than at"
+            text = f"{what} budgets; leave them out by {option('where', 'status=complete')}."
+        flags.append(Flag(kind=kind, number=during, text=text))
     is_envelope = any((each.kind, each.subject) == ("where", "envelope") for each in left_out_of(frame))
     return (*flags, *(envelope_flags(frame) if is_envelope else ()))
 

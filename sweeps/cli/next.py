@@ -86,7 +86,7 @@ def command(
 def _table_candidates(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:
     """Return candidate runs on the table's grid and towards the target, priced by the table's FLOPs."""
     from aimscale.analysis.next.proposal import grid_offer
-    from aimscale.analysis.optimum.cost import cost_of, points_of
+    from aimscale.analysis.optimum.frontier import cost_of, points_of
     from aimscale.analysis.table.points import with_compute
 
     points = points_of(with_compute(df), y)

@@ -27,11 +27,11 @@ from scipy.stats import t as student
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.inference import CONFIDENCE
-from aimscale.analysis.forecasts.curves import Cache
 from aimscale.analysis.forecasts.forecaster import (
     DOF,
     LOSSES,
     TERMS,
+    Cache,
     Calibration,
     Forecaster,
     accuracy_forecaster,
@@ -164,7 +164,7 @@ def _of_probes(train: pd.DataFrame, test: pd.DataFrame) -> Iterator[tuple[str, p
         if asked.empty:
             continue
         try:
-            rows = _of_stack(accuracy_forecaster(probed, cache=fits), asked)
+            rows = _of_stack(accuracy_forecaster(probed, fits), asked)
         except AnalysisError:
             continue
         yield ":".join(map(str, key)), rows.assign(measured=1 - asked["top1"])
@@ -177,7 +177,7 @@ def _of_stack(found: Forecaster, test: pd.DataFrame) -> pd.DataFrame:
     rows = found.predict(places)
     known = sum((rows[name] / found.calibration.known) ** 2 for name in TERMS if name != "misfit")
     ends = {"predicted": rows["value"], "low": rows["pi_lo"], "high": rows["pi_hi"]}
-    if found.is_accuracy:
+    if found.points.is_accuracy:
         ends = {name: 1 - ends[other] for name, other in (("predicted", "predicted"), ("low", "high"), ("high", "low"))}
     terms = {"known": known, "rate": found.misfit, "log_distance": np.log(rows["distance"])}
     return pd.DataFrame({**ends, **terms, "distance": rows["distance"]})

@@ -23,9 +23,9 @@ from simulated_tables import ERRORS, EXPONENT, LOG_K, TRUTH, Cell, cells, each_t
 from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, repeats
 from aimscale.analysis.effects.gains import Gain, gains
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.optimum.frontier import Frontier
 from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier
 from aimscale.analysis.optimum.parametric import parametric_frontier
-from aimscale.analysis.optimum.result import Frontier
 
 ACCURACY_SD, EFFECT, R_D, CORRELATION, GAIN = 0.01, 0.004, 6.0, 0.6, 1.2
 """True values of the other studies: an accuracy's error, a contrast, the worth of repeats, a correlation, a gain."""

@@ -78,8 +78,8 @@ def _next(pool: pd.DataFrame, first: Array, test: pd.DataFrame, budget: float, l
     known = fit(law, pool.loc[first], y="loss", objective=OBJECTIVE, resamples=20)
     rest = np.setdiff1d(np.arange(len(pool)), first)
     left = budget - float(pool["C"].iloc[first].sum())
-    basket = buy(known, pool.loc[rest], pool["C"].to_numpy()[rest], test, budget=left)
-    return np.concatenate([first, rest[basket.rows]])
+    rows, _ = buy(known, pool.loc[rest], pool["C"].to_numpy()[rest], test, budget=left)
+    return np.concatenate([first, rest[rows]])
 
 
 def _in_order(pool: pd.DataFrame, first: Array, budget: float, order: Array) -> Array:

@@ -11,8 +11,8 @@ from tables import KNOWN, law_grid
 
 from aimscale.analysis import frontier
 from aimscale.analysis.optimum.approaches import apart_flags
-from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier, isoflop_points
-from aimscale.analysis.optimum.result import NoFrontier
+from aimscale.analysis.optimum.frontier import NoFrontier
+from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier, shared_budgets
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
 EXPONENT = 0.36 / 0.70
@@ -87,7 +87,8 @@ def test_budgets_are_shared_rows_not_chains_of_neighbours(known_study):
         pd.DataFrame({"N": 1e5 * 2.0 ** np.arange(-2, 3), "C": flops * (1 + 0.01 * np.arange(-2, 3)), "loss": 0.3})
         for flops in (1e12, 1e13)
     ]
-    groups = isoflop_points(pd.concat([fine, *lines], ignore_index=True))
+    points = pd.concat([fine, *lines], ignore_index=True)
+    groups = list(points.groupby(shared_budgets(points)))
     with_lines = [(flops, rows) for flops, rows in groups if (rows["loss"] == 0.3).any()]
     assert [round(flops / 1e12) for flops, _ in with_lines] == [1, 10]
     assert all((rows["loss"] == 0.3).sum() == 5 for _, rows in with_lines)
@@ -104,16 +105,16 @@ def test_groups_whose_errors_no_surface_can_tell_are_flags_wherever_the_frontier
     grid = pd.concat([law_grid(**axes, noise=0.003, rng=rng).assign(seed=s) for s in range(3)])
     grid["val_loss"] *= np.exp(0.005 * rng.standard_normal(4))[np.unique(grid["D"], return_inverse=True)[1]]
     found = frontier(grid.reset_index(drop=True))
-    flags = found[1].flags
+    flags = found.frontiers[0].flags
     assert [(each.kind, each.subject, each.number) for each in flags] == [
         ("unseen", "budgets", 4), ("few_groups", "sizes", 5),
     ]  # fmt: skip
-    for shown in (found.summary(), " ".join(found.sentences()), found[1].summary(), found.to_json()):
+    for shown in (found.summary(), " ".join(found.sentences()), found.frontiers[0].summary(), found.to_json()):
         assert "4 budgets cannot tell an error that all points of one share" in " ".join(shown.split())
     grid.to_csv(tmp_path / "t.csv", index=False)
     assert answer("frontier", tmp_path / "t.csv")["flags"] == list(map(str, flags))
     few = frontier(law_grid(sizes=(1e5, 1e7, 7), budgets=(1e5, 3e6, 5), noise=0.003, rng=rng))
-    assert [(each.kind, each.number) for each in few[1].flags] == [("few_groups", 5)]
+    assert [(each.kind, each.number) for each in few.frontiers[0].flags] == [("few_groups", 5)]
 
 
 def test_approaches_that_disagree_are_named(grid):

@@ -10,10 +10,9 @@ from tables import law_grid
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.optimum.approaches import frontier, gap, gap_to_loss
-from aimscale.analysis.optimum.cost import Cost
+from aimscale.analysis.optimum.frontier import Cost, NoFrontier
 from aimscale.analysis.optimum.measured import envelope_frontier
 from aimscale.analysis.optimum.parametric import parametric_frontier
-from aimscale.analysis.optimum.result import NoFrontier
 from aimscale.analysis.table.measures import to_minimise
 
 BOARD = Path(__file__).parents[2] / "board"

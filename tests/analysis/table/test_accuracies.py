@@ -12,7 +12,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table, read_tables
 from aimscale.analysis.table.schema import results_table, write_table
-from aimscale.sweeps.cli.main import verb
+from aimscale.sweeps.cli.main import load_verb
 
 NAMES = "N=n,D=d,C=6*n*d,L=loss,run_id=run,"
 ACCURACIES = NAMES + "dtd:linear=dtd_acc/100,dtd:chance=0.1,dtd:ideal=0,pets:linear=pets,pets:chance=guess"
@@ -76,6 +76,8 @@ def test_their_names_and_what_was_left_out_come_along(theirs, tmp_path):
         ("pets:linear=petz", "petz.*pets"),
         ("top1=pets", "TASK:KIND.*top1"),
         ("probes=pets", "number.*TASK:KIND"),
+        ("N", "N=num_params"),
+        ("N=petz", "no column petz .*pets"),
     ],
 )
 def test_what_is_no_accuracy_is_refused(theirs, tmp_path, columns, subject):
@@ -95,7 +97,7 @@ def test_what_nobody_named_is_said_once(theirs, tmp_path):
     found = ["dtd_acc", "top1", "top5", "acc, b", "task0_accuracy"]
     assert flags["accuracies_unnamed"].subject == f"{', '.join(found)} and 3 more"
     assert '"TASK:KIND": "dtd_acc/100"' in str(flags["accuracies_unnamed"])
-    result = CliRunner().invoke(verb("correlate"), [str(tmp_path / "theirs.csv"), "--columns", ACCURACIES])
+    result = CliRunner().invoke(load_verb("correlate"), [str(tmp_path / "theirs.csv"), "--columns", ACCURACIES])
     assert "Note" not in result.stderr
     say("report", tmp_path / "theirs.csv", "--columns", "N=n,D=d,L=loss,pets:zero-shot=pets")
     page = (tmp_path / "report.html").read_text()

@@ -6,7 +6,7 @@ import pytest
 
 from aimscale.analysis import correlate, fit, noise, read_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.optimum.cost import points_of
+from aimscale.analysis.optimum.frontier import points_of
 from aimscale.analysis.table.points import complete, most_passes, passes_flags, usable_rows
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from aimscale.analysis import fit
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
+from aimscale.analysis.table.read import probe_frame, read_table
 from aimscale.analysis.table.schema import COLUMNS, results_table, write_table
 
 PROBE = {"task": "digits", "kind": "linear", "blocks": [1, 2], "num_classes": 10, "n": 100, "top1": 0.5, "margin": 3}
@@ -44,18 +44,6 @@ def test_a_value_that_does_not_fit_is_refused_by_name():
             results_table([row])
 
 
-def test_foreign_columns_map_by_letter_and_by_name(tmp_path):
-    path = tmp_path / "theirs.csv"
-    pd.DataFrame({"Model Size": [1e6, 2e6], "loss": [3.0, 2.5], "val_loss": [9, 9]}).to_csv(path, index=False)
-    frame = read_table(path, parse_columns(["N=Model Size, val_loss=loss"]))
-    assert frame["params_total"].tolist() == [1_000_000, 2_000_000]
-    assert frame["val_loss"].tolist() == [3.0, 2.5]
-    with pytest.raises(AnalysisError, match=r"no column Size .*Model Size"):
-        read_table(path, {"N": "Size"})
-    with pytest.raises(AnalysisError, match="N"):
-        parse_columns(["N"])
-
-
 @pytest.mark.parametrize(
     ("name", "content", "subject"),
     [
@@ -81,11 +69,10 @@ def test_bad_tables_are_refused_in_one_sentence(tmp_path, name, content, subject
 
 
 def test_a_newer_schema_is_refused(tmp_path):
-    path = tmp_path / "results.parquet"
     newer = results_table(ROWS).replace_schema_metadata({"aimscale_schema_version": "99"})
-    write_table(newer, path)
+    write_table(newer, tmp_path / "results.parquet")
     with pytest.raises(AnalysisError, match="99"):
-        read_table(path)
+        read_table(tmp_path)
 
 
 def test_a_missing_letter_is_asked_for_with_the_formula_that_counts_it(tmp_path):

@@ -75,6 +75,8 @@ def test_a_pool_seen_many_times_gives_way_to_rows_that_see_theirs_few_times(know
     assert (words, len(part)) == ("at most 4 passes over their pool", 30)
     assert part["epochs"].max() == 4
     assert set(fresh_part(known_study(worn, *fresh[:1]))[0]["unique_images"]) == {1000}
+    assert mixed(known_study(*fresh), "ND") == []
+    assert mixed(known_study(*fresh, worn), "ND") == [("unique_images", 5)]
 
 
 def test_words_settings_and_folders_of_others_tell_experiments_apart(known_study):
@@ -101,12 +103,6 @@ def test_sweeps_of_one_experiment_are_no_mixture(known_study, name):
     assert mixed(pd.concat([one.assign(**{name: "a"}), empty], ignore_index=True), "ND") == []
     apart = known_study({"seeds": [1], "budgets": [5000, 9000], "effect": 0.02})
     assert mixed(pd.concat([one.assign(**{name: "a"}), apart.assign(**{name: "b"})], ignore_index=True), "ND") == []
-
-
-def test_pools_are_a_mixture_where_they_repeat(known_study):
-    fresh = [{"seeds": [0], "budgets": [seen], "uniques": [seen]} for seen in (4000, 8000, 16000, 32000)]
-    assert mixed(known_study(*fresh), "ND") == []
-    assert mixed(known_study(*fresh, {"seeds": [0], "uniques": [1000]}), "ND") == [("unique_images", 5)]
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "board").glob("*.csv")), ids=lambda p: p.stem)

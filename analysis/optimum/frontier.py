@@ -1,10 +1,9 @@
-"""The frontier by one approach: N*(C) = k C^a with intervals, and the optimum at any amount of compute."""
+"""The frontier by one approach, and the points and the cost of training that every approach takes from a table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,17 +14,53 @@ from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.optimum.cost import Cost
+from aimscale.analysis.laws.catalogue import CHINCHILLA
+from aimscale.analysis.table.names import our_name
+from aimscale.analysis.table.points import resolve_columns, usable_rows
 from aimscale.analysis.words import Flag, power_of_ten, refusal_words
 
 
-class NoFrontier(AnalysisError):
-    """An approach that a table does not allow."""
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Training FLOPs C = kappa N^(1 + s) D: 6ND, or as counted with attention and head (and images for D)."""
 
-    def __init__(self, *flags: Flag) -> None:
-        super().__init__(why_not(flags))
-        self.flags = flags
-        """The reason first, then the amounts of compute that were refused."""
+    kappa: float
+    s: float
+
+    def samples(self, flops: Array, num_params: Array) -> Array:
+        """Return the D that a budget buys at a size."""
+        return flops / (self.kappa * num_params ** (1 + self.s))
+
+    def flops(self, num_params: Array, samples: Array) -> Array:
+        """Return the C of training a size on so many samples."""
+        return self.kappa * num_params ** (1 + self.s) * samples
+
+
+def cost_of(points: pd.DataFrame) -> Cost:
+    """Fit kappa and s to the N, D and C of points."""
+    log_n, log_d, log_c = np.log(points[["N", "D", "C"]].to_numpy(float)).T
+    per_sample = log_c - log_n - log_d
+    is_flat = np.ptp(log_n) == 0 or np.ptp(per_sample) < 1e-9
+    s, intercept = (0.0, per_sample.mean()) if is_flat else np.polyfit(log_n, per_sample, 1)
+    return Cost(kappa=float(np.exp(intercept)), s=float(s))
+
+
+def points_of(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Take N, D, C and loss of the usable rows, under these names, with the columns that tell sizes and runs apart."""
+    named = {"C": our_name(df, "C"), **(columns or {})}
+    found = {**resolve_columns(CHINCHILLA, df, columns), "C": named["C"], "loss": y}
+    used = usable_rows(df, found, best_by="loss")
+    if used.numbers.empty:
+        raise AnalysisError("No row of the table has positive N, D, C and loss, so there is no frontier to draw.")
+    return used.numbers.assign(**{name: used.rows[name] for name in ("size", "run_id", "seed") if name in df.columns})
+
+
+class NoFrontier(AnalysisError):
+    """An approach that a table does not allow: flags of the reason, then of the budgets that were refused."""
+
+    def __init__(self, kind: str, text: str, *refusals: Flag, subject: str = "", number: float = 0.0) -> None:
+        self.flags = (Flag(kind=kind, subject=subject, number=number, text=text), *refusals)
+        super().__init__(why_not(self.flags))
 
 
 def why_not(flags: Sequence[Flag]) -> str:
@@ -39,13 +74,9 @@ def student_interval(value: float, error: float, degrees: float, method: str = "
     return Interval(low=value - half, high=value + half, method=method)
 
 
-Optimum = Callable[[Array], tuple[Array, Array, Array]]
-"""Budgets (m,) -> ln N* (m,), its standard errors (m,) and their degrees of freedom (m,)."""
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Frontier(Result):
-    """N*(C) = k C^a by one approach."""
+    """Compute-optimal size N*(C) = k C^a by one approach."""
 
     approach: int
     """1 envelope of the sizes' losses, 2 iso-FLOP parabolas, 3 parametric law."""
@@ -54,21 +85,21 @@ class Frontier(Result):
     exponent: float
     """a, of N*(C)."""
     exponent_interval: Interval
-    optimum: Optimum = field(repr=False)
-    """ln N* at amounts of compute, with its errors."""
+    optimum: Callable[[Array], tuple[Array, Array, Array]] = field(repr=False)
+    """Function from budgets (m,) to ln N* (m,), its standard errors and their degrees of freedom."""
     cost: Cost
     pairs: pd.DataFrame
-    """The optima that the line goes through: C, N, D, loss (approaches 1 and 2)."""
-    refusals: tuple[Flag, ...]
+    """Optima that the line goes through: C, N, D, loss (approaches 1 and 2)."""
+    refusals: tuple[Flag, ...] = ()
     """Budgets left out and why; their number is C."""
     range: tuple[float, float]
     """Smallest and largest C used."""
     law: Fit | None = field(default=None, repr=False)
-    """The law of approach 3."""
+    """Law of approach 3."""
     flags: tuple[Flag, ...] = ()
     """Errors that the interval does not count."""
 
-    def at(self, flops: Any) -> pd.DataFrame:
+    def at(self, flops: Array) -> pd.DataFrame:
         """Return the optimum at budgets.
 
         Returns:
