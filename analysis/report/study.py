@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from aimscale import analysis
@@ -174,8 +173,7 @@ def _evenly(rows: pd.DataFrame) -> pd.DataFrame:
     by = [name for name in ("flops_train", "images_seen", "params_total") if name in rows]
     if len(rows) <= MAX_FITTED or not by:
         return rows
-    order = np.lexsort([rows[name].to_numpy() for name in reversed(by)])
-    return rows.iloc[np.sort(order[spaced(len(rows), MAX_FITTED)])]
+    return rows.sort_values(by).iloc[spaced(len(rows), MAX_FITTED)].sort_index()
 
 
 def _fit_laws(study: Study) -> None:

@@ -114,11 +114,6 @@ def page(folder) -> Page:
     return Page((folder / "report.html").read_text())
 
 
-def test_the_cost_counts_what_the_budgets_of_a_run_share_once(page):
-    hours = sum(SIZES.values()) * 32_000 / 1e12
-    assert f"Training to the largest budget of each run took {human(hours)} device-hours on cpu." in page.text
-
-
 def test_every_section_figure_and_table_is_there(page):
     sections = {"summary", "runs", "scaling", "accuracy", "linked", "laws", "pictures"}
     sections |= {"published", "methods", "provenance"}
@@ -129,6 +124,9 @@ def test_every_section_figure_and_table_is_there(page):
     assert sum(tag == "svg" for tag, _ in page.tags) >= len(figures)
     assert sum(tag == "img" for tag, _ in page.tags) == 3 * (2 + 3)  # truth, prefix and three models of three images
     assert "What is missing" not in page.text
+    assert "^" not in page.text, "a formula is not set"
+    hours = human(sum(SIZES.values()) * 32_000 / 1e12)  # what the budgets of a run share counts once
+    assert f"Training to the largest budget of each run took {hours} device-hours on cpu." in page.text
 
 
 def test_each_figure_leaves_for_a_paper_with_what_it_draws(page, folder):
@@ -188,10 +186,6 @@ def test_loss_and_accuracies_are_forecast(page):
     assert "3 to 10 times beyond" in table, "the record at the distance of the nearer forecast"
     assert "30 to 100 times beyond" in table
     assert re.search(r"digits:attentiveN = 40M, D = 320k0\.\d+\[0\.\d+, 0\.\d+\].*100", table)
-
-
-def test_formulas_are_set_wherever_they_stand(page):
-    assert "^" not in page.text
 
 
 def test_hostile_names_are_only_text(tmp_path):
