@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -78,20 +79,19 @@ def correlate(
     groups = {("", ""): df}
     if y not in df.columns:
         asked, probes = wanted_measures(complete(df), [y], by=""), probe_frame(complete(df))
-        names, y = {(m.task, m.kind) for m in asked}, asked[0].column
-        groups = {name: probes[(probes["task"] == name[0]) & (probes["kind"] == name[1])] for name in sorted(names)}
+        y, of_probe = asked[0].column, dict(list(probes.groupby(["task", "kind"])))
+        groups = {name: of_probe[name] for name in sorted({(m.task, m.kind) for m in asked})}
     found = list[Correlation]()
-    for (task, kind), rows in groups.items():
-        compute = our_name(rows, "C")
-        is_default = partial is None and within is None and _has_several(rows, compute, x, y)
-        for held in (compute, None) if is_default else (partial,):
-            found += [replace(c, task=task, kind=kind) for c in _correlate(rows, methods, x, y, held, within)]
+    for name, rows in groups.items():
+        for held in (our_name(rows, "C"), None) if _is_split(rows, x, y, partial, within) else (partial,):
+            found += [replace(c, task=name[0], kind=name[1]) for c in _correlate(rows, methods, x, y, held, within)]
     return Correlations(correlations=tuple(found))
 
 
-def _has_several(df: pd.DataFrame, compute: str, x: str, y: str) -> bool:
-    """Return whether rows at three amounts of compute or more have both columns, which vary."""
-    if compute in (x, y) or not {compute, x, y} <= {*df.columns}:
+def _is_split(df: pd.DataFrame, x: str, y: str, *held: str | None) -> bool:
+    """Return whether nothing is held, and rows at three amounts of compute or more have both columns, which vary."""
+    compute = our_name(df, "C")
+    if any(held) or compute in (x, y) or not {compute, x, y} <= {*df.columns}:
         return False
     known = usable_rows(df, {name: name for name in (x, y, compute)}, signed={x, y}).numbers
     return len(known) >= MIN_ROWS and known[compute].nunique() > 2 and min(known[[x, y]].nunique()) > 1
@@ -123,25 +123,13 @@ def _correlate(
     cluster = _cluster_column(rows, within)
     member, sides = _codes(rows, cluster), numbers[[x, y]].to_numpy()
     sides = sides / np.abs(sides).max(axis=0)  # squares of 1e308 are no numbers
+    names = {"x": x, "y": y, "cluster": cluster, "partial_on": partial, "within": within}
+    about: dict[str, Any] = {key: name and their_name(df, name) for key, name in names.items()}
+    about |= {"num_points": len(rows), "num_clusters": int(member.max()) + 1, "num_groups": num_groups}
+    about |= {"chance": _chance_of_all(rows, y), "exclusions": used.exclusions}
     for method in methods:
         value, low, high, degrees = _interval(method, sides, group, held, member)
-        yield Correlation(
-            method=method,
-            x=their_name(df, x),
-            y=their_name(df, y),
-            value=value,
-            low=low,
-            high=high,
-            num_points=len(rows),
-            cluster=cluster and their_name(df, cluster),
-            num_clusters=int(member.max()) + 1,
-            degrees=degrees,
-            partial_on=partial and their_name(df, partial),
-            num_groups=num_groups,
-            within=within and their_name(df, within),
-            chance=_chance_of_all(rows, y),
-            exclusions=used.exclusions,
-        )
+        yield Correlation(method=method, value=value, low=low, high=high, degrees=degrees, **about)
 
 
 def _codes(rows: pd.DataFrame, name: str | None) -> Array:
@@ -151,12 +139,10 @@ def _codes(rows: pd.DataFrame, name: str | None) -> Array:
 
 def _cluster_column(df: pd.DataFrame, within: str | None) -> str | None:
     """Name the largest groups that share errors: sizes, unless means of `within` take those out, else runs."""
-    for name in (*SIZE_COLUMNS, "run_id"):
-        if name not in df.columns or df[name].isna().any() or not MIN_ROWS <= df[name].nunique() < len(df):
-            continue
-        if name == "run_id" or within is None or df.groupby(within)[name].nunique().max() > 1:
-            return name
-    return None
+    names = [name for name in (*SIZE_COLUMNS, "run_id") if name in df.columns and df[name].notna().all()]
+    names = [name for name in names if MIN_ROWS <= df[name].nunique() < len(df)]
+    cross = (n for n in names if n == "run_id" or within is None or df.groupby(within)[n].nunique().max() > 1)
+    return next(cross, None)
 
 
 def _chance_of_all(rows: pd.DataFrame, y: str) -> float | None:
@@ -174,8 +160,7 @@ def _equal_compute(values: Array, sizes: Array) -> tuple[Array, Array, int | Non
     A straight line does not do: two power laws of compute bend about it and then correlate, whatever else they have in
     common.
 
-    Returns:
-        Group of each row, columns (n, q) that are taken out besides groups' means, number of groups that share compute.
+    Returns the group of each row, columns (n, q) to take out besides groups' means, and the number of groups.
     """
     log_c = np.log(values)
     order = np.argsort(log_c, kind="stable")

@@ -40,8 +40,7 @@ def link(
         The sigmoid as a fit, whose variable is L.
 
     Raises:
-        AnalysisError: accuracies that are no fractions, an ideal loss that is not below every measured one, or too few
-            points.
+        AnalysisError: accuracies that are no fractions, an ideal loss not below every measured one, too few points.
 
     Example:
         >>> probes = probe_frame(read_table("results.parquet"))

@@ -15,36 +15,32 @@ from aimscale.analysis.words import percent
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation:
-    """One coefficient of two columns."""
+    """One coefficient of two columns, with a 95 % interval."""
 
     task: str = ""
     """Task of the accuracy, where y is one."""
     kind: str = ""
-    """Kind of its probe."""
     method: str
-    """pearson or spearman."""
     x: str
     y: str
     value: float
     """Coefficient, -1 to 1; NaN where nothing varies."""
     low: float
-    """Lower end of its 95 % interval."""
     high: float
     num_points: int
     cluster: str | None
     """Column whose rows were left out together; None for single rows."""
     num_clusters: int
     degrees: int
-    """Degrees of freedom of Student's t."""
-    partial_on: str | None = None
+    partial_on: str | None
     """Column that was held equal, if any."""
-    num_groups: int | None = None
+    num_groups: int | None
     """Groups of rows that share it, within which rows were compared; None: about a polynomial in its logarithm."""
-    within: str | None = None
+    within: str | None
     """Column whose groups' means were taken out of both, if any."""
-    chance: float | None = None
+    chance: float | None
     """Accuracy of guessing, where no row's accuracy is significantly above it."""
-    exclusions: tuple[Exclusion, ...] = ()
+    exclusions: tuple[Exclusion, ...]
 
     @property
     def is_significant(self) -> bool:
@@ -64,12 +60,6 @@ class Correlation:
             return "nothing varies"
         return ("" if self.is_significant else "not ") + "significant" + ", all at chance" * (self.chance is not None)
 
-    def cautions(self) -> Iterator[str]:
-        """Yield a sentence where all accuracies lie at chance."""
-        if self.chance is not None:
-            name = f" of {self.task}:{self.kind}" if self.task else ""
-            yield f"all accuracies{name} lie at chance ({percent(self.chance, 3)}) within their binomial error"
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Correlations(Result):
@@ -86,9 +76,9 @@ class Correlations(Result):
     @property
     def table(self) -> pd.DataFrame:
         """One row per coefficient: task, kind, compared, method, value, low, high, num_points, verdict."""
-        of = ("task", "kind") if any(c.task for c in self) else ()
-        names = (*of, "compared", "method", "value", "low", "high", "num_points", "verdict")
-        return pd.DataFrame([{name: getattr(c, name) for name in names} for c in self])
+        names = ["task", "kind", "compared", "method", "value", "low", "high", "num_points", "verdict"]
+        table = pd.DataFrame([{name: getattr(c, name) for name in names} for c in self])
+        return table if table["task"].any() else table.drop(columns=["task", "kind"])
 
     def headline(self) -> str:
         """Return what was correlated, and what was held equal."""
@@ -97,16 +87,19 @@ class Correlations(Result):
 
     def facts(self) -> list[tuple[str, str]]:
         """Return cautions, what was correlated, how intervals were found and what was left out."""
-        found = [("with care", each) for c in self for each in c.cautions()]
+        at_chance = {c.task and f" of {c.task}:{c.kind}": c.chance for c in self if c.chance is not None}
+        text = "all accuracies{} lie at chance ({}) within their binomial error"
+        found = [("with care", text.format(name, percent(chance, 3))) for name, chance in at_chance.items()]
         found.append(("correlated", self.headline().removeprefix("Correlation of ")))
         if len({c.partial_on for c in self}) > 1:
             found.append(("over all rows", "both may follow compute, and then they correlate whatever else they share"))
-        about = "about a polynomial in the logarithm of"
         for c in self:
             over = f"{c.num_clusters} clusters by {c.cluster}" if c.cluster else f"{c.num_points} rows"
             how = f"95 %, jackknife of Fisher's z over {over}, t with {c.degrees} degrees of freedom"
-            groups = f"within {c.num_groups} groups of equal" if c.num_groups else ""
+            groups = (
+                f"within {c.num_groups} groups of equal" if c.num_groups else "about a polynomial in the logarithm of"
+            )
             found.append(("intervals", how))
-            found += [("held equal", f"{groups or about} {c.partial_on}")] * bool(c.partial_on)
+            found += [("held equal", f"{groups} {c.partial_on}")] * bool(c.partial_on)
             found += [("left out", "; ".join(map(str, c.exclusions)))] * bool(c.exclusions)
         return list(dict.fromkeys(found))

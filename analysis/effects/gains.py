@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
 from aimscale.analysis.effects.paired import mean_over_pairs
-from aimscale.analysis.effects.result import Contrast, Contrasts
+from aimscale.analysis.effects.result import Contrast, Contrasts, level_names
 from aimscale.analysis.words import Flag
 
 ASKS_OTHERWISE = ("patch_order",)
@@ -26,14 +26,13 @@ UNKNOWN = 100.0
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """A level's worth in compute, against the baseline."""
+    """A level's worth in compute, against the baseline, with the 95 % interval of the losses' reach."""
 
     level: str
     baseline: str
     factor: float
     """The level is worth this many times the compute (geometric mean over pairs of runs); below 1: it wastes some."""
     low: float
-    """Lower end of its interval, which reaches as far as that of the losses."""
     high: float
     num_run_pairs: int
     reach: str
@@ -59,10 +58,14 @@ def gains(found: Contrasts) -> tuple[Gain | Flag, ...]:
 
 def _gain(c: Contrast, found: Contrasts) -> Gain | Flag | None:
     """Read the gain off the baseline's own curves, or tell why there is none; None where it has no curves."""
-    keys = [str(name) for name in c.pairs if name not in ("run_pair", "baseline_value", "level_value", "difference")]
+    rows = found.rows.dropna(subset=["val_loss"])
+    keys = [str(name) for name in c.pairs if name in rows]
     if "images_seen" not in keys:
         return None
-    base, level = (_costs(found, name, keys) for name in (c.baseline, c.level))
+    has_flops = "flops_train" in rows and rows["flops_train"].notna().all()
+    rows = rows.assign(cost=rows["flops_train" if has_flops else "images_seen"])
+    means = rows.groupby([level_names(rows[found.by]), *keys], dropna=False)[["val_loss", "cost"]].mean()
+    base, level = (means.loc[name].reset_index() for name in (c.baseline, c.level))
     run_keys = [name for name in keys if name != "images_seen"]
     curves = c.pairs.drop_duplicates("run_pair")[[*run_keys, "run_pair"]].merge(base, on=run_keys).groupby("run_pair")
     if curves.size().min() < MIN_BUDGETS:
@@ -76,18 +79,9 @@ def _gain(c: Contrast, found: Contrasts) -> Gain | Flag | None:
         )
         return Flag(kind="no_gain_outside", subject=c.level, number=outside, text=text)
     mean = mean_over_pairs(pd.Series(log_gains, c.pairs.index), c.pairs)
-    factor, low, high = np.exp([mean.value, *mean.ends]).tolist()
+    factor, low, high = np.exp(mean[:3]).tolist()
     names = {"level": c.level, "baseline": c.baseline, "reach": c.scope}
     return Gain(**names, factor=factor, low=low, high=high, num_run_pairs=c.num_run_pairs)
-
-
-def _costs(found: Contrasts, level: str, keys: list[str]) -> pd.DataFrame:
-    """Return a level's mean loss and compute, or images seen, where no compute is counted."""
-    known = found.rows.dropna(subset=["val_loss"])
-    has_flops = "flops_train" in known and bool(known["flops_train"].notna().all())
-    rows = found.rows_at(level).dropna(subset=["val_loss"])
-    rows = rows.assign(cost=rows["flops_train" if has_flops else "images_seen"])
-    return rows.groupby(keys, dropna=False)[["val_loss", "cost"]].mean().reset_index()
 
 
 def _log_cost(curve: pd.DataFrame, loss: float) -> float:

@@ -38,13 +38,9 @@ class Noise(Result):
     flags: tuple[Flag, ...]
     """Components that could not be told, and why."""
 
-    def sentences(self) -> list[str]:
-        """Tell each component, and what is not known."""
-        lines = []
-        for _, source, value, low, high, basis in self.table.itertuples(index=False, name=None):
-            ends = f" [{100 * low:.3f}, {100 * high:.3f}]" if np.isfinite(low) else ""
-            lines.append(f"{source}: {100 * value:.3f} %{ends} ({basis}).")
-        return [*lines, *flag_words(self.flags)]
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what is not known, and what the numbers are."""
+        return [*(("with care", each) for each in flag_words(self.flags)), ("shown", self.headline())]
 
     def headline(self) -> str:
         """Say what the numbers are."""
@@ -87,17 +83,16 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> N
 
 def _seeds(rows: pd.DataFrame, y: str) -> list[tuple[str | float, ...]]:
     """Pool the spread between seeds over cells; budgets of a run share its error, so the interval counts a run once."""
+    if "seed" not in rows:
+        return []
     keys = held_equal(rows, {"seed", y})
-    if "seed" not in rows or not varies(rows["seed"]):
-        return []
     table = rows.assign(log_y=np.log(rows[y])).groupby([*keys, "seed"], dropna=False)["log_y"].mean().reset_index()
-    table = table[table.groupby(keys, dropna=False)["seed"].transform("count") > 1]
-    if table.empty:
+    cells = table.groupby(keys, dropna=False)
+    spread = table["log_y"] - cells["log_y"].transform("mean")
+    of_runs = table.groupby([name for name in keys if name != "images_seen"], dropna=False)["seed"].nunique() - 1
+    if not (spare := int(of_runs.clip(0).sum())):
         return []
-    cells = table.groupby(keys, dropna=False)["log_y"]
-    variance = float(((table["log_y"] - cells.transform("mean")) ** 2).sum() / (len(table) - cells.ngroups))
-    runs = table.groupby([name for name in keys if name != "images_seen"], dropna=False)["seed"].nunique()
-    spare = int((runs - 1).sum())
+    variance = float((spread**2).sum() / (len(table) - cells.ngroups))
     low, high = np.sqrt(variance * spare / chi2.ppf([0.975, 0.025], spare)).tolist()
     return [("seeds", "between seeds", variance**0.5, low, high, f"{spare} degrees of freedom of runs")]
 
@@ -113,8 +108,7 @@ def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[tuple[str | fl
         law = law if law is not None and law.law.name == name else fit(rows, name, y=y, is_tested=False)
     except AnalysisError:
         return
-    errors = law.estimate.components
+    errors, counts = law.estimate.components, law.estimate.groups.counts
     yield "law", "scatter about the joint law", errors.total, np.nan, np.nan, f"{law.num_points} points"
-    for kind, num in law.estimate.groups.counts.items():
-        if errors.shared[kind] > 0:
-            yield kind, SHARED[kind], errors.shared[kind], np.nan, np.nan, f"{num} {kind}"
+    for kind in filter(errors.shared.get, counts):
+        yield kind, SHARED[kind], errors.shared[kind], np.nan, np.nan, f"{counts[kind]} {kind}"

@@ -29,10 +29,9 @@ LEAST_SIZES = 3
 
 
 class Hits(NamedTuple):
-    """Test images that a probe got right."""
+    """Test images that a probe got right; those of equal evaluations are the same."""
 
     evaluation: str
-    """Tells the test images: equal evaluations have the same."""
     num_test: int
     bits: bytes
     """`np.packbits` of one bit per image, in the data set's order."""
@@ -44,43 +43,33 @@ class Hits(NamedTuple):
 
 
 def hits_of(probes: pd.DataFrame) -> pd.Series:
-    """Return `Hits` of every row of a `probe_frame` by `read_tables`; None where its table's folder has none of it.
-
-    Raises:
-        AnalysisError: a file that cannot be read.
-    """
+    """Return `Hits` of every row of a `probe_frame` by `read_tables`; none where its table's folder has none of it."""
     found = beside(probes, "hits.parquet")
     if not found or not set(HITS_KEY) <= set(probes):
         return pd.Series([None] * len(probes), probes.index, object)
     on = [FOLDER, *HITS_KEY]
-    known = pd.concat(found, ignore_index=True).drop_duplicates(on)
     # Baselines have no size: a column of blanks alone is of numbers on one side, and of words on the other.
     types = dict.fromkeys(on, object) | {"images_seen": float}
-    both = probes[[*on, "n"]].astype(types).merge(known.astype(types), "left", on)
-    whole = (both["n"] == both["num_test"]).tolist()
-    columns = zip(whole, both["evaluation"], both["num_test"], both["hits"], strict=True)
-    return pd.Series([Hits(e, int(n), bits) if same else None for same, e, n, bits in columns], probes.index, object)
+    known = pd.concat(found).drop_duplicates(on).astype(types)
+    both = probes[[*on, "n"]].astype(types).merge(known, "left", on)
+    rows = both[["n", "num_test", "evaluation", "hits"]].itertuples(index=False, name=None)
+    hits = [Hits(evaluation, int(n), bits) if n == num_test else None for n, num_test, evaluation, bits in rows]
+    return pd.Series(hits, probes.index, object)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """A difference of accuracies over shared test images, as fractions."""
+    """A difference of accuracies over shared test images, as fractions, by its 95 % interval."""
 
     num_images: int
     discordant: float
     """Share of the images that one of the two gets right and the other does not; the mean over pairs."""
     low: float
-    """Lower end of the 95 % interval of the difference over test images."""
     high: float
     detectable: float
-    """Minimum detectable effect: the difference that is found with probability 0.8 among so many discordant images."""
+    """Minimum detectable effect among so many discordant images."""
     p: float
     """p value of McNemar's exact test, a little more cautious than the interval; NaN over several pairs."""
-
-    @property
-    def half(self) -> float:
-        """Half of the interval."""
-        return (self.high - self.low) / 2
 
 
 def paired(
@@ -91,15 +80,13 @@ def paired(
     The interval is Bonett and Price's for paired proportions (Journal of Educational and Behavioral Statistics 37:479,
     2012): Wald's after one more image for either side, which Fagerland, Lydersen and Laake (Statistics in Medicine
     33:2850, 2014) recommend, few discordant images included. The detectable effect solves Connor's sample size
-    (Biometrics 43:207, 1987) for it. Over several pairs an image's gain is its mean over them.
-    Weights of the pairs add up to 1.
+    (Biometrics 43:207, 1987) for it. Over several pairs, whose weights add up to 1, an image's gain is its mean.
     """
-    pairs = zip(baseline, level, strict=True)
-    sides = [(theirs, ours) for theirs, ours in pairs if isinstance(theirs, Hits) and isinstance(ours, Hits)]
-    if len(sides) < len(weights) or len({hits[:2] for side in sides for hits in side}) > 1:
+    hits = [each for each in (*baseline, *level) if isinstance(each, Hits)]
+    if len(hits) < 2 * len(weights) or len({each[:2] for each in hits}) > 1:
         return None
-    by_pair = np.array([ours.right - theirs.right for theirs, ours in sides])
-    gains, discordant = weights @ by_pair, float(weights @ np.abs(by_pair).mean(axis=1))
+    theirs, ours = np.split(np.array([each.right for each in hits]), 2)
+    gains, discordant = weights @ (ours - theirs), float(weights @ np.abs(ours - theirs).mean(axis=1))
     n = len(gains) + 2
     centre, square = gains.sum() / n, (gains @ gains + 2) / n
     z, power = norm.ppf(0.5 + CONFIDENCE / 2), norm.ppf(POWER)
@@ -113,31 +100,22 @@ def paired(
         high=float(centre + half),
         # d sqrt(n) = z sqrt(square) + power sqrt(square - d^2)
         detectable=float(np.sqrt(square) * (z * np.sqrt(n) + power * np.sqrt(n + power**2 - z**2)) / (n + power**2)),
-        p=p if len(sides) == 1 else np.nan,
+        p=p if len(theirs) == 1 else np.nan,
     )
 
 
 class Mean(NamedTuple):
-    """Mean of a difference over pairs of runs, and its error."""
+    """Mean of a difference over pairs of runs, with its 95 % interval; NaN where nothing tells its error."""
 
     value: float
-    se: float
-    """Standard error; NaN where nothing tells it."""
+    low: float
+    high: float
+    detectable: float
+    """Minimum detectable effect: the true difference that would be significant in 80 % of repetitions."""
     degrees: float
-    """Degrees of freedom of its interval; NaN where nothing tells the error."""
-    num_budgets: int = 0
-    """Budgets whose shared errors the standard error holds; 0 where it speaks of these budgets alone."""
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """95 % interval."""
-        half = float(student.ppf(0.5 + CONFIDENCE / 2, self.degrees) * self.se)
-        return self.value - half, self.value + half
-
-    @property
-    def detectable(self) -> float:
-        """Minimum detectable effect: the true difference that would be significant in 80 % of repetitions."""
-        return self.ends[1] - self.value + float(student.ppf(POWER, self.degrees) * self.se)
+    """Degrees of freedom of the interval."""
+    num_budgets: int
+    """Budgets whose shared errors the interval holds; 0 where it speaks of these budgets alone."""
 
 
 def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
@@ -153,7 +131,7 @@ def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
         pairs: `run_pair`, and `size` and `images_seen` where they are known and not what is compared.
     """
     runs = values.groupby(pairs["run_pair"])
-    y, n = runs.mean().to_numpy(float), runs.ngroups
+    y, n, num_budgets = runs.mean().to_numpy(float), runs.ngroups, 0
     sizes = pairs.groupby("run_pair")["size"].first().map(str) if "size" in pairs else pd.Series(["one"] * n)
     codes, names = pd.factorize(sizes)
     mean = float(y.mean())
@@ -166,8 +144,9 @@ def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
             design = linear_design(np.ones((len(pairs), 1)), weights)
             clustered["budgets"] = sandwich(design, values.to_numpy(float) - mean, budgets)
         (se,), (degrees,) = Covariance(by=clustered).of_contrasts(np.ones((1, 1)))
-        return Mean(mean, float(se), float(degrees), num_budgets)
-    if not (degrees := n - len(names)):
-        return Mean(mean, np.nan, np.nan)
-    within = y - pd.Series(y).groupby(codes).transform("mean").to_numpy()
-    return Mean(mean, float(np.sqrt(within @ within / degrees / n)), float(degrees))
+    else:
+        degrees = n - len(names) or np.nan
+        within = y - pd.Series(y).groupby(codes).transform("mean").to_numpy()
+        se = np.sqrt(within @ within / degrees / n)
+    half, more = se * student.ppf([0.5 + CONFIDENCE / 2, POWER], degrees)
+    return Mean(mean, float(mean - half), float(mean + half), float(half + more), float(degrees), num_budgets)

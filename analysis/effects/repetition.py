@@ -45,8 +45,7 @@ class Repeats(Result):
     @property
     def is_unbounded(self) -> bool:
         """Whether the data allow that repeats are as good as new images."""
-        i = self.fit.intervals.get("R_D")
-        return max(self.fit.params["R_D"], i.high if i else 0.0) > UNBOUNDED
+        return max(self.fit.params["R_D"], self.fit.intervals["R_D"].high) > UNBOUNDED
 
     @property
     def sample(self) -> str:
@@ -55,32 +54,22 @@ class Repeats(Result):
 
     def headline(self) -> str:
         """Tell R_D."""
-        r, i = self.fit.params["R_D"], self.fit.intervals.get("R_D")
+        r, i = self.fit.params["R_D"], self.fit.intervals["R_D"]
         if self.is_unbounded:
             return (
-                f"R_D has no upper end in these data; it is at least {i.low if i else r:.3g}. Up to "
-                f"{self.max_epochs:.3g} passes, repeats cannot be told from new {self.sample}s."
+                f"R_D has no upper end in these data; it is at least {i.low:.3g}. Up to {self.max_epochs:.3g} passes, "
+                f"repeats cannot be told from new {self.sample}s."
             )
-        ends = f" [{i.low:.3g}, {i.high:.3g}]" if i else ""
         return (
-            f"R_D = {r:.3g}{ends} ({PUBLISHED:.1f} for language, Muennighoff et al. 2023): a repeat is worth half of a "
-            f"new {self.sample} after {r * np.log(2):.3g} repeats."
+            f"R_D = {r:.3g} [{i.low:.3g}, {i.high:.3g}] ({PUBLISHED:.1f} for language, Muennighoff et al. 2023): a "
+            f"repeat is worth half of a new {self.sample} after {r * np.log(2):.3g} repeats."
         )
 
-    def sentences(self) -> list[str]:
-        """Tell R_D, what passes are worth, and what is not known."""
-        passes = [
-            f"Pass {k} over the same {self.sample}s is worth {100 * worth:.0f} % [{100 * low:.0f}, {100 * high:.0f}] "
-            f"of a pass over new ones; all {k} are worth {whole:.2f} [{least:.2f}, {most:.2f}]."
-            for k, worth, low, high, whole, least, most, is_measured in self.table.itertuples(index=False)
-            if is_measured
-        ]
-        fitted = (
-            f"Fitted to {self.fit.num_points} points at {self.num_uniques} pool sizes, up to {self.max_epochs:.3g} "
-            f"passes; {self.fit.interval_method}."
-        )
-        flags = (str(flag) for flag in self.fit.flags if flag.subject != "R_D")
-        return [self.headline(), *passes, fitted, *flags]
+    def facts(self) -> list[tuple[str, str]]:
+        """Return cautions about the fit, R_D, and what it was fitted to."""
+        pools = f"{self.fit.num_points} points at {self.num_uniques} pool sizes, up to {self.max_epochs:.3g} passes"
+        cautions = [("with care", str(flag)) for flag in self.fit.flags if flag.subject != "R_D"]
+        return [*cautions, ("worth", self.headline()), ("fitted to", f"{pools}; {self.fit.interval_method}")]
 
 
 def repeats(df: pd.DataFrame, *, y: str = "val_loss") -> Repeats:
@@ -99,8 +88,7 @@ def repeats(df: pd.DataFrame, *, y: str = "val_loss") -> Repeats:
         >>> repeats(read_table("repeats.parquet")).table
     """
     names, rows = resolve_columns(repeated(sizes=False), df), complete(df)
-    num_uniques = rows[names["U"]].nunique()
-    most = float((rows[names["D"]] / rows[names["U"]]).max())
+    num_uniques, most = rows[names["U"]].nunique(), float((rows[names["D"]] / rows[names["U"]]).max())
     if num_uniques < 2:
         raise AnalysisError(
             f"{their_name(df, names['U'])} takes {num_uniques} value{'s' * (num_uniques != 1)}, so what repeats are "

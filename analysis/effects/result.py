@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.display import Drawing, Result, plain_fields
-from aimscale.analysis.effects.paired import LEAST_SIZES, POWER, Paired
+from aimscale.analysis.effects.paired import LEAST_SIZES, Paired
 from aimscale.analysis.table.measures import Measure
-from aimscale.analysis.words import Flag, flag_words, p_value, some
+from aimscale.analysis.words import Flag, flag_words, some
 
 BETTER, WORSE, ALIKE = "better", "worse", "no significant difference"
 """Verdicts."""
@@ -20,11 +20,10 @@ BETTER, WORSE, ALIKE = "better", "worse", "no significant difference"
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Contrast(Result):
-    """One level against the baseline, in one measure."""
+    """One level against the baseline, in one measure, with 95 % intervals."""
 
     measure: Measure
     baseline: str
-    """Level that is subtracted."""
     level: str
     num_pairs: int
     num_run_pairs: int
@@ -36,12 +35,10 @@ class Contrast(Result):
     degrees: float
     """Degrees of freedom of the interval; NaN where it is over test images, or there is none."""
     baseline_mean: float
-    """Mean of the measure at the baseline, over pairs of runs."""
     level_mean: float
     difference: float
-    """Mean of level minus baseline."""
+    """Mean of level minus baseline, over pairs of runs; NaN ends where nothing tells its interval (see `over`)."""
     low: float
-    """Lower end of its interval (see `over`); NaN where nothing tells one."""
     high: float
     ratio: float
     """Geometric mean of level over baseline; NaN where a value is not positive."""
@@ -52,7 +49,6 @@ class Contrast(Result):
     images: Paired | None
     """The difference over test images, for these very runs; None without hits, or where test images differ."""
     verdict: str
-    """`better`, `worse`, or `no significant difference`."""
     pairs: pd.DataFrame = field(repr=False)
     """One row per pair of rows: the columns held equal that vary, baseline and level value, difference, run_pair."""
 
@@ -70,8 +66,7 @@ class Contrast(Result):
 
     @property
     def over(self) -> str:
-        """Reach of the interval: `sizes` like these, `runs` of these very sizes, `test images` of these very runs, or
-        nothing."""
+        """Reach of the interval: `sizes` like these, `runs` of these sizes, `test images` of these runs, or nothing."""
         if np.isnan(self.degrees):
             return "test images" if self.images else ""
         return "sizes" if self.num_sizes >= LEAST_SIZES else "runs"
@@ -81,58 +76,37 @@ class Contrast(Result):
         """Pairs, sizes and budgets that the interval is over, and those that it speaks of alone."""
         runs = "one pair of runs" if self.num_run_pairs == 1 else f"{self.num_run_pairs} pairs of runs"
         of_rows = self.num_pairs > self.num_run_pairs
-        runs += f" ({self.num_pairs} of rows)" if of_rows else ""
-        if self.over == "":
+        runs += f" ({self.num_pairs} of rows)" * of_rows
+        if not self.over:
             return f"from {runs}{' of different sizes' * (self.num_sizes > 1)}, so without an interval"
-        if self.images is not None and self.over == "test images":
+        if self.images and self.over == "test images":
             return f"over the {self.images.num_images:,} test images of {runs}"
         sizes = "" if self.over == "sizes" else ("", "this size", "these two sizes")[self.num_sizes]
         alone = " and ".join(filter(None, [sizes, "these budgets" * (of_rows and not self.num_budgets)]))
-        runs += f" at {self.num_sizes} sizes" * (not sizes and self.num_sizes > 0)
+        runs += f" at {self.num_sizes} sizes" * (self.over == "sizes")
         runs += f" and {self.num_budgets} budgets" * (self.num_budgets > 0) + f", for {alone}" * bool(alone)
         return f"over {runs} ({self.degrees:.3g} degrees of freedom)"
 
-    @property
-    def interval_words(self) -> str:
-        """Ends of the interval in the measure's unit."""
-        return f"[{self.measure.shown_difference(self.low)}, {self.measure.shown_difference(self.high)}]"
-
-    @property
-    def ratio_words(self) -> str:
-        """Ratio with its interval; empty where there is none."""
-        return "" if math.isnan(self.ratio) else f"{self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
-
     def sentence(self) -> str:
-        """Tell the difference, its interval and reach, and the minimum detectable effect where not significant."""
-        m, is_over_images = self.measure, self.over == "test images"
-        text = f"{m.title}: {m.shown(self.level_mean)} with {self.level}, {m.shown(self.baseline_mean)} with "
-        text += f"{self.baseline}, difference {m.shown_difference(self.difference)}"
-        if not self.over:
-            return f"{text}, {self.scope}."
-        text += f" {self.interval_words}"
-        text += f", ratio {self.ratio_words}" if self.ratio_words and not is_over_images else ""
-        text += f", {self.scope}"
-        if self.images is not None and not is_over_images:
-            text += f", on these test images (others: ±{m.shown_size(self.images.half)})"
-        elif self.images is not None and not math.isnan(self.images.p):
-            text += f", McNemar {p_value(self.images.p)}"
-        if self.is_significant:
-            return f"{text}: {self.level} is {self.verdict}."
-        effect = f"minimum detectable effect {m.shown_size(self.detectable)} at {100 * POWER:.0f} % power"
-        return f"{text}: {self.verdict} ({effect})."
+        """Tell what a row of the table does, and how far the interval reaches."""
+        told = (
+            f"{name} {cell}" for name, cell in self.row("level").items() if cell and name not in ("measure", "over")
+        )
+        return f"{self.measure.title}: {', '.join(told)}; {self.scope}."
 
     headline = sentence
 
     def row(self, by: str) -> dict[str, str]:
         """Write a row of a table of contrasts of the column `by`."""
-        m, known = self.measure, bool(self.over)
+        m, known, images = self.measure, bool(self.over), self.images
         over = "1 pair" if self.num_run_pairs == 1 else f"{self.num_run_pairs} pairs"
-        over += f", {self.images.num_images:,} images" if self.over == "test images" and self.images else ""
+        over += f", {images.num_images:,} images" if images and self.over == "test images" else ""
+        ratio = "" if math.isnan(self.ratio) else f"{self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
         return {
             "measure": m.title,
             by: self.level,
             "difference": m.shown_difference(self.difference),
-            "95 % interval": self.interval_words if known else "",
+            "95 % interval": f"[{m.shown_difference(self.low)}, {m.shown_difference(self.high)}]" * known,
             "over": over,
             "sizes": str(self.num_sizes or ""),
             "d.f.": "" if math.isnan(self.degrees) else f"{self.degrees:.3g}",
@@ -140,7 +114,7 @@ class Contrast(Result):
             "detectable": m.shown_size(self.detectable) if known and not self.is_significant else "",
             "mean": m.shown(self.level_mean),
             "baseline": m.shown(self.baseline_mean),
-            "ratio": self.ratio_words if known else "",
+            "ratio": ratio * known,
         }
 
 
@@ -160,10 +134,6 @@ class Contrasts(Result):
     """Levels that were not compared, with reasons, and cautions about this column's losses."""
     rows: pd.DataFrame = field(repr=False)
     """The complete rows of the table, with sizes."""
-
-    def rows_at(self, level: str) -> pd.DataFrame:
-        """Return the rows of a level."""
-        return self.rows[self.rows[self.by].map(level_name, na_action="ignore") == level]
 
     def facts(self) -> list[tuple[str, str]]:
         """Return flags, what is compared, what is equal within a pair."""
@@ -188,8 +158,10 @@ class Contrasts(Result):
         return f"{self.by}, against {self.baseline}"
 
 
-def level_name(value: Any) -> str:
-    """Write a level as a reader does: 6, not 6.0."""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value)
+def level_names(values: pd.Series) -> pd.Series:
+    """Write levels as a reader does: 6, not 6.0."""
+
+    def name(value: Any) -> str:
+        return str(int(value) if isinstance(value, float | np.floating) and value.is_integer() else value)
+
+    return values.map(name, na_action="ignore")

@@ -30,13 +30,12 @@ PAPER_SIDE = 224
 COUNTS = ("params_trunk", "params_total")
 """N of the exponents, without and with the pixel head."""
 LAST, CHOSEN, UNSAID = "last", "chosen", "not said"
-"""Blocks that a probe averages: the last six (the protocol's default), those that a hold-out chose, or a foreign table
-that does not say which."""
+"""Blocks that a probe averages: the last six (the protocol's default), those that a hold-out chose, or unknown ones."""
 REFERENCE = {LAST: "aim-7B", CHOSEN: "aim-7B-best", UNSAID: "aim-7B"}
-"""AIM-7B's row under the same choice of blocks; the default where the table does not say."""
+"""AIM-7B's row under the same choice of blocks."""
 BASELINES_FILE = "baselines.parquet"
-"""Raw pixels, random weights and timm models on the same probes, gathered by `aimscale collect` beside the table: the
-same columns, a row per baseline; `size` names it. They are no rows of the table, so that no law takes them for runs."""
+"""Raw pixels, random weights and timm models on the same probes, gathered by `aimscale collect` beside the table, which
+laws would take them for runs of; `size` names them."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -103,7 +102,7 @@ def share_cells(frame: pd.DataFrame) -> list[dict[str, str]]:
     """Write rows for a reader: shares in per cent, intervals in one column."""
     shares, rows = (*SHARES, "low", "high") if "difference" in frame else SHARES, list[dict[str, str]]()
     for row in frame.to_dict("records"):
-        words = {str(k): v if isinstance(v, str) else _number(v, str(k).startswith(shares)) for k, v in row.items()}
+        words = {str(name): _cell(value, str(name).startswith(shares)) for name, value in row.items()}
         for low, (high, _) in INTERVALS.items():
             if low in words:
                 words[low] = f"[{words[low]}, {words.pop(high)}]"
@@ -111,7 +110,9 @@ def share_cells(frame: pd.DataFrame) -> list[dict[str, str]]:
     return rows
 
 
-def _number(value: float, is_share: bool) -> str:
+def _cell(value: str | float, is_share: bool) -> str:
+    if isinstance(value, str):
+        return value
     return f"{100 * value:.1f}" if is_share and not pd.isna(value) else human(value)
 
 
@@ -151,6 +152,10 @@ def read_baselines(frame: pd.DataFrame) -> pd.DataFrame:
 def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     """Put each probe of the runs beside every baseline of the same task, kind and test images.
 
+    Where the tables' folders say which test images both got right, the interval is that of `effects.paired`. Else it is
+    Newcombe's for two independent proportions (Statistics in Medicine 17:873, 1998, method 10), which is wider: both
+    were measured on the same images. Neither covers seeds.
+
     Args:
         probes: `probe_frame` of the runs.
         baselines: `read_baselines`.
@@ -159,10 +164,6 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
         task, kind, size, params_total and images_seen of the run, n, baseline, top1, baseline_top1, gap (ours minus
         the baseline's) with gap_lo95 and gap_hi95, is_paired, p (McNemar's), detectable (the gap that would be seen
         with probability 0.8), and verdict: above, below, or no significant difference.
-
-    Where the tables' folders say which test images both got right, the interval is that of `effects.paired`. Else it is
-    Newcombe's for two independent proportions (Statistics in Medicine 17:873, 1998, method 10), which is wider: both
-    were measured on the same images. Neither covers seeds.
     """
     columns = ["task", "kind", "size", "params_total", "images_seen", "n", "baseline", "top1", "baseline_top1", "gap"]
     columns += ["gap_lo95", "gap_hi95", "is_paired", "p", "detectable", "verdict"]
@@ -179,7 +180,7 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     both = both.assign(gap=gap, gap_lo95=gap - below, gap_hi95=gap + above, detectable=detectable)
     both = both.assign(is_paired=False, p=np.nan)
     ends = ["is_paired", "gap_lo95", "gap_hi95", "detectable", "p"]
-    for row, one, other in zip(both.index, both["theirs"], both["ours"], strict=True):
+    for row, one, other in both[["theirs", "ours"]].itertuples():
         if found := paired([one], [other]):
             both.loc[row, ends] = True, found.low, found.high, found.detectable, found.p
     verdict = np.select([both["gap_lo95"] > 0, both["gap_hi95"] < 0], ["above", "below"], "no significant difference")
@@ -190,13 +191,13 @@ def _shared(probes: pd.DataFrame) -> tuple[pd.DataFrame, list[Flag]]:
     """Choose attentive results on the paper's tasks, and flag what else there is."""
     is_known, is_attentive = probes["task"].isin(TASKS), probes["kind"] == PROTOCOL
     kept = probes[is_known & is_attentive].dropna(subset=["top1"])
-    others = probes.loc[is_known & ~is_attentive, "kind"]
-    sides = kept["image_size"].dropna().astype(int) if "image_size" in kept else pd.Series(dtype=int)
-    sides = sides[sides != PAPER_SIDE].sort_values()
+    sides = kept.get("image_size", pd.Series(dtype=float)).dropna().astype(int).sort_values()
+    other_probes = probes.loc[is_known & ~is_attentive, "kind"]
+    other_sides = f"Resolution: these runs see {{}} px, AIM {PAPER_SIDE} px, which is part of every gap."
     found = (
         ("other_tasks", "Tasks that the paper does not have: {}.", probes.loc[~is_known, "task"]),
-        ("other_probes", "Probes of another kind than Table 6's attentive one: {}.", others),
-        ("other_sides", f"Resolution: these runs see {{}} px, AIM {PAPER_SIDE} px, which is part of every gap.", sides),
+        ("other_probes", "Probes of another kind than Table 6's attentive one: {}.", other_probes),
+        ("other_sides", other_sides, sides[sides != PAPER_SIDE]),
     )
     named = [(kind, text, ", ".join(map(str, values.unique()))) for kind, text, values in found if len(values)]
     return kept, [Flag(kind=k, subject=names, number=PAPER_SIDE, text=text.format(names)) for k, text, names in named]
@@ -212,12 +213,12 @@ def _last_budgets(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
     """Make a row per probe and choice of blocks; `top1` and its interval are those of the choice named in `blocks`."""
-    rows = _last_budgets(shared)
-    says, names = rows["last_top1"].notna(), ("top1", "top1_lo95", "top1_hi95")
+    rows, names = _last_budgets(shared), ("top1", "top1_lo95", "top1_hi95")
+    says = rows["last_top1"].notna()
     last = rows[says].assign(blocks=LAST, **{name: rows.loc[says, f"last_{name}"] for name in names})
-    own = rows.assign(blocks=np.where(says, CHOSEN, UNSAID))
     keep = [name for name in ("size", "params_total", "images_seen") if name in rows]
-    out = pd.concat([last, own]).sort_index(kind="stable")[[*keep, "task", "blocks", *names]].reset_index(drop=True)
+    out = pd.concat([last, rows.assign(blocks=np.where(says, CHOSEN, UNSAID))]).sort_index(kind="stable")
+    out = out[[*keep, "task", "blocks", *names]].reset_index(drop=True)
     best, references = out["task"].map(best_frozen), out["blocks"].map(REFERENCE)
     aim, top = ([table6().loc[*cell] for cell in zip(keys, out["task"], strict=True)] for keys in (references, best))
     out = out.assign(aim_7b=aim, gap_to_aim_7b=out["top1"] - aim)
@@ -227,7 +228,7 @@ def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
 def _exponents(usable: pd.DataFrame) -> tuple[pd.DataFrame, list[Flag]]:
     """Fit the paper's slopes and ours: a pure power law, as theirs, over sizes at one budget."""
     rows = [_exponent("AIM, four published points", published_frame(), count) for count in COUNTS]
-    seen, flags = their_name(usable, "images_seen", "images seen"), list[Flag]()
+    flags = list[Flag]()
     for count in COUNTS:
         if count not in usable or usable[count].isna().all():
             continue
@@ -237,7 +238,8 @@ def _exponents(usable: pd.DataFrame) -> tuple[pd.DataFrame, list[Flag]]:
             budget = num_sizes[num_sizes == num_sizes.max()].index.max()
             subset, words = usable[usable["images_seen"] == budget], f"{budget:,.0f}"
         try:
-            rows.append(_exponent(f"this table, {words} {seen}", subset, count))
+            whose = f"this table, {words} {their_name(usable, 'images_seen', 'images seen')}"
+            rows.append(_exponent(whose, subset, count))
         except AnalysisError as error:
             subject = f"Our exponent on {count}"
             flags.append(Flag(kind="no_result", subject=subject, text=f"{subject}: {error}"))
@@ -245,14 +247,10 @@ def _exponents(usable: pd.DataFrame) -> tuple[pd.DataFrame, list[Flag]]:
 
 
 def _exponent(whose: str, frame: pd.DataFrame, count: str) -> dict[str, float | str]:
-    """Fit a of L ~ N^-a.
-
-    Raises:
-        AnalysisError: a is not identified.
-    """
+    """Fit a of L ~ N^-a."""
     found = fit(frame, "power:N", columns={"N": count}, is_tested=False)
     if "a" in found.not_identified:
         raise AnalysisError(NOT_IDENTIFIED)
     interval, (n_low, n_high) = found.intervals["a"], found.ranges["N"]
-    row: dict[str, float | str] = {"whose": whose, "N": count, "exponent": found.params["a"]}
-    return row | {"low": interval.low, "high": interval.high, "n_low": n_low, "n_high": n_high}
+    ends = {"low": interval.low, "high": interval.high, "n_low": n_low, "n_high": n_high}
+    return {"whose": whose, "N": count, "exponent": found.params["a"], **ends}

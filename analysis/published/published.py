@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from aimscale.analysis.effects.contrasts import contrast, factors
-from aimscale.analysis.effects.result import Contrasts, level_name
+from aimscale.analysis.effects.result import Contrasts, level_names
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.design import DEFAULT
 from aimscale.analysis.table.points import complete
@@ -34,7 +34,7 @@ KINDS = ["linear", "attentive"]
 def _read(name: str, shares: list[str]) -> pd.DataFrame:
     """Read a table whose shares are printed in per cent."""
     out = pd.read_csv(DATA / name)
-    return out.assign(**{share: (out[share] / 100).round(4) for share in shares})
+    return out.assign(**(out[shares] / 100).round(4))
 
 
 @functools.cache
@@ -79,15 +79,14 @@ def ablations() -> pd.DataFrame:
 
 
 @functools.cache
-def _cells() -> dict[tuple[str, str], pd.Series]:
-    """Map columns and levels to the cells that mean them."""
-    named = ((*name.split("="), cell) for _, cell in ablations().iterrows() for name in cell["ours"].split("|") if name)
-    return {(column, level): cell for column, level, cell in named}
+def _cells() -> dict[str, pd.Series]:
+    """Map `column=level` to the cell that means it."""
+    return {name: cell for _, cell in ablations().iterrows() for name in cell["ours"].split("|") if name}
 
 
 def _varied() -> set[str]:
     """List the columns that the paper varied, too."""
-    return {"head_depth", *(column for column, _ in _cells())}
+    return {"head_depth", *(name.partition("=")[0] for name in _cells())}
 
 
 def beside_paper(found: Contrasts) -> pd.DataFrame:
@@ -104,17 +103,16 @@ def beside_paper(found: Contrasts) -> pd.DataFrame:
     for each in asked if found.by in _varied() else ():
         keys, kind = [name for name in each.pairs if name in rows], each.measure.kind
         paired = rows.astype(dict.fromkeys(keys, object)).merge(each.pairs[keys].drop_duplicates())
-        names = paired[found.by].map(level_name, na_action="ignore")
+        names = level_names(paired[found.by])
         ours, theirs = (_settings(paired[names == name], found.by, name) for name in (each.level, each.baseline))
-        shared = next(([ours[c], theirs[c]] for c in ours if c in theirs), [])
-        if len({cell["setting"] for cell in shared}) < 2 or pd.isna(shared[0][kind]):
+        column = next((c for c in ours if c in theirs), None)
+        if column is None or ours[column]["setting"] == theirs[column]["setting"] or pd.isna(ours[column][kind]):
             continue
-        level, baseline = shared
-        sizes = dict.fromkeys(map(human, (paired[count].min(), paired[count].max())))
+        level, baseline, sizes = ours[column], theirs[column], (paired[count].min(), paired[count].max())
         row = {"change": f"{level['setting']} over {baseline['setting']}", "kind": kind}
         row |= {"published": level[kind] - baseline[kind], "published_on": level["task"], "task": each.measure.task}
         row |= {name: getattr(each, name) for name in ("difference", "low", "high", "over")}
-        out.append(row | {"N": " to ".join(sizes)})
+        out.append(row | {"N": " to ".join(dict.fromkeys(map(human, sizes)))})
     return pd.DataFrame(out)
 
 
@@ -128,7 +126,7 @@ def _settings(rows: pd.DataFrame, by: str, level: str) -> dict[str, pd.Series]:
         own = [name for name in ("model.head_depth", "model.head_width", "model.head_kind") if name in rows]
         rules = rows["head_rule"].unique().tolist() if (rows[own] == DEFAULT).all(axis=None) else []
         names |= {"head_rule": "none"} if level == "0" else {"head_rule": rules[0]} if len(rules) == 1 else {}
-    return {column: _cells()[column, word] for column, word in names.items() if (column, word) in _cells()}
+    return {name: _cells()[f"{name}={each}"] for name, each in names.items() if f"{name}={each}" in _cells()}
 
 
 def in_words(beside: pd.DataFrame) -> Iterator[str]:

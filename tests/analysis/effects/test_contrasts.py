@@ -48,7 +48,7 @@ def test_a_known_effect_is_found_over_runs_not_rows(known_study):
     by_run = found.pairs.groupby("seed")["difference"].mean()
     exact = stats.ttest_1samp(by_run, 0).confidence_interval()
     assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
-    assert "3 pairs of runs (6 of rows)" in found.sentence()
+    assert "3 pairs of runs (6 of rows)" in found.scope
 
 
 def test_nothing_is_claimed_where_there_is_nothing_and_the_visible_effect_is_told(known_study):
@@ -80,7 +80,7 @@ def test_from_three_sizes_on_they_are_the_clusters():
     assert (np.log(each.ratio_low), np.log(each.ratio_high)) == pytest.approx((exact.low, exact.high))
     assert (each.over, each.num_sizes, each.degrees) == ("sizes", 3, pytest.approx(2))
     assert not each.is_significant
-    assert "at 3 sizes (2 degrees of freedom)" in each.sentence()
+    assert "at 3 sizes (2 degrees of freedom)" in each.scope
 
 
 def test_from_three_budgets_on_they_are_clusters_too():
@@ -94,7 +94,7 @@ def test_from_three_budgets_on_they_are_clusters_too():
     exact = stats.ttest_1samp(of_budget, 0).confidence_interval()
     assert (np.log(each.ratio_low), np.log(each.ratio_high)) == pytest.approx((exact.low, exact.high))
     assert (each.num_sizes, each.num_budgets, each.degrees) == (4, 3, pytest.approx(2))
-    assert "at 4 sizes and 3 budgets (2 degrees of freedom)" in each.sentence()
+    assert "at 4 sizes and 3 budgets (2 degrees of freedom)" in each.scope
     assert pickle.loads(pickle.dumps(each)).verdict == each.verdict
 
 
@@ -105,10 +105,10 @@ def test_two_sizes_speak_of_themselves_alone():
     half = stats.t.ppf(0.975, 4) * 0.002 / np.sqrt(6)  # pairs scatter by 0.002 about the mean of their size
     assert (np.log(each.ratio_low), np.log(each.ratio_high)) == pytest.approx((0.0075 - half, 0.0075 + half))
     assert (each.over, each.num_sizes, each.degrees) == ("runs", 2, 4)
-    assert "for these two sizes (4 degrees of freedom)" in each.sentence()
+    assert "for these two sizes (4 degrees of freedom)" in each.scope
     assert "these_sizes" in {flag.kind for flag in found.flags}
     (alone,) = contrast(df[df["size"] == "s0"], by="prefix").contrasts
-    assert "for this size (2 degrees of freedom)" in alone.sentence()
+    assert "for this size (2 degrees of freedom)" in alone.scope
 
 
 def test_one_pair_at_each_of_two_sizes_has_no_interval(tmp_path):
@@ -116,7 +116,7 @@ def test_one_pair_at_each_of_two_sizes_has_no_interval(tmp_path):
     (each,) = contrast(df, by="prefix").contrasts
     assert (each.over, each.verdict) == ("", "no significant difference")
     assert np.isnan([each.low, each.detectable, each.ratio_low, each.degrees]).all()
-    assert "without an interval" in each.sentence()
+    assert "without an interval" in each.scope
     hits = {"paired": np.arange(1000) < 500, "none": np.arange(1000) < 400}
     df = with_hits(df.assign(image_size=32), tmp_path, lambda row: hits[row["prefix"]])
     found = contrast(df, by="prefix", measures=["top1"])
@@ -170,7 +170,7 @@ def test_pairs_of_runs_vary_over_runs_and_the_images_that_they_share_stand_besid
     exact = stats.ttest_1samp(by_seed, 0).confidence_interval()
     assert (each.over, each.low, each.high) == ("runs", pytest.approx(exact.low), pytest.approx(exact.high))
     gain = np.mean([(drawn[s][1] & ~suits) * 1.0 - drawn[s][0] for s in range(3)], axis=0)
-    assert each.images.half == pytest.approx(1.96 * gain.std() / np.sqrt(4000), rel=0.01)
+    assert (each.images.high - each.images.low) / 2 == pytest.approx(1.96 * gain.std() / np.sqrt(4000), rel=0.01)
     assert np.isnan(each.images.p)
 
 

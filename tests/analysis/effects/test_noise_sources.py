@@ -58,6 +58,6 @@ def test_what_sizes_share_is_told_apart_from_the_scatter_of_points(known_study):
     found = noise(df.assign(val_loss=df["val_loss"] * np.exp(off)))
     assert of_kind(found, "sizes").value == pytest.approx(0.02, rel=0.5)
     assert of_kind(found, "seeds").value < 0.003
-    assert any("a size" in line for line in found.sentences())
+    assert "a size" in of_kind(found, "sizes").source
     sound = noise(df)
     assert (of_kind(sound, "sizes") or of_kind(sound, "seeds")).value < 0.003
