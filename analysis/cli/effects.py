@@ -39,7 +39,7 @@ def contrast(
     name, _, baseline = by.partition("=")
     found = analysis.contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
     worth, paper = gains(found), beside_paper(found)
-    told = [*(("worth", str(each)) for each in worth), *(("paper", each[7:]) for each in in_words(paper))]
+    told = [*(("worth", str(each)) for each in worth), *(("paper", each) for each in in_words(paper))]
     after = ["", fact_lines(list(dict.fromkeys(told)))] if told else []
     also = {"gains": [each for each in worth if isinstance(each, Gain)], "published": paper}
     show(found, json, figure, after=after, also=also, following=then(["report"], tables, columns, where))

@@ -271,8 +271,7 @@ def _changes(study: Study) -> Iterator[Part]:
             "fractions."
         )
     for name, found in contrasts.items():
-        paper = [("published", line.removeprefix("Paper: ")) for line in in_words(beside_paper(found))]
-        facts = [*found.facts(), *paper]
+        facts = [*found.facts(), *(("published", line) for line in in_words(beside_paper(found)))]
         yield result_block(html_id("contrast", name), f"Effect of {name}", found, facts=facts)
 
 

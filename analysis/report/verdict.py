@@ -68,8 +68,8 @@ def trust(joint: Fit | None, frontier: Approaches | None) -> tuple[Colour, list[
     tests, blind = ([test for test in joint.heldout if test.is_test is sound] for sound in (True, False))
     failures = held_out_cautions(tests or blind) if joint.heldout else ["No scale could be left out to test it."]
     flags = [f for f in joint.flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
-    small = [f for f in flags if f.kind in HARMLESS or (f.kind in SIZED and abs(f.number) < SMALL)]
-    small = [] if failures else small
+    tiny = [f for f in flags if f.kind in HARMLESS or (f.kind in SIZED and abs(f.number) < SMALL)]
+    small = [] if failures else tiny
     cautions = [*failures, *map(str, frontier.flags if frontier else ()), *(str(f) for f in flags if f not in small)]
     notes = [*held_out_cautions(blind if tests else ()), *map(str, small)]
     if fatal or cautions:
