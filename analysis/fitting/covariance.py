@@ -32,7 +32,6 @@ class Design:
     x: Array
     """Derivatives (n, k) by the coordinates of the basis."""
     weights: Array
-    """Weights of the estimate (n,)."""
     to_params: Array
     """Parameters (k, k) per coordinate."""
 
@@ -43,7 +42,7 @@ class Design:
 
     @cached_property
     def squared(self) -> Array:
-        """X' W^2 X (k, k); the identity where all weights are 1."""
+        """X' W^2 X (k, k)."""
         return self.weighted.T @ self.weighted
 
     @property
@@ -76,24 +75,21 @@ class Sandwich:
     covariance: Array
     """Covariance (k, k) of the coordinates."""
 
-    def degrees(self, contrast: Array) -> float:
-        """Return Bell and McCaffrey's degrees of freedom of a contrast (k,) of the coordinates.
-
-        For independent errors the variance is a quadratic form with the eigenvalues of
-        P_gh = s_g' ((I - H)(I - H)')_gh s_h, s_g = B_g a.
-        """
+    def _degrees(self, contrast: Array) -> float:
+        """Return Bell and McCaffrey's degrees of freedom of a contrast (k,) of the coordinates: for independent errors
+        the variance has the eigenvalues of P_gh = s_g' ((I - H)(I - H)')_gh s_h, s_g = B_g a."""
         if self.clusters.max() >= MANY_CLUSTERS:
             return len(self.design.x) - float(len(self.covariance))
         s = self.adjusted @ contrast
         u, v = (_sums(self.clusters, each * s[:, None]) for each in (self.design.x, self.design.weighted))
         p = np.diag(np.bincount(self.clusters, s**2)) + u @ self.design.squared @ u.T - u @ v.T - v @ u.T
-        return max(1.0, float(np.trace(p) ** 2 / max(np.sum(p**2), 1e-300)))
+        return max(1.0, _effective(p))
 
     def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
         """Return standard errors and degrees of freedom (m,) of contrasts (m, k) of the parameters."""
         a = np.atleast_2d(contrasts) @ self.design.to_params
         variances = np.einsum("mi,ij,mj->m", a, self.covariance, a)
-        return np.sqrt(np.maximum(variances, 0.0)), np.array([self.degrees(each) for each in a])
+        return np.sqrt(np.maximum(variances, 0.0)), np.array([self._degrees(each) for each in a])
 
 
 def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
@@ -120,9 +116,8 @@ class Covariance:
     """Sum of the CR2 covariances over sizes and over budgets, whose errors cross each other.
 
     Two-way clustering (Cameron, Gelbach and Miller 2011) subtracts what both count, the errors of single points;
-    without that the sum is never too small and positive definite (Davezies, D'Haultfoeuille and Guyonvarch 2021). In
-    simulated tables it holds what it is meant to hold, where the larger of the two holds more at twice the width and
-    the difference less (docs/evidence.md).
+    without that the sum is positive definite and never too small (Davezies, D'Haultfoeuille and Guyonvarch 2021), and
+    in simulated tables intervals hold what they should (docs/evidence.md).
     """
 
     by: Mapping[str, Sandwich]
@@ -198,7 +193,8 @@ def components_of(design: Design, residual: Array, groups: Groups) -> Components
             crossed = _sums(columns, root[:, None] * u[i][rows])  # A' U
             expected[i, j] = np.sum(cells**2) - 2 * np.sum(crossed * v[j]) + np.sum((u[i].T @ u[i]) * (v[j].T @ v[j]))
         if name != "points":
-            own[name] = _degrees(np.diag(np.bincount(rows, root)) - u[i] @ v[i].T, k)
+            kept = np.diag(np.bincount(rows, root)) - u[i] @ v[i].T  # F' R (I - H) F
+            own[name] = max(1e-9, _effective(kept @ kept.T)) if len(kept) <= MANY_CLUSTERS else float(len(kept) - k)
     scale = np.sqrt(np.where(np.diag(expected) > 0, np.diag(expected), 1.0))  # 0 where the law leaves nothing of groups
     found = nnls(expected / np.outer(scale, scale), squares / scale)[0] / scale
     own["points"] = max(1.0, spare - sum(own.values()))
@@ -213,9 +209,6 @@ def _sums(codes: Array, columns: Array) -> Array:
     return np.stack([np.bincount(codes, column) for column in columns.T], axis=1)
 
 
-def _degrees(kept: Array, num_params: int) -> float:
-    """Return the degrees of freedom of a variance of groups that F' R (I - H) F (groups, groups) tells."""
-    if len(kept) > MANY_CLUSTERS:
-        return float(len(kept) - num_params)
-    squared = kept @ kept.T
-    return max(1e-9, float(np.trace(squared) ** 2 / max(np.sum(squared**2), 1e-300)))
+def _effective(form: Array) -> float:
+    """Return the degrees of freedom (tr P)^2 / tr P^2 of a quadratic form (m, m)."""
+    return float(np.trace(form) ** 2 / max(np.sum(form**2), 1e-300))

@@ -15,7 +15,7 @@ from scipy.stats import t as student
 
 from aimscale.analysis.errors import option
 from aimscale.analysis.fitting.covariance import components_of, linear_design
-from aimscale.analysis.fitting.groups import Groups, groups_of, visible_groups
+from aimscale.analysis.fitting.groups import Groups, basis_of, groups_of, numbers_of_values, visible_groups
 from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.inference import Estimate
 from aimscale.analysis.fitting.problem import Problem
@@ -35,8 +35,7 @@ SAME_VARIABLE = 0.999
 OUTLIER_SCALES = 6.0
 """A residual beyond this many robust standard deviations is named: of 1000 normal errors none is, once in a million."""
 WITHIN_NOISE = 2.0
-"""Log-likelihood that a rival minimum may lose and still be hardly less likely than the best: two standard deviations
-of one parameter."""
+"""Log-likelihood that a rival minimum may lose and still be hardly less likely than the best."""
 ALARM = 0.01
 """A test is told of at this probability or less."""
 MIN_GROUPS, MAX_GROUPS = 5, 30
@@ -45,11 +44,12 @@ MOST_POINTS = 400
 """Points that the test of the form looks at: of larger tables those of evenly spaced cells."""
 HARDLY = 1e-3
 """Patterns that the law's own derivatives explain to 99.9 % are not tested."""
-FAMILY_ALARM = 0.05
-"""Probability that any group of any variable of a sound table is named (Bonferroni). In simulated tables whose sizes
-share errors it is up to twice that: their spread is told by few."""
+FAMILY_ALARM = 0.025
+"""Probability that any value of any variable of a sound table is named (Bonferroni)."""
 CURVE = 3
-"""Degrees of freedom of groups that a law's curve in one variable takes: limit, coefficient, exponent."""
+"""Degrees of freedom that a law's curve in one variable takes: limit, coefficient, exponent."""
+CERTAIN = 14.0
+"""A group this many standard deviations off is named however few others tell their spread."""
 BLIND_THRESHOLD = 6.0
 """Where too few sizes are left to know their spread, a group must lie this many standard deviations of points off."""
 
@@ -67,31 +67,25 @@ def diagnose(
         intervals: of reported parameters and of the law's own.
         hidden: parameters that no losses at these scales could identify (`unidentified`).
     """
-    flags, lost = list[Flag](), set(hidden)
+    law, flags = found.problem.law, list[Flag]()
     if names := ", ".join(name for name in params if name in hidden):
         counts = " and ".join(f"{num_values(values)} values of {v}" for v, values in points.x.items())
         text = f"{counts} do not identify {names}, whatever the noise; measure more, or hold one by {option('fix')}."
         flags.append(Flag(kind="few_values", subject=names, text=text))
-    for flag, unknown in _parameters(found, intervals):
-        flags += [flag] if flag.subject not in hidden else []
-        lost |= unknown
-    flags += _rivals(found) if not hidden else []
-    for flag, unknown in _variables(found.problem, points):
-        flags.append(flag)
-        lost |= unknown
-    flags += [*_outliers(found, points), *_groups(found)]
-    for name in found.problem.law.derived:
-        if name in intervals and not intervals[name].high - intervals[name].low <= WIDE_DERIVED:
-            lost.add(name)
-    inner = set(found.problem.law.names) - set(params)  # the law's own coordinates, unknown to the reader
-    return tuple(f for f in flags if f.subject not in inner), frozenset(lost & set(params))
+    of_params, of_variables = [*_parameters(found, intervals)], [*_variables(found.problem, points)]
+    flags += [flag for flag, _ in of_params if flag.subject not in hidden]
+    flags += [] if hidden else _rivals(found)
+    flags += [*(flag for flag, _ in of_variables), *_outliers(found, points), *_groups(found)]
+    ends = {name: intervals[name] for name in law.derived if name in intervals}
+    lost = hidden.union(*(unknown for _, unknown in (*of_params, *of_variables)))
+    lost |= {name for name, i in ends.items() if not i.high - i.low <= WIDE_DERIVED}
+    inner = set(law.names) - set(params)  # the law's own coordinates, unknown to the reader
+    return tuple(f for f in flags if f.subject not in inner), lost & set(params)
 
 
 def _rivals(found: Estimate) -> Iterator[Flag]:
-    """Flag another minimum that fits as well within the noise.
-
-    The noise's scale is fitted too: n/2 ln(S/S0) of squares, n ln(S/S0) of absolute values.
-    """
+    """Flag another minimum that fits as well within the noise, whose scale is fitted, too: n/2 ln(S/S0) of squares,
+    n ln(S/S0) of absolute values."""
     if len(found.minima) > 1:
         problem = found.problem
         power = 1 if problem.objective.robust and not problem.objective.multiple else 2
@@ -103,22 +97,19 @@ def _rivals(found: Estimate) -> Iterator[Flag]:
 
 
 def _parameters(found: Estimate, intervals: Mapping[str, Interval]) -> Iterator[tuple[Flag, set[str]]]:
-    """Flag parameters at most once each, with those that are not identified for it.
-
-    Their interval reaches a bound or spans orders of magnitude, or they lie on a bound.
-    """
+    """Flag parameters on a bound, or whose interval reaches one or spans orders of magnitude, at most once each, with
+    those that are not identified for it."""
     problem = found.problem
     for j in np.flatnonzero(problem.movable).tolist():
-        p, i, is_linear = problem.law.parameters[j], intervals[problem.law.parameters[j].name], j < problem.num_linear
-        low, high = (float(np.exp(e[j]) if p.log else e[j]) for e in (problem.lower, problem.upper))
-        near = 1e-6 * (high - low if np.isfinite(high - low) and not p.log else 1.0)
+        p, (low, high), is_linear = problem.law.parameters[j], problem.limits(j), j < problem.num_linear
+        i, near = intervals[p.name], 1e-6 * (high - low if np.isfinite(high - low) and not p.log else 1.0)
         on_low = found.vector[j] - problem.lower[j] <= near
         on_high = not on_low and problem.upper[j] - found.vector[j] <= near
-        is_nil = on_low and low == 0.0
         at_low = np.isfinite(low) and i.low <= low + 1e-6 * abs(low)
         at_high = np.isfinite(high) and i.high >= high * (1 - 1e-6)
         from_above = is_linear and at_low and low == 0.0 and i.high > 0
-        alone = _exponents_of(problem, j) if is_linear and (from_above or is_nil) else set()  # nil has no exponent
+        is_nil = is_linear and on_low and low == 0.0
+        alone = _exponents_of(problem, j) if from_above or is_nil else set()  # nil has no exponent
         if not is_linear and (at_low or at_high):
             end = low if at_low else high
             text = f"{p.name} is not identified: its interval reaches the bound {end:g}."
@@ -137,14 +128,12 @@ def _parameters(found: Estimate, intervals: Mapping[str, Interval]) -> Iterator[
 
 def _exponents_of(problem: Problem, j: int) -> set[str]:
     """Name the non-linear parameters that enter basis function j alone."""
-    start, alone = problem.num_linear, set[str]()
-    middle = np.concatenate([np.ones(start), (problem.lower + problem.upper)[start:] / 2])
-    for q, p in enumerate(problem.law.nonlinear):
-        moved = np.stack([middle, middle])
-        moved[1, start + q] += 1e-3
-        if {i for i, g in enumerate(problem.basis(moved)) if np.any(g[0] != g[1])} == {j}:
-            alone.add(p.name)
-    return alone
+    start, middle = problem.num_linear, np.ones(len(problem.lower))
+    middle[start:] = (problem.lower + problem.upper)[start:] / 2
+    moved = np.vstack([middle, middle + 1e-3 * np.eye(len(middle))[start:]])
+    follows = np.array([np.any(g != g[:1], axis=1)[1:] for g in np.broadcast_arrays(*problem.basis(moved))])
+    alone = follows[j] & (follows.sum(axis=0) == 1)
+    return {p.name for p, is_alone in zip(problem.law.nonlinear, alone, strict=True) if is_alone}
 
 
 def _variables(problem: Problem, points: Observations) -> Iterator[tuple[Flag, set[str]]]:
@@ -176,7 +165,7 @@ def _outliers(found: Estimate, points: Observations) -> Iterator[Flag]:
 
 
 def _groups(found: Estimate) -> Iterator[Flag]:
-    """Flag groups that are too few to tell the error that their points share."""
+    """Flag kinds of groups that are too few to tell the error that their points share."""
     for name in found.unseen:
         text = f"Too few {name} to estimate the error that all points of one share; the intervals assume none."
         yield Flag(kind="unseen", subject=name, text=text)
@@ -187,11 +176,7 @@ def _groups(found: Estimate) -> Iterator[Flag]:
 
 
 def lack_of_fit(found: Estimate, points: Observations, rows: pd.DataFrame) -> tuple[Flag, ...]:
-    """Collect flags against a law; none where nothing speaks against it.
-
-    Args:
-        rows: the table's rows of the fitted points (n,).
-    """
+    """Collect flags against a law; `rows` are the table's of the fitted points (n,)."""
     return (*_form(found, points, rows), *_odd_groups(found, points, rows), *_experiments(found, rows))
 
 
@@ -201,30 +186,25 @@ def _form(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator
     Replicates agree in the law's variables and every setting but the seed: the law's scatter about the means of their
     cells is compared with the scatter within cells.
     """
-    scales = {f"x {v}": np.round(np.log(values + 1e-300), 9) for v, values in points.x.items()}
-    both = pd.DataFrame(scales, index=rows.index).join(rows[held_equal(rows, ("seed", *points.columns.values()))])
+    both = pd.DataFrame({f"x {v}": numbers_of_values(values) for v, values in points.x.items()}, index=rows.index)
+    both = both.join(rows[held_equal(rows, ("seed", *points.columns.values()))])
     cells = both.groupby(list(both), dropna=False).ngroup().to_numpy()
     num, most = int(cells.max()) + 1, MOST_POINTS / len(cells)
     chosen = np.arange(num) if most >= 1 else np.linspace(0, num - 1, max(1, int(num * most))).astype(int)
     keep = np.flatnonzero(np.isin(cells, chosen))
-    codes = np.unique(cells[keep], return_inverse=True)[1]
-    num = int(codes.max()) + 1
-    names, wider, kind = [""], np.eye(num)[codes], "scatter"
-    if not found.design.x.shape[1] < num < len(codes):
+    names, kind, wider = [""], "scatter", pd.get_dummies(cells[keep]).to_numpy(float)
+    if not found.design.x.shape[1] < wider.shape[1] < len(keep):
         names, wider = _patterns(found, keep, {v: values[keep] for v, values in points.x.items()})
         kind = "pattern"
-    if not names or len(keep) <= found.design.x.shape[1] + len(names):
-        return
-    scaled, above, below, covariance = _beyond(found, keep, wider)
-    f, p, excess = ratio_test(scaled, above, below, covariance)
-    if p <= ALARM:
+    test = extra_columns_test(found, wider, keep) if names else None
+    if test and test[1] <= ALARM:
+        f, p, excess, *degrees = test
         scores = np.abs((found.residual * found.design.weights)[keep] @ wider)
         subject = names[int(np.argmax(scores))] if kind == "pattern" else ""
         off = 100 * excess / float(np.sqrt(np.sum(found.design.weights[keep])))
         why = f", and the misfit follows {subject} " if subject else ", more than repeated runs differ "
         text = f"The points lie {off:.2g} % off the law{why}({p_value(p)})."
-        more = f, above.shape[1], below.shape[1]
-        yield Flag(kind=kind, subject=subject, number=off, p=p, more=more, text=text)
+        yield Flag(kind=kind, subject=subject, number=off, p=p, more=(f, *degrees), text=text)
 
 
 def _patterns(found: Estimate, keep: Array, x: Mapping[str, Array]) -> tuple[list[str], Array]:
@@ -234,11 +214,11 @@ def _patterns(found: Estimate, keep: Array, x: Mapping[str, Array]) -> tuple[lis
     pairs = itertools.combinations_with_replacement(logs, 2)
     named = {f"{a} x {b}" if a != b else f"{a} squared": logs[a] * logs[b] for a, b in pairs}
     root = np.sqrt(found.design.weights[keep])[:, None]
-    known, columns = _basis(found.design.x[keep] * root), np.array([*named.values()]).reshape(-1, len(keep)).T * root
+    known, columns = basis_of(found.design.x[keep] * root), np.array([*named.values()]).reshape(-1, len(keep)).T * root
     left = columns - known @ (known.T @ columns)
     size = np.linalg.norm(left, axis=0)
     kept = size > HARDLY * np.linalg.norm(root)
-    return [name for name, keep in zip(named, kept, strict=True) if keep], left[:, kept] / size[kept] / root
+    return list(itertools.compress(named, kept)), left[:, kept] / size[kept] / root
 
 
 def _experiments(found: Estimate, rows: pd.DataFrame) -> Iterator[Flag]:
@@ -246,39 +226,35 @@ def _experiments(found: Estimate, rows: pd.DataFrame) -> Iterator[Flag]:
     names = experiment_columns(rows)
     for name in names:
         codes = pd.factorize(rows[name].map(str))[0]
-        num = int(codes.max()) + 1
-        if not 1 < num <= MAX_GROUPS or len(rows) <= found.design.x.shape[1] + num:
-            continue
-        scaled, above, below, covariance = _beyond(found, np.arange(len(rows)), np.eye(num)[codes])
-        if not above.shape[1] or not below.shape[1]:
-            continue
-        _, p, _ = ratio_test(scaled, above, below, covariance)
-        if p <= ALARM / len(names):
-            means, column = np.bincount(codes, found.residual) / np.bincount(codes), their_name(rows, name)
-            apart = f"Rows of different {column} lie up to {100 * np.ptp(means):.2g} % apart ({p_value(p)})"
-            text = f"{apart}, so they are not of one law; choose one by {option('where')}."
-            yield Flag(kind="experiments", subject=column, number=100 * float(np.ptp(means)), p=p, text=text)
+        is_tested = 0 < codes.max() < MAX_GROUPS
+        test = extra_columns_test(found, np.eye(codes.max() + 1)[codes], np.arange(len(rows))) if is_tested else None
+        if test and test[1] <= ALARM / len(names):
+            off = 100 * float(np.ptp(np.bincount(codes, found.residual) / np.bincount(codes)))
+            column, told = their_name(rows, name), p_value(test[1])
+            text = f"Rows of different {column} lie up to {off:.2g} % apart ({told}), so they are not of one law; "
+            text += f"choose one by {option('where')}."
+            yield Flag(kind="experiments", subject=column, number=off, p=test[1], text=text)
 
 
-def _beyond(found: Estimate, keep: Array, wider: Array) -> tuple[Array, Array, Array, Array]:
-    """Return what `ratio_test` takes to compare a law with a wider model, for some points (n,).
+def extra_columns_test(found: Estimate, columns: Array, keep: Array) -> tuple[float, float, float, int, int] | None:
+    """F-test of some points' residuals for columns (n, m) beside the law's derivatives.
 
-    The basis above is of what wider columns (n, m) span beyond the law's derivatives, that below of what both leave.
+    F = (|A' r|^2 / a) / (|B' r|^2 / b): A is a basis of what the columns span beyond the derivatives, B of what both
+    leave, r and all columns are scaled by the roots of the weights.
+
+    Returns:
+        What `ratio_test` returns, a and b; None where either is 0.
     """
     root = np.sqrt(found.design.weights[keep])[:, None]
-    known, unit = _basis(found.design.x[keep] * root), wider * root
+    known, unit = basis_of(found.design.x[keep] * root), columns * root
     unit = unit / np.linalg.norm(unit, axis=0)
-    above = _basis(unit - known @ (known.T @ unit), least=1e-6)
-    both = np.linalg.qr(np.column_stack([known, above]), mode="complete")[0]
+    above = basis_of(unit - known @ (known.T @ unit), least=1e-6)
+    a, b = above.shape[1], len(keep) - known.shape[1] - above.shape[1]
+    if a < 1 or b < 1:
+        return None
+    below = np.linalg.qr(np.column_stack([known, above]), mode="complete")[0][:, -b:]
     covariance = found.components.covariance(found.groups.rows(keep), len(keep)) * root * root.T
-    return found.residual[keep] * root[:, 0], above, both[:, known.shape[1] + above.shape[1] :], covariance
-
-
-def _basis(columns: Array, least: float = 0.0) -> Array:
-    """Return an orthonormal basis (n, rank) of columns (n, m), but for directions of less than `least`."""
-    size = np.linalg.norm(columns, axis=0) if not least else 1.0
-    left, singular, _ = np.linalg.svd(columns / np.where(size > 0, size, 1.0), full_matrices=False)
-    return left[:, singular > max(least, 1e-10 * singular.max())]
+    return *ratio_test(found.residual[keep] * root[:, 0], above, below, covariance), a, b
 
 
 def ratio_test(scaled: Array, above: Array, below: Array, covariance: Array) -> tuple[float, float, float]:
@@ -304,7 +280,7 @@ def ratio_test(scaled: Array, above: Array, below: Array, covariance: Array) -> 
 def positive_probability(weights: Array) -> float:
     """Return the probability that a sum of weights (m,) times chi-squared variables of one degree is positive.
 
-    Imhof's integral (1961) over the logarithm of its variable, by the trapezoidal rule: known to 1e-10.
+    It is Imhof's integral (1961) over the logarithm of its variable, by the trapezoidal rule: known to 1e-10.
     """
     u, step = np.exp(np.arange(-38, 38, 0.04)), 0.04
     lines = weights[:, None] / max(float(np.abs(weights).max()), 1e-300) * u
@@ -313,27 +289,28 @@ def positive_probability(weights: Array) -> float:
 
 
 def _odd_groups(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
-    """Flag the size that lies farthest off the law fitted without it, if any does, and likewise of other variables.
-
-    Only the farthest: its neighbours may suffer from it.
-    """
+    """Flag the size that lies farthest off the law fitted without it, if any does, and likewise of other variables;
+    only the farthest, because its neighbours may suffer from it."""
     shared = groups_of(rows, points.x)
     for v, values in points.x.items():
-        codes = np.unique(np.round(np.log(np.maximum(values, 1e-300)), 9), return_inverse=True)[1]
+        codes = numbers_of_values(values)
         num = int(codes.max()) + 1
-        enough = len(codes) - np.bincount(codes).max() > found.problem.movable.sum() + 1
+        enough = len(codes) - np.bincount(codes).max() > found.problem.num_free + 1
         if not MIN_GROUPS <= num <= MAX_GROUPS or num == len(codes) or not enough:
             continue
         off, deviations, is_blind = np.array([_left_out(found, shared, codes == k) for k in range(num)]).T
-        usual = float(student.ppf(1 - FAMILY_ALARM / len(points.x) / num / 2, max(1, num - CURVE)))
-        odd = np.where(np.abs(deviations) > np.where(is_blind, BLIND_THRESHOLD, usual), np.abs(deviations), 0.0)
-        worst = int(np.argmax(odd))
+        usual = min(CERTAIN, student.ppf(1 - FAMILY_ALARM / len(points.x) / num / 2, max(1, num - 1 - CURVE)))
+        worst = int(np.argmax(odd := deviations * (deviations > np.where(is_blind, BLIND_THRESHOLD, usual))))
         if odd[worst]:
-            first = int(np.argmax(codes == worst))
-            name = str(rows["size"].iloc[first]) if v == "N" and "size" in rows else f"= {values[first]:.3g}"
-            what = f"{'size' if v == 'N' and 'size' in rows else v} {name}"
+            is_named = v == "N" and "size" in rows
+            name = (
+                str(rows["size"].iloc[int(np.argmax(codes == worst))])
+                if is_named
+                else f"= {values[codes == worst][0]:.3g}"
+            )
             far = f"{100 * off[worst]:+.2g} % off the law fitted without it ({odd[worst]:.2g} standard deviations)"
-            yield Flag(kind="off", subject=name, number=100 * float(off[worst]), text=f"{what} lies {far}.")
+            text = f"{'size' if is_named else v} {name} lies {far}."
+            yield Flag(kind="off", subject=name, number=100 * float(off[worst]), text=text)
 
 
 def _left_out(found: Estimate, shared: Groups, out: Array) -> tuple[float, float, bool]:
@@ -343,18 +320,17 @@ def _left_out(found: Estimate, shared: Groups, out: Array) -> tuple[float, float
     g'e_out - g'X_out G e_rest: a contrast of all errors, whose variance the others' components tell.
 
     Returns:
-        The mean residual of T(y) from the law without the group, the same in standard deviations, and whether too few
+        The mean residual of T(y) from the law without the group, its size in standard deviations, and whether too few
         groups are left to tell what their points share.
     """
     jacobian, weights, keep = found.problem.linearised(found.vector), found.problem.weights, ~out
     share = np.where(out, weights, 0.0) / weights[out].sum()
-    inverse = np.zeros((jacobian.shape[1], len(out)))
-    rest = linear_design(jacobian[keep], weights[keep])
+    inverse, rest = np.zeros(jacobian.shape[::-1]), linear_design(jacobian[keep], weights[keep])
     inverse[:, keep] = rest.inverse
-    moved = inverse @ found.residual
+    moved = jacobian @ (inverse @ found.residual)
     gap = share - (share @ jacobian) @ inverse
     left, unseen, _ = visible_groups(shared.rows(keep), jacobian[keep])
-    spread = components_of(rest, (found.residual - jacobian @ moved)[keep], left)
+    spread = components_of(rest, (found.residual - moved)[keep], left)
     sd = float(np.sqrt(spread.variance_of(gap[None], shared)[0]))
-    off = float(share @ (found.problem.residual(found.vector) - jacobian @ moved))
-    return off, off / max(sd, 1e-300), bool(unseen)
+    off = float(share @ (found.problem.residual(found.vector) - moved))
+    return off, abs(off) / max(sd, 1e-300), bool(unseen)

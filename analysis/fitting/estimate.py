@@ -15,7 +15,7 @@ from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate, estimated
 from aimscale.analysis.fitting.objectives import Objective, find_objective
 from aimscale.analysis.fitting.problem import make_problem
-from aimscale.analysis.fitting.result import UNKNOWN, Fit, Interval
+from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Columns, Law, Params
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.table.names import names_of, no_column, our_name
@@ -106,11 +106,7 @@ def fit(
 
 
 def weights_of(rows: pd.DataFrame, by: str) -> Array:
-    """Return weights (n,) of points, 1 on average, in proportion to their compute or to a column.
-
-    Raises:
-        AnalysisError: no such column, or a value that is not positive.
-    """
+    """Return weights (n,) of points, 1 on average, in proportion to their compute or to a column."""
     rows = with_compute(rows) if by == COMPUTE else rows
     name = our_name(rows, "C" if by == COMPUTE else by)
     if name not in rows:
@@ -121,21 +117,16 @@ def weights_of(rows: pd.DataFrame, by: str) -> Array:
     return values / values.mean()
 
 
-def _reciprocal(value: Array) -> Array:
-    """Return 1 / value, infinite where that is not positive."""
-    return np.where(np.asarray(value) > 0, 1 / np.asarray(value), np.inf)
-
-
 SCALES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "own": (np.positive, np.positive),
     "log": (np.log, np.exp),
-    "reciprocal": (np.reciprocal, _reciprocal),
+    "reciprocal": (np.reciprocal, lambda value: 1 / value if value > 0 else np.inf),
 }
 """Scales on which an interval is symmetric: a function and its inverse."""
 
 
 def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]:
-    """Find 95 % intervals of the law's own, the reported and the derived parameters; none of those that are held.
+    """Find 95 % intervals of the law's own, the reported and the derived parameters that are not held.
 
     Exponents and coefficients have intervals of their logarithm; a limit such as E, and derived exponents, of
     themselves; others as the law says (`Law.scales`). A coefficient whose contribution may be nil begins at 0.
@@ -145,18 +136,18 @@ def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]
     # a limit's term does not vary over the points
     varies = {p.name: bool(np.ptp(g) > 1e-12 * np.abs(g).max()) for p, g in zip(law.linear, parts, strict=True)}
     scales = {p.name: "log" for p in law.parameters if p.log or varies.get(p.name)} | dict(law.scales)
-    values, out = {**found.params, **law.reported(found.params)}, dict[str, Interval]()
+    values, out = law.quantities(found.params), dict[str, Interval]()
     for name, value in values.items():
         if not movable.get(name, True):
             continue
         forth, back = SCALES[scales.get(name, "own") if value > 0 else "own"]
 
         def scaled(p: Params, name: str = name, forth: Callable[[Array], Array] = forth) -> Array:
-            return forth({**p, **law.reported(p)}[name])
+            return forth(law.quantities(p)[name])
 
         with np.errstate(all="ignore"):
             low, high = sorted(float(back(end[0])) for end in found.interval_of(scaled))
-        out[name] = UNKNOWN if name in hidden else Interval(low=low, high=high)
+        out[name] = Interval() if name in hidden else Interval(low, high)
         # a reported parameter of the same name has its own unit
         if name in movable and out[name].is_known and value == found.params[name]:
             is_limit = not varies.get(name, True) and all(bool(np.all(g >= 0)) for g in parts)
@@ -165,22 +156,21 @@ def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]
 
 
 def _bounded(found: Estimate, j: int, i: Interval, is_limit: bool) -> Interval:
-    """Clip the interval of the law's own parameter j to its bounds, and a limit to the lowest value of the law.
-
-    That of a coefficient that may be nil begins at its bound.
-    """
-    problem, p = found.problem, found.problem.law.parameters[j]
-    low, high = (float(np.exp(end[j]) if p.log else end[j]) for end in (problem.lower, problem.upper))
+    """Clip the interval of the law's own parameter j to its bounds, and a limit to the lowest value of the law."""
+    problem, (low, high) = found.problem, found.problem.limits(j)
     ends = [max(i.low, low), min(i.high, high)]
-    if j < problem.num_linear:
+    if j < problem.num_linear:  # the interval of a coefficient that may be nil begins at its bound
         at, unit = found.vector[j], np.where(np.arange(len(found.vector)) == j, 1.0, found.vector)
         errors, degrees = found.covariance.of_contrasts(np.eye(len(unit))[j, problem.movable])
         half = float(half_width(errors, degrees, CONFIDENCE)[0])
         if at - half <= problem.lower[j]:
-            ends = [low, min(max(ends[1], (at + half) * float(problem.params_of(unit[None])[p.name][0])), high)]
+            ends = [
+                low,
+                min(max(ends[1], (at + half) * float(problem.params_of(unit[None])[problem.law.names[j]][0])), high),
+            ]
     if is_limit:
         ends[1] = min(ends[1], float(problem.predict(found.vector[None]).min()))
-    return Interval(low=ends[0], high=ends[1])
+    return Interval(ends[0], ends[1])
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:

@@ -37,18 +37,13 @@ class HeldOut(Result):
 
     @property
     def is_test(self) -> bool:
-        """True if the points that were left identify the exponents: a law without them was not tested."""
+        """True if the points that were left identify the exponents."""
         return not self.not_identified.intersection(EXPONENTS)
 
     @property
     def is_better(self) -> bool:
         """True if the law predicts better than the naive baseline."""
         return self.mean_abs_relative_error < self.naive_mean_abs_relative_error
-
-    @property
-    def num_inside(self) -> int:
-        """Held-out points inside their prediction interval."""
-        return int(self.predictions["inside"].sum())
 
     @property
     def num_far(self) -> int:
@@ -70,27 +65,24 @@ class HeldOut(Result):
 
     def words(self) -> str:
         """Write the errors without naming the variable first."""
-        names = ", ".join(sorted(self.not_identified))
+        inside = self.predictions["inside"].sum()
+        unknown = f"; not identified without them: {', '.join(sorted(self.not_identified))}" * bool(self.not_identified)
         return (
             f"mean error {percent(self.mean_abs_relative_error, 3)} on {self.num_test} points, "
             f"{'better' if self.is_better else 'no better'} than a straight line in log-log "
-            f"({percent(self.naive_mean_abs_relative_error, 3)}); {self.num_inside} of {self.num_test} inside their "
+            f"({percent(self.naive_mean_abs_relative_error, 3)}); {inside} of {self.num_test} inside their "
             f"prediction intervals; fitted to the {self.num_train} below {self.variable} = {human(min(self.values))}"
-            f"{'; not identified without them: ' * bool(names)}{names}"
+            f"{unknown}"
         )
 
     def caution(self) -> str:
-        """Say what the held-out scale speaks against the law; empty where that is nothing.
-
-        The points of one scale may all err alike, by what too few scales hardly tell: so only most of them, twice as
-        far off as their intervals reach, are an alarm. Of sound tables of 5 x 4 and 7 x 5 points with errors of points,
-        sizes and budgets alike, 0 to 6 % raise one; where points outside the intervals counted, 3 to 50 % did.
-        """
+        """Say what the held-out scale speaks against the law; empty where that is nothing."""
         v, law, line = self.variable, *map(percent, (self.mean_abs_relative_error, self.naive_mean_abs_relative_error))
         if not self.is_test:
             return f"The largest {v} cannot test the law: without it the exponents are not identified."
         if not self.is_better:
             return f"Fitted without the largest {v}, the law misses it by {law}, a straight line by {line}."
+        # the points of one scale may all err alike; so the alarm is on 0 to 6 % of sound tables
         if 2 * self.num_far > self.num_test and not self.is_blind:
             points = f"{self.num_far} of {self.num_test} points of the largest {v}"
             return f"{points} lie more than twice as far off as their prediction intervals reach."

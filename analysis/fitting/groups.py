@@ -14,8 +14,7 @@ from aimscale.analysis.table.names import our_name
 SIZE_COLUMNS = ("params_total", "N", "size")
 """Columns that tell a size, where the law itself has no N."""
 VISIBLE = 0.5
-"""A variance component of groups is estimated only if the fit's residual maker keeps at least this share of some effect
-that the points of groups share."""
+"""A variance component of groups is estimated only if the fit leaves at least this share of some effect of theirs."""
 MANY = 100
 """More groups than this leave plenty."""
 SAME_COMPUTE = 0.1
@@ -27,10 +26,8 @@ SHARED = 0.5
 
 
 class Groups(dict[str, Array]):
-    """Kind of group -> number of each point's group (n,); kinds whose groups are single points are left out.
-
-    Kinds are sizes, budgets (of D, or of C in a design of equal compute) and runs, which are nested in sizes.
-    """
+    """Kind of group (sizes, the runs nested in them, and budgets) -> number of each point's group (n,); kinds whose
+    groups are single points are left out."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -57,15 +54,23 @@ def indicators(codes: Array) -> csr_array:
     return csr_array((np.ones(len(codes)), (np.arange(len(codes)), codes)))
 
 
+def basis_of(columns: Array, least: float = 0.0) -> Array:
+    """Return an orthonormal basis (n, rank) of columns (n, m), but for directions of less than `least`."""
+    size = np.linalg.norm(columns, axis=0) if not least else 1.0
+    left, singular, _ = np.linalg.svd(columns / np.where(size > 0, size, 1.0), full_matrices=False)
+    return left[:, singular > max(least, 1e-10 * singular.max())]
+
+
+def numbers_of_values(values: Array) -> Array:
+    """Number the different values of a variable (n,)."""
+    return _codes(np.round(np.log(np.maximum(values, 1e-300)), 9))
+
+
 def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
-    """Find sizes, budgets and runs of the points of a fit.
+    """Find sizes, budgets and runs of the points (n,) of a fit: its variables and the table's rows.
 
     A size is a value of N (of the law, else of the table). A budget is a value of D, or of C in a design of equal
     compute. A run is a `run_id`; without one, a size and a seed; rows of a size without either are one run.
-
-    Args:
-        rows: the table's rows of the fitted points (n,).
-        x: the law's variables (n,).
     """
     sizes = _sizes(rows, x)
     runs = _runs(rows, sizes)
@@ -79,13 +84,11 @@ def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
 
 
 def visible_groups(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...], tuple[str, ...]]:
-    """Find the groups whose spread the law leaves visible.
+    """Find the groups whose spread the law leaves visible, the names of those it does not, and of those seen in one
+    direction alone.
 
-    A law that bends through three sizes leaves next to nothing of them over (nothing but for the logarithm that is
-    fitted): errors that sizes share cannot be seen then. Of four it leaves one direction, which hardly tells them.
-
-    Returns:
-        The groups that are visible, the names of those that are not, and of those seen in one direction alone.
+    A law that bends through three sizes leaves next to nothing of them over: errors that sizes share cannot be seen
+    then. Of four it leaves one direction, which hardly tells them.
     """
     seen, known, lost, few = Groups(), jacobian, list[str](), list[str]()
     for name, codes in groups.items():
@@ -93,9 +96,7 @@ def visible_groups(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, 
             seen[name] = codes
             continue
         effects = indicators(codes).toarray() / np.sqrt(np.bincount(codes))
-        scale = np.linalg.norm(known, axis=0)
-        basis, singular, _ = np.linalg.svd(known / np.where(scale > 0, scale, 1.0), full_matrices=False)
-        basis = basis[:, singular > 1e-9 * singular.max()]
+        basis = basis_of(known)
         left = np.linalg.svd(effects - basis @ (basis.T @ effects), compute_uv=False)
         if not (num := int(np.sum(left >= VISIBLE))):
             lost.append(name)
@@ -107,7 +108,7 @@ def visible_groups(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, 
 
 def _sizes(rows: pd.DataFrame, x: Mapping[str, Array]) -> Array | None:
     if "N" in x:
-        return _codes(np.round(np.log(x["N"]), 9))
+        return numbers_of_values(x["N"])
     name = next((c for c in SIZE_COLUMNS if c in rows and rows[c].notna().all()), None)
     return None if name is None else _codes(rows[name].astype(str))
 

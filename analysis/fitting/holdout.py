@@ -25,49 +25,46 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1) -> 
 
     Args:
         result: the fit whose law, objective and columns are used.
+        df: the table that it was fitted to.
         by: variable of the law (N, D, C) or a column of the table.
         num_values: how many of the largest distinct values to hold out.
 
     Returns:
         Error of the law on what was left out, and that of a straight line.
 
-    Raises:
-        AnalysisError: unknown `by`, or too few values or points remain.
-
     Example:
         >>> table = read_table("results.parquet")
         >>> held_out(fit(table, "chinchilla"), table, by="D").mean_abs_relative_error
     """
-    points, data = df.loc[result.data.index], result.data
+    points, data, law = df.loc[result.data.index], result.data, result.law
     if by not in data and (name := our_name(points, by)) not in points:
         raise no_column(points, by, " to hold out by")
     scale = pd.to_numeric(data[by] if by in data else points[name], errors="coerce").to_numpy(float)
     test = largest(scale, num_values, by)
     refit = fit(
         points[~test],
-        result.law,
+        law,
         y=result.columns["y"],
         objective=result.objective,
-        columns={k: v for k, v in result.columns.items() if k in result.law.variables},
+        columns={v: result.columns[v] for v in law.variables},
         fixed=result.fixed,
         bounds=result.bounds,
         weights=result.weights or None,
         is_tested=False,
     )
-    others = [data[v].to_numpy(float) for v in result.law.variables if v != by]
-    naive = [_line(scale, data["y"].to_numpy(), ~test, others, i) for i in np.flatnonzero(test).tolist()]
-    table = data.loc[test, list(result.law.variables)].assign(measured=data["y"][test])
+    others = [data[v].to_numpy() for v in law.variables if v != by]
+    table = data.loc[test, [*law.variables, "y"]].rename(columns={"y": "measured"})
     table = table.join(refit.predict(points[test])[["value", "pi_lo", "pi_hi"]]).rename(columns={"value": "predicted"})
     table["inside"] = table["measured"].between(table["pi_lo"], table["pi_hi"])
-    table["naive"] = naive
-    law, line = ((table[name] / table["measured"] - 1).abs().mean() for name in ("predicted", "naive"))
+    table["naive"] = [_line(scale, data["y"].to_numpy(), ~test, others, i) for i in np.flatnonzero(test).tolist()]
+    of_law, of_line = ((table[name] / table["measured"] - 1).abs().mean() for name in ("predicted", "naive"))
     return HeldOut(
         variable=by,
         values=tuple(map(float, np.unique(scale[test]))),
         num_train=int((~test).sum()),
         num_test=int(test.sum()),
-        mean_abs_relative_error=float(law),
-        naive_mean_abs_relative_error=float(line),
+        mean_abs_relative_error=float(of_law),
+        naive_mean_abs_relative_error=float(of_line),
         not_identified=refit.not_identified,
         is_blind=any(f.kind in ("unseen", "few_groups") and f.subject == SHARED.get(by) for f in refit.flags),
         predictions=table,
@@ -75,11 +72,7 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1) -> 
 
 
 def largest(scale: Array, num_values: int, name: str) -> Array:
-    """Mark the points that have one of the largest values of their scale (n,).
-
-    Raises:
-        AnalysisError: the scale has values that are not positive, or fewer than two would be left.
-    """
+    """Mark the points that have one of the largest values of their scale (n,); two values at least must be left."""
     values = np.unique(scale)
     if not values[0] > 0 or np.isnan(values).any():
         raise AnalysisError(f"{name} has values that are not positive, so it is no scale to hold out by.")
@@ -91,8 +84,7 @@ def largest(scale: Array, num_values: int, name: str) -> Array:
 def _line(scale: Array, y: Array, train: Array, others: list[Array], i: int) -> float:
     """Extend the naive line to point i."""
     alike = train & np.all([np.isclose(other, other[i], rtol=0.01) for other in others] or [False], axis=0)
-    x, best = scale[alike], y[alike]
-    if len(np.unique(x)) < 2:
-        x = np.unique(scale[train])
-        best = np.array([y[train & (scale == v)].min() for v in x])
-    return float(np.exp(np.polyval(np.polyfit(np.log(x), np.log(best), 1), np.log(scale[i]))))
+    points = pd.Series(y[alike], scale[alike])
+    if points.index.nunique() < 2:
+        points = pd.Series(y[train]).groupby(scale[train]).min()
+    return float(np.exp(np.polyval(np.polyfit(np.log(points.index), np.log(points), 1), np.log(scale[i]))))

@@ -1,8 +1,7 @@
 """Parameters that the scales of a table can identify at all, however precise its losses: by law and design alone.
 
 A function of D that is seen at two values of D shows one difference, which any exponent explains with its coefficient
-and floor. So the parameters that can move without moving the law at any of the table's scales are not identified. They
-are the null space of the law's Jacobian, at scales that are equal where they nearly are.
+and floor. Parameters that can move along the null space of the law's Jacobian are not identified.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import numpy as np
+from scipy.linalg import null_space
 
 from aimscale.analysis.fitting.objectives import LOG_LSQ
 from aimscale.analysis.fitting.problem import make_problem
@@ -30,12 +30,8 @@ MAX_CELLS = 400
 
 
 def unidentified(law: Law, x: Mapping[str, Array], held: Collection[str] = ()) -> frozenset[str]:
-    """Find the parameters, reported and derived ones included, that measurements at these scales cannot tell.
-
-    Args:
-        x: variable -> values (n,).
-        held: parameters of the law that are kept at a value.
-    """
+    """Find the parameters, reported and derived ones included, that measurements at scales (n,) cannot tell; those
+    `held` at a value are known."""
     cells = np.unique([_rounded(np.asarray(x[v], float)) for v in law.variables], axis=1)
     num = cells.shape[1]
     cells = cells[:, np.linspace(0, num - 1, min(num, MAX_CELLS)).astype(int)]
@@ -47,13 +43,12 @@ def unidentified(law: Law, x: Mapping[str, Array], held: Collection[str] = ()) -
     jacobian = problem.predict_and_jacobian(vector)[1][movable].T
     size = np.linalg.norm(jacobian, axis=0)
     size = np.where(size > 0, size, 1.0)
-    _, singular, axes = np.linalg.svd(np.linalg.qr(jacobian / size, mode="r"))
     lost: set[str] = set()
-    for direction in axes[int(np.sum(singular > NULL * singular[0])) :] / size:
+    for direction in null_space(np.linalg.qr(jacobian / size, mode="r"), rcond=NULL).T / size:
         step = np.zeros(len(vector))
         step[movable] = STEP * direction / np.abs(direction).max()
         params = problem.params_of(np.stack([vector - step, vector + step]))
-        for name, (low, high) in {**params, **law.reported(params)}.items():
+        for name, (low, high) in law.quantities(params).items():
             if not abs(high - low) <= MOVED * (abs(high) + abs(low)):
                 lost.add(name)
     return frozenset(lost - set(held))
@@ -67,8 +62,7 @@ def num_values(values: Array) -> int:
 def _rounded(values: Array) -> Array:
     """Replace each value (n,) by the lowest of those that are the same as it."""
     order = np.unique(values)
-    span, kept, i = order[-1] - order[0], [], 0
-    while i < len(order):
-        kept.append(order[i])
-        i = int(np.searchsorted(order, order[i] + SAME * min(abs(order[i]), span), side="right"))
-    return np.array(kept)[np.searchsorted(kept, values, side="right") - 1]
+    kept, within = order[:1], SAME * np.minimum(np.abs(order), np.ptp(order))
+    while len(left := order[order > kept[-1] + within[np.searchsorted(order, kept[-1])]]):
+        kept = np.append(kept, left[0])
+    return kept[np.searchsorted(kept, values, side="right") - 1]

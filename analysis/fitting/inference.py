@@ -1,7 +1,7 @@
 """An optimum and what can be inferred from it: errors of any function of the parameters.
 
-Everything is closed-form: the law is linearised about its optimum in the optimiser's coordinates, in which exponents
-are logarithms and coefficients are contributions at the data's centre, so that little curvature is left.
+Everything is closed-form: the law is linearised about its optimum in the optimiser's coordinates, which leave little
+curvature.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from aimscale.analysis.fitting.covariance import (
 )
 from aimscale.analysis.fitting.groups import Groups, visible_groups
 from aimscale.analysis.fitting.objectives import HUBER_LOG
-from aimscale.analysis.fitting.optimise import Minimum, global_minimum, minimise, refine
-from aimscale.analysis.fitting.problem import Problem
+from aimscale.analysis.fitting.problem import Minimum, Problem, global_minimum, minimise, refine
 from aimscale.analysis.laws.base import Array, Columns, Params
 
 CONFIDENCE = 0.95
@@ -57,7 +56,6 @@ class Estimate:
     few: tuple[str, ...]
     """Kinds of groups that are so few that they hardly tell what their points share."""
     design: Design
-    """Linearised problem."""
     residual: Array
     """Residuals (n,) of T(y) whose least squares the optimum is: outliers drawn in, the others stretched for it."""
 
@@ -76,7 +74,7 @@ class Estimate:
         """Optimum (k,) in the optimiser's coordinates."""
         return self.minima[0].vector
 
-    @property
+    @cached_property
     def params(self) -> dict[str, float]:
         """The law's own parameters."""
         return {name: float(v[0]) for name, v in self.problem.params_of(self.vector[None]).items()}
@@ -90,7 +88,7 @@ class Estimate:
     def gradient(self, function: Function) -> Array:
         """Return derivatives (m, free) of a function by the movable coordinates."""
         free, problem = np.flatnonzero(self.problem.movable), self.problem
-        # the scale of a coordinate: of a logarithm 1, of a coefficient its range or the size of the measurements
+        # of a logarithm 1, of a coefficient its range or the size of the measurements
         span, level = problem.upper - problem.lower, max(float(np.median(np.abs(problem.y))), 1e-300)
         scales = np.where([p.log for p in problem.law.parameters], 1.0, np.where(np.isfinite(span), span, level))
         steps = DIFFERENCE * np.diag(scales)[free]
@@ -100,9 +98,10 @@ class Estimate:
 
     def error_of(self, function: Function) -> tuple[Array, Array, Array]:
         """Return a function's values (m,), standard errors (m,) and degrees of freedom (m,), by the delta method."""
-        return (self._value_of(function), *self.covariance.of_contrasts(self.gradient(function)))
+        return (self.value_of(function), *self.covariance.of_contrasts(self.gradient(function)))
 
-    def _value_of(self, function: Function) -> Array:
+    def value_of(self, function: Function) -> Array:
+        """Return a function's values (m,)."""
         return np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)
 
     def interval_of(self, function: Function) -> tuple[Array, Array]:
@@ -113,22 +112,16 @@ class Estimate:
 
     def value_at(self, x: Mapping[str, Array]) -> Array:
         """Return T(law) at places (m,)."""
-        return self._value_of(self._law_at(x))
-
-    def transformed(self, x: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-        """Return T(law) at places (m,), its standard errors (m,) and their degrees of freedom (m,)."""
-        return self.error_of(self._law_at(x))
+        return self.value_of(self.law_at(x))
 
     def modelled(self, x: Mapping[str, Array]) -> tuple[Array, Array]:
-        """Return T(law) at places (m,) and its standard errors (m,) by the components of variance.
-
-        They take the components for all that points share, and so are steadier than the sandwich where few runs carry
-        the weight: what a mean of several laws needs, whose misfit is counted apart.
-        """
-        contrasts = self.gradient(self._law_at(x)) @ self.design.inverse
+        """Return T(law) at places (m,) and its standard errors (m,) by the components of variance, which are steadier
+        than the sandwich where few runs carry the weight, as in the mean of several laws."""
+        contrasts = self.gradient(self.law_at(x)) @ self.design.inverse
         return self.value_at(x), np.sqrt(self.components.variance_of(contrasts, self.groups))
 
-    def _law_at(self, x: Mapping[str, Array]) -> Function:
+    def law_at(self, x: Mapping[str, Array]) -> Function:
+        """Make T(law) at places (m,) a function of the parameters."""
         law, transform = self.problem.law, self.problem.objective.transform
         columns = Columns({v: np.atleast_1d(np.asarray(x[v], float)) for v in law.variables})
         shape = np.shape(columns[law.variables[0]])
@@ -142,18 +135,14 @@ class Estimate:
 
 
 def estimated(problem: Problem, groups: Groups) -> Estimate:
-    """Minimise a problem and infer the errors of its optimum.
-
-    Raises:
-        AnalysisError: no finite optimum.
-    """
+    """Minimise a problem and infer the errors of its optimum."""
     problem, minima = _best_minima(problem)
+    formula, name, n = problem.law.formula, problem.objective.name, problem.num_points
     if not minima:
-        what = f"{problem.law.formula} has no finite value of {problem.objective.name}"
-        raise AnalysisError(f"{what} on these {problem.num_points} points.")
+        raise AnalysisError(f"{formula} has no finite value of {name} on these {n} points.")
     jacobian = problem.linearised(minima[0].vector)
     if not np.isfinite(jacobian).all():
-        raise AnalysisError(f"The optimum of {problem.law.formula} lies where it has no finite derivatives.")
+        raise AnalysisError(f"The optimum of {formula} lies where it has no finite derivatives.")
     pull, slope = _pull_and_slope(problem, minima[0].vector)
     seen, unseen, few = visible_groups(groups, jacobian)
     design, residual = linear_design(jacobian, problem.weights), pull / np.average(slope, weights=problem.weights)
@@ -170,12 +159,9 @@ def estimated(problem: Problem, groups: Groups) -> Estimate:
 
 
 def _best_minima(problem: Problem) -> tuple[Problem, list[Minimum]]:
-    """Find the distinct minima, best first; an objective that takes its scale from the residuals is given it first.
-
-    The scale is that of a nearly least-absolute-deviations fit, which no few outliers can move, and once more that of
-    the fit which follows from it.
-    """
-    objective, free = problem.objective, int(problem.movable.sum())
+    """Find the distinct minima, best first; an objective that takes its scale from the residuals is given that of a
+    nearly least-absolute-deviations fit, which no few outliers can move, and once more of the fit that follows."""
+    objective, free = problem.objective, problem.num_free
     if not objective.multiple:
         return problem, global_minimum(problem)
     found = global_minimum(replace(problem, objective=HUBER_LOG))
@@ -195,11 +181,9 @@ def _robust_sd(residual: Array, free: int) -> float:
 
 
 def _pull_and_slope(problem: Problem, vector: Array) -> tuple[Array, Array]:
-    """Return the objective's pull on every point and how fast it changes with the residual (n,).
-
-    The slope is a difference over a bandwidth, since the pull has kinks: 1 within the quadratic zone, 0 outside.
-    """
+    """Return the objective's pull on every point and its slope (n,) in the residual: a difference over a bandwidth,
+    since the pull has kinks, 1 within the quadratic zone and 0 outside."""
     delta, residual = problem.objective.delta, problem.residual(vector)
-    width = max(_robust_sd(residual, int(problem.movable.sum())) * len(residual) ** -0.2, 1e-12)
+    width = max(_robust_sd(residual, problem.num_free) * len(residual) ** -0.2, 1e-12)
     lower, pull, upper = (np.clip(residual + move, -delta, delta) for move in (-width, 0.0, width))
     return pull, np.maximum((upper - lower) / (2 * width), LEAST_SLOPE)

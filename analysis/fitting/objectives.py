@@ -1,7 +1,6 @@
 """Objectives of a fit: squares or a Huber loss of residuals, of the loss itself or its logarithm, SUMMED over points.
 
-A mean instead of a sum, or residuals of 1e-3 in an unscaled optimiser, make quasi-Newton methods stop early (the
-mistake in Chinchilla's own fit); the optimiser here is a Newton method whose stopping rule is relative.
+A mean of residuals of 1e-3 makes unscaled quasi-Newton methods stop early (the mistake in Chinchilla's own fit).
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ class Objective:
     """A loss function of residuals r = T(y) - T(prediction)."""
 
     name: str
-    """As `--objective` takes it."""
     log: bool
     """T is the natural logarithm; otherwise the identity."""
     delta: float = np.inf
@@ -59,15 +57,10 @@ HUBER_LOG = huber_log()
 LSQ = Objective(name="lsq", log=False)
 LOG_LSQ = Objective(name="log_lsq", log=True)
 OBJECTIVES = {each.name: each for each in (ROBUST, HUBER_LOG, LSQ, LOG_LSQ)}
-"""Name -> objective, as `aimscale fit --objective` knows them."""
 
 
 def find_objective(name: str | Objective) -> Objective:
-    """Find an objective by name, or return it; `huber_log:0.01` sets the width of its quadratic zone.
-
-    Raises:
-        AnalysisError: the name is unknown.
-    """
+    """Find an objective by name, or return it; `huber_log:0.01` sets the width of its quadratic zone."""
     if isinstance(name, Objective):
         return name
     base, _, delta = name.partition(":")

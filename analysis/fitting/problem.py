@@ -1,34 +1,59 @@
-"""A law, its data and its objective, in the coordinates in which the optimiser works."""
+"""A law, its data and its objective in the coordinates of the optimiser, and the global minimum.
+
+1. On a fixed grid of the non-linear parameters the linear ones are projected out by bounded least squares (variable
+   projection, Golub and Pereyra 1973).
+2. The floors of the grid's valleys are refined by `scipy.optimize.least_squares` within the bounds, roughly at first,
+   and those that lead to distinct minima to the end.
+3. A robust objective is reached by continuation: the quadratic zone of the Huber loss shrinks from the residuals' scale
+   to its target.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import least_squares, nnls
+from scipy.spatial import cKDTree
+from scipy.stats.qmc import Halton
 
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law
 
 COMPLEX_STEP = 1e-30
 """Imaginary part by which a parameter is moved for its derivative; no difference is taken, so nothing cancels."""
+MIN_STARTS = 3
+"""Starts that are refined, or as many as there are non-linear parameters; 16 found none lower on public tables."""
+NEIGHBOURS = 8
+"""A point of the grid that is lower than so many nearest ones is the floor of a valley."""
+MAX_GRID_POINTS = 120
+"""Points that the grid looks at, evenly spaced: starts need no more, and are refined on all."""
+ROUGH, FINE = 1e-4, 1e-13
+"""Relative changes of objective, step and gradient at which a refinement ends."""
+MAX_EVALUATIONS = {ROUGH: 25, FINE: 200}
+SAME_MINIMUM = {ROUGH: 0.05, FINE: 0.01}
+"""Relative distance of vectors within which they are taken for one minimum."""
+SHRINK = 6.0
+"""Factor by which the quadratic zone shrinks at each step of the continuation."""
+BLEND = 0.5
+"""Share of the loss's own curvature in its model, the rest being that of reweighted least squares: with all of it steps
+end early where the quadratic zone is narrow, with none of it they are many."""
+ON_BOUND = 1e-4
+"""A parameter this near its bound is tried on it: a trust region that stays inside only comes close."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A law, its data and its objective, in the coordinates of the optimiser.
-
-    A linear coefficient is multiplied by its basis function at the geometric mean of the data (so that A and alpha are
-    nearly independent), a non-linear parameter marked `log` is replaced by its logarithm.
-    """
+    """A law, its data and its objective: a linear coefficient is multiplied by its basis function at the geometric mean
+    of the data (so that A and alpha are nearly independent), a parameter marked `log` is replaced by its logarithm."""
 
     law: Law
     x: Columns
     """Variables (n + 1,); the last entry is the reference point."""
     y: Array
-    """Measurements (n,)."""
     weights: Array
-    """Weight of each measurement (n,)."""
     objective: Objective
     lower: Array
     """Bounds (k,) in the optimiser's coordinates."""
@@ -51,29 +76,36 @@ class Problem:
         """True for parameters (k,) that are not fixed."""
         return self.upper > self.lower
 
+    @property
+    def num_free(self) -> int:
+        """Number of parameters that are not fixed."""
+        return int(self.movable.sum())
+
     def at_points(self, index: Array) -> Problem:
         """Select some of the points."""
         x = Columns({v: self.x[v][np.append(index, self.num_points)] for v in self.law.variables})
         return replace(self, x=x, y=self.y[index], weights=self.weights[index])
 
-    def _parts(self, vector: Array) -> list[Array]:
-        """Return the law's basis functions (batch, n + 1) of vectors, real or complex."""
-        shape = len(vector), self.num_points + 1
-        return [np.broadcast_to(part, shape) for part in self.law.basis(self.x, self._nonlinear(vector))]
+    def limits(self, j: int) -> tuple[float, float]:
+        """Return the bounds of parameter j in its own units; those of a scaled coefficient are 0 or infinite in any."""
+        is_log = self.law.parameters[j].log
+        low, high = (float(np.exp(ends[j]) if is_log else ends[j]) for ends in (self.lower, self.upper))
+        return low, high
 
-    def _nonlinear(self, vector: Array) -> dict[str, Array]:
-        """Return non-linear parameters (batch, 1) of vectors (batch, k), and the law's constants."""
-        columns = vector[:, self.num_linear :, None]
-        values = {p.name: np.exp(columns[:, j]) if p.log else columns[:, j] for j, p in enumerate(self.law.nonlinear)}
-        return {**values, **self.law.constants}
+    def _terms(self, vector: Array) -> tuple[dict[str, Array], list[Array], list[Array]]:
+        """Return non-linear parameters (batch, 1) by name, basis functions (batch, n), and their sizes (batch or 1, 1)
+        at the reference point, of vectors (batch, k), real or complex."""
+        columns, shape = vector[:, self.num_linear :, None], (len(vector), self.num_points + 1)
+        t = {p.name: np.exp(columns[:, j]) if p.log else columns[:, j] for j, p in enumerate(self.law.nonlinear)}
+        g = [np.broadcast_to(part, shape) for part in self.law.basis(self.x, {**t, **self.law.constants})]
+        last = [each[:, -1:] for each in g]
+        sizes = [v * np.sign(v.real) if s else np.ones((1, 1)) for v, s in zip(last, self.referenced, strict=True)]
+        return t, [each[:, :-1] for each in g], sizes
 
     def basis(self, vector: Array) -> list[Array]:
         """Return basis functions (batch, n) of vectors, real or complex, each over its size at the reference point."""
-        out = []
-        for g, is_scaled in zip(self._parts(vector), self.referenced, strict=True):
-            ref = g[:, -1:] * np.sign(g[:, -1:].real) if is_scaled else np.ones((1, 1))
-            out.append(g[:, :-1] / np.where(ref == 0, 1.0, ref))
-        return out
+        _, parts, sizes = self._terms(vector)
+        return [g / np.where(size == 0, 1.0, size) for g, size in zip(parts, sizes, strict=True)]
 
     def predict(self, vector: Array) -> Array:
         """Return the law's values (batch, n)."""
@@ -91,10 +123,9 @@ class Problem:
 
     def params_of(self, vector: Array) -> dict[str, Array]:
         """Return parameters by name (batch,), in the formula's own units, of the optimiser's vectors (batch, k)."""
-        sizes = [np.abs(g[:, -1]) if s else 1.0 for g, s in zip(self._parts(vector), self.referenced, strict=True)]
-        out = {p.name: vector[:, j] / sizes[j] for j, p in enumerate(self.law.linear)}
-        t = self._nonlinear(vector)
-        return out | {p.name: t[p.name][:, 0] for p in self.law.nonlinear}
+        t, _, sizes = self._terms(vector)
+        linear = {p.name: vector[:, j] / sizes[j][:, 0] for j, p in enumerate(self.law.linear)}
+        return linear | {name: value[:, 0] for name, value in t.items()}
 
     def residual(self, vector: Array) -> Array:
         """Return residuals (n,) of T(y) at a vector (k,)."""
@@ -104,15 +135,13 @@ class Problem:
     def linearised(self, vector: Array) -> Array:
         """Return derivatives (n, free) of T(law) by the movable parameters at a vector (k,)."""
         value, jacobian = self.predict_and_jacobian(vector)
-        slope = jacobian / value if self.objective.log else jacobian
-        return slope.T[:, self.movable]
+        return (jacobian / value if self.objective.log else jacobian)[self.movable].T
 
     def totals(self, value: Array) -> Array:
         """Return the objective (batch,) of the law's values (batch, n), infinite outside T's domain."""
         with np.errstate(invalid="ignore", divide="ignore"):
             r = self.objective.transform(self.y) - self.objective.transform(value)
-            total = np.sum(self.weights * self.objective.loss(r), axis=-1)
-        return np.where(np.isfinite(total), total, np.inf)
+            return np.nan_to_num(np.sum(self.weights * self.objective.loss(r), axis=-1), nan=np.inf, posinf=np.inf)
 
 
 def make_problem(
@@ -131,7 +160,7 @@ def make_problem(
         v = np.asarray(values, float)
         columns[name] = np.append(v, np.exp(np.mean(np.log(v))) if np.all(v > 0) else np.mean(v))
     given = {**(bounds or {}), **{name: (value, value) for name, value in (fixed or {}).items()}}
-    limits = [given.get(p.name, p.limits(columns)) for p in law.parameters]
+    limits = [given.get(p.name, p.bounds(columns) if callable(p.bounds) else p.bounds) for p in law.parameters]
     plain = [low in (0.0, -np.inf) and high in (0.0, np.inf) and low < high for low, high in limits]
     scaled = [np.log(ends) if p.log else ends for p, ends in zip(law.parameters, limits, strict=True)]
     lower, upper = np.array(scaled, float).reshape(-1, 2).T
@@ -145,3 +174,141 @@ def make_problem(
         upper=upper,
         referenced=np.array(plain[: len(law.linear)], bool),
     )
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """A local minimum, and the objective there."""
+
+    vector: Array
+    total: float
+
+
+def global_minimum(problem: Problem) -> list[Minimum]:
+    """Find the distinct local minima, best first: the floors of the grid's valleys, refined."""
+    first = starts(problem)
+    first = first if len(first) else np.clip(np.zeros((1, len(problem.lower))), problem.lower, problem.upper)
+    rough = _distinct([_refined(problem, start, ROUGH) for start in first], ROUGH)
+    return refine(problem, rough)
+
+
+def refine(problem: Problem, minima: Iterable[Minimum]) -> list[Minimum]:
+    """Refine minima of a similar problem to the distinct ones of this, best first."""
+    return _distinct([minimise(problem, each.vector) for each in minima], FINE)
+
+
+def _distinct(found: list[Minimum], tolerance: float) -> list[Minimum]:
+    """Keep the minima of finite objective that differ, best first."""
+    kept: list[Minimum] = []
+    for each in sorted(found, key=lambda m: m.total):
+        apart = [np.max(np.abs(m.vector - each.vector) / (np.abs(m.vector) + 1e-2)) for m in kept]
+        if np.isfinite(each.total) and all(d > SAME_MINIMUM[tolerance] for d in apart):
+            kept.append(each)
+    return kept
+
+
+def minimise(problem: Problem, start: Array) -> Minimum:
+    """Refine a start (k,) to the local minimum, exactly on the bounds that hold it."""
+    found = _refined(problem, start, FINE)
+    low, high = (np.abs(found.vector - bound) <= ON_BOUND for bound in (problem.lower, problem.upper))
+    if not (near := problem.movable & (low | high)).any():
+        return found
+    bound = np.where(low, problem.lower, problem.upper)
+    lower, upper = np.where(near, bound, problem.lower), np.where(near, bound, problem.upper)
+    held = _refined(replace(problem, lower=lower, upper=upper), np.where(near, bound, found.vector), FINE)
+    return held if held.total <= found.total * (1 + 1e-9) else found
+
+
+def _refined(problem: Problem, start: Array, tolerance: float) -> Minimum:
+    """Minimise from a start, by continuation where the objective is robust; roughly, only its first step is taken."""
+    objective, vector = problem.objective, np.clip(start, problem.lower, problem.upper)
+    with np.errstate(all="ignore"):
+        residual = problem.residual(vector)
+    if problem.movable.any() and np.isfinite(residual).all():
+        delta = max(2 * float(np.median(np.abs(residual))), objective.delta)
+        while delta > objective.delta:
+            vector = _solved(replace(problem, objective=replace(objective, delta=delta)), vector, ROUGH)
+            delta = objective.delta if tolerance == ROUGH else max(delta / SHRINK, objective.delta)
+        if tolerance == FINE or not objective.robust:
+            vector = _solved(problem, vector, tolerance)
+    return Minimum(vector=vector, total=float(problem.totals(problem.predict(vector[None]))[0]))
+
+
+def _solved(problem: Problem, start: Array, tolerance: float) -> Array:
+    """Run scipy's trust region from a vector (k,)."""
+    free, objective, root = problem.movable, problem.objective, np.sqrt(problem.weights)
+    lower, upper = problem.lower[free], problem.upper[free]
+    inside = 1e-9 * np.minimum(1.0, upper - lower)
+
+    def vector_of(x: Array) -> Array:
+        vector = start.copy()
+        vector[free] = x
+        return vector
+
+    with np.errstate(all="ignore"):  # a trial step may overflow; it is rejected
+        found = least_squares(
+            lambda x: -root * problem.residual(vector_of(x)),
+            np.clip(start[free], lower + inside, upper - inside),
+            jac=lambda x: np.nan_to_num(root[:, None] * problem.linearised(vector_of(x)), posinf=0.0, neginf=0.0),
+            bounds=(lower, upper),
+            x_scale="jac",
+            loss=_huber(objective.delta * root) if objective.robust else "linear",
+            max_nfev=MAX_EVALUATIONS[tolerance],
+            **dict.fromkeys(("ftol", "xtol", "gtol"), tolerance),
+        )
+    return vector_of(found.x)
+
+
+def _huber(edges: Array) -> Callable[[Array], Array]:
+    """Make the Huber loss of weighted residuals, with an edge (n,) for each, as scipy takes it: of their squares."""
+
+    def rho(squares: Array) -> Array:
+        size = np.maximum(np.sqrt(squares), 1e-300)
+        inside = size <= edges
+        values = np.where(inside, squares, 2 * edges * size - edges**2)
+        first = np.where(inside, 1.0, edges / size)
+        return np.stack([values, first, np.where(inside, 0.0, -BLEND * first / 2 / np.maximum(squares, 1e-300))])
+
+    return rho
+
+
+def starts(problem: Problem) -> Array:
+    """Find the floors of the grid's valleys (count, k), lowest first, with the linear coefficients projected out."""
+    p, n = problem.num_linear, problem.num_points
+    if n > MAX_GRID_POINTS:
+        problem = problem.at_points(np.linspace(0, n - 1, MAX_GRID_POINTS).astype(int))
+    unit = _unit_grid(problem.movable[p:])
+    with np.errstate(all="ignore"):  # far corners of the grid may overflow
+        vector, total = _projected(problem, problem.lower[p:] + (problem.upper - problem.lower)[p:] * unit)
+    places = np.column_stack([unit, np.zeros(len(unit))])  # a law may have no non-linear parameter
+    _, near = cKDTree(places).query(places, range(1, min(NEIGHBOURS + 1, len(unit)) + 1))
+    total[total > total[near].min(axis=1)] = np.inf
+    best = np.argsort(total, kind="stable")[: max(MIN_STARTS, len(problem.law.nonlinear))]
+    return vector[best[np.isfinite(total[best])]]
+
+
+def _unit_grid(movable: Array) -> Array:
+    """Return fixed points (m, q) of the unit cube: a product grid for q <= 2, a low-discrepancy sequence above."""
+    if (q := len(movable)) > 2:
+        return Halton(q, scramble=False).random(1024 * (q - 1))
+    axes = [np.linspace(0, 1, (96, 20)[q - 1] if moves else 1) for moves in movable]
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, q) if q else np.zeros((1, 0))
+
+
+def _projected(problem: Problem, theta: Array) -> tuple[Array, Array]:
+    """Project the linear coefficients out at grid points (m, q): vectors (m, k) and their objective (m,). Coefficients
+    are above their lower bound by non-negative least squares (without one, differences of two), and clipped above."""
+    p = problem.num_linear
+    g = np.stack(problem.basis(np.column_stack([np.zeros((len(theta), p)), theta])), axis=2)
+    lower, upper = problem.lower[:p], problem.upper[:p]
+    is_free, base = ~np.isfinite(lower), np.where(np.isfinite(lower), lower, 0.0)
+    root = np.sqrt(problem.weights) / (problem.y if problem.objective.log else 1.0)
+    columns, target = root[:, None] * np.concatenate([g, -g[..., is_free]], axis=2), root * (problem.y - g @ base)
+    c = np.full((len(theta), p), np.nan)
+    for i in np.flatnonzero(np.isfinite(columns).all(axis=(1, 2)) & np.isfinite(target).all(axis=1)):
+        with contextlib.suppress(RuntimeError):  # it does not converge: no start
+            found = nnls(columns[i], target[i])[0]
+            c[i] = base + found[:p]
+            c[i, is_free] -= found[p:]
+    c = np.clip(c, lower, upper)
+    return np.column_stack([c, theta]), problem.totals(np.einsum("mp,mnp->mn", c, g))

@@ -9,28 +9,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Drawing, Result, plain_fields, plain_types
+from aimscale.analysis.display import Drawing, Result, plain_fields
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import half_width, satterthwaite
 from aimscale.analysis.fitting.extrapolation import HeldOut, held_out_cautions
 from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate
 from aimscale.analysis.fitting.objectives import Objective
-from aimscale.analysis.laws.base import Array, Columns, Law, Params
+from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.table.names import CANONICAL, Exclusion
 from aimscale.analysis.table.schema import described
 from aimscale.analysis.words import Flag, flag_words, human, p_value
 
-NOT_IDENTIFIED = "not identified"
+NOT_IDENTIFIED, NO_INTERVAL = "not identified", "(no interval)"
 ASSUMED = "they take the law for true: on public tables, 3 to 100 times beyond, those of one law hold some 80 % of runs"
 """Caution about predictions by one law, from backtests on the public tables of docs/forecasts.md."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Interval:
     """A confidence interval of a parameter."""
 
-    low: float
-    high: float
+    low: float = np.nan
+    high: float = np.nan
     method: str = ""
     """How it was found, where that is not how the fit's other intervals were."""
 
@@ -41,14 +41,11 @@ class Interval:
 
     def shown(self, digits: int = 4) -> str:
         """Write it with so many digits, as counts are written: "[84.1k, 154k]"."""
-        return f"[{human(self.low, digits)}, {human(self.high, digits)}]" if self.is_known else "(no interval)"
+        return f"[{human(self.low, digits)}, {human(self.high, digits)}]" if self.is_known else NO_INTERVAL
 
     def words(self, form: str = ".3f") -> str:
-        """Write it in a number format, e.g. "[0.310, 0.380]", or that there is no interval."""
-        return f"[{self.low:{form}}, {self.high:{form}}]" if self.is_known else "(no interval)"
-
-
-UNKNOWN = Interval(low=np.nan, high=np.nan)
+        """Write it in a number format, e.g. "[0.310, 0.380]"."""
+        return f"[{self.low:{form}}, {self.high:{form}}]" if self.is_known else NO_INTERVAL
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -60,11 +57,10 @@ class Fit(Result):
     law: Law
     objective: Objective
     params: dict[str, float]
-    """Reported parameters and derived quantities; see `not_identified` before printing digits."""
+    """Reported parameters and derived quantities, digits of those `not_identified` included."""
     intervals: dict[str, Interval]
     """Confidence intervals of `params`, of those that are not held."""
     flags: tuple[Flag, ...]
-    """Cautions."""
     not_identified: frozenset[str]
     """Parameters that the data do not pin down: `.table` prints words instead of digits."""
     objective_value: float
@@ -76,7 +72,7 @@ class Fit(Result):
     ranges: dict[str, tuple[float, float]]
     """Smallest and largest value of each variable among the fitted points."""
     columns: dict[str, str]
-    """Variable and 'y' -> column of the table."""
+    """Variable and "y" -> column of the table."""
     data: pd.DataFrame = field(repr=False)
     """The fitted points: variables, y, fitted, residual (of T(y)); index as in the table."""
     estimate: Estimate = field(repr=False)
@@ -93,12 +89,6 @@ class Fit(Result):
     """Extrapolation tests, if asked for."""
     fixed: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Parameters that were kept between two values."""
-
-    @property
-    def law_params(self) -> dict[str, float]:
-        """The law's own parameters."""
-        return self.estimate.params
 
     def variables(self, df: pd.DataFrame | Mapping[str, Any]) -> Columns:
         """Take the law's variables from a table, by the variable's name or by the fit's column names."""
@@ -122,20 +112,18 @@ class Fit(Result):
             beyond the table. `forecast` counts the misfit, too.
         """
         x = self.variables(scales if df is None else df)
-        value, errors, degrees = self.estimate.transformed(x)
+        value, errors, degrees = self.estimate.error_of(self.estimate.law_at(x))
         scatter, inverse = self.estimate.components, self.objective.inverse
-        parts = np.stack([errors, np.full_like(errors, scatter.total)])
-        spare = satterthwaite(parts, np.stack([degrees, np.full_like(degrees, scatter.degrees)]))
+        parts = np.stack(np.broadcast_arrays(errors, scatter.total))
+        spare = satterthwaite(parts, np.stack(np.broadcast_arrays(degrees, scatter.degrees)))
         out = {"value": inverse(value), "se": errors, "df": degrees}
-        for name, half in (
-            ("ci", half_width(errors, degrees, CONFIDENCE)),
-            ("pi", half_width(np.hypot(*parts), spare, CONFIDENCE)),
-        ):
+        for name, sd, free in (("ci", errors, degrees), ("pi", np.hypot(*parts), spare)):
+            half = half_width(sd, free, CONFIDENCE)
             out |= {f"{name}_lo": inverse(value - half), f"{name}_hi": inverse(value + half)}
         if self.limits is not None:
             # a curve stays above chance; one measured accuracy may fall below it, though not below 0
             low, high = self.limits
-            for name in ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi"):
+            for name in out.keys() - {"se", "df"}:
                 out[name] = np.clip(out[name], 0.0 if name.startswith("pi") else low, high)
         beyond = [np.maximum(low / x[v], x[v] / high) for v, (low, high) in self.ranges.items()]
         index = df.index if isinstance(df, pd.DataFrame) else None
@@ -143,20 +131,20 @@ class Fit(Result):
 
     def conf_int(self) -> pd.DataFrame:
         """Return the 95 % intervals, a row a parameter, with columns lower and upper; NaN where not identified."""
-        known = {name: UNKNOWN if name in self.not_identified else i for name, i in self.intervals.items()}
+        known = {name: Interval() if name in self.not_identified else i for name, i in self.intervals.items()}
         return pd.DataFrame({k: [i.low, i.high] for k, i in known.items()}, index=["lower", "upper"], dtype=float).T
 
     @property
     def cov(self) -> pd.DataFrame:
         """Cluster-robust covariance of the identified parameters, by the delta method; none of those that are held."""
         names = [name for name in self.intervals if name not in self.not_identified]
+        matrix = self.estimate.covariance.matrix
 
-        def reported(p: Params) -> Array:
-            values = {**p, **self.law.reported(p)}
-            return np.stack([values[name] for name in names], axis=-1)
+        def slopes(name: str) -> Array:
+            return self.estimate.gradient(lambda p: self.law.quantities(p)[name])
 
-        slopes = self.estimate.gradient(reported) if names else np.empty((0, int(self.estimate.problem.movable.sum())))
-        return pd.DataFrame(slopes @ self.estimate.covariance.matrix @ slopes.T, index=names, columns=names)
+        rows = np.reshape([slopes(name) for name in names], (-1, len(matrix)))
+        return pd.DataFrame(rows @ matrix @ rows.T, index=names, columns=names)
 
     @property
     def bse(self) -> pd.Series:
@@ -180,11 +168,7 @@ class Fit(Result):
 
     @property
     def llf(self) -> float:
-        """Log-likelihood of y under independent normal errors of T(y), so that lsq and log_lsq compare.
-
-        Raises:
-            AnalysisError: the fit is not of least squares with equal weights, which alone maximise it.
-        """
+        """Log-likelihood of y under independent normal errors of T(y), so that lsq and log_lsq compare."""
         problem = self.estimate.problem
         if self.objective.robust or self.weights:
             raise AnalysisError("A likelihood needs least squares of equal weights; fit with objective='log_lsq'.")
@@ -195,12 +179,12 @@ class Fit(Result):
     @property
     def aic(self) -> float:
         """Akaike's criterion, 2 k - 2 llf with k free parameters of the law."""
-        return 2 * int(self.estimate.problem.movable.sum()) - 2 * self.llf
+        return 2 * self.estimate.problem.num_free - 2 * self.llf
 
     @property
     def bic(self) -> float:
         """Bayesian criterion, k ln(n) - 2 llf."""
-        return float(np.log(self.nobs)) * int(self.estimate.problem.movable.sum()) - 2 * self.llf
+        return float(np.log(self.nobs)) * self.estimate.problem.num_free - 2 * self.llf
 
     def shown(self, name: str, digits: int = 4) -> str:
         """Write a parameter: digits with its interval, a bound, or the words "not identified"."""
@@ -223,7 +207,7 @@ class Fit(Result):
         """One row a parameter: parameter, value, low, high, method, note."""
         rows = []
         for name, value in self.params.items():
-            i = UNKNOWN if name in self.not_identified else self.intervals.get(name, UNKNOWN)
+            i = Interval() if name in self.not_identified else self.intervals.get(name, Interval())
             notes = ["held"] * (name in self.fixed) + [str(flag) for flag in self.flags if flag.subject == name]
             shown = NOT_IDENTIFIED if name in self.not_identified else value
             rows.append({"parameter": name, "value": shown, **vars(i), "note": " ".join(notes)})
@@ -237,23 +221,19 @@ class Fit(Result):
     def cells(self) -> list[dict[str, str]]:
         """Write the parameters with their intervals."""
         parts = {name: self.shown(name).partition(" [") for name in self.params}
-        return [
-            {"parameter": name, "value": value, "95 % interval": f"[{interval}" if interval else ""}
-            for name, (value, _, interval) in parts.items()
-        ]
+        ends = {name: f"[{interval}" * bool(interval) for name, (_, _, interval) in parts.items()}
+        return [{"parameter": name, "value": parts[name][0], "95 % interval": i} for name, i in ends.items()]
 
     def facts(self) -> list[tuple[str, str]]:
-        """List flags, law, columns, rows, ranges, objective, intervals, held-out errors: the checklist is that of
-        (Mis)fitting (Li et al. 2025)."""
+        """List what the checklist of (Mis)fitting (Li et al. 2025) asks for, flags and held-out errors first."""
         return list(self._facts())
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         yield from ((f"held out {test.variable}", test.words()) for test in self.heldout)
         yield from (("with care", each) for each in (*flag_words(self.flags), *held_out_cautions(self.heldout)))
-        for f in self.flags:
-            if f.kind in ("scatter", "pattern"):
-                ratio = f"F = {f.more[0]:.3g} with {f.more[1]:.0f} and {f.more[2]:.0f} degrees of freedom"
-                yield "test", f"{ratio} ({p_value(f.p)})"
+        for f in (flag for flag in self.flags if flag.kind in ("scatter", "pattern")):
+            ratio, above, below = f.more
+            yield "test", f"F = {ratio:.3g} with {above:.0f} and {below:.0f} degrees of freedom ({p_value(f.p)})"
         yield "law", self.law.formula
         names = {"L": self._column_words("y"), **{v: self._column_words(v) for v in self.law.variables}}
         if other := [f"{letter} = {name}" for letter, name in names.items() if letter != name]:
@@ -285,10 +265,9 @@ class Fit(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the data, in plain types."""
-        known, intervals = (
-            {k: None if k in self.not_identified else plain_types(v) for k, v in each.items()}
-            for each in (self.params, {k: plain_fields(i) for k, i in self.intervals.items()})
-        )
+        plain = super().to_dict()
+        for part in (plain["params"], plain["intervals"]):
+            part |= dict.fromkeys(self.not_identified & part.keys())
         law = {"law": self.law.name, "formula": self.law.formula, "source": self.law.source}
         flags = [{**plain_fields(flag), "words": str(flag)} for flag in self.flags]
-        return {**super().to_dict(), **law, "params": known, "intervals": intervals, "flags": flags}
+        return {**plain, **law, "flags": flags}

@@ -1,6 +1,6 @@
 """Scaling laws: what a law is, and the catalogue. `laws.CHINCHILLA` is a law, `laws.LAWS` holds all of them by name."""
 
-from aimscale.analysis.laws.base import Law, Parameter, coefficient, exponent, free, scale_of  # noqa: F401
+from aimscale.analysis.laws.base import Law, Parameter, coefficient, exponent  # noqa: F401
 from aimscale.analysis.laws.catalogue import (  # noqa: F401
     CHINCHILLA,
     COUPLED,
@@ -13,7 +13,5 @@ from aimscale.analysis.laws.catalogue import (  # noqa: F401
     REPEATED,
     REPEATED_BOTH,
     find_law,
-    power,
     repeated,
-    saturating,
 )

@@ -1,22 +1,14 @@
 """A scaling law as a small object: `y = sum_j c_j g_j(x; t)`, linear in the coefficients c, non-linear in t.
 
 Every form in use is linear in some of its parameters once the others are fixed, and that is what makes a global
-optimum cheap (`analysis.fitting.optimise`). A new law is ten lines: names, bounds, and the basis functions g_j
-in numpy, of real and complex parameters: gradients are taken by the complex step, exact to rounding.
-
-    from aimscale.analysis.laws import Law, coefficient
-    LOG_LINEAR = Law(
-        name="log_linear", formula="L = E - A ln N", variables=("N",),
-        linear=(coefficient("E"), coefficient("A")), nonlinear=(),
-        basis=lambda x, t: (1.0, -x.log("N")),
-    )
+optimum cheap (`analysis.fitting.problem`). A new law is ten lines (docs/extending.md): names, bounds, and the basis
+functions g_j in numpy, of real and complex parameters: gradients are taken by the complex step, exact to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,15 +33,10 @@ class Parameter:
     """One parameter of a law."""
 
     name: str
-    """As the formula writes it."""
     bounds: Bounds | Callable[[Columns], Bounds]
     """Lowest and highest value, or a function of the data that returns them."""
     log: bool = False
     """Search on a logarithmic scale (exponents, scales)."""
-
-    def limits(self, x: Columns) -> Bounds:
-        """Return the bounds for a table."""
-        return self.bounds(x) if callable(self.bounds) else self.bounds
 
 
 def coefficient(name: str) -> Parameter:
@@ -57,23 +44,9 @@ def coefficient(name: str) -> Parameter:
     return Parameter(name=name, bounds=(0.0, np.inf))
 
 
-def free(name: str) -> Parameter:
-    """Make a linear parameter of either sign."""
-    return Parameter(name=name, bounds=(-np.inf, np.inf))
-
-
 def exponent(name: str, lower: float = 0.005, upper: float = 5.0) -> Parameter:
     """Make a positive exponent or rate, searched on a logarithmic scale."""
     return Parameter(name=name, bounds=(lower, upper), log=True)
-
-
-def scale_of(name: str, variable: str, below: float = 1e-4, above: float = 1e4) -> Parameter:
-    """Make a parameter in the units of a variable: from `below` x its smallest to `above` x its largest value."""
-    return Parameter(name=name, bounds=partial(_scale_bounds, variable=variable, below=below, above=above), log=True)
-
-
-def _scale_bounds(x: Columns, *, variable: str, below: float, above: float) -> Bounds:
-    return below * float(np.min(x[variable])), above * float(np.max(x[variable]))
 
 
 Params = Mapping[str, Array]
@@ -85,9 +58,7 @@ class Law:
     """A formula with its variables, its parameters and their bounds."""
 
     name: str
-    """Short name, as `--law` takes it."""
     formula: str
-    """For sentences and figures."""
     variables: tuple[str, ...]
     """Names of the inputs: N parameters, D samples, C FLOPs, U unique samples, x anything, L loss."""
     linear: tuple[Parameter, ...]
@@ -103,8 +74,7 @@ class Law:
     derived: Mapping[str, Callable[[Params], Array]] = field(default_factory=dict)
     """Further quantities that deserve an interval, e.g. the exponent of N*(C)."""
     scales: Mapping[str, str] = field(default_factory=dict)
-    """Parameter -> the scale of its interval where that is not its own: `log` of reported ones of any magnitude,
-    `reciprocal` of those that may have no upper end."""
+    """Parameter -> the scale of its interval where that is not its own: `log`, or `reciprocal` without an upper end."""
     source: str = ""
     """Paper and equation."""
 
@@ -128,6 +98,10 @@ class Law:
         t = {name: np.asarray(value)[..., None] for name, value in params.items()}
         parts = self.basis(columns, {**t, **self.constants})
         return sum(t[p.name] * g for p, g in zip(self.linear, parts, strict=True))
+
+    def quantities(self, params: Params) -> dict[str, Array]:
+        """Return the law's own parameters, and `reported` ones in place of those of their name."""
+        return {**params, **self.reported(params)}
 
     def reported(self, params: Params) -> dict[str, Array]:
         """Return the published parameters and derived quantities, from the fitted parameters."""

@@ -13,26 +13,26 @@ from functools import partial
 import numpy as np
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.laws.base import Array, Bounds, Columns, Law, Parameter, Params, coefficient, exponent, scale_of
+from aimscale.analysis.laws.base import Array, Bounds, Columns, Law, Parameter, Params, coefficient, exponent
 from aimscale.analysis.words import did_you_mean
 
 Terms = tuple[Array | float, ...]
 
 MOST_PENALTY = 100.0
-"""Largest penalty for repeats at the table's mean N/U, in units of the loss: beyond any loss that falls. A finite end
-keeps the fit from measuring it at the table's mean scale, where often nothing is repeated and it is zero."""
+"""Largest penalty for repeats at the table's mean N/U, in units of the loss. A finite end keeps the fit from measuring
+it at the table's mean scale, where often nothing is repeated and it is zero."""
 
 
-def _power(v: Columns, t: Params, *, x: str) -> Terms:
-    return (np.exp(-t["a"] * v.log(x)),)
-
-
-def _power_offset(v: Columns, t: Params, *, x: str) -> Terms:
-    return 1.0, *_power(v, t, x=x)
+def _power(v: Columns, t: Params, *, x: str, offset: bool) -> Terms:
+    return *[1.0] * offset, np.exp(-t["a"] * v.log(x))
 
 
 def _saturating(v: Columns, t: Params, *, x: str) -> Terms:
     return 1.0, np.exp(-t["a"] * np.log(v[x] + t[f"{x}0"]))
+
+
+def _turning_points(v: Columns, *, x: str) -> Bounds:
+    return 1e-3 * float(np.min(v[x])), float(np.max(v[x]))
 
 
 def power(x: str = "x", *, offset: bool = True) -> Law:
@@ -43,7 +43,7 @@ def power(x: str = "x", *, offset: bool = True) -> Law:
         variables=(x,),
         linear=(*[coefficient("E")] * offset, coefficient("A")),
         nonlinear=(exponent("a"),),
-        basis=partial(_power_offset if offset else _power, x=x),
+        basis=partial(_power, x=x, offset=offset),
         source="M2 of Alabdulmohsin et al. 2022" if offset else "Kaplan et al. 2020; M1 of Alabdulmohsin et al. 2022",
     )
 
@@ -55,7 +55,7 @@ def saturating(x: str = "x") -> Law:
         formula=f"L = E + A ({x} + {x}0)^-a",
         variables=(x,),
         linear=(coefficient("E"), coefficient("A")),
-        nonlinear=(exponent("a"), scale_of(f"{x}0", x, below=1e-3, above=1.0)),
+        nonlinear=(exponent("a"), Parameter(name=f"{x}0", bounds=partial(_turning_points, x=x), log=True)),
         basis=partial(_saturating, x=x),
         source="Zhai et al. 2022",
     )
@@ -88,8 +88,13 @@ CHINCHILLA = Law(
 )
 
 
+def _coupled(x: Columns, t: Params) -> Terms:
+    size = np.exp(-t["alpha"] * (x.log("N") - np.log(t["N0"])))
+    data = np.exp(-t["beta"] * (x.log("D") - np.log(t["D0"])))
+    return 1.0, np.exp(t["c"] * np.log(size + t["w"] * data))
+
+
 def _kaplan(x: Columns, t: Params) -> Terms:
-    """Return ((N/N0)^-p + w D0/D)^aD with p = aN/aD, so that one coefficient is linear."""
     size = np.exp(-t["aN"] / t["aD"] * (x.log("N") - np.log(t["N0"])))
     return (np.exp(t["aD"] * np.log(size + t["w"] * t["D0"] / x["D"])),)
 
@@ -119,18 +124,11 @@ def effective(pool: Array, seen: Array, worth: Array) -> Array:
     return unique + unique * worth * -np.expm1((1.0 - seen / unique) / worth)
 
 
-def _repeated_data(x: Columns, t: Params) -> Terms:
-    return 1.0, effective(x["U"], x["D"], t["R_D"]) ** -t["beta"]
-
-
 def _repeated(x: Columns, t: Params) -> Terms:
-    limit, data = _repeated_data(x, t)
-    return limit, np.exp(-t["alpha"] * x.log("N")), data
-
-
-def _repeated_both(x: Columns, t: Params) -> Terms:
-    limit, data = _repeated_data(x, t)
-    return limit, effective(x["V"], x["N"], t["R_N"]) ** -t["alpha"], data
+    data = effective(x["U"], x["D"], t["R_D"]) ** -t["beta"]
+    if "R_N" in t:
+        return 1.0, effective(x["V"], x["N"], t["R_N"]) ** -t["alpha"], data
+    return (1.0, np.exp(-t["alpha"] * x.log("N")), data) if "alpha" in t else (1.0, data)
 
 
 def repeated(*, sizes: bool = True) -> Law:
@@ -141,7 +139,7 @@ def repeated(*, sizes: bool = True) -> Law:
         variables=("N", "D", "U") if sizes else ("D", "U"),
         linear=(coefficient("E"), *[coefficient("A")] * sizes, coefficient("B")),
         nonlinear=(*[exponent("alpha")] * sizes, exponent("beta"), exponent("R_D", 0.1, 1e3)),
-        basis=_repeated if sizes else _repeated_data,
+        basis=_repeated,
         scales={"R_D": "reciprocal"},
         source="Muennighoff et al. 2023, the data half",
     )
@@ -155,7 +153,7 @@ REPEATED_BOTH = Law(
     variables=("N", "D", "U", "V"),
     linear=CHINCHILLA.linear,
     nonlinear=(*CHINCHILLA.nonlinear, exponent("R_D", 0.1, 1e3), exponent("R_N", 0.1, 1e3)),
-    basis=_repeated_both,
+    basis=_repeated,
     scales={"R_D": "reciprocal", "R_N": "reciprocal"},
     source="Muennighoff et al. 2023, in full; V is the compute-optimal size for U new samples (theirs: 0.051 U)",
 )
@@ -184,8 +182,7 @@ OVERFITTING = Law(
     scales={"R0": "reciprocal"},
     source="the penalty of Lovelace et al. 2026 (arXiv 2605.01640) with exponents of 1; its levelling off is ours",
 )
-"""A penalty for repeats beside Chinchilla's law: it grows with parameters per unique sample, and levels off. Where R0
-lies beyond the repeats of the table it is the published law of one further coefficient, P = G/R0."""
+"""Chinchilla's law with a penalty for repeats that levels off: the published one where R0 lies beyond the table's."""
 
 
 def _overtrained(x: Columns, t: Params) -> Terms:
@@ -210,9 +207,8 @@ def _loss_range(x: Columns) -> Bounds:
 
 
 def _loss_rates(x: Columns) -> Bounds:
-    """Return rates per unit of loss from hardly curved to a step over the data's range."""
     span = float(np.ptp(x["L"]))
-    return 0.01 / span, 100.0 / span
+    return 0.01 / span, 100.0 / span  # from hardly curved to a step over the data's range
 
 
 def _sigmoid(x: Columns, t: Params) -> Terms:
@@ -238,12 +234,6 @@ LINK_SIGMOID = Law(
 )
 
 
-def _coupled(x: Columns, t: Params) -> Terms:
-    size = np.exp(-t["alpha"] * (x.log("N") - np.log(t["N0"])))
-    data = np.exp(-t["beta"] * (x.log("D") - np.log(t["D0"])))
-    return 1.0, np.exp(t["c"] * np.log(size + t["w"] * data))
-
-
 def _coupled_report(p: Params) -> dict[str, Array]:
     with np.errstate(over="ignore", divide="ignore"):
         level = p["K"] ** (1 / p["c"])
@@ -263,7 +253,7 @@ COUPLED = Law(
     derived=OPTIMAL_EXPONENTS,
     source="Chinchilla's terms under Kaplan's outer exponent; a and b are the exponents of N*(C) and D*(C)",
 )
-"""Chinchilla's terms under one outer exponent; c = 1 is Chinchilla's law, E = 0 and beta = 1 Kaplan's."""
+"""Chinchilla's law at c = 1, Kaplan's at E = 0 and beta = 1."""
 
 
 def _bent_log(log_x: Array, bend: Array) -> Array:
@@ -274,11 +264,8 @@ def _bent_log(log_x: Array, bend: Array) -> Array:
 
 
 def _farseer(x: Columns, t: Params) -> Terms:
-    """Return limit and data term, whose limit, coefficient and exponent are stretched exponentials of the size.
-
-    With h_i = ((N/N0)^g_i - 1) / g_i the limit is E exp(-s3 h_3), the exponent of D is e = d exp(s1 h_1), and the
-    coefficient falls by s2 h_2 in logarithm beside what a changing exponent does to it at D0.
-    """
+    """Return limit and data term. With h_i = ((N/N0)^g_i - 1) / g_i the limit is E exp(-s3 h_3), the exponent of D is
+    d exp(s1 h_1), and the coefficient's logarithm falls by s2 h_2 beside what a changing exponent does to it at D0."""
     log_n, log_d0 = x.log("N") - np.log(t["N0"]), np.log(t["D0"])
     exponents = t["d"] * np.exp(t["s1"] * _bent_log(log_n, t["alpha"]))
     fall = (t["s2"] - t["d"] * t["s1"] * log_d0) * _bent_log(log_n, t["beta"])
@@ -330,11 +317,7 @@ LAWS = {law.name: law for law in (*(make("x") for make in _ONE_VARIABLE.values()
 
 
 def find_law(name: str | Law) -> Law:
-    """Find a law by name, or return it; `power_offset:N` puts a one-variable law on a named variable or column.
-
-    Raises:
-        AnalysisError: the name is unknown, or something else stands in the law's place.
-    """
+    """Find a law by name, or return it; `power_offset:N` puts a one-variable law on a named variable or column."""
     if isinstance(name, Law):
         return name
     if not isinstance(name, str):

@@ -95,7 +95,7 @@ def _in_order(pool: pd.DataFrame, first: Array, budget: float, order: Array) -> 
 def _v_optimal(pool: pd.DataFrame, first: Array, budget: float, law: Law, power: float) -> Array:
     """Least mean variance of the law over the whole pool (not at the target), per price^power, one after another."""
     known = fit(law, pool.loc[first], y="loss", objective=OBJECTIVE, resamples=0)
-    price, slopes = pool["C"].to_numpy(), known.law.slopes(known.variables(pool), known.law_params, log=True)
+    price, slopes = pool["C"].to_numpy(), known.law.slopes(known.variables(pool), known.estimate.params, log=True)
     spread = np.linalg.inv(slopes[first].T @ slopes[first] + 1e-4 * np.eye(slopes.shape[1]))
     bought, left = list(first), budget - price[first].sum()
     while np.any(affordable := (price <= left) & ~np.isin(np.arange(len(pool)), bought)):

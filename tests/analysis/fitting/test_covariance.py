@@ -73,7 +73,7 @@ def test_points_alone_give_the_exact_t_interval_and_sizes_that_of_their_means():
     rng = np.random.default_rng(1)
     x = np.linspace(1, 2, 12)
     df = pd.DataFrame({"L": x, "acc": 0.9 - 0.3 * x + 0.01 * rng.standard_normal(12)})
-    linear = (laws.free("c"), laws.free("s"))
+    linear = tuple(laws.Parameter(name=name, bounds=(-np.inf, np.inf)) for name in ("c", "s"))
     law = laws.Law(name="line", formula="acc = c - s L", variables=("L",), linear=linear, nonlinear=(), basis=_falling)
     result = fit(df, law, y="acc", objective="lsq")
     residual = result.data["residual"].to_numpy()

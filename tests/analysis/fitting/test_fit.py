@@ -7,8 +7,7 @@ import pytest
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.objectives import HUBER_LOG, huber_log
-from aimscale.analysis.fitting.optimise import global_minimum, minimise
-from aimscale.analysis.fitting.problem import make_problem
+from aimscale.analysis.fitting.problem import global_minimum, make_problem, minimise
 from aimscale.analysis.laws.base import Columns
 from aimscale.analysis.laws.catalogue import Law, coefficient, exponent
 

@@ -24,7 +24,7 @@ def test_the_true_law_beats_the_naive_line_on_the_largest_size(grid):
     assert (test.num_train, test.num_test) == (25, 5)
     assert test.mean_abs_relative_error < 0.02
     assert test.is_better
-    assert 3 <= test.num_inside == test.predictions["inside"].sum()
+    assert test.predictions["inside"].sum() >= 3
     assert np.all(test.predictions["N"] == 1e7)
 
 
@@ -41,7 +41,7 @@ def test_prediction_intervals_hold_the_held_out_size_as_often_as_they_say(known_
     for trial in range(12):
         df = known_study({"seeds": [3 * trial, 3 * trial + 1], "seed_sd": 0.004, "row_sd": 0.002})
         test = held_out(fit(df, "chinchilla"), df, by="N")
-        inside, total = inside + test.num_inside, total + test.num_test
+        inside, total = inside + test.predictions["inside"].sum(), total + test.num_test
     assert inside / total > 0.8
 
 

@@ -42,7 +42,7 @@ def test_a_law_is_recovered_from_its_own_values(name, x, truth):
     law = law.centred(Columns(x))  # the truth is written around the data's centre
     df = pd.DataFrame({**x, "y": law.value(x, truth)})
     result = fit(df, law, y="y", objective="lsq" if name.startswith("link") else "log_lsq")
-    assert result.law_params == pytest.approx(truth, rel=1e-5)
+    assert result.estimate.params == pytest.approx(truth, rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "x", "truth"), [t for t in TRUTHS if t[0] in ("coupled", "farseer", "overfitting")])

@@ -121,7 +121,7 @@ def test_every_law_finds_the_same_optimum_of_farseers_table():
     assert max(sizes) / min(sizes) < 1.06
     curved, best = lines["farseer"], sizes[-1]
     n = np.geomspace(best / 3, best * 3, 20001)
-    loss = curved.law.law.value({"N": n, "D": curved.cost.samples(1e20, n)}, curved.law.law_params)
+    loss = curved.law.law.value({"N": n, "D": curved.cost.samples(1e20, n)}, curved.law.estimate.params)
     assert n[np.argmin(loss)] == pytest.approx(best, rel=2e-3)
 
 

@@ -77,6 +77,8 @@ def test_gaps_to_baselines_have_newcombes_interval():
     )  # fmt: skip
     (row,) = beside_runs(probes, baselines).to_dict("records")
     assert (row["gap_lo95"], row["gap_hi95"]) == pytest.approx((0.0524, 0.3339), abs=2e-4)
+    # (1.9600 + 0.8416) standard errors are seen in 80 % of repetitions, where 1.9600 of them are the half-width
+    assert row["detectable"] == pytest.approx((0.3339 - 0.0524) / 2 * 2.8016 / 1.9600, abs=2e-4)
     assert (row["baseline"], row["verdict"]) == ("raw-pixels", "above")
     turned = baselines.assign(params_total=1e5, images_seen=8), probes.drop(columns=["params_total", "images_seen"])
     assert beside_runs(*turned)["verdict"].tolist() == ["below"]
