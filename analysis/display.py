@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 20
 """Rows that a shell and a notebook show of a longer table."""
-MAX_WIDTH = 120
-"""Characters of a line of a table at most."""
 
 
 class Drawing:
@@ -69,11 +67,7 @@ class Result:
         return f"{above}\n\n{text_table(self.cells())}"
 
     def plot(self, **options: Any) -> Figure:
-        """Draw its figure, where the class of the result has one.
-
-        Raises:
-            AnalysisError: nothing draws this kind of result.
-        """
+        """Draw its figure, where the class of the result has one."""
         raise AnalysisError(f"There is no figure of a {type(self).__name__}; draw its .table yourself.")
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +127,7 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
         columns += [[f"{each:{'>' if to_the_right else '<'}{width}}" for each in (name, *cells)]] if any(cells) else []
     num_keys = next((n for n in range(1, len(columns)) if len({*zip(*columns[:n], strict=True)}) > len(rows)), 0)
     keys = columns[:num_keys]
-    room = min(shutil.get_terminal_size((MAX_WIDTH, 0)).columns, MAX_WIDTH)
+    room = min(shutil.get_terminal_size((120, 0)).columns, 120)
     blocks = [[*keys]]
     for column in columns[num_keys:]:
         if len(blocks[-1]) > num_keys and sum(len(each[0]) + 2 for each in (*blocks[-1], column)) - 2 > room:

@@ -9,10 +9,7 @@ from contextvars import ContextVar
 
 
 class AnalysisError(Exception):
-    """A mistake in a table or in an option; the message says what, where and what to do about it.
-
-    `analysis` stands alone, so it has its own class instead of `aim.errors.UserError`.
-    """
+    """A mistake in a table or in an option; the message says what, where and what to do about it."""
 
     exit_code = 2
 
@@ -36,7 +33,7 @@ def in_command() -> Iterator[None]:
 
 
 def option(name: str, value: str = "") -> str:
-    """An option as its reader types it: `--fix E=0` in a command, `fixed={"E": 0}` in Python."""
+    """Name an option as its reader types it: `--fix E=0` in a command, `fixed={"E": 0}` in Python."""
     if _IS_COMMAND.get():
         return f"--{name} {shlex.quote(value)}" if value else f"--{name}"
     form, (key, _, right) = _PYTHON[name], value.partition("=")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -30,10 +29,6 @@ class Flag:
         return self.text
 
 
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_SI = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
-
-
 def human(value: float, digits: int = 3) -> str:
     """Write a count as people say it: 27.6k, 1.21M, 6.44B; beyond that, and below 0.001, a power of ten."""
     if not math.isfinite(value):
@@ -41,17 +36,16 @@ def human(value: float, digits: int = 3) -> str:
     size = abs(value)
     if size >= 1e12 or 0 < size < 1e-3:
         return power_of_ten(value, digits)
-    for scale, letter in _SI:
-        if size >= scale * 0.9995:
-            return f"{float(f'{value / scale:.{digits}g}'):.{max(digits, 6)}g}{letter}"
-    return f"{float(f'{value:.{digits}g}'):.{max(digits, 6)}g}"
+    scales = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+    scale, letter = next((each for each in scales if size >= each[0] * 0.9995), scales[-1])
+    return f"{float(f'{value / scale:.{digits}g}'):.{max(digits, 6)}g}{letter}"
 
 
 def power_of_ten(value: float, digits: int = 2) -> str:
     """Write a number of FLOPs: 3×10¹³."""
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return power if mantissa == "1" else f"{mantissa}×{power}"
 
 
@@ -65,16 +59,12 @@ def p_value(p: float) -> str:
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.1g}"
 
 
-NEAR = 0.55
-"""Likeness from which a name may be the one that was meant."""
-
-
 def did_you_mean(typed: str, names: Iterable[str], otherwise: str) -> str:
     """Name what resembles a name that does not exist, the nearest first; else some of all."""
     lower = typed.lower()
     score = {n: difflib.SequenceMatcher(None, lower, n.lower()).ratio() for n in names}
     known = sorted(score, key=lambda n: -score[n])
-    near = [n for n in known if score[n] >= NEAR or (len(lower) > 2 and lower in n.lower())]
+    near = [n for n in known if score[n] >= 0.55 or (len(lower) > 2 and lower in n.lower())]
     return f"did you mean {' or '.join(near[:3])}?" if near else f"{otherwise} {some(known)}."
 
 
@@ -88,12 +78,6 @@ def some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:MAX_NAMED])}{more}"
 
 
-def refusal_words(flags: Sequence[Flag]) -> str:
-    """Say why amounts of compute were refused, and how many for each reason."""
-    counts = Counter(map(str, flags))
-    return ", ".join(f"{why} ({num})" for why, num in counts.items())
-
-
 def said_once(flags: Iterable[Flag]) -> tuple[Flag, ...]:
     """Drop flags that say less than another one: that rows differ in a column, where they are known to lie apart."""
     flags = tuple(dict.fromkeys(flags))
@@ -103,11 +87,11 @@ def said_once(flags: Iterable[Flag]) -> tuple[Flag, ...]:
 
 def flag_words(flags: Sequence[Flag]) -> list[str]:
     """Write flags; of more than three that differ in their number alone, the first and how many follow."""
-    words = []
-    for kind, subject in dict.fromkeys((flag.kind, flag.subject) for flag in flags):
-        alike = [str(flag) for flag in flags if (flag.kind, flag.subject) == (kind, subject)]
-        words += alike if len(alike) <= 3 else [f"{alike[0]} (and {len(alike) - 1} more)"]
-    return words
+    alike: dict[tuple[str, str], list[str]] = {}
+    for flag in flags:
+        alike.setdefault((flag.kind, flag.subject), []).append(str(flag))
+    groups = (each if len(each) <= 3 else [f"{each[0]} (and {len(each) - 1} more)"] for each in alike.values())
+    return [words for group in groups for words in group]
 
 
 def kind_name(kind: str) -> str:

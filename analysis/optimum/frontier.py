@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.names import our_name
 from aimscale.analysis.table.points import resolve_columns, usable_rows
-from aimscale.analysis.words import Flag, power_of_ten, refusal_words
+from aimscale.analysis.words import Flag, power_of_ten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,11 @@ class NoFrontier(AnalysisError):
     def __init__(self, kind: str, text: str, *refusals: Flag, subject: str = "", number: float = 0.0) -> None:
         self.flags = (Flag(kind=kind, subject=subject, number=number, text=text), *refusals)
         super().__init__(why_not(self.flags))
+
+
+def refusal_words(flags: Sequence[Flag]) -> str:
+    """Say why amounts of compute were refused, and how many for each reason."""
+    return ", ".join(f"{why} ({num})" for why, num in Counter(map(str, flags)).items())
 
 
 def why_not(flags: Sequence[Flag]) -> str:

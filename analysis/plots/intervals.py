@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aimscale.analysis.accuracy.result import Correlations
-from aimscale.analysis.effects.result import Contrast, Contrasts
-from aimscale.analysis.plots.parts import plain, record, shared_legend
+from aimscale.analysis.effects.result import Contrasts
+from aimscale.analysis.plots.parts import legend, plain, record
 from aimscale.analysis.plots.style import MARKERS, MUTED, PAPER, cycled, figure_of, new_figure, palette, styled
 
 
@@ -27,8 +27,7 @@ def plot_contrasts(found: Contrasts) -> Figure:
         A matplotlib figure; `save` writes it.
 
     Example:
-        >>> table = read_table("results.parquet")
-        >>> plot_contrasts(contrast(table, by="kind"))
+        >>> plot_contrasts(contrast(read_table("results.parquet"), by="kind"))
     """
     levels = list(dict.fromkeys(each.level for each in found.contrasts))
     looks = dict(zip(levels, zip(palette(levels).values(), MARKERS * len(levels), strict=False), strict=True))
@@ -38,44 +37,37 @@ def plot_contrasts(found: Contrasts) -> Figure:
     height = sum(heights) + 0.5 * len(groups) + 0.45
     figure, axes = new_figure(6.2, height, num_rows=len(groups), height_ratios=heights)
     for ax, group in zip(axes, groups, strict=True):
-        measures = list(dict.fromkeys(each.measure for each in group))
+        measures, rows = list(dict.fromkeys(each.measure for each in group)), []
         for each in group:
-            place = (levels.index(each.level) - (len(levels) - 1) / 2) * 0.7 / len(levels)
-            _contrast(ax, each, measures.index(each.measure) + place, *looks[each.level])
-        _rows(ax, [plain(measure.title, 60) for measure in measures])
+            y = measures.index(each.measure) + (levels.index(each.level) - (len(levels) - 1) / 2) * 0.7 / len(levels)
+            pairs = each.pairs.groupby("run_pair").mean(numeric_only=True)
+            ticks = 100 * pairs["difference"] / (1 if each.measure.is_accuracy else pairs["baseline_value"])
+            scale = 100 / (1 if each.measure.is_accuracy else each.baseline_mean)
+            look: dict[str, Any] = {"marker": "|", "markersize": 5, "linestyle": "none", "alpha": 0.55, "zorder": 1}
+            ax.plot(ticks, np.full(len(ticks), y), color=looks[each.level][0], **look)
+            ends = (scale * value for value in (each.difference, each.low, each.high))
+            rows.append((each.measure.title, each.level, y, *ends, each.is_significant))
+        _draw_intervals(ax, rows, [measure.title for measure in measures], looks)
         unit = "points of accuracy" if group[0].measure.is_accuracy else "%"
         better = "left" if group[0].measure.lower_is_better else "right"
         ax.set_xlabel(f"against {plain(found.baseline)}, {unit} ({better} is better)")
     for level, (color, marker) in looks.items():
         axes[0].plot([], [], color=color, marker=marker, label=plain(level))
-    shared_legend(figure, axes[:1], plain(found.by), 5)
+    legend(axes, plain(found.by), 5)
     return figure
 
 
-def _contrast(ax: Axes, each: Contrast, y: float, color: Any, marker: str) -> None:
-    """Draw one level in one measure, and a tick for each of its pairs of runs."""
-    scale = 100.0 if each.measure.is_accuracy else 100 / each.baseline_mean
-    pairs = each.pairs.groupby("run_pair").mean(numeric_only=True)
-    single = pairs["difference"] * (100.0 if each.measure.is_accuracy else 100 / pairs["baseline_value"])
-    ax.scatter(single, np.full(len(single), y), s=22, color=color, marker="|", linewidths=1, alpha=0.55, zorder=1)
-    ends = {"x": scale * each.difference, "low": scale * each.low, "high": scale * each.high}
-    _interval(ax, each.measure.title, each.level, y, ends, color, marker, each.is_significant)
-
-
-def _interval(
-    ax: Axes, what: str, series: str, y: float, ends: dict[str, float], color: Any, marker: str, is_filled: bool
+def _draw_intervals(
+    ax: Axes, rows: Sequence[tuple[Any, ...]], names: Sequence[str], looks: Mapping[str, tuple[Any, str]]
 ) -> None:
-    """Draw a dot with its interval, filled or not."""
-    ax.hlines(y, ends["low"], ends["high"], color=color, linewidth=1.8, zorder=2)
-    look = {"facecolor": color if is_filled else PAPER, "edgecolor": color, "marker": marker, "legend": False}
-    sns.scatterplot(x=[ends["x"]], y=[y], s=36, linewidth=1, zorder=3, ax=ax, **look)
-    record(ax, what, pd.DataFrame([{"series": series, "y": y, **ends}]))
-
-
-def _rows(ax: Axes, names: list[str]) -> None:
-    """Name the rows, and mark zero."""
+    """Draw a dot with its interval for each (what, series, y, x, low, high, is_filled); name the rows, mark zero."""
     ax.axvline(0, color=MUTED, linewidth=1)
-    ax.set_yticks(range(len(names)), names)
+    for what, series, y, x, low, high, is_filled in rows:
+        color, marker = looks[series]
+        ax.hlines(y, low, high, color=color, linewidth=1.8, zorder=2)
+        ax.plot(x, y, marker, color=color, markersize=6, markerfacecolor=color if is_filled else PAPER, zorder=3)
+        record(ax, what, pd.DataFrame([{"series": series, "x": x, "y": y, "low": low, "high": high}]))
+    ax.set_yticks(range(len(names)), [plain(name, 60) for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
@@ -93,13 +85,10 @@ def plot_correlations(found: Correlations, ax: Axes | None = None) -> Figure:
     """
     known = [each for each in found if np.isfinite(each.value)]
     ax = ax or new_figure(6.2, 0.7 + 0.22 * len(known))[1][0]
-    names = []
-    for y, each in enumerate(known):
-        methods = list(dict.fromkeys(c.method for c in known))
-        color, marker = (options[methods.index(each.method)] for options in ([cycled(0), cycled(1)], MARKERS))
-        names.append(plain(" ".join(filter(None, (each.task, each.kind, each.compared, each.method))), 60))
-        ends = {"x": each.value, "low": each.low, "high": each.high}
-        _interval(ax, each.compared, each.method, y, ends, color, marker, each.is_significant)
-    _rows(ax, names)
-    ax.set(xlim=(-1.05, 1.05), xlabel=f"correlation of {plain(found.correlations[0].x)} and {plain(known[0].y)}")
+    names = [" ".join(filter(None, (each.task, each.kind, each.compared, each.method))) for each in known]
+    looks = {"pearson": (cycled(0), MARKERS[0]), "spearman": (cycled(1), MARKERS[1])}
+    rows = [(c.compared, c.method, y, c.value, c.low, c.high, c.is_significant) for y, c in enumerate(known)]
+    _draw_intervals(ax, rows, names, looks)
+    first = found.correlations[0]
+    ax.set(xlim=(-1.05, 1.05), xlabel=f"correlation of {plain(first.x)} and {plain(first.y)}")
     return figure_of(ax)

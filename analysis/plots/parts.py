@@ -1,19 +1,23 @@
-"""Parts that every figure shares: axis labels, series, points with intervals, lines, curves with bands, legends."""
+"""Parts that figures share: labels, axes, series, points with intervals, curves with bands, levels, legends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from numpy.typing import ArrayLike
 
-from aimscale.analysis.plots.style import MARKERS, MAX_SERIES, PAPER, ShownFigure, figure_of, palette
+from aimscale.analysis.plots.style import MARKERS, MUTED, PAPER, ShownFigure, figure_of, palette
 from aimscale.analysis.table.design import told_apart
-from aimscale.analysis.table.names import LETTERS
+from aimscale.analysis.table.names import LETTERS, names_of
+from aimscale.analysis.table.read import loss_unit
 from aimscale.analysis.table.schema import described
 from aimscale.analysis.table.select import spaced
 from aimscale.analysis.words import human, power_of_ten
@@ -22,14 +26,22 @@ MAX_SHAPES = 300
 """Points from which a panel's markers are one picture inside an SVG: a shape each would make a page of megabytes."""
 MAX_LINES = 100
 """Lines that join measurements in one panel at most; of more, evenly chosen ones."""
+SUBS = ((2.2, (1,)), (1.4, (1, 3)), (0.6, (1, 2, 5)))
+"""Decades of a range from which an axis has ticks at these multiples of powers of ten: labels such as 3×10¹¹ have room
+on the panels of a figure of two columns."""
+REACH = 0.5
+"""Distance from the points, in heights of the axis, up to which a level is drawn."""
+
+
+def plain(text: object, longest: int = 32) -> str:
+    """Cut a long name, and keep matplotlib from reading dollar signs as mathematics."""
+    name = str(text)
+    return (name if len(name) <= longest else f"{name[: longest - 1]}…").replace("$", r"\$")
 
 
 def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None = None) -> str:
-    """Label a column: by its name in a foreign table, by our label in ours, else by the name as it is.
-
-    Args:
-        loss_unit: `table.loss_unit`; empty for a table that is not ours, whose columns get neutral words.
-        names: our column -> its name in the file, of a foreign table.
+    """Label a column by its name in the file if `names` has it, else by our label, else by the name as it is; without
+    `loss_unit`, of a table that is not ours, in neutral words.
     """
     if names and column in names:
         letter = LETTERS.get(column, "L")
@@ -40,32 +52,47 @@ def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None
     return f"{label}\n({loss_unit})" if column in ("val_loss", "train_loss") else label
 
 
+def labels_of(frame: pd.DataFrame) -> Callable[[str], str]:
+    """Give `axis_label` of the columns of a table."""
+    return partial(axis_label, loss_unit=loss_unit(frame), names=names_of(frame))
+
+
+def log_axis(ax: Axes, which: str, values: ArrayLike, column: str, label: Callable[[str], str] = axis_label) -> None:
+    """Make an axis logarithmic over the range of positive values, with few ticks, and label it as a column's."""
+    axis, values = ax.xaxis if which == "x" else ax.yaxis, np.asarray(values, float)
+    ax.set(**{f"{which}scale": "log", f"{which}label": label(column)})
+    if len(finite := values[(values > 1e-200) & (values < 1e200)]):
+        low, high = finite.min(), finite.max()
+        pad = (high / low) ** 0.06 if high > low else 1.5
+        ax.set(**{f"{which}lim": (low / pad, high * pad)})
+        subs = next((subs for decades, subs in SUBS if np.log10(high / low) > decades), None)
+        few = MaxNLocator(4 if which == "x" else 7, steps=[1, 2, 5, 10])
+        axis.set_major_locator(LogLocator(subs=subs, numticks=7) if subs else few)
+    axis.set_minor_locator(NullLocator())
+    write = power_of_ten if column == "C" or column.startswith("flops") else human
+    axis.set_major_formatter(lambda value, _: write(value))
+
+
 def percent_axis(ax: Axes, label: bool = True) -> None:
     """Write accuracies as per cent, which the axis says where there is room for it."""
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
     ax.set_ylabel("top-1 accuracy (%)" if label else "")
 
 
-def tick_label(column: str) -> Callable[[float], str]:
-    """Choose how ticks are written: FLOPs as powers of ten, counts as people say them."""
-    return power_of_ten if column.startswith("flops") or column == "C" else human
-
-
-def series_of(data: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, float]]:
+def series_of(data: pd.DataFrame, by: str | None) -> tuple[pd.Series, dict[str, float]]:
     """Name each row's series by the value of a column, and map the names in order to the values they stand for.
 
-    More than eight values are put into eight classes by their logarithm, called by their geometric mean.
+    More than eight values are put into eight classes by their logarithm, called by their geometric mean. Without a
+    column there is one series without a name.
     """
-    distinct = np.sort(data[by].unique())
-    place = np.searchsorted(distinct, data[by])
-    if len(distinct) > MAX_SERIES:
-        edges = np.geomspace(distinct[0], distinct[-1], MAX_SERIES + 1)
-        member = np.digitize(data[by], edges[1:-1])
-        kept, place = np.unique(member, return_inverse=True)
-        distinct = np.array([np.exp(np.log(data.loc[member == k, by]).mean()) for k in kept])
-    names = told_apart(distinct, human, 3)
-    labels = pd.Series(pd.Categorical([names[i] for i in place], names), index=data.index, name="series")
-    return labels, dict(zip(names, map(float, distinct), strict=True))
+    values = data[by] if by else pd.Series(0.0, data.index)
+    if values.nunique() > len(MARKERS):
+        log = np.log(values)
+        values = np.exp(log.groupby(pd.cut(log, len(MARKERS), labels=False)).transform("mean"))
+    distinct = np.sort(values.unique())
+    names = told_apart(distinct, human, 3) if by else [""]
+    series = pd.Series(pd.Categorical(values, distinct), data.index)
+    return series.cat.rename_categories(names), dict(zip(names, map(float, distinct), strict=True))
 
 
 def record(ax: Axes, what: str, frame: pd.DataFrame) -> None:
@@ -75,106 +102,80 @@ def record(ax: Axes, what: str, frame: pd.DataFrame) -> None:
         figure.parts.append((ax, frame.assign(what=what)))
 
 
-def _lineplot(ax: Axes, frame: pd.DataFrame, colours: Mapping[Any, Any], **look: Any) -> None:
-    """Draw x and y of each series; the axes' labels and legend are made elsewhere."""
-    hue = {"hue": frame["series"].to_numpy(), "hue_order": list(colours), "palette": dict(colours)}
-    if look.keys() & {"markers", "dashes"}:
-        hue |= {"style": hue["hue"], "style_order": hue["hue_order"]}
-    place = {"x": frame["x"].to_numpy(), "y": frame["y"].to_numpy(), "ax": ax}
-    sns.lineplot(**place, **hue, **{"estimator": None, "sort": False, "legend": False, **look})
-    if look.get("legend") and (drawn := ax.get_legend()):
-        drawn.remove()  # its entries stay, for a legend of several axes
+def draw(ax: Axes, rows: pd.DataFrame, columns: Sequence[str], what: str, color: Any = None, **look: Any) -> None:
+    """Draw and record columns: x, y, and both ends of an interval if given. A column `series` makes several lines with
+    bands, or points with bars where `markers` are given, in their own colours or in one. A legend is made later.
+    """
+    markers, label = look.pop("markers", ()), look.pop("label", "")
+    names = [*["x", "y", "low", "high"][: len(columns)], "series"]
+    rows = rows if "series" in rows else rows.assign(series=label)
+    rows = rows[[*columns, "series"]].set_axis(names, axis=1).dropna(subset=["x", "y", "series"])
+    record(ax, what, rows)
+    x, y, series = (rows[name].to_numpy() for name in ("x", "y", "series"))
+    levels = list(rows["series"].astype("category").cat.categories)
+    colours, is_many = palette(levels, color), bool(markers) and len(rows) > MAX_SHAPES
+    looks = {"hue": series, "hue_order": levels, "palette": colours, "style": series, "style_order": levels}
+    looks |= {"markers": markers[: len(levels)] or False, "dashes": "linestyle" not in look, "rasterized": is_many}
+    legend = "full" if label or (markers and color is None) else False
+    sns.lineplot(x=x, y=y, ax=ax, estimator=None, sort=False, legend=legend, **{"zorder": 2, **looks, **look})
+    if legend and (drawn := ax.get_legend()):
+        drawn.remove()
+    for name, part in rows.groupby("series", observed=True) if len(columns) > 2 else ():
+        if markers:  # a broken line, not a path per bar
+            bars = part.assign(gap=np.nan)[["low", "high", "gap"]].to_numpy().ravel()
+            bar = {"color": colours[name], "linewidth": 0.7, "alpha": 0.55, "rasterized": is_many}
+            ax.plot(np.repeat(part["x"], 3), bars, **bar)
+        else:
+            ax.fill_between(part["x"], part["low"], part["high"], color=colours[name], alpha=0.16, linewidth=0)
 
 
-def scatter(
-    ax: Axes,
-    points: pd.DataFrame,
-    x: str,
-    y: str,
-    labels: pd.Series | None = None,
-    *,
-    ends: tuple[str, ...] = (),
-    what: str = "measured",
-    color: Any = None,
-    **look: Any,
-) -> None:
-    """Draw markers and, where columns of their `ends` are given, bars of intervals: of each label (categorical) in its
-    own colour and marker, or all in one colour."""
-    points = points[[x, y, *ends]].set_axis(["x", "y", "low", "high"][: 2 + len(ends)], axis=1)
-    points = points.assign(series="" if labels is None else labels).dropna(subset=["x", "y", "series"])
-    record(ax, what, points)
-    colours = palette([""] if labels is None else labels.cat.categories, color)
-    is_many = len(points) > MAX_SHAPES
-    for name, rows in points.groupby("series", observed=True) if ends else ():  # a broken line, not a path per bar
-        bars = rows.assign(gap=np.nan)[["low", "high", "gap"]].to_numpy().ravel()
-        line: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.55, "zorder": 2, "rasterized": is_many}
-        ax.plot(np.repeat(rows["x"], 3), bars, color=colours[name], **line)
-    look = {"markersize": 3.7, "markeredgecolor": PAPER, "markeredgewidth": 0.4, "zorder": 3, **look}
-    legend = "full" if labels is not None and color is None else False
-    look |= {"linestyle": "", "rasterized": is_many, "dashes": False, "legend": legend}
-    _lineplot(ax, points, colours, **{"markers": MARKERS[: len(colours)], **look})
+draw_points = partial(
+    draw, linestyle="", markers=MARKERS, markersize=3.7, markeredgecolor=PAPER, markeredgewidth=0.4, zorder=3
+)
 
 
-def curve(
-    ax: Axes,
-    frame: pd.DataFrame,
-    x: str,
-    y: str = "value",
-    ends: tuple[str, str] = ("ci_lo", "ci_hi"),
-    what: str = "law",
-    *,
-    color: Any = None,
-    label: str = "",
-    **look: Any,
-) -> None:
-    """Draw lines with bands: `x`, `y` and the band's ends in columns; a column `series` (categorical) makes several."""
-    names = {x: "x", y: "y", ends[0]: "low", ends[1]: "high"}
-    frame = frame.rename(columns=names)[[*names.values(), *(["series"] if "series" in frame else [])]]
-    frame = frame if "series" in frame else frame.assign(series=label)
-    record(ax, what, frame)
-    colours = palette(frame["series"].unique(), color)
-    look = {"zorder": 2, "legend": "full" if label else False, **look}
-    _lineplot(ax, frame, colours, **(look if "linestyle" in look else {"dashes": True, **look}))
-    for name, rows in frame.groupby("series", observed=True):
-        ax.fill_between(rows["x"], rows["low"], rows["high"], color=colours[name], alpha=0.16, linewidth=0)
-
-
-def lines(
-    ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, labels: pd.Series, what: str = "mean", **look: Any
-) -> None:
-    """Draw a thin line through the means of each value of a column, in the colour of its label (categorical)."""
-    rows = rows.assign(series=labels[rows.index]).dropna(subset=[y])
+def draw_means(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, what: str = "mean", **look: Any) -> None:
+    """Draw a thin line through the means of each value of a column, in the colour of its series (categorical)."""
+    rows = rows.dropna(subset=[y])
     values = rows[by].unique()
     rows = rows[rows[by].isin(values[spaced(len(values), MAX_LINES)])]
-    means = rows.groupby([by, x, "series"], observed=True)[y].mean().reset_index().rename(columns={x: "x", y: "y"})
-    look = {"linewidth": 0.9, "alpha": 0.8, "zorder": 1.5, **look}
-    _lineplot(ax, means, palette(labels.cat.categories), units=means[by].to_numpy(), **look)
-    record(ax, what, means[["x", "y", "series"]])
+    means = rows.groupby([by, x, "series"], observed=True)[y].mean().reset_index()
+    means = means.astype({"series": rows["series"].dtype})
+    look = {"linestyle": "-", "linewidth": 0.9, "alpha": 0.8, "zorder": 1.5, "units": means[by].to_numpy(), **look}
+    draw(ax, means, (x, y), what, **look)
 
 
-def legend(ax: Axes, title: str, columns: int = 4) -> None:
-    """Put the legend of a scatter of series below the axes, where it hides no point, unless others share the figure."""
-    figure = figure_of(ax)
-    if isinstance(figure, ShownFigure) and len(figure.axes) == 1:
-        for former in list(figure.legends):
-            former.remove()
-        shared_legend(figure, [ax], title, columns)
-    elif ax.get_legend_handles_labels()[0]:
-        ax.legend(title=title)
+def draw_levels(panels: Sequence[Axes], levels: pd.DataFrame, **place: Any) -> None:
+    """Draw accuracies to compare with (name, top1) as lines across panels of one range, named in a legend; those far
+    off the points are named with an arrow."""
+    low, high = panels[0].get_ylim()
+    reach, handles = REACH * (high - low), []
+    levels = levels[["name", "top1"]].dropna().sort_values("top1", ascending=False, kind="stable")
+    for number, (name, value) in enumerate(levels.itertuples(index=False, name=None)):
+        arrow = "↓ " if value < low - reach else "↑ " if value > high + reach else ""
+        style: Any = "none" if arrow else ("--", ":", "-.")[number % 3]
+        look: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": style}
+        for ax in () if arrow else panels:
+            ax.axhline(value, zorder=1, **look)
+        handles.append(Line2D([], [], label=f"{arrow}{plain(name, 30)} {100 * value:.1f}", **look))
+        what = "level, beyond the axis" if arrow else "level"
+        record(panels[-1], what, pd.DataFrame({"series": [name], "y": value}))
+    if handles:
+        look = {"labelcolor": MUTED, "fontsize": "small", "handlelength": 1.6, "handletextpad": 0.4}
+        panels[-1].legend(handles=handles, **look, **place)
 
 
-def shared_legend(
-    figure: Figure, panels: Sequence[Axes], title: str, columns: int = 8, place: str = "outside lower center"
-) -> None:
-    """Put one legend below panels that have the same series."""
-    found = {name: handle for ax in panels for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if found:
-        look: dict[str, Any] = {"columnspacing": 0.9, "handletextpad": 0.3, "title": title, "loc": place}
+def legend(axes: Sequence[Axes], title: str, columns: int = 4, place: str = "") -> None:
+    """Put one legend of panels with the same series below their figure, where it hides no point; inside single axes of
+    a figure that has others or was made elsewhere."""
+    figure = figure_of(axes[0])
+    found = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    is_whole = place or len(axes) > 1 or len(figure.axes) == 1
+    if found and is_whole and isinstance(figure, ShownFigure):
+        if len(figure.axes) == 1:  # a second law replaces the legend of the first
+            figure.legends.clear()
+        look: dict[str, Any] = {"columnspacing": 0.9, "handletextpad": 0.3, "title": title}
+        look["loc"] = f"outside {place or 'lower center'}"
         figure.legend(list(found.values()), list(found), ncols=min(columns, len(found)), **look)
-
-
-def plain(text: object, longest: int = 32) -> str:
-    """Cut a long name, and keep matplotlib from reading dollar signs as mathematics."""
-    name = str(text)
-    name = name if len(name) <= longest else f"{name[: longest - 1]}…"
-    return name.replace("$", r"\$")
+    elif found:
+        axes[0].legend(title=title)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecast import Forecast
+from aimscale.analysis.forecasts.forecaster import Forecaster
 from aimscale.analysis.optimum.approaches import Approaches
-from aimscale.analysis.plots.parts import axis_label, curve, legend, lines, percent_axis, scatter, series_of, tick_label
-from aimscale.analysis.plots.style import INK, MUTED, cycled, figure_of, log_axis, new_figure, styled
-from aimscale.analysis.table.names import names_of
-from aimscale.analysis.table.read import loss_unit
-from aimscale.analysis.words import power_of_ten
+from aimscale.analysis.plots import parts
+from aimscale.analysis.plots.style import INK, MARKERS, MUTED, cycled, figure_of, new_figure, styled
 
 NUM_GRID = 40
 """Points of a drawn curve."""
+CURVE, ONE_RUN = ("value", "ci_lo", "ci_hi"), ("value", "pi_lo", "pi_hi")
+"""Columns of a prediction with the interval of the curve, and of one run."""
 
 
 @styled()
@@ -42,43 +44,44 @@ def plot_fit(
     Returns:
         A matplotlib figure; `save` writes it.
 
+    Raises:
+        AnalysisError: the law has no variable `x`.
+
     Example:
-        >>> table = read_table("results.parquet")
-        >>> plot_fit(fit(table, "chinchilla"), x="N")
+        >>> plot_fit(fit(read_table("results.parquet"), "chinchilla"), x="N")
     """
     is_one = bool(label) or color is not None or (ax is not None and ax.has_data())
     ax = ax or new_figure()[1][0]
     x = x or fit.law.variables[0]
-    other, data = next((v for v in fit.law.variables if v != x), None), fit.data
+    if x not in fit.law.variables:
+        named = ", ".join(fit.law.variables)
+        raise AnalysisError(f"The law {fit.law.name!r} has no variable {x!r}; give x one of {named}.")
     if is_one:  # an empty line takes the colour and stands in the legend
         own = {} if color is None else {"color": color}
         color = ax.plot([], [], label=label or fit.law.name, **own)[0].get_color()
-    title = ""
-    if other is None:
-        curve(ax, _curve_of(fit, x, data), x, color=color, **look)
-        scatter(ax, data, x, "y", color=color)
+    data, other = fit.data, next((v for v in fit.law.variables if v != x), None)
+    labels, values = parts.series_of(data, other)
+    drawn = pd.concat(
+        curve_of(fit, x, data[labels == name], **({other: value} if other else {})).assign(series=name)
+        for name, value in values.items()
+    )
+    drawn = drawn.astype({"series": labels.dtype})
+    parts.draw(ax, drawn, (x, *CURVE), "law", color, **look)
+    parts.draw_points(ax, data.assign(series=labels), (x, "y"), "measured", color)
+    words = partial(parts.axis_label, loss_unit=fit.loss_unit, names=fit.names)
+    if x == "L":  # a link from loss to accuracy reads best on plain axes
+        ax.set(xlabel=words(fit.columns["L"]).replace("\n", " "), ylabel=words(fit.columns["y"]))
     else:
-        labels, values = series_of(data, other)
-        drawn = [_curve_of(fit, x, data[labels == name], {other: value}) for name, value in values.items()]
-        series = pd.Categorical(np.repeat(list(values), NUM_GRID), list(values))
-        curve(ax, pd.concat(drawn, ignore_index=True).assign(series=series), x, color=color, **look)
-        scatter(ax, data, x, "y", labels, color=color)
-        title = "" if is_one else axis_label(fit.columns[other], fit.loss_unit, fit.names)
-    legend(ax, title)
-    if x != "L":  # a link from loss to accuracy reads best on plain axes
-        log_axis(ax, "x", data[x], tick_label(fit.columns[x]))
-        log_axis(ax, "y", [*data["y"], *data["fitted"]])
-    ax.set_xlabel(axis_label(fit.columns[x], fit.loss_unit, fit.names).replace("\n", " "))
-    ax.set_ylabel(axis_label(fit.columns["y"], fit.loss_unit, fit.names))
+        parts.log_axis(ax, "x", data[x], fit.columns[x], words)
+        parts.log_axis(ax, "y", [*data["y"], *data["fitted"]], fit.columns["y"], words)
+    parts.legend([ax], words(fit.columns[other]) if other and not is_one else "")
     return figure_of(ax)
 
 
-def _curve_of(fit: Fit, x: str, data: pd.DataFrame, fixed: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """Predict the law over the range of some points, at fixed values of its other variables."""
-    low, high = float(data[x].min()), float(data[x].max())
-    if low == high:
-        low, high = fit.ranges[x]
-    grid = pd.DataFrame({x: np.geomspace(low, high, NUM_GRID), **(fixed or {})})
+def curve_of(fit: Fit, x: str, data: pd.DataFrame | None = None, **fixed: float) -> pd.DataFrame:
+    """Predict the law over the range of some or all of its points, at fixed values of its other variables."""
+    low, high = fit.ranges[x] if data is None or data[x].min() == data[x].max() else (data[x].min(), data[x].max())
+    grid = pd.DataFrame({x: np.geomspace(low, high, NUM_GRID), **fixed})
     known = list(grid)
     for name in fit.law.variables:  # a third variable, such as C, follows the two as it does in the table
         if name not in known:
@@ -107,24 +110,21 @@ def plot_points(
         A matplotlib figure; `save` writes it.
 
     Example:
-        >>> table = read_table("results.parquet")
-        >>> plot_points(table, "flops_train", by="params_total")
+        >>> plot_points(read_table("results.parquet"), "flops_train", by="params_total")
     """
-    ax = ax or new_figure()[1][0]
-    unit, names = loss_unit(frame), names_of(frame)
+    ax, words = ax or new_figure()[1][0], parts.labels_of(frame)
     rows = frame.dropna(subset=[x, y, *([by] if by else [])]).reset_index(drop=True)
-    labels = series_of(rows, by)[0] if by else None
-    if labels is not None and by:
-        lines(ax, rows, x, y, by, labels)
+    rows = rows.assign(series=parts.series_of(rows, by)[0])
+    if by:
+        parts.draw_means(ax, rows, x, y, by)
     if envelope is not None:
         v = envelope.law.variables[0]
-        look: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1.3, "zorder": 2.5}
-        curve(ax, _curve_of(envelope, v, envelope.data), v, what="law of the envelope", label="envelope", **look)
-    scatter(ax, rows, x, y, labels)
-    log_axis(ax, "x", rows[x], tick_label(x))
-    log_axis(ax, "y", rows[y])
-    ax.set(xlabel=axis_label(x, unit, names), ylabel=axis_label(y, unit, names))
-    legend(ax, axis_label(by, unit, names) if by else "")
+        look: dict[str, Any] = {"linestyle": "--", "linewidth": 1.3, "zorder": 2.5, "label": "envelope"}
+        parts.draw(ax, curve_of(envelope, v), (v, *CURVE), "law of the envelope", INK, **look)
+    parts.draw_points(ax, rows, (x, y), "measured")
+    parts.log_axis(ax, "x", rows[x], x, words)
+    parts.log_axis(ax, "y", rows[y], y, words)
+    parts.legend([ax], words(by) if by else "")
     return figure_of(ax)
 
 
@@ -136,25 +136,22 @@ def plot_approaches(found: Approaches, ax: Axes | None = None) -> Figure:
         A matplotlib figure; `save` writes it.
 
     Example:
-        >>> table = read_table("results.parquet")
-        >>> plot_approaches(frontier(table))
+        >>> plot_approaches(frontier(read_table("results.parquet")))
     """
-    ax, ends, drawn = ax or new_figure()[1][0], ("N_lo", "N_hi"), []
+    ax, columns, drawn = ax or new_figure()[1][0], ("C", "N", "N_lo", "N_hi"), []
     for number, frontier in enumerate(found.frontiers):
         name, (low, high), color = f"approach {frontier.approach}", frontier.range, cycled(number)
         label = f"{name}: exponent {frontier.exponent_words()}"
         inside, beyond = (frontier.at(np.geomspace(*span, 12)) for span in ((low, high), (high, 10 * high)))
-        curve(ax, inside, "C", "N", ends, name, color=color, label=label, linestyle=("-", "--", "-.")[number])
-        curve(ax, beyond, "C", "N", ends, f"{name}, beyond", color=color, linestyle=":")
+        parts.draw(ax, inside, columns, name, color, label=label, linestyle=("-", "--", "-.")[number])
+        parts.draw(ax, beyond, columns, f"{name}, beyond", color, linestyle=":")
         drawn += [inside, beyond]
         if 0 < len(frontier.pairs) <= NUM_GRID:
-            marks = {"what": f"{name}, optima", "color": color, "markers": ["os^"[number]]}
-            scatter(ax, frontier.pairs, "C", "N", **marks)
+            parts.draw_points(ax, frontier.pairs, ("C", "N"), f"{name}, optima", color, markers=MARKERS[number:])
             drawn.append(frontier.pairs)
-    log_axis(ax, "x", pd.concat(drawn)["C"], power_of_ten)
-    log_axis(ax, "y", pd.concat(drawn)["N"])
-    ax.set(xlabel=axis_label("flops_train"), ylabel="N*: compute-optimal\nparameters")
-    legend(ax, "", columns=1)
+    parts.log_axis(ax, "x", pd.concat(drawn)["C"], "flops_train")
+    parts.log_axis(ax, "y", pd.concat(drawn)["N"], "N*: compute-optimal\nparameters")
+    parts.legend([ax], "", columns=1)
     return figure_of(ax)
 
 
@@ -177,35 +174,34 @@ def plot_forecast(found: Forecast, ax: Axes | None = None, *, y: str | None = No
     ax, color = ax or new_figure()[1][0], cycled(0) if color is None else color
     y = y or next(iter(found.forecasters))
     by = found.forecasters[y]
-    measured = pd.DataFrame({"C": by.points.compute, "y": 1 - by.points.y if by.points.is_accuracy else by.points.y})
-    largest = int(np.argmax(by.points.compute))
-    stops = pd.DataFrame([{v: values[largest] for v, values in by.points.x.items()}, *found.scales])
+    points = by.points
+    measured = pd.DataFrame({"C": points.compute, "y": 1 - points.y if points.is_accuracy else points.y})
+    largest = int(np.argmax(points.compute))
+    stops = pd.DataFrame([{v: values[largest] for v, values in points.x.items()}, *found.scales])
     stops = stops[list(found.scales[0])].interpolate()
     steps = np.linspace(0, len(stops) - 1, NUM_GRID)
     at = {str(v): np.exp(np.interp(steps, np.arange(len(stops)), np.log(stops[v]))) for v in stops}
     path = by.predict(at).assign(C=_compute(by, at))
-    scatter(ax, measured, "C", "y", color=MUTED)
-    curve(ax, path, "C", ends=("pi_lo", "pi_hi"), what="forecast of one run", color=color, label="forecast")
-    curve(ax, path, "C", ends=("ci_lo", "ci_hi"), what="forecast", color=color, linestyle="-")
-    for end in ("rival_lo", "rival_hi"):
-        label = "single laws" if end == "rival_lo" else ""
-        look = {"color": MUTED, "linestyle": ":", "label": label, "what": "single laws"}
-        curve(ax, path.assign(low=np.nan, high=np.nan), "C", end, ("low", "high"), **look)
     ends = found.table[found.table["quantity"] == y]
     ends = ends.assign(C=_compute(by, {v: ends[v].to_numpy(float) for v in found.scales[0]}))
-    scatter(ax, ends, "C", "value", ends=("pi_lo", "pi_hi"), what="forecast, 95 %", color=color, markers=["D"])
-    log_axis(ax, "x", [*measured["C"], *path["C"]], power_of_ten)
-    if by.points.is_accuracy:
-        percent_axis(ax)
+    parts.draw_points(ax, measured, ("C", "y"), "measured", MUTED)
+    parts.draw(ax, path, ("C", *ONE_RUN), "forecast of one run", color, label="forecast")
+    parts.draw(ax, path, ("C", *CURVE), "forecast", color)
+    for end, label in (("rival_lo", "single laws"), ("rival_hi", "")):
+        parts.draw(ax, path, ("C", end), "single laws", MUTED, label=label, linestyle=":")
+    parts.draw_points(ax, ends, ("C", *ONE_RUN), "forecast, 95 %", color, markers=MARKERS[3:])
+    parts.log_axis(ax, "x", [*measured["C"], *path["C"]], "flops_train")
+    if points.is_accuracy:
+        ax.set_title(y)
+        parts.percent_axis(ax)
     else:
-        log_axis(ax, "y", [*measured["y"], *path["value"], *ends["pi_lo"]])
-        ax.set_ylabel(axis_label(y, "", found.names))
-    ax.set(xlabel=axis_label("flops_train"), title=y if by.points.is_accuracy else "")
-    legend(ax, "")
+        values = [*measured["y"], *path["value"], *ends["pi_lo"]]
+        parts.log_axis(ax, "y", values, y, partial(parts.axis_label, names=found.names))
+    parts.legend([ax], "")
     return figure_of(ax)
 
 
-def _compute(by: Any, at: Mapping[str, Any]) -> Any:
+def _compute(by: Forecaster, at: Mapping[str, Any]) -> Any:
     """Count compute at scales, as the points' own is counted."""
     place = by.points.place(at)
     return place["C"] if "C" in place else np.prod([place[v] for v in by.points.x], axis=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,27 +21,17 @@ import seaborn as sns
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from numpy.typing import ArrayLike
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import human
 
 SINGLE, DOUBLE = 3.3, 6.75
 """Widths of one column of a paper and of two, in inches."""
 ON_SCREEN = 2.3
-"""By how much a page shows a figure larger than paper does, at most."""
-FORMATS = (".svg", ".pdf", ".png", ".csv")
-"""What a figure is written as."""
-
+"""Factor by which a page shows a figure larger than paper does, at most."""
 INK, MUTED, PAPER = "#1b1f24", "#5b6470", "#ffffff"
 ORDERED = ("#31135f", "#433e85", "#2f6a8e", "#21908c", "#3fa860", "#86a81c", "#b58d00", "#a4631a")
 """Colours of ordered series."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-MAX_SERIES = len(ORDERED)
-SUBS = ((2.2, (1,)), (1.4, (1, 3)), (0.6, (1, 2, 5)))
-"""Decades of a range from which an axis has ticks at these multiples of powers of ten: labels such as 3×10¹¹ have room
-on the panels of a figure of two columns."""
 
 _RC = {
     "axes.prop_cycle": cycler(color=["#0b62a8", "#c8590a", INK, "#21908c", "#86a81c", "#433e85"]),
@@ -130,33 +120,9 @@ def palette(names: Iterable[Any], color: Any = None) -> dict[Any, Any]:
     return {name: ORDERED[i] for name, i in zip(names, picks, strict=True)}
 
 
-def log_axis(ax: Axes, which: str, values: ArrayLike, label: Callable[[float], str] = human) -> None:
-    """Make an axis logarithmic over the range of positive values, with few ticks at round numbers."""
-    axis = ax.xaxis if which == "x" else ax.yaxis
-    finite = [value for value in np.ravel(np.asarray(values, float)) if 1e-200 < value < 1e200]
-    ax.set(**{f"{which}scale": "log"})
-    if finite:
-        low, high = min(finite), max(finite)
-        pad = (high / low) ** 0.06 if high > low else 1.5
-        ax.set(**{f"{which}lim": (low / pad, high * pad)})
-        subs = next((subs for decades, subs in SUBS if np.log10(high / low) > decades), None)
-        few = MaxNLocator(4 if which == "x" else 7, steps=[1, 2, 5, 10])
-        axis.set_major_locator(LogLocator(subs=subs, numticks=7) if subs else few)
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _: label(value))
-
-
-def svg_text(figure: Figure) -> str:
-    """Write the figure as a stand-alone SVG document: text as outlines; the same figure gives the same bytes."""
-    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "aimscale"}):
-        return _savefig(figure, "svg").decode("utf-8")
-
-
 def inline_svg(figure: Figure, key: str, label: str) -> str:
     """Write the figure as an `<svg>` element for one page: real text, no background, ids unique by `key`."""
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
-        text = _savefig(figure, "svg", transparent=True).decode("utf-8")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = _image(figure, "svg", fonttype="none", hashsalt=key, transparent=True).decode("utf-8")
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", text)
     looks: dict[str, str] = {}  # thousands of markers share a few
 
@@ -170,22 +136,23 @@ def inline_svg(figure: Figure, key: str, label: str) -> str:
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     width = round(ON_SCREEN * 72 * figure.get_figwidth())
     attributes = f'{spaces} role="img" aria-label={quoteattr(label)} style="max-width: {width}px"'
-    opening = re.search(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', text)
-    assert opening is not None
-    return f"<svg {opening[1]} {attributes}><style>{rules}</style>{text[opening.end() :]}"
+    _, view_box, body = re.split(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', text)
+    return f"<svg {view_box} {attributes}><style>{rules}</style>{body}"
 
 
 def png_bytes(figure: Figure, dpi: int = 300) -> bytes:
     """Write the figure as PNG."""
-    return _savefig(figure, "png", dpi=dpi)
+    return _image(figure, "png", dpi=dpi)
 
 
-def _savefig(figure: Figure, kind: str, **options: Any) -> bytes:
-    """Write the figure without a date."""
-    metadata = {"svg": {"Date": None, "Creator": "aimscale"}, "pdf": {"CreationDate": None, "Creator": "aimscale"}}
+def _image(
+    figure: Figure, kind: str, fonttype: str = "path", hashsalt: str = "aimscale", dpi: int = 200, **options: Any
+) -> bytes:
+    """Write the figure without a date: the same figure gives the same bytes. Text of an SVG becomes outlines."""
+    undated = {"svg": dict.fromkeys(("Date", "Creator", "Format", "Type")), "pdf": {"CreationDate": None}}
     buffer = io.BytesIO()
-    look = {"metadata": metadata.get(kind, {"Software": "aimscale"}), "dpi": 200, **options}
-    figure.savefig(buffer, format=kind, **look)
+    with mpl.rc_context({"svg.fonttype": fonttype, "svg.hashsalt": hashsalt}):
+        figure.savefig(buffer, format=kind, metadata=undated.get(kind), dpi=dpi, **options)
     return buffer.getvalue()
 
 
@@ -204,16 +171,16 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
     stem = Path(stem)
     if stem.name in ("", ".."):
         raise AnalysisError(f"'{stem}' names no figure; give a path such as figures/loss")
-    stem = stem.with_suffix("") if stem.suffix in FORMATS else stem
-    contents = {".svg": svg_text(figure).encode(), ".pdf": _savefig(figure, "pdf"), ".png": png_bytes(figure)}
+    contents = {".svg": _image(figure, "svg"), ".pdf": _image(figure, "pdf"), ".png": png_bytes(figure)}
     if isinstance(figure, ShownFigure):
         contents[".csv"] = figure.drawn.to_csv(index=False).encode()
+    stem = stem.with_suffix("") if stem.suffix in (*contents, ".csv") else stem
+    paths = [stem.with_name(stem.name + suffix) for suffix in contents]
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        for suffix, content in contents.items():
-            stem.with_name(stem.name + suffix).write_bytes(content)
+        for path, content in zip(paths, contents.values(), strict=True):
+            path.write_bytes(content)
     except OSError as error:
-        raise AnalysisError(
-            f"cannot write {stem}: {error.strerror}; choose a folder that exists and is yours"
-        ) from error
-    return [stem.with_name(stem.name + suffix) for suffix in contents]
+        why = f"cannot write {stem}: {error.strerror}; choose a folder that exists and is yours"
+        raise AnalysisError(why) from error
+    return paths

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.plots.parts import axis_label, lines, percent_axis, plain, scatter, series_of, shared_legend
-from aimscale.analysis.plots.style import DOUBLE, SINGLE, log_axis, new_figure, styled
-from aimscale.analysis.table.read import loss_unit, probe_frame
+from aimscale.analysis.plots import parts
+from aimscale.analysis.plots.style import DOUBLE, SINGLE, new_figure, styled
+from aimscale.analysis.table.read import probe_frame
 
 DECAY_SHARE = 0.2
 """Share of a budget that is decay where the set-up of a run does not say: the default of `schedule.decay_fraction`."""
@@ -33,36 +32,30 @@ def plot_curves(curves: pd.DataFrame, budgets: pd.DataFrame, probes: pd.DataFram
         A matplotlib figure; `save` writes it.
 
     Example:
-        >>> curves = read_tables("curves.parquet")
-        >>> plot_curves(curves, read_table("results.parquet"))
+        >>> plot_curves(read_tables("curves.parquet"), read_table("results.parquet"))
     """
     probes = probe_frame(curves[:0]) if probes is None else probes
-    x, unit = "images_seen", loss_unit(budgets)
+    x, words = "images_seen", parts.labels_of(budgets)
     both = pd.concat([curves, budgets], ignore_index=True)
-    labels, _ = series_of(both, "params_total")
-    label_of = dict(zip(both["run_id"], labels, strict=True))
+    both["series"], _ = parts.series_of(both, "params_total")
+    series_of_run = both.drop_duplicates("run_id").set_index("run_id")["series"]
     curves, budgets = both[: len(curves)].dropna(subset=["val_loss"]).sort_values(x), both[len(curves) :]
     tasks = list(dict.fromkeys(probes["task"]))[:2]
     figure, panels = new_figure(DOUBLE if tasks else SINGLE, 2.7, 1, 1 + len(tasks))
-
-    def draw(ax: Axes, rows: pd.DataFrame, y: str, by: str, what: str, **look: Any) -> None:
-        lines(ax, rows, x, y, by, rows["run_id"].map(label_of).astype(labels.dtype), what, **look)
-
-    draw(panels[0], curves, "val_loss", "run_id", "during training")
+    parts.draw_means(panels[0], curves, x, "val_loss", "run_id", "during training")
     ends = [end for _, row in budgets.dropna(subset=["val_loss"]).iterrows() for end in _decay(row, curves)]
-    decays = pd.DataFrame(ends, columns=["run_id", "budget", x, "val_loss"])
-    draw(panels[0], decays, "val_loss", "budget", "decay", linestyle=(0, (2, 1.5)))
-    scatter(panels[0], budgets, x, "val_loss", labels[budgets.index], what="budget")
-    log_axis(panels[0], "y", both["val_loss"])
-    panels[0].set_ylabel(axis_label("val_loss", unit))
+    decays = pd.DataFrame(ends, columns=["run_id", "budget", x, "val_loss"]).join(series_of_run, on="run_id")
+    parts.draw_means(panels[0], decays, x, "val_loss", "budget", "decay", linestyle=(0, (2, 1.5)))
+    parts.draw_points(panels[0], budgets, (x, "val_loss"), "budget")
+    parts.log_axis(panels[0], "y", both["val_loss"], "val_loss", words)
     for ax, task in zip(panels[1:], tasks, strict=True):
-        draw(ax, probes[probes["task"] == task], "top1", "run_id", "during training")
-        ax.set_title(plain(task))
-        percent_axis(ax)
+        rows = probes[probes["task"] == task].join(series_of_run, on="run_id")
+        parts.draw_means(ax, rows, x, "top1", "run_id", "during training")
+        ax.set_title(parts.plain(task))
+        parts.percent_axis(ax)
     for ax in panels:
-        log_axis(ax, "x", both[x])
-        ax.set_xlabel(axis_label(x, unit))
-    shared_legend(figure, panels[:1], axis_label("params_total", unit), 8 if tasks else 4)
+        parts.log_axis(ax, "x", both[x], x, words)
+    parts.legend(panels, words("params_total"), 8 if tasks else 4)
     return figure
 
 

@@ -15,7 +15,7 @@ from aimscale.sweeps.cli.main import app
 
 MOST_WORDS = 17_000
 """Of all pages in `docs`: an hour and a quarter."""
-MOST_LINES = {ROOT / "README.md": 130, ROOT / "CHANGELOG.md": 30}
+MOST_LINES = {ROOT / "README.md": 130, ROOT / "CHANGELOG.md": 60}
 """Of a page, where it is not 250."""
 MOST_WORDS_PER_SENTENCE, MOST_ON_AVERAGE = 40, 18
 MOST_COLUMNS_OF_CODE = 107

@@ -51,7 +51,7 @@ def replay(df: pd.DataFrame, law: Law | str, *, share: float = 0.1, draws: int =
             "all runs, far beyond the budget": np.arange(len(pool)),
         }
         for name, bought in strategies.items():
-            forecast = fit(law, pool.loc[bought], y="loss", objective=OBJECTIVE, resamples=0).predict(test)["value"]
+            forecast = fit(pool.loc[bought], law, y="loss", objective=OBJECTIVE).predict(test)["value"]
             r2 = 1 - np.sum((test["loss"].to_numpy() - forecast.to_numpy()) ** 2) / (
                 len(test) * test["loss"].var(ddof=0)
             )
@@ -75,7 +75,7 @@ def _first_runs(pool: pd.DataFrame, law: Law, budget: float, rng: np.random.Gene
 
 def _next(pool: pd.DataFrame, first: Array, test: pd.DataFrame, budget: float, law: Law) -> Array:
     """What `aimscale next` buys beside the first runs."""
-    known = fit(law, pool.loc[first], y="loss", objective=OBJECTIVE, resamples=20)
+    known = fit(pool.loc[first], law, y="loss", objective=OBJECTIVE)
     rest = np.setdiff1d(np.arange(len(pool)), first)
     left = budget - float(pool["C"].iloc[first].sum())
     rows, _ = buy(known, pool.loc[rest], pool["C"].to_numpy()[rest], test, budget=left)
@@ -94,8 +94,11 @@ def _in_order(pool: pd.DataFrame, first: Array, budget: float, order: Array) -> 
 
 def _v_optimal(pool: pd.DataFrame, first: Array, budget: float, law: Law, power: float) -> Array:
     """Least mean variance of the law over the whole pool (not at the target), per price^power, one after another."""
-    known = fit(law, pool.loc[first], y="loss", objective=OBJECTIVE, resamples=0)
-    price, slopes = pool["C"].to_numpy(), known.law.slopes(known.variables(pool), known.estimate.params, log=True)
+    known = fit(pool.loc[first], law, y="loss", objective=OBJECTIVE)
+    price, x = pool["C"].to_numpy(), known.variables(pool)
+    slopes = known.estimate.gradient(lambda params: np.log(known.law.value(x, params)))
+    steps = [1.0 if p.log else abs(v) for p, v in zip(known.law.parameters, known.estimate.vector, strict=True)]
+    slopes = slopes * np.array(steps)[known.estimate.problem.movable]  # relative steps of the parameters
     spread = np.linalg.inv(slopes[first].T @ slopes[first] + 1e-4 * np.eye(slopes.shape[1]))
     bought, left = list(first), budget - price[first].sum()
     while np.any(affordable := (price <= left) & ~np.isin(np.arange(len(pool)), bought)):
@@ -117,8 +120,10 @@ def main() -> None:
     parser.add_argument("--columns", nargs="*", default=[], help="theirs=ours, such as params=N; the loss is `loss`")
     parser.add_argument("--draws", type=int, default=20)
     options = parser.parse_args()
-    df = pd.read_parquet(options.table).rename(columns=dict(each.split("=") for each in options.columns))
-    found = replay(df.assign(C=6 * df["N"] * df["D"]), options.law, draws=options.draws)
+    is_csv = options.table.suffix == ".csv"
+    df = pd.read_csv(options.table, comment="#") if is_csv else pd.read_parquet(options.table)
+    df = df.rename(columns=dict(each.split("=") for each in options.columns))
+    found = replay(df.assign(C=6.0 * df["N"] * df["D"]), options.law, draws=options.draws)
     print(found.to_string(index=False, float_format=lambda v: f"{v:.4f}"))
 
 
