@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from aimscale import analysis
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of, then
+from aimscale.analysis.display import fact_lines
 
 
 def contrast(
@@ -30,20 +32,17 @@ def contrast(
     json: options.AsJson = False,
 ) -> None:
     """Pair rows over size, data, seed and all else; differences and ratios with intervals, and the worth in compute."""
-    from aimscale.analysis.display import fact_lines
-    from aimscale.analysis.effects.contrasts import contrast
     from aimscale.analysis.effects.gains import Gain, gains
     from aimscale.analysis.published.published import beside_paper, in_words
 
     df = table_of(tables, columns, where)
     name, _, baseline = by.partition("=")
-    found = contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
+    found = analysis.contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
     worth, paper = gains(found), beside_paper(found)
-    lines = {"worth": map(str, worth), "paper": (each.removeprefix("Paper: ") for each in in_words(paper))}
-    after = [(key, text) for key, texts in lines.items() for text in dict.fromkeys(texts)]
+    told = [*(("worth", str(each)) for each in worth), *(("paper", each) for each in in_words(paper))]
+    after = ["", fact_lines(list(dict.fromkeys(told)))] if told else []
     also = {"gains": [each for each in worth if isinstance(each, Gain)], "published": paper}
-    words = [f"\n{fact_lines(after)}"] if after else []
-    show(found, json, figure, after=words, also=also, following=then(["report"], tables, columns, where))
+    show(found, json, figure, after=after, also=also, following=then(["report"], tables, columns, where))
 
 
 def correlate(
@@ -61,7 +60,5 @@ def correlate(
     json: options.AsJson = False,
 ) -> None:
     """Pearson and Spearman with intervals: at equal compute first, then over all rows, where both follow compute."""
-    from aimscale.analysis.accuracy.correlation import correlate
-
-    found = correlate(table_of(tables, columns, where), x=x, y=y, partial=partial, within=within)
+    found = analysis.correlate(table_of(tables, columns, where), x=x, y=y, partial=partial, within=within)
     show(found, json, following=then(["report"], tables, columns, where))

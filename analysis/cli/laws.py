@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from aimscale import analysis
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of, table_to_minimise, then
+from aimscale.analysis.display import fact_lines
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import human, said_once
+from aimscale.analysis.words import Flag, human, said_once
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,16 +58,14 @@ def fit(
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
     from aimscale.analysis.effects.plateau import plateau_flags
-    from aimscale.analysis.fitting.estimate import fit
     from aimscale.analysis.table.points import with_compute
 
     df, y = table_to_minimise(tables, columns, where, best_of, y)
-    found = several(law, df, y)
-    if found:
+    if found := several(law, df, y):
+        if fix or bound:
+            raise AnalysisError("--fix and --bound belong to one law; name it by --law instead of comparing several.")
         df = with_compute(df)  # as it was weighed with
-    if found and (fix or bound):
-        raise AnalysisError("--fix and --bound belong to one law; name it by --law instead of comparing several.")
-    result = fit(
+    result = analysis.fit(
         df,
         found.law if found else law,
         y=y,
@@ -76,46 +76,38 @@ def fit(
     )
     result = tested(result, df, hold_out or [])
     result = replace(result, flags=(*result.flags, *plateau_flags(df.loc[result.data.index], y)))
-    after, also = ([], {}) if found is None else (["", found.summary()], {"laws": found.table})
+    after, also = (["", found.summary()], {"laws": found.table}) if found else ([], {})
     both = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
-    following = then([*(["frontier"] if both else []), "report"], tables, columns, where, best_of)
+    following = then([*["frontier"] * both, "report"], tables, columns, where, best_of)
     show(result, json, figure, after=after, also=also, following=following)
 
 
 def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
     """Weigh the laws where `law` names several or leaves it open."""
-    from aimscale.analysis.forecasts.forecaster import forecaster
-    from aimscale.analysis.forecasts.points import AUTO
-
-    is_one = "," not in law and law.partition(":")[0] != AUTO
-    return None if is_one else forecaster(df, law=law, y=y)
+    is_one = "," not in law and law.partition(":")[0] != "auto"
+    return None if is_one else analysis.forecaster(df, law=law, y=y)
 
 
 def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
     """Give the fit its held-out tests, and flags of the table."""
-    from aimscale.analysis.fitting.holdout import held_out
     from aimscale.analysis.optimum.measured import with_budgets
     from aimscale.analysis.table.names import our_name
     from aimscale.analysis.table.select import mixture_flags
 
-    tests = []
+    tests, y = [], result.columns["y"]
     for wish in hold_out:
         by, _, count = wish.partition(":")
         if count and not (count.isdecimal() and int(count)):
             raise AnalysisError(f"--hold-out takes N or N:2, not {wish!r}.")
         by_budget = our_name(df, by) == our_name(df, "C") and "C" not in result.law.variables
-        rows = with_budgets(df, result.columns["y"], result.columns) if by_budget else df
-        tests.append(held_out(result, rows, by="C" if by_budget else by, num_values=int(count or 1)))
-    mixed = mixture_flags(df, result.law.variables, result.columns["y"])
-    return replace(result, flags=said_once((*result.flags, *mixed)), heldout=tuple(tests))
+        rows, by = (with_budgets(df, y, result.columns), "C") if by_budget else (df, by)
+        tests.append(analysis.held_out(result, rows, by=by, num_values=int(count or 1)))
+    flags = said_once((*result.flags, *mixture_flags(df, result.law.variables, y)))
+    return replace(result, flags=flags, heldout=tuple(tests))
 
 
 def numbers(texts: list[str] | None, option: str, example: str) -> dict[str, list[float]]:
-    """Read options of an example's form, `name=value` or `name=low:high`, by name.
-
-    Raises:
-        AnalysisError: not of that form.
-    """
+    """Read options of an example's form, `name=value` or `name=low:high`, by name."""
     found = {}
     for text in texts or []:
         name, _, values = text.partition("=")
@@ -126,6 +118,19 @@ def numbers(texts: list[str] | None, option: str, example: str) -> dict[str, lis
         except ValueError as error:
             raise AnalysisError(f"{option} takes numbers such as {example}, not {text!r}.") from error
     return found
+
+
+def table_flags(
+    df: pd.DataFrame, variables: Sequence[str], y: str, scales: Iterable[tuple[str, Mapping[str, float]]]
+) -> list[Flag]:
+    """Flag what a law of these variables does not know, what was tuned, and scales (in words, and as numbers) that see
+    their pool more often than any row."""
+    from aimscale.analysis.table.points import passes_flags, usable_rows
+    from aimscale.analysis.table.select import mixture_flags
+
+    found = usable_rows(df, y, best_by=y)
+    passes = [flag for what, at in scales for flag in passes_flags(found.rows, what, at)]
+    return [*mixture_flags(df, variables, y), *found.flags, *passes]
 
 
 def forecast(
@@ -150,33 +155,23 @@ def forecast(
     json: options.AsJson = False,
 ) -> None:
     """Forecast the loss and every accuracy of runs not trained yet, with intervals that grow with distance."""
-    from aimscale.analysis.forecasts.forecast import forecast, parse_scale
+    from aimscale.analysis.forecasts.forecast import parse_scale
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
     from aimscale.analysis.table.names import our_name
-    from aimscale.analysis.table.points import passes_flags, usable_rows
-    from aimscale.analysis.table.select import mixture_flags
 
     df = table_of(tables, columns, where, best_of, y)
     y = our_name(df, y)
-    found = forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
-    rows = usable_rows(df, y, best_by=y)
-    repeats = [
-        flag for each in found.scales for flag in passes_flags(rows.rows, f"D = {human(each.get('D', 0))}", each)
-    ]
-    mixed = mixture_flags(df, [*found.loss.points.x], y)
-    found = replace(found, flags=(*mixed, *rows.flags, *repeats, *found.flags))
+    found = analysis.forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
+    scales = ((f"D = {human(each.get('D', 0))}", each) for each in found.scales)
+    found = replace(found, flags=(*table_flags(df, [*found.loss.points.x], y, scales), *found.flags))
     after = []
     if register:
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
-        after += ["", f"registered in {path}"]
-    show(
-        found,
-        json,
-        after=after,
-        following=then([f"next --target {at[-1]} --budget GPU_HOURS"], tables, columns, where, best_of),
-    )
+        after = ["", f"registered in {path}"]
+    following = then([f"next --target {at[-1]} --budget GPU_HOURS"], tables, columns, where, best_of)
+    show(found, json, after=after, following=following)
 
 
 def frontier(
@@ -194,36 +189,29 @@ def frontier(
 ) -> None:
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree; of a probe, how far its optimum lies from
     that of the loss."""
-    from aimscale.analysis.display import fact_lines
-    from aimscale.analysis.optimum.approaches import frontier, gap_to_loss
-    from aimscale.analysis.table.points import passes_flags, usable_rows
-    from aimscale.analysis.table.select import mixture_flags
+    from aimscale.analysis.optimum.approaches import gap_to_loss
 
     for flops in at or []:
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}.")
     df, y = table_to_minimise(tables, columns, where, best_of, y)
-    several_laws = several(law, df, y)
-    by_law = several_laws.law if several_laws else law
-    found = frontier(df, y=y, law=by_law)
+    chosen = several(law, df, y)
+    by_law = chosen.law if chosen else law
+    found = analysis.frontier(df, y=y, law=by_law)
     gap = gap_to_loss(found, df, y, law=by_law)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
-    best = found.at(shown).iloc[-1]
-    rows = usable_rows(df, y, best_by=y)
-    repeats = passes_flags(rows.rows, f"D* = {human(best['D'])} at {human(best['C'])} FLOP", {"D": best["D"]})
-    found = replace(found, flags=(*found.flags, *mixture_flags(df, ["N", "D", "C"], y), *rows.flags, *repeats))
-    place = [] if found.are_apart else [f"forecast --at {typed_scale({v: best[v] for v in ('N', 'D')})}"]
+    optima = found.at(shown)
+    c, n, d = optima.iloc[-1][["C", "N", "D"]]
+    flags = table_flags(df, ["N", "D", "C"], y, [(f"D* = {human(d)} at {human(c)} FLOP", {"D": d})])
+    found = replace(found, flags=(*found.flags, *flags))
+    typed = (f"{name}={human(v) if 1e-3 < v < 1e12 else f'{v:.3g}'}" for name, v in (("N", n), ("D", d)))
+    place = [] if found.are_apart else [f"forecast --at {','.join(typed)}"]
     show(
         found,
         json,
         figure,
         words=found.summary(shown),
         after=["", fact_lines([("probe and loss", gap.sentence())])] if gap else [],
-        also={"optima": found.at(shown), "flags": found.cautions, "against_loss": gap},
+        also={"optima": optima, "flags": found.cautions, "against_loss": gap},
         following=then([*place, "report"], tables, columns, where, best_of),
     )
-
-
-def typed_scale(at: Mapping[str, float]) -> str:
-    """Write a scale as `--at` takes it."""
-    return ",".join(f"{name}={human(v) if 1e-3 < v < 1e12 else f'{v:.3g}'}" for name, v in at.items())

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aimscale import analysis
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -69,9 +71,9 @@ def table_of(
 ) -> pd.DataFrame:
     """Read the tables of a verb as one frame, and say on the error stream what they hold that nobody named."""
     from aimscale.analysis.table.accuracies import unnamed
-    from aimscale.analysis.table.read import parse_columns, read_tables
+    from aimscale.analysis.table.read import parse_columns
 
-    df = read_tables(tables, parse_columns(columns or []), where=where or [], best=best or [], y=y)
+    df = analysis.read_tables(tables, parse_columns(columns or []), where=where or [], best=best or [], y=y)
     for flag in unnamed(df):
         typer.echo(f"Note: {flag}", err=True)
     return df
@@ -122,9 +124,7 @@ def show(
     `after` and what to run next, or as JSON with what there is `also`.
     """
     if figure is not None:
-        from aimscale.analysis.plots.style import save
-
-        save(result.plot(), figure)
+        analysis.save(result.plot(), figure)
     typer.echo(result.to_json(**(also or {})) if json else "\n".join([words or result.summary(), *after]))
     if following and not json:
         say_next(following)

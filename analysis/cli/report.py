@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from aimscale import analysis
 from aimscale.analysis.cli import options
+from aimscale.analysis.cli.options import show, table_of, then
 
 
 def report(
@@ -28,13 +30,12 @@ def report(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from aimscale.analysis.report.page import write_report
     from aimscale.analysis.table.read import parse_columns
 
     console, parts = Console(stderr=True), (TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
     with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("tables", total=1.0)
-        page = write_report(
+        page = analysis.write_report(
             tables,
             out,
             columns=parse_columns(columns or []),
@@ -46,7 +47,7 @@ def report(
     typer.echo(f"Report: {page.resolve()}")
     if figures is not None:
         typer.echo(f"Figures: {figures.resolve()}")
-    options.say_next(options.then(["forecast --at N=SIZE,D=IMAGES"], tables, columns, where, best_of))
+    options.say_next(then(["forecast --at N=SIZE,D=IMAGES"], tables, columns, where, best_of))
 
 
 def compare(
@@ -55,7 +56,5 @@ def compare(
     json: options.AsJson = False,
 ) -> None:
     """Compare runs with published models, by task and by exponents; what is not comparable is named."""
-    from aimscale.analysis.published.comparison import compare as compare_frame
-
-    comparison = compare_frame(options.table_of([table], columns, None))
-    options.show(comparison, json, following=options.then(["report"], [table], columns, None))
+    found = analysis.compare(table_of([table], columns, None))
+    show(found, json, following=then(["report"], [table], columns, None))

@@ -134,7 +134,7 @@ def in_words(beside: pd.DataFrame) -> Iterator[str]:
     for row in beside.to_dict("records"):
         interval = f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" if row["over"] else ""
         yield (
-            f"Paper: {row['change']} {100 * row['published']:+.1f} ({measured_by(row['kind'])} on "
+            f"{row['change']} {100 * row['published']:+.1f} ({measured_by(row['kind'])} on "
             f"{row['published_on']}, AIM-0.6B); here {100 * row['difference']:+.1f}{interval} "
             f"({row['task']}, N = {row['N']})."
         )

@@ -1,4 +1,5 @@
-"""Parts of the page: figures, and blocks of a result's sentences, facts and table, which sorts and leaves as CSV."""
+"""Parts of the page: figures, rows of pictures, and blocks of a result's sentences, facts and table, which sorts and
+leaves as CSV."""
 
 from __future__ import annotations
 
@@ -6,9 +7,7 @@ import base64
 import gzip
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -26,8 +25,7 @@ LETTERS = {"k": 1e3, "M": 1e6, "B": 1e9, "": 1.0}
 PLAIN = str.maketrans("−⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "--0123456789")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PageFigure:
+class PageFigure(NamedTuple):
     """A figure of the page and of a paper."""
 
     key: str
@@ -41,14 +39,21 @@ class PageFigure:
         """Whether it takes two columns of a paper."""
         return self.figure.get_figwidth() > 5
 
-    @cached_property
+    @property
     def svg(self) -> str:
         """Inline SVG."""
         return inline_svg(self.figure, self.key, f"{self.title}. {self.caption}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Block:
+class PictureRow(NamedTuple):
+    """A row of equal-sized pictures."""
+
+    label: str
+    alt: str
+    uris: list[str]
+
+
+class Block(NamedTuple):
     """A result on the page: sentences, facts and a table, any of which may be empty."""
 
     key: str
@@ -62,6 +67,8 @@ class Block:
     """Keys and values above the table."""
     rows: Sequence[dict[str, str]] = ()
     """Cells by their head, at most `MAX_ROWS` rows, without columns that are blank."""
+    numeric: Sequence[str] = ()
+    """Heads of the columns of numbers, which stand to the right."""
     num_rows: int = 0
     """Rows of the whole table."""
     csv_uri: str = ""
@@ -73,47 +80,39 @@ class Block:
         """File name of the download: of a table that is cut it is compressed."""
         return f"{self.key}.csv{'.gz' if self.num_rows > MAX_ROWS else ''}"
 
-    @cached_property
-    def numeric(self) -> frozenset[str]:
-        """Heads of the columns of numbers, which stand to the right."""
-        heads = self.rows[0] if self.rows else ()
-        return frozenset(h for h in heads if all(row[h] == "–" or number_of(row[h]) is not None for row in self.rows))
 
-
-def result_block(key: str, title: str, found: Result, **parts: Any) -> Block:
-    """Lay out a result by its own facts, or sentences where it has none, and its table."""
-    facts = parts.pop("facts", found.facts())
-    told = {"facts": facts} if facts else {"lines": found.sentences() or [found.headline()]}
-    return table_block(key, title, found.table, **({"cells": found.cells()} | told | parts))
+def result_block(
+    key: str, title: str, found: Result, *, facts: Sequence[tuple[str, str]] | None = None, **parts: Any
+) -> Block:
+    """Lay out a result by its facts, or sentences where it has none, and its table."""
+    facts = found.facts() if facts is None else facts
+    lines = [] if facts else found.sentences() or [found.headline()]
+    return table_block(key, title, found.table, found.cells(), facts=facts, lines=lines, **parts)
 
 
 def table_block(
-    key: str, title: str, frame: pd.DataFrame, *, cells: Sequence[dict[str, str]] | None = None, **parts: Any
+    key: str, title: str, frame: pd.DataFrame, cells: Sequence[dict[str, str]] | None = None, **parts: Any
 ) -> Block:
     """Lay out a data frame: `cells` if given, else its columns as the schema of the results table writes them."""
     if cells is None:
-        frame = frame.loc[:, frame.notna().any()]
+        frame = frame.dropna(axis="columns", how="all")
         columns = [described(str(name)) for name in frame]
         cells = [
             {c.heading: str(v) if isinstance(v, bool) else c.cell(v) for c, v in zip(columns, row, strict=True)}
             for row in frame.head(MAX_ROWS).astype(object).itertuples(index=False)
         ]
     heads = [head for head in (cells[0] if cells else ()) if any(row[head] not in ("", "–") for row in cells)]
-    shown = [{head: row[head] or "–" for head in heads} for row in cells[:MAX_ROWS]]
-    return Block(key=key, title=title, rows=shown, num_rows=len(frame), csv_uri=csv_uri(frame), **parts)
-
-
-def number_of(text: str) -> float | None:
-    """Read the number that a cell begins with, as `words.human` and `words.power_of_ten` write it."""
-    plain = re.sub(r"(×?)10([⁻⁰¹²³⁴-⁹]+)", lambda m: f"{'' if m[1] else 1}e{m[2]}", text).translate(PLAIN)
-    found = re.match(r"\[?([-+]?(?:\d[\d,]*)?\.?\d+(?:e-?\d+)?)([kMB]?)(?![\w.])", plain)
-    return float(found[1].replace(",", "")) * LETTERS[found[2]] if found else None
+    rows = [{head: row[head] or "–" for head in heads} for row in cells[:MAX_ROWS]]
+    numeric = [h for h in heads if all(row[h] == "–" or isinstance(sort_key(row[h]), float) for row in rows)]
+    return Block(key, title, rows=rows, numeric=numeric, num_rows=len(frame), csv_uri=csv_uri(frame), **parts)
 
 
 def sort_key(text: str) -> float | str:
-    """Return what a cell is sorted by: its number, else its text; a missing one is empty."""
-    number = number_of(text)
-    return text.strip("–") if number is None else number
+    """Return what a cell is sorted by: the number that it begins with, as `words` writes numbers, else its text; a
+    missing one is empty."""
+    plain = re.sub(r"(×?)10([⁻⁰¹²³⁴-⁹]+)", lambda m: f"{'' if m[1] else 1}e{m[2]}", text).translate(PLAIN)
+    found = re.match(r"\[?([-+]?(?:\d[\d,]*)?\.?\d+(?:e-?\d+)?)([kMB]?)(?![\w.])", plain)
+    return float(found[1].replace(",", "")) * LETTERS[found[2]] if found else text.strip("–")
 
 
 def csv_uri(frame: pd.DataFrame) -> str:
@@ -121,12 +120,8 @@ def csv_uri(frame: pd.DataFrame) -> str:
     as a formula are quoted with '."""
     texts = frame.select_dtypes(exclude="number")
     safe = texts.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
-    whole = {
-        name: "Int64"
-        for name, values in frame.select_dtypes("float").items()
-        if (values.dropna() % 1 == 0).all() and values.abs().max() < 2**53
-    }
-    content = frame.assign(**safe).astype(whole).to_csv(index=False, float_format="%.5g").encode()
+    whole = frame.select_dtypes("float").convert_dtypes(convert_floating=False)
+    content = frame.assign(**safe, **whole).to_csv(index=False, float_format="%.5g").encode()
     if len(frame) <= MAX_ROWS:
         return data_uri("text/csv", content)
     return data_uri("application/gzip", gzip.compress(content, mtime=0))

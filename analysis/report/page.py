@@ -19,8 +19,7 @@ import matplotlib as mpl
 
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.plots.style import save
-from aimscale.analysis.report.blocks import Block, PageFigure, sort_key
-from aimscale.analysis.report.pictures import PictureRow
+from aimscale.analysis.report.blocks import sort_key
 from aimscale.analysis.report.sections import Section, sections
 from aimscale.analysis.report.study import Progress, Study, study_tables
 from aimscale.analysis.report.verdict import verdict
@@ -76,9 +75,10 @@ def write_report(
         laid_out = sections(study)
         progress("page", 0.95)
         page = render(study, laid_out)
-        for drawn in [] if figures is None else [each for section in laid_out for each in section.of(PageFigure)]:
-            save(drawn.figure, Path(figures or "") / drawn.key)
-    page_path = Path(out or folders[0] / "report.html")
+        if figures is not None:
+            for drawn in (part for section in laid_out for part in section.parts["PageFigure"]):
+                save(drawn.figure, Path(figures) / drawn.key)
+    page_path = Path(out or folders[0])
     page_path = page_path / "report.html" if page_path.is_dir() else page_path
     try:
         with written_aside(page_path) as aside:
@@ -117,14 +117,11 @@ def render(study: Study, laid_out: Sequence[Section]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"maths": maths, "sort_key": sort_key}
-    environment.globals |= {"str": str, **{kind.__name__: kind for kind in (Block, PageFigure, PictureRow)}}
-    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    sweeps = [str(sweep) for sweep in study.frame["sweep"].dropna().unique()] if "sweep" in study.frame else []
     return environment.get_template("report.html").render(
-        title=page_title(study),
-        description=study.collect.get("description") or "",
+        title=", ".join(sweeps) or study.paths[0].stem,
+        description=study.collect["description"],
         made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        style=style,
-        script=script,
         verdict=verdict(study),
         missing=study.missing,
         sections=laid_out,
@@ -135,22 +132,15 @@ def maths(value: str) -> markupsafe.Markup:
     """Write a sentence as HTML: escape it, then raise exponents, write Greek letters, minus signs, no lonely %."""
     safe = str(markupsafe.escape(value))
     safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: GREEK[found[0]], safe)
-    safe = _raised(safe)
-    safe = re.sub(r"(?<![\w.)\]-])-(?=\d)", "−", safe)
+    safe = re.sub(r"(?<![\w.)\]-])-(?=\d)", "−", _raised(safe))
     return markupsafe.Markup(safe.replace(" %", "\u00a0%"))
 
 
 def _raised(text: str) -> str:
     """Raise exponents: x^-a, x^(1/f), and x^-exp(b y^c), whose own exponents are raised once more."""
-    return re.sub(r"\^(-?exp\([^()]*\)|\([^()]*\)|-?[\w.]*\w)", lambda found: f"<sup>{_exponent(found[1])}</sup>", text)
 
+    def power(found: re.Match[str]) -> str:
+        bare = found[1][1:-1] if found[1].startswith("(") else found[1]
+        return f"<sup>{_raised(bare).replace('-', '−')}</sup>"
 
-def _exponent(text: str) -> str:
-    bare = text[1:-1] if text.startswith("(") else _raised(text)
-    return bare.replace("-", "−")
-
-
-def page_title(study: Study) -> str:
-    """Name the sweeps, or the file."""
-    sweeps = [str(sweep) for sweep in study.frame["sweep"].dropna().unique()] if "sweep" in study.frame else []
-    return ", ".join(sweeps) or study.paths[0].stem
+    return re.sub(r"\^(-?exp\([^()]*\)|\([^()]*\)|-?[\w.]*\w)", power, text)

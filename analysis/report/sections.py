@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pandas as pd
 
+from aimscale import analysis
 from aimscale.analysis.accuracy.result import Correlations
 from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
-from aimscale.analysis.plots.scaling import plot_points
-from aimscale.analysis.plots.training import plot_curves
 from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines, share_cells
 from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, table6
-from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block, table_block
-from aimscale.analysis.report.pictures import PictureRow, picture_rows
-from aimscale.analysis.report.runs import provenance, settings, what_was_run
-from aimscale.analysis.report.study import Study
+from aimscale.analysis.report.blocks import Block, PageFigure, PictureRow, html_id, result_block, table_block
+from aimscale.analysis.report.runs import picture_rows, provenance, settings, what_was_run
+from aimscale.analysis.report.study import CORRELATION, Study
 from aimscale.analysis.table.design import DESIGN, design_columns, varies
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.table.read import loss_unit, probe_frame, read_curves
+from aimscale.analysis.table.read import loss_unit, read_curves
 from aimscale.analysis.table.schema import MFU, described
 from aimscale.analysis.words import accuracy_of, flag_words, kind_name
 
 Part = str | PageFigure | Block | PictureRow
 """A paragraph, a figure, a result, or a row of pictures."""
-PartT = TypeVar("PartT", str, PageFigure, Block, PictureRow)
 MAX_TASKS = 5
 """Tasks in one figure of accuracies; more make further figures, each of which fits a page."""
 LEAST_NOISE = 5e-6
 """Fraction of the loss below which a source of spread would be printed as zero."""
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A section of the page."""
 
     key: str
@@ -44,34 +40,38 @@ class Section:
     name: str
     """Short name, for the navigation."""
     title: str
-    parts: list[Part]
-
-    def of(self, kind: type[PartT]) -> list[PartT]:
-        """List its parts of a class."""
-        return [part for part in self.parts if isinstance(part, kind)]
+    parts: defaultdict[str, list[Any]]
+    """Class -> its parts of that class."""
 
 
 def sections(study: Study) -> list[Section]:
     """Lay out what was found; sections without anything are left out."""
-    made = [Section(key, name, title, list(build(study))) for key, (name, title, build) in SECTIONS.items()]
-    return [section for section in made if section.parts]
+    made = []
+    for key, (name, title, build) in SECTIONS.items():
+        parts = defaultdict[str, list[Any]](list)
+        for part in build(study):
+            parts[type(part).__name__].append(part)
+        made += [Section(key, name, title, parts)] if parts else []
+    return made
 
 
 def _runs(study: Study) -> Iterator[Part]:
     yield from what_was_run(study)
-    frame = study.frame
-    if "num_skipped_steps" in frame and not frame["num_skipped_steps"].any():
-        frame = frame.drop(columns="num_skipped_steps")
+    frame, unit = study.frame, loss_unit(study.usable)
+    skipped = "num_skipped_steps" in frame and frame["num_skipped_steps"].any()
     names = (
         *("size", "params_total", "images_seen", "unique_images", "flops_train", "val_loss", "val_loss_se"),
-        *("train_loss", "status", "seed", *(name for name in design_columns(study.frame) if name in DESIGN)),
-        *("images_per_s", *MFU, "device_hours", "num_skipped_steps", "run_id"),
+        *("train_loss", "status", "seed", *(name for name in design_columns(frame) if name in DESIGN)),
+        *("images_per_s", *MFU, "device_hours", *["num_skipped_steps"] * bool(skipped), "run_id"),
     )
-    unit = loss_unit(study.usable)
     note = f"One row per run and data budget. D counts {study.samples}."
     note += f" Loss: {unit} per scored target on held-out images." if unit else ""
-    frame = frame[[name for name in dict.fromkeys(names) if name in frame]]
-    yield table_block("results", "Every measurement", frame, note=note, is_open=False)
+    yield table_block("results", "Every measurement", _columns(frame, names), note=note, is_open=False)
+
+
+def _columns(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Choose the columns that a frame has of these, each once, without those that hold nothing."""
+    return frame[[n for n in dict.fromkeys(names) if n in frame and frame[n].notna().any()]]
 
 
 def _scaling(study: Study) -> Iterator[Part]:
@@ -82,18 +82,18 @@ def _scaling(study: Study) -> Iterator[Part]:
         ("D", "images_seen", "params_total", f"{study.samples} seen"),
         ("C", "flops_train", "params_total", "compute"),
     ):
-        if usable.empty or x not in usable or usable[x].isna().all():
+        if x not in _columns(usable, [x]):
             continue
         if key != "C" and law is not None:
             figure = law.plot(x=key)
             caption = _equation(law) if key == "N" else "The same law, a line for each size."
         else:
             others = by if by in usable and usable[by].notna().all() else None
-            figure = plot_points(usable, x, by=others, envelope=envelope if key == "C" else None)
+            figure = analysis.plot_points(usable, x, by=others, envelope=envelope if key == "C" else None)
             caption = "Lines join a size's budgets." if key == "C" else "No law could be fitted; see what is missing."
             if key == "C" and envelope is not None:
                 caption += f" Dashed: the law of the envelope, {_equation(envelope)}"
-        yield PageFigure(key=f"loss-{key}", title=f"Loss against {what}", caption=caption, figure=figure)
+        yield PageFigure(f"loss-{key}", f"Loss against {what}", caption, figure)
 
 
 def _equation(fit: Fit) -> str:
@@ -104,78 +104,73 @@ def _equation(fit: Fit) -> str:
 
 def _accuracy(study: Study) -> Iterator[Part]:
     """Draw accuracies of each kind against size, data and compute, a row of panels per task; list all."""
+    probes = study.probes
     for kind in study.kinds:
-        rows = study.probes[(study.probes["kind"] == kind) & study.probes["top1"].notna()]
-        tasks = list(dict.fromkeys(rows["task"]))
+        rows = probes[(probes["kind"] == kind) & probes["top1"].notna()]
+        tasks, title = rows["task"].unique(), _capital(accuracy_of(kind))
         bars = "" if rows["top1_lo95"].isna().all() else " Bars: 95 % intervals over test images."
         caption = f"One point per run and budget. Lines join points of one size, in the first panel of one D.{bars}"
         for first in range(0, len(tasks), MAX_TASKS):
             some = rows[rows["task"].isin(tasks[first : first + MAX_TASKS])]
-            figure = plot_accuracy(some, _levels(study, kind, some))
             key = html_id("accuracy", kind) + (f"-{1 + first // MAX_TASKS}" if first else "")
-            yield PageFigure(key=key, title=_capital(accuracy_of(kind)), caption=caption, figure=figure)
-    if study.probes.empty:
+            yield PageFigure(key, title, caption, analysis.plot_accuracy(some, _levels(study, kind, some)))
+    if probes.empty:
         return
-    frame = study.probes
     note = "Top-1 in per cent."
     if study.is_ours:
         note += " Test splits are scored once; blocks and rates were chosen on a hold-out of the training split."
-        if frame["kind"].eq(ADAPTED).any():
+        if ADAPTED in study.kinds:
             note += " LoRA adapts the backbone and uses the last blocks; all other kinds read frozen features."
-    blocks = frame["blocks"].map(lambda blocks: ", ".join(map(str, blocks)), na_action="ignore")
-    frame = frame.assign(kind=frame["kind"].map(kind_name), blocks=blocks)
-    if len(known := set(blocks.dropna())) == 1 and "," not in known.pop():  # there was nothing to choose
-        frame = frame.drop(columns=["blocks", "last_top1"])
+    blocks = probes["blocks"].map(lambda blocks: ", ".join(map(str, blocks)), na_action="ignore")
     names = ["task", "kind", "size", "params_total", "images_seen", "val_loss", "top1", "top1_lo95", "top1_hi95"]
     names += ["last_top1", "chance", "ideal", "n", "blocks", "lr"]
+    if len(known := set(blocks.dropna())) == 1 and "," not in known.pop():  # there was nothing to choose
+        names = [name for name in names if name not in ("blocks", "last_top1")]
     title = "Frozen-feature accuracy" if study.is_ours else "Accuracy"
-    yield _share_block("probes", title, frame, names, note=note, is_open=False)
+    yield _share_block("probes", title, probes.assign(blocks=blocks), names, note=note, is_open=False)
 
 
 def _levels(study: Study, kind: str, rows: pd.DataFrame) -> pd.DataFrame:
     """List what accuracies of a kind may be compared with: the table's own baselines, and on its tasks the paper."""
-    same = rows[["task", "n"]].drop_duplicates()
-    theirs = read_baselines(study.frame)
+    same, theirs = rows[["task", "n"]].drop_duplicates(), read_baselines(study.frame)
     theirs = theirs[theirs["kind"].eq(kind) & (kind != ADAPTED)].rename(columns={"size": "name"})
     own = theirs.merge(same, on=["task", "n"]).reindex(columns=["task", "name", "top1"])
     own = own.drop_duplicates(["task", "name"]).sort_values("top1")
-    shared = [task for task in same["task"].unique() if task in TASKS] if kind == PROTOCOL and study.is_ours else []
     paper = [
         {"task": task, "name": f"{key}, published", "top1": table6().loc[key, task]}
-        for task in shared
+        for task in (same["task"].unique() if kind == PROTOCOL and study.is_ours else ())
+        if task in TASKS
         for key in dict.fromkeys(("aim-7B", best_frozen(task)))
     ]
     return pd.concat([own, pd.DataFrame(paper, columns=own.columns)], ignore_index=True)
 
 
-def _share_block(key: str, title: str, frame: pd.DataFrame, names: list[str], note: str, is_open: bool = True) -> Block:
+def _share_block(key: str, title: str, frame: pd.DataFrame, names: Sequence[str], **parts: Any) -> Block:
     """Lay out columns of a frame whose shares are told in per cent."""
-    frame = frame[[name for name in dict.fromkeys(names) if name in frame and frame[name].notna().any()]]
+    frame = _columns(frame.assign(kind=frame["kind"].map(kind_name)) if "kind" in frame else frame, names)
     cells = [{described(head).heading: cell for head, cell in row.items()} for row in share_cells(frame)]
-    return table_block(key, title, frame, cells=cells, note=note, is_open=is_open)
+    return table_block(key, title, frame, cells, **parts)
 
 
 def _loss_accuracy(study: Study) -> Iterator[Part]:
-    probes, found = study.probes, study.all("correlation of loss with")
+    probes = study.probes
     if probes.empty or "val_loss" not in probes or probes["val_loss"].isna().all():
         return
     for kind in study.kinds:
-        rows = probes[probes["kind"] == kind]
-        mine = {task: f"{task}:{kind}" for task in dict.fromkeys(rows["task"])}
+        rows, what = probes[probes["kind"] == kind], accuracy_of(kind)
         correlations, links = (
-            {task: named[name] for task, name in mine.items() if name in named}
-            for named in (found, study.all("link from loss to"))
+            {task: named[f"{task}:{kind}"] for task in rows["task"].unique() if f"{task}:{kind}" in named}
+            for named in (study.all(CORRELATION), study.all("link from loss to"))
         )
         caption = (
-            f"{_capital(accuracy_of(kind))} and validation loss. Brackets: 95 % intervals of the correlations, "
-            "at equal compute first; over all rows both follow compute. "
-            "Line and band: a sigmoid above chance with its 95 % interval."
+            f"{_capital(what)} and validation loss. Brackets: 95 % intervals of the correlations, at equal compute "
+            "first; over all rows both follow compute. Line and band: a sigmoid above chance with its 95 % interval."
         )
-        figure, title = plot_loss_accuracy(rows, correlations, links), f"Loss against {accuracy_of(kind)}"
-        yield PageFigure(key=html_id("loss-accuracy", kind), title=title, caption=caption, figure=figure)
+        figure = analysis.plot_loss_accuracy(rows, correlations, links)
+        yield PageFigure(html_id("loss-accuracy", kind), f"Loss against {what}", caption, figure)
         for task, each in correlations.items() if kind == study.kinds[0] else ():  # figures show the others
-            title = _correlation_verdict(f"{accuracy_of(kind)} on {task}", each)
-            yield result_block(html_id("correlation", mine[task]), title, each, is_open=False)
+            title = _correlation_verdict(f"{what} on {task}", each)
+            yield result_block(html_id("correlation", f"{task}:{kind}"), title, each, is_open=False)
 
 
 def _correlation_verdict(what: str, found: Correlations) -> str:
@@ -184,8 +179,8 @@ def _correlation_verdict(what: str, found: Correlations) -> str:
     how = f"lower validation loss goes with {'higher' if first.value < 0 else 'LOWER'} {what}"
     if not first.is_significant:
         how = f"no significant correlation of validation loss with {what}"
-    place, ends = "At equal compute" if first.partial_on else "Over all rows", f"[{first.low:.2f}, {first.high:.2f}]"
-    return f"{place} {how}: {first.value:.2f} {ends}"
+    place = "At equal compute" if first.partial_on else "Over all rows"
+    return f"{place} {how}: {first.value:.2f} [{first.low:.2f}, {first.high:.2f}]"
 
 
 def _capital(words: str) -> str:
@@ -197,22 +192,21 @@ def _training(study: Study) -> Iterator[Part]:
     curves = curves[curves["run_id"].isin(study.main.get("run_id", []))].dropna(subset=["params_total"])
     if curves["val_loss"].isna().all():
         return
-    probes = probe_frame(curves)
+    probes = analysis.probe_frame(curves)
     budgets = complete(study.main).dropna(subset=["val_loss", "params_total"])
-    figure = plot_curves(curves.dropna(subset="val_loss"), budgets, probes[probes["kind"].isin(study.kinds[:1])])
+    figure = analysis.plot_curves(
+        curves.dropna(subset="val_loss"), budgets, probes[probes["kind"].isin(study.kinds[:1])]
+    )
     caption = "Validation loss during training, before decays. Markers: budgets, each joined to where its decay began."
-    caption = " ".join([caption, *map(str, plateau_flags(budgets))])
-    yield PageFigure(key="curves", title="Training curves", caption=caption, figure=figure)
+    yield PageFigure("curves", "Training curves", " ".join([caption, *map(str, plateau_flags(budgets))]), figure)
 
 
 def _best_split(study: Study) -> Iterator[Part]:
-    found = study.get("compute-optimal frontier")
-    if found is None:
-        return
-    caption = "Lines: N* as a power of C, dotted beyond the measured compute. Shading: 95 % intervals."
-    yield PageFigure(key="frontier", title="Compute-optimal size", caption=caption, figure=found.plot())
-    gaps = [gap.sentence() for gap in study.all("best size by").values() if gap is not None]
-    yield result_block("approaches", "How the best size grows", found, note=" ".join(gaps))
+    if found := study.get("compute-optimal frontier"):
+        caption = "Lines: N* as a power of C, dotted beyond the measured compute. Shading: 95 % intervals."
+        yield PageFigure("frontier", "Compute-optimal size", caption, found.plot())
+        gaps = [gap.sentence() for gap in study.all("best size by").values() if gap is not None]
+        yield result_block("approaches", "How the best size grows", found, note=" ".join(gaps))
 
 
 def _published(study: Study) -> Iterator[Part]:
@@ -225,14 +219,13 @@ def _published(study: Study) -> Iterator[Part]:
             caption = (
                 "Attentive probe, frozen features: these runs at their largest budgets, AIM on its last six blocks."
             )
-            title = "Beside the published AIM models"
-            yield PageFigure(key="published-models", title=title, caption=caption, figure=found.plot())
+            yield PageFigure("published-models", "Beside the published AIM models", caption, found.plot())
         note = (
             "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks "
             "stand beside AIM-7B's last six, chosen ones beside its best six."
         )
-        names = [str(name) for name in tasks if name not in ("top1_lo95", "top1_hi95")]
-        yield _share_block("compare", "The same tasks, ours and theirs", tasks, ["task", *names], note)
+        names = ["task", *(str(name) for name in tasks if name not in ("top1_lo95", "top1_hi95"))]
+        yield _share_block("compare", "The same tasks, ours and theirs", tasks, names, note=note)
     if len(frame := found.baselines):
         frame = frame.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
         seen = ["images_seen"] if varies(frame["images_seen"]) else []
@@ -243,32 +236,29 @@ def _published(study: Study) -> Iterator[Part]:
             "the baseline's, with a 95 % interval over test images, not over seeds. It is paired where hits were kept "
             "(p: McNemar's exact test). Detectable: the minimum detectable gap at 80 % power."
         )
-        title, frame = "Beside baselines on the same probes", frame.assign(kind=frame["kind"].map(kind_name))
-        yield _share_block("baselines", title, frame, names, note)
+        yield _share_block("baselines", "Beside baselines on the same probes", frame, names, note=note)
     if lines := flag_words(found.left_out):
-        yield Block(key="not-compared", title="Not compared, and why", lines=lines, is_open=False)
+        yield Block("not-compared", "Not compared, and why", lines=lines, is_open=False)
 
 
 def _laws(study: Study) -> Iterator[Part]:
     """Lay out the forecasts, the left-out scales, the laws and the worth of repeats."""
-    found, joint, worth = study.get("forecast"), study.get("law"), study.get("worth of repeats")
-    if found is not None:
+    if found := study.get("forecast"):
         yield result_block("forecasts", "Forecasts", found)
-    if joint is not None and joint.heldout:
-        points = [test.predictions.assign(left_out=f"largest {test.variable}") for test in joint.heldout]
-        lines = [test.sentence() for test in joint.heldout]
-        yield table_block("heldout", "Does the law extrapolate?", pd.concat(points, ignore_index=True), lines=lines)
-    for key, fit in (("ND", joint), ("C", study.get("law of the envelope"))):
+    if tests := joint.heldout if (joint := study.get("law")) else ():
+        points = pd.concat([test.predictions.assign(left_out=f"largest {test.variable}") for test in tests])
+        lines = [test.sentence() for test in tests]
+        yield table_block("heldout", "Does the law extrapolate?", points, lines=lines)
+    for key, fit, which in (("ND", joint, ""), ("C", study.get("law of the envelope"), " that no cheaper row beats")):
         if fit is not None:
-            whose = f" {study.whose}" if study.whose else ""
-            note = f"Rows{whose}{' that no cheaper row beats' * (key == 'C')}." if whose or key == "C" else ""
+            note = f"Rows{study.whose}{which}." if study.whose or which else ""
             facts = [(name, fact) for name, fact in fit.facts() if name != "law" and not name.startswith("held out ")]
             title = f"{fit.law.formula}, fitted to {fit.num_points} points"
             yield result_block(f"law-{key}", title, fit, note=note, facts=facts, is_open=key != "C")
-    if worth is not None:
-        title, sample = f"What repeated {worth.sample}s are worth", worth.sample
-        note = f"{worth.fit.law.formula}. Worth of pass k, and of all k passes, in passes over new {sample}s."
-        yield result_block("repeats", title, worth, note=note)
+    if worth := study.get("worth of repeats"):
+        of = worth.sample
+        note = f"{worth.fit.law.formula}. Worth of pass k, and of all k passes, in passes over new {of}s."
+        yield result_block("repeats", f"What repeated {of}s are worth", worth, note=note)
 
 
 def _changes(study: Study) -> Iterator[Part]:
@@ -281,37 +271,32 @@ def _changes(study: Study) -> Iterator[Part]:
             "fractions."
         )
     for name, found in contrasts.items():
-        facts = [
-            *found.facts(),
-            *(("published", line.removeprefix("Paper: ")) for line in in_words(beside_paper(found))),
-        ]
+        facts = [*found.facts(), *(("published", line) for line in in_words(beside_paper(found)))]
         yield result_block(html_id("contrast", name), f"Effect of {name}", found, facts=facts)
 
 
 def _noise(study: Study) -> Iterator[Part]:
     found = study.get("noise")
-    if found is None or (seen := found.table[found.table["value"] > LEAST_NOISE]).empty:
-        return
-    note = (
-        "Standard deviation of the loss by source, as fractions of the loss, with 95 % intervals or ranges. What sizes "
-        "share counts as their error in a law's intervals; it may be the law's misfit."
-    )
-    yield result_block("noise-parts", "Sources of spread", replace(found, table=seen), note=note)
+    if found and len(seen := found.table[found.table["value"] > LEAST_NOISE]):
+        note = (
+            "Standard deviation of the loss by source, as fractions of the loss, with 95 % intervals or ranges. What "
+            "sizes share counts as their error in a law's intervals; it may be the law's misfit."
+        )
+        yield result_block("noise-parts", "Sources of spread", replace(found, table=seen), note=note)
 
 
 def _pictures(study: Study) -> Iterator[Part]:
-    rows = picture_rows(study)
-    if rows:
+    if rows := picture_rows(study):
         yield (
             "Held-out images. The model predicts each patch outside the prefix from the true patches before it. A "
             "prediction is shown with the true patch's mean and contrast, which the model does not predict."
         )
-    yield from rows
+        yield from rows
 
 
 def _methods(study: Study) -> Iterator[Part]:
-    yield Block(key="settings", title="Settings and exclusions", facts=[*settings(study)], is_open=False)
-    yield Block(key="provenance", title="Provenance", facts=[*provenance(study)], is_open=False)
+    yield Block("settings", "Settings and exclusions", facts=[*settings(study)], is_open=False)
+    yield Block("provenance", "Provenance", facts=[*provenance(study)], is_open=False)
 
 
 SECTIONS: dict[str, tuple[str, str, Callable[[Study], Iterator[Part]]]] = {

@@ -8,42 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from aimscale.analysis.accuracy.correlation import correlate
-from aimscale.analysis.accuracy.links import link, task_level
+from aimscale import analysis
+from aimscale.analysis.accuracy.links import task_level
 from aimscale.analysis.accuracy.result import Correlations
 from aimscale.analysis.display import as_sentences
-from aimscale.analysis.effects.contrasts import contrast, factors
-from aimscale.analysis.effects.noise_sources import noise
-from aimscale.analysis.effects.repetition import repeats
+from aimscale.analysis.effects.contrasts import factors
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.holdout import held_out
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.forecast import forecast
-from aimscale.analysis.forecasts.forecaster import forecaster
 from aimscale.analysis.forecasts.points import AUTO
-from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.next.proposal import Proposal, grid_offer, propose
-from aimscale.analysis.optimum.approaches import Gap, frontier, gap, gap_to_loss
+from aimscale.analysis.next.proposal import Proposal, grid_offer
+from aimscale.analysis.optimum.approaches import Gap, gap, gap_to_loss
 from aimscale.analysis.optimum.frontier import points_of
 from aimscale.analysis.optimum.measured import isoflop_budgets, with_budgets
-from aimscale.analysis.published.comparison import compare
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND, to_minimise
 from aimscale.analysis.table.points import complete, usable_rows, with_compute
-from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.select import envelope_flags, fresh_part, lower_envelope, main_part, mixture_flags, spaced
-from aimscale.analysis.words import Flag, said_once
+from aimscale.analysis.words import PROBES, Flag, said_once
 
 MAX_FITTED = 200
 """Rows beyond which what is fitted many times over, for every probe and scale, is fitted to so many of them."""
@@ -53,18 +44,17 @@ FORECAST_SCALES = (2.0, 10.0)
 """Multiples of the largest N and D that the page forecasts at; of an iso-FLOP design, of the largest C."""
 QUIET = ("forecaster", "next runs", "noise")
 """Results that few tables allow: that there is none is not told."""
+HELD_OUT, CORRELATION = "held-out test over the largest", "correlation of loss with"
 
 Progress = Callable[[str, float], None]
 """Called with what begins and the share of the time that went before it, as a report of some thirty rows takes it."""
-Work = tuple[str, str, Callable[[], Any]]
-"""Name of a result, its subject (such as TASK:KIND) or nothing, and what computes it."""
 
 
 @dataclass(kw_only=True)
 class Study:
     """Tables read as one, and what was found in them."""
 
-    paths: tuple[Path, ...]
+    paths: Sequence[Path]
     frame: pd.DataFrame
     """All rows, as `read_tables` gives them."""
     main: pd.DataFrame
@@ -72,15 +62,22 @@ class Study:
     usable: pd.DataFrame
     """Rows that laws are fitted to: complete, of the main experiment, with a loss, their data hardly repeated."""
     whose: str = ""
-    """Which rows these are, in words; empty where they are all."""
+    """Which rows these are, in words behind "rows"; empty where they are all."""
     collect: dict[str, Any] = field(default_factory=dict)
     """The sweeps' collect.json, joined, or empty."""
     exclusions: list[str] = field(default_factory=list)
     """Rows left out and why, in sentences."""
     flags: tuple[Flag, ...] = ()
     """Cautions about the rows that laws are fitted to."""
-    results: dict[tuple[str, str], Any] = field(default_factory=dict)
-    """Name and subject -> a result, or the AnalysisError that says why there is none."""
+    results: defaultdict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
+    """Name, then subject (such as TASK:KIND, or nothing) -> a result, or the AnalysisError that says why not."""
+
+    def attempt(self, name: str, work: Callable[..., Any], *args: Any, subject: str = "", **options: Any) -> None:
+        """Compute a result and keep it, or why there is none."""
+        try:
+            self.results[name][subject] = work(*args, **options)
+        except AnalysisError as error:
+            self.results[name][subject] = error
 
     def get(self, name: str, subject: str = "") -> Any:
         """Get a result, None where there is none."""
@@ -88,32 +85,35 @@ class Study:
 
     def all(self, name: str) -> dict[str, Any]:
         """Map subjects to the results of a name."""
-        found = {subject: value for (each, subject), value in self.results.items() if each == name}
-        return {subject: value for subject, value in found.items() if not isinstance(value, AnalysisError)}
+        return {subject: v for subject, v in self.results.get(name, {}).items() if not isinstance(v, AnalysisError)}
 
     @property
     def missing(self) -> list[str]:
         """Sentences about what the tables did not allow, and why."""
-        failed = [(n, str(v)) for n, v in self.results.items() if n[0] not in QUIET and isinstance(v, AnalysisError)]
-        told = as_sentences([(" ".join(filter(None, name)), error) for name, error in failed])
-        return list(dict.fromkeys([*map(str, unnamed(self.frame)), *told]))
+        told = [(name, each) for name, found in self.results.items() if name not in QUIET for each in found.items()]
+        failed = [(f"{name} {subject}".strip(), str(v)) for name, (subject, v) in told if isinstance(v, AnalysisError)]
+        return list(dict.fromkeys([*map(str, unnamed(self.frame)), *as_sentences(failed)]))
 
     @cached_property
     def probes(self) -> pd.DataFrame:
         """`probe_frame` of the main experiment's complete rows."""
-        return probe_frame(complete(self.main))
+        return analysis.probe_frame(complete(self.main))
 
     @property
     def kinds(self) -> list[str]:
-        """Kinds of probes that were run, the paper's own first: attentive, then efficient, linear, and the others."""
-        first = ["attentive", "efficient", "linear"]
-        found = list(dict.fromkeys(map(str, self.probes["kind"])))
-        return sorted(found, key=lambda kind: first.index(kind) if kind in first else len(first))
+        """Kinds of probes that were run, the paper's own first."""
+        found = self.probes["kind"].map(str).unique()
+        return sorted(found, key=lambda kind: PROBES.index(kind) if kind in PROBES else len(PROBES))
 
     @cached_property
     def budgets(self) -> pd.Series | None:
         """Budget of compute of every usable row in an iso-FLOP design; None in any other."""
-        return isoflop_budgets(points_of(self.usable, "val_loss")) if has_compute(self.usable) else None
+        return isoflop_budgets(points_of(self.usable, "val_loss")) if self.has_compute else None
+
+    @property
+    def has_compute(self) -> bool:
+        """Whether usable rows have training FLOPs."""
+        return "flops_train" in self.usable and bool(self.usable["flops_train"].notna().any())
 
     @property
     def samples(self) -> str:
@@ -130,48 +130,36 @@ def study_tables(
     paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], progress: Progress = lambda *_: None
 ) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
-    study = chosen_rows(paths, frame, collect)
-    for what, share, step in STEPS:
+    study = _chosen_rows(paths, frame, collect)
+    for what, share, step in (
+        ("laws", 0.0, _fit_laws),
+        ("correlations", 0.45, correlate_probes),
+        ("best sizes", 0.55, _compare_best_sizes),
+        ("contrasts", 0.65, _measure_effects),
+    ):
         progress(what, share)
-        run(study, step)
+        step(study)
     return study
 
 
-def run(study: Study, step: Callable[[Study], Iterator[Work]]) -> None:
-    """Compute the results of a step, one after another: a later one may read the earlier."""
-    for name, subject, work in step(study):
-        try:
-            study.results[name, subject] = work()
-        except AnalysisError as error:
-            study.results[name, subject] = error
-
-
-def chosen_rows(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any]) -> Study:
+def _chosen_rows(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any]) -> Study:
     """Choose the rows that laws are fitted to, and say which were left out."""
-    everything = usable_rows(frame)
     main, design = main_part(frame)
     chosen = usable_rows(main, best_by="val_loss")
     best = [each for each in chosen.exclusions if each.kind == "best of"]
     fresh, pool = fresh_part(chosen.rows)
-    num_others, num_worn = len(frame) - len(main), len(chosen.rows) - len(fresh)
-    told = [f"{each}." for each in dict.fromkeys((*everything.exclusions, *best))]
-    if num_others:
+    told, whose = [f"{each}." for each in dict.fromkeys((*usable_rows(frame).exclusions, *best))], ""
+    if num := len(frame) - len(main):
+        whose = " of the main experiment"
         told.append(
-            f"Laws and correlations use the experiment with most sizes and budgets ({design}); the other "
-            f"{num_others} rows are in the contrasts."
+            f"Laws and correlations use the experiment with most sizes and budgets ({design}); the other {num} rows "
+            "are in the contrasts."
         )
-    if num_worn:
-        told.append(f"Laws use the rows with {pool}; the other {num_worn} are in what repeats are worth.")
-    study = Study(
-        paths=tuple(paths),
-        frame=frame,
-        main=main,
-        usable=fresh,
-        whose=" ".join(["of the main experiment"] * bool(num_others) + [f"with {pool}"] * bool(num_worn)),
-        collect=collect,
-        exclusions=told,
-        flags=(*chosen.flags, *mixture_flags(fresh, ["N", "D", "U"])),
-    )
+    if num := len(chosen.rows) - len(fresh):
+        whose += f" with {pool}"
+        told.append(f"Laws use the rows with {pool}; the other {num} are in what repeats are worth.")
+    study = Study(paths=paths, frame=frame, main=main, usable=fresh, whose=whose, collect=collect, exclusions=told)
+    study.flags = (*chosen.flags, *mixture_flags(fresh, ["N", "D", "U"]))
     thinned = ["forecasts", "what to run next", "best sizes for features"] if len(fresh) > MAX_FITTED else []
     if study.probes.groupby(["kind", "task"]).size().max() > MAX_FITTED:
         thinned += ["correlations of loss with accuracy", "links from one to the other"]
@@ -180,57 +168,50 @@ def chosen_rows(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, A
     return study
 
 
-def has_compute(rows: pd.DataFrame) -> bool:
-    """Tell whether rows have training FLOPs."""
-    return "flops_train" in rows and bool(rows["flops_train"].notna().any())
-
-
-def evenly(rows: pd.DataFrame) -> pd.DataFrame:
+def _evenly(rows: pd.DataFrame) -> pd.DataFrame:
     """Choose at most `MAX_FITTED` rows, the same ones every time: evenly in order of compute, the ends among them."""
     by = [name for name in ("flops_train", "images_seen", "params_total") if name in rows]
     if len(rows) <= MAX_FITTED or not by:
         return rows
-    order = np.lexsort([rows[name].to_numpy() for name in reversed(by)])
-    return rows.iloc[np.sort(order[spaced(len(rows), MAX_FITTED)])]
+    return rows.sort_values(by).iloc[spaced(len(rows), MAX_FITTED)].sort_index()
 
 
-def _laws(study: Study) -> Iterator[Work]:
+def _fit_laws(study: Study) -> None:
     """Fit the joint law of the page and what follows from it, and a law along the envelope."""
-    usable, some = study.usable, evenly(study.usable)
+    usable, some = study.usable, _evenly(study.usable)
     if usable.empty:
-        study.results["law", ""] = AnalysisError("no row has a validation loss, so no law is fitted")
+        study.results["law"][""] = AnalysisError("no row has a validation loss, so no law is fitted")
         return
-    yield "forecaster", "", partial(forecaster, some)
+    study.attempt("forecaster", analysis.forecaster, some)
     laws = study.get("forecaster")
-    yield "law", "", partial(fit, with_compute(usable), laws.law if laws else find_law("chinchilla"))
-    if has_compute(usable):
-        yield "law of the envelope", "", partial(_envelope, usable)
+    study.attempt("law", analysis.fit, with_compute(usable), laws.law if laws else "chinchilla")
+    if study.has_compute:
+        study.attempt("law of the envelope", _envelope, usable)
     if (joint := study.get("law")) is None:
         return
     by_compute = study.budgets is not None
     rows = with_budgets(usable, "val_loss") if by_compute else with_compute(usable)
     for variable in ("C",) if by_compute else ("N", "D"):
-        yield "held-out test over the largest", variable, partial(held_out, joint, rows, by=variable)
-    tests = tuple(study.all("held-out test over the largest").values())
-    joint = dataclasses.replace(joint, heldout=tests, flags=said_once((*joint.flags, *study.flags)))
-    study.results["law", ""] = joint
-    if has_compute(usable):
-        yield "compute-optimal frontier", "", partial(frontier, usable, law=joint)
+        study.attempt(HELD_OUT, analysis.held_out, joint, rows, by=variable, subject=variable)
+    tests, flags = tuple(study.all(HELD_OUT).values()), said_once((*joint.flags, *study.flags))
+    study.results["law"][""] = joint = dataclasses.replace(joint, heldout=tests, flags=flags)
+    if study.has_compute:
+        study.attempt("compute-optimal frontier", analysis.frontier, usable, law=joint)
     if laws is None:
-        study.results["forecast", ""] = study.results["forecaster", ""]
+        study.results["forecast"] = study.results["forecaster"]
     else:
-        yield "forecast", "", partial(forecast, _first_kind(study, some), next_scales(study), law=laws)
-    yield "next runs", "", partial(_proposal, study, joint)
+        study.attempt("forecast", analysis.forecast, _with_first_kind(study, some), next_scales(study), law=laws)
+    study.attempt("next runs", _proposal, study, joint)
 
 
 def _envelope(usable: pd.DataFrame) -> Fit:
     """Fit a law of compute to the rows that no cheaper row beats."""
     rows = lower_envelope(usable)
-    found = fit(rows, find_law("power_offset:C"))
+    found = analysis.fit(rows, "power_offset:C")
     return dataclasses.replace(found, flags=(*found.flags, *envelope_flags(rows)))
 
 
-def _first_kind(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
+def _with_first_kind(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
     """Keep entries of the first kind of probe alone, which is forecast for every task."""
     if "probes" not in rows:
         return rows
@@ -244,7 +225,7 @@ def _proposal(study: Study, joint: Fit) -> Proposal:
     offer = grid_offer(joint.data, target, steps=1)
     offer["price"] = 6 * offer["N"] * offer["D"]
     budget, laws = 3 * target["N"] * target["D"], study.get("forecaster") or AUTO
-    return propose(evenly(study.usable), target, offer, budget=budget, unit="FLOP", law=laws)
+    return analysis.propose(_evenly(study.usable), target, offer, budget=budget, unit="FLOP", law=laws)
 
 
 def next_scales(study: Study) -> list[dict[str, float]]:
@@ -257,71 +238,60 @@ def next_scales(study: Study) -> list[dict[str, float]]:
     return [{v: times * study.get("law").ranges[v][1] for v in ("N", "D")} for times in FORECAST_SCALES]
 
 
-def correlate_probes(study: Study) -> Iterator[Work]:
+def correlate_probes(study: Study) -> None:
     """Correlate loss and accuracy of every probe of the main experiment, and link one to the other."""
     probes = study.probes
     if probes.empty and study.is_ours:
         error = AnalysisError("the table has no probe results, so loss is not compared with accuracy")
-        study.results["correlation", ""] = error
-    groups = {(str(kind), str(task)): rows for (kind, task), rows in probes.groupby(["kind", "task"], sort=False)}
-    kinds = study.kinds
-    for kind, task in sorted(groups, key=lambda group: kinds.index(group[0])) if len(study.usable) else ():
-        rows, name = evenly(groups[kind, task]), f"{task}:{kind}"
-        yield "correlation of loss with", name, partial(_correlations, rows.reset_index(drop=True))
-        known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
-        chance, ideal = (task_level(known, level) for level in ("chance", "ideal"))
-        yield "link from loss to", name, partial(link, known, chance=chance, ideal=ideal, is_tested=False)
+        study.results["correlation"][""] = error
+    for kind in study.kinds if len(study.usable) else ():
+        for task, rows in probes[probes["kind"].map(str) == kind].groupby("task", sort=False):
+            name, rows = f"{task}:{kind}", _evenly(rows).reset_index(drop=True)
+            study.attempt(CORRELATION, _correlations, rows, subject=name)
+            known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
+            levels = {level: task_level(known, level) for level in ("chance", "ideal")}
+            study.attempt("link from loss to", analysis.link, known, **levels, is_tested=False, subject=name)
 
 
 def _correlations(rows: pd.DataFrame) -> Correlations:
     """Correlate at equal compute, over all rows, and within a size (Pearson)."""
-    found = [*correlate(rows)]
+    found = [*analysis.correlate(rows)]
     size = next((name for name in ("size", "params_total") if name in rows and varies(rows[name])), None)
     if size is not None:
         with contextlib.suppress(AnalysisError):  # every size may have a single row
-            found += correlate(rows, methods=("pearson",), within=size)
+            found += analysis.correlate(rows, methods=("pearson",), within=size)
     return Correlations(correlations=tuple(found))
 
 
-def _best_sizes(study: Study) -> Iterator[Work]:
+def _compare_best_sizes(study: Study) -> None:
     """Compare the best size by a probe's error with that by the loss, both by the joint law."""
-    by_loss = study.get("compute-optimal frontier")
-    names = [name for name in study.all("correlation of loss with") if name.endswith(f":{study.kinds[0]}")]
-    for name in names[:MAX_FEATURES] if by_loss else ():
-        yield "best size by", name, partial(_gap, study, name)
+    names = [name for name in study.all(CORRELATION) if name.endswith(f":{study.kinds[0]}")]
+    for name in names[:MAX_FEATURES] if study.get("compute-optimal frontier") else ():
+        study.attempt("best size by", _gap, study, name, subject=name)
 
 
 def _gap(study: Study, name: str) -> Gap | None:
     options: dict[str, Any] = {"is_tested": False, "law": study.get("law").law}
-    by_loss = study.get("compute-optimal frontier")
     try:
-        rows, y = to_minimise(evenly(study.usable), name)
-        found = frontier(rows, y=y, **options)
+        rows, y = to_minimise(_evenly(study.usable), name)
+        found = analysis.frontier(rows, y=y, **options)
+        by_loss = study.get("compute-optimal frontier")
         return gap(found, by_loss) if rows[y].notna().all() else gap_to_loss(found, rows, y, **options)
     except AnalysisError:
         raise AnalysisError(f"not known; aimscale frontier --y {name} says why") from None
 
 
-def _effects(study: Study) -> Iterator[Work]:
+def _measure_effects(study: Study) -> None:
     """Compare the table with published models, and tell single changes, noise and repeats."""
     if study.is_ours:
-        yield "published models", "", partial(compare, study.main)
+        study.attempt("published models", analysis.compare, study.main)
     rows = complete(study.frame)
     for name in factors(rows):  # kinds of probes are compared over all their runs
         if name != KIND or len(study.kinds) > 1:
-            yield "contrast by", name, partial(contrast, study.main if name == KIND else rows, by=name)
+            study.attempt("contrast by", analysis.contrast, study.main if name == KIND else rows, by=name, subject=name)
     if study.usable.empty:
         return
-    yield "noise", "", partial(noise, study.usable, law=study.get("law"))
+    study.attempt("noise", analysis.noise, study.usable, law=study.get("law"))
     main = usable_rows(study.main).rows
     if "unique_images" in main and varies(main["unique_images"]):
-        yield "worth of repeats", "", partial(repeats, main)
-
-
-STEPS = (
-    ("laws", 0.0, _laws),
-    ("correlations", 0.45, correlate_probes),
-    ("best sizes", 0.55, _best_sizes),
-    ("contrasts", 0.65, _effects),
-)
-"""What begins, the share of the time that went before it, and the results that it yields."""
+        study.attempt("worth of repeats", analysis.repeats, main)

@@ -11,12 +11,11 @@ from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecaster import DOF, Forecaster
-from aimscale.analysis.next.proposal import Proposal
 from aimscale.analysis.optimum.approaches import Approaches
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.points import passes_flags
-from aimscale.analysis.words import Flag, human, percent
+from aimscale.analysis.words import human, percent
 
 Colour = Literal["green", "amber", "red"]
 MAX_REASONS = 4
@@ -42,11 +41,10 @@ def verdict(study: Study) -> tuple[Line, ...]:
     """Write the five lines, whatever the table allows; each says so where it has no answer."""
     joint, frontier = study.get("law"), study.get("compute-optimal frontier")
     colour, reasons = trust(joint, frontier)
-    num_more = len(reasons) - MAX_REASONS
-    more = [f"{num_more} more stand{'s' * (num_more == 1)} below, with the law."] if num_more > 0 else []
-    trusted = f"{HEADS[colour]}. {' '.join([*reasons[:MAX_REASONS], *more])}"
+    if (num := len(reasons) - MAX_REASONS) > 0:
+        reasons[MAX_REASONS:] = [f"{num} more stand{'s' * (num == 1)} below, with the law."]
     return (
-        Line("Can it be trusted?", trusted, colour),
+        Line("Can it be trusted?", f"{HEADS[colour]}. {' '.join(reasons)}", colour),
         Line("The law", " ".join(_law(study, joint)) if joint else "None."),
         Line("Best split", _split(study, frontier)),
         Line("Forecast", _forecast(study)),
@@ -65,40 +63,36 @@ def trust(joint: Fit | None, frontier: Approaches | None) -> tuple[Colour, list[
     exponents = [name for name in EXPONENTS if name in joint.params]
     unknown = [p for p in exponents if p in joint.not_identified]
     fatal = [f"{p} is not identified." for p in unknown]
-    tests, blind = ([test for test in joint.heldout if test.is_test is sound] for sound in (True, False))
-    failures = list(held_out_cautions(tests or blind)) if joint.heldout else ["No scale could be left out to test it."]
-    silent = held_out_cautions(blind if tests else ())
     if joint.heldout and not any(test.is_better for test in joint.heldout):
         fatal.append("A straight line in log-log predicts the left-out scales as well.")
+    tests, blind = ([test for test in joint.heldout if test.is_test is sound] for sound in (True, False))
+    failures = held_out_cautions(tests or blind) if joint.heldout else ["No scale could be left out to test it."]
     flags = [f for f in joint.flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
     tiny = [f for f in flags if f.kind in HARMLESS or (f.kind in SIZED and abs(f.number) < SMALL)]
     small = [] if failures else tiny
-    apart = map(str, frontier.flags) if frontier else ()
-    cautions = [*failures, *apart, *(str(flag) for flag in flags if flag not in small)]
-    notes = [*silent, *(str(flag) for flag in small)]
+    cautions = [*failures, *map(str, frontier.flags if frontier else ()), *(str(f) for f in flags if f not in small)]
+    notes = [*held_out_cautions(blind if tests else ()), *map(str, small)]
     if fatal or cautions:
         return "red" if fatal else "amber", [*_left_out(joint), *fatal, *cautions, *notes]
-    named = " and ".join(exponents)
-    return "green", [f"{named} {'is' if len(exponents) == 1 else 'are'} identified.", *_left_out(joint), *notes]
+    named = f"{' and '.join(exponents)} {'is' if len(exponents) == 1 else 'are'} identified."
+    return "green", [named, *_left_out(joint), *notes]
 
 
 def _left_out(joint: Fit) -> list[str]:
     """Say how the largest scales were predicted: the numbers that doubts about the law are measured by."""
-    if not joint.heldout:
-        return []
-    largest = " and ".join(test.variable for test in joint.heldout)
-    laws = " and ".join(percent(test.mean_abs_relative_error) for test in joint.heldout)
-    lines = " and ".join(percent(test.naive_mean_abs_relative_error) for test in joint.heldout)
-    points, are = sum(test.num_test for test in joint.heldout), "is" if len(joint.heldout) == 1 else "are"
+    tests = joint.heldout
+    largest = " and ".join(test.variable for test in tests)
+    laws = " and ".join(percent(test.mean_abs_relative_error) for test in tests)
+    lines = " and ".join(percent(test.naive_mean_abs_relative_error) for test in tests)
+    points, are = sum(test.num_test for test in tests), "is" if len(tests) == 1 else "are"
     counted = f"{points} point{'s' * (points > 1)}; a straight line: {lines}"
-    return [f"Left out, the largest {largest} {are} predicted to {laws} ({counted})."]
+    return [f"Left out, the largest {largest} {are} predicted to {laws} ({counted})."] if tests else []
 
 
 def _law(study: Study, joint: Fit) -> Iterator[str]:
     values = ", ".join(joint.equation(name, name) for name in (*EXPONENTS, "E") if name in joint.params)
-    whose = f" {study.whose}" if study.whose else ""
-    yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{whose}: {values}."
-    if (laws := study.get("forecaster")) is not None:
+    yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{study.whose}: {values}."
+    if laws := study.get("forecaster"):
         yield from beside_others(laws)
 
 
@@ -122,47 +116,48 @@ def _split(study: Study, found: Approaches | None) -> str:
     top, best = found.largest_budget, found.frontiers[-1]
     at = best.at(top).iloc[0]
     n, n_lo, n_hi, d = (human(at[name]) for name in ("N", "N_lo", "N_hi", "D"))
-    law = f" on the {best.law.law.name} law" if best.approach == 3 and best.law is not None else ""
+    law = f" on the {best.law.law.name} law" if best.law else ""
     several = len(found.frontiers) > 1
     exponents = [f"C^{f.exponent_words()}{f' (approach {f.approach})' * several}" for f in found.frontiers]
-    apart = f" There they differ by a factor of {found.disagreement(top):.2g} in N." if several else ""
-    repeats = "".join(f" {flag}" for flag in passes_flags(study.usable, "This D", {"D": at["D"]}))
-    return (
-        f"At {human(top)} FLOP: N = {n} [{n_lo}, {n_hi}], D = {d}, by approach {best.approach}{law}. "
-        f"N grows as {', '.join(exponents)}.{apart}{repeats}{_for_features(study)}"
-    )
+    apart = [f"There they differ by a factor of {found.disagreement(top):.2g} in N."] * several
+    parts = [
+        f"At {human(top)} FLOP: N = {n} [{n_lo}, {n_hi}], D = {d}, by approach {best.approach}{law}.",
+        f"N grows as {', '.join(exponents)}.",
+        *apart,
+        *map(str, passes_flags(study.usable, "This D", {"D": at["D"]})),
+        *_for_features(study),
+    ]
+    return " ".join(parts)
 
 
-def _for_features(study: Study) -> str:
+def _for_features(study: Study) -> Iterator[str]:
     """Compare the best sizes by probes' errors with that by the loss, where the table has any."""
-    if not (gaps := [gap for gap in study.all("best size by").values() if gap is not None]):
-        return ""
-    told = ", ".join(
-        f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large by {gap.measures[0]} "
-        f"(at {human(gap.flops)} FLOP)"
-        for gap in gaps
-    )
-    differs = any(not gap.ratio_interval.low <= 1 <= gap.ratio_interval.high for gap in gaps)
-    return f" For features the best size is {told}{'' if differs else ': no significant difference'}."
+    if gaps := [gap for gap in study.all("best size by").values() if gap is not None]:
+        told = ", ".join(
+            f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large by {gap.measures[0]} "
+            f"(at {human(gap.flops)} FLOP)"
+            for gap in gaps
+        )
+        differs = any(not gap.ratio_interval.low <= 1 <= gap.ratio_interval.high for gap in gaps)
+        yield f"For features the best size is {told}{'' if differs else ': no significant difference'}."
 
 
 def _forecast(study: Study) -> str:
     if (found := study.get("forecast")) is None:
         return "None without a law."
-    parts, repeats = list[str](), list[Flag]()
+    parts, repeats = list[str](), list[str]()
     for row in found.table[found.table["quantity"] == "val_loss"].to_dict("records"):
         n, d = human(row["N"]), human(row["D"])
         parts.append(
             f"At N = {n}, D = {d} ({row['distance']:.3g} times beyond the table) a loss of {row['value']:.4g} "
             f"[{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]."
         )
-        repeats += passes_flags(study.usable, f"D = {d}", {"D": row["D"]})
-    return " ".join([*parts, f"Intervals: {percent(CONFIDENCE)}, of one run.", *map(str, repeats)])
+        repeats += map(str, passes_flags(study.usable, f"D = {d}", {"D": row["D"]}))
+    return " ".join([*parts, f"Intervals: {percent(CONFIDENCE)}, of one run.", *repeats])
 
 
 def _next(study: Study, joint: Fit | None) -> str:
     """Name the first thing that the table lacks."""
-    usable = study.usable
     if joint is None:
         return "A grid of at least three sizes by three budgets, each with a validation loss."
     for v, other, names, noun in (("N", "D", ("alpha", "aN"), "sizes"), ("D", "N", ("beta", "aD"), "budgets")):
@@ -172,23 +167,17 @@ def _next(study: Study, joint: Fit | None) -> str:
                 f"More {noun}: {name} is not identified by {num} of them over a factor of {high / low:.3g}. "
                 f"At the largest {other}, go on below {human(low)} or beyond {human(high)}."
             )
-    seeds = ""
-    if "seed" in usable and not varies(usable["seed"]):
+    words = "A run beyond the largest one: no smaller run narrows its forecast for less."
+    if (proposal := study.get("next runs")) is not None:
+        runs = [f"N = {human(n)} on D = {human(d)}" for n, d in proposal.table[["N", "D"]].to_numpy(float)]
+        more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
+        at = ", ".join(f"{v} = {human(value)}" for v, value in proposal.target.items())
+        before, after = (float(half_width(sd, DOF, CONFIDENCE)) for sd in (proposal.sd_before, proposal.sd_after))
+        words = (
+            f"{'; '.join(runs[:4])}{more}. For {50 * proposal.price / proposal.budget:.0f} % of the cost of a run at "
+            f"{at}, they narrow its forecast from ±{percent(before)} to ±{percent(after)} (95 %)."
+        )
+    if "seed" in study.usable and not varies(study.usable["seed"]):
         smallest = human(joint.ranges["N"][0])
-        seeds = f" Add a second seed of the cheapest size ({smallest} parameters), to tell noise from misfit."
-    if (proposal := study.get("next runs")) is None:
-        return f"A run beyond the largest one: no smaller run narrows its forecast for less.{seeds}"
-    return _proposal_words(proposal) + seeds
-
-
-def _proposal_words(proposal: Proposal) -> str:
-    places = proposal.table[["N", "D"]].to_numpy(float)
-    runs = [f"N = {human(n)} on D = {human(d)}" for n, d in places]
-    more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
-    at = ", ".join(f"{v} = {human(value)}" for v, value in proposal.target.items())
-    share = proposal.price / (2 * proposal.budget)
-    before, after = (float(half_width(sd, DOF, CONFIDENCE)) for sd in (proposal.sd_before, proposal.sd_after))
-    return (
-        f"{'; '.join(runs[:4])}{more}. For {100 * share:.0f} % of the cost of a run at {at}, they narrow its forecast "
-        f"from ±{percent(before)} to ±{percent(after)} (95 %)."
-    )
+        words += f" Add a second seed of the cheapest size ({smallest} parameters), to tell noise from misfit."
+    return words

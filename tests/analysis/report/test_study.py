@@ -1,8 +1,10 @@
 """One page of a whole study: laws from the main grid, single changes, repeats, noise, in words first."""
 
+import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,10 +12,10 @@ import pytest
 from scipy.stats import t as student
 from tables import law_grid
 
-from aimscale.analysis import correlate, link
+from aimscale.analysis import correlate, laws, link
 from aimscale.analysis.forecasts.forecaster import DOF
 from aimscale.analysis.report.page import write_report
-from aimscale.analysis.report.study import Study, correlate_probes, run, study_tables
+from aimscale.analysis.report.study import Study, correlate_probes, next_scales, study_tables
 from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.analysis.words import percent
@@ -55,14 +57,14 @@ def written(known_study, tmp_path: Path) -> str:
 
 def words(page: str) -> str:
     text = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", text)).replace("&#39;", "'")
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", "", text)))
 
 
 def test_the_page_and_the_verbs_have_one_interval(known_study):
     rows = [row | {"probes": [probe | {"ideal": 0.0} for probe in row["probes"]]} for row in rows_of(known_study, {})]
     frame = pd.DataFrame(rows)
     found = Study(paths=(), frame=frame, main=frame, usable=frame)
-    run(found, correlate_probes)
+    correlate_probes(found)
     for (task, kind), group in found.probes.groupby(["task", "kind"]):
         by_verb = correlate(frame, y=f"{task}:{kind}")
         assert [c.value for c in found.get("correlation of loss with", f"{task}:{kind}")][: len(by_verb.table)] == [
@@ -127,3 +129,93 @@ def test_laws_are_of_the_main_grid_alone_and_every_answer_has_its_section(known_
         assert f'id="{key}"' in page, key
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+TRUE_LAW = laws.COUPLED.centred(laws.base.Columns({"N": np.array([1e6]), "D": np.array([2e7])}))
+LOSS = {"E": 0.2, "K": 2.5, "alpha": 0.5, "beta": 0.45, "c": 0.6, "w": 1.1}
+ERROR = {"E": 0.1, "A": 20.0, "B": 3.0, "alpha": 0.40, "beta": 0.30}
+
+
+@pytest.fixture(scope="module")
+def isoflop():
+    """Six sizes about 20 D per N at six budgets of compute; the loss follows the coupled law, a probe another."""
+    flops, ratios = (a.ravel() for a in np.meshgrid(np.geomspace(1e12, 1e15, 6), np.geomspace(0.2, 5, 6)))
+    n = np.sqrt(flops / 120) * ratios
+    d = flops / 6 / n
+    rng, at = np.random.default_rng(0), {"N": n, "D": d}
+    loss = TRUE_LAW.value(at, LOSS)
+    error = laws.CHINCHILLA.value(at, ERROR) * np.exp(1e-3 * rng.standard_normal(len(n)))
+    probes = [[{"task": "pets", "kind": "linear", "top1": 1 - e, "chance": 0.03}] for e in error]
+    frame = pd.DataFrame(
+        {"params_total": n, "images_seen": d, "flops_train": flops * 1.01 ** rng.uniform(-1, 1, len(n))}
+    )
+    frame = frame.assign(val_loss=loss * np.exp(1e-3 * rng.standard_normal(len(n))), probes=probes)
+    return study_tables([], frame, {})
+
+
+def test_an_iso_flop_table_is_held_out_and_forecast_by_compute(isoflop):
+    top = isoflop.budgets.max()
+    assert top == pytest.approx(1e15, rel=0.01)
+    [test] = isoflop.get("law").heldout
+    assert (test.variable, test.num_test) == ("C", 6)
+    places = next_scales(isoflop)
+    np.testing.assert_allclose([6 * at["N"] * at["D"] for at in places], [2 * top, 10 * top], rtol=0.02)
+    best = isoflop.get("compute-optimal frontier").frontiers[-1].at(2 * top).iloc[0]
+    assert places[0]["N"] == pytest.approx(best["N"])
+    assert isoflop.get("next runs").target["N"] == pytest.approx(best["N"])
+    truth = TRUE_LAW.value({v: np.array([at[v] for at in places]) for v in ("N", "D")}, LOSS)
+    found = isoflop.get("forecast").table[isoflop.get("forecast").table["quantity"] == "val_loss"]
+    assert ((found["pi_lo"] < truth) & (truth < found["pi_hi"])).all()
+
+
+def test_the_split_is_by_the_law_that_forecasts_and_names_the_best_size_for_features(isoflop):
+    assert isoflop.get("compute-optimal frontier").frontiers[-1].law is isoflop.get("law")
+    assert isoflop.get("law").law.name == isoflop.get("forecaster").law.name == "coupled"
+    gap = isoflop.get("best size by", "pets:linear")
+    assert gap.ratio_interval.low < gap.ratio < gap.ratio_interval.high
+    by_question = {line.question: line.answer for line in verdict(isoflop)}
+    assert "by approach 3 on the coupled law" in by_question["Best split"]
+    assert "better than the chinchilla law" in by_question["The law"]
+    assert f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large" in by_question["Best split"]
+    assert isoflop.get("forecast").table["distance"].max() == pytest.approx(10, rel=0.05)
+
+
+def test_a_grid_is_held_out_by_its_sides(grid):
+    study = study_tables([], grid, {})
+    assert study.budgets is None
+    assert [test.variable for test in study.get("law").heldout] == ["N", "D"]
+    top = grid[["params_total", "images_seen"]].max()
+    assert [at["N"] / top["params_total"] for at in next_scales(study)] == pytest.approx([2.0, 10.0])
+    assert [at["D"] / top["images_seen"] for at in next_scales(study)] == pytest.approx([2.0, 10.0])
+
+
+def entry(kind: str, top1: float, **more: Any) -> dict[str, Any]:
+    return {"task": "digits", "kind": kind, "n": 500, "chance": 0.1, "top1": top1} | {
+        "top1_lo95": top1 - 0.03,
+        "top1_hi95": top1 + 0.03,
+        **more,
+    }
+
+
+def test_the_report_has_baselines_and_keeps_lora_apart(tmp_path: Path) -> None:
+    # without losses no law is fitted, which is what takes the time
+    runs = [
+        {"run_id": f"w{n}", "size": f"w{n}", "status": "complete", "params_total": n, "images_seen": 64}
+        | {"probes": [entry("attentive", 0.6, last_top1=0.55), entry("lora", 0.9)]}
+        for n in (1000, 2000)
+    ]
+    theirs = [
+        {"run_id": "w1000", "size": name, "probes": [entry("attentive", top1), entry("lora", 0.99)]}
+        for name, top1 in (("raw-pixels", 0.4), ("random-<w2000>", 0.62))
+    ]
+    write_table(results_table(runs), tmp_path / "results.parquet")
+    write_table(results_table(theirs), tmp_path / "baselines.parquet")
+    text = words(write_report(tmp_path).read_text())
+    assert "Beside baselines on the same probes" in text
+    assert re.search(r"raw-pixels ?40\.0 ?20\.0", text)
+    assert "random-<w2000>" in text
+    assert "no significant difference" in text
+    assert "99.0" not in text  # LoRA is no frozen probe: it stands beside no baseline
+    assert "LoRA (not frozen)" in text
+    (tmp_path / "baselines.parquet").unlink()
+    assert "Beside baselines" not in write_report(tmp_path).read_text()
