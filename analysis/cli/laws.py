@@ -12,7 +12,7 @@ import typer
 from aimscale import analysis
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of, table_to_minimise, then
-from aimscale.analysis.display import fact_lines
+from aimscale.analysis.display import fact_lines, text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.words import Flag, human, said_once
 
@@ -23,14 +23,25 @@ if TYPE_CHECKING:
     from aimscale.analysis.forecasts.forecaster import Forecaster
 
 
+def list_laws(law: str) -> str:
+    """Print every law and leave, if `list` is asked for; else return the name."""
+    if law != "list":
+        return law
+    rows = [{"law": each.name, "formula": each.formula, "source": each.source} for each in analysis.laws.LAWS.values()]
+    typer.echo(text_table(rows))
+    raise typer.Exit
+
+
 def fit(
     tables: options.Tables,
     law: Annotated[
         str,
         typer.Option(
-            help="Law to fit; a one-variable law names its variable, e.g. power_offset:N or power:C. auto (auto:C of C "
-            "alone), or several with commas: the first, or one that predicts the table's own larger runs better in "
-            "every backtest."
+            help="Law to fit; list prints all. A one-variable law names its variable, e.g. power_offset:N or power:C. "
+            "auto (auto:C of C alone), or several with commas: the first, or one that predicts the table's own larger "
+            "runs better in every backtest.",
+            callback=list_laws,
+            is_eager=True,
         ),
     ] = "chinchilla",
     objective: Annotated[

@@ -10,6 +10,7 @@ from commands import answer, say
 
 from aimscale.analysis.display import fact_lines, text_table
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.laws import LAWS
 from aimscale.analysis.words import Flag
 
 
@@ -169,3 +170,8 @@ def test_forecast_and_frontier_say_what_was_tuned_and_how_often_data_repeat(tune
     assert not any("passes" in each for each in answer("frontier", tuned_table, "--at", "1e12")["flags"])
     by_rate = answer("contrast", tuned_table, "--by", "lr_multiplier")
     assert {each["num_pairs"] for each in by_rate["contrasts"]} == {30}
+
+
+def test_all_laws_are_listed_without_a_table():
+    printed = say("fit", "--law", "list")
+    assert all(f"{law.name} " in printed and law.formula in printed for law in LAWS.values())
