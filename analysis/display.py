@@ -1,4 +1,4 @@
-"""How results show themselves: a few lines in a shell, a table in a notebook, prose, a figure, plain types and JSON."""
+"""Display of results: a few lines in a shell, a table in a notebook, prose, a figure, plain types and JSON."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Drawing:
 
 
 class Result:
-    """What every result can do."""
+    """Base class of all results."""
 
     if TYPE_CHECKING:
 

@@ -17,7 +17,7 @@ class Flag:
     subject: str = ""
     """Parameter, variable, group or row that it is about."""
     number: float = 0.0
-    """How much: a bound, a factor, per cent, standard deviations."""
+    """Size of it: a bound, a factor, per cent, standard deviations."""
     more: tuple[float | str, ...] = ()
     """Further values that are read apart from the sentence."""
     p: float = 1.0

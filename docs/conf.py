@@ -1,4 +1,4 @@
-"""How the pages are built: `sphinx-build -W --keep-going -n docs site`. Warnings are errors, a dead link among them.
+"""Build of the pages: `sphinx-build -W --keep-going -n docs site`. Warnings are errors, a dead link among them.
 
 Six pages (commands, fields of a configuration, columns of a table, the Python API, figures, the forecasts' record) and
 the sample reports are written by the modules in `generate`.

@@ -133,7 +133,7 @@ def _correlate(
 
 
 def _codes(rows: pd.DataFrame, name: str | None) -> Array:
-    """Number the values of a column; without one, the rows."""
+    """Encode the values of a column as integers; without one, the rows."""
     return np.arange(len(rows)) if name is None else np.unique(rows[name].astype(str), return_inverse=True)[1]
 
 

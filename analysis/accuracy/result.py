@@ -63,7 +63,7 @@ class Correlation:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Correlations(Result):
-    """How two columns go together, or a column and several accuracies."""
+    """Correlations of two columns, or of a column and several accuracies."""
 
     plot = Drawing("intervals.plot_correlations")
 

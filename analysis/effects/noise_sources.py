@@ -1,4 +1,4 @@
-"""How noisy a validation loss is, and why: seeds, the images that it is measured on, what rows of a law share.
+"""Sources of noise in a validation loss: seeds, the images that it is measured on, errors that rows share.
 
 Everything is a standard deviation of ln loss, that is a fraction of the loss.
 """

@@ -51,7 +51,7 @@ CURVE = 3
 CERTAIN = 14.0
 """A group this many standard deviations off is named however few others tell their spread."""
 BLIND_THRESHOLD = 6.0
-"""Where too few sizes are left to know their spread, a group must lie this many standard deviations of points off."""
+"""Standard deviations of points that a group must lie off if too few sizes are left to know their spread."""
 
 
 def diagnose(

@@ -62,7 +62,7 @@ def basis_of(columns: Array, least: float = 0.0) -> Array:
 
 
 def numbers_of_values(values: Array) -> Array:
-    """Number the different values of a variable (n,)."""
+    """Encode the different values of a variable (n,) as integers."""
     return _codes(np.round(np.log(np.maximum(values, 1e-300)), 9))
 
 

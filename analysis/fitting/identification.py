@@ -21,7 +21,7 @@ where that is narrower)."""
 NULL = 1e-10
 """A direction of the parameters that moves the law by less than this share of the strongest one does not move it."""
 STEP, MOVED = 1e-3, 1e-7
-"""How far parameters are moved along such a direction, and the relative change by which one is seen to follow."""
+"""Step along such a direction, and the relative change of a parameter that counts as following it."""
 PLACE = 0.35, 0.618
 """Non-linear parameters are set from this share of their range on, each by the golden ratio further within a third of
 it: any generic interior point will do, but in the middle some laws are degenerate."""

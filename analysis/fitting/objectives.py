@@ -24,7 +24,7 @@ class Objective:
     delta: float = np.inf
     """Half-width of the quadratic zone of the Huber loss; inf: squares."""
     multiple: float = 0.0
-    """Where positive: delta is this many robust standard deviations of the residuals, found before the fit."""
+    """Delta in robust standard deviations of the residuals, which are found first; 0 takes `delta` itself."""
 
     @property
     def robust(self) -> bool:

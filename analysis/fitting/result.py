@@ -32,7 +32,7 @@ class Interval:
     low: float = np.nan
     high: float = np.nan
     method: str = ""
-    """How it was found, where that is not how the fit's other intervals were."""
+    """Method, if another than that of the fit's other intervals."""
 
     @property
     def is_known(self) -> bool:
@@ -78,7 +78,7 @@ class Fit(Result):
     estimate: Estimate = field(repr=False)
     """The optimum with its covariance: errors of any function of the law's own parameters."""
     weights: str = ""
-    """How points were weighted: "compute", a column, or empty for equal weights."""
+    """Weights of the points: "compute", a column, or empty for equal weights."""
     limits: tuple[float, float] | None = None
     """Values that y cannot leave, such as chance and 1 of an accuracy."""
     names: dict[str, str] = field(default_factory=dict)
@@ -251,7 +251,7 @@ class Fit(Result):
 
     @property
     def interval_method(self) -> str:
-        """How the intervals were found, in words."""
+        """Method of the intervals, in words."""
         counts = {**self.estimate.groups.counts, "points": self.num_points}
         over = " and ".join(f"{counts[name]} {name}" for name in self.estimate.covariance.by)
         return f"cluster-robust (CR2, Bell-McCaffrey) over {over}"

@@ -1,1 +1,1 @@
-"""What a run will reach before it is trained, and how earlier such forecasts fared."""
+"""Forecasts of runs that are not trained yet, and the record of earlier ones."""

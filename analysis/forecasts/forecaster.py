@@ -68,7 +68,7 @@ class Calibration(NamedTuple):
 LOSSES = Calibration(known=0.58, misfit=0.41, least=0.0028)
 """On 108 cuts of 36 tables in 14 families; with a family left out: .54 to .63, .35 to .49, .002 to .0033."""
 ACCURACIES = Calibration(known=0.54, misfit=0.2, least=0.01)
-"""Of error rates, on 41 cuts in 4 families, too few to leave any out."""
+"""Calibration of error rates, on 41 cuts in 4 families, too few to leave any out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from aimscale.analysis.published.comparison import CHOSEN, LAST, Comparison
 from aimscale.analysis.published.published import published_frame, table6
 
 SCALES = {"params_total": "images_seen", "images_seen": "params_total", "flops_train": "params_total"}
-"""What accuracy is drawn against -> the column whose values make its lines."""
+"""Column on the horizontal axis -> the column whose values make the lines."""
 TOP1 = ("top1", "top1_lo95", "top1_hi95")
 
 

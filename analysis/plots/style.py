@@ -1,4 +1,4 @@
-"""How figures look, and how they leave: SVG, PDF and PNG for a paper with the numbers drawn, and SVG inside a page.
+"""Style and formats of figures: SVG, PDF and PNG for a paper with the numbers drawn, and SVG inside a page.
 
 A figure has the width of a paper's column or of two. Colours are colour-blind safe and differ in lightness, so that
 figures survive a grey printer; series differ in marker and line style too. What a user has set in `rcParams` stays.
@@ -69,7 +69,7 @@ class ShownFigure(Figure):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.parts: list[tuple[Axes, pd.DataFrame]] = []
-        """What was drawn: the axes, and rows of `drawn` without what the axes say."""
+        """Parts that were drawn: the axes, and rows of `drawn` without what the axes say."""
 
     def _repr_png_(self) -> bytes:
         return png_bytes(self)

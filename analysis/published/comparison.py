@@ -88,7 +88,7 @@ class Comparison(Result):
 RUN = ["params_total", "images_seen", "is_paired"]
 """Columns of baselines that say more of the run than a terminal has room for."""
 SHARES = ("top1", "aim", "gap", "best_frozen_top1", "baseline_top1", "detectable", "published", "difference")
-"""How the columns of accuracies begin."""
+"""Prefixes of the columns that hold accuracies."""
 INTERVALS = {
     "top1_lo95": ("top1_hi95", "top1 interval"),
     "gap_lo95": ("gap_hi95", "gap interval"),

@@ -117,7 +117,7 @@ class Study:
 
     @property
     def samples(self) -> str:
-        """What D counts, in words."""
+        """Name of the items that D counts."""
         return "images" if self.is_ours else "samples"
 
     @property

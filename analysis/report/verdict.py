@@ -34,7 +34,7 @@ class Line(NamedTuple):
     question: str
     answer: str
     colour: Colour | None = None
-    """How far to trust the rest; of the first line."""
+    """Trust in the rest; set on the first line only."""
 
 
 def verdict(study: Study) -> tuple[Line, ...]:

@@ -1,4 +1,4 @@
-"""What a table's columns mean for its rows: which make another experiment, which were tuned, which two rows share."""
+"""Roles of columns: those that make another experiment, those that were tuned, those that two rows must share."""
 
 from __future__ import annotations
 

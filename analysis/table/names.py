@@ -14,7 +14,7 @@ from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.words import did_you_mean
 
 CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
-"""Where a law's variable lives in a results table, unless the table has a column of the variable's own name."""
+"""Variable of a law -> its column in a results table, unless the table has a column of the variable's own name."""
 LETTERS = {name: letter for letter, name in CANONICAL.items()}
 FOLDER = "table_folder"
 """Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""

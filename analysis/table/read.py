@@ -185,7 +185,7 @@ _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".jsonl": lambda path: pd.read_json(path, lines=True),
 }
 SUFFIXES = tuple(_READERS)
-"""Of files that are tables."""
+"""Endings of files that are tables."""
 
 
 def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:

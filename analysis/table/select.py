@@ -112,7 +112,7 @@ PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "fresh": lambda frame: fresh_part(frame)[0],
     "envelope": lower_envelope,
 }
-"""What `--where` knows by name."""
+"""Name that `--where` takes -> the rows that it selects."""
 
 
 def envelope_flags(envelope: pd.DataFrame) -> tuple[Flag, ...]:

@@ -28,7 +28,7 @@ GROUPS = {
 
 
 def markdown() -> str:
-    """The page; the list of laws stands with their fit."""
+    """Write the page; the list of laws stands with their fit."""
     public = {name: getattr(analysis, name) for name in dir(analysis)}
     names = {name: each for name, each in public.items() if not isinstance(each, types.ModuleType)}
     laws = "".join(f"- `{name}`: `{law.formula}` ({law.source})\n" for name, law in analysis.laws.LAWS.items())

@@ -21,7 +21,7 @@ MANY_POINTS = 10
 
 
 def markdown() -> str:
-    """The record by distance, by method and of accuracies, and where the tables come from."""
+    """Write the record by distance, by method and of accuracies, and where the tables come from."""
     scored = pd.read_csv(SCORES)
     of_stack = scored[(scored["method"] == STACK) & (scored["quantity"] == LOSS)]
     parts = [
@@ -43,7 +43,7 @@ def markdown() -> str:
 
 
 def _by_distance() -> pd.DataFrame:
-    """What `aimscale forecast` tells beside a forecast."""
+    """Return what `aimscale forecast` prints beside a forecast."""
     rows = [
         {
             "times beyond the table": f"{each['low']:g} to {each['high']:g}",
@@ -91,7 +91,7 @@ def _accuracies(scored: pd.DataFrame) -> pd.DataFrame:
 
 
 def _sources(used: set[str]) -> list[str]:
-    """A line per family: source and licence of its first table."""
+    """Write a line per family: source and licence of its first table."""
     found: dict[str, str] = {}
     for path in sorted(TABLES.glob("*.csv")):
         lines = [line[2:].partition(": ") for line in path.read_text().splitlines() if line.startswith("# ")]

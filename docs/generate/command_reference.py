@@ -27,7 +27,7 @@ schedulers.
 
 
 def markdown() -> str:
-    """The page."""
+    """Write the page."""
     group = typer.main.get_command(app)
     context = typer.Context(group, info_name="aimscale")
     page = typer.cli.get_docs_for_click(obj=group, ctx=context, name="aimscale")

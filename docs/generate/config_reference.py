@@ -37,7 +37,7 @@ A [sweep file](#the-sweep-file) makes a grid of runs. What they share is under `
 
 
 def markdown() -> str:
-    """The page."""
+    """Write the page."""
     in_sweep = "One YAML document, which `aimscale plan` and `launch` read. Relative paths are relative to it."
     in_training = "Under `base` in a sweep file, under `training` in `config.yaml`."
     in_evaluation = "Under `base` in a sweep file, under `evaluation` in `config.yaml`."
@@ -69,7 +69,7 @@ def _nested(schema: Schema, where: str, parts: Schema) -> Iterator[tuple[str, Sc
 
 
 def _section_in(field: Schema) -> str | None:
-    """The section that a field holds, alone, in a list or as an alternative to null."""
+    """Return the section that a field holds, alone, in a list or as an alternative to null."""
     inside = [field, field.get("items", {}), *field.get("anyOf", [])]
     return next((part["$ref"].rsplit("/", 1)[-1] for part in inside if "$ref" in part), None)
 
@@ -103,7 +103,7 @@ BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "m
 
 
 def words(field: Schema) -> str:
-    """What may be written in a field, in words: `integer ≥ 1 or null`."""
+    """Describe the values that a field takes: `integer ≥ 1 or null`."""
     if "anyOf" in field:
         return " or ".join(dict.fromkeys(map(words, field["anyOf"])))
     if "enum" in field or "const" in field:
@@ -122,7 +122,7 @@ def words(field: Schema) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A value as one writes it in the file."""
+    """Write a value as in the file."""
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 

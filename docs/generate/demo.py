@@ -1,4 +1,4 @@
-"""What README and docs/demo.md say about the demo, and its figures, from the tables that the demo left.
+"""Text of README and docs/demo.md about the demo, and its figures, from the tables that the demo left.
 
     python docs/generate/demo.py aimscale-runs/demo    # takes its tables over, draws the figures, rewrites both pages
 
@@ -33,12 +33,12 @@ TASK = "photographs"
 
 
 def law(table: pd.DataFrame) -> Fit:
-    """The joint law of the demo's table."""
+    """Return the joint law of the demo's table."""
     return fit(table, laws.CHINCHILLA)
 
 
 def first_lines(folder: Path = TABLES) -> str:
-    """What README says about a run of the demo: the report's own first lines, but for what to run next."""
+    """Write README's text about a run of the demo: the report's own first lines, but for what to run next."""
     tables = [folder / "results.parquet"]
     lines = verdict(study_tables(tables, read_tables(tables), {}))
     text = "\n".join([*(f"- **{line.question.rstrip('?')}**: {line.answer}" for line in lines[:-1]), ""])
@@ -46,7 +46,7 @@ def first_lines(folder: Path = TABLES) -> str:
 
 
 def section(folder: Path = TABLES) -> str:
-    """What docs/demo.md says about a run of the demo, in Markdown."""
+    """Write the text of docs/demo.md about a run of the demo, in Markdown."""
     table = read_table(folder / "results.parquet")
     return "\n".join([*_law(table), "", *_accuracy(table, folder), ""])
 
@@ -78,7 +78,7 @@ def _law(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:
-    """A row per task and kind of probe: accuracies with least and most compute and of baselines, and correlations."""
+    """Write a row per task and kind of probe: accuracies at least and most compute, of baselines, and correlations."""
     probes = probe_frame(table).sort_values("flops_train")
     baselines = probe_frame(read_table(folder / "baselines.parquet")).set_index(["task", "kind", "size"])["top1"]
     names = list(dict.fromkeys(baselines.index.get_level_values("size")))
@@ -112,7 +112,7 @@ def draw(table: pd.DataFrame) -> None:
 
 
 def rewrite(page: str, text: str) -> str:
-    """A page with the text between the marks."""
+    """Return a page with the text between the marks."""
     before, after = (re.escape(mark) for mark in MARKS)
     return re.sub(f"(?<={before}\n).*?(?={after})", lambda _: text, page, flags=re.DOTALL)
 

@@ -31,12 +31,12 @@ CHANGES = (
     ("a fifth of the images crops of other photographs", "data_fingerprint", "666a9a216cd70445"),
     ("Muon instead of AdamW, at AdamW's rate", "optimiser.name", "muon"),
 )
-"""What a reader calls it, column, level."""
+"""Name for a reader, column, level."""
 KINDS = ("linear", "attentive", "knn")
 
 
 def table() -> str:
-    """A row per change: loss, compute at the same size, and each kind of probe."""
+    """Write a row per change: loss, compute at the same size, and each kind of probe."""
     rows = read_tables([RESULTS / "cifar.parquet", RESULTS / "cifar-directions.parquet"])
     rows = rows[rows["size"].isin(["w20-d2", "w52-d2"])]
     return "\n".join([*_lines(rows), ""])
@@ -70,7 +70,7 @@ def _points(accuracy: Contrast) -> str:
 
 
 def _bold(found: Contrast, value: float, low: float, high: float) -> str:
-    """A difference with its interval, bold where that misses zero."""
+    """Write a difference with its interval, bold where that misses zero."""
     text = f"{value:+.1f} [{low:.1f}, {high:.1f}]"
     return text if not found.is_significant else f"**{text}**"
 
@@ -84,7 +84,7 @@ def _worth(found: Contrasts, level: str) -> str:
 
 
 def rewrite(page: str) -> str:
-    """The page with the table between the marks."""
+    """Return the page with the table between the marks."""
     before, after = (re.escape(mark) for mark in MARKS)
     return re.sub(f"(?<={before}\n\n).*?(?=\n{after})", lambda _: table(), page, flags=re.DOTALL)
 

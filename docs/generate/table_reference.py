@@ -17,7 +17,7 @@ Version {SCHEMA_VERSION} of the schema. [The results table](results-table.md) sa
 
 
 def markdown() -> str:
-    """The page."""
+    """Write the page."""
     parts = [INTRODUCTION, _table((*COLUMNS, *OF_CURVES))]
     parts += ["`lr` is in `curves.parquet` alone.\n", "## Fields of an entry of `probes`\n", _table(PROBE_FIELDS)]
     return "\n".join(parts)
