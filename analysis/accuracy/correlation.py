@@ -27,7 +27,7 @@ MIN_ROWS = 4
 """Rows, and clusters of rows, that an interval needs: Fisher's variance is 1 / (n - 3)."""
 MAX_CLUSTERS = 200
 """Clusters that are left out one by one; more are dealt into as many groups: t is within 1 % of normal then."""
-TOLERANCE = 0.02
+SAME_COMPUTE = 0.02
 """Relative step in compute up to which rows share it: sizes of an iso-FLOP design miss their budget by 1 to 2 %."""
 DEGREE = 5
 """Degree of the polynomial in ln C that is taken out where no groups share C (how chosen: docs/evidence.md)."""
@@ -165,9 +165,9 @@ def _equal_compute(values: Array, sizes: Array) -> tuple[Array, Array, int | Non
     log_c = np.log(values)
     order = np.argsort(log_c, kind="stable")
     group = np.empty(len(log_c), int)
-    group[order] = np.concatenate([[0], np.cumsum(np.diff(log_c[order]) > TOLERANCE)])  # close neighbours chain
+    group[order] = np.concatenate([[0], np.cumsum(np.diff(log_c[order]) > SAME_COMPUTE)])  # close neighbours chain
     several = pd.Series(sizes).groupby(group).nunique().to_numpy() > 1
-    z = (log_c - log_c.mean()) / max(np.ptp(log_c), TOLERANCE)
+    z = (log_c - log_c.mean()) / max(np.ptp(log_c), SAME_COMPUTE)
     if several.sum() > 2 and several[group].mean() > 0.6:
         # rows of a group differ a little: a slope in that, which may itself change with compute, goes too
         middle = pd.Series(z).groupby(group).transform("mean").to_numpy()[:, None]

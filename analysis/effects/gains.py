@@ -20,7 +20,7 @@ ASKS_OTHERWISE = ("patch_order",)
 """Columns whose levels have losses that are subtracted with a caution, but are no ground for a gain."""
 MIN_BUDGETS = 3
 """A curve through fewer of the baseline's budgets is not drawn."""
-UNKNOWN = 100.0
+WIDEST_INTERVAL = 100.0
 """An interval whose ends are this factor apart is not printed."""
 
 
@@ -39,7 +39,7 @@ class Gain:
     """Pairs, sizes and budgets of the interval, in words."""
 
     def __str__(self) -> str:
-        if not self.high / self.low < UNKNOWN:
+        if not self.high / self.low < WIDEST_INTERVAL:
             return f"The worth of {self.level} in compute is not known from {self.num_run_pairs} pairs of runs."
         return (
             f"{self.level} is worth {self.factor:.2f} times the compute of {self.baseline} at the same size "

@@ -20,7 +20,7 @@ from aimscale.analysis.table.design import foreign_settings, held_equal, varies,
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.words import Flag, flag_words
 
-SHARED = {
+COMPONENTS = {
     "sizes": "of it, shared by the rows of a size: the law's form or tuning, or a size's own error",
     "runs": "of it, shared by the rows of a run beyond its size",
     "budgets": "of it, shared by the rows of a budget: its schedule, its part of the stream, or the law's form",
@@ -111,4 +111,4 @@ def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[tuple[str | fl
     errors, counts = law.estimate.components, law.estimate.groups.counts
     yield "law", "scatter about the joint law", errors.total, np.nan, np.nan, f"{law.num_points} points"
     for kind in filter(errors.shared.get, counts):
-        yield kind, SHARED[kind], errors.shared[kind], np.nan, np.nan, f"{counts[kind]} {kind}"
+        yield kind, COMPONENTS[kind], errors.shared[kind], np.nan, np.nan, f"{counts[kind]} {kind}"

@@ -54,7 +54,7 @@ class Contrast(Result):
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.verdict != ALIKE
 
     @property

@@ -46,7 +46,7 @@ HARDLY = 1e-3
 """Patterns that the law's own derivatives explain to 99.9 % are not tested."""
 FAMILY_ALARM = 0.025
 """Probability that any value of any variable of a sound table is named (Bonferroni)."""
-CURVE = 3
+CURVE_DEGREES = 3
 """Degrees of freedom that a law's curve in one variable takes: limit, coefficient, exponent."""
 CERTAIN = 14.0
 """A group this many standard deviations off is named however few others tell their spread."""
@@ -299,7 +299,7 @@ def _odd_groups(found: Estimate, points: Observations, rows: pd.DataFrame) -> It
         if not MIN_GROUPS <= num <= MAX_GROUPS or num == len(codes) or not enough:
             continue
         off, deviations, is_blind = np.array([_left_out(found, shared, codes == k) for k in range(num)]).T
-        usual = min(CERTAIN, student.ppf(1 - FAMILY_ALARM / len(points.x) / num / 2, max(1, num - 1 - CURVE)))
+        usual = min(CERTAIN, student.ppf(1 - FAMILY_ALARM / len(points.x) / num / 2, max(1, num - 1 - CURVE_DEGREES)))
         worst = int(np.argmax(odd := deviations * (deviations > np.where(is_blind, BLIND_THRESHOLD, usual))))
         if odd[worst]:
             is_named = v == "N" and "size" in rows

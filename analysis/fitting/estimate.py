@@ -117,7 +117,7 @@ def weights_of(rows: pd.DataFrame, by: str) -> Array:
     return values / values.mean()
 
 
-SCALES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+INTERVAL_SCALES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "own": (np.positive, np.positive),
     "log": (np.log, np.exp),
     "reciprocal": (np.reciprocal, lambda value: 1 / value if value > 0 else np.inf),
@@ -140,7 +140,7 @@ def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]
     for name, value in values.items():
         if not movable.get(name, True):
             continue
-        forth, back = SCALES[scales.get(name, "own") if value > 0 else "own"]
+        forth, back = INTERVAL_SCALES[scales.get(name, "own") if value > 0 else "own"]
 
         def scaled(p: Params, name: str = name, forth: Callable[[Array], Array] = forth) -> Array:
             return forth(law.quantities(p)[name])

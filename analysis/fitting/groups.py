@@ -21,7 +21,7 @@ SAME_COMPUTE = 0.1
 """Rows whose C differ by less than this fraction share a budget of compute (the rule of approach 2)."""
 SAME_DATA = 1e-3
 """Rows whose D differ by less than this fraction share a budget of data: whole steps round it."""
-SHARED = 0.5
+LEAST_IN_BUDGETS = 0.5
 """Share of the points that must share a budget with another size for budgets to be groups."""
 
 
@@ -129,7 +129,11 @@ def _budgets(rows: pd.DataFrame, x: Mapping[str, Array], sizes: Array) -> Array 
             continue
         codes = _chained(np.log(values), SAME_DATA if variable == "D" else np.log1p(SAME_COMPUTE) / 2)
         of_several = pd.Series(sizes).groupby(codes).nunique().to_numpy() >= num_sizes
-        if of_several[codes].mean() >= SHARED and of_several.sum() > 1 and _num_pairs(codes, sizes) > sizes.max() + 1:
+        if (
+            of_several[codes].mean() >= LEAST_IN_BUDGETS
+            and of_several.sum() > 1
+            and _num_pairs(codes, sizes) > sizes.max() + 1
+        ):
             return codes
     return None
 

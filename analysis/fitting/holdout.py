@@ -12,7 +12,7 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.names import no_column, our_name
 
-SHARED = {"N": "sizes", "D": "budgets"}
+GROUPS_OF = {"N": "sizes", "D": "budgets"}
 """Variable -> the groups of points that may share an error at one value of it, as flags name them."""
 
 
@@ -66,7 +66,7 @@ def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1) -> 
         mean_abs_relative_error=float(of_law),
         naive_mean_abs_relative_error=float(of_line),
         not_identified=refit.not_identified,
-        is_blind=any(f.kind in ("unseen", "few_groups") and f.subject == SHARED.get(by) for f in refit.flags),
+        is_blind=any(f.kind in ("unseen", "few_groups") and f.subject == GROUPS_OF.get(by) for f in refit.flags),
         predictions=table,
     )
 

@@ -15,12 +15,12 @@ from aimscale.analysis.fitting.objectives import LOG_LSQ
 from aimscale.analysis.fitting.problem import make_problem
 from aimscale.analysis.laws.base import Array, Law
 
-SAME = 0.05
+SAME_VALUE = 0.05
 """Values of a variable are one where they differ by less than this share of the smaller (or of the variable's range,
 where that is narrower)."""
-NULL = 1e-10
+NULL_SLOPE = 1e-10
 """A direction of the parameters that moves the law by less than this share of the strongest one does not move it."""
-STEP, MOVED = 1e-3, 1e-7
+PROBE_STEP, MOVED = 1e-3, 1e-7
 """Step along such a direction, and the relative change of a parameter that counts as following it."""
 PLACE = 0.35, 0.618
 """Non-linear parameters are set from this share of their range on, each by the golden ratio further within a third of
@@ -44,9 +44,9 @@ def unidentified(law: Law, x: Mapping[str, Array], held: Collection[str] = ()) -
     size = np.linalg.norm(jacobian, axis=0)
     size = np.where(size > 0, size, 1.0)
     lost: set[str] = set()
-    for direction in null_space(np.linalg.qr(jacobian / size, mode="r"), rcond=NULL).T / size:
+    for direction in null_space(np.linalg.qr(jacobian / size, mode="r"), rcond=NULL_SLOPE).T / size:
         step = np.zeros(len(vector))
-        step[movable] = STEP * direction / np.abs(direction).max()
+        step[movable] = PROBE_STEP * direction / np.abs(direction).max()
         params = problem.params_of(np.stack([vector - step, vector + step]))
         for name, (low, high) in law.quantities(params).items():
             if not abs(high - low) <= MOVED * (abs(high) + abs(low)):
@@ -62,7 +62,7 @@ def num_values(values: Array) -> int:
 def _rounded(values: Array) -> Array:
     """Replace each value (n,) by the lowest of those that are the same as it."""
     order = np.unique(values)
-    kept, within = order[:1], SAME * np.minimum(np.abs(order), np.ptp(order))
+    kept, within = order[:1], SAME_VALUE * np.minimum(np.abs(order), np.ptp(order))
     while len(left := order[order > kept[-1] + within[np.searchsorted(order, kept[-1])]]):
         kept = np.append(kept, left[0])
     return kept[np.searchsorted(kept, values, side="right") - 1]

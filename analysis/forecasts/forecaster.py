@@ -32,9 +32,9 @@ SPARE_POINTS = 2
 """Points that a law needs beyond its parameters, to tell its errors by."""
 THROUGH = " through the loss"
 """End of the name of a curve that leads through the loss."""
-LEAST, UNKNOWN = 1e-6, 1e3
+LEAST, UNKNOWN_ERROR = 1e-6, 1e3
 """Smallest loss or error rate that a curve returns; its error, of its logarithm, where the law itself is nil."""
-STEP = 1e-5
+SLOPE_STEP = 1e-5
 """Difference of ln loss by which the sigmoid's slope is told."""
 CUTS = (2.0, 4.0, 8.0, 16.0, 32.0)
 """Backtests are fitted below the largest compute over these, and predict the rest."""
@@ -89,11 +89,11 @@ class Curve:
     def predict(self, x: Mapping[str, Array]) -> tuple[Array, Array]:
         """Return ln y (m,) at variables (m,) and the standard error (m,) that the parameters leave."""
         log_y, errors = self.law.modelled(x)
-        log_y, errors = np.maximum(log_y, np.log(LEAST)), np.nan_to_num(errors, nan=UNKNOWN, posinf=UNKNOWN)
+        log_y, errors = np.maximum(log_y, np.log(LEAST)), np.nan_to_num(errors, nan=UNKNOWN_ERROR, posinf=UNKNOWN_ERROR)
         if self.link is None:
             return log_y, errors
         accuracy, of_link = self.link.modelled({"L": np.exp(log_y)})
-        slope = (self.link.value_at({"L": np.exp(log_y + STEP)}) - accuracy) / STEP
+        slope = (self.link.value_at({"L": np.exp(log_y + SLOPE_STEP)}) - accuracy) / SLOPE_STEP
         rate = np.maximum(1 - accuracy, LEAST)
         return np.log(rate), np.hypot(slope * errors, of_link) / rate
 

@@ -22,9 +22,9 @@ from aimscale.analysis.table.read import probe_frame
 
 REGISTER = "forecasts.jsonl"
 SCORES = "forecast-scores.csv"
-TOLERANCE = 0.01
+SAME_SCALE = 0.01
 """A row within 1 % of every variable is the run that was forecast: budgets are rounded to whole batches."""
-COLUMNS = (
+SCORE_COLUMNS = (
     "registered", "quantity", "at", "law", "forecast", "pi_lo", "pi_hi", "measured", "num_rows", "error", "inside",
 )  # fmt: skip
 
@@ -78,8 +78,8 @@ def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
     """Compare every registered forecast with the runs that were measured there since.
 
     Returns:
-        One row per forecast and run (`COLUMNS`), for an interval is one run's and a mean over seeds is nearly always
-        inside: error is measured / forecast - 1, num_rows the runs found there. One row without a measurement, and
+        One row per forecast and run (`SCORE_COLUMNS`), for an interval is one run's and a mean over seeds is nearly
+        always inside: error is measured / forecast - 1, num_rows the runs found there. One row without a measurement, and
         num_rows 0, where there is none yet.
     """
     rows = []
@@ -94,7 +94,7 @@ def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
         for measured in values if len(values) else (np.nan,):
             inside = entry["pi_lo"] <= measured <= entry["pi_hi"] if len(values) else None
             rows.append({**shared, "measured": measured, "error": measured / entry["value"] - 1, "inside": inside})
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
 
 
 def score_words(found: pd.DataFrame) -> list[str]:
@@ -118,5 +118,5 @@ def _rows_at(df: pd.DataFrame, at: Mapping[str, float], columns: Mapping[str, st
         name = columns.get(variable, CANONICAL.get(variable, variable))
         if name in rows:
             there = pd.to_numeric(rows[name], errors="coerce").to_numpy(float)
-            rows = rows[np.abs(there / value - 1) <= TOLERANCE]
+            rows = rows[np.abs(there / value - 1) <= SAME_SCALE]
     return rows

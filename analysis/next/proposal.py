@@ -41,7 +41,7 @@ DEPARTURE_RANGE = 2.5
 """Length scale of the departure in each logarithm: a factor of 12."""
 PRICE_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Powers of the price that gains are divided by in turn: 1 buys the cheapest runs, 0 one dear run; the best is kept."""
-SAME = 0.03
+SAME_RUN = 0.03
 """Runs whose N and D both differ by less than this fraction count as one."""
 WORTHWHILE = 0.9
 """Runs that leave more than this share of the forecast's standard deviation are hardly worth buying."""
@@ -252,7 +252,7 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
         axes[v] = np.append(kept, beyond[beyond > own[-1]])
     offer = pd.MultiIndex.from_product([*axes.values()], names=[*axes]).to_frame(index=False)
     offer = offer[offer["N"] * offer["D"] < 0.999 * target["N"] * target["D"]]
-    near = [np.isclose(offer[v].to_numpy(float)[:, None], df[v].to_numpy(float), rtol=SAME) for v in axes]
+    near = [np.isclose(offer[v].to_numpy(float)[:, None], df[v].to_numpy(float), rtol=SAME_RUN) for v in axes]
     new = offer[~(near[0] & near[1]).any(axis=1)].reset_index(drop=True)
     if new.empty:
         larger = f"smaller than {scale_words(target)} is left to buy"

@@ -17,17 +17,17 @@ from aimscale.analysis.optimum.frontier import Cost, Frontier, NoFrontier, cost_
 
 FORM_ALONE = 1e-4
 """An exponent whose interval is narrower than this is set by the law's form, not by the data."""
-REACH, GRID = 100.0, 241
+SEARCH_SPAN, GRID = 100.0, 241
 """A law is minimised within this factor of the measured sizes, from the lowest of so many."""
-NEWTON_STEPS, DIFFERENCE = 8, 1e-3
+NEWTON_STEPS, NEWTON_WIDTH = 8, 1e-3
 """Newton's steps from there, by differences of ln N: of fixed width, so that N* moves smoothly with the parameters."""
 
 
 def log_optimum(params: Params, flops: Array, *, law: Law, cost: Cost, sizes: tuple[float, float]) -> Array:
     """Return ln N* (batch, m) of a law with parameters (batch,) at budgets (m,), where new data are bought (U = D).
 
-    Only an interior minimum within `REACH` of the measured sizes (low, high) counts: the lowest of several, NaN without
-    one.
+    Only an interior minimum within `SEARCH_SPAN` of the measured sizes (low, high) counts: the lowest of several, NaN
+    without one.
     """
     c = np.asarray(flops, float)[:, None]
 
@@ -39,15 +39,15 @@ def log_optimum(params: Params, flops: Array, *, law: Law, cost: Cost, sizes: tu
             found = law.value(Columns({v: each.reshape(*n.shape[:-2], -1) for v, each in x.items()}), params)
         return found.reshape(-1, *n.shape[-2:])
 
-    grid = np.linspace(np.log(sizes[0] / REACH), np.log(sizes[1] * REACH), GRID)
+    grid = np.linspace(np.log(sizes[0] / SEARCH_SPAN), np.log(sizes[1] * SEARCH_SPAN), GRID)
     values, width = losses(np.broadcast_to(grid, (len(c), GRID))), grid[1] - grid[0]
     below, at, above = (values[..., k : GRID - 2 + k] for k in range(3))
     lowest = np.where((at < below) & (at <= above), at, np.inf)
     start = log_n = grid[1 + lowest.argmin(axis=-1)]
     for _ in range(NEWTON_STEPS):
-        below, at, above = np.moveaxis(losses(log_n[..., None] + DIFFERENCE * np.array([-1, 0, 1])), -1, 0)
+        below, at, above = np.moveaxis(losses(log_n[..., None] + NEWTON_WIDTH * np.array([-1, 0, 1])), -1, 0)
         with np.errstate(all="ignore"):
-            log_n = log_n - DIFFERENCE * (above - below) / (2 * (above - 2 * at + below))
+            log_n = log_n - NEWTON_WIDTH * (above - below) / (2 * (above - 2 * at + below))
         log_n = np.clip(log_n, start - width, start + width)
     return np.where(np.isfinite(lowest).any(axis=-1), log_n, np.nan)
 
@@ -77,7 +77,8 @@ def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss"
     optimum = partial(law_optimum, fit=found, where=where)
     for flops, log_n in zip(span, optimum(span)[0], strict=True):
         if np.isnan(log_n):
-            text = f"the {name} law has no best size at {flops:.3g} FLOP within {REACH:.3g} times the measured sizes"
+            place = f"at {flops:.3g} FLOP within {SEARCH_SPAN:.3g} times the measured sizes"
+            text = f"the {name} law has no best size {place}"
             raise NoFrontier("no_minimum", text, subject=name, number=flops)
     width = np.log(span[1] / span[0])
     slope = found.estimate.error_of(lambda params: np.diff(where(params, flops=span)) / width)

@@ -18,7 +18,7 @@ from aimscale.analysis.plots.style import DOUBLE, INK, MUTED, SINGLE, new_figure
 from aimscale.analysis.published.comparison import CHOSEN, LAST, Comparison
 from aimscale.analysis.published.published import published_frame, table6
 
-SCALES = {"params_total": "images_seen", "images_seen": "params_total", "flops_train": "params_total"}
+LINES_OF = {"params_total": "images_seen", "images_seen": "params_total", "flops_train": "params_total"}
 """Column on the horizontal axis -> the column whose values make the lines."""
 TOP1 = ("top1", "top1_lo95", "top1_hi95")
 
@@ -42,7 +42,7 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
     """
     rows = probes.dropna(subset=["top1"]).reset_index(drop=True)
     tasks, words = list(dict.fromkeys(rows["task"])), parts.labels_of(rows)
-    scales = {x: by for x, by in SCALES.items() if x in rows and rows[x].notna().any()}
+    scales = {x: by for x, by in LINES_OF.items() if x in rows and rows[x].notna().any()}
     width = DOUBLE if len(scales) > 1 else SINGLE
     figure, panels = new_figure(width, 1.75 * len(tasks) + 0.7, len(tasks), len(scales), sharey="row", sharex="col")
     grid = np.reshape(np.array(panels), (len(tasks), len(scales)))

@@ -21,7 +21,7 @@ def plot_contrasts(found: Contrasts) -> Figure:
     """Draw differences from a baseline with intervals: a row per measure, a marker per level, a tick per pair of runs.
 
     Losses are drawn as per cent of the baseline, accuracies in points, each unit on its own axes. A marker is filled
-    where its interval leaves zero out.
+    where its interval excludes zero.
 
     Returns:
         A matplotlib figure; `save` writes it.
@@ -75,7 +75,7 @@ def _draw_intervals(
 
 @styled()
 def plot_correlations(found: Correlations, ax: Axes | None = None) -> Figure:
-    """Draw coefficients with intervals, a row each; a dot is filled where its interval leaves zero out.
+    """Draw coefficients with intervals, a row each; a dot is filled where its interval excludes zero.
 
     Returns:
         A matplotlib figure; `save` writes it.

@@ -26,12 +26,12 @@ from aimscale.analysis.words import human, power_of_ten
 
 MAX_SHAPES = 300
 """Points from which a panel's markers are one picture inside an SVG: a shape each would make a page of megabytes."""
-MAX_LINES = 100
+MAX_JOINED = 100
 """Lines that join measurements in one panel at most; of more, evenly chosen ones."""
 SUBS = ((2.2, (1,)), (1.4, (1, 3)), (0.6, (1, 2, 5)))
 """Decades of a range from which an axis has ticks at these multiples of powers of ten: labels such as 3×10¹¹ have room
 on the panels of a figure of two columns."""
-REACH = 0.5
+LEVEL_REACH = 0.5
 """Distance from the points, in heights of the axis, up to which a level is drawn."""
 
 
@@ -143,7 +143,7 @@ def draw_means(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, what: str 
     """Draw a thin line through the means of each value of a column, in the colour of its series (categorical)."""
     rows = rows.dropna(subset=[y])
     values = rows[by].unique()
-    rows = rows[rows[by].isin(values[spaced(len(values), MAX_LINES)])]
+    rows = rows[rows[by].isin(values[spaced(len(values), MAX_JOINED)])]
     means = rows.groupby([by, x, "series"], observed=True)[y].mean().reset_index()
     means = means.astype({"series": rows["series"].dtype})
     look = {"linestyle": "-", "linewidth": 0.9, "alpha": 0.8, "zorder": 1.5, "units": means[by].to_numpy(), **look}
@@ -154,7 +154,7 @@ def draw_levels(panels: Sequence[Axes], levels: pd.DataFrame, **place: Any) -> N
     """Draw accuracies to compare with (name, top1) as lines across panels of one range, named in a legend; those far
     off the points are named with an arrow."""
     low, high = panels[0].get_ylim()
-    reach, handles = REACH * (high - low), []
+    reach, handles = LEVEL_REACH * (high - low), []
     levels = levels[["name", "top1"]].dropna().sort_values("top1", ascending=False, kind="stable")
     for number, (name, value) in enumerate(levels.itertuples(index=False, name=None)):
         arrow = "↓ " if value < low - reach else "↑ " if value > high + reach else ""

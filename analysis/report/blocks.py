@@ -20,7 +20,7 @@ MAX_ROWS = 100
 """Rows shown on the page; the CSV beside the table has all."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes text that begins so for a formula."""
-LETTERS = {"k": 1e3, "M": 1e6, "B": 1e9, "": 1.0}
+SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "": 1.0}
 """Letters behind a number, as `words.human` writes them."""
 PLAIN = str.maketrans("−⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "--0123456789")
 
@@ -112,7 +112,7 @@ def sort_key(text: str) -> float | str:
     missing one is empty."""
     plain = re.sub(r"(×?)10([⁻⁰¹²³⁴-⁹]+)", lambda m: f"{'' if m[1] else 1}e{m[2]}", text).translate(PLAIN)
     found = re.match(r"\[?([-+]?(?:\d[\d,]*)?\.?\d+(?:e-?\d+)?)([kMB]?)(?![\w.])", plain)
-    return float(found[1].replace(",", "")) * LETTERS[found[2]] if found else text.strip("–")
+    return float(found[1].replace(",", "")) * SUFFIXES[found[2]] if found else text.strip("–")
 
 
 def csv_uri(frame: pd.DataFrame) -> str:

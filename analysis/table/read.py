@@ -26,7 +26,7 @@ _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")  # formulas may have commas of their ow
 _NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
 """Whole numbers of a formula (the group), and the names that hold digits: powers of integers have no end."""
 MAX_BYTES = 10**9  # a table is held in memory, and several times over
-MAX_LINES = 1000
+SNIFFED_LINES = 1000
 """Lines of a text that are looked at to tell what parts its cells."""
 
 
@@ -168,7 +168,7 @@ def _read_text(path: Path) -> pd.DataFrame:
     """Read a text behind lines that begin with #; commas, semicolons or tabs part its cells, whichever part most of its
     head. Beside semicolons 1,5 is a number."""
     with path.open(errors="replace") as file:
-        lines = list(itertools.islice(file, MAX_LINES))
+        lines = list(itertools.islice(file, SNIFFED_LINES))
     notes = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     sep = max(",;\t", key="".join(lines[notes : notes + 1]).count)
     if sep != ";" or not re.search(r"(^|;)\s*-?\d+,\d+\s*[a-zA-Z%]?\s*(;|$)", "".join(lines), re.MULTILINE):
