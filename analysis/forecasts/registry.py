@@ -79,8 +79,8 @@ def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per forecast and run (`SCORE_COLUMNS`), for an interval is one run's and a mean over seeds is nearly
-        always inside: error is measured / forecast - 1, num_rows the runs found there. One row without a measurement, and
-        num_rows 0, where there is none yet.
+        always inside: error is measured / forecast - 1, num_rows the runs found there. One row without a measurement,
+        and num_rows 0, where there is none yet.
     """
     rows = []
     for entry in read_register(path):
