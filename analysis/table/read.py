@@ -172,17 +172,19 @@ def _read_text(path: Path) -> pd.DataFrame:
     notes = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     sep = max(",;\t", key="".join(lines[notes : notes + 1]).count)
     if sep != ";" or not re.search(r"(^|;)\s*-?\d+,\d+\s*[a-zA-Z%]?\s*(;|$)", "".join(lines), re.MULTILINE):
-        return pd.read_csv(path, sep=sep, skiprows=notes)
-    frame = pd.read_csv(path, sep=sep, skiprows=notes, decimal=",")
+        return pd.read_csv(path, sep=sep, skiprows=notes, dtype=_TEXTS)
+    frame = pd.read_csv(path, sep=sep, skiprows=notes, dtype=_TEXTS, decimal=",")
     texts = frame.select_dtypes(exclude="number")  # words among numbers, or suffixes
     return frame.assign(**texts.replace(r"^(\s*[-+]?\d+),(\d+\D*)$", r"\1.\2", regex=True))
 
 
+_TEXTS = {name: "string" for name, column in KNOWN.items() if column.dtype == "string"}
+"""Columns that are never numbers, though a hash such as 24476e35 looks like one."""
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".parquet": _read_parquet,
     ".csv": _read_text,
     ".tsv": _read_text,
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=_TEXTS),
 }
 SUFFIXES = tuple(_READERS)
 """Endings of files that are tables."""

@@ -79,3 +79,15 @@ def test_a_missing_letter_is_asked_for_with_the_formula_that_counts_it(tmp_path)
     pd.DataFrame({"N": [1e6, 2e6], "flops": [1e15, 2e15], "loss": [3.0, 2.5]}).to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(AnalysisError, match=r'columns=\{"D": "C/\(6\*N\)"\}'):
         fit(read_table(tmp_path / "t.csv", {"C": "flops", "L": "loss"}), "chinchilla")
+
+
+def test_names_and_hashes_that_look_like_numbers_stay_texts(tmp_path):
+    frame = pd.DataFrame({"run_id": ["1e5", "002"], "config_hash": ["24476e35", "12345678"], "val_loss": [1.0, 2.0]})
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    frame.to_csv(tmp_path / "table.tsv", index=False, sep="\t")
+    frame.to_json(tmp_path / "table.jsonl", orient="records", lines=True)
+    for file in tmp_path.iterdir():
+        found = read_table(file)
+        assert (
+            found[["run_id", "config_hash"]].to_numpy().tolist() == frame[["run_id", "config_hash"]].to_numpy().tolist()
+        )
