@@ -17,7 +17,7 @@ from aimscale.analysis.errors import option
 from aimscale.analysis.fitting.covariance import components_of, linear_design
 from aimscale.analysis.fitting.groups import Groups, basis_of, groups_of, numbers_of_values, visible_groups
 from aimscale.analysis.fitting.identification import num_values
-from aimscale.analysis.fitting.inference import Estimate
+from aimscale.analysis.fitting.inference import SMALLEST_DELTA, Estimate
 from aimscale.analysis.fitting.problem import Problem
 from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.laws.base import Array
@@ -157,8 +157,8 @@ def _variables(problem: Problem, points: Observations) -> Iterator[tuple[Flag, s
 def _outliers(found: Estimate, points: Observations) -> Iterator[Flag]:
     """Flag points whose residual lies far beyond the others'."""
     r = found.problem.residual(found.vector)
-    scale = max(1.4826 * float(np.median(np.abs(r - np.median(r)))), found.components.point)
-    if scale > 0 and (num := int(np.sum(np.abs(r) > OUTLIER_SCALES * scale))):
+    scale = max(1.4826 * float(np.median(np.abs(r - np.median(r)))), found.components.point, SMALLEST_DELTA)
+    if num := int(np.sum(np.abs(r) > OUTLIER_SCALES * scale)):
         row = str(points.index[int(np.argmax(np.abs(r)))])
         text = f"{num} points lie beyond {OUTLIER_SCALES:g} robust standard deviations (farthest: row {row})."
         yield Flag(kind="outliers", subject=row, number=float(num), text=text)

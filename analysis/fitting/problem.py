@@ -30,6 +30,8 @@ NEIGHBOURS = 8
 """A point of the grid that is lower than so many nearest ones is the floor of a valley."""
 MAX_GRID_POINTS = 120
 """Points that the grid looks at, evenly spaced: starts need no more, and are refined on all."""
+RIDGE = 1e-11
+"""Added to the squares of unit columns, of which two may be one at corners of the grid."""
 ROUGH, FINE = 1e-4, 1e-13
 """Relative changes of objective, step and gradient at which a refinement ends."""
 MAX_EVALUATIONS = {ROUGH: 25, FINE: 200}
@@ -296,8 +298,8 @@ def _unit_grid(movable: Array) -> Array:
 
 
 def _projected(problem: Problem, theta: Array) -> tuple[Array, Array]:
-    """Project the linear coefficients out at grid points (m, q): vectors (m, k) and their objective (m,). Coefficients
-    are above their lower bound by non-negative least squares (without one, differences of two), and clipped above."""
+    """Project the linear coefficients out at grid points (m, q): vectors (m, k) and their objective (m,). Where least
+    squares leave one below its lower bound, they are non-negative (free ones differences of two); clipped above."""
     p = problem.num_linear
     g = np.stack(problem.basis(np.column_stack([np.zeros((len(theta), p)), theta])), axis=2)
     lower, upper = problem.lower[:p], problem.upper[:p]
@@ -305,7 +307,12 @@ def _projected(problem: Problem, theta: Array) -> tuple[Array, Array]:
     root = np.sqrt(problem.weights) / (problem.y if problem.objective.log else 1.0)
     columns, target = root[:, None] * np.concatenate([g, -g[..., is_free]], axis=2), root * (problem.y - g @ base)
     c = np.full((len(theta), p), np.nan)
-    for i in np.flatnonzero(np.isfinite(columns).all(axis=(1, 2)) & np.isfinite(target).all(axis=1)):
+    whole = np.flatnonzero(np.isfinite(columns).all(axis=(1, 2)) & np.isfinite(target).all(axis=1))
+    scale = np.linalg.norm(columns[whole, :, :p], axis=1) + 1e-300
+    x, y = columns[whole, :, :p] / scale[:, None], target[whole, :, None]
+    above = np.linalg.solve(np.swapaxes(x, 1, 2) @ x + RIDGE * np.eye(p), np.swapaxes(x, 1, 2) @ y)[..., 0] / scale
+    c[whole] = base + above
+    for i in whole[np.any((above < 0) & ~is_free, axis=1)]:
         with contextlib.suppress(RuntimeError):  # it does not converge: no start
             found = nnls(columns[i], target[i])[0]
             c[i] = base + found[:p]
