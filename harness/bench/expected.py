@@ -61,7 +61,6 @@ def expected_rates(
     plan: ExecutionPlan | None,
     *,
     mfu: float | None,
-    step_ms: float | None,
     lookup: DatasetLookup,
 ) -> Rates:
     """Estimate how fast a run trains on so many devices.
@@ -69,7 +68,6 @@ def expected_rates(
     Args:
         plan: plan of the run; None if it does not fit, and is priced as if it did.
         mfu: share of the peak at which passes are executed; None takes the plan's estimate.
-        step_ms: overhead of a step beside its images; None takes the plan's estimate.
         lookup: source of the sizes of image files.
     """
     training, workers, batch_size = config.training, config.runtime.num_workers, config.training.optimiser.batch_size
@@ -79,8 +77,6 @@ def expected_rates(
     passes_s, exposed_s = 0.0, plan.step.exposed_communication_s if plan else 0.0
     if plan and mfu is None:
         images_s, passes_s = plan.step.images_s, plan.step.passes_s
-    if step_ms is not None:
-        passes_s, exposed_s = step_ms / 1000, 0.0
     workers = min(workers, device.cores or workers)
     one = (device.decoded_per_s or DECODED_PER_S) / _loading_share(config, lookup)
     loaded_per_s = num_devices * one * (max(1, workers) if device.is_gpu else 1)

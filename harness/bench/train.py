@@ -125,7 +125,7 @@ def run(config: RunConfig, *, num_steps: int = 20, with_references: bool = True,
 def _image_wait_s(config: RunConfig, plan: ExecutionPlan, group: Group) -> float:
     """Estimate how long a step waits for its images."""
     device = device_here(wants_cpu=group.device.type == "cpu")
-    rates = expected_rates(config, group.world_size, device, plan, mfu=None, step_ms=None, lookup=find_info)
+    rates = expected_rates(config, group.world_size, device, plan, mfu=None, lookup=find_info)
     return max(0.0, rates.loading_s - rates.step_s) if rates.is_ahead else rates.loading_s
 
 

@@ -125,9 +125,7 @@ class Group:
     def memory_bytes(self) -> int:
         """Return the memory that this rank may plan for: its GPU's, or its share of the host's free memory."""
         if self.device.type == "cuda":
-            # A launcher of several runs on a GPU sets the share of it that each may plan for.
-            share = float(os.environ.get("AIMSCALE_DEVICE_SHARE", "1"))
-            return int(share * torch.cuda.get_device_properties(self.device).total_memory) - self._reserved_bytes
+            return torch.cuda.get_device_properties(self.device).total_memory - self._reserved_bytes
         return self.host_memory_bytes()
 
     def with_reserved_memory(self, reserved_bytes: int) -> Group:

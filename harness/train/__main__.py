@@ -1,6 +1,6 @@
 """Entry point `python -m aimscale.harness.train RUN_DIR`, which launchers start directly, by torchrun or in Slurm.
 
-`python -m aimscale.harness.train --warm` is the warm parent of runs that a queue starts one after the other
+`python -m aimscale.harness.train --warm` is the server that forks the runs which a worker starts one after the other
 (`sweeps.engine.processes`): for a small run, imports would cost more than everything else.
 """
 

@@ -192,7 +192,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
     cost, fit = sweep.file.cost, None
     with contextlib.suppress(DoesNotFitError):
         fit = plan_execution(run.config, run.devices, device, sweep.file.slurm.devices_per_node, measuring)
-    rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, step_ms=None, lookup=lookup)
+    rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, lookup=lookup)
     images_validated = validation_images(evaluation.validation, lookup)
     steps, num_budgets = executed // batch_size, len(evaluation.budgets)
     step_s = max(rates.step_s, rates.loading_s) if rates.is_ahead else rates.step_s + rates.loading_s

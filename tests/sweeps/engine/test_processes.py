@@ -17,7 +17,7 @@ from aimscale.sweeps.engine.devices import Machine
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.record import RunRecord
 
-# In the warm parent and in cold runs: training is a stand-in that does, once, what the run's seed says.
+# In the fork server and in runs started cold: training is a stand-in that does, once, what the run's seed says.
 SITE = """
 import json, os, signal, sys, time
 from pathlib import Path
