@@ -121,6 +121,7 @@ class CheckpointWriter:
             published = self._background.submit(_naming_checkpoint(final)(self._publish), final, part, all_parts, keep)
         if self._copy is None:
             concurrent.futures.wait([part])
+        self._group.wait()  # here and not in the next step's collectives, whose time is short
         self._pending = _PendingCheckpoint(final=final, part=part, published=published, all_parts=all_parts)
 
     def problem(self) -> Exception | None:
