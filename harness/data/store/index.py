@@ -220,9 +220,7 @@ class ShardDataset:
         cache = self._pixel_cache(channels)
         return np.ones(len(samples), dtype=bool) if cache is None else ~cache.known[samples]
 
-    def decode_many(
-        self, samples: I64, data: Sequence[bytes], channels: int
-    ) -> tuple[torch.Tensor, dict[int, str]]:
+    def decode_many(self, samples: I64, data: Sequence[bytes], channels: int) -> tuple[torch.Tensor, dict[int, str]]:
         """Decode images of one size, from what `read_uncached` returned.
 
         Returns:

@@ -161,7 +161,9 @@ class _Ring:
             return
         with _workers(self._num_workers, self._stream, self.slots) as workers:
             turns = itertools.cycle(workers)
-            under_way = collections.deque((next(turns).ask(task), task) for task in itertools.islice(tasks, self._window))
+            under_way = collections.deque(
+                (next(turns).ask(task), task) for task in itertools.islice(tasks, self._window)
+            )
             while under_way:
                 worker, task = under_way.popleft()
                 batch = self._batch(task, worker.answer())
