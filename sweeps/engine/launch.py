@@ -179,7 +179,7 @@ def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool
 def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     """Mark runs that have not ended as cancelled; workers on any machine let those that are running save and exit.
 
-    No worker starts them before the next launch with `retry`. Pending Slurm jobs are cancelled if no run is left for them.
+    No worker starts them before a launch with `retry`. Pending Slurm jobs are cancelled if no run is left for them.
 
     Returns:
         One sentence for each run that was stopped, and one for each that could not be; none if no worker is active.
