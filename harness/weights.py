@@ -196,12 +196,12 @@ assert set(PUBLISHED_IMAGES_SEEN) == set(RELEASED_SIZES)
 
 
 def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path | None) -> list[Path]:
-    """Write a folder that the authors' `AIMForImageClassification.from_pretrained` reads: a budget's backbone and a head
-    under released names in `model.safetensors`, `config.json`, the run's own `run.yaml`, and `README.md`.
+    """Write a budget's backbone and a head as a folder that the authors' `AIMForImageClassification.from_pretrained`
+    reads, `model.safetensors` and `config.json`; beside them the run's own `run.yaml` and a `README.md`.
 
     Args:
-        probe_file: an attentive probe (`harness.probe.files.probe_head`) to add as `head.*`; None takes the one that came
-            with imported weights, if there is one.
+        probe_file: an attentive probe (`harness.probe.files.probe_head`) to add as `head.*`; None takes the one that
+            came with imported weights, if there is one.
 
     Raises:
         WeightsError: `out` exists, or the released layout cannot express the model or its head.
@@ -237,11 +237,11 @@ def _readme(
     lines = [
         f"# {model.name}, {images_seen:,} images",
         "",
-        f"The backbone of an autoregressive image model (AIM, arXiv 2401.08541) trained by aimscale, run `{config.run_id}` "
-        f"(`run.yaml`), with {head} the mean of blocks {', '.join(map(str, blocks))}.",
+        f"The backbone of an autoregressive image model (AIM, arXiv 2401.08541) trained by aimscale, run "
+        f"`{config.run_id}` (`run.yaml`), with {head} the mean of blocks {', '.join(map(str, blocks))}.",
         "",
         "Names, shapes and `config.json` are those of the released AIM models:",
         "`AIMForImageClassification.from_pretrained(FOLDER)` of https://github.com/apple/ml-aim reads this folder.",
-        f"Images have ImageNet's mean and standard deviation; the epsilon of LayerNorms was {model.norm_eps:g} (there 1e-06).",
+        f"Images have ImageNet's mean and deviation; the epsilon of LayerNorms was {model.norm_eps:g} (there 1e-06).",
     ]
     return "\n".join(lines) + "\n"
