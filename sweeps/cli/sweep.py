@@ -100,7 +100,8 @@ def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus
 
 def _wait(look: Callable[[], SweepStatus], shown: Shown, deadline: float) -> int:
     """Show the status until nothing is executed, or until the deadline; return the exit code."""
-    console, states, num_idle = new_console(), {}, 0
+    console, num_idle = new_console(), 0
+    states: dict[str, int] = {}
     live = Live(console=console, auto_refresh=False, screen=True) if console.is_terminal else None
     try:
         with live or contextlib.nullcontext():

@@ -18,8 +18,8 @@ from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
-from aimscale.sweeps.table.time_left import Progress, time_left
 from aimscale.sweeps.table.status_view import status_view
+from aimscale.sweeps.table.time_left import Progress, time_left
 from aimscale.sweeps.table.views import new_console
 
 PROBED = {"probes": [{"task": name, "train": f"data/{name}", "test": f"data/{name}-test"} for name in ("pets", "cars")]}
@@ -213,7 +213,7 @@ def test_many_runs_are_grouped_by_size_and_only_those_that_need_a_person_are_nam
 
 
 def test_a_finished_run_that_learnt_nothing_is_named(write_sweep: Any, capsys: Any) -> None:
-    """Spikes and a loss above a constant prediction's do not end a run; a learning rate that is far too high has both."""
+    """Neither spikes nor a loss above a constant prediction's end a run whose learning rate is far too high."""
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], axes={"objective.target": ["normalised", "raw"]})
     losses = {0: (0.4, 0), 1: (0.8, 7), 2: (1.3, 2)}
     for run in plan(sweep):
