@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.stats import norm
 
 from aimscale.analysis.display import Drawing, Result, fact_lines, text_table
-from aimscale.analysis.effects.paired import POWER, hits_of, paired
+from aimscale.analysis.effects.paired import POWER
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import NOT_IDENTIFIED
@@ -85,7 +85,7 @@ class Comparison(Result):
         return "\n\n".join([fact_lines(self.facts()), *tables])
 
 
-RUN = ["params_total", "images_seen", "is_paired"]
+RUN = ["params_total", "images_seen"]
 """Columns of baselines that say more of the run than a terminal has room for."""
 SHARES = ("top1", "aim", "gap", "best_frozen_top1", "baseline_top1", "detectable", "published", "difference")
 """Prefixes of the columns that hold accuracies."""
@@ -152,9 +152,8 @@ def read_baselines(frame: pd.DataFrame) -> pd.DataFrame:
 def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     """Put each probe of the runs beside every baseline of the same task, kind and test images.
 
-    Where the tables' folders say which test images both got right, the interval is that of `effects.paired`. Else it is
-    Newcombe's for two independent proportions (Statistics in Medicine 17:873, 1998, method 10), which is wider: both
-    were measured on the same images. Neither covers seeds.
+    The interval is Newcombe's for two independent proportions (Statistics in Medicine 17:873, 1998, method 10), a
+    cautious one, as both were measured on the same images. It does not cover seeds.
 
     Args:
         probes: `probe_frame` of the runs.
@@ -162,27 +161,22 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         task, kind, size, params_total and images_seen of the run, n, baseline, top1, baseline_top1, gap (ours minus
-        the baseline's) with gap_lo95 and gap_hi95, is_paired, p (McNemar's), detectable (the gap that would be seen
-        with probability 0.8), and verdict: above, below, or no significant difference.
+        the baseline's) with gap_lo95 and gap_hi95, detectable (the gap that would be seen with probability 0.8), and
+        verdict: above, below, or no significant difference.
     """
     columns = ["task", "kind", "size", "params_total", "images_seen", "n", "baseline", "top1", "baseline_top1", "gap"]
-    columns += ["gap_lo95", "gap_hi95", "is_paired", "p", "detectable", "verdict"]
-    theirs = baselines.assign(theirs=hits_of(baselines)).drop_duplicates(["size", "task", "kind", "n", "top1"])
+    columns += ["gap_lo95", "gap_hi95", "detectable", "verdict"]
+    theirs = baselines.drop_duplicates(["size", "task", "kind", "n", "top1"])
     if theirs.empty or probes.empty:
         return pd.DataFrame(columns=columns)
     names = {"size": "baseline", "top1": "baseline_top1", "top1_lo95": "baseline_lo95", "top1_hi95": "baseline_hi95"}
-    theirs = theirs.rename(columns=names)[["task", "kind", "n", "theirs", *names.values()]]
-    both = probes.assign(ours=hits_of(probes)).merge(theirs, on=["task", "kind", "n"])
+    theirs = theirs.rename(columns=names)[["task", "kind", "n", *names.values()]]
+    both = probes.merge(theirs, on=["task", "kind", "n"])
     gap = both["top1"] - both["baseline_top1"]
     below = np.hypot(both["top1"] - both["top1_lo95"], both["baseline_hi95"] - both["baseline_top1"])
     above = np.hypot(both["top1_hi95"] - both["top1"], both["baseline_top1"] - both["baseline_lo95"])
     detectable = (1 + norm.ppf(POWER) / norm.ppf(0.975)) / 2 * (below + above)
     both = both.assign(gap=gap, gap_lo95=gap - below, gap_hi95=gap + above, detectable=detectable)
-    both = both.assign(is_paired=False, p=np.nan)
-    ends = ["is_paired", "gap_lo95", "gap_hi95", "detectable", "p"]
-    for row, one, other in both[["theirs", "ours"]].itertuples():
-        if found := paired([one], [other]):
-            both.loc[row, ends] = True, found.low, found.high, found.detectable, found.p
     verdict = np.select([both["gap_lo95"] > 0, both["gap_hi95"] < 0], ["above", "below"], "no significant difference")
     return both.assign(verdict=verdict).reindex(columns=columns)
 

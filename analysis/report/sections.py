@@ -15,8 +15,8 @@ from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines, share_cells
 from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, table6
-from aimscale.analysis.report.blocks import Block, PageFigure, PictureRow, html_id, result_block, table_block
-from aimscale.analysis.report.runs import picture_rows, provenance, settings, what_was_run
+from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block, table_block
+from aimscale.analysis.report.runs import provenance, settings, what_was_run
 from aimscale.analysis.report.study import CORRELATION, Study
 from aimscale.analysis.table.design import DESIGN, design_columns, varies
 from aimscale.analysis.table.points import complete
@@ -24,8 +24,8 @@ from aimscale.analysis.table.read import loss_unit, read_curves
 from aimscale.analysis.table.schema import MFU, described
 from aimscale.analysis.words import accuracy_of, flag_words, kind_name
 
-Part = str | PageFigure | Block | PictureRow
-"""A paragraph, a figure, a result, or a row of pictures."""
+Part = str | PageFigure | Block
+"""A paragraph, a figure, or a result."""
 MAX_TASKS = 5
 """Tasks in one figure of accuracies; more make further figures, each of which fits a page."""
 LEAST_NOISE = 5e-6
@@ -230,11 +230,11 @@ def _published(study: Study) -> Iterator[Part]:
         frame = frame.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
         seen = ["images_seen"] if varies(frame["images_seen"]) else []
         names = ["task", "kind", "size", "params_total", *seen, "n", "top1", "baseline", "baseline_top1", "gap"]
-        names += ["gap_lo95", "gap_hi95", "p", "detectable", "verdict"]
+        names += ["gap_lo95", "gap_hi95", "detectable", "verdict"]
         note = (
             "Each run at its largest budget and every baseline, on the same images, top-1 in per cent. Gap: ours minus "
-            "the baseline's, with a 95 % interval over test images, not over seeds. It is paired where hits were kept "
-            "(p: McNemar's exact test). Detectable: the minimum detectable gap at 80 % power."
+            "the baseline's, with a 95 % interval over test images, not over seeds. Detectable: the minimum detectable "
+            "gap at 80 % power."
         )
         yield _share_block("baselines", "Beside baselines on the same probes", frame, names, note=note)
     if lines := flag_words(found.left_out):
@@ -285,15 +285,6 @@ def _noise(study: Study) -> Iterator[Part]:
         yield result_block("noise-parts", "Sources of spread", replace(found, table=seen), note=note)
 
 
-def _pictures(study: Study) -> Iterator[Part]:
-    if rows := picture_rows(study):
-        yield (
-            "Held-out images. The model predicts each patch outside the prefix from the true patches before it. A "
-            "prediction is shown with the true patch's mean and contrast, which the model does not predict."
-        )
-        yield from rows
-
-
 def _methods(study: Study) -> Iterator[Part]:
     yield Block("settings", "Settings and exclusions", facts=[*settings(study)], is_open=False)
     yield Block("provenance", "Provenance", facts=[*provenance(study)], is_open=False)
@@ -310,7 +301,6 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Study], Iterator[Part]]]] = {
     "laws": ("Laws", "Fitted laws", _laws),
     "changes": ("Single changes", "Single changes, everything else equal", _changes),
     "noise": ("Noise", "How much is noise", _noise),
-    "pictures": ("Pictures", "Next-patch predictions", _pictures),
     "methods": ("Settings and provenance", "Settings and provenance", _methods),
 }
 """Id -> name in the navigation, heading, and what lays the section out."""
