@@ -28,6 +28,8 @@ Part = str | PageFigure | Block
 """A paragraph, a figure, or a result."""
 MAX_TASKS = 5
 """Tasks in one figure of accuracies; more make further figures, each of which fits a page."""
+WORTH = "After 0.69 R_D repeats another one is worth half of a new sample; R_D is 15.4 for language (Muennighoff 2023)."
+"""Note on the law of repeated data, whose worth after r repeats is exp(-r / R_D)."""
 LEAST_NOISE = 5e-6
 """Fraction of the loss below which a source of spread would be printed as zero."""
 
@@ -205,8 +207,7 @@ def _best_split(study: Study) -> Iterator[Part]:
     if found := study.get("compute-optimal frontier"):
         caption = "Lines: N* as a power of C, dotted beyond the measured compute. Shading: 95 % intervals."
         yield PageFigure("frontier", "Compute-optimal size", caption, found.plot())
-        gaps = [gap.sentence() for gap in study.all("best size by").values() if gap is not None]
-        yield result_block("approaches", "How the best size grows", found, note=" ".join(gaps))
+        yield result_block("approaches", "How the best size grows", found)
 
 
 def _published(study: Study) -> Iterator[Part]:
@@ -242,23 +243,23 @@ def _published(study: Study) -> Iterator[Part]:
 
 
 def _laws(study: Study) -> Iterator[Part]:
-    """Lay out the forecasts, the left-out scales, the laws and the worth of repeats."""
+    """Lay out the forecasts, the left-out scales, and the laws."""
     if found := study.get("forecast"):
         yield result_block("forecasts", "Forecasts", found)
     if tests := joint.heldout if (joint := study.get("law")) else ():
         points = pd.concat([test.predictions.assign(left_out=f"largest {test.variable}") for test in tests])
         lines = [test.sentence() for test in tests]
         yield table_block("heldout", "Does the law extrapolate?", points, lines=lines)
-    for key, fit, which in (("ND", joint, ""), ("C", study.get("law of the envelope"), " that no cheaper row beats")):
-        if fit is not None:
-            note = f"Rows{study.whose}{which}." if study.whose or which else ""
+    whose = f"Rows{study.whose}."
+    for key, name, note in (
+        ("ND", "law", whose if study.whose else ""),
+        ("C", "law of the envelope", f"{whose[:-1]} that no cheaper row beats."),
+        ("U", "law of repeated data", f"Rows of all pools of the main experiment. {WORTH}"),
+    ):
+        if (fit := study.get(name)) is not None:
             facts = [(name, fact) for name, fact in fit.facts() if name != "law" and not name.startswith("held out ")]
             title = f"{fit.law.formula}, fitted to {fit.num_points} points"
             yield result_block(f"law-{key}", title, fit, note=note, facts=facts, is_open=key != "C")
-    if worth := study.get("worth of repeats"):
-        of = worth.sample
-        note = f"{worth.fit.law.formula}. Worth of pass k, and of all k passes, in passes over new {of}s."
-        yield result_block("repeats", f"What repeated {of}s are worth", worth, note=note)
 
 
 def _changes(study: Study) -> Iterator[Part]:
