@@ -55,6 +55,6 @@ def compare(
     columns: options.Columns = None,
     json: options.AsJson = False,
 ) -> None:
-    """Compare runs with published models, by task and by exponents; what is not comparable is named."""
+    """Compare runs with published models and own baselines, task by task; what is not comparable is named."""
     found = analysis.compare(table_of([table], columns, None))
     show(found, json, following=then(["report"], [table], columns, None))

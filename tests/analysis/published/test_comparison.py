@@ -85,18 +85,6 @@ def test_gaps_to_baselines_have_newcombes_interval():
     assert beside_runs(probes, baselines.assign(n=99)).empty  # other test images
 
 
-def test_exponents_stand_beside_the_papers_where_they_are_identified():
-    frame = table(["dtd"])
-    scattered = frame.assign(val_loss=3 * (1 + 0.2 * np.sin(9 * np.arange(len(frame)))))
-    assert "Our exponent on params_total" in {
-        flag.subject for flag in compare(scattered).left_out if flag.kind == "no_result"
-    }
-    straight = frame.assign(val_loss=3 * frame["params_total"] ** -0.1 * (1 + 1e-4 * np.sin(np.arange(len(frame)))))
-    exponents = compare(straight).exponents.set_index(["whose", "N"])["exponent"]
-    assert exponents["AIM, four published points"].to_list() == pytest.approx([0.0188, 0.0228], abs=5e-5)
-    assert exponents["this table, 640,000 images seen", "params_total"] == pytest.approx(0.1, abs=1e-3)
-
-
 def test_the_command_shows_our_own_baselines(tmp_path):
     table = rows(["dtd"])
     write_table(results_table(table), tmp_path / "results.parquet")
