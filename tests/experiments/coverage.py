@@ -142,8 +142,8 @@ def effects(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record: 
     for group in ERRORS[cell.errors]:
         codes = cell.design.codes(scales, group)
         pair = pair + rng.multivariate_normal([0, 0], pairs, codes.max() + 1)[codes]
-    both = scales.drop(columns=["D", "C"]).assign(x=pair[:, 0], y=pair[:, 1])
-    for found in correlate(both, x="x", y="y"):
+    both = scales.assign(x=pair[:, 0], y=pair[:, 1])
+    for found in (each for each in correlate(both, x="x", y="y") if each.partial_on is None):
         record.add(found.method, found.low, found.high, found.value, CORRELATIONS[found.method])
     plain = scales.assign(images_seen=scales["D"], params_total=scales["N"], flops_train=scales["C"], prefix="paired")
     other = plain.assign(run_id=plain["run_id"] + "n", prefix="none")
