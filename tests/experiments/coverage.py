@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from simulated_tables import ERRORS, EXPONENT, LOG_K, TRUTH, Cell, cells, each_table, markdown, parser, run
 
-from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, repeats
+from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws
 from aimscale.analysis.effects.gains import Gain, gains
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.optimum.frontier import Frontier
@@ -191,7 +191,7 @@ def repeated(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record:
     x = {v: table[v].to_numpy() for v in ("N", "D", "U")}
     df = cell.measured(table, rng)
     df["loss"] *= laws.REPEATED.value(x, {**TRUTH, "R_D": R_D}) / laws.CHINCHILLA.value(x, TRUTH)
-    found = repeats(df.rename(columns={"U": "unique_images", "D": "images_seen"}), y="loss").fit
+    found = fit(df, "repeated", y="loss")
     ends, is_told = found.intervals["R_D"], "R_D" in found.not_identified
     record.add("R_D", ends.low, ends.high, found.params["R_D"], R_D, is_told=is_told)
 
