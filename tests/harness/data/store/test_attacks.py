@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from commands import refused, say
-from pictures import damaged, of_every_format, saved
+from pictures import saved
 from PIL import Image
 
 from aimscale.harness.data import DataError
