@@ -140,7 +140,9 @@ def test_a_step_in_which_one_rank_hangs_ends_all(tmp_path: Path, tiny_config: Co
 
 
 def test_a_stall_of_the_first_ranks_disk_ends_nobody(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
-    runtime = {"num_workers": 1, "checkpoint_every_images": None}  # nothing else makes ranks wait for each other
-    run = RunDir.create(tmp_path / "run", tiny_config(runtime, budgets=[64]))
+    # Nothing else makes ranks wait for each other.
+    runtime = {"num_workers": 1, "checkpoint_every_images": None, "log_every_steps": 1}
+    schedule = {"kind": "cosine", "warmup_images": 8}
+    run = RunDir.create(tmp_path / "run", tiny_config(runtime, budgets=[24], schedule=schedule))
     assert in_processes(wait_in_short_steps, run.path, "stall of the disk", world_size=2) == [0, 0]
     assert run.read_status().state == "finished"
