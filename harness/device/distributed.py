@@ -203,6 +203,15 @@ class Group:
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.stack(parts)
 
+    def exchange(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Send a flat tensor on the device to each rank, and return those that the ranks send here, of these sizes."""
+        if self.world_size == 1:
+            return list(parts)
+        received = parts[0].new_empty(sum(sizes))
+        sent = [len(part) for part in parts]
+        torch.distributed.all_to_all_single(received, torch.cat(list(parts)), list(sizes), sent)
+        return list(received.split(list(sizes)))
+
     def gather(self, value: Any) -> list[Any]:
         """Gather every rank's picklable value on every rank."""
         if self.world_size == 1:
@@ -237,6 +246,10 @@ class Group:
         """Wait until every rank is here."""
         if self.world_size > 1:
             torch.distributed.barrier(group=self._host_group)
+
+
+ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0), torch.device("cpu"), None)
+"""Group of a process that works by itself, on the CPU."""
 
 
 def choose_device(placement: Placement, name: str) -> torch.device:
