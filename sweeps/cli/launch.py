@@ -148,7 +148,7 @@ def _print_local(sweep: str, root: Path, devices: int | None, *, retry: bool) ->
 def _launch_slurm(sweep: str, root: Path, *, retry: bool, dry_run: bool, allow_dirty: bool) -> tuple[Decision, ...]:
     from aimscale.sweeps.engine.slurm_worker import launch_slurm  # submitit is slow to import
 
-    loaded, runs, _ = engine.load_plan(sweep, root)
+    loaded, runs, _ = engine.load_plan(load_sweep(sweep, root).on_slurm(), root)
     submitted = launch_slurm(loaded, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     for part in submitted:
         shape = f"{part.shape.nodes} x {part.shape.devices} (nodes x devices)"
