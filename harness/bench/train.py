@@ -36,7 +36,8 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
 
     Returns:
         `ms_per_step`, the median with images ready, `images_per_s`, the rate at it, and how the step was executed;
-        `mfu_published` and `mfu` as in `device.peak.utilisation`, with their peaks; `memory_bytes`, the device's, or on
+        `mfu_published` and `mfu` as in `device.peak.utilisation`, with their peaks; `mfu_nominal`, executed FLOPs over
+        the data sheet's peak, as `cost.mfu` counts them (null for a CPU); `memory_bytes`, the device's, or on
         a CPU the process's, and `memory_estimate_bytes`, that of `device.memory`; `startup_s`, which ends with the
         first step.
     """
@@ -69,6 +70,8 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
         stop_group()
     step_s = statistics.median(times[NUM_WARM_UP:])
     images_per_s, scored = optimiser.batch_size / step_s, num_targets / optimiser.batch_size
+    found = utilisation(model, peak, images_per_s=images_per_s, scored_tokens=scored, world_size=group.world_size)
+    nominal, mfu = peak.nominal_flops_per_s, found["mfu"]
     return {
         "size": model.name,
         "params": param_count(model).total,
@@ -83,9 +86,10 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "ms_per_step": 1000 * step_s,
         "images_per_s": images_per_s,
-        **utilisation(model, peak, images_per_s=images_per_s, scored_tokens=scored, world_size=group.world_size),
+        **found,
+        "mfu_nominal": mfu * peak.flops_per_s / nominal if mfu and nominal else None,
         "peak_flops_per_s": peak.flops_per_s,
-        "nominal_flops_per_s": peak.nominal_flops_per_s,
+        "nominal_flops_per_s": nominal,
         "memory_estimate_bytes": plan.memory_bytes,
         "memory_bytes": memory_bytes,
         "startup_s": startup_s,
