@@ -6,7 +6,6 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -32,18 +31,9 @@ from aimscale.sweeps.table.views import (
 )
 
 
-def plan(
-    sweep: SweepName,
-    root: Root = ROOT,
-    on: Annotated[
-        Literal["slurm"] | None,
-        typer.Option(help="Plan for `launch --on slurm`; so does a file with a `slurm` section."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
+def plan(sweep: SweepName, root: Root = ROOT, as_json: AsJson = False) -> None:
     """List the runs of a sweep, what each costs, and what would stop it; nothing is written."""
     loaded = load_sweep(sweep, root)
-    loaded = loaded.on_slurm() if on else loaded
     runs = plan_runs(loaded)
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
     plateau = budgets_in_plateau(loaded)
@@ -55,7 +45,7 @@ def plan(
     print_plan(loaded, cards, problems=problems, plateau=plateau)
     if problems:
         raise SweepError(f"{loaded.source}: its runs would fail; fix what the lines marked 'fail' name")
-    print_next("launch", sweep, root, *(["--on", on] if on else []))
+    print_next("launch", sweep, root)
 
 
 def budgets_in_plateau(sweep: Sweep) -> tuple[Flag, ...]:

@@ -162,7 +162,7 @@ def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
     wants_cpu = all(run.config.runtime.device == "cpu" for run in runs)
     if cost.device is not None:
         name, why, is_gpu = cost.device, "cost.device", "cpu" not in cost.device.lower()
-    elif not sweep.is_on_slurm:
+    elif not sweep.is_for_slurm:
         found = device_here(wants_cpu=wants_cpu)
         memory_bytes = found.memory_bytes if cost.memory_gb is None else round(cost.memory_gb * 1e9)
         return replace(found, peak_tflops=cost.peak_tflops or found.peak_tflops, memory_bytes=memory_bytes)
@@ -182,7 +182,7 @@ def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
         why=why,
         memory_bytes=round(usual_bytes if cost.memory_gb is None else cost.memory_gb * 1e9),
         peak_tflops=cost.peak_tflops,
-        cores=slurm.cpus_per_task if sweep.is_on_slurm else None,
+        cores=slurm.cpus_per_task if sweep.is_for_slurm else None,
     )
 
 
@@ -265,7 +265,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         precision=training.optimiser.precision,
         rates=rates,
         fit=fit,
-        stop_s=grace_period_s(sweep, run),
+        stop_s=grace_period_s(run),
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + num_budgets * WEIGHTS_BYTES_PER_PARAM) * params.total,
         probes=probes,
         flops_evaluation=flops_at_budgets + during.flops,
@@ -388,14 +388,11 @@ def plan_execution(config: RunConfig, devices: int, device_bytes: int, measuring
     return _cached_plan(training, config.runtime, world_size=devices, device_bytes=device_bytes, measuring=measuring)
 
 
-def grace_period_s(sweep: Sweep, run: Run) -> int:
+def grace_period_s(run: Run) -> int:
     """Return the time a run is given to save, s, between the signal to stop and the kill.
 
-    Slurm's signal, torchrun and the plan use this one number: `slurm.signal_delay_s`, or else two saves and a step.
+    Slurm's signal, torchrun and the plan use this one number: two saves and a step.
     """
-    delay = sweep.file.slurm.signal_delay_s
-    if delay != "auto":
-        return delay
     num_params = model_counts(model_of(run.config.training))[0].total
     save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
     return max(MIN_GRACE_S, math.ceil(2 * save_s) + STEP_ALLOWANCE_S)

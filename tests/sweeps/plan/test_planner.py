@@ -296,16 +296,19 @@ def test_an_unknown_gpu_is_asked_for_its_peak_and_memory(write_sweep: Any, name:
     assert (given.device.flops_per_s("bf16"), given.device.memory_bytes) == (1e14, 32e9)
 
 
-def test_a_sweep_on_slurm_is_planned_for_slurms_gpus(write_sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by `--on slurm` without a `slurm` section; the login node has no GPU."""
+def test_a_sweep_for_slurm_is_planned_for_slurms_gpus(write_sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The login node has no GPU and little memory."""
     monkeypatch.setattr(gpu_specs, "gpus_here", lambda: [])
-    sweep = write_sweep(sizes=["aim-7B"], devices=8, base={"runtime": {"device": "cuda"}})
-    here, there = (cost_cards(each, plan(each))[0] for each in (sweep, sweep.on_slurm()))
-    assert (here.device.is_gpu, there.device.name, there.device.memory_bytes) == (False, "H100", 85 * 10**9)
-    assert there.fit is not None
-    keys = [[problem.key for problem in check(each, plan(each))] for each in (sweep, sweep.on_slurm())]
-    assert ["runtime.device" in found for found in keys] == [True, False]
-    assert "cost.memory_gb" not in keys[1]
+    monkeypatch.setattr(gpu_specs, "free_host_bytes", lambda: 10**9)
+
+    def problems(**fields: Any) -> dict[str, str]:
+        sweep = write_sweep(sizes=["aim-3B"], devices=8, base={"runtime": {"device": "cuda"}}, **fields)
+        return {problem.key: problem.why for problem in check(sweep, plan(sweep))}
+
+    here, there = problems(), problems(slurm={})
+    assert {"runtime.device", "cost.memory_gb"} <= here.keys()
+    assert not {"runtime.device", "cost.memory_gb"} & there.keys()
+    assert "slurm.gpus asks for no GPU" in problems(slurm={"gpus": False})["runtime.device"]
 
 
 def test_a_run_takes_as_long_as_its_flops_or_its_loader(write_sweep: Any) -> None:
