@@ -205,8 +205,7 @@ def _best_split(study: Study) -> Iterator[Part]:
     if found := study.get("compute-optimal frontier"):
         caption = "Lines: N* as a power of C, dotted beyond the measured compute. Shading: 95 % intervals."
         yield PageFigure("frontier", "Compute-optimal size", caption, found.plot())
-        gaps = [gap.sentence() for gap in study.all("best size by").values() if gap is not None]
-        yield result_block("approaches", "How the best size grows", found, note=" ".join(gaps))
+        yield result_block("approaches", "How the best size grows", found)
 
 
 def _published(study: Study) -> Iterator[Part]:
