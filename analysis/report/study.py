@@ -1,7 +1,7 @@
 """Results of a report: laws, forecasts, correlations, contrasts and noise of its tables, each or why there is none.
 
 Laws are fitted to the main experiment of the tables (`table.select.main_part`) where its data are hardly repeated
-(`fresh_part`); the other rows are what contrasts and repeats are made of.
+(`fresh_part`); the other rows are what contrasts and the law of repeated data are made of.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from aimscale.analysis.effects.contrasts import factors
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.points import AUTO
+from aimscale.analysis.laws.catalogue import repeated
 from aimscale.analysis.next.proposal import Proposal, grid_offer
 from aimscale.analysis.optimum.frontier import points_of
 from aimscale.analysis.optimum.isoflop import isoflop_budgets, with_budgets
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND
-from aimscale.analysis.table.points import complete, usable_rows, with_compute
+from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows, with_compute
 from aimscale.analysis.table.select import envelope_flags, fresh_part, lower_envelope, main_part, mixture_flags, spaced
 from aimscale.analysis.words import PROBES, Flag, said_once
 
@@ -153,7 +154,7 @@ def _chosen_rows(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, 
         )
     if num := len(chosen.rows) - len(fresh):
         whose += f" with {pool}"
-        told.append(f"Laws use the rows with {pool}; the other {num} are in what repeats are worth.")
+        told.append(f"Laws use the rows with {pool}; the other {num} are in the law of repeated data.")
     study = Study(paths=paths, frame=frame, main=main, usable=fresh, whose=whose, collect=collect, exclusions=told)
     study.flags = (*chosen.flags, *mixture_flags(fresh, ["N", "D", "U"]))
     thinned = ["forecasts", "what to run next"] if len(fresh) > MAX_FITTED else []
@@ -271,5 +272,6 @@ def _measure_effects(study: Study) -> None:
         return
     study.attempt("noise", analysis.noise, study.usable, law=study.get("law"))
     main = usable_rows(study.main).rows
-    if "unique_images" in main and varies(main["unique_images"]):
-        study.attempt("worth of repeats", analysis.repeats, main)
+    if "unique_images" in main and varies(main["unique_images"]) and most_passes(main) > REPEATS_FROM:
+        has_sizes = "params_total" in main and varies(main["params_total"])
+        study.attempt("law of repeated data", analysis.fit, main, repeated(sizes=has_sizes))

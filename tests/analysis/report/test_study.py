@@ -122,10 +122,11 @@ def test_laws_are_of_the_main_grid_alone_and_every_answer_has_its_section(known_
     assert "prefix paired, target normalised" in text
     assert "The main.; The repeats.; The changes." in text
     assert re.search(r"loss ?none ?\+0\.\d+ ?\[.*?worse", text)
-    assert "a repeat is worth half of a new image" in text
+    worth = re.search(r"R_D ?(\d[.\d]*) ?\[([.\d]+), ([.\d]+)\]", text)
+    assert float(worth[2]) < 6 < float(worth[3])
     assert "between seeds" in text
     assert "within size" in text
-    for key in ("changes", "noise", "contrast-prefix", "contrast-kind", "repeats"):
+    for key in ("changes", "noise", "contrast-prefix", "contrast-kind", "law-U"):
         assert f'id="{key}"' in page, key
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
