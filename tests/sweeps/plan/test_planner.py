@@ -347,6 +347,7 @@ def test_a_run_takes_as_long_as_its_flops_or_its_loader(write_sweep: Any) -> Non
         ({"axes": {"model.size": ["rung-32"]}}, "sizes"),
         ({"sizes": ["w16-d999999999"]}, "depth 999999999"),
         ({"seeds": list(range(1000)), "unique_images": list(range(1, 1001))}, "4,000,000 cells"),
+        ({"seeds": list(range(20_000))}, "80,000 cells"),
         ({"cost": {"peak_tflops": 1e-320}}, "cost.peak_tflops"),
         ({"cost": {"memory_gb": 1e308}}, "cost.memory_gb"),
         ({"axes": {"runtime.num_workers": [0, 1]}}, "num_workers': 1"),
