@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
@@ -133,7 +134,9 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
 
 
 def _read_file(path: Path) -> pd.DataFrame:
-    if not (path.is_file() or path.is_dir()):  # a pipe or a device would be waited for, or read without end
+    if path.exists() and not (path.is_file() or path.is_dir()):  # it would be waited for, or read without end
+        raise AnalysisError(f"{path} is a pipe or a device; save what it gives to a file first")
+    if not path.exists():
         there = [each.name for each in path.parent.glob("*") if each.suffix in _READERS]
         near = difflib.get_close_matches(path.name, there, n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give another path, or `aimscale collect` a sweep"
@@ -254,7 +257,8 @@ def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
     """
     names = [field.name for field in PROBE_FIELDS]
     entries = list(frame["probes"]) if "probes" in frame else [[] for _ in range(len(frame))]
-    base = frame.drop(columns=["probes", *names], errors="ignore").loc[frame.index.repeat([*map(len, entries)])]
+    base = frame.drop(columns=["probes", *names], errors="ignore")
+    base = base.iloc[np.repeat(np.arange(len(frame)), [*map(len, entries)])]  # concatenated tables repeat labels
     numbers = {field.name: "float64" for field in PROBE_FIELDS if field.dtype in ("int64", "float64")}
     probes = pd.DataFrame([entry for row in entries for entry in row], columns=names).astype(numbers)
     return base.reset_index(drop=True).assign(**probes)

@@ -21,9 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.execution import CORE_MFU, GPU_MFU, Pace
 from aimscale.harness.device.memory import free_host_bytes, keep_freed_memory
-from aimscale.harness.device.peak import Peak
 
 T = TypeVar("T")
 
@@ -151,12 +149,6 @@ class Group:
         said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
         found = re.match(r"\d+", said)
         return min(self.world_size, int(found[0])) if found else self.world_size
-
-    def pace(self, peak: Peak) -> Pace:
-        """Return how fast a rank trains on a device with this peak; by the data sheet if it is known, as in a plan."""
-        share, cores = (GPU_MFU, None) if self.device.type == "cuda" else (CORE_MFU, peak.num_threads)
-        rate = share * (peak.nominal_flops_per_s or peak.flops_per_s)
-        return Pace(flops_per_s=rate, cores=cores, ranks_per_node=self.ranks_per_node)
 
     def num_machines(self) -> int:
         """Count the hosts of the ranks."""

@@ -17,8 +17,7 @@ from aimscale.aim.cost import (
 )
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.dataset_info import DatasetLookup
-from aimscale.harness.device.communication import ELEMENT_BYTES
-from aimscale.harness.device.memory import measuring_bytes
+from aimscale.harness.device.memory import ELEMENT_BYTES, measuring_bytes
 from aimscale.harness.probe.features.tasks import (
     CACHE_SHARE,
     HOLDOUT_FRACTION,

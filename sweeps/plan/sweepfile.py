@@ -29,7 +29,7 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -80,16 +80,15 @@ class CostSection(Section):
     """Assumptions of a plan about a device; they are printed beside the numbers."""
 
     device: str | None = None
-    """Name of the device, such as A100. Null: the GPU that a `slurm` section requests, or an H100; without one, this
-    machine's GPU, else one core of this machine."""
+    """Name of the device, such as A100 or A100 80GB. Null: on Slurm what `slurm.gpus` names, or an H100; else this
+    machine's GPU, or one core of this machine."""
     peak_tflops: float | None = Field(None, ge=1e-6, le=1e12)
-    """Dense peak of one device, TFLOP/s; null: the data sheet's at the run's precision (TF32 for fp32), or of a core
-    what is measured here."""
+    """Dense peak of one device, TFLOP/s; null: the data sheet's at the run's precision (TF32 for fp32), or 0.1 for a
+    core."""
     mfu: float | None = Field(None, ge=1e-6, le=1)
-    """Share of that peak at which training executes FLOPs (`aimscale bench train` measures it). Null: 0.40 on a GPU,
-    plus the time of kernel launches; 0.35 on a core, plus the time to move activations."""
+    """Share of that peak at which training executes FLOPs (`aimscale bench train` measures it); null: 0.40."""
     memory_gb: float | None = Field(None, ge=1e-3, le=1e6)
-    """Memory of one device, GB; null: 85 (an 80 GB GPU has 79 GiB), or this machine's."""
+    """Memory of one device, GB; null: the data sheet's, or this machine's."""
     pool_images: Count | None = None
     """Size of the image pool, needed if the data sets are not available to be counted."""
 
@@ -127,9 +126,6 @@ class SlurmSection(Section):
     """Partition."""
     time_min: int = Field(1440, gt=0, le=10**6)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
-    signal_delay_s: Literal["auto"] | Annotated[int, Field(gt=0, le=10**7)] = "auto"
-    """Time between the signal to save and the kill, s, before a time limit and after Ctrl-C; auto: two saves at 0.5
-    GB/s and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and GPUs) of one node."""
     gpus: bool | OneLine = True
@@ -193,7 +189,7 @@ class SweepFile(Section):
     cost: CostSection = CostSection()
     """Assumptions of the plan."""
     slurm: SlurmSection = SlurmSection()
-    """Options of `launch --on slurm`."""
+    """Resources of Slurm jobs; a file that has this section is launched on Slurm."""
 
     @field_validator("sizes", "budgets", "unique_images", "seeds")
     @classmethod
@@ -249,6 +245,11 @@ class Sweep:
     def runs_dir(self) -> Path:
         """Directory that holds the run directories."""
         return self.directory / "runs"
+
+    @property
+    def is_for_slurm(self) -> bool:
+        """Whether the file has a `slurm` section, so that its runs are Slurm jobs unless a launch says otherwise."""
+        return "slurm" in self.file.model_fields_set
 
     def run_dir(self, run_id: str) -> Path:
         """Return the directory of a run."""
