@@ -16,8 +16,8 @@ import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import mean_scored_tokens
-from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.peak import Peak, utilisation
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.log.loggers import Logger, line_scalars
 from aimscale.harness.log.metrics import Metrics, TrainedStep
 from aimscale.harness.run.config import RunConfig

@@ -83,7 +83,7 @@ class Status:
     reason_class: ReasonClass | None = None
     """Kind of reason, which decides whether the run is tried again."""
     failed_on: str | None = None
-    """Node of the rank that failed first or fell silent, if known."""
+    """Node of the rank that failed first, if known."""
     attempt: int = 0
     """Number of starts so far."""
     too_large: dict[str, Any] | None = None

@@ -22,7 +22,7 @@ import torch
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
 from aimscale.harness.data.stream.base import Batch
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 
 T = TypeVar("T")
 

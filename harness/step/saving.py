@@ -25,7 +25,7 @@ from torch import Tensor
 
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_safetensors
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.fence import keeping_fence
 from aimscale.harness.run.files import atomic_write, new_partial_dir, partial_dir, publish_dir, remove_dir, write_json

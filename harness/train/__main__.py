@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from aimscale.harness.device.distributed import import_deepspeed
+from aimscale.harness.distributed.group import import_deepspeed
 from aimscale.harness.run.provenance import git_commit
 from aimscale.harness.train.attempt import main
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info, fingerprint
-from aimscale.harness.device.job import Job
+from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger, row_scalars
 from aimscale.harness.log.record import append_line
 from aimscale.harness.probe.cost import validation_distance

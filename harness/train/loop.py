@@ -20,17 +20,19 @@ from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
-from aimscale.harness.device.distributed import COLLECTIVE_TIMEOUT_S
-from aimscale.harness.device.job import Job
+from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.peak import device_name, measure_peak
+from aimscale.harness.distributed.group import COLLECTIVE_TIMEOUT_S
+from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.metrics import TrainedStep
 from aimscale.harness.log.record import Recorder
+from aimscale.harness.probe.cost import curve_bytes
 from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.run.budgets import saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import PreemptedError, is_out_of_memory
+from aimscale.harness.run.failures import PreemptedError
 from aimscale.harness.run.fence import earlier_folders
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
@@ -43,7 +45,6 @@ from aimscale.harness.step.feed import Feed, RankRequest, Step, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter, recover_checkpoints
 from aimscale.harness.train.budget import save_budget
 from aimscale.harness.train.curve import LearningCurve
-from aimscale.harness.train.plan import plan_training
 
 STEP_TIMEOUT_S, STEP_FACTOR = 100.0, 10.0
 """Time for which ranks wait for each other in a step after the first: the larger of this and so many times the longest
@@ -67,15 +68,26 @@ class Trainer:
         )
         lookup = functools.cache(find_info)
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
-        self.plan = plan_training(run, config, group, self.peak, lookup)
-        execution = self.plan.execution
+        measuring = group.from_first(lambda: curve_bytes(config, lookup))
+        self.plan = plan_start(
+            training,
+            runtime,
+            group.from_first(lambda: run.read_status().too_large),
+            device=device_name(group.device),
+            world_size=group.world_size,
+            device_bytes=group.min_over_ranks(group.memory_bytes()),
+            host_bytes=group.min_over_ranks(group.host_memory_bytes()) if group.device.type == "cuda" else None,
+            measuring=measuring,
+        )
+        if measuring and not self.plan.measures and group.is_first:
+            print("nothing is measured during training: the device has no memory left for it", flush=True)
         self.engine = Engine(
             model_config,
             training.optimiser,
             EngineOptions(
-                zero_stage=execution.zero_stage,
-                activation_checkpointing=execution.activation_checkpointing,
-                compile=should_compile(runtime.compile, group.device, execution.zero_stage),
+                zero_stage=self.plan.zero_stage,
+                activation_checkpointing=self.plan.activation_checkpointing,
+                compile=should_compile(runtime.compile, group.device, self.plan.zero_stage),
             ),
             group,
             seed=training.seed,
@@ -87,8 +99,8 @@ class Trainer:
             has_workers=runtime.num_workers > 0,
         )
         self.recorder = Recorder(run, config, group, model_config, self.peak, loggers)
-        self.writer = CheckpointWriter(self.engine, group, copies=execution.copies_checkpoints)
-        beside = dataclasses.replace(job, group=group.with_reserved_memory(execution.held_bytes))
+        self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
+        beside = dataclasses.replace(job, group=group.with_reserved_memory(self.plan.held_bytes))
         self.curve = LearningCurve(run, config, beside, self.engine, lookup=lookup, loggers=loggers)
         self.longest_step_s = 0.0
         self.saved_at = time.monotonic()
@@ -148,7 +160,7 @@ class Trainer:
             start=segment.start,
             stop=segment.stop,
             batch_size=self.batch_size,
-            micro_batch=self.plan.execution.micro_batch,
+            micro_batch=self.plan.micro_batch,
             num_workers=self.config.runtime.num_workers,
         )
 
@@ -164,7 +176,9 @@ class Trainer:
                 outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
                 loss = self.group.sum_tensor(outcome.loss_sum.double()).item() / step.num_targets
         except Exception as error:
-            if self.longest_step_s or not is_out_of_memory(error) or not (too_large := self.plan.too_large(error)):
+            device, world_size = device_name(self.group.device), self.group.world_size
+            too_large = out_of_memory(error, self.plan, device=device, world_size=world_size)
+            if self.longest_step_s or too_large is None:
                 raise
             raise too_large from error
         self.longest_step_s = max(self.longest_step_s, time.monotonic() - started)
@@ -188,9 +202,7 @@ class Trainer:
 
     def _measure(self, position: int, branch: int | None) -> None:
         """Measure what is due at a position of the trunk."""
-        if not (
-            self.plan.execution.measures and self.schedule.is_on_trunk(position, branch) and self.curve.is_at(position)
-        ):
+        if not (self.plan.measures and self.schedule.is_on_trunk(position, branch) and self.curve.is_at(position)):
             return
         is_cosine = self.config.training.schedule.kind == "cosine"
         with self.recorder.untimed():
@@ -294,14 +306,14 @@ class Trainer:
         startup_s = process_age_s()
         if not self.group.is_first:
             return
-        plan, device = self.plan.execution, device_name(self.group.device)
+        plan, device = self.plan, device_name(self.group.device)
         about = {"device": device, "world_size": self.group.world_size, **dataclasses.asdict(plan)}
         record_start(self.run, about | {"peak": dataclasses.asdict(self.peak), "startup_s": startup_s})
         done, planned = self.recorder.metrics.images_done, self.schedule.images_planned()
         self.run.write_status(images_planned=planned, images_done=done, heartbeat=time.time())
         self.recorder.say(
             f"{self.config.run_id}: {done} of {planned} images done, ZeRO {plan.zero_stage}, micro-batch "
-            f"{plan.micro_batch}{' (lowered)' * self.plan.is_lowered}, {self.group.world_size} rank(s), "
+            f"{plan.micro_batch}{' (lowered)' * plan.is_lowered}, {self.group.world_size} rank(s), "
             f"matrix-multiplication peak "
             f"{self.peak.flops_per_s / 1e9:.0f} GFLOP/s (n = {self.peak.gemm_side}), ready after {startup_s:.1f} s"
         )

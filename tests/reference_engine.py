@@ -1,4 +1,4 @@
-"""Reference engines that DeepSpeed's cost per step is compared with: plain PyTorch alone, and PyTorch's own FSDP2.
+"""Engines that DeepSpeed's steps are compared with: plain PyTorch alone, and PyTorch's own FSDP2.
 
 Both step the same model on the same images with the `step` and `close` of `harness.step.engine.Engine`, without its
 guard against non-finite steps. Neither trains runs.
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.base import Batch
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import StepOutcome

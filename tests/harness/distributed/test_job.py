@@ -16,8 +16,8 @@ import torch
 from trainers import free_port
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.device import job as job_module
-from aimscale.harness.device.job import Job, execute_job
+from aimscale.harness.distributed import job as job_module
+from aimscale.harness.distributed.job import Job, execute_job
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_FINISHED, EXIT_USER_ERROR, RunDir
 
@@ -26,7 +26,7 @@ Run = Callable[..., list[int]]
 RANK = """
 import sys, time
 from pathlib import Path
-from aimscale.harness.device.job import execute_job
+from aimscale.harness.distributed.job import execute_job
 from aimscale.harness.run.directory import RunDir
 def work(job):
     print("at work", flush=True)

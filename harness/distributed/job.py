@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
+from aimscale.harness.distributed.group import Group, find_placement, start_group, stop_group
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.failures import (
     DivergedError,
