@@ -147,15 +147,13 @@ def _note_failure(job: Job, note: Path, error: Exception) -> None:
     # Slurm's name of the node, by which it can be excluded; elsewhere the host's.
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     words = f"rank {job.group.rank} on {node} failed: {reason}"
-    changes = {"too_large": error.executed} if isinstance(error, TooLargeError) else {}
+    changes: dict[str, Any] = {"too_large": error.executed} if isinstance(error, TooLargeError) else {}
     try:
         check_fence(job.folder.status)
         with note.open("x") as file:
             json.dump(words, file)
-        failed_on = None if is_about_another else node
-        job.folder.write_status(
-            state="failed", phase="", reason=reason, reason_class=reason_class, failed_on=failed_on, **changes
-        )
+        changes |= {"reason": reason, "reason_class": reason_class, "failed_on": None if is_about_another else node}
+        job.folder.write_status(state="failed", phase="", **changes)
     except FileExistsError:
         with contextlib.suppress(OSError, ValueError):
             print(f"aimscale: rank {job.group.rank} ends: {json.loads(note.read_text())}", file=sys.stderr, flush=True)

@@ -103,13 +103,13 @@ class Metrics:
         self.current.num_skipped_steps += not step.was_applied
         self.current.num_bad_samples += num_bad_samples
         self.consecutive_skipped = 0 if step.was_applied else self.consecutive_skipped + 1
-        if step.loss is not None:
-            step = dataclasses.replace(step, is_spike=self._stands_out(step.loss))
+        if (loss := step.loss) is not None:
+            step = dataclasses.replace(step, is_spike=self._stands_out(loss))
             self.current.num_loss_spikes += step.is_spike
-            self._recent.append(step.loss)
+            self._recent.append(loss)
             branch = self._segment.branch
             if branch is not None and step.images_seen > (1 - TAIL_FRACTION) * branch:
-                self._tail_sum, self._tail_count = self._tail_sum + step.loss, self._tail_count + 1
+                self._tail_sum, self._tail_count = self._tail_sum + loss, self._tail_count + 1
         self._steps.append(step)
 
     def line(self) -> dict[str, Any]:
