@@ -14,9 +14,8 @@ from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult
 from aimscale.sweeps.plan.checks import raise_on_problems
-from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
-from aimscale.sweeps.state.decision import Decision
+from aimscale.sweeps.state.decision import RunState
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
 from aimscale.sweeps.table.views import KeyValue, key_value_text, new_console
 
@@ -60,7 +59,7 @@ def launch(
         skipped = _launch_slurm(sweep, root, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     elif dry_run:
         skipped = _print_local(sweep, root, devices, retry=retry)
-    if on == "slurm" and not dry_run and any(each.startable or each.verdict == "running" for each in skipped):
+    if on == "slurm" and not dry_run and any(each.startable or each.is_active for each in skipped):
         print_next("status", sweep, root, "--watch")
         return
     if on == "slurm" or dry_run:
@@ -71,7 +70,7 @@ def launch(
     _print_next(result, sweep, root, on)
     if result.stopped_by:
         raise typer.Exit(EXIT_INTERRUPTED)
-    if failed_runs(result) or any(each.verdict == "damaged" for each in result.skipped):
+    if failed_runs(result) or any(each.state == "damaged" for each in result.skipped):
         raise typer.Exit(1)
 
 
@@ -82,13 +81,13 @@ def _print_next(result: LaunchResult, sweep: str, root: Path, on: Place, *more: 
     elif failed := failed_runs(result):
         print_next("logs", sweep, root, failed[0])
     else:
-        is_over = all(decision.verdict in ("finished", "cancelled") for decision in result.skipped)
+        is_over = all(decision.state in ("finished", "cancelled") for decision in result.skipped)
         print_next("collect" if is_over else "status", sweep, root)
 
 
 def failed_runs(result: LaunchResult) -> list[str]:
     """Return the runs that failed for good in this launch or before."""
-    return [*result.failed, *(each.record.name for each in result.skipped if each.verdict == "failed")]
+    return [*result.failed, *(each.record.name for each in result.skipped if each.state in ("failed", "diverged"))]
 
 
 def print_result(result: LaunchResult) -> None:
@@ -107,23 +106,23 @@ def print_result(result: LaunchResult) -> None:
 def cancel(sweep: SweepName, runs: Runs = None, root: Root = ROOT) -> None:
     """Stop the runs of a sweep (or those named), wherever they run; each saves first, and the next launch goes on."""
     loaded = load_sweep(sweep, root)
-    names = select_run_ids(loaded, runs or [])
-    done, failed = engine.cancel(loaded, [run for run in plan(loaded) if run.run_id in names])
+    names = select_run_ids(loaded, runs) if runs else []
+    done, failed = engine.cancel(loaded, names)
     for line in [*done, *failed]:
         typer.echo(line)
     typer.echo(f"{len(done)} runs stopped" if done or failed else "nothing was waiting or running")
-    print_next("launch" if done else "status", sweep, root)
+    print_next(*(("launch", sweep, root, "--retry") if done else ("status", sweep, root)))
     if failed:
         raise typer.Exit(1)
 
 
-def _print_skipped(skipped: Sequence[Decision], others: Sequence[str], *more: KeyValue) -> None:
+def _print_skipped(skipped: Sequence[RunState], others: Sequence[str], *more: KeyValue) -> None:
     """Print failed and damaged runs one by one, the number of other skipped runs, and more lines."""
-    named = [each for each in skipped if each.verdict in ("failed", "damaged")]
-    words = {"failed": "; --retry tries it again", "damaged": ""}
-    flags = [KeyValue(level=e.verdict, key=e.record.name, value=f"{e.why}{words[e.verdict]}") for e in named]
-    counts = Counter(each.verdict for each in skipped if each not in named)
-    lines = [KeyValue(key="left alone", value=", ".join(f"{num} {verdict}" for verdict, num in counts.items()))]
+    named = [each for each in skipped if each.state in ("failed", "diverged", "damaged")]
+    words = {"failed": "; --retry tries it again", "diverged": "; --retry tries it again", "damaged": ""}
+    flags = [KeyValue(level=e.state, key=e.record.name, value=f"{e.why}{words[e.state]}") for e in named]
+    counts = Counter(each.state for each in skipped if each not in named)
+    lines = [KeyValue(key="left alone", value=", ".join(f"{num} {state}" for state, num in counts.items()))]
     if others:
         value = f"{len(others)} run directories of an earlier sweep file, such as {others[0]}; they stay as they are"
         lines.append(KeyValue(key="unplanned", value=value))
@@ -133,20 +132,20 @@ def _print_skipped(skipped: Sequence[Decision], others: Sequence[str], *more: Ke
             console.print(key_value_text(part, console.width), highlight=False, soft_wrap=True)
 
 
-def _print_local(sweep: str, root: Path, devices: int | None, *, retry: bool) -> tuple[Decision, ...]:
+def _print_local(sweep: str, root: Path, devices: int | None, *, retry: bool) -> tuple[RunState, ...]:
     """Check the runs and print the commands that a launch on this machine would execute."""
     loaded, runs, _ = engine.load_plan(sweep, root)
     machine = local_machine(runs, devices=devices)
-    decisions = tuple(engine.launch_decision(loaded, run, retry=retry) for run in runs)
+    decisions = tuple(engine.launch_state(loaded, run, retry=retry) for run in runs)
     raise_on_problems(loaded, [each.run for each in decisions if each.startable])
     for each in decisions:
         words = machine.command(each.record.path, min(each.run.devices, machine.devices))
-        typer.echo(f"{each.verdict:<9} {' '.join(words) if each.startable else each.why or each.run.run_id}")
+        typer.echo(f"{each.state:<11} {' '.join(words) if each.startable else each.why or each.run.run_id}")
     return decisions
 
 
-def _launch_slurm(sweep: str, root: Path, *, retry: bool, dry_run: bool, allow_dirty: bool) -> tuple[Decision, ...]:
-    from aimscale.sweeps.engine.slurm_worker import launch_slurm  # submitit is slow to import
+def _launch_slurm(sweep: str, root: Path, *, retry: bool, dry_run: bool, allow_dirty: bool) -> tuple[RunState, ...]:
+    from aimscale.sweeps.engine.slurm_worker import launch_slurm
 
     loaded, runs, _ = engine.load_plan(sweep, root)
     submitted = launch_slurm(loaded, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
@@ -160,6 +159,6 @@ def _launch_slurm(sweep: str, root: Path, *, retry: bool, dry_run: bool, allow_d
             typer.echo(f"excluded  {', '.join(part.excluded)}: some of these runs failed there")
     if not submitted:
         typer.echo("nothing to submit: jobs for all runs wait or run already, or no run is left")
-    decisions = tuple(engine.launch_decision(loaded, run, retry=retry and dry_run) for run in runs)
+    decisions = tuple(engine.launch_state(loaded, run, retry=retry and dry_run) for run in runs)
     _print_skipped([each for each in decisions if not each.startable], unplanned_runs(loaded, runs))
     return decisions

@@ -29,7 +29,7 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -127,9 +127,6 @@ class SlurmSection(Section):
     """Partition."""
     time_min: int = Field(1440, gt=0, le=10**6)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
-    signal_delay_s: Literal["auto"] | Annotated[int, Field(gt=0, le=10**7)] = "auto"
-    """Time between the signal to save and the kill, s, before a time limit and after Ctrl-C; auto: two saves at 0.5
-    GB/s and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and GPUs) of one node."""
     gpus: bool | OneLine = True

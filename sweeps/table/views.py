@@ -161,7 +161,8 @@ def status_table(status: SweepStatus, width: int, bar: Table | None = None) -> G
         Column(header="on", cell=lambda line: line.place, align_right=False, drop_order=6),
         column("beat", _since_heartbeat, format_duration, 7),
     ]
-    flags = [KeyValue(level=level, key=run, value=why) for level, why, run in _notices(status.runs)]
+    flags = [KeyValue(level="failed", key="jobs", value=why) for why in status.failed_jobs]
+    flags += [KeyValue(level=level, key=run, value=why) for level, why, run in _notices(status.runs)]
     table = fitted_table(columns, status.runs, width)
     below = bar or key_value_text(status_summary(status), width)
     return Group(*([key_value_text(flags, width)] if flags else ()), table, below)

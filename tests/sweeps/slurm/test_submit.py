@@ -22,7 +22,8 @@ from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, grace_perio
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import JobShape, Submission, job_shape, live_jobs, submit
+from aimscale.sweeps.slurm.jobs import JobShape, live_jobs
+from aimscale.sweeps.slurm.submit import Submission, job_shape, submit
 from aimscale.sweeps.state.sweep_dir import prepare_directory
 from aimscale.sweeps.table.views import format_duration
 
@@ -74,7 +75,7 @@ def submitted(program: Any, tmp_path: Path) -> Any:
     program("sinfo", "echo main")
     program("srun", "exit 1")
     program("scontrol", "echo MaxArraySize = $(cat " + f"{tmp_path}/longest)")
-    program("sbatch", f'n=$(ls {jobs} | wc -l); cp "$1" {jobs}/$n; echo Submitted batch job $((n + 1))')
+    program("sbatch", f'n=$(ls {jobs} | wc -l); cat > {jobs}/$n; echo "$((n + 1));main"')
     (tmp_path / "longest").write_text("1001")
 
     def options(name: str) -> list[str | None]:
@@ -86,8 +87,7 @@ def submitted(program: Any, tmp_path: Path) -> Any:
 
 def submit_for(sweep: Sweep, **changes: Any) -> list[Submission]:
     prepare_directory(sweep)
-    options = {"make_job": lambda shape: shape.__str__, "allow_dirty": True, **changes}
-    return submit(sweep, lambda: plan(sweep), **options)
+    return submit(sweep, lambda: plan(sweep), allow_dirty=True, **changes)
 
 
 def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
@@ -107,8 +107,8 @@ def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitte
     assert not submit_for(limited)
 
 
-def test_jobs_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
-    write_sweep: Any, submitted: Any, tmp_path: Path
+def test_jobs_are_shared_out_over_shapes_and_what_gets_none_is_said(
+    write_sweep: Any, submitted: Any, tmp_path: Path, capsys: Any
 ) -> None:
     wide = [{"when": {"size": "rung-48"}, "set": {"devices": 8}}]
     widest = [{"when": {"size": "rung-64"}, "set": {"devices": 16}}]
@@ -117,10 +117,11 @@ def test_jobs_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
     assert submitted("array") == ["0-1%2", None, None]
     assert [submitted("nodes"), submitted("ntasks-per-node")] == [["1", "1", "2"], ["1", "8", "8"]]
     submit_for(write_sweep(slurm={"max_parallel": 2}, name="narrow", **fields))
-    assert submitted("dependency")[3:] == [None, None, "afterany:4:5"]
+    assert submitted("nodes")[3:] == ["1", "1"]
+    assert "no job for 2 runs of 2 x 8: slurm.max_parallel is reached" in capsys.readouterr().err
     (tmp_path / "longest").write_text("0")
     submit_for(write_sweep(name="single", **fields))
-    assert submitted("array")[6:] == [None] * 6
+    assert submitted("array")[5:] == [None] * 6
 
 
 def test_a_dry_run_prints_the_script_that_is_submitted(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_without_slurm_a_dry_run_prints_its_script_and_a_launch_one_sentence(
     (tmp_path / "git").symlink_to(shutil.which("git") or "")
     monkeypatch.setenv("PATH", str(tmp_path))
     sweep = write_sweep()
-    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.__str__, allow_dirty=True, dry_run=True)
+    (part,) = submit(sweep, lambda: plan(sweep), allow_dirty=True, dry_run=True)
     assert "#SBATCH --array=0-1%2" in part.script
     assert not sweep.directory.exists()
     with pytest.raises(UserError, match="--on local"):
@@ -185,7 +186,7 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
     root = tmp_path / "a $(touch pwned) `touch pwned` 'b\" ;touch pwned"
     section = {"partition": "$(touch pwned)", "python": "tell $(touch pwned)", "extra": {"comment": "';touch pwned"}}
     sweep = replace(write_sweep(slurm=section), root=root)
-    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.__str__, allow_dirty=True, dry_run=True)
+    (part,) = submit(sweep, lambda: plan(sweep), allow_dirty=True, dry_run=True)
     (tmp_path / "tell").write_text('#!/bin/sh\npwd; echo "$PYTHONPATH"; for word; do echo "$word"; done\n')
     (tmp_path / "tell").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -201,7 +202,7 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
     code.mkdir(parents=True)
     words = execute().stdout.splitlines()
     assert words[:4] == [str(code), str(code), "$(touch", "pwned)"]
-    assert words[4:] == ["-u", "-m", "submitit.core._submit", str(root / "tiny/slurm")]
+    assert words[4:] == ["-u", "-m", "aimscale.sweeps.engine.slurm_worker", str(root / "tiny"), "1", "1"]
     assert not list(tmp_path.rglob("pwned"))
 
 
@@ -209,12 +210,11 @@ def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
     """The signal, torchrun and the plan use the same number."""
     small = write_sweep(sizes=["rung-32"], budgets=[640])
     (run,) = plan(small)
-    assert grace_period_s(small, run) == cost_cards(small, [run])[0].stop_s == 120
+    assert grace_period_s(run) == cost_cards(small, [run])[0].stop_s == 120
     large = write_sweep(sizes=["aim-7B"], budgets=[640], devices=8)
     (run,) = plan(large)
     (card,) = cost_cards(large, [run])
-    assert card.stop_s == grace_period_s(large, run) == math.ceil(2 * 12 * card.params_total / SAVE_BYTES_PER_S) + 30
+    assert card.stop_s == grace_period_s(run) == math.ceil(2 * 12 * card.params_total / SAVE_BYTES_PER_S) + 30
     console = Console(width=200, file=io.StringIO())
     print_plan(large, [card], console)
     assert f"up to {format_duration(card.stop_s)} for a last save" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert grace_period_s(large.with_fields(slurm={"signal_delay_s": 60}), run) == 60
