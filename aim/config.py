@@ -231,6 +231,14 @@ def _shape(size: str) -> tuple[int, int, int]:
     )
 
 
+def size_of(width: int, depth: int, num_heads: int) -> str:
+    """Return the name of a shape: of a named size, or `w<width>-d<depth>`, with `-h<heads>` if they are not the
+    ladder's."""
+    free = f"w{width}-d{depth}"
+    names = (*known_sizes(), free, f"{free}-h{num_heads}")
+    return next(name for name in names if _shape(name) == (width, depth, num_heads))
+
+
 def _rung_depth(width: int) -> int:
     """Return the even number nearest to 24 sqrt(d / 1536): below aim-600M, depth shrinks as the root of the width."""
     return max(2, 2 * round(12 * math.sqrt(width / RELEASED_SIZES["aim-600M"][0])))

@@ -1,9 +1,9 @@
 """LoRA: adapt a frozen trunk by low-rank updates of its matrices (Hu et al., arXiv 2106.09685; AIM paper, Table 8).
 
-An adapted projection computes W x + B A x with W frozen, A (rank, in) drawn at random and B (out, rank) zero, so that
-adaptation starts from the model itself. As in the authors' code, the query, the value and the output
-projection of every attention are adapted, the key and the MLP are not: 6.3M parameters at 7B and rank 8, the paper's
-0.1 %. Released names stay as they are; an adapted layer only adds its `lora_a` and `lora_b`.
+An adapted projection computes W x + (alpha / rank) B A x with W frozen, A (rank, in) drawn at random and B (out, rank)
+zero, so that adaptation starts from the model itself. As in the authors' code, alpha is 1, and the query, the value and
+the output projection of every attention are adapted, the key and the MLP are not: 6.3M parameters at 7B and rank 8, the
+paper's 0.1 %. Released names stay as they are; an adapted layer only adds its `lora_a` and `lora_b`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from aimscale.aim.model import AIM, generator_for
 
 TARGETS = ("attn.qkv", "attn.proj")
 """Layers of a block that are adapted; of `qkv`, the rows of query and value."""
+ALPHA = 1.0
+"""Scale of the updates times their rank."""
 
 
 class LoRALinear(nn.Linear):
@@ -47,7 +49,7 @@ class LoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         updates = {
-            part: F.linear(F.linear(input, a), b)
+            part: F.linear(F.linear(input, a), b) * (ALPHA / len(a))
             for part, a, b in zip(self._parts, self.lora_a, self.lora_b, strict=True)
         }
         outputs = F.linear(input, self.weight).chunk(self._of, dim=-1)

@@ -1,28 +1,30 @@
 """Weights in and out, under the names of the released AIM models.
 
-A released model is `preprocessor.*` and `trunk.*` (the backbone file) and `head.*` (the attentive-probe file); our own
-files add `pixel_head.*`, which was never released. Checkpoints of the authors' trainer (ml-l3m) hold query, key and
-value apart (`attn.q_proj`, ...), the pixel head as `head.decoder_*`, and fixed positions, which are computed here.
-Files are mapped and copied tensor by tensor; no pickled code is ever executed.
+A released model is `preprocessor.*` and `trunk.*` (the backbone) and `head.*` (an attentive probe), in two `.pth`
+files, or as the hub has them: one `model.safetensors` (or `pytorch_model.bin`) beside a `config.json`. Our own files
+add `pixel_head.*`, which was never released. Checkpoints of the authors' trainer (ml-l3m) hold query, key and value
+apart (`attn.q_proj`, ...), the pixel head as `head.decoder_*`, and fixed positions, which are computed here. Files are
+mapped and copied tensor by tensor; no pickled code is ever executed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aimscale.aim.config import RELEASED_SIZES, ModelConfig, known_sizes, model_config
+from aimscale.aim.config import RELEASED_SIZES, ModelConfig, PixelHeadConfig, model_config, size_of
 from aimscale.aim.errors import UserError, some
 from aimscale.aim.model import AIM
 from aimscale.aim.mup import attention_scale
@@ -32,9 +34,8 @@ BACKBONE = ("preprocessor.", "trunk.")
 """Prefixes of a released backbone's names."""
 PROBE = "head."
 """Prefix of a released attentive probe's names."""
-NUM_HEADS = "num_heads"
-"""Key, in the header of an exported safetensors file, of the number of attention heads, which shapes do not tell."""
-_MAX_DEPTH = 1000  # blocks
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the weight file in a folder of the hub."""
 TRAINER_NORM_EPS = 1e-5
 """Epsilon of every LayerNorm in the authors' trainer."""
 
@@ -58,69 +59,59 @@ def model_shapes(config: ModelConfig) -> Shapes:
         return _shapes_of(AIM(config))
 
 
+def weight_file(path: Path) -> Path:
+    """Return the weight file in a folder of the hub; any other path is returned as it is.
+
+    Raises:
+        WeightsError: a folder without one.
+    """
+    if not path.is_dir():
+        return path
+    for name in WEIGHT_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise WeightsError(f"{path} holds no {' or '.join(WEIGHT_FILES)}; name the weight file itself")
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Map a `.pth` or `.safetensors` file into memory: tensors on the CPU whose bytes are read on use.
+    """Map a weight file into memory: tensors on the CPU whose bytes are read on use.
+
+    A file that is not named `.safetensors` is read as a PyTorch state dict (`.pth`, `.pt`, `.bin`).
 
     Raises:
         WeightsError: no such file, another format, or contents other than named tensors.
     """
     if not path.is_file():
         raise WeightsError(f"there is no weight file {path}")
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise WeightsError(f"{path} is neither .pth nor .safetensors; convert it to one of them")
+    is_safetensors = path.suffix == ".safetensors"
     try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        else:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except safetensors.SafetensorError as error:
-        raise WeightsError(
-            f"{path} is not a whole safetensors file ({error}); restore it or download it again"
-        ) from error
+        state: Any = load_file(path) if is_safetensors else torch.load(path, "cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many types, pickle's among them, for unreadable files
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+        kind = "whole safetensors file" if is_safetensors else "plain PyTorch state dict"
         raise WeightsError(
-            f"{path} is not a plain PyTorch state dict ({reason}); save one with torch.save(model.state_dict(), path)"
+            f"{path} is not a {kind} ({reason}); download it again, or torch.save(model.state_dict(), path)"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):  # a checkpoint of the authors' trainer
         state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise WeightsError(f"{path} holds something other than named tensors; save model.state_dict() alone")
     for name, value in state.items():
-        if not isinstance(value, Tensor) or not _is_plain(value):
+        if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
             raise WeightsError(
                 f"{path}: {name} is no plain tensor; save the model's state_dict() in fp32, bf16 or fp16"
             )
     return state
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor stores a value for each of its elements: a file of 1 kB may describe 1 TB that it does
-    not hold."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
-        return False
-    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
-
-
 def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a `.pth` or `.safetensors` file (the latter with text `metadata`) under a temporary name, then rename it.
-
-    Raises:
-        WeightsError: another suffix.
-    """
-    if path.suffix not in (".pth", ".safetensors"):
-        raise WeightsError(f"{path} is neither .pth nor .safetensors; name the output file so")
+    """Write a safetensors file, with text `metadata`, under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.suffix == ".safetensors":
-            ordered = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # so that every tensor is aligned
-            layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
-            write_safetensors(partial, layout, (tensor.detach().cpu() for tensor in ordered.values()), metadata)
-        else:
-            # torch.save writes whole storages: without the clone, a mapped file's
-            torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, partial)
+        ordered = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # so that every tensor is aligned
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
+        write_safetensors(partial, layout, (tensor.detach().cpu() for tensor in ordered.values()), metadata)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -162,77 +153,75 @@ def write_safetensors(
     return crc
 
 
-def identify(path: Path, *, image_size: int = 224, num_heads: int | None = None) -> ModelConfig:
-    """Infer the size of a backbone file from its shapes, with a linear pixel head.
-
-    A width and depth that are no named size become `w<width>-d<depth>`. The file does not tell `image_size`, since
-    positions are computed and not stored. Nor do shapes tell the number of attention heads: it is known of published
-    sizes and of files that this project exported, and must be passed for all others.
+def read_hub_config(file: Path) -> dict[str, Any]:
+    """Read what `config.json` beside a weight file says of an AIM, see `hub_config`; empty if there is none.
 
     Raises:
-        WeightsError: an unreadable file, one without a patch embedding or blocks, or an unknown number of heads.
+        WeightsError: it is not JSON, or a value is of another type.
+    """
+    path = file.with_name("config.json")
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+        if not {"img_size", "embed_dim", "num_blocks", "num_heads"} <= values.keys():
+            return {}  # of something else
+        blocks = values.get("probe_layers", 6)
+        if isinstance(blocks, int):  # that many last ones
+            blocks = range(values["num_blocks"] - blocks, values["num_blocks"])
+        numbers = {name: int(values[name]) for name in ("img_size", "embed_dim", "num_blocks", "num_heads")}
+        return numbers | {"probe_layers": [int(block) for block in blocks]}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} does not describe an AIM ({error}); restore it, or move it elsewhere") from error
+
+
+def hub_config(config: ModelConfig, probe_blocks: Sequence[int], num_classes: int | None) -> dict[str, Any]:
+    """Return the contents of `config.json`, from which the authors' `AIMForImageClassification` is built.
+
+    Args:
+        probe_blocks: blocks that the head averages.
+        num_classes: classes of the head; None if the file holds no head.
+    """
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.channels,
+        "embed_dim": config.width,
+        "num_blocks": config.depth,
+        "num_heads": config.num_heads,
+        "probe_layers": list(probe_blocks),
+        **({} if num_classes is None else {"num_classes": num_classes}),
+    }
+
+
+def identify(state: Mapping[str, Tensor], where: Path, *, image_size: int, num_heads: int | None = None) -> ModelConfig:
+    """Infer the size of a backbone under released names from its shapes, with a linear pixel head.
+
+    Tensors do not tell `image_size`, since positions are computed and not stored, nor the number of attention heads,
+    which is known of published sizes.
+
+    Raises:
+        WeightsError: there is no patch embedding or no block, or the number of heads is unknown.
         ModelConfigError: shapes that no AIM has.
     """
-    state = read_weights(path)
-    if is_trainer_state(state):
-        state = to_released(state)
     patch_embedding = state.get("preprocessor.patchifier.proj.weight")
     depth = len({name.split(".")[2] for name in state if name.startswith("trunk.blocks.")})
-    shape = () if patch_embedding is None else patch_embedding.shape
-    if len(shape) != 4 or 0 in shape or not 0 < depth <= _MAX_DEPTH:
-        raise WeightsError(f"{path} is not an AIM backbone: it has no patch embedding or no blocks")
-    width, channels, patch_size, _ = shape
-    heads = num_heads or known_heads(path, width, depth)
+    if patch_embedding is None or patch_embedding.ndim != 4 or not depth:
+        raise WeightsError(f"{where} is not an AIM backbone: it has no patch embedding or no blocks")
+    width, channels, patch_size, _ = patch_embedding.shape
+    published = {(wide, deep): heads for wide, deep, heads in RELEASED_SIZES.values()}
+    heads = num_heads or published.get((width, depth))
     if heads is None:
         raise WeightsError(
-            f"{path} (width {width}, {depth} blocks) is no published size and does not tell its number of attention "
-            "heads; add --num-heads N"
+            f"{where} (width {width}, {depth} blocks) is no published size, and no config.json tells its number of "
+            "attention heads; add --num-heads N"
         )
-    known = [size for size in known_sizes() if _shape_of(size) == (width, depth, heads)]
-    free = f"w{width}-d{depth}"
-    return model_config(
-        known[0] if known else free if _shape_of(free)[2] == heads else f"{free}-h{heads}",
-        image_size=image_size,
-        patch_size=patch_size,
-        channels=channels,
-        head_rule="none",
-    )
-
-
-def _shape_of(size: str) -> tuple[int, int, int]:
-    config = model_config(size)
-    return config.width, config.depth, config.num_heads
-
-
-def known_heads(path: Path, width: int, depth: int) -> int | None:
-    """Return the number of attention heads of a published size, or as recorded in a file exported by this project; else
-    None."""
-    for published_width, published_depth, heads in RELEASED_SIZES.values():
-        if (published_width, published_depth) == (width, depth):
-            return heads
-    if path.suffix != ".safetensors":
-        return None
-    with safetensors.safe_open(path, framework="pt") as file:
-        recorded = (file.metadata() or {}).get(NUM_HEADS, "")
-    return int(recorded) if re.fullmatch("[1-9][0-9]{0,3}", recorded) else None
+    size = size_of(width, depth, heads)
+    return model_config(size, image_size=image_size, patch_size=patch_size, channels=channels, head_rule="none")
 
 
 def load_model(path: Path, config: ModelConfig, *, device: str | torch.device = "cpu") -> AIM:
-    """Build a float32 AIM from a file of our own, which holds every weight, pixel head included.
-
-    Raises:
-        WeightsError: an unreadable file; a missing, unknown or mis-shaped tensor.
-    """
-    with torch.device("meta"):
-        model = AIM(config)
-    _fill(model, read_weights(path), path, device)
-    model.fill_constants()
-    return model
-
-
-def load_backbone(path: Path, config: ModelConfig, *, device: str | torch.device = "cpu") -> AIM:
-    """Build a float32 AIM from a released backbone file; missing parts, such as the pixel head, come from
-    `init_weights(0)`.
+    """Build a float32 AIM; a released backbone, which has no pixel head, gets an untrained linear one.
 
     Probe tensors `head.*` in the same file are left alone, see `load_probe`.
 
@@ -240,15 +229,18 @@ def load_backbone(path: Path, config: ModelConfig, *, device: str | torch.device
         WeightsError: an unreadable file; a missing, unknown or mis-shaped tensor.
     """
     state = {name: tensor for name, tensor in read_weights(path).items() if not name.startswith(PROBE)}
-    if others := [name for name in state if not name.startswith(BACKBONE)]:
-        raise WeightsError(f"{path} holds {some(sorted(others))}, which an AIM backbone does not have")
+    is_backbone = not any(name.startswith("pixel_head.") for name in state)
+    if is_backbone:
+        linear = PixelHeadConfig(width=config.width, depth=0, is_linear=True)
+        config = dataclasses.replace(config, head=linear, masked=None)
     with torch.device("meta"):
         model = AIM(config)
-    for lacking in filter(None, (model.pixel_head, model.mask)):
-        lacking.to_empty(device=device)
-    model.init_weights(0)
-    for prefix in BACKBONE:
-        _fill(model.get_submodule(prefix[:-1]), state, path, device, prefix)
+    shapes = _shapes_of(model)
+    lacking = [name for name in shapes if is_backbone and not name.startswith(BACKBONE)]
+    check_tensors(state, {name: shape for name, shape in shapes.items() if name not in lacking}, path)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        model.load_state_dict({**{name: model.initial_value(name, 0) for name in lacking}, **state})
     model.fill_constants()
     return model
 
@@ -259,9 +251,9 @@ def load_probe(path: Path, config: ModelConfig) -> AttentiveProbe:
     Raises:
         WeightsError: an unreadable file; a missing, unknown or mis-shaped tensor.
     """
-    state = read_weights(path)
-    probe = _probe_on_meta(state, config, path)
-    _fill(probe, state, path, "cpu", PROBE)
+    state = probe_state(read_weights(path), config, path)
+    probe = _probe_on_meta(state, config, path).to_empty(device="cpu")
+    probe.load_state_dict({name.removeprefix(PROBE): tensor for name, tensor in state.items()})
     return probe
 
 
@@ -272,7 +264,8 @@ def probe_state(state: Mapping[str, Tensor], config: ModelConfig, where: Path) -
         WeightsError: there is none, or one that does not fit the model.
     """
     own = {name: tensor for name, tensor in state.items() if name.startswith(PROBE)}
-    check_tensors(own, _shapes_of(_probe_on_meta(own, config, where), PROBE), where)
+    shapes = _shapes_of(_probe_on_meta(own, config, where))
+    check_tensors(own, {f"{PROBE}{name}": shape for name, shape in shapes.items()}, where)
     return own
 
 
@@ -318,18 +311,8 @@ def check_tensors(state: Mapping[str, Tensor], wanted: Shapes, where: Path) -> N
             raise WeightsError(f"{where}: {name} has values that are not finite; use weights from before they diverged")
 
 
-def _shapes_of(module: nn.Module, prefix: str = "") -> Shapes:
-    return {f"{prefix}{name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
-def _fill(
-    module: nn.Module, state: Mapping[str, Tensor], where: Path, device: str | torch.device, prefix: str = ""
-) -> None:
-    """Give a meta `module` the values of `state` under `prefix`; constants, which no file holds, stay undefined."""
-    own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
-    check_tensors(own, _shapes_of(module, prefix), where)
-    module.to_empty(device=device)
-    module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in own.items()})
+def _shapes_of(module: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def is_trainer_state(state: Mapping[str, Tensor]) -> bool:

@@ -6,39 +6,38 @@ tensor. No pickled code is executed.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from aimscale.aim.config import RELEASED_SIZES, ModelConfig, model_config
-from aimscale.aim.cost import param_count
 from aimscale.aim.weights import (
     BACKBONE,
-    NUM_HEADS,
     PROBE,
     TRAINER_NORM_EPS,
     WeightsError,
     backbone_state,
     check_tensors,
+    hub_config,
     identify,
     is_trainer_state,
-    known_heads,
     model_shapes,
     probe_state,
+    read_hub_config,
     read_weights,
     to_released,
+    weight_file,
     write_weights,
 )
-from aimscale.harness.probe.released import RELEASED_HEAD, HeadBlocks, released_blocks
+from aimscale.harness.probe.released import RELEASED_HEAD, check_blocks, parse_blocks, read_head_blocks
 from aimscale.harness.run.config import ModelSection, RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
-from aimscale.harness.run.files import atomic_dir, write_text
+from aimscale.harness.run.files import atomic_dir, write_json, write_text
 from aimscale.harness.run.provenance import record_start
 from aimscale.harness.run.row import describe, model_of
 
@@ -57,46 +56,54 @@ def import_weights(
     source: Path,
     run_path: Path,
     *,
-    size: str | None,
-    image_size: int,
-    images_seen: int | None,
+    size: str | None = None,
+    image_size: int | None = None,
+    images_seen: int | None = None,
     num_heads: int | None = None,
     head: Path | None = None,
-    head_blocks: HeadBlocks = "last",
+    head_blocks: str | None = None,
 ) -> RunDir:
     """Turn a released backbone, or a checkpoint of the authors' trainer, into a finished run directory.
 
     Args:
-        source: `.pth` or `.safetensors` with `preprocessor.*` and `trunk.*` under released names; or with q, k, v apart
-            and `head.decoder_*`, whose pixel head comes along.
+        source: weight file, or a folder as on the hub, with `preprocessor.*` and `trunk.*` under released names; or a
+            trainer's checkpoint with q, k, v apart and `head.decoder_*`, whose pixel head comes along. A `config.json`
+            beside it tells what shapes do not.
         size: named size; None takes the one whose shapes fit.
-        image_size: side of the images, pixels, which the file does not tell.
+        image_size: side of the images, pixels; None takes that of `config.json`, or 224.
         images_seen: D; None takes the published number of that size.
-        num_heads: attention heads, which shapes do not tell; None takes those of a published size or of our own export.
-        head: file of a released attentive probe `head.*`; None keeps the one in `source`, if there is one.
-        head_blocks: the blocks that it reads: the last six, or the published best ones.
+        num_heads: attention heads; None takes those of `config.json`, or of the published size.
+        head: file or folder of a released attentive probe `head.*`; None keeps the one in `source`, if there is one.
+        head_blocks: blocks that the head averages, as `parse_blocks` reads them; None takes those of the `config.json`
+            beside it.
 
     Raises:
         WeightsError: an unreadable file, one that is not the backbone of `size`, or a head that does not fit.
+        ProbeError: blocks that the model does not have, or that nothing tells.
         RunDirError: `run_path` exists.
     """
     if run_path.exists():
         raise RunDirError(f"{run_path} exists already; choose another directory for the imported weights")
-    state = to_released(read_weights(source))
-    section, config = _model_of(source, state, size=size, image_size=image_size, num_heads=num_heads)
+    source = weight_file(source)
+    hub, stored = read_hub_config(source), read_weights(source)
+    state = to_released(stored)
+    config = identify(
+        state, source, image_size=image_size or hub.get("img_size", 224), num_heads=num_heads or hub.get("num_heads")
+    )
+    if hub and (hub["embed_dim"], hub["num_blocks"]) != (config.width, config.depth):
+        raise WeightsError(
+            f"{source} holds {config.name}, and the config.json beside it describes another model; move it"
+        )
+    section = _section(config, size, source, _trainer_fields(state, source) if is_trainer_state(stored) else {})
+    config = model_config(**dict(section))
     images_seen = PUBLISHED_IMAGES_SEEN.get(section.size) if images_seen is None else images_seen
     if images_seen is None:
         raise WeightsError(
             f"{source} is no published size ({section.size}); add --images-seen N, the images it was trained on"
         )
-    if head is None:
-        kept_head = probe_state(state, config, source) if f"{PROBE}linear.weight" in state else {}
-    else:
-        kept_head = probe_state(read_weights(head), config, head)
     body = {name: tensor for name, tensor in state.items() if not name.startswith(PROBE)}
     is_whole = any(name.startswith("pixel_head.") for name in body)
-    shapes = model_shapes(config)
-    wanted = {name: shape for name, shape in shapes.items() if is_whole or name.startswith(BACKBONE)}
+    wanted = {name: shape for name, shape in model_shapes(config).items() if is_whole or name.startswith(BACKBONE)}
     check_tensors(body, wanted, source)
     run_config = _published_recipe(section, images_seen)
     with source.open("rb") as file:
@@ -104,11 +111,9 @@ def import_weights(
     origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": sha256}
     with atomic_dir(run_path) as folder:
         run = RunDir(folder)
-        if kept_head:
-            blocks = released_blocks(config, head_blocks)
-            write_weights(kept_head, run.path / RELEASED_HEAD, {"blocks": json.dumps(blocks)})
-        metadata = {"format": "pt", "imported_from": source.name, NUM_HEADS: str(config.num_heads)}
-        write_weights(body, run.model_file(images_seen), metadata)
+        if head is not None or f"{PROBE}linear.weight" in state:
+            _import_head(source if head is None else weight_file(head), config, head_blocks, run)
+        write_weights(body, run.model_file(images_seen), {"format": "pt", "imported_from": source.name})
         write_text(run.config, run_config.to_yaml())
         run.record_row(_row(run_config, images_seen))
         run.write_status(state="finished", images_seen=images_seen, step=images_seen // 4096)
@@ -116,59 +121,31 @@ def import_weights(
     return RunDir(run_path)
 
 
-def describe_weights(path: Path) -> dict[str, Any]:
-    """Describe what a weight file holds, from names and shapes alone."""
-    state = read_weights(path)
-    parts = {"preprocessor": 0, "trunk": 0, "pixel_head": 0, "head": 0, "other": 0}
-    for name, tensor in state.items():
-        part = name.split(".", 1)[0]
-        parts[part if part in parts else "other"] += tensor.numel()
-    facts = {
-        "file": str(path),
-        "bytes": path.stat().st_size,
-        "num_tensors": len(state),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
-        "params": {part: count for part, count in parts.items() if count},
-    }
-    classifier = state.get(f"{PROBE}linear.weight")
-    if classifier is not None and classifier.ndim:
-        facts["num_classes"] = len(classifier)
-    return facts | (_backbone_facts(path, state) if parts["trunk"] else {})
+def _import_head(file: Path, config: ModelConfig, which: str | None, run: RunDir) -> None:
+    """Copy a released attentive probe, and which blocks it averages, into a run directory."""
+    state = probe_state(to_released(read_weights(file)), config, file)
+    told = read_hub_config(file).get("probe_layers")
+    if which is None and told is None:
+        raise WeightsError(
+            f"{file} does not tell which blocks its head reads; add --head-blocks last, best, or FIRST-LAST"
+        )
+    blocks = check_blocks(config, told) if which is None else parse_blocks(config, which)
+    write_weights(state, run.path / RELEASED_HEAD, {"blocks": json.dumps(blocks)})
 
 
-def _backbone_facts(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Describe the backbone in a weight file."""
-    any_heads = identify(path, num_heads=1)
-    heads = known_heads(path, any_heads.width, any_heads.depth)
-    wanted = {name: shape for name, shape in model_shapes(any_heads).items() if name.startswith(BACKBONE)}
-    backbone = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(BACKBONE)}
-    return {
-        "size": identify(path).name if heads else f"w{any_heads.width}-d{any_heads.depth}",
-        "width": any_heads.width,
-        "depth": any_heads.depth,
-        "num_heads": heads or "not told by the file",
-        "patch_size": any_heads.patch_size,
-        "is_complete_backbone": backbone == wanted,
-    }
-
-
-def _model_of(
-    source: Path, state: Mapping[str, Tensor], *, size: str | None, image_size: int, num_heads: int | None
-) -> tuple[ModelSection, ModelConfig]:
-    """Infer the model that a file holds, insisting on `size`."""
-    found = identify(source, image_size=image_size, num_heads=num_heads)
-    of_trainer = is_trainer_state(read_weights(source))
+def _section(found: ModelConfig, size: str | None, source: Path, fields: dict[str, Any]) -> ModelSection:
+    """Return the configuration of a model that was found in a file, insisting on `size`."""
     section = ModelSection(
         size=size or found.name,
-        image_size=image_size,
+        image_size=found.image_size,
         patch_size=found.patch_size,
         channels=found.channels,
-        **(_trainer_fields(state, source) if of_trainer else {"head_rule": "released"}),
+        **({"head_rule": "released"} | fields),
     )
     config = model_config(**dict(section))
     if (config.width, config.depth, config.num_heads) != (found.width, found.depth, found.num_heads):
-        raise WeightsError(f"{source} holds {found.name}, not {section.size}; leave out --size, or give the other file")
-    return section, config
+        raise WeightsError(f"{source} holds {found.name}, not {size}; leave out --size, or give the other file")
+    return section
 
 
 def _trainer_fields(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
@@ -181,7 +158,6 @@ def _trainer_fields(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]
         )
     blocks = {name.split(".")[2] for name in pixel_head if name.startswith("pixel_head.blocks.")}
     return {
-        "head_rule": "released",
         "head_width": len(projection),
         "head_depth": len(blocks),
         "ln_residual": any(name.endswith(".norm_1.weight") for name in pixel_head),
@@ -220,61 +196,52 @@ assert set(PUBLISHED_IMAGES_SEEN) == set(RELEASED_SIZES)
 
 
 def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path | None) -> list[Path]:
-    """Write a budget's backbone under released names: `model.safetensors`, `model.pth` and `README.md` in `out`.
+    """Write a budget's backbone and a head as a folder that the authors' `AIMForImageClassification.from_pretrained`
+    reads, `model.safetensors` and `config.json`; beside them the run's own `run.yaml` and a `README.md`.
 
     Args:
-        probe_file: an attentive probe (`harness.probe.files.probe_head`) to add as `head.*`.
+        probe_file: an attentive probe (`harness.probe.files.probe_head`) to add as `head.*`; None takes the one that
+            came with imported weights, if there is one.
+
+    Raises:
+        WeightsError: `out` exists, or the released layout cannot express the model or its head.
     """
     if out.exists():
         raise WeightsError(f"{out} exists already; choose another folder for the export")
     config = run.load_config()
     model = model_of(config.training)
     state = backbone_state(read_weights(run.model_file(images_seen)), model)
-    if probe_file is not None:
-        state |= probe_state(read_weights(probe_file), model, probe_file)
-    rows = [row for row in run.read_rows() if row["images_seen"] == images_seen]
+    head_file = probe_file or run.path / RELEASED_HEAD
+    blocks, num_classes = parse_blocks(model, "last"), None
+    if head_file.is_file():
+        head, blocks = probe_state(read_weights(head_file), model, head_file), read_head_blocks(head_file)
+        if f"{PROBE}linear.bias" in head:
+            raise WeightsError(
+                f"the classifier of {head_file} has a bias, which released heads have not; export another"
+            )
+        num_classes = len(head[f"{PROBE}linear.weight"])
+        state |= head
     with atomic_dir(out) as folder:
-        metadata = {"format": "pt", "run_id": config.run_id, NUM_HEADS: str(model.num_heads)}
-        write_weights(state, folder / "model.safetensors", metadata)
-        write_weights(state, folder / "model.pth")
-        write_text(folder / "config.json", json.dumps(dataclasses.asdict(model), indent=1) + "\n")
-        write_text(folder / "README.md", model_card(config, model, images_seen, rows[0] if rows else {}))
+        write_weights(state, folder / "model.safetensors", {"format": "pt", "run_id": config.run_id})
+        write_json(folder / "config.json", hub_config(model, blocks, num_classes))
+        write_text(folder / "run.yaml", config.to_yaml())
+        write_text(folder / "README.md", _readme(config, model, images_seen, blocks, num_classes))
     return sorted(out.iterdir())
 
 
-def model_card(config: RunConfig, model: ModelConfig, images_seen: int, row: Mapping[str, Any]) -> str:
-    """Write the model card, in Markdown: what the model is, how it was trained, what was measured, and its limits."""
-    training, optimiser, params = config.training, config.training.optimiser, param_count(model)
-    loss = row.get("val_loss")
-    objective = f"next patch, prefix {training.objective.prefix}"
-    if model.masked is not None:
-        objective = f"{model.num_masked} of {model.num_tokens} patches masked"
+def _readme(
+    config: RunConfig, model: ModelConfig, images_seen: int, blocks: Sequence[int], num_classes: int | None
+) -> str:
+    """Write what an exported folder holds and how it is read."""
+    head = f"an attentive head of {num_classes} classes on" if num_classes else "no head; one could read"
     lines = [
         f"# {model.name}, {images_seen:,} images",
         "",
-        f"An autoregressive image model (AIM, arXiv 2401.08541) trained by aimscale; run `{config.run_id}`.",
+        f"The backbone of an autoregressive image model (AIM, arXiv 2401.08541) trained by aimscale, run "
+        f"`{config.run_id}` (`run.yaml`), with {head} the mean of blocks {', '.join(map(str, blocks))}.",
         "",
-        f"- Backbone: width {model.width}, {model.depth} blocks, {model.num_heads} heads, {params.trunk:,} parameters "
-        f"(+ {params.preprocessor:,} in the patch embedding). The pixel head ({params.head:,}) is not in the file.",
-        f"- Input: {model.channels} x {model.image_size} x {model.image_size} pixels, patches of {model.patch_size}, "
-        "ImageNet mean and standard deviation.",
-        f"- Data: {', '.join(f'{source.path} ({source.probability:g})' for source in training.data.sources)}; "
-        f"unique images: {training.data.unique_images or 'all'}.",
-        f"- Objective: {objective}, {model.patch_order} order, {model.target} pixels.",
-        f"- Optimiser: AdamW, batch {optimiser.batch_size}, peak rate {optimiser.lr_peak:g}, weight decay "
-        f"{optimiser.weight_decay:g}, schedule {training.schedule.kind}, {optimiser.precision}.",
-        f"- Validation loss: {f'{loss:.4f}' if loss is not None else 'not measured'}.",
-        "",
-        "Features for probes are raw block outputs with bidirectional attention, without the last norm.",
-        "",
+        "Names, shapes and `config.json` are those of the released AIM models:",
+        "`AIMForImageClassification.from_pretrained(FOLDER)` of https://github.com/apple/ml-aim reads this folder.",
+        f"Images have ImageNet's mean and deviation; the epsilon of LayerNorms was {model.norm_eps:g} (there 1e-06).",
     ]
-    if row.get("probes"):
-        lines += ["| task | probe | blocks | top-1 | 95 % interval | n |", "|---|---|---|---|---|---|"]
-        lines += [
-            f"| {probe['task']} | {probe['kind']} | {', '.join(map(str, probe['blocks']))} | {probe['top1']:.4f} | "
-            f"{probe['top1_lo95']:.4f} to {probe['top1_hi95']:.4f} | {probe['n']} |"
-            for probe in row["probes"]
-        ]
-        lines.append("")
-    lines.append("Names and shapes are those of the released AIM models, so code written for them loads these files.")
     return "\n".join(lines) + "\n"

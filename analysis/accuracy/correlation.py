@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 from aimscale.analysis.accuracy.result import Correlation, Correlations
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.groups import SIZE_COLUMNS
+from aimscale.analysis.fitting.groups import SIZE_COLUMNS, groups_of
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.measures import ACCURACIES, wanted_measures
@@ -49,9 +49,10 @@ def correlate(
     Loss and accuracy both follow compute, so over all rows they can hardly fail to correlate. Without `partial` and
     `within`, a table that has training FLOPs is therefore correlated at equal compute first, then over all rows.
 
-    Clusters are sizes, else runs, where there are four or more and some have several rows, else rows. The interval is
-    Student's with clusters - 1 degrees of freedom, less those that groups' means take out, and never narrower than
-    Fisher's of as many independent rows.
+    Clusters are sizes, else runs, where there are four or more and some have several rows, else rows. Four budgets or
+    more (equal D, else equal C) are clusters, too, unless compute is held equal: variances of both add. The interval is
+    Student's with clusters - 1 degrees of freedom, less those that groups' means take out, by Satterthwaite where two
+    variances add, and never narrower than Fisher's of as many independent rows.
 
     Args:
         df: a results table, or rows of `probe_frame`.
@@ -121,14 +122,18 @@ def _correlate(
         held = np.column_stack([held, np.eye(group.max() + 1)[group][:, 1:]])
         group = _codes(rows, within)
     cluster = _cluster_column(rows, within)
-    member, sides = _codes(rows, cluster), numbers[[x, y]].to_numpy()
+    members, sides = [_codes(rows, cluster)], numbers[[x, y]].to_numpy()
+    budgets = None if partial is not None else groups_of(rows, {}).get("budgets")
+    members += [] if budgets is None or budgets.max() + 1 < MIN_ROWS else [budgets]
     sides = sides / np.abs(sides).max(axis=0)  # squares of 1e308 are no numbers
     names = {"x": x, "y": y, "cluster": cluster, "partial_on": partial, "within": within}
     about: dict[str, Any] = {key: name and their_name(df, name) for key, name in names.items()}
-    about |= {"num_points": len(rows), "num_clusters": int(member.max()) + 1, "num_groups": num_groups}
+    num_clusters, num_budgets = (int(member.max()) + 1 for member in (members[0], members[-1]))
+    about |= {"num_clusters": num_clusters, "num_budgets": num_budgets if len(members) > 1 else 0}
+    about |= {"num_points": len(rows), "num_groups": num_groups}
     about |= {"chance": _chance_of_all(rows, y), "exclusions": used.exclusions}
     for method in methods:
-        value, low, high, degrees = _interval(method, sides, group, held, member)
+        value, low, high, degrees = _interval(method, sides, group, held, members)
         yield Correlation(method=method, value=value, low=low, high=high, degrees=degrees, **about)
 
 
@@ -185,23 +190,32 @@ def _coefficient(method: str, sides: Array, held: Array) -> float:
     return float(np.corrcoef([METHODS[method](each) for each in rest.T.round(12)])[0, 1])  # ties stay ties
 
 
-def _interval(method: str, sides: Array, group: Array, held: Array, member: Array) -> tuple[float, float, float, int]:
+def _interval(
+    method: str, sides: Array, group: Array, held: Array, members: Sequence[Array]
+) -> tuple[float, float, float, float]:
     """Return the coefficient of both sides (n, 2), its interval and degrees of freedom; from -1 to 1 where it rests on
-    one cluster (n,)."""
-    n, part = len(sides), member % MAX_CLUSTERS
-    # means cost degrees of freedom between clusters where their groups hold several clusters each, whole
-    num_means, is_nested = group.max(), pd.Series(group).groupby(part).nunique().max() == 1
-    degrees = int(part.max() - num_means * (is_nested and num_means < part.max()))
+    one cluster of one clustering (n,)."""
+    n, num_means = len(sides), group.max()
     basis = np.column_stack([np.eye(num_means + 1)[group], held])
     value = _coefficient(method, sides, basis)
-    without = [_coefficient(method, sides[part != k], basis[part != k]) for k in range(part.max() + 1)]
-    if not np.isfinite([value, *without]).all():
-        return value, -1.0, 1.0, degrees
     # perfect ranks, infinite on Fisher's scale, tell no more than that no two neighbours are swapped
     most = 1 - (6 / (n * (n**2 - 1)) if method == "spearman" else 1e-12)
-    z, *each = np.arctanh(np.clip([value, *without], -most, most))
+    variances, freedoms = np.empty(len(members)), np.empty(len(members))
+    for i, member in enumerate(members):
+        part = member % MAX_CLUSTERS
+        without = [_coefficient(method, sides[part != k], basis[part != k]) for k in range(part.max() + 1)]
+        # means cost degrees of freedom between clusters where their groups hold several clusters each, whole
+        is_nested = pd.Series(group).groupby(part).nunique().max() == 1
+        freedoms[i] = part.max() - num_means * (is_nested and num_means < part.max())
+        variances[i] = freedoms[i] * np.var(np.arctanh(np.clip(without, -most, most)))
+    degrees = float(freedoms[0])
+    if not np.isfinite([value, *variances]).all():
+        return value, -1.0, 1.0, degrees
+    if variances.any():
+        degrees = float(variances.sum() ** 2 / (variances**2 / freedoms).sum())
+    z = np.arctanh(np.clip(value, -most, most))
     independent = max(1, n - 3 - num_means - held.shape[1])
     fisher = (1 + value**2 / 2 if method == "spearman" else 1) / independent  # of ranks: Bonett and Wright (2000)
     tail = 0.5 + CONFIDENCE / 2
-    half = max(student.ppf(tail, degrees) * np.sqrt(degrees * np.var(each)), norm.ppf(tail) * np.sqrt(fisher))
+    half = max(student.ppf(tail, degrees) * np.sqrt(variances.sum()), norm.ppf(tail) * np.sqrt(fisher))
     return value, float(min(value, np.tanh(z - half))), float(max(value, np.tanh(z + half))), degrees

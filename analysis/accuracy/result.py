@@ -31,7 +31,10 @@ class Correlation:
     cluster: str | None
     """Column whose rows were left out together; None for single rows."""
     num_clusters: int
-    degrees: int
+    num_budgets: int
+    """Budgets that were left out in turn as well; 0 where compute is held equal or they are too few."""
+    degrees: float
+    """Degrees of freedom of Student's t."""
     partial_on: str | None
     """Column that was held equal, if any."""
     num_groups: int | None
@@ -95,7 +98,8 @@ class Correlations(Result):
             found.append(("over all rows", "both may follow compute, and then they correlate whatever else they share"))
         for c in self:
             over = f"{c.num_clusters} clusters by {c.cluster}" if c.cluster else f"{c.num_points} rows"
-            how = f"95 %, jackknife of Fisher's z over {over}, t with {c.degrees} degrees of freedom"
+            over += f" and {c.num_budgets} budgets" * bool(c.num_budgets)
+            how = f"95 %, jackknife of Fisher's z over {over}, t with {c.degrees:.3g} degrees of freedom"
             groups = (
                 f"within {c.num_groups} groups of equal" if c.num_groups else "about a polynomial in the logarithm of"
             )

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
@@ -254,7 +255,8 @@ def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
     """
     names = [field.name for field in PROBE_FIELDS]
     entries = list(frame["probes"]) if "probes" in frame else [[] for _ in range(len(frame))]
-    base = frame.drop(columns=["probes", *names], errors="ignore").loc[frame.index.repeat([*map(len, entries)])]
+    base = frame.drop(columns=["probes", *names], errors="ignore")
+    base = base.iloc[np.repeat(np.arange(len(frame)), [*map(len, entries)])]  # concatenated tables repeat labels
     numbers = {field.name: "float64" for field in PROBE_FIELDS if field.dtype in ("int64", "float64")}
     probes = pd.DataFrame([entry for row in entries for entry in row], columns=names).astype(numbers)
     return base.reset_index(drop=True).assign(**probes)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-import yaml
 
-app = typer.Typer(help="Import, export and describe official AIM weights.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Import and export official AIM weights.", no_args_is_help=True, add_completion=False)
 
 
 def train(
@@ -47,22 +45,29 @@ def train(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="Released backbone or trainer's checkpoint.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="Released file, folder from the hub, or trainer's checkpoint.", show_default=False)
+    ],
     run_dir: Annotated[Path, typer.Argument(help="New run directory.", show_default=False)],
     size: Annotated[str | None, typer.Option(help="Insist on this size; default: by the shapes.")] = None,
-    image_size: Annotated[int, typer.Option(min=1, help="Side of its input images, pixels.")] = 224,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of its input images, pixels; default: config.json's, or 224.")
+    ] = None,
     images_seen: Annotated[
         int | None, typer.Option(min=1, help="Images it was trained on; default: the published number.")
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, which shapes do not show; known for published sizes.")
+        int | None, typer.Option(min=1, help="Attention heads; default: config.json's, or those of a published size.")
     ] = None,
     head: Annotated[
         Path | None, typer.Option(help="File of the released attentive probe; default: the one in FILE.")
     ] = None,
     head_blocks: Annotated[
-        Literal["last", "best"], typer.Option(help="Blocks that the probe reads: the last six or the published best.")
-    ] = "last",
+        str | None,
+        typer.Option(
+            help="Blocks that the probe reads: last (six), best (published) or 14-19; default: config.json's."
+        ),
+    ] = None,
 ) -> None:
     """Turn released weights into a finished run, which `probe` and `collect` read like any other."""
     from aimscale.harness.weights import import_weights
@@ -92,11 +97,12 @@ def export(
     probe: Annotated[
         str | None,
         typer.Option(
-            help="Task, or TASK-EVALUATION, whose attentive probe goes into the file as head.*.", show_default=False
+            help="Task, or TASK-EVALUATION, whose attentive probe is the head; default: an imported run's own head.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Write a budget's backbone under the released names, as safetensors and .pth, with a model card."""
+    """Write a budget's backbone and a head as the hub has AIM: model.safetensors and config.json."""
     from aimscale.harness.probe.files import probe_head
     from aimscale.harness.run.budgets import chosen_budgets
     from aimscale.harness.run.directory import RunDir
@@ -106,20 +112,5 @@ def export(
     run.load_config()
     budget = chosen_budgets(run, images_seen)[-1]
     probe_file = None if probe is None else probe_head(run, budget, probe)
-    paths = export_weights(run, budget, out, probe_file=probe_file)
-    for path in paths:
+    for path in export_weights(run, budget, out, probe_file=probe_file):
         typer.echo(f"wrote {path} ({path.stat().st_size:,} bytes)")
-    weights = next(path for path in paths if path.suffix == ".safetensors")
-    typer.echo(f"next: aimscale weights info {shlex.quote(str(weights))}")
-
-
-@app.command("info")
-def info(
-    file: Annotated[Path, typer.Argument(help="Weight file, .pth or .safetensors.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Describe a weight file from its names and shapes."""
-    from aimscale.harness.weights import describe_weights
-
-    facts = describe_weights(file)
-    typer.echo(json.dumps(facts, indent=1) if as_json else yaml.safe_dump(facts, sort_keys=False), nl=as_json)

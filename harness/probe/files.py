@@ -22,7 +22,7 @@ from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSecti
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_json
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of how probes are trained and scored; results of other versions are not used."""
 _PIECE = 1 << 16
 

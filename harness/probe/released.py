@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -38,16 +39,40 @@ BEST_BLOCKS = {
 }
 """Blocks that the published best-layers heads average (the authors' inference code)."""
 
-HeadBlocks = Literal["last", "best"]
 
+def parse_blocks(config: ModelConfig, text: str) -> list[int]:
+    """Parse which blocks a head averages: `last` (the last six), `best` (as published), or numbers, `14-19`.
 
-def released_blocks(config: ModelConfig, which: HeadBlocks) -> list[int]:
-    """Return the blocks that a released head averages."""
-    if which == "last":
+    Raises:
+        ProbeError: text of another form, a block that the model does not have, or no published best ones.
+    """
+    if text == "last":
         return list(range(max(0, config.depth - 6), config.depth))
-    if config.name not in BEST_BLOCKS:
-        raise ProbeError(f"no best blocks are published for {config.name}; import its head with --head-blocks last")
-    return list(BEST_BLOCKS[config.name])
+    if text == "best":
+        if config.name not in BEST_BLOCKS:
+            raise ProbeError(f"no best blocks are published for {config.name}; give their numbers, FIRST-LAST")
+        return list(BEST_BLOCKS[config.name])
+    if not (span := re.fullmatch(r"(\d+)(?:-(\d+))?", text)):
+        raise ProbeError(f"'{text}' names no blocks; give last, best, or their numbers, FIRST-LAST")
+    return check_blocks(config, range(int(span[1]), int(span[2] or span[1]) + 1))
+
+
+def check_blocks(config: ModelConfig, blocks: Sequence[int]) -> list[int]:
+    """Return the blocks.
+
+    Raises:
+        ProbeError: there are none, or one that the model does not have.
+    """
+    if not blocks or min(blocks) < 0 or max(blocks) >= config.depth:
+        raise ProbeError(f"a head cannot read blocks {list(blocks)} of {config.name}; it has 0 to {config.depth - 1}")
+    return list(blocks)
+
+
+def read_head_blocks(file: Path) -> list[int]:
+    """Read which blocks a head averages from the header of its file in a run directory."""
+    with safe_open(file, framework="pt") as opened:
+        blocks: list[int] = json.loads(opened.metadata()["blocks"])
+    return blocks
 
 
 @torch.no_grad()
@@ -68,8 +93,7 @@ def score_released(
     (budget,) = chosen_budgets(run, None)
     backbone = backbone_of(run, config, budget, group)
     head = load_probe(path, backbone.config).to(group.device).eval()
-    with safe_open(path, framework="pt") as file:
-        blocks: list[int] = json.loads(file.metadata()["blocks"])
+    blocks = read_head_blocks(path)
     for section in sections:
         test = open_labelled(section.test, section, config.training.model, config.runtime)
         if len(test.classes) != head.linear.out_features:

@@ -6,16 +6,14 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aimscale.aim.config import PixelHeadConfig
 from aimscale.aim.errors import did_you_mean
 from aimscale.aim.model import AIM
-from aimscale.aim.weights import load_backbone, load_model, read_weights
+from aimscale.aim.weights import load_model
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.device.distributed import Group, choose_device, find_placement, start_group, stop_group
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
@@ -33,16 +31,12 @@ from aimscale.harness.run.row import model_of
 
 
 def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:
-    """Load the float32 model of a budget; an imported backbone without a pixel head gets a linear one.
+    """Load the float32 model of a budget.
 
     Raises:
         WeightsError: the file is missing or damaged, or holds another model's weights.
     """
-    path, model = run.model_file(images_seen), model_of(config.training)
-    if any(name.startswith("pixel_head.") for name in read_weights(path)):
-        return load_model(path, model, device=device).eval()
-    linear = PixelHeadConfig(width=model.width, depth=0, is_linear=True)
-    return load_backbone(path, replace(model, head=linear), device=device).eval()
+    return load_model(run.model_file(images_seen), model_of(config.training), device=device).eval()
 
 
 def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) -> list[ProbeSection]:

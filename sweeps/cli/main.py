@@ -48,7 +48,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Machine": {
         "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),
         "bench": ("aimscale.harness.cli.bench", "Measure training and loading against limits, or a whole GPU."),
-        "weights": ("aimscale.harness.cli.runs", "Import, export and describe official AIM weights."),
+        "weights": ("aimscale.harness.cli.runs", "Import and export official AIM weights."),
     },
 }
 """Group -> verb -> (module, help line). The module holds a typer app `app`, a function `command`, or a function named
@@ -56,7 +56,7 @@ after a colon."""
 VERBS = {name: where for group in GROUPS.values() for name, where in group.items()}
 EXAMPLES = (
     ("aimscale demo", "the whole loop on bundled images, to a report"),
-    ("aimscale launch mysweep.yaml --on slurm", "train what a sweep lacks"),
+    ("aimscale launch mysweep.yaml", "train what a sweep lacks, here or on Slurm"),
     ("aimscale fit losses.csv --columns N=params,D=images,L=loss", "a law from anybody's table"),
 )
 HIDDEN = {"train": "aimscale.harness.cli.runs:train"}
@@ -75,21 +75,21 @@ def load_verb(name: str) -> typer.Typer:
 
 
 def _find_table(ctx: Any, param: Any, given: Any) -> Any:
-    """Replace a sweep's name or file among the arguments of an analysis verb by the path of its table."""
+    """Replace a sweep's name, file or folder among the arguments of an analysis verb by its table, collected anew."""
     if isinstance(given, list | tuple):
         return [_find_table(ctx, param, each) for each in given]
     path = Path(given)
-    if path.exists() and path.suffix not in (".yaml", ".yml"):
+    if path.exists() and path.suffix not in (".yaml", ".yml") and not (path / "sweep.yaml").is_file():
         return path
     from aimscale.analysis.cli.options import NAMES
+    from aimscale.sweeps.cli.sweep import fresh_table
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
     try:
-        table = load_sweep(path, Path("aimscale-runs")).directory / "results.parquet"
+        sweep = load_sweep(path, Path("aimscale-runs"))
     except SweepError:
         return path
-    if not table.is_file():
-        raise SweepError(f"{table} does not exist; `aimscale collect {path}` makes it once runs are complete")
+    table = fresh_table(sweep)
     NAMES[table] = str(given)
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, print_next, select_run_ids
+from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, print_next, report_name, select_run_ids
 from aimscale.sweeps.plan import costs
 from aimscale.sweeps.plan.planner import plan as plan_runs
-from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.table import views
+from aimscale.sweeps.table import collection, views
+from aimscale.sweeps.table.collection import CollectResult
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 
 ENDED = ("finished", "failed", "diverged")
@@ -48,7 +50,7 @@ def status(
         console, found = views.new_console(), get_status()
         console.print(views.status_table(found, console.width), highlight=False, soft_wrap=True)
         verb, *more = _next_command(found)
-        print_next(verb, sweep, root, *more)
+        print_next(verb, report_name(loaded, sweep, root) if verb == "report" else sweep, root, *more)
 
 
 def _next_command(found: SweepStatus) -> tuple[str, ...]:
@@ -58,7 +60,7 @@ def _next_command(found: SweepStatus) -> tuple[str, ...]:
         return "logs", in_vain[0]
     states = {line.state for line in found.runs}
     if states <= {"finished", "damaged"}:
-        return ("collect",)
+        return ("report",)
     if states & {"running", "starting", "queued"}:
         return "status", "--watch"
     return ("launch",)
@@ -95,23 +97,43 @@ def logs(
 
 
 def collect(sweep: SweepName, root: Root = ROOT) -> None:
-    """Gather every run's rows into one typed table (Parquet and CSV)."""
-    from aimscale.sweeps.table import collection
+    """Gather every run's rows into one typed table (Parquet and CSV), and score registered forecasts.
 
+    Verbs that are given a sweep do this themselves.
+    """
     loaded = load_sweep(sweep, root)
-    runs = plan_runs(loaded)
-    found = collection.collect(loaded, runs, costs.cost_cards(loaded, runs))
+    found = _collect(loaded)
+    if found.num_baselines:
+        typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
+    for line in _scored_forecasts(found.table):
+        typer.echo(line)
+    typer.echo(f"{found.num_complete} of {found.num_rows} rows have results: {found.table}")
+    print_next("report", report_name(loaded, sweep, root))
+
+
+def fresh_table(sweep: Sweep) -> Path:
+    """Collect a sweep and return its table; one whose runs are not here, or that cannot be written, is read as it is.
+
+    Raises:
+        SweepError: there are neither runs nor a table.
+    """
+    table = sweep.directory / "results.parquet"
+    if table.is_file() and not (sweep.runs_dir.is_dir() and os.access(sweep.directory, os.W_OK)):
+        typer.echo(f"{table} is read as it is: its runs are not here, or its folder cannot be written", err=True)
+        return table
+    return _collect(sweep).table
+
+
+def _collect(sweep: Sweep) -> CollectResult:
+    """Collect a sweep and say on the error stream what is left out."""
+    runs = plan_runs(sweep)
+    found = collection.collect(sweep, runs, costs.cost_cards(sweep, runs))
     for why in found.damaged.values():
         typer.echo(f"skipped: {why}", err=True)
     if found.unplanned:
         what = f"{len(found.unplanned)} run directories of another sweep file or version"
         typer.echo(f"left out: {what}, such as {found.unplanned[0]}", err=True)
-    if found.num_baselines:
-        typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
-    for line in _scored_forecasts(found.table):
-        typer.echo(line)
-    typer.echo(f"{found.num_complete} of {found.num_rows} rows have results, from {len(runs)} runs: {found.table}")
-    print_next("report", sweep if root == ROOT else str(found.table))
+    return found
 
 
 def _scored_forecasts(table: Path) -> list[str]:

@@ -190,7 +190,7 @@ class SweepFile(Section):
     cost: CostSection = CostSection()
     """Assumptions of the plan."""
     slurm: SlurmSection = SlurmSection()
-    """Options of `launch --on slurm`."""
+    """Resources of Slurm jobs; a file that has this section is launched on Slurm."""
 
     @field_validator("sizes", "budgets", "unique_images", "seeds")
     @classmethod
@@ -246,6 +246,11 @@ class Sweep:
     def runs_dir(self) -> Path:
         """Directory that holds the run directories."""
         return self.directory / "runs"
+
+    @property
+    def is_for_slurm(self) -> bool:
+        """Whether the file has a `slurm` section, so that its runs are Slurm jobs unless a launch says otherwise."""
+        return "slurm" in self.file.model_fields_set
 
     def run_dir(self, run_id: str) -> Path:
         """Return the directory of a run."""

@@ -103,11 +103,11 @@ def _hold_submissions(path: Path) -> Iterator[None]:
     while lock.take() is None:
         other = read_holder(path)
         who = f"process {other.pid} on {other.host}" if other else "another process"
-        if time.monotonic() > deadline:
-            raise SweepError(f"{who} has been submitting for {LOCK_TIMEOUT_S:.0f} s; end it, then launch again")
         if not is_told:
             _print(f"waiting for {who}, which submits jobs of this sweep")
-        is_told = True
+            is_told = True
+        if time.monotonic() > deadline:
+            raise SweepError(f"{who} has been submitting for {LOCK_TIMEOUT_S:.0f} s; end it, then launch again")
     try:
         yield
     finally:

@@ -88,6 +88,14 @@ def key_value_text(lines: Sequence[KeyValue], width: int) -> Text:
     return text
 
 
+def print_key_values(lines: Sequence[KeyValue]) -> None:
+    """Print lines that call attention first, then the others."""
+    console = new_console()
+    for part in ([line for line in lines if line.level], [line for line in lines if not line.level]):
+        if part:
+            console.print(key_value_text(part, console.width), highlight=False, soft_wrap=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """Column of a table that drops its least important columns on a narrow terminal."""

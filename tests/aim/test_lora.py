@@ -55,6 +55,7 @@ def test_the_same_seed_gives_the_same_start_and_query_and_value_are_updated() ->
     x = torch.randn(3, CONFIG.width)
     query, key, value = layer(x).chunk(3, dim=1)
     frozen = (x @ layer.weight.T).chunk(3, dim=1)
-    torch.testing.assert_close(query, frozen[0] + x @ (layer.lora_b[0] @ layer.lora_a[0]).T)
+    # alpha / rank, as in loralib with the authors' lora_alpha of 1
+    torch.testing.assert_close(query, frozen[0] + x @ (layer.lora_b[0] @ layer.lora_a[0]).T / 2)
     assert torch.equal(key, frozen[1])  # the key is not adapted
-    torch.testing.assert_close(value, frozen[2] + x @ (layer.lora_b[1] @ layer.lora_a[1]).T)
+    torch.testing.assert_close(value, frozen[2] + x @ (layer.lora_b[1] @ layer.lora_a[1]).T / 2)

@@ -12,7 +12,7 @@ from aimscale.aim.weights import (
     PROBE,
     WeightsError,
     backbone_state,
-    load_backbone,
+    load_model,
     model_shapes,
     read_weights,
     write_weights,
@@ -89,7 +89,7 @@ def test_released_names_and_shapes_are_exactly_ours(size: str, num_keys: int) ->
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_so_are_those_of_every_variant_as_the_card_of_an_export_says(variant: dict) -> None:
+def test_so_are_those_of_every_variant(variant: dict) -> None:
     config = model_config("w16-d2", image_size=12, patch_size=4, **variant)
     ours = {name: shape for name, shape in model_shapes(config).items() if name.startswith(BACKBONE)}
     assert ours == released_shapes(config)
@@ -99,10 +99,10 @@ def test_export_of_a_mup_model_keeps_its_features(tmp_path: Path) -> None:
     config = model_config("w16-d2", image_size=12, patch_size=4, parametrisation="mup")
     model = AIM(config)
     assert model.trunk.blocks[0].attn.scale != pytest.approx(8**-0.5)
-    write_weights(released_state(model), tmp_path / "model.pth")
+    torch.save(released_state(model), tmp_path / "model.pth")
     images = torch.randn(2, 3, 12, 12)
     torch.testing.assert_close(
-        load_backbone(tmp_path / "model.pth", CONFIG).features(images, [1]), model.features(images, [1])
+        load_model(tmp_path / "model.pth", CONFIG).features(images, [1]), model.features(images, [1])
     )
 
 
@@ -129,21 +129,19 @@ def test_pickled_code_is_never_executed(tmp_path: Path) -> None:
 )
 def test_wrong_contents_are_refused_by_name(tmp_path: Path, state: dict, edit, subject: str) -> None:
     edit(state)
-    write_weights(state, tmp_path / "wrong.pth")
+    torch.save(state, tmp_path / "wrong.pth")
     with pytest.raises(WeightsError) as error:
-        load_backbone(tmp_path / "wrong.pth", CONFIG)
+        load_model(tmp_path / "wrong.pth", CONFIG)
     assert subject in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["absent.pth", "cut.pth", "cut.safetensors", "model.bin"])
+@pytest.mark.parametrize("name", ["absent.pth", "cut.pth", "cut.safetensors", "empty.bin"])
 def test_unreadable_files_are_refused_by_name(tmp_path: Path, state: dict, name: str) -> None:
     path = tmp_path / name
-    if path.suffix == ".bin":
+    if path.stem == "empty":
         path.touch()
-        with pytest.raises(WeightsError, match=r"a\.bin"):
-            write_weights(state, tmp_path / "a.bin")
     elif path.stem == "cut":
-        write_weights(state, path)
+        write_weights(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(WeightsError, match=name):
         read_weights(path)

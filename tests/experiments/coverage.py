@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from simulated_tables import ERRORS, EXPONENT, LOG_K, TRUTH, Cell, cells, each_table, markdown, parser, run
 
-from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, repeats
+from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws
 from aimscale.analysis.effects.gains import Gain, gains
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.optimum.frontier import Frontier
@@ -142,8 +142,8 @@ def effects(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record: 
     for group in ERRORS[cell.errors]:
         codes = cell.design.codes(scales, group)
         pair = pair + rng.multivariate_normal([0, 0], pairs, codes.max() + 1)[codes]
-    both = scales.drop(columns=["D", "C"]).assign(x=pair[:, 0], y=pair[:, 1])
-    for found in correlate(both, x="x", y="y"):
+    both = scales.assign(x=pair[:, 0], y=pair[:, 1])
+    for found in (each for each in correlate(both, x="x", y="y") if each.partial_on is None):
         record.add(found.method, found.low, found.high, found.value, CORRELATIONS[found.method])
     plain = scales.assign(images_seen=scales["D"], params_total=scales["N"], flops_train=scales["C"], prefix="paired")
     other = plain.assign(run_id=plain["run_id"] + "n", prefix="none")
@@ -191,7 +191,7 @@ def repeated(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record:
     x = {v: table[v].to_numpy() for v in ("N", "D", "U")}
     df = cell.measured(table, rng)
     df["loss"] *= laws.REPEATED.value(x, {**TRUTH, "R_D": R_D}) / laws.CHINCHILLA.value(x, TRUTH)
-    found = repeats(df.rename(columns={"U": "unique_images", "D": "images_seen"}), y="loss").fit
+    found = fit(df, "repeated", y="loss")
     ends, is_told = found.intervals["R_D"], "R_D" in found.not_identified
     record.add("R_D", ends.low, ends.high, found.params["R_D"], R_D, is_told=is_told)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,21 +13,22 @@ import pytest
 import torch
 import yaml
 from commands import answer, refused, say
+from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
-from aimscale.aim.weights import BACKBONE, WeightsError, known_heads, load_backbone
+from aimscale.aim.weights import BACKBONE, WeightsError, load_model
 from aimscale.analysis.table.schema import results_table
 from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.harness.probe.features.images import open_labelled
+from aimscale.harness.probe.released import read_head_blocks
 from aimscale.harness.probe.run import load_budget
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.row import model_of
 
 CONFIG = model_config("w48-d2", image_size=28)
 
@@ -53,16 +55,10 @@ def test_import_gives_a_finished_run_with_a_row_and_export_gives_the_values_back
     assert (table[0]["run_id"], table[0]["val_loss"], table[0]["images_seen"]) == (config.run_id, None, 8192)
     assert run.read_starts()[0]["imported"]["bytes"] == path.stat().st_size
     say("weights", "export", run.path, tmp_path / "out")
-    for held in (
-        load_file(run.model_file(8192)),
-        load_file(tmp_path / "out" / "model.safetensors"),
-        torch.load(tmp_path / "out" / "model.pth", weights_only=True),
-    ):
-        assert held.keys() == state.keys()
-        assert all(torch.equal(held[name], state[name]) for name in state)
-    facts = answer("weights", "info", path)
-    assert (facts["size"], facts["width"], facts["depth"], facts["is_complete_backbone"]) == ("w48-d2", 48, 2, True)
-    assert sum(facts["params"].values()) == sum(tensor.numel() for tensor in state.values())
+    for held in (run.model_file(8192), tmp_path / "out" / "model.safetensors"):
+        held_state = load_file(held)
+        assert held_state.keys() == state.keys()
+        assert all(torch.equal(held_state[name], state[name]) for name in state)
 
 
 def test_wrong_files_are_refused_and_leave_nothing(released: Any, tmp_path: Path) -> None:
@@ -86,29 +82,83 @@ def test_wrong_files_are_refused_and_leave_nothing(released: Any, tmp_path: Path
         (["export", tmp_path, tmp_path / "o"], "no run directory"),
         (["import", tmp_path / "other.pth", tmp_path / "r", *few.split()], "other.pth"),
         (["import", tmp_path / "nan.pth", tmp_path / "r", *few.split()], "blocks.1.mlp.fc2"),
-        (["info", tmp_path / "none.pth"], "no weight file"),
+        (["import", tmp_path, tmp_path / "r"], "holds no model.safetensors or pytorch_model.bin"),
     ):
         assert message in refused("weights", *arguments)
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_attention_heads_are_told_by_a_published_size_by_our_own_export_or_by_the_user_alone(
-    released: Any, tmp_path: Path
+class AIMForImageClassification(nn.Module, PyTorchModelHubMixin):
+    """A model that is built from `config.json` as the authors' class of this name is: no other keys are known."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self._build(**config)
+
+    def _build(
+        self, img_size: int, patch_size: int, embed_dim: int, num_blocks: int, num_heads: int, num_channels: int = 3,
+        probe_layers: int | list[int] = 6, num_classes: int = 1000,
+    ) -> None:  # fmt: skip
+        size = f"w{embed_dim}-d{num_blocks}-h{num_heads}"
+        model = AIM(model_config(size, image_size=img_size, patch_size=patch_size, channels=num_channels))
+        self.preprocessor, self.trunk = model.preprocessor, model.trunk
+        self.head = AttentiveProbe(embed_dim, num_heads, num_classes)
+        last = isinstance(probe_layers, int)
+        self.layers = range(num_blocks - probe_layers, num_blocks) if last else probe_layers  # type: ignore[operator]
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, outputs = self.preprocessor(images), []
+        for block in self.trunk.blocks:
+            x = block(x, None)
+            outputs.append(x)
+        logits: Tensor = self.head(torch.stack([outputs[layer] for layer in self.layers]).mean(0))
+        return logits
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("layers", [[1, 2], 3])
+def test_a_folder_of_the_hub_comes_in_with_its_head_and_goes_out_as_its_class_reads_it(
+    tmp_path: Path, name: str, layers: Any
 ) -> None:
-    path, _ = released
-    options = ["--image-size", "28", "--images-seen", "8192"]
-    say("weights", "import", path, tmp_path / "run", *options, "--num-heads", "6")
-    config = RunDir(tmp_path / "run").load_config()
-    assert config.training.model.size == "w48-d2-h6"
-    assert model_of(config.training).num_heads == 6
-    say("weights", "export", tmp_path / "run", tmp_path / "out")
-    again = tmp_path / "out" / "model.safetensors"
-    say("weights", "import", again, tmp_path / "again", *options)
-    assert RunDir(tmp_path / "again").load_config().training.model.size == "w48-d2-h6"
-    facts = answer("weights", "info", again)
-    assert (facts["size"], facts["num_heads"]) == ("w48-d2-h6", 6)
-    assert known_heads(path, 1536, 24) == 12
-    assert known_heads(path, 768, 16) is None  # rung-768's shape, and perhaps another's heads
+    torch.manual_seed(0)
+    config = {"img_size": 28, "patch_size": 14, "embed_dim": 48, "num_blocks": 4, "num_heads": 6, "num_classes": 5}
+    theirs = AIMForImageClassification(config | {"probe_layers": layers}).eval()
+    with torch.no_grad():
+        for value in (*theirs.parameters(), theirs.head.bn.running_mean):
+            value.add_(torch.randn_like(value) * 0.2)
+    (tmp_path / "hub").mkdir()
+    write = save_file if name.endswith("safetensors") else torch.save
+    write(theirs.state_dict(), tmp_path / "hub" / name)
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config | {"probe_layers": layers}))
+    for source in ("hub", f"hub/{name}"):
+        run = RunDir(tmp_path / f"run-{source[-1]}")
+        say("weights", "import", tmp_path / source, run.path, "--images-seen", "8192")
+        section = run.load_config().training.model
+        assert (section.size, section.image_size) == ("w48-d4-h6", 28)
+        assert read_head_blocks(run.path / "released_head.safetensors") == [1, 2] + [3] * (layers == 3)
+    say("weights", "export", run.path, tmp_path / "out")
+    images = torch.randn(3, 3, 28, 28)
+    again = AIMForImageClassification.from_pretrained(tmp_path / "out", strict=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(images), theirs(images))
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config | {"num_blocks": 5}))
+    said = refused("weights", "import", tmp_path / "hub", tmp_path / "r", "--images-seen", "8192")
+    assert "config.json beside it describes another model" in said
+
+
+def test_what_a_file_does_not_tell_is_asked_for(released: Any, tmp_path: Path) -> None:
+    path, state = released
+    probe = AttentiveProbe(CONFIG.width, CONFIG.num_heads, 3)
+    torch.save(state | {f"head.{name}": tensor for name, tensor in probe.state_dict().items()}, path)
+    arguments = ["import", path, tmp_path / "run", "--image-size", "28", "--images-seen", "8192"]
+    assert "add --num-heads" in refused("weights", *arguments)
+    arguments += ["--num-heads", "6"]
+    assert "add --head-blocks" in refused("weights", *arguments)
+    for blocks, message in (("best", "no best blocks"), ("1-2", "it has 0 to 1"), ("all", "names no blocks")):
+        assert message in refused("weights", *arguments, "--head-blocks", blocks)
+    say("weights", *arguments, "--head-blocks", "1")
+    assert RunDir(tmp_path / "run").load_config().training.model.size == "w48-d2-h6"
+    assert read_head_blocks(tmp_path / "run" / "released_head.safetensors") == [1]
 
 
 def trainer_state(config: ModelConfig) -> tuple[dict[str, Tensor], AIM]:
@@ -169,7 +219,8 @@ def test_a_released_head_is_kept_and_scored_on_its_task(released: Any, tmp_path:
     head["head.bn.num_batches_tracked"] = torch.tensor(3)
     save_file(head, tmp_path / "head.safetensors")
     options = ["--image-size", "28", "--images-seen", "8192", "--num-heads", str(CONFIG.num_heads)]
-    say("weights", "import", path, tmp_path / "run", *options, "--head", tmp_path / "head.safetensors")
+    say("weights", "import", path, tmp_path / "run", *options, "--head", tmp_path / "head.safetensors",
+        "--head-blocks", "last")  # fmt: skip
     run = RunDir(tmp_path / "run")
 
     def tasks_of(name: str, folder: Path) -> list[str]:
@@ -185,7 +236,7 @@ def test_a_released_head_is_kept_and_scored_on_its_task(released: Any, tmp_path:
     config = run.load_config()
     section = ProbeSection(task="animals", train=str(tmp_path / "test"), test=str(tmp_path / "test"))
     test = open_labelled(section.test, section, config.training.model, config.runtime)
-    model = load_backbone(path, CONFIG).to(torch.bfloat16)
+    model = load_model(path, CONFIG).to(torch.bfloat16)
     probe = AttentiveProbe(CONFIG.width, CONFIG.num_heads, 3)
     probe.load_state_dict({name.removeprefix("head."): tensor for name, tensor in head.items()})
     with torch.no_grad():

@@ -73,6 +73,23 @@ def test_seeds_of_a_size_that_share_errors_count_as_one(rho):
     assert (np.mean(held, axis=0) > 0.9).all()
 
 
+@pytest.mark.parametrize("shared_by", ["nothing", "budgets", "sizes and budgets"])
+def test_budgets_that_share_errors_are_clusters_beside_sizes(shared_by):
+    """Clustered by sizes alone, intervals held 83 to 86 % of true correlations where budgets share errors."""
+    rng, held = np.random.default_rng(4), []
+    n, d = (each.ravel() for each in np.meshgrid(np.geomspace(1e5, 1e7, 5), np.geomspace(1e6, 1e8, 4)))
+    codes = {name: np.unique(each, return_inverse=True)[1] for name, each in {"budgets": d, "sizes": n}.items()}
+    for _ in range(100):
+        pair = rng.multivariate_normal([0, 0], [[1, 0.9], [0.9, 1]], 20)
+        for name in (name for name in codes if name in shared_by):
+            pair += rng.multivariate_normal([0, 0], [[1, 0.9], [0.9, 1]], 5)[codes[name]]
+        df = pd.DataFrame({"N": n, "D": d, "x": pair[:, 0], "y": pair[:, 1]})
+        (found,) = correlate(df, x="x", y="y", methods=["pearson"])
+        held.append(found.low < 0.9 < found.high)
+    assert np.mean(held) >= 0.94
+    assert (found.num_clusters, found.num_budgets) == (5, 4)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_unrelated_columns_whose_runs_repeat_themselves_show_nothing_within_a_size(share):
     """Runs of a size whose rows share errors; a level of its own in every size."""

@@ -114,3 +114,13 @@ def test_more_of_a_column_called_accuracy_is_better_and_one_called_probes_can_be
     (plain,) = contrast(frame, by="opt", baseline="adam", measures=["pets_acc"]).contrasts
     assert (plain.difference > 0, plain.verdict) == (True, "better")
     assert len(probe_frame(frame)) == 2 * theirs["pets"].notna().sum()
+
+
+def test_concatenated_tables_keep_each_rows_accuracies() -> None:
+    """Labels that both tables use gave every row the accuracies of two, and correlations near zero."""
+    rows = [[{"task": "pets", "kind": "knn", "top1": top1}] for top1 in (0.1, 0.2, 0.3)]
+    table = pd.DataFrame({"val_loss": [3.0, 2.0, 1.0], "probes": rows})
+    both = probe_frame(pd.concat([table, table.assign(val_loss=[6.0, 5.0, 4.0])]))
+    assert both[["val_loss", "top1"]].to_numpy().tolist() == [
+        [v, t] for v, t in zip([3, 2, 1, 6, 5, 4], [0.1, 0.2, 0.3] * 2, strict=True)
+    ]
