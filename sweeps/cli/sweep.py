@@ -55,7 +55,8 @@ def status(
 
 def _next_command(found: SweepStatus) -> tuple[str, ...]:
     """Return the next verb and its options: logs of a failed run, else the verb that continues the sweep."""
-    in_vain = [line.run_id for line in found.runs if line.state in ("failed", "diverged") and line.log]
+    ended = ("failed", "diverged", "unfinished")
+    in_vain = [line.run_id for line in found.runs if line.state in ended and line.status.reason_class and line.log]
     if in_vain:
         return "logs", in_vain[0]
     states = {line.state for line in found.runs}

@@ -48,7 +48,11 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
 
     assert follows("plan") == f"launch {file} --root {root}" == follows("status") == follows("launch", "--dry-run")
     assert follows("launch", behaviour="crash") == f"logs {file} {run.run_id} --root {root}" == follows("status")
-    assert follows("launch") == f"logs {file} {run.run_id} --root {root}", "it was not tried again"
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    assert follows("launch", behaviour="crash") == f"logs {file} {run.run_id} --root {root}"
+    assert follows("launch") == f"logs {file} {run.run_id} --root {root}", (
+        "it failed on two nodes and is not tried again"
+    )
     assert follows("launch", "--dry-run") == f"logs {file} {run.run_id} --root {root}"
     assert follows("launch", "--dry-run", "--retry") == f"launch {file} --retry --root {root}"
     over = f"report {sweep.directory}"
@@ -64,8 +68,15 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
 def test_a_failed_run_is_named_before_the_table(say: Any) -> None:
     say("launch", behaviour="crash")
     said = say("status")
-    assert [line.split()[0] for line in (*said[:2], *said[3:])] == ["failed", "run", "runs", "done", "spent", "next:"]
-    assert "100 % given up" in said[4]
+    assert [line.split()[0] for line in (*said[:2], *said[3:])] == [
+        "unfinished",
+        "run",
+        "runs",
+        "done",
+        "spent",
+        "next:",
+    ]
+    assert "RuntimeError: the user's code is wrong; `aimscale launch` resumes it" in said[0]
 
 
 def test_slurm_is_asked_about_sweeps_that_were_submitted_alone(
