@@ -30,7 +30,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Look": {
         "status": (
             "aimscale.sweeps.cli.sweep:status",
-            "One line per run: state, loss, pace, time left, why it failed.",
+            "Summarise a sweep: states, time left, what failed and why; --wait for its end.",
         ),
         "logs": ("aimscale.sweeps.cli.sweep:logs", "Print or follow the log of one run."),
         "collect": ("aimscale.sweeps.cli.sweep:collect", "Gather every run's rows into one typed table."),

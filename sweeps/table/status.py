@@ -15,7 +15,7 @@ from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
-from aimscale.sweeps.slurm.jobs import describe_failed_jobs, failed_jobs, live_jobs
+from aimscale.sweeps.slurm.jobs import LiveJob, describe_failed_jobs, failed_jobs, live_jobs
 from aimscale.sweeps.state.decision import RunState, State, read_state
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
@@ -51,6 +51,10 @@ class RunStatus:
     """Number of `to_evaluate` that are done."""
     device_hours: float = 0.0
     """Device-hours spent so far, all attempts."""
+    num_loss_spikes: int = 0
+    """Number of training losses far above those before them, up to the last recorded budget."""
+    is_normalised: bool = True
+    """Whether its targets are normalised, so that a constant prediction has a loss of 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +82,21 @@ class SweepStatus:
     """Run directories outside the plan, from an earlier version of the sweep file."""
     failed_jobs: tuple[str, ...] = ()
     """Why jobs of the last launch ended before they took a run, or with an error of their own."""
+    num_jobs: int = 0
+    """Number of the sweep's Slurm jobs that wait or run."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a worker or a Slurm job executes its runs, or will."""
+        return self.num_jobs > 0 or any(state in self.counts for state in ("running", "starting", "queued"))
 
 
 def sweep_status(
     sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], jobs: dict[str, JobInfo] | None = None
 ) -> SweepStatus:
     """Inspect every run; `jobs` are Slurm's jobs (`sweeps.slurm.commands.jobs`), None if Slurm cannot be asked."""
-    pending = _pending_jobs(sweep, jobs, cards) if jobs else {}
+    live = live_jobs(sweep, jobs) if jobs else []
+    pending = _pending_jobs(live, cards)
     inspected = [
         _inspect_run(run, card, RunRecord(sweep.run_dir(run.run_id)), pending.get(card.devices))
         for run, card in zip(runs, cards, strict=True)
@@ -108,6 +120,7 @@ def sweep_status(
         device_hours_planned=sum(card.device_hours for card in cards),
         unplanned=unplanned_runs(sweep, runs),
         failed_jobs=_describe_failed_jobs(sweep, jobs, lines),
+        num_jobs=len(live),
     )
 
 
@@ -117,10 +130,10 @@ def _describe_failed_jobs(sweep: Sweep, jobs: dict[str, JobInfo] | None, lines: 
     return () if jobs is None or not is_left else tuple(describe_failed_jobs(failed_jobs(sweep, jobs)))
 
 
-def _pending_jobs(sweep: Sweep, jobs: dict[str, JobInfo], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
+def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
     """Return devices of a run -> a pending job that will execute such runs."""
     found: dict[int, JobInfo] = {}
-    for job in live_jobs(sweep, jobs):
+    for job in live:
         if job.info.phase == "pending":
             shape = job.shape
             served = (n for n in {card.devices for card in cards} if shape.nodes == 1 and n <= shape.devices)
@@ -176,6 +189,8 @@ def _inspect_state(found: RunState, card: CostCard, pending: JobInfo | None) -> 
         place=place,
         evaluated=to_evaluate - unprobed["probe"] - unprobed["training"] * len(card.probes),
         device_hours=hours + (record.attempt_device_hours(now) if is_held else 0.0),
+        num_loss_spikes=max((row.get("num_loss_spikes") or 0 for row in rows), default=0),
+        is_normalised=run.config.training.objective.target == "normalised",
     )
     return line, Progress(
         is_running=found.is_active,
