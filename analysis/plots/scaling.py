@@ -196,7 +196,7 @@ def plot_approaches(found: Approaches, ax: Axes | None = None, *, labels: Labels
         parts.draw(ax, inside, columns, name, color, label=label, linestyle=("-", "--", "-.")[number])
         parts.draw(ax, beyond, columns, f"{name}, beyond", color, linestyle=":")
         drawn += [inside, beyond]
-        if 0 < len(frontier.pairs) <= NUM_GRID:
+        if len(frontier.pairs):
             parts.draw_points(ax, frontier.pairs, ("C", "N"), f"{name}, optima", color, markers=MARKERS[number:])
             drawn.append(frontier.pairs)
     words = partial(parts.axis_label, labels=labels)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from aimscale.sweeps.cli.options import ROOT, print_next
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, print_next
 
 BASELINES = ("random", "raw-pixels")
 """Baselines that are probed like the runs: the largest model untrained, and raw pixels."""
@@ -28,7 +28,7 @@ def command(
     from aimscale.harness.data.store.bundled import write_bundled
     from aimscale.harness.probe.run import probe_baseline, standalone_group
     from aimscale.harness.run.directory import RunDir
-    from aimscale.sweeps.cli.launch import EXIT_INTERRUPTED, failed_runs, print_result
+    from aimscale.sweeps.cli.launch import failed_runs, print_result
     from aimscale.sweeps.engine.launch import launch
     from aimscale.sweeps.plan.costs import cost_cards
     from aimscale.sweeps.plan.planner import plan

@@ -10,7 +10,17 @@ from typing import Annotated, Literal
 import typer
 
 from aimscale.harness.run.directory import EXIT_PREEMPTED
-from aimscale.sweeps.cli.options import ROOT, Root, SweepName, Yes, confirm, print_next, report_name, select_run_ids
+from aimscale.sweeps.cli.options import (
+    EXIT_INTERRUPTED,
+    ROOT,
+    Root,
+    SweepName,
+    Yes,
+    confirm,
+    print_next,
+    report_name,
+    select_run_ids,
+)
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult
@@ -23,7 +33,6 @@ from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
 from aimscale.sweeps.table.views import KeyValue, format_duration, format_number, print_key_values
 
-EXIT_INTERRUPTED = 130
 CONFIRM_DEVICE_HOURS = 10
 """A launch of more device-hours asks for confirmation on a terminal."""
 Place = Literal["local", "slurm"]

@@ -15,6 +15,7 @@ from aimscale.aim.errors import did_you_mean
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
+EXIT_INTERRUPTED = 130
 ROOT = Path("aimscale-runs")
 """Default folder of sweeps."""
 

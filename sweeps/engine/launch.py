@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Group
 from rich.live import Live
 
 from aimscale.aim.errors import UserError
@@ -28,7 +29,8 @@ from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare_directory, unplanned_runs
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
-from aimscale.sweeps.table.views import new_console, progress_bar, progress_line, status_table
+from aimscale.sweeps.table.status_view import progress_bar, progress_line, runs_table
+from aimscale.sweeps.table.views import new_console
 
 LOG_INTERVAL_S = 30.0
 LIVE_INTERVAL_S = 0.5
@@ -170,7 +172,7 @@ def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool
             return
         active = {active_run.run.run_id for active_run in worker.active}
         lines, bar = tuple(line for line in status.runs if line.run_id in active), progress_bar(status, console.width)
-        live.update(status_table(replace(status, runs=lines), console.width, bar) if lines else bar, refresh=True)
+        live.update(Group(runs_table(lines, console.width), bar) if lines else bar, refresh=True)
 
     with live or contextlib.nullcontext():
         yield report

@@ -61,11 +61,11 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
         json.loads("\n".join(say(verb, "--json")))
 
 
-def test_a_failed_run_is_named_before_the_table(say: Any) -> None:
+def test_the_summary_comes_first_then_the_failed_run_then_the_table(say: Any) -> None:
     say("launch", behaviour="crash")
     said = say("status")
-    assert [line.split()[0] for line in (*said[:2], *said[3:])] == ["failed", "run", "runs", "done", "spent", "next:"]
-    assert "100 % given up" in said[4]
+    assert [line.split()[0] for line in (*said[:5], said[-1])] == ["runs", "done", "spent", "failed", "run", "next:"]
+    assert "100 % in failed" in said[1]
 
 
 def test_slurm_is_asked_about_sweeps_that_were_submitted_alone(
