@@ -21,8 +21,8 @@ from aimscale.aim.errors import some
 from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
 from aimscale.harness.run.directory import RunDir, RunDirError
-from aimscale.harness.run.fence import writer_folder
 from aimscale.harness.run.files import write_json
+from aimscale.harness.run.lock import writer_folder
 
 PROTOCOL = 5
 """Version of how probes are trained and scored; results of other versions are not used."""

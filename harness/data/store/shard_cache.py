@@ -24,7 +24,8 @@ from aimscale.harness.data.store.columns import Index
 from aimscale.harness.data.store.dataset_info import DatasetInfo
 from aimscale.harness.data.store.remote import RemoteReader
 from aimscale.harness.data.store.shards import ByteRange, LocalReader, ShardInfo, download, is_url, join
-from aimscale.harness.run.files import atomic_write, cache_folder, locked
+from aimscale.harness.run.files import atomic_write, cache_folder
+from aimscale.harness.run.lock import locked
 
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""
@@ -127,8 +128,8 @@ class CachedReader:
         """
         target, size = self._path(name), self._sizes[name]
         partial = target.with_name(f"{target.name}{_PARTIAL}")
-        with locked(partial, wait=False) as mine:
-            if not mine or target.exists():
+        with locked(partial):
+            if target.exists():
                 return True
             try:
                 if not self._make_room(partial, size):
