@@ -31,8 +31,8 @@ from aimscale.harness.data.store.bundled import photograph_crops, photographs
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.data.stream.augment import box_uniforms, draw_boxes
-from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import train_batches
+from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.device.gpu_specs import store_rate
 from aimscale.harness.log.progress import Bar
 from aimscale.harness.run.config import RunConfig, run_config
@@ -130,7 +130,7 @@ def _work(stream: TrainStream, num_images: int) -> list[tuple[bytes, Box]]:
         scale=(0.4, 1.0),
         horizontal_flip=True,
     )
-    return [(data[i], tuple(values[i].item() for values in boxes)) for i in range(num_images)]
+    return [(data[i], boxes[i].item()) for i in range(num_images)]
 
 
 def _turn_times(

@@ -13,8 +13,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from aimscale.harness.bench.reference import ReferenceEngine
-from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import rank_batches
+from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of

@@ -20,7 +20,7 @@ from aimscale.harness.bench.expected import expected_rates
 from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.split import image_wait_s, step_shares
 from aimscale.harness.data.store.dataset_info import find_info
-from aimscale.harness.data.stream.base import Batch, masks
+from aimscale.harness.data.stream.stream import Batch, masks
 from aimscale.harness.device.distributed import Group, find_placement, start_group, stop_group
 from aimscale.harness.device.execution import ExecutionPlan, execution_plan
 from aimscale.harness.device.gpu_specs import device_here

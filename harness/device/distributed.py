@@ -12,7 +12,6 @@ import datetime
 import logging
 import os
 import re
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -157,10 +156,6 @@ class Group:
         share, cores = (GPU_MFU, None) if self.device.type == "cuda" else (CORE_MFU, peak.num_threads)
         rate = share * (peak.nominal_flops_per_s or peak.flops_per_s)
         return Pace(flops_per_s=rate, cores=cores, ranks_per_node=self.ranks_per_node)
-
-    def num_machines(self) -> int:
-        """Count the hosts of the ranks."""
-        return len({*self.gather(socket.gethostname())})
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank raised its flag."""

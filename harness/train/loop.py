@@ -55,10 +55,8 @@ class Trainer:
         self.batch_size = training.optimiser.batch_size
         self.schedule = schedule_of(config)
         self.model_config = model_of(training)
-        machines = group.num_machines()
         self.stream = run_on_all_ranks(
-            group,
-            lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, machines=machines),
+            group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
         lookup = functools.cache(find_info)
         measuring = group.from_first(lambda: curve_bytes(config, lookup))
