@@ -28,7 +28,7 @@ from aimscale.analysis.forecasts.points import AUTO
 from aimscale.analysis.laws.catalogue import repeated
 from aimscale.analysis.next.proposal import Proposal, grid_offer
 from aimscale.analysis.optimum.frontier import points_of
-from aimscale.analysis.optimum.measured import isoflop_budgets, with_budgets
+from aimscale.analysis.optimum.isoflop import isoflop_budgets, with_budgets
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND
@@ -131,7 +131,7 @@ def study_tables(
     study = _chosen_rows(paths, frame, collect)
     for what, share, step in (
         ("laws", 0.0, _fit_laws),
-        ("correlations", 0.45, correlate_probes),
+        ("correlations", 0.5, correlate_probes),
         ("contrasts", 0.6, _measure_effects),
     ):
         progress(what, share)
