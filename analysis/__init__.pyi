@@ -3,7 +3,6 @@ from .accuracy.correlation import correlate as correlate
 from .accuracy.links import link as link
 from .effects.contrasts import contrast as contrast
 from .effects.noise_sources import noise as noise
-from .effects.repetition import repeats as repeats
 from .errors import AnalysisError as AnalysisError
 from .fitting.estimate import fit as fit
 from .fitting.holdout import held_out as held_out

@@ -12,7 +12,7 @@ import typer
 from aimscale import analysis
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of, table_to_minimise, then
-from aimscale.analysis.display import fact_lines, text_table
+from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.words import Flag, human, said_once
 
@@ -101,7 +101,7 @@ def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
 
 def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
     """Give the fit its held-out tests, and flags of the table."""
-    from aimscale.analysis.optimum.measured import with_budgets
+    from aimscale.analysis.optimum.isoflop import with_budgets
     from aimscale.analysis.table.names import our_name
     from aimscale.analysis.table.select import mixture_flags
 
@@ -198,18 +198,13 @@ def frontier(
     figure: options.FigurePath = None,
     json: options.AsJson = False,
 ) -> None:
-    """N*(C), D*(C) and the loss on them, and how far the approaches disagree; of a probe, how far its optimum lies from
-    that of the loss."""
-    from aimscale.analysis.optimum.approaches import gap_to_loss
-
+    """N*(C), D*(C) and the loss on them, and how far the approaches disagree."""
     for flops in at or []:
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}.")
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     chosen = several(law, df, y)
-    by_law = chosen.law if chosen else law
-    found = analysis.frontier(df, y=y, law=by_law)
-    gap = gap_to_loss(found, df, y, law=by_law)
+    found = analysis.frontier(df, y=y, law=chosen.law if chosen else law)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
     optima = found.at(shown)
     c, n, d = optima.iloc[-1][["C", "N", "D"]]
@@ -222,7 +217,6 @@ def frontier(
         json,
         figure,
         words=found.summary(shown),
-        after=["", fact_lines([("probe and loss", gap.sentence())])] if gap else [],
-        also={"optima": optima, "flags": found.cautions, "against_loss": gap},
+        also={"optima": optima, "flags": found.cautions},
         following=then([*place, "report"], tables, columns, where, best_of),
     )

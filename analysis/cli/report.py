@@ -23,7 +23,7 @@ def report(
         typer.Option(help="Also write each figure into this folder: SVG, PDF, PNG at a paper's width, and its CSV."),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page: summary, figures, laws, single changes, noise, pictures, methods.
+    """Write one self-contained HTML page: summary, figures, laws, single changes, noise, methods.
 
     Several tables make one page: laws are fitted to the experiment with most sizes and budgets, the rest are contrasts.
     """
@@ -55,6 +55,6 @@ def compare(
     columns: options.Columns = None,
     json: options.AsJson = False,
 ) -> None:
-    """Compare runs with published models, by task and by exponents; what is not comparable is named."""
+    """Compare runs with published models and own baselines, task by task; what is not comparable is named."""
     found = analysis.compare(table_of([table], columns, None))
     show(found, json, following=then(["report"], [table], columns, None))

@@ -1,1 +1,1 @@
-"""Effects of single changes, sources of noise, worth of repeated images, first plateaus."""
+"""Effects of single changes, sources of noise, first plateaus."""

@@ -2,8 +2,7 @@
 
 Budgets of the same two runs share most of their training, so their differences are averaged first: a pair of runs
 counts once. From three sizes on the interval covers others like them; of one or two it speaks of these alone. Either is
-for the test images that the runs share. What other images would change stands beside it (`Contrast.images`), and is all
-that is known from a single pair of runs a size.
+for the test images that the runs share. A single pair of runs a size has no interval.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.effects.paired import hits_of, mean_over_pairs, paired
+from aimscale.analysis.effects.paired import mean_over_pairs
 from aimscale.analysis.effects.result import ALIKE, BETTER, WORSE, Contrast, Contrasts, level_names
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table import design
@@ -73,8 +72,7 @@ def contrast(
     wanted = wanted_measures(rows, measures, by)
     keys, parts = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in wanted})
     long = long_format(rows, wanted, by)
-    is_top1 = long["measure"].str.startswith("top1:")
-    long = long.assign(level=level_names(long[by]), hits=hits_of(long).where(is_top1, None))
+    long = long.assign(level=level_names(long[by]))
     baseline, *levels = _levels(long, by, wanted, baseline)
     asked, flags = _comparable(wanted, by)
     found, missing = list[Contrast](), list[tuple[str, str, str, tuple[str, ...]]]()
@@ -92,8 +90,8 @@ def contrast(
         raise AnalysisError(" ".join(flag_words(flags)))
     if by in CAUTIONS:
         flags.append(Flag(kind=CAUTIONS[by][0], subject=by, text=CAUTIONS[by][1]))
-    if any(each.over == "test images" for each in found):
-        text = "One pair of runs a size: the interval covers the test images, not seeds; run more seeds."
+    if any(not each.over for each in found):
+        text = "One pair of runs a size tells nothing of seeds, so there is no interval; run more seeds."
         flags.append(Flag(kind="one_pair", text=text))
     if any(each.over == "runs" and each.num_sizes for each in found):
         text = "Fewer than three sizes: intervals speak of these sizes alone; run more sizes to tell of others."
@@ -162,14 +160,11 @@ def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure], baseline: str
 
 
 def _pairs(sides: Sequence[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
-    """Return the pairs (`Contrast.pairs`, with their hits) of rows of the baseline and the level that agree in keys."""
-    cells = []
-    for side, name in zip(sides, ("baseline", "level"), strict=True):
-        groups = side.groupby(keys, dropna=False, sort=False)
-        means = groups.agg(**{f"{name}_value": ("value", "mean"), name: ("hits", "first"), "rows": ("value", "size")})
-        means[name] = means[name].where(means.pop("rows") == 1, None)
-        cells.append(means.reset_index().astype(dict.fromkeys(keys, object)))
-    pairs = cells[0].merge(cells[1], on=keys)  # as objects: a column may mix types
+    """Return the pairs (`Contrast.pairs`) of rows of the baseline and the level that agree in keys."""
+    means = (side.groupby(keys, dropna=False, sort=False)["value"].mean().reset_index() for side in sides)
+    one, other = (side.astype(dict.fromkeys(keys, object)) for side in means)  # a column may mix types
+    pairs = one.merge(other, on=keys, suffixes=("_baseline", "_level"))
+    pairs = pairs.rename(columns={f"value_{side}": f"{side}_value" for side in ("baseline", "level")})
     pairs["difference"] = pairs["level_value"] - pairs["baseline_value"]
     runs = [name for name in keys if name != "images_seen"]
     return pairs.assign(run_pair=pairs.groupby(runs, dropna=False, sort=False).ngroup() if runs else 0)
@@ -178,10 +173,7 @@ def _pairs(sides: Sequence[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
 def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) -> Contrast:
     groups = pairs.groupby("run_pair")
     means = groups[["baseline_value", "level_value"]].mean().mean()
-    weights = 1 / (groups.ngroups * groups["difference"].transform("size"))
-    images = paired(pairs.pop("baseline").tolist(), pairs.pop("level").tolist(), weights.tolist())
     mean = mean_over_pairs(pairs["difference"], pairs)
-    ends = images if images and np.isnan(mean.degrees) else mean
     ratios = [np.nan] * 3
     if not measure.is_accuracy and (pairs[["level_value", "baseline_value"]] > 0).all(axis=None):
         logs = (pairs["level_value"] / pairs["baseline_value"]).map(np.log)
@@ -199,12 +191,11 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
         baseline_mean=float(means["baseline_value"]),
         level_mean=float(means["level_value"]),
         difference=mean.value,
-        low=ends.low,
-        high=ends.high,
+        low=mean.low,
+        high=mean.high,
         **dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True)),
-        detectable=ends.detectable,
-        images=images,
-        verdict=ALIKE if not (ends.low > 0 or ends.high < 0) else BETTER if is_better else WORSE,
+        detectable=mean.detectable,
+        verdict=ALIKE if not (mean.low > 0 or mean.high < 0) else BETTER if is_better else WORSE,
         pairs=pairs,
     )
 

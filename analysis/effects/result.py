@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Drawing, Result, plain_fields
-from aimscale.analysis.effects.paired import LEAST_SIZES, Paired
+from aimscale.analysis.display import Drawing, Result
+from aimscale.analysis.effects.paired import LEAST_SIZES
 from aimscale.analysis.table.measures import Measure
 from aimscale.analysis.words import Flag, flag_words, some
 
@@ -33,7 +33,7 @@ class Contrast(Result):
     num_budgets: int
     """Budgets that are clusters of the interval, too; 0 where it speaks of these budgets alone."""
     degrees: float
-    """Degrees of freedom of the interval; NaN where it is over test images, or there is none."""
+    """Degrees of freedom of the interval; NaN where there is none."""
     baseline_mean: float
     level_mean: float
     difference: float
@@ -46,8 +46,6 @@ class Contrast(Result):
     ratio_high: float
     detectable: float
     """Minimum detectable effect: the true difference that would be significant in 80 % of repetitions."""
-    images: Paired | None
-    """The difference over test images, for these very runs; None without hits, or where test images differ."""
     verdict: str
     pairs: pd.DataFrame = field(repr=False)
     """One row per pair of rows: the columns held equal that vary, baseline and level value, difference, run_pair."""
@@ -60,15 +58,14 @@ class Contrast(Result):
     @property
     def table(self) -> pd.DataFrame:
         """One row: the measure, the levels, their difference and ratio with intervals, the verdict."""
-        own = {k: v for k, v in vars(self).items() if k not in ("measure", "pairs", "images")}
-        images = {} if self.images is None else {f"images_{k}": v for k, v in plain_fields(self.images).items()}
-        return pd.DataFrame([{"measure": self.measure.name, **own, "over": self.over, **images}])
+        own = {k: v for k, v in vars(self).items() if k not in ("measure", "pairs")}
+        return pd.DataFrame([{"measure": self.measure.name, **own, "over": self.over}])
 
     @property
     def over(self) -> str:
-        """Reach of the interval: `sizes` like these, `runs` of these sizes, `test images` of these runs, or nothing."""
+        """Reach of the interval: `sizes` like these, `runs` of these sizes, or nothing."""
         if np.isnan(self.degrees):
-            return "test images" if self.images else ""
+            return ""
         return "sizes" if self.num_sizes >= LEAST_SIZES else "runs"
 
     @property
@@ -79,8 +76,6 @@ class Contrast(Result):
         runs += f" ({self.num_pairs} of rows)" * of_rows
         if not self.over:
             return f"from {runs}{' of different sizes' * (self.num_sizes > 1)}, so without an interval"
-        if self.images and self.over == "test images":
-            return f"over the {self.images.num_images:,} test images of {runs}"
         sizes = "" if self.over == "sizes" else ("", "this size", "these two sizes")[self.num_sizes]
         alone = " and ".join(filter(None, [sizes, "these budgets" * (of_rows and not self.num_budgets)]))
         runs += f" at {self.num_sizes} sizes" * (self.over == "sizes")
@@ -98,9 +93,8 @@ class Contrast(Result):
 
     def row(self, by: str) -> dict[str, str]:
         """Write a row of a table of contrasts of the column `by`."""
-        m, known, images = self.measure, bool(self.over), self.images
+        m, known = self.measure, bool(self.over)
         over = "1 pair" if self.num_run_pairs == 1 else f"{self.num_run_pairs} pairs"
-        over += f", {images.num_images:,} images" if images and self.over == "test images" else ""
         ratio = "" if math.isnan(self.ratio) else f"{self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
         return {
             "measure": m.title,

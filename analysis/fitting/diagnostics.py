@@ -75,7 +75,11 @@ def diagnose(
     of_params, of_variables = [*_parameters(found, intervals)], [*_variables(found.problem, points)]
     flags += [flag for flag, _ in of_params if flag.subject not in hidden]
     flags += [] if hidden else _rivals(found)
-    flags += [*(flag for flag, _ in of_variables), *_outliers(found, points), *_groups(found)]
+    flags += [
+        *(flag for flag, _ in of_variables),
+        *_outliers(found, points),
+        *blind_flags(found.groups, found.unseen, found.few),
+    ]
     ends = {name: intervals[name] for name in law.derived if name in intervals}
     lost = hidden.union(*(unknown for _, unknown in (*of_params, *of_variables)))
     lost |= {name for name, i in ends.items() if not i.high - i.low <= WIDE_DERIVED}
@@ -164,13 +168,13 @@ def _outliers(found: Estimate, points: Observations) -> Iterator[Flag]:
         yield Flag(kind="outliers", subject=row, number=float(num), text=text)
 
 
-def _groups(found: Estimate) -> Iterator[Flag]:
-    """Flag kinds of groups that are too few to tell the error that their points share."""
-    for name in found.unseen:
+def blind_flags(groups: Groups, unseen: Collection[str], few: Collection[str]) -> Iterator[Flag]:
+    """Flag kinds of groups that are too few to tell the error that their points share (`visible_groups`)."""
+    for name in unseen:
         text = f"Too few {name} to estimate the error that all points of one share; the intervals assume none."
         yield Flag(kind="unseen", subject=name, text=text)
-    for name in found.few:
-        num = found.groups.counts[name]
+    for name in few:
+        num = groups.counts[name]
         text = f"{num} {name} hardly tell an error that all points of one share: where there is one, 95 % intervals "
         yield Flag(kind="few_groups", subject=name, number=num, text=f"{text}hold some 90 %.")
 

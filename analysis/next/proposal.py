@@ -9,7 +9,7 @@ worth depends on what is bought beside it, so they are chosen one after another.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ from scipy.stats import chi2
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.inference import Estimate
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecast import record_words, scale_words
 from aimscale.analysis.forecasts.forecaster import TERMS, Forecaster, forecaster
@@ -39,7 +38,7 @@ DEPARTURE_SD, DEPARTURE_TO_NOISE = 0.01, 2.5
 of the noise, where that is more."""
 DEPARTURE_RANGE = 2.5
 """Length scale of the departure in each logarithm: a factor of 12."""
-PRICE_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PRICE_POWERS = (0.0, 0.5, 1.0)
 """Powers of the price that gains are divided by in turn: 1 buys the cheapest runs, 0 one dear run; the best is kept."""
 SAME_RUN = 0.03
 """Runs whose N and D both differ by less than this fraction count as one."""
@@ -63,51 +62,29 @@ def buy(law: Fit, candidates: Places, prices: Array, target: Places, *, budget: 
         raise AnalysisError(f"The cheapest candidate costs {prices.min():.3g}, more than the budget of {budget:.3g}.")
     errors = law.estimate.components
     noise = max(1e-4, errors.total * float(np.sqrt(errors.degrees / chi2.ppf(0.1, errors.degrees))))  # 90 % upper end
-    joint = np.stack([_posterior(each, law, candidates, target, noise) for each in _plausible(law.estimate)])
-    baskets = [_fill(joint.copy(), prices, budget, noise, power) for power in PRICE_POWERS]
+    joint = _posterior(law, candidates, target, noise)
+    baskets = [_fill(joint, prices, budget, noise, power) for power in PRICE_POWERS]
     return min(baskets, key=lambda basket: basket[1])
 
 
 def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float) -> tuple[Array, float]:
     """Buy one run after another: the affordable one with the largest gain / price^power.
 
-    joint is the covariance (draws, candidates + targets, candidates + targets) and is changed.
+    joint is the covariance (candidates + targets, candidates + targets) before any is measured.
     """
-
-    def spread() -> float:  # over targets, median over draws
-        return float(np.median(np.sqrt(variances[:, n:].mean(axis=1))))
-
-    n, rows, left, unsold = len(prices), list[int](), budget, np.ones(len(prices), bool)
-    variances = np.maximum(np.einsum("kii->ki", joint), 0.0)
-    before = spread()
-    while np.any(affordable := unsold & (prices <= left)):
-        share = np.sum(joint[:, :n, n:] ** 2, axis=2) / (variances[:, :n] + noise**2)
-        gain = np.mean(share / variances[:, n:].sum(axis=1, keepdims=True), axis=0)
+    n, rows, left = len(prices), list[int](), joint.copy()
+    while np.any(affordable := (prices <= budget) & ~np.isin(np.arange(n), rows)):
+        gain = np.sum(left[:n, n:] ** 2, axis=1) / (np.diag(left)[:n] + noise**2)
         best = int(np.argmax(np.where(affordable, gain / prices**power, -np.inf)))
-        column = joint[:, :, best] / np.sqrt(variances[:, best] + noise**2)[:, None]
-        joint -= column[:, :, None] * column[:, None, :]
-        variances, left = np.maximum(np.einsum("kii->ki", joint), 0.0), left - prices[best]
+        left -= np.outer(left[best], left[best]) / (left[best, best] + noise**2)
+        budget -= prices[best]
         rows.append(best)
-        unsold[best] = False
-    return np.array(rows), spread() / before
+    return np.array(rows), float(np.sqrt(max(0.0, np.trace(left[n:, n:])) / np.trace(joint[n:, n:])))
 
 
-def _plausible(found: Estimate) -> list[Estimate]:
-    """Return the estimate, and one a standard deviation off each way along the axes of its covariance: a design for one
-    poor first fit can be worthless."""
-    values, axes = np.linalg.eigh(found.covariance.matrix)
-    steps, out = np.sqrt(np.maximum(values, 0.0))[:, None] * axes.T, [found]
-    for step in np.stack([-steps, steps], axis=1).reshape(-1, len(values)):
-        vector = found.vector.copy()
-        vector[found.problem.movable] += step
-        vector = np.clip(vector, found.problem.lower, found.problem.upper)
-        out.append(replace(found, minima=(replace(found.minima[0], vector=vector),)))
-    return out
-
-
-def _posterior(found: Estimate, law: Fit, candidates: Places, target: Places, noise: float) -> Array:
+def _posterior(law: Fit, candidates: Places, target: Places, noise: float) -> Array:
     """Return the covariance of the log losses at candidates and targets, given the points that were fitted."""
-    parts = [law.variables(each) for each in (law.data, candidates, target)]
+    parts, found = [law.variables(each) for each in (law.data, candidates, target)], law.estimate
     x = Columns({v: np.concatenate([each[v] for each in parts]) for v in law.law.variables})
     own = np.array([1.0 if p.log else abs(v) for p, v in zip(law.law.parameters, found.vector, strict=True)])
     slopes = found.gradient(lambda params: np.log(np.maximum(law.law.value(x, params), 1e-300)))

@@ -1,1 +1,1 @@
-"""Compute-optimal size and data by three approaches."""
+"""Compute-optimal size and data by two approaches."""

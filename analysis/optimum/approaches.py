@@ -1,25 +1,21 @@
-"""The three approaches on one table, how far they disagree, and whether another measure asks for another size."""
+"""Approaches 2 and 3 on one table, and how far they disagree."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from aimscale.analysis.display import Drawing, Result, text_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import satterthwaite
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, points_of, student_interval, why_not
-from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier
+from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, points_of, why_not
+from aimscale.analysis.optimum.isoflop import isoflop_frontier
 from aimscale.analysis.optimum.parametric import parametric_frontier
 from aimscale.analysis.table.names import their_name
 from aimscale.analysis.words import Flag, human, power_of_ten
@@ -32,7 +28,7 @@ class Approaches(Result):
     plot = Drawing("scaling.plot_approaches")
 
     frontiers: tuple[Frontier, ...]
-    """In the order 1, 2, 3."""
+    """In the order 2, 3."""
     failures: dict[int, tuple[Flag, ...]]
     """Approach -> why it was not possible; budgets that were refused follow the reason."""
     measure: str = "val_loss"
@@ -71,11 +67,9 @@ class Approaches(Result):
 
     def headline(self) -> str:
         """Say which approaches there are, and how far they disagree."""
-        names, top = ", ".join(str(each.approach) for each in self.frontiers), self.largest_budget
-        return (
-            f"Compute-optimal size for {self.measure} by approach {names}; at {power_of_ten(top, 3)} FLOP their N* "
-            f"differ by a factor of {self.disagreement(top):.2f}"
-        )
+        names, top = " and ".join(str(each.approach) for each in self.frontiers), self.largest_budget
+        apart = f"; at {power_of_ten(top, 3)} FLOP their N* differ by a factor of {self.disagreement(top):.2f}"
+        return f"Compute-optimal size for {self.measure} by approach {names}{apart * (len(self.frontiers) > 1)}"
 
     def cells(self) -> list[dict[str, str]]:
         """Write a row an approach."""
@@ -104,15 +98,12 @@ class Approaches(Result):
         return f"{super().summary()}\n\n{text_table(rows)}"
 
 
-def frontier(
-    df: pd.DataFrame, *, y: str = "val_loss", law: Law | Fit | str = "chinchilla", is_tested: bool = True
-) -> Approaches:
-    """Draw the compute-optimal frontier by approaches 1, 2 and 3, naming those that the table does not allow.
+def frontier(df: pd.DataFrame, *, y: str = "val_loss", law: Law | Fit | str = "chinchilla") -> Approaches:
+    """Draw the compute-optimal frontier by Chinchilla's approaches 2 and 3, naming those that the table does not allow.
 
     Args:
         y: what is lowest at the optimum: a loss, or the error rate of a probe (`table.measures.to_minimise`).
         law: that of approach 3, or a fit of it to this table.
-        is_tested: as of `fit`, for that of approach 3.
 
     Returns:
         A frontier per approach, or the flags that say why there is none.
@@ -125,10 +116,10 @@ def frontier(
         >>> frontier(table).at(1e13)
     """
     points_of(df, y)  # raises before an approach is blamed for a missing column
-    by_law = partial(parametric_frontier, law if isinstance(law, Fit) else find_law(law), is_tested=is_tested)
-    draws: tuple[Callable[..., Frontier], ...] = (envelope_frontier, isoflop_frontier, by_law)
+    by_law = partial(parametric_frontier, law if isinstance(law, Fit) else find_law(law))
+    draws: dict[int, Callable[..., Frontier]] = {2: isoflop_frontier, 3: by_law}
     frontiers, failures = [], {}
-    for number, draw in enumerate(draws, start=1):
+    for number, draw in draws.items():
         try:
             frontiers.append(draw(df, y=y))
         except NoFrontier as error:
@@ -140,72 +131,14 @@ def frontier(
 
 
 def apart_flags(frontiers: Sequence[Frontier]) -> tuple[Flag, ...]:
-    """Flag pairs of approaches whose exponents' intervals do not overlap."""
-    ends = [(each.approach, each.exponent_interval) for each in frontiers]
-    pairs = [f"{a} and {b}" for (a, i), (b, j) in itertools.combinations(ends, 2) if i.high < j.low or j.high < i.low]
-    named = " and of ".join(pairs)
-    text = f"The intervals of approaches {named} do not overlap."
-    return (Flag(kind="apart", subject=named, text=text),) if pairs else ()
+    """Flag approaches whose exponents' intervals do not overlap."""
+    ends = [each.exponent_interval for each in frontiers]
+    if not max(i.low for i in ends) > min(i.high for i in ends):  # nor where there is no interval
+        return ()
+    named = " and ".join(str(each.approach) for each in frontiers)
+    return (Flag(kind="apart", subject=named, text=f"The intervals of approaches {named} do not overlap."),)
 
 
 def failed_words(failures: Mapping[int, Sequence[Flag]]) -> list[str]:
     """Say which approaches were not possible and why."""
     return [f"Approach {k} is not possible: {why_not(flags).rstrip('.')}." for k, flags in failures.items()]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """The best size by one measure beside that by another, by one approach on the same rows."""
-
-    approach: int
-    measures: tuple[str, str]
-    exponents: tuple[str, str]
-    """Exponents of N*(C) with their intervals, in words."""
-    flops: float
-    """Largest budget that every approach to both used."""
-    ratio: float
-    """The first N* over the second there."""
-    ratio_interval: Interval
-
-    def sentence(self) -> str:
-        """Say both exponents and the ratio of sizes, and whether it is more than chance."""
-        ratio = self.ratio_interval
-        larger = ", no significant difference" if ratio.low <= 1 <= ratio.high else ""
-        return (
-            f"N* grows as C^{self.exponents[0]} by {self.measures[0]}, as C^{self.exponents[1]} by {self.measures[1]} "
-            f"(approach {self.approach}). At {power_of_ten(self.flops, 3)} FLOP the first is {self.ratio:.2g} "
-            f"{ratio.words('.2g')} times the second{larger}."
-        )
-
-
-def gap_to_loss(found: Approaches, df: pd.DataFrame, y: str, **options: Any) -> Gap | None:
-    """Compare the optima of another measure with those of the loss on its rows; None where y is the loss."""
-    if y == "val_loss" or "val_loss" not in df.columns:
-        return None
-    try:
-        return gap(found, frontier(df[df[y].notna()], **options))
-    except AnalysisError:  # no frontier by the loss, so nothing to compare with
-        return None
-
-
-def gap(found: Approaches, other: Approaches) -> Gap | None:
-    """Compare the optima by two measures, by the last approach that knows both with an interval; None where none does.
-
-    The errors of the two are taken for independent, which widens the interval where they go together.
-    """
-    flops = min(each.range[1] for each in (*found.frontiers, *other.frontiers))
-    pairs = [(f, g) for f in found.frontiers for g in other.frontiers if f.approach == g.approach]
-    for f, g in reversed(pairs):
-        log_n, errors, degrees = np.concatenate([each.optimum(np.array([flops])) for each in (f, g)], axis=1)
-        log_ratio = float(log_n[0] - log_n[1])
-        ends = student_interval(log_ratio, float(np.linalg.norm(errors)), float(satterthwaite(errors, degrees)))
-        if ends.is_known:
-            return Gap(
-                approach=f.approach,
-                measures=(found.measure, other.measure),
-                exponents=(f.exponent_words(), g.exponent_words()),
-                flops=flops,
-                ratio=math.exp(log_ratio),
-                ratio_interval=Interval(low=math.exp(ends.low), high=math.exp(ends.high)),
-            )
-    return None

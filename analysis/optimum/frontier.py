@@ -85,7 +85,7 @@ class Frontier(Result):
     """Compute-optimal size N*(C) = k C^a by one approach."""
 
     approach: int
-    """1 envelope of the sizes' losses, 2 iso-FLOP parabolas, 3 parametric law."""
+    """2 iso-FLOP parabolas, 3 parametric law."""
     method: str
     """Method in words."""
     exponent: float
@@ -95,7 +95,7 @@ class Frontier(Result):
     """Function from budgets (m,) to ln N* (m,), its standard errors and their degrees of freedom."""
     cost: Cost
     pairs: pd.DataFrame
-    """Optima that the line goes through: C, N, D, loss (approaches 1 and 2)."""
+    """Optima that the line goes through: C, N, D, loss (approach 2)."""
     refusals: tuple[Flag, ...] = ()
     """Budgets left out and why; their number is C."""
     range: tuple[float, float]

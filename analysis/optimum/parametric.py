@@ -57,7 +57,7 @@ def law_optimum(flops: Array, *, fit: Fit, where: Callable[..., Array]) -> tuple
     return fit.estimate.error_of(partial(where, flops=flops))
 
 
-def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss", is_tested: bool = True) -> Frontier:
+def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     """Draw the frontier of approach 3: the minimum of a law of N and D (of C too, and of U = D) on C = kappa N^(1+s) D.
 
     The exponent of a frontier that is no power of C is the mean one over the table's range of C.
@@ -67,7 +67,7 @@ def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss"
     if not {"N", "D"} <= {*form.variables}:
         raise AnalysisError(f"Approach 3 needs a law of N and D, and {form.formula} is one of {variables}.")
     try:
-        found = law if isinstance(law, Fit) else fit(df, law, y=y, is_tested=is_tested)
+        found = law if isinstance(law, Fit) else fit(df, law, y=y, is_tested=False)
     except AnalysisError as error:
         raise NoFrontier("no_law", f"the {name} law was not fitted: {error}", subject=name) from None
     points = points_of(df, found.columns["y"], found.columns)

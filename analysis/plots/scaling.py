@@ -154,7 +154,7 @@ def plot_approaches(found: Approaches, ax: Axes | None = None) -> Figure:
         parts.draw(ax, inside, columns, name, color, label=label, linestyle=("-", "--", "-.")[number])
         parts.draw(ax, beyond, columns, f"{name}, beyond", color, linestyle=":")
         drawn += [inside, beyond]
-        if 0 < len(frontier.pairs) <= NUM_GRID:
+        if len(frontier.pairs):
             parts.draw_points(ax, frontier.pairs, ("C", "N"), f"{name}, optima", color, markers=MARKERS[number:])
             drawn.append(frontier.pairs)
     parts.log_axis(ax, "x", pd.concat(drawn)["C"], "flops_train")

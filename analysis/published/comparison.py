@@ -6,18 +6,16 @@ Nothing is averaged over tasks, and no loss level is put beside the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
 from aimscale.analysis.display import Drawing, Result, fact_lines, text_table
-from aimscale.analysis.effects.paired import POWER, hits_of, paired
-from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.result import NOT_IDENTIFIED
-from aimscale.analysis.published.published import TASKS, all_beside_paper, best_frozen, published_frame, table6
-from aimscale.analysis.table.names import joined, their_name
+from aimscale.analysis.effects.paired import POWER
+from aimscale.analysis.published.published import TASKS, best_frozen, table6
+from aimscale.analysis.table.names import joined
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import beside, probe_frame
 from aimscale.analysis.words import Flag, flag_words, human
@@ -27,8 +25,6 @@ PROTOCOL = "attentive"
 ADAPTED = "lora"
 """The kind of probe that is none: it adapts the backbone, and its accuracy is that of no frozen feature."""
 PAPER_SIDE = 224
-COUNTS = ("params_trunk", "params_total")
-"""N of the exponents, without and with the pixel head."""
 LAST, CHOSEN, UNSAID = "last", "chosen", "not said"
 """Blocks that a probe averages: the last six (the protocol's default), those that a hold-out chose, or unknown ones."""
 REFERENCE = {LAST: "aim-7B", CHOSEN: "aim-7B-best", UNSAID: "aim-7B"}
@@ -50,10 +46,6 @@ class Comparison(Result):
     gap_to_aim_7b (ours minus theirs), best_frozen, best_frozen_top1, gap_to_best_frozen."""
     baselines: pd.DataFrame
     """The runs' largest budgets beside the project's own baselines, on all tasks and frozen probes: `beside_runs`."""
-    ablations: pd.DataFrame
-    """Changes that the paper tried and the table holds in pairs: `all_beside_paper`."""
-    exponents: pd.DataFrame
-    """Exponents: whose, N counts, exponent, low, high, n_low, n_high."""
     left_out: tuple[Flag, ...]
     """Things that are not comparable, and why."""
 
@@ -72,48 +64,37 @@ class Comparison(Result):
         return [*(("left out", line) for line in flag_words(self.left_out)), ("compared", self.headline())]
 
     def summary(self) -> str:
-        """Write all tables for a terminal."""
+        """Write both tables for a terminal, of the baselines' the largest run's rows alone."""
         sizes = self.baselines["params_total"]
         largest = self.baselines if sizes.isna().all() else self.baselines[sizes == sizes.max()]
         parts = {
             "Task by task, attentive probe on frozen features, top-1 in per cent": self.tasks,
-            "The largest run beside baselines on the same probes, top-1 in per cent": largest.drop(columns=RUN),
-            "The paper's ablations (AIM-0.6B) and the same changes here, points of top-1": self.ablations,
-            "Scaling exponents, L ~ N^-a": self.exponents,
+            "The largest run beside baselines on the same probes, top-1 in per cent": largest.drop(
+                columns=["params_total", "images_seen"]
+            ),
         }
         tables = [f"{title}\n{text_table(share_cells(frame))}" for title, frame in parts.items() if len(frame)]
         return "\n\n".join([fact_lines(self.facts()), *tables])
 
 
-RUN = ["params_total", "images_seen", "is_paired"]
-"""Columns of baselines that say more of the run than a terminal has room for."""
-SHARES = ("top1", "aim", "gap", "best_frozen_top1", "baseline_top1", "detectable", "published", "difference")
+SHARES = ("top1", "aim", "gap", "best_frozen_top1", "baseline_top1", "detectable")
 """Prefixes of the columns that hold accuracies."""
-INTERVALS = {
-    "top1_lo95": ("top1_hi95", "top1 interval"),
-    "gap_lo95": ("gap_hi95", "gap interval"),
-    "low": ("high", "95 % interval"),
-    "n_low": ("n_high", "range of N"),
-}
-"""Column of a lower end -> that of the upper end, and the head of both in one."""
 
 
 def share_cells(frame: pd.DataFrame) -> list[dict[str, str]]:
     """Write rows for a reader: shares in per cent, intervals in one column."""
-    shares, rows = (*SHARES, "low", "high") if "difference" in frame else SHARES, list[dict[str, str]]()
-    for row in frame.to_dict("records"):
-        words = {str(name): _cell(value, str(name).startswith(shares)) for name, value in row.items()}
-        for low, (high, _) in INTERVALS.items():
-            if low in words:
-                words[low] = f"[{words[low]}, {words.pop(high)}]"
-        rows.append({INTERVALS[name][1] if name in INTERVALS else name: text for name, text in words.items()})
-    return rows
 
+    def cell(value: Any, is_share: bool) -> str:
+        if isinstance(value, str):
+            return value
+        return f"{100 * value:.1f}" if is_share and not pd.isna(value) else human(value)
 
-def _cell(value: str | float, is_share: bool) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{100 * value:.1f}" if is_share and not pd.isna(value) else human(value)
+    cells = {str(n): [cell(v, str(n).startswith(SHARES)) for v in values] for n, values in frame.items()}
+    for name in [name for name in ("top1", "gap") if f"{name}_lo95" in cells]:
+        ends = zip(cells[f"{name}_lo95"], cells.pop(f"{name}_hi95"), strict=True)
+        cells[f"{name}_lo95"] = [f"[{low}, {high}]" for low, high in ends]
+    heads = [name.replace("_lo95", " interval") for name in cells]
+    return [dict(zip(heads, row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
 
 def compare(frame: pd.DataFrame) -> Comparison:
@@ -121,25 +102,19 @@ def compare(frame: pd.DataFrame) -> Comparison:
     table's folder has some; what the table lacks is named in `left_out`.
 
     Returns:
-        Tables of tasks, baselines, ablations and exponents, with flags of what is not comparable.
+        Tables of tasks and baselines, with flags of what is not comparable.
 
     Example:
-        >>> table = read_table("results.parquet")
-        >>> compare(table).exponents
+        >>> compare(read_table("results.parquet")).tasks
     """
-    found = usable_rows(frame)
     probes = probe_frame(complete(frame))
     shared, others = _shared(probes)
-    exponents, unknown = _exponents(found.rows)
     text = "Losses: the paper's are on IN-1k at 224 px, these on the table's own images."
-    losses = Flag(kind="loss_levels", text=text)
-    rows = [Flag(kind="rows_left_out", subject=str(each), text=f"{each}.") for each in found.exclusions]
+    rows = [Flag(kind="rows_left_out", subject=str(each), text=f"{each}.") for each in usable_rows(frame).exclusions]
     return Comparison(
         tasks=_task_rows(shared),
         baselines=beside_runs(_last_budgets(probes[probes["kind"] != ADAPTED]), read_baselines(frame)),
-        ablations=all_beside_paper(frame),
-        exponents=exponents,
-        left_out=(*rows, *others, losses, *unknown),
+        left_out=(*rows, *others, Flag(kind="loss_levels", text=text)),
     )
 
 
@@ -152,9 +127,8 @@ def read_baselines(frame: pd.DataFrame) -> pd.DataFrame:
 def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     """Put each probe of the runs beside every baseline of the same task, kind and test images.
 
-    Where the tables' folders say which test images both got right, the interval is that of `effects.paired`. Else it is
-    Newcombe's for two independent proportions (Statistics in Medicine 17:873, 1998, method 10), which is wider: both
-    were measured on the same images. Neither covers seeds.
+    The interval is Newcombe's for two independent proportions (Statistics in Medicine 17:873, 1998, method 10), a
+    cautious one, as both were measured on the same images. It does not cover seeds.
 
     Args:
         probes: `probe_frame` of the runs.
@@ -162,27 +136,22 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         task, kind, size, params_total and images_seen of the run, n, baseline, top1, baseline_top1, gap (ours minus
-        the baseline's) with gap_lo95 and gap_hi95, is_paired, p (McNemar's), detectable (the gap that would be seen
-        with probability 0.8), and verdict: above, below, or no significant difference.
+        the baseline's) with gap_lo95 and gap_hi95, detectable (the gap that would be seen with probability 0.8), and
+        verdict: above, below, or no significant difference.
     """
     columns = ["task", "kind", "size", "params_total", "images_seen", "n", "baseline", "top1", "baseline_top1", "gap"]
-    columns += ["gap_lo95", "gap_hi95", "is_paired", "p", "detectable", "verdict"]
-    theirs = baselines.assign(theirs=hits_of(baselines)).drop_duplicates(["size", "task", "kind", "n", "top1"])
+    columns += ["gap_lo95", "gap_hi95", "detectable", "verdict"]
+    theirs = baselines.drop_duplicates(["size", "task", "kind", "n", "top1"])
     if theirs.empty or probes.empty:
         return pd.DataFrame(columns=columns)
     names = {"size": "baseline", "top1": "baseline_top1", "top1_lo95": "baseline_lo95", "top1_hi95": "baseline_hi95"}
-    theirs = theirs.rename(columns=names)[["task", "kind", "n", "theirs", *names.values()]]
-    both = probes.assign(ours=hits_of(probes)).merge(theirs, on=["task", "kind", "n"])
+    theirs = theirs.rename(columns=names)[["task", "kind", "n", *names.values()]]
+    both = probes.merge(theirs, on=["task", "kind", "n"])
     gap = both["top1"] - both["baseline_top1"]
     below = np.hypot(both["top1"] - both["top1_lo95"], both["baseline_hi95"] - both["baseline_top1"])
     above = np.hypot(both["top1_hi95"] - both["top1"], both["baseline_top1"] - both["baseline_lo95"])
     detectable = (1 + norm.ppf(POWER) / norm.ppf(0.975)) / 2 * (below + above)
     both = both.assign(gap=gap, gap_lo95=gap - below, gap_hi95=gap + above, detectable=detectable)
-    both = both.assign(is_paired=False, p=np.nan)
-    ends = ["is_paired", "gap_lo95", "gap_hi95", "detectable", "p"]
-    for row, one, other in both[["theirs", "ours"]].itertuples():
-        if found := paired([one], [other]):
-            both.loc[row, ends] = True, found.low, found.high, found.detectable, found.p
     verdict = np.select([both["gap_lo95"] > 0, both["gap_hi95"] < 0], ["above", "below"], "no significant difference")
     return both.assign(verdict=verdict).reindex(columns=columns)
 
@@ -223,34 +192,3 @@ def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:
     aim, top = ([table6().loc[*cell] for cell in zip(keys, out["task"], strict=True)] for keys in (references, best))
     out = out.assign(aim_7b=aim, gap_to_aim_7b=out["top1"] - aim)
     return out.assign(best_frozen=best, best_frozen_top1=top, gap_to_best_frozen=out["top1"] - top)
-
-
-def _exponents(usable: pd.DataFrame) -> tuple[pd.DataFrame, list[Flag]]:
-    """Fit the paper's slopes and ours: a pure power law, as theirs, over sizes at one budget."""
-    rows = [_exponent("AIM, four published points", published_frame(), count) for count in COUNTS]
-    flags = list[Flag]()
-    for count in COUNTS:
-        if count not in usable or usable[count].isna().all():
-            continue
-        subset, words = usable, "all"
-        if "images_seen" in usable:  # the budget with most sizes, the largest of these
-            num_sizes = usable.groupby("images_seen")[count].nunique()
-            budget = num_sizes[num_sizes == num_sizes.max()].index.max()
-            subset, words = usable[usable["images_seen"] == budget], f"{budget:,.0f}"
-        try:
-            whose = f"this table, {words} {their_name(usable, 'images_seen', 'images seen')}"
-            rows.append(_exponent(whose, subset, count))
-        except AnalysisError as error:
-            subject = f"Our exponent on {count}"
-            flags.append(Flag(kind="no_result", subject=subject, text=f"{subject}: {error}"))
-    return pd.DataFrame(rows), flags
-
-
-def _exponent(whose: str, frame: pd.DataFrame, count: str) -> dict[str, float | str]:
-    """Fit a of L ~ N^-a."""
-    found = fit(frame, "power:N", columns={"N": count}, is_tested=False)
-    if "a" in found.not_identified:
-        raise AnalysisError(NOT_IDENTIFIED)
-    interval, (n_low, n_high) = found.intervals["a"], found.ranges["N"]
-    ends = {"low": interval.low, "high": interval.high, "n_low": n_low, "n_high": n_high}
-    return {"whose": whose, "N": count, "exponent": found.params["a"], **ends}

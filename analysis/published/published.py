@@ -6,7 +6,6 @@ as printed, or counted from the released weights. The tables made of them hold a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from aimscale.analysis.effects.contrasts import contrast, factors
 from aimscale.analysis.effects.result import Contrasts, level_names
-from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.design import DEFAULT
-from aimscale.analysis.table.points import complete
 from aimscale.analysis.words import human, measured_by
 
 DATA = Path(__file__).parent / "data"
@@ -138,12 +134,3 @@ def in_words(beside: pd.DataFrame) -> Iterator[str]:
             f"{row['published_on']}, AIM-0.6B); here {100 * row['difference']:+.1f}{interval} "
             f"({row['task']}, N = {row['N']})."
         )
-
-
-def all_beside_paper(frame: pd.DataFrame) -> pd.DataFrame:
-    """Put every column of a table that the paper varied, too, beside it, if rows are paired over it."""
-    rows, found = complete(frame), [pd.DataFrame()]
-    for name in filter(_varied().__contains__, factors(rows)):
-        with contextlib.suppress(AnalysisError):  # nothing was probed, or nothing is paired
-            found.append(beside_paper(contrast(rows, by=name, measures=["top1"])))
-    return pd.concat(found, ignore_index=True)

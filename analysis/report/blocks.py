@@ -1,4 +1,4 @@
-"""Parts of the page: figures, rows of pictures, and blocks of a result's sentences, facts and table, which sorts and
+"""Parts of the page: figures, and blocks of a result's sentences, facts and table, which sorts and
 leaves as CSV."""
 
 from __future__ import annotations
@@ -43,14 +43,6 @@ class PageFigure(NamedTuple):
     def svg(self) -> str:
         """Inline SVG."""
         return inline_svg(self.figure, self.key, f"{self.title}. {self.caption}")
-
-
-class PictureRow(NamedTuple):
-    """A row of equal-sized pictures."""
-
-    label: str
-    alt: str
-    uris: list[str]
 
 
 class Block(NamedTuple):
@@ -122,13 +114,8 @@ def csv_uri(frame: pd.DataFrame) -> str:
     safe = texts.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
     whole = frame.select_dtypes("float").convert_dtypes(convert_floating=False)
     content = frame.assign(**safe, **whole).to_csv(index=False, float_format="%.5g").encode()
-    if len(frame) <= MAX_ROWS:
-        return data_uri("text/csv", content)
-    return data_uri("application/gzip", gzip.compress(content, mtime=0))
-
-
-def data_uri(mime: str, content: bytes) -> str:
-    """Write content that travels inside the page."""
+    is_cut = len(frame) > MAX_ROWS
+    mime, content = ("application/gzip", gzip.compress(content, mtime=0)) if is_cut else ("text/csv", content)
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 

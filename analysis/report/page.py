@@ -1,6 +1,6 @@
 """`aimscale report`: tables in, one self-contained HTML page out.
 
-The page makes no request: style, script, figures, pictures and downloads are inside it. Every text that comes from
+The page makes no request: style, script, figures and downloads are inside it. Every text that comes from
 a table is escaped by the template.
 """
 
@@ -44,8 +44,8 @@ def write_report(
     """Analyse tables and write the page.
 
     Args:
-        tables: CSV or Parquet tables, or folders of sweeps or of other tools' runs; `collect.json` beside them gives
-            pictures and machine.
+        tables: CSV or Parquet tables, or folders of sweeps or of other tools' runs; `collect.json` beside them tells
+            the machine.
         out: the page; None writes `report.html` beside the first table.
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet, see `table.select.select`.
@@ -91,8 +91,8 @@ def write_report(
 
 
 def _read_collects(folders: Sequence[Path]) -> dict[str, Any]:
-    """Join the collect.json beside every table: descriptions, completions with their whole paths, machines."""
-    completions, machines, descriptions = [], [], []
+    """Join the collect.json beside every table: descriptions and machines."""
+    machines, descriptions = [], []
     for path in (folder / "collect.json" for folder in folders):
         if not path.is_file():
             continue
@@ -100,11 +100,9 @@ def _read_collects(folders: Sequence[Path]) -> dict[str, Any]:
             collect = json.loads(path.read_text())
             descriptions += [str(collect["description"])] if collect.get("description") else []
             machines += [machine for machine in collect.get("machines", []) if machine not in machines]
-            for entry in collect.get("completions", []):
-                completions.append({**entry, "path": str((path.parent / str(entry.get("path", ""))).absolute())})
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise AnalysisError(f"cannot read {path} ({error}); collect the sweep again") from error
-    return {"completions": completions, "machines": machines, "description": "; ".join(descriptions)}
+    return {"machines": machines, "description": "; ".join(descriptions)}
 
 
 def render(study: Study, laid_out: Sequence[Section]) -> str:

@@ -1,20 +1,13 @@
-"""Runs of a report: how many, what they cost, the settings they had, where their numbers come from, and pictures."""
+"""Runs of a report: how many, what they cost, the settings they had, and where their numbers come from."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import io
-import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from PIL import Image
 
-from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.report.blocks import PictureRow, data_uri
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.table.points import usable_rows
@@ -25,7 +18,6 @@ SETTINGS = (*(column.name for column in COLUMNS if column.role == "design"), "lr
 COUNTED = {"num_skipped_steps": "Skipped optimiser steps", "num_bad_samples": "Undecodable samples"}
 PACKAGES = ("numpy", "scipy", "pandas", "seaborn", "matplotlib")
 """Packages whose versions may change a number or a figure."""
-MAX_IMAGES = 6
 
 
 def _has(frame: pd.DataFrame, *names: str) -> bool:
@@ -101,39 +93,3 @@ def provenance(study: Study) -> Iterator[tuple[str, str]]:
         if isinstance(machine, dict):
             yield from ((f"machine: {k}", str(v)) for k, v in machine.items() if isinstance(v, (str, int, float)))
     yield from ((f"analysed with {name}", importlib.metadata.version(name)) for name in PACKAGES)
-
-
-def picture_rows(study: Study) -> list[PictureRow]:
-    """Show truth, prefix, and predictions of the smallest, the middle and the largest model at their last budgets."""
-    entries = pd.DataFrame(study.collect.get("completions", []))
-    if entries.empty or not {"run_id", "params_total"} <= set(study.main):
-        return []
-    sizes = study.main.groupby("run_id")["params_total"].first()
-    found = entries.assign(N=entries["run_id"].map(sizes)).dropna(subset="N").sort_values(["N", "images_seen"])
-    found = found.drop_duplicates("N", keep="last")
-    rows: list[PictureRow] = []
-    for entry in found.iloc[sorted({0, len(found) // 2, len(found) - 1} & {*range(len(found))})].to_dict("records"):
-        truth, prefix, prediction = _load(Path(entry["path"]))
-        label = f"{entry['size']}, {entry['images_seen']:,} images seen"
-        rows.append(PictureRow(label, f"Next-patch predictions of {label}", prediction))
-    if rows:
-        given = PictureRow("given patches", "Patches the model was given", prefix)
-        rows = [PictureRow("truth", "Validation image", truth), given, *rows]
-    return rows
-
-
-def _load(path: Path) -> list[list[str]]:
-    """Read truth, prefix and prediction, each a picture per image."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = [np.asarray(stored[key], np.uint8)[:MAX_IMAGES] for key in ("truth", "prefix", "prediction")]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        why = f"cannot read the pictures in {path} ({error}); delete the file or collect again"
-        raise AnalysisError(why) from error
-    return [[_png(image) for image in images] for images in arrays]
-
-
-def _png(image: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3]).save(buffer, format="png")
-    return data_uri("image/png", buffer.getvalue())

@@ -15,8 +15,8 @@ from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines, share_cells
 from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, table6
-from aimscale.analysis.report.blocks import Block, PageFigure, PictureRow, html_id, result_block, table_block
-from aimscale.analysis.report.runs import picture_rows, provenance, settings, what_was_run
+from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block, table_block
+from aimscale.analysis.report.runs import provenance, settings, what_was_run
 from aimscale.analysis.report.study import CORRELATION, Study
 from aimscale.analysis.table.design import DESIGN, design_columns, varies
 from aimscale.analysis.table.points import complete
@@ -24,10 +24,12 @@ from aimscale.analysis.table.read import loss_unit, read_curves
 from aimscale.analysis.table.schema import MFU, described
 from aimscale.analysis.words import accuracy_of, flag_words, kind_name
 
-Part = str | PageFigure | Block | PictureRow
-"""A paragraph, a figure, a result, or a row of pictures."""
+Part = str | PageFigure | Block
+"""A paragraph, a figure, or a result."""
 MAX_TASKS = 5
 """Tasks in one figure of accuracies; more make further figures, each of which fits a page."""
+WORTH = "After 0.69 R_D repeats another one is worth half of a new sample; R_D is 15.4 for language (Muennighoff 2023)."
+"""Note on the law of repeated data, whose worth after r repeats is exp(-r / R_D)."""
 LEAST_NOISE = 5e-6
 """Fraction of the loss below which a source of spread would be printed as zero."""
 
@@ -205,8 +207,7 @@ def _best_split(study: Study) -> Iterator[Part]:
     if found := study.get("compute-optimal frontier"):
         caption = "Lines: N* as a power of C, dotted beyond the measured compute. Shading: 95 % intervals."
         yield PageFigure("frontier", "Compute-optimal size", caption, found.plot())
-        gaps = [gap.sentence() for gap in study.all("best size by").values() if gap is not None]
-        yield result_block("approaches", "How the best size grows", found, note=" ".join(gaps))
+        yield result_block("approaches", "How the best size grows", found)
 
 
 def _published(study: Study) -> Iterator[Part]:
@@ -230,11 +231,11 @@ def _published(study: Study) -> Iterator[Part]:
         frame = frame.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
         seen = ["images_seen"] if varies(frame["images_seen"]) else []
         names = ["task", "kind", "size", "params_total", *seen, "n", "top1", "baseline", "baseline_top1", "gap"]
-        names += ["gap_lo95", "gap_hi95", "p", "detectable", "verdict"]
+        names += ["gap_lo95", "gap_hi95", "detectable", "verdict"]
         note = (
             "Each run at its largest budget and every baseline, on the same images, top-1 in per cent. Gap: ours minus "
-            "the baseline's, with a 95 % interval over test images, not over seeds. It is paired where hits were kept "
-            "(p: McNemar's exact test). Detectable: the minimum detectable gap at 80 % power."
+            "the baseline's, with a 95 % interval over test images, not over seeds. Detectable: the minimum detectable "
+            "gap at 80 % power."
         )
         yield _share_block("baselines", "Beside baselines on the same probes", frame, names, note=note)
     if lines := flag_words(found.left_out):
@@ -242,23 +243,23 @@ def _published(study: Study) -> Iterator[Part]:
 
 
 def _laws(study: Study) -> Iterator[Part]:
-    """Lay out the forecasts, the left-out scales, the laws and the worth of repeats."""
+    """Lay out the forecasts, the left-out scales, and the laws."""
     if found := study.get("forecast"):
         yield result_block("forecasts", "Forecasts", found)
     if tests := joint.heldout if (joint := study.get("law")) else ():
         points = pd.concat([test.predictions.assign(left_out=f"largest {test.variable}") for test in tests])
         lines = [test.sentence() for test in tests]
         yield table_block("heldout", "Does the law extrapolate?", points, lines=lines)
-    for key, fit, which in (("ND", joint, ""), ("C", study.get("law of the envelope"), " that no cheaper row beats")):
-        if fit is not None:
-            note = f"Rows{study.whose}{which}." if study.whose or which else ""
+    whose = f"Rows{study.whose}."
+    for key, name, note in (
+        ("ND", "law", whose if study.whose else ""),
+        ("C", "law of the envelope", f"{whose[:-1]} that no cheaper row beats."),
+        ("U", "law of repeated data", f"Rows of all pools of the main experiment. {WORTH}"),
+    ):
+        if (fit := study.get(name)) is not None:
             facts = [(name, fact) for name, fact in fit.facts() if name != "law" and not name.startswith("held out ")]
             title = f"{fit.law.formula}, fitted to {fit.num_points} points"
             yield result_block(f"law-{key}", title, fit, note=note, facts=facts, is_open=key != "C")
-    if worth := study.get("worth of repeats"):
-        of = worth.sample
-        note = f"{worth.fit.law.formula}. Worth of pass k, and of all k passes, in passes over new {of}s."
-        yield result_block("repeats", f"What repeated {of}s are worth", worth, note=note)
 
 
 def _changes(study: Study) -> Iterator[Part]:
@@ -285,15 +286,6 @@ def _noise(study: Study) -> Iterator[Part]:
         yield result_block("noise-parts", "Sources of spread", replace(found, table=seen), note=note)
 
 
-def _pictures(study: Study) -> Iterator[Part]:
-    if rows := picture_rows(study):
-        yield (
-            "Held-out images. The model predicts each patch outside the prefix from the true patches before it. A "
-            "prediction is shown with the true patch's mean and contrast, which the model does not predict."
-        )
-        yield from rows
-
-
 def _methods(study: Study) -> Iterator[Part]:
     yield Block("settings", "Settings and exclusions", facts=[*settings(study)], is_open=False)
     yield Block("provenance", "Provenance", facts=[*provenance(study)], is_open=False)
@@ -310,7 +302,6 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Study], Iterator[Part]]]] = {
     "laws": ("Laws", "Fitted laws", _laws),
     "changes": ("Single changes", "Single changes, everything else equal", _changes),
     "noise": ("Noise", "How much is noise", _noise),
-    "pictures": ("Pictures", "Next-patch predictions", _pictures),
     "methods": ("Settings and provenance", "Settings and provenance", _methods),
 }
 """Id -> name in the navigation, heading, and what lays the section out."""

@@ -1,7 +1,7 @@
 """Results of a report: laws, forecasts, correlations, contrasts and noise of its tables, each or why there is none.
 
 Laws are fitted to the main experiment of the tables (`table.select.main_part`) where its data are hardly repeated
-(`fresh_part`); the other rows are what contrasts and repeats are made of.
+(`fresh_part`); the other rows are what contrasts and the law of repeated data are made of.
 """
 
 from __future__ import annotations
@@ -25,21 +25,19 @@ from aimscale.analysis.effects.contrasts import factors
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.points import AUTO
+from aimscale.analysis.laws.catalogue import repeated
 from aimscale.analysis.next.proposal import Proposal, grid_offer
-from aimscale.analysis.optimum.approaches import Gap, gap, gap_to_loss
 from aimscale.analysis.optimum.frontier import points_of
-from aimscale.analysis.optimum.measured import isoflop_budgets, with_budgets
+from aimscale.analysis.optimum.isoflop import isoflop_budgets, with_budgets
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
-from aimscale.analysis.table.measures import KIND, to_minimise
-from aimscale.analysis.table.points import complete, usable_rows, with_compute
+from aimscale.analysis.table.measures import KIND
+from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows, with_compute
 from aimscale.analysis.table.select import envelope_flags, fresh_part, lower_envelope, main_part, mixture_flags, spaced
 from aimscale.analysis.words import PROBES, Flag, said_once
 
 MAX_FITTED = 200
 """Rows beyond which what is fitted many times over, for every probe and scale, is fitted to so many of them."""
-MAX_FEATURES = 3
-"""Tasks whose best size by the first kind of probe the page tells; `frontier --y` tells any."""
 FORECAST_SCALES = (2.0, 10.0)
 """Multiples of the largest N and D that the page forecasts at; of an iso-FLOP design, of the largest C."""
 QUIET = ("forecaster", "next runs", "noise")
@@ -133,9 +131,8 @@ def study_tables(
     study = _chosen_rows(paths, frame, collect)
     for what, share, step in (
         ("laws", 0.0, _fit_laws),
-        ("correlations", 0.45, correlate_probes),
-        ("best sizes", 0.55, _compare_best_sizes),
-        ("contrasts", 0.65, _measure_effects),
+        ("correlations", 0.5, correlate_probes),
+        ("contrasts", 0.6, _measure_effects),
     ):
         progress(what, share)
         step(study)
@@ -157,10 +154,10 @@ def _chosen_rows(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, 
         )
     if num := len(chosen.rows) - len(fresh):
         whose += f" with {pool}"
-        told.append(f"Laws use the rows with {pool}; the other {num} are in what repeats are worth.")
+        told.append(f"Laws use the rows with {pool}; the other {num} are in the law of repeated data.")
     study = Study(paths=paths, frame=frame, main=main, usable=fresh, whose=whose, collect=collect, exclusions=told)
     study.flags = (*chosen.flags, *mixture_flags(fresh, ["N", "D", "U"]))
-    thinned = ["forecasts", "what to run next", "best sizes for features"] if len(fresh) > MAX_FITTED else []
+    thinned = ["forecasts", "what to run next"] if len(fresh) > MAX_FITTED else []
     if study.probes.groupby(["kind", "task"]).size().max() > MAX_FITTED:
         thinned += ["correlations of loss with accuracy", "links from one to the other"]
     if thinned:
@@ -263,24 +260,6 @@ def _correlations(rows: pd.DataFrame) -> Correlations:
     return Correlations(correlations=tuple(found))
 
 
-def _compare_best_sizes(study: Study) -> None:
-    """Compare the best size by a probe's error with that by the loss, both by the joint law."""
-    names = [name for name in study.all(CORRELATION) if name.endswith(f":{study.kinds[0]}")]
-    for name in names[:MAX_FEATURES] if study.get("compute-optimal frontier") else ():
-        study.attempt("best size by", _gap, study, name, subject=name)
-
-
-def _gap(study: Study, name: str) -> Gap | None:
-    options: dict[str, Any] = {"is_tested": False, "law": study.get("law").law}
-    try:
-        rows, y = to_minimise(_evenly(study.usable), name)
-        found = analysis.frontier(rows, y=y, **options)
-        by_loss = study.get("compute-optimal frontier")
-        return gap(found, by_loss) if rows[y].notna().all() else gap_to_loss(found, rows, y, **options)
-    except AnalysisError:
-        raise AnalysisError(f"not known; aimscale frontier --y {name} says why") from None
-
-
 def _measure_effects(study: Study) -> None:
     """Compare the table with published models, and tell single changes, noise and repeats."""
     if study.is_ours:
@@ -293,5 +272,6 @@ def _measure_effects(study: Study) -> None:
         return
     study.attempt("noise", analysis.noise, study.usable, law=study.get("law"))
     main = usable_rows(study.main).rows
-    if "unique_images" in main and varies(main["unique_images"]):
-        study.attempt("worth of repeats", analysis.repeats, main)
+    if "unique_images" in main and varies(main["unique_images"]) and most_passes(main) > REPEATS_FROM:
+        has_sizes = "params_total" in main and varies(main["params_total"])
+        study.attempt("law of repeated data", analysis.fit, main, repeated(sizes=has_sizes))

@@ -125,21 +125,8 @@ def _split(study: Study, found: Approaches | None) -> str:
         f"N grows as {', '.join(exponents)}.",
         *apart,
         *map(str, passes_flags(study.usable, "This D", {"D": at["D"]})),
-        *_for_features(study),
     ]
     return " ".join(parts)
-
-
-def _for_features(study: Study) -> Iterator[str]:
-    """Compare the best sizes by probes' errors with that by the loss, where the table has any."""
-    if gaps := [gap for gap in study.all("best size by").values() if gap is not None]:
-        told = ", ".join(
-            f"{gap.ratio:.2g} {gap.ratio_interval.words('.2g')} times as large by {gap.measures[0]} "
-            f"(at {human(gap.flops)} FLOP)"
-            for gap in gaps
-        )
-        differs = any(not gap.ratio_interval.low <= 1 <= gap.ratio_interval.high for gap in gaps)
-        yield f"For features the best size is {told}{'' if differs else ': no significant difference'}."
 
 
 def _forecast(study: Study) -> str:

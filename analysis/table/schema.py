@@ -165,8 +165,6 @@ COLUMNS = tuple(
 
 OF_CURVES = (Column("lr", "float64", "", "Learning rate at that point"),)
 """Further columns of points during training; a foreign table's `lr` is a setting."""
-HITS_KEY = ("run_id", "size", "images_seen", "task", "kind", "evaluation")
-"""Columns of `hits.parquet` that say whose hits they are; of a baseline as in its own table: `size` names it."""
 KNOWN = {column.name: column for column in COLUMNS}
 MFU = {"mfu_published": "published/nominal", "mfu": "executed/measured"}
 """Columns of model FLOPs utilisation: which FLOPs over which peak."""
@@ -202,13 +200,6 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
             raise AnalysisError(f"'{field.name}' holds what is no {field.type} ({error}); correct it") from error
     version = {"aimscale_schema_version": str(SCHEMA_VERSION)}
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=version))
-
-
-def hits_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Build the table of the test images that every probe got right: `num_test`, and `hits`, `np.packbits` of a bit per
-    image. Probes of equal evaluation were scored on the same test images in the same order."""
-    key = [(name, pa.int64() if name == "images_seen" else pa.string()) for name in HITS_KEY]
-    return pa.Table.from_pylist(list(rows), pa.schema([*key, ("num_test", pa.int64()), ("hits", pa.binary())]))
 
 
 def _typed_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:

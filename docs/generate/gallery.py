@@ -30,7 +30,7 @@ CALLS = {
         'lowest = fit(read_tables([f"{study}/cifar.parquet"], where=["envelope"]), "power_offset:C")\n'
         'figure = plot_points(cifar, "flops_train", by="params_total", envelope=lowest)',
     ),
-    "frontier": ("The compute-optimal size, by three approaches", "figure = frontier(isoflop).plot()"),
+    "frontier": ("The compute-optimal size, by two approaches", "figure = frontier(isoflop).plot()"),
     "accuracy": (
         "Accuracy against size, data and compute",
         'probes = probe_frame(cifar)\nfigure = plot_accuracy(probes[probes["kind"] == "linear"])',

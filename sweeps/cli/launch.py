@@ -9,81 +9,144 @@ from typing import Annotated, Literal
 
 import typer
 
-from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, Root, SweepName, print_next, select_run_ids
+from aimscale.harness.run.directory import EXIT_PREEMPTED
+from aimscale.sweeps.cli.options import (
+    EXIT_INTERRUPTED,
+    ROOT,
+    Root,
+    SweepName,
+    Yes,
+    confirm,
+    print_next,
+    report_name,
+    select_run_ids,
+)
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult
 from aimscale.sweeps.plan.checks import raise_on_problems
-from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+from aimscale.sweeps.plan.costs import CostCard
+from aimscale.sweeps.plan.planner import Run, plan
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.decision import Decision
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
-from aimscale.sweeps.table.views import KeyValue, key_value_text, new_console
+from aimscale.sweeps.table.views import KeyValue, format_duration, format_number, print_key_values
 
-Runs = Annotated[list[str] | None, typer.Argument(help="Run ids or parts of them; all runs by default.")]
-Place = Literal["local", "here", "slurm"]
+CONFIRM_DEVICE_HOURS = 10
+"""A launch of more device-hours asks for confirmation on a terminal."""
+Place = Literal["local", "slurm"]
 
 
 def launch(
     sweep: SweepName,
     root: Root = ROOT,
     on: Annotated[
-        Place,
-        typer.Option(
-            help="This machine, with a live table; `here`: one worker of many, under any scheduler; or Slurm."
-        ),
-    ] = "local",
+        Place | None,
+        typer.Option(help="Where runs are executed; by default on Slurm if the file has a `slurm` section, else here."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     devices: Annotated[
         int | None, typer.Option(min=1, help="GPUs to use, or processes where there is none; by default all.")
     ] = None,
     hours: Annotated[
-        float | None, typer.Option("--for", min=0.001, help="Hours until this machine is gone; runs save before that.")
+        float | None,
+        typer.Option(
+            "--time-limit", min=0.001, help="Hours until this machine is gone; runs save before that (exit code 75)."
+        ),
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Try runs again that failed for good or diverged.")] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Also start runs that failed for good, diverged or were cancelled.")
+    ] = False,
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
     ] = False,
+    yes: Yes = False,
 ) -> None:
     """Start what is missing, resume what died, evaluate what lacks it, skip what is done.
 
     Launch as often and on as many machines as you like: each run is executed once.
     """
-    for option, value, *places in (
-        ("--devices", devices, "local", "here"),
-        ("--for", hours, "here"),
+    loaded, runs, cards = engine.load_plan(sweep, root)
+    place: Place = on or ("slurm" if loaded.is_for_slurm else "local")
+    if place == "slurm" and not loaded.is_for_slurm:
+        raise SweepError(f"{loaded.source} does not say what jobs request; add `slurm: {{}}` for the defaults")
+    for option, value, only in (
+        ("--devices", devices, "local"),
+        ("--time-limit", hours, "local"),
         ("--allow-dirty", allow_dirty, "slurm"),
     ):
-        if value and on not in places:
-            raise SweepError(f"{option} has no meaning with --on {on}; it is for --on {' or '.join(places)}")
-    if on == "slurm":
-        skipped = _launch_slurm(sweep, root, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
+        if value and place != only:
+            raise SweepError(f"{option} has no meaning with --on {place}; it is for --on {only}")
+    decisions = [engine.launch_decision(loaded, run, retry=retry) for run in runs]
+    print_key_values(launch_summary(loaded, decisions, cards))
+    num_hours = sum(card.device_hours for card, each in zip(cards, decisions, strict=True) if each.startable)
+    if not dry_run and num_hours > CONFIRM_DEVICE_HOURS:
+        confirm(f"launch up to {format_number(num_hours)} device-hours?", yes=yes)
+    again = ["--on", on] if on else []
+    if place == "slurm":
+        _launch_slurm(loaded, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
+        if not dry_run and any(each.startable or each.verdict == "running" for each in decisions):
+            print_next("status", sweep, root, "--wait")
+            return
     elif dry_run:
-        skipped = _print_local(sweep, root, devices, retry=retry)
-    if on == "slurm" and not dry_run and any(each.startable or each.verdict == "running" for each in skipped):
-        print_next("status", sweep, root, "--watch")
+        _print_commands(loaded, decisions, devices)
+    if place == "slurm" or dry_run:
+        more = [*again, *(["--retry"] if retry else [])]
+        _print_next(LaunchResult(skipped=tuple(decisions)), sweep, loaded, root, *more)
         return
-    if on == "slurm" or dry_run:
-        _print_next(LaunchResult(skipped=skipped), sweep, root, on, *(["--retry"] if retry else []))
-        return
-    result = engine.launch(sweep, root, devices=devices, hours=hours, retry=retry, show_progress=on == "local")
+    result = engine.launch(loaded, root, devices=devices, hours=hours, retry=retry)
     print_result(result)
-    _print_next(result, sweep, root, on)
+    _print_next(result, sweep, loaded, root, *again)
+    if code := _exit_code(result):
+        raise typer.Exit(code)
+
+
+def launch_summary(sweep: Sweep, decisions: Sequence[Decision], cards: Sequence[CostCard]) -> list[KeyValue]:
+    """Summarise what a launch will do, what is there already, and what needs a person."""
+    words = {"start": "new", "resume": "to resume"}
+    counts = Counter(words.get(each.verdict, each.verdict) for each in decisions)
+    parts = ", ".join(f"{num} {word}" for word, num in counts.most_common())
+    lines = [KeyValue(key="runs", value=f"{len(decisions)}: {parts}")]
+    if starting := [card for card, each in zip(cards, decisions, strict=True) if each.startable]:
+        hours = format_number(sum(card.device_hours for card in starting))
+        longest = format_duration(max(card.wall_s for card in starting))
+        lines.append(KeyValue(key="cost", value=f"up to {hours} device-hours; longest run {longest}"))
+    if others := unplanned_runs(sweep, [each.run for each in decisions]):
+        num_running = sum(RunRecord(sweep.run_dir(name)).is_held() for name in others)
+        running = f", {num_running} of them running" if num_running else ""
+        value = f"{len(others)} run directories{running}, such as {others[0]}; they stay as they are"
+        lines.append(KeyValue(key="unplanned", value=value))
+    retried = {"failed": "; --retry tries it again", "damaged": ""}
+    named = [each for each in decisions if each.verdict in retried]
+    lines += [KeyValue(level=e.verdict, key=e.record.name, value=f"{e.why}{retried[e.verdict]}") for e in named]
+    if counts["cancelled"]:
+        lines.append(KeyValue(level="cancelled", key=f"{counts['cancelled']} runs", value="--retry starts them again"))
+    return lines
+
+
+def _exit_code(result: LaunchResult) -> int:
+    """Return 130 after a signal, 75 if time was up before all was done, 1 if a run failed for good, else 0."""
     if result.stopped_by:
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if failed_runs(result) or any(each.verdict == "damaged" for each in result.skipped):
-        raise typer.Exit(1)
+        return EXIT_INTERRUPTED
+    if result.interrupted:
+        return EXIT_PREEMPTED
+    return int(bool(failed_runs(result)) or any(each.verdict == "damaged" for each in result.skipped))
 
 
-def _print_next(result: LaunchResult, sweep: str, root: Path, on: Place, *more: str) -> None:
-    """Print the next command: launch if runs are left, logs of a failed run, else status or collect."""
+def _print_next(result: LaunchResult, name: str, sweep: Sweep, root: Path, *more: str) -> None:
+    """Print the next command: launch if runs are left, logs of a failed run, report if all are finished, or status."""
+    verdicts = {each.verdict for each in result.skipped}
     if result.interrupted or any(each.startable for each in result.skipped):
-        print_next("launch", sweep, root, *(["--on", on] if on != "local" else []), *more)
+        print_next("launch", name, root, *more)
     elif failed := failed_runs(result):
-        print_next("logs", sweep, root, failed[0])
+        print_next("logs", name, root, failed[0])
+    elif verdicts == {"cancelled"} or verdicts == {"cancelled", "finished"}:
+        print_next("launch", name, root, *more, "--retry")
+    elif verdicts <= {"finished"}:
+        print_next("report", report_name(sweep, name, root))
     else:
-        is_over = all(decision.verdict in ("finished", "cancelled") for decision in result.skipped)
-        print_next("collect" if is_over else "status", sweep, root)
+        print_next("status", name, root)
 
 
 def failed_runs(result: LaunchResult) -> list[str]:
@@ -92,7 +155,7 @@ def failed_runs(result: LaunchResult) -> list[str]:
 
 
 def print_result(result: LaunchResult) -> None:
-    """Print the result of a launch and the runs that it skipped."""
+    """Print how the runs of a launch ended, and how many it skipped."""
     why = "time is up: " if result.interrupted and not result.stopped_by else ""
     ended = {
         "finished": result.finished,
@@ -101,55 +164,50 @@ def print_result(result: LaunchResult) -> None:
         "stopped": result.stopped,
     }
     counts = ", ".join(f"{len(runs)} {how}" for how, runs in ended.items() if runs or how == "finished")
-    _print_skipped(result.skipped, result.unplanned, KeyValue(key="launched", value=f"{why}{counts}"))
+    lines = [KeyValue(key="launched", value=f"{why}{counts}")]
+    if skipped := Counter(each.verdict for each in result.skipped):
+        lines.append(KeyValue(key="skipped", value=", ".join(f"{num} {verdict}" for verdict, num in skipped.items())))
+    print_key_values(lines)
 
 
-def cancel(sweep: SweepName, runs: Runs = None, root: Root = ROOT) -> None:
-    """Stop the runs of a sweep (or those named), wherever they run; each saves first, and the next launch goes on."""
+def cancel(
+    sweep: SweepName,
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Run ids, or patterns such as 'rung-64_*'; all runs by default.")
+    ] = None,
+    root: Root = ROOT,
+    yes: Yes = False,
+) -> None:
+    """Stop runs of a sweep, wherever they run; each saves first, and `launch --retry` goes on."""
     loaded = load_sweep(sweep, root)
     names = select_run_ids(loaded, runs or [])
+    if len(names) > 1:
+        confirm(f"cancel {len(names)} runs of '{loaded.name}'?", yes=yes)
     done, failed = engine.cancel(loaded, [run for run in plan(loaded) if run.run_id in names])
     for line in [*done, *failed]:
         typer.echo(line)
     typer.echo(f"{len(done)} runs stopped" if done or failed else "nothing was waiting or running")
-    print_next("launch" if done else "status", sweep, root)
+    print_next(*(("launch", sweep, root, "--retry") if done else ("status", sweep, root)))
     if failed:
         raise typer.Exit(1)
 
 
-def _print_skipped(skipped: Sequence[Decision], others: Sequence[str], *more: KeyValue) -> None:
-    """Print failed and damaged runs one by one, the number of other skipped runs, and more lines."""
-    named = [each for each in skipped if each.verdict in ("failed", "damaged")]
-    words = {"failed": "; --retry tries it again", "damaged": ""}
-    flags = [KeyValue(level=e.verdict, key=e.record.name, value=f"{e.why}{words[e.verdict]}") for e in named]
-    counts = Counter(each.verdict for each in skipped if each not in named)
-    lines = [KeyValue(key="left alone", value=", ".join(f"{num} {verdict}" for verdict, num in counts.items()))]
-    if others:
-        value = f"{len(others)} run directories of an earlier sweep file, such as {others[0]}; they stay as they are"
-        lines.append(KeyValue(key="unplanned", value=value))
-    for part in (flags, [line for line in (*lines, *more) if line.value]):
-        if part:
-            console = new_console()
-            console.print(key_value_text(part, console.width), highlight=False, soft_wrap=True)
-
-
-def _print_local(sweep: str, root: Path, devices: int | None, *, retry: bool) -> tuple[Decision, ...]:
+def _print_commands(sweep: Sweep, decisions: Sequence[Decision], devices: int | None) -> None:
     """Check the runs and print the commands that a launch on this machine would execute."""
-    loaded, runs, _ = engine.load_plan(sweep, root)
-    machine = local_machine(runs, devices=devices)
-    decisions = tuple(engine.launch_decision(loaded, run, retry=retry) for run in runs)
-    raise_on_problems(loaded, [each.run for each in decisions if each.startable])
-    for each in decisions:
-        words = machine.command(each.record.path, min(each.run.devices, machine.devices))
-        typer.echo(f"{each.verdict:<9} {' '.join(words) if each.startable else each.why or each.run.run_id}")
-    return decisions
+    starting = [each for each in decisions if each.startable]
+    machine = local_machine([each.run for each in decisions], devices=devices)
+    raise_on_problems(sweep, [each.run for each in starting])
+    for each in starting:
+        typer.echo(
+            f"{each.verdict:<6}  {' '.join(machine.command(each.record.path, min(each.run.devices, machine.devices)))}"
+        )
 
 
-def _launch_slurm(sweep: str, root: Path, *, retry: bool, dry_run: bool, allow_dirty: bool) -> tuple[Decision, ...]:
+def _launch_slurm(sweep: Sweep, runs: list[Run], *, retry: bool, dry_run: bool, allow_dirty: bool) -> None:
+    """Submit jobs, or print their scripts."""
     from aimscale.sweeps.engine.slurm_worker import launch_slurm  # submitit is slow to import
 
-    loaded, runs, _ = engine.load_plan(sweep, root)
-    submitted = launch_slurm(loaded, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
+    submitted = launch_slurm(sweep, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     for part in submitted:
         shape = f"{part.shape.nodes} x {part.shape.devices} (nodes x devices)"
         if dry_run:
@@ -160,6 +218,3 @@ def _launch_slurm(sweep: str, root: Path, *, retry: bool, dry_run: bool, allow_d
             typer.echo(f"excluded  {', '.join(part.excluded)}: some of these runs failed there")
     if not submitted:
         typer.echo("nothing to submit: jobs for all runs wait or run already, or no run is left")
-    decisions = tuple(engine.launch_decision(loaded, run, retry=retry and dry_run) for run in runs)
-    _print_skipped([each for each in decisions if not each.startable], unplanned_runs(loaded, runs))
-    return decisions

@@ -30,7 +30,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Look": {
         "status": (
             "aimscale.sweeps.cli.sweep:status",
-            "One line per run: state, loss, pace, time left, why it failed.",
+            "Summarise a sweep: states, time left, what failed and why; --wait for its end.",
         ),
         "logs": ("aimscale.sweeps.cli.sweep:logs", "Print or follow the log of one run."),
         "collect": ("aimscale.sweeps.cli.sweep:collect", "Gather every run's rows into one typed table."),
@@ -39,7 +39,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "fit": ("aimscale.analysis.cli.laws:fit", "Fit a scaling law to a table, with intervals and a held-out test."),
         "forecast": ("aimscale.analysis.cli.laws:forecast", "Forecast loss and accuracies, and register the forecast."),
         "next": ("aimscale.sweeps.cli.next", "Choose the runs that make a forecast most certain for their price."),
-        "frontier": ("aimscale.analysis.cli.laws:frontier", "Compute-optimal size and data by approaches 1, 2 and 3."),
+        "frontier": ("aimscale.analysis.cli.laws:frontier", "Compute-optimal size and data by approaches 2 and 3."),
         "correlate": ("aimscale.analysis.cli.effects:correlate", "Correlate loss with accuracy, and forecast it."),
         "contrast": ("aimscale.analysis.cli.effects:contrast", "Compare the levels of one column, all else equal."),
         "compare": ("aimscale.analysis.cli.report:compare", "Put runs beside the published baselines."),
@@ -56,7 +56,7 @@ after a colon."""
 VERBS = {name: where for group in GROUPS.values() for name, where in group.items()}
 EXAMPLES = (
     ("aimscale demo", "the whole loop on bundled images, to a report"),
-    ("aimscale launch mysweep.yaml --on slurm", "train what a sweep lacks"),
+    ("aimscale launch mysweep.yaml", "train what a sweep lacks, here or on Slurm"),
     ("aimscale fit losses.csv --columns N=params,D=images,L=loss", "a law from anybody's table"),
 )
 HIDDEN = {"train": "aimscale.harness.cli.runs:train"}
@@ -75,21 +75,21 @@ def load_verb(name: str) -> typer.Typer:
 
 
 def _find_table(ctx: Any, param: Any, given: Any) -> Any:
-    """Replace a sweep's name or file among the arguments of an analysis verb by the path of its table."""
+    """Replace a sweep's name, file or folder among the arguments of an analysis verb by its table, collected anew."""
     if isinstance(given, list | tuple):
         return [_find_table(ctx, param, each) for each in given]
     path = Path(given)
-    if path.exists() and path.suffix not in (".yaml", ".yml"):
+    if path.exists() and path.suffix not in (".yaml", ".yml") and not (path / "sweep.yaml").is_file():
         return path
     from aimscale.analysis.cli.options import NAMES
+    from aimscale.sweeps.cli.sweep import fresh_table
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
     try:
-        table = load_sweep(path, Path("aimscale-runs")).directory / "results.parquet"
+        sweep = load_sweep(path, Path("aimscale-runs"))
     except SweepError:
         return path
-    if not table.is_file():
-        raise SweepError(f"{table} does not exist; `aimscale collect {path}` makes it once runs are complete")
+    table = fresh_table(sweep)
     NAMES[table] = str(given)
     return table
 

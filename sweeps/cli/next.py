@@ -24,10 +24,7 @@ TABLE_FLOPS_PER_HOUR = 400e12 * 3600
 
 def command(
     sweep_or_tables: Annotated[
-        list[str],
-        typer.Argument(
-            help="A launched and collected sweep (runs are priced as `plan` does), or any tables, read as one."
-        ),
+        list[str], typer.Argument(help="A launched sweep (runs are priced as `plan` does), or any tables, read as one.")
     ],
     target: Annotated[str, typer.Option(help="The scale to forecast: N=1e9,D=2B (and U= where images repeat).")],
     budget: Annotated[float, typer.Option(min=0, help="GPU-hours to spend; of a table, at 400 TFLOP/s.")],
@@ -49,6 +46,7 @@ def command(
     from aimscale.analysis.forecasts.forecast import parse_scale
     from aimscale.analysis.next.proposal import propose
     from aimscale.analysis.table.read import SUFFIXES
+    from aimscale.sweeps.cli.sweep import fresh_table
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
     place = parse_scale(target, "--target")
@@ -67,10 +65,7 @@ def command(
                 f"the data paths of {sweep.name} are relative to {sweep.base_dir}; write the new sweep file there, "
                 f"as --write {sweep.base_dir / write.name}"
             )
-        table = sweep.directory / "results.parquet"
-        if not table.is_file():
-            raise SweepError(f"{table} does not exist; `aimscale collect {sweep.name}` makes it of complete runs")
-        df, y = table_to_minimise([table], columns, where, best_of, y)
+        df, y = table_to_minimise([fresh_table(sweep)], columns, where, best_of, y)
         found = propose(df, place, _sweep_candidates(sweep, df), budget=budget, law=law, y=y)
         again = (
             f"next {sweep.name} --target {target} --budget {budget:g} --write {sweep.base_dir / sweep.name}-next.yaml"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,35 +16,8 @@ from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 EXIT_INTERRUPTED = 130
-
-
-def select_run_ids(sweep: Sweep, parts: Sequence[str]) -> list[str]:
-    """Return the run ids that contain any of the parts, or all planned runs if no part is given.
-
-    Raises:
-        SweepError: a part matches no run.
-    """
-    planned = [run.run_id for run in plan(sweep)]
-    there = [path.name for path in sweep.runs_dir.iterdir()] if sweep.runs_dir.is_dir() else []
-    chosen = [] if parts else planned
-    for part in parts:
-        named = [run_id for run_id in planned if part in run_id] or [run_id for run_id in there if part in run_id]
-        if not named:
-            hint = did_you_mean(part, [*planned, *there], "its runs are")
-            raise SweepError(f"no run of sweep '{sweep.name}' has '{part}' in its id; {hint}")
-        chosen += named
-    return list(dict.fromkeys(chosen))
-
-
 ROOT = Path("aimscale-runs")
 """Default folder of sweeps."""
-
-
-def print_next(verb: str, sweep: str, root: Path = ROOT, *more: str) -> None:
-    """Print the command to run next, with the options that the user gave."""
-    where = [] if root == ROOT else ["--root", str(root)]
-    typer.echo(f"next: {shlex.join(['aimscale', verb, sweep, *more, *where])}")
-
 
 SweepName = Annotated[
     str,
@@ -52,3 +27,46 @@ SweepName = Annotated[
 ]
 Root = Annotated[Path, typer.Option(help="Folder that holds the sweep directories.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
+
+
+def select_run_ids(sweep: Sweep, patterns: Sequence[str]) -> list[str]:
+    """Return the ids of the planned and other runs that match any of the patterns; all planned ones without a pattern.
+
+    Args:
+        patterns: whole ids, or patterns with `*` and `?`; part of an id matches nothing.
+
+    Raises:
+        SweepError: a pattern matches no run.
+    """
+    known = [run.run_id for run in plan(sweep)]
+    if not patterns:
+        return known
+    known += [path.name for path in sorted(sweep.runs_dir.glob("*/")) if path.name not in known]
+    chosen: list[str] = []
+    for pattern in patterns:
+        if not (matching := fnmatch.filter(known, pattern)):
+            part_of = [run_id for run_id in known if pattern in run_id]
+            hint = f"'*{pattern}*' matches {len(part_of)}, such as {part_of[0]}" if part_of else ""
+            raise SweepError(
+                f"no run of sweep '{sweep.name}' is '{pattern}'; {hint or did_you_mean(pattern, known, 'its runs are')}"
+            )
+        chosen += matching
+    return list(dict.fromkeys(chosen))
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask on a terminal, and end the command if the answer is no; without a terminal nothing is asked."""
+    if not yes and sys.stdin.isatty():
+        typer.confirm(question, abort=True)
+
+
+def print_next(verb: str, sweep: str, root: Path = ROOT, *more: str) -> None:
+    """Print the command to run next, with the options that the user gave."""
+    where = [] if root == ROOT else ["--root", str(root)]
+    typer.echo(f"next: {shlex.join(['aimscale', verb, sweep, *more, *where])}")
+
+
+def report_name(sweep: Sweep, name: str, root: Path) -> str:
+    """Return what `aimscale report` takes for a sweep: the name that was typed, or its directory under another root."""
+    return name if root == ROOT else str(sweep.directory)

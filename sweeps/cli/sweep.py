@@ -2,116 +2,246 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
+from rich.live import Live
 
-from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, print_next, select_run_ids
+from aimscale.harness.run import lock
+from aimscale.harness.run.directory import EXIT_PREEMPTED
+from aimscale.sweeps.cli.options import (
+    EXIT_INTERRUPTED,
+    ROOT,
+    AsJson,
+    Root,
+    SweepName,
+    print_next,
+    report_name,
+    select_run_ids,
+)
 from aimscale.sweeps.plan import costs
 from aimscale.sweeps.plan.planner import plan as plan_runs
-from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.table import views
-from aimscale.sweeps.table.status import SweepStatus, sweep_status
+from aimscale.sweeps.table import collection
+from aimscale.sweeps.table.collection import CollectResult
+from aimscale.sweeps.table.status import ENDED_STATES, SweepStatus, sweep_status
+from aimscale.sweeps.table.status_view import FAILED_STATES, Shown, progress_line, status_view
+from aimscale.sweeps.table.views import new_console
 
-ENDED = ("finished", "failed", "diverged")
+LOOK_INTERVAL_S, LOOK_SHARE = 2.0, 0.05
+"""Interval between looks at all runs, s, and maximum share of the time that they may take."""
+SLURM_INTERVAL_S = 30.0
+"""Interval between questions to Slurm, s."""
+MAX_IDLE_LOOKS = 4
+"""Number of looks in a row that may find no worker: between two runs, a worker holds none for a moment."""
+TAIL_LINES = 20
+"""Number of lines of a log from which `logs --follow` starts."""
 
 
 def status(
     sweep: SweepName,
     root: Root = ROOT,
     as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+    every_run: Annotated[bool, typer.Option("--all", help="List each run, however many there are.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="List only runs that failed, with their logs.")] = False,
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait",
+            help="Refresh until nothing is executed any more. Exit code 0: all runs are finished; 1: one failed for "
+            "good; 75: some are left.",
+        ),
+    ] = False,
+    hours: Annotated[float | None, typer.Option("--time-limit", min=0, help="Hours to wait.")] = None,
 ) -> None:
-    """One line per run: state, loss, images/s, MFU, time left, why it failed."""
+    """Summarise a sweep: states, progress, time left, what needs attention, and its runs or groups of runs."""
     loaded = load_sweep(sweep, root)
-    runs = plan_runs(loaded)
-    cards = costs.cost_cards(loaded, runs)
-
-    def get_status() -> SweepStatus:
-        is_submitted = slurm.submissions_file(loaded).is_file()
-        jobs = slurm.try_list_jobs() if is_submitted else None
-        if is_submitted and jobs is None and not watch:
-            typer.echo("Slurm does not answer; runs that wait there are shown as unfinished or dead", err=True)
-        return sweep_status(loaded, runs, cards, jobs)
-
+    look = _looker(loaded)
+    shown: Shown = "failed" if failed else "all" if every_run else "auto"
+    code = 0
+    if wait:
+        code = _wait(look, shown, time.monotonic() + 3600 * hours if hours is not None else float("inf"))
+    found = look()
     if as_json:
-        typer.echo(json.dumps(asdict(get_status()), indent=1))
-    elif watch:
-        views.watch(get_status)
+        typer.echo(json.dumps(asdict(found), indent=1))
     else:
-        console, found = views.new_console(), get_status()
-        console.print(views.status_table(found, console.width), highlight=False, soft_wrap=True)
+        console = new_console()
+        console.print(status_view(found, console.width, shown), highlight=False, soft_wrap=True)
         verb, *more = _next_command(found)
-        print_next(verb, sweep, root, *more)
+        print_next(verb, report_name(loaded, sweep, root) if verb == "report" else sweep, root, *more)
+    if code:
+        raise typer.Exit(code)
+
+
+def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus]:
+    """Return a function that inspects all runs, or one; it asks Slurm at most every `SLURM_INTERVAL_S`."""
+    runs = [run for run in plan_runs(sweep) if run_id in (None, run.run_id)]
+    cards, jobs, asked = costs.cost_cards(sweep, runs), None, float("-inf")
+
+    def look() -> SweepStatus:
+        nonlocal jobs, asked
+        if slurm.submissions_file(sweep).is_file() and time.monotonic() - asked > SLURM_INTERVAL_S:
+            jobs, asked = slurm.try_list_jobs(), time.monotonic()
+            if jobs is None:
+                typer.echo("Slurm does not answer; runs that wait there are shown as unfinished or dead", err=True)
+        return sweep_status(sweep, runs, cards, jobs)
+
+    return look
+
+
+def _wait(look: Callable[[], SweepStatus], shown: Shown, deadline: float) -> int:
+    """Show the status until nothing is executed, or until the deadline; return the exit code."""
+    console, num_idle = new_console(), 0
+    states: dict[str, int] = {}
+    live = Live(console=console, auto_refresh=False, screen=True) if console.is_terminal else None
+    try:
+        with live or contextlib.nullcontext():
+            while True:
+                started = time.monotonic()
+                found = look()
+                if live:
+                    live.update(status_view(found, console.width, shown), refresh=True)
+                elif found.counts != states:
+                    typer.echo(progress_line(found))
+                    states = found.counts
+                num_idle = 0 if found.is_active else num_idle + 1
+                if num_idle > MAX_IDLE_LOOKS or found.counts.keys() <= {"finished"}:
+                    return _exit_code(found)
+                if time.monotonic() >= deadline:
+                    return EXIT_PREEMPTED
+                time.sleep(max(LOOK_INTERVAL_S, (time.monotonic() - started) / LOOK_SHARE))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _exit_code(found: SweepStatus) -> int:
+    """Return 0 if all runs are finished, 1 if one failed for good, 75 if some are left."""
+    if found.counts.keys() <= {"finished"}:
+        return 0
+    return 1 if any(state in found.counts for state in FAILED_STATES) else EXIT_PREEMPTED
 
 
 def _next_command(found: SweepStatus) -> tuple[str, ...]:
     """Return the next verb and its options: logs of a failed run, else the verb that continues the sweep."""
-    in_vain = [line.run_id for line in found.runs if line.state in ("failed", "diverged") and line.log]
-    if in_vain:
+    if in_vain := [line.run_id for line in found.runs if line.state in ("failed", "diverged") and line.log]:
         return "logs", in_vain[0]
-    states = {line.state for line in found.runs}
-    if states <= {"finished", "damaged"}:
-        return ("collect",)
-    if states & {"running", "starting", "queued"}:
-        return "status", "--watch"
-    return ("launch",)
+    if found.counts.keys() <= {"finished", "damaged"}:
+        return ("report",)
+    if found.is_active:
+        return "status", "--wait"
+    return ("launch", "--retry") if found.counts.keys() <= {"finished", "cancelled"} else ("launch",)
 
 
 def logs(
     sweep: SweepName,
     run: Annotated[str, typer.Argument(help="A run's id, or any part that no other id has.")],
     root: Root = ROOT,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends or Ctrl-C.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Wait for more, over all attempts, until the run is over or Ctrl-C.")
+    ] = False,
 ) -> None:
-    """Print or follow the log of one run's last attempt."""
+    """Print the log of one run's last attempt, or follow it from its last lines."""
     loaded = load_sweep(sweep, root)
-    name, *others = select_run_ids(loaded, [run])
+    name, *others = select_run_ids(loaded, [run if loaded.run_dir(run).is_dir() else f"*{run}*"])
     if others:
         raise SweepError(f"'{run}' is part of {1 + len(others)} run ids ({name}, {others[0]}, ...); give more of it")
     record = RunRecord(loaded.run_dir(name))
-    path = record.last_log()
-    if path is None:
+    if follow:
+        with contextlib.suppress(KeyboardInterrupt):
+            _follow(loaded, record)
+        return
+    if (path := record.last_log()) is None:
         raise SweepError(f"{name} has no log yet; it was never started")
     with path.open(errors="replace") as file:
         typer.echo(file.read(), nl=False)
-        try:
-            while follow and record.last_log() == path:
-                piece = file.read()
-                if piece:
-                    typer.echo(piece, nl=False)
-                elif record.read_status().state in ENDED:
-                    return
-                else:
-                    time.sleep(0.5)
-        except KeyboardInterrupt:
+
+
+def _follow(sweep: Sweep, record: RunRecord) -> None:
+    """Print the last lines of a run's log and what is added, attempt after attempt, until nobody executes it."""
+    if all(run.run_id != record.name for run in plan_runs(sweep)):
+        raise SweepError(f"{record.name} is no longer planned by {sweep.source}; print its log without --follow")
+    look, path, file, num_idle = _looker(sweep, record.name), None, None, 0
+    while True:
+        end = _end(sweep, look())
+        num_idle = 0 if end is None else num_idle + 1
+        if file is not None:
+            typer.echo(file.read(), nl=False)
+        if (newest := record.last_log()) is not None and newest != path:
+            typer.echo(f"--- {newest.stem} of {record.name}")
+            path, file = newest, newest.open(errors="replace") if path else _open_tail(newest)
+        elif num_idle > MAX_IDLE_LOOKS:
+            typer.echo(f"--- {end}")
             return
+        else:
+            time.sleep(0.5)
+
+
+def _open_tail(path: Path) -> TextIO:
+    """Open a log at its last lines."""
+    num_lines = path.read_bytes().count(b"\n")
+    file = path.open(errors="replace")
+    for _ in range(num_lines - TAIL_LINES):
+        file.readline()
+    return file
+
+
+def _end(sweep: Sweep, found: SweepStatus) -> str | None:
+    """Say how the one run of a status stands, if it is over or no worker of the sweep can take it; else None."""
+    (line,) = found.runs
+    reason = f" ({line.status.reason})" if line.status.reason else ""
+    if line.state in ENDED_STATES:
+        return f"{line.run_id} is {line.state}{reason}"
+    has_workers = any(lock.is_held(path) for path in sweep.runs_dir.glob("*/claim"))
+    return None if found.is_active or has_workers else f"{line.run_id} is {line.state}, and no worker is there{reason}"
 
 
 def collect(sweep: SweepName, root: Root = ROOT) -> None:
-    """Gather every run's rows into one typed table (Parquet and CSV)."""
-    from aimscale.sweeps.table import collection
+    """Gather every run's rows into one typed table (Parquet and CSV), and score registered forecasts.
 
+    Verbs that are given a sweep do this themselves.
+    """
     loaded = load_sweep(sweep, root)
-    runs = plan_runs(loaded)
-    found = collection.collect(loaded, runs, costs.cost_cards(loaded, runs))
+    found = _collect(loaded)
+    if found.num_baselines:
+        typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
+    for line in _scored_forecasts(found.table):
+        typer.echo(line)
+    typer.echo(f"{found.num_complete} of {found.num_rows} rows have results: {found.table}")
+    print_next("report", report_name(loaded, sweep, root))
+
+
+def fresh_table(sweep: Sweep) -> Path:
+    """Collect a sweep and return its table; one whose runs are not here, or that cannot be written, is read as it is.
+
+    Raises:
+        SweepError: there are neither runs nor a table.
+    """
+    table = sweep.directory / "results.parquet"
+    if table.is_file() and not (sweep.runs_dir.is_dir() and os.access(sweep.directory, os.W_OK)):
+        typer.echo(f"{table} is read as it is: its runs are not here, or its folder cannot be written", err=True)
+        return table
+    return _collect(sweep).table
+
+
+def _collect(sweep: Sweep) -> CollectResult:
+    """Collect a sweep and say on the error stream what is left out."""
+    runs = plan_runs(sweep)
+    found = collection.collect(sweep, runs, costs.cost_cards(sweep, runs))
     for why in found.damaged.values():
         typer.echo(f"skipped: {why}", err=True)
     if found.unplanned:
         what = f"{len(found.unplanned)} run directories of another sweep file or version"
         typer.echo(f"left out: {what}, such as {found.unplanned[0]}", err=True)
-    if found.num_baselines:
-        typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
-    for line in _scored_forecasts(found.table):
-        typer.echo(line)
-    typer.echo(f"{found.num_complete} of {found.num_rows} rows have results, from {len(runs)} runs: {found.table}")
-    print_next("report", sweep if root == ROOT else str(found.table))
+    return found
 
 
 def _scored_forecasts(table: Path) -> list[str]:

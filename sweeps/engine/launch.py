@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Group
 from rich.live import Live
 
 from aimscale.aim.errors import UserError
@@ -28,7 +29,8 @@ from aimscale.sweeps.state.decision import Decision, decide
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare_directory, unplanned_runs
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
-from aimscale.sweeps.table.views import new_console, progress_bar, progress_line, status_table
+from aimscale.sweeps.table.status_view import progress_bar, progress_line, runs_table
+from aimscale.sweeps.table.views import new_console
 
 LOG_INTERVAL_S = 30.0
 LIVE_INTERVAL_S = 0.5
@@ -54,7 +56,7 @@ def launch(
         devices: number of GPUs to use, or of processes on a machine without GPUs; by default all, or as many as the
             cores can feed.
         hours: time until this machine is gone; all runs are saved before.
-        retry: clear failures first.
+        retry: clear cancellations and failures first.
         show_progress: show progress, as a live table on a terminal; else only events are printed.
         command: replaces the program that executes a run.
 
@@ -69,7 +71,7 @@ def launch(
     deadline = float("inf")
     if hours is not None:
         # Runs stop early enough to save before the time is up, but at most half of a short time is kept for that.
-        deadline = started + 3600 * hours - min(max(grace_period_s(loaded, run) for run in runs), 1800 * hours)
+        deadline = started + 3600 * hours - min(max(grace_period_s(run) for run in runs), 1800 * hours)
     worker = Worker(sweep=loaded, machine=machine, waiting=list(runs), command=command, deadline=deadline)
     with _progress_display(lambda: sweep_status(loaded, runs, cards), show_progress) as report:
         result = run_worker(worker, report)
@@ -77,7 +79,7 @@ def launch(
 
 
 def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
-    """Check the runs that a launch would start, create the sweep's directory, and clear cancellations.
+    """Check the runs that a launch would start, create the sweep's directory and, with `retry`, clear cancellations.
 
     Raises:
         SweepError, ConfigError: as in `launch`.
@@ -86,14 +88,15 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
     prepare_directory(sweep, runs)
     for run in runs:
         record = RunRecord(sweep.run_dir(run.run_id))
-        record.cancelled.unlink(missing_ok=True)
+        if retry:
+            record.cancelled.unlink(missing_ok=True)
         _close_lost_attempt(record, retry=retry)
 
 
 def launch_decision(sweep: Sweep, run: Run, *, retry: bool) -> Decision:
-    """Decide on a run as a launch will after it has cleared cancellations and, with `retry`, failures."""
+    """Decide on a run as a launch will after it has, with `retry`, cleared cancellations and failures."""
     decision = decide(run, RunRecord(sweep.run_dir(run.run_id)))
-    is_freed = decision.verdict == "cancelled" or (retry and decision.verdict == "failed")
+    is_freed = retry and decision.verdict in ("cancelled", "failed")
     return replace(decision, verdict="resume") if is_freed else decision
 
 
@@ -169,7 +172,7 @@ def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool
             return
         active = {active_run.run.run_id for active_run in worker.active}
         lines, bar = tuple(line for line in status.runs if line.run_id in active), progress_bar(status, console.width)
-        live.update(status_table(replace(status, runs=lines), console.width, bar) if lines else bar, refresh=True)
+        live.update(Group(runs_table(lines, console.width), bar) if lines else bar, refresh=True)
 
     with live or contextlib.nullcontext():
         yield report
@@ -178,7 +181,7 @@ def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool
 def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     """Mark runs that have not ended as cancelled; workers on any machine let those that are running save and exit.
 
-    No worker starts them before the next launch. Pending Slurm jobs are cancelled if no run is left for them.
+    No worker starts them before a launch with `retry`. Pending Slurm jobs are cancelled if no run is left for them.
 
     Returns:
         One sentence for each run that was stopped, and one for each that could not be; none if no worker is active.
@@ -205,7 +208,7 @@ def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
             continue
         write_text(record.cancelled, "")
         if decision.verdict != "running":
-            done.append(f"{record.name}: will not start before the next launch")
+            done.append(f"{record.name}: will not start before `launch --retry`")
         elif record.is_claimed():
             done.append(f"{record.name}: told to save and end")
         else:

@@ -56,7 +56,7 @@ class WorkerJob:
         machine = self._build_machine(sweep)
         runnable = [run for run in runs if machine.can_run(run)]
         end = float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60 * sweep.file.slurm.time_min)
-        deadline = end - max((grace_period_s(sweep, run) for run in runnable), default=0)
+        deadline = end - max((grace_period_s(run) for run in runnable), default=0)
         nodes, job_id = slurm.current_nodes(), slurm.current_job_id()
         with _relay_warnings():
             while True:

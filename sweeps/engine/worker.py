@@ -271,7 +271,7 @@ def _start(
     # srun may have started several workers; a run is not one of their ranks
     environment.pop("SLURM_STEP_NUM_TASKS", None)
     if len(acquired) > 1:  # torchrun kills its ranks this long after SIGTERM; the default is 30 s
-        environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_period_s(worker.sweep, run))
+        environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_period_s(run))
     record.logs.mkdir(parents=True, exist_ok=True)
     log, more_follow = record.attempt_log(attempt), len(worker.waiting) > 1
     process = worker.processes.start(record.path, len(acquired), environment, log, more_follow=more_follow)

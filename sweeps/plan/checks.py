@@ -94,7 +94,7 @@ def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
     yield from _check_call(
         "cost.memory_gb", plan_execution, run.config, run.devices, device, sweep.file.slurm.devices_per_node, 0
     )
-    stop_s, limit_s = grace_period_s(sweep, run), 60 * sweep.file.slurm.time_min
+    stop_s, limit_s = grace_period_s(run), 60 * sweep.file.slurm.time_min
     if stop_s >= limit_s:
         told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"
         yield "slurm.time_min", f"{told}; raise time_min"

@@ -230,7 +230,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         precision=training.optimiser.precision,
         rates=rates,
         fit=fit,
-        stop_s=grace_period_s(sweep, run),
+        stop_s=grace_period_s(run),
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + num_budgets * WEIGHTS_BYTES_PER_PARAM) * params.total,
         probes=probes,
         flops_evaluation=flops_evaluation + during.flops,
@@ -342,14 +342,11 @@ def plan_execution(
     )
 
 
-def grace_period_s(sweep: Sweep, run: Run) -> int:
+def grace_period_s(run: Run) -> int:
     """Return the time a run is given to save, s, between the signal to stop and the kill.
 
-    Slurm's signal, torchrun and the plan use this one number: `slurm.signal_delay_s`, or else two saves and a step.
+    Slurm's signal, torchrun and the plan use this one number: two saves and a step.
     """
-    delay = sweep.file.slurm.signal_delay_s
-    if delay != "auto":
-        return delay
     num_params = model_counts(model_of(run.config.training))[0].total
     save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
     return max(MIN_GRACE_S, math.ceil(2 * save_s) + STEP_ALLOWANCE_S)

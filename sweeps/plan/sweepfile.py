@@ -29,7 +29,7 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -127,9 +127,6 @@ class SlurmSection(Section):
     """Partition."""
     time_min: int = Field(1440, gt=0, le=10**6)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
-    signal_delay_s: Literal["auto"] | Annotated[int, Field(gt=0, le=10**7)] = "auto"
-    """Time between the signal to save and the kill, s, before a time limit and after Ctrl-C; auto: two saves at 0.5
-    GB/s and a step, at least 120."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and GPUs) of one node."""
     gpus: bool | OneLine = True
@@ -193,7 +190,7 @@ class SweepFile(Section):
     cost: CostSection = CostSection()
     """Assumptions of the plan."""
     slurm: SlurmSection = SlurmSection()
-    """Options of `launch --on slurm`."""
+    """Resources of Slurm jobs; a file that has this section is launched on Slurm."""
 
     @field_validator("sizes", "budgets", "unique_images", "seeds")
     @classmethod
@@ -249,6 +246,11 @@ class Sweep:
     def runs_dir(self) -> Path:
         """Directory that holds the run directories."""
         return self.directory / "runs"
+
+    @property
+    def is_for_slurm(self) -> bool:
+        """Whether the file has a `slurm` section, so that its runs are Slurm jobs unless a launch says otherwise."""
+        return "slurm" in self.file.model_fields_set
 
     def run_dir(self, run_id: str) -> Path:
         """Return the directory of a run."""

@@ -220,7 +220,7 @@ class _Batch:
     ) -> dict[str, Any]:
         """Return submitit's parameters for an array."""
         section = self.section
-        delay_s = max(grace_period_s(self.sweep, run) for run in runs)
+        delay_s = max(grace_period_s(run) for run in runs)
         # The batch script becomes the worker. Slurm signals it alone (B:), and it signals its runs.
         options = {"requeue": True, "signal": f"B:USR2@{delay_s}", **section.extra}
         if after_jobs:

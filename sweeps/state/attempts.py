@@ -167,7 +167,7 @@ def job_failure(
         case "NODE_FAIL" | "BOOT_FAIL":
             return f"node {nodes or '(unknown)'} failed", "node", "failed"
         case "TIMEOUT" | "DEADLINE":
-            return "the time limit came before it could save; raise slurm.signal_delay_s", "timeout", "failed"
+            return "the time limit came before it could save; set runtime.checkpoint_every_images", "timeout", "failed"
         case "CANCELLED":
             return "cancelled before it could save", None, "preempted"
         case "FAILED":

@@ -4,17 +4,16 @@ Values measured during training go to `curves.parquet`, with the same columns, s
 
 Incomplete sweeps can be collected: a budget without results is a row with status `unfinished`, `diverged` or `failed`.
 Baselines that were probed like a run (`aimscale baseline NAME --like RUN`) go to `baselines.parquet`, with the same
-columns, so that no law takes them for runs. `hits.parquet` states which test images each probe classified correctly,
-for tasks that record this. The tables depend only on the run directories: collecting twice writes the same bytes.
+columns, so that no law takes them for runs. The tables depend only on the run directories: collecting twice writes the
+same bytes.
 """
 
 from __future__ import annotations
 
-import base64
 import fnmatch
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ import pyarrow as pa
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.schema import OF_CURVES, hits_table, results_table, write_table
+from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.harness.data.store.dataset_info import fingerprint
-from aimscale.harness.probe.files import as_entry, entries_of, task_files
+from aimscale.harness.probe.files import entries_of
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.row import planned_columns
 from aimscale.sweeps.plan.costs import CostCard
@@ -85,17 +84,12 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
         name = str(folder.relative_to(sweep.runs_dir))
         baselines += _read_rows(name, functools.partial(_baseline_rows, sweep, folder), damaged)
-    rows, hits = _with_task_names(rows, runs)
-    points, _ = _with_task_names(points, runs)
-    baselines, baseline_hits = _with_task_names(baselines, runs)
-    _write(sweep, "results", results_table(rows))
-    _write(sweep, "curves", results_table(points, OF_CURVES))
-    _write(sweep, "baselines", results_table(baselines))
-    _write(sweep, "hits", hits_table([*hits, *baseline_hits]), (".parquet",))
+    _write(sweep, "results", results_table(_with_task_names(rows, runs)))
+    _write(sweep, "curves", results_table(_with_task_names(points, runs), OF_CURVES))
+    _write(sweep, "baselines", results_table(_with_task_names(baselines, runs)))
     whole = [run for run in runs if run.run_id not in damaged]
     summary = {
         "description": sweep.file.description,
-        "completions": [each for run in whole for each in _completions(sweep, run)],
         "machines": _machines([RunRecord(sweep.run_dir(run.run_id)) for run in whole]),
     }
     write_json(sweep.directory / "collect.json", summary)
@@ -109,34 +103,20 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     )
 
 
-def _write(sweep: Sweep, name: str, table: pa.Table, suffixes: Sequence[str] = (".csv", ".parquet")) -> None:
+def _write(sweep: Sweep, name: str, table: pa.Table) -> None:
     """Write the table in its formats; remove the files of an empty table, except those of `results`."""
-    for path in (sweep.directory / f"{name}{suffix}" for suffix in suffixes):
+    for path in (sweep.directory / f"{name}{suffix}" for suffix in (".csv", ".parquet")):
         if table.num_rows or name == "results":
             write_table(table, path)
         else:
             path.unlink(missing_ok=True)
 
 
-def _hit_rows(row: Values, documents: Iterable[Values]) -> list[Values]:
-    """Return the hits of a row's probes, from the task files with the same entries."""
-    details = [detail for document in documents for detail in document["probes"] if "hits" in detail]
-    row_keys = {name: row.get(name) for name in ("run_id", "size", "images_seen")}
-    return [
-        row_keys
-        | {name: entry.get(name) for name in ("task", "kind", "evaluation")}
-        | {"num_test": entry["n"], "hits": base64.b64decode(detail["hits"])}
-        for entry in row.get("probes") or ()
-        for detail in details
-        if as_entry(detail) == entry
-    ]
-
-
 def _read_rows(name: str, rows: Callable[[], list[Values]], damaged: dict[str, str]) -> list[Values]:
     """Read rows and check that they fit into a table; on an error return none and note the reason in `damaged`."""
     try:
         found = rows()
-        results_table([row | {"hits": None} for row in found])
+        results_table(found)
     except (UserError, OSError, ValueError, TypeError, KeyError, AnalysisError) as error:
         damaged[name] = f"the files of {name} are damaged ({error}); move them away or make them again"
         return []
@@ -144,8 +124,7 @@ def _read_rows(name: str, rows: Callable[[], list[Values]], damaged: dict[str, s
 
 
 def _imported_rows(sweep: Sweep, record: RunRecord) -> list[Values]:
-    rows = [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
-    return [{**row, "hits": _hit_rows(row, task_files(record.probes_dir(row["images_seen"])))} for row in rows]
+    return [{**row, "sweep": sweep.name, "status": "complete"} for row in record.read_rows()]
 
 
 def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
@@ -160,7 +139,7 @@ def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
     for name, documents in by_name.items():
         row: Values = {"sweep": sweep.name, "run_id": folder.parent.parent.name, "size": name}
         row["probes"] = [entry for document in documents for entry in entries_of(document)]
-        rows.append({**row, "hits": _hit_rows(row, documents)})
+        rows.append(row)
     return rows
 
 
@@ -190,8 +169,7 @@ def _run_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
             row |= {"flops_train": budget.flops, "flops_6nd": budget.flops_6nd}
         row["status"] = missing if row.get("val_loss") is None else "complete"
         row["flops_executed"] = card.rates.flops_per_image * budget.images_seen
-        hits = _hit_rows(row, task_files(record.probes_dir(budget.images_seen)))
-        rows.append({**row, "sweep": sweep.name, "lr_multiplier": run.lr_multiplier, "hits": hits})
+        rows.append({**row, "sweep": sweep.name, "lr_multiplier": run.lr_multiplier})
     return rows
 
 
@@ -217,8 +195,8 @@ def _drop_other_validation(run: Run, row: Values) -> Values:
     return {key: value for key, value in row.items() if key not in ("val_loss", "val_loss_se", "val_num_images")}
 
 
-def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> tuple[list[Values], list[Values]]:
-    """Name the task of every probe; return the rows, and the hits of all rows with the same names.
+def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> list[Values]:
+    """Name the task of every probe.
 
     A task keeps its bare name for the evaluation that the plan requests (the first of that task), or for its only
     evaluation if the plan has none; other evaluations are named `task@evaluation`. The table thus separates results of
@@ -237,9 +215,7 @@ def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> tuple[list[
             return entry
         return {**entry, "task": f"{task}@{evaluation}"}
 
-    hits = [named(each) for row in rows for each in row.get("hits", ())]
-    rows = [{name: value for name, value in row.items() if name != "hits"} for row in rows]
-    return [row | {"probes": [*map(named, row["probes"])]} if row.get("probes") else row for row in rows], hits
+    return [row | {"probes": [*map(named, row["probes"])]} if row.get("probes") else row for row in rows]
 
 
 def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
@@ -250,21 +226,6 @@ def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
         for section in {task.task: task for task in reversed(run.config.evaluation.probes)}.values():
             planned.setdefault(section.task, set()).add(name_of(section))
     return planned
-
-
-def _completions(sweep: Sweep, run: Run) -> list[Values]:
-    """Return the files of pictures for the report, relative to the sweep's directory."""
-    record = RunRecord(sweep.run_dir(run.run_id))
-    return [
-        {
-            "run_id": run.run_id,
-            "size": run.config.training.model.size,
-            "images_seen": budget,
-            "path": str(record.validation_file(budget).relative_to(sweep.directory)),
-        }
-        for budget in run.budgets
-        if record.validation_file(budget).exists()
-    ]
 
 
 def _machines(records: Sequence[RunRecord]) -> list[Values]:

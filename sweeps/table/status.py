@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.probe.pending_evaluations import Pending, pending_work
@@ -19,6 +19,9 @@ from aimscale.sweeps.state.decision import describe_pending
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
 from aimscale.sweeps.table.time_left import Progress, time_left
+
+if TYPE_CHECKING:
+    from aimscale.sweeps.slurm.submit import LiveJob
 
 DisplayState = Literal[
     "not started", "queued", "starting", "running", "dead", "unfinished", "cancelled", "failed", "diverged", "finished",
@@ -58,6 +61,10 @@ class RunStatus:
     """Number of `to_evaluate` that are done."""
     device_hours: float = 0.0
     """Device-hours spent so far, all attempts."""
+    num_loss_spikes: int = 0
+    """Number of training losses far above those before them, up to the last recorded budget."""
+    is_normalised: bool = True
+    """Whether its targets are normalised, so that a constant prediction has a loss of 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +90,21 @@ class SweepStatus:
     """Device-hours by the cost cards."""
     unplanned: tuple[str, ...]
     """Run directories outside the plan, from an earlier version of the sweep file."""
+    num_jobs: int = 0
+    """Number of the sweep's Slurm jobs that wait or run."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a worker or a Slurm job executes its runs, or will."""
+        return self.num_jobs > 0 or any(state in self.counts for state in ("running", "starting", "queued"))
 
 
 def sweep_status(
     sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], jobs: dict[str, JobInfo] | None = None
 ) -> SweepStatus:
     """Inspect every run; `jobs` are Slurm's jobs (`sweeps.slurm.commands.jobs`), None if Slurm cannot be asked."""
-    pending = _pending_jobs(sweep, jobs, cards) if jobs else {}
+    live = _live_jobs(sweep, jobs) if jobs else []
+    pending = _pending_jobs(live, cards)
     inspected = [
         _inspect_run(run, card, RunRecord(sweep.run_dir(run.run_id)), pending.get(card.devices))
         for run, card in zip(runs, cards, strict=True)
@@ -112,15 +127,20 @@ def sweep_status(
         device_hours=sum(line.device_hours for line in lines),
         device_hours_planned=sum(card.device_hours for card in cards),
         unplanned=unplanned_runs(sweep, runs),
+        num_jobs=len(live),
     )
 
 
-def _pending_jobs(sweep: Sweep, jobs: dict[str, JobInfo], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
-    """Return devices of a run -> a pending job that will execute such runs."""
+def _live_jobs(sweep: Sweep, jobs: dict[str, JobInfo]) -> list[LiveJob]:
     from aimscale.sweeps.slurm.submit import live_jobs  # imports submitit
 
+    return live_jobs(sweep, jobs)
+
+
+def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
+    """Return devices of a run -> a pending job that will execute such runs."""
     found: dict[int, JobInfo] = {}
-    for job in live_jobs(sweep, jobs):
+    for job in live:
         if job.info.phase == "pending":
             shape = job.shape
             served = (n for n in {card.devices for card in cards} if shape.nodes == 1 and n <= shape.devices)
@@ -174,6 +194,8 @@ def _inspect_record(run: Run, card: CostCard, record: RunRecord, pending: JobInf
         place=place,
         evaluated=to_evaluate - unprobed["probe"] - unprobed["training"] * len(card.probes),
         device_hours=hours + (record.attempt_device_hours(now) if is_held else 0.0),
+        num_loss_spikes=max((row.get("num_loss_spikes") or 0 for row in rows), default=0),
+        is_normalised=run.config.training.objective.target == "normalised",
     )
     return line, Progress(
         is_running=is_held or is_claimed,

@@ -1,40 +1,31 @@
-"""Layout of tables, key-value lines and progress: rich on a terminal, plain in a log."""
+"""Layout of tables and key-value lines: rich on a terminal, plain in a log."""
 
 from __future__ import annotations
 
 import functools
-import operator
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aimscale.aim.errors import printable
-from aimscale.analysis.table.schema import MFU
 from aimscale.sweeps.plan.costs import CostCard
-from aimscale.sweeps.table.status import ENDED_STATES, RunStatus, SweepStatus
+from aimscale.sweeps.table.status import RunStatus
 
 LOG_WIDTH = 1000
-REFRESH_S = 2.0
-MAX_DATA_WAIT = 0.3
-"""Share of time spent waiting for images, 0..1, above which a run gets a notice."""
 
 STATE_STYLES = {
     "finished": "green",
     "queued": "blue",
     "not started": "dim",
     **dict.fromkeys(("running", "starting"), "cyan"),
-    **dict.fromkeys(("dead", "unfinished", "cancelled", "waits", "warn"), "yellow"),
-    **dict.fromkeys(("failed", "diverged", "damaged", "fail"), "bold red"),
+    **dict.fromkeys(("dead", "unfinished", "cancelled", "data-bound", "warn"), "yellow"),
+    **dict.fromkeys(("failed", "diverged", "damaged", "unstable", "fail"), "bold red"),
 }
 """Colours of run states and of other words that open a line."""
 
@@ -88,6 +79,14 @@ def key_value_text(lines: Sequence[KeyValue], width: int) -> Text:
     return text
 
 
+def print_key_values(lines: Sequence[KeyValue]) -> None:
+    """Print lines that call attention first, then the others."""
+    console = new_console()
+    for part in ([line for line in lines if line.level], [line for line in lines if not line.level]):
+        if part:
+            console.print(key_value_text(part, console.width), highlight=False, soft_wrap=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """Column of a table that drops its least important columns on a narrow terminal."""
@@ -133,130 +132,3 @@ def new_console() -> Console:
     """Make a console as wide as the terminal; in a log file, lines have any width."""
     # isatty, since rich takes any file for a terminal if a variable such as FORCE_COLOR is set.
     return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH, force_terminal=False)
-
-
-def status_table(status: SweepStatus, width: int, bar: Table | None = None) -> Group:
-    """Lay out `aimscale status`: notices, runs, and a summary of the sweep or else the given progress bar."""
-
-    def column(
-        header: str, value: Callable[[RunStatus], Any], text: Callable[[Any], str], drop_order: int = 0
-    ) -> Column:
-        """Make a column that is blank where a run has no value yet."""
-        return Column(
-            header=header, cell=lambda line: text(found) if (found := value(line)) else "", drop_order=drop_order
-        )
-
-    columns = [
-        Column(header="run", cell=lambda line: line.run_id, align_right=False),
-        *axis_columns(status.runs),
-        Column(header="state", cell=_state, align_right=False),
-        Column(header="done", cell=lambda line: "" if line.state == "not started" else f"{100 * line.progress:.0f} %"),
-        column("images", lambda line: line.status.images_seen, format_number, 5),
-        column("train loss", lambda line: line.status.loss, "{:.4f}".format, 4),
-        column("val loss", lambda line: line.val_loss, "{:.4f}".format, 1),
-        column("images/s", lambda line: line.status.images_per_s, format_number, 3),
-        *(column(f"MFU {name}", operator.attrgetter(f"status.{field}"), _percent, 4) for field, name in MFU.items()),
-        Column(header="evaluated", cell=_evaluated, drop_order=2),
-        column("ETA", lambda line: line.eta_s, format_duration, 2),
-        Column(header="on", cell=lambda line: line.place, align_right=False, drop_order=6),
-        column("beat", _since_heartbeat, format_duration, 7),
-    ]
-    flags = [KeyValue(level=level, key=run, value=why) for level, why, run in _notices(status.runs)]
-    table = fitted_table(columns, status.runs, width)
-    below = bar or key_value_text(status_summary(status), width)
-    return Group(*([key_value_text(flags, width)] if flags else ()), table, below)
-
-
-def _state(line: RunStatus) -> Text:
-    phase = f" ({line.status.phase})" if line.state == "running" and line.status.phase else ""
-    return Text(line.state + phase, style=STATE_STYLES[line.state])
-
-
-def _percent(share: float) -> str:
-    """Format a utilisation in per cent; mark a value above 100 %, which is impossible."""
-    return f"{100 * share:.0f} %{' (!)' if share > 1 else ''}"
-
-
-def _evaluated(line: RunStatus) -> str:
-    return f"{line.evaluated} of {line.to_evaluate}" if line.to_evaluate and line.state != "not started" else ""
-
-
-def _since_heartbeat(line: RunStatus) -> float | None:
-    return max(0.0, time.time() - line.status.heartbeat) if line.state == "running" and line.status.heartbeat else None
-
-
-def _is_data_bound(line: RunStatus) -> bool:
-    """Return whether a run waits for images rather than for its device."""
-    trains = line.state == "running" and line.status.phase in ("train", "decay")
-    return trains and (line.status.data_wait or 0.0) > MAX_DATA_WAIT
-
-
-def _notices(lines: Iterable[RunStatus]) -> list[tuple[str, str, str]]:
-    """Return (level, message, run id or number of runs) for runs that need attention, equal messages once."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for line in lines:
-        if _is_data_bound(line):
-            share = f"for images {100 * (line.status.data_wait or 0.0):.0f} % of the time"
-            why = ("waits", f"{share}: raise runtime.num_workers or pack smaller images")
-        elif line.state in ("finished", "not started", "running", "starting"):
-            continue
-        else:
-            reason = ": ".join(part for part in (line.status.reason_class, line.status.reason) if part)
-            why = (line.state, printable(reason).replace("\n", " "))
-        found.setdefault(why, []).append(line.run_id)
-    return [(*why, runs[0] if len(runs) == 1 else f"{len(runs)} runs") for why, runs in found.items()]
-
-
-def status_summary(status: SweepStatus) -> list[KeyValue]:
-    """Summarise the sweep in key-value lines."""
-    facts = [("runs", f"{len(status.runs)}: {_counts(status)}"), ("done", _progress_text(status))]
-    if status.eta_s is not None:
-        basis = "" if status.eta_is_measured else " by the plan; nothing is measured yet"
-        facts.append(("left", f"about {format_duration(status.eta_s)}{basis}"))
-    facts.append(("spent", f"{status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours"))
-    if status.unplanned:
-        facts.append(("unplanned", f"{len(status.unplanned)} run directories of an earlier sweep file"))
-    return [KeyValue(key=key, value=value) for key, value in facts]
-
-
-def _counts(status: SweepStatus) -> str:
-    return ", ".join(f"{num} {state}" for state, num in sorted(status.counts.items(), key=lambda item: -item[1]))
-
-
-def _progress_text(status: SweepStatus) -> str:
-    """Describe the share of work done, the share in failed or cancelled runs, and the current images/s."""
-    pace = sum(line.status.images_per_s or 0.0 for line in status.runs if line.state == "running")
-    given_up = f", {100 * status.given_up:.0f} % given up" if status.given_up else ""
-    return f"{100 * status.progress:.0f} % of the FLOPs{given_up}" + (
-        f", {format_number(pace)} images/s" if pace else ""
-    )
-
-
-def progress_line(status: SweepStatus) -> str:
-    """Format the progress of a sweep as one line of a log."""
-    left = f", about {format_duration(status.eta_s)} left" if status.eta_s is not None else ""
-    return f"{_progress_text(status)}{left}; {_counts(status)}"
-
-
-def progress_bar(status: SweepStatus, width: int) -> Table:
-    """Make a progress bar of one line, which leaves room for the terminal's `^C`."""
-    grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
-    grid.width = width - len("^C ")
-    grid.add_column(ratio=1)
-    grid.add_column(no_wrap=True)
-    over, left = sum(status.counts.get(state, 0) for state in ENDED_STATES), format_duration(status.eta_s)
-    words = f"{_progress_text(status)}, {left} left, {over} of {len(status.runs)} runs over"
-    grid.add_row(ProgressBar(total=(1.0 - status.given_up) or 1.0, completed=status.progress), words)
-    return grid
-
-
-def watch(get_status: Callable[[], SweepStatus]) -> None:
-    """Show the status repeatedly until Ctrl-C."""
-    console = Console()
-    try:
-        with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
-            while True:
-                live.update(status_table(get_status(), console.width), refresh=True)
-                time.sleep(REFRESH_S)
-    except KeyboardInterrupt:
-        sys.stderr.write("\n")

@@ -79,7 +79,7 @@ def test_the_yaml_of_the_pages_is_read_and_says_what_exists() -> None:
     for command in (container["command"], task["run"].split()):
         assert command[:2] == ["aimscale", "launch"]
         given = worker.make_context("launch", command[2:]).params
-        assert (given["sweep"], given["on"]) == ("/shared/mysweep.yaml", "here")
+        assert (given["sweep"], given["on"]) == ("/shared/mysweep.yaml", None)
 
 
 def test_the_image_is_built_from_all_packages() -> None:
@@ -102,5 +102,5 @@ def test_every_verb_and_option_is_listed_with_its_values() -> None:
             section = sections[f"aimscale {verb} {name}".strip()]
             missing = [option for param in each.params for option in param.opts if f"{option}" not in section]
             assert set(missing) <= {"--help", "-h"}, f"{verb} {name} lacks {missing}"
-    assert "`--on <local|here|slurm>`: This machine, " in sections["aimscale launch"]
+    assert "`--on <local|slurm>`: Where runs " in sections["aimscale launch"]
     assert "**Commands**" not in page  # typer cuts their lines

@@ -20,11 +20,11 @@ import numpy as np
 import pandas as pd
 from simulated_tables import ERRORS, EXPONENT, LOG_K, TRUTH, Cell, cells, each_table, markdown, parser, run
 
-from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws, repeats
+from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws
 from aimscale.analysis.effects.gains import Gain, gains
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.optimum.frontier import Frontier
-from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier
+from aimscale.analysis.optimum.isoflop import isoflop_frontier
 from aimscale.analysis.optimum.parametric import parametric_frontier
 
 ACCURACY_SD, EFFECT, R_D, CORRELATION, GAIN = 0.01, 0.004, 6.0, 0.6, 1.2
@@ -118,9 +118,9 @@ def law(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record: Reco
     far = 10 * float(df["C"].max())
     optimum = _optima(lambda: parametric_frontier(result, df), far)[1]
     record.add("approach 3: N* at 10x C", *optimum, LOG_K + EXPONENT * np.log(far), is_told=is_blind)
-    approach, make = ("2", isoflop_frontier) if cell.design.isoflop else ("1", envelope_frontier)
-    exponent, _, is_blind = _optima(lambda: make(df, y="loss"), far)
-    record.add(f"approach {approach}: exponent", *exponent, EXPONENT, is_told=is_blind)
+    if cell.design.isoflop:
+        exponent, _, is_blind = _optima(lambda: isoflop_frontier(df, y="loss"), far)
+        record.add("approach 2: exponent", *exponent, EXPONENT, is_told=is_blind)
 
 
 def _optima(make: Callable[[], Frontier], flops: float) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
@@ -191,7 +191,7 @@ def repeated(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record:
     x = {v: table[v].to_numpy() for v in ("N", "D", "U")}
     df = cell.measured(table, rng)
     df["loss"] *= laws.REPEATED.value(x, {**TRUTH, "R_D": R_D}) / laws.CHINCHILLA.value(x, TRUTH)
-    found = repeats(df.rename(columns={"U": "unique_images", "D": "images_seen"}), y="loss").fit
+    found = fit(df, "repeated", y="loss")
     ends, is_told = found.intervals["R_D"], "R_D" in found.not_identified
     record.add("R_D", ends.low, ends.high, found.params["R_D"], R_D, is_told=is_told)
 

@@ -48,7 +48,7 @@ def test_one_job_at_a_time_over_arrays_of_two_shapes(fault: Any) -> None:
     earlier = case.runs[0].config
     earlier = earlier.model_copy(update={"training": earlier.training.model_copy(update={"seed": 7})})
     RunRecord.create(case.sweep.run_dir(earlier.run_id), earlier)
-    told = say("launch", case.sweep.source, "--root", case.sweep.root, "--on", "slurm", "--allow-dirty")
+    told = say("launch", case.sweep.source, "--root", case.sweep.root, "--allow-dirty")
     assert told.count("submitted 1 jobs of") == 2, told
     assert [earlier.run_id in line for line in told.splitlines() if line.startswith("unplanned")] == [True]
 
@@ -68,7 +68,7 @@ def test_a_node_on_which_a_run_failed_is_left_out_and_named(fault: Any) -> None:
     record.write_status(state="failed", reason="node node1 failed", reason_class="node")
     ended = {"exit_code": None, "saved": record.saved_progress(), "reason_class": "node"}
     record.append_attempt(attempt=1, ended=1.0, device_hours=0.0, reason="", failed_nodes=["node1"], **ended)
-    told = say("launch", case.sweep.source, "--root", case.sweep.root, "--on", "slurm", "--allow-dirty")
+    told = say("launch", case.sweep.source, "--root", case.sweep.root, "--allow-dirty")
     assert "excluded  node1:" in told
     case.wait_state("finished")
     case.wait_empty_queue()

@@ -36,7 +36,7 @@ OF_SWEEP = (
     "cancel {sweep}",
     "launch {sweep}",
     "launch {sweep} --dry-run",
-    "launch {sweep} --on here --retry",
+    "launch {sweep} --on local --retry",
     "logs {sweep} rung",
 )
 OF_RUN = (

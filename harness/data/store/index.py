@@ -139,9 +139,10 @@ class ShardDataset:
             raise DataError(f"{self.path}: {missing} of {len(self)} images have no label; label or remove them")
         return self.labels
 
-    def describe(self, i: int) -> str:
-        """Name shard and key of sample i, for messages."""
-        return f"sample '{self.key(i)}' of {self._shard_path(self.shard_of(i))}"
+    def describe(self, i: int, reason: str = "") -> str:
+        """Name shard and key of sample i, for messages, and the reason why it cannot be decoded, if given."""
+        name = f"sample '{self.key(i)}' of {self._shard_path(self.shard_of(i))}"
+        return f"{name} ({reason})" if reason else name
 
     @property
     def location(self) -> str:
@@ -202,9 +203,9 @@ class ShardDataset:
         cache = self._pixel_cache(channels)
         if cache is not None and cache.known[i]:
             return cache.pixels[i]
-        images, good = self.decode_many(np.array([i]), [self.read(i)], channels)
-        if not good[0]:
-            raise DataError(f"{self.describe(i)} cannot be decoded; remove it and index again")
+        images, problems = self.decode_many(np.array([i]), [self.read(i)], channels)
+        if problems:
+            raise DataError(f"{self.describe(i, problems[0])} cannot be decoded; repair the shard, or index it again")
         return images[0]
 
     def read_uncached(self, samples: I64, channels: int) -> list[bytes]:
@@ -219,30 +220,29 @@ class ShardDataset:
         cache = self._pixel_cache(channels)
         return np.ones(len(samples), dtype=bool) if cache is None else ~cache.known[samples]
 
-    def decode_many(
-        self, samples: I64, data: Sequence[bytes], channels: int
-    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+    def decode_many(self, samples: I64, data: Sequence[bytes], channels: int) -> tuple[torch.Tensor, dict[int, str]]:
         """Decode images of one size, from what `read_uncached` returned.
 
         Returns:
-            uint8 (number that decoded, channels, height, width), and bool (len(samples),) saying which did.
+            uint8 (number that decoded, channels, height, width), and the reasons of those that did not, by their place
+            in `samples`.
         """
-        cache, good = self._pixel_cache(channels), np.ones(len(samples), dtype=bool)
+        cache, problems = self._pixel_cache(channels), dict[int, str]()
         decoded: dict[int, torch.Tensor] = {}
         for i in range(len(samples)) if cache is None else np.flatnonzero(~cache.known[samples]).tolist():
             try:
                 decoded[i] = decode(data[i], channels)
-            except UndecodableImageError:
-                good[i] = False
+            except UndecodableImageError as error:
+                problems[i] = str(error)
         shapes = [image.shape[-2:] for image in decoded.values()]
         self.check(samples[list(decoded)], [data[i] for i in decoded], shapes)
         if cache is None:
             empty = torch.empty(0, channels, 1, 1, dtype=torch.uint8)
-            return torch.stack([*decoded.values()]) if decoded else empty, good
+            return torch.stack([*decoded.values()]) if decoded else empty, problems
         for i, image in decoded.items():
             cache.pixels[samples[i]] = image
             cache.known[samples[i]] = True  # after the pixels: another thread may read at any moment
-        return cache.pixels[torch.from_numpy(samples[good])], good
+        return cache.pixels[torch.from_numpy(np.delete(samples, list(problems)))], problems
 
     def _pixel_cache(self, channels: int) -> _PixelCache | None:
         """Return this process's cache of the data set's decoded pixels; None if images differ in size or take too much

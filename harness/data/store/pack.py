@@ -85,7 +85,7 @@ class Packed(NamedTuple):
 
     info: DatasetInfo
     skipped: list[str]
-    """Images that were left out because they do not decode."""
+    """Images that were left out because they do not decode, with their reasons."""
     num_transparent: int
     """Images whose transparent pixels are read as white."""
 
@@ -211,7 +211,7 @@ def pack_images(
                 num_transparent += image.is_transparent
                 yield image
             elif skip_bad:
-                skipped.append(listing.name_of(number))
+                skipped.append(f"{listing.name_of(number)} ({image})")
             else:
                 raise DataError(
                     f"image {listing.name_of(number)} cannot be decoded ({image}); repair or remove it, or pass "

@@ -46,7 +46,7 @@ class Batch:
     positions: torch.Tensor
     """Positions in the stream, int64 (B,)."""
     bad_samples: tuple[str, ...] = ()
-    """Shard and key of every undecodable sample that was replaced."""
+    """Shard, key and reason of every undecodable sample that was replaced."""
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -137,29 +137,30 @@ class TrainStream(Stream):
                 mine = np.flatnonzero(drawn.source == number)
                 if mine.size:
                     theirs = drawn if len(mine) == len(pending) else drawn.select(mine)
-                    failed += mine[self._decode_from(source, images, pending[mine], theirs)].tolist()
+                    problems = self._decode_from(source, images, pending[mine], theirs)
+                    failed += mine[list(problems)].tolist()
+                    bad += [source.dataset.describe(int(theirs.sample[i]), why) for i, why in problems.items()]
             if not failed:
                 return tuple(bad)
-            bad += [self._sources[drawn.source[row]].dataset.describe(int(drawn.sample[row])) for row in failed]
             pending = pending[failed]
             drawn = self._replaced(drawn.select(np.array(failed)), np.asarray(where)[pending], attempt)
         raise DataError(
             f"position {where[pending[0]]}: {MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
         )
 
-    def _decode_from(self, source: _Source, images: torch.Tensor, rows: I64, drawn: _Drawn) -> list[int]:
-        """Fill `rows` of `images` from one source; returns which of `drawn` did not decode."""
+    def _decode_from(self, source: _Source, images: torch.Tensor, rows: I64, drawn: _Drawn) -> dict[int, str]:
+        """Fill `rows` of `images` from one source; returns the reasons of those of `drawn` that do not decode."""
         dataset, height, width = source.dataset, drawn.image_height, drawn.image_width
         data = dataset.read_uncached(drawn.sample, self._channels)
-        failed: list[int] = []
+        problems: dict[int, str] = {}
         is_small = (height <= SMALL_SIDE) & (width <= SMALL_SIDE)
         small, large = np.flatnonzero(is_small), np.flatnonzero(~is_small).tolist()
         shapes = height[small] * (SMALL_SIDE + 1) + width[small]
         for shape in np.unique(shapes) if small.size else ():
             group = small[shapes == shape]
-            whole, good = dataset.decode_many(drawn.sample[group], [data[i] for i in group], self._channels)
-            failed += group[~good].tolist()
-            group = group[good]
+            whole, wrong = dataset.decode_many(drawn.sample[group], [data[i] for i in group], self._channels)
+            problems |= {int(group[i]): reason for i, reason in wrong.items()}
+            group = np.delete(group, list(wrong))
             boxes = Boxes(*(values[group] for values in drawn.boxes))
             images[rows[group]] = crop_resize_small(whole, boxes, self._size)
         box_of = list(zip(*(values.tolist() for values in drawn.boxes), strict=True))
@@ -168,8 +169,8 @@ class TrainStream(Stream):
         for i in large:
             try:
                 pixels = decode_interleaved(data[i], self._channels)
-            except UndecodableImageError:
-                failed.append(i)
+            except UndecodableImageError as error:
+                problems[i] = str(error)
                 continue
             decoded.append(i)
             sides.append(pixels.shape[:2])
@@ -177,7 +178,7 @@ class TrainStream(Stream):
                 break  # `check` refuses it
             crop_resize_into(images[rows[i] : rows[i] + 1], pixels, box_of[i])
         dataset.check(drawn.sample[decoded], [data[i] for i in decoded], sides)
-        return failed
+        return problems
 
     def _replaced(self, drawn: _Drawn, positions: I64, attempt: int) -> _Drawn:
         """Replace each sample by another of the same source and subset, chosen by (seed, position, attempt)."""

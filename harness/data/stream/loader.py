@@ -1,48 +1,47 @@
 """Batches of the stream for one rank: any number of ranks, workers and micro-batches yields the same global stream.
 
-torch's DataLoader runs the workers and keeps the order, but carries only numbers: pixels are written into the slots of
-one ring of memory, allocated once and shared with the workers. New memory for every batch would cost its page faults
-each time (150 us per image of 224 px, a fifth of its decoding). A batch is a view of its slot, which is reused once the
-last reference to the view is gone.
+Workers are asked for one micro-batch after the other over pipes that carry only numbers: pixels are written into the
+slots of one ring of memory, allocated once and shared with the workers. New memory for every batch would cost its page
+faults each time (150 us per image of 224 px, a fifth of its decoding). A batch is a view of its slot, which is used
+again once the last reference to the view is gone.
 """
 
 from __future__ import annotations
 
-import atexit
 import collections
 import contextlib
-import functools
 import itertools
 import multiprocessing
 import os
 import signal
-import threading
+import sys
 import traceback
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, NamedTuple
+from multiprocessing.util import Finalize
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.stream.base import Batch, Stream
-from aimscale.harness.run.failures import STOP_SIGNALS
+from aimscale.harness.run.failures import STOP_SIGNALS, NoMemoryError
 
 if TYPE_CHECKING:
     from aimscale.harness.device.distributed import Group
 
-_MAX_BYTES = 2 << 30  # of the ring; beyond it, less is loaded ahead, or in new memory
-_IMAGES_AHEAD = 256  # requested by a worker before it decodes them; `remote.MAX_AHEAD_BYTES` limits large ones
+_MAX_BYTES = 2 << 30  # of the ring; beyond it, less is loaded ahead
+_MAX_TASKS = 256  # that wait in a worker's pipe, which holds some 200 kB
+_MAX_NAMED = 10  # undecodable samples that a loader names in the log
 _SHARED_MEMORY = "/dev/shm"
 _PRELOAD = ("aimscale.harness.data.stream.loader", "aimscale.harness.data.stream.unindexed")
 
 
-class WorkerDiedError(RuntimeError):
+class WorkerDiedError(NoMemoryError):
     """Loader process that ended without being asked to."""
 
 
@@ -123,46 +122,10 @@ def train_batches(
                 step = []
 
 
-class _Task(NamedTuple):
-    """Task of a worker."""
-
-    slot: int
-    """Slot of the ring; -1 if none is free."""
-    part: range
-    """Positions of a micro-batch."""
-    upcoming: tuple[range, ...]
-    """Micro-batches, newly known, that the same worker will fill later: to be read ahead."""
-
-
-class _Filled(NamedTuple):
-    """Result of loading a micro-batch."""
-
-    bad_samples: tuple[str, ...] = ()
-    """Undecodable samples, as in `Batch`."""
-    pixels: torch.Tensor | None = None
-    """Pixels, if no slot was free."""
-    error: Exception | None = None
-    """Error, if there are no pixels."""
-
-
-class _Slots(Dataset[_Filled]):
-    """Dataset whose items fill a slot with a micro-batch, in a worker or in the trainer."""
-
-    def __init__(self, stream: Stream, slots: torch.Tensor) -> None:
-        self._stream, self._slots = stream, slots
-
-    def __getitem__(self, task: _Task) -> _Filled:
-        slot, where, upcoming = task
-        own = None if slot >= 0 else torch.empty(self._slots.shape[1], dtype=torch.uint8)
-        try:
-            for each in upcoming:
-                self._stream.read_ahead(each)
-            with kernel_threads(1):
-                return _Filled(self._stream.fill(self._slots[slot] if own is None else own, where), own)
-        except Exception as error:
-            if torch.utils.data.get_worker_info() is not None:
-                error.add_note(f"in a loader process:\n{traceback.format_exc()}")
-            return _Filled(error=error)
+Task = tuple[int, range]
+"""Slot of the ring, and the positions of the micro-batch to write into it."""
+Answer = tuple[str, ...] | Exception
+"""Undecodable samples of a micro-batch, as in `Batch`, or why it could not be loaded."""
 
 
 class _Ring:
@@ -171,13 +134,14 @@ class _Ring:
 
     def __init__(self, stream: Stream, micro_batch: int, num_micro: int, num_workers: int) -> None:
         self._stream, self._num_workers = stream, num_workers
-        self._parts_ahead = -(-_IMAGES_AHEAD // micro_batch)
         slot_bytes = max(1, stream.num_bytes(micro_batch))
         most = _MAX_BYTES // slot_bytes
-        self._per_worker = max(1, min(2 + -(-num_micro // max(1, num_workers)), most // max(1, num_workers)))
-        window = max(1, num_workers * self._per_worker)
-        num_slots = max(window, min(window + 2 * num_micro, most))
+        per_worker = min(2 + -(-num_micro // max(1, num_workers)), most // max(1, num_workers), _MAX_TASKS)
+        self._window = max(1, num_workers * max(1, per_worker))
+        num_slots = max(self._window, min(self._window + 2 * num_micro, most))
         self.slots = torch.empty(num_slots, slot_bytes, dtype=torch.uint8)
+        self._free = collections.deque(range(num_slots))
+        self._num_named = 0
         if num_workers:
             room = os.statvfs(_SHARED_MEMORY)
             if self.slots.nbytes > room.f_bavail * room.f_frsize:
@@ -190,95 +154,130 @@ class _Ring:
 
     def load(self, parts: Iterable[range]) -> Generator[Batch]:
         """Yield the batch of each of `parts`, in order."""
-        free = collections.deque(range(len(self.slots)))
-        under_way: collections.deque[_Task] = collections.deque()
+        tasks = ((self._free.popleft(), part) for part in parts)
+        if not self._num_workers:
+            for task in tasks:
+                yield self._batch(task, _loaded(self._stream, self.slots, task, upcoming=[task]))
+            return
+        with _workers(self._num_workers, self._stream, self.slots) as workers:
+            turns = itertools.cycle(workers)
+            under_way = collections.deque(
+                (next(turns).ask(task), task) for task in itertools.islice(tasks, self._window)
+            )
+            while under_way:
+                worker, task = under_way.popleft()
+                batch = self._batch(task, worker.answer())
+                under_way.extend((worker.ask(more), more) for more in itertools.islice(tasks, 1))
+                yield batch
 
-        def tasks() -> Iterator[_Task]:
-            for part, upcoming in self._with_upcoming(iter(parts)):
-                under_way.append(_Task(free.pop() if free else -1, part, upcoming))
-                yield under_way[-1]
+    def _batch(self, task: Task, answer: Answer) -> Batch:
+        """Make the batch of a slot that was filled."""
+        slot, part = task
+        if isinstance(answer, Exception):
+            raise answer
+        for name in answer[: max(0, _MAX_NAMED - self._num_named)]:
+            print(f"{name} cannot be decoded; another image takes its place", file=sys.stderr, flush=True)
+        self._num_named += len(answer)
+        if self._free:
+            pixels = self._view(slot)
+        else:  # the trainer holds so many batches that the next task needs this slot
+            pixels = self.slots[slot].clone()
+            self._free.append(slot)
+        return self._stream.batch_in(pixels, part, answer)
 
-        others = multiprocessing.active_children()
-        loaded = _start(_Slots(self._stream, self.slots), tasks(), self._num_workers, self._per_worker)
-        kill = functools.partial(_kill, [each for each in multiprocessing.active_children() if each not in others])
-        atexit.register(kill)  # a program that exits now would wait for workers that block its SIGTERM
-        try:
-            while (filled := _next_result(loaded)) is not None:
-                slot, part, _ = under_way.popleft()
-                if filled.error is not None:
-                    raise filled.error
-                pixels = _slot_view(self.slots[slot], slot, free) if filled.pixels is None else filled.pixels
-                yield self._stream.batch_in(pixels, part, filled.bad_samples)
-        finally:
-            del loaded  # ends the workers
-            atexit.unregister(kill)
-
-    def _with_upcoming(self, parts: Iterator[range]) -> Iterator[tuple[range, tuple[range, ...]]]:
-        """Yield each part with the later parts that its worker will fill: workers take turns, so every `num_workers`-th
-        part."""
-        turn = max(1, self._num_workers)
-        reach = turn * self._parts_ahead
-        upcoming = collections.deque(itertools.islice(parts, reach))
-        for number in itertools.count():
-            if not upcoming:
-                return
-            part = upcoming.popleft()
-            upcoming.extend(itertools.islice(parts, 1))
-            if number < turn:
-                yield part, (part, *itertools.islice(upcoming, turn - 1, None, turn))
-            else:
-                yield part, (upcoming[-1],) if len(upcoming) == reach else ()
+    def _view(self, slot: int) -> torch.Tensor:
+        """Return a view of a slot, which is free again once the last view of it is gone."""
+        shown = self.slots[slot].numpy()
+        weakref.finalize(shown, self._free.append, slot).atexit = False
+        return torch.from_numpy(shown)
 
 
-def _kill(processes: Sequence[BaseProcess]) -> None:
-    """Kill processes."""
-    for process in processes:
-        process.kill()
-
-
-def _start(slots: _Slots, tasks: Iterator[_Task], num_workers: int, per_worker: int) -> Iterator[_Filled]:
-    """Start the workers, and return their results in the order of the tasks."""
-    loader = DataLoader(
-        slots,
-        batch_size=None,
-        sampler=tasks,
-        num_workers=num_workers,
-        prefetch_factor=per_worker if num_workers else None,
-        multiprocessing_context=start_fork_server() if num_workers else None,
-        collate_fn=_identity,
-        worker_init_fn=_init_worker,
-        generator=torch.Generator(),  # the default would draw from torch's global generator
-    )
-    with _stop_signals_blocked():
-        return iter(loader)
-
-
-def _next_result(loaded: Iterator[_Filled]) -> _Filled | None:
-    """Return the next result, None at the end; a task's own error is inside its `_Filled`."""
+def _loaded(stream: Stream, slots: torch.Tensor, task: Task, upcoming: Iterable[Task]) -> Answer:
+    """Write a micro-batch into its slot, once the bytes of upcoming ones are being read."""
+    slot, part = task
     try:
-        return next(loaded, None)
-    except RuntimeError as error:
-        raise WorkerDiedError(
-            f"{error}; most likely for want of memory: lower runtime.num_workers or give the job more memory"
-        ) from error
+        for _, later in upcoming:
+            stream.read_ahead(later)
+        with kernel_threads(1):
+            return stream.fill(slots[slot], part)
+    except Exception as error:
+        return error
 
 
-def _identity(filled: Any) -> Any:
-    """Return a result unchanged, in place of a collate function."""
-    return filled
+def _serve(stream: Stream, slots: torch.Tensor, connection: Connection) -> None:
+    """Fill slots as asked, in a worker, until the trainer closes the connection or is gone."""
+    torch.set_num_threads(1)
+    waiting: collections.deque[Task] = collections.deque()
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            known = len(waiting)
+            while not waiting or connection.poll():
+                waiting.append(connection.recv())
+            upcoming = [*itertools.islice(waiting, known, None)]
+            answer = _loaded(stream, slots, waiting.popleft(), upcoming)
+            if isinstance(answer, Exception):
+                answer.add_note("in a loader process:\n" + "".join(traceback.format_exception(answer)))
+            connection.send(answer)
 
 
-def _init_worker(number: int) -> None:
-    """Start a thread that ends this worker when the trainer is gone: torch only notices the fork server, which waits
-    for its workers."""
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None, "a worker has a parent"
+class _Worker:
+    """Loader process, which answers in the order in which it is asked."""
 
-    def end() -> None:
-        trainer.join()
-        os._exit(1)
+    def __init__(self, context: ForkServerContext, stream: Stream, slots: torch.Tensor) -> None:
+        self._connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(stream, slots, theirs), daemon=True)
+        with _stop_signals_blocked():
+            self.process.start()
+        theirs.close()  # so that the end of the worker is the end of the connection
 
-    threading.Thread(target=end, daemon=True).start()
+    def ask(self, task: Task) -> _Worker:
+        """Ask for a micro-batch, and return this worker."""
+        with self._alive():
+            self._connection.send(task)
+        return self
+
+    def answer(self) -> Answer:
+        """Wait for the answer to the earliest question without one."""
+        with self._alive():
+            answer: Answer = self._connection.recv()
+        return answer
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Raise WorkerDiedError if the connection breaks in the block."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            self.process.join(5)
+            raise WorkerDiedError(
+                f"loader process {self.process.pid} ended (exit code {self.process.exitcode}), most likely for want of "
+                "memory; lower runtime.num_workers or give the job more memory"
+            ) from error
+
+
+@contextlib.contextmanager
+def _workers(number: int, stream: Stream, slots: torch.Tensor) -> Iterator[list[_Worker]]:
+    """Start workers for the block.
+
+    They never receive a stop signal, not even that by which Python ends what is left at its exit, before it waits for
+    it: so they are killed, and if the block is never left (an error's traceback may hold it), before that.
+    """
+    context, started = start_fork_server(), list[_Worker]()
+    kill = Finalize(None, _kill, args=[started], exitpriority=100)
+    try:
+        for _ in range(number):
+            started.append(_Worker(context, stream, slots))
+        yield started
+    finally:
+        kill()
+
+
+def _kill(workers: Sequence[_Worker]) -> None:
+    """Kill workers."""
+    for worker in workers:
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join(5)
 
 
 def start_fork_server() -> ForkServerContext:
@@ -306,13 +305,6 @@ def _stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _slot_view(slot: torch.Tensor, number: int, free: collections.deque[int]) -> torch.Tensor:
-    """Return a view of a slot; its number is free again once the last view of it is gone."""
-    shown = slot.numpy()
-    weakref.finalize(shown, free.append, number).atexit = False
-    return torch.from_numpy(shown)
 
 
 @contextlib.contextmanager

@@ -83,8 +83,8 @@ class UnindexedStream(Stream):
             name, data = next(self._reading)
             try:
                 return decode_interleaved(data, self._channels)
-            except UndecodableImageError:
-                bad.append(name)
+            except UndecodableImageError as error:
+                bad.append(f"{name} ({error})")
         raise DataError(f"position {position}: {MAX_REPLACEMENTS} undecodable images in a row, last {bad[-1]}")
 
     def _pipeline(self, position: int) -> Iterator[tuple[str, bytes]]:

@@ -1,11 +1,7 @@
 """Contrasts: a known effect is found with its interval, pairs are what they say, and what is not paired is refused."""
 
 import json
-import operator
 import pickle
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,10 +10,8 @@ from commands import answer, say
 from scipy import stats
 
 from aimscale.analysis.effects.contrasts import contrast, factors
-from aimscale.analysis.effects.paired import Hits, paired
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.read import read_tables, with_setup
-from aimscale.analysis.table.schema import hits_table, results_table, write_table
+from aimscale.analysis.table.read import with_setup
 
 DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}
 
@@ -111,76 +105,14 @@ def test_two_sizes_speak_of_themselves_alone():
     assert "for this size (2 degrees of freedom)" in alone.scope
 
 
-def test_one_pair_at_each_of_two_sizes_has_no_interval(tmp_path):
+def test_one_pair_at_each_of_two_sizes_has_no_interval():
     df = paired_runs({"s0": [0.010], "s1": [0.012]})
-    (each,) = contrast(df, by="prefix").contrasts
+    found = contrast(df, by="prefix")
+    (each,) = found.contrasts
     assert (each.over, each.verdict) == ("", "no significant difference")
     assert np.isnan([each.low, each.detectable, each.ratio_low, each.degrees]).all()
     assert "without an interval" in each.scope
-    hits = {"paired": np.arange(1000) < 500, "none": np.arange(1000) < 400}
-    df = with_hits(df.assign(image_size=32), tmp_path, lambda row: hits[row["prefix"]])
-    found = contrast(df, by="prefix", measures=["top1"])
-    (each,) = found.contrasts
-    assert (each.over, each.verdict) == ("test images", "worse")
     assert {flag.kind for flag in found.flags} == {"one_pair", "unseen_prefix"}
-
-
-def with_hits(frame: pd.DataFrame, folder: Path, right: Callable[[dict[str, Any]], np.ndarray]) -> pd.DataFrame:
-    """A linear probe per row that is right on the test images that `right` says, kept beside the table."""
-    rows = frame.to_dict("records")
-    each = [{"task": "pets", "kind": "linear", "evaluation": "a-b"} for _ in rows]
-    for row, entry in zip(rows, each, strict=True):
-        row["probes"] = [entry | {"n": len(right(row)), "top1": float(right(row).mean()), "chance": 0.1}]
-    write_table(results_table(rows), folder / "results.parquet")
-    about = [{name: row[name] for name in ("run_id", "size", "images_seen")} for row in rows]
-    bits = [{"num_test": len(right(row)), "hits": np.packbits(right(row)).tobytes()} for row in rows]
-    write_table(hits_table(map(operator.or_, map(operator.or_, about, each), bits)), folder / "hits.parquet")
-    return read_tables([folder])
-
-
-def test_one_pair_of_runs_is_compared_over_its_test_images(known_study, tmp_path):
-    # Bentur et al. 2009 in Fagerland, Lydersen and Laake 2014, table V: of 21, 7 on one side alone and 1 on the other
-    one = {"sizes": ["s3"], "budgets": [8000], "seeds": [0]}
-    sides = {"paired": [1] * 8 + [0] * 13, "none": [1] + [0] * 7 + [1] + [0] * 12}
-    df = with_hits(known_study(one, one | {"prefix": "none"}), tmp_path, lambda row: np.array(sides[row["prefix"]]))
-    found = contrast(df, by="prefix", measures=["top1"])
-    (each,) = found.contrasts
-    assert (each.low, each.high) == pytest.approx((-0.5084, -0.0133), abs=1e-4)
-    assert (each.over, each.verdict, each.images.discordant) == ("test images", "worse", pytest.approx(8 / 21))
-    assert each.images.p == pytest.approx(2 * 9 / 2**8)
-    assert "one_pair" in {flag.kind for flag in found.flags}
-    assert {"images_p", "over"} <= set(each.table)
-    (tmp_path / "hits.parquet").unlink()
-    (without,) = contrast(read_tables([tmp_path]), by="prefix", measures=["top1"]).contrasts
-    assert (without.difference, without.over, without.is_significant) == (each.difference, "", False)
-
-
-def test_pairs_of_runs_vary_over_runs_and_the_images_that_they_share_stand_beside(known_study, tmp_path):
-    rng = np.random.default_rng(0)
-    suits = rng.random(4000) < 0.05  # images that the level gets wrong whatever the seed
-    drawn = {seed: rng.random((2, 4000)) < 0.6 for seed in range(3)}
-
-    def right(row: dict[str, Any]) -> np.ndarray:
-        is_level = row["prefix"] == "none"
-        return drawn[row["seed"]][int(is_level)] & ~(suits & is_level)
-
-    df = with_hits(known_study(DIRECTION, DIRECTION | {"prefix": "none"}), tmp_path, right)
-    (each,) = contrast(df, by="prefix", measures=["top1"]).contrasts
-    by_seed = [(drawn[s][1] & ~suits).mean() - drawn[s][0].mean() for s in range(3)]
-    exact = stats.ttest_1samp(by_seed, 0).confidence_interval()
-    assert (each.over, each.low, each.high) == ("runs", pytest.approx(exact.low), pytest.approx(exact.high))
-    gain = np.mean([(drawn[s][1] & ~suits) * 1.0 - drawn[s][0] for s in range(3)], axis=0)
-    assert (each.images.high - each.images.low) / 2 == pytest.approx(1.96 * gain.std() / np.sqrt(4000), rel=0.01)
-    assert np.isnan(each.images.p)
-
-
-def test_the_detectable_difference_is_seen_four_times_in_five():
-    rng, n, discordant = np.random.default_rng(1), 2000, 0.1
-    bits = [Hits("a", n, np.packbits(row).tobytes()) for row in (np.arange(n) < 100, np.arange(n) >= n - 100)]
-    effect = paired([bits[0]], [bits[1]]).detectable
-    ours, theirs, _ = rng.multinomial(n, [(discordant + effect) / 2, (discordant - effect) / 2, 0.9], size=20_000).T
-    half = 1.96 * np.sqrt(ours + theirs + 2 - (ours - theirs) ** 2 / (n + 2))
-    assert np.mean(np.abs(ours - theirs) > half) == pytest.approx(0.8, abs=0.015)
 
 
 def test_kinds_of_probes_are_compared_within_a_row(known_study):

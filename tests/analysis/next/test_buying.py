@@ -1,5 +1,7 @@
 """Runs are bought for what they tell about the target, by their price."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -31,18 +33,28 @@ def test_a_basket_keeps_to_its_budget_and_more_money_leaves_less_error(known):
         buy(known, offer, price, TARGET, budget=0.5 * price.min())
 
 
-def test_baskets_by_several_powers_of_the_price_are_weighed(known):
-    """Where one run near the target is worth the whole budget, gain over price alone fills the basket with cheap ones;
-    where many cheap runs are, gain alone spends all on one."""
-    cheap = {"N": np.full(30, 1.1e5), "D": np.full(30, 1.1e5)}
-    offer = {v: np.append(values, TARGET[v][0] / 1.5) for v, values in cheap.items()}
-    dear, _ = buy(known, offer, np.append(np.ones(30), 30.0), TARGET, budget=30)
-    assert dear.tolist() == [30]
-    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(2e6, 3e7, 4), np.geomspace(1e6, 1e7, 4)))
-    many, _ = buy(
-        known, {"N": np.append(n, n[0]), "D": np.append(d, d[0])}, np.append(np.ones(16), 16.0), TARGET, budget=16
-    )
-    assert len(many) == 16
+@pytest.mark.parametrize(
+    ("sizes", "data", "bought"),
+    [
+        # one run near the target is worth the whole budget; gain over price, or its root, would buy cheap ones first
+        ([4e7, 4e7, 4e7, 4e7, 4e7, 4e7, 9e7], [1.2e7, 1.2e7, 1.2e7, 1.2e7, 1.2e7, 1.2e7, 2.7e7], [6]),
+        # cheap runs that surround the target are; gain alone would buy the dear one
+        ([1e7, 1e8, 1e7, 1e8, 3e7, 3e7, 4e7], [3e7, 3e6, 3e6, 1e7, 1e7, 3e7, 2e7], None),
+    ],
+)
+def test_no_basket_for_the_money_leaves_less_error(known, sizes, data, bought):
+    """Baskets by several powers of the price are weighed: any single one errs by up to half more."""
+    price = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 6.0])
+
+    def left(rows: list[int]) -> float:
+        offer = {"N": np.array(sizes)[rows], "D": np.array(data)[rows]}
+        return buy(known, offer, price[rows], TARGET, budget=price[rows].sum())[1]
+
+    subsets = [[*rows] for num in range(1, 7) for rows in itertools.combinations(range(7), num)]
+    best = min(left(rows) for rows in subsets if price[rows].sum() <= 6)
+    rows, ours = buy(known, {"N": np.array(sizes), "D": np.array(data)}, price, TARGET, budget=6.0)
+    assert ours == pytest.approx(best, rel=0.02)
+    assert bought is None or rows.tolist() == bought
 
 
 def test_a_proposal_says_what_it_costs_and_warns_of_a_fixed_ratio(grid):

@@ -1,4 +1,4 @@
-"""Approaches 1, 2 and 3 on a surface whose optimum is known, and on Porian's measurements."""
+"""Approaches 2 and 3 on a surface whose optimum is known, and on Porian's measurements."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import answer
-from tables import KNOWN, law_grid
+from tables import law_grid
 
 from aimscale.analysis import frontier
+from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.optimum.approaches import apart_flags
 from aimscale.analysis.optimum.frontier import NoFrontier
-from aimscale.analysis.optimum.measured import envelope_frontier, isoflop_frontier, shared_budgets
+from aimscale.analysis.optimum.isoflop import isoflop_frontier, shared_budgets
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
 EXPONENT = 0.36 / 0.70
@@ -23,22 +24,15 @@ def surface() -> pd.DataFrame:
     return law_grid(TRUTH, sizes=(1e6, 1e10, 17), budgets=(1e8, 1e12, 17), noise=0.001)
 
 
-def test_three_approaches_find_the_known_exponent(surface):
+def test_both_approaches_find_the_known_exponent(surface):
     surface["N"] = surface["N"].round(-3)  # rows of equal compute lie on the diagonals
     found = frontier(surface)
-    assert [f.approach for f in found.frontiers] == [1, 2, 3]
-    for f, slack in zip(found.frontiers, (0.03, 0.02, 0.003), strict=True):
+    assert [f.approach for f in found.frontiers] == [2, 3]
+    for f, slack in zip(found.frontiers, (0.02, 0.003), strict=True):
         assert f.exponent == pytest.approx(EXPONENT, abs=slack)
         assert f.exponent_interval.low < f.exponent < f.exponent_interval.high
     assert found.disagreement(1e20) < 1.1
     assert "NaN" not in found.to_json()
-
-
-def test_few_sizes_do_not_bias_the_envelope():
-    """The lowest of five sizes at each budget are a staircase of three steps, steeper than the frontier by 0.24."""
-    few = law_grid(KNOWN | {"alpha": 0.38, "beta": 0.40}, sizes=(1e5, 1e7, 5), budgets=(1e5, 3e6, 4))
-    found = envelope_frontier(few)
-    assert found.exponent == pytest.approx(0.40 / 0.78, abs=0.01)
 
 
 def test_budgets_without_an_interior_convex_minimum_are_refused_by_name():
@@ -99,33 +93,39 @@ def test_budgets_are_shared_rows_not_chains_of_neighbours(known_study):
     assert (refused.value.flags[0].kind, refused.value.flags[0].number) == ("few_minima", 0)
 
 
+def isoflop(budgets: int, seeds: int = 1, shared: float = 0.0) -> pd.DataFrame:
+    """Five sizes, powers of two, about the optimum of each budget, which shares an error."""
+    rng, flops = np.random.default_rng(0), np.geomspace(1e12, 3e14, budgets)[:, None]
+    n = 2.0 ** (np.round(np.log2(1e5 * (flops / 1e12) ** EXPONENT)) + np.arange(-2, 3))
+    df = pd.DataFrame({"N": n.ravel(), "C": (flops + 0 * n).ravel(), "D": (flops / 6 / n).ravel()})
+    df = pd.concat([df.assign(seed=seed) for seed in range(seeds)], ignore_index=True)
+    of_budget = shared * rng.standard_normal(budgets)[np.unique(df["C"], return_inverse=True)[1]]
+    error = 0.003 * rng.standard_normal(len(df)) + of_budget
+    best = 1e5 * (df["C"] / 1e12) ** EXPONENT
+    return df.assign(val_loss=(0.3 + 0.02 * np.log(df["N"] / best) ** 2 + (df["C"] / 1e12) ** -0.15) * np.exp(error))
+
+
 def test_groups_whose_errors_no_surface_can_tell_are_flags_wherever_the_frontier_is_shown(tmp_path):
-    """Of 5 x 4 x 3 tables whose budgets share an error, the interval of approach 1 held the exponent in 49 %."""
-    rng, axes = np.random.default_rng(0), {"sizes": (1e5, 1e7, 5), "budgets": (1e5, 3e6, 4)}
-    grid = pd.concat([law_grid(**axes, noise=0.003, rng=rng).assign(seed=s) for s in range(3)])
-    grid["val_loss"] *= np.exp(0.005 * rng.standard_normal(4))[np.unique(grid["D"], return_inverse=True)[1]]
-    found = frontier(grid.reset_index(drop=True))
+    few = isoflop(4, seeds=3, shared=0.005)
+    found = frontier(few)
     flags = found.frontiers[0].flags
-    assert [(each.kind, each.subject, each.number) for each in flags] == [
-        ("unseen", "budgets", 4), ("few_groups", "sizes", 5),
-    ]  # fmt: skip
+    assert found.frontiers[0].approach == 2
+    assert ("unseen", "budgets") in [(each.kind, each.subject) for each in flags]
     for shown in (found.summary(), " ".join(found.sentences()), found.frontiers[0].summary(), found.to_json()):
-        assert "4 budgets cannot tell an error that all points of one share" in " ".join(shown.split())
-    grid.to_csv(tmp_path / "t.csv", index=False)
+        assert "Approach 2: Too few budgets to estimate the error" in " ".join(shown.split())
+    few.to_csv(tmp_path / "t.csv", index=False)
     assert answer("frontier", tmp_path / "t.csv")["flags"] == list(map(str, flags))
-    few = frontier(law_grid(sizes=(1e5, 1e7, 7), budgets=(1e5, 3e6, 5), noise=0.003, rng=rng))
-    assert [(each.kind, each.number) for each in few.frontiers[0].flags] == [("few_groups", 5)]
+    assert not frontier(isoflop(8)).frontiers[0].flags
 
 
-def test_approaches_that_disagree_are_named(grid):
-    found = frontier(grid)
-    first, *_, last = found.frontiers
-    narrow = [
-        replace(f, exponent_interval=replace(f.exponent_interval, low=low, high=low + 0.05))
-        for f, low in ((first, 0.3), (replace(first, approach=2), 0.33), (last, 0.7))
-    ]
-    [flag] = apart_flags(narrow)
-    assert (flag.kind, flag.subject) == ("apart", "1 and 3 and of 2 and 3")
-    assert apart_flags(narrow[:2]) == ()
+def test_approaches_that_disagree_are_named():
+    found = frontier(isoflop(6))
+    measured, by_law = found.frontiers
+    ends = measured.exponent_interval
+    apart = replace(by_law, exponent_interval=replace(ends, low=ends.high + 0.01, high=ends.high + 0.1))
+    [flag] = apart_flags([measured, apart])
+    assert (flag.kind, flag.subject) == ("apart", "2 and 3")
+    assert apart_flags([measured]) == apart_flags([measured, measured]) == ()
+    assert apart_flags([measured, replace(apart, exponent_interval=Interval())]) == ()
     assert not found.are_apart
     assert replace(found, flags=(flag,)).are_apart

@@ -9,9 +9,9 @@ from tables import law_grid
 
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.optimum.approaches import frontier, gap, gap_to_loss
+from aimscale.analysis.optimum.approaches import frontier
 from aimscale.analysis.optimum.frontier import Cost, NoFrontier
-from aimscale.analysis.optimum.measured import envelope_frontier
+from aimscale.analysis.optimum.isoflop import isoflop_frontier
 from aimscale.analysis.optimum.parametric import parametric_frontier
 from aimscale.analysis.table.measures import to_minimise
 
@@ -41,17 +41,11 @@ def test_a_probe_has_an_optimum_of_its_own(probed):
     np.testing.assert_allclose(df[y], [1 - row[0]["top1"] for row in probed["probes"]])
     by_error, by_loss = frontier(df, y=y), frontier(df)
     assert by_error.measure == "linear-probe error on pets"
-    found = gap(by_error, by_loss)
-    cost = Cost(kappa=6.0, s=0.0)
-    (k_error, a_error), (k_loss, a_loss) = (line_of(truth, cost) for truth in (OF_ERROR, OF_LOSS))
-    truth = np.exp(k_error - k_loss + (a_error - a_loss) * np.log(found.flops))
-    assert found.ratio_interval.low < truth < found.ratio_interval.high < 1.5 * found.ratio_interval.low
-    assert f"C^{by_error.frontiers[found.approach - 1].exponent_words()}" in found.sentence()
-    assert gap_to_loss(by_error, df, y) == found
-    assert gap_to_loss(by_loss, df, "val_loss") is None
-    same = gap(by_loss, by_loss)
-    assert same.ratio == 1.0
-    assert same.ratio_interval.low < 1 < same.ratio_interval.high
+    for found, truth in ((by_error, OF_ERROR), (by_loss, OF_LOSS)):
+        last, (log_k, a) = found.frontiers[-1], line_of(truth, Cost(kappa=6.0, s=0.0))
+        assert last.exponent_interval.low < a < last.exponent_interval.high
+        at = last.at(1e14).iloc[0]
+        assert at["N_lo"] < np.exp(log_k + a * np.log(1e14)) < at["N_hi"] < 1.5 * at["N_lo"]
 
 
 def test_what_y_may_be(probed):
@@ -137,8 +131,8 @@ def test_a_law_without_an_optimum_says_so(probed):
 
 def test_failures_are_data(known_study):
     with pytest.raises(NoFrontier) as refused:
-        envelope_frontier(known_study({"sizes": ["s1", "s2"], "seeds": [0]}))
-    assert [(flag.kind, flag.number) for flag in refused.value.flags] == [("few_curves", 2)]
+        isoflop_frontier(known_study({"sizes": ["s1", "s2"], "seeds": [0]}))
+    assert refused.value.flags[0].kind == "few_minima"
     found = frontier(known_study({"seeds": [0]}))
-    assert [(k, flags[0].kind) for k, flags in found.failures.items()] == [(1, "one_size"), (2, "few_minima")]
+    assert [(k, flags[0].kind) for k, flags in found.failures.items()] == [(2, "few_minima")]
     assert found.to_dict()["failures"]["2"][1]["kind"] == "few_sizes"

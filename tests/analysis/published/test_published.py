@@ -6,12 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from aimscale.analysis import fit
 from aimscale.analysis.effects.contrasts import contrast, factors
-from aimscale.analysis.published.comparison import compare
 from aimscale.analysis.published.published import (
     TASKS,
     ablations,
-    all_beside_paper,
     beside_paper,
     best_frozen,
     in_words,
@@ -52,6 +51,13 @@ def test_sizes_have_the_parameters_of_the_released_files_and_the_flops_of_the_pu
     assert (best_frozen("imagenet-1k"), best_frozen("rxrx1")) == ("dinov2-g14", "aim-7B")
 
 
+def test_losses_of_the_four_sizes_fall_by_the_exponents_that_the_paper_draws():
+    exponents = [
+        fit(published_frame(), "power:N", columns={"N": n}).params["a"] for n in ("params_trunk", "params_total")
+    ]
+    assert exponents == pytest.approx([0.0188, 0.0228], abs=5e-5)
+
+
 def test_cells_of_one_setting_agree_between_ablations():
     cells = ablations().set_index("setting")
     default = cells.loc[["crops from 0.4", "MLP head", "head of width 2048", "12 head blocks"], ["linear", "attentive"]]
@@ -74,14 +80,14 @@ def test_the_papers_difference_stands_beside_ours_with_its_interval(known_study)
         "120k to 360k",
     ]
     assert f"[{100 * ours.low:+.1f}, {100 * ours.high:+.1f}]" in next(in_words(beside))
-    pd.testing.assert_frame_equal(compare(df).ablations, beside)
 
 
 def test_heads_are_put_beside_by_their_rule_and_never_by_blocks_of_another_size(known_study):
     heads = {"1": {}, "0": {"model.head_depth": 0}, "6": {"model.head_depth": 6}, "12": {"model.head_depth": 12}}
     parts = [PART | {"head_depth": int(depth)} for depth in heads] + [PART | {"head_depth": 1, "device": "tf"}]
     df = probed(known_study(*parts), heads | {"tf": {"model.head_kind": "transformer"}})
-    changes = all_beside_paper(df)["change"]
+    changes = [*beside_paper(contrast(df, by="head_depth"))["change"]]
+    changes += [*beside_paper(contrast(df, by="model.head_kind", measures=["top1"]))["change"]]
     assert set(changes) == {"no head over MLP head", "transformer head over MLP head"}
     for baseline, expected in (
         ("1", {"no head over MLP head": -0.06}),
@@ -95,11 +101,14 @@ def test_the_width_of_a_head_is_a_change_where_nothing_else_of_it_is(known_study
     df = probed(known_study(PART | {"head_width": 512}, PART | {"head_width": 2048, "device": "wide"}))
     df = df.assign(**{"model.head_width": df["head_width"].astype(int).astype(str)})
     assert "model.head_width" in factors(df)
-    assert set(all_beside_paper(df)["change"]) == {"head of width 2048 over head of width 512"}
+    assert set(beside_paper(contrast(df, by="model.head_width"))["change"]) == {
+        "head of width 2048 over head of width 512"
+    }
 
 
 def test_masked_models_are_paired_with_the_autoregressive_one(known_study):
     df = probed(known_study(PART, PART | {"prefix": None}), {"None": {"objective.masked": 0.75}})
-    beside = all_beside_paper(df).query("change == '75 % masked over autoregressive'")
+    beside = beside_paper(contrast(df, by="objective.masked", measures=["top1"]))
+    assert set(beside["change"]) == {"75 % masked over autoregressive"}
     assert beside["kind"].tolist() == ["attentive"]
     assert beside["published"].tolist() == pytest.approx([-0.004])

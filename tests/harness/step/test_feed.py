@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -23,7 +25,7 @@ from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_PREEMPTED, RunDir
 from aimscale.harness.step.feed import Feed, RankRequest
 
 Run = Callable[..., list[int]]
@@ -183,6 +185,30 @@ def signal_the_group(rank: int, path: Path) -> None:
 
     after_steps(act)
     train_in(rank, path)
+
+
+def lose_a_worker(rank: int, path: Path) -> None:
+    """Train, and kill a loader process of the last rank, as the system does when memory is short."""
+
+    def act(images_done: int) -> None:
+        if images_done == 24 and rank == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    after_steps(act)
+    train_in(rank, path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_dead_loader_process_ends_the_run_with_a_sentence(
+    tmp_path: Path, tiny_config: Config, in_processes: Run, world_size: int
+) -> None:
+    run = RunDir.create(tmp_path / "run", tiny_config({"num_workers": 2}, budgets=[1200]))
+    started = time.monotonic()
+    assert in_processes(lose_a_worker, run.path, world_size=world_size) == [EXIT_CRASHED] * world_size
+    assert time.monotonic() - started < 120
+    status = run.read_status()
+    assert (status.state, status.reason_class) == ("failed", "oom")
+    assert re.fullmatch(r"loader process \d+ ended \(exit code -9\), .*num_workers.*", str(status.reason))
 
 
 def test_a_signal_to_every_process_of_a_step_leaves_the_workers_alone(

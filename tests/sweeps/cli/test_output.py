@@ -51,20 +51,21 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
     assert follows("launch") == f"logs {file} {run.run_id} --root {root}", "it was not tried again"
     assert follows("launch", "--dry-run") == f"logs {file} {run.run_id} --root {root}"
     assert follows("launch", "--dry-run", "--retry") == f"launch {file} --retry --root {root}"
-    assert follows("launch", "--retry") == f"collect {file} --root {root}" == follows("launch", "--dry-run")
-    assert follows("launch", "--dry-run", "--on", "slurm", "--allow-dirty") == f"collect {file} --root {root}"
+    over = f"report {sweep.directory}"
+    assert follows("launch", "--retry") == over == follows("launch", "--dry-run") == follows("collect")
+    write_sweep(sizes=["rung-32"], slurm={})
+    assert follows("launch", "--dry-run", "--allow-dirty") == over
     monkeypatch.setattr("aimscale.sweeps.engine.slurm_worker.launch_slurm", lambda *_, **__: [])
-    assert follows("launch", "--on", "slurm") == f"collect {file} --root {root}", "no job was needed"
-    assert follows("collect") == f"report {sweep.directory / 'results.parquet'}"
+    assert follows("launch") == over, "no job was needed"
     for verb in ("plan", "status"):
         json.loads("\n".join(say(verb, "--json")))
 
 
-def test_a_failed_run_is_named_before_the_table(say: Any) -> None:
+def test_the_summary_comes_first_then_the_failed_run_then_the_table(say: Any) -> None:
     say("launch", behaviour="crash")
     said = say("status")
-    assert [line.split()[0] for line in (*said[:2], *said[3:])] == ["failed", "run", "runs", "done", "spent", "next:"]
-    assert "100 % given up" in said[4]
+    assert [line.split()[0] for line in (*said[:5], said[-1])] == ["runs", "done", "spent", "failed", "run", "next:"]
+    assert "100 % in failed" in said[1]
 
 
 def test_slurm_is_asked_about_sweeps_that_were_submitted_alone(

@@ -130,7 +130,7 @@ def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_worker
     launch(sweep, devices=2, command=lambda run_dir, devices: [sys.executable, "-c", note, str(run_dir)])
     (run,) = plan(sweep)
     told = ast.literal_eval((sweep.run_dir(run.run_id) / "told").read_text())
-    assert told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(grace_period_s(sweep, run))
+    assert told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(grace_period_s(run))
     assert "SLURM_STEP_NUM_TASKS" not in told
 
 
@@ -194,13 +194,15 @@ def test_a_free_device_never_waits_behind_a_run_that_needs_more(write_sweep: Any
     assert (broad / "ran").exists()
 
 
-def test_cancelled_runs_save_and_stay_ended_until_the_next_launch_and_that_is_no_failure(
+def test_cancelled_runs_save_and_stay_ended_until_a_person_retries_them_and_that_is_no_failure(
     write_sweep: Any, start: Any, stand_in: Any, launch: Any
 ) -> None:
     sweep = write_sweep(seeds=[0, 1])
     runs = plan(sweep)
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in runs]
     for number in (1, 2, 3):
+        for record in records:
+            record.cancelled.unlink(missing_ok=True)
         worker = start(2, "wait")
         wait_for(lambda: sum(record.is_held() for record in records) == 2, "start of two runs")
         done, failed = cancel(sweep, runs)
@@ -208,5 +210,6 @@ def test_cancelled_runs_save_and_stay_ended_until_the_next_launch_and_that_is_no
         assert worker.communicate(timeout=200)[0].splitlines()[-1] == "done 0", "it ended by itself"
         assert not any(record.is_held() for record in records)
         assert sum(starts(record) for record in records) == 2 * number
-    result = launch(sweep, devices=2, command=stand_in())
+    assert not launch(sweep, devices=2, command=stand_in()).finished
+    result = launch(sweep, devices=2, command=stand_in(), retry=True)
     assert len(result.finished) == 4

@@ -209,12 +209,11 @@ def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
     """The signal, torchrun and the plan use the same number."""
     small = write_sweep(sizes=["rung-32"], budgets=[640])
     (run,) = plan(small)
-    assert grace_period_s(small, run) == cost_cards(small, [run])[0].stop_s == 120
+    assert grace_period_s(run) == cost_cards(small, [run])[0].stop_s == 120
     large = write_sweep(sizes=["aim-7B"], budgets=[640], devices=8)
     (run,) = plan(large)
     (card,) = cost_cards(large, [run])
-    assert card.stop_s == grace_period_s(large, run) == math.ceil(2 * 12 * card.params_total / SAVE_BYTES_PER_S) + 30
+    assert card.stop_s == grace_period_s(run) == math.ceil(2 * 12 * card.params_total / SAVE_BYTES_PER_S) + 30
     console = Console(width=200, file=io.StringIO())
     print_plan(large, [card], console)
     assert f"up to {format_duration(card.stop_s)} for a last save" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert grace_period_s(large.with_fields(slurm={"signal_delay_s": 60}), run) == 60

@@ -1,22 +1,17 @@
 from __future__ import annotations
 
-import base64
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 from commands import say
 
 from aimscale.aim.errors import UserError
-from aimscale.analysis.effects.paired import hits_of
-from aimscale.analysis.published.comparison import read_baselines
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.table.read import probe_frame, read_curves, read_table, read_tables
+from aimscale.analysis.table.read import read_curves, read_table
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
@@ -141,36 +136,6 @@ def test_values_of_wrong_types_cost_their_run_alone(write_sweep: Any) -> None:
     assert [line.run_id for line in lines if line.state == "damaged"] == names[:-1]
     assert lines[-1].val_loss == 0.5
     assert not killed.exists(), "what a killed collect left goes with the next one"
-
-
-def test_hits_of_runs_and_baselines_lie_beside_the_table_under_its_tasks_names(write_sweep: Any) -> None:
-    sweep = write_sweep(sizes=["rung-32"])
-    (run,) = plan(sweep)
-    record = RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path)
-    own, other = ({"task": "pets", "kind": "knn", "evaluation": f"{x}-{x}", "n": 12, "top1": 0.5} for x in "ab")
-    right = np.arange(12) % 2
-    for entry, stale in ((own, {}), (other, {"top1": 0.25})):  # a file that says other than the row is of other weights
-        detail = entry | stale | {"hits": base64.b64encode(np.packbits(right)).decode(), "grid": []}
-        documents = {"probes/640": f"{run.run_id}@640 x", "baselines/raw": "raw-pixels"}
-        for folder, backbone in documents.items():
-            path = record.path / folder / f"pets-{entry['evaluation']}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"backbone": backbone, "probes": [detail]}))
-    row = {"images_seen": 640, "run_id": run.run_id, "size": "rung-32", "val_loss": 0.5, "probes": [own, other]}
-    record.write_status(state="preempted")
-    record.results.write_text(json.dumps({"version": 1, "starts": [], "rows": [row]}))
-    gather(sweep)
-    frame = read_tables([sweep.directory])
-    hits = hits_of(probe_frame(frame))
-    assert (hits.iloc[0].right == right).all()
-    assert hits.iloc[1] is None
-    baselines = read_baselines(frame)
-    assert list(baselines["task"]) == ["pets@a-a", "pets@b-b"]
-    assert [(each.right == right).all() for each in hits_of(baselines)] == [True, True]
-    shutil.rmtree(record.path / "probes")
-    shutil.rmtree(record.path / "baselines")
-    gather(sweep)
-    assert not (sweep.directory / "hits.parquet").exists()
 
 
 def test_a_damaged_record_of_the_sweep_is_named(write_sweep: Any) -> None:

@@ -18,8 +18,9 @@ from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
+from aimscale.sweeps.table.status_view import status_view
 from aimscale.sweeps.table.time_left import Progress, time_left
-from aimscale.sweeps.table.views import new_console, status_table
+from aimscale.sweeps.table.views import new_console
 
 PROBED = {"probes": [{"task": name, "train": f"data/{name}", "test": f"data/{name}-test"} for name in ("pets", "cars")]}
 
@@ -61,7 +62,7 @@ def test_evaluation_is_shown(write_sweep: Any, launch: Any, stand_in: Any, capsy
         assert (line.state, line.evaluated, line.to_evaluate) == ("unfinished", done, 4), "validation is missing, too"
     RunDir(record.path).write_status(mfu=1.09)
     console = new_console()
-    console.print(status_table(look(sweep), console.width))
+    console.print(status_view(look(sweep), console.width))
     said = capsys.readouterr().out
     assert "4 of 4" in said
     assert "109 % (!)" in said, "no program is faster than the fastest product: the peak was measured too low"
@@ -116,13 +117,13 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     assert not new.path.exists()
     json.dumps(asdict(alone), allow_nan=False)
     console = new_console()
-    console.print(status_table(alone, console.width))
+    console.print(status_view(alone, console.width))
     said = capsys.readouterr().out
     assert "0.4321" in said
     assert alone.runs[8].val_loss == 0.625, "the last that was measured on its way"
     assert "76 %" in said, "the run that waits for images is named"
     assert "29 %" not in said
-    assert [line.split()[1] for line in said.splitlines() if line.startswith("waits")] == [alone.runs[3].run_id]
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("data-bound")] == [alone.runs[3].run_id]
     assert "job 7_1" in said
     assert "status.json" in said
     assert not set(said) & {"\x1b", "\x07"}, "no run's words steer the terminal"
@@ -187,3 +188,42 @@ def test_before_anything_is_measured_the_plan_stands(write_sweep: Any) -> None:
     assert time_left([replace(card, devices=2) for card in cards], [two[0], waiting, waiting])[1] == pytest.approx(
         3 * cards[0].wall_s
     )
+
+
+def test_many_runs_are_grouped_by_size_and_only_those_that_need_a_person_are_named(
+    write_sweep: Any, capsys: Any
+) -> None:
+    sweep = write_sweep(seeds=[*range(20)])
+    runs = plan(sweep)
+    records = [RunRecord(RunRecord.create(sweep.run_dir(run.run_id), run.config).path) for run in runs]
+    records[0].write_status(state="diverged", reason="loss is NaN", reason_class="nan")
+    with records[1].hold():
+        records[1].write_status(state="running", phase="train")
+        found, console = look(sweep), new_console()
+        console.print(status_view(found, console.width))
+        said = capsys.readouterr().out
+        console.print(status_view(found, console.width, "all"))
+        every = capsys.readouterr().out
+    assert said.splitlines()[0].startswith("runs   40: 38 not started")
+    assert [record.name in said for record in records[:3]] == [True, False, False]
+    sizes = {line.split()[0]: line for line in said.splitlines() if line.startswith("rung-")}
+    assert list(sizes) == ["rung-32", "rung-48"]
+    assert "18 not started, 1 " in sizes["rung-32"]
+    assert all(record.name in every for record in records)
+
+
+def test_a_finished_run_that_learnt_nothing_is_named(write_sweep: Any, capsys: Any) -> None:
+    """Neither spikes nor a loss above a constant prediction's end a run whose learning rate is far too high."""
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], axes={"objective.target": ["normalised", "raw"]})
+    losses = {0: (0.4, 0), 1: (0.8, 7), 2: (1.3, 2)}
+    for run in plan(sweep):
+        record = RunRecord.create(sweep.run_dir(run.run_id), run.config)
+        val_loss, spikes = losses[run.cell["seed"]]
+        record.record_row({"images_seen": 640, "val_loss": val_loss, "num_loss_spikes": spikes})
+    found, console = look(sweep), new_console()
+    assert [line.num_loss_spikes for line in found.runs] == [0, 7, 2, 0, 7, 2]
+    console.print(status_view(found, console.width))
+    said = capsys.readouterr().out
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("unstable")] == [found.runs[2].run_id]
+    assert "lr_peak" in said
+    assert "spikes" in said

@@ -7,9 +7,11 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
 import struct
+import subprocess
 import sys
 import tarfile
 import zlib
@@ -211,6 +213,29 @@ def test_a_damaged_index_is_refused_or_does_no_harm(
             assert labels is None or labels.max() < 2**24
 
 
+_DECODING = """
+import sys
+import numpy as np
+from pictures import damaged, of_every_format
+from aimscale.harness.data.store.decoding import UndecodableImageError, decode
+
+rng, found = np.random.default_rng(0), set()
+for data in of_every_format(rng).values():
+    for _ in range(25):
+        try:
+            found.add(decode(damaged(rng, data)).shape[0])
+        except UndecodableImageError as error:
+            found.add(bool(str(error)))
+assert found == {3, True}, found
+assert "torchvision" not in sys.modules, "the PNG decoder of 0.29.2 ends the process"
+"""
+
+
+def test_no_byte_of_a_picture_ends_a_process() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", _DECODING], check=True, env=environment, timeout=120)
+
+
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
 def test_of_a_moving_picture_one_frame_is_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [Image.new("RGB", (400, 300), (number, 0, 0)) for number in range(40)]
@@ -277,6 +302,18 @@ def test_names_that_are_no_text_are_kept_apart(tmp_path: Path) -> None:
     again = index_shards(str(tmp_path / "out"), tmp_path / "out", classes=info.classes)
     assert again.fingerprint == info.fingerprint
     assert open_dataset(tmp_path / "out").decode(1).shape == (3, 8, 8)
+
+
+def test_damaged_pictures_are_left_out_of_a_pack_and_named_with_their_reasons(tmp_path: Path) -> None:
+    data = bytearray(saved(Image.effect_noise((40, 40), 90).convert("RGB")))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.png").write_bytes(data)
+    data[len(data) // 2] ^= 4
+    (tmp_path / "in" / "flipped.png").write_bytes(data)
+    assert "flipped.png cannot be decoded (" in refused("data", "pack", tmp_path / "in", tmp_path / "out")
+    said = say("data", "pack", tmp_path / "in", tmp_path / "out", "--skip-bad")
+    assert re.search(r"left out.*flipped\.png \(.+\)", said)
+    assert len(open_dataset(tmp_path / "out")) == 1
 
 
 def test_a_link_to_nothing_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:

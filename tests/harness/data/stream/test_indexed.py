@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -327,7 +328,7 @@ def test_bad_samples_are_replaced_alike_and_counted(
     config = configure(path=path)
     expected = TrainStream(config).batch(np.arange(60))
     assert len(expected.bad_samples) >= 2
-    assert all("sample '" in text and "shard-" in text for text in expected.bad_samples)
+    assert all(re.fullmatch(r"sample '.+' of .+shard-\d+\.tar \(.+\)", text) for text in expected.bad_samples)
     clean = TrainStream(configure(path=small_set)).batch(np.arange(60))
     changed = (expected.images != clean.images).flatten(1).any(1)
     assert changed.sum() == 2
@@ -338,6 +339,20 @@ def test_bad_samples_are_replaced_alike_and_counted(
         parts = [part for step in run(TrainStream(config), 0, 60, micro=micro, world=world, batch=20) for part in step]
         assert torch.equal(whole(parts)[0], expected.images)
         assert {name for part in parts for name in part.bad_samples} == {*expected.bad_samples}
+
+
+def test_a_flipped_bit_of_a_picture_is_a_bad_sample_and_an_error_of_an_evaluation(
+    small_set: Path, tmp_path: Path, configure: Configure
+) -> None:
+    path = shutil.copytree(small_set, tmp_path / "copy")
+    ((name, offset, size),) = open_dataset(path).byte_ranges([33])
+    data = bytearray((path / name).read_bytes())
+    data[offset + size // 2] ^= 1
+    (path / name).write_bytes(data)
+    (named,) = TrainStream(configure(path=path)).batch(np.arange(60)).bad_samples
+    assert named.startswith(open_dataset(path).describe(33, "")), named
+    with pytest.raises(DataError, match=re.escape(named)):
+        eval_images(open_dataset(path), [32, 33], configure().training.model, 1.0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,0 +1,210 @@
+"""Layout of a sweep's status: summary, runs that need attention, runs or groups of runs, and progress."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Group
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from aimscale.aim.errors import printable
+from aimscale.analysis.table.schema import MFU
+from aimscale.sweeps.table.status import ENDED_STATES, RunStatus, SweepStatus
+from aimscale.sweeps.table.views import (
+    STATE_STYLES,
+    Column,
+    KeyValue,
+    axis_columns,
+    fitted_table,
+    format_duration,
+    format_number,
+    key_value_text,
+)
+
+MAX_LISTED = 16
+"""Number of runs up to which each has a line of its own; more are grouped by size."""
+MAX_DATA_WAIT = 0.3
+"""Share of time spent waiting for images, 0..1, above which a run gets a notice."""
+CONSTANT_LOSS = 1.0
+"""Loss on normalised targets of a model that predicts the mean of every patch."""
+FAILED_STATES = ("failed", "diverged", "damaged")
+"""States that a person has to look into."""
+Shown = Literal["auto", "all", "failed"]
+"""Runs to list: each, or groups by size where there are many; each; or those that a person has to look into."""
+
+
+def status_view(status: SweepStatus, width: int, shown: Shown = "auto") -> Group:
+    """Lay out `aimscale status`: the summary, what needs attention, and runs or groups of runs."""
+    parts: list[Any] = [key_value_text(status_summary(status), width)]
+    if notices := _notices(status.runs):
+        parts.append(key_value_text(notices, width))
+    failed = [line for line in status.runs if line.state in FAILED_STATES]
+    if shown == "failed":
+        logs = [KeyValue(key=line.run_id, value=line.log or "no log") for line in failed]
+        return Group(*parts, *([key_value_text(logs, width)] if logs else []))
+    is_short = shown == "all" or len(status.runs) <= MAX_LISTED
+    return Group(*parts, runs_table(status.runs, width) if is_short else groups_table(status.runs, width))
+
+
+def _optional(header: str, value: Callable[[Any], Any], text: Callable[[Any], str], drop_order: int = 0) -> Column:
+    """Make a column that is blank where a row has no value."""
+    return Column(header=header, cell=lambda row: text(found) if (found := value(row)) else "", drop_order=drop_order)
+
+
+def runs_table(lines: Sequence[RunStatus], width: int) -> Table:
+    """Make a table with a line for each run."""
+    columns = [
+        Column(header="run", cell=lambda line: line.run_id, align_right=False),
+        *axis_columns(lines),
+        Column(header="state", cell=_state, align_right=False),
+        Column(header="done", cell=lambda line: "" if line.state == "not started" else f"{100 * line.progress:.0f} %"),
+        _optional("images", lambda line: line.status.images_seen, format_number, 5),
+        _optional("train loss", lambda line: line.status.loss, "{:.4f}".format, 4),
+        _optional("val loss", lambda line: line.val_loss, "{:.4f}".format, 1),
+        _optional("spikes", lambda line: line.num_loss_spikes, str, 3),
+        _optional("images/s", lambda line: line.status.images_per_s, format_number, 3),
+        *(_optional(f"MFU {name}", operator.attrgetter(f"status.{field}"), _percent, 4) for field, name in MFU.items()),
+        Column(header="evaluated", cell=_evaluated, drop_order=2),
+        _optional("ETA", lambda line: line.eta_s, format_duration, 2),
+        Column(header="node", cell=lambda line: line.place, align_right=False, drop_order=6),
+        _optional("heartbeat", _since_heartbeat, format_duration, 7),
+    ]
+    return fitted_table(columns, lines, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Runs of one size."""
+
+    size: str
+    lines: list[RunStatus]
+
+    @property
+    def val_loss(self) -> float | None:
+        """Lowest validation loss of the runs that are finished."""
+        return min((each.val_loss for each in self.lines if each.val_loss and each.state == "finished"), default=None)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Time to the end of the last run that is running, s."""
+        return max((each.eta_s for each in self.lines if each.eta_s), default=None)
+
+
+def groups_table(lines: Sequence[RunStatus], width: int) -> Table:
+    """Make a table with a line for each size."""
+    groups: dict[str, _Group] = {}
+    for line in lines:
+        size = str(line.cell["size"])
+        groups.setdefault(size, _Group(size=size, lines=[])).lines.append(line)
+    columns = [
+        Column(header="size", cell=lambda group: group.size, align_right=False),
+        Column(header="runs", cell=lambda group: str(len(group.lines))),
+        Column(header="states", cell=lambda group: _count_states(group.lines), align_right=False),
+        Column(header="done", cell=lambda group: f"{_mean_percent(group.lines):.0f} %"),
+        _optional("best val loss", lambda group: group.val_loss, "{:.4f}".format, 1),
+        _optional("images/s", lambda group: _images_per_s(group.lines), format_number, 3),
+        _optional("ETA", lambda group: group.eta_s, format_duration, 2),
+    ]
+    return fitted_table(columns, list(groups.values()), width)
+
+
+def _mean_percent(lines: Sequence[RunStatus]) -> float:
+    return 100 * sum(line.progress for line in lines) / len(lines)
+
+
+def _images_per_s(lines: Iterable[RunStatus]) -> float:
+    return sum(line.status.images_per_s or 0.0 for line in lines if line.state == "running")
+
+
+def _count_states(lines: Iterable[RunStatus]) -> str:
+    return ", ".join(f"{num} {state}" for state, num in Counter(line.state for line in lines).most_common())
+
+
+def _state(line: RunStatus) -> Text:
+    phase = f" ({line.status.phase})" if line.state == "running" and line.status.phase else ""
+    return Text(line.state + phase, style=STATE_STYLES[line.state])
+
+
+def _percent(share: float) -> str:
+    """Format a utilisation in per cent; mark a value above 100 %, which is impossible."""
+    return f"{100 * share:.0f} %{' (!)' if share > 1 else ''}"
+
+
+def _evaluated(line: RunStatus) -> str:
+    return f"{line.evaluated} of {line.to_evaluate}" if line.to_evaluate and line.state != "not started" else ""
+
+
+def _since_heartbeat(line: RunStatus) -> float | None:
+    return max(0.0, time.time() - line.status.heartbeat) if line.state == "running" and line.status.heartbeat else None
+
+
+def _notice(line: RunStatus) -> tuple[str, str] | None:
+    """Return (level, message) for a run that needs attention: it does not go on by itself, or not well."""
+    loss = line.val_loss if line.val_loss is not None else line.status.loss
+    if line.is_normalised and loss is not None and loss >= CONSTANT_LOSS:
+        return "unstable", f"loss {loss:.2f}, no better than a constant prediction: lower optimiser.lr_peak"
+    data_wait = line.status.data_wait or 0.0
+    if line.state == "running" and line.status.phase in ("train", "decay") and data_wait > MAX_DATA_WAIT:
+        share = f"waits for images {100 * data_wait:.0f} % of the time"
+        return "data-bound", f"{share}: raise runtime.num_workers or pack smaller images"
+    if line.state in ("finished", "not started", "running", "starting"):
+        return None
+    reason = ": ".join(part for part in (line.status.reason_class, line.status.reason) if part)
+    return line.state, printable(reason).replace("\n", " ")
+
+
+def _notices(lines: Iterable[RunStatus]) -> list[KeyValue]:
+    """Return a line for each notice, with the run or the number of runs that it is about."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        if (notice := _notice(line)) is not None:
+            found.setdefault(notice, []).append(line.run_id)
+    return [
+        KeyValue(level=level, key=runs[0] if len(runs) == 1 else f"{len(runs)} runs", value=why)
+        for (level, why), runs in found.items()
+    ]
+
+
+def status_summary(status: SweepStatus) -> list[KeyValue]:
+    """Summarise the sweep in key-value lines."""
+    facts = [("runs", f"{len(status.runs)}: {_count_states(status.runs)}"), ("done", _progress_text(status))]
+    if status.eta_s is not None:
+        basis = "" if status.eta_is_measured else " by the plan; nothing is measured yet"
+        facts.append(("left", f"about {format_duration(status.eta_s)}{basis}"))
+    facts.append(("spent", f"{status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours"))
+    if status.unplanned:
+        facts.append(("unplanned", f"{len(status.unplanned)} run directories of an earlier sweep file"))
+    return [KeyValue(key=key, value=value) for key, value in facts]
+
+
+def _progress_text(status: SweepStatus) -> str:
+    """Describe the share of work done, the share in failed or cancelled runs, and the current images/s."""
+    pace = _images_per_s(status.runs)
+    given_up = f", {100 * status.given_up:.0f} % in failed or cancelled runs" if status.given_up else ""
+    now = f", {format_number(pace)} images/s" if pace else ""
+    return f"{100 * status.progress:.0f} % of the FLOPs{given_up}{now}"
+
+
+def progress_line(status: SweepStatus) -> str:
+    """Format the progress of a sweep as one line of a log."""
+    left = f", about {format_duration(status.eta_s)} left" if status.eta_s is not None else ""
+    return f"{_progress_text(status)}{left}; {_count_states(status.runs)}"
+
+
+def progress_bar(status: SweepStatus, width: int) -> Table:
+    """Make a progress bar of one line, which leaves room for the terminal's `^C`."""
+    grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    grid.width = width - len("^C ")
+    grid.add_column(ratio=1)
+    grid.add_column(no_wrap=True)
+    over, left = sum(line.state in ENDED_STATES for line in status.runs), format_duration(status.eta_s)
+    words = f"{_progress_text(status)}, {left} left, {over} of {len(status.runs)} runs over"
+    grid.add_row(ProgressBar(total=(1.0 - status.given_up) or 1.0, completed=status.progress), words)
+    return grid

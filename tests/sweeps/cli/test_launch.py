@@ -1,0 +1,138 @@
+"""`launch` and `cancel`: where runs are executed, what is said before, and which runs are meant."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from typing import Any
+
+import pytest
+from commands import refused
+
+from aimscale.analysis.table.read import read_table
+from aimscale.harness.run.directory import EXIT_PREEMPTED
+from aimscale.harness.run.lock import hold_lock
+from aimscale.sweeps.cli.main import main
+from aimscale.sweeps.cli.options import select_run_ids
+from aimscale.sweeps.engine import launch as engine
+from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.state.record import RunRecord
+
+
+@pytest.fixture
+def call(capsys: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a verb on a sweep whose runs end at once; return its exit code and what it prints."""
+    monkeypatch.setattr("aimscale.sweeps.cli.launch.raise_on_problems", lambda *_: None)
+
+    def run(sweep: Sweep, verb: str, *options: str, behaviour: str = "finish") -> tuple[int, str]:
+        monkeypatch.setattr(engine, "launch", functools.partial(launch, command=stand_in(behaviour)))
+        with pytest.raises(SystemExit) as ended:
+            main([verb, str(sweep.source), *options, "--root", str(sweep.root)])
+        return int(str(ended.value.code or 0)), str(capsys.readouterr().out)
+
+    return run
+
+
+def test_a_file_with_a_slurm_section_never_trains_on_a_login_node_unless_told_so(
+    write_sweep: Any, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[str] = []
+
+    def submit(sweep: Sweep, *_: Any, **__: Any) -> list[Any]:
+        submitted.append(sweep.name)
+        return []
+
+    monkeypatch.setattr("aimscale.sweeps.engine.slurm_worker.launch_slurm", submit)
+    sweep = write_sweep(sizes=["rung-32"], slurm={})
+    call(sweep, "launch")
+    assert (submitted, sweep.runs_dir.exists()) == (["tiny"], False)
+    assert "--on slurm" in refused("launch", sweep.source, "--root", sweep.root, "--devices", "1")
+    _, said = call(sweep, "launch", "--on", "local")
+    assert (submitted, "1 finished" in said) == (["tiny"], True)
+    assert "slurm: {}" in refused("launch", write_sweep().source, "--root", sweep.root, "--on", "slurm")
+
+
+def test_a_launch_says_first_what_is_there_and_what_is_new(write_sweep: Any, call: Any) -> None:
+    call(write_sweep(sizes=["rung-32"], seeds=[0, 7]), "launch")
+    longer = write_sweep(sizes=["rung-32"], seeds=[7], budgets=[640, 1280, 1920])
+    call(longer, "launch", behaviour="crash")
+    sweep = write_sweep(sizes=["rung-32"], seeds=[7, 8, 9])
+    (old,) = {path.name for path in sweep.runs_dir.iterdir()} - {run.run_id for run in plan(sweep)}
+    with hold_lock(RunRecord(sweep.run_dir(old)).lock):
+        _, said = call(sweep, "launch", "--dry-run")
+    lines = dict(line.split(maxsplit=1) for line in said.splitlines() if line.startswith(("runs", "cost", "unplanned")))
+    assert lines["runs"] == "3: 2 new, 1 to resume"
+    assert lines["unplanned"].startswith(f"1 run directories, 1 of them running, such as {old}")
+    assert "up to" in lines["cost"]
+    assert sweep.run_dir(plan(sweep)[1].run_id).exists() is False
+
+
+def test_time_that_is_up_is_not_success(write_sweep: Any, call: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    assert call(sweep, "launch", "--time-limit", "0.001")[0] == EXIT_PREEMPTED
+    assert call(sweep, "launch")[0] == 0
+
+
+def test_cancelled_runs_wait_for_a_person(write_sweep: Any, call: Any) -> None:
+    """A pod that restarts launches again; it must not start what was cancelled."""
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
+    first, second = (RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep))
+    for run in plan(sweep):
+        RunRecord.create(sweep.run_dir(run.run_id), run.config)
+    first.cancelled.touch()
+    _, said = call(sweep, "launch")
+    assert (first.read_status().state, second.read_status().state) == ("created", "finished")
+    assert said.splitlines()[-1] == f"next: aimscale launch {sweep.source} --retry --root {sweep.root}"
+    call(sweep, "launch", "--retry")
+    assert first.read_status().state == "finished"
+
+
+def test_a_pattern_takes_whole_ids_only(write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=["w16-d1", "w16-d12"], seeds=[1, 10])
+    ids = [run.run_id for run in plan(sweep)]
+    assert select_run_ids(sweep, []) == ids
+    assert select_run_ids(sweep, [ids[0]]) == ids[:1]
+    assert select_run_ids(sweep, ["w16-d1_*"]) == ids[:2]
+    said = refused("cancel", sweep.source, "w16-d1", "--root", sweep.root)
+    assert "'*w16-d1*' matches 4" in said
+
+
+@pytest.mark.parametrize(("answer", "is_cancelled"), [("n", False), ("y", True)])
+def test_several_runs_are_cancelled_on_a_terminal_after_a_question(
+    answer: str, is_cancelled: bool, write_sweep: Any, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    for run in plan(sweep):
+        RunRecord.create(sweep.run_dir(run.run_id), run.config)
+    controller, terminal = os.openpty()
+    os.write(controller, f"{answer}\n".encode())
+    with os.fdopen(terminal) as stdin, hold_lock(records[0].claim):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        call(sweep, "cancel")
+    assert [record.cancelled.exists() for record in records] == [is_cancelled] * 2
+
+
+def test_a_verb_that_is_given_a_sweep_reads_what_is_there_now(write_sweep: Any, call: Any, capsys: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    call(sweep, "launch")
+    call(sweep, "collect")
+    longer = write_sweep(sizes=["rung-32"], budgets=[640, 1280, 1920])
+    call(longer, "launch")
+    with pytest.raises(SystemExit):
+        main(["compare", str(sweep.directory), "--json"])
+    assert list(read_table(sweep.directory / "results.parquet")["images_seen"]) == [640, 1280, 1920]
+
+
+def test_a_table_without_its_runs_is_read_as_it_is(write_sweep: Any, call: Any, tmp_path: Any, capsys: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    call(sweep, "launch")
+    call(sweep, "collect")
+    sweep.runs_dir.rename(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit):
+        main(["compare", str(sweep.directory), "--json"])
+    assert "read as it is" in capsys.readouterr().err
+    assert json.loads((sweep.directory / "collect.json").read_text())["machines"] is not None
