@@ -12,11 +12,11 @@ from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.product import product
-from aimscale.analysis.rates.result import BY_LAW, EDGE, NO_MINIMUM, OPTIMUM, UNKNOWN, Rates
-from aimscale.analysis.rates.surface import MIN_VALUES, Surface, fit_surface, is_tuned, near_minimum
 from aimscale.analysis.table.design import design_columns
 from aimscale.analysis.table.names import names_of, no_column, our_name, their_name
 from aimscale.analysis.table.points import complete, usable_rows
+from aimscale.analysis.tuning.result import BY_LAW, EDGE, NO_MINIMUM, OPTIMUM, UNKNOWN, Rates
+from aimscale.analysis.tuning.surface import MIN_VALUES, Surface, fit_surface, is_tuned, near_minimum
 
 
 def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: str | None = None) -> Rates:
@@ -84,7 +84,7 @@ def _setting_columns(df: pd.DataFrame, lr: str, batch: str | None) -> dict[str, 
 
 
 def _cells(rows: pd.DataFrame, numbers: pd.DataFrame) -> Array:
-    """Number the cells of equal N and D, and of equal design where a table holds several."""
+    """Encode cells of equal N and D, and of equal design where a table holds several."""
     data = chained(np.log(numbers["D"].to_numpy()), SAME_DATA)
     design = [rows[name].astype(str).to_numpy() for name in design_columns(rows)]
     return rows.groupby([numbers["N"].to_numpy(), data, *design]).ngroup().to_numpy()
@@ -112,7 +112,9 @@ def _surface(log_loss: Array, cells: Array, settings: Array, table: pd.DataFrame
     tuned = np.flatnonzero(is_tuned(np.where(keep, cells, cells.max() + 1), settings)[: len(table)])
     keep &= np.isin(cells, tuned)
     if not len(tuned):
-        raise AnalysisError("Of each cell fewer than three values of every setting come near its lowest loss; try some.")
+        raise AnalysisError(
+            "Of each cell fewer than three values of every setting come near its lowest loss; try some."
+        )
     near = log_loss[keep], np.searchsorted(tuned, cells[keep]), settings[keep]
     scale = _scale(table)
     surface = fit_surface(*near, scale[tuned])

@@ -14,7 +14,7 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Law, Params
-from aimscale.analysis.rates.result import OPTIMUM, Rates
+from aimscale.analysis.tuning.result import OPTIMUM, Rates
 from aimscale.analysis.words import human
 
 
@@ -133,7 +133,9 @@ def _interval(tuned: Fit, name: str, covariance: Array, found: Rates) -> Interva
     _, errors, degrees = estimate.error_of(quantity)
     moved = (estimate.gradient(quantity) @ estimate.design.inverse)[0]
     error = np.sqrt(np.maximum([moved @ covariance @ moved], 0.0))
-    least = [law.estimate.error_of(law.estimate.law_at(law.variables(law.data)))[2].min() for law in found.laws.values()]
+    least = [
+        law.estimate.error_of(law.estimate.law_at(law.variables(law.data)))[2].min() for law in found.laws.values()
+    ]
     spare = satterthwaite(np.stack([errors, error]), np.stack([degrees, [min(least, default=np.inf)]]))
     wider = half_width(np.hypot(errors, error), spare, CONFIDENCE) / half_width(errors, degrees, CONFIDENCE)
     if own.low > 0:  # symmetric in its logarithm

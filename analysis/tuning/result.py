@@ -10,14 +10,16 @@ import pandas as pd
 from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.rates.surface import Surface
 from aimscale.analysis.table.names import Exclusion
+from aimscale.analysis.tuning.surface import Surface
 from aimscale.analysis.words import Flag, flag_words, human, percent, some
 
 OPTIMUM, EDGE, NO_MINIMUM, BY_LAW, UNKNOWN = "inside", "edge", "no minimum", "by the law", "not known"
 """How a cell's optimum was found: inside the settings tried, beyond them, not at all, by the law of other cells."""
 WORTH_SAYING = 1e-3
 """Regret below which a run counts as tuned: about what two seeds of one run differ by."""
+NOT_TOLD = 0.1
+"""Upper end of a regret from which nothing is known of the tuning."""
 SETTING_WORDS = {"lr": "learning rate", "batch": "batch"}
 
 
@@ -55,7 +57,10 @@ class Rates(Result):
         """Cells whose optimum was not found."""
         out = list[Flag]()
         for kind, text in (
-            (EDGE, "The best setting lies beyond those that were tried at {}: try further ones; the laws leave it out."),
+            (
+                EDGE,
+                "The best setting lies beyond those that were tried at {}: try further ones; the laws leave it out.",
+            ),
             (NO_MINIMUM, "No lowest loss is seen at {}; the laws leave it out."),
         ):
             rows = self.table[self.table["found"] == kind]
@@ -73,6 +78,8 @@ class Rates(Result):
             return "not known: the largest size has too few rates, and no law says which is best"
         if top["regret_lo"] > 0 and top["regret"] > WORTH_SAYING:
             return f"the largest size lost {_regret_words(top)} of its loss to its setting"
+        if not top["regret_hi"] < NOT_TOLD:
+            return f"not known: these rates allow the largest size a loss of up to {percent(top['regret_hi'])}"
         return f"the largest size is tuned within {percent(max(float(top['regret_hi']), WORTH_SAYING))} of its loss"
 
     def headline(self) -> str:
