@@ -151,6 +151,7 @@ COLUMNS = tuple(
          "", "", "MFU executed/measured (%)"),
         ("num_skipped_steps", "int64", "steps", "Optimiser steps skipped because of non-finite gradients"),
         ("num_bad_samples", "int64", "images", "Samples that could not be decoded"),
+        ("num_loss_spikes", "int64", "steps", "Training losses far above those before them"),
         ("device", "string", "", "Device model", "source"),
         ("world_size", "int64", "", "Number of ranks", "source"),
         ("zero_stage", "int64", "", "DeepSpeed ZeRO stage", "source"),
