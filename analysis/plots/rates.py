@@ -44,7 +44,7 @@ def plot_rates(found: Rates, *, setting: str = "lr") -> Figure:
     curves = curves.assign(series=curves["N"].map(names).astype(lowest["series"].dtype))
     look: dict[str, Any] = {"linewidth": 0.8, "units": curves["cell"].to_numpy(), "linestyle": "-"}
     parts.draw(axes[0], curves, (setting, "y"), "parabola", **look)
-    optima = found.table.iloc[found.tuned].assign(y=np.exp(found.surface.lowest()[0]))
+    optima = found.table.take(found.tuned).assign(y=np.exp(found.surface.lowest()[0]))
     optima = optima[optima["found"] == OPTIMUM]
     parts.draw_points(axes[0], optima.assign(series=""), (f"{setting}_best", "y"), "optimum", INK, markers=("X",))
     label = found.columns[setting] if found.names else SETTING_WORDS[setting]
