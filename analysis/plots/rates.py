@@ -30,7 +30,7 @@ def plot_rates(found: Rates, *, setting: str = "lr") -> Figure:
         A matplotlib figure; `save` writes it.
 
     Example:
-        >>> plot_rates(rates(read_table("results.parquet")))
+        >>> plot_rates(rates(read_table("tuned.csv")))
     """
     law = found.laws.get(setting)
     _, axes = new_figure(DOUBLE, 2.8, num_columns=2) if law else new_figure()

@@ -40,7 +40,7 @@ def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: 
         AnalysisError: a missing column, or no cell with three values of every setting.
 
     Example:
-        >>> found = rates(read_table("results.parquet"))
+        >>> found = rates(read_table("tuned.csv"))
         >>> found.table
         >>> found.laws["lr"].predict(N=1e9, D=1e9)
     """
@@ -50,7 +50,7 @@ def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: 
         raise no_column(df, absent[0])
     used = usable_rows(df, wanted)
     cells, settings = _cells(used.rows, used.numbers), np.log(used.numbers[[*names]].to_numpy())
-    if not is_tuned(cells, settings).any():
+    if not len(cells) or not is_tuned(cells, settings).any():
         what = " and ".join(their_name(df, name) for name in names.values())
         raise AnalysisError(
             f"No size has {MIN_VALUES} values of {what} at the same amount of data, so no best one is known; train "
