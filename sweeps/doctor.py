@@ -35,7 +35,7 @@ from aimscale.sweeps.slurm import commands as slurm
 IMPORT_TIMEOUT_S, SLURM_TIMEOUT_S = 180, 15
 MIN_FREE_BYTES, LOW_FREE_BYTES = 1_000_000_000, 20_000_000_000
 SLURM_COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol", "scancel", "srun")
-MODULES = ("torch", "torchvision", "deepspeed", "simplejpeg", "webdataset", "submitit", "timm", "pyarrow", "pandas")
+MODULES = ("torch", "torchvision", "deepspeed", "simplejpeg", "webdataset", "timm", "pyarrow", "pandas")
 """Packages with compiled parts, or that import such packages."""
 MOUNTS = Path("/proc/mounts")
 LOCAL_LOCKS = ("localflock", "nolock", "local_lock=all", "local_lock=flock")

@@ -12,7 +12,7 @@ from commands import say
 
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import live_jobs
+from aimscale.sweeps.slurm.jobs import live_jobs
 from aimscale.sweeps.state.record import RunRecord
 
 LAUNCHER = """

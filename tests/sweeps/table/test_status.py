@@ -90,6 +90,8 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     running.write_status(data_wait=0.76)
     unfinished.write_status(state="preempted", reason="stopped by a signal")
     failed.write_status(state="failed", reason="no \x1b]0;title\x07such class\x1b[31m", reason_class="data")
+    ended = {"exit_code": 1, "saved": failed.saved_progress(), "reason_class": "data", "failed_nodes": []}
+    failed.append_attempt(attempt=1, ended=1.0, device_hours=0.0, reason="", **ended)
     cancelled.write_status(state="preempted")
     cancelled.cancelled.write_text("")
     other_version.write_status(version=99)
@@ -100,7 +102,7 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     jobs = {each: JobInfo(job_id=each, state="PENDING", reason="Priority") for each in ("8_0", "9_0", "11_0")}
     array = {"number": 2, "shape": {"nodes": 1, "devices": 1}}
     (sweep.directory / "slurm").mkdir()
-    (sweep.directory / "slurm" / "elements.jsonl").write_text(json.dumps({"job_id": "8", **array}) + "\n")
+    (sweep.directory / "slurm" / "jobs.jsonl").write_text(json.dumps({"job_id": "8", **array}) + "\n")
     facts: dict[str, Any] = {"job_id": "7_1", "devices": 1, "nodes": "node1"}
     with running.hold(), by_hand.hold(), hold_lock(running.claim, **facts), hold_lock(starting.claim, **facts):
         cards = cost_cards(sweep, runs)
