@@ -104,7 +104,7 @@ def launch(
 
 def launch_summary(sweep: Sweep, states: Sequence[RunState], cards: Sequence[CostCard]) -> list[KeyValue]:
     """Summarise what a launch will do, what is there already, and what needs a person."""
-    words = {"not started": "new", "dead": "to resume", "unfinished": "to resume", "starting": "running"}
+    words = {"not started": "new", "lost": "to resume", "paused": "to resume", "starting": "running"}
     counts = Counter(words.get(each.state, each.state) for each in states)
     parts = ", ".join(f"{num} {word}" for word, num in counts.most_common())
     lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]

@@ -24,7 +24,7 @@ STATE_STYLES = {
     "queued": "blue",
     "not started": "dim",
     **dict.fromkeys(("running", "starting"), "cyan"),
-    **dict.fromkeys(("dead", "unfinished", "cancelled", "data-bound", "warn"), "yellow"),
+    **dict.fromkeys(("lost", "paused", "cancelled", "data-bound", "warn"), "yellow"),
     **dict.fromkeys(("failed", "diverged", "damaged", "unstable", "fail"), "bold red"),
 }
 """Colours of run states and of other words that open a line."""
