@@ -21,9 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.execution import CORE_MFU, GPU_MFU, Pace
 from aimscale.harness.device.memory import free_host_bytes, keep_freed_memory
-from aimscale.harness.device.peak import Peak
 from aimscale.harness.run.directory import EXIT_CRASHED
 
 T = TypeVar("T")
@@ -158,12 +156,6 @@ class Group:
         found = re.match(r"\d+", said)
         return min(self.world_size, int(found[0])) if found else self.world_size
 
-    def pace(self, peak: Peak) -> Pace:
-        """Return how fast a rank trains on a device with this peak; by the data sheet if it is known, as in a plan."""
-        share, cores = (GPU_MFU, None) if self.device.type == "cuda" else (CORE_MFU, peak.num_threads)
-        rate = share * (peak.nominal_flops_per_s or peak.flops_per_s)
-        return Pace(flops_per_s=rate, cores=cores, ranks_per_node=self.ranks_per_node)
-
     def num_machines(self) -> int:
         """Count the hosts of the ranks."""
         return len({*self.gather(socket.gethostname())})
@@ -209,6 +201,15 @@ class Group:
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.stack(parts)
 
+    def exchange(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Send a flat tensor on the device to each rank, and return those that the ranks send here, of these sizes."""
+        if self.world_size == 1:
+            return list(parts)
+        received = parts[0].new_empty(sum(sizes))
+        sent = [len(part) for part in parts]
+        torch.distributed.all_to_all_single(received, torch.cat(list(parts)), list(sizes), sent)
+        return list(received.split(list(sizes)))
+
     def gather(self, value: Any) -> list[Any]:
         """Gather every rank's picklable value on every rank."""
         if self.world_size == 1:
@@ -243,6 +244,10 @@ class Group:
         """Wait until every rank is here."""
         if self.world_size > 1:
             torch.distributed.barrier(group=self._host_group)
+
+
+ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0), torch.device("cpu"), None)
+"""Group of a process that works by itself, on the CPU."""
 
 
 def choose_device(placement: Placement, name: str) -> torch.device:

@@ -48,7 +48,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Machine": {
         "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),
-        "bench": ("aimscale.harness.cli.bench", "Measure training and loading against limits, or a whole GPU."),
+        "bench": ("aimscale.harness.cli.bench", "Measure training and loading, or a whole GPU."),
         "weights": ("aimscale.harness.cli.runs", "Import and export official AIM weights."),
     },
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aimscale.harness.device.execution import DoesNotFitError
-from aimscale.harness.device.gpu_specs import Device, gpus_here
+from aimscale.harness.device.gpu_specs import gpus_here
 from aimscale.harness.run.files import cache_folder, locked
 from aimscale.sweeps.plan.costs import plan_execution
 from aimscale.sweeps.plan.planner import Run
@@ -54,9 +54,8 @@ class Machine:
             return run.devices == self.nodes * self.devices
         if run.devices <= self.devices or not self.allow_fewer_devices or self.memory_bytes is None:
             return run.devices <= self.devices or self.allow_fewer_devices
-        gpu = Device(name="", is_gpu=True, why="", memory_bytes=self.memory_bytes, peak_tflops=1)
         with contextlib.suppress(DoesNotFitError):
-            return bool(plan_execution(run.config, self.devices, gpu, self.devices, 0))
+            return bool(plan_execution(run.config, self.devices, self.memory_bytes))
         return False
 
     def command(self, run_dir: Path, num_devices: int) -> list[str]:

@@ -50,9 +50,7 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
     assert follows("launch", behaviour="crash") == f"logs {file} {run.run_id} --root {root}" == follows("status")
     monkeypatch.setattr("socket.gethostname", lambda: "another")
     assert follows("launch", behaviour="crash") == f"logs {file} {run.run_id} --root {root}"
-    assert follows("launch") == f"logs {file} {run.run_id} --root {root}", (
-        "two nodes were tried"
-    )
+    assert follows("launch") == f"logs {file} {run.run_id} --root {root}", "two nodes were tried"
     assert follows("launch", "--dry-run") == f"logs {file} {run.run_id} --root {root}"
     assert follows("launch", "--dry-run", "--retry") == f"launch {file} --retry --root {root}"
     over = f"report {sweep.directory}"

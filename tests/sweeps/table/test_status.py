@@ -6,9 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from aimscale.harness.probe.files import task_key, weights_name
+from aimscale.harness.probe import files
+from aimscale.harness.probe.files import task_key, validation_name, weights_name
 from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
@@ -229,3 +232,31 @@ def test_a_finished_run_that_learnt_nothing_is_named(write_sweep: Any, capsys: A
     assert [line.split()[1] for line in said.splitlines() if line.startswith("unstable")] == [found.runs[2].run_id]
     assert "lr_peak" in said
     assert "spikes" in said
+
+
+def test_a_look_at_finished_runs_reads_none_of_their_weights(write_sweep: Any, tmp_path: Path) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=list(range(5)))
+    runs, weights = plan(sweep), {"w": np.zeros(2_000_000, "f4")}
+    for run in runs:
+        record = RunRecord(sweep.run_dir(run.run_id))
+        RunRecord.create(record.path, run.config)
+        with record.hold():
+            for budget in run.budgets:
+                record.model_file(budget).parent.mkdir(parents=True)
+                save_file(weights, record.model_file(budget))
+                record.validation_file(budget).parent.mkdir(exist_ok=True)
+                record.validation_file(budget).write_bytes(b"")
+                name = validation_name(record, run.config, budget)
+                record.record_row({"images_seen": budget, "val_loss": 1.0, "validation": name})
+            record.write_status(state="finished")
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    look(sweep)  # it imports what it needs
+    files._content.cache_clear()
+    before = bytes_read()
+    assert look(sweep).counts == {"finished": 5}
+    assert bytes_read() - before < 50_000 * len(runs)
+    save_file(weights | {"v": np.ones(3, "f4")}, RunRecord(sweep.run_dir(runs[0].run_id)).model_file(640))
+    assert look(sweep).counts == {"finished": 4, "unfinished": 1}, "its weights are others now"
