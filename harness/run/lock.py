@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -236,28 +237,29 @@ def check_writer(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for a lock and hold it for the block; the file is removed at the end.
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock for the block; its file is removed at the end. Yields False if another process holds it and `wait` is
+    false.
 
     Raises:
         OSError: the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
+    is_current = False
+    while not is_current:  # else the previous holder has removed the file
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            os.close(descriptor)
-            raise
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                break
-        os.close(descriptor)  # the previous holder has removed the file
+            is_mine = _locked(descriptor, fcntl.LOCK_EX, patience_s=math.inf if wait else 0.0)
+            with contextlib.suppress(FileNotFoundError):
+                is_current = os.path.samestat(os.fstat(descriptor), path.stat())
+        finally:
+            if not is_current:
+                os.close(descriptor)
     try:
-        yield
+        yield is_mine
     finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked in the meantime has it open, too
+        if is_mine:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked in the meantime has it open, too
         os.close(descriptor)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from aimscale.harness.run.files import atomic_dir, atomic_write, write_json, write_text
-from aimscale.harness.run.lock import is_held, locked
+from aimscale.harness.run.lock import locked
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -52,10 +52,11 @@ def test_a_lock_excludes_and_ends_with_its_block_although_a_child_was_forked_ins
     with locked(path):
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
-        assert is_held(path)
+        with locked(path, wait=False) as mine:
+            assert not mine
     try:
-        with locked(path):
-            assert is_held(path)
+        with locked(path, wait=False) as mine:
+            assert mine
     finally:
         child.kill()
         child.join()
