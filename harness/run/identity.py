@@ -50,7 +50,7 @@ def config_digest(kind: Literal["training", "validation", "probe"], fields: Valu
 def is_measurement(found: str | None, wanted: str) -> bool:
     """Return whether the name of a measurement is the one wanted, field by field.
 
-    Fields are separated by dots or dashes. A field `*` of `wanted` is data that cannot be read, which count as unchanged.
+    Fields are separated by dots or dashes. `*` in `wanted` is data that cannot be read, which count as unchanged.
     """
     fields, wanted_fields = (re.split(r"[.-]", name) for name in (found or "", wanted))
     return len(fields) == len(wanted_fields) and all(
