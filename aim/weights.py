@@ -284,7 +284,14 @@ def backbone_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 
     Released models scale attention by 1 / sqrt(head dim). For a muP model that does not, the ratio of the two scales is
     multiplied into new query weights.
+
+    Raises:
+        WeightsError: the model normalises queries and keys, which released models do not.
     """
+    if config.qk_norm:
+        raise WeightsError(
+            f"{config.name} has qk_norm, which code for released models ignores; use its own model.safetensors"
+        )
     backbone = {name: tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
     ratio = attention_scale(config) * config.head_dim**0.5
     if not math.isclose(ratio, 1):
