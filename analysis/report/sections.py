@@ -245,6 +245,10 @@ def _laws(study: Study) -> Iterator[Part]:
         points = pd.concat([test.predictions.assign(left_out=f"largest {test.variable}") for test in tests])
         lines = [test.sentence() for test in tests]
         yield table_block("heldout", "Does the law extrapolate?", points, lines=lines)
+    if found := study.get("tuning"):
+        caption = "Crosses: the best rates of cells of one N and D, and their law with its 95 % interval."
+        yield PageFigure("rates", "Loss against the learning rate", caption, found.plot())
+        yield result_block("tuning", "Was each size trained at its best rate?", found, is_open=False)
     whose = f"Rows{study.whose}."
     for key, name, note in (
         ("ND", "law", whose if study.whose else ""),

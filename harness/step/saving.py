@@ -25,7 +25,7 @@ from torch import Tensor
 
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_safetensors
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.fence import keeping_fence
 from aimscale.harness.run.files import atomic_write, new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
@@ -121,6 +121,7 @@ class CheckpointWriter:
             published = self._background.submit(_naming_checkpoint(final)(self._publish), final, part, all_parts, keep)
         if self._copy is None:
             concurrent.futures.wait([part])
+        self._group.wait()  # here and not in the next step's collectives, whose time is short
         self._pending = _PendingCheckpoint(final=final, part=part, published=published, all_parts=all_parts)
 
     def problem(self) -> Exception | None:

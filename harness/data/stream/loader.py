@@ -32,7 +32,7 @@ from aimscale.harness.data.stream.base import Batch, Stream
 from aimscale.harness.run.failures import STOP_SIGNALS, NoMemoryError
 
 if TYPE_CHECKING:
-    from aimscale.harness.device.distributed import Group
+    from aimscale.harness.distributed.group import Group
 
 _MAX_BYTES = 2 << 30  # of the ring; beyond it, less is loaded ahead
 _MAX_TASKS = 256  # that wait in a worker's pipe, which holds some 200 kB

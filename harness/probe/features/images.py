@@ -26,7 +26,7 @@ from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_uniforms, crop_resize, draw_boxes, normalise
 from aimscale.harness.data.stream.held_out import count_shared, eval_images
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.tasks import ProbeError, check_benchmark
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
