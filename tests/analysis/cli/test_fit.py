@@ -33,8 +33,7 @@ def test_laws_of_one_variable_are_chosen_among_too_and_parameters_held_for_none_
         say("fit", table, "--law", "auto", "--fix", "E=0")
 
 
-@pytest.mark.parametrize(
-)
+@pytest.mark.parametrize("words", [("--fix", "alpha=0:1:2"), ("--fix", "alpha=a:b"), ("--fix", "E")])
 def test_values_of_another_form_are_refused_with_an_example(table, words):
     with pytest.raises(AnalysisError, match=f"{words[0]} takes numbers such as"):
         say("fit", table, *words)
