@@ -389,9 +389,9 @@ def plan_execution(config: RunConfig, devices: int, device_bytes: int, measuring
 
 
 def grace_period_s(run: Run) -> int:
-    """Return the time a run is given to save, s, between the signal to stop and the kill.
+    """Return the time a run is given to save, s, between the signal to stop and the kill: two saves and a step.
 
-    Slurm's signal, torchrun and the plan use this one number: two saves and a step.
+    Slurm's signal, torchrun and the plan use this one number.
     """
     num_params = model_counts(model_of(run.config.training))[0].total
     save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
