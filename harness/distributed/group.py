@@ -13,7 +13,6 @@ import datetime
 import logging
 import os
 import re
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -156,10 +155,6 @@ class Group:
         said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
         found = re.match(r"\d+", said)
         return min(self.world_size, int(found[0])) if found else self.world_size
-
-    def num_machines(self) -> int:
-        """Count the hosts of the ranks."""
-        return len({*self.gather(socket.gethostname())})
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank raised its flag."""

@@ -21,7 +21,7 @@ import torch
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
-from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.distributed.group import Group
 
 T = TypeVar("T")

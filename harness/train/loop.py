@@ -17,8 +17,8 @@ from collections.abc import Generator, Iterator, Sequence
 import torch
 
 from aimscale.harness.data.store.dataset_info import find_info
-from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.loader import rank_batches
+from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.peak import device_name, measure_peak
@@ -61,10 +61,8 @@ class Trainer:
         self.batch_size = training.optimiser.batch_size
         self.schedule = schedule_of(config)
         model_config = model_of(training)
-        machines = group.num_machines()
         self.stream = run_on_all_ranks(
-            group,
-            lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, machines=machines),
+            group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
         lookup = functools.cache(find_info)
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
