@@ -124,12 +124,12 @@ def import_weights(
 def _import_head(file: Path, config: ModelConfig, which: str | None, run: RunDir) -> None:
     """Copy a released attentive probe, and which blocks it averages, into a run directory."""
     state = probe_state(to_released(read_weights(file)), config, file)
-    told = read_hub_config(file).get("probe_layers")
-    if which is None and told is None:
+    hub = read_hub_config(file)
+    if which is None and not hub:
         raise WeightsError(
             f"{file} does not tell which blocks its head reads; add --head-blocks last, best, or FIRST-LAST"
         )
-    blocks = check_blocks(config, told) if which is None else parse_blocks(config, which)
+    blocks = check_blocks(config, hub["probe_layers"]) if which is None else parse_blocks(config, which)
     write_weights(state, run.path / RELEASED_HEAD, {"blocks": json.dumps(blocks)})
 
 

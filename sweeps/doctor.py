@@ -36,7 +36,7 @@ MIN_FREE_BYTES = 1_000_000_000
 LOW_FREE_BYTES = 20_000_000_000
 SLURM_COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol", "scancel", "srun")
 SLURM_TIMEOUT_S = 15
-MODULES = ("torch", "torchvision", "deepspeed", "simplejpeg", "webdataset", "submitit", "timm", "pyarrow", "pandas")
+MODULES = ("torch", "torchvision", "deepspeed", "simplejpeg", "webdataset", "timm", "pyarrow", "pandas")
 """Packages with compiled parts, or that import such packages."""
 Level = Literal["ok", "warn", "fail"]
 """Level of a result. `warn`: works, but may fail or be slow; `fail`: a required part does not work."""

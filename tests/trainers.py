@@ -93,7 +93,8 @@ def free_port() -> int:
 
 def start_ranks(command: list[str], world_size: int) -> list[subprocess.Popen[str]]:
     """Start a command as every rank of a group, with pipes for the output of each."""
-    here = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    here = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environments = [os.environ | here | group | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(world_size)]
     return [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=each) for each in environments]

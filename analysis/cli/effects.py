@@ -29,6 +29,7 @@ def contrast(
     columns: options.Columns = None,
     where: options.Where = None,
     figure: options.FigurePath = None,
+    label: options.Labels = None,
     json: options.AsJson = False,
 ) -> None:
     """Pair rows over size, data, seed and all else; differences and ratios with intervals, and the worth in compute."""
@@ -42,7 +43,8 @@ def contrast(
     told = [*(("worth", str(each)) for each in worth), *(("paper", each) for each in in_words(paper))]
     after = ["", fact_lines(list(dict.fromkeys(told)))] if told else []
     also = {"gains": [each for each in worth if isinstance(each, Gain)], "published": paper}
-    show(found, json, figure, after=after, also=also, following=then(["report"], tables, columns, where))
+    following = then(["report"], tables, columns, where)
+    show(found, json, figure, labels=label, after=after, also=also, following=following)
 
 
 def correlate(

@@ -65,6 +65,7 @@ def fit(
     where: options.Where = None,
     best_of: options.BestOf = None,
     figure: options.FigurePath = None,
+    label: options.Labels = None,
     json: options.AsJson = False,
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
@@ -90,7 +91,7 @@ def fit(
     after, also = (["", found.summary()], {"laws": found.table}) if found else ([], {})
     both = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     following = then([*["frontier"] * both, "report"], tables, columns, where, best_of)
-    show(result, json, figure, after=after, also=also, following=following)
+    show(result, json, figure, labels=label, after=after, also=also, following=following)
 
 
 def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
@@ -196,6 +197,7 @@ def frontier(
     where: options.Where = None,
     best_of: options.BestOf = None,
     figure: options.FigurePath = None,
+    label: options.Labels = None,
     json: options.AsJson = False,
 ) -> None:
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree."""
@@ -216,6 +218,7 @@ def frontier(
         found,
         json,
         figure,
+        labels=label,
         words=found.summary(shown),
         also={"optima": optima, "flags": found.cautions},
         following=then([*place, "report"], tables, columns, where, best_of),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aimscale import analysis
+from aimscale.analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,8 +24,8 @@ PANEL = "Table"
 Tables = Annotated[
     list[Path],
     typer.Argument(
-        help="CSV, TSV, Parquet or JSON-lines tables, sweeps (file or folder), or folders of runs of TensorBoard, "
-        "MLflow or Lightning; several are read as one."
+        help="CSV, TSV, Parquet or JSON-lines tables, sweeps (file or folder), or folders of runs of TensorBoard "
+        "or Lightning; several are read as one."
     ),
 ]
 Columns = Annotated[
@@ -58,6 +59,10 @@ Minimised = Annotated[
 ]
 FigurePath = Annotated[
     Path | None, typer.Option(help="Also draw FIGURE.svg, .pdf and .png, with what is drawn as .csv.")
+]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option("--label", help='Words in the figure: N="Parameters" for an axis, column or level. May be repeated.'),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -115,16 +120,35 @@ def show(
     json: bool,
     figure: Path | None = None,
     *,
+    labels: Sequence[str] | None = None,
     words: str = "",
     after: Sequence[str] = (),
     also: Mapping[str, Any] | None = None,
     following: str = "",
 ) -> None:
-    """Draw a result where a figure is asked for, and print it in `words` (by default its summary) with the lines of
-    `after` and what to run next, or as JSON with what there is `also`.
+    """Draw a result where a figure is asked for, with `labels` such as N=Parameters, and print it.
+
+    It is printed in `words` (by default its summary) with the lines of `after` and what to run next, or as JSON with
+    what there is `also`.
     """
     if figure is not None:
-        analysis.save(result.plot(), figure)
+        _draw(result, figure, labels or [])
+    elif labels:
+        raise AnalysisError("--label names what a figure shows; add --figure FIGURE.")
     typer.echo(result.to_json(**(also or {})) if json else "\n".join([words or result.summary(), *after]))
     if following and not json:
         say_next(following)
+
+
+def _draw(result: Result, figure: Path, labels: Sequence[str]) -> None:
+    """Draw a result and write the figure; every label must stand in it."""
+    from matplotlib.text import Text
+
+    pairs = [text.partition("=") for text in labels]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise AnalysisError(f"--label takes a name and its words, such as N=Parameters, not {wrong[0]!r}.")
+    drawn = result.plot(labels={name.strip(): words.strip() for name, _, words in pairs})
+    shown = "\n".join(text.get_text() for text in drawn.findobj(Text))
+    if lost := [name for name, _, words in pairs if words.strip()[:20].replace("$", r"\$") not in shown]:
+        raise AnalysisError(f"--label {lost[0]}: no axis, column or level of this figure has that name.")
+    analysis.save(drawn, figure)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,14 @@ from aimscale.analysis.plots.style import MARKERS, MUTED, PAPER, cycled, figure_
 
 
 @styled()
-def plot_contrasts(found: Contrasts) -> Figure:
-    """Draw differences from a baseline with intervals: a row per measure, a marker per level, a tick per pair of runs.
+def plot_contrasts(found: Contrasts, *, labels: Mapping[str, str] | None = None) -> Figure:
+    """Draw differences from a baseline with intervals: a row per measure, a marker per level.
 
     Losses are drawn as per cent of the baseline, accuracies in points, each unit on its own axes. A marker is filled
     where its interval excludes zero.
+
+    Args:
+        labels: words for the column, its levels, and measures by their name, such as `val_loss`.
 
     Returns:
         A matplotlib figure; `save` writes it.
@@ -29,53 +33,30 @@ def plot_contrasts(found: Contrasts) -> Figure:
     Example:
         >>> plot_contrasts(contrast(read_table("results.parquet"), by="kind"))
     """
-    levels = list(dict.fromkeys(each.level for each in found.contrasts))
-    looks = dict(zip(levels, zip(palette(levels).values(), MARKERS * len(levels), strict=False), strict=True))
-    groups = [[each for each in found.contrasts if each.measure.is_accuracy == kind] for kind in (False, True)]
-    groups = [group for group in groups if group]
-    heights = [0.45 + (0.16 + 0.17 * len(levels)) * len({each.measure for each in group}) for group in groups]
+    words, drawn = labels or {}, []
+    for each in found.contrasts:
+        m, scale = each.measure, 100 / (1 if each.measure.is_accuracy else each.baseline_mean)
+        unit = "points of accuracy" if m.is_accuracy else "%"
+        unit += f" ({'left' if m.lower_is_better else 'right'} is better)"
+        row = {"what": words.get(m.name, m.title), "series": words.get(each.level, each.level), "unit": unit}
+        ends = {"x": scale * each.difference, "low": scale * each.low, "high": scale * each.high}
+        drawn.append({**row, **ends, "is_filled": each.is_significant})
+    rows = pd.DataFrame(drawn)
+    colours = palette(rows["series"].unique())
+    groups = list(rows.groupby("unit", sort=False))
+    heights = [0.45 + (0.16 + 0.17 * len(colours)) * group["what"].nunique() for _, group in groups]
     height = sum(heights) + 0.5 * len(groups) + 0.45
     figure, axes = new_figure(6.2, height, num_rows=len(groups), height_ratios=heights)
-    for ax, group in zip(axes, groups, strict=True):
-        measures, rows = list(dict.fromkeys(each.measure for each in group)), []
-        for each in group:
-            y = measures.index(each.measure) + (levels.index(each.level) - (len(levels) - 1) / 2) * 0.7 / len(levels)
-            pairs = each.pairs.groupby("run_pair").mean(numeric_only=True)
-            ticks = 100 * pairs["difference"] / (1 if each.measure.is_accuracy else pairs["baseline_value"])
-            scale = 100 / (1 if each.measure.is_accuracy else each.baseline_mean)
-            look: dict[str, Any] = {"marker": "|", "markersize": 5, "linestyle": "none", "alpha": 0.55, "zorder": 1}
-            ax.plot(ticks, np.full(len(ticks), y), color=looks[each.level][0], **look)
-            ends = (scale * value for value in (each.difference, each.low, each.high))
-            rows.append((each.measure.title, each.level, y, *ends, each.is_significant))
-        _draw_intervals(ax, rows, [measure.title for measure in measures], looks)
-        unit = "points of accuracy" if group[0].measure.is_accuracy else "%"
-        better = "left" if group[0].measure.lower_is_better else "right"
-        ax.set_xlabel(f"against {plain(found.baseline)}, {unit} ({better} is better)")
-    for level, (color, marker) in looks.items():
-        axes[0].plot([], [], color=color, marker=marker, label=plain(level))
-    legend(axes, plain(found.by), 5)
+    for ax, (unit, group) in zip(axes, groups, strict=True):
+        _draw_intervals(ax, group, colours)
+        ax.set_xlabel(f"against {plain(words.get(found.baseline, found.baseline))}, {unit}")
+    legend(axes, plain(words.get(found.by, found.by)), 5)
     return figure
-
-
-def _draw_intervals(
-    ax: Axes, rows: Sequence[tuple[Any, ...]], names: Sequence[str], looks: Mapping[str, tuple[Any, str]]
-) -> None:
-    """Draw a dot with its interval for each (what, series, y, x, low, high, is_filled); name the rows, mark zero."""
-    ax.axvline(0, color=MUTED, linewidth=1)
-    for what, series, y, x, low, high, is_filled in rows:
-        color, marker = looks[series]
-        ax.hlines(y, low, high, color=color, linewidth=1.8, zorder=2)
-        ax.plot(x, y, marker, color=color, markersize=6, markerfacecolor=color if is_filled else PAPER, zorder=3)
-        record(ax, what, pd.DataFrame([{"series": series, "x": x, "y": y, "low": low, "high": high}]))
-    ax.set_yticks(range(len(names)), [plain(name, 60) for name in names])
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="y", visible=False)
 
 
 @styled()
 def plot_correlations(found: Correlations, ax: Axes | None = None) -> Figure:
-    """Draw coefficients with intervals, a row each; a dot is filled where its interval excludes zero.
+    """Draw coefficients with intervals; a dot is filled where its interval excludes zero.
 
     Returns:
         A matplotlib figure; `save` writes it.
@@ -83,12 +64,36 @@ def plot_correlations(found: Correlations, ax: Axes | None = None) -> Figure:
     Example:
         >>> plot_correlations(correlate(read_table("results.parquet")))
     """
-    known = [each for each in found if np.isfinite(each.value)]
-    ax = ax or new_figure(6.2, 0.7 + 0.22 * len(known))[1][0]
-    names = [" ".join(filter(None, (each.task, each.kind, each.compared, each.method))) for each in known]
-    looks = {"pearson": (cycled(0), MARKERS[0]), "spearman": (cycled(1), MARKERS[1])}
-    rows = [(c.compared, c.method, y, c.value, c.low, c.high, c.is_significant) for y, c in enumerate(known)]
-    _draw_intervals(ax, rows, names, looks)
+    names = ("value", "low", "high", "is_significant")
+    rows = pd.DataFrame(
+        {"what": " ".join(filter(None, (c.task, c.kind, c.compared))), "series": c.method}
+        | dict(zip(("x", "low", "high", "is_filled"), (getattr(c, name) for name in names), strict=True))
+        for c in found
+        if np.isfinite(c.value)
+    )
+    ax = ax or new_figure(6.2, 0.9 + 0.35 * rows["what"].nunique())[1][0]
+    _draw_intervals(ax, rows, {"pearson": cycled(0), "spearman": cycled(1)})
     first = found.correlations[0]
     ax.set(xlim=(-1.05, 1.05), xlabel=f"correlation of {plain(first.x)} and {plain(first.y)}")
+    legend([ax], "")
     return figure_of(ax)
+
+
+def _draw_intervals(ax: Axes, rows: pd.DataFrame, colours: Mapping[str, Any]) -> None:
+    """Draw a dot with its interval for each of the rows (what, series, x, low, high, is_filled), beside each other what
+    bears one name; name them, and mark zero."""
+    names = list(rows["what"].unique())
+    ax.axvline(0, color=MUTED, linewidth=1)
+    for number, ((series, color), marker) in enumerate(zip(colours.items(), cycle(MARKERS))):
+        part = rows[rows["series"] == series]
+        y = part["what"].map(names.index) + (number - (len(colours) - 1) / 2) * 0.7 / len(colours)
+        reach = np.abs(part[["low", "high"]].sub(part["x"], axis=0).to_numpy().T)
+        look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 6, "linestyle": "none"}
+        ax.errorbar(part["x"], y, xerr=reach, elinewidth=1.8, label=plain(series), **look)
+        is_open = ~part["is_filled"].astype(bool)
+        ax.plot(part["x"][is_open], y[is_open], markerfacecolor=PAPER, zorder=3, **look)
+        record(ax, part["what"], part.assign(y=y))
+    ax.set_yticks(range(len(names)), [plain(name, 60) for name in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y", visible=False)

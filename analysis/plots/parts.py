@@ -41,10 +41,21 @@ def plain(text: object, longest: int = 32) -> str:
     return (name if len(name) <= longest else f"{name[: longest - 1]}…").replace("$", r"\$")
 
 
-def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None = None) -> str:
-    """Label a column by its name in the file if `names` has it, else by our label, else by the name as it is; without
-    `loss_unit`, of a table that is not ours, in neutral words.
+def axis_label(
+    column: str,
+    loss_unit: str = "",
+    names: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    default: str = "",
+) -> str:
+    """Label a column (or its letter) as `labels` do, else by its name in the file if `names` has it, else by `default`
+    or our label; without `loss_unit`, of a table that is not ours, in neutral words.
     """
+    keys = (column, LETTERS.get(column, ""), (names or {}).get(column, ""))
+    if own := [(labels or {})[key] for key in keys if key in (labels or {})]:
+        return plain(own[0], 60)
+    if default:
+        return default
     if names and column in names:
         letter = LETTERS.get(column, "L")
         return plain(names[column]) if letter in ("L", names[column]) else f"{letter}: {plain(names[column])}"
@@ -54,9 +65,9 @@ def axis_label(column: str, loss_unit: str = "", names: Mapping[str, str] | None
     return f"{label}\n({loss_unit})" if column in ("val_loss", "train_loss") else label
 
 
-def labels_of(frame: pd.DataFrame) -> Callable[[str], str]:
+def labels_of(frame: pd.DataFrame, labels: Mapping[str, str] | None = None) -> Callable[[str], str]:
     """Give `axis_label` of the columns of a table."""
-    return partial(axis_label, loss_unit=loss_unit(frame), names=names_of(frame))
+    return partial(axis_label, loss_unit=loss_unit(frame), names=names_of(frame), labels=labels)
 
 
 def log_axis(ax: Axes, which: str, values: ArrayLike, column: str, label: Callable[[str], str] = axis_label) -> None:
@@ -100,7 +111,7 @@ def series_of(data: pd.DataFrame, by: str | None) -> tuple[pd.Series, dict[str, 
     return series.cat.rename_categories(names), dict(zip(names, map(float, distinct), strict=True))
 
 
-def record(ax: Axes, what: str, frame: pd.DataFrame) -> None:
+def record(ax: Axes, what: str | pd.Series, frame: pd.DataFrame) -> None:
     """Keep the numbers of what is drawn with the figure, which writes them beside it."""
     figure = figure_of(ax)
     if isinstance(figure, ShownFigure):

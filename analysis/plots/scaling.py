@@ -20,6 +20,7 @@ from aimscale.analysis.plots import parts
 from aimscale.analysis.plots.style import INK, MARKERS, MUTED, cycled, figure_of, new_figure, styled
 from aimscale.analysis.table.names import no_column, our_name
 
+Labels = Mapping[str, str] | None
 NUM_GRID = 40
 """Points of a drawn curve."""
 CURVE, ONE_RUN = ("value", "ci_lo", "ci_hi"), ("value", "pi_lo", "pi_hi")
@@ -28,7 +29,14 @@ CURVE, ONE_RUN = ("value", "ci_lo", "ci_hi"), ("value", "pi_lo", "pi_hi")
 
 @styled()
 def plot_fit(
-    fit: Fit, ax: Axes | None = None, *, x: str | None = None, label: str = "", color: Any = None, **look: Any
+    fit: Fit,
+    ax: Axes | None = None,
+    *,
+    x: str | None = None,
+    label: str = "",
+    color: Any = None,
+    labels: Labels = None,
+    **look: Any,
 ) -> Figure:
     """Draw measurements, the fitted law and its confidence band against one variable.
 
@@ -40,6 +48,7 @@ def plot_fit(
         x: the law's variable on the horizontal axis; None takes the first.
         label: name in the legend; by default the law's, where it has one colour.
         color: one colour for all.
+        labels: variable or column -> words on its axis and above the legend.
         look: options of the lines, such as `linewidth`.
 
     Returns:
@@ -61,15 +70,16 @@ def plot_fit(
         own = {} if color is None else {"color": color}
         color = ax.plot([], [], label=label or fit.law.name, **own)[0].get_color()
     data, other = fit.data, next((v for v in fit.law.variables if v != x), None)
-    labels, values = parts.series_of(data, other)
+    series, values = parts.series_of(data, other)
     drawn = pd.concat(
-        curve_of(fit, x, data[labels == name], **({other: value} if other else {})).assign(series=name)
+        curve_of(fit, x, data[series == name], **({other: value} if other else {})).assign(series=name)
         for name, value in values.items()
     )
-    drawn = drawn.astype({"series": labels.dtype})
+    drawn = drawn.astype({"series": series.dtype})
     parts.draw(ax, drawn, (x, *CURVE), "law", color, **look)
-    parts.draw_points(ax, data.assign(series=labels), (x, "y"), "measured", color)
-    words = partial(parts.axis_label, loss_unit=fit.loss_unit, names=fit.names)
+    parts.draw_points(ax, data.assign(series=series), (x, "y"), "measured", color)
+    letters = {fit.columns.get(name, name): text for name, text in (labels or {}).items()}
+    words = partial(parts.axis_label, loss_unit=fit.loss_unit, names=fit.names, labels=letters)
     if x == "L":  # a link from loss to accuracy reads best on plain axes
         ax.set(xlabel=words(fit.columns["L"]).replace("\n", " "), ylabel=words(fit.columns["y"]))
     else:
@@ -100,6 +110,7 @@ def plot_points(
     ax: Axes | None = None,
     *,
     envelope: Fit | None = None,
+    labels: Labels = None,
 ) -> Figure:
     """Draw measurements, with a line through those of each value of another column.
 
@@ -107,6 +118,7 @@ def plot_points(
         x: the column on the horizontal axis, or its letter, such as N.
         by: the other column, such as the size's parameters.
         envelope: a law of `x` alone to draw along the best of them.
+        labels: column or letter -> words on its axis and above the legend.
 
     Returns:
         A matplotlib figure; `save` writes it.
@@ -120,7 +132,7 @@ def plot_points(
     x, y, by = our_name(frame, x), our_name(frame, y), by and our_name(frame, by)
     if absent := [name for name in (x, y, by) if name and name not in frame]:
         raise no_column(frame, absent[0])
-    ax, words = ax or new_figure()[1][0], parts.labels_of(frame)
+    ax, words = ax or new_figure()[1][0], parts.labels_of(frame, labels)
     rows = frame.dropna(subset=[x, y, *([by] if by else [])]).reset_index(drop=True)
     rows = rows.assign(series=parts.series_of(rows, by)[0])
     if by:
@@ -137,8 +149,38 @@ def plot_points(
 
 
 @styled()
-def plot_approaches(found: Approaches, ax: Axes | None = None) -> Figure:
+def plot_curves(curves: pd.DataFrame, budgets: pd.DataFrame) -> Figure:
+    """Draw validation loss against images seen: a line per run in the colour of its size, a marker per budget.
+
+    Args:
+        curves: points during training: run_id, images_seen, val_loss, params_total.
+        budgets: rows of budgets of the same runs, with the same columns.
+
+    Returns:
+        A matplotlib figure; `save` writes it.
+
+    Example:
+        >>> plot_curves(read_tables("curves.parquet"), read_table("results.parquet"))
+    """
+    _, (ax,) = new_figure()
+    x, words = "images_seen", parts.labels_of(budgets)
+    both = pd.concat([curves.assign(is_during=True), budgets.assign(is_during=False)], ignore_index=True)
+    both = both.dropna(subset=["val_loss", "params_total"])
+    both["series"], _ = parts.series_of(both, "params_total")
+    parts.draw_means(ax, both[both["is_during"]].sort_values(x), x, "val_loss", "run_id", "during training")
+    parts.draw_points(ax, both[~both["is_during"]], (x, "val_loss"), "budget")
+    for which, name in (("x", x), ("y", "val_loss")):
+        parts.log_axis(ax, which, both[name], name, words)
+    parts.legend([ax], words("params_total"))
+    return figure_of(ax)
+
+
+@styled()
+def plot_approaches(found: Approaches, ax: Axes | None = None, *, labels: Labels = None) -> Figure:
     """Draw N*(C) of all approaches: their optima and lines with intervals, dotted beyond the budgets used.
+
+    Args:
+        labels: words on the axes C and N.
 
     Returns:
         A matplotlib figure; `save` writes it.
@@ -157,14 +199,18 @@ def plot_approaches(found: Approaches, ax: Axes | None = None) -> Figure:
         if len(frontier.pairs):
             parts.draw_points(ax, frontier.pairs, ("C", "N"), f"{name}, optima", color, markers=MARKERS[number:])
             drawn.append(frontier.pairs)
-    parts.log_axis(ax, "x", pd.concat(drawn)["C"], "flops_train")
-    parts.log_axis(ax, "y", pd.concat(drawn)["N"], "N*: compute-optimal\nparameters")
+    words = partial(parts.axis_label, labels=labels)
+    parts.log_axis(ax, "x", pd.concat(drawn)["C"], "flops_train", words)
+    n_star = partial(words, default="N*: compute-optimal\nparameters")
+    parts.log_axis(ax, "y", pd.concat(drawn)["N"], "params_total", n_star)
     parts.legend([ax], "", columns=1)
     return figure_of(ax)
 
 
 @styled()
-def plot_forecast(found: Forecast, ax: Axes | None = None, *, y: str | None = None, color: Any = None) -> Figure:
+def plot_forecast(
+    found: Forecast, ax: Axes | None = None, *, y: str | None = None, color: Any = None, labels: Labels = None
+) -> Figure:
     """Draw the loss against compute: the table, the forecast from its largest run to the scales, with the bands of the
     curve and of one run, and the range of the single laws between dotted lines.
 
@@ -172,6 +218,7 @@ def plot_forecast(found: Forecast, ax: Axes | None = None, *, y: str | None = No
         ax: where to draw; None makes a figure.
         y: quantity, such as TASK:KIND; None takes the loss.
         color: colour of the forecast.
+        labels: words on the axes, by C and by the column of the loss.
 
     Returns:
         A matplotlib figure; `save` writes it.
@@ -198,13 +245,14 @@ def plot_forecast(found: Forecast, ax: Axes | None = None, *, y: str | None = No
     for end, label in (("rival_lo", "single laws"), ("rival_hi", "")):
         parts.draw(ax, path, ("C", end), "single laws", MUTED, label=label, linestyle=":")
     parts.draw_points(ax, ends, ("C", *ONE_RUN), "forecast, 95 %", color, markers=MARKERS[3:])
-    parts.log_axis(ax, "x", [*measured["C"], *path["C"]], "flops_train")
+    words = partial(parts.axis_label, names=found.names, labels=labels)
+    parts.log_axis(ax, "x", [*measured["C"], *path["C"]], "flops_train", words)
     if points.is_accuracy:
         ax.set_title(y)
         parts.percent_axis(ax)
     else:
         values = [*measured["y"], *path["value"], *ends["pi_lo"]]
-        parts.log_axis(ax, "y", values, y, partial(parts.axis_label, names=found.names))
+        parts.log_axis(ax, "y", values, y, words)
     parts.legend([ax], "")
     return figure_of(ax)
 

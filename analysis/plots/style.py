@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.schema import written_aside
 
 SINGLE, DOUBLE = 3.3, 6.75
 """Widths of one column of a paper and of two, in inches."""
@@ -179,7 +180,8 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         for path, content in zip(paths, contents.values(), strict=True):
-            path.write_bytes(content)
+            with written_aside(path) as aside:
+                aside.write_bytes(content)
     except OSError as error:
         why = f"cannot write {stem}: {error.strerror}; choose a folder that exists and is yours"
         raise AnalysisError(why) from error

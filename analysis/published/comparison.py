@@ -90,7 +90,7 @@ def share_cells(frame: pd.DataFrame) -> list[dict[str, str]]:
         return f"{100 * value:.1f}" if is_share and not pd.isna(value) else human(value)
 
     cells = {str(n): [cell(v, str(n).startswith(SHARES)) for v in values] for n, values in frame.items()}
-    for name in [name for name in ("top1", "gap") if f"{name}_lo95" in cells]:
+    for name in [name for name in ("top1", "gap") if {f"{name}_lo95", f"{name}_hi95"} <= {*cells}]:
         ends = zip(cells[f"{name}_lo95"], cells.pop(f"{name}_hi95"), strict=True)
         cells[f"{name}_lo95"] = [f"[{low}, {high}]" for low, high in ends]
     heads = [name.replace("_lo95", " interval") for name in cells]

@@ -15,7 +15,11 @@ from aimscale.analysis.table.schema import COLUMNS
 from aimscale.analysis.words import human
 
 SETTINGS = (*(column.name for column in COLUMNS if column.role == "design"), "lr_peak", "batch_size")
-COUNTED = {"num_skipped_steps": "Skipped optimiser steps", "num_bad_samples": "Undecodable samples"}
+COUNTED = {
+    "num_skipped_steps": "Skipped optimiser steps",
+    "num_bad_samples": "Undecodable samples",
+    "num_loss_spikes": "Loss spikes",
+}
 PACKAGES = ("numpy", "scipy", "pandas", "seaborn", "matplotlib")
 """Packages whose versions may change a number or a figure."""
 

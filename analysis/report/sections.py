@@ -190,17 +190,12 @@ def _capital(words: str) -> str:
 
 
 def _training(study: Study) -> Iterator[Part]:
-    curves = read_curves(study.paths if "run_id" in study.main else ())
-    curves = curves[curves["run_id"].isin(study.main.get("run_id", []))].dropna(subset=["params_total"])
-    if curves["val_loss"].isna().all():
-        return
-    probes = analysis.probe_frame(curves)
-    budgets = complete(study.main).dropna(subset=["val_loss", "params_total"])
-    figure = analysis.plot_curves(
-        curves.dropna(subset="val_loss"), budgets, probes[probes["kind"].isin(study.kinds[:1])]
-    )
-    caption = "Validation loss during training, before decays. Markers: budgets, each joined to where its decay began."
-    yield PageFigure("curves", "Training curves", " ".join([caption, *map(str, plateau_flags(budgets))]), figure)
+    curves, budgets = read_curves(study.paths if "run_id" in study.main else ()), complete(study.main)
+    curves = curves[curves["run_id"].isin(budgets.get("run_id", []))].dropna(subset=["params_total", "val_loss"])
+    if len(curves):
+        flags, caption = plateau_flags(budgets), "Validation loss during training, before decays. Markers: budgets."
+        figure = analysis.plot_curves(curves, budgets)
+        yield PageFigure("curves", "Training curves", " ".join([caption, *map(str, flags)]), figure)
 
 
 def _best_split(study: Study) -> Iterator[Part]:

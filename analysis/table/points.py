@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -148,7 +148,12 @@ def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> p
         raise AnalysisError(
             f"{option('best-of', ', '.join(names))}: no two rows differ in nothing else, so there is no choice{why}"
         )
-    return remember(found.rows.reset_index(drop=True), left_out=found.exclusions[len(left_out_of(frame)) :])
+    edges = "; ".join(str(flag) for flag in found.flags if flag.kind == "tuned_edge")
+    new = [
+        replace(each, text=f"{each.text} ({edges})") if edges and each.kind == "best of" else each
+        for each in found.exclusions[len(left_out_of(frame)) :]
+    ]
+    return remember(found.rows.reset_index(drop=True), left_out=new)
 
 
 def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -134,7 +134,9 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd
 
 
 def _read_file(path: Path) -> pd.DataFrame:
-    if not (path.is_file() or path.is_dir()):  # a pipe or a device would be waited for, or read without end
+    if path.exists() and not (path.is_file() or path.is_dir()):  # it would be waited for, or read without end
+        raise AnalysisError(f"{path} is a pipe or a device; save what it gives to a file first")
+    if not path.exists():
         there = [each.name for each in path.parent.glob("*") if each.suffix in _READERS]
         near = difflib.get_close_matches(path.name, there, n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give another path, or `aimscale collect` a sweep"

@@ -7,6 +7,7 @@ as JSON in the column `extra`, never dropped.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import math
@@ -151,6 +152,7 @@ COLUMNS = tuple(
          "", "", "MFU executed/measured (%)"),
         ("num_skipped_steps", "int64", "steps", "Optimiser steps skipped because of non-finite gradients"),
         ("num_bad_samples", "int64", "images", "Samples that could not be decoded"),
+        ("num_loss_spikes", "int64", "steps", "Training losses far above those before them"),
         ("device", "string", "", "Device model", "source"),
         ("world_size", "int64", "", "Number of ranks", "source"),
         ("zero_stage", "int64", "", "DeepSpeed ZeRO stage", "source"),
@@ -230,7 +232,16 @@ def _json(value: Any) -> str:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which replaces `path` at the block's end; what killed writers left a minute ago goes."""
+    """Give a path to write to, which replaces `path` at the block's end; what killed writers left a minute ago goes.
+
+    Of a link the target is replaced; what is no regular file, such as /dev/null, is written to.
+    """
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "a path holds no NUL character")
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = Path(os.path.realpath(path))
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 60:

@@ -1,1 +1,1 @@
-"""Benchmarks of training and of reading images, against named limits."""
+"""Benchmarks of training and of reading images."""

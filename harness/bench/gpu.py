@@ -44,7 +44,7 @@ TRAINING = (
     ("rung-384", 256, "false"),
     ("rung-128", 512, "false"),
 )
-"""Size, batch, `runtime.compile`; FSDP2 and the bare loop are timed beside the first two."""
+"""Size, batch, `runtime.compile`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,10 +80,9 @@ def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
 
 def _training(*, rehearse: bool) -> Iterator[Part]:
     """Yield every training step to be timed on one GPU."""
-    for index, (size, batch, how) in enumerate([("w16-d2", 8, "auto")] if rehearse else TRAINING):
+    for size, batch, how in [("w16-d2", 8, "auto")] if rehearse else TRAINING:
         words = _step_of(size, batch, "fp32" if rehearse else "bf16", rehearse=rehearse, compile=how)
-        words += [] if index < 2 else ["--alone"]
-        yield Part(name=f"train {size} {how}", words=AIMSCALE + words, limit_s=200 if index < 2 else 120)
+        yield Part(name=f"train {size} {how}", words=AIMSCALE + words, limit_s=120)
 
 
 def _stages(num_gpus: int, *, rehearse: bool) -> Iterator[Part]:
@@ -91,9 +90,9 @@ def _stages(num_gpus: int, *, rehearse: bool) -> Iterator[Part]:
     after it (1)."""
     size, batch = ("w16-d2", 4) if rehearse else ("aim-600M", 128)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_gpus)]
-    for stage, rest in ((2, []), (1, ["--alone"])):
+    for stage in (2, 1):
         words = _step_of(size, num_gpus * batch, "bf16", rehearse=rehearse, zero_stage=stage)
-        words = [*launcher, *AIMSCALE[1:], *words, *rest]
+        words = [*launcher, *AIMSCALE[1:], *words]
         yield Part(name=f"train {size} on {num_gpus}, ZeRO {stage}", words=words, limit_s=150)
 
 

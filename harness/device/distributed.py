@@ -21,9 +21,8 @@ from typing import Any, TypeVar
 import torch
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.execution import CORE_MFU, GPU_MFU, Pace
 from aimscale.harness.device.memory import free_host_bytes, keep_freed_memory
-from aimscale.harness.device.peak import Peak
+from aimscale.harness.run.directory import EXIT_CRASHED
 
 T = TypeVar("T")
 
@@ -32,7 +31,12 @@ COLLECTIVE_TIMEOUT_S = 1800
 
 
 class LaunchError(UserError):
-    """Environment that does not say which rank of how many this process is, or names a device that does not exist."""
+    """Environment that does not say which rank of how many this process is, or names a device that does not exist.
+
+    Another node may have what this one lacks.
+    """
+
+    exit_code = EXIT_CRASHED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,12 +156,6 @@ class Group:
         found = re.match(r"\d+", said)
         return min(self.world_size, int(found[0])) if found else self.world_size
 
-    def pace(self, peak: Peak) -> Pace:
-        """Return how fast a rank trains on a device with this peak; by the data sheet if it is known, as in a plan."""
-        share, cores = (GPU_MFU, None) if self.device.type == "cuda" else (CORE_MFU, peak.num_threads)
-        rate = share * (peak.nominal_flops_per_s or peak.flops_per_s)
-        return Pace(flops_per_s=rate, cores=cores, ranks_per_node=self.ranks_per_node)
-
     def num_machines(self) -> int:
         """Count the hosts of the ranks."""
         return len({*self.gather(socket.gethostname())})
@@ -203,6 +201,15 @@ class Group:
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.stack(parts)
 
+    def exchange(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Send a flat tensor on the device to each rank, and return those that the ranks send here, of these sizes."""
+        if self.world_size == 1:
+            return list(parts)
+        received = parts[0].new_empty(sum(sizes))
+        sent = [len(part) for part in parts]
+        torch.distributed.all_to_all_single(received, torch.cat(list(parts)), list(sizes), sent)
+        return list(received.split(list(sizes)))
+
     def gather(self, value: Any) -> list[Any]:
         """Gather every rank's picklable value on every rank."""
         if self.world_size == 1:
@@ -239,12 +246,19 @@ class Group:
             torch.distributed.barrier(group=self._host_group)
 
 
+ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0), torch.device("cpu"), None)
+"""Group of a process that works by itself, on the CPU."""
+
+
 def choose_device(placement: Placement, name: str) -> torch.device:
     """Choose the device that `name` (auto, cpu or cuda) means for this process, and make it the current one.
 
     Raises:
-        LaunchError: CUDA was asked for and there is none, or fewer devices than ranks on this host.
+        LaunchError: CUDA was asked for, here or by a launcher that reserved a GPU (`AIMSCALE_DEVICE`), and there is
+            none, or fewer devices than ranks on this host.
     """
+    if name == "auto":
+        name = os.environ.get("AIMSCALE_DEVICE", name)
     keep_freed_memory()
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:

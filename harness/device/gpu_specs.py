@@ -1,34 +1,62 @@
-"""Speed and memory of devices, from data sheets and measurements; torch is imported only to measure a core."""
+"""Speed and memory of devices from data sheets and stated assumptions; torch is not imported."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 import re
 import subprocess
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from aimscale.aim.errors import UserError
-from aimscale.harness.device.execution import CORE_MFU, GPU_MFU, Pace
 from aimscale.harness.device.memory import free_host_bytes
-from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.files import cache_folder, read_object, write_json
 from aimscale.harness.run.provenance import cpu_name
 
-NOMINAL_TFLOPS = {
-    **{"A100": 312, "A30": 165, "A40": 149.7, "A10": 125},
-    **{"H100 PCIe": 756.5, "H100 NVL": 835.5, "H100": 989.5, "GH200": 989.5, "H200 NVL": 835.5, "H200": 989.5},
-    **{"L40S": 362.05, "L40": 181.05, "L4": 121, "GB200": 2500, "B200": 2250},
+
+class GpuSpec(NamedTuple):
+    """Data sheet of a GPU."""
+
+    tflops: float
+    """Dense bf16 TFLOP/s. TF32, in which GPUs multiply float32 (`start_group`), is half of it on all of them."""
+    memory_gb: float
+    """Memory that its driver reports, GB, rounded down."""
+
+
+GPUS = {
+    "A100": GpuSpec(312, 42),
+    **dict.fromkeys(("A100 80GB", "A100L"), GpuSpec(312, 85)),
+    "A30": GpuSpec(165, 25),
+    "A40": GpuSpec(149.7, 48),
+    "A10": GpuSpec(125, 24),
+    "A6000": GpuSpec(154.8, 51),
+    "RTX 6000 Ada": GpuSpec(364.25, 51),
+    "H100 PCIe": GpuSpec(756.5, 85),
+    "H100 NVL": GpuSpec(835.5, 99),
+    "H100": GpuSpec(989.5, 85),
+    "GH200": GpuSpec(989.5, 102),
+    "H200 NVL": GpuSpec(835.5, 150),
+    "H200": GpuSpec(989.5, 150),
+    "L40S": GpuSpec(362.05, 48),
+    "L40": GpuSpec(181.05, 48),
+    "L4": GpuSpec(121, 24),
+    "B200": GpuSpec(2250, 190),
+    "GB200": GpuSpec(2500, 196),
+    "MI300X": GpuSpec(1307.4, 205),
 }
-"""Dense bf16 TFLOP/s by GPU name; the longest key contained in a name counts. From NVIDIA's data sheets of 2021 to
-2024, which print twice as much, with sparsity, from the H100 on. SXM modules have the plain name. TF32, in which GPUs
-multiply float32 (`start_group`), is half of it on all of them."""
+"""Data sheets by name; the longest name whose words are all in a device's name counts. From the vendors' sheets of 2021
+to 2024; NVIDIA's print twice as many FLOP/s, with sparsity, from the H100 on. SXM modules have the plain name."""
+UNKNOWN_TFLOPS = 100.0
+"""Assumption: peak of a GPU of this machine that is not in the table, TFLOP/s."""
+CORE_TFLOPS = 0.1
+"""Assumption: peak of one CPU core, TFLOP/s: 16 lanes, a multiply-add each, at 3 GHz. (A core of an AMD EPYC of 2022
+reached 0.095 in float32, and of 2024 0.26.)"""
+CORE_MEMORY_BYTES = 4 * 10**9
+"""Assumption: memory of a cluster's node for each of its cores."""
+MFU = 0.40
+"""Assumption: share of its peak at which a device trains, launches and communication included. On one core, sizes from
+rung-64 up reached it; smaller ones take up to four times as long."""
 DECODED_PER_S = 1100.0
 """Assumption: JPEGs of 500 x 375 px per second that one loader process decodes and crops to 224 px; measured on one
 core of an AMD EPYC of 2022 (docs/benchmarks.md)."""
-
-
 LIST_TIMEOUT_S = 30
 
 
@@ -40,32 +68,16 @@ class Device:
     is_gpu: bool
     why: str
     """Reason for this device, shown to the user."""
-    memory_bytes: int = 85 * 10**9
-    """Memory; by default that of an H100 or A100 of 80 GB (79 GiB)."""
+    memory_bytes: int
     peak_tflops: float | None = None
-    """Peak set by the user, for every precision; null: the data sheet's, or for a CPU the measured one."""
+    """Peak set by the user, for every precision; null: the data sheet's, or `CORE_TFLOPS`."""
     cores: int | None = None
     """Cores that load images for it; null if unknown."""
-    decoded_per_s: float | None = None
-    """Photographs that a loader process decodes and crops per second, if measured on this machine (`aimscale bench
-    data`); null: `DECODED_PER_S`, an assumption."""
 
     def flops_per_s(self, precision: str) -> float:
         """Return the dense peak at a precision; float32 products on a GPU are TF32, as the trainer sets it."""
-        if self.peak_tflops is not None:
-            return self.peak_tflops * 1e12
-        return nominal_flops_per_s(self.name, precision) or _measured_flops_per_s(precision)
-
-    @property
-    def mfu(self) -> float:
-        """Share of its peak that training is assumed to execute in large passes."""
-        return GPU_MFU if self.is_gpu else CORE_MFU
-
-    def pace(self, config: RunConfig, *, ranks_per_node: int) -> Pace:
-        """Return how fast a rank of a run trains on it."""
-        cores = None if self.is_gpu else config.runtime.num_threads
-        peak = (cores or 1) * self.flops_per_s(config.training.optimiser.precision)
-        return Pace(flops_per_s=self.mfu * peak, cores=cores, ranks_per_node=ranks_per_node)
+        known = None if self.peak_tflops else nominal_flops_per_s(self.name, precision)
+        return known or 1e12 * (self.peak_tflops or CORE_TFLOPS)
 
 
 def device_here(*, wants_cpu: bool) -> Device:
@@ -73,13 +85,15 @@ def device_here(*, wants_cpu: bool) -> Device:
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     gpus = [] if wants_cpu or is_hidden else gpus_here()
     name, num_bytes = gpus[0] if gpus else (cpu_name(), free_host_bytes())
+    is_unknown = bool(gpus) and find_gpu(name) is None
+    why = "of this machine" if gpus else "one core of this machine, with no GPU here or asked for"
     return Device(
         name=name,
         is_gpu=bool(gpus),
-        why="of this machine" if gpus else "one core of this machine, with no GPU here or asked for",
+        why=f"{why}; its peak is unknown, set cost.peak_tflops" if is_unknown else why,
         memory_bytes=num_bytes,
+        peak_tflops=UNKNOWN_TFLOPS if is_unknown else None,
         cores=max(1, len(os.sched_getaffinity(0)) // max(1, len(gpus))),
-        decoded_per_s=stored_rate("decoded_per_s"),
     )
 
 
@@ -96,55 +110,17 @@ def gpus_here() -> list[tuple[str, int]]:
         return []
 
 
-def nominal_flops_per_s(name: str, precision: str) -> float | None:
-    """Return the data sheet's dense peak of a device by its model name; None if unknown, as for a MIG slice."""
-    if "MIG" in name:
+def find_gpu(name: str) -> GpuSpec | None:
+    """Return the data sheet of a GPU by its model name, as a driver or Slurm writes it; None if unknown, as for a MIG
+    slice."""
+    words = set(re.split(r"[\s_-]+", name.lower()))
+    if any(word == "mig" or re.match(r"\d+g\.", word) for word in words):
         return None
-    for key in sorted(NOMINAL_TFLOPS, key=len, reverse=True):
-        if re.search(rf"\b{key}\b", name.replace("-", " ")):
-            return NOMINAL_TFLOPS[key] * 1e12 / (2 if precision == "fp32" else 1)
-    return None
+    found = [each for each in GPUS if words.issuperset(each.lower().split())]
+    return GPUS[max(found, key=len)] if found else None
 
 
-def store_rate(what: str, rate: float) -> None:
-    """Store a rate that was measured on this kind of processor, unless a higher one is stored."""
-    path = cache_folder() / "rates.json"
-    with contextlib.suppress(OSError):  # a cache that cannot be written is no error
-        rates = _rates()
-        mine = rates.setdefault(cpu_name(), {})
-        if rate > (stored_rate(what) or 0.0):
-            mine[what] = rate
-            write_json(path, rates, durable=False)
-
-
-def stored_rate(what: str) -> float | None:
-    """Return that rate; None if it was never measured on this kind of processor."""
-    mine = _rates().get(cpu_name())
-    found = mine.get(what) if isinstance(mine, dict) else None
-    return found if isinstance(found, float) and 0 < found < 1e18 else None
-
-
-def _rates() -> dict[str, dict[str, float]]:
-    with contextlib.suppress(UserError):
-        return read_object(cache_folder() / "rates.json") or {}
-    return {}
-
-
-@functools.cache
-def _measured_flops_per_s(precision: str) -> float:
-    """Return the measured peak of one core: as stored, else measured in about a second; other processes only make it
-    too small."""
-    if known := stored_rate(f"{precision}_flops_per_s"):
-        return known
-    import torch
-
-    from aimscale.harness.device.peak import measure_peak
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        found = measure_peak(torch.device("cpu"), precision).flops_per_s
-    finally:
-        torch.set_num_threads(before)
-    store_rate(f"{precision}_flops_per_s", found)
-    return found
+def nominal_flops_per_s(name: str, precision: str) -> float | None:
+    """Return the data sheet's dense peak of a GPU at a precision; None if it is unknown."""
+    spec = find_gpu(name)
+    return spec and spec.tflops * 1e12 / (2 if precision == "fp32" else 1)

@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import psutil
 
 from aimscale.aim.config import MLP_RATIO, ModelConfig
 from aimscale.aim.cost import param_count
-from aimscale.harness.device.communication import ELEMENT_BYTES, MAX_BUCKET_VALUES, MAX_BUFFER_VALUES, Precision
+
+Precision = Literal["fp32", "bf16"]
+
+ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+"""Bytes of a value."""
+MAX_BUCKET_VALUES = 50_000_000
+"""Largest reduction bucket (`harness.step.deepspeed_setup`): 200 MB messages are long enough for any network."""
+MAX_BUFFER_VALUES = 500_000_000
+"""Maximum values per piece in which DeepSpeed flattens gradients that wait for the last backward pass."""
 
 
 class _Held(NamedTuple):
@@ -62,11 +71,16 @@ def held_bytes(config: ModelConfig, precision: Precision, *, zero_stage: int, wo
     return states + buffers + WORKSPACE_BYTES
 
 
-def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
-    """Return the bytes that one image's forward pass stores for the backward pass; half of the tokens are scored, or
-    the masked ones."""
+def kept_bytes_per_image(
+    config: ModelConfig, precision: Precision, activation_checkpointing: bool, scored_tokens: float
+) -> int:
+    """Return the bytes that one image's forward pass stores for the backward pass.
+
+    Args:
+        scored_tokens: tokens of an image whose prediction is scored (`aim.cost.mean_scored_tokens`).
+    """
     element = ELEMENT_BYTES[precision]
-    tokens, scored = config.num_tokens, _scored(config)
+    tokens, scored = config.num_tokens, math.ceil(scored_tokens)
     head_width = 0 if config.head.is_linear else config.head.width
     # An MLP head sees scored tokens only, and so do the MLP of the block before it or, in a transformer head, the last.
     into_head, last_width = (tokens, head_width) if config.head.num_heads else (scored, config.width)
@@ -78,16 +92,18 @@ def kept_bytes_per_image(config: ModelConfig, precision: Precision, activation_c
     if activation_checkpointing:
         inputs = config.depth * tokens * config.width + config.head.depth * into_head * head_width
         return inputs * element + ends
-    block, head_block = _block_bytes(config, precision)
+    block, head_block = _block_bytes(config, precision, scored)
     skipped = (tokens - scored) * _kept_by_mlp(last_width) * element
     return config.depth * block - skipped + config.head.depth * head_block + ends
 
 
-def peak_bytes_per_image(config: ModelConfig, precision: Precision, activation_checkpointing: bool) -> int:
+def peak_bytes_per_image(
+    config: ModelConfig, precision: Precision, activation_checkpointing: bool, scored_tokens: float
+) -> int:
     """Return the peak bytes of one image in the backward pass: what is stored, and with checkpointing one recomputed
     block."""
-    kept = kept_bytes_per_image(config, precision, activation_checkpointing)
-    return kept + (max(_block_bytes(config, precision)) if activation_checkpointing else 0)
+    kept = kept_bytes_per_image(config, precision, activation_checkpointing, scored_tokens)
+    return kept + (max(_block_bytes(config, precision, math.ceil(scored_tokens))) if activation_checkpointing else 0)
 
 
 def measuring_bytes(config: ModelConfig, precision: Precision, *, is_probed: bool) -> int:
@@ -98,13 +114,14 @@ def measuring_bytes(config: ModelConfig, precision: Precision, *, is_probed: boo
     """
     element = ELEMENT_BYTES[precision]
     tokens, width = config.num_tokens, config.width
-    sequence = max(_block_bytes(config, precision)) + 8 * config.channels * config.image_size**2 + element * tokens**2
+    block = max(_block_bytes(config, precision, tokens))
+    sequence = block + 8 * config.channels * config.image_size**2 + element * tokens**2
     outputs = config.depth * tokens * width * (2 * element + 4) if is_probed else 0
     passes = max(1, EVAL_TOKENS // tokens) * (sequence + outputs)
     return param_count(config).total * element + 16 * width**2 + passes
 
 
-def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
+def _block_bytes(config: ModelConfig, precision: Precision, scored: int) -> tuple[int, int]:
     """Return the bytes that a block of the trunk and a block of the head store for the backward pass.
 
     The trunk's: its input, the first norm's output, q, k, v, and the attention's output (6 d); its MLP's part; the
@@ -116,18 +133,13 @@ def _block_bytes(config: ModelConfig, precision: Precision) -> tuple[int, int]:
     backbone = config.num_tokens * (own * element + 4 * config.num_heads)
     if head.num_heads:
         return backbone, config.num_tokens * (in_head * element + 4 * head.num_heads)
-    return backbone, _scored(config) * _kept_by_mlp(head.width) * element if head.depth else 0
+    return backbone, scored * _kept_by_mlp(head.width) * element if head.depth else 0
 
 
 def _kept_by_mlp(width: int) -> int:
     """Count the values per token that an MLP stores: the block's sum, the second norm's output, and the MLP before and
     after GELU."""
     return 2 * width + 2 * MLP_RATIO * width
-
-
-def _scored(config: ModelConfig) -> int:
-    """Return the scored tokens of an image: the masked ones, or half."""
-    return config.num_masked or config.num_tokens // 2
 
 
 def keep_freed_memory() -> None:

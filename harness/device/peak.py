@@ -38,7 +38,7 @@ class Peak:
     flops_per_s: float
     """2 n^3 over the best time of all tries, one device."""
     nominal_flops_per_s: float | None = None
-    """The data sheet's dense peak; null for a device that `NOMINAL_TFLOPS` lacks, such as a CPU."""
+    """The data sheet's dense peak; null for a device that `GPUS` lacks, such as a CPU."""
 
 
 def utilisation(

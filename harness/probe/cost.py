@@ -17,11 +17,9 @@ from aimscale.aim.cost import (
 )
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.dataset_info import DatasetLookup
-from aimscale.harness.device.communication import ELEMENT_BYTES
-from aimscale.harness.device.memory import measuring_bytes
+from aimscale.harness.device.memory import ELEMENT_BYTES, measuring_bytes
 from aimscale.harness.probe.features.tasks import (
     CACHE_SHARE,
-    COPIES,
     HOLDOUT_FRACTION,
     L2S,
     block_sets,
@@ -126,18 +124,17 @@ def probe_cost(
     fit, held = train * (1 - HOLDOUT_FRACTION), train * HOLDOUT_FRACTION
     values = ELEMENT_BYTES[section.precision] * model.depth * model.num_tokens * model.width
     is_kept = not on_views and train * values <= CACHE_SHARE * memory_bytes * ranks
-    copies = 1 if is_kept else COPIES
-    one_set = bytes_per_set(with_tokens, copies * len(section.lrs), model.width, num_classes, is_solved=False)
+    one_set = bytes_per_set(with_tokens, len(section.lrs), model.width, num_classes, is_solved=False)
     rounds = 0 if is_kept or not with_tokens else -(-sets // sets_per_round(one_set, ranks, memory_bytes))
     trained = _images_trained(section, train)
     images = float(train + test) if frozen else 0.0
-    if rounds:
-        images += rounds * (trained + held) + test * (with_tokens != ["linear"])
+    if rounds:  # the search in rounds on the part to fit, and the chosen heads together on everything
+        images += rounds * (trained * (1 - HOLDOUT_FRACTION) + held) + trained + test * (with_tokens != ["linear"])
     if "lora" in section.kinds:
         points = len(section.lrs)
         images += TRAIN_OVER_FORWARD * (points * _images_trained(section, fit) + trained) + points * held + test
-    # with kept tokens, one copy of each head learns from the fit part, and the two chosen ones from everything
-    heads = sets * len(section.lrs) * (1 - HOLDOUT_FRACTION) + 2 if is_kept else COPIES * sets * len(section.lrs)
+    # each head learns from the part to fit, and the two chosen ones from everything
+    heads = sets * len(section.lrs) * (1 - HOLDOUT_FRACTION) + 2
     products = heads * trained * _head_flops(with_tokens, model, num_classes)
     if "linear" in frozen and not on_views:
         products += PASSES * (sets * len(L2S) * fit + 2 * train) * _head_flops(["linear"], model, num_classes)

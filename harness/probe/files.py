@@ -6,6 +6,7 @@ every kind of probe that is done; a row's `probes` follow from it (`harness.prob
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -20,6 +21,7 @@ from aimscale.aim.errors import some
 from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
 from aimscale.harness.run.directory import RunDir, RunDirError
+from aimscale.harness.run.fence import writer_folder
 from aimscale.harness.run.files import write_json
 
 PROTOCOL = 5
@@ -36,13 +38,25 @@ def weights_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
 
 
 def weights_content(run: RunDir, images_seen: int) -> str:
-    """Compute 16 hex digits that identify a budget's weights."""
+    """Return 16 hex digits that identify a budget's weights.
+
+    A process that holds the run keeps them in a file beside the weights, so that nobody has to read these to learn
+    that nothing is to be done.
+    """
     path = run.model_file(images_seen)
     found = path.stat()
-    return _content(path, found.st_size, found.st_mtime_ns)
+    size, mtime_ns, kept = found.st_size, found.st_mtime_ns, path.with_name("digest.json")
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        match json.loads(kept.read_bytes()):
+            case {"size": s, "mtime_ns": t, "content": str(content)} if (s, t) == (size, mtime_ns):
+                return content
+    content = _content(path, size, mtime_ns)
+    if writer_folder(path):
+        write_json(kept, {"size": size, "mtime_ns": mtime_ns, "content": content}, durable=False)
+    return content
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache
 def _content(path: Path, size: int, mtime_ns: int) -> str:
     """Hash a safetensors file's size, start, end and 64 pieces between to 16 hex digits: training changes every weight.
 

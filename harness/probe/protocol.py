@@ -11,8 +11,8 @@ estimate, which makes results independent of batch and world size; k-NN compares
 
 Work. One backbone pass over both splits gives the pooled features of every block and all statistics; linear and k-NN
 probes need nothing else, and tasks in a row on the same images share it. The attentive heads of the whole grid train on
-one further backbone pass per batch if tokens are not kept. Kinds that train together are done together, and kept in
-the task's file: a killed probe repeats those under way.
+one further backbone pass per batch if tokens are not kept, and the chosen ones on another. Kinds that train together
+are done together, and kept in the task's file: a killed probe repeats those under way.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from aimscale.aim.weights import write_weights
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.device.distributed import ALONE, Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
-from aimscale.harness.probe.features.extraction import ALONE, FeatureCache, FeaturePass, SplitFeatures
+from aimscale.harness.probe.features.extraction import FeatureCache, FeaturePass, SplitFeatures
 from aimscale.harness.probe.features.images import (
     ProgressCallback,
     PublishedViews,
@@ -41,11 +41,12 @@ from aimscale.harness.probe.features.images import (
 )
 from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, block_sets
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
-from aimscale.harness.probe.heads.fit import GridFit, predict_test_split
+from aimscale.harness.probe.heads.fit import HeadSearch, predict_test_split
 from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.scores import Candidate, Predictions, best, score, tried_values
 from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
+from aimscale.harness.probe.heads.training import HeadTraining
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
 Detail = dict[str, Any]
@@ -163,8 +164,9 @@ def _heads(
     """Train, choose and score the heads of some kinds."""
     sets, last = block_sets(backbone.num_blocks)
     is_pooled = task.train.views is None and list(kinds) == ["linear"]
-    fitting = GridFit(task=task, num_heads=backbone.num_heads, features=fitted)
-    candidates = fitting.candidates(fitted.pooled if is_pooled else fitted.tokens, kinds, sets, last)
+    source = fitted.pooled if is_pooled else fitted.tokens
+    training = HeadTraining(task=task, num_heads=backbone.num_heads, features=fitted, source=source)
+    candidates = HeadSearch(training=training, kinds=kinds, sets=sets, last=last).candidates()
     details = []
     for kind in kinds:
         chosen = best(candidates, kind), best(candidates, kind, last)

@@ -320,7 +320,7 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the ranks; `auto` takes CUDA if there is a GPU."""
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
-    """DeepSpeed ZeRO stage; `auto` takes what fits with the shortest step by estimate (`harness.device.execution`)."""
+    """DeepSpeed ZeRO stage; `auto` takes 2, 3 where that does not fit, and on one rank 1 (0 in fp32)."""
     micro_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Maximum images per forward pass and rank; `auto` takes a divisor of a rank's images, so that all passes are of
     one size and blocks are compiled once."""

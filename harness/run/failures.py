@@ -140,7 +140,7 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
     if is_out_of_memory(error):
         return "oom", sentence
     if isinstance(error, UserError):
-        kinds: dict[str, ReasonClass] = {"CheckpointError": "node"}
+        kinds: dict[str, ReasonClass] = {"CheckpointError": "node", "LaunchError": "node"}
         kinds |= dict.fromkeys(("DataError", "ProbeError", "WeightsError"), "data")
         return kinds.get(name, "config"), sentence
     if isinstance(error, OSError):

@@ -56,9 +56,9 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def _make_parent(path: Path) -> None:
-    """Make the folders above a file, but never recreate a writer's own folder: that would undo the fence."""
+    """Make the folders above a file, but not those of a run that was moved or taken over: that would undo the fence."""
     folder = writer_folder(path)
-    if folder is None or folder not in path.absolute().parents:
+    if folder is None or (folder.exists() and folder not in path.absolute().parents):
         path.parent.mkdir(parents=True, exist_ok=True)
 
 

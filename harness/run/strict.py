@@ -31,8 +31,18 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+MAX_NODES = 200_000
+"""Maximum number of values of a YAML document, each alias counted as what it stands for."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses a repeated key, of which YAML readers silently take the last."""
+    """YAML loader that refuses a repeated key, of which YAML readers silently take the last, and too many values."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _num_nodes(node, {}) > MAX_NODES:
+            raise yaml.composer.ComposerError(None, None, f"it has more than {MAX_NODES:,} values, aliases expanded")
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -43,6 +53,17 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.composer.ComposerError(None, None, f"the key '{key.value}' stands twice", key.start_mark)
                 seen.add(key.value)
         return node
+
+
+def _num_nodes(node: Any, known: dict[int, int]) -> int:
+    """Count the nodes of a document, each alias as what it stands for; a node that contains itself has too many."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1  # until it is counted
+        inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_num_nodes(part, known) for part in inner)
+    return known[id(node)]
 
 
 def read_yaml(path: Path) -> Any:

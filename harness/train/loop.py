@@ -13,15 +13,14 @@ import functools
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
-from aimscale.harness.device.execution import ExecutionPlan, execution_plan, images_per_rank, pass_size
+from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.job import Job
 from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.log.loggers import Logger
@@ -29,9 +28,9 @@ from aimscale.harness.log.record import Recorder
 from aimscale.harness.probe.cost import curve_bytes
 from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.run.budgets import ABOUT, check_branch, saved_budgets, trunk_position
-from aimscale.harness.run.config import RunConfig, RuntimeConfig
+from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import PreemptedError, TooLargeError, describe_out_of_memory, is_out_of_memory
+from aimscale.harness.run.failures import PreemptedError
 from aimscale.harness.run.fence import earlier_folders
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
@@ -63,18 +62,17 @@ class Trainer:
         lookup = functools.cache(find_info)
         measuring = group.from_first(lambda: curve_bytes(config, lookup))
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
-        plan_of = functools.partial(
-            execution_plan,
+        self.plan = plan_start(
             training,
-            pace=group.from_first(lambda: group.pace(self.peak)),
+            runtime,
+            group.from_first(lambda: run.read_status().too_large),
+            device=device_name(group.device),
             world_size=group.world_size,
             device_bytes=group.min_over_ranks(group.memory_bytes()),
             host_bytes=group.min_over_ranks(group.host_memory_bytes()) if group.device.type == "cuda" else None,
             measuring=measuring,
         )
-        planned = plan_of(runtime)
-        self.plan = self._lowered(planned, plan_of)
-        self.is_lowered, self.has_stepped = self.plan is not planned, False
+        self.has_stepped = False
         if measuring and not self.plan.measures and group.is_first:
             print("nothing is measured during training: the device has no memory left for it", flush=True)
         self.engine = Engine(
@@ -93,25 +91,6 @@ class Trainer:
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
         beside = dataclasses.replace(job, group=group.with_reserved_memory(self.plan.held_bytes))
         self.curve = LearningCurve(run, config, beside, self.engine, lookup=lookup, loggers=loggers)
-
-    def _executed(self, plan: ExecutionPlan) -> dict[str, Any]:
-        """Return the settings that the memory of a step depends on, beside the run itself."""
-        names = ("zero_stage", "micro_batch", "activation_checkpointing")
-        about = {"device": device_name(self.group.device), "world_size": self.group.world_size}
-        return {name: getattr(plan, name) for name in names} | about
-
-    def _lowered(self, plan: ExecutionPlan, plan_of: Callable[[RuntimeConfig], ExecutionPlan]) -> ExecutionPlan:
-        """Return the plan, with half of the micro-batch if memory ran out for it in an earlier start."""
-        known = self.group.from_first(lambda: self.run.read_status().too_large)
-        largest = known["micro_batch"] if known else plan.micro_batch + 1
-        if plan.micro_batch < largest or known != self._executed(plan) | {"micro_batch": largest}:
-            return plan
-        fixed = {"zero_stage": plan.zero_stage, "activation_checkpointing": plan.activation_checkpointing}
-        return plan_of(self.config.runtime.model_copy(update=fixed | {"micro_batch": self._half(largest)}))
-
-    def _half(self, micro_batch: int) -> int:
-        """Return the images of a pass of at most half of a micro-batch."""
-        return pass_size(images_per_rank(self.batch_size, self.group.world_size), micro_batch // 2)
 
     def walk(self) -> None:
         """Train from the current state of the run to its last budget."""
@@ -241,20 +220,16 @@ class Trainer:
         """Take one step.
 
         Raises:
-            TooLargeError: memory ran out in the first one, for the first time. Others may wait in a collective that
-                this rank never enters, so none goes on; the next start knows it from `status.json`.
+            TooLargeError: memory ran out in the first one, for the first time.
         """
         try:
             outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
         except Exception as error:
-            half = self._half(self.plan.micro_batch)
-            if self.has_stepped or self.is_lowered or not half or not is_out_of_memory(error):
+            device, world_size = device_name(self.group.device), self.group.world_size
+            too_large = out_of_memory(error, self.plan, device=device, world_size=world_size)
+            if self.has_stepped or too_large is None:
                 raise
-            raise TooLargeError(
-                f"{describe_out_of_memory(error)} in the first step with a micro-batch of {self.plan.micro_batch}; "
-                f"the next start takes {half}",
-                self._executed(self.plan),
-            ) from error
+            raise too_large from error
         self.has_stepped = True
         step.micro_batches.clear()
         return outcome
@@ -336,7 +311,7 @@ class Trainer:
         self.run.write_status(images_planned=planned, images_done=done, heartbeat=time.time())
         self.recorder.say(
             f"{self.config.run_id}: {done} of {planned} images done, ZeRO {self.plan.zero_stage}, micro-batch "
-            f"{self.plan.micro_batch}{' (lowered)' * self.is_lowered}, {self.group.world_size} rank(s), "
+            f"{self.plan.micro_batch}{' (lowered)' * self.plan.is_lowered}, {self.group.world_size} rank(s), "
             f"matrix-multiplication peak "
             f"{self.peak.flops_per_s / 1e9:.0f} GFLOP/s (n = {self.peak.gemm_side}), ready after {startup_s:.1f} s"
         )

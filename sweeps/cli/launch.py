@@ -26,9 +26,9 @@ from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult
 from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.costs import CostCard
-from aimscale.sweeps.plan.planner import Run, plan
+from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
-from aimscale.sweeps.state.decision import Decision
+from aimscale.sweeps.state.decision import RunState
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
 from aimscale.sweeps.table.views import KeyValue, format_duration, format_number, print_key_values
@@ -78,22 +78,22 @@ def launch(
     ):
         if value and place != only:
             raise SweepError(f"{option} has no meaning with --on {place}; it is for --on {only}")
-    decisions = [engine.launch_decision(loaded, run, retry=retry) for run in runs]
-    print_key_values(launch_summary(loaded, decisions, cards))
-    num_hours = sum(card.device_hours for card, each in zip(cards, decisions, strict=True) if each.startable)
+    states = [engine.launch_state(loaded, run, retry=retry) for run in runs]
+    print_key_values(launch_summary(loaded, states, cards))
+    num_hours = sum(card.device_hours for card, each in zip(cards, states, strict=True) if each.startable)
     if not dry_run and num_hours > CONFIRM_DEVICE_HOURS:
         confirm(f"launch up to {format_number(num_hours)} device-hours?", yes=yes)
     again = ["--on", on] if on else []
     if place == "slurm":
         _launch_slurm(loaded, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
-        if not dry_run and any(each.startable or each.verdict == "running" for each in decisions):
+        if not dry_run and any(each.startable or each.is_active for each in states):
             print_next("status", sweep, root, "--wait")
             return
     elif dry_run:
-        _print_commands(loaded, decisions, devices)
+        _print_commands(loaded, states, devices)
     if place == "slurm" or dry_run:
         more = [*again, *(["--retry"] if retry else [])]
-        _print_next(LaunchResult(skipped=tuple(decisions)), sweep, loaded, root, *more)
+        _print_next(LaunchResult(skipped=tuple(states)), sweep, loaded, root, *more)
         return
     result = engine.launch(loaded, root, devices=devices, hours=hours, retry=retry)
     print_result(result)
@@ -102,24 +102,24 @@ def launch(
         raise typer.Exit(code)
 
 
-def launch_summary(sweep: Sweep, decisions: Sequence[Decision], cards: Sequence[CostCard]) -> list[KeyValue]:
+def launch_summary(sweep: Sweep, states: Sequence[RunState], cards: Sequence[CostCard]) -> list[KeyValue]:
     """Summarise what a launch will do, what is there already, and what needs a person."""
-    words = {"start": "new", "resume": "to resume"}
-    counts = Counter(words.get(each.verdict, each.verdict) for each in decisions)
+    words = {"not started": "new", "dead": "to resume", "unfinished": "to resume", "starting": "running"}
+    counts = Counter(words.get(each.state, each.state) for each in states)
     parts = ", ".join(f"{num} {word}" for word, num in counts.most_common())
-    lines = [KeyValue(key="runs", value=f"{len(decisions)}: {parts}")]
-    if starting := [card for card, each in zip(cards, decisions, strict=True) if each.startable]:
+    lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]
+    if starting := [card for card, each in zip(cards, states, strict=True) if each.startable]:
         hours = format_number(sum(card.device_hours for card in starting))
         longest = format_duration(max(card.wall_s for card in starting))
         lines.append(KeyValue(key="cost", value=f"up to {hours} device-hours; longest run {longest}"))
-    if others := unplanned_runs(sweep, [each.run for each in decisions]):
+    if others := unplanned_runs(sweep, [each.run for each in states]):
         num_running = sum(RunRecord(sweep.run_dir(name)).is_held() for name in others)
         running = f", {num_running} of them running" if num_running else ""
         value = f"{len(others)} run directories{running}, such as {others[0]}; they stay as they are"
         lines.append(KeyValue(key="unplanned", value=value))
-    retried = {"failed": "; --retry tries it again", "damaged": ""}
-    named = [each for each in decisions if each.verdict in retried]
-    lines += [KeyValue(level=e.verdict, key=e.record.name, value=f"{e.why}{retried[e.verdict]}") for e in named]
+    retried = {**dict.fromkeys(("failed", "diverged"), "; --retry tries it again"), "damaged": ""}
+    named = [each for each in states if each.state in retried]
+    lines += [KeyValue(level=e.state, key=e.record.name, value=f"{e.why}{retried[e.state]}") for e in named]
     if counts["cancelled"]:
         lines.append(KeyValue(level="cancelled", key=f"{counts['cancelled']} runs", value="--retry starts them again"))
     return lines
@@ -129,21 +129,21 @@ def _exit_code(result: LaunchResult) -> int:
     """Return 130 after a signal, 75 if time was up before all was done, 1 if a run failed for good, else 0."""
     if result.stopped_by:
         return EXIT_INTERRUPTED
-    if result.interrupted:
+    if result.interrupted and not result.broken:
         return EXIT_PREEMPTED
-    return int(bool(failed_runs(result)) or any(each.verdict == "damaged" for each in result.skipped))
+    return int(bool(result.broken or failed_runs(result)) or any(each.state == "damaged" for each in result.skipped))
 
 
 def _print_next(result: LaunchResult, name: str, sweep: Sweep, root: Path, *more: str) -> None:
     """Print the next command: launch if runs are left, logs of a failed run, report if all are finished, or status."""
-    verdicts = {each.verdict for each in result.skipped}
+    states = {each.state for each in result.skipped}
     if result.interrupted or any(each.startable for each in result.skipped):
         print_next("launch", name, root, *more)
     elif failed := failed_runs(result):
         print_next("logs", name, root, failed[0])
-    elif verdicts == {"cancelled"} or verdicts == {"cancelled", "finished"}:
+    elif states == {"cancelled"} or states == {"cancelled", "finished"}:
         print_next("launch", name, root, *more, "--retry")
-    elif verdicts <= {"finished"}:
+    elif states <= {"finished"}:
         print_next("report", report_name(sweep, name, root))
     else:
         print_next("status", name, root)
@@ -151,7 +151,7 @@ def _print_next(result: LaunchResult, name: str, sweep: Sweep, root: Path, *more
 
 def failed_runs(result: LaunchResult) -> list[str]:
     """Return the runs that failed for good in this launch or before."""
-    return [*result.failed, *(each.record.name for each in result.skipped if each.verdict == "failed")]
+    return [*result.failed, *(each.record.name for each in result.skipped if each.state in ("failed", "diverged"))]
 
 
 def print_result(result: LaunchResult) -> None:
@@ -165,8 +165,8 @@ def print_result(result: LaunchResult) -> None:
     }
     counts = ", ".join(f"{len(runs)} {how}" for how, runs in ended.items() if runs or how == "finished")
     lines = [KeyValue(key="launched", value=f"{why}{counts}")]
-    if skipped := Counter(each.verdict for each in result.skipped):
-        lines.append(KeyValue(key="skipped", value=", ".join(f"{num} {verdict}" for verdict, num in skipped.items())))
+    if skipped := Counter(each.state for each in result.skipped):
+        lines.append(KeyValue(key="skipped", value=", ".join(f"{num} {state}" for state, num in skipped.items())))
     print_key_values(lines)
 
 
@@ -183,7 +183,7 @@ def cancel(
     names = select_run_ids(loaded, runs or [])
     if len(names) > 1:
         confirm(f"cancel {len(names)} runs of '{loaded.name}'?", yes=yes)
-    done, failed = engine.cancel(loaded, [run for run in plan(loaded) if run.run_id in names])
+    done, failed = engine.cancel(loaded, names if runs else [])
     for line in [*done, *failed]:
         typer.echo(line)
     typer.echo(f"{len(done)} runs stopped" if done or failed else "nothing was waiting or running")
@@ -192,20 +192,19 @@ def cancel(
         raise typer.Exit(1)
 
 
-def _print_commands(sweep: Sweep, decisions: Sequence[Decision], devices: int | None) -> None:
+def _print_commands(sweep: Sweep, states: Sequence[RunState], devices: int | None) -> None:
     """Check the runs and print the commands that a launch on this machine would execute."""
-    starting = [each for each in decisions if each.startable]
-    machine = local_machine([each.run for each in decisions], devices=devices)
+    starting = [each for each in states if each.startable]
+    machine = local_machine([each.run for each in states], devices=devices)
     raise_on_problems(sweep, [each.run for each in starting])
     for each in starting:
-        typer.echo(
-            f"{each.verdict:<6}  {' '.join(machine.command(each.record.path, min(each.run.devices, machine.devices)))}"
-        )
+        command = machine.command(each.record.path, min(each.run.devices, machine.devices))
+        typer.echo(f"{'start' if each.state == 'not started' else 'resume':<6}  {' '.join(command)}")
 
 
 def _launch_slurm(sweep: Sweep, runs: list[Run], *, retry: bool, dry_run: bool, allow_dirty: bool) -> None:
     """Submit jobs, or print their scripts."""
-    from aimscale.sweeps.engine.slurm_worker import launch_slurm  # submitit is slow to import
+    from aimscale.sweeps.engine.slurm_worker import launch_slurm
 
     submitted = launch_slurm(sweep, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
     for part in submitted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +48,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Machine": {
         "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),
-        "bench": ("aimscale.harness.cli.bench", "Measure training and loading against limits, or a whole GPU."),
+        "bench": ("aimscale.harness.cli.bench", "Measure training and loading, or a whole GPU."),
         "weights": ("aimscale.harness.cli.runs", "Import and export official AIM weights."),
     },
 }
@@ -144,9 +145,25 @@ def _main_options(
     """How do autoregressive image models scale, and what will the next size be worth?"""
 
 
+def _check_surroundings() -> None:
+    """Open standard streams that the caller closed, and check that the working directory exists.
+
+    Raises:
+        UserError: it was deleted.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the process ends
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working directory was deleted; change to another one") from error
+
+
 def main(argv: list[str] | None = None) -> Any:
     """Run the command; print user and disk errors in one sentence and exit with their code, without a traceback."""
     try:
+        _check_surroundings()
         with in_command():
             return typer.main.get_command(app)(args=argv, prog_name="aimscale")
     except Exception as error:

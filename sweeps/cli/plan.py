@@ -13,7 +13,6 @@ from rich.filesize import decimal
 
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.words import Flag
-from aimscale.harness.device.execution import NETWORK_BYTES_PER_S, NVLINK_BYTES_PER_S
 from aimscale.harness.device.gpu_specs import DECODED_PER_S
 from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, print_next
 from aimscale.sweeps.plan.checks import Problem, check, describe_runs, group_findings, raise_on_problems
@@ -111,19 +110,15 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
 
 
 def _assumptions(cards: Sequence[CostCard]) -> Iterator[str]:
-    """Yield the assumptions: device, speed, loading, and the parts of a step's time."""
+    """Yield the assumptions: device, speed and loading."""
     device = cards[0].device
     peaks = {card.precision: device.flops_per_s(card.precision) for card in cards}
     rates = " and ".join(f"{peak / 1e12:.4g} TFLOP/s in {precision}" for precision, peak in peaks.items())
-    known = "measured here" if device.decoded_per_s else "see `aimscale bench data`"
     yield f"{device.name} ({device.why}), {decimal(device.memory_bytes)}"
     yield f"{rates}, MFU {100 * cards[0].rates.mfu:g} %"
-    yield f"{device.decoded_per_s or DECODED_PER_S:,.0f} photographs/s a loader process ({known})"
-    if device.is_gpu and any(card.devices > 1 for card in cards):
-        within, between = NVLINK_BYTES_PER_S / 1e9, NETWORK_BYTES_PER_S / 1e9
-        yield f"{within:g} GB/s within a node, {between:g} GB/s a rank between nodes"
+    yield f"{DECODED_PER_S:,.0f} photographs/s a loader process (see `aimscale bench data`)"
     yield "memory of a rank: z ZeRO stage, m micro-batch, r activations recomputed"
-    yield "step, ms: compute + exposed communication | loading; no start-up"
+    yield "step, ms: computing | loading; the slower one counts, without start-up"
 
 
 def _plan_columns(cards: Sequence[CostCard]) -> list[Column]:
@@ -152,10 +147,9 @@ def _plan_columns(cards: Sequence[CostCard]) -> list[Column]:
 
 
 def _step(card: CostCard) -> str:
-    """Format compute, exposed communication if any, and loading, ms."""
-    times = card.rates.compute_s, card.rates.exposed_communication_s, card.rates.loading_s
-    compute, communication, loading = (f"{1000 * each:,.{0 if each >= 0.01 else 1}f}" for each in times)
-    return f"{compute} + {communication} | {loading}" if times[1] else f"{compute} | {loading}"
+    """Format the time of computing a step and of loading its images, ms."""
+    times = (1000 * card.batch_size / rate for rate in (card.rates.compute_per_s, card.rates.loaded_per_s))
+    return " | ".join(f"{each:,.{0 if each >= 10 else 1}f}" for each in times)
 
 
 def _span(values: Sequence[str]) -> str:

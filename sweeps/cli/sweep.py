@@ -132,7 +132,9 @@ def _exit_code(found: SweepStatus) -> int:
 
 def _next_command(found: SweepStatus) -> tuple[str, ...]:
     """Return the next verb and its options: logs of a failed run, else the verb that continues the sweep."""
-    if in_vain := [line.run_id for line in found.runs if line.state in ("failed", "diverged") and line.log]:
+    ended = ("failed", "diverged", "unfinished")
+    in_vain = [line.run_id for line in found.runs if line.state in ended and line.status.reason_class and line.log]
+    if in_vain:
         return "logs", in_vain[0]
     if found.counts.keys() <= {"finished", "damaged"}:
         return ("report",)

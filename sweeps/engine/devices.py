@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from aimscale.harness.device.execution import DoesNotFitError
-from aimscale.harness.device.gpu_specs import Device, gpus_here
+from aimscale.harness.device.gpu_specs import gpus_here
+from aimscale.harness.run.files import cache_folder, locked
 from aimscale.sweeps.plan.costs import plan_execution
 from aimscale.sweeps.plan.planner import Run
 
@@ -23,9 +25,13 @@ class Machine:
     """Devices of one worker."""
 
     devices: int
-    """GPUs of a node, or concurrent processes if it has no GPU."""
+    """GPUs of a node to use at the same time, or concurrent processes if it has no GPU."""
     gpus: tuple[str, ...] = ()
-    """Values of CUDA_VISIBLE_DEVICES, one per GPU; empty without GPUs."""
+    """Values of CUDA_VISIBLE_DEVICES, one per GPU from which `devices` are chosen; empty without GPUs."""
+    is_shared: bool = False
+    """Whether other launches on this host may use the same devices, each of which is then leased."""
+    needs_gpus: bool = False
+    """Whether GPUs were reserved for the runs, which then fail without one."""
     nodes: int = 1
     """Number of nodes; with more than one, the worker runs on the first."""
     allow_fewer_devices: bool = True
@@ -48,9 +54,8 @@ class Machine:
             return run.devices == self.nodes * self.devices
         if run.devices <= self.devices or not self.allow_fewer_devices or self.memory_bytes is None:
             return run.devices <= self.devices or self.allow_fewer_devices
-        gpu = Device(name="", is_gpu=True, why="", memory_bytes=self.memory_bytes, peak_tflops=1)
         with contextlib.suppress(DoesNotFitError):
-            return bool(plan_execution(run.config, self.devices, gpu, self.devices, 0))
+            return bool(plan_execution(run.config, self.devices, self.memory_bytes))
         return False
 
     def command(self, run_dir: Path, num_devices: int) -> list[str]:
@@ -71,11 +76,13 @@ def local_machine(runs: Sequence[Run], *, devices: int | None = None) -> Machine
     Args:
         devices: number of devices to use; all by default.
     """
-    gpus = visible_gpus()[:devices]
+    gpus = visible_gpus()
     threads = max((run.config.runtime.num_threads for run in runs), default=1)
-    num = len(gpus) or devices or max(1, len(os.sched_getaffinity(0)) // threads)
+    num = min(len(gpus), devices or len(gpus)) or devices or max(1, len(os.sched_getaffinity(0)) // threads)
     memory_bytes = min((num_bytes for _, num_bytes in gpus_here()), default=None) if gpus else None
-    return Machine(devices=num, gpus=tuple(gpus), memory_bytes=memory_bytes)
+    # Slurm gives each job devices of its own, and may number them alike.
+    is_shared = "SLURM_JOB_ID" not in os.environ
+    return Machine(devices=num, gpus=tuple(gpus), memory_bytes=memory_bytes, is_shared=is_shared)
 
 
 def visible_gpus() -> list[str]:
@@ -86,30 +93,55 @@ def visible_gpus() -> list[str]:
 
 
 class DevicePool:
-    """The devices of a machine that no run occupies."""
+    """The devices of a machine, of which no two runs of its launches use one at the same time."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._free = set(range(machine.devices))
+        self._leases: dict[int, contextlib.ExitStack] = {}
+        # A launch that uses some processor cores takes any that no other launch uses.
+        num_cores = len(os.sched_getaffinity(0)) if machine.is_shared else 0
+        self._indices = range(len(machine.gpus) or max(machine.devices, num_cores))
+
+    @property
+    def num_free(self) -> int:
+        """Number of devices that this launch may use and does not."""
+        return self._machine.devices - len(self._leases)
 
     def acquire(self, run: Run) -> tuple[int, ...] | None:
         """Reserve devices for a run and return their indices, or None while too few are free."""
         num = min(run.devices, self._machine.devices)
-        if len(self._free) < num:
-            return None
-        acquired = tuple(sorted(self._free)[:num])
-        self._free -= {*acquired}
-        return acquired
+        acquired: list[int] = []
+        for i in self._indices if num <= self.num_free else ():
+            if len(acquired) < num and i not in self._leases and (lease := self._lease(i)):
+                self._leases[i] = lease
+                acquired.append(i)
+        if len(acquired) == num:
+            return tuple(acquired)
+        self.release(acquired)
+        return None
+
+    def _lease(self, index: int) -> contextlib.ExitStack | None:
+        """Lock a device for this process; None if another launch of this user on this host uses it."""
+        lease = contextlib.ExitStack()
+        if self._machine.is_shared:
+            name = f"gpu-{self._machine.gpus[index]}" if self._machine.gpus else f"core-{index}"
+            path = cache_folder() / "devices" / f"{socket.gethostname()}-{name}"
+            with contextlib.suppress(OSError):  # a home that cannot be written or locked protects no device
+                if not lease.enter_context(locked(path, wait=False)):
+                    return None
+        return lease
 
     def release(self, acquired: Sequence[int]) -> None:
         """Return the devices of a run that has ended."""
-        self._free |= {*acquired}
+        for i in acquired:
+            self._leases.pop(i).close()
 
     def environment(self, acquired: Sequence[int]) -> dict[str, str]:
         """Return the environment variables that confine a run to these GPUs and to its share of the host."""
         gpus = self._machine.gpus
+        told = {"AIMSCALE_DEVICE": "cuda"} if self._machine.needs_gpus else {}
         if not gpus or self._machine.nodes > 1:
-            return {}
-        share = len(acquired) / self._machine.devices
+            return told
+        share = len(acquired) / len(gpus)
         visible = ",".join(gpus[i] for i in acquired)
-        return {"CUDA_VISIBLE_DEVICES": visible, "AIMSCALE_HOST_SHARE": f"{share:.6f}"}
+        return told | {"CUDA_VISIBLE_DEVICES": visible, "AIMSCALE_HOST_SHARE": f"{share:.6f}"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,24 +16,28 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import parse, read_yaml
 from aimscale.harness.run.files import write_text
 from aimscale.harness.run.lock import Lock
+from aimscale.sweeps.engine.active_run import Command
 from aimscale.sweeps.engine.devices import local_machine
-from aimscale.sweeps.engine.processes import Command
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
 from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.slurm.jobs import live_jobs
 from aimscale.sweeps.state.attempts import clear_failure, record_lost_attempt
-from aimscale.sweeps.state.decision import Decision, decide
+from aimscale.sweeps.state.decision import RunState, read_state
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare_directory, unplanned_runs
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.status_view import progress_bar, progress_line, runs_table
 from aimscale.sweeps.table.views import new_console
 
-LOG_INTERVAL_S = 30.0
-LIVE_INTERVAL_S = 0.5
+LOG_INTERVAL_S, LIVE_INTERVAL_S = 30.0, 2.0
+ENDED_BY_HAND = ("failed", "diverged", "cancelled")
+"""States that `--retry` clears."""
+LOOK_SHARE = 0.05
+"""Maximum share of the time that is spent on looking at all runs, to show their progress."""
 
 
 def launch(
@@ -56,7 +60,7 @@ def launch(
         devices: number of GPUs to use, or of processes on a machine without GPUs; by default all, or as many as the
             cores can feed.
         hours: time until this machine is gone; all runs are saved before.
-        retry: clear cancellations and failures first.
+        retry: clear failures and cancellations first.
         show_progress: show progress, as a live table on a terminal; else only events are printed.
         command: replaces the program that executes a run.
 
@@ -71,7 +75,7 @@ def launch(
     deadline = float("inf")
     if hours is not None:
         # Runs stop early enough to save before the time is up, but at most half of a short time is kept for that.
-        deadline = started + 3600 * hours - min(max(grace_period_s(run) for run in runs), 1800 * hours)
+        deadline = started + 3600 * hours - min(max(map(grace_period_s, runs)), 1800 * hours)
     worker = Worker(sweep=loaded, machine=machine, waiting=list(runs), command=command, deadline=deadline)
     with _progress_display(lambda: sweep_status(loaded, runs, cards), show_progress) as report:
         result = run_worker(worker, report)
@@ -79,41 +83,48 @@ def launch(
 
 
 def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
-    """Check the runs that a launch would start, create the sweep's directory and, with `retry`, clear cancellations.
+    """Check the runs that a launch would start, create the sweep's directory, and record attempts that were lost.
+
+    Args:
+        retry: clear failures and cancellations.
 
     Raises:
         SweepError, ConfigError: as in `launch`.
     """
-    raise_on_problems(sweep, [run for run in runs if launch_decision(sweep, run, retry=retry).startable])
+    states = [read_state(run, RunRecord(sweep.run_dir(run.run_id))) for run in runs]
+    raise_on_problems(sweep, [each.run for each in states if _after_launch(each, retry=retry).startable])
     prepare_directory(sweep, runs)
-    for run in runs:
-        record = RunRecord(sweep.run_dir(run.run_id))
+    lost = {each.worker.facts.get("job_id") for each in states if each.state == "dead" and each.worker}
+    job_states = slurm.job_states([str(job_id) for job_id in lost if job_id])
+    for each in states:
+        if each.state == "dead" or (retry and each.state in ENDED_BY_HAND):
+            with contextlib.suppress(UserError, OSError):  # a damaged directory, which the worker reports
+                _close_attempt(each, job_states, retry=retry)
+
+
+def launch_state(sweep: Sweep, run: Run, *, retry: bool) -> RunState:
+    """Return the state of a run as it will be after a launch with `retry`, which clears failures and cancellations."""
+    return _after_launch(read_state(run, RunRecord(sweep.run_dir(run.run_id))), retry=retry)
+
+
+def _after_launch(found: RunState, *, retry: bool) -> RunState:
+    return replace(found, state="unfinished") if retry and found.state in ENDED_BY_HAND else found
+
+
+def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: bool) -> None:
+    """Record the end of an attempt whose worker is gone and, with `retry`, clear failure and cancellation."""
+    record = found.record
+    before, lock = record.claimant(), Lock(record.claim)
+    if record.is_held() or not lock.take():
+        return
+    try:
+        record_lost_attempt(record, before, job_states.get(str(before.facts.get("job_id"))) if before else None)
         if retry:
             record.cancelled.unlink(missing_ok=True)
-        _close_lost_attempt(record, retry=retry)
-
-
-def launch_decision(sweep: Sweep, run: Run, *, retry: bool) -> Decision:
-    """Decide on a run as a launch will after it has, with `retry`, cleared cancellations and failures."""
-    decision = decide(run, RunRecord(sweep.run_dir(run.run_id)))
-    is_freed = retry and decision.verdict in ("cancelled", "failed")
-    return replace(decision, verdict="resume") if is_freed else decision
-
-
-def _close_lost_attempt(record: RunRecord, *, retry: bool) -> None:
-    """Record the end of an attempt whose worker is gone and, with `retry`, clear a failure.
-
-    Damaged directories are skipped.
-    """
-    ended = ("failed", "diverged")
-    with contextlib.suppress(UserError, OSError):
-        if record.read_status().state in ("queued", "running", *(ended if retry else ())):
-            before, lock = record.claimant(), Lock(record.claim)
-            if not record.is_held() and lock.take():
-                record_lost_attempt(record, before, slurm.job_state)
-                if retry and record.read_status().state in ended:
-                    clear_failure(record)
-            lock.release()
+            if record.read_status().state in ("failed", "diverged"):
+                clear_failure(record)
+    finally:
+        lock.release()
 
 
 def load_plan(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:
@@ -156,17 +167,19 @@ def _refuse_new_smallest_budget(sweep: Sweep, runs: Sequence[Run]) -> None:
 @contextmanager
 def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool) -> Iterator[Callable[[Worker], None]]:
     """Yield the progress callback of `run_worker`: a live table on a terminal, else lines, or only events."""
-    console, shown = new_console(), 0.0
+    console, next_look = new_console(), 0.0
     live = Live(console=console, auto_refresh=False, transient=True) if show_progress and console.is_terminal else None
     every = LIVE_INTERVAL_S if live else LOG_INTERVAL_S
 
     def report(worker: Worker) -> None:
-        nonlocal shown
+        nonlocal next_look
         print_events(worker)  # above the table
-        if not show_progress or time.time() - shown < every:
+        started = time.monotonic()
+        if not show_progress or started < next_look:
             return
-        shown = time.time()
         status = get_status()
+        now = time.monotonic()
+        next_look = now + max(every, (now - started) / LOOK_SHARE)
         if live is None:
             print(progress_line(status), flush=True)
             return
@@ -178,10 +191,13 @@ def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool
         yield report
 
 
-def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    """Mark runs that have not ended as cancelled; workers on any machine let those that are running save and exit.
+def cancel(sweep: Sweep, run_ids: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Mark runs as cancelled; workers on any machine let those that are running save and exit, and start none of them.
 
-    No worker starts them before a launch with `retry`. Pending Slurm jobs are cancelled if no run is left for them.
+    Pending Slurm jobs are cancelled if no run is left for them.
+
+    Args:
+        run_ids: runs to cancel; by default all that are planned or executed. Those that have ended stay as they are.
 
     Returns:
         One sentence for each run that was stopped, and one for each that could not be; none if no worker is active.
@@ -191,28 +207,29 @@ def cancel(sweep: Sweep, runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     """
     if not sweep.directory.is_dir():
         raise SweepError(f"sweep '{sweep.name}' was never launched under {sweep.root}; there is nothing to cancel")
-    decisions = [decide(run, RunRecord(sweep.run_dir(run.run_id))) for run in plan(sweep)]
+    runs = plan(sweep)
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in runs]
+    startable = {run.run_id for run, record in zip(runs, records, strict=True) if read_state(run, record).startable}
+    records += [RunRecord(sweep.run_dir(run_id)) for run_id in unplanned_runs(sweep, runs)]
     waiting = []
     if slurm.submissions_file(sweep).is_file():
-        from aimscale.sweeps.slurm.submit import live_jobs  # submitit is slow to import
-
         waiting = [each.info.job_id for each in live_jobs(sweep, slurm.jobs()) if each.info.phase == "pending"]
-    if not waiting and all(decision.verdict != "running" for decision in decisions):
+    active = {record.name for record in records if record.is_held() or record.is_claimed()}
+    if not waiting and not active:
         return [], []
     done: list[str] = []
     failed: list[str] = []
-    chosen = {run.run_id for run in runs}
-    for decision in decisions:
-        record = decision.record
-        if decision.run.run_id not in chosen or not (decision.startable or decision.verdict == "running"):
+    for record in records:
+        if (run_ids and record.name not in run_ids) or record.name not in startable | active:
             continue
         write_text(record.cancelled, "")
-        if decision.verdict != "running":
+        if record.name not in active:
             done.append(f"{record.name}: will not start before `launch --retry`")
         elif record.is_claimed():
             done.append(f"{record.name}: told to save and end")
         else:
-            failed.append(f"{record.name}: its worker is gone; end its process by hand ({decision.why})")
-    if waiting and all(decision.record.cancelled.exists() for decision in decisions if decision.startable):
+            host = record.read_status().host
+            failed.append(f"{record.name}: its worker is gone; end its process on {host} by hand")
+    if waiting and all(RunRecord(sweep.run_dir(name)).cancelled.exists() for name in startable):
         slurm.command("scancel", "--quiet", *waiting)
     return done, failed

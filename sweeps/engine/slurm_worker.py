@@ -1,8 +1,8 @@
 """Worker of a Slurm job: executes runs on the nodes that Slurm allocated, until none is left for it.
 
-The worker is the batch script itself, not a step of srun. It can therefore start steps on several nodes, and it alone
-receives the warning before the time limit, early enough for its runs to save. SIGTERM from Slurm reaches all processes
-of the job.
+The worker (`python -m aimscale.sweeps.engine.slurm_worker SWEEP_DIR NODES DEVICES`) is the batch script itself, not a
+step of srun. It can therefore start steps on several nodes, and it alone receives the warning before the time limit,
+early enough for its runs to save. SIGTERM from Slurm reaches all processes of the job.
 """
 
 from __future__ import annotations
@@ -12,122 +12,128 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from aimscale.aim.errors import UserError
 from aimscale.sweeps.engine.devices import Machine, visible_gpus
-from aimscale.sweeps.engine.launch import launch_decision, load_plan, prepare_launch
+from aimscale.sweeps.engine.launch import launch_state, load_plan, prepare_launch
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
 from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import JobShape, Submission, submit
+from aimscale.sweeps.slurm.jobs import BEGIN_LINE, END_LINE, JobShape
+from aimscale.sweeps.slurm.submit import Submission, submit
 from aimscale.sweeps.state.record import RunRecord
 
 
-class WorkerJobError(RuntimeError):
-    """Error that needs a person; it ends the Slurm job as FAILED."""
+class WorkerJobError(UserError):
+    """Error that needs a person; it ends the Slurm job as FAILED, and `status` shows it."""
+
+    exit_code = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerJob:
-    """Callable that submitit pickles; it reads the sweep anew when the job starts."""
+def execute_job(directory: Path, shape: JobShape) -> str:
+    """Execute runs until none is left for this machine, or until the job has to end; returns how it ended.
 
-    directory: Path
-    """Directory of the sweep."""
-    shape: JobShape
-    """Nodes and devices that the job requested."""
+    Raises:
+        WorkerJobError: no run can be executed here, and the job cannot go on elsewhere or later.
+    """
+    nodes, job_id = slurm.current_nodes(), slurm.current_job_id()
+    skip_failed_here = bool(nodes)
+    with _relay_warnings():
+        while True:
+            sweep, runs, _ = load_plan(str(directory), directory.parent)
+            machine, broken = _find_machine(sweep.file.slurm, shape)
+            runnable = [run for run in runs if machine.can_run(run)]
+            end = float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60 * sweep.file.slurm.time_min)
+            worker = Worker(
+                sweep=sweep,
+                machine=machine,
+                waiting=runs,
+                job_id=job_id,
+                deadline=end - max(map(grace_period_s, runnable), default=0),
+                nodes=nodes,
+                skip_failed_here=skip_failed_here,
+                broken=broken,
+            )
+            result = run_worker(worker, print_events)
+            exclude = _nodes_to_exclude(sweep, result, shape, nodes)
+            if result.interrupted or result.broken or exclude:
+                break
+            if result.remaining and skip_failed_here:
+                skip_failed_here = False  # no other node is left for the runs that failed here
+            elif result.remaining or load_sweep(str(directory), directory.parent).text == sweep.text:
+                break
+    return _requeue_or_finish(result, exclude)
 
-    def __call__(self) -> str:
-        """Execute runs until none is left for this machine, or until the job has to end.
 
-        Raises:
-            WorkerJobError: a run failed for good, or no run can be started.
-        """
-        sweep, runs, _ = load_plan(str(self.directory), self.directory.parent)
-        machine = self._build_machine(sweep)
-        runnable = [run for run in runs if machine.can_run(run)]
-        end = float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60 * sweep.file.slurm.time_min)
-        deadline = end - max((grace_period_s(run) for run in runnable), default=0)
-        nodes, job_id = slurm.current_nodes(), slurm.current_job_id()
-        with _relay_warnings():
-            while True:
-                worker = Worker(
-                    sweep=sweep,
-                    machine=machine,
-                    waiting=list(runs),
-                    job_id=job_id,
-                    deadline=deadline,
-                    skip_failed_on=nodes,
-                )
-                result = run_worker(worker, print_events)
-                exclude = self._nodes_to_exclude(sweep, result.remaining)
-                if result.interrupted or not result.remaining or exclude or not nodes:
-                    break
-                nodes = []  # no other node is left for the runs that failed here
-            for number in (signal.SIGUSR2, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # submitit's handlers would requeue the job a second time
-        return _requeue_or_finish(result, exclude)
+def _find_machine(section: SlurmSection, shape: JobShape) -> tuple[Machine, str | None]:
+    """Return this job's devices, and what they lack of what the job requested, if anything."""
+    gpus = visible_gpus() if section.gpus else []
+    broken = None
+    if section.gpus and len(gpus) < shape.devices:
+        broken = f"{socket.gethostname()} shows this job {len(gpus)} GPUs, and not {shape.devices}"
+    python: Sequence[str] = [sys.executable]
+    if section.python and shape.nodes > 1:  # the worker is inside its container; ranks on other nodes must enter it
+        python = shlex.split(section.python)
+    machine = Machine(
+        devices=shape.devices,
+        gpus=tuple(gpus[: shape.devices]) if shape.nodes == 1 else (),
+        nodes=shape.nodes,
+        allow_fewer_devices=False,
+        needs_gpus=bool(section.gpus),
+        srun=(f"--cpus-per-task={section.cpus_per_task}", *section.srun),  # older srun do not inherit it
+        python=tuple(python),
+    )
+    return machine, broken
 
-    def checkpoint(self) -> Any:
-        """Return the same call for a requeue; submitit calls this if it is stopped before the worker has taken over."""
-        import submitit
 
-        return submitit.helpers.DelayedSubmission(self)
-
-    def _build_machine(self, sweep: Sweep) -> Machine:
-        section = sweep.file.slurm
-        gpus = visible_gpus() if section.gpus and self.shape.nodes == 1 else []
-        if gpus and len(gpus) < self.shape.devices:
-            raise WorkerJobError(f"Slurm gave this job {len(gpus)} GPUs and not {self.shape.devices}; see slurm.gpus")
-        return Machine(
-            devices=self.shape.devices,
-            gpus=tuple(gpus[: self.shape.devices]),
-            nodes=self.shape.nodes,
-            allow_fewer_devices=False,
-            srun=section.srun,
-            # The worker already runs inside its container; ranks on other nodes must enter it.
-            python=tuple(shlex.split(section.python)) if section.python and self.shape.nodes > 1 else (sys.executable,),
-        )
-
-    def _nodes_to_exclude(self, sweep: Sweep, remaining: Sequence[str]) -> tuple[str, ...]:
-        """Return the nodes on which the remaining runs failed, unless too few other nodes exist."""
-        failed = [node for run_id in remaining for node in RunRecord(sweep.run_dir(run_id)).failed_nodes()]
-        partition = os.environ.get("SLURM_JOB_PARTITION")
-        return slurm.nodes_to_exclude(failed, partition, self.shape.nodes)
+def _nodes_to_exclude(sweep: Sweep, result: LaunchResult, shape: JobShape, nodes: Sequence[str]) -> tuple[str, ...]:
+    """Return the nodes on which the remaining runs failed, or that failed, unless too few other nodes exist."""
+    failed = [node for run_id in result.remaining for node in RunRecord(sweep.run_dir(run_id)).failed_nodes()]
+    if result.broken and not result.interrupted and len(nodes) == 1:
+        failed += nodes
+    if failed and (job_id := slurm.current_job_id()):
+        with contextlib.suppress(SweepError):
+            failed = [*slurm.excluded_nodes(job_id), *failed]
+    return slurm.nodes_to_exclude(failed, os.environ.get("SLURM_JOB_PARTITION"), shape.nodes)
 
 
 def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
-    """Requeue this job if it can continue later, and return a message for submitit.
+    """Requeue this job if it can continue later or elsewhere, and say how it ends.
 
     After TERM, Slurm requeues the job itself.
 
     Raises:
-        WorkerJobError: a run failed for good, the job is too short, or it cannot be requeued.
+        WorkerJobError: the node is broken, the job is too short, or it cannot be requeued.
     """
     job_id = slurm.current_job_id()
-    if result.remaining and result.stopped_by in (None, signal.SIGUSR2) and job_id:
-        if not (result.stopped_by or result.finished or result.stopped or exclude):
+    goes_on = result.remaining and result.stopped_by in (None, signal.SIGUSR2) and job_id
+    if goes_on and result.broken and not exclude:
+        raise WorkerJobError(result.broken)
+    if goes_on and (result.interrupted or exclude):
+        has_worked = result.finished or result.stopped or result.retried or result.failed
+        if not (has_worked or result.stopped_by or exclude):
             raise WorkerJobError("this job is too short for any run to save; raise slurm.time_min")
         try:
-            job = slurm.jobs().get(job_id)
+            job = slurm.jobs().get(goes_on)
             if job and job.state == "RUNNING":  # else it was cancelled, or is requeued already
-                slurm.command("scontrol", "requeue", job_id)
+                slurm.command("scontrol", "requeue", goes_on)
                 if exclude:
-                    slurm.command("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
+                    slurm.command("scontrol", "update", f"JobId={goes_on}", f"ExcNodeList={','.join(exclude)}")
                 return "requeued"
         except SweepError as error:
             raise WorkerJobError(f"could not requeue ({error}); `aimscale launch` goes on") from error
     if result.failed:
-        raise WorkerJobError(f"failed: {', '.join(result.failed)}")
+        return f"failed: {', '.join(result.failed)}"
     return "nothing is left" if not result.remaining else "to be continued"
 
 
@@ -140,15 +146,15 @@ def launch_slurm(
         SweepError, DataError: as in `launch` and `submit`.
     """
     if dry_run:
-        raise_on_problems(sweep, [run for run in runs if launch_decision(sweep, run, retry=retry).startable])
+        raise_on_problems(sweep, [run for run in runs if launch_state(sweep, run, retry=retry).startable])
     else:
         prepare_launch(sweep, runs, retry=retry)
     return submit(
         sweep,
-        lambda: [run for run in runs if launch_decision(sweep, run, retry=retry and dry_run).startable],
-        lambda shape: WorkerJob(directory=sweep.directory, shape=shape),
+        lambda: [run for run in runs if launch_state(sweep, run, retry=retry and dry_run).startable],
         allow_dirty=allow_dirty,
         dry_run=dry_run,
+        retry=retry,
     )
 
 
@@ -174,3 +180,22 @@ def _relay_warnings() -> Iterator[None]:
         yield
     finally:
         step.kill()
+
+
+def main() -> int:
+    """Be the worker of a job; the last line of its log says how it ended."""
+    directory, *shape = sys.argv[1:]
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # the batch script ignored it
+    print(f"{BEGIN_LINE}: job {slurm.current_job_id()} on {os.environ.get('SLURM_JOB_NODELIST')}", flush=True)
+    try:
+        nodes, devices = map(int, shape)
+        ending = execute_job(Path(directory), JobShape(nodes=nodes, devices=devices))
+    except UserError as error:
+        print(f"aimscale: {error}", flush=True)
+        return error.exit_code
+    print(f"{END_LINE}: {ending}", flush=True)
+    return int(ending.startswith("failed"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,9 @@ claims a run (`sweeps.state.record`) before the start and keeps the claim until 
 that share the sweep's folder execute each run once. A run that needs more devices than are free is passed over, not
 waited for. Stopping the worker (Ctrl-C, SIGTERM, Slurm's warning) asks every run to save and exit. A run whose
 directory is damaged, or whose end cannot be recorded, is reported and skipped; the others continue.
+
+A run that fails before its first step is given back to workers on other nodes. When two runs in a row do so, the worker
+suspects its own node, and takes no more runs.
 """
 
 from __future__ import annotations
@@ -13,61 +16,38 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import handling_stop_signals
 from aimscale.harness.run.lock import Lock
+from aimscale.sweeps.engine.active_run import ActiveRun, Command, measure_progress, start_run
 from aimscale.sweeps.engine.devices import DevicePool, Machine
-from aimscale.sweeps.engine.processes import Command, Process, RunProcesses
-from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD, Sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.attempts import Outcome, record_end, record_lost_attempt
-from aimscale.sweeps.state.decision import Decision, decide
+from aimscale.sweeps.state.attempts import EARLY_S, Outcome, record_end, record_lost_attempt
+from aimscale.sweeps.state.decision import RunState, read_state
 from aimscale.sweeps.state.record import RunRecord
 
 POLL_S = 0.2
 CANCEL_CHECK_S = 1.0
-"""Interval between checks for cancelled runs, s."""
+"""Interval between checks for cancelled runs and for runs that do not stop, s."""
 RESCAN_S = 10.0
 """Interval between checks of skipped runs, s: another worker may have died."""
 SILENT_AFTER_S, LOST_AFTER_S = 60.0, 900.0
 """A run of another worker whose heartbeat is older than the first, s, may have lost its worker; the worker waits for it
 until the age exceeds the second."""
 MIN_START_TIME_S = 60.0
-"""Minimum remaining time to start a run, s."""
+"""Minimum remaining time to start a run, s, in addition to twice the time that its last start took."""
 
 Report = Callable[["Worker"], None]
 """Callback that receives the worker every few moments, to show its progress."""
-
-
-@dataclass(kw_only=True)
-class ActiveRun:
-    """Run that the worker executes."""
-
-    run: Run
-    record: RunRecord
-    lock: Lock
-    """Claim on the run."""
-    claims: tuple[str, str | None]
-    """Token of this claim, and of the claim of the attempt before."""
-    attempt: int
-    """Number of the attempt, 1 for the first."""
-    evaluation_progress: list[int]
-    """Progress of evaluation at the start, as `RunRecord.evaluation_progress`."""
-    devices: tuple[int, ...]
-    process: Process
-    """Trainer, or the program that starts its ranks; leads its own process group."""
-    started: float = field(default_factory=time.time)
-    """Unix time of the start."""
-    is_stopping: bool = False
-    """Whether it was asked to save and exit."""
 
 
 @dataclass(kw_only=True)
@@ -84,28 +64,63 @@ class Worker:
     """Id of this worker's Slurm job."""
     deadline: float = float("inf")
     """Unix time at which all runs are asked to save and exit."""
-    skip_failed_on: Sequence[str] = ()
-    """Names of this machine's nodes; runs that failed on one of them are left to other workers."""
+    nodes: Sequence[str] = field(default_factory=lambda: [socket.gethostname()])
+    """Names of this machine's nodes."""
+    skip_failed_here: bool = False
+    """Whether runs that failed on one of these nodes are left to other workers."""
+    broken: str | None = None
+    """Reason why this worker takes no more runs, if any."""
     devices: DevicePool = field(init=False)
-    processes: RunProcesses = field(init=False)
     active: list[ActiveRun] = field(default_factory=list)
     ended: dict[str, Outcome] = field(default_factory=dict)
     """Run id -> outcome of its last attempt here."""
     evaluated: dict[str, None] = field(default_factory=dict)
     """Ids of the runs that were evaluated here."""
-    skipped: dict[str, Decision] = field(default_factory=dict)
-    """Last decision on each run that is not executed here."""
+    given_back: dict[str, int] = field(default_factory=dict)
+    """Run id -> number of its attempts here that failed before the first step."""
+    last_given_back: str | None = None
+    """Run id of the last attempt that ended here, if it was given back."""
+    skipped: dict[str, RunState] = field(default_factory=dict)
+    """Last state of each run that is not executed here."""
     events: list[str] = field(default_factory=list)
     """Messages that are not printed yet."""
+    is_late: bool = False
+    """Whether a run was not started because too little time is left."""
     stopping: bool = False
     stopped_by: int | None = None
     """First signal that requested a stop, if any."""
 
     def __post_init__(self) -> None:
         self.devices = DevicePool(self.machine)
-        self.processes = RunProcesses(self.machine, self.command, self.events.append)
-        if self.job_id:  # runs that this job executed before come first
-            self.waiting.sort(key=lambda run: _claiming_job_id(self.sweep, run) != self.job_id)
+        if self.job_id:
+            # Runs that this job executed before come first, then those of its own shape.
+            own = self.machine.nodes * self.machine.devices
+            self.waiting.sort(key=lambda run: (not self._was_claimed(run), run.devices != own))
+
+    def _was_claimed(self, run: Run) -> bool:
+        claimant = RunRecord(self.sweep.run_dir(run.run_id)).claimant()
+        return claimant is not None and claimant.facts.get("job_id") == self.job_id
+
+    def read_state(self, run: Run) -> RunState:
+        """Read the state of a run; `waiting` if it would start, but not here."""
+        found = read_state(run, RunRecord(self.sweep.run_dir(run.run_id)))
+        return replace(found, state="waiting", why=why) if found.startable and (why := self._obstacle(found)) else found
+
+    def _obstacle(self, found: RunState) -> str | None:
+        """Return why a run that can start does not start here."""
+        if self.broken:
+            return self.broken
+        if not self.machine.can_run(found.run):
+            return f"needs {found.run.devices} devices"
+        starts = found.record.read_starts() if self.deadline < float("inf") else []
+        startup_s = (starts[-1].get("startup_s") or 0.0) if starts else 0.0
+        if self.deadline - time.time() < MIN_START_TIME_S + 2 * startup_s:
+            self.is_late = True
+            return "too little time is left here"
+        failed_here = self.skip_failed_here and set(self.nodes) & set(found.record.failed_nodes())
+        if failed_here or self.given_back.get(found.run.run_id, 0) > 1:
+            return f"failed on this node ({found.why})"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +132,13 @@ class LaunchResult:
     evaluated: tuple[str, ...] = ()
     """Runs that it evaluated, in the process that trained them or later."""
     failed: tuple[str, ...] = ()
-    """Runs that failed for good."""
+    """Runs that failed for good, or here before their first step."""
     stopped: tuple[str, ...] = ()
     """Runs that exited on request, saved if there was anything to save."""
-    skipped: tuple[Decision, ...] = ()
-    """Decisions on runs that it did not execute."""
+    retried: tuple[str, ...] = ()
+    """Runs whose last attempt failed, and that are to be tried again."""
+    skipped: tuple[RunState, ...] = ()
+    """States of runs that it did not execute."""
     unplanned: tuple[str, ...] = ()
     """Run directories outside the plan; they trained something else."""
     remaining: tuple[str, ...] = ()
@@ -130,38 +147,40 @@ class LaunchResult:
     """Whether it was asked to stop, or its time was up, before all runs were done."""
     stopped_by: int | None = None
     """First signal that requested a stop, if any."""
+    broken: str | None = None
+    """Reason why it took no more runs before all were done, if any."""
 
 
 def run_worker(worker: Worker, report: Report) -> LaunchResult:
     """Execute the waiting runs until none is left to start; call `report` every few moments."""
-    with contextlib.closing(worker.processes), handling_stop_signals(functools.partial(_on_signal, worker)):
+    with handling_stop_signals(functools.partial(_on_signal, worker)):
         try:
             _run_until_idle(worker, report)
         except BaseException:
             _stop_all(worker)  # let the runs save before the error is raised
             while worker.active:
+                _signal_runs(worker)
                 _collect_ended(worker)
                 time.sleep(POLL_S)
             raise
-    remaining = tuple(
-        run.run_id for run in worker.waiting if worker.machine.can_run(run) and _decide(worker, run).startable
-    )
+
+    def ended(*outcomes: Outcome) -> tuple[str, ...]:
+        return tuple(run_id for run_id, outcome in worker.ended.items() if outcome in outcomes)
+
+    states = {run.run_id: read_state(run, RunRecord(worker.sweep.run_dir(run.run_id))) for run in worker.waiting}
+    remaining = tuple(name for name, each in states.items() if each.startable and worker.machine.can_run(each.run))
     return LaunchResult(
-        finished=tuple(run_id for run_id, outcome in worker.ended.items() if outcome == "finished"),
+        finished=ended("finished"),
         evaluated=tuple(worker.evaluated),
-        failed=tuple(run_id for run_id, outcome in worker.ended.items() if outcome == "failed"),
-        stopped=tuple(run_id for run_id, outcome in worker.ended.items() if outcome == "preempted"),
-        skipped=tuple(decision for run_id, decision in worker.skipped.items() if run_id not in worker.ended),
+        failed=ended("failed", "given back"),
+        stopped=ended("preempted"),
+        retried=ended("retry"),
+        skipped=tuple(found for run_id, found in worker.skipped.items() if run_id not in worker.ended),
         remaining=remaining,
-        interrupted=worker.stopping or bool(remaining and worker.deadline - time.time() < MIN_START_TIME_S),
+        interrupted=worker.stopping or bool(remaining and worker.is_late),
         stopped_by=worker.stopped_by,
+        broken=worker.broken,
     )
-
-
-def _claiming_job_id(sweep: Sweep, run: Run) -> str | None:
-    """Return the id of the Slurm job that claims a run, or claimed it last."""
-    claimant = RunRecord(sweep.run_dir(run.run_id)).claimant()
-    return claimant.facts.get("job_id") if claimant else None
 
 
 def _run_until_idle(worker: Worker, report: Report) -> None:
@@ -174,9 +193,8 @@ def _run_until_idle(worker: Worker, report: Report) -> None:
             _start_waiting_runs(worker)
             scanned, num_active = time.monotonic(), len(worker.active)
         if time.monotonic() - checked > CANCEL_CHECK_S:
-            for active_run in worker.active:
-                if not active_run.is_stopping and active_run.record.cancelled.exists():
-                    _send_stop(worker, active_run)
+            _signal_runs(worker)
+            _check_directory(worker)
             checked = time.monotonic()
         _collect_ended(worker)
         with contextlib.suppress(OSError):  # a log on a full disk is no reason to stop
@@ -186,105 +204,85 @@ def _run_until_idle(worker: Worker, report: Report) -> None:
         time.sleep(POLL_S)
 
 
-def _may_become_free(decision: Decision) -> bool:
-    """Return whether a run of another worker is silent and may be lost.
+def _check_directory(worker: Worker) -> None:
+    """Stop if the sweep's directory was moved or removed; runs would make it anew, and begin again."""
+    if not worker.stopping and not (worker.sweep.directory / SWEEP_RECORD).is_file():
+        worker.broken = f"{worker.sweep.directory} was moved or removed while it was in use"
+        worker.events.append(worker.broken)
+        _stop_all(worker)
 
-    This worker may then be the only one left to resume it.
+
+def _may_become_free(found: RunState) -> bool:
+    """Return whether this worker may yet start a run: no device was free for it, or its worker is silent.
+
+    This worker may then be the only one left to execute it.
     """
+    if found.startable:
+        return True
     heartbeat = None
-    if decision.verdict == "running":
+    if found.is_active:
         with contextlib.suppress(UserError):
-            heartbeat = decision.record.read_status().heartbeat
+            heartbeat = found.record.read_status().heartbeat
     return heartbeat is not None and SILENT_AFTER_S < time.time() - heartbeat < LOST_AFTER_S
 
 
 def _start_waiting_runs(worker: Worker) -> None:
+    _check_directory(worker)
     for run in list(worker.waiting):
-        if worker.stopping:
+        if worker.stopping or not worker.devices.num_free:
             return
-        if not worker.machine.can_run(run):
-            worker.skipped[run.run_id] = _waiting_decision(worker, run, f"needs {run.devices} devices")
-            continue
-        acquired = worker.devices.acquire(run)
-        if acquired is None:
-            continue
-        decision = _try_to_start(worker, run, acquired)
-        if decision is None or decision.verdict in ("finished", "failed", "damaged"):
+        found = worker.read_state(run)
+        if found.startable:
+            if (acquired := worker.devices.acquire(run)) is not None:
+                if (refused := _try_to_start(worker, found, acquired)) is None:
+                    worker.waiting.remove(run)
+                    worker.skipped.pop(run.run_id, None)
+                    continue
+                worker.devices.release(acquired)
+                found = refused
+            elif worker.job_id and run.devices > worker.devices.num_free:
+                return  # the job was sized for this run, which smaller ones would delay
+        elif found.state in ("finished", "failed", "diverged", "damaged"):
             worker.waiting.remove(run)
-        if decision is None:
-            worker.skipped.pop(run.run_id, None)
-        else:
-            worker.devices.release(acquired)
-            worker.skipped[run.run_id] = decision
+        worker.skipped[run.run_id] = found
 
 
-def _waiting_decision(worker: Worker, run: Run, why: str) -> Decision:
-    return Decision(run=run, record=RunRecord(worker.sweep.run_dir(run.run_id)), verdict="waiting", why=why)
-
-
-def _decide(worker: Worker, run: Run) -> Decision:
-    return decide(run, RunRecord(worker.sweep.run_dir(run.run_id)))
-
-
-def _try_to_start(worker: Worker, run: Run, acquired: tuple[int, ...]) -> Decision | None:
-    """Claim a run and start it; return None, or the decision that explains why it was not started."""
-    decision = _decide(worker, run)
-    if not decision.startable:
-        return decision
-    if worker.deadline - time.time() < MIN_START_TIME_S:
-        return _waiting_decision(worker, run, "too little time is left here")
-    record = decision.record
+def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) -> RunState | None:
+    """Claim a run and start it; return None, or the state that explains why it was not started."""
+    run, record = found.run, found.record
     claim = Lock(record.claim)
     try:
-        if set(worker.skip_failed_on) & set(record.failed_nodes()):
-            return _waiting_decision(worker, run, "failed on this node")
         before, status = record.claimant(), record.read_status()
         nodes = os.environ.get("SLURM_JOB_NODELIST", "") if worker.job_id else ""
         holder = claim.take(job_id=worker.job_id, devices=len(acquired) * worker.machine.nodes, nodes=nodes)
         if holder is None:
-            return _decide(worker, run)
-        record_lost_attempt(record, before, slurm.job_state)
-        decision = decide(run, record, holds_claim=True)
-        if decision.startable:
+            return worker.read_state(run)
+        lost_job = before.facts.get("job_id") if before and found.state == "dead" else None
+        record_lost_attempt(record, before, slurm.job_states([lost_job]).get(lost_job) if lost_job else None)
+        found = read_state(run, record, holds_claim=True)
+        if found.startable:
             RunDir.create(record.path, run.config)
             record.write_status(state="queued", reason=None, reason_class=None)
-            active_run = _start(worker, run, record, claim, (holder.token, status.claim), acquired)
+            active_run = start_run(
+                run,
+                record,
+                (worker.command or worker.machine.command)(record.path, len(acquired)),
+                claim=claim,
+                claims=(holder.token, status.claim),
+                devices=acquired,
+                environment=worker.devices.environment(acquired),
+            )
     except (OSError, UserError) as error:
-        decision = Decision(run=run, record=record, verdict="damaged", why=str(error))
-    if not decision.startable:
+        found = replace(found, state="damaged", why=str(error))
+    if not found.startable:
         claim.release()
-        return decision
+        return found
     worker.active.append(active_run)
     if worker.stopping:  # the signal came while it was being started
-        _send_stop(worker, active_run)
+        active_run.stop(worker.machine.stop_signal)
     started = "started" if active_run.attempt == 1 else f"resumed (attempt {active_run.attempt})"
     worker.events.append(f"{started} {record.name}")
     return None
-
-
-def _start(
-    worker: Worker, run: Run, record: RunRecord, claim: Lock, claims: tuple[str, str | None], acquired: tuple[int, ...]
-) -> ActiveRun:
-    attempt = record.next_attempt()
-    environment = os.environ | worker.devices.environment(acquired) | {"AIMSCALE_CLAIM": claims[0]}
-    environment["OMP_NUM_THREADS"] = str(run.config.runtime.num_threads)
-    # srun may have started several workers; a run is not one of their ranks
-    environment.pop("SLURM_STEP_NUM_TASKS", None)
-    if len(acquired) > 1:  # torchrun kills its ranks this long after SIGTERM; the default is 30 s
-        environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_period_s(run))
-    record.logs.mkdir(parents=True, exist_ok=True)
-    log, more_follow = record.attempt_log(attempt), len(worker.waiting) > 1
-    process = worker.processes.start(record.path, len(acquired), environment, log, more_follow=more_follow)
-    return ActiveRun(
-        run=run,
-        record=record,
-        lock=claim,
-        claims=claims,
-        attempt=attempt,
-        evaluation_progress=record.evaluation_progress(),
-        devices=acquired,
-        process=process,
-    )
 
 
 def _collect_ended(worker: Worker) -> None:
@@ -294,25 +292,50 @@ def _collect_ended(worker: Worker) -> None:
         worker.active.remove(active_run)
         worker.devices.release(active_run.devices)
         try:
-            # A time limit of Slurm is no person's request: a run that it stops again and again has failed.
-            stop_requested = (worker.stopping and not worker.job_id) or active_run.record.cancelled.exists()
-            outcome = record_end(
-                active_run.record,
-                active_run.attempt,
-                exit_code,
-                claims=active_run.claims,
-                stop_requested=stop_requested,
-            )
-            worker.events.append(_describe_end(active_run, outcome))
-            if active_run.record.evaluation_progress() != active_run.evaluation_progress:
-                worker.evaluated[active_run.run.run_id] = None
+            outcome = _record_end(worker, active_run, exit_code)
         except (OSError, UserError) as error:
             outcome = "failed"
             worker.events.append(f"left {active_run.record.name}: how it ended cannot be written down ({error})")
         active_run.lock.release()
-        worker.ended[active_run.run.run_id] = outcome
-        if outcome not in ("finished", "failed"):
+        run_id = active_run.run.run_id
+        worker.ended[run_id] = outcome
+        if outcome == "given back":
+            _suspect_node(worker, active_run)
+        elif outcome not in ("finished", "failed"):
             worker.waiting.insert(0, active_run.run)
+        worker.last_given_back = run_id if outcome == "given back" else None
+
+
+def _record_end(worker: Worker, active_run: ActiveRun, exit_code: int) -> Outcome:
+    record = active_run.record
+    if not (worker.sweep.directory / SWEEP_RECORD).is_file():
+        raise UserError(f"{worker.sweep.directory} is gone")
+    progress = measure_progress(record)
+    is_early = progress == active_run.progress and time.time() - active_run.started < EARLY_S
+    outcome = record_end(
+        record,
+        active_run.attempt,
+        exit_code,
+        claims=active_run.claims,
+        # A time limit of Slurm is no person's request: a run that it stops again and again has failed.
+        stop_requested=(worker.stopping and not worker.job_id) or record.cancelled.exists(),
+        failed_early_on=worker.nodes[0] if is_early and len(worker.nodes) == 1 else None,
+    )
+    worker.events.append(active_run.describe_end(outcome))
+    if progress[-2:] != active_run.progress[-2:]:
+        worker.evaluated[active_run.run.run_id] = None
+    return outcome
+
+
+def _suspect_node(worker: Worker, active_run: ActiveRun) -> None:
+    """Leave a run that failed before its first step to other nodes, and all runs if the one before failed so, too."""
+    run_id = active_run.run.run_id
+    worker.waiting.append(active_run.run)
+    worker.given_back[run_id] = worker.given_back.get(run_id, 0) + 1
+    if worker.last_given_back not in (None, run_id) and not worker.broken:
+        why = active_run.record.read_status().reason
+        worker.broken = f"two runs in a row failed on {worker.nodes[0]} before their first step ({why})"
+        worker.events.append(f"{worker.broken}; no more runs are started here")
 
 
 def print_events(worker: Worker) -> None:
@@ -322,24 +345,11 @@ def print_events(worker: Worker) -> None:
     worker.events.clear()
 
 
-def _describe_end(active_run: ActiveRun, outcome: Outcome) -> str:
-    if outcome == "finished":
-        return f"finished {active_run.record.name} in {time.time() - active_run.started:.0f} s"
-    if outcome == "elsewhere":
-        return f"left {active_run.record.name}: another process executes it"
-    if outcome == "preempted":
-        return f"stopped {active_run.record.name}, saved"
-    status = active_run.record.read_status()
-    what = "trying again" if outcome == "retry" else f"see {active_run.record.attempt_log(active_run.attempt)}"
-    return f"failed {active_run.record.name} ({status.reason_class}: {status.reason}); {what}"
-
-
 def _on_signal(worker: Worker, number: int, frame: FrameType | None) -> None:
     """Ask all runs to stop; kill them on a second Ctrl-C."""
     if worker.stopping and number == signal.SIGINT:
         for active_run in worker.active:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(active_run.process.pid, signal.SIGKILL)
+            active_run.kill()
     worker.stopped_by = worker.stopped_by or number
     _stop_all(worker)
 
@@ -350,11 +360,14 @@ def _stop_all(worker: Worker) -> None:
         worker.stopping = True
         worker.events.append("stopping: every run saves first (a second Ctrl-C kills)")
         for active_run in worker.active:
-            _send_stop(worker, active_run)
+            active_run.stop(worker.machine.stop_signal)
 
 
-def _send_stop(worker: Worker, active_run: ActiveRun) -> None:
-    """Ask a run to save and exit; only its main process is signalled, which stops its loader processes itself."""
-    active_run.is_stopping = True
-    with contextlib.suppress(ProcessLookupError):
-        active_run.process.send_signal(worker.machine.stop_signal)
+def _signal_runs(worker: Worker) -> None:
+    """Ask runs that were cancelled to stop, and kill those that have not stopped in time."""
+    for active_run in worker.active:
+        if active_run.kill_at is None and active_run.record.cancelled.exists():
+            active_run.stop(worker.machine.stop_signal)
+        elif active_run.kill_at is not None and time.time() > active_run.kill_at:
+            worker.events.append(f"killing {active_run.record.name}, which did not stop")
+            active_run.kill()

@@ -91,9 +91,7 @@ def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
     """Check what follows from the configuration alone."""
     runtime = run.config.runtime
     yield from _check_call("schedule.warmup_images", schedule_of, run.config)
-    yield from _check_call(
-        "cost.memory_gb", plan_execution, run.config, run.devices, device, sweep.file.slurm.devices_per_node, 0
-    )
+    yield from _check_call("cost.memory_gb", plan_execution, run.config, run.devices, device.memory_bytes)
     stop_s, limit_s = grace_period_s(run), 60 * sweep.file.slurm.time_min
     if stop_s >= limit_s:
         told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"
@@ -101,7 +99,8 @@ def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
     if sweep.file.slurm.python is None:
         yield from _check_call("runtime.loggers", refuse_missing, run.config)
     if runtime.device == "cuda" and not device.is_gpu:
-        yield "runtime.device", "cuda is asked for, and this machine has no GPU; use cpu or auto"
+        where = "slurm.gpus asks for no GPU" if sweep.is_for_slurm else "this machine has no GPU"
+        yield "runtime.device", f"cuda is asked for, and {where}; use cpu or auto"
     if runtime.compile is True and not device.is_gpu:
         import torch
 

@@ -7,16 +7,16 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.harness.bench.expected import Limit, Rates, expected_rates
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
-from aimscale.harness.device.gpu_specs import Device, device_here, nominal_flops_per_s
+from aimscale.harness.device.gpu_specs import CORE_MEMORY_BYTES, DECODED_PER_S, MFU, Device, device_here, find_gpu
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
 from aimscale.harness.probe.cost import CurveCost, ProbeCost, curve_bytes, curve_cost, probe_cost, validation_images
 from aimscale.harness.run.config import RunConfig
@@ -36,14 +36,43 @@ SAVE_BYTES_PER_S = 0.5e9
 
 MAX_DURING_SHARE = 0.1
 """Share of a run's time, 0..1, above which evaluation during training raises a caution."""
+Limit = Literal["compute", "loader"]
 ASSUMED_GPU = "H100"
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
 MIN_VALIDATION_IMAGES = 100
 """Number of validation images below which the loss is uncertain by several per cent."""
 
 
+PHOTOGRAPH_BYTES, MIN_LOADING_SHARE = 51_000, 1 / 12
+"""File size of the images that `DECODED_PER_S` counts, and the share of their time that the smallest image takes.
+Assumption: in between, time is proportional to bytes."""
+
 Finding = tuple[str, str]
 """(key of the sweep file, message)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Speed of all devices of a run together."""
+
+    mfu: float
+    """MFU that is assumed."""
+    flops_per_image: float
+    """FLOPs of training that are executed per image."""
+    compute_per_s: float
+    """Images trained on per second if they are ready."""
+    loaded_per_s: float
+    """Images read per second."""
+
+    @property
+    def images_per_s(self) -> float:
+        """Speed of training, by the slower of both."""
+        return min(self.compute_per_s, self.loaded_per_s)
+
+    @property
+    def limit(self) -> Limit:
+        """The slower of both."""
+        return "loader" if self.loaded_per_s < self.compute_per_s else "compute"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,29 +152,38 @@ def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
 def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
     """Return the device on which all runs are priced.
 
-    This is `cost.device` if it is given; else the GPU that a `slurm` section asks for, or an H100; else this machine's
-        GPU;
-    else one core of this machine.
+    It is `cost.device` if that is given; with a `slurm` section, the GPU that it asks for, an H100 if it names none, or
+    a core of a node; else this machine's GPU, or one of its cores.
 
     Raises:
-        SweepError: `cost.device` is no known GPU, and its peak is not given.
+        SweepError: the name is no known GPU, and its peak and memory are not given.
     """
     cost, slurm = sweep.file.cost, sweep.file.slurm
-    on_slurm = "slurm" in sweep.file.model_fields_set
-    cores = slurm.cpus_per_task if on_slurm else None
     wants_cpu = all(run.config.runtime.device == "cpu" for run in runs)
     if cost.device is not None:
-        if cost.peak_tflops is None and nominal_flops_per_s(cost.device, "bf16") is None:
-            raise SweepError(f"{sweep.source}: no data sheet of cost.device '{cost.device}'; give cost.peak_tflops")
-        found = Device(name=cost.device, is_gpu="cpu" not in cost.device.lower(), why="cost.device", cores=cores)
-    elif on_slurm and slurm.gpus and not wants_cpu:
-        kind = str(slurm.gpus).upper()  # as Slurm names its type, such as a100
-        name = kind if nominal_flops_per_s(kind, "bf16") else ASSUMED_GPU
-        found = Device(name=name, is_gpu=True, why="assumed, since there is a slurm section", cores=cores)
+        name, why, is_gpu = cost.device, "cost.device", "cpu" not in cost.device.lower()
+    elif not sweep.is_for_slurm:
+        found = device_here(wants_cpu=wants_cpu)
+        memory_bytes = found.memory_bytes if cost.memory_gb is None else round(cost.memory_gb * 1e9)
+        return replace(found, peak_tflops=cost.peak_tflops or found.peak_tflops, memory_bytes=memory_bytes)
+    elif wants_cpu or not slurm.gpus:
+        name, why, is_gpu = "CPU", "one core of a Slurm job", False
+    elif slurm.gpus is True:
+        name, why, is_gpu = ASSUMED_GPU, "assumed of Slurm's GPUs, since slurm.gpus names no type", True
     else:
-        found = device_here(wants_cpu=on_slurm or wants_cpu)
-    memory_bytes = found.memory_bytes if cost.memory_gb is None else round(cost.memory_gb * 1e9)
-    return replace(found, peak_tflops=cost.peak_tflops, memory_bytes=memory_bytes)
+        name, why, is_gpu = slurm.gpus, "slurm.gpus", True
+    spec = find_gpu(name)
+    if is_gpu and spec is None and None in (cost.peak_tflops, cost.memory_gb):
+        raise SweepError(f"{sweep.source}: no data sheet of {why} '{name}'; give cost.peak_tflops and cost.memory_gb")
+    usual_bytes = spec.memory_gb * 1e9 if spec else CORE_MEMORY_BYTES * slurm.cpus_per_task
+    return Device(
+        name=name,
+        is_gpu=is_gpu,
+        why=why,
+        memory_bytes=round(usual_bytes if cost.memory_gb is None else cost.memory_gb * 1e9),
+        peak_tflops=cost.peak_tflops,
+        cores=slurm.cpus_per_task if sweep.is_for_slurm else None,
+    )
 
 
 def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
@@ -181,32 +219,29 @@ def to_json(cards: Sequence[CostCard]) -> dict[str, Any]:
 
 
 def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> CostCard:
-    training, evaluation = run.config.training, run.config.evaluation
+    config, training, evaluation = run.config, run.config.training, run.config.evaluation
     model = model_of(training)
     params, flops = model_counts(model)
-    executed, batch_size = unchecked_schedule(run.config).images_planned(), training.optimiser.batch_size
-    unique = training.data.unique_images or _pool_size(sweep, run.config, lookup)
-    probe_arguments = model, flops, run.devices, device.memory_bytes, lookup
-    probes = tuple(probe_cost(section, *probe_arguments) for section in evaluation.probes)
-    measuring = curve_bytes(run.config, lookup)
-    cost, fit = sweep.file.cost, None
+    executed, batch_size = unchecked_schedule(config).images_planned(), training.optimiser.batch_size
+    unique = training.data.unique_images or _pool_size(sweep, config, lookup)
+    measuring, fit = curve_bytes(config, lookup), None
     with contextlib.suppress(DoesNotFitError):
-        fit = plan_execution(run.config, run.devices, device, sweep.file.slurm.devices_per_node, measuring)
-    rates = expected_rates(run.config, run.devices, device, fit, mfu=cost.mfu, lookup=lookup)
-    images_validated = validation_images(evaluation.validation, lookup)
-    steps, num_budgets = executed // batch_size, len(evaluation.budgets)
-    step_s = max(rates.step_s, rates.loading_s) if rates.is_ahead else rates.step_s + rates.loading_s
+        fit = plan_execution(config, run.devices, device.memory_bytes, measuring)
+    rates = _rates(config, run.devices, device, sweep.file.cost.mfu or MFU, lookup)
+
+    def seconds(flops: float, images: float) -> float:
+        return max(flops / (rates.flops_per_image * rates.compute_per_s), images / rates.loaded_per_s)
+
+    arguments = model, flops, run.devices, device.memory_bytes, lookup
     lacks_memory = measuring > 0 and fit is not None and not fit.measures
-    during = CurveCost(points=0, images=0.0, flops=0.0)
-    if not lacks_memory:
-        during = curve_cost(run.config, *probe_arguments)
-    images_evaluated = num_budgets * (images_validated + sum(probe.images for probe in probes))
-    flops_evaluation = num_budgets * (flops.forward * images_validated + sum(probe.flops for probe in probes))
-    flops_per_s = rates.flops_per_image * rates.compute_per_s
-    during_s = max(during.flops / flops_per_s, during.images / rates.loaded_per_s)
-    evaluation_s = during_s + max(flops_evaluation / flops_per_s, images_evaluated / rates.loaded_per_s)
-    training_s = steps * step_s
-    wall_s = training_s + evaluation_s
+    during = CurveCost(points=0, images=0.0, flops=0.0) if lacks_memory else curve_cost(config, *arguments)
+    during_s = seconds(during.flops, during.images)
+    probes = tuple(probe_cost(section, *arguments) for section in evaluation.probes)
+    num_budgets, validated = len(evaluation.budgets), validation_images(evaluation.validation, lookup)
+    flops_at_budgets = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
+    images_at_budgets = num_budgets * (validated + sum(probe.images for probe in probes))
+    training_s = executed / rates.images_per_s
+    evaluation_s = during_s + seconds(flops_at_budgets, images_at_budgets)
     card = CostCard(
         run_id=run.run_id,
         cell=run.cell,
@@ -222,7 +257,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         ),
         images_executed=executed,
         flops_executed=rates.flops_per_image * executed,
-        steps=steps,
+        steps=executed // batch_size,
         batch_size=batch_size,
         lr_peak=training.optimiser.lr_peak,
         devices=run.devices,
@@ -233,18 +268,37 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         stop_s=grace_period_s(run),
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + num_budgets * WEIGHTS_BYTES_PER_PARAM) * params.total,
         probes=probes,
-        flops_evaluation=flops_evaluation + during.flops,
+        flops_evaluation=flops_at_budgets + during.flops,
         points=during.points,
         flops_during=during.flops,
-        share_during=during_s / wall_s,
+        share_during=during_s / (training_s + evaluation_s),
         limit=rates.limit,
         training_s=training_s,
         evaluation_s=evaluation_s,
-        wall_s=wall_s,
-        device_hours=wall_s * run.devices / 3600,
+        wall_s=training_s + evaluation_s,
+        device_hours=(training_s + evaluation_s) * run.devices / 3600,
         cautions=(),
     )
     return replace(card, cautions=tuple(_cautions(run, card, unique, lookup, lacks_memory=lacks_memory)))
+
+
+def _rates(config: RunConfig, num_devices: int, device: Device, mfu: float, lookup: DatasetLookup) -> Rates:
+    """Estimate how fast a run trains on so many devices."""
+    training, runtime = config.training, config.runtime
+    model = model_of(training)
+    flops = executed_flops_per_image(model, mean_scored_tokens(model, training.objective.prefix)).train
+    peak = device.flops_per_s(training.optimiser.precision) * (1 if device.is_gpu else runtime.num_threads)
+    file_bytes = 0.0
+    for source in training.data.sources:
+        info = lookup(source.path)
+        file_bytes += source.probability * (info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES)
+    loaders = max(1, min(runtime.num_workers, device.cores or runtime.num_workers))
+    return Rates(
+        mfu=mfu,
+        flops_per_image=flops,
+        compute_per_s=num_devices * mfu * peak / flops,
+        loaded_per_s=num_devices * loaders * DECODED_PER_S / max(MIN_LOADING_SHARE, file_bytes / PHOTOGRAPH_BYTES),
+    )
 
 
 def _cautions(
@@ -256,7 +310,7 @@ def _cautions(
         unique: U; None if unknown.
         lacks_memory: whether the devices have no memory for evaluation during training.
     """
-    training, rates = run.config.training, card.rates
+    training = run.config.training
     epochs = card.budgets[-1].epochs or 0.0
     if epochs > FAR_TOO_MANY_EPOCHS:
         yield (
@@ -265,8 +319,8 @@ def _cautions(
         )
     elif epochs > MAX_EPOCHS:
         yield "budgets", f"{epochs:.1f} epochs of {unique:,} images, more than {MAX_EPOCHS}"
-    if rates.is_ahead and card.limit == "loader":
-        loaded, wanted = rates.loaded_per_s, card.batch_size / rates.step_s
+    if card.device.is_gpu and card.limit == "loader":
+        loaded, wanted = card.rates.loaded_per_s, card.rates.compute_per_s
         words = f"the loader gives {loaded:,.0f} of the {wanted:,.0f} images/s that training could take"
         yield "runtime.num_workers", f"{words}; raise it (and slurm.cpus_per_task), or pack smaller files"
     if card.fit and card.device.is_gpu and card.batch_size % (card.fit.micro_batch * card.devices):
@@ -321,10 +375,8 @@ _cached_plan = functools.cache(execution_plan)
 """Execution plans, computed once for runs that differ only in their seed."""
 
 
-def plan_execution(
-    config: RunConfig, devices: int, device: Device, devices_per_node: int, measuring: int
-) -> ExecutionPlan:
-    """Choose the ZeRO stage and micro-batch of a run.
+def plan_execution(config: RunConfig, devices: int, device_bytes: int, measuring: int = 0) -> ExecutionPlan:
+    """Choose the ZeRO stage and micro-batch of a run on so many devices.
 
     Args:
         measuring: bytes that evaluation during training needs on each device.
@@ -332,20 +384,14 @@ def plan_execution(
     Raises:
         DoesNotFitError: the run is too large for its devices.
     """
-    return _cached_plan(
-        config.training.model_copy(update={"seed": 0}),
-        config.runtime,
-        pace=device.pace(config, ranks_per_node=devices_per_node),
-        world_size=devices,
-        device_bytes=device.memory_bytes,
-        measuring=measuring,
-    )
+    training = config.training.model_copy(update={"seed": 0})
+    return _cached_plan(training, config.runtime, world_size=devices, device_bytes=device_bytes, measuring=measuring)
 
 
 def grace_period_s(run: Run) -> int:
-    """Return the time a run is given to save, s, between the signal to stop and the kill.
+    """Return the time a run is given to save, s, between the signal to stop and the kill: two saves and a step.
 
-    Slurm's signal, torchrun and the plan use this one number: two saves and a step.
+    Slurm's signal, torchrun and the plan use this one number.
     """
     num_params = model_counts(model_of(run.config.training))[0].total
     save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S

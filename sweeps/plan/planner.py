@@ -34,7 +34,7 @@ from aimscale.harness.run.strict import count
 from aimscale.sweeps.plan.recipes import Recipe, Scale, get_recipe
 from aimscale.sweeps.plan.sweepfile import Fields, Sweep, SweepError, merge
 
-MAX_CELLS, MAX_DEVICES = 100_000, 1_000_000
+MAX_CELLS, MAX_DEVICES = 10_000, 1_000_000
 """Upper limits of a plan."""
 PATH_KEYS = ("path", "train", "test", "cache_dir")
 

@@ -80,16 +80,15 @@ class CostSection(Section):
     """Assumptions of a plan about a device; they are printed beside the numbers."""
 
     device: str | None = None
-    """Name of the device, such as A100. Null: the GPU that a `slurm` section requests, or an H100; without one, this
-    machine's GPU, else one core of this machine."""
+    """Name of the device, such as A100 or A100 80GB. Null: on Slurm what `slurm.gpus` names, or an H100; else this
+    machine's GPU, or one core of this machine."""
     peak_tflops: float | None = Field(None, ge=1e-6, le=1e12)
-    """Dense peak of one device, TFLOP/s; null: the data sheet's at the run's precision (TF32 for fp32), or of a core
-    what is measured here."""
+    """Dense peak of one device, TFLOP/s; null: the data sheet's at the run's precision (TF32 for fp32), or 0.1 for a
+    core."""
     mfu: float | None = Field(None, ge=1e-6, le=1)
-    """Share of that peak at which training executes FLOPs (`aimscale bench train` measures it). Null: 0.40 on a GPU,
-    plus the time of kernel launches; 0.35 on a core, plus the time to move activations."""
+    """Share of that peak at which training executes FLOPs (`aimscale bench train` measures it); null: 0.40."""
     memory_gb: float | None = Field(None, ge=1e-3, le=1e6)
-    """Memory of one device, GB; null: 85 (an 80 GB GPU has 79 GiB), or this machine's."""
+    """Memory of one device, GB; null: the data sheet's, or this machine's."""
     pool_images: Count | None = None
     """Size of the image pool, needed if the data sets are not available to be counted."""
 

@@ -1,1 +1,1 @@
-"""Slurm: its commands, and submission of jobs through submitit."""
+"""Slurm: its commands, and submission of jobs."""

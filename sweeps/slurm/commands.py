@@ -7,7 +7,7 @@ import getpass
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,14 +49,16 @@ class JobInfo:
         return "ended" if self.state in ENDED else "running"
 
 
-def command(*words: str, timeout_s: float = TIMEOUT_S) -> str:
-    """Run one of Slurm's commands and return its output.
+def command(*words: str, timeout_s: float = TIMEOUT_S, text: str = "") -> str:
+    """Run one of Slurm's commands, with `text` on its standard input, and return its output.
 
     Raises:
         SlurmError: it is not installed, fails, or does not answer.
     """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
+        done = subprocess.run(
+            words, input=text, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
+        )
     except OSError as error:
         raise SlurmError(
             f"there is no Slurm here ({words[0]}: {error.strerror}); use --on local, or a login node"
@@ -91,7 +93,7 @@ def jobs() -> dict[str, JobInfo]:
 
 def submissions_file(sweep: Sweep) -> Path:
     """Return the path of the sweep's record of submissions; the file exists from the first submission on."""
-    return sweep.directory / "slurm" / "elements.jsonl"
+    return sweep.directory / "slurm" / "jobs.jsonl"
 
 
 def try_list_jobs() -> dict[str, JobInfo] | None:
@@ -102,16 +104,25 @@ def try_list_jobs() -> dict[str, JobInfo] | None:
         return None
 
 
-def job_state(job_id: str) -> str | None:
-    """Return Slurm's state of a job, from squeue or else from accounting; None if neither knows it."""
-    if known := (try_list_jobs() or {}).get(job_id):
-        return known.state
-    with contextlib.suppress(SlurmError):
-        for line in command("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", job_id).splitlines():
-            name, _, state = line.partition("|")
-            if name == job_id and state.strip():
-                return state.split()[0]  # of `CANCELLED by 0`
-    return None
+def job_states(job_ids: Collection[str]) -> dict[str, str]:
+    """Return Slurm's states of jobs, by one squeue and, for those it has forgotten, one sacct; unknown ones lack."""
+    if not job_ids:
+        return {}
+    listed = try_list_jobs() or {}
+    found = {job_id: listed[job_id].state for job_id in job_ids if job_id in listed}
+    if forgotten := sorted(set(job_ids) - found.keys()):
+        with contextlib.suppress(SlurmError):
+            for line in command("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", ",".join(forgotten)).splitlines():
+                name, _, state = line.partition("|")
+                if name in forgotten and state.strip():
+                    found[name] = state.split()[0]  # of `CANCELLED by 0`
+    return found
+
+
+def excluded_nodes(job_id: str) -> list[str]:
+    """Return the nodes that a job excludes."""
+    listed = command("squeue", "--noheader", "--array", f"--jobs={job_id}", "-o", "%x").strip()
+    return [] if listed in ("", "(null)", "N/A") else _host_names(listed)
 
 
 def nodes_to_exclude(failed: Sequence[str], partition: str | None, num_needed: int) -> tuple[str, ...]:
@@ -137,5 +148,9 @@ def current_job_id() -> str | None:
 
 def current_nodes() -> list[str]:
     """Return the names of the nodes of this process's job."""
-    listed = os.environ.get("SLURM_JOB_NODELIST", "")  # one name, or names[1-2,7]
+    return _host_names(os.environ.get("SLURM_JOB_NODELIST", ""))
+
+
+def _host_names(listed: str) -> list[str]:
+    """Expand a list of hosts: one name, or names[1-2,7]."""
     return command("scontrol", "show", "hostnames", listed).split() if set("[,") & set(listed) else listed.split()

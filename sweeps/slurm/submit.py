@@ -1,4 +1,4 @@
-"""Submit Slurm jobs through submitit: one job array per shape (nodes x devices).
+"""Submit Slurm jobs: one job array per shape (nodes x devices).
 
 A job is a worker (`sweeps.engine.slurm_worker`) and is tied to no run. A launch therefore submits one job for each run
 that can start, less the jobs that already wait or run without one.
@@ -6,45 +6,28 @@ that can start, less the jobs that already wait or run without one.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import hashlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.slurm.slurm import _make_sbatch_string
-
-from aimscale.harness.run.lock import Lock, is_held, read_holder
+from aimscale.harness.run.lock import Lock, read_holder
 from aimscale.harness.run.provenance import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.slurm.jobs import JobArray, JobShape, failed_jobs, live_jobs, record_array
 from aimscale.sweeps.state.record import RunRecord
 
-
-@dataclass(frozen=True, kw_only=True)
-class JobShape:
-    """Resources that a job requests."""
-
-    nodes: int
-    devices: int
-    """Number of devices of each node."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LiveJob:
-    """Job of the sweep that waits or runs."""
-
-    info: slurm.JobInfo
-    shape: JobShape
-    is_busy: bool
-    """Whether it executes a run."""
+WORKER_MODULE = "aimscale.sweeps.engine.slurm_worker"
+LOCK_TIMEOUT_S = 300.0
+"""Time to wait for another launch that submits, s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,56 +61,61 @@ def job_shape(run: Run, section: SlurmSection) -> JobShape:
     return JobShape(nodes=run.devices // devices, devices=devices)
 
 
-def live_jobs(sweep: Sweep, known: dict[str, slurm.JobInfo]) -> list[LiveJob]:
-    """Return the jobs of the sweep that wait or run."""
-    try:
-        lines = [json.loads(line) for line in slurm.submissions_file(sweep).read_text().splitlines()]
-    except FileNotFoundError:
-        return []
-    claims = sweep.runs_dir.glob("*/claim")
-    busy = {holder.facts.get("job_id") for path in claims if (holder := read_holder(path)) and is_held(path)}
-    found = []
-    for line in lines:
-        names = [f"{line['job_id']}_{i}" for i in range(line["number"])] if line["number"] > 1 else [line["job_id"]]
-        jobs = [known[name] for name in names if name in known]
-        shape = JobShape(nodes=line["shape"]["nodes"], devices=line["shape"]["devices"])
-        found += [LiveJob(info=job, shape=shape, is_busy=job.job_id in busy) for job in jobs if job.phase != "ended"]
-    return found
-
-
 def submit(
     sweep: Sweep,
     list_runs: Callable[[], Sequence[Run]],
-    make_job: Callable[[JobShape], Callable[[], Any]],
     *,
     allow_dirty: bool = False,
     dry_run: bool = False,
+    retry: bool = False,
 ) -> list[Submission]:
     """Submit the jobs that are missing and return at once; a dry run asks Slurm nothing and writes nothing.
 
     Args:
         list_runs: returns the runs to start; called while no other launch submits.
-        make_job: makes the callable that a job of this shape executes.
+        retry: submit a script again although all its jobs failed before their workers began.
 
     Raises:
-        SweepError, SlurmError: there is no Slurm, the source tree has uncommitted changes, or Slurm refuses a job.
+        SweepError, SlurmError: there is no Slurm, the source tree has uncommitted changes, Slurm refuses a job, or all
+            jobs with the same script failed.
     """
     if set(str(sweep.directory)) & set("%\\"):
         raise SweepError(f"Slurm would read '%' and '\\' in {sweep.directory} as patterns; choose another --root")
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
-    batch = _Batch(sweep=sweep, snapshot=snapshot, make_job=make_job, dry_run=dry_run)
+    batch = _Batch(sweep=sweep, snapshot=snapshot, dry_run=dry_run, retry=retry)
     if dry_run:
         return batch.submit(list_runs())
-    lock = Lock(batch.folder / "lock")
-    while lock.take() is None:
-        time.sleep(0.2)  # another launch submits
-    try:
-        batch.live = live_jobs(sweep, slurm.jobs())
+    with _hold_submissions(sweep.directory / "slurm" / "lock"):
+        batch.known = slurm.jobs()
         if snapshot:
             make_snapshot(snapshot)
         return batch.submit(list_runs())
+
+
+@contextlib.contextmanager
+def _hold_submissions(path: Path) -> Iterator[None]:
+    """Hold the lock of submissions for the block.
+
+    Raises:
+        SweepError: another launch holds it for too long.
+    """
+    lock, deadline, is_told = Lock(path), time.monotonic() + LOCK_TIMEOUT_S, False
+    while lock.take() is None:
+        other = read_holder(path)
+        who = f"process {other.pid} on {other.host}" if other else "another process"
+        if not is_told:
+            _print(f"waiting for {who}, which submits jobs of this sweep")
+            is_told = True
+        if time.monotonic() > deadline:
+            raise SweepError(f"{who} has been submitting for {LOCK_TIMEOUT_S:.0f} s; end it, then launch again")
+    try:
+        yield
     finally:
         lock.release()
+
+
+def _print(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def distribute_jobs(free: int, num_wanted: Sequence[int]) -> list[int]:
@@ -140,133 +128,108 @@ def distribute_jobs(free: int, num_wanted: Sequence[int]) -> list[int]:
     return granted
 
 
-@dataclass(kw_only=True)
 class _Batch:
     """Job arrays of one launch."""
 
-    sweep: Sweep
-    snapshot: Snapshot | None
-    make_job: Callable[[JobShape], Callable[[], Any]]
-    dry_run: bool
-    live: Sequence[LiveJob] = ()
-    """Jobs of the sweep that wait or run."""
-
-    @property
-    def section(self) -> SlurmSection:
-        """Section `slurm` of the sweep file."""
-        return self.sweep.file.slurm
-
-    @property
-    def folder(self) -> Path:
-        """Folder of scripts, logs, and the record of submissions."""
-        return self.sweep.directory / "slurm"
+    def __init__(self, *, sweep: Sweep, snapshot: Snapshot | None, dry_run: bool, retry: bool) -> None:
+        self.sweep, self.section, self.folder = sweep, sweep.file.slurm, sweep.directory / "slurm"
+        self.snapshot, self.dry_run, self.retry = snapshot, dry_run, retry
+        self.launch = uuid.uuid4().hex[:8]
+        self.known: dict[str, slurm.JobInfo] = {}
 
     def submit(self, runs: Sequence[Run]) -> list[Submission]:
-        """Submit one array per shape, within `max_parallel` jobs.
-
-        A shape for which no job is left gets one that waits for the end of the others.
-        """
+        """Submit one array per shape, within `max_parallel` jobs; shapes for which none is left get none."""
         by_shape: dict[JobShape, list[Run]] = {}
         for run in runs:
             by_shape.setdefault(job_shape(run, self.section), []).append(run)
-        num_wanted = [self._jobs_needed(shape, shape_runs) for shape, shape_runs in by_shape.items()]
-        numbers = distribute_jobs(self.section.max_parallel - len(self.live), num_wanted)
-        submitted: list[Submission] = []
-        earlier = list(dict.fromkeys(each.info.job_id.split("_")[0] for each in self.live))
-        for (shape, shape_runs), want, num_jobs in zip(by_shape.items(), num_wanted, numbers, strict=True):
-            if num_jobs:
-                new = self._submit_arrays(shape, shape_runs, num_jobs, [])
-            elif want and all(each.shape != shape for each in self.live):
-                new = self._submit_arrays(shape, shape_runs, 1, earlier)
-            else:
-                continue
-            submitted += new
-            earlier += [each.job_id or "EARLIER_ARRAY" for each in new]
-        return submitted
+        live = live_jobs(self.sweep, self.known)
+        num_wanted = [
+            max(0, len(shape_runs) - sum(job.shape == shape and not job.is_busy for job in live))
+            for shape, shape_runs in by_shape.items()
+        ]
+        numbers = distribute_jobs(self.section.max_parallel - len(live), num_wanted)
+        for shape, want, num_jobs in zip(by_shape, num_wanted, numbers, strict=True):
+            if want and not num_jobs and all(job.shape != shape for job in live):
+                _print(
+                    f"no job for {len(by_shape[shape])} runs of {shape.nodes} x {shape.devices}: slurm.max_parallel is "
+                    f"reached; launch again when jobs have ended"
+                )
+        return [
+            submission
+            for (shape, shape_runs), num_jobs in zip(by_shape.items(), numbers, strict=True)
+            for submission in self._submit_arrays(shape, shape_runs, num_jobs)
+        ]
 
-    def _jobs_needed(self, shape: JobShape, runs: Sequence[Run]) -> int:
-        """Return the number of jobs that these runs need beyond the idle jobs of their shape."""
-        idle = sum(each.shape == shape and not each.is_busy for each in self.live)
-        return max(0, len(runs) - idle)
-
-    def _submit_arrays(
-        self, shape: JobShape, runs: Sequence[Run], num_jobs: int, after_jobs: Sequence[str]
-    ) -> list[Submission]:
+    def _submit_arrays(self, shape: JobShape, runs: Sequence[Run], num_jobs: int) -> Iterator[Submission]:
         """Submit the jobs as one array, or as several if Slurm limits their length; record each at once."""
+        if not num_jobs:
+            return
         failed = [node for run in runs for node in RunRecord(self.sweep.run_dir(run.run_id)).failed_nodes()]
         longest, excluded = num_jobs, tuple(dict.fromkeys(failed))
         if not self.dry_run:
             longest = slurm.max_array_size()
             excluded = slurm.nodes_to_exclude(excluded, self.section.partition, shape.nodes)
-        fields = self._sbatch_parameters(shape, runs, excluded, after_jobs)
-        done = []
         for first in range(0, num_jobs, longest):
             size = min(longest, num_jobs - first)
-            fields["array_parallelism"] = size
-            done.append(
-                Submission(
-                    shape=shape,
-                    num_jobs=size,
-                    num_runs=len(runs),
-                    excluded=excluded,
-                    script=self._script(fields, size),
-                    job_id=None if self.dry_run else self._submit(fields, shape, size),
-                )
+            script = self._script(shape, runs, excluded, size)
+            yield Submission(
+                shape=shape,
+                num_jobs=size,
+                num_runs=len(runs),
+                excluded=excluded,
+                script=script,
+                job_id=None if self.dry_run else self._submit_script(script, shape, runs, size),
             )
-        return done
 
-    def _sbatch_parameters(
-        self, shape: JobShape, runs: Sequence[Run], excluded: Sequence[str], after_jobs: Sequence[str]
-    ) -> dict[str, Any]:
-        """Return submitit's parameters for an array."""
+    def _submit_script(self, script: str, shape: JobShape, runs: Sequence[Run], size: int) -> str:
+        # Without what changes from one launch to the next: the number of jobs, and the nodes to be excluded.
+        digest = hashlib.sha256(self._script(shape, runs, (), 1).encode()).hexdigest()[:16]
+        failed = [] if self.retry else failed_jobs(self.sweep, self.known, script=digest)
+        if failed and not any(job.has_begun for job in failed):
+            raise SweepError(
+                f"all {len(failed)} jobs of the last launch ended before their workers began: {failed[-1].why} (see "
+                f"{failed[-1].log}); mend slurm.setup or slurm.python, or submit the same again by --retry"
+            )
+        job_id = slurm.command("sbatch", "--parsable", text=script).strip().partition(";")[0]
+        array = JobArray(job_id=job_id, number=size, shape=shape, launch=self.launch, script=digest)
+        record_array(self.sweep, array)
+        return job_id
+
+    def _script(self, shape: JobShape, runs: Sequence[Run], excluded: Sequence[str], size: int) -> str:
+        """Return the batch script, which becomes the worker."""
         section = self.section
-        delay_s = max(grace_period_s(run) for run in runs)
-        # The batch script becomes the worker. Slurm signals it alone (B:), and it signals its runs.
-        options = {"requeue": True, "signal": f"B:USR2@{delay_s}", **section.extra}
-        if after_jobs:
-            own = [section.extra["dependency"]] if "dependency" in section.extra else []
-            options |= {
-                "dependency": ",".join([*own, ":".join(["afterany", *after_jobs])]),
-                "kill-on-invalid-dep": "yes",
-            }
-        fields: dict[str, Any] = {
-            "job_name": f"aimscale-{self.sweep.name}",
+        options: dict[str, object] = {
+            "job-name": f"aimscale-{self.sweep.name}",
             "partition": section.partition,
             "time": section.time_min,
             "nodes": shape.nodes,
-            "ntasks_per_node": shape.devices,
-            "cpus_per_task": section.cpus_per_task,
-            "gpus_per_node": section.gpu_request(shape.devices),
+            "ntasks-per-node": shape.devices,
+            "cpus-per-task": section.cpus_per_task,
+            "gpus-per-node": section.gpu_request(shape.devices),
             "exclude": ",".join(excluded) or None,
-            "use_srun": False,
-            "stderr_to_stdout": True,
-            "setup": [*_environment(self.snapshot), *section.setup],
-            "additional_parameters": options,
+            "array": f"0-{size - 1}%{size}" if size > 1 else None,
+            "output": self.folder / ("%A_%a.out" if size > 1 else "%j.out"),
+            "open-mode": "append",
+            "requeue": True,
+            # Slurm signals the batch script alone (B:), and that signals its runs.
+            "signal": f"B:USR2@{max(map(grace_period_s, runs))}",
+            **section.extra,
         }
-        return {key: value for key, value in fields.items() if value is not None}
+        python = section.python or shlex.quote(sys.executable)
+        words = [WORKER_MODULE, str(self.sweep.directory), str(shape.nodes), str(shape.devices)]
+        lines = [
+            "#!/bin/bash",
+            *(_sbatch_line(name, value) for name, value in options.items() if value is not None),
+            "trap '' USR2",  # until the worker handles it; it knows its time limit
+            *_environment(self.snapshot),
+            *section.setup,
+            f"exec {python} -u -m {shlex.join(words)}",
+        ]
+        return "\n".join(lines) + "\n"
 
-    @property
-    def _python(self) -> str:
-        return f"exec {self.section.python or shlex.quote(sys.executable)}"
 
-    def _script(self, fields: dict[str, Any], size: int) -> str:
-        """Return the sbatch script as submitit writes it."""
-        words = f"{self._python} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
-        return _make_sbatch_string(words, self.folder, map_count=size if size > 1 else None, **fields)
-
-    def _submit(self, fields: dict[str, Any], shape: JobShape, size: int) -> str:
-        try:
-            # Retries are bounded by progress (sweeps.state.attempts), not by submitit's count of timeouts.
-            executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=1_000_000, python=self._python)
-            executor.update_parameters(**fields)
-            with executor.batch():
-                jobs = [executor.submit(self.make_job(shape)) for _ in range(size)]
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise slurm.SlurmError(f"Slurm refused the job: {slurm.shorten_error(str(error))}") from error
-        job_id = str(jobs[0].job_id).split("_")[0]
-        with slurm.submissions_file(self.sweep).open("a") as file:
-            file.write(json.dumps({"job_id": job_id, "number": size, "shape": asdict(shape)}) + "\n")
-        return job_id
+def _sbatch_line(name: str, value: object) -> str:
+    return f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
 
 
 def _environment(snapshot: Snapshot | None) -> list[str]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from aimscale.harness.run.directory import (
     EXIT_CRASHED,
@@ -23,9 +23,10 @@ from aimscale.harness.run.directory import (
 from aimscale.harness.run.lock import Holder
 from aimscale.sweeps.state.record import RunRecord
 
-Outcome = Literal["finished", "preempted", "retry", "failed", "elsewhere"]
+Outcome = Literal["finished", "preempted", "retry", "failed", "given back", "elsewhere"]
 """Outcome of an attempt. `preempted`: stopped, can resume later; `retry`: failed, try again now; `failed`: failed for
-good, until a person clears the failure; `elsewhere`: another process executes the run."""
+good, until a person clears the failure; `given back`: failed before its first step, which may be the node's fault, so
+that another node tries it; `elsewhere`: another process executes the run."""
 
 MAX_ATTEMPTS_WITHOUT_PROGRESS: dict[ReasonClass, int] = {
     "node": 3,
@@ -41,6 +42,10 @@ MAX_ATTEMPTS_WITHOUT_PROGRESS: dict[ReasonClass, int] = {
 Node failures and time limits are not the run's fault. Out of memory and crashes may be caused once by another process
 or by the network. Other failures would repeat.
 """
+EARLY_S = 120.0
+"""Time within which an attempt without progress counts as one that failed before its first step, s."""
+NODE_REASONS = ("node", "code", "data")
+"""Reasons that a broken node may have: an error of its GPU or its driver, a folder that is not mounted."""
 RANK_EXIT_TIMEOUT_S = 10.0
 """Time to wait for the ranks of a killed torchrun to exit, s: a process on a GPU takes seconds to free its memory."""
 
@@ -48,7 +53,13 @@ _OUT_OF_MEMORY = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", 
 
 
 def record_end(
-    run: RunRecord, attempt: int, exit_code: int, *, claims: tuple[str, str | None], stop_requested: bool
+    run: RunRecord,
+    attempt: int,
+    exit_code: int,
+    *,
+    claims: tuple[str, str | None],
+    stop_requested: bool,
+    failed_early_on: str | None = None,
 ) -> Outcome:
     """Record how an attempt ended and return what follows; the caller holds the claim.
 
@@ -58,6 +69,7 @@ def record_end(
         exit_code: of the process, negative for a signal.
         claims: token of the claim under which the attempt started, and the token that `status.json` held before.
         stop_requested: whether a person asked the run to stop.
+        failed_early_on: node of an attempt that ended before its first step; None if it made progress.
     """
     if _is_held_elsewhere(run, exit_code, claims):
         return "elsewhere"  # this attempt never got the run's lock, or lost it
@@ -72,8 +84,12 @@ def record_end(
     run.write_status(
         state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=reason_class
     )
-    _append_attempt(run, attempt, exit_code, reason, reason_class, run.read_status().failed_on or "")
-    return "retry" if may_retry(run) else "failed"
+    node = run.read_status().failed_on or failed_early_on or ""
+    if failed_early_on and reason_class in NODE_REASONS and not set(run.nodes_given_back()) - {node}:
+        _append_attempt(run, attempt, exit_code, reason, reason_class, node, given_back=True)
+        return "given back"
+    _append_attempt(run, attempt, exit_code, reason, reason_class, node)
+    return "retry" if may_retry(run.read_attempts(), reason_class) else "failed"
 
 
 def _is_held_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | None]) -> bool:
@@ -105,7 +121,7 @@ def _record_preemption(run: RunRecord, attempt: int, exit_code: int, stop_reques
     if run.cancelled.exists():
         reason = "cancelled"
     _append_attempt(run, attempt, exit_code, reason, None if stop_requested else "timeout")
-    if not stop_requested and not may_retry(run, "timeout"):
+    if not stop_requested and not may_retry(run.read_attempts(), "timeout"):
         reason = (
             f"stopped {MAX_ATTEMPTS_WITHOUT_PROGRESS['timeout']} times before it saved anything new; give it more time "
             f"(slurm.time_min) or save more often (runtime.checkpoint_every_images)"
@@ -130,7 +146,7 @@ def failure_reason(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, R
     return reason, kinds.get(exit_code, "code")
 
 
-def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: Callable[[str], str | None]) -> None:
+def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: str | None) -> None:
     """Record the end of an attempt that was lost together with its worker; the caller holds the claim.
 
     Causes are a node that died or a container out of memory. Without this record, a run that kills every worker would
@@ -138,7 +154,7 @@ def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: Callab
 
     Args:
         worker: the holder of the claim before.
-        job_state: returns Slurm's state of a job, from squeue or sacct; None if neither knows it.
+        job_state: Slurm's state of its job, from squeue or sacct; None if neither knows it.
     """
     status = run.read_status()
     if worker is None or status.state not in ("running", "queued") or run.is_held():
@@ -146,7 +162,7 @@ def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: Callab
     job_id = worker.facts.get("job_id")
     if job_id:
         nodes = str(worker.facts.get("nodes") or "")
-        reason, reason_class, state = job_failure(job_state(job_id), run.job_log(job_id), nodes)
+        reason, reason_class, state = job_failure(job_state, run.job_log(job_id), nodes)
     else:
         nodes = ""
         reason, reason_class, state = "killed with its launcher, or the machine stopped", "node", "failed"
@@ -158,7 +174,10 @@ def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: Callab
 def job_failure(
     job_state: str | None, log: Path, nodes: str
 ) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
-    """Return reason, reason class and run state after a Slurm job that ended without a message from the run."""
+    """Return reason, reason class and run state after a Slurm job that ended without a message from the run.
+
+    A job that Slurm preempted or started again is no fault of its node or its run.
+    """
     state = (job_state or "").split(" ")[0]
     last_start = _read_text(log).rpartition("Starting with")[2]  # slurmstepd writes there why it killed a process
     if state == "OUT_OF_MEMORY" or (state == "FAILED" and _OUT_OF_MEMORY.search(last_start)):
@@ -174,8 +193,8 @@ def job_failure(
             return f"the job failed and gave no reason; see {log}", "code", "failed"
         case "":
             return "Slurm no longer knows the job", "node", "failed"
-        case _:  # the job was requeued, or is in a state not listed here
-            return f"its job lost its node, or was started again before it could save ({state})", "node", "failed"
+        case _:
+            return f"its job was preempted or started again before it could save ({state})", None, "preempted"
 
 
 def _read_text(log: Path) -> str:
@@ -185,18 +204,17 @@ def _read_text(log: Path) -> str:
         return ""
 
 
-def may_retry(run: RunRecord, reason_class: ReasonClass | None = None) -> bool:
-    """Return whether a run that failed for this reason, by default the one in its status, may be retried.
+def may_retry(attempts: Sequence[dict[str, Any]], reason_class: ReasonClass | None) -> bool:
+    """Return whether a run with these ended attempts, the last of which failed for this reason, may be retried.
 
-    Counts the last attempts in a row that saved nothing new, including the one that saved last. Attempts that finished
-    or that a person stopped are not counted.
+    Counts the last attempts in a row that saved nothing new, including the one that saved last. Attempts that finished,
+    that a person stopped or that were given back are not counted.
     """
-    reason_class = reason_class or run.read_status().reason_class
     num, saved = 0, None
-    for ended in run.read_attempts():
+    for ended in attempts:
         if ended.get("forgiven"):
             num, saved = 0, None
-        elif ended["reason_class"] is not None:
+        elif ended["reason_class"] is not None and not ended.get("given_back"):
             num = num + 1 if ended["saved"] == saved else 1
             saved = ended["saved"]
     return reason_class is None or num < MAX_ATTEMPTS_WITHOUT_PROGRESS[reason_class]
@@ -217,6 +235,7 @@ def _append_attempt(
     node: str = "",
     *,
     was_lost: bool = False,
+    given_back: bool = False,
 ) -> None:
     """Append an attempt to the record; with `was_lost`, its end is the time of its last heartbeat."""
     now = (run.read_status().heartbeat if was_lost else None) or time.time()
@@ -229,7 +248,8 @@ def _append_attempt(
         reason_class=reason_class,
         reason=reason,
         # With several nodes it is unknown which one failed.
-        failed_nodes=[node] if reason_class == "node" and node and not set(node) & set(",[") else [],
+        failed_nodes=[node] if (reason_class == "node" or given_back) and node and not set(node) & set(",[") else [],
+        **({"given_back": True} if given_back else {}),
     )
 
 

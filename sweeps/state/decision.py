@@ -1,68 +1,112 @@
-"""Decisions: whether a worker starts a run or leaves it, and why."""
+"""State of a run, by its directory and its locks: the one answer for `status`, `launch`, `cancel` and workers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.probe.pending_evaluations import Pending, pending_work
 from aimscale.harness.run.config import load_run_config
+from aimscale.harness.run.directory import Status
+from aimscale.harness.run.lock import Holder
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.state.attempts import may_retry
 from aimscale.sweeps.state.record import RunRecord
 
-Verdict = Literal["start", "resume", "finished", "running", "waiting", "cancelled", "failed", "damaged"]
-"""Verdict on a run; `waiting` means that it needs another machine, or more time than this one has."""
+State = Literal[
+    "not started", "queued", "waiting", "starting", "running", "dead", "unfinished", "cancelled", "failed", "diverged",
+    "finished", "damaged",
+]  # fmt: skip
+"""State of a run. `queued`: a pending Slurm job will take it; `waiting`: it needs more time than this worker has, or
+another machine; `starting`: a worker has claimed it; `dead`: its status is running, but no process executes it;
+`unfinished`: its progress is saved, and no worker continues it. The next worker starts runs that are not started, dead
+or unfinished."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
-    """Verdict on one run."""
+class RunState:
+    """State of one run, and what was read to tell it."""
 
     run: Run
     record: RunRecord
-    verdict: Verdict
-    """Verdict; runs with `start` and `resume` are started, the others are skipped."""
+    state: State
     why: str = ""
+    """Reason of the state: where it runs, why it failed, what is missing."""
+    status: Status = field(default_factory=Status)
+    """Status that the run wrote last."""
+    missing: tuple[Pending, ...] = ()
+    """Training and evaluations that it lacks."""
+    attempts: tuple[dict[str, Any], ...] = ()
+    """Its ended attempts, as `RunRecord.read_attempts`."""
+    worker: Holder | None = None
+    """Worker that claims it, or claimed it last."""
 
     @property
     def startable(self) -> bool:
-        """Whether the run can be started."""
-        return self.verdict in ("start", "resume")
+        """Whether a worker would start it."""
+        return self.state in ("not started", "dead", "unfinished")
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a process or a worker holds it."""
+        return self.state in ("running", "starting")
 
 
-def decide(run: Run, record: RunRecord, *, holds_claim: bool = False) -> Decision:
-    """Decide on a run by its directory; `holds_claim` tells that the caller holds its claim."""
+def read_state(run: Run, record: RunRecord, *, holds_claim: bool = False) -> RunState:
+    """Read the state of a run; `holds_claim` tells that the caller holds its claim."""
     try:
-        verdict, why = _verdict(run, record, holds_claim)
-    except (UserError, OSError, ValueError) as error:
-        verdict, why = "damaged", str(error)
-    return Decision(run=run, record=record, verdict=verdict, why=why)
+        return _read_state(run, record, holds_claim)
+    except UserError as error:
+        why = str(error)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        why = f"{record.path} is damaged ({error!r}); repair it or move it away"
+    return RunState(run=run, record=record, state="damaged", why=why, status=Status(reason=why))
 
 
-def _verdict(run: Run, record: RunRecord, holds_claim: bool) -> tuple[Verdict, str]:
-    status = record.read_status()
+def _read_state(run: Run, record: RunRecord, holds_claim: bool) -> RunState:
+    status, attempts = record.read_status(), record.read_attempts()
     is_new = not record.config.exists() or status.state == "created"
-    missing = [] if is_new else pending_work(record, run.config)
-    if status.state == "finished" and not missing and not is_new:
-        return "finished", ""
+    missing = (
+        [Pending(what="training", images_seen=budget) for budget in run.budgets]
+        if is_new
+        else pending_work(record, run.config)
+    )
+    worker = record.claimant()
+
+    def found(state: State, why: str | None = "") -> RunState:
+        return RunState(
+            run=run,
+            record=record,
+            state=state,
+            why=why or "",
+            status=status,
+            missing=tuple(missing),
+            attempts=tuple(attempts),
+            worker=worker,
+        )
+
     if record.is_held():
-        return "running", f"on {status.host}"
+        return found("running", f"on {status.host}")
+    if status.state == "finished" and not missing:
+        return found("finished")
     if not holds_claim and record.is_claimed():
-        worker = record.claimant()
-        return "running", f"claimed on {worker.host}" if worker else "claimed"
-    if record.cancelled.exists():
-        return "cancelled", ""
-    if is_new:
-        return "start", ""
+        return found("starting", f"claimed on {worker.host}" if worker else "claimed")
+    failure = f"{status.reason_class}: {status.reason}"
     # A failure counts only for the configuration that failed: with other probes or paths the run may start again.
-    is_same = load_run_config(record.config) == run.config
-    if status.state in ("failed", "diverged") and is_same and not may_retry(record):
-        return "failed", f"{status.reason_class}: {status.reason}"
-    record.read_attempts()  # raises if it is damaged: now, not after a job was submitted
-    return "resume", describe_pending(missing) if status.state == "finished" else status.state
+    has_failed = status.state in ("failed", "diverged") and not may_retry(attempts, status.reason_class)
+    if has_failed and load_run_config(record.config) == run.config:
+        return found("diverged" if status.state == "diverged" else "failed", failure)
+    if record.cancelled.exists():
+        return found("cancelled")
+    if is_new:
+        return found("not started")
+    if status.state in ("running", "queued"):
+        return found("dead", "its process is gone")
+    if status.state == "finished":
+        return found("unfinished", describe_pending(missing))
+    return found("unfinished", status.reason if status.state == "preempted" else failure)
 
 
 def describe_pending(missing: Sequence[Pending]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class RunRecord(RunDir):
 
     def job_log(self, job_id: str) -> Path:
         """Return the log of a Slurm job: output of its worker and of slurmstepd."""
-        return self.path.parent.parent / "slurm" / f"{job_id}_0_log.out"
+        return self.path.parent.parent / "slurm" / f"{job_id}.out"
 
     def is_claimed(self) -> bool:
         """Return whether a live worker executes the run, or is about to."""
@@ -97,9 +98,19 @@ class RunRecord(RunDir):
 
     def failed_nodes(self) -> list[str]:
         """Return the nodes on which attempts failed since a person last cleared the run's failure."""
+        return self._nodes(lambda ended: True)
+
+    def nodes_given_back(self) -> list[str]:
+        """Return those of `failed_nodes` that gave the run back before its first step."""
+        return self._nodes(lambda ended: bool(ended.get("given_back")))
+
+    def _nodes(self, chosen: Callable[[dict[str, Any]], bool]) -> list[str]:
         found: dict[str, None] = {}
         for ended in self.read_attempts():
-            found = {} if ended.get("forgiven") else found | dict.fromkeys(ended.get("failed_nodes") or ())
+            if ended.get("forgiven"):
+                found = {}
+            elif chosen(ended):
+                found |= dict.fromkeys(ended.get("failed_nodes") or ())
         return list(found)
 
     def attempt_device_hours(self, now: float) -> float:

@@ -6,33 +6,23 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.probe.pending_evaluations import Pending, pending_work
+from aimscale.harness.probe.pending_evaluations import Pending
 from aimscale.harness.run.directory import Status
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
-from aimscale.sweeps.state.decision import describe_pending
+from aimscale.sweeps.slurm.jobs import LiveJob, describe_failed_jobs, failed_jobs, live_jobs
+from aimscale.sweeps.state.decision import RunState, State, read_state
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
 from aimscale.sweeps.table.time_left import Progress, time_left
 
-if TYPE_CHECKING:
-    from aimscale.sweeps.slurm.submit import LiveJob
-
-DisplayState = Literal[
-    "not started", "queued", "starting", "running", "dead", "unfinished", "cancelled", "failed", "diverged", "finished",
-    "damaged",
-]  # fmt: skip
-"""State of a run as displayed. `queued`: a pending Slurm job will take it; `starting`: a worker has claimed it; `dead`:
-its status is running, but no process executes it; `unfinished`: its progress is saved, and no worker continues it. The
-next worker resumes the last two."""
 ENDED_STATES = ("finished", "cancelled", "failed", "diverged", "damaged")
 """States in which nothing is executed until a person acts."""
-RESUME_HINT = "`aimscale launch` resumes it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +32,7 @@ class RunStatus:
     run_id: str
     cell: dict[str, Any]
     """Axis -> value."""
-    state: DisplayState
+    state: State
     status: Status
     """Status that the run wrote, with Slurm's reason if it waits."""
     log: str | None = None
@@ -90,6 +80,8 @@ class SweepStatus:
     """Device-hours by the cost cards."""
     unplanned: tuple[str, ...]
     """Run directories outside the plan, from an earlier version of the sweep file."""
+    failed_jobs: tuple[str, ...] = ()
+    """Why jobs of the last launch ended before they took a run, or with an error of their own."""
     num_jobs: int = 0
     """Number of the sweep's Slurm jobs that wait or run."""
 
@@ -103,7 +95,7 @@ def sweep_status(
     sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], jobs: dict[str, JobInfo] | None = None
 ) -> SweepStatus:
     """Inspect every run; `jobs` are Slurm's jobs (`sweeps.slurm.commands.jobs`), None if Slurm cannot be asked."""
-    live = _live_jobs(sweep, jobs) if jobs else []
+    live = live_jobs(sweep, jobs) if jobs else []
     pending = _pending_jobs(live, cards)
     inspected = [
         _inspect_run(run, card, RunRecord(sweep.run_dir(run.run_id)), pending.get(card.devices))
@@ -127,14 +119,15 @@ def sweep_status(
         device_hours=sum(line.device_hours for line in lines),
         device_hours_planned=sum(card.device_hours for card in cards),
         unplanned=unplanned_runs(sweep, runs),
+        failed_jobs=_describe_failed_jobs(sweep, jobs, lines),
         num_jobs=len(live),
     )
 
 
-def _live_jobs(sweep: Sweep, jobs: dict[str, JobInfo]) -> list[LiveJob]:
-    from aimscale.sweeps.slurm.submit import live_jobs  # imports submitit
-
-    return live_jobs(sweep, jobs)
+def _describe_failed_jobs(sweep: Sweep, jobs: dict[str, JobInfo] | None, lines: Sequence[RunStatus]) -> tuple[str, ...]:
+    """Return why jobs failed, if a run could start and no worker executes it."""
+    is_left = any(line.state in ("not started", "dead", "unfinished") for line in lines)
+    return () if jobs is None or not is_left else tuple(describe_failed_jobs(failed_jobs(sweep, jobs)))
 
 
 def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
@@ -149,12 +142,11 @@ def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[in
 
 
 def _inspect_run(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
+    found = read_state(run, record)
     try:
-        return _inspect_record(run, card, record, pending)
-    except UserError as error:
-        why = str(error)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"{record.path} is damaged ({error!r}); repair it or move it away"
+        return _inspect_state(found, card, pending)
+    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        why = found.why if found.state == "damaged" else str(error)
     line = RunStatus(
         run_id=run.run_id, cell=run.cell, state="damaged", status=Status(reason=why), log=_last_log(record)
     )
@@ -165,21 +157,24 @@ def _last_log(record: RunRecord) -> str | None:
     return str(path) if (path := record.last_log()) else None
 
 
-def _inspect_record(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
-    now, status, is_held, is_claimed = time.time(), record.read_status(), record.is_held(), record.is_claimed()
-    missing = pending_work(record, run.config)
-    state, reason = _state_without_worker(record, status, missing, pending)
+def _inspect_state(found: RunState, card: CostCard, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
+    run, record, status, worker = found.run, found.record, found.status, found.worker
+    now, state, reason = time.time(), found.state, _reason(found)
+    if state == "damaged":
+        raise UserError(found.why)
+    if found.startable and pending is not None:
+        state, reason = "queued", pending.reason or status.reason
+    is_held = state == "running"
     place = ""
-    if is_held or (is_claimed and state != "finished"):
-        state, reason = "running" if is_held else "starting", None
-        worker = record.claimant() if is_claimed else None
+    if found.is_active:
+        worker = worker if record.is_claimed() else None
         job_id = (worker.facts.get("job_id") if worker else None) or status.job_id
         place = f"job {job_id}" if job_id else (worker.host if worker else status.host) or ""
-    rows, starts, attempts = record.read_rows(), record.read_starts(), record.read_attempts()
-    hours = sum(each.get("device_hours", 0.0) for each in attempts)
+    rows, starts = record.read_rows(), record.read_starts()
+    hours = sum(each.get("device_hours", 0.0) for each in found.attempts)
     points = record.read_curve() if is_held else []
     losses = {row["images_seen"]: row["val_loss"] for row in [*points, *rows] if row.get("val_loss")}
-    unprobed = Counter(each.what for each in missing)
+    unprobed = Counter(each.what for each in found.missing)
     is_trained, is_finished = not unprobed["training"], state == "finished"
     to_evaluate = len(run.budgets) * len(card.probes)
     line = RunStatus(
@@ -198,17 +193,30 @@ def _inspect_record(run: Run, card: CostCard, record: RunRecord, pending: JobInf
         is_normalised=run.config.training.objective.target == "normalised",
     )
     return line, Progress(
-        is_running=is_held or is_claimed,
+        is_running=found.is_active,
         is_over=state in ENDED_STATES,
         images_done=card.images_executed if is_trained else status.images_done,
-        flops_to_evaluate=_flops_to_evaluate(card, missing) + (1 - line.progress) * card.flops_during,
+        flops_to_evaluate=_flops_to_evaluate(card, found.missing) + (1 - line.progress) * card.flops_during,
         # of a finished run, the mean over all steps instead of the last seconds
         images_per_s=rows[-1].get("images_per_s") if is_finished and rows else status.images_per_s,
         mfu=status.mfu,
         startup_s=starts[-1].get("startup_s") if starts else None,
         elapsed_s=now - status.started if is_held and status.started else 0.0,
-        spent_s=3600 * hours / card.devices if is_finished and attempts else None,
+        spent_s=3600 * hours / card.devices if is_finished and found.attempts else None,
     )
+
+
+def _reason(found: RunState) -> str | None:
+    """Return what is said of a state beside its name."""
+    match found.state:
+        case "dead" | "unfinished":
+            why = found.status.reason if found.status.reason_class else found.why
+            return "; ".join(part for part in (why, "`aimscale launch` resumes it") if part)
+        case "cancelled":
+            return "`aimscale launch --retry` resumes it"
+        case "running" | "starting":
+            return None
+    return found.status.reason
 
 
 def _flops_to_evaluate(card: CostCard, missing: Sequence[Pending]) -> float:
@@ -219,21 +227,3 @@ def _flops_to_evaluate(card: CostCard, missing: Sequence[Pending]) -> float:
         probes[each.section.task] if each.section else whole if each.what == "training" else validation
         for each in missing
     )
-
-
-def _state_without_worker(
-    record: RunRecord, status: Status, missing: Sequence[Pending], pending: JobInfo | None
-) -> tuple[DisplayState, str | None]:
-    """Return the state, and its reason, of a run that no worker holds."""
-    if status.state in ("failed", "diverged") or (status.state == "finished" and not missing):
-        return status.state, status.reason
-    if record.cancelled.exists():
-        return "cancelled", RESUME_HINT
-    if pending is not None:
-        return "queued", pending.reason or status.reason
-    if status.state == "created":
-        return "not started", status.reason
-    if status.state in ("running", "queued"):
-        return "dead", f"its process is gone; {RESUME_HINT}"
-    done = describe_pending(missing) if status.state == "finished" else status.reason
-    return "unfinished", "; ".join(part for part in (done, RESUME_HINT) if part)

@@ -43,7 +43,8 @@ Shown = Literal["auto", "all", "failed"]
 def status_view(status: SweepStatus, width: int, shown: Shown = "auto") -> Group:
     """Lay out `aimscale status`: the summary, what needs attention, and runs or groups of runs."""
     parts: list[Any] = [key_value_text(status_summary(status), width)]
-    if notices := _notices(status.runs):
+    failed_jobs = [KeyValue(level="failed", key="jobs", value=why) for why in status.failed_jobs]
+    if notices := [*failed_jobs, *_notices(status.runs)]:
         parts.append(key_value_text(notices, width))
     failed = [line for line in status.runs if line.state in FAILED_STATES]
     if shown == "failed":

@@ -11,6 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from aimscale.analysis import plot_points, save, write_report
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.sweeps.cli.main import main
 
 VERBS = (
@@ -112,7 +115,7 @@ def test_what_is_no_file_is_not_waited_for_nor_read_without_end(table, capsys):
         with open(f"sparse{suffix}", "wb") as file:
             file.truncate(1 << 40)
         for verb in (*VERBS, REPORT):
-            assert "pipe" in said(verb.format(f"pipe{suffix}"), capsys)
+            assert f"pipe{suffix} is a pipe" in said(verb.format(f"pipe{suffix}"), capsys)
         for name in ("zero", "sparse"):
             assert name in said(VERBS[0].format(f"{name}{suffix}"), capsys)
     table.to_parquet("results.parquet")
@@ -120,6 +123,24 @@ def test_what_is_no_file_is_not_waited_for_nor_read_without_end(table, capsys):
     assert not said(REPORT.format("results.parquet"), capsys)
     os.mkfifo("baselines.parquet")
     assert "baselines" in said("compare results.parquet", capsys)
+
+
+def test_what_is_no_file_is_written_to_and_a_links_target_is_written(grid, capsys):
+    """As root, `report --out /dev/null` replaced the device by a page."""
+    grid[:2].to_csv("t.csv")
+    os.mkfifo("page.html")
+    reader = os.open("page.html", os.O_RDONLY | os.O_NONBLOCK)
+    write_table(results_table([]), Path("page.html").rename("table.csv"))
+    assert os.read(reader, 100).startswith(b'"schema_version"')
+    assert Path("table.csv").is_fifo()
+    Path("real.html").write_text("old")
+    os.symlink("real.html", "link.html")
+    assert not said("report t.csv --out link.html", capsys)
+    assert Path("link.html").is_symlink()
+    assert Path("real.html").read_text().startswith("<!doctype html>")
+    for write in (lambda: write_report("t.csv", "a\0b.html"), lambda: save(plot_points(grid, "N"), "a\0b")):
+        with pytest.raises(AnalysisError, match="NUL"):
+            write()
 
 
 ALL = "--fix E=0 --fix A=1 --fix B=1 --fix alpha=0.3 --fix beta=0.3"

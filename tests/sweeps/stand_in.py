@@ -33,9 +33,9 @@ def main(path: str, behaviour: str = "finish") -> int:
             for budget in config.evaluation.budgets:
                 if any(row["images_seen"] == budget for row in run.read_rows()):
                     continue
-                for _ in range(30_000 if behaviour == "wait" else STEPS):
+                for _ in range(30_000 if behaviour in ("wait", "hang") else STEPS):
                     time.sleep(0.01)
-                    if told:
+                    if told and behaviour != "hang":
                         run.write_status(state="preempted", reason="told to stop")
                         return EXIT_PREEMPTED
                 if behaviour == "crash":
@@ -54,6 +54,8 @@ def main(path: str, behaviour: str = "finish") -> int:
                     }
                 )
                 run.write_status(images_seen=budget, images_done=done, loss=1 / budget, heartbeat=time.time())
+                if behaviour == "crash later":
+                    raise RuntimeError("the user's code is wrong")
             run.write_status(state="finished")
             return EXIT_FINISHED
     except LockHeld as held:

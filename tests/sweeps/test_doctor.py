@@ -63,12 +63,12 @@ def test_a_package_that_takes_its_process_down_is_named(
 
 
 def test_an_old_package_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = tmp_path / "submitit-1.2.0.dist-info"
+    old = tmp_path / "webdataset-0.2.0.dist-info"
     old.mkdir()
-    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: submitit\nVersion: 1.2.0\n")
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: webdataset\nVersion: 0.2.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     check = doctor.check_packages(WITH_TORCH)
-    assert (check.level, check.found) == ("fail", "submitit is 1.2.0, wanted >=1.5.2")
+    assert (check.level, check.found) == ("fail", "webdataset is 0.2.0, wanted >=1.0")
 
 
 def test_gpus_that_torch_does_not_see_fail(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:

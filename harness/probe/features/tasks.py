@@ -41,8 +41,6 @@ BlockSet = tuple[int, ...]
 
 CACHE_SHARE = 0.1
 """Share of the memory that a rank may plan for, for tokens that are kept."""
-HOST_SHARE = 0.4
-"""Share of a rank's free host memory for the pooled features of a split."""
 HEADS_SHARE = 0.5
 """Share of a rank's memory for heads that train together, with gradients and optimiser state; further block sets train
 in further rounds."""
@@ -54,8 +52,6 @@ L2S = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """Strengths of L2 of linear heads that are solved, before the grid grows."""
 HOLDOUT_FRACTION = 0.2
 """Share of the training split held out to choose blocks and rates by."""
-COPIES = 2
-"""Copies of a head on tokens that are not kept: one that the hold-out judges, and one that learns from all images."""
 MAX_EPOCHS, MAX_TRAINED_IMAGES = 20, 6_500_000
 """Default length of a training of heads: at most this many passes, and at most about this many images (5 passes of
 ImageNet-1k). It keeps all frozen probes of ImageNet-1k below 3 % of training aim-600M to 128M images."""
@@ -89,12 +85,6 @@ def number_of_steps(section: ProbeSection, num_images: int) -> int:
         return section.iterations
     epochs = section.epochs or max(1, min(MAX_EPOCHS, MAX_TRAINED_IMAGES // max(1, num_images)))
     return epochs * math.ceil(num_images / section.batch_size)
-
-
-def gpu_bytes_left(memory_bytes: float, weight_bytes: float, pass_bytes: float) -> float:
-    """Return the bytes that a rank's GPU has for kept features, beside the backbone's weights, three copies of a pass's
-    outputs (as computed, gathered, or in float32), the heads, and a reserve of a tenth."""
-    return (1 - HEADS_SHARE - 0.1) * memory_bytes - weight_bytes - 3 * pass_bytes
 
 
 def bytes_per_set(kinds: Sequence[str], num_heads: int, width: int, num_classes: int, is_solved: bool) -> int:

@@ -36,9 +36,9 @@ def solve(
     """Give every head of a stack, which starts from zeros, the weights that minimise cross-entropy + L2 / 2 |weight|^2.
 
     Args:
-        stack: its `grid` are the strengths of L2; one copy.
+        stack: its values are the strengths of L2.
         covariance: float32 (S, d, d) of the standardised features; None takes it to be the identity.
-        losses: one pass over the images: adds the gradients of all heads to the parameters', returns float64 (S, H).
+        losses: one pass over the images: adds the gradients of all heads to the parameters', returns float64 (S, G).
         agreed: returns whether all ranks say True; ranks whose heads are done join in the passes of the others.
     """
     view = _Coordinates(stack, covariance)
@@ -84,20 +84,21 @@ def _inverse_curvature(gradient: Tensor, scale: Tensor, pairs: deque[tuple[Tenso
 
 
 class _Coordinates:
-    """Coordinates (S, H, K d + K) in which the loss of every head has about the same curvature in all directions."""
+    """Coordinates (S, G, K d + K) in which the loss of every head has about the same curvature in all directions."""
 
     def __init__(self, stack: LinearStack, covariance: Tensor | None):
         self._stack = stack
-        self._l2 = torch.tensor(stack.grid, device=stack.mean.device)[:, None, None]
+        l2 = torch.tensor(list(stack.grid.values()), device=stack.mean.device)
+        self._l2 = l2.view(*stack.shape, 1, 1)
         if covariance is None:
-            self._turn, spread = None, torch.ones_like(stack.mean)
+            self._turn, spread = None, torch.ones_like(stack.mean)[:, None]
         else:
             values, self._turn = torch.linalg.eigh(covariance)
             spread = values.clamp_min(0)[:, None]
-        self._scale = (spread[:, :, None] + stack.num_classes * self._l2).rsqrt()  # (S, H, 1, d)
+        self._scale = (spread[:, :, None] + stack.num_classes * self._l2).rsqrt()  # (S, G, 1, d)
 
     def set(self, at: Tensor) -> Tensor:
-        """Set the heads to these coordinates; returns their L2 penalty (S, H)."""
+        """Set the heads to these coordinates; returns their L2 penalty (S, G)."""
         stack = self._stack
         scaled = at[..., : -stack.num_classes].view_as(stack.weight) * self._scale
         with torch.no_grad():
@@ -106,7 +107,7 @@ class _Coordinates:
         return (self._l2 / 2 * scaled.square()).double().sum((2, 3))
 
     def evaluate(self, at: Tensor, losses: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """Evaluate the value, float64 (S, H, 1), and the gradient (S, H, K d + K)."""
+        """Evaluate the value, float64 (S, G, 1), and the gradient (S, G, K d + K)."""
         stack = self._stack
         value = self.set(at) + losses()
         assert stack.weight.grad is not None and stack.bias.grad is not None  # noqa: PT018

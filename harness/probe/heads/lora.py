@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from aimscale.aim.lora import add_lora
 from aimscale.aim.model import AIM
-from aimscale.harness.probe.features.extraction import Moments, batched, own_indices
 from aimscale.harness.probe.features.images import LabelledImages, Task
+from aimscale.harness.probe.features.moments import Moments
+from aimscale.harness.probe.features.sources import batched, own_indices
 from aimscale.harness.probe.features.tasks import BlockSet, number_of_steps
 from aimscale.harness.probe.heads.scores import (
     Candidate,
@@ -73,8 +74,7 @@ class _Adaptation:
         updates = add_lora(self._model, rank=RANK, seed=task.seed)
         self._device = updates[0].device
         self._head = AttentiveStack(
-            num_sets=1,
-            grid=task.section.lrs[:1],  # one head
+            grid={blocks: task.section.lrs[:1]},  # one head
             width=model.config.width,
             num_classes=task.num_classes,
             num_heads=model.config.num_heads,
@@ -108,7 +108,7 @@ class _Adaptation:
         for _, decoded in self._task.train.ahead(batched(own_indices(images.tolist(), self._task.group), MICRO_BATCH)):
             moments.add(self._tokens(decoded).flatten(1, 2))
         mean, variance = moments.over_ranks(self._task.group).set_statistics([(0,)])
-        self._head.standardise_by(mean[:, None], variance[:, None])
+        self._head.standardise_by(mean, variance)
 
     def _batches(self, order: np.ndarray, epoch: int) -> Iterator[None]:
         """Accumulate the gradients of one batch after the other, summed over micro-batches and ranks."""
@@ -121,7 +121,7 @@ class _Adaptation:
             for _ in own:
                 chunk, images = next(decoded)
                 labels = self._task.train.labels[torch.as_tensor(chunk)].to(self._device)
-                weights = torch.full((1, len(chunk)), 1 / len(part), device=self._device)
+                weights = torch.full((len(chunk),), 1 / len(part), device=self._device)
                 self._head.losses(self._tokens(images), labels, weights).sum().backward()
             for parameter in self.trained:
                 assert parameter.grad is not None

@@ -1,9 +1,7 @@
-"""Stacks of probe heads: S feature sets x G learning rates (or strengths of L2), stacked in every tensor.
+"""Stacks of probe heads: S block sets x G learning rates (or strengths of L2), stacked in every tensor.
 
-One matrix product trains all of them on the same features, each as if it were alone, with its own loss, gradient
-clipping and learning rate. Every head may have C copies, which learn from images, and standardise by statistics, of
-their own: one that the hold-out judges, and one that has also seen the hold-out. Two exact rearrangements keep that
-cheap.
+One matrix product trains all of them on the same images, each as if it were alone, with its own loss, gradient
+clipping and learning rate. Two exact rearrangements keep that cheap.
 
 - The batch norm of the heads has no affine part, so with the statistics of the training split it is a fixed
   standardisation. It is folded into the query and into the values: tokens are never copied.
@@ -15,6 +13,7 @@ cheap.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch.nn import functional
 
 from aimscale.aim.cost import num_queries
 from aimscale.aim.probes import BATCH_NORM_EPS, QUERY_STD
+from aimscale.harness.probe.features.tasks import BlockSet
 
 LR_END = 1e-5
 """End of the cosine, or the peak if that is lower (AIMv2, Table A2)."""
@@ -34,7 +34,7 @@ WEIGHT_DECAY = 0.05
 
 
 class HeadStack(nn.Module):
-    """Stack of S x H heads of one kind, H = C x G; subclasses define how tokens become the vector that is classified.
+    """Stack of S x G heads of one kind; subclasses define how tokens become the vector that is classified.
 
     To use a stack, `standardise_by` the statistics of the training split, train it, and score with `forward`.
     """
@@ -46,24 +46,30 @@ class HeadStack(nn.Module):
     def __init__(
         self,
         *,
-        num_sets: int,
-        grid: tuple[float, ...],
-        num_copies: int = 1,
+        grid: Mapping[BlockSet, Sequence[float]],
         width: int,
         num_classes: int,
         num_heads: int,
         generator: torch.Generator,
         device: torch.device,
     ):
+        """Make untrained heads on the device.
+
+        Args:
+            grid: block sets, and the values (rates or strengths) of the heads on each, equally many.
+            width: channels of the features.
+            num_heads: attention heads of an attentive one.
+            generator: source of the initial weights, on the host.
+        """
         super().__init__()
-        self.grid = grid
-        self.num_copies = num_copies
+        self.grid = {blocks: tuple(values) for blocks, values in grid.items()}
         self.num_classes = num_classes
-        self.register_buffer("mean", torch.zeros(num_sets, num_copies, width, device=device))
-        self.register_buffer("var", torch.ones(num_sets, num_copies, width, device=device))
+        self.register_buffer("mean", torch.zeros(len(grid), width, device=device))
+        self.register_buffer("var", torch.ones(len(grid), width, device=device))
+        num_values = len(next(iter(self.grid.values()), ()))
         # every head of the grid has the same initial weights, so that only the compared setting differs
         for name, draw in self._start(num_heads, generator).items():
-            parameter = draw.expand(num_sets, num_copies * len(grid), *draw.shape).to(device).contiguous()
+            parameter = draw.expand(len(grid), num_values, *draw.shape).to(device).contiguous()
             self.register_parameter(name, nn.Parameter(parameter))
 
     def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -71,34 +77,38 @@ class HeadStack(nn.Module):
         raise NotImplementedError
 
     def standardise_by(self, mean: Tensor, variance: Tensor) -> None:
-        """Set the batch norm's mean and (biased) variance, (S, C, d) each."""
+        """Set the batch norm's mean and (biased) variance, (S, d) each."""
         self.mean.copy_(mean)
         self.var.copy_(variance)
 
     @property
     def rstd(self) -> Tensor:
-        """Reciprocal standard deviation, (S, C, d)."""
+        """Reciprocal standard deviation, (S, d)."""
         return (self.var + BATCH_NORM_EPS).rsqrt()
 
+    @property
+    def shape(self) -> torch.Size:
+        """Numbers of block sets and of heads on each, (S, G)."""
+        return next(self.parameters()).shape[:2]
+
     def losses(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Sum cross-entropies over images (S, B, N, d) with labels (B,), weighted (C, B) by copies, to (S, H)."""
+        """Sum cross-entropies over images (S, B, N, d) with labels (B,), weighted by (B,), to (S, G)."""
         logits = self(tokens)
         targets = labels[None, :, None].expand(logits.shape[:3])
         losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
-        return (losses.unflatten(2, (self.num_copies, -1)) * weights.mT[..., None]).sum(1).flatten(1)
+        return (losses * weights[:, None]).sum(1)
 
-    def select(self, set_index: int, grid_index: int) -> HeadStack:
-        """Return a stack with one head of this one, of its last copy, for scoring."""
+    def select(self, blocks: BlockSet, value: float) -> HeadStack:
+        """Return a stack with one head of this one, for scoring."""
+        row, column = list(self.grid).index(blocks), self.grid[blocks].index(value)
         alone = object.__new__(type(self))
         nn.Module.__init__(alone)
-        alone.grid = (self.grid[grid_index],)
-        alone.num_copies = 1
+        alone.grid = {blocks: (value,)}
         alone.num_classes = self.num_classes
         for name, buffer in self.named_buffers():
-            alone.register_buffer(name, buffer[set_index : set_index + 1, -1:].clone())
-        head = (self.num_copies - 1) * len(self.grid) + grid_index
+            alone.register_buffer(name, buffer[row : row + 1].clone())
         for name, parameter in self.named_parameters():
-            part = parameter[set_index : set_index + 1, head : head + 1].detach().clone()
+            part = parameter[row : row + 1, column : column + 1].detach().clone()
             alone.register_parameter(name, nn.Parameter(part))
         return alone
 
@@ -112,14 +122,13 @@ class LinearStack(HeadStack):
 
     def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
         # zeros: the problem is convex, so the start carries no information and no noise
-        weight = torch.zeros(self.num_classes, self.mean.shape[2])
+        weight = torch.zeros(self.num_classes, self.mean.shape[1])
         return {"weight": weight, "bias": weight.new_zeros(self.num_classes)}
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (S, B, N, d) to logits (S, B, H, K)."""
-        vectors = (tokens.float().mean(2)[:, :, None] - self.mean[:, None]) * self.rstd[:, None]
-        by_copy = self.weight.unflatten(1, (self.num_copies, -1))
-        return torch.einsum("sbcd,scgkd->sbcgk", vectors, by_copy).flatten(2, 3) + self.bias[:, None]
+        """Map tokens (S, B, N, d) to logits (S, B, G, K)."""
+        vectors = (tokens.float().mean(2) - self.mean[:, None]) * self.rstd[:, None]
+        return torch.einsum("sbd,sgkd->sbgk", vectors, self.weight) + self.bias[:, None]
 
 
 class AttentiveStack(HeadStack):
@@ -132,7 +141,7 @@ class AttentiveStack(HeadStack):
     weight: nn.Parameter
 
     def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
-        width = self.mean.shape[2]
+        width = self.mean.shape[1]
         narrow = (num_heads, width // num_heads)
 
         def draw(*shape: int, std: float) -> Tensor:
@@ -146,14 +155,14 @@ class AttentiveStack(HeadStack):
         }
 
     def scoring(self) -> Tensor:
-        """Return the vectors whose product with tokens is the score of each query of each head, (S, H, Q, d)."""
+        """Return the vectors whose product with tokens is the score of each query of each head, (S, G, Q, d)."""
         return torch.einsum("shqc,shqcd->shqd", self.query, self.key)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (S, B, N, d) to logits (S, B, H, K)."""
+        """Map tokens (S, B, N, d) to logits (S, B, G, K)."""
         num_sets, batch, num_tokens, width = tokens.shape
         per_head, per_query = self.query.shape[2:]
-        mean, rstd = (each.repeat_interleave(len(self.grid), dim=1) for each in (self.mean, self.rstd))
+        mean, rstd = (each[:, None].expand(*self.shape, -1) for each in (self.mean, self.rstd))
         # the mean shifts all scores of a query alike and drops out of the softmax
         direction = (self.scoring() * per_query**-0.5 * rstd[:, :, None]).flatten(1, 2).to(tokens.dtype)
         scores = tokens.flatten(1, 2) @ direction.mT  # bf16 tokens are multiplied in bf16, all else in fp32
@@ -162,20 +171,20 @@ class AttentiveStack(HeadStack):
         pooled = pooled.view(num_sets, batch, -1, width).transpose(1, 2).contiguous()
         value = self.value * rstd[:, :, None, None]
         shift = torch.einsum("shqcd,shd->shqc", value, mean).flatten(2)
-        vectors = (pooled @ value.flatten(1, 2).mT).unflatten(1, (-1, per_head))  # (S, H, Q, B, c)
+        vectors = (pooled @ value.flatten(1, 2).mT).unflatten(1, (-1, per_head))  # (S, G, Q, B, c)
         vectors = vectors.transpose(2, 3).flatten(3) - shift[:, :, None]
         return (vectors @ self.weight.mT).transpose(1, 2)
 
     def released_state(self) -> dict[str, Tensor]:
         """Return the only head's tensors under released names, as `aim.probes.AttentiveProbe` loads them."""
-        at, width = (0, 0), self.mean.shape[2]
+        at, width = (0, 0), self.mean.shape[1]
         return {
             "cls_token": self.query.detach()[at].reshape(1, 1, width),
             "k.weight": self.key.detach()[at].reshape(width, width),
             "v.weight": self.value.detach()[at].reshape(width, width),
             "linear.weight": self.weight.detach()[at],
-            "bn.running_mean": self.mean[at],
-            "bn.running_var": self.var[at],
+            "bn.running_mean": self.mean[0],
+            "bn.running_var": self.var[0],
         }
 
 
@@ -192,7 +201,7 @@ class EfficientStack(AttentiveStack):
     bias: nn.Parameter
 
     def _start(self, num_heads: int, generator: torch.Generator) -> dict[str, Tensor]:
-        width = self.mean.shape[2]
+        width = self.mean.shape[1]
         queries = num_queries(width)
         start = super()._start(queries, generator)
         del start["key"]
@@ -204,7 +213,7 @@ class EfficientStack(AttentiveStack):
         return self.query
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (S, B, N, d) to logits (S, B, H, K)."""
+        """Map tokens (S, B, N, d) to logits (S, B, G, K)."""
         return super().forward(tokens) + self.bias[:, None]
 
 
@@ -233,7 +242,7 @@ class StackedAdamW:
     def __init__(self, stack: HeadStack, *, num_steps: int):
         self._parameters = list(stack.parameters())
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters]
-        self._peaks = stack.grid * stack.num_copies
+        self._peaks = list(stack.grid.values())
         self._num_steps, self._step = num_steps, 0
 
     @torch.no_grad()
@@ -243,7 +252,7 @@ class StackedAdamW:
         squares = sum(gradient.square().flatten(2).sum(2) for gradient in gradients)
         assert isinstance(squares, Tensor)
         scale = (CLIP_NORM / squares.sqrt().clamp_min(1e-12)).clamp_max(1.0)
-        rates = [learning_rate(peak, self._step, self._num_steps) for peak in self._peaks]
+        rates = [[learning_rate(peak, self._step, self._num_steps) for peak in peaks] for peaks in self._peaks]
         self._step += 1
         correction1, correction2 = 1 - 0.9**self._step, 1 - 0.999**self._step
         for parameter, gradient, (first, second) in zip(self._parameters, gradients, self._moments, strict=True):
@@ -251,7 +260,7 @@ class StackedAdamW:
             gradient = gradient * scale.view(*scale.shape, *trailing)
             first.lerp_(gradient, 0.1)
             second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            rate = torch.tensor(rates, device=parameter.device).view(1, -1, *trailing)
+            rate = torch.tensor(rates, device=parameter.device).view(*scale.shape, *trailing)
             if parameter.dim() > 3:  # a matrix
                 parameter.mul_(1 - rate * WEIGHT_DECAY)
             denominator = (second / correction2).sqrt_().add_(1e-8)

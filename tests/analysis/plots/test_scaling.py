@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from commands import refused, say
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from aimscale import analysis
@@ -51,6 +52,30 @@ def test_units_are_named_for_our_tables_only(grid):
     assert (raw.get_ylabel(), raw.get_xlabel()) == ("validation loss\n(MSE)", "D: training images seen")
     (theirs,) = plot_fit(fit(grid, "chinchilla"), x="D").axes
     assert (theirs.get_ylabel(), theirs.get_xlabel()) == ("validation loss", "D: samples seen")
+
+
+def test_labels_replace_names_on_axes_and_legends(joint, grid, known_study, tmp_path):
+    labels = {"N": "Parameters", "images_seen": "Images", "L": "Loss ($)"}
+    (ax,) = (figure := joint.plot(labels=labels)).axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("Parameters", r"Loss (\$)")
+    assert figure.legends[0].get_title().get_text() == "Images"
+    (ax,) = plot_points(grid, "D", labels={"D": "Images"}).axes
+    assert ax.get_xlabel() == "Images"
+    (ax,) = frontier(grid).plot(labels={"N": "Best size", "C": "FLOPs"}).axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("FLOPs", "Best size")
+    part = {"sizes": ["s3"], "budgets": [8000]}
+    found = contrast(known_study(part, part | {"prefix": "none"}), by="prefix")
+    figure = found.plot(labels={"val_loss": "Loss", "none": "causal", "prefix": "Attention"})
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["Loss"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["causal"]
+    assert figure.legends[0].get_title().get_text() == "Attention"
+    grid.to_csv(tmp_path / "grid.csv")
+    options = ["fit", tmp_path / "grid.csv", "--figure", tmp_path / "law", "--label"]
+    say(*options, "N=Parameters, all of them")
+    assert set(pd.read_csv(tmp_path / "law.csv")["x_axis"]) == {"Parameters, all of them"}
+    for wrong, words in (("N", "not 'N'"), ("M=Sizes", "--label M: no axis")):
+        assert words in refused(*options, wrong)
+    assert "add --figure" in refused("fit", tmp_path / "grid.csv", "--label", "N=Parameters")
 
 
 def test_points_are_told_apart_by_letters_and_by_words(grid):

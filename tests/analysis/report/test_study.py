@@ -217,3 +217,15 @@ def test_the_report_has_baselines_and_keeps_lora_apart(tmp_path: Path) -> None:
     assert "LoRA (not frozen)" in text
     (tmp_path / "baselines.parquet").unlink()
     assert "Beside baselines" not in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("odd", [{"top1": np.inf}, {"top1_hi95": None}, {"chance": np.inf}, {"n": None, "top1": 1e300}])
+def test_a_page_is_made_of_probes_that_nobody_means(odd, tmp_path):
+    """`top1: 1e999` and a lower end without an upper one ended in tracebacks."""
+    rows = [
+        {"run_id": f"w{n}", "size": f"w{n}", "status": "complete", "params_total": n, "images_seen": 64}
+        | {"probes": [entry("attentive", 0.6) | odd, {"task": "pets", "kind": "knn", "top1": 0.5}]}
+        for n in (1000, 2000)
+    ]
+    write_table(results_table(rows), tmp_path / "results.parquet")
+    assert "digits" in write_report(tmp_path).read_text()

@@ -23,7 +23,7 @@ def test_a_rehearsal_ends_in_a_file(tmp_path: Path) -> None:
     for name in stages:
         step = done["parts"][name]["result"]
         assert (step["world_size"], f"ZeRO {step['zero_stage']}") == (2, name[-6:])
-        assert step["split_ms"]["exposed_communication"] > 0 < step["split_estimate_ms"]["exposed_communication"]
+        assert step["images_per_s"] > 0
     assert re.search(r"[1-9]\d* passed", done["parts"]["tests"]["result"][-1])  # those that need no GPU
     assert [run["state"] for run in done["parts"]["status"]["result"]["runs"]] == ["finished"]
 

@@ -14,6 +14,7 @@ from trainers import start_ranks
 from variants import VARIANTS
 
 from aimscale.aim.config import ModelConfig, model_config
+from aimscale.aim.cost import mean_scored_tokens
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.device.distributed import find_placement, start_group, stop_group
@@ -24,7 +25,7 @@ from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.feed import count_targets
 
 
-def kept_bytes(config: ModelConfig, precision: str, activation_checkpointing: bool) -> float:
+def kept_bytes(config: ModelConfig, precision: str, activation_checkpointing: bool, prefix: str) -> float:
     """Bytes per image that autograd keeps, weights and constants left out."""
     model = AIM(config).to(torch.float32 if precision == "fp32" else torch.bfloat16)
     model.set_activation_checkpointing(activation_checkpointing)
@@ -37,15 +38,16 @@ def kept_bytes(config: ModelConfig, precision: str, activation_checkpointing: bo
         return tensor
 
     (batch,) = random_batches(config, 8, 8)
+    prefix_lengths = torch.ones_like(batch.prefix_lengths) if prefix == "none" else batch.prefix_lengths
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(batch.images, batch.prefix_lengths)
+        model(batch.images, prefix_lengths)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 8
 
 
 CASES = [
     *itertools.product(
         [("rung-64", 32, 4), ("rung-128", 112, 14)], ["fp32", "bf16"], [False, True],
-        [{}, {"masked": 0.75, "head_kind": "transformer"}],
+        [{}, {"prefix": "none"}, {"masked": 0.75, "head_kind": "transformer"}],
     ),
     *((("w64-d3", 32, 4), "fp32", False, options) for options in VARIANTS),
 ]  # fmt: skip
@@ -56,9 +58,12 @@ def test_kept_activations_are_within_ten_percent(
     geometry: tuple[str, int, int], precision: str, recomputes: bool, options: dict
 ) -> None:
     size, side, patch = geometry
-    config = model_config(size, image_size=side, patch_size=patch, **options)
-    measured = kept_bytes(config, precision, recomputes)
-    estimate = kept_bytes_per_image(config, precision, recomputes)  # type: ignore[arg-type]
+    prefix = options.get("prefix", "paired")
+    model = {name: value for name, value in options.items() if name != "prefix"}
+    config = model_config(size, image_size=side, patch_size=patch, **model)
+    measured = kept_bytes(config, precision, recomputes, prefix)
+    scored = mean_scored_tokens(config, prefix)
+    estimate = kept_bytes_per_image(config, precision, recomputes, scored)  # type: ignore[arg-type]
     if precision == "bf16" and not recomputes:  # whole score matrices, on a CPU alone
         num_heads = config.depth * config.num_heads + config.head.depth * (config.head.num_heads or 0)
         estimate += 2 * num_heads * config.num_tokens**2
@@ -113,7 +118,7 @@ def test_the_peak_of_a_step_is_within_ten_percent_of_the_estimate(
     precision: str, stage: int, world_size: int, tmp_path: Path
 ) -> None:
     held = held_bytes(BIG, precision, zero_stage=stage, world_size=world_size)  # type: ignore[arg-type]
-    per_image = kept_bytes_per_image(BIG, precision, False)  # type: ignore[arg-type]
+    per_image = kept_bytes_per_image(BIG, precision, False, BIG.num_tokens / 2)  # type: ignore[arg-type]
     expected = held - WORKSPACE_BYTES + 16 // world_size * per_image
     measured = measured_peak(tmp_path / "bytes", precision, stage, world_size)
     if measured < expected / 1.1:  # on a busy machine buffers may never live together; the peak is the most seen

@@ -16,8 +16,9 @@ from sklearn.datasets import load_digits
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
+from aimscale.harness.device.distributed import ALONE
 from aimscale.harness.probe.features.backbones import AimBackbone
-from aimscale.harness.probe.features.extraction import ALONE, FeaturePass
+from aimscale.harness.probe.features.extraction import FeaturePass
 from aimscale.harness.probe.features.images import LabelledImages, open_task
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig

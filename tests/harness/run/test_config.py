@@ -38,6 +38,16 @@ def test_budgets_are_checked_in_a_file_too() -> None:
         parse(RunConfig, {**values, "evaluation": {"budgets": [7], "validation": {"path": "v"}}}, "config.yaml")
 
 
+def test_aliases_that_expand_without_end_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.yaml"
+    path.write_text("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)))
+    with pytest.raises(ConfigError, match="200,000 values"):
+        read_yaml(path)
+    path.write_text("a: &a [*a]\n")
+    with pytest.raises(ConfigError, match="200,000 values"):
+        read_yaml(path)
+
+
 def test_a_key_that_stands_twice_is_refused_and_a_merged_one_may_be_replaced(tmp_path: Path) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text("base: &base {seeds: [0], sizes: [a]}\nmore: {<<: *base, seeds: [1]}\n")

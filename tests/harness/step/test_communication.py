@@ -1,4 +1,4 @@
-"""A step sends what `step_communication` counts, and nothing stands between backward and update but DeepSpeed's own."""
+"""Nothing stands between backward and update but DeepSpeed's own, and gradients travel in float32."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import aimscale.harness.device.communication
-import aimscale.harness.step.deepspeed_setup
-import aimscale.harness.step.engine
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.device.communication import step_communication
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.log.metrics import Metrics
 from aimscale.harness.run.config import OptimiserSection
@@ -29,10 +25,8 @@ from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.feed import Feed, count_targets
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
-BATCH, NUM_MICRO, NUM_STEPS, BUCKET = 8, 2, 3, 30_000
+BATCH, NUM_MICRO, NUM_STEPS = 8, 2, 3
 CASES = [("fp32", 0), ("bf16", 1), ("fp32", 1), ("bf16", 2), ("bf16", 3)]
-TIMES_SENT = {"c10d::allreduce_": 2, "c10d::_reduce_scatter_base_": 1, "c10d::_allgather_base_": 1}
-"""How often a ring sends the payload, less the part of a rank."""
 WAIT = "aten::_local_scalar_dense"
 Ranks = Callable[..., list[Any]]
 
@@ -104,54 +98,20 @@ def count_a_step(group: Group, cases: list[tuple[str, int]]) -> list[list[dict[s
     return found
 
 
-@pytest.fixture
-def _as_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several buckets, and no weight so small that ZeRO 3 keeps it whole; forks inherit both."""
-    real = aimscale.harness.step.deepspeed_setup.deepspeed_config
-
-    def config(*args: Any) -> dict[str, Any]:
-        made = real(*args)
-        made["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": BUCKET}
-        return made
-
-    monkeypatch.setattr(aimscale.harness.step.engine, "deepspeed_config", config)
-    for module in (aimscale.harness.step.deepspeed_setup, aimscale.harness.device.communication):
-        monkeypatch.setattr(module, "MAX_BUCKET_VALUES", BUCKET)
-
-
-@pytest.mark.usefixtures("_as_a_large_model")
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_step_sends_what_the_formula_counts(world_size: int, in_group: Ranks) -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_adds_nothing_of_ours_behind_the_backward_pass(world_size: int, in_group: Ranks) -> None:
     cases = CASES[:2] if world_size == 1 else CASES
     found, *_ = in_group(count_a_step, cases, world_size=world_size)
-    others = (world_size - 1) / world_size
     for (precision, stage), calls in zip(cases, found, strict=True):
         case = (world_size, precision, stage)
-        expected = step_communication(
-            param_count(CONFIG).total,
-            precision=precision,  # type: ignore[arg-type]
-            zero_stage=stage,
-            world_size=world_size,
-            micro_batches=NUM_MICRO,
-        )
         before, inside = ([call for call in calls if call["is_in_step"] == is_in_step] for is_in_step in (False, True))
-        sent = [call for call in inside if call["name"] != WAIT]
-        assert len(sent) == expected.num_calls, case
-        large = [call for call in sent if call["numel"] > 1]
-        assert sum(call["bytes"] for call in large) == expected.payload_bytes, case
-        assert sum(map(ring_bytes, large)) * others == pytest.approx(expected.sent_bytes, abs=1), case
-        late = sum(ring_bytes(call) for call in large if call["is_late"]) * others
-        bucket = 0 if (precision, stage) in CASES[:2] else 2 * others * 4 * BUCKET  # the last is rarely full
-        assert expected.exposed_bytes - bucket <= late <= expected.exposed_bytes + 1, case
         # The counts of the step after the next travel while this one is computed, and are all that is ours.
         assert [call["bytes"] for call in before if call["name"] != WAIT] == [40] * (world_size > 1), case
         ours = Counter(call["owner"] for call in inside if call["is_late"] and call["owner"] != "deepspeed")
         assert ours == ({"deepspeed_setup.py": 1} if stage == 0 else {}), (case, "the norm of `GuardedAdamW` alone")
-
-
-def ring_bytes(call: dict[str, Any]) -> int:
-    """What all ranks send, over their number less one."""
-    return TIMES_SENT[call["name"]] * call["bytes"]
+        sent = sum(call["bytes"] for call in inside if "reduce" in call["name"] and call["numel"] > 1)
+        backwards = NUM_MICRO if stage >= 2 else 1
+        assert sent == (world_size > 1) * backwards * 4 * param_count(CONFIG).total, (case, "gradients in float32")
 
 
 def first_norms(group: Group) -> list[float]:

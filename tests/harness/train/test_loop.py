@@ -400,7 +400,7 @@ def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(
     run = RunDir.create(tmp_path / "run", config)
     assert in_processes(train_in, run.path, world_size=2) == [0, 0]
     (row,) = run.read_rows()
-    expected = {"zero_stage": 1, "world_size": 2, "unique_images": 64, "epochs": 1.0, "val_num_images": 16}
+    expected = {"zero_stage": 2, "world_size": 2, "unique_images": 64, "epochs": 1.0, "val_num_images": 16}
     assert {key: row[key] for key in expected} == expected
     assert [(probe["task"], probe["kind"], probe["n"]) for probe in row["probes"]] == [("two", "linear", 24)]
     assert json.loads(next(run.probes_dir(64).glob("two-*.json")).read_text())["world_size"] == 2  # shared by the ranks

@@ -16,7 +16,7 @@ from typing import Any
 num_steps = 0
 hoard: list[bytes] = []
 
-if "aimscale.harness.train" in sys.orig_argv[2:4]:  # a run or what forks runs; neither torchrun nor a loader's process
+if "aimscale.harness.train" in sys.orig_argv[2:4]:  # a run; neither torchrun nor a loader's process
     from aimscale.harness.run.directory import RunDir
     from aimscale.harness.step.engine import Engine
 

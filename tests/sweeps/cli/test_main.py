@@ -1,5 +1,6 @@
 """Tests of `aimscale --help`: all that it lists works."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,24 @@ def test_an_unknown_name_is_one_sentence_with_the_nearest(
     monkeypatch.chdir(tmp_path)
     Path("mysweeps.yaml").touch()
     assert refused(*line.split()).endswith(f"{words}\n")
+
+
+def test_a_deleted_working_directory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the working directory was deleted" in refused("status", "demo")
+
+
+def test_a_command_whose_output_is_closed_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit, match="0"):
+        main(["status", "demo", "--root", str(tmp_path)])
+
+
+def test_a_pipe_is_no_table(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.csv")
+    assert "is a pipe or a device" in refused("compare", tmp_path / "fifo.csv")
 
 
 def test_an_analysis_verb_takes_a_sweep_by_its_name_or_file(

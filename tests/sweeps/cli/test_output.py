@@ -48,7 +48,9 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
 
     assert follows("plan") == f"launch {file} --root {root}" == follows("status") == follows("launch", "--dry-run")
     assert follows("launch", behaviour="crash") == f"logs {file} {run.run_id} --root {root}" == follows("status")
-    assert follows("launch") == f"logs {file} {run.run_id} --root {root}", "it was not tried again"
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    assert follows("launch", behaviour="crash") == f"logs {file} {run.run_id} --root {root}"
+    assert follows("launch") == f"logs {file} {run.run_id} --root {root}", "two nodes were tried"
     assert follows("launch", "--dry-run") == f"logs {file} {run.run_id} --root {root}"
     assert follows("launch", "--dry-run", "--retry") == f"launch {file} --retry --root {root}"
     over = f"report {sweep.directory}"
@@ -64,8 +66,15 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
 def test_the_summary_comes_first_then_the_failed_run_then_the_table(say: Any) -> None:
     say("launch", behaviour="crash")
     said = say("status")
-    assert [line.split()[0] for line in (*said[:5], said[-1])] == ["runs", "done", "spent", "failed", "run", "next:"]
-    assert "100 % in failed" in said[1]
+    assert [line.split()[0] for line in (*said[:5], said[-1])] == [
+        "runs",
+        "done",
+        "spent",
+        "unfinished",
+        "run",
+        "next:",
+    ]
+    assert "RuntimeError: the user's code is wrong; `aimscale launch` resumes it" in said[3]
 
 
 def test_slurm_is_asked_about_sweeps_that_were_submitted_alone(

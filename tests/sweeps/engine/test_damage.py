@@ -44,7 +44,7 @@ def test_damaged_runs_are_named_and_left_and_the_others_are_executed(
         (record.path / name).write_bytes(text.encode(errors="surrogateescape"))
     result = launch(sweep, devices=2, command=stand_in())
     assert len(result.finished) == 2
-    whys = {decision.run.run_id: decision.why for decision in result.skipped if decision.verdict == "damaged"}
+    whys = {decision.run.run_id: decision.why for decision in result.skipped if decision.state == "damaged"}
     assert len(whys) == len(DAMAGE)
     status = sweep_status(sweep, runs, cost_cards(sweep, runs))
     for (name, _), run, line in zip(DAMAGE, runs, status.runs, strict=False):

@@ -78,12 +78,12 @@ def test_the_same_file_elsewhere_names_the_same_runs_and_finds_their_results_and
     there = moved()
     before = state(only_run(there / "runs"))
     result = launch(there / "sweep.yaml", there / "runs", devices=1)
-    assert [each.verdict for each in result.skipped] == ["finished"]
+    assert [each.state for each in result.skipped] == ["finished"]
     assert state(only_run(there / "runs")) == before
     assert only_run(there / "runs").name == only_run(home / "runs").name
     # and from a third place, into the folder where it was launched first
     result = launch(there / "sweep.yaml", home / "runs", devices=1)
-    assert [each.verdict for each in result.skipped] == ["finished"]
+    assert [each.state for each in result.skipped] == ["finished"]
 
 
 def test_a_sweep_is_known_where_its_data_are_not(home: Path, moved: Callable[..., Path]) -> None:

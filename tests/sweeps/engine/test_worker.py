@@ -3,7 +3,9 @@ from __future__ import annotations
 import ast
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +15,13 @@ import pytest
 
 import aimscale.sweeps.engine.launch
 from aimscale.aim.errors import UserError
+from aimscale.sweeps.engine import active_run
 from aimscale.sweeps.engine import worker as engine
+from aimscale.sweeps.engine.devices import DevicePool, Machine
 from aimscale.sweeps.engine.launch import cancel
 from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.state.decision import read_state
 from aimscale.sweeps.state.record import RunRecord
 
 
@@ -50,7 +55,7 @@ def test_longest_runs_first_and_a_second_launch_starts_nothing(
     assert ["rung-48" in line for line in begun] == [True, True, False, False]
     again = launch(sweep, devices=1, command=stand_in())
     assert not again.finished
-    assert [each.verdict for each in again.skipped] == ["finished"] * 4
+    assert [each.state for each in again.skipped] == ["finished"] * 4
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     assert [starts(record) for record in records] == [1, 1, 1, 1]
     assert not any(record.is_claimed() for record in records)
@@ -81,7 +86,7 @@ def test_a_killed_worker_leaves_live_runs_alone_and_dead_ones_resumable(
     os.kill(int((dead.path / "starts").read_text()), signal.SIGKILL)
     result = launch(sweep, devices=2, command=stand_in())
     assert result.finished == (dead.path.name,)
-    assert [decision.verdict for decision in result.skipped] == ["running"]
+    assert [decision.state for decision in result.skipped] == ["running"]
     assert [starts(live), starts(dead)] == [1, 2]
     os.kill(int((live.path / "starts").read_text()), signal.SIGTERM)
     wait_for(lambda: not live.is_held(), "end of the live run")
@@ -89,8 +94,9 @@ def test_a_killed_worker_leaves_live_runs_alone_and_dead_ones_resumable(
 
 @pytest.mark.parametrize(("behaviour", "kind", "tries"), [("crash", "code", 2), ("die", "oom", 2)])
 def test_failures_are_classified_retried_within_bounds_and_forgiven(
-    write_sweep: Any, behaviour: str, kind: str, tries: int, stand_in: Any, launch: Any
+    write_sweep: Any, behaviour: str, kind: str, tries: int, stand_in: Any, launch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engine, "EARLY_S", 0.0)
     sweep = write_sweep(sizes=["rung-32"])
     record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
     result = launch(sweep, devices=1, command=stand_in(behaviour))
@@ -101,7 +107,7 @@ def test_failures_are_classified_retried_within_bounds_and_forgiven(
         assert record.read_status().reason == "RuntimeError: the user's code is wrong"
     again = launch(sweep, devices=1, command=stand_in())
     assert starts(record) == tries
-    assert [each.verdict for each in again.skipped] == ["failed"]
+    assert [each.state for each in again.skipped] == ["failed"]
     assert launch(sweep, devices=1, command=stand_in(), retry=True).finished == (record.path.name,)
 
 
@@ -113,7 +119,7 @@ def test_another_budget_extends_a_run_and_another_seed_is_a_new_one(
     assert len(launch(longer, devices=1, command=stand_in()).finished) == 1
     (path,) = longer.runs_dir.iterdir()
     assert [row["images_seen"] for row in RunRecord(path).read_rows()] == [640, 1280, 1920]
-    assert [each.verdict for each in launch(longer, devices=1, command=stand_in()).skipped] == ["finished"]
+    assert [each.state for each in launch(longer, devices=1, command=stand_in()).skipped] == ["finished"]
     other = write_sweep(sizes=["rung-32"], seeds=[1])
     result = launch(other, devices=1, command=stand_in())
     assert (len(result.finished), result.unplanned) == (1, (path.name,))
@@ -194,22 +200,109 @@ def test_a_free_device_never_waits_behind_a_run_that_needs_more(write_sweep: Any
     assert (broad / "ran").exists()
 
 
-def test_cancelled_runs_save_and_stay_ended_until_a_person_retries_them_and_that_is_no_failure(
+def test_cancelled_runs_save_and_stay_ended_until_the_next_launch_and_that_is_no_failure(
     write_sweep: Any, start: Any, stand_in: Any, launch: Any
 ) -> None:
     sweep = write_sweep(seeds=[0, 1])
-    runs = plan(sweep)
-    records = [RunRecord(sweep.run_dir(run.run_id)) for run in runs]
-    for number in (1, 2, 3):
-        for record in records:
-            record.cancelled.unlink(missing_ok=True)
-        worker = start(2, "wait")
-        wait_for(lambda: sum(record.is_held() for record in records) == 2, "start of two runs")
-        done, failed = cancel(sweep, runs)
-        assert (len(done), failed) == (4, [])
-        assert worker.communicate(timeout=200)[0].splitlines()[-1] == "done 0", "it ended by itself"
-        assert not any(record.is_held() for record in records)
-        assert sum(starts(record) for record in records) == 2 * number
-    assert not launch(sweep, devices=2, command=stand_in()).finished
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    worker = start(2, "wait")
+    wait_for(lambda: sum(record.is_held() for record in records) == 2, "start of two runs")
+    done, failed = cancel(sweep)
+    assert (len(done), failed) == (4, [])
+    assert worker.communicate(timeout=200)[0].splitlines()[-1] == "done 0", "it ended by itself"
+    assert not any(record.is_held() for record in records)
+    result = launch(sweep, devices=2, command=stand_in())
+    assert [each.state for each in result.skipped] == ["cancelled"] * 4, "another worker starts none of them"
+    assert sum(starts(record) for record in records) == 2
     result = launch(sweep, devices=2, command=stand_in(), retry=True)
     assert len(result.finished) == 4
+
+
+def test_cancel_reaches_what_runs_although_it_is_no_longer_planned(write_sweep: Any, start: Any) -> None:
+    records, worker = both_at_work(write_sweep(), start)
+    done, _ = cancel(write_sweep(seeds=[1]))
+    assert [line.endswith("told to save and end") for line in done].count(True) == 2
+    assert worker.communicate(timeout=200)[0].splitlines()[-1] == "done 0"
+    assert {record.read_status().state for record in records} == {"preempted"}
+
+
+def test_a_run_that_hangs_is_killed_after_its_grace(
+    write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(active_run, "KILL_MARGIN_S", -grace_period_s(plan(write_sweep())[0]) + 1.0)
+    sweep = write_sweep(sizes=["rung-32"])
+    record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
+    canceller = threading.Thread(
+        target=lambda: (wait_for(record.is_held, "start of the run"), record.cancelled.touch()), daemon=True
+    )
+    canceller.start()
+    launch(sweep, devices=1, command=stand_in("hang"))
+    assert "killing" in capsys.readouterr().out
+    assert (record.read_status().state, record.read_status().reason) == ("preempted", "cancelled")
+
+
+def test_a_broken_node_gives_its_runs_back_and_ends_its_worker(
+    write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """It would otherwise fail the whole sweep within minutes, faster than sound nodes train."""
+    sweep = write_sweep(seeds=list(range(4)))
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    for node in ("bad", "good"):
+        monkeypatch.setattr(socket, "gethostname", lambda node=node: node)
+        result = launch(sweep, devices=1, command=stand_in("crash" if node == "bad" else "finish"))
+        if node == "bad":
+            assert "two runs in a row failed on bad before their first step (RuntimeError" in str(result.broken)
+            assert "no more runs are started here" in capsys.readouterr().out
+            assert (len(result.failed), sum(map(starts, records))) == (2, 2)
+            states = [read_state(run, record).state for run, record in zip(plan(sweep), records, strict=True)]
+            assert sorted(states) == ["not started"] * 6 + ["unfinished"] * 2
+    assert (len(result.finished), result.broken) == (8, None)
+
+
+def test_a_broken_run_fails_for_good_on_two_nodes_and_stops_no_other(
+    write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2])
+    bad = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
+    RunRecord.create(bad.path, plan(sweep)[0].config)
+    (bad.path / "behaviour").write_text("crash")
+    result = launch(sweep, devices=1, command=stand_in())
+    assert (len(result.finished), result.failed, result.broken) == (2, (bad.name,), None)
+    assert starts(bad) == 2
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert launch(sweep, devices=1, command=stand_in()).failed == (bad.name,)
+    assert read_state(plan(sweep)[0], bad).state == "failed"
+    assert [each.state for each in launch(sweep, devices=1, command=stand_in()).skipped].count("failed") == 1
+
+
+def test_two_launches_on_one_machine_share_its_devices(
+    write_sweep: Any, start: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    pool = DevicePool(Machine(devices=1, is_shared=True))
+    assert pool.acquire(plan(sweep)[0]) == (0,)
+    waiter = threading.Thread(target=lambda: (time.sleep(3), pool.release((0,))), daemon=True)
+    waiter.start()
+    begun = time.monotonic()
+    monkeypatch.setattr(engine, "RESCAN_S", 0.5)
+    assert len(launch(sweep, devices=1, command=stand_in()).finished) == 2
+    assert time.monotonic() - begun > 3
+    assert [starts(record) for record in records] == [1, 1]
+
+
+def test_a_launcher_whose_sweep_was_moved_stops_and_makes_nothing(
+    write_sweep: Any, launch: Any, stand_in: Any, tmp_path: Path
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
+    record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
+
+    def move() -> None:
+        wait_for(record.is_held, "start of the run")
+        sweep.directory.rename(tmp_path / "elsewhere")
+
+    threading.Thread(target=move, daemon=True).start()
+    result = launch(sweep, devices=1, command=stand_in("wait"))
+    assert "was moved or removed" in str(result.broken)
+    assert not sweep.directory.exists()

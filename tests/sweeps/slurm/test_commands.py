@@ -31,14 +31,14 @@ def test_a_slurm_without_arrays_takes_single_jobs(program: Any) -> None:
 
 def test_accounting_that_does_not_answer_says_nothing(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     program("squeue", "echo '6|RUNNING|node1'")
-    assert (slurm.job_state("6"), slurm.job_state("7")) == ("RUNNING", None)
+    assert slurm.job_states("67") == {"6": "RUNNING"}
     program("sacct", "echo '7|OUT_OF_MEMORY'; echo odd; echo '8|'; echo '9|CANCELLED by 0'")
-    assert [slurm.job_state(job_id) for job_id in "6789"] == ["RUNNING", "OUT_OF_MEMORY", None, "CANCELLED"]
+    assert slurm.job_states("6789") == {"6": "RUNNING", "7": "OUT_OF_MEMORY", "9": "CANCELLED"}
     monkeypatch.setitem(slurm.command.__kwdefaults__, "timeout_s", 0.2)
     program("sacct", "exec sleep 20")
-    assert slurm.job_state("7") is None
+    assert slurm.job_states("7") == {}
     program("sacct", "printf '\\377'; exit 1")
-    assert slurm.job_state("7") is None
+    assert slurm.job_states("7") == {}
 
 
 def test_a_run_keeps_off_nodes_where_it_failed_while_others_are_left(program: Any) -> None:

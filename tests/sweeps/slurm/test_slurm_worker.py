@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aimscale.sweeps.engine import devices
-from aimscale.sweeps.engine.slurm_worker import WorkerJob, WorkerJobError
+from aimscale.sweeps.engine import devices, slurm_worker, worker
+from aimscale.sweeps.engine.slurm_worker import WorkerJobError, execute_job
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.slurm.submit import JobShape
+from aimscale.sweeps.slurm.jobs import JobShape
+from aimscale.sweeps.state.attempts import may_retry
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare_directory
 
@@ -23,10 +23,10 @@ STAND_IN = str(Path(__file__).parents[1] / "stand_in.py")
 @pytest.fixture
 def worker_job(
     write_sweep: Any, program: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[WorkerJob, RunRecord]]:
+) -> tuple[Callable[[], str], RunRecord]:
     """Make a job on node1 of a cluster of two nodes, and the run that it executes."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
-    program("squeue", "echo '7|RUNNING|node1'")
+    program("squeue", f'case "$*" in *%x*) cat {tmp_path}/excluded;; *) echo "7|RUNNING|node1";; esac')
+    (tmp_path / "excluded").write_text("(null)")
     program("sinfo", "echo node1; echo node2")
     program("scontrol", f'echo "$@" >> {tmp_path}/told')
     program("srun", "exit 1")
@@ -39,9 +39,7 @@ def worker_job(
     (run,) = plan(sweep)
     record = RunRecord(sweep.run_dir(run.run_id))
     RunRecord.create(record.path, run.config)
-    yield WorkerJob(directory=sweep.directory, shape=JobShape(nodes=1, devices=1)), record
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return lambda: execute_job(sweep.directory, JobShape(nodes=1, devices=1)), record
 
 
 def told(tmp_path: Path) -> list[str]:
@@ -51,7 +49,7 @@ def told(tmp_path: Path) -> list[str]:
 
 
 def test_a_run_that_failed_on_this_node_goes_on_on_another_while_there_is_one(
-    worker_job: tuple[WorkerJob, RunRecord], program: Callable[[str, str], None], tmp_path: Path
+    worker_job: tuple[Callable[[], str], RunRecord], program: Callable[[str, str], None], tmp_path: Path
 ) -> None:
     execute, record = worker_job
     record.write_status(state="failed", reason="node node1 failed", reason_class="node")
@@ -67,7 +65,7 @@ def test_a_run_that_failed_on_this_node_goes_on_on_another_while_there_is_one(
 
 
 def test_a_time_limit_in_which_nothing_could_save_fails_and_is_not_requeued_for_ever(
-    worker_job: tuple[WorkerJob, RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker_job: tuple[Callable[[], str], RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     execute, record = worker_job
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 150))  # 120 s of them to save
@@ -77,10 +75,69 @@ def test_a_time_limit_in_which_nothing_could_save_fails_and_is_not_requeued_for_
     assert not (record.path / "starts").exists()
 
 
-def test_a_run_that_failed_for_good_fails_the_job(worker_job: tuple[WorkerJob, RunRecord], tmp_path: Path) -> None:
+def test_a_run_that_failed_before_its_first_step_is_given_to_another_node_uncounted(
+    worker_job: tuple[Callable[[], str], RunRecord], program: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """A broken node ends each run at once; it must not use up the attempts of any."""
     execute, record = worker_job
     (record.path / "behaviour").write_text("crash")
-    with pytest.raises(WorkerJobError, match=record.name):
+    assert execute() == "requeued"
+    assert told(tmp_path) == ["requeue 7", "update JobId=7 ExcNodeList=node1"]
+    assert record.failed_nodes() == ["node1"]
+    assert may_retry(record.read_attempts(), "code")
+    program("sinfo", "echo node1")
+    assert execute() == f"failed: {record.name}"
+    assert len(record.read_attempts()) == 3, "no other node is left; it is tried twice here"
+    assert len(told(tmp_path)) == 2
+
+
+def test_a_node_without_the_gpus_that_were_asked_for_takes_no_run(
+    worker_job: tuple[Callable[[], str], RunRecord],
+    program: Callable[[str, str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    execute, record = worker_job
+    file = record.path.parents[1] / "sweep.yaml"
+    file.write_text(file.read_text().replace("gpus: false", "gpus: true"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    program("sinfo", "echo node1; echo node2; echo node3")
+    (tmp_path / "excluded").write_text("node3")
+    assert execute() == "requeued"
+    assert told(tmp_path) == ["requeue 7", "update JobId=7 ExcNodeList=node3,node1"]
+    program("sinfo", "echo node1; echo node3")
+    with pytest.raises(WorkerJobError, match="0 GPUs"):
         execute()
-    assert len(record.read_attempts()) == 2
-    assert not told(tmp_path)
+    assert not (record.path / "starts").exists()
+
+
+def test_a_failure_late_in_a_job_is_tried_again_by_the_next(
+    worker_job: tuple[Callable[[], str], RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute, record = worker_job
+    (record.path / "behaviour").write_text("crash later")
+    record_end = worker.record_end
+
+    def later(*args: Any, **options: Any) -> str:
+        monkeypatch.setattr(worker, "MIN_START_TIME_S", 3600)
+        return record_end(*args, **options)
+
+    monkeypatch.setattr(worker, "record_end", later)
+    assert execute() == "requeued"
+    assert len(record.read_attempts()) == 1
+
+
+def test_runs_that_are_added_while_a_job_works_are_executed_by_it(
+    worker_job: tuple[Callable[[], str], RunRecord], write_sweep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute, record = worker_job
+    run_worker = slurm_worker.run_worker
+
+    def add(*args: Any) -> Any:
+        result = run_worker(*args)
+        prepare_directory(write_sweep(sizes=["rung-32"], seeds=[0, 1], slurm={"gpus": False}))
+        return result
+
+    monkeypatch.setattr(slurm_worker, "run_worker", add)
+    assert execute() == "nothing is left"
+    assert len(list(record.path.parent.glob("*/results.json"))) == 2

@@ -22,8 +22,11 @@ from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, grace_perio
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.submit import JobShape, Submission, job_shape, live_jobs, submit
+from aimscale.sweeps.slurm import submit as submission
+from aimscale.sweeps.slurm.jobs import JobShape, live_jobs
+from aimscale.sweeps.slurm.submit import Submission, job_shape, submit
 from aimscale.sweeps.state.sweep_dir import prepare_directory
+from aimscale.sweeps.table.status import sweep_status
 from aimscale.sweeps.table.views import format_duration
 
 
@@ -74,7 +77,7 @@ def submitted(program: Any, tmp_path: Path) -> Any:
     program("sinfo", "echo main")
     program("srun", "exit 1")
     program("scontrol", "echo MaxArraySize = $(cat " + f"{tmp_path}/longest)")
-    program("sbatch", f'n=$(ls {jobs} | wc -l); cp "$1" {jobs}/$n; echo Submitted batch job $((n + 1))')
+    program("sbatch", f'n=$(ls {jobs} | wc -l); cat > {jobs}/$n; echo "$((n + 1));main"')
     (tmp_path / "longest").write_text("1001")
 
     def options(name: str) -> list[str | None]:
@@ -86,8 +89,7 @@ def submitted(program: Any, tmp_path: Path) -> Any:
 
 def submit_for(sweep: Sweep, **changes: Any) -> list[Submission]:
     prepare_directory(sweep)
-    options = {"make_job": lambda shape: shape.__str__, "allow_dirty": True, **changes}
-    return submit(sweep, lambda: plan(sweep), **options)
+    return submit(sweep, lambda: plan(sweep), allow_dirty=True, **changes)
 
 
 def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
@@ -107,8 +109,8 @@ def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitte
     assert not submit_for(limited)
 
 
-def test_jobs_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
-    write_sweep: Any, submitted: Any, tmp_path: Path
+def test_jobs_are_shared_out_over_shapes_and_what_gets_none_is_said(
+    write_sweep: Any, submitted: Any, tmp_path: Path, capsys: Any
 ) -> None:
     wide = [{"when": {"size": "rung-48"}, "set": {"devices": 8}}]
     widest = [{"when": {"size": "rung-64"}, "set": {"devices": 16}}]
@@ -117,10 +119,11 @@ def test_jobs_are_shared_out_over_shapes_and_wait_where_too_many_would_run(
     assert submitted("array") == ["0-1%2", None, None]
     assert [submitted("nodes"), submitted("ntasks-per-node")] == [["1", "1", "2"], ["1", "8", "8"]]
     submit_for(write_sweep(slurm={"max_parallel": 2}, name="narrow", **fields))
-    assert submitted("dependency")[3:] == [None, None, "afterany:4:5"]
+    assert submitted("nodes")[3:] == ["1", "1"]
+    assert "no job for 2 runs of 2 x 8: slurm.max_parallel is reached" in capsys.readouterr().err
     (tmp_path / "longest").write_text("0")
     submit_for(write_sweep(name="single", **fields))
-    assert submitted("array")[6:] == [None] * 6
+    assert submitted("array")[5:] == [None] * 6
 
 
 def test_a_dry_run_prints_the_script_that_is_submitted(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
@@ -140,7 +143,7 @@ def test_without_slurm_a_dry_run_prints_its_script_and_a_launch_one_sentence(
     (tmp_path / "git").symlink_to(shutil.which("git") or "")
     monkeypatch.setenv("PATH", str(tmp_path))
     sweep = write_sweep()
-    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.__str__, allow_dirty=True, dry_run=True)
+    (part,) = submit(sweep, lambda: plan(sweep), allow_dirty=True, dry_run=True)
     assert "#SBATCH --array=0-1%2" in part.script
     assert not sweep.directory.exists()
     with pytest.raises(UserError, match="--on local"):
@@ -185,7 +188,7 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
     root = tmp_path / "a $(touch pwned) `touch pwned` 'b\" ;touch pwned"
     section = {"partition": "$(touch pwned)", "python": "tell $(touch pwned)", "extra": {"comment": "';touch pwned"}}
     sweep = replace(write_sweep(slurm=section), root=root)
-    (part,) = submit(sweep, lambda: plan(sweep), lambda shape: shape.__str__, allow_dirty=True, dry_run=True)
+    (part,) = submit(sweep, lambda: plan(sweep), allow_dirty=True, dry_run=True)
     (tmp_path / "tell").write_text('#!/bin/sh\npwd; echo "$PYTHONPATH"; for word; do echo "$word"; done\n')
     (tmp_path / "tell").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -201,7 +204,7 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
     code.mkdir(parents=True)
     words = execute().stdout.splitlines()
     assert words[:4] == [str(code), str(code), "$(touch", "pwned)"]
-    assert words[4:] == ["-u", "-m", "submitit.core._submit", str(root / "tiny/slurm")]
+    assert words[4:] == ["-u", "-m", "aimscale.sweeps.engine.slurm_worker", str(root / "tiny"), "1", "1"]
     assert not list(tmp_path.rglob("pwned"))
 
 
@@ -217,3 +220,64 @@ def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
     console = Console(width=200, file=io.StringIO())
     print_plan(large, [card], console)
     assert f"up to {format_duration(card.stop_s)} for a last save" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_jobs_that_die_before_they_take_a_run_are_shown_and_not_submitted_again(
+    write_sweep: Any, submitted: Any
+) -> None:
+    """The most common first failure on a cluster: a line of `slurm.setup` that does not work there."""
+    sweep = write_sweep(slurm={"setup": ["module load cuda || exit 1"]})
+    runs, cards = plan(sweep), cost_cards(sweep, plan(sweep))
+    submit_for(sweep)
+    assert not sweep_status(sweep, runs, cards, {}).failed_jobs, "no log yet"
+    for i in (0, 1):
+        (sweep.directory / "slurm" / f"1_{i}.out").write_text("hello\nmodule: command not found\n")
+    (said,) = sweep_status(sweep, runs, cards, slurm.jobs()).failed_jobs
+    assert "module: command not found (2 jobs; see " in said
+    with pytest.raises(UserError, match=r"all 2 jobs .* before their workers began: module: command not found"):
+        submit_for(sweep)
+    assert len(submitted("time")) == 1
+    submit_for(sweep, retry=True)
+    submit_for(write_sweep(slurm={"setup": ["true"]}))
+    assert len(submitted("time")) == 3
+
+
+def test_what_a_worker_says_of_itself_is_shown_and_a_regular_end_is_not(write_sweep: Any, submitted: Any) -> None:
+    sweep = write_sweep(seeds=[0, 1])
+    runs, cards = plan(sweep), cost_cards(sweep, plan(sweep))
+    submit_for(sweep)
+    ends = ["aimscale: this job is too short", "worker ends: nothing is left", "started a\nKilled", "started b"]
+    for i, end in enumerate(ends):
+        (sweep.directory / "slurm" / f"1_{i}.out").write_text(f"noise\nworker begins: job 1_{i}\n{end}\n")
+    (said,) = sweep_status(sweep, runs, cards, {}).failed_jobs
+    assert "this job is too short (1 jobs" in said
+
+
+def test_a_torn_line_of_the_record_of_jobs_breaks_nothing(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
+    sweep = write_sweep()
+    submit_for(sweep)
+    record = slurm.submissions_file(sweep)
+    for damage in ('{"job_id": "1", "num', "[]", "null", '{"job_id": 3}', "\x00", '{"number": {}}'):
+        record.write_text(record.read_text() + damage + "\n")
+    (tmp_path / "queue").write_text("1_0|PENDING|\n1_1|PENDING|")
+    assert [job.info.job_id for job in live_jobs(sweep, slurm.jobs())] == ["1_0", "1_1"]
+    assert not submit_for(sweep)
+
+
+def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
+    write_sweep: Any, submitted: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    sweep = write_sweep()
+    monkeypatch.setattr(submission, "LOCK_TIMEOUT_S", 0.1)
+    with hold_lock(sweep.directory / "slurm" / "lock"), pytest.raises(UserError, match="has been submitting for"):
+        submit_for(sweep)
+    assert "waiting for process" in capsys.readouterr().err
+
+
+def test_the_script_asks_for_nothing_that_no_one_asked_for(write_sweep: Any) -> None:
+    """A site that enforces accounts refuses workload keys that it does not know."""
+    sweep = write_sweep()
+    (part,) = submit(sweep, lambda: plan(sweep), allow_dirty=True, dry_run=True)
+    options = re.findall(r"^#SBATCH --([a-z-]+)", part.script, re.M)
+    known = ["job-name", "time", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "array", "output"]
+    assert options == [*known, "open-mode", "requeue", "signal"]

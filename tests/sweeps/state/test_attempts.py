@@ -79,9 +79,9 @@ def test_each_end_has_its_class_and_its_bound(
 ) -> None:
     assert [attempt(record, exit_code, **status) for _ in outcomes] == outcomes
     assert record.read_status().reason_class == kind
-    assert not may_retry(record)
+    assert not may_retry(record.read_attempts(), kind)
     clear_failure(record)
-    assert may_retry(record)
+    assert may_retry(record.read_attempts(), kind)
     assert attempt(record, EXIT_FINISHED) == "finished"
 
 
@@ -112,6 +112,8 @@ def test_evaluation_and_its_parts_are_progress(record: RunRecord, name: str) -> 
         ("FAILED", "Starting with x\nslurmstepd: error: Detected 1 oom_kill event in StepId=1.0", "failed", "oom"),
         ("FAILED", "exceeded memory limit\nStarting with x\nTraceback", "failed", "code"),
         ("CANCELLED by 0", "", "preempted", None),
+        ("PREEMPTED", "", "preempted", None),
+        ("PENDING", "", "preempted", None),
         (None, "", "failed", "node"),
     ],
 )
@@ -122,11 +124,11 @@ def test_jobs_that_left_no_word_are_diagnosed(
     record.job_log("7").parent.mkdir(parents=True)
     record.job_log("7").write_text(output)
     worker = Holder(facts={"job_id": "7", "devices": 1, "nodes": "node3"})
-    record_lost_attempt(record, worker, lambda job_id: job_state)
+    record_lost_attempt(record, worker, job_state)
     status = record.read_status()
     assert (status.state, status.reason_class) == (state, kind)
     assert record.failed_nodes() == (["node3"] if kind == "node" else [])
-    record_lost_attempt(record, worker, lambda job_id: "NODE_FAIL")
+    record_lost_attempt(record, worker, "NODE_FAIL")
     assert record.read_status() == status  # what was said first stays
     clear_failure(record)
     assert record.failed_nodes() == []
@@ -161,10 +163,10 @@ def test_a_run_that_takes_its_launcher_with_it_is_not_tried_for_ever(record: Run
         with record.hold():
             record.write_start()
             record.write_status(started=1e6 * num, heartbeat=1e6 * num + 1800)
-            record_lost_attempt(record, worker, lambda job_id: None)
+            record_lost_attempt(record, worker, None)
             assert record.read_status().state == "running", "it lives"
-        record_lost_attempt(record, worker, lambda job_id: None)
-        record_lost_attempt(record, worker, lambda job_id: None)
+        record_lost_attempt(record, worker, None)
+        record_lost_attempt(record, worker, None)
         assert (record.read_status().state, len(record.read_attempts())) == ("failed", num)
         assert record.read_attempts()[-1]["device_hours"] == pytest.approx(1.0), "up to its last sign of life"
-        assert may_retry(record) == (num < 3)
+        assert may_retry(record.read_attempts(), "node") == (num < 3)

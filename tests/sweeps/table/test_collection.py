@@ -45,6 +45,11 @@ def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: A
     assert (table["params_total"].iloc[2:] == cards[2].params_total).all()
     assert "val_loss" in read_table(found.table.with_suffix(".csv"))
 
+    row = done.read_rows()[0]
+    done.record_row(row | {"num_loss_spikes": 3})
+    gather(sweep)
+    assert read_table(found.table)["num_loss_spikes"].max() == 3
+
     before = {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}
     gather(sweep)
     assert before == {path.name: path.read_bytes() for path in sweep.directory.glob("*.*")}

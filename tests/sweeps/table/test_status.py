@@ -6,9 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from aimscale.harness.probe.files import task_key, weights_name
+from aimscale.harness.probe import files
+from aimscale.harness.probe.files import task_key, validation_name, weights_name
 from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_json
@@ -90,6 +93,8 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     running.write_status(data_wait=0.76)
     unfinished.write_status(state="preempted", reason="stopped by a signal")
     failed.write_status(state="failed", reason="no \x1b]0;title\x07such class\x1b[31m", reason_class="data")
+    ended = {"exit_code": 1, "saved": failed.saved_progress(), "reason_class": "data", "failed_nodes": []}
+    failed.append_attempt(attempt=1, ended=1.0, device_hours=0.0, reason="", **ended)
     cancelled.write_status(state="preempted")
     cancelled.cancelled.write_text("")
     other_version.write_status(version=99)
@@ -100,7 +105,7 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     jobs = {each: JobInfo(job_id=each, state="PENDING", reason="Priority") for each in ("8_0", "9_0", "11_0")}
     array = {"number": 2, "shape": {"nodes": 1, "devices": 1}}
     (sweep.directory / "slurm").mkdir()
-    (sweep.directory / "slurm" / "elements.jsonl").write_text(json.dumps({"job_id": "8", **array}) + "\n")
+    (sweep.directory / "slurm" / "jobs.jsonl").write_text(json.dumps({"job_id": "8", **array}) + "\n")
     facts: dict[str, Any] = {"job_id": "7_1", "devices": 1, "nodes": "node1"}
     with running.hold(), by_hand.hold(), hold_lock(running.claim, **facts), hold_lock(starting.claim, **facts):
         cards = cost_cards(sweep, runs)
@@ -227,3 +232,31 @@ def test_a_finished_run_that_learnt_nothing_is_named(write_sweep: Any, capsys: A
     assert [line.split()[1] for line in said.splitlines() if line.startswith("unstable")] == [found.runs[2].run_id]
     assert "lr_peak" in said
     assert "spikes" in said
+
+
+def test_a_look_at_finished_runs_reads_none_of_their_weights(write_sweep: Any, tmp_path: Path) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=list(range(5)))
+    runs, weights = plan(sweep), {"w": np.zeros(2_000_000, "f4")}
+    for run in runs:
+        record = RunRecord(sweep.run_dir(run.run_id))
+        RunRecord.create(record.path, run.config)
+        with record.hold():
+            for budget in run.budgets:
+                record.model_file(budget).parent.mkdir(parents=True)
+                save_file(weights, record.model_file(budget))
+                record.validation_file(budget).parent.mkdir(exist_ok=True)
+                record.validation_file(budget).write_bytes(b"")
+                name = validation_name(record, run.config, budget)
+                record.record_row({"images_seen": budget, "val_loss": 1.0, "validation": name})
+            record.write_status(state="finished")
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    look(sweep)  # it imports what it needs
+    files._content.cache_clear()
+    before = bytes_read()
+    assert look(sweep).counts == {"finished": 5}
+    assert bytes_read() - before < 50_000 * len(runs)
+    save_file(weights | {"v": np.ones(3, "f4")}, RunRecord(sweep.run_dir(runs[0].run_id)).model_file(640))
+    assert look(sweep).counts == {"finished": 4, "unfinished": 1}, "its weights are others now"

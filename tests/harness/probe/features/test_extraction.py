@@ -9,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from aimscale.aim.model import AIM
 from aimscale.harness.device.distributed import Group
-from aimscale.harness.probe.features.extraction import CachedTokens, Moments, StreamedTokens
-from aimscale.harness.probe.features.tasks import ProbeError
+from aimscale.harness.probe.features.moments import Moments, averages, owned_averages
+from aimscale.harness.probe.features.sources import CachedTokens, StreamedTokens
+from aimscale.harness.probe.features.tasks import BlockSet, ProbeError
 
 
 def test_features_that_memory_does_not_hold_are_computed_again_or_lie_in_a_file_without_a_name(
@@ -70,11 +72,29 @@ def test_ranks_of_a_host_decide_as_one_and_take_no_more_than_it_has_free(
     assert ranks[0] == {case: (pooled // 2 * (case in ("roomy", "tight")), case == "roomy") for case in free}
 
 
+def averages_on(group: Group, sets: list[list[BlockSet]], owners: list[int]) -> tuple[bool, int]:
+    """Whether a rank gets the averages over its block sets of all images, and the bytes that it is sent."""
+    outputs = torch.randn(4, len(owners), 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sent: list[int] = []
+    with unittest.mock.patch.object(
+        group, "exchange", lambda parts, sizes: sent.extend(sizes) or Group.exchange(group, parts, sizes)
+    ):
+        own = outputs[:, [owner == group.rank for owner in owners]]
+        found = owned_averages(own, np.array(owners), sets, group)
+    return torch.equal(found, averages(outputs, sets[group.rank])), sum(sent)
+
+
+def test_averages_of_a_block_set_go_to_its_owner_alone(in_group: Callable[..., list[Any]]) -> None:
+    sets: list[list[BlockSet]] = [[(0,), (1, 2)], [(0, 1, 2, 3)], []]
+    found = in_group(averages_on, sets, [1, 0, 0, 1, 2, 1], world_size=3)
+    assert found == [(True, len(own) * 6 * 3 * 8 * 2) for own in sets]
+
+
 def test_a_full_disk_is_one_sentence(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("aimscale.harness.probe.features.extraction.HOST_SHARE", 0.0)
+    monkeypatch.setattr("aimscale.harness.probe.features.placement.HOST_SHARE", 0.0)
     monkeypatch.setattr("os.posix_fallocate", full)
     train, _ = task.open()
     with pytest.raises(ProbeError, match="No space left on device"):

@@ -48,8 +48,8 @@ class Linear(nn.Module):
 
 def written_out_module(head: HeadStack) -> nn.Module:
     """A stack's only head as an ordinary module with copies of its values, in evaluation mode."""
-    width = head.mean.shape[2]
-    statistics = {"bn.running_mean": head.mean[0, 0], "bn.running_var": head.var[0, 0]}
+    width = head.mean.shape[1]
+    statistics = {"bn.running_mean": head.mean[0], "bn.running_var": head.var[0]}
     own = {name: parameter.detach()[0, 0] for name, parameter in head.named_parameters()}
     module: nn.Module
     if isinstance(head, EfficientStack):

@@ -1,4 +1,4 @@
-"""FSDP2 and the bare loop take DeepSpeed's steps, so that their times may be compared."""
+"""Steps of DeepSpeed against those of FSDP2 and of a bare loop."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from reference_engine import ReferenceEngine
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
-from aimscale.harness.bench.reference import ReferenceEngine
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.config import ConfigError, OptimiserSection

@@ -1,4 +1,4 @@
-"""Reference engines that DeepSpeed's cost per step is compared with: plain PyTorch alone, and PyTorch's own FSDP2.
+"""Engines that DeepSpeed's steps are compared with: plain PyTorch alone, and PyTorch's own FSDP2.
 
 Both step the same model on the same images with the `step` and `close` of `harness.step.engine.Engine`, without its
 guard against non-finite steps. Neither trains runs.

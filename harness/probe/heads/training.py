@@ -1,0 +1,235 @@
+"""Training of given heads on one source of features, and their evaluation on the hold-out.
+
+Heads are divided among ranks by block set. Every rank computes the tokens of its images and sends the average over each
+block set to the rank that owns it, so that no head, gradient or moment is on two ranks and no gradient is exchanged.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aimscale.harness.probe.features.extraction import SplitFeatures
+from aimscale.harness.probe.features.images import Task
+from aimscale.harness.probe.features.moments import owned_averages
+from aimscale.harness.probe.features.sources import Features, PooledFeatures, batched
+from aimscale.harness.probe.features.tasks import BlockSet, number_of_steps
+from aimscale.harness.probe.heads.logistic import MAX_CHANNELS, MIN_IMAGES_PER_CHANNEL, solve
+from aimscale.harness.probe.heads.scores import Candidate
+from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, LinearStack, StackedAdamW
+
+WORKING_GB = 1.0
+"""Memory of a rank for the tokens that heads train on at a time, if these are more than `MICRO_BATCH` images."""
+MICRO_BATCH = 64
+"""Minimum number of images, over all ranks, whose tokens are computed at a time; one a rank if there are more ranks."""
+
+Grid = tuple[str, Mapping[BlockSet, Sequence[float]]]
+"""Heads of one stack: their kind, and the values (rates, or strengths of L2) on each block set, equally many."""
+
+
+class MicroBatch(NamedTuple):
+    """Micro-batch: some images of a batch."""
+
+    images: list[int]
+    """Images of all ranks."""
+    num_learnt: int = 0
+    """Number of images of the whole batch that the heads learn from."""
+    ends_batch: bool = False
+    """Whether the optimiser steps after this micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """Heads that train together on some images."""
+
+    owned: list[list[BlockSet]]
+    """Block sets of every rank."""
+    stacks: list[HeadStack]
+    """Heads on this rank's block sets."""
+    is_learnt: np.ndarray
+    """Whether the heads learn from each training image, bool (n,)."""
+    micro_size: int
+    """Number of images of all ranks at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTraining:
+    """Training of heads of one task, by all ranks together."""
+
+    task: Task
+    num_heads: int
+    """Number of heads of the attentive probe."""
+    features: SplitFeatures
+    """Features of the training split."""
+    source: Features
+    """Those of them that the heads read."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the heads."""
+        return self.features.pooled_moments[0].centre.device
+
+    def train(self, grids: Sequence[Grid], *, with_holdout: bool) -> Round:
+        """Train heads on the images to fit, or on all training images."""
+        sets = list(dict.fromkeys(blocks for _, grid in grids for blocks in grid))
+        owned = [[sets[i] for i in share] for share in np.array_split(range(len(sets)), self.task.group.world_size)]
+        num_values = sum(len(next(iter(grid.values()))) for _, grid in grids)
+        this = Round(
+            owned=owned,
+            stacks=self.stacks(grids, owned[self.task.group.rank], with_holdout=with_holdout),
+            is_learnt=self.task.is_fit | with_holdout,
+            micro_size=self._micro_size(len(sets), len(owned[0]), num_values),
+        )
+        if isinstance(self.source, PooledFeatures):
+            for stack in this.stacks:
+                self._solve(this, stack)
+        else:
+            self._train(this)
+        return this
+
+    def stacks(self, grids: Sequence[Grid], own: Sequence[BlockSet], *, with_holdout: bool) -> list[HeadStack]:
+        """Make untrained heads on some block sets, standardised by the statistics of what they will learn from."""
+        stacks: list[HeadStack] = []
+        for kind, grid in grids:
+            own_grid = {blocks: grid[blocks] for blocks in own if blocks in grid}
+            # a rank without sets has no heads; if heads are solved, an empty stack, since it joins in all passes
+            if not own_grid and not isinstance(self.source, PooledFeatures):
+                continue
+            stack = STACKS[kind](
+                grid=own_grid,
+                width=self.source.width,
+                num_classes=self.task.num_classes,
+                num_heads=self.num_heads,
+                generator=torch.Generator().manual_seed(self.task.seed),
+                device=self.device,
+            )
+            fit, held = self.features.pooled_moments if kind == "linear" else self.features.token_moments
+            stack.standardise_by(*(fit + held if with_holdout else fit).set_statistics(list(own_grid)))
+            stacks.append(stack)
+        return stacks
+
+    def _micro_size(self, num_sets: int, num_own: int, num_values: int) -> int:
+        """Return how many images of all ranks a rank has memory for: the outputs and averages of its own ones, and the
+        averages of all on its block sets, or the logits."""
+        source, ranks = self.source, self.task.group.world_size
+        tokens = source.num_tokens * source.width * ((source.num_blocks + num_sets) / ranks + num_own)
+        most = WORKING_GB * 1e9 / 16 / max(tokens, num_own * num_values * self.task.num_classes)
+        return max(MICRO_BATCH, ranks, int(most))
+
+    def _train(self, this: Round) -> None:
+        """Take all steps on the training split."""
+        num_steps = number_of_steps(self.task.section, len(self.task.train.labels))
+        optimisers = [StackedAdamW(stack, num_steps=num_steps) for stack in this.stacks]
+        what, done = f"{' and '.join(dict.fromkeys(stack.kind for stack in this.stacks))} heads", 0
+        for micro, outputs in self._batches(this, num_steps):
+            averaged = self._averages(this, micro, outputs)
+            for stack in this.stacks:
+                tokens = self._select(averaged, this, stack)
+                stack.losses(tokens, self._labels(micro), self._weights(this, micro)).sum().backward()
+            if micro.ends_batch:
+                for optimiser in optimisers:
+                    optimiser.step()
+                done += 1
+                self.task.report_progress(what, done, num_steps, "steps")
+
+    def _batches(self, this: Round, num_steps: int) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Yield this rank's outputs of each micro-batch of `num_steps` batches, without images that are not learnt
+        from."""
+        left, epoch = num_steps, 0
+        while left:
+            order = np.random.default_rng([self.task.seed, 1, epoch]).permutation(self.task.everything)
+            plan, batches = [], list(batched(order, self.task.section.batch_size))[:left]
+            for batch in batches:
+                # in a batch of held-out images alone, the step moves the heads by their momentum
+                learnt = [image for image in batch if this.is_learnt[image]]
+                parts = list(batched(learnt or batch[:1], this.micro_size))
+                plan += [MicroBatch(part, len(learnt), number == len(parts)) for number, part in enumerate(parts, 1)]
+            yield from self._outputs(plan, epoch)
+            left, epoch = left - len(batches), epoch + 1
+
+    def _solve(self, this: Round, stack: HeadStack) -> None:
+        """Find the optimum of a stack on the images that the heads learn from."""
+        assert isinstance(stack, LinearStack)
+        images = np.flatnonzero(this.is_learnt)
+        plan = [MicroBatch(part, len(images)) for part in batched(images, this.micro_size)]
+        num_passes = itertools.count(1)
+
+        def losses() -> Tensor:
+            total = torch.zeros(stack.shape, dtype=torch.float64, device=self.device)
+            for micro, outputs in self._outputs(plan):
+                tokens = self._select(self._averages(this, micro, outputs), this, stack)
+                found = stack.losses(tokens, self._labels(micro), self._weights(this, micro))
+                found.sum().backward()
+                total += found.detach()
+            self.task.report_progress("linear heads", next(num_passes), None, "passes")
+            return total
+
+        covariance = None
+        num_sets, width = stack.mean.shape
+        if width <= min(MAX_CHANNELS, len(images) / MIN_IMAGES_PER_CHANNEL):
+            covariance = stack.mean.new_zeros(num_sets, width, width)
+            for micro, outputs in self._outputs(plan):
+                tokens = self._select(self._averages(this, micro, outputs), this, stack)
+                vectors = (tokens[:, :, 0] - stack.mean[:, None]) * stack.rstd[:, None]
+                covariance += vectors.mT @ vectors / len(images)
+        solve(stack, covariance, losses, lambda is_done: not any(self.task.group.sum_counts(int(not is_done))))
+
+    @torch.no_grad()
+    def measure(self, this: Round) -> list[Candidate]:
+        """Measure hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and values."""
+        held = self.task.held
+        totals = [torch.zeros(2, *stack.shape, dtype=torch.float64, device=self.device) for stack in this.stacks]
+        for micro, outputs in self._outputs([MicroBatch(images) for images in batched(held, this.micro_size)]):
+            labels, averaged = self._labels(micro), self._averages(this, micro, outputs)
+            for stack, total in zip(this.stacks, totals, strict=True):
+                logits = stack(self._select(averaged, this, stack))
+                targets = labels[None, :, None].expand(logits.shape[:3])
+                losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
+                total[0] += (logits.argmax(3) == targets).sum(1)
+                total[1] += losses.double().sum(1)
+            self.task.report_progress()
+        mine = [
+            Candidate(
+                kind=stack.kind,
+                blocks=blocks,
+                value=value,
+                holdout_top1=top1 / len(held),
+                holdout_loss=loss / len(held),
+            )
+            for stack, total in zip(this.stacks, totals, strict=True)
+            for (blocks, values), *of_set in zip(stack.grid.items(), *total.tolist(), strict=True)
+            for value, top1, loss in zip(values, *of_set, strict=True)
+        ]
+        everyone = [each for part in self.task.group.gather(mine) for each in part]
+        return sorted(everyone, key=lambda each: list(STACKS).index(each.kind))  # stable: ranks hold neighbouring sets
+
+    def _outputs(self, plan: Sequence[MicroBatch], epoch: int | None = None) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Yield each micro-batch with this rank's outputs, (L, b, N, d) of the images that it owns."""
+        rank, owners = self.task.group.rank, self.source.owners
+        own = (np.asarray(micro.images)[owners(micro.images) == rank].tolist() for micro in plan)
+        return zip(plan, self.source.parts(own, epoch), strict=True)
+
+    def _select(self, averaged: Tensor, this: Round, stack: HeadStack) -> Tensor:
+        """Select the averages that a stack reads among those on this rank's block sets."""
+        own = this.owned[self.task.group.rank]
+        return averaged if len(stack.grid) == len(own) else averaged[[own.index(blocks) for blocks in stack.grid]]
+
+    def _averages(self, this: Round, micro: MicroBatch, outputs: Tensor) -> Tensor:
+        """Average tokens over this rank's block sets, (S, B, N, d), for images of all ranks, in their order."""
+        return owned_averages(outputs, self.source.owners(micro.images), this.owned, self.task.group)
+
+    def _labels(self, micro: MicroBatch) -> Tensor:
+        """Return the labels of a micro-batch."""
+        return self.task.train.labels[torch.as_tensor(micro.images)].to(self.device)
+
+    def _weights(self, this: Round, micro: MicroBatch) -> Tensor:
+        """Return the weights (B,) of images in the loss."""
+        shares = this.is_learnt[micro.images] / max(1, micro.num_learnt)
+        return torch.from_numpy(shares.astype(np.float32)).to(self.device)

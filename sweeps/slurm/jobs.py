@@ -1,0 +1,137 @@
+"""Jobs that a sweep has submitted: which of them live, and which ended without having executed a run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from aimscale.aim.errors import printable
+from aimscale.harness.run.files import write_text
+from aimscale.harness.run.lock import is_held, read_holder
+from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.slurm.commands import JobInfo, submissions_file
+
+BEGIN_LINE, END_LINE = "worker begins", "worker ends"
+"""First words of the lines that a worker prints when it begins, and when it ends without an error of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobShape:
+    """Resources that a job requests."""
+
+    nodes: int
+    devices: int
+    """Number of devices of each node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobArray:
+    """Array of jobs, or a single job, that was submitted: a line of `jobs.jsonl`."""
+
+    job_id: str
+    number: int
+    """Number of its jobs."""
+    shape: JobShape
+    launch: str = ""
+    """Name of the launch that submitted it."""
+    script: str = ""
+    """Digest of its script."""
+
+    @property
+    def names(self) -> list[str]:
+        """Ids of its jobs."""
+        return [f"{self.job_id}_{i}" for i in range(self.number)] if self.number > 1 else [self.job_id]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveJob:
+    """Job of the sweep that waits or runs."""
+
+    info: JobInfo
+    shape: JobShape
+    is_busy: bool
+    """Whether it executes a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedJob:
+    """Job that ended before it took a run, or with an error of its own."""
+
+    job_id: str
+    why: str
+    """Last line of its log."""
+    log: Path
+    has_begun: bool
+    """Whether its worker began; otherwise the script's first lines or the interpreter failed."""
+
+
+_ARRAY = TypeAdapter(JobArray)
+
+
+def submitted_arrays(sweep: Sweep) -> list[JobArray]:
+    """Return the sweep's job arrays, oldest first; jobs of lines that cannot be read are not counted."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in submissions_file(sweep).read_bytes().splitlines():
+            with contextlib.suppress(ValidationError, RecursionError):
+                found.append(_ARRAY.validate_json(line))
+    return found
+
+
+def record_array(sweep: Sweep, array: JobArray) -> None:
+    """Add an array to the sweep's record of submissions; the caller holds the lock of submissions."""
+    arrays = [*submitted_arrays(sweep), array]
+    write_text(submissions_file(sweep), "".join(f"{_ARRAY.dump_json(each).decode()}\n" for each in arrays))
+
+
+def live_jobs(sweep: Sweep, known: Mapping[str, JobInfo]) -> list[LiveJob]:
+    """Return the jobs of the sweep that wait or run."""
+    arrays = submitted_arrays(sweep)
+    claims = sweep.runs_dir.glob("*/claim") if arrays else ()
+    busy = {holder.facts.get("job_id") for path in claims if (holder := read_holder(path)) and is_held(path)}
+    return [
+        LiveJob(info=known[name], shape=array.shape, is_busy=name in busy)
+        for array in arrays
+        for name in array.names
+        if name in known and known[name].phase != "ended"
+    ]
+
+
+def failed_jobs(sweep: Sweep, known: Mapping[str, JobInfo], *, script: str | None = None) -> list[FailedJob]:
+    """Return the jobs of the last launch that failed before they took a run, or with an error of their own.
+
+    Args:
+        script: digest of a script; returns nothing unless all jobs with it in their last launch failed.
+    """
+    arrays = [array for array in submitted_arrays(sweep) if script in (None, array.script)]
+    names = [name for array in arrays if array.launch == arrays[-1].launch for name in array.names]
+    ended = [name for name in names if name not in known or known[name].phase == "ended"]
+    found = [failed for name in ended if (failed := _failed_job(sweep, name))]
+    return found if script is None or len(found) == len(names) else []
+
+
+def _failed_job(sweep: Sweep, job_id: str) -> FailedJob | None:
+    log = submissions_file(sweep).with_name(f"{job_id}.out")
+    try:
+        text = log.read_text(errors="replace")
+    except OSError:  # cancelled before it started
+        return None
+    _, begun, said = text.rpartition(BEGIN_LINE)
+    lines = [line.strip() for line in (said if begun else text).splitlines() if line.strip()]
+    last = printable(lines[-1])[:300] if lines else "its log is empty"
+    took_run = any(line.startswith(("started ", "resumed ")) for line in lines)
+    if begun and (last.startswith(END_LINE) or (took_run and not last.startswith("aimscale: "))):
+        return None
+    return FailedJob(job_id=job_id, why=last.removeprefix("aimscale: "), log=log, has_begun=bool(begun))
+
+
+def describe_failed_jobs(failed: Sequence[FailedJob]) -> list[str]:
+    """Return one sentence for each reason for which jobs failed."""
+    reasons: dict[str, list[FailedJob]] = {}
+    for job in failed:
+        reasons.setdefault(job.why, []).append(job)
+    return [f"{why} ({len(jobs)} jobs; see {jobs[-1].log})" for why, jobs in reasons.items()]
