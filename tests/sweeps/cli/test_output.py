@@ -70,7 +70,7 @@ def test_the_summary_comes_first_then_the_failed_run_then_the_table(say: Any) ->
         "runs",
         "done",
         "spent",
-        "unfinished",
+        "paused",
         "run",
         "next:",
     ]
