@@ -145,10 +145,11 @@ class _DataChecks:
                 return [("data.sources", why) for why in missing]
         from aimscale.harness.data.store.index import require_channels
         from aimscale.harness.data.stream.sources import require_fingerprint, unique_per_source
-        from aimscale.harness.data.stream.unindexed import shard_urls
 
         found = _check_call("model.channels", require_channels, channels)
         if data.is_unindexed:
+            from aimscale.harness.data.stream.unindexed import shard_urls
+
             return found + _check_call("data.sources", shard_urls, data.sources[0].path)
         infos = [read_info(source.path) for source in data.sources]
         for source, info in zip(data.sources, infos, strict=True):

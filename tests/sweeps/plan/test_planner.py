@@ -363,6 +363,18 @@ def test_bad_sweeps_are_refused_in_one_sentence(write_sweep: Any, changes: dict[
     assert "\n" not in str(caught.value)
 
 
+def test_recipe_small_lowers_the_rate_with_width_and_raises_the_batch_with_the_budget(write_sweep: Any) -> None:
+    def settings(size: str, budget: int) -> tuple[int, float]:
+        base = {"optimiser": {}}
+        (run,) = plan(write_sweep(recipe="small", sizes=[size], budgets=[budget], base=base))
+        return run.config.training.optimiser.batch_size, run.config.training.optimiser.lr_peak
+
+    assert settings("rung-64", 64_000) == (64, 2e-3)
+    assert settings("rung-32", 64_000)[1] == pytest.approx(2e-3 * 2**0.75, rel=0.02)
+    assert settings("rung-1024", 64_000)[1] == pytest.approx(2e-3 / 8, rel=0.02)
+    assert [settings("rung-64", 64_000 * 4**power)[0] for power in (-2, -1, 1, 2)] == [16, 32, 128, 256]
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_makes_other_runs_of_a_larger_budget(write_sweep: Any, name: str) -> None:
     def names(*budgets: int, recipe_budget: int | None = None) -> list[str]:
