@@ -84,7 +84,7 @@ def test_exclusions_and_overrides_apply_to_their_cells_alone(write_sweep: Any) -
 def test_isoflop_pairs_meet_their_compute_around_the_expected_optimum(write_sweep: Any) -> None:
     sizes = ["rung-32", "rung-48", "rung-64", "rung-96", "rung-128", "rung-192"]
     flops = [1e14, 4e14]
-    isoflop = {"flops": flops, "sizes_per_budget": 3, "optimum_images_per_param": 1.0}
+    isoflop = {"flops": flops, "sizes_per_budget": 3, "images_per_param": 1.0}
     sweep = write_sweep(sizes=sizes, budgets=[], isoflop=isoflop)
     runs = plan(sweep)
     pairs = [
