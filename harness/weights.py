@@ -1,7 +1,7 @@
 """Official AIM weights in and out: a released file becomes a run directory, a run becomes a released file.
 
-Files are copied tensor by tensor through mapped memory, so that importing 7B parameters needs memory for about one
-tensor. No pickled code is executed.
+Released are `.pth` files, or what the hub has: one `model.safetensors` (or `pytorch_model.bin`) beside a `config.json`.
+Files are mapped into memory, and no pickled code is executed.
 """
 
 from __future__ import annotations
@@ -9,33 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from aimscale.aim.config import RELEASED_SIZES, ModelConfig, model_config
+from aimscale.aim.config import RELEASED_SIZES, ModelConfig
 from aimscale.aim.weights import (
     BACKBONE,
     PROBE,
-    TRAINER_NORM_EPS,
     WeightsError,
     backbone_state,
     check_tensors,
-    hub_config,
     identify,
-    is_trainer_state,
     model_shapes,
     probe_state,
-    read_hub_config,
     read_weights,
-    to_released,
-    weight_file,
     write_weights,
 )
 from aimscale.harness.probe.released import RELEASED_HEAD, check_blocks, parse_blocks, read_head_blocks
-from aimscale.harness.run.config import ModelSection, RunConfig, run_config
+from aimscale.harness.run.config import RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import atomic_dir, write_json, write_text
 from aimscale.harness.run.provenance import record_start
@@ -51,25 +43,80 @@ PUBLISHED_IMAGES_SEEN = {
 PUBLISHED_DATA = "DFN-2B+ (0.8 DFN-2B, 0.2 ImageNet-1k; not part of this project)"
 """Placeholder for the training data of an imported run."""
 
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the weight file in a folder of the hub."""
+
+
+def weight_file(path: Path) -> Path:
+    """Return the weight file in a folder of the hub; any other path is returned as it is.
+
+    Raises:
+        WeightsError: a folder without one.
+    """
+    if not path.is_dir():
+        return path
+    for name in WEIGHT_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise WeightsError(f"{path} holds no {' or '.join(WEIGHT_FILES)}; name the weight file itself")
+
+
+def read_hub_config(file: Path) -> dict[str, Any]:
+    """Read what `config.json` beside a weight file says of an AIM, see `hub_config`; empty if there is none.
+
+    Raises:
+        WeightsError: it is not JSON, or a value is of another type.
+    """
+    path = file.with_name("config.json")
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+        if not {"img_size", "embed_dim", "num_blocks", "num_heads"} <= values.keys():
+            return {}  # of something else
+        blocks = values.get("probe_layers", 6)
+        if isinstance(blocks, int):  # that many last ones
+            blocks = range(values["num_blocks"] - blocks, values["num_blocks"])
+        numbers = {name: int(values[name]) for name in ("img_size", "embed_dim", "num_blocks", "num_heads")}
+        return numbers | {"probe_layers": [int(block) for block in blocks]}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} does not describe an AIM ({error}); restore it, or move it elsewhere") from error
+
+
+def hub_config(config: ModelConfig, probe_blocks: Sequence[int], num_classes: int | None) -> dict[str, Any]:
+    """Return the contents of `config.json`, from which the authors' `AIMForImageClassification` is built.
+
+    Args:
+        probe_blocks: blocks that the head averages.
+        num_classes: classes of the head; None if the file holds no head.
+    """
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.channels,
+        "embed_dim": config.width,
+        "num_blocks": config.depth,
+        "num_heads": config.num_heads,
+        "probe_layers": list(probe_blocks),
+        **({} if num_classes is None else {"num_classes": num_classes}),
+    }
+
 
 def import_weights(
     source: Path,
     run_path: Path,
     *,
-    size: str | None = None,
     image_size: int | None = None,
     images_seen: int | None = None,
     num_heads: int | None = None,
     head: Path | None = None,
     head_blocks: str | None = None,
 ) -> RunDir:
-    """Turn a released backbone, or a checkpoint of the authors' trainer, into a finished run directory.
+    """Turn a released backbone into a finished run directory.
 
     Args:
-        source: weight file, or a folder as on the hub, with `preprocessor.*` and `trunk.*` under released names; or a
-            trainer's checkpoint with q, k, v apart and `head.decoder_*`, whose pixel head comes along. A `config.json`
-            beside it tells what shapes do not.
-        size: named size; None takes the one whose shapes fit.
+        source: weight file, or a folder as on the hub, with `preprocessor.*` and `trunk.*` under released names. A
+            `config.json` beside it tells what shapes do not.
         image_size: side of the images, pixels; None takes that of `config.json`, or 224.
         images_seen: D; None takes the published number of that size.
         num_heads: attention heads; None takes those of `config.json`, or of the published size.
@@ -78,15 +125,14 @@ def import_weights(
             beside it.
 
     Raises:
-        WeightsError: an unreadable file, one that is not the backbone of `size`, or a head that does not fit.
+        WeightsError: an unreadable file, one that is not a whole backbone, or a head that does not fit.
         ProbeError: blocks that the model does not have, or that nothing tells.
         RunDirError: `run_path` exists.
     """
     if run_path.exists():
         raise RunDirError(f"{run_path} exists already; choose another directory for the imported weights")
     source = weight_file(source)
-    hub, stored = read_hub_config(source), read_weights(source)
-    state = to_released(stored)
+    hub, state = read_hub_config(source), read_weights(source)
     config = identify(
         state, source, image_size=image_size or hub.get("img_size", 224), num_heads=num_heads or hub.get("num_heads")
     )
@@ -94,18 +140,15 @@ def import_weights(
         raise WeightsError(
             f"{source} holds {config.name}, and the config.json beside it describes another model; move it"
         )
-    section = _section(config, size, source, _trainer_fields(state, source) if is_trainer_state(stored) else {})
-    config = model_config(**dict(section))
-    images_seen = PUBLISHED_IMAGES_SEEN.get(section.size) if images_seen is None else images_seen
+    images_seen = PUBLISHED_IMAGES_SEEN.get(config.name) if images_seen is None else images_seen
     if images_seen is None:
         raise WeightsError(
-            f"{source} is no published size ({section.size}); add --images-seen N, the images it was trained on"
+            f"{source} is no published size ({config.name}); add --images-seen N, the images it was trained on"
         )
     body = {name: tensor for name, tensor in state.items() if not name.startswith(PROBE)}
-    is_whole = any(name.startswith("pixel_head.") for name in body)
-    wanted = {name: shape for name, shape in model_shapes(config).items() if is_whole or name.startswith(BACKBONE)}
-    check_tensors(body, wanted, source)
-    run_config = _published_recipe(section, images_seen)
+    shapes = model_shapes(config)
+    check_tensors(body, {name: shape for name, shape in shapes.items() if name.startswith(BACKBONE)}, source)
+    run_config = _published_recipe(config, images_seen)
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": sha256}
@@ -123,7 +166,7 @@ def import_weights(
 
 def _import_head(file: Path, config: ModelConfig, which: str | None, run: RunDir) -> None:
     """Copy a released attentive probe, and which blocks it averages, into a run directory."""
-    state = probe_state(to_released(read_weights(file)), config, file)
+    state = probe_state(read_weights(file), config, file)
     hub = read_hub_config(file)
     if which is None and not hub:
         raise WeightsError(
@@ -133,45 +176,13 @@ def _import_head(file: Path, config: ModelConfig, which: str | None, run: RunDir
     write_weights(state, run.path / RELEASED_HEAD, {"blocks": json.dumps(blocks)})
 
 
-def _section(found: ModelConfig, size: str | None, source: Path, fields: dict[str, Any]) -> ModelSection:
-    """Return the configuration of a model that was found in a file, insisting on `size`."""
-    section = ModelSection(
-        size=size or found.name,
-        image_size=found.image_size,
-        patch_size=found.patch_size,
-        channels=found.channels,
-        **({"head_rule": "released"} | fields),
-    )
-    config = model_config(**dict(section))
-    if (config.width, config.depth, config.num_heads) != (found.width, found.depth, found.num_heads):
-        raise WeightsError(f"{source} holds {found.name}, not {size}; leave out --size, or give the other file")
-    return section
-
-
-def _trainer_fields(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """Infer fields of `model` from a checkpoint of the authors' trainer."""
-    pixel_head = {name: tensor for name, tensor in state.items() if name.startswith("pixel_head.")}
-    projection = pixel_head.get("pixel_head.proj_in.weight")
-    if projection is None or not projection.ndim:
-        raise WeightsError(
-            f"{source} lacks head.decoder_projection.weight, so its pixel head is not whole; give it all"
-        )
-    blocks = {name.split(".")[2] for name in pixel_head if name.startswith("pixel_head.blocks.")}
-    return {
-        "head_width": len(projection),
-        "head_depth": len(blocks),
-        "ln_residual": any(name.endswith(".norm_1.weight") for name in pixel_head),
-        "norm_eps": TRAINER_NORM_EPS,
-        "qkv_init": "separate",
-    }
-
-
-def _published_recipe(section: ModelSection, images_seen: int) -> RunConfig:
+def _published_recipe(model: ModelConfig, images_seen: int) -> RunConfig:
     """Build the configuration of an imported run: the paper's recipe, which is the default of `RunConfig` except for
-    the schedule."""
+    head and schedule."""
+    shape = {"image_size": model.image_size, "patch_size": model.patch_size, "channels": model.channels}
     return run_config(
         {
-            "model": section.model_dump(),
+            "model": {"size": model.name, **shape, "head_rule": "released"},
             "data": {"sources": [{"path": PUBLISHED_DATA}]},
             "objective": {"prefix": "uniform"},
             "optimiser": {"batch_size": math.gcd(images_seen, 4096)},
