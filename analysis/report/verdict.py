@@ -95,8 +95,7 @@ def _law(study: Study, joint: Fit) -> Iterator[str]:
     if laws := study.get("forecaster"):
         yield from beside_others(laws)
     tuning = study.get("tuning")
-    rates = tuning.verdict() if tuning else "whether they are the best is not known, one rate a size"
-    yield f"Learning rates: {rates}."
+    yield f"Learning rates: {tuning.verdict() if tuning else 'not known to be the best, one rate a size'}."
 
 
 def beside_others(laws: Forecaster) -> Iterator[str]:
