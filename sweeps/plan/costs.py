@@ -19,7 +19,7 @@ from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, ex
 from aimscale.harness.device.gpu_specs import CORE_MEMORY_BYTES, DECODED_PER_S, MFU, Device, device_here, find_gpu
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
 from aimscale.harness.probe.cost import CurveCost, ProbeCost, curve_bytes, curve_cost, probe_cost, validation_images
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import MAX_LOADERS, RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.sweeps.plan.planner import Run, model_counts
@@ -292,7 +292,8 @@ def _rates(config: RunConfig, num_devices: int, device: Device, mfu: float, look
     for source in training.data.sources:
         info = lookup(source.path)
         file_bytes += source.probability * (info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES)
-    loaders = max(1, min(runtime.num_workers, device.cores or runtime.num_workers))
+    cores = device.cores or MAX_LOADERS + 1
+    loaders = max(1, min(runtime.loader_processes(is_gpu=device.is_gpu, cores=cores), cores))
     return Rates(
         mfu=mfu,
         flops_per_image=flops,
