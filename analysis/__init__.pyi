@@ -8,7 +8,7 @@ from .fitting.estimate import fit as fit
 from .fitting.holdout import held_out as held_out
 from .forecasts.forecast import forecast as forecast
 from .forecasts.forecaster import forecaster as forecaster
-from .next.proposal import propose as propose
+from .next.proposal import next_runs as next_runs
 from .optimum.approaches import frontier as frontier
 from .plots.accuracy import plot_accuracy as plot_accuracy
 from .plots.accuracy import plot_loss_accuracy as plot_loss_accuracy

@@ -14,7 +14,7 @@ from aimscale.analysis.accuracy.result import Correlations
 from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines, share_cells
-from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, table6
+from aimscale.analysis.published.published import TASKS, best_frozen, table6
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block, table_block
 from aimscale.analysis.report.runs import provenance, settings, what_was_run
 from aimscale.analysis.report.study import CORRELATION, Study
@@ -262,7 +262,7 @@ def _laws(study: Study) -> Iterator[Part]:
 
 
 def _changes(study: Study) -> Iterator[Part]:
-    """Tell single changes, beside those that the paper tried."""
+    """Tell single changes."""
     contrasts = study.all("contrast by")
     if contrasts:
         yield (
@@ -271,8 +271,7 @@ def _changes(study: Study) -> Iterator[Part]:
             "fractions."
         )
     for name, found in contrasts.items():
-        facts = [*found.facts(), *(("published", line) for line in in_words(beside_paper(found)))]
-        yield result_block(html_id("contrast", name), f"Effect of {name}", found, facts=facts)
+        yield result_block(html_id("contrast", name), f"Effect of {name}", found)
 
 
 def _noise(study: Study) -> Iterator[Part]:

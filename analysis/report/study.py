@@ -223,7 +223,7 @@ def _proposal(study: Study, joint: Fit) -> Proposal:
     offer = grid_offer(joint.data, target, steps=1)
     offer["price"] = 6 * offer["N"] * offer["D"]
     budget, laws = 3 * target["N"] * target["D"], study.get("forecaster") or AUTO
-    return analysis.propose(_evenly(study.usable), target, offer, budget=budget, unit="FLOP", law=laws)
+    return analysis.next_runs(_evenly(study.usable), target, offer, budget=budget, unit="FLOP", law=laws)
 
 
 def next_scales(study: Study) -> list[dict[str, float]]:
