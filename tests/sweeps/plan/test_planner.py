@@ -313,8 +313,6 @@ def test_a_sweep_for_slurm_is_planned_for_slurms_gpus(write_sweep: Any, monkeypa
 
 def test_a_run_takes_as_long_as_its_flops_or_its_loader(write_sweep: Any) -> None:
     def card(workers: int | str, size: str = "rung-32", cost: dict[str, Any] | None = None, **slurm: Any) -> CostCard:
-        workers: int | str, *, size: str = "rung-32", cost: dict[str, Any] | None = None, **slurm: Any
-    ) -> CostCard:
         base = {"runtime": {"num_workers": workers}}
         sweep = write_sweep(sizes=[size], base=base, slurm=slurm, cost=cost or {})
         return cost_cards(sweep, plan(sweep))[0]
