@@ -22,7 +22,6 @@ from aimscale.harness.log.loggers import Logger, row_scalars
 from aimscale.harness.log.record import append_line
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone
-from aimscale.harness.probe.features.extraction import FeatureCache
 from aimscale.harness.probe.files import validation_settings
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
@@ -126,7 +125,7 @@ class LearningCurve:
         config, found = self._config, []
         if some := [section for section in probes if section.precision == precision]:
             copied = functools.partial(copied_model, self._engine, self._job.group, DTYPES[precision])
-            backbone, kept = AimBackbone(copied, f"{config.run_id}@{images_seen} trunk"), FeatureCache()
+            backbone = AimBackbone(copied, f"{config.run_id}@{images_seen} trunk")
             for section in some:
                 found += probe_backbone(
                     backbone,
@@ -135,7 +134,6 @@ class LearningCurve:
                     seed=config.training.seed,
                     runtime=config.runtime,
                     out=self._folder,
-                    kept=kept,
                     group=self._job.group,
                     report_progress=self._job.progress_callback(),
                 )
