@@ -64,6 +64,7 @@ class Trainer:
         self.stream = run_on_all_ranks(
             group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
+        self.num_workers = runtime.loader_processes(is_gpu=group.device.type == "cuda", cores=group.cores())
         lookup = functools.cache(find_info)
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
         measuring = group.from_first(lambda: curve_bytes(config, lookup))
@@ -94,7 +95,7 @@ class Trainer:
             group,
             num_tokens=model_config.num_tokens,
             max_bad_fraction=training.data.max_bad_fraction,
-            has_workers=runtime.num_workers > 0,
+            has_workers=self.num_workers > 0,
         )
         self.recorder = Recorder(run, config, group, model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
@@ -159,7 +160,7 @@ class Trainer:
             stop=segment.stop,
             batch_size=self.batch_size,
             micro_batch=self.plan.micro_batch,
-            num_workers=self.config.runtime.num_workers,
+            num_workers=self.num_workers,
         )
 
     def _step(self, step: Step, position: int, branch: int | None) -> tuple[TrainedStep, float]:
