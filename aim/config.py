@@ -17,7 +17,7 @@ from aimscale.aim.errors import UserError, did_you_mean
 
 HeadRule = Literal["released", "proportional", "none"]
 HeadKind = Literal["mlp", "transformer"]
-PatchOrder = Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "fixed_random", "hashed"]
+PatchOrder = Literal["raster", "outward_spiral", "inward_spiral", "checkerboard", "hashed"]
 QkvInit = Literal["fused", "separate"]
 Target = Literal["normalised", "raw"]
 Parametrisation = Literal["standard", "mup"]
@@ -94,6 +94,9 @@ class ModelConfig:
     """`standard`, or `mup`: learning rates and scales that follow the width."""
     norm_eps: float = 1e-6
     """Epsilon of every LayerNorm: 1e-6 in the authors' released inference code, 1e-5 in their trainer."""
+    qk_norm: bool = False
+    """Whether each attention head normalises its queries and keys by LayerNorms over their channels; no released AIM
+    does."""
     qkv_init: QkvInit = "fused"
     """Xavier bounds of query, key and value: of one (3 d, d) matrix, or of three (d, d), sqrt(2) times as wide."""
 

@@ -71,6 +71,9 @@ def param_count(config: ModelConfig) -> ParamCount:
     if config.masked is not None:
         head_params += d
     trunk = config.depth * (_matrix_params(d, has_attention=True) + 4 * d) + 2 * d
+    if config.qk_norm:
+        trunk += config.depth * 4 * config.head_dim
+        head_params += head.depth * 4 * (head.width // head.num_heads) if head.num_heads else 0
     return ParamCount(preprocessor=d * (o + 3), trunk=trunk, head=head_params)
 
 

@@ -66,25 +66,30 @@ class MaskToken(nn.Module):
         return torch.where(is_visible[:, :, None], x, self.token)
 
 
-def _attend_whole(heads: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attend by materialised score matrices; query, key and value are stacked, (3, B, heads, N, head dim).
+def _attend_whole(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attend by materialised score matrices.
 
     On a CPU in bfloat16 the fused kernel takes three times as long (64 tokens, torch 2.13), most of it backwards.
     """
-    query, key, value = heads.contiguous()
     scores = query @ key.transpose(-2, -1) * scale
     return (scores if mask is None else scores + mask).softmax(dim=-1) @ value
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without biases; rows of `qkv` are queries, keys, values."""
+    """Multi-head self-attention without biases; rows of `qkv` are queries, keys, values.
 
-    def __init__(self, width: int, num_heads: int, scale: float) -> None:
+    With `qk_norm_eps`, queries and keys of each head are normalised (Dehghani et al., arXiv 2302.05442).
+    """
+
+    def __init__(self, width: int, num_heads: int, scale: float, qk_norm_eps: float | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = scale
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
+        self.q_norm, self.k_norm = (
+            nn.Identity() if qk_norm_eps is None else nn.LayerNorm(width // num_heads, eps=qk_norm_eps) for _ in "qk"
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Mix tokens (B, N, d); `mask`, broadcastable to (B, heads, N, N), is added to the scores, None masks
@@ -92,12 +97,14 @@ class Attention(nn.Module):
         batch, num_tokens, width = x.shape
         qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, width // self.num_heads)
         heads = qkv.permute(2, 0, 3, 1, 4)
+        is_whole = heads.device.type == "cpu" and heads.dtype == torch.bfloat16
+        query, key, value = heads.contiguous() if is_whole else heads
+        query, key = self.q_norm(query), self.k_norm(key)
         # A dense mask: these products are N / (6 d + N) of a block's FLOPs (2.7 % in aim-600M), of which a kernel that
         # skips masked parts could save a third.
-        if heads.device.type == "cpu" and heads.dtype == torch.bfloat16:
-            mixed = _attend_whole(heads, mask, self.scale)
+        if is_whole:
+            mixed = _attend_whole(query, key, value, mask, self.scale)
         else:
-            query, key, value = heads
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, num_tokens, width))
         return out
@@ -126,7 +133,8 @@ class Block(nn.Module):
         if in_head:
             width, num_heads = config.head.width, config.head.num_heads or 1
         self.norm_1 = nn.LayerNorm(width, eps=config.norm_eps)
-        self.attn = Attention(width, num_heads, attention_scale(config, in_head=in_head))
+        qk_norm_eps = config.norm_eps if config.qk_norm else None
+        self.attn = Attention(width, num_heads, attention_scale(config, in_head=in_head), qk_norm_eps)
         self.norm_2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width)
 

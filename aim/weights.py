@@ -2,26 +2,21 @@
 
 A released model is `preprocessor.*` and `trunk.*` (the backbone) and `head.*` (an attentive probe), in two `.pth`
 files, or as the hub has them: one `model.safetensors` (or `pytorch_model.bin`) beside a `config.json`. Our own files
-add `pixel_head.*`, which was never released. Checkpoints of the authors' trainer (ml-l3m) hold query, key and value
-apart (`attn.q_proj`, ...), the pixel head as `head.decoder_*`, and fixed positions, which are computed here. Files are
-mapped and copied tensor by tensor; no pickled code is ever executed.
+add `pixel_head.*`, which was never released. Files are mapped into memory; no pickled code is ever executed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import os
-import re
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aimscale.aim.config import RELEASED_SIZES, ModelConfig, PixelHeadConfig, model_config, size_of
@@ -36,15 +31,7 @@ PROBE = "head."
 """Prefix of a released attentive probe's names."""
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weight file in a folder of the hub."""
-TRAINER_NORM_EPS = 1e-5
-"""Epsilon of every LayerNorm in the authors' trainer."""
-
-_TRAINER_HEAD = {"projection": "proj_in", "blocks": "blocks", "norm": "norm", "pred": "proj_out"}
-_TRAINER_HEAD_NAME = re.compile(rf"^head\.decoder_({'|'.join(_TRAINER_HEAD)})\.")
-_WRAPPER = re.compile(r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
-_WRAPPERS_AHEAD = re.compile(r"^(module\.|_orig_mod\.|model\.)+")
-"""Prefixes and inner parts that compilation and data parallelism add to parameter names."""
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -92,8 +79,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} is not a {kind} ({reason}); download it again, or torch.save(model.state_dict(), path)"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # a checkpoint of the authors' trainer
-        state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise WeightsError(f"{path} holds something other than named tensors; save model.state_dict() alone")
     for name, value in state.items():
@@ -109,48 +94,11 @@ def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        ordered = dict(sorted(state.items(), key=lambda item: -item[1].itemsize))  # so that every tensor is aligned
-        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
-        write_safetensors(partial, layout, (tensor.detach().cpu() for tensor in ordered.values()), metadata)
+        values = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(values, partial, dict(metadata or {}))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def write_safetensors(
-    path: Path,
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    values: Iterable[Tensor],
-    metadata: Mapping[str, str] | None = None,
-) -> int:
-    """Write a safetensors file (https://huggingface.co/docs/safetensors) from a stream of values, and fsync it.
-
-    The package's own writer needs all of them in memory at once, twice.
-
-    Args:
-        layout: name -> dtype and shape, in the order of the values.
-        values: values of all tensors, one after the other, on the CPU, in pieces of any size.
-        metadata: text kept in the header.
-
-    Returns:
-        CRC-32 of the file.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, (dtype, shape) in layout.items():
-        start, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    crc = 0
-    with path.open("wb") as file:
-        pieces: Iterable[Any] = (value.contiguous().view(-1).view(torch.uint8).numpy().data for value in values)
-        for piece in itertools.chain([len(text).to_bytes(8, "little") + text], pieces):
-            file.write(piece)
-            crc = zlib.crc32(piece, crc)
-        file.flush()
-        os.fsync(file.fileno())
-    return crc
 
 
 def read_hub_config(file: Path) -> dict[str, Any]:
@@ -284,7 +232,14 @@ def backbone_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 
     Released models scale attention by 1 / sqrt(head dim). For a muP model that does not, the ratio of the two scales is
     multiplied into new query weights.
+
+    Raises:
+        WeightsError: the model normalises queries and keys, which released models do not.
     """
+    if config.qk_norm:
+        raise WeightsError(
+            f"{config.name} has qk_norm, which code for released models ignores; use its own model.safetensors"
+        )
     backbone = {name: tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
     ratio = attention_scale(config) * config.head_dim**0.5
     if not math.isclose(ratio, 1):
@@ -313,29 +268,3 @@ def check_tensors(state: Mapping[str, Tensor], wanted: Shapes, where: Path) -> N
 
 def _shapes_of(module: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
-def is_trainer_state(state: Mapping[str, Tensor]) -> bool:
-    """Return whether the names are those of the authors' trainer."""
-    return any(name.endswith("attn.q_proj.weight") for name in state)
-
-
-def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename tensors to the released names; q, k and v of a block are joined when all three are there.
-
-    Names that are neither a backbone's nor a pixel head's are kept as they are, for the caller to refuse.
-    """
-    plain = {_WRAPPER.sub("", _WRAPPERS_AHEAD.sub("", name)): tensor for name, tensor in state.items()}
-    out: dict[str, Tensor] = {}
-    for name, tensor in plain.items():
-        if name.endswith("pos_embed"):
-            continue
-        if found := re.fullmatch(r"(trunk\.blocks\.\d+\.attn\.)([qkv])_proj\.weight", name):
-            parts = [plain.get(f"{found[1]}{part}_proj.weight", tensor.new_empty(0)) for part in "qkv"]
-            if found[2] == "q" and all(part.shape == tensor.shape and part.ndim == 2 for part in parts):
-                out[f"{found[1]}qkv.weight"] = torch.cat(parts)
-            continue
-        name = re.sub(r"^preprocessor\.(?:[\w.]+\.)?patchifier\.", "preprocessor.patchifier.", name)
-        name = _TRAINER_HEAD_NAME.sub(lambda found: f"pixel_head.{_TRAINER_HEAD[found[1]]}.", name)
-        out[name] = tensor
-    return out

@@ -8,12 +8,13 @@ from .fitting.estimate import fit as fit
 from .fitting.holdout import held_out as held_out
 from .forecasts.forecast import forecast as forecast
 from .forecasts.forecaster import forecaster as forecaster
-from .next.proposal import propose as propose
+from .next.proposal import next_runs as next_runs
 from .optimum.approaches import frontier as frontier
 from .plots.accuracy import plot_accuracy as plot_accuracy
 from .plots.accuracy import plot_loss_accuracy as plot_loss_accuracy
 from .plots.intervals import plot_contrasts as plot_contrasts
 from .plots.intervals import plot_correlations as plot_correlations
+from .plots.rates import plot_rates as plot_rates
 from .plots.scaling import plot_approaches as plot_approaches
 from .plots.scaling import plot_curves as plot_curves
 from .plots.scaling import plot_fit as plot_fit
@@ -25,3 +26,5 @@ from .report.page import write_report as write_report
 from .table.read import probe_frame as probe_frame
 from .table.read import read_table as read_table
 from .table.read import read_tables as read_tables
+from .tuning.corrected import corrected as corrected
+from .tuning.rates import rates as rates

@@ -9,33 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from aimscale.aim.config import RELEASED_SIZES, ModelConfig, model_config
+from aimscale.aim.config import RELEASED_SIZES, ModelConfig
 from aimscale.aim.weights import (
     BACKBONE,
     PROBE,
-    TRAINER_NORM_EPS,
     WeightsError,
     backbone_state,
     check_tensors,
     hub_config,
     identify,
-    is_trainer_state,
     model_shapes,
     probe_state,
     read_hub_config,
     read_weights,
-    to_released,
     weight_file,
     write_weights,
 )
 from aimscale.harness.probe.released import RELEASED_HEAD, check_blocks, parse_blocks, read_head_blocks
-from aimscale.harness.run.config import ModelSection, RunConfig, run_config
+from aimscale.harness.run.config import RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import atomic_dir, write_json, write_text
 from aimscale.harness.run.provenance import record_start
@@ -56,20 +51,17 @@ def import_weights(
     source: Path,
     run_path: Path,
     *,
-    size: str | None = None,
     image_size: int | None = None,
     images_seen: int | None = None,
     num_heads: int | None = None,
     head: Path | None = None,
     head_blocks: str | None = None,
 ) -> RunDir:
-    """Turn a released backbone, or a checkpoint of the authors' trainer, into a finished run directory.
+    """Turn a released backbone into a finished run directory.
 
     Args:
-        source: weight file, or a folder as on the hub, with `preprocessor.*` and `trunk.*` under released names; or a
-            trainer's checkpoint with q, k, v apart and `head.decoder_*`, whose pixel head comes along. A `config.json`
-            beside it tells what shapes do not.
-        size: named size; None takes the one whose shapes fit.
+        source: weight file, or a folder as on the hub, with `preprocessor.*` and `trunk.*` under released names. A
+            `config.json` beside it tells what shapes do not.
         image_size: side of the images, pixels; None takes that of `config.json`, or 224.
         images_seen: D; None takes the published number of that size.
         num_heads: attention heads; None takes those of `config.json`, or of the published size.
@@ -78,15 +70,14 @@ def import_weights(
             beside it.
 
     Raises:
-        WeightsError: an unreadable file, one that is not the backbone of `size`, or a head that does not fit.
+        WeightsError: an unreadable file, one that is not a whole backbone, or a head that does not fit.
         ProbeError: blocks that the model does not have, or that nothing tells.
         RunDirError: `run_path` exists.
     """
     if run_path.exists():
         raise RunDirError(f"{run_path} exists already; choose another directory for the imported weights")
     source = weight_file(source)
-    hub, stored = read_hub_config(source), read_weights(source)
-    state = to_released(stored)
+    hub, state = read_hub_config(source), read_weights(source)
     config = identify(
         state, source, image_size=image_size or hub.get("img_size", 224), num_heads=num_heads or hub.get("num_heads")
     )
@@ -94,18 +85,15 @@ def import_weights(
         raise WeightsError(
             f"{source} holds {config.name}, and the config.json beside it describes another model; move it"
         )
-    section = _section(config, size, source, _trainer_fields(state, source) if is_trainer_state(stored) else {})
-    config = model_config(**dict(section))
-    images_seen = PUBLISHED_IMAGES_SEEN.get(section.size) if images_seen is None else images_seen
+    images_seen = PUBLISHED_IMAGES_SEEN.get(config.name) if images_seen is None else images_seen
     if images_seen is None:
         raise WeightsError(
-            f"{source} is no published size ({section.size}); add --images-seen N, the images it was trained on"
+            f"{source} is no published size ({config.name}); add --images-seen N, the images it was trained on"
         )
     body = {name: tensor for name, tensor in state.items() if not name.startswith(PROBE)}
-    is_whole = any(name.startswith("pixel_head.") for name in body)
-    wanted = {name: shape for name, shape in model_shapes(config).items() if is_whole or name.startswith(BACKBONE)}
-    check_tensors(body, wanted, source)
-    run_config = _published_recipe(section, images_seen)
+    shapes = model_shapes(config)
+    check_tensors(body, {name: shape for name, shape in shapes.items() if name.startswith(BACKBONE)}, source)
+    run_config = _published_recipe(config, images_seen)
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": sha256}
@@ -123,7 +111,7 @@ def import_weights(
 
 def _import_head(file: Path, config: ModelConfig, which: str | None, run: RunDir) -> None:
     """Copy a released attentive probe, and which blocks it averages, into a run directory."""
-    state = probe_state(to_released(read_weights(file)), config, file)
+    state = probe_state(read_weights(file), config, file)
     hub = read_hub_config(file)
     if which is None and not hub:
         raise WeightsError(
@@ -133,45 +121,13 @@ def _import_head(file: Path, config: ModelConfig, which: str | None, run: RunDir
     write_weights(state, run.path / RELEASED_HEAD, {"blocks": json.dumps(blocks)})
 
 
-def _section(found: ModelConfig, size: str | None, source: Path, fields: dict[str, Any]) -> ModelSection:
-    """Return the configuration of a model that was found in a file, insisting on `size`."""
-    section = ModelSection(
-        size=size or found.name,
-        image_size=found.image_size,
-        patch_size=found.patch_size,
-        channels=found.channels,
-        **({"head_rule": "released"} | fields),
-    )
-    config = model_config(**dict(section))
-    if (config.width, config.depth, config.num_heads) != (found.width, found.depth, found.num_heads):
-        raise WeightsError(f"{source} holds {found.name}, not {size}; leave out --size, or give the other file")
-    return section
-
-
-def _trainer_fields(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """Infer fields of `model` from a checkpoint of the authors' trainer."""
-    pixel_head = {name: tensor for name, tensor in state.items() if name.startswith("pixel_head.")}
-    projection = pixel_head.get("pixel_head.proj_in.weight")
-    if projection is None or not projection.ndim:
-        raise WeightsError(
-            f"{source} lacks head.decoder_projection.weight, so its pixel head is not whole; give it all"
-        )
-    blocks = {name.split(".")[2] for name in pixel_head if name.startswith("pixel_head.blocks.")}
-    return {
-        "head_width": len(projection),
-        "head_depth": len(blocks),
-        "ln_residual": any(name.endswith(".norm_1.weight") for name in pixel_head),
-        "norm_eps": TRAINER_NORM_EPS,
-        "qkv_init": "separate",
-    }
-
-
-def _published_recipe(section: ModelSection, images_seen: int) -> RunConfig:
+def _published_recipe(model: ModelConfig, images_seen: int) -> RunConfig:
     """Build the configuration of an imported run: the paper's recipe, which is the default of `RunConfig` except for
-    the schedule."""
+    head and schedule."""
+    shape = {"image_size": model.image_size, "patch_size": model.patch_size, "channels": model.channels}
     return run_config(
         {
-            "model": section.model_dump(),
+            "model": {"size": model.name, **shape, "head_rule": "released"},
             "data": {"sources": [{"path": PUBLISHED_DATA}]},
             "objective": {"prefix": "uniform"},
             "optimiser": {"batch_size": math.gcd(images_seen, 4096)},

@@ -6,7 +6,7 @@ driver) happen in a child process, `python -m aimscale.sweeps.doctor`, which pri
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -16,8 +16,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,13 +32,14 @@ from aimscale.harness.run.files import locked
 from aimscale.harness.run.provenance import package_versions
 from aimscale.sweeps.slurm import commands as slurm
 
-IMPORT_TIMEOUT_S = 180
-MIN_FREE_BYTES = 1_000_000_000
-LOW_FREE_BYTES = 20_000_000_000
+IMPORT_TIMEOUT_S, SLURM_TIMEOUT_S = 180, 15
+MIN_FREE_BYTES, LOW_FREE_BYTES = 1_000_000_000, 20_000_000_000
 SLURM_COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol", "scancel", "srun")
-SLURM_TIMEOUT_S = 15
 MODULES = ("torch", "torchvision", "deepspeed", "simplejpeg", "webdataset", "timm", "pyarrow", "pandas")
 """Packages with compiled parts, or that import such packages."""
+MOUNTS = Path("/proc/mounts")
+LOCAL_LOCKS = ("localflock", "nolock", "local_lock=all", "local_lock=flock")
+"""Mount options of Lustre and NFS with which a lock excludes processes of the same host only."""
 Level = Literal["ok", "warn", "fail"]
 """Level of a result. `warn`: works, but may fail or be slow; `fail`: a required part does not work."""
 COLOURS = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "fail": typer.colors.RED}
@@ -94,47 +96,41 @@ def import_packages() -> dict[str, Any]:
 
 def check_packages(facts: Mapping[str, Any]) -> Check:
     """Check that packages import and have the versions that `pyproject.toml` requires."""
+    needed = [each for each in map(Requirement, importlib.metadata.requires("aimscale") or []) if each.marker is None]
     broken = [facts["error"]] if "error" in facts else []
-    for needed in map(Requirement, importlib.metadata.requires("aimscale") or []):
-        if needed.marker is not None:  # an extra
-            continue
-        try:
-            version = importlib.metadata.version(needed.name)
-        except importlib.metadata.PackageNotFoundError:
-            version = "missing"
-        if version == "missing" or not needed.specifier.contains(version, prereleases=True):
-            broken.append(f"{needed.name} is {version}, wanted {needed.specifier}")
-    advice = "Run `pip install -e .` in aimscale's folder again"
-    if "error" in facts:
-        advice += f"; if that changes nothing, `pip install --force-reinstall --no-cache-dir {facts['module']}`"
+    for each in needed:
+        version = "missing"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(each.name)
+        if version == "missing" or not each.specifier.contains(version, prereleases=True):
+            broken.append(f"{each.name} is {version}, wanted {each.specifier}")
     found = "; ".join(broken) or ", ".join(f"{name} {version}" for name, version in package_versions().items())
-    return Check("packages", "fail" if broken else "ok", found, f"{advice}.")
+    again = f"`pip install --force-reinstall --no-cache-dir {facts.get('module')}`"
+    advice = f"Run `pip install -e .` in aimscale's folder again; if an import still fails, {again}."
+    return Check("packages", "fail" if broken else "ok", found, advice)
 
 
 def check_accelerator(facts: Mapping[str, Any]) -> Check:
     """Check that torch can compute on the GPUs that the driver lists."""
-    if "torch" not in facts:
-        return Check("accelerator", "fail", "torch does not import", "Fix the packages first.")
-    torch, driver_gpus = facts["torch"], gpus_here()
-    build, gpus = torch["build"], torch["gpus"]
-    if driver_gpus and not gpus:
-        advice = "Install a torch for the driver's CUDA version (pytorch.org names the index), or update the driver."
+    level: Level = "fail"
+    advice = "Install a torch for this GPU and its driver's CUDA version (pytorch.org names the index)."
+    torch, driver_gpus = facts.get("torch"), gpus_here()
+    if torch is None:
+        found, advice = "torch does not import", "Fix the packages first."
+    elif driver_gpus and not torch["gpus"]:
+        found = f"{len(driver_gpus)} x {driver_gpus[0][0]}, which torch does not see ({torch['build']})"
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             advice = "CUDA_VISIBLE_DEVICES is empty and hides the GPUs; unset it."
-        return Check(
-            "accelerator",
-            "fail",
-            f"{len(driver_gpus)} x {driver_gpus[0][0]}, which torch does not see ({build})",
-            advice,
-        )
-    if not gpus:
-        return Check("accelerator", "ok", f"no GPU; training runs on the CPU ({build})")
-    found = f"{len(gpus)} x {gpus[0]} each ({build})"
-    if torch["gpu_error"]:
-        advice = "Install a torch whose build covers this GPU (pytorch.org names the index)."
-        return Check("accelerator", "fail", f"{found}: {torch['gpu_error']}", advice)
-    advice = "Set `optimiser.precision: fp32`: this GPU computes bf16 slowly or not at all."
-    return Check("accelerator", "ok" if torch["bf16"] else "warn", f"{found}, bf16: {torch['bf16']}", advice)
+    elif not torch["gpus"]:
+        level, found = "ok", f"no GPU; training runs on the CPU ({torch['build']})"
+    else:
+        found = f"{len(torch['gpus'])} x {torch['gpus'][0]} each ({torch['build']})"
+        if torch["gpu_error"]:
+            found += f": {torch['gpu_error']}"
+        else:
+            level, found = "ok" if torch["bf16"] else "warn", f"{found}, bf16: {torch['bf16']}"
+            advice = "Set `optimiser.precision: fp32`: this GPU computes bf16 slowly or not at all."
+    return Check("accelerator", level, found, advice)
 
 
 def check_disk(root: Path, folder: Path) -> Check:
@@ -153,7 +149,7 @@ def check_disk(root: Path, folder: Path) -> Check:
 
 
 def check_locks(folder: Path) -> Check:
-    """Check that flock works and excludes other processes; without it two launches could start a run twice."""
+    """Check that flock excludes other processes, on other hosts as well; else two launches could start a run twice."""
     advice = "Mount it with locks (NFS: without `nolock` or `local_lock`; Lustre: with `flock`), or use another --root."
     try:
         with (
@@ -165,7 +161,17 @@ def check_locks(folder: Path) -> Check:
                 return Check("locks", "fail", f"flock in {folder} excludes no other process", advice)
     except OSError as error:
         return Check("locks", "fail", f"no flock in {folder} ({error.strerror})", advice)
+    if option := _local_lock_option(folder):
+        return Check("locks", "warn", f"flock excludes processes of this host only (mounted with {option})", advice)
     return Check("locks", "ok", "flock works")
+
+
+def _local_lock_option(folder: Path) -> str | None:
+    """Return the option of a folder's mount that keeps locks from other hosts, or None."""
+    mounts = [line.split() for line in MOUNTS.read_text().splitlines()] if MOUNTS.exists() else []
+    around = [each for each in mounts if folder.resolve().is_relative_to(each[1].replace(r"\040", " "))]
+    options = sorted(around, key=lambda each: len(each[1]))[-1][3].split(",") if around else []
+    return next((option for option in options if option in LOCAL_LOCKS), None)
 
 
 def check_slurm() -> Check:
@@ -193,17 +199,16 @@ def command(
 
     Takes seconds and leaves nothing behind. Exits with 1 when something needed fails.
     """
-    found = []
+    checks = []
     for check in run_checks(root):
-        advice = check.advice if check.level != "ok" else ""
-        found.append(dataclasses.replace(check, advice=advice))
+        checks.append(check)
         if not as_json:
             level = typer.style(f"{check.level:<4}", fg=COLOURS[check.level])
-            typer.echo(f"{level}  {check.name:<11} {check.found}" + (f"\n      -> {advice}" if advice else ""))
-    counts = {level: sum(check.level == level for check in found) for level in COLOURS}
+            advice = f"\n      -> {check.advice}" if check.advice and check.level != "ok" else ""
+            typer.echo(f"{level}  {check.name:<11} {check.found}{advice}")
+    counts = Counter(check.level for check in checks)
     if as_json:
-        plain = [dataclasses.asdict(check) for check in found]
-        typer.echo(json.dumps({"version": 1, "ok": not counts["fail"], "checks": plain}, indent=1))
+        typer.echo(json.dumps({"version": 1, "ok": not counts["fail"], "checks": [*map(asdict, checks)]}, indent=1))
     else:
         typer.echo(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
         if not counts["fail"]:

@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from aimscale.aim.config import ModelConfig, model_config
 
 HINTS = get_type_hints(model_config) | get_type_hints(ModelConfig)
-LEFT_OUT = ("released", "fixed_random")
-"""A head of 2048 channels, and an order that must be installed."""
+LEFT_OUT = ("released",)
+"""A head of 2048 channels."""
 VARIANTS: list[dict[str, Any]] = [
     *({name: True} for name, hint in HINTS.items() if hint is bool),
     *(
@@ -18,6 +18,7 @@ VARIANTS: list[dict[str, Any]] = [
         for value in get_args(hint)[1:]
         if value not in LEFT_OUT
     ),
+    {"qk_norm": True, "head_kind": "transformer"},
     {"masked": 0.75},
     {"masked": 0.5, "head_kind": "transformer"},
 ]

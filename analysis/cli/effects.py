@@ -34,15 +34,13 @@ def contrast(
 ) -> None:
     """Pair rows over size, data, seed and all else; differences and ratios with intervals, and the worth in compute."""
     from aimscale.analysis.effects.gains import Gain, gains
-    from aimscale.analysis.published.published import beside_paper, in_words
 
     df = table_of(tables, columns, where)
     name, _, baseline = by.partition("=")
     found = analysis.contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
-    worth, paper = gains(found), beside_paper(found)
-    told = [*(("worth", str(each)) for each in worth), *(("paper", each) for each in in_words(paper))]
-    after = ["", fact_lines(list(dict.fromkeys(told)))] if told else []
-    also = {"gains": [each for each in worth if isinstance(each, Gain)], "published": paper}
+    worth = gains(found)
+    after = ["", fact_lines([*dict.fromkeys(("worth", str(each)) for each in worth)])] if worth else []
+    also = {"gains": [each for each in worth if isinstance(each, Gain)]}
     following = then(["report"], tables, columns, where)
     show(found, json, figure, labels=label, after=after, also=also, following=following)
 

@@ -47,9 +47,9 @@ def fit(
     objective: Annotated[
         str, typer.Option(help="What to minimise: robust, huber_log (:0.01 sets delta), lsq or log_lsq.")
     ] = "robust",
-    fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter, e.g. E=0.")] = None,
-    bound: Annotated[
-        list[str] | None, typer.Option(help="Keep a parameter between two values, e.g. alpha=0.1:1.")
+    fix: Annotated[
+        list[str] | None,
+        typer.Option(help="Hold a parameter, E=0, or keep it between two values, alpha=0.1:1; may be repeated."),
     ] = None,
     weights: Annotated[
         str | None,
@@ -74,18 +74,14 @@ def fit(
 
     df, y = table_to_minimise(tables, columns, where, best_of, y)
     if found := several(law, df, y):
-        if fix or bound:
-            raise AnalysisError("--fix and --bound belong to one law; name it by --law instead of comparing several.")
+        if fix:
+            raise AnalysisError("--fix belongs to one law; name it by --law instead of comparing several.")
         df = with_compute(df)  # as it was weighed with
-    result = analysis.fit(
-        df,
-        found.law if found else law,
-        y=y,
-        weights=weights,
-        objective=objective,
-        fixed={name: value for name, (value,) in numbers(fix, "--fix", "E=0").items()},
-        bounds={name: (low, high) for name, (low, high) in numbers(bound, "--bound", "alpha=0.1:1").items()},
-    )
+    values = dict(map(parameter_values, fix or []))
+    fixed = {name: each[0] for name, each in values.items() if len(each) == 1}
+    bounds = {name: (each[0], each[1]) for name, each in values.items() if len(each) == 2}
+    chosen = found.law if found else law
+    result = analysis.fit(df, chosen, y=y, weights=weights, objective=objective, fixed=fixed, bounds=bounds)
     result = tested(result, df, hold_out or [])
     result = replace(result, flags=(*result.flags, *plateau_flags(df.loc[result.data.index], y)))
     after, also = (["", found.summary()], {"laws": found.table}) if found else ([], {})
@@ -118,18 +114,16 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
     return replace(result, flags=flags, heldout=tuple(tests))
 
 
-def numbers(texts: list[str] | None, option: str, example: str) -> dict[str, list[float]]:
-    """Read options of an example's form, `name=value` or `name=low:high`, by name."""
-    found = {}
-    for text in texts or []:
-        name, _, values = text.partition("=")
-        try:
-            found[name.strip()] = [float(value) for value in values.split(":")]
-            if values.count(":") != example.count(":"):
-                raise ValueError(values)
-        except ValueError as error:
-            raise AnalysisError(f"{option} takes numbers such as {example}, not {text!r}.") from error
-    return found
+def parameter_values(text: str) -> tuple[str, list[float]]:
+    """Read `name=value` or `name=low:high`."""
+    name, _, written = text.partition("=")
+    try:
+        values = [float(value) for value in written.split(":")]
+    except ValueError:
+        values = []
+    if not 1 <= len(values) <= 2:
+        raise AnalysisError(f"--fix takes numbers such as E=0 or alpha=0.1:1, not {text!r}.")
+    return name.strip(), values
 
 
 def table_flags(

@@ -127,7 +127,7 @@ def _budgets(rows: pd.DataFrame, x: Mapping[str, Array], sizes: Array) -> Array 
         values = _scale(variable, rows, x)
         if values is None or not np.all(values > 0):
             continue
-        codes = _chained(np.log(values), SAME_DATA if variable == "D" else np.log1p(SAME_COMPUTE) / 2)
+        codes = chained(np.log(values), SAME_DATA if variable == "D" else np.log1p(SAME_COMPUTE) / 2)
         of_several = pd.Series(sizes).groupby(codes).nunique().to_numpy() >= num_sizes
         if (
             of_several[codes].mean() >= LEAST_IN_BUDGETS
@@ -147,7 +147,7 @@ def _scale(variable: str, rows: pd.DataFrame, x: Mapping[str, Array]) -> Array |
     return x["N"] * x["D"] if variable == "C" and {"N", "D"} <= set(x) else None
 
 
-def _chained(values: Array, gap: float) -> Array:
+def chained(values: Array, gap: float) -> Array:
     """Group values (n,) whose sorted neighbours lie within a gap."""
     order = np.argsort(values, kind="stable")
     codes = np.empty(len(values), int)

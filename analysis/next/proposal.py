@@ -159,7 +159,7 @@ class Proposal(Result):
         return [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
 
 
-def propose(
+def next_runs(
     df: pd.DataFrame,
     target: Mapping[str, float],
     offer: pd.DataFrame,
@@ -187,7 +187,7 @@ def propose(
     Example:
         >>> table = read_table("results.parquet")
         >>> offer = pd.DataFrame({"N": [3e5, 6e5], "D": [5e5, 3e5], "price": [1.0, 2.0]})
-        >>> propose(table, {"N": 1e6, "D": 1e6}, offer, budget=3).table
+        >>> next_runs(table, {"N": 1e6, "D": 1e6}, offer, budget=3).table
     """
     df = with_compute(df)
     laws = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y)

@@ -14,7 +14,7 @@ from aimscale.analysis.accuracy.result import Correlations
 from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines, share_cells
-from aimscale.analysis.published.published import TASKS, beside_paper, best_frozen, in_words, table6
+from aimscale.analysis.published.published import TASKS, best_frozen, table6
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block, table_block
 from aimscale.analysis.report.runs import provenance, settings, what_was_run
 from aimscale.analysis.report.study import CORRELATION, Study
@@ -245,6 +245,10 @@ def _laws(study: Study) -> Iterator[Part]:
         points = pd.concat([test.predictions.assign(left_out=f"largest {test.variable}") for test in tests])
         lines = [test.sentence() for test in tests]
         yield table_block("heldout", "Does the law extrapolate?", points, lines=lines)
+    if found := study.get("tuning"):
+        caption = "Crosses: the best rates of cells of one N and D, and their law with its 95 % interval."
+        yield PageFigure("rates", "Loss against the learning rate", caption, found.plot())
+        yield result_block("tuning", "Was each size trained at its best rate?", found, is_open=False)
     whose = f"Rows{study.whose}."
     for key, name, note in (
         ("ND", "law", whose if study.whose else ""),
@@ -258,7 +262,7 @@ def _laws(study: Study) -> Iterator[Part]:
 
 
 def _changes(study: Study) -> Iterator[Part]:
-    """Tell single changes, beside those that the paper tried."""
+    """Tell single changes."""
     contrasts = study.all("contrast by")
     if contrasts:
         yield (
@@ -267,8 +271,7 @@ def _changes(study: Study) -> Iterator[Part]:
             "fractions."
         )
     for name, found in contrasts.items():
-        facts = [*found.facts(), *(("published", line) for line in in_words(beside_paper(found)))]
-        yield result_block(html_id("contrast", name), f"Effect of {name}", found, facts=facts)
+        yield result_block(html_id("contrast", name), f"Effect of {name}", found)
 
 
 def _noise(study: Study) -> Iterator[Part]:

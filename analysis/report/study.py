@@ -40,7 +40,7 @@ MAX_FITTED = 200
 """Rows beyond which what is fitted many times over, for every probe and scale, is fitted to so many of them."""
 FORECAST_SCALES = (2.0, 10.0)
 """Multiples of the largest N and D that the page forecasts at; of an iso-FLOP design, of the largest C."""
-QUIET = ("forecaster", "next runs", "noise")
+QUIET = ("forecaster", "next runs", "noise", "tuning")
 """Results that few tables allow: that there is none is not told."""
 HELD_OUT, CORRELATION = "held-out test over the largest", "correlation of loss with"
 
@@ -179,6 +179,7 @@ def _fit_laws(study: Study) -> None:
     if usable.empty:
         study.results["law"][""] = AnalysisError("no row has a validation loss, so no law is fitted")
         return
+    study.attempt("tuning", analysis.rates, study.main)
     study.attempt("forecaster", analysis.forecaster, some)
     laws = study.get("forecaster")
     study.attempt("law", analysis.fit, with_compute(usable), laws.law if laws else "chinchilla")
@@ -222,7 +223,7 @@ def _proposal(study: Study, joint: Fit) -> Proposal:
     offer = grid_offer(joint.data, target, steps=1)
     offer["price"] = 6 * offer["N"] * offer["D"]
     budget, laws = 3 * target["N"] * target["D"], study.get("forecaster") or AUTO
-    return analysis.propose(_evenly(study.usable), target, offer, budget=budget, unit="FLOP", law=laws)
+    return analysis.next_runs(_evenly(study.usable), target, offer, budget=budget, unit="FLOP", law=laws)
 
 
 def next_scales(study: Study) -> list[dict[str, float]]:

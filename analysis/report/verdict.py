@@ -94,6 +94,9 @@ def _law(study: Study, joint: Fit) -> Iterator[str]:
     yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{study.whose}: {values}."
     if laws := study.get("forecaster"):
         yield from beside_others(laws)
+    tuning = study.get("tuning")
+    rates = tuning.verdict() if tuning else "whether they are the best is not known, one rate a size"
+    yield f"Learning rates: {rates}."
 
 
 def beside_others(laws: Forecaster) -> Iterator[str]:

@@ -23,8 +23,8 @@ from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import photograph_crops, photographs
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import train_batches
+from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.log.progress import Bar
 from aimscale.harness.run.config import RunConfig, run_config
 

@@ -116,8 +116,7 @@ def _pack(to: Callable[..., Packed], out: Path, images: str | None, *, shares: s
 def _list(source: Path, benchmark: str | None, split: str | None, classes: tuple[str, ...] | None) -> Listing:
     """List the images of a source."""
     from aimscale.harness.data import DataError
-    from aimscale.harness.data.store.array_files import list_idx
-    from aimscale.harness.data.store.benchmark_readers import list_benchmark
+    from aimscale.harness.data.store.benchmark_readers import list_benchmark, list_idx
     from aimscale.harness.data.store.pack import list_folder
 
     if "images-idx3-ubyte" in source.name and not benchmark:
@@ -176,7 +175,7 @@ def index(
     """Read every shard once and write index.parquet and dataset.json."""
     from aimscale.harness.data import DataError
     from aimscale.harness.data.store.indexing import expand_shards, index_shards
-    from aimscale.harness.data.store.shards import is_url
+    from aimscale.harness.data.store.remote import is_url
 
     location, names = expand_shards(shards)
     if is_url(location) and out is None:

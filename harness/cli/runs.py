@@ -25,7 +25,7 @@ def train(
     Ctrl-C, SIGTERM, SIGUSR2 or a closed terminal after saving (start it again to go on).
     """
     from aimscale.harness.data.store.dataset_info import with_fingerprints
-    from aimscale.harness.device.distributed import find_placement
+    from aimscale.harness.distributed.group import find_placement
     from aimscale.harness.run.config import ConfigError, load_run_config
     from aimscale.harness.run.directory import RunDir
 
@@ -45,11 +45,8 @@ def train(
 
 @app.command("import")
 def import_(
-    file: Annotated[
-        Path, typer.Argument(help="Released file, folder from the hub, or trainer's checkpoint.", show_default=False)
-    ],
+    file: Annotated[Path, typer.Argument(help="Released file, or folder from the hub.", show_default=False)],
     run_dir: Annotated[Path, typer.Argument(help="New run directory.", show_default=False)],
-    size: Annotated[str | None, typer.Option(help="Insist on this size; default: by the shapes.")] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of its input images, pixels; default: config.json's, or 224.")
     ] = None,
@@ -75,7 +72,6 @@ def import_(
     run = import_weights(
         file,
         run_dir,
-        size=size,
         image_size=image_size,
         images_seen=images_seen,
         num_heads=num_heads,

@@ -125,14 +125,16 @@ def _block_bytes(config: ModelConfig, precision: Precision, scored: int) -> tupl
     """Return the bytes that a block of the trunk and a block of the head store for the backward pass.
 
     The trunk's: its input, the first norm's output, q, k, v, and the attention's output (6 d); its MLP's part; the
-    attention's row sums in float32. The head's: the same, or the MLP's part alone. The score matrices that a CPU stores
-    in bfloat16 are not counted: a GPU stores none.
+    attention's row sums in float32; with QK-norm also normalised q and k, and their means and deviations. The head's:
+    the same, or the MLP's part alone. The score matrices that a CPU stores in bfloat16 are not counted: a GPU stores
+    none.
     """
     element, head = ELEMENT_BYTES[precision], config.head
-    own, in_head = (6 * width + _kept_by_mlp(width) for width in (config.width, head.width))
-    backbone = config.num_tokens * (own * element + 4 * config.num_heads)
+    of_width, of_head = (8, 20) if config.qk_norm else (6, 4)
+    own, in_head = (of_width * width + _kept_by_mlp(width) for width in (config.width, head.width))
+    backbone = config.num_tokens * (own * element + of_head * config.num_heads)
     if head.num_heads:
-        return backbone, config.num_tokens * (in_head * element + 4 * head.num_heads)
+        return backbone, config.num_tokens * (in_head * element + of_head * head.num_heads)
     return backbone, scored * _kept_by_mlp(head.width) * element if head.depth else 0
 
 

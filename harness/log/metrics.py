@@ -1,7 +1,6 @@
 """Counts and measurements of a run so far, for its log lines, its budgets' rows and its checkpoints.
 
-Losses stay on the device until a line is due: between lines nothing waits for it. Pending ones are stored in
-checkpoints, so that an interrupted run logs what an uninterrupted one does.
+Checkpoints hold the steps that are in no line yet, so that an interrupted run logs what an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -12,11 +11,7 @@ import math
 import statistics
 from typing import Any
 
-import torch
-
-from aimscale.harness.device.distributed import Group
 from aimscale.harness.run.schedule import Segment
-from aimscale.harness.step.engine import StepOutcome
 
 SPIKE_WINDOW = 100
 """Number of preceding losses that a loss is compared with ..."""
@@ -48,9 +43,9 @@ class Tally:
         return Tally(**{key: ours[key] + theirs[key] for key in ours})
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Step:
-    """Step that is not yet in a line."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedStep:
+    """Step that was taken."""
 
     images_seen: int
     """Images seen after the step."""
@@ -58,28 +53,27 @@ class _Step:
     num_targets: int
     was_applied: bool
     """Whether it updated the weights."""
-    loss: float | None = None
+    loss: float | None
     """Mean over its targets; null if not finite."""
-    grad_norm: float | None = None
+    grad_norm: float | None
     """Norm before clipping; null if not finite."""
     is_spike: bool = False
     """Whether the loss stands out from those before it."""
 
 
 class Metrics:
-    """Collector of steps that turns them into lines, without waiting for the device in between."""
+    """Collector of steps that turns them into lines."""
 
-    def __init__(self, group: Group, batch_size: int) -> None:
+    def __init__(self, batch_size: int) -> None:
         self.images_done = 0
         """Images trained on, decay branches included."""
         self.consecutive_skipped = 0
         """Non-finite steps since the last finite one."""
         self.trunk, self.branch = Tally(), Tally()
         """Tallies of the trunk so far, and of the branch that the run is on."""
-        self._group, self._batch_size = group, batch_size
+        self._batch_size = batch_size
         self._segment = Segment(start=0, stop=0, branch=None)
-        self._settled: list[_Step] = []
-        self._pending: list[tuple[_Step, StepOutcome]] = []
+        self._steps: list[TrainedStep] = []
         self._tail_sum, self._tail_count = 0.0, 0
         self._recent: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
 
@@ -93,29 +87,35 @@ class Metrics:
         """Tally of the way from the start of the trunk to here."""
         return self.trunk if self._segment.branch is None else self.trunk + self.branch
 
-    def enter(self, segment: Segment, *, from_its_start: bool) -> None:
+    def enter(self, segment: Segment) -> None:
         """Begin a segment, or resume it after a restart; a branch's counts begin with it."""
         self._segment = segment
-        if from_its_start:
+        if not segment.resumes:
             self._tail_sum, self._tail_count = 0.0, 0
             self._recent.clear()  # losses at another learning rate
             if segment.branch is not None:
                 self.branch = Tally()
 
-    def add(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int) -> None:
-        """Count a step that ends at `images_seen`."""
-        step = _Step(images_seen=images_seen, lr=lr, num_targets=num_targets, was_applied=outcome.was_applied)
-        self._pending.append((step, outcome))
+    def add(self, step: TrainedStep, *, num_bad_samples: int = 0) -> None:
+        """Count a step, in which so many samples could not be decoded."""
         self.images_done += self._batch_size
         self.current.num_images += self._batch_size
         self.current.num_skipped_steps += not step.was_applied
+        self.current.num_bad_samples += num_bad_samples
         self.consecutive_skipped = 0 if step.was_applied else self.consecutive_skipped + 1
+        if (loss := step.loss) is not None:
+            step = dataclasses.replace(step, is_spike=self._stands_out(loss))
+            self.current.num_loss_spikes += step.is_spike
+            self._recent.append(loss)
+            branch = self._segment.branch
+            if branch is not None and step.images_seen > (1 - TAIL_FRACTION) * branch:
+                self._tail_sum, self._tail_count = self._tail_sum + loss, self._tail_count + 1
+        self._steps.append(step)
 
     def line(self) -> dict[str, Any]:
         """Make a line of the steps since the last; means are over applied steps, null if there was none."""
-        self._settle()
-        applied = [step for step in self._settled if step.was_applied]
-        last = self._settled[-1]
+        applied = [step for step in self._steps if step.was_applied]
+        last = self._steps[-1]
         line = {
             "images_seen": last.images_seen,
             "step": last.images_seen // self._batch_size,
@@ -125,29 +125,10 @@ class Metrics:
             "grad_norm": _mean([step.grad_norm for step in applied]),
             "lr": last.lr,
             "num_skipped_steps": self.total.num_skipped_steps,
-            "loss_spikes": [step.images_seen for step in self._settled if step.is_spike],
+            "loss_spikes": [step.images_seen for step in self._steps if step.is_spike],
         }
-        self._settled.clear()
+        self._steps.clear()
         return line
-
-    def _settle(self) -> None:
-        """Copy pending values to the host, with one sum over ranks for all of them."""
-        if not self._pending:
-            return
-        sums = self._group.sum_tensor(torch.stack([outcome.loss_sum for _, outcome in self._pending]).double()).tolist()
-        norms = torch.stack([outcome.grad_norm.double().cpu() for _, outcome in self._pending]).tolist()
-        branch = self._segment.branch
-        for (step, _), loss_sum, norm in zip(self._pending, sums, norms, strict=True):
-            step.loss = loss_sum / step.num_targets if math.isfinite(loss_sum) else None
-            step.grad_norm = norm if math.isfinite(norm) else None
-            if step.loss is not None:
-                step.is_spike = self._stands_out(step.loss)
-                self.current.num_loss_spikes += step.is_spike
-                self._recent.append(step.loss)
-                if branch is not None and step.images_seen > (1 - TAIL_FRACTION) * branch:
-                    self._tail_sum, self._tail_count = self._tail_sum + step.loss, self._tail_count + 1
-            self._settled.append(step)
-        self._pending.clear()
 
     def _stands_out(self, loss: float) -> bool:
         """Return whether a loss is a spike."""
@@ -155,20 +136,19 @@ class Metrics:
             return False
         return loss > statistics.fmean(self._recent) + SPIKE_SIGMAS * statistics.pstdev(self._recent)
 
+    @property
     def train_loss(self) -> float | None:
-        """Return the mean loss over the budget's tail."""
-        self._settle()
+        """Mean loss over the budget's tail."""
         return self._tail_sum / self._tail_count if self._tail_count else None
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, with all steps that are not yet in a line."""
-        self._settle()
         return {
             "images_done": self.images_done,
             "consecutive_skipped": self.consecutive_skipped,
             "trunk": dataclasses.asdict(self.trunk),
             "branch": dataclasses.asdict(self.branch),
-            "steps": [dataclasses.asdict(step) for step in self._settled],
+            "steps": [dataclasses.asdict(step) for step in self._steps],
             "tail_sum": self._tail_sum,
             "tail_count": self._tail_count,
             "recent": list(self._recent),
@@ -178,8 +158,7 @@ class Metrics:
         """Restore what `state` returned."""
         self.images_done, self.consecutive_skipped = state["images_done"], state["consecutive_skipped"]
         self.trunk, self.branch = Tally(**state["trunk"]), Tally(**state["branch"])
-        self._pending.clear()
-        self._settled = [_Step(**step) for step in state["steps"]]
+        self._steps = [TrainedStep(**step) for step in state["steps"]]
         self._tail_sum, self._tail_count = state["tail_sum"], state["tail_count"]
         self._recent = collections.deque(state["recent"], maxlen=SPIKE_WINDOW)
 

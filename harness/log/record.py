@@ -16,17 +16,15 @@ import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import mean_scored_tokens
-from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.peak import Peak, utilisation
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.log.loggers import Logger, line_scalars
-from aimscale.harness.log.metrics import Metrics
+from aimscale.harness.log.metrics import Metrics, TrainedStep
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.fence import check_fence
 from aimscale.harness.run.schedule import Segment
-from aimscale.harness.step.engine import StepOutcome
-from aimscale.harness.step.feed import Feed, Step
 
 MAX_SKIPPED_STEPS = 20
 """Maximum number of consecutive non-finite steps; with more, the run has diverged."""
@@ -43,7 +41,7 @@ class RecentThroughput:
     wall_s: float = 0.0
     num_images: float = 0.0
     wait_s: float = 0.0
-    """Time in which steps waited for images."""
+    """Time in which the slowest rank waited for images."""
 
     def add(self, wall_s: float, num_images: int, wait_s: float) -> None:
         """Add an interval."""
@@ -70,56 +68,48 @@ class Recorder:
         self._model_config = model_config
         self._utilisation = functools.partial(utilisation, model_config, peak, world_size=group.world_size)
         self._batch_size = config.training.optimiser.batch_size
-        self.metrics = Metrics(group, self._batch_size)
-        self.feed = Feed(
-            group,
-            num_tokens=model_config.num_tokens,
-            max_bad_fraction=config.training.data.max_bad_fraction,
-            has_workers=config.runtime.num_workers > 0,
-        )
+        self.metrics = Metrics(self._batch_size)
         self._segment = Segment(start=0, stop=0, branch=None)
         self._begin_interval()
         self._recent = RecentThroughput()
         self._attempt = run.read_status().attempt
 
-    def enter(self, segment: Segment, *, from_its_start: bool) -> None:
+    def enter(self, segment: Segment) -> None:
         """Begin a segment, or resume it after a restart."""
         self._segment = segment
         self._begin_interval()
-        self.metrics.enter(segment, from_its_start=from_its_start)
+        self.metrics.enter(segment)
 
     def _begin_interval(self) -> None:
         """Start the interval of the next line."""
-        self._counted_until, self._wall_s, self._data_wait_s = time.perf_counter(), 0.0, 0.0
+        self._counted_until, self._wall_s, self._data_wait_s, self._forward_s = time.perf_counter(), 0.0, 0.0, 0.0
         self._num_images = self._num_targets = 0  # of all ranks
 
-    def next_step(self) -> Step:
-        """Return the next step of `feed`, see `Feed.next`, and count the wait for its images."""
-        so_far = self.metrics.total
-        num_images = so_far.num_images + self._batch_size
-        step = self.feed.next(num_images=num_images, num_bad=so_far.num_bad_samples)
-        self._data_wait_s += step.wait_s
-        if not step.must_stop:  # else the next start loads these images again
-            self.metrics.current.num_bad_samples += step.num_bad_samples
-        return step
+    def step(self, step: TrainedStep, *, num_bad_samples: int, data_wait_s: float, forward_s: float) -> None:
+        """Record a step; a line is written when it is due, for which all ranks wait.
 
-    def step(self, outcome: StepOutcome, *, images_seen: int, lr: float, num_targets: int) -> None:
-        """Record a step that ends at `images_seen`; a line is written when it is due.
+        Args:
+            num_bad_samples: undecodable samples of all ranks.
+            data_wait_s: time in which this rank waited for its images, s.
+            forward_s: time of this rank's forward passes, s.
 
         Raises:
             DivergedError: too many non-finite steps in a row.
             LockLost: another process took the run over.
         """
-        self.metrics.add(outcome, images_seen=images_seen, lr=lr, num_targets=num_targets)
+        self.metrics.add(step, num_bad_samples=num_bad_samples)
         self._num_images += self._batch_size
-        self._num_targets += num_targets
+        self._num_targets += step.num_targets
+        self._data_wait_s += data_wait_s
+        self._forward_s += forward_s
         every = self._config.runtime.log_every_steps
-        if images_seen // self._batch_size % every == 0 or images_seen == self._segment.stop:
+        if step.images_seen // self._batch_size % every == 0 or step.images_seen == self._segment.stop:
             self._write_line()
+            self._group.wait()  # here and not in the next step's collectives, whose time is short
         skipped = self.metrics.consecutive_skipped
         if skipped > MAX_SKIPPED_STEPS:
             raise DivergedError(
-                f"{skipped} steps in a row were not finite, up to image {images_seen}; "
+                f"{skipped} steps in a row were not finite, up to image {step.images_seen}; "
                 "lower optimiser.lr_peak or lengthen the warm-up"
             )
 
@@ -136,8 +126,6 @@ class Recorder:
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
         """Exclude the block's time from all lines and rows: it is no training."""
-        if self._group.device.type == "cuda":
-            torch.cuda.synchronize(self._group.device)
         self.count_time()
         try:
             yield
@@ -145,10 +133,11 @@ class Recorder:
             self._counted_until = time.perf_counter()
 
     def _write_line(self) -> None:
-        """Write a line of the steps since the last; the only place in the loop that waits for the device."""
+        """Write a line of the steps since the last, with the times of the ranks that took longest."""
         line = self.metrics.line()
         wall_s = self.count_time()
-        num_images, num_targets, data_wait_s = self._num_images, self._num_targets, self._data_wait_s
+        waits_s, forwards_s = zip(*self._group.gather((self._data_wait_s, self._forward_s)), strict=True)
+        num_images, num_targets = self._num_images, self._num_targets
         self._begin_interval()
         if not self._group.is_first:
             return
@@ -158,13 +147,16 @@ class Recorder:
             "images_per_s": images_per_s,
             "ms_per_step": 1000 * wall_s * self._batch_size / num_images,
             **self._utilisation(images_per_s=images_per_s, scored_tokens=num_targets / num_images),
-            "data_wait": data_wait_s / wall_s,
+            "data_wait": max(waits_s) / wall_s,
+            "data_wait_rank": waits_s.index(max(waits_s)),
+            "forward_ms": 1000 * max(forwards_s) * self._batch_size / num_images,
+            "forward_rank": forwards_s.index(max(forwards_s)),
             "device_memory_gb": device_memory_bytes(self._group) / 1e9,
             "time": time.time(),
             "attempt": self._attempt,
         }
         append_line(self._run.metrics, line)
-        self._recent.add(wall_s, num_images, data_wait_s)
+        self._recent.add(wall_s, num_images, max(waits_s))
         branch = line["branch"]
         self._run.write_status(
             durable=False,
@@ -205,7 +197,7 @@ class Recorder:
         images_per_s = took.num_images / took.wall_s
         scored = mean_scored_tokens(self._model_config, self._config.training.objective.prefix)
         return {
-            "train_loss": self.metrics.train_loss(),
+            "train_loss": self.metrics.train_loss,
             "wall_s": took.wall_s,
             "device_hours": took.device_s / 3600,
             "images_per_s": images_per_s,

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from aimscale.aim.weights import write_weights
-from aimscale.harness.device.distributed import ALONE, Group
+from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
 from aimscale.harness.probe.features.extraction import FeatureCache, FeaturePass, SplitFeatures
 from aimscale.harness.probe.features.images import (

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
-from aimscale.harness.device.distributed import ALONE, Group
+from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import DTYPES, matmul_precision
 from aimscale.harness.probe.features.images import open_labelled
 from aimscale.harness.probe.features.sources import StreamedTokens, batched, own_indices

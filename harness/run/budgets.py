@@ -72,7 +72,11 @@ def missing_budgets(run: RunDir, config: RunConfig) -> list[int]:
     schedule = unchecked_schedule(config)
     position = trunk_position(run, schedule)
     for budget in missing:
-        check_branch(run, schedule, budget, position)
+        if (point := schedule.branch_point(budget)) < position:
+            raise RunDirError(
+                f"budget {budget} of {run.path} needs a checkpoint at {point} images, and the earliest one kept is at "
+                f"{position}; leave that budget out, or train it in another --root"
+            )
     if missing and position and not (run.checkpoint_dir(position) / "manifest.json").exists():
         in_branch = any(run.checkpoints.glob("[0-9]*-decay-*/manifest.json"))
         if not in_branch:
@@ -81,13 +85,3 @@ def missing_budgets(run: RunDir, config: RunConfig) -> list[int]:
                 f"checkpoints/{position}, is missing; train longer budgets in another --root"
             )
     return missing
-
-
-def check_branch(run: RunDir, schedule: Schedule, budget: int, position: int) -> None:
-    """Raise RunDirError if a budget leaves the trunk before `position`, the earliest point that is kept."""
-    point = schedule.branch_point(budget)
-    if point < position:
-        raise RunDirError(
-            f"budget {budget} of {run.path} needs a checkpoint at {point} images, and the earliest one kept is at "
-            f"{position}; leave that budget out, or train it in another --root"
-        )

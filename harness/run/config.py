@@ -43,12 +43,14 @@ class ModelSection(Section):
     ln_residual: bool = False
     """Whether head blocks add LN(x) before the MLP residual, as the authors' trainer does."""
     patch_order: PatchOrder = "raster"
-    """Order in which patches are predicted (`aim.orders`); `outward_spiral`, `checkerboard` and `fixed_random` (a
-    list in their trainer, which must be installed) are the authors'."""
+    """Order in which patches are predicted (`aim.orders`); `outward_spiral` and `checkerboard` are the authors'."""
     parametrisation: Parametrisation = "standard"
     """`standard`: the paper's constant learning rate and xavier init; `mup`: width-aware rates and scales."""
     norm_eps: float = Field(1e-6, gt=0)
     """Epsilon of every LayerNorm: 1e-6 in the authors' inference code, 1e-5 in their trainer."""
+    qk_norm: bool = False
+    """Whether each attention head normalises its queries and keys (a LayerNorm over their channels): the usual cure for
+    losses that spike in large models. Such a model cannot be exported as a released one."""
     qkv_init: QkvInit = "fused"
     """Initial query, key and value: drawn as one (3 d, d) matrix, or, as in the authors' trainer, as three of (d, d),
     whose values are sqrt(2) times as wide."""

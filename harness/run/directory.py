@@ -63,7 +63,7 @@ class Status:
     images_per_s: float | None = None
     """Throughput of all ranks over about the last 30 seconds."""
     data_wait: float | None = None
-    """Share of that time in which the steps waited for images, 0..1."""
+    """Share of that time in which the rank that waited longest waited for images, 0..1."""
     mfu_published: float | None = None
     """Model FLOPs utilisation over the last logging interval, 0..1: published FLOPs over the device's nominal peak."""
     mfu: float | None = None
@@ -83,7 +83,7 @@ class Status:
     reason_class: ReasonClass | None = None
     """Kind of reason, which decides whether the run is tried again."""
     failed_on: str | None = None
-    """Node of the rank that failed first or fell silent, if known."""
+    """Node of the rank that failed first, if known."""
     attempt: int = 0
     """Number of starts so far."""
     too_large: dict[str, Any] | None = None

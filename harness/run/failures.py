@@ -21,8 +21,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 """Signals that stop a run: Slurm's end of a job, its warning before a time limit or a preemption, a closed terminal,
 and Ctrl-C."""
 
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""Words of gloo and NCCL when the process at the other end died."""
+LOST_PEER = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"),
+    *("Timed out waiting", "timed out in blocking wait"),
+)
+"""Words of gloo and NCCL when the process at the other end died, or kept this one waiting for too long."""
+LOST_RANK = "another rank is gone or stands still"
+"""Start of the reason of a rank that lost another."""
 
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -146,7 +151,7 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
     if isinstance(error, OSError):
         return "node", disk_sentence(error) or sentence
     if any(sign in text for sign in LOST_PEER):
-        return "node", f"another rank is gone, and its own entry in logs/ may say why ({sentence})"
+        return "node", f"{LOST_RANK}, and its own entry in logs/ may say why ({sentence})"
     is_network = name.startswith("Dist") or "onnection" in text or "NCCL" in text or "gloo" in text
     if isinstance(error, LockLost) or is_network:
         return "node", sentence
@@ -155,7 +160,7 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
 
 def blames_another_rank(sentence: str) -> bool:
     """Return whether a failure only reports that another rank failed."""
-    return sentence.startswith("another rank is gone") or re.search(r"\brank \d+ failed", sentence) is not None
+    return sentence.startswith(LOST_RANK) or re.search(r"\brank \d+ failed", sentence) is not None
 
 
 def run_worker(work: Callable[[Path], int], usage: str) -> NoReturn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from aimscale.harness.run.config import ConfigError, RunConfig, ScheduleSection
 
@@ -24,6 +24,18 @@ class Segment:
     """Images seen after its last step."""
     branch: int | None
     """The budget this segment decays to; null on the trunk."""
+    resumes: bool = False
+    """Whether it is the rest of a segment that an earlier start began, whose counters go on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Walk:
+    """Rest of a run's training."""
+
+    segments: list[Segment]
+    """Segments to train, in order."""
+    images_done: int
+    """Images trained on before, decay branches included."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,25 +57,9 @@ class Schedule:
         num_decay_steps = min(num_steps, max(1, round(self.section.decay_fraction * num_steps)))
         return (num_steps - num_decay_steps) * self.batch_size
 
-    def segments(self, position: int = 0, budgets: Sequence[int] | None = None) -> list[Segment]:
-        """List the segments of a run in order: up the trunk to a branch point, down its branch, back to the trunk, and
-        on.
-
-        Args:
-            position: images seen on the trunk at the start.
-            budgets: budgets still to be trained, ascending; all by default.
-        """
-        budgets = self.budgets if budgets is None else budgets
-        if self.section.kind == "cosine":
-            return [Segment(start=0, stop=budget, branch=budget) for budget in budgets]
-        walk = []
-        for budget in budgets:
-            point = self.branch_point(budget)
-            if point > position:
-                walk.append(Segment(start=position, stop=point, branch=None))
-                position = point
-            walk.append(Segment(start=point, stop=budget, branch=budget))
-        return walk
+    def is_on_trunk(self, images_seen: int, branch: int | None) -> bool:
+        """Return whether a position is on the trunk: also the start of a decay, and under cosine every position."""
+        return branch is None or self.section.kind == "cosine" or images_seen == self.branch_point(branch)
 
     @property
     def last_point(self) -> int:
@@ -82,7 +78,7 @@ class Schedule:
 
     def images_planned(self) -> int:
         """Count the images the whole run trains on: the trunk once and every branch."""
-        return sum(segment.stop - segment.start for segment in self.segments())
+        return sum(segment.stop - segment.start for segment in plan_walk(self).segments)
 
     def lr(self, images_seen: int, branch: int | None) -> float:
         """Return the learning rate of the step that starts after `images_seen` images, on the trunk or on the branch of
@@ -99,6 +95,31 @@ class Schedule:
         progress = min(1.0, max(0.0, (images_seen - start) / (branch - start)))
         share = 0.5 * (1 + math.cos(math.pi * progress)) if section.kind == "cosine" else 1 - progress
         return section.lr_end + (self.lr_peak - section.lr_end) * share
+
+
+def plan_walk(schedule: Schedule, saved: Collection[int] = (), checkpoint: tuple[int, int | None] = (0, None)) -> Walk:
+    """Plan the rest of a run: up the trunk to a branch point, down its branch, back to the trunk, and on.
+
+    Args:
+        saved: budgets whose weights are saved.
+        checkpoint: images seen and branch of the checkpoint to go on from; the default is the start of the run. The end
+            of a budget is none: from there the walk returns to the trunk, whose checkpoint is kept.
+    """
+    position, branch = checkpoint
+    trunk = point = position if branch is None else schedule.branch_point(branch)
+    leaves = {budget: schedule.branch_point(budget) for budget in (*schedule.budgets, *saved)}
+    left = [budget for budget in schedule.budgets if budget not in saved]
+    left.sort(key=lambda budget: budget != branch)  # the branch that was begun comes first
+    segments: list[Segment] = []
+    for budget in left:
+        if leaves[budget] > point:
+            segments.append(Segment(start=point, stop=leaves[budget], branch=None))
+            point = leaves[budget]
+        segments.append(Segment(start=point, stop=budget, branch=budget))
+    if segments and (position != trunk or trunk not in leaves.values()):
+        segments[0] = dataclasses.replace(segments[0], start=position, resumes=position > 0)
+    decays = sum(budget - leaves[budget] for budget in saved)
+    return Walk(segments=segments, images_done=position + decays)
 
 
 def unchecked_schedule(config: RunConfig) -> Schedule:

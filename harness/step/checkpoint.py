@@ -21,7 +21,7 @@ from typing import Any
 import safetensors
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, fragment_of
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
-from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import MAX_BUCKET_VALUES
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
 
 TESTED_DEEPSPEED = "0.19.8"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from aimscale.aim.config import ModelConfig, ModelConfigError
 from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.base import Batch
-from aimscale.harness.device.distributed import Group, import_deepspeed
+from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.distributed.group import Group, import_deepspeed
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.deepspeed_setup import (
     EngineOptions,
@@ -36,7 +37,7 @@ ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """Result of a step; tensors stay on the device, so nothing waits for it."""
+    """Result of a step on one rank; its tensors are on the device."""
 
     loss_sum: Tensor
     """This rank's share of the batch's loss sum, float32 scalar."""
@@ -45,6 +46,8 @@ class StepOutcome:
     was_applied: bool
     """Whether the step was applied; a step whose gradient is not finite leaves weights, moments and step count as
     before."""
+    forward_s: float = 0.0
+    """Time of this rank's forward passes, s; those of slow devices take longest, while all others wait later."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,35 @@ class Fragment:
     """Start of the part in the flattened parameter."""
     numel: int
     """Length of the part; 0 where another rank owns the parameter."""
+
+
+class DeviceClock:
+    """Clock of work on a device: by events on a GPU, which works behind the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Time the work that the block gives to the device."""
+        start = self._mark()
+        yield
+        self._spans.append((start, self._mark()))
+
+    def _mark(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def total_s(self) -> float:
+        """Return the time of all blocks, s; waits for the last one's work."""
+        if not self._is_cuda:
+            return sum(stop - start for start, stop in self._spans)
+        self._spans[-1][1].synchronize()
+        return sum(start.elapsed_time(stop) for start, stop in self._spans) / 1000
 
 
 class Engine:
@@ -131,10 +163,12 @@ class Engine:
         # DeepSpeed divides the sum of the ranks' gradients by their number.
         scale = self.group.world_size / num_targets
         loss_sum = torch.zeros((), device=self.group.device)
+        clock = DeviceClock(self.group.device)
         for index, batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             images = batch.images_on(self.group.device)
-            batch_loss_sum, _ = self._engine(images, batch.prefix_lengths)
+            with clock.running():
+                batch_loss_sum, _ = self._engine(images, batch.prefix_lengths)
             self._engine.backward(batch_loss_sum * scale, scale_wrt_gas=False)
             loss_sum += batch_loss_sum.detach()
         self._engine.step()
@@ -143,6 +177,7 @@ class Engine:
             loss_sum=loss_sum,
             grad_norm=norm if isinstance(norm, Tensor) else torch.tensor(float(norm)),
             was_applied=self._engine.was_step_applied(),
+            forward_s=clock.total_s(),
         )
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """The images of every step, and one exchange per step of what all ranks must know before they train on them.
 
-While a step is computed, the next step's images are fetched and its exchange is made, so no step waits for it. A rank
+With loader processes, the next step's images are fetched and its exchange is made while a step is computed. A rank
 whose shard is broken must not leave the others waiting in a collective: errors are part of the exchange, so that all
 ranks end together, with the same sentence. The exchange also sums the undecodable samples, so that their share is that
 of the whole run, over ranks and restarts.
@@ -21,8 +21,8 @@ import torch
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
-from aimscale.harness.data.stream.base import Batch
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.distributed.group import Group
 
 T = TypeVar("T")
 
@@ -81,8 +81,8 @@ _FutureStep = concurrent.futures.Future[_StartedStep | None]
 
 
 class Feed:
-    """Source of steps that takes micro-batches from a loader and agrees on them with the other ranks, one step
-    ahead."""
+    """Source of steps that takes micro-batches from a loader and agrees on them with the other ranks; with loader
+    processes, one step ahead."""
 
     def __init__(self, group: Group, *, num_tokens: int, max_bad_fraction: float, has_workers: bool) -> None:
         """Set up the feed; `reading` gives it a loader.
@@ -91,7 +91,7 @@ class Feed:
             num_tokens: N of the model.
             max_bad_fraction: share of undecodable samples above which a run stops.
             has_workers: whether other processes load, so that a thread can wait for their images while a step is
-                computed. Otherwise they are loaded before the step: torch's threads serve one of the two at a time.
+                computed. Otherwise this one loads them, before their step.
         """
         self._group, self._num_tokens, self._max_bad_fraction = group, num_tokens, max_bad_fraction
         self._has_workers = has_workers
@@ -121,7 +121,7 @@ class Feed:
                 batches.close()
 
     def next(self, *, num_images: int, num_bad: int) -> Step:
-        """Return the next step; unless the run must stop, the one after it is fetched and its exchange started.
+        """Return the next step; with loader processes, the one after it is asked for.
 
         Args:
             num_images: images of the run after this step.
@@ -145,14 +145,9 @@ class Feed:
                 f"{num_bad + num_bad_now} of the run's first {num_images} images cannot be decoded, last {last}; "
                 f"repair the shard and index it again, or raise data.max_bad_fraction ({self._max_bad_fraction:g})"
             )
-        started = time.perf_counter()
-        if not num_stops:
+        if self._has_workers and not num_stops:
             self._ahead = concurrent.futures.Future()
-            if self._has_workers:
-                self._asked.put(self._ahead)
-            else:
-                self._fulfil(self._ahead)
-        wait_s += time.perf_counter() - started
+            self._asked.put(self._ahead)
         return Step(
             micro_batches=begun.micro_batches,
             num_targets=num_targets,
@@ -167,14 +162,10 @@ class Feed:
         if self._group.device.type == "cuda":
             torch.cuda.set_device(self._group.device)  # per thread
         for ahead in iter(asked.get, None):
-            self._fulfil(ahead)
-
-    def _fulfil(self, ahead: _FutureStep) -> None:
-        """Set the result of a future to the next step, or its error."""
-        try:
-            ahead.set_result(self._begin())
-        except BaseException as error:
-            ahead.set_exception(error)
+            try:
+                ahead.set_result(self._begin())
+            except BaseException as error:
+                ahead.set_exception(error)
 
     def _begin(self) -> _StartedStep | None:
         """Fetch a step's images and start its exchange; None after the last step."""

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from aimscale.aim.model import AIM
-from aimscale.aim.weights import write_safetensors
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.fence import keeping_fence
 from aimscale.harness.run.files import atomic_write, new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
 from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, read_manifest, read_parts
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 from aimscale.harness.step.feed import run_on_all_ranks
+from aimscale.harness.step.safetensors import write_safetensors
 
 POLL_S = 0.5
 """Seconds between the first rank's checks for the other ranks' parts."""
@@ -121,6 +121,7 @@ class CheckpointWriter:
             published = self._background.submit(_naming_checkpoint(final)(self._publish), final, part, all_parts, keep)
         if self._copy is None:
             concurrent.futures.wait([part])
+        self._group.wait()  # here and not in the next step's collectives, whose time is short
         self._pending = _PendingCheckpoint(final=final, part=part, published=published, all_parts=all_parts)
 
     def problem(self) -> Exception | None:
@@ -285,8 +286,7 @@ def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], m
     Without values there is no file, only a manifest.
     """
     if lengths:
-        layout = {key: (torch.float32, (length,)) for key, length in lengths.items()}
-        crc = write_safetensors(path, layout, pieces)
+        crc = write_safetensors(path, {key: (length,) for key, length in lengths.items()}, pieces)
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read the disk below, not the page cache
         if file_crc32(path) != crc:
@@ -330,12 +330,12 @@ def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, s
 
     Rank 0 gathers and writes them one by one, under a temporary name first.
     """
-    layout = {fragment.name: (torch.float32, tuple(fragment.shape)) for fragment in engine.fragments()}
+    shapes = {fragment.name: tuple(fragment.shape) for fragment in engine.fragments()}
     # a tensor that numpy has seen cannot free its memory
     gathered = (whole.to("cpu", copy=True) for _, whole in _whole_weights(engine, group))
     if group.is_first:
         with atomic_write(path) as partial:
-            write_safetensors(partial, layout, gathered, metadata)
+            write_safetensors(partial, shapes, gathered, metadata)
     else:
         for _ in _whole_weights(engine, group):
             pass

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info, fingerprint
-from aimscale.harness.device.job import Job
+from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger, row_scalars
 from aimscale.harness.log.record import append_line
 from aimscale.harness.probe.cost import validation_distance
@@ -92,6 +92,7 @@ class LearningCurve:
             said = [f"validation loss {line['val_loss']:.4f}"] if validation else []
             said += [f"{entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %" for entry in line["probes"]]
             print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
+        group.wait()  # here and not in the next step's collectives, whose time is short
 
     def _lacking(self, images_seen: int) -> tuple[str | None, Sequence[ProbeSection]]:
         """Return the name of the validation, None if none is due, and the probes that are due."""

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
-from aimscale.harness.data.stream.held_out import refuse_overlap
-from aimscale.harness.device.distributed import Group
-from aimscale.harness.device.job import Job
+from aimscale.harness.data.store.overlap import refuse_overlap
+from aimscale.harness.distributed.group import Group
+from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger, picture_grid, row_scalars
 from aimscale.harness.probe.features.images import ProgressCallback
 from aimscale.harness.probe.files import validation_name

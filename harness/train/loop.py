@@ -1,8 +1,7 @@
 """Training of one run from its directory to its last budget, as a single process, by torchrun, or in Slurm.
 
 The walk over the segments (`harness.run.schedule`): up the trunk to a budget's branch point, save, decay, save the
-weights, evaluate, record a row, return to the trunk, go on. The run directory holds everything that is needed to resume
-the walk anywhere.
+weights, return to the trunk, go on. The run directory holds everything that is needed to resume the walk anywhere.
 """
 
 from __future__ import annotations
@@ -11,37 +10,45 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
 from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.loader import rank_batches
+from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.execution import out_of_memory, plan_start
-from aimscale.harness.device.job import Job
 from aimscale.harness.device.peak import device_name, measure_peak
+from aimscale.harness.distributed.group import COLLECTIVE_TIMEOUT_S
+from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger
+from aimscale.harness.log.metrics import TrainedStep
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.probe.cost import curve_bytes
 from aimscale.harness.probe.pending_evaluations import update_row
-from aimscale.harness.run.budgets import ABOUT, check_branch, saved_budgets, trunk_position
+from aimscale.harness.run.budgets import saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import PreemptedError
 from aimscale.harness.run.fence import earlier_folders
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
-from aimscale.harness.run.row import ROW_VERSION, describe, model_of
-from aimscale.harness.run.schedule import Segment, schedule_of
-from aimscale.harness.step.checkpoint import CheckpointError, Manifest, load_checkpoint, load_newest
+from aimscale.harness.run.row import model_of
+from aimscale.harness.run.schedule import Segment, plan_walk, schedule_of
+from aimscale.harness.step.checkpoint import CheckpointError, load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, StepOutcome, should_compile
-from aimscale.harness.step.feed import RankRequest, Step, run_on_all_ranks
-from aimscale.harness.step.saving import CheckpointWriter, recover_checkpoints, save_weights
+from aimscale.harness.step.engine import Engine, should_compile
+from aimscale.harness.step.feed import Feed, RankRequest, Step, run_on_all_ranks
+from aimscale.harness.step.saving import CheckpointWriter, recover_checkpoints
+from aimscale.harness.train.budget import save_budget
 from aimscale.harness.train.curve import LearningCurve
+
+STEP_TIMEOUT_S, STEP_FACTOR = 100.0, 10.0
+"""Time for which ranks wait for each other in a step after the first: the larger of this and so many times the longest
+step before, s."""
 
 
 class Trainer:
@@ -49,19 +56,17 @@ class Trainer:
 
     def __init__(self, run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = ()) -> None:
         group = job.group
-        self.run, self.config, self.group, self.watch, self.flag = run, config, group, job.watch, job.flag
+        self.run, self.config, self.group, self.flag = run, config, group, job.flag
         training, runtime = config.training, config.runtime
         self.batch_size = training.optimiser.batch_size
         self.schedule = schedule_of(config)
-        self.model_config = model_of(training)
-        machines = group.num_machines()
+        model_config = model_of(training)
         self.stream = run_on_all_ranks(
-            group,
-            lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb, machines=machines),
+            group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
         lookup = functools.cache(find_info)
-        measuring = group.from_first(lambda: curve_bytes(config, lookup))
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
+        measuring = group.from_first(lambda: curve_bytes(config, lookup))
         self.plan = plan_start(
             training,
             runtime,
@@ -72,11 +77,10 @@ class Trainer:
             host_bytes=group.min_over_ranks(group.host_memory_bytes()) if group.device.type == "cuda" else None,
             measuring=measuring,
         )
-        self.has_stepped = False
         if measuring and not self.plan.measures and group.is_first:
             print("nothing is measured during training: the device has no memory left for it", flush=True)
         self.engine = Engine(
-            self.model_config,
+            model_config,
             training.optimiser,
             EngineOptions(
                 zero_stage=self.plan.zero_stage,
@@ -86,163 +90,121 @@ class Trainer:
             group,
             seed=training.seed,
         )
-        self.saved_at = time.monotonic()
-        self.recorder = Recorder(run, config, group, self.model_config, self.peak, loggers)
+        self.feed = Feed(
+            group,
+            num_tokens=model_config.num_tokens,
+            max_bad_fraction=training.data.max_bad_fraction,
+            has_workers=runtime.num_workers > 0,
+        )
+        self.recorder = Recorder(run, config, group, model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
         beside = dataclasses.replace(job, group=group.with_reserved_memory(self.plan.held_bytes))
         self.curve = LearningCurve(run, config, beside, self.engine, lookup=lookup, loggers=loggers)
+        self.longest_step_s = 0.0
+        self.saved_at = time.monotonic()
 
     def walk(self) -> None:
         """Train from the current state of the run to its last budget."""
-        gc.disable()  # ranks that collect garbage at different steps would wait for each other; see `_train_segment`
-        try:
-            self._walk()
-        except CheckpointError:
-            raise
-        except Exception:
-            self.writer.leave()
-            raise
-        finally:
-            gc.enable()
-
-    def _walk(self) -> None:
-        """Train the remaining segments one after the other."""
-        segments, position, is_start = self._resume()
-        self._announce()
-        for number, segment in enumerate(segments):
-            if number > 0:
-                position, is_start = segment.start, True
-                if segments[number - 1].branch is not None:
+        with self._without_collections():
+            segments = self._resume()
+            self._announce()
+            for number, segment in enumerate(segments):
+                if number > 0 and segments[number - 1].branch is not None:  # back to the trunk
                     load_checkpoint(self.run.checkpoint_dir(segment.start), self.engine, self.group)
-            if is_start and segment.branch is not None and (segment.start > 0 or number + 1 < len(segments)):
-                self._save(segment.start, None)
-            self.recorder.enter(segment, from_its_start=is_start)
-            self._train_segment(segment, position)
-            if segment.branch is not None:
-                self.writer.finish()
-                self._save_budget(segment.stop)
-                if self.group.is_first:
-                    update_row(self.run, self.config, segment.stop)
-        if self.group.is_first:
-            self._keep_end_of_trunk()
+                if (
+                    segment.branch is not None
+                    and not segment.resumes
+                    and (segment.start > 0 or segment is not segments[-1])
+                ):
+                    self._save(segment.start, None)
+                self.recorder.enter(segment)
+                self._train(segment)
+                if segment.branch is not None:
+                    self._save_budget(segment.branch)
+            if self.group.is_first:
+                self._keep_end_of_trunk()
 
-    def close(self) -> None:
-        """Free the memory of weights, gradients and optimiser states."""
-        self.writer.close()
-        self.engine.close()
-        del self.engine, self.writer, self.curve
-        gc.collect()
-        if self.group.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _keep_end_of_trunk(self) -> None:
-        """Remove all checkpoints of a finished run but the one that a longer budget would start from."""
-        is_wsd = self.config.training.schedule.kind == "wsd"
-        end = self.run.checkpoint_dir(trunk_position(self.run, self.schedule)) if is_wsd else None
-        for path in self.run.checkpoints.iterdir() if self.run.checkpoints.is_dir() else ():
-            if path != end:
-                remove_dir(path)
-        with contextlib.suppress(OSError):
-            self.run.checkpoints.rmdir()
-
-    def _resume(self) -> tuple[list[Segment], int, bool]:
-        """Load the furthest saved point; returns the remaining segments, the position in the first, and whether that is
-        its start.
-
-        The end of a budget is no such point: from there the walk returns to the trunk, whose checkpoint is kept.
-        """
-        saved = list(self.group.from_first(lambda: saved_budgets(self.run)))
-        left = [budget for budget in self.schedule.budgets if budget not in saved]
-        leaves = {budget: self.schedule.branch_point(budget) for budget in (*saved, *left)}
-        for budget in saved if self.group.is_first else ():
-            update_row(self.run, self.config, budget)
-        manifest = self._load_newest(left, max((leaves[budget] for budget in saved), default=0))
-        position = point = manifest.images_seen if manifest else 0
-        if manifest is not None and manifest.branch is not None:
-            point = leaves[manifest.branch]
-            left.sort(key=lambda budget: budget != manifest.branch)
-        else:
-            self.recorder.metrics.images_done = point + sum(budget - leaves[budget] for budget in saved)
-        for budget in left:
-            check_branch(self.run, self.schedule, budget, point)
-        return self.schedule.segments(point, left), position, position == point and point in leaves.values()
-
-    def _load_newest(self, left: list[int], trunk: int) -> Manifest | None:
-        """Load the furthest checkpoint that leads to a budget of `left`; if `trunk` is above 0, the trunk has one
-        there.
-
-        Raises:
-            CheckpointError: there must be a complete checkpoint, and there is none.
-        """
-        self.group.from_first(lambda: recover_checkpoints(self.run, earlier_folders(self.run.path)))
-        manifest = load_newest(self.run.checkpoints, self.engine, self.group, branches=left)
-        if manifest is None and left and trunk > 0:
-            load_checkpoint(self.run.checkpoint_dir(trunk), self.engine, self.group)  # raises what is wrong with it
-        if manifest is not None:
-            self.recorder.metrics.restore(manifest.progress)
-        return manifest
-
-    def _train_segment(self, segment: Segment, position: int) -> None:
-        """Train from `position` to the end of a segment, with checkpoints on the way."""
-        batches = rank_batches(
-            self.stream,
-            group=self.group,
-            start=position,
-            stop=segment.stop,
-            batch_size=self.batch_size,
-            micro_batch=self.plan.micro_batch,
-            num_workers=self.config.runtime.num_workers,
-        )
-        every = self.config.runtime.checkpoint_every_images or segment.stop  # only the last step reaches it
-        with self.recorder.feed.reading(batches, self._request):
+    def _train(self, segment: Segment) -> None:
+        """Train a segment, with measurements and checkpoints on the way."""
+        position, every = segment.start, self.config.runtime.checkpoint_every_images or segment.stop
+        with self.feed.reading(self._batches(segment), self._request):
             while position < segment.stop:
-                self.watch.check()
                 try:
-                    self._measure(position, segment)
-                    step = self.recorder.next_step()
+                    self._measure(position, segment.branch)
+                    so_far = self.recorder.metrics.total
+                    num_images = so_far.num_images + self.batch_size
+                    step = self.feed.next(num_images=num_images, num_bad=so_far.num_bad_samples)
                     if step.must_stop:
                         raise PreemptedError
                 except PreemptedError:
                     self._save(position, segment.branch)
                     self.writer.finish()
                     raise
-                lr = self.schedule.lr(position, segment.branch)
-                with self.watch.step():
-                    outcome = self._step(step, lr)
-                    position += self.batch_size
-                    self.recorder.step(outcome, images_seen=position, lr=lr, num_targets=step.num_targets)
+                taken, forward_s = self._step(step, position, segment.branch)
+                position = taken.images_seen
+                self.recorder.step(
+                    taken, num_bad_samples=step.num_bad_samples, data_wait_s=step.wait_s, forward_s=forward_s
+                )
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
-                    gc.collect()  # objects since the start; the step waits for its line anyway
+                    gc.collect()  # objects since the start
                 if position < segment.stop and (step.must_save or position % every < self.batch_size):
                     self._save(position, segment.branch)
 
-    def _step(self, step: Step, lr: float) -> StepOutcome:
-        """Take one step.
+    def _batches(self, segment: Segment) -> Generator[list[Batch]]:
+        """Load this rank's micro-batches of each step of a segment."""
+        return rank_batches(
+            self.stream,
+            group=self.group,
+            start=segment.start,
+            stop=segment.stop,
+            batch_size=self.batch_size,
+            micro_batch=self.plan.micro_batch,
+            num_workers=self.config.runtime.num_workers,
+        )
+
+    def _step(self, step: Step, position: int, branch: int | None) -> tuple[TrainedStep, float]:
+        """Take the step at a position; returns it and the time of this rank's forward passes, s.
 
         Raises:
             TooLargeError: memory ran out in the first one, for the first time.
         """
+        lr, started = self.schedule.lr(position, branch), time.monotonic()
         try:
-            outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
+            with self.group.collectives_within(self._step_limit_s()):
+                outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
+                loss = self.group.sum_tensor(outcome.loss_sum.double()).item() / step.num_targets
         except Exception as error:
             device, world_size = device_name(self.group.device), self.group.world_size
             too_large = out_of_memory(error, self.plan, device=device, world_size=world_size)
-            if self.has_stepped or too_large is None:
+            if self.longest_step_s or too_large is None:
                 raise
             raise too_large from error
-        self.has_stepped = True
+        self.longest_step_s = max(self.longest_step_s, time.monotonic() - started)
         step.micro_batches.clear()
-        return outcome
+        norm = outcome.grad_norm.item()
+        taken = TrainedStep(
+            images_seen=position + self.batch_size,
+            lr=lr,
+            num_targets=step.num_targets,
+            was_applied=outcome.was_applied,
+            loss=loss if math.isfinite(loss) else None,
+            grad_norm=norm if math.isfinite(norm) else None,
+        )
+        return taken, outcome.forward_s
 
-    def _measure(self, position: int, segment: Segment) -> None:
-        """Measure what is due at a position of the trunk, at the start of a decay, or anywhere under cosine."""
-        is_cosine = self.config.training.schedule.kind == "cosine"
-        is_trunk = is_cosine or segment.branch is None or position == segment.start
-        if not (self.plan.measures and is_trunk and self.curve.is_at(position)):
+    def _step_limit_s(self) -> float:
+        """Return after how long a rank gives the others up in a step; the first one may compile."""
+        if not self.longest_step_s:
+            return COLLECTIVE_TIMEOUT_S
+        return max(STEP_TIMEOUT_S, STEP_FACTOR * self.longest_step_s)
+
+    def _measure(self, position: int, branch: int | None) -> None:
+        """Measure what is due at a position of the trunk."""
+        if not (self.plan.measures and self.schedule.is_on_trunk(position, branch) and self.curve.is_at(position)):
             return
-        lr = self.schedule.lr(position - self.batch_size, segment.branch if is_cosine else None)
+        is_cosine = self.config.training.schedule.kind == "cosine"
         with self.recorder.untimed():
-            self.curve.measure(position, lr)
+            self.curve.measure(position, self.schedule.lr(position - self.batch_size, branch if is_cosine else None))
 
     def _request(self) -> RankRequest:
         """Return this rank's requests, asked for once per step."""
@@ -253,6 +215,28 @@ class Trainer:
         if is_due:
             self.saved_at = now
         return RankRequest(stop=self.flag.is_raised, save=is_due, error=self.writer.problem())
+
+    def _resume(self) -> list[Segment]:
+        """Load the furthest saved point, and plan the segments that remain.
+
+        Raises:
+            CheckpointError: there must be a complete checkpoint, and there is none.
+        """
+        run, group, schedule = self.run, self.group, self.schedule
+        group.from_first(lambda: recover_checkpoints(run, earlier_folders(run.path)))
+        saved = list(group.from_first(lambda: saved_budgets(run)))
+        for budget in saved if group.is_first else ():
+            update_row(run, self.config, budget)
+        left = [budget for budget in schedule.budgets if budget not in saved]
+        manifest = load_newest(run.checkpoints, self.engine, group, branches=left)
+        trunk = max((schedule.branch_point(budget) for budget in saved), default=0)
+        if manifest is None and trunk > 0:
+            load_checkpoint(run.checkpoint_dir(trunk), self.engine, group)  # raises what is wrong with it
+        if manifest is None:
+            return plan_walk(schedule, saved).segments
+        walk = plan_walk(schedule, saved, (manifest.images_seen, manifest.branch))
+        self.recorder.metrics.restore(manifest.progress | {"images_done": walk.images_done})
+        return walk.segments
 
     def _save(self, position: int, branch: int | None) -> None:
         """Start a checkpoint; older ones are removed afterwards unless the walk returns to them."""
@@ -268,50 +252,66 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def _save_budget(self, budget: int) -> None:
-        """Write a budget's weights, with its row so far in the file's metadata; evaluation adds the rest of the row."""
-        row = describe(self.config) | self.recorder.facts()
-        unique_images = self.stream.unique_images or None
-        row |= {
-            "unique_images": unique_images,
-            "data_fingerprint": self.stream.fingerprint,
-            "device": device_name(self.group.device),
-            "zero_stage": self.plan.zero_stage,
-            "images_seen": budget,
-            "epochs": budget / unique_images if unique_images else None,
-            "flops_train": row["flops_per_image"] * budget,
-            "flops_6nd": 6 * row["params_total"] * self.model_config.num_tokens * budget,
-            "probes": [],
-        }
-        about = {
-            "version": ROW_VERSION,
-            "run_id": self.config.run_id,
-            "model": self.config.training.model.model_dump(mode="json"),
-            "target": self.config.training.objective.target,
-            "row": row,
-        }
-        metadata = {"format": "pt", ABOUT: json.dumps(about, allow_nan=False)}
-        save_weights(self.run.model_file(budget), self.engine, self.group, metadata)
+        """Save the weights at the end of a decay, and record a row."""
+        self.writer.finish()
+        save_budget(
+            self.run,
+            self.config,
+            self.engine,
+            budget,
+            unique_images=self.stream.unique_images or None,
+            data_fingerprint=self.stream.fingerprint,
+            facts=self.recorder.facts() | {"device": device_name(self.group.device)},
+        )
+        if self.group.is_first:
+            update_row(self.run, self.config, budget)
+
+    def _keep_end_of_trunk(self) -> None:
+        """Remove all checkpoints of a finished run but the one that a longer budget would start from."""
+        is_wsd = self.config.training.schedule.kind == "wsd"
+        end = self.run.checkpoint_dir(trunk_position(self.run, self.schedule)) if is_wsd else None
+        for path in self.run.checkpoints.iterdir() if self.run.checkpoints.is_dir() else ():
+            if path != end:
+                remove_dir(path)
+        with contextlib.suppress(OSError):
+            self.run.checkpoints.rmdir()
+
+    @contextlib.contextmanager
+    def _without_collections(self) -> Iterator[None]:
+        """Collect no garbage but where `_train` does: ranks that do at different steps would wait for each other."""
+        gc.disable()
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception:
+            self.writer.leave()
+            raise
+        finally:
+            gc.enable()
+
+    def close(self) -> None:
+        """Free the memory of weights, gradients and optimiser states."""
+        self.writer.close()
+        self.engine.close()
+        del self.engine, self.writer, self.curve
+        gc.collect()
+        if self.group.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _announce(self) -> None:
         """Record and print how this start executes the run."""
         startup_s = process_age_s()
         if not self.group.is_first:
             return
-        record_start(
-            self.run,
-            {
-                "device": device_name(self.group.device),
-                "world_size": self.group.world_size,
-                **dataclasses.asdict(self.plan),
-                "peak": dataclasses.asdict(self.peak),
-                "startup_s": startup_s,
-            },
-        )
+        plan, device = self.plan, device_name(self.group.device)
+        about = {"device": device, "world_size": self.group.world_size, **dataclasses.asdict(plan)}
+        record_start(self.run, about | {"peak": dataclasses.asdict(self.peak), "startup_s": startup_s})
         done, planned = self.recorder.metrics.images_done, self.schedule.images_planned()
         self.run.write_status(images_planned=planned, images_done=done, heartbeat=time.time())
         self.recorder.say(
-            f"{self.config.run_id}: {done} of {planned} images done, ZeRO {self.plan.zero_stage}, micro-batch "
-            f"{self.plan.micro_batch}{' (lowered)' * self.plan.is_lowered}, {self.group.world_size} rank(s), "
+            f"{self.config.run_id}: {done} of {planned} images done, ZeRO {plan.zero_stage}, micro-batch "
+            f"{plan.micro_batch}{' (lowered)' * plan.is_lowered}, {self.group.world_size} rank(s), "
             f"matrix-multiplication peak "
             f"{self.peak.flops_per_s / 1e9:.0f} GFLOP/s (n = {self.peak.gemm_side}), ready after {startup_s:.1f} s"
         )

@@ -20,8 +20,8 @@ from aimscale.aim.objective import in_prefix, unpatchify
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import denormalise, normalise
 from aimscale.harness.data.stream.held_out import eval_images, eval_pixels, usable_indices, validation_prefixes
-from aimscale.harness.device.distributed import Group
 from aimscale.harness.device.memory import EVAL_TOKENS
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.images import ProgressCallback, decoded_ahead, ignore_progress
 from aimscale.harness.probe.pending_evaluations import VALIDATION_COLUMNS
 from aimscale.harness.run.config import ModelSection, ValidationSection

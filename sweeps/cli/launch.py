@@ -31,7 +31,7 @@ from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.decision import RunState
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
-from aimscale.sweeps.table.views import KeyValue, format_duration, format_number, print_key_values
+from aimscale.sweeps.table.views import KeyValue, format_duration, format_number, group_notices, print_key_values
 
 CONFIRM_DEVICE_HOURS = 10
 """A launch of more device-hours asks for confirmation on a terminal."""
@@ -104,7 +104,7 @@ def launch(
 
 def launch_summary(sweep: Sweep, states: Sequence[RunState], cards: Sequence[CostCard]) -> list[KeyValue]:
     """Summarise what a launch will do, what is there already, and what needs a person."""
-    words = {"not started": "new", "dead": "to resume", "unfinished": "to resume", "starting": "running"}
+    words = {"not started": "new", "lost": "to resume", "paused": "to resume", "starting": "running"}
     counts = Counter(words.get(each.state, each.state) for each in states)
     parts = ", ".join(f"{num} {word}" for word, num in counts.most_common())
     lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]
@@ -117,12 +117,10 @@ def launch_summary(sweep: Sweep, states: Sequence[RunState], cards: Sequence[Cos
         running = f", {num_running} of them running" if num_running else ""
         value = f"{len(others)} run directories{running}, such as {others[0]}; they stay as they are"
         lines.append(KeyValue(key="unplanned", value=value))
-    retried = {**dict.fromkeys(("failed", "diverged"), "; --retry tries it again"), "damaged": ""}
+    retried = {"failed": "; --retry tries again", "diverged": "; --retry tries again", "damaged": ""}
+    retried["cancelled"] = "--retry starts it again"
     named = [each for each in states if each.state in retried]
-    lines += [KeyValue(level=e.state, key=e.record.name, value=f"{e.why}{retried[e.state]}") for e in named]
-    if counts["cancelled"]:
-        lines.append(KeyValue(level="cancelled", key=f"{counts['cancelled']} runs", value="--retry starts them again"))
-    return lines
+    return [*lines, *group_notices((e.state, f"{e.why}{retried[e.state]}", e.record.name) for e in named)]
 
 
 def _exit_code(result: LaunchResult) -> int:

@@ -41,6 +41,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "forecast": ("aimscale.analysis.cli.laws:forecast", "Forecast loss and accuracies, and register the forecast."),
         "next": ("aimscale.sweeps.cli.next", "Choose the runs that make a forecast most certain for their price."),
         "frontier": ("aimscale.analysis.cli.laws:frontier", "Compute-optimal size and data by approaches 2 and 3."),
+        "rates": (
+            "aimscale.analysis.cli.rates:rates",
+            "Best learning rate and batch by size and data; what others lost.",
+        ),
         "correlate": ("aimscale.analysis.cli.effects:correlate", "Correlate loss with accuracy, and forecast it."),
         "contrast": ("aimscale.analysis.cli.effects:contrast", "Compare the levels of one column, all else equal."),
         "compare": ("aimscale.analysis.cli.report:compare", "Put runs beside the published baselines."),

@@ -44,7 +44,7 @@ def command(
     A sweep offers its sizes at its budgets, and at two and four times the largest: what is not measured yet.
     """
     from aimscale.analysis.forecasts.forecast import parse_scale
-    from aimscale.analysis.next.proposal import propose
+    from aimscale.analysis.next.proposal import next_runs
     from aimscale.analysis.table.read import SUFFIXES
     from aimscale.sweeps.cli.sweep import fresh_table
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
@@ -54,7 +54,7 @@ def command(
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
         df, y = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, best_of, y)
-        found = propose(df, place, _table_candidates(df, place, y), budget=budget, law=law, y=y)
+        found = next_runs(df, place, _table_candidates(df, place, y), budget=budget, law=law, y=y)
         following = then(
             [f"forecast --register --at {target}"], list(map(Path, sweep_or_tables)), columns, where, best_of
         )
@@ -66,7 +66,7 @@ def command(
                 f"as --write {sweep.base_dir / write.name}"
             )
         df, y = table_to_minimise([fresh_table(sweep)], columns, where, best_of, y)
-        found = propose(df, place, _sweep_candidates(sweep, df), budget=budget, law=law, y=y)
+        found = next_runs(df, place, _sweep_candidates(sweep, df), budget=budget, law=law, y=y)
         again = (
             f"next {sweep.name} --target {target} --budget {budget:g} --write {sweep.base_dir / sweep.name}-next.yaml"
         )

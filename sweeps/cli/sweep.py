@@ -92,7 +92,7 @@ def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus
         if slurm.submissions_file(sweep).is_file() and time.monotonic() - asked > SLURM_INTERVAL_S:
             jobs, asked = slurm.try_list_jobs(), time.monotonic()
             if jobs is None:
-                typer.echo("Slurm does not answer; runs that wait there are shown as unfinished or dead", err=True)
+                typer.echo("Slurm does not answer; runs that wait there are shown as paused or lost", err=True)
         return sweep_status(sweep, runs, cards, jobs)
 
     return look
@@ -132,7 +132,7 @@ def _exit_code(found: SweepStatus) -> int:
 
 def _next_command(found: SweepStatus) -> tuple[str, ...]:
     """Return the next verb and its options: logs of a failed run, else the verb that continues the sweep."""
-    ended = ("failed", "diverged", "unfinished")
+    ended = ("failed", "diverged", "paused")
     in_vain = [line.run_id for line in found.runs if line.state in ended and line.status.reason_class and line.log]
     if in_vain:
         return "logs", in_vain[0]

@@ -94,10 +94,10 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
     states = [read_state(run, RunRecord(sweep.run_dir(run.run_id))) for run in runs]
     raise_on_problems(sweep, [each.run for each in states if _after_launch(each, retry=retry).startable])
     prepare_directory(sweep, runs)
-    lost = {each.worker.facts.get("job_id") for each in states if each.state == "dead" and each.worker}
+    lost = {each.worker.facts.get("job_id") for each in states if each.state == "lost" and each.worker}
     job_states = slurm.job_states([str(job_id) for job_id in lost if job_id])
     for each in states:
-        if each.state == "dead" or (retry and each.state in ENDED_BY_HAND):
+        if each.state == "lost" or (retry and each.state in ENDED_BY_HAND):
             with contextlib.suppress(UserError, OSError):  # a damaged directory, which the worker reports
                 _close_attempt(each, job_states, retry=retry)
 
@@ -108,7 +108,7 @@ def launch_state(sweep: Sweep, run: Run, *, retry: bool) -> RunState:
 
 
 def _after_launch(found: RunState, *, retry: bool) -> RunState:
-    return replace(found, state="unfinished") if retry and found.state in ENDED_BY_HAND else found
+    return replace(found, state="paused") if retry and found.state in ENDED_BY_HAND else found
 
 
 def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: bool) -> None:

@@ -257,7 +257,7 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
         holder = claim.take(job_id=worker.job_id, devices=len(acquired) * worker.machine.nodes, nodes=nodes)
         if holder is None:
             return worker.read_state(run)
-        lost_job = before.facts.get("job_id") if before and found.state == "dead" else None
+        lost_job = before.facts.get("job_id") if before and found.state == "lost" else None
         record_lost_attempt(record, before, slurm.job_states([lost_job]).get(lost_job) if lost_job else None)
         found = read_state(run, record, holds_claim=True)
         if found.startable:

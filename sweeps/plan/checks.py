@@ -144,7 +144,7 @@ class _DataChecks:
             if missing:
                 return [("data.sources", why) for why in missing]
         from aimscale.harness.data.store.index import require_channels
-        from aimscale.harness.data.stream.indexed import require_fingerprint, unique_per_source
+        from aimscale.harness.data.stream.sources import require_fingerprint, unique_per_source
         from aimscale.harness.data.stream.unindexed import shard_urls
 
         found = _check_call("model.channels", require_channels, channels)
@@ -160,7 +160,8 @@ class _DataChecks:
         held_out, missing = self.opened(section.path)
         if missing:
             return [("validation.path", missing)]
-        from aimscale.harness.data.stream.held_out import refuse_overlap, require_images
+        from aimscale.harness.data.store.overlap import refuse_overlap
+        from aimscale.harness.data.stream.held_out import require_images
 
         info = read_info(section.path)
         found = _check_call("validation.num_images", require_images, section.path, info, section.num_images)

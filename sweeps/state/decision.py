@@ -16,13 +16,13 @@ from aimscale.sweeps.state.attempts import may_retry
 from aimscale.sweeps.state.record import RunRecord
 
 State = Literal[
-    "not started", "queued", "waiting", "starting", "running", "dead", "unfinished", "cancelled", "failed", "diverged",
+    "not started", "queued", "waiting", "starting", "running", "lost", "paused", "cancelled", "failed", "diverged",
     "finished", "damaged",
 ]  # fmt: skip
 """State of a run. `queued`: a pending Slurm job will take it; `waiting`: it needs more time than this worker has, or
-another machine; `starting`: a worker has claimed it; `dead`: its status is running, but no process executes it;
-`unfinished`: its progress is saved, and no worker continues it. The next worker starts runs that are not started, dead
-or unfinished."""
+another machine; `starting`: a worker has claimed it; `lost`: its status is running, but no process executes it;
+`paused`: its progress is saved, and no worker continues it. The next worker starts runs that are not started, lost or
+paused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class RunState:
     @property
     def startable(self) -> bool:
         """Whether a worker would start it."""
-        return self.state in ("not started", "dead", "unfinished")
+        return self.state in ("not started", "lost", "paused")
 
     @property
     def is_active(self) -> bool:
@@ -103,10 +103,10 @@ def _read_state(run: Run, record: RunRecord, holds_claim: bool) -> RunState:
     if is_new:
         return found("not started")
     if status.state in ("running", "queued"):
-        return found("dead", "its process is gone")
+        return found("lost", "its process is gone")
     if status.state == "finished":
-        return found("unfinished", describe_pending(missing))
-    return found("unfinished", status.reason if status.state == "preempted" else failure)
+        return found("paused", describe_pending(missing))
+    return found("paused", status.reason if status.state == "preempted" else failure)
 
 
 def describe_pending(missing: Sequence[Pending]) -> str:

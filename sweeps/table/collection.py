@@ -10,7 +10,7 @@ same bytes.
 
 from __future__ import annotations
 
-import fnmatch
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.evaluations import name_tasks
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.probe.files import entries_of
@@ -84,9 +85,10 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
         name = str(folder.relative_to(sweep.runs_dir))
         baselines += _read_rows(name, functools.partial(_baseline_rows, sweep, folder), damaged)
-    _write(sweep, "results", results_table(_with_task_names(rows, runs)))
-    _write(sweep, "curves", results_table(_with_task_names(points, runs), OF_CURVES))
-    _write(sweep, "baselines", results_table(_with_task_names(baselines, runs)))
+    requested = _requested_evaluations(runs)
+    _write(sweep, "results", results_table(name_tasks(rows, requested)))
+    _write(sweep, "curves", results_table(name_tasks(points, requested), OF_CURVES))
+    _write(sweep, "baselines", results_table(name_tasks(baselines, requested)))
     whole = [run for run in runs if run.run_id not in damaged]
     summary = {
         "description": sweep.file.description,
@@ -129,18 +131,14 @@ def _imported_rows(sweep: Sweep, record: RunRecord) -> list[Values]:
 
 def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
     """Return one row for each baseline that was probed like one of the sweep's runs."""
-    by_name: dict[str, list[Values]] = {}
+    probes: dict[str, list[Values]] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
         if not all(isinstance(entry["task"], str) for entry in entries_of(document)):
             raise ValueError(f"{path.name} names no task")
-        by_name.setdefault(document["backbone"], []).append(document)
-    rows = []
-    for name, documents in by_name.items():
-        row: Values = {"sweep": sweep.name, "run_id": folder.parent.parent.name, "size": name}
-        row["probes"] = [entry for document in documents for entry in entries_of(document)]
-        rows.append(row)
-    return rows
+        probes.setdefault(document["backbone"], []).extend(entries_of(document))
+    origin = {"sweep": sweep.name, "run_id": folder.parent.parent.name}
+    return [{**origin, "size": name, "probes": entries} for name, entries in probes.items()]
 
 
 def _run_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
@@ -195,48 +193,22 @@ def _drop_other_validation(run: Run, row: Values) -> Values:
     return {key: value for key, value in row.items() if key not in ("val_loss", "val_loss_se", "val_num_images")}
 
 
-def _with_task_names(rows: Sequence[Values], runs: Sequence[Run]) -> list[Values]:
-    """Name the task of every probe.
-
-    A task keeps its bare name for the evaluation that the plan requests (the first of that task), or for its only
-    evaluation if the plan has none; other evaluations are named `task@evaluation`. The table thus separates results of
-    other settings or other images.
-    """
-    bare = _planned_evaluations(runs)
-    found: dict[str, set[str]] = {}
-    for row in rows:
-        for entry in row.get("probes") or ():
-            found.setdefault(entry["task"], set()).add(entry.get("evaluation", "*"))
-    bare |= {task: names for task, names in found.items() if task not in bare and len(names) == 1}
-
-    def named(entry: Values) -> Values:
-        task, evaluation = entry["task"], entry.get("evaluation")
-        if evaluation is None or any(fnmatch.fnmatch(evaluation, own) for own in bare.get(task, ())):
-            return entry
-        return {**entry, "task": f"{task}@{evaluation}"}
-
-    return [row | {"probes": [*map(named, row["probes"])]} if row.get("probes") else row for row in rows]
-
-
-def _planned_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
-    """Return task -> evaluations that the planned runs request."""
-    name_of = functools.cache(lambda task: task.evaluation_id(fingerprint(task.train), fingerprint(task.test)))
-    planned: dict[str, set[str]] = {}
+def _requested_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
+    """Return task -> evaluations that the planned runs request, the first of each run's task."""
+    evaluation_id = functools.cache(lambda task: task.evaluation_id(fingerprint(task.train), fingerprint(task.test)))
+    requested: dict[str, set[str]] = {}
     for run in runs:
         for section in {task.task: task for task in reversed(run.config.evaluation.probes)}.values():
-            planned.setdefault(section.task, set()).add(name_of(section))
-    return planned
+            requested.setdefault(section.task, set()).add(evaluation_id(section))
+    return requested
 
 
 def _machines(records: Sequence[RunRecord]) -> list[Values]:
     """Return the machines of the runs' last starts, equal ones once."""
+    kept = ("device", "cpu", "num_cpus", "python", "packages")
     found: dict[str, Values] = {}
     for record in records:
-        try:
-            start = record.read_starts()[-1]
-        except (UserError, IndexError):
-            continue
-        kept = {"device", "cpu", "num_cpus", "python", "packages"}
-        machine = {key: value for key, value in start.items() if key in kept}
-        found[json.dumps(machine, sort_keys=True)] = machine
+        with contextlib.suppress(UserError, IndexError):
+            machine = {key: value for key, value in record.read_starts()[-1].items() if key in kept}
+            found[json.dumps(machine, sort_keys=True)] = machine
     return list(found.values())

@@ -126,7 +126,7 @@ def sweep_status(
 
 def _describe_failed_jobs(sweep: Sweep, jobs: dict[str, JobInfo] | None, lines: Sequence[RunStatus]) -> tuple[str, ...]:
     """Return why jobs failed, if a run could start and no worker executes it."""
-    is_left = any(line.state in ("not started", "dead", "unfinished") for line in lines)
+    is_left = any(line.state in ("not started", "lost", "paused") for line in lines)
     return () if jobs is None or not is_left else tuple(describe_failed_jobs(failed_jobs(sweep, jobs)))
 
 
@@ -209,7 +209,7 @@ def _inspect_state(found: RunState, card: CostCard, pending: JobInfo | None) -> 
 def _reason(found: RunState) -> str | None:
     """Return what is said of a state beside its name."""
     match found.state:
-        case "dead" | "unfinished":
+        case "lost" | "paused":
             why = found.status.reason if found.status.reason_class else found.why
             return "; ".join(part for part in (why, "`aimscale launch` resumes it") if part)
         case "cancelled":

@@ -14,7 +14,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from aimscale.aim.errors import printable
 from aimscale.analysis.table.schema import MFU
 from aimscale.sweeps.table.status import ENDED_STATES, RunStatus, SweepStatus
 from aimscale.sweeps.table.views import (
@@ -25,6 +24,7 @@ from aimscale.sweeps.table.views import (
     fitted_table,
     format_duration,
     format_number,
+    group_notices,
     key_value_text,
 )
 
@@ -44,8 +44,9 @@ def status_view(status: SweepStatus, width: int, shown: Shown = "auto") -> Group
     """Lay out `aimscale status`: the summary, what needs attention, and runs or groups of runs."""
     parts: list[Any] = [key_value_text(status_summary(status), width)]
     failed_jobs = [KeyValue(level="failed", key="jobs", value=why) for why in status.failed_jobs]
-    if notices := [*failed_jobs, *_notices(status.runs)]:
-        parts.append(key_value_text(notices, width))
+    notices = ((*notice, line.run_id) for line in status.runs if (notice := _notice(line)))
+    if flags := [*failed_jobs, *group_notices(notices)]:
+        parts.append(key_value_text(flags, width))
     failed = [line for line in status.runs if line.state in FAILED_STATES]
     if shown == "failed":
         logs = [KeyValue(key=line.run_id, value=line.log or "no log") for line in failed]
@@ -158,19 +159,7 @@ def _notice(line: RunStatus) -> tuple[str, str] | None:
     if line.state in ("finished", "not started", "running", "starting"):
         return None
     reason = ": ".join(part for part in (line.status.reason_class, line.status.reason) if part)
-    return line.state, printable(reason).replace("\n", " ")
-
-
-def _notices(lines: Iterable[RunStatus]) -> list[KeyValue]:
-    """Return a line for each notice, with the run or the number of runs that it is about."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for line in lines:
-        if (notice := _notice(line)) is not None:
-            found.setdefault(notice, []).append(line.run_id)
-    return [
-        KeyValue(level=level, key=runs[0] if len(runs) == 1 else f"{len(runs)} runs", value=why)
-        for (level, why), runs in found.items()
-    ]
+    return line.state, reason
 
 
 def status_summary(status: SweepStatus) -> list[KeyValue]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from aimscale.aim.errors import printable
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.table.status import RunStatus
 
@@ -24,7 +25,7 @@ STATE_STYLES = {
     "queued": "blue",
     "not started": "dim",
     **dict.fromkeys(("running", "starting"), "cyan"),
-    **dict.fromkeys(("dead", "unfinished", "cancelled", "data-bound", "warn"), "yellow"),
+    **dict.fromkeys(("lost", "paused", "cancelled", "data-bound", "warn"), "yellow"),
     **dict.fromkeys(("failed", "diverged", "damaged", "unstable", "fail"), "bold red"),
 }
 """Colours of run states and of other words that open a line."""
@@ -80,11 +81,26 @@ def key_value_text(lines: Sequence[KeyValue], width: int) -> Text:
 
 
 def print_key_values(lines: Sequence[KeyValue]) -> None:
-    """Print lines that call attention first, then the others."""
+    """Print lines, those that call attention after the others."""
     console = new_console()
-    for part in ([line for line in lines if line.level], [line for line in lines if not line.level]):
+    for part in ([line for line in lines if not line.level], [line for line in lines if line.level]):
         if part:
             console.print(key_value_text(part, console.width), highlight=False, soft_wrap=True)
+
+
+def group_notices(notices: Iterable[tuple[str, str, str]]) -> list[KeyValue]:
+    """Return a line for each (level, message), with its run or the number of its runs.
+
+    Args:
+        notices: level, message and run id of each.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for level, why, run_id in notices:
+        found.setdefault((level, printable(why).replace("\n", " ")), []).append(run_id)
+    return [
+        KeyValue(level=level, key=runs[0] if len(runs) == 1 else f"{len(runs)} runs", value=why)
+        for (level, why), runs in found.items()
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

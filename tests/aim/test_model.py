@@ -5,8 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import Attention as TimmAttention
+from torch import nn
 
 from aimscale.aim.config import ModelConfig, model_config
+from aimscale.aim.layers import Attention
 from aimscale.aim.model import AIM
 
 ORDERS = ["raster", "inward_spiral", "outward_spiral", "checkerboard", "hashed"]
@@ -95,7 +98,11 @@ class Reference:
             mixed = []
             for head in range(heads):
                 at = slice(head * d // heads, (head + 1) * d // heads)
-                scores = [qkv[query][:d][at] @ qkv[key][d : 2 * d][at] / math.sqrt(d / heads) for key in seen]
+                queries, keys = ([each[part * d :][:d][at] for each in qkv] for part in (0, 1))
+                if self.config.qk_norm:
+                    queries = [self.norm(each, f"{name}.attn.q_norm") for each in queries]
+                    keys = [self.norm(each, f"{name}.attn.k_norm") for each in keys]
+                scores = [queries[query] @ keys[key] / math.sqrt(d / heads) for key in seen]
                 softmax = np.exp(scores) / np.exp(scores).sum()
                 mixed.append(sum(p * qkv[key][2 * d :][at] for p, key in zip(softmax, seen, strict=True)))
             y = x + self.weights[f"{name}.attn.proj.weight"] @ np.concatenate(mixed)
@@ -157,6 +164,7 @@ class Reference:
         {"ln_residual": True, "target": "raw", "channels": 1},
         {"head_rule": "none", "head_width": None, "head_depth": None},
         {"head_kind": "transformer", "patch_order": "outward_spiral"},
+        {"head_kind": "transformer", "qk_norm": True},
         {"masked": 0.75, "patch_order": "checkerboard"},
         {"masked": 0.5, "head_kind": "transformer", "head_depth": 1},
     ],
@@ -323,3 +331,17 @@ def test_query_key_and_value_may_start_as_three_matrices() -> None:
             assert separate[name].abs().max() <= (6 / 64) ** 0.5
         else:
             assert torch.equal(separate[name], value)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_attention_with_qk_norm_is_that_of_timm(precision: torch.dtype) -> None:
+    torch.manual_seed(0)
+    theirs = TimmAttention(32, num_heads=4, qkv_bias=False, proj_bias=False, qk_norm=True, norm_layer=nn.LayerNorm)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    ours = Attention(32, 4, scale=8**-0.5, qk_norm_eps=1e-5)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 9, 32, dtype=precision)
+    found, expected = ours.to(precision)(x, None), theirs.to(precision)(x)
+    torch.testing.assert_close(found, expected, **({} if precision == torch.float32 else {"atol": 0.03, "rtol": 0.03}))

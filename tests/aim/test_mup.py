@@ -13,6 +13,7 @@ PROPORTIONAL = {"head_depth": 2}
 CONSTANT = {"head_rule": "released", "head_width": 256, "head_depth": 2}
 LINEAR = {"head_rule": "none"}
 TRANSFORMER = {"head_depth": 1, "head_kind": "transformer"}
+QK_NORM = {"head_depth": 2, "qk_norm": True}
 
 
 def movement(parametrisation: str, width: int, head: dict) -> torch.Tensor:
@@ -45,7 +46,7 @@ def exponents(parametrisation: str, head: dict) -> list[float]:
     return ((x @ moved) / (x @ x)).tolist()
 
 
-@pytest.mark.parametrize("head", [PROPORTIONAL, CONSTANT, LINEAR, TRANSFORMER], ids=str)
+@pytest.mark.parametrize("head", [PROPORTIONAL, CONSTANT, LINEAR, TRANSFORMER, QK_NORM], ids=str)
 def test_mup_moves_activations_alike_at_every_width(head: dict) -> None:
     assert exponents("mup", head) == pytest.approx([0, 0, 0], abs=0.15)
 

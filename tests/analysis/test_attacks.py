@@ -154,7 +154,7 @@ ALL = "--fix E=0 --fix A=1 --fix B=1 --fix alpha=0.3 --fix beta=0.3"
         ("frontier t.csv --figure ..", "figure"),
         ("fit t.csv --fix E", "'E'"),
         ("fit t.csv --fix alfa=1", "did you mean alpha"),
-        ("fit t.csv --bound alpha=x:1", "alpha=x:1"),
+        ("fit t.csv --fix alpha=x:1", "alpha=x:1"),
         ("fit t.csv --law chinchila", "chinchilla"),
         ("fit t.csv --objective hubr_log", "huber_log"),
         ("fit t.csv --y val_los", "val_loss"),

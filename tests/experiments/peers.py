@@ -30,8 +30,8 @@ from aimscale.harness.data.store.bundled import photograph_crops
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.pack import write_dataset
 from aimscale.harness.data.stream.augment import box_uniforms, draw_boxes
-from aimscale.harness.data.stream.indexed import TrainStream
-from aimscale.harness.device.distributed import find_placement, start_group
+from aimscale.harness.data.stream.stream import TrainStream
+from aimscale.harness.distributed.group import find_placement, start_group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
@@ -79,7 +79,7 @@ def loader() -> None:
         dataset, numbers = stream.datasets[0], np.arange(TURN)
         uniforms = box_uniforms(make_key("bench"), numbers)
         boxes = draw_boxes(uniforms, *dataset.sides(numbers), scale=(0.4, 1.0), horizontal_flip=True)
-        work = [(dataset.read(i), tuple(values[i].item() for values in boxes)) for i in range(TURN)]
+        work = [(dataset.read(i), boxes[i].item()) for i in range(TURN)]
         compare({
             "ours": lambda: stream.batch(range(TURN)),
             "bare": lambda: [bare_reader(data, *box) for data, box in work],

@@ -109,6 +109,28 @@ def test_a_file_system_without_working_flock_fails(tmp_path: Path, body: str) ->
     assert subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout == "fail\n"
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "level"),
+    [
+        ("lustre", "rw,localflock", "warn"),
+        ("lustre", "rw,flock", "ok"),
+        ("nfs4", "rw,vers=4.2,local_lock=none", "ok"),
+        ("nfs", "rw,vers=3,nolock,local_lock=all", "warn"),
+    ],
+)
+def test_locks_that_other_hosts_do_not_see_are_named(
+    kind: str, options: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my runs").mkdir()
+    place = str(tmp_path / "my runs").replace(" ", "\\040")
+    (tmp_path / "mounts").write_text(f"/dev/sda / ext4 rw 0 0\nhost:/x {place} {kind} {options} 0 0\n")
+    monkeypatch.setattr(doctor, "MOUNTS", tmp_path / "mounts")
+    check = doctor.check_locks(tmp_path / "my runs")
+    assert check.level == level
+    assert ("this host" in check.found) == (level == "warn")
+    assert doctor.check_locks(tmp_path).level == "ok"
+
+
 def test_no_slurm_is_fine_and_half_a_slurm_names_what_is_missing(
     program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

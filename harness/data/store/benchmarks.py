@@ -1,8 +1,7 @@
 """The paper's fifteen benchmarks: names, sizes, splits and what to download; `benchmark_readers` reads their files.
 
 `benchmarks.json` has them in the order of the paper's Table 6. Sizes and classes: AIMv2 (arXiv 2411.14402), Table B1;
-iWildCam from WILDS (arXiv 2012.07421), because that table leaves it out. How splits follow from a WILDS set's metadata
-is what the loaders of the `wilds` package (2.0) do. Torch is not imported.
+iWildCam from WILDS (arXiv 2012.07421), because that table leaves it out. Torch is not imported.
 """
 
 from __future__ import annotations

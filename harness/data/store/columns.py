@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.dataset_info import NO_LABEL, DatasetInfo, open_local
+from aimscale.harness.data.store.dataset_info import NO_LABEL, DatasetInfo
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SAMPLE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2")])
 """Record that every read needs: offset of the image file in its shard and its length, bytes; its width and height in
 pixels, 0 x 0 if bad."""
+
+FILES = ("samples.npy", "checksum.npy", "label.npy", "shards.npy", "bad.npy", "bad_before.npy")
+"""Files of the folder; `label.npy` is missing if no sample has a label."""
 
 BLOCK_ROWS = 1 << 16
 """Rows of a column that are read at once in a sequential scan."""
@@ -67,7 +70,6 @@ class Index:
 
 def _mapped(path: Path, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
     """Map the rows of an .npy file; ValueError if it holds anything but rows of `dtype`."""
-    open_local(path).close()  # numpy would block on a pipe
     values = np.asarray(np.lib.format.open_memmap(path, mode="r"))
     if values.ndim != 1 or (dtype is not None and values.dtype != np.dtype(dtype)):
         raise ValueError(f"{path.name} holds {values.dtype} of shape {values.shape}")

@@ -7,12 +7,10 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import os
 import re
-import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from aimscale.aim.errors import some
 from aimscale.harness.data import DataError
@@ -73,7 +71,7 @@ class DatasetInfo:
                 raise TypeError(f"version {version}; this program reads {FORMAT_VERSION}")
             names = values.pop("classes")
             info = cls(**values, classes=tuple(names) if type(names) is list else names)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{where} cannot be used ({error}); run `aimscale data index` again") from error
         wrong = [field.name for field in dataclasses.fields(cls) if not _is_of(field.type, getattr(info, field.name))]
         if wrong or not re.fullmatch("[0-9a-f]{16}", info.fingerprint):
@@ -89,18 +87,6 @@ def _is_of(kind: Any, value: Any) -> bool:
     if kind == "int":
         return type(value) is int and value >= 0
     return (value is None and "None" in kind) or type(value).__name__ == kind.removesuffix(" | None")
-
-
-def open_local(path: str | Path) -> IO[bytes]:
-    """Open a local file for reading.
-
-    Raises:
-        OSError: it cannot be opened.
-        DataError: the path is no regular file: reading a pipe would block for ever.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise DataError(f"{path} is no file; give one, or leave it out")
-    return open(path, "rb")
 
 
 DatasetLookup = Callable[[str], DatasetInfo | None]
@@ -121,11 +107,10 @@ def read_info(path: str) -> DatasetInfo:
     where = f"{path.rstrip('/')}/{DATASET_FILE}"
     try:
         if "://" in path:
-            from aimscale.harness.data.store.shards import read_bytes  # fsspec is slow to import
+            from aimscale.harness.data.store.remote import read_bytes  # fsspec is slow to import
 
             return DatasetInfo.from_json(read_bytes(where), where)
-        with open_local(where) as file:
-            return DatasetInfo.from_json(file.read(), where)
+        return DatasetInfo.from_json(Path(where).read_bytes(), where)
     except FileNotFoundError as error:
         if "://" not in path and not Path(path).is_dir():
             there = [each.parent.name for each in Path(path).parent.glob(f"*/{DATASET_FILE}")]
@@ -135,8 +120,8 @@ def read_info(path: str) -> DatasetInfo:
         if "://" not in path and (inside := sorted(str(each.parent) for each in Path(path).glob(f"*/{DATASET_FILE}"))):
             raise DataError(f"{path} holds data sets and is none; name one of them: {some(inside)}") from error
         raise DataError(f"{path} has no index; run `aimscale data index {path}` or `aimscale data pack`") from error
-    except OSError as error:
-        raise DataError(f"cannot read the index of {path}: {error}") from error
+    except (OSError, ValueError) as error:  # the latter: a NUL in the path
+        raise DataError(f"cannot read the index of {path!r}: {error}") from error
 
 
 def find_info(path: str) -> DatasetInfo | None:

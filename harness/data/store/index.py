@@ -22,7 +22,7 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.columns import Index
+from aimscale.harness.data.store.columns import FILES, Index
 from aimscale.harness.data.store.dataset_info import (
     DATASET_FILE,
     INDEX_FILE,
@@ -33,8 +33,8 @@ from aimscale.harness.data.store.dataset_info import (
     read_info,
 )
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
-from aimscale.harness.data.store.shard_cache import Reader, open_index, open_reader
-from aimscale.harness.data.store.shards import ByteRange, ShardInfo, join, open_file
+from aimscale.harness.data.store.remote import is_url, join, open_file
+from aimscale.harness.data.store.shards import ByteRange, Reader, ShardInfo, cached_files, open_reader
 
 MAX_KEPT_BYTES = 256 * 2**20
 """Limit on the decoded pixels of small images that a process keeps, over all data sets."""
@@ -164,17 +164,17 @@ class ShardDataset:
         """Read image file i."""
         return self.read_many([i])[0]
 
-    def read_ahead(self, samples: Sequence[int] | I64, whole: Sequence[int] | I64 = ()) -> None:
-        """Start to read what this process will next ask `read_many` for, in that order; returns at once.
+    def read_ahead(self, samples: I64, channels: int) -> None:
+        """Start to read the images that this process will next ask for and whose pixels it does not keep; returns at
+        once.
 
-        Errors are raised by `read_many`. With a cache, the whole shards of the samples `whole` are fetched.
+        Errors are raised where the images are read.
         """
-        numbers = np.asarray(whole, dtype=np.int64)
-        shards = dict.fromkeys((self._first.searchsorted(numbers, side="right") - 1).tolist())
-        self._reader.read_ahead(self.byte_ranges(samples), [os.fsdecode(self.index.shards["name"][i]) for i in shards])
+        cache = self._pixel_cache(channels)
+        self._reader.read_ahead(self.byte_ranges(samples if cache is None else samples[~cache.known[samples]]))
 
     def read_many(self, samples: Sequence[int] | I64) -> list[bytes]:
-        """Read some image files, in that order; from a remote store all at once.
+        """Read some image files, in that order.
 
         Raises:
             DataError: a shard is missing or shorter than the index says.
@@ -200,38 +200,25 @@ class ShardDataset:
         Raises:
             DataError: the bytes are no image, or the shard is missing, shorter than the index says, or holds another.
         """
-        cache = self._pixel_cache(channels)
-        if cache is not None and cache.known[i]:
-            return cache.pixels[i]
-        images, problems = self.decode_many(np.array([i]), [self.read(i)], channels)
+        images, problems = self.decode_many(np.array([i]), channels)
         if problems:
             raise DataError(f"{self.describe(i, problems[0])} cannot be decoded; repair the shard, or index it again")
         return images[0]
 
-    def read_uncached(self, samples: I64, channels: int) -> list[bytes]:
-        """Read those image files whose decoded pixels are not in memory; the others are empty."""
-        data, fresh = [b""] * len(samples), np.flatnonzero(self.is_uncached(samples, channels))
-        for i, read in zip(fresh.tolist(), self.read_many(samples[fresh]) if fresh.size else (), strict=True):
-            data[i] = read
-        return data
-
-    def is_uncached(self, samples: I64, channels: int) -> npt.NDArray[np.bool_]:
-        """Return for each sample whether its decoded pixels are not in memory."""
-        cache = self._pixel_cache(channels)
-        return np.ones(len(samples), dtype=bool) if cache is None else ~cache.known[samples]
-
-    def decode_many(self, samples: I64, data: Sequence[bytes], channels: int) -> tuple[torch.Tensor, dict[int, str]]:
-        """Decode images of one size, from what `read_uncached` returned.
+    def decode_many(self, samples: I64, channels: int) -> tuple[torch.Tensor, dict[int, str]]:
+        """Read and decode images of one size.
 
         Returns:
             uint8 (number that decoded, channels, height, width), and the reasons of those that did not, by their place
             in `samples`.
         """
         cache, problems = self._pixel_cache(channels), dict[int, str]()
+        fresh = np.arange(len(samples)) if cache is None else np.flatnonzero(~cache.known[samples])
         decoded: dict[int, torch.Tensor] = {}
-        for i in range(len(samples)) if cache is None else np.flatnonzero(~cache.known[samples]).tolist():
+        data = dict(zip(fresh.tolist(), self.read_many(samples[fresh]) if fresh.size else (), strict=True))
+        for i, read in data.items():
             try:
-                decoded[i] = decode(data[i], channels)
+                decoded[i] = decode(read, channels)
             except UndecodableImageError as error:
                 problems[i] = str(error)
         shapes = [image.shape[-2:] for image in decoded.values()]
@@ -320,8 +307,8 @@ def require_channels(channels: int) -> None:
 def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> ShardDataset:
     """Open a folder or URL that holds `dataset.json` and its index.
 
-    Local shards, the first 2,000 of them, are checked to exist with the size that the index knows;
-    shards at a URL are kept in `cache_dir`, at most `cache_gb` in all, or read by byte ranges when it is None.
+    Local shards, the first 2,000 of them, are checked to exist with the size that the index knows; the index and shards
+    of a URL are kept in `cache_dir`, by default the user's own cache, shards up to `cache_gb` in all.
 
     Raises:
         DataError: no index, an index that contradicts itself, or a missing or truncated shard.
@@ -329,7 +316,10 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
     where = str(path)
     info = read_info(where)
     try:
-        index = open_index(where, info, cache_dir)
+        folder = Path(where) / info.index_folder
+        if is_url(where):
+            folder = cached_files(where, info.index_folder, FILES, cache_dir)
+        index = Index(folder, info)
         shards = _shard_infos(index.shards)
     except DataError:
         raise

@@ -26,7 +26,7 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store.columns import IndexWriter, shard_table
 from aimscale.harness.data.store.dataset_info import DATASET_FILE, INDEX_FILE, MAX_LABEL, DatasetInfo, image_checksum
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
-from aimscale.harness.data.store.shards import filesystem_of, is_url, join, open_file, with_retries
+from aimscale.harness.data.store.remote import filesystem_of, is_url, join, open_file, with_retries
 from aimscale.harness.data.store.tars import Members, expand_braces, read_samples
 from aimscale.harness.run.files import publish_dir, write_text
 
@@ -119,7 +119,7 @@ def _label(path: str, key: str, members: Members) -> int | None:
         elif "json" in members:
             record = json.loads(members["json"][1])
             value = next((record[name] for name in _LABEL_KEYS if type(record.get(name)) is int), None)
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise DataError(f"the label of sample '{key}' of {path} is no class number ({error}); repair it") from error
     if value is not None and not 0 <= value <= MAX_LABEL:
         text = str(value) if abs(value) < 10**20 else "beyond 64 bits"

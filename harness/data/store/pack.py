@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, permute
-from aimscale.harness.data.store.dataset_info import DatasetInfo, image_checksum, open_local
+from aimscale.harness.data.store.dataset_info import DatasetInfo, image_checksum
 from aimscale.harness.data.store.decoding import (
     IMAGE_EXTENSIONS,
     UndecodableImageError,
@@ -34,7 +34,7 @@ from aimscale.harness.data.store.decoding import (
     resize_shorter_side,
 )
 from aimscale.harness.data.store.indexing import SCAN_SCHEMA, Progress, ShardScan, write_scans
-from aimscale.harness.data.store.tars import MAX_IMAGE_BYTES, Slice
+from aimscale.harness.data.store.tars import MAX_IMAGE_BYTES
 from aimscale.harness.run.files import atomic_dir
 
 MAX_SHARD_BYTES = 500e6
@@ -64,7 +64,7 @@ class Listing:
 
     source: Path
     """Origin of the images, for messages."""
-    images: Sequence[str | Slice] | npt.NDArray[np.uint8]
+    images: Sequence[str] | npt.NDArray[np.uint8]
     """Image files, as text, since a million Path objects take ten times longer to reach a process; or pixels, (n, H, W)
     or (n, H, W, C), numpy's or a mapped file's."""
     labels: Sequence[int] | None = None
@@ -75,8 +75,6 @@ class Listing:
     def name_of(self, number: int) -> str:
         """Name an image, for messages."""
         image = self.images[number]
-        if isinstance(image, Slice):
-            return f"{image.name} of {image.tar}"
         return image if isinstance(image, str) else f"{number} of {self.source}"
 
 
@@ -243,13 +241,9 @@ def list_folder(folder: Path) -> Listing:
             f"{folder} holds {loose} images beside its sub-folders, so their class is unknown; "
             "move them into a sub-folder, or pack a folder without any"
         )
-    return list_by_class(folder, [*map(str, files)], names)
-
-
-def list_by_class(source: Path, images: Sequence[str | Slice], names: Sequence[str]) -> Listing:
-    """List images by the name of each one's class; classes are sorted."""
     number_of = {name: number for number, name in enumerate(sorted(set(names)))}
-    return Listing(source=source, images=images, labels=[number_of[name] for name in names], classes=tuple(number_of))
+    labels = [number_of[name] for name in names]
+    return Listing(source=folder, images=[*map(str, files)], labels=labels, classes=tuple(number_of))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,19 +277,15 @@ class _Images(Dataset[PackedImage | str]):
         return PackedImage(f"{position:09d}-{stem}", extension.lower(), data, label, (height, width), on_white)
 
 
-def _read(image: str | Slice | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
+def _read(image: str | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
     """Read (file name, bytes) of an image file, or encode an array to one."""
     if isinstance(image, np.ndarray):
         pixels = np.array(image if image.ndim == 3 else image[..., None])
         extension, data = encode(torch.from_numpy(pixels).permute(2, 0, 1))
         return f"{number}.{extension}", data
-    if isinstance(image, str):
-        image = Slice(Path(image), image, 0, os.stat(image).st_size)
-    if image.size > MAX_IMAGE_BYTES:
-        raise DataError(f"it has {image.size:,} bytes; the limit is {MAX_IMAGE_BYTES:,}")
-    with open_local(image.tar) as file:
-        file.seek(image.offset)
-        return image.name.rpartition("/")[2], file.read(image.size)
+    if (size := os.stat(image).st_size) > MAX_IMAGE_BYTES:
+        raise DataError(f"it has {size:,} bytes; the limit is {MAX_IMAGE_BYTES:,}")
+    return os.path.basename(image), Path(image).read_bytes()
 
 
 def _prepared(images: _Images, num_workers: int) -> Generator[PackedImage | str]:

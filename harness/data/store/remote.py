@@ -1,153 +1,108 @@
-"""Byte ranges of shards in object stores and on web servers: many concurrent requests, ahead of their use."""
+"""Files that fsspec opens, on web servers and in object stores, with retries and bounded waits."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
-import threading
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future
-from typing import Any
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
-import fsspec.asyn
+import fsspec
 
-from aimscale.harness.data.store.shards import (
-    MAX_REQUESTS,
-    NUM_TRIES,
-    ByteRange,
-    filesystem_of,
-    join,
-    retry_delay_s,
-    shard_error,
-)
+from aimscale.harness.data import DataError
 
-MAX_AHEAD_BYTES = 64 * 2**20
-"""Bytes that a reader keeps, or waits for, before they are read."""
-_STALLED_S = 60.0  # without an answer for so long, a read counts as stalled and is tried again
+T = TypeVar("T")
+NUM_TRIES = 6  # of a remote read: pauses of about 6 s in all
+FIRST_PAUSE_S = 0.2  # before the second try; doubles
+STALLED_S = 60.0  # without an answer for so long, a read is tried again; botocore's own limit
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # optional dependencies of this package, by protocol
+_CHUNK_BYTES = 4 * 2**20  # of a download
 
 
-class IgnoredRangeError(OSError):
-    """Server that answers a request for a byte range with the whole file."""
+def is_url(path: str) -> bool:
+    """Return whether fsspec, and not the local file system, opens this path."""
+    return re.match(r"^[a-z][a-z0-9+.-]+://", path) is not None
 
 
-_FINAL_ERRORS = (FileNotFoundError, PermissionError, IgnoredRangeError)  # trying again cannot help
+def join(folder: str, name: str) -> str:
+    """Join the path or URL of a folder and a file's name."""
+    return f"{folder.rstrip('/')}/{name}"
 
 
-class RemoteReader:
-    """Reader of byte ranges for any number of threads; a request that fails or stalls is repeated, alone.
+def read_bytes(url: str) -> bytes:
+    """Read all bytes of a URL; OSError if it cannot be read."""
 
-    Requests run in the thread that fsspec keeps in each process.
+    def read() -> bytes:
+        filesystem, inner = filesystem_of(url)
+        data: bytes = filesystem.cat_file(inner)
+        return data
+
+    return with_retries(read)
+
+
+def open_file(path: str) -> IO[bytes]:
+    """Open a local file or a URL for sequential reading; OSError if it cannot be opened."""
+    if not is_url(path):
+        return open(path, "rb")
+    filesystem, inner = filesystem_of(path)
+    try:
+        opened: IO[bytes] = filesystem.open(inner, "rb")
+    except OSError:
+        raise
+    except Exception as error:  # each file system raises types of its own
+        raise OSError(f"{type(error).__name__} {error}".strip()) from error
+    return opened
+
+
+def download(url: str, to: Path) -> int:
+    """Copy a remote file to the front of a local one, with retries and in bounded memory; returns its bytes.
+
+    Raises:
+        OSError: it cannot be read, or written.
     """
 
-    def __init__(self, location: str) -> None:
-        self._location = location
-        self._lock, self._process = threading.Lock(), os.getpid()
-        self._filesystem: Any = None
-        self._is_async, self._room = False, asyncio.Semaphore(1)
-        self._wanted: dict[ByteRange, None] = {}  # to request ahead, in the order of their use
-        self._asked: dict[ByteRange, tuple[Future[bytes], int]] = {}  # requested ahead; and the bytes read before
-        self._asked_bytes = self._read_bytes = 0
+    def fetch() -> int:
+        with open_file(url) as source, to.open("r+b" if to.exists() else "wb") as target:
+            shutil.copyfileobj(source, target, _CHUNK_BYTES)
+            return target.tell()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteReader, (self._location,)
+    return with_retries(fetch)
 
-    def read_ahead(self, byte_ranges: Sequence[ByteRange], shards: Collection[str] = ()) -> None:
-        """Request what `read_many` will next be called for, as far as memory allows; returns at once.
 
-        Errors are raised where the bytes are read.
-        """
-        with self._locked():
-            self._wanted.update(
-                dict.fromkeys(byte_range for byte_range in byte_ranges if byte_range not in self._asked)
-            )
-            self._ask_ahead()
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system of a URL, one per process, and the path within it."""
+    protocol, options = url.partition("://")[0], dict[str, Any]()
+    if protocol in ("http", "https"):
+        import aiohttp
 
-    def is_ahead(self, byte_range: ByteRange) -> bool:
-        """Return whether a byte range was requested ahead and not yet read."""
-        return byte_range in self._asked
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(sock_connect=STALLED_S, sock_read=STALLED_S)}
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        how = f"pip install 'aimscale[{extra}]'" if extra else f"install the package that fsspec names: {error}"
+        raise DataError(f"{url} needs a package that is not installed; {how}") from error
+    except Exception as error:  # each protocol's class raises types of its own for unusable URLs
+        raise DataError(f"{url} cannot be opened ({error}); give a folder or a URL that fsspec knows") from error
+    return filesystem, inner
 
-    def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
-        """Read byte ranges, see `LocalReader.read_many`."""
-        with self._locked():
-            answers = [self._taken(byte_range) for byte_range in byte_ranges]
-            self._ask_ahead()
-        found: list[bytes] = []
+
+def with_retries(action: Callable[[], T]) -> T:
+    """Try a remote action up to six times with growing pauses; a missing file is final at once.
+
+    Raises:
+        OSError: the last failure, whatever type the file system gave it.
+    """
+    for attempt in range(NUM_TRIES):
         try:
-            for answer in answers:
-                found.append(answer.result())
-        except Exception as error:  # each file system raises types of its own
-            raise shard_error(error, byte_ranges[len(found)][0]) from error
-        finally:
-            for answer in answers[len(found) :]:
-                answer.cancel()
-        return found
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        if self._process != os.getpid():  # forked: the parent's requests are not answered here
-            RemoteReader.__init__(self, self._location)
-        with self._lock:
-            if self._filesystem is None:
-                self._filesystem, _ = filesystem_of(self._location)
-                if isinstance(self._filesystem, fsspec.asyn.AsyncFileSystem):
-                    self._is_async, self._room = True, asyncio.Semaphore(MAX_REQUESTS)
-            yield
-
-    def _taken(self, byte_range: ByteRange) -> Future[bytes]:
-        self._wanted.pop(byte_range, None)
-        self._read_bytes += byte_range[2]
-        if byte_range not in self._asked:
-            return self._ask(byte_range)
-        self._asked_bytes -= byte_range[2]
-        return self._asked.pop(byte_range)[0]
-
-    def _ask_ahead(self) -> None:
-        """Request more wanted byte ranges; answers left unread for long are dropped to make room."""
-        while self._wanted:
-            byte_range = next(iter(self._wanted))
-            if self._asked and self._asked_bytes + byte_range[2] > MAX_AHEAD_BYTES:
-                oldest, (answer, read_before) = next(iter(self._asked.items()))
-                if self._read_bytes - read_before <= 2 * MAX_AHEAD_BYTES:
-                    return
-                answer.cancel()
-                del self._asked[oldest]
-                self._asked_bytes -= oldest[2]
-                continue
-            del self._wanted[byte_range]
-            self._asked[byte_range] = self._ask(byte_range), self._read_bytes
-            self._asked_bytes += byte_range[2]
-
-    def _ask(self, byte_range: ByteRange) -> Future[bytes]:
-        return asyncio.run_coroutine_threadsafe(self._answer(*byte_range), fsspec.asyn.get_loop())
-
-    async def _answer(self, name: str, start: int, size: int) -> bytes:
-        """Fetch a byte range, in up to `NUM_TRIES` tries."""
-        for attempt in range(NUM_TRIES):
-            try:
-                async with self._room, asyncio.timeout(_STALLED_S):
-                    data = await self._cat(name, start, start + size)
-                if len(data) > size:
-                    raise IgnoredRangeError(
-                        "the server ignores byte ranges; use one that supports them, or copy the shards"
-                    )
-                return data
-            except _FINAL_ERRORS:
-                raise
-            except TimeoutError as error:
-                problem: Exception = TimeoutError(f"stalled: {size} bytes did not come within {_STALLED_S:g} s")
-                problem.__cause__ = error
-            except Exception as error:  # each file system raises types of its own
-                problem = error
-            if attempt < NUM_TRIES - 1:
-                await asyncio.sleep(retry_delay_s(attempt))
-        raise problem
-
-    async def _cat(self, name: str, start: int, end: int) -> bytes:
-        filesystem = self._filesystem
-        path = filesystem._strip_protocol(join(self._location, name))
-        if self._is_async:
-            data: bytes = await filesystem._cat_file(path, start=start, end=end)
-        else:
-            data = await asyncio.to_thread(filesystem.cat_file, path, start=start, end=end)
-        return data
+            return action()
+        except (FileNotFoundError, DataError):
+            raise
+        except Exception as error:  # each file system raises types of its own, such as botocore's
+            if attempt == NUM_TRIES - 1:
+                raise OSError(f"{type(error).__name__} {error}".strip()) from error
+            time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
+    raise AssertionError("unreachable")

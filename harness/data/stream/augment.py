@@ -1,4 +1,4 @@
-"""Random resized crop, flip and normalisation; every random choice is a function of (key, position) alone.
+"""Random resized crop, flip, colour jitter and normalisation; every choice is a function of (key, position) alone.
 
 Boxes of a whole batch are drawn at once. Small images (both sides at most 64 px) are cropped and resized at once as
 well, in fixed point: weights are multiples of 2^-14, so all sums are exact in fp32 and a position's pixels do not
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from aimscale.harness.data.random_access import random_uniform
+from aimscale.harness.data.random_access import I64, random_bits, random_uniform
 
 CROP_RATIO = (3 / 4, 4 / 3)
 """Aspect ratios of random resized crops, of training and of probes."""
@@ -33,18 +33,12 @@ _VALUES_AT_A_TIME = 2**17  # of pixels: 42 images of 32 px in colour
 _WEIGHT_SCALE = 2.0**14  # 255 * 1.5 * 2^14 < 2^24: exact in fp32
 
 
-class Boxes(NamedTuple):
-    """Crop boxes of B images, pixels; int64 (B,) each, flip bool (B,)."""
-
-    top: npt.NDArray[np.int64]
-    left: npt.NDArray[np.int64]
-    height: npt.NDArray[np.int64]
-    width: npt.NDArray[np.int64]
-    flip: npt.NDArray[np.bool_]
-
-    def select(self, rows: slice) -> Boxes:
-        """Select the boxes of some images."""
-        return Boxes(self.top[rows], self.left[rows], self.height[rows], self.width[rows], self.flip[rows])
+BOX = np.dtype([("top", "<i8"), ("left", "<i8"), ("height", "<i8"), ("width", "<i8"), ("flip", "?")])
+"""Crop box of an image, pixels, and whether the crop is flipped."""
+Boxes = npt.NDArray[Any]
+"""Array (B,) of BOX."""
+Box = tuple[int, int, int, int, bool]
+"""Item of such an array: top, left, height, width, flip."""
 
 
 def box_uniforms(key: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -84,24 +78,20 @@ def draw_boxes(
         crop_height = np.where(none_fits, np.maximum(1, centre_height), crop_height)
         top = np.where(none_fits, (height - crop_height) // 2, top)
         left = np.where(none_fits, (width - crop_width) // 2, left)
-    flip = (draws[:, -1] < 0.5) & horizontal_flip
-    return Boxes(
-        top=top.astype(np.int64),
-        left=left.astype(np.int64),
-        height=crop_height.astype(np.int64),
-        width=crop_width.astype(np.int64),
-        flip=flip,
-    )
+    boxes = np.empty(len(draws), BOX)
+    boxes["top"], boxes["left"], boxes["height"], boxes["width"] = top, left, crop_height, crop_width
+    boxes["flip"] = (draws[:, -1] < 0.5) & horizontal_flip
+    return boxes
 
 
-def crop_resize(image: torch.Tensor, box: tuple[int, int, int, int, bool], size: int) -> torch.Tensor:
+def crop_resize(image: torch.Tensor, box: Box, size: int) -> torch.Tensor:
     """Crop uint8 (C, H, W) to (top, left, height, width), resize to (C, size, size) and flip: bicubic, antialiased."""
     into = image.new_empty(1, size, size, len(image)).permute(0, 3, 1, 2)
     crop_resize_into(into, image.permute(1, 2, 0).contiguous().numpy(), box)
     return into[0]
 
 
-def crop_resize_into(into: torch.Tensor, pixels: npt.NDArray[np.uint8], box: tuple[int, int, int, int, bool]) -> None:
+def crop_resize_into(into: torch.Tensor, pixels: npt.NDArray[np.uint8], box: Box) -> None:
     """Crop and resize uint8 (H, W, C) into (1, C, size, size), a slice of a batch; see `crop_resize`.
 
     It makes few calls: after each decoding their code is no longer in the core's cache, and each call costs several
@@ -128,19 +118,32 @@ def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Te
     step = max(1, _VALUES_AT_A_TIME // max(1, images[:1].numel()))
     for first in range(0, len(images), step):
         some = slice(first, first + step)
-        resized[some] = _crop_resize(images[some], boxes.select(some), size)
+        resized[some] = _crop_resize(images[some], boxes[some], size)
     return resized
 
 
 def _crop_resize(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
     num_rows, num_columns = images.shape[-2:]
-    vertical = _resize_weights(num_rows, size)[_weight_index(boxes.top, boxes.height, num_rows)]
-    horizontal = _resize_weights(num_columns, size)[_weight_index(boxes.left, boxes.width, num_columns)]
-    flip = torch.from_numpy(boxes.flip)
+    vertical = _resize_weights(num_rows, size)[_weight_index(boxes["top"], boxes["height"], num_rows)]
+    horizontal = _resize_weights(num_columns, size)[_weight_index(boxes["left"], boxes["width"], num_columns)]
+    flip = torch.from_numpy(boxes["flip"].copy())
     horizontal = torch.where(flip[:, None, None], horizontal.flip(-2), horizontal)
     pixels = torch.bmm(images.float().flatten(1, 2), horizontal.mT).unflatten(1, images.shape[1:3])
     pixels = torch.matmul(vertical[:, None], pixels.round_().clamp_(0, 255))
     return pixels.round_().clamp_(0, 255).byte()
+
+
+def jitter_colours(images: torch.Tensor, key: int, positions: I64) -> None:
+    """Apply torchvision's ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8 to uint8 (B, C, H, W), in place, each
+    image with a generator seeded by its position."""
+    from torchvision.transforms import v2  # slow to import
+
+    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+    before = torch.get_rng_state()  # torchvision draws from torch's own generator
+    for row, seed in enumerate(random_bits(key, positions).tolist()):
+        torch.default_generator.manual_seed(seed)
+        images[row] = jitter(images[row])
+    torch.set_rng_state(before)
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,9 @@
-"""Held-out images: the check that none of them enters training, and their preprocessing for validation and probes.
-
-Two data sets are compared by the checksums in their indexes. Preprocessing has no randomness, and prefixes are fixed
-per image.
-"""
+"""Preprocessing of held-out images for validation and probes: without randomness, and with fixed prefixes per image."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,73 +12,15 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, random_uniform
-from aimscale.harness.data.store.columns import BLOCK_ROWS
 from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import normalise
-from aimscale.harness.data.stream.base import masks
+from aimscale.harness.data.stream.stream import masks
 
 if TYPE_CHECKING:
     from aimscale.aim.config import ModelConfig
     from aimscale.harness.data.store.dataset_info import DatasetInfo
     from aimscale.harness.run.config import ModelSection
-
-_TABLE_BITS = 24  # of the checksums; one lookup in the table rules out almost all images
-
-SharedImages = tuple[ShardDataset, npt.NDArray[np.int64], npt.NDArray[np.int64]]
-"""Pool, some of its samples, and the held-out samples that are the same files."""
-
-
-def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> None:
-    """Raise DataError if a training image is held out, comparing image files by checksum.
-
-    The whole data sets are compared, whatever subset a run uses, so that a later extension of the run cannot leak.
-
-    Raises:
-        DataError: names the first image that both sides hold, and how many there are.
-    """
-    if found := list(shared_images(pools, held_out)):
-        pool, samples, partners = found[0]
-        number = sum(len(some) for which, some, _ in found if which is pool)
-        raise DataError(
-            f"{number} training images of {pool.path} are validation images of {held_out.path} too, first "
-            f"{pool.describe(int(samples[0]))} = {held_out.describe(int(partners[0]))}; take them out of one side and "
-            "index it again"
-        )
-
-
-def count_shared(pools: Sequence[ShardDataset], held_out: ShardDataset) -> int:
-    """Count the usable held-out images that some pool holds too, byte for byte."""
-    is_shared = np.zeros(len(held_out), dtype=bool)
-    checksums = held_out.index.checksum
-    found = [checksums[partners] for _, _, partners in shared_images(pools, held_out)]
-    if found:
-        is_shared = np.isin(checksums, np.concatenate(found))
-        is_shared[held_out.index.bad] = False
-    return int(is_shared.sum())
-
-
-def shared_images(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Iterator[SharedImages]:
-    """Yield the usable pool images that are held out too; reads no image, and holds a block of the index in memory at a
-    time."""
-    order = np.argsort(held_out.index.checksum)
-    wanted = held_out.index.checksum[order]
-    table = np.zeros(1 << _TABLE_BITS, dtype=bool)
-    table[_low_bits(wanted)] = True
-    for pool in pools if len(wanted) else ():
-        for first in range(0, len(pool), BLOCK_ROWS):
-            checksums = pool.index.checksum[first : first + BLOCK_ROWS]
-            likely = np.flatnonzero(table[_low_bits(checksums)])
-            nearest = np.minimum(np.searchsorted(wanted, checksums[likely]), len(wanted) - 1)
-            same = wanted[nearest] == checksums[likely]
-            if same.any():  # few blocks share an image, and searching many bad samples takes long
-                same &= ~np.isin(first + likely, pool.index.bad)
-            if same.any():
-                yield pool, first + likely[same], order[nearest[same]]
-
-
-def _low_bits(checksums: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    return (checksums & np.uint64((1 << _TABLE_BITS) - 1)).astype(np.int64)
 
 
 def eval_images(
@@ -108,7 +46,7 @@ def eval_pixels(
     require_channels(model.channels)
     pixels = torch.empty(len(indices), model.channels, model.image_size, model.image_size, dtype=torch.uint8)
     samples = np.asarray(indices, dtype=np.int64)
-    dataset.read_ahead(fresh := samples[dataset.is_uncached(samples, model.channels)], whole=fresh)
+    dataset.read_ahead(samples, model.channels)
     for row, index in enumerate(samples.tolist()):
         image = dataset.decode(index, model.channels)
         pixels[row] = crop_centre(image, model.image_size, math.ceil(model.image_size / centre_crop))

@@ -28,17 +28,17 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.decoding import kernel_threads
-from aimscale.harness.data.stream.base import Batch, Stream
+from aimscale.harness.data.stream.stream import Batch, Stream
 from aimscale.harness.run.failures import STOP_SIGNALS, NoMemoryError
 
 if TYPE_CHECKING:
-    from aimscale.harness.device.distributed import Group
+    from aimscale.harness.distributed.group import Group
 
 _MAX_BYTES = 2 << 30  # of the ring; beyond it, less is loaded ahead
 _MAX_TASKS = 256  # that wait in a worker's pipe, which holds some 200 kB
 _MAX_NAMED = 10  # undecodable samples that a loader names in the log
 _SHARED_MEMORY = "/dev/shm"
-_PRELOAD = ("aimscale.harness.data.stream.loader", "aimscale.harness.data.stream.unindexed")
+_PRELOAD = ("aimscale.harness.data.stream.loader",)
 
 
 class WorkerDiedError(NoMemoryError):

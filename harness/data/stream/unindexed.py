@@ -8,37 +8,29 @@ from __future__ import annotations
 
 import functools
 import random
-import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import webdataset
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64, make_key
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode_interleaved
-from aimscale.harness.data.store.shards import is_url, open_file, with_retries
+from aimscale.harness.data.store.remote import is_url, open_file, with_retries
 from aimscale.harness.data.store.tars import expand_braces, read_samples
-from aimscale.harness.data.stream.augment import box_uniforms, crop_resize_into
-from aimscale.harness.data.stream.base import MAX_REPLACEMENTS, Stream, content_digest
-from aimscale.harness.data.stream.indexed import TrainStream
+from aimscale.harness.data.stream.augment import crop_resize_into
+from aimscale.harness.data.stream.stream import MAX_REPLACEMENTS, Stream, TrainStream, content_digest
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 
-MAX_FAILURES = 6
-"""Number of unreadable shards in a row at which the stream gives up; fewer are reported and skipped."""
 
-
-def open_stream(
-    config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0, machines: int = 1
-) -> Stream:
+def open_stream(config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> Stream:
     """Open the stream of a run, by its sources; raises as `TrainStream` and `UnindexedStream` do."""
-    if any(source.path.startswith(UNINDEXED) for source in config.training.data.sources):
+    if config.training.data.is_unindexed:
         return UnindexedStream(config)
-    return TrainStream(config, cache_dir=cache_dir, cache_gb=cache_gb, machines=machines)
+    return TrainStream(config, cache_dir=cache_dir, cache_gb=cache_gb)
 
 
 def shard_urls(path: str) -> list[str]:
@@ -66,53 +58,41 @@ class UnindexedStream(Stream):
         self._reading: Iterator[tuple[str, bytes]] | None = None
 
     def _decode(self, images: torch.Tensor, where: range | I64) -> tuple[str, ...]:
+        if self._reading is None:  # opened where it is used: in the trainer, or in each worker
+            self._reading = self._images_read(seed=int(make_key("unindexed", self._seed, int(where[0]))))
         bad: list[str] = []
-        uniforms = box_uniforms(make_key("crop", self._seed), np.asarray(where))
         for row, position in enumerate(where):
-            pixels = self._next(int(position), bad)
+            for _ in range(MAX_REPLACEMENTS):
+                name, data = next(self._reading)
+                try:
+                    pixels = decode_interleaved(data, self._channels)
+                    break
+                except UndecodableImageError as error:
+                    bad.append(f"{name} ({error})")
+            else:
+                raise DataError(f"position {position}: {MAX_REPLACEMENTS} undecodable images in a row, last {bad[-1]}")
             height, width = np.array(pixels.shape[:2], dtype=np.int32)[:, None]
-            box = self._boxes(uniforms[row : row + 1], height, width)
-            crop_resize_into(images[row : row + 1], pixels, tuple(values[0].item() for values in box))
+            (box,) = self._boxes(np.array([position]), height, width).tolist()
+            crop_resize_into(images[row : row + 1], pixels, box)
         return tuple(bad)
 
-    def _next(self, position: int, bad: list[str]) -> npt.NDArray[np.uint8]:
-        """Read the next image that decodes, (H, W, C); names of skipped ones are appended to `bad`."""
-        if self._reading is None:  # opened where it is used: in the trainer, or in each worker
-            self._reading = self._pipeline(position)
-        for _ in range(MAX_REPLACEMENTS):
-            name, data = next(self._reading)
-            try:
-                return decode_interleaved(data, self._channels)
-            except UndecodableImageError as error:
-                bad.append(f"{name} ({error})")
-        raise DataError(f"position {position}: {MAX_REPLACEMENTS} undecodable images in a row, last {bad[-1]}")
-
-    def _pipeline(self, position: int) -> Iterator[tuple[str, bytes]]:
-        """Yield names and bytes of images, endlessly; processes start at different positions, and so draw different
-        shards."""
-        seed = int(make_key("unindexed", self._seed, position))
+    def _images_read(self, seed: int) -> Iterator[tuple[str, bytes]]:
+        """Yield names and bytes of images, endlessly; processes have different seeds, and so draw different shards."""
         shards = webdataset.ResampledShards(self._urls, seed=seed, worker_seed=lambda: 0, deterministic=True)
+        samples = (sample for shard in shards for sample in _samples(shard["url"]))
         size = self._data.shuffle_buffer
-        shuffle = webdataset.shuffle(size, initial=max(1, size // 2), rng=random.Random(seed))
-        yield from shuffle(_samples(shard["url"] for shard in shards))
+        yield from webdataset.shuffle(size, initial=max(1, size // 2), rng=random.Random(seed))(samples)
 
 
-def _samples(urls: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield names and images of the samples of some shards; an unreadable shard is reported, and the next one is
-    read."""
-    num_failures = 0
-    for url in urls:
-        problem = "it holds no samples"
-        try:
-            with with_retries(functools.partial(open_file, url)) as file:
-                for key, members in read_samples(file, IMAGE_EXTENSIONS, "r|*"):
-                    num_failures, problem = 0, ""
-                    yield f"{url}: {key}", next((members[each][1] for each in IMAGE_EXTENSIONS if each in members), b"")
-        except (OSError, DataError, tarfile.TarError) as error:
-            problem = str(error) or type(error).__name__
-        if problem:
-            num_failures += 1
-            sentence = f"shard {url} cannot be read ({problem})"
-            if num_failures >= MAX_FAILURES:
-                raise DataError(f"{sentence}, nor could the {MAX_FAILURES - 1} before; see to them")
-            print(f"{sentence}; another is read instead", file=sys.stderr, flush=True)
+def _samples(url: str) -> Iterator[tuple[str, bytes]]:
+    """Yield names and images of the samples of a shard."""
+    is_empty = True
+    try:
+        with with_retries(functools.partial(open_file, url)) as file:
+            for key, members in read_samples(file, IMAGE_EXTENSIONS, "r|*"):
+                is_empty = False
+                yield f"{url}: {key}", next((members[each][1] for each in IMAGE_EXTENSIONS if each in members), b"")
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"shard {url} cannot be read ({error}); restore it, or leave it out of the braces") from error
+    if is_empty:
+        raise DataError(f"shard {url} holds no samples; leave it out of the braces")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.backbones import DTYPES, Backbone, weight_bytes
 from aimscale.harness.probe.features.images import LabelledImages, ProgressCallback, ignore_progress
 from aimscale.harness.probe.features.moments import Moments

@@ -24,9 +24,10 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
+from aimscale.harness.data.store.overlap import count_shared
 from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_uniforms, crop_resize, draw_boxes, normalise
-from aimscale.harness.data.stream.held_out import count_shared, eval_images
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.data.stream.held_out import eval_images
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.tasks import ProbeError, check_benchmark
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
@@ -92,7 +93,7 @@ class PublishedViews:
                 scale=CROP_SCALE,
                 horizontal_flip=True,
             )
-            crop = crop_resize(image, tuple(part[0].item() for part in boxes), self._size)
+            crop = crop_resize(image, boxes[0].item(), self._size)
             changed = _changed(to_pil_image(crop).convert("RGB"), np.random.default_rng([self._seed, 2, epoch, row]))
             views.append(pil_to_tensor(changed)[: self._channels])
         return normalise(torch.stack(views))

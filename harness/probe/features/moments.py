@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.tasks import BlockSet, ProbeError
 
 NOT_FINITE = "the features are not finite: the weights diverged, or are damaged"

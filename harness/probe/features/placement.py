@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.tasks import HEADS_SHARE, ProbeError
 
 HOST_SHARE = 0.4

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.backbones import Backbone
 from aimscale.harness.probe.features.images import LabelledImages
 from aimscale.harness.probe.features.moments import NOT_FINITE

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.extraction import SplitFeatures
 from aimscale.harness.probe.features.images import Task
 from aimscale.harness.probe.features.moments import averages

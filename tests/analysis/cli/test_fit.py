@@ -33,19 +33,17 @@ def test_laws_of_one_variable_are_chosen_among_too_and_parameters_held_for_none_
         say("fit", table, "--law", "auto", "--fix", "E=0")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--bound", "alpha=0.1"),
-        ("--bound", "alpha=0:1:2"),
-        ("--bound", "alpha=a:b"),
-        ("--fix", "E=0:1"),
-        ("--fix", "E"),
-    ],
-)
+@pytest.mark.parametrize("words", [("--fix", "alpha=0:1:2"), ("--fix", "alpha=a:b"), ("--fix", "E")])
 def test_values_of_another_form_are_refused_with_an_example(table, words):
     with pytest.raises(AnalysisError, match=f"{words[0]} takes numbers such as"):
         say("fit", table, *words)
+
+
+def test_a_parameter_is_held_or_kept_between_two_values(table):
+    found = answer("fit", table, "--fix", "E=0", "--fix", "alpha=0.1:0.15")
+    assert found["params"]["E"] == 0
+    assert 0.1 <= found["params"]["alpha"] <= 0.15
+    assert (found["fixed"], found["bounds"]) == ({"E": 0}, {"alpha": [0.1, 0.15]})
 
 
 def test_a_law_of_compute_is_taken_from_a_table_that_counts_none(table):

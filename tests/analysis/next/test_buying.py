@@ -8,7 +8,7 @@ import pytest
 
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.next.proposal import buy, grid_offer, propose
+from aimscale.analysis.next.proposal import buy, grid_offer, next_runs
 
 TARGET = {"N": [1e8], "D": [3e7]}
 
@@ -60,14 +60,14 @@ def test_no_basket_for_the_money_leaves_less_error(known, sizes, data, bought):
 def test_a_proposal_says_what_it_costs_and_warns_of_a_fixed_ratio(grid):
     offer = grid_offer(grid.rename(columns={"params_total": "N", "images_seen": "D"}), {"N": 1e8, "D": 3e7})
     assert (offer["N"] * offer["D"] < 3e15).all()
-    found = propose(grid, {"N": 1e8, "D": 3e7}, offer.assign(price=6e-12 * offer["N"] * offer["D"]), budget=2000)
+    found = next_runs(grid, {"N": 1e8, "D": 3e7}, offer.assign(price=6e-12 * offer["N"] * offer["D"]), budget=2000)
     assert found.price <= 2000
     assert not {"one_variable", "collinear"} & {flag.kind for flag in found.flags}
     n = np.repeat(np.geomspace(1e5, 1e7, 10), 2)
     noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(20))
     line = pd.DataFrame({"N": n, "D": n * np.tile([1.0, 1.5], 10), "val_loss": (0.2 + 30 * n**-0.4) * noise})
     ray = pd.DataFrame({"N": [2e7, 4e7], "D": [2e7, 4e7], "price": [1.0, 2.0]})
-    found = propose(line, {"N": 1e11, "D": 1e11}, ray, budget=3, law="chinchilla")
+    found = next_runs(line, {"N": 1e11, "D": 1e11}, ray, budget=3, law="chinchilla")
     assert {"one_variable", "collinear"} & {flag.kind for flag in found.flags}
     with pytest.raises(AnalysisError, match="D"):
-        propose(grid, {"N": 1e8}, ray, budget=3, law="chinchilla")
+        next_runs(grid, {"N": 1e8}, ray, budget=3, law="chinchilla")

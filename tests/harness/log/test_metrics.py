@@ -7,31 +7,30 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
-from aimscale.harness.device.distributed import Group, Placement
-from aimscale.harness.log.metrics import SPIKE_WINDOW, Metrics
+from aimscale.harness.log.metrics import SPIKE_WINDOW, Metrics, TrainedStep
 from aimscale.harness.log.record import RecentThroughput, append_line
 from aimscale.harness.run.schedule import Segment
-from aimscale.harness.step.engine import StepOutcome
-
-ALONE = Group(
-    Placement(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0), torch.device("cpu"), host_group=None
-)
 
 
-def metrics() -> Metrics:
-    made = Metrics(ALONE, 8)
-    made.enter(Segment(start=0, stop=24, branch=None), from_its_start=True)
+def metrics(branch: int | None = None) -> Metrics:
+    made = Metrics(8)
+    made.enter(Segment(start=0, stop=24, branch=branch))
     return made
 
 
 def add(log: Metrics, step: int, loss: float) -> None:
-    is_finite = torch.isfinite(torch.tensor(loss)).item()
-    outcome = StepOutcome(
-        loss_sum=torch.tensor(10 * loss), grad_norm=torch.tensor(2 * loss), was_applied=bool(is_finite)
+    known = loss if math.isfinite(loss) else None
+    log.add(
+        TrainedStep(
+            images_seen=8 * step,
+            lr=0.1,
+            num_targets=10,
+            was_applied=known is not None,
+            loss=known,
+            grad_norm=None if known is None else 2 * known,
+        )
     )
-    log.add(outcome, images_seen=8 * step, lr=0.1, num_targets=10)
 
 
 def test_a_line_is_whole_behind_what_a_kill_left_of_another(tmp_path: Path) -> None:
@@ -68,11 +67,19 @@ def test_a_spike_is_named_once_there_is_something_to_compare_with() -> None:
     log = metrics()
     add(log, 0, 50.0)
     assert log.line()["loss_spikes"] == []
-    for step in range(1, SPIKE_WINDOW + 2):
-        add(log, step, 1.0 + 0.01 * (step % 2))
-    add(log, 500, 1.3)
-    assert log.line()["loss_spikes"] == [4000]
+    for step in range(1, SPIKE_WINDOW + 2):  # mean 1, standard deviation .01
+        add(log, step, 1.0 + 0.01 * (-1) ** step)
+    add(log, 500, 1.059)
+    add(log, 501, 1.09)
+    assert log.line()["loss_spikes"] == [4008], "six standard deviations, and neither five nor nine"
     assert log.trunk.num_loss_spikes == 1
+
+
+def test_a_budgets_loss_is_the_mean_of_its_last_twentieth() -> None:
+    log = metrics(branch=800)
+    for step in range(81, 101):
+        add(log, step, float(step))
+    assert log.train_loss == (96 + 97 + 98 + 99 + 100) / 5
 
 
 def test_the_recent_rate_forgets_what_is_done_once_and_what_is_long_ago() -> None:

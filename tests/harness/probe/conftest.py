@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.harness.device.distributed import ALONE
+from aimscale.harness.distributed.group import ALONE
 from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.extraction import FeaturePass
 from aimscale.harness.probe.features.images import LabelledImages, open_task

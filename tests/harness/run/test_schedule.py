@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from aimscale.harness.run.config import ConfigError, RunConfig
-from aimscale.harness.run.schedule import Schedule, Segment, schedule_of
+from aimscale.harness.run.schedule import Schedule, Segment, Walk, plan_walk, schedule_of
 
 Config = Callable[..., RunConfig]
 
@@ -21,13 +21,45 @@ def make(tiny_config: Config, kind: str = "wsd", budgets: tuple[int, ...] = (400
 
 def test_the_walk_goes_up_the_trunk_and_down_every_branch(tiny_config: Config) -> None:
     schedule = make(tiny_config)
-    assert schedule.segments() == [
+    assert plan_walk(schedule).segments == [
         Segment(start=0, stop=320, branch=None),
         Segment(start=320, stop=400, branch=400),
         Segment(start=320, stop=640, branch=None),
         Segment(start=640, stop=800, branch=800),
     ]
     assert schedule.images_planned() == 640 + 80 + 160
+
+
+TRUNK, FIRST, REST, SECOND = (
+    Segment(start=0, stop=320, branch=None),
+    Segment(start=320, stop=400, branch=400),
+    Segment(start=320, stop=640, branch=None),
+    Segment(start=640, stop=800, branch=800),
+)
+
+
+@pytest.mark.parametrize(
+    ("saved", "checkpoint", "segments", "images_done"),
+    [
+        ((), (0, None), [TRUNK, FIRST, REST, SECOND], 0),
+        ((), (24, None), [Segment(start=24, stop=320, branch=None, resumes=True), FIRST, REST, SECOND], 24),
+        ((), (320, None), [FIRST, REST, SECOND], 320),
+        ((), (320, 400), [FIRST, REST, SECOND], 320),
+        ((), (328, 400), [Segment(start=328, stop=400, branch=400, resumes=True), REST, SECOND], 328),
+        ((400,), (320, None), [REST, SECOND], 400),
+        ((400,), (648, 800), [Segment(start=648, stop=800, branch=800, resumes=True)], 728),
+        ((400, 800), (640, None), [], 880),
+    ],
+)
+def test_a_walk_goes_on_from_what_is_saved(
+    tiny_config: Config,
+    saved: tuple[int, ...],
+    checkpoint: tuple[int, int | None],
+    segments: list[Segment],
+    images_done: int,
+) -> None:
+    walk = plan_walk(make(tiny_config), saved, checkpoint)
+    assert walk == Walk(segments=segments, images_done=images_done)
 
 
 def test_wsd_rates_by_hand(tiny_config: Config) -> None:
@@ -43,7 +75,7 @@ def test_wsd_rates_by_hand(tiny_config: Config) -> None:
 
 def test_cosine_falls_from_the_peak_to_the_end(tiny_config: Config) -> None:
     schedule = make(tiny_config, "cosine", budgets=(480,))
-    assert schedule.segments() == [Segment(start=0, stop=480, branch=480)]
+    assert plan_walk(schedule).segments == [Segment(start=0, stop=480, branch=480)]
     rates = [schedule.lr(images, 480) for images in range(80, 481, 8)]
     assert rates[0] == 0.5
     assert rates[25] == pytest.approx(0.275)

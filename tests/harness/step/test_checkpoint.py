@@ -14,8 +14,8 @@ import torch
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.base import Batch
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step import saving
 from aimscale.harness.step.checkpoint import CheckpointError, load_checkpoint

@@ -21,9 +21,8 @@ from trainers import after_steps, stop_after, train_in
 import aimscale.harness.step.feed
 import aimscale.harness.step.saving
 from aimscale.harness.data import DataError
-from aimscale.harness.data.stream.base import Batch
-from aimscale.harness.data.stream.indexed import TrainStream
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.data.stream.stream import Batch, TrainStream
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_PREEMPTED, RunDir
 from aimscale.harness.step.feed import Feed, RankRequest

@@ -12,7 +12,7 @@ from reference_engine import ReferenceEngine
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, should_compile

@@ -236,10 +236,10 @@ def test_a_damaged_checkpoint_gives_way_to_an_earlier_one_or_says_so(
     assert sorted(path.name for path in broken.checkpoints.iterdir()) == ["104", "104-decay-128"]
     os.truncate(next(broken.checkpoint_dir(104, 128).glob("part-*.safetensors")), 1000)
     assert in_processes(stop_after, broken.path, 112, signal.SIGTERM) == [EXIT_PREEMPTED]
-    damage(broken.checkpoint_dir(120, 128))
+    damage(broken.checkpoint_dir(112, 128))
     damage(broken.checkpoint_dir(104))
     assert in_processes(train_in, broken.path) == [2]
-    assert "120-decay-128 is damaged" in str(broken.read_status().reason)
+    assert "112-decay-128 is damaged" in str(broken.read_status().reason)
     damage(broken.checkpoint_dir(104))  # twice flipped is whole again
     assert in_processes(train_in, broken.path) == [0]
     assert results(broken.path) == results(whole(128).path)

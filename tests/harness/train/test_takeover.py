@@ -7,21 +7,22 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from trainers import before_call, rows, train_in, until, weights
 
-import aimscale.harness.device.ranks
 import aimscale.harness.log.record
 import aimscale.harness.step.saving
+import aimscale.harness.train.budget
 import aimscale.harness.train.evaluate
 import aimscale.harness.train.loop
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, RunDir
 from aimscale.harness.run.lock import LockHeld, read_holder
+from aimscale.harness.step.engine import Engine
 from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
@@ -31,18 +32,9 @@ PLACES: dict[str, tuple[Any, str]] = {
     "step": (aimscale.harness.log.record.Recorder, "step"),
     "save": (aimscale.harness.step.saving, "_write_part"),
     "publication of a save": (aimscale.harness.step.saving, "publish_dir"),
-    "budget": (aimscale.harness.train.loop, "save_weights"),
+    "budget": (aimscale.harness.train.budget, "save_weights"),
     "validation": (aimscale.harness.train.evaluate, "validate"),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _scaled_times() -> Iterator[None]:
-    """Minutes become seconds; forks inherit it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, seconds in (("BEAT_S", 0.2), ("SILENCE_S", 6.0), ("GRACE_S", 1.0), ("STEP_S", 12.0)):
-            patch.setattr(aimscale.harness.device.ranks, name, seconds)
-        yield
 
 
 def train_on(host: str, path: Path, place: str | None = None, number: int = 1, *, action: Callable[[], None]) -> None:
@@ -128,21 +120,29 @@ def test_a_requeued_job_does_not_drive_out_a_trainer_that_is_at_work(
     assert outcome(run.path) == outcome(whole.path)
 
 
-def hang() -> None:
-    while True:
-        time.sleep(1)
-
-
-def hang_in_a_step(rank: int, path: Path) -> None:
-    """Each rank on a host of its own."""
-    train_on(f"node-{rank}", path, place="step" if rank == 1 else None, number=3, action=hang)
+def wait_in_short_steps(rank: int, path: Path, what: str) -> None:
+    """Train, on a host of its own, where ranks wait for each other for a second in a step."""
+    aimscale.harness.train.loop.STEP_TIMEOUT_S, aimscale.harness.train.loop.STEP_FACTOR = 1.0, 0.0
+    if what == "hang in a step" and rank == 1:  # until a launcher would end it
+        before_call(Engine, "step", 3, lambda: until(lambda: RunDir(path).read_status().state == "failed"))
+    if what == "stall of the disk" and rank == 0:
+        before_call(aimscale.harness.log.record, "append_line", 1, lambda: time.sleep(3))
+    train_on(f"node-{rank}", path, action=stand_still)
 
 
 @pytest.mark.slow
 def test_a_step_in_which_one_rank_hangs_ends_all(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
-    """Without a backend's notice: gloo would wait for half an hour. A rank that is stopped: device/test_ranks.py."""
     run = RunDir.create(tmp_path / "run", tiny_config())
-    assert in_processes(hang_in_a_step, run.path, world_size=2) == [EXIT_CRASHED] * 2
+    assert in_processes(wait_in_short_steps, run.path, "hang in a step", world_size=2) == [EXIT_CRASHED] * 2
     status = run.read_status()
-    assert (status.state, status.reason_class) == ("failed", "node")
-    assert "has been in one step" in str(status.reason)
+    assert (status.state, status.reason_class, status.failed_on) == ("failed", "node", None)
+    assert "stands still" in str(status.reason)
+
+
+def test_a_stall_of_the_first_ranks_disk_ends_nobody(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+    # Nothing else makes ranks wait for each other.
+    runtime = {"num_workers": 1, "checkpoint_every_images": None, "log_every_steps": 1}
+    schedule = {"kind": "cosine", "warmup_images": 8}
+    run = RunDir.create(tmp_path / "run", tiny_config(runtime, budgets=[24], schedule=schedule))
+    assert in_processes(wait_in_short_steps, run.path, "stall of the disk", world_size=2) == [0, 0]
+    assert run.read_status().state == "finished"

@@ -15,7 +15,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths, validation_prefixes
-from aimscale.harness.device.distributed import ALONE, Group
+from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.train.validation import HeldOut, ValidationLosses, completions, validate
 

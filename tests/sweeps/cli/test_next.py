@@ -66,7 +66,7 @@ def test_mistakes_are_told_by_name(collected: Any, tmp_path: Any) -> None:
     with pytest.raises(SweepError, match="--write"):
         say("next", *table, "N=1e7,D=1e5", "--write", elsewhere)
     (collected.directory / "results.parquet").unlink()
-    with pytest.raises(SweepError, match="aimscale collect tiny"):
+    with pytest.raises(SweepError, match="launch it first"):
         say("next", *sweep, "N=1e7,D=1e5")
 
 

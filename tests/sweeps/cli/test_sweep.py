@@ -67,6 +67,8 @@ def test_waiting_ends_with_the_last_run_and_says_how(write_sweep: Any, call: Any
     worker.join()
     assert (code, said.splitlines()[-1].split()[2]) == (0, "report")
     second.write_status(state="diverged", reason="loss is NaN", reason_class="nan")
+    ended = {"saved": second.saved_progress(), "reason": "loss is NaN", "reason_class": "nan"}
+    second.append_attempt(attempt=1, ended=1.0, device_hours=0.0, exit_code=3, **ended)
     assert call(sweep, "status", "--wait")[0] == 1
 
 

@@ -256,7 +256,7 @@ def test_a_broken_node_gives_its_runs_back_and_ends_its_worker(
             assert "no more runs are started here" in capsys.readouterr().out
             assert (len(result.failed), sum(map(starts, records))) == (2, 2)
             states = [read_state(run, record).state for run, record in zip(plan(sweep), records, strict=True)]
-            assert sorted(states) == ["not started"] * 6 + ["unfinished"] * 2
+            assert sorted(states) == ["not started"] * 6 + ["paused"] * 2
     assert (len(result.finished), result.broken) == (8, None)
 
 

@@ -62,7 +62,7 @@ def test_evaluation_is_shown(write_sweep: Any, launch: Any, stand_in: Any, capsy
             for task in ("pets", "cars"):
                 finish_task(run, record, budget, task, kinds)
         line = look(sweep).runs[0]
-        assert (line.state, line.evaluated, line.to_evaluate) == ("unfinished", done, 4), "validation is missing, too"
+        assert (line.state, line.evaluated, line.to_evaluate) == ("paused", done, 4), "validation is missing, too"
     RunDir(record.path).write_status(mfu=1.09)
     console = new_console()
     console.print(status_view(look(sweep), console.width))
@@ -76,7 +76,7 @@ def test_a_finished_run_that_is_extended_is_neither_finished_nor_to_be_collected
 ) -> None:
     launch(write_sweep(sizes=["rung-32"]), devices=1, command=stand_in())
     longer = look(write_sweep(sizes=["rung-32"], budgets=[640, 1280, 6400]))
-    assert longer.runs[0].state == "unfinished"
+    assert longer.runs[0].state == "paused"
     assert "6400" in str(longer.runs[0].status.reason)
     assert 0 < longer.progress < 1
 
@@ -85,13 +85,13 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     sweep = write_sweep(sizes=["rung-32"], seeds=[*range(9)])
     runs = plan(sweep)
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in runs]
-    new, dead, unfinished, running, starting, failed, cancelled, other_version, by_hand = records
+    new, lost, paused, running, starting, failed, cancelled, other_version, by_hand = records
     for record, run in zip(records[1:], runs[1:], strict=True):
         RunRecord.create(record.path, run.config)
-    for record in (dead, running, by_hand):
+    for record in (lost, running, by_hand):
         record.write_status(state="running", phase="train", images_done=320, images_per_s=10.0, data_wait=0.29)
     running.write_status(data_wait=0.76)
-    unfinished.write_status(state="preempted", reason="stopped by a signal")
+    paused.write_status(state="preempted", reason="stopped by a signal")
     failed.write_status(state="failed", reason="no \x1b]0;title\x07such class\x1b[31m", reason_class="data")
     ended = {"exit_code": 1, "saved": failed.saved_progress(), "reason_class": "data", "failed_nodes": []}
     failed.append_attempt(attempt=1, ended=1.0, device_hours=0.0, reason="", **ended)
@@ -112,9 +112,9 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
         alone, with_jobs = look(sweep), sweep_status(sweep, runs, cards, jobs)
         del jobs["8_0"]
         assert sweep_status(sweep, runs, cards, jobs).counts == alone.counts, "jobs of other sweeps are not its own"
-    states = ["not started", "dead", "unfinished", "running", "starting", "failed", "cancelled", "damaged", "running"]
+    states = ["not started", "lost", "paused", "running", "starting", "failed", "cancelled", "damaged", "running"]
     assert [line.state for line in alone.runs] == states
-    queued = ["queued" if state in ("not started", "dead", "unfinished") else state for state in states]
+    queued = ["queued" if state in ("not started", "lost", "paused") else state for state in states]
     assert [line.state for line in with_jobs.runs] == queued
     assert with_jobs.runs[0].status.reason == "Priority"
     assert (alone.runs[3].place, "job" in alone.runs[8].place) == ("job 7_1", False)

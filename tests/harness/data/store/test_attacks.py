@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gzip
 import json
 import os
@@ -14,7 +13,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,15 +25,13 @@ from pictures import saved
 from PIL import Image
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.benchmark_readers import list_benchmark
-from aimscale.harness.data.store.benchmarks import BENCHMARKS
-from aimscale.harness.data.store.dataset_info import find_info, fingerprint
+from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.harness.data.store.tars import expand_braces
-from aimscale.harness.data.stream.indexed import TrainStream
+from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.run.config import RunConfig
 
@@ -65,29 +61,14 @@ def extended(data: bytes, **attributes: object) -> bytes:
     return member("x", records, kind=b"x") + member("a.jpg", data)
 
 
-def sparse() -> bytes:
-    header = bytearray(member("a.jpg", kind=b"S", size=512))
-    header[386:398], header[483:495] = (tarfile.itn(n, 12, tarfile.GNU_FORMAT) for n in (TERABYTE - 512, TERABYTE))
-    header[398:410], header[148:156] = tarfile.itn(512, 12, tarfile.GNU_FORMAT), b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header) + bytes(512) + END
-
-
 TARS: dict[str, bytes] = {
     "empty": b"",
     "text": b"not a tar file" * 100,
     "cut in a member": member("0.png", PNG, size=5000),
     "cut between members": member("0.png", PNG) * 2,
     "a header is damaged": member("0.png", PNG) + b"\1" * 512 + member("1.png", PNG) + END,
-    "sparse": sparse(),
-    "sparse 0.0": extended(bytes(512), GNU_sparse_size=TERABYTE, GNU_sparse_offset=0, GNU_sparse_numbytes=512) + END,
-    "sparse 0.1": extended(bytes(512), GNU_sparse_map="a,b,c") + END,
-    "sparse 1.0": extended(b"9\n" + b"1" * 510, GNU_sparse_major=1, GNU_sparse_minor=0),
     "negative size": extended(PNG, size=-1) + END,
     "endless size": extended(PNG, size="9" * 30) + END,
-    "long number": member("x", b"9" * 6000 + b" a=b\n", kind=b"x") + member("0.png", PNG) + END,
-    "long name": member("x", b"a" * 600, kind=b"L", size=2**33 - 1),
-    "chain of headers": member("x", b"a" * 512, kind=b"L") * 3000 + member("0.png", PNG) + END,
 }
 
 
@@ -114,49 +95,18 @@ def test_a_damaged_tar_is_refused_with_and_without_an_index(
             open_stream(configure(path=f"wds://{shard}")).batch(range(4))
 
 
-def test_what_is_no_file_is_not_waited_for(
-    tmp_path: Path, small_set: Path, configure: Callable[..., RunConfig]
-) -> None:
-    shutil.copytree(small_set, tmp_path / "set")
-    for name in ("set/dataset.json", "in/a.tar", "in/t-images-idx3-ubyte", "in/cifar-10-python.tar.gz"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).unlink(missing_ok=True)
-        os.mkfifo(tmp_path / name)
-    assert find_info(str(tmp_path / "set")) is None
-    assert "dataset.json" in refused("data", "info", tmp_path / "set")
-    assert "a.tar" in refused("data", "index", tmp_path / "in")
-    assert "idx3" in refused("data", "pack", tmp_path / "in" / "t-images-idx3-ubyte", tmp_path / "out")
-    archive = tmp_path / "in" / "cifar-10-python.tar.gz"
-    assert str(archive) in refused(
-        "data", "pack", archive, tmp_path / "out", "--benchmark", "cifar10", "--split", "test"
-    )
-    with pytest.raises(DataError, match=r"a\.tar"):
-        open_stream(configure(path=f"wds://{tmp_path}/in/a.tar")).batch(range(4))
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        *("{0..99999999999}", "{0..99999}{0..99999}", "{{0..99999999999},b}", "{0.." + "9" * 5000 + "}"),
-        *("{a,b}" * 40, "{a{x,y}}" * 40, "{" * 3000 + "}" * 3000, "{a,b"),
-    ],
-)
-def test_braces_are_counted_before_names_are_made(pattern: str) -> None:
-    with pytest.raises(DataError, match=r"[{]"):
-        expand_braces(pattern)
-
-
 def test_braces_stand_for_names() -> None:
     assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand_braces("{a,b{0..1}}::c") == ["a", "b0", "b1", "c"]
-    assert len(expand_braces("{00000..99999}")) == 100_000
+    with pytest.raises(DataError, match=r"[{]"):
+        expand_braces("{a,b")
 
 
 @pytest.mark.parametrize(
     "url", ["reference://x", "dir://x", "nosuch://x", "data://x", "http://[", "file:///none", "s3://x"]
 )
 def test_urls_that_nothing_can_use_are_one_sentence(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aimscale.harness.data.store.shards.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("aimscale.harness.data.store.remote.FIRST_PAUSE_S", 0.0)
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     for arguments in (["info", url], ["index", url, "--out", tmp_path], ["index", f"{url}/a.tar", "--out", tmp_path]):
@@ -183,7 +133,7 @@ def test_a_wrong_value_in_dataset_json_is_refused(wrong: dict[str, Any], small_s
     path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
     with pytest.raises(DataError, match="set"):
         open_dataset(tmp_path / "set").decode(0)
-    for text in (b"", b"[]", b"{}", b"null", b"[" * 100_000, b"\xff", b"9" * 10_000):
+    for text in (b"", b"[]", b"{}", b"null", b"\xff", b"9" * 10_000):
         path.write_bytes(text)
         with pytest.raises(DataError, match=r"dataset\.json"):
             open_dataset(tmp_path / "set")
@@ -340,7 +290,7 @@ GZIP = zipped(idx((5, 4, 4), 80))
     + [zipped(idx(shape, size)) for shape, size in (((5, 4, 4), 75), ((5, 0, 0), 0), ((0, 4, 4), 0))]
     + [zipped(idx((5, 4, 4), 10**7)), zipped(idx((5, 2**31, 2**31), 80)), zipped(idx((80,), 80))]
     + [zipped(idx((5, 2, 2), 80, kind=12)), zipped(idx((4, 4, 4), 64))]
-    + [zipped(idx((5, 1, 70_000), 350_000)), zipped(idx((5000, 1000, 1000), 10))],
+    + [zipped(idx((5000, 1000, 1000), 10))],
 )
 def test_a_damaged_idx_file_is_refused(images: bytes, tmp_path: Path) -> None:
     source, labels = tmp_path / "t-images-idx3-ubyte.gz", tmp_path / "t-labels-idx1-ubyte.gz"
@@ -353,88 +303,25 @@ def test_a_damaged_idx_file_is_refused(images: bytes, tmp_path: Path) -> None:
     assert str(labels) in refused("data", "pack", source, tmp_path / "out")
 
 
-def matlab(content: bytes) -> bytes:
-    """A MATLAB file of one compressed element."""
-    packed = zlib.compress(content)
-    return b"MATLAB 5.0".ljust(124) + b"\x00\x01IM" + struct.pack("<II", 15, len(packed)) + packed
-
-
-CARS = "devkit/cars_train_annos.mat"
-BOMB = matlab(bytes(2**26 + 1))
-TRAIN = "ILSVRC2012_img_train.tar"
-JSON = b'{"images": [], "annotations": [{"image_id": 1, "category_id": 0}], "categories": []}'
-UNDER = (
-    b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "category_id": -1}], "categories": '
-)
 BENCHMARK_FILES: list[tuple[str, dict[str, bytes]]] = [
-    ("pets", {"annotations/trainval.txt": b"../../secret_1 1 1 1"}),
-    ("pets", {"annotations/trainval.txt": b"a_1 2 1 1"}),
-    ("pets", {"annotations/trainval.txt": b"a_1 1 1 1\n\n"}),
-    ("pets", {"annotations/trainval.txt": b""}),
-    ("food101", {"meta/train.txt": b"/etc/secret"}),
-    ("food101", {"meta/train.txt": b"a/\0"}),
-    ("food101", {"meta/train.txt": b"\xff\xfe"}),
-    ("dtd", {"labels/train1.txt": b"a/b.jpg"}),
-    ("inat18", {"train2018.json": JSON}),
-    ("inat18", {"train2018.json": JSON[:-9]}),
-    ("inat18", {"train2018.json": b"[" * 100_000}),
-    ("inat18", {"train2018.json": UNDER + b"[0]}"}),
-    ("iwildcam", {"metadata.csv": b"split,filename\ntrain,a.jpg"}),
-    ("iwildcam", {"metadata.csv": b"split,filename,y\ntrain,a.jpg"}),
-    ("iwildcam", {"metadata.csv": b"split,filename,y\ntrain,a.jpg," + b"9" * 5000}),
-    ("camelyon17", {"metadata.csv": b'"' + b"a" * 200_000}),
-    ("fmow", {"rgb_metadata.csv": b"split,category,timestamp\ntrain,a,soon"}),
-    ("infographic", {"infograph_train.txt": b"infograph/a/b.jpg 1", "infograph_test.txt": b""}),
-    *(("cars", {CARS: content}) for content in (BOMB, matlab(b"\xff" * 999), b"\xff" * 999, b"")),
-    *(("imagenet-1k", {TRAIN: tar}) for name, tar in TARS.items() if name != "text"),
-    ("imagenet-1k", {TRAIN: member("n1.tar", TARS["cut in a member"]) + END}),
+    ("pets", {"oxford-iiit-pet/annotations/trainval.txt": b"a_1 1 1 1\n\n"}),
+    ("pets", {"oxford-iiit-pet/annotations/trainval.txt": b""}),
+    ("food101", {"food-101/meta/train.json": b'{"a": ["a/1"'}),
+    ("dtd", {"dtd/dtd/labels/train1.txt": b"a/b.jpg"}),
+    ("cars", {"stanford_cars/devkit/cars_train_annos.mat": b"\xff" * 999}),
     ("imagenet-1k", {"train/a.JPEG": PNG}),
+    ("inat18", {"train2018.json": b"{}"}),
+    ("cifar10", {"cifar-10-batches-py/data_batch_1": b"no pickle"}),
     ("pcam", {"camelyonpatch_level_2_split_train_x.h5": b"\x89HDF\r\n\x1a\n" + bytes(99)}),
 ]
 
 
 @pytest.mark.parametrize("case", range(len(BENCHMARK_FILES)))
-def test_a_damaged_benchmark_is_refused(case: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though it has as many images and classes as published."""
-    (tmp_path / "secret_1.jpg").write_bytes(PNG)
+def test_a_damaged_benchmark_is_refused(case: int, tmp_path: Path) -> None:
     name, files = BENCHMARK_FILES[case]
-    one = dataclasses.replace(BENCHMARKS[name], counts={"train": 1}, num_classes=1)
-    monkeypatch.setitem(BENCHMARKS, name, one)
     for path, content in files.items():
         (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / path).write_bytes(content)
-    if name == "pcam":
-        pytest.importorskip("h5py")
-    message = refused("data", "pack", tmp_path / "in", tmp_path / "out", "--benchmark", name, "--split", "train")
-    assert f"{tmp_path}/in is not {name} as published (" in message or f"{tmp_path}/in has labels" in message
-    assert ("unpacks to more" in message) == (files.get(CARS) == BOMB)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "secret_1.jpg"]
-
-
-@pytest.mark.parametrize("damage", ["link", "virtual", "kind", "chunk", "wide"])
-def test_a_file_of_arrays_that_reads_elsewhere_or_holds_something_else_is_refused(
-    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    h5py = pytest.importorskip("h5py")
-    monkeypatch.setitem(BENCHMARKS, "pcam", dataclasses.replace(BENCHMARKS["pcam"], counts={"train": 1}))
-    names = {letter: tmp_path / f"camelyonpatch_level_2_split_train_{letter}.h5" for letter in "xy"}
-    with h5py.File(tmp_path / "secret.h5", "w") as file:
-        file["x"] = np.zeros((1, 96, 96, 3), np.uint8)
-    with h5py.File(names["y"], "w") as file:
-        file["y"] = np.zeros((1, 1, 1, 1), np.uint8)
-    with h5py.File(names["x"], "w") as file:
-        if damage == "link":
-            file["x"] = h5py.ExternalLink(tmp_path / "secret.h5", "x")
-        elif damage == "virtual":
-            layout = h5py.VirtualLayout((1, 96, 96, 3), np.uint8)
-            layout[:] = h5py.VirtualSource(tmp_path / "secret.h5", "x", (1, 96, 96, 3))
-            file.create_virtual_dataset("x", layout)
-        elif damage == "chunk":
-            chunks = (1, 10**4, 10**4, 3)
-            file.create_dataset("x", chunks, np.uint8, maxshape=chunks, chunks=chunks, compression="gzip")
-        elif damage == "wide":
-            file.create_dataset("x", (1, 96, 10**6, 3), np.uint8, chunks=(1, 96, 96, 3))
-        else:
-            file["x"] = np.zeros((1, 96, 96, 3))
-    with pytest.raises(DataError, match="as published"):
-        list_benchmark("pcam", tmp_path, "train")
+    said = refused("data", "pack", tmp_path / "in", tmp_path / "out", "--benchmark", name, "--split", "train")
+    assert str(tmp_path / "in") in said
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -21,9 +21,8 @@ import torch
 from trainers import until
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.stream.base import Batch
-from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import WorkerDiedError, start_fork_server, train_batches
+from aimscale.harness.data.stream.stream import Batch, TrainStream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.failures import STOP_SIGNALS
 
@@ -111,7 +110,7 @@ def test_an_error_in_a_worker_keeps_its_type_and_says_where(
         stream.datasets[0].read_many = operator.index  # type: ignore[assignment, method-assign]
     with pytest.raises(kind) as caught:
         list(micro_batches(stream, 10, 1))
-    assert "indexed.py" in caught.value.__notes__[0]
+    assert "stream.py" in caught.value.__notes__[0]
 
 
 def test_an_iterator_that_is_left_early_ends_its_processes(stream: TrainStream) -> None:

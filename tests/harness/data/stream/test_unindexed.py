@@ -17,8 +17,8 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.augment import box_uniforms, crop_resize, draw_boxes
-from aimscale.harness.data.stream.indexed import TrainStream
 from aimscale.harness.data.stream.loader import train_batches
+from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -71,25 +71,18 @@ def test_crops_and_flips_are_those_of_the_positions(shards: Path, configure: Cal
     draws, sides = box_uniforms(make_key("crop", 0), np.arange(20)), np.full((2, 20), 32, dtype=np.int32)
     boxes = draw_boxes(draws, *sides, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3), horizontal_flip=True)
     for row, image in enumerate(whole.images):
-        assert torch.equal(cut.images[row], crop_resize(image, tuple(values[row].item() for values in boxes), 32))
+        assert torch.equal(cut.images[row], crop_resize(image, boxes[row].item(), 32))
 
 
-def test_a_broken_shard_is_named_and_left_and_broken_shards_alone_end_the_stream(
-    shards: Path, configure: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, second, *others = sorted(shards.glob("*.tar"))
-    first.unlink()
-    second.write_bytes(second.read_bytes()[:5000])
-    config = configure(path=braces(shards), shuffle_buffer=20, **WHOLE)
-    assert len(set(seen(config, 100))) >= 4
-    told = capsys.readouterr().err
-    assert str(first) in told
-    assert "unexpected end of data" in told
-    assert str(second) in told
-    for path in (second, *others):
+def test_a_broken_shard_is_named(shards: Path, configure: Callable[..., RunConfig]) -> None:
+    for path in shards.glob("*.tar"):
+        path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(DataError, match=f"{shards}.*unexpected end of data"):
+        open_stream(configure(path=braces(shards), shuffle_buffer=20)).batch(range(40))
+    for path in shards.glob("*.tar"):
         path.unlink()
     with pytest.raises(DataError, match=str(shards)):
-        open_stream(config).batch(range(4))
+        open_stream(configure(path=braces(shards)))
 
 
 def test_undecodable_images_are_counted(tmp_path: Path, shards: Path, configure: Callable[..., RunConfig]) -> None:
@@ -98,7 +91,8 @@ def test_undecodable_images_are_counted(tmp_path: Path, shards: Path, configure:
     config = configure(path=path, shuffle_buffer=10, **WHOLE)
     stream = open_stream(config)
     bad = [stream.batch(range(first, first + 10)).bad_samples for first in range(0, 60, 10)]
-    assert {name for names in bad for name in names} == {f"{tmp_path}/bad.tar: {number}" for number in range(3)}
+    named = {name.partition(" (")[0] for names in bad for name in names}
+    assert named == {f"{tmp_path}/bad.tar: {number}" for number in range(3)}
     steps = train_batches(open_stream(config), start=0, stop=60, batch_size=20, micro_batch=10)
     assert [batch.bad_samples for step in steps for batch in step] == bad
 

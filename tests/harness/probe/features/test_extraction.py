@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aimscale.aim.model import AIM
-from aimscale.harness.device.distributed import Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.moments import Moments, averages, owned_averages
 from aimscale.harness.probe.features.sources import CachedTokens, StreamedTokens
 from aimscale.harness.probe.features.tasks import BlockSet, ProbeError

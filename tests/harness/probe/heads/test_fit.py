@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aimscale.aim.model import AIM
-from aimscale.harness.device.distributed import ALONE
+from aimscale.harness.distributed.group import ALONE
 from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.extraction import FeatureCache
 from aimscale.harness.probe.features.images import Task, holdout_split, open_task

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from aimscale.harness.device.distributed import ALONE
+from aimscale.harness.distributed.group import ALONE
 from aimscale.harness.probe.heads.knn import neighbour_votes
 
 

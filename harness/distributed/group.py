@@ -6,16 +6,16 @@ variables, set here before DeepSpeed looks for them (without them it would look 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import datetime
 import logging
 import os
 import re
-import socket
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -26,8 +26,8 @@ from aimscale.harness.run.directory import EXIT_CRASHED
 
 T = TypeVar("T")
 
-COLLECTIVE_TIMEOUT_S = 1800
-"""Timeout of collectives: one that takes longer means that a rank is gone."""
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""Time for which ranks wait for each other where one may load data, compile or write files, s."""
 
 
 class LaunchError(UserError):
@@ -156,10 +156,6 @@ class Group:
         found = re.match(r"\d+", said)
         return min(self.world_size, int(found[0])) if found else self.world_size
 
-    def num_machines(self) -> int:
-        """Count the hosts of the ranks."""
-        return len({*self.gather(socket.gethostname())})
-
     def any(self, flag: bool) -> bool:
         """Return whether any rank raised its flag."""
         return self.sum_counts(int(flag))[0] > 0
@@ -240,6 +236,26 @@ class Group:
         value: T = outcome[0]
         return value
 
+    @contextlib.contextmanager
+    def collectives_within(self, seconds: float) -> Iterator[None]:
+        """Limit the time of collectives on the device that the block begins, in which ranks do nothing else.
+
+        A rank for which the others wait longer is gone. The limit of exchanges on the host stays
+        `COLLECTIVE_TIMEOUT_S`.
+        """
+        self._limit_collectives(seconds)
+        try:
+            yield
+        finally:
+            self._limit_collectives(COLLECTIVE_TIMEOUT_S)
+
+    def _limit_collectives(self, seconds: float) -> None:
+        c10d = torch.distributed.distributed_c10d
+        # DeepSpeed has groups of its own.
+        for group in list(c10d._world.pg_map) if self.world_size > 1 else ():
+            if group not in (self._host_group, self._async_group):
+                c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
     def wait(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
@@ -298,9 +314,8 @@ def start_group(placement: Placement, device_name: str) -> Group:
             device_id=device if device.type == "cuda" else None,
         )
     # Host values travel over gloo, so that asking "shall we stop?" never waits for the device.
-    host_group = torch.distributed.new_group(backend="gloo") if device.type == "cuda" else None
-    async_group = torch.distributed.new_group(backend="gloo") if placement.world_size > 1 else None
-    return Group(placement, device, host_group, async_group)
+    groups = [None if is_alone else torch.distributed.new_group(backend="gloo") for _ in range(2)]
+    return Group(placement, device, *groups)
 
 
 def import_deepspeed() -> Any:

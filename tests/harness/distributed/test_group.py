@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aimscale.harness.device.distributed import (
+from aimscale.harness.distributed.group import (
     LaunchError,
     Placement,
     choose_device,

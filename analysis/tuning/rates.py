@@ -1,0 +1,177 @@
+"""Best learning rate and batch by size and data, their law, and what each run lost by another setting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.groups import SAME_DATA, chained
+from aimscale.analysis.fitting.inference import CONFIDENCE
+from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.laws.base import Array
+from aimscale.analysis.laws.product import product
+from aimscale.analysis.table.design import design_columns
+from aimscale.analysis.table.names import names_of, no_column, our_name, their_name
+from aimscale.analysis.table.points import complete, usable_rows
+from aimscale.analysis.tuning.result import BY_LAW, EDGE, NO_MINIMUM, OPTIMUM, UNKNOWN, Rates
+from aimscale.analysis.tuning.surface import MIN_VALUES, Surface, fit_surface, is_tuned, near_minimum
+
+
+def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: str | None = None) -> Rates:
+    """Find the best learning rate (and batch) of every size and amount of data, and what other settings lose.
+
+    Rows of equal N and D that differ in their setting are a cell. Near its minimum ln loss is a parabola in the
+    logarithm of the setting; a cell with three rates or more has an optimum of its own, unless that lies outside the
+    rates that were tried. The optima follow lr* = c N^a D^b, fitted as every law here: errors are clustered by sizes
+    and by budgets. Cells of fewer rates are judged by the law.
+
+    Args:
+        df: one row per run and budget.
+        y: column of the loss.
+        lr: column of the learning rate.
+        batch: column of the batch; None takes `batch_size` where cells have three values of it or more.
+
+    Returns:
+        Optima, their laws, and the regret of every cell: the share of its loss that its best row lost by its setting.
+
+    Raises:
+        AnalysisError: a missing column, or no cell with three values of every setting.
+
+    Example:
+        >>> found = rates(read_table("tuned.csv"))
+        >>> found.table
+        >>> found.laws["lr"].predict(N=1e9, D=1e9)
+    """
+    names = _setting_columns(df, lr, batch)
+    wanted = {"N": our_name(df, "N"), "D": our_name(df, "D"), **names, "y": our_name(df, y)}
+    if absent := [name for name in wanted.values() if name not in df]:
+        raise no_column(df, absent[0])
+    used = usable_rows(df, wanted)
+    cells, settings = _cells(used.rows, used.numbers), np.log(used.numbers[[*names]].to_numpy())
+    if not len(cells) or not is_tuned(cells, settings).any():
+        what = " and ".join(their_name(df, name) for name in names.values())
+        raise AnalysisError(
+            f"No size has {MIN_VALUES} values of {what} at the same amount of data, so no best one is known; train "
+            f"some sizes at {MIN_VALUES} values each."
+        )
+    log_loss = np.log(used.numbers["y"].to_numpy())
+    table = _table(used.numbers, cells, log_loss, list(names))
+    tuned, surface = _surface(log_loss, cells, settings, table)
+    table = _with_optima(table, tuned, surface, list(names))
+    laws = {name: law for name in names if (law := _law(table[table["found"] == OPTIMUM], name)) is not None}
+    return Rates(
+        table=_with_regret(table, tuned, surface, laws, list(names)),
+        laws=laws,
+        surface=surface,
+        tuned=tuned,
+        scale=_scale(table),
+        columns={key: their_name(df, name) for key, name in wanted.items()},
+        data=used.numbers.assign(cell=cells),
+        exclusions=used.exclusions,
+        names=names_of(df),
+    )
+
+
+def _setting_columns(df: pd.DataFrame, lr: str, batch: str | None) -> dict[str, str]:
+    """Name the columns of the settings: the rate's, and the batch's where it was tuned."""
+    names = {"lr": our_name(df, lr)}
+    column, scale = our_name(df, batch or "batch_size"), [our_name(df, letter) for letter in "ND"]
+    rows = complete(df)
+    is_tried = {column, *scale} <= {*rows} and (rows.groupby(scale)[column].nunique() >= MIN_VALUES).any()
+    return names | ({"batch": column} if is_tried or batch is not None else {})
+
+
+def _cells(rows: pd.DataFrame, numbers: pd.DataFrame) -> Array:
+    """Encode cells of equal N and D, and of equal design where a table holds several."""
+    data = chained(np.log(numbers["D"].to_numpy()), SAME_DATA)
+    design = [rows[name].astype(str).to_numpy() for name in design_columns(rows)]
+    return rows.groupby([numbers["N"].to_numpy(), data, *design]).ngroup().to_numpy()
+
+
+def _table(numbers: pd.DataFrame, cells: Array, log_loss: Array, settings: list[str]) -> pd.DataFrame:
+    """Describe the cells: scale, rows, the range of every setting, and the setting of the lowest loss."""
+    grouped = numbers.groupby(cells)
+    table = grouped.agg(N=("N", "first"), D=("D", "mean"), num_rows=("y", "size"))
+    lowest = numbers.iloc[pd.Series(log_loss).groupby(cells).idxmin()]
+    for name in settings:
+        table[f"{name}_used"] = lowest[name].to_numpy()
+        table[f"{name}_tried"] = grouped[name].nunique()
+        table[f"{name}_lowest"], table[f"{name}_highest"] = grouped[name].min(), grouped[name].max()
+    return table.assign(loss=lowest["y"].to_numpy())
+
+
+def _surface(log_loss: Array, cells: Array, settings: Array, table: pd.DataFrame) -> tuple[Array, Surface]:
+    """Fit the surface to the rows near the minima of tuned cells; returns the numbers of these cells, too.
+
+    Curvature follows N and D where that leaves a minimum in every cell, else it is one for all.
+    """
+    keep = is_tuned(cells, settings)[cells]
+    keep[keep] = near_minimum(log_loss[keep], np.unique(cells[keep], return_inverse=True)[1], settings[keep])
+    tuned = np.flatnonzero(is_tuned(np.where(keep, cells, cells.max() + 1), settings)[: len(table)])
+    keep &= np.isin(cells, tuned)
+    if not len(tuned):
+        raise AnalysisError(
+            "Of each cell fewer than three values of every setting come near its lowest loss; try some."
+        )
+    near = log_loss[keep], np.searchsorted(tuned, cells[keep]), settings[keep]
+    scale = _scale(table)
+    surface = fit_surface(*near, scale[tuned])
+    if np.linalg.eigvalsh(surface.curvatures(scale, surface.coefficients)).min() <= 0:
+        surface = fit_surface(*near, scale[tuned, :1])
+    return tuned, surface
+
+
+def _scale(table: pd.DataFrame) -> Array:
+    """Return 1 and the centred ln N and ln D of cells (cells, q), those that vary."""
+    logs = np.log(table[["N", "D"]].to_numpy(float))
+    return np.column_stack([np.ones(len(logs)), (logs - logs.mean(axis=0))[:, np.ptp(logs, axis=0) > SAME_DATA]])
+
+
+def _with_optima(table: pd.DataFrame, tuned: Array, surface: Surface, settings: list[str]) -> pd.DataFrame:
+    """Add optima with their intervals, and how each cell's was found."""
+    values, covariance = surface.errors_of(lambda c: surface.optima_of(c).ravel())
+    half = surface.half(np.sqrt(np.maximum(np.diag(covariance), 0.0)), CONFIDENCE)
+    p, inside = len(settings), np.ones(len(tuned), bool)
+    table = table.assign(found=UNKNOWN)
+    for i, name in enumerate(settings):
+        low, high = (np.log(table[f"{name}_{end}"].to_numpy()[tuned]) for end in ("lowest", "highest"))
+        inside &= (low <= values[i::p]) & (values[i::p] <= high)
+        columns = [f"{name}_best", f"{name}_lo", f"{name}_hi"]
+        table[columns] = np.nan
+        ends = np.exp(np.column_stack([values[i::p], values[i::p] - half[i::p], values[i::p] + half[i::p]]))
+        table.loc[table.index[tuned], columns] = ends
+    table.loc[table.index[tuned], "found"] = np.where(inside, OPTIMUM, EDGE)
+    table.loc[table.index[tuned[~surface.has_minimum]], "found"] = NO_MINIMUM
+    return table
+
+
+def _law(optima: pd.DataFrame, setting: str) -> Fit | None:
+    """Fit the law of the optima in the variables that vary; None where there are too few."""
+    variables = [name for name in ("N", "D") if np.ptp(np.log(optima[name])) > SAME_DATA] if len(optima) else []
+    if not variables or len(optima) < len(variables) + 2:
+        return None
+    points = optima[variables].assign(setting=optima[f"{setting}_best"])
+    return fit(points, product(*variables), y="setting", objective="log_lsq", is_tested=False)
+
+
+def _with_regret(
+    table: pd.DataFrame, tuned: Array, surface: Surface, laws: dict[str, Fit], settings: list[str]
+) -> pd.DataFrame:
+    """Add what the best row of each cell lost by its setting: by the cell's own optimum, else by the law's."""
+    has_laws, own = len(laws) == len(settings), np.isin(np.arange(len(table)), tuned)
+    used = np.log(table[[f"{name}_used" for name in settings]].to_numpy())
+    regret = np.full((len(table), 3), np.nan)
+    if surface.has_minimum.all():
+        regret[own] = surface.regret_of_own(used[own], CONFIDENCE)
+        others = (table["found"] != OPTIMUM).to_numpy()
+        if has_laws and others.any():
+            told = [np.log(laws[name].predict(table[others])[["value", "pi_lo", "pi_hi"]]) for name in settings]
+            best, low, high = (np.column_stack([each[end] for each in told]) for end in ("value", "pi_lo", "pi_hi"))
+            scale = _scale(table)[others, : surface.scale.shape[1]]
+            regret[others] = surface.regret_about(used[others], best, (high - low) / 2, scale)
+            for ends, values in {"best": best, "lo": low, "hi": high}.items():
+                table.loc[others, [f"{name}_{ends}" for name in settings]] = np.exp(values)
+            table.loc[table["found"] == UNKNOWN, "found"] = BY_LAW
+    return table.assign(regret=regret[:, 0], regret_lo=regret[:, 1], regret_hi=regret[:, 2])

@@ -1,0 +1,131 @@
+"""Optima of tuned settings, their laws, and regrets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.display import Drawing, Result
+from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.laws.base import Array
+from aimscale.analysis.table.names import Exclusion
+from aimscale.analysis.tuning.surface import Surface
+from aimscale.analysis.words import Flag, flag_words, human, percent, some
+
+OPTIMUM, EDGE, NO_MINIMUM, BY_LAW, UNKNOWN = "inside", "edge", "no minimum", "by the law", "not known"
+"""How a cell's optimum was found: inside the settings tried, beyond them, not at all, by the law of other cells."""
+WORTH_SAYING = 1e-3
+"""Regret below which a run counts as tuned: about what two seeds of one run differ by."""
+NOT_TOLD = 0.1
+"""Upper end of a regret from which nothing is known of the tuning."""
+SETTING_WORDS = {"lr": "learning rate", "batch": "batch"}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Rates(Result):
+    """Best learning rate (and batch) by size and data, their laws, and what was lost by others."""
+
+    plot = Drawing("rates.plot_rates")
+
+    table: pd.DataFrame
+    """A row per cell: N, D, num_rows; of each setting _used (of the lowest loss), _tried (how many), _best, _lo, _hi;
+    found; regret, regret_lo, regret_hi (shares of the loss); loss, the lowest."""
+    laws: dict[str, Fit]
+    """Setting (lr, batch) -> law of its optimum; missing where too few cells have one."""
+    surface: Surface = field(repr=False)
+    tuned: Array = field(repr=False)
+    """Numbers of the cells that the surface describes."""
+    scale: Array = field(repr=False)
+    """1 and the centred ln N and ln D of the cells (cells, q), those that vary."""
+    columns: dict[str, str]
+    """N, D, the settings and y -> column as the file calls it."""
+    data: pd.DataFrame = field(repr=False)
+    """The rows that were used: N, D, settings, y, and the number of their cell."""
+    exclusions: tuple[Exclusion, ...]
+    names: dict[str, str] = field(default_factory=dict)
+    """Column -> its name in the file, where `--columns` renamed it."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Settings that were tuned: lr, or lr and batch."""
+        return tuple(name for name in SETTING_WORDS if name in self.columns)
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        """Cells whose optimum was not found."""
+        out = list[Flag]()
+        for kind, text in (
+            (
+                EDGE,
+                "The best setting lies beyond those that were tried at {}: try further ones; the laws leave it out.",
+            ),
+            (NO_MINIMUM, "No lowest loss is seen at {}; the laws leave it out."),
+        ):
+            rows = self.table[self.table["found"] == kind]
+            if len(rows):
+                where = some([_scale_words(row) for _, row in rows.iterrows()])
+                out.append(Flag(kind=kind, number=len(rows), text=text.format(where)))
+        for name, law in self.laws.items():
+            out += [flag for flag in law.flags if flag.kind in ("unseen", "few_groups")][: name == "lr"]
+        return tuple(out)
+
+    def verdict(self) -> str:
+        """Say in one line whether the largest size was tuned, by its longest run."""
+        top = self.table.sort_values(["N", "D"]).iloc[-1]
+        if not np.isfinite(top["regret_hi"]):
+            return "not known: the largest size has too few rates, and no law says which is best"
+        if top["regret_lo"] > 0 and top["regret"] > WORTH_SAYING:
+            return f"the largest size lost {_regret_words(top)} of its loss to its setting"
+        if not top["regret_hi"] < NOT_TOLD:
+            return f"not known: these rates allow the largest size a loss of up to {percent(top['regret_hi'])}"
+        return f"the largest size is tuned within {percent(max(float(top['regret_hi']), WORTH_SAYING))} of its loss"
+
+    def headline(self) -> str:
+        """Return what is known of the tuning, and the laws."""
+        return "; ".join([f"Tuning: {self.verdict()}", *map(self._law_words, self.laws)])
+
+    def _law_words(self, name: str) -> str:
+        law = self.laws[name]
+        powers = [
+            f"{variable}^{law.params[exponent]:.3f} {law.intervals[exponent].words('.3f')}"
+            for variable, exponent in (("N", "a"), ("D", "b"))
+            if exponent in law.params
+        ]
+        return f"best {SETTING_WORDS[name]} {' '.join(['~', *powers])}"
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return cautions, the verdict and the laws."""
+        found = [("with care", text) for text in flag_words(self.flags)]
+        found.append(("tuning", self.verdict()))
+        found += [("law", self._law_words(name)) for name in self.laws]
+        if not self.laws:
+            found.append(("law", "too few sizes or budgets have a best setting inside those that were tried"))
+        scatter = f"{percent(self.surface.noise)} about parabolas with {self.surface.degrees} degrees of freedom"
+        found.append(("scatter", scatter))
+        return found + [("left out", "; ".join(map(str, self.exclusions)))] * bool(self.exclusions)
+
+    def cells(self) -> list[dict[str, str]]:
+        """Write a row per cell."""
+        out = list[dict[str, str]]()
+        for _, row in self.table.sort_values(["N", "D"]).iterrows():
+            cell = {"N": human(row["N"]), "D": human(row["D"])}
+            for name in self.settings:
+                cell[name] = human(row[f"{name}_used"])
+                best, low, high = (row[f"{name}_{end}"] for end in ("best", "lo", "hi"))
+                cell[f"best {name}"] = f"{human(best)} [{human(low)}, {human(high)}]" if np.isfinite(best) else ""
+            out.append(cell | {"found": row["found"], "lost": _regret_words(row)})
+        return out
+
+
+def _scale_words(row: pd.Series) -> str:
+    return f"N = {human(row['N'])}, D = {human(row['D'])}"
+
+
+def _regret_words(row: pd.Series) -> str:
+    """Write a regret with its interval, in per cent of the loss."""
+    if not np.isfinite(row["regret"]):
+        return ""
+    value, low, high = (f"{100 * row[name]:.2f}" for name in ("regret", "regret_lo", "regret_hi"))
+    return f"{value} %" if not np.isfinite(row["regret_hi"]) else f"{value} % [{low}, {high}]"

@@ -1,0 +1,140 @@
+"""Laws of learning rate and batch: Step Law's runs, simulated tables, real sweeps, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aimscale.analysis import AnalysisError, corrected, rates, read_table
+from aimscale.analysis.laws.product import product
+
+STEPLAW = Path(__file__).with_name("steplaw.csv")
+"""Runs of Step Law (Li et al. 2025, arXiv 2503.04715; CC BY 4.0, by way of ScaleBench) within 1.5 % of the best of
+their cell of N and D: 777 of 1,730 dense runs, five rates and ten batches or more a cell."""
+CURVATURE, EXPONENTS = 0.03, {"a": -0.5, "b": 0.2}
+
+
+def simulated(rng: np.random.Generator, noise: float, *, mistuned: float = 0.0, factors=(0.5, 1, 2)) -> pd.DataFrame:
+    """Simulate five sizes at five amounts of data, of which two have several rates; the rate used is off by
+    N^mistuned from the smallest size on."""
+    rows = []
+    for n in np.geomspace(1e5, 1e7, 5):
+        for j, d in enumerate(np.geomspace(1e6, 1e8, 5)):
+            law = np.log(3e-3) + EXPONENTS["a"] * np.log(n / 1e6) + EXPONENTS["b"] * np.log(d / 1e7)
+            best = law + 0.05 * rng.standard_normal()
+            for factor in factors if j in (1, 3) else (1,):
+                x = law + mistuned * np.log(n / 1e5) + np.log(factor)
+                regret = CURVATURE * (x - best) ** 2 / 2
+                log_loss = np.log(0.3 + 30 * n**-0.38 + 20 * d**-0.35) + regret + noise * rng.standard_normal()
+                rows.append({"N": n, "D": d, "lr_peak": np.exp(x), "val_loss": np.exp(log_loss), "true": regret})
+    return pd.DataFrame(rows)
+
+
+def test_step_laws_optima_lie_inside_and_exponents_hold_an_independent_estimate() -> None:
+    """The reference is a parabola of every cell's own, and least squares over cells; then without each size."""
+    table = pd.read_csv(STEPLAW)
+    found = rates(table)
+    assert len(found.table) == 17
+    assert set(found.table["found"]) == {"inside"}
+    optima = []
+    for (n, d), cell in table.groupby(["N", "D"]):
+        near = cell[cell["val_loss"] <= 1.01 * cell["val_loss"].min()]
+        x, z = np.log(near["lr_peak"]), np.log(near["batch_size"])
+        b = np.linalg.lstsq(np.column_stack([np.ones(len(near)), x, z, x * x, x * z, z * z]), np.log(near["val_loss"]))[
+            0
+        ]
+        optima.append([n, d, *-np.linalg.solve([[2 * b[3], b[4]], [b[4], 2 * b[5]]], b[1:3])])
+    n, d, *own = np.array(optima).T
+    design = np.column_stack([np.ones(len(n)), np.log(n), np.log(d)])
+    for name, optimum in zip(("lr", "batch"), own, strict=True):
+        ends = found.laws[name].conf_int()
+        for keep in (n > 0, *(n != size for size in np.unique(n))):
+            for value, exponent in zip(np.linalg.lstsq(design[keep], optimum[keep])[0][1:], "ab", strict=True):
+                assert ends.loc[exponent, "lower"] < value < ends.loc[exponent, "upper"]
+
+
+def test_exponents_optima_and_regrets_hold_what_they_say() -> None:
+    rng, held = np.random.default_rng(0), []
+    for _ in range(40):
+        table = simulated(rng, 1e-3)
+        found = rates(table)
+        ends = found.laws["lr"].conf_int()
+        held.append([ends.loc[k, "lower"] < v < ends.loc[k, "upper"] for k, v in EXPONENTS.items()])
+        rows = found.table.merge(table, left_on=["N", "D", "lr_used"], right_on=["N", "D", "lr_peak"])
+        true = np.expm1(rows["true"])
+        held[-1].append(((rows["regret_lo"] <= true) & (true <= rows["regret_hi"])).mean())
+    assert (np.mean(held, axis=0) > 0.88).all()
+
+
+@pytest.mark.parametrize(("mistuned", "is_told"), [(0.25, True), (0.0, False)])
+def test_rates_that_get_worse_with_size_are_told_and_sound_ones_are_not(mistuned: float, is_told: bool) -> None:
+    rng = np.random.default_rng(1)
+    factors = (0.25, 0.5, 1) if mistuned else (0.5, 1, 2)
+    told = ["lost" in rates(simulated(rng, 2e-3, mistuned=mistuned, factors=factors)).verdict() for _ in range(20)]
+    assert np.mean(told) >= 0.9 if is_told else np.mean(told) <= 0.05
+
+
+def test_a_law_as_if_all_were_tuned_is_right_where_rates_get_worse_with_size() -> None:
+    """As measured, alpha lies off the truth of 0.38."""
+    rng, held, gap = np.random.default_rng(2), [], []
+    for _ in range(12):
+        both = corrected(rates(simulated(rng, 1e-3, mistuned=0.25, factors=(0.25, 0.5, 1))))
+        held.append(both.intervals["alpha"].low < 0.38 < both.intervals["alpha"].high)
+        gap.append([abs(fitted.params["alpha"] - 0.38) for fitted in (both.measured, both.tuned)])
+    assert np.mean(held) >= 0.9
+    measured, tuned = np.mean(gap, axis=0)
+    assert tuned < measured / 3
+
+
+def test_an_optimum_beyond_the_rates_that_were_tried_is_refused_by_name() -> None:
+    table = simulated(np.random.default_rng(3), 1e-4)
+    largest = table["N"] == table["N"].max()
+    found = rates(table[~(largest & (table.groupby(["N", "D"])["lr_peak"].rank() > 1))].copy())
+    assert (found.table.loc[found.table["N"] == table["N"].max(), "found"] == "by the law").all()
+    shifted = table.copy()
+    top = shifted[largest & (shifted["D"] == shifted["D"].unique()[1])]
+    shifted.loc[top.index, "val_loss"] = [0.52, 0.51, 0.50]
+    found = rates(shifted)
+    assert found.table.set_index(["N", "D"]).loc[(top["N"].iloc[0], top["D"].iloc[0]), "found"] == "edge"
+    assert "N = 10M, D = 3.16M: try further ones" in found.summary()
+
+
+def test_one_size_with_three_rates_has_an_optimum_without_an_interval() -> None:
+    table = pd.DataFrame({"N": 1e6, "D": 1e7, "lr_peak": [1e-3, 2e-3, 4e-3], "val_loss": [2.01, 2.0, 2.01]})
+    found = rates(table)
+    assert found.table["lr_best"].item() == pytest.approx(2e-3)
+    assert "not known" in found.verdict()
+    assert not found.laws
+
+
+def test_real_rates_of_the_fashion_study() -> None:
+    """Three sizes at one amount of data: the best rate falls with size."""
+    found = rates(read_table(Path(__file__).parents[3] / "docs/study/results/learning-rates.parquet"))
+    assert found.table.sort_values("N")["lr_best"].is_monotonic_decreasing
+    assert list(found.laws["lr"].law.variables) == ["N"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"columns": ["N", "D", "val_loss"]}, "lr_peak"), ({"query": "D < 2e6"}, "No size has 3 values of lr_peak")],
+)
+def test_tables_without_rates_say_what_is_missing(change: dict, told: str) -> None:
+    table = simulated(np.random.default_rng(0), 1e-3)
+    table = table[change["columns"]] if "columns" in change else table.query(change["query"])
+    with pytest.raises(AnalysisError, match=told):
+        rates(table)
+
+
+def test_a_product_of_powers_is_centred_and_reported_in_the_formulas_own_terms() -> None:
+    law = product("N", "D")
+    shown = {**law.constants, "N0": 1e6, "D0": 1e8}
+    value = 2.0 * (3e6 / 1e6) ** -0.5 * (2e8 / 1e8) ** 0.3
+    centred = replace(law, constants=shown)
+    at = {"N": np.array([3e6]), "D": np.array([2e8])}
+    assert centred.value(at, {"c": np.array(2.0), "a": np.array(-0.5), "b": np.array(0.3)}) == pytest.approx(value)
+    own = centred.reported({"c": np.array(2.0), "a": np.array(-0.5), "b": np.array(0.3)})
+    assert own["c"] * 3e6**-0.5 * 2e8**0.3 == pytest.approx(value)
