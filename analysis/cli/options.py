@@ -24,8 +24,8 @@ PANEL = "Table"
 Tables = Annotated[
     list[Path],
     typer.Argument(
-        help="CSV, TSV, Parquet or JSON-lines tables, sweeps (file or folder), or folders of runs of TensorBoard "
-        "or Lightning; several are read as one."
+        help="CSV, TSV, Parquet or JSON-lines tables, sweeps (file or folder), or folders of runs of TensorBoard, "
+        "MLflow or Lightning; several are read as one."
     ),
 ]
 Columns = Annotated[

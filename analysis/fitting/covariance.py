@@ -83,7 +83,7 @@ class Sandwich:
         s = self.adjusted @ contrast
         u, v = (_sums(self.clusters, each * s[:, None]) for each in (self.design.x, self.design.weighted))
         p = np.diag(np.bincount(self.clusters, s**2)) + u @ self.design.squared @ u.T - u @ v.T - v @ u.T
-        return max(1.0, _effective(p))
+        return max(1.0, effective_degrees(p))
 
     def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
         """Return standard errors and degrees of freedom (m,) of contrasts (m, k) of the parameters."""
@@ -194,7 +194,8 @@ def components_of(design: Design, residual: Array, groups: Groups) -> Components
             expected[i, j] = np.sum(cells**2) - 2 * np.sum(crossed * v[j]) + np.sum((u[i].T @ u[i]) * (v[j].T @ v[j]))
         if name != "points":
             kept = np.diag(np.bincount(rows, root)) - u[i] @ v[i].T  # F' R (I - H) F
-            own[name] = max(1e-9, _effective(kept @ kept.T)) if len(kept) <= MANY_CLUSTERS else float(len(kept) - k)
+            few = len(kept) <= MANY_CLUSTERS
+            own[name] = max(1e-9, effective_degrees(kept @ kept.T)) if few else float(len(kept) - k)
     scale = np.sqrt(np.where(np.diag(expected) > 0, np.diag(expected), 1.0))  # 0 where the law leaves nothing of groups
     found = nnls(expected / np.outer(scale, scale), squares / scale)[0] / scale
     own["points"] = max(1.0, spare - sum(own.values()))
@@ -209,6 +210,6 @@ def _sums(codes: Array, columns: Array) -> Array:
     return np.stack([np.bincount(codes, column) for column in columns.T], axis=1)
 
 
-def _effective(form: Array) -> float:
+def effective_degrees(form: Array) -> float:
     """Return the degrees of freedom (tr P)^2 / tr P^2 of a quadratic form (m, m)."""
     return float(np.trace(form) ** 2 / max(np.sum(form**2), 1e-300))

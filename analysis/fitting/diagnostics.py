@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+from scipy.stats import f as fisher
 
 from aimscale.analysis.errors import option
-from aimscale.analysis.fitting.covariance import components_of, linear_design
-from aimscale.analysis.fitting.groups import Groups, basis_of, groups_of, numbers_of_values, visible_groups
+from aimscale.analysis.fitting.covariance import effective_degrees
+from aimscale.analysis.fitting.groups import Groups, basis_of, numbers_of_values
 from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.inference import SMALLEST_DELTA, Estimate
 from aimscale.analysis.fitting.problem import Problem
@@ -34,24 +34,14 @@ SAME_VARIABLE = 0.999
 """Two variables whose logarithms correlate by more than this are one: 6 % of scatter about a proportion over 100x."""
 OUTLIER_SCALES = 6.0
 """A residual beyond this many robust standard deviations is named: of 1000 normal errors none is, once in a million."""
-WITHIN_NOISE = 2.0
-"""Log-likelihood that a rival minimum may lose and still be hardly less likely than the best."""
 ALARM = 0.01
 """A test is told of at this probability or less."""
-MIN_GROUPS, MAX_GROUPS = 5, 30
-"""Fewer values of a variable leave too little to tell by, and of more each alone hardly matters."""
+MAX_GROUPS = 30
+"""Of more values of a column each alone hardly matters."""
 MOST_POINTS = 400
 """Points that the test of the form looks at: of larger tables those of evenly spaced cells."""
 HARDLY = 1e-3
 """Patterns that the law's own derivatives explain to 99.9 % are not tested."""
-FAMILY_ALARM = 0.025
-"""Probability that any value of any variable of a sound table is named (Bonferroni)."""
-CURVE_DEGREES = 3
-"""Degrees of freedom that a law's curve in one variable takes: limit, coefficient, exponent."""
-CERTAIN = 14.0
-"""A group this many standard deviations off is named however few others tell their spread."""
-BLIND_THRESHOLD = 6.0
-"""Standard deviations of points that a group must lie off if too few sizes are left to know their spread."""
 
 
 def diagnose(
@@ -74,7 +64,6 @@ def diagnose(
         flags.append(Flag(kind="few_values", subject=names, text=text))
     of_params, of_variables = [*_parameters(found, intervals)], [*_variables(found.problem, points)]
     flags += [flag for flag, _ in of_params if flag.subject not in hidden]
-    flags += [] if hidden else _rivals(found)
     flags += [
         *(flag for flag, _ in of_variables),
         *_outliers(found, points),
@@ -85,19 +74,6 @@ def diagnose(
     lost |= {name for name, i in ends.items() if not i.high - i.low <= WIDE_DERIVED}
     inner = set(law.names) - set(params)  # the law's own coordinates, unknown to the reader
     return tuple(f for f in flags if f.subject not in inner), lost & set(params)
-
-
-def _rivals(found: Estimate) -> Iterator[Flag]:
-    """Flag another minimum that fits as well within the noise, whose scale is fitted, too: n/2 ln(S/S0) of squares,
-    n ln(S/S0) of absolute values."""
-    if len(found.minima) > 1:
-        problem = found.problem
-        power = 1 if problem.objective.robust and not problem.objective.multiple else 2
-        best, rival = (max(each.total, 1e-12) for each in found.minima[:2])
-        gap = float(np.sum(problem.weights > 0) / power * np.log(rival / best))
-        if gap < WITHIN_NOISE:
-            text = f"Other parameters fit as well within the noise: their log-likelihood is {gap:.2g} lower."
-            yield Flag(kind="rival", number=gap, text=text)
 
 
 def _parameters(found: Estimate, intervals: Mapping[str, Interval]) -> Iterator[tuple[Flag, set[str]]]:
@@ -181,7 +157,7 @@ def blind_flags(groups: Groups, unseen: Collection[str], few: Collection[str]) -
 
 def lack_of_fit(found: Estimate, points: Observations, rows: pd.DataFrame) -> tuple[Flag, ...]:
     """Collect flags against a law; `rows` are the table's of the fitted points (n,)."""
-    return (*_form(found, points, rows), *_odd_groups(found, points, rows), *_experiments(found, rows))
+    return (*_form(found, points, rows), *_experiments(found, rows))
 
 
 def _form(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
@@ -247,7 +223,8 @@ def extra_columns_test(found: Estimate, columns: Array, keep: Array) -> tuple[fl
     leave, r and all columns are scaled by the roots of the weights.
 
     Returns:
-        What `ratio_test` returns, a and b; None where either is 0.
+        F, its probability, the root of the sum of squares above that the mean square below does not explain, a and b;
+        None where either is 0.
     """
     root = np.sqrt(found.design.weights[keep])[:, None]
     known, unit = basis_of(found.design.x[keep] * root), columns * root
@@ -258,83 +235,14 @@ def extra_columns_test(found: Estimate, columns: Array, keep: Array) -> tuple[fl
         return None
     below = np.linalg.qr(np.column_stack([known, above]), mode="complete")[0][:, -b:]
     covariance = found.components.covariance(found.groups.rows(keep), len(keep)) * root * root.T
-    return *ratio_test(found.residual[keep] * root[:, 0], above, below, covariance), a, b
+    squares, rest = (np.sum((found.residual[keep] * root[:, 0] @ basis) ** 2) for basis in (above, below))
+    noise = max(float(rest) / b, 1e-300)
+    f, excess = float(squares) / a / noise, float(np.sqrt(max(0.0, squares - a * noise)))
+    return f, f_probability(f, *(basis.T @ covariance @ basis for basis in (above, below))), excess, a, b
 
 
-def ratio_test(scaled: Array, above: Array, below: Array, covariance: Array) -> tuple[float, float, float]:
-    """F-test of residuals (n,) along orthonormal bases (n, a) and (n, b), of normal errors of a covariance (n, n).
-
-    The ratio of mean squares exceeds F where a quadratic form of the errors is positive: a sum of chi-squared
-    variables, weighted by the form's eigenvalues. Of independent errors this is Fisher's F.
-
-    Returns:
-        F, its probability, and the root of the sum of squares above that the mean square below does not explain.
-    """
-    squares = [float(np.sum((scaled @ basis) ** 2)) for basis in (above, below)]
-    degrees = above.shape[1], below.shape[1]
-    noise = max(squares[1] / degrees[1], 1e-300)
-    f = squares[0] / degrees[0] / noise
-    basis, form = np.column_stack([above, below]), np.repeat([1 / degrees[0], -f / degrees[1]], degrees)
-    values, axes = np.linalg.eigh(basis.T @ covariance @ basis)
-    root = axes * np.sqrt(np.maximum(values, 0.0))
-    p = positive_probability(np.linalg.eigvalsh(root.T @ (form[:, None] * root)))
-    return f, p, float(np.sqrt(max(0.0, squares[0] - degrees[0] * noise)))
-
-
-def positive_probability(weights: Array) -> float:
-    """Return the probability that a sum of weights (m,) times chi-squared variables of one degree is positive.
-
-    It is Imhof's integral (1961) over the logarithm of its variable, by the trapezoidal rule: known to 1e-10.
-    """
-    u, step = np.exp(np.arange(-38, 38, 0.04)), 0.04
-    lines = weights[:, None] / max(float(np.abs(weights).max()), 1e-300) * u
-    angle, decay = 0.5 * np.arctan(lines).sum(axis=0), np.exp(-0.25 * np.log1p(lines**2).sum(axis=0))
-    return float(np.clip(0.5 + step / np.pi * np.sum(np.sin(angle) * decay), 1e-10, 1.0))
-
-
-def _odd_groups(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
-    """Flag the size that lies farthest off the law fitted without it, if any does, and likewise of other variables;
-    only the farthest, because its neighbours may suffer from it."""
-    shared = groups_of(rows, points.x)
-    for v, values in points.x.items():
-        codes = numbers_of_values(values)
-        num = int(codes.max()) + 1
-        enough = len(codes) - np.bincount(codes).max() > found.problem.num_free + 1
-        if not MIN_GROUPS <= num <= MAX_GROUPS or num == len(codes) or not enough:
-            continue
-        off, deviations, is_blind = np.array([_left_out(found, shared, codes == k) for k in range(num)]).T
-        usual = min(CERTAIN, student.ppf(1 - FAMILY_ALARM / len(points.x) / num / 2, max(1, num - 1 - CURVE_DEGREES)))
-        worst = int(np.argmax(odd := deviations * (deviations > np.where(is_blind, BLIND_THRESHOLD, usual))))
-        if odd[worst]:
-            is_named = v == "N" and "size" in rows
-            name = (
-                str(rows["size"].iloc[int(np.argmax(codes == worst))])
-                if is_named
-                else f"= {values[codes == worst][0]:.3g}"
-            )
-            far = f"{100 * off[worst]:+.2g} % off the law fitted without it ({odd[worst]:.2g} standard deviations)"
-            text = f"{'size' if is_named else v} {name} lies {far}."
-            yield Flag(kind="off", subject=name, number=100 * float(off[worst]), text=text)
-
-
-def _left_out(found: Estimate, shared: Groups, out: Array) -> tuple[float, float, bool]:
-    """Compare a group of points (mask) with the law without them, by the linearised fit to the others.
-
-    With G the inverse design of the others, the group's mean residual g'r less what the law's parameters moved is
-    g'e_out - g'X_out G e_rest: a contrast of all errors, whose variance the others' components tell.
-
-    Returns:
-        The mean residual of T(y) from the law without the group, its size in standard deviations, and whether too few
-        groups are left to tell what their points share.
-    """
-    jacobian, weights, keep = found.problem.linearised(found.vector), found.problem.weights, ~out
-    share = np.where(out, weights, 0.0) / weights[out].sum()
-    inverse, rest = np.zeros(jacobian.shape[::-1]), linear_design(jacobian[keep], weights[keep])
-    inverse[:, keep] = rest.inverse
-    moved = jacobian @ (inverse @ found.residual)
-    gap = share - (share @ jacobian) @ inverse
-    left, unseen, _ = visible_groups(shared.rows(keep), jacobian[keep])
-    spread = components_of(rest, (found.residual - moved)[keep], left)
-    sd = float(np.sqrt(spread.variance_of(gap[None], shared)[0]))
-    off = float(share @ (found.problem.residual(found.vector) - moved))
-    return off, abs(off) / max(sd, 1e-300), bool(unseen)
+def f_probability(f: float, above: Array, below: Array) -> float:
+    """Return the probability that a ratio of mean squares of normal variables exceeds f, by their covariances (a, a)
+    and (b, b): of independent ones it is Fisher's; else each is taken for a scaled chi-squared (Box 1954)."""
+    expected = (np.trace(above) / len(above)) / (np.trace(below) / len(below))
+    return float(fisher.sf(f / expected, effective_degrees(above), effective_degrees(below)))

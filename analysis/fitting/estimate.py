@@ -89,7 +89,7 @@ def fit(
         intervals={name: own[name] for name in params if name in own},
         flags=(*flags, *against, *points.flags),
         not_identified=not_identified,
-        objective_value=found.minima[0].total,
+        objective_value=found.minimum.total,
         num_points=len(points.y),
         num_rows=points.num_rows,
         exclusions=points.exclusions,

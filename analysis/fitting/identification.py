@@ -22,23 +22,17 @@ NULL_SLOPE = 1e-10
 """A direction of the parameters that moves the law by less than this share of the strongest one does not move it."""
 PROBE_STEP, MOVED = 1e-3, 1e-7
 """Step along such a direction, and the relative change of a parameter that counts as following it."""
-PLACE = 0.35, 0.618
-"""Non-linear parameters are set from this share of their range on, each by the golden ratio further within a third of
-it: any generic interior point will do, but in the middle some laws are degenerate."""
-MAX_CELLS = 400
-"""Scales that are looked at: evenly spaced ones where there are more."""
+PLACES = 0.35, 0.65
+"""Shares of their ranges, evenly between, that non-linear parameters are set to: any generic interior point will do."""
 
 
 def unidentified(law: Law, x: Mapping[str, Array], held: Collection[str] = ()) -> frozenset[str]:
     """Find the parameters, reported and derived ones included, that measurements at scales (n,) cannot tell; those
     `held` at a value are known."""
     cells = np.unique([_rounded(np.asarray(x[v], float)) for v in law.variables], axis=1)
-    num = cells.shape[1]
-    cells = cells[:, np.linspace(0, num - 1, min(num, MAX_CELLS)).astype(int)]
     problem = make_problem(law, dict(zip(law.variables, cells, strict=True)), np.ones(cells.shape[1]), LOG_LSQ)
     vector, p = np.ones(len(problem.lower)), problem.num_linear
-    share = PLACE[0] + np.mod(PLACE[1] * np.arange(len(vector) - p), 1.0) / 3
-    vector[p:] = problem.lower[p:] + share * (problem.upper[p:] - problem.lower[p:])
+    vector[p:] = problem.lower[p:] + np.linspace(*PLACES, len(vector) - p) * (problem.upper - problem.lower)[p:]
     movable = np.array([name not in held for name in law.names])
     jacobian = problem.predict_and_jacobian(vector)[1][movable].T
     size = np.linalg.norm(jacobian, axis=0)

@@ -45,8 +45,7 @@ class Estimate:
     """Best parameters of a law, with their covariance and the errors of the points."""
 
     problem: Problem
-    minima: tuple[Minimum, ...]
-    """Distinct local minima, best first."""
+    minimum: Minimum
     components: Components
     """Errors of T(y) that points share, and of single points."""
     groups: Groups
@@ -72,7 +71,7 @@ class Estimate:
     @property
     def vector(self) -> Array:
         """Optimum (k,) in the optimiser's coordinates."""
-        return self.minima[0].vector
+        return self.minimum.vector
 
     @cached_property
     def params(self) -> dict[str, float]:
@@ -148,7 +147,7 @@ def estimated(problem: Problem, groups: Groups) -> Estimate:
     design, residual = linear_design(jacobian, problem.weights), pull / np.average(slope, weights=problem.weights)
     return Estimate(
         problem=problem,
-        minima=tuple(minima),
+        minimum=minima[0],
         components=components_of(design, residual, seen),
         groups=seen,
         unseen=unseen,

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import least_squares, nnls
 from scipy.spatial import cKDTree
-from scipy.stats.qmc import Halton
 
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law
@@ -35,7 +34,7 @@ RIDGE = 1e-11
 ROUGH, FINE = 1e-4, 1e-13
 """Relative changes of objective, step and gradient at which a refinement ends."""
 MAX_EVALUATIONS = {ROUGH: 25, FINE: 200}
-SAME_MINIMUM = {ROUGH: 0.05, FINE: 0.01}
+SAME_MINIMUM = 0.05
 """Relative distance of vectors within which they are taken for one minimum."""
 SHRINK = 6.0
 """Factor by which the quadratic zone shrinks at each step of the continuation."""
@@ -190,21 +189,21 @@ def global_minimum(problem: Problem) -> list[Minimum]:
     """Find the distinct local minima, best first: the floors of the grid's valleys, refined."""
     first = starts(problem)
     first = first if len(first) else np.clip(np.zeros((1, len(problem.lower))), problem.lower, problem.upper)
-    rough = _distinct([_refined(problem, start, ROUGH) for start in first], ROUGH)
+    rough = _distinct([_refined(problem, start, ROUGH) for start in first])
     return refine(problem, rough)
 
 
 def refine(problem: Problem, minima: Iterable[Minimum]) -> list[Minimum]:
     """Refine minima of a similar problem to the distinct ones of this, best first."""
-    return _distinct([minimise(problem, each.vector) for each in minima], FINE)
+    return _distinct([minimise(problem, each.vector) for each in minima])
 
 
-def _distinct(found: list[Minimum], tolerance: float) -> list[Minimum]:
+def _distinct(found: list[Minimum]) -> list[Minimum]:
     """Keep the minima of finite objective that differ, best first."""
     kept: list[Minimum] = []
     for each in sorted(found, key=lambda m: m.total):
         apart = [np.max(np.abs(m.vector - each.vector) / (np.abs(m.vector) + 1e-2)) for m in kept]
-        if np.isfinite(each.total) and all(d > SAME_MINIMUM[tolerance] for d in apart):
+        if np.isfinite(each.total) and all(d > SAME_MINIMUM for d in apart):
             kept.append(each)
     return kept
 
@@ -292,6 +291,8 @@ def starts(problem: Problem) -> Array:
 def _unit_grid(movable: Array) -> Array:
     """Return fixed points (m, q) of the unit cube: a product grid for q <= 2, a low-discrepancy sequence above."""
     if (q := len(movable)) > 2:
+        from scipy.stats.qmc import Halton  # slow to import, and many designs need none
+
         return Halton(q, scramble=False).random(1024 * (q - 1))
     axes = [np.linspace(0, 1, (96, 20)[q - 1] if moves else 1) for moves in movable]
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, q) if q else np.zeros((1, 0))

@@ -147,19 +147,9 @@ class Fit(Result):
         return pd.DataFrame(rows @ matrix @ rows.T, index=names, columns=names)
 
     @property
-    def bse(self) -> pd.Series:
-        """Standard errors of the identified parameters."""
-        return pd.Series(np.sqrt(np.diag(self.cov)), index=self.cov.index)
-
-    @property
     def resid(self) -> pd.Series:
         """Residuals of T(y): of its logarithm where the objective takes that."""
         return self.data["residual"]
-
-    @property
-    def fittedvalues(self) -> pd.Series:
-        """The law at the fitted points."""
-        return self.data["fitted"]
 
     @property
     def nobs(self) -> int:
@@ -180,11 +170,6 @@ class Fit(Result):
     def aic(self) -> float:
         """Akaike's criterion, 2 k - 2 llf with k free parameters of the law."""
         return 2 * self.estimate.problem.num_free - 2 * self.llf
-
-    @property
-    def bic(self) -> float:
-        """Bayesian criterion, k ln(n) - 2 llf."""
-        return float(np.log(self.nobs)) * self.estimate.problem.num_free - 2 * self.llf
 
     def shown(self, name: str, digits: int = 4) -> str:
         """Write a parameter: digits with its interval, a bound, or the words "not identified"."""

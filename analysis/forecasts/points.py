@@ -23,7 +23,7 @@ AUTO = "auto"
 JOINT = ("chinchilla", "overtrained", "coupled", "kaplan")
 WITH_REPEATS = ("repeated", "overfitting")
 """Further candidates where rows see pools of several sizes more than once: of one pool, repeats and D are alike."""
-ONE_VARIABLE = ("power", "power_offset", "saturating")
+ONE_VARIABLE = ("power", "power_offset")
 
 
 @dataclass(frozen=True, kw_only=True)

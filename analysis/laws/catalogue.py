@@ -27,14 +27,6 @@ def _power(v: Columns, t: Params, *, x: str, offset: bool) -> Terms:
     return *[1.0] * offset, np.exp(-t["a"] * v.log(x))
 
 
-def _saturating(v: Columns, t: Params, *, x: str) -> Terms:
-    return 1.0, np.exp(-t["a"] * np.log(v[x] + t[f"{x}0"]))
-
-
-def _turning_points(v: Columns, *, x: str) -> Bounds:
-    return 1e-3 * float(np.min(v[x])), float(np.max(v[x]))
-
-
 def power(x: str = "x", *, offset: bool = True) -> Law:
     """Make a power law in one variable, with or without an offset."""
     return Law(
@@ -45,19 +37,6 @@ def power(x: str = "x", *, offset: bool = True) -> Law:
         nonlinear=(exponent("a"),),
         basis=partial(_power, x=x, offset=offset),
         source="M2 of Alabdulmohsin et al. 2022" if offset else "Kaplan et al. 2020; M1 of Alabdulmohsin et al. 2022",
-    )
-
-
-def saturating(x: str = "x") -> Law:
-    """Make a power law that levels off at small scale too."""
-    return Law(
-        name="saturating",
-        formula=f"L = E + A ({x} + {x}0)^-a",
-        variables=(x,),
-        linear=(coefficient("E"), coefficient("A")),
-        nonlinear=(exponent("a"), Parameter(name=f"{x}0", bounds=partial(_turning_points, x=x), log=True)),
-        basis=partial(_saturating, x=x),
-        source="Zhai et al. 2022",
     )
 
 
@@ -304,11 +283,7 @@ FARSEER = Law(
     source="Farseer (Li et al. 2025)",
 )
 
-_ONE_VARIABLE: dict[str, Callable[[str], Law]] = {
-    "power": partial(power, offset=False),
-    "power_offset": power,
-    "saturating": saturating,
-}
+_ONE_VARIABLE: dict[str, Callable[[str], Law]] = {"power": partial(power, offset=False), "power_offset": power}
 """Laws in one variable, as functions of its name."""
 _JOINT = (CHINCHILLA, KAPLAN, COUPLED, FARSEER, OVERTRAINED, REPEATED, REPEATED_BOTH, OVERFITTING)
 

@@ -39,7 +39,12 @@ class Approaches(Result):
     @property
     def table(self) -> pd.DataFrame:
         """One row an approach: approach, exponent, low, high, method, refused."""
-        return pd.concat([each.table for each in self.frontiers], ignore_index=True)
+        rows = [
+            {"approach": f.approach, "exponent": f.exponent, **vars(f.exponent_interval), "method": f.method}
+            | {"refused": len(f.refusals)}
+            for f in self.frontiers
+        ]
+        return pd.DataFrame(rows)
 
     def at(self, flops: Array) -> pd.DataFrame:
         """Return the optimum at budgets by every approach (see `Frontier.at`)."""
@@ -72,8 +77,16 @@ class Approaches(Result):
         return f"Compute-optimal size for {self.measure} by approach {names}{apart * (len(self.frontiers) > 1)}"
 
     def cells(self) -> list[dict[str, str]]:
-        """Write a row an approach."""
-        return [row for each in self.frontiers for row in each.cells()]
+        """Write a row an approach: the exponent with its interval, the range of C."""
+        return [
+            {
+                "approach": str(f.approach),
+                "N* ~ C^a": f"{f.exponent:.3f}",
+                "95 % interval": f.exponent_interval.words(),
+                "C (FLOP)": " to ".join(power_of_ten(c, 3) for c in f.range),
+            }
+            for f in self.frontiers
+        ]
 
     def facts(self) -> list[tuple[str, str]]:
         """List flags and approaches that were not possible, what is lowest, how far the approaches differ, and how each
@@ -83,7 +96,7 @@ class Approaches(Result):
         if len(self.frontiers) > 1:
             apart = (f"{self.disagreement(c):.2f} times at {power_of_ten(c, 3)} FLOP" for c in (top, 100 * top))
             found.append(("N* apart", ", ".join(apart)))
-        return [*found, *(each.facts()[-1] for each in self.frontiers)]
+        return [*found, *((f"approach {each.approach}", each.method_words) for each in self.frontiers)]
 
     def summary(self, flops: Array = None) -> str:
         """Write all approaches, and the optimum at amounts of compute: by default the largest, and ten times it."""

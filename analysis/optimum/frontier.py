@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.inference import CONFIDENCE
@@ -18,7 +17,7 @@ from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.table.names import our_name
 from aimscale.analysis.table.points import resolve_columns, usable_rows
-from aimscale.analysis.words import Flag, power_of_ten
+from aimscale.analysis.words import Flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +79,8 @@ def student_interval(value: float, error: float, degrees: float, method: str = "
     return Interval(low=value - half, high=value + half, method=method)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Frontier(Result):
+@dataclass(frozen=True, kw_only=True)
+class Frontier:
     """Compute-optimal size N*(C) = k C^a by one approach."""
 
     approach: int
@@ -123,28 +122,11 @@ class Frontier(Result):
             out |= {"loss": predicted["value"], "loss_lo": predicted["ci_lo"], "loss_hi": predicted["ci_hi"]}
         return pd.DataFrame({**out, "beyond_range": np.maximum(1.0, c / self.range[1])})
 
-    def headline(self) -> str:
-        """Say the exponent with its interval."""
-        return f"Approach {self.approach}: N*(C) ~ C^{self.exponent:.3f} {self.exponent_interval.words()}"
-
-    def facts(self) -> list[tuple[str, str]]:
-        """List what the interval does not count, how it and the exponent were found, and what was left out."""
-        left = f"; left out: {refusal_words(self.refusals)}" if self.refusals else ""
-        found = f"{self.method}; interval: {self.exponent_interval.method}{left}"
-        return [*(("with care", str(flag)) for flag in self.flags), (f"approach {self.approach}", found)]
-
-    def cells(self) -> list[dict[str, str]]:
-        """Write one row: the exponent with its interval, the range of C."""
-        low, high = (power_of_ten(c, 3) for c in self.range)
-        row = {"approach": str(self.approach), "N* ~ C^a": f"{self.exponent:.3f}"}
-        return [{**row, "95 % interval": self.exponent_interval.words(), "C (FLOP)": f"{low} to {high}"}]
-
     @property
-    def table(self) -> pd.DataFrame:
-        """One row: approach, exponent, low, high, method, refused."""
-        i = self.exponent_interval
-        row = {"approach": self.approach, "exponent": self.exponent, "low": i.low, "high": i.high}
-        return pd.DataFrame([{**row, "method": self.method, "refused": len(self.refusals)}])
+    def method_words(self) -> str:
+        """Method, that of the interval, and what was left out."""
+        left = f"; left out: {refusal_words(self.refusals)}" if self.refusals else ""
+        return f"{self.method}; interval: {self.exponent_interval.method}{left}"
 
     def exponent_words(self) -> str:
         """Write the exponent with its interval."""

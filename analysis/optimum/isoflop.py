@@ -18,7 +18,7 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import components_of, linear_design
 from aimscale.analysis.fitting.diagnostics import blind_flags
-from aimscale.analysis.fitting.groups import SAME_COMPUTE, groups_of, visible_groups
+from aimscale.analysis.fitting.groups import SAME_COMPUTE, chained, groups_of, visible_groups
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, cost_of, points_of, student_interval
 from aimscale.analysis.words import Flag
@@ -131,22 +131,9 @@ def _surface(points: pd.DataFrame, log_losses: Array) -> tuple[Array, Array, flo
 
 
 def shared_budgets(points: pd.DataFrame) -> pd.Series:
-    """Find the budget of every row: the mean C of rows within `SAME_COMPUTE` of each other.
-
-    The budgets that most sizes share are taken first: a table that holds a grid of (N, D) beside its iso-FLOP runs has
-    rows at nearly every C, and chained by nearness they would all be one budget.
-    """
-    ordered = points.sort_values("C")
-    log_c, num_params = np.log(ordered["C"].to_numpy()), ordered["N"].to_numpy()
-    half = np.log1p(SAME_COMPUTE) / 2
-    near = [slice(*np.searchsorted(log_c, [c - half, np.nextafter(c + half, np.inf)])) for c in log_c]
-    rank = [(-len(np.unique(num_params[each])), np.ptp(log_c[each])) for each in near]
-    group = np.full(len(log_c), -1)
-    for i in sorted(range(len(log_c)), key=rank.__getitem__):
-        if group[i] < 0:
-            group[near[i]] = np.where(group[near[i]] < 0, i, group[near[i]])
-    means = pd.Series(log_c, ordered.index).groupby(group).transform("mean")
-    return means.apply(np.exp).loc[points.index]
+    """Find the budget of every row: the mean C of rows whose neighbours lie within half of `SAME_COMPUTE`."""
+    log_c = pd.Series(np.log(points["C"].to_numpy(float)), points.index)
+    return np.exp(log_c.groupby(chained(log_c.to_numpy(), np.log1p(SAME_COMPUTE) / 2)).transform("mean"))
 
 
 def isoflop_budgets(points: pd.DataFrame) -> pd.Series | None:

@@ -20,7 +20,7 @@ from aimscale.analysis.words import human, percent
 Colour = Literal["green", "amber", "red"]
 MAX_REASONS = 4
 """Reasons told on the first line; the others are flags of the fits below."""
-SMALL, SIZED = 1.0, ("scatter", "pattern", "off")
+SMALL, SIZED = 1.0, ("scatter", "pattern")
 """Per cent below which flags of these kinds change no decision where left-out scales are predicted."""
 HARMLESS = ("factor", "outliers", "tuned", "few_groups")
 """Kinds of flags that never do: a coefficient that its exponent makes up for, points that the objective sets aside, a
@@ -95,8 +95,7 @@ def _law(study: Study, joint: Fit) -> Iterator[str]:
     if laws := study.get("forecaster"):
         yield from beside_others(laws)
     tuning = study.get("tuning")
-    rates = tuning.verdict() if tuning else "whether they are the best is not known, one rate a size"
-    yield f"Learning rates: {rates}."
+    yield f"Learning rates: {tuning.verdict() if tuning else 'not known to be the best, one rate a size'}."
 
 
 def beside_others(laws: Forecaster) -> Iterator[str]:

@@ -1,5 +1,5 @@
 """Logs of other people's tools as one frame of points: Weights & Biases and marin's JSON lines, TensorBoard's event
-files, Lightning's folders.
+files, MLflow's and Lightning's folders.
 
 Of W&B, names of this project's own runs are mapped to ours, so that their exports need no `--columns` (docs/wandb.md).
 """
@@ -7,6 +7,8 @@ Of W&B, names of this project's own runs are mapped to ours, so that their expor
 from __future__ import annotations
 
 import ast
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,27 +68,52 @@ def run_logs(folder: Path) -> pd.DataFrame:
     The last row of a run has the last value of every metric and the status `complete`, those before it `during`.
     """
     frames = []
-    for run, settings, points in (each for reader in _READERS for each in reader(folder) if len(each[2])):
+    for run, settings, points, status in (each for reader in _READERS for each in reader(folder) if len(each[2])):
         points = points.sort_index()
         points.iloc[-1] = points.ffill().iloc[-1]
-        became = {"run_id": run, "status": [*["during"] * (len(points) - 1), "complete"]}
+        became = {"run_id": run, "status": [*["during"] * (len(points) - 1), status]}
         told = {name: value for name, value in settings.items() if name not in points}
         frames.append(points.reset_index().assign(**told, **became))
     if not frames:
-        known = "results.parquet nor runs of TensorBoard or Lightning"
+        known = "results.parquet nor runs of TensorBoard, MLflow or Lightning"
         raise AnalysisError(f"{folder} holds neither {known}; give another folder, or `aimscale collect` a sweep")
     return pd.concat(frames, ignore_index=True)
 
 
-_Run = tuple[str, dict[str, Any], pd.DataFrame]
-"""Name of a run, its settings, and its metrics by step."""
+_Run = tuple[str, dict[str, Any], pd.DataFrame, str]
+"""Name of a run, its settings, its metrics by step, and its status."""
+
+
+def _mlflow_store(folder: Path) -> Iterator[_Run]:
+    """Read MLflow's database, `mlflow.db`."""
+    for file in sorted(folder.glob("**/mlflow.db")):
+        with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as store:
+            read = {name: pd.read_sql(f"SELECT * FROM {name}", store) for name in ("runs", "params", "metrics")}
+        for run in read["runs"].to_dict("records"):
+            params, metrics = (read[name][read[name]["run_uuid"] == run["run_uuid"]] for name in ("params", "metrics"))
+            points = metrics.pivot_table(index="step", columns="key", values="value", aggfunc="last")
+            settings = {key: _value(value) for key, value in zip(params["key"], params["value"], strict=True)}
+            yield run["name"], settings, points, "complete" if run["status"] == "FINISHED" else "unfinished"
+
+
+def _mlflow_files(folder: Path) -> Iterator[_Run]:
+    """Read MLflow's folder of files, `mlruns`: lines `time value step` in a file for every metric."""
+    for meta in sorted(folder.glob("**/meta.yaml")):
+        files = [each for each in sorted(meta.parent.glob("metrics/**/*")) if each.is_file()]
+        names = [each.relative_to(meta.parent / "metrics").as_posix() for each in files]
+        values = [pd.read_csv(each, sep=" ", header=None).groupby(2)[1].last() for each in files]
+        points = pd.DataFrame(dict(zip(names, values, strict=True))).rename_axis("step")
+        settings = {each.name: _value(each.read_text()) for each in meta.parent.glob("params/*")}
+        told = yaml.safe_load(meta.read_text())
+        status = "complete" if told.get("status") == 3 else "unfinished"  # RunStatus.FINISHED
+        yield told.get("run_name") or meta.parent.name, settings, points, status
 
 
 def _lightning(folder: Path) -> Iterator[_Run]:
     """Read the folders of Lightning's CSV logger: `metrics.csv`, and `hparams.yaml` beside it."""
     for file in sorted(folder.glob("**/metrics.csv")):
         points = pd.read_csv(file).groupby("step").last()
-        yield _run_name(file.parent, folder), _hparams(file.parent), points
+        yield _run_name(file.parent, folder), _hparams(file.parent), points, "complete"
 
 
 def _tensorboard(folder: Path) -> Iterator[_Run]:
@@ -107,7 +134,7 @@ def _tensorboard(folder: Path) -> Iterator[_Run]:
                 given = HParamsPluginData.FromString(content.plugin_data.content).session_start_info.hparams
                 settings |= {name: getattr(value, value.WhichOneof("kind")) for name, value in sorted(given.items())}
         scalars = {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-        yield _run_name(parent, folder), settings, pd.DataFrame(scalars).rename_axis("step")
+        yield _run_name(parent, folder), settings, pd.DataFrame(scalars).rename_axis("step"), "complete"
 
 
 def _run_name(run: Path, folder: Path) -> str:
@@ -129,4 +156,4 @@ def _value(text: Any) -> Any:
         return text
 
 
-_READERS = (_lightning, _tensorboard)
+_READERS = (_mlflow_store, _mlflow_files, _lightning, _tensorboard)

@@ -92,10 +92,10 @@ def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
     runtime = run.config.runtime
     yield from _check_call("schedule.warmup_images", schedule_of, run.config)
     yield from _check_call("cost.memory_gb", plan_execution, run.config, run.devices, device.memory_bytes)
-    stop_s, limit_s = grace_period_s(run), 60 * sweep.file.slurm.time_min
+    stop_s, limit_s = grace_period_s(run), 60 * sweep.file.slurm.time_limit_min
     if stop_s >= limit_s:
         told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"
-        yield "slurm.time_min", f"{told}; raise time_min"
+        yield "slurm.time_limit_min", f"{told}; raise time_limit_min"
     if sweep.file.slurm.python is None:
         yield from _check_call("runtime.loggers", refuse_missing, run.config)
     if runtime.device == "cuda" and not device.is_gpu:
@@ -145,10 +145,11 @@ class _DataChecks:
                 return [("data.sources", why) for why in missing]
         from aimscale.harness.data.store.index import require_channels
         from aimscale.harness.data.stream.sources import require_fingerprint, unique_per_source
-        from aimscale.harness.data.stream.unindexed import shard_urls
 
         found = _check_call("model.channels", require_channels, channels)
         if data.is_unindexed:
+            from aimscale.harness.data.stream.unindexed import shard_urls
+
             return found + _check_call("data.sources", shard_urls, data.sources[0].path)
         infos = [read_info(source.path) for source in data.sources]
         for source, info in zip(data.sources, infos, strict=True):

@@ -32,7 +32,7 @@ def test_names_complete_and_are_what_they_say():
 def test_results_show_and_draw_themselves(grid):
     result = analysis.fit(grid, "chinchilla")
     approaches = analysis.frontier(grid)
-    results = [result, approaches, approaches.frontiers[-1]]
+    results = [result, approaches]
     results += [analysis.held_out(result, grid, by="N"), analysis.correlate(grid, x="D", y="L")]
     for each in results:
         first, *rest = repr(each).splitlines()
@@ -40,14 +40,14 @@ def test_results_show_and_draw_themselves(grid):
         assert 0 < len(rest) <= display.MAX_ROWS + 4
         assert "<table" in each._repr_html_()
         assert len(each.summary()) >= len(first)
-    results[2:2] = [analysis.forecast(grid, {"N": 1e8, "D": 1e6}, law=["chinchilla"])]
+    results[1:1] = [analysis.forecast(grid, {"N": 1e8, "D": 1e6}, law=["chinchilla"])]
     for each in (*results[:3], results[-1]):
         assert isinstance(each.plot(), Figure)
     assert "x" in inspect.signature(type(result).plot).parameters  # help() shows the options
     assert "alpha" in repr(result)
     assert "array(" not in repr(result)
     with pytest.raises(analysis.AnalysisError, match="no figure of a"):
-        results[4].plot()
+        results[3].plot()
 
 
 def test_ones_own_axes_stand_in_ones_own_figure(grid):

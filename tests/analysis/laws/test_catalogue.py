@@ -23,7 +23,6 @@ OVERFITTING = CHINCHILLA | {"G": 0.8, "R0": 40.0}
 TRUTHS = [
     ("power_offset", X, {"E": 0.1, "A": 3, "a": 0.3}),
     ("power", X, {"A": 3, "a": 0.3}),
-    ("saturating", X, {"E": 0.1, "A": 30, "a": 0.4, "x0": 5e3}),
     ("chinchilla", {"N": N, "D": D}, CHINCHILLA),
     ("kaplan", {"N": N, "D": D}, {"K": 2.0, "aN": 0.2, "aD": 0.25, "w": 0.8}),
     ("coupled", {"N": N, "D": D}, {"E": 1.5, "K": 0.9, "alpha": 0.4, "beta": 0.45, "c": 0.6, "w": 1.3}),

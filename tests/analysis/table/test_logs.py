@@ -1,6 +1,8 @@
 """What other tools wrote is read as a table; `fixtures` were made by them. Own exports: tests/harness/log."""
 
+import contextlib
 import json
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,19 @@ def loss(n: float, d: float) -> float:
 @pytest.mark.parametrize(
     ("folder", "columns"),
     [
+        ("mlruns", {"N": "model.params", "D": "tokens", "L": "eval/loss", "train_loss": "train/loss"}),
+        ("mlflow.sql", {"N": "model.params", "D": "tokens", "L": "eval/loss", "train_loss": "train/loss"}),
         ("tensorboard", {"N": "params", "D": "tokens", "L": "eval/loss", "train_loss": "train/loss"}),
         ("lightning_logs", {"N": "model.params", "D": "tokens"}),
     ],
 )
-def test_folders_of_runs_are_tables_of_points(folder, columns):
-    frame = read_table(FIXTURES / folder, columns).sort_values(["params_total", "images_seen"])
+def test_folders_of_runs_are_tables_of_points(folder, columns, tmp_path):
+    if folder == "mlflow.sql":
+        with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+            store.executescript((FIXTURES / folder).read_text())
+    frame = read_table(tmp_path if folder == "mlflow.sql" else FIXTURES / folder, columns).sort_values(
+        ["params_total", "images_seen"]
+    )
     assert frame["params_total"].tolist() == [1e6] * 2 + [4e6] * 3
     assert frame["images_seen"].tolist() == [1e6, 2e6, 1e6, 2e6, 3e6]
     assert frame["status"].tolist() == ["during", "complete", "during", "during", "complete"]
