@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import least_squares, nnls
 from scipy.spatial import cKDTree
-from scipy.stats.qmc import Halton
 
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law
@@ -292,6 +291,8 @@ def starts(problem: Problem) -> Array:
 def _unit_grid(movable: Array) -> Array:
     """Return fixed points (m, q) of the unit cube: a product grid for q <= 2, a low-discrepancy sequence above."""
     if (q := len(movable)) > 2:
+        from scipy.stats.qmc import Halton  # slow to import, and many designs need none
+
         return Halton(q, scramble=False).random(1024 * (q - 1))
     axes = [np.linspace(0, 1, (96, 20)[q - 1] if moves else 1) for moves in movable]
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, q) if q else np.zeros((1, 0))

@@ -53,7 +53,7 @@ def execute_job(directory: Path, shape: JobShape) -> str:
             sweep, runs, _ = load_plan(str(directory), directory.parent)
             machine, broken = _find_machine(sweep.file.slurm, shape)
             runnable = [run for run in runs if machine.can_run(run)]
-            end = float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60 * sweep.file.slurm.time_min)
+            end = float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60 * sweep.file.slurm.time_limit_min)
             worker = Worker(
                 sweep=sweep,
                 machine=machine,
@@ -122,7 +122,7 @@ def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
     if goes_on and (result.interrupted or exclude):
         has_worked = result.finished or result.stopped or result.retried or result.failed
         if not (has_worked or result.stopped_by or exclude):
-            raise WorkerJobError("this job is too short for any run to save; raise slurm.time_min")
+            raise WorkerJobError("this job is too short for any run to save; raise slurm.time_limit_min")
         try:
             job = slurm.jobs().get(goes_on)
             if job and job.state == "RUNNING":  # else it was cancelled, or is requeued already

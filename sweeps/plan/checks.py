@@ -24,9 +24,14 @@ from aimscale.harness.run.config import (
     ValidationSection,
 )
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.sweeps.plan.costs import Finding, grace_period_s, max_indexed_images, plan_execution, planned_device
+from aimscale.sweeps.plan.costs import Finding, grace_period_s, plan_execution
 from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.speed import planned_device
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+
+MAX_LOCAL_INDEX, MAX_REMOTE_INDEX = 50_000_000, 1_000_000
+"""Largest data sets, in images, whose index is opened on disk and at a URL; larger ones are left to the trainers.
+Opening takes 25 bytes per image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,7 @@ class Problem:
 
 
 def check(sweep: Sweep, runs: Sequence[Run]) -> tuple[Problem, ...]:
-    """Return the problems of these runs, equal ones once; data sets above `max_indexed_images` are not opened."""
+    """Return the problems of these runs, equal ones once; data sets above `MAX_LOCAL_INDEX` are not opened."""
     device, data = planned_device(sweep, runs), _DataChecks()
     return group_findings((run.run_id, (*_check_config(sweep, run, device), *data.check(run.config))) for run in runs)
 
@@ -92,21 +97,17 @@ def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
     runtime = run.config.runtime
     yield from _check_call("schedule.warmup_images", schedule_of, run.config)
     yield from _check_call("cost.memory_gb", plan_execution, run.config, run.devices, device.memory_bytes)
-    stop_s, limit_s = grace_period_s(run), 60 * sweep.file.slurm.time_min
+    stop_s, limit_s = grace_period_s(run), 60 * sweep.file.slurm.time_limit_min
     if stop_s >= limit_s:
         told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"
-        yield "slurm.time_min", f"{told}; raise time_min"
+        yield "slurm.time_limit_min", f"{told}; raise time_limit_min"
     if sweep.file.slurm.python is None:
         yield from _check_call("runtime.loggers", refuse_missing, run.config)
     if runtime.device == "cuda" and not device.is_gpu:
         where = "slurm.gpus asks for no GPU" if sweep.is_for_slurm else "this machine has no GPU"
         yield "runtime.device", f"cuda is asked for, and {where}; use cpu or auto"
     if runtime.compile is True and not device.is_gpu:
-        import torch
-
-        from aimscale.harness.step.engine import should_compile
-
-        yield from _check_call("runtime.compile", should_compile, True, torch.device("cpu"), 0)
+        yield "runtime.compile", "blocks are compiled on a GPU alone, and these runs have a CPU; use auto"
 
 
 class _DataChecks:
@@ -129,7 +130,7 @@ class _DataChecks:
     def _open(self, path: str) -> tuple[Any, str | None]:
         """Open a data set: return (data set or None, error or None); both are None if it is too large to open here."""
         try:
-            if read_info(path).num_samples > max_indexed_images(path):
+            if read_info(path).num_samples > (MAX_REMOTE_INDEX if "://" in path else MAX_LOCAL_INDEX):
                 return None, None
             from aimscale.harness.data.store.index import open_dataset
 
@@ -145,10 +146,11 @@ class _DataChecks:
                 return [("data.sources", why) for why in missing]
         from aimscale.harness.data.store.index import require_channels
         from aimscale.harness.data.stream.sources import require_fingerprint, unique_per_source
-        from aimscale.harness.data.stream.unindexed import shard_urls
 
         found = _check_call("model.channels", require_channels, channels)
         if data.is_unindexed:
+            from aimscale.harness.data.stream.unindexed import shard_urls
+
             return found + _check_call("data.sources", shard_urls, data.sources[0].path)
         infos = [read_info(source.path) for source in data.sources]
         for source, info in zip(data.sources, infos, strict=True):

@@ -7,23 +7,23 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.analysis.fitting.identification import unidentified
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
-from aimscale.harness.device.gpu_specs import CORE_MEMORY_BYTES, DECODED_PER_S, MFU, Device, device_here, find_gpu
+from aimscale.harness.device.gpu_specs import MFU, Device
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
 from aimscale.harness.probe.cost import CurveCost, ProbeCost, curve_bytes, curve_cost, probe_cost, validation_images
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.sweeps.plan.planner import Run, model_counts
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.plan.speed import Limit, Rates, expected_rates, planned_device
+from aimscale.sweeps.plan.sweepfile import Sweep
 
 WEIGHTS_BYTES_PER_PARAM = 4
 """Size of the final weights of a budget (fp32)."""
@@ -36,43 +36,12 @@ SAVE_BYTES_PER_S = 0.5e9
 
 MAX_DURING_SHARE = 0.1
 """Share of a run's time, 0..1, above which evaluation during training raises a caution."""
-Limit = Literal["compute", "loader"]
-ASSUMED_GPU = "H100"
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
 MIN_VALIDATION_IMAGES = 100
 """Number of validation images below which the loss is uncertain by several per cent."""
 
-
-PHOTOGRAPH_BYTES, MIN_LOADING_SHARE = 51_000, 1 / 12
-"""File size of the images that `DECODED_PER_S` counts, and the share of their time that the smallest image takes.
-Assumption: in between, time is proportional to bytes."""
-
 Finding = tuple[str, str]
 """(key of the sweep file, message)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Speed of all devices of a run together."""
-
-    mfu: float
-    """MFU that is assumed."""
-    flops_per_image: float
-    """FLOPs of training that are executed per image."""
-    compute_per_s: float
-    """Images trained on per second if they are ready."""
-    loaded_per_s: float
-    """Images read per second."""
-
-    @property
-    def images_per_s(self) -> float:
-        """Speed of training, by the slower of both."""
-        return min(self.compute_per_s, self.loaded_per_s)
-
-    @property
-    def limit(self) -> Limit:
-        """The slower of both."""
-        return "loader" if self.loaded_per_s < self.compute_per_s else "compute"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,43 +118,6 @@ def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
     return [_card(sweep, run, device, lookup) for run in runs]
 
 
-def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
-    """Return the device on which all runs are priced.
-
-    It is `cost.device` if that is given; with a `slurm` section, the GPU that it asks for, an H100 if it names none, or
-    a core of a node; else this machine's GPU, or one of its cores.
-
-    Raises:
-        SweepError: the name is no known GPU, and its peak and memory are not given.
-    """
-    cost, slurm = sweep.file.cost, sweep.file.slurm
-    wants_cpu = all(run.config.runtime.device == "cpu" for run in runs)
-    if cost.device is not None:
-        name, why, is_gpu = cost.device, "cost.device", "cpu" not in cost.device.lower()
-    elif not sweep.is_for_slurm:
-        found = device_here(wants_cpu=wants_cpu)
-        memory_bytes = found.memory_bytes if cost.memory_gb is None else round(cost.memory_gb * 1e9)
-        return replace(found, peak_tflops=cost.peak_tflops or found.peak_tflops, memory_bytes=memory_bytes)
-    elif wants_cpu or not slurm.gpus:
-        name, why, is_gpu = "CPU", "one core of a Slurm job", False
-    elif slurm.gpus is True:
-        name, why, is_gpu = ASSUMED_GPU, "assumed of Slurm's GPUs, since slurm.gpus names no type", True
-    else:
-        name, why, is_gpu = slurm.gpus, "slurm.gpus", True
-    spec = find_gpu(name)
-    if is_gpu and spec is None and None in (cost.peak_tflops, cost.memory_gb):
-        raise SweepError(f"{sweep.source}: no data sheet of {why} '{name}'; give cost.peak_tflops and cost.memory_gb")
-    usual_bytes = spec.memory_gb * 1e9 if spec else CORE_MEMORY_BYTES * slurm.cpus_per_task
-    return Device(
-        name=name,
-        is_gpu=is_gpu,
-        why=why,
-        memory_bytes=round(usual_bytes if cost.memory_gb is None else cost.memory_gb * 1e9),
-        peak_tflops=cost.peak_tflops,
-        cores=slurm.cpus_per_task if sweep.is_for_slurm else None,
-    )
-
-
 def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
     """Return sums over the cards, and `longest_wall_s`: the sweep's time if each run has its own devices."""
     added = ("images_executed", "flops_executed", "flops_evaluation", "flops_during", "device_hours", "disk_bytes")
@@ -227,7 +159,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
     measuring, fit = curve_bytes(config, lookup), None
     with contextlib.suppress(DoesNotFitError):
         fit = plan_execution(config, run.devices, device.memory_bytes, measuring)
-    rates = _rates(config, run.devices, device, sweep.file.cost.mfu or MFU, lookup)
+    rates = expected_rates(config, run.devices, device, sweep.file.cost.mfu or MFU, lookup)
 
     def seconds(flops: float, images: float) -> float:
         return max(flops / (rates.flops_per_image * rates.compute_per_s), images / rates.loaded_per_s)
@@ -282,25 +214,6 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
     return replace(card, cautions=tuple(_cautions(run, card, unique, lookup, lacks_memory=lacks_memory)))
 
 
-def _rates(config: RunConfig, num_devices: int, device: Device, mfu: float, lookup: DatasetLookup) -> Rates:
-    """Estimate how fast a run trains on so many devices."""
-    training, runtime = config.training, config.runtime
-    model = model_of(training)
-    flops = executed_flops_per_image(model, mean_scored_tokens(model, training.objective.prefix)).train
-    peak = device.flops_per_s(training.optimiser.precision) * (1 if device.is_gpu else runtime.num_threads)
-    file_bytes = 0.0
-    for source in training.data.sources:
-        info = lookup(source.path)
-        file_bytes += source.probability * (info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES)
-    loaders = max(1, min(runtime.num_workers, device.cores or runtime.num_workers))
-    return Rates(
-        mfu=mfu,
-        flops_per_image=flops,
-        compute_per_s=num_devices * mfu * peak / flops,
-        loaded_per_s=num_devices * loaders * DECODED_PER_S / max(MIN_LOADING_SHARE, file_bytes / PHOTOGRAPH_BYTES),
-    )
-
-
 def _cautions(
     run: Run, card: CostCard, unique: int | None, lookup: DatasetLookup, *, lacks_memory: bool
 ) -> Iterator[Finding]:
@@ -313,19 +226,14 @@ def _cautions(
     training = run.config.training
     epochs = card.budgets[-1].epochs or 0.0
     if epochs > FAR_TOO_MANY_EPOCHS:
-        yield (
-            "budgets",
-            f"{epochs:,.0f} EPOCHS of {unique:,} images: learnt by heart; take more images or smaller budgets",
-        )
+        words = f"{epochs:,.0f} EPOCHS of {unique:,} images: learnt by heart; take more images or smaller budgets"
+        yield "budgets", words
     elif epochs > MAX_EPOCHS:
         yield "budgets", f"{epochs:.1f} epochs of {unique:,} images, more than {MAX_EPOCHS}"
     if card.device.is_gpu and card.limit == "loader":
         loaded, wanted = card.rates.loaded_per_s, card.rates.compute_per_s
         words = f"the loader gives {loaded:,.0f} of the {wanted:,.0f} images/s that training could take"
         yield "runtime.num_workers", f"{words}; raise it (and slurm.cpus_per_task), or pack smaller files"
-    if card.fit and card.device.is_gpu and card.batch_size % (card.fit.micro_batch * card.devices):
-        words = f"{card.batch_size} images do not divide into {card.devices} devices and passes of"
-        yield "optimiser.batch_size", f"{words} {card.fit.micro_batch}; blocks are compiled for every size"
     if card.batch_size < 2 * card.devices:
         words = f"{card.batch_size} is less than two images for each of {card.devices} devices; some are idle"
         yield "optimiser.batch_size", words
@@ -336,30 +244,11 @@ def _cautions(
     if (held_out := lookup(validation)) and held_out.num_samples < MIN_VALIDATION_IMAGES:
         words = f"{held_out.num_samples} images leave the loss uncertain by several per cent; hold out more"
         yield "validation.path", words
-    probes = run.config.evaluation.probes
-    paths = [*(source.path for source in training.data.sources), validation]
-    for path in dict.fromkeys([*paths, *(side for probe in probes for side in (probe.train, probe.test))]):
-        info = lookup(path)
-        if info and info.num_samples > max_indexed_images(path):
-            yield (
-                "data",
-                f"{path} has {info.num_samples:,} images; its index was not opened here, the trainers check it",
-            )
     if card.share_during > MAX_DURING_SHARE:
         words = f"validation and probes during training take {100 * card.share_during:.0f} % of the time; raise it"
         yield "every_images", words
     if lacks_memory:
         yield "every_images", "a device has no memory for a copy of the weights; nothing is measured during training"
-
-
-MAX_LOCAL_INDEX, MAX_REMOTE_INDEX = 50_000_000, 1_000_000
-"""Largest data sets, in images, whose index a plan opens on disk and at a URL; larger ones are left to the trainers.
-Opening takes 25 bytes per image."""
-
-
-def max_indexed_images(path: str) -> int:
-    """Return the size of the largest data set, images, that a plan opens at this path."""
-    return MAX_REMOTE_INDEX if "://" in path else MAX_LOCAL_INDEX
 
 
 def _pool_size(sweep: Sweep, config: RunConfig, lookup: DatasetLookup) -> int | None:

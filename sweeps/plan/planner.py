@@ -170,7 +170,7 @@ def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]
         for size, (params, cost) in counts.items():
             images = flops / cost.train
             if images >= isoflop.min_images:
-                distance[size] = abs(math.log(images / params.total / isoflop.optimum_images_per_param))
+                distance[size] = abs(math.log(images / params.total / isoflop.images_per_param))
         nearest = sorted(distance, key=distance.__getitem__)[: isoflop.sizes_per_budget]
         if len(nearest) < 3:
             raise SweepError(

@@ -70,7 +70,7 @@ class IsoflopSection(Section):
     """C: training FLOPs of one (size, images) pair."""
     sizes_per_budget: int = Field(5, ge=3)
     """Sizes around the expected optimum of each budget, from `sizes`."""
-    optimum_images_per_param: float = Field(ge=1e-9, le=1e9)
+    images_per_param: float = Field(ge=1e-9, le=1e9)
     """D / N at the expected optimum (N with the head): an assumption that the sweep itself then tests."""
     min_images: Count = 1
     """Smallest number of images; pairs with fewer are left out."""
@@ -124,7 +124,7 @@ class SlurmSection(Section):
 
     partition: OneLine | None = None
     """Partition."""
-    time_min: int = Field(1440, gt=0, le=10**6)
+    time_limit_min: int = Field(1440, gt=0, le=10**6)
     """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and GPUs) of one node."""
@@ -132,7 +132,7 @@ class SlurmSection(Section):
     """Request for a GPU per device: true, or their type, e.g. a100; false for CPU nodes."""
     cpus_per_task: int = Field(8, gt=0)
     """Cores per task."""
-    max_parallel: int = Field(256, gt=0)
+    max_jobs: int = Field(256, gt=0)
     """Maximum number of the sweep's jobs at the same time, in all arrays together."""
     srun: tuple[OneLine, ...] = ()
     """Further arguments of the srun that starts a run on several nodes, e.g. [--container-image=/images/a.sqsh]."""

@@ -138,7 +138,7 @@ class _Batch:
         self.known: dict[str, slurm.JobInfo] = {}
 
     def submit(self, runs: Sequence[Run]) -> list[Submission]:
-        """Submit one array per shape, within `max_parallel` jobs; shapes for which none is left get none."""
+        """Submit one array per shape, within `max_jobs` jobs; shapes for which none is left get none."""
         by_shape: dict[JobShape, list[Run]] = {}
         for run in runs:
             by_shape.setdefault(job_shape(run, self.section), []).append(run)
@@ -147,11 +147,11 @@ class _Batch:
             max(0, len(shape_runs) - sum(job.shape == shape and not job.is_busy for job in live))
             for shape, shape_runs in by_shape.items()
         ]
-        numbers = distribute_jobs(self.section.max_parallel - len(live), num_wanted)
+        numbers = distribute_jobs(self.section.max_jobs - len(live), num_wanted)
         for shape, want, num_jobs in zip(by_shape, num_wanted, numbers, strict=True):
             if want and not num_jobs and all(job.shape != shape for job in live):
                 _print(
-                    f"no job for {len(by_shape[shape])} runs of {shape.nodes} x {shape.devices}: slurm.max_parallel is "
+                    f"no job for {len(by_shape[shape])} runs of {shape.nodes} x {shape.devices}: slurm.max_jobs is "
                     f"reached; launch again when jobs have ended"
                 )
         return [
@@ -201,7 +201,7 @@ class _Batch:
         options: dict[str, object] = {
             "job-name": f"aimscale-{self.sweep.name}",
             "partition": section.partition,
-            "time": section.time_min,
+            "time": section.time_limit_min,
             "nodes": shape.nodes,
             "ntasks-per-node": shape.devices,
             "cpus-per-task": section.cpus_per_task,

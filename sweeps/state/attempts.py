@@ -124,7 +124,7 @@ def _record_preemption(run: RunRecord, attempt: int, exit_code: int, stop_reques
     if not stop_requested and not may_retry(run.read_attempts(), "timeout"):
         reason = (
             f"stopped {MAX_ATTEMPTS_WITHOUT_PROGRESS['timeout']} times before it saved anything new; give it more time "
-            f"(slurm.time_min) or save more often (runtime.checkpoint_every_images)"
+            f"(slurm.time_limit_min) or save more often (runtime.checkpoint_every_images)"
         )
         run.write_status(state="failed", reason=reason, reason_class="timeout")
         return "failed"

@@ -126,7 +126,7 @@ def sweep_values(data: Path, **changes: Any) -> dict[str, Any]:
             "validation": {"path": str(data / "validation")},
             "runtime": {"log_every_steps": 1, "checkpoint_every_images": 32},
         },
-        "slurm": {"gpus": False, "devices_per_node": 1, "cpus_per_task": 1, "time_min": 10},
+        "slurm": {"gpus": False, "devices_per_node": 1, "cpus_per_task": 1, "time_limit_min": 10},
         **changes,
     }
 

@@ -43,7 +43,7 @@ def test_two_launches_at_once_submit_each_job_once_in_split_arrays(fault: Any) -
 
 def test_one_job_at_a_time_over_arrays_of_two_shapes(fault: Any) -> None:
     two_ranks = [{"when": {"seed": 1}, "set": {"devices": 2}}]
-    case = fault(seeds=[0, 1], budgets=[32], slurm={"max_parallel": 1, "setup": []}, override=two_ranks)
+    case = fault(seeds=[0, 1], budgets=[32], slurm={"max_jobs": 1, "setup": []}, override=two_ranks)
     earlier = case.runs[0].config
     earlier = earlier.model_copy(update={"training": earlier.training.model_copy(update={"seed": 7})})
     RunRecord.create(case.sweep.run_dir(earlier.run_id), earlier)

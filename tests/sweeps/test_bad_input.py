@@ -135,7 +135,7 @@ PLAIN: dict[str, Any] = {
     "exclude": [],
     "override": [],
     "cost": {"mfu": 0.4},
-    "slurm": {"time_min": 10, "extra": {}, "setup": []},
+    "slurm": {"time_limit_min": 10, "extra": {}, "setup": []},
     "base": {
         "model": {"image_size": 16, "patch_size": 4},
         "data": {"sources": [{"path": "data/train"}]},

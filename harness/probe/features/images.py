@@ -20,7 +20,6 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
@@ -81,6 +80,9 @@ class PublishedViews:
 
     def images(self, dataset: ShardDataset, rows: np.ndarray, epoch: int) -> Tensor:
         """Return normalised float32 views (len(rows), C, H, W) of samples `rows` in an epoch."""
+        # Imported here: torchvision compiles at import, and a plan opens tasks without reading images.
+        from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
         key = make_key("probe view", self._seed, epoch)
         views = []
         for row in rows:

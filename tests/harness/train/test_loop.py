@@ -24,8 +24,10 @@ from trainers import before_call, rows, stop_after, train_in, weights
 import aimscale.harness.log.record
 import aimscale.harness.step.engine
 import aimscale.harness.step.saving
+from aimscale.aim.cost import flops_per_image, param_count
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir, RunDirError
+from aimscale.harness.run.row import model_of
 from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
@@ -402,6 +404,9 @@ def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(
     (row,) = run.read_rows()
     expected = {"zero_stage": 2, "world_size": 2, "unique_images": 64, "epochs": 1.0, "val_num_images": 16}
     assert {key: row[key] for key in expected} == expected
+    model = model_of(config.training)
+    assert row["flops_train"] == flops_per_image(model).train * 64
+    assert row["flops_6nd"] == 6 * param_count(model).total * 64 * 16
     assert [(probe["task"], probe["kind"], probe["n"]) for probe in row["probes"]] == [("two", "linear", 24)]
     assert json.loads(next(run.probes_dir(64).glob("two-*.json")).read_text())["world_size"] == 2  # shared by the ranks
     assert len(list((run.path / "tensorboard").glob("events*"))) == 1

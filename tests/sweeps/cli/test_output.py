@@ -66,14 +66,7 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
 def test_the_summary_comes_first_then_the_failed_run_then_the_table(say: Any) -> None:
     say("launch", behaviour="crash")
     said = say("status")
-    assert [line.split()[0] for line in (*said[:5], said[-1])] == [
-        "runs",
-        "done",
-        "spent",
-        "paused",
-        "run",
-        "next:",
-    ]
+    assert [line.split()[0] for line in (*said[:5], said[-1])] == ["runs", "done", "spent", "paused", "run", "next:"]
     assert "RuntimeError: the user's code is wrong; `aimscale launch` resumes it" in said[3]
 
 

@@ -55,7 +55,7 @@ def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
         ({"probes": [{"task": "pets", "train": "fit", "test": "test"}]}, {}, "probes.pets", "37 classes"),
         ({"schedule": {"warmup_images": 640}}, {}, "schedule.warmup_images", "512"),
         ({}, {"cost": {"memory_gb": 0.1}}, "cost.memory_gb", "does not fit"),
-        ({}, {"slurm": {"time_min": 2}}, "slurm.time_min", "120 s"),
+        ({}, {"slurm": {"time_limit_min": 2}}, "slurm.time_limit_min", "120 s"),
         ({"runtime": {"compile": True, "device": "cpu"}}, {}, "runtime.compile", "CPU"),
         ({"runtime": {"device": "cuda"}}, {}, "runtime.device", "no GPU"),
         ({"runtime": {"loggers": ["wandb"]}}, {}, "runtime.loggers", "not installed"),

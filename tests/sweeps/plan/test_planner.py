@@ -84,7 +84,7 @@ def test_exclusions_and_overrides_apply_to_their_cells_alone(write_sweep: Any) -
 def test_isoflop_pairs_meet_their_compute_around_the_expected_optimum(write_sweep: Any) -> None:
     sizes = ["rung-32", "rung-48", "rung-64", "rung-96", "rung-128", "rung-192"]
     flops = [1e14, 4e14]
-    isoflop = {"flops": flops, "sizes_per_budget": 3, "optimum_images_per_param": 1.0}
+    isoflop = {"flops": flops, "sizes_per_budget": 3, "images_per_param": 1.0}
     sweep = write_sweep(sizes=sizes, budgets=[], isoflop=isoflop)
     runs = plan(sweep)
     pairs = [
@@ -361,6 +361,18 @@ def test_bad_sweeps_are_refused_in_one_sentence(write_sweep: Any, changes: dict[
         plan(write_sweep(**changes))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_recipe_small_lowers_the_rate_with_width_and_raises_the_batch_with_the_budget(write_sweep: Any) -> None:
+    def settings(size: str, budget: int) -> tuple[int, float]:
+        base = {"optimiser": {}}
+        (run,) = plan(write_sweep(recipe="small", sizes=[size], budgets=[budget], base=base))
+        return run.config.training.optimiser.batch_size, run.config.training.optimiser.lr_peak
+
+    assert settings("rung-64", 64_000) == (64, 2e-3)
+    assert settings("rung-32", 64_000)[1] == pytest.approx(2e-3 * 2**0.75, rel=0.02)
+    assert settings("rung-1024", 64_000)[1] == pytest.approx(2e-3 / 8, rel=0.02)
+    assert [settings("rung-64", 64_000 * 4**power)[0] for power in (-2, -1, 1, 2)] == [16, 32, 128, 256]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -69,7 +69,7 @@ def test_a_time_limit_in_which_nothing_could_save_fails_and_is_not_requeued_for_
 ) -> None:
     execute, record = worker_job
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 150))  # 120 s of them to save
-    with pytest.raises(WorkerJobError, match="time_min"):
+    with pytest.raises(WorkerJobError, match="time_limit_min"):
         execute()
     assert not told(tmp_path)
     assert not (record.path / "starts").exists()

@@ -105,7 +105,7 @@ def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitte
             ("1_1", True),
         ]
         assert [part.num_jobs for part in submit_for(sweep)] == [3]
-    limited = sweep.with_fields(slurm={"max_parallel": 2})
+    limited = sweep.with_fields(slurm={"max_jobs": 2})
     assert not submit_for(limited)
 
 
@@ -115,12 +115,12 @@ def test_jobs_are_shared_out_over_shapes_and_what_gets_none_is_said(
     wide = [{"when": {"size": "rung-48"}, "set": {"devices": 8}}]
     widest = [{"when": {"size": "rung-64"}, "set": {"devices": 16}}]
     fields = {"sizes": ["rung-32", "rung-48", "rung-64"], "seeds": [0, 1], "override": [*wide, *widest]}
-    submit_for(write_sweep(slurm={"max_parallel": 4}, **fields))
+    submit_for(write_sweep(slurm={"max_jobs": 4}, **fields))
     assert submitted("array") == ["0-1%2", None, None]
     assert [submitted("nodes"), submitted("ntasks-per-node")] == [["1", "1", "2"], ["1", "8", "8"]]
-    submit_for(write_sweep(slurm={"max_parallel": 2}, name="narrow", **fields))
+    submit_for(write_sweep(slurm={"max_jobs": 2}, name="narrow", **fields))
     assert submitted("nodes")[3:] == ["1", "1"]
-    assert "no job for 2 runs of 2 x 8: slurm.max_parallel is reached" in capsys.readouterr().err
+    assert "no job for 2 runs of 2 x 8: slurm.max_jobs is reached" in capsys.readouterr().err
     (tmp_path / "longest").write_text("0")
     submit_for(write_sweep(name="single", **fields))
     assert submitted("array")[5:] == [None] * 6

@@ -33,7 +33,7 @@ def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
         assert attempt(record, EXIT_PREEMPTED, saves=images) == "preempted"
     assert [attempt(record, EXIT_PREEMPTED) for _ in range(2)] == ["preempted", "failed"]
     assert record.read_status().reason_class == "timeout"
-    assert "slurm.time_min" in str(record.read_status().reason)
+    assert "slurm.time_limit_min" in str(record.read_status().reason)
 
 
 def test_being_stopped_by_a_person_never_counts(record: RunRecord) -> None:
