@@ -1,17 +1,16 @@
 """Weights in and out, under the names of the released AIM models.
 
-A released model is `preprocessor.*` and `trunk.*` (the backbone) and `head.*` (an attentive probe), in two `.pth`
-files, or as the hub has them: one `model.safetensors` (or `pytorch_model.bin`) beside a `config.json`. Our own files
-add `pixel_head.*`, which was never released. Files are mapped into memory; no pickled code is ever executed.
+A released model is `preprocessor.*` and `trunk.*` (the backbone) and `head.*` (an attentive probe), in one file or
+two. Our own files add `pixel_head.*`, which was never released. Files are mapped into memory; no pickled code is ever
+executed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,6 @@ BACKBONE = ("preprocessor.", "trunk.")
 """Prefixes of a released backbone's names."""
 PROBE = "head."
 """Prefix of a released attentive probe's names."""
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names of the weight file in a folder of the hub."""
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
 
 Shapes = dict[str, tuple[int, ...]]
@@ -44,20 +41,6 @@ def model_shapes(config: ModelConfig) -> Shapes:
     """Return names and shapes of a model's state; a released backbone holds those whose names begin with `BACKBONE`."""
     with torch.device("meta"):
         return _shapes_of(AIM(config))
-
-
-def weight_file(path: Path) -> Path:
-    """Return the weight file in a folder of the hub; any other path is returned as it is.
-
-    Raises:
-        WeightsError: a folder without one.
-    """
-    if not path.is_dir():
-        return path
-    for name in WEIGHT_FILES:
-        if (path / name).is_file():
-            return path / name
-    raise WeightsError(f"{path} holds no {' or '.join(WEIGHT_FILES)}; name the weight file itself")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -79,13 +62,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} is not a {kind} ({reason}); download it again, or torch.save(model.state_dict(), path)"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise WeightsError(f"{path} holds something other than named tensors; save model.state_dict() alone")
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
-            raise WeightsError(
-                f"{path}: {name} is no plain tensor; save the model's state_dict() in fp32, bf16 or fp16"
-            )
+    values = state.values() if isinstance(state, dict) else [None]
+    if not all(isinstance(value, Tensor) and value.dtype in _DTYPES for value in values):
+        raise WeightsError(f"{path} holds more than tensors of fp32, bf16 or fp16; save model.state_dict() alone")
     return state
 
 
@@ -99,47 +78,6 @@ def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def read_hub_config(file: Path) -> dict[str, Any]:
-    """Read what `config.json` beside a weight file says of an AIM, see `hub_config`; empty if there is none.
-
-    Raises:
-        WeightsError: it is not JSON, or a value is of another type.
-    """
-    path = file.with_name("config.json")
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-        if not {"img_size", "embed_dim", "num_blocks", "num_heads"} <= values.keys():
-            return {}  # of something else
-        blocks = values.get("probe_layers", 6)
-        if isinstance(blocks, int):  # that many last ones
-            blocks = range(values["num_blocks"] - blocks, values["num_blocks"])
-        numbers = {name: int(values[name]) for name in ("img_size", "embed_dim", "num_blocks", "num_heads")}
-        return numbers | {"probe_layers": [int(block) for block in blocks]}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} does not describe an AIM ({error}); restore it, or move it elsewhere") from error
-
-
-def hub_config(config: ModelConfig, probe_blocks: Sequence[int], num_classes: int | None) -> dict[str, Any]:
-    """Return the contents of `config.json`, from which the authors' `AIMForImageClassification` is built.
-
-    Args:
-        probe_blocks: blocks that the head averages.
-        num_classes: classes of the head; None if the file holds no head.
-    """
-    return {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": config.channels,
-        "embed_dim": config.width,
-        "num_blocks": config.depth,
-        "num_heads": config.num_heads,
-        "probe_layers": list(probe_blocks),
-        **({} if num_classes is None else {"num_classes": num_classes}),
-    }
 
 
 def identify(state: Mapping[str, Tensor], where: Path, *, image_size: int, num_heads: int | None = None) -> ModelConfig:

@@ -1,7 +1,7 @@
 """Official AIM weights in and out: a released file becomes a run directory, a run becomes a released file.
 
-Files are copied tensor by tensor through mapped memory, so that importing 7B parameters needs memory for about one
-tensor. No pickled code is executed.
+Released are `.pth` files, or what the hub has: one `model.safetensors` (or `pytorch_model.bin`) beside a `config.json`.
+Files are mapped into memory, and no pickled code is executed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ from aimscale.aim.weights import (
     WeightsError,
     backbone_state,
     check_tensors,
-    hub_config,
     identify,
     model_shapes,
     probe_state,
-    read_hub_config,
     read_weights,
-    weight_file,
     write_weights,
 )
 from aimscale.harness.probe.released import RELEASED_HEAD, check_blocks, parse_blocks, read_head_blocks
@@ -45,6 +42,64 @@ PUBLISHED_IMAGES_SEEN = {
 """Images seen of the released models, iterations x batch (paper, Table 9 and section 4)."""
 PUBLISHED_DATA = "DFN-2B+ (0.8 DFN-2B, 0.2 ImageNet-1k; not part of this project)"
 """Placeholder for the training data of an imported run."""
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the weight file in a folder of the hub."""
+
+
+def weight_file(path: Path) -> Path:
+    """Return the weight file in a folder of the hub; any other path is returned as it is.
+
+    Raises:
+        WeightsError: a folder without one.
+    """
+    if not path.is_dir():
+        return path
+    for name in WEIGHT_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise WeightsError(f"{path} holds no {' or '.join(WEIGHT_FILES)}; name the weight file itself")
+
+
+def read_hub_config(file: Path) -> dict[str, Any]:
+    """Read what `config.json` beside a weight file says of an AIM, see `hub_config`; empty if there is none.
+
+    Raises:
+        WeightsError: it is not JSON, or a value is of another type.
+    """
+    path = file.with_name("config.json")
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+        if not {"img_size", "embed_dim", "num_blocks", "num_heads"} <= values.keys():
+            return {}  # of something else
+        blocks = values.get("probe_layers", 6)
+        if isinstance(blocks, int):  # that many last ones
+            blocks = range(values["num_blocks"] - blocks, values["num_blocks"])
+        numbers = {name: int(values[name]) for name in ("img_size", "embed_dim", "num_blocks", "num_heads")}
+        return numbers | {"probe_layers": [int(block) for block in blocks]}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} does not describe an AIM ({error}); restore it, or move it elsewhere") from error
+
+
+def hub_config(config: ModelConfig, probe_blocks: Sequence[int], num_classes: int | None) -> dict[str, Any]:
+    """Return the contents of `config.json`, from which the authors' `AIMForImageClassification` is built.
+
+    Args:
+        probe_blocks: blocks that the head averages.
+        num_classes: classes of the head; None if the file holds no head.
+    """
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.channels,
+        "embed_dim": config.width,
+        "num_blocks": config.depth,
+        "num_heads": config.num_heads,
+        "probe_layers": list(probe_blocks),
+        **({} if num_classes is None else {"num_classes": num_classes}),
+    }
 
 
 def import_weights(

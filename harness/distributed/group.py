@@ -156,6 +156,13 @@ class Group:
         found = re.match(r"\d+", said)
         return min(self.world_size, int(found[0])) if found else self.world_size
 
+    def cores(self) -> int:
+        """Count this rank's cores: those that it may run on, divided among the ranks that may run on the same."""
+        mine = os.uname().nodename, sorted(os.sched_getaffinity(0))
+        # A launcher of several runs on a host sets the share of it that each may plan for.
+        share = float(os.environ.get("AIMSCALE_HOST_SHARE", "1"))
+        return max(1, int(share * len(mine[1])) // self.gather(mine).count(mine))
+
     def any(self, flag: bool) -> bool:
         """Return whether any rank raised its flag."""
         return self.sum_counts(int(flag))[0] > 0

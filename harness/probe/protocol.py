@@ -10,7 +10,7 @@ Trained and solved heads standardise channels by the exact statistics of what th
 estimate, which makes results independent of batch and world size; k-NN compares raw features.
 
 Work. One backbone pass over both splits gives the pooled features of every block and all statistics; linear and k-NN
-probes need nothing else, and tasks in a row on the same images share it. The attentive heads of the whole grid train on
+probes need nothing else. The attentive heads of the whole grid train on
 one further backbone pass per batch if tokens are not kept, and the chosen ones on another. Kinds that train together
 are done together, and kept in the task's file: a killed probe repeats those under way.
 """
@@ -30,7 +30,7 @@ import torch
 from aimscale.aim.weights import write_weights
 from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
-from aimscale.harness.probe.features.extraction import FeatureCache, FeaturePass, SplitFeatures
+from aimscale.harness.probe.features.extraction import FeaturePass, SplitFeatures
 from aimscale.harness.probe.features.images import (
     ProgressCallback,
     PublishedViews,
@@ -61,7 +61,6 @@ def probe_backbone(
     seed: int,
     runtime: RuntimeConfig,
     out: Path | None,
-    kept: FeatureCache | None = None,
     group: Group = ALONE,
     report_progress: ProgressCallback = ignore_progress,
 ) -> list[dict[str, Any]]:
@@ -73,7 +72,6 @@ def probe_backbone(
         out: folder of the evaluation's file, the same with per-class counts and the whole grid: kinds that it has of
             the same weights, settings, data and seed are not done again; None reads and writes nothing.
         runtime: the run's, which says where shards at a URL, and their index, are cached.
-        kept: cache of this backbone's features, which are reused if images, crop and precision agree.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
         report_progress: called by all ranks together, often; may raise to stop, and the next call repeats the kinds
             under way.
@@ -113,7 +111,7 @@ def probe_backbone(
         report_progress=report_progress,
     )
     with matmul_precision(section.precision):
-        for details in _details(task, backbone, kinds, kept or FeatureCache(), out, key):
+        for details in _details(task, backbone, kinds, out, key):
             about = {"evaluation": key["evaluation"], "protocol": PROTOCOL, "seed": seed}
             done = {detail["kind"]: detail | about for detail in details}
             found |= done
@@ -125,7 +123,7 @@ def probe_backbone(
 
 
 def _details(
-    task: Task, backbone: Backbone, kinds: Sequence[str], kept: FeatureCache, out: Path | None, key: Key
+    task: Task, backbone: Backbone, kinds: Sequence[str], out: Path | None, key: Key
 ) -> Iterator[list[Detail]]:
     """Do some kinds of probe, and yield the details of those done together; heads are saved to `out`."""
     frozen = [kind for kind in kinds if kind != "lora"]
@@ -140,8 +138,8 @@ def _details(
             folder=out,
             report_progress=task.report_progress,
         )
-        splits = (task.train, task.fit), (task.test, None)
-        fitted, tested = kept.get(features, task.section.attention, *splits)
+        fitted = features.split(task.train, task.fit)
+        tested = features.split(task.test, reserved_bytes=fitted.pooled.num_bytes)
         for some in _together(frozen, has_views):
             if some == ["knn"]:
                 yield [_neighbours(task, backbone, fitted, tested)]

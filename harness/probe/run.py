@@ -17,7 +17,6 @@ from aimscale.aim.weights import load_model
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.distributed.group import ALONE, Group, choose_device, find_placement, start_group, stop_group
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
-from aimscale.harness.probe.features.extraction import FeatureCache
 from aimscale.harness.probe.features.images import ProgressCallback, ignore_progress, numbered_progress
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import finished_entries, weights_name
@@ -104,7 +103,6 @@ def probe_run(
     numbers = itertools.count(1)
     for budget in budgets:
         backbone: AimBackbone | None = None
-        kept = FeatureCache()
         for section in sections:
             number = next(numbers)
             report_progress()
@@ -119,7 +117,6 @@ def probe_run(
                     seed=config.training.seed,
                     runtime=config.runtime,
                     out=run.probes_dir(budget),
-                    kept=kept,
                     group=group,
                     report_progress=numbered_progress(report_progress, number, len(budgets) * len(sections)),
                 )
@@ -157,7 +154,6 @@ def probe_baseline(
     """
     config = like.load_config()
     backbone, model_section = baseline(target, config, weights=weights, device=group.device)
-    kept = FeatureCache()
     for number, section in enumerate(sections, start=1):
         kinds = tuple(kind for kind in section.kinds if kind not in backbone.impossible)
         if not kinds:
@@ -171,7 +167,6 @@ def probe_baseline(
                 seed=config.training.seed,
                 runtime=config.runtime,
                 out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
-                kept=kept,
                 group=group,
                 report_progress=numbered_progress(report_progress, number, len(sections)),
             ),

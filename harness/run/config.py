@@ -56,6 +56,8 @@ class ModelSection(Section):
     whose values are sqrt(2) times as wide."""
 
 
+MAX_LOADERS = 16
+"""Maximum loader processes that `num_workers: auto` takes: they decode some 16,000 photographs a second."""
 UNINDEXED = "wds://"
 """Prefix of paths to webdataset shards without an index."""
 
@@ -331,8 +333,9 @@ class RuntimeConfig(Section):
     compile: Literal["auto"] | bool = "auto"
     """Compilation of the blocks by torch.compile; `auto` compiles on a GPU, but not at ZeRO 3. It is refused on a CPU,
     being slower."""
-    num_workers: int = Field(0, ge=0, le=4096)
-    """Loader processes per rank; 0 loads in the trainer itself, between its steps."""
+    num_workers: Literal["auto"] | Annotated[int, Field(ge=0, le=4096)] = "auto"
+    """Loader processes per rank; 0 loads in the trainer itself, between its steps. `auto` takes the rank's cores but
+    one, at most 16, beside a GPU, and 0 on a CPU, whose cores compute."""
     num_threads: int = Field(1, ge=1, le=4096)
     """Torch threads per rank (CPU)."""
     cache_dir: str | None = None
@@ -348,6 +351,12 @@ class RuntimeConfig(Section):
     """Steps between metric lines."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers beside `metrics.jsonl`, which is always written; docs/wandb.md says what they show."""
+
+    def loader_processes(self, *, is_gpu: bool, cores: int) -> int:
+        """Return the loader processes of a rank that has so many cores."""
+        if self.num_workers != "auto":
+            return self.num_workers
+        return min(MAX_LOADERS, max(0, cores - 1)) if is_gpu else 0
 
 
 class RunConfig(Section):

@@ -38,9 +38,9 @@ def train(path: Path) -> int:
 
     def work(job: Job) -> None:
         torch.set_num_threads(config.runtime.num_threads)
-        if config.runtime.num_workers:
-            start_fork_server()  # it imports PyTorch while the engine is built
         group = job.group
+        if config.runtime.loader_processes(is_gpu=group.device.type == "cuda", cores=group.cores()):
+            start_fork_server()  # it imports PyTorch while the engine is built
         loggers: list[Logger] = []
         group.from_first(lambda: loggers.extend(job.exits.enter_context(open_loggers(run, config))))
         if group.from_first(lambda: missing_budgets(run, config)):

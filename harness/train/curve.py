@@ -7,7 +7,6 @@ checkpoint finds the line there. No row follows from it, and a missing one is ne
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import math
 import time
@@ -22,13 +21,13 @@ from aimscale.harness.log.loggers import Logger, row_scalars
 from aimscale.harness.log.record import append_line
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone
-from aimscale.harness.probe.features.extraction import FeatureCache
 from aimscale.harness.probe.files import validation_settings
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, probe_key
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.files import remove_dir
+from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import copied_model
@@ -99,14 +98,12 @@ class LearningCurve:
         there: dict[str, Any] = {point["images_seen"]: point for point in self._run.read_curve()}.get(images_seen, {})
         name = validation_settings(self._config.evaluation.validation)
         is_due = self._schedule.is_point(images_seen, self._distance)
-        is_due = is_due and not fnmatch.fnmatch(str(there.get("validation")), name)
+        is_due = is_due and not is_measurement(there.get("validation"), name)
         places = {probe_key(entry) for entry in there.get("probes", ())}
         probes = []
         for probe in self._probes:
             evaluation = probe.evaluation_id(fingerprint(probe.train), fingerprint(probe.test))
-            found = {
-                kind for task, kind, known in places if task == probe.task and fnmatch.fnmatch(str(known), evaluation)
-            }
+            found = {kind for task, kind, known in places if task == probe.task and is_measurement(known, evaluation)}
             if self._schedule.is_point(images_seen, probe.every_images) and not found >= set(probe.kinds):
                 probes.append(probe)
         return name if is_due else None, probes
@@ -126,7 +123,7 @@ class LearningCurve:
         config, found = self._config, []
         if some := [section for section in probes if section.precision == precision]:
             copied = functools.partial(copied_model, self._engine, self._job.group, DTYPES[precision])
-            backbone, kept = AimBackbone(copied, f"{config.run_id}@{images_seen} trunk"), FeatureCache()
+            backbone = AimBackbone(copied, f"{config.run_id}@{images_seen} trunk")
             for section in some:
                 found += probe_backbone(
                     backbone,
@@ -135,7 +132,6 @@ class LearningCurve:
                     seed=config.training.seed,
                     runtime=config.runtime,
                     out=self._folder,
-                    kept=kept,
                     group=self._job.group,
                     report_progress=self._job.progress_callback(),
                 )

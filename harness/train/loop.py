@@ -33,8 +33,8 @@ from aimscale.harness.run.budgets import saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import PreemptedError
-from aimscale.harness.run.fence import earlier_folders
 from aimscale.harness.run.files import remove_dir
+from aimscale.harness.run.lock import earlier_writers
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Segment, plan_walk, schedule_of
@@ -64,6 +64,7 @@ class Trainer:
         self.stream = run_on_all_ranks(
             group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
+        self.num_workers = runtime.loader_processes(is_gpu=group.device.type == "cuda", cores=group.cores())
         lookup = functools.cache(find_info)
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
         measuring = group.from_first(lambda: curve_bytes(config, lookup))
@@ -94,7 +95,7 @@ class Trainer:
             group,
             num_tokens=model_config.num_tokens,
             max_bad_fraction=training.data.max_bad_fraction,
-            has_workers=runtime.num_workers > 0,
+            has_workers=self.num_workers > 0,
         )
         self.recorder = Recorder(run, config, group, model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
@@ -159,7 +160,7 @@ class Trainer:
             stop=segment.stop,
             batch_size=self.batch_size,
             micro_batch=self.plan.micro_batch,
-            num_workers=self.config.runtime.num_workers,
+            num_workers=self.num_workers,
         )
 
     def _step(self, step: Step, position: int, branch: int | None) -> tuple[TrainedStep, float]:
@@ -223,7 +224,7 @@ class Trainer:
             CheckpointError: there must be a complete checkpoint, and there is none.
         """
         run, group, schedule = self.run, self.group, self.schedule
-        group.from_first(lambda: recover_checkpoints(run, earlier_folders(run.path)))
+        group.from_first(lambda: recover_checkpoints(run, earlier_writers(run.path)))
         saved = list(group.from_first(lambda: saved_budgets(run)))
         for budget in saved if group.is_first else ():
             update_row(run, self.config, budget)

@@ -215,8 +215,7 @@ def collect(sweep: SweepName, root: Root = ROOT) -> None:
     found = _collect(loaded)
     if found.num_baselines:
         typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
-    for line in _scored_forecasts(found.table):
-        typer.echo(line)
+    _score_forecasts(found.table)
     typer.echo(f"{found.num_complete} of {found.num_rows} rows have results: {found.table}")
     print_next("report", report_name(loaded, sweep, root))
 
@@ -246,16 +245,14 @@ def _collect(sweep: Sweep) -> CollectResult:
     return found
 
 
-def _scored_forecasts(table: Path) -> list[str]:
-    """Score the sweep's registered forecasts, write the scores beside the results, and return one line each."""
+def _score_forecasts(table: Path) -> None:
+    """Score the sweep's registered forecasts, write the scores beside the results, and say how they fared."""
     register = table.with_name("forecasts.jsonl")
     if not register.is_file():
-        return []
-    from aimscale.analysis.forecasts.registry import SCORES, read_register, score_words, scores
+        return
+    from aimscale.analysis.forecasts.registry import SCORES, score_words, scores
     from aimscale.analysis.table.read import read_table
 
     found = scores(register, read_table(table))
     found.to_csv(table.with_name(SCORES), index=False)
-    waiting = int((found["num_rows"] == 0).sum())
-    last = f"{len(read_register(register))} registered forecasts, {waiting} not measured yet: {table.with_name(SCORES)}"
-    return [*(f"forecast: {line}" for line in score_words(found)), last]
+    typer.echo(f"forecasts: {score_words(found)}: {table.with_name(SCORES)}")

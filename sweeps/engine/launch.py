@@ -137,7 +137,7 @@ def load_plan(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], 
     runs = plan(loaded)
     _refuse_new_smallest_budget(loaded, runs)
     cards = cost_cards(loaded, runs)
-    order = sorted(range(len(runs)), key=lambda i: -cards[i].device_hours)  # so that none is left for the end
+    order = sorted(range(len(runs)), key=lambda i: (-cards[i].device_hours, -cards[i].flops_executed))
     return loaded, [runs[i] for i in order], [cards[i] for i in order]
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.harness.data.store.dataset_info import DatasetLookup
 from aimscale.harness.device.gpu_specs import CORE_MEMORY_BYTES, DECODED_PER_S, Device, device_here, find_gpu
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import MAX_LOADERS, RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
@@ -92,7 +92,8 @@ def expected_rates(config: RunConfig, num_devices: int, device: Device, mfu: flo
     for source in training.data.sources:
         info = lookup(source.path)
         file_bytes += source.probability * (info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES)
-    loaders = max(1, min(runtime.num_workers, device.cores or runtime.num_workers))
+    cores = device.cores or MAX_LOADERS + 1
+    loaders = max(1, min(runtime.loader_processes(is_gpu=device.is_gpu, cores=cores), cores))
     return Rates(
         mfu=mfu,
         flops_per_image=flops,

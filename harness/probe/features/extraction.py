@@ -6,7 +6,7 @@ tasks), else computed batch by batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -104,30 +104,3 @@ class FeaturePass:
             token_moments=(sums[0], sums[1]),
             pooled_moments=(sums[2], sums[3]),
         )
-
-
-@dataclass
-class FeatureCache:
-    """Cache of a backbone's features of the last task, for the next task on the same images."""
-
-    _found: dict[tuple[object, ...], tuple[bool, SplitFeatures]] = field(default_factory=dict)
-
-    def get(
-        self, features: FeaturePass, attention: str, *splits: tuple[LabelledImages, np.ndarray | None]
-    ) -> list[SplitFeatures]:
-        """Return the features of splits and images to fit, see `FeaturePass.split`; all others are dropped first."""
-        wanted: list[tuple[object, ...]] = [
-            (images.views is None, features.precision, attention, images.dataset.fingerprint, images.centre_crop, part)
-            for images, fit in splits
-            for part in [None if fit is None else fit.tobytes()]
-        ]
-        self._found = {
-            key: found
-            for key, found in self._found.items()
-            if key in wanted and key[0] and found[0] >= features.for_tokens
-        }
-        for key, (images, fit) in zip(wanted, splits, strict=True):
-            if key not in self._found:
-                beside = sum(found.pooled.num_bytes for _, found in self._found.values())
-                self._found[key] = features.for_tokens, features.split(images, fit, beside)
-        return [self._found[key][1] for key in wanted]

@@ -78,25 +78,33 @@ class StreamedTokens:
                 yield torch.cat([self._compute(part) for part in images.split(EXTRACT_BATCH)], dim=1)
 
 
-class CachedTokens:
+class _Kept:
+    """Features of the images that `own_indices` names, kept in their order."""
+
+    group: Group
+
+    def owners(self, images: Sequence[int]) -> np.ndarray:
+        """Return the rank that keeps each image."""
+        return np.asarray(images) % self.group.world_size
+
+    def _rows(self, images: Sequence[int]) -> Tensor:
+        return torch.as_tensor(images, dtype=torch.int64) // self.group.world_size
+
+
+class CachedTokens(_Kept):
     """Tokens of all blocks and of this rank's images in memory, in order of images."""
 
     def __init__(self, outputs: Tensor, group: Group):
         self._outputs, self.group = outputs, group
         self.num_blocks, _, self.num_tokens, self.width = outputs.shape
 
-    def owners(self, images: Sequence[int]) -> np.ndarray:
-        """Return the rank that keeps each image."""
-        return np.asarray(images) % self.group.world_size
-
     def parts(self, chunks: Iterable[Sequence[int]], epoch: int | None = None) -> Iterator[Tensor]:
         """Yield outputs (L, b, N, d) of each chunk."""
         for chunk in chunks:
-            rows = torch.as_tensor(chunk, dtype=torch.int64) // self.group.world_size
-            yield self._outputs.index_select(1, rows.to(self._outputs.device))
+            yield self._outputs.index_select(1, self._rows(chunk).to(self._outputs.device))
 
 
-class PooledFeatures:
+class PooledFeatures(_Kept):
     """Means over tokens of all blocks for this rank's images: image i is row i // world_size of rank i mod world_size.
 
     They are stored as deviations from a centre, so that bf16 rounds what distinguishes images and not a common offset.
@@ -126,15 +134,10 @@ class PooledFeatures:
         stored = self._values[numbers].to(self._centre.device)
         return stored.float().transpose(0, 1) + self._centre[:, None]
 
-    def owners(self, images: Sequence[int]) -> np.ndarray:
-        """Return the rank that keeps each image."""
-        return np.asarray(images) % self.group.world_size
-
     def parts(self, chunks: Iterable[Sequence[int]], epoch: int | None = None) -> Iterator[Tensor]:
         """Yield the vectors of this rank's images as one token each, (L, b, 1, d) for every chunk."""
         for chunk in chunks:
-            numbers = torch.as_tensor(chunk, dtype=torch.int64) // self.group.world_size
-            yield self.rows(numbers)[:, :, None]
+            yield self.rows(self._rows(chunk))[:, :, None]
 
 
 Features = StreamedTokens | CachedTokens | PooledFeatures

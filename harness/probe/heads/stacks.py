@@ -98,20 +98,6 @@ class HeadStack(nn.Module):
         losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
         return (losses * weights[:, None]).sum(1)
 
-    def select(self, blocks: BlockSet, value: float) -> HeadStack:
-        """Return a stack with one head of this one, for scoring."""
-        row, column = list(self.grid).index(blocks), self.grid[blocks].index(value)
-        alone = object.__new__(type(self))
-        nn.Module.__init__(alone)
-        alone.grid = {blocks: (value,)}
-        alone.num_classes = self.num_classes
-        for name, buffer in self.named_buffers():
-            alone.register_buffer(name, buffer[row : row + 1].clone())
-        for name, parameter in self.named_parameters():
-            part = parameter[row : row + 1, column : column + 1].detach().clone()
-            alone.register_parameter(name, nn.Parameter(part))
-        return alone
-
 
 class LinearStack(HeadStack):
     """Stack of linear heads: mean over tokens -> batch norm -> linear with bias."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from aimscale.harness.distributed.group import (
+    Group,
     LaunchError,
     Placement,
     choose_device,
@@ -32,6 +33,22 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
+
+
+def cores_of(group: Group, are_bound: bool) -> int:
+    """Count cores on a machine of 24, to all of which, or to 12 each, two ranks are bound."""
+    first = 12 * group.rank if are_bound else 0
+    os.sched_getaffinity = lambda pid: set(range(first, first + (12 if are_bound else 24)))  # type: ignore[assignment]
+    os.environ["AIMSCALE_HOST_SHARE"] = "1"
+    whole = group.cores()
+    os.environ["AIMSCALE_HOST_SHARE"] = "0.5"
+    assert group.cores() == whole // 2
+    return whole
+
+
+@pytest.mark.parametrize("are_bound", [False, True])
+def test_ranks_divide_the_cores_that_they_share(in_group: Callable[..., list[int]], are_bound: bool) -> None:
+    assert in_group(cores_of, are_bound, world_size=2) == [12, 12]
 
 
 def test_alone_torchrun_and_slurm_end_in_the_same_placement() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aimscale.harness.run.config import ConfigError, RunConfig, parse, read_yaml, run_config
+from aimscale.harness.run.config import ConfigError, RunConfig, RuntimeConfig, parse, read_yaml, run_config
 
 FIELDS = {
     "model": {"size": "w16-d2", "image_size": 16, "patch_size": 4},
@@ -55,3 +55,10 @@ def test_a_key_that_stands_twice_is_refused_and_a_merged_one_may_be_replaced(tmp
     path.write_text("budgets: [1k]\nsizes: [a]\nbudgets: [2k]\n")
     with pytest.raises(ConfigError, match=r"'budgets'.* line 3"):
         read_yaml(path)
+
+
+def test_loader_processes_are_chosen_by_the_cores_beside_a_gpu() -> None:
+    auto, given = RuntimeConfig(), RuntimeConfig(num_workers=3)
+    assert [auto.loader_processes(is_gpu=True, cores=cores) for cores in (1, 2, 12, 100)] == [0, 1, 11, 16]
+    assert auto.loader_processes(is_gpu=False, cores=12) == 0
+    assert given.loader_processes(is_gpu=False, cores=1) == given.loader_processes(is_gpu=True, cores=100) == 3

@@ -312,7 +312,7 @@ def test_a_sweep_for_slurm_is_planned_for_slurms_gpus(write_sweep: Any, monkeypa
 
 
 def test_a_run_takes_as_long_as_its_flops_or_its_loader(write_sweep: Any) -> None:
-    def card(workers: int, *, size: str = "rung-32", cost: dict[str, Any] | None = None, **slurm: Any) -> CostCard:
+    def card(workers: int | str, size: str = "rung-32", cost: dict[str, Any] | None = None, **slurm: Any) -> CostCard:
         base = {"runtime": {"num_workers": workers}}
         sweep = write_sweep(sizes=[size], base=base, slurm=slurm, cost=cost or {})
         return cost_cards(sweep, plan(sweep))[0]
@@ -322,6 +322,7 @@ def test_a_run_takes_as_long_as_its_flops_or_its_loader(write_sweep: Any) -> Non
     assert two.training_s == pytest.approx(two.images_executed / two.rates.loaded_per_s)
     assert two.training_s == pytest.approx(4 * eight.training_s) == pytest.approx(bound.training_s)
     assert none.training_s == pytest.approx(2 * two.training_s)
+    assert card("auto", cpus_per_task=9).training_s == pytest.approx(eight.training_s), "all cores but the trainer's"
     large = card(8, size="rung-1024")
     assert (large.limit, large.rates.mfu, large.cautions) == ("compute", 0.4, ())
     assert large.training_s == pytest.approx(large.flops_executed / (0.4 * 494.75e12))
