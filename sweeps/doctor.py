@@ -26,9 +26,10 @@ import typer
 from packaging.requirements import Requirement
 from rich.filesize import decimal
 
+from aimscale.aim.errors import UserError
 from aimscale.harness.device.gpu_specs import gpus_here
 from aimscale.harness.device.memory import free_host_bytes
-from aimscale.harness.run.files import locked
+from aimscale.harness.run.lock import hold_lock, is_held
 from aimscale.harness.run.provenance import package_versions
 from aimscale.sweeps.slurm import commands as slurm
 
@@ -152,15 +153,11 @@ def check_locks(folder: Path) -> Check:
     """Check that flock excludes other processes, on other hosts as well; else two launches could start a run twice."""
     advice = "Mount it with locks (NFS: without `nolock` or `local_lock`; Lustre: with `flock`), or use another --root."
     try:
-        with (
-            tempfile.TemporaryDirectory(dir=folder) as place,
-            locked(Path(place) / "lock"),
-            locked(Path(place) / "lock", wait=False) as again,
-        ):
-            if again:
+        with tempfile.TemporaryDirectory(dir=folder) as place, hold_lock(path := Path(place) / "lock"):
+            if not is_held(path):
                 return Check("locks", "fail", f"flock in {folder} excludes no other process", advice)
-    except OSError as error:
-        return Check("locks", "fail", f"no flock in {folder} ({error.strerror})", advice)
+    except (OSError, UserError) as error:
+        return Check("locks", "fail", f"no flock in {folder} ({error})", advice)
     if option := _local_lock_option(folder):
         return Check("locks", "warn", f"flock excludes processes of this host only (mounted with {option})", advice)
     return Check("locks", "ok", "flock works")

@@ -14,7 +14,6 @@ import pandas as pd
 from scipy.stats import f as fisher
 
 from aimscale.analysis.errors import option
-from aimscale.analysis.fitting.covariance import effective_degrees
 from aimscale.analysis.fitting.groups import Groups, basis_of, numbers_of_values
 from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.inference import SMALLEST_DELTA, Estimate
@@ -24,6 +23,7 @@ from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.design import experiment_columns, held_equal
 from aimscale.analysis.table.names import their_name
 from aimscale.analysis.table.points import Observations
+from aimscale.analysis.table.select import spaced
 from aimscale.analysis.words import Flag, human, p_value
 
 WIDE_FACTOR, WIDE_EXPONENT_FACTOR = 100.0, 10.0
@@ -39,7 +39,7 @@ ALARM = 0.01
 MAX_GROUPS = 30
 """Of more values of a column each alone hardly matters."""
 MOST_POINTS = 400
-"""Points that the test of the form looks at: of larger tables those of evenly spaced cells."""
+"""Points that tests look at: of larger tables those of evenly spaced cells or rows."""
 HARDLY = 1e-3
 """Patterns that the law's own derivatives explain to 99.9 % are not tested."""
 
@@ -203,11 +203,11 @@ def _patterns(found: Estimate, keep: Array, x: Mapping[str, Array]) -> tuple[lis
 
 def _experiments(found: Estimate, rows: pd.DataFrame) -> Iterator[Flag]:
     """Test whether rows that differ in a column which may tell experiments apart lie on one law."""
-    names = experiment_columns(rows)
+    names, keep = experiment_columns(rows), spaced(len(rows), MOST_POINTS)
     for name in names:
         codes = pd.factorize(rows[name].map(str))[0]
-        is_tested = 0 < codes.max() < MAX_GROUPS
-        test = extra_columns_test(found, np.eye(codes.max() + 1)[codes], np.arange(len(rows))) if is_tested else None
+        columns = pd.get_dummies(codes[keep]).to_numpy(float)
+        test = extra_columns_test(found, columns, keep) if codes.max() < MAX_GROUPS else None
         if test and test[1] <= ALARM / len(names):
             off = 100 * float(np.ptp(np.bincount(codes, found.residual) / np.bincount(codes)))
             column, told = their_name(rows, name), p_value(test[1])
@@ -233,16 +233,23 @@ def extra_columns_test(found: Estimate, columns: Array, keep: Array) -> tuple[fl
     a, b = above.shape[1], len(keep) - known.shape[1] - above.shape[1]
     if a < 1 or b < 1:
         return None
-    below = np.linalg.qr(np.column_stack([known, above]), mode="complete")[0][:, -b:]
+    both, residual = np.column_stack([known, above]), found.residual[keep] * root[:, 0]
+    squares = float(np.sum((residual @ above) ** 2))
+    noise = max(float(residual @ residual - np.sum((residual @ both) ** 2)) / b, 1e-300)
     covariance = found.components.covariance(found.groups.rows(keep), len(keep)) * root * root.T
-    squares, rest = (np.sum((found.residual[keep] * root[:, 0] @ basis) ** 2) for basis in (above, below))
-    noise = max(float(rest) / b, 1e-300)
-    f, excess = float(squares) / a / noise, float(np.sqrt(max(0.0, squares - a * noise)))
-    return f, f_probability(f, *(basis.T @ covariance @ basis for basis in (above, below))), excess, a, b
+    through = covariance @ both
+    inner = both.T @ through
+    own = inner[-a:, -a:]
+    traces = np.array([np.trace(own), np.trace(covariance) - np.trace(inner)])
+    of_squares = np.array([np.sum(own**2), np.sum(covariance**2) - 2 * np.sum(through**2) + np.sum(inner**2)])
+    f = squares / a / noise
+    p = f_probability(f, np.array([a, b]), traces, of_squares)
+    return f, p, float(np.sqrt(max(0.0, squares - a * noise))), a, b
 
 
-def f_probability(f: float, above: Array, below: Array) -> float:
-    """Return the probability that a ratio of mean squares of normal variables exceeds f, by their covariances (a, a)
-    and (b, b): of independent ones it is Fisher's; else each is taken for a scaled chi-squared (Box 1954)."""
-    expected = (np.trace(above) / len(above)) / (np.trace(below) / len(below))
-    return float(fisher.sf(f / expected, effective_degrees(above), effective_degrees(below)))
+def f_probability(f: float, sizes: Array, traces: Array, of_squares: Array) -> float:
+    """Return the probability that a ratio of mean squares of so many normal variables (2,) exceeds f, by the traces
+    (2,) of their covariances and of the squares of these: of independent ones it is Fisher's; else each is taken for a
+    scaled chi-squared (Box 1954)."""
+    expected = np.divide(*(traces / sizes))
+    return float(fisher.sf(f / expected, *(traces**2 / of_squares)))

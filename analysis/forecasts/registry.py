@@ -97,18 +97,10 @@ def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
 
 
-def score_words(found: pd.DataFrame) -> list[str]:
-    """Say the scored forecasts, a sentence each: the runs' mean, and how many of them lie inside."""
-    said = []
-    for _, runs in found[found["num_rows"] > 0].groupby(["registered", "quantity", "at", "law"], sort=False):
-        first, num, inside = runs.iloc[0], len(runs), int(runs["inside"].sum())
-        verdict = f"{inside} of {num} runs inside" if num > 1 else "inside" if inside else "outside"
-        said.append(
-            f"{first['quantity']} at {first['at']}, forecast on {first['registered'][:10]} by {first['law']}: "
-            f"{first['forecast']:.4g} [{first['pi_lo']:.4g}, {first['pi_hi']:.4g}], measured "
-            f"{runs['measured'].mean():.4g} ({100 * runs['error'].mean():+.2f} %): {verdict}"
-        )
-    return said
+def score_words(found: pd.DataFrame) -> str:
+    """Say how many of the measured runs lie inside their intervals, and how many forecasts wait for theirs."""
+    inside, waiting = found["inside"].dropna(), int((found["num_rows"] == 0).sum())
+    return f"{int(inside.sum())} of {len(inside)} runs inside their registered intervals, {waiting} not measured yet"
 
 
 def _rows_at(df: pd.DataFrame, at: Mapping[str, float], columns: Mapping[str, str]) -> pd.DataFrame:

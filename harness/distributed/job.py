@@ -33,7 +33,7 @@ from aimscale.harness.run.failures import (
     classify,
     stop_signals,
 )
-from aimscale.harness.run.fence import LockLost, check_fence, fenced
+from aimscale.harness.run.lock import LockLost, check_writer, writing_through
 
 HEARTBEAT_S = 5.0
 """Seconds between heartbeats in `status.json`."""
@@ -130,7 +130,7 @@ def _hold(run: RunDir, group: Group) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         folder = group.from_first(lambda: stack.enter_context(run.hold()))
         if not group.is_first:
-            stack.enter_context(fenced(run.path, folder))
+            stack.enter_context(writing_through(run.path, folder))
         yield folder
 
 
@@ -149,7 +149,7 @@ def _note_failure(job: Job, note: Path, error: Exception) -> None:
     words = f"rank {job.group.rank} on {node} failed: {reason}"
     changes: dict[str, Any] = {"too_large": error.executed} if isinstance(error, TooLargeError) else {}
     try:
-        check_fence(job.folder.status)
+        check_writer(job.folder.status)
         with note.open("x") as file:
             json.dump(words, file)
         changes |= {"reason": reason, "reason_class": reason_class, "failed_on": None if is_about_another else node}

@@ -23,7 +23,7 @@ from aimscale.harness.log.metrics import Metrics, TrainedStep
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
-from aimscale.harness.run.fence import check_fence
+from aimscale.harness.run.lock import check_writer
 from aimscale.harness.run.schedule import Segment
 
 MAX_SKIPPED_STEPS = 20
@@ -216,7 +216,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         LockLost: another process took the run over.
         ValueError: there is a NaN or an infinity in it.
     """
-    check_fence(path)
+    check_writer(path)
     with path.open("a+b") as file:
         size = file.tell()
         file.seek(max(0, size - 1))

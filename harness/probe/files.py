@@ -21,8 +21,9 @@ from aimscale.aim.errors import some
 from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
 from aimscale.harness.run.directory import RunDir, RunDirError
-from aimscale.harness.run.fence import writer_folder
 from aimscale.harness.run.files import write_json
+from aimscale.harness.run.identity import is_measurement
+from aimscale.harness.run.lock import writer_folder
 
 PROTOCOL = 5
 """Version of how probes are trained and scored; results of other versions are not used."""
@@ -100,10 +101,11 @@ def finished_entries(
 def finished_probes(folder: Path, task: str, key: Key) -> dict[str, dict[str, Any]]:
     """Return the probes, by kind, in a task's files of this key."""
     found: dict[str, dict[str, Any]] = {}
-    evaluation, rest = key["evaluation"], {name: value for name, value in key.items() if name != "evaluation"}
-    for document in task_files(folder, f"{glob.escape(task)}-{evaluation}.json"):  # its `*` stands for any data
-        if all(document.get(name) == value for name, value in rest.items()):
-            found |= {detail["kind"]: detail for detail in document["probes"]}
+    evaluation, rest = str(key["evaluation"]), {name: value for name, value in key.items() if name != "evaluation"}
+    for document in task_files(folder, f"{glob.escape(task)}-*.json"):
+        is_same = is_measurement(document.get("evaluation"), evaluation)
+        if is_same and all(document.get(name) == value for name, value in rest.items()):
+            found |= {detail["kind"]: detail for detail in document["probes"] if detail["task"] == task}
     return found
 
 

@@ -6,7 +6,6 @@ One list for all: the trainer works it off, and launchers start runs that have o
 from __future__ import annotations
 
 import datetime
-import fnmatch
 import math
 import zipfile
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from aimscale.harness.probe.files import (
 from aimscale.harness.run.budgets import missing_budgets, saved_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, probe_key
+from aimscale.harness.run.identity import is_measurement
 
 VALIDATION_COLUMNS = ("val_loss", "val_loss_se", "val_num_images")
 """Columns of a row that a validation file holds under the same names."""
@@ -66,7 +66,7 @@ def pending_work(run: RunDir, config: RunConfig) -> list[Pending]:
 def pending_evaluations(run: RunDir, config: RunConfig, images_seen: int, row: dict[str, Any]) -> Iterator[Pending]:
     """List what is to be measured at a budget whose weights are saved and whose row this is."""
     name = validation_name(run, config, images_seen)
-    is_named = row.get("val_loss") is not None and fnmatch.fnmatch(str(row.get("validation")), name)
+    is_named = row.get("val_loss") is not None and is_measurement(row.get("validation"), name)
     if not is_named or not run.validation_file(images_seen).exists():
         yield Pending(what="validation", images_seen=images_seen)
     there = row.get("probes") or []

@@ -19,9 +19,8 @@ from pydantic import BaseModel, TypeAdapter
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
-from aimscale.harness.run.fence import take_over
 from aimscale.harness.run.files import read_as, write_json, write_text
-from aimscale.harness.run.lock import hold_lock, is_held
+from aimscale.harness.run.lock import become_writer, hold_lock, is_held
 
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
 ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
@@ -278,5 +277,5 @@ class RunDir:
             LockHeld: another live process has it.
             UserError: the file system cannot be written, or has no locks.
         """
-        with hold_lock(self.lock) as holder, take_over(self.path, holder.token) as folder:
+        with hold_lock(self.lock) as holder, become_writer(self.path, holder.token) as folder:
             yield folder

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, ReasonClass
-from aimscale.harness.run.fence import LockLost
+from aimscale.harness.run.lock import LockLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 """Signals that stop a run: Slurm's end of a job, its warning before a time limit or a preemption, a closed terminal,

@@ -1,17 +1,15 @@
-"""Atomic writes of files and folders, and locks that die with their process.
+"""Atomic writes of files and folders.
 
-Writes into a run that this process holds pass through the run's fence (`harness.run.fence`).
+Those into a run that this process holds are prepared in its writer's folder (`harness.run.lock`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-import socket
-import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +17,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.fence import keeping_fence, writer_folder
+from aimscale.harness.run.lock import check_writer, writer_folder
 
 T = TypeVar("T")
 
@@ -36,36 +34,27 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
     Readers see the old file or the new one, never a part. With `durable`, the file survives a crash of the machine.
     """
-    _make_parent(path)
-    partial = _partial_file(path)
+    check_writer(path)
+    writer = writer_folder(path)
+    partial = (writer or path.parent) / f".{path.name}.{uuid.uuid4().hex}"
+    if writer is None or writer not in path.absolute().parents:  # the writer's own folder must not come back
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with keeping_fence(path):
-            yield partial
+        yield partial
+        if durable:
+            _fsync(partial)
+        # Open it first: a process that waits for this file may then rename the folder.
+        with _opened(path.parent) as folder:
+            partial.replace(path)
             if durable:
-                _fsync(partial)
-            # Open it first: a process that waits for this file may then rename the folder.
-            with _opened(path.parent) as folder:
-                partial.replace(path)
-                if durable:
-                    os.fsync(folder)
+                os.fsync(folder)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # a full disk names no file
+        if isinstance(error, OSError):
+            check_writer(path)
+            if error.errno and error.filename is None:
+                error.filename = str(path)  # a full disk names no file
         raise
-
-
-def _make_parent(path: Path) -> None:
-    """Make the folders above a file, but not those of a run that was moved or taken over: that would undo the fence."""
-    folder = writer_folder(path)
-    if folder is None or (folder.exists() and folder not in path.absolute().parents):
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _partial_file(path: Path) -> Path:
-    """Return the path at which this thread prepares a file that will be `path`."""
-    name = f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-    return (writer_folder(path) or path.parent) / name
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
@@ -140,10 +129,10 @@ def partial_dir(path: Path, what: str = "writing") -> Path:
 def new_partial_dir(path: Path) -> Path:
     """Make an empty folder to fill, for `publish_dir`; leftovers of an earlier attempt are removed."""
     partial = partial_dir(path)
+    check_writer(path)
     shutil.rmtree(partial, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with keeping_fence(path):
-        partial.mkdir()
+    partial.mkdir()
     return partial
 
 
@@ -151,21 +140,19 @@ def publish_dir(partial: Path, final: Path) -> None:
     """Rename a finished partial folder to its final name, durably and atomically."""
     if final.exists():
         remove_dir(final)
-    with keeping_fence(final):
-        partial.rename(final)
+    check_writer(final)
+    partial.rename(final)
     _fsync(final.parent)
 
 
 def remove_dir(path: Path) -> None:
     """Remove a folder that others may be reading: atomically. A missing one is no error."""
     doomed = partial_dir(path, "removing")
+    check_writer(path)
     shutil.rmtree(doomed, ignore_errors=True)
-    try:
-        with keeping_fence(path):
-            path.rename(doomed)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
@@ -182,45 +169,3 @@ def _opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold an flock on a file for the block; the kernel drops it when the process dies, and the file is removed at the
-    end.
-
-    Yields False if another process holds it and `wait` is false.
-
-    Raises:
-        OSError: the file system has no locks.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if isinstance(error, BlockingIOError):
-                yield False
-                return
-            raise
-        if _is_file(path, descriptor):
-            break
-        os.close(descriptor)  # the previous holder has removed the file
-    try:
-        yield True
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked in the meantime has it open, too
-        os.close(descriptor)
-
-
-def _is_file(path: Path, descriptor: int) -> bool:
-    """Return whether an open file is still the one under this name."""
-    try:
-        found = os.fstat(descriptor)
-        return found.st_nlink > 0 and os.path.samestat(found, path.stat())
-    except OSError:
-        return False

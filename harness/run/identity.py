@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -44,6 +45,17 @@ def config_digest(kind: Literal["training", "validation", "probe"], fields: Valu
     """Compute eight hex digits of what is trained or how something is measured."""
     text = json.dumps({"schema": 1, "kind": kind, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return short_hash(text)
+
+
+def is_measurement(found: str | None, wanted: str) -> bool:
+    """Return whether the name of a measurement is the one wanted, field by field.
+
+    Fields are separated by dots or dashes. `*` in `wanted` is data that cannot be read, which count as unchanged.
+    """
+    fields, wanted_fields = (re.split(r"[.-]", name) for name in (found or "", wanted))
+    return len(fields) == len(wanted_fields) and all(
+        known in ("*", field) for field, known in zip(fields, wanted_fields, strict=True)
+    )
 
 
 def short_hash(text: str) -> str:

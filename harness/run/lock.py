@@ -1,8 +1,12 @@
-"""A lock on a file, held for a process's life: the kernel, or the file server, drops it when the process is gone.
+"""Locks on files, held for a process's life, and the one writer of a run.
 
-A run has two: `lock`, held by the first rank of its trainer, and `claim`, held by the worker that started it. Nothing
-is renewed and no clock is read: the holder is alive, even if it stands still. A holder that lost its lock, cut off from
-the file server, is stopped by the fence (`harness.run.fence`).
+The kernel, or the file server, drops a lock when its process is gone. A run has two: `lock`, held by the first rank of
+its trainer, and `claim`, held by the worker that started it. Nothing is renewed and no clock is read: the holder is
+alive, even if it stands still.
+
+The holder of `lock` is the run's writer. It prepares all files in a folder named by its token, `.writer-<token>`, and
+renames them from there. Whoever takes the run over moves that folder first, so a holder that lost its lock, cut off
+from the file server, fails at its next write.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -26,12 +32,21 @@ from aimscale.aim.errors import UserError
 
 PATIENCE_S = 1.0
 """Seconds for which a lock is tried: `is_held` takes it for microseconds, which must not look like another holder."""
+_PREFIX = ".writer-"
 _descriptors: set[int] = set()
 """Descriptors of the locks that this process holds."""
 
 
+_writer_folders: dict[Path, Path] = {}
+"""Run that this process writes into -> folder of its writer."""
+
+
 class LockHeld(UserError):
     """Another process holds the lock."""
+
+
+class LockLost(RuntimeError):
+    """Loss of the run to another process; this one must stop writing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +79,8 @@ class Lock:
         """
         descriptor = -1
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            self.path.parent.mkdir(exist_ok=True)  # but not those above, which somebody may have moved
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             if not _locked(descriptor, fcntl.LOCK_EX, patience_s=PATIENCE_S):
                 os.close(descriptor)
                 return None
@@ -125,7 +140,7 @@ def is_held(path: Path) -> bool:
         UserError: the file system has no locks.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
@@ -163,4 +178,88 @@ def _refusal(path: Path, error: OSError) -> UserError:
             f"the file system of {path.parent} has no locks ({error.strerror}), without which two machines could "
             f"execute one run; mount it with flock or choose another --root"
         )
+    if error.errno == errno.ELOOP:
+        return UserError(f"{path} is a symbolic link, whose target a lock would overwrite; remove it")
     return UserError(f"cannot write into {path.parent} ({error.strerror}); mend that or choose another --root")
+
+
+@contextlib.contextmanager
+def become_writer(run: Path, token: str) -> Iterator[Path]:
+    """Become the only writer of a run for the block: from its start on, no earlier holder of the lock can write.
+
+    Yields the writer's folder. It is removed at the end; after an error it stays for the next holder, since other ranks
+    may still read there what happened, and a checkpoint in it may be complete.
+    """
+    folder, pid = run.absolute() / f"{_PREFIX}{token}", os.getpid()
+    folder.mkdir()
+    for earlier in {*folder.parent.glob(f"{_PREFIX}*")} - {folder}:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            earlier.rename(folder / earlier.name)
+    with writing_through(run, folder):
+        yield folder
+    if os.getpid() == pid:  # a forked child also leaves this block, but must not remove the folder
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing_through(run: Path, folder: Path) -> Iterator[None]:
+    """Write into a run through the folder of its writer, for the block; other ranks write in the writer's name."""
+    _writer_folders[run.absolute()] = folder
+    try:
+        yield
+    finally:
+        _writer_folders.pop(run.absolute(), None)
+
+
+def writer_folder(path: Path) -> Path | None:
+    """Return the folder through which this process writes into the run of `path`; None if it holds none."""
+    if not _writer_folders:
+        return None
+    path = path.absolute()
+    return next((_writer_folders[root] for root in (path, *path.parents) if root in _writer_folders), None)
+
+
+def earlier_writers(path: Path) -> list[Path]:
+    """Return the folders of earlier writers of the run that `path` belongs to."""
+    folder = writer_folder(path)
+    return [] if folder is None else list(folder.glob(f"{_PREFIX}*"))
+
+
+def check_writer(path: Path) -> None:
+    """Check that this process is still the writer of the run that `path` belongs to.
+
+    Raises:
+        LockLost: another process took the run over, or somebody moved it.
+    """
+    folder = writer_folder(path)
+    if folder is not None and not folder.exists():
+        raise LockLost(f"{folder.parent} was taken over by another process, or moved; this one stops writing")
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock for the block; its file is removed at the end. Yields False if another process holds it and `wait` is
+    false.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_current = False
+    while not is_current:  # else the previous holder has removed the file
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            is_mine = _locked(descriptor, fcntl.LOCK_EX, patience_s=math.inf if wait else 0.0)
+            with contextlib.suppress(FileNotFoundError):
+                is_current = os.path.samestat(os.fstat(descriptor), path.stat())
+        finally:
+            if not is_current:
+                os.close(descriptor)
+    try:
+        yield is_mine
+    finally:
+        if is_mine:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked in the meantime has it open, too
+        os.close(descriptor)

@@ -26,8 +26,8 @@ from torch import Tensor
 from aimscale.aim.model import AIM
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.fence import keeping_fence
 from aimscale.harness.run.files import atomic_write, new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
+from aimscale.harness.run.lock import check_writer
 from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, read_manifest, read_parts
 from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
 from aimscale.harness.step.feed import run_on_all_ranks
@@ -247,9 +247,9 @@ def _remove_others(keep: Collection[Path]) -> None:
 def _naming_checkpoint(final: Path) -> Iterator[None]:
     """Name the checkpoint in errors of writing it."""
     try:
-        with keeping_fence(final):
-            yield
+        yield
     except OSError as error:
+        check_writer(final)
         raise CheckpointError(
             f"cannot write checkpoint {final}: {error}; free space, then start the run again "
             "(`aimscale launch --retry` where its sweep has given it up)"

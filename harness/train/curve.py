@@ -7,7 +7,6 @@ checkpoint finds the line there. No row follows from it, and a missing one is ne
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import math
 import time
@@ -28,6 +27,7 @@ from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, probe_key
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.files import remove_dir
+from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import copied_model
@@ -98,14 +98,12 @@ class LearningCurve:
         there: dict[str, Any] = {point["images_seen"]: point for point in self._run.read_curve()}.get(images_seen, {})
         name = validation_settings(self._config.evaluation.validation)
         is_due = self._schedule.is_point(images_seen, self._distance)
-        is_due = is_due and not fnmatch.fnmatch(str(there.get("validation")), name)
+        is_due = is_due and not is_measurement(there.get("validation"), name)
         places = {probe_key(entry) for entry in there.get("probes", ())}
         probes = []
         for probe in self._probes:
             evaluation = probe.evaluation_id(fingerprint(probe.train), fingerprint(probe.test))
-            found = {
-                kind for task, kind, known in places if task == probe.task and fnmatch.fnmatch(str(known), evaluation)
-            }
+            found = {kind for task, kind, known in places if task == probe.task and is_measurement(known, evaluation)}
             if self._schedule.is_point(images_seen, probe.every_images) and not found >= set(probe.kinds):
                 probes.append(probe)
         return name if is_due else None, probes

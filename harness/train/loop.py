@@ -33,8 +33,8 @@ from aimscale.harness.run.budgets import saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import PreemptedError
-from aimscale.harness.run.fence import earlier_folders
 from aimscale.harness.run.files import remove_dir
+from aimscale.harness.run.lock import earlier_writers
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import Segment, plan_walk, schedule_of
@@ -224,7 +224,7 @@ class Trainer:
             CheckpointError: there must be a complete checkpoint, and there is none.
         """
         run, group, schedule = self.run, self.group, self.schedule
-        group.from_first(lambda: recover_checkpoints(run, earlier_folders(run.path)))
+        group.from_first(lambda: recover_checkpoints(run, earlier_writers(run.path)))
         saved = list(group.from_first(lambda: saved_budgets(run)))
         for budget in saved if group.is_first else ():
             update_row(run, self.config, budget)

@@ -85,14 +85,16 @@ def status(
 def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus]:
     """Return a function that inspects all runs, or one; it asks Slurm at most every `SLURM_INTERVAL_S`."""
     runs = [run for run in plan_runs(sweep) if run_id in (None, run.run_id)]
-    cards, jobs, asked = costs.cost_cards(sweep, runs), None, float("-inf")
+    cards, asked = costs.cost_cards(sweep, runs), float("-inf")
+    jobs: dict[str, slurm.JobInfo] | None = None
 
     def look() -> SweepStatus:
         nonlocal jobs, asked
         if slurm.submissions_file(sweep).is_file() and time.monotonic() - asked > SLURM_INTERVAL_S:
-            jobs, asked = slurm.try_list_jobs(), time.monotonic()
-            if jobs is None:
-                typer.echo("Slurm does not answer; runs that wait there are shown as paused or lost", err=True)
+            answer, asked = slurm.try_list_jobs(), time.monotonic()
+            if answer is None:
+                typer.echo("Slurm does not answer; its jobs are shown as they were, if they are known", err=True)
+            jobs = jobs if answer is None else answer
         return sweep_status(sweep, runs, cards, jobs)
 
     return look
@@ -111,7 +113,7 @@ def _wait(look: Callable[[], SweepStatus], shown: Shown, deadline: float) -> int
                 if live:
                     live.update(status_view(found, console.width, shown), refresh=True)
                 elif found.counts != states:
-                    typer.echo(progress_line(found))
+                    typer.echo(progress_line(found), err=True)
                     states = found.counts
                 num_idle = 0 if found.is_active else num_idle + 1
                 if num_idle > MAX_IDLE_LOOKS or found.counts.keys() <= {"finished"}:
@@ -215,8 +217,7 @@ def collect(sweep: SweepName, root: Root = ROOT) -> None:
     found = _collect(loaded)
     if found.num_baselines:
         typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
-    for line in _scored_forecasts(found.table):
-        typer.echo(line)
+    _score_forecasts(found.table)
     typer.echo(f"{found.num_complete} of {found.num_rows} rows have results: {found.table}")
     print_next("report", report_name(loaded, sweep, root))
 
@@ -246,16 +247,14 @@ def _collect(sweep: Sweep) -> CollectResult:
     return found
 
 
-def _scored_forecasts(table: Path) -> list[str]:
-    """Score the sweep's registered forecasts, write the scores beside the results, and return one line each."""
+def _score_forecasts(table: Path) -> None:
+    """Score the sweep's registered forecasts, write the scores beside the results, and say how they fared."""
     register = table.with_name("forecasts.jsonl")
     if not register.is_file():
-        return []
-    from aimscale.analysis.forecasts.registry import SCORES, read_register, score_words, scores
+        return
+    from aimscale.analysis.forecasts.registry import SCORES, score_words, scores
     from aimscale.analysis.table.read import read_table
 
     found = scores(register, read_table(table))
     found.to_csv(table.with_name(SCORES), index=False)
-    waiting = int((found["num_rows"] == 0).sum())
-    last = f"{len(read_register(register))} registered forecasts, {waiting} not measured yet: {table.with_name(SCORES)}"
-    return [*(f"forecast: {line}" for line in score_words(found)), last]
+    typer.echo(f"forecasts: {score_words(found)}: {table.with_name(SCORES)}")

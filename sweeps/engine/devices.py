@@ -13,7 +13,8 @@ from pathlib import Path
 
 from aimscale.harness.device.execution import DoesNotFitError
 from aimscale.harness.device.gpu_specs import gpus_here
-from aimscale.harness.run.files import cache_folder, locked
+from aimscale.harness.run.files import cache_folder
+from aimscale.harness.run.lock import locked
 from aimscale.sweeps.plan.costs import plan_execution
 from aimscale.sweeps.plan.planner import Run
 

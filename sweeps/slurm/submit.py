@@ -85,6 +85,7 @@ def submit(
     batch = _Batch(sweep=sweep, snapshot=snapshot, dry_run=dry_run, retry=retry)
     if dry_run:
         return batch.submit(list_runs())
+    sweep.directory.mkdir(parents=True, exist_ok=True)
     with _hold_submissions(sweep.directory / "slurm" / "lock"):
         batch.known = slurm.jobs()
         if snapshot:

@@ -241,6 +241,7 @@ def _append_attempt(
     now = (run.read_status().heartbeat if was_lost else None) or time.time()
     run.append_attempt(
         attempt=attempt,
+        started=run.read_status().started,
         ended=now,
         device_hours=run.attempt_device_hours(now),
         exit_code=exit_code,

@@ -116,9 +116,10 @@ class RunRecord(RunDir):
     def attempt_device_hours(self, now: float) -> float:
         """Return the device-hours of the current attempt, or of one that just ended; 0 if it never started."""
         started, worker = self.read_status().started, self.claimant()
-        last = max((ended["ended"] for ended in self.read_attempts() if not ended.get("forgiven")), default=0.0)
+        # By the start and not by the order of times: a clock may have been set back.
+        is_new = started is not None and all(ended.get("started") != started for ended in self.read_attempts())
         devices = worker.facts.get("devices", 1) if worker else 1
-        return devices * (now - started) / 3600 if started and started > last else 0.0
+        return devices * max(0.0, now - (started or now)) / 3600 if is_new else 0.0
 
     def next_attempt(self) -> int:
         """Return the number of the next attempt, 1 for the first."""

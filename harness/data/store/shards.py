@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.remote import download, is_url, join
-from aimscale.harness.run.files import atomic_write, cache_folder, locked
+from aimscale.harness.run.files import atomic_write, cache_folder
+from aimscale.harness.run.lock import locked
 
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""

@@ -61,7 +61,7 @@ def test_a_registered_forecast_is_scored_once_the_run_is_there(table, grid):
     assert len(loss["data_sha256"]) == 64
     waiting = scored(register, grid)
     assert waiting["measured"].isna().all()
-    assert score_words(waiting) == []
+    assert score_words(waiting) == "0 of 0 runs inside their registered intervals, 2 not measured yet"
     new = grid.iloc[[0]].assign(run_id="new", params_total=AT["N"], images_seen=AT["D"], val_loss=TRUE_LOSS)
     new["probes"] = probes(np.array([TRUE_LOSS]))
     unfinished = new.assign(run_id="other", val_loss=9.0, status="failed")
@@ -72,7 +72,7 @@ def test_a_registered_forecast_is_scored_once_the_run_is_there(table, grid):
     assert top1["quantity"] in found.index
     off = scored(register, pd.concat([grid, new.assign(val_loss=2 * TRUE_LOSS)]))
     assert off["inside"].tolist() == [False, True]
-    assert score_words(off)[0].endswith("outside")
+    assert score_words(off).startswith("1 of 2 runs inside")
 
 
 def test_every_run_is_scored_by_itself(table, grid):
@@ -92,8 +92,7 @@ def test_every_run_is_scored_by_itself(table, grid):
     assert of_loss["measured"].tolist() == pytest.approx(values)
     assert of_loss["num_rows"].tolist() == [3, 3, 3]
     assert found["num_rows"].tolist() == [3, 3, 3, 0]
-    (said,) = score_words(found)
-    assert said.endswith("1 of 3 runs inside")
+    assert score_words(found) == "1 of 3 runs inside their registered intervals, 1 not measured yet"
 
 
 def test_what_is_measured_already_is_no_forecast(table, grid):

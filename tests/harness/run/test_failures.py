@@ -15,7 +15,7 @@ import torch
 from aimscale.aim.config import ModelConfigError
 from aimscale.harness.data import DataError
 from aimscale.harness.run.failures import STOP_SIGNALS, NoMemoryError, classify, disk_sentence, run_worker, stop_signals
-from aimscale.harness.run.fence import LockLost
+from aimscale.harness.run.lock import LockLost
 from aimscale.harness.step.checkpoint import CheckpointError
 
 Run = Callable[..., list[int]]

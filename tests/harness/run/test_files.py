@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from aimscale.harness.run.files import atomic_dir, atomic_write, locked, write_json, write_text
+from aimscale.harness.run.files import atomic_dir, atomic_write, write_json, write_text
+from aimscale.harness.run.lock import locked
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

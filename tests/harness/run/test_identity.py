@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from aimscale.harness.run.config import ProbeSection, RunConfig, TrainingConfig, ValidationSection, parse, run_config
+from aimscale.harness.run.identity import is_measurement
 
 FIELDS: dict[str, Any] = {
     "model": {"size": "w16-d2", "image_size": 16, "patch_size": 4},
@@ -91,3 +92,20 @@ Config = Callable[..., RunConfig]
 
 def test_nothing_of_the_runtime_names_a_run(tiny_config: Config) -> None:
     assert tiny_config({"num_workers": 3, "zero_stage": 2}).run_id == tiny_config().run_id
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "is_same"),
+    [
+        ("ab.cd.12", "ab.cd.12", True),
+        ("ab.cd.12", "ab.*.12", True),
+        ("ab.*.12", "ab.cd.12", False),
+        ("ab.cd.12", "ab.*.34", False),
+        ("ab.cd", "ab.*.12", False),
+        ("ab-cd-12", "ab-*", False),
+        (None, "ab-*", False),
+        ("ab[1]-cd", "ab[1]-cd", True),
+    ],
+)
+def test_a_measurement_is_known_by_its_fields(found: str | None, wanted: str, is_same: bool) -> None:
+    assert is_measurement(found, wanted) == is_same

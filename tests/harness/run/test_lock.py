@@ -1,4 +1,4 @@
-"""The lock of a run and its fence: one writer, whatever befalls file servers, forks and processes that stand still."""
+"""The lock of a run and its writer: one, whatever befalls file servers, forks and processes that stand still."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from trainers import until
 from aimscale.aim.errors import UserError
 from aimscale.harness.log.record import append_line
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.fence import LockLost, check_fence, earlier_folders
 from aimscale.harness.run.files import atomic_write, new_partial_dir, publish_dir, remove_dir, write_json
-from aimscale.harness.run.lock import LockHeld
+from aimscale.harness.run.lock import Lock, LockHeld, LockLost, check_writer, earlier_writers
 
 HOLD = """
 import os, sys, time
@@ -63,7 +62,7 @@ def test_a_lock_excludes_others_until_its_holder_is_dead_whatever_it_forked(tmp_
     with run.hold() as folder:
         assert run.is_held()
         assert list(tmp_path.glob(".writer-*")) == [folder]
-        assert [[*earlier.iterdir()] for earlier in earlier_folders(run.status)] == [[folder / left.name / "part"]]
+        assert [[*earlier.iterdir()] for earlier in earlier_writers(run.status)] == [[folder / left.name / "part"]]
     os.kill(int(child), signal.SIGKILL)
     assert not run.is_held()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
@@ -89,7 +88,7 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_path: Path) -> None:
-    """It stands still between its last look at the fence and its rename, and tries every other way to write, too."""
+    """It stands still between its last check and its rename, and tries every other way to write, too."""
     run, outcome = RunDir(tmp_path / "run"), tmp_path / "outcome"
 
     def hold() -> None:
@@ -100,7 +99,7 @@ def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_
 
             def stand_still() -> None:
                 with atomic_write(run.status) as file:
-                    check_fence(run.status)
+                    check_writer(run.status)
                     file.write_text("old")
                     (tmp_path / "ready").touch()
                     os.kill(os.getpid(), signal.SIGSTOP)
@@ -114,12 +113,12 @@ def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_
                 lambda: new_partial_dir(run.checkpoint_dir(16)),
                 lambda: run.record_row({"images_seen": 8}),
                 lambda: run.write_status(state="finished"),
-                lambda: check_fence(run.path / "tensorboard"),
+                lambda: check_writer(run.path / "tensorboard"),
             ]
             for attempt in attempts:
                 with pytest.raises(LockLost):
                     attempt()
-        outcome.write_text("stopped by the fence each time")
+        outcome.write_text("stopped each time")
 
     holder = in_fork(hold)
     until((tmp_path / "ready").exists)
@@ -131,7 +130,7 @@ def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_
         files_before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if ".writer-" not in str(path)}
         os.kill(holder.pid or 0, signal.SIGCONT)
         holder.join()
-        assert outcome.read_text() == "stopped by the fence each time"
+        assert outcome.read_text() == "stopped each time"
         append_line(run.metrics, {"holder": "new"})
         assert run.is_held()
     assert [json.loads(line)["holder"] for line in run.metrics.read_text().splitlines()] == ["old", "new", "new"]
@@ -156,3 +155,25 @@ def test_processes_hold_one_after_the_other(tmp_path: Path) -> None:
     for contender in contenders:
         contender.join()
     assert [contender.exitcode for contender in contenders] == [0] * 6
+
+
+@pytest.mark.parametrize("name", ["lock", "claim"])
+def test_a_lock_that_is_a_link_is_refused_and_its_target_kept(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=f"{name} is a symbolic link"):
+        Lock(tmp_path / name).take()
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_the_folder_of_a_run_that_was_moved_does_not_come_back(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "sweep" / "runs" / "a")
+    run.path.mkdir(parents=True)
+    with run.hold():
+        (tmp_path / "sweep").rename(tmp_path / "moved")
+        for write in (lambda: run.write_status(state="running"), lambda: append_line(run.metrics, {})):
+            with pytest.raises(LockLost, match="moved"):
+                write()
+    with pytest.raises(UserError, match="No such file"):
+        Lock(run.path / "claim").take()
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]

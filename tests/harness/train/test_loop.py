@@ -101,7 +101,8 @@ STAGES = {
     "rename */writing-checkpoints-*-decay-*", "rmdir */writing-checkpoints-*-decay-*",
     "replace */writing-checkpoints-*-decay-*/manifest.json", "rename checkpoints/*-decay-*",
     "rename */removing-checkpoints-*-decay-*", "rmdir */removing-checkpoints-*-decay-*",
-    "replace budgets/*/model.safetensors", "replace results.json", "replace validation/*.npz", "rmdir *",
+    "replace budgets/*/model.safetensors", "replace budgets/*/digest.json",
+    "replace results.json", "replace validation/*.npz", "rmdir *",
 }  # fmt: skip
 """Changes in a run directory, from taking the lock to giving it back."""
 

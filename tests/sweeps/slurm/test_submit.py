@@ -269,6 +269,7 @@ def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
 ) -> None:
     sweep = write_sweep()
     monkeypatch.setattr(submission, "LOCK_TIMEOUT_S", 0.1)
+    sweep.directory.mkdir(parents=True)
     with hold_lock(sweep.directory / "slurm" / "lock"), pytest.raises(UserError, match="has been submitting for"):
         submit_for(sweep)
     assert "waiting for process" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from aimscale.sweeps.state.record import RunRecord
 
 @pytest.fixture
 def record(tmp_path: Path) -> RunRecord:
+    (tmp_path / "sweep" / "runs").mkdir(parents=True)
     return RunRecord(tmp_path / "sweep" / "runs" / "run")
 
 
@@ -170,3 +171,12 @@ def test_a_run_that_takes_its_launcher_with_it_is_not_tried_for_ever(record: Run
         assert (record.read_status().state, len(record.read_attempts())) == ("failed", num)
         assert record.read_attempts()[-1]["device_hours"] == pytest.approx(1.0), "up to its last sign of life"
         assert may_retry(record.read_attempts(), "node") == (num < 3)
+
+
+def test_device_hours_count_after_a_clock_was_set_back(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = []
+    for now, started in ((90_000.0, 86_400.0), (10_800.0, 3_600.0), (10_900.0, 3_600.0)):  # the last one never started
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        attempt(record, EXIT_CRASHED, started=started)
+        hours.append(record.read_attempts()[-1]["device_hours"])
+    assert hours == [1.0, 2.0, 0.0]
