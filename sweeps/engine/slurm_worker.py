@@ -185,7 +185,7 @@ def _relay_warnings() -> Iterator[None]:
 def main() -> int:
     """Be the worker of a job; the last line of its log says how it ended."""
     directory, *shape = sys.argv[1:]
-    signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # the batch script ignored it
+    signal.signal(signal.SIGUSR2, lambda *_: None)  # unlike an ignored signal, this can be handled while runs execute
     print(f"{BEGIN_LINE}: job {slurm.current_job_id()} on {os.environ.get('SLURM_JOB_NODELIST')}", flush=True)
     try:
         nodes, devices = map(int, shape)

@@ -26,7 +26,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import handling_stop_signals
 from aimscale.harness.run.lock import Lock
-from aimscale.sweeps.engine.active_run import ActiveRun, Command, measure_progress, start_run
+from aimscale.sweeps.engine.active_run import ActiveRun, Command, measure_progress
 from aimscale.sweeps.engine.devices import DevicePool, Machine
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD, Sweep
@@ -44,7 +44,7 @@ SILENT_AFTER_S, LOST_AFTER_S = 60.0, 900.0
 """A run of another worker whose heartbeat is older than the first, s, may have lost its worker; the worker waits for it
 until the age exceeds the second."""
 MIN_START_TIME_S = 60.0
-"""Minimum remaining time to start a run, s, in addition to twice the time that its last start took."""
+"""Minimum remaining time to start a run, s; twice the time that its last start took, if that is longer."""
 
 Report = Callable[["Worker"], None]
 """Callback that receives the worker every few moments, to show its progress."""
@@ -114,7 +114,7 @@ class Worker:
             return f"needs {found.run.devices} devices"
         starts = found.record.read_starts() if self.deadline < float("inf") else []
         startup_s = (starts[-1].get("startup_s") or 0.0) if starts else 0.0
-        if self.deadline - time.time() < MIN_START_TIME_S + 2 * startup_s:
+        if self.deadline - time.time() < max(MIN_START_TIME_S, 2 * startup_s):
             self.is_late = True
             return "too little time is left here"
         failed_here = self.skip_failed_here and set(self.nodes) & set(found.record.failed_nodes())
@@ -139,8 +139,6 @@ class LaunchResult:
     """Runs whose last attempt failed, and that are to be tried again."""
     skipped: tuple[RunState, ...] = ()
     """States of runs that it did not execute."""
-    unplanned: tuple[str, ...] = ()
-    """Run directories outside the plan; they trained something else."""
     remaining: tuple[str, ...] = ()
     """Runs that this worker could continue with more time, or on another node."""
     interrupted: bool = False
@@ -263,11 +261,11 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
         if found.startable:
             RunDir.create(record.path, run.config)
             record.write_status(state="queued", reason=None, reason_class=None)
-            active_run = start_run(
+            active_run = ActiveRun(
                 run,
                 record,
                 (worker.command or worker.machine.command)(record.path, len(acquired)),
-                claim=claim,
+                lock=claim,
                 claims=(holder.token, status.claim),
                 devices=acquired,
                 environment=worker.devices.environment(acquired),

@@ -37,7 +37,7 @@ def warn(job_id: str) -> None:
 
 
 def test_time_limit_saves_requeues_and_finishes(fault: Any, undisturbed: Losses) -> None:
-    case = fault(step_s=8.0, slurm={"time_limit_min": 4})
+    case = fault(step_s=8.0, slurm={"time_limit_min": 5})
     case.launch()
     assert_as_undisturbed(case, undisturbed)
     (ends,) = case.ends()

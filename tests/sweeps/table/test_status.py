@@ -259,4 +259,4 @@ def test_a_look_at_finished_runs_reads_none_of_their_weights(write_sweep: Any, t
     assert look(sweep).counts == {"finished": 5}
     assert bytes_read() - before < 50_000 * len(runs)
     save_file(weights | {"v": np.ones(3, "f4")}, RunRecord(sweep.run_dir(runs[0].run_id)).model_file(640))
-    assert look(sweep).counts == {"finished": 4, "unfinished": 1}, "its weights are others now"
+    assert look(sweep).counts == {"finished": 4, "paused": 1}, "its weights are others now"
