@@ -3,6 +3,7 @@ from .accuracy.correlation import correlate as correlate
 from .accuracy.links import link as link
 from .effects.contrasts import contrast as contrast
 from .effects.noise_sources import noise as noise
+from .effects.recipes import recipes as recipes
 from .errors import AnalysisError as AnalysisError
 from .fitting.estimate import fit as fit
 from .fitting.holdout import held_out as held_out
@@ -15,6 +16,7 @@ from .plots.accuracy import plot_loss_accuracy as plot_loss_accuracy
 from .plots.intervals import plot_contrasts as plot_contrasts
 from .plots.intervals import plot_correlations as plot_correlations
 from .plots.rates import plot_rates as plot_rates
+from .plots.recipes import plot_recipes as plot_recipes
 from .plots.scaling import plot_approaches as plot_approaches
 from .plots.scaling import plot_curves as plot_curves
 from .plots.scaling import plot_fit as plot_fit

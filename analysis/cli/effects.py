@@ -26,6 +26,10 @@ def contrast(
         typer.Option(help="A column, or accuracies: TASK:KIND, TASK, top1 (all); default: loss and all accuracies."),
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Column that may differ within a pair.")] = None,
+    as_law: Annotated[
+        bool,
+        typer.Option("--as-law", help="Fit a law of the loss per level, together: the gain in compute by compute."),
+    ] = False,
     columns: options.Columns = None,
     where: options.Where = None,
     figure: options.FigurePath = None,
@@ -37,6 +41,16 @@ def contrast(
 
     df = table_of(tables, columns, where)
     name, _, baseline = by.partition("=")
+    if as_law:
+        each = analysis.recipes(df, by=name, baseline=baseline or None, y=(measure or ["val_loss"])[0])
+        show(
+            each[0],
+            json,
+            figure,
+            after=[line for more in each[1:] for line in ("", more.summary())],
+            also={"levels": each} if len(each) > 1 else None,
+        )
+        return
     found = analysis.contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
     worth = gains(found)
     after = ["", fact_lines([*dict.fromkeys(("worth", str(each)) for each in worth)])] if worth else []

@@ -8,7 +8,8 @@ for the test images that the runs share. A single pair of runs a size has no int
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,9 @@ CAUTIONS = {
     ),
 }
 """Column -> kind and sentence of the flag about its losses."""
+
+Missing = tuple[str, tuple[str, ...] | None]
+"""A level, and the columns in which its rows differ from the baseline's; None where it has no value."""
 
 
 def contrast(
@@ -75,17 +79,17 @@ def contrast(
     long = long.assign(level=level_names(long[by]))
     baseline, *levels = _levels(long, by, wanted, baseline)
     asked, flags = _comparable(wanted, by)
-    found, missing = list[Contrast](), list[tuple[str, str, str, tuple[str, ...]]]()
+    found, missing = list[Contrast](), defaultdict[Missing, list[str]](list)
     for m, level in itertools.product(asked, levels):
         sides = [long[(long["measure"] == m.name) & (long["level"] == each)] for each in (baseline, level)]
         pairs = next((each for on in ([*keys, *parts], keys) if len(each := _pairs(sides, on))), None)
         if pairs is not None:
             found.append(_compared(pairs, m, baseline, level))
         elif any(side.empty for side in sides):
-            missing.append((m.title, "absent", baseline if sides[0].empty else level, ()))
+            missing[baseline if sides[0].empty else level, None].append(m.title)
         else:
-            missing.append((m.title, "unpaired", level, _differs(sides, keys)))
-    flags += _reasons(pd.DataFrame(missing, columns=["title", "kind", "level", "apart"]), by, baseline)
+            missing[level, _differs(sides, keys)].append(m.title)
+    flags += _reasons(missing, by, baseline)
     if not found:
         raise AnalysisError(" ".join(flag_words(flags)))
     if by in CAUTIONS:
@@ -208,16 +212,12 @@ def _differs(sides: Sequence[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:
     return shown or tuple(name for name, both in values.items() if len({*itertools.chain(*both)}) > 1)
 
 
-def _reasons(missing: pd.DataFrame, by: str, baseline: str) -> Iterator[Flag]:
-    """Say why measures lack levels: a flag for all measures that lack the same levels for one kind of reason."""
-    of_level = missing.groupby(["kind", "level"], sort=False).agg({"title": tuple, "apart": "sum"}).reset_index()
-    lost = of_level.groupby(["kind", "title"], sort=False).agg({"level": list, "apart": "sum"}).reset_index()
-    for kind, titles, levels, apart in lost.itertuples(index=False, name=None):
-        told, columns = levels[0], apart
-        if len(levels) > 1:
-            told, columns = f"{len(levels)} levels ({some(levels)})", [each.split(" (")[0] for each in apart]
-        text = f"no value at {by} = {told}."
-        if kind == "unpaired":
-            text = f"nothing is paired between {by} = {baseline} and {told}, which differ in "
-            text += f"{some([*dict.fromkeys(columns)])}; run both with the same, or {option('ignore')} that column."
-        yield Flag(kind=kind, subject=told, number=len(levels), text=f"{some(titles)}: {text}")
+def _reasons(missing: Mapping[Missing, Sequence[str]], by: str, baseline: str) -> Iterator[Flag]:
+    """Say why measures lack a level: a flag for all that lack it for one reason."""
+    for (level, apart), titles in missing.items():
+        if apart is None:
+            kind, text = "absent", f"no value at {by} = {level}."
+        else:
+            kind, text = "unpaired", f"nothing is paired between {by} = {baseline} and {level}, which differ in "
+            text += f"{some(apart)}; run both with the same, or {option('ignore')} that column."
+        yield Flag(kind=kind, subject=level, text=f"{some(titles)}: {text}")

@@ -43,7 +43,7 @@ def plot_contrasts(found: Contrasts, *, labels: Mapping[str, str] | None = None)
         drawn.append({**row, **ends, "is_filled": each.is_significant})
     rows = pd.DataFrame(drawn)
     colours = palette(rows["series"].unique())
-    groups = list(rows.groupby("unit", sort=False))
+    groups = [(str(unit), group) for unit, group in rows.groupby("unit", sort=False)]
     heights = [0.45 + (0.16 + 0.17 * len(colours)) * group["what"].nunique() for _, group in groups]
     height = sum(heights) + 0.5 * len(groups) + 0.45
     figure, axes = new_figure(6.2, height, num_rows=len(groups), height_ratios=heights)

@@ -6,7 +6,6 @@ Laws are fitted to the main experiment of the tables (`table.select.main_part`) 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ import pandas as pd
 
 from aimscale import analysis
 from aimscale.analysis.accuracy.links import task_level
-from aimscale.analysis.accuracy.result import Correlations
 from aimscale.analysis.display import as_sentences
 from aimscale.analysis.effects.contrasts import factors
 from aimscale.analysis.errors import AnalysisError
@@ -245,20 +243,10 @@ def correlate_probes(study: Study) -> None:
     for kind in study.kinds if len(study.usable) else ():
         for task, rows in probes[probes["kind"].map(str) == kind].groupby("task", sort=False):
             name, rows = f"{task}:{kind}", _evenly(rows).reset_index(drop=True)
-            study.attempt(CORRELATION, _correlations, rows, subject=name)
+            study.attempt(CORRELATION, analysis.correlate, rows, subject=name)
             known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
             levels = {level: task_level(known, level) for level in ("chance", "ideal")}
             study.attempt("link from loss to", analysis.link, known, **levels, is_tested=False, subject=name)
-
-
-def _correlations(rows: pd.DataFrame) -> Correlations:
-    """Correlate at equal compute, over all rows, and within a size (Pearson)."""
-    found = [*analysis.correlate(rows)]
-    size = next((name for name in ("size", "params_total") if name in rows and varies(rows[name])), None)
-    if size is not None:
-        with contextlib.suppress(AnalysisError):  # every size may have a single row
-            found += analysis.correlate(rows, methods=("pearson",), within=size)
-    return Correlations(correlations=tuple(found))
 
 
 def _measure_effects(study: Study) -> None:

@@ -1,0 +1,245 @@
+"""Two recipes as laws: does the gain of one grow, shrink or cross over with compute?
+
+Both recipes' losses are fitted together. A size or a budget has one error for both (clusters hold rows of both), so
+that cancels in what is told of their difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.display import Drawing, Result
+from aimscale.analysis.effects.result import level_names
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.inference import CONFIDENCE, Function
+from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.laws.base import Array, Params
+from aimscale.analysis.laws.pair import TERMS, pair
+from aimscale.analysis.table import design
+from aimscale.analysis.table.names import no_column, our_name
+from aimscale.analysis.table.points import complete
+from aimscale.analysis.words import Flag, did_you_mean, flag_words, power_of_ten
+
+NEWTON_STEPS = 20
+"""Steps to a gain, in the logarithm of the excess loss, which is nearly linear in that of compute."""
+NUM_SCALES = 7
+"""Amounts of compute in the table of a result, evenly in the logarithm."""
+BEYOND = 10.0
+"""Factor beyond the largest compute up to which the gain is extrapolated by default."""
+EXPONENTS = ("alpha", "beta")
+SHARED, OWN = ("E", *EXPONENTS), ("E",)
+"""Terms that both recipes share: exponents, too, unless these differ significantly."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Recipes(Result):
+    """A recipe's worth in compute against another's, as a function of compute."""
+
+    plot = Drawing("recipes.plot_recipes")
+
+    by: str
+    baseline: str
+    level: str
+    table: pd.DataFrame
+    """A row per amount of compute: C, N and D (in the table's mean ratio), gain in compute, low, high, beyond (of the
+    largest run). A gain of 2: the baseline needs twice the compute for the same loss; below 1, less."""
+    trend: tuple[float, float, float]
+    """Change of the gain over the table's own range of compute, as a factor, with its interval."""
+    crossover: float
+    """Compute at which the gain is 1; NaN where it is on one side everywhere."""
+    exponents: pd.DataFrame
+    """alpha and beta: ratio of the level's to the baseline's, low, high, from laws that share E alone."""
+    law: Fit
+    """The joint law behind the gains."""
+    flags: tuple[Flag, ...]
+    law_of_own: Fit = field(repr=False)
+    """The joint law in which each recipe has exponents of its own."""
+
+    @property
+    def has_own_exponents(self) -> bool:
+        """Whether exponents differ significantly, so that each recipe keeps its own."""
+        return self.law is self.law_of_own
+
+    def headline(self) -> str:
+        """Return the gain at the largest compute of the table and beyond."""
+        inside, beyond = self.table[~self.table["beyond"]].iloc[-1], self.table.iloc[-1]
+        return (
+            f"{self.level} is worth {_gain_words(inside)} times the compute of {self.baseline} at "
+            f"{power_of_ten(inside['C'])} FLOP, {_gain_words(beyond)} at {power_of_ten(beyond['C'])}"
+        )
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return cautions, the gain, its trend and where it crosses over."""
+        change, low, high = self.trend
+        told = "grows" if low > 1 else "shrinks" if high < 1 else "is not known to change"
+        found = [("with care", text) for text in flag_words(self.flags)]
+        found += [
+            ("worth", self.headline()),
+            ("trend", f"with compute the gain {told}: x {change:.2f} [{low:.2f}, {high:.2f}]"),
+        ]
+        ratios = ", ".join(
+            f"{row.Index} x {row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in self.exponents.itertuples()
+        )
+        kept = "each keeps its own" if self.has_own_exponents else "both share them"
+        found.append(("exponents", f"{ratios}: {kept}"))
+        where = f"at {power_of_ten(self.crossover)} FLOP" if np.isfinite(self.crossover) else "not up to the last row"
+        return [*found, ("crosses over", where)]
+
+    def cells(self) -> list[dict[str, str]]:
+        """Write a row per amount of compute."""
+        rows = self.table.to_dict("records")
+        return [
+            {
+                "compute": power_of_ten(row["C"]),
+                "gain": _gain_words(row),
+                "beyond the table": "yes" if row["beyond"] else "",
+            }
+            for row in rows
+        ]
+
+
+def _gain_words(row: Any) -> str:
+    return f"{row['gain']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = "val_loss") -> tuple[Recipes, ...]:
+    """Fit the laws of two recipes or more together, and tell the gain of each over the baseline by compute.
+
+    Args:
+        df: one row per run and budget.
+        by: column that tells the recipes apart.
+        baseline: recipe to compare with; None takes the one with most rows.
+        y: column of the loss.
+
+    Returns:
+        A result per other recipe.
+
+    Raises:
+        AnalysisError: a missing column, a single recipe, or too few rows of one for a law.
+
+    Example:
+        >>> recipes(read_table("two.csv"), by="recipe")[0].table
+    """
+    by, y = our_name(df, by), our_name(df, y)
+    columns = {letter: our_name(df, letter) for letter in "ND"}
+    if absent := [name for name in (by, y, *columns.values()) if name not in df]:
+        raise no_column(df, absent[0])
+    rows, flags = _alike(complete(df), by)
+    level = level_names(rows[by])
+    counts = level.value_counts()
+    first = baseline or str(counts.index[0])
+    if first not in counts:
+        raise AnalysisError(f"{by} has no level {first!r}; {did_you_mean(first, counts.index, 'its levels are')}")
+    if len(counts) < 2:
+        raise AnalysisError(f"All rows have {by} = {first}, so there is nothing to compare.")
+    return tuple(
+        _compared(rows[level.isin([first, other])], level, by, first, str(other), columns, y, flags)
+        for other in counts.index
+        if other != first
+    )
+
+
+def _alike(rows: pd.DataFrame, by: str) -> tuple[pd.DataFrame, tuple[Flag, ...]]:
+    """Keep the rows of the most frequent design in everything but `by` and what follows from it."""
+    others = [n for n in design.design_columns(rows) if n != by and n not in design.FOLLOWS.get(by, ())]
+    if not others:
+        return rows, ()
+    cell = rows.groupby(others, dropna=False).ngroup()
+    keep = cell == cell.mode()[0]
+    text = f"{int((~keep).sum())} rows that differ in {', '.join(others)} are left out."
+    return rows[keep], (Flag(kind="design", number=int((~keep).sum()), text=text),)
+
+
+def _compared(
+    rows: pd.DataFrame,
+    level: pd.Series,
+    by: str,
+    baseline: str,
+    other: str,
+    columns: dict[str, str],
+    y: str,
+    flags: Sequence[Flag],
+) -> Recipes:
+    of_level = level[rows.index] == other
+    points = rows.drop(columns=["N", "D", "C", "G"], errors="ignore").assign(
+        **{letter: pd.to_numeric(rows[name]) for letter, name in columns.items()},
+        G=of_level.map({False: 1.0, True: 2.0}),
+    )
+    own, shared = (fit(points, pair(share), y=y, is_tested=False) for share in (OWN, SHARED))
+    exponents = pd.DataFrame(
+        [_ratio(own, name, CONFIDENCE) for name in EXPONENTS], columns=["ratio", "low", "high"], index=[*EXPONENTS]
+    )
+    either = 1 - (1 - CONFIDENCE) / len(EXPONENTS)  # one of two intervals misses by chance twice as often
+    differs = any(low > 1 or high < 1 for _, low, high in (_ratio(own, name, either) for name in EXPONENTS))
+    law = own if differs else shared
+    compute = 6 * points["N"] * points["D"]
+    ratio = float(np.exp(np.mean(np.log(points["D"] / points["N"]))))
+    scales = np.geomspace(compute.min(), compute.max(), NUM_SCALES - 2)
+    scales = np.append(scales, [BEYOND**0.5 * scales[-1], BEYOND * scales[-1]])
+    n = np.sqrt(scales / (6 * ratio))
+    gain = _gain_of(law, n, ratio * n)
+    value, errors, degrees = law.estimate.error_of(gain)
+    half = half_width(errors, degrees, CONFIDENCE)
+    table = pd.DataFrame({"C": scales, "N": n, "D": ratio * n, "gain": np.exp(value)})
+    table = table.assign(low=np.exp(value - half), high=np.exp(value + half), beyond=scales > 1.001 * compute.max())
+    last = NUM_SCALES - 3
+    (change,), (error,), (free,) = law.estimate.error_of(lambda p: (g := gain(p))[..., [last]] - g[..., [0]])
+    reach = half_width(np.array([error]), np.array([free]), CONFIDENCE)[0]
+    return Recipes(
+        by=by,
+        baseline=baseline,
+        level=other,
+        table=table,
+        trend=tuple(np.exp([change, change - reach, change + reach]).tolist()),
+        crossover=_crossover(scales, value),
+        exponents=exponents,
+        law=law,
+        law_of_own=own,
+        flags=(*flags, *(each for each in law.flags if each.kind in ("unseen", "few_groups"))),
+    )
+
+
+def _ratio(law: Fit, name: str, confidence: float) -> tuple[float, float, float]:
+    """Return the ratio of the level's exponent to the baseline's, and its interval."""
+    value, errors, degrees = law.estimate.error_of(lambda p: np.log(p[f"{name}_2"]) - np.log(p[name]))
+    half = half_width(errors, degrees, confidence)
+    low, middle, high = np.exp([value[0] - half[0], value[0], value[0] + half[0]]).tolist()
+    return middle, low, high
+
+
+def _gain_of(law: Fit, n: Array, d: Array) -> Function:
+    """Make the logarithm of the gain at scales (m,) a function of the law's parameters: the baseline needs N and D of
+    root gain times as much for the loss that the level has there."""
+
+    def gain(params: Params) -> Array:
+        first = {name: np.asarray(params[name])[..., None] for name in TERMS}
+        second = {name: np.asarray(params.get(f"{name}_2", params[name]))[..., None] for name in TERMS}
+        excess = second["E"] - first["E"] + second["A"] * n ** -second["alpha"] + second["B"] * d ** -second["beta"]
+        found = np.zeros_like(excess)
+        for _ in range(NEWTON_STEPS):
+            parts = [
+                first[c] * scale ** -first[e] * np.exp(-first[e] * found / 2)
+                for c, e, scale in (("A", "alpha", n), ("B", "beta", d))
+            ]
+            slope = (first["alpha"] * parts[0] + first["beta"] * parts[1]) / 2
+            found = found + sum(parts) / slope * np.log(sum(parts) / np.maximum(excess, 1e-300))
+        return found
+
+    return gain
+
+
+def _crossover(scales: Array, log_gain: Array) -> float:
+    """Find the compute at which the gain crosses 1, between two rows; NaN without a change of sign."""
+    changes = np.flatnonzero(np.diff(np.sign(log_gain)) != 0)
+    if not len(changes):
+        return float("nan")
+    i = changes[0]
+    share = log_gain[i] / (log_gain[i] - log_gain[i + 1])
+    return float(np.exp(np.interp(share, [0, 1], np.log(scales[i : i + 2]))))
