@@ -124,10 +124,10 @@ def launch_summary(sweep: Sweep, states: Sequence[RunState], cards: Sequence[Cos
 
 
 def _exit_code(result: LaunchResult) -> int:
-    """Return 130 after a signal, 75 if time was up before all was done, 1 if a run failed for good, else 0."""
+    """Return 130 after a signal, 75 if time was up or runs were cancelled, 1 if a run failed for good, else 0."""
     if result.stopped_by:
         return EXIT_INTERRUPTED
-    if result.interrupted and not result.broken:
+    if (result.interrupted or result.stopped) and not result.broken:
         return EXIT_PREEMPTED
     return int(bool(result.broken or failed_runs(result)) or any(each.state == "damaged" for each in result.skipped))
 
@@ -139,7 +139,7 @@ def _print_next(result: LaunchResult, name: str, sweep: Sweep, root: Path, *more
         print_next("launch", name, root, *more)
     elif failed := failed_runs(result):
         print_next("logs", name, root, failed[0])
-    elif states == {"cancelled"} or states == {"cancelled", "finished"}:
+    elif states <= {"cancelled", "finished"} and (result.stopped or "cancelled" in states):
         print_next("launch", name, root, *more, "--retry")
     elif states <= {"finished"}:
         print_next("report", report_name(sweep, name, root))

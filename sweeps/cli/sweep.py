@@ -85,14 +85,16 @@ def status(
 def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus]:
     """Return a function that inspects all runs, or one; it asks Slurm at most every `SLURM_INTERVAL_S`."""
     runs = [run for run in plan_runs(sweep) if run_id in (None, run.run_id)]
-    cards, jobs, asked = costs.cost_cards(sweep, runs), None, float("-inf")
+    cards, asked = costs.cost_cards(sweep, runs), float("-inf")
+    jobs: dict[str, slurm.JobInfo] | None = None
 
     def look() -> SweepStatus:
         nonlocal jobs, asked
         if slurm.submissions_file(sweep).is_file() and time.monotonic() - asked > SLURM_INTERVAL_S:
-            jobs, asked = slurm.try_list_jobs(), time.monotonic()
-            if jobs is None:
-                typer.echo("Slurm does not answer; runs that wait there are shown as paused or lost", err=True)
+            answer, asked = slurm.try_list_jobs(), time.monotonic()
+            if answer is None:
+                typer.echo("Slurm does not answer; its jobs are shown as they were, if they are known", err=True)
+            jobs = jobs if answer is None else answer
         return sweep_status(sweep, runs, cards, jobs)
 
     return look
@@ -111,7 +113,7 @@ def _wait(look: Callable[[], SweepStatus], shown: Shown, deadline: float) -> int
                 if live:
                     live.update(status_view(found, console.width, shown), refresh=True)
                 elif found.counts != states:
-                    typer.echo(progress_line(found))
+                    typer.echo(progress_line(found), err=True)
                     states = found.counts
                 num_idle = 0 if found.is_active else num_idle + 1
                 if num_idle > MAX_IDLE_LOOKS or found.counts.keys() <= {"finished"}:

@@ -78,8 +78,7 @@ def launch(
         deadline = started + 3600 * hours - min(max(map(grace_period_s, runs)), 1800 * hours)
     worker = Worker(sweep=loaded, machine=machine, waiting=list(runs), command=command, deadline=deadline)
     with _progress_display(lambda: sweep_status(loaded, runs, cards), show_progress) as report:
-        result = run_worker(worker, report)
-    return replace(result, unplanned=unplanned_runs(loaded, runs))
+        return run_worker(worker, report)
 
 
 def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:

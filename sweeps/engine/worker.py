@@ -139,8 +139,6 @@ class LaunchResult:
     """Runs whose last attempt failed, and that are to be tried again."""
     skipped: tuple[RunState, ...] = ()
     """States of runs that it did not execute."""
-    unplanned: tuple[str, ...] = ()
-    """Run directories outside the plan; they trained something else."""
     remaining: tuple[str, ...] = ()
     """Runs that this worker could continue with more time, or on another node."""
     interrupted: bool = False

@@ -6,6 +6,8 @@ import functools
 import json
 import os
 import sys
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -88,6 +90,23 @@ def test_cancelled_runs_wait_for_a_person(write_sweep: Any, call: Any) -> None:
     assert said.splitlines()[-1] == f"next: aimscale launch {sweep.source} --retry --root {sweep.root}"
     call(sweep, "launch", "--retry")
     assert first.read_status().state == "finished"
+
+
+def test_a_launch_whose_runs_are_all_cancelled_is_not_over(write_sweep: Any, call: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
+
+    def cancel() -> None:
+        while not record.is_held():
+            time.sleep(0.05)
+        record.cancelled.touch()
+
+    canceller = threading.Thread(target=cancel, daemon=True)
+    canceller.start()
+    code, said = call(sweep, "launch", behaviour="wait")
+    canceller.join()
+    last = f"next: aimscale launch {sweep.source} --retry --root {sweep.root}"
+    assert (code, said.splitlines()[-1]) == (EXIT_PREEMPTED, last)
 
 
 def test_a_pattern_takes_whole_ids_only(write_sweep: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from aimscale.sweeps.cli import sweep as verbs
 from aimscale.sweeps.cli.main import main
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.slurm.commands import JobInfo, submissions_file
 from aimscale.sweeps.state.record import RunRecord
 
 
@@ -70,6 +72,28 @@ def test_waiting_ends_with_the_last_run_and_says_how(write_sweep: Any, call: Any
     ended = {"saved": second.saved_progress(), "reason": "loss is NaN", "reason_class": "nan"}
     second.append_attempt(attempt=1, ended=1.0, device_hours=0.0, exit_code=3, **ended)
     assert call(sweep, "status", "--wait")[0] == 1
+
+
+def test_a_slurm_that_does_not_answer_for_a_while_does_not_end_the_waiting(
+    write_sweep: Any, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    (record,) = records_of(sweep)
+    submissions_file(sweep).parent.mkdir()
+    submissions_file(sweep).write_text('{"job_id": "8", "number": 1, "shape": {"nodes": 1, "devices": 1}}\n')
+    asked: list[int] = []
+
+    def answer() -> dict[str, JobInfo] | None:
+        asked.append(1)
+        if len(asked) == 20:
+            finish(record)
+        return {"8": JobInfo(job_id="8", state="PENDING")} if len(asked) == 1 else None
+
+    monkeypatch.setattr(verbs, "SLURM_INTERVAL_S", 0.0)
+    monkeypatch.setattr("aimscale.sweeps.cli.sweep.slurm.try_list_jobs", answer)
+    assert call(sweep, "status", "--wait")[0] == 0
+    code, said = call(sweep, "status", "--wait", "--json")
+    assert (code, json.loads(said)["counts"]) == (0, {"finished": 1})
 
 
 def test_a_followed_log_begins_at_its_end_goes_on_with_the_next_attempt_and_ends_with_a_word(
