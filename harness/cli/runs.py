@@ -29,9 +29,10 @@ def train(
     from aimscale.harness.run.config import ConfigError, load_run_config
     from aimscale.harness.run.directory import RunDir
 
+    config = None
+    if run.is_dir() and out is not None:
+        raise ConfigError(f"{run} is a run directory already; leave --out away")
     if run.is_dir():
-        if out is not None:
-            raise ConfigError(f"{run} is a run directory already; leave --out away")
         directory = run
     else:
         config = with_fingerprints(load_run_config(run))
@@ -40,7 +41,7 @@ def train(
             RunDir.create(directory, config)
     from aimscale.harness.train.attempt import train as train_run
 
-    raise typer.Exit(train_run(directory))
+    raise typer.Exit(train_run(directory, config))
 
 
 @app.command("import")

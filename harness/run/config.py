@@ -349,6 +349,9 @@ class RuntimeConfig(Section):
     parameter over all ranks); if the host lacks the memory, training waits."""
     log_every_steps: int = Field(10, gt=0)
     """Steps between metric lines."""
+    profile: int | None = Field(None, gt=0, le=1000)
+    """Number of steps, after the first few of each start, whose trace every rank writes into `profile/`, for
+    ui.perfetto.dev; on a GPU with a snapshot of its memory, for pytorch.org/memory_viz."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers beside `metrics.jsonl`, which is always written; docs/wandb.md says what they show."""
 

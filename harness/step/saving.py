@@ -261,6 +261,7 @@ def publish_parts(partial: Path, final: Path, parts: Sequence[Manifest]) -> None
     files = {name: entry for part in parts for name, entry in part.files.items()}
     write_json(partial / "manifest.json", dataclasses.asdict(dataclasses.replace(parts[0], files=files)))
     if not read_manifest(partial):
+        check_writer(final)
         raise CheckpointError(f"checkpoint {final} was not written wholly; start the run again")
     publish_dir(partial, final)
 

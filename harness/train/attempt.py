@@ -13,6 +13,7 @@ from aimscale.harness.distributed.job import Job, execute_job
 from aimscale.harness.log.loggers import Logger, open_loggers
 from aimscale.harness.probe.pending_evaluations import pending_work
 from aimscale.harness.run.budgets import missing_budgets
+from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
 from aimscale.harness.run.failures import TooLargeError, memory_advice, run_worker
 from aimscale.harness.train.evaluate import evaluate_run
@@ -21,17 +22,20 @@ from aimscale.harness.train.loop import Trainer
 SAVES_MEMORY = "lower runtime.micro_batch, use more ranks, or set runtime.activation_checkpointing to true"
 
 
-def train(path: Path) -> int:
+def train(path: Path, config: RunConfig | None = None) -> int:
     """Train the missing budgets of the run in `path`, then evaluate what is pending; returns the exit code.
 
     Exit codes are in `run.directory`.
+
+    Args:
+        config: configuration of the run; by default the one in its directory, which the first rank may still be making.
 
     Raises:
         UserError: the configuration or the data cannot be used; `status.json` says why, too.
         LockHeld: another process executes this run.
     """
     run = RunDir(path)
-    config = run.load_config()
+    config = config or run.load_config()
     if find_placement().world_size == 1 and run.read_status().state == "finished" and not pending_work(run, config):
         print(f"{path} has finished; extend its budgets or probes in the sweep file, and launch, to go on")
         return EXIT_FINISHED

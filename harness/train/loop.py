@@ -45,6 +45,7 @@ from aimscale.harness.step.feed import Feed, RankRequest, Step, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter, recover_checkpoints
 from aimscale.harness.train.budget import save_budget
 from aimscale.harness.train.curve import LearningCurve
+from aimscale.harness.train.profiling import profiled_steps
 
 STEP_TIMEOUT_S, STEP_FACTOR = 100.0, 10.0
 """Time for which ranks wait for each other in a step after the first: the larger of this and so many times the longest
@@ -106,7 +107,11 @@ class Trainer:
 
     def walk(self) -> None:
         """Train from the current state of the run to its last budget."""
-        with self._without_collections():
+        num_profiled = self.config.runtime.profile
+        with (
+            self._without_collections(),
+            profiled_steps(self.run.path / "profile", num_profiled, self.group) as self.after_step,
+        ):
             segments = self._resume()
             self._announce()
             for number, segment in enumerate(segments):
@@ -146,6 +151,7 @@ class Trainer:
                 self.recorder.step(
                     taken, num_bad_samples=step.num_bad_samples, data_wait_s=step.wait_s, forward_s=forward_s
                 )
+                self.after_step()
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
                     gc.collect()  # objects since the start
                 if position < segment.stop and (step.must_save or position % every < self.batch_size):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gzip
 import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from trainers import before_call, rows, stop_after, train_in, weights
 
+import aimscale.harness.cli.runs
 import aimscale.harness.log.record
 import aimscale.harness.step.engine
 import aimscale.harness.step.saving
@@ -414,3 +419,35 @@ def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(
     assert 0 < row["val_loss"] < 5
     assert 0 < row["val_loss_se"] < 1
     assert all(tensor.dtype == torch.float32 for tensor in load_file(run.model_file(64)).values())
+
+
+def test_traces_of_some_steps_are_written_and_change_nothing(
+    tmp_path: Path, tiny_config: Config, in_processes: Run, whole: Whole
+) -> None:
+    run = RunDir.create(tmp_path / "run", tiny_config({"profile": 2}, budgets=[64]))
+    assert in_processes(train_in, run.path) == [0]
+    with gzip.open(run.path / "profile" / "rank-0.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert {each["name"] for each in events if each["name"].startswith("ProfilerStep")} == {
+        "ProfilerStep#6",
+        "ProfilerStep#7",
+    }
+    assert results(run.path) == results(whole(64).path)
+
+
+def make_and_train(rank: int, config: Path, out: Path) -> None:
+    """Start a run by hand, as torchrun does on every rank; the first is late."""
+    time.sleep(3 * (1 - rank))
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        aimscale.harness.cli.runs.train(config, out)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+
+
+def test_ranks_that_come_before_the_first_has_made_the_directory_train(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    (tmp_path / "config.yaml").write_text(tiny_config(budgets=[16], schedule={"warmup_images": 8}).to_yaml())
+    assert in_processes(make_and_train, tmp_path / "config.yaml", tmp_path / "run", world_size=2) == [0, 0]
+    assert [row["images_seen"] for row in RunDir(tmp_path / "run").read_rows()] == [16]

@@ -21,7 +21,7 @@ from pictures import saved, smooth, write_tar
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import overlap, shards
-from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.store.overlap import count_shared
 from aimscale.harness.data.store.shards import CACHE_FOLDER, CachedReader, LocalReader
@@ -195,6 +195,8 @@ def test_a_cache_that_loses_shards_costs_no_image_and_one_that_cannot_be_written
     broken.read_ahead(np.arange(9), 3)
     with pytest.raises(DataError, match=r"shard-000000\.tar.*No space left"):
         broken.read_many(range(9))
+    assert isinstance(broken._reader, CachedReader)
+    fetched(broken._reader)
     assert not [*(tmp_path / "third").rglob("*.[tp]ar*")]
 
 
@@ -219,7 +221,12 @@ def test_data_sets_that_share_nothing_are_compared_once_on_a_machine(
     monkeypatch.setenv("AIMSCALE_CACHE", str(tmp_path))
     compared: list[str] = []
     real = overlap.shared_images
-    monkeypatch.setattr(overlap, "shared_images", lambda *sets: compared.append(sets[0][0].path) or real(*sets))
+
+    def watched(pools: list[ShardDataset], held_out: ShardDataset) -> Any:
+        compared.append(pools[0].path)
+        return real(pools, held_out)
+
+    monkeypatch.setattr(overlap, "shared_images", watched)
     for held_out, is_shared in ((held_out_set, False), (small_set, True)):
         for _ in range(2):
             with pytest.raises(DataError, match="60 training images") if is_shared else contextlib.nullcontext():
