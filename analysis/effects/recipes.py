@@ -24,7 +24,7 @@ from aimscale.analysis.laws.base import Array, Params
 from aimscale.analysis.laws.pair import TERMS, pair
 from aimscale.analysis.table import design
 from aimscale.analysis.table.names import no_column, our_name
-from aimscale.analysis.table.points import complete
+from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.words import Flag, did_you_mean, flag_words, power_of_ten
 
 NEWTON_STEPS = 20
@@ -131,7 +131,11 @@ def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = 
     columns = {letter: our_name(df, letter) for letter in "ND"}
     if absent := [name for name in (by, y, *columns.values()) if name not in df]:
         raise no_column(df, absent[0])
-    rows, flags = _alike(complete(df), by)
+    used = usable_rows(df, {**columns, "y": y})
+    rows, flags = _alike(used.rows[used.rows[by].notna()], by)
+    numbers = used.numbers.loc[rows.index]
+    if not np.isfinite(6 * numbers["N"] * numbers["D"]).all() or not len(numbers):
+        raise AnalysisError(f"No row with a {by} has N, D and a loss whose compute, 6 N D, is a number; correct them.")
     level = level_names(rows[by])
     counts = level.value_counts()
     first = baseline or str(counts.index[0])
@@ -140,7 +144,7 @@ def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = 
     if len(counts) < 2:
         raise AnalysisError(f"All rows have {by} = {first}, so there is nothing to compare.")
     return tuple(
-        _compared(rows[level.isin([first, other])], level, by, first, str(other), columns, y, flags)
+        _compared(numbers[level.isin([first, other])], level == other, (by, first, str(other)), flags)
         for other in counts.index
         if other != first
     )
@@ -158,21 +162,11 @@ def _alike(rows: pd.DataFrame, by: str) -> tuple[pd.DataFrame, tuple[Flag, ...]]
 
 
 def _compared(
-    rows: pd.DataFrame,
-    level: pd.Series,
-    by: str,
-    baseline: str,
-    other: str,
-    columns: dict[str, str],
-    y: str,
-    flags: Sequence[Flag],
+    numbers: pd.DataFrame, is_level: pd.Series, names: tuple[str, str, str], flags: Sequence[Flag]
 ) -> Recipes:
-    of_level = level[rows.index] == other
-    points = rows.drop(columns=["N", "D", "C", "G"], errors="ignore").assign(
-        **{letter: pd.to_numeric(rows[name]) for letter, name in columns.items()},
-        G=of_level.map({False: 1.0, True: 2.0}),
-    )
-    own, shared = (fit(points, pair(share), y=y, is_tested=False) for share in (OWN, SHARED))
+    """Fit both laws to the rows of two recipes, called by their column, the baseline and the level."""
+    points = numbers.assign(G=is_level.map({False: 1.0, True: 2.0}))
+    own, shared = (fit(points, pair(share), y="y", is_tested=False) for share in (OWN, SHARED))
     exponents = pd.DataFrame(
         [_ratio(own, name, CONFIDENCE) for name in EXPONENTS], columns=["ratio", "low", "high"], index=[*EXPONENTS]
     )
@@ -193,9 +187,7 @@ def _compared(
     (change,), (error,), (free,) = law.estimate.error_of(lambda p: (g := gain(p))[..., [last]] - g[..., [0]])
     reach = half_width(np.array([error]), np.array([free]), CONFIDENCE)[0]
     return Recipes(
-        by=by,
-        baseline=baseline,
-        level=other,
+        **dict(zip(("by", "baseline", "level"), names, strict=True)),
         table=table,
         trend=tuple(np.exp([change, change - reach, change + reach]).tolist()),
         crossover=_crossover(scales, value),

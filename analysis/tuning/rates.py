@@ -18,6 +18,9 @@ from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.tuning.result import BY_LAW, EDGE, NO_MINIMUM, OPTIMUM, UNKNOWN, Rates
 from aimscale.analysis.tuning.surface import MIN_VALUES, Surface, fit_surface, is_tuned, near_minimum
 
+WIDEST = 1e30
+"""Factor that sizes and data span at most."""
+
 
 def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: str | None = None) -> Rates:
     """Find the best learning rate (and batch) of every size and amount of data, and what other settings lose.
@@ -49,6 +52,8 @@ def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: 
     if absent := [name for name in wanted.values() if name not in df]:
         raise no_column(df, absent[0])
     used = usable_rows(df, wanted)
+    if len(used.rows) and (np.ptp(np.log(used.numbers[["N", "D"]]), axis=0) > np.log(WIDEST)).any():
+        raise AnalysisError(f"N or D spans more than a factor of {WIDEST:g}, which no sweep does; correct the table.")
     cells, settings = _cells(used.rows, used.numbers), np.log(used.numbers[[*names]].to_numpy())
     if not len(cells) or not is_tuned(cells, settings).any():
         what = " and ".join(their_name(df, name) for name in names.values())

@@ -29,9 +29,9 @@ from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.jobs import BEGIN_LINE, END_LINE, JobShape
+from aimscale.sweeps.slurm.jobs import WORKER_ENDS, JobShape
 from aimscale.sweeps.slurm.submit import Submission, submit
-from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.record import WORKER_BEGINS, RunRecord
 
 
 class WorkerJobError(UserError):
@@ -186,14 +186,14 @@ def main() -> int:
     """Be the worker of a job; the last line of its log says how it ended."""
     directory, *shape = sys.argv[1:]
     signal.signal(signal.SIGUSR2, lambda *_: None)  # unlike an ignored signal, this can be handled while runs execute
-    print(f"{BEGIN_LINE}: job {slurm.current_job_id()} on {os.environ.get('SLURM_JOB_NODELIST')}", flush=True)
+    print(f"{WORKER_BEGINS}: job {slurm.current_job_id()} on {os.environ.get('SLURM_JOB_NODELIST')}", flush=True)
     try:
         nodes, devices = map(int, shape)
         ending = execute_job(Path(directory), JobShape(nodes=nodes, devices=devices))
     except UserError as error:
         print(f"aimscale: {error}", flush=True)
         return error.exit_code
-    print(f"{END_LINE}: {ending}", flush=True)
+    print(f"{WORKER_ENDS}: {ending}", flush=True)
     return int(ending.startswith("failed"))
 
 

@@ -21,7 +21,7 @@ from aimscale.harness.run.directory import (
     ReasonClass,
 )
 from aimscale.harness.run.lock import Holder
-from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.record import WORKER_BEGINS, RunRecord
 
 Outcome = Literal["finished", "preempted", "retry", "failed", "given back", "elsewhere"]
 """Outcome of an attempt. `preempted`: stopped, can resume later; `retry`: failed, try again now; `failed`: failed for
@@ -179,7 +179,7 @@ def job_failure(
     A job that Slurm preempted or started again is no fault of its node or its run.
     """
     state = (job_state or "").split(" ")[0]
-    last_start = _read_text(log).rpartition("Starting with")[2]  # slurmstepd writes there why it killed a process
+    last_start = _read_text(log).rpartition(WORKER_BEGINS)[2]  # slurmstepd writes there why it killed a process
     if state == "OUT_OF_MEMORY" or (state == "FAILED" and _OUT_OF_MEMORY.search(last_start)):
         return "Slurm killed the job: out of memory; raise mem in slurm.extra", "oom", "failed"
     match state:

@@ -18,6 +18,9 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import write_text
 from aimscale.sweeps.plan.sweepfile import SweepError
 
+WORKER_BEGINS = "worker begins"
+"""First words of the line that a Slurm job's worker prints when it begins."""
+
 
 class RunRecord(RunDir):
     """Run directory with the files of launchers."""

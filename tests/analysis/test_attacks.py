@@ -87,6 +87,18 @@ def test_any_cell_in_some_rows_or_in_all(column, table, capsys):
             said(VERBS[(2 * number + step) % len(VERBS)].format("t.csv"), capsys)
 
 
+@pytest.mark.parametrize("verb", ["rates {}", "contrast {} --by recipe --as-law"])
+@pytest.mark.parametrize("column", ["params_total", "images_seen", "val_loss", "lr_peak", "recipe", "status"])
+def test_any_cell_of_tuned_runs_and_of_two_recipes(verb, column, grid, capsys):
+    rates = [grid.assign(lr_peak=0.01 * 2.0**k, val_loss=grid["val_loss"] * (1 + 0.01 * k**2)) for k in (-1, 0, 1)]
+    damaged = pd.concat(rates, ignore_index=True)
+    damaged = damaged.assign(recipe=np.where(damaged["lr_peak"] > 0.01, "new", "old")).astype(object)
+    for number, cell in enumerate([None, -1, 0, "x", 1e308, 1e-320, True]):
+        damaged.loc[damaged.index[:: 1 + 3 * (number % 2)], column] = cell
+        damaged.to_csv("t.csv", index=False)
+        said(verb.format("t.csv"), capsys)
+
+
 def test_any_type_of_parquet(table, capsys):
     whole = pa.Table.from_pandas(table.drop(columns=["probes", "setup"]), preserve_index=False)
     num = len(table)

@@ -160,7 +160,7 @@ def test_cancel_saves_and_does_not_come_back_until_it_is_retried(fault: Any, und
     case = fault()
     case.launch()
     case.wait_trained()
-    done, failed = cancel(case.sweep, case.runs)
+    done, failed = cancel(case.sweep)
     assert (len(done), failed) == (1, [])
     case.wait_empty_queue()
     assert case.records[0].read_status().state == "preempted"

@@ -46,7 +46,7 @@ OF_RUN = (
     "weights export {run} {folder}/exported",
     "data info {folder}/set",
 )
-OF_TABLE = ("fit", "frontier", "correlate", "contrast", "compare", "forecast", "next", "report")
+OF_TABLE = ("fit", "frontier", "rates", "correlate", "contrast", "compare", "forecast", "next", "report")
 """Tried in tests/analysis/test_attacks.py."""
 WITHOUT_FILES = {"demo", "doctor", "bench"}
 

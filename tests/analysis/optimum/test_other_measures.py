@@ -88,6 +88,9 @@ def test_a_sample_that_costs_more_than_its_size_moves_the_optimum():
     assert found.exponent == pytest.approx(0.3 / (0.34 + 1.2 * 0.3), abs=0.02)
     at = found.at(1e22).iloc[0]
     assert 3 * at["N"] ** 1.2 * at["D"] == pytest.approx(1e22)
+    assert found.cost.flops(at["N"], at["D"]) == pytest.approx(
+        1e22
+    )  # forecasts place runs, and `next` prices them, by it
     assert found.exponent < parametric_frontier(fit(df, "chinchilla"), df).exponent - 0.02
 
 

@@ -36,4 +36,4 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
     assert len(probes) == 4 * len(expected)
     baselines = pd.read_parquet(tmp_path / "demo/baselines.parquet")
     assert sorted(baselines["size"]) == ["random-w24-d2", "raw-pixels"]
-    assert "left alone  2 finished" in say("demo", "--root", tmp_path)
+    assert "skipped   2 finished" in say("demo", "--root", tmp_path)

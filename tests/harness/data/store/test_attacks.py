@@ -25,7 +25,7 @@ from pictures import saved
 from PIL import Image
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.dataset_info import fingerprint
+from aimscale.harness.data.store.dataset_info import find_info, fingerprint
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
@@ -93,6 +93,12 @@ def test_a_damaged_tar_is_refused_with_and_without_an_index(
     if b"0.png" not in TARS[damage]:  # else there is an image to train on
         with pytest.raises(DataError, match=str(shard)):
             open_stream(configure(path=f"wds://{shard}")).batch(range(4))
+
+
+def test_a_nul_in_a_path_is_one_sentence() -> None:
+    with pytest.raises(DataError, match=r"'shards/\\x00a'"):
+        open_dataset("shards/\0a")
+    assert find_info("shards/\0a") is None
 
 
 def test_braces_stand_for_names() -> None:
