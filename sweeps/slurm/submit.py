@@ -1,4 +1,4 @@
-"""Submit Slurm jobs: one job array per shape (nodes x devices).
+"""Submit Slurm jobs by submitit's batch scripts: one job array per shape (nodes x devices).
 
 A job is a worker (`sweeps.engine.slurm_worker`) and is tied to no run. A launch therefore submits one job for each run
 that can start, less the jobs that already wait or run without one.
@@ -15,6 +15,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from submitit.slurm.slurm import _make_sbatch_string
 
 from aimscale.harness.run.lock import Lock, read_holder
 from aimscale.harness.run.provenance import Snapshot, find_snapshot, make_snapshot
@@ -197,40 +200,31 @@ class _Batch:
         return job_id
 
     def _script(self, shape: JobShape, runs: Sequence[Run], excluded: Sequence[str], size: int) -> str:
-        """Return the batch script, which becomes the worker."""
-        section = self.section
-        options: dict[str, object] = {
-            "job-name": f"aimscale-{self.sweep.name}",
+        """Return the batch script as submitit writes it; it becomes the worker."""
+        section, log = self.section, "%A_%a.out" if size > 1 else "%j.out"
+        # Slurm signals the batch script alone (B:), and that signals its runs.
+        options = {"output": self.folder / log, "requeue": True, "signal": f"B:USR2@{max(map(grace_period_s, runs))}"}
+        python = section.python or shlex.quote(sys.executable)
+        words = [WORKER_MODULE, str(self.sweep.directory), str(shape.nodes), str(shape.devices)]
+        fields: dict[str, Any] = {
+            "job_name": f"aimscale-{self.sweep.name}",
             "partition": section.partition,
             "time": section.time_limit_min,
             "nodes": shape.nodes,
-            "ntasks-per-node": shape.devices,
-            "cpus-per-task": section.cpus_per_task,
-            "gpus-per-node": section.gpu_request(shape.devices),
+            "ntasks_per_node": shape.devices,
+            "cpus_per_task": section.cpus_per_task,
+            "gpus_per_node": section.gpu_request(shape.devices),
             "exclude": ",".join(excluded) or None,
-            "array": f"0-{size - 1}%{size}" if size > 1 else None,
-            "output": self.folder / ("%A_%a.out" if size > 1 else "%j.out"),
-            "open-mode": "append",
-            "requeue": True,
-            # Slurm signals the batch script alone (B:), and that signals its runs.
-            "signal": f"B:USR2@{max(map(grace_period_s, runs))}",
-            **section.extra,
+            "map_count": size if size > 1 else None,
+            "array_parallelism": size,
+            "wckey": None,  # submitit's own is refused where Slurm enforces wckeys
+            # USR2 is ignored until the worker handles it, which knows its time limit
+            "setup": ["trap '' USR2", *_environment(self.snapshot), *section.setup],
+            "additional_parameters": {**options, **section.extra},
+            "stderr_to_stdout": True,
+            "use_srun": False,
         }
-        python = section.python or shlex.quote(sys.executable)
-        words = [WORKER_MODULE, str(self.sweep.directory), str(shape.nodes), str(shape.devices)]
-        lines = [
-            "#!/bin/bash",
-            *(_sbatch_line(name, value) for name, value in options.items() if value is not None),
-            "trap '' USR2",  # until the worker handles it; it knows its time limit
-            *_environment(self.snapshot),
-            *section.setup,
-            f"exec {python} -u -m {shlex.join(words)}",
-        ]
-        return "\n".join(lines) + "\n"
-
-
-def _sbatch_line(name: str, value: object) -> str:
-    return f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
+        return _make_sbatch_string(f"exec {python} -u -m {shlex.join(words)}", self.folder, **fields)
 
 
 def _environment(snapshot: Snapshot | None) -> list[str]:
