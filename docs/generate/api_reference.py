@@ -17,6 +17,7 @@ GROUPS = {
     "Tables": ("table",),
     "Laws": ("fitting",),
     "Compute-optimal frontiers": ("optimum",),
+    "Learning rates": ("tuning",),
     "Loss and accuracy": ("accuracy",),
     "What a change does": ("effects",),
     "Forecasts and what to run next": ("forecasts", "next"),
