@@ -143,7 +143,7 @@ def test_two_nodes_are_preempted_and_come_back(fault: Any, undisturbed: Losses) 
     assert [row["world_size"] for row in case.records[0].read_rows()] == [2, 2]
 
 
-def test_a_rank_that_hangs_on_another_node_ends_the_others_and_its_node_is_named(
+def test_a_rank_that_hangs_on_another_node_ends_the_others_and_no_sound_node_is_blamed(
     fault: Any, undisturbed: Losses
 ) -> None:
     case = fault(fault="stop", step_s=0.2, override=TWO_RANKS)
@@ -152,8 +152,8 @@ def test_a_rank_that_hangs_on_another_node_ends_the_others_and_its_node_is_named
     record = case.records[0]
     hung, *_ = record.read_attempts()
     assert hung["reason_class"] == "node"
-    assert "rank 1 on node2" in hung["reason"]
-    assert record.failed_nodes() == ["node2"]
+    assert "another rank is gone or stands still" in hung["reason"]
+    assert record.failed_nodes() == []  # the others cannot tell which of them stands still
 
 
 def test_cancel_saves_and_does_not_come_back_until_it_is_retried(fault: Any, undisturbed: Losses) -> None:
