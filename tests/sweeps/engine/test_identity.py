@@ -58,7 +58,8 @@ def moved(home: Path, tmp_path: Path) -> Callable[..., Path]:
 def state(run: Path) -> dict[str, Any]:
     """Return the contents of the files that training and evaluation have written."""
     directory = RunDir(run)
-    files = [*run.glob("budgets/*/*"), *run.glob("probes/*/*.json"), *run.glob("validation/**/*.npz")]
+    own = [path for path in run.glob("budgets/*/*") if path.name != "digest.json"]  # kept by the file's own time
+    files = [*own, *run.glob("probes/*/*.json"), *run.glob("validation/**/*.npz")]
     return {
         "rows": directory.read_rows(),
         "metrics": directory.metrics.read_bytes(),
