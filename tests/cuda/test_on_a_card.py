@@ -221,8 +221,8 @@ def test_compiled_steps_are_the_others(precision: str, stage: int, engine: Calla
     assert found == pytest.approx(expected, rel=2e-3 if precision == "fp32" else 1e-2)
 
 
-def test_a_worker_forks_runs_that_take_the_card(write_images: Callable[..., str], tmp_path: Path) -> None:
-    """The fork server must not initialise CUDA."""
+def test_runs_of_a_launch_take_the_card(write_images: Callable[..., str], tmp_path: Path) -> None:
+    """The launcher itself must not initialise CUDA."""
     train, validation = (write_images(tmp_path / name, 64, seed=seed) for seed, name in enumerate(("train", "held")))
     base = {
         "model": {"image_size": 16, "patch_size": 4},
