@@ -13,6 +13,7 @@ from scipy.stats import t as student
 
 from aimscale.analysis.accuracy.result import Correlation, Correlations
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import satterthwaite
 from aimscale.analysis.fitting.groups import SIZE_COLUMNS, groups_of
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.laws.base import Array
@@ -211,8 +212,8 @@ def _interval(
     degrees = float(freedoms[0])
     if not np.isfinite([value, *variances]).all():
         return value, -1.0, 1.0, degrees
-    if variances.any():
-        degrees = float(variances.sum() ** 2 / (variances**2 / freedoms).sum())
+    if len(members) > 1:
+        degrees = float(satterthwaite(np.sqrt(variances), freedoms))
     z = np.arctanh(np.clip(value, -most, most))
     independent = max(1, n - 3 - num_means - held.shape[1])
     fisher = (1 + value**2 / 2 if method == "spearman" else 1) / independent  # of ranks: Bonett and Wright (2000)

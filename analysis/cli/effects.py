@@ -10,6 +10,7 @@ from aimscale import analysis
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of, then
 from aimscale.analysis.display import fact_lines
+from aimscale.analysis.errors import AnalysisError
 
 
 def contrast(
@@ -42,13 +43,17 @@ def contrast(
     df = table_of(tables, columns, where)
     name, _, baseline = by.partition("=")
     if as_law:
+        if ignore or len(measure or []) > 1:
+            raise AnalysisError("--as-law fits one loss, named by --measure, and takes no --ignore; leave these out.")
         each = analysis.recipes(df, by=name, baseline=baseline or None, y=(measure or ["val_loss"])[0])
         show(
             each[0],
             json,
             figure,
+            labels=label,
             after=[line for more in each[1:] for line in ("", more.summary())],
             also={"levels": each} if len(each) > 1 else None,
+            following=then(["report"], tables, columns, where),
         )
         return
     found = analysis.contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])

@@ -26,6 +26,7 @@ def rates(
     columns: options.Columns = None,
     where: options.Where = None,
     figure: options.FigurePath = None,
+    label: options.Labels = None,
     json: options.AsJson = False,
 ) -> None:
     """Find each cell's best setting (three rates or more at one N and D), their law, and what every cell lost."""
@@ -39,6 +40,7 @@ def rates(
         found,
         json,
         figure,
+        labels=label,
         after=after,
         also={"corrected": tuned},
         following=then(["fit", "report"], tables, columns, where),

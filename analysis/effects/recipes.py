@@ -34,6 +34,7 @@ NUM_SCALES = 7
 BEYOND = 10.0
 """Factor beyond the largest compute up to which the gain is extrapolated by default."""
 EXPONENTS = ("alpha", "beta")
+"""Parameters whose ratio between the recipes is told."""
 SHARED, OWN = ("E", *EXPONENTS), ("E",)
 """Terms that both recipes share: exponents, too, unless these differ significantly."""
 

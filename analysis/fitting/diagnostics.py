@@ -37,7 +37,7 @@ OUTLIER_SCALES = 6.0
 ALARM = 0.01
 """A test is told of at this probability or less."""
 MAX_GROUPS = 30
-"""Of more values of a column each alone hardly matters."""
+"""Groups of a column that are tested: with more of them, each alone hardly matters."""
 MOST_POINTS = 400
 """Points that tests look at: of larger tables those of evenly spaced cells or rows."""
 HARDLY = 1e-3

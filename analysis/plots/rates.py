@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ NUM_GRID = 30
 
 
 @styled()
-def plot_rates(found: Rates, *, setting: str = "lr") -> Figure:
+def plot_rates(found: Rates, *, setting: str = "lr", labels: Mapping[str, str] | None = None) -> Figure:
     """Draw the lowest loss at every value of a setting with the parabolas and optima of cells, and the optima with
     their law beside it.
 
     Args:
         setting: lr or batch.
+        labels: words for N, D, the setting and the loss (`val_loss`).
 
     Returns:
         A matplotlib figure; `save` writes it.
@@ -47,13 +49,16 @@ def plot_rates(found: Rates, *, setting: str = "lr") -> Figure:
     optima = found.table.take(found.tuned).assign(y=np.exp(found.surface.lowest()[0]))
     optima = optima[optima["found"] == OPTIMUM]
     parts.draw_points(axes[0], optima.assign(series=""), (f"{setting}_best", "y"), "optimum", INK, markers=("X",))
-    label = found.columns[setting] if found.names else SETTING_WORDS[setting]
+    words = {setting: SETTING_WORDS[setting], "val_loss": found.columns["y"]}
+    words |= {setting: found.columns[setting]} if found.names else {}
+    words |= labels or {}
+    label = words[setting]
     parts.log_axis(axes[0], "x", lowest[setting], setting, lambda _: label)
-    parts.log_axis(axes[0], "y", lowest["y"], "val_loss", lambda _: found.columns["y"])
+    parts.log_axis(axes[0], "y", lowest["y"], "val_loss", lambda _: words["val_loss"])
     if law:
-        _draw_law(found, setting, optima, axes[1])
+        _draw_law(found, setting, optima, axes[1], words)
         parts.log_axis(axes[1], "y", optima[[f"{setting}_lo", f"{setting}_hi"]], setting, lambda _: f"best {label}")
-    parts.legend([axes[0]], "N", place="lower center")
+    parts.legend([axes[0]], words.get("N", "N"), place="lower center")
     return figure_of(axes[0])
 
 
@@ -68,7 +73,7 @@ def _parabola(found: Rates, setting: str, number: int) -> pd.DataFrame:
     return pd.DataFrame({setting: np.exp(grid), "y": np.exp(log_loss), "N": row["N"], "cell": cell})
 
 
-def _draw_law(found: Rates, setting: str, optima: pd.DataFrame, ax: Axes) -> None:
+def _draw_law(found: Rates, setting: str, optima: pd.DataFrame, ax: Axes, words: Mapping[str, str]) -> None:
     """Draw the optima with their intervals, and the law, against D for each size, or against N."""
     law = found.laws[setting]
     x = "D" if "D" in law.params or "b" in law.params else "N"
@@ -81,4 +86,4 @@ def _draw_law(found: Rates, setting: str, optima: pd.DataFrame, ax: Axes) -> Non
     parts.draw(ax, lines.astype({"series": labels.dtype}), (x, *CURVE), "law")
     columns = (x, *(f"{setting}_{end}" for end in ("best", "lo", "hi")))
     parts.draw_points(ax, optima.assign(series=labels), columns, "optimum")
-    parts.log_axis(ax, "x", optima[x], "images_seen" if x == "D" else "params_total", lambda _: x)
+    parts.log_axis(ax, "x", optima[x], "images_seen" if x == "D" else "params_total", lambda _: words.get(x, x))

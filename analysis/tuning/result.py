@@ -67,8 +67,8 @@ class Rates(Result):
             if len(rows):
                 where = some([_scale_words(row) for _, row in rows.iterrows()])
                 out.append(Flag(kind=kind, number=len(rows), text=text.format(where)))
-        for name, law in self.laws.items():
-            out += [flag for flag in law.flags if flag.kind in ("unseen", "few_groups")][: name == "lr"]
+        first = next(iter(self.laws.values()), None)  # laws of several settings have the same cells
+        out += [flag for flag in (first.flags if first else ()) if flag.kind in ("unseen", "few_groups")]
         return tuple(out)
 
     def verdict(self) -> str:
