@@ -15,17 +15,14 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.effects.paired import mean_over_pairs
-from aimscale.analysis.effects.result import ALIKE, BETTER, WORSE, Contrast, Contrasts, level_names
+from aimscale.analysis.effects.result import ALIKE, BETTER, WORSE, Contrast, Contrasts, baseline_of, level_names
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table import design
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
 from aimscale.analysis.table.names import no_column, our_name, their_name
 from aimscale.analysis.table.points import complete
-from aimscale.analysis.words import Flag, did_you_mean, flag_words, some
+from aimscale.analysis.words import Flag, flag_words, some
 
-USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
-         KIND: "attentive"}  # fmt: skip
-"""Column -> the level that the paper uses, the baseline unless another is named; fields of the set-up default to it."""
 OTHER_UNIT = ("target", "patch_size", "image_size")
 """Columns whose levels have losses that cannot be subtracted, beside all fields of the objective."""
 CAUTIONS = {
@@ -156,10 +153,7 @@ def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure], baseline: str
     if len(levels) < 2:
         alone = f"{by} = {levels[0]} alone has" if levels else "no row has"
         raise AnalysisError(f"Nothing can be compared: {alone} values of {some([m.title for m in asked])}.")
-    if baseline is not None and baseline not in levels:
-        raise AnalysisError(f"{by} has no level {baseline!r}; {did_you_mean(baseline, levels, 'its levels are')}")
-    usual, counts = USUAL.get(by, design.DEFAULT), long["level"].value_counts()
-    first = baseline or (usual if usual in levels else max(levels, key=counts.__getitem__))
+    first = baseline_of(by, baseline, long["level"].value_counts()[levels])
     return [first, *(level for level in levels if level != first)]
 
 

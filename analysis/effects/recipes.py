@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.display import Drawing, Result
-from aimscale.analysis.effects.result import level_names
+from aimscale.analysis.effects.result import baseline_of, level_names
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.estimate import fit
@@ -25,7 +25,7 @@ from aimscale.analysis.laws.pair import TERMS, pair
 from aimscale.analysis.table import design
 from aimscale.analysis.table.names import no_column, our_name
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.words import Flag, did_you_mean, flag_words, power_of_ten
+from aimscale.analysis.words import Flag, flag_words, power_of_ten
 
 NEWTON_STEPS = 20
 """Steps to a gain, in the logarithm of the excess loss, which is nearly linear in that of compute."""
@@ -116,7 +116,7 @@ def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = 
     Args:
         df: one row per run and budget.
         by: column that tells the recipes apart.
-        baseline: recipe to compare with; None takes the one with most rows.
+        baseline: recipe to compare with; None takes the paper's, else the one with most rows.
         y: column of the loss.
 
     Returns:
@@ -139,9 +139,7 @@ def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = 
         raise AnalysisError(f"No row with a {by} has N, D and a loss whose compute, 6 N D, is a number; correct them.")
     level = level_names(rows[by])
     counts = level.value_counts()
-    first = baseline or str(counts.index[0])
-    if first not in counts:
-        raise AnalysisError(f"{by} has no level {first!r}; {did_you_mean(first, counts.index, 'its levels are')}")
+    first = baseline_of(by, baseline, counts)
     if len(counts) < 2:
         raise AnalysisError(f"All rows have {by} = {first}, so there is nothing to compare.")
     return tuple(

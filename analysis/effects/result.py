@@ -11,9 +11,14 @@ import pandas as pd
 
 from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.effects.paired import LEAST_SIZES
-from aimscale.analysis.table.measures import Measure
-from aimscale.analysis.words import Flag, flag_words, some
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.design import DEFAULT
+from aimscale.analysis.table.measures import KIND, Measure
+from aimscale.analysis.words import Flag, did_you_mean, flag_words, some
 
+USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
+         KIND: "attentive"}  # fmt: skip
+"""Column -> the level that the paper uses, the baseline unless another is named; fields of the set-up default to it."""
 BETTER, WORSE, ALIKE = "better", "worse", "no significant difference"
 """Verdicts."""
 
@@ -159,3 +164,16 @@ def level_names(values: pd.Series) -> pd.Series:
         return str(int(value) if isinstance(value, float | np.floating) and value.is_integer() else value)
 
     return values.map(name, na_action="ignore")
+
+
+def baseline_of(by: str, named: str | None, counts: pd.Series) -> str:
+    """Return the level of a column to compare with, of those that `counts` has rows of: the one named, else the
+    paper's, else the one with most rows.
+
+    Raises:
+        AnalysisError: there is no level of that name.
+    """
+    if named is not None and named not in counts:
+        raise AnalysisError(f"{by} has no level {named!r}; {did_you_mean(named, counts.index, 'its levels are')}")
+    usual = USUAL.get(by, DEFAULT)
+    return named or (usual if usual in counts else str(counts.idxmax()))

@@ -75,3 +75,11 @@ def test_what_cannot_be_compared_says_why() -> None:
         recipes(table[table["recipe"] == "old"], by="recipe")
     with pytest.raises(AnalysisError, match="prefix"):
         recipes(table, by="prefix")
+
+
+def test_the_papers_level_is_the_baseline_unless_another_is_named() -> None:
+    """As in a contrast of pairs, also where another level has more rows."""
+    table = two_recipes(np.random.default_rng(0), 0.9, 0.38)
+    table = table.assign(prefix=table["recipe"].map({"old": "paired", "new": "none"})).drop(columns="recipe")
+    (found,) = recipes(table.drop(index=table.index[0]), by="prefix")
+    assert (found.baseline, found.level) == ("paired", "none")
