@@ -76,8 +76,6 @@ class Curve:
     """A fitted law, or a law of the loss with a link to the accuracy."""
 
     law: Estimate
-    noise: float
-    """Standard deviation of a measurement's logarithm about the curve."""
     link: Estimate | None = None
     """Sigmoid from the loss to the accuracy."""
 
@@ -86,16 +84,19 @@ class Curve:
         """Number of parameters, of the link those that are free."""
         return len(self.law.problem.law.parameters) + (int(self.link.problem.movable.sum()) if self.link else 0)
 
-    def predict(self, x: Mapping[str, Array]) -> tuple[Array, Array]:
-        """Return ln y (m,) at variables (m,) and the standard error (m,) that the parameters leave."""
+    def predict(self, x: Mapping[str, Array]) -> tuple[Array, Array, Array]:
+        """Return ln y (m,) at variables (m,), the standard error (m,) that the parameters leave, and the standard
+        deviation (m,) of one measurement about the curve: of an accuracy by way of the loss, that of the loss too."""
         log_y, errors = self.law.modelled(x)
+        noise = np.full(len(log_y), self.law.components.total)
         log_y, errors = np.maximum(log_y, np.log(LEAST)), np.nan_to_num(errors, nan=UNKNOWN_ERROR, posinf=UNKNOWN_ERROR)
         if self.link is None:
-            return log_y, errors
+            return log_y, errors, noise
         accuracy, of_link = self.link.modelled({"L": np.exp(log_y)})
         slope = (self.link.value_at({"L": np.exp(log_y + SLOPE_STEP)}) - accuracy) / SLOPE_STEP
         rate = np.maximum(1 - accuracy, LEAST)
-        return np.log(rate), np.hypot(slope * errors, of_link) / rate
+        of_link_noise = self.link.components.total
+        return np.log(rate), np.hypot(slope * errors, of_link) / rate, np.hypot(slope * noise, of_link_noise) / rate
 
 
 Curves = dict[str, Curve | str]
@@ -111,8 +112,7 @@ def fit_curves(points: Points, cache: Cache) -> Curves:
         of_loss = _fit_laws(replace(points, y=points.loss), cache)
         try:
             link = _link(points, points.loss)
-            noise = link.components.total / float(np.mean(points.y[points.compute >= np.median(points.compute)]))
-            linked: Curves = {k: replace(c, link=link, noise=noise) for k, c in of_loss.items() if isinstance(c, Curve)}
+            linked: Curves = {k: replace(c, link=link) for k, c in of_loss.items() if isinstance(c, Curve)}
         except AnalysisError as error:
             linked = dict.fromkeys(of_loss, str(error))
         found |= {f"{name}{THROUGH}": curve for name, curve in linked.items()}
@@ -125,8 +125,7 @@ def _fit_laws(points: Points, cache: Cache) -> Curves:
     for law in points.laws:
         if (law.name, key) not in cache:
             try:
-                found = _estimate(law, points, LOG_LSQ)
-                cache[law.name, key] = Curve(law=found, noise=found.components.total)
+                cache[law.name, key] = Curve(law=_estimate(law, points, LOG_LSQ))
             except AnalysisError as error:
                 cache[law.name, key] = str(error)
     return {law.name: cache[law.name, key] for law in points.laws}
@@ -202,11 +201,10 @@ class Forecaster(Result):
         """
         x, share = self.points.place(at), self.weights[list(self.curves)].to_numpy()
         predicted = [curve.predict(x) for curve in self.curves.values()]
-        logs, spreads = (np.array(each) for each in zip(*predicted, strict=True))
+        logs, spreads, noises = (np.array(each) for each in zip(*predicted, strict=True))
         centre, distance, by = share @ logs, self.points.distance(x), self.calibration
-        noise = np.sqrt(share @ np.array([curve.noise**2 for curve in self.curves.values()]))
         parts = {
-            "noise": np.full(len(centre), by.known * noise),
+            "noise": np.sqrt(share @ noises**2),
             "parameters": by.known * (share @ spreads),  # one table's curves err together
             "laws": by.known * np.sqrt(share @ (logs - centre) ** 2),
             "misfit": (by.misfit * self.misfit + by.least) * np.log(distance),
@@ -314,7 +312,8 @@ def weigh(points: Points, cache: Cache, fit: Callable[[Points, Cache], Curves] =
     backtests = pd.DataFrame(errors, index=list(curves), dtype=float).T
     weights = _weights(backtests)
     rates = [_rms(off @ weights[off.columns] / weights[off.columns].sum()) / _rms(far) for off, far in misses.values()]
-    noises = {name: curve.noise for name, curve in curves.items()}
+    largest = {v: values[[np.argmax(points.compute)]] for v, values in points.x.items()}
+    noises = {name: float(curve.predict(largest)[2][0]) for name, curve in curves.items()}
     columns = {"num_params": {name: curve.num_params for name, curve in curves.items()}, "weight": weights}
     columns |= {"backtest_error": backtests.median(), "noise": noises, "reason": missing}
     names = [*weights.sort_values(ascending=False, kind="stable").index, *missing]
