@@ -4,8 +4,9 @@ No law holds from the smallest run to the largest, and the upper end is where th
 proportion to their compute, as in `fit(table, law, weights="compute", objective="log_lsq")`. Each law is fitted to the
 runs below a half, a quarter ... of the table's compute and predicts the others; the mean of the laws is weighted by how
 well. Its error is a sum of variances: of the noise of one run, of the parameters, of the laws about their mean, and of
-a misfit that all of them share, which grows with ln distance at the rate at which the backtests missed. The constants
-are those that the losses of public tables speak for most, each family alike (`tests/experiments/board.py`).
+a misfit that all of them share, which grows with ln distance at the rate at which the backtests missed. Inside the
+table there is no misfit, and the others count whole, as simulated tables ask for; beyond it all four overlap. The
+constants are those that public tables speak for most, each family alike (`tests/experiments/board.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import pandas as pd
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.covariance import half_width, satterthwaite
 from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate, estimated
 from aimscale.analysis.fitting.objectives import LOG_LSQ, LSQ, Objective
 from aimscale.analysis.fitting.problem import make_problem
@@ -45,9 +46,12 @@ SHARPNESS, FLOOR = 4.0, 0.5
 MARGIN = 0.9
 """A law predicts better than another where its error is below this share of the other's in every backtest."""
 DOF = 6.0
-"""Degrees of freedom of the errors: tables differ in more than their backtests show."""
+"""Degrees of freedom of the errors: tables differ in more than their backtests show. Where few sizes or budgets tell
+the noise, it has fewer, and so have the parameters."""
 UNTESTED = 2.0
 """Rate of misfit of a table that is too small for backtests, in units of the noise."""
+OVERLAP = 4.0
+"""The misfit takes in what overlaps with it as this power of the distance; 1 to 4 forecast public tables alike."""
 TERMS = ("noise", "parameters", "laws", "misfit")
 """Parts of the error."""
 LEAST_ERROR = 1e-4
@@ -58,11 +62,15 @@ class Calibration(NamedTuple):
     """Constants of a forecast's error, found on public tables (docs/forecasts.md)."""
 
     known: float
-    """Share of the standard deviations of noise, parameters and laws, which overlap."""
+    """Share of the standard deviations of noise, parameters and laws, far beyond the table; 1 inside it."""
     misfit: float
     """Share of the rate at which backtests missed."""
     least: float
     """Rate of misfit per unit of ln distance where backtests missed nothing."""
+
+    def share(self, distance: Array) -> Array:
+        """Return the share of the standard deviations of noise, parameters and laws that counts at distances (m,)."""
+        return np.sqrt(self.known**2 + (1 - self.known**2) / distance**OVERLAP)
 
 
 LOSSES = Calibration(known=0.58, misfit=0.41, least=0.0028)
@@ -83,6 +91,11 @@ class Curve:
     def num_params(self) -> int:
         """Number of parameters, of the link those that are free."""
         return len(self.law.problem.law.parameters) + (int(self.link.problem.movable.sum()) if self.link else 0)
+
+    @property
+    def degrees(self) -> float:
+        """Degrees of freedom of the noise."""
+        return self.law.components.degrees
 
     def predict(self, x: Mapping[str, Array]) -> tuple[Array, Array, Array]:
         """Return ln y (m,) at variables (m,), the standard error (m,) that the parameters leave, and the standard
@@ -199,18 +212,23 @@ class Forecaster(Result):
             One row a scale: value; ci_lo, ci_hi of the curve and pi_lo, pi_hi of one measurement (95 %); distance;
             rival_lo, rival_hi, the lowest and highest curve; and the standard deviations of ln y of each of `TERMS`.
         """
-        x, share = self.points.place(at), self.weights[list(self.curves)].to_numpy()
+        x, weights = self.points.place(at), self.weights[list(self.curves)].to_numpy()
         predicted = [curve.predict(x) for curve in self.curves.values()]
         logs, spreads, noises = (np.array(each) for each in zip(*predicted, strict=True))
-        centre, distance, by = share @ logs, self.points.distance(x), self.calibration
+        centre, distance, by = weights @ logs, self.points.distance(x), self.calibration
+        share = by.share(distance)
         parts = {
-            "noise": np.sqrt(share @ noises**2),
-            "parameters": by.known * (share @ spreads),  # one table's curves err together
-            "laws": by.known * np.sqrt(share @ (logs - centre) ** 2),
+            "noise": share * np.sqrt(weights @ noises**2),
+            "parameters": share * (weights @ spreads),  # one table's curves err together
+            "laws": share * np.sqrt(weights @ (logs - centre) ** 2),
             "misfit": (by.misfit * self.misfit + by.least) * np.log(distance),
         }
-        variances = np.square([parts[name] for name in TERMS])
-        ci, pi = (half_width(np.sqrt(each.sum(axis=0)), DOF, CONFIDENCE) for each in (variances[1:], variances))
+        told = weights @ np.minimum([curve.degrees for curve in self.curves.values()], DOF)
+        errors, degrees = np.array([parts[name] for name in TERMS]), np.array([[told], [told], [DOF], [DOF]])
+        ci, pi = (
+            half_width(np.linalg.norm(errors[first:], axis=0), satterthwaite(errors[first:], degrees[first:]), CONFIDENCE)
+            for first in (1, 0)
+        )
         moves = {"ci_lo": -ci, "ci_hi": ci, "pi_lo": -pi, "pi_hi": pi}
         with np.errstate(over="ignore"):
             value, lowest, highest = np.exp([centre, logs.min(axis=0), logs.max(axis=0)])

@@ -58,12 +58,12 @@ class Line:
 
     top: float
     rate: float
-    noise: float = 1e-6
+    degrees: float = 30.0
     num_params: int = 1
 
     def predict(self, at):
         far = np.maximum(0, np.log(at["N"] ** 2 / self.top))
-        return np.log(2.0) + self.rate * far, np.zeros(len(far))
+        return np.log(2.0) + self.rate * far, np.zeros(len(far)), np.full(len(far), 1e-6)
 
 
 def weighed(above: float = 0.0, **rates: dict[float, float]) -> tuple[Forecaster, list[float]]:
