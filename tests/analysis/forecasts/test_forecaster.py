@@ -155,6 +155,20 @@ def test_an_accuracy_of_one_is_no_stranger_and_ends_lie_between_chance_and_one()
     assert (rows[["pi_lo", "ci_lo", "value"]] >= 0.5).all(axis=None)
 
 
+def test_an_accuracy_by_way_of_the_loss_errs_with_the_loss():
+    """A run's own loss scatters about the law: the accuracy that follows from it does so, too."""
+    df = table()
+    sigmoid = {"floor": 0.1, "height": 0.8, "k": 6.0, "L0": 0.5}
+    top1 = laws.LINK_SIGMOID.value({"L": df["val_loss"].to_numpy()}, sigmoid)
+    df["probes"] = [[{"task": "t", "kind": "linear", "top1": float(v), "chance": 0.1}] for v in top1]
+    found = forecast(df, {"N": 1e6, "D": 6e5}, law="chinchilla").forecasters["t:linear"]
+    curve, at = found.curves["chinchilla through the loss"], {"N": [1e6], "D": [6e5]}
+    log_rate, _, noise = curve.predict(at)
+    loss = laws.CHINCHILLA.value(at, TRUTH) * np.exp(np.array([-1, 1]) * curve.law.components.total)
+    ends = laws.LINK_SIGMOID.value({"L": loss}, sigmoid)
+    assert noise * np.exp(log_rate) == pytest.approx((ends[0] - ends[1]) / 2, rel=0.1)
+
+
 def test_a_forecast_does_not_depend_on_units_or_the_order_of_rows():
     df = table()
     plain = forecaster(df).predict({"N": 1e8, "D": 3e7})
