@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
 
 from aimscale.sweeps.plan.costs import CostCard
 
@@ -87,6 +86,8 @@ def measured_pace(cards: Sequence[CostCard], runs: Sequence[Progress]) -> Pace |
     seen = [(card, run, step_s) for card, run in zip(cards, runs, strict=True) if (step_s := _own_step_s(card, run))]
     if not seen:
         return None
+    from scipy.optimize import nnls  # before anything is measured, `status` does without
+
     mean_s = sum(step_s for *_, step_s in seen) / len(seen)
     constant = [FIXED_STEP_SHARE * (1 - min(1.0, run.mfu / COMPUTE_BOUND_MFU)) for _, run, _ in seen if run.mfu] or [
         0.0
