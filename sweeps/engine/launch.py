@@ -22,7 +22,7 @@ from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, ru
 from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
+from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Place, Sweep, SweepError, SweepFile, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import live_jobs
 from aimscale.sweeps.state.attempts import clear_failure, record_lost_attempt
@@ -69,7 +69,7 @@ def launch(
             directory cannot be written; nothing was created.
     """
     started = time.time()
-    loaded, runs, cards = load_plan(sweep, root)
+    loaded, runs, cards = load_plan(sweep, root, "local")
     machine = local_machine(runs, devices=devices)
     prepare_launch(loaded, runs, retry=retry)
     deadline = float("inf")
@@ -126,13 +126,19 @@ def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: boo
         lock.release()
 
 
-def load_plan(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:
+def load_plan(
+    sweep: Sweep | str | Path, root: Path, place: Place | None = None
+) -> tuple[Sweep, list[Run], list[CostCard]]:
     """Load a sweep with its runs, longest first, and their cost cards.
+
+    Args:
+        place: where they are executed, instead of what the file says.
 
     Raises:
         SweepError, ConfigError: the sweep cannot be planned.
     """
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
+    loaded = loaded if place is None else loaded.at(place)
     runs = plan(loaded)
     _refuse_new_smallest_budget(loaded, runs)
     cards = cost_cards(loaded, runs)

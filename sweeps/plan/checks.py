@@ -97,14 +97,14 @@ def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
     runtime = run.config.runtime
     yield from _check_call("schedule.warmup_images", schedule_of, run.config)
     yield from _check_call("cost.memory_gb", plan_execution, run.config, run.devices, device.memory_bytes)
-    stop_s, limit_s = grace_period_s(run), 60 * sweep.file.slurm.time_limit_min
-    if stop_s >= limit_s:
+    slurm = sweep.file.slurm if sweep.is_for_slurm else None
+    if slurm and (stop_s := grace_period_s(run)) >= (limit_s := 60 * slurm.time_limit_min):
         told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"
         yield "slurm.time_limit_min", f"{told}; raise time_limit_min"
-    if sweep.file.slurm.python is None:
+    if slurm is None or slurm.python is None:
         yield from _check_call("runtime.loggers", refuse_missing, run.config)
     if runtime.device == "cuda" and not device.is_gpu:
-        where = "slurm.gpus asks for no GPU" if sweep.is_for_slurm else "this machine has no GPU"
+        where = "slurm.gpus asks for no GPU" if slurm else "this machine has no GPU"
         yield "runtime.device", f"cuda is asked for, and {where}; use cpu or auto"
     if runtime.compile is True and not device.is_gpu:
         yield "runtime.compile", "blocks are compiled on a GPU alone, and these runs have a CPU; use auto"

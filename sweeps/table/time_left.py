@@ -69,13 +69,25 @@ def time_left(cards: Sequence[CostCard], runs: Sequence[Progress]) -> tuple[list
     pace = measured_pace(cards, runs)
     left = [_remaining_s(card, run, pace) for card, run in zip(cards, runs, strict=True)]
     free = [left[i] for i, run in enumerate(runs) if run.is_running for _ in range(cards[i].devices)]
-    heapq.heapify(free)
     waiting = [i for i, run in enumerate(runs) if free and not run.is_running and not run.is_over]
-    for i in sorted(waiting, key=lambda i: -cards[i].device_hours):
-        taken = [heapq.heappop(free) for _ in range(min(cards[i].devices, len(free)))]
+    waiting.sort(key=lambda i: -cards[i].device_hours)
+    return left, max(schedule_s(free, [(left[i], cards[i].devices) for i in waiting]), default=None), pace is not None
+
+
+def schedule_s(free: Sequence[float], waiting: Sequence[tuple[float, int]]) -> list[float]:
+    """Return when each device has done its part of some runs that start in order, each as soon as it can, s.
+
+    Args:
+        free: when each device becomes free, s.
+        waiting: duration, s, and devices of each run; one that wants more devices than there are takes all.
+    """
+    ends = list(free)
+    heapq.heapify(ends)
+    for duration_s, num_devices in waiting:
+        taken = [heapq.heappop(ends) for _ in range(min(num_devices, len(ends)))]
         for _ in taken:
-            heapq.heappush(free, max(taken) + left[i])
-    return left, max(free, default=None), pace is not None
+            heapq.heappush(ends, max(taken) + duration_s)
+    return ends
 
 
 def measured_pace(cards: Sequence[CostCard], runs: Sequence[Progress]) -> Pace | None:
