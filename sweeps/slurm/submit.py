@@ -6,21 +6,17 @@ that can start, less the jobs that already wait or run without one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import shlex
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string
 
-from aimscale.harness.run.lock import Lock, read_holder
 from aimscale.harness.run.provenance import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.plan.costs import cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import Run
@@ -28,10 +24,9 @@ from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import JobArray, JobShape, LiveJob, failed_jobs, live_jobs, record_array
 from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.sweep_dir import hold_sweep
 
 WORKER_MODULE = "aimscale.sweeps.engine.slurm_worker"
-LOCK_TIMEOUT_S = 300.0
-"""Time to wait for another launch that submits, s."""
 TIME_FACTOR, SHORTEST_LIMIT_MIN = 2, 60
 """Factor on the time that a plan says, and shortest time limit, minutes: a plan may be wrong, and start-up takes time.
 A run that needs longer saves, is requeued and goes on."""
@@ -92,34 +87,11 @@ def submit(
     batch = _Batch(sweep=sweep, snapshot=snapshot, dry_run=dry_run, retry=retry)
     if dry_run:
         return batch.submit(list_runs())
-    sweep.directory.mkdir(parents=True, exist_ok=True)
-    with _hold_submissions(sweep.directory / "slurm" / "lock"):
+    with hold_sweep(sweep, "slurm/lock", "submits jobs of this sweep"):
         batch.known = slurm.jobs()
         if snapshot:
             make_snapshot(snapshot)
         return batch.submit(list_runs())
-
-
-@contextlib.contextmanager
-def _hold_submissions(path: Path) -> Iterator[None]:
-    """Hold the lock of submissions for the block.
-
-    Raises:
-        SweepError: another launch holds it for too long.
-    """
-    lock, deadline, is_told = Lock(path), time.monotonic() + LOCK_TIMEOUT_S, False
-    while lock.take() is None:
-        other = read_holder(path)
-        who = f"process {other.pid} on {other.host}" if other else "another process"
-        if not is_told:
-            _print(f"waiting for {who}, which submits jobs of this sweep")
-            is_told = True
-        if time.monotonic() > deadline:
-            raise SweepError(f"{who} has been submitting for {LOCK_TIMEOUT_S:.0f} s; end it, then launch again")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _print(sentence: str) -> None:

@@ -22,9 +22,9 @@ from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, grace_perio
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm import submit as submission
 from aimscale.sweeps.slurm.jobs import JobShape, live_jobs
 from aimscale.sweeps.slurm.submit import Submission, job_shape, submit
+from aimscale.sweeps.state import sweep_dir
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare_directory
 from aimscale.sweeps.table.status import sweep_status
@@ -304,9 +304,12 @@ def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
     write_sweep: Any, submitted: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     sweep = write_sweep()
-    monkeypatch.setattr(submission, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(sweep_dir, "LOCK_TIMEOUT_S", 0.1)
     sweep.directory.mkdir(parents=True)
-    with hold_lock(sweep.directory / "slurm" / "lock"), pytest.raises(UserError, match="has been submitting for"):
+    with (
+        hold_lock(sweep.directory / "slurm" / "lock"),
+        pytest.raises(UserError, match="submits jobs of this sweep, for more than"),
+    ):
         submit_for(sweep)
     assert "waiting for process" in capsys.readouterr().err
 
