@@ -37,7 +37,10 @@ def hold_sweep(sweep: Sweep, name: str, doing: str) -> Iterator[None]:
     lock, deadline, is_told = Lock(path), time.monotonic() + LOCK_TIMEOUT_S, False
     new = [folder for folder in path.parents if not folder.exists()]
     try:
-        while path.parent.mkdir(parents=True, exist_ok=True) or lock.take() is None:
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if lock.take():
+                break
             other = read_holder(path)
             who = f"process {other.pid} on {other.host}" if other else "another process"
             if not is_told:
