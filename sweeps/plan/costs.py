@@ -9,10 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from aimscale.analysis.fitting.identification import unidentified
-from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.gpu_specs import MFU, Device
@@ -144,6 +140,12 @@ def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
     rows = {(card.params_total, budget.images_seen) for card in cards for budget in card.budgets}
     if len(rows) < 2:
         return ()
+    # The fit imports scipy, which verbs that only look at a sweep do without.
+    import numpy as np
+
+    from aimscale.analysis.fitting.identification import unidentified
+    from aimscale.analysis.laws.catalogue import CHINCHILLA
+
     sizes, budgets = zip(*rows, strict=True)
     lost = unidentified(CHINCHILLA, {"N": np.array(sizes, float), "D": np.array(budgets, float)})
     return tuple(name for name in (*CHINCHILLA.names, *CHINCHILLA.derived) if name in lost)
