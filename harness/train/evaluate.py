@@ -83,7 +83,8 @@ def open_held_out(config: RunConfig, group: Group) -> HeldOut:
     """Open the validation images."""
     runtime, section = config.runtime, config.evaluation.validation
     dataset = open_dataset(section.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
-    return HeldOut(dataset, section, config.training.model, group)
+    max_bad_fraction = config.training.data.max_bad_fraction
+    return HeldOut(dataset, section, config.training.model, group, max_bad_fraction=max_bad_fraction)
 
 
 def _compare(config: RunConfig, held_out: ShardDataset) -> None:

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from aimscale.harness.data.random_access import make_key
+from aimscale.harness.data.store.dataset_info import require_usable
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.overlap import count_shared
 from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_uniforms, crop_resize, draw_boxes, normalise
-from aimscale.harness.data.stream.held_out import eval_images
+from aimscale.harness.data.stream.held_out import EvalImages
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.probe.features.tasks import ProbeError, check_benchmark
+from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, check_benchmark
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
 CROP_SCALE = (0.08, 1.0)
@@ -145,21 +146,35 @@ MAX_DECODERS = 8
 class LabelledImages:
     """Labelled data set, preprocessed for one model geometry."""
 
-    dataset: ShardDataset
+    source: EvalImages
+    """Images by their sample numbers."""
     rows: np.ndarray
     """Samples used (n,): those that decode."""
     labels: Tensor
     """Class indices (n,), int64, of those."""
     classes: tuple[str, ...]
-    model_section: ModelSection
-    """Image size and channels to prepare for."""
-    centre_crop: float
-    """Share of the shorter side that the centre crop keeps."""
     views: PublishedViews | None = None
     """Augmentation of training views; None uses one centre crop per image."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def dataset(self) -> ShardDataset:
+        """Data set that the images come from."""
+        return self.source.dataset
+
+    def without_bad(self, group: Group) -> LabelledImages:
+        """Leave out the images that any rank has found undecodable; all ranks call this together.
+
+        Raises:
+            DataError: they are too many.
+        """
+        self.source.agree(group, len(self))
+        is_good = self.source.is_good(self.rows)
+        if is_good.all():
+            return self
+        return replace(self, rows=self.rows[is_good], labels=self.labels[torch.from_numpy(is_good)])
 
     def images(self, indices: Sequence[int], epoch: int | None = None) -> Tensor:
         """Load normalised float32 images (len(indices), C, H, W).
@@ -169,7 +184,7 @@ class LabelledImages:
         rows = self.rows[np.asarray(indices, dtype=np.int64)]
         if epoch is not None and self.views is not None:
             return self.views.images(self.dataset, rows, epoch)
-        return eval_images(self.dataset, rows, self.model_section, self.centre_crop)
+        return normalise(self.source.pixels(rows))
 
     def ahead(
         self, chunks: Iterable[Sequence[int]], epoch: int | None = None
@@ -179,6 +194,7 @@ class LabelledImages:
 
 
 Chunk = TypeVar("Chunk")
+Result = TypeVar("Result")
 
 
 def decoded_ahead(images: Callable[[Chunk], Tensor], chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Tensor]]:
@@ -201,18 +217,14 @@ def decoded_ahead(images: Callable[[Chunk], Tensor], chunks: Iterable[Chunk]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Task shared by all probes: its images, divided into a part to fit and a hold-out, and the ranks that work."""
+    """Task shared by all probes: its images, of which the training split has a hold-out, and the ranks that work."""
 
     section: ProbeSection
     """Kinds, learning rates, epochs or iterations, batch size."""
     train: LabelledImages
     test: LabelledImages
-    fit: np.ndarray
-    """Indices of the training images from which heads judged by the hold-out learn, ascending."""
-    held: np.ndarray
-    """Indices of the hold-out, ascending."""
     seed: int
-    """Seed of the heads' initial weights and the order of images."""
+    """Seed of the hold-out, the heads' initial weights and the order of images."""
     group: Group
     """Ranks that share the work; the result depends on them only by rounding."""
     report_progress: ProgressCallback = ignore_progress
@@ -221,6 +233,20 @@ class Task:
     def num_classes(self) -> int:
         """Classes of the training split."""
         return len(self.train.classes)
+
+    @functools.cached_property
+    def _split(self) -> tuple[np.ndarray, np.ndarray]:
+        return holdout_split(self.train.labels, HOLDOUT_FRACTION, self.seed)
+
+    @property
+    def fit(self) -> np.ndarray:
+        """Indices of the training images from which heads judged by the hold-out learn, ascending."""
+        return self._split[0]
+
+    @property
+    def held(self) -> np.ndarray:
+        """Indices of the hold-out, ascending."""
+        return self._split[1]
 
     @functools.cached_property
     def everything(self) -> np.ndarray:
@@ -233,11 +259,35 @@ class Task:
         return np.isin(np.arange(len(self.train)), self.fit)
 
 
+def read_without_bad(
+    images: LabelledImages, group: Group, read: Callable[[LabelledImages], Result]
+) -> tuple[LabelledImages, Result]:
+    """Read a split, and once more without the images that were found undecodable on the way, if any were.
+
+    Returns:
+        The split without them, and what was read of it.
+    """
+    while True:
+        found = read(images)
+        good = images.without_bad(group)
+        if len(good) == len(images):
+            images.source.is_read = True
+            return images, found
+        del found  # makes room
+        images = good
+
+
 def open_labelled(
-    path: str, section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig
+    path: str, section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig, max_bad_fraction: float
 ) -> LabelledImages:
-    """Open one split of a task; `runtime` says where shards at a URL, and their index, are cached."""
+    """Open one split of a task.
+
+    Args:
+        runtime: says where shards at a URL, and their index, are cached.
+        max_bad_fraction: share of undecodable images above which the split is refused.
+    """
     dataset = open_dataset(path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
+    require_usable(path, dataset.info, max_bad_fraction)
     if dataset.labels is None:
         raise ProbeError(
             f"task '{section.task}': {path} has no labels, so nothing can be probed; pack it from one folder per class"
@@ -249,20 +299,22 @@ def open_labelled(
         raise ProbeError(
             f"task '{section.task}': {path} has labels beyond its {len(classes)} class names; index it again"
         )
-    return LabelledImages(dataset, rows, labels, classes, model_section, section.centre_crop)
+    source = EvalImages(dataset, model_section, centre_crop=section.centre_crop, max_bad_fraction=max_bad_fraction)
+    return LabelledImages(source, rows, labels, classes)
 
 
 def open_task(
-    section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig
+    section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig, max_bad_fraction: float
 ) -> tuple[LabelledImages, LabelledImages]:
     """Open the training and test split of a task.
 
     Raises:
+        DataError: a split has no images that decode, or too many that do not.
         ProbeError: no labels, test classes that the training split lacks, too few images to hold some out, test images
             among the training images, or the task bears a benchmark's name and is not that benchmark.
     """
-    train = open_labelled(section.train, section, model_section, runtime)
-    test = open_labelled(section.test, section, model_section, runtime)
+    train = open_labelled(section.train, section, model_section, runtime, max_bad_fraction)
+    test = open_labelled(section.test, section, model_section, runtime, max_bad_fraction)
     strange = sorted(set(test.classes) - set(train.classes))
     if strange:
         raise ProbeError(
@@ -280,8 +332,6 @@ def open_task(
             "are too few to hold some out; give at least two a class"
         )
     check_benchmark(section.task, num_classes=len(train.classes), num_train=len(train), num_test=len(test))
-    if not len(test):
-        raise ProbeError(f"task '{section.task}': {section.test} has no images")
     if (shared := count_shared([train.dataset], test.dataset)) > MAX_SHARED * len(test):
         raise ProbeError(
             f"task '{section.task}': {shared} of the {len(test)} images of {section.test} are images of "

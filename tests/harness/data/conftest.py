@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from pictures import smooth
 
-from aimscale.harness.data.store import index
+from aimscale.harness.data.store import index, processes
 from aimscale.harness.data.store.pack import list_folder, pack_images
-from aimscale.harness.data.stream import loader
 from aimscale.harness.run.config import RunConfig, run_config
 
 # A server that packing started would leave the import of PyTorch to each of its forks, also to the loader's.
-multiprocessing.set_forkserver_preload(list(loader._PRELOAD))
+multiprocessing.set_forkserver_preload(list(processes._PRELOAD))
 
 
 @pytest.fixture(autouse=True)
