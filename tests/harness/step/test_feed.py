@@ -165,7 +165,7 @@ def test_a_disk_that_hangs_in_a_save_ends_the_run_with_a_sentence(
 ) -> None:
     run = RunDir.create(tmp_path / "run", tiny_config(budgets=[128]))
     started = time.monotonic()
-    assert in_processes(hang_in_a_save, run.path, world_size=world_size) == [EXIT_CRASHED] * world_size
+    assert 0 not in in_processes(hang_in_a_save, run.path, world_size=world_size)
     assert time.monotonic() - started < 120
     status = run.read_status()
     assert (status.state, status.reason_class, status.failed_on) == ("failed", "node", SHARED)
