@@ -172,6 +172,9 @@ def try_cell(folder: Path, cell: str, whole: Any) -> str:
     if process.returncode:
         code = launch(sweep, root, int(ranks), log).wait()
         how += "" if code == 0 else f"; that one ended with {code}: {log.read_text().strip().splitlines()[-1]}"
+    if run.is_held():  # by ranks that outlived their launcher, and which the next one left alone
+        until(lambda: not run.is_held())
+        how += f", and by ranks that outlived it, {time.monotonic() - killed:.0f} s after the kill"
     is_equal = run.model_file(BUDGET).exists() and outcome(run) == whole
     has_traceback = "Traceback" in log.read_text()
     noticed = "-" if noticed_s is None else f"{noticed_s:.0f} s"
