@@ -1,14 +1,9 @@
-"""Placement of this process among the ranks, the process group, and the few exchanges that the training loop needs.
-
-A run is started as a single process, by torchrun, or under Slurm's variables; all three end in the same environment
-variables, set here before DeepSpeed looks for them (without them it would look for MPI).
-"""
+"""The process group of a run, how long its ranks wait for each other, and the few exchanges that training needs."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import datetime
 import logging
 import os
@@ -23,12 +18,11 @@ import torch
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.memory import free_host_bytes, keep_freed_memory
-from aimscale.harness.run.directory import EXIT_CRASHED
+from aimscale.harness.distributed.placement import LOOPBACK, LaunchError, Placement, gpu_index
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
-LOOPBACK = "127.0.0.1"
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Time for which ranks wait for each other where one may load data or compile, s."""
 PHASE_TIMEOUT_S = 600.0
@@ -47,86 +41,6 @@ def turn_timeout_s(longest_s: float) -> float:
 def write_timeout_s(num_bytes: float) -> float:
     """Return how long ranks wait for one that writes, s."""
     return max(PHASE_TIMEOUT_S, num_bytes / WRITTEN_BYTES_PER_S)
-
-
-class LaunchError(UserError):
-    """Environment that does not say which rank of how many this process is, or names a device that does not exist.
-
-    Another node may have what this one lacks.
-    """
-
-    exit_code = EXIT_CRASHED
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Place of this process among all processes of the run."""
-
-    rank: int
-    """0..world_size-1."""
-    world_size: int
-    """Number of processes, one per device."""
-    local_rank: int
-    """Index of the device on this host."""
-    address: str
-    """Host of rank 0; `LOOPBACK` if all ranks are on one."""
-    port: int
-    """TCP port of rank 0."""
-
-
-def find_placement(environment: dict[str, str] | None = None) -> Placement:
-    """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a single process."""
-    env = dict(os.environ) if environment is None else environment
-    if "RANK" in env or "WORLD_SIZE" in env:
-        try:
-            is_local = env["WORLD_SIZE"] == env.get("LOCAL_WORLD_SIZE")
-            return Placement(
-                rank=int(env["RANK"]),
-                world_size=int(env["WORLD_SIZE"]),
-                local_rank=int(env.get("LOCAL_RANK", "0")),
-                address=LOOPBACK if is_local else env["MASTER_ADDR"],
-                port=int(env["MASTER_PORT"]),
-            )
-        except KeyError as error:
-            raise LaunchError(
-                f"RANK or WORLD_SIZE is set but {error} is not; start with torchrun, or unset them to run alone"
-            ) from error
-    # Only steps started by srun have this variable: a batch script itself is a single process, whatever its job has.
-    num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
-    if num_tasks > 1:
-        # Every task of a job computes the same port; jobs that share a host get different ones.
-        port = int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000))
-        first = env.get("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])))
-        return Placement(
-            rank=int(env["SLURM_PROCID"]),
-            world_size=num_tasks,
-            local_rank=int(env.get("SLURM_LOCALID", "0")),
-            address=LOOPBACK if env.get("SLURM_STEP_NUM_NODES") == "1" else first,
-            port=port,
-        )
-    return Placement(rank=0, world_size=1, local_rank=0, address=LOOPBACK, port=0)
-
-
-def first_host(node_list: str) -> str:
-    """Return the first name of a Slurm host list: `gpu[003-004,7],other` gives `gpu003`."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", node_list)
-    if match is None:
-        raise LaunchError(f"cannot read the node list {node_list!r}; set MASTER_ADDR to the host of rank 0")
-    return "".join(part or "" for part in match.groups())
-
-
-def gpu_index(placement: Placement, num_visible: int) -> int:
-    """Return the index of this process's GPU among those it sees: 0 if Slurm binds one GPU to each task, else the local
-    rank."""
-    by_slurm = "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if num_visible == 1 and by_slurm:
-        return 0
-    if placement.local_rank >= num_visible:
-        raise LaunchError(
-            f"local rank {placement.local_rank} has no CUDA device: this host shows {num_visible}; start one process "
-            "per device"
-        )
-    return placement.local_rank
 
 
 class Group:

@@ -21,14 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.distributed.group import (
-    PHASE_TIMEOUT_S,
-    Group,
-    find_placement,
-    start_group,
-    stop_group,
-    turn_timeout_s,
-)
+from aimscale.harness.distributed.group import PHASE_TIMEOUT_S, Group, start_group, stop_group, turn_timeout_s
+from aimscale.harness.distributed.placement import find_placement
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, SHARED, RunDir
 from aimscale.harness.run.failures import (
     EXIT_S,

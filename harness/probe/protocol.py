@@ -34,7 +34,6 @@ from aimscale.harness.probe.features.extraction import FeaturePass, SplitFeature
 from aimscale.harness.probe.features.images import (
     LabelledImages,
     ProgressCallback,
-    PublishedViews,
     Task,
     ignore_progress,
     open_task,
@@ -42,6 +41,7 @@ from aimscale.harness.probe.features.images import (
 )
 from aimscale.harness.probe.features.sources import batched, own_indices
 from aimscale.harness.probe.features.tasks import ProbeError, block_sets
+from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
 from aimscale.harness.probe.heads.fit import TEST_BATCH, HeadSearch, predict_test_split
 from aimscale.harness.probe.heads.knn import Neighbours

@@ -23,13 +23,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from aimscale.aim.model import AIM
 from aimscale.harness.distributed.group import Group, write_timeout_s
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.files import atomic_write, new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
+from aimscale.harness.run.files import new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
 from aimscale.harness.run.lock import check_writer
 from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, read_manifest, read_parts
-from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
+from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, fragment_of
 from aimscale.harness.step.feed import run_on_all_ranks
 from aimscale.harness.step.safetensors import write_safetensors
 
@@ -312,48 +311,3 @@ def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], m
         manifest = dataclasses.replace(manifest, files={path.name: entry})
     write_json(path.with_suffix(".json"), dataclasses.asdict(manifest))  # and the folder with it
     return manifest
-
-
-def copied_model(engine: Engine, group: Group, dtype: torch.dtype) -> AIM:
-    """Copy the engine's float32 weights into a model of this type, whole on every rank's device.
-
-    All ranks call this together. It takes the bytes of its weights and of the largest one in float32, and shares no
-    memory with the trained model, which measurements therefore cannot change.
-    """
-    with torch.device("meta"):
-        model = AIM(engine.config)
-    model = model.to(dtype).to_empty(device=group.device).requires_grad_(False).eval()
-    model.fill_constants()
-    for fragment, whole in _whole_weights(engine, group):
-        model.get_parameter(fragment.name).copy_(whole.view(fragment.shape))
-    return model
-
-
-def _whole_weights(engine: Engine, group: Group) -> Iterator[tuple[Fragment, Tensor]]:
-    """Yield the float32 weights one after the other, flat, on the device, whole on every rank."""
-    for fragment in engine.fragments():
-        if group.world_size == 1 or engine.options.zero_stage == 0:
-            yield fragment, fragment_of(fragment.flat, fragment)
-            continue
-        whole = torch.zeros(fragment.shape.numel(), device=group.device)
-        if fragment.numel:
-            part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
-        torch.distributed.all_reduce(whole.view(torch.int32))
-        yield fragment, whole
-
-
-def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, str] | None = None) -> None:
-    """Write the float32 weights alone, under the model's own names, to one file; all ranks call this together.
-
-    Rank 0 gathers and writes them one by one, under a temporary name first.
-    """
-    shapes = {fragment.name: tuple(fragment.shape) for fragment in engine.fragments()}
-    # a tensor that numpy has seen cannot free its memory
-    gathered = (whole.to("cpu", copy=True) for _, whole in _whole_weights(engine, group))
-    if group.is_first:
-        with atomic_write(path) as partial:
-            write_safetensors(partial, shapes, gathered, metadata)
-    else:
-        for _ in _whole_weights(engine, group):
-            pass
-    group.wait()

@@ -11,7 +11,7 @@ from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import ROW_VERSION, describe, model_of
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.saving import save_weights
+from aimscale.harness.step.whole_weights import save_weights
 
 
 def save_budget(

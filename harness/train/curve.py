@@ -31,7 +31,7 @@ from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.saving import copied_model
+from aimscale.harness.step.whole_weights import copied_model
 from aimscale.harness.train.evaluate import open_held_out
 from aimscale.harness.train.validation import HeldOut, validate
 
