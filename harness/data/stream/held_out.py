@@ -37,7 +37,6 @@ class EvalImages:
     ) -> None:
         """Prepare images for a model: shorter side to ceil(image_size / centre_crop) (bicubic, antialiased), centre
         crop."""
-        require_channels(model.channels)
         self.dataset = dataset
         self._channels, self._size = model.channels, model.image_size
         self._shorter_side = math.ceil(model.image_size / centre_crop)
@@ -53,6 +52,7 @@ class EvalImages:
         Raises:
             DataError: a shard cannot be read, or an image that was good when all were read does not decode.
         """
+        require_channels(self._channels)
         numbers = np.asarray(samples, dtype=np.int64)
         pixels = torch.empty(len(numbers), self._channels, self._size, self._size, dtype=torch.uint8)
         self.dataset.read_ahead(numbers, self._channels)
