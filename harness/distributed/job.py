@@ -69,7 +69,7 @@ class Job:
         """Make the function that all ranks call together, often: it obeys signals and updates the heartbeat.
 
         It raises PreemptedError if a signal asked to stop, and LockLost. Until the next call, ranks wait for each other
-        for as long as calls under the same name may be apart.
+        for some times as long as calls under the same name were apart, or `PHASE_TIMEOUT_S`.
         """
         last_beat, phase, last_call, longest_s = 0.0, "", 0.0, 0.0
 
@@ -79,7 +79,8 @@ class Job:
             if what:
                 longest_s = max(longest_s, now - last_call) if what == phase else 0.0
                 phase, last_call = what, now
-            self.group.limit_collectives(turn_timeout_s(longest_s) if longest_s else PHASE_TIMEOUT_S)
+            is_repeated = what and longest_s
+            self.group.limit_collectives(turn_timeout_s(longest_s) if is_repeated else PHASE_TIMEOUT_S)
             if self.group.any(self.flag.is_raised):
                 raise PreemptedError
             if time.monotonic() - last_beat > HEARTBEAT_S:

@@ -88,7 +88,7 @@ class HeldOut:
             good = values if is_good.all() else values[torch.from_numpy(is_good)]
             yield rows[is_good], normalise(good).to(self._group.device)
         self._is_filled = True
-        self._images.agree(self._group, len(self.indices))
+        self._images.agree(self._group, self.indices)
 
     def _decoded(self, part: slice) -> Tensor:
         pixels = self._images.pixels(self.indices[self._own[part]])

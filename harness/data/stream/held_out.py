@@ -70,11 +70,11 @@ class EvalImages:
         """Return whether each of these samples has not been found undecodable."""
         return ~np.isin(samples, [*self._bad])
 
-    def agree(self, group: Group, num_images: int) -> None:
+    def agree(self, group: Group, samples: npt.NDArray[np.int64]) -> None:
         """Tell all ranks which images each of them found undecodable, and name new ones in the log.
 
         Args:
-            num_images: number of images that the ranks read together.
+            samples: images that the ranks have read together.
 
         Raises:
             DataError: on all ranks, if too many are, or all.
@@ -82,12 +82,13 @@ class EvalImages:
         for found in group.gather(self._bad):
             self._bad |= found
         names = [self._bad[number] for number in sorted(self._bad)]
-        path = self.dataset.path
-        if len(names) == num_images:
-            raise DataError(f"none of {num_images} images of {path} can be decoded: {some(names)}; restore its shards")
-        refuse_bad(f"{num_images} images of {path}", len(names), num_images, self._max_bad_fraction, lambda: names[-1])
+        number = len(np.union1d(samples, [*self._bad]))  # with those that were left out before
+        images = f"{number} images of {self.dataset.path}"
+        if not self.is_good(samples).any():
+            raise DataError(f"none of {images} can be decoded: {some(names)}; restore its shards")
+        refuse_bad(images, len(names), number, self._max_bad_fraction, lambda: names[-1])
         if group.is_first and len(names) > self._num_named:
-            print(f"left out of {path}, cannot be decoded: {some(names)}", file=sys.stderr, flush=True)
+            print(f"left out of {self.dataset.path}, cannot be decoded: {some(names)}", file=sys.stderr, flush=True)
         self._num_named = len(names)
 
 

@@ -78,7 +78,7 @@ class LabelledImages:
         Raises:
             DataError: they are too many.
         """
-        self.source.agree(group, len(self))
+        self.source.agree(group, self.rows)
         is_good = self.source.is_good(self.rows)
         if is_good.all():
             return self
