@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.csv import write_csv
@@ -59,8 +60,8 @@ class Column(NamedTuple):
 
     def cell(self, value: Any) -> str:
         """Write a value as a reader of a table sees it; fractions as per cent, without the sign."""
-        if isinstance(value, str):
-            return value
+        if isinstance(value, str | bool):
+            return str(value)
         if value is None or math.isnan(value):
             return "–"
         if self.dtype == "int64":
@@ -80,7 +81,7 @@ PROBE_FIELDS = tuple(
         ("chance", "float64", "fraction", "Accuracy of always naming the commonest class of the test split"),
         ("ideal", "float64", "", "Loss at which the accuracy would be 1; null where none is known"),
         ("n", "int64", "images", "Images of the test split, scored once"),
-        ("top1", "float64", "fraction", "Test accuracy on the blocks that the hold-out chose"),
+        ("top1", "float64", "fraction", "Test accuracy on the blocks that the hold-out chose", "", "top-1 accuracy"),
         ("top1_lo95", "float64", "fraction", "Lower end of the 95 % interval of top1"),
         ("top1_hi95", "float64", "fraction", "Upper end of the 95 % interval of top1"),
         ("top5", "float64", "fraction", "Share of test images whose class is among the five first"),
@@ -168,13 +169,29 @@ COLUMNS = tuple(
 OF_CURVES = (Column("lr", "float64", "", "Learning rate at that point"),)
 """Further columns of points during training; a foreign table's `lr` is a setting."""
 KNOWN = {column.name: column for column in COLUMNS}
+_PROBED = {field.name: field for field in PROBE_FIELDS}
+_SHARES = ("aim_7b", "gap", "best_frozen_top1", "baseline_top1", "detectable")
+"""Prefixes of columns of `compare` that hold accuracies or differences of these."""
 MFU = {"mfu_published": "published/nominal", "mfu": "executed/measured"}
 """Columns of model FLOPs utilisation: which FLOPs over which peak."""
 
 
 def described(name: str) -> Column:
-    """Describe a column of any table: as the schema does, or by its name alone."""
-    return KNOWN.get(name) or Column(name, "float64", "", "")
+    """Describe a column of any table, or a field of a probe: as the schema does, or by its name alone."""
+    unit = "fraction" if name.startswith(_SHARES) else ""
+    return KNOWN.get(name) or _PROBED.get(name) or Column(name, "float64", unit, "")
+
+
+def frame_cells(frame: pd.DataFrame) -> list[dict[str, str]]:
+    """Write the rows of a table as a reader sees them: heading -> cell, an interval in one cell."""
+    columns = [described(str(name)) for name in frame]
+    cells = {c.name: [c.cell(value) for value in frame[c.name].astype(object)] for c in columns}
+    heads = {c.name: c.heading for c in columns}
+    for name in [name for name in cells if {f"{name}_lo95", f"{name}_hi95"} <= {*cells}]:
+        ends = zip(cells[f"{name}_lo95"], cells.pop(f"{name}_hi95"), strict=True)
+        cells[f"{name}_lo95"] = [f"[{low}, {high}]" for low, high in ends]
+        heads[f"{name}_lo95"] = f"{heads[name]} interval"
+    return [dict(zip(map(heads.get, cells), row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
 
 def _field(column: Column) -> pa.Field:
