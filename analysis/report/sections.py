@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from aimscale import analysis
-from aimscale.analysis.accuracy.result import Correlations
+from aimscale.analysis.accuracy.correlation import Correlations
 from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.published.comparison import ADAPTED
@@ -254,12 +253,14 @@ def _changes(study: Study) -> Iterator[Part]:
 
 def _noise(study: Study) -> Iterator[Part]:
     found = study.get("noise")
-    if found and len(seen := found.table[found.table["value"] > LEAST_NOISE]):
+    if found is not None and len(seen := found[found["value"] > LEAST_NOISE]):
         note = (
             "Standard deviation of the loss by source, as fractions of the loss, with 95 % intervals or ranges. What "
             "sizes share counts as their error in a law's intervals; it may be the law's misfit."
         )
-        yield result_block("noise-parts", "Sources of spread", replace(found, table=seen), note=note)
+        if "seeds" not in set(found["kind"]):
+            note += " No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds."
+        yield Block("noise-parts", "Sources of spread", seen, note=note)
 
 
 def _methods(study: Study) -> Iterator[Part]:
