@@ -18,7 +18,6 @@ from .plots.intervals import plot_correlations as plot_correlations
 from .plots.rates import plot_rates as plot_rates
 from .plots.recipes import plot_recipes as plot_recipes
 from .plots.scaling import plot_approaches as plot_approaches
-from .plots.scaling import plot_curves as plot_curves
 from .plots.scaling import plot_fit as plot_fit
 from .plots.scaling import plot_forecast as plot_forecast
 from .plots.scaling import plot_points as plot_points

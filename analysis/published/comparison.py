@@ -6,6 +6,7 @@ Nothing is averaged over tasks, and no loss level is put beside the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,9 @@ from scipy.stats import norm
 from aimscale.analysis.display import Drawing, Result, fact_lines, text_table
 from aimscale.analysis.effects.paired import POWER
 from aimscale.analysis.published.published import TASKS, best_frozen, table6
-from aimscale.analysis.table.names import joined
+from aimscale.analysis.table.names import FOLDER, joined
 from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.table.read import beside, probe_frame
+from aimscale.analysis.table.read import probe_frame, read_table
 from aimscale.analysis.table.schema import frame_cells
 from aimscale.analysis.words import Flag, flag_words
 
@@ -100,7 +101,8 @@ def compare(frame: pd.DataFrame) -> Comparison:
 
 def read_baselines(frame: pd.DataFrame) -> pd.DataFrame:
     """Read probes of the baselines that lie beside a frame's tables (`read_tables`); empty where there are none."""
-    found = beside(frame, BASELINES_FILE)
+    folders = sorted(set(frame[FOLDER].dropna())) if FOLDER in frame else []
+    found = [read_table(file) for each in folders if (file := Path(each) / BASELINES_FILE).exists()]
     return probe_frame(joined(found) if found else pd.DataFrame({"probes": []}))
 
 

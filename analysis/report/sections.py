@@ -16,7 +16,7 @@ from aimscale.analysis.published.comparison import ADAPTED
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block
 from aimscale.analysis.report.runs import provenance, settings, what_was_run
 from aimscale.analysis.report.study import CORRELATION, Study
-from aimscale.analysis.table.design import DESIGN, design_columns, varies
+from aimscale.analysis.table.design import DESIGN, design_columns
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import loss_unit, read_curves
 from aimscale.analysis.table.schema import MFU
@@ -124,8 +124,6 @@ def _accuracy(study: Study) -> Iterator[Part]:
     blocks = probes["blocks"].map(lambda blocks: ", ".join(map(str, blocks)), na_action="ignore")
     names = ["task", "kind", "size", "params_total", "images_seen", "val_loss", "top1", "top1_lo95", "top1_hi95"]
     names += ["last_top1", "chance", "ideal", "n", "blocks", "lr"]
-    if len(known := set(blocks.dropna())) == 1 and "," not in known.pop():  # there was nothing to choose
-        names = [name for name in names if name not in ("blocks", "last_top1")]
     title = "Frozen-feature accuracy" if study.is_ours else "Accuracy"
     listed = probes.assign(blocks=blocks, kind=probes["kind"].map(kind_name))
     yield Block("probes", title, _columns(listed, names), note=note, is_open=False)
@@ -171,7 +169,7 @@ def _training(study: Study) -> Iterator[Part]:
     curves = curves[curves["run_id"].isin(budgets.get("run_id", []))].dropna(subset=["params_total", "val_loss"])
     if len(curves):
         flags, caption = plateau_flags(budgets), "Validation loss during training, before decays. Markers: budgets."
-        figure = analysis.plot_curves(curves, budgets)
+        figure = analysis.plot_points(budgets, "images_seen", by="params_total", curves=curves)
         yield PageFigure("curves", "Training curves", " ".join([caption, *map(str, flags)]), figure)
 
 
@@ -189,27 +187,21 @@ def _published(study: Study) -> Iterator[Part]:
         return
     if len(tasks := found.tasks):
         if "params_total" in tasks:
-            caption = (
-                "Attentive probe, frozen features: these runs at their largest budgets, AIM on its last six blocks."
-            )
+            caption = "Attentive probe: these runs at their largest budgets, AIM on its last six blocks."
             yield PageFigure("published-models", "Beside the published AIM models", caption, found.plot())
         note = (
             "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks "
             "stand beside AIM-7B's last six, chosen ones beside its best six."
         )
-        names = ["task", *(str(name) for name in tasks if name not in ("top1_lo95", "top1_hi95"))]
-        yield Block("compare", "The same tasks, ours and theirs", _columns(tasks, names), note=note)
-    if len(frame := found.baselines):
-        frame = frame.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
-        seen = ["images_seen"] if varies(frame["images_seen"]) else []
-        names = ["task", "kind", "size", "params_total", *seen, "n", "top1", "baseline", "baseline_top1", "gap"]
-        names += ["gap_lo95", "gap_hi95", "detectable", "verdict"]
+        yield Block("compare", "The same tasks, ours and theirs", tasks, note=note)
+    if len(found.baselines):
+        rows = found.baselines.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
         note = (
             "Each run at its largest budget and every baseline, on the same images, top-1 in per cent. Gap: ours minus "
             "the baseline's, with a 95 % interval over test images, not over seeds. Detectable: the minimum detectable "
             "gap at 80 % power."
         )
-        yield Block("baselines", "Beside baselines on the same probes", _columns(frame, names), note=note)
+        yield Block("baselines", "Beside baselines on the same probes", rows, note=note)
     if lines := flag_words(found.left_out):
         yield Block("not-compared", "Not compared, and why", lines=lines, is_open=False)
 
