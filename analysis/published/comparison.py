@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import norm
 
 from aimscale.analysis.display import Drawing, Result, fact_lines, text_table
-from aimscale.analysis.effects.paired import POWER
+from aimscale.analysis.effects.result import POWER
 from aimscale.analysis.published.published import TASKS, best_frozen, table6
 from aimscale.analysis.table.names import FOLDER, joined
 from aimscale.analysis.table.points import complete, usable_rows
