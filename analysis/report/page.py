@@ -20,7 +20,7 @@ from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.plots.style import save
 from aimscale.analysis.report.blocks import sort_key
 from aimscale.analysis.report.sections import Section, sections
-from aimscale.analysis.report.study import Progress, Study, study_tables
+from aimscale.analysis.report.study import Study, study_tables
 from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.read import read_tables
@@ -38,7 +38,6 @@ def write_report(
     where: Sequence[str] = (),
     best: Sequence[str] = (),
     figures: str | Path | None = None,
-    progress: Progress = lambda *_: None,
 ) -> Path:
     """Analyse tables and write the page.
 
@@ -50,7 +49,6 @@ def write_report(
         where: conditions that rows must meet, see `table.select.select`.
         best: tuned columns of which only the best value counts, see `table.select.best_of`.
         figures: folder for the page's figures as SVG, PDF and PNG of a paper's width, each with a CSV of what it draws.
-        progress: called with what begins and the share of the time that went before it.
 
     Returns:
         Path of the page.
@@ -67,12 +65,10 @@ def write_report(
     frame = read_tables(paths, columns, where=where, best=best)
     if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
         raise no_column(frame, "val_loss")
-    study = study_tables(paths, frame, progress)
-    progress("figures", 0.75)
+    study = study_tables(paths, frame)
     with mpl.rc_context():
         mpl.rcdefaults()  # pages look alike, whatever their caller has set
         laid_out = sections(study)
-        progress("page", 0.95)
         page = render(study, laid_out, _description(folders))
         if figures is not None:
             for drawn in (part for section in laid_out for part in section.parts["PageFigure"]):

@@ -42,9 +42,6 @@ QUIET = ("forecaster", "next runs", "noise", "tuning")
 """Results that few tables allow: that there is none is not told."""
 HELD_OUT, CORRELATION = "held-out test over the largest", "correlation of loss with"
 
-Progress = Callable[[str, float], None]
-"""Called with what begins and the share of the time that went before it, as a report of some thirty rows takes it."""
-
 
 @dataclass(kw_only=True)
 class Study:
@@ -120,15 +117,10 @@ class Study:
         return "schema_version" in self.frame and bool(self.frame["schema_version"].notna().any())
 
 
-def study_tables(paths: Sequence[Path], frame: pd.DataFrame, progress: Progress = lambda *_: None) -> Study:
+def study_tables(paths: Sequence[Path], frame: pd.DataFrame) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
     study = _chosen_rows(paths, frame)
-    for what, share, step in (
-        ("laws", 0.0, _fit_laws),
-        ("correlations", 0.5, correlate_probes),
-        ("contrasts", 0.6, _measure_effects),
-    ):
-        progress(what, share)
+    for step in (_fit_laws, correlate_probes, _measure_effects):
         step(study)
     return study
 
