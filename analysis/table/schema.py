@@ -104,7 +104,7 @@ def frame_cells(frame: pd.DataFrame) -> list[dict[str, str]]:
         ends = zip(cells[f"{name}_lo95"], cells.pop(f"{name}_hi95"), strict=True)
         cells[f"{name}_lo95"] = [f"[{low}, {high}]" for low, high in ends]
         heads[f"{name}_lo95"] = f"{heads[name]} interval"
-    return [dict(zip(map(heads.get, cells), row, strict=True)) for row in zip(*cells.values(), strict=True)]
+    return [dict(zip((heads[name] for name in cells), row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
 
 def _field(column: Column) -> pa.Field:
