@@ -61,7 +61,7 @@ def execute_job(directory: Path, shape: JobShape) -> str:
             worker = Worker(
                 sweep=sweep,
                 machine=machine,
-                waiting=runs,
+                waiting=list(runs),
                 job_id=job_id,
                 deadline=end - max(map(grace_period_s, runnable), default=0),
                 nodes=nodes,

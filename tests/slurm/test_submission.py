@@ -93,7 +93,7 @@ def test_a_large_run_of_two_nodes_is_probed_on_one_and_returns_the_other(fault: 
     assert log.read_text().splitlines()[-1] == "worker ends: nothing is left"
     assert case.ends() == [[0, 0]]
     assert [row["world_size"] for row in record.read_rows()] == [2]
-    first, second = record.read_attempts()
+    _, second = record.read_attempts()
     assert second["device_hours"] * 3600 == pytest.approx(second["ended"] - second["started"], rel=0.05), "one device"
     assert case.launch() == []
 
