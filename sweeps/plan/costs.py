@@ -60,6 +60,8 @@ class CostCard:
     run_id: str
     cell: dict[str, Any]
     """Axis -> value."""
+    is_tuning: bool
+    """Whether the run is one of `tune`, beside the grid."""
     params_total: int
     budgets: tuple[BudgetCost, ...]
     images_executed: int
@@ -123,7 +125,9 @@ def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
     return {
         "num_runs": len(cards),
         "num_rows": sum(len(card.budgets) for card in cards),
+        "num_tuning_runs": sum(card.is_tuning for card in cards),
         **sums,
+        "share_tuning": sum(card.device_hours for card in cards if card.is_tuning) / sums["device_hours"],
         "share_during": sum(card.share_during * card.device_hours for card in cards) / sums["device_hours"],
         "longest_wall_s": max(card.wall_s for card in cards),
     }
@@ -189,6 +193,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
     card = CostCard(
         run_id=run.run_id,
         cell=run.cell,
+        is_tuning=run.is_tuning,
         params_total=params.total,
         budgets=tuple(
             BudgetCost(

@@ -13,6 +13,7 @@
       validation: {path: data/validation}
     exclude: [{size: rung-128, unique_images: 1k}]
     override: [{when: {size: rung-128}, set: {optimiser.lr_peak: 0.0005}}]
+    tune: {lr_multiplier: [0.5, 2, 4], at: {size: [rung-32, rung-64], budget: [4k, 16k]}}     # further, small runs
 
 Relative paths are relative to the file; those of a preset, to the sweep root. A file may start from a preset:
 
@@ -72,6 +73,25 @@ class IsoflopSection(Section):
     """D / N at the expected optimum (N with the head): an assumption that the sweep itself then tests."""
     min_images: Count = 1
     """Smallest number of images; pairs with fewer are left out."""
+
+
+class TuneSection(Section):
+    """Small runs at other learning rates, from which `aimscale rates` finds the law of the best rate: three to five
+    rates on three sizes and two budgets are a beginning."""
+
+    lr_multiplier: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+    """Factors of the sweep's own learning rate."""
+    batch_size: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Batches, each at every rate."""
+    at: dict[str, Any]
+    """Axis -> value or list of values: the cells to tune. Of `size` and `budget` all are taken unless they are named,
+    of other axes the first value."""
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Fields that are tuned, with their values."""
+        batch_sizes = {"optimiser.batch_size": self.batch_size} if self.batch_size else {}
+        return {"lr_multiplier": self.lr_multiplier, **batch_sizes}
 
 
 def _check_price(text: Any) -> str:
@@ -203,6 +223,8 @@ class SweepFile(Section):
     """Cells to leave out: axis -> value or list of values."""
     override: tuple[OverrideSection, ...] = ()
     """Changes of the cells that match."""
+    tune: TuneSection | None = None
+    """Runs at other learning rates beside the grid."""
     cost: CostSection = CostSection()
     """Assumptions of the plan."""
     slurm: SlurmSection = SlurmSection()
@@ -220,12 +242,15 @@ class SweepFile(Section):
         if bool(self.budgets) == bool(self.isoflop):
             raise ValueError("give either `budgets` or `isoflop`")
         known = [*AXES, *self.axes, *(["variant"] if self.variants else [])]
-        for key in [key for cells in (*self.exclude, *(o.when for o in self.override)) for key in cells]:
+        tuned = (self.tune.at, self.tune.axes) if self.tune else ({}, {})
+        for key in [key for cells in (*self.exclude, *(o.when for o in self.override), tuned[0]) for key in cells]:
             if key not in known:
                 raise ValueError(f"'{key}' is no axis of this sweep; {did_you_mean(key, known, 'the axes are')}")
         for key in self.axes:
             if key in AXIS_KEYS:
                 raise ValueError(f"axis '{key}' is written as `{AXIS_KEYS[key]}`")
+            if key in tuned[1]:
+                raise ValueError(f"both `tune` and `axes` vary {key}; keep one of them")
         return self
 
 
