@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -175,6 +176,8 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
     if not measure.is_accuracy and (pairs[["level_value", "baseline_value"]] > 0).all(axis=None):
         logs = (pairs["level_value"] / pairs["baseline_value"]).map(np.log)
         ratios = np.exp(mean_over_pairs(logs, pairs)[:3]).tolist()
+    ratio = dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True))
+    numbers: dict[str, Any] = {**mean._asdict(), **ratio}
     return Contrast(
         measure=measure,
         baseline=baseline,
@@ -184,8 +187,7 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
         num_sizes=pairs["size"].nunique() if "size" in pairs else 0,
         baseline_mean=float(means["baseline_value"]),
         level_mean=float(means["level_value"]),
-        **mean._asdict(),
-        **dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True)),
+        **numbers,
         verdict=mean.verdict(lower_is_better=measure.lower_is_better),
         pairs=pairs,
     )

@@ -147,7 +147,7 @@ def plot_points(
     if envelope is not None:
         v = envelope.law.variables[0]
         look: dict[str, Any] = {"linestyle": "--", "linewidth": 1.3, "zorder": 2.5, "label": "envelope"}
-        parts.draw(ax, curve_of(envelope, v), (v, *CURVE), "law of the envelope", INK, **look)
+        parts.draw(ax, curve_of(envelope, v), (v, "value"), "law of the envelope", INK, **look)
     parts.draw_points(ax, rows, (x, y), "measured" if curves is None else "budget")
     parts.log_axis(ax, "x", both[x], x, words)
     parts.log_axis(ax, "y", both[y], y, words)
