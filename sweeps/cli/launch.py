@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from aimscale.aim.errors import check_training_installed
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.sweeps.cli.options import (
     EXIT_INTERRUPTED,
@@ -78,6 +79,8 @@ def launch(
     ):
         if value and place != only:
             raise SweepError(f"{option} has no meaning with --on {place}; it is for --on {only}")
+    if place == "local" and not dry_run:
+        check_training_installed("launch")
     states = [engine.launch_state(loaded, run, retry=retry) for run in runs]
     print_key_values(launch_summary(loaded, states, cards))
     num_hours = sum(card.device_hours for card, each in zip(cards, states, strict=True) if each.startable)
