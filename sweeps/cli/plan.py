@@ -99,7 +99,7 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
     stop = f"up to {format_duration(max(card.stop_s for card in cards))} for a last save"
     longest = format_duration(total["longest_wall_s"])
     facts = [
-        ("runs", f"{total['num_runs']} with {total['num_rows']} rows; recipe {sweep.file.recipe}"),
+        ("runs", f"{total['num_runs']} with {total['num_rows']} rows; recipe {sweep.recipe.name}"),
         ("training", f"{images} images, {total['flops_executed']:.3g} FLOPs with decay branches; limited by {limits}"),
         ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}"),
         ("time", f"{format_number(total['device_hours'])} device-hours; longest run {longest}; {stop}"),

@@ -157,7 +157,7 @@ def _refuse_new_smallest_budget(sweep: Sweep, runs: Sequence[Run]) -> None:
         kept = f"optimiser.batch_size: {training.optimiser.batch_size}"
         kept += f", schedule.warmup_images: {training.schedule.warmup_images}"
         raise SweepError(
-            f"{sweep.source}: the new smallest budget changes what recipe '{sweep.file.recipe}' trains in "
+            f"{sweep.source}: the new smallest budget changes what recipe '{sweep.recipe.name}' trains in "
             f"{len(changed)} runs, such as {changed[0].run_id}; write `base: {{{kept}}}` to keep them, or rename the "
             f"sweep"
         )

@@ -30,9 +30,9 @@ from aimscale.harness.run.config import (
     run_config,
 )
 from aimscale.harness.run.row import cached_model
-from aimscale.harness.run.strict import count
-from aimscale.sweeps.plan.recipes import Recipe, Scale, get_recipe
-from aimscale.sweeps.plan.sweepfile import Fields, Sweep, SweepError, merge
+from aimscale.harness.run.strict import Fields, count, merge
+from aimscale.sweeps.plan.recipes import Recipe, Scale
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 MAX_CELLS, MAX_DEVICES = 10_000, 1_000_000
 """Upper limits of a plan."""
@@ -71,7 +71,7 @@ def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
         SweepError: no run is left, or two cells are the same run.
         ConfigError, ModelConfigError: a field, a size or a combination does not exist.
     """
-    recipe, file = get_recipe(sweep.file.recipe), sweep.file
+    recipe, file = sweep.recipe, sweep.file
     shape = [file.sizes, file.unique_images, file.seeds, file.budgets, *file.axes.values(), file.variants]
     if (cells := math.prod(max(1, len(axis)) for axis in shape)) > MAX_CELLS:
         raise SweepError(f"{sweep.source}: {cells:,} cells are more than the {MAX_CELLS:,} of a plan; split the sweep")
@@ -103,7 +103,7 @@ class _SharedFields:
 
     def __init__(self, sweep: Sweep) -> None:
         # The recipe derives other fields from the complete model, so its own model fields are merged first.
-        model = {"model": dict(get_recipe(sweep.file.recipe).fixed_fields.get("model", {}))}
+        model = {"model": sweep.recipe.base.get("model", {})}
         self.base = merge(model, _resolve_fields(_nest(sweep.file.base), sweep))
         self.overrides = [
             (_conditions(override.when, sweep), _resolve_fields(_nest(override.set), sweep))
@@ -132,7 +132,7 @@ def _planned_cells(
         axis_fields = functools.reduce(merge, (shared.axes[key, i] for key, i, _ in values), shared.base)
         extra = {key: value for key, _, value in values}
         budgets_of = _isoflop_budgets(sweep, axis_fields) if file.isoflop else dict.fromkeys(file.sizes, file.budgets)
-        run_per_budget = merge({"schedule": {"kind": recipe.schedule}}, axis_fields)["schedule"]["kind"] == "cosine"
+        run_per_budget = merge(recipe.base, axis_fields).get("schedule", {}).get("kind") == "cosine"
         for size, unique, seed in itertools.product(file.sizes, file.unique_images, file.seeds):
             cell = {"size": size, "unique_images": unique, "seed": seed, **extra}
             for budgets, changes in _group_budgets(cell, budgets_of.get(size, ()), shared, run_per_budget):

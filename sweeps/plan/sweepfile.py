@@ -1,7 +1,7 @@
 """The sweep file: a whole experiment as one strict YAML document.
 
     name: width-and-data
-    recipe: small                       # how batch, rate, schedule and devices follow from size
+    recipe: small                       # how batch, rate, schedule and devices follow from size; or my-recipe.yaml
     sizes: [rung-32, rung-64, rung-128]
     budgets: [4k, 8k, 16k]              # images seen; counts may be written 4k, 500M, 2B, 1e6
     unique_images: [1k, null]           # null: the whole pool
@@ -32,14 +32,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from aimscale.aim.errors import UserError, did_you_mean
 from aimscale.harness.run.config import Section, parse, read_yaml
 from aimscale.harness.run.files import read_object
-from aimscale.harness.run.strict import count
+from aimscale.harness.run.strict import Count, Fields, merge
+from aimscale.sweeps.plan.recipes import Recipe, get_recipe, parse_recipe, read_recipe
 
-Fields = dict[str, Any]
 PRESETS = Path(__file__).parent / "presets"
 SWEEP_FILE = "sweep.yaml"
 SWEEP_RECORD = "sweep.json"
@@ -47,10 +47,6 @@ SWEEP_RECORD = "sweep.json"
 
 class SweepError(UserError):
     """Sweep that cannot be planned, launched or read as written."""
-
-
-Count = Annotated[int, BeforeValidator(count), Field(gt=0, le=10**15, json_schema_extra={"format": "count"})]
-"""Number of images or parameters, with an optional unit."""
 
 
 class OverrideSection(Section):
@@ -161,9 +157,9 @@ class SweepFile(Section):
     """Name of the sweep and of its directory."""
     description: str = ""
     """Purpose of the sweep, one line."""
-    recipe: str = "small"
-    """Rule by which batch, rate, schedule and devices follow from size and budget: `small`, `aim-paper` or
-    `aim-l3m`."""
+    recipe: str | Recipe = "small"
+    """Rule by which batch, rate, schedule and devices follow from size and budget: `small`, `aim-paper`, `aim-l3m`, a
+    file, or its keys. A launch stores the keys of a file."""
     sizes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Model sizes."""
     budgets: tuple[Count, ...] = ()
@@ -237,6 +233,12 @@ class Sweep:
         return self.file.name
 
     @property
+    def recipe(self) -> Recipe:
+        """Rule by which batch, rate, schedule and devices follow from size and budget."""
+        recipe = self.file.recipe
+        return get_recipe(recipe) if isinstance(recipe, str) else recipe
+
+    @property
     def directory(self) -> Path:
         """Directory of the sweep, `<root>/<name>`."""
         return self.root / self.file.name
@@ -305,6 +307,12 @@ def _read(path: Path, *, base_dir: Path, root: Path) -> Sweep:
     if isinstance(values, dict) and values.get("preset") is not None:
         values = _merge_preset(values, path)
         text = yaml.safe_dump(values, sort_keys=False)
+    recipe = values.get("recipe", "") if isinstance(values, dict) else ""
+    if isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):
+        values["recipe"] = read_recipe(base_dir / recipe).model_dump(mode="json", exclude_unset=True)
+        text = yaml.safe_dump(values, sort_keys=False)
+    elif not isinstance(recipe, str):
+        values["recipe"] = parse_recipe(recipe, f"{path}: recipe")
     return Sweep(file=parse(SweepFile, values, str(path)), text=text, source=path, base_dir=base_dir, root=root)
 
 
@@ -320,15 +328,6 @@ def _merge_preset(values: Fields, where: Path) -> Fields:
     if isinstance(base := values.get("base"), dict):
         whole["base"] = merge(start.get("base", {}), base)
     return whole
-
-
-def merge(base: Fields, changes: Fields) -> Fields:
-    """Merge nested mappings; `changes` win, lists are replaced as a whole. Neither argument is changed."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
-    return merged
 
 
 def _read_directory(directory: Path) -> Sweep:

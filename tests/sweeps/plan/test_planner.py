@@ -22,7 +22,7 @@ from aimscale.sweeps.cli.plan import budgets_in_plateau, print_plan
 from aimscale.sweeps.plan.checks import check
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, to_json
 from aimscale.sweeps.plan.planner import model_counts, plan
-from aimscale.sweeps.plan.recipes import RECIPES
+from aimscale.sweeps.plan.recipes import recipe_names
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep, preset_names
 
 
@@ -376,7 +376,7 @@ def test_recipe_small_lowers_the_rate_with_width_and_raises_the_batch_with_the_b
     assert [settings("rung-64", 64_000 * 4**power)[0] for power in (-2, -1, 1, 2)] == [16, 32, 128, 256]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", recipe_names())
 def test_no_recipe_makes_other_runs_of_a_larger_budget(write_sweep: Any, name: str) -> None:
     def names(*budgets: int, recipe_budget: int | None = None) -> list[str]:
         sweep = write_sweep(recipe=name, budgets=list(budgets), base={"schedule": {"kind": "wsd"}})
