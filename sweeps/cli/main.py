@@ -50,6 +50,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "compare": ("aimscale.analysis.cli.report:compare", "Put runs beside the published baselines."),
         "report": ("aimscale.analysis.cli.report:report", "Write one self-contained HTML page from a table."),
     },
+    "Publish": {
+        "publish": ("aimscale.sweeps.cli.publish", "Write one folder that others can cite and recompute."),
+        "verify": ("aimscale.analysis.cli.publication:verify", "Recompute every number of a published folder."),
+    },
     "Machine": {
         "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),
         "bench": ("aimscale.harness.cli.bench", "Measure training and loading, or a whole GPU."),
