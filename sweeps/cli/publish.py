@@ -96,4 +96,4 @@ def _export_weights(run: RunRecord, model: Path) -> None:
     from aimscale.harness.run.budgets import chosen_budgets
     from aimscale.harness.weights import export_weights
 
-    export_weights(run, chosen_budgets(run, None)[-1], model / "weights")
+    export_weights(run, chosen_budgets(run, None)[-1], model / "weights", probe_file=None)
