@@ -13,6 +13,7 @@
       validation: {path: data/validation}
     exclude: [{size: rung-128, unique_images: 1k}]
     override: [{when: {size: rung-128}, set: {optimiser.lr_peak: 0.0005}}]
+    tune: {lr_multiplier: [0.5, 2, 4], at: {size: [rung-32, rung-64], budget: [4k, 16k]}}     # further, small runs
 
 Relative paths are relative to the file; those of a preset, to the sweep root. A file may start from a preset:
 
@@ -29,10 +30,10 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from aimscale.aim.errors import UserError, did_you_mean
 from aimscale.harness.run.config import Section, parse, read_yaml
@@ -40,6 +41,8 @@ from aimscale.harness.run.files import read_object
 from aimscale.harness.run.strict import Count, Fields, merge
 from aimscale.sweeps.plan.recipes import Recipe, get_recipe, parse_recipe, read_recipe
 
+Place = Literal["local", "slurm"]
+"""Where runs are executed: by the process that launches, or as Slurm jobs."""
 PRESETS = Path(__file__).parent / "presets"
 SWEEP_FILE = "sweep.yaml"
 SWEEP_RECORD = "sweep.json"
@@ -72,6 +75,31 @@ class IsoflopSection(Section):
     """Smallest number of images; pairs with fewer are left out."""
 
 
+class TuneSection(Section):
+    """Small runs at other learning rates, from which `aimscale rates` finds the law of the best rate: three to five
+    rates on three sizes and two budgets are a beginning."""
+
+    lr_multiplier: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+    """Factors of the sweep's own learning rate."""
+    batch_size: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Batches, each at every rate."""
+    at: dict[str, Any]
+    """Axis -> value or list of values: the cells to tune. Of `size` and `budget` all are taken unless they are named,
+    of other axes the first value."""
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Fields that are tuned, with their values."""
+        batch_sizes = {"optimiser.batch_size": self.batch_size} if self.batch_size else {}
+        return {"lr_multiplier": self.lr_multiplier, **batch_sizes}
+
+
+def _check_price(text: Any) -> str:
+    if not isinstance(text, str) or not re.fullmatch(r"\d+(\.\d+)? [^\W\d]{1,8}", text):
+        raise ValueError("must be an amount and a currency, such as 2.10 USD")
+    return text
+
+
 class CostSection(Section):
     """Assumptions of a plan about a device; they are printed beside the numbers."""
 
@@ -87,6 +115,15 @@ class CostSection(Section):
     """Memory of one device, GB; null: the data sheet's, or this machine's."""
     pool_images: Count | None = None
     """Size of the image pool, needed if the data sets are not available to be counted."""
+    price_per_device_hour: Annotated[str, BeforeValidator(_check_price)] | None = None
+    """Price of a device for an hour with its currency, such as 2.10 USD; null: no money is counted."""
+
+    def price(self, device_hours: float) -> tuple[float, str] | None:
+        """Return the amount and the currency of so many device-hours, or None without a price."""
+        if self.price_per_device_hour is None:
+            return None
+        amount, currency = self.price_per_device_hour.split()
+        return float(amount) * device_hours, currency
 
 
 def _check_one_line(text: str) -> str:
@@ -121,7 +158,8 @@ class SlurmSection(Section):
     partition: OneLine | None = None
     """Partition."""
     time_limit_min: int = Field(1440, gt=0, le=10**6)
-    """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
+    """Longest time limit of one job, minutes. A job requests twice what its runs take by the plan, if that is shorter;
+    a run that needs longer saves, is requeued and goes on."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and GPUs) of one node."""
     gpus: bool | OneLine = True
@@ -182,6 +220,8 @@ class SweepFile(Section):
     """Cells to leave out: axis -> value or list of values."""
     override: tuple[OverrideSection, ...] = ()
     """Changes of the cells that match."""
+    tune: TuneSection | None = None
+    """Runs at other learning rates beside the grid."""
     cost: CostSection = CostSection()
     """Assumptions of the plan."""
     slurm: SlurmSection = SlurmSection()
@@ -199,12 +239,15 @@ class SweepFile(Section):
         if bool(self.budgets) == bool(self.isoflop):
             raise ValueError("give either `budgets` or `isoflop`")
         known = [*AXES, *self.axes, *(["variant"] if self.variants else [])]
-        for key in [key for cells in (*self.exclude, *(o.when for o in self.override)) for key in cells]:
+        tuned = (self.tune.at, self.tune.axes) if self.tune else ({}, {})
+        for key in [key for cells in (*self.exclude, *(o.when for o in self.override), tuned[0]) for key in cells]:
             if key not in known:
                 raise ValueError(f"'{key}' is no axis of this sweep; {did_you_mean(key, known, 'the axes are')}")
         for key in self.axes:
             if key in AXIS_KEYS:
                 raise ValueError(f"axis '{key}' is written as `{AXIS_KEYS[key]}`")
+            if key in tuned[1]:
+                raise ValueError(f"both `tune` and `axes` vary {key}; keep one of them")
         return self
 
 
@@ -226,6 +269,8 @@ class Sweep:
     """Directory to which its relative paths refer."""
     root: Path
     """Directory that holds the sweep directories."""
+    place: Place | None = None
+    """Where its runs are executed; None for what the file says."""
 
     @property
     def name(self) -> str:
@@ -250,8 +295,18 @@ class Sweep:
 
     @property
     def is_for_slurm(self) -> bool:
-        """Whether the file has a `slurm` section, so that its runs are Slurm jobs unless a launch says otherwise."""
-        return "slurm" in self.file.model_fields_set
+        """Whether its runs are Slurm jobs: if the file has a `slurm` section, unless `place` says otherwise."""
+        return self.place == "slurm" or (self.place is None and "slurm" in self.file.model_fields_set)
+
+    def at(self, place: Place | None) -> Sweep:
+        """Return the sweep with its runs at another place; None leaves it to the file.
+
+        Raises:
+            SweepError: they are to be Slurm jobs, and the file does not say what jobs request.
+        """
+        if place == "slurm" and "slurm" not in self.file.model_fields_set:
+            raise SweepError(f"{self.source} does not say what jobs request; add `slurm: {{}}` for the defaults")
+        return replace(self, place=place)
 
     def run_dir(self, run_id: str) -> Path:
         """Return the directory of a run."""

@@ -301,13 +301,17 @@ def test_a_sweep_for_slurm_is_planned_for_slurms_gpus(write_sweep: Any, monkeypa
     monkeypatch.setattr(gpu_specs, "gpus_here", lambda: [])
     monkeypatch.setattr(gpu_specs, "free_host_bytes", lambda: 10**9)
 
-    def problems(**fields: Any) -> dict[str, str]:
-        sweep = write_sweep(sizes=["aim-3B"], devices=8, base={"runtime": {"device": "cuda"}}, **fields)
+    def problems(place: Any = None, **fields: Any) -> dict[str, str]:
+        sweep = write_sweep(sizes=["aim-3B"], devices=8, base={"runtime": {"device": "cuda"}}, **fields).at(place)
         return {problem.key: problem.why for problem in check(sweep, plan(sweep))}
 
     here, there = problems(), problems(slurm={})
     assert {"runtime.device", "cost.memory_gb"} <= here.keys()
     assert not {"runtime.device", "cost.memory_gb"} & there.keys()
+    assert problems("local", slurm={"time_limit_min": 1}) == here
+    assert "slurm.time_limit_min" in problems("slurm", slurm={"time_limit_min": 1})
+    with pytest.raises(SweepError, match=r"slurm: \{\}"):
+        write_sweep().at("slurm")
     assert "slurm.gpus asks for no GPU" in problems(slurm={"gpus": False})["runtime.device"]
 
 
