@@ -23,6 +23,8 @@ TOLERANCE = 1e-3
 releases of scipy, optimisers stop within some 1e-6 of each other."""
 NOT_PRINTED = ("forecaster",)
 """Results of a study that the page does not show by themselves."""
+NOTHING = "nothing"
+"""Printed for a place that one side lacks."""
 NUMBER = re.compile(r"[-+−]?\d[\d.,]*(?:[e×]?[-+⁻⁰¹²³⁴⁵⁶⁷⁸⁹\d]*)")
 
 
@@ -119,10 +121,9 @@ def compare_numbers(published: Any, recomputed: Any) -> tuple[int, tuple[tuple[s
     """Count the leaves of both and list those that differ as place, published, recomputed."""
     before, after = dict(_leaves(published)), dict(_leaves(json.loads(json.dumps(recomputed))))
     places = list(dict.fromkeys([*before, *after]))
-    nothing = object()
     found = []
     for place in places:
-        old, new = before.get(place, nothing), after.get(place, nothing)
+        old, new = before.get(place, NOTHING), after.get(place, NOTHING)
         if not _is_same(old, new):
-            found.append((place, *("nothing" if each is nothing else str(each) for each in (old, new))))
+            found.append((place, str(old), str(new)))
     return len(places), tuple(found)

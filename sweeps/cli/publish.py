@@ -17,12 +17,11 @@ from aimscale.sweeps.state.record import RunRecord
 
 
 def command(
-    sources: Annotated[list[str], typer.Argument(metavar="SWEEP|TABLE...", help="A sweep, or tables of one page.")],
+    sweep_or_tables: Annotated[list[str], typer.Argument(help="A sweep, or tables of one page.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
     licence: Annotated[str, typer.Option(help="Licence of the data and of this folder, such as CC-BY-4.0.")],
     title: Annotated[str | None, typer.Option(help="Title; default: the sweep's description or name.")] = None,
     author: Annotated[list[str] | None, typer.Option(help="Who publishes it. May be repeated.")] = None,
-    url: Annotated[str | None, typer.Option(help="Address at which it will be found.")] = None,
     watts: Annotated[float | None, typer.Option(min=0, help="Mean power of a device while training, W.")] = None,
     co2: Annotated[float | None, typer.Option(min=0, help="Carbon intensity of the electricity, g CO2/kWh.")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Export the weights of every finished run, too.")] = False,
@@ -40,20 +39,19 @@ def command(
     from aimscale.analysis.table.read import parse_columns
     from aimscale.sweeps.cli.sweep import fresh_table
 
-    is_table = Path(sources[0]).is_file() and Path(sources[0]).suffix not in (".yaml", ".yml")
-    sweep = None if is_table else load_sweep(sources[0], root)
-    if sweep is not None and len(sources) > 1:
-        raise SweepError(f"{sources[0]} is a sweep; publish one sweep, or tables that are files")
+    is_table = Path(sweep_or_tables[0]).is_file() and Path(sweep_or_tables[0]).suffix not in (".yaml", ".yml")
+    sweep = None if is_table else load_sweep(sweep_or_tables[0], root)
+    if sweep is not None and len(sweep_or_tables) > 1:
+        raise SweepError(f"{sweep_or_tables[0]} is a sweep; publish one sweep, or tables that are files")
     if weights and sweep is None:
         raise SweepError("--weights exports the runs of a sweep; tables have none")
     if co2 is not None and watts is None:
         raise SweepError("--co2 needs --watts, the mean power of a device")
-    tables = [fresh_table(sweep)] if sweep else [Path(each) for each in sources]
+    tables = [fresh_table(sweep)] if sweep else [Path(each) for each in sweep_or_tables]
     about = About(
         title=title or (sweep.file.description or sweep.name if sweep else tables[0].stem),
         licence=licence,
         authors=tuple(author or ()),
-        url=url,
         watts=watts,
         g_co2_per_kwh=co2,
     )
