@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.effects.paired import mean_over_pairs
-from aimscale.analysis.effects.result import ALIKE, BETTER, WORSE, Contrast, Contrasts, baseline_of, level_names
+from aimscale.analysis.effects.result import Contrast, Contrasts, baseline_of, level_names, mean_over_pairs
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table import design
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
@@ -176,7 +176,8 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
     if not measure.is_accuracy and (pairs[["level_value", "baseline_value"]] > 0).all(axis=None):
         logs = (pairs["level_value"] / pairs["baseline_value"]).map(np.log)
         ratios = np.exp(mean_over_pairs(logs, pairs)[:3]).tolist()
-    is_better = (mean.value < 0) == measure.lower_is_better
+    ratio = dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True))
+    numbers: dict[str, Any] = {**mean._asdict(), **ratio}
     return Contrast(
         measure=measure,
         baseline=baseline,
@@ -184,16 +185,10 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
         num_pairs=len(pairs),
         num_run_pairs=groups.ngroups,
         num_sizes=pairs["size"].nunique() if "size" in pairs else 0,
-        num_budgets=mean.num_budgets,
-        degrees=mean.degrees,
         baseline_mean=float(means["baseline_value"]),
         level_mean=float(means["level_value"]),
-        difference=mean.value,
-        low=mean.low,
-        high=mean.high,
-        **dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True)),
-        detectable=mean.detectable,
-        verdict=ALIKE if not (mean.low > 0 or mean.high < 0) else BETTER if is_better else WORSE,
+        **numbers,
+        verdict=mean.verdict(lower_is_better=measure.lower_is_better),
         pairs=pairs,
     )
 
