@@ -41,7 +41,7 @@ class Source(NamedTuple):
         """Read the tables and compute everything that the page shows."""
         paths = [folder / each for each in self.tables]
         frame = read_tables(paths, self.columns or None, where=self.where, best=self.best)
-        return study_tables(paths, frame, {"machines": [], "description": ""})
+        return study_tables(paths, frame)
 
 
 def page_numbers(study: Study) -> dict[str, Any]:
