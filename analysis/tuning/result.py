@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.display import Drawing, Result
+from aimscale.analysis.fitting.groups import SAME_DATA
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.names import Exclusion
@@ -20,6 +21,8 @@ WORTH_SAYING = 1e-3
 """Regret below which a run counts as tuned: about what two seeds of one run differ by."""
 NOT_TOLD = 0.1
 """Upper end of a regret from which nothing is known of the tuning."""
+ONE_RATE = "not known: one rate a size"
+"""Verdict on a table in which no size has several rates."""
 SETTING_WORDS = {"lr": "learning rate", "batch": "batch"}
 
 
@@ -37,8 +40,6 @@ class Rates(Result):
     surface: Surface = field(repr=False)
     tuned: Array = field(repr=False)
     """Numbers of the cells that the surface describes."""
-    scale: Array = field(repr=False)
-    """1 and the centred ln N and ln D of the cells (cells, q), those that vary."""
     columns: dict[str, str]
     """N, D, the settings and y -> column as the file calls it."""
     data: pd.DataFrame = field(repr=False)
@@ -51,6 +52,11 @@ class Rates(Result):
     def settings(self) -> tuple[str, ...]:
         """Settings that were tuned: lr, or lr and batch."""
         return tuple(name for name in SETTING_WORDS if name in self.columns)
+
+    @property
+    def scale(self) -> Array:
+        """1 and the centred ln N and ln D of the cells (cells, q), those that vary."""
+        return scale_of(self.table)
 
     @property
     def flags(self) -> tuple[Flag, ...]:
@@ -117,6 +123,12 @@ class Rates(Result):
                 cell[f"best {name}"] = f"{human(best)} [{human(low)}, {human(high)}]" if np.isfinite(best) else ""
             out.append(cell | {"found": row["found"], "lost": _regret_words(row)})
         return out
+
+
+def scale_of(table: pd.DataFrame) -> Array:
+    """Return 1 and the centred ln N and ln D of cells (cells, q), those that vary."""
+    logs = np.log(table[["N", "D"]].to_numpy(float))
+    return np.column_stack([np.ones(len(logs)), (logs - logs.mean(axis=0))[:, np.ptp(logs, axis=0) > SAME_DATA]])
 
 
 def _scale_words(row: pd.Series) -> str:
