@@ -17,6 +17,8 @@ from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.tuning.result import BY_LAW, EDGE, NO_MINIMUM, OPTIMUM, UNKNOWN, Rates, scale_of
 from aimscale.analysis.tuning.surface import MIN_VALUES, Surface, fit_surface, is_tuned, near_minimum
 
+SAME_VALUE = 1e-9
+"""Optima whose logarithms differ by less are one number, through which a power law has no error to tell."""
 WIDEST = 1e30
 """Factor that sizes and data span at most."""
 
@@ -143,9 +145,9 @@ def _with_optima(table: pd.DataFrame, tuned: Array, surface: Surface, settings: 
 
 
 def _law(optima: pd.DataFrame, setting: str) -> Fit | None:
-    """Fit the law of the optima in the variables that vary; None where there are too few."""
+    """Fit the law of the optima in the variables that vary; None where there are too few, or all are the same."""
     variables = [name for name in ("N", "D") if np.ptp(np.log(optima[name])) > SAME_DATA] if len(optima) else []
-    if not variables or len(optima) < len(variables) + 2:
+    if not variables or len(optima) < len(variables) + 2 or np.ptp(np.log(optima[f"{setting}_best"])) < SAME_VALUE:
         return None
     points = optima[variables].assign(setting=optima[f"{setting}_best"])
     return fit(points, product(*variables), y="setting", objective="log_lsq", is_tested=False)

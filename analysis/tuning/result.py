@@ -107,7 +107,7 @@ class Rates(Result):
         found.append(("tuning", self.verdict()))
         found += [("law", self._law_words(name)) for name in self.laws]
         if not self.laws:
-            found.append(("law", "too few sizes or budgets have a best setting inside those that were tried"))
+            found.append(("law", "none: too few best settings lie inside those that were tried, or all are the same"))
         scatter = f"{percent(self.surface.noise)} about parabolas with {self.surface.degrees} degrees of freedom"
         found.append(("scatter", scatter))
         return found + [("left out", "; ".join(map(str, self.exclusions)))] * bool(self.exclusions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aimscale.analysis import AnalysisError, fit, rates, read_table, tuned
+from aimscale.analysis import AnalysisError, fit, forecaster, held_out, rates, read_table, tuned
 from aimscale.analysis.laws.product import product
+from aimscale.analysis.tuning.tuned import tuned_where_known
 
 STEPLAW = Path(__file__).with_name("steplaw.csv")
 """Runs of Step Law (Li et al. 2025, arXiv 2503.04715; CC BY 4.0, by way of ScaleBench) within 1.5 % of the best of
@@ -89,6 +91,73 @@ def test_a_law_as_if_all_were_tuned_is_right_where_rates_get_worse_with_size() -
     assert np.mean(held) >= 0.9
     as_they_are, corrected = np.mean(gap, axis=0)
     assert corrected < as_they_are / 3
+
+
+def test_errors_of_tuning_go_with_the_rows_into_every_interval() -> None:
+    """Each effect of the law's errors on the fit is found by moving the losses; held-out rows and orders keep theirs."""
+    table = tuned(simulated(np.random.default_rng(4), 3e-3, mistuned=0.25, factors=(0.25, 0.5, 1)))
+    loadings = np.array(table["val_loss_known_errors"].tolist())[:, 1:]
+    blind = fit(table.drop(columns="val_loss_known_errors"), objective="log_lsq", is_tested=False)
+    known = fit(table, objective="log_lsq", is_tested=False)
+    moved = [
+        fit(table.assign(val_loss=table["val_loss"] * np.exp(0.01 * each)), objective="log_lsq", is_tested=False)
+        for each in loadings.T
+    ]
+    effects = [(each.params["alpha"] - blind.params["alpha"]) / 0.01 for each in moved]
+    assert known.cov.loc["alpha", "alpha"] == pytest.approx(blind.cov.loc["alpha", "alpha"] + np.sum(np.square(effects)), rel=1e-2)
+    assert np.linalg.norm(effects) > 0.1 * blind.cov.loc["alpha", "alpha"] ** 0.5
+    mixed = table.sample(frac=1, random_state=0).reset_index(drop=True)
+    again = fit(mixed, objective="log_lsq", is_tested=False)
+    assert again.cov.to_numpy() == pytest.approx(known.cov.to_numpy(), rel=1e-3)
+    assert "errors of tuning" in known.interval_method
+    assert held_out(known, table, by="N").num_test == 5
+    wide, narrow = (
+        forecaster(each, law="chinchilla").predict({"N": 1e8, "D": 1e8})["parameters"].item()
+        for each in (table, table.drop(columns="val_loss_known_errors"))
+    )
+    assert wide > narrow
+
+
+def test_losses_are_corrected_only_where_every_best_setting_is_known() -> None:
+    table = simulated(np.random.default_rng(0), 1e-3)
+    decayed = [table.assign(weight_decay=w, val_loss=table["val_loss"] * (1 + w)) for w in (0.0, 0.1)]
+    with pytest.raises(AnalysisError, match="differ in weight_decay, too"):
+        tuned(pd.concat(decayed, ignore_index=True))
+    one_budget = table[table["D"] == table["D"].unique()[1]]
+    largest = one_budget["N"] == one_budget["N"].max()
+    few = one_budget[largest | (one_budget["N"] == one_budget["N"].min())]
+    few = few[~(few["N"] == few["N"].max()) | (few.groupby("N")["lr_peak"].rank() == 1)]
+    with pytest.raises(AnalysisError, match="1 of 2 cells only"):
+        tuned(few)
+    kept, words, found = tuned_where_known(few)
+    assert kept is few
+    assert found is not None
+    assert words.startswith("not known")
+    assert tuned_where_known(table.query("D < 2e6"))[1] == "not known: one rate a size"
+
+
+def test_cells_of_two_pools_are_not_one_cell() -> None:
+    """Repeated images give another loss at the same N and D."""
+    table = simulated(np.random.default_rng(0), 1e-3)
+    pools = [table.assign(unique_images=u, val_loss=table["val_loss"] * worse) for u, worse in ((1e4, 1.2), (1e8, 1.0))]
+    found = rates(pd.concat(pools, ignore_index=True))
+    assert len(found.table) == 50
+    assert found.surface.noise < 2e-3
+
+
+def test_five_thousand_cells_take_seconds() -> None:
+    """Dense least squares of 10,000 columns would take minutes and 2 GB."""
+    rng, axes = np.random.default_rng(0), (np.geomspace(1e5, 1e8, 50), np.geomspace(1e6, 1e9, 100))
+    n, d = (each.ravel() for each in np.meshgrid(*axes, indexing="ij"))
+    best = np.log(3e-3) - 0.5 * np.log(n / 1e6) + 0.05 * rng.standard_normal(5000)
+    tried = [
+        pd.DataFrame({"N": n, "D": d, "lr_peak": np.exp(x), "val_loss": np.exp(0.03 * (x - best) ** 2 / 2)})
+        for x in (best + np.log(f) + 0.1 * rng.standard_normal(5000) for f in (0.5, 1, 2))
+    ]
+    start = time.process_time()
+    found = rates(pd.concat(tried, ignore_index=True))
+    assert time.process_time() - start < 4  # 0.3 s when the machine is idle
+    assert np.log(found.table["lr_best"]).to_numpy() == pytest.approx(best, abs=1e-6)
 
 
 def test_an_optimum_beyond_the_rates_that_were_tried_is_refused_by_name() -> None:
