@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,6 +28,12 @@ def rates(
     law: Annotated[
         str, typer.Option(help="Law of the loss to fit as measured, and as if all runs were tuned.")
     ] = "chinchilla",
+    target: Annotated[
+        str | None, typer.Option(help="A run's scale, N=1e9,D=2B: its best settings, and what would tell them better.")
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the laws as a recipe that a sweep can name, FILE.yaml.")
+    ] = None,
     y: options.LossColumn = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
@@ -35,8 +42,13 @@ def rates(
     json: options.AsJson = False,
 ) -> None:
     """Find each cell's best setting (three rates or more at one N and D), their law, and what every cell lost."""
+    from aimscale.analysis.forecasts.forecast import parse_scale
+
     df = table_of(tables, columns, where)
     found = analysis.rates(df, y=y, lr=lr, batch=batch)
+    if write is not None:
+        write.write_text(found.recipe(then(["rates"], tables, columns, where)))
+        typer.echo(f"wrote {write}", err=True)
     laws: dict[str, Fit] = {}
     try:
         corrected = analysis.tuned(df, y=y, found=found)
@@ -44,6 +56,8 @@ def rates(
         after = ["", f"{laws[TUNED].law.formula}:", "", text_table(_beside(laws))]
     except AnalysisError as error:
         after = ["", f"No law as if all runs were tuned: {error}"]
+    if target is not None:
+        after.append(f"target: {found.advice(parse_scale(target, '--target'))}")
     show(
         found,
         json,

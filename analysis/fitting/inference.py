@@ -108,6 +108,14 @@ class Estimate:
         """Return a function's values (m,), standard errors (m,) and degrees of freedom (m,), by the delta method."""
         return (self.value_of(function), *self.covariance.of_contrasts(self.gradient(function)))
 
+    def error_after(self, target: Function, more: Function, noise: float) -> tuple[float, Array]:
+        """Return the standard error of a target, and what it would be (m,) after one more measurement of each of `more`
+        (m,), functions of the parameters, with errors of standard deviation `noise`."""
+        (wanted,), shown, matrix = self.gradient(target), self.gradient(more), self.covariance.matrix
+        shared, own = shown @ matrix @ wanted, np.sum(shown @ matrix * shown, axis=1)
+        before = float(wanted @ matrix @ wanted)
+        return before**0.5, np.sqrt(np.maximum(before - shared**2 / np.maximum(own + noise**2, 1e-300), 0.0))
+
     def value_of(self, function: Function) -> Array:
         """Return a function's values (m,)."""
         return np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)

@@ -139,7 +139,8 @@ def _with_optima(table: pd.DataFrame, tuned: Array, surface: Surface, settings: 
         inside &= (low <= best) & (best <= high)
         columns = [f"{name}_best", f"{name}_lo", f"{name}_hi"]
         table[columns] = np.nan
-        table.loc[labels, columns] = np.exp(np.column_stack([best, best - reach, best + reach]))
+        with np.errstate(over="ignore"):  # of an optimum that is hardly known
+            table.loc[labels, columns] = np.exp(np.column_stack([best, best - reach, best + reach]))
     table.loc[labels, "found"] = np.where(surface.has_minimum, np.where(inside, OPTIMUM, EDGE), NO_MINIMUM)
     return table
 

@@ -177,7 +177,9 @@ def fit_surface(log_loss: Array, cell: Array, settings: Array, scale: Array) -> 
     coefficients = np.column_stack([taken[:, :, -1] - np.sum(taken[:, :, :-1] * curvature[:, None], axis=2), curvature])
     degrees = len(s) - int(rank.sum() + common_rank)
     variance = float(np.sum((y - np.sum(x * coefficients[cell], axis=1)) ** 2)) / max(degrees, 1)
-    moved = np.concatenate([-taken[:, :, :-1], np.broadcast_to(np.eye(len(common)), (len(scale), *common.shape))], axis=1)
+    moved = np.concatenate(
+        [-taken[:, :, :-1], np.broadcast_to(np.eye(len(common)), (len(scale), *common.shape))], axis=1
+    )
     covariance = moved @ common @ np.swapaxes(moved, 1, 2)
     covariance[:, :own, :own] += inverse
     coefficients[:, 0] += log_loss[first]

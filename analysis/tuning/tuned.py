@@ -53,8 +53,9 @@ def tuned(
     change[own] = lowest - np.log(kept["y"]).groupby(cell).mean().to_numpy()[own]
     out = df.loc[kept.index].assign(**{y: kept["y"] * np.exp(change[cell])})
     degrees = min((law.estimate.covariance.degrees for law in found.laws.values()), default=np.inf)
-    why = f"not at the best setting of their cell; losses are corrected to those of the best {' and '.join(found.settings)}"
-    left = Exclusion(kind="best of", subject=", ".join(found.settings), number=len(data) - len(out), text=why)
+    names = " and ".join(found.columns[name] for name in found.settings)
+    why = f"not the best {names} of their cell; losses are corrected to those of the best one"
+    left = Exclusion(kind="best of", subject=names, number=len(data) - len(out), text=why)
     out = remember(out, left_out=[*found.exclusions[len(left_out_of(df)) :], left])
     return with_known_errors(out, y, KnownErrors(loadings=errors[cell], degrees=degrees))
 
@@ -77,12 +78,14 @@ def _refuse_unknown(df: pd.DataFrame, found: Rates) -> None:
     """Raise where a cell's loss at its best setting is not known."""
     rows, columns = df.loc[found.data.index], [our_name(df, found.columns[name]) for name in found.settings]
     follow = {*columns, *(other for name in columns for other in FOLLOWS.get(name, ()))}
-    others = [name for name in tuned_columns(rows, used=follow) if rows.groupby(found.data["cell"])[name].agg(varies).any()]
+    others = [
+        name for name in tuned_columns(rows, used=follow) if rows.groupby(found.data["cell"])[name].agg(varies).any()
+    ]
     if others:
         names = some([their_name(df, name) for name in others])
         raise AnalysisError(f"Rows of one size and budget differ in {names}, too; choose one of each first.")
     table, by_law = found.table, found.table["found"] != OPTIMUM
-    if by_law.any() and len(found.laws) < len(found.settings) or not found.surface.has_minimum.all():
+    if (by_law.any() and len(found.laws) < len(found.settings)) or not found.surface.has_minimum.all():
         known = f"{int((~by_law).sum())} of {len(table)}"
         raise AnalysisError(
             f"The best setting is known of {known} cells only; try more rates, or leave the other sizes out."

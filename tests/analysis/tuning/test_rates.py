@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from aimscale.analysis import AnalysisError, fit, forecaster, held_out, rates, read_table, tuned
 from aimscale.analysis.laws.product import product
@@ -94,7 +95,7 @@ def test_a_law_as_if_all_were_tuned_is_right_where_rates_get_worse_with_size() -
 
 
 def test_errors_of_tuning_go_with_the_rows_into_every_interval() -> None:
-    """Each effect of the law's errors on the fit is found by moving the losses; held-out rows and orders keep theirs."""
+    """What the law's errors do to the fit is found by moving the losses; the order of rows does not matter."""
     table = tuned(simulated(np.random.default_rng(4), 3e-3, mistuned=0.25, factors=(0.25, 0.5, 1)))
     loadings = np.array(table["val_loss_known_errors"].tolist())[:, 1:]
     blind = fit(table.drop(columns="val_loss_known_errors"), objective="log_lsq", is_tested=False)
@@ -104,7 +105,9 @@ def test_errors_of_tuning_go_with_the_rows_into_every_interval() -> None:
         for each in loadings.T
     ]
     effects = [(each.params["alpha"] - blind.params["alpha"]) / 0.01 for each in moved]
-    assert known.cov.loc["alpha", "alpha"] == pytest.approx(blind.cov.loc["alpha", "alpha"] + np.sum(np.square(effects)), rel=1e-2)
+    assert known.cov.loc["alpha", "alpha"] == pytest.approx(
+        blind.cov.loc["alpha", "alpha"] + np.sum(np.square(effects)), rel=1e-2
+    )
     assert np.linalg.norm(effects) > 0.1 * blind.cov.loc["alpha", "alpha"] ** 0.5
     mixed = table.sample(frac=1, random_state=0).reset_index(drop=True)
     again = fit(mixed, objective="log_lsq", is_tested=False)
@@ -158,6 +161,36 @@ def test_five_thousand_cells_take_seconds() -> None:
     found = rates(pd.concat(tried, ignore_index=True))
     assert time.process_time() - start < 4  # 0.3 s when the machine is idle
     assert np.log(found.table["lr_best"]).to_numpy() == pytest.approx(best, abs=1e-6)
+
+
+def test_advice_names_what_a_larger_target_needs() -> None:
+    found = rates(simulated(np.random.default_rng(0), 1e-3).query("N < 2e6"))
+    words = found.advice({"N": 1e8, "D": 1e8})
+    assert "3 values of it at N = 100k, D = 200M tell most for their compute" in words  # D has two values so far
+    with pytest.raises(AnalysisError, match="needs D"):
+        found.advice({"N": 1e8})
+
+
+def test_a_recipe_of_the_laws_gives_their_predictions() -> None:
+    found = rates(simulated(np.random.default_rng(0), 1e-3))
+    written = yaml.safe_load(found.recipe("aimscale rates tuned.csv"))
+    law = written["lr_peak"]
+    value = law["coefficient"] * (3e6 / law["at"]["N"]) ** law["N"] * (2e8 / law["at"]["D"]) ** law["D"]
+    assert value == pytest.approx(found.laws["lr"].predict(N=3e6, D=2e8)["value"].item(), rel=1e-3)
+    assert law["source"] == "aimscale rates tuned.csv: 10 best settings, N 100k to 10M, D 1M to 100M"
+    factors = simulated(np.random.default_rng(0), 1e-3).rename(columns={"lr_peak": "lr_multiplier"})
+    by_factor = rates(factors, lr="lr_multiplier")
+    with pytest.raises(AnalysisError, match="learning rate itself"):
+        by_factor.recipe("")
+
+
+@pytest.mark.parametrize(("power", "held"), [(0.0, "not refuted"), (-0.4, "refuted")])
+def test_that_a_recipe_suits_every_size_is_tested_on_its_factor(power: float, held: str) -> None:
+    table = simulated(np.random.default_rng(5), 1e-3)
+    recipe = 3e-3 * (table["N"] / 1e6) ** (EXPONENTS["a"] - power)
+    found = rates(table.assign(lr_multiplier=table["lr_peak"] / recipe), lr="lr_multiplier")
+    assert f"(exponent of N 0) is {held}" in dict(found.facts())["transfer"]
+    assert "transfer" not in dict(rates(table).facts())
 
 
 def test_an_optimum_beyond_the_rates_that_were_tried_is_refused_by_name() -> None:
