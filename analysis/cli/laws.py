@@ -84,9 +84,8 @@ def fit(
     result = analysis.fit(df, chosen, y=y, weights=weights, objective=objective, fixed=fixed, bounds=bounds)
     result = tested(result, df, hold_out or [])
     result = replace(result, flags=(*result.flags, *plateau_flags(df.loc[result.data.index], y)))
-    after, also = tuning_lines(tuning), {"tuning": tuning}
-    if found:
-        after, also = [*after, "", found.summary()], {**also, "laws": found.table}
+    after = [*tuning_lines(tuning), *(["", found.summary()] if found else [])]
+    also = {"tuning": tuning, **({"laws": found.table} if found else {})}
     both = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     following = then([*["frontier"] * both, "report"], tables, columns, where, best_of)
     show(result, json, figure, labels=label, after=after, also=also, following=following)

@@ -170,7 +170,7 @@ class Covariance:
 
     def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
         """Return standard errors and Satterthwaite's degrees of freedom (m,) of contrasts (m, k) of the parameters."""
-        parts = [*self.by.values(), *([self.known] if self.known else [])]
+        parts: list[Sandwich | KnownErrors] = [*self.by.values(), *([self.known] if self.known else [])]
         errors, degrees = np.swapaxes([each.of_contrasts(np.atleast_2d(contrasts)) for each in parts], 0, 1)
         return np.sqrt(np.sum(errors**2, axis=0)), satterthwaite(errors, degrees)
 

@@ -122,19 +122,18 @@ class Rates(Result):
         """Say the best settings at a target, and at which further sizes and data rates would tell them best."""
         if lost := [v for v in ("N", "D") if v not in target]:
             raise AnalysisError(f"The target needs {' and '.join(lost)}, as in N=1e9,D=2B.")
-        at, table, parts = {v: np.array([target[v]]) for v in ("N", "D")}, self.table, list[str]()
+        at, table, parts = pd.DataFrame([target]), self.table, list[str]()
         axes = [np.unique(np.append(table[v], 2 * table[v].max())) for v in ("N", "D")]
-        new = pd.MultiIndex.from_product(axes, names=["N", "D"])
-        new = new.difference(pd.MultiIndex.from_frame(table.loc[table["found"] == OPTIMUM, ["N", "D"]]))
-        new = new.to_frame(index=False)
+        tuned = pd.MultiIndex.from_frame(table.loc[table["found"] == OPTIMUM, ["N", "D"]])
+        new = pd.MultiIndex.from_product(axes, names=["N", "D"]).difference(tuned).to_frame(index=False)
         new = new[new["N"] * new["D"] < target["N"] * target["D"]]
         for name, law in self.laws.items():
             value, low, high = law.predict(at)[["value", "pi_lo", "pi_hi"]].iloc[0]
             words = f"best {SETTING_WORDS[name]} {human(value)} [{human(low)}, {human(high)}]"
             if len(new):
                 estimate = law.estimate
-                functions = (estimate.law_at(law.variables(each)) for each in (at, new))
-                before, after = estimate.error_after(*functions, estimate.components.total)
+                there, here = (estimate.law_at(law.variables(each)) for each in (at, new))
+                before, after = estimate.error_after(there, here, estimate.components.total)
                 nearly = new.assign(error=after)[after <= NEARLY * after.min()]
                 best = nearly.loc[(nearly["N"] * nearly["D"]).idxmin()]
                 words += (

@@ -171,6 +171,16 @@ def test_advice_names_what_a_larger_target_needs() -> None:
         found.advice({"N": 1e8})
 
 
+def test_the_error_after_one_more_measurement_is_that_of_the_joint_information() -> None:
+    estimate = rates(simulated(np.random.default_rng(0), 1e-3)).laws["lr"].estimate
+    there, here = (estimate.law_at({"N": np.array([n]), "D": np.array([d])}) for n, d in ((1e9, 1e9), (3e7, 2e8)))
+    before, after = estimate.error_after(there, here, 0.1)
+    wanted, shown, matrix = estimate.gradient(there)[0], estimate.gradient(here)[0], estimate.covariance.matrix
+    joint = np.linalg.inv(np.linalg.inv(matrix) + np.outer(shown, shown) / 0.1**2)
+    assert before == pytest.approx(np.sqrt(wanted @ matrix @ wanted))
+    assert after == pytest.approx([np.sqrt(wanted @ joint @ wanted)])
+
+
 def test_a_recipe_of_the_laws_gives_their_predictions() -> None:
     found = rates(simulated(np.random.default_rng(0), 1e-3))
     written = yaml.safe_load(found.recipe("aimscale rates tuned.csv"))
