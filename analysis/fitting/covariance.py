@@ -20,8 +20,6 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import Groups, indicators
 from aimscale.analysis.laws.base import Array
 
-MANY_CLUSTERS = 200
-"""More clusters than this are as good as normal, whatever the contrast."""
 FLAT, NULL = 1e-6, 1e-10
 """Singular values of the design below `FLAT` times the largest are raised to it (a direction that is hardly identified
 gets a large, finite error); below `NULL` times the largest they are dropped."""
@@ -80,12 +78,9 @@ class Sandwich:
     def _degrees(self, contrast: Array) -> float:
         """Return Bell and McCaffrey's degrees of freedom of a contrast (k,) of the coordinates: for independent errors
         the variance has the eigenvalues of P_gh = s_g' ((I - H)(I - H)')_gh s_h, s_g = B_g a."""
-        if self.clusters.max() >= MANY_CLUSTERS:
-            return len(self.design.x) - float(len(self.covariance))
         s = self.adjusted @ contrast
         u, v = (_sums(self.clusters, each * s[:, None]) for each in (self.design.x, self.design.weighted))
-        p = np.diag(np.bincount(self.clusters, s**2)) + u @ self.design.squared @ u.T - u @ v.T - v @ u.T
-        return max(1.0, effective_degrees(p))
+        return max(1.0, _degrees(np.bincount(self.clusters, s**2), u, v, self.design.squared))
 
     def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
         """Return standard errors and degrees of freedom (m,) of contrasts (m, k) of the parameters."""
@@ -246,9 +241,8 @@ def components_of(design: Design, residual: Array, groups: Groups) -> Components
             crossed = _sums(columns, root[:, None] * u[i][rows])  # A' U
             expected[i, j] = np.sum(cells**2) - 2 * np.sum(crossed * v[j]) + np.sum((u[i].T @ u[i]) * (v[j].T @ v[j]))
         if name != "points":
-            kept = np.diag(np.bincount(rows, root)) - u[i] @ v[i].T  # F' R (I - H) F
-            few = len(kept) <= MANY_CLUSTERS
-            own[name] = max(1e-9, effective_degrees(kept @ kept.T)) if few else float(len(kept) - k)
+            sums = np.bincount(rows, root)  # K K' of K = F' R (I - H) F = diag(sums) - U V'
+            own[name] = max(1e-9, _degrees(sums**2, u[i], sums[:, None] * v[i], v[i].T @ v[i]))
     scale = np.sqrt(np.where(np.diag(expected) > 0, np.diag(expected), 1.0))  # 0 where the law leaves nothing of groups
     found = nnls(expected / np.outer(scale, scale), squares / scale)[0] / scale
     own["points"] = max(1.0, spare - sum(own.values()))
@@ -263,6 +257,11 @@ def _sums(codes: Array, columns: Array) -> Array:
     return np.stack([np.bincount(codes, column) for column in columns.T], axis=1)
 
 
-def effective_degrees(form: Array) -> float:
-    """Return the degrees of freedom (tr P)^2 / tr P^2 of a quadratic form (m, m)."""
-    return float(np.trace(form) ** 2 / max(np.sum(form**2), 1e-300))
+def _degrees(diagonal: Array, u: Array, v: Array, squared: Array) -> float:
+    """Return the degrees of freedom (tr P)^2 / tr P^2 of P = diag + U S U' - U V' - V U' (m, m), S (k, k)."""
+    w, eye = np.column_stack([u, v]), np.eye(len(squared))
+    turned = w @ np.block([[squared, -eye], [-eye, np.zeros_like(eye)]])  # P = diag + turned W'
+    own, inner = np.sum(turned * w, axis=1), w.T @ turned
+    trace = np.sum(diagonal + own)
+    squares = np.sum(diagonal**2 + 2 * diagonal * own) + np.sum(inner * inner.T)
+    return float(trace**2 / max(squares, trace**2 / len(w), 1e-300))

@@ -25,7 +25,7 @@ from aimscale.analysis.fitting.covariance import (
 )
 from aimscale.analysis.fitting.groups import Groups, visible_groups
 from aimscale.analysis.fitting.objectives import HUBER_LOG
-from aimscale.analysis.fitting.problem import Minimum, Problem, global_minimum, minimise, refine
+from aimscale.analysis.fitting.problem import Minimum, Problem, global_minimum, minimise
 from aimscale.analysis.laws.base import Array, Columns, Params
 
 CONFIDENCE = 0.95
@@ -156,19 +156,19 @@ class Estimate:
 def estimated(problem: Problem, groups: Groups, known: KnownErrors | None = None) -> Estimate:
     """Minimise a problem and infer the errors of its optimum; `known` ones of the measurements add to what residuals
     show."""
-    problem, minima = _best_minima(problem)
+    problem, minimum = _minimised(problem)
     formula, name, n = problem.law.formula, problem.objective.name, problem.num_points
-    if not minima:
+    if not np.isfinite(minimum.total):
         raise AnalysisError(f"{formula} has no finite value of {name} on these {n} points.")
-    jacobian = problem.linearised(minima[0].vector)
+    jacobian = problem.linearised(minimum.vector)
     if not np.isfinite(jacobian).all():
         raise AnalysisError(f"The optimum of {formula} lies where it has no finite derivatives.")
-    pull, slope = _pull_and_slope(problem, minima[0].vector)
+    pull, slope = _pull_and_slope(problem, minimum.vector)
     seen, unseen, few = visible_groups(groups, jacobian)
     design, residual = linear_design(jacobian, problem.weights), pull / np.average(slope, weights=problem.weights)
     return Estimate(
         problem=problem,
-        minimum=minima[0],
+        minimum=minimum,
         components=components_of(design, residual, seen),
         groups=seen,
         unseen=unseen,
@@ -179,21 +179,20 @@ def estimated(problem: Problem, groups: Groups, known: KnownErrors | None = None
     )
 
 
-def _best_minima(problem: Problem) -> tuple[Problem, list[Minimum]]:
-    """Find the distinct minima, best first; an objective that takes its scale from the residuals is given that of a
-    nearly least-absolute-deviations fit, which no few outliers can move, and once more of the fit that follows."""
+def _minimised(problem: Problem) -> tuple[Problem, Minimum]:
+    """Find the minimum; an objective that takes its scale from the residuals is given that of a nearly
+    least-absolute-deviations fit, which no few outliers can move, and once more of the fit that follows."""
     objective, free = problem.objective, problem.num_free
-    if not objective.multiple:
-        return problem, global_minimum(problem)
-    found = global_minimum(replace(problem, objective=HUBER_LOG))
-    if not found:
-        return problem, []
-    residual = np.sort(np.abs(problem.residual(found[0].vector)))
+    found = global_minimum(replace(problem, objective=HUBER_LOG) if objective.multiple else problem)
+    if not objective.multiple or not np.isfinite(found.total):
+        return problem, found
+    residual = np.sort(np.abs(problem.residual(found.vector)))
     sd = 1.4826 * float(np.median(residual[min(free, len(residual) - 1) :]))  # it passes through `free` points
     for _ in range(2):
         problem = replace(problem, objective=replace(objective, delta=max(objective.multiple * sd, SMALLEST_DELTA)))
-        sd = _robust_sd(problem.residual(minimise(problem, found[0].vector).vector), free)
-    return problem, refine(problem, found)
+        found = minimise(problem, found.vector)
+        sd = _robust_sd(problem.residual(found.vector), free)
+    return problem, found
 
 
 def _robust_sd(residual: Array, free: int) -> float:

@@ -48,7 +48,7 @@ def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     found, refusals = dict[float, tuple[float, float, Array]](), list[Flag]()
     for c, rows in budgets.items():
         try:
-            found[c] = _minimum(c, rows, log_sizes, log_losses)
+            found[c] = parabola_minimum(c, rows, log_sizes, log_losses)
         except NoFrontier as refused:
             refusals += refused.flags
     if len(found) < 2:
@@ -62,7 +62,7 @@ def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     if (surface := _surface(points, log_losses)) is not None:
         values, errors, degrees, flags = surface
         with contextlib.suppress(NoFrontier):  # the surface itself may have no minimum there
-            slopes = np.array([_minimum(c, budgets[c], log_sizes, values)[2] for c in found])
+            slopes = np.array([parabola_minimum(c, budgets[c], log_sizes, values)[2] for c in found])
         moved = through @ slopes
         covariance, method = moved @ errors @ moved.T, f"errors of {len(points)} points about a smooth surface"
     return Frontier(
@@ -79,7 +79,7 @@ def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     )
 
 
-def _minimum(flops: float, rows: Array, log_sizes: Array, log_losses: Array) -> tuple[float, float, Array]:
+def parabola_minimum(flops: float, rows: Array, log_sizes: Array, log_losses: Array) -> tuple[float, float, Array]:
     """Find the vertex of the parabola about the lowest size of a budget, which rows (m,) of all (n,) share.
 
     Returns:

@@ -117,7 +117,8 @@ def plot_points(
     Args:
         x: the column on the horizontal axis, or its letter, such as N.
         by: the other column, such as the size's parameters.
-        envelope: a law of `x` alone to draw along the best of them.
+        envelope: a law of `x` alone to draw along the best of them, without a band: rows that are chosen for their low
+            losses leave it no interval.
         labels: column or letter -> words on its axis and above the legend.
 
     Returns:
@@ -140,7 +141,7 @@ def plot_points(
     if envelope is not None:
         v = envelope.law.variables[0]
         look: dict[str, Any] = {"linestyle": "--", "linewidth": 1.3, "zorder": 2.5, "label": "envelope"}
-        parts.draw(ax, curve_of(envelope, v), (v, *CURVE), "law of the envelope", INK, **look)
+        parts.draw(ax, curve_of(envelope, v), (v, "value"), "law of the envelope", INK, **look)
     parts.draw_points(ax, rows, (x, y), "measured")
     parts.log_axis(ax, "x", rows[x], x, words)
     parts.log_axis(ax, "y", rows[y], y, words)

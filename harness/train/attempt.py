@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def train(path: Path, config: RunConfig | None = None) -> int:
                     trainer.close()  # evaluation needs the memory of the training state
                     gc.unfreeze()
         with memory_advice():
-            evaluate_run(run, config, job, loggers)
+            evaluate_run(run, config, job, loggers, with_probes=os.environ.get("AIMSCALE_PROBES") != "apart")
 
     try:
         return execute_job(run, config.runtime.device, work)

@@ -30,7 +30,9 @@ from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.train.validation import HeldOut, completions, validate
 
 
-def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = ()) -> None:
+def evaluate_run(
+    run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = (), *, with_probes: bool = True
+) -> None:
     """Measure what a configuration asks for and a run's budgets lack; all ranks call this together.
 
     Args:
@@ -38,6 +40,7 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
         job: job whose ranks share the images, whose `status.json` shows the progress, and which may be asked to stop
             wherever work is saved.
         loggers: the first rank's; from the first new measurement on, each budget is logged as a whole.
+        with_probes: whether probes are measured now, and not by a later attempt on fewer devices.
 
     Raises:
         UserError: data that cannot be used.
@@ -57,7 +60,7 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
                 held_out = open_held_out(config, group)
                 group.from_first(functools.partial(_compare, config, held_out.dataset))
             _validate(run, config, group, budget, held_out, report_progress)
-        if tasks := [each.section for each in owed if each.section]:
+        if tasks := [each.section for each in owed if each.section and with_probes]:
             job.update_status(durable=False, phase=f"probe at {budget:,}", heartbeat=time.time())
             for _, entries in probe_run(run.path, budget, tasks, group=group, report_progress=report_progress):
                 for entry in entries if group.is_first else ():

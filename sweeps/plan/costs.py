@@ -9,10 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from aimscale.analysis.fitting.identification import unidentified
-from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.gpu_specs import MFU, Device
@@ -64,6 +60,8 @@ class CostCard:
     run_id: str
     cell: dict[str, Any]
     """Axis -> value."""
+    is_tuning: bool
+    """Whether the run is one of `tune`, beside the grid."""
     params_total: int
     budgets: tuple[BudgetCost, ...]
     images_executed: int
@@ -76,6 +74,8 @@ class CostCard:
     lr_peak: float
     devices: int
     """Data-parallel ranks."""
+    probe_devices: int
+    """Ranks that probe the budgets."""
     device: Device
     """Assumed type of each device."""
     precision: str
@@ -125,7 +125,9 @@ def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
     return {
         "num_runs": len(cards),
         "num_rows": sum(len(card.budgets) for card in cards),
+        "num_tuning_runs": sum(card.is_tuning for card in cards),
         **sums,
+        "share_tuning": sum(card.device_hours for card in cards if card.is_tuning) / sums["device_hours"],
         "share_during": sum(card.share_during * card.device_hours for card in cards) / sums["device_hours"],
         "longest_wall_s": max(card.wall_s for card in cards),
     }
@@ -140,6 +142,12 @@ def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
     rows = {(card.params_total, budget.images_seen) for card in cards for budget in card.budgets}
     if len(rows) < 2:
         return ()
+    # The fit imports scipy, which verbs that only look at a sweep do without.
+    import numpy as np
+
+    from aimscale.analysis.fitting.identification import unidentified
+    from aimscale.analysis.laws.catalogue import CHINCHILLA
+
     sizes, budgets = zip(*rows, strict=True)
     lost = unidentified(CHINCHILLA, {"N": np.array(sizes, float), "D": np.array(budgets, float)})
     return tuple(name for name in (*CHINCHILLA.names, *CHINCHILLA.derived) if name in lost)
@@ -164,19 +172,28 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
     def seconds(flops: float, images: float) -> float:
         return max(flops / (rates.flops_per_image * rates.compute_per_s), images / rates.loaded_per_s)
 
-    arguments = model, flops, run.devices, device.memory_bytes, lookup
+    counts, memory = (model, flops), (device.memory_bytes, lookup)
     lacks_memory = measuring > 0 and fit is not None and not fit.measures
-    during = CurveCost(points=0, images=0.0, flops=0.0) if lacks_memory else curve_cost(config, *arguments)
+    during = CurveCost(points=0, images=0.0, flops=0.0)
+    if not lacks_memory:
+        during = curve_cost(config, *counts, run.devices, *memory)
     during_s = seconds(during.flops, during.images)
-    probes = tuple(probe_cost(section, *arguments) for section in evaluation.probes)
+    ranks = run.probe_devices
+    probes = tuple(probe_cost(section, *counts, ranks, *memory) for section in evaluation.probes)
     num_budgets, validated = len(evaluation.budgets), validation_images(evaluation.validation, lookup)
-    flops_at_budgets = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
-    images_at_budgets = num_budgets * (validated + sum(probe.images for probe in probes))
+    probes_flops, probes_images = (sum(getattr(probe, name) for probe in probes) for name in ("flops", "images"))
+    flops_at_budgets = num_budgets * (flops.forward * validated + probes_flops)
     training_s = executed / rates.images_per_s
-    evaluation_s = during_s + seconds(flops_at_budgets, images_at_budgets)
+    if ranks == run.devices:
+        evaluation_s, apart_s = seconds(flops_at_budgets, num_budgets * (validated + probes_images)), 0.0
+    else:
+        apart_s = seconds(num_budgets * probes_flops, num_budgets * probes_images) * run.devices / ranks
+        evaluation_s = seconds(num_budgets * flops.forward * validated, num_budgets * validated) + apart_s
+    evaluation_s += during_s
     card = CostCard(
         run_id=run.run_id,
         cell=run.cell,
+        is_tuning=run.is_tuning,
         params_total=params.total,
         budgets=tuple(
             BudgetCost(
@@ -193,6 +210,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         batch_size=batch_size,
         lr_peak=training.optimiser.lr_peak,
         devices=run.devices,
+        probe_devices=ranks,
         device=device,
         precision=training.optimiser.precision,
         rates=rates,
@@ -208,7 +226,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         training_s=training_s,
         evaluation_s=evaluation_s,
         wall_s=training_s + evaluation_s,
-        device_hours=(training_s + evaluation_s) * run.devices / 3600,
+        device_hours=((training_s + evaluation_s) * run.devices - apart_s * (run.devices - ranks)) / 3600,
         cautions=(),
     )
     return replace(card, cautions=tuple(_cautions(run, card, unique, lookup, lacks_memory=lacks_memory)))

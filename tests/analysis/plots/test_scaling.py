@@ -41,6 +41,13 @@ def law_lines(ax):
     return [line for line in ax.lines if len(line.get_xdata()) and line.get_linestyle() != "None"]
 
 
+def test_the_law_of_the_envelope_has_no_band(grid):
+    """Rows that are chosen for their low losses leave it no interval: at the smallest C it was a fivefold range."""
+    (ax,) = plot_points(grid, "D", envelope=fit(grid, "power_offset:D")).axes
+    assert [line.get_linestyle() for line in law_lines(ax)] == ["--"]
+    assert not ax.collections
+
+
 def test_units_are_named_for_our_tables_only(grid):
     (ours,) = plot_points(grid.assign(target="normalised"), "params_total").axes
     assert ours.get_ylabel() == "validation loss\n(normalised MSE)"
