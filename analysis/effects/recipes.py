@@ -49,7 +49,7 @@ SHARED, OWN = ("E", *EXPONENTS), ("E",)
 class Recipes(Result):
     """A recipe's worth in compute against another's, as a function of compute."""
 
-    plot = Drawing("recipes.plot_recipes")
+    plot = Drawing("scaling.plot_recipes")
 
     by: str
     baseline: str

@@ -32,7 +32,7 @@ from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows, with_compute
-from aimscale.analysis.table.select import envelope_flags, fresh_part, lower_envelope, main_part, mixture_flags, spaced
+from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, spaced
 from aimscale.analysis.tuning.tuned import tuned_where_known
 from aimscale.analysis.words import PROBES, Flag, said_once
 
@@ -43,9 +43,6 @@ FORECAST_SCALES = (2.0, 10.0)
 QUIET = ("forecaster", "next runs", "noise")
 """Results that few tables allow: that there is none is not told."""
 HELD_OUT, CORRELATION = "held-out test over the largest", "correlation of loss with"
-
-Progress = Callable[[str, float], None]
-"""Called with what begins and the share of the time that went before it, as a report of some thirty rows takes it."""
 
 
 @dataclass(kw_only=True)
@@ -61,8 +58,6 @@ class Study:
     """Rows that laws are fitted to: complete, of the main experiment, with a loss, their data hardly repeated."""
     whose: str = ""
     """Which rows these are, in words behind "rows"; empty where they are all."""
-    collect: dict[str, Any] = field(default_factory=dict)
-    """The sweeps' collect.json, joined, or empty."""
     exclusions: list[str] = field(default_factory=list)
     """Rows left out and why, in sentences."""
     flags: tuple[Flag, ...] = ()
@@ -126,22 +121,15 @@ class Study:
         return "schema_version" in self.frame and bool(self.frame["schema_version"].notna().any())
 
 
-def study_tables(
-    paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], progress: Progress = lambda *_: None
-) -> Study:
+def study_tables(paths: Sequence[Path], frame: pd.DataFrame) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
-    study = _chosen_rows(paths, frame, collect)
-    for what, share, step in (
-        ("laws", 0.0, _fit_laws),
-        ("correlations", 0.5, correlate_probes),
-        ("contrasts", 0.6, _measure_effects),
-    ):
-        progress(what, share)
+    study = _chosen_rows(paths, frame)
+    for step in (_fit_laws, correlate_probes, _measure_effects):
         step(study)
     return study
 
 
-def _chosen_rows(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any]) -> Study:
+def _chosen_rows(paths: Sequence[Path], frame: pd.DataFrame) -> Study:
     """Choose the rows that laws are fitted to, and say which were left out."""
     main, design = main_part(frame)
     chosen = usable_rows(main, best_by="val_loss")
@@ -162,7 +150,7 @@ def _chosen_rows(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, 
     if error_column("val_loss") in corrected and rates:
         fresh, flags = corrected, rates.flags
         told.append("Losses that laws use are corrected to those of the best learning rates.")
-    study = Study(paths=paths, frame=frame, main=main, usable=fresh, whose=whose, collect=collect, exclusions=told)
+    study = Study(paths=paths, frame=frame, main=main, usable=fresh, whose=whose, exclusions=told)
     study.tuning, study.flags = tuning, (*flags, *mixture_flags(fresh, ["N", "D", "U"]))
     if rates:
         study.results["tuning"][""] = rates
@@ -192,7 +180,7 @@ def _fit_laws(study: Study) -> None:
     laws = study.get("forecaster")
     study.attempt("law", analysis.fit, with_compute(usable), laws.law if laws else "chinchilla")
     if study.has_compute:
-        study.attempt("law of the envelope", _envelope, usable)
+        study.attempt("law of the envelope", lambda rows: analysis.fit(lower_envelope(rows), "power_offset:C"), usable)
     if (joint := study.get("law")) is None:
         return
     by_compute = study.budgets is not None
@@ -208,13 +196,6 @@ def _fit_laws(study: Study) -> None:
     else:
         study.attempt("forecast", analysis.forecast, _with_first_kind(study, some), next_scales(study), law=laws)
     study.attempt("next runs", _proposal, study, joint)
-
-
-def _envelope(usable: pd.DataFrame) -> Fit:
-    """Fit a law of compute to the rows that no cheaper row beats."""
-    rows = lower_envelope(usable)
-    found = analysis.fit(rows, "power_offset:C")
-    return dataclasses.replace(found, flags=(*found.flags, *envelope_flags(rows)))
 
 
 def _with_first_kind(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
