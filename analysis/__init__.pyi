@@ -27,5 +27,5 @@ from .report.page import write_report as write_report
 from .table.read import probe_frame as probe_frame
 from .table.read import read_table as read_table
 from .table.read import read_tables as read_tables
-from .tuning.corrected import corrected as corrected
 from .tuning.rates import rates as rates
+from .tuning.tuned import tuned as tuned

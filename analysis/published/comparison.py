@@ -117,11 +117,11 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
         baselines: `read_baselines`.
 
     Returns:
-        task, kind, size, params_total and images_seen of the run, n, baseline, top1, baseline_top1, gap (ours minus
+        task, kind, size, params_total and images_seen of the run, n, top1, baseline, baseline_top1, gap (ours minus
         the baseline's) with gap_lo95 and gap_hi95, detectable (the gap that would be seen with probability 0.8), and
         verdict: above, below, or no significant difference.
     """
-    columns = ["task", "kind", "size", "params_total", "images_seen", "n", "baseline", "top1", "baseline_top1", "gap"]
+    columns = ["task", "kind", "size", "params_total", "images_seen", "n", "top1", "baseline", "baseline_top1", "gap"]
     columns += ["gap_lo95", "gap_hi95", "detectable", "verdict"]
     theirs = baselines.drop_duplicates(["size", "task", "kind", "n", "top1"])
     if theirs.empty or probes.empty:

@@ -16,7 +16,7 @@ from aimscale.analysis.published.comparison import ADAPTED
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block
 from aimscale.analysis.report.runs import provenance, settings, what_was_run
 from aimscale.analysis.report.study import CORRELATION, Study
-from aimscale.analysis.table.design import DESIGN, design_columns
+from aimscale.analysis.table.design import DESIGN, design_columns, varies
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import loss_unit, read_curves
 from aimscale.analysis.table.schema import MFU
@@ -196,6 +196,7 @@ def _published(study: Study) -> Iterator[Part]:
         yield Block("compare", "The same tasks, ours and theirs", tasks, note=note)
     if len(found.baselines):
         rows = found.baselines.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
+        rows = rows if varies(rows["images_seen"]) else rows.drop(columns="images_seen")
         note = (
             "Each run at its largest budget and every baseline, on the same images, top-1 in per cent. Gap: ours minus "
             "the baseline's, with a 95 % interval over test images, not over seeds. Detectable: the minimum detectable "

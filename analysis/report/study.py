@@ -21,6 +21,7 @@ from aimscale.analysis.accuracy.links import task_level
 from aimscale.analysis.display import as_sentences
 from aimscale.analysis.effects.contrasts import factors
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import error_column
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.points import AUTO
 from aimscale.analysis.laws.catalogue import repeated
@@ -32,13 +33,14 @@ from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows, with_compute
 from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, spaced
+from aimscale.analysis.tuning.tuned import tuned_where_known
 from aimscale.analysis.words import PROBES, Flag, said_once
 
 MAX_FITTED = 200
 """Rows beyond which what is fitted many times over, for every probe and scale, is fitted to so many of them."""
 FORECAST_SCALES = (2.0, 10.0)
 """Multiples of the largest N and D that the page forecasts at; of an iso-FLOP design, of the largest C."""
-QUIET = ("forecaster", "next runs", "noise", "tuning")
+QUIET = ("forecaster", "next runs", "noise")
 """Results that few tables allow: that there is none is not told."""
 HELD_OUT, CORRELATION = "held-out test over the largest", "correlation of loss with"
 
@@ -60,6 +62,8 @@ class Study:
     """Rows left out and why, in sentences."""
     flags: tuple[Flag, ...] = ()
     """Cautions about the rows that laws are fitted to."""
+    tuning: str = ""
+    """How well the largest size was tuned."""
     results: defaultdict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     """Name, then subject (such as TASK:KIND, or nothing) -> a result, or the AnalysisError that says why not."""
 
@@ -141,8 +145,15 @@ def _chosen_rows(paths: Sequence[Path], frame: pd.DataFrame) -> Study:
     if num := len(chosen.rows) - len(fresh):
         whose += f" with {pool}"
         told.append(f"Laws use the rows with {pool}; the other {num} are in the law of repeated data.")
+    corrected, tuning, rates = tuned_where_known(fresh_part(main)[0])
+    flags = chosen.flags
+    if error_column("val_loss") in corrected and rates:
+        fresh, flags = corrected, rates.flags
+        told.append("Losses that laws use are corrected to those of the best learning rates.")
     study = Study(paths=paths, frame=frame, main=main, usable=fresh, whose=whose, exclusions=told)
-    study.flags = (*chosen.flags, *mixture_flags(fresh, ["N", "D", "U"]))
+    study.tuning, study.flags = tuning, (*flags, *mixture_flags(fresh, ["N", "D", "U"]))
+    if rates:
+        study.results["tuning"][""] = rates
     thinned = ["forecasts", "what to run next"] if len(fresh) > MAX_FITTED else []
     if study.probes.groupby(["kind", "task"]).size().max() > MAX_FITTED:
         thinned += ["correlations of loss with accuracy", "links from one to the other"]
@@ -165,7 +176,6 @@ def _fit_laws(study: Study) -> None:
     if usable.empty:
         study.results["law"][""] = AnalysisError("no row has a validation loss, so no law is fitted")
         return
-    study.attempt("tuning", analysis.rates, study.main)
     study.attempt("forecaster", analysis.forecaster, some)
     laws = study.get("forecaster")
     study.attempt("law", analysis.fit, with_compute(usable), laws.law if laws else "chinchilla")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -65,10 +65,10 @@ def _condition(frame: pd.DataFrame, text: str) -> pd.Series:
     return meets
 
 
-def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Keep the experiment with most (size, images seen) cells, with most rows among equals; and say what it is, or
-    nothing where there are no others."""
-    names = design_columns(frame)
+def main_part(frame: pd.DataFrame, free: Collection[str] = ()) -> tuple[pd.DataFrame, str]:
+    """Keep the experiment with most (size, images seen) cells, with most rows among equals, whose rows may differ in
+    columns that are `free`; and say what it is, or nothing where there are no others."""
+    names = [name for name in design_columns(frame) if name not in free]
     if not names or frame.empty:
         return frame, ""
     best = max((rows for _, rows in frame.groupby(names, dropna=False)), key=lambda rows: (_num_cells(rows), len(rows)))
@@ -93,7 +93,7 @@ def fresh_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def _num_cells(rows: pd.DataFrame) -> int:
-    names = [name for name in ("size", "params_total", "images_seen") if name in rows]
+    names = [name for name in ("size", "params_total", "N", "images_seen", "D") if name in rows]
     return len(rows[names].drop_duplicates()) if names else len(rows)
 
 
@@ -130,13 +130,10 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
         text = f"{unknown}; choose one by {option('where')}."
         flags.append(Flag(kind="mixed", subject=called, number=number, text=text))
     if during := int((frame["status"] == "during").sum()) if "status" in frame else 0:
-        if during == len(rows):
-            kind, what = "during", "The rows are points during training: before the learning rate decays, losses"
-            text = f"{what} are higher than at budgets."
-        else:
-            kind, what = "during_mixed", f"{during} rows are points during training, where losses are higher than at"
-            text = f"{what} budgets; leave them out by {option('where', 'status=complete')}."
-        flags.append(Flag(kind=kind, number=during, text=text))
+        is_mixed = during < len(rows)
+        text = f"{during} rows are points during training, where losses are higher than at budgets"
+        text += f"; leave them out by {option('where', 'status=complete')}." if is_mixed else "."
+        flags.append(Flag(kind="during_mixed" if is_mixed else "during", number=during, text=text))
     return tuple(flags)
 
 
