@@ -23,9 +23,10 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.distributed.group import Group, find_placement, start_group, stop_group
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.failures import (
     DivergedError,
+    OffTrackError,
     PreemptedError,
     StopFlag,
     TooLargeError,
@@ -42,6 +43,7 @@ WORD_S = 10.0
 EXIT_S = 60.0
 """Seconds after which a rank that failed ends even if its exit hangs."""
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+_DIVERGED = {"state": "diverged", "reason_class": "nan"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,11 +108,12 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
         except PreemptedError:
             job.update_status(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
             return EXIT_PREEMPTED
-        except DivergedError as error:
-            job.update_status(state="diverged", phase="", reason=str(error), reason_class="nan")
+        except (DivergedError, OffTrackError) as error:
+            ended = {"state": "off-track"} if isinstance(error, OffTrackError) else _DIVERGED
+            job.update_status(**ended, phase="", reason=str(error))
             if group.is_first:
                 print(f"aimscale: {error}", file=sys.stderr)
-            return EXIT_DIVERGED
+            return error.exit_code
         except Exception as error:
             _note_failure(job, writer_folder / "failure.json", error)
             if group.world_size > 1:
