@@ -111,6 +111,13 @@ def trajectory(curves: pd.DataFrame, num_params: float) -> Trajectory:
     )
 
 
+def run_points(curves: pd.DataFrame, budgets: pd.DataFrame) -> pd.DataFrame:
+    """Join the points during training of some runs with the rows of their budgets, as `trajectory` takes them."""
+    curves = curves[curves["run_id"].isin(budgets["run_id"])]
+    rows = pd.concat([curves.assign(is_budget=False), budgets.assign(is_budget=True)], ignore_index=True)
+    return rows.dropna(subset=["params_total", "images_seen", "val_loss"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Fit:
     """Levels of the points and the ratio between sizes, fitted to ln losses."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -13,6 +14,7 @@ from aimscale import analysis
 from aimscale.analysis.accuracy.result import Correlations
 from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.forecasts.registry import REGISTER, score_words, scores
 from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines, share_cells
 from aimscale.analysis.published.published import TASKS, best_frozen, table6
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block, table_block
@@ -197,6 +199,11 @@ def _training(study: Study) -> Iterator[Part]:
         figure = analysis.plot_curves(curves, budgets)
         yield PageFigure("curves", "Training curves", " ".join([caption, *map(str, flags)]), figure)
 
+    if (found := study.get("trajectory")) and not found.table["is_budget"].all():
+        measured = study.run_points[study.run_points["params_total"] == found.num_params]
+        caption = f"The largest size beside its forecast from {found.basis}; grey: these runs."
+        yield PageFigure("trajectory", "Is the largest size on track?", caption, found.plot(measured=measured))
+
 
 def _best_split(study: Study) -> Iterator[Part]:
     if found := study.get("compute-optimal frontier"):
@@ -241,6 +248,9 @@ def _laws(study: Study) -> Iterator[Part]:
     """Lay out the forecasts, the left-out scales, and the laws."""
     if found := study.get("forecast"):
         yield result_block("forecasts", "Forecasts", found)
+    for register in filter(Path.is_file, dict.fromkeys(path.with_name(REGISTER) for path in study.paths)):
+        found = scores(register, study.frame)
+        yield table_block("registered", "Registered forecasts and their scores", found, lines=[score_words(found)])
     if tests := joint.heldout if (joint := study.get("law")) else ():
         points = pd.concat([test.predictions.assign(left_out=f"largest {test.variable}") for test in tests])
         lines = [test.sentence() for test in tests]

@@ -1,7 +1,7 @@
 """Expected losses of a run, forecast from the finished runs of its sweep, and how far the run is from them.
 
-A launcher writes `expected.json` into the run directory (`sweeps.table.on_track`) and renews it as more runs finish. The
-trainer compares each validation loss with it. Torch is not imported here.
+A worker writes `expected.json` into the run directory (`sweeps.table.on_track`) and renews it as more runs finish.
+The trainer compares each validation loss with it. Torch is not imported here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from aimscale.harness.run.files import read_as
 FILE = "expected.json"
 PERSISTENT = 3
 """Number of points in a row, up to the last, that make a deviation: a single loss may stand out."""
-MAX_SURPRISE = 2.5
-"""A point counts for at most this many standard deviations of what the points before it leave open."""
+MAX_SURPRISE = 3.0
+"""A point counts as at most so many standard deviations of its own noise from the median of three."""
 
 F64 = npt.NDArray[np.float64]
 
@@ -85,6 +85,36 @@ class Expected:
         covariance = np.outer(shared, shared) + np.outer(run, run) * near + np.diag(noise**2 + 1e-12)
         return np.linalg.cholesky(covariance)
 
+    def scan(self, off: F64) -> tuple[F64, npt.NDArray[np.int64]]:
+        """Return the largest deviation of runs at each of their points, and the point at which it begins.
+
+        The mean of the points from a first one up to the last is compared with its expectation from those before the
+        first (of the forecast alone, where there are none), for every first point that leaves `PERSISTENT` of them, or
+        all. A point that stands out from the median of itself and the two before is drawn in.
+
+        Args:
+            off: ln loss minus its forecast (n, runs).
+
+        Returns:
+            Deviations in standard deviations (n, runs), positive for losses above the forecast, and numbers of the
+            points at which they begin.
+        """
+        usual = off.copy()
+        if len(off) >= PERSISTENT:
+            usual[2:] = np.median([off[2:], off[1:-1], off[:-2]], axis=0)
+        reach = MAX_SURPRISE * np.array([[point.noise] for point in self.points])
+        surprise = np.linalg.solve(self.root, np.clip(off, usual - reach, usual + reach))
+        weights = np.cumsum(self.root, axis=0)  # row t: weights of the surprises in the sum of the errors up to t
+        best, first = np.zeros(off.shape), np.zeros(off.shape, dtype=np.int64)
+        for last in range(len(off)):
+            here = weights[last, : last + 1, None]
+            sums = np.cumsum((here * surprise[: last + 1])[::-1], axis=0)[::-1]
+            sd = np.sqrt(np.cumsum(here[::-1] ** 2, axis=0)[::-1])
+            by_begin = (sums / sd)[: max(1, last - PERSISTENT + 2)]
+            first[last] = np.abs(by_begin).argmax(axis=0)
+            best[last] = np.take_along_axis(by_begin, first[last][None], axis=0)[0]
+        return best, first
+
     def reason_to_stop(self, found: Deviation) -> str | None:
         """Say why a run that deviates so much is to end, if it is."""
         if self.stop_sd is None or not found.is_alarm or found.sd < self.stop_sd:
@@ -105,39 +135,12 @@ class Expected:
             return None
         seen = dataclasses.replace(self, points=tuple(self.points[i] for i in known))
         off = np.log([losses[point.images_seen] / point.loss for point in seen.points])
-        sd, first = scan(seen.root, off[:, None])
+        sd, first = seen.scan(off[:, None])
         return Deviation(
             sd=float(sd[-1, 0]),
             since=seen.points[first[-1, 0]].images_seen,
             is_alarm=len(known) >= PERSISTENT and bool(sd[-1, 0] > self.alarm_sd),
         )
-
-
-def scan(root: F64, off: F64) -> tuple[F64, npt.NDArray[np.int64]]:
-    """Return the largest deviation of runs at each of their points, and the point at which it begins.
-
-    The mean of the points from a first one up to the last is compared with its expectation from those before the first
-    (of the forecast alone, where there are none), for every first point that leaves `PERSISTENT` of them, or all.
-
-    Args:
-        root: Cholesky factor (n, n) of the covariance of a run's errors.
-        off: ln loss minus its forecast (n, runs).
-
-    Returns:
-        Deviations in standard deviations (n, runs), positive for losses above the forecast, and numbers of the points at
-        which they begin.
-    """
-    surprise = np.clip(np.linalg.solve(root, off), -MAX_SURPRISE, MAX_SURPRISE)
-    weights = np.cumsum(root, axis=0)  # row t: weights of the surprises in the sum of the errors up to t
-    best, first = np.zeros(off.shape), np.zeros(off.shape, dtype=np.int64)
-    for last in range(len(root)):
-        here = weights[last, : last + 1, None]
-        sums = np.cumsum((here * surprise[: last + 1])[::-1], axis=0)[::-1]
-        sd = np.sqrt(np.cumsum(here[::-1] ** 2, axis=0)[::-1])
-        by_begin = (sums / sd)[: max(1, last - PERSISTENT + 2)]
-        first[last] = np.abs(by_begin).argmax(axis=0)
-        best[last] = np.take_along_axis(by_begin, first[last][None], axis=0)[0]
-    return best, first
 
 
 _EXPECTED = TypeAdapter(Expected)

@@ -13,7 +13,7 @@ import numpy as np
 
 from aimscale.aim.cost import param_count
 from aimscale.analysis.errors import AnalysisError
-from aimscale.harness.log.expected import FILE, PERSISTENT, Expected, ExpectedPoint, scan
+from aimscale.harness.log.expected import FILE, PERSISTENT, Expected, ExpectedPoint
 from aimscale.harness.run.files import read_object, write_json
 from aimscale.harness.run.row import model_of
 from aimscale.sweeps.plan.planner import Run
@@ -84,7 +84,7 @@ def alarm_sd(expected: Expected) -> float:
     rng = np.random.default_rng(0)
     errors = rng.standard_normal((len(expected.points), NUM_SIMULATED))
     errors *= np.sqrt(DEGREES / rng.chisquare(DEGREES, NUM_SIMULATED))
-    found, _ = scan(expected.root, expected.root @ errors)
+    found, _ = expected.scan(expected.root @ errors)
     return float(np.quantile(found[PERSISTENT - 1 :].max(axis=0), 1 - FALSE_ALARM_RATE))
 
 
