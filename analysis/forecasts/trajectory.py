@@ -31,15 +31,15 @@ WIDTH = 0.2
 """Distance in ln images over which the scatter of points is averaged."""
 HUBER, ROUNDS = 2.0, 4
 """Standard deviations from which a point counts less, and rounds of weighting."""
-SHARED, SHARED_RUNS = 1.0, 3.0
+SHARED, SHARED_RUNS = 0.6, 3.0
 """Standard deviation of the error that the points of a run share, in those of a point, where runs do not tell it, and
 number of runs that this counts as."""
 MAX_RUNS = 40
 """Number of runs that are used, the largest ones: more tell next to nothing."""
 MISFIT = 0.003
 """Standard deviation by which ln loss departs from the law for each factor e in N beyond the largest size."""
-DOF = 6.0
-"""Degrees of freedom of the intervals, those of other forecasts."""
+DOF = 8.0
+"""Degrees of freedom of the standard deviations, which few runs tell."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

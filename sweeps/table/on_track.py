@@ -26,8 +26,6 @@ NUM_SIMULATED = 2000
 """Number of simulated sound runs from which the threshold of the alarm follows."""
 MEMORY = 1.0
 """Distance in ln images at which a run's own wandering is forgotten (to 1/e)."""
-DEGREES = 8.0
-"""Degrees of freedom of the standard deviations, which are estimated from few runs."""
 STOP_FILE = "stop-off-track.json"
 """File of the sweep's directory with the deviation from which its runs end, by the last launch."""
 
@@ -65,7 +63,7 @@ def expected_losses(rows: Sequence[dict[str, Any]], num_params: float) -> Expect
     """
     import pandas as pd  # with scipy a second and a half, which most launches do without
 
-    from aimscale.analysis.forecasts.trajectory import trajectory
+    from aimscale.analysis.forecasts.trajectory import DOF, trajectory
 
     found = trajectory(pd.DataFrame(rows), num_params)
     columns = [field.name for field in dataclasses.fields(ExpectedPoint)]
@@ -74,16 +72,20 @@ def expected_losses(rows: Sequence[dict[str, Any]], num_params: float) -> Expect
         for kind, part in found.table.groupby("is_budget")
     }
     expected = Expected(basis=found.basis, points=by_kind.get(False, ()), budgets=by_kind.get(True, ()), memory=MEMORY)
-    return dataclasses.replace(expected, alarm_sd=alarm_sd(expected), false_alarm_rate=FALSE_ALARM_RATE)
+    return dataclasses.replace(expected, alarm_sd=alarm_sd(expected, DOF), false_alarm_rate=FALSE_ALARM_RATE)
 
 
-def alarm_sd(expected: Expected) -> float:
-    """Return the deviation that `FALSE_ALARM_RATE` of simulated sound runs exceed at any of their points."""
+def alarm_sd(expected: Expected, degrees: float) -> float:
+    """Return the deviation that `FALSE_ALARM_RATE` of simulated sound runs exceed at any of their points.
+
+    Args:
+        degrees: degrees of freedom of the standard deviations.
+    """
     if len(expected.points) < PERSISTENT:
         return float("inf")
     rng = np.random.default_rng(0)
     errors = rng.standard_normal((len(expected.points), NUM_SIMULATED))
-    errors *= np.sqrt(DEGREES / rng.chisquare(DEGREES, NUM_SIMULATED))
+    errors *= np.sqrt(degrees / rng.chisquare(degrees, NUM_SIMULATED))
     found, _ = expected.scan(expected.root @ errors)
     return float(np.quantile(found[PERSISTENT - 1 :].max(axis=0), 1 - FALSE_ALARM_RATE))
 
