@@ -1,4 +1,4 @@
-"""Deviation of a run from its forecast: conditional on its own points, robust against single ones, seen where it begins."""
+"""Deviation of a run from its forecast: conditional on its own points, robust against single ones."""
 
 from __future__ import annotations
 

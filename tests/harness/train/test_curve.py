@@ -16,8 +16,8 @@ from trainers import before_call, train_in
 import aimscale.harness.train.curve
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.harness.data.store.dataset_info import find_info
-from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.log.expected import FILE
+from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_OFF_TRACK, EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.row import model_of
