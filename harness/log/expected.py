@@ -68,8 +68,8 @@ class Expected:
     """Forecasts at budgets, after their decays."""
     memory: float
     """Distance in ln images at which what a run shares among points nearby is forgotten (to 1/e)."""
-    alarm_sd: float = float("inf")
-    """Deviation above which an alarm is raised ..."""
+    alarm_sd: float | None = None
+    """Deviation above which an alarm is raised (null: never) ..."""
     false_alarm_rate: float = 0.0
     """... by this share of sound runs, at any of their points."""
     stop_sd: float | None = None
@@ -139,7 +139,7 @@ class Expected:
         return Deviation(
             sd=float(sd[-1, 0]),
             since=seen.points[first[-1, 0]].images_seen,
-            is_alarm=len(known) >= PERSISTENT and bool(sd[-1, 0] > self.alarm_sd),
+            is_alarm=self.alarm_sd is not None and len(known) >= PERSISTENT and bool(sd[-1, 0] > self.alarm_sd),
         )
 
 

@@ -97,7 +97,9 @@ class LearningCurve:
             said = [f"validation loss {line['val_loss']:.4f}"] if validation else []
             said += [f"{entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %" for entry in line["probes"]]
             print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
-        why = group.from_first(lambda: deviation and expected.reason_to_stop(deviation))  # all ranks wait here
+        why = group.from_first(
+            lambda: expected.reason_to_stop(deviation) if expected and deviation else None
+        )  # all ranks wait here
         if why:
             raise OffTrackError(why)
 

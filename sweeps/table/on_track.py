@@ -26,6 +26,7 @@ NUM_SIMULATED = 2000
 """Number of simulated sound runs from which the threshold of the alarm follows."""
 MEMORY = 1.0
 """Distance in ln images at which a run's own wandering is forgotten (to 1/e)."""
+COLUMNS = ["run_id", "params_total", "is_budget", "images_seen", "val_loss"]
 STOP_FILE = "stop-off-track.json"
 """File of the sweep's directory with the deviation from which its runs end, by the last launch."""
 
@@ -47,6 +48,8 @@ def write_expected(sweep: Sweep, planned: Sequence[Run], chosen: Sequence[Run]) 
     finished = [run for run in planned if RunRecord(sweep.run_dir(run.run_id)).read_status().state == "finished"]
     for run in chosen:
         like = [each for each in finished if each.run_id != run.run_id and _design(each) == _design(run)]
+        if not like:
+            continue
         stop_sd = (read_object(sweep.directory / STOP_FILE) or {}).get("sd")
         try:
             expected = expected_losses([row for each in like for row in points(sweep, each)], num_params(run))
@@ -65,24 +68,25 @@ def expected_losses(rows: Sequence[dict[str, Any]], num_params: float) -> Expect
 
     from aimscale.analysis.forecasts.trajectory import DOF, trajectory
 
-    found = trajectory(pd.DataFrame(rows), num_params)
-    columns = [field.name for field in dataclasses.fields(ExpectedPoint)]
+    found = trajectory(pd.DataFrame(rows, columns=COLUMNS), num_params)
+    names = [field.name for field in dataclasses.fields(ExpectedPoint)]
     by_kind = {
-        kind: tuple(ExpectedPoint(**row) for row in part[columns].to_dict("records"))
+        kind: tuple(ExpectedPoint(**{name: row[name] for name in names}) for row in part.to_dict("records"))
         for kind, part in found.table.groupby("is_budget")
     }
     expected = Expected(basis=found.basis, points=by_kind.get(False, ()), budgets=by_kind.get(True, ()), memory=MEMORY)
     return dataclasses.replace(expected, alarm_sd=alarm_sd(expected, DOF), false_alarm_rate=FALSE_ALARM_RATE)
 
 
-def alarm_sd(expected: Expected, degrees: float) -> float:
-    """Return the deviation that `FALSE_ALARM_RATE` of simulated sound runs exceed at any of their points.
+def alarm_sd(expected: Expected, degrees: float) -> float | None:
+    """Return the deviation that `FALSE_ALARM_RATE` of simulated sound runs exceed at any of their points; None
+    if these are too few for an alarm.
 
     Args:
         degrees: degrees of freedom of the standard deviations.
     """
     if len(expected.points) < PERSISTENT:
-        return float("inf")
+        return None
     rng = np.random.default_rng(0)
     errors = rng.standard_normal((len(expected.points), NUM_SIMULATED))
     errors *= np.sqrt(degrees / rng.chisquare(degrees, NUM_SIMULATED))
