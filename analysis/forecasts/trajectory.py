@@ -50,7 +50,7 @@ class Trajectory(Result):
 
     table: pd.DataFrame
     """One row a point: images_seen, is_budget, loss, low and high (95 % of one run), and standard deviations of ln
-    loss: sd, and its parts shared (by all points), run (by points nearby) and noise (of the point alone)."""
+    loss: sd, and its parts law (the forecast's own), run (shared by its points) and noise (of the point alone)."""
     num_params: float
     """N of the run."""
     sizes: tuple[float, ...]
@@ -89,7 +89,7 @@ def trajectory(curves: pd.DataFrame, num_params: float) -> Trajectory:
         AnalysisError: there are fewer than two smaller sizes, and none of its own.
 
     Example:
-        >>> trajectory(rows, 7e9)
+        >>> trajectory(read_table("results.parquet").assign(is_budget=True), 1e6)
     """
     rows = curves[(curves["val_loss"] > 0) & (curves["params_total"] <= num_params * (1 + SAME_SIZE))]
     largest = rows.groupby("run_id")["params_total"].first().sort_values().index[-MAX_RUNS:]
@@ -148,7 +148,7 @@ class _Fit:
         law = sum((sds[name] ** 2 * np.sum(each**2, axis=1) for name, each in kinds.items()), np.zeros(num))
         law += self.components.point**2 * np.sum(contrasts**2, axis=1) + (MISFIT * beyond) ** 2
         parts = {
-            "shared": np.sqrt(law),
+            "law": np.sqrt(law),
             "run": np.sqrt(sum(sd**2 for sd in sds.values())) * self.scatter,
             "noise": self.components.point * self.scatter,
         }

@@ -188,15 +188,16 @@ def plot_trajectory(found: Trajectory, ax: Axes | None = None, *, measured: pd.D
         A matplotlib figure; `save` writes it.
 
     Example:
-        >>> plot_trajectory(trajectory(rows, 7e9))
+        >>> plot_trajectory(trajectory(read_table("results.parquet").assign(is_budget=True), 1e6))
     """
     ax, x, words = ax or new_figure()[1][0], "images_seen", parts.labels_of(found.curves)
     during, budgets = (found.table[found.table["is_budget"] == each] for each in (False, True))
     smaller = found.curves[~found.curves["is_budget"]].sort_values(x)
     smaller = smaller.assign(series=parts.series_of(smaller, "params_total")[0])
-    parts.draw_means(ax, smaller, x, "val_loss", "run_id", "smaller runs", color=MUTED)
     columns, color = (x, "loss", "low", "high"), cycled(0)
-    parts.draw(ax, during, columns, "forecast", color, label="forecast, 95 % of one run")
+    if len(during):
+        parts.draw_means(ax, smaller, x, "val_loss", "run_id", "smaller runs", color=MUTED)
+        parts.draw(ax, during, columns, "forecast", color, label="forecast, 95 % of one run")
     parts.draw_points(ax, budgets, columns, "forecast of budgets", color, markers=MARKERS[3:])
     if measured is not None:
         names = {False: "measured", True: "measured budget"}

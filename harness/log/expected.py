@@ -38,10 +38,8 @@ class ExpectedPoint:
     """High end."""
     sd: float
     """Standard deviation of one run's ln loss about the forecast."""
-    run: float
-    """Part of `sd` that a run shares among points nearby ..."""
     noise: float
-    """... and part of a single point; the rest is the forecast's own error, which all points share."""
+    """Part of `sd` that belongs to this point alone; the rest is shared with the points nearby."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,7 @@ class Expected:
     budgets: tuple[ExpectedPoint, ...] = ()
     """Forecasts at budgets, after their decays."""
     memory: float
-    """Distance in ln images at which what a run shares among points nearby is forgotten (to 1/e)."""
+    """Distance in ln images at which an error that points share is forgotten (to 1/e)."""
     alarm_sd: float | None = None
     """Deviation above which an alarm is raised (null: never) ..."""
     false_alarm_rate: float = 0.0
@@ -79,11 +77,9 @@ class Expected:
     def root(self) -> F64:
         """Cholesky factor (n, n) of the covariance of a run's ln losses about the forecast."""
         at = np.log([point.images_seen for point in self.points])
-        sd, run, noise = np.array([[point.sd, point.run, point.noise] for point in self.points]).T
-        shared = np.sqrt(np.maximum(sd**2 - run**2 - noise**2, 0.0))
-        near = np.exp(-np.abs(at[:, None] - at) / self.memory)
-        covariance = np.outer(shared, shared) + np.outer(run, run) * near + np.diag(noise**2 + 1e-12)
-        return np.linalg.cholesky(covariance)
+        sd, noise = np.array([[point.sd, point.noise] for point in self.points]).T
+        shared, near = np.sqrt(np.maximum(sd**2 - noise**2, 0.0)), np.exp(-np.abs(at[:, None] - at) / self.memory)
+        return np.linalg.cholesky(np.outer(shared, shared) * near + np.diag(noise**2 + 1e-12))
 
     def scan(self, off: F64) -> tuple[F64, npt.NDArray[np.int64]]:
         """Return the largest deviation of runs at each of their points, and the point at which it begins.

@@ -24,8 +24,8 @@ FALSE_ALARM_RATE = 0.01
 """Share of sound runs that may raise an alarm, at any point of their whole training."""
 NUM_SIMULATED = 2000
 """Number of simulated sound runs from which the threshold of the alarm follows."""
-MEMORY = 1.0
-"""Distance in ln images at which a run's own wandering is forgotten (to 1/e)."""
+MEMORY = 2.0
+"""Distance in ln images at which an error that points share is forgotten (to 1/e): past a plateau, say."""
 COLUMNS = ["run_id", "params_total", "is_budget", "images_seen", "val_loss"]
 STOP_FILE = "stop-off-track.json"
 """File of the sweep's directory with the deviation from which its runs end, by the last launch."""
@@ -48,8 +48,9 @@ def write_expected(sweep: Sweep, planned: Sequence[Run], chosen: Sequence[Run]) 
     finished = [run for run in planned if RunRecord(sweep.run_dir(run.run_id)).read_status().state == "finished"]
     for run in chosen:
         like = [each for each in finished if each.run_id != run.run_id and _design(each) == _design(run)]
-        if not like:
-            continue
+        seeds = {each.cell["seed"] for each in like}
+        if not like or (len(seeds) == 1 and run.cell["seed"] not in seeds):
+            continue  # runs of one seed share their order of data and do not tell how others scatter
         stop_sd = (read_object(sweep.directory / STOP_FILE) or {}).get("sd")
         try:
             expected = expected_losses([row for each in like for row in points(sweep, each)], num_params(run))

@@ -10,11 +10,9 @@ from aimscale.harness.log.expected import PERSISTENT, Expected, ExpectedPoint
 AT = np.arange(1, 29) * 2048
 
 
-def expected(sd: float = 0.02, run: float = 0.004, noise: float = 0.004, alarm_sd: float = 4.0) -> Expected:
-    points = tuple(
-        ExpectedPoint(images_seen=int(n), loss=0.6, low=0.5, high=0.7, sd=sd, run=run, noise=noise) for n in AT
-    )
-    return Expected(basis="", points=points, memory=1.0, alarm_sd=alarm_sd)
+def expected(sd: float = 0.02, noise: float = 0.004, alarm_sd: float = 4.0, memory: float = 30.0) -> Expected:
+    points = tuple(ExpectedPoint(images_seen=int(n), loss=0.6, low=0.5, high=0.7, sd=sd, noise=noise) for n in AT)
+    return Expected(basis="", points=points, memory=memory, alarm_sd=alarm_sd)
 
 
 def losses(off: np.ndarray) -> dict[int, float]:

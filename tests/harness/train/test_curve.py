@@ -127,9 +127,9 @@ def test_automatic_points_take_three_percent_whatever_the_budgets(measured: Conf
 
 def forecast(run: RunDir, loss: float, stop_sd: float | None) -> None:
     """Leave a run the forecast of one loss at all its points."""
-    point = {"loss": loss, "low": 0.9 * loss, "high": 1.1 * loss, "sd": 0.01, "run": 0.0, "noise": 0.005}
+    point = {"loss": loss, "low": 0.9 * loss, "high": 1.1 * loss, "sd": 0.01, "noise": 0.005}
     points = [{"images_seen": 16 * number, **point} for number in range(1, 7)]
-    values = {"basis": "", "points": points, "memory": 1.0, "alarm_sd": 4.0, "stop_sd": stop_sd}
+    values = {"basis": "", "points": points, "memory": 3.0, "alarm_sd": 4.0, "stop_sd": stop_sd}
     (run.path / FILE).write_text(json.dumps(values))
 
 
