@@ -58,6 +58,8 @@ NEAR = 5.0
 """A run of fewer times the largest N of its forecast counts as "3 times", others as "10 times"."""
 MIN_POINTS = 14
 """Number of points from which a run counts as there."""
+LAST = 6
+"""Number of last points over which what a fault costs is averaged."""
 
 Runs = list[tuple[Run, pd.DataFrame]]
 """Runs with their points."""
@@ -154,7 +156,11 @@ def faults(out: Path, kind: str, runs: Runs) -> Iterator[dict[str, Any]]:
         losses = {point["images_seen"]: point["val_loss"] for point in RunDir(folder).read_curve()}
         largest, alarm = watched(expected_losses(smaller.to_dict("records"), num_params(run)), losses)
         start = faulty_runs.HALF * run.budgets[-1]
-        yield {"images": kind, "fault": name, "delay": alarm - start if alarm else np.nan, "largest": largest}
+        sound = next(rows for each, rows in runs if each is run)
+        sound = sound[~sound["is_budget"]].set_index("images_seen")["val_loss"].iloc[-LAST:]
+        cost = float(np.mean([np.log(losses[at] / loss) for at, loss in sound.items()]))
+        delay = alarm - start if alarm else np.nan
+        yield {"images": kind, "fault": name, "delay": delay, "largest": largest, "cost": cost}
 
 
 def main() -> None:
@@ -185,8 +191,9 @@ def main() -> None:
             images=("delay", "median"),
             share=("share", "median"),
             largest=("largest", "median"),
+            cost=("cost", "median"),
         )
-        .round(2)
+        .round(4)
         .to_markdown()
     )
     whole = {"alarms": int(sound["alarm"].count()), "forecasts": len(sound), "runs": int(sound["run"].nunique())}
