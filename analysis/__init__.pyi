@@ -17,12 +17,11 @@ from .plots.accuracy import plot_loss_accuracy as plot_loss_accuracy
 from .plots.intervals import plot_contrasts as plot_contrasts
 from .plots.intervals import plot_correlations as plot_correlations
 from .plots.rates import plot_rates as plot_rates
-from .plots.recipes import plot_recipes as plot_recipes
 from .plots.scaling import plot_approaches as plot_approaches
-from .plots.scaling import plot_curves as plot_curves
 from .plots.scaling import plot_fit as plot_fit
 from .plots.scaling import plot_forecast as plot_forecast
 from .plots.scaling import plot_points as plot_points
+from .plots.scaling import plot_recipes as plot_recipes
 from .plots.scaling import plot_trajectory as plot_trajectory
 from .plots.style import save as save
 from .published.comparison import compare as compare
@@ -30,5 +29,5 @@ from .report.page import write_report as write_report
 from .table.read import probe_frame as probe_frame
 from .table.read import read_table as read_table
 from .table.read import read_tables as read_tables
-from .tuning.corrected import corrected as corrected
 from .tuning.rates import rates as rates
+from .tuning.tuned import tuned as tuned

@@ -93,7 +93,4 @@ def provenance(study: Study) -> Iterator[tuple[str, str]]:
     if _has(frame, "finished_at"):
         stamps = frame["finished_at"].dropna().astype(str)
         yield "measured", f"{stamps.min()} to {stamps.max()}"
-    for machine in study.collect.get("machines", []):
-        if isinstance(machine, dict):
-            yield from ((f"machine: {k}", str(v)) for k, v in machine.items() if isinstance(v, (str, int, float)))
     yield from ((f"analysed with {name}", importlib.metadata.version(name)) for name in PACKAGES)

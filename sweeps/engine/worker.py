@@ -234,14 +234,14 @@ def _start_waiting_runs(worker: Worker) -> None:
             return
         found = worker.read_state(run)
         if found.startable:
-            if (acquired := worker.devices.acquire(run)) is not None:
+            if (acquired := worker.devices.acquire(found.run)) is not None:
                 if (refused := _try_to_start(worker, found, acquired)) is None:
                     worker.waiting.remove(run)
                     worker.skipped.pop(run.run_id, None)
                     continue
                 worker.devices.release(acquired)
                 found = refused
-            elif worker.job_id and run.devices > worker.devices.num_free:
+            elif worker.job_id and found.run.devices > worker.devices.num_free:
                 return  # the job was sized for this run, which smaller ones would delay
         elif found.state in ("finished", "failed", "diverged", "off-track", "damaged"):
             worker.waiting.remove(run)
@@ -265,6 +265,7 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
             RunDir.create(record.path, run.config)
             _write_forecasts(worker, [run])
             record.write_status(state="queued", reason=None, reason_class=None)
+            probes = {"AIMSCALE_PROBES": "apart"} if run.probe_devices < run.devices else {}
             active_run = ActiveRun(
                 run,
                 record,
@@ -272,7 +273,7 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
                 lock=claim,
                 claims=(holder.token, status.claim),
                 devices=acquired,
-                environment=worker.devices.environment(acquired),
+                environment=worker.devices.environment(acquired) | probes,
             )
     except (OSError, UserError) as error:
         found = replace(found, state="damaged", why=str(error))
