@@ -202,7 +202,6 @@ def _inspect_state(found: RunState, card: CostCard, pending: JobInfo | None) -> 
         flops_to_evaluate=_flops_to_evaluate(card, found.missing) + (1 - line.progress) * card.flops_during,
         # of a finished run, the mean over all steps instead of the last seconds
         images_per_s=rows[-1].get("images_per_s") if is_finished and rows else status.images_per_s,
-        mfu=status.mfu,
         startup_s=starts[-1].get("startup_s") if starts else None,
         elapsed_s=now - status.started if is_held and status.started else 0.0,
         spent_s=3600 * hours / card.devices if is_finished and found.attempts else None,
