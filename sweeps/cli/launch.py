@@ -84,7 +84,7 @@ def launch(
             print_next("status", sweep, root, "--wait")
             return
     elif dry_run:
-        _print_commands(loaded, states, devices)
+        _print_commands(loaded, runs, states, devices)
     if place == "slurm" or dry_run:
         more = [*again, *(["--retry"] if retry else [])]
         _print_next(LaunchResult(skipped=tuple(states)), sweep, loaded, root, *more)
@@ -163,12 +163,11 @@ def cancel(
         raise typer.Exit(1)
 
 
-def _print_commands(sweep: Sweep, states: Sequence[RunState], devices: int | None) -> None:
+def _print_commands(sweep: Sweep, runs: Sequence[Run], states: Sequence[RunState], devices: int | None) -> None:
     """Check the runs and print the commands that a launch on this machine would execute."""
-    starting = [each for each in states if each.startable]
-    machine = local_machine([each.run for each in states], devices=devices)
-    raise_on_problems(sweep, [each.run for each in starting])
-    for each in starting:
+    machine = local_machine(runs, devices=devices)
+    raise_on_problems(sweep, [run for run, each in zip(runs, states, strict=True) if each.startable])
+    for each in (each for each in states if each.startable):
         command = machine.command(each.record.path, min(each.run.devices, machine.devices))
         typer.echo(f"{'start' if each.state == 'not started' else 'resume':<6}  {' '.join(command)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -95,7 +96,8 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
     """
     states = [read_state(run, RunRecord(sweep.run_dir(run.run_id))) for run in runs]
     with hold_sweep(sweep, CHECKS_LOCK, "checks the data of this sweep"):
-        check_once(sweep, [each.run for each in states if _after_launch(each, retry=retry).startable])
+        start = [_after_launch(each, retry=retry).startable for each in states]
+        check_once(sweep, list(itertools.compress(runs, start)))
         prepare_directory(sweep, runs)
     lost = {each.worker.facts.get("job_id") for each in states if each.state == "lost" and each.worker}
     job_states = slurm.job_states([str(job_id) for job_id in lost if job_id])
