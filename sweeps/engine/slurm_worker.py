@@ -173,15 +173,12 @@ def launch_slurm(
         raise_on_problems(sweep, [run for run in runs if launch_state(sweep, run, retry=retry).startable])
     else:
         prepare_launch(sweep, runs, retry=retry)
-    return submit(
-        sweep,
-        lambda: [
-            each.run for each in (launch_state(sweep, run, retry=retry and dry_run) for run in runs) if each.startable
-        ],
-        allow_dirty=allow_dirty,
-        dry_run=dry_run,
-        retry=retry,
-    )
+
+    def list_runs() -> list[Run]:
+        states = [launch_state(sweep, run, retry=retry and dry_run) for run in runs]
+        return [each.run for each in states if each.startable]
+
+    return submit(sweep, list_runs, allow_dirty=allow_dirty, dry_run=dry_run, retry=retry)
 
 
 @contextlib.contextmanager
