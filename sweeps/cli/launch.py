@@ -28,7 +28,7 @@ from aimscale.sweeps.engine.worker import LaunchResult
 from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
-from aimscale.sweeps.state.decision import RunState
+from aimscale.sweeps.state.decision import RunState, read_states
 from aimscale.sweeps.table.launch_view import format_price, launch_view
 from aimscale.sweeps.table.views import KeyValue, format_number, print_key_values
 
@@ -71,7 +71,7 @@ def launch(
     ):
         if value and place != only:
             raise SweepError(f"{option} has no meaning with --on {place}; it is for --on {only}")
-    states = [engine.launch_state(loaded, run, retry=retry) for run in runs]
+    states = read_states(loaded, runs, retry=retry)
     num_devices = 0 if place == "slurm" else local_machine(runs, devices=devices).devices
     print_key_values(launch_view(loaded, states, cards, num_devices))
     num_hours = sum(card.device_hours for card, each in zip(cards, states, strict=True) if each.startable)

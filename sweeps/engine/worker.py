@@ -32,7 +32,7 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD, Sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.attempts import EARLY_S, Outcome, record_end, record_lost_attempt
-from aimscale.sweeps.state.decision import RunState, read_state
+from aimscale.sweeps.state.decision import RunState, read_state, read_states
 from aimscale.sweeps.state.record import RunRecord
 
 POLL_S = 0.2
@@ -165,8 +165,8 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
     def ended(*outcomes: Outcome) -> tuple[str, ...]:
         return tuple(run_id for run_id, outcome in worker.ended.items() if outcome in outcomes)
 
-    states = {run.run_id: read_state(run, RunRecord(worker.sweep.run_dir(run.run_id))) for run in worker.waiting}
-    remaining = tuple(name for name, each in states.items() if each.startable and worker.machine.can_run(each.run))
+    states = read_states(worker.sweep, worker.waiting)
+    remaining = [each.run.run_id for each in states if each.startable and worker.machine.can_run(each.run)]
     return LaunchResult(
         finished=ended("finished"),
         evaluated=tuple(worker.evaluated),
@@ -174,7 +174,7 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
         stopped=ended("preempted"),
         retried=ended("retry"),
         skipped=tuple(found for run_id, found in worker.skipped.items() if run_id not in worker.ended),
-        remaining=remaining,
+        remaining=tuple(remaining),
         interrupted=worker.stopping or bool(remaining and worker.is_late),
         stopped_by=worker.stopped_by,
         broken=worker.broken,

@@ -1,6 +1,6 @@
 """Whether a verb answers what it does not expect with one sentence: odd files, environments, quotas and disks.
 
-    python tests/experiments/odd_inputs.py [WORDS OF A CASE]
+    python tests/experiments/odd_inputs.py ['WORDS OF A CASE|OF ANOTHER']
 
 Each case is a forked process with its own folder, which has `SECONDS`. Counts tracebacks, signals and cases without an
 answer, and prints them. Needs root, for file systems that are full or read-only.
@@ -9,6 +9,7 @@ answer, and prints them. Needs root, for file systems that are full or read-only
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import gzip
 import io
@@ -23,6 +24,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -261,11 +263,11 @@ def outcome(case: Case, folder: Path) -> str:
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:
-            import traceback
-
             traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(code)
     deadline = time.monotonic() + SECONDS
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
         if time.monotonic() > deadline:
@@ -295,7 +297,7 @@ def main() -> None:
         files = Path(place) / "files"
         files.mkdir()
         for number, case in enumerate(cases(files)):
-            if only not in case[0]:
+            if not any(words in case[0] for words in only.split("|")):
                 continue
             folder = Path(place) / str(number)
             folder.mkdir()
