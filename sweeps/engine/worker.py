@@ -86,6 +86,8 @@ class Worker:
     """Messages that are not printed yet."""
     is_late: bool = False
     """Whether a run was not started because too little time is left."""
+    is_blocked: bool = False
+    """Whether it has said that other launches on this machine use all devices."""
     stopping: bool = False
     stopped_by: int | None = None
     """First signal that requested a stop, if any."""
@@ -240,6 +242,9 @@ def _start_waiting_runs(worker: Worker) -> None:
                 found = refused
             elif worker.job_id and found.run.devices > worker.devices.num_free:
                 return  # the job was sized for this run, which smaller ones would delay
+            elif not worker.active and not worker.is_blocked:
+                worker.is_blocked = True
+                worker.events.append("waiting for devices, which other launches on this machine use")
         elif found.state in ("finished", "failed", "diverged", "damaged"):
             worker.waiting.remove(run)
         worker.skipped[run.run_id] = found

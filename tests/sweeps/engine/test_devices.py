@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import threading
+from dataclasses import replace
 from typing import Any
 
 from aimscale.sweeps.engine.devices import DevicePool, Machine
@@ -22,3 +25,19 @@ def test_no_device_serves_two_runs_at_once(write_sweep: Any) -> None:
     assert machine.can_run(three)
     assert not Machine(devices=2, allow_fewer_devices=False).can_run(three)
     assert [Machine(devices=1, nodes=2, allow_fewer_devices=False).can_run(run) for run in (one, two)] == [False, True]
+
+
+def test_a_launch_that_waits_for_devices_of_another_says_so(
+    write_sweep: Any, launch: Any, stand_in: Any, capsys: Any
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    num_cores = len(os.sched_getaffinity(0))
+    other = DevicePool(Machine(devices=num_cores, is_shared=True))
+    taken = other.acquire(replace(plan(sweep)[0], devices=num_cores))
+    assert taken is not None
+    timer = threading.Timer(1.0, other.release, [taken])
+    timer.start()
+    assert len(launch(sweep, devices=1, command=stand_in()).finished) == 1
+    said = capsys.readouterr().out
+    assert said.count("waiting for devices, which other launches on this machine use") == 1
+    assert "waiting" not in said[said.index("started") :]
