@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import nnls
 from scipy.stats import t as student
 
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import Groups, indicators
 from aimscale.analysis.laws.base import Array
 
@@ -107,6 +109,47 @@ def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KnownErrors:
+    """Errors of measurements that were found before a fit and that its residuals need not show, such as tuning's."""
+
+    loadings: Array
+    """Error (n, m) of ln y of every measurement by m independent causes of one standard deviation."""
+    degrees: float
+    """Degrees of freedom of their variances."""
+
+    def through(self, response: Array) -> KnownErrors:
+        """Return the errors (k, m) of what changes by a response (k, n) to every measurement."""
+        return KnownErrors(loadings=response @ self.loadings, degrees=self.degrees)
+
+    def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
+        """Return standard errors and degrees of freedom (k,) of contrasts (k, n)."""
+        errors = np.linalg.norm(contrasts @ self.loadings, axis=1)
+        return errors, np.full(len(errors), self.degrees)
+
+
+def with_known_errors(rows: pd.DataFrame, y: str, errors: KnownErrors) -> pd.DataFrame:
+    """Write known errors of y beside a table's rows (n,), in a column of lists that goes where the rows go."""
+    cells = np.column_stack([np.full(len(rows), errors.degrees), errors.loadings]).tolist()
+    return rows.assign(**{error_column(y): pd.Series(cells, rows.index, dtype=object)})
+
+
+def known_errors(rows: pd.DataFrame, y: str) -> KnownErrors | None:
+    """Read the known errors of a table's rows; None where there are none."""
+    if (name := error_column(y)) not in rows or rows.empty:
+        return None
+    cells = [each if isinstance(each, list) else [] for each in rows[name]]
+    if len({*map(len, cells)}) > 1 or not cells[0]:
+        raise AnalysisError(f"The {y} of these rows was corrected in parts; join the tables first, then correct them.")
+    numbers = np.array(cells, float)
+    return KnownErrors(loadings=numbers[:, 1:], degrees=float(numbers[:, 0].min()))
+
+
+def error_column(y: str) -> str:
+    """Name the column that known errors of a column stand in."""
+    return f"{y}_known_errors"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Covariance:
     """Sum of the CR2 covariances over sizes and over budgets, whose errors cross each other.
 
@@ -117,16 +160,26 @@ class Covariance:
 
     by: Mapping[str, Sandwich]
     """Clustering -> its covariance."""
+    known: KnownErrors | None = None
+    """Errors of the parameters by what was known of the measurements' errors, which add to the others."""
 
     def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
         """Return standard errors and Satterthwaite's degrees of freedom (m,) of contrasts (m, k) of the parameters."""
-        errors, degrees = np.swapaxes([each.of_contrasts(contrasts) for each in self.by.values()], 0, 1)
+        parts: list[Sandwich | KnownErrors] = [*self.by.values(), *([self.known] if self.known else [])]
+        errors, degrees = np.swapaxes([each.of_contrasts(np.atleast_2d(contrasts)) for each in parts], 0, 1)
         return np.sqrt(np.sum(errors**2, axis=0)), satterthwaite(errors, degrees)
 
     @property
     def matrix(self) -> Array:
         """Covariance (k, k) of the parameters."""
-        return sum(each.design.to_params @ each.covariance @ each.design.to_params.T for each in self.by.values())
+        known = self.known.loadings @ self.known.loadings.T if self.known else 0.0
+        parts = (each.design.to_params @ each.covariance @ each.design.to_params.T for each in self.by.values())
+        return sum(parts, start=known)
+
+    @property
+    def degrees(self) -> float:
+        """Fewest degrees of freedom that any parameter has."""
+        return float(self.of_contrasts(np.eye(len(self.matrix)))[1].min())
 
 
 def satterthwaite(errors: Array, degrees: Array) -> Array:

@@ -17,6 +17,7 @@ from aimscale.analysis.fitting.covariance import (
     Components,
     Covariance,
     Design,
+    KnownErrors,
     components_of,
     half_width,
     linear_design,
@@ -57,6 +58,8 @@ class Estimate:
     design: Design
     residual: Array
     """Residuals (n,) of T(y) whose least squares the optimum is: outliers drawn in, the others stretched for it."""
+    known: KnownErrors | None = None
+    """Errors of the measurements that were found before, such as those of tuning."""
 
     @cached_property
     def covariance(self) -> Covariance:
@@ -66,7 +69,13 @@ class Estimate:
         root = np.sqrt(slope)
         scaled = linear_design(self.problem.linearised(self.vector) * root[:, None], self.problem.weights)
         clusterings = self.groups.clusterings(self.problem.num_points).items()
-        return Covariance(by={name: sandwich(scaled, pull / root, codes) for name, codes in clusterings})
+        by = {name: sandwich(scaled, pull / root, codes) for name, codes in clusterings}
+        return Covariance(by=by, known=self.known and self.known.through(scaled.inverse * root * self._per_logarithm))
+
+    @property
+    def _per_logarithm(self) -> Array:
+        """Change of T(y) by ln y."""
+        return 1.0 if self.problem.objective.log else self.problem.y
 
     @property
     def vector(self) -> Array:
@@ -99,6 +108,14 @@ class Estimate:
         """Return a function's values (m,), standard errors (m,) and degrees of freedom (m,), by the delta method."""
         return (self.value_of(function), *self.covariance.of_contrasts(self.gradient(function)))
 
+    def error_after(self, target: Function, more: Function, noise: float) -> tuple[float, Array]:
+        """Return the standard error of a target, and what it would be (m,) after one more measurement of each of `more`
+        (m,), functions of the parameters, with errors of standard deviation `noise`."""
+        (wanted,), shown, matrix = self.gradient(target), self.gradient(more), self.covariance.matrix
+        shared, own = shown @ matrix @ wanted, np.sum(shown @ matrix * shown, axis=1)
+        before = float(wanted @ matrix @ wanted)
+        return before**0.5, np.sqrt(np.maximum(before - shared**2 / np.maximum(own + noise**2, 1e-300), 0.0))
+
     def value_of(self, function: Function) -> Array:
         """Return a function's values (m,)."""
         return np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)
@@ -117,7 +134,10 @@ class Estimate:
         """Return T(law) at places (m,) and its standard errors (m,) by the components of variance, which are steadier
         than the sandwich where few runs carry the weight, as in the mean of several laws."""
         contrasts = self.gradient(self.law_at(x)) @ self.design.inverse
-        return self.value_at(x), np.sqrt(self.components.variance_of(contrasts, self.groups))
+        variances = self.components.variance_of(contrasts, self.groups)
+        if self.known is not None:
+            variances = variances + self.known.of_contrasts(contrasts * self._per_logarithm)[0] ** 2
+        return self.value_at(x), np.sqrt(variances)
 
     def law_at(self, x: Mapping[str, Array]) -> Function:
         """Make T(law) at places (m,) a function of the parameters."""
@@ -133,8 +153,9 @@ class Estimate:
         return value
 
 
-def estimated(problem: Problem, groups: Groups) -> Estimate:
-    """Minimise a problem and infer the errors of its optimum."""
+def estimated(problem: Problem, groups: Groups, known: KnownErrors | None = None) -> Estimate:
+    """Minimise a problem and infer the errors of its optimum; `known` ones of the measurements add to what residuals
+    show."""
     problem, minimum = _minimised(problem)
     formula, name, n = problem.law.formula, problem.objective.name, problem.num_points
     if not np.isfinite(minimum.total):
@@ -154,6 +175,7 @@ def estimated(problem: Problem, groups: Groups) -> Estimate:
         few=few,
         design=design,
         residual=residual,
+        known=known,
     )
 
 

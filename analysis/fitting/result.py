@@ -219,7 +219,8 @@ class Fit(Result):
         """Method of the intervals, in words."""
         counts = {**self.estimate.groups.counts, "points": self.num_points}
         over = " and ".join(f"{counts[name]} {name}" for name in self.estimate.covariance.by)
-        return f"cluster-robust (CR2, Bell-McCaffrey) over {over}"
+        also = ", with the errors of tuning" if self.estimate.known else ""
+        return f"cluster-robust (CR2, Bell-McCaffrey) over {over}{also}"
 
     def _column_words(self, variable: str) -> str:
         """Name a variable's (or "y"'s) column as a foreign table does; of a results table with what it counts."""

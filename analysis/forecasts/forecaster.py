@@ -146,7 +146,7 @@ def _link(points: Points, loss: Array) -> Estimate:
     if points.ideal is not None and points.ideal < loss.min():
         loss, accuracy = np.append(loss, points.ideal), np.append(accuracy, 1.0)
         compute, groups = np.append(compute, compute.mean()), groups.with_one_more()
-    points = replace(points, x={"L": loss}, y=accuracy, compute=compute, groups=groups)
+    points = replace(points, x={"L": loss}, y=accuracy, compute=compute, groups=groups, known=None)
     return _estimate(LINK_SIGMOID, points, LSQ, {} if points.chance is None else {"floor": points.chance})
 
 
@@ -157,7 +157,7 @@ def _estimate(law: Law, points: Points, objective: Objective, fixed: dict[str, f
     free = int(problem.movable.sum())
     if problem.num_points < free + SPARE_POINTS:
         raise AnalysisError(f"{problem.num_points} points are too few for its {free} parameters.")
-    return estimated(problem, points.groups)
+    return estimated(problem, points.groups, points.known)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import components_of, linear_design
+from aimscale.analysis.fitting.covariance import components_of, known_errors, linear_design
 from aimscale.analysis.fitting.diagnostics import blind_flags
 from aimscale.analysis.fitting.groups import SAME_COMPUTE, chained, groups_of, visible_groups
 from aimscale.analysis.laws.base import Array
@@ -127,7 +127,10 @@ def _surface(points: pd.DataFrame, log_losses: Array) -> tuple[Array, Array, flo
     seen, unseen, few = visible_groups(groups, terms)
     values = terms @ np.linalg.lstsq(terms, log_losses, rcond=None)[0]
     errors = components_of(linear_design(terms, np.ones(num)), log_losses - values, seen)
-    return values, errors.covariance(seen, num), errors.degrees, [*blind_flags(seen, unseen, few)]
+    covariance, known = errors.covariance(seen, num), known_errors(points, "loss")
+    if known is not None:
+        covariance = covariance + known.loadings @ known.loadings.T
+    return values, covariance, errors.degrees, [*blind_flags(seen, unseen, few)]
 
 
 def shared_budgets(points: pd.DataFrame) -> pd.Series:

@@ -16,7 +16,7 @@ import torch
 
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
 from aimscale.harness.data.store.overlap import refuse_overlap
-from aimscale.harness.distributed.group import Group
+from aimscale.harness.distributed.group import PHASE_TIMEOUT_S, Group
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger, picture_grid, row_scalars
 from aimscale.harness.probe.features.images import ProgressCallback
@@ -86,7 +86,8 @@ def open_held_out(config: RunConfig, group: Group) -> HeldOut:
     """Open the validation images."""
     runtime, section = config.runtime, config.evaluation.validation
     dataset = open_dataset(section.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
-    return HeldOut(dataset, section, config.training.model, group)
+    max_bad_fraction = config.training.data.max_bad_fraction
+    return HeldOut(dataset, section, config.training.model, group, max_bad_fraction=max_bad_fraction)
 
 
 def _compare(config: RunConfig, held_out: ShardDataset) -> None:
@@ -110,6 +111,8 @@ def _validate(
     losses = validate(model, held_out, group, report_progress)
     if not math.isfinite(losses.loss):
         raise DivergedError(f"the validation loss at {budget} images is {losses.loss}; its weights diverged")
+
+    group.limit_collectives(PHASE_TIMEOUT_S)  # while the first rank writes
 
     def keep() -> None:
         pictures = completions(model, held_out, group.device)

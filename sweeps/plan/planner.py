@@ -84,7 +84,7 @@ def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
         seen[run.run_id] = each
         if before is None:
             runs.append(run)
-        elif each.is_tuning <= before.is_tuning:  # the grid holds the rate of the sweep itself, too
+        elif before.is_tuning or not each.is_tuning:  # but the grid holds the sweep's own rate, which `tune` may name
             raise SweepError(
                 f"{sweep.source}: cells {before.cell} and {each.cell} are the same run; an axis has no effect on what "
                 f"is trained"

@@ -16,8 +16,10 @@ from aimscale.harness.run.directory import (
     EXIT_CRASHED,
     EXIT_DIVERGED,
     EXIT_FINISHED,
+    EXIT_OFF_TRACK,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
+    SHARED,
     ReasonClass,
 )
 from aimscale.harness.run.lock import Holder
@@ -80,12 +82,17 @@ def record_end(
     is_killed_as_asked = stop_requested and exit_code == -signal.SIGKILL  # by a second Ctrl-C
     if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT) or is_killed_as_asked:
         return _record_preemption(run, attempt, exit_code, stop_requested)
+    if exit_code == EXIT_OFF_TRACK:
+        _append_attempt(run, attempt, exit_code, run.read_status().reason, None)
+        return "failed"
     reason, reason_class = failure_reason(run, attempt, exit_code)
     run.write_status(
         state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=reason_class
     )
-    node = run.read_status().failed_on or failed_early_on or ""
-    if failed_early_on and reason_class in NODE_REASONS and not set(run.nodes_given_back()) - {node}:
+    failed_on = run.read_status().failed_on
+    node = failed_on if failed_on is not None else failed_early_on or ""
+    may_be_node = failed_early_on and reason_class in NODE_REASONS and failed_on != SHARED
+    if may_be_node and not set(run.nodes_given_back()) - {node}:
         _append_attempt(run, attempt, exit_code, reason, reason_class, node, given_back=True)
         return "given back"
     _append_attempt(run, attempt, exit_code, reason, reason_class, node)
@@ -109,7 +116,8 @@ def _rank_exit_code(run: RunRecord, exit_code: int, claim: str) -> int:
     """Return the exit code that the run's status implies; torchrun and srun return one code for all ranks."""
     status, by_signal = run.read_status(), exit_code > 128
     if status.claim == claim and (by_signal or exit_code in (EXIT_CRASHED, EXIT_PREEMPTED)):
-        codes = {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED, "failed": EXIT_CRASHED}
+        codes = {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED, "off-track": EXIT_OFF_TRACK}
+        codes |= {"failed": EXIT_CRASHED}
         if status.state in codes:
             return codes[status.state]
     return 128 - exit_code if by_signal else exit_code

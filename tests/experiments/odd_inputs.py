@@ -297,6 +297,7 @@ def main() -> None:
     import aimscale.analysis.cli.laws  # imported once, and not by each case
     import aimscale.analysis.report.page
     import aimscale.sweeps.cli.launch
+    import aimscale.sweeps.cli.main
     import aimscale.sweeps.cli.plan
     import aimscale.sweeps.cli.sweep  # noqa: F401
 

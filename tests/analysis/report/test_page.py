@@ -15,7 +15,7 @@ from commands import say
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.report.blocks import sort_key
-from aimscale.analysis.report.page import maths, write_report
+from aimscale.analysis.report.page import _description, maths, write_report
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.analysis.words import human
 
@@ -190,16 +190,17 @@ def test_hostile_names_are_only_text(tmp_path):
     assert HOSTILE in page.text
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"description": 1}', "\xff"])
+def test_a_damaged_description_is_one_sentence(tmp_path, content):
+    folder = write_sweep(tmp_path, [])
+    (folder / "collect.json").write_text(content, encoding="latin-1")
+    with pytest.raises(AnalysisError, match="collect the sweep again"):
+        _description([folder])
+
+
 def test_partial_tables_say_what_is_missing(tmp_path):
-    shares: list[float] = []
     failed = [row | {"status": "failed", "val_loss": None} for row in sweep_rows(probes=False)[2:5]]
-    few = write_report(
-        write_sweep(tmp_path / "few", [*sweep_rows(probes=False)[:2], *failed]),
-        progress=lambda _, share: shares.append(share),
-    )
-    assert len(shares) > 4
-    assert shares == sorted(shares)
-    assert 0 == shares[0] < shares[-1] < 1
+    few = write_report(write_sweep(tmp_path / "few", [*sweep_rows(probes=False)[:2], *failed]))
     text = Page(few.read_text()).text
     assert "What is missing" in text
     assert "no probe results" in text
