@@ -98,6 +98,8 @@ class ActiveRun:
             return f"left {self.record.name}: another process executes it"
         if outcome == "preempted":
             return f"stopped {self.record.name}, saved"
+        if self.record.read_status().state == "off-track":
+            return f"ended {self.record.name}: {self.record.read_status().reason}"
         status, see = self.record.read_status(), f"see {self.record.attempt_log(self.attempt)}"
         what = {"retry": "trying again", "given back": f"it had not begun to train, and another node may try; {see}"}
         return f"failed {self.record.name} ({status.reason_class}: {status.reason}); {what.get(outcome, see)}"

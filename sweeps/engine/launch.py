@@ -30,12 +30,13 @@ from aimscale.sweeps.state.attempts import clear_failure, record_lost_attempt
 from aimscale.sweeps.state.decision import RunState, read_state
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import hold_sweep, prepare_directory, unplanned_runs
+from aimscale.sweeps.table.on_track import set_stop
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.status_view import progress_bar, progress_line, runs_table
 from aimscale.sweeps.table.views import new_console
 
 LOG_INTERVAL_S, LIVE_INTERVAL_S = 30.0, 2.0
-ENDED_BY_HAND = ("failed", "diverged", "cancelled")
+ENDED_BY_HAND = ("failed", "diverged", "off-track", "cancelled")
 """States that `--retry` clears."""
 CHECKS_LOCK, CHECKS_VALID_S = "checks.lock", 3600.0
 """Lock of launches that check a sweep, and time for which checks that have passed are not repeated, s."""
@@ -50,6 +51,7 @@ def launch(
     devices: int | None = None,
     hours: float | None = None,
     retry: bool = False,
+    stop_sd: float | None = None,
     show_progress: bool = True,
     command: Command | None = None,
 ) -> LaunchResult:
@@ -64,6 +66,7 @@ def launch(
             cores can feed.
         hours: time until this machine is gone; all runs are saved before.
         retry: clear failures and cancellations first.
+        stop_sd: save and end runs whose loss lies so many standard deviations above their forecast.
         show_progress: show progress, as a live table on a terminal; else only events are printed.
         command: replaces the program that executes a run.
 
@@ -74,7 +77,7 @@ def launch(
     started = time.time()
     loaded, runs, cards = load_plan(sweep, root, "local")
     machine = local_machine(runs, devices=devices)
-    prepare_launch(loaded, runs, retry=retry)
+    prepare_launch(loaded, runs, retry=retry, stop_sd=stop_sd)
     deadline = float("inf")
     if hours is not None:
         # Runs stop early enough to save before the time is up, but at most half of a short time is kept for that.
@@ -84,11 +87,12 @@ def launch(
         return run_worker(worker, report)
 
 
-def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
+def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool, stop_sd: float | None = None) -> None:
     """Check the runs that a launch would start, create the sweep's directory, and record attempts that were lost.
 
     Args:
         retry: clear failures and cancellations.
+        stop_sd: as in `launch`; it holds for workers anywhere until the next launch.
 
     Raises:
         SweepError, ConfigError: as in `launch`.
@@ -97,6 +101,7 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
     with hold_sweep(sweep, CHECKS_LOCK, "checks the data of this sweep"):
         check_once(sweep, [each.run for each in states if _after_launch(each, retry=retry).startable])
         prepare_directory(sweep, runs)
+        set_stop(sweep, stop_sd)
     lost = {each.worker.facts.get("job_id") for each in states if each.state == "lost" and each.worker}
     job_states = slurm.job_states([str(job_id) for job_id in lost if job_id])
     for each in states:
@@ -143,7 +148,7 @@ def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: boo
         record_lost_attempt(record, before, job_states.get(str(before.facts.get("job_id"))) if before else None)
         if retry:
             record.cancelled.unlink(missing_ok=True)
-            if record.read_status().state in ("failed", "diverged"):
+            if record.read_status().state in ("failed", "diverged", "off-track"):
                 clear_failure(record)
     finally:
         lock.release()

@@ -162,7 +162,13 @@ def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
 
 
 def launch_slurm(
-    sweep: Sweep, runs: Sequence[Run], *, retry: bool = False, dry_run: bool = False, allow_dirty: bool = False
+    sweep: Sweep,
+    runs: Sequence[Run],
+    *,
+    retry: bool = False,
+    stop_sd: float | None = None,
+    dry_run: bool = False,
+    allow_dirty: bool = False,
 ) -> list[Submission]:
     """Submit the jobs that the runs need and return at once; a dry run asks Slurm nothing and writes nothing.
 
@@ -172,7 +178,7 @@ def launch_slurm(
     if dry_run:
         raise_on_problems(sweep, [run for run in runs if launch_state(sweep, run, retry=retry).startable])
     else:
-        prepare_launch(sweep, runs, retry=retry)
+        prepare_launch(sweep, runs, retry=retry, stop_sd=stop_sd)
     return submit(
         sweep,
         lambda: [

@@ -17,12 +17,12 @@ from aimscale.sweeps.state.record import RunRecord
 
 State = Literal[
     "not started", "queued", "waiting", "starting", "running", "lost", "paused", "cancelled", "failed", "diverged",
-    "finished", "damaged",
+    "off-track", "finished", "damaged",
 ]  # fmt: skip
 """State of a run. `queued`: a pending Slurm job will take it; `waiting`: it needs more time than this worker has, or
 another machine; `starting`: a worker has claimed it; `lost`: its status is running, but no process executes it;
-`paused`: its progress is saved, and no worker continues it. The next worker starts runs that are not started, lost or
-paused."""
+`paused`: its progress is saved, and no worker continues it; `off-track`: its loss left the forecast, and a launch with
+--stop-off-track ended it. The next worker starts runs that are not started, lost or paused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +101,8 @@ def _read_state(run: Run, record: RunRecord, holds_claim: bool) -> RunState:
     has_failed = status.state in ("failed", "diverged") and not may_retry(attempts, status.reason_class)
     if has_failed and load_run_config(record.config) == run.config:
         return found("diverged" if status.state == "diverged" else "failed", failure)
+    if status.state == "off-track":
+        return found("off-track", status.reason)
     if record.cancelled.exists():
         return found("cancelled")
     if is_new:

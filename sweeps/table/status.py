@@ -21,7 +21,7 @@ from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
 from aimscale.sweeps.table.time_left import Progress, time_left
 
-ENDED_STATES = ("finished", "cancelled", "failed", "diverged", "damaged")
+ENDED_STATES = ("finished", "cancelled", "failed", "diverged", "off-track", "damaged")
 """States in which nothing is executed until a person acts."""
 
 
