@@ -85,10 +85,18 @@ class Block:
         """File name of the download: of a table that is cut it is compressed."""
         return f"{self.key}.csv{'.gz' if self.frame is not None and len(self.frame) > MAX_ROWS else ''}"
 
-    @property
+    @cached_property
     def csv_uri(self) -> str:
-        """The whole table as a data URI."""
-        return "" if self.frame is None else csv_uri(self.frame)
+        """The whole table as a `data:` URI; cells that a spreadsheet would run as a formula are quoted with '."""
+        if self.frame is None:
+            return ""
+        texts = self.frame.select_dtypes(exclude="number")
+        safe = texts.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
+        whole = self.frame.select_dtypes("float").convert_dtypes(convert_floating=False)
+        content = self.frame.assign(**safe, **whole).to_csv(index=False, float_format="%.5g").encode()
+        is_cut = len(self.frame) > MAX_ROWS
+        mime, content = ("application/gzip", gzip.compress(content, mtime=0)) if is_cut else ("text/csv", content)
+        return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
 def result_block(
@@ -106,18 +114,6 @@ def sort_key(text: str) -> float | str:
     plain = re.sub(r"(×?)10([⁻⁰¹²³⁴-⁹]+)", lambda m: f"{'' if m[1] else 1}e{m[2]}", text).translate(PLAIN)
     found = re.match(r"\[?([-+]?(?:\d[\d,]*)?\.?\d+(?:e-?\d+)?)([kMB]?)(?![\w.])", plain)
     return float(found[1].replace(",", "")) * SUFFIXES[found[2]] if found else text.strip("–")
-
-
-def csv_uri(frame: pd.DataFrame) -> str:
-    """Write a data frame as a `data:` URI of CSV, compressed beyond `MAX_ROWS` rows; cells that a spreadsheet would run
-    as a formula are quoted with '."""
-    texts = frame.select_dtypes(exclude="number")
-    safe = texts.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
-    whole = frame.select_dtypes("float").convert_dtypes(convert_floating=False)
-    content = frame.assign(**safe, **whole).to_csv(index=False, float_format="%.5g").encode()
-    is_cut = len(frame) > MAX_ROWS
-    mime, content = ("application/gzip", gzip.compress(content, mtime=0)) if is_cut else ("text/csv", content)
-    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
 def html_id(what: str, name: str) -> str:

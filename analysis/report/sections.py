@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -12,6 +13,7 @@ from aimscale import analysis
 from aimscale.analysis.accuracy.correlation import Correlations
 from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.forecasts.registry import REGISTER, score_words, scores
 from aimscale.analysis.published.comparison import ADAPTED
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block
 from aimscale.analysis.report.runs import provenance, settings, what_was_run
@@ -172,6 +174,11 @@ def _training(study: Study) -> Iterator[Part]:
         figure = analysis.plot_points(budgets, "images_seen", by="params_total", curves=curves)
         yield PageFigure("curves", "Training curves", " ".join([caption, *map(str, flags)]), figure)
 
+    if (found := study.get("trajectory")) and not found.table["is_budget"].all():
+        measured = study.run_points[study.run_points["params_total"] == found.num_params]
+        caption = f"The largest size beside its forecast from {found.basis}; grey: these runs."
+        yield PageFigure("trajectory", "Is the largest size on track?", caption, found.plot(measured=measured))
+
 
 def _best_split(study: Study) -> Iterator[Part]:
     if found := study.get("compute-optimal frontier"):
@@ -211,6 +218,9 @@ def _laws(study: Study) -> Iterator[Part]:
     """Lay out the forecasts, the left-out scales, and the laws."""
     if found := study.get("forecast"):
         yield result_block("forecasts", "Forecasts", found)
+    for register in filter(Path.is_file, dict.fromkeys(path.with_name(REGISTER) for path in study.paths)):
+        found = scores(register, study.frame)
+        yield Block("registered", "Registered forecasts and their scores", found, lines=[score_words(found)])
     if tests := joint.heldout if (joint := study.get("law")) else ():
         points = pd.concat([test.predictions.assign(left_out=f"largest {test.variable}") for test in tests])
         lines = [test.sentence() for test in tests]

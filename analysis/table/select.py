@@ -130,13 +130,10 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
         text = f"{unknown}; choose one by {option('where')}."
         flags.append(Flag(kind="mixed", subject=called, number=number, text=text))
     if during := int((frame["status"] == "during").sum()) if "status" in frame else 0:
-        if during == len(rows):
-            kind, what = "during", "The rows are points during training: before the learning rate decays, losses"
-            text = f"{what} are higher than at budgets."
-        else:
-            kind, what = "during_mixed", f"{during} rows are points during training, where losses are higher than at"
-            text = f"{what} budgets; leave them out by {option('where', 'status=complete')}."
-        flags.append(Flag(kind=kind, number=during, text=text))
+        is_mixed = during < len(rows)
+        text = f"{during} rows are points during training, where losses are higher than at budgets"
+        text += f"; leave them out by {option('where', 'status=complete')}." if is_mixed else "."
+        flags.append(Flag(kind="during_mixed" if is_mixed else "during", number=during, text=text))
     return tuple(flags)
 
 

@@ -22,11 +22,12 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.distributed.group import PHASE_TIMEOUT_S, Group, start_group, stop_group, turn_timeout_s
-from aimscale.harness.distributed.placement import find_placement
-from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, SHARED, RunDir
+from aimscale.harness.distributed.placement import LaunchError, find_placement
+from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, SHARED, RunDir
 from aimscale.harness.run.failures import (
     EXIT_S,
     DivergedError,
+    OffTrackError,
     PreemptedError,
     StopFlag,
     TooLargeError,
@@ -44,6 +45,7 @@ HEARTBEAT_S = 5.0
 WORD_S = 10.0
 """Seconds that a rank which lost another waits for that one to record what happened."""
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+_DIVERGED = {"state": "diverged", "reason_class": "nan"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class Job:
             if what:
                 longest_s = max(longest_s, now - last_call) if what == phase else 0.0
                 phase, last_call = what, now
-            is_repeated = what and longest_s
+            is_repeated = what != "" and longest_s > 0
             self.group.limit_collectives(turn_timeout_s(longest_s) if is_repeated else PHASE_TIMEOUT_S)
             if self.group.any(self.flag.is_raised):
                 raise PreemptedError
@@ -103,11 +105,12 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
     _die_with_torchrun()
     _record_collectives(folder.logs)
     with contextlib.ExitStack() as stack:
-        group = start_group(find_placement(), device)
-        stack.callback(stop_group)
-        flag = stack.enter_context(stop_signals())
-        nodes = group.gather(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
-        writer_folder = stack.enter_context(_hold(folder, group))
+        with _naming_lost_ranks():
+            group = start_group(find_placement(), device)
+            stack.callback(stop_group)
+            flag = stack.enter_context(stop_signals())
+            nodes = group.gather(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+            writer_folder = stack.enter_context(_hold(folder, group))
         job = Job(folder=folder, group=group, flag=flag, nodes=nodes, exits=stack)
         try:
             if group.is_first:
@@ -118,18 +121,33 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
         except PreemptedError:
             job.update_status(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
             return EXIT_PREEMPTED
-        except DivergedError as error:
-            job.update_status(state="diverged", phase="", reason=str(error), reason_class="nan")
+        except (DivergedError, OffTrackError) as error:
+            ended = {"state": "off-track"} if isinstance(error, OffTrackError) else _DIVERGED
+            job.update_status(**ended, phase="", reason=str(error))
             if group.is_first:
                 print(f"aimscale: {error}", file=sys.stderr)
-            return EXIT_DIVERGED
+            return error.exit_code
         except Exception as error:
             timer = end_within(EXIT_S)  # the disk may hang, or an exit that waits for a rank that is gone
-            _note_failure(job, writer_folder / "failure.json", error)
+            about_another = _note_failure(job, writer_folder / "failure.json", error)
             if group.world_size == 1:
                 timer.cancel()  # this process may try again
+            if about_another:
+                raise LaunchError(about_another) from error  # where this rank met it tells nothing
             raise
     return EXIT_FINISHED
+
+
+@contextlib.contextmanager
+def _naming_lost_ranks() -> Iterator[None]:
+    """Raise LaunchError if another rank is lost while ranks meet: nobody can write yet what happened."""
+    try:
+        yield
+    except Exception as error:
+        kind, sentence = classify(error)
+        if isinstance(error, UserError | OSError) or kind != "node":
+            raise
+        raise LaunchError(sentence) from error
 
 
 @contextlib.contextmanager
@@ -147,10 +165,13 @@ def _hold(run: RunDir, group: Group) -> Iterator[Path]:
         yield folder
 
 
-def _note_failure(job: Job, note: Path, error: Exception) -> None:
+def _note_failure(job: Job, note: Path, error: Exception) -> str | None:
     """Record this rank's failure in `note` and `status.json`, unless another rank's was recorded before.
 
     A rank whose failure only reports another's first gives that one time to record it.
+
+    Returns:
+        A sentence about the other rank's failure, if this rank's only reports that.
     """
     reason_class, reason = classify(error)
     is_about_another = len(job.nodes) > 1 and blames_another_rank(reason)
@@ -173,9 +194,12 @@ def _note_failure(job: Job, note: Path, error: Exception) -> None:
         job.folder.write_status(state="failed", phase="", **changes)
     except FileExistsError:
         with contextlib.suppress(OSError, ValueError):
-            print(f"aimscale: rank {job.group.rank} ends: {json.loads(note.read_text())}", file=sys.stderr, flush=True)
+            reason = f"rank {job.group.rank} ends: {json.loads(note.read_text())}"
+            if not is_about_another:
+                print(f"aimscale: {reason}", file=sys.stderr, flush=True)
     except (OSError, LockLost, UserError):
         pass  # the error itself is raised
+    return reason if is_about_another else None
 
 
 def _record_collectives(logs: Path) -> None:

@@ -15,7 +15,7 @@ from commands import say
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.report.blocks import sort_key
-from aimscale.analysis.report.page import maths, write_report
+from aimscale.analysis.report.page import _description, maths, write_report
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.analysis.words import human
 
@@ -188,6 +188,14 @@ def test_hostile_names_are_only_text(tmp_path):
     assert all(not name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert all(attrs.get("src") != "x" for _, attrs in page.tags)
     assert HOSTILE in page.text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"description": 1}', "\xff"])
+def test_a_damaged_description_is_one_sentence(tmp_path, content):
+    folder = write_sweep(tmp_path, [])
+    (folder / "collect.json").write_text(content, encoding="latin-1")
+    with pytest.raises(AnalysisError, match="collect the sweep again"):
+        _description([folder])
 
 
 def test_partial_tables_say_what_is_missing(tmp_path):

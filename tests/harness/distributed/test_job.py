@@ -180,6 +180,8 @@ def test_what_befalls_one_rank_ends_all_and_a_failure_is_told_with_its_node(
     assert (status.state, status.reason_class) == ("failed", reason_class)
     assert reason in str(status.reason)
     assert status.failed_on == (f"node-{victim}" if action is fail else None), "no healthy node is blamed"
+    last = said(run, 1 - victim).read_text().splitlines()[-1]
+    assert last.startswith("rank" if action is fail else "another rank is gone or stands still")
     if action is fail:
         assert f"rank {victim} on node-{victim} failed: ValueError: a bug" in said(run, 1 - victim).read_text()
 
@@ -230,6 +232,14 @@ def test_an_error_of_the_first_rank_is_named_by_its_node_on_all(run: RunDir, in_
 
     assert 0 not in in_processes(be_rank, run, work, world_size=2)
     assert run.read_status().failed_on == "node-0"
+
+
+def test_a_rank_that_dies_while_they_meet_is_told_in_a_sentence(
+    run: RunDir, in_processes: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunDir, "hold", be_killed)  # called by the first rank alone
+    assert in_processes(be_rank, run, reduce_within, world_size=2) == [-signal.SIGKILL, EXIT_CRASHED]
+    assert said(run, 1).read_text().startswith("another rank is gone or stands still, and its own entry in logs/")
 
 
 def test_a_rank_that_hangs_in_a_probe_is_given_up_after_some_of_its_turns(run: RunDir, in_processes: Run) -> None:
