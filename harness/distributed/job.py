@@ -81,7 +81,7 @@ class Job:
             if what:
                 longest_s = max(longest_s, now - last_call) if what == phase else 0.0
                 phase, last_call = what, now
-            is_repeated = what and longest_s
+            is_repeated = what != "" and longest_s > 0
             self.group.limit_collectives(turn_timeout_s(longest_s) if is_repeated else PHASE_TIMEOUT_S)
             if self.group.any(self.flag.is_raised):
                 raise PreemptedError

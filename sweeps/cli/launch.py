@@ -29,7 +29,7 @@ from aimscale.sweeps.engine.worker import LaunchResult
 from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
-from aimscale.sweeps.state.decision import RunState
+from aimscale.sweeps.state.decision import RunState, read_states
 from aimscale.sweeps.table.launch_view import format_price, launch_view
 from aimscale.sweeps.table.views import KeyValue, format_number, print_key_values
 
@@ -85,7 +85,7 @@ def launch(
             raise SweepError(f"{option} has no meaning with --on {place}; it is for --on {only}")
     if place == "local" and not dry_run:
         check_training_installed("launch")
-    states = [engine.launch_state(loaded, run, retry=retry) for run in runs]
+    states = read_states(loaded, runs, retry=retry)
     num_devices = 0 if place == "slurm" else local_machine(runs, devices=devices).devices
     print_key_values(launch_view(loaded, states, cards, num_devices))
     num_hours = sum(card.device_hours for card, each in zip(cards, states, strict=True) if each.startable)
@@ -99,7 +99,7 @@ def launch(
             print_next("status", sweep, root, "--wait")
             return
     elif dry_run:
-        _print_commands(loaded, states, devices)
+        _print_commands(loaded, runs, states, devices)
     if place == "slurm" or dry_run:
         more = [*again, *(["--retry"] if retry else []), *stop]
         _print_next(LaunchResult(skipped=tuple(states)), sweep, loaded, root, *more)
@@ -181,12 +181,11 @@ def cancel(
         raise typer.Exit(1)
 
 
-def _print_commands(sweep: Sweep, states: Sequence[RunState], devices: int | None) -> None:
+def _print_commands(sweep: Sweep, runs: Sequence[Run], states: Sequence[RunState], devices: int | None) -> None:
     """Check the runs and print the commands that a launch on this machine would execute."""
-    starting = [each for each in states if each.startable]
-    machine = local_machine([each.run for each in states], devices=devices)
-    raise_on_problems(sweep, [each.run for each in starting])
-    for each in starting:
+    machine = local_machine(runs, devices=devices)
+    raise_on_problems(sweep, [run for run, each in zip(runs, states, strict=True) if each.startable])
+    for each in (each for each in states if each.startable):
         command = machine.command(each.record.path, min(each.run.devices, machine.devices))
         typer.echo(f"{'start' if each.state == 'not started' else 'resume':<6}  {' '.join(command)}")
 

@@ -21,8 +21,7 @@ from aimscale.sweeps.plan.checks import Problem, check, describe_runs, group_fin
 from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
-from aimscale.sweeps.state.decision import RunState, read_state
-from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.decision import RunState, read_states
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
 from aimscale.sweeps.table.launch_view import format_price, launch_view
 from aimscale.sweeps.table.views import (
@@ -44,7 +43,7 @@ def plan(sweep: SweepName, root: Root = ROOT, on: On = None, as_json: AsJson = F
     runs = plan_runs(loaded)
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
     plateau = budgets_in_plateau(loaded)
-    states = [read_state(run, RunRecord(loaded.run_dir(run.run_id))) for run in runs]
+    states = read_states(loaded, runs)
     if as_json:
         found = to_json(cards) | {"problems": [asdict(each) for each in problems], "flags": [*map(str, plateau)]}
         found |= {"states": dict(Counter(each.state for each in states)), "unplanned": unplanned_runs(loaded, runs)}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Place, Sweep, SweepError,
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import live_jobs
 from aimscale.sweeps.state.attempts import clear_failure, record_lost_attempt
-from aimscale.sweeps.state.decision import RunState, read_state
+from aimscale.sweeps.state.decision import ENDED_BY_HAND, RunState, read_state, read_states
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import hold_sweep, prepare_directory, unplanned_runs
 from aimscale.sweeps.table.on_track import set_stop
@@ -36,8 +36,6 @@ from aimscale.sweeps.table.status_view import progress_bar, progress_line, runs_
 from aimscale.sweeps.table.views import new_console
 
 LOG_INTERVAL_S, LIVE_INTERVAL_S = 30.0, 2.0
-ENDED_BY_HAND = ("failed", "diverged", "off-track", "cancelled")
-"""States that `--retry` clears."""
 CHECKS_LOCK, CHECKS_VALID_S = "checks.lock", 3600.0
 """Lock of launches that check a sweep, and time for which checks that have passed are not repeated, s."""
 LOOK_SHARE = 0.05
@@ -97,9 +95,10 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool, stop_sd: f
     Raises:
         SweepError, ConfigError: as in `launch`.
     """
-    states = [read_state(run, RunRecord(sweep.run_dir(run.run_id))) for run in runs]
+    states = read_states(sweep, runs)
     with hold_sweep(sweep, CHECKS_LOCK, "checks the data of this sweep"):
-        check_once(sweep, [each.run for each in states if _after_launch(each, retry=retry).startable])
+        start = [each.startable or (retry and each.state in ENDED_BY_HAND) for each in states]
+        check_once(sweep, list(itertools.compress(runs, start)))
         prepare_directory(sweep, runs)
         set_stop(sweep, stop_sd)
     lost = {each.worker.facts.get("job_id") for each in states if each.state == "lost" and each.worker}
@@ -127,15 +126,6 @@ def check_once(sweep: Sweep, runs: Sequence[Run]) -> None:
     raise_on_problems(sweep, runs, check(sweep, runs, passed))
     if passed - set(valid):
         write_json(path, dict.fromkeys(passed, now) | valid)
-
-
-def launch_state(sweep: Sweep, run: Run, *, retry: bool) -> RunState:
-    """Return the state of a run as it will be after a launch with `retry`, which clears failures and cancellations."""
-    return _after_launch(read_state(run, RunRecord(sweep.run_dir(run.run_id))), retry=retry)
-
-
-def _after_launch(found: RunState, *, retry: bool) -> RunState:
-    return replace(found, state="paused") if retry and found.state in ENDED_BY_HAND else found
 
 
 def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: bool) -> None:

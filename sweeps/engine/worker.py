@@ -32,7 +32,7 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD, Sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.attempts import EARLY_S, Outcome, record_end, record_lost_attempt
-from aimscale.sweeps.state.decision import RunState, read_state
+from aimscale.sweeps.state.decision import RunState, read_state, read_states
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.table.on_track import write_expected
 
@@ -89,6 +89,8 @@ class Worker:
     """Messages that are not printed yet."""
     is_late: bool = False
     """Whether a run was not started because too little time is left."""
+    is_blocked: bool = False
+    """Whether it has said that other launches on this machine use all devices."""
     stopping: bool = False
     stopped_by: int | None = None
     """First signal that requested a stop, if any."""
@@ -168,8 +170,8 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
     def ended(*outcomes: Outcome) -> tuple[str, ...]:
         return tuple(run_id for run_id, outcome in worker.ended.items() if outcome in outcomes)
 
-    states = {run.run_id: read_state(run, RunRecord(worker.sweep.run_dir(run.run_id))) for run in worker.waiting}
-    remaining = tuple(name for name, each in states.items() if each.startable and worker.machine.can_run(each.run))
+    states = read_states(worker.sweep, worker.waiting)
+    remaining = [each.run.run_id for each in states if each.startable and worker.machine.can_run(each.run)]
     return LaunchResult(
         finished=ended("finished"),
         evaluated=tuple(worker.evaluated),
@@ -177,7 +179,7 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
         stopped=ended("preempted"),
         retried=ended("retry"),
         skipped=tuple(found for run_id, found in worker.skipped.items() if run_id not in worker.ended),
-        remaining=remaining,
+        remaining=tuple(remaining),
         interrupted=worker.stopping or bool(remaining and worker.is_late),
         stopped_by=worker.stopped_by,
         broken=worker.broken,
@@ -243,6 +245,9 @@ def _start_waiting_runs(worker: Worker) -> None:
                 found = refused
             elif worker.job_id and found.run.devices > worker.devices.num_free:
                 return  # the job was sized for this run, which smaller ones would delay
+            elif not worker.active and not worker.is_blocked:
+                worker.is_blocked = True
+                worker.events.append("waiting for devices, which other launches on this machine use")
         elif found.state in ("finished", "failed", "diverged", "off-track", "damaged"):
             worker.waiting.remove(run)
         worker.skipped[run.run_id] = found

@@ -6,7 +6,6 @@ import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Group
@@ -82,44 +81,25 @@ def runs_table(lines: Sequence[RunStatus], width: int) -> Table:
     return fitted_table(columns, lines, width)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """Runs of one size."""
-
-    size: str
-    lines: list[RunStatus]
-
-    @property
-    def val_loss(self) -> float | None:
-        """Lowest validation loss of the runs that are finished."""
-        return min((each.val_loss for each in self.lines if each.val_loss and each.state == "finished"), default=None)
-
-    @property
-    def eta_s(self) -> float | None:
-        """Time to the end of the last run that is running, s."""
-        return max((each.eta_s for each in self.lines if each.eta_s), default=None)
-
-
 def groups_table(lines: Sequence[RunStatus], width: int) -> Table:
     """Make a table with a line for each size."""
-    groups: dict[str, _Group] = {}
+    groups: dict[str, list[RunStatus]] = {}
     for line in lines:
-        size = str(line.cell["size"])
-        groups.setdefault(size, _Group(size=size, lines=[])).lines.append(line)
+        groups.setdefault(str(line.cell["size"]), []).append(line)
+
+    def best_val_loss(group: list[RunStatus]) -> float | None:
+        return min((each.val_loss for each in group if each.val_loss and each.state == "finished"), default=None)
+
     columns = [
-        Column(header="size", cell=lambda group: group.size, align_right=False),
-        Column(header="runs", cell=lambda group: str(len(group.lines))),
-        Column(header="states", cell=lambda group: _count_states(group.lines), align_right=False),
-        Column(header="done", cell=lambda group: f"{_mean_percent(group.lines):.0f} %"),
-        _optional("best val loss", lambda group: group.val_loss, "{:.4f}".format, 1),
-        _optional("images/s", lambda group: _images_per_s(group.lines), format_number, 3),
-        _optional("ETA", lambda group: group.eta_s, format_duration, 2),
+        Column(header="size", cell=lambda group: str(group[0].cell["size"]), align_right=False),
+        Column(header="runs", cell=lambda group: str(len(group))),
+        Column(header="states", cell=_count_states, align_right=False),
+        Column(header="done", cell=lambda group: f"{100 * sum(each.progress for each in group) / len(group):.0f} %"),
+        _optional("best val loss", best_val_loss, "{:.4f}".format, 1),
+        _optional("images/s", _images_per_s, format_number, 3),
+        _optional("ETA", lambda group: max(each.eta_s or 0.0 for each in group), format_duration, 2),
     ]
     return fitted_table(columns, list(groups.values()), width)
-
-
-def _mean_percent(lines: Sequence[RunStatus]) -> float:
-    return 100 * sum(line.progress for line in lines) / len(lines)
 
 
 def _images_per_s(lines: Iterable[RunStatus]) -> float:
@@ -167,7 +147,7 @@ def _notice(line: RunStatus) -> tuple[str, str] | None:
     if line.is_normalised and loss is not None and loss >= CONSTANT_LOSS:
         return "unstable", f"loss {loss:.2f}, no better than a constant prediction: lower optimiser.lr_peak"
     if line.state == "running" and line.status.deviates_since is not None:
-        return "off-track", f"{_on_track(line)}, and 1 % of sound runs come so far from their forecast"
+        return "off-track", f"loss {_on_track(line)}, which 1 % of sound runs come to; see what changed there"
     data_wait = line.status.data_wait or 0.0
     if line.state == "running" and line.status.phase in ("train", "decay") and data_wait > MAX_DATA_WAIT:
         share = f"waits for images {100 * data_wait:.0f} % of the time"
