@@ -136,6 +136,7 @@ def test_losses_are_corrected_only_where_every_best_setting_is_known() -> None:
     assert kept is few
     assert found is not None
     assert words.startswith("not known")
+    assert "if lr holds the learning rate" in tuned_where_known(table.rename(columns={"lr_peak": "lr"}))[1]
     assert tuned_where_known(table.query("D < 2e6"))[1] == "not known: one rate a size"
 
 
