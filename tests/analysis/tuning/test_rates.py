@@ -13,6 +13,7 @@ import yaml
 
 from aimscale.analysis import AnalysisError, fit, forecaster, held_out, rates, read_table, tuned
 from aimscale.analysis.laws.product import product
+from aimscale.analysis.report.study import study_tables
 from aimscale.analysis.tuning.tuned import tuned_where_known
 
 STEPLAW = Path(__file__).with_name("steplaw.csv")
@@ -119,6 +120,15 @@ def test_errors_of_tuning_go_with_the_rows_into_every_interval() -> None:
         for each in (table, table.drop(columns="val_loss_known_errors"))
     )
     assert wide > narrow
+
+
+def test_cautions_about_the_law_of_rates_are_none_about_the_loss() -> None:
+    """Two budgets hardly tell what optima share; five tell what losses do. The page said so of the losses."""
+    table = simulated(np.random.default_rng(1), 1e-3, mistuned=0.25, factors=(0.25, 0.5, 1)).drop(columns="true")
+    assert [flag.kind for flag in rates(table).flags] == ["unseen"]
+    study = study_tables((), table.rename(columns={"N": "params_total", "D": "images_seen"}))
+    assert study.tuning.startswith("the largest size lost 2.0")
+    assert not study.flags
 
 
 def test_losses_are_corrected_only_where_every_best_setting_is_known() -> None:
