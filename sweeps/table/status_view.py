@@ -147,7 +147,7 @@ def _notice(line: RunStatus) -> tuple[str, str] | None:
     if line.is_normalised and loss is not None and loss >= CONSTANT_LOSS:
         return "unstable", f"loss {loss:.2f}, no better than a constant prediction: lower optimiser.lr_peak"
     if line.state == "running" and line.status.deviates_since is not None:
-        return "off-track", f"{_on_track(line)}, and 1 % of sound runs come so far from their forecast"
+        return "off-track", f"loss {_on_track(line)}, which 1 % of sound runs come to; see what changed there"
     data_wait = line.status.data_wait or 0.0
     if line.state == "running" and line.status.phase in ("train", "decay") and data_wait > MAX_DATA_WAIT:
         share = f"waits for images {100 * data_wait:.0f} % of the time"

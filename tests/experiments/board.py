@@ -27,11 +27,11 @@ from scipy.stats import t as student
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.inference import CONFIDENCE
+from aimscale.analysis.forecasts.curves import Cache
 from aimscale.analysis.forecasts.forecaster import (
     DOF,
     LOSSES,
     TERMS,
-    Cache,
     Calibration,
     Forecaster,
     accuracy_forecaster,
