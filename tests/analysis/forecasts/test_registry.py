@@ -103,6 +103,7 @@ def test_what_is_measured_already_is_no_forecast(table, grid):
     with pytest.raises(AnalysisError, match="needs D"):
         say("forecast", table, "--at", "N=1e9")
     register = table.with_name("forecasts.jsonl")
-    register.write_text("nothing\n{}\n")
-    with pytest.raises(AnalysisError, match="Line 1"):
-        read_register(register)
+    for line in ("nothing", "{}", '{"at": [1], "columns": {}}', "[1]"):
+        register.write_text(f"{line}\n")
+        with pytest.raises(AnalysisError, match="Line 1"):
+            read_register(register)
