@@ -1,0 +1,92 @@
+"""Rehearsed steps against the steps of real ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainers import start_ranks
+
+from aimscale.aim.config import model_config
+from aimscale.harness.distributed.group import find_placement, start_group, stop_group
+from aimscale.harness.rehearsal.fake import fake_rank
+from aimscale.harness.rehearsal.step import example_batch, track_step
+from aimscale.harness.rehearsal.tracker import StepTracker
+from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import Engine
+
+CONFIG = model_config("w96-d3", image_size=32, patch_size=4)
+MICRO_BATCHES = [4, 4, 4]
+
+
+def observe(precision: str, stage: int, recomputes: bool, group: Any = None) -> dict[str, Any]:
+    """Memory of every phase and every call of a collective in one step, of rank 0 of real or fake ranks."""
+    options = EngineOptions(zero_stage=stage, activation_checkpointing=recomputes)
+    tracker = StepTracker()
+    with tracker:
+        engine = Engine(CONFIG, OptimiserSection(precision=precision), options, group)  # type: ignore[arg-type]
+        track_step(tracker, engine, [example_batch(CONFIG, each, "paired") for each in MICRO_BATCHES])
+    phases, calls = tracker.memory(), [dataclasses.astuple(each) for each in tracker.calls]
+    engine.close()
+    return json.loads(json.dumps({"phases": [dataclasses.asdict(each) for each in phases], "calls": calls}))
+
+
+def observe_fake(world_size: int, *setting: Any) -> dict[str, Any]:
+    with fake_rank(world_size, on_gpu=False) as group:
+        return observe(*setting, group=group)
+
+
+def observe_real(world_size: int, settings: list[Any], out: Path) -> list[dict[str, Any]]:
+    """The same settings on real ranks, in processes of their own."""
+    ranks = start_ranks([sys.executable, __file__, str(out), json.dumps(settings)], world_size)
+    assert [process.wait() for process in ranks] == [0] * world_size
+    return json.loads(out.read_text())
+
+
+def main(out: Path, settings: list[Any]) -> None:
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    found = [observe(*setting, group=group) for setting in settings]
+    if group.is_first:
+        out.write_text(json.dumps(found))
+    stop_group()
+
+
+ALL = [
+    (precision, stage, recomputes)  # ZeRO 3 last: it leaves its own `linear` in the process
+    for stage, precision, recomputes in itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (False, True))
+    if (precision, stage) != ("bf16", 0)
+]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (2, [("bf16", 2, False), ("fp32", 3, False)]),
+        *(pytest.param(size, ALL, marks=pytest.mark.slow) for size in (1, 2, 4)),
+    ],
+)
+def test_fake_ranks_hold_and_send_what_real_ones_do(world_size: int, settings: list[Any], tmp_path: Path) -> None:
+    for setting, real in zip(settings, observe_real(world_size, settings, tmp_path / "real"), strict=True):
+        fake = observe_fake(world_size, *setting)
+        assert fake["calls"] == real["calls"], setting
+        assert [each["phase"] for each in fake["phases"]] == ["forward", "backward", "update"]
+        for mine, theirs in zip(fake["phases"], real["phases"], strict=True):
+            for name in ("peak", "held"):
+                assert sum(mine[name].values()) == pytest.approx(sum(theirs[name].values()), rel=0.01), (setting, mine)
+                for part, num_bytes in theirs[name].items():
+                    allowed = 0.01 * sum(theirs[name].values())
+                    assert mine[name].get(part, 0) == pytest.approx(num_bytes, abs=allowed), (setting, mine, theirs)
+
+
+if __name__ == "__main__":  # a rank of `observe_real`
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    os._exit(0)  # gloo's threads may outlive the interpreter
