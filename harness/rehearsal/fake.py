@@ -63,6 +63,7 @@ def fake_rank(world_size: int, *, on_gpu: bool) -> Iterator[Group]:
         stack.enter_context(_environment(names))
         import_deepspeed()
         from deepspeed.accelerator import get_accelerator
+        from deepspeed.runtime.zero import stage3
 
         accelerator = get_accelerator()
         if accelerator.device_name() != "cpu":
@@ -71,6 +72,7 @@ def fake_rank(world_size: int, *, on_gpu: bool) -> Iterator[Group]:
         stack.enter_context(_replaced(accelerator, "available_memory", lambda device_index=None: 2**60))
         stack.enter_context(_replaced(nn.Module, "_apply", _apply))
         stack.enter_context(_replaced(nn.functional, "linear", nn.functional.linear))  # ZeRO 3 leaves its own there
+        stack.enter_context(_replaced(stage3, "reduce_scatter_coalesced", _reduce_scatter))
         if on_gpu:
             stack.enter_context(_replaced(aimscale.aim.layers, "keeps_scores", lambda heads: False))
         torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=found["FakeStore"]())
@@ -115,6 +117,19 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
         for name, buffer in each._buffers.items():
             each._buffers[name] = None if buffer is None else fn(buffer)
     return module
+
+
+def _reduce_scatter(tensors: list[Tensor], group: Any) -> list[Tensor]:
+    """Allocate and send what DeepSpeed's `reduce_scatter_coalesced` does, without a view for each rank, which would
+    take most of a rehearsal's time."""
+    world_size = torch.distributed.get_world_size(group)
+    sizes = [-(-each.numel() // world_size) for each in tensors]
+    is_even = len(tensors) == 1 and tensors[0].numel() % world_size == 0
+    flat = tensors[0].view(-1) if is_even else tensors[0].new_empty(world_size * sum(sizes))
+    own = flat.narrow(0, 0, sum(sizes))
+    torch.distributed.reduce_scatter_tensor(own, flat, group=group)
+    kept = [min(size, each.numel()) for size, each in zip(sizes, tensors, strict=True)]
+    return [part.narrow(0, 0, size) for part, size in zip(own.split(sizes), kept, strict=True)]
 
 
 @contextlib.contextmanager
