@@ -14,7 +14,7 @@ import yaml
 from aimscale.aim.config import HeadRule, known_sizes, model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.run.config import EvaluationConfig, RuntimeConfig, Section, TrainingConfig
-from aimscale.sweeps.plan.recipes import RECIPES
+from aimscale.sweeps.plan.recipes import get_recipe, recipe_names
 from aimscale.sweeps.plan.sweepfile import SweepFile
 
 Schema = dict[str, Any]
@@ -62,9 +62,12 @@ def sections() -> Iterator[tuple[str, Schema]]:
 
 
 def _nested(schema: Schema, where: str, parts: Schema) -> Iterator[tuple[str, Schema]]:
+    """Yield a section and those in it, each at the first place where it stands."""
     yield where, schema
+    seen = set[str]()
     for name, field in schema["properties"].items():
-        if inner := _section_in(field):
+        if (inner := _section_in(field)) and inner not in seen:
+            seen.add(inner)
             yield from _nested(parts[inner], f"{where}.{name}".strip("."), parts)
 
 
@@ -84,13 +87,15 @@ def _page(title: str, kind: type[Section], where: str, note: str) -> Iterator[st
 
 
 def _table(section: Schema, place: str) -> str:
-    lines = ["| field | value | default | meaning |", "|---|---|---|---|"]
+    lines, first = ["| field | value | default | meaning |", "|---|---|---|---|"], dict[str, str]()
     for name, field in section["properties"].items():
         dotted = f"{place}.{name}".strip(".")
         default = "*required*" if name in section.get("required", []) else f"`{_yaml(field.get('default', {}))}`"
-        if _section_in(field):
-            slug = "".join(letter for letter in dotted.lower() if letter.isalnum() or letter in "_- ")  # GitHub's
-            value = f"{'list of ' if 'items' in field else ''}[`{dotted}`](#{slug})"
+        if inner := _section_in(field):
+            shown = first.setdefault(inner, dotted)
+            slug = "".join(letter for letter in shown.lower() if letter.isalnum() or letter in "_- ")  # GitHub's
+            text = "text or " * ({"type": "string"} in field.get("anyOf", []))
+            value = f"{'list of ' if 'items' in field else text}[`{shown}`](#{slug})"
             default = "as below" if isinstance(field.get("default"), dict) else default
         else:
             value = words(field)
@@ -130,12 +135,29 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+EXAMPLE = """\
+A recipe of its own is a file beside the sweep file (`recipe: my-recipe.yaml`), or stands in the sweep file. Each law is
+`coefficient (width/at.width)^width (N/at.N)^N (D/at.D)^D`: of the backbone's width, the parameters with the head, and a
+run's smallest budget in images. An exponent that is not given is 0, and a scale in `at` 1.
+
+<!-- not run: a recipe, no sweep file -->
+```yaml
+like: small                         # its keys stand where this recipe has none
+lr_peak: {coefficient: 0.0021, N: -0.4, D: -0.3, at: {N: 120k, D: 64k}, min: 0.0001, source: aimscale rates t.csv}
+batch_size: {coefficient: 64, D: 0.5, at: {D: 64k}, min: 16, source: an assumption}
+devices: {0: 1, 100M: 8}            # from the number of parameters
+base: {optimiser: {precision: bf16}}
+```
+"""
+
+
 def _recipes() -> Iterator[str]:
     yield "## Recipes\n\nWhat follows from the size. A sweep's `base`, `axes` and `override` replace single fields.\n"
     yield "| recipe | schedule | precision | what it does |\n|---|---|---|---|"
-    for recipe in RECIPES.values():
-        yield f"| `{recipe.name}` | {recipe.schedule} | {recipe.precision} | {_cell(recipe.summary)} |"
-    yield ""
+    for recipe in map(get_recipe, recipe_names()):
+        kinds = f"{recipe.base['schedule']['kind']} | {recipe.base['optimiser']['precision']}"
+        yield f"| `{recipe.name}` | {kinds} | {_cell(recipe.summary)} |"
+    yield f"\n{EXAMPLE}"
 
 
 def _sizes() -> Iterator[str]:

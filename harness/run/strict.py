@@ -8,14 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from aimscale.aim.errors import UserError, did_you_mean
 
 SectionT = TypeVar("SectionT", bound="Section")
+Fields = dict[str, Any]
+"""Keys of a YAML mapping with their values."""
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kKMB]?)")
 _UNIT = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
@@ -140,3 +142,16 @@ def count(value: Any) -> Any:
     if isinstance(value, str) and (match := _COUNT.fullmatch(value.strip().replace("_", ""))):
         value = round(float(match[1]) * _UNIT[match[2]], 6)
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(count), Field(gt=0, le=10**15, json_schema_extra={"format": "count"})]
+"""Number of images or parameters, with an optional unit."""
+
+
+def merge(base: Fields, changes: Fields) -> Fields:
+    """Merge nested mappings; `changes` win, lists are replaced as a whole. Neither argument is changed."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
+    return merged

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.sweeps.cli.options import (
     EXIT_INTERRUPTED,
     ROOT,
+    On,
     Root,
     SweepName,
     Yes,
@@ -25,26 +26,20 @@ from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult
 from aimscale.sweeps.plan.checks import raise_on_problems
-from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.decision import RunState
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import unplanned_runs
-from aimscale.sweeps.table.views import KeyValue, format_duration, format_number, group_notices, print_key_values
+from aimscale.sweeps.table.launch_view import format_price, launch_view
+from aimscale.sweeps.table.views import KeyValue, format_number, print_key_values
 
 CONFIRM_DEVICE_HOURS = 10
 """A launch of more device-hours asks for confirmation on a terminal."""
-Place = Literal["local", "slurm"]
 
 
 def launch(
     sweep: SweepName,
     root: Root = ROOT,
-    on: Annotated[
-        Place | None,
-        typer.Option(help="Where runs are executed; by default on Slurm if the file has a `slurm` section, else here."),
-    ] = None,
+    on: On = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     devices: Annotated[
         int | None, typer.Option(min=1, help="GPUs to use, or processes where there is none; by default all.")
@@ -67,10 +62,8 @@ def launch(
 
     Launch as often and on as many machines as you like: each run is executed once.
     """
-    loaded, runs, cards = engine.load_plan(sweep, root)
-    place: Place = on or ("slurm" if loaded.is_for_slurm else "local")
-    if place == "slurm" and not loaded.is_for_slurm:
-        raise SweepError(f"{loaded.source} does not say what jobs request; add `slurm: {{}}` for the defaults")
+    loaded, runs, cards = engine.load_plan(sweep, root, on)
+    place = "slurm" if loaded.is_for_slurm else "local"
     for option, value, only in (
         ("--devices", devices, "local"),
         ("--time-limit", hours, "local"),
@@ -79,10 +72,11 @@ def launch(
         if value and place != only:
             raise SweepError(f"{option} has no meaning with --on {place}; it is for --on {only}")
     states = [engine.launch_state(loaded, run, retry=retry) for run in runs]
-    print_key_values(launch_summary(loaded, states, cards))
+    num_devices = 0 if place == "slurm" else local_machine(runs, devices=devices).devices
+    print_key_values(launch_view(loaded, states, cards, num_devices))
     num_hours = sum(card.device_hours for card, each in zip(cards, states, strict=True) if each.startable)
     if not dry_run and num_hours > CONFIRM_DEVICE_HOURS:
-        confirm(f"launch up to {format_number(num_hours)} device-hours?", yes=yes)
+        confirm(f"launch up to {format_number(num_hours)} device-hours{format_price(loaded, num_hours)}?", yes=yes)
     again = ["--on", on] if on else []
     if place == "slurm":
         _launch_slurm(loaded, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
@@ -100,27 +94,6 @@ def launch(
     _print_next(result, sweep, loaded, root, *again)
     if code := _exit_code(result):
         raise typer.Exit(code)
-
-
-def launch_summary(sweep: Sweep, states: Sequence[RunState], cards: Sequence[CostCard]) -> list[KeyValue]:
-    """Summarise what a launch will do, what is there already, and what needs a person."""
-    words = {"not started": "new", "lost": "to resume", "paused": "to resume", "starting": "running"}
-    counts = Counter(words.get(each.state, each.state) for each in states)
-    parts = ", ".join(f"{num} {word}" for word, num in counts.most_common())
-    lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]
-    if starting := [card for card, each in zip(cards, states, strict=True) if each.startable]:
-        hours = format_number(sum(card.device_hours for card in starting))
-        longest = format_duration(max(card.wall_s for card in starting))
-        lines.append(KeyValue(key="cost", value=f"up to {hours} device-hours; longest run {longest}"))
-    if others := unplanned_runs(sweep, [each.run for each in states]):
-        num_running = sum(RunRecord(sweep.run_dir(name)).is_held() for name in others)
-        running = f", {num_running} of them running" if num_running else ""
-        value = f"{len(others)} run directories{running}, such as {others[0]}; they stay as they are"
-        lines.append(KeyValue(key="unplanned", value=value))
-    retried = {"failed": "; --retry tries again", "diverged": "; --retry tries again", "damaged": ""}
-    retried["cancelled"] = "--retry starts it again"
-    named = [each for each in states if each.state in retried]
-    return [*lines, *group_notices((e.state, f"{e.why}{retried[e.state]}", e.record.name) for e in named)]
 
 
 def _exit_code(result: LaunchResult) -> int:

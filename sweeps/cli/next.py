@@ -114,11 +114,12 @@ def _sweep_candidates(sweep: Sweep, df: pd.DataFrame) -> pd.DataFrame:
 
 
 def _first_setting(sweep: Sweep) -> dict[str, Any]:
-    """Return sweep fields with only the first seed, axis values and variant, and the largest pool."""
+    """Return sweep fields with only the first seed, axis values and variant, and the largest pool; nothing tuned."""
     file = sweep.file
     pools = file.unique_images
     return {
         "isoflop": None,
+        "tune": None,
         "seeds": list(file.seeds[:1]),
         "axes": {key: list(values[:1]) for key, values in file.axes.items()},
         "variants": dict(list(file.variants.items())[:1]),

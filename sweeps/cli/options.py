@@ -13,7 +13,7 @@ import typer
 
 from aimscale.aim.errors import did_you_mean
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.plan.sweepfile import Place, Sweep, SweepError
 
 EXIT_INTERRUPTED = 130
 ROOT = Path("aimscale-runs")
@@ -26,6 +26,10 @@ SweepName = Annotated[
     ),
 ]
 Root = Annotated[Path, typer.Option(help="Folder that holds the sweep directories.")]
+On = Annotated[
+    Place | None,
+    typer.Option(help="Where runs are executed; by default on Slurm if the file has a `slurm` section, else here."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
 

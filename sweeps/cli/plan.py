@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,11 +16,16 @@ from rich.filesize import decimal
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.words import Flag
 from aimscale.harness.device.gpu_specs import DECODED_PER_S
-from aimscale.sweeps.cli.options import ROOT, AsJson, Root, SweepName, print_next, select_run_ids
+from aimscale.sweeps.cli.options import ROOT, AsJson, On, Root, SweepName, print_next, select_run_ids
+from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.plan.checks import Problem, check, describe_runs, group_findings, raise_on_problems
 from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
+from aimscale.sweeps.state.decision import RunState, read_state
+from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.sweep_dir import unplanned_runs
+from aimscale.sweeps.table.launch_view import format_price, launch_view
 from aimscale.sweeps.table.views import (
     Column,
     KeyValue,
@@ -29,11 +35,11 @@ from aimscale.sweeps.table.views import (
     format_number,
     key_value_text,
     new_console,
+    print_key_values,
 )
 
 if TYPE_CHECKING:
     from aimscale.harness.rehearsal.step import Rehearsal
-
 
 Rehearse = Annotated[
     bool,
@@ -42,41 +48,59 @@ Rehearse = Annotated[
         "seconds per shape."
     ),
 ]
-RunId = Annotated[str | None, typer.Option("--run", help="Rehearse this run alone, and print all of it.")]
+Only = Annotated[str | None, typer.Option("--run", help="Rehearse this run alone, and print all of it.")]
 
 
 def plan(
-    sweep: SweepName, root: Root = ROOT, rehearse: Rehearse = False, run: RunId = None, as_json: AsJson = False
+    sweep: SweepName,
+    root: Root = ROOT,
+    on: On = None,
+    rehearse: Rehearse = False,
+    only: Only = None,
+    as_json: AsJson = False,
 ) -> None:
-    """List the runs of a sweep, what each costs, and what would stop it; nothing is written."""
-    loaded = load_sweep(sweep, root)
+    """List the runs of a sweep, what each costs, what is there already, and what would stop it; nothing is written."""
+    loaded = load_sweep(sweep, root).at(on)
     runs = plan_runs(loaded)
-    if run is not None and not rehearse:
+    if only is not None and not rehearse:
         raise SweepError("--run chooses the run that --rehearse steps; add --rehearse")
-    chosen = {each.run_id for each in runs} if run is None else {*select_run_ids(loaded, [run])}
+    chosen = {each.run_id for each in runs} if only is None else {*select_run_ids(loaded, [only])}
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
     plateau = budgets_in_plateau(loaded)
+    states = [read_state(run, RunRecord(loaded.run_dir(run.run_id))) for run in runs]
     rehearsals: dict[str, Rehearsal] = {}
     if rehearse:
         from aimscale.sweeps.plan.rehearsals import rehearse_runs
 
-        rehearsals = rehearse_runs(*zip(*((r, c) for r, c in zip(runs, cards, strict=True) if r.run_id in chosen)))
+        rehearsals = rehearse_runs([pair for pair in zip(runs, cards, strict=True) if pair[0].run_id in chosen])
     if as_json:
         found = to_json(cards) | {"problems": [asdict(each) for each in problems], "flags": [*map(str, plateau)]}
-        for each in found["runs"] if rehearse else ():
-            each["rehearsal"] = asdict(rehearsals[each["run_id"]]) if each["run_id"] in rehearsals else None
+        found |= {"states": dict(Counter(each.state for each in states)), "unplanned": unplanned_runs(loaded, runs)}
+        price = loaded.file.cost.price(found["totals"]["device_hours"])
+        found["price"] = price and {"amount": price[0], "currency": price[1]}
+        if rehearse:
+            found["rehearsals"] = {run_id: asdict(each) for run_id, each in rehearsals.items()}
         typer.echo(json.dumps(found, indent=1))
         raise_on_problems(loaded, runs, problems)
         return
     print_plan(loaded, cards, problems=problems, plateau=plateau, rehearsals=rehearsals)
-    if run is not None:
+    if only is not None:
         from aimscale.sweeps.cli.rehearsal import print_rehearsal
 
-        for each in rehearsals.items():
-            print_rehearsal(*each)
+        for run_id, rehearsed in rehearsals.items():
+            print_rehearsal(run_id, rehearsed)
+    if loaded.runs_dir.is_dir():
+        print_key_values(_still_to_do(loaded, states, cards))
     if problems:
         raise SweepError(f"{loaded.source}: its runs would fail; fix what the lines marked 'fail' name")
-    print_next("launch", sweep, root)
+    print_next("launch", sweep, root, *(["--on", on] if on else []))
+
+
+def _still_to_do(sweep: Sweep, states: Sequence[RunState], cards: Sequence[CostCard]) -> list[KeyValue]:
+    """Return what a launch would do with the runs that are there, and with those that the file adds."""
+    num_devices = 0 if sweep.is_for_slurm else local_machine([each.run for each in states]).devices
+    lines = launch_view(sweep, states, cards, num_devices)
+    return [replace(line, key={"runs": "there", "cost": "to do"}.get(line.key, line.key)) for line in lines]
 
 
 def budgets_in_plateau(sweep: Sweep) -> tuple[Flag, ...]:
@@ -124,17 +148,20 @@ def _flags(cards: Sequence[CostCard], problems: Sequence[Problem]) -> Iterator[K
 def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
     """Return totals and assumptions as key-value lines."""
     total = totals(cards)
+    hours: float = total["device_hours"]
     images, during = format_number(total["images_executed"]), total["flops_during"]
     limits = " and ".join(sorted({card.limit for card in cards}))
     share = f"{100 * total['share_during']:.1f} % of the time"
     beside = f"; {during:.3g} of them during training, {share}" if during else ""
     stop = f"up to {format_duration(max(card.stop_s for card in cards))} for a last save"
     longest = format_duration(total["longest_wall_s"])
+    num_tuning, share_tuning = total["num_tuning_runs"], f"{100 * total['share_tuning']:.2g} % of the sweep"
     facts = [
-        ("runs", f"{total['num_runs']} with {total['num_rows']} rows; recipe {sweep.file.recipe}"),
+        ("runs", f"{total['num_runs']} with {total['num_rows']} rows; recipe {sweep.recipe.name}"),
         ("training", f"{images} images, {total['flops_executed']:.3g} FLOPs with decay branches; limited by {limits}"),
+        *[("tuning", f"{share_tuning}: {num_tuning} of the runs")] * bool(num_tuning),
         ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}"),
-        ("time", f"{format_number(total['device_hours'])} device-hours; longest run {longest}; {stop}"),
+        ("time", f"{format_number(hours)} device-hours{format_price(sweep, hours)}; longest run {longest}; {stop}"),
         ("disk", f"{decimal(total['disk_bytes'])} of run directories"),
         *zip(("assumed", *[""] * 9), _assumptions(cards), strict=False),
     ]

@@ -8,27 +8,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.live import Live
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import parse, read_yaml
-from aimscale.harness.run.files import write_text
+from aimscale.harness.run.files import read_object, write_json, write_text
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.active_run import Command
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
-from aimscale.sweeps.plan.checks import raise_on_problems
+from aimscale.sweeps.plan.checks import check, raise_on_problems
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Sweep, SweepError, SweepFile, load_sweep
+from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Place, Sweep, SweepError, SweepFile, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import live_jobs
 from aimscale.sweeps.state.attempts import clear_failure, record_lost_attempt
 from aimscale.sweeps.state.decision import RunState, read_state
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare_directory, unplanned_runs
+from aimscale.sweeps.state.sweep_dir import hold_sweep, prepare_directory, unplanned_runs
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.status_view import progress_bar, progress_line, runs_table
 from aimscale.sweeps.table.views import new_console
@@ -36,6 +37,8 @@ from aimscale.sweeps.table.views import new_console
 LOG_INTERVAL_S, LIVE_INTERVAL_S = 30.0, 2.0
 ENDED_BY_HAND = ("failed", "diverged", "cancelled")
 """States that `--retry` clears."""
+CHECKS_LOCK, CHECKS_VALID_S = "checks.lock", 3600.0
+"""Lock of launches that check a sweep, and time for which checks that have passed are not repeated, s."""
 LOOK_SHARE = 0.05
 """Maximum share of the time that is spent on looking at all runs, to show their progress."""
 
@@ -69,7 +72,7 @@ def launch(
             directory cannot be written; nothing was created.
     """
     started = time.time()
-    loaded, runs, cards = load_plan(sweep, root)
+    loaded, runs, cards = load_plan(sweep, root, "local")
     machine = local_machine(runs, devices=devices)
     prepare_launch(loaded, runs, retry=retry)
     deadline = float("inf")
@@ -91,14 +94,34 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
         SweepError, ConfigError: as in `launch`.
     """
     states = [read_state(run, RunRecord(sweep.run_dir(run.run_id))) for run in runs]
-    raise_on_problems(sweep, [each.run for each in states if _after_launch(each, retry=retry).startable])
-    prepare_directory(sweep, runs)
+    with hold_sweep(sweep, CHECKS_LOCK, "checks the data of this sweep"):
+        check_once(sweep, [each.run for each in states if _after_launch(each, retry=retry).startable])
+        prepare_directory(sweep, runs)
     lost = {each.worker.facts.get("job_id") for each in states if each.state == "lost" and each.worker}
     job_states = slurm.job_states([str(job_id) for job_id in lost if job_id])
     for each in states:
         if each.state == "lost" or (retry and each.state in ENDED_BY_HAND):
             with contextlib.suppress(UserError, OSError):  # a damaged directory, which the worker reports
                 _close_attempt(each, job_states, retry=retry)
+
+
+def check_once(sweep: Sweep, runs: Sequence[Run]) -> None:
+    """Check runs, without what a launch of this sweep has found right within `CHECKS_VALID_S`.
+
+    A hundred workers that start together need not all read the index of every data set.
+
+    Raises:
+        SweepError: as `raise_on_problems`.
+    """
+    path, now = sweep.directory / "checks.json", time.time()
+    known: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # damaged: all is checked again
+        known = read_object(path) or {}
+    valid = {digest: at for digest, at in known.items() if isinstance(at, float) and 0 <= now - at < CHECKS_VALID_S}
+    passed = set(valid)
+    raise_on_problems(sweep, runs, check(sweep, runs, passed))
+    if passed - set(valid):
+        write_json(path, dict.fromkeys(passed, now) | valid)
 
 
 def launch_state(sweep: Sweep, run: Run, *, retry: bool) -> RunState:
@@ -126,13 +149,19 @@ def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: boo
         lock.release()
 
 
-def load_plan(sweep: Sweep | str | Path, root: Path) -> tuple[Sweep, list[Run], list[CostCard]]:
+def load_plan(
+    sweep: Sweep | str | Path, root: Path, place: Place | None = None
+) -> tuple[Sweep, list[Run], list[CostCard]]:
     """Load a sweep with its runs, longest first, and their cost cards.
+
+    Args:
+        place: where they are executed, instead of what the file says.
 
     Raises:
         SweepError, ConfigError: the sweep cannot be planned.
     """
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
+    loaded = loaded if place is None else loaded.at(place)
     runs = plan(loaded)
     _refuse_new_smallest_budget(loaded, runs)
     cards = cost_cards(loaded, runs)
@@ -157,7 +186,7 @@ def _refuse_new_smallest_budget(sweep: Sweep, runs: Sequence[Run]) -> None:
         kept = f"optimiser.batch_size: {training.optimiser.batch_size}"
         kept += f", schedule.warmup_images: {training.schedule.warmup_images}"
         raise SweepError(
-            f"{sweep.source}: the new smallest budget changes what recipe '{sweep.file.recipe}' trains in "
+            f"{sweep.source}: the new smallest budget changes what recipe '{sweep.recipe.name}' trains in "
             f"{len(changed)} runs, such as {changed[0].run_id}; write `base: {{{kept}}}` to keep them, or rename the "
             f"sweep"
         )

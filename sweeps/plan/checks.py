@@ -7,12 +7,14 @@ written. Torch is imported only if a data set has to be opened.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.data.store.dataset_info import read_info
+from aimscale.harness.data.store.dataset_info import fingerprint, read_info
 from aimscale.harness.device.gpu_specs import Device
 from aimscale.harness.log.loggers import refuse_missing
 from aimscale.harness.run.config import (
@@ -21,6 +23,7 @@ from aimscale.harness.run.config import (
     ProbeSection,
     RunConfig,
     RuntimeConfig,
+    Section,
     ValidationSection,
 )
 from aimscale.harness.run.schedule import schedule_of
@@ -45,9 +48,13 @@ class Problem:
     run_ids: tuple[str, ...]
 
 
-def check(sweep: Sweep, runs: Sequence[Run]) -> tuple[Problem, ...]:
-    """Return the problems of these runs, equal ones once; data sets above `MAX_LOCAL_INDEX` are not opened."""
-    device, data = planned_device(sweep, runs), _DataChecks()
+def check(sweep: Sweep, runs: Sequence[Run], passed: set[str] | None = None) -> tuple[Problem, ...]:
+    """Return the problems of these runs, equal ones once; data sets above `MAX_LOCAL_INDEX` are not opened.
+
+    Args:
+        passed: digests of checks of data that are not repeated; those of the checks that pass now are added.
+    """
+    device, data = planned_device(sweep, runs), _DataChecks(passed)
     return group_findings((run.run_id, (*_check_config(sweep, run, device), *data.check(run.config))) for run in runs)
 
 
@@ -97,35 +104,58 @@ def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
     runtime = run.config.runtime
     yield from _check_call("schedule.warmup_images", schedule_of, run.config)
     yield from _check_call("cost.memory_gb", plan_execution, run.config, run.devices, device.memory_bytes)
-    stop_s, limit_s = grace_period_s(run), 60 * sweep.file.slurm.time_limit_min
-    if stop_s >= limit_s:
+    slurm = sweep.file.slurm if sweep.is_for_slurm else None
+    if slurm and (stop_s := grace_period_s(run)) >= (limit_s := 60 * slurm.time_limit_min):
         told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"
         yield "slurm.time_limit_min", f"{told}; raise time_limit_min"
-    if sweep.file.slurm.python is None:
+    if slurm is None or slurm.python is None:
         yield from _check_call("runtime.loggers", refuse_missing, run.config)
     if runtime.device == "cuda" and not device.is_gpu:
-        where = "slurm.gpus asks for no GPU" if sweep.is_for_slurm else "this machine has no GPU"
+        where = "slurm.gpus asks for no GPU" if slurm else "this machine has no GPU"
         yield "runtime.device", f"cuda is asked for, and {where}; use cpu or auto"
     if runtime.compile is True and not device.is_gpu:
         yield "runtime.compile", "blocks are compiled on a GPU alone, and these runs have a CPU; use auto"
 
 
+def _paths(sections: Sequence[Any]) -> Iterator[str]:
+    """Yield the paths of the data sets that some sections name."""
+    for section in sections:
+        match section:
+            case DataSection():
+                yield from (source.path for source in section.sources)
+            case ValidationSection():
+                yield section.path
+            case ProbeSection():
+                yield from (section.train, section.test)
+
+
 class _DataChecks:
     """Checks of the data sets of several runs; each data set is opened, and each pair compared, once."""
 
-    def __init__(self) -> None:
+    def __init__(self, passed: set[str] | None = None) -> None:
+        self.passed: set[str] = set() if passed is None else passed
         self.opened = functools.cache(self._open)
-        self.stream = functools.cache(self._stream)
-        self.validation = functools.cache(self._validation)
-        self.probe = functools.cache(self._probe)
+        self.fingerprint = functools.cache(fingerprint)
+        self.call = functools.cache(self._call)
 
     def check(self, config: RunConfig) -> Iterator[Finding]:
         """Check the training, validation and probe data of a run."""
         training, evaluation = config.training, config.evaluation
-        yield from self.stream(training.data, training.model.channels)
-        yield from self.validation(training.data, evaluation.validation)
+        yield from self.call(self._stream, training.data, training.model.channels)
+        yield from self.call(self._validation, training.data, evaluation.validation)
         for section in evaluation.probes:
-            yield from self.probe(section, training.model)
+            yield from self.call(self._probe, section, training.model)
+
+    def _call(self, function: Callable[..., list[Finding]], *sections: Any) -> list[Finding]:
+        """Call a check, unless it has passed with the same settings and the same content of the data sets."""
+        named = [section.model_dump(mode="json") if isinstance(section, Section) else section for section in sections]
+        content = [self.fingerprint(path) for path in _paths(sections)]
+        digest = hashlib.sha256(json.dumps([function.__name__, named, content]).encode()).hexdigest()
+        if digest in self.passed:
+            return []
+        if not (found := function(*sections)):
+            self.passed.add(digest)
+        return found
 
     def _open(self, path: str) -> tuple[Any, str | None]:
         """Open a data set: return (data set or None, error or None); both are None if it is too large to open here."""

@@ -9,10 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from aimscale.analysis.fitting.identification import unidentified
-from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.gpu_specs import MFU, Device
@@ -64,6 +60,8 @@ class CostCard:
     run_id: str
     cell: dict[str, Any]
     """Axis -> value."""
+    is_tuning: bool
+    """Whether the run is one of `tune`, beside the grid."""
     params_total: int
     budgets: tuple[BudgetCost, ...]
     images_executed: int
@@ -125,7 +123,9 @@ def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
     return {
         "num_runs": len(cards),
         "num_rows": sum(len(card.budgets) for card in cards),
+        "num_tuning_runs": sum(card.is_tuning for card in cards),
         **sums,
+        "share_tuning": sum(card.device_hours for card in cards if card.is_tuning) / sums["device_hours"],
         "share_during": sum(card.share_during * card.device_hours for card in cards) / sums["device_hours"],
         "longest_wall_s": max(card.wall_s for card in cards),
     }
@@ -140,6 +140,12 @@ def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
     rows = {(card.params_total, budget.images_seen) for card in cards for budget in card.budgets}
     if len(rows) < 2:
         return ()
+    # The fit imports scipy, which verbs that only look at a sweep do without.
+    import numpy as np
+
+    from aimscale.analysis.fitting.identification import unidentified
+    from aimscale.analysis.laws.catalogue import CHINCHILLA
+
     sizes, budgets = zip(*rows, strict=True)
     lost = unidentified(CHINCHILLA, {"N": np.array(sizes, float), "D": np.array(budgets, float)})
     return tuple(name for name in (*CHINCHILLA.names, *CHINCHILLA.derived) if name in lost)
@@ -177,6 +183,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
     card = CostCard(
         run_id=run.run_id,
         cell=run.cell,
+        is_tuning=run.is_tuning,
         params_total=params.total,
         budgets=tuple(
             BudgetCost(

@@ -30,9 +30,9 @@ from aimscale.harness.run.config import (
     run_config,
 )
 from aimscale.harness.run.row import cached_model
-from aimscale.harness.run.strict import count
-from aimscale.sweeps.plan.recipes import Recipe, Scale, get_recipe
-from aimscale.sweeps.plan.sweepfile import Fields, Sweep, SweepError, merge
+from aimscale.harness.run.strict import Fields, count, merge
+from aimscale.sweeps.plan.recipes import Scale
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 
 MAX_CELLS, MAX_DEVICES = 10_000, 1_000_000
 """Upper limits of a plan."""
@@ -53,6 +53,8 @@ class Run:
     """Data-parallel ranks."""
     lr_multiplier: float
     """Factor of the recipe's learning rate, from base, override and axis."""
+    is_tuning: bool
+    """Whether the run is one of `tune`, beside the grid."""
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -61,7 +63,7 @@ class Run:
 
 
 def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
-    """Return all runs of a sweep, in the order of its axes.
+    """Return all runs of a sweep, in the order of its axes, and then those that tune.
 
     Args:
         recipe_budget: budget, in images, from which the recipe sets batch and warm-up; by default the smallest of a
@@ -71,24 +73,24 @@ def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
         SweepError: no run is left, or two cells are the same run.
         ConfigError, ModelConfigError: a field, a size or a combination does not exist.
     """
-    recipe, file = get_recipe(sweep.file.recipe), sweep.file
-    shape = [file.sizes, file.unique_images, file.seeds, file.budgets, *file.axes.values(), file.variants]
-    if (cells := math.prod(max(1, len(axis)) for axis in shape)) > MAX_CELLS:
-        raise SweepError(f"{sweep.source}: {cells:,} cells are more than the {MAX_CELLS:,} of a plan; split the sweep")
     shared = _SharedFields(sweep)
-    seen: dict[str, Fields] = {}
+    seen: dict[str, _PlannedRun] = {}
     runs: list[Run] = []
-    for cell, budgets, changes in _planned_cells(sweep, shared, recipe):
-        run = _build_run(sweep, recipe, cell, budgets, changes, recipe_budget or min(budgets))
-        if run.run_id in seen:
+    for each in _planned_runs(sweep, shared):
+        run = _build_run(sweep, each, recipe_budget or each.smallest_budget)
+        before = seen.get(run.run_id)
+        seen[run.run_id] = each
+        if before is None:
+            runs.append(run)
+        elif each.is_tuning <= before.is_tuning:  # the grid holds the rate of the sweep itself, too
             raise SweepError(
-                f"{sweep.source}: cells {seen[run.run_id]} and {cell} are the same run; an "
-                f"axis has no effect on what is trained"
+                f"{sweep.source}: cells {before.cell} and {each.cell} are the same run; an axis has no effect on what "
+                f"is trained"
             )
-        seen[run.run_id] = cell
-        runs.append(run)
     if not runs:
         raise SweepError(f"{sweep.source}: no run is left after the exclusions")
+    if sweep.file.tune and not any(run.is_tuning for run in runs):
+        raise SweepError(f"{sweep.source}: `tune` adds no run; name cells and rates that the grid does not hold")
     return runs
 
 
@@ -103,40 +105,77 @@ class _SharedFields:
 
     def __init__(self, sweep: Sweep) -> None:
         # The recipe derives other fields from the complete model, so its own model fields are merged first.
-        model = {"model": dict(get_recipe(sweep.file.recipe).fixed_fields.get("model", {}))}
+        model = {"model": sweep.recipe.base.get("model", {})}
         self.base = merge(model, _resolve_fields(_nest(sweep.file.base), sweep))
         self.overrides = [
             (_conditions(override.when, sweep), _resolve_fields(_nest(override.set), sweep))
             for override in sweep.file.override
         ]
         self.excludes = [_conditions(exclude, sweep) for exclude in sweep.file.exclude]
-        self.axes = {
-            (key, i): {} if key == "lr_multiplier" else _resolve_fields(_nest({key: value}), sweep)
-            for key, values in sweep.file.axes.items()
-            for i, value in enumerate(values)
-        }
-        self.axes |= {
-            ("variant", i): _resolve_fields(_nest(changes), sweep)
-            for i, changes in enumerate(sweep.file.variants.values())
-        }
+        self._sweep, self._of_axes = sweep, dict[tuple[str, str], Fields]()
+
+    def axis_fields(self, key: str, value: Any) -> Fields:
+        """Return the fields that a value of an axis sets."""
+        if key == "lr_multiplier":
+            return {}
+        if (place := (key, repr(value))) not in self._of_axes:
+            changes = self._sweep.file.variants[value] if key == "variant" else {key: value}
+            self._of_axes[place] = _resolve_fields(_nest(changes), self._sweep)
+        return self._of_axes[place]
 
 
-def _planned_cells(
-    sweep: Sweep, shared: _SharedFields, recipe: Recipe
-) -> Iterator[tuple[Fields, tuple[int, ...], Fields]]:
-    """Yield (cell, requested budgets, changed fields) of every run."""
+@dataclass(frozen=True, kw_only=True)
+class _PlannedRun:
+    """Cell of a run, before its configuration is made."""
+
+    cell: Fields
+    budgets: tuple[int, ...]
+    """Requested budgets."""
+    smallest_budget: int
+    """Smallest budget of the cell, also where the run serves larger ones only."""
+    changes: Fields
+    """Fields of base, axes and overrides."""
+    is_tuning: bool
+
+
+def _grids(sweep: Sweep) -> Iterator[tuple[dict[str, tuple[Any, ...]], tuple[int, ...], bool]]:
+    """Yield the axes of the sweep but for the budgets, its budgets, and False; then those of `tune`, and True."""
     file = sweep.file
-    named = file.axes | ({"variant": tuple(file.variants)} if file.variants else {})
-    axes = [[(key, i, value) for i, value in enumerate(values)] for key, values in named.items()]
-    for values in itertools.product(*axes):
-        axis_fields = functools.reduce(merge, (shared.axes[key, i] for key, i, _ in values), shared.base)
-        extra = {key: value for key, _, value in values}
-        budgets_of = _isoflop_budgets(sweep, axis_fields) if file.isoflop else dict.fromkeys(file.sizes, file.budgets)
-        run_per_budget = merge({"schedule": {"kind": recipe.schedule}}, axis_fields)["schedule"]["kind"] == "cosine"
-        for size, unique, seed in itertools.product(file.sizes, file.unique_images, file.seeds):
-            cell = {"size": size, "unique_images": unique, "seed": seed, **extra}
-            for budgets, changes in _group_budgets(cell, budgets_of.get(size, ()), shared, run_per_budget):
-                yield cell, budgets, functools.reduce(merge, changes, axis_fields)
+    variants = {"variant": tuple(file.variants)} if file.variants else {}
+    axes = {"size": file.sizes, "unique_images": file.unique_images, "seed": file.seeds, **file.axes, **variants}
+    yield axes, file.budgets, False
+    if file.tune:
+        at = _conditions(file.tune.at, sweep)
+        chosen = {key: at.get(key, values if key == "size" else values[:1]) for key, values in axes.items()}
+        yield chosen | file.tune.axes, at.get("budget", file.budgets), True
+
+
+def _planned_runs(sweep: Sweep, shared: _SharedFields) -> Iterator[_PlannedRun]:
+    """Yield the runs of the grid, and those that tune."""
+    file = sweep.file
+    grids = list(_grids(sweep))
+    cells = sum(math.prod([max(1, len(file.budgets)), *map(len, axes.values())]) for axes, *_ in grids)
+    if cells > MAX_CELLS:
+        raise SweepError(f"{sweep.source}: {cells:,} cells are more than the {MAX_CELLS:,} of a plan; split the sweep")
+    for axes, wanted, is_tuning in grids:
+        scale = [axes.pop(name) for name in ("size", "unique_images", "seed")]
+        for values in itertools.product(*axes.values()):
+            extra = dict(zip(axes, values, strict=True))
+            fields = functools.reduce(merge, itertools.starmap(shared.axis_fields, extra.items()), shared.base)
+            budgets_of = _isoflop_budgets(sweep, fields) if file.isoflop else dict.fromkeys(file.sizes, file.budgets)
+            run_per_budget = merge(sweep.recipe.base, fields).get("schedule", {}).get("kind") == "cosine"
+            for size, unique, seed in itertools.product(*scale):
+                cell = {"size": size, "unique_images": unique, "seed": seed, **extra}
+                for budgets, changes in _group_budgets(cell, budgets_of.get(size, ()), shared, run_per_budget):
+                    served = tuple(budget for budget in budgets if not wanted or budget in wanted)
+                    if served:
+                        yield _PlannedRun(
+                            cell=cell,
+                            budgets=served,
+                            smallest_budget=min(budgets),
+                            changes=functools.reduce(merge, changes, fields),
+                            is_tuning=is_tuning,
+                        )
 
 
 def _group_budgets(
@@ -182,13 +221,12 @@ def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]
     return {size: tuple(sorted(values)) for size, values in budgets.items()}
 
 
-def _build_run(
-    sweep: Sweep, recipe: Recipe, cell: Fields, requested: tuple[int, ...], changes: Fields, recipe_budget: int
-) -> Run:
+def _build_run(sweep: Sweep, planned: _PlannedRun, recipe_budget: int) -> Run:
+    cell, changes = planned.cell, planned.changes
     section = {**changes.get("model", {}), "size": cell["size"]}
     model = _model_from(section, changes, sweep)
     scale = Scale(width=model.width, params_total=model_counts(model)[0].total, budget=recipe_budget)
-    fields = merge(recipe.fields(scale), changes)
+    fields = merge(sweep.recipe.fields(scale), changes)
     fields["model"] = section
     fields["data"] = {**fields.get("data", {}), "unique_images": cell["unique_images"]}
     fields["seed"] = cell["seed"]
@@ -198,14 +236,21 @@ def _build_run(
     if factors != (1.0, 1.0):
         fields["optimiser"]["lr_peak"] = float(f"{optimiser.lr_peak * lr_multiplier:.6g}")
     batch = optimiser.batch_size
-    fields["budgets"] = tuple(sorted({max(1, round(budget / batch)) * batch for budget in requested}))
+    fields["budgets"] = tuple(sorted({max(1, round(budget / batch)) * batch for budget in planned.budgets}))
     runtime = parse(RuntimeConfig, fields.pop("runtime", {}), f"{sweep.source}: runtime")
     devices = fields.pop("devices")
     if not isinstance(devices, int) or isinstance(devices, bool) or not 0 < devices <= MAX_DEVICES:
         raise SweepError(f"{sweep.source}: devices must be a whole number from 1 to {MAX_DEVICES:,}, not {devices!r}")
     config = run_config(fields, str(sweep.source), runtime)
     multiplier = float(f"{lr_multiplier:.6g}")
-    return Run(run_id=config.run_id, config=config, cell=cell, devices=devices, lr_multiplier=multiplier)
+    return Run(
+        run_id=config.run_id,
+        config=config,
+        cell=cell,
+        devices=devices,
+        lr_multiplier=multiplier,
+        is_tuning=planned.is_tuning,
+    )
 
 
 def _checked_multiplier(value: Any, sweep: Sweep) -> float:
@@ -249,7 +294,7 @@ def _conditions(cell: Mapping[str, Any], sweep: Sweep) -> dict[str, tuple[Any, .
             if value not in known[key] and not (key == "budget" and file.isoflop):
                 hint = did_you_mean(str(value), [*map(str, known[key])], "the sweep's are")
                 raise SweepError(
-                    f"{sweep.source}: exclude or override names {key} {value!r}, which no cell has; {hint}"
+                    f"{sweep.source}: exclude, override or tune names {key} {value!r}, which no cell has; {hint}"
                 )
     return conditions
 

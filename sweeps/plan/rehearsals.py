@@ -13,12 +13,12 @@ from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 
 
-def rehearse_runs(runs: Sequence[Run], cards: Sequence[CostCard]) -> dict[str, Rehearsal]:
+def rehearse_runs(runs: Sequence[tuple[Run, CostCard]]) -> dict[str, Rehearsal]:
     """Map the ids of runs that fit their devices to their rehearsed steps."""
     by_shape: dict[str, Rehearsal] = {}
     by_run: dict[str, Rehearsal] = {}
     with Bar() as bar:
-        for number, (run, card) in enumerate(zip(runs, cards, strict=True)):
+        for number, (run, card) in enumerate(runs):
             if card.fit is not None:
                 training, plan = run.config.training, card.fit
                 optimiser = training.optimiser

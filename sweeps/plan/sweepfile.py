@@ -1,7 +1,7 @@
 """The sweep file: a whole experiment as one strict YAML document.
 
     name: width-and-data
-    recipe: small                       # how batch, rate, schedule and devices follow from size
+    recipe: small                       # how batch, rate, schedule and devices follow from size; or my-recipe.yaml
     sizes: [rung-32, rung-64, rung-128]
     budgets: [4k, 8k, 16k]              # images seen; counts may be written 4k, 500M, 2B, 1e6
     unique_images: [1k, null]           # null: the whole pool
@@ -13,6 +13,7 @@
       validation: {path: data/validation}
     exclude: [{size: rung-128, unique_images: 1k}]
     override: [{when: {size: rung-128}, set: {optimiser.lr_peak: 0.0005}}]
+    tune: {lr_multiplier: [0.5, 2, 4], at: {size: [rung-32, rung-64], budget: [4k, 16k]}}     # further, small runs
 
 Relative paths are relative to the file; those of a preset, to the sweep root. A file may start from a preset:
 
@@ -29,7 +30,7 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -37,9 +38,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from aimscale.aim.errors import UserError, did_you_mean
 from aimscale.harness.run.config import Section, parse, read_yaml
 from aimscale.harness.run.files import read_object
-from aimscale.harness.run.strict import count
+from aimscale.harness.run.strict import Count, Fields, merge
+from aimscale.sweeps.plan.recipes import Recipe, get_recipe, parse_recipe, read_recipe
 
-Fields = dict[str, Any]
+Place = Literal["local", "slurm"]
+"""Where runs are executed: by the process that launches, or as Slurm jobs."""
 PRESETS = Path(__file__).parent / "presets"
 SWEEP_FILE = "sweep.yaml"
 SWEEP_RECORD = "sweep.json"
@@ -47,10 +50,6 @@ SWEEP_RECORD = "sweep.json"
 
 class SweepError(UserError):
     """Sweep that cannot be planned, launched or read as written."""
-
-
-Count = Annotated[int, BeforeValidator(count), Field(gt=0, le=10**15, json_schema_extra={"format": "count"})]
-"""Number of images or parameters, with an optional unit."""
 
 
 class OverrideSection(Section):
@@ -76,6 +75,31 @@ class IsoflopSection(Section):
     """Smallest number of images; pairs with fewer are left out."""
 
 
+class TuneSection(Section):
+    """Small runs at other learning rates, from which `aimscale rates` finds the law of the best rate: three to five
+    rates on three sizes and two budgets are a beginning."""
+
+    lr_multiplier: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+    """Factors of the sweep's own learning rate."""
+    batch_size: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Batches, each at every rate."""
+    at: dict[str, Any]
+    """Axis -> value or list of values: the cells to tune. Of `size` and `budget` all are taken unless they are named,
+    of other axes the first value."""
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Fields that are tuned, with their values."""
+        batch_sizes = {"optimiser.batch_size": self.batch_size} if self.batch_size else {}
+        return {"lr_multiplier": self.lr_multiplier, **batch_sizes}
+
+
+def _check_price(text: Any) -> str:
+    if not isinstance(text, str) or not re.fullmatch(r"\d+(\.\d+)? [^\W\d]{1,8}", text):
+        raise ValueError("must be an amount and a currency, such as 2.10 USD")
+    return text
+
+
 class CostSection(Section):
     """Assumptions of a plan about a device; they are printed beside the numbers."""
 
@@ -91,6 +115,15 @@ class CostSection(Section):
     """Memory of one device, GB; null: the data sheet's, or this machine's."""
     pool_images: Count | None = None
     """Size of the image pool, needed if the data sets are not available to be counted."""
+    price_per_device_hour: Annotated[str, BeforeValidator(_check_price)] | None = None
+    """Price of a device for an hour with its currency, such as 2.10 USD; null: no money is counted."""
+
+    def price(self, device_hours: float) -> tuple[float, str] | None:
+        """Return the amount and the currency of so many device-hours, or None without a price."""
+        if self.price_per_device_hour is None:
+            return None
+        amount, currency = self.price_per_device_hour.split()
+        return float(amount) * device_hours, currency
 
 
 def _check_one_line(text: str) -> str:
@@ -125,7 +158,8 @@ class SlurmSection(Section):
     partition: OneLine | None = None
     """Partition."""
     time_limit_min: int = Field(1440, gt=0, le=10**6)
-    """Time limit of one job, minutes; a run that needs longer saves, is requeued and goes on."""
+    """Longest time limit of one job, minutes. A job requests twice what its runs take by the plan, if that is shorter;
+    a run that needs longer saves, is requeued and goes on."""
     devices_per_node: int = Field(8, gt=0)
     """Tasks (and GPUs) of one node."""
     gpus: bool | OneLine = True
@@ -161,9 +195,9 @@ class SweepFile(Section):
     """Name of the sweep and of its directory."""
     description: str = ""
     """Purpose of the sweep, one line."""
-    recipe: str = "small"
-    """Rule by which batch, rate, schedule and devices follow from size and budget: `small`, `aim-paper` or
-    `aim-l3m`."""
+    recipe: str | Recipe = "small"
+    """Rule by which batch, rate, schedule and devices follow from size and budget: `small`, `aim-paper`, `aim-l3m`, a
+    file, or its keys. A launch stores the keys of a file."""
     sizes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Model sizes."""
     budgets: tuple[Count, ...] = ()
@@ -186,6 +220,8 @@ class SweepFile(Section):
     """Cells to leave out: axis -> value or list of values."""
     override: tuple[OverrideSection, ...] = ()
     """Changes of the cells that match."""
+    tune: TuneSection | None = None
+    """Runs at other learning rates beside the grid."""
     cost: CostSection = CostSection()
     """Assumptions of the plan."""
     slurm: SlurmSection = SlurmSection()
@@ -203,12 +239,15 @@ class SweepFile(Section):
         if bool(self.budgets) == bool(self.isoflop):
             raise ValueError("give either `budgets` or `isoflop`")
         known = [*AXES, *self.axes, *(["variant"] if self.variants else [])]
-        for key in [key for cells in (*self.exclude, *(o.when for o in self.override)) for key in cells]:
+        tuned = (self.tune.at, self.tune.axes) if self.tune else ({}, {})
+        for key in [key for cells in (*self.exclude, *(o.when for o in self.override), tuned[0]) for key in cells]:
             if key not in known:
                 raise ValueError(f"'{key}' is no axis of this sweep; {did_you_mean(key, known, 'the axes are')}")
         for key in self.axes:
             if key in AXIS_KEYS:
                 raise ValueError(f"axis '{key}' is written as `{AXIS_KEYS[key]}`")
+            if key in tuned[1]:
+                raise ValueError(f"both `tune` and `axes` vary {key}; keep one of them")
         return self
 
 
@@ -230,11 +269,19 @@ class Sweep:
     """Directory to which its relative paths refer."""
     root: Path
     """Directory that holds the sweep directories."""
+    place: Place | None = None
+    """Where its runs are executed; None for what the file says."""
 
     @property
     def name(self) -> str:
         """Name of the sweep."""
         return self.file.name
+
+    @property
+    def recipe(self) -> Recipe:
+        """Rule by which batch, rate, schedule and devices follow from size and budget."""
+        recipe = self.file.recipe
+        return get_recipe(recipe) if isinstance(recipe, str) else recipe
 
     @property
     def directory(self) -> Path:
@@ -248,8 +295,18 @@ class Sweep:
 
     @property
     def is_for_slurm(self) -> bool:
-        """Whether the file has a `slurm` section, so that its runs are Slurm jobs unless a launch says otherwise."""
-        return "slurm" in self.file.model_fields_set
+        """Whether its runs are Slurm jobs: if the file has a `slurm` section, unless `place` says otherwise."""
+        return self.place == "slurm" or (self.place is None and "slurm" in self.file.model_fields_set)
+
+    def at(self, place: Place | None) -> Sweep:
+        """Return the sweep with its runs at another place; None leaves it to the file.
+
+        Raises:
+            SweepError: they are to be Slurm jobs, and the file does not say what jobs request.
+        """
+        if place == "slurm" and "slurm" not in self.file.model_fields_set:
+            raise SweepError(f"{self.source} does not say what jobs request; add `slurm: {{}}` for the defaults")
+        return replace(self, place=place)
 
     def run_dir(self, run_id: str) -> Path:
         """Return the directory of a run."""
@@ -305,6 +362,12 @@ def _read(path: Path, *, base_dir: Path, root: Path) -> Sweep:
     if isinstance(values, dict) and values.get("preset") is not None:
         values = _merge_preset(values, path)
         text = yaml.safe_dump(values, sort_keys=False)
+    recipe = values.get("recipe", "") if isinstance(values, dict) else ""
+    if isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):
+        values["recipe"] = read_recipe(base_dir / recipe).model_dump(mode="json", exclude_unset=True)
+        text = yaml.safe_dump(values, sort_keys=False)
+    elif not isinstance(recipe, str):
+        values["recipe"] = parse_recipe(recipe, f"{path}: recipe")
     return Sweep(file=parse(SweepFile, values, str(path)), text=text, source=path, base_dir=base_dir, root=root)
 
 
@@ -320,15 +383,6 @@ def _merge_preset(values: Fields, where: Path) -> Fields:
     if isinstance(base := values.get("base"), dict):
         whole["base"] = merge(start.get("base", {}), base)
     return whole
-
-
-def merge(base: Fields, changes: Fields) -> Fields:
-    """Merge nested mappings; `changes` win, lists are replaced as a whole. Neither argument is changed."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
-    return merged
 
 
 def _read_directory(directory: Path) -> Sweep:

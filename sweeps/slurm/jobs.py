@@ -41,6 +41,8 @@ class JobArray:
     """Name of the launch that submitted it."""
     script: str = ""
     """Digest of its script."""
+    request: str = ""
+    """Digest of what the sweep file requested; empty in records of an earlier version."""
 
     @property
     def names(self) -> list[str]:
@@ -56,6 +58,8 @@ class LiveJob:
     shape: JobShape
     is_busy: bool
     """Whether it executes a run."""
+    request: str
+    """Digest of its request, as in `JobArray`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,7 @@ def live_jobs(sweep: Sweep, known: Mapping[str, JobInfo]) -> list[LiveJob]:
     claims = sweep.runs_dir.glob("*/claim") if arrays else ()
     busy = {holder.facts.get("job_id") for path in claims if (holder := read_holder(path)) and is_held(path)}
     return [
-        LiveJob(info=known[name], shape=array.shape, is_busy=name in busy)
+        LiveJob(info=known[name], shape=array.shape, is_busy=name in busy, request=array.request)
         for array in arrays
         for name in array.names
         if name in known and known[name].phase != "ended"

@@ -6,31 +6,30 @@ that can start, less the jobs that already wait or run without one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import math
 import shlex
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string
 
-from aimscale.harness.run.lock import Lock, read_holder
 from aimscale.harness.run.provenance import Snapshot, find_snapshot, make_snapshot
-from aimscale.sweeps.plan.costs import grace_period_s
+from aimscale.sweeps.plan.costs import cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.jobs import JobArray, JobShape, failed_jobs, live_jobs, record_array
+from aimscale.sweeps.slurm.jobs import JobArray, JobShape, LiveJob, failed_jobs, live_jobs, record_array
 from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.sweep_dir import hold_sweep
 
 WORKER_MODULE = "aimscale.sweeps.engine.slurm_worker"
-LOCK_TIMEOUT_S = 300.0
-"""Time to wait for another launch that submits, s."""
+TIME_FACTOR, SHORTEST_LIMIT_MIN = 2, 60
+"""Factor on the time that a plan says, and shortest time limit, minutes: a plan may be wrong, and start-up takes time.
+A run that needs longer saves, is requeued and goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,34 +87,11 @@ def submit(
     batch = _Batch(sweep=sweep, snapshot=snapshot, dry_run=dry_run, retry=retry)
     if dry_run:
         return batch.submit(list_runs())
-    sweep.directory.mkdir(parents=True, exist_ok=True)
-    with _hold_submissions(sweep.directory / "slurm" / "lock"):
+    with hold_sweep(sweep, "slurm/lock", "submits jobs of this sweep"):
         batch.known = slurm.jobs()
         if snapshot:
             make_snapshot(snapshot)
         return batch.submit(list_runs())
-
-
-@contextlib.contextmanager
-def _hold_submissions(path: Path) -> Iterator[None]:
-    """Hold the lock of submissions for the block.
-
-    Raises:
-        SweepError: another launch holds it for too long.
-    """
-    lock, deadline, is_told = Lock(path), time.monotonic() + LOCK_TIMEOUT_S, False
-    while lock.take() is None:
-        other = read_holder(path)
-        who = f"process {other.pid} on {other.host}" if other else "another process"
-        if not is_told:
-            _print(f"waiting for {who}, which submits jobs of this sweep")
-            is_told = True
-        if time.monotonic() > deadline:
-            raise SweepError(f"{who} has been submitting for {LOCK_TIMEOUT_S:.0f} s; end it, then launch again")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _print(sentence: str) -> None:
@@ -139,6 +115,7 @@ class _Batch:
         self.sweep, self.section, self.folder = sweep, sweep.file.slurm, sweep.directory / "slurm"
         self.snapshot, self.dry_run, self.retry = snapshot, dry_run, retry
         self.launch = uuid.uuid4().hex[:8]
+        self.request = _digest(self.section.model_dump_json(exclude={"max_jobs"}))
         self.known: dict[str, slurm.JobInfo] = {}
 
     def submit(self, runs: Sequence[Run]) -> list[Submission]:
@@ -146,7 +123,7 @@ class _Batch:
         by_shape: dict[JobShape, list[Run]] = {}
         for run in runs:
             by_shape.setdefault(job_shape(run, self.section), []).append(run)
-        live = live_jobs(self.sweep, self.known)
+        live = self._cancel_outdated(live_jobs(self.sweep, self.known))
         num_wanted = [
             max(0, len(shape_runs) - sum(job.shape == shape and not job.is_busy for job in live))
             for shape, shape_runs in by_shape.items()
@@ -164,6 +141,14 @@ class _Batch:
             for submission in self._submit_arrays(shape, shape_runs, num_jobs)
         ]
 
+    def _cancel_outdated(self, live: Sequence[LiveJob]) -> list[LiveJob]:
+        """Cancel pending jobs that request what the sweep file no longer says; return the other jobs."""
+        outdated = [job for job in live if job.info.phase == "pending" and job.request not in ("", self.request)]
+        if outdated:
+            slurm.command("scancel", "--quiet", "--state=PENDING", *(job.info.job_id for job in outdated))
+            _print(f"cancelled {len(outdated)} pending jobs, whose request in the sweep file has changed since")
+        return [job for job in live if job not in outdated]
+
     def _submit_arrays(self, shape: JobShape, runs: Sequence[Run], num_jobs: int) -> Iterator[Submission]:
         """Submit the jobs as one array, or as several if Slurm limits their length; record each at once."""
         if not num_jobs:
@@ -173,21 +158,34 @@ class _Batch:
         if not self.dry_run:
             longest = slurm.max_array_size()
             excluded = slurm.nodes_to_exclude(excluded, self.section.partition, shape.nodes)
+        minutes = self._time_limit_min(runs, num_jobs)
         for first in range(0, num_jobs, longest):
             size = min(longest, num_jobs - first)
-            script = self._script(shape, runs, excluded, size)
+            script = self._script(shape, runs, minutes, excluded, size)
             yield Submission(
                 shape=shape,
                 num_jobs=size,
                 num_runs=len(runs),
                 excluded=excluded,
                 script=script,
-                job_id=None if self.dry_run else self._submit_script(script, shape, runs, size),
+                job_id=None if self.dry_run else self._submit_script(script, shape, runs, minutes, size),
             )
 
-    def _submit_script(self, script: str, shape: JobShape, runs: Sequence[Run], size: int) -> str:
+    def _time_limit_min(self, runs: Sequence[Run], num_jobs: int) -> int:
+        """Return the time limit of jobs that execute these runs, minutes: as short as the plan allows.
+
+        Short jobs start earlier, in gaps between others. A run that was started before shows that the plan is too
+        short for it, or that jobs are disturbed; its jobs ask for all the time that the file allows.
+        """
+        if any(RunRecord(self.sweep.run_dir(run.run_id)).read_attempts() for run in runs):
+            return self.section.time_limit_min
+        walls = [card.wall_s for card in cost_cards(self.sweep, runs)]
+        needed_s = TIME_FACTOR * max(*walls, sum(walls) / num_jobs) + max(map(grace_period_s, runs))
+        return min(self.section.time_limit_min, max(SHORTEST_LIMIT_MIN, math.ceil(needed_s / 60)))
+
+    def _submit_script(self, script: str, shape: JobShape, runs: Sequence[Run], minutes: int, size: int) -> str:
         # Without what changes from one launch to the next: the number of jobs, and the nodes to be excluded.
-        digest = hashlib.sha256(self._script(shape, runs, (), 1).encode()).hexdigest()[:16]
+        digest = _digest(self._script(shape, runs, minutes, (), 1))
         failed = [] if self.retry else failed_jobs(self.sweep, self.known, script=digest)
         if failed and not any(job.has_begun for job in failed):
             raise SweepError(
@@ -195,11 +193,11 @@ class _Batch:
                 f"{failed[-1].log}); mend slurm.setup or slurm.python, or submit the same again by --retry"
             )
         job_id = slurm.command("sbatch", "--parsable", text=script).strip().partition(";")[0]
-        array = JobArray(job_id=job_id, number=size, shape=shape, launch=self.launch, script=digest)
-        record_array(self.sweep, array)
+        facts = {"launch": self.launch, "script": digest, "request": self.request}
+        record_array(self.sweep, JobArray(job_id=job_id, number=size, shape=shape, **facts))
         return job_id
 
-    def _script(self, shape: JobShape, runs: Sequence[Run], excluded: Sequence[str], size: int) -> str:
+    def _script(self, shape: JobShape, runs: Sequence[Run], minutes: int, excluded: Sequence[str], size: int) -> str:
         """Return the batch script as submitit writes it; it becomes the worker."""
         section, log = self.section, "%A_%a.out" if size > 1 else "%j.out"
         # Slurm signals the batch script alone (B:), and that signals its runs.
@@ -209,7 +207,7 @@ class _Batch:
         fields: dict[str, Any] = {
             "job_name": f"aimscale-{self.sweep.name}",
             "partition": section.partition,
-            "time": section.time_limit_min,
+            "time": minutes,
             "nodes": shape.nodes,
             "ntasks_per_node": shape.devices,
             "cpus_per_task": section.cpus_per_task,
@@ -225,6 +223,10 @@ class _Batch:
             "use_srun": False,
         }
         return _make_sbatch_string(f"exec {python} -u -m {shlex.join(words)}", self.folder, **fields)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _environment(snapshot: Snapshot | None) -> list[str]:

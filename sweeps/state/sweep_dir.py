@@ -2,14 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
 
+from aimscale.aim.errors import UserError
 from aimscale.harness.run.failures import disk_sentence
 from aimscale.harness.run.files import write_json, write_text
+from aimscale.harness.run.lock import Lock, read_holder
 from aimscale.harness.run.provenance import is_imported
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
 from aimscale.sweeps.state.record import RunRecord
+
+LOCK_TIMEOUT_S = 300.0
+"""Time to wait for another launch of the sweep, s."""
+
+
+@contextlib.contextmanager
+def hold_sweep(sweep: Sweep, name: str, doing: str) -> Iterator[None]:
+    """Hold a lock in the sweep's directory for the block, which one launch executes at a time.
+
+    A directory that is made for it is removed if the block refuses to go on.
+
+    Args:
+        name: path of the lock in the directory.
+        doing: what its holder does, for those that wait.
+
+    Raises:
+        SweepError: another launch holds it for too long, or the directory cannot be written.
+    """
+    path = sweep.directory / name
+    lock, deadline, is_told = Lock(path), time.monotonic() + LOCK_TIMEOUT_S, False
+    new = [folder for folder in path.parents if not folder.exists()]
+    try:
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if lock.take():
+                break
+            other = read_holder(path)
+            who = f"process {other.pid} on {other.host}" if other else "another process"
+            if not is_told:
+                print(f"waiting for {who}, which {doing}", file=sys.stderr, flush=True)
+                is_told = True
+            if time.monotonic() > deadline:
+                raise SweepError(f"{who} {doing}, for more than {LOCK_TIMEOUT_S:.0f} s; end it, then launch again")
+    except OSError as error:
+        raise _write_error(sweep, error) from error
+    try:
+        yield
+    except UserError:
+        if new:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another launch uses it
+            for folder in new:
+                folder.rmdir()
+        raise
+    finally:
+        lock.release()
+
+
+def _write_error(sweep: Sweep, error: OSError) -> SweepError:
+    where = f"cannot write into {sweep.directory} ({error.strerror}); choose another --root"
+    return SweepError(disk_sentence(error) or where)
 
 
 def prepare_directory(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
@@ -32,8 +88,7 @@ def prepare_directory(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
         if record != values:
             write_json(directory / SWEEP_RECORD, values)
     except OSError as error:
-        sentence = disk_sentence(error) or f"cannot write into {directory} ({error.strerror}); choose another --root"
-        raise SweepError(sentence) from error
+        raise _write_error(sweep, error) from error
 
 
 def imported_runs(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:

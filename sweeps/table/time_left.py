@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
 
 from aimscale.sweeps.plan.costs import CostCard
 
@@ -70,13 +69,25 @@ def time_left(cards: Sequence[CostCard], runs: Sequence[Progress]) -> tuple[list
     pace = measured_pace(cards, runs)
     left = [_remaining_s(card, run, pace) for card, run in zip(cards, runs, strict=True)]
     free = [left[i] for i, run in enumerate(runs) if run.is_running for _ in range(cards[i].devices)]
-    heapq.heapify(free)
     waiting = [i for i, run in enumerate(runs) if free and not run.is_running and not run.is_over]
-    for i in sorted(waiting, key=lambda i: -cards[i].device_hours):
-        taken = [heapq.heappop(free) for _ in range(min(cards[i].devices, len(free)))]
+    waiting.sort(key=lambda i: -cards[i].device_hours)
+    return left, max(schedule_s(free, [(left[i], cards[i].devices) for i in waiting]), default=None), pace is not None
+
+
+def schedule_s(free: Sequence[float], waiting: Sequence[tuple[float, int]]) -> list[float]:
+    """Return when each device has done its part of some runs that start in order, each as soon as it can, s.
+
+    Args:
+        free: when each device becomes free, s.
+        waiting: duration, s, and devices of each run; one that wants more devices than there are takes all.
+    """
+    ends = list(free)
+    heapq.heapify(ends)
+    for duration_s, num_devices in waiting:
+        taken = [heapq.heappop(ends) for _ in range(min(num_devices, len(ends)))]
         for _ in taken:
-            heapq.heappush(free, max(taken) + left[i])
-    return left, max(free, default=None), pace is not None
+            heapq.heappush(ends, max(taken) + duration_s)
+    return ends
 
 
 def measured_pace(cards: Sequence[CostCard], runs: Sequence[Progress]) -> Pace | None:
@@ -87,6 +98,8 @@ def measured_pace(cards: Sequence[CostCard], runs: Sequence[Progress]) -> Pace |
     seen = [(card, run, step_s) for card, run in zip(cards, runs, strict=True) if (step_s := _own_step_s(card, run))]
     if not seen:
         return None
+    from scipy.optimize import nnls  # before anything is measured, `status` does without
+
     mean_s = sum(step_s for *_, step_s in seen) / len(seen)
     constant = [FIXED_STEP_SHARE * (1 - min(1.0, run.mfu / COMPUTE_BOUND_MFU)) for _, run, _ in seen if run.mfu] or [
         0.0

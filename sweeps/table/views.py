@@ -133,12 +133,13 @@ def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> 
 def axis_columns(rows: Sequence[CostCard] | Sequence[RunStatus]) -> list[Column]:
     """Make a column for every axis with more than one value, except the size."""
     cells = [row.cell for row in rows]
-    axes = [key for key in cells[0] if key != "size" and len({str(cell[key]) for cell in cells}) > 1]
+    keys = dict.fromkeys(key for cell in cells for key in cell if key != "size")
+    axes = [key for key in keys if len({str(cell.get(key, "")) for cell in cells}) > 1]
     return [Column(header=axis.split(".")[-1], cell=functools.partial(_axis_value, axis)) for axis in axes]
 
 
 def _axis_value(axis: str, row: CostCard | RunStatus) -> str:
-    value = row.cell[axis]
+    value = row.cell.get(axis, "")
     if value is None:
         return "all" if axis == "unique_images" else "none"
     return format_number(value) if type(value) is int and value >= 10_000 else str(value)

@@ -77,6 +77,18 @@ def test_a_node_on_which_a_run_failed_is_left_out_and_named(fault: Any) -> None:
     assert " NodeList=node2" in slurm.command("scontrol", "show", "job", job)
 
 
+def test_a_changed_request_reaches_jobs_that_wait(fault: Any) -> None:
+    fields: dict[str, Any] = {"budgets": [32], "step_s": 0}
+    (held,) = fault(slurm={"extra": {"begin": "now+1hour"}}, **fields).launch()
+    assert slurm.jobs()[str(held.job_id)].phase == "pending"
+    case = fault(slurm={"time_limit_min": 9}, **fields)
+    (part,) = case.launch()
+    case.wait_state("finished")
+    case.wait_empty_queue()
+    assert "TimeLimit=00:09:00" in slurm.command("scontrol", "show", "job", str(part.job_id))
+    assert slurm.jobs()[str(held.job_id)].state == "CANCELLED"
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

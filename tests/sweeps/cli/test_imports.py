@@ -23,13 +23,16 @@ def imported(*arguments: str) -> set[str]:
     return {*done.stderr.splitlines()[-1].split()}
 
 
-@pytest.mark.parametrize("verb", ["status", "collect"])
-def test_status_and_collect_import_no_torch(verb: str, write_sweep: Any, stand_in: Any, launch: Any) -> None:
+@pytest.mark.parametrize("verb", [["status"], ["collect"], ["cancel"], ["logs", "rung"]], ids=lambda verb: verb[0])
+def test_a_look_at_a_sweep_imports_neither_torch_nor_statistics(
+    verb: list[str], write_sweep: Any, stand_in: Any, launch: Any
+) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     launch(sweep, devices=1, command=stand_in())
-    modules = imported(verb, str(sweep.source), "--root", str(sweep.root))
-    assert "aimscale.sweeps.table.collection" in modules
-    assert not {"torch", *COMPILING} & modules
+    name, *more = verb
+    modules = imported(name, str(sweep.source), *more, "--root", str(sweep.root))
+    assert "aimscale.sweeps.state.decision" in modules
+    assert not {"torch", "scipy.stats", "aimscale.analysis.fitting", *COMPILING} & modules
 
 
 @pytest.mark.parametrize("verb", [["plan"], ["launch", "--dry-run"]])

@@ -13,21 +13,25 @@ from typing import Any
 import pytest
 from commands import refused
 
+from aimscale.aim.errors import UserError
 from aimscale.analysis.table.read import read_table
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.harness.run.lock import hold_lock
 from aimscale.sweeps.cli.main import main
 from aimscale.sweeps.cli.options import select_run_ids
 from aimscale.sweeps.engine import launch as engine
+from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.table.views import format_duration, format_number
 
 
 @pytest.fixture
 def call(capsys: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run a verb on a sweep whose runs end at once; return its exit code and what it prints."""
     monkeypatch.setattr("aimscale.sweeps.cli.launch.raise_on_problems", lambda *_: None)
+    monkeypatch.setattr("aimscale.sweeps.cli.plan.check", lambda *_: ())
 
     def run(sweep: Sweep, verb: str, *options: str, behaviour: str = "finish") -> tuple[int, str]:
         monkeypatch.setattr(engine, "launch", functools.partial(launch, command=stand_in(behaviour)))
@@ -70,6 +74,47 @@ def test_a_launch_says_first_what_is_there_and_what_is_new(write_sweep: Any, cal
     assert lines["unplanned"].startswith(f"1 run directories, 1 of them running, such as {old}")
     assert "up to" in lines["cost"]
     assert sweep.run_dir(plan(sweep)[1].run_id).exists() is False
+
+
+def test_money_and_time_on_what_is_there_are_told_before_they_are_spent(write_sweep: Any, call: Any) -> None:
+    cost = {"peak_tflops": 1e-6, "price_per_device_hour": "2.50 EUR"}
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], cost=cost)
+    hours = sum(card.device_hours for card in cost_cards(sweep, plan(sweep)))
+    assert hours > 10
+    _, said = call(sweep, "launch", "--dry-run", "--devices", "2")
+    (line,) = (line for line in said.splitlines() if line.startswith("cost"))
+    both = format_duration(hours * 3600 * 2 / 3)  # three equal runs on two devices
+    assert f"device-hours ({format_number(2.5 * hours)} EUR); {both} on 2 devices here; longest run" in line
+    _, said = call(sweep, "plan")
+    assert f"device-hours ({format_number(2.5 * hours)} EUR); longest run" in said
+    _, said = call(sweep, "plan", "--json")
+    assert json.loads(said)["price"] == {"amount": pytest.approx(2.5 * hours), "currency": "EUR"}
+    for price in (2.5, "2.50", "EUR 2", "2,50 EUR", "-1 EUR", "nan EUR", "1 \x1b[31m"):
+        with pytest.raises(UserError, match="an amount and a currency"):
+            write_sweep(cost={"price_per_device_hour": price})
+
+
+def test_a_plan_says_what_is_there_and_what_an_edited_file_adds(write_sweep: Any, call: Any) -> None:
+    assert "\nthere" not in call(write_sweep(sizes=["rung-32"], seeds=[0, 7]), "plan")[1]
+    call(write_sweep(sizes=["rung-32"], seeds=[0, 7]), "launch")
+    sweep = write_sweep(sizes=["rung-32"], seeds=[7, 8, 9], budgets=[640, 1280, 1920])
+    _, said = call(sweep, "plan")
+    lines = dict(line.split(maxsplit=1) for line in said.splitlines() if line.startswith(("there", "to do", "unpl")))
+    assert lines["there"] == "3: 2 new, 1 to extend"
+    assert lines["unplanned"].startswith("1 run directories, such as")
+    _, said = call(sweep, "plan", "--json")
+    found = json.loads(said)
+    assert (found["states"], len(found["unplanned"])) == ({"not started": 2, "paused": 1}, 1)
+
+
+def test_a_file_with_a_slurm_section_is_priced_for_where_it_is_launched(write_sweep: Any, call: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"], slurm={"gpus": "h100"})
+    assert "H100 (slurm.gpus)" in call(sweep, "plan")[1].replace("h100", "H100")
+    _, said = call(sweep, "plan", "--on", "local")
+    assert "H100" not in said.replace("h100", "H100")
+    assert said.splitlines()[-1] == f"next: aimscale launch {sweep.source} --on local --root {sweep.root}"
+    _, here = call(sweep, "launch", "--on", "local", "--dry-run", "--devices", "1")
+    assert " on 1 device here" in here
 
 
 def test_time_that_is_up_is_not_success(write_sweep: Any, call: Any) -> None:

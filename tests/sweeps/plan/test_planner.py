@@ -22,7 +22,7 @@ from aimscale.sweeps.cli.plan import budgets_in_plateau, print_plan
 from aimscale.sweeps.plan.checks import check
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, to_json
 from aimscale.sweeps.plan.planner import model_counts, plan
-from aimscale.sweeps.plan.recipes import RECIPES
+from aimscale.sweeps.plan.recipes import recipe_names
 from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep, preset_names
 
 
@@ -301,13 +301,17 @@ def test_a_sweep_for_slurm_is_planned_for_slurms_gpus(write_sweep: Any, monkeypa
     monkeypatch.setattr(gpu_specs, "gpus_here", lambda: [])
     monkeypatch.setattr(gpu_specs, "free_host_bytes", lambda: 10**9)
 
-    def problems(**fields: Any) -> dict[str, str]:
-        sweep = write_sweep(sizes=["aim-3B"], devices=8, base={"runtime": {"device": "cuda"}}, **fields)
+    def problems(place: Any = None, **fields: Any) -> dict[str, str]:
+        sweep = write_sweep(sizes=["aim-3B"], devices=8, base={"runtime": {"device": "cuda"}}, **fields).at(place)
         return {problem.key: problem.why for problem in check(sweep, plan(sweep))}
 
     here, there = problems(), problems(slurm={})
     assert {"runtime.device", "cost.memory_gb"} <= here.keys()
     assert not {"runtime.device", "cost.memory_gb"} & there.keys()
+    assert problems("local", slurm={"time_limit_min": 1}) == here
+    assert "slurm.time_limit_min" in problems("slurm", slurm={"time_limit_min": 1})
+    with pytest.raises(SweepError, match=r"slurm: \{\}"):
+        write_sweep().at("slurm")
     assert "slurm.gpus asks for no GPU" in problems(slurm={"gpus": False})["runtime.device"]
 
 
@@ -376,7 +380,7 @@ def test_recipe_small_lowers_the_rate_with_width_and_raises_the_batch_with_the_b
     assert [settings("rung-64", 64_000 * 4**power)[0] for power in (-2, -1, 1, 2)] == [16, 32, 128, 256]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", recipe_names())
 def test_no_recipe_makes_other_runs_of_a_larger_budget(write_sweep: Any, name: str) -> None:
     def names(*budgets: int, recipe_budget: int | None = None) -> list[str]:
         sweep = write_sweep(recipe=name, budgets=list(budgets), base={"schedule": {"kind": "wsd"}})

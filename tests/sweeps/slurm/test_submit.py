@@ -22,9 +22,10 @@ from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, grace_perio
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm import submit as submission
 from aimscale.sweeps.slurm.jobs import JobShape, live_jobs
 from aimscale.sweeps.slurm.submit import Submission, job_shape, submit
+from aimscale.sweeps.state import sweep_dir
+from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare_directory
 from aimscale.sweeps.table.status import sweep_status
 from aimscale.sweeps.table.views import format_duration
@@ -107,6 +108,41 @@ def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitte
         assert [part.num_jobs for part in submit_for(sweep)] == [3]
     limited = sweep.with_fields(slurm={"max_jobs": 2})
     assert not submit_for(limited)
+
+
+def test_a_changed_request_reaches_pending_jobs(write_sweep: Any, submitted: Any, program: Any, tmp_path: Path) -> None:
+    program("scancel", f'echo "$@" >> {tmp_path}/cancelled')
+    submit_for(write_sweep(slurm={"time_limit_min": 40}))
+    (tmp_path / "queue").write_text("1_0|PENDING|\n1_1|RUNNING|node1\n2_0|PENDING|\n2_1|PENDING|")
+    assert not submit_for(write_sweep(slurm={"time_limit_min": 40, "max_jobs": 9}))
+    assert not (tmp_path / "cancelled").exists()
+    for i, section in enumerate(({"time_limit_min": 30}, {"time_limit_min": 30, "extra": {"mem": "9G"}})):
+        (part,) = submit_for(write_sweep(slurm=section))
+        assert (part.num_jobs, submitted("time")[-1]) == (1 + i, "30"), "the job that runs takes one"
+        if i == 0:
+            (tmp_path / "queue").write_text("2|PENDING|")
+    assert (tmp_path / "cancelled").read_text() == "--quiet --state=PENDING 1_0\n--quiet --state=PENDING 2\n"
+
+
+def test_jobs_ask_for_the_time_that_their_runs_need(write_sweep: Any, submitted: Any) -> None:
+    def minutes(name: str, peak_tflops: float, **slurm: Any) -> tuple[int, float]:
+        cost = {"peak_tflops": peak_tflops}
+        sweep = write_sweep(name=name, slurm={"gpus": False, **slurm}, sizes=["rung-32"], seeds=[0, 1, 2], cost=cost)
+        (part,) = submit_for(sweep, dry_run=True)
+        (limit,) = re.findall(r"^#SBATCH --time=(.*)$", part.script, re.M)
+        return int(limit), cost_cards(sweep, plan(sweep))[0].wall_s / 60
+
+    assert minutes("short", 1.0)[0] == 60
+    limit, wall = minutes("each", 1e-5)
+    assert 60 < limit < 1440
+    assert limit == math.ceil(2 * wall + 2), "and two minutes to save"
+    assert minutes("one", 1e-5, max_jobs=1)[0] == math.ceil(3 * 2 * wall + 2)
+    assert minutes("long", 1e-5, time_limit_min=61)[0] == 61
+    (first, *_) = plan(write_sweep(name="each", sizes=["rung-32"]))
+    record = RunRecord(write_sweep(name="each").run_dir(first.run_id))
+    RunRecord.create(record.path, first.config)
+    record.append_attempt(attempt=1, ended=1.0, device_hours=0.0, saved=[0], reason_class="timeout")
+    assert minutes("each", 1e-5)[0] == 1440, "it has taken longer than the plan says"
 
 
 def test_jobs_are_shared_out_over_shapes_and_what_gets_none_is_said(
@@ -268,9 +304,12 @@ def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
     write_sweep: Any, submitted: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     sweep = write_sweep()
-    monkeypatch.setattr(submission, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(sweep_dir, "LOCK_TIMEOUT_S", 0.1)
     sweep.directory.mkdir(parents=True)
-    with hold_lock(sweep.directory / "slurm" / "lock"), pytest.raises(UserError, match="has been submitting for"):
+    with (
+        hold_lock(sweep.directory / "slurm" / "lock"),
+        pytest.raises(UserError, match="submits jobs of this sweep, for more than"),
+    ):
         submit_for(sweep)
     assert "waiting for process" in capsys.readouterr().err
 

@@ -1,0 +1,78 @@
+"""What a launch would do, said before it spends: runs that are new or there, and the bill."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from aimscale.sweeps.plan.costs import CostCard
+from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.state.decision import RunState
+from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.sweep_dir import unplanned_runs
+from aimscale.sweeps.table.time_left import schedule_s
+from aimscale.sweeps.table.views import KeyValue, format_duration, format_number, group_notices
+
+ADVICE = {
+    "failed": "; --retry tries again",
+    "diverged": "; --retry tries again",
+    "cancelled": "--retry starts it again",
+    "damaged": "",
+}
+"""State of runs that a launch leaves alone -> what to do about them."""
+
+
+def launch_view(
+    sweep: Sweep, states: Sequence[RunState], cards: Sequence[CostCard], num_devices: int
+) -> list[KeyValue]:
+    """Describe what a launch will do, what it costs, what is there already, and what needs a person.
+
+    Args:
+        states: states of the planned runs.
+        num_devices: devices of this machine; of no meaning for Slurm.
+    """
+    counts = Counter(_word(each) for each in states)
+    parts = ", ".join(f"{num} {word}" for word, num in counts.most_common())
+    lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]
+    if starting := [card for card, each in zip(cards, states, strict=True) if each.startable]:
+        lines.append(KeyValue(key="cost", value=_bill(sweep, starting, num_devices)))
+    if others := unplanned_runs(sweep, [each.run for each in states]):
+        num_running = sum(RunRecord(sweep.run_dir(name)).is_held() for name in others)
+        running = f", {num_running} of them running" if num_running else ""
+        value = f"{len(others)} run directories{running}, such as {others[0]}; they stay as they are"
+        lines.append(KeyValue(key="unplanned", value=value))
+    named = [each for each in states if each.state in ADVICE]
+    return [*lines, *group_notices((each.state, f"{each.why}{ADVICE[each.state]}", each.record.name) for each in named)]
+
+
+def _word(found: RunState) -> str:
+    """Return what a launch does with a run, or its state."""
+    if found.state == "paused" and found.status.state == "finished":
+        return "to extend"  # by a budget or an evaluation that the file has now
+    words = {"not started": "new", "lost": "to resume", "paused": "to resume", "starting": "running"}
+    return words.get(found.state, found.state)
+
+
+def _bill(sweep: Sweep, cards: Sequence[CostCard], num_devices: int) -> str:
+    """Describe device-hours, money and time of runs that start; what they have done already is not subtracted."""
+    hours = sum(card.device_hours for card in cards)
+    longest_first = sorted(cards, key=lambda card: -card.device_hours)
+    if sweep.is_for_slurm:
+        num_jobs = min(len(cards), sweep.file.slurm.max_jobs)
+        where, num_devices = f"in {num_jobs} jobs at once", num_jobs
+        needs = [(card.wall_s, 1) for card in longest_first]
+    else:
+        where = f"on {num_devices} device{'s' if num_devices > 1 else ''} here"
+        needs = [(card.wall_s * max(1.0, card.devices / num_devices), card.devices) for card in longest_first]
+    whole_s = max(schedule_s([0.0] * num_devices, needs))
+    price = format_price(sweep, hours)
+    longest = format_duration(max(card.wall_s for card in cards))
+    return (
+        f"up to {format_number(hours)} device-hours{price}; {format_duration(whole_s)} {where}; longest run {longest}"
+    )
+
+
+def format_price(sweep: Sweep, device_hours: float) -> str:
+    """Format the price of device-hours, as the continuation of a sentence; empty without a price."""
+    price = sweep.file.cost.price(device_hours)
+    return "" if price is None else f" ({format_number(price[0])} {price[1]})"
