@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +62,8 @@ def fake_rank(world_size: int, *, on_gpu: bool) -> Iterator[Group]:
     names |= {"MASTER_ADDR": placement.address, "MASTER_PORT": str(placement.port), "DS_ACCELERATOR": "cpu"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(names))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", UserWarning)  # DeepSpeed asks fake tensors for their address
         import_deepspeed()
         from deepspeed.accelerator import get_accelerator
         from deepspeed.runtime.zero import stage3
@@ -110,10 +113,11 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
     """Convert a module's tensors as `nn.Module._apply` does; torch's own swaps parameters, which fake ones refuse."""
     for each in module.modules() if recurse else (module,):
         for name, parameter in each._parameters.items():
-            new = None if parameter is None else fn(parameter.detach())
-            if parameter is not None and new is not None:
-                if (new.dtype, new.device) != (parameter.dtype, parameter.device):
-                    each._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+            if parameter is None:
+                continue
+            new = fn(parameter.detach())
+            if (new.dtype, new.device) != (parameter.dtype, parameter.device):
+                each._parameters[name] = nn.Parameter(new, parameter.requires_grad)
         for name, buffer in each._buffers.items():
             each._buffers[name] = None if buffer is None else fn(buffer)
     return module

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.harness.data.stream.stream import Batch, masks
+from aimscale.harness.device.memory import Precision
 from aimscale.harness.rehearsal.fake import fake_rank
 from aimscale.harness.rehearsal.tracker import Collective, Phase, PhaseMemory, StepTracker
 from aimscale.harness.run.config import OptimiserSection
@@ -43,30 +45,36 @@ class Rehearsal:
         return sum(self.phases[-1].held.values())
 
 
-def rehearse(
-    config: ModelConfig,
-    optimiser: OptimiserSection,
-    options: EngineOptions,
-    *,
-    world_size: int,
-    micro_batches: Sequence[int],
-    prefix: str = "paired",
-    on_gpu: bool = True,
-) -> Rehearsal:
-    """Step the engine as rank 0 of `world_size`, on tensors without values, and return what it holds and sends.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """Everything on which the memory and the collectives of a step depend."""
 
-    Args:
-        micro_batches: images of every forward pass of a step.
-        prefix: `objective.prefix` of the run.
-        on_gpu: see `fake_rank`.
-    """
+    model: ModelConfig
+    precision: Precision
+    zero_stage: int
+    activation_checkpointing: bool
+    world_size: int
+    micro_batches: tuple[int, ...]
+    """Images of each forward pass of rank 0."""
+    prefix: str
+    """`objective.prefix` of the run."""
+    on_gpu: bool
+    """Whether attention keeps what a GPU's fused kernel does, or what a CPU does."""
+
+
+@functools.cache
+def rehearse(shape: StepShape) -> Rehearsal:
+    """Step the engine as rank 0 of a group, on tensors without values, and return what it holds and sends."""
     started, tracker = time.process_time(), StepTracker()
     # The first, the middle ones, each like the others, and the last.
-    chosen = [*micro_batches[: MAX_MICRO_BATCHES - 1], *micro_batches[MAX_MICRO_BATCHES - 1 :][-1:]]
-    with fake_rank(world_size, on_gpu=on_gpu) as group, tracker:
-        engine = Engine(config, optimiser, options, group)
-        track_step(tracker, engine, [example_batch(config, each, prefix) for each in chosen])
-        phases, collectives = tracker.memory(), tracker.collectives(max(1, len(micro_batches) - 2))
+    sizes = shape.micro_batches
+    chosen = [*sizes[: MAX_MICRO_BATCHES - 1], *sizes[MAX_MICRO_BATCHES - 1 :][-1:]]
+    optimiser = OptimiserSection(precision=shape.precision)
+    options = EngineOptions(zero_stage=shape.zero_stage, activation_checkpointing=shape.activation_checkpointing)
+    with fake_rank(shape.world_size, on_gpu=shape.on_gpu) as group, tracker:
+        engine = Engine(shape.model, optimiser, options, group)
+        track_step(tracker, engine, [example_batch(shape.model, each, shape.prefix) for each in chosen])
+        phases, collectives = tracker.memory(), tracker.collectives(max(1, len(sizes) - 2))
     return Rehearsal(phases=phases, collectives=collectives, cpu_s=time.process_time() - started)
 
 

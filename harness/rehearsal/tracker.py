@@ -74,7 +74,10 @@ class StepTracker(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # how a fake tensor answers where it is
             return func(*args)
         if func.namespace == "c10d":
-            sizes = [sum(each.numel() * each.element_size() for each in tree_leaves(arg) if isinstance(each, Tensor)) for arg in args]
+            sizes = [
+                sum(each.numel() * each.element_size() for each in tree_leaves(arg) if isinstance(each, Tensor))
+                for arg in args
+            ]
             name = func.overloadpacket.__name__.strip("_")
             call = Call(phase=self.phase, micro_batch=self.micro_batch, name=name, num_bytes=max(sizes))
             self.calls.append(call)
@@ -145,3 +148,7 @@ class StepTracker(TorchDispatchMode):
             Collective(phase=phase, name=name, count=count, num_bytes=sizes[phase, name])
             for (phase, name), count in counts.items()
         )
+
+
+def _num_bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
