@@ -55,7 +55,7 @@ class StepShape:
     activation_checkpointing: bool
     world_size: int
     micro_batches: tuple[int, ...]
-    """Images of each forward pass of rank 0."""
+    """Images of each forward pass."""
     prefix: str
     """`objective.prefix` of the run."""
     on_gpu: bool
@@ -64,7 +64,7 @@ class StepShape:
 
 @functools.cache
 def rehearse(shape: StepShape) -> Rehearsal:
-    """Step the engine as rank 0 of a group, on tensors without values, and return what it holds and sends."""
+    """Step the engine as a rank of a group, on tensors without values, and return what it holds and sends."""
     started, tracker = time.process_time(), StepTracker()
     # The first, the middle ones, each like the others, and the last.
     sizes = shape.micro_batches

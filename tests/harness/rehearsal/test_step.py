@@ -28,7 +28,7 @@ MICRO_BATCHES = [4, 4, 4]
 
 
 def observe(precision: str, stage: int, recomputes: bool, group: Any = None) -> dict[str, Any]:
-    """Memory of every phase and every call of a collective in one step, of rank 0 of real or fake ranks."""
+    """Memory of every phase and every call of a collective in one step, of the last of real or fake ranks."""
     options = EngineOptions(zero_stage=stage, activation_checkpointing=recomputes)
     tracker = StepTracker()
     with tracker:
@@ -55,7 +55,7 @@ def main(out: Path, settings: list[Any]) -> None:
     torch.set_num_threads(1)
     group = start_group(find_placement(), "cpu")
     found = [observe(*setting, group=group) for setting in settings]
-    if group.is_first:
+    if group.rank == group.world_size - 1:
         out.write_text(json.dumps(found))
     stop_group()
 
