@@ -13,7 +13,14 @@ from typing import Any
 
 from aimscale.aim.cost import mean_scored_tokens, param_count
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, HELD, Precision, held_bytes, peak_bytes_per_image, waiting_bytes
+from aimscale.harness.device.memory import (
+    CHECKPOINT_BYTES_PER_PARAM,
+    HELD,
+    Precision,
+    held_bytes,
+    peak_bytes_per_image,
+    waiting_bytes,
+)
 from aimscale.harness.run.config import RuntimeConfig, TrainingConfig
 from aimscale.harness.run.failures import TooLargeError, describe_out_of_memory, is_out_of_memory
 from aimscale.harness.run.row import model_of

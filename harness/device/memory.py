@@ -35,11 +35,11 @@ class _Held(NamedTuple):
     """Bytes per parameter of one rank; pairs are those on every rank and those shared over ranks."""
 
     states: tuple[int, int]
-    """Weights and optimiser states; at ZeRO 1 in bf16 also gradients, which are accumulated in place."""
+    """Weights and optimiser states; also gradients at ZeRO 3, and at ZeRO 1 in bf16, where they are allocated once."""
     gradients: tuple[int, int]
     """Gradients accumulated over micro-batches."""
     bucket: int
-    """Reduction buckets and the copy that is sent, for at most MAX_BUCKET_VALUES parameters."""
+    """Reduction buckets and a copy of one that is sent, for at most MAX_BUCKET_VALUES parameters."""
     gathered: int = 0
     """Weights gathered at ZeRO 3, for at most MAX_GATHERED_VALUES parameters."""
     message: tuple[int, int] = (0, 0)
@@ -51,12 +51,12 @@ HELD = {
     ("fp32", 0): _Held((12, 0), (4, 0), 0, message=(4, 0)),
     ("fp32", 1): _Held((4, 12), (4, 0), 8, message=(0, 0)),
     ("fp32", 2): _Held((4, 12), (0, 4), 8, message=(0, 4)),
-    ("fp32", 3): _Held((0, 16), (0, 4), 8, 4, message=(0, 4)),
+    ("fp32", 3): _Held((0, 20), (0, 0), 8, 4, message=(0, 4)),
     ("bf16", 1): _Held((6, 12), (0, 0), 0, message=(8, 0)),
     ("bf16", 2): _Held((2, 12), (0, 4), 8, message=(0, 4)),
-    ("bf16", 3): _Held((0, 14), (0, 4), 8, 2, message=(0, 4)),
+    ("bf16", 3): _Held((0, 18), (0, 0), 8, 2, message=(0, 4)),
 }
-"""Bytes per parameter by precision and ZeRO stage."""
+"""Bytes per parameter by precision and ZeRO stage, as rehearsed steps hold them (tests/harness/rehearsal)."""
 CHECKPOINT_BYTES_PER_PARAM = 12
 """Bytes per parameter of a checkpoint: float32 master weights and two moments."""
 EVAL_TOKENS = 16_384

@@ -45,10 +45,8 @@ def _private(module: str, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def fake_rank(world_size: int, *, on_gpu: bool) -> Iterator[Group]:
-    """Be the last rank of `world_size` during the block, in which new tensors are fake.
-
-    It holds most: of parameters in order, the backward pass reduces the last ones first, which are its share.
+def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
+    """Be a rank of `world_size` during the block, in which new tensors are fake.
 
     Args:
         on_gpu: whether attention keeps what a GPU's fused kernel does, or what a CPU does.
@@ -59,7 +57,7 @@ def fake_rank(world_size: int, *, on_gpu: bool) -> Iterator[Group]:
     found = {name: _private(module, name) for module, names in _PRIVATE.items() for name in names}
     if torch.distributed.is_initialized():
         raise RehearsalError("a rehearsal needs a process of its own, and this one has a process group")
-    placement = Placement(rank=world_size - 1, world_size=world_size, local_rank=0, address="127.0.0.1", port=1)
+    placement = Placement(rank=rank, world_size=world_size, local_rank=0, address="127.0.0.1", port=1)
     names = {"RANK": str(placement.rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
     names |= {"MASTER_ADDR": placement.address, "MASTER_PORT": str(placement.port), "DS_ACCELERATOR": "cpu"}
     with contextlib.ExitStack() as stack:
@@ -80,7 +78,9 @@ def fake_rank(world_size: int, *, on_gpu: bool) -> Iterator[Group]:
         stack.enter_context(_replaced(stage3, "reduce_scatter_coalesced", _reduce_scatter))
         if on_gpu:
             stack.enter_context(_replaced(aimscale.aim.layers, "keeps_scores", lambda heads: False))
-        torch.distributed.init_process_group("fake", rank=placement.rank, world_size=world_size, store=found["FakeStore"]())
+        torch.distributed.init_process_group(
+            "fake", rank=placement.rank, world_size=world_size, store=found["FakeStore"]()
+        )
         stack.callback(stop_group)
         stack.enter_context(found["FakeTensorMode"](allow_non_fake_inputs=True))
         stack.enter_context(_HostValues(found["FakeTensor"], found["unset_fake_temporarily"]))

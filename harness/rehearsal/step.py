@@ -71,11 +71,21 @@ def rehearse(shape: StepShape) -> Rehearsal:
     chosen = [*sizes[: MAX_MICRO_BATCHES - 1], *sizes[MAX_MICRO_BATCHES - 1 :][-1:]]
     optimiser = OptimiserSection(precision=shape.precision)
     options = EngineOptions(zero_stage=shape.zero_stage, activation_checkpointing=shape.activation_checkpointing)
-    with fake_rank(shape.world_size, on_gpu=shape.on_gpu) as group, tracker:
+    with (
+        fake_rank(fullest_rank(shape.zero_stage, shape.world_size), shape.world_size, on_gpu=shape.on_gpu) as group,
+        tracker,
+    ):
         engine = Engine(shape.model, optimiser, options, group)
         track_step(tracker, engine, [example_batch(shape.model, each, shape.prefix) for each in chosen])
         phases, collectives = tracker.memory(), tracker.collectives(max(1, len(sizes) - 2))
     return Rehearsal(phases=phases, collectives=collectives, cpu_s=time.process_time() - started)
+
+
+def fullest_rank(zero_stage: int, world_size: int) -> int:
+    """Return the rank whose peak is highest: the last one up to ZeRO 2, since the backward pass reduces the parameters
+    of the last share first, while all activations are there; at ZeRO 3 all are alike, and the first sets their order.
+    """
+    return 0 if zero_stage == 3 else world_size - 1
 
 
 def track_step(tracker: StepTracker, engine: Engine, batches: list[Batch]) -> None:

@@ -31,7 +31,7 @@ def print_rehearsal(run_id: str, rehearsal: Rehearsal) -> None:
         Column(header="bytes", cell=lambda each: decimal(each.num_bytes)),
     ]
     console = new_console()
-    console.print(f"\n{run_id}: one step of the last rank, rehearsed", highlight=False)
+    console.print(f"\n{run_id}: one step of a rank, rehearsed", highlight=False)
     console.print(fitted_table(parts, memory, console.width))
     if rehearsal.collectives:
         console.print(fitted_table(calls, rehearsal.collectives, console.width))

@@ -284,12 +284,7 @@ def plan_execution(
     """
     training = config.training.model_copy(update={"seed": 0})
     return _cached_plan(
-        training,
-        config.runtime,
-        world_size=devices,
-        device_bytes=device_bytes,
-        is_gpu=is_gpu,
-        measuring=measuring,
+        training, config.runtime, world_size=devices, device_bytes=device_bytes, is_gpu=is_gpu, measuring=measuring
     )
 
 

@@ -17,7 +17,7 @@ from trainers import start_ranks
 from aimscale.aim.config import model_config
 from aimscale.harness.distributed.group import find_placement, start_group, stop_group
 from aimscale.harness.rehearsal.fake import fake_rank
-from aimscale.harness.rehearsal.step import example_batch, track_step
+from aimscale.harness.rehearsal.step import example_batch, fullest_rank, track_step
 from aimscale.harness.rehearsal.tracker import StepTracker
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
@@ -28,7 +28,7 @@ MICRO_BATCHES = [4, 4, 4]
 
 
 def observe(precision: str, stage: int, recomputes: bool, group: Any = None) -> dict[str, Any]:
-    """Memory of every phase and every call of a collective in one step, of the last of real or fake ranks."""
+    """Memory of every phase and every call of a collective in one step, of one of real or fake ranks."""
     options = EngineOptions(zero_stage=stage, activation_checkpointing=recomputes)
     tracker = StepTracker()
     with tracker:
@@ -40,7 +40,7 @@ def observe(precision: str, stage: int, recomputes: bool, group: Any = None) -> 
 
 
 def observe_fake(world_size: int, *setting: Any) -> dict[str, Any]:
-    with fake_rank(world_size, on_gpu=False) as group:
+    with fake_rank(fullest_rank(setting[1], world_size), world_size, on_gpu=False) as group:
         return observe(*setting, group=group)
 
 
@@ -55,8 +55,10 @@ def main(out: Path, settings: list[Any]) -> None:
     torch.set_num_threads(1)
     group = start_group(find_placement(), "cpu")
     found = [observe(*setting, group=group) for setting in settings]
-    if group.rank == group.world_size - 1:
-        out.write_text(json.dumps(found))
+    gathered = group.gather(found)
+    if group.is_first:
+        ranks = [fullest_rank(stage, group.world_size) for _, stage, _ in settings]
+        out.write_text(json.dumps([gathered[rank][number] for number, rank in enumerate(ranks)]))
     stop_group()
 
 
