@@ -1,6 +1,7 @@
 """The error that means "the user can fix this": one sentence, exit code 2, no traceback."""
 
 import difflib
+import importlib.util
 from collections.abc import Collection
 
 MAX_NAMED = 5
@@ -33,3 +34,16 @@ def some(names: Collection[object]) -> str:
 def printable(text: str) -> str:
     """Escape what a terminal would obey, such as escape sequences, in text from elsewhere."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def check_training_installed(what: str) -> None:
+    """Check that torch is installed; analysis alone needs none.
+
+    Args:
+        what: who needs it, the subject of the sentence.
+
+    Raises:
+        UserError: it is not.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(f"{what} needs torch, which is not installed; pip install 'aimscale[train]'")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -60,9 +61,12 @@ class Check:
 def run_checks(root: Path) -> Iterator[Check]:
     """Run all checks; `root` is the folder for runs."""
     yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}, {sys.executable}")
-    facts = import_packages()
-    yield check_packages(facts)
-    yield check_accelerator(facts)
+    if importlib.util.find_spec("torch") is None:
+        yield check_packages({}, trains=False)
+    else:
+        facts = import_packages()
+        yield check_packages(facts)
+        yield check_accelerator(facts)
     yield Check("memory", "ok", f"{decimal(free_host_bytes())} free, by the host and the limits on this process")
     absolute = Path(os.path.abspath(root))
     folder = next(each for each in (absolute, *absolute.parents) if each.is_dir())  # a launch creates the others
@@ -95,9 +99,16 @@ def import_packages() -> dict[str, Any]:
     return facts
 
 
-def check_packages(facts: Mapping[str, Any]) -> Check:
-    """Check that packages import and have the versions that `pyproject.toml` requires."""
-    needed = [each for each in map(Requirement, importlib.metadata.requires("aimscale") or []) if each.marker is None]
+def check_packages(facts: Mapping[str, Any], *, trains: bool = True) -> Check:
+    """Check that packages import and have the versions that `pyproject.toml` requires.
+
+    Args:
+        facts: what `import_packages` found.
+        trains: whether the packages of the extra `train` are wanted, too; without torch nothing can be trained here.
+    """
+    extra = {"extra": "train" if trains else ""}
+    stated = map(Requirement, importlib.metadata.requires("aimscale") or [])
+    needed = [each for each in stated if each.marker is None or each.marker.evaluate(extra)]
     broken = [facts["error"]] if "error" in facts else []
     for each in needed:
         version = "missing"
@@ -107,7 +118,14 @@ def check_packages(facts: Mapping[str, Any]) -> Check:
             broken.append(f"{each.name} is {version}, wanted {each.specifier}")
     found = "; ".join(broken) or ", ".join(f"{name} {version}" for name, version in package_versions().items())
     again = f"`pip install --force-reinstall --no-cache-dir {facts.get('module')}`"
-    advice = f"Run `pip install -e .` in aimscale's folder again; if an import still fails, {again}."
+    if not trains and not broken:
+        return Check(
+            "packages",
+            "warn",
+            f"{found}; no torch",
+            "Tables can be analysed. To train: `pip install 'aimscale[train]'`.",
+        )
+    advice = f"Install aimscale again (`pip install -e '.[train]'` in its folder); if an import still fails, {again}."
     return Check("packages", "fail" if broken else "ok", found, advice)
 
 
@@ -209,7 +227,8 @@ def command(
     else:
         typer.echo(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
         if not counts["fail"]:
-            typer.echo("next: aimscale demo")
+            trains = any(check.name == "accelerator" for check in checks)
+            typer.echo(f"next: aimscale {'demo' if trains else 'fit --help'}")
     raise typer.Exit(1 if counts["fail"] else 0)
 
 

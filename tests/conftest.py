@@ -90,7 +90,7 @@ def evaluations(
             run = RunDir.create(tmp_path / f"run-{number}", config)
             write_weights(AIM(model_of(config.training)).state_dict(), run.model_file(64))
             model, section = load_budget(run, config, 64, group.device), config.evaluation.validation
-            images = HeldOut(open_dataset(test), section, config.training.model, group)
+            images = HeldOut(open_dataset(test), section, config.training.model, group, max_bad_fraction=0.0)
             loss = validate(model, images, group).loss
             completions(model, images, group.device)
             ((_, entries),) = probe_run(run.path, group=group)

@@ -11,7 +11,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import show, table_of, table_to_minimise, then
+from aimscale.analysis.cli.options import show, table_to_minimise, then, tuning_lines
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.words import Flag, human, said_once
@@ -72,7 +72,7 @@ def fit(
     from aimscale.analysis.effects.plateau import plateau_flags
     from aimscale.analysis.table.points import with_compute
 
-    df, y = table_to_minimise(tables, columns, where, best_of, y)
+    df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
     if found := several(law, df, y):
         if fix:
             raise AnalysisError("--fix belongs to one law; name it by --law instead of comparing several.")
@@ -84,7 +84,8 @@ def fit(
     result = analysis.fit(df, chosen, y=y, weights=weights, objective=objective, fixed=fixed, bounds=bounds)
     result = tested(result, df, hold_out or [])
     result = replace(result, flags=(*result.flags, *plateau_flags(df.loc[result.data.index], y)))
-    after, also = (["", found.summary()], {"laws": found.table}) if found else ([], {})
+    after = [*tuning_lines(tuning), *(["", found.summary()] if found else [])]
+    also = {"tuning": tuning, **({"laws": found.table} if found else {})}
     both = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     following = then([*["frontier"] * both, "report"], tables, columns, where, best_of)
     show(result, json, figure, labels=label, after=after, also=also, following=following)
@@ -164,20 +165,18 @@ def forecast(
     from aimscale.analysis.forecasts.forecast import parse_scale
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
-    from aimscale.analysis.table.names import our_name
 
-    df = table_of(tables, columns, where, best_of, y)
-    y = our_name(df, y)
+    df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
     found = analysis.forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
     scales = ((f"D = {human(each.get('D', 0))}", each) for each in found.scales)
     found = replace(found, flags=(*table_flags(df, [*found.loss.points.x], y, scales), *found.flags))
-    after = []
+    after = tuning_lines(tuning)
     if register:
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
-        after = ["", f"registered in {path}"]
+        after.append(f"registered in {path}")
     following = then([f"next --target {at[-1]} --budget GPU_HOURS"], tables, columns, where, best_of)
-    show(found, json, after=after, following=following)
+    show(found, json, after=after, also={"tuning": tuning}, following=following)
 
 
 def frontier(
@@ -198,7 +197,7 @@ def frontier(
     for flops in at or []:
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}.")
-    df, y = table_to_minimise(tables, columns, where, best_of, y)
+    df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
     chosen = several(law, df, y)
     found = analysis.frontier(df, y=y, law=chosen.law if chosen else law)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
@@ -214,6 +213,7 @@ def frontier(
         figure,
         labels=label,
         words=found.summary(shown),
-        also={"optima": optima, "flags": found.cautions},
+        after=tuning_lines(tuning),
+        also={"optima": optima, "flags": found.cautions, "tuning": tuning},
         following=then([*place, "report"], tables, columns, where, best_of),
     )

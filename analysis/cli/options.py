@@ -86,13 +86,26 @@ def table_of(
 
 def table_to_minimise(
     tables: list[Path], columns: list[str] | None, where: list[str] | None, best: list[str] | None, y: str
-) -> tuple[pd.DataFrame, str]:
-    """Read the tables of a verb, and find the column that `y` means: a loss, or the error rate of a probe."""
+) -> tuple[pd.DataFrame, str, str]:
+    """Read the tables of a verb for laws of `y`: a loss, corrected to the best learning rates where these are known, or
+    the error rate of a probe.
+
+    Returns:
+        The table, the column of `y`, and how well the largest size is tuned; nothing of a probe.
+    """
     from aimscale.analysis.table.measures import to_minimise
     from aimscale.analysis.table.points import best_of
+    from aimscale.analysis.tuning.tuned import tuned_where_known
 
-    df, y = to_minimise(table_of(tables, columns, where), y)
-    return (best_of(df, best, y) if best else df), y
+    read = table_of(tables, columns, where)
+    df, y = to_minimise(read, y)
+    corrected, words, _ = tuned_where_known(df, y) if y in read else (df, "", None)
+    return (best_of(df, best, y) if best else corrected), y, words
+
+
+def tuning_lines(words: str) -> list[str]:
+    """Write how well the largest size is tuned, to stand below a result."""
+    return [f"tuning: {words}"] if words else []
 
 
 def then(

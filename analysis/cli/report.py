@@ -27,23 +27,10 @@ def report(
 
     Several tables make one page: laws are fitted to the experiment with most sizes and budgets, the rest are contrasts.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from aimscale.analysis.table.read import parse_columns
 
-    console, parts = Console(stderr=True), (TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
-    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tables", total=1.0)
-        page = analysis.write_report(
-            tables,
-            out,
-            columns=parse_columns(columns or []),
-            where=where or [],
-            best=best_of or [],
-            figures=figures,
-            progress=lambda what, share: bar.update(task, description=what, completed=share),
-        )
+    named = parse_columns(columns or [])
+    page = analysis.write_report(tables, out, columns=named, where=where or [], best=best_of or [], figures=figures)
     typer.echo(f"Report: {page.resolve()}")
     if figures is not None:
         typer.echo(f"Figures: {figures.resolve()}")

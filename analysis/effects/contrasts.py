@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.effects.paired import mean_over_pairs
-from aimscale.analysis.effects.result import ALIKE, BETTER, WORSE, Contrast, Contrasts, baseline_of, level_names
+from aimscale.analysis.effects.result import Contrast, Contrasts, baseline_of, level_names, mean_over_pairs
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table import design
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
@@ -34,9 +34,6 @@ CAUTIONS = {
     ),
 }
 """Column -> kind and sentence of the flag about its losses."""
-
-Missing = tuple[str, tuple[str, ...] | None]
-"""A level, and the columns in which its rows differ from the baseline's; None where it has no value."""
 
 
 def contrast(
@@ -76,17 +73,15 @@ def contrast(
     long = long.assign(level=level_names(long[by]))
     baseline, *levels = _levels(long, by, wanted, baseline)
     asked, flags = _comparable(wanted, by)
-    found, missing = list[Contrast](), defaultdict[Missing, list[str]](list)
+    found, missing = list[Contrast](), defaultdict[tuple[str, str, str], list[str]](list)
     for m, level in itertools.product(asked, levels):
         sides = [long[(long["measure"] == m.name) & (long["level"] == each)] for each in (baseline, level)]
         pairs = next((each for on in ([*keys, *parts], keys) if len(each := _pairs(sides, on))), None)
         if pairs is not None:
             found.append(_compared(pairs, m, baseline, level))
-        elif any(side.empty for side in sides):
-            missing[baseline if sides[0].empty else level, None].append(m.title)
         else:
-            missing[level, _differs(sides, keys)].append(m.title)
-    flags += _reasons(missing, by, baseline)
+            missing[_why_unpaired(by, {baseline: sides[0], level: sides[1]}, keys)].append(m.title)
+    flags += [Flag(kind=kind, subject=of, text=f"{some(each)}: {why}") for (kind, of, why), each in missing.items()]
     if not found:
         raise AnalysisError(" ".join(flag_words(flags)))
     if by in CAUTIONS:
@@ -176,7 +171,8 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
     if not measure.is_accuracy and (pairs[["level_value", "baseline_value"]] > 0).all(axis=None):
         logs = (pairs["level_value"] / pairs["baseline_value"]).map(np.log)
         ratios = np.exp(mean_over_pairs(logs, pairs)[:3]).tolist()
-    is_better = (mean.value < 0) == measure.lower_is_better
+    ratio = dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True))
+    numbers: dict[str, Any] = {**mean._asdict(), **ratio}
     return Contrast(
         measure=measure,
         baseline=baseline,
@@ -184,34 +180,25 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
         num_pairs=len(pairs),
         num_run_pairs=groups.ngroups,
         num_sizes=pairs["size"].nunique() if "size" in pairs else 0,
-        num_budgets=mean.num_budgets,
-        degrees=mean.degrees,
         baseline_mean=float(means["baseline_value"]),
         level_mean=float(means["level_value"]),
-        difference=mean.value,
-        low=mean.low,
-        high=mean.high,
-        **dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True)),
-        detectable=mean.detectable,
-        verdict=ALIKE if not (mean.low > 0 or mean.high < 0) else BETTER if is_better else WORSE,
+        **numbers,
+        verdict=mean.verdict(lower_is_better=measure.lower_is_better),
         pairs=pairs,
     )
 
 
-def _differs(sides: Sequence[pd.DataFrame], keys: list[str]) -> tuple[str, ...]:
-    """Return columns in which the two levels never agree, with their values; else all in which rows differ."""
-    values = {name: [sorted(set(level_names(side[name].dropna()))) for side in sides] for name in keys}
+def _why_unpaired(by: str, sides: Mapping[str, pd.DataFrame], keys: list[str]) -> tuple[str, str, str]:
+    """Say why no rows of the baseline and a level are paired: kind, level and words of a flag.
+
+    Named are the columns in which the two never agree, with their values; else all in which rows differ.
+    """
+    if empty := [level for level, side in sides.items() if side.empty]:
+        return "absent", empty[0], f"no value at {by} = {empty[0]}."
+    values = {name: [sorted(set(level_names(side[name].dropna()))) for side in sides.values()] for name in keys}
     apart = {name: both for name, both in values.items() if any(both) and not set.intersection(*map(set, both))}
-    shown = tuple(f"{name} ({some(one)} against {some(other)})" for name, (one, other) in apart.items())
-    return shown or tuple(name for name, both in values.items() if len({*itertools.chain(*both)}) > 1)
-
-
-def _reasons(missing: Mapping[Missing, Sequence[str]], by: str, baseline: str) -> Iterator[Flag]:
-    """Say why measures lack a level: a flag for all that lack it for one reason."""
-    for (level, apart), titles in missing.items():
-        if apart is None:
-            kind, text = "absent", f"no value at {by} = {level}."
-        else:
-            kind, text = "unpaired", f"nothing is paired between {by} = {baseline} and {level}, which differ in "
-            text += f"{some(apart)}; run both with the same, or {option('ignore')} that column."
-        yield Flag(kind=kind, subject=level, text=f"{some(titles)}: {text}")
+    shown = [f"{name} ({some(one)} against {some(other)})" for name, (one, other) in apart.items()]
+    shown = shown or [name for name, both in values.items() if len({*itertools.chain(*both)}) > 1]
+    baseline, level = sides
+    text = f"nothing is paired between {by} = {baseline} and {level}, which differ in {some(shown)}; run both with the "
+    return "unpaired", level, f"{text}same, or {option('ignore')} that column."

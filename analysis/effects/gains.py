@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from aimscale.analysis.effects.paired import mean_over_pairs
-from aimscale.analysis.effects.result import Contrast, Contrasts, level_names
+from aimscale.analysis.effects.result import Contrast, Contrasts, level_names, mean_over_pairs
 from aimscale.analysis.words import Flag
 
 ASKS_OTHERWISE = ("patch_order",)

@@ -1,24 +1,18 @@
-"""Sources of noise in a validation loss: seeds, the images that it is measured on, errors that rows share.
-
-Everything is a standard deviation of ln loss, that is a fraction of the loss.
-"""
+"""Sources of noise in a validation loss: seeds, the images that it is measured on, errors that rows share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.stats import chi2
 
-from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.table.design import foreign_settings, held_equal, varies, with_size
+from aimscale.analysis.table.design import held_equal, varies, with_size
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.words import Flag, flag_words
 
 COMPONENTS = {
     "sizes": "of it, shared by the rows of a size: the law's form or tuning, or a size's own error",
@@ -27,27 +21,10 @@ COMPONENTS = {
 }
 """Groups of rows -> what their component of the scatter about the law is."""
 
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Noise(Result):
-    """Components of the spread of a loss."""
-
-    table: pd.DataFrame
-    """One row per component: kind (seeds, images, law, sizes, runs, budgets), source (in words), value (a standard
-    deviation), low, high (95 %; NaN where not known), all as fractions of the loss, and basis."""
-    flags: tuple[Flag, ...]
-    """Components that could not be told, and why."""
-
-    def facts(self) -> list[tuple[str, str]]:
-        """Return what is not known, and what the numbers are."""
-        return [*(("with care", each) for each in flag_words(self.flags)), ("shown", self.headline())]
-
-    def headline(self) -> str:
-        """Say what the numbers are."""
-        return "Standard deviations of ln loss by source, with 95 % intervals"
+Row = tuple[str | float, ...]
 
 
-def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> Noise:
+def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> pd.DataFrame:
     """Estimate the variance components of a loss.
 
     Args:
@@ -55,49 +32,46 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> N
         law: a law fitted to it already, which saves a fit where it is the one that tells the scatter.
 
     Returns:
-        A standard deviation per source, as a fraction of the loss.
+        A row per component: kind (seeds, images, law, sizes, runs, budgets), source (in words), value (a standard
+        deviation of ln loss, that is a fraction of the loss), low, high (95 %; NaN where not known) and basis.
 
     Raises:
         AnalysisError: no usable loss, or neither seeds nor standard errors to tell noise from.
 
     Example:
-        >>> table = read_table("results.parquet")
-        >>> noise(table).table
+        >>> noise(read_table("results.parquet"))
     """
     rows = usable_rows(with_size(df), y).rows
-    parts, flags = _seeds(rows, y), list[Flag]()
-    if not parts:
-        text = "No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds."
-        flags.append(Flag(kind="one_seed", subject=", ".join(foreign_settings(rows, {y})), text=text))
+    parts = [*_seeds(rows, y)]
     if y == "val_loss" and "val_loss_se" in rows and rows["val_loss_se"].notna().any():
         errors = (rows["val_loss_se"] / rows[y]).dropna()
         low, value, high = np.percentile(errors, [2.5, 50, 97.5]).tolist()
         basis = f"median and range of {len(errors)} rows' standard errors"
         parts.append(("images", "validation images, which all runs share", value, low, high, basis))
     if len(rows) < 2 or not parts:
-        why = " ".join(map(str, flags))
-        raise AnalysisError(f"{len(rows)} complete rows with a positive {y} cannot tell noise from anything. {why}")
-    columns = ["kind", "source", "value", "low", "high", "basis"]
-    return Noise(table=pd.DataFrame([*parts, *_law(rows, y, law)], columns=columns), flags=tuple(flags))
+        raise AnalysisError(
+            f"{len(rows)} complete rows with a positive {y}, no two of which differ in the seed alone, cannot tell "
+            "noise from anything; run more seeds."
+        )
+    return pd.DataFrame([*parts, *_law(rows, y, law)], columns=["kind", "source", "value", "low", "high", "basis"])
 
 
-def _seeds(rows: pd.DataFrame, y: str) -> list[tuple[str | float, ...]]:
+def _seeds(rows: pd.DataFrame, y: str) -> Iterator[Row]:
     """Pool the spread between seeds over cells; budgets of a run share its error, so the interval counts a run once."""
     if "seed" not in rows:
-        return []
+        return
     keys = held_equal(rows, {"seed", y})
     table = rows.assign(log_y=np.log(rows[y])).groupby([*keys, "seed"], dropna=False)["log_y"].mean().reset_index()
     cells = table.groupby(keys, dropna=False)
     spread = table["log_y"] - cells["log_y"].transform("mean")
     of_runs = table.groupby([name for name in keys if name != "images_seen"], dropna=False)["seed"].nunique() - 1
-    if not (spare := int(of_runs.clip(0).sum())):
-        return []
-    variance = float((spread**2).sum() / (len(table) - cells.ngroups))
-    low, high = np.sqrt(variance * spare / chi2.ppf([0.975, 0.025], spare)).tolist()
-    return [("seeds", "between seeds", variance**0.5, low, high, f"{spare} degrees of freedom of runs")]
+    if spare := int(of_runs.clip(0).sum()):
+        variance = float((spread**2).sum() / (len(table) - cells.ngroups))
+        low, high = np.sqrt(variance * spare / chi2.ppf([0.975, 0.025], spare)).tolist()
+        yield "seeds", "between seeds", variance**0.5, low, high, f"{spare} degrees of freedom of runs"
 
 
-def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[tuple[str | float, ...]]:
+def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[Row]:
     """Split the scatter about the joint law, where one can be fitted.
 
     What sizes share may be their own error, as a law's intervals take it, or the law's misfit, as the flag `scatter`

@@ -7,7 +7,8 @@ that cancels in what is told of their difference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,17 @@ import pandas as pd
 from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.effects.result import baseline_of, level_names
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.covariance import half_width, satterthwaite
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.inference import CONFIDENCE, Function
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Params
 from aimscale.analysis.laws.pair import TERMS, pair
-from aimscale.analysis.table import design
+from aimscale.analysis.table.design import FOLLOWS
 from aimscale.analysis.table.names import no_column, our_name
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.words import Flag, flag_words, power_of_ten
+from aimscale.analysis.table.select import main_part
+from aimscale.analysis.words import Flag, flag_words, human, power_of_ten
 
 NEWTON_STEPS = 20
 """Steps to a gain, in the logarithm of the excess loss, which is nearly linear in that of compute."""
@@ -33,6 +35,10 @@ NUM_SCALES = 7
 """Amounts of compute in the table of a result, evenly in the logarithm."""
 BEYOND = 10.0
 """Factor beyond the largest compute up to which the gain is extrapolated by default."""
+SPEED = "images_per_s"
+"""Column of the measured speed."""
+MOST_SEEDS = 10
+"""Further seeds that are thought of at most."""
 EXPONENTS = ("alpha", "beta")
 """Parameters whose ratio between the recipes is told."""
 SHARED, OWN = ("E", *EXPONENTS), ("E",)
@@ -43,30 +49,28 @@ SHARED, OWN = ("E", *EXPONENTS), ("E",)
 class Recipes(Result):
     """A recipe's worth in compute against another's, as a function of compute."""
 
-    plot = Drawing("recipes.plot_recipes")
+    plot = Drawing("scaling.plot_recipes")
 
     by: str
     baseline: str
     level: str
     table: pd.DataFrame
     """A row per amount of compute: C, N and D (in the table's mean ratio), gain in compute, low, high, beyond (of the
-    largest run). A gain of 2: the baseline needs twice the compute for the same loss; below 1, less."""
+    largest run). A gain of 2: the baseline needs twice the compute for the same loss; below 1, less. Where images_per_s
+    is known of two sizes or more under both, also time_gain, time_low and time_high: the gain in time."""
     trend: tuple[float, float, float]
     """Change of the gain over the table's own range of compute, as a factor, with its interval."""
     crossover: float
     """Compute at which the gain is 1; NaN where it is on one side everywhere."""
     exponents: pd.DataFrame
     """alpha and beta: ratio of the level's to the baseline's, low, high, from laws that share E alone."""
+    has_own_exponents: bool
+    """Whether exponents differ significantly, so that each recipe keeps its own."""
     law: Fit
     """The joint law behind the gains."""
     flags: tuple[Flag, ...]
-    law_of_own: Fit = field(repr=False)
-    """The joint law in which each recipe has exponents of its own."""
-
-    @property
-    def has_own_exponents(self) -> bool:
-        """Whether exponents differ significantly, so that each recipe keeps its own."""
-        return self.law is self.law_of_own
+    decision: str
+    """What would tell whether the gain at the largest compute of `table` is one."""
 
     def headline(self) -> str:
         """Return the gain at the largest compute of the table and beyond."""
@@ -91,7 +95,7 @@ class Recipes(Result):
         kept = "each keeps its own" if self.has_own_exponents else "both share them"
         found.append(("exponents", f"{ratios}: {kept}"))
         where = f"at {power_of_ten(self.crossover)} FLOP" if np.isfinite(self.crossover) else "not up to the last row"
-        return [*found, ("crosses over", where)]
+        return [*found, ("crosses over", where), ("to decide", self.decision)]
 
     def cells(self) -> list[dict[str, str]]:
         """Write a row per amount of compute."""
@@ -100,14 +104,15 @@ class Recipes(Result):
             {
                 "compute": power_of_ten(row["C"]),
                 "gain": _gain_words(row),
+                "gain in time": _gain_words(row, "time_") if "time_gain" in row else "",
                 "beyond the table": "yes" if row["beyond"] else "",
             }
             for row in rows
         ]
 
 
-def _gain_words(row: Any) -> str:
-    return f"{row['gain']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+def _gain_words(row: Any, kind: str = "") -> str:
+    return f"{row[f'{kind}gain']:.2f} [{row[f'{kind}low']:.2f}, {row[f'{kind}high']:.2f}]"
 
 
 def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = "val_loss") -> tuple[Recipes, ...]:
@@ -133,8 +138,13 @@ def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = 
     if absent := [name for name in (by, y, *columns.values()) if name not in df]:
         raise no_column(df, absent[0])
     used = usable_rows(df, {**columns, "y": y})
-    rows, flags = _alike(used.rows[used.rows[by].notna()], by)
+    known = used.rows[used.rows[by].notna()]
+    rows, which = main_part(known, free={by, *FOLLOWS.get(by, ())})
+    text = f"{len(known) - len(rows)} rows of other designs than {which} are left out."
+    flags = (Flag(kind="design", subject=which, number=len(known) - len(rows), text=text),) if which else ()
     numbers = used.numbers.loc[rows.index]
+    if SPEED in rows:
+        numbers = numbers.assign(speed=pd.to_numeric(rows[SPEED], errors="coerce"))
     if not np.isfinite(6 * numbers["N"] * numbers["D"]).all() or not len(numbers):
         raise AnalysisError(f"No row with a {by} has N, D and a loss whose compute, 6 N D, is a number; correct them.")
     level = level_names(rows[by])
@@ -149,28 +159,15 @@ def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = 
     )
 
 
-def _alike(rows: pd.DataFrame, by: str) -> tuple[pd.DataFrame, tuple[Flag, ...]]:
-    """Keep the rows of the most frequent design in everything but `by` and what follows from it."""
-    others = [n for n in design.design_columns(rows) if n != by and n not in design.FOLLOWS.get(by, ())]
-    if not others:
-        return rows, ()
-    cell = rows.groupby(others, dropna=False).ngroup()
-    keep = cell == cell.mode()[0]
-    text = f"{int((~keep).sum())} rows that differ in {', '.join(others)} are left out."
-    return rows[keep], (Flag(kind="design", number=int((~keep).sum()), text=text),)
-
-
 def _compared(
     numbers: pd.DataFrame, is_level: pd.Series, names: tuple[str, str, str], flags: Sequence[Flag]
 ) -> Recipes:
     """Fit both laws to the rows of two recipes, called by their column, the baseline and the level."""
     points = numbers.assign(G=is_level.map({False: 1.0, True: 2.0}))
     own, shared = (fit(points, pair(share), y="y", is_tested=False) for share in (OWN, SHARED))
-    exponents = pd.DataFrame(
-        [_ratio(own, name, CONFIDENCE) for name in EXPONENTS], columns=["ratio", "low", "high"], index=[*EXPONENTS]
-    )
+    ratios = {name: own.estimate.error_of(partial(_log_ratio, name=name)) for name in EXPONENTS}
     either = 1 - (1 - CONFIDENCE) / len(EXPONENTS)  # one of two intervals misses by chance twice as often
-    differs = any(low > 1 or high < 1 for _, low, high in (_ratio(own, name, either) for name in EXPONENTS))
+    differs = any(low > 1 or high < 1 for each in ratios.values() for _, low, high in [_factor(*each, either)[:, 0]])
     law = own if differs else shared
     compute = 6 * points["N"] * points["D"]
     ratio = float(np.exp(np.mean(np.log(points["D"] / points["N"]))))
@@ -179,30 +176,75 @@ def _compared(
     n = np.sqrt(scales / (6 * ratio))
     gain = _gain_of(law, n, ratio * n)
     value, errors, degrees = law.estimate.error_of(gain)
-    half = half_width(errors, degrees, CONFIDENCE)
-    table = pd.DataFrame({"C": scales, "N": n, "D": ratio * n, "gain": np.exp(value)})
-    table = table.assign(low=np.exp(value - half), high=np.exp(value + half), beyond=scales > 1.001 * compute.max())
+    found = dict(zip(("gain", "low", "high"), _factor(value, errors, degrees), strict=True))
+    if (speed := _speed(points)) is not None:
+        faster, sd, free = (np.broadcast_to(each, value.shape) for each in speed)
+        spare = satterthwaite(np.stack([errors, sd]), np.stack([degrees, free]))
+        ends = _factor(value + faster, np.hypot(errors, sd), spare)
+        found |= dict(zip(("time_gain", "time_low", "time_high"), ends, strict=True))
     last = NUM_SCALES - 3
-    (change,), (error,), (free,) = law.estimate.error_of(lambda p: (g := gain(p))[..., [last]] - g[..., [0]])
-    reach = half_width(np.array([error]), np.array([free]), CONFIDENCE)[0]
+    change = law.estimate.error_of(lambda p: (g := gain(p))[..., [last]] - g[..., [0]])
     return Recipes(
         **dict(zip(("by", "baseline", "level"), names, strict=True)),
-        table=table,
-        trend=tuple(np.exp([change, change - reach, change + reach]).tolist()),
+        table=pd.DataFrame({"C": scales, "N": n, "D": ratio * n, **found, "beyond": scales > 1.001 * compute.max()}),
+        trend=tuple(_factor(*change)[:, 0].tolist()),
         crossover=_crossover(scales, value),
-        exponents=exponents,
+        exponents=pd.DataFrame(
+            {k: _factor(*each)[:, 0] for k, each in ratios.items()}, index=["ratio", "low", "high"]
+        ).T,
+        has_own_exponents=differs,
         law=law,
-        law_of_own=own,
+        decision=_decision(law, points, lambda p: gain(p)[..., [-1]]),
         flags=(*flags, *(each for each in law.flags if each.kind in ("unseen", "few_groups"))),
     )
 
 
-def _ratio(law: Fit, name: str, confidence: float) -> tuple[float, float, float]:
-    """Return the ratio of the level's exponent to the baseline's, and its interval."""
-    value, errors, degrees = law.estimate.error_of(lambda p: np.log(p[f"{name}_2"]) - np.log(p[name]))
+def _factor(value: Array, errors: Array, degrees: Array, confidence: float = CONFIDENCE) -> Array:
+    """Return factors with the ends of their intervals (3, m) from their logarithms."""
     half = half_width(errors, degrees, confidence)
-    low, middle, high = np.exp([value[0] - half[0], value[0], value[0] + half[0]]).tolist()
-    return middle, low, high
+    return np.exp([value, value - half, value + half])
+
+
+def _log_ratio(params: Params, name: str) -> Array:
+    """Return the logarithm of the level's exponent over the baseline's."""
+    return np.log(params[f"{name}_2"]) - np.log(params[name])
+
+
+def _speed(points: pd.DataFrame) -> tuple[float, float, float] | None:
+    """Return the logarithm of the level's images/s over the baseline's at equal size, its standard error over sizes and
+    degrees of freedom; None where fewer than two sizes tell it."""
+    if "speed" not in points:
+        return None
+    logs = np.log(points["speed"].where(points["speed"] > 0))
+    baseline, level = (logs[points["G"] == group].groupby(points["N"]).mean() for group in (1.0, 2.0))
+    apart = (level - baseline).dropna()
+    return (apart.mean(), apart.sem(), len(apart) - 1.0) if len(apart) > 1 else None
+
+
+def _decision(law: Fit, points: pd.DataFrame, gain: Function) -> str:
+    """Say which further pairs of runs, at one size and amount of data, would tell for least compute whether a gain
+    (its logarithm) is one; what the two of a pair have in common cancels."""
+    estimate, cells = law.estimate, points[["N", "D"]].drop_duplicates()
+    cells = pd.concat([cells, 2 * cells.max().to_frame().T], ignore_index=True)
+    (value,), (error,), degrees = estimate.error_of(gain)
+    reach = half_width(1.0, degrees, CONFIDENCE)[0]
+    if abs(value) > reach * error:
+        return f"nothing more: at the largest compute the gain is {'above' if value > 0 else 'below'} 1"
+
+    def apart(params: Params) -> Array:
+        sides = (estimate.law_at({**cells, "G": np.full(len(cells), group)})(params) for group in (2.0, 1.0))
+        return np.subtract(*sides)
+
+    offers = []
+    for seeds in range(1, MOST_SEEDS + 1):
+        _, after = estimate.error_after(gain, apart, estimate.components.point * np.sqrt(2 / seeds))
+        told = cells[reach * after < abs(value)]
+        offers += [(seeds * n * d, seeds, n, d) for n, d in told.to_numpy()]
+    if not offers:
+        return f"larger sizes: {MOST_SEEDS} more seeds at one size do not tell a gain of {np.exp(value):.2f} from 1"
+    _, seeds, n, d = min(offers)
+    more = f"{seeds} more seed{'s' * (seeds > 1)} of both at N = {human(n)}, D = {human(d)}"
+    return f"{more}, if the gain is {np.exp(value):.2f}"
 
 
 def _gain_of(law: Fit, n: Array, d: Array) -> Function:

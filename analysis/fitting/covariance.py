@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import nnls
 from scipy.stats import t as student
 
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import Groups, indicators
 from aimscale.analysis.laws.base import Array
 
-MANY_CLUSTERS = 200
-"""More clusters than this are as good as normal, whatever the contrast."""
 FLAT, NULL = 1e-6, 1e-10
 """Singular values of the design below `FLAT` times the largest are raised to it (a direction that is hardly identified
 gets a large, finite error); below `NULL` times the largest they are dropped."""
@@ -78,12 +78,9 @@ class Sandwich:
     def _degrees(self, contrast: Array) -> float:
         """Return Bell and McCaffrey's degrees of freedom of a contrast (k,) of the coordinates: for independent errors
         the variance has the eigenvalues of P_gh = s_g' ((I - H)(I - H)')_gh s_h, s_g = B_g a."""
-        if self.clusters.max() >= MANY_CLUSTERS:
-            return len(self.design.x) - float(len(self.covariance))
         s = self.adjusted @ contrast
         u, v = (_sums(self.clusters, each * s[:, None]) for each in (self.design.x, self.design.weighted))
-        p = np.diag(np.bincount(self.clusters, s**2)) + u @ self.design.squared @ u.T - u @ v.T - v @ u.T
-        return max(1.0, effective_degrees(p))
+        return max(1.0, _degrees(np.bincount(self.clusters, s**2), u, v, self.design.squared))
 
     def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
         """Return standard errors and degrees of freedom (m,) of contrasts (m, k) of the parameters."""
@@ -112,6 +109,47 @@ def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KnownErrors:
+    """Errors of measurements that were found before a fit and that its residuals need not show, such as tuning's."""
+
+    loadings: Array
+    """Error (n, m) of ln y of every measurement by m independent causes of one standard deviation."""
+    degrees: float
+    """Degrees of freedom of their variances."""
+
+    def through(self, response: Array) -> KnownErrors:
+        """Return the errors (k, m) of what changes by a response (k, n) to every measurement."""
+        return KnownErrors(loadings=response @ self.loadings, degrees=self.degrees)
+
+    def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
+        """Return standard errors and degrees of freedom (k,) of contrasts (k, n)."""
+        errors = np.linalg.norm(contrasts @ self.loadings, axis=1)
+        return errors, np.full(len(errors), self.degrees)
+
+
+def with_known_errors(rows: pd.DataFrame, y: str, errors: KnownErrors) -> pd.DataFrame:
+    """Write known errors of y beside a table's rows (n,), in a column of lists that goes where the rows go."""
+    cells = np.column_stack([np.full(len(rows), errors.degrees), errors.loadings]).tolist()
+    return rows.assign(**{error_column(y): pd.Series(cells, rows.index, dtype=object)})
+
+
+def known_errors(rows: pd.DataFrame, y: str) -> KnownErrors | None:
+    """Read the known errors of a table's rows; None where there are none."""
+    if (name := error_column(y)) not in rows or rows.empty:
+        return None
+    cells = [each if isinstance(each, list) else [] for each in rows[name]]
+    if len({*map(len, cells)}) > 1 or not cells[0]:
+        raise AnalysisError(f"The {y} of these rows was corrected in parts; join the tables first, then correct them.")
+    numbers = np.array(cells, float)
+    return KnownErrors(loadings=numbers[:, 1:], degrees=float(numbers[:, 0].min()))
+
+
+def error_column(y: str) -> str:
+    """Name the column that known errors of a column stand in."""
+    return f"{y}_known_errors"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Covariance:
     """Sum of the CR2 covariances over sizes and over budgets, whose errors cross each other.
 
@@ -122,16 +160,26 @@ class Covariance:
 
     by: Mapping[str, Sandwich]
     """Clustering -> its covariance."""
+    known: KnownErrors | None = None
+    """Errors of the parameters by what was known of the measurements' errors, which add to the others."""
 
     def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
         """Return standard errors and Satterthwaite's degrees of freedom (m,) of contrasts (m, k) of the parameters."""
-        errors, degrees = np.swapaxes([each.of_contrasts(contrasts) for each in self.by.values()], 0, 1)
+        parts: list[Sandwich | KnownErrors] = [*self.by.values(), *([self.known] if self.known else [])]
+        errors, degrees = np.swapaxes([each.of_contrasts(np.atleast_2d(contrasts)) for each in parts], 0, 1)
         return np.sqrt(np.sum(errors**2, axis=0)), satterthwaite(errors, degrees)
 
     @property
     def matrix(self) -> Array:
         """Covariance (k, k) of the parameters."""
-        return sum(each.design.to_params @ each.covariance @ each.design.to_params.T for each in self.by.values())
+        known = self.known.loadings @ self.known.loadings.T if self.known else 0.0
+        parts = (each.design.to_params @ each.covariance @ each.design.to_params.T for each in self.by.values())
+        return sum(parts, start=known)
+
+    @property
+    def degrees(self) -> float:
+        """Fewest degrees of freedom that any parameter has."""
+        return float(self.of_contrasts(np.eye(len(self.matrix)))[1].min())
 
 
 def satterthwaite(errors: Array, degrees: Array) -> Array:
@@ -193,9 +241,8 @@ def components_of(design: Design, residual: Array, groups: Groups) -> Components
             crossed = _sums(columns, root[:, None] * u[i][rows])  # A' U
             expected[i, j] = np.sum(cells**2) - 2 * np.sum(crossed * v[j]) + np.sum((u[i].T @ u[i]) * (v[j].T @ v[j]))
         if name != "points":
-            kept = np.diag(np.bincount(rows, root)) - u[i] @ v[i].T  # F' R (I - H) F
-            few = len(kept) <= MANY_CLUSTERS
-            own[name] = max(1e-9, effective_degrees(kept @ kept.T)) if few else float(len(kept) - k)
+            sums = np.bincount(rows, root)  # K K' of K = F' R (I - H) F = diag(sums) - U V'
+            own[name] = max(1e-9, _degrees(sums**2, u[i], sums[:, None] * v[i], v[i].T @ v[i]))
     scale = np.sqrt(np.where(np.diag(expected) > 0, np.diag(expected), 1.0))  # 0 where the law leaves nothing of groups
     found = nnls(expected / np.outer(scale, scale), squares / scale)[0] / scale
     own["points"] = max(1.0, spare - sum(own.values()))
@@ -210,6 +257,11 @@ def _sums(codes: Array, columns: Array) -> Array:
     return np.stack([np.bincount(codes, column) for column in columns.T], axis=1)
 
 
-def effective_degrees(form: Array) -> float:
-    """Return the degrees of freedom (tr P)^2 / tr P^2 of a quadratic form (m, m)."""
-    return float(np.trace(form) ** 2 / max(np.sum(form**2), 1e-300))
+def _degrees(diagonal: Array, u: Array, v: Array, squared: Array) -> float:
+    """Return the degrees of freedom (tr P)^2 / tr P^2 of P = diag + U S U' - U V' - V U' (m, m), S (k, k)."""
+    w, eye = np.column_stack([u, v]), np.eye(len(squared))
+    turned = w @ np.block([[squared, -eye], [-eye, np.zeros_like(eye)]])  # P = diag + turned W'
+    own, inner = np.sum(turned * w, axis=1), w.T @ turned
+    trace = np.sum(diagonal + own)
+    squares = np.sum(diagonal**2 + 2 * diagonal * own) + np.sum(inner * inner.T)
+    return float(trace**2 / max(squares, trace**2 / len(w), 1e-300))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.covariance import half_width, known_errors
 from aimscale.analysis.fitting.diagnostics import diagnose, lack_of_fit
 from aimscale.analysis.fitting.groups import groups_of
 from aimscale.analysis.fitting.identification import unidentified
@@ -75,7 +75,7 @@ def fit(
     law, rows = law.centred(Columns(points.x)), df.loc[points.index]
     of_points = None if weights is None else weights_of(rows, weights)
     problem = make_problem(law, points.x, points.y, objective, weights=of_points, fixed=fixed, bounds=bounds)
-    found = estimated(problem, groups_of(rows, points.x))
+    found = estimated(problem, groups_of(rows, points.x), known_errors(rows, y))
     hidden = unidentified(law, points.x, fixed)
     own = intervals_of(found, hidden)
     params = {name: float(v) for name, v in law.reported(found.params).items()}

@@ -17,6 +17,7 @@ from aimscale.analysis.fitting.covariance import (
     Components,
     Covariance,
     Design,
+    KnownErrors,
     components_of,
     half_width,
     linear_design,
@@ -24,7 +25,7 @@ from aimscale.analysis.fitting.covariance import (
 )
 from aimscale.analysis.fitting.groups import Groups, visible_groups
 from aimscale.analysis.fitting.objectives import HUBER_LOG
-from aimscale.analysis.fitting.problem import Minimum, Problem, global_minimum, minimise, refine
+from aimscale.analysis.fitting.problem import Minimum, Problem, global_minimum, minimise
 from aimscale.analysis.laws.base import Array, Columns, Params
 
 CONFIDENCE = 0.95
@@ -57,6 +58,8 @@ class Estimate:
     design: Design
     residual: Array
     """Residuals (n,) of T(y) whose least squares the optimum is: outliers drawn in, the others stretched for it."""
+    known: KnownErrors | None = None
+    """Errors of the measurements that were found before, such as those of tuning."""
 
     @cached_property
     def covariance(self) -> Covariance:
@@ -66,7 +69,13 @@ class Estimate:
         root = np.sqrt(slope)
         scaled = linear_design(self.problem.linearised(self.vector) * root[:, None], self.problem.weights)
         clusterings = self.groups.clusterings(self.problem.num_points).items()
-        return Covariance(by={name: sandwich(scaled, pull / root, codes) for name, codes in clusterings})
+        by = {name: sandwich(scaled, pull / root, codes) for name, codes in clusterings}
+        return Covariance(by=by, known=self.known and self.known.through(scaled.inverse * root * self._per_logarithm))
+
+    @property
+    def _per_logarithm(self) -> Array:
+        """Change of T(y) by ln y."""
+        return 1.0 if self.problem.objective.log else self.problem.y
 
     @property
     def vector(self) -> Array:
@@ -99,6 +108,14 @@ class Estimate:
         """Return a function's values (m,), standard errors (m,) and degrees of freedom (m,), by the delta method."""
         return (self.value_of(function), *self.covariance.of_contrasts(self.gradient(function)))
 
+    def error_after(self, target: Function, more: Function, noise: float) -> tuple[float, Array]:
+        """Return the standard error of a target, and what it would be (m,) after one more measurement of each of `more`
+        (m,), functions of the parameters, with errors of standard deviation `noise`."""
+        (wanted,), shown, matrix = self.gradient(target), self.gradient(more), self.covariance.matrix
+        shared, own = shown @ matrix @ wanted, np.sum(shown @ matrix * shown, axis=1)
+        before = float(wanted @ matrix @ wanted)
+        return before**0.5, np.sqrt(np.maximum(before - shared**2 / np.maximum(own + noise**2, 1e-300), 0.0))
+
     def value_of(self, function: Function) -> Array:
         """Return a function's values (m,)."""
         return np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)
@@ -117,7 +134,10 @@ class Estimate:
         """Return T(law) at places (m,) and its standard errors (m,) by the components of variance, which are steadier
         than the sandwich where few runs carry the weight, as in the mean of several laws."""
         contrasts = self.gradient(self.law_at(x)) @ self.design.inverse
-        return self.value_at(x), np.sqrt(self.components.variance_of(contrasts, self.groups))
+        variances = self.components.variance_of(contrasts, self.groups)
+        if self.known is not None:
+            variances = variances + self.known.of_contrasts(contrasts * self._per_logarithm)[0] ** 2
+        return self.value_at(x), np.sqrt(variances)
 
     def law_at(self, x: Mapping[str, Array]) -> Function:
         """Make T(law) at places (m,) a function of the parameters."""
@@ -133,45 +153,46 @@ class Estimate:
         return value
 
 
-def estimated(problem: Problem, groups: Groups) -> Estimate:
-    """Minimise a problem and infer the errors of its optimum."""
-    problem, minima = _best_minima(problem)
+def estimated(problem: Problem, groups: Groups, known: KnownErrors | None = None) -> Estimate:
+    """Minimise a problem and infer the errors of its optimum; `known` ones of the measurements add to what residuals
+    show."""
+    problem, minimum = _minimised(problem)
     formula, name, n = problem.law.formula, problem.objective.name, problem.num_points
-    if not minima:
+    if not np.isfinite(minimum.total):
         raise AnalysisError(f"{formula} has no finite value of {name} on these {n} points.")
-    jacobian = problem.linearised(minima[0].vector)
+    jacobian = problem.linearised(minimum.vector)
     if not np.isfinite(jacobian).all():
         raise AnalysisError(f"The optimum of {formula} lies where it has no finite derivatives.")
-    pull, slope = _pull_and_slope(problem, minima[0].vector)
+    pull, slope = _pull_and_slope(problem, minimum.vector)
     seen, unseen, few = visible_groups(groups, jacobian)
     design, residual = linear_design(jacobian, problem.weights), pull / np.average(slope, weights=problem.weights)
     return Estimate(
         problem=problem,
-        minimum=minima[0],
+        minimum=minimum,
         components=components_of(design, residual, seen),
         groups=seen,
         unseen=unseen,
         few=few,
         design=design,
         residual=residual,
+        known=known,
     )
 
 
-def _best_minima(problem: Problem) -> tuple[Problem, list[Minimum]]:
-    """Find the distinct minima, best first; an objective that takes its scale from the residuals is given that of a
-    nearly least-absolute-deviations fit, which no few outliers can move, and once more of the fit that follows."""
+def _minimised(problem: Problem) -> tuple[Problem, Minimum]:
+    """Find the minimum; an objective that takes its scale from the residuals is given that of a nearly
+    least-absolute-deviations fit, which no few outliers can move, and once more of the fit that follows."""
     objective, free = problem.objective, problem.num_free
-    if not objective.multiple:
-        return problem, global_minimum(problem)
-    found = global_minimum(replace(problem, objective=HUBER_LOG))
-    if not found:
-        return problem, []
-    residual = np.sort(np.abs(problem.residual(found[0].vector)))
+    found = global_minimum(replace(problem, objective=HUBER_LOG) if objective.multiple else problem)
+    if not objective.multiple or not np.isfinite(found.total):
+        return problem, found
+    residual = np.sort(np.abs(problem.residual(found.vector)))
     sd = 1.4826 * float(np.median(residual[min(free, len(residual) - 1) :]))  # it passes through `free` points
     for _ in range(2):
         problem = replace(problem, objective=replace(objective, delta=max(objective.multiple * sd, SMALLEST_DELTA)))
-        sd = _robust_sd(problem.residual(minimise(problem, found[0].vector).vector), free)
-    return problem, refine(problem, found)
+        found = minimise(problem, found.vector)
+        sd = _robust_sd(problem.residual(found.vector), free)
+    return problem, found
 
 
 def _robust_sd(residual: Array, free: int) -> float:

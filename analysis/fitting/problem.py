@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -185,27 +185,14 @@ class Minimum:
     total: float
 
 
-def global_minimum(problem: Problem) -> list[Minimum]:
-    """Find the distinct local minima, best first: the floors of the grid's valleys, refined."""
-    first = starts(problem)
-    first = first if len(first) else np.clip(np.zeros((1, len(problem.lower))), problem.lower, problem.upper)
-    rough = _distinct([_refined(problem, start, ROUGH) for start in first])
-    return refine(problem, rough)
-
-
-def refine(problem: Problem, minima: Iterable[Minimum]) -> list[Minimum]:
-    """Refine minima of a similar problem to the distinct ones of this, best first."""
-    return _distinct([minimise(problem, each.vector) for each in minima])
-
-
-def _distinct(found: list[Minimum]) -> list[Minimum]:
-    """Keep the minima of finite objective that differ, best first."""
-    kept: list[Minimum] = []
-    for each in sorted(found, key=lambda m: m.total):
-        apart = [np.max(np.abs(m.vector - each.vector) / (np.abs(m.vector) + 1e-2)) for m in kept]
-        if np.isfinite(each.total) and all(d > SAME_MINIMUM for d in apart):
-            kept.append(each)
-    return kept
+def global_minimum(problem: Problem) -> Minimum:
+    """Find the lowest of the minima below the floors of the grid's valleys; its objective is infinite if none is."""
+    distinct = list[Minimum]()
+    for each in sorted((_refined(problem, start, ROUGH) for start in starts(problem)), key=lambda m: m.total):
+        apart = [np.max(np.abs(m.vector - each.vector) / (np.abs(m.vector) + 1e-2)) for m in distinct]
+        distinct += [each] if all(d > SAME_MINIMUM for d in apart) else []
+    found = [minimise(problem, each.vector) for each in distinct]
+    return min(found, key=lambda m: m.total, default=Minimum(vector=problem.lower, total=np.inf))
 
 
 def minimise(problem: Problem, start: Array) -> Minimum:

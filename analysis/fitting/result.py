@@ -50,7 +50,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Fit(Result):
-    """A fitted law; `predict`, `conf_int`, `cov`, `resid`, `aic` are as in statsmodels."""
+    """A fitted law; `predict`, `conf_int`, `cov`, `resid` are as in statsmodels."""
 
     plot = Drawing("scaling.plot_fit")
 
@@ -151,26 +151,6 @@ class Fit(Result):
         """Residuals of T(y): of its logarithm where the objective takes that."""
         return self.data["residual"]
 
-    @property
-    def nobs(self) -> int:
-        """`num_points`."""
-        return self.num_points
-
-    @property
-    def llf(self) -> float:
-        """Log-likelihood of y under independent normal errors of T(y), so that lsq and log_lsq compare."""
-        problem = self.estimate.problem
-        if self.objective.robust or self.weights:
-            raise AnalysisError("A likelihood needs least squares of equal weights; fit with objective='log_lsq'.")
-        n, residual = problem.num_points, problem.residual(self.estimate.vector)
-        jacobian = float(np.sum(np.log(problem.y))) if self.objective.log else 0.0
-        return -n / 2 * (float(np.log(2 * np.pi * np.mean(residual**2))) + 1) - jacobian
-
-    @property
-    def aic(self) -> float:
-        """Akaike's criterion, 2 k - 2 llf with k free parameters of the law."""
-        return 2 * self.estimate.problem.num_free - 2 * self.llf
-
     def shown(self, name: str, digits: int = 4) -> str:
         """Write a parameter: digits with its interval, a bound, or the words "not identified"."""
         if name in self.not_identified:
@@ -239,7 +219,8 @@ class Fit(Result):
         """Method of the intervals, in words."""
         counts = {**self.estimate.groups.counts, "points": self.num_points}
         over = " and ".join(f"{counts[name]} {name}" for name in self.estimate.covariance.by)
-        return f"cluster-robust (CR2, Bell-McCaffrey) over {over}"
+        also = ", with the errors of tuning" if self.estimate.known else ""
+        return f"cluster-robust (CR2, Bell-McCaffrey) over {over}{also}"
 
     def _column_words(self, variable: str) -> str:
         """Name a variable's (or "y"'s) column as a foreign table does; of a results table with what it counts."""

@@ -12,6 +12,7 @@ import pandas as pd
 
 from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.diagnostics import blind_flags
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.forecasts.forecaster import Cache, Forecaster, accuracy_forecaster, forecaster
@@ -44,7 +45,7 @@ class Forecast(Result):
     names: Mapping[str, str]
     """Column -> its name in the file, where that differs."""
     flags: tuple[Flag, ...] = ()
-    """Accuracies that were not forecast and why."""
+    """Errors that the table hardly tells, and accuracies that were not forecast and why."""
 
     @property
     def loss(self) -> Forecaster:
@@ -116,8 +117,10 @@ def forecast(
     scales = [{v: float(value) for v, value in each.items()} for each in ([at] if isinstance(at, Mapping) else at)]
     if not scales:
         raise AnalysisError("There is no scale to forecast at; give N and D.")
-    flags, fits = list[Flag](), Cache()
+    fits = Cache()
     loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, cache=fits)
+    heaviest = loss.curves[loss.weights.index[0]].law
+    flags = [*blind_flags(heaviest.groups, heaviest.unseen, heaviest.few)]
     by = {y: loss}
     probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
     for key, probed in probes.groupby(["task", "kind"]) if len(probes) else ():

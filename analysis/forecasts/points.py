@@ -10,6 +10,7 @@ import pandas as pd
 
 from aimscale.analysis.accuracy.links import task_level
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import KnownErrors, known_errors
 from aimscale.analysis.fitting.groups import Groups, groups_of
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
@@ -45,6 +46,8 @@ class Points:
     """Loss at which the accuracy is 1, where the task has one."""
     groups: Groups = field(default_factory=Groups)
     """Points that share errors."""
+    known: KnownErrors | None = None
+    """Errors of y that were found before, such as those of tuning."""
     laws: tuple[Law, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
     """Variable (and y) -> column of the table."""
@@ -55,7 +58,9 @@ class Points:
     def rows(self, keep: Array) -> Points:
         """Select some of the points (mask)."""
         x, loss = {v: values[keep] for v, values in self.x.items()}, None if self.loss is None else self.loss[keep]
-        return replace(self, x=x, y=self.y[keep], compute=self.compute[keep], loss=loss, groups=self.groups.rows(keep))
+        known = self.known and replace(self.known, loadings=self.known.loadings[keep])
+        groups, compute = self.groups.rows(keep), self.compute[keep]
+        return replace(self, x=x, y=self.y[keep], compute=compute, loss=loss, groups=groups, known=known)
 
     def distance(self, places: Mapping[str, Array]) -> Array:
         """Return how many times beyond places lie (m,), in compute or a variable, whichever is most; 1 inside."""
@@ -115,6 +120,7 @@ def table_points(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str, loss
         chance=task_level(rows, "chance") if loss else None,
         ideal=task_level(rows, "ideal") if loss else None,
         groups=groups_of(rows, x),
+        known=known_errors(rows, y),
         laws=found,
         columns={**columns, "y": y},
         exclusions=used.exclusions,

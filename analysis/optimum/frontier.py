@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.covariance import error_column, half_width
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array
@@ -52,7 +52,8 @@ def points_of(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None
     used = usable_rows(df, found, best_by="loss")
     if used.numbers.empty:
         raise AnalysisError("No row of the table has positive N, D, C and loss, so there is no frontier to draw.")
-    return used.numbers.assign(**{name: used.rows[name] for name in ("size", "run_id", "seed") if name in df.columns})
+    kept = {**{name: name for name in ("size", "run_id", "seed")}, error_column("loss"): error_column(y)}
+    return used.numbers.assign(**{name: used.rows[column] for name, column in kept.items() if column in df.columns})
 
 
 class NoFrontier(AnalysisError):

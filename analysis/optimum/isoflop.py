@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import components_of, linear_design
+from aimscale.analysis.fitting.covariance import components_of, known_errors, linear_design
 from aimscale.analysis.fitting.diagnostics import blind_flags
 from aimscale.analysis.fitting.groups import SAME_COMPUTE, chained, groups_of, visible_groups
 from aimscale.analysis.laws.base import Array
@@ -48,7 +48,7 @@ def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     found, refusals = dict[float, tuple[float, float, Array]](), list[Flag]()
     for c, rows in budgets.items():
         try:
-            found[c] = _minimum(c, rows, log_sizes, log_losses)
+            found[c] = parabola_minimum(c, rows, log_sizes, log_losses)
         except NoFrontier as refused:
             refusals += refused.flags
     if len(found) < 2:
@@ -62,7 +62,7 @@ def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     if (surface := _surface(points, log_losses)) is not None:
         values, errors, degrees, flags = surface
         with contextlib.suppress(NoFrontier):  # the surface itself may have no minimum there
-            slopes = np.array([_minimum(c, budgets[c], log_sizes, values)[2] for c in found])
+            slopes = np.array([parabola_minimum(c, budgets[c], log_sizes, values)[2] for c in found])
         moved = through @ slopes
         covariance, method = moved @ errors @ moved.T, f"errors of {len(points)} points about a smooth surface"
     return Frontier(
@@ -79,7 +79,7 @@ def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     )
 
 
-def _minimum(flops: float, rows: Array, log_sizes: Array, log_losses: Array) -> tuple[float, float, Array]:
+def parabola_minimum(flops: float, rows: Array, log_sizes: Array, log_losses: Array) -> tuple[float, float, Array]:
     """Find the vertex of the parabola about the lowest size of a budget, which rows (m,) of all (n,) share.
 
     Returns:
@@ -127,7 +127,10 @@ def _surface(points: pd.DataFrame, log_losses: Array) -> tuple[Array, Array, flo
     seen, unseen, few = visible_groups(groups, terms)
     values = terms @ np.linalg.lstsq(terms, log_losses, rcond=None)[0]
     errors = components_of(linear_design(terms, np.ones(num)), log_losses - values, seen)
-    return values, errors.covariance(seen, num), errors.degrees, [*blind_flags(seen, unseen, few)]
+    covariance, known = errors.covariance(seen, num), known_errors(points, "loss")
+    if known is not None:
+        covariance = covariance + known.loadings @ known.loadings.T
+    return values, covariance, errors.degrees, [*blind_flags(seen, unseen, few)]
 
 
 def shared_budgets(points: pd.DataFrame) -> pd.Series:

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.accuracy.result import Correlation
+from aimscale.analysis.accuracy.correlation import Correlation
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots import parts
@@ -24,14 +24,12 @@ TOP1 = ("top1", "top1_lo95", "top1_hi95")
 
 
 @styled()
-def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> Figure:
+def plot_accuracy(probes: pd.DataFrame) -> Figure:
     """Draw accuracy against N, D and C: a row of panels per task, intervals, a line per size (in N, per D).
 
     Args:
         probes: rows of `probe_frame`, of one kind of probe: task, top1, its interval, and params_total, images_seen,
             flops_train as far as they are known.
-        levels: what to compare with, drawn as horizontal lines: task, name, top1. Those far off the points are named
-            at the panel's edge.
 
     Returns:
         A matplotlib figure; `save` writes it.
@@ -59,12 +57,10 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
     for by, place in zip(dict.fromkeys(scales.values()), sides, strict=False):
         mine = [ax for column, each in zip(grid.T, scales.values(), strict=True) if each == by for ax in column]
         parts.legend(mine, words(by), 6 if place == "lower right" else 4, place)
-    known = _chance(rows) if levels is None else pd.concat([_chance(rows), levels])
     for line, task in zip(grid, tasks, strict=True):
-        line[0].set_title(parts.plain(task))
         for ax in line:
             parts.percent_axis(ax, label=ax is line[0])
-        parts.draw_levels(line, known[known["task"] == task], loc="center left", bbox_to_anchor=(1, 0.5))
+        parts.name_task(line, rows[rows["task"] == task], task)
     return figure
 
 
@@ -98,18 +94,12 @@ def plot_loss_accuracy(
         parts.draw_points(ax, mine, ("val_loss", *TOP1), "measured")
         if links and task in links:
             parts.draw(ax, curve_of(links[task], "L"), ("L", *CURVE), "link", MUTED)
-        parts.draw_levels([ax], _chance(mine), loc="lower left")
         ax.set_xlabel(words("val_loss").replace("\n", " "))
         lines = _correlation_lines((correlations or {}).get(task, ()))
-        ax.set_title(parts.plain(task), pad=5 + 7.5 * len(lines))
+        parts.name_task([ax], mine, task, pad=5 + 7.5 * len(lines))
         ax.text(0, 1.02, "\n".join(lines), transform=ax.transAxes, va="bottom", fontsize="x-small", color=INK)
     parts.legend(panels, words(by) if by else "", 4 if len(tasks) < 2 else 8)
     return figure
-
-
-def _chance(probes: pd.DataFrame) -> pd.DataFrame:
-    """Give the accuracy of guessing as a level per task."""
-    return probes[["task"]].assign(name="chance", top1=probes.get("chance", np.nan)).drop_duplicates("task")
 
 
 def _task_panels(tasks: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:

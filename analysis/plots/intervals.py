@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aimscale.analysis.accuracy.result import Correlations
+from aimscale.analysis.accuracy.correlation import Correlations
 from aimscale.analysis.effects.result import Contrasts
 from aimscale.analysis.plots.parts import legend, plain, record
 from aimscale.analysis.plots.style import MARKERS, MUTED, PAPER, cycled, figure_of, new_figure, palette, styled

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 from pandas.api.types import is_numeric_dtype
 
+from aimscale.analysis.accuracy.links import task_level
 from aimscale.analysis.plots.style import MARKERS, MUTED, PAPER, ShownFigure, figure_of, palette
 from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.table.names import LETTERS, names_of
@@ -31,8 +31,6 @@ MAX_JOINED = 100
 SUBS = ((2.2, (1,)), (1.4, (1, 3)), (0.6, (1, 2, 5)))
 """Decades of a range from which an axis has ticks at these multiples of powers of ten: labels such as 3×10¹¹ have room
 on the panels of a figure of two columns."""
-LEVEL_REACH = 0.5
-"""Distance from the points, in heights of the axis, up to which a level is drawn."""
 
 
 def plain(text: object, longest: int = 32) -> str:
@@ -161,24 +159,16 @@ def draw_means(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, what: str 
     draw(ax, means, (x, y), what, **look)
 
 
-def draw_levels(panels: Sequence[Axes], levels: pd.DataFrame, **place: Any) -> None:
-    """Draw accuracies to compare with (name, top1) as lines across panels of one range, named in a legend; those far
-    off the points are named with an arrow."""
+def name_task(panels: Sequence[Axes], rows: pd.DataFrame, task: str, **look: Any) -> None:
+    """Title panels of one range by a task and its `chance`, which is a line where their axis reaches it."""
+    chance = task_level(rows, "chance")
+    named = "" if chance is None else f" (chance {100 * chance:.1f} %)"
+    panels[0].set_title(f"{plain(task)}{named}", **look)
     low, high = panels[0].get_ylim()
-    reach, handles = LEVEL_REACH * (high - low), []
-    levels = levels[["name", "top1"]].dropna().sort_values("top1", ascending=False, kind="stable")
-    for number, (name, value) in enumerate(levels.itertuples(index=False, name=None)):
-        arrow = "↓ " if value < low - reach else "↑ " if value > high + reach else ""
-        style: Any = "none" if arrow else ("--", ":", "-.")[number % 3]
-        look: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": style}
-        for ax in () if arrow else panels:
-            ax.axhline(value, zorder=1, **look)
-        handles.append(Line2D([], [], label=f"{arrow}{plain(name, 30)} {100 * value:.1f}", **look))
-        what = "level, beyond the axis" if arrow else "level"
-        record(panels[-1], what, pd.DataFrame({"series": [name], "y": value}))
-    if handles:
-        look = {"labelcolor": MUTED, "fontsize": "small", "handlelength": 1.6, "handletextpad": 0.4}
-        panels[-1].legend(handles=handles, **look, **place)
+    if chance is not None and low < chance < high:
+        for ax in panels:
+            ax.axhline(chance, color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
+        record(panels[0], "chance", pd.DataFrame({"series": ["chance"], "y": chance}))
 
 
 def legend(axes: Sequence[Axes], title: str, columns: int = 4, place: str = "") -> None:

@@ -46,7 +46,7 @@ def plot_rates(found: Rates, *, setting: str = "lr", labels: Mapping[str, str] |
     curves = curves.assign(series=curves["N"].map(names).astype(lowest["series"].dtype))
     look: dict[str, Any] = {"linewidth": 0.8, "units": curves["cell"].to_numpy(), "linestyle": "-"}
     parts.draw(axes[0], curves, (setting, "y"), "parabola", **look)
-    optima = found.table.take(found.tuned).assign(y=np.exp(found.surface.lowest()[0]))
+    optima = found.table.take(found.tuned).assign(y=np.exp(found.surface.lowest))
     optima = optima[optima["found"] == OPTIMUM]
     parts.draw_points(axes[0], optima.assign(series=""), (f"{setting}_best", "y"), "optimum", INK, markers=("X",))
     words = {setting: SETTING_WORDS[setting], "val_loss": found.columns["y"]}
@@ -67,9 +67,9 @@ def _parabola(found: Rates, setting: str, number: int) -> pd.DataFrame:
     i, cell, surface = found.settings.index(setting), int(found.tuned[number]), found.surface
     row = found.table.iloc[cell]
     grid = np.linspace(np.log(row[f"{setting}_lowest"]), np.log(row[f"{setting}_highest"]), NUM_GRID)
-    hessian = surface.curvatures(surface.scale[[number]], surface.coefficients)[0]
+    hessian = surface.curvatures(surface.scale[[number]])[0]
     own = 1 / np.linalg.inv(hessian)[i, i]  # curvature with the others at their best
-    log_loss = surface.lowest()[0][number] + own * (grid - surface.optima[number, i]) ** 2 / 2
+    log_loss = surface.lowest[number] + own * (grid - surface.optima[number, i]) ** 2 / 2
     return pd.DataFrame({setting: np.exp(grid), "y": np.exp(log_loss), "N": row["N"], "cell": cell})
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from aimscale.analysis.effects.recipes import Recipes
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecast import Forecast
@@ -109,14 +110,16 @@ def plot_points(
     by: str | None = None,
     ax: Axes | None = None,
     *,
+    curves: pd.DataFrame | None = None,
     envelope: Fit | None = None,
     labels: Labels = None,
 ) -> Figure:
-    """Draw measurements, with a line through those of each value of another column.
+    """Draw measurements, with a line through those of each value of another column, or the curves of their runs.
 
     Args:
         x: the column on the horizontal axis, or its letter, such as N.
         by: the other column, such as the size's parameters.
+        curves: points during training of the same runs, with the same columns and `run_id`: a line per run.
         envelope: a law of `x` alone to draw along the best of them.
         labels: column or letter -> words on its axis and above the legend.
 
@@ -133,45 +136,22 @@ def plot_points(
     if absent := [name for name in (x, y, by) if name and name not in frame]:
         raise no_column(frame, absent[0])
     ax, words = ax or new_figure()[1][0], parts.labels_of(frame, labels)
-    rows = frame.dropna(subset=[x, y, *([by] if by else [])]).reset_index(drop=True)
-    rows = rows.assign(series=parts.series_of(rows, by)[0])
-    if by:
+    both = pd.concat([frame, curves], ignore_index=True)
+    both = both.assign(is_during=np.arange(len(both)) >= len(frame)).dropna(subset=[x, y, *([by] if by else [])])
+    both = both.assign(series=parts.series_of(both, by)[0])
+    rows = both[~both["is_during"]]
+    if curves is not None:
+        parts.draw_means(ax, both[both["is_during"]].sort_values(x), x, y, "run_id", "during training")
+    elif by:
         parts.draw_means(ax, rows, x, y, by)
     if envelope is not None:
         v = envelope.law.variables[0]
         look: dict[str, Any] = {"linestyle": "--", "linewidth": 1.3, "zorder": 2.5, "label": "envelope"}
-        parts.draw(ax, curve_of(envelope, v), (v, *CURVE), "law of the envelope", INK, **look)
-    parts.draw_points(ax, rows, (x, y), "measured")
-    parts.log_axis(ax, "x", rows[x], x, words)
-    parts.log_axis(ax, "y", rows[y], y, words)
+        parts.draw(ax, curve_of(envelope, v), (v, "value"), "law of the envelope", INK, **look)
+    parts.draw_points(ax, rows, (x, y), "measured" if curves is None else "budget")
+    parts.log_axis(ax, "x", both[x], x, words)
+    parts.log_axis(ax, "y", both[y], y, words)
     parts.legend([ax], words(by) if by else "")
-    return figure_of(ax)
-
-
-@styled()
-def plot_curves(curves: pd.DataFrame, budgets: pd.DataFrame) -> Figure:
-    """Draw validation loss against images seen: a line per run in the colour of its size, a marker per budget.
-
-    Args:
-        curves: points during training: run_id, images_seen, val_loss, params_total.
-        budgets: rows of budgets of the same runs, with the same columns.
-
-    Returns:
-        A matplotlib figure; `save` writes it.
-
-    Example:
-        >>> plot_curves(read_tables("curves.parquet"), read_table("results.parquet"))
-    """
-    _, (ax,) = new_figure()
-    x, words = "images_seen", parts.labels_of(budgets)
-    both = pd.concat([curves.assign(is_during=True), budgets.assign(is_during=False)], ignore_index=True)
-    both = both.dropna(subset=["val_loss", "params_total"])
-    both["series"], _ = parts.series_of(both, "params_total")
-    parts.draw_means(ax, both[both["is_during"]].sort_values(x), x, "val_loss", "run_id", "during training")
-    parts.draw_points(ax, both[~both["is_during"]], (x, "val_loss"), "budget")
-    for which, name in (("x", x), ("y", "val_loss")):
-        parts.log_axis(ax, which, both[name], name, words)
-    parts.legend([ax], words("params_total"))
     return figure_of(ax)
 
 
@@ -261,3 +241,32 @@ def _compute(by: Forecaster, at: Mapping[str, Any]) -> Any:
     """Count compute at scales, as the points' own is counted."""
     place = by.points.place(at)
     return place["C"] if "C" in place else np.prod([place[v] for v in by.points.x], axis=0)
+
+
+@styled()
+def plot_recipes(found: Recipes, ax: Axes | None = None, *, color: Any = None, labels: Labels = None) -> Figure:
+    """Draw the gain in compute with its interval, dotted beyond the table's own compute.
+
+    Args:
+        ax: where to draw; None makes a figure.
+        color: colour of the gain.
+        labels: words for the levels, and for C on its axis.
+
+    Returns:
+        A matplotlib figure; `save` writes it.
+
+    Example:
+        >>> plot_recipes(recipes(read_table("two.csv"), by="recipe")[0])
+    """
+    words = labels or {}
+    level, baseline = (words.get(name, name) for name in (found.level, found.baseline))
+    ax, color = ax or new_figure()[1][0], cycled(0) if color is None else color
+    inside, columns = found.table[~found.table["beyond"]], ("C", "gain", "low", "high")
+    beyond = found.table.iloc[len(inside) - 1 :]
+    parts.draw(ax, inside, columns, "gain", color, label=f"{level} against {baseline}", linestyle="-")
+    parts.draw(ax, beyond, columns, "gain, beyond", color, linestyle=":")
+    ax.axhline(1, color=MUTED, linewidth=0.9)
+    parts.log_axis(ax, "x", found.table["C"], "flops_train", partial(parts.axis_label, labels=labels))
+    parts.log_axis(ax, "y", found.table[["low", "high"]], "gain", lambda _: "gain in compute (factor)")
+    parts.legend([ax], "")
+    return figure_of(ax)

@@ -6,19 +6,20 @@ Nothing is averaged over tasks, and no loss level is put beside the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
 from aimscale.analysis.display import Drawing, Result, fact_lines, text_table
-from aimscale.analysis.effects.paired import POWER
+from aimscale.analysis.effects.result import POWER
 from aimscale.analysis.published.published import TASKS, best_frozen, table6
-from aimscale.analysis.table.names import joined
+from aimscale.analysis.table.names import FOLDER, joined
 from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.table.read import beside, probe_frame
-from aimscale.analysis.words import Flag, flag_words, human
+from aimscale.analysis.table.read import probe_frame, read_table
+from aimscale.analysis.table.schema import frame_cells
+from aimscale.analysis.words import Flag, flag_words
 
 PROTOCOL = "attentive"
 """The only probe kind that Table 6 reports."""
@@ -73,28 +74,8 @@ class Comparison(Result):
                 columns=["params_total", "images_seen"]
             ),
         }
-        tables = [f"{title}\n{text_table(share_cells(frame))}" for title, frame in parts.items() if len(frame)]
+        tables = [f"{title}\n{text_table(frame_cells(frame))}" for title, frame in parts.items() if len(frame)]
         return "\n\n".join([fact_lines(self.facts()), *tables])
-
-
-SHARES = ("top1", "aim", "gap", "best_frozen_top1", "baseline_top1", "detectable")
-"""Prefixes of the columns that hold accuracies."""
-
-
-def share_cells(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """Write rows for a reader: shares in per cent, intervals in one column."""
-
-    def cell(value: Any, is_share: bool) -> str:
-        if isinstance(value, str):
-            return value
-        return f"{100 * value:.1f}" if is_share and not pd.isna(value) else human(value)
-
-    cells = {str(n): [cell(v, str(n).startswith(SHARES)) for v in values] for n, values in frame.items()}
-    for name in [name for name in ("top1", "gap") if {f"{name}_lo95", f"{name}_hi95"} <= {*cells}]:
-        ends = zip(cells[f"{name}_lo95"], cells.pop(f"{name}_hi95"), strict=True)
-        cells[f"{name}_lo95"] = [f"[{low}, {high}]" for low, high in ends]
-    heads = [name.replace("_lo95", " interval") for name in cells]
-    return [dict(zip(heads, row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
 
 def compare(frame: pd.DataFrame) -> Comparison:
@@ -120,7 +101,8 @@ def compare(frame: pd.DataFrame) -> Comparison:
 
 def read_baselines(frame: pd.DataFrame) -> pd.DataFrame:
     """Read probes of the baselines that lie beside a frame's tables (`read_tables`); empty where there are none."""
-    found = beside(frame, BASELINES_FILE)
+    folders = sorted(set(frame[FOLDER].dropna())) if FOLDER in frame else []
+    found = [read_table(file) for each in folders if (file := Path(each) / BASELINES_FILE).exists()]
     return probe_frame(joined(found) if found else pd.DataFrame({"probes": []}))
 
 
@@ -135,11 +117,11 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
         baselines: `read_baselines`.
 
     Returns:
-        task, kind, size, params_total and images_seen of the run, n, baseline, top1, baseline_top1, gap (ours minus
+        task, kind, size, params_total and images_seen of the run, n, top1, baseline, baseline_top1, gap (ours minus
         the baseline's) with gap_lo95 and gap_hi95, detectable (the gap that would be seen with probability 0.8), and
         verdict: above, below, or no significant difference.
     """
-    columns = ["task", "kind", "size", "params_total", "images_seen", "n", "baseline", "top1", "baseline_top1", "gap"]
+    columns = ["task", "kind", "size", "params_total", "images_seen", "n", "top1", "baseline", "baseline_top1", "gap"]
     columns += ["gap_lo95", "gap_hi95", "detectable", "verdict"]
     theirs = baselines.drop_duplicates(["size", "task", "kind", "n", "top1"])
     if theirs.empty or probes.empty:

@@ -1,5 +1,4 @@
-"""Parts of the page: figures, and blocks of a result's sentences, facts and table, which sorts and
-leaves as CSV."""
+"""Parts of the page: figures, and blocks of sentences, facts and a table, which sorts and leaves as CSV."""
 
 from __future__ import annotations
 
@@ -7,6 +6,8 @@ import base64
 import gzip
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.plots.style import inline_svg
-from aimscale.analysis.table.schema import described
+from aimscale.analysis.table.schema import frame_cells
 
 MAX_ROWS = 100
 """Rows shown on the page; the CSV beside the table has all."""
@@ -45,32 +46,57 @@ class PageFigure(NamedTuple):
         return inline_svg(self.figure, self.key, f"{self.title}. {self.caption}")
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True)
+class Block:
     """A result on the page: sentences, facts and a table, any of which may be empty."""
 
     key: str
     """HTML id and file name of the download."""
     title: str
+    frame: pd.DataFrame | None = None
+    """The whole table."""
+    cells: Sequence[dict[str, str]] | None = None
+    """Its rows as a reader sees them; None: as the schema of the results table writes them."""
     note: str = ""
     """Line below the title: units, source, protocol."""
     lines: Sequence[str] = ()
     """Sentences; a table below some is closed."""
     facts: Sequence[tuple[str, str]] = ()
     """Keys and values above the table."""
-    rows: Sequence[dict[str, str]] = ()
-    """Cells by their head, at most `MAX_ROWS` rows, without columns that are blank."""
-    numeric: Sequence[str] = ()
-    """Heads of the columns of numbers, which stand to the right."""
-    num_rows: int = 0
-    """Rows of the whole table."""
-    csv_uri: str = ""
-    """The whole table as a data URI."""
     is_open: bool = True
+
+    @cached_property
+    def rows(self) -> list[dict[str, str]]:
+        """Cells by their head, at most `MAX_ROWS` rows, without columns that are blank."""
+        if self.frame is None:
+            return []
+        cells = frame_cells(self.frame.head(MAX_ROWS)) if self.cells is None else self.cells[:MAX_ROWS]
+        heads = [head for head in (cells[0] if cells else ()) if any(row[head] not in ("", "–") for row in cells)]
+        return [{head: row[head] or "–" for head in heads} for row in cells]
+
+    @cached_property
+    def numeric(self) -> list[str]:
+        """Heads of the columns of numbers, which stand to the right."""
+        heads = self.rows[0] if self.rows else ()
+        return [h for h in heads if all(row[h] == "–" or isinstance(sort_key(row[h]), float) for row in self.rows)]
 
     @property
     def csv_name(self) -> str:
         """File name of the download: of a table that is cut it is compressed."""
-        return f"{self.key}.csv{'.gz' if self.num_rows > MAX_ROWS else ''}"
+        return f"{self.key}.csv{'.gz' if self.frame is not None and len(self.frame) > MAX_ROWS else ''}"
+
+    @cached_property
+    def csv_uri(self) -> str:
+        """The whole table as a `data:` URI; cells that a spreadsheet would run as a formula are quoted with '."""
+        if self.frame is None:
+            return ""
+        texts = self.frame.select_dtypes(exclude="number")
+        safe = texts.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
+        whole = self.frame.select_dtypes("float").convert_dtypes(convert_floating=False)
+        content = self.frame.assign(**safe, **whole).to_csv(index=False, float_format="%.5g").encode()
+        is_cut = len(self.frame) > MAX_ROWS
+        mime, content = ("application/gzip", gzip.compress(content, mtime=0)) if is_cut else ("text/csv", content)
+        return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
 def result_block(
@@ -79,24 +105,7 @@ def result_block(
     """Lay out a result by its facts, or sentences where it has none, and its table."""
     facts = found.facts() if facts is None else facts
     lines = [] if facts else found.sentences() or [found.headline()]
-    return table_block(key, title, found.table, found.cells(), facts=facts, lines=lines, **parts)
-
-
-def table_block(
-    key: str, title: str, frame: pd.DataFrame, cells: Sequence[dict[str, str]] | None = None, **parts: Any
-) -> Block:
-    """Lay out a data frame: `cells` if given, else its columns as the schema of the results table writes them."""
-    if cells is None:
-        frame = frame.dropna(axis="columns", how="all")
-        columns = [described(str(name)) for name in frame]
-        cells = [
-            {c.heading: str(v) if isinstance(v, bool) else c.cell(v) for c, v in zip(columns, row, strict=True)}
-            for row in frame.head(MAX_ROWS).astype(object).itertuples(index=False)
-        ]
-    heads = [head for head in (cells[0] if cells else ()) if any(row[head] not in ("", "–") for row in cells)]
-    rows = [{head: row[head] or "–" for head in heads} for row in cells[:MAX_ROWS]]
-    numeric = [h for h in heads if all(row[h] == "–" or isinstance(sort_key(row[h]), float) for row in rows)]
-    return Block(key, title, rows=rows, numeric=numeric, num_rows=len(frame), csv_uri=csv_uri(frame), **parts)
+    return Block(key, title, found.table, found.cells(), facts=facts, lines=lines, **parts)
 
 
 def sort_key(text: str) -> float | str:
@@ -105,18 +114,6 @@ def sort_key(text: str) -> float | str:
     plain = re.sub(r"(×?)10([⁻⁰¹²³⁴-⁹]+)", lambda m: f"{'' if m[1] else 1}e{m[2]}", text).translate(PLAIN)
     found = re.match(r"\[?([-+]?(?:\d[\d,]*)?\.?\d+(?:e-?\d+)?)([kMB]?)(?![\w.])", plain)
     return float(found[1].replace(",", "")) * SUFFIXES[found[2]] if found else text.strip("–")
-
-
-def csv_uri(frame: pd.DataFrame) -> str:
-    """Write a data frame as a `data:` URI of CSV, compressed beyond `MAX_ROWS` rows; cells that a spreadsheet would run
-    as a formula are quoted with '."""
-    texts = frame.select_dtypes(exclude="number")
-    safe = texts.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
-    whole = frame.select_dtypes("float").convert_dtypes(convert_floating=False)
-    content = frame.assign(**safe, **whole).to_csv(index=False, float_format="%.5g").encode()
-    is_cut = len(frame) > MAX_ROWS
-    mime, content = ("application/gzip", gzip.compress(content, mtime=0)) if is_cut else ("text/csv", content)
-    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
 def html_id(what: str, name: str) -> str:

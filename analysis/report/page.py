@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import markupsafe
@@ -21,7 +20,7 @@ from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.plots.style import save
 from aimscale.analysis.report.blocks import sort_key
 from aimscale.analysis.report.sections import Section, sections
-from aimscale.analysis.report.study import Progress, Study, study_tables
+from aimscale.analysis.report.study import Study, study_tables
 from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.read import read_tables
@@ -39,19 +38,17 @@ def write_report(
     where: Sequence[str] = (),
     best: Sequence[str] = (),
     figures: str | Path | None = None,
-    progress: Progress = lambda *_: None,
 ) -> Path:
     """Analyse tables and write the page.
 
     Args:
-        tables: CSV or Parquet tables, or folders of sweeps or of other tools' runs; `collect.json` beside them tells
-            the machine.
+        tables: CSV or Parquet tables, or folders of sweeps or of other tools' runs; `collect.json` beside them
+            describes the sweep.
         out: the page; None writes `report.html` beside the first table.
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet, see `table.select.select`.
         best: tuned columns of which only the best value counts, see `table.select.best_of`.
         figures: folder for the page's figures as SVG, PDF and PNG of a paper's width, each with a CSV of what it draws.
-        progress: called with what begins and the share of the time that went before it.
 
     Returns:
         Path of the page.
@@ -68,13 +65,11 @@ def write_report(
     frame = read_tables(paths, columns, where=where, best=best)
     if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
         raise no_column(frame, "val_loss")
-    study = study_tables(paths, frame, _read_collects(folders), progress)
-    progress("figures", 0.75)
+    study = study_tables(paths, frame)
     with mpl.rc_context():
         mpl.rcdefaults()  # pages look alike, whatever their caller has set
         laid_out = sections(study)
-        progress("page", 0.95)
-        page = render(study, laid_out)
+        page = render(study, laid_out, _description(folders))
         if figures is not None:
             for drawn in (part for section in laid_out for part in section.parts["PageFigure"]):
                 save(drawn.figure, Path(figures) / drawn.key)
@@ -90,22 +85,13 @@ def write_report(
     return page_path
 
 
-def _read_collects(folders: Sequence[Path]) -> dict[str, Any]:
-    """Join the collect.json beside every table: descriptions and machines."""
-    machines, descriptions = [], []
-    for path in (folder / "collect.json" for folder in folders):
-        if not path.is_file():
-            continue
-        try:
-            collect = json.loads(path.read_text())
-            descriptions += [str(collect["description"])] if collect.get("description") else []
-            machines += [machine for machine in collect.get("machines", []) if machine not in machines]
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise AnalysisError(f"cannot read {path} ({error}); collect the sweep again") from error
-    return {"machines": machines, "description": "; ".join(descriptions)}
+def _description(folders: Sequence[Path]) -> str:
+    """Join what `collect.json` beside every table says of its sweep."""
+    files = [file for folder in folders if (file := folder / "collect.json").is_file()]
+    return "; ".join(filter(None, (json.loads(file.read_text()).get("description") for file in files)))
 
 
-def render(study: Study, laid_out: Sequence[Section]) -> str:
+def render(study: Study, laid_out: Sequence[Section], description: str) -> str:
     """Write the page's HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -118,7 +104,7 @@ def render(study: Study, laid_out: Sequence[Section]) -> str:
     sweeps = [str(sweep) for sweep in study.frame["sweep"].dropna().unique()] if "sweep" in study.frame else []
     return environment.get_template("report.html").render(
         title=", ".join(sweeps) or study.paths[0].stem,
-        description=study.collect["description"],
+        description=description,
         made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         verdict=verdict(study),
         missing=study.missing,

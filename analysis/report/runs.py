@@ -11,15 +11,11 @@ import pandas as pd
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.table.design import told_apart
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.table.schema import COLUMNS
+from aimscale.analysis.table.schema import COLUMNS, described
 from aimscale.analysis.words import human
 
 SETTINGS = (*(column.name for column in COLUMNS if column.role == "design"), "lr_peak", "batch_size")
-COUNTED = {
-    "num_skipped_steps": "Skipped optimiser steps",
-    "num_bad_samples": "Undecodable samples",
-    "num_loss_spikes": "Loss spikes",
-}
+COUNTED = ("num_skipped_steps", "num_bad_samples", "num_loss_spikes")
 PACKAGES = ("numpy", "scipy", "pandas", "seaborn", "matplotlib")
 """Packages whose versions may change a number or a figure."""
 
@@ -73,8 +69,8 @@ def what_was_run(study: Study) -> Iterator[str]:
 def settings(study: Study) -> Iterator[tuple[str, str]]:
     """Yield the settings that the runs had, what was counted over them, and which rows were left out."""
     frame = study.frame
-    yield from ((name.replace("_", " "), _values(frame, name)) for name in SETTINGS if _has(frame, name))
-    counted = {words: int(frame[name].sum()) for name, words in COUNTED.items() if _has(frame, name)}
+    yield from ((described(name).heading, _values(frame, name)) for name in SETTINGS if _has(frame, name))
+    counted = {described(name).heading: int(frame[name].sum()) for name in COUNTED if _has(frame, name)}
     yield from ((words, f"{number} over all rows") for words, number in counted.items() if number)
     fits = (study.get("law"), study.get("law of the envelope"))
     with_laws = {f"{each}." for fit in fits if fit for each in fit.exclusions}
@@ -89,11 +85,8 @@ def provenance(study: Study) -> Iterator[tuple[str, str]]:
         if path.is_file():
             yield "SHA-256 of the table", hashlib.sha256(path.read_bytes()).hexdigest()
     sources = [column.name for column in COLUMNS if column.role == "source"] + ["seed"]
-    yield from ((name.replace("_", " "), _values(frame, name)) for name in sources if _has(frame, name))
+    yield from ((described(name).heading, _values(frame, name)) for name in sources if _has(frame, name))
     if _has(frame, "finished_at"):
         stamps = frame["finished_at"].dropna().astype(str)
         yield "measured", f"{stamps.min()} to {stamps.max()}"
-    for machine in study.collect.get("machines", []):
-        if isinstance(machine, dict):
-            yield from ((f"machine: {k}", str(v)) for k, v in machine.items() if isinstance(v, (str, int, float)))
     yield from ((f"analysed with {name}", importlib.metadata.version(name)) for name in PACKAGES)

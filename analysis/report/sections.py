@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from aimscale import analysis
-from aimscale.analysis.accuracy.result import Correlations
+from aimscale.analysis.accuracy.correlation import Correlations
 from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines, share_cells
-from aimscale.analysis.published.published import TASKS, best_frozen, table6
-from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block, table_block
+from aimscale.analysis.published.comparison import ADAPTED
+from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block
 from aimscale.analysis.report.runs import provenance, settings, what_was_run
 from aimscale.analysis.report.study import CORRELATION, Study
 from aimscale.analysis.table.design import DESIGN, design_columns, varies
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import loss_unit, read_curves
-from aimscale.analysis.table.schema import MFU, described
+from aimscale.analysis.table.schema import MFU
 from aimscale.analysis.words import accuracy_of, flag_words, kind_name
 
 Part = str | PageFigure | Block
@@ -68,7 +66,7 @@ def _runs(study: Study) -> Iterator[Part]:
     )
     note = f"One row per run and data budget. D counts {study.samples}."
     note += f" Loss: {unit} per scored target on held-out images." if unit else ""
-    yield table_block("results", "Every measurement", _columns(frame, names), note=note, is_open=False)
+    yield Block("results", "Every measurement", _columns(frame, names), note=note, is_open=False)
 
 
 def _columns(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -115,7 +113,7 @@ def _accuracy(study: Study) -> Iterator[Part]:
         for first in range(0, len(tasks), MAX_TASKS):
             some = rows[rows["task"].isin(tasks[first : first + MAX_TASKS])]
             key = html_id("accuracy", kind) + (f"-{1 + first // MAX_TASKS}" if first else "")
-            yield PageFigure(key, title, caption, analysis.plot_accuracy(some, _levels(study, kind, some)))
+            yield PageFigure(key, title, caption, analysis.plot_accuracy(some))
     if probes.empty:
         return
     note = "Top-1 in per cent."
@@ -126,32 +124,9 @@ def _accuracy(study: Study) -> Iterator[Part]:
     blocks = probes["blocks"].map(lambda blocks: ", ".join(map(str, blocks)), na_action="ignore")
     names = ["task", "kind", "size", "params_total", "images_seen", "val_loss", "top1", "top1_lo95", "top1_hi95"]
     names += ["last_top1", "chance", "ideal", "n", "blocks", "lr"]
-    if len(known := set(blocks.dropna())) == 1 and "," not in known.pop():  # there was nothing to choose
-        names = [name for name in names if name not in ("blocks", "last_top1")]
     title = "Frozen-feature accuracy" if study.is_ours else "Accuracy"
-    yield _share_block("probes", title, probes.assign(blocks=blocks), names, note=note, is_open=False)
-
-
-def _levels(study: Study, kind: str, rows: pd.DataFrame) -> pd.DataFrame:
-    """List what accuracies of a kind may be compared with: the table's own baselines, and on its tasks the paper."""
-    same, theirs = rows[["task", "n"]].drop_duplicates(), read_baselines(study.frame)
-    theirs = theirs[theirs["kind"].eq(kind) & (kind != ADAPTED)].rename(columns={"size": "name"})
-    own = theirs.merge(same, on=["task", "n"]).reindex(columns=["task", "name", "top1"])
-    own = own.drop_duplicates(["task", "name"]).sort_values("top1")
-    paper = [
-        {"task": task, "name": f"{key}, published", "top1": table6().loc[key, task]}
-        for task in (same["task"].unique() if kind == PROTOCOL and study.is_ours else ())
-        if task in TASKS
-        for key in dict.fromkeys(("aim-7B", best_frozen(task)))
-    ]
-    return pd.concat([own, pd.DataFrame(paper, columns=own.columns)], ignore_index=True)
-
-
-def _share_block(key: str, title: str, frame: pd.DataFrame, names: Sequence[str], **parts: Any) -> Block:
-    """Lay out columns of a frame whose shares are told in per cent."""
-    frame = _columns(frame.assign(kind=frame["kind"].map(kind_name)) if "kind" in frame else frame, names)
-    cells = [{described(head).heading: cell for head, cell in row.items()} for row in share_cells(frame)]
-    return table_block(key, title, frame, cells, **parts)
+    listed = probes.assign(blocks=blocks, kind=probes["kind"].map(kind_name))
+    yield Block("probes", title, _columns(listed, names), note=note, is_open=False)
 
 
 def _loss_accuracy(study: Study) -> Iterator[Part]:
@@ -194,7 +169,7 @@ def _training(study: Study) -> Iterator[Part]:
     curves = curves[curves["run_id"].isin(budgets.get("run_id", []))].dropna(subset=["params_total", "val_loss"])
     if len(curves):
         flags, caption = plateau_flags(budgets), "Validation loss during training, before decays. Markers: budgets."
-        figure = analysis.plot_curves(curves, budgets)
+        figure = analysis.plot_points(budgets, "images_seen", by="params_total", curves=curves)
         yield PageFigure("curves", "Training curves", " ".join([caption, *map(str, flags)]), figure)
 
 
@@ -212,27 +187,22 @@ def _published(study: Study) -> Iterator[Part]:
         return
     if len(tasks := found.tasks):
         if "params_total" in tasks:
-            caption = (
-                "Attentive probe, frozen features: these runs at their largest budgets, AIM on its last six blocks."
-            )
+            caption = "Attentive probe: these runs at their largest budgets, AIM on its last six blocks."
             yield PageFigure("published-models", "Beside the published AIM models", caption, found.plot())
         note = (
             "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks "
             "stand beside AIM-7B's last six, chosen ones beside its best six."
         )
-        names = ["task", *(str(name) for name in tasks if name not in ("top1_lo95", "top1_hi95"))]
-        yield _share_block("compare", "The same tasks, ours and theirs", tasks, names, note=note)
-    if len(frame := found.baselines):
-        frame = frame.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
-        seen = ["images_seen"] if varies(frame["images_seen"]) else []
-        names = ["task", "kind", "size", "params_total", *seen, "n", "top1", "baseline", "baseline_top1", "gap"]
-        names += ["gap_lo95", "gap_hi95", "detectable", "verdict"]
+        yield Block("compare", "The same tasks, ours and theirs", tasks, note=note)
+    if len(found.baselines):
+        rows = found.baselines.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
+        rows = rows if varies(rows["images_seen"]) else rows.drop(columns="images_seen")
         note = (
             "Each run at its largest budget and every baseline, on the same images, top-1 in per cent. Gap: ours minus "
             "the baseline's, with a 95 % interval over test images, not over seeds. Detectable: the minimum detectable "
             "gap at 80 % power."
         )
-        yield _share_block("baselines", "Beside baselines on the same probes", frame, names, note=note)
+        yield Block("baselines", "Beside baselines on the same probes", rows, note=note)
     if lines := flag_words(found.left_out):
         yield Block("not-compared", "Not compared, and why", lines=lines, is_open=False)
 
@@ -244,7 +214,7 @@ def _laws(study: Study) -> Iterator[Part]:
     if tests := joint.heldout if (joint := study.get("law")) else ():
         points = pd.concat([test.predictions.assign(left_out=f"largest {test.variable}") for test in tests])
         lines = [test.sentence() for test in tests]
-        yield table_block("heldout", "Does the law extrapolate?", points, lines=lines)
+        yield Block("heldout", "Does the law extrapolate?", points, lines=lines)
     if found := study.get("tuning"):
         caption = "Crosses: the best rates of cells of one N and D, and their law with its 95 % interval."
         yield PageFigure("rates", "Loss against the learning rate", caption, found.plot())
@@ -276,12 +246,14 @@ def _changes(study: Study) -> Iterator[Part]:
 
 def _noise(study: Study) -> Iterator[Part]:
     found = study.get("noise")
-    if found and len(seen := found.table[found.table["value"] > LEAST_NOISE]):
+    if found is not None and len(seen := found[found["value"] > LEAST_NOISE]):
         note = (
             "Standard deviation of the loss by source, as fractions of the loss, with 95 % intervals or ranges. What "
             "sizes share counts as their error in a law's intervals; it may be the law's misfit."
         )
-        yield result_block("noise-parts", "Sources of spread", replace(found, table=seen), note=note)
+        if "seeds" not in set(found["kind"]):
+            note += " No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds."
+        yield Block("noise-parts", "Sources of spread", seen, note=note)
 
 
 def _methods(study: Study) -> Iterator[Part]:

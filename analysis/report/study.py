@@ -21,6 +21,7 @@ from aimscale.analysis.accuracy.links import task_level
 from aimscale.analysis.display import as_sentences
 from aimscale.analysis.effects.contrasts import factors
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import error_column
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.points import AUTO
 from aimscale.analysis.laws.catalogue import repeated
@@ -31,19 +32,17 @@ from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows, with_compute
-from aimscale.analysis.table.select import envelope_flags, fresh_part, lower_envelope, main_part, mixture_flags, spaced
+from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, spaced
+from aimscale.analysis.tuning.tuned import tuned_where_known
 from aimscale.analysis.words import PROBES, Flag, said_once
 
 MAX_FITTED = 200
 """Rows beyond which what is fitted many times over, for every probe and scale, is fitted to so many of them."""
 FORECAST_SCALES = (2.0, 10.0)
 """Multiples of the largest N and D that the page forecasts at; of an iso-FLOP design, of the largest C."""
-QUIET = ("forecaster", "next runs", "noise", "tuning")
+QUIET = ("forecaster", "next runs", "noise")
 """Results that few tables allow: that there is none is not told."""
 HELD_OUT, CORRELATION = "held-out test over the largest", "correlation of loss with"
-
-Progress = Callable[[str, float], None]
-"""Called with what begins and the share of the time that went before it, as a report of some thirty rows takes it."""
 
 
 @dataclass(kw_only=True)
@@ -59,12 +58,12 @@ class Study:
     """Rows that laws are fitted to: complete, of the main experiment, with a loss, their data hardly repeated."""
     whose: str = ""
     """Which rows these are, in words behind "rows"; empty where they are all."""
-    collect: dict[str, Any] = field(default_factory=dict)
-    """The sweeps' collect.json, joined, or empty."""
     exclusions: list[str] = field(default_factory=list)
     """Rows left out and why, in sentences."""
     flags: tuple[Flag, ...] = ()
     """Cautions about the rows that laws are fitted to."""
+    tuning: str = ""
+    """How well the largest size was tuned."""
     results: defaultdict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     """Name, then subject (such as TASK:KIND, or nothing) -> a result, or the AnalysisError that says why not."""
 
@@ -122,22 +121,15 @@ class Study:
         return "schema_version" in self.frame and bool(self.frame["schema_version"].notna().any())
 
 
-def study_tables(
-    paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any], progress: Progress = lambda *_: None
-) -> Study:
+def study_tables(paths: Sequence[Path], frame: pd.DataFrame) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
-    study = _chosen_rows(paths, frame, collect)
-    for what, share, step in (
-        ("laws", 0.0, _fit_laws),
-        ("correlations", 0.5, correlate_probes),
-        ("contrasts", 0.6, _measure_effects),
-    ):
-        progress(what, share)
+    study = _chosen_rows(paths, frame)
+    for step in (_fit_laws, correlate_probes, _measure_effects):
         step(study)
     return study
 
 
-def _chosen_rows(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, Any]) -> Study:
+def _chosen_rows(paths: Sequence[Path], frame: pd.DataFrame) -> Study:
     """Choose the rows that laws are fitted to, and say which were left out."""
     main, design = main_part(frame)
     chosen = usable_rows(main, best_by="val_loss")
@@ -153,8 +145,15 @@ def _chosen_rows(paths: Sequence[Path], frame: pd.DataFrame, collect: dict[str, 
     if num := len(chosen.rows) - len(fresh):
         whose += f" with {pool}"
         told.append(f"Laws use the rows with {pool}; the other {num} are in the law of repeated data.")
-    study = Study(paths=paths, frame=frame, main=main, usable=fresh, whose=whose, collect=collect, exclusions=told)
-    study.flags = (*chosen.flags, *mixture_flags(fresh, ["N", "D", "U"]))
+    corrected, tuning, rates = tuned_where_known(fresh_part(main)[0])
+    flags = chosen.flags
+    if error_column("val_loss") in corrected and rates:
+        fresh, flags = corrected, rates.flags
+        told.append("Losses that laws use are corrected to those of the best learning rates.")
+    study = Study(paths=paths, frame=frame, main=main, usable=fresh, whose=whose, exclusions=told)
+    study.tuning, study.flags = tuning, (*flags, *mixture_flags(fresh, ["N", "D", "U"]))
+    if rates:
+        study.results["tuning"][""] = rates
     thinned = ["forecasts", "what to run next"] if len(fresh) > MAX_FITTED else []
     if study.probes.groupby(["kind", "task"]).size().max() > MAX_FITTED:
         thinned += ["correlations of loss with accuracy", "links from one to the other"]
@@ -177,12 +176,11 @@ def _fit_laws(study: Study) -> None:
     if usable.empty:
         study.results["law"][""] = AnalysisError("no row has a validation loss, so no law is fitted")
         return
-    study.attempt("tuning", analysis.rates, study.main)
     study.attempt("forecaster", analysis.forecaster, some)
     laws = study.get("forecaster")
     study.attempt("law", analysis.fit, with_compute(usable), laws.law if laws else "chinchilla")
     if study.has_compute:
-        study.attempt("law of the envelope", _envelope, usable)
+        study.attempt("law of the envelope", lambda rows: analysis.fit(lower_envelope(rows), "power_offset:C"), usable)
     if (joint := study.get("law")) is None:
         return
     by_compute = study.budgets is not None
@@ -198,13 +196,6 @@ def _fit_laws(study: Study) -> None:
     else:
         study.attempt("forecast", analysis.forecast, _with_first_kind(study, some), next_scales(study), law=laws)
     study.attempt("next runs", _proposal, study, joint)
-
-
-def _envelope(usable: pd.DataFrame) -> Fit:
-    """Fit a law of compute to the rows that no cheaper row beats."""
-    rows = lower_envelope(usable)
-    found = analysis.fit(rows, "power_offset:C")
-    return dataclasses.replace(found, flags=(*found.flags, *envelope_flags(rows)))
 
 
 def _with_first_kind(study: Study, rows: pd.DataFrame) -> pd.DataFrame:

@@ -94,8 +94,7 @@ def _law(study: Study, joint: Fit) -> Iterator[str]:
     yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{study.whose}: {values}."
     if laws := study.get("forecaster"):
         yield from beside_others(laws)
-    tuning = study.get("tuning")
-    yield f"Learning rates: {tuning.verdict() if tuning else 'not known to be the best, one rate a size'}."
+    yield f"Learning rates: {study.tuning}."
 
 
 def beside_others(laws: Forecaster) -> Iterator[str]:

@@ -70,13 +70,6 @@ def read_curves(paths: Sequence[str | Path]) -> pd.DataFrame:
     return _each_run_once(frames) if frames else pd.DataFrame(columns=[*KNOWN, "lr"])
 
 
-def beside(frame: pd.DataFrame, name: str) -> list[pd.DataFrame]:
-    """Read the tables of that name in the folders that a frame by `read_tables` came from, each with its folder."""
-    folders = sorted(set(frame[FOLDER].dropna())) if FOLDER in frame else []
-    files = {folder: file for folder in folders if (file := Path(folder) / name).exists()}
-    return [read_table(file).assign(**{FOLDER: folder}) for folder, file in files.items()]
-
-
 def _each_run_once(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Join tables, each run and budget once: the first time that it stands complete."""
     if len(frames) == 1:

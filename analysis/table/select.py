@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from scipy.stats import ttest_1samp
 
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.design import PROVENANCE, design_columns, experiment_columns, varies
-from aimscale.analysis.table.names import CANONICAL, Exclusion, left_out_of, no_column, our_name, remember, their_name
+from aimscale.analysis.table.names import CANONICAL, Exclusion, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes
 from aimscale.analysis.words import Flag, some
 
@@ -65,10 +65,10 @@ def _condition(frame: pd.DataFrame, text: str) -> pd.Series:
     return meets
 
 
-def main_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Keep the experiment with most (size, images seen) cells, with most rows among equals; and say what it is, or
-    nothing where there are no others."""
-    names = design_columns(frame)
+def main_part(frame: pd.DataFrame, free: Collection[str] = ()) -> tuple[pd.DataFrame, str]:
+    """Keep the experiment with most (size, images seen) cells, with most rows among equals, whose rows may differ in
+    columns that are `free`; and say what it is, or nothing where there are no others."""
+    names = [name for name in design_columns(frame) if name not in free]
     if not names or frame.empty:
         return frame, ""
     best = max((rows for _, rows in frame.groupby(names, dropna=False)), key=lambda rows: (_num_cells(rows), len(rows)))
@@ -93,7 +93,7 @@ def fresh_part(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def _num_cells(rows: pd.DataFrame) -> int:
-    names = [name for name in ("size", "params_total", "images_seen") if name in rows]
+    names = [name for name in ("size", "params_total", "N", "images_seen", "D") if name in rows]
     return len(rows[names].drop_duplicates()) if names else len(rows)
 
 
@@ -115,20 +115,6 @@ PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 """Name that `--where` takes -> the rows that it selects."""
 
 
-def envelope_flags(envelope: pd.DataFrame) -> tuple[Flag, ...]:
-    """Flag the ends of an envelope where one size after another row is lowest: its own curve, and no envelope.
-
-    These rows stay: without them laws of compute erred as often by more as by less on grids of a known law.
-    """
-    if "params_total" not in envelope or len(envelope) < 2:
-        return ()
-    sizes = envelope.sort_values("flops_train")["params_total"].to_numpy()
-    ends = [int(np.argmax(np.r_[each != each[0], True])) for each in (sizes, sizes[::-1])]
-    own = sum(end for end in ends if end > 1) if ends[0] < len(sizes) else len(sizes)
-    text = f"{own} of the {len(sizes)} rows of the envelope, at its ends, are one size's own curve, not a choice among "
-    return (Flag(kind="envelope_ends", number=own, text=f"{text}sizes."),) if own else ()
-
-
 def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_loss") -> tuple[Flag, ...]:
     """Flag columns in which the rows differ and which a law of these variables does not know, and points during
     training. Sweeps and folders count where their losses of equal cells differ: they may well be one experiment."""
@@ -144,15 +130,11 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
         text = f"{unknown}; choose one by {option('where')}."
         flags.append(Flag(kind="mixed", subject=called, number=number, text=text))
     if during := int((frame["status"] == "during").sum()) if "status" in frame else 0:
-        if during == len(rows):
-            kind, what = "during", "The rows are points during training: before the learning rate decays, losses"
-            text = f"{what} are higher than at budgets."
-        else:
-            kind, what = "during_mixed", f"{during} rows are points during training, where losses are higher than at"
-            text = f"{what} budgets; leave them out by {option('where', 'status=complete')}."
-        flags.append(Flag(kind=kind, number=during, text=text))
-    is_envelope = any((each.kind, each.subject) == ("where", "envelope") for each in left_out_of(frame))
-    return (*flags, *(envelope_flags(frame) if is_envelope else ()))
+        is_mixed = during < len(rows)
+        text = f"{during} rows are points during training, where losses are higher than at budgets"
+        text += f"; leave them out by {option('where', 'status=complete')}." if is_mixed else "."
+        flags.append(Flag(kind="during_mixed" if is_mixed else "during", number=during, text=text))
+    return tuple(flags)
 
 
 def _differ(rows: pd.DataFrame, name: str, y: str) -> bool:

@@ -8,16 +8,17 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.groups import SAME_DATA, chained
-from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.laws.product import product
 from aimscale.analysis.table.design import design_columns
 from aimscale.analysis.table.names import names_of, no_column, our_name, their_name
 from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.tuning.result import BY_LAW, EDGE, NO_MINIMUM, OPTIMUM, UNKNOWN, Rates
+from aimscale.analysis.tuning.result import BY_LAW, EDGE, NO_MINIMUM, OPTIMUM, UNKNOWN, Rates, scale_of
 from aimscale.analysis.tuning.surface import MIN_VALUES, Surface, fit_surface, is_tuned, near_minimum
 
+SAME_VALUE = 1e-9
+"""Optima whose logarithms differ by less are one number, through which a power law has no error to tell."""
 WIDEST = 1e30
 """Factor that sizes and data span at most."""
 
@@ -71,7 +72,6 @@ def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: 
         laws=laws,
         surface=surface,
         tuned=tuned,
-        scale=_scale(table),
         columns={key: their_name(df, name) for key, name in wanted.items()},
         data=used.numbers.assign(cell=cells),
         exclusions=used.exclusions,
@@ -89,9 +89,10 @@ def _setting_columns(df: pd.DataFrame, lr: str, batch: str | None) -> dict[str, 
 
 
 def _cells(rows: pd.DataFrame, numbers: pd.DataFrame) -> Array:
-    """Encode cells of equal N and D, and of equal design where a table holds several."""
+    """Encode cells of equal N and D, and of equal pool and design where a table holds several."""
     data = chained(np.log(numbers["D"].to_numpy()), SAME_DATA)
-    design = [rows[name].astype(str).to_numpy() for name in design_columns(rows)]
+    others = [name for name in (*design_columns(rows), "unique_images") if name in rows]
+    design = [rows[name].astype(str).to_numpy() for name in others]
     return rows.groupby([numbers["N"].to_numpy(), data, *design]).ngroup().to_numpy()
 
 
@@ -121,41 +122,33 @@ def _surface(log_loss: Array, cells: Array, settings: Array, table: pd.DataFrame
             "Of each cell fewer than three values of every setting come near its lowest loss; try some."
         )
     near = log_loss[keep], np.searchsorted(tuned, cells[keep]), settings[keep]
-    scale = _scale(table)
+    scale = scale_of(table)
     surface = fit_surface(*near, scale[tuned])
-    if np.linalg.eigvalsh(surface.curvatures(scale, surface.coefficients)).min() <= 0:
+    if np.linalg.eigvalsh(surface.curvatures(scale)).min() <= 0:
         surface = fit_surface(*near, scale[tuned, :1])
     return tuned, surface
 
 
-def _scale(table: pd.DataFrame) -> Array:
-    """Return 1 and the centred ln N and ln D of cells (cells, q), those that vary."""
-    logs = np.log(table[["N", "D"]].to_numpy(float))
-    return np.column_stack([np.ones(len(logs)), (logs - logs.mean(axis=0))[:, np.ptp(logs, axis=0) > SAME_DATA]])
-
-
 def _with_optima(table: pd.DataFrame, tuned: Array, surface: Surface, settings: list[str]) -> pd.DataFrame:
     """Add optima with their intervals, and how each cell's was found."""
-    values, covariance = surface.errors_of(lambda c: surface.optima_of(c).ravel())
-    half = surface.half(np.sqrt(np.maximum(np.diag(covariance), 0.0)), CONFIDENCE)
-    p, inside = len(settings), np.ones(len(tuned), bool)
+    half = surface.half(np.sqrt(np.maximum(np.diagonal(surface.optima_covariance, axis1=1, axis2=2), 0.0)))
+    inside, labels = np.ones(len(tuned), bool), table.index[tuned]
     table = table.assign(found=UNKNOWN)
-    for i, name in enumerate(settings):
+    for best, reach, name in zip(surface.optima.T, half.T, settings, strict=True):
         low, high = (np.log(table[f"{name}_{end}"].to_numpy()[tuned]) for end in ("lowest", "highest"))
-        inside &= (low <= values[i::p]) & (values[i::p] <= high)
+        inside &= (low <= best) & (best <= high)
         columns = [f"{name}_best", f"{name}_lo", f"{name}_hi"]
         table[columns] = np.nan
-        ends = np.exp(np.column_stack([values[i::p], values[i::p] - half[i::p], values[i::p] + half[i::p]]))
-        table.loc[table.index[tuned], columns] = ends
-    table.loc[table.index[tuned], "found"] = np.where(inside, OPTIMUM, EDGE)
-    table.loc[table.index[tuned[~surface.has_minimum]], "found"] = NO_MINIMUM
+        with np.errstate(over="ignore"):  # of an optimum that is hardly known
+            table.loc[labels, columns] = np.exp(np.column_stack([best, best - reach, best + reach]))
+    table.loc[labels, "found"] = np.where(surface.has_minimum, np.where(inside, OPTIMUM, EDGE), NO_MINIMUM)
     return table
 
 
 def _law(optima: pd.DataFrame, setting: str) -> Fit | None:
-    """Fit the law of the optima in the variables that vary; None where there are too few."""
+    """Fit the law of the optima in the variables that vary; None where there are too few, or all are the same."""
     variables = [name for name in ("N", "D") if np.ptp(np.log(optima[name])) > SAME_DATA] if len(optima) else []
-    if not variables or len(optima) < len(variables) + 2:
+    if not variables or len(optima) < len(variables) + 2 or np.ptp(np.log(optima[f"{setting}_best"])) < SAME_VALUE:
         return None
     points = optima[variables].assign(setting=optima[f"{setting}_best"])
     return fit(points, product(*variables), y="setting", objective="log_lsq", is_tested=False)
@@ -169,12 +162,12 @@ def _with_regret(
     used = np.log(table[[f"{name}_used" for name in settings]].to_numpy())
     regret = np.full((len(table), 3), np.nan)
     if surface.has_minimum.all():
-        regret[own] = surface.regret_of_own(used[own], CONFIDENCE)
+        regret[own] = surface.regret_of_own(used[own])
         others = (table["found"] != OPTIMUM).to_numpy()
         if has_laws and others.any():
             told = [np.log(laws[name].predict(table[others])[["value", "pi_lo", "pi_hi"]]) for name in settings]
             best, low, high = (np.column_stack([each[end] for each in told]) for end in ("value", "pi_lo", "pi_hi"))
-            scale = _scale(table)[others, : surface.scale.shape[1]]
+            scale = scale_of(table)[others, : surface.scale.shape[1]]
             regret[others] = surface.regret_about(used[others], best, (high - low) / 2, scale)
             for ends, values in {"best": best, "lo": low, "hi": high}.items():
                 table.loc[others, [f"{name}_{ends}" for name in settings]] = np.exp(values)

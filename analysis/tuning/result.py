@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 from aimscale.analysis.display import Drawing, Result
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.groups import SAME_DATA
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
+from aimscale.analysis.laws.product import exponent_of
 from aimscale.analysis.table.names import Exclusion
-from aimscale.analysis.tuning.surface import Surface
+from aimscale.analysis.tuning.surface import MIN_VALUES, Surface
 from aimscale.analysis.words import Flag, flag_words, human, percent, some
 
 OPTIMUM, EDGE, NO_MINIMUM, BY_LAW, UNKNOWN = "inside", "edge", "no minimum", "by the law", "not known"
@@ -20,6 +25,14 @@ WORTH_SAYING = 1e-3
 """Regret below which a run counts as tuned: about what two seeds of one run differ by."""
 NOT_TOLD = 0.1
 """Upper end of a regret from which nothing is known of the tuning."""
+ONE_RATE = "not known: one rate a size"
+"""Verdict on a table in which no size has several rates."""
+NEARLY = 1.1
+"""Advice takes the cheapest of the runs that leave at most this multiple of the least error."""
+MULTIPLIER = "lr_multiplier"
+"""Column of the factor on a recipe's learning rate."""
+RECIPE_KEYS = {"lr": "lr_peak", "batch": "batch_size"}
+"""Setting -> key of a recipe."""
 SETTING_WORDS = {"lr": "learning rate", "batch": "batch"}
 
 
@@ -37,8 +50,6 @@ class Rates(Result):
     surface: Surface = field(repr=False)
     tuned: Array = field(repr=False)
     """Numbers of the cells that the surface describes."""
-    scale: Array = field(repr=False)
-    """1 and the centred ln N and ln D of the cells (cells, q), those that vary."""
     columns: dict[str, str]
     """N, D, the settings and y -> column as the file calls it."""
     data: pd.DataFrame = field(repr=False)
@@ -51,6 +62,11 @@ class Rates(Result):
     def settings(self) -> tuple[str, ...]:
         """Settings that were tuned: lr, or lr and batch."""
         return tuple(name for name in SETTING_WORDS if name in self.columns)
+
+    @property
+    def scale(self) -> Array:
+        """1 and the centred ln N and ln D of the cells (cells, q), those that vary."""
+        return scale_of(self.table)
 
     @property
     def flags(self) -> tuple[Flag, ...]:
@@ -95,13 +111,65 @@ class Rates(Result):
         ]
         return f"best {SETTING_WORDS[name]} {' '.join(['~', *powers])}"
 
+    def _transfer_words(self) -> Iterator[str]:
+        """Say whether the best factor on a recipe's rate is the same at every size, as muP claims."""
+        if self.columns["lr"] == MULTIPLIER and "lr" in self.laws and "a" in self.laws["lr"].intervals:
+            ends = self.laws["lr"].intervals["a"]
+            held = "not refuted" if ends.low <= 0 <= ends.high else "refuted"
+            yield f"that the recipe's rate suits every size alike (exponent of N 0) is {held}: {ends.words()}"
+
+    def advice(self, target: Mapping[str, float]) -> str:
+        """Say the best settings at a target, and at which further sizes and data rates would tell them best."""
+        if lost := [v for v in ("N", "D") if v not in target]:
+            raise AnalysisError(f"The target needs {' and '.join(lost)}, as in N=1e9,D=2B.")
+        at, table, parts = pd.DataFrame([target]), self.table, list[str]()
+        axes = [np.unique(np.append(table[v], 2 * table[v].max())) for v in ("N", "D")]
+        tuned = pd.MultiIndex.from_frame(table.loc[table["found"] == OPTIMUM, ["N", "D"]])
+        new = pd.MultiIndex.from_product(axes, names=["N", "D"]).difference(tuned).to_frame(index=False)
+        new = new[new["N"] * new["D"] < target["N"] * target["D"]]
+        for name, law in self.laws.items():
+            value, low, high = law.predict(at)[["value", "pi_lo", "pi_hi"]].iloc[0]
+            words = f"best {SETTING_WORDS[name]} {human(value)} [{human(low)}, {human(high)}]"
+            if len(new):
+                estimate = law.estimate
+                there, here = (estimate.law_at(law.variables(each)) for each in (at, new))
+                before, after = estimate.error_after(there, here, estimate.components.total)
+                nearly = new.assign(error=after)[after <= NEARLY * after.min()]
+                best = nearly.loc[(nearly["N"] * nearly["D"]).idxmin()]
+                words += (
+                    f"; {MIN_VALUES} values of it at {_scale_words(best)} tell most for their compute: its standard "
+                )
+                words += f"error falls from {percent(before)} to {percent(best['error'])}"
+            parts.append(words)
+        return "; ".join(parts) or "not known: no law of the best settings"
+
+    def recipe(self, source: str) -> str:
+        """Write the laws as a recipe that a sweep can name, in YAML; the rest is as in recipe `small`."""
+        if self.columns["lr"] == MULTIPLIER or "lr" not in self.laws:
+            raise AnalysisError(
+                "A recipe needs a law of the learning rate itself: three rates at several sizes or budgets."
+            )
+        table = self.table
+        ranges = ", ".join(f"{v} {human(table[v].min())} to {human(table[v].max())}" for v in ("N", "D"))
+        lines = ["summary: best settings by size and data, fitted by aimscale rates", "like: small"]
+        for name, law in self.laws.items():
+            own, at = law.estimate.params, {v: round(law.law.constants[f"{v}0"]) for v in law.law.variables}
+            powers = {v: own[exponent_of(v)] for v in at}
+            value = float(np.exp(law.estimate.value_at({v: np.array([float(at[v])]) for v in at})[0]))
+            keys = {"coefficient": f"{value:.6g}", **{v: f"{power:.4g}" for v, power in powers.items()}}
+            keys["at"] = f"{{{', '.join(f'{v}: {number}' for v, number in at.items())}}}"
+            keys["source"] = json.dumps(f"{source}: {law.num_points} best settings, {ranges}")
+            lines += [f"{RECIPE_KEYS[name]}:", *(f"  {key}: {text}" for key, text in keys.items())]
+        return "\n".join([*lines, ""])
+
     def facts(self) -> list[tuple[str, str]]:
         """Return cautions, the verdict and the laws."""
         found = [("with care", text) for text in flag_words(self.flags)]
         found.append(("tuning", self.verdict()))
         found += [("law", self._law_words(name)) for name in self.laws]
         if not self.laws:
-            found.append(("law", "too few sizes or budgets have a best setting inside those that were tried"))
+            found.append(("law", "none: too few best settings lie inside those that were tried, or all are the same"))
+        found += [("transfer", text) for text in self._transfer_words()]
         scatter = f"{percent(self.surface.noise)} about parabolas with {self.surface.degrees} degrees of freedom"
         found.append(("scatter", scatter))
         return found + [("left out", "; ".join(map(str, self.exclusions)))] * bool(self.exclusions)
@@ -117,6 +185,12 @@ class Rates(Result):
                 cell[f"best {name}"] = f"{human(best)} [{human(low)}, {human(high)}]" if np.isfinite(best) else ""
             out.append(cell | {"found": row["found"], "lost": _regret_words(row)})
         return out
+
+
+def scale_of(table: pd.DataFrame) -> Array:
+    """Return 1 and the centred ln N and ln D of cells (cells, q), those that vary."""
+    logs = np.log(table[["N", "D"]].to_numpy(float))
+    return np.column_stack([np.ones(len(logs)), (logs - logs.mean(axis=0))[:, np.ptp(logs, axis=0) > SAME_DATA]])
 
 
 def _scale_words(row: pd.Series) -> str:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 
 from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.laws.base import Array
 
 WINDOW = 0.01
@@ -25,6 +27,8 @@ MIN_VALUES = 3
 """Different values of a setting that show a cell's minimum."""
 STEP = 1e-6
 """Step of numerical derivatives, relative to a coefficient's standard error: everything is nearly linear in that."""
+SINGULAR = 1e-12
+"""Share of the largest eigenvalue below which one is nil."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,32 +40,27 @@ class Surface:
     scale: Array
     """Rows (cells, q) of 1 and the centred ln N and ln D, those that vary."""
     coefficients: Array
-    """Levels (cells,), slopes (cells * p,), and q coefficients of each of the p (p + 1) / 2 curvatures."""
+    """A row (cells, k) of a level, p slopes, and q coefficients of each of the p (p + 1) / 2 curvatures, which are
+    those of all cells."""
     covariance: Array
-    """Covariance of the coefficients, for errors of one variance; zero where nothing is left over."""
+    """Covariance (cells, k, k) of each cell's row, for errors of one variance; zero where nothing is left over."""
     degrees: int
     """Degrees of freedom of that variance; 0: there is no interval."""
     noise: float
     """Standard deviation of ln loss about the surface."""
 
-    @property
-    def num_settings(self) -> int:
-        """Number p of settings."""
-        return int(self.origin.shape[1])
-
-    def curvatures(self, scale: Array, coefficients: Array) -> Array:
-        """Return the Hessian (n, p, p) at scales (n, q)."""
-        p, q = self.num_settings, scale.shape[1]
-        out, parts = np.empty((len(scale), p, p)), coefficients[-q * p * (p + 1) // 2 :].reshape(-1, q)
-        for (i, j), part in zip(_pairs(p), parts, strict=True):
-            out[:, i, j] = out[:, j, i] = scale @ part
+    def curvatures(self, scale: Array, coefficients: Array | None = None) -> Array:
+        """Return the Hessian (n, p, p) at scales (n, q), of the surface or of rows of coefficients (n, k)."""
+        p, (n, q) = self.origin.shape[1], scale.shape
+        rows = self.coefficients[:1] if coefficients is None else coefficients
+        out, parts = np.empty((n, p, p)), rows[:, 1 + p :].reshape(len(rows), -1, q)
+        for number, (i, j) in enumerate(_pairs(p)):
+            out[:, i, j] = out[:, j, i] = np.sum(parts[:, number] * scale, axis=1)
         return out
 
     def optima_of(self, coefficients: Array) -> Array:
         """Return the settings (cells, p) of the lowest loss, logarithms."""
-        cells, p = self.origin.shape
-        slopes = coefficients[cells : cells * (1 + p)].reshape(cells, p)
-        hessian = self.curvatures(self.scale, coefficients)
+        hessian, slopes = self.curvatures(self.scale, coefficients), coefficients[:, 1 : 1 + self.origin.shape[1]]
         return self.origin - np.einsum("cij,cj->ci", np.linalg.pinv(hessian), slopes)
 
     @cached_property
@@ -69,49 +68,49 @@ class Surface:
         """Settings (cells, p) of the lowest loss, logarithms."""
         return self.optima_of(self.coefficients)
 
-    def lowest(self) -> tuple[Array, Array]:
-        """Return ln of the lowest losses (cells,), and by how much error of the optima puts them too low, twice."""
-        cells, p = self.origin.shape
-        hessian = self.curvatures(self.scale, self.coefficients)
-        away = self.optima - self.origin
-        values = self.coefficients[:cells] - np.einsum("ci,cij,cj->c", away, hessian, away) / 2
-        _, covariance = self.errors_of(lambda c: self.optima_of(c).ravel())
-        blocks = covariance.reshape(cells, p, cells, p)[np.arange(cells), :, np.arange(cells), :]
-        return values, np.einsum("cij,cji->c", hessian, blocks)
+    @cached_property
+    def optima_covariance(self) -> Array:
+        """Covariance (cells, p, p) of each cell's `optima`."""
+        return self._covariance_of(self.optima_of)
+
+    @cached_property
+    def lowest(self) -> Array:
+        """Logarithms of the lowest losses (cells,), less what error of the optima puts them too low by."""
+        hessian, away = self.curvatures(self.scale), self.optima - self.origin
+        too_low = np.einsum("cij,cji->c", hessian, self.optima_covariance) / 2
+        return self.coefficients[:, 0] - np.einsum("ci,cij,cj->c", away, hessian, away) / 2 + too_low
 
     @cached_property
     def has_minimum(self) -> Array:
         """Whether the loss rises in every direction from its stationary point (cells,)."""
-        return np.linalg.eigvalsh(self.curvatures(self.scale, self.coefficients)).min(axis=1) > 0
+        return np.linalg.eigvalsh(self.curvatures(self.scale)).min(axis=1) > 0
 
-    def errors_of(self, function: Callable[[Array], Array]) -> tuple[Array, Array]:
-        """Return the values (m,) of a function of the coefficients and their covariance (m, m), by the delta method."""
-        values = function(self.coefficients)
-        steps = STEP * np.sqrt(np.maximum(np.diag(self.covariance), 1e-24))
-        moved = [function(self.coefficients + step) for step in np.diag(steps)]
-        gradient = (np.array(moved) - values).T / steps
-        return values, gradient @ self.covariance @ gradient.T
+    def _covariance_of(self, function: Callable[[Array], Array]) -> Array:
+        """Return the covariance (cells, m, m) of a function (cells, m) of each cell's row, by the delta method."""
+        values, steps = function(self.coefficients), np.zeros_like(self.covariance)
+        size = STEP * np.sqrt(np.maximum(np.diagonal(self.covariance, axis1=1, axis2=2), 1e-24))
+        np.einsum("cii->ci", steps)[:] = size
+        moved = [function(self.coefficients + steps[:, j]) - values for j in range(size.shape[1])]
+        gradient = np.stack(moved, axis=2) / size[:, None]
+        return gradient @ self.covariance @ np.swapaxes(gradient, 1, 2)
 
-    def half(self, errors: Array, confidence: float) -> Array:
+    def half(self, errors: Array) -> Array:
         """Return half of Student's interval; NaN where no error can be told."""
-        return half_width(errors, self.degrees, confidence) if self.degrees > 0 else np.full_like(errors, np.nan)
+        return half_width(errors, self.degrees, CONFIDENCE) if self.degrees > 0 else np.full_like(errors, np.nan)
 
-    def regret_of_own(self, settings: Array, confidence: float) -> Array:
+    def regret_of_own(self, settings: Array) -> Array:
         """Return the regret of a setting (cells, p) of every cell by its own optimum, and its interval: (cells, 3)."""
 
         def distance(coefficients: Array) -> Array:
             root = np.linalg.cholesky(self.curvatures(self.scale, coefficients))
-            return np.einsum("nji,nj->ni", root, settings - self.optima_of(coefficients)).ravel()
+            return np.einsum("nji,nj->ni", root, settings - self.optima_of(coefficients))
 
-        values, covariance = self.errors_of(distance)
-        n, p = settings.shape
-        blocks = covariance.reshape(n, p, n, p)[np.arange(n), :, np.arange(n), :]
-        away = values.reshape(n, p)
-        return _shares(away, self.half(_along(away, blocks), confidence))
+        away = distance(self.coefficients)
+        return _shares(away, self.half(_along(away, self._covariance_of(distance))))
 
     def regret_about(self, settings: Array, optimum: Array, half: Array, scale: Array) -> Array:
         """Return the regret of settings (n, p) about optima with half-widths (n, p), and its interval: (n, 3)."""
-        root = np.linalg.cholesky(self.curvatures(scale, self.coefficients))
+        root = np.linalg.cholesky(self.curvatures(scale))
         away = np.einsum("nji,nj->ni", root, settings - optimum)
         return _shares(away, _along(away, np.einsum("nji,nj,njk->nik", root, half**2, root)))
 
@@ -137,29 +136,24 @@ def _pairs(p: int) -> list[tuple[int, int]]:
 def near_minimum(log_loss: Array, cell: Array, settings: Array) -> Array:
     """Select the rows (mask) near each cell's minimum: within `WINDOW` of its lowest loss, and at least those of the
     lowest `MIN_VALUES` values of a lone setting, or the lowest `MIN_ROWS` rows of several."""
-    keep = np.zeros(len(cell), bool)
-    for each in range(cell.max() + 1):
-        rows = np.flatnonzero(cell == each)
-        rows = rows[np.argsort(log_loss[rows], kind="stable")]
-        near = log_loss[rows] <= log_loss[rows[0]] + np.log1p(WINDOW)
-        if settings.shape[1] == 1:
-            values, first = np.unique(settings[rows, 0], return_index=True)
-            least = np.isin(settings[rows, 0], values[np.argsort(first)][:MIN_VALUES])
-        else:
-            least = np.arange(len(rows)) < MIN_ROWS
-        keep[rows[near | least]] = True
-    return keep
+    rows = pd.DataFrame({"cell": cell, "loss": log_loss, "setting": settings[:, 0]})
+    ranked = rows.sort_values(["cell", "loss"], kind="stable")
+    near = rows["loss"] <= rows.groupby("cell")["loss"].transform("min") + np.log1p(WINDOW)
+    if settings.shape[1] > 1:
+        return (near | (ranked.groupby("cell").cumcount() < MIN_ROWS).reindex(rows.index)).to_numpy()
+    values = ranked.drop_duplicates(["cell", "setting"])
+    least = values[values.groupby("cell").cumcount() < MIN_VALUES].set_index(["cell", "setting"]).index
+    return near.to_numpy() | rows.set_index(["cell", "setting"]).index.isin(least)
 
 
 def is_tuned(cell: Array, settings: Array) -> Array:
     """Tell which cells (mask) have `MIN_VALUES` different values of every setting."""
-    return np.array(
-        [min(len(np.unique(each)) for each in settings[cell == c].T) >= MIN_VALUES for c in range(cell.max() + 1)]
-    )
+    found = pd.DataFrame(settings).groupby(cell).nunique().min(axis=1) >= MIN_VALUES
+    return found.reindex(range(cell.max() + 1), fill_value=False).to_numpy()
 
 
 def fit_surface(log_loss: Array, cell: Array, settings: Array, scale: Array) -> Surface:
-    """Fit the surface by least squares to rows near the minima.
+    """Fit the surface by least squares to rows near the minima, each cell's own coefficients eliminated.
 
     Args:
         log_loss: ln loss (n,).
@@ -167,21 +161,41 @@ def fit_surface(log_loss: Array, cell: Array, settings: Array, scale: Array) -> 
         settings: logarithms (n, p).
         scale: rows (cells, q) of what curvature depends on, its first column ones.
     """
-    num_cells, p = cell.max() + 1, settings.shape[1]
     order = np.lexsort((log_loss, cell))
-    origin = settings[order[np.searchsorted(cell[order], np.arange(num_cells))]]
-    s, own, of_row = settings - origin[cell], np.eye(num_cells)[cell], scale[cell]
-    slopes = (own[:, :, None] * s[:, None, :]).reshape(len(s), -1)
-    squares = [of_row * (s[:, i] * s[:, j] / (2 if i == j else 1))[:, None] for i, j in _pairs(p)]
-    design = np.column_stack([own, slopes, *squares])
-    coefficients, _, rank, _ = np.linalg.lstsq(design, log_loss)
-    degrees = len(s) - int(rank)
-    variance = float(np.sum((log_loss - design @ coefficients) ** 2)) / max(degrees, 1)
+    log_loss, cell, settings = log_loss[order], cell[order], settings[order]
+    first = np.searchsorted(cell, np.arange(len(scale)))  # the row of each cell's lowest loss
+    s, y, own = settings - settings[first][cell], log_loss - log_loss[first][cell], 1 + settings.shape[1]
+    squares = [scale[cell] * (s[:, i] * s[:, j] / (2 if i == j else 1))[:, None] for i, j in _pairs(own - 1)]
+    x = np.column_stack([np.ones(len(s)), s, *squares])
+    rows = np.column_stack([x, y])
+    grams = np.add.reduceat(rows[:, :, None] * rows[:, None], first)
+    inverse, rank = _inverse(grams[:, :own, :own])
+    taken = inverse @ grams[:, :own, own:]  # what a cell's own coefficients take of the squares and of the loss
+    left = np.sum(grams[:, own:, own:] - np.swapaxes(grams[:, :own, own:], 1, 2) @ taken, axis=0)
+    (common,), (common_rank,) = _inverse(left[None, :-1, :-1])
+    curvature = np.broadcast_to(common @ left[:-1, -1], (len(scale), len(common)))
+    coefficients = np.column_stack([taken[:, :, -1] - np.sum(taken[:, :, :-1] * curvature[:, None], axis=2), curvature])
+    degrees = len(s) - int(rank.sum() + common_rank)
+    variance = float(np.sum((y - np.sum(x * coefficients[cell], axis=1)) ** 2)) / max(degrees, 1)
+    moved = np.concatenate(
+        [-taken[:, :, :-1], np.broadcast_to(np.eye(len(common)), (len(scale), *common.shape))], axis=1
+    )
+    covariance = moved @ common @ np.swapaxes(moved, 1, 2)
+    covariance[:, :own, :own] += inverse
+    coefficients[:, 0] += log_loss[first]
     return Surface(
-        origin=origin,
+        origin=settings[first],
         scale=scale,
         coefficients=coefficients,
-        covariance=variance * np.linalg.pinv(design.T @ design),
+        covariance=variance * covariance,
         degrees=degrees,
         noise=float(np.sqrt(variance)),
     )
+
+
+def _inverse(grams: Array) -> tuple[Array, Array]:
+    """Return the pseudo-inverses of Gram matrices (cells, m, m), and their ranks (cells,)."""
+    size = np.sqrt(np.maximum(np.diagonal(grams, axis1=1, axis2=2), 1e-300))
+    size = size[:, :, None] * size[:, None]
+    rank = np.linalg.matrix_rank(grams / size, hermitian=True, tol=SINGULAR)
+    return np.linalg.pinv(grams / size, rcond=SINGULAR, hermitian=True) / size, rank

@@ -40,7 +40,7 @@ def law(table: pd.DataFrame) -> Fit:
 def first_lines(folder: Path = TABLES) -> str:
     """Write README's text about a run of the demo: the report's own first lines, but for what to run next."""
     tables = [folder / "results.parquet"]
-    lines = verdict(study_tables(tables, read_tables(tables), {}))
+    lines = verdict(study_tables(tables, read_tables(tables)))
     text = "\n".join([*(f"- **{line.question.rstrip('?')}**: {line.answer}" for line in lines[:-1]), ""])
     return text.replace("alpha", "α").replace("beta", "β")
 

@@ -1,18 +1,14 @@
-"""Placement of this process among the ranks, the process group, and the few exchanges that the training loop needs.
-
-A run is started as a single process, by torchrun, or under Slurm's variables; all three end in the same environment
-variables, set here before DeepSpeed looks for them (without them it would look for MPI).
-"""
+"""The process group of a run, how long its ranks wait for each other, and the few exchanges that training needs."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import datetime
 import logging
 import os
 import re
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,90 +18,29 @@ import torch
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.memory import free_host_bytes, keep_freed_memory
-from aimscale.harness.run.directory import EXIT_CRASHED
+from aimscale.harness.distributed.placement import LOOPBACK, LaunchError, Placement, gpu_index
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 COLLECTIVE_TIMEOUT_S = 1800.0
-"""Time for which ranks wait for each other where one may load data, compile or write files, s."""
+"""Time for which ranks wait for each other where one may load data or compile, s."""
+PHASE_TIMEOUT_S = 600.0
+"""Time for which they wait where one may read a model or write files: the 26 GB of aim-7B at 50 MB/s, s."""
+STEP_TIMEOUT_S, STEP_FACTOR = 100.0, 10.0
+"""Time for which they wait in work that repeats: the larger of this and so many times the longest turn before, s."""
+WRITTEN_BYTES_PER_S = 20e6
+"""Rate at which a rank writes at least: 128 of them on a file server of 2.5 GB/s, bytes/s."""
 
 
-class LaunchError(UserError):
-    """Environment that does not say which rank of how many this process is, or names a device that does not exist.
-
-    Another node may have what this one lacks.
-    """
-
-    exit_code = EXIT_CRASHED
+def turn_timeout_s(longest_s: float) -> float:
+    """Return how long ranks wait for each other in a turn of work whose longest turn so far took this long, s."""
+    return max(STEP_TIMEOUT_S, STEP_FACTOR * longest_s)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Place of this process among all processes of the run."""
-
-    rank: int
-    """0..world_size-1."""
-    world_size: int
-    """Number of processes, one per device."""
-    local_rank: int
-    """Index of the device on this host."""
-    address: str
-    """Host of rank 0."""
-    port: int
-    """TCP port of rank 0."""
-
-
-def find_placement(environment: dict[str, str] | None = None) -> Placement:
-    """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a single process."""
-    env = dict(os.environ) if environment is None else environment
-    if "RANK" in env or "WORLD_SIZE" in env:
-        try:
-            return Placement(
-                rank=int(env["RANK"]),
-                world_size=int(env["WORLD_SIZE"]),
-                local_rank=int(env.get("LOCAL_RANK", "0")),
-                address=env["MASTER_ADDR"],
-                port=int(env["MASTER_PORT"]),
-            )
-        except KeyError as error:
-            raise LaunchError(
-                f"RANK or WORLD_SIZE is set but {error} is not; start with torchrun, or unset them to run alone"
-            ) from error
-    # Only steps started by srun have this variable: a batch script itself is a single process, whatever its job has.
-    num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
-    if num_tasks > 1:
-        # Every task of a job computes the same port; jobs that share a host get different ones.
-        port = int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000))
-        return Placement(
-            rank=int(env["SLURM_PROCID"]),
-            world_size=num_tasks,
-            local_rank=int(env.get("SLURM_LOCALID", "0")),
-            address=env.get("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"]))),
-            port=port,
-        )
-    return Placement(rank=0, world_size=1, local_rank=0, address="127.0.0.1", port=0)  # the store takes any free port
-
-
-def first_host(node_list: str) -> str:
-    """Return the first name of a Slurm host list: `gpu[003-004,7],other` gives `gpu003`."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", node_list)
-    if match is None:
-        raise LaunchError(f"cannot read the node list {node_list!r}; set MASTER_ADDR to the host of rank 0")
-    return "".join(part or "" for part in match.groups())
-
-
-def gpu_index(placement: Placement, num_visible: int) -> int:
-    """Return the index of this process's GPU among those it sees: 0 if Slurm binds one GPU to each task, else the local
-    rank."""
-    by_slurm = "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if num_visible == 1 and by_slurm:
-        return 0
-    if placement.local_rank >= num_visible:
-        raise LaunchError(
-            f"local rank {placement.local_rank} has no CUDA device: this host shows {num_visible}; start one process "
-            "per device"
-        )
-    return placement.local_rank
+def write_timeout_s(num_bytes: float) -> float:
+    """Return how long ranks wait for one that writes, s."""
+    return max(PHASE_TIMEOUT_S, num_bytes / WRITTEN_BYTES_PER_S)
 
 
 class Group:
@@ -239,34 +174,40 @@ class Group:
                 outcome[1] = caught if isinstance(caught, UserError) else RuntimeError(f"rank 0 failed: {caught!r}")
         torch.distributed.broadcast_object_list(outcome, src=0, group=self._host_group)
         if outcome[1] is not None:
-            raise error or outcome[1]
+            raise error or met_by(0, outcome[1])
         value: T = outcome[0]
         return value
 
     @contextlib.contextmanager
     def collectives_within(self, seconds: float) -> Iterator[None]:
-        """Limit the time of collectives on the device that the block begins, in which ranks do nothing else.
-
-        A rank for which the others wait longer is gone. The limit of exchanges on the host stays
-        `COLLECTIVE_TIMEOUT_S`.
-        """
-        self._limit_collectives(seconds)
+        """Limit the time of exchanges that the block begins; see `limit_collectives`."""
+        self.limit_collectives(seconds)
         try:
             yield
         finally:
-            self._limit_collectives(COLLECTIVE_TIMEOUT_S)
+            self.limit_collectives(COLLECTIVE_TIMEOUT_S)
 
-    def _limit_collectives(self, seconds: float) -> None:
+    def limit_collectives(self, seconds: float) -> None:
+        """Limit the time of exchanges that begin from now on: a rank for which the others wait longer is gone.
+
+        That of `sum_counts_async`, which may wait for images, stays `COLLECTIVE_TIMEOUT_S`.
+        """
         c10d = torch.distributed.distributed_c10d
         # DeepSpeed has groups of its own.
         for group in list(c10d._world.pg_map) if self.world_size > 1 else ():
-            if group not in (self._host_group, self._async_group):
+            if group is not self._async_group:
                 c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
     def wait(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
             torch.distributed.barrier(group=self._host_group)
+
+
+def met_by(rank: int, error: E) -> E:
+    """Mark an error that this rank raises because another met it."""
+    error.failed_rank = rank  # type: ignore[attr-defined]
+    return error
 
 
 ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0), torch.device("cpu"), None)
@@ -309,12 +250,12 @@ def start_group(placement: Placement, device_name: str) -> Group:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     is_alone = placement.world_size == 1
-    if is_alone:
+    if placement.address == LOOPBACK:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # do not listen on a network
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=torch.distributed.HashStore() if is_alone else None,
+            store=torch.distributed.HashStore() if is_alone else _local_store(placement),
             rank=placement.rank,
             world_size=placement.world_size,
             timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
@@ -323,6 +264,26 @@ def start_group(placement: Placement, device_name: str) -> Group:
     # Host values travel over gloo, so that asking "shall we stop?" never waits for the device.
     groups = [None if is_alone else torch.distributed.new_group(backend="gloo") for _ in range(2)]
     return Group(placement, device, *groups)
+
+
+def _local_store(placement: Placement) -> torch.distributed.TCPStore | None:
+    """Start or join the store of ranks on one host, which listens on loopback alone; torch's own does on all
+    interfaces.
+
+    None if ranks are on several hosts, or if torchrun has started a store for them.
+    """
+    if placement.address != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    is_first = placement.rank == 0
+    listener = socket.create_server((LOOPBACK, placement.port)).detach() if is_first else None
+    return torch.distributed.TCPStore(
+        LOOPBACK,
+        placement.port,
+        placement.world_size,
+        is_master=is_first,
+        timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        master_listen_fd=listener,
+    )
 
 
 def import_deepspeed() -> Any:

@@ -15,22 +15,26 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.distributed.group import Group, find_placement, start_group, stop_group
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, RunDir
+from aimscale.harness.distributed.group import PHASE_TIMEOUT_S, Group, start_group, stop_group, turn_timeout_s
+from aimscale.harness.distributed.placement import LaunchError, find_placement
+from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, SHARED, RunDir
 from aimscale.harness.run.failures import (
+    EXIT_S,
     DivergedError,
     PreemptedError,
     StopFlag,
     TooLargeError,
     blames_another_rank,
     classify,
+    end_within,
+    is_of_network,
+    is_shared,
     stop_signals,
 )
 from aimscale.harness.run.lock import LockLost, check_writer, writing_through
@@ -39,8 +43,6 @@ HEARTBEAT_S = 5.0
 """Seconds between heartbeats in `status.json`."""
 WORD_S = 10.0
 """Seconds that a rank which lost another waits for that one to record what happened."""
-EXIT_S = 60.0
-"""Seconds after which a rank that failed ends even if its exit hangs."""
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
@@ -52,6 +54,8 @@ class Job:
     """Folder of the status, the lock and the logs."""
     group: Group
     flag: StopFlag
+    nodes: Sequence[str]
+    """Node of each rank: Slurm's name, by which it can be excluded, or else the host's."""
     exits: contextlib.ExitStack
     """Contexts of this rank that are left after the status says how the job ended, so that slow exits keep no other
     rank waiting."""
@@ -64,12 +68,19 @@ class Job:
     def progress_callback(self) -> Callable[..., None]:
         """Make the function that all ranks call together, often: it obeys signals and updates the heartbeat.
 
-        It raises PreemptedError if a signal asked to stop, and LockLost.
+        It raises PreemptedError if a signal asked to stop, and LockLost. Until the next call, ranks wait for each other
+        for some times as long as calls under the same name were apart, or `PHASE_TIMEOUT_S`.
         """
-        last_beat = 0.0
+        last_beat, phase, last_call, longest_s = 0.0, "", 0.0, 0.0
 
-        def report_progress(*_: object) -> None:
-            nonlocal last_beat
+        def report_progress(what: str = "", *_: object) -> None:
+            nonlocal last_beat, phase, last_call, longest_s
+            now = time.monotonic()
+            if what:
+                longest_s = max(longest_s, now - last_call) if what == phase else 0.0
+                phase, last_call = what, now
+            is_repeated = what and longest_s
+            self.group.limit_collectives(turn_timeout_s(longest_s) if is_repeated else PHASE_TIMEOUT_S)
             if self.group.any(self.flag.is_raised):
                 raise PreemptedError
             if time.monotonic() - last_beat > HEARTBEAT_S:
@@ -92,11 +103,13 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
     _die_with_torchrun()
     _record_collectives(folder.logs)
     with contextlib.ExitStack() as stack:
-        group = start_group(find_placement(), device)
-        stack.callback(stop_group)
-        flag = stack.enter_context(stop_signals())
-        writer_folder = stack.enter_context(_hold(folder, group))
-        job = Job(folder=folder, group=group, flag=flag, exits=stack)
+        with _naming_lost_ranks():
+            group = start_group(find_placement(), device)
+            stack.callback(stop_group)
+            flag = stack.enter_context(stop_signals())
+            nodes = group.gather(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+            writer_folder = stack.enter_context(_hold(folder, group))
+        job = Job(folder=folder, group=group, flag=flag, nodes=nodes, exits=stack)
         try:
             if group.is_first:
                 folder.write_start()
@@ -112,11 +125,26 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
                 print(f"aimscale: {error}", file=sys.stderr)
             return EXIT_DIVERGED
         except Exception as error:
-            _note_failure(job, writer_folder / "failure.json", error)
-            if group.world_size > 1:
-                _end_within(EXIT_S)
+            timer = end_within(EXIT_S)  # the disk may hang, or an exit that waits for a rank that is gone
+            about_another = _note_failure(job, writer_folder / "failure.json", error)
+            if group.world_size == 1:
+                timer.cancel()  # this process may try again
+            if about_another:
+                raise LaunchError(about_another) from error  # where this rank met it tells nothing
             raise
     return EXIT_FINISHED
+
+
+@contextlib.contextmanager
+def _naming_lost_ranks() -> Iterator[None]:
+    """Raise LaunchError if another rank is lost while ranks meet: nobody can write yet what happened."""
+    try:
+        yield
+    except Exception as error:
+        kind, sentence = classify(error)
+        if isinstance(error, UserError | OSError) or kind != "node":
+            raise
+        raise LaunchError(sentence) from error
 
 
 @contextlib.contextmanager
@@ -134,38 +162,41 @@ def _hold(run: RunDir, group: Group) -> Iterator[Path]:
         yield folder
 
 
-def _note_failure(job: Job, note: Path, error: Exception) -> None:
+def _note_failure(job: Job, note: Path, error: Exception) -> str | None:
     """Record this rank's failure in `note` and `status.json`, unless another rank's was recorded before.
 
     A rank whose failure only reports another's first gives that one time to record it.
+
+    Returns:
+        A sentence about the other rank's failure, if this rank's only reports that.
     """
     reason_class, reason = classify(error)
-    is_about_another = job.group.world_size > 1 and blames_another_rank(reason)
+    is_about_another = len(job.nodes) > 1 and blames_another_rank(reason)
     deadline = time.monotonic() + WORD_S
     while is_about_another and not note.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    # Slurm's name of the node, by which it can be excluded; elsewhere the host's.
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    words = f"rank {job.group.rank} on {node} failed: {reason}"
+    rank = getattr(error, "failed_rank", job.group.rank)
+    words = f"rank {rank} on {job.nodes[rank]} failed: {reason}"
+    failed_on: str | None = job.nodes[rank]
+    if is_about_another or (is_of_network(error) and len(set(job.nodes)) > 1):
+        failed_on = None
+    elif is_shared(error, job.folder.path):
+        failed_on = SHARED
     changes: dict[str, Any] = {"too_large": error.executed} if isinstance(error, TooLargeError) else {}
     try:
         check_writer(job.folder.status)
         with note.open("x") as file:
             json.dump(words, file)
-        changes |= {"reason": reason, "reason_class": reason_class, "failed_on": None if is_about_another else node}
+        changes |= {"reason": reason, "reason_class": reason_class, "failed_on": failed_on}
         job.folder.write_status(state="failed", phase="", **changes)
     except FileExistsError:
         with contextlib.suppress(OSError, ValueError):
-            print(f"aimscale: rank {job.group.rank} ends: {json.loads(note.read_text())}", file=sys.stderr, flush=True)
+            reason = f"rank {job.group.rank} ends: {json.loads(note.read_text())}"
+            if not is_about_another:
+                print(f"aimscale: {reason}", file=sys.stderr, flush=True)
     except (OSError, LockLost, UserError):
         pass  # the error itself is raised
-
-
-def _end_within(seconds: float) -> None:
-    """End this process after a time, even if its exit waits for a collective of a rank that is gone."""
-    timer = threading.Timer(seconds, os._exit, [EXIT_CRASHED])
-    timer.daemon = True
-    timer.start()
+    return reason if is_about_another else None
 
 
 def _record_collectives(logs: Path) -> None:

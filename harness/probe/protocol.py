@@ -32,16 +32,18 @@ from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
 from aimscale.harness.probe.features.extraction import FeaturePass, SplitFeatures
 from aimscale.harness.probe.features.images import (
+    LabelledImages,
     ProgressCallback,
-    PublishedViews,
     Task,
-    holdout_split,
     ignore_progress,
     open_task,
+    read_without_bad,
 )
-from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, block_sets
+from aimscale.harness.probe.features.sources import batched, own_indices
+from aimscale.harness.probe.features.tasks import ProbeError, block_sets
+from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
-from aimscale.harness.probe.heads.fit import HeadSearch, predict_test_split
+from aimscale.harness.probe.heads.fit import TEST_BATCH, HeadSearch, predict_test_split
 from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.scores import Candidate, Predictions, best, score, tried_values
@@ -60,6 +62,7 @@ def probe_backbone(
     model_section: ModelSection,
     seed: int,
     runtime: RuntimeConfig,
+    max_bad_fraction: float,
     out: Path | None,
     group: Group = ALONE,
     report_progress: ProgressCallback = ignore_progress,
@@ -72,6 +75,7 @@ def probe_backbone(
         out: folder of the evaluation's file, the same with per-class counts and the whole grid: kinds that it has of
             the same weights, settings, data and seed are not done again; None reads and writes nothing.
         runtime: the run's, which says where shards at a URL, and their index, are cached.
+        max_bad_fraction: share of undecodable images above which a split is refused; fewer are left out.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
         report_progress: called by all ranks together, often; may raise to stop, and the next call repeats the kinds
             under way.
@@ -88,7 +92,7 @@ def probe_backbone(
         raise ProbeError(f"{backbone.name} has no causal attention; leave task '{section.task}' out")
     if impossible := [kind for kind in section.kinds if kind in backbone.impossible]:
         raise ProbeError(f"{backbone.name} cannot have probes of kind '{impossible[0]}'; leave that kind out")
-    train, test = open_task(section, model_section, runtime)
+    train, test = open_task(section, model_section, runtime, max_bad_fraction)
     if section.augmentation == "published":
         train = replace(train, views=PublishedViews(model_section, seed))
     key = task_key(backbone.name, section, train.dataset.fingerprint, test.dataset.fingerprint, seed)
@@ -99,17 +103,7 @@ def probe_backbone(
     if not kinds:
         return [as_entry(found[kind]) for kind in section.kinds]
     started = time.monotonic()
-    fit, held = holdout_split(train.labels, HOLDOUT_FRACTION, seed)
-    task = Task(
-        section=section,
-        train=train,
-        test=test,
-        fit=fit,
-        held=held,
-        seed=seed,
-        group=group,
-        report_progress=report_progress,
-    )
+    task = Task(section=section, train=train, test=test, seed=seed, group=group, report_progress=report_progress)
     with matmul_precision(section.precision):
         for details in _details(task, backbone, kinds, out, key):
             about = {"evaluation": key["evaluation"], "protocol": PROTOCOL, "seed": seed}
@@ -138,8 +132,7 @@ def _details(
             folder=out,
             report_progress=task.report_progress,
         )
-        fitted = features.split(task.train, task.fit)
-        tested = features.split(task.test, reserved_bytes=fitted.pooled.num_bytes)
+        task, fitted, tested = _read_features(task, features)
         for some in _together(frozen, has_views):
             if some == ["knn"]:
                 yield [_neighbours(task, backbone, fitted, tested)]
@@ -147,7 +140,32 @@ def _details(
                 yield _heads(task, backbone, some, fitted, tested, out, key)
     if "lora" in kinds:
         assert isinstance(backbone, AimBackbone)
-        yield [_adapted(task, backbone)]
+        yield [_adapted(task if frozen else _read_images(task), backbone)]
+
+
+def _read_features(task: Task, features: FeaturePass) -> tuple[Task, SplitFeatures, SplitFeatures]:
+    """Compute the features of both splits; returns the task without the images that do not decode, too."""
+
+    def read_train(images: LabelledImages) -> SplitFeatures:
+        return features.split(images, replace(task, train=images).fit)
+
+    train, fitted = read_without_bad(task.train, task.group, read_train)
+    read_test = functools.partial(features.split, reserved_bytes=fitted.pooled.num_bytes)
+    test, tested = read_without_bad(task.test, task.group, read_test)
+    return replace(task, train=train, test=test), fitted, tested
+
+
+def _read_images(task: Task) -> Task:
+    """Decode all images once, and return the task without those that do not decode."""
+
+    def read(images: LabelledImages) -> None:
+        turns = list(batched(range(len(images)), TEST_BATCH * task.group.world_size))
+        for _ in images.ahead(own_indices(turn, task.group) for turn in turns):
+            task.report_progress()
+
+    train, _ = read_without_bad(task.train, task.group, read)
+    test, _ = read_without_bad(task.test, task.group, read)
+    return replace(task, train=train, test=test)
 
 
 def _heads(

@@ -15,12 +15,12 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
 from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import DTYPES, matmul_precision
-from aimscale.harness.probe.features.images import open_labelled
+from aimscale.harness.probe.features.images import LabelledImages, open_labelled, read_without_bad
 from aimscale.harness.probe.features.sources import StreamedTokens, batched, own_indices
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import add_probes, as_entry, task_key
 from aimscale.harness.probe.heads.fit import TEST_BATCH
-from aimscale.harness.probe.heads.scores import gather_predictions, score, to_predictions
+from aimscale.harness.probe.heads.scores import Predictions, gather_predictions, score, to_predictions
 from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.probe.run import backbone_of
 from aimscale.harness.run.budgets import chosen_budgets
@@ -95,20 +95,26 @@ def score_released(
     head = load_probe(path, backbone.config).to(group.device).eval()
     blocks = read_head_blocks(path)
     for section in sections:
-        test = open_labelled(section.test, section, config.training.model, config.runtime)
+        max_bad_fraction = config.training.data.max_bad_fraction
+        test = open_labelled(section.test, section, config.training.model, config.runtime, max_bad_fraction)
         if len(test.classes) != head.linear.out_features:
             raise ProbeError(
                 f"task '{section.task}': {section.test} has {len(test.classes)} classes and the released head "
                 f"{head.linear.out_features}; score it on the data set that it was trained for"
             )
         backbone.use(DTYPES[section.precision])
-        own = own_indices(range(len(test)), group)
-        chunks = list(batched(own, TEST_BATCH))
-        with matmul_precision(section.precision):
+
+        def predict(images: LabelledImages) -> Predictions:
+            own = own_indices(range(len(images)), group)
+            chunks = list(batched(own, TEST_BATCH))
             parts = [
-                to_predictions(head(outputs[blocks].float().mean(0)), test.labels[chunk])
-                for chunk, outputs in zip(chunks, StreamedTokens(backbone, test, group).parts(chunks), strict=True)
+                to_predictions(head(outputs[blocks].float().mean(0)), images.labels[chunk])
+                for chunk, outputs in zip(chunks, StreamedTokens(backbone, images, group).parts(chunks), strict=True)
             ]
+            return gather_predictions(own, parts, len(images), group)
+
+        with matmul_precision(section.precision):
+            test, predictions = read_without_bad(test, group, predict)
         prints = test.dataset.fingerprint, test.dataset.fingerprint  # it was trained elsewhere
         key = task_key(backbone.name, section, *prints, config.training.seed)
         detail = {
@@ -116,7 +122,7 @@ def score_released(
             "kind": RELEASED,
             "blocks": blocks,
             "num_classes": len(test.classes),
-            **score(gather_predictions(own, parts, len(test), group), test.labels, test.classes),
+            **score(predictions, test.labels, test.classes),
             "precision": section.precision,
             "evaluation": key["evaluation"],
             "protocol": key["protocol"],

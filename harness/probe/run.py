@@ -15,7 +15,8 @@ from aimscale.aim.errors import did_you_mean
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_model
 from aimscale.harness.data.store.decoding import kernel_threads
-from aimscale.harness.distributed.group import ALONE, Group, choose_device, find_placement, start_group, stop_group
+from aimscale.harness.distributed.group import ALONE, Group, choose_device, start_group, stop_group
+from aimscale.harness.distributed.placement import find_placement
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
 from aimscale.harness.probe.features.images import ProgressCallback, ignore_progress, numbered_progress
 from aimscale.harness.probe.features.tasks import ProbeError
@@ -116,6 +117,7 @@ def probe_run(
                     model_section=config.training.model,
                     seed=config.training.seed,
                     runtime=config.runtime,
+                    max_bad_fraction=config.training.data.max_bad_fraction,
                     out=run.probes_dir(budget),
                     group=group,
                     report_progress=numbered_progress(report_progress, number, len(budgets) * len(sections)),
@@ -166,6 +168,7 @@ def probe_baseline(
                 model_section=model_section,
                 seed=config.training.seed,
                 runtime=config.runtime,
+                max_bad_fraction=config.training.data.max_bad_fraction,
                 out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
                 group=group,
                 report_progress=numbered_progress(report_progress, number, len(sections)),

@@ -26,6 +26,8 @@ State = Literal["created", "queued", "running", "preempted", "failed", "diverged
 ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
 
 RESULTS_VERSION = 1
+SHARED = ""
+"""Value of `failed_on` if no node is to blame: a disk or a checkpoint that all nodes share."""
 
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
@@ -82,7 +84,7 @@ class Status:
     reason_class: ReasonClass | None = None
     """Kind of reason, which decides whether the run is tried again."""
     failed_on: str | None = None
-    """Node of the rank that failed first, if known."""
+    """Node of the rank that failed first; `SHARED` if the cause lies outside of any node, null if unknown."""
     attempt: int = 0
     """Number of starts so far."""
     too_large: dict[str, Any] | None = None

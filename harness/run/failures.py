@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import signal
 import sys
@@ -29,6 +30,8 @@ LOST_PEER = (
 LOST_RANK = "another rank is gone or stands still"
 """Start of the reason of a rank that lost another."""
 
+EXIT_S = 60.0
+"""Seconds after which a process that failed ends even if its exit hangs."""
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EXDEV, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE),
@@ -48,6 +51,12 @@ class DivergedError(UserError):
 
 class NoMemoryError(UserError):
     """Memory ran out."""
+
+    exit_code = EXIT_CRASHED
+
+
+class StandstillError(UserError):
+    """Process that this one waits for, and that stands still."""
 
     exit_code = EXIT_CRASHED
 
@@ -145,17 +154,47 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
     if is_out_of_memory(error):
         return "oom", sentence
     if isinstance(error, UserError):
-        kinds: dict[str, ReasonClass] = {"CheckpointError": "node", "LaunchError": "node"}
+        kinds: dict[str, ReasonClass] = dict.fromkeys(("CheckpointError", "LaunchError", "StandstillError"), "node")
         kinds |= dict.fromkeys(("DataError", "ProbeError", "WeightsError"), "data")
         return kinds.get(name, "config"), sentence
     if isinstance(error, OSError):
         return "node", disk_sentence(error) or sentence
     if any(sign in text for sign in LOST_PEER):
         return "node", f"{LOST_RANK}, and its own entry in logs/ may say why ({sentence})"
-    is_network = name.startswith("Dist") or "onnection" in text or "NCCL" in text or "gloo" in text
-    if isinstance(error, LockLost) or is_network:
+    if isinstance(error, LockLost) or is_of_network(error):
         return "node", sentence
     return "code", sentence
+
+
+def is_of_network(error: BaseException) -> bool:
+    """Return whether an error says that ranks cannot reach each other, whichever of them is to blame."""
+    text = str(error)
+    is_user_error = isinstance(error, UserError | OSError)
+    words = "onnection" in text or "NCCL" in text or "gloo" in text
+    return not is_user_error and (type(error).__name__.startswith("Dist") or words)
+
+
+def is_shared(error: BaseException, run: Path) -> bool:
+    """Return whether the cause of a failure lies outside of the node that met it: the disk of the run's folder `run`,
+    or a checkpoint or lock there."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        named = error.filename2 or error.filename
+        return named is None or _device_of(Path(os.fsdecode(named))) == _device_of(run)
+    return isinstance(error, LockLost) or type(error).__name__ == "CheckpointError"
+
+
+def _device_of(path: Path) -> int | None:
+    """Return the file system that holds a path or would; None if that cannot be read."""
+    there = next((each for each in (path, *path.absolute().parents) if each.exists()), None)
+    return None if there is None else there.stat().st_dev
+
+
+def end_within(seconds: float) -> threading.Timer:
+    """End this process after a time, even if its exit hangs; cancel the timer to let it go on."""
+    timer = threading.Timer(seconds, os._exit, [EXIT_CRASHED])
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def blames_another_rank(sentence: str) -> bool:
@@ -173,7 +212,10 @@ def run_worker(work: Callable[[Path], int], usage: str) -> NoReturn:
     try:
         code = work(Path(sys.argv[1]))
         sys.exit(code)
-    except (UserError, LockLost, OSError) as error:
+    except Exception as error:
+        end_within(EXIT_S)
+        if not isinstance(error, UserError | LockLost | OSError):
+            raise
         sentence = disk_sentence(error) if isinstance(error, OSError) else error
         if sentence is None:
             raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import queue
 import threading
 import time
@@ -20,15 +21,12 @@ from typing import NoReturn, TypeVar
 import torch
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.data import DataError
+from aimscale.harness.data import refuse_bad
 from aimscale.harness.data.stream.stream import Batch
-from aimscale.harness.distributed.group import Group
+from aimscale.harness.distributed.group import Group, met_by
 
 T = TypeVar("T")
 
-MIN_IMAGES = 1000
-"""Minimum number of images over which the share of undecodable samples is taken: the first bad one is no reason to
-stop."""
 CLOSE_S = 5.0
 """Seconds to wait for a loader when its rank has failed; a loader that still waits for images then is not closed."""
 
@@ -139,12 +137,13 @@ class Feed:
         num_targets, num_bad_now, num_stops, num_saves, num_errors = begun.sums()
         if num_errors:
             _raise_on_all_ranks(self._group, begun.error)
-        if num_bad + num_bad_now > self._max_bad_fraction * max(num_images, MIN_IMAGES):
-            last = next(name for names in reversed(self._group.gather(begun.bad_samples)) for name in reversed(names))
-            raise DataError(
-                f"{num_bad + num_bad_now} of the run's first {num_images} images cannot be decoded, last {last}; "
-                f"repair the shard and index it again, or raise data.max_bad_fraction ({self._max_bad_fraction:g})"
-            )
+        refuse_bad(
+            f"the run's first {num_images} images",
+            num_bad + num_bad_now,
+            num_images,
+            self._max_bad_fraction,
+            lambda: [*itertools.chain(*self._group.gather(begun.bad_samples))][-1],
+        )
         if self._has_workers and not num_stops:
             self._ahead = concurrent.futures.Future()
             self._asked.put(self._ahead)
@@ -217,4 +216,6 @@ def _raise_on_all_ranks(group: Group, error: Exception | None) -> NoReturn:
         raise error
     rank = next(rank for rank, report in enumerate(reports) if report is not None)
     kind, sentence = reports[rank]
-    raise PeerFailedError(f"rank {rank} failed: {kind}: {sentence}") if isinstance(kind, str) else kind(sentence)
+    if isinstance(kind, str):
+        raise PeerFailedError(f"rank {rank} failed: {kind}: {sentence}")
+    raise met_by(rank, kind(sentence))

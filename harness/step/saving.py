@@ -18,20 +18,21 @@ import shutil
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from aimscale.aim.model import AIM
-from aimscale.harness.distributed.group import Group
+from aimscale.harness.distributed.group import Group, write_timeout_s
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.files import atomic_write, new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
+from aimscale.harness.run.files import new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
 from aimscale.harness.run.lock import check_writer
 from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, read_manifest, read_parts
-from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, Fragment, fragment_of, part_of
+from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, fragment_of
 from aimscale.harness.step.feed import run_on_all_ranks
 from aimscale.harness.step.safetensors import write_safetensors
+
+T = TypeVar("T")
 
 POLL_S = 0.5
 """Seconds between the first rank's checks for the other ranks' parts."""
@@ -69,8 +70,9 @@ class CheckpointWriter:
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copy: concurrent.futures.Future[list[Tensor]] | None = None
+        num_values = sum(values.numel() for values in self._own_share().values())
+        self._limit_s = write_timeout_s(2 * 4 * num_values)  # it is written, and read back
         if copies:
-            num_values = sum(values.numel() for values in self._own_share().values())
             self._copy = self._background.submit(_allocate, num_values, group.device)
 
     def save(
@@ -96,20 +98,22 @@ class CheckpointWriter:
             CheckpointError: as `finish` says.
         """
         self.finish()
-        keep = {final, *keep}
-        if self._group.from_first(lambda: _is_complete(final, keep)):
-            return
+        with self._group.collectives_within(self._limit_s):
+            keep = {final, *keep}
+            if self._group.from_first(lambda: _is_complete(final, keep)):
+                return
+            about = {"run_id": run_id, "images_seen": images_seen, "branch": branch, "progress": progress}
+            self._pending = self._begin(final, about, keep)
+            self._group.wait()  # here and not in the next step's collectives, whose time is short
+
+    def _begin(self, final: Path, about: dict[str, Any], keep: Collection[Path]) -> _PendingCheckpoint:
+        """Copy this rank's share of the state, and start to write it; see `save`."""
         share = self._own_share()
         pieces = _pieces(share.values())
         if self._copy is not None:
             pieces = _copy_into(share.values(), self._copy.result(), self._group.device)
         manifest = Manifest(
-            run_id=run_id,
-            images_seen=images_seen,
-            branch=branch,
-            adam_step=int(self._engine.adam_state(self._engine.optimiser_tensors()[0])["step"]),
-            progress=progress,
-            files={},
+            **about, adam_step=int(self._engine.adam_state(self._engine.optimiser_tensors()[0])["step"]), files={}
         )
         path = partial_dir(final) / f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
         lengths = {key: len(values) for key, values in share.items()}
@@ -120,9 +124,8 @@ class CheckpointWriter:
         if self._group.is_first:
             published = self._background.submit(_naming_checkpoint(final)(self._publish), final, part, all_parts, keep)
         if self._copy is None:
-            concurrent.futures.wait([part])
-        self._group.wait()  # here and not in the next step's collectives, whose time is short
-        self._pending = _PendingCheckpoint(final=final, part=part, published=published, all_parts=all_parts)
+            concurrent.futures.wait([part], self._limit_s)
+        return _PendingCheckpoint(final=final, part=part, published=published, all_parts=all_parts)
 
     def problem(self) -> Exception | None:
         """Return this rank's error with the checkpoint under way, if any; any thread may ask, without waiting."""
@@ -141,10 +144,21 @@ class CheckpointWriter:
             LockLost: the run is not this group's any more.
         """
         if saving := self._pending:
-            part = run_on_all_ranks(self._group, saving.part.result)
-            saving.all_parts.set_result(self._group.gather(part))
-            self._group.from_first(saving.published.result)
+            # a rank that waits for its own disk may take as long, and then says so
+            with self._group.collectives_within(2 * self._limit_s):
+                part = run_on_all_ranks(self._group, lambda: self._result(saving.part, saving.final))
+                saving.all_parts.set_result(self._group.gather(part))
+                self._group.from_first(lambda: self._result(saving.published, saving.final))
             self._pending = None
+
+    def _result(self, future: concurrent.futures.Future[T], final: Path) -> T:
+        """Wait for a part or a publication for as long as the disk may take."""
+        if not concurrent.futures.wait([future], self._limit_s).done:
+            raise CheckpointError(
+                f"checkpoint {final} was not written within {self._limit_s:.0f} s; see to its disk or file server, "
+                "then start the run again"
+            )
+        return future.result()
 
     def leave(self) -> None:
         """Give the checkpoint under way a little time, on a rank that ends with an error unknown to the others."""
@@ -154,7 +168,8 @@ class CheckpointWriter:
     def close(self) -> None:
         """Abandon the checkpoint under way, and free the memory of the copy."""
         self._stop.set()
-        self._background.shutdown()
+        is_over = not self._pending or concurrent.futures.wait([self._pending.published], LEAVE_S).done
+        self._background.shutdown(wait=bool(is_over))
         if self._pending and self._group.is_first:
             shutil.rmtree(partial_dir(self._pending.final), ignore_errors=True)  # a full disk must store the reason
         self._copy = None
@@ -296,48 +311,3 @@ def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], m
         manifest = dataclasses.replace(manifest, files={path.name: entry})
     write_json(path.with_suffix(".json"), dataclasses.asdict(manifest))  # and the folder with it
     return manifest
-
-
-def copied_model(engine: Engine, group: Group, dtype: torch.dtype) -> AIM:
-    """Copy the engine's float32 weights into a model of this type, whole on every rank's device.
-
-    All ranks call this together. It takes the bytes of its weights and of the largest one in float32, and shares no
-    memory with the trained model, which measurements therefore cannot change.
-    """
-    with torch.device("meta"):
-        model = AIM(engine.config)
-    model = model.to(dtype).to_empty(device=group.device).requires_grad_(False).eval()
-    model.fill_constants()
-    for fragment, whole in _whole_weights(engine, group):
-        model.get_parameter(fragment.name).copy_(whole.view(fragment.shape))
-    return model
-
-
-def _whole_weights(engine: Engine, group: Group) -> Iterator[tuple[Fragment, Tensor]]:
-    """Yield the float32 weights one after the other, flat, on the device, whole on every rank."""
-    for fragment in engine.fragments():
-        if group.world_size == 1 or engine.options.zero_stage == 0:
-            yield fragment, fragment_of(fragment.flat, fragment)
-            continue
-        whole = torch.zeros(fragment.shape.numel(), device=group.device)
-        if fragment.numel:
-            part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
-        torch.distributed.all_reduce(whole.view(torch.int32))
-        yield fragment, whole
-
-
-def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, str] | None = None) -> None:
-    """Write the float32 weights alone, under the model's own names, to one file; all ranks call this together.
-
-    Rank 0 gathers and writes them one by one, under a temporary name first.
-    """
-    shapes = {fragment.name: tuple(fragment.shape) for fragment in engine.fragments()}
-    # a tensor that numpy has seen cannot free its memory
-    gathered = (whole.to("cpu", copy=True) for _, whole in _whole_weights(engine, group))
-    if group.is_first:
-        with atomic_write(path) as partial:
-            write_safetensors(partial, shapes, gathered, metadata)
-    else:
-        for _ in _whole_weights(engine, group):
-            pass
-    group.wait()

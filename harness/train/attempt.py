@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import torch
 
-from aimscale.harness.data.stream.loader import start_fork_server
-from aimscale.harness.distributed.group import find_placement
+from aimscale.harness.data.store.processes import start_fork_server
 from aimscale.harness.distributed.job import Job, execute_job
+from aimscale.harness.distributed.placement import find_placement
 from aimscale.harness.log.loggers import Logger, open_loggers
 from aimscale.harness.probe.pending_evaluations import pending_work
 from aimscale.harness.run.budgets import missing_budgets
@@ -57,7 +58,7 @@ def train(path: Path, config: RunConfig | None = None) -> int:
                     trainer.close()  # evaluation needs the memory of the training state
                     gc.unfreeze()
         with memory_advice():
-            evaluate_run(run, config, job, loggers)
+            evaluate_run(run, config, job, loggers, with_probes=os.environ.get("AIMSCALE_PROBES") != "apart")
 
     try:
         return execute_job(run, config.runtime.device, work)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from aimscale.harness.distributed.group import write_timeout_s
 from aimscale.harness.run.budgets import ABOUT
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import ROW_VERSION, describe, model_of
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.saving import save_weights
+from aimscale.harness.step.whole_weights import save_weights
 
 
 def save_budget(
@@ -48,4 +49,5 @@ def save_budget(
         "row": row,
     }
     metadata = {"format": "pt", ABOUT: json.dumps(about, allow_nan=False)}
-    save_weights(run.model_file(budget), engine, engine.group, metadata)
+    with engine.group.collectives_within(write_timeout_s(4 * row["params_total"])):
+        save_weights(run.model_file(budget), engine, engine.group, metadata)

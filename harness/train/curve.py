@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info, fingerprint
+from aimscale.harness.distributed.group import COLLECTIVE_TIMEOUT_S
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger, row_scalars
 from aimscale.harness.log.record import append_line
@@ -30,7 +31,7 @@ from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.saving import copied_model
+from aimscale.harness.step.whole_weights import copied_model
 from aimscale.harness.train.evaluate import open_held_out
 from aimscale.harness.train.validation import HeldOut, validate
 
@@ -92,6 +93,7 @@ class LearningCurve:
             said += [f"{entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %" for entry in line["probes"]]
             print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
         group.wait()  # here and not in the next step's collectives, whose time is short
+        group.limit_collectives(COLLECTIVE_TIMEOUT_S)
 
     def _lacking(self, images_seen: int) -> tuple[str | None, Sequence[ProbeSection]]:
         """Return the name of the validation, None if none is due, and the probes that are due."""
@@ -131,6 +133,7 @@ class LearningCurve:
                     model_section=config.training.model,
                     seed=config.training.seed,
                     runtime=config.runtime,
+                    max_bad_fraction=config.training.data.max_bad_fraction,
                     out=self._folder,
                     group=self._job.group,
                     report_progress=self._job.progress_callback(),

@@ -16,7 +16,7 @@ import torch
 
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
 from aimscale.harness.data.store.overlap import refuse_overlap
-from aimscale.harness.distributed.group import Group
+from aimscale.harness.distributed.group import PHASE_TIMEOUT_S, Group
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger, picture_grid, row_scalars
 from aimscale.harness.probe.features.images import ProgressCallback
@@ -30,7 +30,9 @@ from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.train.validation import HeldOut, completions, validate
 
 
-def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = ()) -> None:
+def evaluate_run(
+    run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = (), *, with_probes: bool = True
+) -> None:
     """Measure what a configuration asks for and a run's budgets lack; all ranks call this together.
 
     Args:
@@ -38,6 +40,7 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
         job: job whose ranks share the images, whose `status.json` shows the progress, and which may be asked to stop
             wherever work is saved.
         loggers: the first rank's; from the first new measurement on, each budget is logged as a whole.
+        with_probes: whether probes are measured now, and not by a later attempt on fewer devices.
 
     Raises:
         UserError: data that cannot be used.
@@ -57,7 +60,7 @@ def evaluate_run(run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Log
                 held_out = open_held_out(config, group)
                 group.from_first(functools.partial(_compare, config, held_out.dataset))
             _validate(run, config, group, budget, held_out, report_progress)
-        if tasks := [each.section for each in owed if each.section]:
+        if tasks := [each.section for each in owed if each.section and with_probes]:
             job.update_status(durable=False, phase=f"probe at {budget:,}", heartbeat=time.time())
             for _, entries in probe_run(run.path, budget, tasks, group=group, report_progress=report_progress):
                 for entry in entries if group.is_first else ():
@@ -83,7 +86,8 @@ def open_held_out(config: RunConfig, group: Group) -> HeldOut:
     """Open the validation images."""
     runtime, section = config.runtime, config.evaluation.validation
     dataset = open_dataset(section.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
-    return HeldOut(dataset, section, config.training.model, group)
+    max_bad_fraction = config.training.data.max_bad_fraction
+    return HeldOut(dataset, section, config.training.model, group, max_bad_fraction=max_bad_fraction)
 
 
 def _compare(config: RunConfig, held_out: ShardDataset) -> None:
@@ -107,6 +111,8 @@ def _validate(
     losses = validate(model, held_out, group, report_progress)
     if not math.isfinite(losses.loss):
         raise DivergedError(f"the validation loss at {budget} images is {losses.loss}; its weights diverged")
+
+    group.limit_collectives(PHASE_TIMEOUT_S)  # while the first rank writes
 
     def keep() -> None:
         pictures = completions(model, held_out, group.device)

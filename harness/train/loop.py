@@ -22,7 +22,7 @@ from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.peak import device_name, measure_peak
-from aimscale.harness.distributed.group import COLLECTIVE_TIMEOUT_S
+from aimscale.harness.distributed.group import COLLECTIVE_TIMEOUT_S, turn_timeout_s
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.metrics import TrainedStep
@@ -46,10 +46,6 @@ from aimscale.harness.step.saving import CheckpointWriter, recover_checkpoints
 from aimscale.harness.train.budget import save_budget
 from aimscale.harness.train.curve import LearningCurve
 from aimscale.harness.train.profiling import profiled_steps
-
-STEP_TIMEOUT_S, STEP_FACTOR = 100.0, 10.0
-"""Time for which ranks wait for each other in a step after the first: the larger of this and so many times the longest
-step before, s."""
 
 
 class Trainer:
@@ -178,7 +174,8 @@ class Trainer:
         """
         lr, started = self.schedule.lr(position, branch), time.monotonic()
         try:
-            with self.group.collectives_within(self._step_limit_s()):
+            longest_s = self.longest_step_s  # the first one may compile
+            with self.group.collectives_within(turn_timeout_s(longest_s) if longest_s else COLLECTIVE_TIMEOUT_S):
                 outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
                 loss = self.group.sum_tensor(outcome.loss_sum.double()).item() / step.num_targets
         except Exception as error:
@@ -199,12 +196,6 @@ class Trainer:
             grad_norm=norm if math.isfinite(norm) else None,
         )
         return taken, outcome.forward_s
-
-    def _step_limit_s(self) -> float:
-        """Return after how long a rank gives the others up in a step; the first one may compile."""
-        if not self.longest_step_s:
-            return COLLECTIVE_TIMEOUT_S
-        return max(STEP_TIMEOUT_S, STEP_FACTOR * self.longest_step_s)
 
     def _measure(self, position: int, branch: int | None) -> None:
         """Measure what is due at a position of the trunk."""

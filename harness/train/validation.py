@@ -19,7 +19,7 @@ from aimscale.aim.model import AIM
 from aimscale.aim.objective import in_prefix, unpatchify
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import denormalise, normalise
-from aimscale.harness.data.stream.held_out import eval_images, eval_pixels, usable_indices, validation_prefixes
+from aimscale.harness.data.stream.held_out import EvalImages, require_images, validation_prefixes
 from aimscale.harness.device.memory import EVAL_TOKENS
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.images import ProgressCallback, decoded_ahead, ignore_progress
@@ -38,26 +38,43 @@ class HeldOut:
     kept in memory if they take little, since a run reads them many times."""
 
     def __init__(
-        self, dataset: ShardDataset, section: ValidationSection, model_section: ModelSection, group: Group
+        self,
+        dataset: ShardDataset,
+        section: ValidationSection,
+        model_section: ModelSection,
+        group: Group,
+        *,
+        max_bad_fraction: float,
     ) -> None:
-        self.section = section
-        self.indices = usable_indices(dataset, section.num_images)
+        require_images(dataset.path, dataset.info, section.num_images, max_bad_fraction)
+        self.section, self.dataset, self._group = section, dataset, group
+        self._images = EvalImages(
+            dataset, model_section, centre_crop=section.centre_crop, max_bad_fraction=max_bad_fraction
+        )
+        self.indices = dataset.usable(None if section.num_images is None else np.arange(section.num_images))
         """Sample numbers, int64 (images,)."""
-        self.own = np.arange(len(self.indices))[group.rank :: group.world_size]
-        """Rows of `indices` that are this rank's."""
-        self.dataset, self._model_section, self._group = dataset, model_section, group
-        shape = (len(self.own), model_section.channels, model_section.image_size, model_section.image_size)
+        self._own = np.arange(len(self.indices))[group.rank :: group.world_size]
+        shape = (len(self._own), model_section.channels, model_section.image_size, model_section.image_size)
         has_room = np.prod(shape, dtype=float) <= KEPT_SHARE * group.host_memory_bytes()
         self._kept = torch.empty(shape, dtype=torch.uint8) if has_room else None
         self._is_filled = False
 
-    def images(self, rows: np.ndarray) -> Tensor:
-        """Load normalised float32 images (len(rows), C, H, W) of some rows, on the host."""
-        return eval_images(self.dataset, self.indices[rows], self._model_section, self.section.centre_crop)
+    def some(self, num_images: int) -> tuple[np.ndarray, Tensor]:
+        """Load the rows and pixels, uint8 (n, C, H, W), of at most so many images, spread over the data set."""
+        most = len(self.indices)
+        rows = np.linspace(0, most - 1, min(num_images, most)).round().astype(int)
+        pixels = self._images.pixels(self.indices[rows])
+        is_good = self._images.is_good(self.indices[rows])
+        return rows[is_good], pixels[is_good]
 
     def passes(self, num_images: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Yield rows and normalised images of this rank, on its device, so many at a time; empty ones if other ranks
-        have more."""
+        """Yield rows of `indices` and their normalised images, on the device of the rank that they are shared to.
+
+        There are at most so many at a time, without those that do not decode, and none if other ranks have more.
+
+        Raises:
+            DataError: on all ranks, after the last pass, if too many images do not decode.
+        """
         most = -(-len(self.indices) // self._group.world_size)
         parts = [slice(first, first + num_images) for first in range(0, most, num_images)]
         pixels: Iterable[tuple[slice, Tensor]]
@@ -66,12 +83,15 @@ class HeldOut:
         else:
             pixels = decoded_ahead(self._decoded, parts)
         for part, values in pixels:
-            yield self.own[part], normalise(values).to(self._group.device)
+            rows = self._own[part]
+            is_good = self._images.is_good(self.indices[rows])
+            good = values if is_good.all() else values[torch.from_numpy(is_good)]
+            yield rows[is_good], normalise(good).to(self._group.device)
         self._is_filled = True
+        self._images.agree(self._group, self.indices)
 
     def _decoded(self, part: slice) -> Tensor:
-        rows = self.indices[self.own[part]]
-        pixels = eval_pixels(self.dataset, rows, self._model_section, self.section.centre_crop)
+        pixels = self._images.pixels(self.indices[self._own[part]])
         if self._kept is not None:
             self._kept[part] = pixels
         return pixels
@@ -79,7 +99,8 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationLosses:
-    """Losses of single images, by prefix and summed over prefixes; one row per image, in the folder's order."""
+    """Losses of single images, by prefix and summed over prefixes; one row per image that decodes, in the folder's
+    order."""
 
     index: np.ndarray
     """Sample number in the validation folder, int64."""
@@ -135,24 +156,26 @@ def validate(
     num_tokens, num_prefixes = model.config.num_tokens, held_out.section.num_prefixes
     prefix_lengths = validation_prefixes(len(held_out.indices), num_prefixes, model.config)
     # Losses and counts of each pass by image and prefix, and their sums so far by position.
-    passes = [torch.zeros(2, 0, num_prefixes, dtype=torch.float64, device=group.device)]
+    passes, own = [torch.zeros(2, 0, num_prefixes, dtype=torch.float64, device=group.device)], [np.empty(0, dtype=int)]
     by_position = torch.zeros(2, num_tokens, dtype=torch.float64, device=group.device)
     for rows, images in held_out.passes(max(1, EVAL_TOKENS // (num_tokens * num_prefixes))):
-        report_progress()
+        report_progress("validation")
         if len(rows):
             repeated = images.repeat_interleave(num_prefixes, dim=0)
             found = torch.stack(model.per_patch_loss(repeated, prefix_lengths[rows].flatten(0, 1)))
+            own.append(rows)
             passes.append(found.sum(2).double().view(2, len(rows), num_prefixes))
             by_position += found.sum(1, dtype=torch.float64)
-    mine = (held_out.own, *torch.cat(passes, dim=1).cpu().numpy())
+    mine = (np.concatenate(own), *torch.cat(passes, dim=1).cpu().numpy())
     rows, losses, targets = (np.concatenate(part) for part in zip(*group.gather(mine), strict=True))
     order = np.argsort(rows)
+    rows = rows[order]
     position_loss_sum, position_num_targets = group.sum_tensor(by_position).cpu().numpy()
     return ValidationLosses(
-        index=held_out.indices,
+        index=held_out.indices[rows],
         loss_sum=losses[order].sum(1),
         num_targets=targets[order].sum(1),
-        prefix_len=(prefix_lengths if model.config.masked is None else prefix_lengths.sum(2)).numpy(),
+        prefix_len=(prefix_lengths if model.config.masked is None else prefix_lengths.sum(2)).numpy()[rows],
         prefix_loss_sum=losses[order],
         position_loss_sum=position_loss_sum,
         position_num_targets=position_num_targets,
@@ -167,10 +190,9 @@ def completions(model: AIM, held_out: HeldOut, device: torch.device) -> dict[str
         uint8 (n, H, W, C) arrays `truth`, `prefix` (mid-grey where the model must predict) and `prediction`, and int64
         `picture_index` (n,), sample numbers.
     """
-    num_images = len(held_out.indices)
-    chosen = np.linspace(0, num_images - 1, min(NUM_COMPLETIONS, num_images)).round().astype(int)
+    chosen, pixels = held_out.some(NUM_COMPLETIONS)
     config = model.config
-    images = held_out.images(chosen).to(device)
+    images = normalise(pixels).to(device)
     half = torch.full((len(chosen),), config.num_tokens // 2)
     prefix_lengths = half if config.masked is None else validation_prefixes(len(chosen), 1, config)[:, 0]
     is_visible = in_prefix(half, config.num_tokens) if config.masked is None else prefix_lengths

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from aimscale.aim.errors import check_training_installed
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.sweeps.cli.options import (
     EXIT_INTERRUPTED,
@@ -71,6 +72,8 @@ def launch(
     ):
         if value and place != only:
             raise SweepError(f"{option} has no meaning with --on {place}; it is for --on {only}")
+    if place == "local" and not dry_run:
+        check_training_installed("launch")
     states = [engine.launch_state(loaded, run, retry=retry) for run in runs]
     num_devices = 0 if place == "slurm" else local_machine(runs, devices=devices).devices
     print_key_values(launch_view(loaded, states, cards, num_devices))

@@ -13,7 +13,7 @@ import typer
 import typer.core
 import typer.main
 
-from aimscale.aim.errors import UserError, did_you_mean, printable
+from aimscale.aim.errors import UserError, check_training_installed, did_you_mean, printable
 from aimscale.analysis.errors import in_command
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -49,6 +49,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "contrast": ("aimscale.analysis.cli.effects:contrast", "Compare the levels of one column, all else equal."),
         "compare": ("aimscale.analysis.cli.report:compare", "Put runs beside the published baselines."),
         "report": ("aimscale.analysis.cli.report:report", "Write one self-contained HTML page from a table."),
+    },
+    "Publish": {
+        "publish": ("aimscale.sweeps.cli.publish", "Write one folder that others can cite and recompute."),
+        "verify": ("aimscale.analysis.cli.publication:verify", "Recompute every number of a published folder."),
     },
     "Machine": {
         "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),
@@ -164,12 +168,26 @@ def _check_surroundings() -> None:
         raise UserError("the working directory was deleted; change to another one") from error
 
 
+def _run(argv: list[str] | None) -> Any:
+    """Run the verb.
+
+    Raises:
+        UserError: a package is missing because this installation is for analysis alone.
+    """
+    _check_surroundings()
+    try:
+        with in_command():
+            return typer.main.get_command(app)(args=argv, prog_name="aimscale")
+    except ModuleNotFoundError:
+        verb = next((word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("-")), "this")
+        check_training_installed(verb)
+        raise
+
+
 def main(argv: list[str] | None = None) -> Any:
     """Run the command; print user and disk errors in one sentence and exit with their code, without a traceback."""
     try:
-        _check_surroundings()
-        with in_command():
-            return typer.main.get_command(app)(args=argv, prog_name="aimscale")
+        return _run(argv)
     except Exception as error:
         code, sentence = getattr(error, "exit_code", None), str(error)
         if isinstance(error, OSError):

@@ -53,7 +53,7 @@ def command(
     if len(sweep_or_tables) > 1 or Path(sweep_or_tables[0]).suffix in SUFFIXES:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
-        df, y = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, best_of, y)
+        df, y, _ = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, best_of, y)
         found = next_runs(df, place, _table_candidates(df, place, y), budget=budget, law=law, y=y)
         following = then(
             [f"forecast --register --at {target}"], list(map(Path, sweep_or_tables)), columns, where, best_of
@@ -65,7 +65,7 @@ def command(
                 f"the data paths of {sweep.name} are relative to {sweep.base_dir}; write the new sweep file there, "
                 f"as --write {sweep.base_dir / write.name}"
             )
-        df, y = table_to_minimise([fresh_table(sweep)], columns, where, best_of, y)
+        df, y, _ = table_to_minimise([fresh_table(sweep)], columns, where, best_of, y)
         found = next_runs(df, place, _sweep_candidates(sweep, df), budget=budget, law=law, y=y)
         again = (
             f"next {sweep.name} --target {target} --budget {budget:g} --write {sweep.base_dir / sweep.name}-next.yaml"

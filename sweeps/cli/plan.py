@@ -153,6 +153,8 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
     limits = " and ".join(sorted({card.limit for card in cards}))
     share = f"{100 * total['share_during']:.1f} % of the time"
     beside = f"; {during:.3g} of them during training, {share}" if during else ""
+    num_apart = sum(card.probe_devices < card.devices for card in cards)
+    apart = f"; {num_apart} runs are probed on one node" if num_apart else ""
     stop = f"up to {format_duration(max(card.stop_s for card in cards))} for a last save"
     longest = format_duration(total["longest_wall_s"])
     num_tuning, share_tuning = total["num_tuning_runs"], f"{100 * total['share_tuning']:.2g} % of the sweep"
@@ -160,7 +162,7 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
         ("runs", f"{total['num_runs']} with {total['num_rows']} rows; recipe {sweep.recipe.name}"),
         ("training", f"{images} images, {total['flops_executed']:.3g} FLOPs with decay branches; limited by {limits}"),
         *[("tuning", f"{share_tuning}: {num_tuning} of the runs")] * bool(num_tuning),
-        ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}"),
+        ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}{apart}"),
         ("time", f"{format_number(hours)} device-hours{format_price(sweep, hours)}; longest run {longest}; {stop}"),
         ("disk", f"{decimal(total['disk_bytes'])} of run directories"),
         *zip(("assumed", *[""] * 9), _assumptions(cards), strict=False),

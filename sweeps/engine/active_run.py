@@ -65,6 +65,7 @@ class ActiveRun:
         variables.pop("SLURM_STEP_NUM_TASKS", None)
         if len(devices) > 1:  # torchrun kills its ranks this long after SIGTERM; the default is 30 s
             variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_period_s(run))
+            variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # ranks make one that listens on loopback alone
         record.logs.mkdir(parents=True, exist_ok=True)
         with record.attempt_log(self.attempt).open("ab") as output:
             self.process = subprocess.Popen(

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,10 @@ class Machine:
         if self.nodes > 1:
             step = ["srun", f"--nodes={self.nodes}", f"--ntasks-per-node={self.devices}", "--kill-on-bad-exit=1"]
             return [*step, *self.srun, *self.python, *TRAIN_COMMAND, str(run_dir)]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_devices}"]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={num_devices}", f"--rdzv-id={uuid.uuid4()}"]
+        # ranks meet by a file: a store of torchrun (`--standalone`) listens on all interfaces
+        torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={run_dir / 'logs' / 'rendezvous'}"]
+        torchrun += ["--rdzv-conf=store_type=file,keep_alive_interval=3600"]
         torchrun += [
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
         ]  # srun forwards signals to every process

@@ -29,8 +29,10 @@ from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.slurm.commands import SlurmError
 from aimscale.sweeps.slurm.jobs import WORKER_ENDS, JobShape
 from aimscale.sweeps.slurm.submit import Submission, submit
+from aimscale.sweeps.state.decision import read_state
 from aimscale.sweeps.state.record import WORKER_BEGINS, RunRecord
 
 
@@ -47,6 +49,8 @@ def execute_job(directory: Path, shape: JobShape) -> str:
         WorkerJobError: no run can be executed here, and the job cannot go on elsewhere or later.
     """
     nodes, job_id = slurm.current_nodes(), slurm.current_job_id()
+    if nodes and len(nodes) < shape.nodes:  # requeued after it had returned the others
+        shape = JobShape(nodes=len(nodes), devices=shape.devices)
     skip_failed_here = bool(nodes)
     with _relay_warnings():
         while True:
@@ -57,7 +61,7 @@ def execute_job(directory: Path, shape: JobShape) -> str:
             worker = Worker(
                 sweep=sweep,
                 machine=machine,
-                waiting=runs,
+                waiting=list(runs),
                 job_id=job_id,
                 deadline=end - max(map(grace_period_s, runnable), default=0),
                 nodes=nodes,
@@ -68,11 +72,31 @@ def execute_job(directory: Path, shape: JobShape) -> str:
             exclude = _nodes_to_exclude(sweep, result, shape, nodes)
             if result.interrupted or result.broken or exclude:
                 break
-            if result.remaining and skip_failed_here:
+            if not result.remaining and shape.nodes > 1 and _release_nodes(sweep, runs):
+                shape, nodes = JobShape(nodes=1, devices=shape.devices), nodes[:1]
+            elif result.remaining and skip_failed_here:
                 skip_failed_here = False  # no other node is left for the runs that failed here
             elif result.remaining or load_sweep(str(directory), directory.parent).text == sweep.text:
                 break
     return _requeue_or_finish(result, exclude)
+
+
+def _release_nodes(sweep: Sweep, runs: Sequence[Run]) -> bool:
+    """Return all nodes of this job but its first to Slurm, if runs are left that have only to be probed on one node."""
+    states = [read_state(run, RunRecord(sweep.run_dir(run.run_id))) for run in runs]
+    job_id = slurm.current_job_id()
+    to_probe = [each for run, each in zip(runs, states, strict=True) if each.run.devices < run.devices]
+    if job_id is None or not any(each.startable for each in to_probe):
+        return False
+    first = slurm.current_nodes()[0]
+    try:
+        slurm.command("scontrol", "update", f"JobId={job_id}", f"NodeList={first}")
+    except SlurmError as error:
+        print(f"could not return nodes ({error}); `aimscale launch` submits a job for the probes", flush=True)
+        return False
+    print(f"returned all nodes but {first}: only probes are left", flush=True)
+    os.environ["SLURM_JOB_NODELIST"] = first
+    return True
 
 
 def _find_machine(section: SlurmSection, shape: JobShape) -> tuple[Machine, str | None]:
@@ -151,7 +175,9 @@ def launch_slurm(
         prepare_launch(sweep, runs, retry=retry)
     return submit(
         sweep,
-        lambda: [run for run in runs if launch_state(sweep, run, retry=retry and dry_run).startable],
+        lambda: [
+            each.run for each in (launch_state(sweep, run, retry=retry and dry_run) for run in runs) if each.startable
+        ],
         allow_dirty=allow_dirty,
         dry_run=dry_run,
         retry=retry,

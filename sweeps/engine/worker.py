@@ -231,14 +231,14 @@ def _start_waiting_runs(worker: Worker) -> None:
             return
         found = worker.read_state(run)
         if found.startable:
-            if (acquired := worker.devices.acquire(run)) is not None:
+            if (acquired := worker.devices.acquire(found.run)) is not None:
                 if (refused := _try_to_start(worker, found, acquired)) is None:
                     worker.waiting.remove(run)
                     worker.skipped.pop(run.run_id, None)
                     continue
                 worker.devices.release(acquired)
                 found = refused
-            elif worker.job_id and run.devices > worker.devices.num_free:
+            elif worker.job_id and found.run.devices > worker.devices.num_free:
                 return  # the job was sized for this run, which smaller ones would delay
         elif found.state in ("finished", "failed", "diverged", "damaged"):
             worker.waiting.remove(run)
@@ -261,6 +261,7 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
         if found.startable:
             RunDir.create(record.path, run.config)
             record.write_status(state="queued", reason=None, reason_class=None)
+            probes = {"AIMSCALE_PROBES": "apart"} if run.probe_devices < run.devices else {}
             active_run = ActiveRun(
                 run,
                 record,
@@ -268,7 +269,7 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
                 lock=claim,
                 claims=(holder.token, status.claim),
                 devices=acquired,
-                environment=worker.devices.environment(acquired),
+                environment=worker.devices.environment(acquired) | probes,
             )
     except (OSError, UserError) as error:
         found = replace(found, state="damaged", why=str(error))

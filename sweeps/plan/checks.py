@@ -146,7 +146,7 @@ class _DataChecks:
         yield from self.call(self._stream, training.data, training.model.channels)
         yield from self.call(self._validation, training.data, evaluation.validation)
         for section in evaluation.probes:
-            yield from self.call(self._probe, section, training.model)
+            yield from self.call(self._probe, section, training.model, training.data.max_bad_fraction)
 
     def _call(self, function: Callable[..., list[Finding]], *sections: Any) -> list[Finding]:
         """Call a check, unless it has passed with the same settings and the same content of the data sets."""
@@ -198,14 +198,15 @@ class _DataChecks:
         from aimscale.harness.data.stream.held_out import require_images
 
         info = read_info(section.path)
-        found = _check_call("validation.num_images", require_images, section.path, info, section.num_images)
+        asked = section.num_images, data.max_bad_fraction
+        found = _check_call("validation.num_images", require_images, section.path, info, *asked)
         if held_out is None:
             return found
         paths = [source.path for source in data.sources if not data.is_unindexed]
         pools = [pool for path in paths if (pool := self.opened(path)[0]) is not None]
         return found + _check_call("validation.path", refuse_overlap, pools, held_out)
 
-    def _probe(self, section: ProbeSection, model: ModelSection) -> list[Finding]:
+    def _probe(self, section: ProbeSection, model: ModelSection, max_bad_fraction: float) -> list[Finding]:
         """Check the data of a probe task as the probe does."""
         key = f"probes.{section.task}"
         sides = [self.opened(path) for path in dict.fromkeys((section.train, section.test))]
@@ -215,4 +216,4 @@ class _DataChecks:
             return []
         from aimscale.harness.probe.features.images import open_task
 
-        return _check_call(key, open_task, section, model, RuntimeConfig())
+        return _check_call(key, open_task, section, model, RuntimeConfig(), max_bad_fraction)

@@ -74,6 +74,8 @@ class CostCard:
     lr_peak: float
     devices: int
     """Data-parallel ranks."""
+    probe_devices: int
+    """Ranks that probe the budgets."""
     device: Device
     """Assumed type of each device."""
     precision: str
@@ -170,16 +172,24 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
     def seconds(flops: float, images: float) -> float:
         return max(flops / (rates.flops_per_image * rates.compute_per_s), images / rates.loaded_per_s)
 
-    arguments = model, flops, run.devices, device.memory_bytes, lookup
+    counts, memory = (model, flops), (device.memory_bytes, lookup)
     lacks_memory = measuring > 0 and fit is not None and not fit.measures
-    during = CurveCost(points=0, images=0.0, flops=0.0) if lacks_memory else curve_cost(config, *arguments)
+    during = CurveCost(points=0, images=0.0, flops=0.0)
+    if not lacks_memory:
+        during = curve_cost(config, *counts, run.devices, *memory)
     during_s = seconds(during.flops, during.images)
-    probes = tuple(probe_cost(section, *arguments) for section in evaluation.probes)
+    ranks = run.probe_devices
+    probes = tuple(probe_cost(section, *counts, ranks, *memory) for section in evaluation.probes)
     num_budgets, validated = len(evaluation.budgets), validation_images(evaluation.validation, lookup)
-    flops_at_budgets = num_budgets * (flops.forward * validated + sum(probe.flops for probe in probes))
-    images_at_budgets = num_budgets * (validated + sum(probe.images for probe in probes))
+    probes_flops, probes_images = (sum(getattr(probe, name) for probe in probes) for name in ("flops", "images"))
+    flops_at_budgets = num_budgets * (flops.forward * validated + probes_flops)
     training_s = executed / rates.images_per_s
-    evaluation_s = during_s + seconds(flops_at_budgets, images_at_budgets)
+    if ranks == run.devices:
+        evaluation_s, apart_s = seconds(flops_at_budgets, num_budgets * (validated + probes_images)), 0.0
+    else:
+        apart_s = seconds(num_budgets * probes_flops, num_budgets * probes_images) * run.devices / ranks
+        evaluation_s = seconds(num_budgets * flops.forward * validated, num_budgets * validated) + apart_s
+    evaluation_s += during_s
     card = CostCard(
         run_id=run.run_id,
         cell=run.cell,
@@ -200,6 +210,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         batch_size=batch_size,
         lr_peak=training.optimiser.lr_peak,
         devices=run.devices,
+        probe_devices=ranks,
         device=device,
         precision=training.optimiser.precision,
         rates=rates,
@@ -215,7 +226,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         training_s=training_s,
         evaluation_s=evaluation_s,
         wall_s=training_s + evaluation_s,
-        device_hours=(training_s + evaluation_s) * run.devices / 3600,
+        device_hours=((training_s + evaluation_s) * run.devices - apart_s * (run.devices - ranks)) / 3600,
         cautions=(),
     )
     return replace(card, cautions=tuple(_cautions(run, card, unique, lookup, lacks_memory=lacks_memory)))

@@ -51,6 +51,8 @@ class Run:
     """Axis -> value; budgets are in `config`."""
     devices: int
     """Data-parallel ranks."""
+    probe_devices: int
+    """Ranks of an attempt that has only to evaluate."""
     lr_multiplier: float
     """Factor of the recipe's learning rate, from base, override and axis."""
     is_tuning: bool
@@ -82,7 +84,7 @@ def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
         seen[run.run_id] = each
         if before is None:
             runs.append(run)
-        elif each.is_tuning <= before.is_tuning:  # the grid holds the rate of the sweep itself, too
+        elif before.is_tuning or not each.is_tuning:  # but the grid holds the sweep's own rate, which `tune` may name
             raise SweepError(
                 f"{sweep.source}: cells {before.cell} and {each.cell} are the same run; an axis has no effect on what "
                 f"is trained"
@@ -243,11 +245,14 @@ def _build_run(sweep: Sweep, planned: _PlannedRun, recipe_budget: int) -> Run:
         raise SweepError(f"{sweep.source}: devices must be a whole number from 1 to {MAX_DEVICES:,}, not {devices!r}")
     config = run_config(fields, str(sweep.source), runtime)
     multiplier = float(f"{lr_multiplier:.6g}")
+    slurm, params = sweep.file.slurm, model_counts(model)[0].total
+    has_own_shape = sweep.is_for_slurm and config.evaluation.probes and params > slurm.probe_on_one_node_above
     return Run(
         run_id=config.run_id,
         config=config,
         cell=cell,
         devices=devices,
+        probe_devices=min(devices, slurm.devices_per_node) if has_own_shape else devices,
         lr_multiplier=multiplier,
         is_tuning=planned.is_tuning,
     )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from aimscale.aim.errors import did_you_mean
 from aimscale.harness.run.config import DataSection, ModelSection, ObjectiveSection, OptimiserSection, ScheduleSection
@@ -118,10 +118,19 @@ class Recipe(Section):
     """Images of warm-up."""
     weight_decay: PowerLaw | None = None
     """Decoupled decay of matrices, rounded to two digits; null leaves the default."""
-    devices: Count | dict[Annotated[int, BeforeValidator(count)], Count] = 1
+    devices: Count | Annotated[dict[Annotated[int, BeforeValidator(count)], Count], Field(min_length=1)] = 1
     """Data-parallel ranks: one number, or number of parameters above which -> number of ranks."""
     base: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Fields of training that are the same at every size, also in place of a law's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_keys_of_another(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("like") is None:
+            return values
+        start = get_recipe(str(values["like"])).model_dump(exclude_unset=True, exclude={"name", "summary"})
+        base = values.get("base", {})
+        return {**start, **values, "base": merge(start["base"], base) if isinstance(base, dict) else base}
 
     def fields(self, scale: Scale) -> Fields:
         """Return the fields of training that the recipe sets, and `devices`."""
@@ -172,16 +181,11 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(values: Any, where: str) -> Recipe:
-    """Validate the keys of a recipe, with those of the one that it is like.
+    """Validate the keys of a recipe.
 
     Raises:
         ConfigError: they do not validate; `where` says where they stand.
     """
-    if isinstance(values, dict) and "like" in values:
-        start = get_recipe(str(values["like"])).model_dump(exclude_unset=True, exclude={"name", "summary"})
-        values = {**start, **values}
-        if isinstance(base := values["base"], dict):
-            values["base"] = merge(start["base"], base)
     recipe = parse(Recipe, values, where)
     refuse_unknown(recipe.base, SECTIONS, f"{where}: base")
     for section, fields in recipe.base.items():

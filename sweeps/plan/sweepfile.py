@@ -168,6 +168,9 @@ class SlurmSection(Section):
     """Cores per task."""
     max_jobs: int = Field(256, gt=0)
     """Maximum number of the sweep's jobs at the same time, in all arrays together."""
+    probe_on_one_node_above: Count = 10**9
+    """Number of parameters above which a run that trains on several nodes is probed on one: its job returns the others,
+    or a job of one node takes the probes."""
     srun: tuple[OneLine, ...] = ()
     """Further arguments of the srun that starts a run on several nodes, e.g. [--container-image=/images/a.sqsh]."""
     extra: Annotated[dict[str, Any], AfterValidator(_check_sbatch_options)] = Field(default_factory=dict)

@@ -18,6 +18,7 @@ from aimscale.harness.run.directory import (
     EXIT_FINISHED,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
+    SHARED,
     ReasonClass,
 )
 from aimscale.harness.run.lock import Holder
@@ -84,8 +85,10 @@ def record_end(
     run.write_status(
         state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=reason_class
     )
-    node = run.read_status().failed_on or failed_early_on or ""
-    if failed_early_on and reason_class in NODE_REASONS and not set(run.nodes_given_back()) - {node}:
+    failed_on = run.read_status().failed_on
+    node = failed_on if failed_on is not None else failed_early_on or ""
+    may_be_node = failed_early_on and reason_class in NODE_REASONS and failed_on != SHARED
+    if may_be_node and not set(run.nodes_given_back()) - {node}:
         _append_attempt(run, attempt, exit_code, reason, reason_class, node, given_back=True)
         return "given back"
     _append_attempt(run, attempt, exit_code, reason, reason_class, node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from aimscale.aim.errors import UserError
@@ -30,6 +30,7 @@ class RunState:
     """State of one run, and what was read to tell it."""
 
     run: Run
+    """The run, with the devices that it needs for what is missing."""
     record: RunRecord
     state: State
     why: str = ""
@@ -74,6 +75,8 @@ def _read_state(run: Run, record: RunRecord, holds_claim: bool) -> RunState:
         else pending_work(record, run.config)
     )
     worker = record.claimant()
+    if missing and all(each.what != "training" for each in missing):
+        run = replace(run, devices=run.probe_devices)
 
     def found(state: State, why: str | None = "") -> RunState:
         return RunState(

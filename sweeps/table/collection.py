@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ import pyarrow as pa
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.evaluations import name_tasks
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.probe.files import entries_of
 from aimscale.harness.run.files import write_json
+from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.row import planned_columns
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
@@ -86,9 +86,9 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         name = str(folder.relative_to(sweep.runs_dir))
         baselines += _read_rows(name, functools.partial(_baseline_rows, sweep, folder), damaged)
     requested = _requested_evaluations(runs)
-    _write(sweep, "results", results_table(name_tasks(rows, requested)))
-    _write(sweep, "curves", results_table(name_tasks(points, requested), OF_CURVES))
-    _write(sweep, "baselines", results_table(name_tasks(baselines, requested)))
+    _write(sweep, "results", results_table(_name_tasks(rows, requested)))
+    _write(sweep, "curves", results_table(_name_tasks(points, requested), OF_CURVES))
+    _write(sweep, "baselines", results_table(_name_tasks(baselines, requested)))
     whole = [run for run in runs if run.run_id not in damaged]
     summary = {
         "description": sweep.file.description,
@@ -201,6 +201,25 @@ def _requested_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
         for section in {task.task: task for task in reversed(run.config.evaluation.probes)}.values():
             requested.setdefault(section.task, set()).add(evaluation_id(section))
     return requested
+
+
+def _name_tasks(rows: Sequence[Values], requested: Mapping[str, Collection[str]]) -> list[Values]:
+    """Rename the tasks of rows' `probes` to `task@evaluation`, but for one evaluation of each task.
+
+    A task keeps its bare name for the evaluations that were requested, or for its only one if none was.
+    """
+    found: dict[str, set[str | None]] = {}
+    for entry in (entry for row in rows for entry in row.get("probes") or ()):
+        found.setdefault(entry["task"], set()).add(entry.get("evaluation"))
+
+    def named(entry: Values) -> Values:
+        task, evaluation = entry["task"], entry.get("evaluation")
+        is_only = task not in requested and len(found[task]) == 1
+        if evaluation is None or is_only or any(is_measurement(evaluation, each) for each in requested.get(task, ())):
+            return entry
+        return entry | {"task": f"{task}@{evaluation}"}
+
+    return [row | {"probes": [*map(named, row["probes"])]} if row.get("probes") else row for row in rows]
 
 
 def _machines(records: Sequence[RunRecord]) -> list[Values]:

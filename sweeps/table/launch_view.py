@@ -48,7 +48,7 @@ def launch_view(
 def _word(found: RunState) -> str:
     """Return what a launch does with a run, or its state."""
     if found.state == "paused" and found.status.state == "finished":
-        return "to extend"  # by a budget or an evaluation that the file has now
+        return "to extend" if any(each.what == "training" for each in found.missing) else "to evaluate"
     words = {"not started": "new", "lost": "to resume", "paused": "to resume", "starting": "running"}
     return words.get(found.state, found.state)
 

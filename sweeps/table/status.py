@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,7 +98,7 @@ def sweep_status(
     live = live_jobs(sweep, jobs) if jobs else []
     pending = _pending_jobs(live, cards)
     inspected = [
-        _inspect_run(run, card, RunRecord(sweep.run_dir(run.run_id)), pending.get(card.devices))
+        _inspect_run(run, card, RunRecord(sweep.run_dir(run.run_id)), pending)
         for run, card in zip(runs, cards, strict=True)
     ]
     left, eta_s, is_measured = time_left(cards, [progress for _, progress in inspected])
@@ -133,18 +133,21 @@ def _describe_failed_jobs(sweep: Sweep, jobs: dict[str, JobInfo] | None, lines: 
 def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
     """Return devices of a run -> a pending job that will execute such runs."""
     found: dict[int, JobInfo] = {}
+    needed = {num for card in cards for num in (card.devices, card.probe_devices)}
     for job in live:
         if job.info.phase == "pending":
             shape = job.shape
-            served = (n for n in {card.devices for card in cards} if shape.nodes == 1 and n <= shape.devices)
+            served = (n for n in needed if shape.nodes == 1 and n <= shape.devices)
             found |= dict.fromkeys([*served, shape.nodes * shape.devices], job.info)
     return found
 
 
-def _inspect_run(run: Run, card: CostCard, record: RunRecord, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
+def _inspect_run(
+    run: Run, card: CostCard, record: RunRecord, pending: Mapping[int, JobInfo]
+) -> tuple[RunStatus, Progress]:
     found = read_state(run, record)
     try:
-        return _inspect_state(found, card, pending)
+        return _inspect_state(found, card, pending.get(found.run.devices))
     except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = found.why if found.state == "damaged" else str(error)
     line = RunStatus(

@@ -196,7 +196,7 @@ def test_a_released_head_is_kept_and_scored_on_its_task(released: Any, tmp_path:
     # the same by the written-out modules
     config = run.load_config()
     section = ProbeSection(task="animals", train=str(tmp_path / "test"), test=str(tmp_path / "test"))
-    test = open_labelled(section.test, section, config.training.model, config.runtime)
+    test = open_labelled(section.test, section, config.training.model, config.runtime, 0.0)
     model = load_model(path, CONFIG).to(torch.bfloat16)
     probe = AttentiveProbe(CONFIG.width, CONFIG.num_heads, 3)
     probe.load_state_dict({name.removeprefix("head."): tensor for name, tensor in head.items()})

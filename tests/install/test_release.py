@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import site
@@ -99,6 +100,42 @@ def test_the_sdist_lives_beside_pypis_aim(dist: Path, tmp_path: Path) -> None:
     listed = run([str(python), "-m", "pip", "show", "-f", "aimscale"]).stdout.splitlines()
     tops = {line.strip().split("/")[0] for line in listed[listed.index("Files:") + 1 :]}
     assert {top for top in tops if not top.endswith(".dist-info")} <= {"aimscale", ".."}  # `..`: bin/aimscale
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_without_torch_analyses(dist: Path, tmp_path: Path) -> None:
+    demo = ROOT / "docs" / "figures" / "demo" / "results.parquet"
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = functools.partial(subprocess.run, check=False, cwd=tmp_path, env=env, capture_output=True, text=True)
+    installed = run([str(python), "-m", "pip", "install", "-q", "--no-compile", *map(str, dist.glob("*.whl"))])
+    assert installed.returncode == 0, installed.stderr
+    assert run([str(python), "-c", "import torch"]).returncode == 1
+
+    def aimscale(*words: str | Path, code: int = 0) -> str:
+        done = run([str(python.with_name("aimscale")), *map(str, words)])
+        assert done.returncode == code, (words, done.stdout, done.stderr)
+        return done.stdout + done.stderr
+
+    assert json.loads(aimscale("fit", demo, "--json"))
+    for words in (
+        ("forecast", demo, "--at", "N=1e6,D=1e6"),
+        ("frontier", demo),
+        ("correlate", demo),
+        ("contrast", demo, "--by", "size"),
+        ("rates", ROOT / "tests" / "analysis" / "tuning" / "steplaw.csv"),
+        ("next", demo, "--target", "N=1e6,D=1e6", "--budget", "1"),
+        ("compare", demo),
+        ("status", "aim-paper"),
+        ("doctor",),
+    ):
+        aimscale(*words)
+    aimscale("report", demo, "--out", "report.html", "--figures", "figures")
+    assert "<html" in (tmp_path / "report.html").read_text()
+    assert "FLOPs" in aimscale("plan", "aim-paper", code=2)  # its images are not here
+    assert "aimscale[train]" in aimscale("launch", "aim-paper", code=2)
+    assert "aimscale[train]" in aimscale("data", "info", "nowhere", code=2)
 
 
 @pytest.mark.release

@@ -77,6 +77,27 @@ def test_a_node_on_which_a_run_failed_is_left_out_and_named(fault: Any) -> None:
     assert " NodeList=node2" in slurm.command("scontrol", "show", "job", job)
 
 
+def test_a_large_run_of_two_nodes_is_probed_on_one_and_returns_the_other(fault: Any, labelled: Any) -> None:
+    task = {"task": "colour", "train": str(labelled / "train"), "test": str(labelled / "test"), "kinds": ["knn"]}
+    wide = [{"when": {"size": "rung-32"}, "set": {"devices": 2, "probes": [task]}}]
+    section = {"setup": [], "probe_on_one_node_above": 1000}
+    case = fault(budgets=[32], slurm=section, override=wide)
+    assert (case.runs[0].devices, case.runs[0].probe_devices) == (2, 1)
+    (part,) = case.launch()
+    assert (part.shape.nodes, part.num_jobs) == (2, 1)
+    record = case.records[0]
+    case.wait(lambda: any(row.get("probes") for row in record.read_rows()), "a probe")
+    case.wait_empty_queue()
+    (log,) = (case.sweep.directory / "slurm").glob("*.out")
+    assert "only probes are left" in log.read_text()
+    assert log.read_text().splitlines()[-1] == "worker ends: nothing is left"
+    assert case.ends() == [[0, 0]]
+    assert [row["world_size"] for row in record.read_rows()] == [2]
+    _, second = record.read_attempts()
+    assert second["device_hours"] * 3600 == pytest.approx(second["ended"] - second["started"], rel=0.05), "one device"
+    assert case.launch() == []
+
+
 def test_a_changed_request_reaches_jobs_that_wait(fault: Any) -> None:
     fields: dict[str, Any] = {"budgets": [32], "step_s": 0}
     (held,) = fault(slurm={"extra": {"begin": "now+1hour"}}, **fields).launch()

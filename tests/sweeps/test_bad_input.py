@@ -38,6 +38,7 @@ OF_SWEEP = (
     "launch {sweep} --dry-run",
     "launch {sweep} --on local --retry",
     "logs {sweep} rung",
+    "publish {sweep} . --licence CC0-1.0",
 )
 OF_RUN = (
     "train {run}",
@@ -45,6 +46,7 @@ OF_RUN = (
     "baseline raw-pixels --like {run}",
     "weights export {run} {folder}/exported",
     "data info {folder}/set",
+    "verify {run}",
 )
 OF_TABLE = ("fit", "frontier", "rates", "correlate", "contrast", "compare", "forecast", "next", "report")
 """Tried in tests/analysis/test_attacks.py."""

@@ -98,6 +98,15 @@ def image_checksum(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
+def require_usable(path: str, info: DatasetInfo, max_bad_fraction: float) -> None:
+    """Raise DataError if a data set has no usable images, or if its index counts too many undecodable ones."""
+    if not info.num_usable or info.num_bad / info.num_samples > max_bad_fraction:
+        raise DataError(
+            f"{path}: {info.num_bad} of {info.num_samples} images cannot be decoded (`aimscale data info` names "
+            f"some); repair them or raise data.max_bad_fraction ({max_bad_fraction:g})"
+        )
+
+
 def read_info(path: str) -> DatasetInfo:
     """Read the info of a data set at a folder or URL.
 

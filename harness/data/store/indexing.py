@@ -6,10 +6,8 @@ A sample (`tars`) has one image and, for its label, `cls` (a number) or `json` w
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import json
-import multiprocessing
 import os
 import shutil
 import tarfile
@@ -26,6 +24,7 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store.columns import IndexWriter, shard_table
 from aimscale.harness.data.store.dataset_info import DATASET_FILE, INDEX_FILE, MAX_LABEL, DatasetInfo, image_checksum
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
+from aimscale.harness.data.store.processes import map_in_processes
 from aimscale.harness.data.store.remote import filesystem_of, is_url, join, open_file, with_retries
 from aimscale.harness.data.store.tars import Members, expand_braces, read_samples
 from aimscale.harness.run.files import publish_dir, write_text
@@ -240,11 +239,9 @@ def _require_names(scan: ShardScan, classes: tuple[str, ...] | None) -> None:
 
 
 def _scans(location: str, names: Sequence[str], num_workers: int) -> Iterator[ShardScan]:
-    """Scan each shard, in order."""
+    """Scan each shard, in order; raises as `map_in_processes` does, too."""
     scan = functools.partial(scan_shard, location)
     if num_workers == 1 or len(names) <= 1:
         yield from map(scan, names)
         return
-    context = multiprocessing.get_context("forkserver")
-    with concurrent.futures.ProcessPoolExecutor(min(num_workers, len(names)), mp_context=context) as pool:
-        yield from pool.map(scan, names)
+    yield from map_in_processes(scan, names, min(num_workers, len(names)))

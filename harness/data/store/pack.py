@@ -21,7 +21,6 @@ import pyarrow as pa
 import torch
 import webdataset
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key, permute
@@ -34,6 +33,7 @@ from aimscale.harness.data.store.decoding import (
     resize_shorter_side,
 )
 from aimscale.harness.data.store.indexing import SCAN_SCHEMA, Progress, ShardScan, write_scans
+from aimscale.harness.data.store.processes import map_in_processes
 from aimscale.harness.data.store.tars import MAX_IMAGE_BYTES
 from aimscale.harness.run.files import atomic_dir
 
@@ -247,15 +247,16 @@ def list_folder(folder: Path) -> Listing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Images(Dataset[PackedImage | str]):
+class _Images:
     """Listed images in the order in which they are packed."""
 
     listing: Listing
     order: npt.NDArray[np.int64]
     resize: int | None
 
-    def __len__(self) -> int:
-        return len(self.order)
+    def prepare(self, positions: range) -> list[PackedImage | str]:
+        """Return the images to write at these positions, or why there is none."""
+        return [self[position] for position in positions]
 
     def __getitem__(self, position: int) -> PackedImage | str:
         """Return the image to write, or why there is none."""
@@ -289,10 +290,9 @@ def _read(image: str | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
 
 
 def _prepared(images: _Images, num_workers: int) -> Generator[PackedImage | str]:
-    """Prepare the image at each position, in order, a few chunks ahead."""
-    others = num_workers if num_workers > 1 else 0
-    context = "forkserver" if others else None
-    for chunk in DataLoader(
-        images, batch_size=_CHUNK, num_workers=others, collate_fn=list, multiprocessing_context=context
-    ):
+    """Prepare the image at each position, in order, a few chunks ahead; raises as `map_in_processes` does."""
+    number = len(images.order)
+    chunks = (range(first, min(first + _CHUNK, number)) for first in range(0, number, _CHUNK))
+    prepare = images.prepare
+    for chunk in map(prepare, chunks) if num_workers == 1 else map_in_processes(prepare, chunks, num_workers):
         yield from chunk

@@ -3,54 +3,93 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from aimscale.harness.data import DataError
+from aimscale.aim.errors import some
+from aimscale.harness.data import DataError, refuse_bad
 from aimscale.harness.data.random_access import make_key, random_uniform
+from aimscale.harness.data.store.dataset_info import require_usable
 from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
-from aimscale.harness.data.stream.augment import normalise
 from aimscale.harness.data.stream.stream import masks
 
 if TYPE_CHECKING:
     from aimscale.aim.config import ModelConfig
     from aimscale.harness.data.store.dataset_info import DatasetInfo
+    from aimscale.harness.distributed.group import Group
     from aimscale.harness.run.config import ModelSection
 
 
-def eval_images(
-    dataset: ShardDataset, indices: Sequence[int] | npt.NDArray[np.int64], model: ModelSection, centre_crop: float
-) -> torch.Tensor:
-    """Preprocess images for evaluation: shorter side to ceil(image_size / centre_crop) (bicubic, antialiased), centre
-    crop, normalised.
+class EvalImages:
+    """Images of a data set as evaluations see them: without randomness, and without those that do not decode.
 
-    Returns:
-        float32 (B, C, image_size, image_size).
+    Images that the index counts as undecodable are not asked for. Others, whose bytes were damaged since, are found
+    when they are read: their pixels are black, and the evaluation leaves them out.
     """
-    return normalise(eval_pixels(dataset, indices, model, centre_crop))
 
+    def __init__(
+        self, dataset: ShardDataset, model: ModelSection, *, centre_crop: float, max_bad_fraction: float
+    ) -> None:
+        """Prepare images for a model: shorter side to ceil(image_size / centre_crop) (bicubic, antialiased), centre
+        crop."""
+        self.dataset = dataset
+        self._channels, self._size = model.channels, model.image_size
+        self._shorter_side = math.ceil(model.image_size / centre_crop)
+        self._max_bad_fraction = max_bad_fraction
+        self._bad: dict[int, str] = {}
+        self._num_named = 0
+        self.is_read = False
+        """Whether all images were read: one that does not decode afterwards is an error."""
 
-def eval_pixels(
-    dataset: ShardDataset, indices: Sequence[int] | npt.NDArray[np.int64], model: ModelSection, centre_crop: float
-) -> torch.Tensor:
-    """Preprocess images as `eval_images` does, but without normalisation, to uint8.
+    def pixels(self, samples: npt.ArrayLike) -> torch.Tensor:
+        """Load samples as uint8 (B, C, image_size, image_size); threads may call this at once.
 
-    Raises:
-        DataError: an image cannot be read or decoded; an evaluation never replaces one.
-    """
-    require_channels(model.channels)
-    pixels = torch.empty(len(indices), model.channels, model.image_size, model.image_size, dtype=torch.uint8)
-    samples = np.asarray(indices, dtype=np.int64)
-    dataset.read_ahead(samples, model.channels)
-    for row, index in enumerate(samples.tolist()):
-        image = dataset.decode(index, model.channels)
-        pixels[row] = crop_centre(image, model.image_size, math.ceil(model.image_size / centre_crop))
-    return pixels
+        Raises:
+            DataError: a shard cannot be read, or an image that was good when all were read does not decode.
+        """
+        require_channels(self._channels)
+        numbers = np.asarray(samples, dtype=np.int64)
+        pixels = torch.empty(len(numbers), self._channels, self._size, self._size, dtype=torch.uint8)
+        self.dataset.read_ahead(numbers, self._channels)
+        for row, number in enumerate(numbers):
+            (*images,), problems = self.dataset.decode_many(numbers[row : row + 1], self._channels)
+            if problems:
+                name = self.dataset.describe(int(number), problems[0])
+                if self.is_read:
+                    raise DataError(f"{name} cannot be decoded any more; repair the shard, or index it again")
+                self._bad[int(number)] = name
+            pixels[row] = 0 if problems else crop_centre(images[0], self._size, self._shorter_side)
+        return pixels
+
+    def is_good(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return whether each of these samples has not been found undecodable."""
+        return ~np.isin(samples, [*self._bad])
+
+    def agree(self, group: Group, samples: npt.NDArray[np.int64]) -> None:
+        """Tell all ranks which images each of them found undecodable, and name new ones in the log.
+
+        Args:
+            samples: images that the ranks have read together.
+
+        Raises:
+            DataError: on all ranks, if too many are, or all.
+        """
+        for found in group.gather(self._bad):
+            self._bad |= found
+        names = [self._bad[number] for number in sorted(self._bad)]
+        number = len(np.union1d(samples, [*self._bad]))  # with those that were left out before
+        images = f"{number} images of {self.dataset.path}"
+        if not self.is_good(samples).any():
+            raise DataError(f"none of {images} can be decoded: {some(names)}; restore its shards")
+        refuse_bad(images, len(names), number, self._max_bad_fraction, lambda: names[-1])
+        if group.is_first and len(names) > self._num_named:
+            print(f"left out of {self.dataset.path}, cannot be decoded: {some(names)}", file=sys.stderr, flush=True)
+        self._num_named = len(names)
 
 
 def validation_prefixes(num_images: int, num_prefixes: int, model: ModelConfig) -> torch.Tensor:
@@ -76,15 +115,8 @@ def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch
     return torch.from_numpy(np.minimum(lengths, num_tokens - 1))
 
 
-def require_images(path: str, info: DatasetInfo, num_images: int | None) -> None:
-    """Raise DataError if a data set has fewer images that decode than are asked for, or none."""
-    if info.num_usable < (num_images or 1):
-        raise DataError(
-            f"{path} has {info.num_usable} usable images, {num_images or 1} were asked for; lower num_images"
-        )
-
-
-def usable_indices(dataset: ShardDataset, num_images: int | None = None) -> npt.NDArray[np.int64]:
-    """Return the sample numbers of the decodable images, in index order, the first `num_images` of them."""
-    require_images(dataset.path, dataset.info, num_images)
-    return dataset.usable(None if num_images is None else np.arange(num_images))
+def require_images(path: str, info: DatasetInfo, num_images: int | None, max_bad_fraction: float) -> None:
+    """Raise DataError if a data set has fewer images that decode than are asked for, none, or too many that do not."""
+    require_usable(path, info, max_bad_fraction)
+    if num_images is not None and info.num_usable < num_images:
+        raise DataError(f"{path} has {info.num_usable} usable images, {num_images} were asked for; lower num_images")

@@ -11,14 +11,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-import multiprocessing
 import os
-import signal
 import sys
 import traceback
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.util import Finalize
@@ -28,17 +25,19 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.decoding import kernel_threads
+from aimscale.harness.data.store.processes import start_fork_server, stop_signals_blocked, wait_for
 from aimscale.harness.data.stream.stream import Batch, Stream
-from aimscale.harness.run.failures import STOP_SIGNALS, NoMemoryError
+from aimscale.harness.run.failures import NoMemoryError
 
 if TYPE_CHECKING:
     from aimscale.harness.distributed.group import Group
 
+ANSWER_S = 900.0
+"""Seconds for which a micro-batch is waited for, half of what other ranks wait: a shard of 500 MB at .6 MB/s."""
 _MAX_BYTES = 2 << 30  # of the ring; beyond it, less is loaded ahead
 _MAX_TASKS = 256  # that wait in a worker's pipe, which holds some 200 kB
 _MAX_NAMED = 10  # undecodable samples that a loader names in the log
 _SHARED_MEMORY = "/dev/shm"
-_PRELOAD = ("aimscale.harness.data.stream.loader",)
 
 
 class WorkerDiedError(NoMemoryError):
@@ -96,6 +95,7 @@ def train_batches(
     Raises:
         DataError: a shard cannot be read, or sixteen replacements of an undecodable sample are undecodable too.
         WorkerDiedError: a loader process was killed.
+        StandstillError: a loader process was stopped, or did not answer for `ANSWER_S`.
     """
 
     def split(first: int, rank: int) -> list[range]:
@@ -226,8 +226,10 @@ class _Worker:
     def __init__(self, context: ForkServerContext, stream: Stream, slots: torch.Tensor) -> None:
         self._connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(stream, slots, theirs), daemon=True)
-        with _stop_signals_blocked():
+        with stop_signals_blocked():
             self.process.start()
+        assert self.process.pid is not None
+        self._pid = self.process.pid
         theirs.close()  # so that the end of the worker is the end of the connection
 
     def ask(self, task: Task) -> _Worker:
@@ -237,8 +239,9 @@ class _Worker:
         return self
 
     def answer(self) -> Answer:
-        """Wait for the answer to the earliest question without one."""
+        """Wait for the answer to the earliest question without one; raises StandstillError if none comes."""
         with self._alive():
+            wait_for(self._connection.poll, [self._pid], ANSWER_S)
             answer: Answer = self._connection.recv()
         return answer
 
@@ -278,33 +281,6 @@ def _kill(workers: Sequence[_Worker]) -> None:
         worker.process.kill()
     for worker in workers:
         worker.process.join(5)
-
-
-def start_fork_server() -> ForkServerContext:
-    """Start the server that workers are forked from; if started early, it imports PyTorch in the meantime.
-
-    A fork of the trainer itself would copy locks that its other threads happen to hold, and about one in thousands
-    would then wait for ever; the server has a single thread.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOAD))
-    resource_tracker.ensure_running()  # the server starts it anyway, but it does not inherit two of the blocked signals
-    with _stop_signals_blocked():
-        forkserver.ensure_running()
-    return context
-
-
-@contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals for the block, so that processes started in it inherit the blocking and never receive them.
-
-    Slurm sends a step's signals to all of its processes: the trainer saves, and ends its workers itself.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

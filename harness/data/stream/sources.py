@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64, make_key
+from aimscale.harness.data.store.dataset_info import DatasetInfo, require_usable
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.overlap import refuse_overlap
 from aimscale.harness.data.store.remote import is_url
 from aimscale.harness.data.stream.order import Mixture, SourceOrder
 
 if TYPE_CHECKING:
-    from aimscale.harness.data.store.dataset_info import DatasetInfo
     from aimscale.harness.run.config import DataSection, RunConfig, SourceSection
 
 _SHARDS_AHEAD = 8  # shards that are fetched before they are needed
@@ -78,11 +78,7 @@ def require_fingerprint(source: SourceSection, info: DatasetInfo) -> None:
 def unique_per_source(data: DataSection, infos: Sequence[DatasetInfo]) -> list[int]:
     """Return U of every source, given the infos of their data sets."""
     for source, info in zip(data.sources, infos, strict=True):
-        if not info.num_usable or info.num_bad / info.num_samples > data.max_bad_fraction:
-            raise DataError(
-                f"{source.path}: {info.num_bad} of {info.num_samples} images cannot be decoded (`aimscale data info` "
-                f"names some); repair them or raise data.max_bad_fraction ({data.max_bad_fraction:g})"
-            )
+        require_usable(source.path, info, data.max_bad_fraction)
     if data.unique_images is None:
         return [info.num_usable for info in infos]
     counts = Mixture([source.probability for source in data.sources]).counts(data.unique_images)

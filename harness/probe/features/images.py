@@ -1,10 +1,4 @@
-"""Labelled images of a task: its two splits, decoded ahead, their training views, and the hold-out.
-
-Views follow the published recipe (AIMv2, Table A2), repeatable image by image: random resized crops of scale 0.08 to 1,
-horizontal flips and RandAugment `rand-m9-mstd0.5-inc1`, by timm's operations. timm draws from global generators; here
-every view has a generator of its own, so that threads can make views concurrently. The recipe also lists colour jitter
-0.3; timm leaves it out if RandAugment is on, and so does this.
-"""
+"""Labelled images of a task: its two splits, decoded ahead, without those that do not decode, and the hold-out."""
 
 from __future__ import annotations
 
@@ -15,106 +9,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aimscale.harness.data.random_access import make_key
+from aimscale.harness.data.store.dataset_info import require_usable
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.store.overlap import count_shared
-from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_uniforms, crop_resize, draw_boxes, normalise
-from aimscale.harness.data.stream.held_out import eval_images
+from aimscale.harness.data.stream.augment import normalise
+from aimscale.harness.data.stream.held_out import EvalImages
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.probe.features.tasks import ProbeError, check_benchmark
+from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, check_benchmark
+from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
-
-CROP_SCALE = (0.08, 1.0)
-"""Area range of the crops."""
-NUM_CHANGES = 2
-"""Number of operations drawn for an image."""
-CHANGE_PROBABILITY = 0.5
-"""Probability with which each operation is applied."""
-MAGNITUDE, MAGNITUDE_STD, MAGNITUDE_MAX = 9.0, 0.5, 10.0
-"""Strength of m9, mstd0.5: normal around 9, clipped to 0..10."""
-
-Sign = float
-"""Direction of a change that has two: +1 or -1."""
-
-
-def _either_way(most: float) -> Callable[[float, Sign], tuple[float, ...]]:
-    return lambda strength, sign: (sign * most * strength,)
-
-
-def _enhance(strength: float, sign: Sign) -> tuple[float, ...]:
-    return (max(0.1, 1 + sign * 0.9 * strength),)
-
-
-ARGUMENTS: dict[str, Callable[[float, Sign], tuple[float, ...]]] = {
-    "AutoContrast": lambda strength, sign: (),
-    "Equalize": lambda strength, sign: (),
-    "Invert": lambda strength, sign: (),
-    "Rotate": _either_way(30.0),
-    "PosterizeIncreasing": lambda strength, sign: (max(1, 4 - int(strength * 4)),),  # Pillow keeps one bit at least
-    "SolarizeIncreasing": lambda strength, sign: (256 - min(256, int(strength * 256)),),
-    "SolarizeAdd": lambda strength, sign: (min(128, int(strength * 110)),),
-    "ColorIncreasing": _enhance,
-    "ContrastIncreasing": _enhance,
-    "BrightnessIncreasing": _enhance,
-    "SharpnessIncreasing": _enhance,
-    "ShearX": _either_way(0.3),
-    "ShearY": _either_way(0.3),
-    "TranslateXRel": _either_way(0.45),
-    "TranslateYRel": _either_way(0.45),
-}
-"""timm's name of an operation -> its arguments at a strength in 0..1 (the `inc1` set, in timm's order)."""
-
-
-class PublishedViews:
-    """Training views that depend on (seed, epoch, image) alone, not on the batch, rank, thread or order of calls."""
-
-    def __init__(self, model_section: ModelSection, seed: int):
-        self._size, self._channels = model_section.image_size, model_section.channels
-        self._seed = seed
-
-    def images(self, dataset: ShardDataset, rows: np.ndarray, epoch: int) -> Tensor:
-        """Return normalised float32 views (len(rows), C, H, W) of samples `rows` in an epoch."""
-        # Imported here: torchvision compiles at import, and a plan opens tasks without reading images.
-        from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-
-        key = make_key("probe view", self._seed, epoch)
-        views = []
-        for row in rows:
-            image = dataset.decode(int(row), self._channels)
-            height, width = (np.array([side], dtype=np.int32) for side in image.shape[-2:])
-            boxes = draw_boxes(
-                box_uniforms(key, np.array([row], dtype=np.int64)),
-                height,
-                width,
-                scale=CROP_SCALE,
-                horizontal_flip=True,
-            )
-            crop = crop_resize(image, boxes[0].item(), self._size)
-            changed = _changed(to_pil_image(crop).convert("RGB"), np.random.default_rng([self._seed, 2, epoch, row]))
-            views.append(pil_to_tensor(changed)[: self._channels])
-        return normalise(torch.stack(views))
-
-
-def _changed(picture: Any, draw: np.random.Generator) -> Any:
-    """Apply RandAugment to a picture."""
-    from PIL import Image
-    from timm.data.auto_augment import NAME_TO_OP  # slow to import
-
-    fill = tuple(round(255 * mean) for mean in IMAGE_MEAN)
-    for name in draw.choice(list(ARGUMENTS), NUM_CHANGES):
-        if draw.random() >= CHANGE_PROBABILITY:
-            continue
-        strength = np.clip(draw.normal(MAGNITUDE, MAGNITUDE_STD), 0, MAGNITUDE_MAX) / MAGNITUDE_MAX
-        arguments = ARGUMENTS[str(name)](float(strength), -1.0 if draw.random() < 0.5 else 1.0)
-        operation: Any = NAME_TO_OP[str(name)]
-        picture = operation(picture, *arguments, fillcolor=fill, resample=Image.Resampling.BICUBIC)
-    return picture
 
 
 class ProgressCallback(Protocol):
@@ -145,21 +54,35 @@ MAX_DECODERS = 8
 class LabelledImages:
     """Labelled data set, preprocessed for one model geometry."""
 
-    dataset: ShardDataset
+    source: EvalImages
+    """Images by their sample numbers."""
     rows: np.ndarray
     """Samples used (n,): those that decode."""
     labels: Tensor
     """Class indices (n,), int64, of those."""
     classes: tuple[str, ...]
-    model_section: ModelSection
-    """Image size and channels to prepare for."""
-    centre_crop: float
-    """Share of the shorter side that the centre crop keeps."""
     views: PublishedViews | None = None
     """Augmentation of training views; None uses one centre crop per image."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def dataset(self) -> ShardDataset:
+        """Data set that the images come from."""
+        return self.source.dataset
+
+    def without_bad(self, group: Group) -> LabelledImages:
+        """Leave out the images that any rank has found undecodable; all ranks call this together.
+
+        Raises:
+            DataError: they are too many.
+        """
+        self.source.agree(group, self.rows)
+        is_good = self.source.is_good(self.rows)
+        if is_good.all():
+            return self
+        return replace(self, rows=self.rows[is_good], labels=self.labels[torch.from_numpy(is_good)])
 
     def images(self, indices: Sequence[int], epoch: int | None = None) -> Tensor:
         """Load normalised float32 images (len(indices), C, H, W).
@@ -169,7 +92,7 @@ class LabelledImages:
         rows = self.rows[np.asarray(indices, dtype=np.int64)]
         if epoch is not None and self.views is not None:
             return self.views.images(self.dataset, rows, epoch)
-        return eval_images(self.dataset, rows, self.model_section, self.centre_crop)
+        return normalise(self.source.pixels(rows))
 
     def ahead(
         self, chunks: Iterable[Sequence[int]], epoch: int | None = None
@@ -179,6 +102,7 @@ class LabelledImages:
 
 
 Chunk = TypeVar("Chunk")
+Result = TypeVar("Result")
 
 
 def decoded_ahead(images: Callable[[Chunk], Tensor], chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Tensor]]:
@@ -201,18 +125,14 @@ def decoded_ahead(images: Callable[[Chunk], Tensor], chunks: Iterable[Chunk]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Task shared by all probes: its images, divided into a part to fit and a hold-out, and the ranks that work."""
+    """Task shared by all probes: its images, of which the training split has a hold-out, and the ranks that work."""
 
     section: ProbeSection
     """Kinds, learning rates, epochs or iterations, batch size."""
     train: LabelledImages
     test: LabelledImages
-    fit: np.ndarray
-    """Indices of the training images from which heads judged by the hold-out learn, ascending."""
-    held: np.ndarray
-    """Indices of the hold-out, ascending."""
     seed: int
-    """Seed of the heads' initial weights and the order of images."""
+    """Seed of the hold-out, the heads' initial weights and the order of images."""
     group: Group
     """Ranks that share the work; the result depends on them only by rounding."""
     report_progress: ProgressCallback = ignore_progress
@@ -221,6 +141,20 @@ class Task:
     def num_classes(self) -> int:
         """Classes of the training split."""
         return len(self.train.classes)
+
+    @functools.cached_property
+    def _split(self) -> tuple[np.ndarray, np.ndarray]:
+        return holdout_split(self.train.labels, HOLDOUT_FRACTION, self.seed)
+
+    @property
+    def fit(self) -> np.ndarray:
+        """Indices of the training images from which heads judged by the hold-out learn, ascending."""
+        return self._split[0]
+
+    @property
+    def held(self) -> np.ndarray:
+        """Indices of the hold-out, ascending."""
+        return self._split[1]
 
     @functools.cached_property
     def everything(self) -> np.ndarray:
@@ -233,11 +167,35 @@ class Task:
         return np.isin(np.arange(len(self.train)), self.fit)
 
 
+def read_without_bad(
+    images: LabelledImages, group: Group, read: Callable[[LabelledImages], Result]
+) -> tuple[LabelledImages, Result]:
+    """Read a split, and once more without the images that were found undecodable on the way, if any were.
+
+    Returns:
+        The split without them, and what was read of it.
+    """
+    while True:
+        found = read(images)
+        good = images.without_bad(group)
+        if len(good) == len(images):
+            images.source.is_read = True
+            return images, found
+        del found  # makes room
+        images = good
+
+
 def open_labelled(
-    path: str, section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig
+    path: str, section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig, max_bad_fraction: float
 ) -> LabelledImages:
-    """Open one split of a task; `runtime` says where shards at a URL, and their index, are cached."""
+    """Open one split of a task.
+
+    Args:
+        runtime: says where shards at a URL, and their index, are cached.
+        max_bad_fraction: share of undecodable images above which the split is refused.
+    """
     dataset = open_dataset(path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
+    require_usable(path, dataset.info, max_bad_fraction)
     if dataset.labels is None:
         raise ProbeError(
             f"task '{section.task}': {path} has no labels, so nothing can be probed; pack it from one folder per class"
@@ -249,20 +207,22 @@ def open_labelled(
         raise ProbeError(
             f"task '{section.task}': {path} has labels beyond its {len(classes)} class names; index it again"
         )
-    return LabelledImages(dataset, rows, labels, classes, model_section, section.centre_crop)
+    source = EvalImages(dataset, model_section, centre_crop=section.centre_crop, max_bad_fraction=max_bad_fraction)
+    return LabelledImages(source, rows, labels, classes)
 
 
 def open_task(
-    section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig
+    section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig, max_bad_fraction: float
 ) -> tuple[LabelledImages, LabelledImages]:
     """Open the training and test split of a task.
 
     Raises:
+        DataError: a split has no images that decode, or too many that do not.
         ProbeError: no labels, test classes that the training split lacks, too few images to hold some out, test images
             among the training images, or the task bears a benchmark's name and is not that benchmark.
     """
-    train = open_labelled(section.train, section, model_section, runtime)
-    test = open_labelled(section.test, section, model_section, runtime)
+    train = open_labelled(section.train, section, model_section, runtime, max_bad_fraction)
+    test = open_labelled(section.test, section, model_section, runtime, max_bad_fraction)
     strange = sorted(set(test.classes) - set(train.classes))
     if strange:
         raise ProbeError(
@@ -280,8 +240,6 @@ def open_task(
             "are too few to hold some out; give at least two a class"
         )
     check_benchmark(section.task, num_classes=len(train.classes), num_train=len(train), num_test=len(test))
-    if not len(test):
-        raise ProbeError(f"task '{section.task}': {section.test} has no images")
     if (shared := count_shared([train.dataset], test.dataset)) > MAX_SHARED * len(test):
         raise ProbeError(
             f"task '{section.task}': {shared} of the {len(test)} images of {section.test} are images of "

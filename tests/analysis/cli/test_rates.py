@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from aimscale.sweeps.cli.main import main
+from aimscale.sweeps.plan.recipes import Scale, read_recipe
 
 LINES = {
     "rates": "rates tuned.csv --label val_loss=Loss",
@@ -19,7 +20,10 @@ LINES = {
 
 @pytest.fixture(autouse=True)
 def tables(grid: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = [grid.assign(lr_peak=0.003 * 2.0**k, val_loss=grid["val_loss"] * (1 + 0.01 * k**2)) for k in (-1, 0, 1)]
+    scale = (grid["params_total"] / 1e6) ** -0.5
+    tried = [
+        grid.assign(lr_peak=0.003 * 2.0**k * scale, val_loss=grid["val_loss"] * (1 + 0.01 * k**2)) for k in (-1, 0, 1)
+    ]
     pd.concat(tried).to_csv(tmp_path / "tuned.csv", index=False)
     both = [grid.assign(recipe=name, val_loss=grid["val_loss"] * by) for name, by in (("old", 1.0), ("new", 0.98))]
     pd.concat(both).to_csv(tmp_path / "two.csv", index=False)
@@ -46,6 +50,37 @@ def test_a_figure_is_drawn_with_the_words_that_it_is_given(name: str, capsys: An
 def test_json_holds_the_table(name: str, capsys: Any) -> None:
     assert exit_code(f"{LINES[name].partition(' --label')[0]} --json") == 0
     assert json.loads(capsys.readouterr().out)["table"]
+
+
+def test_the_laws_are_written_as_a_recipe_that_sweeps_read(capsys: Any) -> None:
+    assert exit_code("rates tuned.csv --write my.yaml --target N=1e9,D=1e9") == 0
+    printed = capsys.readouterr()
+    assert "wrote my.yaml" in printed.err
+    assert "target: best learning rate 9.49×10⁻⁵" in printed.out
+    law = read_recipe(Path("my.yaml")).lr_peak
+    assert law(Scale(width=64, params_total=4_000_000, budget=10**6)) == pytest.approx(0.0015, rel=1e-3)
+    assert "aimscale rates tuned.csv" in law.source
+
+
+@pytest.mark.parametrize(("verb", "rest"), [("fit", ""), ("forecast", "--at N=1e9,D=1e9"), ("frontier", "")])
+def test_verbs_fit_corrected_losses_and_say_how_well_sizes_are_tuned(verb: str, rest: str, capsys: Any) -> None:
+    """The largest size has one rate, four times too high, which costs it 4 % of its loss."""
+    tuned = pd.read_csv("tuned.csv")
+    best = tuned.groupby(["params_total", "images_seen"])["lr_peak"].rank() == 2
+    is_largest = tuned["params_total"] == tuned["params_total"].max()
+    worse = tuned.assign(lr_peak=4 * tuned["lr_peak"], val_loss=1.04 * tuned["val_loss"])
+    pd.concat([tuned[~is_largest], worse[is_largest & best]]).to_csv("off.csv", index=False)
+    assert exit_code(f"{verb} off.csv {rest} --json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tuning"].startswith("the largest size lost 4.")
+    if verb == "fit":
+        assert exit_code("fit tuned.csv --json") == 0
+        whole = json.loads(capsys.readouterr().out)
+        assert found["params"]["alpha"] == pytest.approx(whole["params"]["alpha"], rel=0.02)
+        assert exit_code("fit off.csv --best-of lr_peak --json") == 0
+        assert json.loads(capsys.readouterr().out)["params"]["alpha"] != pytest.approx(
+            whole["params"]["alpha"], rel=0.1
+        )
 
 
 @pytest.mark.parametrize("options", ["--ignore seed", "--measure val_loss --measure top1"])

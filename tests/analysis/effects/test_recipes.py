@@ -67,6 +67,43 @@ def test_the_same_runs_twice_gain_nothing() -> None:
     assert found.table["gain"].to_numpy() == pytest.approx(np.ones(len(found.table)), abs=1e-5)
 
 
+def test_a_gain_in_time_counts_the_measured_speed() -> None:
+    """The new recipe is worth more compute and half as fast; speeds scatter over sizes by 5 %."""
+    rng = np.random.default_rng(3)
+    table = two_recipes(rng, 0.8, 0.38)
+    scatter = dict(zip(table["N"].unique(), np.exp(0.05 * rng.standard_normal(5)), strict=True))
+    slower = table["recipe"].map({"old": 1.0, "new": 0.5}) * table["N"].map(scatter).where(table["recipe"] == "new", 1)
+    (found,) = recipes(table.assign(images_per_s=1e9 / table["N"] * slower), by="recipe", baseline="old")
+    faster = found.table["time_gain"] / found.table["gain"]
+    assert faster.to_numpy() == pytest.approx(np.full(7, 0.5 * np.exp(np.mean(np.log([*scatter.values()])))))
+    widths = [np.log(found.table[f"{kind}high"] / found.table[f"{kind}low"]) for kind in ("", "time_")]
+    assert widths[1][2] > widths[0][2]  # where the gain in compute is known best
+    assert "gain in time" in found.cells()[0]
+    assert "time_gain" not in recipes(table, by="recipe")[0].table
+
+
+def test_runs_that_would_decide_a_gain_are_named() -> None:
+    """A gain that is not told yet has its runs named, one that is told needs none."""
+    table = two_recipes(np.random.default_rng(2), 0.985, 0.38)
+    (found,) = recipes(table, by="recipe", baseline="old")
+    assert found.table["low"].iloc[-1] < 1
+    assert found.decision == "2 more seeds of both at N = 100k, D = 1M, if the gain is 1.05"
+    (clear,) = recipes(two_recipes(np.random.default_rng(0), 0.8, 0.38), by="recipe", baseline="old")
+    assert clear.decision == "nothing more: at the largest compute the gain is above 1"
+    assert ("to decide", clear.decision) in clear.facts()
+
+
+def test_rows_of_another_design_are_left_out_by_name() -> None:
+    """Of two designs that with most sizes and budgets is compared, though the other has more rows."""
+    table = two_recipes(np.random.default_rng(0), 0.9, 0.38)
+    other = pd.concat([table[table["N"] == table["N"].min()]] * 8).assign(prefix="none")
+    other["val_loss"] *= 1 + 0.01 * np.random.default_rng(1).standard_normal(len(other))
+    both = pd.concat([table.assign(prefix="paired"), other], ignore_index=True)
+    (found,) = recipes(both, by="recipe", baseline="old")
+    assert found.law.num_points == 40
+    assert "64 rows of other designs than prefix paired are left out" in found.summary()
+
+
 def test_what_cannot_be_compared_says_why() -> None:
     table = two_recipes(np.random.default_rng(0), 1.0, 0.38)
     with pytest.raises(AnalysisError, match="no level 'odl'; did you mean old"):

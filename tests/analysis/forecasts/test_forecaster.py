@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 from tables import KNOWN, law_grid
 
 from aimscale.analysis import forecast, forecaster, laws, read_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.forecaster import TERMS, Forecaster, weigh
+from aimscale.analysis.forecasts.forecaster import DOF, TERMS, Forecaster, weigh
 from aimscale.analysis.forecasts.points import Points
 
 BOARD = Path(__file__).parents[2] / "board"
@@ -47,9 +48,44 @@ def test_errors_grow_with_distance_and_are_the_sum_of_their_parts():
     assert (np.diff(np.log(rows["pi_hi"] / rows["pi_lo"])) > 0).all()
     halves = np.log(rows["pi_hi"] / rows["value"])
     parts = np.sqrt(np.square(rows[list(TERMS)]).sum(axis=1))
-    assert (halves / parts).to_numpy() == pytest.approx(halves[0] / parts[0])
+    assert (halves / parts).to_numpy() == pytest.approx(student.ppf(0.975, DOF), rel=0.03)  # Student's
     assert (rows["rival_lo"] <= rows["value"]).all()
     assert (rows["value"] <= rows["rival_hi"]).all()
+
+
+def test_inside_the_table_the_noise_of_a_run_counts_whole_and_beyond_it_overlaps_with_the_misfit():
+    """One run inside simulated tables whose budgets share an error lay inside 78 to 90 % of the intervals."""
+    found = forecaster(table())
+    inside, near, far = found.predict({"N": [1e6, 2e7, 1e9], "D": [1e6, 3e6, 3e8]}).to_dict("records")
+    noises = np.array([curve.law.components.total for curve in found.curves.values()])
+    whole = np.sqrt(found.weights[list(found.curves)] @ noises**2)
+    known = found.calibration.known
+    assert (inside["distance"], near["distance"]) == (1, pytest.approx(2))
+    assert inside["noise"] == pytest.approx(whole)
+    assert known * whole < near["noise"] < whole
+    assert far["noise"] == pytest.approx(known * whole, rel=1e-3)
+
+
+def test_a_run_inside_a_table_whose_budgets_share_an_error_lies_inside_its_interval():
+    rng, held, told = np.random.default_rng(11), [], []
+    middle = {"N": 1e6, "D": 6e5}
+    for _ in range(16):
+        df = law_grid(TRUTH, sizes=(1e5, 1e7, 7), budgets=(1e5, 3e6, 5), noise=0.003, rng=rng)
+        codes = np.unique(df["D"], return_inverse=True)[1]
+        df["val_loss"] *= np.exp(0.005 * rng.standard_normal(5))[codes]
+        row = forecaster(df, law="chinchilla").predict(middle).iloc[0]
+        truth = laws.CHINCHILLA.value({k: np.array([v]) for k, v in middle.items()}, TRUTH)[0]
+        new = truth * np.exp(np.hypot(0.003, 0.005) * rng.standard_normal(200))
+        held.append(np.mean((row["pi_lo"] < new) & (new < row["pi_hi"])))
+        told.append(np.log(row["pi_hi"] / row["pi_lo"]))
+    assert np.mean(held) > 0.88
+    assert np.median(told) / (2 * 1.96 * np.hypot(0.003, 0.005)) < 2
+
+
+def test_a_forecast_says_where_budgets_are_too_few_to_tell_what_they_share():
+    few = law_grid(TRUTH, sizes=(1e5, 1e7, 5), budgets=(1e5, 3e6, 4), noise=0.003, rng=1)
+    kinds = {(flag.kind, flag.subject) for flag in forecast(few, {"N": 1e6, "D": 6e5}, law="chinchilla").flags}
+    assert ("few_groups", "budgets") in kinds
 
 
 @dataclass
@@ -58,12 +94,11 @@ class Line:
 
     top: float
     rate: float
-    noise: float = 1e-6
     num_params: int = 1
 
     def predict(self, at):
         far = np.maximum(0, np.log(at["N"] ** 2 / self.top))
-        return np.log(2.0) + self.rate * far, np.zeros(len(far))
+        return np.log(2.0) + self.rate * far, np.zeros(len(far)), np.full(len(far), 1e-6)
 
 
 def weighed(above: float = 0.0, **rates: dict[float, float]) -> tuple[Forecaster, list[float]]:
@@ -118,6 +153,20 @@ def test_an_accuracy_of_one_is_no_stranger_and_ends_lie_between_chance_and_one()
     rows = forecast(df, [{"N": 1e8, "D": 3e7}, {"N": 1e10, "D": 1e9}]).table.set_index("quantity").loc["t:linear"]
     assert (rows["pi_hi"] == 1).all()
     assert (rows[["pi_lo", "ci_lo", "value"]] >= 0.5).all(axis=None)
+
+
+def test_an_accuracy_by_way_of_the_loss_errs_with_the_loss():
+    """A run's own loss scatters about the law: the accuracy that follows from it does so, too."""
+    df = table()
+    sigmoid = {"floor": 0.1, "height": 0.8, "k": 6.0, "L0": 0.5}
+    top1 = laws.LINK_SIGMOID.value({"L": df["val_loss"].to_numpy()}, sigmoid)
+    df["probes"] = [[{"task": "t", "kind": "linear", "top1": float(v), "chance": 0.1}] for v in top1]
+    found = forecast(df, {"N": 1e6, "D": 6e5}, law="chinchilla").forecasters["t:linear"]
+    curve, at = found.curves["chinchilla through the loss"], {"N": [1e6], "D": [6e5]}
+    log_rate, _, noise = curve.predict(at)
+    loss = laws.CHINCHILLA.value(at, TRUTH) * np.exp(np.array([-1, 1]) * curve.law.components.total)
+    ends = laws.LINK_SIGMOID.value({"L": loss}, sigmoid)
+    assert noise * np.exp(log_rate) == pytest.approx((ends[0] - ends[1]) / 2, rel=0.1)
 
 
 def test_a_forecast_does_not_depend_on_units_or_the_order_of_rows():

@@ -13,7 +13,7 @@ from aimscale.analysis import frontier
 from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.optimum.approaches import apart_flags
 from aimscale.analysis.optimum.frontier import NoFrontier
-from aimscale.analysis.optimum.isoflop import isoflop_frontier, shared_budgets
+from aimscale.analysis.optimum.isoflop import isoflop_frontier, parabola_minimum, shared_budgets
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
 EXPONENT = 0.36 / 0.70
@@ -49,6 +49,16 @@ def test_budgets_without_an_interior_convex_minimum_are_refused_by_name():
     assert [(flag.kind, flag.subject) for flag in refused.value.flags] == [
         ("few_minima", ""), ("edge", "largest"), ("few_sizes", ""),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("offset", [-1.2, 1.2])
+def test_an_optimum_moves_with_each_loss_as_its_slopes_say(offset):
+    """Off the middle of its sizes, too: their intervals are made of these slopes."""
+    log_n = np.log(1e7) + np.linspace(-2.0, 2.0, 6) + offset
+    losses = np.log(2 + 0.1 * (log_n - np.log(1e7)) ** 2 + 0.01 * np.cos(log_n * 9))
+    optimum, _, slopes = parabola_minimum(1e15, np.arange(6), log_n, losses)
+    moved = [parabola_minimum(1e15, np.arange(6), log_n, losses + step)[0] - optimum for step in 1e-6 * np.eye(6)]
+    np.testing.assert_allclose(slopes, np.array(moved) / 1e-6, rtol=1e-3, atol=1e-3)
 
 
 HERE = Path(__file__).parent

@@ -191,15 +191,8 @@ def test_hostile_names_are_only_text(tmp_path):
 
 
 def test_partial_tables_say_what_is_missing(tmp_path):
-    shares: list[float] = []
     failed = [row | {"status": "failed", "val_loss": None} for row in sweep_rows(probes=False)[2:5]]
-    few = write_report(
-        write_sweep(tmp_path / "few", [*sweep_rows(probes=False)[:2], *failed]),
-        progress=lambda _, share: shares.append(share),
-    )
-    assert len(shares) > 4
-    assert shares == sorted(shares)
-    assert 0 == shares[0] < shares[-1] < 1
+    few = write_report(write_sweep(tmp_path / "few", [*sweep_rows(probes=False)[:2], *failed]))
     text = Page(few.read_text()).text
     assert "What is missing" in text
     assert "no probe results" in text

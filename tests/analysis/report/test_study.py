@@ -84,9 +84,11 @@ def test_the_page_says_what_was_tuned_and_how_often_data_repeat(known_study):
     ]
     for frame, (_, worse) in zip(frames, tuned, strict=True):
         frame["val_loss"] *= worse
-    study = study_tables((), pd.concat(frames, ignore_index=True), {})
+    study = study_tables((), pd.concat(frames, ignore_index=True))
     assert study.get("law").num_points == 30
-    assert [flag.subject for flag in study.get("law").flags if flag.kind == "tuned"] == ["lr_multiplier"]
+    assert not any(flag.kind == "tuned" for flag in study.get("law").flags)  # corrected, not merely chosen
+    assert study.tuning == "the largest size is tuned within 0.1 % of its loss"
+    assert f"Learning rates: {study.tuning}." in verdict(study)[1].answer
     assert any("60 rows not the best lr_multiplier" in each for each in study.exclusions)
     _, _, split, forecast, bought = verdict(study)
     half = float(student.ppf(0.975, DOF)) * study.get("next runs").sd_before
@@ -102,7 +104,7 @@ def test_two_experiments_in_one_table_are_noticed_and_told_once():
     second["val_loss"] *= 1.02
     frame = pd.concat([first, second], ignore_index=True)
     names = {"N": "params_total", "D": "images_seen", "C": "flops_train"}
-    study = study_tables((), frame.rename(columns=names).assign(schema_version=1, status="complete"), {})
+    study = study_tables((), frame.rename(columns=names).assign(schema_version=1, status="complete"))
     assert [flag.kind for flag in study.get("law").flags if flag.subject == "sweep"] == ["experiments"]
     assert verdict(study)[0].colour == "amber"
 
@@ -150,7 +152,7 @@ def isoflop():
         {"params_total": n, "images_seen": d, "flops_train": flops * 1.01 ** rng.uniform(-1, 1, len(n))}
     )
     frame = frame.assign(val_loss=loss * np.exp(1e-3 * rng.standard_normal(len(n))), probes=probes)
-    return study_tables([], frame, {})
+    return study_tables([], frame)
 
 
 def test_an_iso_flop_table_is_held_out_and_forecast_by_compute(isoflop):
@@ -178,7 +180,7 @@ def test_the_split_is_by_the_law_that_forecasts(isoflop):
 
 
 def test_a_grid_is_held_out_by_its_sides(grid):
-    study = study_tables([], grid, {})
+    study = study_tables([], grid)
     assert study.budgets is None
     assert [test.variable for test in study.get("law").heldout] == ["N", "D"]
     top = grid[["params_total", "images_seen"]].max()

@@ -125,16 +125,3 @@ def test_the_envelope_keeps_what_no_cheaper_row_undercuts():
     assert sorted(lower_envelope(df)["flops_train"]) == [1, 4]
     running = pd.DataFrame({"flops_train": [1.5], "val_loss": [0.1], "status": "unfinished"})
     assert sorted(lower_envelope(pd.concat([df, running], ignore_index=True))["flops_train"]) == [1, 4]
-
-
-def test_ends_of_an_envelope_that_are_one_sizes_own_curve_are_said():
-    def flagged(sizes):
-        df = pd.DataFrame({"params_total": sizes, "flops_train": range(1, len(sizes) + 1)})
-        worse = df.assign(val_loss=2.0, flops_train=9.0)
-        df = select(pd.concat([df.assign(val_loss=1 / df["flops_train"]), worse], ignore_index=True), ["envelope"])
-        return [flag.number for flag in mixture_flags(df, ["C"]) if flag.kind == "envelope_ends"]
-
-    assert flagged([1, 2, 2, 3]) == []
-    assert flagged([1, 1, 2, 3, 3, 3]) == [5]
-    assert flagged([1, 1, 2, 3]) == [2]
-    assert flagged([1, 1]) == [2]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
-from aimscale.analysis import AnalysisError, corrected, rates, read_table
+from aimscale.analysis import AnalysisError, fit, forecaster, held_out, rates, read_table, tuned
 from aimscale.analysis.laws.product import product
+from aimscale.analysis.tuning.tuned import tuned_where_known
 
 STEPLAW = Path(__file__).with_name("steplaw.csv")
 """Runs of Step Law (Li et al. 2025, arXiv 2503.04715; CC BY 4.0, by way of ScaleBench) within 1.5 % of the best of
@@ -82,12 +85,122 @@ def test_a_law_as_if_all_were_tuned_is_right_where_rates_get_worse_with_size() -
     """As measured, alpha lies off the truth of 0.38."""
     rng, held, gap = np.random.default_rng(2), [], []
     for _ in range(12):
-        both = corrected(rates(simulated(rng, 1e-3, mistuned=0.25, factors=(0.25, 0.5, 1))))
-        held.append(both.intervals["alpha"].low < 0.38 < both.intervals["alpha"].high)
-        gap.append([abs(fitted.params["alpha"] - 0.38) for fitted in (both.measured, both.tuned)])
+        table = simulated(rng, 1e-3, mistuned=0.25, factors=(0.25, 0.5, 1))
+        measured, best = fit(table, is_tested=False), fit(tuned(table), is_tested=False)
+        held.append(best.intervals["alpha"].low < 0.38 < best.intervals["alpha"].high)
+        gap.append([abs(found.params["alpha"] - 0.38) for found in (measured, best)])
     assert np.mean(held) >= 0.9
-    measured, tuned = np.mean(gap, axis=0)
-    assert tuned < measured / 3
+    as_they_are, corrected = np.mean(gap, axis=0)
+    assert corrected < as_they_are / 3
+
+
+def test_errors_of_tuning_go_with_the_rows_into_every_interval() -> None:
+    """What the law's errors do to the fit is found by moving the losses; the order of rows does not matter."""
+    table = tuned(simulated(np.random.default_rng(4), 3e-3, mistuned=0.25, factors=(0.25, 0.5, 1)))
+    loadings = np.array(table["val_loss_known_errors"].tolist())[:, 1:]
+    blind = fit(table.drop(columns="val_loss_known_errors"), objective="log_lsq", is_tested=False)
+    known = fit(table, objective="log_lsq", is_tested=False)
+    moved = [
+        fit(table.assign(val_loss=table["val_loss"] * np.exp(0.01 * each)), objective="log_lsq", is_tested=False)
+        for each in loadings.T
+    ]
+    effects = [(each.params["alpha"] - blind.params["alpha"]) / 0.01 for each in moved]
+    assert known.cov.loc["alpha", "alpha"] == pytest.approx(
+        blind.cov.loc["alpha", "alpha"] + np.sum(np.square(effects)), rel=1e-2
+    )
+    assert np.linalg.norm(effects) > 0.1 * blind.cov.loc["alpha", "alpha"] ** 0.5
+    mixed = table.sample(frac=1, random_state=0).reset_index(drop=True)
+    again = fit(mixed, objective="log_lsq", is_tested=False)
+    assert again.cov.to_numpy() == pytest.approx(known.cov.to_numpy(), rel=1e-3)
+    assert "errors of tuning" in known.interval_method
+    assert held_out(known, table, by="N").num_test == 5
+    wide, narrow = (
+        forecaster(each, law="chinchilla").predict({"N": 1e8, "D": 1e8})["parameters"].item()
+        for each in (table, table.drop(columns="val_loss_known_errors"))
+    )
+    assert wide > narrow
+
+
+def test_losses_are_corrected_only_where_every_best_setting_is_known() -> None:
+    table = simulated(np.random.default_rng(0), 1e-3)
+    decayed = [table.assign(weight_decay=w, val_loss=table["val_loss"] * (1 + w)) for w in (0.0, 0.1)]
+    with pytest.raises(AnalysisError, match="differ in weight_decay, too"):
+        tuned(pd.concat(decayed, ignore_index=True))
+    one_budget = table[table["D"] == table["D"].unique()[1]]
+    largest = one_budget["N"] == one_budget["N"].max()
+    few = one_budget[largest | (one_budget["N"] == one_budget["N"].min())]
+    few = few[~(few["N"] == few["N"].max()) | (few.groupby("N")["lr_peak"].rank() == 1)]
+    with pytest.raises(AnalysisError, match="1 of 2 cells only"):
+        tuned(few)
+    kept, words, found = tuned_where_known(few)
+    assert kept is few
+    assert found is not None
+    assert words.startswith("not known")
+    assert tuned_where_known(table.query("D < 2e6"))[1] == "not known: one rate a size"
+
+
+def test_cells_of_two_pools_are_not_one_cell() -> None:
+    """Repeated images give another loss at the same N and D."""
+    table = simulated(np.random.default_rng(0), 1e-3)
+    pools = [table.assign(unique_images=u, val_loss=table["val_loss"] * worse) for u, worse in ((1e4, 1.2), (1e8, 1.0))]
+    found = rates(pd.concat(pools, ignore_index=True))
+    assert len(found.table) == 50
+    assert found.surface.noise < 2e-3
+
+
+def test_five_thousand_cells_take_seconds() -> None:
+    """Dense least squares of 10,000 columns would take minutes and 2 GB."""
+    rng, axes = np.random.default_rng(0), (np.geomspace(1e5, 1e8, 50), np.geomspace(1e6, 1e9, 100))
+    n, d = (each.ravel() for each in np.meshgrid(*axes, indexing="ij"))
+    best = np.log(3e-3) - 0.5 * np.log(n / 1e6) + 0.05 * rng.standard_normal(5000)
+    tried = [
+        pd.DataFrame({"N": n, "D": d, "lr_peak": np.exp(x), "val_loss": np.exp(0.03 * (x - best) ** 2 / 2)})
+        for x in (best + np.log(f) + 0.1 * rng.standard_normal(5000) for f in (0.5, 1, 2))
+    ]
+    start = time.process_time()
+    found = rates(pd.concat(tried, ignore_index=True))
+    assert time.process_time() - start < 4  # 0.3 s when the machine is idle
+    assert np.log(found.table["lr_best"]).to_numpy() == pytest.approx(best, abs=1e-6)
+
+
+def test_advice_names_what_a_larger_target_needs() -> None:
+    found = rates(simulated(np.random.default_rng(0), 1e-3).query("N < 2e6"))
+    words = found.advice({"N": 1e8, "D": 1e8})
+    assert "3 values of it at N = 100k, D = 200M tell most for their compute" in words  # D has two values so far
+    with pytest.raises(AnalysisError, match="needs D"):
+        found.advice({"N": 1e8})
+
+
+def test_the_error_after_one_more_measurement_is_that_of_the_joint_information() -> None:
+    estimate = rates(simulated(np.random.default_rng(0), 1e-3)).laws["lr"].estimate
+    there, here = (estimate.law_at({"N": np.array([n]), "D": np.array([d])}) for n, d in ((1e9, 1e9), (3e7, 2e8)))
+    before, after = estimate.error_after(there, here, 0.1)
+    wanted, shown, matrix = estimate.gradient(there)[0], estimate.gradient(here)[0], estimate.covariance.matrix
+    joint = np.linalg.inv(np.linalg.inv(matrix) + np.outer(shown, shown) / 0.1**2)
+    assert before == pytest.approx(np.sqrt(wanted @ matrix @ wanted))
+    assert after == pytest.approx([np.sqrt(wanted @ joint @ wanted)])
+
+
+def test_a_recipe_of_the_laws_gives_their_predictions() -> None:
+    found = rates(simulated(np.random.default_rng(0), 1e-3))
+    written = yaml.safe_load(found.recipe("aimscale rates tuned.csv"))
+    law = written["lr_peak"]
+    value = law["coefficient"] * (3e6 / law["at"]["N"]) ** law["N"] * (2e8 / law["at"]["D"]) ** law["D"]
+    assert value == pytest.approx(found.laws["lr"].predict(N=3e6, D=2e8)["value"].item(), rel=1e-3)
+    assert law["source"] == "aimscale rates tuned.csv: 10 best settings, N 100k to 10M, D 1M to 100M"
+    factors = simulated(np.random.default_rng(0), 1e-3).rename(columns={"lr_peak": "lr_multiplier"})
+    by_factor = rates(factors, lr="lr_multiplier")
+    with pytest.raises(AnalysisError, match="learning rate itself"):
+        by_factor.recipe("")
+
+
+@pytest.mark.parametrize(("power", "held"), [(0.0, "not refuted"), (-0.4, "refuted")])
+def test_that_a_recipe_suits_every_size_is_tested_on_its_factor(power: float, held: str) -> None:
+    table = simulated(np.random.default_rng(5), 1e-3)
+    recipe = 3e-3 * (table["N"] / 1e6) ** (EXPONENTS["a"] - power)
+    found = rates(table.assign(lr_multiplier=table["lr_peak"] / recipe), lr="lr_multiplier")
+    assert f"(exponent of N 0) is {held}" in dict(found.facts())["transfer"]
+    assert "transfer" not in dict(rates(table).facts())
 
 
 def test_an_optimum_beyond_the_rates_that_were_tried_is_refused_by_name() -> None:

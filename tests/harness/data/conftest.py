@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,7 @@ from pictures import smooth
 
 from aimscale.harness.data.store import index
 from aimscale.harness.data.store.pack import list_folder, pack_images
-from aimscale.harness.data.stream import loader
 from aimscale.harness.run.config import RunConfig, run_config
-
-# A server that packing started would leave the import of PyTorch to each of its forks, also to the loader's.
-multiprocessing.set_forkserver_preload(list(loader._PRELOAD))
 
 
 @pytest.fixture(autouse=True)

@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aimscale.harness.distributed.group import (
-    Group,
-    LaunchError,
-    Placement,
-    choose_device,
-    find_placement,
-    gpu_index,
-    start_group,
-)
+from aimscale.harness.distributed.group import Group, choose_device, start_group
+from aimscale.harness.distributed.placement import LaunchError, Placement, find_placement, gpu_index
 from aimscale.harness.probe.features.backbones import matmul_precision
 from aimscale.harness.probe.run import standalone_group
 from aimscale.harness.run.config import RunConfig
@@ -70,6 +63,28 @@ def test_alone_torchrun_and_slurm_end_in_the_same_placement() -> None:
         assert find_placement(slurm | {"SLURM_JOB_NODELIST": nodes}).address == first
     batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "9"}
     assert find_placement(batch_script).world_size == 1, "only what srun started is one of several"
+
+
+def test_ranks_of_one_host_meet_on_loopback() -> None:
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
+    slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    for name, number, is_local in (("LOCAL_WORLD_SIZE", "4", True), ("LOCAL_WORLD_SIZE", "2", False)):
+        assert find_placement(torchrun | {name: number}).address == ("127.0.0.1" if is_local else "node1")
+    for number, address in (("1", "127.0.0.1"), ("2", "n1")):
+        assert find_placement(slurm | {"SLURM_STEP_NUM_NODES": number}).address == address
+
+
+def listening(group: Group) -> list[str]:
+    """Addresses, in hexadecimal digits, at which this process listens."""
+    links = [each.readlink().name for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+    lines = [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()]
+    return [line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in links]
+
+
+def test_ranks_of_one_host_listen_on_loopback_alone(in_group: Callable[..., list[list[str]]]) -> None:
+    first, second = in_group(listening, world_size=2)
+    assert first
+    assert {*first, *second} == {"0100007F"}
 
 
 def test_a_task_that_sees_one_card_of_its_own_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -16,10 +17,14 @@ import torch
 from trainers import free_port
 
 from aimscale.aim.errors import UserError
+from aimscale.harness.distributed import group as group_module
 from aimscale.harness.distributed import job as job_module
 from aimscale.harness.distributed.job import Job, execute_job
+from aimscale.harness.distributed.placement import LaunchError
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_FINISHED, EXIT_USER_ERROR, RunDir
+from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_FINISHED, EXIT_USER_ERROR, SHARED, RunDir
+from aimscale.harness.step.checkpoint import CheckpointError
+from aimscale.harness.step.feed import run_on_all_ranks
 
 Run = Callable[..., list[int]]
 
@@ -175,8 +180,84 @@ def test_what_befalls_one_rank_ends_all_and_a_failure_is_told_with_its_node(
     assert (status.state, status.reason_class) == ("failed", reason_class)
     assert reason in str(status.reason)
     assert status.failed_on == (f"node-{victim}" if action is fail else None), "no healthy node is blamed"
+    last = said(run, 1 - victim).read_text().splitlines()[-1]
+    assert last.startswith("rank" if action is fail else "another rank is gone or stands still")
     if action is fail:
         assert f"rank {victim} on node-{victim} failed: ValueError: a bug" in said(run, 1 - victim).read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "failed_on"),
+    [
+        (LaunchError("no CUDA device"), "node-1"),
+        (OSError(errno.ENOSPC, "No space left on device", "/proc/there"), "node-1"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), SHARED),
+        (CheckpointError("damaged"), SHARED),
+        (RuntimeError("NCCL error: unhandled system error"), None),
+    ],
+    ids=str,
+)
+def test_what_failed_is_named_by_whoever_tells_it_first(
+    run: RunDir, in_processes: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, failed_on: str | None
+) -> None:
+    """Rank 1 fails; rank 0, on a sound node, raises the same and is the first to tell."""
+    monkeypatch.setattr(job_module, "WORD_S", 30.0)
+
+    def work(job: Job) -> None:
+        def fail() -> None:
+            if job.group.rank == 1:
+                raise error
+
+        try:
+            run_on_all_ranks(job.group, fail)
+        except Exception:
+            time.sleep(job.group.rank)
+            raise
+
+    assert 0 not in in_processes(be_rank, run, work, world_size=2)
+    status = run.read_status()
+    assert (status.state, status.failed_on) == ("failed", failed_on)
+
+
+def test_an_error_of_the_first_rank_is_named_by_its_node_on_all(run: RunDir, in_processes: Run) -> None:
+    def work(job: Job) -> None:
+        def fail() -> None:
+            raise LaunchError("no CUDA device")
+
+        try:
+            job.group.from_first(fail)
+        except LaunchError:
+            time.sleep(1 - job.group.rank)
+            raise
+
+    assert 0 not in in_processes(be_rank, run, work, world_size=2)
+    assert run.read_status().failed_on == "node-0"
+
+
+def test_a_rank_that_dies_while_they_meet_is_told_in_a_sentence(
+    run: RunDir, in_processes: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunDir, "hold", be_killed)  # called by the first rank alone
+    assert in_processes(be_rank, run, reduce_within, world_size=2) == [-signal.SIGKILL, EXIT_CRASHED]
+    assert said(run, 1).read_text().startswith("another rank is gone or stands still, and its own entry in logs/")
+
+
+def test_a_rank_that_hangs_in_a_probe_is_given_up_after_some_of_its_turns(run: RunDir, in_processes: Run) -> None:
+    def work(job: Job) -> None:
+        group_module.STEP_TIMEOUT_S = 1.0
+        report_progress = job.progress_callback()
+        for done in range(4):
+            report_progress("attentive heads", done, 100, "steps")
+        if job.group.rank == 1:
+            stand_still(job.folder)
+        report_progress("attentive heads", 4, 100, "steps")
+
+    started = time.monotonic()
+    assert in_processes(be_rank, run, work, world_size=2) == [EXIT_CRASHED, -signal.SIGKILL]
+    assert time.monotonic() - started < 120
+    status = run.read_status()
+    assert (status.reason_class, status.failed_on) == ("node", None)
+    assert "stands still" in str(status.reason)
 
 
 def test_a_rank_that_is_long_in_coming_outside_of_a_step_is_waited_for(run: RunDir, in_processes: Run) -> None:
@@ -187,6 +268,10 @@ def test_a_rank_that_is_long_in_coming_outside_of_a_step_is_waited_for(run: RunD
         reduce_within(job, 2)
         time.sleep(4 * (1 - job.group.rank))
         job.group.sum_tensor(torch.ones(1))
+        report_progress = job.progress_callback()
+        report_progress("features")
+        time.sleep(4 * job.group.rank)
+        report_progress("heads")  # which may begin by reading much
 
     assert in_processes(be_rank, run, work, world_size=2) == [EXIT_FINISHED] * 2
 

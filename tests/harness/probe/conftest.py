@@ -55,12 +55,13 @@ class Task:
 
     def open(self) -> tuple[LabelledImages, LabelledImages]:
         """Training and test images."""
-        return open_task(self.section(), self.geometry, RuntimeConfig())
+        return open_task(self.section(), self.geometry, RuntimeConfig(), 0.0)
 
     def probe(self, section: ProbeSection, backbone: Any = None, **options: Any) -> list[dict[str, Any]]:
         """Probe a backbone, or the model, which is left as it was found."""
         backbone = backbone or AimBackbone(lambda: copy.deepcopy(self.model).float())
-        return probe_backbone(backbone, section, model_section=self.geometry, runtime=RuntimeConfig(), **options)
+        settings = {"model_section": self.geometry, "runtime": RuntimeConfig(), "max_bad_fraction": 0.01}
+        return probe_backbone(backbone, section, **settings | options)
 
     def feature_pass(self, **options: Any) -> FeaturePass:
         """Features of the model, in one process."""

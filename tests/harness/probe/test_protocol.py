@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_probe
+from aimscale.harness.data import DataError
+from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.probe.features.tasks import block_sets
 
 
@@ -90,6 +94,31 @@ def test_the_search_finds_the_block_that_holds_the_answer(task: Any) -> None:
         assert entry["last_blocks"] == [2, 3]
         assert entry["top1"] > 0.75
         assert entry["last_top1"] < 0.2
+
+
+@pytest.mark.parametrize("kinds", [("linear", "attentive", "knn"), ("lora",)], ids=str)
+def test_images_that_rot_after_indexing_are_left_out_as_if_they_had_never_been_there(
+    task: Any, tmp_path: Path, spoil: Callable[..., Path], kinds: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = {}
+    for name, folder, samples in (("train", "some", [0, 5, 79]), ("test", "test", [2, 399])):
+        spoilt = spoil(task.root / folder, tmp_path / name, samples)
+        again = shutil.copytree(spoilt, tmp_path / f"{name}-again")
+        index_shards(str(again), again)  # which finds them, too
+        sides[name] = str(spoilt), str(again)
+    found = []
+    for number in (0, 1):
+        paths = {name: side[number] for name, side in sides.items()}
+        wanted = task.section(kinds=kinds, epochs=1, lrs=(1e-2,), **paths)
+        found.append(task.probe(wanted, seed=0, out=None, max_bad_fraction=0.1))
+    assert [{**entry, "evaluation": ""} for entry in found[0]] == [{**entry, "evaluation": ""} for entry in found[1]]
+    assert {(entry["num_fit"] + entry["num_holdout"], entry["n"]) for entry in found[0]} == {(77, 398)}
+    assert open_dataset(sides["train"][0]).describe(79) in capsys.readouterr().err
+    rotten = wanted.model_copy(update={name: side[0] for name, side in sides.items()})
+    with pytest.raises(DataError, match="3 of 80 images of"):
+        task.probe(rotten, seed=0, out=None, max_bad_fraction=0.0025)
+    with pytest.raises(DataError, match=r"3 of 80 images cannot be decoded"):
+        task.probe(wanted, seed=0, out=None, max_bad_fraction=0.03)
 
 
 class Interrupted(Exception):

@@ -14,7 +14,18 @@ import torch
 
 from aimscale.aim.config import ModelConfigError
 from aimscale.harness.data import DataError
-from aimscale.harness.run.failures import STOP_SIGNALS, NoMemoryError, classify, disk_sentence, run_worker, stop_signals
+from aimscale.harness.run import failures
+from aimscale.harness.run.failures import (
+    EXIT_S,
+    STOP_SIGNALS,
+    NoMemoryError,
+    StandstillError,
+    classify,
+    disk_sentence,
+    is_shared,
+    run_worker,
+    stop_signals,
+)
 from aimscale.harness.run.lock import LockLost
 from aimscale.harness.step.checkpoint import CheckpointError
 
@@ -75,6 +86,19 @@ def test_a_second_ctrl_c_waits_for_no_save_and_nohup_is_obeyed() -> None:
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/status.json")
 
 
+def test_what_all_nodes_share_is_no_fault_of_the_node_that_met_it(tmp_path: Path) -> None:
+    full = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    assert is_shared(full, tmp_path)  # a full disk may name no file
+    full.filename = str(tmp_path / "logs" / "a")
+    assert is_shared(full, tmp_path)
+    full.filename = "/proc/elsewhere"
+    assert not is_shared(full, tmp_path)
+    assert is_shared(CheckpointError("damaged"), tmp_path)
+    assert is_shared(LockLost("taken over"), tmp_path)
+    assert not is_shared(StandstillError("a loader process was stopped"), tmp_path)
+    assert not is_shared(RuntimeError("CUDA error: an illegal memory access"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [(DataError("no images"), 2), (NoMemoryError("too little"), 1), (LockLost("taken over"), 1), (FULL, 1)],
@@ -85,12 +109,15 @@ def test_a_worker_says_what_is_wrong_in_one_sentence(
     def work(path: Path) -> int:
         raise error
 
+    timers: list[float] = []
+    monkeypatch.setattr(failures, "end_within", timers.append)
     monkeypatch.setattr(sys, "argv", ["worker", "run"])
     with pytest.raises(SystemExit) as ended:
         run_worker(work, "worker RUN_DIR")
     assert ended.value.code == code
     said = disk_sentence(error) if isinstance(error, OSError) else str(error)
     assert capsys.readouterr().err == f"aimscale: {said}\n"
+    assert timers == [EXIT_S], "an exit that hangs must end, too"
     monkeypatch.setattr(sys, "argv", ["worker"])
     with pytest.raises(SystemExit, match="usage: python -m worker RUN_DIR"):
         run_worker(work, "worker RUN_DIR")

@@ -27,7 +27,7 @@ from aimscale.harness.run.lock import Lock, LockHeld, LockLost, check_writer, ea
 
 HOLD = """
 import os, sys, time
-from aimscale.harness.data.stream.loader import start_fork_server
+from aimscale.harness.data.store.processes import start_fork_server
 from aimscale.harness.run.directory import RunDir
 with RunDir(sys.argv[1]).hold():
     start_fork_server().Process(target=time.sleep, args=(60,)).start()

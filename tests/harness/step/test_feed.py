@@ -21,11 +21,16 @@ from trainers import after_steps, stop_after, train_in
 import aimscale.harness.step.feed
 import aimscale.harness.step.saving
 from aimscale.harness.data import DataError
+from aimscale.harness.data.store import processes
 from aimscale.harness.data.stream.stream import Batch, TrainStream
+from aimscale.harness.distributed import job
 from aimscale.harness.distributed.group import Group
+from aimscale.harness.run import failures
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_PREEMPTED, SHARED, RunDir
+from aimscale.harness.run.failures import run_worker
 from aimscale.harness.step.feed import Feed, RankRequest
+from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
 Spoil = Callable[..., Path]
@@ -35,7 +40,7 @@ Config = Callable[..., RunConfig]
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take shares over few images; forks inherit it."""
-    monkeypatch.setattr(aimscale.harness.step.feed, "MIN_IMAGES", 40)
+    monkeypatch.setattr(aimscale.harness.data, "MIN_IMAGES", 40)
 
 
 def take_steps(group: Group, has_workers: bool) -> None:
@@ -137,6 +142,37 @@ def test_a_crash_of_one_rank_is_told_and_keeps_the_checkpoint_under_way(
     assert [path.name for path in run.checkpoints.iterdir()] == ["24"]
 
 
+def hang_in_a_save(rank: int, path: Path) -> None:
+    """Train as a launcher starts it; the disk of the last rank hangs in the second checkpoint."""
+    write = aimscale.harness.step.saving._write_part
+
+    def hang(file: Path, *args: Any) -> Any:
+        if rank == int(os.environ["WORLD_SIZE"]) - 1 and "48" in file.parent.name:
+            threading.Event().wait()
+        return write(file, *args)
+
+    aimscale.harness.step.saving._write_part = hang
+    aimscale.harness.step.saving.LEAVE_S = 1.0
+    aimscale.harness.distributed.group.PHASE_TIMEOUT_S = 3.0
+    failures.EXIT_S = job.EXIT_S = 5.0
+    sys.argv = ["train", str(path)]
+    run_worker(train, "train")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_disk_that_hangs_in_a_save_ends_the_run_with_a_sentence(
+    tmp_path: Path, tiny_config: Config, in_processes: Run, world_size: int
+) -> None:
+    run = RunDir.create(tmp_path / "run", tiny_config(budgets=[128]))
+    started = time.monotonic()
+    assert 0 not in in_processes(hang_in_a_save, run.path, world_size=world_size)
+    assert time.monotonic() - started < 120
+    status = run.read_status()
+    assert (status.state, status.reason_class, status.failed_on) == ("failed", "node", SHARED)
+    assert re.fullmatch(r"checkpoint \S+/48 was not written within 3 s; .*", str(status.reason))
+    assert [path.name for path in run.checkpoints.iterdir()] == ["24"]
+
+
 def test_undecodable_samples_are_counted_once_over_ranks_branches_and_restarts(
     tmp_path: Path, spoil: Spoil, tiny_data: Path, tiny_config: Config, in_processes: Run
 ) -> None:
@@ -186,28 +222,38 @@ def signal_the_group(rank: int, path: Path) -> None:
     train_in(rank, path)
 
 
-def lose_a_worker(rank: int, path: Path) -> None:
-    """Train, and kill a loader process of the last rank, as the system does when memory is short."""
+def lose_a_worker(rank: int, path: Path, signum: int) -> None:
+    """Train, and signal a loader process of the last rank: the system kills one when memory is short."""
 
     def act(images_done: int) -> None:
         if images_done == 24 and rank == int(os.environ["WORLD_SIZE"]) - 1:
-            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+            os.kill(multiprocessing.active_children()[0].pid or 0, signum)
 
     after_steps(act)
     train_in(rank, path)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_dead_loader_process_ends_the_run_with_a_sentence(
-    tmp_path: Path, tiny_config: Config, in_processes: Run, world_size: int
-) -> None:
+@pytest.mark.parametrize(
+    ("signum", "reason_class", "sentence"),
+    [
+        (signal.SIGKILL, "oom", r"loader process \d+ ended \(exit code -9\), .*num_workers.*"),
+        (signal.SIGSTOP, "node", r"process \d+ on .* was stopped by a signal .*"),
+    ],
+)
+def test_a_loader_process_that_dies_or_stands_still_ends_the_run_with_a_sentence(
+    tmp_path: Path, tiny_config: Config, in_processes: Run, monkeypatch: pytest.MonkeyPatch, world_size: int,
+    signum: int, reason_class: str, sentence: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(processes, "POLL_S", 0.2)
+    monkeypatch.setattr(processes, "STOPPED_S", 1.0)
     run = RunDir.create(tmp_path / "run", tiny_config({"num_workers": 2}, budgets=[1200]))
     started = time.monotonic()
-    assert in_processes(lose_a_worker, run.path, world_size=world_size) == [EXIT_CRASHED] * world_size
+    assert in_processes(lose_a_worker, run.path, signum, world_size=world_size) == [EXIT_CRASHED] * world_size
     assert time.monotonic() - started < 120
     status = run.read_status()
-    assert (status.state, status.reason_class) == ("failed", "oom")
-    assert re.fullmatch(r"loader process \d+ ended \(exit code -9\), .*num_workers.*", str(status.reason))
+    assert (status.state, status.reason_class) == ("failed", reason_class)
+    assert re.fullmatch(sentence, str(status.reason))
 
 
 def test_a_signal_to_every_process_of_a_step_leaves_the_workers_alone(

@@ -19,6 +19,7 @@ import aimscale.harness.step.saving
 import aimscale.harness.train.budget
 import aimscale.harness.train.evaluate
 import aimscale.harness.train.loop
+from aimscale.harness.distributed import group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, RunDir
 from aimscale.harness.run.lock import LockHeld, read_holder
@@ -122,7 +123,7 @@ def test_a_requeued_job_does_not_drive_out_a_trainer_that_is_at_work(
 
 def wait_in_short_steps(rank: int, path: Path, what: str) -> None:
     """Train, on a host of its own, where ranks wait for each other for a second in a step."""
-    aimscale.harness.train.loop.STEP_TIMEOUT_S, aimscale.harness.train.loop.STEP_FACTOR = 1.0, 0.0
+    group.STEP_TIMEOUT_S, group.STEP_FACTOR = 1.0, 0.0
     if what == "hang in a step" and rank == 1:  # until a launcher would end it
         before_call(Engine, "step", 3, lambda: until(lambda: RunDir(path).read_status().state == "failed"))
     if what == "stall of the disk" and rank == 0:

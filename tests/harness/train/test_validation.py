@@ -13,8 +13,10 @@ import torch
 import aimscale.harness.train.validation
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
-from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths, validation_prefixes
+from aimscale.harness.data import DataError
+from aimscale.harness.data.store.index import ShardDataset, open_dataset
+from aimscale.harness.data.stream.augment import normalise
+from aimscale.harness.data.stream.held_out import EvalImages, prefix_lengths, validation_prefixes
 from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.train.validation import HeldOut, ValidationLosses, completions, validate
@@ -22,11 +24,16 @@ from aimscale.harness.train.validation import HeldOut, ValidationLosses, complet
 MODEL = ModelSection(size="w16-d2", image_size=16, patch_size=4)
 
 
+def eval_images(dataset: ShardDataset) -> torch.Tensor:
+    """The first 13 images, normalised."""
+    return normalise(EvalImages(dataset, MODEL, centre_crop=1.0, max_bad_fraction=0.0).pixels(range(13)))
+
+
 def losses_of(group: Group, data: Path) -> ValidationLosses:
     aimscale.harness.train.validation.EVAL_TOKENS = 150  # passes of three images, the last one shorter
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral"))
     section = ValidationSection(path=str(data / "validation"), num_prefixes=3, num_images=13, centre_crop=1.0)
-    held_out = HeldOut(open_dataset(section.path), section, MODEL, group)
+    held_out = HeldOut(open_dataset(section.path), section, MODEL, group, max_bad_fraction=0.0)
     losses, again = validate(model, held_out, group), validate(model, held_out, group)
     assert all(np.array_equal(getattr(losses, each), getattr(again, each)) for each in vars(losses)), "kept images"
     return losses
@@ -34,7 +41,7 @@ def losses_of(group: Group, data: Path) -> ValidationLosses:
 
 def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, in_group: Callable[..., list[Any]]) -> None:
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral"))
-    images = eval_images(open_dataset(tiny_data / "validation"), range(13), MODEL, 1.0)
+    images = eval_images(open_dataset(tiny_data / "validation"))
     with torch.no_grad():
         expected = [
             sum(model(image[None], prefix[None])[0].item() for prefix in prefixes)
@@ -54,16 +61,51 @@ def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, in_group: Call
         assert losses.position_loss_sum == pytest.approx(by_place, rel=1e-5)
 
 
+def losses_and_pictures(group: Group, data: Path, max_bad_fraction: float) -> tuple[ValidationLosses, Any] | str:
+    """The losses and pictures of all images, measured twice, or the sentence that refuses them."""
+    model = AIM(model_config("w16-d2", image_size=16, patch_size=4))
+    section = ValidationSection(path=str(data), num_prefixes=2, centre_crop=1.0)
+    held_out = HeldOut(open_dataset(section.path), section, MODEL, group, max_bad_fraction=max_bad_fraction)
+    try:
+        validate(model, held_out, group)
+    except DataError as error:
+        return str(error)
+    return validate(model, held_out, group), completions(model, held_out, group.device)
+
+
+def test_images_that_rot_after_indexing_are_left_out_and_counted(
+    tiny_data: Path, tmp_path: Path, spoil: Callable[..., Path], in_group: Callable[..., list[Any]]
+) -> None:
+    sound, spoilt = tiny_data / "validation", spoil(tiny_data / "validation", tmp_path / "rotten", [4, 9, 15])
+    left = [i for i in range(16) if i not in (4, 9, 15)]
+    for world_size in (1, 2):
+        ((whole, _), *_) = in_group(losses_and_pictures, sound, 0.003, world_size=world_size)
+        for losses, pictures in in_group(losses_and_pictures, spoilt, 0.003, world_size=world_size):
+            assert losses.index.tolist() == left
+            assert losses.columns["val_num_images"] == 13
+            assert np.array_equal(losses.prefix_len, whole.prefix_len[left])
+            assert losses.prefix_loss_sum == pytest.approx(whole.prefix_loss_sum[left], rel=1e-5)
+            assert losses.num_targets.tolist() == whole.num_targets[left].tolist()
+            assert losses.position_num_targets.sum() == losses.num_targets.sum()
+            assert losses.position_loss_sum.sum() == pytest.approx(losses.loss_sum.sum())
+            assert pictures["picture_index"].tolist() == [0, 2, 6, 11, 13]  # of 0, 2, 4, 6, 9, 11, 13 and 15
+        for sentence in in_group(losses_and_pictures, spoilt, 0.002, world_size=world_size):
+            assert "3 of 16 images of" in sentence
+            assert f"last {open_dataset(spoilt).describe(15)} (" in sentence
+
+
 def test_a_masked_model_is_validated_on_fixed_masks(tiny_data: Path) -> None:
     config = model_config("w16-d2", image_size=16, patch_size=4, masked=0.75)
     section = ValidationSection(path=str(tiny_data / "validation"), num_prefixes=3, num_images=13, centre_crop=1.0)
-    losses = validate(AIM(config), HeldOut(open_dataset(section.path), section, MODEL, ALONE), ALONE)
+    losses = validate(
+        AIM(config), HeldOut(open_dataset(section.path), section, MODEL, ALONE, max_bad_fraction=0.0), ALONE
+    )
     masks, more = validation_prefixes(13, 3, config), validation_prefixes(500, 3, config)
     assert torch.equal(more[:13], masks)
     assert torch.equal(masks.sum(2), torch.full((13, 3), 4))
     assert len(set(map(tuple, masks.flatten(0, 1).tolist()))) > 35
     assert more.float().mean((0, 1)) == pytest.approx(torch.full((16,), 0.25), abs=0.06)  # four standard errors
-    images = eval_images(open_dataset(section.path), range(13), MODEL, 1.0)
+    images = eval_images(open_dataset(section.path))
     with torch.no_grad():
         loss_sum, num_targets = AIM(config)(images.repeat_interleave(3, dim=0), masks.flatten(0, 1))
     assert losses.loss == pytest.approx((loss_sum / num_targets).item(), rel=1e-5)
@@ -94,7 +136,7 @@ def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
 def test_completions_show_the_prefix_and_predict_the_rest(tiny_data: Path, options: dict) -> None:
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral", **options))
     section = ValidationSection(path=str(tiny_data / "validation"))
-    held_out = HeldOut(open_dataset(section.path), section, MODEL, ALONE)
+    held_out = HeldOut(open_dataset(section.path), section, MODEL, ALONE, max_bad_fraction=0.0)
     pictures = completions(model, held_out, torch.device("cpu"))
     assert all(pictures[key].shape == (8, 16, 16, 3) for key in ("truth", "prefix", "prediction"))
     given = (pictures["prefix"] != 128).any(axis=-1)

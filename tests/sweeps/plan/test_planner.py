@@ -169,6 +169,23 @@ def test_all_frozen_probes_of_imagenet_cost_a_few_percent_of_training() -> None:
     assert share("aim-7B", 1)[2] > 2 * share("aim-7B", 8)[2]  # on one card its heads train in four rounds
 
 
+def test_probes_of_a_large_run_of_several_nodes_are_priced_on_one(write_sweep: Any) -> None:
+    task = {"task": "imagenet-1k", "train": "absent", "test": "absent"}
+
+    def card(above: int, place: Any = None) -> CostCard:
+        slurm = {"probe_on_one_node_above": above}
+        sweep = write_sweep(sizes=["rung-32"], devices=32, slurm=slurm, base={"probes": [task]}).at(place)
+        return cost_cards(sweep, plan(sweep))[0]
+
+    apart, together = card(1000), card(10**6)
+    assert (apart.probe_devices, together.probe_devices, card(1000, "local").probe_devices) == (8, 32, 32)
+    assert apart.training_s == together.training_s
+    assert apart.wall_s > 2 * together.wall_s, "the few devices take longer"
+    spent = (apart.training_s * 32 + apart.evaluation_s * 8) / 3600
+    assert apart.device_hours == pytest.approx(spent, rel=1e-3)
+    assert together.device_hours == together.wall_s * 32 / 3600
+
+
 def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, write_images: Any, tmp_path: Path) -> None:
     for seed, (name, number) in enumerate((("val", 100), ("fit", 60), ("test", 40))):
         write_images(tmp_path / name, number, seed=seed)

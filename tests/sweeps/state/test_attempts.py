@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from aimscale.harness.run.directory import (
+    EXIT_CRASHED,
+    EXIT_DIVERGED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    SHARED,
+)
 from aimscale.harness.run.lock import Holder, Lock
 from aimscale.sweeps.state import attempts
 from aimscale.sweeps.state.attempts import clear_failure, may_retry, record_end, record_lost_attempt
@@ -35,6 +42,19 @@ def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
     assert [attempt(record, EXIT_PREEMPTED) for _ in range(2)] == ["preempted", "failed"]
     assert record.read_status().reason_class == "timeout"
     assert "slurm.time_limit_min" in str(record.read_status().reason)
+
+
+@pytest.mark.parametrize(
+    ("failed_on", "outcome", "nodes"),
+    [(None, "given back", ["node-1"]), ("node-2", "given back", ["node-2"]), (SHARED, "retry", [])],
+)
+def test_an_early_failure_is_given_to_another_node_unless_all_share_its_cause(
+    record: RunRecord, failed_on: str | None, outcome: str, nodes: list[str]
+) -> None:
+    record.write_status(state="failed", reason="r", reason_class="node", failed_on=failed_on, claim="mine")
+    claims = ("mine", None)
+    ended = record_end(record, 1, EXIT_CRASHED, claims=claims, stop_requested=False, failed_early_on="node-1")
+    assert (ended, record.failed_nodes()) == (outcome, nodes)
 
 
 def test_being_stopped_by_a_person_never_counts(record: RunRecord) -> None:

@@ -17,6 +17,7 @@ from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import prepare_directory
+from aimscale.sweeps.table import collection
 from aimscale.sweeps.table.collection import CollectResult, collect
 from aimscale.sweeps.table.status import sweep_status
 
@@ -86,6 +87,15 @@ def test_points_during_training_are_a_table_of_their_own(write_sweep: Any, stand
     assert point["flops_train"] == pytest.approx(budget.flops * 192 / budget.images_seen)
     assert [(probe["task"], probe["top1"]) for probe in point["probes"]] == [("pets", 0.5)]
     assert len(complete(read_table(table.with_name("curves.csv")))) == 2, "for `fit curves.csv`"
+
+
+def test_tasks_are_told_apart_by_the_fields_of_their_evaluations() -> None:
+    """The evaluation asked for keeps its bare name, whatever its data if these cannot be read; others are named."""
+    entries = [{"task": "pets", "evaluation": each} for each in ("a1-d1", "a1-d2", "b2-d1", "a1-d1-d2", None)]
+    alone = [{"task": "dtd", "evaluation": "b2-d1"}]
+    (row, empty) = collection._name_tasks([{"probes": [*entries, *alone]}, {"size": "x"}], {"pets": {"a1-*"}})
+    assert [entry["task"] for entry in row["probes"]] == ["pets", "pets", "pets@b2-d1", "pets@a1-d1-d2", "pets", "dtd"]
+    assert empty == {"size": "x"}
 
 
 def test_rows_carry_what_the_sweep_varied(write_sweep: Any, stand_in: Any, launch: Any) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +18,15 @@ from commands import refused, say
 from pictures import saved
 from PIL import Image
 
+from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store import bundled
+from aimscale.harness.data.store import bundled, pack, processes
 from aimscale.harness.data.store.columns import SAMPLE
 from aimscale.harness.data.store.dataset_info import read_info
 from aimscale.harness.data.store.decoding import crop_centre, decode
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import list_folder, pack_images
+from aimscale.harness.run.failures import NoMemoryError, StandstillError
 
 
 def test_pack_keeps_bytes_and_labels_and_webdataset_reads_them(small_set: Path) -> None:
@@ -78,6 +83,29 @@ def test_any_number_of_processes_writes_the_same_bytes(small_set: Path, tmp_path
     )
     assert one == many
     assert open_dataset(tmp_path / "packed").info.num_shards >= 4
+
+
+@pytest.mark.parametrize(
+    ("signum", "kind"), [(signal.SIGKILL, NoMemoryError), (signal.SIGSTOP, StandstillError)], ids=str
+)
+def test_a_process_that_is_killed_or_stopped_ends_a_pack_with_a_sentence_and_leaves_nothing(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, kind: type[UserError]
+) -> None:
+    monkeypatch.setattr(pack, "_CHUNK", 1)
+    monkeypatch.setattr(processes, "POLL_S", 0.1)
+    monkeypatch.setattr(processes, "STOPPED_S", 0.5)
+    seen = set[int]()
+
+    def progress(what: str, done: int, total: int, unit: str) -> None:
+        for process in multiprocessing.active_children() if done == 5 else ():
+            seen.add(process.pid or 0)
+            os.kill(process.pid or 0, signum)
+
+    with pytest.raises(kind, match=r"killed|was stopped by a signal"):
+        pack_images(list_folder(small_set.parent / "images"), tmp_path / "out", num_workers=2, progress=progress)
+    assert len(seen) == 2
+    assert not multiprocessing.active_children()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_ranges_are_disjoint_splits_of_the_whole(small_set: Path, tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ from aimscale.harness.data.stream.augment import (
     jitter_colours,
     normalise,
 )
-from aimscale.harness.data.stream.held_out import eval_images, prefix_lengths
+from aimscale.harness.data.stream.held_out import EvalImages, prefix_lengths
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.stream import Batch, TrainStream
+from aimscale.harness.distributed.group import ALONE
 from aimscale.harness.run.config import RunConfig
 
 Configure = Callable[..., RunConfig]
@@ -274,8 +275,9 @@ def test_small_images_are_decoded_once_and_others_each_time(
 
     monkeypatch.setattr(ShardDataset, "read_many", watched)
     model, stream = configure().training.model, TrainStream(configure(path=small_set))
-    first = eval_images(stream.datasets[0], [3, 0], model, 1.0)
-    assert torch.equal(eval_images(open_dataset(small_set), [0, 3], model, 1.0), first[[1, 0]])
+    evaluation = {"centre_crop": 1.0, "max_bad_fraction": 0.0}
+    first = EvalImages(stream.datasets[0], model, **evaluation).pixels([3, 0])
+    assert torch.equal(EvalImages(open_dataset(small_set), model, **evaluation).pixels([0, 3]), first[[1, 0]])
     assert decoded == ([3, 0] if bound else [3, 0, 0, 3])
     for start in (0, 60):
         stream.batch(range(start, start + 60))
@@ -287,7 +289,8 @@ def test_eval_images_are_centre_crops(large_set: Path, configure: Configure) -> 
     # the authors' way: the shorter side to ceil(32 / 0.875), then the middle 32 px of both sides
     resized = resize_shorter_side(dataset.decode(3), 37)
     top, left = ((side - 32) // 2 for side in resized.shape[-2:])
-    _, cropped = denormalise(eval_images(dataset, [0, 3], configure().training.model, 0.875))
+    images = EvalImages(dataset, configure().training.model, centre_crop=0.875, max_bad_fraction=0.0)
+    _, cropped = images.pixels([0, 3])
     assert torch.equal(cropped, resized[:, top : top + 32, left : left + 32])
 
 
@@ -327,8 +330,8 @@ def test_bad_samples_are_replaced_alike_and_counted(
         assert {name for part in parts for name in part.bad_samples} == {*expected.bad_samples}
 
 
-def test_a_flipped_bit_of_a_picture_is_a_bad_sample_and_an_error_of_an_evaluation(
-    small_set: Path, tmp_path: Path, configure: Configure
+def test_a_flipped_bit_of_a_picture_is_a_bad_sample_that_evaluations_leave_out_and_count(
+    small_set: Path, tmp_path: Path, configure: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = shutil.copytree(small_set, tmp_path / "copy")
     ((name, offset, size),) = open_dataset(path).byte_ranges([33])
@@ -337,8 +340,24 @@ def test_a_flipped_bit_of_a_picture_is_a_bad_sample_and_an_error_of_an_evaluatio
     (path / name).write_bytes(data)
     (named,) = TrainStream(configure(path=path)).batch(np.arange(60)).bad_samples
     assert named.startswith(open_dataset(path).describe(33, "")), named
+    dataset, model = open_dataset(path), configure().training.model
+    for fraction in (0.001, 0.0):  # of 1,000 images at least
+        images = EvalImages(dataset, model, centre_crop=1.0, max_bad_fraction=fraction)
+        samples = np.array([32, 33, 34])
+        assert images.pixels(samples).flatten(1).any(1).tolist() == [True, False, True]
+        assert images.is_good(samples).tolist() == [True, False, True]
+        if fraction:
+            images.agree(ALONE, np.arange(60))
+            images.agree(ALONE, samples[[0]])  # a second look, without the bad one: it still counts
+            assert capsys.readouterr().err.count(named) == 1
+        else:
+            with pytest.raises(DataError, match=re.escape(f"1 of 60 images of {path} cannot be decoded, last {named}")):
+                images.agree(ALONE, np.arange(60))
+    images.is_read = True
     with pytest.raises(DataError, match=re.escape(named)):
-        eval_images(open_dataset(path), [32, 33], configure().training.model, 1.0)
+        images.pixels(samples)
+    with pytest.raises(DataError, match=re.escape(f"none of 1 images of {path} can be decoded: {named}")):
+        images.agree(ALONE, samples[1:2])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from aimscale.harness.probe.features.images import ARGUMENTS, PublishedViews
+from aimscale.harness.probe.features.views import ARGUMENTS, PublishedViews
 
 
 def test_views_are_changed_by_the_operations_and_magnitudes_of_timm() -> None:

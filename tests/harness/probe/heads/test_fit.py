@@ -64,9 +64,9 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
     monkeypatch.setattr("aimscale.harness.probe.heads.training.MICRO_BATCH", 7)
     monkeypatch.setattr("aimscale.harness.probe.heads.training.WORKING_GB", 1e-4)
     wanted = task.section(train=str(task.root / "some"), epochs=3, batch_size=30, lrs=(3e-3, 1e-2))
-    train, _ = open_task(wanted, task.geometry, RuntimeConfig())
+    train, _ = open_task(wanted, task.geometry, RuntimeConfig(), 0.0)
     fit, held = holdout_split(train.labels, 0.2, seed=5)
-    whole = Task(section=wanted, train=train, test=train, fit=fit, held=held, seed=5, group=ALONE)
+    whole = Task(section=wanted, train=train, test=train, seed=5, group=ALONE)
     features = task.feature_pass(folder=tmp_path).split(train, fit)
     source = features.tokens  # from which linear heads learn where there are views
     training = HeadTraining(task=whole, num_heads=model.config.num_heads, features=features, source=source)
@@ -123,7 +123,7 @@ def test_linear_heads_are_the_solutions_of_scikit_learn_for_any_split_of_the_ima
 ) -> None:
     train, _ = task.open()
     fit, held = holdout_split(train.labels, 0.2, seed=0)
-    whole = Task(section=task.section(), train=train, test=train, fit=fit, held=held, seed=0, group=ALONE)
+    whole = Task(section=task.section(), train=train, test=train, seed=0, group=ALONE)
     features = task.feature_pass().split(train, fit)
     vectors = features.pooled.rows(slice(None)).numpy().astype(np.float64)
     training = HeadTraining(task=whole, num_heads=model.config.num_heads, features=features, source=features.pooled)

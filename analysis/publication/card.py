@@ -1,0 +1,142 @@
+"""Cards of a published folder and of its models, in the layout of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import yaml
+
+from aimscale.analysis.report.study import Study
+from aimscale.analysis.report.verdict import verdict
+from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.words import human
+
+FILES = {
+    "data": "tables, a row per run and data budget",
+    "report.html": "the page, in one file",
+    "numbers.json": "every number of the page, and how the tables were read",
+    "figures": "each figure as SVG, PDF and PNG, with a CSV of what it draws",
+    "tables": "each table for LaTeX (booktabs)",
+    "models": "configuration and card of every run; its weights where they are published",
+    "sweep.yaml": "what was run",
+    "environment.txt": "versions of the packages that trained",
+    "croissant.json": "the tables described for machines",
+    "CITATION.cff": "how to cite it",
+    "SHA256SUMS": "checksums of all files, for `sha256sum -c`",
+}
+"""Files of a folder that the card explains where they are there."""
+WRITTEN_LAST = ("SHA256SUMS",)
+
+
+class About(NamedTuple):
+    """What only its authors know of a publication."""
+
+    title: str
+    licence: str
+    """Licence of the data and of this folder, best as an SPDX identifier such as CC-BY-4.0."""
+    authors: tuple[str, ...] = ()
+    url: str | None = None
+    """Where it will be found."""
+    watts: float | None = None
+    """Mean power of a device while training, W."""
+    g_co2_per_kwh: float | None = None
+    """Carbon intensity of the electricity, g CO2/kWh."""
+
+
+def folder_card(study: Study, tables: Sequence[str], folder: Path, about: About) -> str:
+    """Write the README of a folder: YAML for the hub, findings, cost, files, how to check them."""
+    head = {
+        "license": about.licence.lower(),
+        "pretty_name": about.title,
+        "tags": ["scaling-laws", "autoregressive-image-models", "aimscale"],
+        "configs": [
+            {"config_name": Path(each).stem, "data_files": each, **({} if i else {"default": True})}
+            for i, each in enumerate(tables)
+        ],
+    }
+    figures = sorted(path.name for path in (folder / "figures").glob("*.png"))[:4]
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
+        f"# {about.title}",
+        f"{len(study.frame)} rows, one per training run and data budget, analysed by aimscale.",
+        "## Findings",
+        "\n".join(f"- **{line.question}** {line.answer}" for line in verdict(study)),
+        "\n".join(f"![{name.removesuffix('.png').replace('-', ' ')}](figures/{name})" for name in figures),
+    ]
+    if cost := energy(study.frame, about):
+        parts += ["## Cost", "\n".join(f"- {line}" for line in cost)]
+    there = [(name, what) for name, what in FILES.items() if name in WRITTEN_LAST or (folder / name).exists()]
+    listed = "\n".join(f"| `{name}` | {what} |" for name, what in there)
+    parts += [
+        f"## Files\n\n| file | content |\n|---|---|\n{listed}",
+        "## Check it",
+        "Any laptop recomputes every number of the page from the tables, without torch:",
+        "```bash\npip install aimscale\naimscale verify .\n```",
+        f"## Licence\n\n{about.licence}" + (f", {', '.join(about.authors)}" if about.authors else ""),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def energy(frame: pd.DataFrame, about: About) -> list[str]:
+    """Say what training cost: a run's last budget counts all its device-hours; power and intensity are the authors'."""
+    if "device_hours" not in frame or not (hours := float(frame.groupby("run_id")["device_hours"].max().sum())):
+        return []
+    lines = [f"{human(hours)} device-hours of training, {frame['run_id'].nunique()} runs"]
+    if about.watts is not None:
+        kwh = hours * about.watts / 1000
+        lines.append(
+            f"{human(kwh)} kWh: device-hours x {about.watts:g} W, the mean power of a device that the authors give"
+        )
+        if about.g_co2_per_kwh is not None:
+            lines.append(f"{human(kwh * about.g_co2_per_kwh / 1000)} kg CO2 at {about.g_co2_per_kwh:g} g/kWh")
+    return lines
+
+
+def model_cards(frame: pd.DataFrame, about: About) -> dict[str, str]:
+    """Write a card per run that has rows: what it is, what it saw, what was measured."""
+    if "run_id" not in frame:
+        return {}
+    probes = probe_frame(frame) if "probes" in frame else pd.DataFrame()
+    cards = {}
+    for run_id, rows in frame.dropna(subset=["run_id"]).groupby("run_id", sort=False):
+        first = rows.iloc[0]
+        lines = [
+            f"---\nlicense: {about.licence.lower()}\ntags: [aimscale, autoregressive-image-models]\n---",
+            f"# {run_id}",
+        ]
+        lines.append(_sentence(first))
+        lines.append(_measured(rows, probes[probes["run_id"] == run_id] if len(probes) else probes))
+        cards[str(run_id)] = "\n\n".join(lines) + "\n"
+    return cards
+
+
+def _sentence(row: pd.Series) -> str:
+    """Say what a run is, from the columns that its row has."""
+
+    def has(name: str) -> Any:
+        return row[name] if name in row and pd.notna(row[name]) else None
+
+    said = [f"An autoregressive image model of size {has('size')}"]
+    said += [f"with {human(row['params_total'])} parameters"] if has("params_total") else []
+    said += [f"on {human(row['unique_images'])} different images"] if has("unique_images") else []
+    said += [f"(fingerprint {row['data_fingerprint']})"] if has("data_fingerprint") else []
+    return f"{' '.join(said)}; seed {has('seed')}, code {has('git_commit')}."
+
+
+def _measured(rows: pd.DataFrame, probes: pd.DataFrame) -> str:
+    """Write a table of what was measured at each budget."""
+    heads = ["images seen", "validation loss"]
+    cells: list[dict[str, str]] = []
+    for _, row in rows.sort_values("images_seen").iterrows():
+        cell = {"images seen": human(row["images_seen"]), "validation loss": human(row["val_loss"], 4)}
+        own = probes[probes["images_seen"] == row["images_seen"]] if len(probes) else probes
+        for _, entry in own.iterrows():
+            name = f"{entry['task']} {entry['kind']}, %"
+            heads += [name] if name not in heads else []
+            cell[name] = f"{100 * entry['top1']:.1f}"
+        cells.append(cell)
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(cell.get(head, '') for head in heads)} |" for cell in cells)])

@@ -1,0 +1,103 @@
+"""Description of a published folder for machines: Croissant 1.0 (https://docs.mlcommons.org/croissant), JSON-LD."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from aimscale.analysis.publication.card import About
+from aimscale.analysis.table.schema import described
+
+CONTEXT: dict[str, Any] = {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "citeAs": "cr:citeAs",
+    "column": "cr:column",
+    "conformsTo": "dct:conformsTo",
+    "cr": "http://mlcommons.org/croissant/",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "dct": "http://purl.org/dc/terms/",
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    "extract": "cr:extract",
+    "field": "cr:field",
+    "fileProperty": "cr:fileProperty",
+    "fileObject": "cr:fileObject",
+    "fileSet": "cr:fileSet",
+    "format": "cr:format",
+    "includes": "cr:includes",
+    "isLiveDataset": "cr:isLiveDataset",
+    "jsonPath": "cr:jsonPath",
+    "key": "cr:key",
+    "md5": "cr:md5",
+    "parentField": "cr:parentField",
+    "path": "cr:path",
+    "recordSet": "cr:recordSet",
+    "references": "cr:references",
+    "regex": "cr:regex",
+    "repeated": "cr:repeated",
+    "replace": "cr:replace",
+    "sc": "https://schema.org/",
+    "separator": "cr:separator",
+    "source": "cr:source",
+    "subField": "cr:subField",
+    "transform": "cr:transform",
+}
+"""The context that Croissant 1.0 prescribes."""
+TYPES = {"i": "sc:Integer", "f": "sc:Float", "b": "sc:Boolean"}
+"""Kinds of numpy's types -> types of Croissant; all else is text."""
+
+
+def croissant(folder: Path, about: About) -> dict[str, Any]:
+    """Describe the CSV tables of a folder: files with checksums, and columns with type and meaning."""
+    tables = sorted((folder / "data").glob("*.csv"))
+    found: dict[str, Any] = {
+        "@context": CONTEXT,
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "name": "".join(c if c.isalnum() else "-" for c in about.title).strip("-"),
+        "description": f"{about.title}: a row per training run and data budget.",
+        "license": about.licence,
+        "distribution": [_file(path, folder) for path in tables],
+        "recordSet": [_records(path) for path in tables],
+    }
+    if about.url:
+        found["url"] = about.url
+    if about.authors:
+        found["creator"] = [{"@type": "sc:Organization", "name": name} for name in about.authors]
+    return found
+
+
+def _file(path: Path, folder: Path) -> dict[str, Any]:
+    """Describe a CSV file."""
+    return {
+        "@type": "cr:FileObject",
+        "@id": path.name,
+        "name": path.name,
+        "contentUrl": str(path.relative_to(folder)),
+        "encodingFormat": "text/csv",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+
+
+def _records(path: Path) -> dict[str, Any]:
+    """Describe the columns of a CSV file."""
+    frame = pd.read_csv(path, low_memory=False).dropna(axis="columns", how="all")
+    fields = []
+    for name, kind in ((str(name), frame[name].dtype.kind) for name in frame):
+        column = described(name)
+        field = {
+            "@type": "cr:Field",
+            "@id": f"{path.stem}/{name}",
+            "name": name,
+            "dataType": TYPES.get(kind, "sc:Text"),
+            "source": {"fileObject": {"@id": path.name}, "extract": {"column": name}},
+        }
+        if column.meaning:
+            field["description"] = column.meaning + (f" ({column.unit})" if column.unit else "")
+        fields.append(field)
+    return {"@type": "cr:RecordSet", "@id": path.stem, "name": path.stem, "field": fields}

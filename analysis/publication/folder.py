@@ -1,0 +1,163 @@
+"""A folder that others can cite and recompute: tables, the page and its numbers, figures, LaTeX, cards, checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from aimscale.analysis.display import Result
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.publication.card import About, folder_card, model_cards
+from aimscale.analysis.publication.croissant import croissant
+from aimscale.analysis.publication.numbers import Source, Verification, compare_numbers, page_numbers
+from aimscale.analysis.report.page import write_report
+from aimscale.analysis.table.schema import write_table
+
+NUMBERS, CHECKSUMS = "numbers.json", "SHA256SUMS"
+VERSION = 1
+"""Rises when `numbers.json` changes its form."""
+
+
+def publish(
+    tables: Sequence[Path],
+    out: Path,
+    about: About,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Sequence[str] = (),
+    best: Sequence[str] = (),
+    add: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write the folder aside, then rename it: nobody sees half of it.
+
+    Args:
+        tables: tables of the page, as `write_report` takes them.
+        out: folder to make.
+        about: what stands on its card.
+        columns: our name -> the file's, for foreign tables.
+        where: conditions that rows must meet.
+        best: tuned columns of which only the best value counts.
+        add: writes further files into the folder, before its card is written and checksums are taken.
+
+    Raises:
+        AnalysisError: a table cannot be read, or `out` is there already or cannot be written.
+    """
+    if out.exists():
+        raise AnalysisError(f"{out} exists already; name a folder that does not.")
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".parts", dir=out.absolute().parent) as aside:
+            folder = Path(aside) / out.name
+            folder.mkdir()
+            names = _copy_tables(tables, folder)
+            source = Source(names, dict(columns or {}), tuple(where), tuple(best))
+            _write_results(source, folder, about, add)
+            _write_checksums(folder)
+            os.replace(folder, out)
+    except OSError as error:
+        raise AnalysisError(f"cannot write {out}: {error.strerror}; choose a folder that is yours.") from error
+
+
+def _copy_tables(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
+    """Copy the tables as they are, and as CSV for those who have no Parquet; return their names in the folder."""
+    names: list[str] = []
+    (folder / "data").mkdir()
+    for path in (each / "results.parquet" if each.is_dir() else each for each in tables):
+        if not path.is_file():
+            raise AnalysisError(f"{path} does not exist; publish a sweep, or tables that are files.")
+        if (name := f"data/{path.name}") in names:
+            raise AnalysisError(f"two tables are named {path.name}; rename one.")
+        shutil.copyfile(path, folder / name)
+        names.append(name)
+        if path.suffix == ".parquet":
+            write_table(pq.read_table(path), folder / "data" / f"{path.stem}.csv")
+    return tuple(names)
+
+
+def _write_results(source: Source, folder: Path, about: About, add: Callable[[Path], None]) -> None:
+    """Write page, figures, numbers, LaTeX tables, cards, citation and the description for machines."""
+    study = source.study(folder)
+    write_report(
+        [folder / each for each in source.tables],
+        folder / "report.html",
+        columns=source.columns or None,
+        where=source.where,
+        best=source.best,
+        figures=folder / "figures",
+    )
+    record = {"version": VERSION, "source": source._asdict(), "numbers": page_numbers(study)}
+    texts = {NUMBERS: json.dumps(record, indent=1, allow_nan=False), "CITATION.cff": _citation(about)}
+    found = [(name, subject, each) for name, by in study.results.items() for subject, each in by.items()]
+    for name, subject, each in found:
+        if isinstance(each, Result) and len(each.table):
+            title = "".join(c if c.isalnum() else "-" for c in f"{name} {subject}".strip())
+            texts[f"tables/{title}.tex"] = each.to_latex()
+    for run_id, card in model_cards(study.frame, about).items():
+        texts[f"models/{run_id}/README.md"] = card
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    add(folder)
+    described = croissant(folder, about)
+    (folder / "croissant.json").write_text(json.dumps(described, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "README.md").write_text(folder_card(study, source.tables, folder, about), encoding="utf-8")
+
+
+def _citation(about: About) -> str:
+    """Write CITATION.cff (https://citation-file-format.github.io, version 1.2.0)."""
+    fields: dict[str, Any] = {
+        "cff-version": "1.2.0",
+        "message": "If you use these results, please cite them.",
+        "title": about.title,
+        "type": "dataset",
+        "authors": [{"name": name} for name in about.authors or ("anonymous",)],
+        "license": about.licence,
+    }
+    return yaml.safe_dump(fields | ({"url": about.url} if about.url else {}), sort_keys=False, allow_unicode=True)
+
+
+def _sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_checksums(folder: Path) -> None:
+    """Write the checksums of all files, as `sha256sum -c` reads them."""
+    files = sorted(each for each in folder.rglob("*") if each.is_file())
+    lines = [f"{_sha256(each)}  {each.relative_to(folder)}\n" for each in files]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def verify(folder: Path) -> Verification:
+    """Compare files with their checksums, and recompute every published number from the tables.
+
+    Raises:
+        AnalysisError: it is no published folder, its numbers are of a newer version, or its tables cannot be read.
+    """
+    try:
+        sums = dict(line.split("  ", 1)[::-1] for line in (folder / CHECKSUMS).read_text("utf-8").splitlines())
+        record = json.loads((folder / NUMBERS).read_text("utf-8"))
+        version, numbers, source = record["version"], record["numbers"], Source(**record["source"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AnalysisError(
+            f"{folder} is not a folder that `aimscale publish` wrote, or not all of one ({error}); fetch it again."
+        ) from error
+    if version > VERSION:
+        raise AnalysisError(f"{folder / NUMBERS} is of version {version}, newer than this aimscale; update aimscale.")
+    damaged = [
+        name for name, digest in sums.items() if not (path := folder / name).is_file() or _sha256(path) != digest
+    ]
+    num, differences = compare_numbers(numbers, page_numbers(source.study(folder)))
+    return Verification(
+        folder=str(folder), num_numbers=num, num_files=len(sums), damaged=tuple(damaged), differences=differences
+    )

@@ -1,0 +1,97 @@
+"""`aimscale publish SWEEP OUT`: one folder that others can cite, recompute and put on a hub."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aimscale.aim.errors import check_training_installed
+from aimscale.analysis.cli import options
+from aimscale.sweeps.cli.options import Root
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
+from aimscale.sweeps.state.record import RunRecord
+
+
+def command(
+    sweep_or_tables: Annotated[list[str], typer.Argument(help="A sweep, or tables of one page.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    licence: Annotated[str, typer.Option(help="Licence of the data and of this folder, such as CC-BY-4.0.")],
+    title: Annotated[str | None, typer.Option(help="Title; default: the sweep's description or name.")] = None,
+    author: Annotated[list[str] | None, typer.Option(help="Who publishes it. May be repeated.")] = None,
+    watts: Annotated[float | None, typer.Option(min=0, help="Mean power of a device while training, W.")] = None,
+    co2: Annotated[float | None, typer.Option(min=0, help="Carbon intensity of the electricity, g CO2/kWh.")] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="Export the weights of every finished run, too.")] = False,
+    columns: options.Columns = None,
+    where: options.Where = None,
+    best_of: options.BestOf = None,
+    root: Root = Path("aimscale-runs"),
+) -> None:
+    """Write one folder with table, page, figures, LaTeX, numbers and checksums, in the layout of the Hugging Face hub.
+
+    `aimscale verify OUT` recomputes every number of it, on any machine and without torch.
+    """
+    from aimscale.analysis.publication.card import About
+    from aimscale.analysis.publication.folder import publish
+    from aimscale.analysis.table.read import parse_columns
+    from aimscale.sweeps.cli.sweep import fresh_table
+
+    is_table = Path(sweep_or_tables[0]).is_file() and Path(sweep_or_tables[0]).suffix not in (".yaml", ".yml")
+    sweep = None if is_table else load_sweep(sweep_or_tables[0], root)
+    if sweep is not None and len(sweep_or_tables) > 1:
+        raise SweepError(f"{sweep_or_tables[0]} is a sweep; publish one sweep, or tables that are files")
+    if weights and sweep is None:
+        raise SweepError("--weights exports the runs of a sweep; tables have none")
+    if co2 is not None and watts is None:
+        raise SweepError("--co2 needs --watts, the mean power of a device")
+    tables = [fresh_table(sweep)] if sweep else [Path(each) for each in sweep_or_tables]
+    about = About(
+        title=title or (sweep.file.description or sweep.name if sweep else tables[0].stem),
+        licence=licence,
+        authors=tuple(author or ()),
+        watts=watts,
+        g_co2_per_kwh=co2,
+    )
+    publish(
+        tables,
+        out,
+        about,
+        columns=parse_columns(columns or []),
+        where=where or [],
+        best=best_of or [],
+        add=lambda folder: _add_sweep(sweep, folder, weights=weights) if sweep else None,
+    )
+    typer.echo(f"wrote {out}")
+    options.say_next(f"aimscale verify {shlex.quote(str(out))}")
+
+
+def _add_sweep(sweep: Sweep, folder: Path, *, weights: bool) -> None:
+    """Add what a sweep has beside its table: its file, curves, baselines, versions, configurations, weights."""
+    (folder / "sweep.yaml").write_text(sweep.text, encoding="utf-8")
+    for name in ("curves", "baselines"):
+        for path in sweep.directory.glob(f"{name}.*"):
+            shutil.copyfile(path, folder / "data" / path.name)
+    versions: dict[str, set[str]] = {}
+    for run in map(RunRecord, sorted(sweep.runs_dir.glob("*/"))):
+        if not (model := folder / "models" / run.name).is_dir():
+            continue  # of another plan
+        shutil.copyfile(run.config, model / "config.yaml")
+        for start in run.read_starts():
+            for package, version in start.get("packages", {}).items():
+                versions.setdefault(package, set()).add(version)
+        if weights:
+            _export_weights(run, model)
+    lines = [f"{package}=={' or '.join(sorted(found))}\n" for package, found in sorted(versions.items())]
+    (folder / "environment.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def _export_weights(run: RunRecord, model: Path) -> None:
+    """Write the weights of a run's last budget in the hub's layout, beside its card."""
+    check_training_installed("publish --weights")
+    from aimscale.harness.run.budgets import chosen_budgets
+    from aimscale.harness.weights import export_weights
+
+    export_weights(run, chosen_budgets(run, None)[-1], model / "weights", probe_file=None)

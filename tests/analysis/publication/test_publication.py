@@ -1,0 +1,115 @@
+"""A published folder verifies, says what was altered, and is described for machines and hubs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.publication.card import About, energy
+from aimscale.analysis.publication.folder import publish, verify
+from aimscale.analysis.publication.numbers import compare_numbers
+
+ABOUT = About("Losses of a law", "CC-BY-4.0", authors=("A. Author",), watts=500, g_co2_per_kwh=100)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Publish a table of another tool, with columns of its own."""
+    home = tmp_path_factory.mktemp("publication")
+    rng = np.random.default_rng(0)
+    rows = [(n, d) for n in (1e5, 4e5, 2e6, 8e6) for d in (1e5, 1e6, 1e7)]
+    losses = [(0.3 + 5 * n**-0.3 + 3 * d**-0.25) * rng.normal(1, 1e-4) for n, d in rows]
+    frame = pd.DataFrame(rows, columns=["params", "images"]).assign(loss=losses, device_hours=1.0, run_id=range(12))
+    frame.to_csv(home / "losses.csv", index=False)
+    publish([home / "losses.csv"], home / "out", ABOUT, columns={"N": "params", "D": "images", "L": "loss"})
+    return home / "out"
+
+
+@pytest.fixture
+def copied(published: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(published, tmp_path / "copy"))
+
+
+def test_a_folder_verifies_wherever_it_is(copied: Path) -> None:
+    found = verify(copied)
+    assert found.is_verified
+    assert found.num_numbers > 200
+    assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=copied, check=False).returncode == 0
+
+
+def alter_number(folder: Path) -> None:
+    text = json.loads((folder / "numbers.json").read_text())
+    text["numbers"]["law"][""]["params"]["alpha"] *= 1.01
+    (folder / "numbers.json").write_text(json.dumps(text))
+
+
+def alter_table(folder: Path) -> None:
+    table = pd.read_csv(folder / "data" / "losses.csv")
+    table.loc[0, "loss"] *= 1.01
+    table.to_csv(folder / "data" / "losses.csv", index=False)
+
+
+@pytest.mark.parametrize(
+    ("alter", "damaged", "place"),
+    [(alter_number, "numbers.json", "law.params.alpha"), (alter_table, "data/losses.csv", "law.params.alpha")],
+)
+def test_what_was_altered_is_named(alter: Callable[[Path], None], damaged: str, place: str, copied: Path) -> None:
+    alter(copied)
+    found = verify(copied)
+    assert found.damaged == (damaged,)
+    assert place in set(found.table["place"])
+    assert damaged in found.summary()
+
+
+def test_a_missing_file_is_named_and_half_a_folder_is_refused(copied: Path) -> None:
+    (copied / "report.html").unlink()
+    assert verify(copied).damaged == ("report.html",)
+    (copied / "SHA256SUMS").unlink()
+    with pytest.raises(AnalysisError, match="aimscale publish"):
+        verify(copied)
+
+
+def test_numbers_and_words_are_compared_apart() -> None:
+    before: dict[str, Any] = {"a": [1.0, 2.0], "said": "alpha is 0.31 [0.2, 0.4]", "is_better": True}
+    assert compare_numbers(before, before | {"a": [1.0000001, 2.0], "said": "alpha is 0.32 [0.2, 0.4]"}) == (4, ())
+    _, found = compare_numbers(before, {"a": [1.0, 2.1], "said": "beta is 0.31 [0.2, 0.4]", "is_better": False})
+    assert [place for place, *_ in found] == ["a[1]", "said", "is_better"]
+    _, found = compare_numbers(before, before | {"a": [1.0]})
+    assert found == (("a[1]", "2.0", "nothing"),)
+
+
+def test_the_card_is_the_hubs_and_counts_a_runs_hours_once(published: Path) -> None:
+    _, head, body = (published / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["configs"][0]["data_files"] == "data/losses.csv"
+    assert "12 device-hours" in body
+    frame = pd.DataFrame({"run_id": ["a", "a", "b"], "device_hours": [1.0, 3.0, 2.0]})
+    assert energy(frame, ABOUT)[0].startswith("5 device-hours")
+    assert energy(frame, ABOUT)[1].startswith("2.5 kWh")
+    assert energy(frame, ABOUT)[2].startswith("0.25 kg CO2")
+
+
+def test_the_description_is_valid_croissant(published: Path) -> None:
+    mlcroissant = pytest.importorskip("mlcroissant")
+    description = json.loads((published / "croissant.json").read_text())
+    data = mlcroissant.Dataset(jsonld=published / "croissant.json")
+    assert not data.metadata.ctx.issues.errors
+    records = list(data.records("losses"))
+    assert len(records) == 12
+    assert records[0]["losses/params"] == 1e5
+    assert description["distribution"][0]["contentUrl"] == "data/losses.csv"
+
+
+def test_nothing_is_overwritten(published: Path) -> None:
+    with pytest.raises(AnalysisError, match="exists already"):
+        publish([published / "data" / "losses.csv"], published, ABOUT)
+    assert not list(published.parent.glob(".out*"))

@@ -1,0 +1,56 @@
+"""An installation without torch analyses tables and looks at sweeps; what trains says what to install."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aimscale.aim.errors import UserError, check_training_installed
+from aimscale.sweeps import doctor
+from aimscale.sweeps.cli import main as cli
+
+
+@pytest.fixture
+def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide torch from imports and from what asks whether it is there."""
+    find = importlib.util.find_spec
+
+    def find_spec(name: str, *args: Any) -> Any:
+        return None if name == "torch" else find(name, *args)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+
+def test_what_trains_says_what_to_install(no_torch: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def load(name: str) -> Any:
+        import torch  # None in sys.modules: as where it is not installed
+
+        return torch
+
+    monkeypatch.setattr(cli, "load_verb", load)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["demo"])
+    assert end.value.code == 2
+    assert (
+        capsys.readouterr().err == "aimscale: demo needs torch, which is not installed; pip install 'aimscale[train]'\n"
+    )
+    with pytest.raises(UserError, match="launch needs torch"):
+        check_training_installed("launch")
+
+
+def test_a_missing_package_is_a_defect_where_torch_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "load_verb", lambda name: importlib.import_module("no_such_package"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        cli.main(["demo"])
+
+
+def test_the_doctor_does_not_fail_for_want_of_torch(no_torch: None, tmp_path: Path) -> None:
+    checks = {check.name: check for check in doctor.run_checks(tmp_path)}
+    assert (checks["packages"].level, "accelerator" in checks) == ("warn", False)
+    assert "aimscale[train]" in checks["packages"].advice
