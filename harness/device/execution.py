@@ -26,9 +26,10 @@ from aimscale.harness.run.failures import TooLargeError, describe_out_of_memory,
 from aimscale.harness.run.row import model_of
 
 USABLE_FRACTION = 0.8
-"""Share of a device that may be planned for, 68 of the 85 GB of a GPU of 80 GB. The rest is for the context and NCCL's
-buffers (2 to 3 GB), activations beyond their estimate (a tenth of them, by the tests), and fragmentation: a smaller
-micro-batch costs a per cent of a step, running out of memory costs a run."""
+"""Share of a device that may be planned for, 68 of the 85 GB of a GPU of 80 GB. Tensors are within 5 % of the estimate
+(3 GB), by rehearsals. The rest is for what only a GPU shows: its context and NCCL's buffers (2 to 3 GB), workspaces of
+kernels, what other streams still hold, and fragmentation. A smaller micro-batch costs a per cent of a step, running out
+of memory costs a run."""
 MAX_MICRO_BATCH_TOKENS = 65_536
 """Tokens in one forward pass beyond which speed does not grow."""
 

@@ -1,8 +1,8 @@
 """Memory of one rank: its model and a step, and the free memory of its host.
 
-Torch is not imported here: the planner prints these numbers before anything runs. Bytes per parameter are measured with
-DeepSpeed 0.19 (tests/harness/device/test_memory.py measures again); activations are counted from what the backward pass
-of a block needs.
+Torch is not imported here: the planner prints these numbers before anything runs. They follow steps of the real engine
+on fake tensors (`harness.rehearsal`; tests/harness/rehearsal/test_formula.py compares them); activations are counted
+from what the backward pass of a block needs. tests/harness/device/test_memory.py measures processes.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class _Held(NamedTuple):
     gathered: int = 0
     """Weights gathered at ZeRO 3, for at most MAX_GATHERED_VALUES parameters."""
     message: tuple[int, int] = (0, 0)
-    """What gloo allocates to send a message on a CPU, per parameter and per value of the bucket; NCCL's buffers are of
-    one size (`harness.device.execution.USABLE_FRACTION`)."""
+    """Scratch memory of gloo on a CPU, per parameter and per value of the bucket, measured; NCCL's buffers have one
+    size (`harness.device.execution.USABLE_FRACTION`)."""
 
 
 HELD = {
     ("fp32", 0): _Held((12, 0), (4, 0), 0, message=(4, 0)),
-    ("fp32", 1): _Held((4, 12), (4, 0), 8, message=(0, 0)),
-    ("fp32", 2): _Held((4, 12), (0, 4), 8, message=(0, 4)),
-    ("fp32", 3): _Held((0, 20), (0, 0), 8, 4, message=(0, 4)),
+    ("fp32", 1): _Held((4, 12), (4, 0), 8),
+    ("fp32", 2): _Held((4, 12), (0, 4), 8),
+    ("fp32", 3): _Held((0, 20), (0, 0), 8, gathered=4, message=(0, 8)),
     ("bf16", 1): _Held((6, 12), (0, 0), 0, message=(8, 0)),
     ("bf16", 2): _Held((2, 12), (0, 4), 8, message=(0, 4)),
-    ("bf16", 3): _Held((0, 18), (0, 0), 8, 2, message=(0, 4)),
+    ("bf16", 3): _Held((0, 18), (0, 0), 8, gathered=2, message=(0, 8)),
 }
 """Bytes per parameter by precision and ZeRO stage, as rehearsed steps hold them (tests/harness/rehearsal)."""
 CHECKPOINT_BYTES_PER_PARAM = 12
