@@ -26,7 +26,7 @@ def stated(shape: StepShape) -> int:
 
 
 def shape_of(model: ModelConfig, precision: str, stage: int, ranks: int, micro_batches: list[int], **given: Any) -> Any:
-    settings = {"prefix": "paired", "activation_checkpointing": False} | given
+    settings: dict[str, Any] = {"prefix": "paired", "activation_checkpointing": False} | given
     return StepShape(
         model=model,
         precision=precision,  # type: ignore[arg-type]
