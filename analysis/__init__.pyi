@@ -9,6 +9,7 @@ from .fitting.estimate import fit as fit
 from .fitting.holdout import held_out as held_out
 from .forecasts.forecast import forecast as forecast
 from .forecasts.forecaster import forecaster as forecaster
+from .forecasts.trajectory import trajectory as trajectory
 from .next.proposal import next_runs as next_runs
 from .optimum.approaches import frontier as frontier
 from .plots.accuracy import plot_accuracy as plot_accuracy
@@ -21,6 +22,7 @@ from .plots.scaling import plot_fit as plot_fit
 from .plots.scaling import plot_forecast as plot_forecast
 from .plots.scaling import plot_points as plot_points
 from .plots.scaling import plot_recipes as plot_recipes
+from .plots.scaling import plot_trajectory as plot_trajectory
 from .plots.style import save as save
 from .published.comparison import compare as compare
 from .report.page import write_report as write_report

@@ -91,15 +91,17 @@ def table_to_minimise(
     the error rate of a probe.
 
     Returns:
-        The table, the column of `y`, and how well the largest size is tuned; nothing of a probe.
+        The table, the column of `y`, and how well the largest size is tuned; nothing of an accuracy.
     """
+    from aimscale.analysis.table.accuracies import named_like_accuracy
     from aimscale.analysis.table.measures import to_minimise
     from aimscale.analysis.table.points import best_of
     from aimscale.analysis.tuning.tuned import tuned_where_known
 
     read = table_of(tables, columns, where)
     df, y = to_minimise(read, y)
-    corrected, words, _ = tuned_where_known(df, y) if y in read else (df, "", None)
+    is_loss = y in read and not named_like_accuracy(y)
+    corrected, words, _ = tuned_where_known(df, y) if is_loss else (df, "", None)
     return (best_of(df, best, y) if best else corrected), y, words
 
 

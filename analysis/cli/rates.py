@@ -43,8 +43,10 @@ def rates(
 ) -> None:
     """Find each cell's best setting (three rates or more at one N and D), their law, and what every cell lost."""
     from aimscale.analysis.forecasts.forecast import parse_scale
+    from aimscale.analysis.table.names import our_name
 
     df = table_of(tables, columns, where)
+    y = our_name(df, y)
     found = analysis.rates(df, y=y, lr=lr, batch=batch)
     if write is not None:
         write.write_text(found.recipe(then(["rates"], tables, columns, where)))

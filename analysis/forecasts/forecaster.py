@@ -12,7 +12,7 @@ constants are those that public tables speak for most, each family alike (`tests
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -21,22 +21,12 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import half_width
-from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate, estimated
-from aimscale.analysis.fitting.objectives import LOG_LSQ, LSQ, Objective
-from aimscale.analysis.fitting.problem import make_problem
+from aimscale.analysis.fitting.inference import CONFIDENCE
+from aimscale.analysis.forecasts.curves import THROUGH, Cache, Curve, Curves, fit_curves
 from aimscale.analysis.forecasts.points import AUTO, Points, table_points
-from aimscale.analysis.laws.base import Array, Columns, Law
-from aimscale.analysis.laws.catalogue import LINK_SIGMOID
+from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.words import human, percent
 
-SPARE_POINTS = 2
-"""Points that a law needs beyond its parameters, to tell its errors by."""
-THROUGH = " through the loss"
-"""End of the name of a curve that leads through the loss."""
-LEAST, UNKNOWN_ERROR = 1e-6, 1e3
-"""Smallest loss or error rate that a curve returns; its error, of its logarithm, where the law itself is nil."""
-SLOPE_STEP = 1e-5
-"""Difference of ln loss by which the sigmoid's slope is told."""
 CUTS = (2.0, 4.0, 8.0, 16.0, 32.0)
 """Backtests are fitted below the largest compute over these, and predict the rest."""
 MIN_POINTS, MIN_VALUES, MIN_RANGE = 8, 3, 4.0
@@ -50,7 +40,7 @@ DOF = 6.0
 UNTESTED = 2.0
 """Rate of misfit of a table that is too small for backtests, in units of the noise."""
 OVERLAP = 4.0
-"""The misfit takes in what overlaps with it as this power of the distance; 1 to 4 forecast public tables alike."""
+"""Power of the distance with which noise, parameters and laws pass into the misfit: the best of 1, 2, 3 and 4."""
 TERMS = ("noise", "parameters", "laws", "misfit")
 """Parts of the error."""
 LEAST_ERROR = 1e-4
@@ -78,86 +68,6 @@ share is without a family whose only run beyond 1/3 lies 6 % off. At 1/30, 92 % 
 what lies outside are mostly the same runs of one family on six corpora."""
 ACCURACIES = Calibration(known=0.53, misfit=0.2, least=0.01)
 """Calibration of error rates: known as of losses, the others on 41 cuts in 4 families, too few to leave any out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """A fitted law, or a law of the loss with a link to the accuracy."""
-
-    law: Estimate
-    link: Estimate | None = None
-    """Sigmoid from the loss to the accuracy."""
-
-    @property
-    def num_params(self) -> int:
-        """Number of parameters, of the link those that are free."""
-        return len(self.law.problem.law.parameters) + (int(self.link.problem.movable.sum()) if self.link else 0)
-
-    def predict(self, x: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-        """Return ln y (m,) at variables (m,), the standard error (m,) that the parameters leave, and the standard
-        deviation (m,) of one measurement about the curve: of an accuracy by way of the loss, that of the loss too."""
-        log_y, errors = self.law.modelled(x)
-        noise = np.full(len(log_y), self.law.components.total)
-        log_y, errors = np.maximum(log_y, np.log(LEAST)), np.nan_to_num(errors, nan=UNKNOWN_ERROR, posinf=UNKNOWN_ERROR)
-        if self.link is None:
-            return log_y, errors, noise
-        accuracy, of_link = self.link.modelled({"L": np.exp(log_y)})
-        slope = (self.link.value_at({"L": np.exp(log_y + SLOPE_STEP)}) - accuracy) / SLOPE_STEP
-        rate = np.maximum(1 - accuracy, LEAST)
-        of_link_noise = self.link.components.total
-        return np.log(rate), np.hypot(slope * errors, of_link) / rate, np.hypot(slope * noise, of_link_noise) / rate
-
-
-Curves = dict[str, Curve | str]
-"""Name -> the curve, or why it could not be fitted."""
-Cache = dict[tuple[str, bytes], Curve | str]
-"""Fits made so far, by the law's name and the points: accuracies need those of the loss again."""
-
-
-def fit_curves(points: Points, cache: Cache) -> Curves:
-    """Fit every law to y and, where there are losses, to these with a link from there; each once to the same points."""
-    found = _fit_laws(points, cache)
-    if points.loss is not None:
-        of_loss = _fit_laws(replace(points, y=points.loss), cache)
-        try:
-            link = _link(points, points.loss)
-            linked: Curves = {k: replace(c, link=link) for k, c in of_loss.items() if isinstance(c, Curve)}
-        except AnalysisError as error:
-            linked = dict.fromkeys(of_loss, str(error))
-        found |= {f"{name}{THROUGH}": curve for name, curve in linked.items()}
-    return found
-
-
-def _fit_laws(points: Points, cache: Cache) -> Curves:
-    """Fit every law by least squares of ln y."""
-    key = np.concatenate([points.y, points.compute, *points.x.values(), *points.groups.values()]).tobytes()
-    for law in points.laws:
-        if (law.name, key) not in cache:
-            try:
-                cache[law.name, key] = Curve(law=_estimate(law, points, LOG_LSQ))
-            except AnalysisError as error:
-                cache[law.name, key] = str(error)
-    return {law.name: cache[law.name, key] for law in points.laws}
-
-
-def _link(points: Points, loss: Array) -> Estimate:
-    """Fit a sigmoid from loss to accuracy, from chance and through one more point (ideal, 1) where these are known."""
-    accuracy, compute, groups = 1 - points.y, points.compute, points.groups
-    if points.ideal is not None and points.ideal < loss.min():
-        loss, accuracy = np.append(loss, points.ideal), np.append(accuracy, 1.0)
-        compute, groups = np.append(compute, compute.mean()), groups.with_one_more()
-    points = replace(points, x={"L": loss}, y=accuracy, compute=compute, groups=groups, known=None)
-    return _estimate(LINK_SIGMOID, points, LSQ, {} if points.chance is None else {"floor": points.chance})
-
-
-def _estimate(law: Law, points: Points, objective: Objective, fixed: dict[str, float] | None = None) -> Estimate:
-    """Fit a law, weighted by compute."""
-    x, weights = Columns({v: points.x[v] for v in law.variables}), points.compute / points.compute.mean()
-    problem = make_problem(law.centred(x), dict(x), points.y, objective, weights=weights, fixed=fixed)
-    free = int(problem.movable.sum())
-    if problem.num_points < free + SPARE_POINTS:
-        raise AnalysisError(f"{problem.num_points} points are too few for its {free} parameters.")
-    return estimated(problem, points.groups, points.known)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -64,13 +64,10 @@ def read_register(path: Path) -> list[dict[str, Any]]:
     out = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
-            entry = json.loads(line)
-            at = {str(name): float(value) for name, value in entry["at"].items()}
-            ends = {name: np.nan if entry[name] is None else float(entry[name]) for name in ("value", "pi_lo", "pi_hi")}
-            told = {name: str(entry[name]) for name in ("registered", "quantity", "law")}
-            out.append({**entry, **ends, **told, "at": at, "columns": dict(entry["columns"])})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            entry = dict(json.loads(line))
+        except (ValueError, TypeError):
             raise AnalysisError(f"Line {number} of {path} is no forecast; restore or remove that line.") from None
+        out.append({name: np.nan if value is None else value for name, value in entry.items()})
     return out
 
 

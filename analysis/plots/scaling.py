@@ -16,6 +16,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecast import Forecast
 from aimscale.analysis.forecasts.forecaster import Forecaster
+from aimscale.analysis.forecasts.trajectory import Trajectory
 from aimscale.analysis.optimum.approaches import Approaches
 from aimscale.analysis.plots import parts
 from aimscale.analysis.plots.style import INK, MARKERS, MUTED, cycled, figure_of, new_figure, styled
@@ -152,6 +153,40 @@ def plot_points(
     parts.log_axis(ax, "x", both[x], x, words)
     parts.log_axis(ax, "y", both[y], y, words)
     parts.legend([ax], words(by) if by else "")
+    return figure_of(ax)
+
+
+@styled()
+def plot_trajectory(found: Trajectory, ax: Axes | None = None, *, measured: pd.DataFrame | None = None) -> Figure:
+    """Draw the forecast of a run's losses during training with its 95 % interval, and the runs that it follows from.
+
+    Args:
+        ax: where to draw; None makes a figure.
+        measured: points of runs of that size, as `trajectory` takes them, to draw beside the forecast.
+
+    Returns:
+        A matplotlib figure; `save` writes it.
+
+    Example:
+        >>> plot_trajectory(trajectory(read_table("results.parquet").assign(is_budget=True), 1e6))
+    """
+    ax, x, words = ax or new_figure()[1][0], "images_seen", parts.labels_of(found.curves)
+    during, budgets = (found.table[found.table["is_budget"] == each] for each in (False, True))
+    smaller = found.curves[~found.curves["is_budget"]].sort_values(x)
+    smaller = smaller.assign(series=parts.series_of(smaller, "params_total")[0])
+    columns, color = (x, "loss", "low", "high"), cycled(0)
+    if len(during):
+        parts.draw_means(ax, smaller, x, "val_loss", "run_id", "smaller runs", color=MUTED)
+        parts.draw(ax, during, columns, "forecast", color, label="forecast, 95 % of one run")
+    parts.draw_points(ax, budgets, columns, "forecast of budgets", color, markers=MARKERS[3:])
+    if measured is not None:
+        names = {False: "measured", True: "measured budget"}
+        rows = measured.assign(series=measured["is_budget"].map(names)).sort_values(x)
+        parts.draw_points(ax, rows, (x, "val_loss"), "measured", INK)
+    shown = pd.concat([during["low"], during["high"], budgets["low"], smaller["val_loss"]])
+    for which, name, values in (("x", x, found.table[x]), ("y", "val_loss", shown)):
+        parts.log_axis(ax, which, values, name, words)
+    parts.legend([ax], "")
     return figure_of(ax)
 
 

@@ -88,7 +88,11 @@ def write_report(
 def _description(folders: Sequence[Path]) -> str:
     """Join what `collect.json` beside every table says of its sweep."""
     files = [file for folder in folders if (file := folder / "collect.json").is_file()]
-    return "; ".join(filter(None, (json.loads(file.read_text()).get("description") for file in files)))
+    try:
+        return "; ".join(filter(None, (json.loads(file.read_text()).get("description") for file in files)))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        named = ", ".join(map(str, files))
+        raise AnalysisError(f"cannot read {named} ({error}); collect the sweep again.") from error
 
 
 def render(study: Study, laid_out: Sequence[Section], description: str) -> str:

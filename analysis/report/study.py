@@ -24,6 +24,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import error_column
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.points import AUTO
+from aimscale.analysis.forecasts.trajectory import Trajectory, run_points
 from aimscale.analysis.laws.catalogue import repeated
 from aimscale.analysis.next.proposal import Proposal, grid_offer
 from aimscale.analysis.optimum.frontier import points_of
@@ -32,6 +33,7 @@ from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows, with_compute
+from aimscale.analysis.table.read import read_curves
 from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, spaced
 from aimscale.analysis.tuning.tuned import tuned_where_known
 from aimscale.analysis.words import PROBES, Flag, said_once
@@ -40,7 +42,7 @@ MAX_FITTED = 200
 """Rows beyond which what is fitted many times over, for every probe and scale, is fitted to so many of them."""
 FORECAST_SCALES = (2.0, 10.0)
 """Multiples of the largest N and D that the page forecasts at; of an iso-FLOP design, of the largest C."""
-QUIET = ("forecaster", "next runs", "noise")
+QUIET = ("forecaster", "next runs", "noise", "trajectory")
 """Results that few tables allow: that there is none is not told."""
 HELD_OUT, CORRELATION = "held-out test over the largest", "correlation of loss with"
 
@@ -88,6 +90,11 @@ class Study:
         told = [(name, each) for name, found in self.results.items() if name not in QUIET for each in found.items()]
         failed = [(f"{name} {subject}".strip(), str(v)) for name, (subject, v) in told if isinstance(v, AnalysisError)]
         return list(dict.fromkeys([*map(str, unnamed(self.frame)), *as_sentences(failed)]))
+
+    @cached_property
+    def run_points(self) -> pd.DataFrame:
+        """Losses during training and at budgets of the runs that laws are fitted to."""
+        return run_points(read_curves(self.paths), self.usable)
 
     @cached_property
     def probes(self) -> pd.DataFrame:
@@ -196,6 +203,14 @@ def _fit_laws(study: Study) -> None:
     else:
         study.attempt("forecast", analysis.forecast, _with_first_kind(study, some), next_scales(study), law=laws)
     study.attempt("next runs", _proposal, study, joint)
+    if {"run_id", "params_total"} <= set(usable):
+        study.attempt("trajectory", _trajectory, study)
+
+
+def _trajectory(study: Study) -> Trajectory:
+    """Forecast the trajectory of the largest size from the smaller ones."""
+    rows = study.run_points
+    return analysis.trajectory(rows[rows["params_total"] < rows["params_total"].max()], rows["params_total"].max())
 
 
 def _with_first_kind(study: Study, rows: pd.DataFrame) -> pd.DataFrame:

@@ -93,7 +93,7 @@ def _cells(rows: pd.DataFrame, numbers: pd.DataFrame) -> Array:
     data = chained(np.log(numbers["D"].to_numpy()), SAME_DATA)
     others = [name for name in (*design_columns(rows), "unique_images") if name in rows]
     design = [rows[name].astype(str).to_numpy() for name in others]
-    return rows.groupby([numbers["N"].to_numpy(), data, *design]).ngroup().to_numpy()
+    return rows.groupby([numbers["N"].to_numpy(), data, *design], dropna=False).ngroup().to_numpy()
 
 
 def _table(numbers: pd.DataFrame, cells: Array, log_loss: Array, settings: list[str]) -> pd.DataFrame:

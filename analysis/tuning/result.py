@@ -14,7 +14,7 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import SAME_DATA
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
-from aimscale.analysis.laws.product import exponent_of
+from aimscale.analysis.laws.product import EXPONENTS
 from aimscale.analysis.table.names import Exclusion
 from aimscale.analysis.tuning.surface import MIN_VALUES, Surface
 from aimscale.analysis.words import Flag, flag_words, human, percent, some
@@ -27,8 +27,8 @@ NOT_TOLD = 0.1
 """Upper end of a regret from which nothing is known of the tuning."""
 ONE_RATE = "not known: one rate a size"
 """Verdict on a table in which no size has several rates."""
-NEARLY = 1.1
-"""Advice takes the cheapest of the runs that leave at most this multiple of the least error."""
+MOST = 0.8
+"""Advice takes the cheapest runs that take away this share of the error that any can."""
 MULTIPLIER = "lr_multiplier"
 """Column of the factor on a recipe's learning rate."""
 RECIPE_KEYS = {"lr": "lr_peak", "batch": "batch_size"}
@@ -106,7 +106,7 @@ class Rates(Result):
         law = self.laws[name]
         powers = [
             f"{variable}^{law.params[exponent]:.3f} {law.intervals[exponent].words('.3f')}"
-            for variable, exponent in (("N", "a"), ("D", "b"))
+            for variable, exponent in EXPONENTS.items()
             if exponent in law.params
         ]
         return f"best {SETTING_WORDS[name]} {' '.join(['~', *powers])}"
@@ -134,7 +134,7 @@ class Rates(Result):
                 estimate = law.estimate
                 there, here = (estimate.law_at(law.variables(each)) for each in (at, new))
                 before, after = estimate.error_after(there, here, estimate.components.total)
-                nearly = new.assign(error=after)[after <= NEARLY * after.min()]
+                nearly = new.assign(error=after)[before - after >= MOST * (before - after).max()]
                 best = nearly.loc[(nearly["N"] * nearly["D"]).idxmin()]
                 words += (
                     f"; {MIN_VALUES} values of it at {_scale_words(best)} tell most for their compute: its standard "
@@ -154,7 +154,7 @@ class Rates(Result):
         lines = ["summary: best settings by size and data, fitted by aimscale rates", "like: small"]
         for name, law in self.laws.items():
             own, at = law.estimate.params, {v: round(law.law.constants[f"{v}0"]) for v in law.law.variables}
-            powers = {v: own[exponent_of(v)] for v in at}
+            powers = {v: own[EXPONENTS[v]] for v in at}
             value = float(np.exp(law.estimate.value_at({v: np.array([float(at[v])]) for v in at})[0]))
             keys = {"coefficient": f"{value:.6g}", **{v: f"{power:.4g}" for v, power in powers.items()}}
             keys["at"] = f"{{{', '.join(f'{v}: {number}' for v, number in at.items())}}}"

@@ -75,7 +75,7 @@ class Surface:
 
     @cached_property
     def lowest(self) -> Array:
-        """Logarithms of the lowest losses (cells,), less what error of the optima puts them too low by."""
+        """Logarithms of the lowest losses (cells,), raised by what the error of the optima puts them too low by."""
         hessian, away = self.curvatures(self.scale), self.optima - self.origin
         too_low = np.einsum("cij,cji->c", hessian, self.optima_covariance) / 2
         return self.coefficients[:, 0] - np.einsum("ci,cij,cj->c", away, hessian, away) / 2 + too_low

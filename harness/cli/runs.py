@@ -21,8 +21,8 @@ def train(
 ) -> None:
     """Train one run to its last budget, from wherever it stands.
 
-    Started alone, by torchrun, or by srun. Exit codes: 0 finished, 2 a mistake in the input, 3 diverged, 75 stopped by
-    Ctrl-C, SIGTERM, SIGUSR2 or a closed terminal after saving (start it again to go on).
+    Started alone, by torchrun, or by srun. Exit codes: 0 finished, 2 a mistake in the input, 3 diverged, 4 ended
+    off its forecast, 75 stopped by Ctrl-C, SIGTERM, SIGUSR2 or a closed terminal; both saved (start it again to go on).
     """
     from aimscale.harness.data.store.dataset_info import with_fingerprints
     from aimscale.harness.distributed.placement import find_placement

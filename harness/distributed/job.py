@@ -23,10 +23,11 @@ from typing import Any
 from aimscale.aim.errors import UserError
 from aimscale.harness.distributed.group import PHASE_TIMEOUT_S, Group, start_group, stop_group, turn_timeout_s
 from aimscale.harness.distributed.placement import LaunchError, find_placement
-from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED, SHARED, RunDir
+from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, SHARED, RunDir
 from aimscale.harness.run.failures import (
     EXIT_S,
     DivergedError,
+    OffTrackError,
     PreemptedError,
     StopFlag,
     TooLargeError,
@@ -44,6 +45,7 @@ HEARTBEAT_S = 5.0
 WORD_S = 10.0
 """Seconds that a rank which lost another waits for that one to record what happened."""
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+_DIVERGED = {"state": "diverged", "reason_class": "nan"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class Job:
             if what:
                 longest_s = max(longest_s, now - last_call) if what == phase else 0.0
                 phase, last_call = what, now
-            is_repeated = what and longest_s
+            is_repeated = what != "" and longest_s > 0
             self.group.limit_collectives(turn_timeout_s(longest_s) if is_repeated else PHASE_TIMEOUT_S)
             if self.group.any(self.flag.is_raised):
                 raise PreemptedError
@@ -119,11 +121,12 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
         except PreemptedError:
             job.update_status(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
             return EXIT_PREEMPTED
-        except DivergedError as error:
-            job.update_status(state="diverged", phase="", reason=str(error), reason_class="nan")
+        except (DivergedError, OffTrackError) as error:
+            ended = {"state": "off-track"} if isinstance(error, OffTrackError) else _DIVERGED
+            job.update_status(**ended, phase="", reason=str(error))
             if group.is_first:
                 print(f"aimscale: {error}", file=sys.stderr)
-            return EXIT_DIVERGED
+            return error.exit_code
         except Exception as error:
             timer = end_within(EXIT_S)  # the disk may hang, or an exit that waits for a rank that is gone
             about_another = _note_failure(job, writer_folder / "failure.json", error)

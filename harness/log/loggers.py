@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from aimscale.harness.log.expected import Deviation, Expected
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir, State
 from aimscale.harness.run.row import planned_columns
@@ -181,6 +182,15 @@ def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, fl
     values = {val: row.get("val_loss"), f"{val}_se": row.get("val_loss_se")}
     values |= {f"{probe}/{each['task']}/{each['kind']}": each.get("top1") for each in row.get("probes") or ()}
     return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def expected_scalars(expected: Expected, images_seen: int, deviation: Deviation | None) -> dict[str, float]:
+    """Return the scalars plotted of a forecast beside `train/val_loss`: its value, its 95 % interval of one run, and
+    the deviation in standard deviations."""
+    point = next((each for each in expected.points if each.images_seen == images_seen), None)
+    ends = {"": point.loss, "_low": point.low, "_high": point.high} if point else {}
+    values = {f"train/val_loss_expected{end}": value for end, value in ends.items()}
+    return values | ({"train/val_loss_deviation": deviation.sd} if deviation else {})
 
 
 def picture_grid(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
 from aimscale.harness.run.files import read_as, write_json, write_text
 from aimscale.harness.run.lock import become_writer, hold_lock, is_held
 
-State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "finished"]
+State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "off-track", "finished"]
 ReasonClass = Literal["oom", "data", "nan", "node", "code", "timeout", "config"]
 
 RESULTS_VERSION = 1
@@ -33,6 +33,8 @@ EXIT_FINISHED = 0
 EXIT_CRASHED = 1
 EXIT_USER_ERROR = 2
 EXIT_DIVERGED = 3
+EXIT_OFF_TRACK = 4
+"""Exit code after a save because the run left its forecast, where a launch asked for that."""
 EXIT_PREEMPTED = 75
 """Exit code after a save on a signal; starting the same run directory again resumes (75 is EX_TEMPFAIL of
 sysexits.h)."""
@@ -71,6 +73,11 @@ class Status:
     """FLOPs executed over the peak measured on the device; null before the first line."""
     num_skipped_steps: int = 0
     """Non-finite steps that were skipped."""
+    deviation: float | None = None
+    """Standard deviations by which the last validation losses lie above their forecast (`harness.log.expected`); null
+    where they have none."""
+    deviates_since: int | None = None
+    """Images seen since which they do, if that raises an alarm."""
     heartbeat: float | None = None
     """Unix time of the last logging step."""
     started: float | None = None

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, ReasonClass
+from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_OFF_TRACK, ReasonClass
 from aimscale.harness.run.lock import LockLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
@@ -41,6 +41,12 @@ DISK_ERRORS = {
 
 class PreemptedError(Exception):
     """Stop requested by a signal; the run has saved."""
+
+
+class OffTrackError(UserError):
+    """Loss far above its forecast, where that ends a run; the run has saved."""
+
+    exit_code = EXIT_OFF_TRACK
 
 
 class DivergedError(UserError):

@@ -18,7 +18,8 @@ import torch
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info, fingerprint
 from aimscale.harness.distributed.group import COLLECTIVE_TIMEOUT_S
 from aimscale.harness.distributed.job import Job
-from aimscale.harness.log.loggers import Logger, row_scalars
+from aimscale.harness.log.expected import Deviation, Expected, read_expected
+from aimscale.harness.log.loggers import Logger, expected_scalars, row_scalars
 from aimscale.harness.log.record import append_line
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone
@@ -26,7 +27,7 @@ from aimscale.harness.probe.files import validation_settings
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, probe_key
-from aimscale.harness.run.failures import DivergedError
+from aimscale.harness.run.failures import DivergedError, OffTrackError
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.schedule import unchecked_schedule
@@ -71,9 +72,10 @@ class LearningCurve:
         Raises:
             UserError: data that cannot be used.
             DivergedError: the loss is not finite.
+            OffTrackError: the run is so far above its forecast that it is to end; the line is written.
             PreemptedError: a signal asked to stop; nothing was written, and kinds of probe that were done are kept.
         """
-        started, group = time.monotonic(), self._job.group
+        started, group, expected, deviation = time.monotonic(), self._job.group, None, None
         validation, probes = group.from_first(functools.partial(self._lacking, images_seen))
         if not validation and not probes:
             return
@@ -87,13 +89,19 @@ class LearningCurve:
         if group.is_first:
             append_line(self._run.curve, line | {"measured_s": time.monotonic() - started})
             remove_dir(self._folder)
+            scalars = row_scalars(line, during=True)
+            if validation and (expected := read_expected(self._run)):
+                deviation = self._deviation(expected, validation)
+                scalars |= expected_scalars(expected, images_seen, deviation)
             for logger in self._loggers:
-                logger.log_values(images_seen, row_scalars(line, during=True))
+                logger.log_values(images_seen, scalars)
             said = [f"validation loss {line['val_loss']:.4f}"] if validation else []
             said += [f"{entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %" for entry in line["probes"]]
             print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
-        group.wait()  # here and not in the next step's collectives, whose time is short
+        why = group.from_first(lambda: expected.reason_to_stop(deviation) if expected and deviation else None)
         group.limit_collectives(COLLECTIVE_TIMEOUT_S)
+        if why:
+            raise OffTrackError(why)
 
     def _lacking(self, images_seen: int) -> tuple[str | None, Sequence[ProbeSection]]:
         """Return the name of the validation, None if none is due, and the probes that are due."""
@@ -109,6 +117,16 @@ class LearningCurve:
             if self._schedule.is_point(images_seen, probe.every_images) and not found >= set(probe.kinds):
                 probes.append(probe)
         return name if is_due else None, probes
+
+    def _deviation(self, expected: Expected, validation: str) -> Deviation | None:
+        """Compare the losses so far with their forecast, and tell it in `status.json`."""
+        points = [point for point in self._run.read_curve() if point.get("validation") == validation]
+        found = expected.deviation({point["images_seen"]: point["val_loss"] for point in points})
+        is_alarm = found is not None and found.is_alarm
+        self._job.update_status(
+            durable=False, deviation=found and found.sd, deviates_since=found.since if found and is_alarm else None
+        )
+        return found
 
     def _loss(self, images_seen: int) -> dict[str, float | None]:
         """Measure the validation columns of a row."""

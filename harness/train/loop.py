@@ -32,7 +32,7 @@ from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.run.budgets import saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import PreemptedError
+from aimscale.harness.run.failures import OffTrackError, PreemptedError
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.lock import earlier_writers
 from aimscale.harness.run.provenance import process_age_s, record_start
@@ -139,7 +139,7 @@ class Trainer:
                     step = self.feed.next(num_images=num_images, num_bad=so_far.num_bad_samples)
                     if step.must_stop:
                         raise PreemptedError
-                except PreemptedError:
+                except (PreemptedError, OffTrackError):
                     self._save(position, segment.branch)
                     self.writer.finish()
                     raise

@@ -29,7 +29,7 @@ from aimscale.sweeps.engine.worker import LaunchResult
 from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
-from aimscale.sweeps.state.decision import RunState
+from aimscale.sweeps.state.decision import RunState, read_states
 from aimscale.sweeps.table.launch_view import format_price, launch_view
 from aimscale.sweeps.table.views import KeyValue, format_number, print_key_values
 
@@ -52,8 +52,19 @@ def launch(
         ),
     ] = None,
     retry: Annotated[
-        bool, typer.Option("--retry", help="Also start runs that failed for good, diverged or were cancelled.")
+        bool,
+        typer.Option(
+            "--retry", help="Also start runs that failed for good, diverged, went off track or were cancelled."
+        ),
     ] = False,
+    stop_off_track: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SD",
+            min=1,
+            help="Save and end runs whose loss stays so many standard deviations above the forecast from smaller ones.",
+        ),
+    ] = None,
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
     ] = False,
@@ -74,27 +85,28 @@ def launch(
             raise SweepError(f"{option} has no meaning with --on {place}; it is for --on {only}")
     if place == "local" and not dry_run:
         check_training_installed("launch")
-    states = [engine.launch_state(loaded, run, retry=retry) for run in runs]
+    states = read_states(loaded, runs, retry=retry)
     num_devices = 0 if place == "slurm" else local_machine(runs, devices=devices).devices
     print_key_values(launch_view(loaded, states, cards, num_devices))
     num_hours = sum(card.device_hours for card, each in zip(cards, states, strict=True) if each.startable)
     if not dry_run and num_hours > CONFIRM_DEVICE_HOURS:
         confirm(f"launch up to {format_number(num_hours)} device-hours{format_price(loaded, num_hours)}?", yes=yes)
     again = ["--on", on] if on else []
+    stop = [] if stop_off_track is None else ["--stop-off-track", f"{stop_off_track:g}"]
     if place == "slurm":
-        _launch_slurm(loaded, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
+        _launch_slurm(loaded, runs, retry=retry, stop_sd=stop_off_track, dry_run=dry_run, allow_dirty=allow_dirty)
         if not dry_run and any(each.startable or each.is_active for each in states):
             print_next("status", sweep, root, "--wait")
             return
     elif dry_run:
-        _print_commands(loaded, states, devices)
+        _print_commands(loaded, runs, states, devices)
     if place == "slurm" or dry_run:
-        more = [*again, *(["--retry"] if retry else [])]
+        more = [*again, *(["--retry"] if retry else []), *stop]
         _print_next(LaunchResult(skipped=tuple(states)), sweep, loaded, root, *more)
         return
-    result = engine.launch(loaded, root, devices=devices, hours=hours, retry=retry)
+    result = engine.launch(loaded, root, devices=devices, hours=hours, retry=retry, stop_sd=stop_off_track)
     print_result(result)
-    _print_next(result, sweep, loaded, root, *again)
+    _print_next(result, sweep, loaded, root, *again, *stop)
     if code := _exit_code(result):
         raise typer.Exit(code)
 
@@ -125,7 +137,10 @@ def _print_next(result: LaunchResult, name: str, sweep: Sweep, root: Path, *more
 
 def failed_runs(result: LaunchResult) -> list[str]:
     """Return the runs that failed for good in this launch or before."""
-    return [*result.failed, *(each.record.name for each in result.skipped if each.state in ("failed", "diverged"))]
+    return [
+        *result.failed,
+        *(each.record.name for each in result.skipped if each.state in ("failed", "diverged", "off-track")),
+    ]
 
 
 def print_result(result: LaunchResult) -> None:
@@ -166,21 +181,22 @@ def cancel(
         raise typer.Exit(1)
 
 
-def _print_commands(sweep: Sweep, states: Sequence[RunState], devices: int | None) -> None:
+def _print_commands(sweep: Sweep, runs: Sequence[Run], states: Sequence[RunState], devices: int | None) -> None:
     """Check the runs and print the commands that a launch on this machine would execute."""
-    starting = [each for each in states if each.startable]
-    machine = local_machine([each.run for each in states], devices=devices)
-    raise_on_problems(sweep, [each.run for each in starting])
-    for each in starting:
+    machine = local_machine(runs, devices=devices)
+    raise_on_problems(sweep, [run for run, each in zip(runs, states, strict=True) if each.startable])
+    for each in (each for each in states if each.startable):
         command = machine.command(each.record.path, min(each.run.devices, machine.devices))
         typer.echo(f"{'start' if each.state == 'not started' else 'resume':<6}  {' '.join(command)}")
 
 
-def _launch_slurm(sweep: Sweep, runs: list[Run], *, retry: bool, dry_run: bool, allow_dirty: bool) -> None:
+def _launch_slurm(
+    sweep: Sweep, runs: list[Run], *, retry: bool, stop_sd: float | None, dry_run: bool, allow_dirty: bool
+) -> None:
     """Submit jobs, or print their scripts."""
     from aimscale.sweeps.engine.slurm_worker import launch_slurm
 
-    submitted = launch_slurm(sweep, runs, retry=retry, dry_run=dry_run, allow_dirty=allow_dirty)
+    submitted = launch_slurm(sweep, runs, retry=retry, stop_sd=stop_sd, dry_run=dry_run, allow_dirty=allow_dirty)
     for part in submitted:
         shape = f"{part.shape.nodes} x {part.shape.devices} (nodes x devices)"
         if dry_run:

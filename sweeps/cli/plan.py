@@ -22,8 +22,7 @@ from aimscale.sweeps.plan.checks import Problem, check, describe_runs, group_fin
 from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
-from aimscale.sweeps.state.decision import RunState, read_state
-from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.decision import RunState, read_states
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
 from aimscale.sweeps.table.launch_view import format_price, launch_view
 from aimscale.sweeps.table.views import (
@@ -67,7 +66,7 @@ def plan(
     chosen = {each.run_id for each in runs} if only is None else {*select_run_ids(loaded, [only])}
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
     plateau = budgets_in_plateau(loaded)
-    states = [read_state(run, RunRecord(loaded.run_dir(run.run_id))) for run in runs]
+    states = read_states(loaded, runs)
     rehearsals: dict[str, Rehearsal] = {}
     if rehearse:
         from aimscale.sweeps.plan.rehearsals import rehearse_runs

@@ -142,7 +142,7 @@ def _next_command(found: SweepStatus) -> tuple[str, ...]:
         return ("report",)
     if found.is_active:
         return "status", "--wait"
-    return ("launch", "--retry") if found.counts.keys() <= {"finished", "cancelled"} else ("launch",)
+    return ("launch", "--retry") if found.counts.keys() <= {"finished", "cancelled", "off-track"} else ("launch",)
 
 
 def logs(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from aimscale.harness.run.lock import Lock
+from aimscale.sweeps.engine.devices import TORCHRUN_ENVIRONMENT
 from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.state.attempts import Outcome
@@ -65,7 +66,7 @@ class ActiveRun:
         variables.pop("SLURM_STEP_NUM_TASKS", None)
         if len(devices) > 1:  # torchrun kills its ranks this long after SIGTERM; the default is 30 s
             variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_period_s(run))
-            variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # ranks make one that listens on loopback alone
+            variables |= TORCHRUN_ENVIRONMENT
         record.logs.mkdir(parents=True, exist_ok=True)
         with record.attempt_log(self.attempt).open("ab") as output:
             self.process = subprocess.Popen(
@@ -97,6 +98,8 @@ class ActiveRun:
             return f"left {self.record.name}: another process executes it"
         if outcome == "preempted":
             return f"stopped {self.record.name}, saved"
+        if self.record.read_status().state == "off-track":
+            return f"ended {self.record.name}: {self.record.read_status().reason}"
         status, see = self.record.read_status(), f"see {self.record.attempt_log(self.attempt)}"
         what = {"retry": "trying again", "given back": f"it had not begun to train, and another node may try; {see}"}
         return f"failed {self.record.name} ({status.reason_class}: {status.reason}); {what.get(outcome, see)}"

@@ -20,6 +20,8 @@ from aimscale.sweeps.plan.costs import plan_execution
 from aimscale.sweeps.plan.planner import Run
 
 TRAIN_COMMAND = ("-m", "aimscale.harness.train")
+TORCHRUN_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Has torchrun start no store for its ranks, which would listen on all interfaces; theirs listens on loopback."""
 
 
 @dataclass(frozen=True, kw_only=True)

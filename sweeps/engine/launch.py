@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,15 @@ from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Place, Sweep, SweepError,
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import live_jobs
 from aimscale.sweeps.state.attempts import clear_failure, record_lost_attempt
-from aimscale.sweeps.state.decision import RunState, read_state
+from aimscale.sweeps.state.decision import ENDED_BY_HAND, RunState, read_state, read_states
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import hold_sweep, prepare_directory, unplanned_runs
+from aimscale.sweeps.table.on_track import set_stop
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.status_view import progress_bar, progress_line, runs_table
 from aimscale.sweeps.table.views import new_console
 
 LOG_INTERVAL_S, LIVE_INTERVAL_S = 30.0, 2.0
-ENDED_BY_HAND = ("failed", "diverged", "cancelled")
-"""States that `--retry` clears."""
 CHECKS_LOCK, CHECKS_VALID_S = "checks.lock", 3600.0
 """Lock of launches that check a sweep, and time for which checks that have passed are not repeated, s."""
 LOOK_SHARE = 0.05
@@ -50,6 +49,7 @@ def launch(
     devices: int | None = None,
     hours: float | None = None,
     retry: bool = False,
+    stop_sd: float | None = None,
     show_progress: bool = True,
     command: Command | None = None,
 ) -> LaunchResult:
@@ -64,6 +64,7 @@ def launch(
             cores can feed.
         hours: time until this machine is gone; all runs are saved before.
         retry: clear failures and cancellations first.
+        stop_sd: save and end runs whose loss lies so many standard deviations above their forecast.
         show_progress: show progress, as a live table on a terminal; else only events are printed.
         command: replaces the program that executes a run.
 
@@ -74,7 +75,7 @@ def launch(
     started = time.time()
     loaded, runs, cards = load_plan(sweep, root, "local")
     machine = local_machine(runs, devices=devices)
-    prepare_launch(loaded, runs, retry=retry)
+    prepare_launch(loaded, runs, retry=retry, stop_sd=stop_sd)
     deadline = float("inf")
     if hours is not None:
         # Runs stop early enough to save before the time is up, but at most half of a short time is kept for that.
@@ -84,19 +85,22 @@ def launch(
         return run_worker(worker, report)
 
 
-def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool) -> None:
+def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool, stop_sd: float | None = None) -> None:
     """Check the runs that a launch would start, create the sweep's directory, and record attempts that were lost.
 
     Args:
         retry: clear failures and cancellations.
+        stop_sd: as in `launch`; it holds for workers anywhere until the next launch.
 
     Raises:
         SweepError, ConfigError: as in `launch`.
     """
-    states = [read_state(run, RunRecord(sweep.run_dir(run.run_id))) for run in runs]
+    states = read_states(sweep, runs)
     with hold_sweep(sweep, CHECKS_LOCK, "checks the data of this sweep"):
-        check_once(sweep, [each.run for each in states if _after_launch(each, retry=retry).startable])
+        start = [each.startable or (retry and each.state in ENDED_BY_HAND) for each in states]
+        check_once(sweep, list(itertools.compress(runs, start)))
         prepare_directory(sweep, runs)
+        set_stop(sweep, stop_sd)
     lost = {each.worker.facts.get("job_id") for each in states if each.state == "lost" and each.worker}
     job_states = slurm.job_states([str(job_id) for job_id in lost if job_id])
     for each in states:
@@ -124,15 +128,6 @@ def check_once(sweep: Sweep, runs: Sequence[Run]) -> None:
         write_json(path, dict.fromkeys(passed, now) | valid)
 
 
-def launch_state(sweep: Sweep, run: Run, *, retry: bool) -> RunState:
-    """Return the state of a run as it will be after a launch with `retry`, which clears failures and cancellations."""
-    return _after_launch(read_state(run, RunRecord(sweep.run_dir(run.run_id))), retry=retry)
-
-
-def _after_launch(found: RunState, *, retry: bool) -> RunState:
-    return replace(found, state="paused") if retry and found.state in ENDED_BY_HAND else found
-
-
 def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: bool) -> None:
     """Record the end of an attempt whose worker is gone and, with `retry`, clear failure and cancellation."""
     record = found.record
@@ -143,7 +138,7 @@ def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: boo
         record_lost_attempt(record, before, job_states.get(str(before.facts.get("job_id"))) if before else None)
         if retry:
             record.cancelled.unlink(missing_ok=True)
-            if record.read_status().state in ("failed", "diverged"):
+            if record.read_status().state in ("failed", "diverged", "off-track"):
                 clear_failure(record)
     finally:
         lock.release()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.engine.devices import Machine, visible_gpus
-from aimscale.sweeps.engine.launch import launch_state, load_plan, prepare_launch
+from aimscale.sweeps.engine.launch import load_plan, prepare_launch
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
 from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.costs import grace_period_s
@@ -32,7 +32,7 @@ from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.commands import SlurmError
 from aimscale.sweeps.slurm.jobs import WORKER_ENDS, JobShape
 from aimscale.sweeps.slurm.submit import Submission, submit
-from aimscale.sweeps.state.decision import read_state
+from aimscale.sweeps.state.decision import read_states
 from aimscale.sweeps.state.record import WORKER_BEGINS, RunRecord
 
 
@@ -83,7 +83,7 @@ def execute_job(directory: Path, shape: JobShape) -> str:
 
 def _release_nodes(sweep: Sweep, runs: Sequence[Run]) -> bool:
     """Return all nodes of this job but its first to Slurm, if runs are left that have only to be probed on one node."""
-    states = [read_state(run, RunRecord(sweep.run_dir(run.run_id))) for run in runs]
+    states = read_states(sweep, runs)
     job_id = slurm.current_job_id()
     to_probe = [each for run, each in zip(runs, states, strict=True) if each.run.devices < run.devices]
     if job_id is None or not any(each.startable for each in to_probe):
@@ -162,7 +162,13 @@ def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
 
 
 def launch_slurm(
-    sweep: Sweep, runs: Sequence[Run], *, retry: bool = False, dry_run: bool = False, allow_dirty: bool = False
+    sweep: Sweep,
+    runs: Sequence[Run],
+    *,
+    retry: bool = False,
+    stop_sd: float | None = None,
+    dry_run: bool = False,
+    allow_dirty: bool = False,
 ) -> list[Submission]:
     """Submit the jobs that the runs need and return at once; a dry run asks Slurm nothing and writes nothing.
 
@@ -170,18 +176,15 @@ def launch_slurm(
         SweepError, DataError: as in `launch` and `submit`.
     """
     if dry_run:
-        raise_on_problems(sweep, [run for run in runs if launch_state(sweep, run, retry=retry).startable])
+        states = read_states(sweep, runs, retry=retry)
+        raise_on_problems(sweep, [run for run, each in zip(runs, states, strict=True) if each.startable])
     else:
-        prepare_launch(sweep, runs, retry=retry)
-    return submit(
-        sweep,
-        lambda: [
-            each.run for each in (launch_state(sweep, run, retry=retry and dry_run) for run in runs) if each.startable
-        ],
-        allow_dirty=allow_dirty,
-        dry_run=dry_run,
-        retry=retry,
-    )
+        prepare_launch(sweep, runs, retry=retry, stop_sd=stop_sd)
+
+    def list_runs() -> list[Run]:
+        return [each.run for each in read_states(sweep, runs, retry=retry and dry_run) if each.startable]
+
+    return submit(sweep, list_runs, allow_dirty=allow_dirty, dry_run=dry_run, retry=retry)
 
 
 @contextlib.contextmanager

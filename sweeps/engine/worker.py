@@ -32,8 +32,9 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD, Sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.attempts import EARLY_S, Outcome, record_end, record_lost_attempt
-from aimscale.sweeps.state.decision import RunState, read_state
+from aimscale.sweeps.state.decision import RunState, read_state, read_states
 from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.table.on_track import write_expected
 
 POLL_S = 0.2
 CANCEL_CHECK_S = 1.0
@@ -70,6 +71,8 @@ class Worker:
     """Whether runs that failed on one of these nodes are left to other workers."""
     broken: str | None = None
     """Reason why this worker takes no more runs, if any."""
+    planned: tuple[Run, ...] = field(init=False)
+    """All runs of the sweep."""
     devices: DevicePool = field(init=False)
     active: list[ActiveRun] = field(default_factory=list)
     ended: dict[str, Outcome] = field(default_factory=dict)
@@ -86,12 +89,14 @@ class Worker:
     """Messages that are not printed yet."""
     is_late: bool = False
     """Whether a run was not started because too little time is left."""
+    is_blocked: bool = False
+    """Whether it has said that other launches on this machine use all devices."""
     stopping: bool = False
     stopped_by: int | None = None
     """First signal that requested a stop, if any."""
 
     def __post_init__(self) -> None:
-        self.devices = DevicePool(self.machine)
+        self.devices, self.planned = DevicePool(self.machine), tuple(self.waiting)
         if self.job_id:
             # Runs that this job executed before come first, then those of its own shape.
             own = self.machine.nodes * self.machine.devices
@@ -165,8 +170,8 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
     def ended(*outcomes: Outcome) -> tuple[str, ...]:
         return tuple(run_id for run_id, outcome in worker.ended.items() if outcome in outcomes)
 
-    states = {run.run_id: read_state(run, RunRecord(worker.sweep.run_dir(run.run_id))) for run in worker.waiting}
-    remaining = tuple(name for name, each in states.items() if each.startable and worker.machine.can_run(each.run))
+    states = read_states(worker.sweep, worker.waiting)
+    remaining = [each.run.run_id for each in states if each.startable and worker.machine.can_run(each.run)]
     return LaunchResult(
         finished=ended("finished"),
         evaluated=tuple(worker.evaluated),
@@ -174,7 +179,7 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
         stopped=ended("preempted"),
         retried=ended("retry"),
         skipped=tuple(found for run_id, found in worker.skipped.items() if run_id not in worker.ended),
-        remaining=remaining,
+        remaining=tuple(remaining),
         interrupted=worker.stopping or bool(remaining and worker.is_late),
         stopped_by=worker.stopped_by,
         broken=worker.broken,
@@ -240,7 +245,10 @@ def _start_waiting_runs(worker: Worker) -> None:
                 found = refused
             elif worker.job_id and found.run.devices > worker.devices.num_free:
                 return  # the job was sized for this run, which smaller ones would delay
-        elif found.state in ("finished", "failed", "diverged", "damaged"):
+            elif not worker.active and not worker.is_blocked:
+                worker.is_blocked = True
+                worker.events.append("waiting for devices, which other launches on this machine use")
+        elif found.state in ("finished", "failed", "diverged", "off-track", "damaged"):
             worker.waiting.remove(run)
         worker.skipped[run.run_id] = found
 
@@ -260,6 +268,7 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
         found = read_state(run, record, holds_claim=True)
         if found.startable:
             RunDir.create(record.path, run.config)
+            _write_forecasts(worker, [run])
             record.write_status(state="queued", reason=None, reason_class=None)
             probes = {"AIMSCALE_PROBES": "apart"} if run.probe_devices < run.devices else {}
             active_run = ActiveRun(
@@ -296,6 +305,8 @@ def _collect_ended(worker: Worker) -> None:
             outcome = "failed"
             worker.events.append(f"left {active_run.record.name}: how it ended cannot be written down ({error})")
         active_run.lock.release()
+        if outcome == "finished" and worker.active:
+            _write_forecasts(worker, [each.run for each in worker.active])
         run_id = active_run.run.run_id
         worker.ended[run_id] = outcome
         if outcome == "given back":
@@ -303,6 +314,14 @@ def _collect_ended(worker: Worker) -> None:
         elif outcome not in ("finished", "failed"):
             worker.waiting.insert(0, active_run.run)
         worker.last_given_back = run_id if outcome == "given back" else None
+
+
+def _write_forecasts(worker: Worker, runs: Sequence[Run]) -> None:
+    """Renew the forecasts of runs; a damaged file of another run is no reason to leave these alone."""
+    try:
+        write_expected(worker.sweep, worker.planned, runs)
+    except (OSError, UserError) as error:
+        worker.events.append(f"no new forecasts of runs: {error}")
 
 
 def _record_end(worker: Worker, active_run: ActiveRun, exit_code: int) -> Outcome:

@@ -16,6 +16,7 @@ from aimscale.harness.run.directory import (
     EXIT_CRASHED,
     EXIT_DIVERGED,
     EXIT_FINISHED,
+    EXIT_OFF_TRACK,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
     SHARED,
@@ -81,6 +82,9 @@ def record_end(
     is_killed_as_asked = stop_requested and exit_code == -signal.SIGKILL  # by a second Ctrl-C
     if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT) or is_killed_as_asked:
         return _record_preemption(run, attempt, exit_code, stop_requested)
+    if exit_code == EXIT_OFF_TRACK:
+        _append_attempt(run, attempt, exit_code, run.read_status().reason, None)
+        return "failed"
     reason, reason_class = failure_reason(run, attempt, exit_code)
     run.write_status(
         state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=reason_class
@@ -112,7 +116,8 @@ def _rank_exit_code(run: RunRecord, exit_code: int, claim: str) -> int:
     """Return the exit code that the run's status implies; torchrun and srun return one code for all ranks."""
     status, by_signal = run.read_status(), exit_code > 128
     if status.claim == claim and (by_signal or exit_code in (EXIT_CRASHED, EXIT_PREEMPTED)):
-        codes = {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED, "failed": EXIT_CRASHED}
+        codes = {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED, "off-track": EXIT_OFF_TRACK}
+        codes |= {"failed": EXIT_CRASHED}
         if status.state in codes:
             return codes[status.state]
     return 128 - exit_code if by_signal else exit_code

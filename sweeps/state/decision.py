@@ -12,17 +12,22 @@ from aimscale.harness.run.config import load_run_config
 from aimscale.harness.run.directory import Status
 from aimscale.harness.run.lock import Holder
 from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.state.attempts import may_retry
 from aimscale.sweeps.state.record import RunRecord
 
 State = Literal[
     "not started", "queued", "waiting", "starting", "running", "lost", "paused", "cancelled", "failed", "diverged",
-    "finished", "damaged",
+    "off-track", "finished", "damaged",
 ]  # fmt: skip
 """State of a run. `queued`: a pending Slurm job will take it; `waiting`: it needs more time than this worker has, or
 another machine; `starting`: a worker has claimed it; `lost`: its status is running, but no process executes it;
-`paused`: its progress is saved, and no worker continues it. The next worker starts runs that are not started, lost or
-paused."""
+`paused`: its progress is saved, and no worker continues it; `off-track`: its loss left the forecast, and a launch with
+--stop-off-track ended it. The next worker starts runs that are not started, lost or paused."""
+
+
+ENDED_BY_HAND = ("failed", "diverged", "off-track", "cancelled")
+"""States that `launch --retry` clears."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,12 @@ class RunState:
     def is_active(self) -> bool:
         """Whether a process or a worker holds it."""
         return self.state in ("running", "starting")
+
+
+def read_states(sweep: Sweep, runs: Sequence[Run], *, retry: bool = False) -> list[RunState]:
+    """Read the states of runs; with `retry`, as they are when failures and cancellations are cleared."""
+    states = [read_state(run, RunRecord(sweep.run_dir(run.run_id))) for run in runs]
+    return [replace(each, state="paused") if retry and each.state in ENDED_BY_HAND else each for each in states]
 
 
 def read_state(run: Run, record: RunRecord, *, holds_claim: bool = False) -> RunState:
@@ -101,6 +112,8 @@ def _read_state(run: Run, record: RunRecord, holds_claim: bool) -> RunState:
     has_failed = status.state in ("failed", "diverged") and not may_retry(attempts, status.reason_class)
     if has_failed and load_run_config(record.config) == run.config:
         return found("diverged" if status.state == "diverged" else "failed", failure)
+    if status.state == "off-track":
+        return found("off-track", status.reason)
     if record.cancelled.exists():
         return found("cancelled")
     if is_new:

@@ -16,7 +16,7 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
 from aimscale.sweeps.state.record import RunRecord
 
-LOCK_TIMEOUT_S = 300.0
+LOCK_TIMEOUT_S = 600.0
 """Time to wait for another launch of the sweep, s."""
 
 

@@ -17,6 +17,7 @@ ADVICE = {
     "failed": "; --retry tries again",
     "diverged": "; --retry tries again",
     "cancelled": "--retry starts it again",
+    "off-track": "",
     "damaged": "",
 }
 """State of runs that a launch leaves alone -> what to do about them."""

@@ -16,12 +16,12 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.slurm.jobs import LiveJob, describe_failed_jobs, failed_jobs, live_jobs
-from aimscale.sweeps.state.decision import RunState, State, read_state
+from aimscale.sweeps.state.decision import RunState, State, read_states
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
 from aimscale.sweeps.table.time_left import Progress, time_left
 
-ENDED_STATES = ("finished", "cancelled", "failed", "diverged", "damaged")
+ENDED_STATES = ("finished", "cancelled", "failed", "diverged", "off-track", "damaged")
 """States in which nothing is executed until a person acts."""
 
 
@@ -98,8 +98,7 @@ def sweep_status(
     live = live_jobs(sweep, jobs) if jobs else []
     pending = _pending_jobs(live, cards)
     inspected = [
-        _inspect_run(run, card, RunRecord(sweep.run_dir(run.run_id)), pending)
-        for run, card in zip(runs, cards, strict=True)
+        _inspect_run(found, card, pending) for found, card in zip(read_states(sweep, runs), cards, strict=True)
     ]
     left, eta_s, is_measured = time_left(cards, [progress for _, progress in inspected])
     lines = tuple(
@@ -142,18 +141,13 @@ def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[in
     return found
 
 
-def _inspect_run(
-    run: Run, card: CostCard, record: RunRecord, pending: Mapping[int, JobInfo]
-) -> tuple[RunStatus, Progress]:
-    found = read_state(run, record)
+def _inspect_run(found: RunState, card: CostCard, pending: Mapping[int, JobInfo]) -> tuple[RunStatus, Progress]:
     try:
         return _inspect_state(found, card, pending.get(found.run.devices))
     except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        why = found.why if found.state == "damaged" else str(error)
-    line = RunStatus(
-        run_id=run.run_id, cell=run.cell, state="damaged", status=Status(reason=why), log=_last_log(record)
-    )
-    return line, Progress(is_over=True)
+        status = Status(reason=found.why if found.state == "damaged" else str(error))
+    run, log = found.run, _last_log(found.record)
+    return RunStatus(run_id=run.run_id, cell=run.cell, state="damaged", status=status, log=log), Progress(is_over=True)
 
 
 def _last_log(record: RunRecord) -> str | None:
@@ -202,7 +196,6 @@ def _inspect_state(found: RunState, card: CostCard, pending: JobInfo | None) -> 
         flops_to_evaluate=_flops_to_evaluate(card, found.missing) + (1 - line.progress) * card.flops_during,
         # of a finished run, the mean over all steps instead of the last seconds
         images_per_s=rows[-1].get("images_per_s") if is_finished and rows else status.images_per_s,
-        mfu=status.mfu,
         startup_s=starts[-1].get("startup_s") if starts else None,
         elapsed_s=now - status.started if is_held and status.started else 0.0,
         spent_s=3600 * hours / card.devices if is_finished and found.attempts else None,

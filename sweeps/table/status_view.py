@@ -6,7 +6,6 @@ import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Group
@@ -34,7 +33,7 @@ MAX_DATA_WAIT = 0.3
 """Share of time spent waiting for images, 0..1, above which a run gets a notice."""
 CONSTANT_LOSS = 1.0
 """Loss on normalised targets of a model that predicts the mean of every patch."""
-FAILED_STATES = ("failed", "diverged", "damaged")
+FAILED_STATES = ("failed", "diverged", "off-track", "damaged")
 """States that a person has to look into."""
 Shown = Literal["auto", "all", "failed"]
 """Runs to list: each, or groups by size where there are many; each; or those that a person has to look into."""
@@ -70,6 +69,7 @@ def runs_table(lines: Sequence[RunStatus], width: int) -> Table:
         _optional("images", lambda line: line.status.images_seen, format_number, 5),
         _optional("train loss", lambda line: line.status.loss, "{:.4f}".format, 4),
         _optional("val loss", lambda line: line.val_loss, "{:.4f}".format, 1),
+        *([Column(header="forecast", cell=_on_track, drop_order=1, align_right=False)] if _has_forecast(lines) else []),
         _optional("spikes", lambda line: line.num_loss_spikes, str, 3),
         _optional("images/s", lambda line: line.status.images_per_s, format_number, 3),
         *(_optional(f"MFU {name}", operator.attrgetter(f"status.{field}"), _percent, 4) for field, name in MFU.items()),
@@ -81,44 +81,25 @@ def runs_table(lines: Sequence[RunStatus], width: int) -> Table:
     return fitted_table(columns, lines, width)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """Runs of one size."""
-
-    size: str
-    lines: list[RunStatus]
-
-    @property
-    def val_loss(self) -> float | None:
-        """Lowest validation loss of the runs that are finished."""
-        return min((each.val_loss for each in self.lines if each.val_loss and each.state == "finished"), default=None)
-
-    @property
-    def eta_s(self) -> float | None:
-        """Time to the end of the last run that is running, s."""
-        return max((each.eta_s for each in self.lines if each.eta_s), default=None)
-
-
 def groups_table(lines: Sequence[RunStatus], width: int) -> Table:
     """Make a table with a line for each size."""
-    groups: dict[str, _Group] = {}
+    groups: dict[str, list[RunStatus]] = {}
     for line in lines:
-        size = str(line.cell["size"])
-        groups.setdefault(size, _Group(size=size, lines=[])).lines.append(line)
+        groups.setdefault(str(line.cell["size"]), []).append(line)
+
+    def best_val_loss(group: list[RunStatus]) -> float | None:
+        return min((each.val_loss for each in group if each.val_loss and each.state == "finished"), default=None)
+
     columns = [
-        Column(header="size", cell=lambda group: group.size, align_right=False),
-        Column(header="runs", cell=lambda group: str(len(group.lines))),
-        Column(header="states", cell=lambda group: _count_states(group.lines), align_right=False),
-        Column(header="done", cell=lambda group: f"{_mean_percent(group.lines):.0f} %"),
-        _optional("best val loss", lambda group: group.val_loss, "{:.4f}".format, 1),
-        _optional("images/s", lambda group: _images_per_s(group.lines), format_number, 3),
-        _optional("ETA", lambda group: group.eta_s, format_duration, 2),
+        Column(header="size", cell=lambda group: str(group[0].cell["size"]), align_right=False),
+        Column(header="runs", cell=lambda group: str(len(group))),
+        Column(header="states", cell=_count_states, align_right=False),
+        Column(header="done", cell=lambda group: f"{100 * sum(each.progress for each in group) / len(group):.0f} %"),
+        _optional("best val loss", best_val_loss, "{:.4f}".format, 1),
+        _optional("images/s", _images_per_s, format_number, 3),
+        _optional("ETA", lambda group: max(each.eta_s or 0.0 for each in group), format_duration, 2),
     ]
     return fitted_table(columns, list(groups.values()), width)
-
-
-def _mean_percent(lines: Sequence[RunStatus]) -> float:
-    return 100 * sum(line.progress for line in lines) / len(lines)
 
 
 def _images_per_s(lines: Iterable[RunStatus]) -> float:
@@ -143,6 +124,19 @@ def _evaluated(line: RunStatus) -> str:
     return f"{line.evaluated} of {line.to_evaluate}" if line.to_evaluate and line.state != "not started" else ""
 
 
+def _has_forecast(lines: Iterable[RunStatus]) -> bool:
+    return any(line.status.deviation is not None for line in lines)
+
+
+def _on_track(line: RunStatus) -> str:
+    """Say whether a run is on its forecast from smaller runs."""
+    if line.status.deviates_since is not None:
+        return f"{line.status.deviation:+.1f} sd above since {format_number(line.status.deviates_since)} images"
+    if line.status.deviation is not None:
+        return "on track"
+    return "not known: no smaller run has come so far" if line.state == "running" and line.val_loss else ""
+
+
 def _since_heartbeat(line: RunStatus) -> float | None:
     return max(0.0, time.time() - line.status.heartbeat) if line.state == "running" and line.status.heartbeat else None
 
@@ -152,6 +146,8 @@ def _notice(line: RunStatus) -> tuple[str, str] | None:
     loss = line.val_loss if line.val_loss is not None else line.status.loss
     if line.is_normalised and loss is not None and loss >= CONSTANT_LOSS:
         return "unstable", f"loss {loss:.2f}, no better than a constant prediction: lower optimiser.lr_peak"
+    if line.state == "running" and line.status.deviates_since is not None:
+        return "off-track", f"loss {_on_track(line)}, which 1 % of sound runs come to; see what changed there"
     data_wait = line.status.data_wait or 0.0
     if line.state == "running" and line.status.phase in ("train", "decay") and data_wait > MAX_DATA_WAIT:
         share = f"waits for images {100 * data_wait:.0f} % of the time"

@@ -26,7 +26,7 @@ STATE_STYLES = {
     "not started": "dim",
     **dict.fromkeys(("running", "starting"), "cyan"),
     **dict.fromkeys(("lost", "paused", "cancelled", "data-bound", "warn"), "yellow"),
-    **dict.fromkeys(("failed", "diverged", "damaged", "unstable", "fail"), "bold red"),
+    **dict.fromkeys(("failed", "diverged", "off-track", "damaged", "unstable", "fail"), "bold red"),
 }
 """Colours of run states and of other words that open a line."""
 

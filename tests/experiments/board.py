@@ -27,10 +27,11 @@ from scipy.stats import t as student
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.inference import CONFIDENCE
+from aimscale.analysis.forecasts.curves import Cache
 from aimscale.analysis.forecasts.forecaster import (
     DOF,
     LOSSES,
-    Cache,
+    TERMS,
     Calibration,
     Forecaster,
     accuracy_forecaster,
@@ -116,8 +117,7 @@ def forecast_cuts(table: BoardTable) -> pd.DataFrame:
 
     Returns:
         One row a point: table, family, cut, quantity, method, distance, measured, predicted, low, high, and of the
-        stack what its errors are made of: the noise of a run, the variance of parameters and laws that a `Calibration`
-        weighs (known), the rate of misfit, and ln distance.
+        stack what a `Calibration` weighs: the variance without the misfit (known), the rate of misfit, and ln distance.
     """
     rows = []
     for cut in CUTS:
@@ -175,11 +175,12 @@ def _of_stack(found: Forecaster, test: pd.DataFrame) -> pd.DataFrame:
     named = {**found.points.columns, "C": "flops_train"}
     places = found.points.place({v: test[name].to_numpy(float) for v, name in named.items() if v != "y"})
     rows = found.predict(places)
-    known = sum((rows[name] / found.calibration.known) ** 2 for name in ("parameters", "laws"))
+    share = found.calibration.share(rows["distance"].to_numpy())
+    known = sum((rows[name] / share) ** 2 for name in TERMS if name != "misfit")
     ends = {"predicted": rows["value"], "low": rows["pi_lo"], "high": rows["pi_hi"]}
     if found.points.is_accuracy:
         ends = {name: 1 - ends[other] for name, other in (("predicted", "predicted"), ("low", "high"), ("high", "low"))}
-    terms = {"noise": rows["noise"], "known": known, "rate": found.misfit, "log_distance": np.log(rows["distance"])}
+    terms = {"known": known, "rate": found.misfit, "log_distance": np.log(rows["distance"])}
     return pd.DataFrame({**ends, **terms, "distance": rows["distance"]})
 
 
@@ -232,8 +233,8 @@ CONSTANTS = ("known", "misfit", "least")
 
 def _spread(points: pd.DataFrame, by: Calibration) -> Array:
     """Standard deviation of ln loss of the stack's forecasts."""
-    noise, known, rate, far = (points[name].to_numpy(float) for name in ("noise", "known", "rate", "log_distance"))
-    return np.sqrt(noise**2 + by.known**2 * known + ((by.misfit * rate + by.least) * far) ** 2)
+    known, rate, far = (points[name].to_numpy(float) for name in ("known", "rate", "log_distance"))
+    return np.hypot(by.share(np.exp(far)) * np.sqrt(known), (by.misfit * rate + by.least) * far)
 
 
 def left_out(points: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 
-from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_OFF_TRACK, EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.lock import LockHeld
 
@@ -38,6 +38,9 @@ def main(path: str, behaviour: str = "finish") -> int:
                     if told and behaviour != "hang":
                         run.write_status(state="preempted", reason="told to stop")
                         return EXIT_PREEMPTED
+                if behaviour == "off track":
+                    run.write_status(state="off-track", reason="+4.2 sd above its forecast", images_done=done + 1)
+                    return EXIT_OFF_TRACK
                 if behaviour == "crash":
                     raise RuntimeError("the user's code is wrong")
                 if behaviour == "die":

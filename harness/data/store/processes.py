@@ -133,6 +133,6 @@ def wait_for(poll: Callable[[float], bool], pids: Collection[int], limit_s: floa
 def is_stopped(pid: int) -> bool:
     """Return whether a process of this machine was stopped by a signal (`kill -STOP`, Ctrl-Z)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "Tt"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
     except OSError:
         return False

@@ -52,6 +52,14 @@ def test_json_holds_the_table(name: str, capsys: Any) -> None:
     assert json.loads(capsys.readouterr().out)["table"]
 
 
+def test_an_accuracy_is_not_corrected_to_its_lowest(capsys: Any) -> None:
+    """The best rate of an accuracy is that of the highest."""
+    table = pd.read_csv("tuned.csv")
+    table.assign(accuracy=1 - table["val_loss"] / 10).to_csv("accuracies.csv", index=False)
+    assert exit_code("fit accuracies.csv --y accuracy --law power:N --json") == 0
+    assert json.loads(capsys.readouterr().out)["tuning"] == ""
+
+
 def test_the_laws_are_written_as_a_recipe_that_sweeps_read(capsys: Any) -> None:
     assert exit_code("rates tuned.csv --write my.yaml --target N=1e9,D=1e9") == 0
     printed = capsys.readouterr()

@@ -15,7 +15,7 @@ from commands import say
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.report.blocks import sort_key
-from aimscale.analysis.report.page import maths, write_report
+from aimscale.analysis.report.page import _description, maths, write_report
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.analysis.words import human
 
@@ -86,7 +86,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A sweep with points during training."""
+    """A sweep with points during training, and a forecast that was registered before its largest run."""
     folder = write_sweep(tmp_path_factory.mktemp("sweep"), sweep_rows())
     points = []
     for size, n in SIZES.items():
@@ -95,6 +95,9 @@ def folder(tmp_path_factory) -> Path:
             points.append({"run_id": f"{size}_s0", "size": size, "params_total": int(n), "images_seen": int(d)})
             points[-1] |= {"status": "during", "val_loss": float(loss), "lr": 1e-3}
     write_table(results_table(points, OF_CURVES), folder / "curves.parquet")
+    at = {"at": {"N": 4e6, "D": 32_000}, "columns": {"N": "params_total", "D": "images_seen"}, "law": "chinchilla"}
+    told = {"registered": "2026-01-01", "quantity": "val_loss", "value": 0.4, "pi_lo": 0.1, "pi_hi": 0.9}
+    (folder / "forecasts.jsonl").write_text(json.dumps(at | told) + "\n")
     return folder
 
 
@@ -108,11 +111,13 @@ def test_every_section_figure_and_table_is_there(page):
     sections = {"summary", "runs", "scaling", "accuracy", "linked", "laws"}
     sections |= {"published", "methods", "provenance"}
     kinds = {f"{what}-{kind}" for what in ("accuracy", "loss-accuracy") for kind in ("attentive", "linear")}
-    figures = {f"loss-{v}" for v in "NDC"} | kinds | {"frontier", "curves", "published-models"}
-    tables = {"results", "law-ND", "law-C", "heldout", "probes"}
+    figures = {f"loss-{v}" for v in "NDC"} | kinds | {"frontier", "curves", "trajectory", "published-models"}
+    tables = {"results", "law-ND", "law-C", "heldout", "probes", "registered"}
     assert sections | figures | tables <= page.ids()
     assert sum(tag == "svg" for tag, _ in page.tags) >= len(figures)
     assert "What is missing" not in page.text
+    assert "1 of 1 runs inside their registered intervals, 0 not measured yet" in page.text
+    assert "from 3 finished runs of 3 sizes, 4 times their largest N" in page.text
     assert "^" not in page.text, "a formula is not set"
     hours = human(sum(SIZES.values()) * 32_000 / 1e12)  # what the budgets of a run share counts once
     assert f"Training to the largest budget of each run took {hours} device-hours on cpu." in page.text
@@ -188,6 +193,14 @@ def test_hostile_names_are_only_text(tmp_path):
     assert all(not name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert all(attrs.get("src") != "x" for _, attrs in page.tags)
     assert HOSTILE in page.text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"description": 1}', "\xff"])
+def test_a_damaged_description_is_one_sentence(tmp_path, content):
+    folder = write_sweep(tmp_path, [])
+    (folder / "collect.json").write_text(content, encoding="latin-1")
+    with pytest.raises(AnalysisError, match="collect the sweep again"):
+        _description([folder])
 
 
 def test_partial_tables_say_what_is_missing(tmp_path):

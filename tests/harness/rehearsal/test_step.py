@@ -31,13 +31,12 @@ MICRO_BATCHES = [4, 4, 4]
 def observe(precision: str, stage: int, recomputes: bool, *, group: Any) -> dict[str, Any]:
     """Memory of every phase and every call of a collective in one step, of one of real or fake ranks."""
     options = EngineOptions(zero_stage=stage, activation_checkpointing=recomputes)
-    tracker, linear = StepTracker(), torch.nn.functional.linear
+    tracker = StepTracker()
     with tracker:
         engine = Engine(CONFIG, OptimiserSection(precision=precision), options, group)
         track_step(tracker, engine, [example_batch(CONFIG, each, "paired") for each in MICRO_BATCHES])
     phases, calls = tracker.memory(), [dataclasses.astuple(each) for each in tracker.calls]
     engine.close()
-    torch.nn.functional.linear = linear  # ZeRO 3 leaves its own there, which changes what later engines hold
     return json.loads(json.dumps({"phases": [dataclasses.asdict(each) for each in phases], "calls": calls}))
 
 
@@ -66,16 +65,18 @@ def main(out: Path, settings: list[Any]) -> None:
 
 ALL = [
     (precision, stage, recomputes)
-    for stage, precision, recomputes in itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (False, True))
+    for stage, precision, recomputes in itertools.product((0, 1, 2), ("fp32", "bf16"), (False, True))
     if (precision, stage) != ("bf16", 0)
 ]
+# A second engine at ZeRO 3 in a process holds more than the first, so each has its own.
+GROUPS = [ALL, *([(precision, 3, recomputes)] for precision in ("fp32", "bf16") for recomputes in (False, True))]
 
 
 @pytest.mark.parametrize(
     ("world_size", "settings"),
     [
         (2, [("bf16", 2, False), ("fp32", 3, False)]),
-        *(pytest.param(size, ALL, marks=pytest.mark.slow) for size in (1, 2, 4)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in itertools.product((1, 2, 4), GROUPS)),
     ],
 )
 def test_fake_ranks_hold_and_send_what_real_ones_do(world_size: int, settings: list[Any], tmp_path: Path) -> None:

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainers import before_call, train_in
 
 import aimscale.harness.train.curve
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.harness.data.store.dataset_info import find_info
+from aimscale.harness.log.expected import FILE
 from aimscale.harness.probe.cost import validation_distance
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.directory import EXIT_OFF_TRACK, EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import schedule_of
 
@@ -121,3 +123,43 @@ def test_automatic_points_take_three_percent_whatever_the_budgets(measured: Conf
     schedule = schedule_of(config)
     points = [position for position in range(0, schedule.last_point + 1, 8) if schedule.is_point(position, found)]
     assert len(points) == schedule.num_points(found) == 3200 // found
+
+
+def forecast(run: RunDir, loss: float, stop_sd: float | None) -> None:
+    """Leave a run the forecast of one loss at all its points."""
+    point = {"loss": loss, "low": 0.9 * loss, "high": 1.1 * loss, "sd": 0.01, "noise": 0.005}
+    points = [{"images_seen": 16 * number, **point} for number in range(1, 7)]
+    values = {"basis": "", "points": points, "memory": 3.0, "alarm_sd": 4.0, "stop_sd": stop_sd}
+    (run.path / FILE).write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_off_its_forecast_says_so_and_ends_saved_where_that_is_asked_for(
+    tmp_path: Path, measured: Config, in_processes: Run, world_size: int
+) -> None:
+    whole, stopped = (
+        RunDir.create(tmp_path / name, measured({"loggers": ["tensorboard"], "micro_batch": 2}))
+        for name in ("whole", "stopped")
+    )
+    forecast(whole, 0.5, None)
+    assert in_processes(train_in, whole.path, world_size=world_size) == [0] * world_size
+    status = whole.read_status()
+    assert status.deviation is not None
+    assert status.deviation > 4
+    assert status.deviates_since is not None
+    events = EventAccumulator(str(whole.path / "tensorboard")).Reload()
+    assert [each.step for each in events.Scalars("train/val_loss_deviation")] == [16, 32, 48, 64, 80, 96]
+    assert events.Scalars("train/val_loss_expected")[0].value == 0.5
+    assert events.Scalars("train/val_loss_expected_high")[0].value == pytest.approx(0.55)
+
+    forecast(stopped, 0.5, 3.0)
+    assert in_processes(train_in, stopped.path, world_size=world_size) == [EXIT_OFF_TRACK] * world_size
+    status = stopped.read_status()
+    assert (status.state, status.reason_class) == ("off-track", None)
+    assert status.reason is not None
+    assert "sd above its forecast since image 16" in status.reason
+    assert [line["images_seen"] for line in curve(stopped)] == [16, 32, 48], "an alarm takes three points"
+    forecast(stopped, 0.5, None)
+    assert in_processes(train_in, stopped.path, world_size=world_size) == [0] * world_size
+    assert learnt(stopped) == learnt(whole)
+    assert [row["val_loss"] for row in stopped.read_rows()] == [row["val_loss"] for row in whole.read_rows()]

@@ -164,6 +164,26 @@ def test_a_pattern_takes_whole_ids_only(write_sweep: Any) -> None:
     assert "'*w16-d1*' matches 4" in said
 
 
+@pytest.mark.parametrize(("options", "answer", "is_started"), [((), "n", False), ((), "y", True), (("-y",), "", True)])
+def test_a_dear_launch_is_confirmed_on_a_terminal(
+    options: tuple[str, ...],
+    answer: str,
+    is_started: bool,
+    write_sweep: Any,
+    call: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cost = {"peak_tflops": 1e-6, "mfu": 0.1, "price_per_device_hour": "3 USD"}
+    sweep = write_sweep(sizes=["rung-32"], cost=cost)
+    controller, terminal = os.openpty()
+    os.write(controller, f"{answer}\n".encode())
+    with os.fdopen(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, said = call(sweep, "launch", *options)
+    assert ("USD)?" in said) == (not options)
+    assert (code == 0, sweep.directory.exists()) == (is_started, is_started)
+
+
 @pytest.mark.parametrize(("answer", "is_cancelled"), [("n", False), ("y", True)])
 def test_several_runs_are_cancelled_on_a_terminal_after_a_question(
     answer: str, is_cancelled: bool, write_sweep: Any, call: Any, monkeypatch: pytest.MonkeyPatch

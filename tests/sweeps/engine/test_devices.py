@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import threading
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from aimscale.sweeps.engine.devices import DevicePool, Machine
+import pytest
+
+from aimscale.sweeps.engine.devices import TORCHRUN_ENVIRONMENT, TRAIN_COMMAND, DevicePool, Machine
 from aimscale.sweeps.plan.planner import plan
 
 
@@ -22,3 +30,52 @@ def test_no_device_serves_two_runs_at_once(write_sweep: Any) -> None:
     assert machine.can_run(three)
     assert not Machine(devices=2, allow_fewer_devices=False).can_run(three)
     assert [Machine(devices=1, nodes=2, allow_fewer_devices=False).can_run(run) for run in (one, two)] == [False, True]
+
+
+def test_a_launch_that_waits_for_devices_of_another_says_so(
+    write_sweep: Any, launch: Any, stand_in: Any, capsys: Any
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    num_cores = len(os.sched_getaffinity(0))
+    other = DevicePool(Machine(devices=num_cores, is_shared=True))
+    taken = other.acquire(replace(plan(sweep)[0], devices=num_cores))
+    assert taken is not None
+    timer = threading.Timer(1.0, other.release, [taken])
+    timer.start()
+    assert len(launch(sweep, devices=1, command=stand_in()).finished) == 1
+    said = capsys.readouterr().out
+    assert said.count("waiting for devices, which other launches on this machine use") == 1
+    assert "waiting" not in said[said.index("started") :]
+
+
+RANK = """
+import json, os, pathlib, sys
+from aimscale.harness.distributed.group import start_group, stop_group
+from aimscale.harness.distributed.placement import find_placement
+
+def listening(pid):
+    links = [os.readlink(each) for each in pathlib.Path(f"/proc/{pid}/fd").iterdir() if os.path.islink(each)]
+    lines = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}")]
+    return [line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in links]
+
+group = start_group(find_placement(), "cpu")
+found = group.gather([listening(os.getpid()), listening(os.getppid())])
+if group.is_first:
+    pathlib.Path(sys.argv[1], "found").write_text(json.dumps(found))
+group.wait()
+stop_group()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_and_its_ranks_listen_on_loopback_alone(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "rank.py").write_text(RANK)
+    command = Machine(devices=2).command(tmp_path, 2)
+    at = len(command) - 1 - len(TRAIN_COMMAND)
+    assert tuple(command[at:-1]) == TRAIN_COMMAND
+    command[at:-1] = [str(tmp_path / "rank.py")]
+    subprocess.run(command, env=os.environ | TORCHRUN_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, check=True)
+    found = json.loads((tmp_path / "found").read_text())
+    assert [agent for _, agent in found] == [[], []]
+    assert {address for ranks, _ in found for address in ranks} == {"0100007F"}

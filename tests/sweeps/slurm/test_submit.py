@@ -18,6 +18,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.lock import hold_lock
 from aimscale.harness.run.provenance import find_snapshot, make_snapshot
 from aimscale.sweeps.cli.plan import print_plan
+from aimscale.sweeps.engine.slurm_worker import launch_slurm
 from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -108,6 +109,28 @@ def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitte
         assert [part.num_jobs for part in submit_for(sweep)] == [3]
     limited = sweep.with_fields(slurm={"max_jobs": 2})
     assert not submit_for(limited)
+
+
+def test_a_large_run_that_lacks_only_probes_asks_for_one_node_and_is_checked_as_it_trains(
+    write_sweep: Any, submitted: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = {"task": "mine", "train": "data/train", "test": "data/test"}
+    section = {"probe_on_one_node_above": 1000, "gpus": False}
+    sweep = write_sweep(sizes=["rung-32"], devices=16, slurm=section, base={"probes": [task]})
+    checked: list[int] = []
+    monkeypatch.setattr(
+        "aimscale.sweeps.engine.launch.check_once", lambda _, runs: checked.extend(run.devices for run in runs)
+    )
+    assert [part.shape for part in launch_slurm(sweep, plan(sweep), allow_dirty=True)] == [JobShape(nodes=2, devices=8)]
+    launch(sweep, devices=1, command=stand_in())
+    (run,) = plan(sweep)
+    for budget in run.budgets:
+        file = RunRecord(sweep.run_dir(run.run_id)).model_file(budget)
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"weights")
+    checked.clear()
+    assert [part.shape for part in launch_slurm(sweep, [run], allow_dirty=True)] == [JobShape(nodes=1, devices=8)]
+    assert checked == [16]
 
 
 def test_a_changed_request_reaches_pending_jobs(write_sweep: Any, submitted: Any, program: Any, tmp_path: Path) -> None:

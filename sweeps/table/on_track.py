@@ -1,0 +1,117 @@
+"""Forecasts of runs while they train: `expected.json` in their directories, from the finished runs of the sweep.
+
+A worker writes it when it starts a run, and renews those of its runs whenever one of them finishes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from aimscale.aim.cost import param_count
+from aimscale.analysis.errors import AnalysisError
+from aimscale.harness.log.expected import FILE, PERSISTENT, Expected, ExpectedPoint
+from aimscale.harness.run.files import read_object, write_json
+from aimscale.harness.run.row import model_of
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.state.record import RunRecord
+
+FALSE_ALARM_RATE = 0.01
+"""Share of sound runs that may raise an alarm, at any point of their whole training."""
+NUM_SIMULATED = 2000
+"""Number of simulated sound runs from which the threshold of the alarm follows."""
+MEMORY = 2.0
+"""Distance in ln images at which an error that points share is forgotten (to 1/e): past a plateau, say."""
+COLUMNS = ["run_id", "params_total", "is_budget", "images_seen", "val_loss"]
+STOP_FILE = "stop-off-track.json"
+"""File of the sweep's directory with the deviation from which its runs end, by the last launch."""
+
+
+def set_stop(sweep: Sweep, sd: float | None) -> None:
+    """Keep the deviation from which runs of the sweep are to end, for workers anywhere; None for never."""
+    if sd is None:
+        (sweep.directory / STOP_FILE).unlink(missing_ok=True)
+    else:
+        write_json(sweep.directory / STOP_FILE, {"sd": sd})
+
+
+def write_expected(sweep: Sweep, planned: Sequence[Run], chosen: Sequence[Run]) -> None:
+    """Write the forecasts of chosen runs, from those planned runs that have finished; runs without one get no file.
+
+    Raises:
+        UserError, OSError: a file of a run cannot be read or written.
+    """
+    finished = [run for run in planned if RunRecord(sweep.run_dir(run.run_id)).read_status().state == "finished"]
+    for run in chosen:
+        like = [each for each in finished if each.run_id != run.run_id and _design(each) == _design(run)]
+        seeds = {each.cell["seed"] for each in like}
+        if not like or (len(seeds) == 1 and run.cell["seed"] not in seeds):
+            continue  # runs of one seed share their order of data and do not tell how others scatter
+        stop_sd = (read_object(sweep.directory / STOP_FILE) or {}).get("sd")
+        try:
+            expected = expected_losses([row for each in like for row in points(sweep, each)], num_params(run))
+        except AnalysisError:  # too few smaller sizes yet
+            continue
+        write_json(sweep.run_dir(run.run_id) / FILE, dataclasses.asdict(dataclasses.replace(expected, stop_sd=stop_sd)))
+
+
+def expected_losses(rows: Sequence[dict[str, Any]], num_params: float) -> Expected:
+    """Forecast a run of N parameters from the points of finished runs, with the threshold of its alarm.
+
+    Raises:
+        AnalysisError: they are too few.
+    """
+    import pandas as pd  # with scipy a second and a half, which most launches do without
+
+    from aimscale.analysis.forecasts.trajectory import DOF, trajectory
+
+    found = trajectory(pd.DataFrame(rows, columns=COLUMNS), num_params)
+    names = [field.name for field in dataclasses.fields(ExpectedPoint)]
+    by_kind = {
+        kind: tuple(ExpectedPoint(**{name: row[name] for name in names}) for row in part.to_dict("records"))
+        for kind, part in found.table.groupby("is_budget")
+    }
+    expected = Expected(basis=found.basis, points=by_kind.get(False, ()), budgets=by_kind.get(True, ()), memory=MEMORY)
+    return dataclasses.replace(expected, alarm_sd=alarm_sd(expected, DOF), false_alarm_rate=FALSE_ALARM_RATE)
+
+
+def alarm_sd(expected: Expected, degrees: float) -> float | None:
+    """Return the deviation that `FALSE_ALARM_RATE` of simulated sound runs exceed at any of their points; None
+    if these are too few for an alarm.
+
+    Args:
+        degrees: degrees of freedom of the standard deviations.
+    """
+    if len(expected.points) < PERSISTENT:
+        return None
+    rng = np.random.default_rng(0)
+    errors = rng.standard_normal((len(expected.points), NUM_SIMULATED))
+    errors *= np.sqrt(degrees / rng.chisquare(degrees, NUM_SIMULATED))
+    found, _ = expected.scan(expected.root @ errors)
+    return float(np.quantile(found[PERSISTENT - 1 :].max(axis=0), 1 - FALSE_ALARM_RATE))
+
+
+def points(sweep: Sweep, run: Run) -> Iterator[dict[str, Any]]:
+    """Yield the validation losses of a run, during training and at budgets, measured as the plan measures them."""
+    record, digest = RunRecord(sweep.run_dir(run.run_id)), run.config.evaluation.validation.digest
+    for is_budget, rows in ((False, record.read_curve()), (True, record.read_rows())):
+        for row in rows:
+            if row.get("val_loss") and str(row.get("validation", digest)).split(".")[0] == digest:
+                about = {"run_id": run.run_id, "params_total": num_params(run), "is_budget": is_budget}
+                yield about | {name: row[name] for name in ("images_seen", "val_loss")}
+
+
+def num_params(run: Run) -> int:
+    """Return N of a run."""
+    return param_count(model_of(run.config.training)).total
+
+
+def _design(run: Run) -> dict[str, Any]:
+    """Return what two runs must share for one to forecast the other: everything but size and seed."""
+    cell = {axis: value for axis, value in run.cell.items() if axis not in ("size", "seed")}
+    is_cosine = run.config.training.schedule.kind == "cosine"
+    return cell | ({"budgets": run.budgets} if is_cosine else {})

@@ -1,0 +1,117 @@
+"""Forecasts of runs from the finished ones of their sweep: who gets one, when, and what a launch does with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aimscale.harness.log.expected import FILE, read_expected
+from aimscale.harness.run.directory import RunDir
+from aimscale.sweeps.plan.costs import cost_cards
+from aimscale.sweeps.plan.planner import Run, plan
+from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.table.on_track import FALSE_ALARM_RATE, num_params, set_stop, write_expected
+from aimscale.sweeps.table.status import sweep_status
+from aimscale.sweeps.table.status_view import status_view
+from aimscale.sweeps.table.views import new_console
+
+SIZES = ["rung-24", "rung-32", "rung-48", "rung-64"]
+AT = range(64, 1200, 64)
+
+
+def finish(sweep: Sweep, run: Run, shift: float = 0.0) -> None:
+    """Leave what a finished run leaves: its points during training, and its budgets."""
+    record = RunDir.create(sweep.run_dir(run.run_id), run.config)
+    rng, level = np.random.default_rng(num_params(run)), 0.5 + 20 * num_params(run) ** -0.5 + shift
+    digest = run.config.evaluation.validation.digest
+    lines = [
+        {"images_seen": n, "validation": f"{digest}.x", "val_loss": level + n**-0.5 + 1e-3 * rng.normal()} for n in AT
+    ]
+    record.curve.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for budget in run.budgets:
+        record.record_row({"run_id": run.run_id, "images_seen": budget, "val_loss": level + budget**-0.5 - 0.01})
+    record.write_status(state="finished")
+
+
+def test_a_run_is_forecast_from_finished_smaller_ones_of_its_design(write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=SIZES, seeds=[0, 1], unique_images=[None, 320])
+    runs = plan(sweep)
+    by_size = {size: [run for run in runs if run.cell["size"] == size] for size in SIZES}
+    target, other = (next(run for run in by_size["rung-64"] if run.cell["unique_images"] == u) for u in (None, 320))
+    for run in (target, other):
+        RunDir.create(sweep.run_dir(run.run_id), run.config)
+    record = RunRecord(sweep.run_dir(target.run_id))
+    write_expected(sweep, runs, [target])
+    assert read_expected(record) is None
+    finish(sweep, by_size["rung-24"][0])
+    write_expected(sweep, runs, [target])
+    assert read_expected(record) is None, "one size tells no ratio"
+    for size in ("rung-32", "rung-48"):
+        for run in by_size[size]:
+            finish(sweep, run, shift=0.0 if run.cell["unique_images"] is None else 0.3)
+    set_stop(sweep, 3.0)
+    write_expected(sweep, runs, [target, other])
+    found = read_expected(record)
+    assert found is not None
+    assert [point.images_seen for point in found.points] == list(AT)
+    assert [point.images_seen for point in found.budgets] == list(target.budgets)
+    truth = 0.5 + 20 * num_params(target) ** -0.5 + AT[-1] ** -0.5
+    assert found.points[-1].loss == pytest.approx(truth, rel=0.01)
+    assert found.points[-1].low < truth < found.points[-1].high
+    assert (found.stop_sd, found.false_alarm_rate) == (3.0, FALSE_ALARM_RATE)
+    assert 3 < found.alarm_sd < 7
+    elsewhere = read_expected(RunRecord(sweep.run_dir(other.run_id)))
+    assert elsewhere is not None
+    assert elsewhere.points[-1].loss > found.points[-1].loss + 0.2, "other data, other forecast"
+    set_stop(sweep, None)
+    write_expected(sweep, runs, [target])
+    again = read_expected(record)
+    assert again is not None
+    assert again.stop_sd is None
+
+
+def test_a_launch_leaves_forecasts_and_ends_a_run_that_retry_takes_up(
+    write_sweep: Any, launch: Any, stand_in: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sweep = write_sweep(sizes=SIZES[:3])
+    small, middle, large = sorted(plan(sweep), key=num_params)
+    for run in (small, middle):
+        finish(sweep, run)
+    result = launch(sweep, devices=1, command=stand_in("off track"), stop_sd=2.5)
+    assert large.run_id in result.failed
+    record = RunRecord(sweep.run_dir(large.run_id))
+    assert json.loads((record.path / FILE).read_text())["stop_sd"] == 2.5
+    assert f"ended {large.run_id}: +4.2 sd above its forecast" in capsys.readouterr().out
+    runs = plan(sweep)
+    (line,) = (each for each in sweep_status(sweep, runs, cost_cards(sweep, runs)).runs if each.run_id == large.run_id)
+    assert (line.state, line.status.reason) == ("off-track", "+4.2 sd above its forecast")
+    again = launch(sweep, devices=1, command=stand_in())
+    assert [each.state for each in again.skipped if each.run.run_id == large.run_id] == ["off-track"]
+    assert large.run_id in launch(sweep, devices=1, command=stand_in(), retry=True).finished
+    assert json.loads((record.path / FILE).read_text())["stop_sd"] is None, "the last launch did not ask for it"
+
+
+def test_status_says_who_is_on_track(write_sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = write_sweep(sizes=SIZES)
+    runs = sorted(plan(sweep), key=num_params)
+    told = {"deviation": 0.4}, {"deviation": 4.23, "deviates_since": 1_200_000}, {}
+    for run in runs:
+        finish(sweep, run)
+    assert "forecast" not in shown(sweep), "no run has one"
+    for run, changes in zip(runs, told, strict=False):
+        RunDir(sweep.run_dir(run.run_id)).write_status(**changes)
+    text = shown(sweep)
+    assert "on track" in text
+    assert "+4.2 sd above since 1.2M images" in text
+
+
+def shown(sweep: Sweep) -> str:
+    runs, console = plan(sweep), new_console()
+    with console.capture() as capture:
+        console.print(status_view(sweep_status(sweep, runs, cost_cards(sweep, runs)), 200))
+    return capture.get()
