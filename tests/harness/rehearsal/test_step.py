@@ -84,12 +84,14 @@ def test_fake_ranks_hold_and_send_what_real_ones_do(world_size: int, settings: l
         fake = observe_fake(world_size, *setting)
         assert fake["calls"] == real["calls"], setting
         assert [each["phase"] for each in fake["phases"]] == ["forward", "backward", "update"]
+        # Gloo copies what it reduces and scatters, which no GPU does: one message, in a buffer of the backward pass.
+        copied = max((num_bytes for _, _, name, num_bytes in real["calls"] if "reduce_scatter" in name), default=0)
         for mine, theirs in zip(fake["phases"], real["phases"], strict=True):
-            for name in ("peak", "held"):
-                assert sum(mine[name].values()) == pytest.approx(sum(theirs[name].values()), rel=0.01), (setting, mine)
-                for part, num_bytes in theirs[name].items():
-                    allowed = 0.01 * sum(theirs[name].values())
-                    assert mine[name].get(part, 0) == pytest.approx(num_bytes, abs=allowed), (setting, mine, theirs)
+            total = sum(theirs["held"].values())
+            assert mine["held"] == pytest.approx(theirs["held"], abs=0.01 * total), (setting, mine, theirs)
+            peak, most = sum(mine["peak"].values()), sum(theirs["peak"].values())
+            scratch = copied if mine["phase"] == "backward" else 0
+            assert 0.99 * peak <= most <= 1.01 * peak + scratch, (setting, mine, theirs)
 
 
 if __name__ == "__main__":  # a rank of `observe_real`
