@@ -84,14 +84,15 @@ def test_fake_ranks_hold_and_send_what_real_ones_do(world_size: int, settings: l
         fake = observe_fake(world_size, *setting)
         assert fake["calls"] == real["calls"], setting
         assert [each["phase"] for each in fake["phases"]] == ["forward", "backward", "update"]
-        # Gloo copies what it reduces and scatters, which no GPU does: one message, in a buffer of the backward pass.
-        copied = max((num_bytes for _, _, name, num_bytes in real["calls"] if "reduce_scatter" in name), default=0)
+        # Gloo's thread may hold a message for a while after the rank that waited for it goes on.
+        message = max((num_bytes for *_, num_bytes in real["calls"]), default=0)
         for mine, theirs in zip(fake["phases"], real["phases"], strict=True):
-            total = sum(theirs["held"].values())
-            assert mine["held"] == pytest.approx(theirs["held"], abs=0.01 * total), (setting, mine, theirs)
-            peak, most = sum(mine["peak"].values()), sum(theirs["peak"].values())
-            scratch = copied if mine["phase"] == "backward" else 0
-            assert 0.99 * peak <= most <= 1.01 * peak + scratch, (setting, mine, theirs)
+            late = message if mine["phase"] == "backward" else 0
+            for name in ("peak", "held"):
+                ours, most = sum(mine[name].values()), sum(theirs[name].values())
+                assert 0.99 * ours <= most <= 1.01 * ours + late, (setting, name, mine, theirs)
+                for part in ("weights", "optimiser", "gradients", "activations") if name == "held" else ():
+                    assert mine[name][part] == pytest.approx(theirs[name][part], rel=0.01, abs=100), (setting, mine)
 
 
 if __name__ == "__main__":  # a rank of `observe_real`
