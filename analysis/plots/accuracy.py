@@ -24,12 +24,14 @@ TOP1 = ("top1", "top1_lo95", "top1_hi95")
 
 
 @styled()
-def plot_accuracy(probes: pd.DataFrame) -> Figure:
+def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> Figure:
     """Draw accuracy against N, D and C: a row of panels per task, intervals, a line per size (in N, per D).
 
     Args:
         probes: rows of `probe_frame`, of one kind of probe: task, top1, its interval, and params_total, images_seen,
             flops_train as far as they are known.
+        levels: what to compare with, drawn as horizontal lines: task, name, top1. Those far off the points are named
+            at the panel's edge.
 
     Returns:
         A matplotlib figure; `save` writes it.
@@ -61,6 +63,8 @@ def plot_accuracy(probes: pd.DataFrame) -> Figure:
         for ax in line:
             parts.percent_axis(ax, label=ax is line[0])
         parts.name_task(line, rows[rows["task"] == task], task)
+        if levels is not None:
+            parts.draw_levels(line, levels[levels["task"] == task], loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

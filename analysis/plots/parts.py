@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 from pandas.api.types import is_numeric_dtype
@@ -31,6 +32,8 @@ MAX_JOINED = 100
 SUBS = ((2.2, (1,)), (1.4, (1, 3)), (0.6, (1, 2, 5)))
 """Decades of a range from which an axis has ticks at these multiples of powers of ten: labels such as 3×10¹¹ have room
 on the panels of a figure of two columns."""
+LEVEL_REACH = 0.5
+"""Distance from the points, in heights of the axis, up to which a level is drawn."""
 
 
 def plain(text: object, longest: int = 32) -> str:
@@ -169,6 +172,26 @@ def name_task(panels: Sequence[Axes], rows: pd.DataFrame, task: str, **look: Any
         for ax in panels:
             ax.axhline(chance, color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
         record(panels[0], "chance", pd.DataFrame({"series": ["chance"], "y": chance}))
+
+
+def draw_levels(panels: Sequence[Axes], levels: pd.DataFrame, **place: Any) -> None:
+    """Draw accuracies to compare with (name, top1) as lines across panels of one range, named in a legend; those far
+    off the points are named with an arrow."""
+    low, high = panels[0].get_ylim()
+    reach, handles = LEVEL_REACH * (high - low), []
+    levels = levels[["name", "top1"]].dropna().sort_values("top1", ascending=False, kind="stable")
+    for number, (name, value) in enumerate(levels.itertuples(index=False, name=None)):
+        arrow = "↓ " if value < low - reach else "↑ " if value > high + reach else ""
+        style: Any = "none" if arrow else ("--", ":", "-.")[number % 3]
+        look: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": style}
+        for ax in () if arrow else panels:
+            ax.axhline(value, zorder=1, **look)
+        handles.append(Line2D([], [], label=f"{arrow}{plain(name, 30)} {100 * value:.1f}", **look))
+        what = "level, beyond the axis" if arrow else "level"
+        record(panels[-1], what, pd.DataFrame({"series": [name], "y": value}))
+    if handles:
+        look = {"labelcolor": MUTED, "fontsize": "small", "handlelength": 1.6, "handletextpad": 0.4}
+        panels[-1].legend(handles=handles, **look, **place)
 
 
 def legend(axes: Sequence[Axes], title: str, columns: int = 4, place: str = "") -> None:

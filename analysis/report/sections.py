@@ -14,7 +14,8 @@ from aimscale.analysis.accuracy.correlation import Correlations
 from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.registry import REGISTER, score_words, scores
-from aimscale.analysis.published.comparison import ADAPTED
+from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines
+from aimscale.analysis.published.published import TASKS, best_frozen, table6
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block
 from aimscale.analysis.report.runs import provenance, settings, what_was_run
 from aimscale.analysis.report.study import CORRELATION, Study
@@ -115,7 +116,7 @@ def _accuracy(study: Study) -> Iterator[Part]:
         for first in range(0, len(tasks), MAX_TASKS):
             some = rows[rows["task"].isin(tasks[first : first + MAX_TASKS])]
             key = html_id("accuracy", kind) + (f"-{1 + first // MAX_TASKS}" if first else "")
-            yield PageFigure(key, title, caption, analysis.plot_accuracy(some))
+            yield PageFigure(key, title, caption, analysis.plot_accuracy(some, _levels(study, kind, some)))
     if probes.empty:
         return
     note = "Top-1 in per cent."
@@ -129,6 +130,21 @@ def _accuracy(study: Study) -> Iterator[Part]:
     title = "Frozen-feature accuracy" if study.is_ours else "Accuracy"
     listed = probes.assign(blocks=blocks, kind=probes["kind"].map(kind_name))
     yield Block("probes", title, _columns(listed, names), note=note, is_open=False)
+
+
+def _levels(study: Study, kind: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """List what accuracies of a kind may be compared with: the table's own baselines, and on its tasks the paper."""
+    same, theirs = rows[["task", "n"]].drop_duplicates(), read_baselines(study.frame)
+    theirs = theirs[theirs["kind"].eq(kind) & (kind != ADAPTED)].rename(columns={"size": "name"})
+    own = theirs.merge(same, on=["task", "n"]).reindex(columns=["task", "name", "top1"])
+    own = own.drop_duplicates(["task", "name"]).sort_values("top1")
+    paper = [
+        {"task": task, "name": f"{key}, published", "top1": table6().loc[key, task]}
+        for task in (same["task"].unique() if kind == PROTOCOL and study.is_ours else ())
+        if task in TASKS
+        for key in dict.fromkeys(("aim-7B", best_frozen(task)))
+    ]
+    return pd.concat([own, pd.DataFrame(paper, columns=own.columns)], ignore_index=True)
 
 
 def _loss_accuracy(study: Study) -> Iterator[Part]:

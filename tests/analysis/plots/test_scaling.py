@@ -253,6 +253,17 @@ def test_accuracy_against_each_scale_has_points_intervals_lines_and_chance(grid,
     assert min(ax.get_ylim()[0] for ax in figure.axes) > 0.5
 
 
+def test_baselines_are_lines_across_the_panels_of_their_task(probes):
+    probes = pd.concat(probes.assign(task=task) for task in ("digits", "pets"))
+    levels = pd.DataFrame({"task": ["digits", "pets", "pets"], "name": ["raw-pixels", "random", "aim-7B"]})
+    figure = plot_accuracy(probes, levels.assign(top1=[0.8, 0.81, 0.99]))
+    near, far = (
+        set(figure.drawn.loc[figure.drawn["what"] == what, "series"]) for what in ("level", "level, beyond the axis")
+    )
+    assert (near, far) == ({"raw-pixels", "random"}, {"aim-7B"})
+    assert {ax.get_ylim()[1] < 0.95 for ax in figure.axes} == {True}
+
+
 def test_every_measure_of_a_contrast_is_named_and_its_interval_written(known_study, tmp_path):
     part = {"sizes": ["s3", "s4"], "budgets": [8000]}
     df = known_study(part, part | {"patch_order": "spiral"})
