@@ -183,16 +183,19 @@ def _minimised(problem: Problem) -> tuple[Problem, Minimum]:
     """Find the minimum; an objective that takes its scale from the residuals is given that of a nearly
     least-absolute-deviations fit, which no few outliers can move, and once more of the fit that follows."""
     objective, free = problem.objective, problem.num_free
-    found = global_minimum(replace(problem, objective=HUBER_LOG) if objective.multiple else problem)
-    if not objective.multiple or not np.isfinite(found.total):
+    if not objective.multiple:
+        return problem, global_minimum(problem)
+    found = global_minimum(replace(problem, objective=HUBER_LOG))
+    if not np.isfinite(found.total):
         return problem, found
+
+    def with_zone(sd: float) -> Problem:
+        return replace(problem, objective=replace(objective, delta=max(objective.multiple * sd, SMALLEST_DELTA)))
+
     residual = np.sort(np.abs(problem.residual(found.vector)))
-    sd = 1.4826 * float(np.median(residual[min(free, len(residual) - 1) :]))  # it passes through `free` points
-    for _ in range(2):
-        problem = replace(problem, objective=replace(objective, delta=max(objective.multiple * sd, SMALLEST_DELTA)))
-        found = minimise(problem, found.vector)
-        sd = _robust_sd(problem.residual(found.vector), free)
-    return problem, found
+    first = with_zone(1.4826 * float(np.median(residual[min(free, len(residual) - 1) :])))  # through `free` points
+    problem = with_zone(_robust_sd(problem.residual(minimise(first, found.vector).vector), free))
+    return problem, global_minimum(problem)
 
 
 def _robust_sd(residual: Array, free: int) -> float:

@@ -34,6 +34,8 @@ HUBER, ROUNDS = 2.0, 4
 SHARED, SHARED_RUNS = 0.6, 3.0
 """Standard deviation of the error that the points of a run share, in those of a point, where runs do not tell it, and
 number of runs that this counts as."""
+SPARE_POINTS = 6
+"""Points beyond one at each place that are needed: two are spent on the ratio, the others tell how runs scatter."""
 MAX_RUNS = 40
 """Number of runs that are used, the largest ones: more tell next to nothing."""
 MISFIT = 0.003
@@ -86,7 +88,7 @@ def trajectory(curves: pd.DataFrame, num_params: float) -> Trajectory:
         Forecasts with intervals of one run, which grow with the distance in N.
 
     Raises:
-        AnalysisError: there are fewer than two smaller sizes, and none of its own.
+        AnalysisError: there are fewer than two smaller sizes, and none of its own, or they share too few points.
 
     Example:
         >>> trajectory(read_table("results.parquet").assign(is_budget=True), 1e6)
@@ -98,7 +100,9 @@ def trajectory(curves: pd.DataFrame, num_params: float) -> Trajectory:
     sizes = np.cumsum(np.diff(log_n, prepend=log_n[:1]) > SAME_SIZE)
     is_own = len(rows) > 0 and num_params <= np.exp(log_n[-1]) * (1 + SAME_SIZE)
     if rows.empty or not (sizes[-1] or is_own):
-        raise AnalysisError("No two smaller sizes have finished, nor another run of this one, to forecast it from.")
+        raise AnalysisError("No two smaller sizes have finished, nor two other runs of this one, to forecast it from.")
+    if len(rows) < len(rows[["images_seen", "is_budget"]].drop_duplicates()) + SPARE_POINTS:
+        raise AnalysisError("The finished runs share too few points to tell how runs scatter.")
     fitted = _fit(rows, log_n, sizes)
     table = fitted.predict(0.0 if is_own else float(np.log(num_params) - log_n[-1]))
     return Trajectory(

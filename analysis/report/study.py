@@ -35,6 +35,7 @@ from aimscale.analysis.table.measures import KIND
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows, with_compute
 from aimscale.analysis.table.read import read_curves
 from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, spaced
+from aimscale.analysis.tuning.result import EDGE
 from aimscale.analysis.tuning.tuned import tuned_where_known
 from aimscale.analysis.words import PROBES, Flag, said_once
 
@@ -155,7 +156,7 @@ def _chosen_rows(paths: Sequence[Path], frame: pd.DataFrame) -> Study:
     corrected, tuning, rates = tuned_where_known(fresh_part(main)[0])
     flags = chosen.flags
     if error_column("val_loss") in corrected and rates:
-        fresh, flags = corrected, rates.flags
+        fresh, flags = corrected, tuple(flag for flag in rates.flags if flag.kind == EDGE)  # others are of its own law
         told.append("Losses that laws use are corrected to those of the best learning rates.")
     study = Study(paths=paths, frame=frame, main=main, usable=fresh, whose=whose, exclusions=told)
     study.tuning, study.flags = tuning, (*flags, *mixture_flags(fresh, ["N", "D", "U"]))

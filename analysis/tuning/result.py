@@ -21,6 +21,11 @@ from aimscale.analysis.words import Flag, flag_words, human, percent, some
 
 OPTIMUM, EDGE, NO_MINIMUM, BY_LAW, UNKNOWN = "inside", "edge", "no minimum", "by the law", "not known"
 """How a cell's optimum was found: inside the settings tried, beyond them, not at all, by the law of other cells."""
+NO_OPTIMUM = {
+    EDGE: "The best setting lies beyond those that were tried at {}: try further ones; the laws leave it out.",
+    NO_MINIMUM: "No lowest loss is seen at {}; the laws leave it out.",
+}
+"""Why a tried cell has no optimum -> caution."""
 WORTH_SAYING = 1e-3
 """Regret below which a run counts as tuned: about what two seeds of one run differ by."""
 NOT_TOLD = 0.1
@@ -72,20 +77,12 @@ class Rates(Result):
     def flags(self) -> tuple[Flag, ...]:
         """Cells whose optimum was not found."""
         out = list[Flag]()
-        for kind, text in (
-            (
-                EDGE,
-                "The best setting lies beyond those that were tried at {}: try further ones; the laws leave it out.",
-            ),
-            (NO_MINIMUM, "No lowest loss is seen at {}; the laws leave it out."),
-        ):
-            rows = self.table[self.table["found"] == kind]
-            if len(rows):
+        for kind, text in NO_OPTIMUM.items():
+            if len(rows := self.table[self.table["found"] == kind]):
                 where = some([_scale_words(row) for _, row in rows.iterrows()])
                 out.append(Flag(kind=kind, number=len(rows), text=text.format(where)))
         first = next(iter(self.laws.values()), None)  # laws of several settings have the same cells
-        out += [flag for flag in (first.flags if first else ()) if flag.kind in ("unseen", "few_groups")]
-        return tuple(out)
+        return (*out, *(flag for flag in (first.flags if first else ()) if flag.kind in ("unseen", "few_groups")))
 
     def verdict(self) -> str:
         """Say in one line whether the largest size was tuned, by its longest run."""

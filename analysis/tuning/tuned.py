@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.fitting.covariance import KnownErrors, with_known_errors
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.design import FOLLOWS, tuned_columns, varies
@@ -71,7 +71,11 @@ def tuned_where_known(df: pd.DataFrame, y: str = "val_loss") -> tuple[pd.DataFra
         found = rates(df, y=y)
         return tuned(df, y=y, found=found), found.verdict(), found
     except AnalysisError as error:
-        return df, f"{found.verdict()}; losses are not corrected: {error}" if found else ONE_RATE, found
+        if found:
+            return df, f"{found.verdict()}; losses are not corrected: {error}", found
+    others = [] if our_name(df, "lr_peak") in df else [their_name(df, name) for name in tuned_columns(df)]
+    unnamed = f"not known: if {some(others)} holds the learning rate, name it: {option('columns', 'lr_peak=THEIRS')}"
+    return df, unnamed if others else ONE_RATE, None
 
 
 def _refuse_unknown(df: pd.DataFrame, found: Rates) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from aimscale.harness.log.expected import Deviation, Expected
+from aimscale.harness.log.expected import ExpectedPoint
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir, State
 from aimscale.harness.run.row import planned_columns
@@ -184,13 +184,12 @@ def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, fl
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def expected_scalars(expected: Expected, images_seen: int, deviation: Deviation | None) -> dict[str, float]:
-    """Return the scalars plotted of a forecast beside `train/val_loss`: its value, its 95 % interval of one run, and
-    the deviation in standard deviations."""
-    point = next((each for each in expected.points if each.images_seen == images_seen), None)
-    ends = {"": point.loss, "_low": point.low, "_high": point.high} if point else {}
-    values = {f"train/val_loss_expected{end}": value for end, value in ends.items()}
-    return values | ({"train/val_loss_deviation": deviation.sd} if deviation else {})
+def expected_scalars(points: Iterable[ExpectedPoint], images_seen: int, name: str) -> dict[str, float]:
+    """Return the scalars plotted of a forecast beside a measured loss `name`: its value, and its 95 % interval of one
+    run."""
+    found = (each for each in points if each.images_seen == images_seen)
+    ends = next(({"": each.loss, "_low": each.low, "_high": each.high} for each in found), {})
+    return {f"{name}_expected{end}": value for end, value in ends.items()}
 
 
 def picture_grid(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

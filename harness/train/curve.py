@@ -92,7 +92,8 @@ class LearningCurve:
             scalars = row_scalars(line, during=True)
             if validation and (expected := read_expected(self._run)):
                 deviation = self._deviation(expected, validation)
-                scalars |= expected_scalars(expected, images_seen, deviation)
+                scalars |= expected_scalars(expected.points, images_seen, "train/val_loss")
+                scalars |= {"train/val_loss_deviation": deviation.sd} if deviation else {}
             for logger in self._loggers:
                 logger.log_values(images_seen, scalars)
             said = [f"validation loss {line['val_loss']:.4f}"] if validation else []

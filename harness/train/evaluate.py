@@ -18,7 +18,8 @@ from aimscale.harness.data.store.index import DataError, ShardDataset, open_data
 from aimscale.harness.data.store.overlap import refuse_overlap
 from aimscale.harness.distributed.group import PHASE_TIMEOUT_S, Group
 from aimscale.harness.distributed.job import Job
-from aimscale.harness.log.loggers import Logger, picture_grid, row_scalars
+from aimscale.harness.log.expected import read_expected
+from aimscale.harness.log.loggers import Logger, expected_scalars, picture_grid, row_scalars
 from aimscale.harness.probe.features.images import ProgressCallback
 from aimscale.harness.probe.files import validation_name
 from aimscale.harness.probe.pending_evaluations import Pending, pending_evaluations, update_row
@@ -73,8 +74,11 @@ def evaluate_run(
             row = update_row(run, config, budget)
             with np.load(run.validation_file(budget)) as arrays:
                 pictures = picture_grid(arrays)
+            scalars = row_scalars(row)
+            if expected := read_expected(run):
+                scalars |= expected_scalars(expected.budgets, budget, "val/loss")
             for logger in loggers:
-                logger.log_values(budget, row_scalars(row), pictures)
+                logger.log_values(budget, scalars, pictures)
 
 
 def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Pending]:

@@ -218,8 +218,8 @@ def cases(folder: Path) -> Iterator[Case]:
         out = ["report", str(folder / "good.csv"), "--out", "root/page.html"]
         yield f"report with {name}", out, {}, limit
     for label in ("", "\x00", "\x1b]0;x\x07", "x" * 100_000, "\u202e", "a=b=c", "/", "-", "N", "\udcff"):
-        yield f"report --label {label[:9]!r}", ["report", str(folder / "good.csv"), "--label", label], {}, None
-        yield f"fit --label {label[:9]!r}", ["fit", str(folder / "good.csv"), "--label", label], {}, None
+        figure = ["fit", str(folder / "good.csv"), "--figure", "law.svg", "--label", label]
+        yield f"fit --label {label[:9]!r}", figure, {}, None
 
 
 def words_of(verb: str, sweep: str) -> list[str]:

@@ -75,12 +75,16 @@ def test_a_spike_of_one_run_moves_nothing():
     assert after["sd"].median() < 1.5 * before["sd"].median()
 
 
-def test_one_smaller_size_is_refused_and_the_result_draws_itself():
+def test_too_little_is_refused_and_the_result_draws_itself():
     rows = runs(SIZES, 1, np.random.default_rng(4))
     with pytest.raises(AnalysisError, match="No two smaller sizes have finished"):
         trajectory(rows[rows["params_total"] == SIZES[0]], SIZES[-1])
     with pytest.raises(AnalysisError, match="No two smaller sizes have finished"):
         trajectory(rows, SIZES[0] / 2)
+    with pytest.raises(AnalysisError, match="too few points to tell how runs scatter"):
+        trajectory(rows[rows["params_total"] == SIZES[0]], SIZES[0])
+    with pytest.raises(AnalysisError, match="too few points to tell how runs scatter"):
+        trajectory(rows[rows["is_budget"] & rows["params_total"].isin(SIZES[:2])], SIZES[-1])
     found = trajectory(rows[rows["params_total"] < SIZES[-1]], SIZES[-1])
     figure = found.plot(measured=rows[rows["params_total"] == SIZES[-1]])
     assert isinstance(figure, ShownFigure)

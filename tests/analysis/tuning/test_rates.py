@@ -13,6 +13,7 @@ import yaml
 
 from aimscale.analysis import AnalysisError, fit, forecaster, held_out, rates, read_table, tuned
 from aimscale.analysis.laws.product import product
+from aimscale.analysis.report.study import study_tables
 from aimscale.analysis.tuning.tuned import tuned_where_known
 
 STEPLAW = Path(__file__).with_name("steplaw.csv")
@@ -121,6 +122,15 @@ def test_errors_of_tuning_go_with_the_rows_into_every_interval() -> None:
     assert wide > narrow
 
 
+def test_cautions_about_the_law_of_rates_are_none_about_the_loss() -> None:
+    """Two budgets hardly tell what optima share; five tell what losses do. The page said so of the losses."""
+    table = simulated(np.random.default_rng(1), 1e-3, mistuned=0.25, factors=(0.25, 0.5, 1)).drop(columns="true")
+    assert [flag.kind for flag in rates(table).flags] == ["unseen"]
+    study = study_tables((), table.rename(columns={"N": "params_total", "D": "images_seen"}))
+    assert study.tuning.startswith("the largest size lost 2.0")
+    assert not study.flags
+
+
 def test_losses_are_corrected_only_where_every_best_setting_is_known() -> None:
     table = simulated(np.random.default_rng(0), 1e-3)
     decayed = [table.assign(weight_decay=w, val_loss=table["val_loss"] * (1 + w)) for w in (0.0, 0.1)]
@@ -136,6 +146,7 @@ def test_losses_are_corrected_only_where_every_best_setting_is_known() -> None:
     assert kept is few
     assert found is not None
     assert words.startswith("not known")
+    assert "if lr holds the learning rate" in tuned_where_known(table.rename(columns={"lr_peak": "lr"}))[1]
     assert tuned_where_known(table.query("D < 2e6"))[1] == "not known: one rate a size"
 
 

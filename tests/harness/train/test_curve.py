@@ -129,7 +129,8 @@ def forecast(run: RunDir, loss: float, stop_sd: float | None) -> None:
     """Leave a run the forecast of one loss at all its points."""
     point = {"loss": loss, "low": 0.9 * loss, "high": 1.1 * loss, "sd": 0.01, "noise": 0.005}
     points = [{"images_seen": 16 * number, **point} for number in range(1, 7)]
-    values = {"basis": "", "points": points, "memory": 3.0, "alarm_sd": 4.0, "stop_sd": stop_sd}
+    budgets = [{"images_seen": budget, **point} for budget in run.load_config().evaluation.budgets]
+    values = {"basis": "", "points": points, "budgets": budgets, "memory": 3.0, "alarm_sd": 4.0, "stop_sd": stop_sd}
     (run.path / FILE).write_text(json.dumps(values))
 
 
@@ -151,6 +152,9 @@ def test_a_run_off_its_forecast_says_so_and_ends_saved_where_that_is_asked_for(
     assert [each.step for each in events.Scalars("train/val_loss_deviation")] == [16, 32, 48, 64, 80, 96]
     assert events.Scalars("train/val_loss_expected")[0].value == 0.5
     assert events.Scalars("train/val_loss_expected_high")[0].value == pytest.approx(0.55)
+    assert [each.step for each in events.Scalars("val/loss_expected_low")] == list(
+        whole.load_config().evaluation.budgets
+    )
 
     forecast(stopped, 0.5, 3.0)
     assert in_processes(train_in, stopped.path, world_size=world_size) == [EXIT_OFF_TRACK] * world_size

@@ -11,6 +11,7 @@ import pytest
 
 from aimscale.harness.log.expected import FILE, read_expected
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.lock import hold_lock
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -115,3 +116,31 @@ def shown(sweep: Sweep) -> str:
     with console.capture() as capture:
         console.print(status_view(sweep_status(sweep, runs, cost_cards(sweep, runs)), 200))
     return capture.get()
+
+
+def test_runs_of_one_seed_do_not_forecast_another(write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=SIZES, seeds=[0, 1])
+    runs = sorted(plan(sweep), key=num_params)
+    for run in runs[:-2]:
+        if run.cell["seed"] == 0:
+            finish(sweep, run)
+    same, other = sorted(runs[-2:], key=lambda run: run.cell["seed"])
+    for run in (same, other):
+        RunDir.create(sweep.run_dir(run.run_id), run.config)
+    write_expected(sweep, runs, [same, other])
+    assert read_expected(RunRecord(sweep.run_dir(same.run_id))) is not None
+    assert read_expected(RunRecord(sweep.run_dir(other.run_id))) is None, "they share one order of data"
+    finish(sweep, next(run for run in runs[:-2] if run.cell["seed"] == 1))
+    write_expected(sweep, runs, [other])
+    assert read_expected(RunRecord(sweep.run_dir(other.run_id))) is not None
+
+
+def test_status_calls_attention_to_a_running_run_that_is_off(write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=SIZES[:2])
+    first, second = plan(sweep)
+    for run in (first, second):
+        RunDir.create(sweep.run_dir(run.run_id), run.config)
+    RunDir(sweep.run_dir(first.run_id)).write_status(state="running", deviation=4.23, deviates_since=43_008)
+    with hold_lock(RunDir(sweep.run_dir(first.run_id)).lock):
+        assert "off-track" in (text := shown(sweep))
+    assert "loss +4.2 sd above since 43k images, which 1 % of sound runs come to" in text
