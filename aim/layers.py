@@ -66,6 +66,11 @@ class MaskToken(nn.Module):
         return torch.where(is_visible[:, :, None], x, self.token)
 
 
+def keeps_scores(heads: Tensor) -> bool:
+    """Return whether attention materialises its score matrices, of queries, keys and values `heads`."""
+    return heads.device.type == "cpu" and heads.dtype == torch.bfloat16
+
+
 def _attend_whole(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attend by materialised score matrices.
 
@@ -97,7 +102,7 @@ class Attention(nn.Module):
         batch, num_tokens, width = x.shape
         qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, width // self.num_heads)
         heads = qkv.permute(2, 0, 3, 1, 4)
-        is_whole = heads.device.type == "cpu" and heads.dtype == torch.bfloat16
+        is_whole = keeps_scores(heads)
         query, key, value = heads.contiguous() if is_whole else heads
         query, key = self.q_norm(query), self.k_norm(key)
         # A dense mask: these products are N / (6 d + N) of a block's FLOPs (2.7 % in aim-600M), of which a kernel that

@@ -138,7 +138,8 @@ def _cell(text: str) -> str:
 EXAMPLE = """\
 A recipe of its own is a file beside the sweep file (`recipe: my-recipe.yaml`), or stands in the sweep file. Each law is
 `coefficient (width/at.width)^width (N/at.N)^N (D/at.D)^D`: of the backbone's width, the parameters with the head, and a
-run's smallest budget in images. An exponent that is not given is 0, and a scale in `at` 1.
+run's smallest budget in images. An exponent that is not given is 0, and a scale in `at` 1. `aimscale rates --write`
+writes a recipe from tuned runs.
 
 <!-- not run: a recipe, no sweep file -->
 ```yaml

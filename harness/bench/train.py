@@ -47,7 +47,13 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
     try:
         peak = group.from_first(lambda: measure_peak(group.device, optimiser.precision))
         device_bytes = group.min_over_ranks(group.memory_bytes())
-        plan = execution_plan(config.training, runtime, world_size=group.world_size, device_bytes=device_bytes)
+        plan = execution_plan(
+            config.training,
+            runtime,
+            world_size=group.world_size,
+            device_bytes=device_bytes,
+            is_gpu=group.device.type == "cuda",
+        )
         options = EngineOptions(
             zero_stage=plan.zero_stage,
             activation_checkpointing=plan.activation_checkpointing,

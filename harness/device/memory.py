@@ -1,8 +1,8 @@
 """Memory of one rank: its model and a step, and the free memory of its host.
 
-Torch is not imported here: the planner prints these numbers before anything runs. Bytes per parameter are measured with
-DeepSpeed 0.19 (tests/harness/device/test_memory.py measures again); activations are counted from what the backward pass
-of a block needs.
+Torch is not imported here: the planner prints these numbers before anything runs. They follow steps of the real engine
+on fake tensors (`harness.rehearsal`; tests/harness/rehearsal/test_formula.py compares them); activations are counted
+from what the backward pass of a block needs. tests/harness/device/test_memory.py measures processes.
 """
 
 from __future__ import annotations
@@ -25,34 +25,38 @@ ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 """Bytes of a value."""
 MAX_BUCKET_VALUES = 50_000_000
 """Largest reduction bucket (`harness.step.deepspeed_setup`): 200 MB messages are long enough for any network."""
-MAX_BUFFER_VALUES = 500_000_000
-"""Maximum values per piece in which DeepSpeed flattens gradients that wait for the last backward pass."""
+MAX_PIECE_VALUES = 500_000_000
+"""Maximum values per message into which DeepSpeed puts gradients at ZeRO 0."""
+MAX_GATHERED_VALUES = 1_000_000_000
+"""Maximum values that DeepSpeed keeps gathered at ZeRO 3."""
 
 
 class _Held(NamedTuple):
-    """Bytes per parameter during a step."""
+    """Bytes per parameter of one rank; pairs are those on every rank and those shared over ranks."""
 
-    on_every_rank: int
-    """Weights, gradients and optimiser states that are replicated."""
-    shared: int
-    """Weights, gradients and optimiser states that are sharded over ranks."""
-    buffers: tuple[int, int]
-    """Buffers on a single rank, and on one of several; for at most MAX_BUFFER_VALUES parameters."""
+    states: tuple[int, int]
+    """Weights and optimiser states; also gradients at ZeRO 3, and at ZeRO 1 in bf16, where they are allocated once."""
+    gradients: tuple[int, int]
+    """Gradients accumulated over micro-batches."""
     bucket: int
-    """Reduction bucket, for at most MAX_BUCKET_VALUES parameters."""
+    """Reduction buckets and a copy of one that is sent, for at most MAX_BUCKET_VALUES parameters."""
+    gathered: int = 0
+    """Weights gathered at ZeRO 3, for at most MAX_GATHERED_VALUES parameters."""
+    message: tuple[int, int] = (0, 0)
+    """Scratch memory of gloo on a CPU, per parameter and per value of the bucket, measured; NCCL's buffers have one
+    size (`harness.device.execution.USABLE_FRACTION`)."""
 
 
 HELD = {
-    ("fp32", 0): _Held(16, 0, (0, 4), 0),
-    ("fp32", 1): _Held(12, 16, (0, 0), 2),
-    ("fp32", 2): _Held(4, 24, (0, 0), 3),
-    ("fp32", 3): _Held(0, 16, (14, 14), 8),
-    ("bf16", 1): _Held(8, 12, (1, 6), 0),
-    ("bf16", 2): _Held(4, 20, (0, 0), 8),
-    ("bf16", 3): _Held(0, 18, (10, 10), 8),
+    ("fp32", 0): _Held((12, 0), (4, 0), 0, message=(4, 0)),
+    ("fp32", 1): _Held((4, 12), (4, 0), 8),
+    ("fp32", 2): _Held((4, 12), (0, 4), 8),
+    ("fp32", 3): _Held((0, 20), (0, 0), 8, gathered=4, message=(0, 8)),
+    ("bf16", 1): _Held((6, 12), (0, 0), 0, message=(8, 0)),
+    ("bf16", 2): _Held((2, 12), (0, 4), 8, message=(0, 4)),
+    ("bf16", 3): _Held((0, 18), (0, 0), 8, gathered=2, message=(0, 8)),
 }
-"""Bytes per parameter by precision and ZeRO stage. bf16 gradients of one backward pass are held beside their float32
-accumulation."""
+"""Bytes per parameter by precision and ZeRO stage, as rehearsed steps hold them (tests/harness/rehearsal)."""
 CHECKPOINT_BYTES_PER_PARAM = 12
 """Bytes per parameter of a checkpoint: float32 master weights and two moments."""
 EVAL_TOKENS = 16_384
@@ -61,14 +65,31 @@ WORKSPACE_BYTES = 256 * 2**20
 """Bytes for kernels' workspaces and the allocator's slack."""
 
 
-def held_bytes(config: ModelConfig, precision: Precision, *, zero_stage: int, world_size: int) -> int:
-    """Return the bytes that one rank holds during a step, without the activations of its micro-batch."""
-    num_params = param_count(config).total
-    held = HELD[precision, zero_stage]
-    states = num_params * held.on_every_rank + num_params * held.shared // world_size
-    buffers = held.buffers[world_size > 1] * min(num_params, MAX_BUFFER_VALUES)
-    buffers += held.bucket * min(num_params, MAX_BUCKET_VALUES)
-    return states + buffers + WORKSPACE_BYTES
+def held_bytes(
+    config: ModelConfig, precision: Precision, *, zero_stage: int, world_size: int, is_gpu: bool = True
+) -> int:
+    """Return the most bytes that one rank holds during a step, without the activations of its micro-batch."""
+    num_params, held = param_count(config).total, HELD[precision, zero_stage]
+    total = sum(each[0] * num_params + each[1] * num_params // world_size for each in (held.states, held.gradients))
+    in_bucket = min(num_params, MAX_BUCKET_VALUES)
+    total += held.bucket * in_bucket + held.gathered * min(num_params, MAX_GATHERED_VALUES)
+    if not is_gpu and world_size > 1:
+        total += held.message[0] * num_params + held.message[1] * in_bucket
+    return total + WORKSPACE_BYTES
+
+
+def waiting_bytes(
+    config: ModelConfig, precision: Precision, *, zero_stage: int, world_size: int, activations: int
+) -> int:
+    """Return the part of `held_bytes` that a step of one micro-batch never holds.
+
+    Its gradients appear while its activations vanish: layer by layer, and on the rank that holds the last layers first.
+    """
+    num_params, held = param_count(config).total, HELD[precision, zero_stage]
+    gradients = held.gradients[0] * num_params + held.gradients[1] * num_params // world_size
+    share = 1 / world_size if zero_stage else 1.0
+    at_once = max(activations, (1 - share) * activations + share * sum(held.gradients) * num_params)
+    return int(activations + gradients - at_once)
 
 
 def kept_bytes_per_image(

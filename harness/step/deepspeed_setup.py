@@ -4,6 +4,7 @@ version has the private attributes that `harness.step.engine` reads."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class GuardedAdamW(torch.optim.AdamW):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self._global_grad_norm = norm
-        self.overflow = not bool(torch.isfinite(norm))
+        self.overflow = not math.isfinite(norm.item())
         if self.overflow:
             return
         # The same formula as DeepSpeed's at stages 1 to 3.

@@ -281,21 +281,21 @@ def should_compile(wanted: Literal["auto"] | bool, device: torch.device, zero_st
 
 def free_storage(held: Any) -> None:
     """Free the storage of tensors inside nested lists and dictionaries, gradients included."""
-    for tensor in _tensors_in(held):
+    for tensor in tensors_in(held):
         tensor.untyped_storage().resize_(0)
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors inside nested lists and dictionaries, gradients included."""
     if isinstance(value, Tensor):
         yield value
         if value.is_leaf and value.grad is not None:
             yield value.grad
     elif isinstance(value, dict):
-        yield from _tensors_in(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
 
 
 def fragment_of(flat: Tensor, fragment: Fragment) -> Tensor:

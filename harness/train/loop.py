@@ -72,6 +72,7 @@ class Trainer:
             device=device_name(group.device),
             world_size=group.world_size,
             device_bytes=group.min_over_ranks(group.memory_bytes()),
+            is_gpu=group.device.type == "cuda",
             host_bytes=group.min_over_ranks(group.host_memory_bytes()) if group.device.type == "cuda" else None,
             measuring=measuring,
         )

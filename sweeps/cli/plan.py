@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.filesize import decimal
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.analysis.words import Flag
 from aimscale.harness.device.gpu_specs import DECODED_PER_S
-from aimscale.sweeps.cli.options import ROOT, AsJson, On, Root, SweepName, print_next
+from aimscale.sweeps.cli.options import ROOT, AsJson, On, Root, SweepName, print_next, select_run_ids
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.plan.checks import Problem, check, describe_runs, group_findings, raise_on_problems
 from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
@@ -36,23 +37,57 @@ from aimscale.sweeps.table.views import (
     print_key_values,
 )
 
+if TYPE_CHECKING:
+    from aimscale.harness.rehearsal.step import Rehearsal
 
-def plan(sweep: SweepName, root: Root = ROOT, on: On = None, as_json: AsJson = False) -> None:
+Rehearse = Annotated[
+    bool,
+    typer.Option(
+        help="Step the real engine on fake tensors and ranks: memory by phase and every collective, without a GPU; "
+        "seconds per shape."
+    ),
+]
+Only = Annotated[str | None, typer.Option("--run", help="Rehearse this run alone, and print all of it.")]
+
+
+def plan(
+    sweep: SweepName,
+    root: Root = ROOT,
+    on: On = None,
+    rehearse: Rehearse = False,
+    only: Only = None,
+    as_json: AsJson = False,
+) -> None:
     """List the runs of a sweep, what each costs, what is there already, and what would stop it; nothing is written."""
     loaded = load_sweep(sweep, root).at(on)
     runs = plan_runs(loaded)
+    if only is not None and not rehearse:
+        raise SweepError("--run chooses the run that --rehearse steps; add --rehearse")
+    chosen = {each.run_id for each in runs} if only is None else {*select_run_ids(loaded, [only])}
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
     plateau = budgets_in_plateau(loaded)
     states = read_states(loaded, runs)
+    rehearsals: dict[str, Rehearsal] = {}
+    if rehearse:
+        from aimscale.sweeps.plan.rehearsals import rehearse_runs
+
+        rehearsals = rehearse_runs([pair for pair in zip(runs, cards, strict=True) if pair[0].run_id in chosen])
     if as_json:
         found = to_json(cards) | {"problems": [asdict(each) for each in problems], "flags": [*map(str, plateau)]}
         found |= {"states": dict(Counter(each.state for each in states)), "unplanned": unplanned_runs(loaded, runs)}
         price = loaded.file.cost.price(found["totals"]["device_hours"])
         found["price"] = price and {"amount": price[0], "currency": price[1]}
+        if rehearse:
+            found["rehearsals"] = {run_id: asdict(each) for run_id, each in rehearsals.items()}
         typer.echo(json.dumps(found, indent=1))
         raise_on_problems(loaded, runs, problems)
         return
-    print_plan(loaded, cards, problems=problems, plateau=plateau)
+    print_plan(loaded, cards, problems=problems, plateau=plateau, rehearsals=rehearsals)
+    if only is not None:
+        from aimscale.sweeps.cli.rehearsal import print_rehearsal
+
+        for run_id, rehearsed in rehearsals.items():
+            print_rehearsal(run_id, rehearsed)
     if loaded.runs_dir.is_dir():
         print_key_values(_still_to_do(loaded, states, cards))
     if problems:
@@ -84,15 +119,16 @@ def print_plan(
     *,
     problems: Sequence[Problem] = (),
     plateau: Sequence[Flag] = (),
+    rehearsals: Mapping[str, Rehearsal] | None = None,
 ) -> None:
-    """Print problems and cautions, a table of cost cards, totals and assumptions."""
+    """Print problems and cautions, a table of cost cards with what was rehearsed, totals and assumptions."""
     console = console or new_console()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(": ".join(part for part in (f"[bold]{sweep.name}[/]", sweep.file.description) if part))
     in_plateau = (KeyValue(level="warn", key="budgets", value=str(each)) for each in plateau)
     if flags := [*_flags(cards, problems), *in_plateau]:
         say(key_value_text(flags, console.width))
-    say(fitted_table(_plan_columns(cards), cards, console.width))
+    say(fitted_table(_plan_columns(cards, rehearsals or {}), cards, console.width))
     say(key_value_text(_facts(sweep, cards), console.width))
 
 
@@ -145,7 +181,7 @@ def _assumptions(cards: Sequence[CostCard]) -> Iterator[str]:
     yield "step, ms: computing | loading; the slower one counts, without start-up"
 
 
-def _plan_columns(cards: Sequence[CostCard]) -> list[Column]:
+def _plan_columns(cards: Sequence[CostCard], rehearsals: Mapping[str, Rehearsal]) -> list[Column]:
     def span(header: str, text: Callable[[BudgetCost], str], drop_order: int) -> Column:
         return Column(
             header=header, cell=lambda card: _span([text(each) for each in card.budgets]), drop_order=drop_order
@@ -162,6 +198,7 @@ def _plan_columns(cards: Sequence[CostCard]) -> list[Column]:
         Column(header="lr", cell=lambda card: f"{card.lr_peak:.2g}", drop_order=7),
         Column(header="devices", cell=lambda card: str(card.devices), drop_order=3),
         Column(header="memory", cell=_memory, drop_order=4),
+        Column(header="rehearsed", cell=lambda card: _rehearsed(rehearsals.get(card.run_id))),
         Column(header="disk", cell=lambda card: decimal(card.disk_bytes), drop_order=8),
         Column(header="step, ms", cell=_step, drop_order=4),
         Column(header="limit", cell=lambda card: card.limit, drop_order=5, align_right=False),
@@ -179,6 +216,10 @@ def _step(card: CostCard) -> str:
 def _span(values: Sequence[str]) -> str:
     """Format the first and last of increasing values as a range."""
     return values[0] if values[0] == values[-1] else f"{values[0]}..{values[-1]}"
+
+
+def _rehearsed(rehearsal: Rehearsal | None) -> str:
+    return decimal(rehearsal.peak_bytes) if rehearsal else ""
 
 
 def _memory(card: CostCard) -> str:

@@ -59,7 +59,7 @@ class Machine:
         if run.devices <= self.devices or not self.allow_fewer_devices or self.memory_bytes is None:
             return run.devices <= self.devices or self.allow_fewer_devices
         with contextlib.suppress(DoesNotFitError):
-            return bool(plan_execution(run.config, self.devices, self.memory_bytes))
+            return bool(plan_execution(run.config, self.devices, self.memory_bytes, is_gpu=True))
         return False
 
     def command(self, run_dir: Path, num_devices: int) -> list[str]:

@@ -103,7 +103,9 @@ def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
     """Check what follows from the configuration alone."""
     runtime = run.config.runtime
     yield from _check_call("schedule.warmup_images", schedule_of, run.config)
-    yield from _check_call("cost.memory_gb", plan_execution, run.config, run.devices, device.memory_bytes)
+    yield from _check_call(
+        "cost.memory_gb", plan_execution, run.config, run.devices, device.memory_bytes, device.is_gpu
+    )
     slurm = sweep.file.slurm if sweep.is_for_slurm else None
     if slurm and (stop_s := grace_period_s(run)) >= (limit_s := 60 * slurm.time_limit_min):
         told = f"a job of {limit_s} s is told to save {stop_s} s before its end, which leaves no time to train"

@@ -166,7 +166,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
     unique = training.data.unique_images or _pool_size(sweep, config, lookup)
     measuring, fit = curve_bytes(config, lookup), None
     with contextlib.suppress(DoesNotFitError):
-        fit = plan_execution(config, run.devices, device.memory_bytes, measuring)
+        fit = plan_execution(config, run.devices, device.memory_bytes, device.is_gpu, measuring)
     rates = expected_rates(config, run.devices, device, sweep.file.cost.mfu or MFU, lookup)
 
     def seconds(flops: float, images: float) -> float:
@@ -282,7 +282,9 @@ _cached_plan = functools.cache(execution_plan)
 """Execution plans, computed once for runs that differ only in their seed."""
 
 
-def plan_execution(config: RunConfig, devices: int, device_bytes: int, measuring: int = 0) -> ExecutionPlan:
+def plan_execution(
+    config: RunConfig, devices: int, device_bytes: int, is_gpu: bool, measuring: int = 0
+) -> ExecutionPlan:
     """Choose the ZeRO stage and micro-batch of a run on so many devices.
 
     Args:
@@ -292,7 +294,9 @@ def plan_execution(config: RunConfig, devices: int, device_bytes: int, measuring
         DoesNotFitError: the run is too large for its devices.
     """
     training = config.training.model_copy(update={"seed": 0})
-    return _cached_plan(training, config.runtime, world_size=devices, device_bytes=device_bytes, measuring=measuring)
+    return _cached_plan(
+        training, config.runtime, world_size=devices, device_bytes=device_bytes, is_gpu=is_gpu, measuring=measuring
+    )
 
 
 def grace_period_s(run: Run) -> int:

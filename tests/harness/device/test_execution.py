@@ -60,13 +60,13 @@ def test_all_passes_of_a_step_are_of_one_size_where_ranks_share_it_equally(batch
 @pytest.mark.parametrize(
     ("size", "ranks", "gb", "expected"),
     [
-        ("aim-600M", 1, 85, (1, 64, False)),
+        ("aim-600M", 1, 85, (1, 128, False)),
         ("aim-600M", 8, 85, (2, 128, False)),
         ("aim-1B", 128, 85, (2, 32, False)),
-        ("aim-7B", 8, 85, (2, 16, False)),
+        ("aim-7B", 8, 85, (2, 32, False)),
         ("aim-7B", 128, 85, (2, 32, False)),
-        ("aim-7B", 8, 42, (3, 8, False)),
-        ("aim-7B", 2, 85, (3, 4, True)),
+        ("aim-7B", 8, 42, (2, 4, False)),
+        ("aim-7B", 2, 85, (3, 2, False)),
     ],
 )
 def test_zero_2_is_taken_and_3_where_that_does_not_fit(
@@ -113,7 +113,7 @@ def test_memory_counts_every_token_whose_prediction_is_scored() -> None:
         config = TrainingConfig.model_validate(training)
         return execution_plan(config, RuntimeConfig(), world_size=128, device_bytes=82 * GB).micro_batch
 
-    assert (micro_batch("uniform"), micro_batch("none")) == (16, 8)
+    assert (micro_batch("uniform"), micro_batch("none")) == (32, 16)
 
 
 def test_the_start_after_memory_ran_out_takes_half_of_the_micro_batch() -> None:

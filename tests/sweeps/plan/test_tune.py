@@ -92,8 +92,13 @@ def test_a_tuned_sweep_gives_the_law_of_rates_and_its_best_rows_the_law_of_the_l
             rows.append(columns | {"setup": setup_of(run.config.training), "images_seen": seen, "val_loss": loss})
     write_table(results_table(rows), tmp_path / "table.parquet")
     table = analysis.read_table(tmp_path / "table.parquet")
-    law = analysis.rates(table).laws["lr"]
+    rates = analysis.rates(table)
+    law = rates.laws["lr"]
     assert law.intervals["a"].low < -0.4 < law.intervals["a"].high
+    (tmp_path / "mine.yaml").write_text(rates.recipe("table.parquet"))
+    for run in plan(write_sweep(**GRID, recipe="mine.yaml")):
+        n, rate = configured_columns(run.config)["params_total"], run.config.training.optimiser.lr_peak
+        assert rate == pytest.approx(law.predict(N=n, D=64_000)["value"][0], rel=0.06), "two digits; by 64k"
     found = analysis.fit(table)
     left_out = [each.number for each in found.exclusions if each.kind == "best of"]
     cells = table.groupby(["size", "images_seen"])["lr_multiplier"].nunique()

@@ -1,0 +1,161 @@
+"""Fake tensors and ranks: everything private of torch and DeepSpeed that a rehearsal uses.
+
+Fake tensors have a shape, a precision and a storage, but no values; a fake process group answers every collective at
+once. Both are torch's own, for its tests and compilers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import aimscale.aim.layers
+from aimscale.aim.errors import UserError
+from aimscale.harness.distributed.group import Group, Placement, import_deepspeed, stop_group
+
+_PRIVATE = {
+    "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode", "unset_fake_temporarily"),
+    "torch.testing._internal.distributed.fake_pg": ("FakeStore",),
+}
+TESTED_TORCH = "2.13"
+"""Version that the tests passed with."""
+
+
+class RehearsalError(UserError):
+    """Rehearsal that is impossible in this process or with this version of torch."""
+
+
+def _private(module: str, name: str) -> Any:
+    """Import what is private of torch; see `_PRIVATE`."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RehearsalError(
+            f"torch {torch.__version__} has no {module}.{name}, which a rehearsal needs; install {TESTED_TORCH}"
+        ) from error
+
+
+@contextlib.contextmanager
+def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
+    """Be a rank of `world_size` during the block, in which new tensors are fake.
+
+    Args:
+        on_gpu: whether attention keeps what a GPU's fused kernel does, or what a CPU does.
+
+    Raises:
+        RehearsalError: this process has a process group, or uses another accelerator, or torch lacks what is needed.
+    """
+    found = {name: _private(module, name) for module, names in _PRIVATE.items() for name in names}
+    if torch.distributed.is_initialized():
+        raise RehearsalError("a rehearsal needs a process of its own, and this one has a process group")
+    placement = Placement(rank=rank, world_size=world_size, local_rank=0, address="127.0.0.1", port=1)
+    names = {"RANK": str(placement.rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
+    names |= {"MASTER_ADDR": placement.address, "MASTER_PORT": str(placement.port), "DS_ACCELERATOR": "cpu"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_environment(names))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", UserWarning)  # DeepSpeed asks fake tensors for their address
+        import_deepspeed()
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.runtime.zero import stage3
+
+        accelerator = get_accelerator()
+        if accelerator.device_name() != "cpu":
+            raise RehearsalError("a rehearsal runs DeepSpeed on the CPU, and this process has it on a GPU already")
+        # It decides by the memory that is free where parameters are made contiguous: on the host, if it is little.
+        stack.enter_context(_replaced(accelerator, "available_memory", lambda device_index=None: 2**60))
+        stack.enter_context(_replaced(nn.Module, "_apply", _apply))
+        stack.enter_context(_replaced(nn.functional, "linear", nn.functional.linear))  # ZeRO 3 leaves its own there
+        stack.enter_context(_replaced(stage3, "reduce_scatter_coalesced", _reduce_scatter))
+        if on_gpu:
+            stack.enter_context(_replaced(aimscale.aim.layers, "keeps_scores", lambda heads: False))
+        torch.distributed.init_process_group(
+            "fake", rank=placement.rank, world_size=world_size, store=found["FakeStore"]()
+        )
+        stack.callback(stop_group)
+        stack.enter_context(found["FakeTensorMode"](allow_non_fake_inputs=True))
+        stack.enter_context(_HostValues(found["FakeTensor"], found["unset_fake_temporarily"]))
+        yield Group(placement, torch.device("cpu"), None)
+
+
+class _HostValues(TorchDispatchMode):
+    """Mode in which integers made from real ones stay real, since prefix lengths decide shapes, and in which a look at
+    a fake value finds 0 or 1: no gradient overflows, and every norm is finite."""
+
+    def __init__(self, fake: type[Tensor], unset_fake: Callable[[], Any]) -> None:
+        super().__init__()
+        self._fake, self._unset_fake = fake, unset_fake
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], self._fake) and func is not torch.ops.aten._local_scalar_dense.default:
+            return func(*args, **kwargs)
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], self._fake):
+            return 1.0 if tensors[0].dtype.is_floating_point else tensors[0].dtype is not torch.bool and 0
+        is_host = tensors or func is torch.ops.aten.arange.default
+        if kwargs.get("dtype", torch.int64).is_floating_point:
+            is_host = False
+        if is_host and not any(isinstance(each, self._fake) or each.is_floating_point() for each in tensors):
+            with self._unset_fake():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Convert a module's tensors as `nn.Module._apply` does; torch's own swaps parameters, which fake ones refuse."""
+    for each in module.modules() if recurse else (module,):
+        for name, parameter in each._parameters.items():
+            if parameter is None:
+                continue
+            new = fn(parameter.detach())
+            if (new.dtype, new.device) != (parameter.dtype, parameter.device):
+                each._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+        for name, buffer in each._buffers.items():
+            each._buffers[name] = None if buffer is None else fn(buffer)
+    return module
+
+
+def _reduce_scatter(tensors: list[Tensor], group: Any) -> list[Tensor]:
+    """Allocate and send what DeepSpeed's `reduce_scatter_coalesced` does, without a view for each rank, which would
+    take most of a rehearsal's time."""
+    world_size = torch.distributed.get_world_size(group)
+    sizes = [-(-each.numel() // world_size) for each in tensors]
+    is_even = len(tensors) == 1 and tensors[0].numel() % world_size == 0
+    flat = tensors[0].view(-1) if is_even else tensors[0].new_empty(world_size * sum(sizes))
+    own = flat.narrow(0, 0, sum(sizes))
+    torch.distributed.reduce_scatter_tensor(own, flat, group=group)
+    kept = [min(size, each.numel()) for size, each in zip(sizes, tensors, strict=True)]
+    return [part.narrow(0, 0, size) for part, size in zip(own.split(sizes), kept, strict=True)]
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute during the block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _environment(names: dict[str, str]) -> Iterator[None]:
+    """Set environment variables during the block."""
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,0 +1,100 @@
+"""Rehearsed steps against the steps of real ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainers import start_ranks
+
+from aimscale.aim.config import model_config
+from aimscale.harness.distributed.group import start_group, stop_group
+from aimscale.harness.distributed.placement import find_placement
+from aimscale.harness.rehearsal.fake import fake_rank
+from aimscale.harness.rehearsal.step import example_batch, fullest_rank, track_step
+from aimscale.harness.rehearsal.tracker import StepTracker
+from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import Engine
+
+CONFIG = model_config("w96-d3", image_size=32, patch_size=4)
+MICRO_BATCHES = [4, 4, 4]
+
+
+def observe(precision: str, stage: int, recomputes: bool, *, group: Any) -> dict[str, Any]:
+    """Memory of every phase and every call of a collective in one step, of one of real or fake ranks."""
+    options = EngineOptions(zero_stage=stage, activation_checkpointing=recomputes)
+    tracker = StepTracker()
+    with tracker:
+        engine = Engine(CONFIG, OptimiserSection(precision=precision), options, group)
+        track_step(tracker, engine, [example_batch(CONFIG, each, "paired") for each in MICRO_BATCHES])
+    phases, calls = tracker.memory(), [dataclasses.astuple(each) for each in tracker.calls]
+    engine.close()
+    return json.loads(json.dumps({"phases": [dataclasses.asdict(each) for each in phases], "calls": calls}))
+
+
+def observe_fake(world_size: int, *setting: Any) -> dict[str, Any]:
+    with fake_rank(fullest_rank(setting[1], world_size), world_size, on_gpu=False) as group:
+        return observe(*setting, group=group)
+
+
+def observe_real(world_size: int, settings: list[Any], out: Path) -> list[dict[str, Any]]:
+    """The same settings on real ranks, in processes of their own."""
+    ranks = start_ranks([sys.executable, __file__, str(out), json.dumps(settings)], world_size)
+    assert [process.wait() for process in ranks] == [0] * world_size
+    return json.loads(out.read_text())
+
+
+def main(out: Path, settings: list[Any]) -> None:
+    torch.set_num_threads(1)
+    group = start_group(find_placement(), "cpu")
+    found = [observe(*setting, group=group) for setting in settings]
+    gathered = group.gather(found)
+    if group.is_first:
+        ranks = [fullest_rank(stage, group.world_size) for _, stage, _ in settings]
+        out.write_text(json.dumps([gathered[rank][number] for number, rank in enumerate(ranks)]))
+    stop_group()
+
+
+ALL = [
+    (precision, stage, recomputes)
+    for stage, precision, recomputes in itertools.product((0, 1, 2), ("fp32", "bf16"), (False, True))
+    if (precision, stage) != ("bf16", 0)
+]
+# A second engine at ZeRO 3 in a process holds more than the first, so each has its own.
+GROUPS = [ALL, *([(precision, 3, recomputes)] for precision in ("fp32", "bf16") for recomputes in (False, True))]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (2, [("bf16", 2, False), ("fp32", 3, False)]),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in itertools.product((1, 2, 4), GROUPS)),
+    ],
+)
+def test_fake_ranks_hold_and_send_what_real_ones_do(world_size: int, settings: list[Any], tmp_path: Path) -> None:
+    for setting, real in zip(settings, observe_real(world_size, settings, tmp_path / "real"), strict=True):
+        fake = observe_fake(world_size, *setting)
+        assert fake["calls"] == real["calls"], setting
+        assert [each["phase"] for each in fake["phases"]] == ["forward", "backward", "update"]
+        # Gloo's thread may hold a message for a while after the rank that waited for it goes on.
+        message = max((num_bytes for *_, num_bytes in real["calls"]), default=0)
+        for mine, theirs in zip(fake["phases"], real["phases"], strict=True):
+            late = message if mine["phase"] == "backward" else 0
+            for name in ("peak", "held"):
+                ours, most = sum(mine[name].values()), sum(theirs[name].values())
+                assert 0.99 * ours <= most <= 1.01 * ours + late, (setting, name, mine, theirs)
+                for part in ("weights", "optimiser", "gradients", "activations") if name == "held" else ():
+                    assert mine[name][part] == pytest.approx(theirs[name][part], rel=0.01, abs=100), (setting, mine)
+
+
+if __name__ == "__main__":  # a rank of `observe_real`
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    os._exit(0)  # gloo's threads may outlive the interpreter

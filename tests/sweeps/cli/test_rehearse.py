@@ -1,0 +1,41 @@
+"""`aimscale plan SWEEP --rehearse`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from aimscale.harness.rehearsal.step import rehearse
+from aimscale.sweeps.cli.plan import plan
+from aimscale.sweeps.plan.planner import plan as plan_runs
+from aimscale.sweeps.plan.sweepfile import SweepError
+
+
+def test_a_plan_shows_rehearsed_memory_and_all_of_one_run(
+    write_sweep: Any, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aimscale.sweeps.cli.plan.check", lambda *_: ())
+    # Seeds are runs of their own with equal steps.
+    sweep = write_sweep(devices=4, sizes=["rung-32"], seeds=[0, 1])
+    runs = [run.run_id for run in plan_runs(sweep)]
+    file, root = str(sweep.source), sweep.root
+    rehearse.cache_clear()
+    plan(file, root, rehearse=True, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["rehearsals"]) == runs
+    assert rehearse.cache_info().misses == 1
+    one = found["rehearsals"][runs[0]]
+    assert [phase["phase"] for phase in one["phases"]] == ["forward", "backward", "update"]
+    params = found["runs"][0]["params_total"]
+    assert one["phases"][-1]["held"]["optimiser"] == pytest.approx(12 * params / 4, rel=0.02), "shared by four ranks"
+    assert {each["name"] for each in one["collectives"]} == {"allreduce", "allgather_base"}
+
+    plan(file, root, rehearse=True, only=runs[0])
+    text = capsys.readouterr().out
+    assert any("rehearsed" in line and "memory" in line for line in text.splitlines())
+    assert f"{runs[0]}: one step" in text
+    assert "update: allgather_base" in text
+    with pytest.raises(SweepError, match="add --rehearse"):
+        plan(file, root, only=runs[0])
