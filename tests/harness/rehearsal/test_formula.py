@@ -51,7 +51,9 @@ GRID = [
     [
         ("w1536-d4", (224, 14), 8, ("bf16", 2), "paired"),
         ("w1024-d4", (128, 16), 32, ("fp32", 2), "none"),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in GRID),
+        pytest.param("aim-600M", (224, 14), 8, ("fp32", 0), "paired", marks=pytest.mark.slow),
+        pytest.param("aim-1B", (512, 16), 64, ("bf16", 2), "none", marks=pytest.mark.slow),
+        *(pytest.param(*each, marks=pytest.mark.grid) for each in GRID),
     ],
     ids=str,
 )
@@ -63,7 +65,7 @@ def test_the_stated_memory_is_within_five_percent_of_a_rehearsed_step(
     assert stated(shape) == pytest.approx(rehearse(shape).peak_bytes, rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize(("recomputes", "micro_batches"), itertools.product([False, True], [[32], [32, 32, 32]]))
 def test_it_is_so_with_recomputation_and_for_single_micro_batches(recomputes: bool, micro_batches: list[int]) -> None:
     model = model_config("aim-600M", head_rule="released")

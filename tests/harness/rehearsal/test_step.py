@@ -76,7 +76,8 @@ GROUPS = [ALL, *([(precision, 3, recomputes)] for precision in ("fp32", "bf16") 
     ("world_size", "settings"),
     [
         (2, [("bf16", 2, False), ("fp32", 3, False)]),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in itertools.product((1, 2, 4), GROUPS)),
+        pytest.param(4, [("bf16", 1, True), ("bf16", 2, False)], marks=pytest.mark.slow),
+        *(pytest.param(*each, marks=pytest.mark.grid) for each in itertools.product((1, 2, 4), GROUPS)),
     ],
 )
 def test_fake_ranks_hold_and_send_what_real_ones_do(world_size: int, settings: list[Any], tmp_path: Path) -> None:
