@@ -108,8 +108,8 @@ def random_batches(config: ModelConfig, batch_size: int, micro_batch: int) -> li
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, config.channels, config.image_size, config.image_size)
     images = torch.randn(shape, generator=generator)
-    first = torch.randint(1, config.num_tokens, (batch_size // 2,), generator=generator)
-    prefix_lengths = torch.stack([first, config.num_tokens - first], dim=1).reshape(-1)
+    first = torch.randint(1, config.num_tokens, (-(-batch_size // 2),), generator=generator)
+    prefix_lengths = torch.stack([first, config.num_tokens - first], dim=1).reshape(-1)[:batch_size]
     positions = torch.arange(batch_size)
     if config.masked is not None:
         prefix_lengths = torch.from_numpy(masks(0, positions.numpy(), config))
