@@ -70,7 +70,7 @@ class Recipes(Result):
     """The joint law behind the gains."""
     flags: tuple[Flag, ...]
     decision: str
-    """What would tell whether the gain at the largest compute of `table` is one."""
+    """Further runs that would tell the gain at the largest compute of `table` from one, in words."""
 
     def headline(self) -> str:
         """Return the gain at the largest compute of the table and beyond."""

@@ -32,7 +32,7 @@ WRITTEN_LAST = ("SHA256SUMS",)
 
 
 class About(NamedTuple):
-    """What only its authors know of a publication."""
+    """Facts of a publication that only its authors know."""
 
     title: str
     licence: str

@@ -72,6 +72,12 @@ def croissant(folder: Path, about: About) -> dict[str, Any]:
     return found
 
 
+def sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _file(path: Path, folder: Path) -> dict[str, Any]:
     """Describe a CSV file."""
     return {
@@ -80,7 +86,7 @@ def _file(path: Path, folder: Path) -> dict[str, Any]:
         "name": path.name,
         "contentUrl": str(path.relative_to(folder)),
         "encodingFormat": "text/csv",
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": sha256(path),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,13 +15,17 @@ import yaml
 
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.forecasts.registry import REGISTER
 from aimscale.analysis.publication.card import About, folder_card, model_cards
-from aimscale.analysis.publication.croissant import croissant
+from aimscale.analysis.publication.croissant import croissant, sha256
 from aimscale.analysis.publication.numbers import Source, Verification, compare_numbers, page_numbers
-from aimscale.analysis.report.page import write_report
+from aimscale.analysis.published.comparison import BASELINES_FILE
+from aimscale.analysis.report.page import write_page
 from aimscale.analysis.table.schema import write_table
 
 NUMBERS, CHECKSUMS = "numbers.json", "SHA256SUMS"
+BESIDE = (BASELINES_FILE, "curves.parquet", REGISTER)
+"""Files beside a table that its page reads."""
 VERSION = 1
 """Rises when `numbers.json` changes its form."""
 
@@ -68,32 +71,28 @@ def publish(
 
 
 def _copy_tables(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
-    """Copy the tables as they are, and as CSV for those who have no Parquet; return their names in the folder."""
-    names: list[str] = []
+    """Copy the tables and what the page reads beside them, also as CSV; return the tables' names in the folder."""
+    names, copied = [], dict[str, Path]()
     (folder / "data").mkdir()
     for path in (each / "results.parquet" if each.is_dir() else each for each in tables):
         if not path.is_file():
             raise AnalysisError(f"{path} does not exist; publish a sweep, or tables that are files.")
-        if (name := f"data/{path.name}") in names:
+        if path.name in copied:
             raise AnalysisError(f"two tables are named {path.name}; rename one.")
-        shutil.copyfile(path, folder / name)
-        names.append(name)
-        if path.suffix == ".parquet":
-            write_table(pq.read_table(path), folder / "data" / f"{path.stem}.csv")
+        names.append(f"data/{path.name}")
+        for file in (path, *filter(Path.is_file, map(path.with_name, BESIDE))):
+            if copied.setdefault(file.name, file) != file:
+                raise AnalysisError(f"two folders hold a {file.name}; publish their tables apart.")
+            shutil.copyfile(file, folder / "data" / file.name)
+            if file.suffix == ".parquet":
+                write_table(pq.read_table(file), folder / "data" / f"{file.stem}.csv")
     return tuple(names)
 
 
 def _write_results(source: Source, folder: Path, about: About, add: Callable[[Path], None]) -> None:
     """Write page, figures, numbers, LaTeX tables, cards, citation and the description for machines."""
     study = source.study(folder)
-    write_report(
-        [folder / each for each in source.tables],
-        folder / "report.html",
-        columns=source.columns or None,
-        where=source.where,
-        best=source.best,
-        figures=folder / "figures",
-    )
+    write_page(study, folder, folder / "figures")
     record = {"version": VERSION, "source": source._asdict(), "numbers": page_numbers(study)}
     texts = {NUMBERS: json.dumps(record, indent=1, allow_nan=False), "CITATION.cff": _citation(about)}
     found = [(name, subject, each) for name, by in study.results.items() for subject, each in by.items()]
@@ -125,16 +124,10 @@ def _citation(about: About) -> str:
     return yaml.safe_dump(fields | ({"url": about.url} if about.url else {}), sort_keys=False, allow_unicode=True)
 
 
-def _sha256(path: Path) -> str:
-    """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_checksums(folder: Path) -> None:
     """Write the checksums of all files, as `sha256sum -c` reads them."""
     files = sorted(each for each in folder.rglob("*") if each.is_file())
-    lines = [f"{_sha256(each)}  {each.relative_to(folder)}\n" for each in files]
+    lines = [f"{sha256(each)}  {each.relative_to(folder)}\n" for each in files]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -154,9 +147,7 @@ def verify(folder: Path) -> Verification:
         ) from error
     if version > VERSION:
         raise AnalysisError(f"{folder / NUMBERS} is of version {version}, newer than this aimscale; update aimscale.")
-    damaged = [
-        name for name, digest in sums.items() if not (path := folder / name).is_file() or _sha256(path) != digest
-    ]
+    damaged = [name for name, digest in sums.items() if not (path := folder / name).is_file() or sha256(path) != digest]
     num, differences = compare_numbers(numbers, page_numbers(source.study(folder)))
     return Verification(
         folder=str(folder), num_numbers=num, num_files=len(sums), damaged=tuple(damaged), differences=differences

@@ -15,8 +15,7 @@ import pandas as pd
 
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.report.study import Study, study_tables
-from aimscale.analysis.table.read import read_tables
+from aimscale.analysis.report.study import Study, read_study
 
 TOLERANCE = 1e-3
 """Relative difference up to which two numbers are the same: what three printed digits show. Between processors and
@@ -39,9 +38,7 @@ class Source(NamedTuple):
 
     def study(self, folder: Path) -> Study:
         """Read the tables and compute everything that the page shows."""
-        paths = [folder / each for each in self.tables]
-        frame = read_tables(paths, self.columns or None, where=self.where, best=self.best)
-        return study_tables(paths, frame)
+        return read_study([folder / each for each in self.tables], self.columns or None, self.where, self.best)
 
 
 def page_numbers(study: Study) -> dict[str, Any]:
@@ -100,7 +97,7 @@ class Verification(Result):
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """What differs."""
+        """Places that differ, with both values."""
         return pd.DataFrame(self.differences, columns=["place", "published", "recomputed"])
 
     def headline(self) -> str:

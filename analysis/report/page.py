@@ -20,10 +20,8 @@ from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.plots.style import save
 from aimscale.analysis.report.blocks import sort_key
 from aimscale.analysis.report.sections import Section, sections
-from aimscale.analysis.report.study import Study, study_tables
+from aimscale.analysis.report.study import Study, read_study
 from aimscale.analysis.report.verdict import verdict
-from aimscale.analysis.table.names import no_column
-from aimscale.analysis.table.read import read_tables
 from aimscale.analysis.table.schema import written_aside
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
@@ -61,11 +59,16 @@ def write_report(
     """
     given = [Path(each) for each in ([tables] if isinstance(tables, str | Path) else tables)]
     paths = [path / "results.parquet" if (path / "results.parquet").is_file() else path for path in given]
-    folders = [path if path.is_dir() else path.parent for path in paths]
-    frame = read_tables(paths, columns, where=where, best=best)
-    if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
-        raise no_column(frame, "val_loss")
-    study = study_tables(paths, frame)
+    return write_page(read_study(paths, columns, where, best), out, figures)
+
+
+def write_page(study: Study, out: str | Path | None = None, figures: str | Path | None = None) -> Path:
+    """Write the page of a study, as `write_report` does; `out` may be a folder.
+
+    Raises:
+        AnalysisError: the page cannot be written, or a `collect.json` beside its tables is damaged.
+    """
+    folders = [path if path.is_dir() else path.parent for path in study.paths]
     with mpl.rc_context():
         mpl.rcdefaults()  # pages look alike, whatever their caller has set
         laid_out = sections(study)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +32,9 @@ from aimscale.analysis.optimum.isoflop import isoflop_budgets, with_budgets
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.measures import KIND
+from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows, with_compute
-from aimscale.analysis.table.read import read_curves
+from aimscale.analysis.table.read import read_curves, read_tables
 from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, spaced
 from aimscale.analysis.tuning.result import EDGE
 from aimscale.analysis.tuning.tuned import tuned_where_known
@@ -127,6 +128,20 @@ class Study:
     def is_ours(self) -> bool:
         """Whether this is a results table of aimscale, which may be put beside AIM's."""
         return "schema_version" in self.frame and bool(self.frame["schema_version"].notna().any())
+
+
+def read_study(
+    paths: Sequence[Path], columns: Mapping[str, str] | None, where: Sequence[str], best: Sequence[str]
+) -> Study:
+    """Read the tables of a page and study them.
+
+    Raises:
+        AnalysisError: a table cannot be read, or they hold neither losses nor probes.
+    """
+    frame = read_tables(paths, columns, where=where, best=best)
+    if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
+        raise no_column(frame, "val_loss")
+    return study_tables(paths, frame)
 
 
 def study_tables(paths: Sequence[Path], frame: pd.DataFrame) -> Study:

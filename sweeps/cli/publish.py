@@ -69,11 +69,8 @@ def command(
 
 
 def _add_sweep(sweep: Sweep, folder: Path, *, weights: bool) -> None:
-    """Add what a sweep has beside its table: its file, curves, baselines, versions, configurations, weights."""
+    """Add what a sweep has beside its tables: its file, versions, configurations, weights."""
     (folder / "sweep.yaml").write_text(sweep.text, encoding="utf-8")
-    for name in ("curves", "baselines"):
-        for path in sweep.directory.glob(f"{name}.*"):
-            shutil.copyfile(path, folder / "data" / path.name)
     versions: dict[str, set[str]] = {}
     for run in map(RunRecord, sorted(sweep.runs_dir.glob("*/"))):
         if not (model := folder / "models" / run.name).is_dir():

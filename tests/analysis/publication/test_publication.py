@@ -16,7 +16,7 @@ import yaml
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.publication.card import About, energy
-from aimscale.analysis.publication.folder import publish, verify
+from aimscale.analysis.publication.folder import _copy_tables, publish, verify
 from aimscale.analysis.publication.numbers import compare_numbers
 
 ABOUT = About("Losses of a law", "CC-BY-4.0", authors=("A. Author",), watts=500, g_co2_per_kwh=100)
@@ -107,6 +107,20 @@ def test_the_description_is_valid_croissant(published: Path) -> None:
     assert len(records) == 12
     assert records[0]["losses/params"] == 1e5
     assert description["distribution"][0]["contentUrl"] == "data/losses.csv"
+
+
+def test_what_the_page_reads_beside_its_table_goes_along(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.csv").write_text("N,D,L\n1,2,3\n")
+        pd.DataFrame({"task": [name]}).to_parquet(tmp_path / name / "baselines.parquet")
+    (tmp_path / "out").mkdir()
+    assert _copy_tables([tmp_path / "one" / "one.csv"], tmp_path / "out") == ("data/one.csv",)
+    there = {path.name for path in (tmp_path / "out" / "data").iterdir()}
+    assert there == {"one.csv", "baselines.parquet", "baselines.csv"}
+    (tmp_path / "both").mkdir()
+    with pytest.raises(AnalysisError, match=r"two folders hold a baselines\.parquet"):
+        _copy_tables([tmp_path / name / f"{name}.csv" for name in ("one", "two")], tmp_path / "both")
 
 
 def test_nothing_is_overwritten(published: Path) -> None:
