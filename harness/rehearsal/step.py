@@ -27,7 +27,7 @@ MAX_MICRO_BATCHES = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """What one rank of a step holds and sends."""
+    """Memory and collectives of one step on one rank."""
 
     phases: tuple[PhaseMemory, ...]
     collectives: tuple[Collective, ...]

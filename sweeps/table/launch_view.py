@@ -1,4 +1,4 @@
-"""What a launch would do, said before it spends: runs that are new or there, and the bill."""
+"""Summary of a launch before it spends: runs that are new or there, and the bill."""
 
 from __future__ import annotations
 

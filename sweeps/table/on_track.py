@@ -46,12 +46,12 @@ def write_expected(sweep: Sweep, planned: Sequence[Run], chosen: Sequence[Run]) 
         UserError, OSError: a file of a run cannot be read or written.
     """
     finished = [run for run in planned if RunRecord(sweep.run_dir(run.run_id)).read_status().state == "finished"]
+    stop_sd = (read_object(sweep.directory / STOP_FILE) or {}).get("sd")
     for run in chosen:
         like = [each for each in finished if each.run_id != run.run_id and _design(each) == _design(run)]
         seeds = {each.cell["seed"] for each in like}
         if not like or (len(seeds) == 1 and run.cell["seed"] not in seeds):
             continue  # runs of one seed share their order of data and do not tell how others scatter
-        stop_sd = (read_object(sweep.directory / STOP_FILE) or {}).get("sd")
         try:
             expected = expected_losses([row for each in like for row in points(sweep, each)], num_params(run))
         except AnalysisError:  # too few smaller sizes yet

@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
-from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 from aimscale.harness.run.failures import STOP_SIGNALS, NoMemoryError, StandstillError
 
@@ -133,6 +134,6 @@ def wait_for(poll: Callable[[float], bool], pids: Collection[int], limit_s: floa
 def is_stopped(pid: int) -> bool:
     """Return whether a process of this machine was stopped by a signal (`kill -STOP`, Ctrl-Z)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
-    except OSError:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
         return False
