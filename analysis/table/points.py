@@ -228,5 +228,5 @@ def passes_flags(rows: pd.DataFrame, what: str, at: Mapping[str, float]) -> tupl
     passes = at["D"] / pool
     if not passes > max(most, REPEATS_FROM):
         return ()
-    text = f"{what} means {passes:.3g} passes over the pool of {human(pool)}, beyond the {most:.3g} that were seen."
+    text = f"{what} means {human(passes)} passes over the pool of {human(pool)}, beyond the {human(most)} that were seen."
     return (Flag(kind="passes", subject=what, number=passes, text=text),)
