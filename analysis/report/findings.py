@@ -74,9 +74,10 @@ def _feature_finding(study: Study, kind: str, found: dict[str, Correlations]) ->
     better = "better features" if kind in PROBES and kind != ADAPTED else "higher accuracy"
     told = f"Lower loss, {better if first.value < 0 else 'LOWER accuracy'}"
     told = told if first.is_significant else f"Not known whether lower loss means {better}"
-    details = [f"{what[0].upper()}{what[1:]}.", *(f"On {each} {_shown(leading[each])}, {reached(each)}." for each in others)]
     equal = (c for c in found[task] if c.method == first.method and c.partial_on and c is not first)
-    details[1:1] = [f"Both follow compute; {_shown(c)}, {c.verdict}." for c in equal]
+    details = [f"{what[0].upper()}{what[1:]}."]
+    details += [f"Both follow compute; {_shown(c)}, {c.verdict}." for c in equal]
+    details += [f"On {each} {_shown(leading[each])}, {reached(each)}." for each in others]
     links = {task: link} if (link := study.get(LINK, f"{task}:{kind}")) else None
     pearson = {task: [c for c in found[task] if c.method == first.method]}
     draw = partial(analysis.plot_loss_accuracy, rows[task], pearson, links, beside[task])

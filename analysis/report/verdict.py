@@ -1,4 +1,4 @@
-"""Summary of the page: can it be trusted, what is imprecise, the law, the best split, the forecast, what to run next."""
+"""Summary of the page: trust, what is imprecise, the law, the best split, the forecast, what to run next."""
 
 from __future__ import annotations
 
