@@ -27,9 +27,6 @@ def plot_contrasts(found: Contrasts, *, labels: Mapping[str, str] | None = None)
     Args:
         labels: words for the column, its levels, and measures by their name, such as `val_loss`.
 
-    Returns:
-        A matplotlib figure; `save` writes it.
-
     Example:
         >>> plot_contrasts(contrast(read_table("results.parquet"), by="kind"))
     """
@@ -57,9 +54,6 @@ def plot_contrasts(found: Contrasts, *, labels: Mapping[str, str] | None = None)
 @styled()
 def plot_correlations(found: Correlations, ax: Axes | None = None) -> Figure:
     """Draw coefficients with intervals; a dot is filled where its interval excludes zero.
-
-    Returns:
-        A matplotlib figure; `save` writes it.
 
     Example:
         >>> plot_correlations(correlate(read_table("results.parquet")))

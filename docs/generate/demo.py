@@ -21,9 +21,8 @@ from aimscale.analysis import correlate, fit, frontier, held_out, laws, plot_fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.accuracy import plot_loss_accuracy
 from aimscale.analysis.plots.style import png_bytes
-from aimscale.analysis.report.findings import findings
 from aimscale.analysis.report.study import study_tables
-from aimscale.analysis.report.verdict import verdict
+from aimscale.analysis.report.summary import findings, verdict
 from aimscale.analysis.table.read import read_tables
 
 ROOT = Path(__file__).parents[2]

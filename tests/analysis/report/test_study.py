@@ -15,10 +15,9 @@ from tables import law_grid
 
 from aimscale.analysis import correlate, laws, link
 from aimscale.analysis.forecasts.forecaster import DOF
-from aimscale.analysis.report.findings import findings
 from aimscale.analysis.report.page import write_report
 from aimscale.analysis.report.study import CORRELATION, Study, correlate_probes, next_scales, study_tables
-from aimscale.analysis.report.verdict import verdict
+from aimscale.analysis.report.summary import findings, verdict
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.analysis.words import percent
 

@@ -8,7 +8,7 @@ import pytest
 from tables import law_grid
 
 from aimscale.analysis import fit, held_out
-from aimscale.analysis.report.verdict import beside_others, trust
+from aimscale.analysis.report.summary import beside_others, trust
 from aimscale.analysis.table.points import passes_flags
 from aimscale.analysis.words import Flag
 
