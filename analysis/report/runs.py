@@ -25,9 +25,11 @@ def _known(frame: pd.DataFrame, *names: str) -> bool:
 
 
 def _values(frame: pd.DataFrame, name: str) -> str:
-    """Write the first few different values of a column."""
-    values = list(dict.fromkeys(f"{v:g}" if isinstance(v, float) else str(v) for v in frame[name].dropna()))
-    return ", ".join(values[:8]) + (" and more" if len(values) > 8 else "")
+    """Write the first few different values of a column; one with gaps has floats for integers."""
+    values = frame[name].dropna().unique().tolist()
+    shown = [f"{v:.0f}" if isinstance(v, float) and v.is_integer() else v for v in values[:8]]
+    shown = [human(v, 4) if isinstance(v, float) else str(v) for v in shown]
+    return ", ".join(shown) + (" and more" if len(values) > 8 else "")
 
 
 def _counted(frame: pd.DataFrame, named: str, noun: str, name: str, what: str) -> str:
