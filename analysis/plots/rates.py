@@ -27,9 +27,6 @@ def plot_rates(found: Rates, *, setting: str = "lr", labels: Mapping[str, str] |
     Args:
         setting: lr or batch.
         labels: words for N, D, the setting and the loss (`val_loss`).
-
-    Example:
-        >>> plot_rates(rates(read_table("tuned.csv")))
     """
     law = found.laws.get(setting)
     _, axes = new_figure(DOUBLE, 2.8, num_columns=2) if law else new_figure()

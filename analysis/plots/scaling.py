@@ -55,9 +55,6 @@ def plot_fit(
 
     Raises:
         AnalysisError: the law has no variable `x`.
-
-    Example:
-        >>> plot_fit(fit(read_table("results.parquet"), "chinchilla"), x="N")
     """
     is_one = bool(label) or color is not None or (ax is not None and ax.has_data())
     ax = ax or new_figure()[1][0]
@@ -155,9 +152,6 @@ def plot_trajectory(found: Trajectory, ax: Axes | None = None, *, measured: pd.D
     Args:
         ax: where to draw; None makes a figure.
         measured: points of runs of that size, as `trajectory` takes them, to draw beside the forecast.
-
-    Example:
-        >>> plot_trajectory(trajectory(read_table("results.parquet").assign(is_budget=True), 1e6))
     """
     ax, x, words = ax or new_figure()[1][0], "images_seen", parts.labels_of(found.curves)
     during, budgets = (found.table[found.table["is_budget"] == each] for each in (False, True))
@@ -182,9 +176,6 @@ def plot_approaches(found: Approaches, ax: Axes | None = None, *, labels: Labels
 
     Args:
         labels: words on the axes C and N.
-
-    Example:
-        >>> plot_approaches(frontier(read_table("results.parquet")))
     """
     ax, columns, drawn = ax or new_figure()[1][0], ("C", "N", "N_lo", "N_hi"), []
     for number, frontier in enumerate(found.frontiers):
@@ -193,10 +184,9 @@ def plot_approaches(found: Approaches, ax: Axes | None = None, *, labels: Labels
         inside, beyond = (frontier.at(np.geomspace(*span, 12)) for span in ((low, high), (high, 10 * high)))
         parts.draw(ax, inside, columns, name, color, label=label, linestyle=("-", "--", "-.")[number])
         parts.draw(ax, beyond, columns, f"{name}, beyond", color, linestyle=":")
-        drawn += [inside, beyond]
+        drawn += [inside, beyond, frontier.pairs]
         if len(frontier.pairs):
             parts.draw_points(ax, frontier.pairs, ("C", "N"), f"{name}, optima", color, markers=MARKERS[number:])
-            drawn.append(frontier.pairs)
     shown, size = pd.concat(drawn), "N*: compute-optimal\nparameters"
 
     def words(column: str) -> str:
@@ -217,9 +207,6 @@ def plot_forecast(
         y: quantity, such as TASK:KIND; None takes the loss.
         color: colour of the forecast.
         labels: words on the axes, by C and by the column of the loss.
-
-    Example:
-        >>> plot_forecast(forecast(read_table("results.parquet"), {"N": 7e9, "D": 2e9}))
     """
     ax, color = ax or new_figure()[1][0], cycled(0) if color is None else color
     y = y or next(iter(found.forecasters))
@@ -265,9 +252,6 @@ def plot_recipes(found: Recipes, ax: Axes | None = None, *, color: Any = None, l
         ax: where to draw; None makes a figure.
         color: colour of the gain.
         labels: words for the levels, and for C on its axis.
-
-    Example:
-        >>> plot_recipes(recipes(read_table("two.csv"), by="recipe")[0])
     """
     words = labels or {}
     level, baseline = (words.get(name, name) for name in (found.level, found.baseline))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis import correlate, fit, frontier, held_out, laws, plot_fit, probe_frame, read_table
+from aimscale.analysis import correlate, fit, frontier, held_out, laws, probe_frame, read_table
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.accuracy import plot_loss_accuracy
 from aimscale.analysis.plots.style import png_bytes
@@ -108,7 +108,7 @@ def draw(table: pd.DataFrame) -> None:
     probes = _of_task(table)
     probes = probes[probes["kind"] == "linear"].assign(task=f"{TASK}, linear probe")
     pearson = correlate(probes, methods=("pearson",))
-    figures = plot_fit(law(table), x="N"), plot_loss_accuracy(probes, {probes["task"].iloc[0]: pearson})
+    figures = law(table).plot(x="N"), plot_loss_accuracy(probes, {probes["task"].iloc[0]: pearson})
     for path, figure in zip(FIGURES, figures, strict=True):
         path.write_bytes(png_bytes(figure))
 
