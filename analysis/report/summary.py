@@ -118,7 +118,8 @@ def feature_words(kind: str, task: str, found: Correlation) -> str:
     """Say whether lower loss goes with higher accuracy of a kind on a task."""
     better = "better features" if kind in PROBES and kind != ADAPTED else "higher accuracy"
     told = f"Lower loss, {better if found.value < 0 else 'LOWER accuracy'}"
-    told = told if found.is_significant else f"Not known whether lower loss means {better}"
+    is_known = found.is_significant and found.chance is None  # nothing is above guessing otherwise
+    told = told if is_known else f"Not known whether lower loss means {better}"
     return f"{told}: {_shown(found)} on {task}"
 
 

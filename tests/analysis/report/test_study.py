@@ -206,8 +206,9 @@ def test_the_findings_are_the_numbers_of_the_test_and_the_correlation(known_stud
     turned = {"pets:attentive": [dataclasses.replace(each, value=0.5, low=0.2, high=0.8) for each in [first]]}
     study.results[CORRELATION] = turned
     assert findings(study)[1].sentence.startswith("Lower loss, LOWER accuracy: ")
-    study.results[CORRELATION]["pets:attentive"] = [dataclasses.replace(first, low=-1.0, high=1.0)]
-    assert findings(study)[1].sentence.startswith("Not known whether lower loss means better features: ")
+    for unknown in ({"low": -1.0, "high": 1.0}, {"chance": 0.1}):
+        study.results[CORRELATION]["pets:attentive"] = [dataclasses.replace(first, **unknown)]
+        assert findings(study)[1].sentence.startswith("Not known whether lower loss means better features: ")
     study.results[CORRELATION] = {}
     assert [each.key for each in findings(study)] == ["loss-N"]
 
