@@ -41,6 +41,8 @@ MOST_SEEDS = 10
 """Further seeds that are thought of at most."""
 EXPONENTS = ("alpha", "beta")
 """Parameters whose ratio between the recipes is told."""
+GAIN, TIME_GAIN = ("gain", "low", "high"), ("time_gain", "time_low", "time_high")
+"""Columns of a gain and its interval."""
 SHARED, OWN = ("E", *EXPONENTS), ("E",)
 """Terms that both recipes share: exponents, too, unless these differ significantly."""
 
@@ -76,43 +78,43 @@ class Recipes(Result):
         """Return the gain at the largest compute of the table and beyond."""
         inside, beyond = self.table[~self.table["beyond"]].iloc[-1], self.table.iloc[-1]
         return (
-            f"{self.level} is worth {_gain_words(inside)} times the compute of {self.baseline} at "
-            f"{power_of_ten(inside['C'])} FLOP, {_gain_words(beyond)} at {power_of_ten(beyond['C'])}"
+            f"{self.level} is worth {_words(inside, GAIN)} times the compute of {self.baseline} at "
+            f"{power_of_ten(inside['C'])} FLOP, {_words(beyond, GAIN)} at {power_of_ten(beyond['C'])}"
         )
 
     def facts(self) -> list[tuple[str, str]]:
         """Return cautions, the gain, its trend and where it crosses over."""
-        change, low, high = self.trend
-        told = "grows" if low > 1 else "shrinks" if high < 1 else "is not known to change"
-        found = [("with care", text) for text in flag_words(self.flags)]
-        found += [
-            ("worth", self.headline()),
-            ("trend", f"with compute the gain {told}: x {change:.2f} [{low:.2f}, {high:.2f}]"),
-        ]
-        ratios = ", ".join(
-            f"{row.Index} x {row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in self.exponents.itertuples()
-        )
+        _, low, high = self.trend
+        change = "grows" if low > 1 else "shrinks" if high < 1 else "is not known to change"
+        ratios = (f"{name} x {_words(row)}" for name, row in self.exponents.iterrows())
         kept = "each keeps its own" if self.has_own_exponents else "both share them"
-        found.append(("exponents", f"{ratios}: {kept}"))
         where = f"at {power_of_ten(self.crossover)} FLOP" if np.isfinite(self.crossover) else "not up to the last row"
-        return [*found, ("crosses over", where), ("to decide", self.decision)]
+        return [
+            *(("with care", text) for text in flag_words(self.flags)),
+            ("worth", self.headline()),
+            ("trend", f"with compute the gain {change}: x {_words(self.trend)}"),
+            ("exponents", f"{', '.join(ratios)}: {kept}"),
+            ("crosses over", where),
+            ("to decide", self.decision),
+        ]
 
     def cells(self) -> list[dict[str, str]]:
         """Write a row per amount of compute."""
-        rows = self.table.to_dict("records")
         return [
             {
                 "compute": power_of_ten(row["C"]),
-                "gain": _gain_words(row),
-                "gain in time": _gain_words(row, "time_") if "time_gain" in row else "",
+                "gain": _words(row, GAIN),
+                "gain in time": _words(row, TIME_GAIN) if "time_gain" in row else "",
                 "beyond the table": "yes" if row["beyond"] else "",
             }
-            for row in rows
+            for row in self.table.to_dict("records")
         ]
 
 
-def _gain_words(row: Any, kind: str = "") -> str:
-    return f"{row[f'{kind}gain']:.2f} [{row[f'{kind}low']:.2f}, {row[f'{kind}high']:.2f}]"
+def _words(values: Any, names: Sequence[str] | None = None) -> str:
+    """Write a factor with its interval, of a row's columns or of three numbers."""
+    value, low, high = values if names is None else (values[name] for name in names)
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = "val_loss") -> tuple[Recipes, ...]:
@@ -176,22 +178,22 @@ def _compared(
     n = np.sqrt(scales / (6 * ratio))
     gain = _gain_of(law, n, ratio * n)
     value, errors, degrees = law.estimate.error_of(gain)
-    found = dict(zip(("gain", "low", "high"), _factor(value, errors, degrees), strict=True))
+    found = dict(zip(GAIN, _factor(value, errors, degrees), strict=True))
     if (speed := _speed(points)) is not None:
         faster, sd, free = (np.broadcast_to(each, value.shape) for each in speed)
         spare = satterthwaite(np.stack([errors, sd]), np.stack([degrees, free]))
-        ends = _factor(value + faster, np.hypot(errors, sd), spare)
-        found |= dict(zip(("time_gain", "time_low", "time_high"), ends, strict=True))
+        found |= dict(zip(TIME_GAIN, _factor(value + faster, np.hypot(errors, sd), spare), strict=True))
     last = NUM_SCALES - 3
     change = law.estimate.error_of(lambda p: (g := gain(p))[..., [last]] - g[..., [0]])
+    exponents = {
+        name: dict(zip(("ratio", *GAIN[1:]), _factor(*each)[:, 0], strict=True)) for name, each in ratios.items()
+    }
     return Recipes(
         **dict(zip(("by", "baseline", "level"), names, strict=True)),
         table=pd.DataFrame({"C": scales, "N": n, "D": ratio * n, **found, "beyond": scales > 1.001 * compute.max()}),
         trend=tuple(_factor(*change)[:, 0].tolist()),
         crossover=_crossover(scales, value),
-        exponents=pd.DataFrame(
-            {k: _factor(*each)[:, 0] for k, each in ratios.items()}, index=["ratio", "low", "high"]
-        ).T,
+        exponents=pd.DataFrame.from_dict(exponents, orient="index"),
         has_own_exponents=differs,
         law=law,
         decision=_decision(law, points, lambda p: gain(p)[..., [-1]]),
@@ -270,9 +272,7 @@ def _gain_of(law: Fit, n: Array, d: Array) -> Function:
 
 def _crossover(scales: Array, log_gain: Array) -> float:
     """Find the compute at which the gain crosses 1, between two rows; NaN without a change of sign."""
-    changes = np.flatnonzero(np.diff(np.sign(log_gain)) != 0)
-    if not len(changes):
-        return float("nan")
-    i = changes[0]
-    share = log_gain[i] / (log_gain[i] - log_gain[i + 1])
-    return float(np.exp(np.interp(share, [0, 1], np.log(scales[i : i + 2]))))
+    logs = np.log(scales)
+    for i in np.flatnonzero(np.diff(np.sign(log_gain)))[:1]:
+        return float(np.exp(logs[i] - log_gain[i] * (logs[i + 1] - logs[i]) / (log_gain[i + 1] - log_gain[i])))
+    return float("nan")

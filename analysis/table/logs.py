@@ -26,8 +26,7 @@ _PROBE = "probe/"
 
 def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
     """Give nested cells columns such as `config.model.width`, and map names of W&B's as `read_table`'s `columns` do."""
-    is_api = {*frame} >= {"summary", "config"} and not {*frame}.isdisjoint(_RUN_NAMES)
-    if is_api:
+    if is_api := {*frame} >= {"summary", "config"} and not {*frame}.isdisjoint(_RUN_NAMES):
         try:  # a CSV has dictionaries as text
             told = frame[["config", "summary"]].map(lambda c: ast.literal_eval(c) if isinstance(c, str) else c)
         except (ValueError, SyntaxError) as error:
