@@ -144,7 +144,7 @@ def correlate(
     """Correlate two columns, with intervals by a cluster jackknife on Fisher's scale.
 
     Loss and accuracy both follow compute, so over all rows they can hardly fail to correlate. Without `partial` and
-    `within`, a table that has training FLOPs is therefore correlated at equal compute first, then over all rows.
+    `within`, a table that has training FLOPs is correlated at equal compute first, then over all rows.
 
     Clusters are sizes, else runs, where there are four or more and some have several rows, else rows. Four budgets or
     more (equal D, else equal C) are clusters, too, unless compute is held equal: variances of both add.
@@ -218,10 +218,8 @@ def _correlate(
         group = _codes(rows, within)
     cluster = _cluster_column(rows, within)
     members, sides = [_codes(rows, cluster)], numbers[[x, y]].to_numpy()
-    if partial is None:
-        members += [
-            codes for kind, codes in groups_of(rows, {}).items() if kind == "budgets" and codes.max() >= MIN_ROWS - 1
-        ]
+    budgets = None if partial is not None else groups_of(rows, {}).get("budgets")
+    members += [] if budgets is None or budgets.max() + 1 < MIN_ROWS else [budgets]
     sides = sides / np.abs(sides).max(axis=0)  # squares of 1e308 are no numbers
     names = {"x": x, "y": y, "cluster": cluster, "partial_on": partial, "within": within}
     about: dict[str, Any] = {key: name and their_name(df, name) for key, name in names.items()}
@@ -256,10 +254,8 @@ def _chance_of_all(rows: pd.DataFrame, y: str) -> float | None:
 
 
 def _equal_compute(values: Array, sizes: Array) -> tuple[Array, Array, int | None]:
-    """Find what holds compute (n,) equal: groups of several sizes that share it, else a polynomial in its logarithm.
-
-    A straight line does not do: two power laws of compute bend about it and then correlate, whatever else they have in
-    common.
+    """Find what holds compute (n,) equal: groups of several sizes that share it, else a polynomial in its logarithm,
+    about which two power laws bend less than about a line.
 
     Returns the group of each row, columns (n, q) to take out besides groups' means, and the number of groups.
     """

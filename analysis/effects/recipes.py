@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,9 +56,9 @@ class Recipes(Result):
     baseline: str
     level: str
     table: pd.DataFrame
-    """A row per amount of compute: C, N and D (in the table's mean ratio), gain in compute, low, high, beyond (of the
-    largest run). A gain of 2: the baseline needs twice the compute for the same loss; below 1, less. Where images_per_s
-    is known of two sizes or more under both, also time_gain, time_low and time_high: the gain in time."""
+    """A row per amount of compute: C, N and D (in the table's mean ratio), gain, low, high, beyond (of the largest
+    run); time_gain, time_low and time_high where images_per_s is known of two sizes or more under both. A gain of 2:
+    the baseline needs twice the compute for the same loss."""
     trend: tuple[float, float, float]
     """Change of the gain over the table's own range of compute, as a factor, with its interval."""
     crossover: float
@@ -121,7 +120,6 @@ def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = 
     """Fit the laws of two recipes or more together, and tell the gain of each over the baseline by compute.
 
     Args:
-        df: one row per run and budget.
         by: column that tells the recipes apart.
         baseline: recipe to compare with; None takes the paper's, else the one with most rows.
         y: column of the loss.
@@ -142,16 +140,16 @@ def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = 
     used = usable_rows(df, {**columns, "y": y})
     known = used.rows[used.rows[by].notna()]
     rows, which = main_part(known, free={by, *FOLLOWS.get(by, ())})
-    text = f"{len(known) - len(rows)} rows of other designs than {which} are left out."
-    flags = (Flag(kind="design", subject=which, number=len(known) - len(rows), text=text),) if which else ()
+    others = len(known) - len(rows)
+    text = f"{others} rows of other designs than {which} are left out."
+    flags = [Flag(kind="design", subject=which, number=others, text=text)] * bool(which)
     numbers = used.numbers.loc[rows.index]
     if SPEED in rows:
         numbers = numbers.assign(speed=pd.to_numeric(rows[SPEED], errors="coerce"))
     if not np.isfinite(6 * numbers["N"] * numbers["D"]).all() or not len(numbers):
         raise AnalysisError(f"No row with a {by} has N, D and a loss whose compute, 6 N D, is a number; correct them.")
     level = level_names(rows[by])
-    counts = level.value_counts()
-    first = baseline_of(by, baseline, counts)
+    first = baseline_of(by, baseline, counts := level.value_counts())
     if len(counts) < 2:
         raise AnalysisError(f"All rows have {by} = {first}, so there is nothing to compare.")
     return tuple(
@@ -167,7 +165,7 @@ def _compared(
     """Fit both laws to the rows of two recipes, called by their column, the baseline and the level."""
     points = numbers.assign(G=is_level.map({False: 1.0, True: 2.0}))
     own, shared = (fit(points, pair(share), y="y", is_tested=False) for share in (OWN, SHARED))
-    ratios = {name: own.estimate.error_of(partial(_log_ratio, name=name)) for name in EXPONENTS}
+    ratios = {e: own.estimate.error_of(lambda p, e=e: np.log(p[f"{e}_2"] / p[e])) for e in EXPONENTS}
     either = 1 - (1 - CONFIDENCE) / len(EXPONENTS)  # one of two intervals misses by chance twice as often
     differs = any(low > 1 or high < 1 for each in ratios.values() for _, low, high in [_factor(*each, either)[:, 0]])
     law = own if differs else shared
@@ -205,11 +203,6 @@ def _factor(value: Array, errors: Array, degrees: Array, confidence: float = CON
     """Return factors with the ends of their intervals (3, m) from their logarithms."""
     half = half_width(errors, degrees, confidence)
     return np.exp([value, value - half, value + half])
-
-
-def _log_ratio(params: Params, name: str) -> Array:
-    """Return the logarithm of the level's exponent over the baseline's."""
-    return np.log(params[f"{name}_2"]) - np.log(params[name])
 
 
 def _speed(points: pd.DataFrame) -> tuple[float, float, float] | None:

@@ -153,8 +153,9 @@ class Proposal(Result):
         names = [name for name in ("size", "N", "D", "U", "C", "price", "D/N") if name in runs]
         names = [name for name in names if name != "U" or (runs["U"] < runs["D"]).any()]
         forms: dict[str, Callable[[Any], str]] = {"size": str, "C": partial(power_of_ten, digits=3)}
-        cells = pd.DataFrame({name: runs[name].map(forms.get(name, human)) for name in names})
-        return cells.rename(columns={"C": "C (FLOP)", "price": self.unit}).to_dict("records")
+        heads = {"C": "C (FLOP)", "price": self.unit}
+        cells = {heads.get(name, name): map(forms.get(name, human), runs[name]) for name in names}
+        return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
 
 def next_runs(

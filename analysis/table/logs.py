@@ -70,9 +70,9 @@ def run_logs(folder: Path) -> pd.DataFrame:
     for run, settings, points, status in (each for reader in _READERS for each in reader(folder) if len(each[2])):
         points = points.sort_index()
         points.iloc[-1] = points.ffill().iloc[-1]
-        became = {"run_id": run, "status": [*["during"] * (len(points) - 1), status]}
+        statuses = [*["during"] * (len(points) - 1), status]
         told = {name: value for name, value in settings.items() if name not in points}
-        frames.append(points.reset_index().assign(**told, **became))
+        frames.append(points.reset_index().assign(**told, run_id=run, status=statuses))
     if not frames:
         known = "results.parquet nor runs of TensorBoard, MLflow or Lightning"
         raise AnalysisError(f"{folder} holds neither {known}; give another folder, or `aimscale collect` a sweep")
@@ -112,7 +112,7 @@ def _lightning(folder: Path) -> Iterator[_Run]:
     """Read the folders of Lightning's CSV logger: `metrics.csv`, and `hparams.yaml` beside it."""
     for file in sorted(folder.glob("**/metrics.csv")):
         points = pd.read_csv(file).groupby("step").last()
-        yield _run_name(file.parent, folder), _hparams(file.parent), points, "complete"
+        yield file.parent.as_posix(), _hparams(file.parent), points, "complete"
 
 
 def _tensorboard(folder: Path) -> Iterator[_Run]:
@@ -133,11 +133,7 @@ def _tensorboard(folder: Path) -> Iterator[_Run]:
                 given = HParamsPluginData.FromString(content.plugin_data.content).session_start_info.hparams
                 settings |= {name: getattr(value, value.WhichOneof("kind")) for name, value in sorted(given.items())}
         scalars = {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-        yield _run_name(parent, folder), settings, pd.DataFrame(scalars).rename_axis("step"), "complete"
-
-
-def _run_name(run: Path, folder: Path) -> str:
-    return run.relative_to(folder).as_posix() if run != folder else folder.name
+        yield parent.as_posix(), settings, pd.DataFrame(scalars).rename_axis("step"), "complete"
 
 
 def _hparams(folder: Path) -> dict[str, Any]:
