@@ -80,7 +80,7 @@ def run_logs(folder: Path) -> pd.DataFrame:
 
 
 _Run = tuple[str, dict[str, Any], pd.DataFrame, str]
-"""Name of a run, its settings, its metrics by step, and its status."""
+"""Identity of a run (its folder, or MLflow's id: names may stand twice), settings, metrics by step, and status."""
 
 
 def _mlflow_store(folder: Path) -> Iterator[_Run]:
@@ -92,7 +92,7 @@ def _mlflow_store(folder: Path) -> Iterator[_Run]:
             params, metrics = (read[name][read[name]["run_uuid"] == run["run_uuid"]] for name in ("params", "metrics"))
             points = metrics.pivot_table(index="step", columns="key", values="value", aggfunc="last")
             settings = {key: _value(value) for key, value in zip(params["key"], params["value"], strict=True)}
-            yield run["name"], settings, points, "complete" if run["status"] == "FINISHED" else "unfinished"
+            yield run["run_uuid"], settings, points, "complete" if run["status"] == "FINISHED" else "unfinished"
 
 
 def _mlflow_files(folder: Path) -> Iterator[_Run]:
@@ -103,9 +103,8 @@ def _mlflow_files(folder: Path) -> Iterator[_Run]:
         values = [pd.read_csv(each, sep=" ", header=None).groupby(2)[1].last() for each in files]
         points = pd.DataFrame(dict(zip(names, values, strict=True))).rename_axis("step")
         settings = {each.name: _value(each.read_text()) for each in meta.parent.glob("params/*")}
-        told = yaml.safe_load(meta.read_text())
-        status = "complete" if told.get("status") == 3 else "unfinished"  # RunStatus.FINISHED
-        yield told.get("run_name") or meta.parent.name, settings, points, status
+        status = "complete" if yaml.safe_load(meta.read_text()).get("status") == 3 else "unfinished"  # FINISHED
+        yield meta.parent.name, settings, points, status
 
 
 def _lightning(folder: Path) -> Iterator[_Run]:

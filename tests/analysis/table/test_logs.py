@@ -36,6 +36,8 @@ def test_folders_of_runs_are_tables_of_points(folder, columns, tmp_path):
     if folder == "mlflow.sql":
         with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
             store.executescript((FIXTURES / folder).read_text())
+            store.execute("UPDATE runs SET name = 'baseline'")  # names are nobody's identity
+            store.commit()
     frame = read_table(tmp_path if folder == "mlflow.sql" else FIXTURES / folder, columns).sort_values(
         ["params_total", "images_seen"]
     )
