@@ -168,7 +168,7 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
     groups, mean, ratios = pairs.groupby("run_pair"), mean_over_pairs(pairs["difference"], pairs), [np.nan] * 3
     baseline_mean, level_mean = groups[["baseline_value", "level_value"]].mean().mean().tolist()
     if not measure.is_accuracy and (pairs[["level_value", "baseline_value"]] > 0).all(axis=None):
-        logs = mean_over_pairs(np.log(pairs["level_value"] / pairs["baseline_value"]), pairs)
+        logs = mean_over_pairs((pairs["level_value"] / pairs["baseline_value"]).map(np.log), pairs)
         ratios = np.exp([logs.difference, logs.low, logs.high]).tolist()
     return Contrast(
         measure=measure,
@@ -180,7 +180,9 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
         baseline_mean=baseline_mean,
         level_mean=level_mean,
         **vars(mean),
-        **dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True)),
+        ratio=ratios[0],
+        ratio_low=ratios[1],
+        ratio_high=ratios[2],
         verdict=verdict_of(mean, lower_is_better=measure.lower_is_better),
         pairs=pairs,
     )

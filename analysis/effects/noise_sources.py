@@ -54,10 +54,10 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> p
     name = "repeated" if "unique_images" in rows and varies(rows["unique_images"]) else "chinchilla"
     with contextlib.suppress(AnalysisError):  # too few points for a law
         law = law if law is not None and law.law.name == name else fit(rows, name, y=y, is_tested=False)
-        errors, counts = law.estimate.components, law.estimate.groups.counts
-        parts.append(("law", "scatter about the joint law", errors.total, np.nan, np.nan, f"{law.num_points} points"))
-        for kind in filter(errors.shared.get, counts):
-            parts.append((kind, COMPONENTS[kind], errors.shared[kind], np.nan, np.nan, f"{counts[kind]} {kind}"))
+        scatter, counts = law.estimate.components, law.estimate.groups.counts
+        parts.append(("law", "scatter about the joint law", scatter.total, np.nan, np.nan, f"{law.num_points} points"))
+        for kind in filter(scatter.shared.get, counts):
+            parts.append((kind, COMPONENTS[kind], scatter.shared[kind], np.nan, np.nan, f"{counts[kind]} {kind}"))
     return pd.DataFrame(parts, columns=["kind", "source", "value", "low", "high", "basis"])
 
 

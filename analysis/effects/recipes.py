@@ -165,7 +165,7 @@ def _compared(
     """Fit both laws to the rows of two recipes, called by their column, the baseline and the level."""
     points = numbers.assign(G=is_level.map({False: 1.0, True: 2.0}))
     own, shared = (fit(points, pair(share), y="y", is_tested=False) for share in (OWN, SHARED))
-    ratios = {e: own.estimate.error_of(lambda p, e=e: np.log(p[f"{e}_2"] / p[e])) for e in EXPONENTS}
+    ratios = {name: own.estimate.error_of(_log_ratio(name)) for name in EXPONENTS}
     either = 1 - (1 - CONFIDENCE) / len(EXPONENTS)  # one of two intervals misses by chance twice as often
     differs = any(low > 1 or high < 1 for each in ratios.values() for _, low, high in [_factor(*each, either)[:, 0]])
     law = own if differs else shared
@@ -203,6 +203,11 @@ def _factor(value: Array, errors: Array, degrees: Array, confidence: float = CON
     """Return factors with the ends of their intervals (3, m) from their logarithms."""
     half = half_width(errors, degrees, confidence)
     return np.exp([value, value - half, value + half])
+
+
+def _log_ratio(name: str) -> Function:
+    """Make the logarithm of the level's parameter over the baseline's a function of the law's parameters."""
+    return lambda params: np.log(params[f"{name}_2"] / params[name])
 
 
 def _speed(points: pd.DataFrame) -> tuple[float, float, float] | None:

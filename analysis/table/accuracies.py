@@ -82,13 +82,14 @@ def with_accuracies(frame: pd.DataFrame, theirs: Mapping[str, str], path: Path) 
         numbers[task][kind] = _checked(frame[ours], ours, theirs[ours], path)
     entries = [list(row) for row in frame["probes"]] if "probes" in frame else [[] for _ in range(len(frame))]
     for task, of_task in numbers.items():
-        levels = {kind: of_task.pop(kind) for kind in ("chance", "ideal") if kind in of_task}
+        levels: dict[str, pd.Series] = {kind: of_task.pop(kind) for kind in ("chance", "ideal") if kind in of_task}
         if not of_task:
             typed = option("columns", f"{task}:KIND=THEIRS")
             raise AnalysisError(f"{task}:{next(iter(levels))}: no accuracy of {task} is named; add {typed}")
         for kind, top1 in of_task.items():
-            for entry, (_, row) in zip(entries, pd.DataFrame({"top1": top1, **levels}).iterrows(), strict=True):
-                known = row.dropna().to_dict()
+            rows = pd.DataFrame({"top1": top1, **levels}).to_dict("records")
+            for entry, row in zip(entries, rows, strict=True):
+                known = {name: value for name, value in row.items() if not np.isnan(value)}
                 entry += [{"task": task, "kind": kind, **known}] if "top1" in known else []
     return frame.drop(columns=list(theirs)).assign(probes=pd.Series(entries, index=frame.index, dtype=object))
 

@@ -163,8 +163,9 @@ def _read_text(path: Path) -> pd.DataFrame:
     sep = max(",;\t", key="".join(lines[notes : notes + 1]).count)
     has_commas = sep == ";" and re.search(r"(^|;)\s*-?\d+,\d+\s*[a-zA-Z%]?\s*(;|$)", "".join(lines), re.MULTILINE)
     frame = pd.read_csv(path, sep=sep, skiprows=notes, dtype=_TEXTS, decimal="," if has_commas else ".")
-    texts = frame.select_dtypes(exclude="number") if has_commas else {}  # words among numbers, or suffixes
-    return frame.assign(**{n: texts[n].replace(r"^(\s*[-+]?\d+),(\d+\D*)$", r"\1.\2", regex=True) for n in texts})
+    texts = frame.select_dtypes(exclude="number")  # words among numbers, or suffixes
+    texts = texts.replace(r"^(\s*[-+]?\d+),(\d+\D*)$", r"\1.\2", regex=True) if has_commas else texts
+    return frame.assign(**texts)
 
 
 _TEXTS = {name: "string" for name, column in KNOWN.items() if column.dtype == "string"}

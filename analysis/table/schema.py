@@ -134,7 +134,7 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
 
 def _typed_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:
     """Give every column a value or null: probes as typed rows, objects as JSON; what else there is goes to `extra`."""
-    typed = {column.name: row.get(column.name) for column in columns}
+    typed: dict[str, Any] = {column.name: row.get(column.name) for column in columns}
     for name, dtype in ((column.name, column.dtype) for column in columns if typed[column.name] is not None):
         value = typed[name]
         if dtype == "probes":
