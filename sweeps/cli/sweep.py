@@ -6,15 +6,15 @@ import contextlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 from rich.live import Live
 
-from aimscale.harness.run import lock
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.sweeps.cli.options import (
     EXIT_INTERRUPTED,
@@ -33,8 +33,8 @@ from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.table import collection
 from aimscale.sweeps.table.collection import CollectResult
-from aimscale.sweeps.table.status import ENDED_STATES, SweepStatus, sweep_status
-from aimscale.sweeps.table.status_view import FAILED_STATES, Shown, progress_line, status_view
+from aimscale.sweeps.table.status import SweepStatus, sweep_status
+from aimscale.sweeps.table.status_view import FAILED_STATES, progress_line, status_view
 from aimscale.sweeps.table.views import new_console
 
 LOOK_INTERVAL_S, LOOK_SHARE = 2.0, 0.05
@@ -52,7 +52,6 @@ def status(
     root: Root = ROOT,
     as_json: AsJson = False,
     every_run: Annotated[bool, typer.Option("--all", help="List each run, however many there are.")] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="List only runs that failed, with their logs.")] = False,
     wait: Annotated[
         bool,
         typer.Option(
@@ -66,16 +65,14 @@ def status(
     """Summarise a sweep: states, progress, time left, what needs attention, and its runs or groups of runs."""
     loaded = load_sweep(sweep, root)
     look = _looker(loaded)
-    shown: Shown = "failed" if failed else "all" if every_run else "auto"
-    code = 0
-    if wait:
-        code = _wait(look, shown, time.monotonic() + 3600 * hours if hours is not None else float("inf"))
+    deadline = float("inf") if hours is None else time.monotonic() + 3600 * hours
+    code = _wait(look, every_run, deadline) if wait else 0
     found = look()
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
     else:
         console = new_console()
-        console.print(status_view(found, console.width, shown), highlight=False, soft_wrap=True)
+        console.print(status_view(found, console.width, every_run=every_run), highlight=False, soft_wrap=True)
         verb, *more = _next_command(found)
         print_next(verb, report_name(loaded, sweep, root) if verb == "report" else sweep, root, *more)
     if code:
@@ -85,6 +82,8 @@ def status(
 def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus]:
     """Return a function that inspects all runs, or one; it asks Slurm at most every `SLURM_INTERVAL_S`."""
     runs = [run for run in plan_runs(sweep) if run_id in (None, run.run_id)]
+    if not runs:
+        raise SweepError(f"{run_id} is no longer planned by {sweep.source}; print its log without --follow")
     cards, asked = costs.cost_cards(sweep, runs), float("-inf")
     jobs: dict[str, slurm.JobInfo] | None = None
 
@@ -100,7 +99,7 @@ def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus
     return look
 
 
-def _wait(look: Callable[[], SweepStatus], shown: Shown, deadline: float) -> int:
+def _wait(look: Callable[[], SweepStatus], every_run: bool, deadline: float) -> int:
     """Show the status until nothing is executed, or until the deadline; return the exit code."""
     console, num_idle = new_console(), 0
     states: dict[str, int] = {}
@@ -111,7 +110,7 @@ def _wait(look: Callable[[], SweepStatus], shown: Shown, deadline: float) -> int
                 started = time.monotonic()
                 found = look()
                 if live:
-                    live.update(status_view(found, console.width, shown), refresh=True)
+                    live.update(status_view(found, console.width, every_run=every_run), refresh=True)
                 elif found.counts != states:
                     typer.echo(progress_line(found), err=True)
                     states = found.counts
@@ -134,10 +133,9 @@ def _exit_code(found: SweepStatus) -> int:
 
 def _next_command(found: SweepStatus) -> tuple[str, ...]:
     """Return the next verb and its options: logs of a failed run, else the verb that continues the sweep."""
-    ended = ("failed", "diverged", "paused")
-    in_vain = [line.run_id for line in found.runs if line.state in ended and line.status.reason_class and line.log]
-    if in_vain:
-        return "logs", in_vain[0]
+    for line in found.runs:
+        if line.state in ("failed", "diverged", "paused") and line.status.reason_class and line.log:
+            return "logs", line.run_id
     if found.counts.keys() <= {"finished", "damaged"}:
         return ("report",)
     if found.is_active:
@@ -161,51 +159,29 @@ def logs(
     record = RunRecord(loaded.run_dir(name))
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
-            _follow(loaded, record)
-        return
-    if (path := record.last_log()) is None:
+            _follow(_looker(loaded, name), record)
+    elif (path := record.last_log()) is None:
         raise SweepError(f"{name} has no log yet; it was never started")
-    with path.open(errors="replace") as file:
-        typer.echo(file.read(), nl=False)
+    else:
+        typer.echo(path.read_text(errors="replace"), nl=False)
 
 
-def _follow(sweep: Sweep, record: RunRecord) -> None:
+def _follow(look: Callable[[], SweepStatus], record: RunRecord) -> None:
     """Print the last lines of a run's log and what is added, attempt after attempt, until nobody executes it."""
-    if all(run.run_id != record.name for run in plan_runs(sweep)):
-        raise SweepError(f"{record.name} is no longer planned by {sweep.source}; print its log without --follow")
-    look, path, file, num_idle = _looker(sweep, record.name), None, None, 0
-    while True:
-        end = _end(sweep, look())
-        num_idle = 0 if end is None else num_idle + 1
+    path, file, num_idle = None, None, 0
+    while num_idle <= MAX_IDLE_LOOKS:
+        found = look()
+        num_idle = 0 if found.is_active else num_idle + 1
         if file is not None:
             typer.echo(file.read(), nl=False)
         if (newest := record.last_log()) is not None and newest != path:
             typer.echo(f"--- {newest.stem} of {record.name}")
-            path, file = newest, newest.open(errors="replace") if path else _open_tail(newest)
-        elif num_idle > MAX_IDLE_LOOKS:
-            typer.echo(f"--- {end}")
-            return
-        else:
-            time.sleep(0.5)
-
-
-def _open_tail(path: Path) -> TextIO:
-    """Open a log at its last lines."""
-    num_lines = path.read_bytes().count(b"\n")
-    file = path.open(errors="replace")
-    for _ in range(num_lines - TAIL_LINES):
-        file.readline()
-    return file
-
-
-def _end(sweep: Sweep, found: SweepStatus) -> str | None:
-    """Say how the one run of a status stands, if it is over or no worker of the sweep can take it; else None."""
-    (line,) = found.runs
-    reason = f" ({line.status.reason})" if line.status.reason else ""
-    if line.state in ENDED_STATES:
-        return f"{line.run_id} is {line.state}{reason}"
-    has_workers = any(lock.is_held(path) for path in sweep.runs_dir.glob("*/claim"))
-    return None if found.is_active or has_workers else f"{line.run_id} is {line.state}, and no worker is there{reason}"
+            file = newest.open(errors="replace")
+            typer.echo("".join(deque(file, None if path else TAIL_LINES)), nl=False)
+            path = newest
+        time.sleep(0.5)
+    reason = found.runs[0].status.reason
+    typer.echo(f"--- {record.name} is {found.runs[0].state}{f' ({reason})' if reason else ''}")
 
 
 def collect(sweep: SweepName, root: Root = ROOT) -> None:

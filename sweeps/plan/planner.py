@@ -64,12 +64,8 @@ class Run:
         return self.config.evaluation.budgets
 
 
-def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
+def plan(sweep: Sweep) -> list[Run]:
     """Return all runs of a sweep, in the order of its axes, and then those that tune.
-
-    Args:
-        recipe_budget: budget, in images, from which the recipe sets batch and warm-up; by default the smallest of a
-            run.
 
     Raises:
         SweepError: no run is left, or two cells are the same run.
@@ -79,7 +75,7 @@ def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
     seen: dict[str, _PlannedRun] = {}
     runs: list[Run] = []
     for each in _planned_runs(sweep, shared):
-        run = _build_run(sweep, each, recipe_budget or each.smallest_budget)
+        run = _build_run(sweep, each)
         before = seen.get(run.run_id)
         seen[run.run_id] = each
         if before is None:
@@ -223,11 +219,11 @@ def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]
     return {size: tuple(sorted(values)) for size, values in budgets.items()}
 
 
-def _build_run(sweep: Sweep, planned: _PlannedRun, recipe_budget: int) -> Run:
+def _build_run(sweep: Sweep, planned: _PlannedRun) -> Run:
     cell, changes = planned.cell, planned.changes
     section = {**changes.get("model", {}), "size": cell["size"]}
     model = _model_from(section, changes, sweep)
-    scale = Scale(width=model.width, params_total=model_counts(model)[0].total, budget=recipe_budget)
+    scale = Scale(width=model.width, params_total=model_counts(model)[0].total, budget=planned.smallest_budget)
     fields = merge(sweep.recipe.fields(scale), changes)
     fields["model"] = section
     fields["data"] = {**fields.get("data", {}), "unique_images": cell["unique_images"]}

@@ -198,7 +198,6 @@ def _inspect_state(found: RunState, card: CostCard, pending: JobInfo | None) -> 
         images_per_s=rows[-1].get("images_per_s") if is_finished and rows else status.images_per_s,
         startup_s=starts[-1].get("startup_s") if starts else None,
         elapsed_s=now - status.started if is_held and status.started else 0.0,
-        spent_s=3600 * hours / card.devices if is_finished and found.attempts else None,
     )
 
 

@@ -1,11 +1,10 @@
-"""Time left of a sweep: what its runs lack by the plan, corrected by what others took, on the devices in use."""
+"""Time left of a sweep: what its runs lack by the plan, corrected by the measured pace, on the devices in use."""
 
 from __future__ import annotations
 
 import heapq
-import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aimscale.sweeps.plan.costs import CostCard
@@ -29,62 +28,31 @@ class Progress:
     """Time from the start of its process to its first step, s, at its last start."""
     elapsed_s: float = 0.0
     """Time since its last start, s."""
-    spent_s: float | None = None
-    """Total time of a finished run, all attempts, s; None if it has not finished."""
 
 
 def time_left(cards: Sequence[CostCard], runs: Sequence[Progress]) -> tuple[list[float], float | None, bool]:
     """Return the remaining time of each run and of the sweep, s, and whether it is based on a measured pace.
 
-    Steps take as many times what the plan says as those of the measured runs that are nearest in size; evaluation as
-    many times as that of runs that finished. The time of the sweep is None if no device is in use.
+    A run takes as many times what the plan says as its own pace shows, or else the median of those measured. The time
+    of the sweep is None if no device is in use.
     """
-    measured = [
-        (card, run, card.batch_size / run.images_per_s / _planned_step_s(card))
-        for card, run in zip(cards, runs, strict=True)
-        if run.images_per_s
+    pairs = list(zip(cards, runs, strict=True))
+    slower = [
+        card.images_executed / card.training_s / run.images_per_s if run.images_per_s else None for card, run in pairs
     ]
-    startup_s = _median((run.startup_s for _, run, _ in measured if run.startup_s is not None), 0.0)
-    ended = [
-        (run.spent_s - slower * card.training_s) / (slower * card.evaluation_s)
-        for card, run, slower in measured
-        if run.spent_s is not None and card.evaluation_s
-    ]
-    evaluation = max(0.0, _median(ended, 1.0))
-
-    def remaining_s(card: CostCard, run: Progress) -> float:
-        if run.is_over:
-            return 0.0
-        if run.is_running and run.images_per_s:
-            slower = card.batch_size / run.images_per_s / _planned_step_s(card)
-        else:
-            apart = [(abs(math.log(_step_flops(card) / _step_flops(other))), each) for other, _, each in measured]
-            nearest = min((distance for distance, _ in apart), default=0.0)
-            slower = _median((each for distance, each in apart if distance == nearest), 1.0)
+    usual = statistics.median([each for each in slower if each] or [1.0])
+    startup_s = statistics.median([run.startup_s for run in runs if run.startup_s is not None] or [0.0])
+    left = []
+    for (card, run), factor in zip(pairs, slower, strict=True):
         training_s = card.training_s * max(0, card.images_executed - run.images_done) / card.images_executed
-        evaluation_s = evaluation * card.evaluation_s * run.flops_to_evaluate / (card.flops_evaluation or 1.0)
-        return max(0.0, startup_s - run.elapsed_s) + slower * (training_s + evaluation_s)
-
-    left = [remaining_s(card, run) for card, run in zip(cards, runs, strict=True)]
-    free = [left[i] for i, run in enumerate(runs) if run.is_running for _ in range(cards[i].devices)]
+        evaluation_s = card.evaluation_s * run.flops_to_evaluate / (card.flops_evaluation or 1.0)
+        work_s = (factor or usual) * (training_s + evaluation_s)
+        left.append(0.0 if run.is_over else max(0.0, startup_s - run.elapsed_s) + work_s)
+    free = [left[i] for i, (card, run) in enumerate(pairs) if run.is_running for _ in range(card.devices)]
     waiting = [i for i, run in enumerate(runs) if free and not run.is_running and not run.is_over]
     waiting.sort(key=lambda i: -cards[i].device_hours)
     ends = schedule_s(free, [(left[i], cards[i].devices) for i in waiting])
-    return left, max(ends, default=None), bool(measured)
-
-
-def _planned_step_s(card: CostCard) -> float:
-    return card.training_s / card.steps
-
-
-def _step_flops(card: CostCard) -> float:
-    """Return the FLOPs of a step on one device, by which runs are near in size or not."""
-    return card.flops_executed / card.steps / card.devices
-
-
-def _median(values: Iterable[float], default: float) -> float:
-    found = list(values)
-    return statistics.median(found) if found else default
+    return left, max(ends, default=None), any(slower)
 
 
 def schedule_s(free: Sequence[float], waiting: Sequence[tuple[float, int]]) -> list[float]:

@@ -101,13 +101,13 @@ def test_a_followed_log_begins_at_its_end_goes_on_with_the_next_attempt_and_ends
 ) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     (record,) = records_of(sweep)
-    assert "no worker" in call(sweep, "logs", "rung", "-f")[1]
+    assert call(sweep, "logs", "rung", "-f")[1] == f"--- {record.name} is not started\n"
     record.logs.mkdir()
     record.attempt_log(1).write_text("".join(f"line {i}\n" for i in range(1000)))
     record.write_status(state="preempted", reason="stopped by a signal")
     _, said = call(sweep, "logs", "rung", "-f")
     assert "line 979\n" not in said
-    assert said.splitlines()[-1].endswith("no worker is there (stopped by a signal; `aimscale launch` resumes it)")
+    assert said.splitlines()[-1].endswith(" is paused (stopped by a signal; `aimscale launch` resumes it)")
     began = threading.Event()
 
     def work() -> None:
