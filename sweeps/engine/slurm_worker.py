@@ -78,7 +78,7 @@ def execute_job(directory: Path, shape: JobShape) -> str:
                 skip_failed_here = False  # no other node is left for the runs that failed here
             elif result.remaining or load_sweep(str(directory), directory.parent).text == sweep.text:
                 break
-    return _requeue_or_finish(result, exclude)
+    return _requeue_or_finish(result, exclude, has_worked=bool(worker.ended))
 
 
 def _release_nodes(sweep: Sweep, runs: Sequence[Run]) -> bool:
@@ -131,7 +131,7 @@ def _nodes_to_exclude(sweep: Sweep, result: LaunchResult, shape: JobShape, nodes
     return slurm.nodes_to_exclude(failed, os.environ.get("SLURM_JOB_PARTITION"), shape.nodes)
 
 
-def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
+def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str], *, has_worked: bool) -> str:
     """Requeue this job if it can continue later or elsewhere, and say how it ends.
 
     After TERM, Slurm requeues the job itself.
@@ -144,7 +144,6 @@ def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
     if goes_on and result.broken and not exclude:
         raise WorkerJobError(result.broken)
     if goes_on and (result.interrupted or exclude):
-        has_worked = result.finished or result.stopped or result.retried or result.failed
         if not (has_worked or result.stopped_by or exclude):
             raise WorkerJobError("this job is too short for any run to save; raise slurm.time_limit_min")
         try:
