@@ -73,8 +73,7 @@ def status(
     else:
         console = new_console()
         console.print(status_view(found, console.width, every_run=every_run), highlight=False, soft_wrap=True)
-        verb, *more = _next_command(found)
-        print_next(verb, report_name(loaded, sweep, root) if verb == "report" else sweep, root, *more)
+        print_next_step(found, loaded, sweep, root)
     if code:
         raise typer.Exit(code)
 
@@ -131,16 +130,22 @@ def _exit_code(found: SweepStatus) -> int:
     return 1 if any(state in found.counts for state in FAILED_STATES) else EXIT_PREEMPTED
 
 
-def _next_command(found: SweepStatus) -> tuple[str, ...]:
-    """Return the next verb and its options: logs of a failed run, else the verb that continues the sweep."""
+def print_next_step(found: SweepStatus, sweep: Sweep, name: str, root: Path, *options: str) -> None:
+    """Print the next command: logs of a failed run, else the verb that continues the sweep.
+
+    Args:
+        name: name of the sweep as it was typed.
+        options: options of `launch`, if that is next.
+    """
     for line in found.runs:
         if line.state in ("failed", "diverged", "paused") and line.status.reason_class and line.log:
-            return "logs", line.run_id
+            return print_next("logs", name, root, line.run_id)
     if found.counts.keys() <= {"finished", "damaged"}:
-        return ("report",)
+        return print_next("report", report_name(sweep, name, root), root)
     if found.is_active:
-        return "status", "--wait"
-    return ("launch", "--retry") if found.counts.keys() <= {"finished", "cancelled", "off-track"} else ("launch",)
+        return print_next("status", name, root, "--wait")
+    retry = ["--retry"] if found.counts.keys() <= {"finished", "cancelled", "off-track"} else []
+    return print_next("launch", name, root, *options, *retry)
 
 
 def logs(
