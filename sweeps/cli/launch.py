@@ -91,10 +91,8 @@ def launch(
     num_hours = sum(card.device_hours for card, each in zip(cards, states, strict=True) if each.startable)
     if not dry_run and num_hours > CONFIRM_DEVICE_HOURS:
         confirm(f"launch up to {format_number(num_hours)} device-hours{format_price(loaded, num_hours)}?", yes=yes)
-    options = [
-        *(["--on", on] if on else []),
-        *([] if stop_off_track is None else ["--stop-off-track", f"{stop_off_track:g}"]),
-    ]
+    options = ["--on", on] if on else []
+    options += [] if stop_off_track is None else ["--stop-off-track", f"{stop_off_track:g}"]
     result = LaunchResult()
     if place == "slurm":
         _launch_slurm(loaded, runs, retry=retry, stop_sd=stop_off_track, dry_run=dry_run, allow_dirty=allow_dirty)

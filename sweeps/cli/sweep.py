@@ -16,16 +16,7 @@ import typer
 from rich.live import Live
 
 from aimscale.harness.run.directory import EXIT_PREEMPTED
-from aimscale.sweeps.cli.options import (
-    EXIT_INTERRUPTED,
-    ROOT,
-    AsJson,
-    Root,
-    SweepName,
-    print_next,
-    report_name,
-    select_run_ids,
-)
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, AsJson, Root, SweepName, print_next, select_run_ids
 from aimscale.sweeps.plan import costs
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
@@ -141,7 +132,7 @@ def print_next_step(found: SweepStatus, sweep: Sweep, name: str, root: Path, *op
         if line.state in ("failed", "diverged", "paused") and line.status.reason_class and line.log:
             return print_next("logs", name, root, line.run_id)
     if found.counts.keys() <= {"finished", "damaged"}:
-        return print_next("report", report_name(sweep, name, root), root)
+        return print_next("report", name if root == ROOT else str(sweep.directory))
     if found.is_active:
         return print_next("status", name, root, "--wait")
     retry = ["--retry"] if found.counts.keys() <= {"finished", "cancelled", "off-track"} else []
@@ -200,7 +191,7 @@ def collect(sweep: SweepName, root: Root = ROOT) -> None:
         typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
     _score_forecasts(found.table)
     typer.echo(f"{found.num_complete} of {found.num_rows} rows have results: {found.table}")
-    print_next("report", report_name(loaded, sweep, root))
+    print_next("report", sweep if root == ROOT else str(loaded.directory))
 
 
 def fresh_table(sweep: Sweep) -> Path:
