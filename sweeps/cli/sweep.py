@@ -51,13 +51,11 @@ def status(
             "good; 75: some are left.",
         ),
     ] = False,
-    hours: Annotated[float | None, typer.Option("--time-limit", min=0, help="Hours to wait.")] = None,
 ) -> None:
     """Summarise a sweep: states, progress, time left, what needs attention, and its runs or groups of runs."""
     loaded = load_sweep(sweep, root)
     look = _looker(loaded)
-    deadline = float("inf") if hours is None else time.monotonic() + 3600 * hours
-    code = _wait(look, every_run, deadline) if wait else 0
+    code = _wait(look, every_run) if wait else 0
     found = look()
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
@@ -89,8 +87,8 @@ def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus
     return look
 
 
-def _wait(look: Callable[[], SweepStatus], every_run: bool, deadline: float) -> int:
-    """Show the status until nothing is executed, or until the deadline; return the exit code."""
+def _wait(look: Callable[[], SweepStatus], every_run: bool) -> int:
+    """Show the status until nothing is executed; return the exit code."""
     console, num_idle = new_console(), 0
     states: dict[str, int] = {}
     live = Live(console=console, auto_refresh=False, screen=True) if console.is_terminal else None
@@ -107,8 +105,6 @@ def _wait(look: Callable[[], SweepStatus], every_run: bool, deadline: float) -> 
                 num_idle = 0 if found.is_active else num_idle + 1
                 if num_idle > MAX_IDLE_LOOKS or found.counts.keys() <= {"finished"}:
                     return _exit_code(found)
-                if time.monotonic() >= deadline:
-                    return EXIT_PREEMPTED
                 time.sleep(max(LOOK_INTERVAL_S, (time.monotonic() - started) / LOOK_SHARE))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

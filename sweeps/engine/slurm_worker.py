@@ -27,7 +27,8 @@ from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, ru
 from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError, load_sweep
+from aimscale.sweeps.plan.sections import SlurmSection
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.commands import SlurmError
 from aimscale.sweeps.slurm.jobs import WORKER_ENDS, JobShape

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from aimscale.harness.run.provenance import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.plan.costs import cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
+from aimscale.sweeps.plan.sections import SlurmSection
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import JobArray, JobShape, LiveJob, failed_jobs, live_jobs, record_array
 from aimscale.sweeps.state.record import RunRecord

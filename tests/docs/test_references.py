@@ -12,7 +12,7 @@ from generate import command_reference, config_reference
 
 from aimscale.harness.run.config import Section
 from aimscale.sweeps.cli.main import VERBS, app
-from aimscale.sweeps.plan.sweepfile import SlurmSection
+from aimscale.sweeps.plan.sections import SlurmSection
 
 ROOT = Path(__file__).parents[2]
 
