@@ -69,7 +69,7 @@ def plan(
     states = read_states(loaded, runs)
     rehearsals: dict[str, Rehearsal] = {}
     if rehearse:
-        from aimscale.sweeps.plan.rehearsals import rehearse_runs
+        from aimscale.sweeps.cli.rehearsal import rehearse_runs
 
         rehearsals = rehearse_runs([pair for pair in zip(runs, cards, strict=True) if pair[0].run_id in chosen])
     if as_json:

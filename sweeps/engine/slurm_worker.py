@@ -180,11 +180,7 @@ def launch_slurm(
         raise_on_problems(sweep, [run for run, each in zip(runs, states, strict=True) if each.startable])
     else:
         prepare_launch(sweep, runs, retry=retry, stop_sd=stop_sd)
-
-    def list_runs() -> list[Run]:
-        return [each.run for each in read_states(sweep, runs, retry=retry and dry_run) if each.startable]
-
-    return submit(sweep, list_runs, allow_dirty=allow_dirty, dry_run=dry_run, retry=retry)
+    return submit(sweep, runs, allow_dirty=allow_dirty, dry_run=dry_run, retry=retry)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import math
 import shlex
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from aimscale.harness.run.provenance import Snapshot, find_snapshot, make_snapshot
@@ -21,6 +21,7 @@ from aimscale.sweeps.plan.sections import SlurmSection
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import JobArray, JobShape, LiveJob, failed_jobs, live_jobs, record_array
+from aimscale.sweeps.state.decision import read_states
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import hold_sweep
 
@@ -62,18 +63,13 @@ def job_shape(run: Run, section: SlurmSection) -> JobShape:
 
 
 def submit(
-    sweep: Sweep,
-    list_runs: Callable[[], Sequence[Run]],
-    *,
-    allow_dirty: bool = False,
-    dry_run: bool = False,
-    retry: bool = False,
+    sweep: Sweep, runs: Sequence[Run], *, allow_dirty: bool = False, dry_run: bool = False, retry: bool = False
 ) -> list[Submission]:
-    """Submit the jobs that are missing and return at once; a dry run asks Slurm nothing and writes nothing.
+    """Submit the jobs that these runs lack and return at once; a dry run asks Slurm nothing and writes nothing.
 
     Args:
-        list_runs: returns the runs to start; called while no other launch submits.
-        retry: submit a script again although all its jobs failed before their workers began.
+        retry: start failed and cancelled runs, and submit a script again although all its jobs failed before their
+            workers began.
 
     Raises:
         SweepError, SlurmError: there is no Slurm, the source tree has uncommitted changes, Slurm refuses a job, or all
@@ -84,12 +80,12 @@ def submit(
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
     batch = _Batch(sweep=sweep, snapshot=snapshot, dry_run=dry_run, retry=retry)
     if dry_run:
-        return batch.submit(list_runs())
+        return batch.submit(runs)
     with hold_sweep(sweep, "slurm/lock", "submits jobs of this sweep"):
         batch.known = slurm.jobs()
         if snapshot:
             make_snapshot(snapshot)
-        return batch.submit(list_runs())
+        return batch.submit(runs)
 
 
 def _print(sentence: str) -> None:
@@ -119,8 +115,9 @@ class _Batch:
     def submit(self, runs: Sequence[Run]) -> list[Submission]:
         """Submit one array per shape, within `max_jobs` jobs; shapes for which none is left get none."""
         by_shape: dict[JobShape, list[Run]] = {}
-        for run in runs:
-            by_shape.setdefault(job_shape(run, self.section), []).append(run)
+        for found in read_states(self.sweep, runs, retry=self.retry):
+            if found.startable:
+                by_shape.setdefault(job_shape(found.run, self.section), []).append(found.run)
         live = self._cancel_outdated(live_jobs(self.sweep, self.known))
         num_wanted = [
             max(0, len(shape_runs) - sum(job.shape == shape and not job.is_busy for job in live))
@@ -140,7 +137,7 @@ class _Batch:
 
     def _cancel_outdated(self, live: Sequence[LiveJob]) -> list[LiveJob]:
         """Cancel pending jobs that request what the sweep file no longer says; return the other jobs."""
-        outdated = [job for job in live if job.info.phase == "pending" and job.request not in ("", self.request)]
+        outdated = [job for job in live if job.info.phase == "pending" and job.request != self.request]
         if outdated:
             slurm.command("scancel", "--quiet", "--state=PENDING", *(job.info.job_id for job in outdated))
             _print(f"cancelled {len(outdated)} pending jobs, whose request in the sweep file has changed since")

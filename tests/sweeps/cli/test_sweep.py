@@ -79,7 +79,10 @@ def test_a_slurm_that_does_not_answer_for_a_while_does_not_end_the_waiting(
     sweep = write_sweep(sizes=["rung-32"])
     (record,) = records_of(sweep)
     submissions_file(sweep).parent.mkdir()
-    submissions_file(sweep).write_text('{"job_id": "8", "number": 1, "shape": {"nodes": 1, "devices": 1}}\n')
+    submissions_file(sweep).write_text(
+        '{"job_id": "8", "number": 1, "shape": {"nodes": 1, "devices": 1}, '
+        '"launch": "a", "script": "b", "request": "c"}\n'
+    )
     asked: list[int] = []
 
     def answer() -> dict[str, JobInfo] | None:

@@ -102,7 +102,7 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     by_hand.curve.write_text('{"images_seen": 320, "val_loss": 0.625}\n{"images_seen": 384, "val_loss": null}\n')
     (sweep.runs_dir / "old-run").mkdir()
     jobs = {each: JobInfo(job_id=each, state="PENDING", reason="Priority") for each in ("8_0", "9_0", "11_0")}
-    array = {"number": 2, "shape": {"nodes": 1, "devices": 1}}
+    array = {"number": 2, "shape": {"nodes": 1, "devices": 1}, "launch": "a", "script": "b", "request": "c"}
     (sweep.directory / "slurm").mkdir()
     (sweep.directory / "slurm" / "jobs.jsonl").write_text(json.dumps({"job_id": "8", **array}) + "\n")
     facts: dict[str, Any] = {"job_id": "7_1", "devices": 1, "nodes": "node1"}
