@@ -123,7 +123,7 @@ class _Batch:
             max(0, len(shape_runs) - sum(job.shape == shape and not job.is_busy for job in live))
             for shape, shape_runs in by_shape.items()
         ]
-        submitted = []
+        submitted: list[Submission] = []
         numbers = distribute_jobs(self.section.max_jobs - len(live), num_wanted)
         for (shape, shape_runs), want, num_jobs in zip(by_shape.items(), num_wanted, numbers, strict=True):
             if num_jobs:

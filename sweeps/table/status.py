@@ -130,7 +130,9 @@ def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[li
         for card, line in zip(cards, lines, strict=True)
     ]
     usual = statistics.median([each for each in slower if each] or [1.0])
-    now, waiting, free = [], [], []
+    now: list[RunStatus] = []
+    waiting: list[tuple[float, float, int]] = []
+    free: list[float] = []
     for card, line, factor in zip(cards, lines, slower, strict=True):
         evaluated = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
         left_s = (1 - line.progress) * card.training_s + (1 - evaluated) * card.evaluation_s
@@ -142,7 +144,7 @@ def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[li
         elif line.state not in ENDED_STATES:
             waiting.append((card.device_hours, left_s, card.devices))
     waiting.sort(key=lambda each: -each[0])
-    ends = schedule_s(free, [need for _, *need in waiting]) if free else []
+    ends = schedule_s(free, [(left_s, num_devices) for _, left_s, num_devices in waiting]) if free else []
     return now, max(ends, default=None), any(slower)
 
 
