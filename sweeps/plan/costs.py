@@ -277,7 +277,6 @@ def _cautions(
 
 def _plateau_cautions(run: Run, card: CostCard) -> Iterator[Finding]:
     """Yield a caution about budgets that end before the loss follows a law."""
-    optimiser = run.config.training.optimiser
     if run.is_tuning or run.config.training.model.parametrisation != "standard":
         return
     scale = Scale(width=model_of(run.config.training).width, params_total=card.params_total, budget=run.budgets[0])

@@ -27,7 +27,7 @@ SMALL_BATCH, SMALL_RATE, MAX_SMALL_BUDGET = 32, 1.4, 64_000
 PLATEAU_MARGIN = 1.25
 """Smallest budget, in multiples of the first plateau."""
 MAX_PASSES = 16
-"""Passes over the training images by the largest budget, beyond which images seen again are worth little (Muennighoff et
+"""Passes over the training images beyond which images seen again are worth little (Muennighoff et
 al. 2023), unless the smallest grid takes more."""
 MIDDLE_WIDTHS = tuple(round(40 * 2 ** (step / 4)) for step in range(24))
 """Widths of the middle size."""
