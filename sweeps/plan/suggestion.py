@@ -22,9 +22,10 @@ NUM_SIZES, NUM_BUDGETS = 7, 4
 both exponents, also without the largest size or budget; of five sizes, or budgets over 2.8, they mostly do not."""
 TOKENS_PER_PARAM = 20
 """Tokens per parameter in the middle of the grid (Hoffmann et al. 2022)."""
-SMALL_BATCH, SMALL_RATE, MAX_SMALL_BUDGET = 32, 1.4, 64_000
-"""Batch and `lr_multiplier` of the studies on small images, for smallest budgets up to the last."""
-PLATEAU_MARGIN = 1.25
+SMALL_BATCH, SMALL_RATE, MAX_SMALL_BUDGET = 32, 0.71, 64_000
+"""Batch for smallest budgets up to the last, half the recipe's: they reach more steps; and `lr_multiplier`, since the
+rate falls with the root of the batch."""
+PLATEAU_MARGIN = 1.5
 """Smallest budget, in multiples of the first plateau."""
 MAX_PASSES = 16
 """Passes over the training images beyond which images seen again are worth little (Muennighoff et
