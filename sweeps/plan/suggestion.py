@@ -106,10 +106,16 @@ def _grid(request: Request, middle: int, shape: tuple[int, int]) -> Fields:
     middle_budget = TOKENS_PER_PARAM * model_counts(model)[0].total / model.num_tokens
     first = max(PLATEAU_MARGIN * PLATEAU_STEPS * SMALL_BATCH, middle_budget / 2 ** ((NUM_BUDGETS - 1) / 2))
     first = round(float(f"{first:.1e}"))
-    small = {"lr_multiplier": SMALL_RATE, "optimiser": {"batch_size": SMALL_BATCH}} if first <= MAX_SMALL_BUDGET else {}
+    small: Fields = {}
+    if first <= MAX_SMALL_BUDGET:
+        small = {"lr_multiplier": SMALL_RATE, "optimiser": {"batch_size": SMALL_BATCH}}
     folder = os.path.relpath(request.data, request.path.parent)
     held_out = read_info(str(request.data / "validation")).num_usable
-    validation = {"path": f"{folder}/validation", "num_prefixes": 2, "centre_crop": 1.0}
+    validation: Fields = {"path": f"{folder}/validation", "num_prefixes": 2, "centre_crop": 1.0}
+    if held_out > MAX_VALIDATION_IMAGES:
+        validation["num_images"] = MAX_VALIDATION_IMAGES
+    if request.is_gpu:
+        small["optimiser"] = small.get("optimiser", {}) | {"precision": "bf16"}
     return {
         "name": request.path.stem,
         "recipe": "small",
@@ -118,10 +124,8 @@ def _grid(request: Request, middle: int, shape: tuple[int, int]) -> Fields:
         "base": {
             "model": {"image_size": image_size, "patch_size": patch_size},
             **small,
-            **({"optimiser": small.get("optimiser", {}) | {"precision": "bf16"}} if request.is_gpu else {}),
             "data": {"sources": [{"path": f"{folder}/train"}]},
-            "validation": validation
-            | ({"num_images": MAX_VALIDATION_IMAGES} if held_out > MAX_VALIDATION_IMAGES else {}),
+            "validation": validation,
         },
         **({"cost": {"device": request.gpu}} if request.gpu else {}),
     }
@@ -133,8 +137,10 @@ def _cheapest_probes(request: Request, values: Fields) -> tuple[Sweep, float]:
     test = request.data / "test"
     is_labelled = test.is_dir() and read_info(str(request.data / "train")).classes is not None
     for kinds in PROBE_KINDS if is_labelled else PROBE_KINDS[-1:]:
-        task = {"task": request.data.name, "train": f"{folder}/train", "test": f"{folder}/test", "kinds": kinds}
-        task |= {"centre_crop": 1.0} | ({} if request.is_gpu else {"precision": "fp32"})
+        task: Fields = {"task": request.data.name, "train": f"{folder}/train", "test": f"{folder}/test", "kinds": kinds}
+        task["centre_crop"] = 1.0
+        if not request.is_gpu:
+            task["precision"] = "fp32"
         probed = {**values, "base": {**values["base"], **({"probes": [task]} if kinds else {})}}
         sweep = _sweep(request, probed)
         cards = cost_cards(sweep, plan(sweep))
