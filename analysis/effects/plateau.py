@@ -24,10 +24,12 @@ def plateau_flags(rows: pd.DataFrame, y: str = "val_loss") -> tuple[Flag, ...]:
     for size, curve in rows[rows[y] > 0].groupby("size"):
         losses = curve.groupby("images_seen")[y].mean().iloc[:3]
         at, logs = np.log(losses.index.to_numpy(float)), np.log(losses.to_numpy(float))
-        slopes = -np.diff(logs) / np.diff(at)
-        if len(losses) == 3 and slopes[1] > STEEPER * slopes[0]:
-            height = logs[1] - np.interp(at[1], at[[0, 2]], logs[[0, 2]])
-            ends |= {str(size): float(losses.index[1])} if height > LEAST_HEIGHT else {}
+        if len(losses) < 3:
+            continue
+        before, after = -np.diff(logs) / np.diff(at)
+        height = logs[1] - np.interp(at[1], at[[0, 2]], logs[[0, 2]])
+        if after > STEEPER * before and height > LEAST_HEIGHT:
+            ends[str(size)] = float(losses.index[1])
     if not ends:
         return ()
     number, sizes = int((rows["images_seen"] <= rows["size"].map(str).map(ends)).sum()), some([*ends])
