@@ -117,7 +117,7 @@ class Correlations(Result):
         """Return cautions, what was correlated, how intervals were found and what was left out."""
         at_chance = {c.task and f" of {c.task}:{c.kind}": c.chance for c in self if c.chance is not None}
         text = "all accuracies{} lie at chance ({}) within their binomial error"
-        found = [("with care", text.format(name, percent(chance, 3))) for name, chance in at_chance.items()]
+        found = [("caution", text.format(name, percent(chance, 3))) for name, chance in at_chance.items()]
         found.append(("correlated", self.headline().removeprefix("Correlation of ")))
         if len({c.partial_on for c in self}) > 1:
             found.append(("over all rows", "both may follow compute, and then they correlate whatever else they share"))

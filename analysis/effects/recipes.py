@@ -84,7 +84,7 @@ class Recipes(Result):
         """Return cautions, the gain, its trend and where it crosses over."""
         change, low, high = self.trend
         told = "grows" if low > 1 else "shrinks" if high < 1 else "is not known to change"
-        found = [("with care", text) for text in flag_words(self.flags)]
+        found = [("caution", text) for text in flag_words(self.flags)]
         found += [
             ("worth", self.headline()),
             ("trend", f"with compute the gain {told}: x {change:.2f} [{low:.2f}, {high:.2f}]"),

@@ -67,7 +67,7 @@ class Forecast(Result):
             fared = [words for each in far for words in record_words(each, accuracies=len(self.forecasters) > 1)]
         parts = "its noise, the parameters, the laws' spread and their misfit"
         return [
-            *(("with care", str(flag)) for flag in self.flags),
+            *(("caution", str(flag)) for flag in self.flags),
             *self.loss.facts(),
             *(("record", words) for words in dict.fromkeys(fared)),
             ("intervals", f"{percent(CONFIDENCE)} of one new run: {parts}"),
