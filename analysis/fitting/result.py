@@ -21,7 +21,9 @@ from aimscale.analysis.table.schema import described
 from aimscale.analysis.words import Flag, flag_words, human, p_value
 
 NOT_IDENTIFIED, NO_INTERVAL = "not identified", "(no interval)"
-ASSUMED = "they assume that the law is true; on public tables, those of one law covered 80 % of runs 3 to 100 times beyond"
+ASSUMED = (
+    "they assume that the law is true; on public tables those of one law covered 80 % of runs 3 to 100 times beyond"
+)
 """Caution about predictions by one law, from backtests on the public tables of docs/forecasts.md."""
 
 
