@@ -238,7 +238,7 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
         if holder is None:
             return worker.read_state(run)
         lost_job = before.facts.get("job_id") if before and found.state == "lost" else None
-        record_lost_attempt(record, before, slurm.job_states([lost_job] if lost_job else []).get(lost_job))
+        record_lost_attempt(record, before, slurm.job_states([lost_job] if lost_job else []).get(str(lost_job)))
         found = read_state(run, record, holds_claim=True)
         if found.startable:
             RunDir.create(record.path, run.config)
