@@ -89,7 +89,7 @@ def fit(
         intervals={name: own[name] for name in params if name in own},
         flags=(*flags, *against, *points.flags),
         not_identified=not_identified,
-        objective_value=found.minimum.total,
+        objective_value=float(found.problem.total(found.vector)),
         num_points=len(points.y),
         num_rows=points.num_rows,
         exclusions=points.exclusions,

@@ -238,7 +238,7 @@ class Fit(Result):
     def interval_method(self) -> str:
         """Method of the intervals, in words."""
         counts = {**self.estimate.groups.counts, "points": self.num_points}
-        over = " and ".join(f"{counts[name]} {name}" for name in self.estimate.covariance.by)
+        over = " and ".join(f"{counts[name]} {name}" for name in self.estimate.covariance.by if name in counts)
         also = ", with the errors of tuning" if self.estimate.known else ""
         return f"cluster-robust (CR2, Bell-McCaffrey) over {over}{also}"
 

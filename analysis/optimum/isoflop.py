@@ -124,13 +124,13 @@ def _surface(points: pd.DataFrame, log_losses: Array) -> tuple[Array, Array, flo
     if np.linalg.matrix_rank(terms) < terms.shape[1] or num < terms.shape[1] + MIN_LEFT:
         return None
     groups = groups_of(points, {v: points[v].to_numpy(float) for v in ("N", "D", "C")})
-    seen, unseen, few = visible_groups(groups, terms)
+    seen = visible_groups(groups, terms)
     values = terms @ np.linalg.lstsq(terms, log_losses, rcond=None)[0]
     errors = components_of(linear_design(terms, np.ones(num)), log_losses - values, seen)
     covariance, known = errors.covariance(seen, num), known_errors(points, "loss")
     if known is not None:
         covariance = covariance + known.loadings @ known.loadings.T
-    return values, covariance, errors.degrees, [*blind_flags(seen, unseen, few)]
+    return values, covariance, errors.degrees, [*blind_flags(seen)]
 
 
 def shared_budgets(points: pd.DataFrame) -> pd.Series:

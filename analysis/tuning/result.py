@@ -152,7 +152,7 @@ class Rates(Result):
         for name, law in self.laws.items():
             own, at = law.estimate.params, {v: round(law.law.constants[f"{v}0"]) for v in law.law.variables}
             powers = {v: own[EXPONENTS[v]] for v in at}
-            value = float(np.exp(law.estimate.value_at({v: np.array([float(at[v])]) for v in at})[0]))
+            value = float(np.exp(law.estimate.value_of(law.estimate.law_at(at))[0]))
             keys = {"coefficient": f"{value:.6g}", **{v: f"{power:.4g}" for v, power in powers.items()}}
             keys["at"] = f"{{{', '.join(f'{v}: {number}' for v, number in at.items())}}}"
             keys["source"] = json.dumps(f"{source}: {law.num_points} best settings, {ranges}")
