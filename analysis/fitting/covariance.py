@@ -1,8 +1,7 @@
 """Covariance of an estimate and scatter of a measurement, where points of a size, a run or a budget share errors.
 
-The covariance is the cluster-robust sandwich with the CR2 correction (Bell and McCaffrey 2002; Pustejovsky and Tipton
-2018), with their degrees of freedom for each contrast. It holds whatever the points of a cluster have in common.
-Weights need not be precisions: a fit weighted by compute counts large runs more, whose errors are as large as others'.
+The covariance is the cluster-robust sandwich with the CR2 correction and degrees of freedom for each contrast (Bell and
+McCaffrey 2002; Pustejovsky and Tipton 2018). Weights, such as compute, need not be precisions.
 """
 
 from __future__ import annotations
@@ -126,9 +125,8 @@ def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
 class Covariance:
     """Sum of the CR2 covariances over sizes and over budgets, whose errors cross each other.
 
-    Two-way clustering (Cameron, Gelbach and Miller 2011) subtracts what both count, the errors of single points;
-    without that the sum is positive definite and never too small (Davezies, D'Haultfoeuille and Guyonvarch 2021), and
-    in simulated tables intervals hold what they should (docs/evidence.md).
+    Nothing is subtracted for the errors of single points, which both count: so the sum is positive definite and never
+    too small (Davezies, D'Haultfoeuille and Guyonvarch 2021; docs/evidence.md).
     """
 
     by: Mapping[str, Sandwich | KnownErrors]

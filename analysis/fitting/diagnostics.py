@@ -95,7 +95,7 @@ def _parameters(found: Estimate, intervals: Mapping[str, Interval]) -> Iterator[
             kind, number, unknown = "factor", i.high / i.low, {p.name} | alone
             text = f"{p.name} is known only within a factor of {human(number)}."
         elif on_low or on_high:
-            end, number, unknown = "lower" if on_low else "upper", low if on_low else high, alone
+            end, number = ("lower", low) if on_low else ("upper", high)
             kind, unknown = f"{end}_bound", alone if is_linear else {p.name}
             text = f"{p.name} lies on its {end} bound {number:g}."
         else:
@@ -158,11 +158,8 @@ def lack_of_fit(found: Estimate, points: Observations, rows: pd.DataFrame) -> tu
 
 
 def _form(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
-    """Test residuals against replicates, else for squares and products of the variables' logarithms.
-
-    Replicates agree in the law's variables and every setting but the seed: the law's scatter about the means of their
-    cells is compared with the scatter within cells.
-    """
+    """Test residuals against the scatter of replicates, which agree in the law's variables and every setting but the
+    seed, else for squares and products of the variables' logarithms."""
     both = pd.DataFrame({f"x {v}": numbers_of_values(values) for v, values in points.x.items()}, index=rows.index)
     both = both.join(rows[held_equal(rows, ("seed", *points.columns.values()))])
     cells = both.groupby(list(both), dropna=False).ngroup().to_numpy()

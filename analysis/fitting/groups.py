@@ -89,11 +89,8 @@ def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
 
 
 def visible_groups(groups: Groups, jacobian: Array) -> Groups:
-    """Select the groups whose spread the law leaves visible, and note those that it does not, or in one direction.
-
-    A law that bends through three sizes leaves next to nothing of them over: errors that sizes share cannot be seen
-    then. Of four it leaves one direction, which hardly tells them.
-    """
+    """Select the groups whose spread the law leaves visible: one that bends through three sizes leaves next to nothing
+    of the errors that sizes share, and of four one direction, which hardly tells them."""
     seen, known = Groups(), jacobian
     for name, codes in groups.items():
         num_visible = MANY

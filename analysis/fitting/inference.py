@@ -1,8 +1,4 @@
-"""An optimum and what can be inferred from it: errors of any function of the parameters.
-
-Everything is closed-form: the law is linearised about its optimum in the optimiser's coordinates, which leave little
-curvature.
-"""
+"""An optimum and errors of any function of its parameters: the law is linearised in the optimiser's coordinates."""
 
 from __future__ import annotations
 

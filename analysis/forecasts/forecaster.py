@@ -1,12 +1,11 @@
 """The forecast: laws weighted by how they predict the table's own larger runs, and errors that grow with distance.
 
-No law holds from the smallest run to the largest, and the upper end is where the forecast starts: so runs count in
-proportion to their compute, as in `fit(table, law, weights="compute", objective="log_lsq")`. Each law is fitted to the
-runs below a half, a quarter ... of the table's compute and predicts the others; the mean of the laws is weighted by how
-well. Its error is a sum of variances: of the noise of one run, of the parameters, of the laws about their mean, and of
-a misfit that all of them share, which grows with ln distance at the rate at which the backtests missed. Inside the
-table there is no misfit, and the others count whole, as simulated tables ask for; beyond it all four overlap. The
-constants are those that public tables speak for most, each family alike (`tests/experiments/board.py`).
+Runs count in proportion to their compute, as in `fit(table, law, weights="compute", objective="log_lsq")`. Each law is
+fitted to the runs below a half, a quarter ... of the table's compute and predicts the others; the mean of the laws is
+weighted by how well. Its error is a sum of variances: of the noise of one run, of the parameters, of the laws about
+their mean, and of a misfit that all of them share, which grows with ln distance at the rate at which the backtests
+missed. Inside the table there is no misfit; beyond it all four overlap. The constants are those that public tables
+speak for most, each family alike (`tests/experiments/board.py`).
 """
 
 from __future__ import annotations
@@ -245,11 +244,8 @@ def _is_enough(points: Points, below: Array) -> bool:
 
 
 def _weights(backtests: pd.DataFrame) -> pd.Series:
-    """Weigh curves by the median of their errors in backtests; all alike without any.
-
-    The median, for the lowest cuts leave too little for laws with many parameters. A curve that a cut could not test
-    counts there as the worst. Few cuts tell little, so the power grows with their number n as n / (n + 1).
-    """
+    """Weigh curves by the median of their errors in backtests; all alike without any. A curve that a cut could not
+    test counts there as the worst. Few cuts tell little, so the power grows with their number n as n / (n + 1)."""
     num_cuts = len(backtests)
     errors = backtests.T.fillna(backtests.max(axis=1)).median(axis=1) if num_cuts else pd.Series(1.0, backtests.columns)
     least = max(FLOOR * errors.min(), 1e-12)

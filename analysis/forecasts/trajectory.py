@@ -1,10 +1,9 @@
 """The trajectory of a run, forecast from the finished runs of its sweep: its loss at each point while it trains.
 
 At a point of training (images seen, before or after a decay) every run of a sweep has the same schedule behind it, and
-what they have in common there is taken as it is, without a law: plateaus, spikes of the data, rates, decays. Only the
-ratio to the next smaller size follows a law: ln L = level(point) + a(images) N^-alpha, where a is a power of the images
-seen. So budgets and trajectory agree. The errors are the core's: those that all points of a run share, and those of
-single points. Points where runs scatter more, as on a first plateau, count less and have a wider band.
+what they have in common there needs no law: plateaus, spikes of the data, decays. Only the ratio between sizes follows
+one: ln L = level(point) + a(images) N^-alpha, where a changes with ln images. The errors are the core's: those that all
+points of a run share, and those of single points. Points where runs scatter more count less and have a wider band.
 """
 
 from __future__ import annotations

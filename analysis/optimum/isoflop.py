@@ -140,12 +140,8 @@ def shared_budgets(points: pd.DataFrame) -> pd.Series:
 
 
 def isoflop_budgets(points: pd.DataFrame) -> pd.Series | None:
-    """Find the budget of every row where runs were planned by budgets of compute; None for any other design.
-
-    Few distinct C with several N each: three quarters of the rows belong to budgets of three sizes or more, of which
-    there are at least two; and there are fewer budgets than distinct D (in a grid of sizes and data, rows of equal C
-    lie on its diagonals, and D takes fewer values).
-    """
+    """Find the budget of every row where runs were planned by budgets of compute; None for any other design, such as a
+    grid of sizes and data, where rows of equal C lie on the diagonals and D takes fewer values than C."""
     found = shared_budgets(points)
     num_sizes = points["N"].groupby(found).nunique()
     shared = num_sizes.index[num_sizes >= ISOFLOP_SIZES]
@@ -155,8 +151,7 @@ def isoflop_budgets(points: pd.DataFrame) -> pd.Series | None:
 
 
 def with_budgets(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Give every row of a table of iso-FLOP design its budget as its C, by which it is held out; return others as they
-    are."""
+    """Give every row of a table of iso-FLOP design its budget as its C; return other tables as they are."""
     try:
         found = isoflop_budgets(points_of(df, y, columns))
     except AnalysisError:  # no C, or nothing usable: no such design

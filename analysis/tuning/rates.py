@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.groups import SAME_DATA, chained
 from aimscale.analysis.fitting.result import Fit
@@ -21,6 +21,8 @@ SAME_VALUE = 1e-9
 """Optima whose logarithms differ by less are one number, through which a power law has no error to tell."""
 WIDEST = 1e30
 """Factor that sizes and data span at most."""
+MOST_CELLS = 500
+"""Tuned cells that a table may have: no sweep has a hundred."""
 
 
 def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: str | None = None) -> Rates:
@@ -121,6 +123,9 @@ def _surface(log_loss: Array, cells: Array, settings: Array, table: pd.DataFrame
         raise AnalysisError(
             "Of each cell fewer than three values of every setting come near its lowest loss; try some."
         )
+    if len(tuned) > MOST_CELLS:
+        many = f"{len(tuned)} sizes and amounts of data have several values, more than {MOST_CELLS}"
+        raise AnalysisError(f"{many}; choose some of them with {option('where')}.")
     near = log_loss[keep], np.searchsorted(tuned, cells[keep]), settings[keep]
     scale = scale_of(table)
     surface = fit_surface(*near, scale[tuned])

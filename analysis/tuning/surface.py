@@ -1,8 +1,7 @@
 """Loss against tuned settings near its minimum: a parabola per cell of equal size and data.
 
-Near its minimum the logarithm of the loss is a quadratic function of the logarithms of learning rate and batch. Every
-cell has a level and a place of its own; curvature varies slowly, linearly in ln N and ln D over all cells, so that
-three rates a cell are enough.
+There ln loss is quadratic in the logarithms of learning rate and batch. Every cell has a level and a place of its own;
+curvature is linear in ln N and ln D over all cells, so that three rates a cell are enough.
 """
 
 from __future__ import annotations
