@@ -1,8 +1,7 @@
 """Approach 2: the best size of every budget that sizes share, and a line through these.
 
-At each budget a least-squares parabola in ln N goes through the losses near the lowest. Intervals assume no law: they
-follow from how the line moves with each loss, and from the errors of sizes, budgets, runs and points about a cubic
-surface in ln N and ln D (quadratic with few points).
+At each budget a parabola in ln N goes through the losses near the lowest. Intervals assume no law: they follow from how
+the line moves with each loss, and from the errors about a cubic surface in ln N and ln D (quadratic with few points).
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
         have = f"{len(found)} of {len(budgets)} amounts of compute have a best size between smaller and larger ones"
         raise NoFrontier("few_minima", f"{have}, and 2 are needed", *refusals, number=len(found))
     flops, (best, losses, slopes) = np.array([*found]), map(np.array, zip(*found.values(), strict=True))
-    cost = cost_of(points)
-    through = np.linalg.pinv(np.column_stack([np.ones(len(flops)), np.log(flops)]))
+    cost, through = cost_of(points), np.linalg.pinv(np.column_stack([np.ones(len(flops)), np.log(flops)]))
     line, flags = through @ best, list[Flag]()
     covariance, degrees, method = np.full((2, 2), np.nan), 1.0, "no interval: too few points to tell errors by"
     if (surface := _surface(points, log_losses)) is not None:

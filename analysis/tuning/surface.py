@@ -18,8 +18,8 @@ from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.laws.base import Array
 
 WINDOW = 0.01
-"""Losses within this fraction of a cell's lowest are taken for a parabola: on Step Law's 1,730 dense runs a window of
-0.03 calls the best of 100 settings .25 to .5 % worse than the optimum, one of 0.01 .02 to .15 %."""
+"""Losses within this fraction of a cell's lowest are taken for a parabola: on Step Law's runs one of 0.03 calls the
+best of 100 settings .25 to .5 % worse than the optimum, one of 0.01 .02 to .15 %."""
 MIN_ROWS = 8
 """Rows of the lowest losses that count for two settings, whose parabola has six coefficients."""
 MIN_VALUES = 3

@@ -21,8 +21,8 @@ def tuned(
     """Correct the losses of a table to those of runs at their best settings, for laws to be fitted to.
 
     Of each cell of one N and D the rows at its best setting are kept. A cell with an optimum of its own gets the lowest
-    loss of its parabola; others their loss less what they lost by the law of the best settings. The law's error, which
-    these have in common, stays with the rows: intervals of whatever is fitted to them count it.
+    loss of its parabola; others their loss less what they lost by the law of the best settings, whose error stays with
+    the rows: intervals of whatever is fitted to them count it.
 
     Args:
         df: one row per run and budget.
@@ -61,11 +61,7 @@ def tuned(
 
 
 def tuned_where_known(df: pd.DataFrame, y: str = "val_loss") -> tuple[pd.DataFrame, str, Rates | None]:
-    """Correct the losses of a table where its rates allow, and say how well its largest size is tuned.
-
-    Returns:
-        The table, corrected or as it was; the words; and the rates.
-    """
+    """Correct losses where rates allow; return the table, words on how well its largest size is tuned, and rates."""
     found = None
     try:
         found = rates(df, y=y)
