@@ -170,7 +170,7 @@ def _form(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator
         kind, named = "pattern", _patterns({v: values[keep] for v, values in points.x.items()})
     if (test := extra_columns_test(found, named, keep)) and test[1] <= ALARM:
         f, p, excess, *degrees = test
-        each = {name: extra_columns_test(found, named[[name]], keep) for name in named if kind == "pattern"}
+        each = {str(name): extra_columns_test(found, named[[name]], keep) for name in named if kind == "pattern"}
         subject = max(each, key=lambda name: each[name] or (0.0,), default="")
         off = 100 * excess / float(np.sqrt(np.sum(found.design.weights[keep])))
         why = f", and the misfit follows {subject} " if subject else ", more than repeated runs differ "
