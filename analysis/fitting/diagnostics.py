@@ -212,6 +212,8 @@ def extra_columns_test(
         F, its probability, the root of the sum of squares above that the mean square below does not explain, a and b;
         None where either is 0.
     """
+    if table.empty:
+        return None
     root = np.sqrt(found.design.weights[keep])[:, None]
     known, unit = basis_of(found.design.x[keep] * root), table.to_numpy(float) * root
     unit = unit / np.linalg.norm(unit, axis=0)
