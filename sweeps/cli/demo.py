@@ -1,4 +1,4 @@
-"""`aimscale demo`: sizes by budgets on real photographs, with probes, laws and one report."""
+"""`aimscale demo`: tiny models by data budgets on real photographs, with probes, laws and one report."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import typer
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, print_next
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from aimscale.analysis.accuracy.correlation import Correlation
+    from aimscale.analysis.report.study import Study
     from aimscale.sweeps.plan.costs import CostCard
     from aimscale.sweeps.plan.planner import Run
     from aimscale.sweeps.plan.sweepfile import Sweep
 
 BASELINES = ("random", "raw-pixels")
 """Baselines that are probed like the runs: the largest model untrained, and raw pixels."""
+TASK, KIND = "photographs", "knn"
+"""Task and kind of probe that the last lines are about."""
 FIRST_LAW = 3
-"""Number of sizes from which a law is fitted while others are trained."""
+"""Number of trained sizes from which a first law is told."""
 
 
 def command(
@@ -29,13 +29,13 @@ def command(
     devices: Annotated[
         int | None, typer.Option(min=1, help="GPUs to use, or processes where there is none; by default all.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and images; each has runs of its own.")] = 0,
 ) -> None:
-    """Pack photographs, train and probe a grid of tiny models, fit the laws, write the report.
+    """Cut images from photographs, train and probe a grid of tiny models, fit the laws, write the report.
 
-    Six minutes on two cores. Interrupt it at any time; the same command continues.
+    Six minutes on two idle cores. Interrupt it at any time; the same command continues.
     """
-    from aimscale.analysis.report.page import write_report
+    from aimscale.analysis.report.page import write_page
+    from aimscale.analysis.report.study import read_study
     from aimscale.harness.data.store.bundled import write_bundled
     from aimscale.sweeps.cli.launch import failed_runs
     from aimscale.sweeps.engine.launch import launch
@@ -45,22 +45,82 @@ def command(
     from aimscale.sweeps.table.collection import collect
 
     sweep = load_sweep("demo", root)
-    sweep = sweep.with_fields(seeds=[seed])
-    num_sizes, num_budgets = len(sweep.file.sizes), len(sweep.file.budgets)
+    sizes, budgets = sweep.file.sizes, sweep.file.budgets
     typer.echo(
-        f"{num_sizes} sizes of model see up to {max(sweep.file.budgets):,} crops of photographs, with results at "
-        f"{num_budgets} budgets: about six minutes on two cores\n"
-        f"the report will be {report_of(sweep)}; Ctrl-C saves, and the same command goes on"
+        f"{len(sizes)} tiny models learn from {max(budgets):,} crops of photographs and are measured at {len(budgets)} "
+        f"budgets.\nThis takes six minutes on two idle cores. The report will be {sweep.directory / 'report.html'}."
     )
     data = sweep.base_dir / "data"
     if not data.is_dir():
         write_bundled(data)
     runs = plan(sweep)
     cards = cost_cards(sweep, runs)
-    result = launch(sweep, root, devices=devices, smallest_first=True, tell=lambda event: _tell(event, sweep, runs, cards))
+
+    def tell(event: str) -> str | None:
+        """Word an event of the launch: what the sizes that are trained say so far."""
+        if event.startswith(("started ", "resumed ")):
+            return None
+        return _first_law(sweep, runs, cards) if event.startswith("finished ") else event
+
+    result = launch(sweep, root, devices=devices, smallest_first=True, tell=tell)
     if result.interrupted:
         print_next("demo", root=root)
         raise typer.Exit(EXIT_INTERRUPTED)
     if failed := failed_runs(result):
         print_next("logs", "demo", root, failed[0])
         raise typer.Exit(1)
+    _probe_baselines(sweep, runs[-1])
+    study = read_study([collect(sweep, runs, cards).table])
+    report = write_page(study)
+    for line in _findings(study):
+        typer.echo(line)
+    typer.echo(f"report: {report.resolve()}")
+
+
+def _first_law(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> str | None:
+    """Fit the sizes that are trained so far; None while they are too few, or once the report is about to come."""
+    from aimscale.analysis import fit, read_table
+    from aimscale.sweeps.table.collection import collect
+
+    rows = read_table(collect(sweep, runs, cards).table).dropna(subset="val_loss")
+    num = rows["size"].nunique()
+    if not FIRST_LAW <= num < len(runs):
+        return None
+    law = fit(rows, "chinchilla")
+    exponents = ", ".join(law.equation(name, name) for name in ("alpha", "beta"))
+    return f"so far, {num} of {len(runs)} sizes: loss = E + A N^-alpha + B D^-beta, {exponents}"
+
+
+def _probe_baselines(sweep: Sweep, largest: Run) -> None:
+    """Probe the untrained largest model and raw pixels on the runs' tasks."""
+    from aimscale.harness.probe.run import probe_baseline, standalone_group
+    from aimscale.harness.run.directory import RunDir
+
+    like, config = RunDir(sweep.run_dir(largest.run_id)), largest.config
+    with standalone_group(like, config.runtime.device) as group:
+        for name in BASELINES:
+            for _ in probe_baseline(name, like, config.evaluation.probes, group=group):
+                pass
+
+
+def _findings(study: Study) -> list[str]:
+    """Say how the largest size was predicted, and what a lower loss does to features."""
+    from aimscale.analysis import correlate, probe_frame, read_table
+    from aimscale.analysis.words import percent
+
+    law, lines = study.get("law"), []
+    for test in law.heldout if law else ():
+        if test.variable == "N":
+            lines.append(
+                f"The largest size, left out, is predicted to {percent(test.mean_abs_relative_error)} "
+                f"(a straight line: {percent(test.naive_mean_abs_relative_error)})."
+            )
+    probes = study.probes[(study.probes["task"] == TASK) & (study.probes["kind"] == KIND)]
+    r = [*correlate(probes, methods=("pearson",))][-1]
+    baselines = probe_frame(read_table(study.paths[0].with_name("baselines.parquet")))
+    pixels = baselines.loc[(baselines["size"] == "raw-pixels") & (baselines["kind"] == KIND), "top1"].iloc[0]
+    lines.append(
+        f"Lower loss, better features: r = {r.value:.2f} [{r.low:.2f}, {r.high:.2f}] with k-NN accuracy, "
+        f"{percent(probes['top1'].min())} to {percent(probes['top1'].max())} (raw pixels: {percent(pixels)})."
+    )
+    return lines

@@ -26,7 +26,7 @@ IMAGE_SIZE = 32
 """Side of every bundled image, pixels."""
 
 _REGIONS = {"pretrain": (0.0, 0.6), "train": (0.0, 0.6), "validation": (0.6, 0.75), "test": (0.75, 1.0)}
-_CROPS_PER_PHOTOGRAPH = {"pretrain": 2400, "train": 300, "validation": 160, "test": 300}
+_CROPS_PER_PHOTOGRAPH = {"pretrain": 3000, "train": 300, "validation": 160, "test": 400}
 _CROP_SIDE = (32, 128)
 _CROP_TRIES = 8  # a crop of mere sky or a black corner is drawn again: splits share no flat picture
 _MIN_CONTRAST = 24  # least difference of the brightest and the darkest value, of 255
