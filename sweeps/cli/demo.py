@@ -70,7 +70,7 @@ def command(
         print_next("logs", "demo", root, failed[0])
         raise typer.Exit(1)
     _probe_baselines(sweep, runs[-1])
-    study = read_study([collect(sweep, runs, cards).table])
+    study = read_study([collect(sweep, runs, cards).table], {}, (), ())
     report = write_page(study)
     for line in _findings(study):
         typer.echo(line)

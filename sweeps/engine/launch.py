@@ -84,7 +84,9 @@ def launch(
     if hours is not None:
         # Runs stop early enough to save before the time is up, but at most half of a short time is kept for that.
         deadline = started + 3600 * hours - min(max(map(grace_period_s, runs)), 1800 * hours)
-    worker = Worker(sweep=loaded, machine=machine, waiting=runs[:: -1 if smallest_first else 1], command=command, deadline=deadline)
+    worker = Worker(
+        sweep=loaded, machine=machine, waiting=runs[:: -1 if smallest_first else 1], command=command, deadline=deadline
+    )
     with _progress_display(lambda: sweep_status(loaded, runs, cards), show_progress, tell) as report:
         return run_worker(worker, report)
 

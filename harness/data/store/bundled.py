@@ -22,11 +22,12 @@ from aimscale.harness.data.store.decoding import decode, kernel_threads
 from aimscale.harness.data.store.pack import PackedImage, encode, new_folder, write_dataset
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.tar")
+"""The photographs, as JPEG and PNG files."""
 IMAGE_SIZE = 32
 """Side of every bundled image, pixels."""
 
 _REGIONS = {"pretrain": (0.0, 0.6), "train": (0.0, 0.6), "validation": (0.6, 0.75), "test": (0.75, 1.0)}
-_CROPS_PER_PHOTOGRAPH = {"pretrain": 3000, "train": 300, "validation": 160, "test": 400}
+_CROPS = {"pretrain": 3000, "train": 300, "validation": 160, "test": 400}
 _CROP_SIDE = (32, 128)
 _CROP_TRIES = 8  # a crop of mere sky or a black corner is drawn again: splits share no flat picture
 _MIN_CONTRAST = 24  # least difference of the brightest and the darkest value, of 255
@@ -61,7 +62,7 @@ def photographs() -> dict[str, torch.Tensor]:
 def photograph_crops(split: str) -> Iterator[PackedImage]:
     """Yield equally many crops of every photograph, in shuffled order."""
     pictures = list(photographs().values())
-    number = _CROPS_PER_PHOTOGRAPH[split] * len(pictures)
+    number = _CROPS[split] * len(pictures)
     draws = random_uniform(make_key("bundled crop", split), np.arange(4 * _CROP_TRIES * number))
     draws = draws.reshape(number, _CROP_TRIES, 4)
     labels = permute(np.arange(number), number, make_key("bundled order", split)) % len(pictures)
