@@ -11,15 +11,12 @@ import typer
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, print_next
 
 if TYPE_CHECKING:
-    from aimscale.analysis.report.study import Study
     from aimscale.sweeps.plan.costs import CostCard
     from aimscale.sweeps.plan.planner import Run
     from aimscale.sweeps.plan.sweepfile import Sweep
 
 BASELINES = ("random", "raw-pixels")
 """Baselines that are probed like the runs: the largest model untrained, and raw pixels."""
-TASK, KIND = "photographs", "knn"
-"""Task and kind of probe that the last lines are about."""
 FIRST_LAW = 3
 """Number of trained sizes from which a first law is told."""
 
@@ -34,6 +31,7 @@ def command(
 
     Six minutes on two idle cores. Interrupt it at any time; the same command continues.
     """
+    from aimscale.analysis.report.findings import findings
     from aimscale.analysis.report.page import write_page
     from aimscale.analysis.report.study import read_study
     from aimscale.harness.data.store.bundled import write_bundled
@@ -72,8 +70,8 @@ def command(
     _probe_baselines(sweep, runs[-1])
     study = read_study([collect(sweep, runs, cards).table], {}, (), ())
     report = write_page(study)
-    for line in _findings(study):
-        typer.echo(line)
+    for each in findings(study):
+        typer.echo(f"{each.sentence}.")
     typer.echo(f"report: {report.resolve()}")
 
 
@@ -101,26 +99,3 @@ def _probe_baselines(sweep: Sweep, largest: Run) -> None:
         for name in BASELINES:
             for _ in probe_baseline(name, like, config.evaluation.probes, group=group):
                 pass
-
-
-def _findings(study: Study) -> list[str]:
-    """Say how the largest size was predicted, and what a lower loss does to features."""
-    from aimscale.analysis import correlate, probe_frame, read_table
-    from aimscale.analysis.words import percent
-
-    law, lines = study.get("law"), []
-    for test in law.heldout if law else ():
-        if test.variable == "N":
-            lines.append(
-                f"The largest size, left out, is predicted to {percent(test.mean_abs_relative_error)} "
-                f"(a straight line: {percent(test.naive_mean_abs_relative_error)})."
-            )
-    probes = study.probes[(study.probes["task"] == TASK) & (study.probes["kind"] == KIND)]
-    r = [*correlate(probes, methods=("pearson",))][-1]
-    baselines = probe_frame(read_table(study.paths[0].with_name("baselines.parquet")))
-    pixels = baselines.loc[(baselines["size"] == "raw-pixels") & (baselines["kind"] == KIND), "top1"].iloc[0]
-    lines.append(
-        f"Lower loss, better features: r = {r.value:.2f} [{r.low:.2f}, {r.high:.2f}] with k-NN accuracy, "
-        f"{percent(probes['top1'].min())} to {percent(probes['top1'].max())} (raw pixels: {percent(pixels)})."
-    )
-    return lines
