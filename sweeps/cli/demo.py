@@ -62,7 +62,7 @@ def command(
 
     result = launch(sweep, root, devices=devices, smallest_first=True, tell=tell)
     if result.interrupted:
-        print_next("demo", root=root)
+        typer.echo("next: aimscale demo")
         raise typer.Exit(EXIT_INTERRUPTED)
     if failed := failed_runs(result):
         print_next("logs", "demo", root, failed[0])
@@ -77,16 +77,19 @@ def command(
 
 def _first_law(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> str | None:
     """Fit the sizes that are trained so far; None while they are too few, or once the report is about to come."""
-    from aimscale.analysis import fit, read_table
+    from aimscale.analysis import AnalysisError, fit, read_table
     from aimscale.sweeps.table.collection import collect
 
     rows = read_table(collect(sweep, runs, cards).table).dropna(subset="val_loss")
     num = rows["size"].nunique()
     if not FIRST_LAW <= num < len(runs):
         return None
-    law = fit(rows, "chinchilla")
+    try:
+        law = fit(rows, "chinchilla")
+    except AnalysisError as error:
+        return f"so far, {num} of {len(runs)} sizes: {error}"
     exponents = ", ".join(law.equation(name, name) for name in ("alpha", "beta"))
-    return f"so far, {num} of {len(runs)} sizes: loss = E + A N^-alpha + B D^-beta, {exponents}"
+    return f"so far, {num} of {len(runs)} sizes: {law.law.formula}, {exponents}"
 
 
 def _probe_baselines(sweep: Sweep, largest: Run) -> None:
