@@ -63,8 +63,8 @@ def ranges(seeds: pd.DataFrame) -> str:
     errors = [f"{_span(seeds[v] * 100)} % (a straight line: {_span(seeds[f'{v}_line'] * 100)} %)" for v in ("N", "D")]
     return (
         f"Over {len(seeds)} seeds the report answers {verdicts}; α is {_span(seeds['alpha'])}, β is "
-        f"{_span(seeds['beta'])}; left out, the largest size is predicted to {errors[0]}, the largest budget to {errors[1]}; loss and k-NN "
-        f"accuracy have r = {_span(seeds['r'])}."
+        f"{_span(seeds['beta'])}; left out, the largest size is predicted to {errors[0]}, the largest budget to "
+        f"{errors[1]}; loss and k-NN accuracy have r = {_span(seeds['r'])}."
     )
 
 
