@@ -1,4 +1,4 @@
-"""Submit Slurm jobs: one job array per shape (nodes x devices).
+"""Submit Slurm jobs by submitit's batch scripts: one job array per shape (nodes x devices).
 
 A job is a worker (`sweeps.engine.slurm_worker`) and is tied to no run. A launch therefore submits one job for each run
 that can start, less the jobs that already wait or run without one.
@@ -13,6 +13,9 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from submitit.slurm.slurm import _make_sbatch_string
 
 from aimscale.harness.run.provenance import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.plan.costs import cost_cards, grace_period_s
@@ -187,36 +190,31 @@ class _Batch:
         return min(self.section.time_limit_min, max(SHORTEST_LIMIT_MIN, math.ceil(needed_s / 60)))
 
     def _script(self, shape: JobShape, runs: Sequence[Run], minutes: int, excluded: Sequence[str], size: int) -> str:
-        """Return the batch script, which becomes the worker."""
-        section = self.section
-        options = {
-            "job-name": f"aimscale-{self.sweep.name}",
+        """Return the batch script as submitit writes it; it becomes the worker."""
+        section, log = self.section, "%A_%a.out" if size > 1 else "%j.out"
+        # Slurm signals the batch script alone (B:), and that signals its runs.
+        options = {"output": self.folder / log, "requeue": True, "signal": f"B:USR2@{max(map(grace_period_s, runs))}"}
+        python = section.python or shlex.quote(sys.executable)
+        words = [WORKER_MODULE, str(self.sweep.directory), str(shape.nodes), str(shape.devices)]
+        fields: dict[str, Any] = {
+            "job_name": f"aimscale-{self.sweep.name}",
             "partition": section.partition,
             "time": minutes,
             "nodes": shape.nodes,
-            "ntasks-per-node": shape.devices,
-            "cpus-per-task": section.cpus_per_task,
-            "gpus-per-node": section.gpu_request(shape.devices),
+            "ntasks_per_node": shape.devices,
+            "cpus_per_task": section.cpus_per_task,
+            "gpus_per_node": section.gpu_request(shape.devices),
             "exclude": ",".join(excluded) or None,
-            "array": f"0-{size - 1}" if size > 1 else None,
-            "output": self.folder / ("%A_%a.out" if size > 1 else "%j.out"),
-            "open-mode": "append",
-            "requeue": True,
-            # Slurm signals the batch script alone (B:), and that signals its runs.
-            "signal": f"B:USR2@{max(map(grace_period_s, runs))}",
-            **section.extra,
+            "map_count": size if size > 1 else None,
+            "array_parallelism": size,
+            "wckey": None,  # submitit's own is refused where Slurm enforces wckeys
+            # USR2 is ignored until the worker handles it, which knows its time limit
+            "setup": ["trap '' USR2", *_environment(self.snapshot), *section.setup],
+            "additional_parameters": {**options, **section.extra},
+            "stderr_to_stdout": True,
+            "use_srun": False,
         }
-        flags = (
-            f"#SBATCH --{name}" + ("" if value is True else f"={shlex.quote(str(value))}")
-            for name, value in options.items()
-            if value is not None
-        )
-        python = section.python or shlex.quote(sys.executable)
-        words = [WORKER_MODULE, str(self.sweep.directory), str(shape.nodes), str(shape.devices)]
-        # USR2 is ignored until the worker handles it, which knows its time limit.
-        lines = ["trap '' USR2", *_environment(self.snapshot), *section.setup]
-        lines += [f"exec {python} -u -m {shlex.join(words)}"]
-        return "\n".join(["#!/bin/bash", *flags, *lines, ""])
+        return _make_sbatch_string(f"exec {python} -u -m {shlex.join(words)}", self.folder, **fields)
 
 
 def _digest(text: str) -> str:

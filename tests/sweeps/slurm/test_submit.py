@@ -98,7 +98,7 @@ def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitte
     """Of four runs one has a pending job; a job that executes another run, and one that ended, are not counted."""
     sweep = write_sweep(seeds=[0, 1])
     (first,) = submit_for(sweep)
-    assert (first.num_jobs, submitted("array")) == (4, ["0-3"])
+    assert (first.num_jobs, submitted("array")) == (4, ["0-3%4"])
     queue = ["1_0|PENDING|", "1_1|RUNNING|node1", "1_2|CANCELLED|", "9|RUNNING|node2"]
     (tmp_path / "queue").write_text("\n".join(queue))
     with hold_lock(sweep.run_dir("other") / "claim", job_id="1_1"):
@@ -175,7 +175,7 @@ def test_jobs_are_shared_out_over_shapes_and_what_gets_none_is_said(
     widest = [{"when": {"size": "rung-64"}, "set": {"devices": 16}}]
     fields = {"sizes": ["rung-32", "rung-48", "rung-64"], "seeds": [0, 1], "override": [*wide, *widest]}
     submit_for(write_sweep(slurm={"max_jobs": 4}, **fields))
-    assert submitted("array") == ["0-1", None, None]
+    assert submitted("array") == ["0-1%2", None, None]
     assert [submitted("nodes"), submitted("ntasks-per-node")] == [["1", "1", "2"], ["1", "8", "8"]]
     submit_for(write_sweep(slurm={"max_jobs": 2}, name="narrow", **fields))
     assert submitted("nodes")[3:] == ["1", "1"]
@@ -203,7 +203,7 @@ def test_without_slurm_a_dry_run_prints_its_script_and_a_launch_one_sentence(
     monkeypatch.setenv("PATH", str(tmp_path))
     sweep = write_sweep()
     (part,) = submit(sweep, plan(sweep), allow_dirty=True, dry_run=True)
-    assert "#SBATCH --array=0-1\n" in part.script
+    assert "#SBATCH --array=0-1%2" in part.script
     assert not sweep.directory.exists()
     with pytest.raises(UserError, match="--on local"):
         submit_for(sweep)
