@@ -10,6 +10,7 @@ import pytest
 from commands import say
 
 from aimscale.analysis import probe_frame, read_table
+from aimscale.harness.data.store import bundled
 from aimscale.sweeps.plan import sweepfile
 
 
@@ -25,6 +26,7 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
         return sweep.with_fields(sizes=sizes, budgets=[960, 1920, 2880], exclude=[], base=base)
 
     monkeypatch.setattr(sweepfile, "load_sweep", small)
+    monkeypatch.setattr(bundled, "_CROPS", {"pretrain": 100, "train": 30, "validation": 20, "test": 30})
     said = say("demo", "--root", tmp_path)
     report = tmp_path / "demo/report.html"
     first, *_, last = said.splitlines()
