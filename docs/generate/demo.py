@@ -75,7 +75,8 @@ def _span(values: pd.Series) -> str:
 
 def _seeds(seeds: pd.DataFrame) -> Iterator[str]:
     """Write a row per seed, and what they have in common."""
-    yield "| seed | can it be trusted | α | β | largest size (straight line) | largest budget (straight line) | r | k-NN | raw pixels |"
+    heads = "seed | can it be trusted | α | β | largest size (straight line) | largest budget (same) | r | k-NN"
+    yield f"| {heads} | raw pixels |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in seeds.to_dict("records"):
         errors = (f"{100 * row[v]:.2g} % ({100 * row[f'{v}_line']:.2g} %)" for v in ("N", "D"))

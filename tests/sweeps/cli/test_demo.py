@@ -27,7 +27,7 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
 
     monkeypatch.setattr(sweepfile, "load_sweep", small)
     monkeypatch.setattr(bundled, "_CROPS", {"pretrain": 100, "train": 30, "validation": 20, "test": 30})
-    said = say("demo", "--root", tmp_path)
+    said = say("demo", "--root", tmp_path, "--devices", 1)
     report = tmp_path / "demo/report.html"
     first, *_, last = said.splitlines()
     assert first.startswith("4 tiny models learn from 2,880 crops")
