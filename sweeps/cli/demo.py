@@ -45,7 +45,7 @@ def command(
     sweep = load_sweep("demo", root)
     sizes, budgets = sweep.file.sizes, sweep.file.budgets
     typer.echo(
-        f"{len(sizes)} tiny models learn from {max(budgets):,} crops of photographs and are measured at {len(budgets)} "
+        f"{len(sizes)} tiny models see up to {max(budgets):,} crops of photographs and are measured at {len(budgets)} "
         f"budgets.\nThis takes six minutes on two idle cores. The report will be {sweep.directory / 'report.html'}."
     )
     data = sweep.base_dir / "data"
