@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable
@@ -154,7 +155,8 @@ def _say_next(*folders: Path | str) -> None:
     first = str(folders[0])
     if {Path(folder).name for folder in folders} >= {"train", "validation"}:
         parent = Path(first).parent
-        print(f"next: aimscale plan {shlex.quote(f'{parent.name}.yaml')} --suggest 1 --data {shlex.quote(str(parent))}")
+        file = re.sub(r"[^A-Za-z0-9-]+", "-", parent.name).strip("-") or "mysweep"
+        print(f"next: aimscale plan {file}.yaml --suggest 1 --data {shlex.quote(str(parent))}")
         return
     base: dict[str, Any] = {"data": {"sources": [{"path": first}]}}
     print(f"next: aimscale data info {shlex.quote(first)}")
