@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from aimscale.analysis.fitting.extrapolation import EXPONENTS
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_to_minimise, then, tuning_lines
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.result import EXPONENTS
 from aimscale.analysis.words import Flag, human, said_once
 
 if TYPE_CHECKING:
