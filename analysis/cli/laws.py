@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from aimscale.analysis.fitting.extrapolation import EXPONENTS
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
@@ -71,6 +70,7 @@ def fit(
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
     from aimscale.analysis.effects.plateau import plateau_flags
+    from aimscale.analysis.fitting.result import EXPONENTS
     from aimscale.analysis.table.points import with_compute
 
     df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
