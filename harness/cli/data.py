@@ -45,7 +45,7 @@ def pack(
         ),
     ] = None,
     bundled: Annotated[
-        bool, typer.Option("--bundled", help="Pack the photographs and digits that ship inside installed packages.")
+        bool, typer.Option("--bundled", help="Pack crops of the photographs that come with aimscale.")
     ] = False,
     resize: Annotated[
         int | None, typer.Option(min=1, help="Shrink images whose shorter side is longer than this, pixels.")
