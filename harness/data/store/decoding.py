@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -56,8 +55,7 @@ def decode_interleaved(data: bytes, channels: int = 3) -> npt.NDArray[np.uint8]:
     if pixels is not None:
         return pixels
     try:
-        with _opened(data) as picture:
-            pixels = np.array(_on_white(picture).convert("L" if channels == 1 else "RGB"))
+        pixels = np.array(_on_white(_opened(data)).convert("L" if channels == 1 else "RGB"))
     except UndecodableImageError:
         raise
     except UnidentifiedImageError as error:  # Pillow's message names an object in memory
@@ -80,16 +78,13 @@ def _decode_jpeg(data: bytes, channels: int) -> npt.NDArray[np.uint8] | None:
     return pixels
 
 
-@contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def _opened(data: bytes) -> Image.Image:
     """Open a picture, reading its header alone, and refuse one that is too large."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-            _refuse_large(*picture.size)
-            if picture.mode.startswith(("I", "F")):  # Pillow would clip their values to white
-                raise ValueError(f"its pixels ({picture.mode}) have more than 8 bits; convert it")
-            yield picture
+    picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    _refuse_large(*picture.size)
+    if picture.mode.startswith(("I", "F")):  # Pillow would clip their values to white
+        raise ValueError(f"its pixels ({picture.mode}) have more than 8 bits; convert it")
+    return picture
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -106,8 +101,8 @@ def is_transparent(data: bytes) -> bool:
     """Return whether `decode` lays some pixels of an image on white."""
     if data[:2] == _JPEG_START:
         return False
-    with _opened(data) as picture:
-        return picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] != 255
+    picture = _opened(data)
+    return picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] != 255
 
 
 def _refuse_large(width: int, height: int) -> None:

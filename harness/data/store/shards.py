@@ -12,7 +12,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import os
 import threading
 import time
@@ -27,7 +26,7 @@ from aimscale.harness.run.lock import locked
 
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""
-_MAX_OPEN_FILES = 256  # per process: `ulimit -n` is often 1024
+_MAX_OPEN_FILES = 128  # per data set: `ulimit -n` is often 1024
 _CHECKED_AT_OPEN = 2000  # shards whose presence and size are checked when a data set is opened
 _PARTIAL = ".partial"
 _IN_USE_S = 30.0  # after its last use a shard may be evicted to fetch another ahead
@@ -47,55 +46,28 @@ ByteRange = tuple[str, int, int]
 """Byte range of a shard: its name, the offset of the first byte and their number."""
 
 
-@functools.lru_cache(_MAX_OPEN_FILES)
-def _opened(reader: int, path: str) -> io.FileIO:
-    """Open a reader's file; it is closed once it is long unused and nobody reads it."""
-    return open(path, "rb", buffering=0)
-
-
 class LocalReader:
-    """Reader of byte ranges for any number of threads, with a bounded number of open files per process."""
-
-    _numbers = itertools.count()
+    """Reader of byte ranges for any number of threads, with a bounded number of open files."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._number = folder, next(self._numbers)
+        self._folder = folder
+        # a file is closed once it is long unused and nobody reads it
+        self._open = functools.lru_cache(_MAX_OPEN_FILES)(functools.partial(open, mode="rb", buffering=0))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalReader, (self._folder,)
 
-    def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
-        """Read byte ranges, in order; fewer bytes if the file ends before.
-
-        Raises:
-            OSError: a file is missing or cannot be read; its attribute `shard` names which.
-        """
-        return [self._read(*byte_range) for byte_range in byte_ranges]
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Read a byte range; fewer bytes if the file ends before; OSError if it is missing or cannot be read."""
+        file = self._open(f"{self._folder}/{name}")  # text: making a Path takes as long as the read
+        return os.pread(file.fileno(), size, offset)
 
     def read_ahead(self, byte_ranges: Sequence[ByteRange]) -> None:
         """Have the kernel read byte ranges ahead, from a disk or over a network file system; returns at once."""
         for name, offset, size in byte_ranges:
             with contextlib.suppress(OSError):  # raised when the bytes are read
-                os.posix_fadvise(self._open(name).fileno(), offset, size, os.POSIX_FADV_WILLNEED)
-
-    def _read(self, name: str, offset: int, size: int) -> bytes:
-        try:
-            file = self._open(name)  # keeps the file open while it is read
-            return os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            raise shard_error(error, name) from error
-
-    def _open(self, name: str) -> io.FileIO:
-        return _opened(self._number, f"{self._folder}/{name}")  # text: making a Path takes as long as the read
-
-
-def shard_error(error: Exception, name: str) -> OSError:
-    """Turn a failure into an OSError that knows its shard."""
-    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-    text = str(error) if isinstance(error, OSError) else f"{type(error).__name__} {error}".strip()
-    wrapped = kind(text)
-    wrapped.shard = name  # type: ignore[attr-defined]
-    return wrapped
+                file = self._open(f"{self._folder}/{name}")
+                os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
 
 class CachedReader:
@@ -117,9 +89,12 @@ class CachedReader:
     def __reduce__(self) -> tuple[Any, ...]:
         return CachedReader, self._made_of
 
-    def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
-        """Read byte ranges, see `LocalReader.read_many`."""
-        return [self._read(*byte_range) for byte_range in byte_ranges]
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Read a byte range, see `LocalReader.read`, once the shard is in the cache."""
+        with self._opened(name) as file:  # a file kept open would occupy the disk after its eviction
+            data = os.pread(file.fileno(), size, offset)
+        self._use(name)
+        return data
 
     def read_ahead(self, byte_ranges: Sequence[ByteRange]) -> None:
         """Fetch the shards of these byte ranges, in this order; returns at once."""
@@ -131,15 +106,6 @@ class CachedReader:
             if self._wanted and (self._fetching is None or not self._fetching.is_alive()):
                 self._fetching = threading.Thread(target=self._fetch_wanted, name="shards", daemon=True)
                 self._fetching.start()
-
-    def _read(self, name: str, offset: int, size: int) -> bytes:
-        try:  # a file kept open would occupy the disk after its eviction
-            with self._opened(name) as file:
-                data = os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            raise shard_error(error, name) from error
-        self._use(name)
-        return data
 
     def _opened(self, name: str) -> io.FileIO:
         """Open a shard in the cache, once it is there."""

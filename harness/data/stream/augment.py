@@ -41,13 +41,9 @@ Box = tuple[int, int, int, int, bool]
 """Item of such an array: top, left, height, width, flip."""
 
 
-def box_uniforms(key: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Draw the uniform numbers on [0, 1), (B, some), from which `draw_boxes` makes the boxes at B positions."""
-    return random_uniform(key, positions[:, None] * 32 + np.arange(_DRAWS))
-
-
 def draw_boxes(
-    draws: npt.NDArray[np.float64],
+    key: int,
+    positions: I64,
     image_height: npt.NDArray[np.int32],
     image_width: npt.NDArray[np.int32],
     *,
@@ -55,11 +51,12 @@ def draw_boxes(
     ratio: tuple[float, float] = CROP_RATIO,
     horizontal_flip: bool,
 ) -> Boxes:
-    """Draw RandomResizedCrop's boxes (Inception crop): area share uniform in `scale`, aspect ratio log-uniform in
-    `ratio`.
+    """Draw RandomResizedCrop's boxes (Inception crop) of the images at B positions: area share uniform in `scale`,
+    aspect ratio log-uniform in `ratio`.
 
     The largest centre crop with an allowed ratio is taken when no try fits, as in torchvision.
     """
+    draws = random_uniform(key, positions[:, None] * 32 + np.arange(_DRAWS))
     height, width = image_height.astype(np.float64), image_width.astype(np.float64)
     area = (scale[0] + (scale[1] - scale[0]) * draws[:, :_NUM_TRIES]) * (height * width)[:, None]
     log_ratio = np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[:, _NUM_TRIES : 2 * _NUM_TRIES]
@@ -124,8 +121,8 @@ def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Te
 
 def _crop_resize(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
     num_rows, num_columns = images.shape[-2:]
-    vertical = _resize_weights(num_rows, size)[_weight_index(boxes["top"], boxes["height"], num_rows)]
-    horizontal = _resize_weights(num_columns, size)[_weight_index(boxes["left"], boxes["width"], num_columns)]
+    vertical = _resize_weights(num_rows, size)[boxes["top"] * num_rows + boxes["height"] - 1]
+    horizontal = _resize_weights(num_columns, size)[boxes["left"] * num_columns + boxes["width"] - 1]
     flip = torch.from_numpy(boxes["flip"].copy())
     horizontal = torch.where(flip[:, None, None], horizontal.flip(-2), horizontal)
     pixels = torch.bmm(images.float().flatten(1, 2), horizontal.mT).unflatten(1, images.shape[1:3])
@@ -167,11 +164,6 @@ def _moments(device: torch.device, channels: int) -> tuple[torch.Tensor, torch.T
     if channels == 1:
         mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
     return mean[:, None, None], std[:, None, None]
-
-
-def _weight_index(start: npt.NDArray[np.int64], length: npt.NDArray[np.int64], side: int) -> torch.Tensor:
-    """Return the rows of `_resize_weights` for crops of a side."""
-    return torch.from_numpy(start * side + length - 1)
 
 
 @functools.lru_cache(maxsize=16)

@@ -240,7 +240,7 @@ def open_task(
             "are too few to hold some out; give at least two a class"
         )
     check_benchmark(section.task, num_classes=len(train.classes), num_train=len(train), num_test=len(test))
-    if (shared := count_shared([train.dataset], test.dataset)) > MAX_SHARED * len(test):
+    if (shared := count_shared(train.dataset, test.dataset)) > MAX_SHARED * len(test):
         raise ProbeError(
             f"task '{section.task}': {shared} of the {len(test)} images of {section.test} are images of "
             f"{section.train} too, so the score would count images seen in training; give the test images of its own"

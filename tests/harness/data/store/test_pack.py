@@ -21,10 +21,9 @@ from PIL import Image
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import bundled, pack, processes
-from aimscale.harness.data.store.columns import SAMPLE
 from aimscale.harness.data.store.dataset_info import read_info
 from aimscale.harness.data.store.decoding import crop_centre, decode
-from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.store.index import COLUMNS, open_dataset
 from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.harness.run.failures import NoMemoryError, StandstillError
 
@@ -61,7 +60,7 @@ def test_a_path_that_is_no_data_set_names_the_nearest(small_set: Path) -> None:
 def test_the_mapped_columns_equal_the_table(small_set: Path) -> None:
     dataset = open_dataset(small_set)
     table = pq.read_table(small_set / "index.parquet")
-    for name in SAMPLE.names or ():
+    for name in COLUMNS["samples"].names or ():
         assert (dataset.index.samples[name] == table[name].to_numpy()).all()
     assert (dataset.index.checksum == table["checksum"].to_numpy()).all()
     assert dataset.require_labels().tolist() == table["label"].to_pylist()
