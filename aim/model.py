@@ -44,11 +44,6 @@ class Preprocessor(nn.Module):
         self.register_buffer("order", torch.empty(config.num_tokens, dtype=torch.int64), persistent=False)
         self.register_buffer("positions", torch.empty(config.num_tokens, config.width), persistent=False)
 
-    def fill_constants(self) -> None:
-        """Compute the buffers, which no state dict holds."""
-        self.order.copy_(torch.tensor(patch_order(self.config.patch_order, self.config.grid)))
-        self.positions.copy_(_positions(self.config, self.config.width))
-
     def patches(self, images: Tensor) -> Tensor:
         """Cut images into patches (B, N, o) in sequence order, in their own precision."""
         raster = patchify(images, self.config.patch_size)
@@ -101,10 +96,6 @@ class PixelHead(nn.Module):
         self.proj_out = nn.Linear(head.width, config.patch_dim)
         self.register_buffer("positions", torch.empty(config.num_tokens, head.width), persistent=False)
         self.recompute = False
-
-    def fill_constants(self) -> None:
-        """Compute the buffer, which no state dict holds."""
-        self.positions.copy_(_positions(self.config, self.config.head.width))
 
     def forward(self, x: Tensor, token_indices: Tensor, mask: Tensor | None) -> Tensor:
         """Predict patches (M, o) at flat indices `token_indices` (M,) from their tokens (M, d) alone.
@@ -192,8 +183,10 @@ class AIM(nn.Module):
     @torch.no_grad()
     def fill_constants(self) -> None:
         """Compute the fixed positions and the order, which no state dict holds; needed after `to_empty`."""
-        self.preprocessor.fill_constants()
-        self.pixel_head.fill_constants()
+        config, order = self.config, torch.tensor(patch_order(self.config.patch_order, self.config.grid))
+        self.preprocessor.order.copy_(order)
+        self.preprocessor.positions.copy_(sincos_positions(config.grid, config.width)[order])
+        self.pixel_head.positions.copy_(sincos_positions(config.grid, config.head.width)[order])
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of every block in the backward pass instead of storing them; losses stay equal."""
@@ -317,11 +310,6 @@ class AIM(nn.Module):
         if self.config.target == "normalised":
             targets = normalise_patches(targets)
         return (predicted - targets).square().mean(dim=1), scored
-
-
-def _positions(config: ModelConfig, width: int) -> Tensor:
-    """Compute fixed positions (N, width) in sequence order."""
-    return sincos_positions(config.grid, width)[list(patch_order(config.patch_order, config.grid))]
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -59,11 +59,8 @@ def validation_images(section: ValidationSection, lookup: DatasetLookup) -> int:
 
 
 def validation_distance(config: RunConfig, lookup: DatasetLookup) -> int | None:
-    """Return the images between validations during training, as `validation.every_images` says; None for no validation.
-
-    `auto` depends on the configuration and the number of validation images alone, never on where it is executed, and
-    only for its bound on the budgets.
-    """
+    """Return the images between validations during training, as `validation.every_images` says; None for no
+    validation."""
     section, training = config.evaluation.validation, config.training
     if section.every_images != "auto":
         return section.every_images

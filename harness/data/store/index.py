@@ -28,7 +28,8 @@ from aimscale.harness.data.store.remote import is_url, join, open_file
 from aimscale.harness.data.store.shards import ByteRange, Reader, ShardInfo, cached_files, open_reader
 
 MAX_KEPT_BYTES = 256 * 2**20
-"""Limit on the decoded pixels of small images that a process keeps, over all data sets."""
+"""Limit on the decoded pixels of small images that a process keeps of a data set."""
+_MAX_CACHES = 4  # data sets whose pixels a process keeps
 COLUMNS = {
     "samples": np.dtype([("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2")]),
     "checksum": np.dtype("<u8"),
@@ -252,20 +253,11 @@ class ShardDataset:
         return torch.stack(decoded) if decoded else torch.empty(0, channels, 1, 1, dtype=torch.uint8), problems
 
     def _pixel_cache(self, channels: int) -> _PixelCache | None:
-        """Return this process's cache of the data set's decoded pixels; None if images differ in size or take too much
-        memory.
-
-        A run reads small images many times, and measures each budget on the same ones.
-        """
+        """Return this process's cache of the decoded pixels; None if images differ in size or take too much memory."""
         shape = (len(self), channels, self.info.max_height, self.info.max_width)
-        key = (self.path, self.fingerprint, channels)
-        if key not in _PIXEL_CACHES:
-            room = MAX_KEPT_BYTES - sum(cache.pixels.nbytes for cache in _PIXEL_CACHES.values())
-            if not self.info.one_size or math.prod(shape) > room:
-                return None
-            cache = _PixelCache(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), dtype=bool))
-            _PIXEL_CACHES.setdefault(key, cache)
-        return _PIXEL_CACHES[key]
+        if not self.info.one_size or math.prod(shape) > MAX_KEPT_BYTES:
+            return None
+        return _make_cache(self.path, self.fingerprint, shape)
 
     def check(self, i: int, data: bytes, sides: Sequence[int]) -> None:
         """Compare an image's height and width, and the checksum of the first image that is read of each shard, with the
@@ -294,8 +286,10 @@ class _PixelCache(NamedTuple):
     """Mask of the decoded samples, bool (number of samples,)."""
 
 
-_PIXEL_CACHES: dict[tuple[str, str, int], _PixelCache] = {}
-"""Caches by path, fingerprint and channels."""
+@functools.lru_cache(_MAX_CACHES)
+def _make_cache(path: str, fingerprint: str, shape: tuple[int, ...]) -> _PixelCache:
+    """Make the cache of a data set once: a run reads small images many times, and measures each budget on the same."""
+    return _PixelCache(torch.empty(shape, dtype=torch.uint8), np.zeros(shape[0], dtype=bool))
 
 
 def require_channels(channels: int) -> None:

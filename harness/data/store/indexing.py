@@ -75,24 +75,15 @@ def scan_shard(location: str, name: str) -> ShardScan:
     try:
         with open_file(path) as file:
             entries = [_entry(path, key, members) for key, members in read_samples(file, _READ)]
-        size = shard_size(path)
+            size = file.size if is_url(path) else os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
         raise DataError(f"shard {path} is missing; restore it or leave it out") from error
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"shard {path} is truncated or no tar file ({error}); copy or write it again") from error
-    rows = pa.Table.from_pylist([entry for entry in entries if entry is not None], schema=SCAN_SCHEMA)
-    return ShardScan(name, size, rows)
-
-
-def shard_size(path: str) -> int:
-    """Return the bytes of a local or remote file."""
-    if not is_url(path):
-        return os.stat(path).st_size
-    filesystem, inner = filesystem_of(path)
-    size = with_retries(lambda: filesystem.size(inner))
     if size is None:
         raise DataError(f"the server does not say how large {path} is; copy the shard to a folder or another server")
-    return int(size)
+    rows = pa.Table.from_pylist([entry for entry in entries if entry is not None], schema=SCAN_SCHEMA)
+    return ShardScan(name, size, rows)
 
 
 def _entry(path: str, key: str, members: Members) -> dict[str, Any] | None:
@@ -131,8 +122,7 @@ def _label(path: str, key: str, members: Members) -> int | None:
     except (ValueError, AttributeError) as error:
         raise DataError(f"the label of sample '{key}' of {path} is no class number ({error}); repair it") from error
     if value is not None and not 0 <= value <= MAX_LABEL:
-        text = str(value) if abs(value) < 10**20 else "beyond 64 bits"
-        raise DataError(f"the label of sample '{key}' of {path} is {text}; class numbers lie in 0..{MAX_LABEL}")
+        raise DataError(f"the label of sample '{key}' of {path} is {value}; class numbers lie in 0..{MAX_LABEL}")
     return value
 
 

@@ -89,11 +89,7 @@ def crop_resize(image: torch.Tensor, box: Box, size: int) -> torch.Tensor:
 
 
 def crop_resize_into(into: torch.Tensor, pixels: npt.NDArray[np.uint8], box: Box) -> None:
-    """Crop and resize uint8 (H, W, C) into (1, C, size, size), a slice of a batch; see `crop_resize`.
-
-    It makes few calls: after each decoding their code is no longer in the core's cache, and each call costs several
-    microseconds.
-    """
+    """Crop and resize uint8 (H, W, C) into (1, C, size, size), a slice of a batch; see `crop_resize`."""
     top, left, height, width, flip = box
     # torch's fast kernel needs contiguous interleaved colours: copying the crop saves a quarter of the time
     crop = torch.from_numpy(np.ascontiguousarray(pixels[None, top : top + height, left : left + width]))

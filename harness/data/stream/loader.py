@@ -113,8 +113,8 @@ class _Ring:
         self._stream, self._num_workers = stream, num_workers
         slot_bytes, workers = max(1, stream.num_bytes(micro_batch)), max(1, num_workers)
         most = _MAX_BYTES // slot_bytes
-        self._num_ahead = max(1, min(2 + -(-num_micro // workers), most // workers, _MAX_TASKS))
-        window = workers * self._num_ahead
+        self._num_ahead = max(1, min(2 + -(-num_micro // workers), most // workers, _MAX_TASKS))  # per worker
+        window = max(1, num_workers * self._num_ahead)
         num_slots = max(window, min(window + 2 * num_micro, most))
         self.slots = torch.empty(num_slots, slot_bytes, dtype=torch.uint8)
         self._free = collections.deque(range(num_slots))

@@ -31,8 +31,7 @@ from aimscale.harness.data.stream.augment import (
     jitter_colours,
     normalise,
 )
-from aimscale.harness.data.stream.order import Mixture
-from aimscale.harness.data.stream.sources import open_sources
+from aimscale.harness.data.stream.order import Mixture, open_sources
 from aimscale.harness.run.row import model_of
 
 if TYPE_CHECKING:

@@ -143,28 +143,25 @@ class Task:
         return len(self.train.classes)
 
     @functools.cached_property
-    def _split(self) -> tuple[np.ndarray, np.ndarray]:
-        return holdout_split(self.train.labels, HOLDOUT_FRACTION, self.seed)
+    def is_fit(self) -> np.ndarray:
+        """Whether heads judged by the hold-out learn from each training image, bool (n,)."""
+        fit, _ = holdout_split(self.train.labels, HOLDOUT_FRACTION, self.seed)
+        return np.isin(self.everything, fit)
 
     @property
     def fit(self) -> np.ndarray:
-        """Indices of the training images from which heads judged by the hold-out learn, ascending."""
-        return self._split[0]
+        """Indices of the training images from which they learn, ascending."""
+        return np.flatnonzero(self.is_fit)
 
     @property
     def held(self) -> np.ndarray:
         """Indices of the hold-out, ascending."""
-        return self._split[1]
+        return np.flatnonzero(~self.is_fit)
 
-    @functools.cached_property
+    @property
     def everything(self) -> np.ndarray:
-        """Indices of both parts, ascending."""
-        return np.sort(np.concatenate([self.fit, self.held]))
-
-    @functools.cached_property
-    def is_fit(self) -> np.ndarray:
-        """Whether each training image is in the part to fit, bool (n,)."""
-        return np.isin(np.arange(len(self.train)), self.fit)
+        """Indices of all training images."""
+        return np.arange(len(self.train))
 
 
 def read_without_bad(
@@ -188,12 +185,7 @@ def read_without_bad(
 def open_labelled(
     path: str, section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig, max_bad_fraction: float
 ) -> LabelledImages:
-    """Open one split of a task.
-
-    Args:
-        runtime: says where shards at a URL, and their index, are cached.
-        max_bad_fraction: share of undecodable images above which the split is refused.
-    """
+    """Open one split of a task; it is refused if its share of undecodable images is above `max_bad_fraction`."""
     dataset = open_dataset(path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
     require_usable(path, dataset.info, max_bad_fraction)
     if dataset.labels is None:
@@ -203,10 +195,6 @@ def open_labelled(
     rows = dataset.usable()
     labels = torch.as_tensor(dataset.require_labels()[rows])
     classes = dataset.classes or tuple(str(label) for label in range(dataset.num_classes))
-    if len(labels) and int(labels.max()) >= len(classes):
-        raise ProbeError(
-            f"task '{section.task}': {path} has labels beyond its {len(classes)} class names; index it again"
-        )
     source = EvalImages(dataset, model_section, centre_crop=section.centre_crop, max_bad_fraction=max_bad_fraction)
     return LabelledImages(source, rows, labels, classes)
 

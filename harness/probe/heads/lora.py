@@ -121,8 +121,7 @@ class _Adaptation:
             for _ in own:
                 chunk, images = next(decoded)
                 labels = self._task.train.labels[torch.as_tensor(chunk)].to(self._device)
-                weights = torch.full((len(chunk),), 1 / len(part), device=self._device)
-                self._head.losses(self._tokens(images), labels, weights).sum().backward()
+                self._head.losses(self._tokens(images), labels, 1 / len(part)).sum().backward()
             for parameter in self.trained:
                 assert parameter.grad is not None
                 self._task.group.sum_tensor(parameter.grad)

@@ -33,6 +33,12 @@ WEIGHT_DECAY = 0.05
 """Decoupled decay of the matrices."""
 
 
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the cross-entropy of every head on every image, (S, B, G), from logits (S, B, G, K) and labels (B,)."""
+    targets = labels[None, :, None].expand(logits.shape[:3])
+    return functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
+
+
 class HeadStack(nn.Module):
     """Stack of S x G heads of one kind; subclasses define how tokens become the vector that is classified.
 
@@ -91,12 +97,9 @@ class HeadStack(nn.Module):
         """Numbers of block sets and of heads on each, (S, G)."""
         return next(self.parameters()).shape[:2]
 
-    def losses(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Sum cross-entropies over images (S, B, N, d) with labels (B,), weighted by (B,), to (S, G)."""
-        logits = self(tokens)
-        targets = labels[None, :, None].expand(logits.shape[:3])
-        losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
-        return (losses * weights[:, None]).sum(1)
+    def losses(self, tokens: Tensor, labels: Tensor, weight: float) -> Tensor:
+        """Sum cross-entropies over images (S, B, N, d) with labels (B,), all of one weight, to (S, G)."""
+        return (cross_entropies(self(tokens), labels) * weight).sum(1)
 
 
 class LinearStack(HeadStack):

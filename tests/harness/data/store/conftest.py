@@ -31,8 +31,6 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
     folder: str
     fault: Fault
     asked: Counter[str]
-    under_way: list[int]
-    ranges = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args, directory=self.folder)
@@ -45,22 +43,17 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
         if path.suffix != ".tar":
             return super().do_GET()
         self.asked[f"{self.path} {wanted}"] += 1
-        if wanted is None or not self.ranges or not path.exists():
+        if wanted is None or not path.exists():
             return super().do_GET()
-        self.under_way[0] += 1
-        self.under_way[1] = max(self.under_way)
-        try:
-            self._answer(path, wanted, type(self).fault(self.path, self.asked[f"{self.path} {wanted}"]))
-        finally:
-            self.under_way[0] -= 1
+        self._answer(path, wanted, type(self).fault(self.path, self.asked[f"{self.path} {wanted}"]))
 
     def _answer(self, path: Path, wanted: str, fault: str | None) -> None:
         first, last = (int(number) for number in re.findall(r"\d+", wanted))
         data = path.read_bytes()[first : last + 1]
         if fault in PAUSES:
             time.sleep(PAUSES[fault])
-        if fault in ("503", "403"):
-            return self.send_error(int(fault))
+        if fault == "503":
+            return self.send_error(503)
         time.sleep(PAUSES["far"])
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{path.stat().st_size}")
@@ -83,7 +76,7 @@ def listen() -> Iterator[Callable[..., tuple[str, Any]]]:
     servers: list[Server] = []
 
     def start(kind: type[FaultyHandler], fault: Fault, **attributes: Any) -> tuple[str, Any]:
-        attributes |= {"fault": staticmethod(fault), "asked": Counter(), "under_way": [0, 0]}
+        attributes |= {"fault": staticmethod(fault), "asked": Counter()}
         handler = type("Handler", (kind,), attributes)
         servers.append(Server(("127.0.0.1", 0), handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()

@@ -263,7 +263,6 @@ def test_normalise_round_trip() -> None:
 def test_small_images_are_decoded_once_and_others_each_time(
     small_set: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, bound: int
 ) -> None:
-    monkeypatch.setattr(index, "_PIXEL_CACHES", {})
     monkeypatch.setattr(index, "MAX_KEPT_BYTES", bound)
     decoded: list[int] = []
     read_many = ShardDataset.read_many
