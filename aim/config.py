@@ -56,8 +56,7 @@ class PixelHeadConfig:
     ln_residual: bool = False
     """Whether each block first adds LayerNorm(x), as the authors' trainer does in place of attention."""
     is_linear: bool = False
-    """Whether there are no blocks, only one linear layer on the trunk's last norm (the paper's "None" head, Table
-    5)."""
+    """Whether one linear layer on the trunk's last norm is all there is (the paper's "None" head, Table 5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +87,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     """Epsilon of every LayerNorm: 1e-6 in the authors' released inference code, 1e-5 in their trainer."""
     qk_norm: bool = False
-    """Whether each attention head normalises its queries and keys by LayerNorms over their channels; no released AIM
-    does."""
+    """Whether each attention head normalises its queries and keys by LayerNorms; no released AIM does."""
     qkv_init: QkvInit = "fused"
     """Xavier bounds of query, key and value: of one (3 d, d) matrix, or of three (d, d), sqrt(2) times as wide."""
 
@@ -225,8 +223,7 @@ def _shape(size: str) -> tuple[int, int, int]:
 
 
 def size_of(width: int, depth: int, num_heads: int) -> str:
-    """Return the name of a shape: of a named size, or `w<width>-d<depth>`, with `-h<heads>` if they are not the
-    ladder's."""
+    """Return the name of a shape: a named size, or `w<width>-d<depth>`, with `-h<heads>` if not the ladder's."""
     free = f"w{width}-d{depth}"
     names = (*known_sizes(), free, f"{free}-h{num_heads}")
     return next(name for name in names if _shape(name) == (width, depth, num_heads))
@@ -238,8 +235,7 @@ def _rung_depth(width: int) -> int:
 
 
 def _head_dim(width: int) -> int:
-    """Return the largest power of two up to 64 that divides the width and leaves at least two heads (one if the width
-    is odd)."""
+    """Return the largest power of two up to 64 that gives two heads or more; the width itself if there is none."""
     fits = [dim for dim in (64, 32, 16, 8, 4, 2) if width % dim == 0 and width // dim >= 2]
     return fits[0] if fits else width
 

@@ -31,8 +31,7 @@ from aimscale.aim.orders import patch_order
 
 
 class Preprocessor(nn.Module):
-    """Embedding of images (B, C, H, W) to tokens (B, N, d) in sequence order, with fixed positions added after the
-    norm."""
+    """Embedding of images (B, C, H, W) to tokens (B, N, d) in sequence order, with fixed positions."""
 
     order: Tensor
     positions: Tensor
@@ -79,8 +78,7 @@ class Trunk(nn.Module):
 
 
 class PixelHead(nn.Module):
-    """Head that predicts the pixels of patches from trunk tokens: token by token, or by transformer blocks over all
-    tokens."""
+    """Head that predicts the pixels of patches, token by token or by transformer blocks over all tokens."""
 
     positions: Tensor
 
@@ -332,8 +330,7 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 def _run_all(
     blocks: nn.ModuleList, x: Tensor, mask: Tensor | None, token_indices: Tensor | None, *, recompute: bool
 ) -> Tensor:
-    """Run transformer blocks one after the other, (B, N, d) to (B, N, d), or with flat indices `token_indices` (M,) to
-    (M, d)."""
+    """Run transformer blocks, (B, N, d) to (B, N, d), or with flat indices `token_indices` (M,) to (M, d)."""
     *first, last = blocks
     for block in first:
         x = _run(block, x, mask, recompute=recompute)

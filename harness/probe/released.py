@@ -41,8 +41,7 @@ BEST_BLOCKS = {
 
 
 def parse_blocks(config: ModelConfig, text: str) -> list[int]:
-    """Parse which blocks a head averages: `last` (the last six), `best` (as published), or numbers, `14-19`; ProbeError
-    if it is none of these."""
+    """Parse the blocks that a head averages: `last` (six), `best` (as published), or numbers, `14-19`."""
     if text == "last":
         return list(range(max(0, config.depth - 6), config.depth))
     if text == "best":

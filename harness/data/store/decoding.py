@@ -64,8 +64,7 @@ def decode_interleaved(data: bytes, channels: int = 3) -> npt.NDArray[np.uint8]:
 
 
 def _decode_jpeg(data: bytes, channels: int) -> npt.NDArray[np.uint8] | None:
-    """Decode a JPEG; None if it is a variant that simplejpeg does not know, such as CMYK. A truncated file is an error,
-    which other decoders would fill up."""
+    """Decode a JPEG; None if simplejpeg does not know its variant (CMYK); a truncated one is an error."""
     try:
         _refuse_large(*simplejpeg.decode_jpeg_header(data)[:2])
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB")
@@ -111,8 +110,7 @@ def _refuse_large(width: int, height: int) -> None:
 
 
 def crop_centre(image: torch.Tensor, size: int, shorter_side: int | None = None) -> torch.Tensor:
-    """Resize uint8 (C, H, W) to a shorter side of `shorter_side` (default `size`) and cut out the centre (C, size,
-    size)."""
+    """Resize uint8 (C, H, W) to `shorter_side` (default `size`) and cut out the centre (C, size, size)."""
     height, width = image.shape[-2:]
     longest = _MAX_ASPECT_RATIO * min(height, width)
     if max(height, width) > longest:  # enlarged as a whole, a strip of 1 x 65,500 px would take 10 GB

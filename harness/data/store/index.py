@@ -43,8 +43,7 @@ class Index:
     """Columns of one data set, mapped from a folder of .npy files; safe to fork; pickled by its name."""
 
     samples: npt.NDArray[Any]
-    """Records of what every read needs: offset of the image file in its shard and its length, bytes; its width and
-    height in pixels, 0 x 0 if bad."""
+    """Records of offset in the shard and size of the image file, bytes; width and height, pixels, 0 x 0 if bad."""
     checksum: npt.NDArray[np.uint64]
     """64-bit hashes of the image files."""
     label: npt.NDArray[np.int32] | None

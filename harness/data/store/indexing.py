@@ -75,7 +75,7 @@ def scan_shard(location: str, name: str) -> ShardScan:
     try:
         with open_file(path) as file:
             entries = [_entry(path, key, members) for key, members in read_samples(file, _READ)]
-            size = file.size if is_url(path) else os.fstat(file.fileno()).st_size
+            size = getattr(file, "size", None) if is_url(path) else os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
         raise DataError(f"shard {path} is missing; restore it or leave it out") from error
     except (tarfile.TarError, OSError) as error:
@@ -202,8 +202,7 @@ def write_scans(
     classes: tuple[str, ...] | None,
     shards_at: str | None = None,
 ) -> DatasetInfo:
-    """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last and marks the index
-    complete."""
+    """Write the index of scanned shards; `dataset.json` comes last and marks it complete."""
     partial = folder / f".{INDEX_FILE}.partial"
     mapped = new_partial_dir(folder / "index")
     try:
@@ -261,7 +260,7 @@ def _write_columns(
         digest, first = hashlib.blake2b(digest_size=8), 0
         for batch in file.iter_batches():
             rows = slice(first, first + len(batch))
-            for field in samples.dtype.names:
+            for field in COLUMNS["samples"].names or ():
                 samples[field][rows] = batch[field]
             checksum[rows], label[rows] = batch["checksum"], batch["label"].fill_null(NO_LABEL)
             digest.update(checksum[rows].tobytes())

@@ -163,8 +163,7 @@ class CachedReader:
                 partial.unlink(missing_ok=True)
 
     def _make_room(self, partial: Path, size: int, *, is_ahead: bool) -> bool:
-        """Reserve room for a shard by the length of its file, evicting unused ones, or others as well; False if there
-        is none."""
+        """Reserve room for a shard by the length of its file, evicting unused ones; False if there is none."""
         if size > self._max_bytes:
             raise DataError(
                 f"shard {join(self._location, partial.name.removesuffix(_PARTIAL))} has {size / 1e9:.2g} GB, more than "

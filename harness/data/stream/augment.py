@@ -104,8 +104,7 @@ def crop_resize_into(into: torch.Tensor, pixels: npt.NDArray[np.uint8], box: Box
 
 
 def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
-    """Crop and resize uint8 (B, C, H, W), one box each, H and W at most SMALL_SIDE; within 2 of 255 of
-    `crop_resize`."""
+    """Crop and resize uint8 (B, C, H, W), sides at most SMALL_SIDE; within 2 of 255 of `crop_resize`."""
     resized = images.new_empty(*images.shape[:2], size, size)
     # small enough for the processor's cache and for reuse by the allocator: half of the time
     step = max(1, _VALUES_AT_A_TIME // max(1, images[:1].numel()))
@@ -140,8 +139,7 @@ def jitter_colours(images: torch.Tensor, key: int, positions: I64) -> None:
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """Normalise uint8 (..., C, H, W) to float32 by ImageNet's mean and standard deviation; one channel takes their
-    averages."""
+    """Normalise uint8 (..., C, H, W) to float32 by ImageNet's statistics; one channel by their averages."""
     mean, std = _moments(images.device, images.shape[-3])
     return images.float().sub_(255 * mean).div_(255 * std)
 
@@ -154,8 +152,7 @@ def denormalise(images: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _moments(device: torch.device, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of pixels in 0..1, (C, 1, 1) each; made once, since a GPU waits for such
-    copies."""
+    """Return mean and standard deviation of pixels in 0..1, (C, 1, 1) each, copied to a device once."""
     mean, std = torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
     if channels == 1:
         mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)

@@ -53,8 +53,7 @@ def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size
 
 
 def _part_bounds(number: int, parts: int, which: int) -> tuple[int, int]:
-    """Return the bounds [first, last) of one of several nearly equal parts of `number` things; the first parts get one
-    more."""
+    """Return the bounds [first, last) of one of several nearly equal parts; the first get one more."""
     each, more = divmod(number, parts)
     return which * each + min(which, more), (which + 1) * each + min(which + 1, more)
 
@@ -106,8 +105,7 @@ Task = tuple[int, range]
 
 
 class _Ring:
-    """Memory of the micro-batches that are being loaded, and of the two steps in use: the trainer's current and its
-    next."""
+    """Memory of the micro-batches that are being loaded, and of the current and the next step."""
 
     def __init__(self, stream: Stream, micro_batch: int, num_micro: int, num_workers: int) -> None:
         self._stream, self._num_workers = stream, num_workers

@@ -33,9 +33,8 @@ class Mixture:
     """Interleaving of sources with probabilities that add up to 1: by quota, not by independent draws.
 
     The first source takes position p if floor(p q + 1/2) steps up there; the remaining positions, renumbered, are
-    divided among the other sources in the same way. So after p positions a source of probability q has taken p q
-    images, within one for every source before it, and how often it came up before p is known at once, as O(1) resuming
-    and exact epochs need.
+    divided among the other sources in the same way. So how often a source came up before p is known at once, as O(1)
+    resuming and exact epochs need.
     """
 
     def __init__(self, probabilities: Sequence[float]) -> None:

@@ -51,8 +51,7 @@ class Batch:
     images: torch.Tensor
     """Images (B, C, H, W): uint8, a quarter of the bytes to move to a device, or float32, already normalised."""
     prefix_lengths: torch.Tensor
-    """Prefix lengths, int64 (B,), in 1..N-1; for a masked model its visible patches, bool (B, N). Input of
-    `AIM.forward`."""
+    """Prefix lengths, int64 (B,), in 1..N-1; for a masked model its visible patches, bool (B, N)."""
     positions: torch.Tensor
     """Positions in the stream, int64 (B,)."""
     bad_samples: tuple[str, ...] = ()
@@ -136,8 +135,7 @@ class Stream(abc.ABC):
         return num_images * self._channels * self._size**2
 
     def fill(self, flat: torch.Tensor, positions: npt.ArrayLike) -> tuple[str, ...]:
-        """Write the pixels of `batch` to the front of a uint8 buffer (`num_bytes` or more,); returns its
-        `bad_samples`."""
+        """Write the pixels of `batch` to the front of a uint8 buffer; returns its `bad_samples`."""
         where = np.asarray(positions, dtype=np.int64)
         images = self._images(flat, len(where))
         bad = self._decode(images, where)

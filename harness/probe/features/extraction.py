@@ -15,7 +15,6 @@ from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.backbones import DTYPES, Backbone, weight_bytes
 from aimscale.harness.probe.features.images import LabelledImages, ProgressCallback, ignore_progress
 from aimscale.harness.probe.features.moments import Moments
-from aimscale.harness.probe.features.placement import choose_device
 from aimscale.harness.probe.features.sources import (
     EXTRACT_BATCH,
     CachedTokens,
@@ -23,7 +22,10 @@ from aimscale.harness.probe.features.sources import (
     StreamedTokens,
     own_indices,
 )
-from aimscale.harness.probe.features.tasks import CACHE_SHARE
+from aimscale.harness.probe.features.tasks import CACHE_SHARE, HEADS_SHARE, ProbeError
+
+HOST_SHARE = 0.4
+"""Share of a rank's free host memory for the pooled features of a split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,7 @@ class SplitFeatures:
     tokens: StreamedTokens | CachedTokens
     """Tokens, kept in memory or computed again when asked for."""
     token_moments: tuple[Moments, Moments]
-    """Statistics of the tokens of the images to fit and of the hold-out, of all ranks; empty unless tokens will be
-    read."""
+    """Statistics of tokens, of the images to fit and of the hold-out, of all ranks; empty without `for_tokens`."""
     pooled_moments: tuple[Moments, Moments]
     """Statistics of the pooled vectors, likewise."""
 
@@ -72,7 +73,7 @@ def extract_features(
     dtype, pass_bytes = DTYPES[precision], EXTRACT_BATCH * stream.image_bytes
     # three copies of a pass's outputs: as computed, gathered, or in float32
     taken = reserved_bytes + weight_bytes(backbone) + 3 * pass_bytes
-    device = choose_device(most * centre.numel() * dtype.itemsize, group, taken)
+    device = _choose_device(most * centre.numel() * dtype.itemsize, group, taken)
     # written at once, so that later allocations of any process see that the host has less memory
     pooled = PooledFeatures(torch.empty(len(own), *centre.shape, dtype=dtype, device=device).zero_(), centre, group)
     kept = None
@@ -102,3 +103,25 @@ def extract_features(
         token_moments=(sums[0], sums[1]),
         pooled_moments=(sums[2], sums[3]),
     )
+
+
+def _choose_device(num_bytes: int, group: Group, gpu_bytes_taken: float) -> torch.device:
+    """Return the GPU if it has room for `num_bytes` on every rank, else the host.
+
+    Args:
+        gpu_bytes_taken: bytes of the GPU that the backbone, its passes and other features take; heads have their share,
+            and a tenth is left free.
+
+    Raises:
+        ProbeError: neither has room.
+    """
+    if group.device.type == "cuda":
+        left = (1 - HEADS_SHARE - 0.1) * group.min_over_ranks(group.memory_bytes()) - gpu_bytes_taken
+        if num_bytes <= left:
+            return group.device
+    if num_bytes > HOST_SHARE * group.min_over_ranks(group.host_memory_bytes()):
+        raise ProbeError(
+            f"pooled features need {num_bytes / 1e9:.3g} GB on a rank, more than {HOST_SHARE:.0%} of its free host "
+            "memory; use more ranks"
+        )
+    return torch.device("cpu")
