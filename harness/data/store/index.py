@@ -25,7 +25,7 @@ from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.dataset_info import INDEX_FILE, DatasetInfo, image_checksum, read_info
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.remote import is_url, join, open_file
-from aimscale.harness.data.store.shards import ByteRange, Reader, ShardInfo, cached_files, open_reader
+from aimscale.harness.data.store.shards import ByteRange, Reader, cached_files, open_reader
 
 MAX_KEPT_BYTES = 256 * 2**20
 """Limit on the decoded pixels of small images that a process keeps of a data set."""
@@ -67,10 +67,10 @@ class Index:
     def __reduce__(self) -> tuple[Any, ...]:
         return Index, (self._folder,)
 
-    def tar_files(self) -> list[ShardInfo]:
-        """Return the shards."""
-        names = map(os.fsdecode, self.shards["name"].tolist())
-        return list(map(ShardInfo, names, self.shards["size"].tolist()))
+    @property
+    def shard_sizes(self) -> dict[str, int]:
+        """Bytes of the tar files by their names, which are relative to the folder or URL of the shards."""
+        return dict(zip(map(os.fsdecode, self.shards["name"].tolist()), self.shards["size"].tolist(), strict=True))
 
 
 class ShardDataset:
@@ -92,11 +92,6 @@ class ShardDataset:
 
     def __len__(self) -> int:
         return self.info.num_samples
-
-    @property
-    def shards(self) -> list[ShardInfo]:
-        """The tar files."""
-        return self.index.tar_files()
 
     def usable(self, numbers: npt.ArrayLike | None = None) -> I64:
         """Return the sample numbers of the decodable images at `numbers` (0..info.num_usable-1), in index order; O(1)
@@ -316,5 +311,5 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"the index of {where} cannot be read ({reason}); run `aimscale data index` again") from error
-    reader = open_reader(info.shards_at or where, index.tar_files(), cache_dir, cache_gb)
+    reader = open_reader(info.shards_at or where, index.shard_sizes, cache_dir, cache_gb)
     return ShardDataset(where, info, index, reader)

@@ -12,12 +12,13 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.remote import download, is_url, join
@@ -31,15 +32,6 @@ _CHECKED_AT_OPEN = 2000  # shards whose presence and size are checked when a dat
 _PARTIAL = ".partial"
 _IN_USE_S = 30.0  # after its last use a shard may be evicted to fetch another ahead
 _RETRY_S = 15.0  # until shards are fetched ahead again, once there was no room
-
-
-class ShardInfo(NamedTuple):
-    """Name and size of a tar file."""
-
-    name: str
-    """File name, relative to the folder or URL of the shards."""
-    size: int
-    """Bytes."""
 
 
 ByteRange = tuple[str, int, int]
@@ -193,11 +185,11 @@ Reader = LocalReader | CachedReader
 """Reader of byte ranges of one data set's shards."""
 
 
-def open_reader(location: str, shards: Sequence[ShardInfo], cache_dir: str | None, cache_gb: float) -> Reader:
+def open_reader(location: str, sizes: Mapping[str, int], cache_dir: str | None, cache_gb: float) -> Reader:
     """Open a reader of the shards at a folder or URL; see `index.open_dataset`."""
     if is_url(location):
-        return CachedReader(location, dict(shards), _open_cache(cache_dir), int(cache_gb * 1e9))
-    for name, size in shards[:_CHECKED_AT_OPEN]:
+        return CachedReader(location, sizes, _open_cache(cache_dir), int(cache_gb * 1e9))
+    for name, size in itertools.islice(sizes.items(), _CHECKED_AT_OPEN):
         path = Path(location) / name
         there = path.stat().st_size if path.exists() else None
         if there != size:

@@ -31,7 +31,7 @@ from aimscale.harness.run.failures import NoMemoryError, StandstillError
 def test_pack_keeps_bytes_and_labels_and_webdataset_reads_them(small_set: Path) -> None:
     dataset = open_dataset(small_set)
     assert len(dataset) == 60
-    assert len(dataset.shards) > 1
+    assert len(dataset.index.shards) > 1
     assert dataset.classes == ("ant", "bee", "cat")
     originals = {
         path.read_bytes(): label
@@ -42,7 +42,7 @@ def test_pack_keeps_bytes_and_labels_and_webdataset_reads_them(small_set: Path) 
     assert {dataset.read(i): labels[i] for i in range(60)} == originals
     assert len(set(labels[:12].tolist())) == 3, "the first samples are not a random subset"
     assert dataset.decode(5).shape == (3, 32, 32)
-    shards = [str(small_set / shard.name) for shard in dataset.shards]
+    shards = [str(small_set / name) for name in dataset.index.shard_sizes]
     samples = list(webdataset.WebDataset(shards, shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [dataset.key(i) for i in range(60)]
     assert [sample["png"] for sample in samples] == dataset.read_many(range(60))
@@ -187,7 +187,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 
 def test_open_refuses_missing_truncated_and_unlabelled(small_set: Path, large_set: Path, tmp_path: Path) -> None:
     shutil.copytree(small_set, tmp_path / "copy")
-    shard = tmp_path / "copy" / open_dataset(small_set).shards[1].name
+    shard = tmp_path / "copy" / list(open_dataset(small_set).index.shard_sizes)[1]
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(DataError, match=shard.name):
         open_dataset(tmp_path / "copy")

@@ -37,7 +37,7 @@ def test_http_gives_the_same_stream_as_files_and_each_shard_is_fetched_once(
         steps = train_batches(stream, start=start, stop=40, batch_size=8, micro_batch=4, num_workers=workers)
         assert torch.equal(torch.cat([batch.images for step in steps for batch in step]), expected.images[start:])
         starts = [request for request in handler.asked.elements() if ".tar bytes=0-" in request]
-        assert len(starts) == len(stream.datasets[0].shards), "a shard was fetched twice"
+        assert len(starts) == len(stream.datasets[0].index.shards), "a shard was fetched twice"
     handler.asked.clear()
     stream = TrainStream(configure(path=url), cache_dir=str(tmp_path / "cache1"))
     assert torch.equal(stream.batch(range(40)).images, expected.images)
@@ -59,8 +59,9 @@ def test_remote_mistakes_are_named(
     shutil.copytree(small_set, tmp_path / "copy")
     url, _ = serve(tmp_path / "copy")
     dataset = open_dataset(url, cache_dir=str(tmp_path / "cache"))
-    (tmp_path / "copy" / dataset.shards[0].name).unlink()
-    with pytest.raises(DataError, match=dataset.shards[0].name):
+    first, *_ = dataset.index.shard_sizes
+    (tmp_path / "copy" / first).unlink()
+    with pytest.raises(DataError, match=first):
         dataset.read(0)
     with pytest.raises(DataError, match="nowhere"):
         open_dataset(f"{url}/nowhere")

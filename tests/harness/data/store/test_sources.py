@@ -118,7 +118,7 @@ def test_index_records_undecodable_images(tmp_path: Path) -> None:
 def read_through(url: str, local: Path, root: Path, bound: int) -> None:
     """In a process of its own: read a data set twice through a cache that fetches every shard of it."""
     dataset = open_dataset(local)
-    reader = CachedReader(url, dict(dataset.shards), root, bound)
+    reader = CachedReader(url, dataset.index.shard_sizes, root, bound)
     for i in 2 * [*range(len(dataset))]:
         (byte_range,) = dataset.byte_ranges([i])
         reader.read_ahead([byte_range])
@@ -141,7 +141,7 @@ def test_cache_keeps_its_bound_and_touches_nothing_else(
     theirs = tmp_path / "cache" / "0123456789abcdef" / "c.raw"
     theirs.parent.mkdir(parents=True)
     theirs.write_bytes(bytes(200_000))
-    bound = sum(sorted(shard.size for shard in open_dataset(small_set).shards)[:2]) + 1000
+    bound = sum(sorted(open_dataset(small_set).index.shard_sizes.values())[:2]) + 1000
     cached, seen = tmp_path / "cache" / CACHE_FOLDER, set()
     with multiprocessing.get_context("fork").Pool(2) as pool:  # knows the short times
         others = [(serve(small_set)[0], small_set, cached, bound) for _ in range(2)]
@@ -165,7 +165,7 @@ def test_a_cache_that_loses_shards_costs_no_image_and_one_that_cannot_be_written
     small_set: Path, tmp_path: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_dataset(small_set)
-    sizes, (url, handler) = dict(dataset.shards), serve(small_set)
+    sizes, (url, handler) = dataset.index.shard_sizes, serve(small_set)
     byte_ranges = dataset.byte_ranges(range(len(dataset)))
     reader = CachedReader(url, sizes, tmp_path / "cache", 10**9)
     reader.read_ahead(byte_ranges)

@@ -106,7 +106,7 @@ def test_an_error_in_a_worker_keeps_its_type_and_says_where(
     shutil.copytree(small_set, tmp_path / "data")
     stream = TrainStream(configure(path=tmp_path / "data"))
     if kind is DataError:
-        (tmp_path / "data" / stream.datasets[0].shards[0].name).unlink()
+        (tmp_path / "data" / next(iter(stream.datasets[0].index.shard_sizes))).unlink()
     else:
         stream.datasets[0].read_many = operator.index  # type: ignore[assignment, method-assign]
     with pytest.raises(kind) as caught:
