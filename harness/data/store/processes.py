@@ -129,8 +129,8 @@ class _Worker:
         except (EOFError, OSError) as error:
             self.process.join(5)
             raise WorkerDiedError(
-                f"process {self.process.pid}, which reads images, was killed (exit code {self.process.exitcode}), most "
-                "likely for want of memory; use fewer processes (runtime.num_workers), or give the job more memory"
+                f"loader process {self.process.pid} ended (exit code {self.process.exitcode}), most likely killed for "
+                "want of memory; use fewer (runtime.num_workers), or give the job more memory"
             ) from error
 
 

@@ -142,7 +142,8 @@ class _Ring:
 
     def _filled(self, tasks: Iterable[Task]) -> Generator[tuple[str, ...]]:
         """Fill slots, here or in workers, and yield the undecodable samples of each micro-batch."""
-        fill, read_ahead = functools.partial(_fill, self._stream, self.slots), functools.partial(_read, self._stream)
+        fill = functools.partial(_fill, self._stream, self.slots)
+        read_ahead = functools.partial(_read_ahead, self._stream)
         if self._num_workers:
             yield from map_in_processes(
                 fill, tasks, self._num_workers, num_ahead=self._num_ahead, prepare=read_ahead, limit_s=ANSWER_S
@@ -171,7 +172,7 @@ class _Ring:
         return torch.from_numpy(shown)
 
 
-def _read(stream: Stream, task: Task) -> None:
+def _read_ahead(stream: Stream, task: Task) -> None:
     """Start to read the bytes of a micro-batch."""
     stream.read_ahead(task[1])
 
