@@ -72,18 +72,6 @@ class LabelledImages:
         """Data set that the images come from."""
         return self.source.dataset
 
-    def without_bad(self, group: Group) -> LabelledImages:
-        """Leave out the images that any rank has found undecodable; all ranks call this together.
-
-        Raises:
-            DataError: they are too many.
-        """
-        self.source.agree(group, self.rows)
-        is_good = self.source.is_good(self.rows)
-        if is_good.all():
-            return self
-        return replace(self, rows=self.rows[is_good], labels=self.labels[torch.from_numpy(is_good)])
-
     def images(self, indices: Sequence[int], epoch: int | None = None) -> Tensor:
         """Load normalised float32 images (len(indices), C, H, W).
 
@@ -171,15 +159,19 @@ def read_without_bad(
 
     Returns:
         The split without them, and what was read of it.
+
+    Raises:
+        DataError: on all ranks, if they are too many.
     """
     while True:
         found = read(images)
-        good = images.without_bad(group)
-        if len(good) == len(images):
+        images.source.agree(group, images.rows)
+        is_good = images.source.is_good(images.rows)
+        if is_good.all():
             images.source.is_read = True
             return images, found
         del found  # makes room
-        images = good
+        images = replace(images, rows=images.rows[is_good], labels=images.labels[torch.from_numpy(is_good)])
 
 
 def open_labelled(
