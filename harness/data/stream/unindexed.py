@@ -47,7 +47,9 @@ class UnindexedStream(Stream):
         self._reading: Iterator[tuple[str, bytes]] | None = None
 
     def _decode(self, images: torch.Tensor, positions: I64) -> tuple[str, ...]:
-        if self._reading is None and len(positions):  # opened where it is used: in the trainer, or in each worker
+        if not len(positions):
+            return ()
+        if self._reading is None:  # opened where it is used: in the trainer, or in each worker
             self._reading = self._read(seed=make_key("unindexed", self._seed, int(positions[0])))
         bad: list[str] = []
         for row in range(len(positions)):
