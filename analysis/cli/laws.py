@@ -70,6 +70,7 @@ def fit(
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
     from aimscale.analysis.effects.plateau import plateau_flags
+    from aimscale.analysis.fitting.result import EXPONENTS
     from aimscale.analysis.table.points import with_compute
 
     df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
@@ -86,8 +87,9 @@ def fit(
     result = replace(result, flags=(*result.flags, *plateau_flags(df.loc[result.data.index], y)))
     after = [*tuning_lines(tuning), *(["", found.summary()] if found else [])]
     also = {"tuning": tuning, **({"laws": found.table} if found else {})}
-    both = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
-    following = then([*["frontier"] * both, "report"], tables, columns, where, best_of)
+    splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
+    splits = splits and not result.not_identified.intersection(EXPONENTS)
+    following = then([*["frontier"] * splits, "report"], tables, columns, where, best_of)
     show(result, json, figure, labels=label, after=after, also=also, following=following)
 
 

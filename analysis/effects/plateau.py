@@ -12,6 +12,18 @@ STEEPER, LEAST_HEIGHT = 1.5, 0.03
 """A plateau ends where the loss falls so many times as steeply in log-log as before, and so much (in ln loss) above the
 straight line between its neighbours: budgets that scatter by 1 % do not."""
 
+PLATEAU_STEPS = 700
+"""Steps of training up to which our own sweeps lie on the first plateau, as `plan` warns (sweeps/plan/costs.py)."""
+
+
+def first_budget_past_plateau(rows: pd.DataFrame) -> float | None:
+    """Return the images from which a table of our sweeps lies past the first plateau, or None where all of it does."""
+    if not {"run_id", "images_seen", "batch_size"} <= set(rows):
+        return None
+    needed = PLATEAU_STEPS * rows["batch_size"].astype(float)
+    short = rows["images_seen"] < needed
+    return float(needed[short].max()) if short.any() else None
+
 
 def plateau_flags(rows: pd.DataFrame, y: str = "val_loss") -> tuple[Flag, ...]:
     """Flag sizes whose loss falls less from their first to their second budget than to their third.

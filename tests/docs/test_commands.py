@@ -72,9 +72,9 @@ def read_blocks(text: str) -> Iterator[Block]:
 
 def images(home: Path) -> None:
     """Make `~/images`: crops of two photographs in four disjoint parts, as folders of classes."""
-    from skimage import data
+    from aimscale.harness.data.store.bundled import photographs
 
-    pictures = {"cat": data.chelsea(), "rocket": data.rocket()}
+    pictures = {name: photographs()[name].permute(1, 2, 0).numpy() for name in ("chelsea", "rocket")}
     parts = {
         "pretrain": (0.0, 0.4, 40),
         "validation": (0.4, 0.6, 8),
