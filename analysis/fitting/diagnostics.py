@@ -148,8 +148,9 @@ def blind_flags(groups: Groups) -> Iterator[Flag]:
         yield Flag(kind="unseen", subject=name, text=text)
     for name in groups.few:
         num = groups.counts[name]
-        text = f"{num} {name} hardly tell an error that all points of one share: where there is one, 95 % intervals "
-        yield Flag(kind="few_groups", subject=name, number=num, text=f"{text}hold some 90 %.")
+        text = f"Only {num} {name}: an error that all points of one share can hardly be estimated, and where there is "
+        text += "one, 95 % intervals cover about 90 %."
+        yield Flag(kind="few_groups", subject=name, number=num, text=text)
 
 
 def lack_of_fit(found: Estimate, points: Observations, rows: pd.DataFrame) -> tuple[Flag, ...]:

@@ -20,7 +20,9 @@ from aimscale.analysis.table.schema import described
 from aimscale.analysis.words import Flag, flag_words, human, p_value, percent
 
 NOT_IDENTIFIED, NO_INTERVAL = "not identified", "(no interval)"
-ASSUMED = "they take the law for true: on public tables, 3 to 100 times beyond, those of one law hold some 80 % of runs"
+ASSUMED = (
+    "they assume that the law is true; on public tables those of one law covered 80 % of runs 3 to 100 times beyond"
+)
 """Caution about predictions by one law, from backtests on the public tables of docs/forecasts.md."""
 EXPONENTS = ("alpha", "beta", "aN", "aD", "h")
 """Exponents of N and D in the joint laws: Chinchilla's and its kin, Kaplan's, and that of laws of D / N."""
@@ -295,7 +297,7 @@ class Fit(Result):
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         yield from ((f"held out {test.variable}", test.words()) for test in self.heldout)
-        yield from (("with care", each) for each in (*flag_words(self.flags), *held_out_cautions(self.heldout)))
+        yield from (("caution", each) for each in (*flag_words(self.flags), *held_out_cautions(self.heldout)))
         for f in (flag for flag in self.flags if flag.kind in ("scatter", "pattern")):
             ratio, above, below = f.more
             yield "test", f"F = {ratio:.3g} with {above:.0f} and {below:.0f} degrees of freedom ({p_value(f.p)})"

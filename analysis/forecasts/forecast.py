@@ -60,7 +60,7 @@ class Forecast(Result):
 
     def facts(self) -> list[tuple[str, str]]:
         """List flags, the laws and their backtests, how such forecasts fared, what intervals cover, rows left out."""
-        found = [("with care", str(flag)) for flag in self.flags] + self.loss.facts()
+        found = [("caution", str(flag)) for flag in self.flags] + self.loss.facts()
         far = self.table["distance"].unique().tolist()
         if max(far) > 1 and not self.loss.is_tested:
             why = "none: public tables that were forecast were large enough for backtests, this one is not"

@@ -147,7 +147,7 @@ class Rates(Result):
 
     def facts(self) -> list[tuple[str, str]]:
         """Return cautions, the verdict and the laws."""
-        found = [("with care", text) for text in flag_words(self.flags)]
+        found = [("caution", text) for text in flag_words(self.flags)]
         found.append(("tuning", self.verdict()))
         found += [("law", self._law_words(name)) for name in self.laws]
         if not self.laws:
