@@ -166,7 +166,7 @@ def correlate(
 
     Example:
         >>> table = read_table("results.parquet")
-        >>> correlate(table, y="photographs:linear", within="size").table
+        >>> correlate(table, y="photographs:knn", within="size").table
     """
     x, y = our_name(df, x), our_name(df, y)
     partial, within = (name and our_name(df, name) for name in (partial, within))

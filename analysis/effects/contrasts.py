@@ -60,7 +60,7 @@ def contrast(
 
     Example:
         >>> table = read_table("results.parquet")
-        >>> contrast(table, by="kind").table
+        >>> contrast(table, by="size").table
     """
     by = by if by == KIND else our_name(frame, by)
     rows = complete(frame if by == "params_total" else design.with_size(frame))

@@ -35,7 +35,7 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
 
     Example:
         >>> probes = probe_frame(read_table("results.parquet"))
-        >>> plot_accuracy(probes[probes["kind"] == "linear"])
+        >>> plot_accuracy(probes[probes["kind"] == "knn"])
     """
     rows = probes.dropna(subset=["top1"]).reset_index(drop=True)
     tasks, words = list(dict.fromkeys(rows["task"])), parts.labels_of(rows)
@@ -82,7 +82,7 @@ def plot_loss_accuracy(
 
     Example:
         >>> probes = probe_frame(read_table("results.parquet"))
-        >>> plot_loss_accuracy(probes[probes["kind"] == "linear"])
+        >>> plot_loss_accuracy(probes[probes["kind"] == "knn"])
     """
     probes = probes.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
     tasks, words = list(dict.fromkeys(probes["task"])), parts.labels_of(probes)
