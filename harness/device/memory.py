@@ -25,8 +25,6 @@ ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 """Bytes of a value."""
 MAX_BUCKET_VALUES = 50_000_000
 """Largest reduction bucket (`harness.step.deepspeed_setup`): 200 MB messages are long enough for any network."""
-MAX_PIECE_VALUES = 500_000_000
-"""Maximum values per message into which DeepSpeed puts gradients at ZeRO 0."""
 MAX_GATHERED_VALUES = 1_000_000_000
 """Maximum values that DeepSpeed keeps gathered at ZeRO 3."""
 

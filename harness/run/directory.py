@@ -64,7 +64,7 @@ class Status:
     loss: float | None = None
     """Training loss at that step."""
     images_per_s: float | None = None
-    """Throughput of all ranks over about the last 30 seconds."""
+    """Throughput of all ranks over the last ten metric lines."""
     data_wait: float | None = None
     """Share of that time in which the rank that waited longest waited for images, 0..1."""
     mfu_published: float | None = None

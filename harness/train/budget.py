@@ -9,20 +9,13 @@ from aimscale.harness.distributed.group import write_timeout_s
 from aimscale.harness.run.budgets import ABOUT
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.row import ROW_VERSION, describe, model_of
+from aimscale.harness.run.row import ROW_VERSION, budget_columns
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.whole_weights import save_weights
 
 
 def save_budget(
-    run: RunDir,
-    config: RunConfig,
-    engine: Engine,
-    budget: int,
-    *,
-    unique_images: int | None,
-    data_fingerprint: str | None,
-    facts: dict[str, Any],
+    run: RunDir, config: RunConfig, engine: Engine, budget: int, *, unique_images: int | None, facts: dict[str, Any]
 ) -> None:
     """Write a budget's weights, with its row so far in the file's metadata; all ranks call this together.
 
@@ -30,15 +23,11 @@ def save_budget(
         unique_images: different images of the stream; None if they are not counted.
         facts: columns of the row that were measured.
     """
-    row = describe(config) | facts
+    row = budget_columns(config, budget) | facts
     row |= {
         "unique_images": unique_images,
-        "data_fingerprint": data_fingerprint,
         "zero_stage": engine.options.zero_stage,
-        "images_seen": budget,
         "epochs": budget / unique_images if unique_images else None,
-        "flops_train": row["flops_per_image"] * budget,
-        "flops_6nd": 6 * row["params_total"] * model_of(config.training).num_tokens * budget,
         "probes": [],
     }
     about = {
