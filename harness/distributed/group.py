@@ -112,6 +112,7 @@ class Group:
             return lambda: list(counts)
         values = torch.tensor(counts, dtype=torch.int64)
         work = torch.distributed.all_reduce(values, group=self._async_group, async_op=True)
+
         def sums() -> list[int]:
             work.wait()
             return values.tolist()
