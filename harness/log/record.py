@@ -49,8 +49,7 @@ class Recorder:
         self._model_config = model_config
         self._utilisation = functools.partial(utilisation, model_config, peak, world_size=group.world_size)
         self._batch_size = config.training.optimiser.batch_size
-        self.metrics = Metrics(self._batch_size)
-        self._segment = Segment(start=0, stop=0, branch=None)
+        self.metrics = Metrics(batch_size=self._batch_size)
         self._begin_interval()
         self._recent: collections.deque[tuple[float, int, float]] = collections.deque(maxlen=RECENT_LINES)
         """Time, images, and the longest wait for images of a rank, by line; s."""
@@ -58,7 +57,6 @@ class Recorder:
 
     def enter(self, segment: Segment) -> None:
         """Begin a segment, or resume it after a restart."""
-        self._segment = segment
         self._begin_interval()
         self.metrics.enter(segment)
 
@@ -67,25 +65,20 @@ class Recorder:
         self._counted_until, self._wall_s, self._data_wait_s, self._forward_s = time.perf_counter(), 0.0, 0.0, 0.0
         self._num_images = self._num_targets = 0  # of all ranks
 
-    def step(self, step: TrainedStep, *, num_bad_samples: int, data_wait_s: float, forward_s: float) -> None:
+    def step(self, step: TrainedStep) -> None:
         """Record a step; a line is written when it is due, for which all ranks wait.
-
-        Args:
-            num_bad_samples: undecodable samples of all ranks.
-            data_wait_s: time in which this rank waited for its images, s.
-            forward_s: time of this rank's forward passes, s.
 
         Raises:
             DivergedError: too many non-finite steps in a row.
             LockLost: another process took the run over.
         """
-        self.metrics.add(step, num_bad_samples=num_bad_samples)
+        self.metrics.add(step)
         self._num_images += self._batch_size
         self._num_targets += step.num_targets
-        self._data_wait_s += data_wait_s
-        self._forward_s += forward_s
+        self._data_wait_s += step.data_wait_s
+        self._forward_s += step.forward_s
         every = self._config.runtime.log_every_steps
-        if step.images_seen // self._batch_size % every == 0 or step.images_seen == self._segment.stop:
+        if step.images_seen // self._batch_size % every == 0 or step.images_seen == self.metrics.segment.stop:
             self._write_line()
             self._group.wait()  # here and not in the next step's collectives, whose time is short
         skipped = self.metrics.consecutive_skipped

@@ -145,19 +145,17 @@ class Trainer:
                     self._save(position, segment.branch)
                     self.writer.finish()
                     raise
-                taken, forward_s = self._step(step, position, segment.branch)
+                taken = self._step(step, position, segment.branch)
                 position = taken.images_seen
-                self.recorder.step(
-                    taken, num_bad_samples=step.num_bad_samples, data_wait_s=step.wait_s, forward_s=forward_s
-                )
+                self.recorder.step(taken)
                 self.after_step()
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
                     gc.collect()  # objects since the start
                 if position < segment.stop and (step.must_save or position % every < self.batch_size):
                     self._save(position, segment.branch)
 
-    def _step(self, step: Step, position: int, branch: int | None) -> tuple[TrainedStep, float]:
-        """Take the step at a position; returns it and the time of this rank's forward passes, s.
+    def _step(self, step: Step, position: int, branch: int | None) -> TrainedStep:
+        """Take the step at a position.
 
         Raises:
             TooLargeError: memory ran out in the first one, for the first time.
@@ -177,15 +175,17 @@ class Trainer:
         self.longest_step_s = max(self.longest_step_s, time.monotonic() - started)
         step.micro_batches.clear()
         norm = outcome.grad_norm.item()
-        taken = TrainedStep(
+        return TrainedStep(
             images_seen=position + self.batch_size,
             lr=lr,
             num_targets=step.num_targets,
             was_applied=outcome.was_applied,
             loss=loss if math.isfinite(loss) else None,
             grad_norm=norm if math.isfinite(norm) else None,
+            num_bad_samples=step.num_bad_samples,
+            data_wait_s=step.wait_s,
+            forward_s=outcome.forward_s,
         )
-        return taken, outcome.forward_s
 
     def _measure(self, position: int, branch: int | None) -> None:
         """Measure what is due at a position of the trunk."""

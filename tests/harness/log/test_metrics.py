@@ -14,7 +14,7 @@ from aimscale.harness.run.schedule import Segment
 
 
 def metrics(branch: int | None = None) -> Metrics:
-    made = Metrics(8)
+    made = Metrics(batch_size=8)
     made.enter(Segment(start=0, stop=24, branch=branch))
     return made
 

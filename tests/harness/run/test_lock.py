@@ -139,24 +139,6 @@ def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_
     assert {path.name for path in run.path.iterdir()} == {"lock", "metrics.jsonl", "checkpoints"}
 
 
-def test_processes_hold_one_after_the_other(tmp_path: Path) -> None:
-    run, inside = RunDir(tmp_path / "run"), tmp_path / "inside"
-
-    def contend() -> None:
-        num_held = 0
-        while num_held < 4:
-            with contextlib.suppress(LockHeld), run.hold():
-                inside.touch(exist_ok=False)
-                time.sleep(0.02)
-                inside.unlink()
-                num_held += 1
-
-    contenders = [in_fork(contend) for _ in range(6)]
-    for contender in contenders:
-        contender.join()
-    assert [contender.exitcode for contender in contenders] == [0] * 6
-
-
 @pytest.mark.parametrize("name", ["lock", "claim"])
 def test_a_lock_that_is_a_link_is_refused_and_its_target_kept(tmp_path: Path, name: str) -> None:
     (tmp_path / "mine").write_text("precious")
