@@ -177,8 +177,7 @@ def _import_head(file: Path, config: ModelConfig, which: str | None, run: RunDir
 
 
 def _published_recipe(model: ModelConfig, images_seen: int) -> RunConfig:
-    """Build the configuration of an imported run: the paper's recipe, which is the default of `RunConfig` except for
-    head and schedule."""
+    """Build the configuration of an imported run: the paper's recipe, with the released head and cosine."""
     shape = {"image_size": model.image_size, "patch_size": model.patch_size, "channels": model.channels}
     return run_config(
         {

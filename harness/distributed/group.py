@@ -28,14 +28,14 @@ COLLECTIVE_TIMEOUT_S = 1800.0
 PHASE_TIMEOUT_S = 600.0
 """Time for which they wait where one may read a model or write files: the 26 GB of aim-7B at 50 MB/s, s."""
 STEP_TIMEOUT_S, STEP_FACTOR = 100.0, 10.0
-"""Time for which they wait in work that repeats: the larger of this and so many times the longest turn before, s."""
+"""Time for which they wait in a step: the larger of this and so many times the longest step before, s."""
 WRITTEN_BYTES_PER_S = 20e6
 """Rate at which a rank writes at least: 128 of them on a file server of 2.5 GB/s, bytes/s."""
 
 
-def turn_timeout_s(longest_s: float) -> float:
-    """Return how long ranks wait for each other in a turn of work whose longest turn so far took this long, s."""
-    return max(STEP_TIMEOUT_S, STEP_FACTOR * longest_s)
+def step_timeout_s(longest_s: float) -> float:
+    """Return how long ranks wait for each other in a step if the longest so far took this long (0: none), s."""
+    return max(STEP_TIMEOUT_S, STEP_FACTOR * longest_s) if longest_s else COLLECTIVE_TIMEOUT_S
 
 
 def write_timeout_s(num_bytes: float) -> float:
@@ -78,8 +78,7 @@ class Group:
         return int(_host_share() * free_host_bytes()) // self.ranks_per_node
 
     def min_over_ranks(self, number: int) -> int:
-        """Return the minimum of a number over ranks, such as of their hosts' free memory, so that all ranks decide
-        alike."""
+        """Return the minimum of a number over ranks, so that all decide alike."""
         return int(min(self.gather(number)))
 
     @property
@@ -266,8 +265,7 @@ def start_group(placement: Placement, device_name: str) -> Group:
 
 
 def _local_store(placement: Placement) -> torch.distributed.TCPStore | None:
-    """Start or join the store of ranks on one host, which listens on loopback alone; torch's own does on all
-    interfaces.
+    """Start or join the store of ranks on one host, which listens on loopback alone, unlike torch's own.
 
     None if ranks are on several hosts, or if torchrun has started a store for them.
     """
@@ -293,8 +291,7 @@ def import_deepspeed() -> Any:
 
 
 def stop_group() -> None:
-    """Destroy the process group, so that another run may start in this process, and gloo's threads do not abort it at
-    its exit (measured: 16 of 80 exits)."""
+    """Destroy the process group, so that another run may start here and gloo's threads abort no exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if "deepspeed" in sys.modules:

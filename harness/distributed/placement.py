@@ -79,8 +79,7 @@ def first_host(node_list: str) -> str:
 
 
 def gpu_index(placement: Placement, num_visible: int) -> int:
-    """Return the index of this process's GPU among those it sees: 0 if Slurm binds one GPU to each task, else the local
-    rank."""
+    """Return the index of this process's GPU: 0 if Slurm binds one to each task, else the local rank."""
     if num_visible == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0
     if placement.local_rank >= num_visible:

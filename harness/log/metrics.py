@@ -21,6 +21,7 @@ SPIKE_SIGMAS = 6.0
 suffices)."""
 TAIL_FRACTION = 0.05
 """Last share of a budget, over which its `train_loss` is averaged."""
+_NOWHERE = Segment(start=0, stop=0, branch=None)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -73,7 +74,7 @@ class Metrics:
     """Collector of steps that turns them into lines; checkpoints hold all of its fields."""
 
     batch_size: int
-    segment: Segment = Segment(start=0, stop=0, branch=None)
+    segment: Segment = _NOWHERE
     """Segment that the run is on."""
     images_done: int = 0
     """Images trained on, decay branches included."""

@@ -125,8 +125,7 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
 
 
 def _reduce_scatter(tensors: list[Tensor], group: Any) -> list[Tensor]:
-    """Allocate and send what DeepSpeed's `reduce_scatter_coalesced` does, without a view for each rank, which would
-    take most of a rehearsal's time."""
+    """Send what DeepSpeed's `reduce_scatter_coalesced` does, without a view for each rank, which is slow."""
     world_size = torch.distributed.get_world_size(group)
     sizes = [-(-each.numel() // world_size) for each in tensors]
     is_even = len(tensors) == 1 and tensors[0].numel() % world_size == 0

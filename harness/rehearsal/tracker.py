@@ -46,8 +46,7 @@ class PhaseMemory:
 
 
 class StepTracker(TorchDispatchMode):
-    """Dispatch mode that records when storages appear and vanish, and collectives; a storage counts once, whatever
-    views it has."""
+    """Dispatch mode that records storages, each once, from when they appear to when they vanish, and collectives."""
 
     def __init__(self) -> None:
         super().__init__()

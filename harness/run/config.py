@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from aimscale.aim.config import HeadKind, HeadRule, Parametrisation, PatchOrder, QkvInit, Target
 from aimscale.harness.run.evaluation import EvaluationConfig
@@ -77,13 +77,6 @@ class SourceSection(Section):
     """Probability of drawing from this source; the probabilities of a run add up to 1."""
 
 
-def _area_range(shares: tuple[float, float]) -> tuple[float, float]:
-    """Check that an area range is two ascending shares of the image."""
-    if not 0 < shares[0] <= shares[1] <= 1:
-        raise ValueError(f"an area range is a smaller and a larger share of the image, not {list(shares)}")
-    return shares
-
-
 class DataSection(Section):
     """The training stream: which images, how many different ones, and their augmentation."""
 
@@ -97,7 +90,7 @@ class DataSection(Section):
     shard once. A source with no more shards is shuffled as a whole. A batch mixes the classes of this many shards,
     which matters if shards are sorted by class; a cache of remote shards (`runtime.cache_gb`) should hold all of
     them."""
-    crop_scale: Annotated[tuple[float, float], AfterValidator(_area_range)] = (0.4, 1.0)
+    crop_scale: tuple[float, float] = (0.4, 1.0)
     """Area range of the random resized crop (paper, section 3)."""
     horizontal_flip: bool = True
     """Random flips, left to right, of half of the images."""
@@ -114,8 +107,10 @@ class DataSection(Section):
         return any(source.path.startswith(UNINDEXED) for source in self.sources)
 
     @model_validator(mode="after")
-    def _sources_fit(self) -> DataSection:
-        """Check that a stream without an index stands alone, and that the probabilities add up to 1."""
+    def _parts_fit(self) -> DataSection:
+        """Check the area range, and that sources can be mixed and their probabilities add up to 1."""
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale is a smaller and a larger share of the image, not {list(self.crop_scale)}")
         if self.is_unindexed and (len(self.sources) > 1 or self.unique_images is not None):
             raise ValueError(
                 f"a {UNINDEXED} stream has no index, so it cannot be mixed or cut to unique_images; "

@@ -181,8 +181,7 @@ def is_of_network(error: BaseException) -> bool:
 
 
 def is_shared(error: BaseException, run: Path) -> bool:
-    """Return whether the cause of a failure lies outside of the node that met it: the disk of the run's folder `run`,
-    or a checkpoint or lock there."""
+    """Return whether the cause of a failure lies outside of the node that met it, as the disk of `run` does."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         named = error.filename2 or error.filename
         return named is None or _device_of(Path(os.fsdecode(named))) == _device_of(run)

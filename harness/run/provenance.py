@@ -36,8 +36,7 @@ SOURCE = Path(__file__).resolve().parents[2]
 
 @functools.cache
 def git_commit() -> tuple[str | None, bool | None]:
-    """Return the commit of the source tree this code runs from, and whether it has uncommitted changes; nulls outside
-    git.
+    """Return the commit of this source tree, and whether it has uncommitted changes; nulls outside git.
 
     A launcher that copied the code (`Snapshot`), or a container image, passes both in the environment.
     """

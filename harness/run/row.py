@@ -86,8 +86,7 @@ SCALE_FIELDS = {
 
 
 def setup_of(training: TrainingConfig) -> dict[str, Any]:
-    """Return the dotted training fields that differ from their defaults, except `SCALE_FIELDS`: equal if only scale
-    differs.
+    """Return the dotted training fields that differ from their defaults, except `SCALE_FIELDS`.
 
     Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
     """

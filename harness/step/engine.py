@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -45,8 +45,7 @@ class StepOutcome:
     grad_norm: Tensor
     """Global gradient norm before clipping, float32 scalar."""
     was_applied: bool
-    """Whether the step was applied; a step whose gradient is not finite leaves weights, moments and step count as
-    before."""
+    """Whether the step was applied; one whose gradient is not finite changes nothing."""
     forward_s: float = 0.0
     """Time of this rank's forward passes, s; those of slow devices take longest, while all others wait later."""
 
@@ -256,6 +255,14 @@ class Engine:
             for moment in ADAM_MOMENTS:
                 state[moment] = torch.zeros_like(owner)
         return state
+
+    def state(self, fragments: Iterable[Fragment]) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield everything that a checkpoint holds of these parts, float32, by `param/<name>`, `exp_avg/<name>` and
+        `exp_avg_sq/<name>`, with its start in the flattened parameter."""
+        for fragment in fragments:
+            for kind in ("param", *ADAM_MOMENTS) if fragment.numel else ():
+                flat = fragment.flat if kind == "param" else self.adam_state(fragment.flat)[kind]
+                yield f"{kind}/{fragment.name}", fragment.param_start, fragment_of(flat, fragment)
 
     def publish_masters(self) -> None:
         """Copy the master weights into the weights of the forward pass, on all ranks."""

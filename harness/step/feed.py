@@ -74,8 +74,7 @@ class _StartedStep:
 
 
 class Feed:
-    """Source of steps that takes micro-batches from a loader and agrees on them with the other ranks; with loader
-    processes, one step ahead."""
+    """Source of steps, which ranks agree on; with loader processes, one step ahead."""
 
     def __init__(self, group: Group, *, num_tokens: int, max_bad_fraction: float, has_workers: bool) -> None:
         """Set up the feed; `reading` gives it a loader.

@@ -23,10 +23,16 @@ from torch import Tensor
 from aimscale.harness.distributed.group import Group, write_timeout_s
 from aimscale.harness.run.files import new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
 from aimscale.harness.run.lock import check_writer
-from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, read_manifest, read_parts
-from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, fragment_of
+from aimscale.harness.step.checkpoint import (
+    CheckpointError,
+    Manifest,
+    file_crc32,
+    read_manifest,
+    read_parts,
+    write_safetensors,
+)
+from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.feed import run_on_all_ranks
-from aimscale.harness.step.safetensors import write_safetensors
 
 T = TypeVar("T")
 
@@ -46,8 +52,7 @@ class _PendingCheckpoint:
     part: concurrent.futures.Future[Manifest]
     """This rank's part, done when it is on the disk."""
     published: concurrent.futures.Future[Any]
-    """Publication of the whole checkpoint on the first rank, done when older ones are removed; on the others the same
-    as `part`."""
+    """Publication on the first rank, done when older checkpoints are removed; on the others, `part`."""
 
 
 class CheckpointWriter:
@@ -178,18 +183,12 @@ class CheckpointWriter:
             yield piece
 
     def _own_share(self) -> dict[str, Tensor]:
-        """Return the tensors that this rank writes, flat, by key: its own, or its share if all ranks hold
-        everything."""
+        """Return the tensors that this rank writes, flat, by key: its own, or a share of what all ranks hold."""
         fragments = self._engine.fragments()
         if self._engine.options.zero_stage == 0:
             largest_first = sorted(fragments, key=lambda each: -each.numel)
             fragments = largest_first[self._group.rank :: self._group.world_size]
-        share = {}
-        for fragment in fragments:
-            for kind in (MASTER, *ADAM_MOMENTS) if fragment.numel else ():
-                flat = fragment.flat if kind == MASTER else self._engine.adam_state(fragment.flat)[kind]
-                share[f"{kind}/{fragment.name}@{fragment.param_start}"] = fragment_of(flat, fragment)
-        return share
+        return {f"{name}@{start}": values for name, start, values in self._engine.state(fragments)}
 
 
 def _is_complete(final: Path, keep: Collection[Path]) -> bool:

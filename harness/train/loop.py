@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -21,27 +21,27 @@ from aimscale.harness.data.stream.loader import rank_batches
 from aimscale.harness.data.stream.unindexed import open_stream
 from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.peak import device_name, measure_peak
-from aimscale.harness.distributed.group import COLLECTIVE_TIMEOUT_S, turn_timeout_s
+from aimscale.harness.distributed.group import step_timeout_s, write_timeout_s
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.metrics import TrainedStep
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.probe.cost import curve_bytes
 from aimscale.harness.probe.pending_evaluations import update_row
-from aimscale.harness.run.budgets import saved_budgets, trunk_position
+from aimscale.harness.run.budgets import ABOUT, saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import OffTrackError, PreemptedError
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
-from aimscale.harness.run.row import model_of
+from aimscale.harness.run.row import ROW_VERSION, budget_columns, model_of
 from aimscale.harness.run.schedule import Segment, plan_walk, schedule_of
 from aimscale.harness.step.checkpoint import load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, should_compile
 from aimscale.harness.step.feed import Feed, RankRequest, Step, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter
-from aimscale.harness.train.budget import save_budget
+from aimscale.harness.step.whole_weights import save_weights
 from aimscale.harness.train.curve import LearningCurve
 from aimscale.harness.train.profiling import profiled_steps
 
@@ -60,9 +60,8 @@ class Trainer:
             group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
         self.num_workers = runtime.loader_processes(is_gpu=group.device.type == "cuda", cores=group.cores())
-        lookup = functools.cache(find_info)
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
-        measuring = group.from_first(lambda: curve_bytes(config, lookup))
+        measuring = group.from_first(lambda: curve_bytes(config, find_info))
         self.plan = plan_start(
             training,
             runtime,
@@ -96,7 +95,7 @@ class Trainer:
         self.recorder = Recorder(run, config, group, model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
         beside = dataclasses.replace(job, group=group.with_reserved_memory(self.plan.held_bytes))
-        self.curve = LearningCurve(run, config, beside, self.engine, lookup=lookup, loggers=loggers)
+        self.curve = LearningCurve(run, config, beside, self.engine, loggers)
         self.longest_step_s = 0.0
         self.saved_at = time.monotonic()
 
@@ -162,8 +161,7 @@ class Trainer:
         """
         lr, started = self.schedule.lr(position, branch), time.monotonic()
         try:
-            longest_s = self.longest_step_s  # the first one may compile
-            with self.group.collectives_within(turn_timeout_s(longest_s) if longest_s else COLLECTIVE_TIMEOUT_S):
+            with self.group.collectives_within(step_timeout_s(self.longest_step_s)):  # the first one may compile
                 outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
                 loss = self.group.sum_tensor(outcome.loss_sum.double()).item() / step.num_targets
         except Exception as error:
@@ -239,12 +237,24 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def _save_budget(self, budget: int) -> None:
-        """Save the weights at the end of a decay, and record a row."""
+        """Save the weights at the end of a decay, and with them everything in their row that training knows."""
         self.writer.finish()
-        facts = self.recorder.facts()
-        facts |= {"device": device_name(self.group.device), "data_fingerprint": self.stream.fingerprint}
         unique_images = self.stream.unique_images or None
-        save_budget(self.run, self.config, self.engine, budget, unique_images=unique_images, facts=facts)
+        row = budget_columns(self.config, budget) | self.recorder.facts()
+        row |= {
+            "device": device_name(self.group.device),
+            "data_fingerprint": self.stream.fingerprint,
+            "unique_images": unique_images,
+            "zero_stage": self.plan.zero_stage,
+            "epochs": budget / unique_images if unique_images else None,
+            "probes": [],
+        }
+        training = self.config.training
+        about = {"version": ROW_VERSION, "run_id": self.config.run_id, "target": training.objective.target}
+        about |= {"model": training.model.model_dump(mode="json"), "row": row}
+        metadata = {"format": "pt", ABOUT: json.dumps(about, allow_nan=False)}
+        with self.group.collectives_within(write_timeout_s(4 * row["params_total"])):
+            save_weights(self.run.model_file(budget), self.engine, self.group, metadata)
         if self.group.is_first:
             update_row(self.run, self.config, budget)
 

@@ -78,8 +78,7 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationLosses:
-    """Losses of single images, by prefix and summed over prefixes; one row per image that decodes, in the folder's
-    order."""
+    """Losses by image and prefix; one row per image that decodes, in the folder's order."""
 
     index: np.ndarray
     """Sample number in the validation folder, int64."""
@@ -116,8 +115,7 @@ class ValidationLosses:
         return dict(zip(VALIDATION_COLUMNS, (self.loss, self.standard_error, len(self.index)), strict=True))
 
     def save(self, path: Path, name: str = "", pictures: dict[str, np.ndarray] | None = None) -> None:
-        """Write the losses atomically to an npz file, with their `name`, a row's columns, and the model's
-        `completions`."""
+        """Write the losses atomically to an npz file, with their `name`, a row's columns, and `completions`."""
         arrays: dict[str, Any] = {"name": name, **self.columns, **dataclasses.asdict(self), **(pictures or {})}
         with atomic_write(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
