@@ -1,7 +1,7 @@
 """Build of the pages: `sphinx-build -W --keep-going -n docs site`. Warnings are errors, a dead link among them.
 
-Six pages (commands, fields of a configuration, columns of a table, the Python API, figures, the forecasts' record) and
-the sample reports are written by the modules in `generate`.
+Five pages (commands, fields of a configuration, columns of a table, the Python API, figures) and the sample reports are
+written by the modules in `generate`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from docutils import nodes
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generate import api_reference, board, command_reference, config_reference, gallery, table_reference
+from generate import api_reference, command_reference, config_reference, gallery, table_reference
 
 project = "aimscale"
 copyright = "the aimscale maintainers, Apache-2.0"
@@ -27,7 +27,7 @@ source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 nb_execution_mode = "force"  # the notebook is kept without outputs: building the site runs it
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
-exclude_patterns = ["_build", "board.md"]  # a part of forecasts.md
+exclude_patterns = ["_build"]
 myst_heading_anchors = 4
 smartquotes = False  # it would make a dash of the two hyphens of an option
 
@@ -49,7 +49,6 @@ GENERATED = {
     "commands": command_reference.markdown,
     "api": api_reference.markdown,
     "columns": table_reference.markdown,
-    "board": board.markdown,
 }
 
 

@@ -98,7 +98,7 @@ def _parameters(found: Estimate, intervals: Mapping[str, Interval]) -> Iterator[
             text = f"{p.name} is known from above only: the data allow any value from 0 to {human(i.high, 4)}."
             yield Flag(kind="from_above", subject=p.name, number=i.high, text=text), alone
         elif i.low > 0 and (factor := i.high / i.low) > (WIDE_FACTOR if is_linear else WIDE_EXPONENT_FACTOR):
-            text = f"{p.name} is known only within a factor of {factor:.3g}."
+            text = f"{p.name} is known only within a factor of {human(factor)}."
             yield Flag(kind="factor", subject=p.name, number=factor, text=text), {p.name} | alone
         elif on_low or on_high:
             kind, end = ("lower", low) if on_low else ("upper", high)
@@ -120,7 +120,7 @@ def _variables(problem: Problem, points: Observations) -> Iterator[tuple[Flag, s
     """Flag variables that hardly vary, or move together; with the parameters that are unknown for it."""
     for v, values in points.x.items():
         if (factor := float(values.max() / max(values.min(), 1e-300))) < 2:
-            text = f"{v} varies only by a factor of {factor:.3g}, so its exponent is hardly tested."
+            text = f"{v} varies only by a factor of {human(factor)}, so its exponent is hardly tested."
             yield Flag(kind="narrow", subject=v, number=factor, text=text), set()
     for a, b in itertools.combinations(points.x, 2):
         r, both = float(np.corrcoef(np.log(points.x[a]), np.log(points.x[b]))[0, 1]), f"{a} and {b}"

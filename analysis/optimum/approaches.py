@@ -107,7 +107,7 @@ class Approaches(Result):
                 if math.isfinite(row.get(name, math.nan)):
                     ends = Interval(low=row[f"{name}_lo"], high=row[f"{name}_hi"])
                     cells[f"{name}*"] = f"{human(row[name], digits)} {ends.shown(digits)}"
-            rows.append({**cells, "beyond": f"{row['beyond_range']:.3g}x" if row["beyond_range"] > 1 else ""})
+            rows.append({**cells, "beyond": f"{human(row['beyond_range'])}x" if row["beyond_range"] > 1 else ""})
         return f"{super().summary()}\n\n{text_table(rows)}"
 
 

@@ -73,6 +73,7 @@ def plot_loss_accuracy(
     probes: pd.DataFrame,
     correlations: Mapping[str, Iterable[Correlation]] | None = None,
     links: Mapping[str, Fit] | None = None,
+    levels: pd.DataFrame | None = None,
 ) -> Figure:
     """Draw accuracy against validation loss, a panel per task, one marker per size (or images seen).
 
@@ -80,6 +81,7 @@ def plot_loss_accuracy(
         probes: rows of `probe_frame`: val_loss, task, top1, top1_lo95, top1_hi95, chance, and params_total or size.
         correlations: task -> its correlation coefficients, written into the panel as `correlate` orders them.
         links: task -> fitted link from loss to accuracy, drawn with its confidence band.
+        levels: what to compare with, as for `plot_accuracy`.
 
     Returns:
         A matplotlib figure; `save` writes it.
@@ -101,6 +103,8 @@ def plot_loss_accuracy(
         ax.set_xlabel(words("val_loss").replace("\n", " "))
         lines = _correlation_lines((correlations or {}).get(task, ()))
         parts.name_task([ax], mine, task, pad=5 + 7.5 * len(lines))
+        if levels is not None:
+            parts.draw_levels([ax], levels[levels["task"] == task], loc="best")
         ax.text(0, 1.02, "\n".join(lines), transform=ax.transAxes, va="bottom", fontsize="x-small", color=INK)
     parts.legend(panels, words(by) if by else "", 4 if len(tasks) < 2 else 8)
     return figure

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml
 
+from aimscale.analysis.report.findings import findings
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.read import probe_frame
@@ -63,6 +64,7 @@ def folder_card(study: Study, tables: Sequence[str], folder: Path, about: About)
         f"# {about.title}",
         f"{len(study.frame)} rows, one per training run and data budget, analysed by aimscale.",
         "## Findings",
+        "\n".join([f"- **{each.sentence}.** {each.detail}" for each in findings(study)]),
         "\n".join(f"- **{line.question}** {line.answer}" for line in verdict(study)),
         "\n".join(f"![{name.removesuffix('.png').replace('-', ' ')}](figures/{name})" for name in figures),
     ]

@@ -18,8 +18,8 @@ import matplotlib as mpl
 
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.plots.style import save
-from aimscale.analysis.report.blocks import sort_key
-from aimscale.analysis.report.sections import Section, sections
+from aimscale.analysis.report.blocks import PageFigure, sort_key
+from aimscale.analysis.report.sections import Section, drawn_findings, sections
 from aimscale.analysis.report.study import Study, read_study
 from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.schema import written_aside
@@ -71,10 +71,10 @@ def write_page(study: Study, out: str | Path | None = None, figures: str | Path 
     folders = [path if path.is_dir() else path.parent for path in study.paths]
     with mpl.rc_context():
         mpl.rcdefaults()  # pages look alike, whatever their caller has set
-        laid_out = sections(study)
-        page = render(study, laid_out, _description(folders))
+        found, laid_out = drawn_findings(study), sections(study)
+        page = render(study, found, laid_out, _description(folders))
         if figures is not None:
-            for drawn in (part for section in laid_out for part in section.parts["PageFigure"]):
+            for drawn in (*found, *(part for section in laid_out for part in section.parts["PageFigure"])):
                 save(drawn.figure, Path(figures) / drawn.key)
     page_path = Path(out or folders[0])
     page_path = page_path / "report.html" if page_path.is_dir() else page_path
@@ -98,7 +98,7 @@ def _description(folders: Sequence[Path]) -> str:
         raise AnalysisError(f"cannot read {named} ({error}); collect the sweep again.") from error
 
 
-def render(study: Study, laid_out: Sequence[Section], description: str) -> str:
+def render(study: Study, found: Sequence[PageFigure], laid_out: Sequence[Section], description: str) -> str:
     """Write the page's HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -113,6 +113,7 @@ def render(study: Study, laid_out: Sequence[Section], description: str) -> str:
         title=", ".join(sweeps) or study.paths[0].stem,
         description=description,
         made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        findings=found,
         verdict=verdict(study),
         missing=study.missing,
         sections=laid_out,

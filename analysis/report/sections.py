@@ -14,11 +14,11 @@ from aimscale.analysis.accuracy.correlation import Correlations
 from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.registry import REGISTER, score_words, scores
-from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines
-from aimscale.analysis.published.published import TASKS, best_frozen, table6
+from aimscale.analysis.published.comparison import ADAPTED
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block
+from aimscale.analysis.report.findings import findings, levels
 from aimscale.analysis.report.runs import provenance, settings, what_was_run
-from aimscale.analysis.report.study import CORRELATION, Study
+from aimscale.analysis.report.study import CORRELATION, LINK, Study
 from aimscale.analysis.table.design import DESIGN, design_columns, varies
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import loss_unit, read_curves
@@ -58,6 +58,11 @@ def sections(study: Study) -> list[Section]:
     return made
 
 
+def drawn_findings(study: Study) -> list[PageFigure]:
+    """Draw the findings."""
+    return [PageFigure(each.key, each.sentence, each.detail, each.draw()) for each in findings(study)]
+
+
 def _runs(study: Study) -> Iterator[Part]:
     yield from what_was_run(study)
     frame, unit = study.frame, loss_unit(study.usable)
@@ -78,7 +83,7 @@ def _columns(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 
 def _scaling(study: Study) -> Iterator[Part]:
-    """Draw the loss against N and D with the joint law, and against C with the law of the envelope."""
+    """Draw the loss against D with the joint law (N is among the findings), and against C with that of the envelope."""
     usable, law, envelope = study.usable, study.get("law"), study.get("law of the envelope")
     for key, x, by, what in (
         ("N", "params_total", "images_seen", "parameters"),
@@ -88,8 +93,10 @@ def _scaling(study: Study) -> Iterator[Part]:
         if x not in _columns(usable, [x]):
             continue
         if key != "C" and law is not None:
+            if key == "N":
+                continue  # among the findings
             figure = law.plot(x=key)
-            caption = _equation(law) if key == "N" else "The same law, a line for each size."
+            caption = f"A line for each size. {_equation(law)}"
         else:
             others = by if by in usable and usable[by].notna().all() else None
             figure = analysis.plot_points(usable, x, by=others, envelope=envelope if key == "C" else None)
@@ -116,7 +123,7 @@ def _accuracy(study: Study) -> Iterator[Part]:
         for first in range(0, len(tasks), MAX_TASKS):
             some = rows[rows["task"].isin(tasks[first : first + MAX_TASKS])]
             key = html_id("accuracy", kind) + (f"-{1 + first // MAX_TASKS}" if first else "")
-            yield PageFigure(key, title, caption, analysis.plot_accuracy(some, _levels(study, kind, some)))
+            yield PageFigure(key, title, caption, analysis.plot_accuracy(some, levels(study, kind, some)))
     if probes.empty:
         return
     note = "Top-1 in per cent."
@@ -132,21 +139,6 @@ def _accuracy(study: Study) -> Iterator[Part]:
     yield Block("probes", title, _columns(listed, names), note=note, is_open=False)
 
 
-def _levels(study: Study, kind: str, rows: pd.DataFrame) -> pd.DataFrame:
-    """List what accuracies of a kind may be compared with: the table's own baselines, and on its tasks the paper."""
-    same, theirs = rows[["task", "n"]].drop_duplicates(), read_baselines(study.frame)
-    theirs = theirs[theirs["kind"].eq(kind) & (kind != ADAPTED)].rename(columns={"size": "name"})
-    own = theirs.merge(same, on=["task", "n"]).reindex(columns=["task", "name", "top1"])
-    own = own.drop_duplicates(["task", "name"]).sort_values("top1")
-    paper = [
-        {"task": task, "name": f"{key}, published", "top1": table6().loc[key, task]}
-        for task in (same["task"].unique() if kind == PROTOCOL and study.is_ours else ())
-        if task in TASKS
-        for key in dict.fromkeys(("aim-7B", best_frozen(task)))
-    ]
-    return pd.concat([own, pd.DataFrame(paper, columns=own.columns)], ignore_index=True)
-
-
 def _loss_accuracy(study: Study) -> Iterator[Part]:
     probes = study.probes
     if probes.empty or "val_loss" not in probes or probes["val_loss"].isna().all():
@@ -155,7 +147,7 @@ def _loss_accuracy(study: Study) -> Iterator[Part]:
         rows, what = probes[probes["kind"] == kind], accuracy_of(kind)
         correlations, links = (
             {task: named[f"{task}:{kind}"] for task in rows["task"].unique() if f"{task}:{kind}" in named}
-            for named in (study.all(CORRELATION), study.all("link from loss to"))
+            for named in (study.all(CORRELATION), study.all(LINK))
         )
         caption = (
             f"{_capital(what)} and validation loss. Brackets: 95 % intervals of the correlations, at equal compute "

@@ -46,7 +46,7 @@ FORECAST_SCALES = (2.0, 10.0)
 """Multiples of the largest N and D that the page forecasts at; of an iso-FLOP design, of the largest C."""
 QUIET = ("forecaster", "next runs", "noise", "trajectory")
 """Results that few tables allow: that there is none is not told."""
-HELD_OUT, CORRELATION = "held-out test over the largest", "correlation of loss with"
+HELD_OUT, CORRELATION, LINK = "held-out test over the largest", "correlation of loss with", "link from loss to"
 
 
 @dataclass(kw_only=True)
@@ -268,7 +268,7 @@ def correlate_probes(study: Study) -> None:
             study.attempt(CORRELATION, analysis.correlate, rows, subject=name)
             known = rows.dropna(subset=["val_loss", "top1"]).reset_index(drop=True)
             levels = {level: task_level(known, level) for level in ("chance", "ideal")}
-            study.attempt("link from loss to", analysis.link, known, **levels, is_tested=False, subject=name)
+            study.attempt(LINK, analysis.link, known, **levels, is_tested=False, subject=name)
 
 
 def _measure_effects(study: Study) -> None:

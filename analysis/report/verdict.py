@@ -1,4 +1,4 @@
-"""First five lines of the page: can it be trusted, the law, the best split, the forecast, what to run next."""
+"""Summary of the page: trust, what is imprecise, the law, the best split, the forecast, what to run next."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aimscale.analysis.words import human, percent
 
 Colour = Literal["green", "amber", "red"]
 MAX_REASONS = 4
-"""Reasons told on the first line; the others are flags of the fits below."""
+"""Doubts told in the summary; the others are flags of the fits below."""
 SMALL, SIZED = 1.0, ("scatter", "pattern")
 """Per cent below which flags of these kinds change no decision where left-out scales are predicted."""
 HARMLESS = ("factor", "outliers", "tuned", "few_groups")
@@ -28,8 +28,18 @@ choice among rates that biases losses by part of their noise, groups so few that
 HEADS = {"green": "Yes", "amber": "With care", "red": "No"}
 
 
+class Trust(NamedTuple):
+    """Judgement of a law."""
+
+    colour: Colour
+    reasons: list[str]
+    """Why it is that colour."""
+    doubts: list[str]
+    """What is imprecise, the largest first."""
+
+
 class Line(NamedTuple):
-    """One of the five."""
+    """A question of the summary."""
 
     question: str
     answer: str
@@ -37,29 +47,31 @@ class Line(NamedTuple):
     """Trust in the rest; set on the first line only."""
 
 
-def verdict(study: Study) -> tuple[Line, ...]:
-    """Write the five lines, whatever the table allows; each says so where it has no answer."""
+def verdict(study: Study) -> list[Line]:
+    """Write the summary, whatever the table allows; each line says so where it has no answer."""
     joint, frontier = study.get("law"), study.get("compute-optimal frontier")
-    colour, reasons = trust(joint, frontier)
-    if (num := len(reasons) - MAX_REASONS) > 0:
-        reasons[MAX_REASONS:] = [f"{num} more stand{'s' * (num == 1)} below, with the law."]
-    return (
-        Line("Can it be trusted?", f"{HEADS[colour]}. {' '.join(reasons)}", colour),
+    colour, reasons, doubts = trust(joint, frontier)
+    if (num := len(doubts) - MAX_REASONS) > 0:
+        doubts[MAX_REASONS:] = [f"{num} more stand{'s' * (num == 1)} below, with the law."]
+    lines = [Line("Can it be trusted?", f"{HEADS[colour]}. {' '.join(reasons)}", colour)]
+    lines += [Line("What is imprecise", " ".join(doubts))] if doubts else []
+    return [
+        *lines,
         Line("The law", " ".join(_law(study, joint)) if joint else "None."),
         Line("Best split", _split(study, frontier)),
         Line("Forecast", _forecast(study)),
         Line("What to run next", _next(study, joint)),
-    )
+    ]
 
 
-def trust(joint: Fit | None, frontier: Approaches | None) -> tuple[Colour, list[str]]:
-    """Judge the joint law, with reasons.
+def trust(joint: Fit | None, frontier: Approaches | None) -> Trust:
+    """Judge the joint law.
 
     Red: the law must not be used. Amber: something may change a decision. Green: the law is identified and predicts
     what was left out; what else is known of it is small, and said as what it is.
     """
     if joint is None:
-        return "red", ["No joint law of parameters and data could be fitted."]
+        return Trust("red", ["No joint law of parameters and data could be fitted."], [])
     exponents = [name for name in EXPONENTS if name in joint.params]
     unknown = [p for p in exponents if p in joint.not_identified]
     fatal = [f"{p} is not identified." for p in unknown]
@@ -71,22 +83,11 @@ def trust(joint: Fit | None, frontier: Approaches | None) -> tuple[Colour, list[
     tiny = [f for f in flags if f.kind in HARMLESS or (f.kind in SIZED and abs(f.number) < SMALL)]
     small = [] if failures else tiny
     cautions = [*failures, *map(str, frontier.flags if frontier else ()), *(str(f) for f in flags if f not in small)]
-    notes = [*held_out_cautions(blind if tests else ()), *map(str, small)]
-    if fatal or cautions:
-        return "red" if fatal else "amber", [*_left_out(joint), *fatal, *cautions, *notes]
+    doubts = [*cautions, *held_out_cautions(blind if tests else ()), *map(str, small)]
+    if fatal:
+        return Trust("red", fatal, doubts)
     named = f"{' and '.join(exponents)} {'is' if len(exponents) == 1 else 'are'} identified."
-    return "green", [named, *_left_out(joint), *notes]
-
-
-def _left_out(joint: Fit) -> list[str]:
-    """Say how the largest scales were predicted: the numbers that doubts about the law are measured by."""
-    tests = joint.heldout
-    largest = " and ".join(test.variable for test in tests)
-    laws = " and ".join(percent(test.mean_abs_relative_error) for test in tests)
-    lines = " and ".join(percent(test.naive_mean_abs_relative_error) for test in tests)
-    points, are = sum(test.num_test for test in tests), "is" if len(tests) == 1 else "are"
-    counted = f"{points} point{'s' * (points > 1)}; a straight line: {lines}"
-    return [f"Left out, the largest {largest} {are} predicted to {laws} ({counted})."] if tests else []
+    return Trust("amber" if cautions else "green", [named], doubts)
 
 
 def _law(study: Study, joint: Fit) -> Iterator[str]:
@@ -120,7 +121,7 @@ def _split(study: Study, found: Approaches | None) -> str:
     law = f" on the {best.law.law.name} law" if best.law else ""
     several = len(found.frontiers) > 1
     exponents = [f"C^{f.exponent_words()}{f' (approach {f.approach})' * several}" for f in found.frontiers]
-    apart = [f"There they differ by a factor of {found.disagreement(top):.2g} in N."] * several
+    apart = [f"There they differ by a factor of {human(found.disagreement(top), 2)} in N."] * several
     parts = [
         f"At {human(top)} FLOP: N = {n} [{n_lo}, {n_hi}], D = {d}, by approach {best.approach}{law}.",
         f"N grows as {', '.join(exponents)}.",
@@ -137,8 +138,8 @@ def _forecast(study: Study) -> str:
     for row in found.table[found.table["quantity"] == "val_loss"].to_dict("records"):
         n, d = human(row["N"]), human(row["D"])
         parts.append(
-            f"At N = {n}, D = {d} ({row['distance']:.3g} times beyond the table) a loss of {row['value']:.4g} "
-            f"[{row['pi_lo']:.4g}, {row['pi_hi']:.4g}]."
+            f"At N = {n}, D = {d} ({human(row['distance'])} times beyond the table) a loss of {human(row['value'], 4)} "
+            f"[{human(row['pi_lo'], 4)}, {human(row['pi_hi'], 4)}]."
         )
         repeats += map(str, passes_flags(study.usable, f"D = {d}", {"D": row["D"]}))
     return " ".join([*parts, f"Intervals: {percent(CONFIDENCE)}, of one run.", *repeats])
@@ -152,7 +153,7 @@ def _next(study: Study, joint: Fit | None) -> str:
         for name in joint.not_identified.intersection(names):
             (low, high), num = joint.ranges[v], num_values(joint.data[v].to_numpy())
             return (
-                f"More {noun}: {name} is not identified by {num} of them over a factor of {high / low:.3g}. "
+                f"More {noun}: {name} is not identified by {num} of them over a factor of {human(high / low)}. "
                 f"At the largest {other}, go on below {human(low)} or beyond {human(high)}."
             )
     words = "A run beyond the largest one: no smaller run narrows its forecast for less."

@@ -1,7 +1,7 @@
 """Logs of other people's tools as one frame of points: Weights & Biases and marin's JSON lines, TensorBoard's event
 files, MLflow's and Lightning's folders.
 
-Of W&B, names of this project's own runs are mapped to ours, so that their exports need no `--columns` (docs/wandb.md).
+W&B's exports of this project's own runs need no `--columns`: their names are mapped to ours (docs/results.md).
 """
 
 from __future__ import annotations

@@ -228,5 +228,6 @@ def passes_flags(rows: pd.DataFrame, what: str, at: Mapping[str, float]) -> tupl
     passes = at["D"] / pool
     if not passes > max(most, REPEATS_FROM):
         return ()
-    text = f"{what} means {passes:.3g} passes over the pool of {human(pool)}, beyond the {most:.3g} that were seen."
+    times, seen = human(passes), human(most)
+    text = f"{what} means {times} passes over the pool of {human(pool)}, beyond the {seen} that were seen."
     return (Flag(kind="passes", subject=what, number=passes, text=text),)

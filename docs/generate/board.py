@@ -1,6 +1,6 @@
-"""The forecasts' record, `docs/board.md`, which docs/forecasts.md includes: from `docs/board.csv` and tests/board.
+"""The forecasts' record in docs/forecasts.md, between its marks: from `docs/board.csv` and tests/board.
 
-`tests/experiments/board.py` writes the scores; the page is made when the site is built.
+`tests/experiments/board.py` writes the scores, `python docs/generate/board.py` the page's part; a test compares them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from aimscale.analysis.forecasts.forecast import records
 ROOT = Path(__file__).parents[2]
 SCORES = ROOT / "docs/board.csv"
 TABLES = ROOT / "tests/board"
+PAGE = ROOT / "docs/forecasts.md"
+BEGIN, END = "<!-- record: written by docs/generate/board.py -->\n", "<!-- record: end -->"
 LOSS, STACK = "val_loss", "stack"
 MANY_POINTS = 10
 """Cuts with fewer points are left out of the lowest share inside."""
@@ -105,3 +107,13 @@ def _sources(used: set[str]) -> list[str]:
 def _table(frame: pd.DataFrame) -> str:
     rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *frame.astype(str).to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def page_with_record() -> str:
+    """Return docs/forecasts.md with the record of today."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    return before + BEGIN + markdown() + END + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with_record())

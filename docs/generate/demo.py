@@ -21,6 +21,7 @@ from aimscale.analysis import correlate, fit, frontier, held_out, laws, plot_fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.accuracy import plot_loss_accuracy
 from aimscale.analysis.plots.style import png_bytes
+from aimscale.analysis.report.findings import findings
 from aimscale.analysis.report.study import study_tables
 from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.read import read_tables
@@ -38,10 +39,12 @@ def law(table: pd.DataFrame) -> Fit:
 
 
 def first_lines(folder: Path = TABLES) -> str:
-    """Write README's text about a run of the demo: the report's own first lines, but for what to run next."""
+    """Write README's text about a run of the demo: the report's own findings and summary, but for what to run next."""
     tables = [folder / "results.parquet"]
-    lines = verdict(study_tables(tables, read_tables(tables)))
-    text = "\n".join([*(f"- **{line.question.rstrip('?')}**: {line.answer}" for line in lines[:-1]), ""])
+    study = study_tables(tables, read_tables(tables))
+    lines = [f"- **{each.sentence}.** {each.detail}" for each in findings(study)]
+    lines += [f"- **{line.question.rstrip('?')}**: {line.answer}" for line in verdict(study)[:-1]]
+    text = "\n".join([*lines, ""])
     return text.replace("alpha", "α").replace("beta", "β")
 
 

@@ -12,7 +12,7 @@ from aimscale.analysis.table.schema import COLUMNS, OF_CURVES, PROBE_FIELDS, SCH
 INTRODUCTION = f"""\
 # Columns of the results table
 
-Version {SCHEMA_VERSION} of the schema. [The results table](results-table.md) says what a row is and how to read it.
+Version {SCHEMA_VERSION} of the schema. [The results table](results.md) says what a row is and how to read it.
 """
 
 

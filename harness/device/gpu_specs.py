@@ -56,7 +56,7 @@ MFU = 0.40
 rung-64 up reached it; smaller ones take up to four times as long."""
 DECODED_PER_S = 1100.0
 """Assumption: JPEGs of 500 x 375 px per second that one loader process decodes and crops to 224 px; measured on one
-core of an AMD EPYC of 2022 (docs/benchmarks.md)."""
+core of an AMD EPYC of 2022 (docs/evidence.md)."""
 LIST_TIMEOUT_S = 30
 
 

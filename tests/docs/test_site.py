@@ -22,7 +22,6 @@ GENERATED = {
     ROOT / "docs/configuration.md": config_reference.markdown,
     ROOT / "docs/api.md": api_reference.markdown,
     ROOT / "docs/columns.md": table_reference.markdown,
-    ROOT / "docs/board.md": board.markdown,
 }
 """Pages that the site's build writes, but the gallery."""
 
@@ -109,6 +108,10 @@ def test_changelog_citation_and_package_say_one_release() -> None:
     assert cited["version"] == project["version"]
     assert f"\n## {cited['version']} ({cited['date-released']})" in changes
     assert cited["repository-code"] == project["urls"]["Repository"]
+
+
+def test_the_page_on_forecasts_shows_the_record_of_today() -> None:
+    assert board.page_with_record() == board.PAGE.read_text()
 
 
 def test_the_page_on_reports_names_every_section() -> None:

@@ -1,5 +1,6 @@
 """One page of a whole study: laws from the main grid, single changes, repeats, noise, in words first."""
 
+import dataclasses
 import html
 import json
 import re
@@ -14,8 +15,9 @@ from tables import law_grid
 
 from aimscale.analysis import correlate, laws, link
 from aimscale.analysis.forecasts.forecaster import DOF
+from aimscale.analysis.report.findings import findings
 from aimscale.analysis.report.page import write_report
-from aimscale.analysis.report.study import Study, correlate_probes, next_scales, study_tables
+from aimscale.analysis.report.study import CORRELATION, Study, correlate_probes, next_scales, study_tables
 from aimscale.analysis.report.verdict import verdict
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.analysis.words import percent
@@ -89,14 +91,14 @@ def test_the_page_says_what_was_tuned_and_how_often_data_repeat(known_study):
     kinds = {flag.kind for flag in study.flags}
     assert not kinds & {"tuned", "few_groups", "unseen"}  # corrected, not merely chosen; nor what the rates' law lacks
     assert study.tuning == "the largest size is tuned within 0.1 % of its loss"
-    assert f"Learning rates: {study.tuning}." in verdict(study)[1].answer
+    told = {line.question: line.answer for line in verdict(study)}
+    assert f"Learning rates: {study.tuning}." in told["The law"]
     assert any("60 rows not the best lr_multiplier" in each for each in study.exclusions)
-    _, _, split, forecast, bought = verdict(study)
     half = float(student.ppf(0.975, DOF)) * study.get("next runs").sd_before
-    assert f"from ±{percent(half)} to" in bought.answer, "it was one standard deviation"
-    assert "passes over the pool of 16k, beyond the 4 that were seen" in forecast.answer
+    assert f"from ±{percent(half)} to" in told["What to run next"], "it was one standard deviation"
+    assert "passes over the pool of 16k, beyond the 4 that were seen" in told["Forecast"]
     frontier = study.get("compute-optimal frontier")
-    assert ("passes" in split.answer) == (frontier.frontiers[-1].at(frontier.largest_budget)["D"][0] > 64e3)
+    assert ("passes" in told["Best split"]) == (frontier.frontiers[-1].at(frontier.largest_budget)["D"][0] > 64e3)
 
 
 def test_two_experiments_in_one_table_are_noticed_and_told_once():
@@ -187,6 +189,28 @@ def test_a_grid_is_held_out_by_its_sides(grid):
     top = grid[["params_total", "images_seen"]].max()
     assert [at["N"] / top["params_total"] for at in next_scales(study)] == pytest.approx([2.0, 10.0])
     assert [at["D"] / top["images_seen"] for at in next_scales(study)] == pytest.approx([2.0, 10.0])
+
+
+def test_the_findings_are_the_numbers_of_the_test_and_the_correlation(known_study):
+    """Where nothing goes with the loss at equal compute, the finding says so; where no probe ran, it is of the law."""
+    study = study_tables((), pd.DataFrame(rows_of(known_study, {"seeds": [0]})))
+    by_size = study.get("law").heldout[0]
+    law, features = findings(study)
+    assert by_size.variable == "N"
+    errors = by_size.mean_abs_relative_error, by_size.naive_mean_abs_relative_error
+    told = "Left out, the largest size is predicted to {}; a straight line misses by {}"
+    assert law.sentence == told.format(*map(percent, errors))
+    first = next(iter(study.get(CORRELATION, "pets:attentive")))
+    assert first.is_significant
+    words = f"Lower loss, better features: at equal compute r = {first.value:.2f} [{first.low:.2f}, {first.high:.2f}]"
+    assert features.sentence.startswith(f"{words} on pets, at best ")
+    turned = {"pets:attentive": [dataclasses.replace(each, value=0.5, low=0.2, high=0.8) for each in [first]]}
+    study.results[CORRELATION] = turned
+    assert findings(study)[1].sentence.startswith("Lower loss, LOWER accuracy: ")
+    study.results[CORRELATION]["pets:attentive"] = [dataclasses.replace(first, low=-1.0, high=1.0)]
+    assert findings(study)[1].sentence.startswith("Not known whether lower loss means better features: ")
+    study.results[CORRELATION] = {}
+    assert [each.key for each in findings(study)] == ["loss-N"]
 
 
 def entry(kind: str, top1: float, **more: Any) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def test_wandb_holds_a_run_as_one_run_across_starts_with_what_reads_it_back(
     assert {(each.run_id, each.run_group, each.project) for each in starts} == {(config.run_id, "my-sweep", "aimscale")}
     assert set(starts[0].tags) == {"w16-d2", "D=64", "D=128"}
     values = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
-    every = pd.DataFrame([values | line for line in lines])  # as docs/wandb.md writes it
+    every = pd.DataFrame([values | line for line in lines])  # as docs/results.md writes it
     every.to_json(tmp_path / "history.jsonl", orient="records", lines=True)
     last = {name: value for line in lines for name, value in line.items()}
     last |= {"Name": "of a person's", "State": "running", "images_seen": 999}  # training goes on

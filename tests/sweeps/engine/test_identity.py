@@ -1,4 +1,4 @@
-"""Identity of runs, through `launch` with the real trainer: one test for each rule of docs/run-directory.md."""
+"""Identity of runs, through `launch` with the real trainer: one test for each rule of docs/results.md."""
 
 from __future__ import annotations
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import yaml
+from pages import ROOT
 
 from aimscale.aim.errors import UserError
+from aimscale.analysis import rates, read_tables
 from aimscale.harness.run.files import write_text
 from aimscale.harness.run.strict import merge
 from aimscale.sweeps.engine.launch import load_plan
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.recipes import Scale, get_recipe, parse_recipe
+from aimscale.sweeps.plan.recipes import Scale, get_recipe, parse_recipe, read_recipe
 from aimscale.sweeps.plan.sweepfile import load_sweep
 from aimscale.sweeps.state.sweep_dir import prepare_directory
 
@@ -26,17 +28,30 @@ SCALES = [
 ]
 
 
-def test_the_small_recipe_is_the_formula_by_which_the_studies_were_trained() -> None:
+def test_the_small_recipe_and_that_of_the_studies_are_their_formulas() -> None:
+    of_studies = read_recipe(ROOT / "docs/study/recipe.yaml")
     for scale in SCALES:
-        fields, d, budget = get_recipe("small").fields(scale), scale.width, scale.budget
+        fields, n, budget = get_recipe("small").fields(scale), scale.params_total, scale.budget
         batch_size = max(16, int(64 * 2.0 ** round(math.log2(budget / 64_000) / 2)))
         assert fields["optimiser"] == {
             "batch_size": batch_size,
-            "lr_peak": float(f"{2e-3 * (64 / d) ** 0.75:.1e}"),
+            "lr_peak": float(f"{6.8e-3 * (n / 60_000) ** -0.4 * (budget / 64_000) ** -0.2:.1e}"),
             "precision": "fp32",
         }
         assert fields["schedule"] == {"warmup_images": budget // 10, "kind": "wsd"}
         assert fields["devices"] == 1
+        trained = {"optimiser": {"lr_peak": float(f"{2e-3 * (64 / scale.width) ** 0.75:.1e}")}}
+        assert of_studies.fields(scale) == merge(fields, trained)
+
+
+def test_the_small_recipe_has_the_best_rates_measured_on_cifar() -> None:
+    study = ROOT / "docs/study/results"
+    found = rates(read_tables([study / f"cifar{part}.parquet" for part in ("", "-rates", "-tuning")]))
+    for n, middle in ((15_072, 65_536), (60_752, 65_536), (238_920, 65_536)):  # the middle of three budgets at batch 32
+        best = found.laws["lr"].predict({"N": [n], "D": [middle]}).iloc[0]
+        recipe = get_recipe("small").lr_peak(Scale(width=1, params_total=n, budget=middle // 2))
+        batch_size = get_recipe("small").batch_size(Scale(width=1, params_total=n, budget=middle // 2))
+        assert best["ci_lo"] < recipe / math.sqrt(batch_size / 32) < best["ci_hi"]
 
 
 def test_the_papers_recipes_are_its_table_9_and_the_released_trainer() -> None:
