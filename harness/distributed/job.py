@@ -45,7 +45,6 @@ HEARTBEAT_S = 5.0
 WORD_S = 10.0
 """Seconds that a rank which lost another waits for that one to record what happened."""
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-_DIVERGED = {"state": "diverged", "reason_class": "nan"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,8 +115,7 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
             job.update_status(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
             return EXIT_PREEMPTED
         except (DivergedError, OffTrackError) as error:
-            ended = {"state": "off-track"} if isinstance(error, OffTrackError) else _DIVERGED
-            job.update_status(**ended, phase="", reason=str(error))
+            job.update_status(**error.ended, phase="", reason=str(error))
             if group.is_first:
                 print(f"aimscale: {error}", file=sys.stderr)
             return error.exit_code
@@ -125,7 +123,7 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
             timer = end_within(EXIT_S)  # the disk may hang, or an exit that waits for a rank that is gone
             about_another = _note_failure(job, writer_folder / "failure.json", error)
             if group.world_size == 1:
-                timer.cancel()  # this process may try again
+                timer.cancel()  # a caller may go on
             if about_another:
                 raise LaunchError(about_another) from error  # where this rank met it tells nothing
             raise

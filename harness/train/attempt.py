@@ -15,7 +15,7 @@ from aimscale.harness.probe.pending_evaluations import pending_work
 from aimscale.harness.run.budgets import missing_budgets
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
-from aimscale.harness.run.failures import TooLargeError, memory_advice
+from aimscale.harness.run.failures import memory_advice
 from aimscale.harness.train.evaluate import evaluate_run
 from aimscale.harness.train.loop import Trainer
 
@@ -57,11 +57,4 @@ def train(path: Path, config: RunConfig | None = None) -> int:
         with memory_advice():
             evaluate_run(run, config, job, loggers, with_probes=os.environ.get("AIMSCALE_PROBES") != "apart")
 
-    try:
-        return execute_job(run, config.runtime.device, work)
-    except TooLargeError as error:
-        if find_placement().world_size > 1:  # the launcher of these ranks restarts them
-            raise
-        print(f"aimscale: {error}", flush=True)
-    gc.collect()  # frees the frames of the failed step
     return execute_job(run, config.runtime.device, work)
