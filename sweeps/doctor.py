@@ -1,7 +1,7 @@
 """Checks of this machine: python, packages, GPUs, memory, the disk for runs, file locks, and Slurm.
 
 Each check covers one thing and never raises. Imports that may crash the process (a broken torch, an incompatible
-driver) happen in a child process, `python -m aimscale.sweeps.doctor`, which prints a line of JSON before each import.
+driver) happen in a child process, `python -m aimscale.sweeps.doctor`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from packaging.requirements import Requirement
@@ -62,11 +63,11 @@ def run_checks(root: Path) -> Iterator[Check]:
     """Run all checks; `root` is the folder for runs."""
     yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}, {sys.executable}")
     if importlib.util.find_spec("torch") is None:
-        yield check_packages({}, trains=False)
+        yield check_packages("", trains=False)
     else:
-        facts = import_packages()
-        yield check_packages(facts)
-        yield check_accelerator(facts)
+        accelerator, error = import_packages()
+        yield check_packages(error)
+        yield accelerator or Check("accelerator", "fail", "torch does not import", "Fix the packages first.")
     yield Check("memory", "ok", f"{decimal(free_host_bytes())} free, by the host and the limits on this process")
     absolute = Path(os.path.abspath(root))
     folder = next(each for each in (absolute, *absolute.parents) if each.is_dir())  # a launch creates the others
@@ -76,80 +77,78 @@ def run_checks(root: Path) -> Iterator[Check]:
     yield check_slurm()
 
 
-def import_packages() -> dict[str, Any]:
-    """Import `MODULES` in a child process and return what it printed.
+def import_packages() -> tuple[Check | None, str]:
+    """Import `MODULES` in a child process.
 
-    The keys are `torch` (facts), the last `module`, and `error` if an import crashed.
+    Returns:
+        The check of the accelerator, or None if torch does not import; and the error of an import that crashed.
     """
     words = [sys.executable, "-m", "aimscale.sweeps.doctor"]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     try:
-        stdout, stderr = child.communicate(timeout=IMPORT_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        stdout, stderr = child.communicate()[0], f"no end within {IMPORT_TIMEOUT_S} s"
-    facts: dict[str, Any] = {"module": "nothing"}
-    for line in stdout.splitlines():
-        if line.startswith(('{"module"', '{"torch"')):  # packages may print, too
-            facts |= json.loads(line)
-    if code := child.returncode:
-        how = f"signal {-code}" if code < 0 else f"code {code}"
-        why = (stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        facts["error"] = f"the process that imported {facts['module']} ended with {how}: {why}"
-    return facts
+        done = subprocess.run(words, capture_output=True, timeout=IMPORT_TIMEOUT_S, check=False)
+        output, code, errors = done.stdout, done.returncode, done.stderr.decode(errors="replace").strip()
+    except subprocess.TimeoutExpired as error:
+        output, code, errors = error.stdout or b"", -signal.SIGKILL, f"no end within {IMPORT_TIMEOUT_S} s"
+    module, accelerator = "nothing", None
+    for line in output.decode(errors="replace").splitlines():  # packages may print, too
+        if line.startswith('{"module"'):
+            module = json.loads(line)["module"]
+        elif line.startswith('{"name"'):
+            accelerator = Check(**json.loads(line))
+    how = f"signal {-code}" if code < 0 else f"code {code}"
+    why = (errors.splitlines() or ["it gave no reason"])[-1]
+    return accelerator, f"the process that imported {module} ended with {how}: {why}" if code else ""
 
 
-def check_packages(facts: Mapping[str, Any], *, trains: bool = True) -> Check:
+def check_packages(error: str, *, trains: bool = True) -> Check:
     """Check that packages import and have the versions that `pyproject.toml` requires.
 
     Args:
-        facts: what `import_packages` found.
+        error: what stopped `import_packages`, if anything.
         trains: whether the packages of the extra `train` are wanted, too; without torch nothing can be trained here.
     """
     extra = {"extra": "train" if trains else ""}
     stated = map(Requirement, importlib.metadata.requires("aimscale") or [])
-    needed = [each for each in stated if each.marker is None or each.marker.evaluate(extra)]
-    broken = [facts["error"]] if "error" in facts else []
-    for each in needed:
+    broken = [error] if error else []
+    for each in (each for each in stated if each.marker is None or each.marker.evaluate(extra)):
         version = "missing"
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(each.name)
         if version == "missing" or not each.specifier.contains(version, prereleases=True):
             broken.append(f"{each.name} is {version}, wanted {each.specifier}")
-    found = "; ".join(broken) or ", ".join(f"{name} {version}" for name, version in package_versions().items())
-    again = f"`pip install --force-reinstall --no-cache-dir {facts.get('module')}`"
-    if not trains and not broken:
-        return Check(
-            "packages",
-            "warn",
-            f"{found}; no torch",
-            "Tables can be analysed. To train: `pip install 'aimscale[train]'`.",
-        )
-    advice = f"Install aimscale again (`pip install -e '.[train]'` in its folder); if an import still fails, {again}."
-    return Check("packages", "fail" if broken else "ok", found, advice)
+    if broken:
+        advice = "Install aimscale again (`pip install -e '.[train]'` in its folder); if an import still fails, "
+        advice += "`pip install --force-reinstall --no-cache-dir` that package."
+        return Check("packages", "fail", "; ".join(broken), advice)
+    found = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    if trains:
+        return Check("packages", "ok", found)
+    advice = "Tables can be analysed. To train: `pip install 'aimscale[train]'`."
+    return Check("packages", "warn", f"{found}; no torch", advice)
 
 
-def check_accelerator(facts: Mapping[str, Any]) -> Check:
+def check_accelerator() -> Check:
     """Check that torch can compute on the GPUs that the driver lists."""
-    level: Level = "fail"
+    import torch
+
     advice = "Install a torch for this GPU and its driver's CUDA version (pytorch.org names the index)."
-    torch, driver_gpus = facts.get("torch"), gpus_here()
-    if torch is None:
-        found, advice = "torch does not import", "Fix the packages first."
-    elif driver_gpus and not torch["gpus"]:
-        found = f"{len(driver_gpus)} x {driver_gpus[0][0]}, which torch does not see ({torch['build']})"
+    build = f"torch {torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'a CPU build'}"
+    if not torch.cuda.is_available():
+        if not (gpus := gpus_here()):
+            return Check("accelerator", "ok", f"no GPU; training runs on the CPU ({build})")
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             advice = "CUDA_VISIBLE_DEVICES is empty and hides the GPUs; unset it."
-    elif not torch["gpus"]:
-        level, found = "ok", f"no GPU; training runs on the CPU ({torch['build']})"
-    else:
-        found = f"{len(torch['gpus'])} x {torch['gpus'][0]} each ({torch['build']})"
-        if torch["gpu_error"]:
-            found += f": {torch['gpu_error']}"
-        else:
-            level, found = "ok" if torch["bf16"] else "warn", f"{found}, bf16: {torch['bf16']}"
-            advice = "Set `optimiser.precision: fp32`: this GPU computes bf16 slowly or not at all."
-    return Check("accelerator", level, found, advice)
+        return Check("accelerator", "fail", f"{len(gpus)} x {gpus[0][0]}, which torch does not see ({build})", advice)
+    found = f"{torch.cuda.device_count()} GPUs"
+    try:
+        gpu = torch.cuda.get_device_properties(0)
+        found = f"{torch.cuda.device_count()} x {gpu.name}, {decimal(gpu.total_memory)} each ({build})"
+        torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    except RuntimeError as error:
+        return Check("accelerator", "fail", f"{found}: {(str(error).splitlines() or [''])[0]}", advice)
+    advice = "Set `optimiser.precision: fp32`: this GPU computes bf16 slowly or not at all."
+    return Check("accelerator", "ok" if has_bf16 else "warn", f"{found}, bf16: {has_bf16}", advice)
 
 
 def check_disk(root: Path, folder: Path) -> Check:
@@ -206,47 +205,23 @@ def check_slurm() -> Check:
     return Check("slurm", "ok", f"{version} answers")
 
 
-def command(
-    root: Annotated[Path, typer.Option(help="Where sweeps are to be kept.")] = Path("aimscale-runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def command(root: Annotated[Path, typer.Option(help="Where sweeps are to be kept.")] = Path("aimscale-runs")) -> None:
     """Look at this machine, its disk and its Slurm: what works, and what to do about the rest.
 
     Takes seconds and leaves nothing behind. Exits with 1 when something needed fails.
     """
-    checks = []
+    counts: Counter[Level] = Counter()
+    names = set()
     for check in run_checks(root):
-        checks.append(check)
-        if not as_json:
-            level = typer.style(f"{check.level:<4}", fg=COLOURS[check.level])
-            advice = f"\n      -> {check.advice}" if check.advice and check.level != "ok" else ""
-            typer.echo(f"{level}  {check.name:<11} {check.found}{advice}")
-    counts = Counter(check.level for check in checks)
-    if as_json:
-        typer.echo(json.dumps({"version": 1, "ok": not counts["fail"], "checks": [*map(asdict, checks)]}, indent=1))
-    else:
-        typer.echo(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
-        if not counts["fail"]:
-            trains = any(check.name == "accelerator" for check in checks)
-            typer.echo(f"next: aimscale {'demo' if trains else 'fit --help'}")
-    raise typer.Exit(1 if counts["fail"] else 0)
-
-
-def torch_facts() -> dict[str, Any]:
-    """Return build and GPUs of torch as text; `gpu_error` if a kernel does not run on the first GPU."""
-    import torch
-
-    gpus, gpu_error, bf16 = [], None, False
-    if torch.cuda.is_available():
-        try:
-            found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-            gpus = [f"{gpu.name}, {decimal(gpu.total_memory)}" for gpu in found]
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
-        except RuntimeError as error:
-            gpu_error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    build = f"torch {torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'a CPU build'}"
-    return {"build": build, "gpus": gpus, "gpu_error": gpu_error, "bf16": bf16}
+        counts[check.level] += 1
+        names.add(check.name)
+        level = typer.style(f"{check.level:<4}", fg=COLOURS[check.level])
+        advice = f"\n      -> {check.advice}" if check.advice and check.level != "ok" else ""
+        typer.echo(f"{level}  {check.name:<11} {check.found}{advice}")
+    typer.echo(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
+    if counts["fail"]:
+        raise typer.Exit(1)
+    typer.echo(f"next: aimscale {'demo' if 'accelerator' in names else 'fit --help'}")
 
 
 if __name__ == "__main__":
@@ -254,4 +229,4 @@ if __name__ == "__main__":
         print(json.dumps({"module": name}), flush=True)
         importlib.import_module(name)
         if name == "torch":
-            print(json.dumps({"torch": torch_facts()}), flush=True)
+            print(json.dumps(asdict(check_accelerator())), flush=True)

@@ -51,7 +51,7 @@ class Part:
 def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
     """Yield the parts to run, the most important first; `rehearse` takes small sizes and the CPU."""
     root = ["--root", str(folder)]
-    yield Part(name="doctor", words=[*AIMSCALE, "doctor", *root, "--json"], limit_s=60)
+    yield Part(name="doctor", words=[*AIMSCALE, "doctor", *root], limit_s=60)
     # Ignore pyproject's options: plugins such as xdist may be missing.
     pytest = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-o", "addopts=", "--import-mode=importlib", "-m", "cuda"]
     yield Part(name="tests", words=[*pytest, *(["-k", "bytes or cpu"] if rehearse else []), str(TESTS)], limit_s=200)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from aimscale.aim.errors import some
 from aimscale.harness.log.progress import Bar
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def pack(
         write_bundled(source)
         print(f"wrote {len(FOLDERS)} data sets under {source}: {', '.join(FOLDERS)}")
     else:
-        from aimscale.harness.data.store.pack import pack_images
+        from aimscale.harness.data.store.pack import pack_images, shuffled_order
 
         assert out is not None
         listing = _list(source, benchmark, split, _read_classes(classes))
@@ -93,24 +94,35 @@ def pack(
             to = functools.partial(
                 pack_images, listing, resize=resize, skip_bad=skip_bad, max_shard_bytes=shard_mb * 1e6, progress=bar
             )
-            packed = _pack(to, out, images, shares=None if benchmark else split)
+            if split is None or benchmark:
+                packed = {out: to(out, order=shuffled_order(len(listing.images), images))}
+            elif images is None:
+                packed = _pack_parts(to, out, listing, _read_shares(split))
+            else:
+                raise DataError("--split cuts all of a source; give it or --images")
         for folder, each in packed.items():
             _tell(folder, each)
+        if endings := Counter(listing.left_out).most_common(5):
+            listed = ", ".join(f"{number:,} {ending}" for ending, number in endings)
+            print(f"left out: {listed} (no image format that is read)")
         _say_next(*packed)
 
 
-def _pack(to: Callable[..., Packed], out: Path, images: str | None, *, shares: str | None) -> dict[Path, Packed]:
-    """Pack a source to a folder, or, cut into shares, to folders within it."""
-    from aimscale.harness.data import DataError
+def _pack_parts(to: Callable[..., Packed], out: Path, listing: Listing, shares: dict[str, int]) -> dict[Path, Packed]:
+    """Pack a source, cut into shares, to folders within a new one, and say how it was cut."""
     from aimscale.harness.data.store.pack import new_folder
+    from aimscale.harness.data.store.split import split_images
 
-    if shares is None:
-        return {out: to(out, part=images)}
-    if images is not None:
-        raise DataError("--split cuts all of a source; give it or --images")
-    parts = _read_shares(shares)
+    cut = split_images(listing, shares)
     with new_folder(out) as folder:
-        return {out / name: to(folder / name, part=part) for name, part in parts.items()}
+        packed = {out / name: to(folder / name, order=order) for name, order in cut.parts.items()}
+    if cut.num_together:
+        print(f"{cut.num_together:,} duplicates kept in the part of their first copy")
+    for part, absent in cut.absent.items():
+        if absent:
+            lost = f"{len(absent)} of {len(listing.classes or ())} classes"
+            print(f"warning: {out / part} has no image of {lost}: {some(absent)}")
+    return packed
 
 
 def _list(source: Path, benchmark: str | None, split: str | None, classes: tuple[str, ...] | None) -> Listing:
@@ -139,24 +151,24 @@ def _tell(out: Path, packed: Packed) -> None:
 
 def _say_next(*folders: Path | str) -> None:
     """Print what to do next with packed or indexed data: look at it, and name it in a sweep file."""
-    first, *others = map(str, folders)
+    first = str(folders[0])
+    if {Path(folder).name for folder in folders} >= {"train", "validation"}:
+        parent = Path(first).parent
+        print(f"next: aimscale plan {shlex.quote(f'{parent.name}.yaml')} --suggest 1 --data {shlex.quote(str(parent))}")
+        return
     base: dict[str, Any] = {"data": {"sources": [{"path": first}]}}
-    for held_out in (other for other in others if Path(other).name == "validation"):
-        base["validation"] = {"path": held_out}
     print(f"next: aimscale data info {shlex.quote(first)}")
     print(f"in a sweep file: {yaml.safe_dump({'base': base}, default_flow_style=True, width=math.inf)[1:-2]}")
 
 
-def _read_shares(text: str) -> dict[str, str]:
-    """Parse `80/10/10` into a range for each of the folders; those of 0 are left out."""
+def _read_shares(text: str) -> dict[str, int]:
+    """Parse `80/10/10` into per cent for each of the folders; those of 0 are left out."""
     from aimscale.harness.data import DataError
 
     shares = [int(share) if share.isdecimal() else -1 for share in text.split("/")]
     if len(shares) != 3 or min(shares) < 0 or sum(shares) != 100:
         raise DataError(f"--split {text}: without --benchmark, give per cent that add up to 100, as 80/10/10")
-    stops = list(itertools.accumulate(shares))
-    ranges = (f"{stop - share}%:{stop}%" for share, stop in zip(shares, stops, strict=True))
-    return {name: part for name, part, share in zip(_PARTS, ranges, shares, strict=True) if share}
+    return {name: share for name, share in zip(_PARTS, shares, strict=True) if share}
 
 
 @app.command()

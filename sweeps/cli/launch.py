@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,9 +19,9 @@ from aimscale.sweeps.cli.options import (
     Yes,
     confirm,
     print_next,
-    report_name,
     select_run_ids,
 )
+from aimscale.sweeps.cli.sweep import print_next_step
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult
@@ -31,6 +30,7 @@ from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.decision import RunState, read_states
 from aimscale.sweeps.table.launch_view import format_price, launch_view
+from aimscale.sweeps.table.status import sweep_status
 from aimscale.sweeps.table.views import KeyValue, format_number, print_key_values
 
 CONFIRM_DEVICE_HOURS = 10
@@ -91,22 +91,22 @@ def launch(
     num_hours = sum(card.device_hours for card, each in zip(cards, states, strict=True) if each.startable)
     if not dry_run and num_hours > CONFIRM_DEVICE_HOURS:
         confirm(f"launch up to {format_number(num_hours)} device-hours{format_price(loaded, num_hours)}?", yes=yes)
-    again = ["--on", on] if on else []
-    stop = [] if stop_off_track is None else ["--stop-off-track", f"{stop_off_track:g}"]
+    options = ["--on", on] if on else []
+    options += [] if stop_off_track is None else ["--stop-off-track", f"{stop_off_track:g}"]
+    result = LaunchResult()
     if place == "slurm":
         _launch_slurm(loaded, runs, retry=retry, stop_sd=stop_off_track, dry_run=dry_run, allow_dirty=allow_dirty)
-        if not dry_run and any(each.startable or each.is_active for each in states):
-            print_next("status", sweep, root, "--wait")
-            return
     elif dry_run:
         _print_commands(loaded, runs, states, devices)
-    if place == "slurm" or dry_run:
-        more = [*again, *(["--retry"] if retry else []), *stop]
-        _print_next(LaunchResult(skipped=tuple(states)), sweep, loaded, root, *more)
-        return
-    result = engine.launch(loaded, root, devices=devices, hours=hours, retry=retry, stop_sd=stop_off_track)
-    print_result(result)
-    _print_next(result, sweep, loaded, root, *again, *stop)
+    else:
+        result = engine.launch(loaded, root, devices=devices, hours=hours, retry=retry, stop_sd=stop_off_track)
+        print_result(result)
+    if result.interrupted or (dry_run and any(each.startable for each in states)):
+        print_next("launch", sweep, root, *options, *(["--retry"] if retry and dry_run else []))
+    elif place == "slurm" and not dry_run and any(each.startable or each.is_active for each in states):
+        print_next("status", sweep, root, "--wait")
+    else:
+        print_next_step(sweep_status(loaded, runs, cards), loaded, sweep, root, *options)
     if code := _exit_code(result):
         raise typer.Exit(code)
 
@@ -118,21 +118,6 @@ def _exit_code(result: LaunchResult) -> int:
     if (result.interrupted or result.stopped) and not result.broken:
         return EXIT_PREEMPTED
     return int(bool(result.broken or failed_runs(result)) or any(each.state == "damaged" for each in result.skipped))
-
-
-def _print_next(result: LaunchResult, name: str, sweep: Sweep, root: Path, *more: str) -> None:
-    """Print the next command: launch if runs are left, logs of a failed run, report if all are finished, or status."""
-    states = {each.state for each in result.skipped}
-    if result.interrupted or any(each.startable for each in result.skipped):
-        print_next("launch", name, root, *more)
-    elif failed := failed_runs(result):
-        print_next("logs", name, root, failed[0])
-    elif states <= {"cancelled", "finished"} and (result.stopped or "cancelled" in states):
-        print_next("launch", name, root, *more, "--retry")
-    elif states <= {"finished"}:
-        print_next("report", report_name(sweep, name, root))
-    else:
-        print_next("status", name, root)
 
 
 def failed_runs(result: LaunchResult) -> list[str]:

@@ -69,8 +69,3 @@ def print_next(verb: str, sweep: str, root: Path = ROOT, *more: str) -> None:
     """Print the command to run next, with the options that the user gave."""
     where = [] if root == ROOT else ["--root", str(root)]
     typer.echo(f"next: {shlex.join(['aimscale', verb, sweep, *more, *where])}")
-
-
-def report_name(sweep: Sweep, name: str, root: Path) -> str:
-    """Return what `aimscale report` takes for a sweep: the name that was typed, or its directory under another root."""
-    return name if root == ROOT else str(sweep.directory)

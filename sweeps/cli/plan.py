@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,6 +48,15 @@ Rehearse = Annotated[
         "seconds per shape."
     ),
 ]
+Suggest = Annotated[
+    float | None,
+    typer.Option(
+        "--suggest",
+        metavar="HOURS",
+        min=0.001,
+        help="Write SWEEP, a new file: the largest grid for --data that identifies a law within so many hours.",
+    ),
+]
 Only = Annotated[str | None, typer.Option("--run", help="Rehearse this run alone, and print all of it.")]
 
 
@@ -56,9 +66,21 @@ def plan(
     on: On = None,
     rehearse: Rehearse = False,
     only: Only = None,
+    hours: Suggest = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of `data pack --split`, with --suggest: what to train on.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Type of the GPU, such as A100, of which --suggest has HOURS; default: all here.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs of a sweep, what each costs, what is there already, and what would stop it; nothing is written."""
+    """List the runs of a sweep, what each costs, what is there already, and what would stop it; nothing is written.
+
+    With --suggest, the sweep file is written first.
+    """
+    if hours is not None or data is not None or gpu is not None:
+        write_suggestion(Path(sweep), hours, data, gpu)
     loaded = load_sweep(sweep, root).at(on)
     runs = plan_runs(loaded)
     if only is not None and not rehearse:
@@ -69,7 +91,7 @@ def plan(
     states = read_states(loaded, runs)
     rehearsals: dict[str, Rehearsal] = {}
     if rehearse:
-        from aimscale.sweeps.plan.rehearsals import rehearse_runs
+        from aimscale.sweeps.cli.rehearsal import rehearse_runs
 
         rehearsals = rehearse_runs([pair for pair in zip(runs, cards, strict=True) if pair[0].run_id in chosen])
     if as_json:
@@ -93,6 +115,27 @@ def plan(
     if problems:
         raise SweepError(f"{loaded.source}: its runs would fail; fix what the lines marked 'fail' name")
     print_next("launch", sweep, root, *(["--on", on] if on else []))
+
+
+def write_suggestion(path: Path, hours: float | None, data: Path | None, gpu: str | None) -> None:
+    """Write a sweep file for some data and hours.
+
+    Raises:
+        SweepError: the file exists, or an argument is missing.
+    """
+    from aimscale.sweeps.plan.suggestion import Request, suggest
+
+    if hours is None or data is None:
+        raise SweepError("give both --suggest HOURS and --data SHARDS")
+    if path.suffix not in (".yaml", ".yml") or path.exists():
+        why = "exists already" if path.exists() else "is no name of a YAML file"
+        raise SweepError(f"{path} {why}; --suggest writes a new sweep file, such as mysweep.yaml")
+    machine = local_machine([])
+    is_gpu = gpu is not None or bool(machine.gpus)
+    devices = 1 if gpu else machine.devices
+    text = suggest(Request(path=path, data=data, hours=hours, devices=devices, gpu=gpu, is_gpu=is_gpu))
+    path.write_text(text)
+    typer.echo(f"wrote {path}", err=True)
 
 
 def _still_to_do(sweep: Sweep, states: Sequence[RunState], cards: Sequence[CostCard]) -> list[KeyValue]:

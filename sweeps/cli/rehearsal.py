@@ -1,14 +1,50 @@
-"""Tables of a rehearsed step, for `aimscale plan SWEEP --rehearse --run RUN`."""
+"""Rehearsals of planned runs (`aimscale plan SWEEP --rehearse`): the step of each, on fake tensors and ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.filesize import decimal
 
-from aimscale.harness.rehearsal.step import Rehearsal
+from aimscale.harness.data.stream.loader import split_step
+from aimscale.harness.device.execution import ExecutionPlan
+from aimscale.harness.log.progress import Bar
+from aimscale.harness.rehearsal.step import Rehearsal, StepShape, rehearse
 from aimscale.harness.rehearsal.tracker import PARTS, Part
+from aimscale.harness.run.row import model_of
+from aimscale.sweeps.plan.costs import CostCard
+from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.table.views import Column, fitted_table, new_console
 
 _Row = tuple[str, dict[Part, int]]
+
+
+def rehearse_runs(runs: Sequence[tuple[Run, CostCard]]) -> dict[str, Rehearsal]:
+    """Map the ids of runs that fit their devices to their rehearsed steps; equal steps are rehearsed once."""
+    found = {}
+    with Bar() as bar:
+        for number, (run, card) in enumerate(runs):
+            bar("rehearsing", number, len(runs), "runs")
+            if card.fit is not None:
+                found[run.run_id] = rehearse(_shape(run, card.fit, on_gpu=card.device.is_gpu))
+    return found
+
+
+def _shape(run: Run, plan: ExecutionPlan, *, on_gpu: bool) -> StepShape:
+    """Return the shape of a run's steps."""
+    training, world_size = run.config.training, run.devices
+    batch = training.optimiser.batch_size
+    parts = split_step(0, batch, micro_batch=plan.micro_batch, rank=0, world_size=world_size)
+    return StepShape(
+        model=model_of(training),
+        precision=training.optimiser.precision,
+        zero_stage=plan.zero_stage,
+        activation_checkpointing=plan.activation_checkpointing,
+        world_size=world_size,
+        micro_batches=tuple(map(len, parts)),
+        prefix=training.objective.prefix,
+        on_gpu=on_gpu,
+    )
 
 
 def print_rehearsal(run_id: str, rehearsal: Rehearsal) -> None:

@@ -6,26 +6,17 @@ import contextlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 from rich.live import Live
 
-from aimscale.harness.run import lock
 from aimscale.harness.run.directory import EXIT_PREEMPTED
-from aimscale.sweeps.cli.options import (
-    EXIT_INTERRUPTED,
-    ROOT,
-    AsJson,
-    Root,
-    SweepName,
-    print_next,
-    report_name,
-    select_run_ids,
-)
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, AsJson, Root, SweepName, print_next, select_run_ids
 from aimscale.sweeps.plan import costs
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
@@ -33,8 +24,8 @@ from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.table import collection
 from aimscale.sweeps.table.collection import CollectResult
-from aimscale.sweeps.table.status import ENDED_STATES, SweepStatus, sweep_status
-from aimscale.sweeps.table.status_view import FAILED_STATES, Shown, progress_line, status_view
+from aimscale.sweeps.table.status import SweepStatus, sweep_status
+from aimscale.sweeps.table.status_view import FAILED_STATES, progress_line, status_view
 from aimscale.sweeps.table.views import new_console
 
 LOOK_INTERVAL_S, LOOK_SHARE = 2.0, 0.05
@@ -52,7 +43,6 @@ def status(
     root: Root = ROOT,
     as_json: AsJson = False,
     every_run: Annotated[bool, typer.Option("--all", help="List each run, however many there are.")] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="List only runs that failed, with their logs.")] = False,
     wait: Annotated[
         bool,
         typer.Option(
@@ -61,23 +51,18 @@ def status(
             "good; 75: some are left.",
         ),
     ] = False,
-    hours: Annotated[float | None, typer.Option("--time-limit", min=0, help="Hours to wait.")] = None,
 ) -> None:
     """Summarise a sweep: states, progress, time left, what needs attention, and its runs or groups of runs."""
     loaded = load_sweep(sweep, root)
     look = _looker(loaded)
-    shown: Shown = "failed" if failed else "all" if every_run else "auto"
-    code = 0
-    if wait:
-        code = _wait(look, shown, time.monotonic() + 3600 * hours if hours is not None else float("inf"))
+    code = _wait(look, every_run) if wait else 0
     found = look()
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
     else:
         console = new_console()
-        console.print(status_view(found, console.width, shown), highlight=False, soft_wrap=True)
-        verb, *more = _next_command(found)
-        print_next(verb, report_name(loaded, sweep, root) if verb == "report" else sweep, root, *more)
+        console.print(status_view(found, console.width, every_run=every_run), highlight=False, soft_wrap=True)
+        print_next_step(found, loaded, sweep, root)
     if code:
         raise typer.Exit(code)
 
@@ -85,6 +70,8 @@ def status(
 def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus]:
     """Return a function that inspects all runs, or one; it asks Slurm at most every `SLURM_INTERVAL_S`."""
     runs = [run for run in plan_runs(sweep) if run_id in (None, run.run_id)]
+    if not runs:
+        raise SweepError(f"{run_id} is no longer planned by {sweep.source}; print its log without --follow")
     cards, asked = costs.cost_cards(sweep, runs), float("-inf")
     jobs: dict[str, slurm.JobInfo] | None = None
 
@@ -100,8 +87,8 @@ def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus
     return look
 
 
-def _wait(look: Callable[[], SweepStatus], shown: Shown, deadline: float) -> int:
-    """Show the status until nothing is executed, or until the deadline; return the exit code."""
+def _wait(look: Callable[[], SweepStatus], every_run: bool) -> int:
+    """Show the status until nothing is executed; return the exit code."""
     console, num_idle = new_console(), 0
     states: dict[str, int] = {}
     live = Live(console=console, auto_refresh=False, screen=True) if console.is_terminal else None
@@ -111,15 +98,13 @@ def _wait(look: Callable[[], SweepStatus], shown: Shown, deadline: float) -> int
                 started = time.monotonic()
                 found = look()
                 if live:
-                    live.update(status_view(found, console.width, shown), refresh=True)
+                    live.update(status_view(found, console.width, every_run=every_run), refresh=True)
                 elif found.counts != states:
                     typer.echo(progress_line(found), err=True)
                     states = found.counts
                 num_idle = 0 if found.is_active else num_idle + 1
                 if num_idle > MAX_IDLE_LOOKS or found.counts.keys() <= {"finished"}:
                     return _exit_code(found)
-                if time.monotonic() >= deadline:
-                    return EXIT_PREEMPTED
                 time.sleep(max(LOOK_INTERVAL_S, (time.monotonic() - started) / LOOK_SHARE))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -132,17 +117,22 @@ def _exit_code(found: SweepStatus) -> int:
     return 1 if any(state in found.counts for state in FAILED_STATES) else EXIT_PREEMPTED
 
 
-def _next_command(found: SweepStatus) -> tuple[str, ...]:
-    """Return the next verb and its options: logs of a failed run, else the verb that continues the sweep."""
-    ended = ("failed", "diverged", "paused")
-    in_vain = [line.run_id for line in found.runs if line.state in ended and line.status.reason_class and line.log]
-    if in_vain:
-        return "logs", in_vain[0]
+def print_next_step(found: SweepStatus, sweep: Sweep, name: str, root: Path, *options: str) -> None:
+    """Print the next command: logs of a failed run, else the verb that continues the sweep.
+
+    Args:
+        name: name of the sweep as it was typed.
+        options: options of `launch`, if that is next.
+    """
+    for line in found.runs:
+        if line.state in ("failed", "diverged", "paused") and line.status.reason_class and line.log:
+            return print_next("logs", name, root, line.run_id)
     if found.counts.keys() <= {"finished", "damaged"}:
-        return ("report",)
+        return print_next("report", name if root == ROOT else str(sweep.directory))
     if found.is_active:
-        return "status", "--wait"
-    return ("launch", "--retry") if found.counts.keys() <= {"finished", "cancelled", "off-track"} else ("launch",)
+        return print_next("status", name, root, "--wait")
+    retry = ["--retry"] if found.counts.keys() <= {"finished", "cancelled", "off-track"} else []
+    return print_next("launch", name, root, *options, *retry)
 
 
 def logs(
@@ -161,51 +151,29 @@ def logs(
     record = RunRecord(loaded.run_dir(name))
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
-            _follow(loaded, record)
-        return
-    if (path := record.last_log()) is None:
+            _follow(_looker(loaded, name), record)
+    elif (path := record.last_log()) is None:
         raise SweepError(f"{name} has no log yet; it was never started")
-    with path.open(errors="replace") as file:
-        typer.echo(file.read(), nl=False)
+    else:
+        typer.echo(path.read_text(errors="replace"), nl=False)
 
 
-def _follow(sweep: Sweep, record: RunRecord) -> None:
+def _follow(look: Callable[[], SweepStatus], record: RunRecord) -> None:
     """Print the last lines of a run's log and what is added, attempt after attempt, until nobody executes it."""
-    if all(run.run_id != record.name for run in plan_runs(sweep)):
-        raise SweepError(f"{record.name} is no longer planned by {sweep.source}; print its log without --follow")
-    look, path, file, num_idle = _looker(sweep, record.name), None, None, 0
-    while True:
-        end = _end(sweep, look())
-        num_idle = 0 if end is None else num_idle + 1
+    path, file, num_idle = None, None, 0
+    while num_idle <= MAX_IDLE_LOOKS:
+        found = look()
+        num_idle = 0 if found.is_active else num_idle + 1
         if file is not None:
             typer.echo(file.read(), nl=False)
         if (newest := record.last_log()) is not None and newest != path:
             typer.echo(f"--- {newest.stem} of {record.name}")
-            path, file = newest, newest.open(errors="replace") if path else _open_tail(newest)
-        elif num_idle > MAX_IDLE_LOOKS:
-            typer.echo(f"--- {end}")
-            return
-        else:
-            time.sleep(0.5)
-
-
-def _open_tail(path: Path) -> TextIO:
-    """Open a log at its last lines."""
-    num_lines = path.read_bytes().count(b"\n")
-    file = path.open(errors="replace")
-    for _ in range(num_lines - TAIL_LINES):
-        file.readline()
-    return file
-
-
-def _end(sweep: Sweep, found: SweepStatus) -> str | None:
-    """Say how the one run of a status stands, if it is over or no worker of the sweep can take it; else None."""
-    (line,) = found.runs
-    reason = f" ({line.status.reason})" if line.status.reason else ""
-    if line.state in ENDED_STATES:
-        return f"{line.run_id} is {line.state}{reason}"
-    has_workers = any(lock.is_held(path) for path in sweep.runs_dir.glob("*/claim"))
-    return None if found.is_active or has_workers else f"{line.run_id} is {line.state}, and no worker is there{reason}"
+            file = newest.open(errors="replace")
+            typer.echo("".join(deque(file, None if path else TAIL_LINES)), nl=False)
+            path = newest
+        time.sleep(0.5)
+    reason = found.runs[0].status.reason
+    typer.echo(f"--- {record.name} is {found.runs[0].state}{f' ({reason})' if reason else ''}")
 
 
 def collect(sweep: SweepName, root: Root = ROOT) -> None:
@@ -219,7 +187,7 @@ def collect(sweep: SweepName, root: Root = ROOT) -> None:
         typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
     _score_forecasts(found.table)
     typer.echo(f"{found.num_complete} of {found.num_rows} rows have results: {found.table}")
-    print_next("report", report_name(loaded, sweep, root))
+    print_next("report", sweep if root == ROOT else str(loaded.directory))
 
 
 def fresh_table(sweep: Sweep) -> Path:

@@ -14,7 +14,7 @@ from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.devices import TORCHRUN_ENVIRONMENT
 from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.state.attempts import Outcome
+from aimscale.sweeps.state.attempts import EARLY_S, Outcome, record_end
 from aimscale.sweeps.state.record import RunRecord
 
 KILL_MARGIN_S = 30.0
@@ -31,8 +31,9 @@ class ActiveRun:
         lock: claim on the run.
         claims: token of this claim, and of the claim of the attempt before.
         attempt: number of the attempt, 1 for the first.
-        progress: progress at the start, as `measure_progress`.
+        progress_before: `progress` at the start.
         process: trainer, or the program that starts its ranks.
+        has_evaluated: whether evaluation has written files, known after the end.
         started: Unix time of the start.
         kill_at: Unix time at which it is to be killed; None until it is asked to save and exit.
     """
@@ -57,8 +58,8 @@ class ActiveRun:
             OSError: the log cannot be written, or no process can be created.
         """
         self.run, self.record, self.lock, self.claims, self.devices = run, record, lock, claims, devices
-        self.attempt, self.progress = record.next_attempt(), measure_progress(record)
-        self.started = time.time()
+        self.attempt, self.progress_before = record.next_attempt(), self.progress()
+        self.started, self.has_evaluated = time.time(), False
         self.kill_at: float | None = None
         variables = {**os.environ, **environment, "AIMSCALE_CLAIM": claims[0]}
         variables["OMP_NUM_THREADS"] = str(run.config.runtime.num_threads)
@@ -78,6 +79,10 @@ class ActiveRun:
                 start_new_session=True,
             )
 
+    def progress(self) -> list[int]:
+        """Return the images done, and `RunRecord.saved_progress`."""
+        return [self.record.read_status().images_done, *self.record.saved_progress()]
+
     def stop(self, number: signal.Signals) -> None:
         """Ask the run to save and exit; only its main process is signalled, which stops its loader processes itself."""
         self.kill_at = time.time() + grace_period_s(self.run) + KILL_MARGIN_S
@@ -90,21 +95,36 @@ class ActiveRun:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
+    def record_end(self, exit_code: int, *, stop_requested: bool, nodes: Sequence[str]) -> Outcome:
+        """Record how the attempt ended and return what follows (`sweeps.state.attempts.record_end`).
+
+        Args:
+            nodes: nodes that executed it.
+        """
+        progress = self.progress()
+        self.has_evaluated = progress[-2:] != self.progress_before[-2:]
+        is_early = progress == self.progress_before and time.time() - self.started < EARLY_S
+        return record_end(
+            self.record,
+            self.attempt,
+            exit_code,
+            claims=self.claims,
+            stop_requested=stop_requested,
+            failed_early_on=nodes[0] if is_early and len(nodes) == 1 else None,
+        )
+
     def describe_end(self, outcome: Outcome) -> str:
         """Say how the attempt ended."""
-        if outcome == "finished":
-            return f"finished {self.record.name} in {time.time() - self.started:.0f} s"
-        if outcome == "elsewhere":
-            return f"left {self.record.name}: another process executes it"
-        if outcome == "preempted":
-            return f"stopped {self.record.name}, saved"
-        if self.record.read_status().state == "off-track":
-            return f"ended {self.record.name}: {self.record.read_status().reason}"
-        status, see = self.record.read_status(), f"see {self.record.attempt_log(self.attempt)}"
+        name, status = self.record.name, self.record.read_status()
+        match outcome:
+            case "finished":
+                return f"finished {name} in {time.time() - self.started:.0f} s"
+            case "elsewhere":
+                return f"left {name}: another process executes it"
+            case "preempted":
+                return f"stopped {name}, saved"
+        if status.state == "off-track":
+            return f"ended {name}: {status.reason}"
+        see = f"see {self.record.attempt_log(self.attempt)}"
         what = {"retry": "trying again", "given back": f"it had not begun to train, and another node may try; {see}"}
-        return f"failed {self.record.name} ({status.reason_class}: {status.reason}); {what.get(outcome, see)}"
-
-
-def measure_progress(record: RunRecord) -> list[int]:
-    """Return the images done, and `RunRecord.saved_progress`."""
-    return [record.read_status().images_done, *record.saved_progress()]
+        return f"failed {name} ({status.reason_class}: {status.reason}); {what.get(outcome, see)}"

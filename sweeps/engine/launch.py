@@ -10,20 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
 from rich.live import Live
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.config import parse, read_yaml
 from aimscale.harness.run.files import read_object, write_json, write_text
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.active_run import Command
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
-from aimscale.sweeps.plan.checks import check, raise_on_problems
+from aimscale.sweeps.plan.checks import check, data_digests, raise_on_problems
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, Place, Sweep, SweepError, SweepFile, load_sweep
+from aimscale.sweeps.plan.sweepfile import Place, Sweep, SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import live_jobs
 from aimscale.sweeps.state.attempts import clear_failure, record_lost_attempt
@@ -32,7 +30,7 @@ from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import hold_sweep, prepare_directory, unplanned_runs
 from aimscale.sweeps.table.on_track import set_stop
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
-from aimscale.sweeps.table.status_view import progress_bar, progress_line, runs_table
+from aimscale.sweeps.table.status_view import progress_line, status_view
 from aimscale.sweeps.table.views import new_console
 
 LOG_INTERVAL_S, LIVE_INTERVAL_S = 30.0, 2.0
@@ -110,7 +108,7 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool, stop_sd: f
 
 
 def check_once(sweep: Sweep, runs: Sequence[Run]) -> None:
-    """Check runs, without what a launch of this sweep has found right within `CHECKS_VALID_S`.
+    """Check runs, without the data that a launch of this sweep has found right within `CHECKS_VALID_S`.
 
     A hundred workers that start together need not all read the index of every data set.
 
@@ -122,10 +120,11 @@ def check_once(sweep: Sweep, runs: Sequence[Run]) -> None:
     with contextlib.suppress(UserError):  # damaged: all is checked again
         known = read_object(path) or {}
     valid = {digest: at for digest, at in known.items() if isinstance(at, float) and 0 <= now - at < CHECKS_VALID_S}
-    passed = set(valid)
-    raise_on_problems(sweep, runs, check(sweep, runs, passed))
-    if passed - set(valid):
-        write_json(path, dict.fromkeys(passed, now) | valid)
+    digests = data_digests(runs)
+    checked = [run_id for run_id, digest in digests.items() if digest in valid]
+    raise_on_problems(sweep, runs, check(sweep, runs, checked))
+    if new := set(digests.values()) - valid.keys():
+        write_json(path, dict.fromkeys(new, now) | valid)
 
 
 def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: bool) -> None:
@@ -158,41 +157,16 @@ def load_plan(
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
     loaded = loaded if place is None else loaded.at(place)
     runs = plan(loaded)
-    _refuse_new_smallest_budget(loaded, runs)
     cards = cost_cards(loaded, runs)
     order = sorted(range(len(runs)), key=lambda i: (-cards[i].device_hours, -cards[i].flops_executed))
     return loaded, [runs[i] for i in order], [cards[i] for i in order]
 
 
-def _refuse_new_smallest_budget(sweep: Sweep, runs: Sequence[Run]) -> None:
-    """Raise if a new smallest budget would change the ids of existing runs, because the recipe depends on it.
-
-    Raises:
-        SweepError: it would.
-    """
-    stored, budget = sweep.directory / SWEEP_FILE, None
-    with contextlib.suppress(UserError, OSError):  # never launched, or by a version with other keys
-        budget = min(parse(SweepFile, read_yaml(stored), str(stored)).budgets, default=None)
-    if budget is None or not sweep.file.budgets or budget == min(sweep.file.budgets):
-        return
-    existing = {path.parent.name for path in sweep.runs_dir.glob("*/config.yaml")} - {run.run_id for run in runs}
-    if changed := [run for run in plan(sweep, recipe_budget=budget) if run.run_id in existing]:
-        training = changed[0].config.training
-        kept = f"optimiser.batch_size: {training.optimiser.batch_size}"
-        kept += f", schedule.warmup_images: {training.schedule.warmup_images}"
-        raise SweepError(
-            f"{sweep.source}: the new smallest budget changes what recipe '{sweep.recipe.name}' trains in "
-            f"{len(changed)} runs, such as {changed[0].run_id}; write `base: {{{kept}}}` to keep them, or rename the "
-            f"sweep"
-        )
-
-
 @contextmanager
 def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool) -> Iterator[Callable[[Worker], None]]:
-    """Yield the progress callback of `run_worker`: a live table on a terminal, else lines, or only events."""
+    """Yield the progress callback of `run_worker`: the status on a terminal, else lines, or only events."""
     console, next_look = new_console(), 0.0
     live = Live(console=console, auto_refresh=False, transient=True) if show_progress and console.is_terminal else None
-    every = LIVE_INTERVAL_S if live else LOG_INTERVAL_S
 
     def report(worker: Worker) -> None:
         nonlocal next_look
@@ -202,13 +176,11 @@ def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool
             return
         status = get_status()
         now = time.monotonic()
-        next_look = now + max(every, (now - started) / LOOK_SHARE)
+        next_look = now + max(LIVE_INTERVAL_S if live else LOG_INTERVAL_S, (now - started) / LOOK_SHARE)
         if live is None:
             print(progress_line(status), flush=True)
-            return
-        active = {active_run.run.run_id for active_run in worker.active}
-        lines, bar = tuple(line for line in status.runs if line.run_id in active), progress_bar(status, console.width)
-        live.update(Group(runs_table(lines, console.width), bar) if lines else bar, refresh=True)
+        else:
+            live.update(status_view(status, console.width), refresh=True)
 
     with live or contextlib.nullcontext():
         yield report

@@ -27,7 +27,8 @@ from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, ru
 from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError, load_sweep
+from aimscale.sweeps.plan.sections import SlurmSection
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.commands import SlurmError
 from aimscale.sweeps.slurm.jobs import WORKER_ENDS, JobShape
@@ -78,7 +79,7 @@ def execute_job(directory: Path, shape: JobShape) -> str:
                 skip_failed_here = False  # no other node is left for the runs that failed here
             elif result.remaining or load_sweep(str(directory), directory.parent).text == sweep.text:
                 break
-    return _requeue_or_finish(result, exclude)
+    return _requeue_or_finish(result, exclude, has_worked=bool(worker.ended))
 
 
 def _release_nodes(sweep: Sweep, runs: Sequence[Run]) -> bool:
@@ -131,7 +132,7 @@ def _nodes_to_exclude(sweep: Sweep, result: LaunchResult, shape: JobShape, nodes
     return slurm.nodes_to_exclude(failed, os.environ.get("SLURM_JOB_PARTITION"), shape.nodes)
 
 
-def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
+def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str], *, has_worked: bool) -> str:
     """Requeue this job if it can continue later or elsewhere, and say how it ends.
 
     After TERM, Slurm requeues the job itself.
@@ -144,7 +145,6 @@ def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str]) -> str:
     if goes_on and result.broken and not exclude:
         raise WorkerJobError(result.broken)
     if goes_on and (result.interrupted or exclude):
-        has_worked = result.finished or result.stopped or result.retried or result.failed
         if not (has_worked or result.stopped_by or exclude):
             raise WorkerJobError("this job is too short for any run to save; raise slurm.time_limit_min")
         try:
@@ -180,11 +180,7 @@ def launch_slurm(
         raise_on_problems(sweep, [run for run, each in zip(runs, states, strict=True) if each.startable])
     else:
         prepare_launch(sweep, runs, retry=retry, stop_sd=stop_sd)
-
-    def list_runs() -> list[Run]:
-        return [each.run for each in read_states(sweep, runs, retry=retry and dry_run) if each.startable]
-
-    return submit(sweep, list_runs, allow_dirty=allow_dirty, dry_run=dry_run, retry=retry)
+    return submit(sweep, runs, allow_dirty=allow_dirty, dry_run=dry_run, retry=retry)
 
 
 @contextlib.contextmanager

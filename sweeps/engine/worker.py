@@ -1,13 +1,8 @@
 """The worker: executes the runs of a sweep, on this machine, under any scheduler, or as a Slurm job.
 
-It takes the next run that its machine and its remaining time allow, longest first, and starts one process per run. It
-claims a run (`sweeps.state.record`) before the start and keeps the claim until the end is recorded, so that workers
-that share the sweep's folder execute each run once. A run that needs more devices than are free is passed over, not
-waited for. Stopping the worker (Ctrl-C, SIGTERM, Slurm's warning) asks every run to save and exit. A run whose
-directory is damaged, or whose end cannot be recorded, is reported and skipped; the others continue.
-
-A run that fails before its first step is given back to workers on other nodes. When two runs in a row do so, the worker
-suspects its own node, and takes no more runs.
+It claims the next run that its machine and its remaining time allow, longest first, starts one process for it, and
+keeps the claim until the end is recorded: workers that share the sweep's folder execute each run once. Stopping the
+worker (Ctrl-C, SIGTERM, Slurm's warning) asks every run to save and exit. Damaged runs are reported and skipped.
 """
 
 from __future__ import annotations
@@ -26,21 +21,18 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import handling_stop_signals
 from aimscale.harness.run.lock import Lock
-from aimscale.sweeps.engine.active_run import ActiveRun, Command, measure_progress
+from aimscale.sweeps.engine.active_run import ActiveRun, Command
 from aimscale.sweeps.engine.devices import DevicePool, Machine
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD, Sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.state.attempts import EARLY_S, Outcome, record_end, record_lost_attempt
+from aimscale.sweeps.state.attempts import Outcome, record_lost_attempt
 from aimscale.sweeps.state.decision import RunState, read_state, read_states
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.table.on_track import write_expected
 
-POLL_S = 0.2
-CANCEL_CHECK_S = 1.0
-"""Interval between checks for cancelled runs and for runs that do not stop, s."""
-RESCAN_S = 10.0
-"""Interval between checks of skipped runs, s: another worker may have died."""
+POLL_S, CANCEL_CHECK_S, RESCAN_S = 0.2, 1.0, 10.0
+"""Intervals between looks at own processes, at cancellations, and at skipped runs, whose worker may have died, s."""
 SILENT_AFTER_S, LOST_AFTER_S = 60.0, 900.0
 """A run of another worker whose heartbeat is older than the first, s, may have lost its worker; the worker waits for it
 until the age exceeds the second."""
@@ -75,14 +67,10 @@ class Worker:
     """All runs of the sweep."""
     devices: DevicePool = field(init=False)
     active: list[ActiveRun] = field(default_factory=list)
-    ended: dict[str, Outcome] = field(default_factory=dict)
-    """Run id -> outcome of its last attempt here."""
+    ended: list[tuple[str, Outcome]] = field(default_factory=list)
+    """Run id and outcome of each attempt that ended here."""
     evaluated: dict[str, None] = field(default_factory=dict)
     """Ids of the runs that were evaluated here."""
-    given_back: dict[str, int] = field(default_factory=dict)
-    """Run id -> number of its attempts here that failed before the first step."""
-    last_given_back: str | None = None
-    """Run id of the last attempt that ended here, if it was given back."""
     skipped: dict[str, RunState] = field(default_factory=dict)
     """Last state of each run that is not executed here."""
     events: list[str] = field(default_factory=list)
@@ -100,11 +88,9 @@ class Worker:
         if self.job_id:
             # Runs that this job executed before come first, then those of its own shape.
             own = self.machine.nodes * self.machine.devices
-            self.waiting.sort(key=lambda run: (not self._was_claimed(run), run.devices != own))
-
-    def _was_claimed(self, run: Run) -> bool:
-        claimant = RunRecord(self.sweep.run_dir(run.run_id)).claimant()
-        return claimant is not None and claimant.facts.get("job_id") == self.job_id
+            claimants = {each.run_id: RunRecord(self.sweep.run_dir(each.run_id)).claimant() for each in self.planned}
+            mine = {name for name, holder in claimants.items() if holder and holder.facts.get("job_id") == self.job_id}
+            self.waiting.sort(key=lambda run: (run.run_id not in mine, run.devices != own))
 
     def read_state(self, run: Run) -> RunState:
         """Read the state of a run; `waiting` if it would start, but not here."""
@@ -123,7 +109,7 @@ class Worker:
             self.is_late = True
             return "too little time is left here"
         failed_here = self.skip_failed_here and set(self.nodes) & set(found.record.failed_nodes())
-        if failed_here or self.given_back.get(found.run.run_id, 0) > 1:
+        if failed_here or self.ended.count((found.run.run_id, "given back")) > 1:
             return f"failed on this node ({found.why})"
         return None
 
@@ -140,8 +126,6 @@ class LaunchResult:
     """Runs that failed for good, or here before their first step."""
     stopped: tuple[str, ...] = ()
     """Runs that exited on request, saved if there was anything to save."""
-    retried: tuple[str, ...] = ()
-    """Runs whose last attempt failed, and that are to be tried again."""
     skipped: tuple[RunState, ...] = ()
     """States of runs that it did not execute."""
     remaining: tuple[str, ...] = ()
@@ -161,14 +145,12 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
             _run_until_idle(worker, report)
         except BaseException:
             _stop_all(worker)  # let the runs save before the error is raised
-            while worker.active:
-                _signal_runs(worker)
-                _collect_ended(worker)
-                time.sleep(POLL_S)
+            _run_until_idle(worker, lambda _: None)
             raise
+    last = dict(worker.ended)
 
     def ended(*outcomes: Outcome) -> tuple[str, ...]:
-        return tuple(run_id for run_id, outcome in worker.ended.items() if outcome in outcomes)
+        return tuple(run_id for run_id, outcome in last.items() if outcome in outcomes)
 
     states = read_states(worker.sweep, worker.waiting)
     remaining = [each.run.run_id for each in states if each.startable and worker.machine.can_run(each.run)]
@@ -177,8 +159,7 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
         evaluated=tuple(worker.evaluated),
         failed=ended("failed", "given back"),
         stopped=ended("preempted"),
-        retried=ended("retry"),
-        skipped=tuple(found for run_id, found in worker.skipped.items() if run_id not in worker.ended),
+        skipped=tuple(found for run_id, found in worker.skipped.items() if run_id not in last),
         remaining=tuple(remaining),
         interrupted=worker.stopping or bool(remaining and worker.is_late),
         stopped_by=worker.stopped_by,
@@ -220,13 +201,9 @@ def _may_become_free(found: RunState) -> bool:
 
     This worker may then be the only one left to execute it.
     """
-    if found.startable:
-        return True
-    heartbeat = None
-    if found.is_active:
-        with contextlib.suppress(UserError):
-            heartbeat = found.record.read_status().heartbeat
-    return heartbeat is not None and SILENT_AFTER_S < time.time() - heartbeat < LOST_AFTER_S
+    heartbeat = found.status.heartbeat
+    is_silent = heartbeat is not None and SILENT_AFTER_S < time.time() - heartbeat < LOST_AFTER_S
+    return found.startable or (found.is_active and is_silent)
 
 
 def _start_waiting_runs(worker: Worker) -> None:
@@ -293,29 +270,6 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
     return None
 
 
-def _collect_ended(worker: Worker) -> None:
-    for active_run in list(worker.active):
-        if (exit_code := active_run.process.poll()) is None:
-            continue
-        worker.active.remove(active_run)
-        worker.devices.release(active_run.devices)
-        try:
-            outcome = _record_end(worker, active_run, exit_code)
-        except (OSError, UserError) as error:
-            outcome = "failed"
-            worker.events.append(f"left {active_run.record.name}: how it ended cannot be written down ({error})")
-        active_run.lock.release()
-        if outcome == "finished" and worker.active:
-            _write_forecasts(worker, [each.run for each in worker.active])
-        run_id = active_run.run.run_id
-        worker.ended[run_id] = outcome
-        if outcome == "given back":
-            _suspect_node(worker, active_run)
-        elif outcome not in ("finished", "failed"):
-            worker.waiting.insert(0, active_run.run)
-        worker.last_given_back = run_id if outcome == "given back" else None
-
-
 def _write_forecasts(worker: Worker, runs: Sequence[Run]) -> None:
     """Renew the forecasts of runs; a damaged file of another run is no reason to leave these alone."""
     try:
@@ -324,33 +278,40 @@ def _write_forecasts(worker: Worker, runs: Sequence[Run]) -> None:
         worker.events.append(f"no new forecasts of runs: {error}")
 
 
-def _record_end(worker: Worker, active_run: ActiveRun, exit_code: int) -> Outcome:
-    record = active_run.record
-    if not (worker.sweep.directory / SWEEP_RECORD).is_file():
-        raise UserError(f"{worker.sweep.directory} is gone")
-    progress = measure_progress(record)
-    is_early = progress == active_run.progress and time.time() - active_run.started < EARLY_S
-    outcome = record_end(
-        record,
-        active_run.attempt,
-        exit_code,
-        claims=active_run.claims,
+def _collect_ended(worker: Worker) -> None:
+    for active_run in list(worker.active):
+        if (exit_code := active_run.process.poll()) is None:
+            continue
+        run = active_run.run
+        worker.active.remove(active_run)
+        worker.devices.release(active_run.devices)
         # A time limit of Slurm is no person's request: a run that it stops again and again has failed.
-        stop_requested=(worker.stopping and not worker.job_id) or record.cancelled.exists(),
-        failed_early_on=worker.nodes[0] if is_early and len(worker.nodes) == 1 else None,
-    )
-    worker.events.append(active_run.describe_end(outcome))
-    if progress[-2:] != active_run.progress[-2:]:
-        worker.evaluated[active_run.run.run_id] = None
-    return outcome
+        stop_requested = (worker.stopping and not worker.job_id) or active_run.record.cancelled.exists()
+        try:
+            if not (worker.sweep.directory / SWEEP_RECORD).is_file():
+                raise UserError(f"{worker.sweep.directory} is gone")
+            outcome = active_run.record_end(exit_code, stop_requested=stop_requested, nodes=worker.nodes)
+            worker.events.append(active_run.describe_end(outcome))
+        except (OSError, UserError) as error:
+            outcome = "failed"
+            worker.events.append(f"left {run.run_id}: how it ended cannot be written down ({error})")
+        if active_run.has_evaluated:
+            worker.evaluated[run.run_id] = None
+        active_run.lock.release()
+        worker.ended.append((run.run_id, outcome))
+        if outcome == "finished" and worker.active:
+            _write_forecasts(worker, [each.run for each in worker.active])
+        elif outcome == "given back":
+            worker.waiting.append(run)
+            _suspect_node(worker, active_run)
+        elif outcome not in ("finished", "failed"):
+            worker.waiting.insert(0, run)
 
 
 def _suspect_node(worker: Worker, active_run: ActiveRun) -> None:
-    """Leave a run that failed before its first step to other nodes, and all runs if the one before failed so, too."""
-    run_id = active_run.run.run_id
-    worker.waiting.append(active_run.run)
-    worker.given_back[run_id] = worker.given_back.get(run_id, 0) + 1
-    if worker.last_given_back not in (None, run_id) and not worker.broken:
+    """Take no more runs after two in a row that failed before their first step: the node may be broken."""
+    before = [run_id for run_id, outcome in worker.ended[-2:-1] if outcome == "given back"]
+    if before and before != [active_run.run.run_id] and not worker.broken:
         why = active_run.record.read_status().reason
         worker.broken = f"two runs in a row failed on {worker.nodes[0]} before their first step ({why})"
         worker.events.append(f"{worker.broken}; no more runs are started here")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from aimscale.harness.run.config import (
     ProbeSection,
     RunConfig,
     RuntimeConfig,
-    Section,
     ValidationSection,
 )
 from aimscale.harness.run.schedule import schedule_of
@@ -48,14 +47,31 @@ class Problem:
     run_ids: tuple[str, ...]
 
 
-def check(sweep: Sweep, runs: Sequence[Run], passed: set[str] | None = None) -> tuple[Problem, ...]:
+def check(sweep: Sweep, runs: Sequence[Run], checked: Collection[str] = ()) -> tuple[Problem, ...]:
     """Return the problems of these runs, equal ones once; data sets above `MAX_LOCAL_INDEX` are not opened.
 
     Args:
-        passed: digests of checks of data that are not repeated; those of the checks that pass now are added.
+        checked: ids of runs whose data are not checked again.
     """
-    device, data = planned_device(sweep, runs), _DataChecks(passed)
-    return group_findings((run.run_id, (*_check_config(sweep, run, device), *data.check(run.config))) for run in runs)
+    device, data = planned_device(sweep, runs), _DataChecks()
+    found = []
+    for run in runs:
+        of_data = () if run.run_id in checked else data.check(run.config)
+        found.append((run.run_id, [*_check_config(sweep, run, device), *of_data]))
+    return group_findings(found)
+
+
+def data_digests(runs: Sequence[Run]) -> dict[str, str]:
+    """Map run ids to digests of what checks of their data depend on: settings, and the content of the data sets."""
+    content, found = functools.cache(fingerprint), {}
+    for run in runs:
+        training, evaluation = run.config.training, run.config.evaluation
+        paths = [*(source.path for source in training.data.sources), evaluation.validation.path]
+        paths += [path for task in evaluation.probes for path in (task.train, task.test)]
+        sections = (training.data, training.model, evaluation.validation, *evaluation.probes)
+        values = [[each.model_dump_json() for each in sections], [*map(content, paths)]]
+        found[run.run_id] = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return found
 
 
 def group_findings(found: Iterable[tuple[str, Iterable[Finding]]]) -> tuple[Problem, ...]:
@@ -119,26 +135,12 @@ def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
         yield "runtime.compile", "blocks are compiled on a GPU alone, and these runs have a CPU; use auto"
 
 
-def _paths(sections: Sequence[Any]) -> Iterator[str]:
-    """Yield the paths of the data sets that some sections name."""
-    for section in sections:
-        match section:
-            case DataSection():
-                yield from (source.path for source in section.sources)
-            case ValidationSection():
-                yield section.path
-            case ProbeSection():
-                yield from (section.train, section.test)
-
-
 class _DataChecks:
     """Checks of the data sets of several runs; each data set is opened, and each pair compared, once."""
 
-    def __init__(self, passed: set[str] | None = None) -> None:
-        self.passed: set[str] = set() if passed is None else passed
+    def __init__(self) -> None:
         self.opened = functools.cache(self._open)
-        self.fingerprint = functools.cache(fingerprint)
-        self.call = functools.cache(self._call)
+        self.call = functools.cache(lambda function, *sections: function(*sections))
 
     def check(self, config: RunConfig) -> Iterator[Finding]:
         """Check the training, validation and probe data of a run."""
@@ -147,17 +149,6 @@ class _DataChecks:
         yield from self.call(self._validation, training.data, evaluation.validation)
         for section in evaluation.probes:
             yield from self.call(self._probe, section, training.model, training.data.max_bad_fraction)
-
-    def _call(self, function: Callable[..., list[Finding]], *sections: Any) -> list[Finding]:
-        """Call a check, unless it has passed with the same settings and the same content of the data sets."""
-        named = [section.model_dump(mode="json") if isinstance(section, Section) else section for section in sections]
-        content = [self.fingerprint(path) for path in _paths(sections)]
-        digest = hashlib.sha256(json.dumps([function.__name__, named, content]).encode()).hexdigest()
-        if digest in self.passed:
-            return []
-        if not (found := function(*sections)):
-            self.passed.add(digest)
-        return found
 
     def _open(self, path: str) -> tuple[Any, str | None]:
         """Open a data set: return (data set or None, error or None); both are None if it is too large to open here."""

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
+
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
 from aimscale.aim.errors import did_you_mean
@@ -64,12 +66,8 @@ class Run:
         return self.config.evaluation.budgets
 
 
-def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
+def plan(sweep: Sweep) -> list[Run]:
     """Return all runs of a sweep, in the order of its axes, and then those that tune.
-
-    Args:
-        recipe_budget: budget, in images, from which the recipe sets batch and warm-up; by default the smallest of a
-            run.
 
     Raises:
         SweepError: no run is left, or two cells are the same run.
@@ -79,7 +77,7 @@ def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
     seen: dict[str, _PlannedRun] = {}
     runs: list[Run] = []
     for each in _planned_runs(sweep, shared):
-        run = _build_run(sweep, each, recipe_budget or each.smallest_budget)
+        run = _build_run(sweep, each)
         before = seen.get(run.run_id)
         seen[run.run_id] = each
         if before is None:
@@ -94,6 +92,15 @@ def plan(sweep: Sweep, *, recipe_budget: int | None = None) -> list[Run]:
     if sweep.file.tune and not any(run.is_tuning for run in runs):
         raise SweepError(f"{sweep.source}: `tune` adds no run; name cells and rates that the grid does not hold")
     return runs
+
+
+class _Beside(Section):
+    """Fields of a run that are not in its configuration."""
+
+    devices: int = Field(1, ge=1, le=MAX_DEVICES)
+    """Data-parallel ranks."""
+    lr_multiplier: float = Field(1.0, gt=0, lt=math.inf)
+    """Factor of the recipe's learning rate."""
 
 
 @functools.cache
@@ -114,16 +121,14 @@ class _SharedFields:
             for override in sweep.file.override
         ]
         self.excludes = [_conditions(exclude, sweep) for exclude in sweep.file.exclude]
-        self._sweep, self._of_axes = sweep, dict[tuple[str, str], Fields]()
+        self._sweep = sweep
 
     def axis_fields(self, key: str, value: Any) -> Fields:
         """Return the fields that a value of an axis sets."""
         if key == "lr_multiplier":
             return {}
-        if (place := (key, repr(value))) not in self._of_axes:
-            changes = self._sweep.file.variants[value] if key == "variant" else {key: value}
-            self._of_axes[place] = _resolve_fields(_nest(changes), self._sweep)
-        return self._of_axes[place]
+        changes = self._sweep.file.variants[value] if key == "variant" else {key: value}
+        return _resolve_fields(_nest(changes), self._sweep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,28 +228,26 @@ def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]
     return {size: tuple(sorted(values)) for size, values in budgets.items()}
 
 
-def _build_run(sweep: Sweep, planned: _PlannedRun, recipe_budget: int) -> Run:
+def _build_run(sweep: Sweep, planned: _PlannedRun) -> Run:
     cell, changes = planned.cell, planned.changes
     section = {**changes.get("model", {}), "size": cell["size"]}
     model = _model_from(section, changes, sweep)
-    scale = Scale(width=model.width, params_total=model_counts(model)[0].total, budget=recipe_budget)
+    scale = Scale(width=model.width, params_total=model_counts(model)[0].total, budget=planned.smallest_budget)
     fields = merge(sweep.recipe.fields(scale), changes)
     fields["model"] = section
     fields["data"] = {**fields.get("data", {}), "unique_images": cell["unique_images"]}
     fields["seed"] = cell["seed"]
-    optimiser = parse(OptimiserSection, fields["optimiser"], f"{sweep.source}: optimiser")
-    factors = (fields.pop("lr_multiplier", 1.0), cell.get("lr_multiplier", 1.0))
-    lr_multiplier = _checked_multiplier(factors[0], sweep) * _checked_multiplier(factors[1], sweep)
-    if factors != (1.0, 1.0):
+    where = str(sweep.source)
+    optimiser = parse(OptimiserSection, fields["optimiser"], f"{where}: optimiser")
+    beside = parse(_Beside, {name: fields.pop(name) for name in _Beside.model_fields if name in fields}, where)
+    axis = parse(_Beside, {"lr_multiplier": cell.get("lr_multiplier", 1.0)}, where)
+    lr_multiplier = beside.lr_multiplier * axis.lr_multiplier
+    if (beside.lr_multiplier, axis.lr_multiplier) != (1.0, 1.0):
         fields["optimiser"]["lr_peak"] = float(f"{optimiser.lr_peak * lr_multiplier:.6g}")
     batch = optimiser.batch_size
     fields["budgets"] = tuple(sorted({max(1, round(budget / batch)) * batch for budget in planned.budgets}))
-    runtime = parse(RuntimeConfig, fields.pop("runtime", {}), f"{sweep.source}: runtime")
-    devices = fields.pop("devices")
-    if not isinstance(devices, int) or isinstance(devices, bool) or not 0 < devices <= MAX_DEVICES:
-        raise SweepError(f"{sweep.source}: devices must be a whole number from 1 to {MAX_DEVICES:,}, not {devices!r}")
-    config = run_config(fields, str(sweep.source), runtime)
-    multiplier = float(f"{lr_multiplier:.6g}")
+    runtime = parse(RuntimeConfig, fields.pop("runtime", {}), f"{where}: runtime")
+    config, devices = run_config(fields, where, runtime), beside.devices
     slurm, params = sweep.file.slurm, model_counts(model)[0].total
     has_own_shape = sweep.is_for_slurm and config.evaluation.probes and params > slurm.probe_on_one_node_above
     return Run(
@@ -253,15 +256,9 @@ def _build_run(sweep: Sweep, planned: _PlannedRun, recipe_budget: int) -> Run:
         cell=cell,
         devices=devices,
         probe_devices=min(devices, slurm.devices_per_node) if has_own_shape else devices,
-        lr_multiplier=multiplier,
+        lr_multiplier=float(f"{lr_multiplier:.6g}"),
         is_tuning=planned.is_tuning,
     )
-
-
-def _checked_multiplier(value: Any, sweep: Sweep) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise SweepError(f"{sweep.source}: lr_multiplier must be a number above 0, not {value!r}")
-    return float(value)
 
 
 def _model_from(section: Fields, changes: Fields, sweep: Sweep) -> ModelConfig:

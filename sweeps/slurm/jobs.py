@@ -37,12 +37,12 @@ class JobArray:
     number: int
     """Number of its jobs."""
     shape: JobShape
-    launch: str = ""
+    launch: str
     """Name of the launch that submitted it."""
-    script: str = ""
+    script: str
     """Digest of its script."""
-    request: str = ""
-    """Digest of what the sweep file requested; empty in records of an earlier version."""
+    request: str
+    """Digest of what the sweep file requested."""
 
     @property
     def names(self) -> list[str]:

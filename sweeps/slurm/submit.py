@@ -11,7 +11,7 @@ import math
 import shlex
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ from submitit.slurm.slurm import _make_sbatch_string
 from aimscale.harness.run.provenance import Snapshot, find_snapshot, make_snapshot
 from aimscale.sweeps.plan.costs import cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import SlurmSection, Sweep, SweepError
+from aimscale.sweeps.plan.sections import SlurmSection
+from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import JobArray, JobShape, LiveJob, failed_jobs, live_jobs, record_array
+from aimscale.sweeps.state.decision import read_states
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import hold_sweep
 
@@ -64,18 +66,13 @@ def job_shape(run: Run, section: SlurmSection) -> JobShape:
 
 
 def submit(
-    sweep: Sweep,
-    list_runs: Callable[[], Sequence[Run]],
-    *,
-    allow_dirty: bool = False,
-    dry_run: bool = False,
-    retry: bool = False,
+    sweep: Sweep, runs: Sequence[Run], *, allow_dirty: bool = False, dry_run: bool = False, retry: bool = False
 ) -> list[Submission]:
-    """Submit the jobs that are missing and return at once; a dry run asks Slurm nothing and writes nothing.
+    """Submit the jobs that these runs lack and return at once; a dry run asks Slurm nothing and writes nothing.
 
     Args:
-        list_runs: returns the runs to start; called while no other launch submits.
-        retry: submit a script again although all its jobs failed before their workers began.
+        retry: start failed and cancelled runs, and submit a script again although all its jobs failed before their
+            workers began.
 
     Raises:
         SweepError, SlurmError: there is no Slurm, the source tree has uncommitted changes, Slurm refuses a job, or all
@@ -86,12 +83,12 @@ def submit(
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
     batch = _Batch(sweep=sweep, snapshot=snapshot, dry_run=dry_run, retry=retry)
     if dry_run:
-        return batch.submit(list_runs())
+        return batch.submit(runs)
     with hold_sweep(sweep, "slurm/lock", "submits jobs of this sweep"):
         batch.known = slurm.jobs()
         if snapshot:
             make_snapshot(snapshot)
-        return batch.submit(list_runs())
+        return batch.submit(runs)
 
 
 def _print(sentence: str) -> None:
@@ -121,54 +118,63 @@ class _Batch:
     def submit(self, runs: Sequence[Run]) -> list[Submission]:
         """Submit one array per shape, within `max_jobs` jobs; shapes for which none is left get none."""
         by_shape: dict[JobShape, list[Run]] = {}
-        for run in runs:
-            by_shape.setdefault(job_shape(run, self.section), []).append(run)
+        for found in read_states(self.sweep, runs, retry=self.retry):
+            if found.startable:
+                by_shape.setdefault(job_shape(found.run, self.section), []).append(found.run)
         live = self._cancel_outdated(live_jobs(self.sweep, self.known))
         num_wanted = [
             max(0, len(shape_runs) - sum(job.shape == shape and not job.is_busy for job in live))
             for shape, shape_runs in by_shape.items()
         ]
+        submitted: list[Submission] = []
         numbers = distribute_jobs(self.section.max_jobs - len(live), num_wanted)
-        for shape, want, num_jobs in zip(by_shape, num_wanted, numbers, strict=True):
-            if want and not num_jobs and all(job.shape != shape for job in live):
+        for (shape, shape_runs), want, num_jobs in zip(by_shape.items(), num_wanted, numbers, strict=True):
+            if num_jobs:
+                submitted += self._submit_shape(shape, shape_runs, num_jobs)
+            elif want and all(job.shape != shape for job in live):
                 _print(
-                    f"no job for {len(by_shape[shape])} runs of {shape.nodes} x {shape.devices}: slurm.max_jobs is "
+                    f"no job for {len(shape_runs)} runs of {shape.nodes} x {shape.devices}: slurm.max_jobs is "
                     f"reached; launch again when jobs have ended"
                 )
-        return [
-            submission
-            for (shape, shape_runs), num_jobs in zip(by_shape.items(), numbers, strict=True)
-            for submission in self._submit_arrays(shape, shape_runs, num_jobs)
-        ]
+        return submitted
 
     def _cancel_outdated(self, live: Sequence[LiveJob]) -> list[LiveJob]:
         """Cancel pending jobs that request what the sweep file no longer says; return the other jobs."""
-        outdated = [job for job in live if job.info.phase == "pending" and job.request not in ("", self.request)]
+        outdated = [job for job in live if job.info.phase == "pending" and job.request != self.request]
         if outdated:
             slurm.command("scancel", "--quiet", "--state=PENDING", *(job.info.job_id for job in outdated))
             _print(f"cancelled {len(outdated)} pending jobs, whose request in the sweep file has changed since")
         return [job for job in live if job not in outdated]
 
-    def _submit_arrays(self, shape: JobShape, runs: Sequence[Run], num_jobs: int) -> Iterator[Submission]:
+    def _submit_shape(self, shape: JobShape, runs: Sequence[Run], num_jobs: int) -> Iterator[Submission]:
         """Submit the jobs as one array, or as several if Slurm limits their length; record each at once."""
-        if not num_jobs:
-            return
         failed = [node for run in runs for node in RunRecord(self.sweep.run_dir(run.run_id)).failed_nodes()]
         longest, excluded = num_jobs, tuple(dict.fromkeys(failed))
         if not self.dry_run:
             longest = slurm.max_array_size()
             excluded = slurm.nodes_to_exclude(excluded, self.section.partition, shape.nodes)
         minutes = self._time_limit_min(runs, num_jobs)
+        # Without what changes from one launch to the next: the number of jobs, and the nodes to be excluded.
+        digest = _digest(self._script(shape, runs, minutes, (), 1))
         for first in range(0, num_jobs, longest):
             size = min(longest, num_jobs - first)
-            script = self._script(shape, runs, minutes, excluded, size)
+            script, job_id = self._script(shape, runs, minutes, excluded, size), None
+            if not self.dry_run:
+                self._refuse_what_failed(digest)
+                job_id = slurm.command("sbatch", "--parsable", text=script).strip().partition(";")[0]
+                facts = {"launch": self.launch, "script": digest, "request": self.request}
+                record_array(self.sweep, JobArray(job_id=job_id, number=size, shape=shape, **facts))
             yield Submission(
-                shape=shape,
-                num_jobs=size,
-                num_runs=len(runs),
-                excluded=excluded,
-                script=script,
-                job_id=None if self.dry_run else self._submit_script(script, shape, runs, minutes, size),
+                shape=shape, num_jobs=size, num_runs=len(runs), excluded=excluded, script=script, job_id=job_id
+            )
+
+    def _refuse_what_failed(self, digest: str) -> None:
+        """Raise SweepError if all jobs of the last launch with this script ended before their workers began."""
+        failed = [] if self.retry else failed_jobs(self.sweep, self.known, script=digest)
+        if failed and not any(job.has_begun for job in failed):
+            raise SweepError(
+                f"all {len(failed)} jobs of the last launch ended before their workers began: {failed[-1].why} (see "
+                f"{failed[-1].log}); mend slurm.setup or slurm.python, or submit the same again by --retry"
             )
 
     def _time_limit_min(self, runs: Sequence[Run], num_jobs: int) -> int:
@@ -182,20 +188,6 @@ class _Batch:
         walls = [card.wall_s for card in cost_cards(self.sweep, runs)]
         needed_s = TIME_FACTOR * max(*walls, sum(walls) / num_jobs) + max(map(grace_period_s, runs))
         return min(self.section.time_limit_min, max(SHORTEST_LIMIT_MIN, math.ceil(needed_s / 60)))
-
-    def _submit_script(self, script: str, shape: JobShape, runs: Sequence[Run], minutes: int, size: int) -> str:
-        # Without what changes from one launch to the next: the number of jobs, and the nodes to be excluded.
-        digest = _digest(self._script(shape, runs, minutes, (), 1))
-        failed = [] if self.retry else failed_jobs(self.sweep, self.known, script=digest)
-        if failed and not any(job.has_begun for job in failed):
-            raise SweepError(
-                f"all {len(failed)} jobs of the last launch ended before their workers began: {failed[-1].why} (see "
-                f"{failed[-1].log}); mend slurm.setup or slurm.python, or submit the same again by --retry"
-            )
-        job_id = slurm.command("sbatch", "--parsable", text=script).strip().partition(";")[0]
-        facts = {"launch": self.launch, "script": digest, "request": self.request}
-        record_array(self.sweep, JobArray(job_id=job_id, number=size, shape=shape, **facts))
-        return job_id
 
     def _script(self, shape: JobShape, runs: Sequence[Run], minutes: int, excluded: Sequence[str], size: int) -> str:
         """Return the batch script as submitit writes it; it becomes the worker."""

@@ -31,19 +31,10 @@ good, until a person clears the failure; `given back`: failed before its first s
 that another node tries it; `elsewhere`: another process executes the run."""
 
 MAX_ATTEMPTS_WITHOUT_PROGRESS: dict[ReasonClass, int] = {
-    "node": 3,
-    "timeout": 3,
-    "oom": 2,
-    "code": 2,
-    "data": 1,
-    "nan": 1,
-    "config": 1,
-}
+    "node": 3, "timeout": 3, "oom": 2, "code": 2, "data": 1, "nan": 1, "config": 1,
+}  # fmt: skip
 """Number of consecutive attempts without new progress after which an attempt that fails for this reason is the last.
-
-Node failures and time limits are not the run's fault. Out of memory and crashes may be caused once by another process
-or by the network. Other failures would repeat.
-"""
+Nodes and time limits are not the run's fault, memory and crashes may be another process's once; the others repeat."""
 EARLY_S = 120.0
 """Time within which an attempt without progress counts as one that failed before its first step, s."""
 NODE_REASONS = ("node", "code", "data")
@@ -76,26 +67,22 @@ def record_end(
     if _is_held_elsewhere(run, exit_code, claims):
         return "elsewhere"  # this attempt never got the run's lock, or lost it
     exit_code = _rank_exit_code(run, exit_code, claims[0])
-    if exit_code == EXIT_FINISHED:
-        _append_attempt(run, attempt, exit_code, None, None)
-        return "finished"
     is_killed_as_asked = stop_requested and exit_code == -signal.SIGKILL  # by a second Ctrl-C
     if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT) or is_killed_as_asked:
         return _record_preemption(run, attempt, exit_code, stop_requested)
-    if exit_code == EXIT_OFF_TRACK:
-        _append_attempt(run, attempt, exit_code, run.read_status().reason, None)
-        return "failed"
-    reason, reason_class = failure_reason(run, attempt, exit_code)
-    run.write_status(
-        state="diverged" if exit_code == EXIT_DIVERGED else "failed", reason=reason, reason_class=reason_class
-    )
-    failed_on = run.read_status().failed_on
+    if exit_code in (EXIT_FINISHED, EXIT_OFF_TRACK):
+        is_finished = exit_code == EXIT_FINISHED
+        _append_attempt(run, attempt, exit_code, None if is_finished else run.read_status().reason, None)
+        return "finished" if is_finished else "failed"
+    reason, reason_class = _failure_reason(run, attempt, exit_code)
+    state = "diverged" if exit_code == EXIT_DIVERGED else "failed"
+    failed_on = run.write_status(state=state, reason=reason, reason_class=reason_class).failed_on
     node = failed_on if failed_on is not None else failed_early_on or ""
     may_be_node = failed_early_on and reason_class in NODE_REASONS and failed_on != SHARED
-    if may_be_node and not set(run.nodes_given_back()) - {node}:
-        _append_attempt(run, attempt, exit_code, reason, reason_class, node, given_back=True)
+    given_back = bool(may_be_node and not set(run.failed_nodes(given_back=True)) - {node})
+    _append_attempt(run, attempt, exit_code, reason, reason_class, node, given_back=given_back)
+    if given_back:
         return "given back"
-    _append_attempt(run, attempt, exit_code, reason, reason_class, node)
     return "retry" if may_retry(run.read_attempts(), reason_class) else "failed"
 
 
@@ -140,18 +127,17 @@ def _record_preemption(run: RunRecord, attempt: int, exit_code: int, stop_reques
     return "preempted"
 
 
-def failure_reason(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, ReasonClass]:
-    """Return the reason and its class, from the run's status or log where they state one."""
+def _failure_reason(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, ReasonClass]:
+    """Return the reason and its class, from the run's status or the last line of its log where they state one."""
     status = run.read_status()
     if exit_code == -signal.SIGKILL:
         return "killed by the system (SIGKILL), usually out of memory; use a smaller micro-batch", "oom"
     if status.state in ("failed", "diverged") and status.reason and status.reason_class:
         return status.reason, status.reason_class
-    reason = _last_log_line(run, attempt) or (
-        f"ended by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
-    )
+    lines = [line.strip() for line in _read_text(run.attempt_log(attempt)).splitlines() if line.strip()]
+    how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
     kinds: dict[int, ReasonClass] = {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}
-    return reason, kinds.get(exit_code, "code")
+    return lines[-1][:300] if lines else f"ended with {how}", kinds.get(exit_code, "code")
 
 
 def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: str | None) -> None:
@@ -167,42 +153,39 @@ def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: str | 
     status = run.read_status()
     if worker is None or status.state not in ("running", "queued") or run.is_held():
         return
-    job_id = worker.facts.get("job_id")
+    nodes, job_id = "", worker.facts.get("job_id")
+    reason: str = "killed with its launcher, or the machine stopped"
+    reason_class: ReasonClass | None = "node"
     if job_id:
         nodes = str(worker.facts.get("nodes") or "")
-        reason, reason_class, state = job_failure(job_state, run.job_log(job_id), nodes)
-    else:
-        nodes = ""
-        reason, reason_class, state = "killed with its launcher, or the machine stopped", "node", "failed"
+        reason, reason_class = _job_failure(job_state, run.job_log(job_id), nodes)
     if reason_class is not None:
-        _append_attempt(run, run.next_attempt(), None, reason, reason_class, nodes, was_lost=True)
-    run.write_status(state=state, reason=reason, reason_class=reason_class)
+        ended = status.heartbeat or time.time()
+        _append_attempt(run, run.next_attempt(), None, reason, reason_class, nodes, ended=ended)
+    run.write_status(state="failed" if reason_class else "preempted", reason=reason, reason_class=reason_class)
 
 
-def job_failure(
-    job_state: str | None, log: Path, nodes: str
-) -> tuple[str, ReasonClass | None, Literal["failed", "preempted"]]:
-    """Return reason, reason class and run state after a Slurm job that ended without a message from the run.
+def _job_failure(job_state: str | None, log: Path, nodes: str) -> tuple[str, ReasonClass | None]:
+    """Return reason and reason class after a Slurm job that ended without a message from the run.
 
-    A job that Slurm preempted or started again is no fault of its node or its run.
+    A job that Slurm preempted or started again is no fault of its node or its run: it has no class.
     """
     state = (job_state or "").split(" ")[0]
     last_start = _read_text(log).rpartition(WORKER_BEGINS)[2]  # slurmstepd writes there why it killed a process
     if state == "OUT_OF_MEMORY" or (state == "FAILED" and _OUT_OF_MEMORY.search(last_start)):
-        return "Slurm killed the job: out of memory; raise mem in slurm.extra", "oom", "failed"
+        return "Slurm killed the job: out of memory; raise mem in slurm.extra", "oom"
     match state:
         case "NODE_FAIL" | "BOOT_FAIL":
-            return f"node {nodes or '(unknown)'} failed", "node", "failed"
+            return f"node {nodes or '(unknown)'} failed", "node"
         case "TIMEOUT" | "DEADLINE":
-            return "the time limit came before it could save; set runtime.checkpoint_every_images", "timeout", "failed"
+            return "the time limit came before it could save; set runtime.checkpoint_every_images", "timeout"
         case "CANCELLED":
-            return "cancelled before it could save", None, "preempted"
+            return "cancelled before it could save", None
         case "FAILED":
-            return f"the job failed and gave no reason; see {log}", "code", "failed"
+            return f"the job failed and gave no reason; see {log}", "code"
         case "":
-            return "Slurm no longer knows the job", "node", "failed"
-        case _:
-            return f"its job was preempted or started again before it could save ({state})", None, "preempted"
+            return "Slurm no longer knows the job", "node"
+    return f"its job was preempted or started again before it could save ({state})", None
 
 
 def _read_text(log: Path) -> str:
@@ -242,27 +225,22 @@ def _append_attempt(
     reason_class: str | None,
     node: str = "",
     *,
-    was_lost: bool = False,
     given_back: bool = False,
+    ended: float | None = None,
 ) -> None:
-    """Append an attempt to the record; with `was_lost`, its end is the time of its last heartbeat."""
-    now = (run.read_status().heartbeat if was_lost else None) or time.time()
+    """Append an attempt to the record; `ended` is the Unix time of its end, now by default."""
+    ended = ended or time.time()
+    # With several nodes it is unknown which one failed.
+    is_known = (reason_class == "node" or given_back) and node and not set(node) & set(",[")
     run.append_attempt(
         attempt=attempt,
         started=run.read_status().started,
-        ended=now,
-        device_hours=run.attempt_device_hours(now),
+        ended=ended,
+        device_hours=run.attempt_device_hours(ended),
         exit_code=exit_code,
         saved=run.saved_progress(),
         reason_class=reason_class,
         reason=reason,
-        # With several nodes it is unknown which one failed.
-        failed_nodes=[node] if (reason_class == "node" or given_back) and node and not set(node) & set(",[") else [],
+        failed_nodes=[node] if is_known else [],
         **({"given_back": True} if given_back else {}),
     )
-
-
-def _last_log_line(run: RunRecord, attempt: int) -> str | None:
-    """Return the last line of an attempt's log that is not blank, cut at 300 characters."""
-    lines = _read_text(run.attempt_log(attempt)).splitlines()
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), None)

@@ -78,14 +78,11 @@ def read_state(run: Run, record: RunRecord, *, holds_claim: bool = False) -> Run
 
 
 def _read_state(run: Run, record: RunRecord, holds_claim: bool) -> RunState:
-    status, attempts = record.read_status(), record.read_attempts()
+    status, attempts, worker = record.read_status(), record.read_attempts(), record.claimant()
     is_new = not record.config.exists() or status.state == "created"
-    missing = (
-        [Pending(what="training", images_seen=budget) for budget in run.budgets]
-        if is_new
-        else pending_work(record, run.config)
-    )
-    worker = record.claimant()
+    missing = [Pending(what="training", images_seen=budget) for budget in run.budgets]
+    if not is_new:
+        missing = pending_work(record, run.config)
     if missing and all(each.what != "training" for each in missing):
         run = replace(run, devices=run.probe_devices)
 
@@ -121,11 +118,6 @@ def _read_state(run: Run, record: RunRecord, holds_claim: bool) -> RunState:
     if status.state in ("running", "queued"):
         return found("lost", "its process is gone")
     if status.state == "finished":
-        return found("paused", describe_pending(missing))
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return found("paused", f"to do: {missing[0]}{more}")
     return found("paused", status.reason if status.state == "preempted" else failure)
-
-
-def describe_pending(missing: Sequence[Pending]) -> str:
-    """Return a short description of the evaluations that are missing."""
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return f"to do: {missing[0]}{more}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,28 +51,19 @@ class RunRecord(RunDir):
         """Return a measure of progress, which grows with everything that a resumed attempt need not repeat.
 
         The elements are the number of rows, the images of the furthest checkpoint, the number of budgets with weights,
-        and those of `evaluation_progress`.
+        and the number of files of evaluation with the time of the last, ns: each kind of probe writes its task's again.
 
         Raises:
             UserError: `results.json` is damaged.
         """
-        images = [0]
-        for path in self.checkpoints.glob("[0-9]*"):
-            with contextlib.suppress(ValueError):
-                images.append(int(path.name.split("-")[0]))
+        checkpoints = [path.name.split("-")[0] for path in self.checkpoints.glob("[0-9]*")]
         num_budgets = len(list(self.path.glob("budgets/*/model.safetensors")))
-        return [len(self.read_rows()), max(images), num_budgets, *self.evaluation_progress()]
-
-    def evaluation_progress(self) -> list[int]:
-        """Return the number of files that evaluation has written, and the modification time of the last, ns.
-
-        The file of a probe task is written again for each kind of probe.
-        """
-        times = [0]
-        for path in (path for kind in ("validation/*.npz", "probes/*/*.json") for path in self.path.glob(kind)):
+        times = []
+        for path in (*self.path.glob("validation/*.npz"), *self.path.glob("probes/*/*.json")):
             with contextlib.suppress(OSError):  # removed meanwhile
                 times.append(path.stat().st_mtime_ns)
-        return [len(times) - 1, max(times)]
+        furthest = max((int(images) for images in checkpoints if images.isdecimal()), default=0)
+        return [len(self.read_rows()), furthest, num_budgets, len(times), max(times, default=0)]
 
     def read_attempts(self) -> list[dict[str, Any]]:
         """Read the ended attempts, first to last; a last line that was cut off by a crash is skipped.
@@ -81,10 +71,7 @@ class RunRecord(RunDir):
         Raises:
             SweepError: the file is damaged.
         """
-        try:
-            lines = self.attempts.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
+        lines = self.attempts.read_bytes().splitlines() if self.attempts.exists() else []
         ended: list[dict[str, Any]] = []
         for i, line in enumerate(lines):
             try:
@@ -99,20 +86,17 @@ class RunRecord(RunDir):
                     raise SweepError(f"{self.attempts} is damaged ({error}); repair it or move it away") from error
         return ended
 
-    def failed_nodes(self) -> list[str]:
-        """Return the nodes on which attempts failed since a person last cleared the run's failure."""
-        return self._nodes(lambda ended: True)
+    def failed_nodes(self, *, given_back: bool = False) -> list[str]:
+        """Return the nodes on which attempts failed since a person last cleared the run's failure.
 
-    def nodes_given_back(self) -> list[str]:
-        """Return those of `failed_nodes` that gave the run back before its first step."""
-        return self._nodes(lambda ended: bool(ended.get("given_back")))
-
-    def _nodes(self, chosen: Callable[[dict[str, Any]], bool]) -> list[str]:
+        Args:
+            given_back: whether to return only nodes that gave the run back before its first step.
+        """
         found: dict[str, None] = {}
         for ended in self.read_attempts():
             if ended.get("forgiven"):
                 found = {}
-            elif chosen(ended):
+            elif ended.get("given_back") or not given_back:
                 found |= dict.fromkeys(ended.get("failed_nodes") or ())
         return list(found)
 
@@ -120,9 +104,9 @@ class RunRecord(RunDir):
         """Return the device-hours of the current attempt, or of one that just ended; 0 if it never started."""
         started, worker = self.read_status().started, self.claimant()
         # By the start and not by the order of times: a clock may have been set back.
-        is_new = started is not None and all(ended.get("started") != started for ended in self.read_attempts())
-        devices = worker.facts.get("devices", 1) if worker else 1
-        return devices * max(0.0, now - (started or now)) / 3600 if is_new else 0.0
+        if started is None or any(ended.get("started") == started for ended in self.read_attempts()):
+            return 0.0
+        return (worker.facts.get("devices", 1) if worker else 1) * max(0.0, now - started) / 3600
 
     def next_attempt(self) -> int:
         """Return the number of the next attempt, 1 for the first."""
@@ -141,5 +125,5 @@ class RunRecord(RunDir):
 
     def last_log(self) -> Path | None:
         """Return the log of the last attempt, or None if there is none."""
-        logs = {path.stem.removeprefix("attempt-"): path for path in self.logs.glob("attempt-*.log")}
-        return max(((int(number), path) for number, path in logs.items() if number.isdecimal()), default=(0, None))[1]
+        logs = [path for path in self.logs.glob("attempt-*.log") if path.stem.partition("-")[2].isdecimal()]
+        return max(logs, key=lambda path: int(path.stem.partition("-")[2]), default=None)

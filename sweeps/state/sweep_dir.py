@@ -34,7 +34,7 @@ def hold_sweep(sweep: Sweep, name: str, doing: str) -> Iterator[None]:
         SweepError: another launch holds it for too long, or the directory cannot be written.
     """
     path = sweep.directory / name
-    lock, deadline, is_told = Lock(path), time.monotonic() + LOCK_TIMEOUT_S, False
+    lock, deadline, told = Lock(path), time.monotonic() + LOCK_TIMEOUT_S, ""
     new = [folder for folder in path.parents if not folder.exists()]
     try:
         while True:
@@ -43,9 +43,8 @@ def hold_sweep(sweep: Sweep, name: str, doing: str) -> Iterator[None]:
                 break
             other = read_holder(path)
             who = f"process {other.pid} on {other.host}" if other else "another process"
-            if not is_told:
-                print(f"waiting for {who}, which {doing}", file=sys.stderr, flush=True)
-                is_told = True
+            if not told:
+                print(told := f"waiting for {who}, which {doing}", file=sys.stderr, flush=True)
             if time.monotonic() > deadline:
                 raise SweepError(f"{who} {doing}, for more than {LOCK_TIMEOUT_S:.0f} s; end it, then launch again")
     except OSError as error:
@@ -103,5 +102,4 @@ def unplanned_runs(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:
 
 def _unplanned_records(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:
     planned = {run.run_id for run in runs}
-    there = sorted(sweep.runs_dir.iterdir()) if sweep.runs_dir.is_dir() else []
-    return [RunRecord(path) for path in there if path.is_dir() and path.name not in planned]
+    return [RunRecord(path) for path in sorted(sweep.runs_dir.glob("*/")) if path.name not in planned]

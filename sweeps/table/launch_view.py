@@ -10,7 +10,7 @@ from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.state.decision import RunState
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
-from aimscale.sweeps.table.time_left import schedule_s
+from aimscale.sweeps.table.status import schedule_s
 from aimscale.sweeps.table.views import KeyValue, format_duration, format_number, group_notices
 
 ADVICE = {

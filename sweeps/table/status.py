@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.probe.pending_evaluations import Pending
 from aimscale.harness.run.directory import Status
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
@@ -19,7 +20,6 @@ from aimscale.sweeps.slurm.jobs import LiveJob, describe_failed_jobs, failed_job
 from aimscale.sweeps.state.decision import RunState, State, read_states
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
-from aimscale.sweeps.table.time_left import Progress, time_left
 
 ENDED_STATES = ("finished", "cancelled", "failed", "diverged", "off-track", "damaged")
 """States in which nothing is executed until a person acts."""
@@ -97,18 +97,12 @@ def sweep_status(
     """Inspect every run; `jobs` are Slurm's jobs (`sweeps.slurm.commands.jobs`), None if Slurm cannot be asked."""
     live = live_jobs(sweep, jobs) if jobs else []
     pending = _pending_jobs(live, cards)
-    inspected = [
-        _inspect_run(found, card, pending) for found, card in zip(read_states(sweep, runs), cards, strict=True)
-    ]
-    left, eta_s, is_measured = time_left(cards, [progress for _, progress in inspected])
-    lines = tuple(
-        replace(line, eta_s=left_s if progress.is_running else None)
-        for (line, progress), left_s in zip(inspected, left, strict=True)
-    )
+    lines = [_inspect_run(found, card, pending) for found, card in zip(read_states(sweep, runs), cards, strict=True)]
+    lines, eta_s, is_measured = time_left(cards, lines)
     flops = [card.flops_executed for card in cards]
     return SweepStatus(
         sweep=sweep.name,
-        runs=lines,
+        runs=tuple(lines),
         counts=dict(Counter(line.state for line in lines)),
         progress=sum(f * line.progress for f, line in zip(flops, lines, strict=True)) / sum(flops),
         given_up=sum(f * (1 - e.progress) for f, e in zip(flops, lines, strict=True) if e.state in ENDED_STATES)
@@ -121,6 +115,53 @@ def sweep_status(
         failed_jobs=_describe_failed_jobs(sweep, jobs, lines),
         num_jobs=len(live),
     )
+
+
+def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[list[RunStatus], float | None, bool]:
+    """Add `eta_s` to the runs that are executed.
+
+    A run takes as many times what the plan says as its own pace shows, or else the median of those measured.
+
+    Returns:
+        The lines; the time of the sweep, s, None if no device is in use; and whether a pace is measured.
+    """
+    slower = [
+        card.images_executed / card.training_s / pace if (pace := line.status.images_per_s) else None
+        for card, line in zip(cards, lines, strict=True)
+    ]
+    usual = statistics.median([each for each in slower if each] or [1.0])
+    now: list[RunStatus] = []
+    waiting: list[tuple[float, float, int]] = []
+    free: list[float] = []
+    for card, line, factor in zip(cards, lines, slower, strict=True):
+        evaluated = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
+        left_s = (1 - line.progress) * card.training_s + (1 - evaluated) * card.evaluation_s
+        left_s *= factor or usual
+        is_running = line.state in ("running", "starting")
+        now.append(replace(line, eta_s=left_s) if is_running else line)
+        if is_running:
+            free += [left_s] * card.devices
+        elif line.state not in ENDED_STATES:
+            waiting.append((card.device_hours, left_s, card.devices))
+    waiting.sort(key=lambda each: -each[0])
+    ends = schedule_s(free, [(left_s, num_devices) for _, left_s, num_devices in waiting]) if free else []
+    return now, max(ends, default=None), any(slower)
+
+
+def schedule_s(free: Sequence[float], waiting: Sequence[tuple[float, int]]) -> list[float]:
+    """Return when each device has done its part of some runs that start in order, each as soon as it can, s.
+
+    Args:
+        free: when each device becomes free, s.
+        waiting: duration, s, and devices of each run; one that wants more devices than there are takes all.
+    """
+    ends = list(free)
+    heapq.heapify(ends)
+    for duration_s, num_devices in waiting:
+        taken = [heapq.heappop(ends) for _ in range(min(num_devices, len(ends)))]
+        for _ in taken:
+            heapq.heappush(ends, max(taken) + duration_s)
+    return ends
 
 
 def _describe_failed_jobs(sweep: Sweep, jobs: dict[str, JobInfo] | None, lines: Sequence[RunStatus]) -> tuple[str, ...]:
@@ -141,22 +182,22 @@ def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[in
     return found
 
 
-def _inspect_run(found: RunState, card: CostCard, pending: Mapping[int, JobInfo]) -> tuple[RunStatus, Progress]:
+def _inspect_run(found: RunState, card: CostCard, pending: Mapping[int, JobInfo]) -> RunStatus:
     try:
         return _inspect_state(found, card, pending.get(found.run.devices))
     except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         status = Status(reason=found.why if found.state == "damaged" else str(error))
     run, log = found.run, _last_log(found.record)
-    return RunStatus(run_id=run.run_id, cell=run.cell, state="damaged", status=status, log=log), Progress(is_over=True)
+    return RunStatus(run_id=run.run_id, cell=run.cell, state="damaged", status=status, log=log)
 
 
 def _last_log(record: RunRecord) -> str | None:
     return str(path) if (path := record.last_log()) else None
 
 
-def _inspect_state(found: RunState, card: CostCard, pending: JobInfo | None) -> tuple[RunStatus, Progress]:
+def _inspect_state(found: RunState, card: CostCard, pending: JobInfo | None) -> RunStatus:
     run, record, status, worker = found.run, found.record, found.status, found.worker
-    now, state, reason = time.time(), found.state, _reason(found)
+    state, reason = found.state, _reason(found)
     if state == "damaged":
         raise UserError(found.why)
     if found.startable and pending is not None:
@@ -167,38 +208,26 @@ def _inspect_state(found: RunState, card: CostCard, pending: JobInfo | None) -> 
         worker = worker if record.is_claimed() else None
         job_id = (worker.facts.get("job_id") if worker else None) or status.job_id
         place = f"job {job_id}" if job_id else (worker.host if worker else status.host) or ""
-    rows, starts = record.read_rows(), record.read_starts()
+    rows = record.read_rows()
     hours = sum(each.get("device_hours", 0.0) for each in found.attempts)
     points = record.read_curve() if is_held else []
     losses = {row["images_seen"]: row["val_loss"] for row in [*points, *rows] if row.get("val_loss")}
     unprobed = Counter(each.what for each in found.missing)
-    is_trained, is_finished = not unprobed["training"], state == "finished"
     to_evaluate = len(run.budgets) * len(card.probes)
-    line = RunStatus(
+    return RunStatus(
         run_id=run.run_id,
         cell=run.cell,
         state=state,
         status=replace(status, reason=reason),
         log=_last_log(record) if state != "not started" else None,
         to_evaluate=to_evaluate,
-        progress=1.0 if is_trained else min(1.0, status.images_done / card.images_executed),
+        progress=min(1.0, status.images_done / card.images_executed) if unprobed["training"] else 1.0,
         val_loss=losses[max(losses)] if losses else None,
         place=place,
         evaluated=to_evaluate - unprobed["probe"] - unprobed["training"] * len(card.probes),
-        device_hours=hours + (record.attempt_device_hours(now) if is_held else 0.0),
+        device_hours=hours + (record.attempt_device_hours(time.time()) if is_held else 0.0),
         num_loss_spikes=max((row.get("num_loss_spikes") or 0 for row in rows), default=0),
         is_normalised=run.config.training.objective.target == "normalised",
-    )
-    return line, Progress(
-        is_running=found.is_active,
-        is_over=state in ENDED_STATES,
-        images_done=card.images_executed if is_trained else status.images_done,
-        flops_to_evaluate=_flops_to_evaluate(card, found.missing) + (1 - line.progress) * card.flops_during,
-        # of a finished run, the mean over all steps instead of the last seconds
-        images_per_s=rows[-1].get("images_per_s") if is_finished and rows else status.images_per_s,
-        startup_s=starts[-1].get("startup_s") if starts else None,
-        elapsed_s=now - status.started if is_held and status.started else 0.0,
-        spent_s=3600 * hours / card.devices if is_finished and found.attempts else None,
     )
 
 
@@ -213,13 +242,3 @@ def _reason(found: RunState) -> str | None:
         case "running" | "starting":
             return None
     return found.status.reason
-
-
-def _flops_to_evaluate(card: CostCard, missing: Sequence[Pending]) -> float:
-    probes = {probe.task: probe.flops for probe in card.probes}
-    whole = (card.flops_evaluation - card.flops_during) / len(card.budgets)
-    validation = whole - sum(probes.values())
-    return sum(
-        probes[each.section.task] if each.section else whole if each.what == "training" else validation
-        for each in missing
-    )

@@ -6,15 +6,14 @@ import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Group
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from aimscale.analysis.table.schema import MFU
-from aimscale.sweeps.table.status import ENDED_STATES, RunStatus, SweepStatus
+from aimscale.sweeps.table.status import RunStatus, SweepStatus
 from aimscale.sweeps.table.views import (
     STATE_STYLES,
     Column,
@@ -35,22 +34,16 @@ CONSTANT_LOSS = 1.0
 """Loss on normalised targets of a model that predicts the mean of every patch."""
 FAILED_STATES = ("failed", "diverged", "off-track", "damaged")
 """States that a person has to look into."""
-Shown = Literal["auto", "all", "failed"]
-"""Runs to list: each, or groups by size where there are many; each; or those that a person has to look into."""
 
 
-def status_view(status: SweepStatus, width: int, shown: Shown = "auto") -> Group:
-    """Lay out `aimscale status`: the summary, what needs attention, and runs or groups of runs."""
+def status_view(status: SweepStatus, width: int, *, every_run: bool = False) -> Group:
+    """Lay out `aimscale status`: the summary, what needs attention, and runs, or groups of them if they are many."""
     parts: list[Any] = [key_value_text(status_summary(status), width)]
     failed_jobs = [KeyValue(level="failed", key="jobs", value=why) for why in status.failed_jobs]
     notices = ((*notice, line.run_id) for line in status.runs if (notice := _notice(line)))
     if flags := [*failed_jobs, *group_notices(notices)]:
         parts.append(key_value_text(flags, width))
-    failed = [line for line in status.runs if line.state in FAILED_STATES]
-    if shown == "failed":
-        logs = [KeyValue(key=line.run_id, value=line.log or "no log") for line in failed]
-        return Group(*parts, *([key_value_text(logs, width)] if logs else []))
-    is_short = shown == "all" or len(status.runs) <= MAX_LISTED
+    is_short = every_run or len(status.runs) <= MAX_LISTED
     return Group(*parts, runs_table(status.runs, width) if is_short else groups_table(status.runs, width))
 
 
@@ -182,15 +175,3 @@ def progress_line(status: SweepStatus) -> str:
     """Format the progress of a sweep as one line of a log."""
     left = f", about {format_duration(status.eta_s)} left" if status.eta_s is not None else ""
     return f"{_progress_text(status)}{left}; {_count_states(status.runs)}"
-
-
-def progress_bar(status: SweepStatus, width: int) -> Table:
-    """Make a progress bar of one line, which leaves room for the terminal's `^C`."""
-    grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
-    grid.width = width - len("^C ")
-    grid.add_column(ratio=1)
-    grid.add_column(no_wrap=True)
-    over, left = sum(line.state in ENDED_STATES for line in status.runs), format_duration(status.eta_s)
-    words = f"{_progress_text(status)}, {left} left, {over} of {len(status.runs)} runs over"
-    grid.add_row(ProgressBar(total=(1.0 - status.given_up) or 1.0, completed=status.progress), words)
-    return grid

@@ -1,5 +1,6 @@
 """The model against an independent implementation that goes token by token through plain numpy, and its guarantees."""
 
+import functools
 import math
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.layers import Attention
@@ -264,6 +267,60 @@ def test_other_ways_to_compute_change_neither_loss_nor_gradients(way: str, optio
     tolerance = {"rtol": 0, "atol": 0} if way == "checkpointed" else {"rtol": 1e-4, "atol": 1e-5}
     for before, after in zip(plain, step(), strict=True):
         torch.testing.assert_close(after, before, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "new"), [("paired", [3, 0, 0, 3, 0, 0, 1, 0]), ("uniform", [3, 2, 0, 3, 0, 0, 1, 0])]
+)
+def test_graphs_of_a_sweep_are_few_whatever_the_depth_and_none_breaks(
+    prefix: str, new: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block, the last block and a head block have a graph each. Training, validation and probing have graphs of their
+    own; another batch size, and from the second step on another number of targets, have none."""
+    counter = CompileCounter()  # graphs as dynamo hands them to a compiler, whatever that is
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=counter))
+    torch._dynamo.reset()
+    counters.clear()
+    config = model_config("w16-d4", image_size=16, patch_size=4, head_width=24, head_depth=3)
+    model = make(config)
+    model.compile_blocks()
+    generator = torch.Generator().manual_seed(3)
+
+    def prefix_lengths(number: int, way: str) -> torch.Tensor:
+        drawn = torch.randint(1, config.num_tokens, (number,), generator=generator)
+        half = drawn[: number // 2]
+        return drawn if way == "uniform" else torch.cat([half, config.num_tokens - half])
+
+    def images(number: int) -> torch.Tensor:
+        return torch.randn(number, 3, 16, 16, generator=generator)
+
+    def train() -> None:
+        model(images(8), prefix_lengths(8, prefix))[0].backward()
+
+    def validate(number: int) -> None:
+        with torch.no_grad():
+            model.per_patch_loss(images(number), prefix_lengths(number, "uniform"))
+
+    def probe(number: int) -> None:
+        with torch.no_grad():
+            model.features(images(number), [-2, -1])
+
+    found = []
+    for call in (
+        train,
+        train,
+        train,
+        lambda: validate(16),
+        lambda: validate(10),
+        train,
+        lambda: probe(16),
+        lambda: probe(7),
+    ):
+        before = counter.frame_count
+        call()
+        found.append(counter.frame_count - before)
+    assert found == new
+    assert not counters["graph_break"]
 
 
 def test_bfloat16_weights_keep_norm_and_loss_in_float32() -> None:

@@ -12,7 +12,7 @@ from generate import command_reference, config_reference
 
 from aimscale.harness.run.config import Section
 from aimscale.sweeps.cli.main import VERBS, app
-from aimscale.sweeps.plan.sweepfile import SlurmSection
+from aimscale.sweeps.plan.sections import SlurmSection
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +43,12 @@ def test_every_field_of_every_section_is_listed_with_its_meaning() -> None:
         kind.__name__: kind
         for kind in all_sections()
         if kind.__module__
-        in ("aimscale.harness.run.config", "aimscale.sweeps.plan.sweepfile", "aimscale.sweeps.plan.recipes")
+        in (
+            "aimscale.harness.run.config",
+            "aimscale.sweeps.plan.recipes",
+            "aimscale.sweeps.plan.sections",
+            "aimscale.sweeps.plan.sweepfile",
+        )
     }
     assert ours.keys() - listed == {"RunConfig"}  # its three keys are told in the introduction
     found = tables(page)

@@ -1,14 +1,16 @@
 #!/bin/bash
 # A real Slurm cluster on this machine for the tests: munged, slurmctld and several slurmd with made-up node names.
 #
-#   start_slurm.sh DIR [NUM_NODES=2]       then: export SLURM_CONF=DIR/slurm.conf
+#   start_slurm.sh DIR [NUM_NODES=2] [GPUS_PER_NODE=0]       then: export SLURM_CONF=DIR/slurm.conf
 #
+# The GPUs are made up: Slurm counts, reserves and numbers device files like /dev/null.
 # Runs as root without systemd, cgroups or accounting; everything it writes lies in DIR. stop_slurm.sh DIR ends it.
 # Needs Debian's or Ubuntu's packages slurm-wlm and munge.
 set -euo pipefail
 
 dir=$1
 num_nodes=${2:-2}
+num_gpus=${3:-0}
 port=${SLURM_TEST_PORT:-27000}
 host=$(hostname -s)
 socket=$dir/run/munge.socket
@@ -64,8 +66,16 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PreemptParameters=send_user_signal
 CONF
+resources="CPUs=2 RealMemory=4000"
+if [ "$num_gpus" -gt 0 ]; then
+  mkdir -p "$dir/gpus"
+  for i in $(seq 0 $((num_gpus - 1))); do mknod "$dir/gpus/nvidia$i" c 1 3; done
+  echo "GresTypes=gpu" >> "$dir/slurm.conf"
+  echo "Name=gpu Type=h100 Flags=nvidia_gpu_env File=$dir/gpus/nvidia[0-$((num_gpus - 1))]" > "$dir/gres.conf"
+  resources="CPUs=$((num_gpus * 12)) RealMemory=4000 Gres=gpu:h100:$num_gpus"
+fi
 for i in $(seq "$num_nodes"); do
-  echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + i)) CPUs=2 RealMemory=4000 State=UNKNOWN"
+  echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + i)) $resources State=UNKNOWN"
 done >> "$dir/slurm.conf"
 nodes="Nodes=node[1-$num_nodes] MaxTime=INFINITE State=UP OverSubscribe=NO"
 echo "PartitionName=main $nodes Default=YES PriorityTier=1 GraceTime=20" >> "$dir/slurm.conf"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,19 +17,14 @@ from aimscale.sweeps.doctor import Check
 GCC = shutil.which("gcc")
 
 
-WITH_TORCH = {"torch": {"build": "torch 2.13.0, CUDA 13.0", "gpus": [], "gpu_error": None, "bf16": False}}
-
-
 @pytest.mark.slow
 def test_this_machine_passes_and_nothing_is_left_behind(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "aimscale", "doctor", "--json", "--root", str(tmp_path / "runs")]
+    words = [sys.executable, "-m", "aimscale", "doctor", "--root", str(tmp_path / "runs")]
     out = subprocess.run(words, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stdout + out.stderr
-    found = json.loads(out.stdout)
-    assert found["ok"]
+    found = [line.split()[:2] for line in out.stdout.splitlines() if line.startswith(("ok ", "warn "))]
     names = ["python", "packages", "accelerator", "memory", "disk", "locks", "slurm"]
-    assert [check["name"] for check in found["checks"]] == names
-    assert all(check["advice"] for check in found["checks"] if check["level"] != "ok")
+    assert [name for _, name in found] == names
     assert list(tmp_path.iterdir()) == []
 
 
@@ -42,7 +36,6 @@ def test_a_failure_alone_gives_code_1_and_each_comes_with_what_to_do(
     result = CliRunner().invoke(load_verb("doctor"), [])
     assert result.exit_code == code
     assert "-> Free some." in result.stdout
-    assert json.loads(CliRunner().invoke(load_verb("doctor"), ["--json"]).stdout)["checks"][0]["advice"] == "Free some."
 
 
 @pytest.mark.parametrize(
@@ -57,9 +50,10 @@ def test_a_package_that_takes_its_process_down_is_named(
 ) -> None:
     (tmp_path / "torch.py").write_text(torch)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    check = doctor.check_packages(doctor.import_packages())
+    accelerator, error = doctor.import_packages()
+    assert accelerator is None
+    check = doctor.check_packages(error)
     assert (check.level, check.found.endswith(f"imported torch ended with {end}")) == ("fail", True)
-    assert "--no-cache-dir torch" in check.advice
 
 
 def test_an_old_package_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,23 +61,23 @@ def test_an_old_package_is_named_with_what_is_wanted(tmp_path: Path, monkeypatch
     old.mkdir()
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: webdataset\nVersion: 0.2.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    check = doctor.check_packages(WITH_TORCH)
+    check = doctor.check_packages("")
     assert (check.level, check.found) == ("fail", "webdataset is 0.2.0, wanted >=1.0")
 
 
 def test_gpus_that_torch_does_not_see_fail(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     program("nvidia-smi", "printf 'NVIDIA H100 80GB HBM3, 81559\\nNVIDIA H100 80GB HBM3, 81559\\n'")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    check = doctor.check_accelerator(WITH_TORCH)
+    check = doctor.check_accelerator()
     assert (check.level, check.found.startswith("2 x NVIDIA H100 80GB HBM3")) == ("fail", True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES" in doctor.check_accelerator(WITH_TORCH).advice
+    assert "CUDA_VISIBLE_DEVICES" in doctor.check_accelerator().advice
     program("nvidia-smi", "echo 'could not communicate with the NVIDIA driver'; exit 9")
-    assert doctor.check_accelerator(WITH_TORCH).level == "ok"
+    assert doctor.check_accelerator().level == "ok"
 
 
 def checks_of_storage(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:
-    monkeypatch.setattr(doctor, "import_packages", dict)
+    monkeypatch.setattr(doctor, "import_packages", lambda: (None, ""))
     return {check.name: check for check in doctor.run_checks(root)}
 
 

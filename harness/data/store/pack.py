@@ -11,7 +11,8 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,8 @@ class Listing:
     """Class numbers; None if there are no classes."""
     classes: tuple[str, ...] | None = None
     """Class names by label."""
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Ending -> number of files that are no images."""
 
     def name_of(self, number: int) -> str:
         """Name an image, for messages."""
@@ -181,7 +184,7 @@ def pack_images(
     *,
     resize: int | None = None,
     skip_bad: bool = False,
-    part: str | None = None,
+    order: npt.NDArray[np.int64] | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
     num_workers: int | None = None,
     progress: Progress = lambda *_: None,
@@ -190,11 +193,10 @@ def pack_images(
 
     Image files are copied byte by byte, in a fixed shuffled order, so that the first n are a random subset. With
     `resize`, images with a longer shorter side are shrunk to it once, so that no epoch decodes pixels that no crop
-    keeps. With `part` (see `shuffled_order`), only these positions of the shuffled order are packed: ranges that do not
-    overlap are disjoint random subsets. The result is the same for any `num_workers` (processes; by default every core
-    for thousands of image files).
+    keeps. `order` names the images to pack, by default all in `shuffled_order`. The result is the same for any
+    `num_workers` (processes; by default every core for thousands of image files).
     """
-    order = shuffled_order(len(listing.images), part)
+    order = shuffled_order(len(listing.images)) if order is None else order
     if num_workers is None:
         is_many = len(order) >= _WORTH_PROCESSES and isinstance(listing.images, list)
         num_workers = len(os.sched_getaffinity(0)) if is_many else 1
@@ -229,13 +231,16 @@ def list_folder(folder: Path) -> Listing:
     if not folder.is_dir():
         what = "is no folder of images" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}; an archive of a benchmark needs --benchmark")
-    named = (path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
-    files = sorted(path for path in named if path.is_file() or not path.exists())  # the latter: a dangling link
+    found = [path for path in folder.rglob("*") if path.is_file() or not path.exists()]  # the latter: a dangling link
+    files = sorted(path for path in found if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
+    left_out = Counter(path.suffix.lower() or path.name for path in found)
+    for extension in IMAGE_EXTENSIONS:
+        del left_out[f".{extension}"]
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
     names = [path.relative_to(folder).parts[0] for path in files if path.parent != folder]
     if not names:
-        return Listing(source=folder, images=[*map(str, files)])
+        return Listing(source=folder, images=[*map(str, files)], left_out=left_out)
     if loose := len(files) - len(names):
         raise DataError(
             f"{folder} holds {loose} images beside its sub-folders, so their class is unknown; "
@@ -243,7 +248,8 @@ def list_folder(folder: Path) -> Listing:
         )
     number_of = {name: number for number, name in enumerate(sorted(set(names)))}
     labels = [number_of[name] for name in names]
-    return Listing(source=folder, images=[*map(str, files)], labels=labels, classes=tuple(number_of))
+    classes = tuple(number_of)
+    return Listing(source=folder, images=[*map(str, files)], labels=labels, classes=classes, left_out=left_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,6 @@ def test_waiting_ends_with_the_last_run_and_says_how(write_sweep: Any, call: Any
     worker = threading.Thread(target=work)
     worker.start()
     assert began.wait(30)
-    assert call(sweep, "status", "--wait", "--time-limit", "0")[0] == 75
     code, said = call(sweep, "status", "--wait")
     worker.join()
     assert (code, said.splitlines()[-1].split()[2]) == (0, "report")
@@ -80,7 +79,10 @@ def test_a_slurm_that_does_not_answer_for_a_while_does_not_end_the_waiting(
     sweep = write_sweep(sizes=["rung-32"])
     (record,) = records_of(sweep)
     submissions_file(sweep).parent.mkdir()
-    submissions_file(sweep).write_text('{"job_id": "8", "number": 1, "shape": {"nodes": 1, "devices": 1}}\n')
+    submissions_file(sweep).write_text(
+        '{"job_id": "8", "number": 1, "shape": {"nodes": 1, "devices": 1}, '
+        '"launch": "a", "script": "b", "request": "c"}\n'
+    )
     asked: list[int] = []
 
     def answer() -> dict[str, JobInfo] | None:
@@ -101,13 +103,13 @@ def test_a_followed_log_begins_at_its_end_goes_on_with_the_next_attempt_and_ends
 ) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     (record,) = records_of(sweep)
-    assert "no worker" in call(sweep, "logs", "rung", "-f")[1]
+    assert call(sweep, "logs", "rung", "-f")[1] == f"--- {record.name} is not started\n"
     record.logs.mkdir()
     record.attempt_log(1).write_text("".join(f"line {i}\n" for i in range(1000)))
     record.write_status(state="preempted", reason="stopped by a signal")
     _, said = call(sweep, "logs", "rung", "-f")
     assert "line 979\n" not in said
-    assert said.splitlines()[-1].endswith("no worker is there (stopped by a signal; `aimscale launch` resumes it)")
+    assert said.splitlines()[-1].endswith(" is paused (stopped by a signal; `aimscale launch` resumes it)")
     began = threading.Event()
 
     def work() -> None:

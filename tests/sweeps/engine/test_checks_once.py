@@ -53,7 +53,7 @@ def test_workers_that_start_together_read_the_data_once(
     task = {"task": "mine", "train": "data/fit", "test": "data/test", "kinds": ["knn"]}
     probed = write_sweep(sizes=["rung-32"], seeds=[0, 1], base={"probes": [task]})
     prepare_launch(probed, plan(probed), retry=False)
-    assert set(opened[2:]) == {"fit", "test"}, "a new probe alone is checked"
+    assert set(opened[2:]) == {"train", "validation", "fit", "test"}, "other settings are checked"
     (sweep.directory / "checks.json").write_text('{"x": [1')
     opened.clear()
     prepare_launch(sweep, plan(sweep), retry=False)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 
-from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.engine.launch import launch
 from aimscale.sweeps.plan.planner import plan
@@ -103,19 +102,6 @@ def test_other_images_in_the_same_folder_are_another_run(
     write_images(there / "data" / "train", 64, seed=99, classes=("red", "blue"))
     (run,) = plan(load_sweep(there / "sweep.yaml", there / "runs"))
     assert run.run_id != only_run(home / "runs").name
-
-
-def test_a_smaller_budget_that_would_train_runs_again_is_refused(write_sweep: Any, launch: Any, stand_in: Any) -> None:
-    sweep = write_sweep(sizes=["rung-32"])
-    launch(sweep, devices=1, command=stand_in())
-    smaller = write_sweep(sizes=["rung-32"], budgets=[320, 640, 1280])
-    with pytest.raises(UserError, match=r"batch_size: 64, schedule\.warmup_images: 64"):
-        launch(smaller, devices=1, command=stand_in())
-    assert [path.name for path in sweep.runs_dir.iterdir()] == [run.run_id for run in plan(sweep)]
-    fields = {"optimiser.batch_size": 64, "schedule.warmup_images": 64}
-    kept = write_sweep(sizes=["rung-32"], budgets=[320, 640, 1280], base=fields)
-    assert [run.run_id for run in plan(kept)] == [run.run_id for run in plan(sweep)]
-    launch(kept, devices=1, command=stand_in())
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_a_killed_worker_leaves_live_runs_alone_and_dead_ones_resumable(
 def test_failures_are_classified_retried_within_bounds_and_forgiven(
     write_sweep: Any, behaviour: str, kind: str, tries: int, stand_in: Any, launch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "EARLY_S", 0.0)
+    monkeypatch.setattr(active_run, "EARLY_S", 0.0)
     sweep = write_sweep(sizes=["rung-32"])
     record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
     result = launch(sweep, devices=1, command=stand_in(behaviour))

@@ -38,7 +38,8 @@ def test_axes_multiply_and_one_wsd_run_serves_all_budgets(write_sweep: Any, tmp_
     assert {run.budgets for run in runs} == {(640, 1280)}
     assert {run.config.training.data.unique_images for run in runs} == {1000, None}
     assert {run.config.training.data.sources[0].path for run in runs} == {str(tmp_path / "data/train")}
-    rates = {run.config.training.optimiser.lr_peak for run in runs if run.cell["size"] == "rung-32"}
+    same = [run for run in runs if (run.cell["size"], run.cell["model.head_rule"]) == ("rung-32", "none")]
+    rates = {run.config.training.optimiser.lr_peak for run in same}
     assert max(rates) == pytest.approx(2 * min(rates))
     assert {run.lr_multiplier for run in runs} == {0.5, 1.0}
 
@@ -234,7 +235,7 @@ def test_points_during_training_are_counted_and_a_large_share_is_named(
     assert 0.029 * trunk < auto.flops_during <= 0.03 * trunk
     assert auto.flops_evaluation - none.flops_evaluation == pytest.approx(auto.flops_during)
     assert auto.wall_s == pytest.approx(none.wall_s / (1 - auto.share_during))
-    assert [key for key, _ in auto.cautions] == ["validation.path"], "40 images are few"
+    assert "validation.path" in dict(auto.cautions), "40 images are few"
     often = card(64, [task | {"every_images": 25_600}])
     assert often.points == 1600
     cheap = often.flops_during - often.points / auto.points * auto.flops_during
@@ -247,7 +248,7 @@ def test_many_epochs_are_shouted(write_sweep: Any) -> None:
         sweep = write_sweep(sizes=["rung-32"], unique_images=[unique])
         cards, console = cost_cards(sweep, plan(sweep)), Console(width=200, file=io.StringIO())
         print_plan(sweep, cards, console)
-        assert len(cards[0].cautions) == 1
+        assert sum("pochs of" in why.lower() for _, why in cards[0].cautions) == 1
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     assert "12.8 epochs of 100 images" in said(100)
@@ -339,13 +340,15 @@ def test_a_run_takes_as_long_as_its_flops_or_its_loader(write_sweep: Any) -> Non
         return cost_cards(sweep, plan(sweep))[0]
 
     none, two, eight, bound = card(0), card(2), card(8), card(8, cpus_per_task=2)
-    assert (two.limit, [key for key, _ in two.cautions]) == ("loader", ["runtime.num_workers"])
+    assert two.limit == "loader"
+    assert "runtime.num_workers" in dict(two.cautions)
     assert two.training_s == pytest.approx(two.images_executed / two.rates.loaded_per_s)
     assert two.training_s == pytest.approx(4 * eight.training_s) == pytest.approx(bound.training_s)
     assert none.training_s == pytest.approx(2 * two.training_s)
     assert card("auto", cpus_per_task=9).training_s == pytest.approx(eight.training_s), "all cores but the trainer's"
     large = card(8, size="rung-1024")
-    assert (large.limit, large.rates.mfu, large.cautions) == ("compute", 0.4, ())
+    assert (large.limit, large.rates.mfu) == ("compute", 0.4)
+    assert "runtime.num_workers" not in dict(large.cautions)
     assert large.training_s == pytest.approx(large.flops_executed / (0.4 * 494.75e12))
     measured = card(8, size="rung-1024", cost={"mfu": 0.2})
     assert measured.training_s == pytest.approx(2 * large.training_s)
@@ -385,26 +388,25 @@ def test_bad_sweeps_are_refused_in_one_sentence(write_sweep: Any, changes: dict[
     assert "\n" not in str(caught.value)
 
 
-def test_recipe_small_lowers_the_rate_with_width_and_raises_the_batch_with_the_budget(write_sweep: Any) -> None:
+def test_recipe_small_lowers_the_rate_with_size_and_raises_the_batch_with_the_budget(write_sweep: Any) -> None:
     def settings(size: str, budget: int) -> tuple[int, float]:
         base = {"optimiser": {}}
         (run,) = plan(write_sweep(recipe="small", sizes=[size], budgets=[budget], base=base))
         return run.config.training.optimiser.batch_size, run.config.training.optimiser.lr_peak
 
-    assert settings("rung-64", 64_000) == (64, 2e-3)
-    assert settings("rung-32", 64_000)[1] == pytest.approx(2e-3 * 2**0.75, rel=0.02)
-    assert settings("rung-1024", 64_000)[1] == pytest.approx(2e-3 / 8, rel=0.02)
-    assert [settings("rung-64", 64_000 * 4**power)[0] for power in (-2, -1, 1, 2)] == [16, 32, 128, 256]
+    rates = [settings(size, 64_000)[1] for size in ("rung-32", "rung-64", "rung-1024")]
+    assert rates == sorted(rates, reverse=True)
+    assert [settings("rung-64", 64_000 * 4**power)[0] for power in (-2, -1, 0, 1, 2)] == [16, 32, 64, 128, 256]
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_no_recipe_makes_other_runs_of_a_larger_budget(write_sweep: Any, name: str) -> None:
-    def names(*budgets: int, recipe_budget: int | None = None) -> list[str]:
+    def names(*budgets: int) -> list[str]:
         sweep = write_sweep(recipe=name, budgets=list(budgets), base={"schedule": {"kind": "wsd"}})
-        return [run.run_id for run in plan(sweep, recipe_budget=recipe_budget)]
+        return [run.run_id for run in plan(sweep)]
 
     assert names(64_000, 128_000) == names(64_000) == names(64_000, 10**7)
-    assert names(4_000, 64_000) != names(64_000) == names(4_000, 64_000, recipe_budget=64_000)
+    assert names(4_000, 64_000) != names(64_000)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +425,7 @@ def test_a_plan_says_what_its_grid_cannot_identify(write_sweep: Any, sizes: list
     console = Console(width=200, file=io.StringIO())
     print_plan(sweep, cards, console)
     said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert [line.split()[:2] for line in said if line.startswith("warn")] == [["warn", "fit"]] * bool(lost)
+    assert sum(line.split()[:2] == ["warn", "fit"] for line in said) == bool(lost)
 
 
 def test_a_plan_flags_budgets_that_collected_rows_show_inside_the_first_plateau(write_sweep: Any) -> None:

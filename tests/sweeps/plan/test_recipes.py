@@ -10,9 +10,7 @@ from pages import ROOT
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis import rates, read_tables
-from aimscale.harness.run.files import write_text
 from aimscale.harness.run.strict import merge
-from aimscale.sweeps.engine.launch import load_plan
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.recipes import Scale, get_recipe, parse_recipe, read_recipe
 from aimscale.sweeps.plan.sweepfile import load_sweep
@@ -128,15 +126,3 @@ def test_a_sweep_keeps_the_recipe_that_it_was_launched_with(write_sweep: Any, tm
     launched = load_sweep(sweep.name, sweep.root)
     assert [run.run_id for run in plan(launched)] == [run.run_id for run in runs]
     assert launched.recipe == sweep.recipe
-
-
-def test_a_new_smallest_budget_is_refused_for_a_recipe_in_the_sweep_file_too(write_sweep: Any) -> None:
-    changes: dict[str, Any] = {"recipe": {"like": "small"}, "base": {"optimiser": {}}}
-    sweep = write_sweep(budgets=["64k", "128k"], **changes)
-    runs = plan(sweep)
-    prepare_directory(sweep, runs)
-    for run in runs:
-        write_text(sweep.run_dir(run.run_id) / "config.yaml", "")
-    load_plan(write_sweep(budgets=["64k", "256k"], **changes), sweep.root)
-    with pytest.raises(UserError, match="the new smallest budget changes what recipe 'of its own' trains in 2 runs"):
-        load_plan(write_sweep(budgets=["4k", "64k"], **changes), sweep.root)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aimscale.sweeps.engine import devices, slurm_worker, worker
+from aimscale.sweeps.engine import active_run, devices, slurm_worker, worker
 from aimscale.sweeps.engine.slurm_worker import WorkerJobError, execute_job
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.slurm.jobs import JobShape
@@ -116,13 +116,13 @@ def test_a_failure_late_in_a_job_is_tried_again_by_the_next(
 ) -> None:
     execute, record = worker_job
     (record.path / "behaviour").write_text("crash later")
-    record_end = worker.record_end
+    record_end = active_run.record_end
 
     def later(*args: Any, **options: Any) -> str:
         monkeypatch.setattr(worker, "MIN_START_TIME_S", 3600)
         return record_end(*args, **options)
 
-    monkeypatch.setattr(worker, "record_end", later)
+    monkeypatch.setattr(active_run, "record_end", later)
     assert execute() == "requeued"
     assert len(record.read_attempts()) == 1
 

@@ -91,7 +91,7 @@ def submitted(program: Any, tmp_path: Path) -> Any:
 
 def submit_for(sweep: Sweep, **changes: Any) -> list[Submission]:
     prepare_directory(sweep)
-    return submit(sweep, lambda: plan(sweep), allow_dirty=True, **changes)
+    return submit(sweep, plan(sweep), allow_dirty=True, **changes)
 
 
 def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_without_slurm_a_dry_run_prints_its_script_and_a_launch_one_sentence(
     (tmp_path / "git").symlink_to(shutil.which("git") or "")
     monkeypatch.setenv("PATH", str(tmp_path))
     sweep = write_sweep()
-    (part,) = submit(sweep, lambda: plan(sweep), allow_dirty=True, dry_run=True)
+    (part,) = submit(sweep, plan(sweep), allow_dirty=True, dry_run=True)
     assert "#SBATCH --array=0-1%2" in part.script
     assert not sweep.directory.exists()
     with pytest.raises(UserError, match="--on local"):
@@ -247,7 +247,7 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
     root = tmp_path / "a $(touch pwned) `touch pwned` 'b\" ;touch pwned"
     section = {"partition": "$(touch pwned)", "python": "tell $(touch pwned)", "extra": {"comment": "';touch pwned"}}
     sweep = replace(write_sweep(slurm=section), root=root)
-    (part,) = submit(sweep, lambda: plan(sweep), allow_dirty=True, dry_run=True)
+    (part,) = submit(sweep, plan(sweep), allow_dirty=True, dry_run=True)
     (tmp_path / "tell").write_text('#!/bin/sh\npwd; echo "$PYTHONPATH"; for word; do echo "$word"; done\n')
     (tmp_path / "tell").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -335,12 +335,3 @@ def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
     ):
         submit_for(sweep)
     assert "waiting for process" in capsys.readouterr().err
-
-
-def test_the_script_asks_for_nothing_that_no_one_asked_for(write_sweep: Any) -> None:
-    """A site that enforces accounts refuses workload keys that it does not know."""
-    sweep = write_sweep()
-    (part,) = submit(sweep, lambda: plan(sweep), allow_dirty=True, dry_run=True)
-    options = re.findall(r"^#SBATCH --([a-z-]+)", part.script, re.M)
-    known = ["job-name", "time", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "array", "output"]
-    assert sorted(options) == sorted([*known, "open-mode", "requeue", "signal"])

@@ -13,16 +13,15 @@ from safetensors.numpy import save_file
 from aimscale.harness.probe import files
 from aimscale.harness.probe.files import task_key, validation_name, weights_name
 from aimscale.harness.probe.pending_evaluations import update_row
-from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.directory import RunDir, Status
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.lock import hold_lock
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.table.status import SweepStatus, sweep_status
+from aimscale.sweeps.table.status import RunStatus, SweepStatus, sweep_status, time_left
 from aimscale.sweeps.table.status_view import status_view
-from aimscale.sweeps.table.time_left import Progress, time_left
 from aimscale.sweeps.table.views import new_console
 
 PROBED = {"probes": [{"task": name, "train": f"data/{name}", "test": f"data/{name}-test"} for name in ("pets", "cars")]}
@@ -103,7 +102,7 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     by_hand.curve.write_text('{"images_seen": 320, "val_loss": 0.625}\n{"images_seen": 384, "val_loss": null}\n')
     (sweep.runs_dir / "old-run").mkdir()
     jobs = {each: JobInfo(job_id=each, state="PENDING", reason="Priority") for each in ("8_0", "9_0", "11_0")}
-    array = {"number": 2, "shape": {"nodes": 1, "devices": 1}}
+    array = {"number": 2, "shape": {"nodes": 1, "devices": 1}, "launch": "a", "script": "b", "request": "c"}
     (sweep.directory / "slurm").mkdir()
     (sweep.directory / "slurm" / "jobs.jsonl").write_text(json.dumps({"job_id": "8", **array}) + "\n")
     facts: dict[str, Any] = {"job_id": "7_1", "devices": 1, "nodes": "node1"}
@@ -135,53 +134,38 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
 
 
 def test_the_time_left_is_that_of_the_last_run_to_end(write_sweep: Any) -> None:
-    """Steps of 96 take three times the plan's, those of 64 five times; the longest runs start first."""
+    """The two that run take three and five times what the plan says; the longest runs start first."""
     sweep = write_sweep(sizes=["rung-32", "rung-64", "rung-96"], seeds=[0, 1], budgets=[64_000], base=PROBED)
     cards = sorted(cost_cards(sweep, plan(sweep)), key=lambda card: -card.device_hours)
-    slower = [3, 3, 5, 5, 5, 5]  # nothing is known of 32, and 64 is nearest
-    whole = [5.0 + n * card.wall_s for n, card in zip(slower, cards, strict=True)]
-    waiting = [Progress(flops_to_evaluate=card.flops_evaluation) for card in cards]
+    waiting = RunStatus(run_id="", cell={}, state="not started", status=Status(), to_evaluate=2)
+    lines, end, is_measured = time_left(cards, [waiting] * 6)
+    assert (end, is_measured, lines) == (None, False, [waiting] * 6), "nothing works"
 
-    def running(i: int, images_done: int) -> Progress:
-        pace = cards[i].steps * cards[i].batch_size / cards[i].training_s / slower[i]
-        facts = {"images_per_s": pace, "startup_s": 5.0, "elapsed_s": 60.0}
-        return replace(waiting[i], is_running=True, images_done=images_done, **facts)
+    def running(i: int, slower: float, **facts: Any) -> RunStatus:
+        pace = cards[i].images_executed / cards[i].training_s / slower
+        return replace(waiting, state="running", status=Status(images_per_s=pace), **facts)
 
-    half = cards[0].images_executed // 2
-    runs = [running(0, half), waiting[1], running(2, 0), waiting[3], Progress(is_over=True), waiting[5]]
-    left, end, is_measured = time_left(cards, runs)
+    runs = [running(0, 3, progress=0.5), waiting, running(2, 5), waiting, replace(waiting, state="failed"), waiting]
+    lines, end, is_measured = time_left(cards, runs)
     assert is_measured
-    done_s = 3 * cards[0].training_s * half / cards[0].images_executed
-    assert left == pytest.approx([whole[0] - 5 - done_s, whole[1], whole[2] - 5, whole[3], 0, whole[5]])
-    lanes = sorted([left[0], left[2]])
+    left = [3 * (cards[0].wall_s - cards[0].training_s / 2), 5 * cards[2].wall_s]
+    assert [line.eta_s for line in lines if line.eta_s] == pytest.approx(left)
+    lanes = sorted(left)
     for i in (1, 3, 5):
-        lanes = sorted([lanes[0] + left[i], lanes[1]])
+        lanes = sorted([lanes[0] + 4 * cards[i].wall_s, lanes[1]])
     assert end == pytest.approx(lanes[1])
-
-
-def test_evaluation_takes_what_it_took_on_runs_that_ended(write_sweep: Any) -> None:
-    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1], budgets=[64_000], base=PROBED)
-    ended, other = cost_cards(sweep, plan(sweep))
-    trained_s = ended.images_executed / 100.0
-    usual_s = trained_s * ended.evaluation_s / ended.training_s
-    done = Progress(is_over=True, images_per_s=100.0, spent_s=trained_s + 3 * usual_s)
-    left, end, _ = time_left([ended, other], [done, Progress(flops_to_evaluate=other.flops_evaluation)])
-    assert left[1] == pytest.approx(trained_s + 3 * usual_s, rel=1e-6)
-    assert end is None, "nothing works"
+    evaluating = replace(running(0, 1), progress=1.0, evaluated=1)
+    assert time_left(cards[:1], [evaluating])[1] == pytest.approx(cards[0].evaluation_s / 2)
 
 
 def test_before_anything_is_measured_the_plan_stands(write_sweep: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], base=PROBED)
     cards = cost_cards(sweep, plan(sweep))
-    waiting = Progress(flops_to_evaluate=cards[0].flops_evaluation)
-    two = [replace(waiting, is_running=True)] * 2
-    left, end, is_measured = time_left(cards, [*two, waiting])
-    assert not is_measured
-    assert left == pytest.approx([card.wall_s for card in cards])
-    assert end == pytest.approx(2 * cards[0].wall_s)
-    assert time_left([replace(card, devices=2) for card in cards], [two[0], waiting, waiting])[1] == pytest.approx(
-        3 * cards[0].wall_s
-    )
+    waiting = RunStatus(run_id="", cell={}, state="paused", status=Status())
+    two = [replace(waiting, state="starting")] * 2
+    assert time_left(cards, [*two, waiting])[1] == pytest.approx(2 * cards[0].wall_s)
+    wide = [replace(card, devices=2) for card in cards]
+    assert time_left(wide, [two[0], waiting, waiting])[1] == pytest.approx(3 * cards[0].wall_s)
 
 
 def test_many_runs_are_grouped_by_size_and_only_those_that_need_a_person_are_named(
@@ -196,7 +180,7 @@ def test_many_runs_are_grouped_by_size_and_only_those_that_need_a_person_are_nam
         found, console = look(sweep), new_console()
         console.print(status_view(found, console.width))
         said = capsys.readouterr().out
-        console.print(status_view(found, console.width, "all"))
+        console.print(status_view(found, console.width, every_run=True))
         every = capsys.readouterr().out
     assert said.splitlines()[0].startswith("runs   40: 38 not started")
     assert [record.name in said for record in records[:3]] == [True, False, False]

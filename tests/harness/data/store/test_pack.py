@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
-import yaml
 from commands import refused, say
 from pictures import saved
 from PIL import Image
@@ -117,25 +117,45 @@ def test_ranges_are_disjoint_splits_of_the_whole(small_set: Path, tmp_path: Path
     read = [dataset.read(i) for dataset in parts for i in range(len(dataset))]
     assert read == [whole.read(i) for i in range(60)]
     assert parts[1].classes == whole.classes
-    for shares, sizes in (("70/19/11", [42, 11, 7]), ("90/0/10", [54, 6])):
-        out = tmp_path / shares.replace("/", "-")
-        says = dict(line.split(": ", 1) for line in say("data", "pack", source, out, "--split", shares).splitlines())
-        folders = [out / name for name in ("train", "validation", "test") if (out / name).exists()]
-        parts = [open_dataset(folder) for folder in folders]
-        assert [len(part) for part in parts] == sizes
-        assert say(*shlex.split(says["next"])[1:]).split()[0] == "train"
-        base = yaml.safe_load(says["in a sweep file"])["base"]
-        assert base["data"]["sources"] == [{"path": str(folders[0])}]
-        assert base.get("validation") == ({"path": str(folders[1])} if len(folders) == 3 else None)
-        assert [part.read(i) for part in parts for i in range(len(part))] == read
     for option, bad, why in (
         *(("--images", bad, "0:60") for bad in ("50:61", "5:5", "50%:120%")),
         *(("--images", bad, "START:STOP") for bad in ("5", "a%:5")),
         *(("--split", bad, "add up") for bad in ("80/10", "80/10/20", "train", "-10/10/100")),
-        ("--split", "1/98/1", "0:60"),
     ):
         assert why in refused("data", "pack", source, tmp_path / "bad", option, bad)
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_split_keeps_equal_images_together_and_deals_every_class(tmp_path: Path) -> None:
+    rng, source, out = np.random.default_rng(0), tmp_path / "images", tmp_path / "my shards"
+    numbers = {"many": 120, "few": 30, "one": 1}
+    for name, number in numbers.items():
+        (source / name).mkdir(parents=True)
+        for i in range(number):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(source / name / f"{i}.png")
+    for i in range(0, 120, 5):  # copies of other names, one in another class
+        copy = source / ("few" if i == 0 else "many") / f"copy-{i}.png"
+        copy.write_bytes((source / "many" / f"{i}.png").read_bytes())
+    for i in range(3):
+        (source / "few" / f"{i}.SVG").write_text("<svg/>")
+    said = say("data", "pack", source, out, "--split", "70/20/10")
+    parts = {name: open_dataset(out / name) for name in ("train", "validation", "test")}
+    contents = {name: [part.read(i) for i in range(len(part))] for name, part in parts.items()}
+    assert sorted(itertools.chain(*contents.values())) == sorted(path.read_bytes() for path in source.rglob("*.png"))
+    together = [set(each) for each in contents.values()]
+    assert not any(one & other for one, other in itertools.combinations(together, 2))
+    for name, share in (("train", 0.7), ("validation", 0.2), ("test", 0.1)):
+        counts = np.bincount(parts[name].require_labels(), minlength=3)
+        assert np.abs(counts - share * np.array([31, 143, 1])).max() <= 2
+    assert "24 duplicates kept" in said
+    assert "left out: 3 .svg" in said
+    assert said.count("has no image of 1 of 3 classes: one") == 2
+    last = shlex.split(said.splitlines()[-1])
+    assert last == ["next:", "aimscale", "plan", "my shards.yaml", "--suggest", "1", "--data", str(out)]
+    assert "validation" not in say("data", "pack", source, tmp_path / "two", "--split", "90/0/10")
+    assert "leave none for validation" in refused(
+        "data", "pack", source / "one", tmp_path / "bad", "--split", "70/20/10"
+    )
 
 
 def test_pack_resizes_once(large_set: Path, tmp_path: Path) -> None:
