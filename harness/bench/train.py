@@ -47,8 +47,8 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
     try:
         peak = group.from_first(lambda: measure_peak(group.device, optimiser.precision))
         device_bytes = group.min_over_ranks(group.memory_bytes())
-        where = {"world_size": group.world_size, "device_bytes": device_bytes, "is_gpu": group.device.type == "cuda"}
-        plan = execution_plan(config.training, runtime, **where)
+        is_gpu, where = group.device.type == "cuda", {"world_size": group.world_size, "device_bytes": device_bytes}
+        plan = execution_plan(config.training, runtime, **where, is_gpu=is_gpu)
         options = EngineOptions(
             zero_stage=plan.zero_stage,
             activation_checkpointing=plan.activation_checkpointing,
