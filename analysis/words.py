@@ -36,9 +36,9 @@ def human(value: float, digits: int = 3) -> str:
     size = abs(value)
     if size >= 1e12 or 0 < size < 1e-3:
         return power_of_ten(value, digits)
-    scales = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
-    scale, letter = next((each for each in scales if size >= each[0] * 0.9995), scales[-1])
-    return f"{float(f'{value / scale:.{digits}g}'):.{max(digits, 6)}g}{letter}"
+    scales = {1e9: "B", 1e6: "M", 1e3: "k"}
+    scale = next((each for each in scales if size >= each * 0.9995), 1.0)
+    return f"{float(f'{value / scale:.{digits}g}'):.{max(digits, 6)}g}{scales.get(scale, '')}"
 
 
 def power_of_ten(value: float, digits: int = 2) -> str:
@@ -63,7 +63,7 @@ def did_you_mean(typed: str, names: Iterable[str], otherwise: str) -> str:
     """Name what resembles a name that does not exist, the nearest first; else some of all."""
     lower = typed.lower()
     score = {n: difflib.SequenceMatcher(None, lower, n.lower()).ratio() for n in names}
-    known = sorted(score, key=lambda n: -score[n])
+    known = sorted(score, key=score.__getitem__, reverse=True)
     near = [n for n in known if score[n] >= 0.55 or (len(lower) > 2 and lower in n.lower())]
     return f"did you mean {' or '.join(near[:3])}?" if near else f"{otherwise} {some(known)}."
 

@@ -23,7 +23,9 @@ def running_slurm(port: int, *, num_nodes: int = 2, gpus_per_node: int = 0) -> I
     folder = Path(tempfile.mkdtemp(prefix="aimscale-slurm-", dir="/var/tmp"))
     try:
         environment = os.environ | {"SLURM_TEST_PORT": str(port)}
-        subprocess.run([SCRIPTS / "start_slurm.sh", folder, str(num_nodes), str(gpus_per_node)], check=True, env=environment)
+        subprocess.run(
+            [SCRIPTS / "start_slurm.sh", folder, str(num_nodes), str(gpus_per_node)], check=True, env=environment
+        )
         yield folder
     finally:
         subprocess.run([SCRIPTS / "stop_slurm.sh", str(folder)], check=False)

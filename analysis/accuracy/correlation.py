@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import satterthwaite
-from aimscale.analysis.fitting.groups import SIZE_COLUMNS, groups_of
+from aimscale.analysis.fitting.groups import SIZE_COLUMNS, chained, groups_of
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.measures import ACCURACIES, wanted_measures
@@ -115,9 +115,9 @@ class Correlations(Result):
 
     def facts(self) -> list[tuple[str, str]]:
         """Return cautions, what was correlated, how intervals were found and what was left out."""
-        at_chance = {c.task and f" of {c.task}:{c.kind}": c.chance for c in self if c.chance is not None}
         text = "all accuracies{} lie at chance ({}) within their binomial error"
-        found = [("with care", text.format(name, percent(chance, 3))) for name, chance in at_chance.items()]
+        names = {c.task and f" of {c.task}:{c.kind}": c.chance for c in self if c.chance is not None}
+        found = [("with care", text.format(name, percent(chance, 3))) for name, chance in names.items()]
         found.append(("correlated", self.headline().removeprefix("Correlation of ")))
         if len({c.partial_on for c in self}) > 1:
             found.append(("over all rows", "both may follow compute, and then they correlate whatever else they share"))
@@ -125,11 +125,9 @@ class Correlations(Result):
             over = f"{c.num_clusters} clusters by {c.cluster}" if c.cluster else f"{c.num_points} rows"
             over += f" and {c.num_budgets} budgets" * bool(c.num_budgets)
             how = f"95 %, jackknife of Fisher's z over {over}, t with {c.degrees:.3g} degrees of freedom"
-            groups = (
-                f"within {c.num_groups} groups of equal" if c.num_groups else "about a polynomial in the logarithm of"
-            )
             found.append(("intervals", how))
-            found += [("held equal", f"{groups} {c.partial_on}")] * bool(c.partial_on)
+            how = f"within {c.num_groups} groups of equal" if c.num_groups else "about a polynomial in the logarithm of"
+            found += [("held equal", f"{how} {c.partial_on}")] * bool(c.partial_on)
             found += [("left out", "; ".join(map(str, c.exclusions)))] * bool(c.exclusions)
         return list(dict.fromkeys(found))
 
@@ -146,12 +144,10 @@ def correlate(
     """Correlate two columns, with intervals by a cluster jackknife on Fisher's scale.
 
     Loss and accuracy both follow compute, so over all rows they can hardly fail to correlate. Without `partial` and
-    `within`, a table that has training FLOPs is therefore correlated at equal compute first, then over all rows.
+    `within`, a table that has training FLOPs is correlated at equal compute first, then over all rows.
 
     Clusters are sizes, else runs, where there are four or more and some have several rows, else rows. Four budgets or
-    more (equal D, else equal C) are clusters, too, unless compute is held equal: variances of both add. The interval is
-    Student's with clusters - 1 degrees of freedom, less those that groups' means take out, by Satterthwaite where two
-    variances add, and never narrower than Fisher's of as many independent rows.
+    more (equal D, else equal C) are clusters, too, unless compute is held equal: variances of both add.
 
     Args:
         df: a results table, or rows of `probe_frame`.
@@ -227,8 +223,7 @@ def _correlate(
     sides = sides / np.abs(sides).max(axis=0)  # squares of 1e308 are no numbers
     names = {"x": x, "y": y, "cluster": cluster, "partial_on": partial, "within": within}
     about: dict[str, Any] = {key: name and their_name(df, name) for key, name in names.items()}
-    num_clusters, num_budgets = (int(member.max()) + 1 for member in (members[0], members[-1]))
-    about |= {"num_clusters": num_clusters, "num_budgets": num_budgets if len(members) > 1 else 0}
+    about |= {"num_clusters": len({*members[0]}), "num_budgets": len({*members[-1]}) if len(members) > 1 else 0}
     about |= {"num_points": len(rows), "num_groups": num_groups}
     about |= {"chance": _chance_of_all(rows, y), "exclusions": used.exclusions}
     for method in methods:
@@ -259,17 +254,13 @@ def _chance_of_all(rows: pd.DataFrame, y: str) -> float | None:
 
 
 def _equal_compute(values: Array, sizes: Array) -> tuple[Array, Array, int | None]:
-    """Find what holds compute (n,) equal: groups of several sizes that share it, else a polynomial in its logarithm.
-
-    A straight line does not do: two power laws of compute bend about it and then correlate, whatever else they have in
-    common.
+    """Find what holds compute (n,) equal: groups of several sizes that share it, else a polynomial in its logarithm,
+    about which two power laws bend less than about a line.
 
     Returns the group of each row, columns (n, q) to take out besides groups' means, and the number of groups.
     """
     log_c = np.log(values)
-    order = np.argsort(log_c, kind="stable")
-    group = np.empty(len(log_c), int)
-    group[order] = np.concatenate([[0], np.cumsum(np.diff(log_c[order]) > SAME_COMPUTE)])  # close neighbours chain
+    group = chained(log_c, SAME_COMPUTE)
     several = pd.Series(sizes).groupby(group).nunique().to_numpy() > 1
     z = (log_c - log_c.mean()) / max(np.ptp(log_c), SAME_COMPUTE)
     if several.sum() > 2 and several[group].mean() > 0.6:
@@ -292,8 +283,11 @@ def _coefficient(method: str, sides: Array, held: Array) -> float:
 def _interval(
     method: str, sides: Array, group: Array, held: Array, members: Sequence[Array]
 ) -> tuple[float, float, float, float]:
-    """Return the coefficient of both sides (n, 2), its interval and degrees of freedom; from -1 to 1 where it rests on
-    one cluster of one clustering (n,)."""
+    """Return the coefficient of both sides (n, 2), its interval and degrees of freedom.
+
+    The interval is Student's with clusters - 1 degrees of freedom, less those that groups' means take out, and never
+    narrower than Fisher's of as many independent rows; from -1 to 1 where it rests on one cluster of a clustering (n,).
+    """
     n, num_means = len(sides), group.max()
     basis = np.column_stack([np.eye(num_means + 1)[group], held])
     value = _coefficient(method, sides, basis)

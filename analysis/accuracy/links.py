@@ -27,8 +27,6 @@ def link(
 ) -> Fit:
     """Fit accuracy as a sigmoid of loss, by least squares.
 
-    The curve and its interval stay between chance and 1; one measured accuracy stays between 0 and 1.
-
     Args:
         loss: column of the loss.
         accuracy: column of the accuracy, 0 to 1.
@@ -37,7 +35,7 @@ def link(
         is_tested: whether the law is tested for lack of fit, as in `fit`.
 
     Returns:
-        The sigmoid as a fit, whose variable is L.
+        The sigmoid as a fit, whose variable is L; its curve and interval stay between chance and 1.
 
     Raises:
         AnalysisError: accuracies that are no fractions, an ideal loss not below every measured one, too few points.

@@ -14,6 +14,7 @@ from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_to_minimise, then, tuning_lines
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.extrapolation import EXPONENTS
 from aimscale.analysis.words import Flag, human, said_once
 
 if TYPE_CHECKING:
@@ -86,8 +87,9 @@ def fit(
     result = replace(result, flags=(*result.flags, *plateau_flags(df.loc[result.data.index], y)))
     after = [*tuning_lines(tuning), *(["", found.summary()] if found else [])]
     also = {"tuning": tuning, **({"laws": found.table} if found else {})}
-    both = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
-    following = then([*["frontier"] * both, "report"], tables, columns, where, best_of)
+    splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
+    splits = splits and not result.not_identified.intersection(EXPONENTS)
+    following = then([*["frontier"] * splits, "report"], tables, columns, where, best_of)
     show(result, json, figure, labels=label, after=after, also=also, following=following)
 
 

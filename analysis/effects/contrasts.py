@@ -10,12 +10,11 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.effects.result import Contrast, Contrasts, baseline_of, level_names, mean_over_pairs
+from aimscale.analysis.effects.result import Contrast, Contrasts, baseline_of, level_names, mean_over_pairs, verdict_of
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table import design
 from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
@@ -75,12 +74,12 @@ def contrast(
     asked, flags = _comparable(wanted, by)
     found, missing = list[Contrast](), defaultdict[tuple[str, str, str], list[str]](list)
     for m, level in itertools.product(asked, levels):
-        sides = [long[(long["measure"] == m.name) & (long["level"] == each)] for each in (baseline, level)]
+        sides = {each: long[(long["measure"] == m.name) & (long["level"] == each)] for each in (baseline, level)}
         pairs = next((each for on in ([*keys, *parts], keys) if len(each := _pairs(sides, on))), None)
         if pairs is not None:
             found.append(_compared(pairs, m, baseline, level))
         else:
-            missing[_why_unpaired(by, {baseline: sides[0], level: sides[1]}, keys)].append(m.title)
+            missing[_why_unpaired(by, sides, keys)].append(m.title)
     flags += [Flag(kind=kind, subject=of, text=f"{some(each)}: {why}") for (kind, of, why), each in missing.items()]
     if not found:
         raise AnalysisError(" ".join(flag_words(flags)))
@@ -99,19 +98,21 @@ def contrast(
 def factors(frame: pd.DataFrame) -> list[str]:
     """List the columns that `contrast` may compare in a table: those of the design that vary, and probe kinds."""
     varied = [name for name in design.design_columns(frame) if name not in design.MEASURED_ON]
-    if parts := set(design.HEAD) & set(
-        varied
-    ):  # the actual depth tells the heads apart; else it varies with size alone
+    parts = {*design.HEAD} & {*varied}
+    if not parts:
+        return [*varied, KIND]
+    if parts == {"model.head_width"}:
+        head = "model.head_width"
+    else:  # the actual depth tells the heads apart; else it varies with size alone
         head = "head_depth" if "head_depth" in frame and design.varies(frame["head_depth"]) else "head_rule"
-        head = "model.head_width" if parts == {"model.head_width"} else head
-        varied = [head, *[name for name in varied if name not in design.HEAD]]
-    return [*varied, KIND]
+    return [head, *(name for name in varied if name not in parts), KIND]
 
 
 def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag]]:
     """Return the measures whose levels can be subtracted, and a flag about the loss where it is left out."""
-    is_other = by in OTHER_UNIT or by.startswith("objective.")  # `objective.prefix` has a column of its own
-    kept = [m for m in asked if not (is_other and m.column == "val_loss")]
+    if not (by in OTHER_UNIT or by.startswith("objective.")):  # `objective.prefix` has a column of its own
+        return asked, []
+    kept = [m for m in asked if m.column != "val_loss"]
     text = f"Losses at different {by} have different targets or images, so they are not compared."
     if not kept:
         raise AnalysisError(f"Nothing can be compared over {by}. {text}")
@@ -152,27 +153,23 @@ def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure], baseline: str
     return [first, *(level for level in levels if level != first)]
 
 
-def _pairs(sides: Sequence[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
+def _pairs(sides: Mapping[str, pd.DataFrame], keys: list[str]) -> pd.DataFrame:
     """Return the pairs (`Contrast.pairs`) of rows of the baseline and the level that agree in keys."""
-    means = (side.groupby(keys, dropna=False, sort=False)["value"].mean().reset_index() for side in sides)
+    means = (side.groupby(keys, dropna=False, sort=False)["value"].mean().reset_index() for side in sides.values())
     one, other = (side.astype(dict.fromkeys(keys, object)) for side in means)  # a column may mix types
-    pairs = one.merge(other, on=keys, suffixes=("_baseline", "_level"))
-    pairs = pairs.rename(columns={f"value_{side}": f"{side}_value" for side in ("baseline", "level")})
+    names = {"value_x": "baseline_value", "value_y": "level_value"}
+    pairs = one.merge(other, on=keys).rename(columns=names)
     pairs["difference"] = pairs["level_value"] - pairs["baseline_value"]
     runs = [name for name in keys if name != "images_seen"]
     return pairs.assign(run_pair=pairs.groupby(runs, dropna=False, sort=False).ngroup() if runs else 0)
 
 
 def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) -> Contrast:
-    groups = pairs.groupby("run_pair")
-    means = groups[["baseline_value", "level_value"]].mean().mean()
-    mean = mean_over_pairs(pairs["difference"], pairs)
-    ratios = [np.nan] * 3
+    groups, mean, ratios = pairs.groupby("run_pair"), mean_over_pairs(pairs["difference"], pairs), [np.nan] * 3
+    baseline_mean, level_mean = groups[["baseline_value", "level_value"]].mean().mean().tolist()
     if not measure.is_accuracy and (pairs[["level_value", "baseline_value"]] > 0).all(axis=None):
-        logs = (pairs["level_value"] / pairs["baseline_value"]).map(np.log)
-        ratios = np.exp(mean_over_pairs(logs, pairs)[:3]).tolist()
-    ratio = dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True))
-    numbers: dict[str, Any] = {**mean._asdict(), **ratio}
+        logs = mean_over_pairs((pairs["level_value"] / pairs["baseline_value"]).map(np.log), pairs)
+        ratios = np.exp([logs.difference, logs.low, logs.high]).tolist()
     return Contrast(
         measure=measure,
         baseline=baseline,
@@ -180,10 +177,13 @@ def _compared(pairs: pd.DataFrame, measure: Measure, baseline: str, level: str) 
         num_pairs=len(pairs),
         num_run_pairs=groups.ngroups,
         num_sizes=pairs["size"].nunique() if "size" in pairs else 0,
-        baseline_mean=float(means["baseline_value"]),
-        level_mean=float(means["level_value"]),
-        **numbers,
-        verdict=mean.verdict(lower_is_better=measure.lower_is_better),
+        baseline_mean=baseline_mean,
+        level_mean=level_mean,
+        **vars(mean),
+        ratio=ratios[0],
+        ratio_low=ratios[1],
+        ratio_high=ratios[2],
+        verdict=verdict_of(mean, lower_is_better=measure.lower_is_better),
         pairs=pairs,
     )
 
@@ -195,9 +195,9 @@ def _why_unpaired(by: str, sides: Mapping[str, pd.DataFrame], keys: list[str]) -
     """
     if empty := [level for level, side in sides.items() if side.empty]:
         return "absent", empty[0], f"no value at {by} = {empty[0]}."
-    values = {name: [sorted(set(level_names(side[name].dropna()))) for side in sides.values()] for name in keys}
-    apart = {name: both for name, both in values.items() if any(both) and not set.intersection(*map(set, both))}
-    shown = [f"{name} ({some(one)} against {some(other)})" for name, (one, other) in apart.items()]
+    values = {name: [sorted({*level_names(side[name].dropna())}) for side in sides.values()] for name in keys}
+    shown = [f"{name} ({some(one)} against {some(other)})" for name, (one, other) in values.items()
+             if (one or other) and not {*one} & {*other}]  # fmt: skip
     shown = shown or [name for name, both in values.items() if len({*itertools.chain(*both)}) > 1]
     baseline, level = sides
     text = f"nothing is paired between {by} = {baseline} and {level}, which differ in {some(shown)}; run both with the "

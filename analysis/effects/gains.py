@@ -19,8 +19,6 @@ ASKS_OTHERWISE = ("patch_order",)
 """Columns whose levels have losses that are subtracted with a caution, but are no ground for a gain."""
 MIN_BUDGETS = 3
 """A curve through fewer of the baseline's budgets is not drawn."""
-WIDEST_INTERVAL = 100.0
-"""An interval whose ends are this factor apart is not printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class Gain:
     """Pairs, sizes and budgets of the interval, in words."""
 
     def __str__(self) -> str:
-        if not self.high / self.low < WIDEST_INTERVAL:
+        if np.isnan(self.high):
             return f"The worth of {self.level} in compute is not known from {self.num_run_pairs} pairs of runs."
         return (
             f"{self.level} is worth {self.factor:.2f} times the compute of {self.baseline} at the same size "
@@ -66,10 +64,11 @@ def _gain(c: Contrast, found: Contrasts) -> Gain | Flag | None:
     means = rows.groupby([level_names(rows[found.by]), *keys], dropna=False)[["val_loss", "cost"]].mean()
     base, level = (means.loc[name].reset_index() for name in (c.baseline, c.level))
     run_keys = [name for name in keys if name != "images_seen"]
-    curves = c.pairs.drop_duplicates("run_pair")[[*run_keys, "run_pair"]].merge(base, on=run_keys).groupby("run_pair")
-    if curves.size().min() < MIN_BUDGETS:
+    runs = c.pairs.drop_duplicates("run_pair")[[*run_keys, "run_pair"]]
+    curves = dict([*runs.merge(base, on=run_keys).groupby("run_pair")])
+    if min(map(len, curves.values())) < MIN_BUDGETS:
         return None
-    needed = [_log_cost(curves.get_group(run), loss) for run, loss in c.pairs[["run_pair", "level_value"]].to_numpy()]
+    needed = [_log_cost(curves[run], loss) for run, loss in c.pairs[["run_pair", "level_value"]].to_numpy()]
     log_gains = needed - np.log(c.pairs[keys].merge(level, on=keys)["cost"].to_numpy(float))
     if outside := int((~np.isfinite(log_gains)).sum()):
         text = (
@@ -78,7 +77,7 @@ def _gain(c: Contrast, found: Contrasts) -> Gain | Flag | None:
         )
         return Flag(kind="no_gain_outside", subject=c.level, number=outside, text=text)
     mean = mean_over_pairs(pd.Series(log_gains, c.pairs.index), c.pairs)
-    factor, low, high = np.exp(mean[:3]).tolist()
+    factor, low, high = np.exp([mean.difference, mean.low, mean.high]).tolist()
     names = {"level": c.level, "baseline": c.baseline, "reach": c.scope}
     return Gain(**names, factor=factor, low=low, high=high, num_run_pairs=c.num_run_pairs)
 

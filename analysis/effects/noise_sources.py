@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,7 @@ COMPONENTS = {
     "runs": "of it, shared by the rows of a run beyond its size",
     "budgets": "of it, shared by the rows of a budget: its schedule, its part of the stream, or the law's form",
 }
-"""Groups of rows -> what their component of the scatter about the law is."""
-
-Row = tuple[str | float, ...]
+"""Groups of rows -> what their component of the scatter about the law is; one table cannot tell misfit from error."""
 
 
 def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> pd.DataFrame:
@@ -42,7 +40,7 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> p
         >>> noise(read_table("results.parquet"))
     """
     rows = usable_rows(with_size(df), y).rows
-    parts = [*_seeds(rows, y)]
+    parts = _seeds(rows, y) if "seed" in rows else []
     if y == "val_loss" and "val_loss_se" in rows and rows["val_loss_se"].notna().any():
         errors = (rows["val_loss_se"] / rows[y]).dropna()
         low, value, high = np.percentile(errors, [2.5, 50, 97.5]).tolist()
@@ -53,36 +51,24 @@ def noise(df: pd.DataFrame, *, y: str = "val_loss", law: Fit | None = None) -> p
             f"{len(rows)} complete rows with a positive {y}, no two of which differ in the seed alone, cannot tell "
             "noise from anything; run more seeds."
         )
-    return pd.DataFrame([*parts, *_law(rows, y, law)], columns=["kind", "source", "value", "low", "high", "basis"])
+    name = "repeated" if "unique_images" in rows and varies(rows["unique_images"]) else "chinchilla"
+    with contextlib.suppress(AnalysisError):  # too few points for a law
+        law = law if law is not None and law.law.name == name else fit(rows, name, y=y, is_tested=False)
+        scatter, counts = law.estimate.components, law.estimate.groups.counts
+        parts.append(("law", "scatter about the joint law", scatter.total, np.nan, np.nan, f"{law.num_points} points"))
+        for kind in filter(scatter.shared.get, counts):
+            parts.append((kind, COMPONENTS[kind], scatter.shared[kind], np.nan, np.nan, f"{counts[kind]} {kind}"))
+    return pd.DataFrame(parts, columns=["kind", "source", "value", "low", "high", "basis"])
 
 
-def _seeds(rows: pd.DataFrame, y: str) -> Iterator[Row]:
+def _seeds(rows: pd.DataFrame, y: str) -> list[tuple[str | float, ...]]:
     """Pool the spread between seeds over cells; budgets of a run share its error, so the interval counts a run once."""
-    if "seed" not in rows:
-        return
     keys = held_equal(rows, {"seed", y})
     table = rows.assign(log_y=np.log(rows[y])).groupby([*keys, "seed"], dropna=False)["log_y"].mean().reset_index()
-    cells = table.groupby(keys, dropna=False)
-    spread = table["log_y"] - cells["log_y"].transform("mean")
-    of_runs = table.groupby([name for name in keys if name != "images_seen"], dropna=False)["seed"].nunique() - 1
-    if spare := int(of_runs.clip(0).sum()):
-        variance = float((spread**2).sum() / (len(table) - cells.ngroups))
-        low, high = np.sqrt(variance * spare / chi2.ppf([0.975, 0.025], spare)).tolist()
-        yield "seeds", "between seeds", variance**0.5, low, high, f"{spare} degrees of freedom of runs"
-
-
-def _law(rows: pd.DataFrame, y: str, law: Fit | None) -> Iterator[Row]:
-    """Split the scatter about the joint law, where one can be fitted.
-
-    What sizes share may be their own error, as a law's intervals take it, or the law's misfit, as the flag `scatter`
-    calls it where seeds are repeated: one table cannot tell.
-    """
-    name = "repeated" if "unique_images" in rows and varies(rows["unique_images"]) else "chinchilla"
-    try:
-        law = law if law is not None and law.law.name == name else fit(rows, name, y=y, is_tested=False)
-    except AnalysisError:
-        return
-    errors, counts = law.estimate.components, law.estimate.groups.counts
-    yield "law", "scatter about the joint law", errors.total, np.nan, np.nan, f"{law.num_points} points"
-    for kind in filter(errors.shared.get, counts):
-        yield kind, COMPONENTS[kind], errors.shared[kind], np.nan, np.nan, f"{counts[kind]} {kind}"
+    runs = table.groupby([name for name in keys if name != "images_seen"], dropna=False)
+    if not (spare := int((runs["seed"].nunique() - 1).clip(0).sum())):
+        return []
+    cells = table.groupby(keys, dropna=False)["log_y"]
+    variance = ((table["log_y"] - cells.transform("mean")) ** 2).sum() / (len(table) - cells.ngroups)
+    low, value, high = np.sqrt(variance * spare / np.array([chi2.ppf(0.975, spare), spare, chi2.ppf(0.025, spare)]))
+    return [("seeds", "between seeds", value, low, high, f"{spare} degrees of freedom of runs")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +40,8 @@ MOST_SEEDS = 10
 """Further seeds that are thought of at most."""
 EXPONENTS = ("alpha", "beta")
 """Parameters whose ratio between the recipes is told."""
+GAIN, TIME_GAIN = ("gain", "low", "high"), ("time_gain", "time_low", "time_high")
+"""Columns of a gain and its interval."""
 SHARED, OWN = ("E", *EXPONENTS), ("E",)
 """Terms that both recipes share: exponents, too, unless these differ significantly."""
 
@@ -55,9 +56,9 @@ class Recipes(Result):
     baseline: str
     level: str
     table: pd.DataFrame
-    """A row per amount of compute: C, N and D (in the table's mean ratio), gain in compute, low, high, beyond (of the
-    largest run). A gain of 2: the baseline needs twice the compute for the same loss; below 1, less. Where images_per_s
-    is known of two sizes or more under both, also time_gain, time_low and time_high: the gain in time."""
+    """A row per amount of compute: C, N and D (in the table's mean ratio), gain, low, high, beyond (of the largest
+    run); time_gain, time_low and time_high where images_per_s is known of two sizes or more under both. A gain of 2:
+    the baseline needs twice the compute for the same loss."""
     trend: tuple[float, float, float]
     """Change of the gain over the table's own range of compute, as a factor, with its interval."""
     crossover: float
@@ -76,50 +77,49 @@ class Recipes(Result):
         """Return the gain at the largest compute of the table and beyond."""
         inside, beyond = self.table[~self.table["beyond"]].iloc[-1], self.table.iloc[-1]
         return (
-            f"{self.level} is worth {_gain_words(inside)} times the compute of {self.baseline} at "
-            f"{power_of_ten(inside['C'])} FLOP, {_gain_words(beyond)} at {power_of_ten(beyond['C'])}"
+            f"{self.level} is worth {_words(inside, GAIN)} times the compute of {self.baseline} at "
+            f"{power_of_ten(inside['C'])} FLOP, {_words(beyond, GAIN)} at {power_of_ten(beyond['C'])}"
         )
 
     def facts(self) -> list[tuple[str, str]]:
         """Return cautions, the gain, its trend and where it crosses over."""
-        change, low, high = self.trend
-        told = "grows" if low > 1 else "shrinks" if high < 1 else "is not known to change"
-        found = [("with care", text) for text in flag_words(self.flags)]
-        found += [
-            ("worth", self.headline()),
-            ("trend", f"with compute the gain {told}: x {change:.2f} [{low:.2f}, {high:.2f}]"),
-        ]
-        ratios = ", ".join(
-            f"{row.Index} x {row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in self.exponents.itertuples()
-        )
+        _, low, high = self.trend
+        change = "grows" if low > 1 else "shrinks" if high < 1 else "is not known to change"
+        ratios = (f"{name} x {_words(row)}" for name, row in self.exponents.iterrows())
         kept = "each keeps its own" if self.has_own_exponents else "both share them"
-        found.append(("exponents", f"{ratios}: {kept}"))
         where = f"at {power_of_ten(self.crossover)} FLOP" if np.isfinite(self.crossover) else "not up to the last row"
-        return [*found, ("crosses over", where), ("to decide", self.decision)]
+        return [
+            *(("with care", text) for text in flag_words(self.flags)),
+            ("worth", self.headline()),
+            ("trend", f"with compute the gain {change}: x {_words(self.trend)}"),
+            ("exponents", f"{', '.join(ratios)}: {kept}"),
+            ("crosses over", where),
+            ("to decide", self.decision),
+        ]
 
     def cells(self) -> list[dict[str, str]]:
         """Write a row per amount of compute."""
-        rows = self.table.to_dict("records")
         return [
             {
                 "compute": power_of_ten(row["C"]),
-                "gain": _gain_words(row),
-                "gain in time": _gain_words(row, "time_") if "time_gain" in row else "",
+                "gain": _words(row, GAIN),
+                "gain in time": _words(row, TIME_GAIN) if "time_gain" in row else "",
                 "beyond the table": "yes" if row["beyond"] else "",
             }
-            for row in rows
+            for row in self.table.to_dict("records")
         ]
 
 
-def _gain_words(row: Any, kind: str = "") -> str:
-    return f"{row[f'{kind}gain']:.2f} [{row[f'{kind}low']:.2f}, {row[f'{kind}high']:.2f}]"
+def _words(values: Any, names: Sequence[str] | None = None) -> str:
+    """Write a factor with its interval, of a row's columns or of three numbers."""
+    value, low, high = values if names is None else (values[name] for name in names)
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = "val_loss") -> tuple[Recipes, ...]:
     """Fit the laws of two recipes or more together, and tell the gain of each over the baseline by compute.
 
     Args:
-        df: one row per run and budget.
         by: column that tells the recipes apart.
         baseline: recipe to compare with; None takes the paper's, else the one with most rows.
         y: column of the loss.
@@ -140,16 +140,16 @@ def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = 
     used = usable_rows(df, {**columns, "y": y})
     known = used.rows[used.rows[by].notna()]
     rows, which = main_part(known, free={by, *FOLLOWS.get(by, ())})
-    text = f"{len(known) - len(rows)} rows of other designs than {which} are left out."
-    flags = (Flag(kind="design", subject=which, number=len(known) - len(rows), text=text),) if which else ()
+    others = len(known) - len(rows)
+    text = f"{others} rows of other designs than {which} are left out."
+    flags = [Flag(kind="design", subject=which, number=others, text=text)] * bool(which)
     numbers = used.numbers.loc[rows.index]
     if SPEED in rows:
         numbers = numbers.assign(speed=pd.to_numeric(rows[SPEED], errors="coerce"))
     if not np.isfinite(6 * numbers["N"] * numbers["D"]).all() or not len(numbers):
         raise AnalysisError(f"No row with a {by} has N, D and a loss whose compute, 6 N D, is a number; correct them.")
     level = level_names(rows[by])
-    counts = level.value_counts()
-    first = baseline_of(by, baseline, counts)
+    first = baseline_of(by, baseline, counts := level.value_counts())
     if len(counts) < 2:
         raise AnalysisError(f"All rows have {by} = {first}, so there is nothing to compare.")
     return tuple(
@@ -165,7 +165,7 @@ def _compared(
     """Fit both laws to the rows of two recipes, called by their column, the baseline and the level."""
     points = numbers.assign(G=is_level.map({False: 1.0, True: 2.0}))
     own, shared = (fit(points, pair(share), y="y", is_tested=False) for share in (OWN, SHARED))
-    ratios = {name: own.estimate.error_of(partial(_log_ratio, name=name)) for name in EXPONENTS}
+    ratios = {name: own.estimate.error_of(_log_ratio(name)) for name in EXPONENTS}
     either = 1 - (1 - CONFIDENCE) / len(EXPONENTS)  # one of two intervals misses by chance twice as often
     differs = any(low > 1 or high < 1 for each in ratios.values() for _, low, high in [_factor(*each, either)[:, 0]])
     law = own if differs else shared
@@ -176,22 +176,22 @@ def _compared(
     n = np.sqrt(scales / (6 * ratio))
     gain = _gain_of(law, n, ratio * n)
     value, errors, degrees = law.estimate.error_of(gain)
-    found = dict(zip(("gain", "low", "high"), _factor(value, errors, degrees), strict=True))
+    found = dict(zip(GAIN, _factor(value, errors, degrees), strict=True))
     if (speed := _speed(points)) is not None:
         faster, sd, free = (np.broadcast_to(each, value.shape) for each in speed)
         spare = satterthwaite(np.stack([errors, sd]), np.stack([degrees, free]))
-        ends = _factor(value + faster, np.hypot(errors, sd), spare)
-        found |= dict(zip(("time_gain", "time_low", "time_high"), ends, strict=True))
+        found |= dict(zip(TIME_GAIN, _factor(value + faster, np.hypot(errors, sd), spare), strict=True))
     last = NUM_SCALES - 3
     change = law.estimate.error_of(lambda p: (g := gain(p))[..., [last]] - g[..., [0]])
+    exponents = {
+        name: dict(zip(("ratio", *GAIN[1:]), _factor(*each)[:, 0], strict=True)) for name, each in ratios.items()
+    }
     return Recipes(
         **dict(zip(("by", "baseline", "level"), names, strict=True)),
         table=pd.DataFrame({"C": scales, "N": n, "D": ratio * n, **found, "beyond": scales > 1.001 * compute.max()}),
         trend=tuple(_factor(*change)[:, 0].tolist()),
         crossover=_crossover(scales, value),
-        exponents=pd.DataFrame(
-            {k: _factor(*each)[:, 0] for k, each in ratios.items()}, index=["ratio", "low", "high"]
-        ).T,
+        exponents=pd.DataFrame.from_dict(exponents, orient="index"),
         has_own_exponents=differs,
         law=law,
         decision=_decision(law, points, lambda p: gain(p)[..., [-1]]),
@@ -205,9 +205,9 @@ def _factor(value: Array, errors: Array, degrees: Array, confidence: float = CON
     return np.exp([value, value - half, value + half])
 
 
-def _log_ratio(params: Params, name: str) -> Array:
-    """Return the logarithm of the level's exponent over the baseline's."""
-    return np.log(params[f"{name}_2"]) - np.log(params[name])
+def _log_ratio(name: str) -> Function:
+    """Make the logarithm of the level's parameter over the baseline's a function of the law's parameters."""
+    return lambda params: np.log(params[f"{name}_2"] / params[name])
 
 
 def _speed(points: pd.DataFrame) -> tuple[float, float, float] | None:
@@ -270,9 +270,7 @@ def _gain_of(law: Fit, n: Array, d: Array) -> Function:
 
 def _crossover(scales: Array, log_gain: Array) -> float:
     """Find the compute at which the gain crosses 1, between two rows; NaN without a change of sign."""
-    changes = np.flatnonzero(np.diff(np.sign(log_gain)) != 0)
-    if not len(changes):
-        return float("nan")
-    i = changes[0]
-    share = log_gain[i] / (log_gain[i] - log_gain[i + 1])
-    return float(np.exp(np.interp(share, [0, 1], np.log(scales[i : i + 2]))))
+    logs = np.log(scales)
+    for i in np.flatnonzero(np.diff(np.sign(log_gain)))[:1]:
+        return float(np.exp(logs[i] - log_gain[i] * (logs[i + 1] - logs[i]) / (log_gain[i + 1] - log_gain[i])))
+    return float("nan")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,8 @@ LEAST_SIZES = 3
 """Fewer sizes leave one degree of freedom or none to tell by how much sizes differ."""
 
 
-class Mean(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Mean:
     """Mean of a difference over pairs of runs, with its 95 % interval; NaN where nothing tells its error."""
 
     difference: float
@@ -41,13 +42,7 @@ class Mean(NamedTuple):
     degrees: float
     """Degrees of freedom of the interval."""
     num_budgets: int
-    """Budgets whose shared errors the interval holds; 0 where it speaks of these budgets alone."""
-
-    def verdict(self, *, lower_is_better: bool) -> str:
-        """Say whether the difference is one for the better, unless its interval holds zero or is not known."""
-        if not (self.low > 0 or self.high < 0):
-            return ALIKE
-        return BETTER if (self.difference < 0) == lower_is_better else WORSE
+    """Budgets that are clusters of the interval; 0 where it speaks of these budgets alone."""
 
 
 def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
@@ -64,29 +59,36 @@ def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
     """
     runs = values.groupby(pairs["run_pair"])
     y, n, num_budgets = runs.mean().to_numpy(float), runs.ngroups, 0
-    sizes = pairs.groupby("run_pair")["size"].first().map(str) if "size" in pairs else pd.Series(["one"] * n)
+    sizes = pairs.groupby("run_pair")["size"].first().map(str) if "size" in pairs else np.zeros(n)
     codes, names = pd.factorize(sizes)
     mean = float(y.mean())
     if len(names) >= LEAST_SIZES:
         clustered = {"sizes": sandwich(linear_design(np.ones((n, 1)), np.ones(n)), y - mean, codes)}
         budgets = groups_of(pairs, {}).get("budgets")
-        num_budgets = 0 if budgets is None or budgets.max() + 1 < LEAST_SIZES else int(budgets.max()) + 1
-        if budgets is not None and num_budgets:
-            weights = 1 / runs.transform("size").to_numpy(float)
-            design = linear_design(np.ones((len(pairs), 1)), weights)
+        if budgets is not None and budgets.max() + 1 >= LEAST_SIZES:
+            num_budgets = int(budgets.max()) + 1
+            design = linear_design(np.ones((len(pairs), 1)), 1 / runs.transform("size").to_numpy(float))
             clustered["budgets"] = sandwich(design, values.to_numpy(float) - mean, budgets)
         (se,), (degrees,) = Covariance(by=clustered).of_contrasts(np.ones((1, 1)))
     else:
         degrees = n - len(names) or np.nan
         within = y - pd.Series(y).groupby(codes).transform("mean").to_numpy()
         se = np.sqrt(within @ within / degrees / n)
-    half, more = se * student.ppf([0.5 + CONFIDENCE / 2, POWER], degrees)
-    return Mean(mean, float(mean - half), float(mean + half), float(half + more), float(degrees), num_budgets)
+    half, more = (se * student.ppf([0.5 + CONFIDENCE / 2, POWER], degrees)).tolist()
+    ends = {"low": mean - half, "high": mean + half, "detectable": half + more}
+    return Mean(difference=mean, **ends, degrees=float(degrees), num_budgets=num_budgets)
+
+
+def verdict_of(mean: Mean, *, lower_is_better: bool) -> str:
+    """Say whether a difference is one for the better, unless its interval holds zero or is not known."""
+    if not (mean.low > 0 or mean.high < 0):
+        return ALIKE
+    return BETTER if (mean.difference < 0) == lower_is_better else WORSE
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Contrast(Result):
-    """One level against the baseline, in one measure, with 95 % intervals."""
+class Contrast(Mean, Result):
+    """One level against the baseline, in one measure; the mean is of level minus baseline."""
 
     measure: Measure
     baseline: str
@@ -96,22 +98,12 @@ class Contrast(Result):
     """Pairs of runs: budgets of the same two runs are averaged first."""
     num_sizes: int
     """Sizes of the pairs, clusters of the interval from three on; 0 where sizes are compared or not known."""
-    num_budgets: int
-    """Budgets that are clusters of the interval, too; 0 where it speaks of these budgets alone."""
-    degrees: float
-    """Degrees of freedom of the interval; NaN where there is none."""
     baseline_mean: float
     level_mean: float
-    difference: float
-    """Mean of level minus baseline, over pairs of runs; NaN ends where nothing tells its interval (see `over`)."""
-    low: float
-    high: float
     ratio: float
     """Geometric mean of level over baseline; NaN where a value is not positive."""
     ratio_low: float
     ratio_high: float
-    detectable: float
-    """Minimum detectable effect: the true difference that would be significant in 80 % of repetitions."""
     verdict: str
     pairs: pd.DataFrame = field(repr=False)
     """One row per pair of rows: the columns held equal that vary, baseline and level value, difference, run_pair."""
@@ -124,8 +116,9 @@ class Contrast(Result):
     @property
     def table(self) -> pd.DataFrame:
         """One row: the measure, the levels, their difference and ratio with intervals, the verdict."""
+        first = {"measure": self.measure.name, "baseline": self.baseline, "level": self.level}
         own = {k: v for k, v in vars(self).items() if k not in ("measure", "pairs")}
-        return pd.DataFrame([{"measure": self.measure.name, **own, "over": self.over}])
+        return pd.DataFrame([first | own | {"over": self.over}])
 
     @property
     def over(self) -> str:
@@ -137,39 +130,39 @@ class Contrast(Result):
     @property
     def scope(self) -> str:
         """Pairs, sizes and budgets that the interval is over, and those that it speaks of alone."""
-        runs = "one pair of runs" if self.num_run_pairs == 1 else f"{self.num_run_pairs} pairs of runs"
         of_rows = self.num_pairs > self.num_run_pairs
+        runs = "one pair of runs" if self.num_run_pairs == 1 else f"{self.num_run_pairs} pairs of runs"
         runs += f" ({self.num_pairs} of rows)" * of_rows
         if not self.over:
             return f"from {runs}{' of different sizes' * (self.num_sizes > 1)}, so without an interval"
-        sizes = "" if self.over == "sizes" else ("", "this size", "these two sizes")[self.num_sizes]
-        alone = " and ".join(filter(None, [sizes, "these budgets" * (of_rows and not self.num_budgets)]))
-        runs += f" at {self.num_sizes} sizes" * (self.over == "sizes")
-        runs += f" and {self.num_budgets} budgets" * (self.num_budgets > 0) + f", for {alone}" * bool(alone)
+        alone = ["these budgets"] * (of_rows and not self.num_budgets)
+        if self.over == "sizes":
+            runs += f" at {self.num_sizes} sizes"
+        elif self.num_sizes:
+            alone.insert(0, "this size" if self.num_sizes == 1 else "these two sizes")
+        runs += f" and {self.num_budgets} budgets" * (self.num_budgets > 0)
+        runs += f", for {' and '.join(alone)}" * bool(alone)
         return f"over {runs} ({self.degrees:.3g} degrees of freedom)"
 
     def sentence(self) -> str:
         """Tell what a row of the table does, and how far the interval reaches."""
-        told = (
-            f"{name} {cell}" for name, cell in self.row("level").items() if cell and name not in ("measure", "over")
-        )
-        return f"{self.measure.title}: {', '.join(told)}; {self.scope}."
+        cells = {name: cell for name, cell in self.row("level").items() if cell and name not in ("measure", "over")}
+        return f"{self.measure.title}: {', '.join(map(' '.join, cells.items()))}; {self.scope}."
 
     headline = sentence
 
     def row(self, by: str) -> dict[str, str]:
         """Write a row of a table of contrasts of the column `by`."""
         m, known = self.measure, bool(self.over)
-        over = "1 pair" if self.num_run_pairs == 1 else f"{self.num_run_pairs} pairs"
         ratio = "" if math.isnan(self.ratio) else f"{self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
         return {
             "measure": m.title,
             by: self.level,
             "difference": m.shown_difference(self.difference),
             "95 % interval": f"[{m.shown_difference(self.low)}, {m.shown_difference(self.high)}]" * known,
-            "over": over,
+            "over": f"{self.num_run_pairs} pair{'s' * (self.num_run_pairs > 1)}",
             "sizes": str(self.num_sizes or ""),
-            "d.f.": "" if math.isnan(self.degrees) else f"{self.degrees:.3g}",
+            "d.f.": f"{self.degrees:.3g}" * known,
             "verdict": self.verdict if known else "no interval",
             "detectable": m.shown_size(self.detectable) if known and not self.is_significant else "",
             "mean": m.shown(self.level_mean),
@@ -195,6 +188,15 @@ class Contrasts(Result):
     rows: pd.DataFrame = field(repr=False)
     """The complete rows of the table, with sizes."""
 
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per measure and level."""
+        return pd.concat([each.table for each in self.contrasts], ignore_index=True)
+
+    def headline(self) -> str:
+        """Name the column and the baseline."""
+        return f"{self.by}, against {self.baseline}"
+
     def facts(self) -> list[tuple[str, str]]:
         """Return flags, what is compared, what is equal within a pair."""
         return [
@@ -208,21 +210,12 @@ class Contrasts(Result):
         """Return one row per measure and level."""
         return [each.row(self.by) for each in self.contrasts]
 
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row per measure and level."""
-        return pd.concat([each.table for each in self.contrasts], ignore_index=True)
-
-    def headline(self) -> str:
-        """Name the column and the baseline."""
-        return f"{self.by}, against {self.baseline}"
-
 
 def level_names(values: pd.Series) -> pd.Series:
     """Write levels as a reader does: 6, not 6.0."""
 
     def name(value: Any) -> str:
-        return str(int(value) if isinstance(value, float | np.floating) and value.is_integer() else value)
+        return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
     return values.map(name, na_action="ignore")
 

@@ -1,9 +1,8 @@
 """Which runs to buy next: those that leave the forecast of a target the least variance for their price.
 
 A measurement is law + departure + noise: the law linear in its parameters around its fit, the departure a smooth field
-over the logarithms of the law's variables (no law is exact, and it errs alike at scales that lie close together). So
-runs that pin the parameters down are worth something, and so are runs near the target; the price decides. What a run is
-worth depends on what is bought beside it, so they are chosen one after another.
+over the logarithms of the law's variables (no law is exact, and it errs alike at scales that lie close together). What
+a run is worth depends on what is bought beside it, so they are chosen one after another.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from aimscale.analysis.table.points import with_compute
 from aimscale.analysis.table.select import mixture_flags
 from aimscale.analysis.words import Flag, flag_words, human, percent, power_of_ten
 
-Places = pd.DataFrame | Mapping[str, Array]  # variables of a law by name, one value a place
 PRIOR_SD = 1.0
 """Prior standard deviation of every parameter on its own scale: factor e for coefficients and exponents."""
 DEPARTURE_SD, DEPARTURE_TO_NOISE = 0.01, 2.5
@@ -48,6 +46,10 @@ MANY_VALUES = 15
 """More sizes or budgets than this are no grid, and are offered as so many in equal factors."""
 
 
+Places = pd.DataFrame | Mapping[str, Array]
+"""Variables of a law by name, one value a place."""
+
+
 def buy(law: Fit, candidates: Places, prices: Array, target: Places, *, budget: float) -> tuple[Array, float]:
     """Choose candidates (num,) of given prices (num,) that leave the forecast at the target the least variance.
 
@@ -55,9 +57,6 @@ def buy(law: Fit, candidates: Places, prices: Array, target: Places, *, budget: 
         Positions among the candidates, in the order of choice, and the share of the forecast's standard deviation (root
         mean square over targets) that is left once they are measured.
     """
-    prices = np.asarray(prices, float)
-    if not np.all(prices > 0):
-        raise AnalysisError("Every candidate needs a positive price.")
     if not np.any(prices <= budget):
         raise AnalysisError(f"The cheapest candidate costs {prices.min():.3g}, more than the budget of {budget:.3g}.")
     errors = law.estimate.components
@@ -73,7 +72,7 @@ def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float
     joint is the covariance (candidates + targets, candidates + targets) before any is measured.
     """
     n, rows, left = len(prices), list[int](), joint.copy()
-    while np.any(affordable := (prices <= budget) & ~np.isin(np.arange(n), rows)):
+    while (affordable := (prices <= budget) & ~np.isin(np.arange(n), rows)).any():
         gain = np.sum(left[:n, n:] ** 2, axis=1) / (np.diag(left)[:n] + noise**2)
         best = int(np.argmax(np.where(affordable, gain / prices**power, -np.inf)))
         left -= np.outer(left[best], left[best]) / (left[best, best] + noise**2)
@@ -131,9 +130,8 @@ class Proposal(Result):
 
     def headline(self) -> str:
         """Say what the runs cost and are worth."""
-        return "; ".join(
-            ": ".join(fact) for fact in self.facts() if fact[0] in ("target", "runs", "standard deviation")
-        )
+        facts = dict(self.facts())
+        return "; ".join(f"{key}: {facts[key]}" for key in ("target", "runs", "standard deviation"))
 
     def facts(self) -> list[tuple[str, str]]:
         """List flags, what the runs cost and are worth, the forecast and how such fared, the law."""
@@ -151,12 +149,13 @@ class Proposal(Result):
 
     def cells(self) -> list[dict[str, str]]:
         """Write one row per run, in the order of choice; U only where a run repeats its data."""
-        heads = {"size": "size", "N": "N", "D": "D", "U": "U", "C": "C (FLOP)", "price": self.unit, "D/N": "D/N"}
-        if "U" in self.table and not (self.table["U"] < self.table["D"]).any():
-            del heads["U"]
+        runs = self.table
+        names = [name for name in ("size", "N", "D", "U", "C", "price", "D/N") if name in runs]
+        names = [name for name in names if name != "U" or (runs["U"] < runs["D"]).any()]
         forms: dict[str, Callable[[Any], str]] = {"size": str, "C": partial(power_of_ten, digits=3)}
-        shown = {head: map(forms.get(v, human), self.table[v]) for v, head in heads.items() if v in self.table}
-        return [dict(zip(shown, row, strict=True)) for row in zip(*shown.values(), strict=True)]
+        heads = {"C": "C (FLOP)", "price": self.unit}
+        cells = {heads.get(name, name): map(forms.get(name, human), runs[name]) for name in names}
+        return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
 
 def next_runs(
@@ -182,7 +181,7 @@ def next_runs(
         The runs in the order of choice, and the forecast's spread before and after.
 
     Raises:
-        AnalysisError: a variable of the target is missing or unknown, nothing is affordable, or no law can be fitted.
+        AnalysisError: a wrong target, nothing that is affordable, or no law that can be fitted.
 
     Example:
         >>> table = read_table("results.parquet")
@@ -198,7 +197,7 @@ def next_runs(
     ahead = laws.predict(target).iloc[0]
     before = float(np.linalg.norm(ahead[[*TERMS[1:]]]))
     text = "These runs hardly narrow the forecast; more GPU-hours buy larger ones, nearer to the target."
-    little = (Flag(kind="buys_little", text=text),) if left > WORTHWHILE else ()
+    little = [Flag(kind="buys_little", text=text)] * (left > WORTHWHILE)
     return Proposal(
         table=offer.loc[rows].reset_index(drop=True).assign(**{"D/N": lambda runs: runs["D"] / runs["N"]}),
         law=known,
@@ -232,6 +231,7 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
     near = [np.isclose(offer[v].to_numpy(float)[:, None], df[v].to_numpy(float), rtol=SAME_RUN) for v in axes]
     new = offer[~(near[0] & near[1]).any(axis=1)].reset_index(drop=True)
     if new.empty:
-        larger = f"smaller than {scale_words(target)} is left to buy"
-        raise AnalysisError(f"No run {larger}: every size of the table is measured at every budget.")
+        raise AnalysisError(
+            f"No run smaller than {scale_words(target)} is left to buy: every size is measured at every budget."
+        )
     return new

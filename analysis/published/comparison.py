@@ -69,18 +69,17 @@ class Comparison(Result):
         sizes = self.baselines["params_total"]
         largest = self.baselines if sizes.isna().all() else self.baselines[sizes == sizes.max()]
         parts = {
-            "Task by task, attentive probe on frozen features, top-1 in per cent": self.tasks,
-            "The largest run beside baselines on the same probes, top-1 in per cent": largest.drop(
+            "Task by task, attentive probe on frozen features": self.tasks,
+            "The largest run beside baselines on the same probes": largest.drop(
                 columns=["params_total", "images_seen"]
             ),
         }
-        tables = [f"{title}\n{text_table(frame_cells(frame))}" for title, frame in parts.items() if len(frame)]
+        tables = [f"{k}, top-1 in per cent\n{text_table(frame_cells(rows))}" for k, rows in parts.items() if len(rows)]
         return "\n\n".join([fact_lines(self.facts()), *tables])
 
 
 def compare(frame: pd.DataFrame) -> Comparison:
-    """Put the runs of a results table beside the published models, and beside the project's own baselines where the
-    table's folder has some; what the table lacks is named in `left_out`.
+    """Put the runs of a results table beside the published models, and beside baselines of the table's folder.
 
     Returns:
         Tables of tasks and baselines, with flags of what is not comparable.
@@ -112,14 +111,10 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     The interval is Newcombe's for two independent proportions (Statistics in Medicine 17:873, 1998, method 10), a
     cautious one, as both were measured on the same images. It does not cover seeds.
 
-    Args:
-        probes: `probe_frame` of the runs.
-        baselines: `read_baselines`.
-
     Returns:
-        task, kind, size, params_total and images_seen of the run, n, top1, baseline, baseline_top1, gap (ours minus
-        the baseline's) with gap_lo95 and gap_hi95, detectable (the gap that would be seen with probability 0.8), and
-        verdict: above, below, or no significant difference.
+        Columns of the run; baseline, baseline_top1; gap (ours minus the baseline's) with gap_lo95 and gap_hi95;
+        detectable (the gap that would be seen with probability 0.8); verdict: above, below, or no significant
+        difference.
     """
     columns = ["task", "kind", "size", "params_total", "images_seen", "n", "top1", "baseline", "baseline_top1", "gap"]
     columns += ["gap_lo95", "gap_hi95", "detectable", "verdict"]
@@ -156,10 +151,10 @@ def _shared(probes: pd.DataFrame) -> tuple[pd.DataFrame, list[Flag]]:
 
 def _last_budgets(rows: pd.DataFrame) -> pd.DataFrame:
     """Choose the rows of each run's largest budget."""
-    if "images_seen" not in rows or rows["images_seen"].isna().all():
-        return rows
     key = [name for name in ("run_id", "size") if name in rows][:1]
-    return rows[rows["images_seen"] == rows.groupby(key)["images_seen"].transform("max")] if key else rows
+    if not key or "images_seen" not in rows or rows["images_seen"].isna().all():
+        return rows
+    return rows[rows["images_seen"] == rows.groupby(key)["images_seen"].transform("max")]
 
 
 def _task_rows(shared: pd.DataFrame) -> pd.DataFrame:

@@ -31,8 +31,7 @@ def table6() -> pd.DataFrame:
 
     Returns:
         By our short name (`aim-7B`): method, arch, data, layers (whose outputs the probe averages: `last 6`, `best 6`,
-        or `as published` for the other methods), image_size, one column per task of `TASKS`, printed_mean, source, and
-        mean (recomputed).
+        or `as published`), image_size, one column per task of `TASKS`, printed_mean, source, and mean (recomputed).
     """
     out = _read("table6.csv", [*TASKS, "printed_mean"]).set_index("key")
     return out.assign(mean=out[list(TASKS)].mean(axis=1))
@@ -42,7 +41,7 @@ def table6() -> pd.DataFrame:
 def published_frame() -> pd.DataFrame:
     """Read the four released sizes as a results table.
 
-    Images seen are left out on purpose: the four losses share one number of updates, which Figure 1 does not state.
+    Images seen are left out: the four losses share one number of updates, which Figure 1 does not state.
 
     Returns:
         size, width, depth; params_trunk (equal to the released files), params_head (never released), params_total,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from aimscale.analysis.effects.plateau import first_budget_past_plateau
 from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.extrapolation import EXPONENTS, held_out_cautions
 from aimscale.analysis.fitting.identification import num_values
@@ -151,6 +152,8 @@ def _next(study: Study, joint: Fit | None) -> str:
         return "A grid of at least three sizes by three budgets, each with a validation loss."
     for v, other, names, noun in (("N", "D", ("alpha", "aN"), "sizes"), ("D", "N", ("beta", "aD"), "budgets")):
         for name in joint.not_identified.intersection(names):
+            if (larger := first_budget_past_plateau(study.usable)) is not None:
+                return f"Larger data, from {human(larger)} images on: before, losses are on the first plateau."
             (low, high), num = joint.ranges[v], num_values(joint.data[v].to_numpy())
             return (
                 f"More {noun}: {name} is not identified by {num} of them over a factor of {human(high / low)}. "

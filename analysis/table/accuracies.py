@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, Column
 from aimscale.analysis.words import Flag, some
 
-LEVELS = ("chance", "ideal")
-"""Words behind `TASK:` that give a task's levels instead of an accuracy."""
 _LOOKS = re.compile(r"(?<![a-z])acc(?:uracy)?(?![a-z])|top[-_ @]?[15](?!\d)", re.IGNORECASE)
 _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": 1e-2}
 _TYPES: dict[str, Callable[[Any], Any]] = {"string": str, "list<int64>": lambda values: [int(each) for each in values]}
@@ -44,12 +43,9 @@ def typed(values: pd.Series, column: Column, path: Path, called: str) -> pd.Seri
     if column.dtype not in ("int64", "float64"):
         return values.astype(object).map(str, na_action="ignore").where(values.notna(), None)
     numbers = to_numbers(values)
-    bad = numbers.isna() & values.notna()
-    if bad.any():
-        row = int(np.flatnonzero(bad.to_numpy())[0])
-        raise AnalysisError(
-            f"{path}: column '{called}' holds {values.iloc[row]!r:.60} in row {row + 1}; make it a number"
-        )
+    if len(bad := np.flatnonzero(numbers.isna() & values.notna())):
+        cell = f"{values.iloc[bad[0]]!r:.60} in row {bad[0] + 1}"
+        raise AnalysisError(f"{path}: column '{called}' holds {cell}; make it a number")
     whole = column.dtype == "int64" and numbers.notna().all() and (numbers % 1 == 0).all()
     return numbers.astype("int64" if whole else "float64")
 
@@ -59,17 +55,15 @@ def _parse_probes(value: Any, row: int, path: Path) -> list[dict[str, Any]]:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return []
     try:
-        listed = json.loads(value) if isinstance(value, str) else value
-        if np.isscalar(listed):
-            named = option("columns", "TASK:KIND=THEIRS")
-            raise TypeError(f"{listed!r:.60} is a number; name an accuracy with {named}")
-        entries = [dict(entry) for entry in listed]
-        names = [entry[name] for entry in entries for name in ("task", "kind")]
-        if wrong := [name for name in names if not isinstance(name, str | int | float)]:
-            raise TypeError(f"a task or kind is {wrong[0]!r:.60}")
+        entries = [dict(entry) for entry in (json.loads(value) if isinstance(value, str) else value)]
+        if not all(isinstance(e[name], str | int | float) for e in entries for name in ("task", "kind")):
+            raise TypeError("a task or kind is no text")
         return [{**e, **{k: _FIELDS[k](v) for k, v in e.items() if k in _FIELDS and v is not None}} for e in entries]
     except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
-        raise AnalysisError(f"{path}: 'probes' of row {row} is no list of probes ({error}); correct it") from error
+        named = option("columns", "TASK:KIND=THEIRS")
+        raise AnalysisError(
+            f"{path}: 'probes' of row {row} is no list of probes ({error}); correct it, or name accuracies with {named}"
+        ) from error
 
 
 def is_accuracy(ours: str) -> bool:
@@ -80,15 +74,15 @@ def is_accuracy(ours: str) -> bool:
 def with_accuracies(frame: pd.DataFrame, theirs: Mapping[str, str], path: Path) -> pd.DataFrame:
     """Make columns (TASK:KIND, TASK:chance and TASK:ideal -> the file's name) entries of `probes`, behind those that
     it has; missing values make none."""
-    numbers: dict[str, dict[str, pd.Series]] = {}
+    numbers = defaultdict[str, dict[str, pd.Series]](dict)
     for ours in theirs:
         task, _, kind = (part.strip() for part in ours.partition(":"))
         if not task or not kind or ":" in kind:
             raise AnalysisError(f"{option('columns')} names an accuracy as TASK:KIND, such as dtd:linear, not '{ours}'")
-        numbers.setdefault(task, {})[kind] = _checked(frame[ours], ours, theirs[ours], path)
+        numbers[task][kind] = _checked(frame[ours], ours, theirs[ours], path)
     entries = [list(row) for row in frame["probes"]] if "probes" in frame else [[] for _ in range(len(frame))]
     for task, of_task in numbers.items():
-        levels = {kind: of_task.pop(kind) for kind in LEVELS if kind in of_task}
+        levels: dict[str, pd.Series] = {kind: of_task.pop(kind) for kind in ("chance", "ideal") if kind in of_task}
         if not of_task:
             typed = option("columns", f"{task}:KIND=THEIRS")
             raise AnalysisError(f"{task}:{next(iter(levels))}: no accuracy of {task} is named; add {typed}")
@@ -102,17 +96,14 @@ def with_accuracies(frame: pd.DataFrame, theirs: Mapping[str, str], path: Path) 
 
 def _checked(values: pd.Series, ours: str, theirs: str, path: Path) -> pd.Series:
     """Read numbers; fractions unless they are losses."""
-    numbers = to_numbers(values).astype(float)
-    low, high = (-np.inf, np.inf) if ours.endswith(":ideal") else (0, 1)
-    bad = values.notna() & ~(numbers.between(low, high) & np.isfinite(numbers))
-    if bad.any():
-        row = int(np.flatnonzero(bad.to_numpy())[0])
-        typed = option("columns", f"{ours}={quoted(theirs)}/100")
-        percent = f"; per cent is read by {typed}" if 1 < numbers.max() <= 100 else ""
-        what = "number" if high > 1 else "fraction from 0 to 1"
-        raise AnalysisError(
-            f"{path}: '{theirs}' for {ours} is {values.iloc[row]} in row {row + 1}, which is no {what}{percent}"
-        )
+    numbers, is_loss = to_numbers(values).astype(float), ours.endswith(":ideal")
+    good = np.isfinite(numbers) & (numbers.between(0, 1) | is_loss)
+    if len(bad := np.flatnonzero(values.notna() & ~good)):
+        what = "number" if is_loss else "fraction from 0 to 1"
+        if 1 < numbers.max() <= 100:
+            what += f"; per cent is read by {option('columns', f'{ours}={quoted(theirs)}/100')}"
+        cell = f"{values.iloc[bad[0]]} in row {bad[0] + 1}"
+        raise AnalysisError(f"{path}: '{theirs}' for {ours} is {cell}, which is no {what}")
     return numbers
 
 

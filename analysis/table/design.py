@@ -95,10 +95,10 @@ def follows_scale(frame: pd.DataFrame, name: str) -> bool:
     """Tell whether a column names sizes, budgets or runs (each of its values has one size or one budget), or is a
     number that follows from them, such as a width."""
     scale = _varying(frame, ("size", "params_total", "images_seen", "unique_images", *CANONICAL))
-    if scale and (frame.groupby(name)[scale].nunique().max() <= 1).any():
-        return True
+    if not scale or (frame.groupby(name)[scale].nunique().max() <= 1).any():
+        return bool(scale)
     is_number = pd.api.types.is_numeric_dtype(frame[name]) and not pd.api.types.is_bool_dtype(frame[name])
-    return is_number and bool(scale) and bool(frame.groupby(scale, dropna=False)[name].nunique().max() <= 1)
+    return is_number and bool(frame.groupby(scale, dropna=False)[name].nunique().max() <= 1)
 
 
 def tuned_columns(frame: pd.DataFrame, used: Collection[str] = ()) -> list[str]:

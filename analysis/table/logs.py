@@ -26,8 +26,7 @@ _PROBE = "probe/"
 
 def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
     """Give nested cells columns such as `config.model.width`, and map names of W&B's as `read_table`'s `columns` do."""
-    is_api = {*frame} >= {"summary", "config"} and not {*frame}.isdisjoint(_RUN_NAMES)
-    if is_api:
+    if is_api := {*frame} >= {"summary", "config"} and not {*frame}.isdisjoint(_RUN_NAMES):
         try:  # a CSV has dictionaries as text
             told = frame[["config", "summary"]].map(lambda c: ast.literal_eval(c) if isinstance(c, str) else c)
         except (ValueError, SyntaxError) as error:
@@ -71,9 +70,9 @@ def run_logs(folder: Path) -> pd.DataFrame:
     for run, settings, points, status in (each for reader in _READERS for each in reader(folder) if len(each[2])):
         points = points.sort_index()
         points.iloc[-1] = points.ffill().iloc[-1]
-        became = {"run_id": run, "status": [*["during"] * (len(points) - 1), status]}
+        statuses = [*["during"] * (len(points) - 1), status]
         told = {name: value for name, value in settings.items() if name not in points}
-        frames.append(points.reset_index().assign(**told, **became))
+        frames.append(points.reset_index().assign(**told, run_id=run, status=statuses))
     if not frames:
         known = "results.parquet nor runs of TensorBoard, MLflow or Lightning"
         raise AnalysisError(f"{folder} holds neither {known}; give another folder, or `aimscale collect` a sweep")
@@ -81,7 +80,7 @@ def run_logs(folder: Path) -> pd.DataFrame:
 
 
 _Run = tuple[str, dict[str, Any], pd.DataFrame, str]
-"""Name of a run, its settings, its metrics by step, and its status."""
+"""Identity of a run (its folder, or MLflow's id: names may stand twice), settings, metrics by step, and status."""
 
 
 def _mlflow_store(folder: Path) -> Iterator[_Run]:
@@ -93,7 +92,7 @@ def _mlflow_store(folder: Path) -> Iterator[_Run]:
             params, metrics = (read[name][read[name]["run_uuid"] == run["run_uuid"]] for name in ("params", "metrics"))
             points = metrics.pivot_table(index="step", columns="key", values="value", aggfunc="last")
             settings = {key: _value(value) for key, value in zip(params["key"], params["value"], strict=True)}
-            yield run["name"], settings, points, "complete" if run["status"] == "FINISHED" else "unfinished"
+            yield run["run_uuid"], settings, points, "complete" if run["status"] == "FINISHED" else "unfinished"
 
 
 def _mlflow_files(folder: Path) -> Iterator[_Run]:
@@ -104,16 +103,15 @@ def _mlflow_files(folder: Path) -> Iterator[_Run]:
         values = [pd.read_csv(each, sep=" ", header=None).groupby(2)[1].last() for each in files]
         points = pd.DataFrame(dict(zip(names, values, strict=True))).rename_axis("step")
         settings = {each.name: _value(each.read_text()) for each in meta.parent.glob("params/*")}
-        told = yaml.safe_load(meta.read_text())
-        status = "complete" if told.get("status") == 3 else "unfinished"  # RunStatus.FINISHED
-        yield told.get("run_name") or meta.parent.name, settings, points, status
+        status = "complete" if yaml.safe_load(meta.read_text()).get("status") == 3 else "unfinished"  # FINISHED
+        yield meta.parent.name, settings, points, status
 
 
 def _lightning(folder: Path) -> Iterator[_Run]:
     """Read the folders of Lightning's CSV logger: `metrics.csv`, and `hparams.yaml` beside it."""
     for file in sorted(folder.glob("**/metrics.csv")):
         points = pd.read_csv(file).groupby("step").last()
-        yield _run_name(file.parent, folder), _hparams(file.parent), points, "complete"
+        yield file.parent.as_posix(), _hparams(file.parent), points, "complete"
 
 
 def _tensorboard(folder: Path) -> Iterator[_Run]:
@@ -134,11 +132,7 @@ def _tensorboard(folder: Path) -> Iterator[_Run]:
                 given = HParamsPluginData.FromString(content.plugin_data.content).session_start_info.hparams
                 settings |= {name: getattr(value, value.WhichOneof("kind")) for name, value in sorted(given.items())}
         scalars = {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-        yield _run_name(parent, folder), settings, pd.DataFrame(scalars).rename_axis("step"), "complete"
-
-
-def _run_name(run: Path, folder: Path) -> str:
-    return run.relative_to(folder).as_posix() if run != folder else folder.name
+        yield parent.as_posix(), settings, pd.DataFrame(scalars).rename_axis("step"), "complete"
 
 
 def _hparams(folder: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Measure:
     @property
     def name(self) -> str:
         """Name as `--measure` takes it."""
-        return ":".join(part for part in (self.column, self.task, self.kind) if part)
+        return ":".join(filter(None, (self.column, self.task, self.kind)))
 
     @property
     def is_accuracy(self) -> bool:
@@ -50,8 +50,7 @@ class Measure:
         """Name for a reader."""
         if not self.task:
             return "validation loss" if self.column == "val_loss" else self.column
-        last = " on the last blocks" if self.column == "last_top1" else ""
-        return f"{self.task} {measured_by(self.kind)}{last}"
+        return f"{self.task} {measured_by(self.kind)}{' on the last blocks' * (self.column == 'last_top1')}"
 
     def shown(self, value: float, sign: str = "") -> str:
         """Write a value with its unit."""
@@ -80,12 +79,11 @@ def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[M
     if within_row and not of_probes:
         raise AnalysisError(f"The table has no probes to compare by {by}; probe its runs first.")
     if names:
-        found = [m for name in names for m in _named(rows, our_name(rows, name), of_probes, within_row)]
-        return list(dict.fromkeys(found))
-    has_loss = not within_row and "val_loss" in rows and bool(rows["val_loss"].notna().any())
+        return [*dict.fromkeys(m for name in names for m in _named(rows, our_name(rows, name), of_probes, within_row))]
+    has_loss = not within_row and "val_loss" in rows and rows["val_loss"].notna().any()
     if not (has_loss or of_probes):
         raise AnalysisError(f"The table has neither val_loss nor probes; name a column with {option('measure')}.")
-    return [Measure(column="val_loss")] * has_loss + of_probes
+    return [Measure(column="val_loss")] * bool(has_loss) + of_probes
 
 
 def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_row: bool) -> list[Measure]:
@@ -132,12 +130,11 @@ def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
 
 def long_format(rows: pd.DataFrame, measures: Sequence[Measure], by: str) -> pd.DataFrame:
     """Give one row per run, budget and measure: the table's columns, `measure`, `value`, and `by` if it is one."""
-    probes = probe_frame(rows)
-    plain = rows.drop(columns="probes", errors="ignore")
-    parts = []
+    probes, parts = probe_frame(rows), list[pd.DataFrame]()
     for m in measures:
-        of_probe = m.is_accuracy and m.column not in rows
-        mine = probes[(probes["task"] == m.task) & (probes["kind"].eq(m.kind) | (m.kind == ""))] if of_probe else plain
+        mine = rows.drop(columns="probes", errors="ignore")
+        if m.is_accuracy and m.column not in rows:
+            mine = probes[(probes["task"] == m.task) & (probes["kind"].eq(m.kind) | (m.kind == ""))]
         parts.append(mine.assign(measure=m.name, value=mine[m.column]))
     long = pd.concat(parts, ignore_index=True)
     if by not in long:

@@ -81,7 +81,8 @@ def usable_rows(
     keep, exclusions, flags = pd.Series(True, frame.index), list(left_out_of(frame)), tuple[Flag, ...]()
 
     def leave_out(kind: str, subject: str, text: str, out: Array | pd.Series) -> None:
-        exclusions.append(Exclusion(kind=kind, subject=subject, number=int((keep & out).sum()), text=text))
+        if number := int((keep & out).sum()):
+            exclusions.append(Exclusion(kind=kind, subject=subject, number=number, text=text))
         keep[out] = False
 
     leave_out("status", "", "not complete (status)", ~frame.index.isin(complete(frame).index))
@@ -100,7 +101,7 @@ def usable_rows(
         others = (~best).reindex(frame.index, fill_value=False)
         leave_out("best of", subject, f"not the best {subject} of their cell", others)
     found = {"rows": frame[keep], "numbers": values[keep], "columns": columns, "num_rows": len(frame), "flags": flags}
-    return Observations(**found, exclusions=tuple(each for each in exclusions if each.number))
+    return Observations(**found, exclusions=tuple(exclusions))
 
 
 def _best_settings(

@@ -24,11 +24,7 @@ from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION
 from aimscale.analysis.table.select import select
 
 _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")  # formulas may have commas of their own
-_NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
-"""Whole numbers of a formula (the group), and the names that hold digits: powers of integers have no end."""
 MAX_BYTES = 10**9  # a table is held in memory, and several times over
-SNIFFED_LINES = 1000
-"""Lines of a text that are looked at to tell what parts its cells."""
 
 
 def read_tables(
@@ -41,15 +37,13 @@ def read_tables(
 ) -> pd.DataFrame:
     """Read tables into one frame, with a column for every field of the set-up that varies over them.
 
-    A run and budget that two tables hold (a cell that two sweeps share) counts once, the first time it stands complete.
-
     Args:
         columns: our name -> the name in the files; see `read_table`.
         where: conditions that rows must meet, such as `prefix=paired` or `images_seen>=8000`; see `select`.
         best: tuned columns, of which only the value of the lowest `y` in each cell is kept; see `best_of`.
 
     Returns:
-        One frame, a row per run and budget.
+        A row per run and budget. One that two tables hold counts once, the first time it stands complete.
 
     Example:
         >>> read_tables(["results.parquet", "more.parquet"], where=["D>=100000"])
@@ -164,14 +158,14 @@ def _read_text(path: Path) -> pd.DataFrame:
     """Read a text behind lines that begin with #; commas, semicolons or tabs part its cells, whichever part most of its
     head. Beside semicolons 1,5 is a number."""
     with path.open(errors="replace") as file:
-        lines = list(itertools.islice(file, SNIFFED_LINES))
+        lines = [*itertools.islice(file, 1000)]
     notes = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     sep = max(",;\t", key="".join(lines[notes : notes + 1]).count)
-    if sep != ";" or not re.search(r"(^|;)\s*-?\d+,\d+\s*[a-zA-Z%]?\s*(;|$)", "".join(lines), re.MULTILINE):
-        return pd.read_csv(path, sep=sep, skiprows=notes, dtype=_TEXTS)
-    frame = pd.read_csv(path, sep=sep, skiprows=notes, dtype=_TEXTS, decimal=",")
+    has_commas = sep == ";" and re.search(r"(^|;)\s*-?\d+,\d+\s*[a-zA-Z%]?\s*(;|$)", "".join(lines), re.MULTILINE)
+    frame = pd.read_csv(path, sep=sep, skiprows=notes, dtype=_TEXTS, decimal="," if has_commas else ".")
     texts = frame.select_dtypes(exclude="number")  # words among numbers, or suffixes
-    return frame.assign(**texts.replace(r"^(\s*[-+]?\d+),(\d+\D*)$", r"\1.\2", regex=True))
+    texts = texts.replace(r"^(\s*[-+]?\d+),(\d+\D*)$", r"\1.\2", regex=True) if has_commas else texts
+    return frame.assign(**texts)
 
 
 _TEXTS = {name: "string" for name, column in KNOWN.items() if column.dtype == "string"}
@@ -192,11 +186,10 @@ def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.D
     A letter of the file that holds numbers is a law's, unless another column was named so, beside which it keeps its
     values under another name (L for layers beside a loss of another name).
     """
-    letters = [letter for letter in CANONICAL if letter in frame.columns and letter not in columns.values()]
-    letters = [letter for letter in letters if to_numbers(frame[letter]).notna().any()]
-    free = {CANONICAL[letter]: letter for letter in letters if CANONICAL[letter] not in {*columns, *frame.columns}}
-    other = {f"their {letter}": letter for letter in letters if CANONICAL[letter] in columns}
-    columns = {**free, **other, **columns}
+    for letter, ours in CANONICAL.items():
+        is_free = letter in frame and letter not in columns.values() and (ours in columns or ours not in frame)
+        if is_free and to_numbers(frame[letter]).notna().any():
+            columns = {f"their {letter}" if ours in columns else ours: letter, **columns}
     named = {ours: theirs for ours, theirs in columns.items() if theirs in frame.columns}
     renamed = frame.drop(columns={*columns, *named.values()} & {*frame})
     renamed = renamed.assign(**{ours: frame[theirs] for ours, theirs in named.items()})
@@ -212,9 +205,8 @@ def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path
     for name in [name for name in known if str(name) in formula and not pd.api.types.is_bool_dtype(known[name])]:
         numbers = to_numbers(known[name]).astype(float)
         known[name] = numbers if numbers.notna().any() else known[name]
-    as_floats = _NUMBER.sub(lambda found: f"{found[1]}.0" if found[1] else found[0], formula)
     try:
-        found = known.eval(as_floats, engine="python", local_dict={}, global_dict={})
+        found = known.eval(formula, engine="python", local_dict={}, global_dict={})
         if isinstance(found, pd.DataFrame):
             raise ValueError("it has a '='")
         return pd.Series(found, index=theirs.index)
@@ -231,11 +223,9 @@ def _without_words(frame: pd.DataFrame) -> pd.DataFrame:
     if numbers.isna().all():
         return frame
     words = frame["val_loss"].where(numbers.isna()).dropna().map(str)
-    text = f"in {their_name(frame, 'val_loss')}"
-    left_out = [
-        Exclusion(kind="word", subject=word, number=num, text=f"with {word!r:.60} {text}")
-        for word, num in Counter(words).items()
-    ]
+    texts = {word: f"with {word!r:.60} in {their_name(frame, 'val_loss')}" for word in words}
+    counts = Counter(words)
+    left_out = [Exclusion(kind="word", subject=word, number=counts[word], text=text) for word, text in texts.items()]
     return remember(frame.drop(index=words.index).reset_index(drop=True), left_out=left_out)
 
 

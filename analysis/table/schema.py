@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import glob
 import json
 import math
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -123,7 +121,7 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
     `extra`.
     """
     fields = [_field(column) for column in COLUMNS + more]
-    typed = [_typed_row(row, COLUMNS + more) for row in rows]
+    typed = [{**_typed_row(row, COLUMNS + more), "schema_version": SCHEMA_VERSION} for row in rows]
     arrays = []
     for field in fields:
         try:
@@ -135,24 +133,19 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
 
 
 def _typed_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:
-    """Give every column a value or null; what else there is goes to `extra` as JSON."""
-    typed = {column.name: _value(row.get(column.name), column) for column in columns}
+    """Give every column a value or null: probes as typed rows, objects as JSON; what else there is goes to `extra`."""
+    typed: dict[str, Any] = {column.name: row.get(column.name) for column in columns}
+    for name, dtype in ((column.name, column.dtype) for column in columns if typed[column.name] is not None):
+        value = typed[name]
+        if dtype == "probes":
+            typed[name] = [_typed_row(probe, PROBE_FIELDS) for probe in value]
+        elif dtype == "json" and not isinstance(value, str):
+            typed[name] = _json(value)
+        elif dtype == "int64" and isinstance(value, float) and not value.is_integer():  # Arrow would cut it
+            raise AnalysisError(f"'{name}' is {value!r}, which is no whole number; correct it")
     if unknown := {key: value for key, value in row.items() if key not in typed}:
         typed["extra"] = _json(json.loads(typed["extra"] or "{}") | unknown)
     return typed
-
-
-def _value(value: Any, column: Column) -> Any:
-    """Write a value as its column holds it: probes as typed rows, objects as JSON; no number is cut to a whole one."""
-    if value is None:
-        return SCHEMA_VERSION if column.name == "schema_version" else None
-    if column.dtype == "probes":
-        return [_typed_row(probe, PROBE_FIELDS) for probe in value]
-    if column.dtype == "json" and not isinstance(value, str):
-        return _json(value)
-    if column.dtype == "int64" and isinstance(value, float) and not value.is_integer():
-        raise AnalysisError(f"'{column.name}' is {value!r}, which is no whole number; correct it")
-    return value
 
 
 def _json(value: Any) -> str:
@@ -162,7 +155,7 @@ def _json(value: Any) -> str:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which replaces `path` at the block's end; what killed writers left a minute ago goes.
+    """Give a path to write to, which replaces `path` at the block's end.
 
     Of a link the target is replaced; what is no regular file, such as /dev/null, is written to.
     """
@@ -172,10 +165,6 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield path
         return
     path = Path(os.path.realpath(path))
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 60:
-                left.unlink()
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside

@@ -13,7 +13,7 @@ from scipy.stats import ttest_1samp
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.design import PROVENANCE, design_columns, experiment_columns, varies
 from aimscale.analysis.table.names import CANONICAL, Exclusion, no_column, our_name, remember, their_name
-from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes
+from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows
 from aimscale.analysis.words import Flag, some
 
 _CONDITION = re.compile(r"([^=<>!]+?)\s*(<=|>=|!=|=|<|>)\s*(.+)")
@@ -43,22 +43,20 @@ def select(frame: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
 
 def _condition(frame: pd.DataFrame, text: str) -> pd.Series:
     """Find the rows (n,) that meet a condition."""
-    found = _CONDITION.fullmatch(text)
-    if found is None:
+    if (found := _CONDITION.fullmatch(text)) is None:
         raise AnalysisError(f"{option('where')} needs a condition such as prefix=paired or D>=8000, not '{text}'")
     typed, sign, wanted = found.groups()
     if (name := our_name(frame, typed)) not in frame:
         raise no_column(frame, name, f" for {option('where', text)}")
     words, numbers = frame[name].astype(str), pd.to_numeric(frame[name], errors="coerce")
-    if sign in _ORDER:
-        limit = pd.to_numeric(wanted, errors="coerce")
-        if np.isnan(limit) or numbers.isna().all():
-            raise AnalysisError(f"{option('where', text)}: only numbers can be compared by {sign}")
-        meets = _ORDER[sign](numbers, limit)
+    choice = pd.Series(wanted.split("|")).str.strip()
+    limits = pd.to_numeric(choice, errors="coerce").dropna()
+    if sign in ("=", "!="):
+        meets = (words.isin(choice) | numbers.isin(limits)) == (sign == "=")
+    elif len(limits) == 1 and numbers.notna().any():
+        meets = _ORDER[sign](numbers, limits.iloc[0])
     else:
-        choice = pd.Series(wanted.split("|")).str.strip()
-        equal = words.isin(choice) | numbers.isin(pd.to_numeric(choice, errors="coerce").dropna())
-        meets = ~equal if sign == "!=" else equal
+        raise AnalysisError(f"{option('where', text)}: only numbers can be compared by {sign}")
     if not meets.any():
         values = some([f"{each:.40}" for each in words[frame[name].notna()].unique()])
         raise AnalysisError(f"{option('where', text)}: no row is left; {name} takes {values}")
@@ -100,11 +98,8 @@ def _num_cells(rows: pd.DataFrame) -> int:
 def lower_envelope(frame: pd.DataFrame) -> pd.DataFrame:
     """Keep the complete rows whose loss no complete row of equal or lower compute undercuts."""
     names = ["flops_train", "val_loss"]
-    if absent := [name for name in names if name not in frame]:
-        raise no_column(frame, absent[0])
-    rows = complete(frame)
-    ordered = rows[(rows[names] > 0).all(axis=1)].sort_values(names, kind="stable")
-    return ordered[ordered["val_loss"] < ordered["val_loss"].cummin().shift(fill_value=np.inf)]
+    rows = usable_rows(frame, dict(zip(names, names, strict=True))).rows.sort_values(names, kind="stable")
+    return rows[rows["val_loss"] < rows["val_loss"].cummin().shift(fill_value=np.inf)]
 
 
 PARTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
@@ -119,11 +114,10 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
     """Flag columns in which the rows differ and which a law of these variables does not know, and points during
     training. Sweeps and folders count where their losses of equal cells differ: they may well be one experiment."""
     known = {*variables, *(CANONICAL.get(v, v) for v in variables)}
-    rows = complete(frame)
+    rows, flags = complete(frame), list[Flag]()
     names = [n for n in experiment_columns(rows) if n not in PROVENANCE or _differ(rows, n, y)]
     names += ["unique_images"] * (most_passes(rows) > REPEATS_FROM)
     names += ["images_seen"] * ("params_total" in known) + ["params_total"] * ("images_seen" in known)
-    flags = []
     for name in [name for name in names if name in rows and name not in known and varies(rows[name])]:
         called, number = their_name(frame, name), rows[name].nunique()
         unknown = f"The rows differ in {called} ({number} values), which the law does not know"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from aimscale.aim.errors import check_training_installed
+from aimscale.aim.errors import check_training_installed, some
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.sweeps.cli.options import (
     EXIT_INTERRUPTED,
@@ -172,7 +172,10 @@ def _print_commands(sweep: Sweep, runs: Sequence[Run], states: Sequence[RunState
     raise_on_problems(sweep, [run for run, each in zip(runs, states, strict=True) if each.startable])
     for each in (each for each in states if each.startable):
         command = machine.command(each.record.path, min(each.run.devices, machine.devices))
-        typer.echo(f"{'start' if each.state == 'not started' else 'resume':<6}  {' '.join(command)}")
+        is_new = each.state == "not started"
+        typer.echo(f"{'start' if is_new else 'resume':<6}  {' '.join(command)}")
+        if not is_new:
+            typer.echo(f"        to do: {some(each.missing)}")
 
 
 def _launch_slurm(

@@ -41,6 +41,8 @@ from aimscale.sweeps.table.views import (
 if TYPE_CHECKING:
     from aimscale.harness.rehearsal.step import Rehearsal
 
+MAX_EVALUATION_SHARE = 0.5
+"""Share of the time above which evaluation raises a caution."""
 Rehearse = Annotated[
     bool,
     typer.Option(
@@ -180,11 +182,29 @@ def _flags(cards: Sequence[CostCard], problems: Sequence[Problem]) -> Iterator[K
     for level, found in (("fail", problems), ("warn", cautions)):
         for each in found:
             yield KeyValue(level=level, key=each.key, value=f"{each.why} ({describe_runs(each.run_ids, len(cards))})")
+    if why := _evaluation_caution(cards):
+        yield KeyValue(level="warn", key="evaluation", value=why)
     if lost := not_identified(cards):
         words = f"{', '.join(lost)} of {CHINCHILLA.formula} are not identified"
         yield KeyValue(
             level="warn", key="fit", value=f"{words}: take three values each of N and D, in all tables together"
         )
+
+
+def _evaluation_caution(cards: Sequence[CostCard]) -> str:
+    """Name what evaluation costs where it takes more than half of the time, and how to lower it."""
+    share = sum(card.evaluation_s for card in cards) / sum(card.wall_s for card in cards)
+    if share <= MAX_EVALUATION_SHARE:
+        return ""
+    flops: Counter[str] = Counter()
+    for card in cards:
+        flops.update({probe.task: probe.flops * len(card.budgets) for probe in card.probes})
+    task, most = max(flops.items(), key=lambda item: item[1], default=("", 0.0))
+    if 2 * most < sum(card.flops_evaluation for card in cards):
+        knob = "lower validation.num_images or num_prefixes, raise every_images, or probe fewer tasks"
+    else:
+        knob = f"most of it is the probes of {task}: fewer `kinds` (knn and linear are cheap), `epochs` or images"
+    return f"takes {100 * share:.0f} % of the time; {knob}"
 
 
 def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:

@@ -35,7 +35,9 @@ def launch_view(
     counts = Counter(_word(each) for each in states)
     parts = ", ".join(f"{num} {word}" for word, num in counts.most_common())
     lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]
-    if starting := [card for card, each in zip(cards, states, strict=True) if each.startable]:
+    if starting := [
+        (card, _share_left(card, each)) for card, each in zip(cards, states, strict=True) if each.startable
+    ]:
         lines.append(KeyValue(key="cost", value=_bill(sweep, starting, num_devices)))
     if others := unplanned_runs(sweep, [each.run for each in states]):
         num_running = sum(RunRecord(sweep.run_dir(name)).is_held() for name in others)
@@ -54,22 +56,32 @@ def _word(found: RunState) -> str:
     return words.get(found.state, found.state)
 
 
-def _bill(sweep: Sweep, cards: Sequence[CostCard], num_devices: int) -> str:
-    """Describe device-hours, money and time of runs that start; what they have done already is not subtracted."""
-    hours = sum(card.device_hours for card in cards)
-    longest_first = sorted(cards, key=lambda card: -card.device_hours)
+def _share_left(card: CostCard, found: RunState) -> float:
+    """Return the share of a run's time that training and evaluation have left, 0..1."""
+    pending = Counter(each.what for each in found.missing)
+    trained = min(1.0, found.status.images_done / card.images_executed) if pending["training"] else 1.0
+    num_tasks = 1 + len(card.probes)
+    evaluations = pending["training"] * num_tasks + pending["validation"] + pending["probe"]
+    evaluated = 1 - evaluations / (num_tasks * len(card.budgets))
+    return ((1 - trained) * card.training_s + (1 - evaluated) * card.evaluation_s) / card.wall_s
+
+
+def _bill(sweep: Sweep, starting: Sequence[tuple[CostCard, float]], num_devices: int) -> str:
+    """Describe device-hours, money and time of what is left of runs that start (cards, shares)."""
+    hours = sum(share * card.device_hours for card, share in starting)
     if sweep.is_for_slurm:
-        num_jobs = min(len(cards), sweep.file.slurm.max_jobs)
+        num_jobs = min(len(starting), sweep.file.slurm.max_jobs)
         where, num_devices = f"in {num_jobs} jobs at once", num_jobs
-        needs = [(card.wall_s, 1) for card in longest_first]
+        needs = [(share * card.wall_s, 1) for card, share in starting]
     else:
         where = f"on {num_devices} device{'s' if num_devices > 1 else ''} here"
-        needs = [(card.wall_s * max(1.0, card.devices / num_devices), card.devices) for card in longest_first]
-    whole_s = max(schedule_s([0.0] * num_devices, needs))
-    price = format_price(sweep, hours)
-    longest = format_duration(max(card.wall_s for card in cards))
+        needs = [(share * card.wall_s * max(1.0, card.devices / num_devices), card.devices) for card, share in starting]
+    longest_first = sorted(needs, key=lambda need: -need[0] * need[1])
+    whole_s = max(schedule_s([0.0] * num_devices, longest_first))
+    longest = format_duration(max(share * card.wall_s for card, share in starting))
     return (
-        f"up to {format_number(hours)} device-hours{price}; {format_duration(whole_s)} {where}; longest run {longest}"
+        f"up to {format_number(hours)} device-hours{format_price(sweep, hours)}; {format_duration(whole_s)} {where}; "
+        f"longest run {longest}"
     )
 
 

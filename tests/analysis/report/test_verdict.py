@@ -8,7 +8,7 @@ import pytest
 from tables import law_grid
 
 from aimscale.analysis import fit, held_out
-from aimscale.analysis.report.verdict import beside_others, trust
+from aimscale.analysis.report.verdict import beside_others, trust, verdict
 from aimscale.analysis.table.points import passes_flags
 from aimscale.analysis.words import Flag
 
@@ -103,3 +103,17 @@ def test_a_law_predicts_better_only_where_every_backtest_says_so(name, better, t
     said = list(beside_others(laws))
     assert len(said) == len(told)
     assert all(words in sentence for words, sentence in zip(told, said, strict=True))
+
+
+def test_a_sweep_of_few_steps_is_told_to_train_on_more_data(joint):
+    """Where exponents are unknown, budgets past the first plateau come first; a foreign table has no steps."""
+    lost = dataclasses.replace(joint, not_identified=frozenset({"alpha"}))
+
+    def advice(**columns):
+        rows = pd.DataFrame({"images_seen": [8_000, 16_000, 64_000], "seed": [0, 0, 1]} | columns)
+        study = SimpleNamespace(usable=rows, whose="", tuning="none", get=lambda name: lost if name == "law" else None)
+        return verdict(study)[-1].answer
+
+    assert advice(run_id="r", batch_size=32).startswith("Larger data, from 22.4k images on")
+    assert advice(run_id="r", batch_size=8).startswith("More sizes")
+    assert advice(batch_size=32).startswith("More sizes")

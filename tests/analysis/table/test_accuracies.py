@@ -75,7 +75,7 @@ def test_their_names_and_what_was_left_out_come_along(theirs, tmp_path):
         ("a:b:c=pets", "TASK:KIND"),
         ("pets:linear=petz", "petz.*pets"),
         ("top1=pets", "TASK:KIND.*top1"),
-        ("probes=pets", "number.*TASK:KIND"),
+        ("probes=pets", "probes.*TASK:KIND"),
         ("N", "N=num_params"),
         ("N=petz", "no column petz .*pets"),
     ],

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 from commands import say
 
-from aimscale.analysis import fit, probe_frame, read_table
+from aimscale.analysis import fit, probe_frame, read_table, read_tables
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.names import left_out_of
 
@@ -35,6 +36,8 @@ def test_folders_of_runs_are_tables_of_points(folder, columns, tmp_path):
     if folder == "mlflow.sql":
         with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
             store.executescript((FIXTURES / folder).read_text())
+            store.execute("UPDATE runs SET name = 'baseline'")  # names are nobody's identity
+            store.commit()
     frame = read_table(tmp_path if folder == "mlflow.sql" else FIXTURES / folder, columns).sort_values(
         ["params_total", "images_seen"]
     )
@@ -47,6 +50,14 @@ def test_folders_of_runs_are_tables_of_points(folder, columns, tmp_path):
         assert row.train_loss == pytest.approx(loss(row.params_total, row.images_seen) + 0.1)
     ends = frame[frame["status"] == "complete"]
     assert ends["val_loss"].tolist() == pytest.approx([loss(1e6, 2e6), loss(4e6, 3e6)])
+
+
+def test_runs_of_one_name_in_two_folders_are_two(tmp_path):
+    """Lightning calls every folder's first run `version_0`; the second folder's runs were dropped as repeats."""
+    for name in ("a", "b"):
+        shutil.copytree(FIXTURES / "lightning_logs", tmp_path / name)
+    both = read_tables([tmp_path / "a", tmp_path / "b"], {"N": "model.params", "D": "tokens"})
+    assert (both["run_id"].nunique(), len(both)) == (4, 10)
 
 
 def test_marins_lines_are_flattened(tmp_path):

@@ -105,6 +105,13 @@ def test_a_plan_says_what_is_there_and_what_an_edited_file_adds(write_sweep: Any
     _, said = call(sweep, "plan", "--json")
     found = json.loads(said)
     assert (found["states"], len(found["unplanned"])) == ({"not started": 2, "paused": 1}, 1)
+    sweep = write_sweep(sizes=["rung-32"], seeds=[7], budgets=[640, 1280, 1920])
+    (card,) = cost_cards(sweep, plan(sweep))
+    left = 1 - (640 + 1280) / card.images_executed  # of the time, nearly all is training
+    _, said = call(sweep, "plan")
+    assert f"up to {format_number(left * card.device_hours)} device-hours" in said
+    _, said = call(sweep, "launch", "--dry-run")
+    assert "to do: training at 1920" in said
 
 
 def test_a_file_with_a_slurm_section_is_priced_for_where_it_is_launched(write_sweep: Any, call: Any) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from aimscale import analysis
 from aimscale.analysis.laws.catalogue import CHINCHILLA
+from aimscale.sweeps.cli.plan import print_plan
 from aimscale.sweeps.plan.costs import CostCard, cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.suggestion import Request, suggest
@@ -44,7 +47,7 @@ def is_identified(sizes: Any, budgets: Any, seed: int) -> list[bool]:
     """
     rng = np.random.default_rng(seed)
     n, d = (each.ravel() for each in np.meshgrid(np.asarray(sizes, float), np.asarray(budgets, float), indexing="ij"))
-    terms = sum(0.1 * (x / np.exp(np.log(x).mean())) ** -power for x, power in ((n, 0.4), (d, 0.45)))
+    terms = sum(0.1 * (x / np.exp(np.log(x).mean())) ** -power for x, power in ((n, 0.55), (d, 0.55)))
     errors = np.repeat(rng.normal(0, 0.001, len(sizes)), len(budgets)) + rng.normal(0, 0.001, len(n))
     table = pd.DataFrame({"params_total": n, "images_seen": d, "val_loss": 0.4 * (1 + terms) * np.exp(errors)})
     fit = analysis.fit(table, CHINCHILLA)
@@ -93,3 +96,18 @@ def test_a_plan_warns_of_budgets_on_the_first_plateau_by_steps_and_rate(write_sw
     assert warned([32_000, 64_000], optimiser={"batch_size": 64})
     assert warned([32_000], optimiser={"batch_size": 32}, lr_multiplier=0.4)
     assert not warned([16_000], optimiser={"batch_size": 32}, lr_multiplier=2)
+
+
+def test_a_plan_names_what_makes_evaluation_dear(write_sweep: Any, write_images: Any, tmp_path: Path) -> None:
+    for seed, name in enumerate(("fit", "test")):
+        write_images(tmp_path / name, 40, seed=seed, classes=("ant", "bee"))
+
+    def said(epochs: int) -> str:
+        task = {"task": "pets", "train": "fit", "test": "test", "kinds": ["attentive"], "epochs": epochs}
+        sweep = write_sweep(budgets=[64_000], base={"probes": [task]}, cost={"mfu": 0.01})
+        console = Console(width=200, file=io.StringIO())
+        print_plan(sweep, cost_cards(sweep, plan(sweep)), console)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert "most of it is the probes of pets: fewer `kinds`" in said(100_000)
+    assert "warn  evaluation" not in said(1)
