@@ -152,15 +152,15 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
     def ended(*outcomes: Outcome) -> tuple[str, ...]:
         return tuple(run_id for run_id, outcome in last.items() if outcome in outcomes)
 
-    states = read_states(worker.sweep, worker.waiting)
-    remaining = [each.run.run_id for each in states if each.startable and worker.machine.can_run(each.run)]
+    left = [each.run for each in read_states(worker.sweep, worker.waiting) if each.startable]
+    remaining = tuple(run.run_id for run in left if worker.machine.can_run(run))
     return LaunchResult(
         finished=ended("finished"),
         evaluated=tuple(worker.evaluated),
         failed=ended("failed", "given back"),
         stopped=ended("preempted"),
         skipped=tuple(found for run_id, found in worker.skipped.items() if run_id not in last),
-        remaining=tuple(remaining),
+        remaining=remaining,
         interrupted=worker.stopping or bool(remaining and worker.is_late),
         stopped_by=worker.stopped_by,
         broken=worker.broken,
@@ -197,10 +197,7 @@ def _check_directory(worker: Worker) -> None:
 
 
 def _may_become_free(found: RunState) -> bool:
-    """Return whether this worker may yet start a run: no device was free for it, or its worker is silent.
-
-    This worker may then be the only one left to execute it.
-    """
+    """Return whether this worker may yet start a run: no device was free for it, or its own worker is silent."""
     heartbeat = found.status.heartbeat
     is_silent = heartbeat is not None and SILENT_AFTER_S < time.time() - heartbeat < LOST_AFTER_S
     return found.startable or (found.is_active and is_silent)
@@ -241,7 +238,7 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
         if holder is None:
             return worker.read_state(run)
         lost_job = before.facts.get("job_id") if before and found.state == "lost" else None
-        record_lost_attempt(record, before, slurm.job_states([lost_job]).get(lost_job) if lost_job else None)
+        record_lost_attempt(record, before, slurm.job_states([lost_job] if lost_job else []).get(str(lost_job)))
         found = read_state(run, record, holds_claim=True)
         if found.startable:
             RunDir.create(record.path, run.config)

@@ -87,11 +87,9 @@ def describe_runs(run_ids: Sequence[str], num_runs: int) -> str:
     """Describe which of `num_runs` runs are meant: one id, `all 6 runs`, or `2 of 6 runs, such as ...`."""
     if len(run_ids) == 1:
         return run_ids[0]
-    return (
-        f"all {num_runs} runs"
-        if len(run_ids) == num_runs
-        else f"{len(run_ids)} of {num_runs} runs, such as {run_ids[0]}"
-    )
+    if len(run_ids) == num_runs:
+        return f"all {num_runs} runs"
+    return f"{len(run_ids)} of {num_runs} runs, such as {run_ids[0]}"
 
 
 def raise_on_problems(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem] | None = None) -> None:

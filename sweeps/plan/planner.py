@@ -94,7 +94,7 @@ def plan(sweep: Sweep) -> list[Run]:
     return runs
 
 
-class _Beside(Section):
+class _Extras(Section):
     """Fields of a run that are not in its configuration."""
 
     devices: int = Field(1, ge=1, le=MAX_DEVICES)
@@ -239,15 +239,15 @@ def _build_run(sweep: Sweep, planned: _PlannedRun) -> Run:
     fields["seed"] = cell["seed"]
     where = str(sweep.source)
     optimiser = parse(OptimiserSection, fields["optimiser"], f"{where}: optimiser")
-    beside = parse(_Beside, {name: fields.pop(name) for name in _Beside.model_fields if name in fields}, where)
-    axis = parse(_Beside, {"lr_multiplier": cell.get("lr_multiplier", 1.0)}, where)
-    lr_multiplier = beside.lr_multiplier * axis.lr_multiplier
-    if (beside.lr_multiplier, axis.lr_multiplier) != (1.0, 1.0):
+    extras = parse(_Extras, {name: fields.pop(name) for name in _Extras.model_fields if name in fields}, where)
+    axis = parse(_Extras, {"lr_multiplier": cell.get("lr_multiplier", 1.0)}, where)
+    lr_multiplier = extras.lr_multiplier * axis.lr_multiplier
+    if (extras.lr_multiplier, axis.lr_multiplier) != (1.0, 1.0):
         fields["optimiser"]["lr_peak"] = float(f"{optimiser.lr_peak * lr_multiplier:.6g}")
     batch = optimiser.batch_size
     fields["budgets"] = tuple(sorted({max(1, round(budget / batch)) * batch for budget in planned.budgets}))
     runtime = parse(RuntimeConfig, fields.pop("runtime", {}), f"{where}: runtime")
-    config, devices = run_config(fields, where, runtime), beside.devices
+    config, devices = run_config(fields, where, runtime), extras.devices
     slurm, params = sweep.file.slurm, model_counts(model)[0].total
     has_own_shape = sweep.is_for_slurm and config.evaluation.probes and params > slurm.probe_on_one_node_above
     return Run(

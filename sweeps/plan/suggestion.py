@@ -39,7 +39,7 @@ SHAPES = ((224, 14), (96, 8), (64, 8), (32, 8))
 """Sizes of images and patches, pixels: the first that the images reach and for which a middle width of
 `MIN_MIDDLE_WIDTH` fits into the hours, or the last."""
 MIN_MIDDLE_WIDTH = 96
-PROBE_KINDS = (["linear", "knn"], ["knn"], [])
+PROBE_KINDS: tuple[list[str], ...] = (["linear", "knn"], ["knn"], [])
 """Kinds of probes: the first that leave `MIN_TRAINING` of the time to training."""
 MIN_TRAINING = 0.6
 CPU_SHARE = 0.5

@@ -76,25 +76,20 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     rows: list[Values] = []
     points: list[Values] = []
     for run, card in zip(runs, cards, strict=True):
-        rows += _read_rows(run.run_id, functools.partial(_run_rows, sweep, run, card), damaged)
+        rows += _read_rows(damaged, run.run_id, _run_rows, sweep, run, card)
         if run.run_id not in damaged:
-            points += _read_rows(run.run_id, functools.partial(_curve_rows, sweep, run, card), damaged)
+            points += _read_rows(damaged, run.run_id, _curve_rows, sweep, run, card)
     for record in imported_runs(sweep, runs):
-        rows += _read_rows(record.name, functools.partial(_imported_rows, sweep, record), damaged)
+        rows += _read_rows(damaged, record.name, _imported_rows, sweep, record)
     baselines: list[Values] = []
     for folder in sorted(sweep.runs_dir.glob("*/baselines/*/")):
-        name = str(folder.relative_to(sweep.runs_dir))
-        baselines += _read_rows(name, functools.partial(_baseline_rows, sweep, folder), damaged)
+        baselines += _read_rows(damaged, str(folder.relative_to(sweep.runs_dir)), _baseline_rows, sweep, folder)
     requested = _requested_evaluations(runs)
     _write(sweep, "results", results_table(_name_tasks(rows, requested)))
     _write(sweep, "curves", results_table(_name_tasks(points, requested), OF_CURVES))
     _write(sweep, "baselines", results_table(_name_tasks(baselines, requested)))
-    whole = [run for run in runs if run.run_id not in damaged]
-    summary = {
-        "description": sweep.file.description,
-        "machines": _machines([RunRecord(sweep.run_dir(run.run_id)) for run in whole]),
-    }
-    write_json(sweep.directory / "collect.json", summary)
+    machines = _machines([RunRecord(sweep.run_dir(run.run_id)) for run in runs if run.run_id not in damaged])
+    write_json(sweep.directory / "collect.json", {"description": sweep.file.description, "machines": machines})
     return CollectResult(
         table=sweep.directory / "results.parquet",
         num_rows=len(rows),
@@ -114,10 +109,12 @@ def _write(sweep: Sweep, name: str, table: pa.Table) -> None:
             path.unlink(missing_ok=True)
 
 
-def _read_rows(name: str, rows: Callable[[], list[Values]], damaged: dict[str, str]) -> list[Values]:
+def _read_rows(
+    damaged: dict[str, str], name: str, function: Callable[..., list[Values]], *arguments: Any
+) -> list[Values]:
     """Read rows and check that they fit into a table; on an error return none and note the reason in `damaged`."""
     try:
-        found = rows()
+        found = function(*arguments)
         results_table(found)
     except (UserError, OSError, ValueError, TypeError, KeyError, AnalysisError) as error:
         damaged[name] = f"the files of {name} are damaged ({error}); move them away or make them again"

@@ -18,7 +18,6 @@ from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.slurm.jobs import LiveJob, describe_failed_jobs, failed_jobs, live_jobs
 from aimscale.sweeps.state.decision import RunState, State, read_states
-from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import unplanned_runs
 
 ENDED_STATES = ("finished", "cancelled", "failed", "diverged", "off-track", "damaged")
@@ -183,49 +182,45 @@ def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[in
 
 
 def _inspect_run(found: RunState, card: CostCard, pending: Mapping[int, JobInfo]) -> RunStatus:
+    log = found.record.last_log() if found.state != "not started" else None
+    line = RunStatus(
+        run_id=found.run.run_id,
+        cell=found.run.cell,
+        state=found.state,
+        status=replace(found.status, reason=_reason(found)),
+        log=str(log) if log else None,
+    )
     try:
-        return _inspect_state(found, card, pending.get(found.run.devices))
+        return line if line.state == "damaged" else _inspect_files(line, found, card, pending.get(found.run.devices))
     except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        status = Status(reason=found.why if found.state == "damaged" else str(error))
-    run, log = found.run, _last_log(found.record)
-    return RunStatus(run_id=run.run_id, cell=run.cell, state="damaged", status=status, log=log)
+        return replace(line, state="damaged", status=Status(reason=str(error)))
 
 
-def _last_log(record: RunRecord) -> str | None:
-    return str(path) if (path := record.last_log()) else None
-
-
-def _inspect_state(found: RunState, card: CostCard, pending: JobInfo | None) -> RunStatus:
-    run, record, status, worker = found.run, found.record, found.status, found.worker
-    state, reason = found.state, _reason(found)
-    if state == "damaged":
-        raise UserError(found.why)
+def _inspect_files(line: RunStatus, found: RunState, card: CostCard, pending: JobInfo | None) -> RunStatus:
+    """Add what the files of a run tell to its line."""
+    run, record, status, place = found.run, found.record, found.status, ""
     if found.startable and pending is not None:
-        state, reason = "queued", pending.reason or status.reason
-    is_held = state == "running"
-    place = ""
+        line = replace(line, state="queued", status=replace(status, reason=pending.reason or status.reason))
     if found.is_active:
-        worker = worker if record.is_claimed() else None
+        worker = found.worker if record.is_claimed() else None
         job_id = (worker.facts.get("job_id") if worker else None) or status.job_id
         place = f"job {job_id}" if job_id else (worker.host if worker else status.host) or ""
-    rows = record.read_rows()
-    hours = sum(each.get("device_hours", 0.0) for each in found.attempts)
-    points = record.read_curve() if is_held else []
-    losses = {row["images_seen"]: row["val_loss"] for row in [*points, *rows] if row.get("val_loss")}
-    unprobed = Counter(each.what for each in found.missing)
-    to_evaluate = len(run.budgets) * len(card.probes)
-    return RunStatus(
-        run_id=run.run_id,
-        cell=run.cell,
-        state=state,
-        status=replace(status, reason=reason),
-        log=_last_log(record) if state != "not started" else None,
+    is_held, rows = found.state == "running", record.read_rows()
+    losses = {
+        row["images_seen"]: row["val_loss"]
+        for row in [*(record.read_curve() if is_held else []), *rows]
+        if row.get("val_loss")
+    }
+    spent = sum(each.get("device_hours", 0.0) for each in found.attempts)
+    unprobed, to_evaluate = Counter(each.what for each in found.missing), len(run.budgets) * len(card.probes)
+    return replace(
+        line,
         to_evaluate=to_evaluate,
         progress=min(1.0, status.images_done / card.images_executed) if unprobed["training"] else 1.0,
         val_loss=losses[max(losses)] if losses else None,
         place=place,
         evaluated=to_evaluate - unprobed["probe"] - unprobed["training"] * len(card.probes),
-        device_hours=hours + (record.attempt_device_hours(time.time()) if is_held else 0.0),
+        device_hours=spent + (record.attempt_device_hours(time.time()) if is_held else 0.0),
         num_loss_spikes=max((row.get("num_loss_spikes") or 0 for row in rows), default=0),
         is_normalised=run.config.training.objective.target == "normalised",
     )
@@ -241,4 +236,6 @@ def _reason(found: RunState) -> str | None:
             return "`aimscale launch --retry` resumes it"
         case "running" | "starting":
             return None
+        case "damaged":
+            return found.why
     return found.status.reason

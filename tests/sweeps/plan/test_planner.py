@@ -388,17 +388,6 @@ def test_bad_sweeps_are_refused_in_one_sentence(write_sweep: Any, changes: dict[
     assert "\n" not in str(caught.value)
 
 
-def test_recipe_small_lowers_the_rate_with_size_and_raises_the_batch_with_the_budget(write_sweep: Any) -> None:
-    def settings(size: str, budget: int) -> tuple[int, float]:
-        base = {"optimiser": {}}
-        (run,) = plan(write_sweep(recipe="small", sizes=[size], budgets=[budget], base=base))
-        return run.config.training.optimiser.batch_size, run.config.training.optimiser.lr_peak
-
-    rates = [settings(size, 64_000)[1] for size in ("rung-32", "rung-64", "rung-1024")]
-    assert rates == sorted(rates, reverse=True)
-    assert [settings("rung-64", 64_000 * 4**power)[0] for power in (-2, -1, 0, 1, 2)] == [16, 32, 64, 128, 256]
-
-
 @pytest.mark.parametrize("name", recipe_names())
 def test_no_recipe_makes_other_runs_of_a_larger_budget(write_sweep: Any, name: str) -> None:
     def names(*budgets: int) -> list[str]:

@@ -335,3 +335,12 @@ def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
     ):
         submit_for(sweep)
     assert "waiting for process" in capsys.readouterr().err
+
+
+def test_the_script_asks_for_nothing_that_no_one_asked_for(write_sweep: Any) -> None:
+    """A site that enforces accounts refuses workload keys that it does not know."""
+    sweep = write_sweep()
+    (part,) = submit(sweep, plan(sweep), allow_dirty=True, dry_run=True)
+    options = re.findall(r"^#SBATCH --([a-z-]+)", part.script, re.M)
+    known = ["job-name", "time", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "array", "output"]
+    assert sorted(options) == sorted([*known, "open-mode", "requeue", "signal"])
