@@ -117,7 +117,7 @@ class Correlations(Result):
         """Return cautions, what was correlated, how intervals were found and what was left out."""
         text = "all accuracies{} lie at chance ({}) within their binomial error"
         names = {c.task and f" of {c.task}:{c.kind}": c.chance for c in self if c.chance is not None}
-        found = [("with care", text.format(name, percent(chance, 3))) for name, chance in names.items()]
+        found = [("caution", text.format(name, percent(chance, 3))) for name, chance in names.items()]
         found.append(("correlated", self.headline().removeprefix("Correlation of ")))
         if len({c.partial_on for c in self}) > 1:
             found.append(("over all rows", "both may follow compute, and then they correlate whatever else they share"))

@@ -14,7 +14,6 @@ from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_to_minimise, then, tuning_lines
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.extrapolation import EXPONENTS
 from aimscale.analysis.words import Flag, human, said_once
 
 if TYPE_CHECKING:
@@ -71,6 +70,7 @@ def fit(
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
     from aimscale.analysis.effects.plateau import plateau_flags
+    from aimscale.analysis.fitting.result import EXPONENTS
     from aimscale.analysis.table.points import with_compute
 
     df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)

@@ -89,7 +89,7 @@ class Recipes(Result):
         kept = "each keeps its own" if self.has_own_exponents else "both share them"
         where = f"at {power_of_ten(self.crossover)} FLOP" if np.isfinite(self.crossover) else "not up to the last row"
         return [
-            *(("with care", text) for text in flag_words(self.flags)),
+            *(("caution", text) for text in flag_words(self.flags)),
             ("worth", self.headline()),
             ("trend", f"with compute the gain {change}: x {_words(self.trend)}"),
             ("exponents", f"{', '.join(ratios)}: {kept}"),

@@ -200,7 +200,7 @@ class Contrasts(Result):
     def facts(self) -> list[tuple[str, str]]:
         """Return flags, what is compared, what is equal within a pair."""
         return [
-            *(("with care", each) for each in flag_words(self.flags)),
+            *(("caution", each) for each in flag_words(self.flags)),
             ("compared", self.headline()),
             ("equal", ", ".join(self.equal) or "no other column varies"),
             ("intervals", f"95 %, {some([*dict.fromkeys(each.scope for each in self.contrasts)])}"),

@@ -1,8 +1,7 @@
 """Covariance of an estimate and scatter of a measurement, where points of a size, a run or a budget share errors.
 
-The covariance is the cluster-robust sandwich with the CR2 correction (Bell and McCaffrey 2002; Pustejovsky and Tipton
-2018), with their degrees of freedom for each contrast. It holds whatever the points of a cluster have in common.
-Weights need not be precisions: a fit weighted by compute counts large runs more, whose errors are as large as others'.
+The covariance is the cluster-robust sandwich with the CR2 correction and degrees of freedom for each contrast (Bell and
+McCaffrey 2002; Pustejovsky and Tipton 2018). Weights, such as compute, need not be precisions.
 """
 
 from __future__ import annotations
@@ -64,6 +63,21 @@ def linear_design(jacobian: Array, weights: Array) -> Design:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KnownErrors:
+    """Errors by independent causes that were found before a fit and that its residuals need not show, as tuning's."""
+
+    loadings: Array
+    """Errors (n, m) of ln y of every measurement, or (k, m) of every parameter, by causes of one standard deviation."""
+    degrees: float
+    """Degrees of freedom of their variances."""
+
+    def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
+        """Return standard errors and degrees of freedom (m,) of contrasts (m, n)."""
+        errors = np.linalg.norm(contrasts @ self.loadings, axis=1)
+        return errors, np.full(len(errors), self.degrees)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sandwich:
     """CR2 covariance of a weighted least-squares estimate over one clustering of its points."""
 
@@ -72,8 +86,13 @@ class Sandwich:
     """Number of each point's cluster (n,)."""
     adjusted: Array
     """B (n, k): the weighted derivatives of each cluster, adjusted for what the fit takes of its residuals."""
-    covariance: Array
-    """Covariance (k, k) of the coordinates."""
+    loadings: Array
+    """Errors (k, clusters) of the parameters by those of each cluster."""
+
+    def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
+        """Return standard errors and degrees of freedom (m,) of contrasts (m, k) of the parameters."""
+        degrees = [self._degrees(each) for each in contrasts @ self.design.to_params]
+        return np.linalg.norm(contrasts @ self.loadings, axis=1), np.array(degrees)
 
     def _degrees(self, contrast: Array) -> float:
         """Return Bell and McCaffrey's degrees of freedom of a contrast (k,) of the coordinates: for independent errors
@@ -81,12 +100,6 @@ class Sandwich:
         s = self.adjusted @ contrast
         u, v = (_sums(self.clusters, each * s[:, None]) for each in (self.design.x, self.design.weighted))
         return max(1.0, _degrees(np.bincount(self.clusters, s**2), u, v, self.design.squared))
-
-    def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
-        """Return standard errors and degrees of freedom (m,) of contrasts (m, k) of the parameters."""
-        a = np.atleast_2d(contrasts) @ self.design.to_params
-        variances = np.einsum("mi,ij,mj->m", a, self.covariance, a)
-        return np.sqrt(np.maximum(variances, 0.0)), np.array([self._degrees(each) for each in a])
 
 
 def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
@@ -104,27 +117,48 @@ def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
         left, axes = 1 - taken, q @ axes
         root = np.where(left > FLAT, 1 / np.sqrt(np.maximum(left, FLAT)), 0.0)
         adjusted[rows] += axes @ ((root - 1)[:, None] * (axes.T @ design.weighted[rows]))
-    scores = _sums(clusters, adjusted * residual[:, None])
-    return Sandwich(design=design, clusters=clusters, adjusted=adjusted, covariance=scores.T @ scores)
+    loadings = design.to_params @ _sums(clusters, adjusted * residual[:, None]).T
+    return Sandwich(design=design, clusters=clusters, adjusted=adjusted, loadings=loadings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnownErrors:
-    """Errors of measurements that were found before a fit and that its residuals need not show, such as tuning's."""
+class Covariance:
+    """Sum of the CR2 covariances over sizes and over budgets, whose errors cross each other.
 
-    loadings: Array
-    """Error (n, m) of ln y of every measurement by m independent causes of one standard deviation."""
-    degrees: float
-    """Degrees of freedom of their variances."""
+    Nothing is subtracted for the errors of single points, which both count: so the sum is positive definite and never
+    too small (Davezies, D'Haultfoeuille and Guyonvarch 2021; docs/evidence.md).
+    """
 
-    def through(self, response: Array) -> KnownErrors:
-        """Return the errors (k, m) of what changes by a response (k, n) to every measurement."""
-        return KnownErrors(loadings=response @ self.loadings, degrees=self.degrees)
+    by: Mapping[str, Sandwich | KnownErrors]
+    """Clustering, or other source of errors of the parameters -> its covariance."""
 
     def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
-        """Return standard errors and degrees of freedom (k,) of contrasts (k, n)."""
-        errors = np.linalg.norm(contrasts @ self.loadings, axis=1)
-        return errors, np.full(len(errors), self.degrees)
+        """Return standard errors and Satterthwaite's degrees of freedom (m,) of contrasts (m, k) of the parameters."""
+        parts = [each.of_contrasts(np.atleast_2d(contrasts)) for each in self.by.values()]
+        errors, degrees = np.swapaxes(parts, 0, 1)
+        return np.sqrt(np.sum(errors**2, axis=0)), satterthwaite(errors, degrees)
+
+    @property
+    def matrix(self) -> Array:
+        """Covariance (k, k) of the parameters."""
+        return sum(each.loadings @ each.loadings.T for each in self.by.values())
+
+    @property
+    def degrees(self) -> float:
+        """Fewest degrees of freedom that any parameter has."""
+        return float(self.of_contrasts(np.eye(len(self.matrix)))[1].min())
+
+
+def satterthwaite(errors: Array, degrees: Array) -> Array:
+    """Return the degrees of freedom (m,) of a sum of variances, errors^2 (parts, m) of so many degrees (parts, m)."""
+    uncertain = np.sum(errors**4 / degrees, axis=0)
+    whole = np.sum(errors**2, axis=0)
+    return np.where(uncertain > 0, whole**2 / np.maximum(uncertain, 1e-300), np.min(degrees, axis=0))
+
+
+def half_width(errors: Array, degrees: Array, confidence: float) -> Array:
+    """Return half of Student's interval."""
+    return student.ppf(0.5 + confidence / 2, degrees) * errors
 
 
 def with_known_errors(rows: pd.DataFrame, y: str, errors: KnownErrors) -> pd.DataFrame:
@@ -147,51 +181,6 @@ def known_errors(rows: pd.DataFrame, y: str) -> KnownErrors | None:
 def error_column(y: str) -> str:
     """Name the column that known errors of a column stand in."""
     return f"{y}_known_errors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Covariance:
-    """Sum of the CR2 covariances over sizes and over budgets, whose errors cross each other.
-
-    Two-way clustering (Cameron, Gelbach and Miller 2011) subtracts what both count, the errors of single points;
-    without that the sum is positive definite and never too small (Davezies, D'Haultfoeuille and Guyonvarch 2021), and
-    in simulated tables intervals hold what they should (docs/evidence.md).
-    """
-
-    by: Mapping[str, Sandwich]
-    """Clustering -> its covariance."""
-    known: KnownErrors | None = None
-    """Errors of the parameters by what was known of the measurements' errors, which add to the others."""
-
-    def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
-        """Return standard errors and Satterthwaite's degrees of freedom (m,) of contrasts (m, k) of the parameters."""
-        parts: list[Sandwich | KnownErrors] = [*self.by.values(), *([self.known] if self.known else [])]
-        errors, degrees = np.swapaxes([each.of_contrasts(np.atleast_2d(contrasts)) for each in parts], 0, 1)
-        return np.sqrt(np.sum(errors**2, axis=0)), satterthwaite(errors, degrees)
-
-    @property
-    def matrix(self) -> Array:
-        """Covariance (k, k) of the parameters."""
-        known = self.known.loadings @ self.known.loadings.T if self.known else 0.0
-        parts = (each.design.to_params @ each.covariance @ each.design.to_params.T for each in self.by.values())
-        return sum(parts, start=known)
-
-    @property
-    def degrees(self) -> float:
-        """Fewest degrees of freedom that any parameter has."""
-        return float(self.of_contrasts(np.eye(len(self.matrix)))[1].min())
-
-
-def satterthwaite(errors: Array, degrees: Array) -> Array:
-    """Return the degrees of freedom (m,) of a sum of variances, errors^2 (parts, m) of so many degrees (parts, m)."""
-    uncertain = np.sum(errors**4 / degrees, axis=0)
-    whole = np.sum(errors**2, axis=0)
-    return np.where(uncertain > 0, whole**2 / np.maximum(uncertain, 1e-300), np.min(degrees, axis=0))
-
-
-def half_width(errors: Array, degrees: Array, confidence: float) -> Array:
-    """Return half of Student's interval."""
-    return student.ppf(0.5 + confidence / 2, degrees) * errors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ MAX_GROUPS = 30
 MOST_POINTS = 400
 """Points that tests look at: of larger tables those of evenly spaced cells or rows."""
 HARDLY = 1e-3
-"""Patterns that the law's own derivatives explain to 99.9 % are not tested."""
+"""Columns of which the law's own derivatives leave less than this share are not tested."""
 
 
 def diagnose(
@@ -64,13 +64,9 @@ def diagnose(
         flags.append(Flag(kind="few_values", subject=names, text=text))
     of_params, of_variables = [*_parameters(found, intervals)], [*_variables(found.problem, points)]
     flags += [flag for flag, _ in of_params if flag.subject not in hidden]
-    flags += [
-        *(flag for flag, _ in of_variables),
-        *_outliers(found, points),
-        *blind_flags(found.groups, found.unseen, found.few),
-    ]
-    ends = {name: intervals[name] for name in law.derived if name in intervals}
+    flags += [*(flag for flag, _ in of_variables), *_outliers(found, points), *blind_flags(found.groups)]
     lost = hidden.union(*(unknown for _, unknown in (*of_params, *of_variables)))
+    ends = {name: intervals[name] for name in law.derived if name in intervals}
     lost |= {name for name, i in ends.items() if not i.high - i.low <= WIDE_DERIVED}
     inner = set(law.names) - set(params)  # the law's own coordinates, unknown to the reader
     return tuple(f for f in flags if f.subject not in inner), lost & set(params)
@@ -87,23 +83,24 @@ def _parameters(found: Estimate, intervals: Mapping[str, Interval]) -> Iterator[
         on_high = not on_low and problem.upper[j] - found.vector[j] <= near
         at_low = np.isfinite(low) and i.low <= low + 1e-6 * abs(low)
         at_high = np.isfinite(high) and i.high >= high * (1 - 1e-6)
-        from_above = is_linear and at_low and low == 0.0 and i.high > 0
-        is_nil = is_linear and on_low and low == 0.0
-        alone = _exponents_of(problem, j) if from_above or is_nil else set()  # nil has no exponent
+        may_be_nil = is_linear and low == 0.0 and (on_low or (at_low and i.high > 0))
+        alone = _exponents_of(problem, j) if may_be_nil else set()  # nil has no exponent
         if not is_linear and (at_low or at_high):
-            end = low if at_low else high
-            text = f"{p.name} is not identified: its interval reaches the bound {end:g}."
-            yield Flag(kind="reaches_bound", subject=p.name, number=end, text=text), {p.name}
-        elif from_above:
+            kind, number, unknown = "reaches_bound", low if at_low else high, {p.name}
+            text = f"{p.name} is not identified: its interval reaches the bound {number:g}."
+        elif may_be_nil and at_low and i.high > 0:
+            kind, number, unknown = "from_above", i.high, alone
             text = f"{p.name} is known from above only: the data allow any value from 0 to {human(i.high, 4)}."
-            yield Flag(kind="from_above", subject=p.name, number=i.high, text=text), alone
-        elif i.low > 0 and (factor := i.high / i.low) > (WIDE_FACTOR if is_linear else WIDE_EXPONENT_FACTOR):
-            text = f"{p.name} is known only within a factor of {human(factor)}."
-            yield Flag(kind="factor", subject=p.name, number=factor, text=text), {p.name} | alone
+        elif i.low > 0 and i.high / i.low > (WIDE_FACTOR if is_linear else WIDE_EXPONENT_FACTOR):
+            kind, number, unknown = "factor", i.high / i.low, {p.name} | alone
+            text = f"{p.name} is known only within a factor of {human(number)}."
         elif on_low or on_high:
-            kind, end = ("lower", low) if on_low else ("upper", high)
-            text = f"{p.name} lies on its {kind} bound {end:g}."
-            yield Flag(kind=f"{kind}_bound", subject=p.name, number=end, text=text), alone if is_linear else {p.name}
+            end, number = ("lower", low) if on_low else ("upper", high)
+            kind, unknown = f"{end}_bound", alone if is_linear else {p.name}
+            text = f"{p.name} lies on its {end} bound {number:g}."
+        else:
+            continue
+        yield Flag(kind=kind, subject=p.name, number=number, text=text), unknown
 
 
 def _exponents_of(problem: Problem, j: int) -> set[str]:
@@ -144,15 +141,16 @@ def _outliers(found: Estimate, points: Observations) -> Iterator[Flag]:
         yield Flag(kind="outliers", subject=row, number=float(num), text=text)
 
 
-def blind_flags(groups: Groups, unseen: Collection[str], few: Collection[str]) -> Iterator[Flag]:
+def blind_flags(groups: Groups) -> Iterator[Flag]:
     """Flag kinds of groups that are too few to tell the error that their points share (`visible_groups`)."""
-    for name in unseen:
+    for name in groups.unseen:
         text = f"Too few {name} to estimate the error that all points of one share; the intervals assume none."
         yield Flag(kind="unseen", subject=name, text=text)
-    for name in few:
+    for name in groups.few:
         num = groups.counts[name]
-        text = f"{num} {name} hardly tell an error that all points of one share: where there is one, 95 % intervals "
-        yield Flag(kind="few_groups", subject=name, number=num, text=f"{text}hold some 90 %.")
+        text = f"Only {num} {name}: an error that all points of one share can hardly be estimated, and where there is "
+        text += "one, 95 % intervals cover about 90 %."
+        yield Flag(kind="few_groups", subject=name, number=num, text=text)
 
 
 def lack_of_fit(found: Estimate, points: Observations, rows: pd.DataFrame) -> tuple[Flag, ...]:
@@ -161,44 +159,32 @@ def lack_of_fit(found: Estimate, points: Observations, rows: pd.DataFrame) -> tu
 
 
 def _form(found: Estimate, points: Observations, rows: pd.DataFrame) -> Iterator[Flag]:
-    """Test residuals against replicates, else for squares and products of the variables' logarithms.
-
-    Replicates agree in the law's variables and every setting but the seed: the law's scatter about the means of their
-    cells is compared with the scatter within cells.
-    """
+    """Test residuals against the scatter of replicates, which agree in the law's variables and every setting but the
+    seed, else for squares and products of the variables' logarithms."""
     both = pd.DataFrame({f"x {v}": numbers_of_values(values) for v, values in points.x.items()}, index=rows.index)
     both = both.join(rows[held_equal(rows, ("seed", *points.columns.values()))])
     cells = both.groupby(list(both), dropna=False).ngroup().to_numpy()
-    num, most = int(cells.max()) + 1, MOST_POINTS / len(cells)
-    chosen = np.arange(num) if most >= 1 else np.linspace(0, num - 1, max(1, int(num * most))).astype(int)
-    keep = np.flatnonzero(np.isin(cells, chosen))
-    names, kind, wider = [""], "scatter", pd.get_dummies(cells[keep]).to_numpy(float)
-    if not found.design.x.shape[1] < wider.shape[1] < len(keep):
-        names, wider = _patterns(found, keep, {v: values[keep] for v, values in points.x.items()})
-        kind = "pattern"
-    test = extra_columns_test(found, wider, keep) if names else None
-    if test and test[1] <= ALARM:
+    num = int(cells.max()) + 1
+    keep = np.flatnonzero(np.isin(cells, spaced(num, max(1, num * MOST_POINTS // len(cells)))))
+    kind, named = "scatter", pd.get_dummies(cells[keep])
+    if not found.design.x.shape[1] < named.shape[1] < len(keep):
+        kind, named = "pattern", _patterns({v: values[keep] for v, values in points.x.items()})
+    if (test := extra_columns_test(found, named, keep)) and test[1] <= ALARM:
         f, p, excess, *degrees = test
-        scores = np.abs((found.residual * found.design.weights)[keep] @ wider)
-        subject = names[int(np.argmax(scores))] if kind == "pattern" else ""
+        each = {str(name): extra_columns_test(found, named[[name]], keep) for name in named if kind == "pattern"}
+        subject = max(each, key=lambda name: each[name] or (0.0,), default="")
         off = 100 * excess / float(np.sqrt(np.sum(found.design.weights[keep])))
         why = f", and the misfit follows {subject} " if subject else ", more than repeated runs differ "
         text = f"The points lie {off:.2g} % off the law{why}({p_value(p)})."
         yield Flag(kind=kind, subject=subject, number=off, p=p, more=(f, *degrees), text=text)
 
 
-def _patterns(found: Estimate, keep: Array, x: Mapping[str, Array]) -> tuple[list[str], Array]:
-    """Find squares and products of the variables' logarithms that the law leaves: names, and columns (n, q)."""
+def _patterns(x: Mapping[str, Array]) -> pd.DataFrame:
+    """Return squares and products of the variables' standardised logarithms, in columns called after them."""
     plain = {f"ln {name}": np.log(v) for name, v in x.items() if np.all(v > 0) and np.ptp(v) > 0}
     logs = {name: (v - v.mean()) / v.std() for name, v in plain.items()}
     pairs = itertools.combinations_with_replacement(logs, 2)
-    named = {f"{a} x {b}" if a != b else f"{a} squared": logs[a] * logs[b] for a, b in pairs}
-    root = np.sqrt(found.design.weights[keep])[:, None]
-    known, columns = basis_of(found.design.x[keep] * root), np.array([*named.values()]).reshape(-1, len(keep)).T * root
-    left = columns - known @ (known.T @ columns)
-    size = np.linalg.norm(left, axis=0)
-    kept = size > HARDLY * np.linalg.norm(root)
-    return list(itertools.compress(named, kept)), left[:, kept] / size[kept] / root
+    return pd.DataFrame({f"{a} x {b}" if a != b else f"{a} squared": logs[a] * logs[b] for a, b in pairs})
 
 
 def _experiments(found: Estimate, rows: pd.DataFrame) -> Iterator[Flag]:
@@ -206,8 +192,7 @@ def _experiments(found: Estimate, rows: pd.DataFrame) -> Iterator[Flag]:
     names, keep = experiment_columns(rows), spaced(len(rows), MOST_POINTS)
     for name in names:
         codes = pd.factorize(rows[name].map(str))[0]
-        columns = pd.get_dummies(codes[keep]).to_numpy(float)
-        test = extra_columns_test(found, columns, keep) if codes.max() < MAX_GROUPS else None
+        test = extra_columns_test(found, pd.get_dummies(codes[keep]), keep) if codes.max() < MAX_GROUPS else None
         if test and test[1] <= ALARM / len(names):
             off = 100 * float(np.ptp(np.bincount(codes, found.residual) / np.bincount(codes)))
             column, told = their_name(rows, name), p_value(test[1])
@@ -216,8 +201,10 @@ def _experiments(found: Estimate, rows: pd.DataFrame) -> Iterator[Flag]:
             yield Flag(kind="experiments", subject=column, number=off, p=test[1], text=text)
 
 
-def extra_columns_test(found: Estimate, columns: Array, keep: Array) -> tuple[float, float, float, int, int] | None:
-    """F-test of some points' residuals for columns (n, m) beside the law's derivatives.
+def extra_columns_test(
+    found: Estimate, table: pd.DataFrame, keep: Array
+) -> tuple[float, float, float, int, int] | None:
+    """Run an F-test of some points' residuals for the columns of a table (n, m) beside the law's derivatives.
 
     F = (|A' r|^2 / a) / (|B' r|^2 / b): A is a basis of what the columns span beyond the derivatives, B of what both
     leave, r and all columns are scaled by the roots of the weights.
@@ -226,10 +213,12 @@ def extra_columns_test(found: Estimate, columns: Array, keep: Array) -> tuple[fl
         F, its probability, the root of the sum of squares above that the mean square below does not explain, a and b;
         None where either is 0.
     """
+    if table.empty:
+        return None
     root = np.sqrt(found.design.weights[keep])[:, None]
-    known, unit = basis_of(found.design.x[keep] * root), columns * root
+    known, unit = basis_of(found.design.x[keep] * root), table.to_numpy(float) * root
     unit = unit / np.linalg.norm(unit, axis=0)
-    above = basis_of(unit - known @ (known.T @ unit), least=1e-6)
+    above = basis_of(unit - known @ (known.T @ unit), least=HARDLY)
     a, b = above.shape[1], len(keep) - known.shape[1] - above.shape[1]
     if a < 1 or b < 1:
         return None

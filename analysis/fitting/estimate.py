@@ -89,7 +89,7 @@ def fit(
         intervals={name: own[name] for name in params if name in own},
         flags=(*flags, *against, *points.flags),
         not_identified=not_identified,
-        objective_value=found.minimum.total,
+        objective_value=float(found.problem.total(found.vector)),
         num_points=len(points.y),
         num_rows=points.num_rows,
         exclusions=points.exclusions,
@@ -131,13 +131,12 @@ def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]
     Exponents and coefficients have intervals of their logarithm; a limit such as E, and derived exponents, of
     themselves; others as the law says (`Law.scales`). A coefficient whose contribution may be nil begins at 0.
     """
-    law, parts = found.problem.law, found.problem.basis(found.vector[None])
+    law, parts, out = found.problem.law, found.problem.basis(found.vector[None]), dict[str, Interval]()
     movable = dict(zip(law.names, found.problem.movable.tolist(), strict=True))
     # a limit's term does not vary over the points
     varies = {p.name: bool(np.ptp(g) > 1e-12 * np.abs(g).max()) for p, g in zip(law.linear, parts, strict=True)}
     scales = {p.name: "log" for p in law.parameters if p.log or varies.get(p.name)} | dict(law.scales)
-    values, out = law.quantities(found.params), dict[str, Interval]()
-    for name, value in values.items():
+    for name, value in law.quantities(found.params).items():
         if not movable.get(name, True):
             continue
         forth, back = INTERVAL_SCALES[scales.get(name, "own") if value > 0 else "own"]
@@ -158,19 +157,15 @@ def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]
 def _bounded(found: Estimate, j: int, i: Interval, is_limit: bool) -> Interval:
     """Clip the interval of the law's own parameter j to its bounds, and a limit to the lowest value of the law."""
     problem, (low, high) = found.problem, found.problem.limits(j)
-    ends = [max(i.low, low), min(i.high, high)]
+    bottom, top = max(i.low, low), i.high
     if j < problem.num_linear:  # the interval of a coefficient that may be nil begins at its bound
         at, unit = found.vector[j], np.where(np.arange(len(found.vector)) == j, 1.0, found.vector)
-        errors, degrees = found.covariance.of_contrasts(np.eye(len(unit))[j, problem.movable])
-        half = float(half_width(errors, degrees, CONFIDENCE)[0])
+        half = float(half_width(*found.covariance.of_contrasts(np.eye(len(unit))[j, problem.movable]), CONFIDENCE)[0])
         if at - half <= problem.lower[j]:
-            ends = [
-                low,
-                min(max(ends[1], (at + half) * float(problem.params_of(unit[None])[problem.law.names[j]][0])), high),
-            ]
-    if is_limit:
-        ends[1] = min(ends[1], float(problem.predict(found.vector[None]).min()))
-    return Interval(ends[0], ends[1])
+            own_unit = float(problem.params_of(unit[None])[problem.law.names[j]][0])
+            bottom, top = low, max(top, (at + half) * own_unit)
+    lowest = float(problem.predict(found.vector[None]).min()) if is_limit else np.inf
+    return Interval(bottom, min(top, high, lowest))
 
 
 def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[float, float]]) -> None:

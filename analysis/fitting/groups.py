@@ -29,6 +29,11 @@ class Groups(dict[str, Array]):
     """Kind of group (sizes, the runs nested in them, and budgets) -> number of each point's group (n,); kinds whose
     groups are single points are left out."""
 
+    unseen: tuple[str, ...] = ()
+    """Kinds left out because the law leaves their shared errors invisible; intervals do not account for these."""
+    few: tuple[str, ...] = ()
+    """Kinds of so few groups that they hardly tell what their points share."""
+
     @property
     def counts(self) -> dict[str, int]:
         """Number of groups of each kind."""
@@ -83,27 +88,22 @@ def groups_of(rows: pd.DataFrame, x: Mapping[str, Array]) -> Groups:
     return Groups({k: codes for k, codes in found.items() if codes is not None and 0 < codes.max() < len(codes) - 1})
 
 
-def visible_groups(groups: Groups, jacobian: Array) -> tuple[Groups, tuple[str, ...], tuple[str, ...]]:
-    """Find the groups whose spread the law leaves visible, the names of those it does not, and of those seen in one
-    direction alone.
-
-    A law that bends through three sizes leaves next to nothing of them over: errors that sizes share cannot be seen
-    then. Of four it leaves one direction, which hardly tells them.
-    """
-    seen, known, lost, few = Groups(), jacobian, list[str](), list[str]()
+def visible_groups(groups: Groups, jacobian: Array) -> Groups:
+    """Select the groups whose spread the law leaves visible: one that bends through three sizes leaves next to nothing
+    of the errors that sizes share, and of four one direction, which hardly tells them."""
+    seen, known = Groups(), jacobian
     for name, codes in groups.items():
-        if codes.max() > MANY:
+        num_visible = MANY
+        if codes.max() <= MANY:
+            effects, basis = indicators(codes).toarray() / np.sqrt(np.bincount(codes)), basis_of(known)
+            left = np.linalg.svd(effects - basis @ (basis.T @ effects), compute_uv=False)
+            num_visible = int(np.sum(left >= VISIBLE))
+            known = np.column_stack([known, effects]) if num_visible else known
+        if num_visible:
             seen[name] = codes
-            continue
-        effects = indicators(codes).toarray() / np.sqrt(np.bincount(codes))
-        basis = basis_of(known)
-        left = np.linalg.svd(effects - basis @ (basis.T @ effects), compute_uv=False)
-        if not (num := int(np.sum(left >= VISIBLE))):
-            lost.append(name)
-            continue
-        seen[name], known = codes, np.column_stack([known, effects])
-        few += [name] if num == 1 else []
-    return seen, tuple(lost), tuple(few)
+        seen.unseen += (name,) * (num_visible == 0)
+        seen.few += (name,) * (num_visible == 1)
+    return seen
 
 
 def _sizes(rows: pd.DataFrame, x: Mapping[str, Array]) -> Array | None:

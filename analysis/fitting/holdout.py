@@ -7,8 +7,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.extrapolation import HeldOut
-from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.fitting.result import Fit, HeldOut
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.names import no_column, our_name
 

@@ -1,7 +1,7 @@
 """Parameters that the scales of a table can identify at all, however precise its losses: by law and design alone.
 
-A function of D that is seen at two values of D shows one difference, which any exponent explains with its coefficient
-and floor. Parameters that can move along the null space of the law's Jacobian are not identified.
+A function of D that is seen at two values of D shows one difference, which any exponent explains. Parameters that can
+move along the null space of the law's Jacobian are not identified.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""An optimum and what can be inferred from it: errors of any function of the parameters.
-
-Everything is closed-form: the law is linearised about its optimum in the optimiser's coordinates, which leave little
-curvature.
-"""
+"""An optimum and errors of any function of its parameters: the law is linearised in the optimiser's coordinates."""
 
 from __future__ import annotations
 
@@ -25,7 +21,7 @@ from aimscale.analysis.fitting.covariance import (
 )
 from aimscale.analysis.fitting.groups import Groups, visible_groups
 from aimscale.analysis.fitting.objectives import HUBER_LOG
-from aimscale.analysis.fitting.problem import Minimum, Problem, global_minimum, minimise
+from aimscale.analysis.fitting.problem import Problem, global_minimum, minimise
 from aimscale.analysis.laws.base import Array, Columns, Params
 
 CONFIDENCE = 0.95
@@ -46,15 +42,12 @@ class Estimate:
     """Best parameters of a law, with their covariance and the errors of the points."""
 
     problem: Problem
-    minimum: Minimum
+    vector: Array
+    """Optimum (k,) in the optimiser's coordinates."""
     components: Components
     """Errors of T(y) that points share, and of single points."""
     groups: Groups
     """Points that share errors which the law leaves visible."""
-    unseen: tuple[str, ...]
-    """Kinds of groups whose shared errors the law leaves invisible, for which intervals do not account."""
-    few: tuple[str, ...]
-    """Kinds of groups that are so few that they hardly tell what their points share."""
     design: Design
     residual: Array
     """Residuals (n,) of T(y) whose least squares the optimum is: outliers drawn in, the others stretched for it."""
@@ -70,17 +63,15 @@ class Estimate:
         scaled = linear_design(self.problem.linearised(self.vector) * root[:, None], self.problem.weights)
         clusterings = self.groups.clusterings(self.problem.num_points).items()
         by = {name: sandwich(scaled, pull / root, codes) for name, codes in clusterings}
-        return Covariance(by=by, known=self.known and self.known.through(scaled.inverse * root * self._per_logarithm))
+        if self.known is None:
+            return Covariance(by=by)
+        loadings = scaled.inverse * root * self._per_logarithm @ self.known.loadings
+        return Covariance(by={**by, "tuning": replace(self.known, loadings=loadings)})
 
     @property
     def _per_logarithm(self) -> Array:
         """Change of T(y) by ln y."""
         return 1.0 if self.problem.objective.log else self.problem.y
-
-    @property
-    def vector(self) -> Array:
-        """Optimum (k,) in the optimiser's coordinates."""
-        return self.minimum.vector
 
     @cached_property
     def params(self) -> dict[str, float]:
@@ -104,9 +95,19 @@ class Estimate:
         up, down = np.asarray(values, float).reshape(2, len(free), -1)
         return ((up - down) / (2 * steps.sum(axis=1, keepdims=True))).T
 
+    def value_of(self, function: Function) -> Array:
+        """Return a function's values (m,)."""
+        return np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)
+
     def error_of(self, function: Function) -> tuple[Array, Array, Array]:
         """Return a function's values (m,), standard errors (m,) and degrees of freedom (m,), by the delta method."""
         return (self.value_of(function), *self.covariance.of_contrasts(self.gradient(function)))
+
+    def interval_of(self, function: Function) -> tuple[Array, Array]:
+        """Return the ends (m,) of 95 % intervals of a function's values."""
+        value, errors, degrees = self.error_of(function)
+        half = half_width(errors, degrees, CONFIDENCE)
+        return value - half, value + half
 
     def error_after(self, target: Function, more: Function, noise: float) -> tuple[float, Array]:
         """Return the standard error of a target, and what it would be (m,) after one more measurement of each of `more`
@@ -116,28 +117,15 @@ class Estimate:
         before = float(wanted @ matrix @ wanted)
         return before**0.5, np.sqrt(np.maximum(before - shared**2 / np.maximum(own + noise**2, 1e-300), 0.0))
 
-    def value_of(self, function: Function) -> Array:
-        """Return a function's values (m,)."""
-        return np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)
-
-    def interval_of(self, function: Function) -> tuple[Array, Array]:
-        """Return the ends (m,) of 95 % intervals of a function's values."""
-        value, errors, degrees = self.error_of(function)
-        half = half_width(errors, degrees, CONFIDENCE)
-        return value - half, value + half
-
-    def value_at(self, x: Mapping[str, Array]) -> Array:
-        """Return T(law) at places (m,)."""
-        return self.value_of(self.law_at(x))
-
     def modelled(self, x: Mapping[str, Array]) -> tuple[Array, Array]:
         """Return T(law) at places (m,) and its standard errors (m,) by the components of variance, which are steadier
         than the sandwich where few runs carry the weight, as in the mean of several laws."""
-        contrasts = self.gradient(self.law_at(x)) @ self.design.inverse
+        law = self.law_at(x)
+        contrasts = self.gradient(law) @ self.design.inverse
         variances = self.components.variance_of(contrasts, self.groups)
         if self.known is not None:
             variances = variances + self.known.of_contrasts(contrasts * self._per_logarithm)[0] ** 2
-        return self.value_at(x), np.sqrt(variances)
+        return self.value_of(law), np.sqrt(variances)
 
     def law_at(self, x: Mapping[str, Array]) -> Function:
         """Make T(law) at places (m,) a function of the parameters."""
@@ -155,47 +143,51 @@ class Estimate:
 
 def estimated(problem: Problem, groups: Groups, known: KnownErrors | None = None) -> Estimate:
     """Minimise a problem and infer the errors of its optimum; `known` ones of the measurements add to what residuals
-    show."""
-    problem, minimum = _minimised(problem)
-    formula, name, n = problem.law.formula, problem.objective.name, problem.num_points
-    if not np.isfinite(minimum.total):
-        raise AnalysisError(f"{formula} has no finite value of {name} on these {n} points.")
-    jacobian = problem.linearised(minimum.vector)
+    show.
+
+    Raises:
+        AnalysisError: the objective is nowhere finite, or the law not differentiable at its optimum.
+    """
+    problem, vector = _minimised(problem)
+    jacobian = problem.linearised(vector)
     if not np.isfinite(jacobian).all():
-        raise AnalysisError(f"The optimum of {formula} lies where it has no finite derivatives.")
-    pull, slope = _pull_and_slope(problem, minimum.vector)
-    seen, unseen, few = visible_groups(groups, jacobian)
+        raise AnalysisError(f"The optimum of {problem.law.formula} lies where it has no finite derivatives.")
+    pull, slope = _pull_and_slope(problem, vector)
+    groups = visible_groups(groups, jacobian)
     design, residual = linear_design(jacobian, problem.weights), pull / np.average(slope, weights=problem.weights)
     return Estimate(
         problem=problem,
-        minimum=minimum,
-        components=components_of(design, residual, seen),
-        groups=seen,
-        unseen=unseen,
-        few=few,
+        vector=vector,
+        components=components_of(design, residual, groups),
+        groups=groups,
         design=design,
         residual=residual,
         known=known,
     )
 
 
-def _minimised(problem: Problem) -> tuple[Problem, Minimum]:
+def _minimised(problem: Problem) -> tuple[Problem, Array]:
     """Find the minimum; an objective that takes its scale from the residuals is given that of a nearly
     least-absolute-deviations fit, which no few outliers can move, and once more of the fit that follows."""
     objective, free = problem.objective, problem.num_free
-    if not objective.multiple:
-        return problem, global_minimum(problem)
-    found = global_minimum(replace(problem, objective=HUBER_LOG))
-    if not np.isfinite(found.total):
-        return problem, found
 
     def with_zone(sd: float) -> Problem:
         return replace(problem, objective=replace(objective, delta=max(objective.multiple * sd, SMALLEST_DELTA)))
 
-    residual = np.sort(np.abs(problem.residual(found.vector)))
-    first = with_zone(1.4826 * float(np.median(residual[min(free, len(residual) - 1) :])))  # through `free` points
-    problem = with_zone(_robust_sd(problem.residual(minimise(first, found.vector).vector), free))
-    return problem, global_minimum(problem)
+    if objective.multiple:
+        narrow = _finite_minimum(replace(problem, objective=HUBER_LOG))
+        residual = np.sort(np.abs(problem.residual(narrow)))
+        first = with_zone(1.4826 * float(np.median(residual[min(free, len(residual) - 1) :])))  # through `free` points
+        problem = with_zone(_robust_sd(problem.residual(minimise(first, narrow)), free))
+    return problem, _finite_minimum(problem)
+
+
+def _finite_minimum(problem: Problem) -> Array:
+    vector = global_minimum(problem)
+    if vector is None or not np.isfinite(problem.total(vector)):
+        of, num = problem.law.formula, problem.num_points
+        raise AnalysisError(f"{of} has no finite value of {problem.objective.name} on these {num} points.")
+    return vector
 
 
 def _robust_sd(residual: Array, free: int) -> float:

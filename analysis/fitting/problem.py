@@ -1,11 +1,8 @@
 """A law, its data and its objective in the coordinates of the optimiser, and the global minimum.
 
-1. On a fixed grid of the non-linear parameters the linear ones are projected out by bounded least squares (variable
-   projection, Golub and Pereyra 1973).
-2. The floors of the grid's valleys are refined by `scipy.optimize.least_squares` within the bounds, roughly at first,
-   and those that lead to distinct minima to the end.
-3. A robust objective is reached by continuation: the quadratic zone of the Huber loss shrinks from the residuals' scale
-   to its target.
+On a fixed grid of the non-linear parameters the linear ones are projected out by non-negative least squares (variable
+projection, Golub and Pereyra 1973). The floors of the grid's valleys are refined within the bounds by
+`scipy.optimize.least_squares`, for a robust objective from the least squares there.
 """
 
 from __future__ import annotations
@@ -32,15 +29,8 @@ MAX_GRID_POINTS = 120
 RIDGE = 1e-11
 """Added to the squares of unit columns, of which two may be one at corners of the grid."""
 ROUGH, FINE = 1e-4, 1e-13
-"""Relative changes of objective, step and gradient at which a refinement ends."""
-MAX_EVALUATIONS = {ROUGH: 25, FINE: 200}
-SAME_MINIMUM = 0.05
-"""Relative distance of vectors within which they are taken for one minimum."""
-SHRINK = 6.0
-"""Factor by which the quadratic zone shrinks at each step of the continuation."""
-BLEND = 0.5
-"""Share of the loss's own curvature in its model, the rest being that of reweighted least squares: with all of it steps
-end early where the quadratic zone is narrow, with none of it they are many."""
+"""Relative changes of objective, step and gradient at which a least-squares start and a minimum end."""
+MAX_EVALUATIONS = 200
 ON_BOUND = 1e-4
 """A parameter this near its bound is tried on it: a trust region that stays inside only comes close."""
 
@@ -81,11 +71,6 @@ class Problem:
     def num_free(self) -> int:
         """Number of parameters that are not fixed."""
         return int(self.movable.sum())
-
-    def at_points(self, index: Array) -> Problem:
-        """Select some of the points."""
-        x = Columns({v: self.x[v][np.append(index, self.num_points)] for v in self.law.variables})
-        return replace(self, x=x, y=self.y[index], weights=self.weights[index])
 
     def limits(self, j: int) -> tuple[float, float]:
         """Return the bounds of parameter j in its own units; those of a scaled coefficient are 0 or infinite in any."""
@@ -138,11 +123,13 @@ class Problem:
         value, jacobian = self.predict_and_jacobian(vector)
         return (jacobian / value if self.objective.log else jacobian)[self.movable].T
 
-    def totals(self, value: Array) -> Array:
-        """Return the objective (batch,) of the law's values (batch, n), infinite outside T's domain."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            r = self.objective.transform(self.y) - self.objective.transform(value)
-            return np.nan_to_num(np.sum(self.weights * self.objective.loss(r), axis=-1), nan=np.inf, posinf=np.inf)
+    def total(self, vector: Array) -> Array:
+        """Return the objective (batch,) at vectors (batch, k) or (k,), infinite outside T's domain."""
+        with np.errstate(all="ignore"):
+            value = self.objective.transform(self.predict(np.atleast_2d(vector)))
+            r = self.objective.transform(self.y) - value
+            found = np.nan_to_num(np.sum(self.weights * self.objective.loss(r), axis=-1), nan=np.inf, posinf=np.inf)
+        return found if vector.ndim > 1 else found[0]
 
 
 def make_problem(
@@ -177,49 +164,30 @@ def make_problem(
     )
 
 
-@dataclass(frozen=True)
-class Minimum:
-    """A local minimum, and the objective there."""
-
-    vector: Array
-    total: float
-
-
-def global_minimum(problem: Problem) -> Minimum:
-    """Find the lowest of the minima below the floors of the grid's valleys; its objective is infinite if none is."""
-    distinct = list[Minimum]()
-    for each in sorted((_refined(problem, start, ROUGH) for start in starts(problem)), key=lambda m: m.total):
-        apart = [np.max(np.abs(m.vector - each.vector) / (np.abs(m.vector) + 1e-2)) for m in distinct]
-        distinct += [each] if all(d > SAME_MINIMUM for d in apart) else []
-    found = [minimise(problem, each.vector) for each in distinct]
-    return min(found, key=lambda m: m.total, default=Minimum(vector=problem.lower, total=np.inf))
+def global_minimum(problem: Problem) -> Array | None:
+    """Find the lowest (k,) of the minima below the floors of the grid's valleys; None if the objective is nowhere
+    finite."""
+    found = [minimise(problem, start) for start in starts(problem)]
+    return min(found, key=problem.total, default=None)
 
 
-def minimise(problem: Problem, start: Array) -> Minimum:
+def minimise(problem: Problem, start: Array) -> Array:
     """Refine a start (k,) to the local minimum, exactly on the bounds that hold it."""
-    found = _refined(problem, start, FINE)
-    low, high = (np.abs(found.vector - bound) <= ON_BOUND for bound in (problem.lower, problem.upper))
+    start = np.clip(start, problem.lower, problem.upper)
+    if not problem.movable.any() or not np.isfinite(problem.total(start)):
+        return start
+    if problem.objective.robust:
+        squares = replace(problem, objective=replace(problem.objective, delta=np.inf))
+        start = _solved(squares, start, ROUGH)
+    found = _solved(problem, start, FINE)
+    low, high = (np.abs(found - bound) <= ON_BOUND for bound in (problem.lower, problem.upper))
     if not (near := problem.movable & (low | high)).any():
         return found
     bound = np.where(low, problem.lower, problem.upper)
-    lower, upper = np.where(near, bound, problem.lower), np.where(near, bound, problem.upper)
-    held = _refined(replace(problem, lower=lower, upper=upper), np.where(near, bound, found.vector), FINE)
-    return held if held.total <= found.total * (1 + 1e-9) else found
-
-
-def _refined(problem: Problem, start: Array, tolerance: float) -> Minimum:
-    """Minimise from a start, by continuation where the objective is robust; roughly, only its first step is taken."""
-    objective, vector = problem.objective, np.clip(start, problem.lower, problem.upper)
-    with np.errstate(all="ignore"):
-        residual = problem.residual(vector)
-    if problem.movable.any() and np.isfinite(residual).all():
-        delta = max(2 * float(np.median(np.abs(residual))), objective.delta)
-        while delta > objective.delta:
-            vector = _solved(replace(problem, objective=replace(objective, delta=delta)), vector, ROUGH)
-            delta = objective.delta if tolerance == ROUGH else max(delta / SHRINK, objective.delta)
-        if tolerance == FINE or not objective.robust:
-            vector = _solved(problem, vector, tolerance)
-    return Minimum(vector=vector, total=float(problem.totals(problem.predict(vector[None]))[0]))
+    held = replace(problem, lower=np.where(near, bound, problem.lower), upper=np.where(near, bound, problem.upper))
+    there = np.where(near, bound, found)
+    there = _solved(held, there, FINE) if held.movable.any() else there
+    return there if problem.total(there) <= problem.total(found) * (1 + 1e-9) else found
 
 
 def _solved(problem: Problem, start: Array, tolerance: float) -> Array:
@@ -241,21 +209,21 @@ def _solved(problem: Problem, start: Array, tolerance: float) -> Array:
             bounds=(lower, upper),
             x_scale="jac",
             loss=_huber(objective.delta * root) if objective.robust else "linear",
-            max_nfev=MAX_EVALUATIONS[tolerance],
+            max_nfev=MAX_EVALUATIONS,
             **dict.fromkeys(("ftol", "xtol", "gtol"), tolerance),
         )
     return vector_of(found.x)
 
 
 def _huber(edges: Array) -> Callable[[Array], Array]:
-    """Make the Huber loss of weighted residuals, with an edge (n,) for each, as scipy takes it: of their squares."""
+    """Make the Huber loss of weighted residuals, with an edge (n,) for each, as scipy takes it: of their squares. Its
+    second derivative is left out, as in reweighted least squares: with it steps end early where zones are narrow."""
 
     def rho(squares: Array) -> Array:
         size = np.maximum(np.sqrt(squares), 1e-300)
         inside = size <= edges
         values = np.where(inside, squares, 2 * edges * size - edges**2)
-        first = np.where(inside, 1.0, edges / size)
-        return np.stack([values, first, np.where(inside, 0.0, -BLEND * first / 2 / np.maximum(squares, 1e-300))])
+        return np.stack([values, np.where(inside, 1.0, edges / size), np.zeros_like(size)])
 
     return rho
 
@@ -264,11 +232,13 @@ def starts(problem: Problem) -> Array:
     """Find the floors of the grid's valleys (count, k), lowest first, with the linear coefficients projected out."""
     p, n = problem.num_linear, problem.num_points
     if n > MAX_GRID_POINTS:
-        problem = problem.at_points(np.linspace(0, n - 1, MAX_GRID_POINTS).astype(int))
+        some = np.linspace(0, n - 1, MAX_GRID_POINTS).astype(int)
+        x = Columns({v: problem.x[v][np.append(some, n)] for v in problem.law.variables})
+        problem = replace(problem, x=x, y=problem.y[some], weights=problem.weights[some])
     unit = _unit_grid(problem.movable[p:])
     with np.errstate(all="ignore"):  # far corners of the grid may overflow
-        vector, total = _projected(problem, problem.lower[p:] + (problem.upper - problem.lower)[p:] * unit)
-    places = np.column_stack([unit, np.zeros(len(unit))])  # a law may have no non-linear parameter
+        vector = _projected(problem, problem.lower[p:] + (problem.upper - problem.lower)[p:] * unit)
+    total, places = problem.total(vector), np.column_stack([unit, np.zeros(len(unit))])  # for a law without any
     _, near = cKDTree(places).query(places, range(1, min(NEIGHBOURS + 1, len(unit)) + 1))
     total[total > total[near].min(axis=1)] = np.inf
     best = np.argsort(total, kind="stable")[: max(MIN_STARTS, len(problem.law.nonlinear))]
@@ -285,25 +255,22 @@ def _unit_grid(movable: Array) -> Array:
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, q) if q else np.zeros((1, 0))
 
 
-def _projected(problem: Problem, theta: Array) -> tuple[Array, Array]:
-    """Project the linear coefficients out at grid points (m, q): vectors (m, k) and their objective (m,). Where least
-    squares leave one below its lower bound, they are non-negative (free ones differences of two); clipped above."""
+def _projected(problem: Problem, theta: Array) -> Array:
+    """Project the linear coefficients out at grid points (m, q): vectors (m, k), NaN where there is none. They are
+    those of least squares, or of non-negative ones where all have a lower bound, clipped to their bounds."""
     p = problem.num_linear
     g = np.stack(problem.basis(np.column_stack([np.zeros((len(theta), p)), theta])), axis=2)
-    lower, upper = problem.lower[:p], problem.upper[:p]
-    is_free, base = ~np.isfinite(lower), np.where(np.isfinite(lower), lower, 0.0)
+    is_bounded, lower = np.isfinite(problem.lower[:p]), problem.lower[:p]
+    base = np.where(is_bounded, lower, 0.0)
     root = np.sqrt(problem.weights) / (problem.y if problem.objective.log else 1.0)
-    columns, target = root[:, None] * np.concatenate([g, -g[..., is_free]], axis=2), root * (problem.y - g @ base)
-    c = np.full((len(theta), p), np.nan)
+    columns, target = root[:, None] * g, root * (problem.y - g @ base)
+    above = np.full((len(theta), p), np.nan)
     whole = np.flatnonzero(np.isfinite(columns).all(axis=(1, 2)) & np.isfinite(target).all(axis=1))
-    scale = np.linalg.norm(columns[whole, :, :p], axis=1) + 1e-300
-    x, y = columns[whole, :, :p] / scale[:, None], target[whole, :, None]
-    above = np.linalg.solve(np.swapaxes(x, 1, 2) @ x + RIDGE * np.eye(p), np.swapaxes(x, 1, 2) @ y)[..., 0] / scale
-    c[whole] = base + above
-    for i in whole[np.any((above < 0) & ~is_free, axis=1)]:
-        with contextlib.suppress(RuntimeError):  # it does not converge: no start
-            found = nnls(columns[i], target[i])[0]
-            c[i] = base + found[:p]
-            c[i, is_free] -= found[p:]
-    c = np.clip(c, lower, upper)
-    return np.column_stack([c, theta]), problem.totals(np.einsum("mp,mnp->mn", c, g))
+    scale = np.linalg.norm(columns[whole], axis=1) + 1e-300
+    x, y = columns[whole] / scale[:, None], target[whole, :, None]
+    turned = np.swapaxes(x, 1, 2)
+    above[whole] = np.linalg.solve(turned @ x + RIDGE * np.eye(p), turned @ y)[..., 0] / scale
+    for i in whole[(above[whole] < 0).any(axis=1)] if is_bounded.all() else ():
+        with contextlib.suppress(RuntimeError):  # it does not converge: clipped
+            above[i] = nnls(columns[i], target[i])[0]
+    return np.column_stack([np.clip(base + above, lower, problem.upper[:p]), theta])

@@ -1,8 +1,8 @@
-"""The result of a fit: parameters with intervals, predictions, flags, and their words."""
+"""The result of a fit: parameters with intervals, predictions, flags and held-out tests, and their words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +12,20 @@ import pandas as pd
 from aimscale.analysis.display import Drawing, Result, plain_fields
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import half_width, satterthwaite
-from aimscale.analysis.fitting.extrapolation import HeldOut, held_out_cautions
 from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate
 from aimscale.analysis.fitting.objectives import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.table.names import CANONICAL, Exclusion
 from aimscale.analysis.table.schema import described
-from aimscale.analysis.words import Flag, flag_words, human, p_value
+from aimscale.analysis.words import Flag, flag_words, human, p_value, percent
 
 NOT_IDENTIFIED, NO_INTERVAL = "not identified", "(no interval)"
-ASSUMED = "they take the law for true: on public tables, 3 to 100 times beyond, those of one law hold some 80 % of runs"
+ASSUMED = (
+    "they assume that the law is true; on public tables those of one law covered 80 % of runs 3 to 100 times beyond"
+)
 """Caution about predictions by one law, from backtests on the public tables of docs/forecasts.md."""
+EXPONENTS = ("alpha", "beta", "aN", "aD", "h")
+"""Exponents of N and D in the joint laws: Chinchilla's and its kin, Kaplan's, and that of laws of D / N."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,85 @@ class Interval:
     def words(self, form: str = ".3f") -> str:
         """Write it in a number format, e.g. "[0.310, 0.380]"."""
         return f"[{self.low:{form}}, {self.high:{form}}]" if self.is_known else NO_INTERVAL
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class HeldOut(Result):
+    """Predictions for the largest scales by a fit to the smaller ones, beside what was measured."""
+
+    variable: str
+    """Scale that was held out: N, D, C or another column."""
+    values: tuple[float, ...]
+    """The held-out values of it."""
+    num_train: int
+    num_test: int
+    mean_abs_relative_error: float
+    """Mean of |prediction / measurement - 1|."""
+    naive_mean_abs_relative_error: float
+    """The same error of the naive baseline, a straight line in log-log."""
+    not_identified: frozenset[str]
+    """Parameters that the points which were left do not pin down: a law with such exponents was not tested."""
+    is_blind: bool
+    """True if the points that were left hardly tell what all points of one such scale share: intervals assume none."""
+    predictions: pd.DataFrame = field(repr=False)
+    """Rows: index of the table, variables, measured, predicted, pi_lo, pi_hi, inside, naive."""
+
+    @property
+    def is_test(self) -> bool:
+        """True if the points that were left identify the exponents."""
+        return not self.not_identified.intersection(EXPONENTS)
+
+    @property
+    def is_better(self) -> bool:
+        """True if the law predicts better than the naive baseline."""
+        return self.mean_abs_relative_error < self.naive_mean_abs_relative_error
+
+    @property
+    def num_far(self) -> int:
+        """Held-out points at least twice as far from their prediction as the end of its interval on their side."""
+        p = self.predictions
+        end = p["pi_lo"].where(p["measured"] < p["predicted"], p["pi_hi"])
+        return int(((p["measured"] - p["predicted"]) / (end - p["predicted"])).gt(2).sum())
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """`predictions`."""
+        return self.predictions
+
+    def sentence(self) -> str:
+        """Write the error on the held-out scale beside the naive baseline."""
+        return f"Held out {self.variable}: {self.words()}."
+
+    headline = sentence
+
+    def words(self) -> str:
+        """Write the errors without naming the variable first."""
+        law, line = (percent(e, 3) for e in (self.mean_abs_relative_error, self.naive_mean_abs_relative_error))
+        compared, num = "better" if self.is_better else "no better", self.num_test
+        unknown = f"; not identified without them: {', '.join(sorted(self.not_identified))}" * bool(self.not_identified)
+        return (
+            f"mean error {law} on {num} points, {compared} than a straight line in log-log ({line}); "
+            f"{self.predictions['inside'].sum()} of {num} inside their prediction intervals; fitted to the "
+            f"{self.num_train} below {self.variable} = {human(min(self.values))}{unknown}"
+        )
+
+    def caution(self) -> str:
+        """Say what the held-out scale speaks against the law; empty where that is nothing."""
+        v, law, line = self.variable, *map(percent, (self.mean_abs_relative_error, self.naive_mean_abs_relative_error))
+        if not self.is_test:
+            return f"The largest {v} cannot test the law: without it the exponents are not identified."
+        if not self.is_better:
+            return f"Fitted without the largest {v}, the law misses it by {law}, a straight line by {line}."
+        # the points of one scale may all err alike; so the alarm is on 0 to 6 % of sound tables
+        if 2 * self.num_far > self.num_test and not self.is_blind:
+            points = f"{self.num_far} of {self.num_test} points of the largest {v}"
+            return f"{points} lie more than twice as far off as their prediction intervals reach."
+        return ""
+
+
+def held_out_cautions(tests: Iterable[HeldOut]) -> list[str]:
+    """Collect what held-out scales speak against a law."""
+    return [caution for test in tests if (caution := test.caution())]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -192,9 +274,10 @@ class Fit(Result):
         """One row a parameter: parameter, value, low, high, method, note."""
         rows = []
         for name, value in self.params.items():
-            i = Interval() if name in self.not_identified else self.intervals.get(name, Interval())
+            is_known = name not in self.not_identified
+            i = self.intervals.get(name, Interval()) if is_known else Interval()
             notes = ["held"] * (name in self.fixed) + [str(flag) for flag in self.flags if flag.subject == name]
-            shown = NOT_IDENTIFIED if name in self.not_identified else value
+            shown = value if is_known else NOT_IDENTIFIED
             rows.append({"parameter": name, "value": shown, **vars(i), "note": " ".join(notes)})
         return pd.DataFrame(rows)
 
@@ -206,8 +289,7 @@ class Fit(Result):
     def cells(self) -> list[dict[str, str]]:
         """Write the parameters with their intervals."""
         parts = {name: self.shown(name).partition(" [") for name in self.params}
-        ends = {name: f"[{interval}" * bool(interval) for name, (_, _, interval) in parts.items()}
-        return [{"parameter": name, "value": parts[name][0], "95 % interval": i} for name, i in ends.items()]
+        return [{"parameter": name, "value": v, "95 % interval": s.strip() + i} for name, (v, s, i) in parts.items()]
 
     def facts(self) -> list[tuple[str, str]]:
         """List what the checklist of (Mis)fitting (Li et al. 2025) asks for, flags and held-out errors first."""
@@ -215,7 +297,7 @@ class Fit(Result):
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         yield from ((f"held out {test.variable}", test.words()) for test in self.heldout)
-        yield from (("with care", each) for each in (*flag_words(self.flags), *held_out_cautions(self.heldout)))
+        yield from (("caution", each) for each in (*flag_words(self.flags), *held_out_cautions(self.heldout)))
         for f in (flag for flag in self.flags if flag.kind in ("scatter", "pattern")):
             ratio, above, below = f.more
             yield "test", f"F = {ratio:.3g} with {above:.0f} and {below:.0f} degrees of freedom ({p_value(f.p)})"
@@ -238,7 +320,7 @@ class Fit(Result):
     def interval_method(self) -> str:
         """Method of the intervals, in words."""
         counts = {**self.estimate.groups.counts, "points": self.num_points}
-        over = " and ".join(f"{counts[name]} {name}" for name in self.estimate.covariance.by)
+        over = " and ".join(f"{counts[name]} {name}" for name in self.estimate.covariance.by if name in counts)
         also = ", with the errors of tuning" if self.estimate.known else ""
         return f"cluster-robust (CR2, Bell-McCaffrey) over {over}{also}"
 

@@ -36,7 +36,7 @@ class Curve:
     @property
     def num_params(self) -> int:
         """Number of parameters, of the link those that are free."""
-        return len(self.law.problem.law.parameters) + (int(self.link.problem.movable.sum()) if self.link else 0)
+        return len(self.law.problem.law.parameters) + (self.link.problem.num_free if self.link else 0)
 
     def predict(self, x: Mapping[str, Array]) -> tuple[Array, Array, Array]:
         """Return ln y (m,) at variables (m,), the standard error (m,) that the parameters leave, and the standard
@@ -47,7 +47,7 @@ class Curve:
         if self.link is None:
             return log_y, errors, noise
         accuracy, of_link = self.link.modelled({"L": np.exp(log_y)})
-        slope = (self.link.value_at({"L": np.exp(log_y + SLOPE_STEP)}) - accuracy) / SLOPE_STEP
+        slope = (self.link.value_of(self.link.law_at({"L": np.exp(log_y + SLOPE_STEP)})) - accuracy) / SLOPE_STEP
         rate = np.maximum(1 - accuracy, LEAST)
         both = (errors, of_link), (noise, self.link.components.total)
         return np.log(rate), *(np.hypot(slope * of_loss, own) / rate for of_loss, own in both)
@@ -99,7 +99,6 @@ def _estimate(law: Law, points: Points, objective: Objective, fixed: dict[str, f
     """Fit a law, weighted by compute."""
     x, weights = Columns({v: points.x[v] for v in law.variables}), points.compute / points.compute.mean()
     problem = make_problem(law.centred(x), dict(x), points.y, objective, weights=weights, fixed=fixed)
-    free = int(problem.movable.sum())
-    if problem.num_points < free + SPARE_POINTS:
-        raise AnalysisError(f"{problem.num_points} points are too few for its {free} parameters.")
+    if problem.num_points < problem.num_free + SPARE_POINTS:
+        raise AnalysisError(f"{problem.num_points} points are too few for its {problem.num_free} parameters.")
     return estimated(problem, points.groups, points.known)

@@ -60,19 +60,17 @@ class Forecast(Result):
 
     def facts(self) -> list[tuple[str, str]]:
         """List flags, the laws and their backtests, how such forecasts fared, what intervals cover, rows left out."""
-        far, fared = self.table["distance"].unique().tolist(), list[str]()
+        found = [("caution", str(flag)) for flag in self.flags] + self.loss.facts()
+        far = self.table["distance"].unique().tolist()
         if max(far) > 1 and not self.loss.is_tested:
-            fared = ["none: public tables that were forecast were large enough for backtests, this one is not"]
+            why = "none: public tables that were forecast were large enough for backtests, this one is not"
+            found.append(("record", why))
         elif set(JOINT) <= {law.name for law in self.loss.points.laws}:  # as on the public tables
-            fared = [words for each in far for words in record_words(each, accuracies=len(self.forecasters) > 1)]
+            told = (words for each in far for words in record_words(each, accuracies=len(self.forecasters) > 1))
+            found += [("record", words) for words in dict.fromkeys(told)]
         parts = "its noise, the parameters, the laws' spread and their misfit"
-        return [
-            *(("with care", str(flag)) for flag in self.flags),
-            *self.loss.facts(),
-            *(("record", words) for words in dict.fromkeys(fared)),
-            ("intervals", f"{percent(CONFIDENCE)} of one new run: {parts}"),
-            *([("left out", "; ".join(map(str, self.exclusions)))] if self.exclusions else []),
-        ]
+        found.append(("intervals", f"{percent(CONFIDENCE)} of one new run: {parts}"))
+        return found + [("left out", "; ".join(map(str, self.exclusions)))] * bool(self.exclusions)
 
     def cells(self) -> list[dict[str, str]]:
         """Write a row a scale and quantity, accuracies as fractions."""
@@ -121,7 +119,7 @@ def forecast(
     fits = Cache()
     loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, cache=fits)
     heaviest = loss.curves[loss.weights.index[0]].law
-    flags = [*blind_flags(heaviest.groups, heaviest.unseen, heaviest.few)]
+    flags = [*blind_flags(heaviest.groups)]
     by = {y: loss}
     probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
     for key, probed in probes.groupby(["task", "kind"]) if len(probes) else ():
@@ -132,14 +130,14 @@ def forecast(
         except AnalysisError as error:
             flags.append(Flag(kind="not_forecast", subject=name, text=f"{name} is not forecast: {error}"))
     rows = [
-        found.predict(each).assign(at=number, quantity=name, **each)[
-            ["at", *each, "quantity", *ENDS, "distance", "rival_lo", "rival_hi"]
-        ]
+        found.predict(each).assign(at=number, quantity=name, **each)
         for number, each in enumerate(scales)
         for name, found in by.items()
     ]
+    columns = ["at", *dict.fromkeys(v for each in scales for v in each)]
+    columns += ["quantity", *ENDS, "distance", "rival_lo", "rival_hi"]
     return Forecast(
-        table=pd.concat(rows, ignore_index=True),
+        table=pd.concat(rows, ignore_index=True)[columns],
         scales=tuple(scales),
         forecasters=by,
         exclusions=loss.points.exclusions,

@@ -1,12 +1,11 @@
 """The forecast: laws weighted by how they predict the table's own larger runs, and errors that grow with distance.
 
-No law holds from the smallest run to the largest, and the upper end is where the forecast starts: so runs count in
-proportion to their compute, as in `fit(table, law, weights="compute", objective="log_lsq")`. Each law is fitted to the
-runs below a half, a quarter ... of the table's compute and predicts the others; the mean of the laws is weighted by how
-well. Its error is a sum of variances: of the noise of one run, of the parameters, of the laws about their mean, and of
-a misfit that all of them share, which grows with ln distance at the rate at which the backtests missed. Inside the
-table there is no misfit, and the others count whole, as simulated tables ask for; beyond it all four overlap. The
-constants are those that public tables speak for most, each family alike (`tests/experiments/board.py`).
+Runs count in proportion to their compute, as in `fit(table, law, weights="compute", objective="log_lsq")`. Each law is
+fitted to the runs below a half, a quarter ... of the table's compute and predicts the others; the mean of the laws is
+weighted by how well. Its error is a sum of variances: of the noise of one run, of the parameters, of the laws about
+their mean, and of a misfit that all of them share, which grows with ln distance at the rate at which the backtests
+missed. Inside the table there is no misfit; beyond it all four overlap. The constants are those that public tables
+speak for most, each family alike (`tests/experiments/board.py`).
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ class Calibration(NamedTuple):
 
 LOSSES = Calibration(known=0.53, misfit=0.43, least=0.0028)
 """On 108 cuts of 36 tables in 14 families; with a family left out: .42 to .6, .38 to .51, .002 to .0033. The lowest
-share is without a family whose only run beyond 1/3 lies 6 % off. At 1/30, 92 % are inside by table and 96 by family:
-what lies outside are mostly the same runs of one family on six corpora."""
+share is without a family whose only run beyond 1/3 lies 6 % off."""
 ACCURACIES = Calibration(known=0.53, misfit=0.2, least=0.01)
 """Calibration of error rates: known as of losses, the others on 41 cuts in 4 families, too few to leave any out."""
 
@@ -198,12 +196,8 @@ def forecaster(
 def accuracy_forecaster(
     probed: pd.DataFrame, cache: Cache, *, law: Sequence[Law | str] | str = AUTO, loss: str = "val_loss"
 ) -> Forecaster:
-    """Weigh laws of an accuracy's error rate, and links to it from the loss.
-
-    Args:
-        probed: rows of one probe on one task, as `probe_frame` gives them.
-        cache: fits for other probes of the same runs; this one leaves its own there.
-    """
+    """Weigh laws of an accuracy's error rate, and links to it from the loss, of one probe on one task (`probe_frame`);
+    fits of the same runs are taken from the cache, or left there."""
     errors = (1 - pd.to_numeric(probed["top1"], errors="coerce")).clip(lower=LEAST_ERROR)
     return weigh(table_points(probed.assign(**{"error rate": errors}), law, "error rate", loss), cache)
 
@@ -221,15 +215,13 @@ def weigh(points: Points, cache: Cache, fit: Callable[[Points, Cache], Curves] =
         below = points.compute <= points.compute.max() / times
         if _is_enough(points, below):
             known, test = points.rows(below), points.rows(~below)
-            told = [
-                (k, c.predict(test.x)[0])
-                for k, c in fit(known, cache).items()
-                if k in curves and not isinstance(c, str)
-            ]
-            off = {name: log_y - np.log(test.y) for name, log_y in told if np.isfinite(log_y).all()}
-            misses |= {times: (pd.DataFrame(off), np.log(known.distance({**test.x, "C": test.compute})))} if off else {}
-    errors = {times: _rms(off) for times, (off, _) in misses.items()}
-    backtests = pd.DataFrame(errors, index=list(curves), dtype=float).T
+            tried = {name: curve for name, curve in fit(known, cache).items() if not isinstance(curve, str)}
+            off = pd.DataFrame(
+                {name: tried[name].predict(test.x)[0] - np.log(test.y) for name in curves if name in tried}
+            )
+            off = off.loc[:, np.isfinite(off).all()]
+            misses |= {times: (off, np.log(known.distance({**test.x, "C": test.compute})))} if len(off.T) else {}
+    backtests = pd.DataFrame({times: _rms(off) for times, (off, _) in misses.items()}, index=[*curves], dtype=float).T
     weights = _weights(backtests)
     rates = [_rms(off @ weights[off.columns] / weights[off.columns].sum()) / _rms(far) for off, far in misses.values()]
     largest = {v: values[[np.argmax(points.compute)]] for v, values in points.x.items()}
@@ -252,11 +244,8 @@ def _is_enough(points: Points, below: Array) -> bool:
 
 
 def _weights(backtests: pd.DataFrame) -> pd.Series:
-    """Weigh curves by the median of their errors in backtests; all alike without any.
-
-    The median, for the lowest cuts leave too little for laws with many parameters. A curve that a cut could not test
-    counts there as the worst. Few cuts tell little, so the power grows with their number n as n / (n + 1).
-    """
+    """Weigh curves by the median of their errors in backtests; all alike without any. A curve that a cut could not
+    test counts there as the worst. Few cuts tell little, so the power grows with their number n as n / (n + 1)."""
     num_cuts = len(backtests)
     errors = backtests.T.fillna(backtests.max(axis=1)).median(axis=1) if num_cuts else pd.Series(1.0, backtests.columns)
     least = max(FLOOR * errors.min(), 1e-12)

@@ -1,22 +1,21 @@
 """The trajectory of a run, forecast from the finished runs of its sweep: its loss at each point while it trains.
 
 At a point of training (images seen, before or after a decay) every run of a sweep has the same schedule behind it, and
-what they have in common there is taken as it is, without a law: plateaus, spikes of the data, rates, decays. Only the
-ratio to the next smaller size follows a law: ln L = level(point) + a(images) N^-alpha, where a is a power of the images
-seen. So budgets and trajectory agree. The errors are the core's: those that all points of a run share, and those of
-single points. Points where runs scatter more, as on a first plateau, count less and have a wider band.
+what they have in common there needs no law: plateaus, spikes of the data, decays. Only the ratio between sizes follows
+one: ln L = level(point) + a(images) N^-alpha, where a changes with ln images. The errors are the core's: those that all
+points of a run share, and those of single points. Points where runs scatter more count less and have a wider band.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
 from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import Components, Design, components_of, half_width, linear_design
+from aimscale.analysis.fitting.covariance import components_of, half_width, linear_design
 from aimscale.analysis.fitting.groups import Groups, indicators
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.laws.base import Array
@@ -101,16 +100,21 @@ def trajectory(curves: pd.DataFrame, num_params: float) -> Trajectory:
     is_own = len(rows) > 0 and num_params <= np.exp(log_n[-1]) * (1 + SAME_SIZE)
     if rows.empty or not (sizes[-1] or is_own):
         raise AnalysisError("No two smaller sizes have finished, nor two other runs of this one, to forecast it from.")
-    if len(rows) < len(rows[["images_seen", "is_budget"]].drop_duplicates()) + SPARE_POINTS:
+    grouped = rows.groupby(["is_budget", "images_seen"])
+    if len(rows) < grouped.ngroups + SPARE_POINTS:
         raise AnalysisError("The finished runs share too few points to tell how runs scatter.")
-    fitted = _fit(rows, log_n, sizes)
-    table = fitted.predict(0.0 if is_own else float(np.log(num_params) - log_n[-1]))
+    places, log_loss = grouped.size().index.to_frame(index=False), np.log(rows["val_loss"].to_numpy(float))
+    at = np.log(places["images_seen"].to_numpy(float))
+    runs, beyond = rows.groupby("run_id").ngroup().to_numpy(), 0.0 if is_own else float(np.log(num_params) - log_n[-1])
+    exponent, table = _forecast(
+        log_loss, log_n - log_n[-1], grouped.ngroup().to_numpy(), at - at.mean(), runs, beyond, sizes[-1] > 1
+    )
     return Trajectory(
-        table=table.sort_values(["is_budget", "images_seen"], ignore_index=True),
+        table=places.join(table).sort_values(["is_budget", "images_seen"], ignore_index=True),
         num_params=num_params,
         sizes=tuple(rows["params_total"].groupby(sizes).mean()),
         num_runs=rows["run_id"].nunique(),
-        exponent=fitted.exponent,
+        exponent=exponent,
         curves=rows,
     )
 
@@ -122,120 +126,93 @@ def run_points(curves: pd.DataFrame, budgets: pd.DataFrame) -> pd.DataFrame:
     return rows.dropna(subset=["params_total", "images_seen", "val_loss"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Fit:
-    """Levels of the points and the ratio between sizes, fitted to ln losses."""
+def _forecast(
+    y: Array, log_n: Array, codes: Array, at: Array, runs: Array, beyond: float, tells_exponent: bool
+) -> tuple[float, pd.DataFrame]:
+    """Fit the levels of the places and the ratio between sizes to ln losses, and forecast a run at every place.
 
-    places: pd.DataFrame
-    """images_seen and is_budget of each point (places)."""
-    at: Array
-    """ln images (places,), about their mean."""
-    scatter: Array
-    """Standard deviation (places,) of single losses about the law."""
-    exponent: float
-    params: Array
-    """Levels (places,), then the ratio at the mean point, and its change with ln images."""
-    design: Design
-    components: Components
-    """Errors in units of the scatter, the prior of the exponent as one more point."""
-    groups: Groups
+    Args:
+        y: ln losses (n,).
+        log_n: ln N (n,) beyond the largest size.
+        codes: number of each point's place (n,).
+        at: ln images of each place, about their mean.
+        runs: number of each point's run (n,).
+        beyond: ln N of the run to forecast, beyond the largest size.
+        tells_exponent: whether there are sizes enough to tell the exponent.
 
-    def predict(self, beyond: float) -> pd.DataFrame:
-        """Forecast a run whose size lies so far beyond the largest, in ln N."""
-        num = len(self.places)
-        gradient = np.column_stack([np.eye(num), _ratio_columns(np.full(num, beyond), self.at, self.exponent)])
-        log_loss = gradient @ self.params
-        slope = _exponent_slope(np.full(num, beyond), self.at, self.exponent, self.params[num:])
-        contrasts = np.column_stack([gradient, slope]) @ self.design.inverse
-        kinds = {name: contrasts @ indicators(codes) for name, codes in self.groups.items()}
-        sds = self.components.shared
-        law = sum((sds[name] ** 2 * np.sum(each**2, axis=1) for name, each in kinds.items()), np.zeros(num))
-        law += self.components.point**2 * np.sum(contrasts**2, axis=1) + (MISFIT * beyond) ** 2
-        parts = {
-            "law": np.sqrt(law),
-            "run": np.sqrt(sum(sd**2 for sd in sds.values())) * self.scatter,
-            "noise": self.components.point * self.scatter,
-        }
-        sd = np.sqrt(sum(each**2 for each in parts.values()))
-        half = half_width(sd, np.full(num, DOF), CONFIDENCE)
-        ends = {"loss": np.exp(log_loss), "low": np.exp(log_loss - half), "high": np.exp(log_loss + half)}
-        return self.places.assign(**ends, sd=sd, **parts)
+    Returns:
+        The exponent of N, and the columns of `Trajectory.table`.
+    """
+    num, num_runs = len(at), int(runs.max()) + 1
+    exponent, ratio, residual, scatter, weights = _fit(y, log_n, codes, at, tells_exponent)
+
+    def jacobian(levels: Array, log_n: Array, at: Array) -> Array:
+        slope = -log_n * np.exp(-exponent * log_n) * (ratio[0] + ratio[1] * at)
+        return np.column_stack([levels, _ratio_columns(log_n, at, exponent), slope])
+
+    # the prior of the exponent is one more point, of a run of its own
+    rows = jacobian(indicators(codes).toarray(), log_n, at[codes]) / scatter[codes, None]
+    prior = np.append(np.zeros(num + 2), 1 / EXPONENT_SD)
+    design = linear_design(np.vstack([rows, prior]), np.append(weights * scatter[codes] ** 2, num))
+    groups = Groups({"runs": np.append(runs, num_runs)})
+    errors = components_of(design, np.append(residual / scatter[codes], (exponent - EXPONENT) / EXPONENT_SD), groups)
+    # few runs hardly tell the error that the points of a run share: it is drawn towards what is usual
+    degrees, usual = max(0, num_runs - 2), (SHARED * errors.point) ** 2
+    shared = (degrees * errors.shared["runs"] ** 2 + SHARED_RUNS * usual) / (degrees + SHARED_RUNS)
+    errors = replace(errors, shared={"runs": float(np.sqrt(shared))})
+    there = jacobian(np.eye(num), np.full(num, beyond), at)
+    levels = y - _ratio_columns(log_n, at[codes], exponent) @ ratio
+    levels = np.bincount(codes, weights * levels) / np.bincount(codes, weights)
+    log_loss = there[:, :-1] @ np.concatenate([levels, ratio])
+    law = errors.variance_of(there @ design.inverse, groups) + (MISFIT * beyond) ** 2
+    parts = {"law": np.sqrt(law), "run": errors.shared["runs"] * scatter, "noise": errors.point * scatter}
+    sd = np.sqrt(sum(each**2 for each in parts.values()))
+    half = half_width(sd, np.full(num, DOF), CONFIDENCE)
+    ends = {"loss": np.exp(log_loss), "low": np.exp(log_loss - half), "high": np.exp(log_loss + half)}
+    return exponent, pd.DataFrame({**ends, "sd": sd, **parts})
 
 
 def _ratio_columns(log_n: Array, at: Array, exponent: float) -> Array:
-    """Return the derivatives (n, 2) of the ratio to the largest size at ln N beyond it (n,) and ln images (n,)."""
+    """Return the derivatives (n, 2) of the ratio to the largest size by its value at the mean place and its slope."""
     ratio = np.expm1(-exponent * log_n)
     return np.column_stack([ratio, ratio * at])
 
 
-def _exponent_slope(log_n: Array, at: Array, exponent: float, params: Array) -> Array:
-    """Return the derivative (n,) of the ratio by the exponent."""
-    return -log_n * np.exp(-exponent * log_n) * (params[0] + params[1] * at)
+def _fit(
+    y: Array, log_n: Array, codes: Array, at: Array, tells_exponent: bool
+) -> tuple[float, Array, Array, Array, Array]:
+    """Fit by weighted least squares; points that scatter more count less, outliers less still.
 
-
-def _fit(rows: pd.DataFrame, log_n: Array, sizes: Array) -> _Fit:
-    """Fit by weighted least squares; points that scatter more count less, outliers less still."""
-    grouped = rows.groupby(["is_budget", "images_seen"])
-    codes, places = grouped.ngroup().to_numpy(), grouped.size().index.to_frame(index=False)
-    y, beyond = np.log(rows["val_loss"].to_numpy(float)), log_n - log_n[-1]
-    where = np.log(places["images_seen"].to_numpy(float))
-    where -= where.mean()
-    at, num, weights = where[codes], len(places), np.ones(len(y))
+    Returns:
+        Exponent, coefficients of the ratio (2,), residuals (n,), scatter of single losses (places,) and weights (n,).
+    """
+    weights, prior = np.ones(len(y)), ((EXPONENTS - EXPONENT) / EXPONENT_SD) ** 2
     for _ in range(ROUNDS):
-        tried = [_regress(y, codes, _ratio_columns(beyond, at, each), weights) for each in EXPONENTS]
-        errors = np.array([error for error, _, _ in tried])
-        prior = ((EXPONENTS - EXPONENT) / EXPONENT_SD) ** 2
+        tried = [_regress(y, codes, _ratio_columns(log_n, at[codes], each), weights) for each in EXPONENTS]
+        errors = np.array([np.sum(weights * residual**2) for _, residual in tried])
         # the points of a run tell little more of the exponent than one does
-        spread = errors.min() / max(1, len(y) - num - 2)
-        best = int(np.argmin(errors + (spread * num * prior if sizes[-1] > 1 else 1e9 * prior)))
-        _, ratio, residual = tried[best]
-        scatter = _scatter(residual, codes, where)
+        spread = errors.min() / max(1, len(y) - len(at) - 2)
+        best = int(np.argmin(errors + (spread * len(at) if tells_exponent else 1e9) * prior))
+        ratio, residual = tried[best]
+        scatter = _scatter(residual, codes, at)
         weights = np.minimum(1.0, HUBER * scatter[codes] / np.maximum(np.abs(residual), 1e-12)) / scatter[codes] ** 2
-    exponent = float(EXPONENTS[best])
-    columns = _ratio_columns(beyond, at, exponent)
-    levels = np.bincount(codes, weights * (y - columns @ ratio)) / np.bincount(codes, weights)
-    jacobian = np.column_stack([indicators(codes).toarray(), columns, _exponent_slope(beyond, at, exponent, ratio)])
-    prior_row = np.append(np.zeros(num + 2), 1 / EXPONENT_SD)
-    design = linear_design(
-        np.vstack([jacobian / scatter[codes, None], prior_row]), np.append(weights * scatter[codes] ** 2, num)
-    )
-    groups = Groups({"runs": np.append(rows.groupby("run_id").ngroup(), rows["run_id"].nunique())})
-    found = components_of(design, np.append(residual / scatter[codes], (exponent - EXPONENT) / EXPONENT_SD), groups)
-    return _Fit(
-        places=places,
-        at=where,
-        scatter=scatter,
-        exponent=exponent,
-        params=np.concatenate([levels, ratio]),
-        design=design,
-        components=_with_prior(found, rows["run_id"].nunique() - 2),
-        groups=groups,
-    )
+    return float(EXPONENTS[best]), ratio, residual, scatter, weights
 
 
-def _with_prior(found: Components, degrees: int) -> Components:
-    """Draw the error that the points of a run share towards what is usual: few runs hardly tell it."""
-    degrees, usual = max(0, degrees), (SHARED * found.point) ** 2
-    own = found.shared["runs"] ** 2
-    shared = (degrees * own + SHARED_RUNS * usual) / (degrees + SHARED_RUNS)
-    return Components(shared={"runs": float(np.sqrt(shared))}, point=found.point, degrees=found.degrees)
-
-
-def _regress(y: Array, codes: Array, columns: Array, weights: Array) -> tuple[float, Array, Array]:
-    """Regress y on columns and a level at each place; returns the sum of squares, coefficients and residuals."""
+def _regress(y: Array, codes: Array, columns: Array, weights: Array) -> tuple[Array, Array]:
+    """Regress y on columns and a level at each place; returns the coefficients of the columns, and residuals."""
     both = np.column_stack([y, columns])
     sums = np.stack([np.bincount(codes, weights * each) for each in both.T], axis=1)
     both = both - (sums / np.bincount(codes, weights)[:, None])[codes]
     root = np.sqrt(weights)
     found = np.linalg.lstsq(both[:, 1:] * root[:, None], both[:, 0] * root, rcond=None)[0]
-    residual = both[:, 0] - both[:, 1:] @ found
-    return float(np.sum(weights * residual**2)), found, residual
+    return found, both[:, 0] - both[:, 1:] @ found
 
 
-def _scatter(residual: Array, codes: Array, where: Array) -> Array:
+def _scatter(residual: Array, codes: Array, at: Array) -> Array:
     """Return the standard deviation of single losses (places,), averaged over neighbours, outliers drawn in."""
     usual = np.median(np.abs(residual)) / 0.6745
     squares = np.bincount(codes, np.minimum(np.abs(residual), 3 * usual) ** 2)
-    near = np.exp(-0.5 * ((where[:, None] - where) / WIDTH) ** 2)
+    near = np.exp(-0.5 * ((at[:, None] - at) / WIDTH) ** 2)
     degrees = near @ np.maximum(np.bincount(codes) - 1, 0)
     return np.sqrt(np.maximum(near @ squares, 1e-12) / np.maximum(degrees, 1.0))

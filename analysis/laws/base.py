@@ -1,8 +1,7 @@
 """A scaling law as a small object: `y = sum_j c_j g_j(x; t)`, linear in the coefficients c, non-linear in t.
 
-Every form in use is linear in some of its parameters once the others are fixed, and that is what makes a global
-optimum cheap (`analysis.fitting.problem`). A new law is ten lines (docs/extending.md): names, bounds, and the basis
-functions g_j in numpy, of real and complex parameters: gradients are taken by the complex step, exact to rounding.
+Linearity in c makes a global optimum cheap (`analysis.fitting.problem`). A new law is ten lines (docs/extending.md):
+names, bounds, and the g_j in numpy, of real and complex parameters: gradients are taken by the complex step.
 """
 
 from __future__ import annotations

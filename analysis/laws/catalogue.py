@@ -1,8 +1,8 @@
 """The catalogue of scaling laws: N parameters, D samples seen, U unique samples, C training FLOPs, L loss, x any scale.
 
-Each is an `analysis.laws.base.Law`; `LAWS` lists them by the name that `aimscale fit --law` takes. Those whose terms
-multiply are written over the data's geometric means (N0, D0, U0); `report` turns their parameters into the formula's.
-All functions are at module level, so that laws and fits can be pickled.
+`LAWS` lists them by the name that `aimscale fit --law` takes. Those whose terms multiply are written over the data's
+geometric means (N0, D0, U0); `report` turns their parameters into the formula's. All functions are at module level, so
+that laws and fits can be pickled.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from aimscale.analysis.words import did_you_mean
 Terms = tuple[Array | float, ...]
 
 MOST_PENALTY = 100.0
-"""Largest penalty for repeats at the table's mean N/U, in units of the loss. A finite end keeps the fit from measuring
-it at the table's mean scale, where often nothing is repeated and it is zero."""
+"""Largest penalty for repeats at the table's mean N/U; a finite end keeps the fit from scaling it by the penalty at the
+mean scale, where often nothing is repeated and it is zero."""
 
 
 def _power(v: Columns, t: Params, *, x: str, offset: bool) -> Terms:
@@ -191,10 +191,8 @@ def _loss_rates(x: Columns) -> Bounds:
 
 
 def _sigmoid(x: Columns, t: Params) -> Terms:
-    """Return 1 / (1 + e^z), also of complex z (for the complex step) and of large z."""
-    z = t["k"] * (x["L"] - t["L0"])
-    is_large = np.real(z) > 30
-    return 1.0, np.exp(-np.where(is_large, z, np.log1p(np.exp(np.where(is_large, 0, z)))))
+    with np.errstate(over="ignore"):
+        return 1.0, 1 / (1 + np.exp(t["k"] * (x["L"] - t["L0"])))
 
 
 def _sigmoid_report(p: Params) -> dict[str, Array]:

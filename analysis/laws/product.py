@@ -10,8 +10,6 @@ from aimscale.analysis.laws.base import Array, Columns, Law, Parameter, Params, 
 
 STEEPEST = 4.0
 """Exponents are searched between minus this and this."""
-
-
 EXPONENTS = {"N": "a", "D": "b"}
 """Variable -> its exponent."""
 

@@ -138,7 +138,7 @@ class Proposal(Result):
         before, after = map(percent, (self.sd_before, self.sd_after))
         low, high, least, most = (human(v, 4) for v in (*self.interval, *self.rivals))
         return [
-            *(("with care", each) for each in flag_words(self.flags)),
+            *(("caution", each) for each in flag_words(self.flags)),
             ("target", f"{scale_words(self.target)}, {human(self.distance)} times beyond the table"),
             ("runs", f"{len(self.table)}, for {human(self.price)} of {human(self.budget)} {self.unit}"),
             ("standard deviation", f"{before} of the forecast now, {after} with these runs"),

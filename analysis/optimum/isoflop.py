@@ -1,8 +1,7 @@
 """Approach 2: the best size of every budget that sizes share, and a line through these.
 
-At each budget a least-squares parabola in ln N goes through the losses near the lowest. Intervals assume no law: they
-follow from how the line moves with each loss, and from the errors of sizes, budgets, runs and points about a cubic
-surface in ln N and ln D (quadratic with few points).
+At each budget a parabola in ln N goes through the losses near the lowest. Intervals assume no law: they follow from how
+the line moves with each loss, and from the errors about a cubic surface in ln N and ln D (quadratic with few points).
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
         have = f"{len(found)} of {len(budgets)} amounts of compute have a best size between smaller and larger ones"
         raise NoFrontier("few_minima", f"{have}, and 2 are needed", *refusals, number=len(found))
     flops, (best, losses, slopes) = np.array([*found]), map(np.array, zip(*found.values(), strict=True))
-    cost = cost_of(points)
-    through = np.linalg.pinv(np.column_stack([np.ones(len(flops)), np.log(flops)]))
+    cost, through = cost_of(points), np.linalg.pinv(np.column_stack([np.ones(len(flops)), np.log(flops)]))
     line, flags = through @ best, list[Flag]()
     covariance, degrees, method = np.full((2, 2), np.nan), 1.0, "no interval: too few points to tell errors by"
     if (surface := _surface(points, log_losses)) is not None:
@@ -124,13 +122,13 @@ def _surface(points: pd.DataFrame, log_losses: Array) -> tuple[Array, Array, flo
     if np.linalg.matrix_rank(terms) < terms.shape[1] or num < terms.shape[1] + MIN_LEFT:
         return None
     groups = groups_of(points, {v: points[v].to_numpy(float) for v in ("N", "D", "C")})
-    seen, unseen, few = visible_groups(groups, terms)
+    seen = visible_groups(groups, terms)
     values = terms @ np.linalg.lstsq(terms, log_losses, rcond=None)[0]
     errors = components_of(linear_design(terms, np.ones(num)), log_losses - values, seen)
     covariance, known = errors.covariance(seen, num), known_errors(points, "loss")
     if known is not None:
         covariance = covariance + known.loadings @ known.loadings.T
-    return values, covariance, errors.degrees, [*blind_flags(seen, unseen, few)]
+    return values, covariance, errors.degrees, [*blind_flags(seen)]
 
 
 def shared_budgets(points: pd.DataFrame) -> pd.Series:
@@ -140,12 +138,8 @@ def shared_budgets(points: pd.DataFrame) -> pd.Series:
 
 
 def isoflop_budgets(points: pd.DataFrame) -> pd.Series | None:
-    """Find the budget of every row where runs were planned by budgets of compute; None for any other design.
-
-    Few distinct C with several N each: three quarters of the rows belong to budgets of three sizes or more, of which
-    there are at least two; and there are fewer budgets than distinct D (in a grid of sizes and data, rows of equal C
-    lie on its diagonals, and D takes fewer values).
-    """
+    """Find the budget of every row where runs were planned by budgets of compute; None for any other design, such as a
+    grid of sizes and data, where rows of equal C lie on the diagonals and D takes fewer values than C."""
     found = shared_budgets(points)
     num_sizes = points["N"].groupby(found).nunique()
     shared = num_sizes.index[num_sizes >= ISOFLOP_SIZES]
@@ -155,8 +149,7 @@ def isoflop_budgets(points: pd.DataFrame) -> pd.Series | None:
 
 
 def with_budgets(df: pd.DataFrame, y: str, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Give every row of a table of iso-FLOP design its budget as its C, by which it is held out; return others as they
-    are."""
+    """Give every row of a table of iso-FLOP design its budget as its C; return other tables as they are."""
     try:
         found = isoflop_budgets(points_of(df, y, columns))
     except AnalysisError:  # no C, or nothing usable: no such design

@@ -58,10 +58,8 @@ def law_optimum(flops: Array, *, fit: Fit, where: Callable[..., Array]) -> tuple
 
 
 def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
-    """Draw the frontier of approach 3: the minimum of a law of N and D (of C too, and of U = D) on C = kappa N^(1+s) D.
-
-    The exponent of a frontier that is no power of C is the mean one over the table's range of C.
-    """
+    """Draw the frontier of approach 3: the minimum of a law of N and D (of C too, and of U = D) on C = kappa N^(1+s) D;
+    its exponent is the mean one over the table's range of C."""
     form = law.law if isinstance(law, Fit) else law
     name, variables = form.name, ", ".join(form.variables)
     if not {"N", "D"} <= {*form.variables}:

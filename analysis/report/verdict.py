@@ -7,10 +7,9 @@ from typing import Literal, NamedTuple
 
 from aimscale.analysis.effects.plateau import first_budget_past_plateau
 from aimscale.analysis.fitting.covariance import half_width
-from aimscale.analysis.fitting.extrapolation import EXPONENTS, held_out_cautions
 from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.inference import CONFIDENCE
-from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.fitting.result import EXPONENTS, Fit, held_out_cautions
 from aimscale.analysis.forecasts.forecaster import DOF, Forecaster
 from aimscale.analysis.optimum.approaches import Approaches
 from aimscale.analysis.report.study import Study

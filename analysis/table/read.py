@@ -24,6 +24,8 @@ from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION
 from aimscale.analysis.table.select import select
 
 _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")  # formulas may have commas of their own
+_NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
+"""Whole numbers of a formula (the group), and the names that hold digits: powers of integers have no end."""
 MAX_BYTES = 10**9  # a table is held in memory, and several times over
 
 
@@ -205,8 +207,9 @@ def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path
     for name in [name for name in known if str(name) in formula and not pd.api.types.is_bool_dtype(known[name])]:
         numbers = to_numbers(known[name]).astype(float)
         known[name] = numbers if numbers.notna().any() else known[name]
+    as_floats = _NUMBER.sub(lambda found: f"{found[1]}.0" if found[1] else found[0], formula)
     try:
-        found = known.eval(formula, engine="python", local_dict={}, global_dict={})
+        found = known.eval(as_floats, engine="python", local_dict={}, global_dict={})
         if isinstance(found, pd.DataFrame):
             raise ValueError("it has a '='")
         return pd.Series(found, index=theirs.index)

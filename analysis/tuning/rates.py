@@ -14,6 +14,7 @@ from aimscale.analysis.laws.product import product
 from aimscale.analysis.table.design import design_columns
 from aimscale.analysis.table.names import names_of, no_column, our_name, their_name
 from aimscale.analysis.table.points import complete, usable_rows
+from aimscale.analysis.table.select import spaced
 from aimscale.analysis.tuning.result import BY_LAW, EDGE, NO_MINIMUM, OPTIMUM, UNKNOWN, Rates, scale_of
 from aimscale.analysis.tuning.surface import MIN_VALUES, Surface, fit_surface, is_tuned, near_minimum
 
@@ -21,6 +22,8 @@ SAME_VALUE = 1e-9
 """Optima whose logarithms differ by less are one number, through which a power law has no error to tell."""
 WIDEST = 1e30
 """Factor that sizes and data span at most."""
+MOST_CELLS = 200
+"""Cells that have an optimum of their own, evenly over all that have rates enough; others are judged by the law."""
 
 
 def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: str | None = None) -> Rates:
@@ -116,6 +119,7 @@ def _surface(log_loss: Array, cells: Array, settings: Array, table: pd.DataFrame
     keep = is_tuned(cells, settings)[cells]
     keep[keep] = near_minimum(log_loss[keep], np.unique(cells[keep], return_inverse=True)[1], settings[keep])
     tuned = np.flatnonzero(is_tuned(np.where(keep, cells, cells.max() + 1), settings)[: len(table)])
+    tuned = tuned[spaced(len(tuned), MOST_CELLS)]
     keep &= np.isin(cells, tuned)
     if not len(tuned):
         raise AnalysisError(

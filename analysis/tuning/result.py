@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,11 +69,6 @@ class Rates(Result):
         return tuple(name for name in SETTING_WORDS if name in self.columns)
 
     @property
-    def scale(self) -> Array:
-        """1 and the centred ln N and ln D of the cells (cells, q), those that vary."""
-        return scale_of(self.table)
-
-    @property
     def flags(self) -> tuple[Flag, ...]:
         """Cells whose optimum was not found."""
         out = list[Flag]()
@@ -108,13 +103,6 @@ class Rates(Result):
         ]
         return f"best {SETTING_WORDS[name]} {' '.join(['~', *powers])}"
 
-    def _transfer_words(self) -> Iterator[str]:
-        """Say whether the best factor on a recipe's rate is the same at every size, as muP claims."""
-        if self.columns["lr"] == MULTIPLIER and "lr" in self.laws and "a" in self.laws["lr"].intervals:
-            ends = self.laws["lr"].intervals["a"]
-            held = "not refuted" if ends.low <= 0 <= ends.high else "refuted"
-            yield f"that the recipe's rate suits every size alike (exponent of N 0) is {held}: {ends.words()}"
-
     def advice(self, target: Mapping[str, float]) -> str:
         """Say the best settings at a target, and at which further sizes and data rates would tell them best."""
         if lost := [v for v in ("N", "D") if v not in target]:
@@ -133,10 +121,8 @@ class Rates(Result):
                 before, after = estimate.error_after(there, here, estimate.components.total)
                 nearly = new.assign(error=after)[before - after >= MOST * (before - after).max()]
                 best = nearly.loc[(nearly["N"] * nearly["D"]).idxmin()]
-                words += (
-                    f"; {MIN_VALUES} values of it at {_scale_words(best)} tell most for their compute: its standard "
-                )
-                words += f"error falls from {percent(before)} to {percent(best['error'])}"
+                words += f"; {MIN_VALUES} values of it at {_scale_words(best)} tell most for their compute: "
+                words += f"its standard error falls from {percent(before)} to {percent(best['error'])}"
             parts.append(words)
         return "; ".join(parts) or "not known: no law of the best settings"
 
@@ -152,7 +138,7 @@ class Rates(Result):
         for name, law in self.laws.items():
             own, at = law.estimate.params, {v: round(law.law.constants[f"{v}0"]) for v in law.law.variables}
             powers = {v: own[EXPONENTS[v]] for v in at}
-            value = float(np.exp(law.estimate.value_at({v: np.array([float(at[v])]) for v in at})[0]))
+            value = float(np.exp(law.estimate.value_of(law.estimate.law_at(at))[0]))
             keys = {"coefficient": f"{value:.6g}", **{v: f"{power:.4g}" for v, power in powers.items()}}
             keys["at"] = f"{{{', '.join(f'{v}: {number}' for v, number in at.items())}}}"
             keys["source"] = json.dumps(f"{source}: {law.num_points} best settings, {ranges}")
@@ -161,12 +147,16 @@ class Rates(Result):
 
     def facts(self) -> list[tuple[str, str]]:
         """Return cautions, the verdict and the laws."""
-        found = [("with care", text) for text in flag_words(self.flags)]
+        found = [("caution", text) for text in flag_words(self.flags)]
         found.append(("tuning", self.verdict()))
         found += [("law", self._law_words(name)) for name in self.laws]
         if not self.laws:
             found.append(("law", "none: too few best settings lie inside those that were tried, or all are the same"))
-        found += [("transfer", text) for text in self._transfer_words()]
+        if self.columns["lr"] == MULTIPLIER and "lr" in self.laws and "a" in self.laws["lr"].intervals:  # muP's claim
+            ends = self.laws["lr"].intervals["a"]
+            held = "not refuted" if ends.low <= 0 <= ends.high else "refuted"
+            text = f"that the recipe's rate suits every size alike (exponent of N 0) is {held}: {ends.words()}"
+            found.append(("transfer", text))
         scatter = f"{percent(self.surface.noise)} about parabolas with {self.surface.degrees} degrees of freedom"
         found.append(("scatter", scatter))
         return found + [("left out", "; ".join(map(str, self.exclusions)))] * bool(self.exclusions)

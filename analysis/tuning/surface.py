@@ -1,8 +1,7 @@
 """Loss against tuned settings near its minimum: a parabola per cell of equal size and data.
 
-Near its minimum the logarithm of the loss is a quadratic function of the logarithms of learning rate and batch. Every
-cell has a level and a place of its own; curvature varies slowly, linearly in ln N and ln D over all cells, so that
-three rates a cell are enough.
+There ln loss is quadratic in the logarithms of learning rate and batch. Every cell has a level and a place of its own;
+curvature is linear in ln N and ln D over all cells, so that three rates a cell are enough.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.laws.base import Array
 
 WINDOW = 0.01
-"""Losses within this fraction of a cell's lowest are taken for a parabola: on Step Law's 1,730 dense runs a window of
-0.03 calls the best of 100 settings .25 to .5 % worse than the optimum, one of 0.01 .02 to .15 %."""
+"""Losses within this fraction of a cell's lowest are taken for a parabola: on Step Law's runs one of 0.03 calls the
+best of 100 settings .25 to .5 % worse than the optimum, one of 0.01 .02 to .15 %."""
 MIN_ROWS = 8
 """Rows of the lowest losses that count for two settings, whose parabola has six coefficients."""
 MIN_VALUES = 3
 """Different values of a setting that show a cell's minimum."""
 STEP = 1e-6
 """Step of numerical derivatives, relative to a coefficient's standard error: everything is nearly linear in that."""
-SINGULAR = 1e-12
-"""Share of the largest eigenvalue below which one is nil."""
+SINGULAR = 1e-6
+"""Share of the largest singular value below which one is nil."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +152,7 @@ def is_tuned(cell: Array, settings: Array) -> Array:
 
 
 def fit_surface(log_loss: Array, cell: Array, settings: Array, scale: Array) -> Surface:
-    """Fit the surface by least squares to rows near the minima, each cell's own coefficients eliminated.
+    """Fit the surface by least squares to rows near the minima.
 
     Args:
         log_loss: ln loss (n,).
@@ -161,41 +160,26 @@ def fit_surface(log_loss: Array, cell: Array, settings: Array, scale: Array) -> 
         settings: logarithms (n, p).
         scale: rows (cells, q) of what curvature depends on, its first column ones.
     """
-    order = np.lexsort((log_loss, cell))
-    log_loss, cell, settings = log_loss[order], cell[order], settings[order]
-    first = np.searchsorted(cell, np.arange(len(scale)))  # the row of each cell's lowest loss
-    s, y, own = settings - settings[first][cell], log_loss - log_loss[first][cell], 1 + settings.shape[1]
+    num, own, rows = len(scale), 1 + settings.shape[1], np.arange(len(cell))
+    lowest = pd.Series(log_loss).groupby(cell).idxmin().to_numpy()
+    s, y = settings - settings[lowest][cell], log_loss - log_loss[lowest][cell]
+    of_cells = np.zeros((len(s), num, own))
+    of_cells[rows, cell] = np.column_stack([np.ones(len(s)), s])
     squares = [scale[cell] * (s[:, i] * s[:, j] / (2 if i == j else 1))[:, None] for i, j in _pairs(own - 1)]
-    x = np.column_stack([np.ones(len(s)), s, *squares])
-    rows = np.column_stack([x, y])
-    grams = np.add.reduceat(rows[:, :, None] * rows[:, None], first)
-    inverse, rank = _inverse(grams[:, :own, :own])
-    taken = inverse @ grams[:, :own, own:]  # what a cell's own coefficients take of the squares and of the loss
-    left = np.sum(grams[:, own:, own:] - np.swapaxes(grams[:, :own, own:], 1, 2) @ taken, axis=0)
-    (common,), (common_rank,) = _inverse(left[None, :-1, :-1])
-    curvature = np.broadcast_to(common @ left[:-1, -1], (len(scale), len(common)))
-    coefficients = np.column_stack([taken[:, :, -1] - np.sum(taken[:, :, :-1] * curvature[:, None], axis=2), curvature])
-    degrees = len(s) - int(rank.sum() + common_rank)
-    variance = float(np.sum((y - np.sum(x * coefficients[cell], axis=1)) ** 2)) / max(degrees, 1)
-    moved = np.concatenate(
-        [-taken[:, :, :-1], np.broadcast_to(np.eye(len(common)), (len(scale), *common.shape))], axis=1
-    )
-    covariance = moved @ common @ np.swapaxes(moved, 1, 2)
-    covariance[:, :own, :own] += inverse
-    coefficients[:, 0] += log_loss[first]
+    x = np.column_stack([of_cells.reshape(len(s), -1), *squares])
+    inverse = np.linalg.pinv(x, rcond=SINGULAR)
+    found = inverse @ y
+    degrees = len(s) - int(np.linalg.matrix_rank(x, tol=SINGULAR * np.linalg.norm(x, 2)))
+    variance = float(np.sum((y - x @ found) ** 2)) / max(degrees, 1)
+    common = np.tile(np.arange(num * own, x.shape[1]), (num, 1))
+    which = np.column_stack([np.arange(num * own).reshape(num, own), common])  # the coefficients of each cell
+    coefficients, moved = found[which], inverse[which]
+    coefficients[:, 0] += log_loss[lowest]
     return Surface(
-        origin=settings[first],
+        origin=settings[lowest],
         scale=scale,
         coefficients=coefficients,
-        covariance=variance * covariance,
+        covariance=variance * moved @ np.swapaxes(moved, 1, 2),
         degrees=degrees,
         noise=float(np.sqrt(variance)),
     )
-
-
-def _inverse(grams: Array) -> tuple[Array, Array]:
-    """Return the pseudo-inverses of Gram matrices (cells, m, m), and their ranks (cells,)."""
-    size = np.sqrt(np.maximum(np.diagonal(grams, axis1=1, axis2=2), 1e-300))
-    size = size[:, :, None] * size[:, None]
-    rank = np.linalg.matrix_rank(grams / size, hermitian=True, tol=SINGULAR)
-    return np.linalg.pinv(grams / size, rcond=SINGULAR, hermitian=True) / size, rank

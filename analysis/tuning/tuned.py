@@ -11,7 +11,7 @@ from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.design import FOLLOWS, tuned_columns, varies
 from aimscale.analysis.table.names import Exclusion, left_out_of, our_name, remember, their_name
 from aimscale.analysis.tuning.rates import rates
-from aimscale.analysis.tuning.result import NOT_TOLD, ONE_RATE, OPTIMUM, Rates
+from aimscale.analysis.tuning.result import NOT_TOLD, ONE_RATE, OPTIMUM, Rates, scale_of
 from aimscale.analysis.words import percent, some
 
 
@@ -21,8 +21,8 @@ def tuned(
     """Correct the losses of a table to those of runs at their best settings, for laws to be fitted to.
 
     Of each cell of one N and D the rows at its best setting are kept. A cell with an optimum of its own gets the lowest
-    loss of its parabola; others their loss less what they lost by the law of the best settings. The law's error, which
-    these have in common, stays with the rows: intervals of whatever is fitted to them count it.
+    loss of its parabola; others their loss less what they lost by the law of the best settings, whose error stays with
+    the rows: intervals of whatever is fitted to them count it.
 
     Args:
         df: one row per run and budget.
@@ -61,11 +61,7 @@ def tuned(
 
 
 def tuned_where_known(df: pd.DataFrame, y: str = "val_loss") -> tuple[pd.DataFrame, str, Rates | None]:
-    """Correct the losses of a table where its rates allow, and say how well its largest size is tuned.
-
-    Returns:
-        The table, corrected or as it was; the words; and the rates.
-    """
+    """Correct losses where rates allow; return the table, words on how well its largest size is tuned, and rates."""
     found = None
     try:
         found = rates(df, y=y)
@@ -82,18 +78,14 @@ def _refuse_unknown(df: pd.DataFrame, found: Rates) -> None:
     """Raise where a cell's loss at its best setting is not known."""
     rows, columns = df.loc[found.data.index], [our_name(df, found.columns[name]) for name in found.settings]
     follow = {*columns, *(other for name in columns for other in FOLLOWS.get(name, ()))}
-    others = [
-        name for name in tuned_columns(rows, used=follow) if rows.groupby(found.data["cell"])[name].agg(varies).any()
-    ]
-    if others:
+    cells = rows.groupby(found.data["cell"])
+    if others := [name for name in tuned_columns(rows, used=follow) if cells[name].agg(varies).any()]:
         names = some([their_name(df, name) for name in others])
         raise AnalysisError(f"Rows of one size and budget differ in {names}, too; choose one of each first.")
     table, by_law = found.table, found.table["found"] != OPTIMUM
     if (by_law.any() and len(found.laws) < len(found.settings)) or not found.surface.has_minimum.all():
-        known = f"{int((~by_law).sum())} of {len(table)}"
-        raise AnalysisError(
-            f"The best setting is known of {known} cells only; try more rates, or leave the other sizes out."
-        )
+        known = f"The best setting is known of {int((~by_law).sum())} of {len(table)} cells only"
+        raise AnalysisError(f"{known}; try more rates, or leave the other sizes out.")
     if not (worst := table.loc[by_law, "regret_hi"].max(skipna=False)) < NOT_TOLD and by_law.any():
         raise AnalysisError(f"The law of the best settings allows losses of up to {percent(worst)}; try more rates.")
 
@@ -105,7 +97,7 @@ def _gains(found: Rates) -> tuple[Array, Array]:
     gain, errors, by_law = np.zeros(len(table)), [], (table["found"] != OPTIMUM).to_numpy()
     if not by_law.any():
         return gain, np.zeros((len(table), 0))
-    hessian = surface.curvatures(found.scale[by_law, : surface.scale.shape[1]])
+    hessian = surface.curvatures(scale_of(table)[by_law, : surface.scale.shape[1]])
     at, settings = table[by_law], found.settings
     away = np.column_stack([np.log(at[f"{name}_used"] / at[f"{name}_best"]) for name in settings])
     pull = np.einsum("nij,nj->ni", hessian, away)

@@ -1,6 +1,7 @@
 """Text of README and docs/demo.md about the demo, and its figures, from the tables that the demo left.
 
-    python docs/generate/demo.py aimscale-runs/demo    # takes its tables over, draws the figures, rewrites both pages
+    python docs/generate/demo.py aimscale-runs/demo             # takes its tables over, draws, rewrites both pages
+    python docs/generate/demo.py aimscale-runs/demo SEED1 ...   # and summarises the same sweep with other seeds
 
 The tables are kept in `docs/figures/demo/`; a test compares the pages with them. README has the first lines of the
 report itself, so the two cannot disagree.
@@ -11,73 +12,103 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from aimscale.analysis import correlate, fit, frontier, held_out, laws, plot_fit, probe_frame, read_table
+from aimscale.analysis import correlate, probe_frame, read_table
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.plots.accuracy import plot_loss_accuracy
 from aimscale.analysis.plots.style import png_bytes
 from aimscale.analysis.report.findings import findings
-from aimscale.analysis.report.study import study_tables
-from aimscale.analysis.report.verdict import verdict
+from aimscale.analysis.report.study import Study, study_tables
+from aimscale.analysis.report.verdict import HEADS, trust, verdict
 from aimscale.analysis.table.read import read_tables
 
 ROOT = Path(__file__).parents[2]
 TABLES = ROOT / "docs/figures/demo"
 FIGURES = ROOT / "docs/figures/demo.png", ROOT / "docs/figures/demo-accuracy.png"
 MARKS = "<!-- demo: written by docs/generate/demo.py -->", "<!-- demo: end -->"
-TASK = "photographs"
+SEEDS = "seeds.csv"
 
 
-def law(table: pd.DataFrame) -> Fit:
-    """Return the joint law of the demo's table."""
-    return fit(table, laws.CHINCHILLA)
+def study_of(folder: Path) -> Study:
+    """Study a demo's table as its report does."""
+    tables = [folder / "results.parquet"]
+    return study_tables(tables, read_tables(tables))
 
 
 def first_lines(folder: Path = TABLES) -> str:
     """Write README's text about a run of the demo: the report's own findings and summary, but for what to run next."""
-    tables = [folder / "results.parquet"]
-    study = study_tables(tables, read_tables(tables))
+    study = study_of(folder)
     lines = [f"- **{each.sentence}.** {each.detail}" for each in findings(study)]
     lines += [f"- **{line.question.rstrip('?')}**: {line.answer}" for line in verdict(study)[:-1]]
+    lines += ["", ranges(pd.read_csv(folder / SEEDS))]
     text = "\n".join([*lines, ""])
     return text.replace("alpha", "α").replace("beta", "β")
 
 
 def section(folder: Path = TABLES) -> str:
-    """Write the text of docs/demo.md about a run of the demo, in Markdown."""
+    """Write the text of docs/demo.md about the runs of the demo, in Markdown."""
     table = read_table(folder / "results.parquet")
-    return "\n".join([*_law(table), "", *_accuracy(table, folder), ""])
+    return "\n".join([*_seeds(pd.read_csv(folder / SEEDS)), "", *_accuracy(table, folder), ""])
 
 
-def _law(table: pd.DataFrame) -> Iterator[str]:
-    joint = law(table)
-    predicted = joint.predict({"N": table["params_total"].to_numpy(), "D": table["images_seen"].to_numpy()})["value"]
-    residual = np.median(np.abs(predicted.to_numpy() / table["val_loss"].to_numpy() - 1))
-    yield (
-        f"- **Loss follows a joint law**: L = E + A N^-α + B D^-β with α = {joint.shown('alpha', 3)}, "
-        f"β = {joint.shown('beta', 3)}, E = {joint.shown('E', 3)}."
+def ranges(seeds: pd.DataFrame) -> str:
+    """Say in a sentence what all seeds show."""
+    said = Counter(seeds["verdict"])
+    verdicts = " and ".join(f"{said[each]} times {each}" for each in HEADS.values() if said[each])
+    errors = [f"{_span(seeds[v] * 100)} % (a straight line: {_span(seeds[f'{v}_line'] * 100)} %)" for v in ("N", "D")]
+    return (
+        f"Over {len(seeds)} seeds the report answers {verdicts}; α is {_span(seeds['alpha'])}, β is "
+        f"{_span(seeds['beta'])}; left out, the largest size is predicted to {errors[0]}, the largest budget to "
+        f"{errors[1]}; loss and k-NN accuracy have r = {_span(seeds['r'])}."
     )
-    yield f"  Its {joint.num_points} points lie {100 * residual:.1f} % off it (median)."
-    model, budget = (held_out(joint, table, by=by) for by in ("N", "D"))
-    yield (
-        "- **It predicts what it has not seen**: the largest model within "
-        f"{100 * model.mean_abs_relative_error:.1f} % (a straight line in log-log: "
-        f"{100 * model.naive_mean_abs_relative_error:.1f} %), the largest budget within "
-        f"{100 * budget.mean_abs_relative_error:.1f} % ({100 * budget.naive_mean_abs_relative_error:.1f} %)."
-    )
-    if unknown := model.not_identified & {"alpha", "beta"}:
-        yield f"  Without the largest model {' and '.join(sorted(unknown))} cannot be identified."
-    exponents = [
-        f"C^{each.exponent:.2f} [{each.exponent_interval.low:.2f}, {each.exponent_interval.high:.2f}] by approach "
-        f"{each.approach}"
-        for each in frontier(table).frontiers
-    ]
-    yield f"- **The compute-optimal size grows** as {', '.join(exponents)}."
+
+
+def _span(values: pd.Series) -> str:
+    low, high = (f"{each:.2g}" for each in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def _seeds(seeds: pd.DataFrame) -> Iterator[str]:
+    """Write a row per seed, and what they have in common."""
+    heads = "seed | can it be trusted | α | β | largest size (straight line) | largest budget (same) | r | k-NN"
+    yield f"| {heads} | raw pixels |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in seeds.to_dict("records"):
+        errors = (f"{100 * row[v]:.2g} % ({100 * row[f'{v}_line']:.2g} %)" for v in ("N", "D"))
+        yield (
+            f"| {row['seed']} | {row['verdict']} | {row['alpha']:.2f} | {row['beta']:.2f} | "
+            f"{' | '.join(errors)} | {row['r']:.2f} | {100 * row['least']:.0f} to {100 * row['most']:.0f} % | "
+            f"{100 * row['pixels']:.0f} % |"
+        )
+    yield ""
+    yield ranges(seeds)
+
+
+def seed_row(folder: Path) -> dict[str, Any]:
+    """Summarise the runs of one seed: the report's judgement, its law, hold-outs and accuracies."""
+    study = study_of(folder)
+    joint: Fit = study.get("law")
+    tests = {test.variable: test for test in joint.heldout}
+    probes, *_, r = study.probes, *correlate(study.probes, methods=("pearson",))
+    pixels = probe_frame(read_table(folder / "baselines.parquet")).set_index("size")["top1"]["raw-pixels"]
+    return {
+        "seed": study.frame["seed"].iloc[0],
+        "verdict": HEADS[trust(joint, study.get("compute-optimal frontier")).colour],
+        "law": joint.law.name,
+        "alpha": joint.params["alpha"],
+        "beta": joint.params["beta"],
+        **{v: tests[v].mean_abs_relative_error for v in "ND"},
+        **{f"{v}_line": tests[v].naive_mean_abs_relative_error for v in "ND"},
+        "r": r.value,
+        "least": probes["top1"].min(),
+        "most": probes["top1"].max(),
+        "pixels": pixels,
+    }
 
 
 def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:
@@ -99,19 +130,10 @@ def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:
         yield f"| {task}, {kind} | {' | '.join([*(f'{100 * each:.0f} %' for each in top1), *told])} |"
 
 
-def _of_task(table: pd.DataFrame) -> pd.DataFrame:
-    probes = probe_frame(table)
-    return probes[probes["task"] == TASK]
-
-
-def draw(table: pd.DataFrame) -> None:
-    """README's figures: loss against parameters with the law, and the task's accuracy against loss."""
-    probes = _of_task(table)
-    probes = probes[probes["kind"] == "linear"].assign(task=f"{TASK}, linear probe")
-    pearson = correlate(probes, methods=("pearson",))
-    figures = plot_fit(law(table), x="N"), plot_loss_accuracy(probes, {probes["task"].iloc[0]: pearson})
-    for path, figure in zip(FIGURES, figures, strict=True):
-        path.write_bytes(png_bytes(figure))
+def draw(folder: Path = TABLES) -> None:
+    """Draw README's figures: loss against parameters with the law, and k-NN accuracy against loss."""
+    for path, each in zip(FIGURES, findings(study_of(folder)), strict=True):
+        path.write_bytes(png_bytes(each.draw()))
 
 
 def rewrite(page: str, text: str) -> str:
@@ -124,16 +146,18 @@ PAGES = {ROOT / "README.md": first_lines, ROOT / "docs/demo.md": section}
 """Page -> what stands between its marks."""
 
 
-def main(demo: Path) -> None:
-    """Take the tables over, draw, rewrite."""
+def main(demo: Path, others: list[Path]) -> None:
+    """Take the tables over, draw, rewrite; with others, summarise all seeds anew."""
     TABLES.mkdir(exist_ok=True)
     for name in ("results.parquet", "baselines.parquet"):
         if demo.resolve() != TABLES:
             shutil.copyfile(demo / name, TABLES / name)
-    draw(read_table(TABLES / "results.parquet"))
+    if others:
+        pd.DataFrame([seed_row(each) for each in (demo, *others)]).round(4).to_csv(TABLES / SEEDS, index=False)
+    draw()
     for page, write in PAGES.items():
         page.write_text(rewrite(page.read_text(), write()))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), [Path(each) for each in sys.argv[2:]])

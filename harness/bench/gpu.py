@@ -157,7 +157,12 @@ def _write_sweep(folder: Path, *, rehearse: bool) -> Path:
             "data": {"sources": [{"path": "data/photographs-pretrain"}], "color_jitter": True},
             "optimiser": {"batch_size": batch, "precision": "fp32" if rehearse else "bf16"},
             "schedule": {"warmup_images": budgets[0] // 4},
-            "validation": {"path": "data/validation", "num_images": 64, "num_prefixes": 1, "centre_crop": 1.0},
+            "validation": {
+                "path": "data/photographs-validation",
+                "num_images": 64,
+                "num_prefixes": 1,
+                "centre_crop": 1.0,
+            },
             "runtime": {"device": "cpu" if rehearse else "cuda", "log_every_steps": 4},
         },
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def pack(
         ),
     ] = None,
     bundled: Annotated[
-        bool, typer.Option("--bundled", help="Pack the photographs and digits that ship inside installed packages.")
+        bool, typer.Option("--bundled", help="Pack crops of the photographs that come with aimscale.")
     ] = False,
     resize: Annotated[
         int | None, typer.Option(min=1, help="Shrink images whose shorter side is longer than this, pixels.")
@@ -154,7 +155,8 @@ def _say_next(*folders: Path | str) -> None:
     first = str(folders[0])
     if {Path(folder).name for folder in folders} >= {"train", "validation"}:
         parent = Path(first).parent
-        print(f"next: aimscale plan {shlex.quote(f'{parent.name}.yaml')} --suggest 1 --data {shlex.quote(str(parent))}")
+        file = re.sub(r"[^A-Za-z0-9-]+", "-", parent.name).strip("-") or "mysweep"
+        print(f"next: aimscale plan {file}.yaml --suggest 1 --data {shlex.quote(str(parent))}")
         return
     base: dict[str, Any] = {"data": {"sources": [{"path": first}]}}
     print(f"next: aimscale data info {shlex.quote(first)}")

@@ -1,17 +1,24 @@
-"""`aimscale demo`: five sizes by four budgets on bundled real images, with probes, laws and one report."""
+"""`aimscale demo`: tiny models by data budgets on real photographs, with probes, laws and one report."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, print_next
 
+if TYPE_CHECKING:
+    from aimscale.sweeps.plan.costs import CostCard
+    from aimscale.sweeps.plan.planner import Run
+    from aimscale.sweeps.plan.sweepfile import Sweep
+
 BASELINES = ("random", "raw-pixels")
 """Baselines that are probed like the runs: the largest model untrained, and raw pixels."""
+FIRST_LAW = 3
+"""Number of trained sizes from which a first law is told."""
 
 
 def command(
@@ -20,48 +27,78 @@ def command(
         int | None, typer.Option(min=1, help="GPUs to use, or processes where there is none; by default all.")
     ] = None,
 ) -> None:
-    """Pack the bundled images, train and probe the grid, fit the laws, write the report.
+    """Cut images from photographs, train and probe a grid of tiny models, fit the laws, write the report.
 
-    Five to eight minutes on two cores. Interrupt it at any time; the same command continues.
+    Six minutes on two idle cores. Interrupt it at any time; the same command continues.
     """
-    from aimscale.analysis.report.page import write_report
+    from aimscale.analysis.report.findings import findings
+    from aimscale.analysis.report.page import write_page
+    from aimscale.analysis.report.study import read_study
     from aimscale.harness.data.store.bundled import write_bundled
-    from aimscale.harness.probe.run import probe_baseline, standalone_group
-    from aimscale.harness.run.directory import RunDir
-    from aimscale.sweeps.cli.launch import failed_runs, print_result
+    from aimscale.sweeps.cli.launch import failed_runs
     from aimscale.sweeps.engine.launch import launch
     from aimscale.sweeps.plan.costs import cost_cards
     from aimscale.sweeps.plan.planner import plan
     from aimscale.sweeps.plan.sweepfile import load_sweep
     from aimscale.sweeps.table.collection import collect
 
-    started = time.monotonic()
     sweep = load_sweep("demo", root)
+    sizes, budgets = sweep.file.sizes, sweep.file.budgets
+    typer.echo(
+        f"{len(sizes)} tiny models see up to {max(budgets):,} crops of photographs and are measured at {len(budgets)} "
+        f"budgets.\nThis takes six minutes on two idle cores. The report will be {sweep.directory / 'report.html'}."
+    )
     data = sweep.base_dir / "data"
     if not data.is_dir():
-        typer.echo(f"packing photographs and digits from installed packages into {data}")
         write_bundled(data)
-    result = launch(sweep, root, devices=devices)
-    print_result(result)
+    runs = plan(sweep)
+    cards = cost_cards(sweep, runs)
+
+    def tell(event: str) -> str | None:
+        """Word an event of the launch: what the sizes that are trained say so far."""
+        if event.startswith(("started ", "resumed ")):
+            return None
+        return _first_law(sweep, runs, cards) if event.startswith("finished ") else event
+
+    result = launch(sweep, root, devices=devices, smallest_first=True, tell=tell)
     if result.interrupted:
         typer.echo("next: aimscale demo")
         raise typer.Exit(EXIT_INTERRUPTED)
-    failed = failed_runs(result)
-    runs = plan(sweep)
-    largest = runs[-1]
-    like = RunDir(sweep.run_dir(largest.run_id))
-    if not failed:
-        typer.echo(f"probing the baselines {' and '.join(BASELINES)}")
-    with standalone_group(like, largest.config.runtime.device) as group:
-        for name in BASELINES if not failed else ():
-            for _ in probe_baseline(name, like, largest.config.evaluation.probes, group=group):
-                pass
-    collected = collect(sweep, runs, cost_cards(sweep, runs))
-    typer.echo(f"{collected.num_complete} of {collected.num_rows} rows have results: {collected.table}")
-    typer.echo("fitting laws and writing the report")
-    report = write_report(collected.table)
-    typer.echo(f"report after {(time.monotonic() - started) / 60:.1f} minutes")
-    if failed:
+    if failed := failed_runs(result):
         print_next("logs", "demo", root, failed[0])
         raise typer.Exit(1)
-    typer.echo(f"next: open {report.resolve()}")
+    _probe_baselines(sweep, runs[-1])
+    study = read_study([collect(sweep, runs, cards).table], {}, (), ())
+    report = write_page(study)
+    for each in findings(study):
+        typer.echo(f"{each.sentence}.")
+    typer.echo(f"report: {report.resolve()}")
+
+
+def _first_law(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> str | None:
+    """Fit the sizes that are trained so far; None while they are too few, or once the report is about to come."""
+    from aimscale.analysis import AnalysisError, fit, read_table
+    from aimscale.sweeps.table.collection import collect
+
+    rows = read_table(collect(sweep, runs, cards).table).dropna(subset="val_loss")
+    num = rows["size"].nunique()
+    if not FIRST_LAW <= num < len(runs):
+        return None
+    try:
+        law = fit(rows, "chinchilla")
+    except AnalysisError as error:
+        return f"so far, {num} of {len(runs)} sizes: {error}"
+    exponents = ", ".join(law.equation(name, name) for name in ("alpha", "beta"))
+    return f"so far, {num} of {len(runs)} sizes: {law.law.formula}, {exponents}"
+
+
+def _probe_baselines(sweep: Sweep, largest: Run) -> None:
+    """Probe the untrained largest model and raw pixels on the runs' tasks."""
+    from aimscale.harness.probe.run import probe_baseline, standalone_group
+    from aimscale.harness.run.directory import RunDir
+
+    like, config = RunDir(sweep.run_dir(largest.run_id)), largest.config
+    with standalone_group(like, config.runtime.device) as group:
+        for name in BASELINES:
+            for _ in probe_baseline(name, like, config.evaluation.probes, group=group):
+                pass

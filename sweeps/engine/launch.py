@@ -49,6 +49,8 @@ def launch(
     retry: bool = False,
     stop_sd: float | None = None,
     show_progress: bool = True,
+    smallest_first: bool = False,
+    tell: Callable[[str], str | None] = str,
     command: Command | None = None,
 ) -> LaunchResult:
     """Execute what is missing, resume what died and skip what is done; return when nothing is left to start.
@@ -64,6 +66,8 @@ def launch(
         retry: clear failures and cancellations first.
         stop_sd: save and end runs whose loss lies so many standard deviations above their forecast.
         show_progress: show progress, as a live table on a terminal; else only events are printed.
+        smallest_first: start with the shortest runs; by default with the longest, which ends sooner.
+        tell: turns an event, such as the end of a run, into the line that is printed; none for None.
         command: replaces the program that executes a run.
 
     Raises:
@@ -78,8 +82,10 @@ def launch(
     if hours is not None:
         # Runs stop early enough to save before the time is up, but at most half of a short time is kept for that.
         deadline = started + 3600 * hours - min(max(map(grace_period_s, runs)), 1800 * hours)
-    worker = Worker(sweep=loaded, machine=machine, waiting=list(runs), command=command, deadline=deadline)
-    with _progress_display(lambda: sweep_status(loaded, runs, cards), show_progress) as report:
+    worker = Worker(
+        sweep=loaded, machine=machine, waiting=runs[:: -1 if smallest_first else 1], command=command, deadline=deadline
+    )
+    with _progress_display(lambda: sweep_status(loaded, runs, cards), show_progress, tell) as report:
         return run_worker(worker, report)
 
 
@@ -163,14 +169,16 @@ def load_plan(
 
 
 @contextmanager
-def _progress_display(get_status: Callable[[], SweepStatus], show_progress: bool) -> Iterator[Callable[[Worker], None]]:
+def _progress_display(
+    get_status: Callable[[], SweepStatus], show_progress: bool, tell: Callable[[str], str | None]
+) -> Iterator[Callable[[Worker], None]]:
     """Yield the progress callback of `run_worker`: the status on a terminal, else lines, or only events."""
     console, next_look = new_console(), 0.0
     live = Live(console=console, auto_refresh=False, transient=True) if show_progress and console.is_terminal else None
 
     def report(worker: Worker) -> None:
         nonlocal next_look
-        print_events(worker)  # above the table
+        print_events(worker, tell)  # above the table
         started = time.monotonic()
         if not show_progress or started < next_look:
             return

@@ -314,10 +314,11 @@ def _suspect_node(worker: Worker, active_run: ActiveRun) -> None:
         worker.events.append(f"{worker.broken}; no more runs are started here")
 
 
-def print_events(worker: Worker) -> None:
-    """Print the worker's messages, one per line: a `Report` for logs."""
+def print_events(worker: Worker, tell: Callable[[str], str | None] = str) -> None:
+    """Print the worker's messages, one per line, as `tell` words them: a `Report` for logs."""
     for event in worker.events:
-        print(event, flush=True)
+        if (line := tell(event)) is not None:
+            print(line, flush=True)
     worker.events.clear()
 
 

@@ -140,8 +140,8 @@ def _cheapest_probes(request: Request, values: Fields) -> tuple[Sweep, float]:
     test = request.data / "test"
     is_labelled = test.is_dir() and read_info(str(request.data / "train")).classes is not None
     for kinds in PROBE_KINDS if is_labelled else PROBE_KINDS[-1:]:
-        task: Fields = {"task": request.data.name, "train": f"{folder}/train", "test": f"{folder}/test", "kinds": kinds}
-        task["centre_crop"] = 1.0
+        task: Fields = {"task": f"{request.path.stem}-classes", "train": f"{folder}/train", "test": f"{folder}/test"}
+        task |= {"kinds": kinds, "centre_crop": 1.0}
         if not request.is_gpu:
             task["precision"] = "fp32"
         probed = {**values, "base": {**values["base"], **({"probes": [task]} if kinds else {})}}

@@ -26,12 +26,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from aimscale.aim.errors import UserError, did_you_mean
 from aimscale.harness.run.config import Section, parse, read_yaml
@@ -51,13 +52,19 @@ class SweepError(UserError):
     """Sweep that cannot be planned, launched or read as written."""
 
 
+def _check_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
+        raise ValueError(f"'{text}' names a folder: use letters, digits and . _ - alone, such as my-sweep")
+    return text
+
+
 class SweepFile(Section):
     """One experiment."""
 
     preset: str | None = None
     """Name of a preset that supplies the keys missing here; `base` is merged into the preset's. A launch stores the
     merged file."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, AfterValidator(_check_name)]
     """Name of the sweep and of its directory."""
     description: str = ""
     """Purpose of the sweep, one line."""

@@ -172,6 +172,7 @@ ALL = "--fix E=0 --fix A=1 --fix B=1 --fix alpha=0.3 --fix beta=0.3"
         ("fit t.csv --y val_los", "val_loss"),
         ("fit t.csv --where prams_total=1", "params_total"),
         ("fit t.csv --where probes=1", "probes"),
+        ("fit t.csv --columns N=9**9**9", "9**9**9"),
         ("contrast t.csv --by probes", "lists"),
         ("correlate t.csv --x ''", "''"),
         ("correlate t.csv --x val_loss --y N --partial val_loss", "val_loss"),

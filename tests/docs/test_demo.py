@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from generate import demo, directions
+
+from aimscale.analysis import probe_frame, read_table
 
 
 @pytest.mark.parametrize("page", demo.PAGES, ids=lambda page: page.stem)
@@ -17,3 +20,17 @@ def test_pages_have_the_numbers_of_the_committed_tables(page: Path) -> None:
 def test_the_page_of_directions_has_the_numbers_of_the_committed_tables() -> None:
     page = directions.PAGE.read_text()
     assert page == directions.rewrite(page), "run `python docs/generate/directions.py`"
+
+
+def test_the_demo_shows_what_its_pages_promise() -> None:
+    seeds = pd.read_csv(demo.TABLES / demo.SEEDS)
+    first = demo.seed_row(demo.TABLES)
+    assert first["verdict"] == seeds["verdict"][0] == "Yes"
+    assert first["alpha"] == pytest.approx(seeds["alpha"][0], abs=1e-3)
+    assert (seeds["verdict"] == "Yes").mean() >= 0.8
+    assert (seeds["N"] < seeds["N_line"] / 2).all()
+    assert (seeds["D"] < seeds["D_line"] / 2).all()
+    assert (seeds["r"] <= -0.85).all()
+    assert (seeds["least"] > seeds["pixels"]).all()
+    baselines = probe_frame(read_table(demo.TABLES / "baselines.parquet"))
+    assert (baselines["top1"] < first["least"]).all(), "random weights and raw pixels lie below every run"

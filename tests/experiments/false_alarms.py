@@ -18,9 +18,8 @@ from simulated_tables import Cell, cells, each_table, markdown, parser, run
 
 from aimscale.analysis import fit
 from aimscale.analysis.cli.laws import tested
-from aimscale.analysis.fitting.extrapolation import held_out_cautions
 from aimscale.analysis.fitting.objectives import OBJECTIVES
-from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.fitting.result import Fit, held_out_cautions
 from aimscale.analysis.words import Flag
 
 CANNOT_TEST = "cannot test"

@@ -95,9 +95,9 @@ def test_a_fit_is_keys_and_a_table_and_says_what_to_run_next_in_the_users_words(
     *below, tuning, last = below.splitlines()
     assert tuning == "tuning: not known: one rate a size"
     keys = [line.split("  ")[0] for line in above.splitlines()]
-    assert keys[: 1 + keys.count("with care")] == ["held out D", *["with care"] * keys.count("with care")]
+    assert keys[: 1 + keys.count("caution")] == ["held out D", *["caution"] * keys.count("caution")]
     told = ["held out D", "law", "rows", "range N", "range D", "objective", "intervals"]
-    assert [key for key in keys if key not in ("with care", "columns")] == told
+    assert [key for key in keys if key not in ("caution", "columns")] == told
     assert [line.split()[0] for line in below] == ["parameter", "E", "A", "B", "alpha", "beta", "a", "b"]
     same = f"{table} --columns N=params_trunk --where 'D>=1'"
     assert last == f"next: aimscale frontier {same}; aimscale report {same}"
@@ -111,8 +111,8 @@ def test_a_fit_is_keys_and_a_table_and_says_what_to_run_next_in_the_users_words(
 
 def test_a_narrow_terminal_breaks_no_key_from_its_value(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    words = fact_lines([("with care", "six words that go on below " * 4), ("rows", "20 of 20")]).splitlines()
-    assert [line[:9].strip() for line in words] == ["with care", "", "", "rows"]
+    words = fact_lines([("caution", "six words that go on below " * 4), ("rows", "20 of 20")]).splitlines()
+    assert [line[:9].strip() for line in words] == ["caution", "", "", "rows"]
     assert max(map(len, words)) <= 60
 
 
@@ -140,7 +140,7 @@ def test_approaches_that_disagree_are_a_flag_and_lead_to_no_forecast(table, monk
 
 def test_an_interval_of_one_law_says_that_it_takes_the_law_for_true(table):
     told = dict(line.split("  ", 1) for line in say("fit", table).split("\n\n")[0].splitlines())
-    assert "take the law for true" in told["intervals"]
+    assert "assume that the law is true" in told["intervals"]
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 import multiprocessing
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +154,7 @@ def test_a_split_keeps_equal_images_together_and_deals_every_class(tmp_path: Pat
     assert "left out: 3 .svg" in said
     assert said.count("has no image of 1 of 3 classes: one") == 2
     last = shlex.split(said.splitlines()[-1])
-    assert last == ["next:", "aimscale", "plan", "my shards.yaml", "--suggest", "1", "--data", str(out)]
+    assert last == ["next:", "aimscale", "plan", "my-shards.yaml", "--suggest", "1", "--data", str(out)]
     assert "validation" not in say("data", "pack", source, tmp_path / "two", "--split", "90/0/10")
     assert "leave none for validation" in refused(
         "data", "pack", source / "one", tmp_path / "bad", "--split", "70/20/10"
@@ -220,24 +223,29 @@ def test_open_refuses_missing_truncated_and_unlabelled(small_set: Path, large_se
 
 
 def test_bundled_splits_share_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundled, "_NUM_PHOTOGRAPHS", {"pretrain": 340, "train": 170, "validation": 68, "test": 51})
-    monkeypatch.setattr(bundled, "_NUM_DIGITS", {"pretrain": 100, "train": 60, "validation": 17, "test": 30})
+    monkeypatch.setattr(bundled, "_CROPS", {"pretrain": 20, "train": 10, "validation": 4, "test": 3})
     bundled.write_bundled(tmp_path / "out")
-    sets = {name: open_dataset(tmp_path / "out" / name) for name in bundled.FOLDERS}
-    for kind, classes in (("photographs", 17), ("digits", 10)):
-        checksums = [set(sets[f"{kind}-{split}"].index.checksum) for split in ("pretrain", "validation", "test")]
-        assert not checksums[0] & checksums[1]
-        assert not (checksums[0] | checksums[1]) & checksums[2]
-        assert sets[f"{kind}-train"].num_classes == classes
-        assert (sets[f"{kind}-train"].index.samples["width"] == 32).all()
-    assert set(np.bincount(sets["photographs-test"].require_labels())) == {3}
+    pretrain, train, validation, test = (open_dataset(tmp_path / "out" / name) for name in bundled.FOLDERS)
+    checksums = [set(each.index.checksum) for each in (pretrain, validation, test)]
+    assert not checksums[0] & checksums[1]
+    assert not (checksums[0] | checksums[1]) & checksums[2]
+    assert train.num_classes == 13
+    assert (train.index.samples["width"] == 32).all()
+    assert set(np.bincount(test.require_labels())) == {3}
     for name, image in bundled.photographs().items():
         regions = [bundled.region(image, split) for split in ("pretrain", "validation", "test")]
         assert torch.equal(torch.cat(regions, dim=2), image), name
         assert min(part.shape[-1] for part in regions) >= 32, name
-    mixed = sets["validation"]
-    digits = np.isin(mixed.index.checksum, sets["digits-validation"].index.checksum)
-    assert digits.reshape(-1, 5).sum(1).tolist() == [1] * 17
+
+
+def test_the_bundled_photographs_are_those_whose_licences_are_stated() -> None:
+    stated = bundled.PHOTOGRAPHS.with_suffix(".md").read_text()
+    rows = re.findall(r"^\| (\S+) \|.*\| (CC0|public domain) \| (\w{16}) \|$", stated, re.MULTILINE)
+    with tarfile.open(bundled.PHOTOGRAPHS) as tar:
+        found = {each.name: hashlib.sha256(tar.extractfile(each).read()).hexdigest()[:16] for each in tar}
+    assert found == {name: digest for name, _, digest in rows}
+    assert len(found) == 13
+    assert bundled.PHOTOGRAPHS.stat().st_size < 4e6
 
 
 def test_a_strip_is_cropped_before_it_is_enlarged() -> None:
