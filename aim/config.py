@@ -7,7 +7,6 @@ Models" (arXiv 2401.08541), section 3 and Table 1. Torch is not imported here.
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,12 +32,6 @@ RELEASED_SIZES: dict[str, tuple[int, int, int]] = {
 RUNG_WIDTHS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Widths of the named rungs below aim-600M."""
 
-LARGEST = {
-    **{"width": 2**17, "depth": 2**12, "image_size": 2**16, "channels": 2**10},
-    **{"head.width": 2**17, "head.depth": 2**12},
-}
-"""Upper bounds of `ModelConfig` fields: far beyond any model, yet small enough that no number overflows."""
-
 MLP_RATIO = 4
 """Channels inside an MLP over those of its block."""
 
@@ -63,8 +56,7 @@ class PixelHeadConfig:
     ln_residual: bool = False
     """Whether each block first adds LayerNorm(x), as the authors' trainer does in place of attention."""
     is_linear: bool = False
-    """Whether there are no blocks, only one linear layer on the trunk's last norm (the paper's "None" head, Table
-    5)."""
+    """Whether one linear layer on the trunk's last norm is all there is (the paper's "None" head, Table 5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +87,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     """Epsilon of every LayerNorm: 1e-6 in the authors' released inference code, 1e-5 in their trainer."""
     qk_norm: bool = False
-    """Whether each attention head normalises its queries and keys by LayerNorms over their channels; no released AIM
-    does."""
+    """Whether each attention head normalises its queries and keys by LayerNorms; no released AIM does."""
     qkv_init: QkvInit = "fused"
     """Xavier bounds of query, key and value: of one (3 d, d) matrix, or of three (d, d), sqrt(2) times as wide."""
 
@@ -127,9 +118,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choices(get_type_hints(ModelConfig), vars(self))
-        for part, most in LARGEST.items():
-            if (value := operator.attrgetter(part)(self)) > most:
-                raise ModelConfigError(f"{self.name}: {part} {value} is more than {most}, the most that is planned for")
         if self.image_size % self.patch_size:
             near = max(1, round(self.image_size / self.patch_size)) * self.patch_size
             raise ModelConfigError(
@@ -235,8 +223,7 @@ def _shape(size: str) -> tuple[int, int, int]:
 
 
 def size_of(width: int, depth: int, num_heads: int) -> str:
-    """Return the name of a shape: of a named size, or `w<width>-d<depth>`, with `-h<heads>` if they are not the
-    ladder's."""
+    """Return the name of a shape: a named size, or `w<width>-d<depth>`, with `-h<heads>` if not the ladder's."""
     free = f"w{width}-d{depth}"
     names = (*known_sizes(), free, f"{free}-h{num_heads}")
     return next(name for name in names if _shape(name) == (width, depth, num_heads))
@@ -248,8 +235,7 @@ def _rung_depth(width: int) -> int:
 
 
 def _head_dim(width: int) -> int:
-    """Return the largest power of two up to 64 that divides the width and leaves at least two heads (one if the width
-    is odd)."""
+    """Return the largest power of two up to 64 that gives two heads or more; the width itself if there is none."""
     fits = [dim for dim in (64, 32, 16, 8, 4, 2) if width % dim == 0 and width // dim >= 2]
     return fits[0] if fits else width
 

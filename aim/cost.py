@@ -108,8 +108,7 @@ def executed_flops_per_image(config: ModelConfig, scored_tokens: float) -> FlopC
 
 
 def mean_scored_tokens(config: ModelConfig, prefix: str) -> float:
-    """Return the mean number of scored tokens of an image: the masked ones; or half of all tokens, or all but one if
-    `objective.prefix` is `none`."""
+    """Return the mean number of scored tokens of an image; `prefix` is that of the objective."""
     if config.masked is not None:
         return config.num_masked
     return config.num_tokens - 1 if prefix == "none" else config.num_tokens / 2
@@ -121,8 +120,7 @@ def mlp_params(width: int) -> int:
 
 
 def _matrix_params(width: int, *, has_attention: bool) -> int:
-    """Count the parameters of the matrices of a block: query, key, value and output (with `has_attention`), and the
-    MLP."""
+    """Count the parameters of the matrices of a block: those of its attention, if any, and the MLP."""
     return (4 * width**2 if has_attention else 0) + mlp_params(width)
 
 
@@ -133,6 +131,5 @@ def _block_flops(num_tokens: int, width: int, *, has_attention: bool) -> int:
 
 
 def num_queries(width: int) -> int:
-    """Return the number of queries of an efficient probe: `NUM_QUERIES`, or its greatest common divisor with a narrow
-    trunk's width."""
+    """Return the number of queries of an efficient probe, which divides the width."""
     return math.gcd(NUM_QUERIES, width)

@@ -19,8 +19,7 @@ class UserError(Exception):
 
 
 def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
-    """Suggest the known name nearest to a mistyped one; without a near one, list `MAX_NAMED` known names after
-    `otherwise`."""
+    """Suggest the known name nearest to a mistyped one; without a near one, list some after `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else f"{otherwise} {some(list(dict.fromkeys(known)))}"
 

@@ -31,8 +31,7 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 
 
 class PatchProjection(nn.Conv2d):
-    """Patch embedding of the released models: a convolution whose stride is its kernel, computed as one matrix
-    product."""
+    """Patch embedding of the released models: a convolution with stride = kernel, as one matrix product."""
 
     def forward(self, patches: Tensor) -> Tensor:
         """Map patches (..., o), cut by `patchify`, to (..., d)."""
@@ -97,8 +96,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Mix tokens (B, N, d); `mask`, broadcastable to (B, heads, N, N), is added to the scores, None masks
-        nothing."""
+        """Mix tokens (B, N, d); `mask`, broadcastable to (B, heads, N, N), is added to the scores."""
         batch, num_tokens, width = x.shape
         qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, width // self.num_heads)
         heads = qkv.permute(2, 0, 3, 1, 4)

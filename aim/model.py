@@ -31,8 +31,7 @@ from aimscale.aim.orders import patch_order
 
 
 class Preprocessor(nn.Module):
-    """Embedding of images (B, C, H, W) to tokens (B, N, d) in sequence order, with fixed positions added after the
-    norm."""
+    """Embedding of images (B, C, H, W) to tokens (B, N, d) in sequence order, with fixed positions."""
 
     order: Tensor
     positions: Tensor
@@ -43,11 +42,6 @@ class Preprocessor(nn.Module):
         self.patchifier = Patchifier(config.channels, config.patch_size, config.width, config.norm_eps)
         self.register_buffer("order", torch.empty(config.num_tokens, dtype=torch.int64), persistent=False)
         self.register_buffer("positions", torch.empty(config.num_tokens, config.width), persistent=False)
-
-    def fill_constants(self) -> None:
-        """Compute the buffers, which no state dict holds."""
-        self.order.copy_(torch.tensor(patch_order(self.config.patch_order, self.config.grid)))
-        self.positions.copy_(_positions(self.config, self.config.width))
 
     def patches(self, images: Tensor) -> Tensor:
         """Cut images into patches (B, N, o) in sequence order, in their own precision."""
@@ -84,8 +78,7 @@ class Trunk(nn.Module):
 
 
 class PixelHead(nn.Module):
-    """Head that predicts the pixels of patches from trunk tokens: token by token, or by transformer blocks over all
-    tokens."""
+    """Head that predicts the pixels of patches, token by token or by transformer blocks over all tokens."""
 
     positions: Tensor
 
@@ -101,10 +94,6 @@ class PixelHead(nn.Module):
         self.proj_out = nn.Linear(head.width, config.patch_dim)
         self.register_buffer("positions", torch.empty(config.num_tokens, head.width), persistent=False)
         self.recompute = False
-
-    def fill_constants(self) -> None:
-        """Compute the buffer, which no state dict holds."""
-        self.positions.copy_(_positions(self.config, self.config.head.width))
 
     def forward(self, x: Tensor, token_indices: Tensor, mask: Tensor | None) -> Tensor:
         """Predict patches (M, o) at flat indices `token_indices` (M,) from their tokens (M, d) alone.
@@ -192,8 +181,10 @@ class AIM(nn.Module):
     @torch.no_grad()
     def fill_constants(self) -> None:
         """Compute the fixed positions and the order, which no state dict holds; needed after `to_empty`."""
-        self.preprocessor.fill_constants()
-        self.pixel_head.fill_constants()
+        config, order = self.config, torch.tensor(patch_order(self.config.patch_order, self.config.grid))
+        self.preprocessor.order.copy_(order)
+        self.preprocessor.positions.copy_(sincos_positions(config.grid, config.width)[order])
+        self.pixel_head.positions.copy_(sincos_positions(config.grid, config.head.width)[order])
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of every block in the backward pass instead of storing them; losses stay equal."""
@@ -319,11 +310,6 @@ class AIM(nn.Module):
         return (predicted - targets).square().mean(dim=1), scored
 
 
-def _positions(config: ModelConfig, width: int) -> Tensor:
-    """Compute fixed positions (N, width) in sequence order."""
-    return sincos_positions(config.grid, width)[list(patch_order(config.patch_order, config.grid))]
-
-
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device without waiting for the work queued there.
 
@@ -344,8 +330,7 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 def _run_all(
     blocks: nn.ModuleList, x: Tensor, mask: Tensor | None, token_indices: Tensor | None, *, recompute: bool
 ) -> Tensor:
-    """Run transformer blocks one after the other, (B, N, d) to (B, N, d), or with flat indices `token_indices` (M,) to
-    (M, d)."""
+    """Run transformer blocks, (B, N, d) to (B, N, d), or with flat indices `token_indices` (M,) to (M, d)."""
     *first, last = blocks
     for block in first:
         x = _run(block, x, mask, recompute=recompute)

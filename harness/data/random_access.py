@@ -44,12 +44,10 @@ def random_uniform(key: int | U64, counter: npt.ArrayLike) -> npt.NDArray[np.flo
 
 
 def permute(values: npt.ArrayLike, size: int, key: int | U64) -> I64:
-    """Apply a random permutation of range(size), chosen by `key`, to every value.
+    """Apply a random permutation of range(size), chosen by `key`, to every value; an array of keys holds one for each.
 
-    A Feistel network on the smallest nearly square grid that holds `size` cells, with sums modulo its sides; the few
-    results outside of range(size) walk on along their cycle (Black and Rogaway 2002, "Ciphers with arbitrary finite
-    domains").
-    `key` may be an array: one permutation per value.
+    A Feistel network on the smallest nearly square grid that holds `size` cells; the few results outside of range(size)
+    walk on along their cycle (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     out = np.array(values, dtype=np.uint64, ndmin=1)
     assert (out < size).all(), "permute: a value lies outside of range(size)"
@@ -65,8 +63,7 @@ def permute(values: npt.ArrayLike, size: int, key: int | U64) -> I64:
 
 
 def _feistel(values: U64, num_rows: int, num_columns: int, keys: U64) -> U64:
-    """Apply one pass of a Feistel network to the cells of a grid: each half is shifted by a hash of the other in
-    turn."""
+    """Apply one pass of a Feistel network to the cells of a grid: a hash of each half shifts the other in turn."""
     row, column = np.divmod(values, np.uint64(num_columns))
     (changed, size), (other, other_size) = (row, np.uint64(num_rows)), (column, np.uint64(num_columns))
     for round_key in _ROUND_KEYS:
@@ -80,8 +77,7 @@ def _feistel(values: U64, num_rows: int, num_columns: int, keys: U64) -> U64:
 
 
 def _mix(x: U64) -> U64:
-    """Apply SplitMix64's finaliser (Steele, Lea and Flood 2014) in place: each input bit flips each output bit half of
-    the time."""
+    """Apply SplitMix64's finaliser (Steele, Lea and Flood 2014), in place."""
     x ^= x >> _SHIFTS[0]
     x *= _FACTORS[0]
     x ^= x >> _SHIFTS[1]

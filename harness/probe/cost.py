@@ -59,11 +59,7 @@ def validation_images(section: ValidationSection, lookup: DatasetLookup) -> int:
 
 
 def validation_distance(config: RunConfig, lookup: DatasetLookup) -> int | None:
-    """Return the images between validations during training, as `validation.every_images` says; None for no validation.
-
-    `auto` depends on the configuration and the number of validation images alone, never on where it is executed, and
-    only for its bound on the budgets.
-    """
+    """Return the images between validations during training (`validation.every_images`); None for none."""
     section, training = config.evaluation.validation, config.training
     if section.every_images != "auto":
         return section.every_images
@@ -145,8 +141,7 @@ def probe_cost(
 
 
 def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> float:
-    """Count the FLOPs of one head of each kind on one image, forward and backward: its values, and the scores and
-    pooling of tokens."""
+    """Count the FLOPs of one head of each kind on one image, forward and backward."""
     queries = {"linear": 0, "attentive": model.num_heads, "efficient": num_queries(model.width)}
     products = [
         2.0 * head_params(kind, model.width, num_classes) + 4.0 * model.num_tokens * model.width * queries[kind]

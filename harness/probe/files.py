@@ -90,8 +90,7 @@ def task_key(backbone: str, section: ProbeSection, train: str | None, test: str 
 def finished_entries(
     run: RunDir, config: RunConfig, images_seen: int, section: ProbeSection
 ) -> list[dict[str, Any]] | None:
-    """Return the entries of a task if all its probes are done for a budget's present weights, else None; data that
-    cannot be read count as unchanged."""
+    """Return a task's entries if all are done for a budget's weights, else None; data not here count as unchanged."""
     name, prints = weights_name(run, config, images_seen), (fingerprint(section.train), fingerprint(section.test))
     key = task_key(name, section, *prints, config.training.seed)
     found = finished_probes(run.probes_dir(images_seen), section.task, key)

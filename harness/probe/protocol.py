@@ -6,13 +6,12 @@ The hold-out chooses among heads that learn from the fit part (block set x learn
 choice lies at its end); one that learns from the whole split with the chosen setting is scored once on the test split,
 as is that of the best setting on the last six blocks (half of the blocks of a shallow model), the paper's default.
 
-Trained and solved heads standardise channels by the exact statistics of what they learn from, instead of a running
-estimate, which makes results independent of batch and world size; k-NN compares raw features.
+Trained and solved heads standardise channels by the exact statistics of what they learn from, which makes results
+independent of batch and world size; k-NN compares raw features.
 
 Work. One backbone pass over both splits gives the pooled features of every block and all statistics; linear and k-NN
-probes need nothing else. The attentive heads of the whole grid train on
-one further backbone pass per batch if tokens are not kept, and the chosen ones on another. Kinds that train together
-are done together, and kept in the task's file: a killed probe repeats those under way.
+probes need nothing else. The attentive heads of the whole grid train on one further pass per batch if tokens are not
+kept, and the chosen ones on another. A killed probe repeats the kinds under way.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import torch
 from aimscale.aim.weights import write_weights
 from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
-from aimscale.harness.probe.features.extraction import FeaturePass, SplitFeatures
+from aimscale.harness.probe.features.extraction import SplitFeatures, extract_features
 from aimscale.harness.probe.features.images import (
     LabelledImages,
     ProgressCallback,
@@ -43,7 +42,7 @@ from aimscale.harness.probe.features.sources import batched, own_indices
 from aimscale.harness.probe.features.tasks import ProbeError, block_sets
 from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
-from aimscale.harness.probe.heads.fit import TEST_BATCH, HeadSearch, predict_test_split
+from aimscale.harness.probe.heads.fit import TEST_BATCH, predict_test_split, search_heads
 from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.scores import Candidate, Predictions, best, score, tried_values
@@ -72,13 +71,11 @@ def probe_backbone(
     Args:
         backbone: weights loaded, on its device; used in the task's precision afterwards.
         seed: splits the hold-out, draws the heads' start and the order of images.
-        out: folder of the evaluation's file, the same with per-class counts and the whole grid: kinds that it has of
-            the same weights, settings, data and seed are not done again; None reads and writes nothing.
-        runtime: the run's, which says where shards at a URL, and their index, are cached.
+        out: folder of the evaluation's file; kinds that it has of the same weights, settings, data and seed are not
+            done again. None reads and writes nothing.
         max_bad_fraction: share of undecodable images above which a split is refused; fewer are left out.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
-        report_progress: called by all ranks together, often; may raise to stop, and the next call repeats the kinds
-            under way.
+        report_progress: called by all ranks together, often; may raise to stop.
 
     Returns:
         One entry per kind for the `probes` list of a results row.
@@ -121,37 +118,39 @@ def _details(
 ) -> Iterator[list[Detail]]:
     """Do some kinds of probe, and yield the details of those done together; heads are saved to `out`."""
     frozen = [kind for kind in kinds if kind != "lora"]
-    has_views = task.train.views is not None
     if frozen:
         backbone.use(DTYPES[task.section.precision])
-        features = FeaturePass(
-            backbone=backbone,
-            group=task.group,
-            precision=task.section.precision,
-            for_tokens=has_views or not set(ON_TOKENS).isdisjoint(kinds),
-            folder=out,
-            report_progress=task.report_progress,
-        )
-        task, fitted, tested = _read_features(task, features)
-        for some in _together(frozen, has_views):
-            if some == ["knn"]:
-                yield [_neighbours(task, backbone, fitted, tested)]
-            else:
-                yield _heads(task, backbone, some, fitted, tested, out, key)
+        task, fitted, tested = _read_features(task, backbone, kinds)
+        # on pooled features one by one, then all that learn from tokens at once
+        has_views = task.train.views is not None
+        on_tokens = [kind for kind in STACKS if kind in kinds and (has_views or kind in ON_TOKENS)]
+        if "linear" in set(kinds) - set(on_tokens):
+            yield _heads(task, backbone, ["linear"], fitted, tested, out, key)
+        if "knn" in kinds:
+            yield [_neighbours(task, backbone, fitted, tested)]
+        if on_tokens:
+            yield _heads(task, backbone, on_tokens, fitted, tested, out, key)
     if "lora" in kinds:
         assert isinstance(backbone, AimBackbone)
         yield [_adapted(task if frozen else _read_images(task), backbone)]
 
 
-def _read_features(task: Task, features: FeaturePass) -> tuple[Task, SplitFeatures, SplitFeatures]:
+def _read_features(task: Task, backbone: Backbone, kinds: Sequence[str]) -> tuple[Task, SplitFeatures, SplitFeatures]:
     """Compute the features of both splits; returns the task without the images that do not decode, too."""
-
-    def read_train(images: LabelledImages) -> SplitFeatures:
-        return features.split(images, replace(task, train=images).fit)
-
-    train, fitted = read_without_bad(task.train, task.group, read_train)
-    read_test = functools.partial(features.split, reserved_bytes=fitted.pooled.num_bytes)
-    test, tested = read_without_bad(task.test, task.group, read_test)
+    extract = functools.partial(
+        extract_features,
+        backbone,
+        group=task.group,
+        precision=task.section.precision,
+        for_tokens=task.train.views is not None or not set(ON_TOKENS).isdisjoint(kinds),
+        report_progress=task.report_progress,
+    )
+    train, fitted = read_without_bad(
+        task.train, task.group, lambda images: extract(images, fit=replace(task, train=images).fit)
+    )
+    test, tested = read_without_bad(
+        task.test, task.group, lambda images: extract(images, reserved_bytes=fitted.pooled.num_bytes)
+    )
     return replace(task, train=train, test=test), fitted, tested
 
 
@@ -182,7 +181,7 @@ def _heads(
     is_pooled = task.train.views is None and list(kinds) == ["linear"]
     source = fitted.pooled if is_pooled else fitted.tokens
     training = HeadTraining(task=task, num_heads=backbone.num_heads, features=fitted, source=source)
-    candidates = HeadSearch(training=training, kinds=kinds, sets=sets, last=last).candidates()
+    candidates = search_heads(training, kinds, sets, last)
     details = []
     for kind in kinds:
         chosen = best(candidates, kind), best(candidates, kind, last)
@@ -208,11 +207,7 @@ def _adapted(task: Task, backbone: AimBackbone) -> Detail:
     backbone.use(torch.float32)
     candidates, predictions, num_trained = adapt(backbone.model, task, last)
     chosen = best(candidates, "lora")
-    return _entry(task, chosen, predictions, candidates) | {
-        "lora_rank": RANK,
-        "num_trained": num_trained,
-        "grid": _grid(task, candidates, chosen),
-    }
+    return _entry(task, chosen, predictions, candidates) | {"lora_rank": RANK, "num_trained": num_trained}
 
 
 def _detail(
@@ -225,18 +220,7 @@ def _detail(
         "last_blocks": list(fixed.blocks),
         **{f"last_{name}": last[name] for name in ("top1", "top1_lo95", "top1_hi95")},
         "precision": task.section.precision,
-        "grid": _grid(task, candidates, top),
     }
-
-
-def _grid(task: Task, candidates: Sequence[Candidate], chosen: Candidate) -> list[dict[str, Any]]:
-    """List all candidates of a kind as they are in its task's file."""
-    return [
-        {"blocks": list(each.blocks), **_value(task, each)}
-        | {"holdout_top1": each.holdout_top1, "holdout_loss": each.holdout_loss}
-        for each in candidates
-        if each.kind == chosen.kind
-    ]
 
 
 def _value(task: Task, candidate: Candidate) -> dict[str, float | int | None]:
@@ -248,8 +232,14 @@ def _value(task: Task, candidate: Candidate) -> dict[str, float | int | None]:
 
 
 def _entry(task: Task, chosen: Candidate, predictions: Predictions, candidates: Sequence[Candidate]) -> Detail:
-    """Build the entry of any probe: its inputs, its scores, and what was chosen."""
+    """Build the entry of any probe: its inputs, its scores, what was chosen, and all candidates of its kind."""
     values = tried_values(candidates, chosen)
+    grid = [
+        {"blocks": list(each.blocks), **_value(task, each)}
+        | {"holdout_top1": each.holdout_top1, "holdout_loss": each.holdout_loss}
+        for each in candidates
+        if each.kind == chosen.kind
+    ]
     return {
         "task": task.section.task,
         "kind": chosen.kind,
@@ -263,15 +253,8 @@ def _entry(task: Task, chosen: Candidate, predictions: Predictions, candidates: 
         "num_fit": len(task.fit),
         "num_holdout": len(task.held),
         "augmentation": task.section.augmentation,
+        "grid": grid,
     }
-
-
-def _together(kinds: Sequence[str], has_views: bool) -> list[list[str]]:
-    """Group frozen kinds that are done together: on pooled features one by one, then all that learn from tokens at
-    once."""
-    on_tokens = [kind for kind in STACKS if kind in kinds and (has_views or kind in ON_TOKENS)]
-    pooled = [[kind] for kind in ("linear", "knn") if kind in kinds and kind not in on_tokens]
-    return pooled + ([on_tokens] if on_tokens else [])
 
 
 def _save_head(candidate: Candidate, path: Path) -> None:

@@ -41,11 +41,7 @@ BEST_BLOCKS = {
 
 
 def parse_blocks(config: ModelConfig, text: str) -> list[int]:
-    """Parse which blocks a head averages: `last` (the last six), `best` (as published), or numbers, `14-19`.
-
-    Raises:
-        ProbeError: text of another form, a block that the model does not have, or no published best ones.
-    """
+    """Parse the blocks that a head averages: `last` (six), `best` (as published), or numbers, `14-19`."""
     if text == "last":
         return list(range(max(0, config.depth - 6), config.depth))
     if text == "best":
@@ -58,11 +54,7 @@ def parse_blocks(config: ModelConfig, text: str) -> list[int]:
 
 
 def check_blocks(config: ModelConfig, blocks: Sequence[int]) -> list[int]:
-    """Return the blocks.
-
-    Raises:
-        ProbeError: there are none, or one that the model does not have.
-    """
+    """Return the blocks; ProbeError if there are none, or one that the model does not have."""
     if not blocks or min(blocks) < 0 or max(blocks) >= config.depth:
         raise ProbeError(f"a head cannot read blocks {list(blocks)} of {config.name}; it has 0 to {config.depth - 1}")
     return list(blocks)

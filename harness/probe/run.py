@@ -31,11 +31,7 @@ from aimscale.harness.run.row import model_of
 
 
 def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:
-    """Load the float32 model of a budget.
-
-    Raises:
-        WeightsError: the file is missing or damaged, or holds another model's weights.
-    """
+    """Load the float32 model of a budget; WeightsError if its file is missing, damaged or another model's."""
     return load_model(run.model_file(images_seen), model_of(config.training), device=device).eval()
 
 
@@ -54,13 +50,12 @@ def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) 
 def standalone_group(run: RunDir, device: str) -> Iterator[Group]:
     """Hold a run for the block, with the ranks that torchrun or Slurm started, or this process alone.
 
-    Torch uses `runtime.num_threads` of the run in each rank, and so does each thread that decodes images ahead; with a
-    thread for every core they would slow each other down.
+    Torch uses `runtime.num_threads` of the run in each rank and in each thread that decodes images ahead; with a thread
+    for every core they would slow each other down.
 
     Raises:
         LaunchError: a device that does not exist, or variables that name half of a group.
         LockHeld: another process executes or probes the run.
-        NoMemoryError: memory ran out.
     """
     placement, config = find_placement(), run.load_config()
     with kernel_threads(config.runtime.num_threads), memory_advice(), contextlib.ExitStack() as stack:
@@ -160,17 +155,15 @@ def probe_baseline(
         kinds = tuple(kind for kind in section.kinds if kind not in backbone.impossible)
         if not kinds:
             raise ProbeError(f"{target} has none of the probes {', '.join(section.kinds)} of task '{section.task}'")
-        yield (
-            None,
-            probe_backbone(
-                backbone,
-                section.model_copy(update={"kinds": kinds}),
-                model_section=model_section,
-                seed=config.training.seed,
-                runtime=config.runtime,
-                max_bad_fraction=config.training.data.max_bad_fraction,
-                out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
-                group=group,
-                report_progress=numbered_progress(report_progress, number, len(sections)),
-            ),
+        entries = probe_backbone(
+            backbone,
+            section.model_copy(update={"kinds": kinds}),
+            model_section=model_section,
+            seed=config.training.seed,
+            runtime=config.runtime,
+            max_bad_fraction=config.training.data.max_bad_fraction,
+            out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
+            group=group,
+            report_progress=numbered_progress(report_progress, number, len(sections)),
         )
+        yield None, entries

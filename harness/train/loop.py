@@ -18,7 +18,7 @@ import torch
 
 from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.loader import rank_batches
-from aimscale.harness.data.stream.unindexed import open_stream
+from aimscale.harness.data.stream.stream import open_stream
 from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.distributed.group import step_timeout_s, write_timeout_s

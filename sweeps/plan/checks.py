@@ -166,7 +166,7 @@ class _DataChecks:
             if missing:
                 return [("data.sources", why) for why in missing]
         from aimscale.harness.data.store.index import require_channels
-        from aimscale.harness.data.stream.sources import require_fingerprint, unique_per_source
+        from aimscale.harness.data.stream.order import require_fingerprint, unique_per_source
 
         found = _check_call("model.channels", require_channels, channels)
         if data.is_unindexed:

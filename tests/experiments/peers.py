@@ -29,7 +29,7 @@ from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.bundled import photograph_crops
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.pack import write_dataset
-from aimscale.harness.data.stream.augment import box_uniforms, draw_boxes
+from aimscale.harness.data.stream.augment import draw_boxes
 from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.distributed.group import start_group
 from aimscale.harness.distributed.placement import find_placement
@@ -78,8 +78,7 @@ def loader() -> None:
         write_dataset(Path(folder) / "validation", islice(photograph_crops("test"), 8))
         stream = TrainStream(stream_config(Path(folder)))
         dataset, numbers = stream.datasets[0], np.arange(TURN)
-        uniforms = box_uniforms(make_key("bench"), numbers)
-        boxes = draw_boxes(uniforms, *dataset.sides(numbers), scale=(0.4, 1.0), horizontal_flip=True)
+        boxes = draw_boxes(make_key("bench"), numbers, *dataset.sides(numbers), scale=(0.4, 1.0), horizontal_flip=True)
         work = [(dataset.read(i), boxes[i].item()) for i in range(TURN)]
         compare({
             "ours": lambda: stream.batch(range(TURN)),

@@ -22,23 +22,55 @@ import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64
-from aimscale.harness.data.store.columns import FILES, Index
-from aimscale.harness.data.store.dataset_info import (
-    DATASET_FILE,
-    INDEX_FILE,
-    MAX_LABEL,
-    NO_LABEL,
-    DatasetInfo,
-    image_checksum,
-    read_info,
-)
+from aimscale.harness.data.store.dataset_info import INDEX_FILE, DatasetInfo, image_checksum, read_info
 from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.remote import is_url, join, open_file
-from aimscale.harness.data.store.shards import ByteRange, Reader, ShardInfo, cached_files, open_reader
+from aimscale.harness.data.store.shards import ByteRange, Reader, cached_files, open_reader
 
 MAX_KEPT_BYTES = 256 * 2**20
-"""Limit on the decoded pixels of small images that a process keeps, over all data sets."""
-_CHECKED_SHARE = 64  # one read in so many is compared with the index: 0.2 % of the time of reading photographs
+"""Limit on the decoded pixels of small images that a process keeps of a data set."""
+_MAX_CACHES = 4  # data sets whose pixels a process keeps
+COLUMNS = {
+    "samples": np.dtype([("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2")]),
+    "checksum": np.dtype("<u8"),
+    "label": np.dtype("<i4"),
+}
+"""Columns of samples, see `Index`, and their types."""
+_FILES = tuple(f"{name}.npy" for name in (*COLUMNS, "shards", "bad", "bad_before"))
+
+
+class Index:
+    """Columns of one data set, mapped from a folder of .npy files; safe to fork; pickled by its name."""
+
+    samples: npt.NDArray[Any]
+    """Records of offset in the shard and size of the image file, bytes; width and height, pixels, 0 x 0 if bad."""
+    checksum: npt.NDArray[np.uint64]
+    """64-bit hashes of the image files."""
+    label: npt.NDArray[np.int32] | None
+    """Class numbers, NO_LABEL if one is missing; None when no sample has one."""
+    shards: npt.NDArray[Any]
+    """Table (num_shards,) of name (bytes), size (bytes of the file) and first (number of its first sample)."""
+    bad: I64
+    """Numbers of the undecodable samples, ascending."""
+    bad_before: I64
+    """Number of usable samples before each bad one."""
+
+    def __init__(self, folder: Path) -> None:
+        def mapped(name: str) -> npt.NDArray[Any]:
+            return np.asarray(np.lib.format.open_memmap(folder / f"{name}.npy", mode="r"))
+
+        self._folder = folder
+        self.samples, self.checksum, self.shards = mapped("samples"), mapped("checksum"), mapped("shards")
+        self.bad, self.bad_before = mapped("bad"), mapped("bad_before")
+        self.label = mapped("label") if (folder / "label.npy").exists() else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Index, (self._folder,)
+
+    @property
+    def shard_sizes(self) -> dict[str, int]:
+        """Bytes of the tar files by their names, which are relative to the folder or URL of the shards."""
+        return dict(zip(map(os.fsdecode, self.shards["name"].tolist()), self.shards["size"].tolist(), strict=True))
 
 
 class ShardDataset:
@@ -56,15 +88,10 @@ class ShardDataset:
         self.index = index
         self._reader = reader
         self._first = np.ascontiguousarray(index.shards["first"])
-        self._seen, self._num_reads = np.zeros(info.num_shards, dtype=bool), 0
+        self._seen = np.zeros(info.num_shards, dtype=bool)
 
     def __len__(self) -> int:
         return self.info.num_samples
-
-    @property
-    def shards(self) -> list[ShardInfo]:
-        """The tar files."""
-        return _shard_infos(self.index.shards)
 
     def usable(self, numbers: npt.ArrayLike | None = None) -> I64:
         """Return the sample numbers of the decodable images at `numbers` (0..info.num_usable-1), in index order; O(1)
@@ -81,35 +108,26 @@ class ShardDataset:
         return rows["height"].astype(np.int32), rows["width"].astype(np.int32)
 
     @functools.cached_property
-    def labels(self) -> npt.NDArray[np.int64] | None:
+    def labels(self) -> I64 | None:
         """(num_samples,) class numbers, -1 where one is missing; None when no sample has one."""
-        if self.index.label is None:
-            return None
-        labels = self.index.label.astype(np.int64)
-        if labels.min(initial=NO_LABEL) < NO_LABEL or labels.max(initial=NO_LABEL) > MAX_LABEL:
-            raise DataError(f"labels of {self.path} lie outside of {NO_LABEL}..{MAX_LABEL}; index it again")
-        return labels
+        return None if self.index.label is None else self.index.label.astype(np.int64)
 
     def key(self, i: int) -> str:
         """Return the key of sample i: its path in the shard without extension."""
-        # imported here: its allocator starts a thread, which loader processes do not need
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow.parquet as pq  # here: its allocator starts a thread, which loader processes do not need
 
         where = join(self.path, INDEX_FILE)
         try:
             # No Arrow thread may hold Python's bytes: if the program exits at that moment, with an error message,
             # such a thread asks the dying interpreter for its lock to free them, and the process aborts.
             with open_file(where) as opened, pq.ParquetFile(opened, pre_buffer=False) as file:
-                for number in range(file.num_row_groups):
-                    num_rows = file.metadata.row_group(number).num_rows
-                    if i < num_rows:
-                        keys = file.read_row_group(number, columns=["key"], use_threads=False)["key"]
-                        return str(keys[i].as_py())
-                    i -= num_rows
-        except (pa.ArrowException, OSError, KeyError) as error:
+                sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+                ends = np.cumsum(sizes)
+                group = int(np.searchsorted(ends, i, side="right"))
+                keys = file.read_row_group(group, columns=["key"], use_threads=False)["key"]
+                return str(keys[i - ends[group]].as_py())
+        except Exception as error:  # of pyarrow's many types, for a damaged file
             raise DataError(f"{where} cannot be read ({error}); run `aimscale data index` again") from error
-        raise DataError(f"{where} has too few rows; run `aimscale data index` again")
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -179,19 +197,16 @@ class ShardDataset:
         Raises:
             DataError: a shard is missing or shorter than the index says.
         """
-        byte_ranges = self.byte_ranges(samples)
-        try:
-            found = self._reader.read_many(byte_ranges)
-        except OSError as error:
-            name = getattr(error, "shard", byte_ranges[0][0])
-            raise DataError(
-                f"cannot read shard {join(self.location, name)} ({error}); restore it or index again"
-            ) from error
-        for i, (name, _, size), data in zip(samples, byte_ranges, found, strict=True):
+        found = []
+        for i, (name, offset, size) in zip(samples, self.byte_ranges(samples), strict=True):
+            shard = join(self.location, name)
+            try:
+                data = self._reader.read(name, offset, size)
+            except OSError as error:
+                raise DataError(f"cannot read shard {shard} ({error}); restore it or index again") from error
             if len(data) != size:
-                raise DataError(
-                    f"shard {join(self.location, name)} is truncated: {self.describe(int(i))} ends after its last byte"
-                )
+                raise DataError(f"shard {shard} is truncated: {self.describe(int(i))} ends after its last byte")
+            found.append(data)
         return found
 
     def decode(self, i: int, channels: int = 3) -> torch.Tensor:
@@ -214,75 +229,46 @@ class ShardDataset:
         """
         cache, problems = self._pixel_cache(channels), dict[int, str]()
         fresh = np.arange(len(samples)) if cache is None else np.flatnonzero(~cache.known[samples])
-        decoded: dict[int, torch.Tensor] = {}
-        data = dict(zip(fresh.tolist(), self.read_many(samples[fresh]) if fresh.size else (), strict=True))
-        for i, read in data.items():
+        decoded: list[torch.Tensor] = []
+        for place, data in zip(fresh.tolist(), self.read_many(samples[fresh]), strict=True):
             try:
-                decoded[i] = decode(read, channels)
+                image = decode(data, channels)
             except UndecodableImageError as error:
-                problems[i] = str(error)
-        shapes = [image.shape[-2:] for image in decoded.values()]
-        self.check(samples[list(decoded)], [data[i] for i in decoded], shapes)
-        if cache is None:
-            empty = torch.empty(0, channels, 1, 1, dtype=torch.uint8)
-            return torch.stack([*decoded.values()]) if decoded else empty, problems
-        for i, image in decoded.items():
-            cache.pixels[samples[i]] = image
-            cache.known[samples[i]] = True  # after the pixels: another thread may read at any moment
-        return cache.pixels[torch.from_numpy(np.delete(samples, list(problems)))], problems
+                problems[place] = str(error)
+                continue
+            self.check(int(samples[place]), data, image.shape[-2:])
+            if cache is None:
+                decoded.append(image)
+            else:
+                cache.pixels[samples[place]] = image
+                cache.known[samples[place]] = True  # after the pixels: another thread may read at any moment
+        if cache is not None:
+            return cache.pixels[torch.from_numpy(np.delete(samples, list(problems)))], problems
+        return torch.stack(decoded) if decoded else torch.empty(0, channels, 1, 1, dtype=torch.uint8), problems
 
     def _pixel_cache(self, channels: int) -> _PixelCache | None:
-        """Return this process's cache of the data set's decoded pixels; None if images differ in size or take too much
-        memory.
-
-        A run reads small images many times, and measures each budget on the same ones.
-        """
+        """Return this process's cache of the decoded pixels; None if images differ in size or take too much memory."""
         shape = (len(self), channels, self.info.max_height, self.info.max_width)
-        key = (self.path, self.fingerprint, channels)
-        if key not in _PIXEL_CACHES:
-            room = MAX_KEPT_BYTES - sum(cache.pixels.nbytes for cache in _PIXEL_CACHES.values())
-            if not self.info.one_size or math.prod(shape) > room:
-                return None
-            height, width = self.sides(self.usable())
-            if (height != shape[2]).any() or (width != shape[3]).any():
-                raise DataError(f"the index of {self.path} does not match its {DATASET_FILE}; index it again")
-            _PIXEL_CACHES.setdefault(
-                key, _PixelCache(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), dtype=bool))
-            )
-        return _PIXEL_CACHES[key]
+        if not self.info.one_size or math.prod(shape) > MAX_KEPT_BYTES:
+            return None
+        return _make_cache(self.path, self.fingerprint, shape)
 
-    def check(self, samples: I64, data: Sequence[bytes], sides: Sequence[Sequence[int]]) -> None:
-        """Compare some of these image files, and (height, width) of all, with the index.
-
-        The checksums of the first image of each shard and of one in 64 after it are compared, so that a rewritten shard
-        does not pass for the old one.
-        """
-        shards = self._first.searchsorted(samples, side="right") - 1
-        turns = np.arange(self._num_reads + 1, self._num_reads + 1 + len(samples))
-        chosen = np.flatnonzero(~self._seen[shards] | (turns % _CHECKED_SHARE == 0))
-        self._seen[shards] = True
-        self._num_reads += len(samples)
-        rows = self.index.samples[samples]
-        known = zip(rows["height"].tolist(), rows["width"].tolist(), strict=True)
-        changed = [i for i, (own, wanted) in enumerate(zip(sides, known, strict=True)) if tuple(own) != wanted]
-        checksums = self.index.checksum[samples[chosen]]
-        changed += [i for i, known in zip(chosen.tolist(), checksums, strict=True) if image_checksum(data[i]) != known]
-        if changed:
-            i = changed[0]
+    def check(self, i: int, data: bytes, sides: Sequence[int]) -> None:
+        """Compare an image's height and width, and the checksum of the first image that is read of each shard, with the
+        index, so that a rewritten shard does not pass for the old one."""
+        row, shard = self.index.samples[i], self.shard_of(i)
+        is_same = tuple(sides) == (row["height"], row["width"])
+        if not self._seen[shard]:
+            self._seen[shard] = True
+            is_same &= image_checksum(data) == self.index.checksum[i]
+        if not is_same:
             raise DataError(
-                f"shard {self._shard_path(shards[i])} was changed after it was indexed: "
-                f"{self.describe(int(samples[i]))} is another image; restore the shard, or run "
-                "`aimscale data index` again"
+                f"shard {self._shard_path(shard)} was changed after it was indexed: {self.describe(i)} is another "
+                "image; restore the shard, or run `aimscale data index` again"
             )
 
     def _shard_path(self, number: int) -> str:
         return join(self.location, os.fsdecode(self.index.shards["name"][number]))
-
-
-def _shard_infos(table: npt.NDArray[Any]) -> list[ShardInfo]:
-    return [
-        ShardInfo(os.fsdecode(name), size) for name, size in zip(table["name"], table["size"].tolist(), strict=True)
-    ]
 
 
 class _PixelCache(NamedTuple):
@@ -294,8 +280,10 @@ class _PixelCache(NamedTuple):
     """Mask of the decoded samples, bool (number of samples,)."""
 
 
-_PIXEL_CACHES: dict[tuple[str, str, int], _PixelCache] = {}
-"""Caches by path, fingerprint and channels."""
+@functools.lru_cache(_MAX_CACHES)
+def _make_cache(path: str, fingerprint: str, shape: tuple[int, ...]) -> _PixelCache:
+    """Make the cache of a data set once: a run reads small images many times, and measures each budget on the same."""
+    return _PixelCache(torch.empty(shape, dtype=torch.uint8), np.zeros(shape[0], dtype=bool))
 
 
 def require_channels(channels: int) -> None:
@@ -318,13 +306,10 @@ def open_dataset(path: str | Path, *, cache_dir: str | None = None, cache_gb: fl
     try:
         folder = Path(where) / info.index_folder
         if is_url(where):
-            folder = cached_files(where, info.index_folder, FILES, cache_dir)
-        index = Index(folder, info)
-        shards = _shard_infos(index.shards)
-    except DataError:
-        raise
-    except Exception as error:  # numpy raises many types on damaged files
+            folder = cached_files(where, info.index_folder, _FILES, cache_dir)
+        index = Index(folder)
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"the index of {where} cannot be read ({reason}); run `aimscale data index` again") from error
-    reader = open_reader(info.shards_at or where, shards, cache_dir, cache_gb)
+    reader = open_reader(info.shards_at or where, index.shard_sizes, cache_dir, cache_gb)
     return ShardDataset(where, info, index, reader)

@@ -7,6 +7,7 @@ A sample (`tars`) has one image and, for its label, `cls` (a number) or `json` w
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -16,18 +17,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.columns import IndexWriter, shard_table
-from aimscale.harness.data.store.dataset_info import DATASET_FILE, INDEX_FILE, MAX_LABEL, DatasetInfo, image_checksum
+from aimscale.harness.data.store.dataset_info import (
+    DATASET_FILE,
+    INDEX_FILE,
+    MAX_LABEL,
+    NO_LABEL,
+    DatasetInfo,
+    image_checksum,
+)
 from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
+from aimscale.harness.data.store.index import COLUMNS
 from aimscale.harness.data.store.processes import map_in_processes
 from aimscale.harness.data.store.remote import filesystem_of, is_url, join, open_file, with_retries
 from aimscale.harness.data.store.tars import Members, expand_braces, read_samples
-from aimscale.harness.run.files import publish_dir, write_text
+from aimscale.harness.run.files import new_partial_dir, publish_dir, write_text
 
 SCHEMA = pa.schema(
     [
@@ -46,6 +55,7 @@ SCHEMA = pa.schema(
 SCAN_SCHEMA = pa.schema([field for field in SCHEMA if field.name != "shard"])
 _LABEL_KEYS = ("label", "cls")
 _READ = {*IMAGE_EXTENSIONS, "cls", "json"}
+_BLOCK_ROWS = 1 << 20  # of a column that are converted at once
 Progress = Callable[[str, int, int, str], None]
 """Callback with the name of the work, how much of it is done, out of how much, and the unit."""
 
@@ -65,24 +75,15 @@ def scan_shard(location: str, name: str) -> ShardScan:
     try:
         with open_file(path) as file:
             entries = [_entry(path, key, members) for key, members in read_samples(file, _READ)]
-        size = shard_size(path)
+            size = getattr(file, "size", None) if is_url(path) else os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
         raise DataError(f"shard {path} is missing; restore it or leave it out") from error
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"shard {path} is truncated or no tar file ({error}); copy or write it again") from error
-    rows = pa.Table.from_pylist([entry for entry in entries if entry is not None], schema=SCAN_SCHEMA)
-    return ShardScan(name, size, rows)
-
-
-def shard_size(path: str) -> int:
-    """Return the bytes of a local or remote file."""
-    if not is_url(path):
-        return os.stat(path).st_size
-    filesystem, inner = filesystem_of(path)
-    size = with_retries(lambda: filesystem.size(inner))
     if size is None:
         raise DataError(f"the server does not say how large {path} is; copy the shard to a folder or another server")
-    return int(size)
+    rows = pa.Table.from_pylist([entry for entry in entries if entry is not None], schema=SCAN_SCHEMA)
+    return ShardScan(name, size, rows)
 
 
 def _entry(path: str, key: str, members: Members) -> dict[str, Any] | None:
@@ -121,8 +122,7 @@ def _label(path: str, key: str, members: Members) -> int | None:
     except (ValueError, AttributeError) as error:
         raise DataError(f"the label of sample '{key}' of {path} is no class number ({error}); repair it") from error
     if value is not None and not 0 <= value <= MAX_LABEL:
-        text = str(value) if abs(value) < 10**20 else "beyond 64 bits"
-        raise DataError(f"the label of sample '{key}' of {path} is {text}; class numbers lie in 0..{MAX_LABEL}")
+        raise DataError(f"the label of sample '{key}' of {path} is {value}; class numbers lie in 0..{MAX_LABEL}")
     return value
 
 
@@ -151,7 +151,9 @@ def index_shards(
         raise DataError(f"cannot write to {out}: {error.strerror}; give another folder with --out") from error
 
     def scans() -> Iterator[ShardScan]:
-        for done, scan in enumerate(_scans(location, shards, num_workers), start=1):
+        scan_one, number = functools.partial(scan_shard, location), min(num_workers, len(shards))
+        found = map(scan_one, shards) if number == 1 else map_in_processes(scan_one, shards, number)
+        for done, scan in enumerate(found, start=1):
             if progress is not None:
                 progress(f"indexing {Path(location).name}", done, len(shards), "shards")
             yield scan
@@ -200,25 +202,14 @@ def write_scans(
     classes: tuple[str, ...] | None,
     shards_at: str | None = None,
 ) -> DatasetInfo:
-    """Write the index of scanned shards, one in memory at a time; `dataset.json` comes last and marks the index
-    complete."""
+    """Write the index of scanned shards; `dataset.json` comes last and marks it complete."""
     partial = folder / f".{INDEX_FILE}.partial"
-    mapped = folder / ".index.partial"
-    shutil.rmtree(mapped, ignore_errors=True)
-    mapped.mkdir()
+    mapped = new_partial_dir(folder / "index")
     try:
-        writer, shards = IndexWriter(mapped), []
-        with pq.ParquetWriter(partial, SCHEMA) as table:
-            for number, scan in enumerate(scans):
-                shards.append((scan.name, scan.size, len(scan.rows)))
-                _require_names(scan, classes)
-                writer.append(scan.rows)
-                shard = pa.array(np.full(len(scan.rows), number, dtype=np.int32))
-                table.write_table(scan.rows.add_column(1, SCHEMA.field("shard"), shard))
-        if not any(count for _, _, count in shards):
+        shards = _write_table(partial, scans, classes)
+        if not pq.read_metadata(partial).num_rows:
             raise DataError(f"the shards of {shards_at or folder} hold no images ({', '.join(IMAGE_EXTENSIONS)})")
-        table_of_shards = shard_table(*map(list, zip(*shards, strict=True)))
-        info = writer.finish(table_of_shards, name=name, classes=classes, shards_at=shards_at)
+        info = _write_columns(mapped, partial, shards, name=name, classes=classes, shards_at=shards_at)
         partial.replace(folder / INDEX_FILE)
         publish_dir(mapped, folder / info.index_folder)
         write_text(folder / DATASET_FILE, info.to_json())
@@ -231,17 +222,70 @@ def write_scans(
     return info
 
 
-def _require_names(scan: ShardScan, classes: tuple[str, ...] | None) -> None:
-    """Raise DataError if a label has no class name."""
-    largest = pc.max(scan.rows["label"]).as_py()
-    if classes is not None and largest is not None and largest >= len(classes):
-        raise DataError(f"label {largest} has no name: {len(classes)} class names were given; give one per label")
+def _write_table(path: Path, scans: Iterable[ShardScan], classes: tuple[str, ...] | None) -> npt.NDArray[Any]:
+    """Write `index.parquet`, and return `Index.shards`."""
+    rows: list[tuple[bytes, int, int]] = []
+    first = 0
+    with pq.ParquetWriter(path, SCHEMA) as table:
+        for number, scan in enumerate(scans):
+            largest = pc.max(scan.rows["label"]).as_py()
+            if classes is not None and largest is not None and largest >= len(classes):
+                raise DataError(
+                    f"label {largest} has no name: {len(classes)} class names were given; give one per label"
+                )
+            shard = pa.array(np.full(len(scan.rows), number, dtype=np.int32))
+            table.write_table(scan.rows.add_column(1, SCHEMA.field("shard"), shard))
+            rows.append((os.fsencode(scan.name), scan.size, first))
+            first += len(scan.rows)
+    width = max((len(name) for name, *_ in rows), default=1)
+    return np.array(rows, np.dtype([("name", f"S{width}"), ("size", "<i8"), ("first", "<i8")]))
 
 
-def _scans(location: str, names: Sequence[str], num_workers: int) -> Iterator[ShardScan]:
-    """Scan each shard, in order; raises as `map_in_processes` does, too."""
-    scan = functools.partial(scan_shard, location)
-    if num_workers == 1 or len(names) <= 1:
-        yield from map(scan, names)
-        return
-    yield from map_in_processes(scan, names, min(num_workers, len(names)))
+def _write_columns(
+    folder: Path,
+    table: Path,
+    shards: npt.NDArray[Any],
+    *,
+    name: str,
+    classes: tuple[str, ...] | None,
+    shards_at: str | None,
+) -> DatasetInfo:
+    """Write the mapped columns (`Index`) of a written table, and return what `dataset.json` says of them."""
+    with pq.ParquetFile(table) as file:
+        num_samples = file.metadata.num_rows
+        samples, checksum, label = (
+            np.lib.format.open_memmap(folder / f"{column}.npy", "w+", dtype, (num_samples,))
+            for column, dtype in COLUMNS.items()
+        )
+        digest, first = hashlib.blake2b(digest_size=8), 0
+        for batch in file.iter_batches():
+            rows = slice(first, first + len(batch))
+            for field in COLUMNS["samples"].names or ():
+                samples[field][rows] = batch[field]
+            checksum[rows], label[rows] = batch["checksum"], batch["label"].fill_null(NO_LABEL)
+            digest.update(checksum[rows].tobytes())
+            first = rows.stop
+    for rows in (slice(first, first + _BLOCK_ROWS) for first in range(0, num_samples, _BLOCK_ROWS)):
+        digest.update(label[rows].astype("<i8").tobytes())
+    if not (label != NO_LABEL).any():
+        (folder / "label.npy").unlink()
+    width, height = samples["width"], samples["height"]
+    bad = np.flatnonzero(width == 0)
+    num_largest = np.count_nonzero((width == width.max()) & (height == height.max()))
+    np.save(folder / "bad.npy", bad)
+    np.save(folder / "bad_before.npy", bad - np.arange(len(bad)))
+    np.save(folder / "shards.npy", shards)
+    return DatasetInfo(
+        name=name,
+        num_samples=num_samples,
+        num_bad=len(bad),
+        num_shards=len(shards),
+        total_bytes=int(shards["size"].sum()),
+        max_width=int(width.max()),
+        max_height=int(height.max()),
+        max_pixels=int(np.multiply(width, height, dtype=np.int64).max()),
+        one_size=bool(num_largest + len(bad) == num_samples),
+        classes=classes,
+        shards_at=shards_at,
+        fingerprint=digest.hexdigest(),
+    )

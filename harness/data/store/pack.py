@@ -35,7 +35,6 @@ from aimscale.harness.data.store.decoding import (
 )
 from aimscale.harness.data.store.indexing import SCAN_SCHEMA, Progress, ShardScan, write_scans
 from aimscale.harness.data.store.processes import map_in_processes
-from aimscale.harness.data.store.tars import MAX_IMAGE_BYTES
 from aimscale.harness.run.files import atomic_dir
 
 MAX_SHARD_BYTES = 500e6
@@ -290,8 +289,6 @@ def _read(image: str | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
         pixels = np.array(image if image.ndim == 3 else image[..., None])
         extension, data = encode(torch.from_numpy(pixels).permute(2, 0, 1))
         return f"{number}.{extension}", data
-    if (size := os.stat(image).st_size) > MAX_IMAGE_BYTES:
-        raise DataError(f"it has {size:,} bytes; the limit is {MAX_IMAGE_BYTES:,}")
     return os.path.basename(image), Path(image).read_bytes()
 
 

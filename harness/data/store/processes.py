@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from multiprocessing.util import Finalize
 from typing import Any, TypeVar
 
 import psutil
@@ -30,8 +31,10 @@ RESULT_S = 3600.0
 """Seconds for which a result is waited for: a shard of 20 GB, scanned at 6 MB/s."""
 
 _PRELOAD = ("aimscale.harness.data.stream.loader",)
-_function: Callable[[Any], Any]
-"""Function that this process was started for."""
+
+
+class WorkerDiedError(NoMemoryError):
+    """Worker process that ended without being asked to."""
 
 
 def start_fork_server() -> ForkServerContext:
@@ -43,13 +46,13 @@ def start_fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
     resource_tracker.ensure_running()  # the server starts it anyway, but it does not inherit two of the blocked signals
-    with stop_signals_blocked():
+    with _stop_signals_blocked():
         forkserver.ensure_running()
     return context
 
 
 @contextlib.contextmanager
-def stop_signals_blocked() -> Iterator[None]:
+def _stop_signals_blocked() -> Iterator[None]:
     """Block stop signals for the block, so that processes started in it inherit the blocking and never receive them.
 
     Slurm sends a step's signals to all of its processes: the trainer saves, and ends its workers itself.
@@ -62,76 +65,145 @@ def stop_signals_blocked() -> Iterator[None]:
 
 
 def map_in_processes(
-    function: Callable[[Task], Result], tasks: Iterable[Task], num_processes: int
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    num_processes: int,
+    *,
+    num_ahead: int = 3,
+    prepare: Callable[[Task], None] | None = None,
+    limit_s: float = RESULT_S,
 ) -> Generator[Result]:
-    """Apply a function to tasks in other processes, each a few tasks ahead; yields the results in order.
+    """Apply a function to tasks in other processes, which take turns; yields the results in order.
+
+    Args:
+        num_ahead: tasks that each process is given in advance.
+        prepare: called in the process for each task as soon as it is known; what it raises is ignored.
+        limit_s: seconds for which a result is waited for.
 
     Raises:
-        NoMemoryError: a process was killed.
-        StandstillError: a process was stopped, or no result came for `RESULT_S`.
+        WorkerDiedError: a process was killed.
+        StandstillError: a process was stopped, or no result came for `limit_s`.
     """
-    context, rest = start_fork_server(), iter(tasks)
-    pool = concurrent.futures.ProcessPoolExecutor(num_processes, context, _start, (function,))
-    try:
-        futures = (pool.submit(_call, task) for task in rest)
-        under_way = collections.deque(itertools.islice(futures, 3 * num_processes))
+    rest = iter(tasks)
+    with _workers(function, prepare, num_processes) as workers:
+        turns = itertools.cycle(workers)
+        under_way = collections.deque(
+            next(turns).ask(task) for task in itertools.islice(rest, num_ahead * len(workers))
+        )
         while under_way:
-            wait_for(lambda seconds: _is_done(under_way[0], seconds), [*pool._processes], RESULT_S)
-            result: Result = under_way.popleft().result()
-            under_way.extend(itertools.islice(futures, 1))
-            yield result
-    except BrokenProcessPool as error:
-        raise NoMemoryError(
-            f"one of {num_processes} processes was killed, most likely for want of memory; free some, or use fewer"
-        ) from error
+            yield under_way.popleft().answer(limit_s)
+            under_way.extend(next(turns).ask(task) for task in itertools.islice(rest, 1))
+
+
+class _Worker:
+    """Process that answers in the order in which it is asked."""
+
+    def __init__(self, context: ForkServerContext, function: Callable[[Any], Any], prepare: Any) -> None:
+        self._connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(function, prepare, theirs), daemon=True)
+        with _stop_signals_blocked():
+            self.process.start()
+        theirs.close()  # so that the end of the worker is the end of the connection
+
+    def ask(self, task: Any) -> _Worker:
+        """Send a task, and return this worker."""
+        with self._alive():
+            self._connection.send(task)
+        return self
+
+    def answer(self, limit_s: float) -> Any:
+        """Wait for the result of the earliest task without one, and return it, or raise what the task raised."""
+        assert self.process.pid is not None
+        with self._alive():
+            wait_for(self._connection.poll, self.process.pid, limit_s)
+            answer = self._connection.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Raise WorkerDiedError if the connection breaks in the block."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            self.process.join(5)
+            raise WorkerDiedError(
+                f"loader process {self.process.pid} ended (exit code {self.process.exitcode}), most likely killed for "
+                "want of memory; use fewer (runtime.num_workers), or give the job more memory"
+            ) from error
+
+
+@contextlib.contextmanager
+def _workers(function: Callable[[Any], Any], prepare: Any, number: int) -> Iterator[list[_Worker]]:
+    """Start workers for the block.
+
+    They never receive a stop signal, not even that by which Python ends what is left at its exit, before it waits for
+    it: so they are killed, and if the block is never left (an error's traceback may hold it), before that.
+    """
+    context, started = start_fork_server(), list[_Worker]()
+    kill = Finalize(None, _kill, args=[started], exitpriority=100)
+    try:
+        for _ in range(number):
+            started.append(_Worker(context, function, prepare))
+        yield started
     finally:
-        for process in [*pool._processes.values()]:
-            process.kill()
-        pool.shutdown(cancel_futures=True)
+        kill()
 
 
-def _is_done(future: concurrent.futures.Future[Any], seconds: float) -> bool:
-    """Wait so many seconds for a result."""
-    return bool(concurrent.futures.wait([future], seconds).done)
+def _kill(workers: Sequence[_Worker]) -> None:
+    """Kill workers."""
+    for worker in workers:
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join(5)
 
 
-def _start(function: Callable[[Any], Any]) -> None:
-    """Start a process, which the pool may terminate."""
-    global _function
-    _function = function
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+def _serve(function: Callable[[Any], Any], prepare: Callable[[Any], None] | None, connection: Connection) -> None:
+    """Answer tasks, in a worker, until the trainer closes the connection or is gone."""
+    import torch  # a parent that only starts the server need not wait for it
+
+    torch.set_num_threads(1)
+    waiting: collections.deque[Any] = collections.deque()
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            while not waiting or connection.poll():
+                waiting.append(connection.recv())
+                with contextlib.suppress(Exception):  # raised by the function, too
+                    if prepare is not None:
+                        prepare(waiting[-1])
+            try:
+                answer = function(waiting.popleft())
+            except Exception as error:
+                error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
+                answer = error
+            connection.send(answer)
 
 
-def _call(task: Any) -> Any:
-    """Apply the function, in its process."""
-    return _function(task)
-
-
-def wait_for(poll: Callable[[float], bool], pids: Collection[int], limit_s: float) -> None:
-    """Call `poll` with a number of seconds to wait until it returns that the processes have answered.
+def wait_for(poll: Callable[[float], bool], pid: int, limit_s: float) -> None:
+    """Call `poll` with a number of seconds to wait until it returns that a process has answered.
 
     Turns are counted, not seconds: whoever suspends all processes together, as Slurm can, stops the count, too.
 
     Raises:
-        StandstillError: one of the processes was stopped for `STOPPED_S`, or no answer came for `limit_s`.
+        StandstillError: the process was stopped for `STOPPED_S`, or no answer came for `limit_s`.
     """
     num_turns = num_stopped = 0
     while not poll(POLL_S):
-        stopped = [pid for pid in pids if is_stopped(pid)]
-        num_turns, num_stopped = num_turns + 1, num_stopped + 1 if stopped else 0
+        num_turns, num_stopped = num_turns + 1, num_stopped + 1 if _is_stopped(pid) else 0
         if num_stopped * POLL_S >= STOPPED_S:
             raise StandstillError(
-                f"process {stopped[0]} on {os.uname().nodename}, whose images are waited for, was stopped by a signal "
-                f"and did not go on for {STOPPED_S:.0f} s; find out who stopped it, then start again"
+                f"process {pid} on {os.uname().nodename}, whose images are waited for, was stopped by a signal and did "
+                f"not go on for {STOPPED_S:.0f} s; find out who stopped it, then start again"
             )
         if num_turns * POLL_S >= limit_s:
             raise StandstillError(
-                f"no images came from process {' or '.join(map(str, pids))} on {os.uname().nodename} for "
-                f"{limit_s:.0f} s; see to its disk or file server, then start again"
+                f"no images came from process {pid} on {os.uname().nodename} for {limit_s:.0f} s; see to its disk or "
+                "file server, then start again"
             )
 
 
-def is_stopped(pid: int) -> bool:
+def _is_stopped(pid: int) -> bool:
     """Return whether a process of this machine was stopped by a signal (`kill -STOP`, Ctrl-Z)."""
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)

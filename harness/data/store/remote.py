@@ -36,9 +36,8 @@ def read_bytes(url: str) -> bytes:
     """Read all bytes of a URL; OSError if it cannot be read."""
 
     def read() -> bytes:
-        filesystem, inner = filesystem_of(url)
-        data: bytes = filesystem.cat_file(inner)
-        return data
+        with open_file(url) as file:
+            return file.read()
 
     return with_retries(read)
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.remote import download, is_url, join
@@ -27,75 +27,39 @@ from aimscale.harness.run.lock import locked
 
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""
-_MAX_OPEN_FILES = 256  # per process: `ulimit -n` is often 1024
+_MAX_OPEN_FILES = 128  # per data set: `ulimit -n` is often 1024
 _CHECKED_AT_OPEN = 2000  # shards whose presence and size are checked when a data set is opened
 _PARTIAL = ".partial"
 _IN_USE_S = 30.0  # after its last use a shard may be evicted to fetch another ahead
 _RETRY_S = 15.0  # until shards are fetched ahead again, once there was no room
 
 
-class ShardInfo(NamedTuple):
-    """Name and size of a tar file."""
-
-    name: str
-    """File name, relative to the folder or URL of the shards."""
-    size: int
-    """Bytes."""
-
-
 ByteRange = tuple[str, int, int]
 """Byte range of a shard: its name, the offset of the first byte and their number."""
 
 
-@functools.lru_cache(_MAX_OPEN_FILES)
-def _opened(reader: int, path: str) -> io.FileIO:
-    """Open a reader's file; it is closed once it is long unused and nobody reads it."""
-    return open(path, "rb", buffering=0)
-
-
 class LocalReader:
-    """Reader of byte ranges for any number of threads, with a bounded number of open files per process."""
-
-    _numbers = itertools.count()
+    """Reader of byte ranges for any number of threads, with a bounded number of open files."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._number = folder, next(self._numbers)
+        self._folder = folder
+        # a file is closed once it is long unused and nobody reads it
+        self._open = functools.lru_cache(_MAX_OPEN_FILES)(functools.partial(open, mode="rb", buffering=0))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalReader, (self._folder,)
 
-    def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
-        """Read byte ranges, in order; fewer bytes if the file ends before.
-
-        Raises:
-            OSError: a file is missing or cannot be read; its attribute `shard` names which.
-        """
-        return [self._read(*byte_range) for byte_range in byte_ranges]
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Read a byte range; fewer bytes if the file ends before; OSError if it is missing or cannot be read."""
+        file = self._open(f"{self._folder}/{name}")  # text: making a Path takes as long as the read
+        return os.pread(file.fileno(), size, offset)
 
     def read_ahead(self, byte_ranges: Sequence[ByteRange]) -> None:
         """Have the kernel read byte ranges ahead, from a disk or over a network file system; returns at once."""
         for name, offset, size in byte_ranges:
             with contextlib.suppress(OSError):  # raised when the bytes are read
-                os.posix_fadvise(self._open(name).fileno(), offset, size, os.POSIX_FADV_WILLNEED)
-
-    def _read(self, name: str, offset: int, size: int) -> bytes:
-        try:
-            file = self._open(name)  # keeps the file open while it is read
-            return os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            raise shard_error(error, name) from error
-
-    def _open(self, name: str) -> io.FileIO:
-        return _opened(self._number, f"{self._folder}/{name}")  # text: making a Path takes as long as the read
-
-
-def shard_error(error: Exception, name: str) -> OSError:
-    """Turn a failure into an OSError that knows its shard."""
-    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-    text = str(error) if isinstance(error, OSError) else f"{type(error).__name__} {error}".strip()
-    wrapped = kind(text)
-    wrapped.shard = name  # type: ignore[attr-defined]
-    return wrapped
+                file = self._open(f"{self._folder}/{name}")
+                os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
 
 class CachedReader:
@@ -117,9 +81,12 @@ class CachedReader:
     def __reduce__(self) -> tuple[Any, ...]:
         return CachedReader, self._made_of
 
-    def read_many(self, byte_ranges: Sequence[ByteRange]) -> list[bytes]:
-        """Read byte ranges, see `LocalReader.read_many`."""
-        return [self._read(*byte_range) for byte_range in byte_ranges]
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Read a byte range, see `LocalReader.read`, once the shard is in the cache."""
+        with self._opened(name) as file:  # a file kept open would occupy the disk after its eviction
+            data = os.pread(file.fileno(), size, offset)
+        self._use(name)
+        return data
 
     def read_ahead(self, byte_ranges: Sequence[ByteRange]) -> None:
         """Fetch the shards of these byte ranges, in this order; returns at once."""
@@ -132,22 +99,12 @@ class CachedReader:
                 self._fetching = threading.Thread(target=self._fetch_wanted, name="shards", daemon=True)
                 self._fetching.start()
 
-    def _read(self, name: str, offset: int, size: int) -> bytes:
-        try:  # a file kept open would occupy the disk after its eviction
-            with self._opened(name) as file:
-                data = os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            raise shard_error(error, name) from error
-        self._use(name)
-        return data
-
     def _opened(self, name: str) -> io.FileIO:
         """Open a shard in the cache, once it is there."""
-        with contextlib.suppress(FileNotFoundError):
-            return open(self._path(name), "rb", buffering=0)
-        fetched = self._fetch(name, is_ahead=False)
-        assert fetched is not None, "room was made, or an error raised"
-        return fetched
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                return open(self._path(name), "rb", buffering=0)
+            self._fetch(name, is_ahead=False)
 
     def _use(self, name: str) -> bool:
         """Mark a shard as in use, for all processes of the machine; False if it is not in the cache."""
@@ -166,17 +123,15 @@ class CachedReader:
 
     def _fetch_wanted(self) -> None:
         while self._wanted:
-            fetched = None
+            has_room = False
             with contextlib.suppress(OSError, DataError):  # raised where the shard is read
-                fetched = self._fetch(self._wanted.popleft(), is_ahead=True)
-            if fetched is None:
+                has_room = self._fetch(self._wanted.popleft(), is_ahead=True)
+            if not has_room:
                 self._paused_until = time.monotonic() + _RETRY_S
                 self._wanted.clear()
-            else:
-                fetched.close()
 
-    def _fetch(self, name: str, *, is_ahead: bool) -> io.FileIO | None:
-        """Fetch a shard into the cache, unless another process does, and open it; None if there is no room ahead.
+    def _fetch(self, name: str, *, is_ahead: bool) -> bool:
+        """Fetch a shard into the cache, unless another process does; False if there is no room ahead.
 
         Raises:
             OSError: it cannot be fetched or written.
@@ -185,23 +140,22 @@ class CachedReader:
         target, size = self._path(name), self._sizes[name]
         partial = target.with_name(f"{target.name}{_PARTIAL}")
         with locked(partial):
-            with contextlib.suppress(FileNotFoundError):
-                return open(target, "rb", buffering=0)  # another process has fetched it
+            if target.exists():  # another process has fetched it
+                return True
             try:
                 while not self._make_room(partial, size, is_ahead=is_ahead):
                     if is_ahead:
-                        return None
+                        return False
                     time.sleep(0.1)  # until other processes have fetched theirs
                 if (found := download(join(self._location, name), partial)) != size:
                     raise OSError(f"it has {found:,} bytes, the index says {size:,}")
                 partial.rename(target)
-                return open(target, "rb", buffering=0)
+                return True
             finally:
                 partial.unlink(missing_ok=True)
 
     def _make_room(self, partial: Path, size: int, *, is_ahead: bool) -> bool:
-        """Reserve room for a shard by the length of its file, evicting unused ones, or others as well; False if there
-        is none."""
+        """Reserve room for a shard by the length of its file, evicting unused ones; False if there is none."""
         if size > self._max_bytes:
             raise DataError(
                 f"shard {join(self._location, partial.name.removesuffix(_PARTIAL))} has {size / 1e9:.2g} GB, more than "
@@ -231,11 +185,11 @@ Reader = LocalReader | CachedReader
 """Reader of byte ranges of one data set's shards."""
 
 
-def open_reader(location: str, shards: Sequence[ShardInfo], cache_dir: str | None, cache_gb: float) -> Reader:
+def open_reader(location: str, sizes: Mapping[str, int], cache_dir: str | None, cache_gb: float) -> Reader:
     """Open a reader of the shards at a folder or URL; see `index.open_dataset`."""
     if is_url(location):
-        return CachedReader(location, dict(shards), _open_cache(cache_dir), int(cache_gb * 1e9))
-    for name, size in shards[:_CHECKED_AT_OPEN]:
+        return CachedReader(location, sizes, _open_cache(cache_dir), int(cache_gb * 1e9))
+    for name, size in itertools.islice(sizes.items(), _CHECKED_AT_OPEN):
         path = Path(location) / name
         there = path.stat().st_size if path.exists() else None
         if there != size:

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.dataset_info import image_checksum
 from aimscale.harness.data.store.pack import Listing, shuffled_order
-from aimscale.harness.data.store.tars import MAX_IMAGE_BYTES
 
 
 class Split(NamedTuple):
@@ -64,9 +63,7 @@ def _contents(images: Sequence[str] | npt.NDArray[np.uint8]) -> npt.NDArray[np.u
     sizes = [os.stat(path).st_size if os.path.exists(path) else -1 for path in images]
     count = Counter(sizes)
     keys = (
-        image_checksum(
-            Path(path).read_bytes() if 0 <= size <= MAX_IMAGE_BYTES and count[size] > 1 else os.fsencode(path)
-        )
+        image_checksum(Path(path).read_bytes() if size >= 0 and count[size] > 1 else os.fsencode(path))
         for path, size in zip(images, sizes, strict=True)
     )
     return np.fromiter(keys, np.uint64, len(images))

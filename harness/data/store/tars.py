@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Collection, Iterator
-from typing import IO, Literal, Self
+from typing import IO, Self
 
 import webdataset
 
 from aimscale.harness.data import DataError
-
-MAX_IMAGE_BYTES = 1 << 30
-"""Limit on an image file's bytes; the most pixels that are decoded (`decoding.MAX_IMAGE_PIXELS`) take less in any
-format."""
 
 Members = dict[str, tuple[int, bytes]]
 """Extension, in lower case -> offset of the file in the tar, and its bytes."""
@@ -36,13 +32,8 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"no end-of-archive mark, or a damaged header ({error})") from error
 
 
-def read_samples(
-    file: IO[bytes], extensions: Collection[str], mode: Literal["r|", "r|*"] = "r|"
-) -> Iterator[tuple[str, Members]]:
+def read_samples(file: IO[bytes], extensions: Collection[str]) -> Iterator[tuple[str, Members]]:
     """Yield (key, members) of every sample of a tar file, with the members that have one of these extensions.
-
-    Args:
-        mode: `r|*` unpacks compressed files, too.
 
     Raises:
         tarfile.TarError: it is damaged, cut off, or no tar file.
@@ -51,7 +42,7 @@ def read_samples(
     current: str | None = None
     members: Members = {}
     try:
-        with tarfile.open(fileobj=file, mode=mode, tarinfo=_Member) as tar:
+        with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 if not member.isfile():
@@ -65,21 +56,15 @@ def read_samples(
                         yield current, members
                     current, members = key, {}
                 if extension.lower() in extensions:
-                    members[extension.lower()] = member.offset_data, _content(tar, member)
+                    content = tar.extractfile(member)
+                    assert content is not None, "the member is a file"
+                    members[extension.lower()] = member.offset_data, content.read()
     except (OSError, tarfile.TarError):
         raise
     except Exception as error:  # from malformed headers, or a remote file system
         raise tarfile.ReadError(f"{type(error).__name__} {error}".strip()) from error
     if current is not None:
         yield current, members
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.size > MAX_IMAGE_BYTES:
-        raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes; the limit is {MAX_IMAGE_BYTES:,}")
-    content = tar.extractfile(member)
-    assert content is not None, "the member is a file"
-    return content.read()
 
 
 def expand_braces(pattern: str) -> list[str]:

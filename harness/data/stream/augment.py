@@ -41,13 +41,9 @@ Box = tuple[int, int, int, int, bool]
 """Item of such an array: top, left, height, width, flip."""
 
 
-def box_uniforms(key: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Draw the uniform numbers on [0, 1), (B, some), from which `draw_boxes` makes the boxes at B positions."""
-    return random_uniform(key, positions[:, None] * 32 + np.arange(_DRAWS))
-
-
 def draw_boxes(
-    draws: npt.NDArray[np.float64],
+    key: int,
+    positions: I64,
     image_height: npt.NDArray[np.int32],
     image_width: npt.NDArray[np.int32],
     *,
@@ -55,11 +51,12 @@ def draw_boxes(
     ratio: tuple[float, float] = CROP_RATIO,
     horizontal_flip: bool,
 ) -> Boxes:
-    """Draw RandomResizedCrop's boxes (Inception crop): area share uniform in `scale`, aspect ratio log-uniform in
-    `ratio`.
+    """Draw RandomResizedCrop's boxes (Inception crop) of the images at B positions: area share uniform in `scale`,
+    aspect ratio log-uniform in `ratio`.
 
     The largest centre crop with an allowed ratio is taken when no try fits, as in torchvision.
     """
+    draws = random_uniform(key, positions[:, None] * 32 + np.arange(_DRAWS))
     height, width = image_height.astype(np.float64), image_width.astype(np.float64)
     area = (scale[0] + (scale[1] - scale[0]) * draws[:, :_NUM_TRIES]) * (height * width)[:, None]
     log_ratio = np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[:, _NUM_TRIES : 2 * _NUM_TRIES]
@@ -92,11 +89,7 @@ def crop_resize(image: torch.Tensor, box: Box, size: int) -> torch.Tensor:
 
 
 def crop_resize_into(into: torch.Tensor, pixels: npt.NDArray[np.uint8], box: Box) -> None:
-    """Crop and resize uint8 (H, W, C) into (1, C, size, size), a slice of a batch; see `crop_resize`.
-
-    It makes few calls: after each decoding their code is no longer in the core's cache, and each call costs several
-    microseconds.
-    """
+    """Crop and resize uint8 (H, W, C) into (1, C, size, size), a slice of a batch; see `crop_resize`."""
     top, left, height, width, flip = box
     # torch's fast kernel needs contiguous interleaved colours: copying the crop saves a quarter of the time
     crop = torch.from_numpy(np.ascontiguousarray(pixels[None, top : top + height, left : left + width]))
@@ -111,8 +104,7 @@ def crop_resize_into(into: torch.Tensor, pixels: npt.NDArray[np.uint8], box: Box
 
 
 def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
-    """Crop and resize uint8 (B, C, H, W), one box each, H and W at most SMALL_SIDE; within 2 of 255 of
-    `crop_resize`."""
+    """Crop and resize uint8 (B, C, H, W), sides at most SMALL_SIDE; within 2 of 255 of `crop_resize`."""
     resized = images.new_empty(*images.shape[:2], size, size)
     # small enough for the processor's cache and for reuse by the allocator: half of the time
     step = max(1, _VALUES_AT_A_TIME // max(1, images[:1].numel()))
@@ -124,8 +116,8 @@ def crop_resize_small(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Te
 
 def _crop_resize(images: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
     num_rows, num_columns = images.shape[-2:]
-    vertical = _resize_weights(num_rows, size)[_weight_index(boxes["top"], boxes["height"], num_rows)]
-    horizontal = _resize_weights(num_columns, size)[_weight_index(boxes["left"], boxes["width"], num_columns)]
+    vertical = _resize_weights(num_rows, size)[boxes["top"] * num_rows + boxes["height"] - 1]
+    horizontal = _resize_weights(num_columns, size)[boxes["left"] * num_columns + boxes["width"] - 1]
     flip = torch.from_numpy(boxes["flip"].copy())
     horizontal = torch.where(flip[:, None, None], horizontal.flip(-2), horizontal)
     pixels = torch.bmm(images.float().flatten(1, 2), horizontal.mT).unflatten(1, images.shape[1:3])
@@ -147,8 +139,7 @@ def jitter_colours(images: torch.Tensor, key: int, positions: I64) -> None:
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """Normalise uint8 (..., C, H, W) to float32 by ImageNet's mean and standard deviation; one channel takes their
-    averages."""
+    """Normalise uint8 (..., C, H, W) to float32 by ImageNet's statistics; one channel by their averages."""
     mean, std = _moments(images.device, images.shape[-3])
     return images.float().sub_(255 * mean).div_(255 * std)
 
@@ -161,17 +152,11 @@ def denormalise(images: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _moments(device: torch.device, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of pixels in 0..1, (C, 1, 1) each; made once, since a GPU waits for such
-    copies."""
+    """Return mean and standard deviation of pixels in 0..1, (C, 1, 1) each, copied to a device once."""
     mean, std = torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
     if channels == 1:
         mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
     return mean[:, None, None], std[:, None, None]
-
-
-def _weight_index(start: npt.NDArray[np.int64], length: npt.NDArray[np.int64], side: int) -> torch.Tensor:
-    """Return the rows of `_resize_weights` for crops of a side."""
-    return torch.from_numpy(start * side + length - 1)
 
 
 @functools.lru_cache(maxsize=16)

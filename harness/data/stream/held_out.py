@@ -35,8 +35,7 @@ class EvalImages:
     def __init__(
         self, dataset: ShardDataset, model: ModelSection, *, centre_crop: float, max_bad_fraction: float
     ) -> None:
-        """Prepare images for a model: shorter side to ceil(image_size / centre_crop) (bicubic, antialiased), centre
-        crop."""
+        """Prepare images: shorter side to ceil(image_size / centre_crop), bicubic and antialiased; centre crop."""
         self.dataset = dataset
         self._channels, self._size = model.channels, model.image_size
         self._shorter_side = math.ceil(model.image_size / centre_crop)
@@ -93,8 +92,7 @@ class EvalImages:
 
 
 def validation_prefixes(num_images: int, num_prefixes: int, model: ModelConfig) -> torch.Tensor:
-    """Return what a model conditions on for validation images: prefix lengths (images, prefixes), or visible patches
-    (images, prefixes, N)."""
+    """Return prefix lengths (images, prefixes) of validation images, or visible patches (images, prefixes, N)."""
     if model.masked is None:
         return prefix_lengths(num_images, num_prefixes, model.num_tokens)
     numbers = np.arange(num_images)[:, None] * 4096 + np.arange(num_prefixes)

@@ -1,33 +1,28 @@
 """Batches of the stream for one rank: any number of ranks, workers and micro-batches yields the same global stream.
 
-Workers are asked for one micro-batch after the other over pipes that carry only numbers: pixels are written into the
-slots of one ring of memory, allocated once and shared with the workers. New memory for every batch would cost its page
-faults each time (150 us per image of 224 px, a fifth of its decoding). A batch is a view of its slot, which is used
-again once the last reference to the view is gone.
+Workers are told positions and answer when their pixels are written into a slot of one ring of memory, allocated once
+and shared with them. New memory for every batch would cost its page faults each time (150 us per image of 224 px, a
+fifth of its decoding). A batch is a view of its slot, which is used again once the last reference to it is gone.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import os
 import sys
-import traceback
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
-from multiprocessing.util import Finalize
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.decoding import kernel_threads
-from aimscale.harness.data.store.processes import start_fork_server, stop_signals_blocked, wait_for
+from aimscale.harness.data.store.processes import map_in_processes
 from aimscale.harness.data.stream.stream import Batch, Stream
-from aimscale.harness.run.failures import NoMemoryError
 
 if TYPE_CHECKING:
     from aimscale.harness.distributed.group import Group
@@ -38,10 +33,6 @@ _MAX_BYTES = 2 << 30  # of the ring; beyond it, less is loaded ahead
 _MAX_TASKS = 256  # that wait in a worker's pipe, which holds some 200 kB
 _MAX_NAMED = 10  # undecodable samples that a loader names in the log
 _SHARED_MEMORY = "/dev/shm"
-
-
-class WorkerDiedError(NoMemoryError):
-    """Loader process that ended without being asked to."""
 
 
 def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size: int) -> list[range]:
@@ -62,8 +53,7 @@ def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size
 
 
 def _part_bounds(number: int, parts: int, which: int) -> tuple[int, int]:
-    """Return the bounds [first, last) of one of several nearly equal parts of `number` things; the first parts get one
-    more."""
+    """Return the bounds [first, last) of one of several nearly equal parts; the first get one more."""
     each, more = divmod(number, parts)
     return which * each + min(which, more), (which + 1) * each + min(which + 1, more)
 
@@ -94,51 +84,36 @@ def train_batches(
 
     Raises:
         DataError: a shard cannot be read, or sixteen replacements of an undecodable sample are undecodable too.
-        WorkerDiedError: a loader process was killed.
-        StandstillError: a loader process was stopped, or did not answer for `ANSWER_S`.
+        WorkerDiedError: a worker process was killed.
+        StandstillError: a worker process was stopped, or did not answer for `ANSWER_S`.
     """
 
-    def split(first: int, rank: int) -> list[range]:
+    def split(first: int) -> list[range]:
         last = min(first + batch_size, stop)
         return split_step(first, last, micro_batch=micro_batch, rank=rank, world_size=world_size)
 
-    num_micro = len(split(start, 0))
-    sizes: collections.deque[int] = collections.deque()  # micro-batches per step under way
-
-    def parts() -> Iterator[range]:
-        for first in range(start, stop, batch_size):
-            step = split(first, rank)
-            sizes.append(len(step))
-            yield from step
-
-    ring = _Ring(stream, micro_batch, num_micro, num_workers)
-    with contextlib.closing(ring.load(parts())) as batches, _page_locked(ring.slots, pin_memory):
-        step: list[Batch] = []
-        for batch in batches:
-            step.append(batch)
-            if len(step) == sizes[0]:
-                sizes.popleft()
-                yield step
-                step = []
+    starts = range(start, stop, batch_size)
+    ring = _Ring(stream, micro_batch, len(split(start)), num_workers)
+    parts = (part for first in starts for part in split(first))
+    with contextlib.closing(ring.load(parts)) as batches, _page_locked(ring.slots, pin_memory):
+        for first in starts:
+            yield list(itertools.islice(batches, len(split(first))))
 
 
 Task = tuple[int, range]
 """Slot of the ring, and the positions of the micro-batch to write into it."""
-Answer = tuple[str, ...] | Exception
-"""Undecodable samples of a micro-batch, as in `Batch`, or why it could not be loaded."""
 
 
 class _Ring:
-    """Memory of the micro-batches that are being loaded, and of the two steps in use: the trainer's current and its
-    next."""
+    """Memory of the micro-batches that are being loaded, and of the current and the next step."""
 
     def __init__(self, stream: Stream, micro_batch: int, num_micro: int, num_workers: int) -> None:
         self._stream, self._num_workers = stream, num_workers
-        slot_bytes = max(1, stream.num_bytes(micro_batch))
+        slot_bytes, workers = max(1, stream.num_bytes(micro_batch)), max(1, num_workers)
         most = _MAX_BYTES // slot_bytes
-        per_worker = min(2 + -(-num_micro // max(1, num_workers)), most // max(1, num_workers), _MAX_TASKS)
-        self._window = max(1, num_workers * max(1, per_worker))
-        num_slots = max(self._window, min(self._window + 2 * num_micro, most))
+        self._num_ahead = max(1, min(2 + -(-num_micro // workers), most // workers, _MAX_TASKS))  # per worker
+        window = max(1, num_workers * self._num_ahead)
+        num_slots = max(window, min(window + 2 * num_micro, most))
         self.slots = torch.empty(num_slots, slot_bytes, dtype=torch.uint8)
         self._free = collections.deque(range(num_slots))
         self._num_named = 0
@@ -154,36 +129,41 @@ class _Ring:
 
     def load(self, parts: Iterable[range]) -> Generator[Batch]:
         """Yield the batch of each of `parts`, in order."""
-        tasks = ((self._free.popleft(), part) for part in parts)
-        if not self._num_workers:
-            for task in tasks:
-                yield self._batch(task, _loaded(self._stream, self.slots, task, upcoming=[task]))
-            return
-        with _workers(self._num_workers, self._stream, self.slots) as workers:
-            turns = itertools.cycle(workers)
-            under_way = collections.deque(
-                (next(turns).ask(task), task) for task in itertools.islice(tasks, self._window)
-            )
-            while under_way:
-                worker, task = under_way.popleft()
-                batch = self._batch(task, worker.answer())
-                under_way.extend((worker.ask(more), more) for more in itertools.islice(tasks, 1))
-                yield batch
+        under_way: collections.deque[Task] = collections.deque()
 
-    def _batch(self, task: Task, answer: Answer) -> Batch:
+        def tasks() -> Iterator[Task]:
+            for part in parts:
+                under_way.append((self._free.popleft(), part))
+                yield under_way[-1]
+
+        with contextlib.closing(self._filled(tasks())) as filled:
+            for bad_samples in filled:
+                yield self._batch(*under_way.popleft(), bad_samples)
+
+    def _filled(self, tasks: Iterable[Task]) -> Generator[tuple[str, ...]]:
+        """Fill slots, here or in workers, and yield the undecodable samples of each micro-batch."""
+        fill = functools.partial(_fill, self._stream, self.slots)
+        read_ahead = functools.partial(_read_ahead, self._stream)
+        if self._num_workers:
+            yield from map_in_processes(
+                fill, tasks, self._num_workers, num_ahead=self._num_ahead, prepare=read_ahead, limit_s=ANSWER_S
+            )
+            return
+        for task in tasks:
+            read_ahead(task)
+            yield fill(task)
+
+    def _batch(self, slot: int, part: range, bad_samples: tuple[str, ...]) -> Batch:
         """Make the batch of a slot that was filled."""
-        slot, part = task
-        if isinstance(answer, Exception):
-            raise answer
-        for name in answer[: max(0, _MAX_NAMED - self._num_named)]:
+        for name in bad_samples[: max(0, _MAX_NAMED - self._num_named)]:
             print(f"{name} cannot be decoded; another image takes its place", file=sys.stderr, flush=True)
-        self._num_named += len(answer)
+        self._num_named += len(bad_samples)
         if self._free:
             pixels = self._view(slot)
         else:  # the trainer holds so many batches that the next task needs this slot
             pixels = self.slots[slot].clone()
             self._free.append(slot)
-        return self._stream.batch_in(pixels, part, answer)
+        return self._stream.batch_in(pixels, part, bad_samples)
 
     def _view(self, slot: int) -> torch.Tensor:
         """Return a view of a slot, which is free again once the last view of it is gone."""
@@ -192,95 +172,16 @@ class _Ring:
         return torch.from_numpy(shown)
 
 
-def _loaded(stream: Stream, slots: torch.Tensor, task: Task, upcoming: Iterable[Task]) -> Answer:
-    """Write a micro-batch into its slot, once the bytes of upcoming ones are being read."""
+def _read_ahead(stream: Stream, task: Task) -> None:
+    """Start to read the bytes of a micro-batch."""
+    stream.read_ahead(task[1])
+
+
+def _fill(stream: Stream, slots: torch.Tensor, task: Task) -> tuple[str, ...]:
+    """Write a micro-batch into its slot; returns its undecodable samples."""
     slot, part = task
-    try:
-        for _, later in upcoming:
-            stream.read_ahead(later)
-        with kernel_threads(1):
-            return stream.fill(slots[slot], part)
-    except Exception as error:
-        return error
-
-
-def _serve(stream: Stream, slots: torch.Tensor, connection: Connection) -> None:
-    """Fill slots as asked, in a worker, until the trainer closes the connection or is gone."""
-    torch.set_num_threads(1)
-    waiting: collections.deque[Task] = collections.deque()
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            known = len(waiting)
-            while not waiting or connection.poll():
-                waiting.append(connection.recv())
-            upcoming = [*itertools.islice(waiting, known, None)]
-            answer = _loaded(stream, slots, waiting.popleft(), upcoming)
-            if isinstance(answer, Exception):
-                answer.add_note("in a loader process:\n" + "".join(traceback.format_exception(answer)))
-            connection.send(answer)
-
-
-class _Worker:
-    """Loader process, which answers in the order in which it is asked."""
-
-    def __init__(self, context: ForkServerContext, stream: Stream, slots: torch.Tensor) -> None:
-        self._connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(stream, slots, theirs), daemon=True)
-        with stop_signals_blocked():
-            self.process.start()
-        assert self.process.pid is not None
-        self._pid = self.process.pid
-        theirs.close()  # so that the end of the worker is the end of the connection
-
-    def ask(self, task: Task) -> _Worker:
-        """Ask for a micro-batch, and return this worker."""
-        with self._alive():
-            self._connection.send(task)
-        return self
-
-    def answer(self) -> Answer:
-        """Wait for the answer to the earliest question without one; raises StandstillError if none comes."""
-        with self._alive():
-            wait_for(self._connection.poll, [self._pid], ANSWER_S)
-            answer: Answer = self._connection.recv()
-        return answer
-
-    @contextlib.contextmanager
-    def _alive(self) -> Iterator[None]:
-        """Raise WorkerDiedError if the connection breaks in the block."""
-        try:
-            yield
-        except (EOFError, OSError) as error:
-            self.process.join(5)
-            raise WorkerDiedError(
-                f"loader process {self.process.pid} ended (exit code {self.process.exitcode}), most likely for want of "
-                "memory; lower runtime.num_workers or give the job more memory"
-            ) from error
-
-
-@contextlib.contextmanager
-def _workers(number: int, stream: Stream, slots: torch.Tensor) -> Iterator[list[_Worker]]:
-    """Start workers for the block.
-
-    They never receive a stop signal, not even that by which Python ends what is left at its exit, before it waits for
-    it: so they are killed, and if the block is never left (an error's traceback may hold it), before that.
-    """
-    context, started = start_fork_server(), list[_Worker]()
-    kill = Finalize(None, _kill, args=[started], exitpriority=100)
-    try:
-        for _ in range(number):
-            started.append(_Worker(context, stream, slots))
-        yield started
-    finally:
-        kill()
-
-
-def _kill(workers: Sequence[_Worker]) -> None:
-    """Kill workers."""
-    for worker in workers:
-        worker.process.kill()
-    for worker in workers:
-        worker.process.join(5)
+    with kernel_threads(1):
+        return stream.fill(slots[slot], part)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,15 +25,13 @@ from aimscale.harness.data.stream.augment import (
     BOX,
     SMALL_SIDE,
     Boxes,
-    box_uniforms,
     crop_resize_into,
     crop_resize_small,
     draw_boxes,
     jitter_colours,
     normalise,
 )
-from aimscale.harness.data.stream.order import Mixture
-from aimscale.harness.data.stream.sources import Source, open_sources
+from aimscale.harness.data.stream.order import Mixture, open_sources
 from aimscale.harness.run.row import model_of
 
 if TYPE_CHECKING:
@@ -53,8 +51,7 @@ class Batch:
     images: torch.Tensor
     """Images (B, C, H, W): uint8, a quarter of the bytes to move to a device, or float32, already normalised."""
     prefix_lengths: torch.Tensor
-    """Prefix lengths, int64 (B,), in 1..N-1; for a masked model its visible patches, bool (B, N). Input of
-    `AIM.forward`."""
+    """Prefix lengths, int64 (B,), in 1..N-1; for a masked model its visible patches, bool (B, N)."""
     positions: torch.Tensor
     """Positions in the stream, int64 (B,)."""
     bad_samples: tuple[str, ...] = ()
@@ -103,13 +100,13 @@ class Stream(abc.ABC):
         require_channels(self._channels)
 
     @abc.abstractmethod
-    def _decode(self, images: torch.Tensor, where: range | I64) -> tuple[str, ...]:
+    def _decode(self, images: torch.Tensor, positions: I64) -> tuple[str, ...]:
         """Fill uint8 (B, C, size, size) with the positions' images, cropped, resized and flipped.
 
         Returns the samples that were replaced.
         """
 
-    def read_ahead(self, where: range) -> None:  # noqa: B027  # a stream without an index reads its shards in a row
+    def read_ahead(self, positions: npt.ArrayLike) -> None:  # noqa: B027  # without an index, shards are read in a row
         """Start to read what this process will next call `fill` for, in that order; returns at once."""
 
     def prefix_lengths(self, positions: npt.ArrayLike) -> I64:
@@ -122,20 +119,14 @@ class Stream(abc.ABC):
         lengths = 1 + np.floor(draw * (num_tokens - 1)).astype(np.int64)
         return np.where(where % 2 == 1, num_tokens - lengths, lengths) if paired else lengths
 
-    def batch(self, positions: Sequence[int] | I64) -> Batch:
+    def batch(self, positions: npt.ArrayLike) -> Batch:
         """Load the samples at any positions, in that order; each is the same bit for bit, whatever else is in the
         batch.
-
-        Consecutive positions are fastest as a `range`.
 
         Raises:
             DataError: a shard cannot be read, or sixteen replacements of one undecodable sample are undecodable too.
         """
-        where: range | I64
-        if isinstance(positions, range) and positions.step == 1:
-            where = positions
-        else:
-            where = np.asarray(positions, dtype=np.int64).reshape(-1)
+        where = np.asarray(positions, dtype=np.int64).reshape(-1)
         flat = torch.empty(self.num_bytes(len(where)), dtype=torch.uint8)
         return self.batch_in(flat, where, self.fill(flat, where))
 
@@ -143,44 +134,44 @@ class Stream(abc.ABC):
         """Return the bytes of the pixels of so many images."""
         return num_images * self._channels * self._size**2
 
-    def fill(self, flat: torch.Tensor, where: range | I64) -> tuple[str, ...]:
-        """Write the pixels of `batch` to the front of a uint8 buffer (`num_bytes` or more,); returns its
-        `bad_samples`."""
+    def fill(self, flat: torch.Tensor, positions: npt.ArrayLike) -> tuple[str, ...]:
+        """Write the pixels of `batch` to the front of a uint8 buffer; returns its `bad_samples`."""
+        where = np.asarray(positions, dtype=np.int64)
         images = self._images(flat, len(where))
         bad = self._decode(images, where)
         if self._data.color_jitter:
-            jitter_colours(images, make_key("jitter", self._seed), np.asarray(where, dtype=np.int64))
+            jitter_colours(images, make_key("jitter", self._seed), where)
         return bad
 
-    def batch_in(self, flat: torch.Tensor, where: range | I64, bad: tuple[str, ...]) -> Batch:
-        """Make the batch at positions `where` from pixels that `fill` has written, here or in another process."""
-        positions = np.asarray(where, dtype=np.int64)
+    def batch_in(self, flat: torch.Tensor, positions: npt.ArrayLike, bad: tuple[str, ...]) -> Batch:
+        """Make the batch at some positions from pixels that `fill` has written, here or in another process."""
+        where = np.asarray(positions, dtype=np.int64)
         if self._model.masked is None:
-            prefix_lengths: npt.NDArray[Any] = self.prefix_lengths(positions)
+            prefix_lengths: npt.NDArray[Any] = self.prefix_lengths(where)
         else:
-            prefix_lengths = masks(make_key("mask", self._seed), positions, self._model)
+            prefix_lengths = masks(make_key("mask", self._seed), where, self._model)
         return Batch(
             images=self._images(flat, len(where)),
             prefix_lengths=torch.from_numpy(prefix_lengths),
-            positions=torch.from_numpy(positions),
+            positions=torch.from_numpy(where),
             bad_samples=bad,
         )
 
     def _boxes(self, positions: I64, height: npt.NDArray[np.int32], width: npt.NDArray[np.int32]) -> Boxes:
         """Draw the crops at these positions, of images of these sides."""
-        uniforms = box_uniforms(make_key("crop", self._seed), positions)
         scale, flip = self._data.crop_scale, self._data.horizontal_flip
-        return draw_boxes(uniforms, height, width, scale=scale, horizontal_flip=flip)
+        return draw_boxes(make_key("crop", self._seed), positions, height, width, scale=scale, horizontal_flip=flip)
 
     def _images(self, flat: torch.Tensor, num_images: int) -> torch.Tensor:
-        """View the front of a flat buffer as uint8 (B, C, H, W)."""
+        """View the front of a flat buffer as uint8 (B, C, H, W).
+
+        Colours are interleaved as decoded photographs have them, or in planes as small images and jitter have them, so
+        that copies are straight.
+        """
         channels, size = self._channels, self._size
-        plane = size * size
-        # decoded photographs come with interleaved colours, small images in planes, which jitter needs: keep copies
-        # straight
         is_interleaved = size > SMALL_SIDE and not self._data.color_jitter
-        strides = (1, size * channels, channels) if is_interleaved else (plane, size, 1)
-        return flat.as_strided((num_images, channels, size, size), (channels * plane, *strides))
+        strides = (1, size * channels, channels) if is_interleaved else (size * size, size, 1)
+        return flat.as_strided((num_images, channels, size, size), (channels * size * size, *strides))
 
 
 class TrainStream(Stream):
@@ -208,114 +199,107 @@ class TrainStream(Stream):
                 sample_of[mine] = source.sample_numbers(slots, epochs)
         return source_of, sample_of
 
-    def read_ahead(self, where: range) -> None:
+    def read_ahead(self, positions: npt.ArrayLike) -> None:
         """Start to read what `fill` will next be called for, and fetch the shards of later positions."""
+        where = np.asarray(positions, dtype=np.int64)
         drawn = self._drawn(where)
         for number, source in enumerate(self._sources):
             samples = drawn["sample"][drawn["source"] == number]
             if source.positions_ahead:
-                source_of, later = self.locate(np.arange(where.start, where.stop) + source.positions_ahead)
+                source_of, later = self.locate(where + source.positions_ahead)
                 samples = np.concatenate([samples, later[source_of == number]])
             source.dataset.read_ahead(samples, self._channels)
 
-    def _drawn(self, where: range | I64) -> _Drawn:
-        """Return the draws at these positions.
+    def _drawn(self, positions: I64) -> _Drawn:
+        """Return the draws at these positions, by blocks, which are kept for the next batches.
 
-        numpy's calls take as long for 256 positions as for 32: for 32 photographs they took 17 microseconds per
-        photograph (Zen 4). So consecutive positions are drawn by blocks, which are kept for the next batches.
+        numpy's calls take as long for 256 positions as for 32, which took 17 microseconds per photograph (Zen 4).
         """
-        if not isinstance(where, range):
-            return self._draw(where)
-        first, last = where.start // _BLOCK, -(-where.stop // _BLOCK)
-        drawn = np.concatenate([self._block(number) for number in range(first, last)] or [np.empty(0, _DRAWN)])
-        return drawn[where.start - first * _BLOCK : where.stop - first * _BLOCK]
+        numbers, inverse = np.unique(positions // _BLOCK, return_inverse=True)
+        blocks = [self._block(number) for number in numbers.tolist()]
+        return np.concatenate([np.empty(0, _DRAWN), *blocks])[inverse * _BLOCK + positions % _BLOCK]
 
     def _block(self, number: int) -> _Drawn:
         if number not in self._blocks:
             if len(self._blocks) == _MAX_BLOCKS:
                 del self._blocks[next(iter(self._blocks))]
-            self._blocks[number] = self._draw(np.arange(number * _BLOCK, (number + 1) * _BLOCK))
+            positions = np.arange(number * _BLOCK, (number + 1) * _BLOCK)
+            self._blocks[number] = self._with_boxes(*self.locate(positions), positions)
         return self._blocks[number]
-
-    def _draw(self, positions: I64) -> _Drawn:
-        return self._with_boxes(*self.locate(positions), positions)
 
     def _with_boxes(self, source_of: I64, sample_of: I64, positions: I64) -> _Drawn:
         """Add the sides and crops of these samples."""
         drawn = np.empty(len(positions), _DRAWN)
         drawn["source"], drawn["sample"] = source_of, sample_of
-        height, width = np.empty((2, len(positions)), dtype=np.int32)
         for number, source in enumerate(self._sources):
             mine = np.flatnonzero(source_of == number)
-            height[mine], width[mine] = source.dataset.sides(sample_of[mine])
-        drawn["height"], drawn["width"], drawn["box"] = height, width, self._boxes(positions, height, width)
+            drawn["height"][mine], drawn["width"][mine] = source.dataset.sides(sample_of[mine])
+        drawn["box"] = self._boxes(positions, drawn["height"], drawn["width"])
         return drawn
 
-    def _decode(self, images: torch.Tensor, where: range | I64) -> tuple[str, ...]:
-        drawn, pending, bad = self._drawn(where), np.arange(len(where)), list[str]()
+    def _decode(self, images: torch.Tensor, positions: I64) -> tuple[str, ...]:
+        drawn, pending, bad = self._drawn(positions), np.arange(len(positions)), list[str]()
         for attempt in range(MAX_REPLACEMENTS + 1):
             failed: list[int] = []
             for number, source in enumerate(self._sources):
                 mine = np.flatnonzero(drawn["source"] == number)
-                if mine.size:
-                    problems = self._decode_from(source.dataset, images, pending[mine], drawn[mine])
-                    failed += mine[list(problems)].tolist()
-                    samples = drawn["sample"][mine]
-                    bad += [source.dataset.describe(int(samples[i]), why) for i, why in problems.items()]
+                problems = self._decode_from(source.dataset, images, pending[mine], drawn[mine])
+                failed += mine[list(problems)].tolist()
+                bad += [source.dataset.describe(int(drawn["sample"][mine[i]]), why) for i, why in problems.items()]
             if not failed:
                 return tuple(bad)
             pending = pending[failed]
-            drawn = self._replaced(drawn["source"][failed], np.asarray(where)[pending], attempt)
+            drawn = self._replaced(drawn["source"][failed], positions[pending], attempt)
         raise DataError(
-            f"position {where[pending[0]]}: {MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
+            f"position {positions[pending[0]]}: {MAX_REPLACEMENTS} undecodable samples in a row, last {bad[-1]}"
         )
 
     def _decode_from(self, dataset: ShardDataset, images: torch.Tensor, rows: I64, drawn: _Drawn) -> dict[int, str]:
         """Fill `rows` of `images` from one source; returns the reasons of those of `drawn` that do not decode."""
-        samples, height, width, boxes = (drawn[name] for name in ("sample", "height", "width", "box"))
-        is_small = (height <= SMALL_SIDE) & (width <= SMALL_SIDE)
-        small, large = np.flatnonzero(is_small), np.flatnonzero(~is_small)
         problems: dict[int, str] = {}
-        shapes = height[small] * (SMALL_SIDE + 1) + width[small]
-        for shape in np.unique(shapes) if small.size else ():
-            group = small[shapes == shape]
-            whole, wrong = dataset.decode_many(samples[group], self._channels)
+        is_small = (drawn["height"] <= SMALL_SIDE) & (drawn["width"] <= SMALL_SIDE)
+        shapes = np.where(is_small, drawn["height"] * (SMALL_SIDE + 1) + drawn["width"], -1)
+        for shape in np.unique(shapes):
+            group = np.flatnonzero(shapes == shape)
+            if shape < 0:
+                problems |= self._decode_large(dataset, images, rows, drawn, group)
+                continue
+            whole, wrong = dataset.decode_many(drawn["sample"][group], self._channels)
             problems |= {int(group[i]): reason for i, reason in wrong.items()}
             group = np.delete(group, list(wrong))
-            images[rows[group]] = crop_resize_small(whole, boxes[group], self._size)
-        if large.size:
-            problems |= self._decode_large(dataset, images, rows, drawn, large)
+            images[rows[group]] = crop_resize_small(whole, drawn["box"][group], self._size)
         return problems
 
     def _decode_large(
         self, dataset: ShardDataset, images: torch.Tensor, rows: I64, drawn: _Drawn, large: I64
     ) -> dict[int, str]:
         """Fill the rows of large images, one by one; see `_decode_from`."""
-        samples, box_of = drawn["sample"][large], drawn["box"].tolist()
-        problems, decoded, sides = dict[int, str](), list[int](), list[tuple[int, ...]]()
-        data = dataset.read_many(samples)
-        for turn, i in enumerate(large.tolist()):
+        problems: dict[int, str] = {}
+        samples, boxes = drawn["sample"][large].tolist(), drawn["box"][large].tolist()
+        for i, sample, box, data in zip(large.tolist(), samples, boxes, dataset.read_many(samples), strict=True):
             try:
-                pixels = decode_interleaved(data[turn], self._channels)
+                pixels = decode_interleaved(data, self._channels)
             except UndecodableImageError as error:
                 problems[i] = str(error)
-                continue
-            decoded.append(turn)
-            sides.append(pixels.shape[:2])
-            if sides[-1] != (drawn["height"][i], drawn["width"][i]):
-                break  # `check` refuses it
-            crop_resize_into(images[rows[i] : rows[i] + 1], pixels, box_of[i])
-        dataset.check(samples[decoded], [data[turn] for turn in decoded], sides)
+            else:
+                dataset.check(sample, data, pixels.shape[:2])
+                crop_resize_into(images[rows[i] : rows[i] + 1], pixels, box)
         return problems
 
     def _replaced(self, source_of: I64, positions: I64, attempt: int) -> _Drawn:
         """Draw another sample of the same source and subset for each position, chosen by (seed, position, attempt)."""
         draws = random_bits(make_key("replacement", self._seed), positions * MAX_REPLACEMENTS + attempt)
-        sample_of = [_other_sample(self._sources[number], draw) for number, draw in zip(source_of, draws, strict=True)]
-        return self._with_boxes(source_of, np.array(sample_of), positions)
+        sample_of = np.empty_like(positions)
+        for row, source in enumerate(self._sources[number] for number in source_of):
+            slots = (draws[row : row + 1] % np.uint64(source.order.num_unique)).astype(np.int64)
+            sample_of[row : row + 1] = source.sample_numbers(slots, np.zeros_like(slots))
+        return self._with_boxes(source_of, sample_of, positions)
 
 
-def _other_sample(source: Source, draw: np.uint64) -> int:
-    """Return the number of one of a source's samples, chosen by a random number of 64 bits."""
-    slot = np.array([draw % np.uint64(source.order.num_unique)], dtype=np.int64)
-    return int(source.sample_numbers(slot, np.zeros_like(slot))[0])
+def open_stream(config: RunConfig, *, cache_dir: str | None = None, cache_gb: float = 100.0) -> Stream:
+    """Open the stream of a run, by its sources; raises DataError as `open_sources` and `shard_urls` do."""
+    if config.training.data.is_unindexed:
+        from aimscale.harness.data.stream.unindexed import UnindexedStream  # webdataset is slow to import
+
+        return UnindexedStream(config)
+    return TrainStream(config, cache_dir=cache_dir, cache_gb=cache_gb)

@@ -53,11 +53,9 @@ class Backbone(Protocol):
 
     def use(self, dtype: torch.dtype) -> None:
         """Compute in this type from now on; the weights were loaded in fp32."""
-        ...
 
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
         """Compute outputs (len(blocks), B, N, d) for normalised images (B, C, H, W)."""
-        ...
 
 
 def weight_bytes(backbone: Backbone) -> int:

@@ -7,7 +7,6 @@ tasks), else computed batch by batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from aimscale.harness.distributed.group import Group
 from aimscale.harness.probe.features.backbones import DTYPES, Backbone, weight_bytes
 from aimscale.harness.probe.features.images import LabelledImages, ProgressCallback, ignore_progress
 from aimscale.harness.probe.features.moments import Moments
-from aimscale.harness.probe.features.placement import allocate, choose_place
 from aimscale.harness.probe.features.sources import (
     EXTRACT_BATCH,
     CachedTokens,
@@ -24,7 +22,10 @@ from aimscale.harness.probe.features.sources import (
     StreamedTokens,
     own_indices,
 )
-from aimscale.harness.probe.features.tasks import CACHE_SHARE
+from aimscale.harness.probe.features.tasks import CACHE_SHARE, HEADS_SHARE, ProbeError
+
+HOST_SHARE = 0.4
+"""Share of a rank's free host memory for the pooled features of a split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,71 +37,91 @@ class SplitFeatures:
     tokens: StreamedTokens | CachedTokens
     """Tokens, kept in memory or computed again when asked for."""
     token_moments: tuple[Moments, Moments]
-    """Statistics of the tokens of the images to fit and of the hold-out, of all ranks; empty unless tokens will be
-    read."""
+    """Statistics of tokens, of the images to fit and of the hold-out, of all ranks; empty without `for_tokens`."""
     pooled_moments: tuple[Moments, Moments]
     """Statistics of the pooled vectors, likewise."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeaturePass:
-    """Settings of the pass that computes and keeps a task's features."""
+@torch.no_grad()
+def extract_features(
+    backbone: Backbone,
+    images: LabelledImages,
+    group: Group,
+    *,
+    precision: str,
+    for_tokens: bool = True,
+    fit: np.ndarray | None = None,
+    reserved_bytes: int = 0,
+    report_progress: ProgressCallback = ignore_progress,
+) -> SplitFeatures:
+    """Compute the features of a split in one pass over its images.
 
-    backbone: Backbone
-    """Backbone, on its device and in the task's precision."""
-    group: Group
-    precision: str
-    """Precision in which pooled features are kept, `fp32` or `bf16`."""
-    for_tokens: bool = True
-    """Whether any head reads single tokens; else they are not kept, and have no statistics."""
-    folder: Path | None = None
-    """Folder whose disk takes pooled features that do not fit into memory; None uses memory alone."""
-    report_progress: ProgressCallback = ignore_progress
+    Args:
+        backbone: on its device and in the task's precision.
+        precision: precision in which pooled features are kept, `fp32` or `bf16`.
+        for_tokens: whether any head reads single tokens; else they are not kept, and have no statistics.
+        fit: images whose statistics are summed, apart from those of all others; None sums none.
+        reserved_bytes: bytes of pooled features that the GPU may hold already.
 
-    @torch.no_grad()
-    def split(self, images: LabelledImages, fit: np.ndarray | None = None, reserved_bytes: int = 0) -> SplitFeatures:
-        """Compute the features of a split in one pass over its images.
+    Raises:
+        ProbeError: memory does not hold the pooled features.
+    """
+    stream = StreamedTokens(backbone, images, group)
+    centre = stream.centre()
+    own = own_indices(range(len(images)), group)
+    most = -(-len(images) // group.world_size)  # images per rank: all ranks take as many turns
+    dtype, pass_bytes = DTYPES[precision], EXTRACT_BATCH * stream.image_bytes
+    # three copies of a pass's outputs: as computed, gathered, or in float32
+    taken = reserved_bytes + weight_bytes(backbone) + 3 * pass_bytes
+    device = _choose_device(most * centre.numel() * dtype.itemsize, group, taken)
+    # written at once, so that later allocations of any process see that the host has less memory
+    pooled = PooledFeatures(torch.empty(len(own), *centre.shape, dtype=dtype, device=device).zero_(), centre, group)
+    kept = None
+    if for_tokens and images.views is None:  # views change by epoch
+        fits = most * stream.image_bytes <= CACHE_SHARE * group.min_over_ranks(group.memory_bytes())
+        kept = stream.empty(most)[:, : len(own)] if fits else None
+    sums = [Moments.around(centre) for _ in range(4)]  # tokens: to fit, held out; pooled: to fit, held out
+    is_fit = np.isin(np.arange(len(images)), [] if fit is None else fit)
+    chunks = [own[first : first + EXTRACT_BATCH] for first in range(0, most, EXTRACT_BATCH)]
+    for number, (chunk, outputs) in enumerate(zip(chunks, stream.parts(chunks), strict=True)):
+        first, means = number * EXTRACT_BATCH, outputs.float().mean(2)
+        pooled.put(first, means)
+        if kept is not None:
+            kept[:, first : first + len(chunk)] = outputs
+        for part, chosen in enumerate((is_fit[chunk], ~is_fit[chunk]) if fit is not None else ()):
+            rows = torch.from_numpy(np.flatnonzero(chosen)).to(outputs.device)
+            if for_tokens:
+                sums[part].add(outputs.index_select(1, rows).flatten(1, 2))
+            sums[2 + part].add(means.index_select(1, rows))
+        seen = min(len(images), group.world_size * (first + len(chunk)))
+        report_progress(f"features of {images.dataset.info.name}", seen, len(images))
+    for moments in sums if fit is not None else ():
+        moments.over_ranks(group)
+    return SplitFeatures(
+        pooled=pooled,
+        tokens=stream if kept is None else CachedTokens(kept, group),
+        token_moments=(sums[0], sums[1]),
+        pooled_moments=(sums[2], sums[3]),
+    )
 
-        Args:
-            fit: images whose statistics are summed, apart from those of all others; None sums none.
-            reserved_bytes: bytes of pooled features that the GPU may hold already.
 
-        Raises:
-            ProbeError: neither memory nor disk holds the pooled features.
-        """
-        stream = StreamedTokens(self.backbone, images, self.group)
-        centre = stream.centre()
-        own = own_indices(range(len(images)), self.group)
-        most = -(-len(images) // self.group.world_size)  # images per rank: all ranks take as many turns
-        dtype, pass_bytes = DTYPES[self.precision], EXTRACT_BATCH * stream.image_bytes
-        # three copies of a pass's outputs: as computed, gathered, or in float32
-        taken = reserved_bytes + weight_bytes(self.backbone) + 3 * pass_bytes
-        place = choose_place(most * centre.numel() * dtype.itemsize, self.group, taken, self.folder)
-        pooled = PooledFeatures(allocate((len(own), *centre.shape), dtype, place), centre, self.group)
-        kept = None
-        if self.for_tokens and images.views is None:  # views change by epoch
-            fits = most * stream.image_bytes <= CACHE_SHARE * self.group.min_over_ranks(self.group.memory_bytes())
-            kept = stream.empty(most)[:, : len(own)] if fits else None
-        sums = [Moments.around(centre) for _ in range(4)]  # tokens: to fit, held out; pooled: to fit, held out
-        is_fit = np.isin(np.arange(len(images)), [] if fit is None else fit)
-        chunks = [own[first : first + EXTRACT_BATCH] for first in range(0, most, EXTRACT_BATCH)]
-        for number, (chunk, outputs) in enumerate(zip(chunks, stream.parts(chunks), strict=True)):
-            first, means = number * EXTRACT_BATCH, outputs.float().mean(2)
-            pooled.put(first, means)
-            if kept is not None:
-                kept[:, first : first + len(chunk)] = outputs
-            for part, chosen in enumerate((is_fit[chunk], ~is_fit[chunk]) if fit is not None else ()):
-                rows = torch.from_numpy(np.flatnonzero(chosen)).to(outputs.device)
-                if self.for_tokens:
-                    sums[part].add(outputs.index_select(1, rows).flatten(1, 2))
-                sums[2 + part].add(means.index_select(1, rows))
-            seen = min(len(images), self.group.world_size * (first + len(chunk)))
-            self.report_progress(f"features of {images.dataset.info.name}", seen, len(images))
-        for moments in sums if fit is not None else ():
-            moments.over_ranks(self.group)
-        return SplitFeatures(
-            pooled=pooled,
-            tokens=stream if kept is None else CachedTokens(kept, self.group),
-            token_moments=(sums[0], sums[1]),
-            pooled_moments=(sums[2], sums[3]),
+def _choose_device(num_bytes: int, group: Group, gpu_bytes_taken: float) -> torch.device:
+    """Return the GPU if it has room for `num_bytes` on every rank, else the host.
+
+    Args:
+        gpu_bytes_taken: bytes of the GPU that the backbone, its passes and other features take; heads have their share,
+            and a tenth is left free.
+
+    Raises:
+        ProbeError: neither has room.
+    """
+    if group.device.type == "cuda":
+        left = (1 - HEADS_SHARE - 0.1) * group.min_over_ranks(group.memory_bytes()) - gpu_bytes_taken
+        if num_bytes <= left:
+            return group.device
+    if num_bytes > HOST_SHARE * group.min_over_ranks(group.host_memory_bytes()):
+        raise ProbeError(
+            f"pooled features need {num_bytes / 1e9:.3g} GB on a rank, more than {HOST_SHARE:.0%} of its free host "
+            "memory; use more ranks"
         )
+    return torch.device("cpu")

@@ -72,18 +72,6 @@ class LabelledImages:
         """Data set that the images come from."""
         return self.source.dataset
 
-    def without_bad(self, group: Group) -> LabelledImages:
-        """Leave out the images that any rank has found undecodable; all ranks call this together.
-
-        Raises:
-            DataError: they are too many.
-        """
-        self.source.agree(group, self.rows)
-        is_good = self.source.is_good(self.rows)
-        if is_good.all():
-            return self
-        return replace(self, rows=self.rows[is_good], labels=self.labels[torch.from_numpy(is_good)])
-
     def images(self, indices: Sequence[int], epoch: int | None = None) -> Tensor:
         """Load normalised float32 images (len(indices), C, H, W).
 
@@ -143,28 +131,25 @@ class Task:
         return len(self.train.classes)
 
     @functools.cached_property
-    def _split(self) -> tuple[np.ndarray, np.ndarray]:
-        return holdout_split(self.train.labels, HOLDOUT_FRACTION, self.seed)
+    def is_fit(self) -> np.ndarray:
+        """Whether heads judged by the hold-out learn from each training image, bool (n,)."""
+        fit, _ = holdout_split(self.train.labels, HOLDOUT_FRACTION, self.seed)
+        return np.isin(self.everything, fit)
 
     @property
     def fit(self) -> np.ndarray:
-        """Indices of the training images from which heads judged by the hold-out learn, ascending."""
-        return self._split[0]
+        """Indices of the training images from which they learn, ascending."""
+        return np.flatnonzero(self.is_fit)
 
     @property
     def held(self) -> np.ndarray:
         """Indices of the hold-out, ascending."""
-        return self._split[1]
+        return np.flatnonzero(~self.is_fit)
 
-    @functools.cached_property
+    @property
     def everything(self) -> np.ndarray:
-        """Indices of both parts, ascending."""
-        return np.sort(np.concatenate([self.fit, self.held]))
-
-    @functools.cached_property
-    def is_fit(self) -> np.ndarray:
-        """Whether each training image is in the part to fit, bool (n,)."""
-        return np.isin(np.arange(len(self.train)), self.fit)
+        """Indices of all training images."""
+        return np.arange(len(self.train))
 
 
 def read_without_bad(
@@ -174,26 +159,25 @@ def read_without_bad(
 
     Returns:
         The split without them, and what was read of it.
+
+    Raises:
+        DataError: on all ranks, if they are too many.
     """
     while True:
         found = read(images)
-        good = images.without_bad(group)
-        if len(good) == len(images):
+        images.source.agree(group, images.rows)
+        is_good = images.source.is_good(images.rows)
+        if is_good.all():
             images.source.is_read = True
             return images, found
         del found  # makes room
-        images = good
+        images = replace(images, rows=images.rows[is_good], labels=images.labels[torch.from_numpy(is_good)])
 
 
 def open_labelled(
     path: str, section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig, max_bad_fraction: float
 ) -> LabelledImages:
-    """Open one split of a task.
-
-    Args:
-        runtime: says where shards at a URL, and their index, are cached.
-        max_bad_fraction: share of undecodable images above which the split is refused.
-    """
+    """Open one split of a task; it is refused if its share of undecodable images is above `max_bad_fraction`."""
     dataset = open_dataset(path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
     require_usable(path, dataset.info, max_bad_fraction)
     if dataset.labels is None:
@@ -203,10 +187,6 @@ def open_labelled(
     rows = dataset.usable()
     labels = torch.as_tensor(dataset.require_labels()[rows])
     classes = dataset.classes or tuple(str(label) for label in range(dataset.num_classes))
-    if len(labels) and int(labels.max()) >= len(classes):
-        raise ProbeError(
-            f"task '{section.task}': {path} has labels beyond its {len(classes)} class names; index it again"
-        )
     source = EvalImages(dataset, model_section, centre_crop=section.centre_crop, max_bad_fraction=max_bad_fraction)
     return LabelledImages(source, rows, labels, classes)
 
@@ -240,7 +220,7 @@ def open_task(
             "are too few to hold some out; give at least two a class"
         )
     check_benchmark(section.task, num_classes=len(train.classes), num_train=len(train), num_test=len(test))
-    if (shared := count_shared([train.dataset], test.dataset)) > MAX_SHARED * len(test):
+    if (shared := count_shared(train.dataset, test.dataset)) > MAX_SHARED * len(test):
         raise ProbeError(
             f"task '{section.task}': {shared} of the {len(test)} images of {section.test} are images of "
             f"{section.train} too, so the score would count images seen in training; give the test images of its own"

@@ -69,8 +69,7 @@ class StreamedTokens:
         return np.arange(len(images)) % self.group.world_size
 
     def parts(self, chunks: Iterable[Sequence[int]], epoch: int | None = None) -> Iterator[Tensor]:
-        """Yield outputs (L, b, N, d) of each chunk, computed EXTRACT_BATCH images at a time while the next ones are
-        decoded."""
+        """Yield outputs (L, b, N, d) of each chunk, while the next images are decoded."""
         for _, images in self._images.ahead(chunks, epoch):
             if len(images) <= EXTRACT_BATCH:
                 yield self._compute(images) if len(images) else self._first[:, :0]

@@ -42,8 +42,7 @@ BlockSet = tuple[int, ...]
 CACHE_SHARE = 0.1
 """Share of the memory that a rank may plan for, for tokens that are kept."""
 HEADS_SHARE = 0.5
-"""Share of a rank's memory for heads that train together, with gradients and optimiser state; further block sets train
-in further rounds."""
+"""Share of a rank's memory for heads that train together; further block sets train in further rounds."""
 BYTES_PER_HEAD_PARAM = 16
 """Bytes of a value, its gradient and two moments in fp32."""
 BYTES_PER_SOLVED_PARAM = 96
@@ -88,8 +87,7 @@ def number_of_steps(section: ProbeSection, num_images: int) -> int:
 
 
 def bytes_per_set(kinds: Sequence[str], num_heads: int, width: int, num_classes: int, is_solved: bool) -> int:
-    """Return the memory of so many heads of each kind on one block set, with gradients and moments, or all that L-BFGS
-    keeps."""
+    """Return the bytes of heads on one block set, with gradients and moments, or all that L-BFGS keeps."""
     params = num_heads * sum(head_params(kind, width, num_classes) for kind in kinds)
     return BYTES_PER_SOLVED_PARAM * params + 16 * width**2 if is_solved else BYTES_PER_HEAD_PARAM * params
 

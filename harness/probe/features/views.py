@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset
-from aimscale.harness.data.stream.augment import IMAGE_MEAN, box_uniforms, crop_resize, draw_boxes, normalise
+from aimscale.harness.data.stream.augment import IMAGE_MEAN, crop_resize, draw_boxes, normalise
 from aimscale.harness.run.config import ModelSection
 
 CROP_SCALE = (0.08, 1.0)
@@ -76,15 +76,9 @@ class PublishedViews:
         views = []
         for row in rows:
             image = dataset.decode(int(row), self._channels)
-            height, width = (np.array([side], dtype=np.int32) for side in image.shape[-2:])
-            boxes = draw_boxes(
-                box_uniforms(key, np.array([row], dtype=np.int64)),
-                height,
-                width,
-                scale=CROP_SCALE,
-                horizontal_flip=True,
-            )
-            crop = crop_resize(image, boxes[0].item(), self._size)
+            sides = (np.array([side], dtype=np.int32) for side in image.shape[-2:])
+            (box,) = draw_boxes(key, np.array([row]), *sides, scale=CROP_SCALE, horizontal_flip=True).tolist()
+            crop = crop_resize(image, box, self._size)
             changed = _changed(to_pil_image(crop).convert("RGB"), np.random.default_rng([self._seed, 2, epoch, row]))
             views.append(pil_to_tensor(changed)[: self._channels])
         return normalise(torch.stack(views))

@@ -7,7 +7,7 @@ each were trained alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -30,73 +30,58 @@ TEST_BATCH = 64
 """Number of test images at a time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadSearch:
-    """Search among every kind x block set x value of a grid, by all ranks together."""
+def search_heads(
+    training: HeadTraining, kinds: Sequence[str], sets: Sequence[BlockSet], last: BlockSet
+) -> list[Candidate]:
+    """Train every head of the grid kinds x block sets x values, by all ranks together, judged by the hold-out; the grid
+    grows if a choice is at its end.
 
-    training: HeadTraining
-    kinds: Sequence[str]
-    sets: Sequence[BlockSet]
-    """Block sets that are tried."""
-    last: BlockSet
-    """Block set whose best head is kept too."""
-
-    def candidates(self) -> list[Candidate]:
-        """Train every head of the grid, judged by the hold-out; the grid grows if a choice is at its end.
-
-        The best of each kind, and the best on the block set `last`, come with heads that learnt from all images.
-        """
-        # the initial grid: strengths of L2 of solved heads, learning rates of trained ones
-        is_solved = isinstance(self.training.source, PooledFeatures)
-        asked = L2S if is_solved else self.training.task.section.lrs
-        found: list[Candidate] = []
-        kinds, sets, values = list(self.kinds), list(self.sets), list(asked)
-        while sets:
-            known = {(each.kind, each.blocks, each.value) for each in found}
-            judged = self._judge(kinds, sets, values, is_solved=is_solved)
-            found += [each for each in judged if (each.kind, each.blocks, each.value) not in known]
-            kinds, sets, values = self._grown(found, asked)
-        return self._with_heads(found)
-
-    def _judge(
-        self, kinds: Sequence[str], sets: Sequence[BlockSet], values: Sequence[float], *, is_solved: bool
-    ) -> list[Candidate]:
-        """Measure heads of these settings; in rounds if the heads of all sets do not fit into memory."""
-        task, found = self.training.task, []
-        memory_bytes = task.group.min_over_ranks(task.group.memory_bytes())
-        width = self.training.source.width
-        one_set = bytes_per_set(kinds, len(values), width, task.num_classes, is_solved=is_solved)
-        for some in batched(range(len(sets)), sets_per_round(one_set, task.group.world_size, memory_bytes)):
-            grids = [(kind, {sets[i]: values for i in some}) for kind in kinds]
-            found += self.training.measure(self.training.train(grids, with_holdout=False))
-        return found
-
-    def _with_heads(self, found: list[Candidate]) -> list[Candidate]:
-        """Train the chosen candidates on all images."""
-        chosen = self._chosen(found)
-        # a stack for each, so that no head's rounding depends on another
-        trained = self.training.train([(each.kind, {each.blocks: [each.value]}) for each in chosen], with_holdout=True)
-        mine = {(stack.kind, blocks): stack.to("cpu") for stack in trained.stacks for blocks in stack.grid}
-        group, device = self.training.task.group, self.training.device
-        everyone = {key: head.to(device) for part in group.gather(mine) for key, head in part.items()}
-        return [replace(each, head=everyone[each.kind, each.blocks]) if each in chosen else each for each in found]
-
-    def _chosen(self, found: Sequence[Candidate]) -> list[Candidate]:
-        """Return the best of each kind, and the best on the block set `last`."""
-        chosen = [best(found, kind, blocks) for kind in self.kinds for blocks in (None, self.last)]
-        return [each for each in found if any(each is one for one in chosen)]
-
-    def _grown(
-        self, found: Sequence[Candidate], asked: Sequence[float]
-    ) -> tuple[list[str], list[BlockSet], list[float]]:
-        """Return kinds, block sets and values by which the grid grows: those whose choice is at its end."""
-        more = [
-            (each, value)
-            for each in self._chosen(found)
-            for value in next_values(asked, tried_values(found, each), each.value)
+    The best of each kind, and the best on the block set `last`, come with heads that learnt from all images.
+    """
+    # the initial grid: strengths of L2 of solved heads, learning rates of trained ones
+    asked = L2S if isinstance(training.source, PooledFeatures) else training.task.section.lrs
+    found: dict[tuple[str, BlockSet, float], Candidate] = {}
+    more_kinds, more_sets, values = list(kinds), list(sets), list(asked)
+    while more_sets:
+        for each in _judged(training, more_kinds, more_sets, values):
+            found.setdefault((each.kind, each.blocks, each.value), each)
+        candidates = [*found.values()]
+        chosen = [best(candidates, kind, blocks) for kind in kinds for blocks in (None, last)]
+        grown = [
+            (each, value) for each in chosen for value in next_values(asked, tried_values(candidates, each), each.value)
         ]
-        kinds = [kind for kind in self.kinds if any(each.kind == kind for each, _ in more)]
-        return kinds, list(dict.fromkeys(each.blocks for each, _ in more)), sorted({value for _, value in more})
+        more_kinds = [kind for kind in kinds if any(each.kind == kind for each, _ in grown)]
+        more_sets = list(dict.fromkeys(each.blocks for each in candidates for one, _ in grown if each is one))
+        values = sorted({value for _, value in grown})
+    return _with_heads(training, candidates, chosen)
+
+
+def _judged(
+    training: HeadTraining, kinds: Sequence[str], sets: Sequence[BlockSet], values: Sequence[float]
+) -> list[Candidate]:
+    """Measure heads of these settings; in rounds if the heads of all sets do not fit into memory."""
+    task, source = training.task, training.source
+    memory_bytes = task.group.min_over_ranks(task.group.memory_bytes())
+    is_solved = isinstance(source, PooledFeatures)
+    one_set = bytes_per_set(kinds, len(values), source.width, task.num_classes, is_solved=is_solved)
+    found = []
+    for some in batched(range(len(sets)), sets_per_round(one_set, task.group.world_size, memory_bytes)):
+        grids = [(kind, {sets[i]: values for i in some}) for kind in kinds]
+        found += training.measure(training.train(grids, with_holdout=False))
+    return found
+
+
+def _with_heads(
+    training: HeadTraining, candidates: Sequence[Candidate], chosen: Sequence[Candidate]
+) -> list[Candidate]:
+    """Train the chosen candidates on all images."""
+    chosen = [each for each in candidates if any(each is one for one in chosen)]
+    # a stack for each, so that no head's rounding depends on another
+    trained = training.train([(each.kind, {each.blocks: [each.value]}) for each in chosen], with_holdout=True)
+    mine = {(stack.kind, blocks): stack.to("cpu") for stack in trained.stacks for blocks in stack.grid}
+    parts = training.task.group.gather(mine)
+    everyone = {key: head.to(training.device) for part in parts for key, head in part.items()}
+    return [replace(each, head=everyone[each.kind, each.blocks]) if each in chosen else each for each in candidates]
 
 
 @torch.no_grad()

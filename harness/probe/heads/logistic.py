@@ -1,9 +1,8 @@
 """Logistic regression on pooled features, solved instead of trained: a whole grid of L2 at once, by L-BFGS.
 
-The problem is convex, so its solution does not depend on a learning rate, order of images, batch or seed. The features'
-variance differs by orders of magnitude between directions, so that one step size cannot suit all: heads are solved in
-coordinates in which the features have unit covariance (damped by the L2), which takes some thirty passes instead of a
-thousand. Zhu et al. 1997 (L-BFGS); Kornblith et al. 2019, arXiv 1805.08974 (this probe).
+The problem is convex, so its solution does not depend on a learning rate, order of images, batch or seed. Heads are
+solved in coordinates in which the features have unit covariance (damped by the L2), which takes some thirty passes
+instead of a thousand. Zhu et al. 1997 (L-BFGS); Kornblith et al. 2019, arXiv 1805.08974 (this probe).
 """
 
 from __future__ import annotations

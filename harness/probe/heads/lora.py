@@ -1,10 +1,8 @@
 """LoRA adaptation (rank 8; AIM paper, Table 8): the third protocol on a probe's tasks, and not a frozen feature.
 
-Low-rank updates of the backbone's query, value and output projections (`aim.lora`) train together with an attentive
-head on the fixed block set (the last six), once for every learning rate. The hold-out chooses the rate; one at the end
-of the grid makes it grow. The chosen one trains once more on the whole training split, and the test split is scored
-once. Optimiser, schedule and views are those of the probes. The head standardises by the statistics of the unadapted
-features.
+Low-rank updates of the backbone (`aim.lora`) train together with an attentive head on the fixed block set (the last
+six), once for every learning rate. The hold-out chooses the rate, which trains once more on the whole training split.
+Optimiser, schedule and views are those of the probes; the head standardises by the statistics of unadapted features.
 """
 
 from __future__ import annotations
@@ -121,8 +119,7 @@ class _Adaptation:
             for _ in own:
                 chunk, images = next(decoded)
                 labels = self._task.train.labels[torch.as_tensor(chunk)].to(self._device)
-                weights = torch.full((len(chunk),), 1 / len(part), device=self._device)
-                self._head.losses(self._tokens(images), labels, weights).sum().backward()
+                self._head.losses(self._tokens(images), labels, 1 / len(part)).sum().backward()
             for parameter in self.trained:
                 assert parameter.grad is not None
                 self._task.group.sum_tensor(parameter.grad)

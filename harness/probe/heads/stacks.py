@@ -33,6 +33,12 @@ WEIGHT_DECAY = 0.05
 """Decoupled decay of the matrices."""
 
 
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the cross-entropy of every head on every image, (S, B, G), from logits (S, B, G, K) and labels (B,)."""
+    targets = labels[None, :, None].expand(logits.shape[:3])
+    return functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
+
+
 class HeadStack(nn.Module):
     """Stack of S x G heads of one kind; subclasses define how tokens become the vector that is classified.
 
@@ -91,12 +97,9 @@ class HeadStack(nn.Module):
         """Numbers of block sets and of heads on each, (S, G)."""
         return next(self.parameters()).shape[:2]
 
-    def losses(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Sum cross-entropies over images (S, B, N, d) with labels (B,), weighted by (B,), to (S, G)."""
-        logits = self(tokens)
-        targets = labels[None, :, None].expand(logits.shape[:3])
-        losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
-        return (losses * weights[:, None]).sum(1)
+    def losses(self, tokens: Tensor, labels: Tensor, weight: float) -> Tensor:
+        """Sum cross-entropies over images (S, B, N, d) with labels (B,), all of one weight, to (S, G)."""
+        return (cross_entropies(self(tokens), labels) * weight).sum(1)
 
 
 class LinearStack(HeadStack):
@@ -178,9 +181,8 @@ class EfficientStack(AttentiveStack):
     """Stack of efficient heads: multi-query attention pooling without query or key projections, then linear with bias.
 
     Psomas et al. 2025, arXiv 2506.10178: query q attends to tokens in all d channels and pools its own d / Q channels
-    of one value projection. d^2 + Q d + K d + K parameters. In the paper, a batch norm without weights follows the
-    pooling; here it precedes it, as in the other probes. That is the same family of functions (scores ignore a shift,
-    and value and classifier absorb any scale and shift), and it needs no statistics of what is being trained.
+    of one value projection: d^2 + Q d + K d + K parameters. The paper's batch norm follows the pooling; here it comes
+    before, as in the other probes: the same family of functions, without statistics of what is being trained.
     """
 
     kind = "efficient"
@@ -212,8 +214,7 @@ ON_TOKENS = tuple(kind for kind in STACKS if kind != LinearStack.kind)
 
 
 def learning_rate(peak: float, step: int, num_steps: int) -> float:
-    """Return the rate of a step: linear warm-up, then half a cosine down to `LR_END` (or to the peak if that is
-    lower)."""
+    """Return the rate of a step: linear warm-up, then half a cosine down to `LR_END` or a lower peak."""
     warmup = max(1, round(WARMUP_FRACTION * num_steps))
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from aimscale.harness.probe.features.extraction import SplitFeatures
 from aimscale.harness.probe.features.images import Task
@@ -23,7 +22,7 @@ from aimscale.harness.probe.features.sources import Features, PooledFeatures, ba
 from aimscale.harness.probe.features.tasks import BlockSet, number_of_steps
 from aimscale.harness.probe.heads.logistic import MAX_CHANNELS, MIN_IMAGES_PER_CHANNEL, solve
 from aimscale.harness.probe.heads.scores import Candidate
-from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, LinearStack, StackedAdamW
+from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, LinearStack, StackedAdamW, cross_entropies
 
 WORKING_GB = 1.0
 """Memory of a rank for the tokens that heads train on at a time, if these are more than `MICRO_BATCH` images."""
@@ -39,8 +38,8 @@ class MicroBatch(NamedTuple):
 
     images: list[int]
     """Images of all ranks."""
-    num_learnt: int = 0
-    """Number of images of the whole batch that the heads learn from."""
+    weight: float = 1.0
+    """Weight of each image in the loss."""
     ends_batch: bool = False
     """Whether the optimiser steps after this micro-batch."""
 
@@ -128,44 +127,42 @@ class HeadTraining:
         num_steps = number_of_steps(self.task.section, len(self.task.train.labels))
         optimisers = [StackedAdamW(stack, num_steps=num_steps) for stack in this.stacks]
         what, done = f"{' and '.join(dict.fromkeys(stack.kind for stack in this.stacks))} heads", 0
-        for micro, outputs in self._batches(this, num_steps):
-            averaged = self._averages(this, micro, outputs)
-            for stack in this.stacks:
-                tokens = self._select(averaged, this, stack)
-                stack.losses(tokens, self._labels(micro), self._weights(this, micro)).sum().backward()
-            if micro.ends_batch:
-                for optimiser in optimisers:
-                    optimiser.step()
-                done += 1
-                self.task.report_progress(what, done, num_steps, "steps")
+        for epoch, plan in self._epochs(this, num_steps):
+            for micro, averaged, labels in self._averages(this, plan, epoch):
+                for stack in this.stacks:
+                    stack.losses(self._select(averaged, this, stack), labels, micro.weight).sum().backward()
+                if micro.ends_batch:
+                    for optimiser in optimisers:
+                        optimiser.step()
+                    done += 1
+                    self.task.report_progress(what, done, num_steps, "steps")
 
-    def _batches(self, this: Round, num_steps: int) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Yield this rank's outputs of each micro-batch of `num_steps` batches, without images that are not learnt
-        from."""
+    def _epochs(self, this: Round, num_steps: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """Plan `num_steps` batches, epoch by epoch, without images that are not learnt from."""
         left, epoch = num_steps, 0
         while left:
             order = np.random.default_rng([self.task.seed, 1, epoch]).permutation(self.task.everything)
             plan, batches = [], list(batched(order, self.task.section.batch_size))[:left]
             for batch in batches:
-                # in a batch of held-out images alone, the step moves the heads by their momentum
                 learnt = [image for image in batch if this.is_learnt[image]]
+                # in a batch of held-out images alone, the step moves the heads by their momentum
                 parts = list(batched(learnt or batch[:1], this.micro_size))
-                plan += [MicroBatch(part, len(learnt), number == len(parts)) for number, part in enumerate(parts, 1)]
-            yield from self._outputs(plan, epoch)
+                weight = 1 / len(learnt) if learnt else 0.0
+                plan += [MicroBatch(part, weight, number == len(parts)) for number, part in enumerate(parts, 1)]
+            yield epoch, plan
             left, epoch = left - len(batches), epoch + 1
 
     def _solve(self, this: Round, stack: HeadStack) -> None:
         """Find the optimum of a stack on the images that the heads learn from."""
         assert isinstance(stack, LinearStack)
         images = np.flatnonzero(this.is_learnt)
-        plan = [MicroBatch(part, len(images)) for part in batched(images, this.micro_size)]
+        plan = [MicroBatch(part, 1 / len(images)) for part in batched(images, this.micro_size)]
         num_passes = itertools.count(1)
 
         def losses() -> Tensor:
             total = torch.zeros(stack.shape, dtype=torch.float64, device=self.device)
-            for micro, outputs in self._outputs(plan):
-                tokens = self._select(self._averages(this, micro, outputs), this, stack)
-                found = stack.losses(tokens, self._labels(micro), self._weights(this, micro))
+            for micro, averaged, labels in self._averages(this, plan):
+                found = stack.losses(self._select(averaged, this, stack), labels, micro.weight)
                 found.sum().backward()
                 total += found.detach()
             self.task.report_progress("linear heads", next(num_passes), None, "passes")
@@ -175,8 +172,8 @@ class HeadTraining:
         num_sets, width = stack.mean.shape
         if width <= min(MAX_CHANNELS, len(images) / MIN_IMAGES_PER_CHANNEL):
             covariance = stack.mean.new_zeros(num_sets, width, width)
-            for micro, outputs in self._outputs(plan):
-                tokens = self._select(self._averages(this, micro, outputs), this, stack)
+            for _, averaged, _ in self._averages(this, plan):
+                tokens = self._select(averaged, this, stack)
                 vectors = (tokens[:, :, 0] - stack.mean[:, None]) * stack.rstd[:, None]
                 covariance += vectors.mT @ vectors / len(images)
         solve(stack, covariance, losses, lambda is_done: not any(self.task.group.sum_counts(int(not is_done))))
@@ -186,14 +183,12 @@ class HeadTraining:
         """Measure hold-out accuracy and loss of every head, of all ranks, in the order of kinds, sets and values."""
         held = self.task.held
         totals = [torch.zeros(2, *stack.shape, dtype=torch.float64, device=self.device) for stack in this.stacks]
-        for micro, outputs in self._outputs([MicroBatch(images) for images in batched(held, this.micro_size)]):
-            labels, averaged = self._labels(micro), self._averages(this, micro, outputs)
+        plan = [MicroBatch(images) for images in batched(held, this.micro_size)]
+        for _, averaged, labels in self._averages(this, plan):
             for stack, total in zip(this.stacks, totals, strict=True):
                 logits = stack(self._select(averaged, this, stack))
-                targets = labels[None, :, None].expand(logits.shape[:3])
-                losses = functional.cross_entropy(logits.movedim(3, 1), targets, reduction="none")
-                total[0] += (logits.argmax(3) == targets).sum(1)
-                total[1] += losses.double().sum(1)
+                total[0] += (logits.argmax(3) == labels[:, None]).sum(1)
+                total[1] += cross_entropies(logits, labels).double().sum(1)
             self.task.report_progress()
         mine = [
             Candidate(
@@ -210,26 +205,18 @@ class HeadTraining:
         everyone = [each for part in self.task.group.gather(mine) for each in part]
         return sorted(everyone, key=lambda each: list(STACKS).index(each.kind))  # stable: ranks hold neighbouring sets
 
-    def _outputs(self, plan: Sequence[MicroBatch], epoch: int | None = None) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Yield each micro-batch with this rank's outputs, (L, b, N, d) of the images that it owns."""
-        rank, owners = self.task.group.rank, self.source.owners
-        own = (np.asarray(micro.images)[owners(micro.images) == rank].tolist() for micro in plan)
-        return zip(plan, self.source.parts(own, epoch), strict=True)
+    def _averages(
+        self, this: Round, plan: Sequence[MicroBatch], epoch: int | None = None
+    ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+        """Yield each micro-batch with the averages of its images' tokens over this rank's block sets, (S, B, N, d), and
+        their labels (B,); every rank computes the tokens of some images."""
+        group, owners = self.task.group, [self.source.owners(micro.images) for micro in plan]
+        own = (np.asarray(micro.images)[of == group.rank].tolist() for micro, of in zip(plan, owners, strict=True))
+        for micro, of, outputs in zip(plan, owners, self.source.parts(own, epoch), strict=True):
+            labels = self.task.train.labels[torch.as_tensor(micro.images)].to(self.device)
+            yield micro, owned_averages(outputs, of, this.owned, group), labels
 
     def _select(self, averaged: Tensor, this: Round, stack: HeadStack) -> Tensor:
         """Select the averages that a stack reads among those on this rank's block sets."""
         own = this.owned[self.task.group.rank]
         return averaged if len(stack.grid) == len(own) else averaged[[own.index(blocks) for blocks in stack.grid]]
-
-    def _averages(self, this: Round, micro: MicroBatch, outputs: Tensor) -> Tensor:
-        """Average tokens over this rank's block sets, (S, B, N, d), for images of all ranks, in their order."""
-        return owned_averages(outputs, self.source.owners(micro.images), this.owned, self.task.group)
-
-    def _labels(self, micro: MicroBatch) -> Tensor:
-        """Return the labels of a micro-batch."""
-        return self.task.train.labels[torch.as_tensor(micro.images)].to(self.device)
-
-    def _weights(self, this: Round, micro: MicroBatch) -> Tensor:
-        """Return the weights (B,) of images in the loss."""
-        shares = this.is_learnt[micro.images] / max(1, micro.num_learnt)
-        return torch.from_numpy(shares.astype(np.float32)).to(self.device)

@@ -16,9 +16,9 @@ from aimscale.harness.run.config import RunConfig, run_config
 
 
 @pytest.fixture(autouse=True)
-def nothing_decoded_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_decoded_before() -> None:
     """What another test decoded is read again."""
-    monkeypatch.setattr(index, "_PIXEL_CACHES", {})
+    index._make_cache.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,9 @@ from sklearn.datasets import load_digits
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
-from aimscale.harness.distributed.group import ALONE
+from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import AimBackbone
-from aimscale.harness.probe.features.extraction import FeaturePass
+from aimscale.harness.probe.features.extraction import SplitFeatures, extract_features
 from aimscale.harness.probe.features.images import LabelledImages, open_task
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
@@ -63,10 +63,10 @@ class Task:
         settings = {"model_section": self.geometry, "runtime": RuntimeConfig(), "max_bad_fraction": 0.01}
         return probe_backbone(backbone, section, **settings | options)
 
-    def feature_pass(self, **options: Any) -> FeaturePass:
-        """Features of the model, in one process."""
+    def features(self, images: LabelledImages, group: Group = ALONE, **options: Any) -> SplitFeatures:
+        """Features of the model."""
         backbone = AimBackbone(lambda: copy.deepcopy(self.model))
-        return FeaturePass(backbone=backbone, group=ALONE, precision="fp32", **options)
+        return extract_features(backbone, images, group, precision="fp32", **options)
 
 
 @pytest.fixture(scope="session")

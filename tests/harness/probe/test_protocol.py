@@ -148,7 +148,7 @@ def test_a_killed_probe_repeats_the_kinds_under_way_and_no_others(
             with pytest.raises(Interrupted):
                 task.probe(wanted, seed=0, out=tmp_path / "cut")
         assert done is None or kinds() == done
-    monkeypatch.setattr("aimscale.harness.probe.protocol.FeaturePass", None)
+    monkeypatch.setattr("aimscale.harness.probe.protocol.extract_features", None)
     assert task.probe(wanted, seed=0, out=tmp_path / "cut") == whole
     assert sorted(kinds()) == sorted(wanted.kinds)
 

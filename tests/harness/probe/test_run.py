@@ -120,7 +120,7 @@ def test_mistakes_are_one_sentence(run: RunDir, arguments: list[str], subject: s
 LEAVES_GROUP = """
 import atexit, os, torch.distributed
 atexit.register(lambda: torch.distributed.is_initialized() and os._exit(77))
-from aimscale.harness.probe.features import extraction, placement, tasks
+from aimscale.harness.probe.features import extraction, tasks
 from aimscale.harness.probe.heads import training
 from aimscale.sweeps.cli.main import main
 main()
@@ -135,9 +135,7 @@ def test_two_ranks_get_the_numbers_of_one(run: RunDir, share: float) -> None:
     shutil.rmtree(run.path / "probes")
     # without a cache also one block set in each round, and few images at a time
     rounds = "pass" if share else "tasks.HEADS_SHARE = 1e-12; training.WORKING_GB = 1e-4"
-    program = LEAVES_GROUP.replace(
-        "main()", f"extraction.CACHE_SHARE = placement.HOST_SHARE = {share}; {rounds}; main()"
-    )
+    program = LEAVES_GROUP.replace("main()", f"extraction.CACHE_SHARE = {share}; {rounds}; main()")
     command = [sys.executable, "-c", program, "probe", str(run.path), "--device", "cpu", "--json"]
     processes = start_ranks(command, 2)
     outputs = [process.communicate(timeout=120)[0] for process in processes]

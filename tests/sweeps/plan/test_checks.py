@@ -43,7 +43,7 @@ def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
     ("changes", "top", "key", "words"),
     [
         ({"data": {"sources": [{"path": "nowhere"}]}}, {}, "data.sources", "/nowhere does not exist"),
-        ({"data": {"sources": [{"path": "wds:///no/{0..2}.tar"}]}}, {}, "data.sources", "3 shards"),
+        ({"data": {"sources": [{"path": "wds:///no/{0..2}.tar"}]}}, {}, "data.sources", "no shard /no/0.tar"),
         ({"data": {"sources": [{"path": "train", "fingerprint": "0" * 16}]}}, {}, "data.sources", "other images"),
         ({}, {"unique_images": [41]}, "data.unique_images", "40 usable"),
         ({"validation": {"path": "validation", "num_images": 11}}, {}, "validation.num_images", "10 usable"),

@@ -24,10 +24,9 @@ from PIL import Image
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import bundled, pack, processes
-from aimscale.harness.data.store.columns import SAMPLE
 from aimscale.harness.data.store.dataset_info import read_info
 from aimscale.harness.data.store.decoding import crop_centre, decode
-from aimscale.harness.data.store.index import open_dataset
+from aimscale.harness.data.store.index import COLUMNS, open_dataset
 from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.harness.run.failures import NoMemoryError, StandstillError
 
@@ -35,7 +34,7 @@ from aimscale.harness.run.failures import NoMemoryError, StandstillError
 def test_pack_keeps_bytes_and_labels_and_webdataset_reads_them(small_set: Path) -> None:
     dataset = open_dataset(small_set)
     assert len(dataset) == 60
-    assert len(dataset.shards) > 1
+    assert len(dataset.index.shards) > 1
     assert dataset.classes == ("ant", "bee", "cat")
     originals = {
         path.read_bytes(): label
@@ -46,7 +45,7 @@ def test_pack_keeps_bytes_and_labels_and_webdataset_reads_them(small_set: Path) 
     assert {dataset.read(i): labels[i] for i in range(60)} == originals
     assert len(set(labels[:12].tolist())) == 3, "the first samples are not a random subset"
     assert dataset.decode(5).shape == (3, 32, 32)
-    shards = [str(small_set / shard.name) for shard in dataset.shards]
+    shards = [str(small_set / name) for name in dataset.index.shard_sizes]
     samples = list(webdataset.WebDataset(shards, shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [dataset.key(i) for i in range(60)]
     assert [sample["png"] for sample in samples] == dataset.read_many(range(60))
@@ -64,7 +63,7 @@ def test_a_path_that_is_no_data_set_names_the_nearest(small_set: Path) -> None:
 def test_the_mapped_columns_equal_the_table(small_set: Path) -> None:
     dataset = open_dataset(small_set)
     table = pq.read_table(small_set / "index.parquet")
-    for name in SAMPLE.names or ():
+    for name in COLUMNS["samples"].names or ():
         assert (dataset.index.samples[name] == table[name].to_numpy()).all()
     assert (dataset.index.checksum == table["checksum"].to_numpy()).all()
     assert dataset.require_labels().tolist() == table["label"].to_pylist()
@@ -211,7 +210,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 
 def test_open_refuses_missing_truncated_and_unlabelled(small_set: Path, large_set: Path, tmp_path: Path) -> None:
     shutil.copytree(small_set, tmp_path / "copy")
-    shard = tmp_path / "copy" / open_dataset(small_set).shards[1].name
+    shard = tmp_path / "copy" / list(open_dataset(small_set).index.shard_sizes)[1]
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(DataError, match=shard.name):
         open_dataset(tmp_path / "copy")

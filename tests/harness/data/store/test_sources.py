@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import multiprocessing
 import subprocess
@@ -20,24 +19,17 @@ from commands import say
 from pictures import saved, smooth, write_tar
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store import overlap, shards
-from aimscale.harness.data.store.index import ShardDataset, open_dataset
+from aimscale.harness.data.store import shards
+from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.store.overlap import count_shared
-from aimscale.harness.data.store.shards import CACHE_FOLDER, CachedReader, LocalReader
+from aimscale.harness.data.store.shards import CACHE_FOLDER, CachedReader
 from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.run.config import RunConfig
 
 
 def encoded(rng: np.random.Generator, height: int, width: int, kind: str = "jpeg") -> bytes:
     return saved(smooth(rng, height, width), kind, quality=90)
-
-
-def test_a_file_stays_open_while_it_is_read_whoever_else_opens_it(tmp_path, monkeypatch):
-    (tmp_path / "a.tar").write_bytes(b"0123456789")
-    # of two threads that open a file at once, the cache keeps one's: the other's closes with its last holder
-    monkeypatch.setattr(shards, "_opened", lambda reader, path: io.FileIO(path))
-    assert LocalReader(tmp_path).read_many([("a.tar", 2, 3)]) == [b"234"]
 
 
 def write_imagenet_wds(folder: Path) -> None:
@@ -126,12 +118,12 @@ def test_index_records_undecodable_images(tmp_path: Path) -> None:
 def read_through(url: str, local: Path, root: Path, bound: int) -> None:
     """In a process of its own: read a data set twice through a cache that fetches every shard of it."""
     dataset = open_dataset(local)
-    reader = CachedReader(url, dict(dataset.shards), root, bound)
+    reader = CachedReader(url, dataset.index.shard_sizes, root, bound)
     for i in 2 * [*range(len(dataset))]:
-        byte_ranges = dataset.byte_ranges([i])
-        reader.read_ahead(byte_ranges)
+        (byte_range,) = dataset.byte_ranges([i])
+        reader.read_ahead([byte_range])
         time.sleep(0.01)
-        assert reader.read_many(byte_ranges) == [dataset.read(i)]
+        assert reader.read(*byte_range) == dataset.read(i)
     fetched(reader)  # else the end of the process cuts a shard off
 
 
@@ -149,7 +141,7 @@ def test_cache_keeps_its_bound_and_touches_nothing_else(
     theirs = tmp_path / "cache" / "0123456789abcdef" / "c.raw"
     theirs.parent.mkdir(parents=True)
     theirs.write_bytes(bytes(200_000))
-    bound = sum(sorted(shard.size for shard in open_dataset(small_set).shards)[:2]) + 1000
+    bound = sum(sorted(open_dataset(small_set).index.shard_sizes.values())[:2]) + 1000
     cached, seen = tmp_path / "cache" / CACHE_FOLDER, set()
     with multiprocessing.get_context("fork").Pool(2) as pool:  # knows the short times
         others = [(serve(small_set)[0], small_set, cached, bound) for _ in range(2)]
@@ -173,7 +165,7 @@ def test_a_cache_that_loses_shards_costs_no_image_and_one_that_cannot_be_written
     small_set: Path, tmp_path: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_dataset(small_set)
-    sizes, (url, handler) = dict(dataset.shards), serve(small_set)
+    sizes, (url, handler) = dataset.index.shard_sizes, serve(small_set)
     byte_ranges = dataset.byte_ranges(range(len(dataset)))
     reader = CachedReader(url, sizes, tmp_path / "cache", 10**9)
     reader.read_ahead(byte_ranges)
@@ -181,10 +173,10 @@ def test_a_cache_that_loses_shards_costs_no_image_and_one_that_cannot_be_written
     kept = [*(tmp_path / "cache").rglob("*.tar")]
     assert len(kept) == len(sizes)
     handler.asked.clear()
-    assert reader.read_many(byte_ranges) == dataset.read_many(range(len(dataset)))
+    assert [reader.read(*each) for each in byte_ranges] == dataset.read_many(range(len(dataset)))
     assert not handler.asked, "what lies in the cache was asked for"
     kept[0].unlink()
-    assert reader.read_many(byte_ranges) == dataset.read_many(range(len(dataset)))
+    assert [reader.read(*each) for each in byte_ranges] == dataset.read_many(range(len(dataset)))
     assert {request.split()[0] for request in handler.asked} == {f"/{kept[0].name}"}
 
     def full(*args: object) -> None:
@@ -211,24 +203,4 @@ def test_validation_images_can_never_enter_training(
     say("data", "pack", tmp_path / "in", tmp_path / "validation")
     with pytest.raises(DataError, match="leak"):
         TrainStream(configure(validation=tmp_path / "validation", unique_images=5))
-    pools, held_out = [open_dataset(small_set)], open_dataset(tmp_path / "validation")
-    assert count_shared(pools, held_out) == 1
-
-
-def test_data_sets_that_share_nothing_are_compared_once_on_a_machine(
-    small_set: Path, held_out_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AIMSCALE_CACHE", str(tmp_path))
-    compared: list[str] = []
-    real = overlap.shared_images
-
-    def watched(pools: list[ShardDataset], held_out: ShardDataset) -> Any:
-        compared.append(pools[0].path)
-        return real(pools, held_out)
-
-    monkeypatch.setattr(overlap, "shared_images", watched)
-    for held_out, is_shared in ((held_out_set, False), (small_set, True)):
-        for _ in range(2):
-            with pytest.raises(DataError, match="60 training images") if is_shared else contextlib.nullcontext():
-                overlap.refuse_overlap([open_dataset(small_set)], open_dataset(held_out))
-    assert compared == [str(small_set)] * 3, "one pass for the sets that share nothing, two for those that do"
+    assert count_shared(open_dataset(small_set), open_dataset(tmp_path / "validation")) == 1

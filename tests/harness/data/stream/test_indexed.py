@@ -22,7 +22,6 @@ from aimscale.harness.data.store import index
 from aimscale.harness.data.store.decoding import resize_shorter_side
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.augment import (
-    box_uniforms,
     crop_resize,
     crop_resize_into,
     crop_resize_small,
@@ -167,7 +166,7 @@ def test_boxes_follow_random_resized_crop() -> None:
     number, height, width = 4000, 120, 200
     scale, ratio, image = (0.4, 1.0), (3 / 4, 4 / 3), torch.empty(3, height, width)
     sides = np.full((number, 2), (height, width)).T
-    boxes = draw_boxes(box_uniforms(7, np.arange(number)), *sides, scale=scale, ratio=ratio, horizontal_flip=True)
+    boxes = draw_boxes(7, np.arange(number), *sides, scale=scale, ratio=ratio, horizontal_flip=True)
     theirs = torchvision.transforms.RandomResizedCrop.get_params
     reference = np.array([theirs(image, [*scale], [*ratio]) for _ in range(number)])
     ours = np.stack([boxes[name] for name in ("top", "left", "height", "width")], axis=1)
@@ -185,8 +184,8 @@ def test_batched_crop_equals_the_single_one(data: st.DataObject, height: int, wi
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     images = torch.from_numpy(rng.integers(0, 256, (5, 3, height, width), dtype=np.uint8))
     sides = np.full((5, 2), (height, width)).T
-    draws = box_uniforms(1, rng.integers(0, 2**40, 5))
-    boxes = draw_boxes(draws, *sides, scale=(0.1, 1.0), ratio=(0.5, 2.0), horizontal_flip=True)
+    positions = rng.integers(0, 2**40, 5)
+    boxes = draw_boxes(1, positions, *sides, scale=(0.1, 1.0), ratio=(0.5, 2.0), horizontal_flip=True)
     batch = crop_resize_small(images, boxes, size)
     for row in range(5):
         single = crop_resize(images[row], boxes[row].item(), size)
@@ -264,7 +263,6 @@ def test_normalise_round_trip() -> None:
 def test_small_images_are_decoded_once_and_others_each_time(
     small_set: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, bound: int
 ) -> None:
-    monkeypatch.setattr(index, "_PIXEL_CACHES", {})
     monkeypatch.setattr(index, "MAX_KEPT_BYTES", bound)
     decoded: list[int] = []
     read_many = ShardDataset.read_many

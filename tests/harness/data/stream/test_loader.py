@@ -21,8 +21,8 @@ import torch
 from trainers import until
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.processes import start_fork_server
-from aimscale.harness.data.stream.loader import WorkerDiedError, train_batches
+from aimscale.harness.data.store.processes import WorkerDiedError, start_fork_server
+from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.stream import Batch, TrainStream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.failures import STOP_SIGNALS
@@ -106,7 +106,7 @@ def test_an_error_in_a_worker_keeps_its_type_and_says_where(
     shutil.copytree(small_set, tmp_path / "data")
     stream = TrainStream(configure(path=tmp_path / "data"))
     if kind is DataError:
-        (tmp_path / "data" / stream.datasets[0].shards[0].name).unlink()
+        (tmp_path / "data" / next(iter(stream.datasets[0].index.shard_sizes))).unlink()
     else:
         stream.datasets[0].read_many = operator.index  # type: ignore[assignment, method-assign]
     with pytest.raises(kind) as caught:

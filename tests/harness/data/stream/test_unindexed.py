@@ -16,10 +16,9 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.augment import box_uniforms, crop_resize, draw_boxes
+from aimscale.harness.data.stream.augment import crop_resize, draw_boxes
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.stream import TrainStream
-from aimscale.harness.data.stream.unindexed import open_stream
+from aimscale.harness.data.stream.stream import TrainStream, open_stream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.train.attempt import train
@@ -68,8 +67,8 @@ def test_all_images_come_in_another_order_and_with_the_prefixes_of_their_positio
 
 def test_crops_and_flips_are_those_of_the_positions(shards: Path, configure: Callable[..., RunConfig]) -> None:
     whole, cut = (open_stream(configure(path=braces(shards), **crops)).batch(range(20)) for crops in (WHOLE, {}))
-    draws, sides = box_uniforms(make_key("crop", 0), np.arange(20)), np.full((2, 20), 32, dtype=np.int32)
-    boxes = draw_boxes(draws, *sides, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3), horizontal_flip=True)
+    sides = np.full((2, 20), 32, dtype=np.int32)
+    boxes = draw_boxes(make_key("crop", 0), np.arange(20), *sides, scale=(0.4, 1.0), horizontal_flip=True)
     for row, image in enumerate(whole.images):
         assert torch.equal(cut.images[row], crop_resize(image, boxes[row].item(), 32))
 

@@ -1,12 +1,9 @@
-"""Features in memory, on disk or computed again."""
+"""Features in memory or computed again."""
 
 from __future__ import annotations
 
-import dataclasses
-import errno
 import unittest.mock
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,44 +18,40 @@ from aimscale.harness.probe.features.sources import CachedTokens, StreamedTokens
 from aimscale.harness.probe.features.tasks import BlockSet, ProbeError
 
 
-def test_features_that_memory_does_not_hold_are_computed_again_or_lie_in_a_file_without_a_name(
-    task: Any, model: AIM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_features_that_memory_does_not_hold_are_computed_again_or_refused(
+    task: Any, model: AIM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, _ = task.open()
     num_bytes = 600 * model.config.depth * model.config.num_tokens * model.config.width * 4
     monkeypatch.setattr(Group, "memory_bytes", lambda self: round(10.1 * num_bytes))
-    cached = task.feature_pass().split(train)
+    cached = task.features(train)
     assert isinstance(cached.tokens, CachedTokens)
     monkeypatch.setattr(Group, "memory_bytes", lambda self: round(9.9 * num_bytes))
-    streamed = task.feature_pass().split(train)
+    streamed = task.features(train)
     assert isinstance(streamed.tokens, StreamedTokens)
-    monkeypatch.setattr(Group, "host_memory_bytes", lambda self: 0)
-    on_disk = task.feature_pass(folder=tmp_path).split(train)
-    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
-    assert [line[-1] for line in mapped] == ["(deleted)"]
-    assert not list(tmp_path.iterdir())
     everything = torch.arange(600)
-    for split in (streamed, on_disk):
-        torch.testing.assert_close(split.pooled.rows(everything), cached.pooled.rows(everything))
-    with pytest.raises(ProbeError):
-        task.feature_pass().split(train)
+    torch.testing.assert_close(streamed.pooled.rows(everything), cached.pooled.rows(everything))
+    monkeypatch.setattr(Group, "host_memory_bytes", lambda self: 0)
+    with pytest.raises(ProbeError, match="use more ranks"):
+        task.features(train)
 
 
-def split_on(group: Group, task: Any, folder: Path, free: dict[str, tuple[int, int]]) -> dict[str, tuple[int, bool]]:
-    """One of two ranks of a host, which finds so much free there: by case and rank, where do its features go?"""
+def fits_on(group: Group, task: Any, free: dict[str, tuple[int, int]]) -> dict[str, tuple[int, bool] | None]:
+    """One of two ranks of a host, which finds so much free there: by case and rank, bytes kept, if there is room."""
     train, _ = task.open()
-    found = {}
+    found: dict[str, tuple[int, bool] | None] = {}
     for case, of_ranks in free.items():
         with unittest.mock.patch(f"{Group.__module__}.free_host_bytes", return_value=of_ranks[group.rank]):
-            split = dataclasses.replace(task.feature_pass(folder=folder), group=group).split(train)
-        is_mapped = str(folder) in Path("/proc/self/maps").read_text()
-        found[case] = 0 if is_mapped else split.pooled.num_bytes, isinstance(split.tokens, CachedTokens)
-        del split
+            try:
+                split = task.features(train, group)
+                found[case] = split.pooled.num_bytes, isinstance(split.tokens, CachedTokens)
+            except ProbeError:
+                found[case] = None
     return found
 
 
 def test_ranks_of_a_host_decide_as_one_and_take_no_more_than_it_has_free(
-    task: Any, model: AIM, tmp_path: Path, in_group: Callable[..., list[Any]]
+    task: Any, model: AIM, in_group: Callable[..., list[Any]]
 ) -> None:
     pooled = 600 * model.config.depth * model.config.width * 4
     free = {
@@ -67,9 +60,9 @@ def test_ranks_of_a_host_decide_as_one_and_take_no_more_than_it_has_free(
         "short": (round(2.4 * pooled), round(2.4 * pooled)),
         "unlike": (10**6 * pooled, 0),
     }
-    ranks = in_group(split_on, task, tmp_path, free, world_size=2)
+    ranks = in_group(fits_on, task, free, world_size=2)
     assert ranks[0] == ranks[1]
-    assert ranks[0] == {case: (pooled // 2 * (case in ("roomy", "tight")), case == "roomy") for case in free}
+    assert ranks[0] == {"roomy": (pooled // 2, True), "tight": (pooled // 2, False), "short": None, "unlike": None}
 
 
 def averages_on(group: Group, sets: list[list[BlockSet]], owners: list[int]) -> tuple[bool, int]:
@@ -88,18 +81,6 @@ def test_averages_of_a_block_set_go_to_its_owner_alone(in_group: Callable[..., l
     sets: list[list[BlockSet]] = [[(0,), (1, 2)], [(0, 1, 2, 3)], []]
     found = in_group(averages_on, sets, [1, 0, 0, 1, 2, 1], world_size=3)
     assert found == [(True, len(own) * 6 * 3 * 8 * 2) for own in sets]
-
-
-def test_a_full_disk_is_one_sentence(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("aimscale.harness.probe.features.placement.HOST_SHARE", 0.0)
-    monkeypatch.setattr("os.posix_fallocate", full)
-    train, _ = task.open()
-    with pytest.raises(ProbeError, match="No space left on device"):
-        task.feature_pass(folder=tmp_path).split(train)
-    assert not list(tmp_path.iterdir())
 
 
 def test_statistics_of_any_average_are_those_of_its_vectors_whatever_the_batches() -> None:

@@ -21,7 +21,7 @@ from aimscale.harness.distributed.group import ALONE
 from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.images import Task, holdout_split, open_task
 from aimscale.harness.probe.features.tasks import head_params
-from aimscale.harness.probe.heads.fit import HeadSearch
+from aimscale.harness.probe.heads.fit import search_heads
 from aimscale.harness.probe.heads.scores import best, next_values
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, LR_END, STACKS, learning_rate
 from aimscale.harness.probe.heads.training import HeadTraining
@@ -57,7 +57,7 @@ def test_heads_of_a_whole_grid_train_on_one_backbone_pass_per_batch(
 
 @pytest.mark.parametrize(("kind", "share"), [*((kind, 0.1) for kind in STACKS), ("attentive", 0.0)])
 def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_everything(
-    task: Any, model: AIM, kind: str, share: float, written_out: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    task: Any, model: AIM, kind: str, share: float, written_out: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", share)
     monkeypatch.setattr("aimscale.harness.probe.heads.scores.MAX_GROWTH", 1)
@@ -67,10 +67,10 @@ def test_a_head_is_judged_without_the_holdout_and_kept_as_trained_alone_on_every
     train, _ = open_task(wanted, task.geometry, RuntimeConfig(), 0.0)
     fit, held = holdout_split(train.labels, 0.2, seed=5)
     whole = Task(section=wanted, train=train, test=train, seed=5, group=ALONE)
-    features = task.feature_pass(folder=tmp_path).split(train, fit)
+    features = task.features(train, fit=fit)
     source = features.tokens  # from which linear heads learn where there are views
     training = HeadTraining(task=whole, num_heads=model.config.num_heads, features=features, source=source)
-    found = HeadSearch(training=training, kinds=[kind], sets=[(0,), (1,), (0, 1)], last=(1,)).candidates()
+    found = search_heads(training, [kind], [(0,), (1,), (0, 1)], last=(1,))
     chosen = best(found, kind)
     assert chosen.head is not None
     assert sum(p.numel() for p in chosen.head.parameters()) == head_params(kind, model.config.width, 10)
@@ -124,14 +124,13 @@ def test_linear_heads_are_the_solutions_of_scikit_learn_for_any_split_of_the_ima
     train, _ = task.open()
     fit, held = holdout_split(train.labels, 0.2, seed=0)
     whole = Task(section=task.section(), train=train, test=train, seed=0, group=ALONE)
-    features = task.feature_pass().split(train, fit)
+    features = task.features(train, fit=fit)
     vectors = features.pooled.rows(slice(None)).numpy().astype(np.float64)
     training = HeadTraining(task=whole, num_heads=model.config.num_heads, features=features, source=features.pooled)
-    search = HeadSearch(training=training, kinds=["linear"], sets=[(0,), (1,)], last=(1,))
     tops = []
     for working_gb in (1.0, 1e-4):
         monkeypatch.setattr("aimscale.harness.probe.heads.training.WORKING_GB", working_gb)
-        found = search.candidates()
+        found = search_heads(training, ["linear"], [(0,), (1,)], last=(1,))
         tops.append([each.holdout_top1 for each in found])
         for each in found:
             x = vectors[each.blocks[0]]
