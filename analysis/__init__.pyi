@@ -14,15 +14,7 @@ from .next.proposal import next_runs as next_runs
 from .optimum.approaches import frontier as frontier
 from .plots.accuracy import plot_accuracy as plot_accuracy
 from .plots.accuracy import plot_loss_accuracy as plot_loss_accuracy
-from .plots.intervals import plot_contrasts as plot_contrasts
-from .plots.intervals import plot_correlations as plot_correlations
-from .plots.rates import plot_rates as plot_rates
-from .plots.scaling import plot_approaches as plot_approaches
-from .plots.scaling import plot_fit as plot_fit
-from .plots.scaling import plot_forecast as plot_forecast
 from .plots.scaling import plot_points as plot_points
-from .plots.scaling import plot_recipes as plot_recipes
-from .plots.scaling import plot_trajectory as plot_trajectory
 from .plots.style import save as save
 from .published.comparison import compare as compare
 from .report.page import write_report as write_report

@@ -113,3 +113,8 @@ def accuracy_of(kind: str, of: str = "accuracy") -> str:
     if kind == "lora":
         return f"{of} after LoRA adaptation (not frozen)"
     return f"{'k-NN' if kind == 'knn' else kind}-probe {of}" if kind in PROBES else f"{kind} {of}"
+
+
+def capital(words: str) -> str:
+    """Begin a sentence with these words."""
+    return words[0].upper() + words[1:]

@@ -1,4 +1,4 @@
-"""`aimscale report TABLE`: one self-contained HTML page; `aimscale compare TABLE`: runs beside published models."""
+"""`aimscale report`, `compare` and `verify`: the page, runs beside published models, a published folder checked."""
 
 from __future__ import annotations
 
@@ -45,3 +45,19 @@ def compare(
     """Compare runs with published models and own baselines, task by task; what is not comparable is named."""
     found = analysis.compare(table_of([table], columns, None))
     show(found, json, following=then(["report"], [table], columns, None))
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that `aimscale publish` wrote.")],
+    json: options.AsJson = False,
+) -> None:
+    """Recompute every number of a published folder from its tables, and compare all files with their checksums.
+
+    Exits with 1 when something differs.
+    """
+    from aimscale.analysis.publication.folder import verify as check
+
+    found = check(folder)
+    options.show(found, json)
+    if not found.is_verified:
+        raise typer.Exit(1)

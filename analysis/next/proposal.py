@@ -58,7 +58,8 @@ def buy(law: Fit, candidates: Places, prices: Array, target: Places, *, budget: 
         mean square over targets) that is left once they are measured.
     """
     if not np.any(prices <= budget):
-        raise AnalysisError(f"The cheapest candidate costs {prices.min():.3g}, more than the budget of {budget:.3g}.")
+        cheapest = human(prices.min())
+        raise AnalysisError(f"The cheapest candidate costs {cheapest}, more than the budget of {human(budget)}.")
     errors = law.estimate.components
     noise = max(1e-4, errors.total * float(np.sqrt(errors.degrees / chi2.ppf(0.1, errors.degrees))))  # 90 % upper end
     joint = _posterior(law, candidates, target, noise)

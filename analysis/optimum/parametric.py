@@ -14,6 +14,7 @@ from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Columns, Law, Params
 from aimscale.analysis.optimum.frontier import Cost, Frontier, NoFrontier, cost_of, points_of, student_interval
+from aimscale.analysis.words import human
 
 FORM_ALONE = 1e-4
 """An exponent whose interval is narrower than this is set by the law's form, not by the data."""
@@ -75,7 +76,7 @@ def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss"
     optimum = partial(law_optimum, fit=found, where=where)
     for flops, log_n in zip(span, optimum(span)[0], strict=True):
         if np.isnan(log_n):
-            place = f"at {flops:.3g} FLOP within {SEARCH_SPAN:.3g} times the measured sizes"
+            place = f"at {human(flops)} FLOP within {human(SEARCH_SPAN)} times the measured sizes"
             text = f"the {name} law has no best size {place}"
             raise NoFrontier("no_minimum", text, subject=name, number=flops)
     width = np.log(span[1] / span[0])
@@ -88,7 +89,7 @@ def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss"
         i = Interval(low=np.nan, high=np.nan, method="the law's form alone sets this exponent")
     return Frontier(
         approach=3,
-        method=f"minimum of the {name} law on C = {cost.kappa:.3g} N^{1 + cost.s:.3g} D",
+        method=f"minimum of the {name} law on C = {human(cost.kappa)} N^{human(1 + cost.s)} D",
         exponent=exponent,
         exponent_interval=i,
         optimum=optimum,

@@ -33,9 +33,6 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
         levels: what to compare with, drawn as horizontal lines: task, name, top1. Those far off the points are named
             at the panel's edge.
 
-    Returns:
-        A matplotlib figure; `save` writes it.
-
     Example:
         >>> probes = probe_frame(read_table("results.parquet"))
         >>> plot_accuracy(probes[probes["kind"] == "linear"])
@@ -82,9 +79,6 @@ def plot_loss_accuracy(
         correlations: task -> its correlation coefficients, written into the panel as `correlate` orders them.
         links: task -> fitted link from loss to accuracy, drawn with its confidence band.
         levels: what to compare with, as for `plot_accuracy`.
-
-    Returns:
-        A matplotlib figure; `save` writes it.
 
     Example:
         >>> probes = probe_frame(read_table("results.parquet"))

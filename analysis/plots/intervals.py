@@ -26,21 +26,15 @@ def plot_contrasts(found: Contrasts, *, labels: Mapping[str, str] | None = None)
 
     Args:
         labels: words for the column, its levels, and measures by their name, such as `val_loss`.
-
-    Returns:
-        A matplotlib figure; `save` writes it.
-
-    Example:
-        >>> plot_contrasts(contrast(read_table("results.parquet"), by="kind"))
     """
     words, drawn = labels or {}, []
     for each in found.contrasts:
         m, scale = each.measure, 100 / (1 if each.measure.is_accuracy else each.baseline_mean)
         unit = "points of accuracy" if m.is_accuracy else "%"
         unit += f" ({'left' if m.lower_is_better else 'right'} is better)"
-        row = {"what": words.get(m.name, m.title), "series": words.get(each.level, each.level), "unit": unit}
+        names = {"what": words.get(m.name, m.title), "series": words.get(each.level, each.level), "unit": unit}
         ends = {"x": scale * each.difference, "low": scale * each.low, "high": scale * each.high}
-        drawn.append({**row, **ends, "is_filled": each.is_significant})
+        drawn.append({**names, **ends, "is_filled": each.is_significant})
     rows = pd.DataFrame(drawn)
     colours = palette(rows["series"].unique())
     groups = [(str(unit), group) for unit, group in rows.groupby("unit", sort=False)]
@@ -56,18 +50,10 @@ def plot_contrasts(found: Contrasts, *, labels: Mapping[str, str] | None = None)
 
 @styled()
 def plot_correlations(found: Correlations, ax: Axes | None = None) -> Figure:
-    """Draw coefficients with intervals; a dot is filled where its interval excludes zero.
-
-    Returns:
-        A matplotlib figure; `save` writes it.
-
-    Example:
-        >>> plot_correlations(correlate(read_table("results.parquet")))
-    """
-    names = ("value", "low", "high", "is_significant")
+    """Draw coefficients with intervals; a dot is filled where its interval excludes zero."""
     rows = pd.DataFrame(
-        {"what": " ".join(filter(None, (c.task, c.kind, c.compared))), "series": c.method}
-        | dict(zip(("x", "low", "high", "is_filled"), (getattr(c, name) for name in names), strict=True))
+        {"what": " ".join(filter(None, (c.task, c.kind, c.compared))), "series": c.method, "x": c.value}
+        | {"low": c.low, "high": c.high, "is_filled": c.is_significant}
         for c in found
         if np.isfinite(c.value)
     )

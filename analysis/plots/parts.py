@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
@@ -85,6 +86,21 @@ def log_axis(ax: Axes, which: str, values: ArrayLike, column: str, label: Callab
     axis.set_minor_locator(NullLocator())
     write = power_of_ten if column == "C" or column.startswith("flops") else human
     axis.set_major_formatter(lambda value, _: write(value))
+
+
+def finish(
+    ax: Axes,
+    x: tuple[str, ArrayLike],
+    y: tuple[str, ArrayLike],
+    label: Callable[[str], str] = axis_label,
+    title: str = "",
+    **look: Any,
+) -> Figure:
+    """Make both axes logarithmic over the values of a column each, add the legend, and return the figure."""
+    for which, (column, values) in (("x", x), ("y", y)):
+        log_axis(ax, which, values, column, label)
+    legend([ax], title, **look)
+    return figure_of(ax)
 
 
 def percent_axis(ax: Axes, label: bool = True) -> None:

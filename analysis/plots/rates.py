@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from aimscale.analysis.plots import parts
 from aimscale.analysis.plots.scaling import CURVE, curve_of
-from aimscale.analysis.plots.style import DOUBLE, INK, figure_of, new_figure, styled
+from aimscale.analysis.plots.style import DOUBLE, INK, new_figure, styled
 from aimscale.analysis.tuning.result import OPTIMUM, SETTING_WORDS, Rates
 
 NUM_GRID = 30
@@ -27,12 +27,6 @@ def plot_rates(found: Rates, *, setting: str = "lr", labels: Mapping[str, str] |
     Args:
         setting: lr or batch.
         labels: words for N, D, the setting and the loss (`val_loss`).
-
-    Returns:
-        A matplotlib figure; `save` writes it.
-
-    Example:
-        >>> plot_rates(rates(read_table("tuned.csv")))
     """
     law = found.laws.get(setting)
     _, axes = new_figure(DOUBLE, 2.8, num_columns=2) if law else new_figure()
@@ -50,16 +44,11 @@ def plot_rates(found: Rates, *, setting: str = "lr", labels: Mapping[str, str] |
     optima = optima[optima["found"] == OPTIMUM]
     parts.draw_points(axes[0], optima.assign(series=""), (f"{setting}_best", "y"), "optimum", INK, markers=("X",))
     words = {setting: SETTING_WORDS[setting], "val_loss": found.columns["y"]}
-    words |= {setting: found.columns[setting]} if found.names else {}
-    words |= labels or {}
-    label = words[setting]
-    parts.log_axis(axes[0], "x", lowest[setting], setting, lambda _: label)
-    parts.log_axis(axes[0], "y", lowest["y"], "val_loss", lambda _: words["val_loss"])
+    words |= ({setting: found.columns[setting]} if found.names else {}) | dict(labels or {})
     if law:
         _draw_law(found, setting, optima, axes[1], words)
-        parts.log_axis(axes[1], "y", optima[[f"{setting}_lo", f"{setting}_hi"]], setting, lambda _: f"best {label}")
-    parts.legend([axes[0]], words.get("N", "N"), place="lower center")
-    return figure_of(axes[0])
+    x, y = (setting, lowest[setting]), ("val_loss", lowest["y"])
+    return parts.finish(axes[0], x, y, lambda name: words[name], words.get("N", "N"), place="lower center")
 
 
 def _parabola(found: Rates, setting: str, number: int) -> pd.DataFrame:
@@ -87,3 +76,5 @@ def _draw_law(found: Rates, setting: str, optima: pd.DataFrame, ax: Axes, words:
     columns = (x, *(f"{setting}_{end}" for end in ("best", "lo", "hi")))
     parts.draw_points(ax, optima.assign(series=labels), columns, "optimum")
     parts.log_axis(ax, "x", optima[x], "images_seen" if x == "D" else "params_total", lambda _: words.get(x, x))
+    ends = optima[[f"{setting}_lo", f"{setting}_hi"]]
+    parts.log_axis(ax, "y", ends, setting, lambda _: f"best {words[setting]}")

@@ -53,14 +53,8 @@ def plot_fit(
         labels: variable or column -> words on its axis and above the legend.
         look: options of the lines, such as `linewidth`.
 
-    Returns:
-        A matplotlib figure; `save` writes it.
-
     Raises:
         AnalysisError: the law has no variable `x`.
-
-    Example:
-        >>> plot_fit(fit(read_table("results.parquet"), "chinchilla"), x="N")
     """
     is_one = bool(label) or color is not None or (ax is not None and ax.has_data())
     ax = ax or new_figure()[1][0]
@@ -82,12 +76,13 @@ def plot_fit(
     parts.draw_points(ax, data.assign(series=series), (x, "y"), "measured", color)
     letters = {fit.columns.get(name, name): text for name, text in (labels or {}).items()}
     words = partial(parts.axis_label, loss_unit=fit.loss_unit, names=fit.names, labels=letters)
-    if x == "L":  # a link from loss to accuracy reads best on plain axes
-        ax.set(xlabel=words(fit.columns["L"]).replace("\n", " "), ylabel=words(fit.columns["y"]))
-    else:
-        parts.log_axis(ax, "x", data[x], fit.columns[x], words)
-        parts.log_axis(ax, "y", [*data["y"], *data["fitted"]], fit.columns["y"], words)
-    parts.legend([ax], words(fit.columns[other]) if other and not is_one else "")
+    title = words(fit.columns[other]) if other and not is_one else ""
+    if x != "L":
+        y = (fit.columns["y"], [*data["y"], *data["fitted"]])
+        return parts.finish(ax, (fit.columns[x], data[x]), y, words, title)
+    # a link from loss to accuracy reads best on plain axes
+    ax.set(xlabel=words(fit.columns["L"]).replace("\n", " "), ylabel=words(fit.columns["y"]))
+    parts.legend([ax], title)
     return figure_of(ax)
 
 
@@ -124,9 +119,6 @@ def plot_points(
         envelope: a law of `x` alone to draw along the best of them.
         labels: column or letter -> words on its axis and above the legend.
 
-    Returns:
-        A matplotlib figure; `save` writes it.
-
     Raises:
         AnalysisError: the table has no such column.
 
@@ -150,10 +142,7 @@ def plot_points(
         look: dict[str, Any] = {"linestyle": "--", "linewidth": 1.3, "zorder": 2.5, "label": "envelope"}
         parts.draw(ax, curve_of(envelope, v), (v, "value"), "law of the envelope", INK, **look)
     parts.draw_points(ax, rows, (x, y), "measured" if curves is None else "budget")
-    parts.log_axis(ax, "x", both[x], x, words)
-    parts.log_axis(ax, "y", both[y], y, words)
-    parts.legend([ax], words(by) if by else "")
-    return figure_of(ax)
+    return parts.finish(ax, (x, both[x]), (y, both[y]), words, words(by) if by else "")
 
 
 @styled()
@@ -163,12 +152,6 @@ def plot_trajectory(found: Trajectory, ax: Axes | None = None, *, measured: pd.D
     Args:
         ax: where to draw; None makes a figure.
         measured: points of runs of that size, as `trajectory` takes them, to draw beside the forecast.
-
-    Returns:
-        A matplotlib figure; `save` writes it.
-
-    Example:
-        >>> plot_trajectory(trajectory(read_table("results.parquet").assign(is_budget=True), 1e6))
     """
     ax, x, words = ax or new_figure()[1][0], "images_seen", parts.labels_of(found.curves)
     during, budgets = (found.table[found.table["is_budget"] == each] for each in (False, True))
@@ -184,10 +167,7 @@ def plot_trajectory(found: Trajectory, ax: Axes | None = None, *, measured: pd.D
         rows = measured.assign(series=measured["is_budget"].map(names)).sort_values(x)
         parts.draw_points(ax, rows, (x, "val_loss"), "measured", INK)
     shown = pd.concat([during["low"], during["high"], budgets["low"], smaller["val_loss"]])
-    for which, name, values in (("x", x, found.table[x]), ("y", "val_loss", shown)):
-        parts.log_axis(ax, which, values, name, words)
-    parts.legend([ax], "")
-    return figure_of(ax)
+    return parts.finish(ax, (x, found.table[x]), ("val_loss", shown), words)
 
 
 @styled()
@@ -196,12 +176,6 @@ def plot_approaches(found: Approaches, ax: Axes | None = None, *, labels: Labels
 
     Args:
         labels: words on the axes C and N.
-
-    Returns:
-        A matplotlib figure; `save` writes it.
-
-    Example:
-        >>> plot_approaches(frontier(read_table("results.parquet")))
     """
     ax, columns, drawn = ax or new_figure()[1][0], ("C", "N", "N_lo", "N_hi"), []
     for number, frontier in enumerate(found.frontiers):
@@ -210,16 +184,15 @@ def plot_approaches(found: Approaches, ax: Axes | None = None, *, labels: Labels
         inside, beyond = (frontier.at(np.geomspace(*span, 12)) for span in ((low, high), (high, 10 * high)))
         parts.draw(ax, inside, columns, name, color, label=label, linestyle=("-", "--", "-.")[number])
         parts.draw(ax, beyond, columns, f"{name}, beyond", color, linestyle=":")
-        drawn += [inside, beyond]
+        drawn += [inside, beyond, frontier.pairs]
         if len(frontier.pairs):
             parts.draw_points(ax, frontier.pairs, ("C", "N"), f"{name}, optima", color, markers=MARKERS[number:])
-            drawn.append(frontier.pairs)
-    words = partial(parts.axis_label, labels=labels)
-    parts.log_axis(ax, "x", pd.concat(drawn)["C"], "flops_train", words)
-    n_star = partial(words, default="N*: compute-optimal\nparameters")
-    parts.log_axis(ax, "y", pd.concat(drawn)["N"], "params_total", n_star)
-    parts.legend([ax], "", columns=1)
-    return figure_of(ax)
+    shown, size = pd.concat(drawn), "N*: compute-optimal\nparameters"
+
+    def words(column: str) -> str:
+        return parts.axis_label(column, labels=labels, default="" if column == "flops_train" else size)
+
+    return parts.finish(ax, ("flops_train", shown["C"]), ("params_total", shown["N"]), words, columns=1)
 
 
 @styled()
@@ -234,12 +207,6 @@ def plot_forecast(
         y: quantity, such as TASK:KIND; None takes the loss.
         color: colour of the forecast.
         labels: words on the axes, by C and by the column of the loss.
-
-    Returns:
-        A matplotlib figure; `save` writes it.
-
-    Example:
-        >>> plot_forecast(forecast(read_table("results.parquet"), {"N": 7e9, "D": 2e9}))
     """
     ax, color = ax or new_figure()[1][0], cycled(0) if color is None else color
     y = y or next(iter(found.forecasters))
@@ -261,13 +228,12 @@ def plot_forecast(
         parts.draw(ax, path, ("C", end), "single laws", MUTED, label=label, linestyle=":")
     parts.draw_points(ax, ends, ("C", *ONE_RUN), "forecast, 95 %", color, markers=MARKERS[3:])
     words = partial(parts.axis_label, names=found.names, labels=labels)
-    parts.log_axis(ax, "x", [*measured["C"], *path["C"]], "flops_train", words)
-    if points.is_accuracy:
-        ax.set_title(y)
-        parts.percent_axis(ax)
-    else:
-        values = [*measured["y"], *path["value"], *ends["pi_lo"]]
-        parts.log_axis(ax, "y", values, y, words)
+    x, y_range = ("flops_train", [*measured["C"], *path["C"]]), [*measured["y"], *path["value"], *ends["pi_lo"]]
+    if not points.is_accuracy:
+        return parts.finish(ax, x, (y, y_range), words)
+    parts.log_axis(ax, "x", x[1], x[0], words)
+    parts.percent_axis(ax)
+    ax.set_title(y)
     parts.legend([ax], "")
     return figure_of(ax)
 
@@ -286,12 +252,6 @@ def plot_recipes(found: Recipes, ax: Axes | None = None, *, color: Any = None, l
         ax: where to draw; None makes a figure.
         color: colour of the gain.
         labels: words for the levels, and for C on its axis.
-
-    Returns:
-        A matplotlib figure; `save` writes it.
-
-    Example:
-        >>> plot_recipes(recipes(read_table("two.csv"), by="recipe")[0])
     """
     words = labels or {}
     level, baseline = (words.get(name, name) for name in (found.level, found.baseline))
@@ -301,7 +261,5 @@ def plot_recipes(found: Recipes, ax: Axes | None = None, *, color: Any = None, l
     parts.draw(ax, inside, columns, "gain", color, label=f"{level} against {baseline}", linestyle="-")
     parts.draw(ax, beyond, columns, "gain, beyond", color, linestyle=":")
     ax.axhline(1, color=MUTED, linewidth=0.9)
-    parts.log_axis(ax, "x", found.table["C"], "flops_train", partial(parts.axis_label, labels=labels))
-    parts.log_axis(ax, "y", found.table[["low", "high"]], "gain", lambda _: "gain in compute (factor)")
-    parts.legend([ax], "")
-    return figure_of(ax)
+    label = partial(parts.axis_label, labels={"gain": "gain in compute (factor)", **words})
+    return parts.finish(ax, ("flops_train", found.table["C"]), ("gain", found.table[["low", "high"]]), label)

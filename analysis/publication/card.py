@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import yaml
 
-from aimscale.analysis.report.findings import findings
 from aimscale.analysis.report.study import Study
-from aimscale.analysis.report.verdict import verdict
+from aimscale.analysis.report.summary import findings, verdict
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.words import human
 
@@ -87,13 +86,12 @@ def energy(frame: pd.DataFrame, about: About) -> list[str]:
     if "device_hours" not in frame or not (hours := float(frame.groupby("run_id")["device_hours"].max().sum())):
         return []
     lines = [f"{human(hours)} device-hours of training, {frame['run_id'].nunique()} runs"]
+    kwh = hours * (about.watts or 0) / 1000
     if about.watts is not None:
-        kwh = hours * about.watts / 1000
-        lines.append(
-            f"{human(kwh)} kWh: device-hours x {about.watts:g} W, the mean power of a device that the authors give"
-        )
-        if about.g_co2_per_kwh is not None:
-            lines.append(f"{human(kwh * about.g_co2_per_kwh / 1000)} kg CO2 at {about.g_co2_per_kwh:g} g/kWh")
+        source = f"device-hours x {about.watts:g} W, the mean power of a device that the authors give"
+        lines.append(f"{human(kwh)} kWh: {source}")
+    if about.watts is not None and about.g_co2_per_kwh is not None:
+        lines.append(f"{human(kwh * about.g_co2_per_kwh / 1000)} kg CO2 at {about.g_co2_per_kwh:g} g/kWh")
     return lines
 
 
@@ -101,44 +99,35 @@ def model_cards(frame: pd.DataFrame, about: About) -> dict[str, str]:
     """Write a card per run that has rows: what it is, what it saw, what was measured."""
     if "run_id" not in frame:
         return {}
-    probes = probe_frame(frame) if "probes" in frame else pd.DataFrame()
-    cards = {}
-    for run_id, rows in frame.dropna(subset=["run_id"]).groupby("run_id", sort=False):
-        first = rows.iloc[0]
-        lines = [
-            f"---\nlicense: {about.licence.lower()}\ntags: [aimscale, autoregressive-image-models]\n---",
-            f"# {run_id}",
-        ]
-        lines.append(_sentence(first))
-        lines.append(_measured(rows, probes[probes["run_id"] == run_id] if len(probes) else probes))
-        cards[str(run_id)] = "\n\n".join(lines) + "\n"
-    return cards
+    head = f"---\nlicense: {about.licence.lower()}\ntags: [aimscale, autoregressive-image-models]\n---"
+    probes = probe_frame(frame) if "probes" in frame else pd.DataFrame(columns=["run_id"])
+    return {
+        str(run_id): "\n\n".join(
+            [head, f"# {run_id}", _sentence(rows.iloc[0]), _measured(rows, probes[probes["run_id"] == run_id])]
+        )
+        + "\n"
+        for run_id, rows in frame.dropna(subset=["run_id"]).groupby("run_id", sort=False)
+    }
 
 
 def _sentence(row: pd.Series) -> str:
     """Say what a run is, from the columns that its row has."""
-
-    def has(name: str) -> Any:
-        return row[name] if name in row and pd.notna(row[name]) else None
-
-    said = [f"An autoregressive image model of size {has('size')}"]
-    said += [f"with {human(row['params_total'])} parameters"] if has("params_total") else []
-    said += [f"on {human(row['unique_images'])} different images"] if has("unique_images") else []
-    said += [f"(fingerprint {row['data_fingerprint']})"] if has("data_fingerprint") else []
-    return f"{' '.join(said)}; seed {has('seed')}, code {has('git_commit')}."
+    has = row.dropna()
+    said = [f"An autoregressive image model of size {has.get('size')}"]
+    said += [f"with {human(has['params_total'])} parameters"] if "params_total" in has else []
+    said += [f"on {human(has['unique_images'])} different images"] if "unique_images" in has else []
+    said += [f"(fingerprint {has['data_fingerprint']})"] if "data_fingerprint" in has else []
+    return f"{' '.join(said)}; seed {has.get('seed')}, code {has.get('git_commit')}."
 
 
 def _measured(rows: pd.DataFrame, probes: pd.DataFrame) -> str:
     """Write a table of what was measured at each budget."""
-    heads = ["images seen", "validation loss"]
-    cells: list[dict[str, str]] = []
+    heads, cells = ["images seen", "validation loss"], list[dict[str, str]]()
     for _, row in rows.sort_values("images_seen").iterrows():
         cell = {"images seen": human(row["images_seen"]), "validation loss": human(row["val_loss"], 4)}
         own = probes[probes["images_seen"] == row["images_seen"]] if len(probes) else probes
-        for _, entry in own.iterrows():
-            name = f"{entry['task']} {entry['kind']}, %"
-            heads += [name] if name not in heads else []
-            cell[name] = f"{100 * entry['top1']:.1f}"
+        cell |= {f"{each['task']} {each['kind']}, %": f"{100 * each['top1']:.1f}" for _, each in own.iterrows()}
         cells.append(cell)
+        heads += [name for name in cell if name not in heads]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     return "\n".join([*lines, *(f"| {' | '.join(cell.get(head, '') for head in heads)} |" for cell in cells)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +12,7 @@ import pandas as pd
 from aimscale.analysis.publication.card import About
 from aimscale.analysis.table.schema import described
 
-CONTEXT: dict[str, Any] = {
-    "@language": "en",
-    "@vocab": "https://schema.org/",
-    "citeAs": "cr:citeAs",
-    "column": "cr:column",
-    "conformsTo": "dct:conformsTo",
-    "cr": "http://mlcommons.org/croissant/",
-    "rai": "http://mlcommons.org/croissant/RAI/",
-    "data": {"@id": "cr:data", "@type": "@json"},
-    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-    "dct": "http://purl.org/dc/terms/",
-    "examples": {"@id": "cr:examples", "@type": "@json"},
-    "extract": "cr:extract",
-    "field": "cr:field",
-    "fileProperty": "cr:fileProperty",
-    "fileObject": "cr:fileObject",
-    "fileSet": "cr:fileSet",
-    "format": "cr:format",
-    "includes": "cr:includes",
-    "isLiveDataset": "cr:isLiveDataset",
-    "jsonPath": "cr:jsonPath",
-    "key": "cr:key",
-    "md5": "cr:md5",
-    "parentField": "cr:parentField",
-    "path": "cr:path",
-    "recordSet": "cr:recordSet",
-    "references": "cr:references",
-    "regex": "cr:regex",
-    "repeated": "cr:repeated",
-    "replace": "cr:replace",
-    "sc": "https://schema.org/",
-    "separator": "cr:separator",
-    "source": "cr:source",
-    "subField": "cr:subField",
-    "transform": "cr:transform",
-}
+CONTEXT = json.loads(Path(__file__).with_name("croissant-context.json").read_text("utf-8"))
 """The context that Croissant 1.0 prescribes."""
 TYPES = {"i": "sc:Integer", "f": "sc:Float", "b": "sc:Boolean"}
 """Kinds of numpy's types -> types of Croissant; all else is text."""
@@ -55,6 +21,17 @@ TYPES = {"i": "sc:Integer", "f": "sc:Float", "b": "sc:Boolean"}
 def croissant(folder: Path, about: About) -> dict[str, Any]:
     """Describe the CSV tables of a folder: files with checksums, and columns with type and meaning."""
     tables = sorted((folder / "data").glob("*.csv"))
+    files = [
+        {
+            "@type": "cr:FileObject",
+            "@id": path.name,
+            "name": path.name,
+            "contentUrl": str(path.relative_to(folder)),
+            "encodingFormat": "text/csv",
+            "sha256": sha256(path),
+        }
+        for path in tables
+    ]
     found: dict[str, Any] = {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
@@ -62,7 +39,7 @@ def croissant(folder: Path, about: About) -> dict[str, Any]:
         "name": "".join(c if c.isalnum() else "-" for c in about.title).strip("-"),
         "description": f"{about.title}: a row per training run and data budget.",
         "license": about.licence,
-        "distribution": [_file(path, folder) for path in tables],
+        "distribution": files,
         "recordSet": [_records(path) for path in tables],
     }
     if about.url:
@@ -76,18 +53,6 @@ def sha256(path: Path) -> str:
     """Hash a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _file(path: Path, folder: Path) -> dict[str, Any]:
-    """Describe a CSV file."""
-    return {
-        "@type": "cr:FileObject",
-        "@id": path.name,
-        "name": path.name,
-        "contentUrl": str(path.relative_to(folder)),
-        "encodingFormat": "text/csv",
-        "sha256": sha256(path),
-    }
 
 
 def _records(path: Path) -> dict[str, Any]:

@@ -82,10 +82,10 @@ class Block:
 
     @property
     def csv_name(self) -> str:
-        """File name of the download: of a table that is cut it is compressed."""
+        """File name of the download; of a table that is cut on the page it is compressed."""
         return f"{self.key}.csv{'.gz' if self.frame is not None and len(self.frame) > MAX_ROWS else ''}"
 
-    @cached_property
+    @property
     def csv_uri(self) -> str:
         """The whole table as a `data:` URI; cells that a spreadsheet would run as a formula are quoted with '."""
         if self.frame is None:
@@ -94,8 +94,9 @@ class Block:
         safe = texts.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
         whole = self.frame.select_dtypes("float").convert_dtypes(convert_floating=False)
         content = self.frame.assign(**safe, **whole).to_csv(index=False, float_format="%.5g").encode()
-        is_cut = len(self.frame) > MAX_ROWS
-        mime, content = ("application/gzip", gzip.compress(content, mtime=0)) if is_cut else ("text/csv", content)
+        mime = "text/csv"
+        if self.csv_name.endswith(".gz"):
+            mime, content = "application/gzip", gzip.compress(content, mtime=0)
         return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 

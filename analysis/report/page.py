@@ -18,14 +18,13 @@ import matplotlib as mpl
 
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.plots.style import save
-from aimscale.analysis.report.blocks import PageFigure, sort_key
-from aimscale.analysis.report.sections import Section, drawn_findings, sections
+from aimscale.analysis.report.blocks import sort_key
+from aimscale.analysis.report.sections import drawn_findings, sections
 from aimscale.analysis.report.study import Study, read_study
-from aimscale.analysis.report.verdict import verdict
+from aimscale.analysis.report.summary import verdict
 from aimscale.analysis.table.schema import written_aside
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(
@@ -72,20 +71,26 @@ def write_page(study: Study, out: str | Path | None = None, figures: str | Path 
     with mpl.rc_context():
         mpl.rcdefaults()  # pages look alike, whatever their caller has set
         found, laid_out = drawn_findings(study), sections(study)
-        page = render(study, found, laid_out, _description(folders))
-        if figures is not None:
-            for drawn in (*found, *(part for section in laid_out for part in section.parts["PageFigure"])):
-                save(drawn.figure, Path(figures) / drawn.key)
-    page_path = Path(out or folders[0])
-    page_path = page_path / "report.html" if page_path.is_dir() else page_path
+        sweeps = map(str, study.frame["sweep"].dropna().unique()) if "sweep" in study.frame else ()
+        page = _template().render(
+            title=", ".join(sweeps) or study.paths[0].stem,
+            description=_description(folders),
+            made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            findings=found,
+            verdict=verdict(study),
+            missing=study.missing,
+            sections=laid_out,
+        )
+        for drawn in (*found, *(part for each in laid_out for part in each.parts["PageFigure"])) if figures else ():
+            save(drawn.figure, Path(figures or "") / drawn.key)
+    path = Path(out or folders[0])
+    path = path / "report.html" if path.is_dir() else path
     try:
-        with written_aside(page_path) as aside:
+        with written_aside(path) as aside:
             aside.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise AnalysisError(
-            f"cannot write {page_path}: {error.strerror}; give another path with {option('out')}"
-        ) from error
-    return page_path
+        raise AnalysisError(f"cannot write {path}: {error.strerror}; give another path with {option('out')}") from error
+    return path
 
 
 def _description(folders: Sequence[Path]) -> str:
@@ -98,26 +103,17 @@ def _description(folders: Sequence[Path]) -> str:
         raise AnalysisError(f"cannot read {named} ({error}); collect the sweep again.") from error
 
 
-def render(study: Study, found: Sequence[PageFigure], laid_out: Sequence[Section], description: str) -> str:
-    """Write the page's HTML."""
+def _template() -> jinja2.Template:
+    """Load the page's template, which escapes every text."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.PackageLoader("aimscale.analysis.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"maths": maths, "sort_key": sort_key}
-    sweeps = [str(sweep) for sweep in study.frame["sweep"].dropna().unique()] if "sweep" in study.frame else []
-    return environment.get_template("report.html").render(
-        title=", ".join(sweeps) or study.paths[0].stem,
-        description=description,
-        made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        findings=found,
-        verdict=verdict(study),
-        missing=study.missing,
-        sections=laid_out,
-    )
+    return environment.get_template("report.html")
 
 
 def maths(value: str) -> markupsafe.Markup:

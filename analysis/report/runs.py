@@ -20,58 +20,65 @@ PACKAGES = ("numpy", "scipy", "pandas", "seaborn", "matplotlib")
 """Packages whose versions may change a number or a figure."""
 
 
-def _has(frame: pd.DataFrame, *names: str) -> bool:
+def _known(frame: pd.DataFrame, *names: str) -> bool:
     return all(name in frame and frame[name].notna().any() for name in names)
 
 
 def _values(frame: pd.DataFrame, name: str) -> str:
-    """Write the first few different values of a column."""
-    values = list(dict.fromkeys(f"{v:g}" if isinstance(v, float) else str(v) for v in frame[name].dropna()))
-    return ", ".join(values[:8]) + (" and more" if len(values) > 8 else "")
+    """Write the first few different values of a column; one with gaps has floats for integers."""
+    values = frame[name].dropna().unique().tolist()
+    shown = [f"{v:.0f}" if isinstance(v, float) and v.is_integer() else v for v in values[:8]]
+    shown = [human(v, 4) if isinstance(v, float) else str(v) for v in shown]
+    return ", ".join(shown) + (" and more" if len(values) > 8 else "")
 
 
-def _counted(frame: pd.DataFrame, named: str, noun: str, name: str, what: str) -> Iterator[str]:
+def _counted(frame: pd.DataFrame, named: str, noun: str, name: str, what: str) -> str:
     """Say how many different values there are, and their range."""
-    if _has(frame, name):
-        num, ends = frame[named].nunique(), (frame[name].min(), frame[name].max())
-        low_high = " to ".join(told_apart(dict.fromkeys(ends), human, 3))
-        yield f"{num} {noun}{'s' * (num != 1)} ({low_high} {what})"
+    num, ends = frame[named].nunique(), (frame[name].min(), frame[name].max())
+    return f"{num} {noun}{'s' * (num != 1)} ({' to '.join(told_apart(dict.fromkeys(ends), human, 3))} {what})"
 
 
 def what_was_run(study: Study) -> Iterator[str]:
     """Say how many rows, sizes and budgets there are, what they cost, and which loss is the lowest."""
     frame = study.frame
-    named = "size" if _has(frame, "size") else "params_total"  # another head makes another N, not another size
     parts = [f"{len(frame)} row{'s' * (len(frame) != 1)}"]
-    parts += _counted(frame, named, "model size", "params_total", "parameters")
-    parts += _counted(frame, "images_seen", "data budget", "images_seen", f"{study.samples} seen")
-    cost, last = "", frame[:0]
-    if _has(frame, "run_id", "images_seen"):  # the row of a budget counts what the smaller ones trained, too
-        last = frame.dropna(subset="run_id").sort_values("images_seen").drop_duplicates("run_id", keep="last")
-    if _has(last, "device_hours"):
-        devices = _values(frame, "device") if _has(frame, "device") else "the devices named below"
-        hours = human(last["device_hours"].sum())
-        cost = f" Training to the largest budget of each run took {hours} device-hours on {devices}."
-    if _has(last, "flops_train"):
-        cost += f" The runs used {human(last['flops_train'].sum())} FLOP up to their largest budgets."
+    if _known(frame, "params_total"):
+        named = "size" if _known(frame, "size") else "params_total"  # another head makes another N, not another size
+        parts.append(_counted(frame, named, "model size", "params_total", "parameters"))
+    if _known(frame, "images_seen"):
+        parts.append(_counted(frame, "images_seen", "data budget", "images_seen", f"{study.samples} seen"))
     one = "The table holds" if len(study.paths) == 1 else f"The {len(study.paths)} tables hold"
-    yield f"{one} {', '.join(parts)}; {len(usable_rows(frame).rows)} of the rows have a validation loss.{cost}"
+    losses = f"{len(usable_rows(frame).rows)} of the rows have a validation loss."
+    yield " ".join([f"{one} {', '.join(parts)};", losses, *_cost(frame)])
     if study.usable.empty:
         return
     main = usable_rows(study.main).rows
     best = main.iloc[int(main["val_loss"].argmin())]
-    error = f" ± {1.96 * best['val_loss_se']:.4f}" if _has(main, "val_loss_se") and best["val_loss_se"] > 0 else ""
-    place = f" by {best['size']}" if _has(main, "size") else ""
-    place += f" after {human(best['images_seen'])} {study.samples}" if _has(main, "images_seen") else ""
+    error = f" ± {1.96 * best['val_loss_se']:.4f}" if _known(main, "val_loss_se") and best["val_loss_se"] > 0 else ""
+    place = f" by {best['size']}" if _known(main, "size") else ""
+    place += f" after {human(best['images_seen'])} {study.samples}" if _known(main, "images_seen") else ""
     yield f"The lowest validation loss is {best['val_loss']:.4f}{error}{', reached' * bool(place)}{place}."
+
+
+def _cost(frame: pd.DataFrame) -> Iterator[str]:
+    """Count each run once, at its largest budget, which includes what its smaller ones trained."""
+    if not _known(frame, "run_id", "images_seen"):
+        return
+    last = frame.dropna(subset="run_id").sort_values("images_seen").drop_duplicates("run_id", keep="last")
+    if _known(last, "device_hours"):
+        devices = _values(frame, "device") if _known(frame, "device") else "the devices named below"
+        hours = human(last["device_hours"].sum())
+        yield f"Training to the largest budget of each run took {hours} device-hours on {devices}."
+    if _known(last, "flops_train"):
+        yield f"The runs used {human(last['flops_train'].sum())} FLOP up to their largest budgets."
 
 
 def settings(study: Study) -> Iterator[tuple[str, str]]:
     """Yield the settings that the runs had, what was counted over them, and which rows were left out."""
     frame = study.frame
-    yield from ((described(name).heading, _values(frame, name)) for name in SETTINGS if _has(frame, name))
-    counted = {described(name).heading: int(frame[name].sum()) for name in COUNTED if _has(frame, name)}
-    yield from ((words, f"{number} over all rows") for words, number in counted.items() if number)
+    yield from ((described(name).heading, _values(frame, name)) for name in SETTINGS if _known(frame, name))
+    counted = {name: int(frame[name].sum()) for name in COUNTED if _known(frame, name)}
+    yield from ((described(name).heading, f"{number} over all rows") for name, number in counted.items() if number)
     fits = (study.get("law"), study.get("law of the envelope"))
     with_laws = {f"{each}." for fit in fits if fit for each in fit.exclusions}
     yield from (("left out", line) for line in study.exclusions or ["nothing"] if line not in with_laws)
@@ -85,8 +92,8 @@ def provenance(study: Study) -> Iterator[tuple[str, str]]:
         if path.is_file():
             yield "SHA-256 of the table", hashlib.sha256(path.read_bytes()).hexdigest()
     sources = [column.name for column in COLUMNS if column.role == "source"] + ["seed"]
-    yield from ((described(name).heading, _values(frame, name)) for name in sources if _has(frame, name))
-    if _has(frame, "finished_at"):
+    yield from ((described(name).heading, _values(frame, name)) for name in sources if _known(frame, name))
+    if _known(frame, "finished_at"):
         stamps = frame["finished_at"].dropna().astype(str)
         yield "measured", f"{stamps.min()} to {stamps.max()}"
     yield from ((f"analysed with {name}", importlib.metadata.version(name)) for name in PACKAGES)

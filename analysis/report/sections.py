@@ -10,25 +10,22 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from aimscale import analysis
-from aimscale.analysis.accuracy.correlation import Correlations
 from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.registry import REGISTER, score_words, scores
 from aimscale.analysis.published.comparison import ADAPTED
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block
-from aimscale.analysis.report.findings import findings, levels
 from aimscale.analysis.report.runs import provenance, settings, what_was_run
 from aimscale.analysis.report.study import CORRELATION, LINK, Study
-from aimscale.analysis.table.design import DESIGN, design_columns, varies
+from aimscale.analysis.report.summary import feature_words, findings, levels
+from aimscale.analysis.table.design import DESIGN, design_columns
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import loss_unit, read_curves
 from aimscale.analysis.table.schema import MFU
-from aimscale.analysis.words import accuracy_of, flag_words, kind_name
+from aimscale.analysis.words import accuracy_of, capital, flag_words, kind_name
 
 Part = str | PageFigure | Block
 """A paragraph, a figure, or a result."""
-MAX_TASKS = 5
-"""Tasks in one figure of accuracies; more make further figures, each of which fits a page."""
 WORTH = "After 0.69 R_D repeats another one is worth half of a new sample; R_D is 15.4 for language (Muennighoff 2023)."
 """Note on the law of repeated data, whose worth after r repeats is exp(-r / R_D)."""
 LEAST_NOISE = 5e-6
@@ -66,12 +63,9 @@ def drawn_findings(study: Study) -> list[PageFigure]:
 def _runs(study: Study) -> Iterator[Part]:
     yield from what_was_run(study)
     frame, unit = study.frame, loss_unit(study.usable)
-    skipped = "num_skipped_steps" in frame and frame["num_skipped_steps"].any()
-    names = (
-        *("size", "params_total", "images_seen", "unique_images", "flops_train", "val_loss", "val_loss_se"),
-        *("train_loss", "status", "seed", *(name for name in design_columns(frame) if name in DESIGN)),
-        *("images_per_s", *MFU, "device_hours", *["num_skipped_steps"] * bool(skipped), "run_id"),
-    )
+    names = ["size", "params_total", "images_seen", "unique_images", "flops_train", "val_loss", "val_loss_se"]
+    names += ["train_loss", "status", "seed", *(name for name in design_columns(frame) if name in DESIGN)]
+    names += ["images_per_s", *MFU, "device_hours", "run_id"]
     note = f"One row per run and data budget. D counts {study.samples}."
     note += f" Loss: {unit} per scored target on held-out images." if unit else ""
     yield Block("results", "Every measurement", _columns(frame, names), note=note, is_open=False)
@@ -90,13 +84,10 @@ def _scaling(study: Study) -> Iterator[Part]:
         ("D", "images_seen", "params_total", f"{study.samples} seen"),
         ("C", "flops_train", "params_total", "compute"),
     ):
-        if x not in _columns(usable, [x]):
+        if x not in _columns(usable, [x]) or (law is not None and key == "N"):
             continue
-        if key != "C" and law is not None:
-            if key == "N":
-                continue  # among the findings
-            figure = law.plot(x=key)
-            caption = f"A line for each size. {_equation(law)}"
+        if law is not None and key == "D":
+            figure, caption = law.plot(x="D"), f"A line for each size. {_equation(law)}"
         else:
             others = by if by in usable and usable[by].notna().all() else None
             figure = analysis.plot_points(usable, x, by=others, envelope=envelope if key == "C" else None)
@@ -117,13 +108,10 @@ def _accuracy(study: Study) -> Iterator[Part]:
     probes = study.probes
     for kind in study.kinds:
         rows = probes[(probes["kind"] == kind) & probes["top1"].notna()]
-        tasks, title = rows["task"].unique(), _capital(accuracy_of(kind))
         bars = "" if rows["top1_lo95"].isna().all() else " Bars: 95 % intervals over test images."
         caption = f"One point per run and budget. Lines join points of one size, in the first panel of one D.{bars}"
-        for first in range(0, len(tasks), MAX_TASKS):
-            some = rows[rows["task"].isin(tasks[first : first + MAX_TASKS])]
-            key = html_id("accuracy", kind) + (f"-{1 + first // MAX_TASKS}" if first else "")
-            yield PageFigure(key, title, caption, analysis.plot_accuracy(some, levels(study, kind, some)))
+        figure = analysis.plot_accuracy(rows, levels(study, kind, rows))
+        yield PageFigure(html_id("accuracy", kind), capital(accuracy_of(kind)), caption, figure)
     if probes.empty:
         return
     note = "Top-1 in per cent."
@@ -134,44 +122,25 @@ def _accuracy(study: Study) -> Iterator[Part]:
     blocks = probes["blocks"].map(lambda blocks: ", ".join(map(str, blocks)), na_action="ignore")
     names = ["task", "kind", "size", "params_total", "images_seen", "val_loss", "top1", "top1_lo95", "top1_hi95"]
     names += ["last_top1", "chance", "ideal", "n", "blocks", "lr"]
-    title = "Frozen-feature accuracy" if study.is_ours else "Accuracy"
     listed = probes.assign(blocks=blocks, kind=probes["kind"].map(kind_name))
+    title = "Frozen-feature accuracy" if study.is_ours else "Accuracy"
     yield Block("probes", title, _columns(listed, names), note=note, is_open=False)
 
 
 def _loss_accuracy(study: Study) -> Iterator[Part]:
-    probes = study.probes
-    if probes.empty or "val_loss" not in probes or probes["val_loss"].isna().all():
-        return
-    for kind in study.kinds:
-        rows, what = probes[probes["kind"] == kind], accuracy_of(kind)
-        correlations, links = (
-            {task: named[f"{task}:{kind}"] for task in rows["task"].unique() if f"{task}:{kind}" in named}
-            for named in (study.all(CORRELATION), study.all(LINK))
-        )
-        caption = (
-            f"{_capital(what)} and validation loss. Brackets: 95 % intervals of the correlations, at equal compute "
-            "first; over all rows both follow compute. Line and band: a sigmoid above chance with its 95 % interval."
-        )
+    """Draw accuracies of each kind against the loss, and lay out the correlations of the first."""
+    caption = (
+        "Brackets: 95 % intervals of the correlations, at equal compute first; over all rows both follow compute. "
+        "Line and band: a sigmoid above chance with its 95 % interval."
+    )
+    for kind in study.kinds if study.probes.get("val_loss", pd.Series()).notna().any() else ():
+        rows = study.probes[study.probes["kind"] == kind]
+        correlations, links = (study.by_task(name, kind) for name in (CORRELATION, LINK))
         figure = analysis.plot_loss_accuracy(rows, correlations, links)
-        yield PageFigure(html_id("loss-accuracy", kind), f"Loss against {what}", caption, figure)
+        yield PageFigure(html_id("loss-accuracy", kind), f"Loss against {accuracy_of(kind)}", caption, figure)
         for task, each in correlations.items() if kind == study.kinds[0] else ():  # figures show the others
-            title = _correlation_verdict(f"{what} on {task}", each)
+            title = feature_words(kind, task, next(iter(each)))
             yield result_block(html_id("correlation", f"{task}:{kind}"), title, each, is_open=False)
-
-
-def _correlation_verdict(what: str, found: Correlations) -> str:
-    """Say whether loss and one task's accuracy go together at equal compute, or over all rows."""
-    first, *_ = found
-    how = f"lower validation loss goes with {'higher' if first.value < 0 else 'LOWER'} {what}"
-    if not first.is_significant:
-        how = f"no significant correlation of validation loss with {what}"
-    place = "At equal compute" if first.partial_on else "Over all rows"
-    return f"{place} {how}: {first.value:.2f} [{first.low:.2f}, {first.high:.2f}]"
-
-
-def _capital(words: str) -> str:
-    return words[0].upper() + words[1:]
 
 
 def _training(study: Study) -> Iterator[Part]:
@@ -200,23 +169,22 @@ def _published(study: Study) -> Iterator[Part]:
     found = study.get("published models")
     if found is None or (found.tasks.empty and found.baselines.empty):
         return
-    if len(tasks := found.tasks):
-        if "params_total" in tasks:
+    if len(found.tasks):
+        if "params_total" in found.tasks:
             caption = "Attentive probe: these runs at their largest budgets, AIM on its last six blocks."
             yield PageFigure("published-models", "Beside the published AIM models", caption, found.plot())
         note = (
             "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks "
             "stand beside AIM-7B's last six, chosen ones beside its best six."
         )
-        yield Block("compare", "The same tasks, ours and theirs", tasks, note=note)
+        yield Block("compare", "The same tasks, ours and theirs", found.tasks, note=note)
     if len(found.baselines):
-        rows = found.baselines.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
-        rows = rows if varies(rows["images_seen"]) else rows.drop(columns="images_seen")
         note = (
             "Each run at its largest budget and every baseline, on the same images, top-1 in per cent. Gap: ours minus "
             "the baseline's, with a 95 % interval over test images, not over seeds. Detectable: the minimum detectable "
             "gap at 80 % power."
         )
+        rows = found.baselines.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
         yield Block("baselines", "Beside baselines on the same probes", rows, note=note)
     if lines := flag_words(found.left_out):
         yield Block("not-compared", "Not compared, and why", lines=lines, is_open=False)

@@ -71,12 +71,13 @@ class Study:
     results: defaultdict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     """Name, then subject (such as TASK:KIND, or nothing) -> a result, or the AnalysisError that says why not."""
 
-    def attempt(self, name: str, work: Callable[..., Any], *args: Any, subject: str = "", **options: Any) -> None:
-        """Compute a result and keep it, or why there is none."""
+    def attempt(self, name: str, work: Callable[..., Any], *args: Any, subject: str = "", **options: Any) -> Any:
+        """Compute a result, keep it, or why there is none, and return it or None."""
         try:
             self.results[name][subject] = work(*args, **options)
         except AnalysisError as error:
             self.results[name][subject] = error
+        return self.get(name, subject)
 
     def get(self, name: str, subject: str = "") -> Any:
         """Get a result, None where there is none."""
@@ -85,6 +86,11 @@ class Study:
     def all(self, name: str) -> dict[str, Any]:
         """Map subjects to the results of a name."""
         return {subject: v for subject, v in self.results.get(name, {}).items() if not isinstance(v, AnalysisError)}
+
+    def by_task(self, name: str, kind: str) -> dict[str, Any]:
+        """Map tasks to the results of a name for one kind of accuracy."""
+        found = self.all(name)
+        return {task: found[key] for task in self.probes["task"].unique() if (key := f"{task}:{kind}") in found}
 
     @property
     def missing(self) -> list[str]:
@@ -147,8 +153,9 @@ def read_study(
 def study_tables(paths: Sequence[Path], frame: pd.DataFrame) -> Study:
     """Fit, test, correlate and compare what the tables allow."""
     study = _chosen_rows(paths, frame)
-    for step in (_fit_laws, correlate_probes, _measure_effects):
-        step(study)
+    _fit_laws(study)
+    correlate_probes(study)
+    _measure_effects(study)
     return study
 
 
@@ -199,12 +206,11 @@ def _fit_laws(study: Study) -> None:
     if usable.empty:
         study.results["law"][""] = AnalysisError("no row has a validation loss, so no law is fitted")
         return
-    study.attempt("forecaster", analysis.forecaster, some)
-    laws = study.get("forecaster")
-    study.attempt("law", analysis.fit, with_compute(usable), laws.law if laws else "chinchilla")
+    laws = study.attempt("forecaster", analysis.forecaster, some)
+    joint = study.attempt("law", analysis.fit, with_compute(usable), laws.law if laws else "chinchilla")
     if study.has_compute:
-        study.attempt("law of the envelope", lambda rows: analysis.fit(lower_envelope(rows), "power_offset:C"), usable)
-    if (joint := study.get("law")) is None:
+        study.attempt("law of the envelope", lambda: analysis.fit(lower_envelope(usable), "power_offset:C"))
+    if joint is None:
         return
     by_compute = study.budgets is not None
     rows = with_budgets(usable, "val_loss") if by_compute else with_compute(usable)

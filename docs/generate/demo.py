@@ -22,9 +22,8 @@ import pandas as pd
 from aimscale.analysis import correlate, probe_frame, read_table
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.style import png_bytes
-from aimscale.analysis.report.findings import findings
 from aimscale.analysis.report.study import Study, study_tables
-from aimscale.analysis.report.verdict import HEADS, trust, verdict
+from aimscale.analysis.report.summary import HEADS, findings, trust, verdict
 from aimscale.analysis.table.read import read_tables
 
 ROOT = Path(__file__).parents[2]

@@ -31,9 +31,9 @@ def command(
 
     Six minutes on two idle cores. Interrupt it at any time; the same command continues.
     """
-    from aimscale.analysis.report.findings import findings
     from aimscale.analysis.report.page import write_page
     from aimscale.analysis.report.study import read_study
+    from aimscale.analysis.report.summary import findings
     from aimscale.harness.data.store.bundled import write_bundled
     from aimscale.sweeps.cli.launch import failed_runs
     from aimscale.sweeps.engine.launch import launch

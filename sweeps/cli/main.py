@@ -52,7 +52,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Publish": {
         "publish": ("aimscale.sweeps.cli.publish", "Write one folder that others can cite and recompute."),
-        "verify": ("aimscale.analysis.cli.publication:verify", "Recompute every number of a published folder."),
+        "verify": ("aimscale.analysis.cli.report:verify", "Recompute every number of a published folder."),
     },
     "Machine": {
         "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),

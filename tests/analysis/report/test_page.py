@@ -146,7 +146,7 @@ def test_the_summary_tells_the_known_law(page):
     assert alpha == pytest.approx(ALPHA, abs=0.1)
     assert beta == pytest.approx(BETA, abs=0.15)
     assert "16 rows, 4 model sizes (30k to 4M parameters)" in page.text
-    assert "compute lower validation loss goes with higher attentive-probe accuracy on digits" in page.text
+    assert re.search(r"Lower loss, better features: at equal compute r = −\d\.\d\d \[−\S+, −\S+\] on digits", page.text)
 
 
 def test_the_page_asks_nobody_for_anything(page):

@@ -15,10 +15,9 @@ from tables import law_grid
 
 from aimscale.analysis import correlate, laws, link
 from aimscale.analysis.forecasts.forecaster import DOF
-from aimscale.analysis.report.findings import findings
 from aimscale.analysis.report.page import write_report
 from aimscale.analysis.report.study import CORRELATION, Study, correlate_probes, next_scales, study_tables
-from aimscale.analysis.report.verdict import verdict
+from aimscale.analysis.report.summary import findings, verdict
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.analysis.words import percent
 
@@ -207,8 +206,9 @@ def test_the_findings_are_the_numbers_of_the_test_and_the_correlation(known_stud
     turned = {"pets:attentive": [dataclasses.replace(each, value=0.5, low=0.2, high=0.8) for each in [first]]}
     study.results[CORRELATION] = turned
     assert findings(study)[1].sentence.startswith("Lower loss, LOWER accuracy: ")
-    study.results[CORRELATION]["pets:attentive"] = [dataclasses.replace(first, low=-1.0, high=1.0)]
-    assert findings(study)[1].sentence.startswith("Not known whether lower loss means better features: ")
+    for unknown in ({"low": -1.0, "high": 1.0}, {"chance": 0.1}):
+        study.results[CORRELATION]["pets:attentive"] = [dataclasses.replace(first, **unknown)]
+        assert findings(study)[1].sentence.startswith("Not known whether lower loss means better features: ")
     study.results[CORRELATION] = {}
     assert [each.key for each in findings(study)] == ["loss-N"]
 

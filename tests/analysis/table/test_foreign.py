@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from commands import answer, say
 
-from aimscale.analysis import contrast, correlate, fit, plot_fit, read_table, read_tables
+from aimscale.analysis import contrast, correlate, fit, read_table, read_tables
 from aimscale.analysis.errors import AnalysisError, in_command
 from aimscale.analysis.table.names import left_out_of
 from aimscale.analysis.table.points import best_of
@@ -129,7 +129,7 @@ def test_their_names_are_kept_in_words_figures_and_conditions(theirs, tmp_path):
     words = " ".join(result.sentences())
     assert "L = loss, N = num_params, D = tokens." in words
     assert not any(ours in words for ours in ("head included", "images", "params_total", "val_loss"))
-    (ax,) = plot_fit(result).axes
+    (ax,) = result.plot().axes
     labels = (ax.get_xlabel(), ax.get_ylabel(), ax.figure.legends[0].get_title().get_text())
     assert labels == ("N: num_params", "loss", "D: tokens")
 

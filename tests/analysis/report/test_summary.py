@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from tables import law_grid
 
-from aimscale.analysis import fit, held_out
-from aimscale.analysis.report.verdict import beside_others, trust, verdict
+from aimscale.analysis import fit, frontier, held_out
+from aimscale.analysis.report.summary import beside_others, trust, verdict
 from aimscale.analysis.table.points import passes_flags
 from aimscale.analysis.words import Flag
 
@@ -81,6 +81,8 @@ def test_large_numbers_are_written_as_people_say_them():
     rows = pd.DataFrame({"images_seen": [5_450_000.0], "unique_images": [1000.0]})
     (flag,) = passes_flags(rows, "This D", {"D": 2e7, "U": 1e3})
     assert str(flag) == "This D means 20k passes over the pool of 1k, beyond the 5.45k that were seen."
+    costly = law_grid(noise=0.002).assign(C=lambda rows: 5450 * rows["N"] * rows["D"])
+    assert any("C = 5.45k N^1 D" in told for _, told in frontier(costly).facts())
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,16 @@
-"""Summary of the page: trust, what is imprecise, the law, the best split, the forecast, what to run next."""
+"""Opening of the page: the findings beside their figures, how far to trust them, what follows from the law."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
+import pandas as pd
+from matplotlib.figure import Figure
+
+from aimscale import analysis
+from aimscale.analysis.accuracy.correlation import Correlation, Correlations
 from aimscale.analysis.effects.plateau import first_budget_past_plateau
 from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.identification import num_values
@@ -12,12 +18,19 @@ from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import EXPONENTS, Fit, held_out_cautions
 from aimscale.analysis.forecasts.forecaster import DOF, Forecaster
 from aimscale.analysis.optimum.approaches import Approaches
-from aimscale.analysis.report.study import Study
+from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines
+from aimscale.analysis.published.published import TASKS, best_frozen, table6
+from aimscale.analysis.report.study import CORRELATION, LINK, Study
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.points import passes_flags
-from aimscale.analysis.words import human, percent
+from aimscale.analysis.words import PROBES, accuracy_of, capital, human, percent
 
+SCALES = {"N": "size", "D": "amount of data", "C": "compute"}
+"""Variable -> its name in a sentence."""
+PIXELS = "raw-pixels"
+"""The baseline that stands in the sentence: what features are made of."""
 Colour = Literal["green", "amber", "red"]
+HEADS = {"green": "Yes", "amber": "With care", "red": "No"}
 MAX_REASONS = 4
 """Doubts told in the summary; the others are flags of the fits below."""
 SMALL, SIZED = 1.0, ("scatter", "pattern")
@@ -25,7 +38,16 @@ SMALL, SIZED = 1.0, ("scatter", "pattern")
 HARMLESS = ("factor", "outliers", "tuned", "few_groups")
 """Kinds of flags that never do: a coefficient that its exponent makes up for, points that the objective sets aside, a
 choice among rates that biases losses by part of their noise, groups so few that intervals hold some 90 %."""
-HEADS = {"green": "Yes", "amber": "With care", "red": "No"}
+
+
+class Finding(NamedTuple):
+    """A sentence, what else there is to say of it, and the figure that shows it."""
+
+    key: str
+    """HTML id, and name of the figure's files."""
+    sentence: str
+    detail: str
+    draw: Callable[[], Figure]
 
 
 class Trust(NamedTuple):
@@ -35,7 +57,7 @@ class Trust(NamedTuple):
     reasons: list[str]
     """Why it is that colour."""
     doubts: list[str]
-    """What is imprecise, the largest first."""
+    """What is imprecise, the most serious first."""
 
 
 class Line(NamedTuple):
@@ -45,6 +67,85 @@ class Line(NamedTuple):
     answer: str
     colour: Colour | None = None
     """Trust in the rest; set on the first line only."""
+
+
+def findings(study: Study) -> list[Finding]:
+    """Give the findings that the tables allow: of the law, and of loss and features."""
+    found = [_law_finding(law, study.whose)] if (law := study.get("law")) else []
+    kind = next((kind for kind in study.kinds if study.by_task(CORRELATION, kind)), None)
+    return found if kind is None else [*found, _feature_finding(study, kind)]
+
+
+def _law_finding(law: Fit, whose: str) -> Finding:
+    """Tell how the largest scales are predicted when they are left out, and how a straight line fares."""
+    told = [
+        f"the largest {SCALES.get(test.variable, test.variable)} is predicted to "
+        f"{percent(test.mean_abs_relative_error)}; a straight line misses by "
+        f"{percent(test.naive_mean_abs_relative_error)}"
+        for test in law.heldout
+    ]
+    sentence = f"Left out, {told[0]}" if told else f"One law of {law.num_points} points, tested on none"
+    details = [f"Left out, {each}." for each in told[1:]]
+    details += [f"{law.law.formula}, fitted to {law.num_points} of {law.num_rows} rows{whose}, with its 95 % interval."]
+    return Finding("loss-N", sentence, " ".join(details), partial(law.plot, x="N"))
+
+
+def _feature_finding(study: Study, kind: str) -> Finding:
+    """Tell how loss and accuracy go together by task, first where lower loss is better, and where raw pixels stand."""
+    found, probes = study.by_task(CORRELATION, kind), study.probes.dropna(subset="top1")
+    rows = {task: probes[(probes["kind"] == kind) & (probes["task"] == task)] for task in found}
+    beside = {task: levels(study, kind, rows[task]) for task in found}
+    leading = {task: _leading(each) for task, each in found.items()}
+
+    def reached(task: str) -> str:
+        level = beside[task].set_index("name")["top1"]
+        pixels = f", raw pixels {percent(level[PIXELS])}" if PIXELS in level else ""
+        return f"at best {percent(rows[task]['top1'].max())}{pixels}"
+
+    task, *others = sorted(found, key=lambda task: not (leading[task].is_significant and leading[task].value < 0))
+    first = leading[task]
+    pearson = [c for c in found[task] if c.method == first.method]
+    details = [f"{capital(accuracy_of(kind))}."]
+    details += [f"Both follow compute; {_shown(c)}, {c.verdict}." for c in pearson if c.partial_on and c is not first]
+    details += [f"On {each} {_shown(leading[each])}, {reached(each)}." for each in others]
+    links = {name: each for name, each in study.by_task(LINK, kind).items() if name == task}
+    draw = partial(analysis.plot_loss_accuracy, rows[task], {task: pearson}, links, beside[task])
+    sentence = f"{feature_words(kind, task, first)}, {reached(task)}"
+    return Finding("finding-accuracy", sentence, " ".join(details), draw)
+
+
+def feature_words(kind: str, task: str, found: Correlation) -> str:
+    """Say whether lower loss goes with higher accuracy of a kind on a task."""
+    better = "better features" if kind in PROBES and kind != ADAPTED else "higher accuracy"
+    told = f"Lower loss, {better if found.value < 0 else 'LOWER accuracy'}"
+    is_known = found.is_significant and found.chance is None  # nothing is above guessing otherwise
+    told = told if is_known else f"Not known whether lower loss means {better}"
+    return f"{told}: {_shown(found)} on {task}"
+
+
+def _leading(found: Correlations) -> Correlation:
+    """Choose the coefficient to tell: Pearson's at equal compute where that is significant, else over all rows."""
+    pearson = [c for c in found if c.method == "pearson"]
+    return next((c for c in pearson if c.is_significant), pearson[-1])
+
+
+def _shown(c: Correlation) -> str:
+    return f"{'at equal compute ' * bool(c.partial_on)}r = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]"
+
+
+def levels(study: Study, kind: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """List what accuracies of a kind may be compared with: the table's own baselines, and on its tasks the paper."""
+    same, theirs = rows[["task", "n"]].drop_duplicates(), read_baselines(study.frame)
+    theirs = theirs[theirs["kind"].eq(kind) & (kind != ADAPTED)].rename(columns={"size": "name"})
+    own = theirs.merge(same, on=["task", "n"]).reindex(columns=["task", "name", "top1"])
+    own = own.drop_duplicates(["task", "name"]).sort_values("top1")
+    paper = [
+        {"task": task, "name": f"{key}, published", "top1": table6().loc[key, task]}
+        for task in (same["task"].unique() if kind == PROTOCOL and study.is_ours else ())
+        if task in TASKS
+        for key in dict.fromkeys(("aim-7B", best_frozen(task)))
+    ]
+    return pd.concat([own, pd.DataFrame(paper, columns=own.columns)], ignore_index=True)
 
 
 def verdict(study: Study) -> list[Line]:
@@ -101,12 +202,11 @@ def _law(study: Study, joint: Fit) -> Iterator[str]:
 def beside_others(laws: Forecaster) -> Iterator[str]:
     """Say why this law is the page's: it predicted better in every backtest, or nothing tells the laws apart."""
     name, first = laws.law.name, next(iter(laws.curves))
-    alike = [law for law in laws.curves if law != name and not laws.is_better(name, law)]
     if name != first:
         num = len(laws.backtests)
         tests = f"each of its {num} backtests" if num > 1 else "its one backtest"
         yield f"In {tests} it predicted the table's larger runs better than the {first} law."
-    if alike:
+    if alike := [law for law in laws.curves if law != name and not laws.is_better(name, law)]:
         how = "Backtests" if laws.is_tested else "A table too small for backtests"
         yield f"{how} cannot tell it apart from {', '.join(alike)}."
 
@@ -115,17 +215,15 @@ def _split(study: Study, found: Approaches | None) -> str:
     if found is None:
         why = "no approach is possible" if "flops_train" in study.usable else "the table has no training FLOPs"
         return f"Not known: {why}."
-    top, best = found.largest_budget, found.frontiers[-1]
+    top, best, several = found.largest_budget, found.frontiers[-1], len(found.frontiers) > 1
     at = best.at(top).iloc[0]
     n, n_lo, n_hi, d = (human(at[name]) for name in ("N", "N_lo", "N_hi", "D"))
     law = f" on the {best.law.law.name} law" if best.law else ""
-    several = len(found.frontiers) > 1
     exponents = [f"C^{f.exponent_words()}{f' (approach {f.approach})' * several}" for f in found.frontiers]
-    apart = [f"There they differ by a factor of {human(found.disagreement(top), 2)} in N."] * several
     parts = [
         f"At {human(top)} FLOP: N = {n} [{n_lo}, {n_hi}], D = {d}, by approach {best.approach}{law}.",
         f"N grows as {', '.join(exponents)}.",
-        *apart,
+        *[f"There they differ by a factor of {human(found.disagreement(top), 2)} in N."] * several,
         *map(str, passes_flags(study.usable, "This D", {"D": at["D"]})),
     ]
     return " ".join(parts)
@@ -136,11 +234,9 @@ def _forecast(study: Study) -> str:
         return "None without a law."
     parts, repeats = list[str](), list[str]()
     for row in found.table[found.table["quantity"] == "val_loss"].to_dict("records"):
-        n, d = human(row["N"]), human(row["D"])
-        parts.append(
-            f"At N = {n}, D = {d} ({human(row['distance'])} times beyond the table) a loss of {human(row['value'], 4)} "
-            f"[{human(row['pi_lo'], 4)}, {human(row['pi_hi'], 4)}]."
-        )
+        n, d, far = (human(row[name]) for name in ("N", "D", "distance"))
+        loss, low, high = (human(row[name], 4) for name in ("value", "pi_lo", "pi_hi"))
+        parts.append(f"At N = {n}, D = {d} ({far} times beyond the table) a loss of {loss} [{low}, {high}].")
         repeats += map(str, passes_flags(study.usable, f"D = {d}", {"D": row["D"]}))
     return " ".join([*parts, f"Intervals: {percent(CONFIDENCE)}, of one run.", *repeats])
 
